@@ -1,0 +1,1 @@
+"""Distillation in JAX: large teachers into small or few-step students."""

@@ -1,0 +1,113 @@
+"""A network as two pure functions over a plain dict of weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxdistill.core.types import Array, Params
+
+
+def identity(call):
+    return call
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """`init(key) -> params` and `apply(params, *inputs)` over plain dicts; NNX stays inside.
+
+    `shapes` holds ShapeDtypeStruct leaves and `axes` PartitionSpec leaves of logical names, both in the structure of
+    the params. `wrap` turns the module's call into another one (a raw denoiser output into a `Pred`, say).
+    """
+
+    build: Callable[[nnx.Rngs], nnx.Module]
+    graphdef: nnx.GraphDef
+    shapes: Params
+    axes: Params
+    wrap: Callable[[Callable], Callable] = identity
+    config: Any = None  # the model's dataclass, where the net came from one
+
+    def init(self, key: Array) -> Params:
+        """Fresh weights, drawn from `key`."""
+        with nnx.use_eager_sharding(False):
+            return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
+
+    def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
+        """Calls the module's `method` with these weights."""
+        module = nnx.merge(self.graphdef, params)
+        call = getattr(module, method)
+        return (self.wrap(call) if method == "__call__" else call)(*args, **kwargs)
+
+    def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
+        """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
+        return _scoped(role, functools.partial(self.apply, params[role]))
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(s.shape) for s in jax.tree.leaves(self.shapes))
+
+
+def _scoped(role: str, call: Callable) -> Callable:
+    def named(*args, **kwargs):
+        with jax.named_scope(f"role={role}"):
+            return call(*args, **kwargs)
+
+    return named
+
+
+def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any = None) -> Net:
+    """Traces `build` for shapes and axis names; nothing is allocated.
+
+    Raises ValueError where a weight's rank and number of axis names differ (an unnamed stacking axis would shift
+    every name).
+    """
+    with nnx.use_eager_sharding(False):
+        graphdef, state = jax.eval_shape(lambda: nnx.split(build(nnx.Rngs(0)), nnx.Param))
+    shapes, axes = nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state))
+    for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
+        names = functools.reduce(lambda tree, key: tree[key.key], path, axes)
+        if len(names) not in (0, len(shape.shape)):
+            raise ValueError(f"{jax.tree_util.keystr(path)} {shape.shape} has axis names {names}")
+    return Net(build, graphdef, shapes, axes, wrap, config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed(Net):
+    """A network without weights: a closed-form teacher, a constant."""
+
+    call: Callable = None
+
+    def init(self, key):
+        return {}
+
+    def apply(self, params, *args, **kwargs):
+        return self.wrap(self.call)(*args, **kwargs)
+
+
+def fixed_net(call: Callable, wrap=identity, config: Any = None) -> Net:
+    """Wraps a plain function `(*inputs) -> output` as a Net with no weights."""
+    return Fixed(None, None, {}, {}, wrap, config, call)
+
+
+def cast(params: Params, dtype) -> Params:
+    """Floating leaves in `dtype`; integer leaves untouched."""
+    return jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params)
+
+
+def is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
+def paths(tree: Params) -> dict[str, Any]:
+    """Leaves under their "a/b/c" paths."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}

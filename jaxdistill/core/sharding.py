@@ -1,0 +1,131 @@
+"""Logical axis names -> mesh axes. The only file that knows the mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from contextvars import ContextVar
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxdistill.core.net import is_spec
+from jaxdistill.core.types import Refused, State
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices along each mesh axis; -1 (at most once) takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Logical axis -> mesh axis. Default: FSDP on `embed`, tensor parallel on `mlp`, `heads`, `vocab`."""
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    seq: str = ""
+    embed: str = "fsdp"
+    mlp: str = "tensor"
+    heads: str = "tensor"
+    vocab: str = "tensor"
+    layers: str = ""
+
+    def spec(self, names) -> P:
+        """The PartitionSpec of an array whose dimensions have these logical names (None: replicated)."""
+        return P(*[None if n is None else (getattr(self, n) or None) for n in names])
+
+
+_RULES: ContextVar[Rules] = ContextVar("rules", default=Rules())
+
+
+def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
+    """A mesh over all devices, or the given ones. Raises Refused where they do not fill the shape."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(shape, axis) for axis in AXES]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise Refused(f"mesh={dict(zip(AXES, sizes))}: axes are positive, and at most one is -1")
+    known = math.prod(s for s in sizes if s != -1)
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if math.prod(sizes) != len(devices):
+        raise Refused(f"mesh={dict(zip(AXES, sizes))} needs {max(known, math.prod(sizes))} devices, found {len(devices)}")
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = Rules()):
+    """Makes `mesh` and `rules` those of `constrain` and of every program built inside."""
+    token = _RULES.set(rules)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _RULES.reset(token)
+
+
+def constrain(x, *names):
+    """Pins an activation's layout by logical names; a no-op outside `use(mesh)`, so that models run anywhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _RULES.get().spec(names))
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
+    """Samples over the batch axes, every other dimension whole."""
+    return NamedSharding(mesh, rules.spec(("batch",)))
+
+
+def check_batch(mesh: Mesh, rules: Rules, size: int, accumulate: int = 1) -> None:
+    """Raises Refused unless `size` samples split over micro-batches, the mesh's batch axes and the processes."""
+    ways = math.prod(mesh.shape[a] for a in rules.batch)
+    if size % (ways * accumulate):
+        raise Refused(f"data.batch_size={size} is not divisible by {ways} (mesh {'x'.join(rules.batch)}) x {accumulate} (accumulate)")
+
+
+def param_shardings(mesh: Mesh, rules: Rules, axes):
+    """Tree of NamedSharding with the structure of a net's params."""
+    return jax.tree.map(lambda names: NamedSharding(mesh, rules.spec(names)), axes, is_leaf=is_spec)
+
+
+def fits(shardings, shapes):
+    """Drops the mesh axes that do not divide their dimension (a 10-class table over 4 devices stays whole)."""
+
+    def one(sharding: NamedSharding, shape) -> NamedSharding:
+        size = lambda axis: math.prod(sharding.mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
+        spec = [None if a is None or shape.shape[i] % size(a) else a for i, a in enumerate(sharding.spec)]
+        return NamedSharding(sharding.mesh, P(*spec))
+
+    return jax.tree.map(one, shardings, shapes)
+
+
+def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State) -> State:
+    """Tree of NamedSharding with the structure of the state; optimiser moments follow their weights."""
+    whole = NamedSharding(mesh, P())
+
+    def role(name: str, shapes):
+        return fits(param_shardings(mesh, rules[name], nets[name].axes), shapes)
+
+    def opt(name: str):
+        follow = lambda _, sharding: sharding
+        return optax.tree.map_params(txs[name], follow, abstract.opt[name], role(name, abstract.params[name]),
+                                     transform_non_params=lambda _: whole)  # fmt: skip
+
+    return State(
+        step=whole,
+        count=jax.tree.map(lambda _: whole, abstract.count),
+        params={r: role(r, p) for r, p in abstract.params.items()},
+        opt={r: opt(r) for r in abstract.opt},
+        ema={r: role(r, p) for r, p in abstract.ema.items()},
+        frozen={r: role(r, p) for r, p in abstract.frozen.items()},
+        memory=jax.tree.map(lambda _: whole, abstract.memory),
+    )

@@ -1,0 +1,150 @@
+"""The one train step. Every method runs through this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill.core.net import Net
+from jaxdistill.core.optim import Ema
+from jaxdistill.core.sharding import constrain
+from jaxdistill.core.types import Batch, Ctx, Method, Metrics, Nets, Params, Refused, State, Turn
+
+
+def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params]) -> State:
+    """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or fresh.
+
+    Pure, to be jitted with the state's shardings. Every tree owns its buffers, because they get donated.
+    """
+    params = {}
+    for i, (role, source) in enumerate(method.inits.items()):
+        if role in start:
+            init = start[role]
+        elif source is not None:
+            init = overlay(nets[role].init(jax.random.fold_in(key, i)), {**start, **params}[source], role, source)
+        else:
+            init = nets[role].init(jax.random.fold_in(key, i))
+        params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)
+    zero = jnp.zeros((), jnp.int32)
+    return State(
+        step=zero,
+        count={role: jnp.copy(zero) for role in params},
+        params=params,
+        opt={role: txs[role].init(p) for role, p in params.items()},
+        ema={role: jax.tree.map(jnp.copy, params[role]) for role in method.ema},
+        frozen={role: jax.tree.map(jnp.copy, start[role]) for role in method.frozen},
+        memory=method.memory(),
+    )
+
+
+def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
+    """`source` copied into `fresh`; weights that only `fresh` has keep their initialisation.
+
+    Raises Refused where `source` has a weight that `fresh` lacks, or one of another shape.
+    """
+    for key, value in source.items():
+        where = f"{role} <- {name}: {key}"
+        if key not in fresh:
+            raise Refused(f"{where}: no such weight in {role}")
+        if isinstance(value, dict):
+            overlay(fresh[key], value, role, f"{name}/{key}")
+        elif value.shape != fresh[key].shape:
+            raise Refused(f"{where}: shape {value.shape}, expected {fresh[key].shape}")
+    merge = lambda new, old: {k: merge(v, old[k]) if isinstance(v, dict) and k in old else old.get(k, v) for k, v in new.items()}
+    return merge(fresh, source)
+
+
+def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
+    """role -> network with its weights bound; `ema_student` runs the student's averaged weights."""
+    return SimpleNamespace(**{role: nets[role.removeprefix("ema_")].bind(role, params) for role in params})
+
+
+def bound(nets: Mapping[str, Net], state: State) -> dict[str, Params]:
+    """Every role's weights under the name that losses know it by."""
+    return {**state.frozen, **state.params, **{f"ema_{role}": p for role, p in state.ema.items()}}
+
+
+def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, state: State, batch: Batch, rng) -> tuple[State, Metrics]:
+    """One optimiser update of `turn.moves`: gather, differentiate, normalise by the global count, move, average."""
+    rest = bound(nets, state)
+    if turn.gather:
+        ctx = Ctx(batch, rng, state.step, state.memory)
+        batch = jax.lax.stop_gradient(turn.gather(bind(nets, rest), ctx))
+
+    def objective(moving, batch, rng, memory):
+        out = turn.loss(bind(nets, {**rest, **moving}), Ctx(batch, rng, state.step, memory))
+        count = jnp.float32(1) if out.count is None else jnp.asarray(out.count, jnp.float32)
+        sums = {"loss": (out.loss, count)}
+        sums |= {k: v if isinstance(v, tuple) else (v, count) for k, v in out.metrics.items()}
+        return out.loss, (sums, count, {**memory, **out.memory})
+
+    differentiate = jax.grad(objective, has_aux=True)
+    moving = {role: state.params[role] for role in turn.moves}
+    if accumulate == 1:
+        grads, (sums, count, memory) = differentiate(moving, batch, rng, state.memory)
+    else:
+        grads, (sums, count, memory) = _accumulate(differentiate, moving, batch, rng, state.memory, accumulate)
+    grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
+
+    params, opt, ema, counts = dict(state.params), dict(state.opt), dict(state.ema), dict(state.count)
+    metrics = {f"{turn.moves[0]}/{k}": total / _nonzero(n) for k, (total, n) in sums.items()}
+    for role in turn.moves:
+        updates, opt[role] = txs[role].update(grads[role], opt[role], params[role])
+        params[role] = optax.apply_updates(params[role], updates)
+        counts[role] = counts[role] + 1
+        metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
+        if role in ema:
+            ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - emas[role].decay(counts[role]))
+    return state.replace(params=params, opt=opt, ema=ema, count=counts, memory=memory), metrics
+
+
+def _nonzero(count):
+    return jnp.where(count == 0, 1.0, count)
+
+
+def _accumulate(differentiate, moving, batch, rng, memory, n: int):
+    """Sums gradients, losses and counts over `n` micro-batches; each takes every n-th sample, so shards stay put."""
+    split = lambda x: constrain(x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch")
+    add = lambda a, b: jax.tree.map(jnp.add, a, b)
+
+    def one(carry, inp):
+        i, micro = inp
+        grads, (sums, count, memory) = differentiate(moving, micro, jax.random.fold_in(rng, i), carry[1])
+        return (add(carry[0], (grads, sums, count)), memory), None
+
+    micro = jax.tree.map(split, batch)
+    first = jax.eval_shape(differentiate, moving, jax.tree.map(lambda x: x[0], micro), rng, memory)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1][0], first[1][1]))
+    ((grads, sums, count), memory), _ = jax.lax.scan(one, (zeros, memory), (jnp.arange(n), micro))
+    return grads, (sums, count, memory)
+
+
+def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mapping[str, Ema] = {}, accumulate: int = 1,
+                    shardings: Any = None) -> tuple[Callable, Callable[[int], tuple[int, ...]]]:  # fmt: skip
+    """Returns `train_step(state, batch, rng, active) -> (state, metrics)` and `active_at(step) -> active`.
+
+    The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is static, so that
+    every pattern is a program of its own.
+    """
+    turns = method.turns
+    emas = {role: emas.get(role, Ema()) for role in method.ema}
+
+    def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Metrics]:
+        rng, metrics = jax.random.fold_in(rng, state.step), {}
+        for i in active:
+            with jax.named_scope(f"turn={i}"):
+                key = jax.random.fold_in(rng, i)
+                state, new = take_turn(turns[i], nets, txs, emas, accumulate, state, batch, key)
+            metrics |= new
+        return state.replace(step=state.step + 1), metrics
+
+    jitted = jax.jit(train_step, static_argnums=3, donate_argnums=0,
+                     out_shardings=None if shardings is None else (shardings, None))  # fmt: skip
+    return jitted, lambda step: tuple(i for i, turn in enumerate(turns) if turn.when(step))
+
+

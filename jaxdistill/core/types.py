@@ -1,0 +1,147 @@
+"""The vocabulary of the whole library: six types and one base class.
+
+A *role* is the name of a network ("student", "teacher", "fake", "disc").
+A *turn* is one optimiser update: which roles move, on which loss, at which steps.
+A *stage* is a training run inside a method, with optional surgery before it.
+A *method* is a frozen dataclass of hyper-parameters that lists its turns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+Array = jax.Array
+Params = dict[str, Any]  # nested plain dict of arrays; the only weight format in the library
+Batch = Mapping[str, Array]
+Metrics = dict[str, Any]  # name -> scalar, or (sum, count) where a metric has a count of its own
+Nets = SimpleNamespace  # role -> callable with its weights already bound
+
+
+class Refused(ValueError):
+    """Bad input. The message is one line (what, where, what was expected); commands exit with code 2."""
+
+
+@flax.struct.dataclass
+class State:
+    """Everything that changes during training, plus the frozen nets that ride along."""
+
+    step: Array  # int32 []: engine steps done
+    count: dict[str, Array]  # role -> int32 []: optimiser updates that the role has had
+    params: dict[str, Params]  # roles that move, in float32
+    opt: dict[str, Any]  # role -> optax state
+    ema: dict[str, Params]  # role -> averaged params
+    frozen: dict[str, Params]  # roles that never move; not checkpointed
+    memory: dict[str, Any]  # what a method remembers: histograms, queues, running statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class Ctx:
+    """What a loss may look at besides the networks."""
+
+    batch: Batch
+    rng: Array
+    step: Array
+    memory: Mapping[str, Any]
+
+    def key(self, name: str) -> Array:
+        """A key that depends on the name only, so that adding a draw never shifts another one."""
+        return jax.random.fold_in(self.rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
+class Out(NamedTuple):
+    """What a loss returns.
+
+    Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over `count` valid
+    tokens or samples, and the engine divides by the global count: over all micro-batches and all shards.
+    """
+
+    loss: Array
+    metrics: Metrics = {}
+    memory: dict[str, Any] = {}  # replaces the same keys of State.memory
+    count: Array | None = None
+
+
+LossFn = Callable[[Nets, Ctx], Out]
+
+
+def always(step: int) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Update `moves` by descending `loss`, at the steps where `when(step)` holds.
+
+    `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs first, without
+    gradient, on the whole batch, and returns the batch that `loss` will see (roll-outs, teacher trajectories).
+    """
+
+    moves: tuple[str, ...]
+    loss: LossFn
+    when: Callable[[int], bool] = always
+    gather: Callable[[Nets, Ctx], Batch] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training run inside a multi-stage method.
+
+    `surgery(nets, params, batch) -> (nets, params)` rewrites networks and weights before it: a stage hands its
+    result (averaged weights where a role has them) to the next one's surgery. It must be deterministic, because a
+    resumed run calls it again.
+    """
+
+    method: Method
+    steps: int
+    surgery: Callable[..., tuple[dict[str, Any], dict[str, Params]]] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. Override `turns`; the rest has defaults."""
+
+    inits = {"student": "teacher"}  # trained role -> role it is copied from, or None for fresh weights
+    frozen = ("teacher",)
+    ema = ("student",)  # roles with averaged weights, bound as `ema_<role>`
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        raise NotImplementedError
+
+    def memory(self) -> dict[str, Any]:
+        """Initial content of State.memory."""
+        return {}
+
+    def stages(self, steps: int) -> tuple[Stage, ...]:
+        """How `steps` engine steps are spent."""
+        return (Stage(self, steps),)
+
+    def controller(self) -> Controller | None:
+        """The host-side part: data mixtures, pass rates, curricula."""
+        return None
+
+    def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
+        """Samples of a trained `net` (bound student) at `steps` network evaluations, from unit Gaussian noise."""
+        raise NotImplementedError
+
+
+class Controller:
+    """Host-side state that steers the data. `state`/`restore` make it part of every checkpoint."""
+
+    def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
+        """Called with each logging interval's mean metrics; returns hints that the data pipeline receives."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,127 @@
+"""What every data set is: endless batches from a position that can be saved, the same for any number of processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from jaxdistill.core.types import Refused
+
+ENDLESS = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Base of all data sets; its fields are the keys of `config.data`.
+
+    Global batch number i is the same set of samples whatever the number of processes; process p of n takes its share
+    of the rows. Subclasses override `batch` (vectorised, data in memory or generated), or derive from `Records`.
+    """
+
+    batch_size: int = 128  # samples per step over all processes
+    seed: int = 0  # which mixture or language is made, or the order that a stored set is read in
+    path: str = ""  # file or folder, for the sets that read one
+
+    def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
+        """Rows `rows` of global batch `index`; keys "x" / "tokens", "cond", "null_cond", "mask", ..."""
+        raise NotImplementedError
+
+    def loader(self, shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
+        """Endless iterator over this process's rows, `shard = (process, processes)`.
+
+        `get_state()` is a small JSON value that does not depend on the number of processes.
+        """
+        process, processes = shard
+        share = self.batch_size // processes
+        rows = slice(process * share, (process + 1) * share)
+        ds = grain.MapDataset.range(ENDLESS).map(lambda i: self.batch(int(i), rows))
+        return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+    def evaluation(self, n: int) -> dict[str, np.ndarray]:
+        """Up to `n` held-out samples, always the same ones, under the keys of `batch`."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a global batch."""
+        rows = self.batch(0, slice(0, 1))
+        return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in rows.items()}
+
+    def steer(self, hints: Mapping[str, Any]) -> Dataset:
+        """This data set with the fields that a controller asks for."""
+        return dataclasses.replace(self, **hints)
+
+    def existing(self) -> Path:
+        """`path` as a Path. Raises Refused where it is empty or missing."""
+        if not self.path:
+            raise Refused(f"data.path is empty: {type(self).__name__} reads files; give --config.data.path=...")
+        path = Path(self.path).expanduser()
+        if not path.exists():
+            raise Refused(f"data.path={self.path}: no such file or folder")
+        return path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InMemory(Dataset):
+    """A set that fits in memory: subclasses give `arrays(split)`; shuffled anew each epoch, no sample left out."""
+
+    def arrays(self, split: str) -> dict[str, np.ndarray]:
+        """All samples of "train" or "test", equally long along axis 0."""
+        raise NotImplementedError
+
+    def batch(self, index, rows):
+        arrays = self._cached("train")
+        size = len(next(iter(arrays.values())))
+        at = index * self.batch_size + np.arange(self.batch_size)[rows]
+        pick = np.array([_order(self.seed, size, int(p // size))[p % size] for p in at])
+        return {k: v[pick] for k, v in arrays.items()}
+
+    def evaluation(self, n):
+        return {k: v[:n] for k, v in self._cached("test").items()}
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
+    def _cached(self, split: str):
+        return self.arrays(split)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, size: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Records(Dataset):
+    """A set read record by record: subclasses give `source(split)` (random access) and `example(record)`."""
+
+    threads: int = 4  # reading and decoding
+    shuffle: bool = True
+
+    def source(self, split: str):
+        """Random-access records: `len(source)`, `source[i]`."""
+        raise NotImplementedError
+
+    def example(self, record: Any) -> dict[str, np.ndarray]:
+        """One decoded sample, without batch axis."""
+        raise NotImplementedError
+
+    def loader(self, shard=(0, 1)):
+        process, processes = shard
+        ds = grain.MapDataset.source(self.source("train")).seed(self.seed)
+        ds = (ds.shuffle() if self.shuffle else ds).repeat(None)[process::processes].map(self.example)
+        ds = ds.batch(self.batch_size // processes, drop_remainder=True)
+        return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)))
+
+    def evaluation(self, n):
+        source = self.source("test")
+        examples = [self.example(source[i]) for i in range(min(n, len(source)))]
+        return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+
+    def spec(self):
+        one = self.example(self.source("train")[0])
+        return {k: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype) for k, v in one.items()}

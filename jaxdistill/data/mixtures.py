@@ -1,0 +1,80 @@
+"""Gaussian mixtures with exact score, velocity and guidance: the teacher that needs no training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.core.net import Net, fixed_net
+from jaxdistill.core.types import Array
+from jaxdistill.data.base import Dataset
+from jaxdistill.diffusion.process import Flow, Pred, Process, expand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture(Dataset):
+    """x float32 [dim]; cond int32 the mode it was drawn from, null_cond = modes.
+
+    Weights, means and isotropic standard deviations are drawn from `seed`: means by repeated draws from the ball of
+    `radius` at least `gap` standard deviations apart (as far as they fit), weights uneven within a factor of two.
+    """
+
+    batch_size: int = 256
+    dim: int = 2
+    modes: int = 6
+    radius: float = 1.0
+    std: float = 0.08  # mean standard deviation; each mode's is within 25 % of it
+    gap: float = 5.0
+
+    @functools.cached_property
+    def law(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(weights [K], means [K, dim], stds [K]), float32."""
+        rng = np.random.default_rng([self.seed, self.dim, self.modes])
+        means, gap = [], self.gap * self.std
+        while len(means) < self.modes:
+            x = rng.standard_normal(self.dim)
+            x *= self.radius * rng.uniform() ** (1 / self.dim) / np.linalg.norm(x)
+            if all(np.linalg.norm(x - m) > gap for m in means):
+                means.append(x)
+            gap *= 0.998
+        weights = rng.uniform(1, 2, self.modes)
+        stds = self.std * rng.uniform(0.75, 1.25, self.modes)
+        return tuple(np.asarray(a, np.float32) for a in (weights / weights.sum(), means, stds))
+
+    def draw(self, rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+        """`n` samples from the law."""
+        weights, means, stds = self.law
+        mode = rng.choice(self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64))
+        x = means[mode] + stds[mode, None] * rng.standard_normal((n, self.dim)).astype(np.float32)
+        mode = mode.astype(np.int32)
+        return {"x": x.astype(np.float32), "cond": mode, "null_cond": np.full_like(mode, self.modes)}
+
+    def batch(self, index, rows):
+        return {k: v[rows] for k, v in self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size).items()}
+
+    def evaluation(self, n):
+        return self.draw(np.random.default_rng([self.seed, 2]), n)
+
+    def net(self, process: Process = Flow()) -> Net:
+        """The exact denoiser as a network without weights: (x, t, cond) -> Pred. `cond` K, or None: unconditional."""
+        return fixed_net(functools.partial(self.denoise, process), config=self)
+
+    def denoise(self, process: Process, x: Array, t: Array, cond: Array | None = None, **_) -> Pred:
+        """Exact E[x0 | x_t]: responsibilities times the modes' own posterior means (00-foundations, section 4)."""
+        log_w, means, stds = (jnp.asarray(a, x.dtype) for a in (np.log(self.law[0]), *self.law[1:]))
+        a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
+        spread = (a * stds) ** 2 + s**2  # [B K]
+        offset = x[:, None] - a[..., None] * means  # [B K D]
+        logits = log_w - 0.5 * jnp.sum(offset**2, -1) / spread - 0.5 * self.dim * jnp.log(spread)
+        if cond is not None:
+            mine = (cond[:, None] == jnp.arange(self.modes)) | (cond[:, None] >= self.modes)
+            logits = jnp.where(mine, logits, -jnp.inf)
+        w = jax.nn.softmax(logits)[..., None]
+        x0 = jnp.sum(w * (means + (a * stds**2 / spread)[..., None] * offset), 1)
+        eps = jnp.sum(w * (s / spread)[..., None] * offset, 1)  # exact at sigma = 0 too
+        v = da * x0 + ds * eps
+        return Pred(x0, eps, v, v)

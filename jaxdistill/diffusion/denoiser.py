@@ -1,0 +1,130 @@
+"""From a raw network to a `Pred`: what its output means, what its inputs want, and which process it was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array
+from jaxdistill.diffusion.process import Flow, Pred, Process, Trig, expand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Velocity:
+    """The output is dx_t/dt in the network's own process. Base of all parameterisations."""
+
+    time_scale: float = 1.0  # the network is fed time_scale * t
+
+    def inputs(self, process: Process, x: Array, t: Array) -> tuple[Array, Array]:
+        """What the network is fed for (x_t, t)."""
+        return x, self.time_scale * t
+
+    def pred(self, process: Process, raw: Array, x: Array, t: Array, feats=()) -> Pred:
+        """What its output says."""
+        return process.from_v(raw, x, t, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data(Velocity):
+    """The output is x0."""
+
+    def pred(self, process, raw, x, t, feats=()):
+        return process.from_x0(raw, x, t, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise(Velocity):
+    """The output is eps."""
+
+    def pred(self, process, raw, x, t, feats=()):
+        return process.from_eps(raw, x, t, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VPVelocity(Velocity):
+    """The output is alpha eps - sigma x0, on a variance preserving process."""
+
+    def pred(self, process, raw, x, t, feats=()):
+        a, s, da, ds = process.coefs(expand(t, x))
+        x0, eps = a * x - s * raw, s * x + a * raw
+        return Pred(x0, eps, da * x0 + ds * eps, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EDMPrecond(Velocity):
+    """EDM preconditioning, table 1 of arXiv:2206.00364, on the EDM process: D = c_skip x + c_out F(c_in x, c_noise)."""
+
+    sigma_data: float = 0.5
+
+    def inputs(self, process, x, t):
+        c_in = 1 / jnp.sqrt(expand(t, x) ** 2 + self.sigma_data**2)
+        return c_in * x, jnp.log(t) / 4
+
+    def pred(self, process, raw, x, t, feats=()):
+        s, sd = expand(t, x), self.sigma_data
+        c_skip, c_out = sd**2 / (s**2 + sd**2), s * sd / jnp.sqrt(s**2 + sd**2)
+        return process.from_x0(c_skip * x + c_out * raw, x, t, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrigPrecond(Velocity):
+    """TrigFlow: the network sees x / sigma_data, the velocity is sigma_data F (arXiv:2410.11081)."""
+
+    def inputs(self, process: Trig, x, t):
+        return x / process.sigma_data, self.time_scale * t
+
+    def pred(self, process, raw, x, t, feats=()):
+        return process.from_v(process.sigma_data * raw, x, t, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoiser:
+    """How a network is read: its parameterisation and the process it was trained on.
+
+    `wrap(call, process)` turns `(x, t, cond, **kw) -> raw | (raw, feats)` into `(x, t, cond, **kw) -> Pred` for a
+    caller who works in `process`. Where the two processes differ, the network is queried at the time of equal
+    signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read unchanged.
+    A second time `r` (average-velocity networks) is warped like `t`.
+    """
+
+    param: Velocity = Velocity()
+    native: Process = Flow()
+
+    def wrap(self, call, process: Process):
+        def denoise(x: Array, t: Array, cond=None, *, r: Array | None = None, **kw) -> Pred:
+            xn, tn, rn = x, t, r
+            if process != self.native:
+                tn = self.native.time(process.angle(t))
+                rn = None if r is None else self.native.time(process.angle(r))
+                norm = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(t)))
+                xn = x * expand(norm(self.native, tn) / norm(process, t), x)
+            x_in, t_in = self.param.inputs(self.native, xn, tn)
+            if r is not None:
+                kw["r"] = self.param.inputs(self.native, xn, rn)[1]
+            out = call(x_in, t_in, cond, **kw)
+            raw, feats = out if isinstance(out, tuple) else (out, ())
+            pred = self.param.pred(self.native, raw, xn, tn, feats)
+            if process == self.native:
+                return pred
+            _, _, da, ds = process.coefs(expand(t, x))
+            return dataclasses.replace(pred, v=da * pred.x0 + ds * pred.eps)
+
+        return denoise
+
+
+def guided(net, x: Array, t: Array, cond, null, scale: float, **kw) -> Pred:
+    """Classifier-free guidance: null + scale (cond - null) in every field; scale 1 is conditional, 0 unconditional.
+
+    Both branches run as one call on a batch of twice the size.
+    """
+    if isinstance(scale, (int, float)) and scale == 1.0:
+        return net(x, t, cond, **kw)
+    double = lambda a, b: jax.tree.map(lambda a, b: jnp.concatenate([a, b]), a, b)
+    both = net(double(x, x), double(t, t), double(cond, null), **kw)
+    n = x.shape[0]
+    w = lambda leaf: expand(jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), (n,)), leaf[:n])
+    return jax.tree.map(lambda p: p[n:] + w(p) * (p[:n] - p[n:]), both)
+
+

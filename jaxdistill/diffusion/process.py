@@ -1,0 +1,237 @@
+"""Noising processes x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), and what a denoiser says about x_t.
+
+A process is its pair (alpha, sigma); derivatives come from forward-mode differentiation. Two processes differ by a
+time warp and a scale, so each also inverts its `angle` = atan2(sigma, alpha), which is finite at both ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.core.types import Array
+
+
+def expand(t: Array, x: Array) -> Array:
+    """Appends axes to `t` [B] until it broadcasts against `x` [B ...]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pred:
+    """One prediction in every parameterisation, in the process that the caller works in; jit drops what is not read.
+
+    Every field is affine in the network's output, hence guidance may extrapolate each of them.
+    """
+
+    x0: Array
+    eps: Array
+    v: Array  # generic velocity dx_t/dt = alpha' x0 + sigma' eps
+    raw: Array  # the network's own output
+    feats: tuple[Array, ...] = ()  # feature taps, where asked for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Process:
+    """Base of all schedules. A subclass gives `alpha_sigma` and `time` (from the angle) on `t_min`..`t_max`."""
+
+    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+    def time(self, angle: Array) -> Array:
+        """Inverse of `angle`."""
+        raise NotImplementedError
+
+    @property
+    def t_min(self) -> float:
+        """The cleanest time that is sampled from."""
+        return 0.0
+
+    @property
+    def t_max(self) -> float:
+        """Pure noise (or as near as the schedule comes)."""
+        return 1.0
+
+    def coefs(self, t: Array) -> tuple[Array, Array, Array, Array]:
+        """alpha, sigma, d alpha/dt, d sigma/dt."""
+        (a, s), (da, ds) = jax.jvp(self.alpha_sigma, (t,), (jnp.ones_like(t),))
+        return a, s, da, ds
+
+    def angle(self, t: Array) -> Array:
+        """atan2(sigma, alpha) in [0, pi/2], increasing in t."""
+        a, s = self.alpha_sigma(t)
+        return jnp.arctan2(s, a)
+
+    def lam(self, t: Array) -> Array:
+        """Half log-SNR, log(alpha / sigma)."""
+        a, s = self.alpha_sigma(t)
+        return jnp.log(a) - jnp.log(s)
+
+    def time_of_lam(self, lam: Array) -> Array:
+        """Inverse of `lam`."""
+        return self.time(jnp.arctan2(jnp.exp(-lam), jnp.ones_like(lam)))
+
+    def add_noise(self, x0: Array, eps: Array, t: Array) -> Array:
+        """x_t for t [B] or scalar."""
+        a, s = self.alpha_sigma(expand(jnp.asarray(t), x0))
+        return a * x0 + s * eps
+
+    def velocity(self, x0: Array, eps: Array, t: Array) -> Array:
+        """dx_t/dt along a given pair."""
+        _, _, da, ds = self.coefs(expand(t, x0))
+        return da * x0 + ds * eps
+
+    def score(self, pred: Pred, t: Array) -> Array:
+        """grad log p_t(x_t) = -eps / sigma."""
+        return -pred.eps / self.alpha_sigma(expand(t, pred.eps))[1]
+
+    def transition(self, xt: Array, noise: Array, t: Array, r: Array) -> Array:
+        """x_r | x_t for r > t (more noise): the forward kernel between two times."""
+        (a, s), (b, u) = self.alpha_sigma(expand(t, xt)), self.alpha_sigma(expand(r, xt))
+        ratio = b / a
+        return ratio * xt + jnp.sqrt(jnp.maximum(u**2 - (ratio * s) ** 2, 0.0)) * noise
+
+    def from_x0(self, x0: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
+        """Completes a prediction of x0 (singular where sigma = 0)."""
+        a, s, da, ds = self.coefs(expand(t, xt))
+        eps = (xt - a * x0) / s
+        return Pred(x0, eps, da * x0 + ds * eps, x0 if raw is None else raw, feats)
+
+    def from_eps(self, eps: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
+        """Completes a prediction of eps (singular where alpha = 0)."""
+        a, s, da, ds = self.coefs(expand(t, xt))
+        x0 = (xt - s * eps) / a
+        return Pred(x0, eps, da * x0 + ds * eps, eps if raw is None else raw, feats)
+
+    def from_v(self, v: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
+        """Completes a generic velocity: solves [a s; a' s'] [x0 eps] = [x_t v]."""
+        a, s, da, ds = self.coefs(expand(t, xt))
+        det = a * ds - s * da
+        return Pred((ds * xt - s * v) / det, (a * v - da * xt) / det, v, v if raw is None else raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flow(Process):
+    """Rectified flow: (1 - t', t') on [0, 1] with t' = shift t / (1 + (shift - 1) t); t = 1 is noise."""
+
+    shift: float = 1.0  # 1 none; 3 for SD3 at 1024 px; 5-12 for video. Moves lambda by -log(shift)
+
+    def alpha_sigma(self, t):
+        warped = self.shift * t / (1 + (self.shift - 1) * t)
+        return 1 - warped, warped
+
+    def time(self, angle):
+        warped = jnp.sin(angle) / (jnp.cos(angle) + jnp.sin(angle))
+        return warped / (self.shift - (self.shift - 1) * warped)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trig(Process):
+    """TrigFlow (sCM, arXiv:2410.11081): (cos t, sigma_data sin t) on [0, pi/2]; velocity = sigma_data F."""
+
+    sigma_data: float = 0.5
+
+    @property
+    def t_max(self):
+        return float(np.pi / 2)
+
+    def alpha_sigma(self, t):
+        return jnp.cos(t), self.sigma_data * jnp.sin(t)
+
+    def time(self, angle):
+        return jnp.arctan2(jnp.sin(angle), self.sigma_data * jnp.cos(angle))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EDM(Process):
+    """Variance exploding with t = sigma (EDM, arXiv:2206.00364): (1, t)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    @property
+    def t_min(self):
+        return self.sigma_min
+
+    @property
+    def t_max(self):
+        return self.sigma_max
+
+    def alpha_sigma(self, t):
+        return jnp.ones_like(t), t
+
+    def time(self, angle):
+        return jnp.minimum(jnp.sin(angle), jnp.cos(angle) * 1e6) / jnp.maximum(jnp.cos(angle), 1e-6)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VP(Process):
+    """Variance preserving, linear beta(t) (score SDE): alpha = exp(-t^2 (b1 - b0) / 4 - t b0 / 2)."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    @property
+    def t_min(self):
+        return 1e-5
+
+    def alpha_sigma(self, t):
+        log_alpha = -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+        return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
+
+    def time(self, angle):
+        log_alpha = jnp.log(jnp.maximum(jnp.cos(angle), 1e-30))
+        slope, b0 = self.beta_max - self.beta_min, self.beta_min
+        return (jnp.sqrt(b0**2 - 4 * slope * log_alpha) - b0) / slope
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CosineVP(Process):
+    """Cosine schedule: alpha = cos(pi/2 (t + s)/(1 + s)) / cos(pi/2 s/(1 + s)), variance preserving."""
+
+    offset: float = 0.008
+
+    @property
+    def t_min(self):
+        return 1e-4
+
+    def alpha_sigma(self, t):
+        phase = lambda t: jnp.cos(jnp.pi / 2 * (t + self.offset) / (1 + self.offset))
+        alpha = phase(t) / np.cos(np.pi / 2 * self.offset / (1 + self.offset))
+        return alpha, jnp.sqrt(jnp.maximum((1 - alpha) * (1 + alpha), 0.0))
+
+    def time(self, angle):
+        alpha = jnp.cos(angle) * np.cos(np.pi / 2 * self.offset / (1 + self.offset))
+        return jnp.arccos(alpha) * 2 / jnp.pi * (1 + self.offset) - self.offset
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDPM(Process):
+    """Discrete betas read as a continuous time: t in [0, 1] is index (steps - 1) t, angles interpolated between.
+
+    Defaults are DDPM's linear betas; Stable Diffusion's are `scaled=True, beta_min=.00085, beta_max=.012`.
+    """
+
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+    steps: int = 1000
+    scaled: bool = False  # betas linear in their square root
+
+    @property
+    def angles(self) -> np.ndarray:
+        """atan2(sigma, alpha) at each index, float64 [steps]."""
+        power = 0.5 if self.scaled else 1.0
+        betas = np.linspace(self.beta_min**power, self.beta_max**power, self.steps) ** (1 / power)
+        return np.arccos(np.sqrt(np.cumprod(1 - betas)))
+
+    def alpha_sigma(self, t):
+        angle = jnp.interp(t * (self.steps - 1), jnp.arange(self.steps, dtype=t.dtype), jnp.asarray(self.angles, t.dtype))
+        return jnp.cos(angle), jnp.sin(angle)
+
+    def time(self, angle):
+        table = jnp.asarray(self.angles, angle.dtype)
+        return jnp.interp(angle, table, jnp.arange(self.steps, dtype=angle.dtype)) / (self.steps - 1)

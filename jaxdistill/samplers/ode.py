@@ -1,0 +1,108 @@
+"""Deterministic solvers of the probability-flow ODE, and DDIM's stochastic relative.
+
+A step is `(denoise, x, memory, t, s, key, at) -> (x, memory)` from time t to s < t; `sample` scans it over a grid.
+`denoise(x, t[B]) -> Pred` has condition and guidance already bound.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array
+from jaxdistill.diffusion.process import Pred, Process, expand
+
+Denoise = Callable[[Array, Array], Pred]
+
+
+def uniform_times(process: Process, steps: int) -> Array:
+    """steps + 1 times from t_max to t_min, evenly spaced."""
+    return jnp.linspace(process.t_max, process.t_min, steps + 1)
+
+
+def karras_times(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Array:
+    """EDM's grid (arXiv:2206.00364, eq. 5): `steps` noise levels, then 0. float32 [steps + 1]."""
+    ramp = jnp.arange(steps) / max(steps - 1, 1)
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return jnp.append((top + ramp * (bottom - top)) ** rho, 0.0)
+
+
+class At(NamedTuple):
+    """Where a step stands in its grid of `n` steps."""
+
+    first: Array  # bool []
+    last: Array  # bool []
+    n: int
+
+
+def sample(step, denoise: Denoise, x: Array, times: Array, key: Array | None = None, *, trajectory: bool = False) -> Array:
+    """Runs `step` along `times` [N + 1]; returns the end [B ...], or with `trajectory` all states [N + 1, B ...]."""
+    key, n = jax.random.key(0) if key is None else key, len(times) - 1
+
+    def body(carry, inp):
+        i, t, s = inp
+        t, s = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
+        carry = step(denoise, *carry, t, s, jax.random.fold_in(key, i), At(i == 0, i == n - 1, n))
+        return carry, carry[0] if trajectory else None
+
+    memory = {"x0": jnp.zeros_like(x), "h": jnp.ones(x.shape[:1], x.dtype)}
+    (end, _), path = jax.lax.scan(body, (x, memory), (jnp.arange(n), times[:-1], times[1:]))
+    return jnp.concatenate([x[None], path]) if trajectory else end
+
+
+def euler(denoise, x, memory, t, s, key, at):
+    """x + (s - t) v."""
+    return x + expand(s - t, x) * denoise(x, t).v, memory
+
+
+def heun(denoise, x, memory, t, s, key, at):
+    """Second order: Euler, then the mean of both slopes. Two evaluations a step, 2N - 1 in all: the last step is
+    plain Euler, since eps is singular at sigma = 0."""
+    slope = denoise(x, t).v
+    ahead = x + expand(s - t, x) * slope
+    mean = lambda: x + expand(s - t, x) * 0.5 * (slope + denoise(ahead, s).v)
+    return jax.lax.cond(at.last, lambda: ahead, mean), memory
+
+
+def ddim(process: Process, eta: float = 0.0):
+    """Re-noises the predicted x0 with the predicted eps (eta = 0), or partly with fresh noise (eta = 1: DDPM's posterior)."""
+
+    def step(denoise, x, memory, t, s, key, at):
+        pred = denoise(x, t)
+        (a_t, s_t), (a_s, s_s) = process.alpha_sigma(expand(t, x)), process.alpha_sigma(expand(s, x))
+        if eta == 0.0:
+            return a_s * pred.x0 + s_s * pred.eps, memory
+        fresh = eta * s_s * jnp.sqrt(jnp.maximum(1 - (a_t * s_s / (a_s * s_t)) ** 2, 0.0))
+        kept = jnp.sqrt(jnp.maximum(s_s**2 - fresh**2, 0.0))
+        return a_s * pred.x0 + kept * pred.eps + fresh * jax.random.normal(key, x.shape, x.dtype), memory
+
+    return step
+
+
+def dpmpp_2m(process: Process):
+    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2; first order at the first step, and at the last of fewer than 15."""
+
+    def step(denoise, x, memory, t, s, key, at):
+        x0 = denoise(x, t).x0
+        (a_t, s_t), (a_s, s_s) = process.alpha_sigma(expand(t, x)), process.alpha_sigma(expand(s, x))
+        h = process.lam(s) - process.lam(t)
+        back = expand(0.5 * h / memory["h"], x)
+        first_order = at.first | (at.last & (at.n < 15))
+        d = jnp.where(first_order, x0, (1 + back) * x0 - back * memory["x0"])
+        # -a_s (e^{-h} - 1) d with e^{-h} = a_t s_s / (a_s s_t), so that sigma_s = 0 is finite
+        return s_s / s_t * x + (a_s - a_t * s_s / s_t) * d, {"x0": x0, "h": h}
+
+    return step
+
+
+SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
+@functools.partial(jax.named_call, name="solve")
+def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None) -> Array:
+    """`steps` uniform steps of the solver called `name` (a key of SOLVERS) from t_max to t_min."""
+    return sample(SOLVERS[name](process), denoise, x, uniform_times(process, steps), key)
