@@ -1,0 +1,66 @@
+"""Small networks on top of others: discriminator heads on feature taps, and a scalar function of time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdistill.core.types import Array
+from jaxdistill.models.layers import ZEROS, dense, embedding, fourier, lookup, plain_norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discriminator:
+    """One head for each feature tap, conditioned on time and label; the logit is their mean."""
+
+    features: int = 1  # number of taps
+    dim: int = 64  # channels of a tap
+    width: int = 64
+    classes: int = 0  # 0: not conditioned on a label
+
+    def __call__(self, rngs: nnx.Rngs) -> DiscriminatorModule:
+        return DiscriminatorModule(self, rngs)
+
+
+class DiscriminatorModule(nnx.Module):
+    def __init__(self, cfg: Discriminator, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.tokens = nnx.List([dense(cfg.dim, cfg.width, ("embed", "mlp"), rngs=rngs) for _ in range(cfg.features)])
+        self.pooled = nnx.List([dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in range(cfg.features)])
+        self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in range(cfg.features)])
+        self.time = dense(32, cfg.width, (None, "mlp"), rngs=rngs)
+        if cfg.classes:
+            self.label_embed = embedding(cfg.classes + 1, cfg.width, rngs=rngs, names=(None, "mlp"))
+
+    def __call__(self, feats: tuple[Array, ...], t: Array, cond: Array | None = None) -> Array:
+        """feats: taps [B N dim]; t [B] -> logits [B], float32."""
+        c = self.time(fourier(1000.0 * t, 32))
+        if self.cfg.classes and cond is not None:
+            c = c + lookup(self.label_embed, cond)
+        total = 0.0
+        for f, tokens, pooled, logit in zip(feats, self.tokens, self.pooled, self.logits):
+            h = nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6)) + c[:, None]).mean(1)
+            total = total + logit(nnx.silu(pooled(h)))[:, 0]
+        return total / len(feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TimeWeight:
+    """A learnt scalar function of time: log-variance weights (EDM2, sCM). Zero at the start."""
+
+    width: int = 64
+
+    def __call__(self, rngs: nnx.Rngs) -> TimeWeightModule:
+        return TimeWeightModule(self, rngs)
+
+
+class TimeWeightModule(nnx.Module):
+    def __init__(self, cfg: TimeWeight, rngs: nnx.Rngs):
+        self.width = cfg.width
+        self.out = dense(cfg.width, 1, (None, None), rngs=rngs, init=ZEROS)
+
+    def __call__(self, t: Array) -> Array:
+        """t [B] -> [B]."""
+        return self.out(fourier(t, self.width, max_period=100.0))[:, 0]

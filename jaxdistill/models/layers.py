@@ -1,0 +1,105 @@
+"""What the model families share: dense layers with named axes, norms, embeddings, attention, stacked layers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdistill.core.sharding import constrain
+from jaxdistill.core.types import Array, Refused
+
+XAVIER = nnx.initializers.xavier_uniform()
+LECUN = nnx.initializers.lecun_normal()
+ZEROS = nnx.initializers.zeros_init()
+
+REMAT: dict[str, Any] = {  # name in the config -> what the forward pass keeps for the backward pass
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def dense(i: int, o: int, names: tuple, *, rngs: nnx.Rngs, bias: bool = True, init=LECUN, dtype=None) -> nnx.Linear:
+    """A linear map whose kernel [i, o] carries two logical axis names; float32 weights, `dtype` arithmetic."""
+    named = nnx.with_partitioning
+    return nnx.Linear(i, o, use_bias=bias, rngs=rngs, dtype=dtype, kernel_init=named(init, names), bias_init=named(ZEROS, names[1:]))
+
+
+def rms_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None) -> nnx.RMSNorm:
+    """Root-mean-square norm over the last axis, statistics in float32."""
+    ones = nnx.with_partitioning(nnx.initializers.ones_init(), (None,))
+    return nnx.RMSNorm(dim, epsilon=eps, rngs=rngs, dtype=dtype, scale_init=ones)
+
+
+def plain_norm(x: Array, eps: float) -> Array:
+    """Layer norm over the last axis without gain or bias, statistics in float32."""
+    h = x.astype(jnp.float32)
+    h = h - h.mean(-1, keepdims=True)
+    return (h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def embedding(count: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02, names=("vocab", "embed")) -> nnx.Param:
+    """A table [count, dim] of N(0, std^2)."""
+    return nnx.Embed(count, dim, rngs=rngs, embedding_init=nnx.with_partitioning(nnx.initializers.normal(std), names))
+
+
+def lookup(table: nnx.Embed, index: Array) -> Array:
+    """Rows of the table. It is gathered over its second axis first: a gather from a table that is sharded on both
+    makes XLA rematerialise it whole."""
+    return jnp.take(constrain(table.embedding[...], "vocab", None), index, axis=0)
+
+
+def fourier(t: Array, dim: int, *, max_period: float = 10000.0, shift: float = 1.0) -> Array:
+    """Sinusoidal features [B, dim] of t [B]: cosines, then sines, of frequencies max_period^(-i / (dim/2 - shift))."""
+    half = dim // 2
+    freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - shift))
+    args = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.cos(args), jnp.sin(args)], -1)
+
+
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+    """Softmax attention: q [B T H K], k and v [B S G K] with G dividing H, mask [B or 1, H or 1, T, S] True = attend.
+
+    Scores and softmax in float32. Returns [B T H K]. The one place where a kernel is chosen.
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """[B T H*K] -> [B T H K]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` layers as one module whose weights have a leading axis called `layers`."""
+    named = nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers")
+    return nnx.vmap(named)(rngs.split(depth))
+
+
+def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str = "none", taps: Sequence[int] = ()):
+    """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy called `remat`.
+
+    Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored.
+    """
+    if remat not in REMAT:
+        near = difflib.get_close_matches(remat, REMAT, 1)
+        raise Refused(f"remat={remat!r}: expected one of {', '.join(REMAT)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
+    if bounds[0] < 0 or bounds[-1] > depth:
+        raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
+    after, ys = {}, []
+    for low, high in zip(bounds, bounds[1:]):
+        part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
+        x, y = jax.lax.scan(body, x, part)
+        after[high - 1] = x
+        ys.append(y)
+    ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
+    return x, ys, tuple(after[tap] for tap in taps)
