@@ -1,5 +1,7 @@
 """Token divergences against closed forms, limits and bounds (00-foundations, section 10)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,16 +25,23 @@ def x64():
         yield
 
 
-def value(kind, teacher, student, **kw):
-    return dv.token_divergence(kind, teacher, student, **PARAMS.get(kind, {}), **kw)
+@functools.partial(jax.jit, static_argnums=0)
+def value(kind, teacher, student, temperature=1.0):
+    return dv.token_divergence(kind, teacher, student, temperature=temperature, **PARAMS.get(kind, {}))
 
 
-def student_grad(kind, teacher, student, **kw):
-    return jax.grad(lambda z: value(kind, teacher, z, **kw).sum())(student)
+@functools.partial(jax.jit, static_argnums=0)
+def student_grad(kind, teacher, student, temperature=1.0):
+    return jax.grad(lambda z: value(kind, teacher, z, temperature).sum())(student)
 
 
 def kl(a, b):
-    return jnp.sum(a * jnp.log(a / b), -1)
+    return np.sum(a * np.log(a / b), -1)
+
+
+def softmax(z):
+    e = np.exp(np.asarray(z))
+    return e / e.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize("kind", dv.KINDS)
@@ -57,7 +66,7 @@ def test_positive_one_value_per_token_and_float32_inside(kind):
 
 def test_values_by_definition(x64):
     teacher, student = pair(2)
-    p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
+    p, q = softmax(teacher), softmax(student)
     m = 0.3 * p + 0.7 * q
     want = {
         "forward_kl": kl(p, q),
@@ -65,7 +74,7 @@ def test_values_by_definition(x64):
         "jsd": 0.3 * kl(p, m) + 0.7 * kl(q, m),
         "skew_kl": kl(p, 0.2 * p + 0.8 * q),
         "skew_reverse_kl": kl(q, 0.2 * q + 0.8 * p),
-        "total_variation": jnp.abs(p - q).sum(-1) / 2,
+        "total_variation": np.abs(p - q).sum(-1) / 2,
     }
     for kind, expected in want.items():
         np.testing.assert_allclose(value(kind, teacher, student), expected, rtol=1e-12, err_msg=kind)
@@ -74,24 +83,24 @@ def test_values_by_definition(x64):
 def test_gradients_by_closed_form(x64):
     """The table of section 10: q_i (h_i - sum_j q_j h_j)."""
     teacher, student = pair(3)
-    p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
-    through = lambda h: q * (h - jnp.sum(q * h, -1, keepdims=True))
+    p, q = softmax(teacher), softmax(student)
+    through = lambda h: q * (h - np.sum(q * h, -1, keepdims=True))
     m, skew, rskew = 0.3 * p + 0.7 * q, 0.2 * p + 0.8 * q, 0.2 * q + 0.8 * p
     want = {
         "forward_kl": q - p,
-        "reverse_kl": q * (jnp.log(q / p) - kl(q, p)[:, None]),
-        "jsd": through(0.7 * jnp.log(q / m)),
+        "reverse_kl": q * (np.log(q / p) - kl(q, p)[:, None]),
+        "jsd": through(0.7 * np.log(q / m)),
         "skew_kl": through(-0.8 * p / skew),
-        "skew_reverse_kl": through(jnp.log(q / rskew) - 0.2 * q / rskew),
-        "total_variation": through(jnp.sign(q - p) / 2),
+        "skew_reverse_kl": through(np.log(q / rskew) - 0.2 * q / rskew),
+        "total_variation": through(np.sign(q - p) / 2),
     }
     for kind, expected in want.items():
         np.testing.assert_allclose(student_grad(kind, teacher, student), expected, atol=1e-13, err_msg=kind)
 
 
 def test_adaptive_kl_weighs_by_the_head_gap_under_stop_gradient(x64):
-    p, q = jnp.asarray([[0.4, 0.3, 0.2, 0.1]]), jnp.asarray([[0.1, 0.2, 0.3, 0.4]])
-    teacher, student = jnp.log(p)[:, [2, 0, 3, 1]], jnp.log(q)[:, [2, 0, 3, 1]]
+    p, q = np.asarray([[0.4, 0.3, 0.2, 0.1]]), np.asarray([[0.1, 0.2, 0.3, 0.4]])
+    teacher, student = np.log(p)[:, [2, 0, 3, 1]], np.log(q)[:, [2, 0, 3, 1]]
     w = (0.3 + 0.1) / (0.3 + 0.1 + 0.1 + 0.3)  # head: tokens of 0.4 and 0.3
     np.testing.assert_allclose(dv.adaptive_kl(teacher, student), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12)
     mixed = w * student_grad("forward_kl", teacher, student) + (1 - w) * student_grad("reverse_kl", teacher, student)
@@ -100,7 +109,7 @@ def test_adaptive_kl_weighs_by_the_head_gap_under_stop_gradient(x64):
 
 def test_adaptive_head_stops_at_exactly_its_mass(x64):
     """Half the mass on one token is a whole head."""
-    p, q = jnp.asarray([0.5, 0.25, 0.25]), jnp.asarray([0.25, 0.25, 0.5])
+    p, q = np.asarray([0.5, 0.25, 0.25]), np.asarray([0.25, 0.25, 0.5])
     w = 0.25 / 0.5
     np.testing.assert_allclose(dv.adaptive_kl(jnp.log(p), jnp.log(q)), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12)
 
@@ -174,10 +183,11 @@ def test_gaussian_fit_seeks_the_mean_or_a_mode(x64, kind, mean, std, cost):
     x = jnp.linspace(-12, 12, 1201)
     normal = lambda m, s: -((x - m) ** 2) / (2 * s**2) - jnp.log(s)
     teacher = jnp.logaddexp(normal(-2.0, 0.5), normal(2.0, 0.5))
-    cost_of = lambda fit: value(kind, teacher, normal(fit[0], fit[1]))
-    fit = jnp.asarray([mean + 0.05, std * 1.05])
+    cost_of = jax.jit(lambda fit: value(kind, teacher, normal(fit[0], fit[1])))
+    curvature, slope = jax.jit(jax.hessian(cost_of)), jax.jit(jax.grad(cost_of))
+    fit = np.asarray([mean + 0.05, std * 1.05])
     for _ in range(8):
-        fit -= jnp.linalg.solve(jax.hessian(cost_of)(fit), jax.grad(cost_of)(fit))
+        fit -= np.linalg.solve(curvature(fit), slope(fit))
     # the two modes overlap by e^{-(2/.5)^2 / 2} = 3e-4 in density, which moves the reverse fit by that order
     np.testing.assert_allclose(fit, [mean, std], atol=1e-6 if cost is None else 2e-3)
     if cost is not None:
@@ -190,38 +200,37 @@ def test_topk_equals_full_with_one_token_in_the_tail(x64, kind):
     kept = dv.topk_log_probs(teacher, teacher.shape[-1] - 1, temperature=2.0)
     run = lambda z: dv.topk_divergence(kind, *kept, z, temperature=2.0, **PARAMS.get(kind, {}))
     np.testing.assert_allclose(run(student), value(kind, teacher, student, temperature=2.0), rtol=1e-12)
-    np.testing.assert_allclose(
-        jax.grad(lambda z: run(z).sum())(student), student_grad(kind, teacher, student, temperature=2.0), atol=1e-13
-    )
+    got = jax.jit(jax.grad(lambda z: run(z).sum()))(student)
+    np.testing.assert_allclose(got, student_grad(kind, teacher, student, temperature=2.0), atol=1e-13)
 
 
 def test_tail_bucket_grows_to_the_full_kl_from_below(x64):
     teacher, student = pair(10, (20, 30))
-    full = dv.forward_kl(teacher, student)
-    last = jnp.zeros_like(full)
+    full = np.asarray(value("forward_kl", teacher, student))
+    last = np.zeros_like(full)
     for k in (1, 3, 10, 29):
-        ids, log_p, log_tail = dv.topk_log_probs(teacher, k)
-        np.testing.assert_allclose(jnp.exp(log_p).sum(-1) + jnp.exp(log_tail), 1.0, rtol=1e-13)
-        part = dv.topk_divergence("forward_kl", ids, log_p, log_tail, student)
-        assert jnp.all(part >= last - 1e-13) and jnp.all(part <= full + 1e-13)
+        ids, log_p, log_tail = jax.jit(lambda z, k=k: dv.topk_log_probs(z, k))(teacher)
+        np.testing.assert_allclose(np.exp(log_p).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-13)
+        part = np.asarray(jax.jit(functools.partial(dv.topk_divergence, "forward_kl"))(ids, log_p, log_tail, student))
+        assert np.all(part >= last - 1e-13) and np.all(part <= full + 1e-13)
         last = part
 
 
 def test_renormalised_teacher_is_biased_and_the_tail_bucket_is_not(x64):
     """At q = p the k + 1 buckets have zero gradient; top-k renormalised against the full student has not."""
     teacher, _ = pair(11, (3, 9))
-    ids, log_p, log_tail = dv.topk_log_probs(teacher, 3)
-    grad = jax.grad(lambda z: dv.topk_divergence("forward_kl", ids, log_p, log_tail, z).sum())(teacher)
+    ids, log_p, log_tail = jax.jit(lambda z: dv.topk_log_probs(z, 3))(teacher)
+    grad = jax.jit(jax.grad(lambda z: dv.topk_divergence("forward_kl", ids, log_p, log_tail, z).sum()))(teacher)
     np.testing.assert_allclose(grad, 0.0, atol=1e-14)
-    renormalised = jnp.put_along_axis(jnp.full_like(teacher, -jnp.inf), ids, log_p, axis=-1, inplace=False)
+    renormalised = np.full(teacher.shape, -np.inf)
+    np.put_along_axis(renormalised, np.asarray(ids), np.asarray(log_p), -1)
     grad = student_grad("forward_kl", renormalised, teacher)
-    p, lost = jax.nn.softmax(teacher), 1 - jnp.exp(log_tail)
-    np.testing.assert_allclose(grad, p - jax.nn.softmax(renormalised), atol=1e-14)
-    assert jnp.all(jnp.abs(grad).max(-1) > 0.01) and jnp.all(lost < 0.99)
+    np.testing.assert_allclose(grad, softmax(teacher) - softmax(renormalised), atol=1e-14)
+    # the largest kept token gains its share of the tail's mass
+    assert np.all(np.abs(grad).max(-1) > 0.3 * np.exp(log_tail))
 
 
-@pytest.mark.parametrize("chunk", [4, 7, 64])
-@pytest.mark.parametrize("kind", dv.SUMS)
+@pytest.mark.parametrize(("kind", "chunk"), [*((kind, 7) for kind in dv.SUMS), ("jsd", 23), ("jsd", 64)])
 def test_chunked_equals_plain(kind, chunk):
     rng = np.random.default_rng(12)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
@@ -230,8 +239,8 @@ def test_chunked_equals_plain(kind, chunk):
     kw = dict(temperature=1.5, **PARAMS.get(kind, {}))
     chunked = lambda th, tw, sh, sw: dv.chunked_divergence(kind, th, tw, sh, sw, chunk=chunk, **kw)
     plain = lambda th, tw, sh, sw: dv.token_divergence(kind, th @ tw, sh @ sw, **kw)
-    run = lambda f: jax.jit(jax.value_and_grad(lambda *a: jnp.sum(weight * f(*a)), argnums=(0, 1, 2, 3)))(th, tw, sh, sw)
-    np.testing.assert_allclose(chunked(th, tw, sh, sw), plain(th, tw, sh, sw), rtol=1e-5, atol=1e-5)
+    total = lambda f: lambda *a: (jnp.sum(weight * f(*a)), f(*a))
+    run = lambda f: jax.jit(jax.grad(total(f), argnums=(0, 1, 2, 3), has_aux=True))(th, tw, sh, sw)
     for got, want in zip(jax.tree.leaves(run(chunked)), jax.tree.leaves(run(plain))):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -280,7 +289,7 @@ def test_refusals():
     with pytest.raises(Refused, match="k=5: expected 1 to 4"):
         dv.topk_log_probs(z, 5)
     head = jnp.zeros((5, 6))
-    with pytest.raises(Refused, match="adaptive_kl.* sorts the whole vocabulary"):
+    with pytest.raises(Refused, match=r"adaptive_kl.* sorts the whole vocabulary"):
         dv.chunked_divergence("adaptive_kl", z, head, z, head, chunk=2)
     with pytest.raises(Refused, match="vocabulary of 7, expected the teacher's 6"):
         dv.chunked_divergence("forward_kl", z, head, z, jnp.zeros((5, 7)), chunk=2)
@@ -370,6 +379,6 @@ def test_gkd_off_policy_at_small_beta_is_supervised_forward_kl(x64):
         total, count = dv.masked_sum(per_token(teacher, z), mask)
         return total / count
 
-    gkd = jax.value_and_grad(loss)(student, lambda p, q: dv.jsd(p, q, beta=1e-5) / 1e-5)
-    kd = jax.value_and_grad(loss)(student, dv.forward_kl)
+    run = lambda per_token: jax.jit(jax.value_and_grad(lambda z: loss(z, per_token)))(student)
+    gkd, kd = run(lambda p, q: dv.jsd(p, q, beta=1e-5) / 1e-5), run(dv.forward_kl)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), gkd, kd)
