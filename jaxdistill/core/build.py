@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
                           convert_dict=False)  # fmt: skip
     if value is None:
         return ConfigDict()
-    if isinstance(value, Mapping) and not isinstance(value, ConfigDict):
+    if isinstance(value, Mapping):
         return ConfigDict({k: _plain(v) for k, v in value.items()})
     return value
 
@@ -114,7 +114,7 @@ def build(config: Mapping[str, Any]) -> Any:
 
 
 def _object(value: Any) -> Any:
-    if isinstance(value, Mapping):
+    if isinstance(value, (Mapping, ConfigDict)):
         if "name" in value:
             return build(value)
         return {k: _object(v) for k, v in value.items()} or None
