@@ -1,1 +1,0 @@
-def precision_recall(a,b): return 0.,0.
