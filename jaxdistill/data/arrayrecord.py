@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Joined, Records, Subset, held_out
+from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,24 @@ class ArrayRecords(Records):
             return msgpack_restore(data)
         except Exception as error:  # msgpack and numpy each raise their own
             raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRecords(InMemory):
+    """`ArrayRecords`, read into memory at the start: for what is small and read many times."""
+
+    heldout: float = 0.02
+
+    def arrays(self, split):
+        records = ArrayRecords(path=self.path, heldout=self.heldout)
+        examples = [records.example(record) for record in records.source(split)]
+        return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+
+
+def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -> Dataset:
+    """All records below `folder` as training data, in memory where they take less than `memory` bytes."""
+    small = sum(file.stat().st_size for file in folder.iterdir()) < memory
+    return (LoadedRecords if small else ArrayRecords)(path=str(folder), batch_size=batch_size, seed=seed, heldout=0.0)
 
 
 class RecordFile(Sequence):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 
-import numpy as np
 from PIL import Image
 
 from jaxdistill.evals import modes
