@@ -9,6 +9,7 @@ A *method* is a frozen dataclass of hyper-parameters that lists its turns.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import zlib
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -26,6 +27,14 @@ Nets = SimpleNamespace  # role -> callable with its weights already bound
 
 class Refused(ValueError):
     """Bad input. The message is one line (what, where, what was expected); commands exit with code 2."""
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """table[name]. Raises Refused, naming the nearest key, where there is none."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 1)
+        raise Refused(f"{what}={name!r}: " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(table))}"))
+    return table[name]
 
 
 @flax.struct.dataclass
