@@ -1,0 +1,131 @@
+"""`LlamaForCausalLM` of transformers: Llama 1 to 3, SmolLM, TinyLlama and others of the same graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jaxdistill.core.types import Refused
+from jaxdistill.interop.safetensors import read_json
+from jaxdistill.interop.tables import LINEAR, Family, Row
+from jaxdistill.models.lm import LM
+
+SIZES = {
+    "vocab": "vocab_size",
+    "dim": "hidden_size",
+    "mlp": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+}
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what our model cannot do otherwise
+
+
+def table(cfg: LM) -> tuple[Row, ...]:
+    layer = "model.layers.{i}."
+    rows = (
+        Row("embed/embedding", "model.embed_tokens.weight"),
+        Row("blocks/norm_attention/scale", layer + "input_layernorm.weight"),
+        Row("blocks/to_q/kernel", layer + "self_attn.q_proj.weight", LINEAR),
+        Row("blocks/to_k/kernel", layer + "self_attn.k_proj.weight", LINEAR),
+        Row("blocks/to_v/kernel", layer + "self_attn.v_proj.weight", LINEAR),
+        Row("blocks/to_out/kernel", layer + "self_attn.o_proj.weight", LINEAR),
+        Row("blocks/norm_mlp/scale", layer + "post_attention_layernorm.weight"),
+        Row("blocks/gate/kernel", layer + "mlp.gate_proj.weight", LINEAR),
+        Row("blocks/up/kernel", layer + "mlp.up_proj.weight", LINEAR),
+        Row("blocks/down/kernel", layer + "mlp.down_proj.weight", LINEAR),
+        Row("norm/scale", "model.norm.weight"),
+    )
+    return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+
+
+def read(config: dict[str, Any], folder: Path) -> LM:
+    """Sizes from config.json; stop tokens from generation_config.json where there is one, since that is what stops generation."""
+    where = folder / "config.json"
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
+    try:
+        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    except KeyError as error:
+        raise Refused(f"{where}: {error.args[0]} is missing") from error
+    generation = folder / "generation_config.json"
+    ids = {**config, **(read_json(generation) if generation.exists() else {})}
+    eos = ids.get("eos_token_id")
+    return LM(
+        **sizes,
+        **_rope(config, where),
+        kv_heads=config.get("num_key_value_heads") or 0,
+        head_dim=config.get("head_dim") or 0,
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        tied=config.get("tie_word_embeddings", False),
+        max_length=config.get("max_position_embeddings", 2048),
+        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos=_or(ids.get("bos_token_id"), -1),
+        pad=_or(ids.get("pad_token_id"), -1),
+    )
+
+
+def _rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files."""
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": rope["rope_theta"]}
+    if kind != "llama3":
+        raise Refused(f"{where}: rope_type={kind!r} is not supported, expected 'default' or 'llama3'")
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_factor": rope["factor"],
+        "rope_low": rope["low_freq_factor"],
+        "rope_high": rope["high_freq_factor"],
+        "rope_original": rope["original_max_position_embeddings"],
+    }
+
+
+def write(cfg: LM) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json, in the keys that transformers 4 and 5 both read."""
+    stretched = {
+        "rope_type": "llama3",
+        "factor": cfg.rope_factor,
+        "low_freq_factor": cfg.rope_low,
+        "high_freq_factor": cfg.rope_high,
+        "original_max_position_embeddings": cfg.rope_original,
+    }
+    eos = list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0] if cfg.eos else None
+    ids = {
+        "bos_token_id": None if cfg.bos < 0 else cfg.bos,
+        "eos_token_id": eos,
+        "pad_token_id": None if cfg.pad < 0 else cfg.pad,
+    }
+    config = {
+        "architectures": [FAMILY.name],
+        "model_type": "llama",
+        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
+        "num_key_value_heads": cfg.kv_heads or cfg.heads,
+        "head_dim": cfg.head_dim or cfg.dim // cfg.heads,
+        "max_position_embeddings": cfg.max_length,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None if cfg.rope_factor == 1.0 else stretched,
+        "tie_word_embeddings": cfg.tied,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        **FIXED,
+        **ids,
+    }
+    return {"config.json": config, "generation_config.json": ids}
+
+
+def _or(value, default):
+    return default if value is None else value
+
+
+FAMILY = Family(
+    name="LlamaForCausalLM",
+    library="transformers",
+    config=LM,
+    read=read,
+    write=write,
+    table=table,
+    ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
+)

@@ -1,0 +1,87 @@
+"""One table per model family, read in both directions: (our path, PyTorch's name, layout).
+
+A family is a file beside this one that defines `FAMILY = Family(...)` and stands in `interop.FAMILIES`:
+
+- `name`: PyTorch's class, as `architectures` (transformers) or `_class_name` (diffusers) of config.json says;
+- `config`: our dataclass of sizes, callable with rngs; a net belongs to the family of its `net.config`;
+- `read(config_json, folder) -> config` and `write(config) -> {file name: JSON object}`; `read` raises Refused on every
+  setting that our model does not have, so that no checkpoint is loaded into a different network;
+- `table(config) -> rows`, one for each leaf of the net's params, and `ignored`, patterns of names that carry no weight.
+
+A layout is written with array methods only (reshape, transpose), since it is applied to memory maps, where it stays a
+view, and to abstract arrays, where it gives the shape to expect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxdistill.core.types import Array
+
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Two inverse maps between PyTorch's array and ours."""
+
+    to_jax: Callable[[Array], Array]
+    to_torch: Callable[[Array], Array]
+
+
+SAME = Layout(lambda w: w, lambda w: w)  # norms, biases, embeddings
+LINEAR = Layout(lambda w: w.transpose(1, 0), lambda w: w.transpose(1, 0))  # [out in] <-> [in out]
+CONV = Layout(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))  # [out in h w] <-> [h w in out]
+
+
+def patches(size: int) -> Layout:
+    """A convolution over disjoint patches of `size`, here a linear map of (row, column, channel): [o c p p] <-> [p*p*c o]."""
+    return Layout(
+        lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+        lambda w: w.reshape(size, size, -1, w.shape[1]).transpose(3, 2, 0, 1),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A leaf of our params and its name in PyTorch, where `{i}` numbers the layers that ours has stacked on axis 0.
+
+    With `copies`, PyTorch stores our one weight that many times, numbered by `{i}`.
+    """
+
+    path: str
+    name: str
+    layout: Layout = SAME
+    copies: int = 0
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.name and not self.copies
+
+    def names(self, shape: tuple[int, ...]) -> list[str]:
+        """PyTorch's names, in layer order, of a leaf of this shape."""
+        count = shape[0] if self.stacked else max(self.copies, 1)
+        return [self.name.format(i=i) for i in range(count)]
+
+    def torch_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """PyTorch's shape of each of them."""
+        one = jax.ShapeDtypeStruct(shape[1:] if self.stacked else shape, "float32")
+        return jax.eval_shape(self.layout.to_torch, one).shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a family file defines; see the head of this file."""
+
+    name: str
+    library: str  # a key of STEMS: whose classes read the folder, hence its file names
+    config: type
+    read: Callable[[dict[str, Any], Path], Any]
+    write: Callable[[Any], dict[str, dict[str, Any]]]
+    table: Callable[[Any], tuple[Row, ...]]
+    ignored: tuple[str, ...] = ()  # regular expressions of whole names

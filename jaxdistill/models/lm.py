@@ -1,0 +1,198 @@
+"""The Llama family (arXiv:2302.13971, 2407.21783): a decoder of RMS norms, rotary positions, grouped queries and SwiGLU.
+
+Weights are those of transformers' `LlamaForCausalLM`, layers stacked. Rotary positions act through their differences
+only, so that padding on the left and packing of several documents need a mask, not positions of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxdistill.core.sharding import constrain
+from jaxdistill.core.types import Array, Refused
+from jaxdistill.models.layers import attention, dense, embedding, lookup, rms_norm, scan_layers, split_heads, stack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LM:
+    """Sizes. Defaults are a toy's; Llama-3.2-1B is vocab 128256, dim 2048, mlp 8192, heads 32, kv_heads 8, depth 16,
+    rope_theta 5e5, rope_factor 32, norm_eps 1e-5, tied."""
+
+    vocab: int = 64
+    dim: int = 64
+    mlp: int = 128
+    heads: int = 4
+    kv_heads: int = 0  # keys and values; divides heads; 0: as many as heads
+    head_dim: int = 0  # 0: dim // heads
+    depth: int = 4
+    rope_theta: float = 10000.0  # longest wavelength / 2 pi, in tokens
+    rope_factor: float = 1.0  # Llama 3.1's stretch of long wavelengths; 1: none
+    rope_low: float = 1.0  # wavelengths above rope_original / rope_low are stretched in full
+    rope_high: float = 4.0  # those below rope_original / rope_high are left alone
+    rope_original: int = 8192  # the context before stretching, tokens
+    norm_eps: float = 1e-6
+    tied: bool = False  # the output head is the embedding table
+    max_length: int = 2048  # tokens
+    bos: int = -1  # token that begins a text; -1: none. With eos and pad not used by the network, but by who samples from it
+    eos: tuple[int, ...] = ()  # tokens that end a text
+    pad: int = -1  # filler; -1: none
+    dtype: str = "float32"  # arithmetic; weights are float32
+    remat: str = "none"  # none | full | dots | dots_no_batch
+
+    def __call__(self, rngs: nnx.Rngs) -> LMModule:
+        return LMModule(self, rngs)
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: LM, rngs: nnx.Rngs):
+        d, dtype = cfg.dim, jnp.dtype(cfg.dtype)
+        make = functools.partial(dense, rngs=rngs, bias=False, dtype=dtype)
+        size = cfg.head_dim or d // cfg.heads
+        self.heads, self.kv_heads = cfg.heads, cfg.kv_heads or cfg.heads
+        self.norm_attention = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.to_q = make(d, self.heads * size, ("embed", "heads"))
+        self.to_k = make(d, self.kv_heads * size, ("embed", "heads"))
+        self.to_v = make(d, self.kv_heads * size, ("embed", "heads"))
+        self.to_out = make(self.heads * size, d, ("heads", "embed"))
+        self.norm_mlp = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.gate = make(d, cfg.mlp, ("embed", "mlp"))
+        self.up = make(d, cfg.mlp, ("embed", "mlp"))
+        self.down = make(cfg.mlp, d, ("mlp", "embed"))
+
+    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
+        """x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x, extra)."""
+        h = self.norm_attention(x)
+        q, k, v = split_heads(self.to_q(h), self.heads), split_heads(self.to_k(h), self.kv_heads), split_heads(self.to_v(h), self.kv_heads)
+        mixed, extra = attend(rotate(q, waves), rotate(k, waves), v)
+        x = constrain(x + self.to_out(mixed.reshape(*x.shape[:2], -1)), "batch", "seq", None)
+        x = x + self.down(self.neurons(x))
+        return constrain(x, "batch", "seq", None), extra
+
+    def neurons(self, x: Array) -> Array:
+        """SwiGLU's hidden activations [B T mlp] of the residual stream x."""
+        h = self.norm_mlp(x)
+        return nnx.silu(self.gate(h)) * self.up(h)
+
+
+class LMModule(nnx.Module):
+    def __init__(self, cfg: LM, rngs: nnx.Rngs):
+        kv_heads = cfg.kv_heads or cfg.heads
+        if cfg.heads % kv_heads or (not cfg.head_dim and cfg.dim % cfg.heads):
+            raise Refused(f"model: heads={cfg.heads} must be a multiple of kv_heads={kv_heads} and divide dim={cfg.dim}")
+        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
+        self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
+        self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
+        self.norm = rms_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        if not cfg.tied:
+            self.unembed = dense(cfg.dim, cfg.vocab, ("embed", "vocab"), rngs=rngs, bias=False)
+
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        mask: Array | None = None,
+        cache: dict[str, Array] | None = None,
+        features: tuple[int, ...] = (),
+        hidden_only: bool = False,
+    ):
+        """tokens int [B T] -> logits float32 [B T V]: position t predicts token t + 1.
+
+        mask bool [B T] is False on padding, segments int [B T] differs between packed documents, positions int [T] or
+        [B T] defaults to 0, 1, ... With `cache` (see `init_cache`) the tokens follow those it holds, and the result is
+        (logits, cache); `features` appends the states [B T D] after those blocks. `hidden_only` gives the final
+        normed states [B T D] in place of logits, for losses that project onto `head()` in chunks.
+        """
+        cfg = self.cfg
+        length = tokens.shape[1] if cache is None else cache["valid"].shape[1]
+        if length > cfg.max_length:
+            raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
+        start = 0 if cache is None else cache["length"]
+        positions = start + jnp.arange(tokens.shape[1]) if positions is None else positions
+        angles = positions[..., None].astype(jnp.float32) * frequencies(cfg)
+        waves = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+        x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
+        scan = functools.partial(scan_layers, depth=cfg.depth, remat=cfg.remat, taps=features)
+        if cache is None:
+            seen = visible(mask, segments)
+            attend = lambda q, k, v: (attention(q, k, v, mask=seen, causal=True), None)
+            x, _, feats = scan(lambda x, block: block(x, waves, attend), x, self.blocks)
+        else:
+            if segments is not None:
+                raise Refused("segments: a cache holds one document a row")
+            x, cache, feats = self._continue(scan, x, waves, mask, cache)
+        x = self.norm(x)
+        out = x if hidden_only else self._logits(x)
+        extras = (() if cache is None else (cache,)) + ((feats,) if features else ())
+        return (out, *extras) if extras else out
+
+    def _continue(self, scan, x, waves, mask, cache):
+        """The layers over new tokens, whose keys and values are written into the cache in place."""
+        batch, new, slots, start = *x.shape[:2], cache["valid"].shape[1], cache["length"]
+        mask = jnp.ones((batch, new), bool) if mask is None else mask.astype(bool)
+        valid = jax.lax.dynamic_update_slice(cache["valid"], mask, (0, start))
+        seen = (jnp.arange(slots) <= start + jnp.arange(new)[:, None]) & valid[:, None, None, :]
+
+        def layer(carry, inp):
+            (x, keys, values), (block, i) = carry, inp
+
+            def attend(q, k, v):
+                write = lambda store, part: jax.lax.dynamic_update_slice(store, part[None], (i, 0, start, 0, 0))
+                kept = write(keys, k), write(values, v)
+                return attention(q, kept[0][i], kept[1][i], mask=seen), kept
+
+            x, kept = block(x, waves, attend)
+            return (x, *kept), None
+
+        (x, keys, values), _, states = scan(layer, (x, cache["keys"], cache["values"]), (self.blocks, jnp.arange(self.cfg.depth)))
+        return x, {"keys": keys, "values": values, "valid": valid, "length": start + new}, tuple(s[0] for s in states)
+
+    def _logits(self, x: Array) -> Array:
+        logits = jnp.einsum("btd,dv->btv", x, self.head().astype(x.dtype), preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "seq", "vocab")
+
+    def head(self) -> Array:
+        """The unembedding matrix [D V]."""
+        return self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]
+
+    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
+        """An empty cache for `length` tokens a row: keys and values [L B S G K], valid bool [B S], length int32 [].
+
+        Writing past its end is not checked: `length` is known to the running program only.
+        """
+        cfg = self.cfg
+        shape = (cfg.depth, batch, length, cfg.kv_heads or cfg.heads, cfg.head_dim or cfg.dim // cfg.heads)
+        zeros = lambda: constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
+        return {"keys": zeros(), "values": zeros(), "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32)}
+
+
+def visible(mask: Array | None, segments: Array | None) -> Array | None:
+    """Attention mask [B 1 T T or 1] beside the causal one: no padding, nothing of other documents. None: all visible."""
+    keys = None if mask is None else mask[:, None, None, :].astype(bool)
+    if segments is None:
+        return keys
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same if keys is None else same & keys
+
+
+def frequencies(cfg: LM) -> np.ndarray:
+    """Radians a token [K / 2], float32: theta^(-2i / K), long wavelengths stretched as in Llama 3.1."""
+    size = cfg.head_dim or cfg.dim // cfg.heads
+    freqs = cfg.rope_theta ** (-np.arange(0, size, 2) / size)
+    turns = cfg.rope_original * freqs / (2 * np.pi)  # within the original context
+    kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)
+    return np.float32(freqs * (kept + (1 - kept) / cfg.rope_factor))
+
+
+def rotate(x: Array, waves: tuple[Array, Array]) -> Array:
+    """Rotary positions on x [B T H K]: channel i turns with channel i + K / 2 (transformers' convention)."""
+    cos, sin = waves
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

@@ -1,0 +1,76 @@
+"""Text from a language model: one pass over the prompt, then one token at a time through the cache.
+
+A pure function of its arguments, to be called inside jit: on-policy methods run it in their train step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Refused
+
+
+def generate(
+    net: Callable,
+    prompt: Array,
+    length: int,
+    key: Array,
+    *,
+    prompt_mask: Array | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos: int | Sequence[int] = (),
+    pad: int = 0,
+) -> tuple[Array, Array]:
+    """Continues `prompt` int [B P] to (tokens int [B length], mask bool [B length]).
+
+    `net` is a bound language model; `prompt_mask` [B P] is False on padding, which stands on the left. The mask is
+    True on prompt and continuation, its `eos` (one token or several) included; what follows is `pad` and False.
+    `temperature`, `top_k` and `top_p` are those of `draw`. Raises Refused where `length` leaves nothing to write.
+    """
+    batch, start = prompt.shape
+    if length <= start:
+        raise Refused(f"generate: length={length} counts the prompt, which has {start} tokens")
+    mask = jnp.ones(prompt.shape, bool) if prompt_mask is None else prompt_mask.astype(bool)
+    stops = jnp.atleast_1d(jnp.asarray(eos, prompt.dtype))
+
+    def choose(logits, i, done):
+        token = draw(logits[:, -1], jax.random.fold_in(key, i), temperature=temperature, top_k=top_k, top_p=top_p)
+        token = jnp.where(done, pad, token).astype(prompt.dtype)
+        return token, done | jnp.isin(token, stops)
+
+    def step(carry, i):
+        token, done, cache = carry
+        logits, cache = net(token[:, None], cache=cache)
+        token, ended = choose(logits, i, done)
+        return (token, ended, cache), (token, ~done)
+
+    logits, cache = net(prompt, mask=mask, cache=net(batch, length, method="init_cache"))
+    first, done = choose(logits, start, jnp.zeros(batch, bool))
+    _, (rest, alive) = jax.lax.scan(step, (first, done, cache), jnp.arange(start + 1, length))
+    tokens = jnp.concatenate([prompt, first[:, None], rest.T], 1)
+    return tokens, jnp.concatenate([mask, jnp.ones((batch, 1), bool), alive.T], 1)
+
+
+def draw(logits: Array, key: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """One token int [B] for each row of logits [B V].
+
+    temperature 0 is the argmax. `top_k` (0: all) keeps the k likeliest tokens; of these, `top_p` keeps the fewest
+    whose mass reaches it (nucleus sampling, arXiv:1904.09751). Of equal logits the lower index comes first.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise Refused(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: expected >= 0, >= 0 and in (0, 1]")
+    if temperature == 0.0:
+        return jnp.argmax(logits, -1)
+    logits = logits / temperature
+    if top_k == 0 and top_p == 1.0:
+        return jax.random.categorical(key, logits)
+    kept, ids = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
+    mass = jax.nn.softmax(kept)
+    kept = jnp.where(jnp.cumsum(mass, -1) - mass < top_p, kept, -jnp.inf)
+    pick = jax.random.categorical(key, kept)
+    return jnp.take_along_axis(ids, pick[:, None], 1)[:, 0]
