@@ -25,7 +25,7 @@ def _u_statistic(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.n
 def median_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Median distance between different samples of both sets together, from the first 1,000 rows of each."""
     both = np.concatenate([x[:1000], y[:1000]])
-    return float(np.sqrt(np.median(distances.squared(both, both)[np.triu_indices(len(both), 1)])))
+    return float(np.median(np.sqrt(distances.squared(both, both)[np.triu_indices(len(both), 1)])))
 
 
 def mmd2(x: np.ndarray, y: np.ndarray, width: float | None = None) -> float:
