@@ -200,6 +200,11 @@ def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, st
     return temperature**2 * total
 
 
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log q(label) per token: logits [... V], labels int [...] -> float32 [...]."""
+    return -jnp.take_along_axis(_log_softmax(logits), labels[..., None], -1)[..., 0]
+
+
 def masked_sum(per_token: Array, mask: Array, weights: Array | None = None) -> tuple[Array, Array]:
     """(sum over tokens where `mask` holds, their number), the loss and count of `core.types.Out`.
 
