@@ -34,6 +34,7 @@ class Net:
     axes: Params
     wrap: Callable[[Callable], Callable] = identity
     config: Any = None  # the model's dataclass, where the net came from one
+    adapts: str = ""  # the role whose frozen weights these are adapters of
 
     def init(self, key: Array) -> Params:
         """Fresh weights, drawn from `key`."""
@@ -48,7 +49,7 @@ class Net:
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
-        return _scoped(role, functools.partial(self.apply, params[role]))
+        return scoped(role, functools.partial(self.apply, params[role]))
 
     @property
     def size(self) -> int:
@@ -56,7 +57,9 @@ class Net:
         return sum(math.prod(s.shape) for s in jax.tree.leaves(self.shapes))
 
 
-def _scoped(role: str, call: Callable) -> Callable:
+def scoped(role: str, call: Callable) -> Callable:
+    """`call` with its operations named after the role in profiles and compiled programs."""
+
     def named(*args, **kwargs):
         with jax.named_scope(f"role={role}"):
             return call(*args, **kwargs)
@@ -84,7 +87,7 @@ def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any
 class Fixed(Net):
     """A network without weights: a closed-form teacher, a constant."""
 
-    call: Callable = None
+    call: Callable = identity
 
     def init(self, key):
         return {}
@@ -95,7 +98,7 @@ class Fixed(Net):
 
 def fixed_net(call: Callable, wrap=identity, config: Any = None) -> Net:
     """Wraps a plain function `(*inputs) -> output` as a Net with no weights."""
-    return Fixed(None, None, {}, {}, wrap, config, call)
+    return Fixed(None, None, {}, {}, wrap, config, call=call)
 
 
 def cast(params: Params, dtype) -> Params:
@@ -107,7 +110,11 @@ def is_spec(leaf: Any) -> bool:
     return isinstance(leaf, PartitionSpec)
 
 
-def paths(tree: Params) -> dict[str, Any]:
+def path_name(path) -> str:
+    """"a/b/c" of a key path."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def paths(tree: Params, is_leaf=None) -> dict[str, Any]:
     """Leaves under their "a/b/c" paths."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): leaf for path, leaf in flat}
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}

@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 class Optimizer:
     """One role's optimiser. Steps are the role's own updates, not engine steps."""
 
-    name: str = "adamw"  # adamw | radam | sgd | any optax alias that takes a learning rate
+    algorithm: str = "adamw"  # adamw | radam | sgd | any optax alias that takes a learning rate
     lr: float = 1e-4
     b1: float = 0.9
     b2: float = 0.999
@@ -35,14 +35,14 @@ class Optimizer:
         """The optax transformation for a role that is updated `steps` times. Raises Refused on unknown names."""
         chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
         lr = self.learning_rate(steps)
-        if self.name in ("adamw", "adam"):
+        if self.algorithm in ("adamw", "adam"):
             core = optax.adamw(lr, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay, mask=decayed)
-        elif self.name == "radam":
+        elif self.algorithm == "radam":
             core = optax.radam(lr, b1=self.b1, b2=self.b2, eps=self.eps)
-        elif hasattr(optax, self.name):
-            core = getattr(optax, self.name)(lr)
+        elif hasattr(optax, self.algorithm):
+            core = getattr(optax, self.algorithm)(lr)
         else:
-            raise Refused(f"optimizer.name={self.name!r}: expected adamw, radam, sgd or another optax optimiser")
+            raise Refused(f"optimizer.algorithm={self.algorithm!r}: expected adamw, radam, sgd or another optax optimiser")
         return optax.chain(*chain, core)
 
     def learning_rate(self, steps: int) -> optax.Schedule:

@@ -85,6 +85,12 @@ def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
     return NamedSharding(mesh, rules.spec(("batch",)))
 
 
+def put_batch(mesh: Mesh, rules: Rules = Rules()):
+    """A function from this process's rows of a batch (numpy) to global arrays on the mesh."""
+    where = batch_sharding(mesh, rules)
+    return lambda batch: {k: jax.make_array_from_process_local_data(where, v) for k, v in batch.items()}
+
+
 def check_batch(mesh: Mesh, rules: Rules, size: int, accumulate: int = 1) -> None:
     """Raises Refused unless `size` samples split over micro-batches, the mesh's batch axes and the processes."""
     ways = math.prod(mesh.shape[a] for a in rules.batch)

@@ -16,16 +16,17 @@ from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Batch, Ctx, Method, Metrics, Nets, Params, Refused, State, Turn
 
 
-def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params]) -> State:
-    """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or fresh.
+def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params], inits=None) -> State:
+    """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or fresh, as `inits`
+    (by default the method's) says.
 
     Pure, to be jitted with the state's shardings. Every tree owns its buffers, because they get donated.
     """
     params = {}
-    for i, (role, source) in enumerate(method.inits.items()):
+    for i, (role, source) in enumerate((inits or method.inits).items()):
         if role in start:
             init = start[role]
-        elif source is not None:
+        elif source is not None and not nets[role].adapts:
             init = overlay(nets[role].init(jax.random.fold_in(key, i)), {**start, **params}[source], role, source)
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
@@ -146,5 +147,3 @@ def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mappi
     jitted = jax.jit(train_step, static_argnums=3, donate_argnums=0,
                      out_shardings=None if shardings is None else (shardings, None))  # fmt: skip
     return jitted, lambda step: tuple(i for i, turn in enumerate(turns) if turn.when(step))
-
-

@@ -126,5 +126,3 @@ def guided(net, x: Array, t: Array, cond, null, scale: float, **kw) -> Pred:
     n = x.shape[0]
     w = lambda leaf: expand(jnp.broadcast_to(jnp.asarray(scale, leaf.dtype), (n,)), leaf[:n])
     return jax.tree.map(lambda p: p[n:] + w(p) * (p[:n] - p[n:]), both)
-
-

@@ -80,6 +80,10 @@ class Process:
         a, s = self.alpha_sigma(expand(jnp.asarray(t), x0))
         return a * x0 + s * eps
 
+    def start(self, noise: Array) -> Array:
+        """Unit Gaussian noise as a state at t_max."""
+        return self.add_noise(jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype))
+
     def velocity(self, x0: Array, eps: Array, t: Array) -> Array:
         """dx_t/dt along a given pair."""
         _, _, da, ds = self.coefs(expand(t, x0))

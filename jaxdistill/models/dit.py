@@ -16,7 +16,19 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
-from jaxdistill.models.layers import XAVIER, ZEROS, attention, dense, embedding, fourier, lookup, plain_norm, scan_layers, split_heads, stack
+from jaxdistill.models.layers import (
+    XAVIER,
+    ZEROS,
+    attention,
+    dense,
+    embedding,
+    fourier,
+    lookup,
+    plain_norm,
+    scan_layers,
+    split_heads,
+    stack,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,25 +13,22 @@ from jaxdistill.samplers.ode import Denoise
 def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> Array:
     """Consistency / DMD2 sampling: predict x0 at each of `times` [N], re-noise it with fresh noise to the next.
 
-    `noise` is unit Gaussian; times[0] is where the chain starts.
+    `noise` [B ...] is unit Gaussian; the chain starts from pure noise, seen as a state at times[0].
     """
-    x0 = renoise_chain(process, net, noise, times, key)
-    return x0[-1]
+    xt, t = simulate(process, net, noise, times, key, len(times) - 1)
+    return net(xt, t).x0
 
 
-def renoise_chain(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> Array:
-    """All predictions [N, B ...] of the chain, for back-simulation and roll-outs."""
+def simulate(process: Process, net: Denoise, noise: Array, times: Array, key: Array, index: Array | int) -> tuple[Array, Array]:
+    """The state (x_t [B ...], t [B]) that a renoising chain brings to its step number `index`, which may be traced."""
 
-    def body(x, inp):
-        i, t, s = inp
-        x0 = net(x, jnp.full(x.shape[:1], t)).x0
+    def body(i, x):
+        x0 = net(x, jnp.full(x.shape[:1], times[i])).x0
         fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        return process.add_noise(x0, fresh, jnp.full(x.shape[:1], s)), x0
+        return process.add_noise(x0, fresh, times[i + 1])
 
-    n = len(times)
-    start = process.add_noise(jnp.zeros_like(noise), noise, times[:1].repeat(noise.shape[0]))
-    _, path = jax.lax.scan(body, start, (jnp.arange(n), times, jnp.append(times[1:], times[-1])))
-    return path
+    xt = jax.lax.fori_loop(0, index, body, process.start(noise))
+    return xt, jnp.full(noise.shape[:1], times[index])
 
 
 def jump(net, noise: Array, times: Array) -> Array:

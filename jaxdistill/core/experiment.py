@@ -1,0 +1,148 @@
+"""What a config stands for: method, data, networks, shardings and where every role's first weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxdistill.core import build, lora, sharding
+from jaxdistill.core.checkpoint import load_params
+from jaxdistill.core.net import Net, make_net
+from jaxdistill.core.types import Method, Params, Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config's objects. Nothing is allocated before `warm_starts`."""
+
+    config: ConfigDict
+    workdir: Path
+
+    @functools.cached_property
+    def settings(self) -> build.Run:
+        return build.run_settings(self.config)
+
+    @functools.cached_property
+    def method(self) -> Method:
+        return build.build(self.config.method)
+
+    @functools.cached_property
+    def data(self) -> Any:
+        return build.build(self.config.data)
+
+    @functools.cached_property
+    def evaluation(self) -> Any:
+        return build.build(self.config.evaluation) if self.config.evaluation else None
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        mesh = sharding.make_mesh(self.settings.mesh)
+        sharding.check_batch(mesh, self.settings.rules, self.data.batch_size, self.settings.accumulate)
+        return mesh
+
+    @functools.cached_property
+    def roles(self) -> dict[str, build.Role]:
+        """Every role of the method. Raises Refused where the config names another."""
+        wanted = [*self.method.frozen, *self.method.inits]
+        for name in self.config.roles:
+            if name not in wanted:
+                raise Refused(f"config.roles.{name}: {self.config.method.name} has no such role{build.nearest(name, wanted)}")
+        return {name: build.build(self.config.roles[name]) if name in self.config.roles else build.Role() for name in wanted}
+
+    def source(self, role: str) -> str:
+        """Where the role's first weights come from: the config's `init`, or what the method says."""
+        return self.roles[role].init or self.method.inits.get(role) or "fresh"
+
+    @functools.cached_property
+    def nets(self) -> dict[str, Net]:
+        return {role: self._net(role) for role in self.roles}
+
+    def _net(self, role: str) -> Net:
+        cfg, process = self.roles[role], getattr(self.method, "process", None)
+        if cfg.init == "exact":
+            if not hasattr(self.data, "net"):
+                raise Refused(f"config.roles.{role}.init=exact: {self.config.data.name} knows no exact law")
+            return self.data.net(process) if process is not None else self.data.net()
+        if cfg.lora.rank:
+            fields = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
+            return lora.adapt(self._net(cfg.lora.base), **fields)
+        model, denoiser = self._described(role)
+        wrap = {"wrap": functools.partial(denoiser.wrap, process=process)} if denoiser is not None and process is not None else {}
+        return make_net(model, config=model, **wrap)
+
+    def _described(self, role: str) -> tuple[Any, Any]:
+        """(model, denoiser) of a role; what is empty is that of the role or run that it starts from."""
+        cfg, source = self.roles[role], self.source(role)
+        model, denoiser = cfg.model, cfg.denoiser
+        if model is None or denoiser is None:
+            if source in self.roles and self.roles[source].init != "exact":
+                other = self._described(source)
+            elif (config := self._run_config(source)) is not None:
+                student = build.build(config["roles"]["student"])
+                other = (student.model, student.denoiser)
+            else:
+                other = (None, None)
+            model, denoiser = model or other[0], denoiser or other[1]
+        if model is None:
+            raise Refused(f"config.roles.{role}.model is empty, and {source!r} names no role or run to take it from")
+        return model, denoiser
+
+    def _run_config(self, source: str) -> Any:
+        if source.startswith("@"):
+            if source[1:] not in self.config.runs:
+                raise Refused(f"init={source!r}: config.runs has no {source[1:]!r}{build.nearest(source[1:], self.config.runs)}")
+            return self.config.runs[source[1:]]
+        path = Path(source) / "config.json"
+        return json.loads(path.read_text()) if path.exists() and (Path(source) / "stages").exists() else None
+
+    @functools.cached_property
+    def inits(self) -> dict[str, str | None]:
+        """Trained role -> role that it is copied from, or None."""
+        return {role: self.source(role) if self.source(role) in self.roles else None for role in self.method.inits}
+
+    def warm_starts(self) -> dict[str, Params]:
+        """role -> weights for every frozen role and every role whose `init` names a place; sharded as they arrive."""
+        starts = {role: self._load(role) for role in self.roles if role in self.method.frozen or self.roles[role].init}
+        return {role: params for role, params in starts.items() if params is not None}
+
+    def _load(self, role: str) -> Params | None:
+        net, cfg, source = self.nets[role], self.roles[role], self.source(role)
+        if source == "exact":
+            return {}
+        if source == "fresh":
+            if role in self.method.frozen:
+                raise Refused(f"config.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run or exact)")
+            return None
+        if source in self.roles:
+            return None
+        abstract = abstract_params(self.mesh, cfg.rules, net, cfg.param_dtype if role in self.method.frozen else "float32")
+        if source.startswith("@"):
+            return load_result(self.workdir / source[1:], abstract)
+        if (Path(source) / "stages").exists():
+            return load_result(Path(source), abstract)
+        if not Path(source).exists():
+            raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
+        from jaxdistill import interop
+
+        return interop.load_into(source, net, abstract)
+
+
+def abstract_params(mesh, rules, net: Net, dtype: str = "float32") -> Params:
+    """ShapeDtypeStructs with shardings for a net's weights."""
+    placed = sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=where), net.shapes, placed)
+
+
+def load_result(workdir: Path, abstract: Params, role: str = "student") -> Params:
+    """A finished run's weights of one role (averaged where it has an average)."""
+    stages = sorted((workdir / "stages").glob("[0-9]*"), key=lambda p: int(p.name))
+    if not stages:
+        raise Refused(f"{workdir}: no finished run there (no stages/)")
+    return load_params(stages[-1], {role: abstract})[role]

@@ -1,0 +1,85 @@
+"""Arithmetic of a program, counted on its jaxpr with scan lengths multiplied in, by role.
+
+XLA's own cost analysis counts the body of a scan once. Operations carry the role that they belong to in their name
+stack (`Net.bind`), backward passes included, so that the count splits into student, teacher, fake, ...
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Callable
+
+import jax
+
+PEAK_BF16 = {  # flops per second and chip, dense bf16; the vendors' data sheets
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak(device: jax.Device) -> float | None:
+    """Flops per second of one chip; None for CPUs and chips that the table does not know."""
+    kind = device.device_kind
+    found = [flops for name, flops in PEAK_BF16.items() if kind == name or (name.startswith("NVIDIA") and kind.startswith(name))]
+    return found[0] if found else None
+
+
+def count(fn: Callable, *args, static: tuple = ()) -> dict[str, float]:
+    """Floating-point operations of matrix products and convolutions in `fn(*args, *static)`, by role ("" for the rest).
+
+    What rematerialisation computes again is left out: these are model flops.
+    """
+    total: dict[str, float] = collections.defaultdict(float)
+    _walk(jax.make_jaxpr(lambda *a: fn(*a, *static))(*args).jaxpr, 1.0, "", total)
+    return dict(total)
+
+
+def _walk(jaxpr, times: float, role: str, total) -> None:
+    for eqn in jaxpr.eqns:
+        stack = str(eqn.source_info.name_stack)
+        if "rematted_computation" in stack:
+            continue
+        found = re.findall(r"role=(\w+)", stack)
+        mine = found[-1].removeprefix("ema_") if found else role
+        if eqn.primitive.name == "dot_general":
+            total[mine] += times * _dot(eqn)
+        elif eqn.primitive.name == "conv_general_dilated":
+            total[mine] += times * _conv(eqn)
+        inner = [p for value in eqn.params.values() for p in _jaxprs(value)]
+        if eqn.primitive.name == "cond":
+            branches = []
+            for branch in inner:
+                branches.append(collections.defaultdict(float))
+                _walk(branch, times, mine, branches[-1])
+            for name, flops in max(branches, key=lambda b: sum(b.values())).items():
+                total[name] += flops
+            continue
+        repeat = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for part in inner:
+            _walk(part, times * repeat, mine, total)
+
+
+def _jaxprs(value):
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        item = getattr(item, "jaxpr", item)
+        if hasattr(item, "eqns"):
+            yield item
+
+
+def _dot(eqn) -> float:
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+
+
+def _conv(eqn) -> float:
+    kernel = eqn.invars[1].aval.shape
+    out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / out_features / eqn.params["batch_group_count"]

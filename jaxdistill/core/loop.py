@@ -1,0 +1,361 @@
+"""The one host loop: stages, steps, checkpoints, metrics, samples, evaluation, report."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxdistill.core import flops, metrics, report, sharding
+from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
+from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.net import Net, paths
+from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.types import Params, Refused, Stage, State
+from jaxdistill.data.prefetch import DevicePrefetch
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM, Ctrl-C); it has saved, and running it again goes on."""
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished run: networks and weights by role (averaged where a role has an average)."""
+
+    experiment: Experiment
+    nets: dict[str, Net]
+    params: dict[str, Params]
+
+    def bound(self):
+        """Networks with their weights bound, as losses see them."""
+        return bind(self.nets, self.params)
+
+
+def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains what `config` describes in `workdir`, or goes on where it stopped; returns the content of report.json.
+
+    The runs in `config.runs` come first, in `workdir/<name>`. Raises Refused on bad input, metrics.NonFinite where a
+    loss stops being a number, Stopped after SIGTERM or Ctrl-C; in all cases the last good checkpoint stays.
+    """
+    workdir = Path(workdir)
+    experiment = Experiment(config, workdir)
+    _check(experiment)
+    if dry_run:
+        return _dry_run(experiment)
+    _claim_folder(config, workdir)
+    if (workdir / "report.json").exists():
+        return json.loads((workdir / "report.json").read_text())
+    started = time.time()
+    reports = {name: run(sub, workdir / name, progress=progress) for name, sub in config.runs.items()}
+    with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
+        trained = _train(experiment, stop, progress)
+        return report.write(trained, reports, seconds=time.time() - started, progress=progress)
+
+
+def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
+    """A finished run's networks and weights. Raises Refused where it has not finished."""
+    workdir = Path(workdir)
+    if config is None:
+        if not (workdir / "config.json").exists():
+            raise Refused(f"{workdir}: no config.json, hence no run of ours")
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    experiment = Experiment(config, workdir)
+    stages = experiment.method.stages(experiment.settings.steps)
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        return _result(experiment, stages, len(stages))
+
+
+def _check(experiment: Experiment) -> None:
+    """Builds everything that needs no array, of this run and of those inside it, so that bad input is refused early."""
+    for name, sub in experiment.config.runs.items():
+        _check(Experiment(sub, experiment.workdir / name))
+    _ = experiment.mesh, experiment.method, experiment.nets, experiment.evaluation, experiment.data.spec()
+    for role in experiment.method.inits:
+        experiment.roles[role].optimizer.make(1)
+
+
+def _claim_folder(config: ConfigDict, workdir: Path) -> None:
+    """Makes the run folder this config's. Raises Refused where another config has been run there."""
+    path, resolved = workdir / "config.json", json.loads(config.to_json())
+    if workdir.exists() and not workdir.is_dir():
+        raise Refused(f"--workdir={workdir}: is a file")
+    if path.exists():
+        before, now = (_flat(c) for c in (json.loads(path.read_text()), resolved))
+        free = ("log_every", "sample_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "wandb", "mesh")
+        changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k.split(".")[0] not in free]
+        if changed:
+            k = changed[0]
+            raise Refused(f"{workdir} holds a run of another config: {k} is {before.get(k)!r} there, {now.get(k)!r} here"
+                          f"{f' (and {len(changed) - 1} more)' if changed[1:] else ''}; give another --workdir")  # fmt: skip
+    write_json(path, resolved)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+
+
+@contextlib.contextmanager
+def _signals():
+    """Yields an Event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once."""
+    stop, main = threading.Event(), threading.current_thread() is threading.main_thread()
+
+    def handle(number, frame):
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        stop.reason = signal.Signals(number)
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _result(experiment: Experiment, stages: tuple[Stage, ...], done: int) -> Trained:
+    """Networks and weights after `done` stages: warm starts, then each stage's surgery and result."""
+    params, nets = experiment.warm_starts(), dict(experiment.nets)
+    for i, stage in enumerate(stages[:done]):
+        nets, params = _prepare(experiment, stage, nets, params)
+        shapes = {role: _abstract(experiment, nets[role], role) for role in stage.method.inits}
+        params |= load_params(experiment.workdir / "stages" / str(i), shapes)
+    return Trained(experiment, nets, params)
+
+
+def _prepare(experiment: Experiment, stage: Stage, nets, params):
+    """The stage's surgery, on the first training batch."""
+    if stage.surgery is None:
+        return nets, params
+    batch = {k: jnp.asarray(v) for k, v in next(experiment.data.loader()).items()}
+    nets, params = stage.surgery(nets, params, batch)
+    return nets, dict(params)
+
+
+def _abstract(experiment: Experiment, net: Net, role: str):
+    from jaxdistill.core.experiment import abstract_params
+
+    return abstract_params(experiment.mesh, experiment.roles[role].rules, net)
+
+
+def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Trained:
+    """All stages; a stage that has left its result in stages/ is not run again."""
+    settings, workdir = experiment.settings, experiment.workdir
+    stages = experiment.method.stages(settings.steps)
+    finished = 0
+    while (workdir / "stages" / str(finished)).exists():
+        finished += 1
+    trained = _result(experiment, stages, finished)
+    if finished == len(stages):
+        return trained
+    checkpoints = Checkpoints(workdir / "checkpoints", settings.keep)
+    try:
+        for i in range(finished, len(stages)):
+            trained.nets, trained.params = _prepare(experiment, stages[i], trained.nets, trained.params)
+            offset = sum(s.steps for s in stages[:i])
+            state = _Fit(trained, stages[i], i, offset, checkpoints, stop, progress).run()
+            result = {role: state.ema.get(role, state.params[role]) for role in stages[i].method.inits}
+            save_params(workdir / "stages" / str(i), result)
+            trained.params = {**trained.params, **result}
+    finally:
+        checkpoints.close()
+    return trained
+
+
+class _Fit:
+    """One stage: state, data, programs; then steps until done or stopped."""
+
+    def __init__(self, trained: Trained, stage: Stage, index: int, offset: int, checkpoints, stop, progress):
+        self.trained, self.stage, self.index, self.offset = trained, stage, index, offset
+        self.experiment, self.settings = trained.experiment, trained.experiment.settings
+        self.checkpoints, self.stop, self.progress = checkpoints, stop, progress
+        self.controller, self.data = stage.method.controller(), self.experiment.data
+
+    def run(self) -> State:
+        settings, stage, workdir = self.settings, self.stage, self.experiment.workdir
+        programs = make_programs(self.experiment, self.trained.nets, stage, self.trained.params)
+        restored = self._restore(programs.abstract)
+        if restored is None:
+            key = jax.random.fold_in(jax.random.key(settings.seed), self.index)
+            done, state, position = 0, programs.init(key, self.trained.params), None
+        else:
+            done, state, position = restored
+        rng = jax.random.fold_in(jax.random.key(settings.seed + 1), self.index)
+        put = sharding.put_batch(self.experiment.mesh, settings.rules)
+        writer = metrics.Writer(workdir, self.offset + done, tensorboard=settings.tensorboard, wandb=settings.wandb,
+                                config=self.experiment.config.to_dict())  # fmt: skip
+        pending, bar = metrics.Pending(stage.method.turns), metrics.progress(stage.steps, done, self._title(), self.progress)
+        started = logged = time.time()
+        batches, step = self._batches(position, put), done
+        try:
+            while step < stage.steps:
+                batch, position = next(batches)
+                state, values = programs.step(state, batch, rng, programs.active_at(step))
+                step += 1
+                pending.add(self.offset + step, values)
+                bar.update()
+                last = step == stage.steps
+                due = {k: getattr(settings, k) and step % getattr(settings, k) == 0
+                       for k in ("log_every", "sample_every", "eval_every", "checkpoint_every")}  # fmt: skip
+                if due["log_every"] or due["checkpoint_every"] or last or self.stop.is_set():
+                    means, (logged, since) = pending.flush(), (time.time(), logged)
+                    means |= self._rates(programs, step - self._logged(step, done), logged - since)
+                    writer.write(self.offset + step, logged - started, means)
+                    bar.set_postfix_str(_brief(means), refresh=False)
+                    batches = self._steer(batches, means, position, put)
+                if due["sample_every"] or due["eval_every"]:
+                    scores = report.look(self._view(state), self.offset + step, score=bool(due["eval_every"]))
+                    writer.write(self.offset + step, time.time() - started, scores)
+                if due["checkpoint_every"] or last or self.stop.is_set():
+                    self.checkpoints.save(self.offset + step, state, self._host(position))
+                if self.stop.is_set() and not last:
+                    self.checkpoints.wait()
+                    raise Stopped(f"{self.stop.reason.name}: saved step {self.offset + step} in {workdir}; run again to go on")
+        finally:
+            bar.close()
+            batches.close()
+            writer.close()
+        self.checkpoints.wait()
+        return state
+
+    def _title(self) -> str:
+        name = self.experiment.workdir.name
+        stages = self.experiment.method.stages(self.settings.steps)
+        return name if len(stages) == 1 else f"{name} [{self.index + 1}/{len(stages)}]"
+
+    def _restore(self, abstract: State):
+        """(steps done in this stage, state, data position); None where this stage has no checkpoint."""
+        host = self.checkpoints.host()
+        if host is None or host[1]["stage"] != self.index:
+            return None
+        found = self.checkpoints.restore(abstract.replace(frozen={}))
+        if found is None or found[2]["stage"] != self.index:
+            return None
+        step, state, host = found
+        if self.controller:
+            self.controller.restore(host["controller"])
+            self.data = self.experiment.data.steer(host["hints"])
+        frozen = {role: self.trained.params[role] for role in self.stage.method.frozen}
+        return step - self.offset, state.replace(frozen=frozen), host["data"]
+
+    def _host(self, position) -> dict[str, Any]:
+        controller = {"controller": self.controller.state(), "hints": dict(self.hints)} if self.controller else {}
+        return {"stage": self.index, "data": position, **controller}
+
+    hints: Mapping[str, Any] = {}
+
+    def _steer(self, batches, means, position, put):
+        """Lets the controller change the data set; the loader then goes on from the same position."""
+        hints = self.controller.update(means) if self.controller else {}
+        if not hints:
+            return batches
+        batches.close()
+        self.hints = {**self.hints, **hints}
+        self.data = self.experiment.data.steer(self.hints)
+        return self._batches(position, put)
+
+    def _batches(self, position, put) -> DevicePrefetch:
+        loader = self.data.loader((jax.process_index(), jax.process_count()))
+        if position is not None:
+            loader.set_state(position)
+        return DevicePrefetch(loader, put)
+
+    def _logged(self, step: int, done: int) -> int:
+        """The last step before `step` that wrote metrics."""
+        every = (self.settings.log_every, self.settings.checkpoint_every)
+        return max(done, *((step - 1) // n * n for n in every))
+
+    def _rates(self, programs, steps: int, seconds: float) -> dict[str, float]:
+        work = steps / max(seconds, 1e-9)
+        rates = {"perf/steps_per_second": work, "perf/samples_per_second": work * self.data.batch_size}
+        rates["perf/model_flops_per_second"] = work * programs.flops
+        if peak := flops.peak(self.experiment.mesh.devices.flat[0]):
+            rates["perf/mfu"] = work * programs.flops / (peak * self.experiment.mesh.size)
+        return rates
+
+    def _view(self, state: State) -> Trained:
+        averaged = {role: state.ema.get(role, p) for role, p in state.params.items()}
+        return dataclasses.replace(self.trained, params={**self.trained.params, **averaged})
+
+
+def _brief(means: Mapping[str, float]) -> str:
+    return " ".join(f"{k.removesuffix('/loss')}={v:.3g}" for k, v in means.items() if k.endswith("/loss"))
+
+
+@dataclasses.dataclass
+class Programs:
+    """A stage's compiled parts, still lazy: abstract state with shardings, init, step, and its mean model flops."""
+
+    abstract: State
+    init: Any
+    step: Any
+    active_at: Any
+    flops: float  # model flops of a mean step
+    patterns: dict[tuple[int, ...], dict[str, float]]  # active turns -> model flops by role
+
+
+def make_programs(experiment: Experiment, nets: Mapping[str, Net], stage: Stage, start: Mapping[str, Any]) -> Programs:
+    """Shapes, then shardings, then jitted functions; `start` may hold arrays or ShapeDtypeStructs."""
+    method, settings, roles = stage.method, experiment.settings, experiment.roles
+    turns = method.turns
+    taken = [tuple(i for i, t in enumerate(turns) if t.when(s)) for s in range(stage.steps)]
+    updates = {role: sum(sum(role in turns[i].moves for i in active) for active in taken) for role in method.inits}
+    txs = {role: roles[role].optimizer.make(updates[role]) for role in method.inits}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    build_state = lambda key, start: init_state(method, nets, txs, key, start, experiment.inits)
+    abstract = jax.eval_shape(build_state, key, start)
+    where = sharding.state_shardings(experiment.mesh, {r: roles[r].rules for r in roles}, nets, txs, abstract)
+    abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where)
+    step, active_at = make_train_step(method, nets, txs, emas={r: roles[r].ema for r in method.ema},
+                                      accumulate=settings.accumulate, shardings=where)  # fmt: skip
+    patterns = {active: flops.count(step, abstract, experiment.data.spec(), key, static=(active,)) for active in dict.fromkeys(taken)}
+    mean = sum(sum(patterns[active].values()) for active in taken) / max(len(taken), 1)
+    return Programs(abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns)
+
+
+def _dry_run(experiment: Experiment) -> dict[str, Any]:
+    """Builds everything, compiles each turn pattern of the first stage, prints bytes and flops per role, and stops."""
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        stage = experiment.method.stages(experiment.settings.steps)[0]
+        start = {r: _abstract(experiment, experiment.nets[r], r) for r in experiment.roles
+                 if r in experiment.method.frozen or (experiment.roles[r].init and r not in experiment.inits)}  # fmt: skip
+        if stage.surgery is not None:
+            raise Refused(f"--dry_run: {experiment.config.method.name} starts with surgery on real weights")
+        programs = make_programs(experiment, experiment.nets, stage, start)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        state, table = programs.abstract, {}
+        for role, net in experiment.nets.items():
+            held = [getattr(state, part).get(role, {}) for part in ("params", "opt", "ema", "frozen")]
+            table[role] = {"parameters": net.size, "bytes": size(held)}
+        for active, by_role in programs.patterns.items():
+            name = "+".join(str(i) for i in active)
+            for role in table:
+                table[role][f"flops, turns {name}"] = by_role.get(role, 0.0)
+            compiled = programs.step.lower(state, _placed(experiment), key, active).compile()
+            memory = compiled.memory_analysis()
+            print(f"turns {name}: compiled; {memory.temp_size_in_bytes / 2**20:.1f} MiB temporaries, "
+                  f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments on each device")  # fmt: skip
+        print(report.text_table([{"role": role, **row} for role, row in table.items()]))
+        return {"roles": table}
+
+
+def _placed(experiment: Experiment):
+    where = sharding.batch_sharding(experiment.mesh, experiment.settings.rules)
+    return {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for k, s in experiment.data.spec().items()}
+
+
+__all__ = ["Programs", "Stopped", "Trained", "load", "make_programs", "paths", "run"]

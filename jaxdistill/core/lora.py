@@ -1,0 +1,71 @@
+"""Low-rank adaptation as a combinator Net -> Net: the role's weights are small, the base belongs to another role.
+
+W + (alpha / rank) A B on every matched matrix (arXiv:2106.09685); B starts at zero, so that the adapted network starts
+as its base. Several roles may adapt the same frozen one: teacher, student and fake score of a large model share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxdistill.core.net import Net, is_spec, path_name, paths, scoped
+from jaxdistill.core.types import Params, Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter(Net):
+    """A Net whose params are {"path/to/kernel": {"a": [..., i, r], "b": [..., r, o]}}.
+
+    `apply` takes {"base": ..., "adapter": ...}; `bind` finds the base among the roles.
+    """
+
+    scale: float = 1.0
+
+    def init(self, key):
+        fresh = {}
+        for i, (path, pair) in enumerate(self.shapes.items()):
+            a = jax.random.normal(jax.random.fold_in(key, i), pair["a"].shape, pair["a"].dtype)
+            fresh[path] = {"a": a / pair["a"].shape[-2] ** 0.5, "b": jnp.zeros(pair["b"].shape, pair["b"].dtype)}
+        return fresh
+
+    def apply(self, params, *args, method: str = "__call__", **kwargs):
+        return super().apply(merge(params["base"], params["adapter"], self.scale), *args, method=method, **kwargs)
+
+    def bind(self, role, params):
+        own = {"base": params[self.adapts], "adapter": params[role]}
+        return scoped(role, functools.partial(self.apply, own))
+
+
+def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = r".*kernel") -> Adapter:
+    """`net` with adapters of `rank` on the matrices whose path matches `targets`; its other weights are those of role `base`.
+
+    Raises Refused where nothing matches.
+    """
+    shapes, axes, names_of = {}, {}, paths(net.axes, is_leaf=is_spec)
+    for path, shape in paths(net.shapes).items():
+        if not re.fullmatch(targets, path) or len(shape.shape) < 2:
+            continue
+        *lead, i, o = shape.shape
+        *names, ni, no = names_of[path] or (None,) * len(shape.shape)
+        like = lambda *dims: jax.ShapeDtypeStruct((*lead, *dims), jnp.float32)
+        shapes[path] = {"a": like(i, rank), "b": like(rank, o)}
+        axes[path] = {"a": P(*names, ni, None), "b": P(*names, None, no)}
+    if not shapes:
+        raise Refused(f"lora.targets={targets!r} matches no matrix; weights are {', '.join(list(paths(net.shapes))[:6])}, ...")
+    return Adapter(net.build, net.graphdef, shapes, axes, net.wrap, net.config, base, scale=(alpha or rank) / rank)
+
+
+def merge(base: Params, adapter: Params, scale: float) -> Params:
+    """The base's tree with the adapters folded in: what is exported."""
+
+    def leaf(path, w):
+        pair = adapter.get(path_name(path))
+        return w if pair is None else w + (scale * pair["a"] @ pair["b"]).astype(w.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, base)

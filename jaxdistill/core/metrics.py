@@ -1,0 +1,111 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases; and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jaxdistill.core.types import Refused
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient stopped being a number."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Writer:
+    """Appends records `{"step", "seconds", "role/name": float}`; a resumed run first drops what came after `step`."""
+
+    def __init__(self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping[str, Any]):
+        self._path, self._board, self._wandb = workdir / "metrics.jsonl", None, None
+        if jax.process_index():
+            self._file = None
+            return
+        kept = [r for r in read(self._path) if r["step"] <= step]
+        temp = self._path.with_name(".metrics.jsonl")
+        temp.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(temp, self._path)
+        self.offset = kept[-1]["seconds"] if kept else 0.0
+        self._file = self._path.open("a")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError as error:
+                raise Refused(f"config.wandb={wandb!r}: wandb is not installed; pip install 'jaxdistill[wandb]'") from error
+            self._wandb = client.init(project=wandb, dir=str(workdir), config=dict(config), resume="allow", id=workdir.name)
+
+    def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
+        """One record; a value that is not finite is written as null."""
+        if self._file is None:
+            return
+        record = {"step": step, "seconds": round(self.offset + seconds, 3)}
+        record |= {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if self._board:
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
+
+    def close(self) -> None:
+        for sink in (self._file, self._board):
+            if sink:
+                sink.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+class Pending:
+    """Metrics of steps whose programs may still be running; read back all at once, each step checked."""
+
+    def __init__(self, turns):
+        self._turns, self._steps = turns, []
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        self._steps.append((step, metrics))
+
+    def flush(self) -> dict[str, float]:
+        """Means since the last flush. Raises NonFinite, naming turn, role and step."""
+        sums: dict[str, list[float]] = {}
+        values = jax.device_get([m for _, m in self._steps])
+        for (step, _), metrics in zip(self._steps, values):
+            for name, value in metrics.items():
+                if not np.isfinite(value) and name.endswith(("/loss", "/grad_norm")):
+                    role = name.split("/")[0]
+                    turn = next(i for i, t in enumerate(self._turns) if role in t.moves)
+                    moves = ", ".join(self._turns[turn].moves)
+                    raise NonFinite(f"turn {turn} ({moves}): {name} of role {role!r} is {value} at step {step}")
+                sums.setdefault(name, []).append(float(value))
+        self._steps = []
+        return {name: sum(v) / len(v) for name, v in sums.items()}
+
+
+def progress(total: int, done: int, title: str, enabled: bool = True) -> tqdm:
+    """A bar with time left, on stderr; rewritten rarely where stderr is no terminal."""
+    quiet = not enabled or jax.process_index() != 0
+    interval = 0.2 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=interval, disable=quiet)

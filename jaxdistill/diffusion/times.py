@@ -1,0 +1,45 @@
+"""Laws that training times are drawn from; each is `draw(process, key, n) -> t [n]`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from jaxdistill.core.types import Array
+from jaxdistill.diffusion.process import Process
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """Uniform over a part of the process, as fractions of its length. Base of all laws."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def draw(self, process: Process, key: Array, n: int) -> Array:
+        t = jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
+        return process.t_min + (process.t_max - process.t_min) * t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitNormal(Uniform):
+    """sigmoid(N(mean, std^2)) of the process's length: SD3 (0, 1), MeanFlow (-0.4, 1)."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def draw(self, process, key, n):
+        t = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (n,)))
+        return process.t_min + (process.t_max - process.t_min) * (self.low + (self.high - self.low) * t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogNormalSNR(Uniform):
+    """log(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), EDM2 (-0.4, 1.0), ECT (-1.1, 2.0), sCM's tan t (-1.0, 1.4)."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def draw(self, process, key, n):
+        return process.time_of_lam(-(self.mean + self.std * jax.random.normal(key, (n,))))

@@ -1,0 +1,53 @@
+"""Evaluation of image generators: Fréchet distance in chosen features, agreement with the label asked for, a grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from jaxdistill.core.types import Refused
+from jaxdistill.evals import classifier, manifold
+from jaxdistill.evals.frechet import frechet_distance
+from jaxdistill.evals.samples import SampleEval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageEval(SampleEval):
+    """features: "classifier" (a small network trained on the data's own labels, cached), "pixels", or the path of an
+    Inception weights file (.safetensors), for the conventional FID features."""
+
+    features: str = "classifier"
+
+    def score(self, x, real, data):
+        extract, predict = self._features(data)
+        fake, true = extract(x), extract(real["x"])
+        row = {"frechet": frechet_distance(fake, true)}
+        row["precision"], row["recall"] = manifold.precision_recall(true, fake)
+        if predict is not None:
+            row["accuracy"] = float(np.mean(predict(x) == real["cond"]))
+        return row
+
+    def _features(self, data) -> tuple[Callable, Callable | None]:
+        if self.features == "classifier":
+            net = classifier.trained_on(data)
+            return net.features, net.predict
+        if self.features == "pixels":
+            return lambda x: x.reshape(len(x), -1), None
+        if self.features.endswith(".safetensors"):
+            from jaxdistill.evals.inception import load
+
+            return load(self.features), None
+        raise Refused(f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file")
+
+    def picture(self, x, real):
+        """A 10-column grid of up to 100 samples, sorted by label, pixels enlarged to about 480 px."""
+        order = np.argsort(real["cond"][:100], kind="stable") if "cond" in real else np.arange(min(len(x), 100))
+        x = np.clip((x[order] + 1) * 127.5, 0, 255).astype(np.uint8)
+        rows, (h, w, c) = len(x) // 10, x.shape[1:]
+        grid = x[: rows * 10].reshape(rows, 10, h, w, c).transpose(0, 2, 1, 3, 4).reshape(rows * h, 10 * w, c)
+        image = Image.fromarray(grid[..., 0] if c == 1 else grid)
+        scale = max(1, round(480 / image.width))
+        return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

@@ -1,0 +1,1 @@
+def precision_recall(a,b): return 0.,0.

@@ -1,0 +1,93 @@
+"""Evaluation of generators: rows of a table, one for each network and number of steps, and grids to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.diffusion.denoiser import guided
+from jaxdistill.samplers import ode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleEval:
+    """Draws from the student by its method's own sampler, and from the teacher by a solver; subclasses score them."""
+
+    samples: int = 2000
+    batch: int = 500  # samples made at once
+    student_steps: tuple[int, ...] = (1,)
+    teacher_steps: tuple[int, ...] = (50, 1)
+    solver: str = "euler"  # of the teacher
+    guidance: float = 1.0  # of the teacher; other than 1 counts twice in its NFE
+    seed: int = 0
+
+    def score(self, x: np.ndarray, real: dict[str, np.ndarray], data: Any) -> dict[str, float]:
+        """Metrics of samples x [n ...] made under real["cond"]."""
+        raise NotImplementedError
+
+    def picture(self, x: np.ndarray, real: dict[str, np.ndarray]) -> Any:
+        """A PIL image of the first samples."""
+        raise NotImplementedError
+
+    def models(self, trained) -> list[tuple[str, int]]:
+        """(role, steps) of every row."""
+        rows = [("teacher", n) for n in self.teacher_steps] if "teacher" in trained.params else []
+        return rows + [("student", n) for n in self.student_steps]
+
+    def generate(self, trained, role: str, steps: int, real: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+        """(samples, samples per second after compilation)."""
+        method, net = trained.experiment.method, trained.nets[role]
+        process = method.process
+
+        @jax.jit
+        def draw(params, noise, cond, null, key):
+            bound = functools.partial(net.apply, params)
+            if role == "student":
+                return method.sample(bound, noise, cond, key, steps)
+            denoise = lambda x, t: guided(bound, x, t, cond, null, self.guidance)
+            return ode.solve(self.solver, process, denoise, process.start(noise), steps, key)
+
+        out, seconds, made = [], 0.0, 0
+        params = trained.params[role]
+        if net.adapts:
+            params = {"base": trained.params[net.adapts], "adapter": params}
+        for i, low in enumerate(range(0, len(real["x"]), self.batch)):
+            part = {k: jnp.asarray(v[low : low + self.batch]) for k, v in real.items()}
+            key = jax.random.fold_in(jax.random.key(self.seed), i)
+            noise = jax.random.normal(jax.random.fold_in(key, 1), part["x"].shape)
+            started = time.perf_counter()
+            x = jax.block_until_ready(draw(params, noise, part.get("cond"), part.get("null_cond"), key))
+            if i or len(real["x"]) <= self.batch:
+                seconds, made = seconds + time.perf_counter() - started, made + len(x)
+            out.append(np.asarray(x))
+        return np.concatenate(out), made / seconds
+
+    def nfe(self, role: str, steps: int) -> int:
+        """Network evaluations of `steps` steps."""
+        if role == "student":
+            return steps
+        return (2 * steps - 1 if self.solver == "heun" else steps) * (1 if self.guidance == 1.0 else 2)
+
+    def rows(self, trained) -> list[dict[str, Any]]:
+        """[{"name", "nfe", metric: value, ..., "samples_per_second"}]"""
+        data, rows = trained.experiment.data, []
+        real = data.evaluation(self.samples)
+        for role, steps in self.models(trained):
+            x, speed = self.generate(trained, role, steps, real)
+            rows.append({"name": role, "nfe": self.nfe(role, steps), **self.score(x, real, data), "samples_per_second": speed})
+        return rows
+
+    def pictures(self, trained) -> dict[str, Any]:
+        """Title -> PIL image; the data first."""
+        real = trained.experiment.data.evaluation(100)
+        views = {"data": self.picture(real["x"], real)}
+        for role, steps in self.models(trained):
+            x, _ = self.generate(trained, role, steps, real)
+            views[f"{role}, {self.nfe(role, steps)} NFE"] = self.picture(x, real)
+        return views

@@ -1,0 +1,47 @@
+"""Flow matching and diffusion training (arXiv:2210.02747; EDM, arXiv:2206.00364; VP, arXiv:2006.11239): the teacher.
+
+A network is regressed on the velocity of straight paths from data to noise. With another process, law of times and
+target it is EDM or DDPM training. The label is dropped now and then, so that guidance has an unconditional branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Ctx, Method, Nets, Out, Turn
+from jaxdistill.diffusion.process import Flow, Process
+from jaxdistill.diffusion.regression import denoising_error, drop_condition
+from jaxdistill.diffusion.times import LogitNormal, Uniform
+from jaxdistill.samplers import ode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatching(Method):
+    process: Process = Flow()
+    times: Uniform = LogitNormal()  # SD3's law; Uniform() is the first paper's
+    target: str = "v"  # v | eps | x0 | edm
+    label_dropout: float = 0.1  # share of samples trained on the null condition
+    solver: str = "euler"  # euler | heun | ddim | dpmpp_2m: what `sample` integrates with
+
+    inits = {"student": None}
+    frozen = ()
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.loss),)
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        x0, n = ctx.batch["x"], ctx.batch["x"].shape[0]
+        t = self.times.draw(self.process, ctx.key("t"), n)
+        eps = jax.random.normal(ctx.key("eps"), x0.shape)
+        keep = jax.random.uniform(ctx.key("drop"), (n,)) >= self.label_dropout
+        cond = drop_condition(ctx.batch.get("cond"), ctx.batch.get("null_cond"), keep)
+        pred = net.student(self.process.add_noise(x0, eps, t), t, cond)
+        return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, self.target)))
+
+    def sample(self, net, noise, cond, key, steps):
+        start = self.process.start(noise)
+        return ode.solve(self.solver, self.process, lambda x, t: net(x, t, cond), start, steps, key)

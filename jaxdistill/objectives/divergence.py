@@ -1,0 +1,209 @@
+"""Divergences between two next-token laws, given as logits: p the teacher's, q the student's.
+
+Every function returns one value per token and never reduces over tokens; `masked_sum` does. Inside all is float32 (or
+float64, if given), whatever the input dtype. A kind that is a sum over the vocabulary of some d(log p_v, log q_v) also
+comes fused with the projection of the hidden states, chunk by chunk (`chunked_divergence`), and on the teacher's k best
+tokens with the rest as one bucket (`topk_divergence`). Sources: GKD arXiv:2306.13649 (JSD), DistiLLM arXiv:2402.03898
+(skew), 00-foundations section 10 (all, with gradients).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.core.types import Array, Refused, lookup
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _log_softmax(logits: Array) -> Array:
+    return jax.nn.log_softmax(_wide(logits))
+
+
+def _kl(log_a: Array, log_b: Array) -> Array:
+    """Summand a log(a / b); 0 where a is."""
+    a = jnp.exp(log_a)
+    return a * jnp.where(a > 0, log_a - log_b, 0.0)
+
+
+def _mix(weight: float, log_a: Array, log_b: Array) -> Array:
+    """log(weight a + (1 - weight) b); finite where both are 0, so that its gradient is."""
+    if weight in (0, 1):
+        return log_a if weight else log_b
+    neither = jnp.maximum(log_a, log_b) == -jnp.inf
+    log_a, log_b = (jnp.where(neither, 0.0, log) for log in (log_a, log_b))
+    return jnp.logaddexp(log_a + np.log(weight), log_b + np.log1p(-weight))
+
+
+def pointwise(summand: Callable) -> Callable:
+    """A divergence of logits [..., V] -> [...] from its summand on log-probabilities, kept as `.summand`."""
+
+    @functools.wraps(summand)
+    def divergence(teacher: Array, student: Array, **params) -> Array:
+        return jnp.sum(summand(_log_softmax(teacher), _log_softmax(student), **params), -1)
+
+    divergence.summand = summand
+    return divergence
+
+
+@pointwise
+def forward_kl(teacher: Array, student: Array) -> Array:
+    """KL(p || q): mean seeking. Gradient in the student's logits: q - p."""
+    return _kl(teacher, student)
+
+
+@pointwise
+def reverse_kl(teacher: Array, student: Array) -> Array:
+    """KL(q || p): mode seeking."""
+    return _kl(student, teacher)
+
+
+@pointwise
+def jsd(teacher: Array, student: Array, beta: float = 0.5) -> Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD); at most log 2 for beta = 0.5.
+
+    Its value at beta = 0 and 1 would be 0: there it returns the limits of JSD/beta and JSD/(1 - beta), KL(p || q) and KL(q || p).
+    """
+    if beta in (0, 1):
+        return _kl(student, teacher) if beta else _kl(teacher, student)
+    m = _mix(beta, teacher, student)
+    return beta * _kl(teacher, m) + (1 - beta) * _kl(student, m)
+
+
+@pointwise
+def skew_kl(teacher: Array, student: Array, alpha: float = 0.1) -> Array:
+    """KL(p || alpha p + (1 - alpha) q) (DistiLLM): at most -log alpha."""
+    return _kl(teacher, _mix(alpha, teacher, student))
+
+
+@pointwise
+def skew_reverse_kl(teacher: Array, student: Array, alpha: float = 0.1) -> Array:
+    """KL(q || alpha q + (1 - alpha) p) (DistiLLM): at most -log alpha."""
+    return _kl(student, _mix(alpha, student, teacher))
+
+
+@pointwise
+def total_variation(teacher: Array, student: Array) -> Array:
+    """Half the L1 distance: at most 1, and at most sqrt(KL / 2)."""
+    return 0.5 * jnp.abs(jnp.exp(teacher) - jnp.exp(student))
+
+
+def adaptive_kl(teacher: Array, student: Array, mass: float = 0.5) -> Array:
+    """w KL(p || q) + (1 - w) KL(q || p), w the share of sum |p - q| that lies in the teacher's head (AKL, arXiv:2404.02657).
+
+    The head is the smallest set of most likely tokens with at least `mass`; w is under stop_gradient.
+    """
+    log_p, log_q = _log_softmax(teacher), _log_softmax(student)
+    p = jnp.exp(log_p)
+    order = jnp.argsort(-p, axis=-1)
+    p_sorted, gap = (jnp.take_along_axis(a, order, -1) for a in (p, jnp.abs(p - jnp.exp(log_q))))
+    head = jnp.cumsum(p_sorted, -1) - p_sorted < mass
+    total = jnp.sum(gap, -1)
+    w = jax.lax.stop_gradient(jnp.sum(gap * head, -1) / jnp.where(total > 0, total, 1.0))
+    return w * jnp.sum(_kl(log_p, log_q), -1) + (1 - w) * jnp.sum(_kl(log_q, log_p), -1)
+
+
+SUMS = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation)}
+KINDS = {**SUMS, "adaptive_kl": adaptive_kl}
+
+
+def token_divergence(kind: str, teacher: Array, student: Array, *, temperature: float = 1.0, **params) -> Array:
+    """The divergence called `kind` (a key of KINDS) of softmax(logits / T), times T^2 so that gradients keep their scale.
+
+    Logits [..., V] -> [...]; `params` are the kind's own (beta, alpha, mass). Raises Refused on an unknown kind.
+    """
+    return temperature**2 * lookup(KINDS, kind, "kind")(_wide(teacher) / temperature, _wide(student) / temperature, **params)
+
+
+def topk_log_probs(teacher: Array, k: int, *, temperature: float = 1.0) -> tuple[Array, Array, Array]:
+    """What is kept of the teacher's logits [..., V]: ids int32 [..., k], their log-probabilities, and the others' log mass [...].
+
+    Raises Refused unless 0 < k < V.
+    """
+    vocab = teacher.shape[-1]
+    if not 0 < k < vocab:
+        raise Refused(f"k={k}: expected 1 to {vocab - 1}, fewer than the {vocab} tokens of the vocabulary")
+    log_p = _log_softmax(_wide(teacher) / temperature)
+    ids = jax.lax.top_k(log_p, k)[1]
+    return ids, *_buckets(log_p, ids)
+
+
+def _buckets(log_p: Array, ids: Array) -> tuple[Array, Array]:
+    """Log-probabilities of `ids` [..., k] and the log mass of all others [...]."""
+    rest = jnp.put_along_axis(log_p, ids, -jnp.inf, axis=-1, inplace=False)
+    return jnp.take_along_axis(log_p, ids, -1), jax.nn.logsumexp(rest, -1)
+
+
+def topk_divergence(kind: str, ids: Array, log_probs: Array, log_tail: Array, student: Array, *,
+                    temperature: float = 1.0, **params) -> Array:  # fmt: skip
+    """`token_divergence` between laws over k + 1 buckets: the teacher's k tokens, and all others together.
+
+    `ids`, `log_probs` [..., k] and `log_tail` [...] come from `topk_log_probs` at the same temperature; `student` are
+    logits [..., V]. A KL is never negative, and never above that of the full laws (data processing).
+    """
+    kept, tail = _buckets(_log_softmax(_wide(student) / temperature), ids)
+    join = lambda log_k, log_rest: jnp.concatenate([log_k, log_rest[..., None]], -1)
+    return temperature**2 * token_divergence(kind, join(_wide(log_probs), _wide(log_tail)), join(kept, tail), **params)
+
+
+def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, student_hidden: Array, student_head: Array, *,
+                       chunk: int, temperature: float = 1.0, **params) -> Array:  # fmt: skip
+    """`token_divergence` of hidden @ head without logits over the whole vocabulary: at most [..., chunk] lives at a time.
+
+    Hidden [..., D] and head [D, V] of either model, D its own; returns [...]. A first pass over the vocabulary gives both
+    normalisers, a second the divergence; the backward projects again. A chunk takes every n-th column, so that a
+    vocabulary split over devices stays where it is. Raises Refused on an unknown kind, heads of unequal vocabularies, and
+    a kind that is no sum over tokens (adaptive_kl, which sorts the vocabulary).
+    """
+    summand = getattr(lookup(KINDS, kind, "kind"), "summand", None)
+    vocab = teacher_head.shape[-1]
+    if summand is None:
+        raise Refused(f"kind={kind!r} sorts the whole vocabulary: expected one of {', '.join(SUMS)}")
+    if chunk < 1:
+        raise Refused(f"chunk={chunk}: expected at least 1")
+    if student_head.shape[-1] != vocab:
+        raise Refused(f"student head: vocabulary of {student_head.shape[-1]}, expected the teacher's {vocab}")
+    n = -(-vocab // chunk)
+    real = (jnp.arange(n * chunk) < vocab).reshape(chunk, n).T
+
+    def columns(head: Array) -> Array:
+        padded = jnp.pad(head, ((0, 0), (0, n * chunk - vocab)))
+        return jnp.moveaxis(padded.reshape(head.shape[0], chunk, n), -1, 0)
+
+    def logits(hidden: Array, head: Array) -> Array:
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=wide) / temperature
+
+    hidden = (teacher_hidden, student_hidden)
+    chunks = (real, (columns(teacher_head), columns(student_head)))
+
+    def normalise(_, inp):
+        real, heads = inp
+        return None, [jax.nn.logsumexp(z, -1, where=real) for z in map(logits, hidden, heads)]
+
+    def add(total, inp):
+        real, heads = inp
+        log_p, log_q = (z - norm for z, norm in zip(map(logits, hidden, heads), norms))
+        return total + jnp.sum(jnp.where(real, summand(log_p, log_q, **params), 0.0), -1), None
+
+    recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+    _, parts = jax.lax.scan(recompute(normalise), None, chunks)
+    norms = [jax.nn.logsumexp(part, 0)[..., None] for part in parts]
+    total, _ = jax.lax.scan(recompute(add), jnp.zeros_like(norms[1][..., 0]), chunks)
+    return temperature**2 * total
+
+
+def masked_sum(per_token: Array, mask: Array, weights: Array | None = None) -> tuple[Array, Array]:
+    """(sum over tokens where `mask` holds, their number), the loss and count of `core.types.Out`.
+
+    `weights` multiply the summands and leave the count alone. What is masked out may be infinite or NaN.
+    """
+    kept = jnp.where(mask, per_token, 0.0)
+    return jnp.sum(kept if weights is None else kept * weights), jnp.sum(mask.astype(jnp.float32))

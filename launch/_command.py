@@ -1,0 +1,146 @@
+"""What the commands share: arguments, configs from files, one clear line for bad input, exit codes."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxdistill.core.build import nearest
+from jaxdistill.core.types import Refused
+
+
+def main(command: Callable[[list[str]], None]) -> None:
+    """Runs a command; 0 done, 2 refused input, 1 anything else."""
+    from jaxdistill.core.loop import Stopped
+    from jaxdistill.core.metrics import NonFinite
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        command(sys.argv[1:])
+    except Refused as error:
+        print(f"refused: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFinite as error:
+        print(f"stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        sys.exit(0 if "SIGTERM" in str(stop) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; nothing saved since the last checkpoint, run again to go on", file=sys.stderr)
+        sys.exit(1)
+
+
+def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, Any], ConfigDict | None]:
+    """`--key=value` or `--key value` for the keys of `known` (defaults; a bool takes no value), and the config.
+
+    `--config=FILE[:variant]` calls FILE's get_config; `--config.a.b=value` replaces a value by one of its own type.
+    Raises Refused on anything else.
+    """
+    values, overrides, words = dict(known), {}, list(argv)
+    while words:
+        word = words.pop(0)
+        key, given, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--"):
+            raise Refused(f"argument {word!r}: expected --key=value")
+        if not key.startswith("config.") and key not in known:
+            raise Refused(f"unknown argument --{key}{nearest(key, known)}")
+        if isinstance(known.get(key), bool):
+            values[key] = value.lower() not in ("0", "false") if given else True
+            continue
+        if not given:
+            if not words or words[0].startswith("--"):
+                raise Refused(f"--{key} needs a value")
+            value = words.pop(0)
+        if key.startswith("config."):
+            overrides[key.removeprefix("config.")] = value
+        else:
+            values[key] = value
+    config = None
+    if values.get("config"):
+        config = load_config(values["config"])
+    elif values.get("workdir") and (Path(values["workdir"]) / "config.json").exists():
+        config = ConfigDict(json.loads((Path(values["workdir"]) / "config.json").read_text())).lock()
+    if overrides and config is None:
+        raise Refused("--config.key=value needs --config=FILE")
+    for path, value in overrides.items():
+        override(config, path, value)
+    return values, config
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config of FILE or FILE:variant. Raises Refused where there is no such file or it has no get_config."""
+    path, _, variant = name.partition(":")
+    file = Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path("configs")
+        raise Refused(f"--config={path}: no such file{nearest(str(file), map(str, folder.rglob('*.py')))}")
+    sys.path.insert(0, os.getcwd())
+    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("config_file", file))
+    try:
+        found.loader.exec_module(module)
+    except SyntaxError as error:
+        raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
+    if not hasattr(module, "get_config"):
+        raise Refused(f"--config={path}: defines no get_config()")
+    try:
+        return module.get_config(variant) if variant else module.get_config()
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from error
+
+
+def override(config: ConfigDict, path: str, text: str) -> None:
+    """Sets `path` (dotted) to `text`, read as a value of the type that stands there. Raises Refused."""
+    *parents, last = path.split(".")
+    node, walked = config, "config"
+    for name in [*parents, last]:
+        if not isinstance(node, ConfigDict) or name not in node:
+            keys = list(node) if isinstance(node, ConfigDict) else []
+            raise Refused(f"--config.{path}: {walked} has no key {name!r}{nearest(name, keys) if keys else ''}")
+        parent, node, walked = node, node[name], f"{walked}.{name}"
+    if isinstance(node, ConfigDict):
+        raise Refused(f"--config.{path}: is a group; its keys are {', '.join(node)}")
+    parent[last] = _read(path, text, node)
+
+
+def _read(path: str, text: str, old: Any) -> Any:
+    kind = type(old)
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() in ("true", "1", "false", "0"):
+            return text.lower() in ("true", "1")
+        raise Refused(f"--config.{path}={text}: expected true or false")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise Refused(f"--config.{path}={text}: expected {kind.__name__}, as in {old!r}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (tuple, list):
+        value = value if isinstance(value, (tuple, list)) else (value,)
+        inner = type(old[0]) if old else None
+        value = kind(float(v) if inner is float and type(v) is int else v for v in value)
+        if inner and any(type(v) is not inner for v in value):
+            raise Refused(f"--config.{path}={text}: expected {kind.__name__} of {inner.__name__}, as in {old!r}")
+        return value
+    if type(value) is not kind:
+        raise Refused(f"--config.{path}={text}: expected {kind.__name__}, as in {old!r}")
+    return value
+
+
+def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[ConfigDict, Path]:
+    """Config and workdir of a command that cannot do without. Raises Refused."""
+    if not values["workdir"]:
+        raise Refused("--workdir=DIR is needed")
+    if config is None:
+        raise Refused(f"--config=FILE is needed ({values['workdir']} holds no run)")
+    return config, Path(values["workdir"])

@@ -1,0 +1,384 @@
+"""Token divergences against closed forms, limits and bounds (00-foundations, section 10)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.core.types import Refused
+from jaxdistill.objectives import divergence as dv
+
+PARAMS = {"jsd": {"beta": 0.3}, "skew_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}}
+EPS64 = np.finfo(np.float64).eps
+
+
+def pair(seed=0, shape=(4, 7), scale=2.0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(scale * rng.standard_normal(shape), dtype) for _ in range(2))
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value(kind, teacher, student, temperature=1.0):
+    return dv.token_divergence(kind, teacher, student, temperature=temperature, **PARAMS.get(kind, {}))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def student_grad(kind, teacher, student, temperature=1.0):
+    return jax.grad(lambda z: value(kind, teacher, z, temperature).sum())(student)
+
+
+def kl(a, b):
+    return np.sum(a * np.log(a / b), -1)
+
+
+def softmax(z):
+    e = np.exp(np.asarray(z))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", dv.KINDS)
+def test_zero_with_zero_gradient_at_equal_laws(x64, kind):
+    teacher, _ = pair()
+    student = teacher + 3.0
+    tol = 50 * EPS64
+    np.testing.assert_allclose(value(kind, teacher, student), 0.0, atol=tol)
+    if kind != "total_variation":  # has a kink there
+        np.testing.assert_allclose(student_grad(kind, teacher, student), 0.0, atol=tol)
+
+
+@pytest.mark.parametrize("kind", dv.KINDS)
+def test_positive_one_value_per_token_and_float32_inside(kind):
+    teacher, student = pair(1, (2, 3, 11), dtype=jnp.bfloat16)
+    out = value(kind, teacher, student)
+    assert out.shape == (2, 3) and out.dtype == jnp.float32
+    assert jnp.all(out > 0)
+    same = value(kind, teacher.astype(jnp.float32), student.astype(jnp.float32))
+    np.testing.assert_array_equal(out, same)
+
+
+def test_values_by_definition(x64):
+    teacher, student = pair(2)
+    p, q = softmax(teacher), softmax(student)
+    m = 0.3 * p + 0.7 * q
+    want = {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": 0.3 * kl(p, m) + 0.7 * kl(q, m),
+        "skew_kl": kl(p, 0.2 * p + 0.8 * q),
+        "skew_reverse_kl": kl(q, 0.2 * q + 0.8 * p),
+        "total_variation": np.abs(p - q).sum(-1) / 2,
+    }
+    for kind, expected in want.items():
+        np.testing.assert_allclose(value(kind, teacher, student), expected, rtol=1e-12, err_msg=kind)
+
+
+def test_gradients_by_closed_form(x64):
+    """The table of section 10: q_i (h_i - sum_j q_j h_j)."""
+    teacher, student = pair(3)
+    p, q = softmax(teacher), softmax(student)
+    through = lambda h: q * (h - np.sum(q * h, -1, keepdims=True))
+    m, skew, rskew = 0.3 * p + 0.7 * q, 0.2 * p + 0.8 * q, 0.2 * q + 0.8 * p
+    want = {
+        "forward_kl": q - p,
+        "reverse_kl": q * (np.log(q / p) - kl(q, p)[:, None]),
+        "jsd": through(0.7 * np.log(q / m)),
+        "skew_kl": through(-0.8 * p / skew),
+        "skew_reverse_kl": through(np.log(q / rskew) - 0.2 * q / rskew),
+        "total_variation": through(np.sign(q - p) / 2),
+    }
+    for kind, expected in want.items():
+        np.testing.assert_allclose(student_grad(kind, teacher, student), expected, atol=1e-13, err_msg=kind)
+
+
+def test_adaptive_kl_weighs_by_the_head_gap_under_stop_gradient(x64):
+    p, q = np.asarray([[0.4, 0.3, 0.2, 0.1]]), np.asarray([[0.1, 0.2, 0.3, 0.4]])
+    teacher, student = np.log(p)[:, [2, 0, 3, 1]], np.log(q)[:, [2, 0, 3, 1]]
+    w = (0.3 + 0.1) / (0.3 + 0.1 + 0.1 + 0.3)  # head: tokens of 0.4 and 0.3
+    np.testing.assert_allclose(dv.adaptive_kl(teacher, student), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12)
+    mixed = w * student_grad("forward_kl", teacher, student) + (1 - w) * student_grad("reverse_kl", teacher, student)
+    np.testing.assert_allclose(student_grad("adaptive_kl", teacher, student), mixed, atol=1e-14)
+
+
+def test_adaptive_head_stops_at_exactly_its_mass(x64):
+    """Half the mass on one token is a whole head."""
+    p, q = np.asarray([0.5, 0.25, 0.25]), np.asarray([0.25, 0.25, 0.5])
+    w = 0.25 / 0.5
+    np.testing.assert_allclose(dv.adaptive_kl(jnp.log(p), jnp.log(q)), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12)
+
+
+def test_limits_of_the_mixed_kinds(x64):
+    teacher, student = pair(4)
+    fkl, rkl = dv.forward_kl(teacher, student), dv.reverse_kl(teacher, student)
+    for got, want in (
+        (dv.jsd(teacher, student, beta=0.0), fkl),
+        (dv.jsd(teacher, student, beta=1.0), rkl),
+        (dv.skew_kl(teacher, student, alpha=0.0), fkl),
+        (dv.skew_reverse_kl(teacher, student, alpha=0.0), rkl),
+        (dv.skew_kl(teacher, student, alpha=1.0), 0 * fkl),
+        (dv.jsd(teacher, student, beta=0.3), dv.jsd(student, teacher, beta=0.7)),
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+    small = 1e-5
+    np.testing.assert_allclose(dv.jsd(teacher, student, beta=small) / small, fkl, rtol=1e-3)
+    np.testing.assert_allclose(dv.jsd(teacher, student, beta=1 - small) / small, rkl, rtol=1e-3)
+
+
+def test_bounds(x64):
+    teacher, student = pair(5, (200, 5), scale=8.0)
+    fkl = dv.forward_kl(teacher, student)
+    assert dv.jsd(teacher, student).max() <= np.log(2)
+    assert dv.skew_kl(teacher, student, alpha=0.1).max() <= -np.log(0.1)
+    assert dv.skew_reverse_kl(teacher, student, alpha=0.1).max() <= -np.log(0.1)
+    assert jnp.all(dv.total_variation(teacher, student) <= jnp.minimum(jnp.sqrt(fkl / 2), 1.0))
+    disjoint = jnp.asarray([[60.0, 0.0]]), jnp.asarray([[0.0, 60.0]])
+    np.testing.assert_allclose(dv.jsd(*disjoint), np.log(2), rtol=1e-12)
+
+
+def test_temperature_keeps_the_gradient_scale(x64):
+    teacher, student = pair(6)
+    np.testing.assert_allclose(
+        dv.token_divergence("forward_kl", teacher, student, temperature=3.0), 9 * dv.forward_kl(teacher / 3, student / 3), rtol=1e-14
+    )
+    gap = student - teacher
+    limit = jnp.sum((gap - gap.mean(-1, keepdims=True)) ** 2, -1) / (2 * gap.shape[-1])
+    for kind in ("forward_kl", "reverse_kl"):
+        np.testing.assert_allclose(dv.token_divergence(kind, teacher, student, temperature=1e4), limit, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", dv.KINDS)
+def test_banned_tokens_are_finite(kind):
+    """Logits of -inf on both sides (a padded vocabulary) give what the shorter vocabulary gives, gradients included."""
+    teacher, student = pair(7, dtype=np.float32)
+    padded = lambda z: jnp.concatenate([z, jnp.full((4, 2), -jnp.inf)], -1)
+    np.testing.assert_allclose(value(kind, padded(teacher), padded(student)), value(kind, teacher, student), rtol=1e-5)
+    grad = jax.grad(lambda z: value(kind, padded(teacher), padded(z)).sum())(student)
+    np.testing.assert_allclose(grad, student_grad(kind, teacher, student), atol=1e-6)
+
+
+def test_joint_chain_rule_of_two_tokens(x64):
+    """KL of the joint law = KL of the first token + the second token's KL averaged over p (forward) or q (reverse)."""
+    rng = np.random.default_rng(8)
+    first_p, first_q = jnp.asarray(rng.standard_normal((2, 5)))
+    next_p, next_q = jnp.asarray(rng.standard_normal((2, 5, 5)))
+    joint = lambda first, rest: (jax.nn.log_softmax(first)[:, None] + jax.nn.log_softmax(rest)).ravel()
+    for kind, first in (("forward_kl", first_p), ("reverse_kl", first_q)):
+        whole = value(kind, joint(first_p, next_p), joint(first_q, next_q))
+        parts = value(kind, first_p, first_q) + jax.nn.softmax(first) @ value(kind, next_p, next_q)
+        np.testing.assert_allclose(whole, parts, rtol=1e-13)
+
+
+@pytest.mark.parametrize(("kind", "mean", "std", "cost"), [
+    ("forward_kl", 0.0, np.sqrt(4.25), None), ("reverse_kl", 2.0, 0.5, np.log(2)),
+])  # fmt: skip
+def test_gaussian_fit_seeks_the_mean_or_a_mode(x64, kind, mean, std, cost):
+    """One Gaussian fitted to 0.5 N(-2, .5) + 0.5 N(2, .5), densities on a grid read as logits; Newton from nearby."""
+    x = jnp.linspace(-12, 12, 1201)
+    normal = lambda m, s: -((x - m) ** 2) / (2 * s**2) - jnp.log(s)
+    teacher = jnp.logaddexp(normal(-2.0, 0.5), normal(2.0, 0.5))
+    cost_of = jax.jit(lambda fit: value(kind, teacher, normal(fit[0], fit[1])))
+    curvature, slope = jax.jit(jax.hessian(cost_of)), jax.jit(jax.grad(cost_of))
+    fit = np.asarray([mean + 0.05, std * 1.05])
+    for _ in range(8):
+        fit -= np.linalg.solve(curvature(fit), slope(fit))
+    # the two modes overlap by e^{-(2/.5)^2 / 2} = 3e-4 in density, which moves the reverse fit by that order
+    np.testing.assert_allclose(fit, [mean, std], atol=1e-6 if cost is None else 2e-3)
+    if cost is not None:
+        np.testing.assert_allclose(cost_of(fit), cost, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", dv.KINDS)
+def test_topk_equals_full_with_one_token_in_the_tail(x64, kind):
+    teacher, student = pair(9)
+    kept = dv.topk_log_probs(teacher, teacher.shape[-1] - 1, temperature=2.0)
+    run = lambda z: dv.topk_divergence(kind, *kept, z, temperature=2.0, **PARAMS.get(kind, {}))
+    np.testing.assert_allclose(run(student), value(kind, teacher, student, temperature=2.0), rtol=1e-12)
+    got = jax.jit(jax.grad(lambda z: run(z).sum()))(student)
+    np.testing.assert_allclose(got, student_grad(kind, teacher, student, temperature=2.0), atol=1e-13)
+
+
+def test_tail_bucket_grows_to_the_full_kl_from_below(x64):
+    teacher, student = pair(10, (20, 30))
+    full = np.asarray(value("forward_kl", teacher, student))
+    last = np.zeros_like(full)
+    for k in (1, 3, 10, 29):
+        ids, log_p, log_tail = jax.jit(lambda z, k=k: dv.topk_log_probs(z, k))(teacher)
+        np.testing.assert_allclose(np.exp(log_p).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-13)
+        part = np.asarray(jax.jit(functools.partial(dv.topk_divergence, "forward_kl"))(ids, log_p, log_tail, student))
+        assert np.all(part >= last - 1e-13) and np.all(part <= full + 1e-13)
+        last = part
+
+
+def test_renormalised_teacher_is_biased_and_the_tail_bucket_is_not(x64):
+    """At q = p the k + 1 buckets have zero gradient; top-k renormalised against the full student has not."""
+    teacher, _ = pair(11, (3, 9))
+    ids, log_p, log_tail = jax.jit(lambda z: dv.topk_log_probs(z, 3))(teacher)
+    grad = jax.jit(jax.grad(lambda z: dv.topk_divergence("forward_kl", ids, log_p, log_tail, z).sum()))(teacher)
+    np.testing.assert_allclose(grad, 0.0, atol=1e-14)
+    renormalised = np.full(teacher.shape, -np.inf)
+    np.put_along_axis(renormalised, np.asarray(ids), np.asarray(log_p), -1)
+    grad = student_grad("forward_kl", renormalised, teacher)
+    np.testing.assert_allclose(grad, softmax(teacher) - softmax(renormalised), atol=1e-14)
+    # the largest kept token gains its share of the tail's mass
+    assert np.all(np.abs(grad).max(-1) > 0.3 * np.exp(log_tail))
+
+
+@pytest.mark.parametrize(("kind", "chunk"), [*((kind, 7) for kind in dv.SUMS), ("jsd", 23), ("jsd", 64)])
+def test_chunked_equals_plain(kind, chunk):
+    rng = np.random.default_rng(12)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    th, tw, sh, sw = draw(2, 3, 6), draw(6, 23), draw(2, 3, 4), draw(4, 23)
+    weight = draw(2, 3)
+    kw = dict(temperature=1.5, **PARAMS.get(kind, {}))
+    chunked = lambda th, tw, sh, sw: dv.chunked_divergence(kind, th, tw, sh, sw, chunk=chunk, **kw)
+    plain = lambda th, tw, sh, sw: dv.token_divergence(kind, th @ tw, sh @ sw, **kw)
+    total = lambda f: lambda *a: (jnp.sum(weight * f(*a)), f(*a))
+    run = lambda f: jax.jit(jax.grad(total(f), argnums=(0, 1, 2, 3), has_aux=True))(th, tw, sh, sw)
+    for got, want in zip(jax.tree.leaves(run(chunked)), jax.tree.leaves(run(plain))):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_chunked_never_holds_the_vocabulary():
+    """No intermediate of the forward or the backward has as many elements as the logits."""
+    batch, dim, vocab, chunk = 64, 4, 512, 32
+    args = jnp.ones((batch, dim)), jnp.ones((dim, vocab)), jnp.ones((batch, dim)), jnp.ones((dim, vocab))
+    f = lambda th, tw, sh, sw: dv.chunked_divergence("jsd", th, tw, sh, sw, chunk=chunk).sum()
+    sizes = lambda jaxpr: [v.aval.size for e in _equations(jaxpr) for v in e.outvars]
+    assert max(sizes(jax.make_jaxpr(jax.grad(f, argnums=(2, 3)))(*args).jaxpr)) < batch * vocab
+    plain = lambda th, tw, sh, sw: dv.token_divergence("jsd", th @ tw, sh @ sw).sum()
+    assert max(sizes(jax.make_jaxpr(plain)(*args).jaxpr)) == batch * vocab
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for sub in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")):
+            inner = getattr(sub, "jaxpr", sub)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def test_chunked_projects_bfloat16_into_float32():
+    rng = np.random.default_rng(13)
+    args = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((5, 8), (8, 20), (5, 8), (8, 20))]
+    wide = [a.astype(jnp.float32) for a in args]
+    out = dv.chunked_divergence("forward_kl", *args, chunk=8)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, dv.chunked_divergence("forward_kl", *wide, chunk=8), rtol=1e-5)
+
+
+def test_masked_sum_ignores_what_is_masked_out():
+    values = jnp.asarray([[1.0, 2.0, jnp.nan], [jnp.inf, 4.0, 8.0]])
+    mask = jnp.asarray([[1, 1, 0], [0, 1, 1]])
+    assert [float(v) for v in dv.masked_sum(values, mask)] == [15.0, 4.0]
+    assert [float(v) for v in dv.masked_sum(values, mask, jnp.asarray([[2.0], [1.0]]))] == [18.0, 4.0]
+    np.testing.assert_array_equal(jax.grad(lambda v: dv.masked_sum(v, mask)[0])(values), mask)
+
+
+def test_refusals():
+    z = jnp.zeros((2, 5))
+    with pytest.raises(Refused, match="kind='forward_k1': did you mean 'forward_kl'"):
+        dv.token_divergence("forward_k1", z, z)
+    with pytest.raises(Refused, match="k=5: expected 1 to 4"):
+        dv.topk_log_probs(z, 5)
+    head = jnp.zeros((5, 6))
+    with pytest.raises(Refused, match=r"adaptive_kl.* sorts the whole vocabulary"):
+        dv.chunked_divergence("adaptive_kl", z, head, z, head, chunk=2)
+    with pytest.raises(Refused, match="vocabulary of 7, expected the teacher's 6"):
+        dv.chunked_divergence("forward_kl", z, head, z, jnp.zeros((5, 7)), chunk=2)
+    with pytest.raises(Refused, match="chunk=0"):
+        dv.chunked_divergence("forward_kl", z, head, z, head, chunk=0)
+
+
+class TestSequenceGradients:
+    """A model of two steps over three tokens, enumerated: which estimator has which mean."""
+
+    def laws(self):
+        rng = np.random.default_rng(14)
+        draw = lambda: {"first": jnp.asarray(rng.standard_normal(3)), "next": jnp.asarray(rng.standard_normal((3, 3)))}
+        return draw(), draw()
+
+    @staticmethod
+    def log_probs(model):
+        return jax.nn.log_softmax(model["first"]), jax.nn.log_softmax(model["next"])
+
+    def sequence_kl(self, teacher, student):
+        (p1, p2), (q1, q2) = self.log_probs(teacher), self.log_probs(student)
+        joint = lambda first, rest: (first[:, None] + rest).ravel()
+        return dv.reverse_kl(joint(p1, p2), joint(q1, q2))
+
+    def estimate(self, student, weights):
+        """Mean over y ~ q of sum_t weight_t grad log q(y_t | y_<t); `weights(a, b) -> (w_1, w_2)`."""
+
+        def objective(student):
+            q1, q2 = self.log_probs(student)
+            prob = jax.lax.stop_gradient(jnp.exp(q1[:, None] + q2))
+            w1, w2 = weights()
+            return jnp.sum(prob * (w1 * q1[:, None] + w2 * q2))
+
+        return jax.grad(objective)(student)
+
+    def ratios(self, teacher, student):
+        """log p/q of the first token [3, 1] and of the second [3, 3]."""
+        (p1, p2), (q1, q2) = self.log_probs(teacher), self.log_probs(student)
+        return (p1 - q1)[:, None], p2 - q2
+
+    def close(self, a, b, atol=1e-14):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), a, b)
+
+    def test_reinforce_with_reward_to_go_is_the_sequence_gradient_with_or_without_baseline(self, x64):
+        teacher, student = self.laws()
+        exact = jax.grad(lambda s: self.sequence_kl(teacher, s))(student)
+        l1, l2 = self.ratios(teacher, student)
+        for baseline in (0.0, 1.0):
+            self.close(self.estimate(student, lambda b=baseline: (-(l1 + l2 - b), -(l2 - b))), exact)
+
+    def test_minillm_splits_off_the_single_step(self, x64):
+        """Single step exactly over the vocabulary, q differentiated inside the sum, plus the long term R_{t+1}."""
+        teacher, student = self.laws()
+        exact = jax.grad(lambda s: self.sequence_kl(teacher, s))(student)
+        (p1, p2), (q1, _) = self.log_probs(teacher), self.log_probs(student)
+        single = jax.grad(lambda s: dv.reverse_kl(p1, s["first"]) + jnp.exp(q1) @ dv.reverse_kl(p2, s["next"]))(student)
+        _, l2 = self.ratios(teacher, student)
+        long = self.estimate(student, lambda: (-l2, 0.0))
+        self.close(jax.tree.map(jnp.add, single, long), exact)
+
+        def outside(s):
+            q1, q2 = self.log_probs(s)
+            hold = lambda q: jax.lax.stop_gradient(jnp.exp(q))
+            return jnp.sum(hold(q1) * (q1 - p1)) + jnp.sum(hold(q1) * jnp.sum(hold(q2) * (q2 - p2), -1))
+
+        self.close(jax.grad(outside)(student), jax.tree.map(jnp.zeros_like, student))
+
+    def test_per_token_advantage_holds_the_prefix_law_fixed(self, x64):
+        """OPD: mean of A_t grad log q is the gradient of sum_t E KL(q || p)(prefix), not of the sequence's KL."""
+        teacher, student = self.laws()
+        (p1, p2), (q1, _) = self.log_probs(teacher), self.log_probs(student)
+        l1, l2 = self.ratios(teacher, student)
+        got = self.estimate(student, lambda: (-l1, -l2))
+        prefix = jax.lax.stop_gradient(jnp.exp(q1))
+        want = jax.grad(lambda s: dv.reverse_kl(p1, s["first"]) + prefix @ dv.reverse_kl(p2, s["next"]))(student)
+        self.close(got, want)
+        exact = jax.grad(lambda s: self.sequence_kl(teacher, s))(student)
+        assert jnp.abs(got["first"] - exact["first"]).max() > 1e-2
+
+
+def test_gkd_off_policy_at_small_beta_is_supervised_forward_kl(x64):
+    """lambda = 0 (fixed data) and JSD(b)/b at b = 1e-5, per valid token: forward KL, in value and gradient."""
+    teacher, student = pair(15, (3, 4, 6), scale=1.0)
+    mask = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+
+    def loss(z, per_token):
+        total, count = dv.masked_sum(per_token(teacher, z), mask)
+        return total / count
+
+    run = lambda per_token: jax.jit(jax.value_and_grad(lambda z: loss(z, per_token)))(student)
+    gkd, kd = run(lambda p, q: dv.jsd(p, q, beta=1e-5) / 1e-5), run(dv.forward_kl)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), gkd, kd)
