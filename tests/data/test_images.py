@@ -158,6 +158,7 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
     ("damage", "message"),
     [
         (lambda p: [f.unlink() for f in p.glob("train*")], "no train-\\*.parquet"),
+        (lambda p: [shard(f, [], pa.array([], pa.int64())) for f in p.glob("*")], "ParquetImages has no train samples"),
         (lambda p: shard(p / "train-0.parquet", [b"junk"], [0]), "train-0.parquet row 0: damaged image"),
         (lambda p: shard(p / "train-0.parquet", [png(pictures(1)[0])[:90]], [0]), "train-0.parquet row 0: damaged image"),
         (lambda p: shard(p / "train-0.parquet", [None], [0]), "train-0.parquet row 0: no image"),
