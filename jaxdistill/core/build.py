@@ -67,7 +67,7 @@ class Run:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """"; did you mean 'x'?", or the list of names where none is near."""
+    """ "; did you mean 'x'?", or the list of names where none is near."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, 1)
     return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"

@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 
 from jaxdistill.core import flops, metrics, report, sharding
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
-from jaxdistill.core.experiment import Experiment
-from jaxdistill.core.net import Net, paths
+from jaxdistill.core.experiment import Experiment, abstract_params
+from jaxdistill.core.net import Net
 from jaxdistill.core.step import bind, init_state, make_train_step
-from jaxdistill.core.types import Params, Refused, Stage, State
+from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
+from jaxdistill.data import arrayrecord
+from jaxdistill.data.base import Dataset
 from jaxdistill.data.prefetch import DevicePrefetch
 
 
@@ -145,10 +147,29 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
     return nets, dict(params)
 
 
-def _abstract(experiment: Experiment, net: Net, role: str):
-    from jaxdistill.core.experiment import abstract_params
-
+def _abstract(experiment: Experiment, net: Net, role: str) -> Params:
     return abstract_params(experiment.mesh, experiment.roles[role].rules, net)
+
+
+def _collect(trained: Trained, stage: Stage, index: int, stop: threading.Event, progress: bool) -> Dataset:
+    """The stage's data: the experiment's, or what `stage.collect` makes and stores in data/<stage>, a file for each batch."""
+    experiment, settings = trained.experiment, trained.experiment.settings
+    if stage.collect is None:
+        return experiment.data
+    folder = experiment.workdir / "data" / str(index)
+    folder.mkdir(parents=True, exist_ok=True)
+    make = jax.jit(lambda params, batch, rng: stage.collect.make(bind(trained.nets, params), Ctx(batch, rng, jnp.int32(0), {})))
+    put, key = sharding.put_batch(experiment.mesh, settings.rules), jax.random.key(settings.seed)
+    with DevicePrefetch(experiment.data.loader((jax.process_index(), jax.process_count())), put) as batches:
+        for i in metrics.bar(range(stage.collect.batches), f"{experiment.workdir.name} data", "batch", progress):
+            batch, _ = next(batches)
+            file = folder / f"batch{i:06d}_{jax.process_index()}.arrayrecord"
+            if not file.exists():
+                rows = sharding.local_rows(make(trained.params, batch, jax.random.fold_in(key, i)))
+                arrayrecord.write(file, ({k: v[n] for k, v in rows.items()} for n in range(len(next(iter(rows.values()))))))
+            if stop.is_set():
+                raise Stopped(f"{stop.reason.name}: stored {i + 1} of {stage.collect.batches} batches in {folder}; run again to go on")
+    return arrayrecord.stored(folder, batch_size=experiment.data.batch_size, seed=experiment.data.seed)
 
 
 def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Trained:
@@ -165,8 +186,9 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
     try:
         for i in range(finished, len(stages)):
             trained.nets, trained.params = _prepare(experiment, stages[i], trained.nets, trained.params)
+            data = _collect(trained, stages[i], i, stop, progress)
             offset = sum(s.steps for s in stages[:i])
-            state = _Fit(trained, stages[i], i, offset, checkpoints, stop, progress).run()
+            state = _Fit(trained, stages[i], i, offset, data, checkpoints, stop, progress).run()
             result = {role: state.ema.get(role, state.params[role]) for role in stages[i].method.inits}
             save_params(workdir / "stages" / str(i), result)
             trained.params = {**trained.params, **result}
@@ -178,15 +200,15 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
 class _Fit:
     """One stage: state, data, programs; then steps until done or stopped."""
 
-    def __init__(self, trained: Trained, stage: Stage, index: int, offset: int, checkpoints, stop, progress):
-        self.trained, self.stage, self.index, self.offset = trained, stage, index, offset
+    def __init__(self, trained: Trained, stage: Stage, index: int, offset: int, data: Dataset, checkpoints, stop, progress):
+        self.trained, self.stage, self.index, self.offset, self.data = trained, stage, index, offset, data
         self.experiment, self.settings = trained.experiment, trained.experiment.settings
         self.checkpoints, self.stop, self.progress = checkpoints, stop, progress
-        self.controller, self.data = stage.method.controller(), self.experiment.data
+        self.controller, self.hints = stage.method.controller(), {}
 
     def run(self) -> State:
         settings, stage, workdir = self.settings, self.stage, self.experiment.workdir
-        programs = make_programs(self.experiment, self.trained.nets, stage, self.trained.params)
+        programs = make_programs(self.experiment, self.trained.nets, stage, self.trained.params, self.data.spec())
         restored = self._restore(programs.abstract)
         if restored is None:
             key = jax.random.fold_in(jax.random.key(settings.seed), self.index)
@@ -197,7 +219,7 @@ class _Fit:
         put = sharding.put_batch(self.experiment.mesh, settings.rules)
         writer = metrics.Writer(workdir, self.offset + done, tensorboard=settings.tensorboard, wandb=settings.wandb,
                                 config=self.experiment.config.to_dict())  # fmt: skip
-        pending, bar = metrics.Pending(stage.method.turns), metrics.progress(stage.steps, done, self._title(), self.progress)
+        pending, bar = metrics.Pending(stage.method.turns), metrics.bar(range(stage.steps), self._title(), "step", self.progress, done)
         started = logged = time.time()
         batches, step = self._batches(position, put), done
         try:
@@ -247,15 +269,14 @@ class _Fit:
         step, state, host = found
         if self.controller:
             self.controller.restore(host["controller"])
-            self.data = self.experiment.data.steer(host["hints"])
+            self.hints = host["hints"]
+            self.data = self.data.steer(self.hints)
         frozen = {role: self.trained.params[role] for role in self.stage.method.frozen}
         return step - self.offset, state.replace(frozen=frozen), host["data"]
 
     def _host(self, position) -> dict[str, Any]:
-        controller = {"controller": self.controller.state(), "hints": dict(self.hints)} if self.controller else {}
+        controller = {"controller": self.controller.state(), "hints": self.hints} if self.controller else {}
         return {"stage": self.index, "data": position, **controller}
-
-    hints: Mapping[str, Any] = {}
 
     def _steer(self, batches, means, position, put):
         """Lets the controller change the data set; the loader then goes on from the same position."""
@@ -264,7 +285,7 @@ class _Fit:
             return batches
         batches.close()
         self.hints = {**self.hints, **hints}
-        self.data = self.experiment.data.steer(self.hints)
+        self.data = self.data.steer(hints)
         return self._batches(position, put)
 
     def _batches(self, position, put) -> DevicePrefetch:
@@ -307,8 +328,10 @@ class Programs:
     patterns: dict[tuple[int, ...], dict[str, float]]  # active turns -> model flops by role
 
 
-def make_programs(experiment: Experiment, nets: Mapping[str, Net], stage: Stage, start: Mapping[str, Any]) -> Programs:
-    """Shapes, then shardings, then jitted functions; `start` may hold arrays or ShapeDtypeStructs."""
+def make_programs(
+    experiment: Experiment, nets: Mapping[str, Net], stage: Stage, start: Mapping[str, Any], batch: Mapping[str, Any]
+) -> Programs:
+    """Shapes, then shardings, then jitted functions; `start` and `batch` may hold arrays or ShapeDtypeStructs."""
     method, settings, roles = stage.method, experiment.settings, experiment.roles
     turns = method.turns
     taken = [tuple(i for i, t in enumerate(turns) if t.when(s)) for s in range(stage.steps)]
@@ -321,7 +344,7 @@ def make_programs(experiment: Experiment, nets: Mapping[str, Net], stage: Stage,
     abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where)
     step, active_at = make_train_step(method, nets, txs, emas={r: roles[r].ema for r in method.ema},
                                       accumulate=settings.accumulate, shardings=where)  # fmt: skip
-    patterns = {active: flops.count(step, abstract, experiment.data.spec(), key, static=(active,)) for active in dict.fromkeys(taken)}
+    patterns = {active: flops.count(step, abstract, batch, key, static=(active,)) for active in dict.fromkeys(taken)}
     mean = sum(sum(patterns[active].values()) for active in taken) / max(len(taken), 1)
     return Programs(abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns)
 
@@ -334,7 +357,7 @@ def _dry_run(experiment: Experiment) -> dict[str, Any]:
                  if r in experiment.method.frozen or (experiment.roles[r].init and r not in experiment.inits)}  # fmt: skip
         if stage.surgery is not None:
             raise Refused(f"--dry_run: {experiment.config.method.name} starts with surgery on real weights")
-        programs = make_programs(experiment, experiment.nets, stage, start)
+        programs = make_programs(experiment, experiment.nets, stage, start, experiment.data.spec())
         key = jax.eval_shape(lambda: jax.random.key(0))
         size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         state, table = programs.abstract, {}
@@ -356,6 +379,3 @@ def _dry_run(experiment: Experiment) -> dict[str, Any]:
 def _placed(experiment: Experiment):
     where = sharding.batch_sharding(experiment.mesh, experiment.settings.rules)
     return {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for k, s in experiment.data.spec().items()}
-
-
-__all__ = ["Programs", "Stopped", "Trained", "load", "make_programs", "paths", "run"]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ class Pending:
         return {name: sum(v) / len(v) for name, v in sums.items()}
 
 
-def progress(total: int, done: int, title: str, enabled: bool = True) -> tqdm:
-    """A bar with time left, on stderr; rewritten rarely where stderr is no terminal."""
+def bar(items: Sequence, title: str, unit: str, enabled: bool = True, done: int = 0) -> tqdm:
+    """A bar with time left over `items`, on stderr; rewritten rarely where stderr is no terminal."""
     quiet = not enabled or jax.process_index() != 0
     interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, initial=done, desc=title, unit="step", dynamic_ncols=True, mininterval=interval, disable=quiet)
+    return tqdm(items, initial=done, desc=title, unit=unit, dynamic_ncols=True, mininterval=interval, disable=quiet)

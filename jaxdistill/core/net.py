@@ -111,7 +111,7 @@ def is_spec(leaf: Any) -> bool:
 
 
 def path_name(path) -> str:
-    """"a/b/c" of a key path."""
+    """ "a/b/c" of a key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 

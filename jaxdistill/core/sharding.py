@@ -91,6 +91,16 @@ def put_batch(mesh: Mesh, rules: Rules = Rules()):
     return lambda batch: {k: jax.make_array_from_process_local_data(where, v) for k, v in batch.items()}
 
 
+def local_rows(batch: dict) -> dict[str, np.ndarray]:
+    """This process's rows of global arrays that are sharded along their first axis, as numpy."""
+
+    def rows(x) -> np.ndarray:
+        shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
+        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+    return {k: rows(v) for k, v in batch.items()}
+
+
 def check_batch(mesh: Mesh, rules: Rules, size: int, accumulate: int = 1) -> None:
     """Raises Refused unless `size` samples split over micro-batches, the mesh's batch axes and the processes."""
     ways = math.prod(mesh.shape[a] for a in rules.batch)

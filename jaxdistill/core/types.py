@@ -99,8 +99,20 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Collect:
+    """Data that is made before a stage and stored: `batches` calls of `make(nets, ctx) -> batch`, without gradient.
+
+    The arrays (batch axis first) become records in the run's folder, and the stage reads these instead of the data
+    set, shuffled. A resumed run makes only what is missing.
+    """
+
+    make: Callable[[Nets, Ctx], Batch]
+    batches: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
-    """A training run inside a multi-stage method.
+    """A training run inside a multi-stage method: surgery, then collection of data, then steps.
 
     `surgery(nets, params, batch) -> (nets, params)` rewrites networks and weights before it: a stage hands its
     result (averaged weights where a role has them) to the next one's surgery. It must be deterministic, because a
@@ -110,6 +122,7 @@ class Stage:
     method: Method
     steps: int
     surgery: Callable[..., tuple[dict[str, Any], dict[str, Params]]] | None = None
+    collect: Collect | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

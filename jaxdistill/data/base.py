@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ class Dataset:
     seed: int = 0  # which mixture or language is made, or the order that a stored set is read in
     path: str = ""  # file or folder, for the sets that read one
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise Refused(f"data.batch_size={self.batch_size}: expected a positive integer")
+        if not 0 <= self.seed < 1 << 32:
+            raise Refused(f"data.seed={self.seed}: expected 0 to 2^32 - 1")
+
     def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
         """Rows `rows` of global batch `index`; keys "x" / "tokens", "cond", "null_cond", "mask", ..."""
         raise NotImplementedError
@@ -38,11 +44,17 @@ class Dataset:
 
         `get_state()` is a small JSON value that does not depend on the number of processes.
         """
-        process, processes = shard
-        share = self.batch_size // processes
-        rows = slice(process * share, (process + 1) * share)
+        rows = self.rows(shard)
         ds = grain.MapDataset.range(ENDLESS).map(lambda i: self.batch(int(i), rows))
         return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+
+    def rows(self, shard: tuple[int, int]) -> slice:
+        """The rows of a global batch that belong to `shard`. Raises Refused where processes cannot share it evenly."""
+        process, processes = shard
+        if self.batch_size % processes:
+            raise Refused(f"data.batch_size={self.batch_size}: expected a multiple of the {processes} processes")
+        share = self.batch_size // processes
+        return slice(process * share, (process + 1) * share)
 
     def evaluation(self, n: int) -> dict[str, np.ndarray]:
         """Up to `n` held-out samples, always the same ones, under the keys of `batch`."""
@@ -56,6 +68,12 @@ class Dataset:
     def steer(self, hints: Mapping[str, Any]) -> Dataset:
         """This data set with the fields that a controller asks for."""
         return dataclasses.replace(self, **hints)
+
+    def chosen(self, size: int, n: int) -> np.ndarray:
+        """Which of `size` held-out samples `evaluation(n)` takes: a fixed random choice, since files may be sorted."""
+        if size == 0:
+            raise Refused(f"data.path={self.path}: {type(self).__name__} has no held-out samples")
+        return np.sort(_order(0, size, 0)[:n])
 
     def existing(self) -> Path:
         """`path` as a Path. Raises Refused where it is empty or missing."""
@@ -83,7 +101,9 @@ class InMemory(Dataset):
         return {k: v[pick] for k, v in arrays.items()}
 
     def evaluation(self, n):
-        return {k: v[:n] for k, v in self._cached("test").items()}
+        arrays = self._cached("test")
+        pick = self.chosen(len(next(iter(arrays.values()))), n)
+        return {k: v[pick] for k, v in arrays.items()}
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _cached(self, split: str):
@@ -97,7 +117,10 @@ def _order(seed: int, size: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Records(Dataset):
-    """A set read record by record: subclasses give `source(split)` (random access) and `example(record)`."""
+    """A set read record by record: subclasses give `source(split)` (random access) and `example(record)`.
+
+    Shuffled anew each epoch, no record left out; `augment` is random in (seed, position in the stream) alone.
+    """
 
     threads: int = 4  # reading and decoding
     shuffle: bool = True
@@ -110,18 +133,68 @@ class Records(Dataset):
         """One decoded sample, without batch axis."""
         raise NotImplementedError
 
+    def augment(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """`example` as training sees it, with the random changes of this pass; evaluation leaves it alone."""
+        return example
+
     def loader(self, shard=(0, 1)):
         process, processes = shard
-        ds = grain.MapDataset.source(self.source("train")).seed(self.seed)
-        ds = (ds.shuffle() if self.shuffle else ds).repeat(None)[process::processes].map(self.example)
-        ds = ds.batch(self.batch_size // processes, drop_remainder=True)
+        rows = self.rows(shard)
+        ds = grain.MapDataset.source(self._opened("train")).seed(self.seed)
+        ds = (ds.shuffle() if self.shuffle else ds).repeat(None).map(self.example).random_map(self.augment)
+        ds = ds[process::processes].batch(rows.stop - rows.start, drop_remainder=True)
         return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)))
 
     def evaluation(self, n):
-        source = self.source("test")
-        examples = [self.example(source[i]) for i in range(min(n, len(source)))]
+        source = self._opened("test")
+        examples = [self.example(source[int(i)]) for i in self.chosen(len(source), n)]
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
     def spec(self):
-        one = self.example(self.source("train")[0])
+        one = self.example(self._opened("train")[0])
         return {k: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype) for k, v in one.items()}
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
+    def _opened(self, split: str):
+        return self.source(split)
+
+
+class Joined(Sequence):
+    """Several sequences one after another."""
+
+    def __init__(self, parts: Sequence[Sequence]):
+        self.parts = parts
+        self.starts = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __getitem__(self, i):
+        part = int(np.searchsorted(self.starts, i, side="right")) - 1
+        return self.parts[part][i - int(self.starts[part])]
+
+
+class Subset(Sequence):
+    """The items of `source` at `indices`."""
+
+    def __init__(self, source: Sequence, indices: np.ndarray):
+        self.source, self.indices = source, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.source[int(self.indices[i])]
+
+
+def held_out(size: int, share: float, split: str) -> np.ndarray:
+    """Indices of `split` ("train" or "test") where a fixed random `share` of `size` samples is kept for evaluation."""
+    order, cut = _order(0, size, 0), round(size * check_share(share))
+    return np.sort(order[:cut] if split == "test" else order[cut:])
+
+
+def check_share(heldout: float) -> float:
+    """The share itself. Raises Refused outside [0, 1)."""
+    if not 0 <= heldout < 1:
+        raise Refused(f"data.heldout={heldout}: expected a share from 0 to below 1")
+    return heldout

@@ -1,4 +1,4 @@
-"""Host to device ahead of time: one thread reads and places batches while the current step runs."""
+"""Batches on the device before they are asked for: one thread reads and copies while the last step still runs."""
 
 from __future__ import annotations
 
@@ -7,46 +7,56 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxdistill.core.types import Refused
 
-class DevicePrefetch(Iterator):
-    """Yields `(put(batch), loader state after that batch)`, at most `depth` batches ahead.
 
-    The state is that of what has been yielded, not of what has been read ahead, so a checkpoint may store it. An
-    exception in the thread is raised at the consumer. Use as a context manager, or call `close`.
+class DevicePrefetch:
+    """Yields `(put(batch), state)` for every batch of `loader`, in its order, read at most `depth` batches ahead.
+
+    `state` is `loader.get_state()` right after that batch: saved with what the step has consumed, it resumes there,
+    whatever was read ahead. Both `next(loader)` and `put` run in the thread, where the caller's context managers (a
+    mesh, a default device) do not hold. What they raise, the end of the loader included, is raised again here.
+    Leaving the `with` block, or `close()`, ends the thread after the batch that it is working on.
     """
 
-    def __init__(self, loader: Any, put: Callable[[Any], Any], depth: int = 2):
-        self._queue: queue.Queue = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(loader, put), name="prefetch", daemon=True)
+    def __init__(self, loader: Iterator, put: Callable[[Any], Any], depth: int = 2):
+        if depth < 1:
+            raise Refused(f"depth={depth}: expected at least 1 batch")
+        self._loader, self._put = loader, put
+        self._slots, self._ready = threading.Semaphore(depth), queue.SimpleQueue()
+        self._closed, self._end = threading.Event(), None
+        self._thread = threading.Thread(target=self._work, name="device-prefetch", daemon=True)
         self._thread.start()
 
-    def _work(self, loader, put) -> None:
-        while not self._stop.is_set():
-            try:
-                item = (put(next(loader)), loader.get_state(), None)
-            except BaseException as error:
-                item = (None, None, error)
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if item[2] is not None:
-                return
+    def _work(self):
+        try:
+            while True:
+                self._slots.acquire()
+                if self._closed.is_set():
+                    return
+                self._ready.put((self._put(next(self._loader)), self._loader.get_state()))
+        except BaseException as error:  # the consumer decides what to do about it
+            self._ready.put(error)
 
-    def __next__(self):
-        batch, state, error = self._queue.get()
-        if error is not None:
-            self._stop.set()
-            raise error
-        return batch, state
+    def __iter__(self):
+        return self
 
-    def close(self) -> None:
-        """Stops the thread and waits for it."""
-        self._stop.set()
+    def __next__(self) -> tuple[Any, Any]:
+        if self._end is None:
+            item = self._ready.get()
+            if not isinstance(item, BaseException):
+                self._slots.release()
+                return item
+            self._end = item
+        raise self._end
+
+    def close(self):
+        """Ends the thread and drops what it has read ahead; further calls of `next` find no batch."""
+        self._closed.set()
+        self._slots.release()
         self._thread.join()
+        self._ready = queue.SimpleQueue()
+        self._end = self._end or StopIteration()
 
     def __enter__(self):
         return self

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, lookup
-from jaxdistill.diffusion.process import expand
 
 
 def gradient_surrogate(x: Array, grad: Array) -> Array:
@@ -36,11 +35,11 @@ def dmd_gradient(x0: Array, real_x0: Array, fake_x0: Array) -> Array:
 
 
 def diff_instruct_gradient(real_x0: Array, fake_x0: Array, weight: Array | float = 1.0) -> Array:
-    """weight (D_psi - D_phi), the integral KL's gradient (Diff-Instruct); all [B ...], `weight` [B] or scalar.
+    """weight (D_psi - D_phi), the integral KL's gradient (Diff-Instruct); all [B ...], `weight` [B 1 ...] or scalar.
 
     `weight` is w_t (alpha_t / sigma_t)^2; 1 is w_t = (sigma_t / alpha_t)^2. Under stop_gradient.
     """
-    return jax.lax.stop_gradient(expand(jnp.asarray(weight), real_x0) * (fake_x0 - real_x0))
+    return jax.lax.stop_gradient(weight * (fake_x0 - real_x0))
 
 
 def sid_loss(x0: Array, real_x0: Array, fake_x0: Array, alpha: float = 1.2, scale: float = 100.0) -> Array:

@@ -1,0 +1,114 @@
+"""Dicts of arrays in ArrayRecord files: stored trajectories, teacher logits, latents. Written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from flax.serialization import msgpack_restore, msgpack_serialize
+
+from jaxdistill.core.types import Refused
+from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ArrayRecords(Records):
+    """The keys, shapes and dtypes that `write` was given.
+
+    `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation. Raises Refused on a
+    damaged file or record.
+    """
+
+    heldout: float = 0.02  # share kept for evaluation where there are no test* files
+
+    def source(self, split):
+        path = self.existing()
+        files = [path] if path.is_file() else sorted(path.glob("*.arrayrecord"))
+        test = [file for file in files if file.name.startswith("test")] if path.is_dir() else []
+        train = [file for file in files if file not in test]
+        if not train:
+            raise Refused(f"data.path={self.path}: no *.arrayrecord to train on")
+        if test:
+            return Joined([RecordFile(file) for file in (train if split == "train" else test)])
+        rows = Joined([RecordFile(file) for file in train])
+        return Subset(rows, held_out(len(rows), self.heldout, split))
+
+    def example(self, record):
+        name, data = record
+        try:
+            return msgpack_restore(data)
+        except Exception as error:  # msgpack and numpy each raise their own
+            raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRecords(InMemory):
+    """`ArrayRecords`, read into memory at the start: for what is small and read many times."""
+
+    heldout: float = 0.02
+
+    def arrays(self, split):
+        records = ArrayRecords(path=self.path, heldout=self.heldout)
+        examples = [records.example(record) for record in records.source(split)]
+        return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+
+
+def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -> Dataset:
+    """All records below `folder` as training data, in memory where they take less than `memory` bytes."""
+    small = sum(file.stat().st_size for file in folder.iterdir()) < memory
+    return (LoadedRecords if small else ArrayRecords)(path=str(folder), batch_size=batch_size, seed=seed, heldout=0.0)
+
+
+class RecordFile(Sequence):
+    """One ArrayRecord file: (name, bytes) by record."""
+
+    def __init__(self, file: Path):
+        self.file, self.reader = file, ArrayRecordReader(str(file))
+        if not self.reader.ok():
+            raise Refused(f"{file}: damaged or no ArrayRecord file ({file.stat().st_size} bytes)")
+
+    def __len__(self):
+        return self.reader.num_records()
+
+    def __getitem__(self, i):
+        name = f"{self.file} record {i}"
+        try:
+            return name, self.reader.read([i])[0]
+        except RuntimeError as error:
+            raise Refused(f"{name}: damaged ({str(error).splitlines()[0]})") from error
+
+
+def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
+    """Stores `examples`, dicts of arrays with equal keys, shapes and dtypes, one record each; returns their number.
+
+    An existing file is replaced at the end, in one move: a reader never sees half of one. Raises Refused on an example
+    unlike the first, on arrays of objects or strings, and where there are none.
+    """
+    path = Path(path)
+    temporary, layout, count = path.with_name(f".{path.name}.{os.getpid()}"), None, 0
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # a record is read without its neighbours
+    try:
+        for example in examples:
+            arrays = {k: np.asarray(v) for k, v in example.items()}
+            found = {k: (v.dtype.name, v.shape) for k, v in arrays.items()}
+            layout = layout or found
+            if found != layout:
+                raise Refused(f"{path}: example {count} is {found}, the first one {layout}")
+            if any(v.dtype.kind in "OSUMm" for v in arrays.values()):
+                raise Refused(f"{path}: example {count} is {found}, expected arrays of numbers")
+            writer.write(msgpack_serialize(arrays))
+            count += 1
+        if not count:
+            raise Refused(f"{path}: no examples to write")
+        writer.close()
+        temporary.replace(path)
+    finally:
+        if writer.is_open():
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,88 @@
+"""MNIST and its relatives in their own format (yann.lecun.com/exdb/mnist): IDX files, plain or gzipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from jaxdistill.core.types import Refused
+from jaxdistill.data.base import InMemory
+
+PREFIX = {"train": "train", "test": "t10k"}
+UNSIGNED_BYTES = 0x08  # the header's code for the element type
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IDX(InMemory):
+    """x float32 [H, W, 1] in [-1, 1]; cond int32 label; null_cond the number of classes.
+
+    Folder `path` holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-... for evaluation, each as it is
+    or with ".gz". Raises Refused on a missing, truncated or other file.
+    """
+
+    size: int = 0  # pixels a side after padding with black (-1); 0: as stored
+
+    def arrays(self, split):
+        classes = int(self._read("train", "labels", 1).max()) + 1
+        images, labels = self._read(split, "images", 3), self._read(split, "labels", 1)
+        if len(images) != len(labels):
+            raise Refused(f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and {len(labels)} labels")
+        if labels.max() >= classes:
+            raise Refused(f"data.path={self.path}: {PREFIX[split]} has label {labels.max()}, the training set 0 to {classes - 1}")
+        if self.size:
+            images = np.pad(images, [(0, 0), *map(self._margins, images.shape[1:])])
+        x = images.astype(np.float32)
+        x /= 127.5  # in place: the set fits in memory, though perhaps not three times
+        x -= 1.0
+        label = labels.astype(np.int32)
+        return {"x": x[..., None], "cond": label, "null_cond": np.full_like(label, classes)}
+
+    def _margins(self, side: int) -> tuple[int, int]:
+        room = self.size - side
+        if room < 0:
+            raise Refused(f"data.size={self.size}: the images have {side} pixels a side, and are padded only")
+        return room // 2, room - room // 2
+
+    def _read(self, split: str, kind: str, axes: int) -> np.ndarray:
+        folder, name = self.existing(), f"{PREFIX[split]}-{kind}-idx{axes}-ubyte"
+        for file in (folder / name, folder / f"{name}.gz"):
+            if file.is_file():
+                return read(file, axes)
+        raise Refused(f"data.path={self.path}: no file {name} or {name}.gz")
+
+
+def read(file: Path, axes: int) -> np.ndarray:
+    """The uint8 array with `axes` axes in an IDX file, gzipped where its name ends in ".gz".
+
+    Raises Refused where header and length do not agree with that.
+    """
+    data = _gunzip(file) if file.suffix == ".gz" else file.read_bytes()
+    start = 4 + 4 * axes
+    if len(data) < start:
+        raise Refused(f"{file}: expected a header of {start} bytes, found {len(data)} in all")
+    expected = bytes([0, 0, UNSIGNED_BYTES, axes])
+    if data[:4] != expected:
+        raise Refused(f"{file}: begins with 0x{data[:4].hex()}, expected 0x{expected.hex()} (unsigned bytes, {axes} axes)")
+    shape = np.frombuffer(data, ">u4", axes, 4).tolist()
+    if len(data) != start + math.prod(shape):
+        raise Refused(f"{file}: expected {start + math.prod(shape)} bytes for shape {tuple(shape)}, found {len(data)}")
+    if not shape[0]:
+        raise Refused(f"{file}: holds no samples")
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+
+
+def _gunzip(file: Path) -> bytes:
+    """What a gzip file holds; of a truncated one, what is left. Refused where it is none, or its checksum is wrong."""
+    raw, data = file.read_bytes(), b""
+    try:
+        while raw:
+            member = zlib.decompressobj(wbits=31)
+            data += member.decompress(raw)
+            raw = member.unused_data
+    except zlib.error as error:
+        raise Refused(f"{file}: expected a gzip file ({error})") from error
+    return data

@@ -1,0 +1,14 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; tests that ask for it are skipped where it is missing."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("JAXDISTILL_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is missing (set JAXDISTILL_DATA)")
+    return folder

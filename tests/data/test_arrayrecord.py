@@ -1,0 +1,118 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.core.types import Refused
+from jaxdistill.data.arrayrecord import ArrayRecords, ArrayRecordWriter, write
+
+
+def examples(n: int, start: int = 0):
+    for i in range(start, start + n):
+        yield {"x": np.full((2, 3), i, np.float32), "index": np.int32(i), "logits": np.full(4, i / 7, jnp.bfloat16)}
+
+
+def rewrite(file, change):
+    file.write_bytes(bytes(change(bytearray(file.read_bytes()))))
+
+
+def flip_bytes(data: bytearray) -> bytearray:
+    data[len(data) // 4 : 3 * len(data) // 4] = bytes(b ^ 255 for b in data[len(data) // 4 : 3 * len(data) // 4])
+    return data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int32", "uint8", "int64", "bool", "complex64"])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
+def test_round_trip(tmp_path, dtype, shape):
+    value = np.asarray(np.random.default_rng(0).integers(0, 2, shape), jnp.dtype(dtype))
+    file = tmp_path / "a.arrayrecord"
+    assert write(file, [{"a": value, "nested name/b": jnp.ones(2)}]) == 1
+    data = ArrayRecords(path=str(file))
+    got = data.example(data.source("train")[0])
+    assert got["a"].dtype == value.dtype and got["a"].shape == shape and (got["a"] == value).all()
+    assert got["nested name/b"].tolist() == [1, 1]
+
+
+def test_stream_over_several_files(tmp_path, check_stream, check_epochs):
+    write(tmp_path / "train-0.arrayrecord", examples(7))
+    write(tmp_path / "train-1.arrayrecord", examples(5, 7))
+    write(tmp_path / "test-0.arrayrecord", examples(3, 100))
+    data = ArrayRecords(path=str(tmp_path), batch_size=4)
+    check_stream(data)
+    check_epochs(data, 12)
+    assert data.evaluation(10)["index"].tolist() == [100, 101, 102]
+    assert data.spec()["logits"].dtype == jnp.bfloat16 and data.spec()["x"].shape == (4, 2, 3)
+
+
+def test_share_held_out(tmp_path):
+    file = tmp_path / "all.arrayrecord"
+    write(file, examples(20))
+    for path in (file, tmp_path):
+        data = ArrayRecords(path=str(path), heldout=0.25, batch_size=15)
+        test, train = data.evaluation(100)["index"], next(data.loader())["index"]
+        assert len(test) == 5 and sorted([*test, *train]) == list(range(20))
+
+
+def broken(n: int):
+    yield from examples(n)
+    raise KeyError("the teacher failed")
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "a.arrayrecord"
+    write(file, examples(2))
+    with pytest.raises(KeyError, match="the teacher failed"):
+        write(file, broken(3))
+    assert [f.name for f in tmp_path.iterdir()] == ["a.arrayrecord"]
+    assert len(ArrayRecords(path=str(file), heldout=0).source("train")) == 2
+    assert write(file, examples(3)) == 3
+    assert len(ArrayRecords(path=str(file), heldout=0).source("train")) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "no examples to write"),
+        ([{"a": np.zeros(2)}, {"a": np.zeros(3)}], "example 1 is"),
+        ([{"a": np.zeros(2)}, {"b": np.zeros(2)}], "example 1 is"),
+        ([{"a": np.zeros(2)}, {"a": np.zeros(2, np.float32)}], "example 1 is"),
+        ([{"a": "text"}], "expected arrays of numbers"),
+        ([{"a": object()}], "expected arrays of numbers"),
+    ],
+)
+def test_write_refused(tmp_path, given, message):
+    with pytest.raises(Refused, match=message):
+        write(tmp_path / "a.arrayrecord", given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:100], lambda b: b"", lambda b: b"junk" * 40_000])
+def test_truncated_or_other_file(tmp_path, damage):
+    file = tmp_path / "a.arrayrecord"
+    write(file, examples(10))
+    rewrite(file, damage)
+    with pytest.raises(Refused, match=r"a.arrayrecord: damaged or no ArrayRecord file \(\d+ bytes\)"):
+        ArrayRecords(path=str(file)).loader()
+
+
+def test_damaged_record_is_named(tmp_path):
+    file = tmp_path / "a.arrayrecord"
+    rng = np.random.default_rng(0)
+    write(file, ({"x": rng.standard_normal(2000)} for _ in range(40)))
+    rewrite(file, flip_bytes)
+    data = ArrayRecords(path=str(file), shuffle=False, batch_size=1)
+    with pytest.raises(Refused, match=r"a.arrayrecord record \d+: damaged"):
+        for _ in zip(range(40), data.loader()):
+            pass
+
+
+def test_records_of_others(tmp_path):
+    writer = ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+    writer.write(b"\xc1not msgpack")
+    writer.close()
+    with pytest.raises(Refused, match=r"a.arrayrecord record 0: expected what jaxdistill.data.arrayrecord.write stores"):
+        next(ArrayRecords(path=str(tmp_path), heldout=0).loader())
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(Refused, match=r"no \*.arrayrecord to train on"):
+        ArrayRecords(path=str(tmp_path)).loader()
