@@ -13,8 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import nearest
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Refused, nearest
 
 
 def main(command: Callable[[list[str]], None]) -> None:
@@ -144,3 +143,10 @@ def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[Config
     if config is None:
         raise Refused(f"--config=FILE is needed ({values['workdir']} holds no run)")
     return config, Path(values["workdir"])
+
+
+def whole(values: Mapping[str, Any], key: str, least: int) -> int:
+    """An argument as an integer. Raises Refused below `least`."""
+    if not values[key].removeprefix("-").isdigit() or int(values[key]) < least:
+        raise Refused(f"--{key}={values[key]}: expected an integer of at least {least}")
+    return int(values[key])

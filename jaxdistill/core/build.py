@@ -4,16 +4,15 @@ the keys of its config are the fields of its dataclass."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.sharding import MeshShape, Rules
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Refused, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,13 +63,6 @@ class Run:
         for name in ("sample_every", "eval_every"):
             if getattr(self, name) < 0:
                 raise Refused(f"config.{name}={getattr(self, name)}: expected 0 or a positive integer")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or the list of names where none is near."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"
 
 
 def resolve(name: str) -> Any:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jaxdistill.core import build, lora, sharding
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.net import Net, make_net
-from jaxdistill.core.types import Method, Params, Refused
+from jaxdistill.core.types import Method, Params, Refused, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Experiment:
         wanted = [*self.method.frozen, *self.method.inits]
         for name in self.config.roles:
             if name not in wanted:
-                raise Refused(f"config.roles.{name}: {self.config.method.name} has no such role{build.nearest(name, wanted)}")
+                raise Refused(f"config.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
         return {name: build.build(self.config.roles[name]) if name in self.config.roles else build.Role() for name in wanted}
 
     def source(self, role: str) -> str:
@@ -73,17 +73,17 @@ class Experiment:
         if cfg.lora.rank:
             fields = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
             return lora.adapt(self._net(cfg.lora.base), **fields)
-        model, denoiser = self._described(role)
+        model, denoiser = self.described(role)
         wrap = {"wrap": functools.partial(denoiser.wrap, process=process)} if denoiser is not None and process is not None else {}
         return make_net(model, config=model, **wrap)
 
-    def _described(self, role: str) -> tuple[Any, Any]:
+    def described(self, role: str) -> tuple[Any, Any]:
         """(model, denoiser) of a role; what is empty is that of the role or run that it starts from."""
         cfg, source = self.roles[role], self.source(role)
         model, denoiser = cfg.model, cfg.denoiser
         if model is None or denoiser is None:
             if source in self.roles and self.roles[source].init != "exact":
-                other = self._described(source)
+                other = self.described(source)
             elif (config := self._run_config(source)) is not None:
                 student = build.build(config["roles"]["student"])
                 other = (student.model, student.denoiser)
@@ -97,7 +97,7 @@ class Experiment:
     def _run_config(self, source: str) -> Any:
         if source.startswith("@"):
             if source[1:] not in self.config.runs:
-                raise Refused(f"init={source!r}: config.runs has no {source[1:]!r}{build.nearest(source[1:], self.config.runs)}")
+                raise Refused(f"init={source!r}: config.runs has no {source[1:]!r}{nearest(source[1:], self.config.runs)}")
             return self.config.runs[source[1:]]
         path = Path(source) / "config.json"
         return json.loads(path.read_text()) if path.exists() and (Path(source) / "stages").exists() else None

@@ -57,12 +57,21 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
         return _dry_run(experiment)
     _claim_folder(config, workdir)
     if (workdir / "report.json").exists():
-        return json.loads((workdir / "report.json").read_text())
+        return report.read(workdir)
     started = time.time()
     reports = {name: run(sub, workdir / name, progress=progress) for name, sub in config.runs.items()}
     with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
         trained = _train(experiment, stop, progress)
-        return report.write(trained, reports, seconds=time.time() - started, progress=progress)
+        return report.write(trained, reports, seconds=time.time() - started)
+
+
+def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, Any]:
+    """Scores a finished run again and rewrites its report. Raises Refused where it has not finished."""
+    trained = load(workdir, config)
+    before = report.read(workdir)
+    reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.config.runs}
+    with sharding.use(trained.experiment.mesh, trained.experiment.settings.rules):
+        return report.write(trained, reports, seconds=before["seconds"])
 
 
 def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:

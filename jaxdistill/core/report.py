@@ -8,6 +8,7 @@ import io
 import json
 import operator
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxdistill.core import metrics
@@ -55,7 +56,7 @@ def look(trained, step: int, *, score: bool) -> dict[str, float]:
     return {f"eval/{k}@{r['nfe']}": float(v) for r in rows for k, v in r.items() if k not in ("name", "nfe")}
 
 
-def write(trained, reports: Mapping[str, Any], *, seconds: float, progress: bool = True) -> dict[str, Any]:
+def write(trained, reports: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
     """Evaluates, writes report.json, report.html and samples/, and returns report.json's content.
 
     Rows of the runs inside the config that no role starts from (baselines) join the table under the run's name.
@@ -79,6 +80,25 @@ def write(trained, reports: Mapping[str, Any], *, seconds: float, progress: bool
     (workdir / "report.html").write_text(_html(result, pictures, _curves(workdir), experiment.method.__doc__ or ""))
     write_json(workdir / "report.json", result)
     return result
+
+
+def read(workdir: Path) -> dict[str, Any]:
+    """A finished run's report.json. Raises Refused where there is none."""
+    path = Path(workdir) / "report.json"
+    if not path.exists():
+        raise Refused(f"{workdir}: no report.json; has that run finished?")
+    return json.loads(path.read_text())
+
+
+def summary(result: Mapping[str, Any], workdir: Path) -> str:
+    """What a command prints at its end: the table, the claim, where the report lies."""
+    lines = [text_table(result["models"])] if result["models"] else []
+    if stated := result["claim"]:
+        sign = "<=" if stated["better"] == "lower" else ">="
+        lines.append(f"claim: {stated['metric']} of {stated['model']} {sign} {stated['bound']} x {stated['against']}: "
+                     f"{number(stated['value'])} against {number(stated['baseline'])}: "
+                     f"{'holds' if stated['holds'] else 'does not hold'}")  # fmt: skip
+    return "\n".join([*lines, f"report: {Path(workdir) / 'report.html'}"])
 
 
 def claim(wanted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,11 +29,17 @@ class Refused(ValueError):
     """Bad input. The message is one line (what, where, what was expected); commands exit with code 2."""
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message: "; did you mean 'x'?", or the list of names where none is near."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"
+
+
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """table[name]. Raises Refused, naming the nearest key, where there is none."""
     if name not in table:
-        near = difflib.get_close_matches(name, table, 1)
-        raise Refused(f"{what}={name!r}: " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(sorted(table))}"))
+        raise Refused(f"{what}={name!r} is unknown{nearest(name, table)}")
     return table[name]
 
 
@@ -148,6 +154,10 @@ class Method:
     def controller(self) -> Controller | None:
         """The host-side part: data mixtures, pass rates, curricula."""
         return None
+
+    def exported(self, net: Any, params: Params) -> tuple[Any, Params]:
+        """The student as it leaves for PyTorch: (net, params)."""
+        return net, params
 
     def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
         """Samples of a trained `net` (bound student) at `steps` network evaluations, from unit Gaussian noise."""

@@ -90,6 +90,7 @@ def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
     unlike the first, on arrays of objects or strings, and where there are none.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, layout, count = path.with_name(f".{path.name}.{os.getpid()}"), None, 0
     writer = ArrayRecordWriter(str(temporary), "group_size:1")  # a record is read without its neighbours
     try:

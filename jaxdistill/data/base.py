@@ -71,8 +71,6 @@ class Dataset:
 
     def chosen(self, size: int, n: int) -> np.ndarray:
         """Which of `size` held-out samples `evaluation(n)` takes: a fixed random choice, since files may be sorted."""
-        if size == 0:
-            raise Refused(f"data.path={self.path}: {type(self).__name__} has no held-out samples")
         return np.sort(_order(0, size, 0)[:n])
 
     def existing(self) -> Path:
@@ -107,7 +105,10 @@ class InMemory(Dataset):
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _cached(self, split: str):
-        return self.arrays(split)
+        arrays = self.arrays(split)
+        if not len(next(iter(arrays.values()))):
+            raise Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples")
+        return arrays
 
 
 @functools.lru_cache(maxsize=4)
@@ -156,7 +157,10 @@ class Records(Dataset):
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _opened(self, split: str):
-        return self.source(split)
+        source = self.source(split)
+        if not len(source):
+            raise Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples")
+        return source
 
 
 class Joined(Sequence):

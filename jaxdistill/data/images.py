@@ -83,7 +83,7 @@ class ParquetImages(Images):
 
     @functools.cached_property
     def classes(self):
-        return 1 + max(int(shard.labels.max()) for shard in self._shards("train").parts)
+        return 1 + int(np.concatenate([shard.labels for shard in self._shards("train").parts]).max(initial=-1))
 
     def _files(self, split: str) -> list[Path]:
         return sorted(self.existing().glob(f"{split}-*.parquet"))
@@ -108,14 +108,14 @@ class Shard(Sequence):
                 if image is None:
                     raise Refused(f"{file}: no column {' or '.join(COLUMNS)}, found {', '.join(names)}")
                 lookup(dict.fromkeys(names), label, f"{file}: column")
-                kind = parquet.schema_arrow.field(image).type
+                kind, number = (parquet.schema_arrow.field(name).type for name in (image, label))
                 if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
                     raise Refused(f"{file}: column {image!r} is {kind}, expected a struct with bytes")
                 batches = list(parquet.iter_batches(1024, columns=[f"{image}.bytes", label]))
         except (pa.ArrowException, OSError) as error:
             raise Refused(f"{file}: damaged parquet file ({str(error).splitlines()[0]})") from error
-        self.images = pa.chunked_array([batch.column(image).field("bytes") for batch in batches], pa.binary())
-        labels = pa.chunked_array([batch.column(label) for batch in batches])
+        self.images = pa.chunked_array([batch.column(image).field("bytes") for batch in batches], kind.field("bytes").type)
+        labels = pa.chunked_array([batch.column(label) for batch in batches], number)
         if labels.null_count or not pa.types.is_integer(labels.type):
             raise Refused(f"{file}: column {label!r} is {labels.type} with {labels.null_count} empty rows, expected integers")
         self.labels = labels.to_numpy()

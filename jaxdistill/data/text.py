@@ -178,7 +178,7 @@ def _read_text(file: Path) -> str:
     if file.is_dir():
         raise Refused(f"data.path={file}: a folder, expected a text file")
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise Refused(f"{file}: byte {error.start} is not UTF-8") from error
 

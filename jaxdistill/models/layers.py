@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import lookup as lookup_name
 
 XAVIER = nnx.initializers.xavier_uniform()
 LECUN = nnx.initializers.lecun_normal()
@@ -87,11 +87,9 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
 
     Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored.
     """
-    if remat not in REMAT:
-        near = difflib.get_close_matches(remat, REMAT, 1)
-        raise Refused(f"remat={remat!r}: expected one of {', '.join(REMAT)}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    policy = lookup_name(REMAT, remat, "remat")
+    if policy is not None:
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     if bounds[0] < 0 or bounds[-1] > depth:
         raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")

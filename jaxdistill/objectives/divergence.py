@@ -182,6 +182,11 @@ def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, st
     return temperature**2 * total
 
 
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """-log q(label) per token: logits [... V], labels int [...] -> float32 [...]."""
+    return -jnp.take_along_axis(_log_softmax(logits), labels[..., None], -1)[..., 0]
+
+
 def chunked_cross_entropy(hidden: Array, head: Array, labels: Array, *, chunk: int) -> Array:
     """-log softmax(hidden @ head)[label] without logits over the whole vocabulary: [..., D], [D, V], int [...] -> [...]."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)

@@ -24,7 +24,7 @@ def flip_bytes(data: bytearray) -> bytearray:
 @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
 def test_round_trip(tmp_path, dtype, shape):
     value = np.asarray(np.random.default_rng(0).integers(0, 2, shape), jnp.dtype(dtype))
-    file = tmp_path / "a.arrayrecord"
+    file = tmp_path / "new folder" / "a.arrayrecord"
     assert write(file, [{"a": value, "nested name/b": jnp.ones(2)}]) == 1
     data = ArrayRecords(path=str(file))
     got = data.example(data.source("train")[0])

@@ -102,7 +102,9 @@ def test_joined_and_subset():
         (lambda: Numbers().existing(), "data.path is empty: Numbers reads files"),
         (lambda: Numbers(path="/nowhere").existing(), "data.path=/nowhere: no such file or folder"),
         (lambda: held_out(10, 1.0, "test"), "data.heldout=1.0"),
-        (lambda: Numbers().chosen(0, 5), "Numbers has no held-out samples"),
+        (lambda: next(Numbers(size=0).loader()), "Numbers has no train samples"),
+        (lambda: Lines(size=0).loader(), "Lines has no train samples"),
+        (lambda: Lines(size=0).evaluation(5), "Lines has no test samples"),
     ],
 )
 def test_refused(make, message):

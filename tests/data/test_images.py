@@ -134,8 +134,11 @@ def test_folder_labels_and_split(folder, check_epochs):
     check_epochs(data, len(train))
 
 
-def test_held_out_images_stay_when_others_come(folder):
+def test_held_out_images_stay_when_others_come_or_the_folder_moves(folder, tmp_path_factory):
     before = {name for name, *_ in ImageFolder(path=str(folder), heldout=0.25).source("test")}
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "set")
+    there = {name for name, *_ in ImageFolder(path=str(moved), heldout=0.25).source("test")}
+    assert {name[-11:] for name in there} == {name[-11:] for name in before}
     for i in range(20):
         shutil.copy(folder / "cat" / f"{i:03}.png", folder / "cat" / f"new{i:03}.png")
     after = {name for name, *_ in ImageFolder(path=str(folder), heldout=0.25, seed=1).source("test")}
@@ -155,6 +158,7 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
     ("damage", "message"),
     [
         (lambda p: [f.unlink() for f in p.glob("train*")], "no train-\\*.parquet"),
+        (lambda p: [shard(f, [], pa.array([], pa.int64())) for f in p.glob("*")], "ParquetImages has no train samples"),
         (lambda p: shard(p / "train-0.parquet", [b"junk"], [0]), "train-0.parquet row 0: damaged image"),
         (lambda p: shard(p / "train-0.parquet", [png(pictures(1)[0])[:90]], [0]), "train-0.parquet row 0: damaged image"),
         (lambda p: shard(p / "train-0.parquet", [None], [0]), "train-0.parquet row 0: no image"),

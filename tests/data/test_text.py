@@ -139,6 +139,7 @@ def test_json_list_and_folder(tmp_path):
         ('[\n{"prompt": "a", "response": "b"},\n{"prompt": }]', r"a.jsonl:3: expected JSON"),
         ('[{"prompt": "a", "response": "b"}, {"promt": "a"}]', r"a.jsonl item 1: key='prompt': did you mean 'promt'\?"),
         ('{"prompt": "aaaaaaaaaaaa", "response": "b"}', r"all 1 prompts are longer than 9 tokens"),
+        ("\n", "PackedJson has no train samples"),
     ],
 )
 def test_json_refused(tmp_path, content, message):

@@ -80,6 +80,8 @@ class DMD2(Method):
         adversarial = jnp.mean(gan.non_saturating_discriminator(real, fake))
         return Out(denoise + self.disc_weight * adversarial, {"denoise": denoise, "gan": adversarial})
 
+    def sampling_times(self, steps: int) -> Array:
+        return jnp.array(self.student_times[:steps])
+
     def sample(self, net, noise, cond, key, steps):
-        times = jnp.array(self.student_times[:steps])
-        return renoise(self.process, lambda x, t: net(x, t, cond), noise, times, key)
+        return renoise(self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key)

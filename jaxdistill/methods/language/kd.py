@@ -11,8 +11,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import optax
-
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
 from jaxdistill.models.lm import context
 from jaxdistill.objectives import divergence
@@ -74,4 +72,4 @@ class KD(Method):
         """-log q(label) of every token, [B T], at temperature 1."""
         if self.chunk:
             return divergence.chunked_cross_entropy(student, head, labels, chunk=self.chunk)
-        return optax.softmax_cross_entropy_with_integer_labels(student, labels)
+        return divergence.cross_entropy(student, labels)

@@ -1,0 +1,111 @@
+"""Evaluation of language models on held-out text and on what they write themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
+from jaxdistill.objectives.divergence import cross_entropy, masked_sum
+from jaxdistill.samplers.text import generate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextEval:
+    """Rows for teacher and student: perplexity of held-out targets; KL to the teacher on them and on the student's own
+    continuations (their difference is the exposure gap); share of greedy answers that are right, where the data set can
+    tell (`data.correct`)."""
+
+    samples: int = 512
+    batch: int = 128
+    prompt_length: int = 16  # of the continuations, where the data has no prompts of its own
+    seed: int = 0
+
+    def rows(self, trained) -> list[dict[str, Any]]:
+        """[{"name", "nfe" (per token), metric: value, ...}]"""
+        roles = [role for role in ("teacher", "student") if role in trained.params]
+        held = trained.experiment.data.evaluation(self.samples)
+        return [{"name": role, "nfe": 1, **self._row(trained, role, held)} for role in roles]
+
+    def _row(self, trained, role: str, held: dict[str, np.ndarray]) -> dict[str, float]:
+        nets, params, data = trained.nets, trained.params, trained.experiment.data
+        has_teacher = "teacher" in params
+
+        @jax.jit
+        def score(params, batch):
+            bound = {r: functools.partial(nets[r].apply, params[r]) for r in (role, *(["teacher"] if has_teacher else []))}
+            where = {k: batch[k][:, :-1] for k in ("positions", "segments") if k in batch}
+            tokens, mask = batch["tokens"], batch["mask"][:, 1:]
+            logits = bound[role](tokens[:, :-1], **where)
+            sums = {"nll": masked_sum(cross_entropy(logits, tokens[:, 1:]), mask)}
+            if has_teacher:
+                teacher = bound["teacher"](tokens[:, :-1], **where)
+                sums |= {"kl": token_kl(teacher, logits, mask), "agreement": top1_agreement(teacher, logits, mask)}
+            return sums
+
+        held_out = _total(score, params, held, self.batch)
+        row = {"perplexity": perplexity(*held_out.pop("nll"))}
+        row |= {name: total / count for name, (total, count) in held_out.items()}
+        if hasattr(nets[role].config, "depth"):  # an exact law has no cache to write with
+            own, speed = self.write(trained, role, held)
+            if has_teacher and role == "student":
+                total, count = _total(score, params, own, self.batch)["kl"]
+                row["rollout_kl"] = total / count
+            if hasattr(data, "correct"):
+                row["accuracy"] = float(np.mean(data.correct(own["tokens"])))
+            row["tokens_per_second"] = speed
+        return row
+
+    def write(self, trained, role: str, held: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+        """(tokens with a mask on what was written, tokens per second): greedy where answers are checked, else sampled."""
+        net, data = trained.nets[role], trained.experiment.data
+        length, eos = held["tokens"].shape[1], getattr(data, "eos", ())
+        prompts = held["prompt"] if "prompt" in held else held["tokens"][:, : self.prompt_length]
+        masks = held.get("prompt_mask", np.ones(prompts.shape, bool))
+        temperature = 0.0 if hasattr(data, "correct") else 1.0
+
+        @jax.jit
+        def run(params, prompt, mask, key):
+            bound = functools.partial(net.apply, params)
+            return generate(bound, prompt, length, key, prompt_mask=mask, temperature=temperature, eos=eos, pad=getattr(data, "pad", 0))
+
+        tokens, alive, seconds, made = [], [], 0.0, 0
+        for i, low in enumerate(range(0, len(prompts), self.batch)):
+            part = (jnp.asarray(prompts[low : low + self.batch]), jnp.asarray(masks[low : low + self.batch]))
+            started = time.perf_counter()
+            out, valid = jax.block_until_ready(run(trained.params[role], *part, jax.random.fold_in(jax.random.key(self.seed), i)))
+            if i or len(prompts) <= self.batch:
+                seconds, made = seconds + time.perf_counter() - started, made + out[:, prompts.shape[1] :].size
+            tokens.append(np.asarray(out))
+            alive.append(np.asarray(valid))
+        mask = np.concatenate(alive).astype(np.float32) * (np.arange(length) >= prompts.shape[1])
+        return {"tokens": np.concatenate(tokens), "mask": mask}, made / seconds
+
+    def pictures(self, trained) -> dict[str, Any]:
+        return {}
+
+    def texts(self, trained, n: int = 4) -> dict[str, list[str]]:
+        """role -> what it writes after the first held-out prompts, where the data set can decode tokens."""
+        data = trained.experiment.data
+        held = data.evaluation(n)
+        decode = (
+            data.text if hasattr(data, "text") else data.codec.decode if hasattr(data, "codec") else lambda row: " ".join(map(str, row))
+        )
+        roles = [r for r in ("teacher", "student") if r in trained.params and hasattr(trained.nets[r].config, "depth")]
+        return {role: [decode(row) for row in self.write(trained, role, held)[0]["tokens"]] for role in roles}
+
+
+def _total(score, params, rows: dict[str, np.ndarray], batch: int) -> dict[str, tuple[float, float]]:
+    """Sums and counts over all rows, `batch` at a time."""
+    totals: dict[str, np.ndarray] = {}
+    for low in range(0, len(rows["tokens"]), batch):
+        part = {k: jnp.asarray(v[low : low + batch]) for k, v in rows.items()}
+        for name, pair in jax.device_get(score(params, part)).items():
+            totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
+    return {name: (float(total), float(count)) for name, (total, count) in totals.items()}

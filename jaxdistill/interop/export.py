@@ -1,0 +1,85 @@
+"""A finished run's student as a PyTorch folder: weights, scheduler, and a card that says how to sample."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from jaxdistill import interop
+from jaxdistill.core import lora
+from jaxdistill.core.report import columns, number
+from jaxdistill.core.types import Refused
+from jaxdistill.diffusion.process import Flow
+from jaxdistill.models.dit import DiT
+
+
+def export(trained, folder: Path) -> None:
+    """Writes the student, adapters folded in. Raises Refused where its network has no PyTorch class."""
+    experiment = trained.experiment
+    net, params = trained.nets["student"], trained.params["student"]
+    if net.adapts:
+        params = lora.merge(trained.params[net.adapts], params, net.scale)
+        net = trained.nets[net.adapts]
+    net, params = experiment.method.exported(net, params)
+    report = json.loads((experiment.workdir / "report.json").read_text())
+    interop.save(folder, net, params, card=_card(experiment, net, report))
+
+
+def _card(experiment, net, report: dict[str, Any]) -> str:
+    method = type(experiment.method)
+    about = (__import__(method.__module__, fromlist=["_"]).__doc__ or "").strip()
+    rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
+    keys = columns(rows)
+    table = "\n".join(["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys),
+                       *("| " + " | ".join(number(row.get(k, "")) for k in keys) + " |" for row in rows)])  # fmt: skip
+    steps = next((row["nfe"] for row in rows if row["name"] == "student"), 1)
+    return f"""---
+tags: [jaxdistill, distillation, {method.__name__.lower()}]
+---
+# {method.__name__} student
+
+{about}
+
+Trained with `jaxdistill`: `{report["config"]["method"]["name"]}`, {report["steps"]} steps, seed {report["config"]["seed"]}.
+NFE: {steps}.
+
+{table}
+
+## Sampling
+
+```python
+{_recipe(experiment, net, steps)}
+```
+
+## Config
+
+```json
+{json.dumps(report["config"], indent=1)}
+```
+"""
+
+
+def _recipe(experiment, net, steps: int) -> str:
+    if not isinstance(net.config, DiT):
+        return textwrap.dedent("""\
+            from transformers import AutoModelForCausalLM
+            model = AutoModelForCausalLM.from_pretrained(".")
+            tokens = model.generate(prompt_tokens, max_new_tokens=64)""")
+    method, denoiser = experiment.method, experiment.described("student")[1]
+    if not isinstance(denoiser.native, Flow) or type(denoiser.param).__name__ != "Velocity":
+        raise Refused(f"export: no sampling recipe for {type(denoiser.param).__name__} on {type(denoiser.native).__name__}")
+    scale, shape = denoiser.param.time_scale, (net.config.channels, net.config.size, net.config.size)
+    times = [float(t) for t in denoiser.native.time(method.process.angle(method.sampling_times(steps)))]
+    return textwrap.dedent(f"""\
+        import torch
+        from diffusers import DiTTransformer2DModel
+        model = DiTTransformer2DModel.from_pretrained(".").eval()
+        labels = torch.arange({net.config.classes})
+        x0 = torch.zeros(len(labels), {", ".join(map(str, shape))})
+        with torch.no_grad():
+            for t in {[round(t, 6) for t in times]}:
+                x = (1 - t) * x0 + t * torch.randn_like(x0)
+                v = model(x, timestep=torch.full((len(labels),), {scale} * t), class_labels=labels).sample
+                x0 = x - t * v""")

@@ -1,0 +1,19 @@
+"""Evaluates a finished run again, with other evaluation settings if wanted, and rewrites its report.
+
+python -m launch.evaluate --workdir=DIR [--config=FILE] [--config.evaluation.key=value ...]
+"""
+
+from launch._command import arguments, main, needed
+
+
+def evaluate(argv: list[str]) -> None:
+    values, config = arguments(argv, {"config": "", "workdir": ""})
+    config, workdir = needed(values, config)
+    from jaxdistill.core import loop, report
+
+    result = loop.evaluate(workdir, config)
+    print(report.summary(result, workdir))
+
+
+if __name__ == "__main__":
+    main(evaluate)

@@ -1,0 +1,23 @@
+"""Writes a finished run's student as a folder that PyTorch (diffusers, transformers) loads, with a model card.
+
+python -m launch.export --workdir=DIR [--out=DIR/export]
+"""
+
+from pathlib import Path
+
+from launch._command import arguments, main, needed
+
+
+def export(argv: list[str]) -> None:
+    values, config = arguments(argv, {"config": "", "workdir": "", "out": ""})
+    config, workdir = needed(values, config)
+    from jaxdistill.core import loop
+    from jaxdistill.interop import export as to_folder
+
+    out = Path(values["out"] or workdir / "export")
+    to_folder.export(loop.load(workdir, config), out)
+    print(f"exported: {out}")
+
+
+if __name__ == "__main__":
+    main(export)

@@ -1,0 +1,44 @@
+"""Draws from a finished run's student: a grid as PNG and the arrays beside it, or text.
+
+python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] [--out=FILE.png]
+"""
+
+from pathlib import Path
+
+from jaxdistill.core.types import Refused, nearest
+from launch._command import arguments, main, needed, whole
+
+
+def sample(argv: list[str]) -> None:
+    values, config = arguments(argv, {"config": "", "workdir": "", "n": "100", "steps": "0", "seed": "0", "role": "student", "out": ""})
+    config, workdir = needed(values, config)
+    n, steps, seed = whole(values, "n", 1), whole(values, "steps", 0), whole(values, "seed", 0)
+    import dataclasses
+
+    import numpy as np
+
+    from jaxdistill.core import loop
+
+    trained = loop.load(workdir, config)
+    evaluation, role = trained.experiment.evaluation, values["role"]
+    if evaluation is None:
+        raise Refused(f"{workdir}: its config has no evaluation, which knows how to sample")
+    if role not in trained.params:
+        raise Refused(f"--role={role}{nearest(role, trained.params)}")
+    evaluation = dataclasses.replace(evaluation, seed=seed)
+    if hasattr(evaluation, "texts"):
+        for line in evaluation.texts(trained, n)[role]:
+            print(line, end="\n---\n")
+        return
+    steps = steps or next(s for r, s in evaluation.models(trained) if r == role)
+    real = trained.experiment.data.evaluation(n)
+    x, _ = evaluation.generate(trained, role, steps, real)
+    out = Path(values["out"] or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    evaluation.picture(x, real).save(out)
+    np.savez(out.with_suffix(".npz"), x=x, **{k: v for k, v in real.items() if k == "cond"})
+    print(f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {out.with_suffix('.npz')}")
+
+
+if __name__ == "__main__":
+    main(sample)
