@@ -8,9 +8,9 @@ generalised Jensen-Shannon divergence. No gradient flows through the sampling.
 from __future__ import annotations
 
 import dataclasses
-import zlib
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdistill.core.types import Batch, Ctx, Nets, Refused, Turn
 from jaxdistill.methods.language.kd import KD
@@ -40,7 +40,7 @@ class GKD(KD):
 
     def writes(self, step: int) -> bool:
         """Whether the student writes the batch of this step: a fixed pseudo-random draw, the same in every run."""
-        return zlib.crc32(f"on_policy {step}".encode()) < self.on_policy * 2**32
+        return np.random.default_rng(step).random() < self.on_policy
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """Algorithm 1, y ~ p_student(. | x): its continuations, in the places where the data has the responses."""
