@@ -2,10 +2,10 @@
 
     python -m launch.train --config=configs/recipes/dmd2.py --workdir=DIR --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
 
-TEACHER is a run of configs/recipes/flow_matching.py or a folder of diffusers' DiTTransformer2DModel trained by flow matching.
-The paper's ImageNet-64 constants: batch 280 (288 here, for meshes of 32), AdamW 2e-6 on both sides, five critic updates to one of the student, GAN weight
-3e-3, discriminator weight 1e-2, gradient norm 10, FID 1.51 at one step (1.28 after longer training). Departures: backbone,
-velocity in place of EDM-weighted denoising for the fake score, and 32x32x4 latents.
+TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers' DiTTransformer2DModel trained by flow
+matching. The paper's ImageNet-64 constants: batch 280 (288 here, for meshes of 32), AdamW 2e-6 on both sides, five critic
+updates to one of the student, GAN weight 3e-3, discriminator weight 1e-2, gradient norm 10; FID 1.51 at one step, 1.28
+after longer training. Departures: backbone, velocity in place of EDM-weighted denoising for the fake score, latents.
 """
 
 from configs.recipes.flow_matching import XL2
