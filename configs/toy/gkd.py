@@ -2,28 +2,37 @@
 
     python -m launch.train --config=configs/toy/gkd.py --workdir=runs/toy_gkd
 
-2 CPU cores, about two minutes. The claim: after the same steps, a student too small for the language that is also
-graded on its own text is closer to the teacher on its own text (`rollout_kl`) than one distilled on given text alone
-(`baseline`, forward KL).
+2 CPU cores, about two minutes. A student too small for the language starts from supervised training (`start`), as in the
+paper. The claim: after the same further steps, the student that is graded on its own text with a divergence near the
+reverse KL writes text nearer to the teacher's (`rollout_reverse_kl`, per token on its own samples) than one that goes on
+with forward KL on given text (`baseline`).
 """
 
 from configs.toy.kd import DATA
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 
+LM = spec("models.lm:LM", vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48)
+OPTIMIZER = Optimizer(lr=3e-3, schedule="cosine", warmup=20)
 
-def distil(method, **rest):
+
+def start():
     return experiment(
-        steps=600,
+        steps=300,
+        data=spec("data.language:Markov", **DATA),
+        method=spec("methods.language.sft:SFT"),
+        roles=dict(student=Role(model=LM, optimizer=OPTIMIZER)),
+        evaluation=spec("evals.text:TextEval", prompt_length=8),
+    )
+
+
+def distil(method, runs=None, **rest):
+    return experiment(
+        steps=400,
+        runs=dict(start=start(), **(runs or {})),
         data=spec("data.language:Markov", **DATA),
         method=method,
-        roles=dict(
-            teacher=Role(init="exact"),
-            student=Role(
-                model=spec("models.lm:LM", vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48),
-                optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
-            ),
-        ),
+        roles=dict(teacher=Role(init="exact"), student=Role(init="@start", optimizer=OPTIMIZER)),
         evaluation=spec("evals.text:TextEval", prompt_length=8),
         **rest,
     )
@@ -32,6 +41,6 @@ def distil(method, **rest):
 def get_config():
     return distil(
         spec("methods.language.gkd:GKD", beta=0.9, on_policy=1.0, prompt_length=8),
-        runs=dict(baseline=distil(spec("methods.language.kd:KD"))),
-        claim=dict(metric="rollout_kl", model="student", baseline="baseline", better="lower", ratio=0.95),
+        dict(baseline=distil(spec("methods.language.kd:KD"))),
+        claim=dict(metric="rollout_reverse_kl", model="student", baseline="baseline", better="lower", ratio=0.9),
     )

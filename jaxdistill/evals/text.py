@@ -20,7 +20,7 @@ from jaxdistill.samplers.text import generate
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEval:
     """Rows for teacher and student: perplexity of held-out targets; KL to the teacher on them and on the student's own
-    continuations (their difference is the exposure gap); share of greedy answers that are right, where the data set can
+    continuations (their difference is the exposure gap), in both directions; share of greedy answers that are right, where the data set can
     tell (`data.correct`)."""
 
     samples: int = 512
@@ -47,6 +47,7 @@ class TextEval:
             if has_teacher:
                 teacher = bound["teacher"](tokens, **where)[:, :-1]
                 sums |= {"kl": token_kl(teacher, logits, mask), "agreement": top1_agreement(teacher, logits, mask)}
+                sums["reverse_kl"] = token_kl(teacher, logits, mask, "reverse_kl")
             return sums
 
         held_out = _total(score, params, held, self.batch)
@@ -55,8 +56,8 @@ class TextEval:
         if hasattr(nets[role].config, "depth"):  # an exact law has no cache to write with
             own, speed = self.write(trained, role, held)
             if has_teacher and role == "student":
-                total, count = _total(score, params, own, self.batch)["kl"]
-                row["rollout_kl"] = total / count
+                mine = _total(score, params, own, self.batch)
+                row |= {f"rollout_{name}": mine[name][0] / mine[name][1] for name in ("kl", "reverse_kl")}
             if hasattr(data, "correct"):
                 row["accuracy"] = float(np.mean(data.correct(own["tokens"])))
             row["tokens_per_second"] = speed
