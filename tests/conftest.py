@@ -1,5 +1,10 @@
+"""Before JAX starts: eight simulated devices on the CPU."""
+
 import os
 from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import pytest
 

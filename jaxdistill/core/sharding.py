@@ -48,16 +48,25 @@ class Rules:
 _RULES: ContextVar[Rules] = ContextVar("rules", default=Rules())
 
 
+def shape_of(shape: MeshShape) -> list[int]:
+    return [getattr(shape, axis) for axis in AXES]
+
+
 def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
-    """A mesh over all devices, or the given ones. Raises Refused where they do not fill the shape."""
+    """A mesh over all devices, or the given ones; a smaller shape takes the first of them, in a single process.
+
+    Raises Refused where there are too few, or where -1 leaves some over.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(shape, axis) for axis in AXES]
+    sizes = shape_of(shape)
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise Refused(f"mesh={dict(zip(AXES, sizes))}: axes are positive, and at most one is -1")
     known = math.prod(s for s in sizes if s != -1)
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if math.prod(sizes) != len(devices):
-        raise Refused(f"mesh={dict(zip(AXES, sizes))} needs {max(known, math.prod(sizes))} devices, found {len(devices)}")
+    needed = math.prod(sizes)
+    if needed > len(devices) or not needed or (needed < len(devices) and (-1 in shape_of(shape) or jax.process_count() > 1)):
+        raise Refused(f"mesh={dict(zip(AXES, shape_of(shape)))} does not fit the {len(devices)} devices there are")
+    devices = devices[:needed]
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# A teacher, a one-step student, a report and an export, on embedded data: bash launch/quickstart.sh [WORKDIR]
+# Makes .venv unless an environment is active. Run it again to go on where it was stopped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+workdir=${1:-runs/quickstart}
+
+source tools/environment.sh
+install .
+
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} # the digits take minutes on two cores
+python -m launch.train --config=configs/digits/dmd2.py --workdir="$workdir"
+python -m launch.export --workdir="$workdir"
+cat <<END
+
+Look at   $workdir/report.html
+PyTorch   $workdir/export loads with diffusers' DiTTransformer2DModel.from_pretrained
+Next      python -m launch.train --config=configs/digits/dmd2.py --workdir=runs/no_gan \\
+            --config.roles.teacher.init=$workdir/teacher --config.method.gan_weight=0
+END
