@@ -14,7 +14,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 def get_config():
     return experiment(
         steps=6000,
-        data=spec("data.mixtures:Mixture", seed=0, batch_size=512),
+        data=spec("data.mixtures:Mixture", seed=0, batch_size=512, labelled=False),
         method=spec("methods.trajectory.meanflow:MeanFlowDistillation", flow_share=0.5),
         roles=dict(
             teacher=Role(init="exact"),
@@ -22,7 +22,7 @@ def get_config():
                 model=spec("models.mlp:MLP", second_time=True),
                 denoiser=Denoiser(),
                 init="fresh",
-                optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine", warmup=100),
+                optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
                 ema=Ema(rate=0.995),
             ),
         ),

@@ -14,7 +14,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 def get_config():
     return experiment(
         steps=6000,
-        data=spec("data.mixtures:Mixture", seed=0, batch_size=512),
+        data=spec("data.mixtures:Mixture", seed=0, batch_size=512, labelled=False),
         method=spec("methods.trajectory.scm:SCM", tangent_warmup=1000),
         roles=dict(
             teacher=Role(init="exact"),
@@ -22,7 +22,7 @@ def get_config():
                 model=spec("models.mlp:MLP"),
                 denoiser=Denoiser(),
                 init="fresh",
-                optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine", warmup=100),
+                optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
                 ema=Ema(rate=0.995),
             ),
             weight=Role(model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-3, b2=0.99)),
