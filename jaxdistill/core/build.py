@@ -134,12 +134,18 @@ def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], eva
     method, data, evaluation: `spec(...)`; roles: name -> Role;
     claim: dict(metric, model, baseline, better "lower" | "higher", ratio): what the final evaluation is held against;
     runs: name -> a whole config of its own, trained first in `workdir/<name>` (a teacher, a baseline).
+    Their seed, data.seed and data.path are this config's, and stay so when these are changed.
     Returned locked: a misspelt key is an error.
     """
     top = _plain(_construct(Run, "config", run))
     del top["name"]
     parts = dict(method=method, data=data, evaluation=evaluation, claim=claim, runs=dict(runs), roles=dict(roles))
-    return ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}}).lock()
+    config = ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}})
+    for inner in config.runs.values():
+        inner.seed = config.get_ref("seed")
+        for key in ("seed", "path"):
+            inner.data[key] = config.data.get_ref(key)
+    return config.lock()
 
 
 def run_settings(config: ConfigDict) -> Run:

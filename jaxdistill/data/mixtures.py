@@ -67,7 +67,7 @@ class Mixture(Dataset):
 
     def denoise(self, process: Process, x: Array, t: Array, cond: Array | None = None, **_) -> Pred:
         """Exact E[x0 | x_t]: responsibilities times the modes' own posterior means (00-foundations, section 4)."""
-        log_w, means, stds = (jnp.asarray(a, x.dtype) for a in (np.log(self.law[0]), *self.law[1:]))
+        log_w, means, stds = (jnp.asarray(a, x.dtype) for a in (np.log(self.law[0].astype(np.float64)), *self.law[1:]))
         a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
         spread = (a * stds) ** 2 + s**2  # [B K]
         offset = x[:, None] - a[..., None] * means  # [B K D]

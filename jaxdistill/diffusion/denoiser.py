@@ -95,7 +95,8 @@ class Denoiser:
 
     `wrap(call, process)` turns `(x, t, cond, **kw) -> raw | (raw, feats)` into `(x, t, cond, **kw) -> Pred` for a
     caller who works in `process`. Where the two processes differ, the network is queried at the time of equal
-    signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read unchanged.
+    signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read unchanged. Beyond
+    the ends of its own process it is queried at the end.
     A second time `r` (average-velocity networks) is warped like `t`.
     """
 
@@ -106,8 +107,8 @@ class Denoiser:
         def denoise(x: Array, t: Array, cond=None, *, r: Array | None = None, **kw) -> Pred:
             xn, tn, rn = x, t, r
             if process != self.native:
-                tn = self.native.time(process.angle(t))
-                rn = None if r is None else self.native.time(process.angle(r))
+                warp = lambda t: jnp.clip(self.native.time(process.angle(t)), self.native.t_min, self.native.t_max)
+                tn, rn = warp(t), None if r is None else warp(r)
                 norm = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(t)))
                 xn = x * expand(norm(self.native, tn) / norm(process, t), x)
             x_in, t_in = self.param.inputs(self.native, xn, tn)

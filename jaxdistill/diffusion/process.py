@@ -69,7 +69,7 @@ class Process:
     def lam(self, t: Array) -> Array:
         """Half log-SNR, log(alpha / sigma)."""
         a, s = self.alpha_sigma(t)
-        return jnp.log(a) - jnp.log(s)
+        return jnp.log(jnp.maximum(a, 0.0)) - jnp.log(s)  # cos(pi/2) rounds to less than 0
 
     def time_of_lam(self, lam: Array) -> Array:
         """Inverse of `lam`."""
@@ -169,7 +169,7 @@ class EDM(Process):
         return jnp.ones_like(t), t
 
     def time(self, angle):
-        return jnp.minimum(jnp.sin(angle), jnp.cos(angle) * 1e6) / jnp.maximum(jnp.cos(angle), 1e-6)
+        return jnp.sin(angle) / jnp.maximum(jnp.cos(angle), 1e-6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,9 +188,9 @@ class VP(Process):
         return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
 
     def time(self, angle):
-        log_alpha = jnp.log(jnp.maximum(jnp.cos(angle), 1e-30))
+        log_alpha = -0.5 * jnp.log1p(jnp.tan(angle) ** 2)
         slope, b0 = self.beta_max - self.beta_min, self.beta_min
-        return (jnp.sqrt(b0**2 - 4 * slope * log_alpha) - b0) / slope
+        return -4 * log_alpha / (jnp.sqrt(b0**2 - 4 * slope * log_alpha) + b0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -203,14 +203,22 @@ class CosineVP(Process):
     def t_min(self):
         return 1e-4
 
+    @property
+    def first_phase(self) -> float:
+        """The cosine's argument at t = 0."""
+        return float(np.pi / 2 * self.offset / (1 + self.offset))
+
     def alpha_sigma(self, t):
-        phase = lambda t: jnp.cos(jnp.pi / 2 * (t + self.offset) / (1 + self.offset))
-        alpha = phase(t) / np.cos(np.pi / 2 * self.offset / (1 + self.offset))
-        return alpha, jnp.sqrt(jnp.maximum((1 - alpha) * (1 + alpha), 0.0))
+        phase = jnp.pi / 2 * (t + self.offset) / (1 + self.offset)
+        alpha = jnp.cos(phase) / np.cos(self.first_phase)
+        # 1 - alpha as a product, which keeps its digits near t = 0
+        rest = 2 * jnp.sin((phase + self.first_phase) / 2) * jnp.sin(jnp.pi / 4 * t / (1 + self.offset)) / np.cos(self.first_phase)
+        return alpha, jnp.sqrt(rest * (1 + alpha))
 
     def time(self, angle):
-        alpha = jnp.cos(angle) * np.cos(np.pi / 2 * self.offset / (1 + self.offset))
-        return jnp.arccos(alpha) * 2 / jnp.pi * (1 + self.offset) - self.offset
+        cos, sin = np.cos(self.first_phase), np.sin(self.first_phase)
+        phase = jnp.arctan2(jnp.sqrt(sin**2 + (cos * jnp.sin(angle)) ** 2), cos * jnp.cos(angle))
+        return (phase - self.first_phase) * 2 / jnp.pi * (1 + self.offset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -128,4 +128,5 @@ FAMILY = Family(
     write=write,
     table=table,
     ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
+    free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )

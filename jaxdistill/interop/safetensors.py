@@ -41,7 +41,10 @@ def read_folder(folder: Path, stem: str) -> dict[str, Tensor]:
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise Refused(f"{index}: no weight_map (tensor name -> file)")
+        files = sorted(set(weight_map.values()))
     elif (folder / f"{stem}.safetensors").exists():
         files = [f"{stem}.safetensors"]
     else:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import Array, Batch, Refused
 from jaxdistill.models.layers import attention, dense, embedding, lookup, rms_norm, scan_layers, split_heads, stack
 
 
@@ -65,19 +65,26 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
-    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
-        """x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x, extra)."""
+    def mix(self, x: Array, waves: tuple[Array, Array], attend):
+        """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x, extra)."""
         h = self.norm_attention(x)
         q, k, v = split_heads(self.to_q(h), self.heads), split_heads(self.to_k(h), self.kv_heads), split_heads(self.to_v(h), self.kv_heads)
         mixed, extra = attend(rotate(q, waves), rotate(k, waves), v)
-        x = constrain(x + self.to_out(mixed.reshape(*x.shape[:2], -1)), "batch", "seq", None)
-        x = x + self.down(self.neurons(x))
-        return constrain(x, "batch", "seq", None), extra
+        return constrain(x + self.to_out(mixed.reshape(*x.shape[:2], -1)), "batch", "seq", None), extra
 
     def neurons(self, x: Array) -> Array:
-        """SwiGLU's hidden activations [B T mlp] of the residual stream x."""
+        """SwiGLU's hidden activations [B T mlp], x [B T D] from `mix`."""
         h = self.norm_mlp(x)
         return nnx.silu(self.gate(h)) * self.up(h)
+
+    def feed(self, x: Array, neurons: Array) -> Array:
+        """The block's output [B T D]."""
+        return constrain(x + self.down(neurons), "batch", "seq", None)
+
+    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
+        """Returns (x, extra) as `mix` does."""
+        x, extra = self.mix(x, waves, attend)
+        return self.feed(x, self.neurons(x)), extra
 
 
 class LMModule(nnx.Module):
@@ -110,19 +117,10 @@ class LMModule(nnx.Module):
         (logits, cache); `features` appends the states [B T D] after those blocks. `hidden_only` gives the final
         normed states [B T D] in place of logits, for losses that project onto `head()` in chunks.
         """
-        cfg = self.cfg
-        length = tokens.shape[1] if cache is None else cache["valid"].shape[1]
-        if length > cfg.max_length:
-            raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
-        start = 0 if cache is None else cache["length"]
-        positions = start + jnp.arange(tokens.shape[1]) if positions is None else positions
-        angles = positions[..., None].astype(jnp.float32) * frequencies(cfg)
-        waves = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-        x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
-        scan = functools.partial(scan_layers, depth=cfg.depth, remat=cfg.remat, taps=features)
+        scan = functools.partial(scan_layers, depth=self.cfg.depth, remat=self.cfg.remat, taps=features)
+        x, waves = self._enter(tokens, positions, cache)
         if cache is None:
-            seen = visible(mask, segments)
-            attend = lambda q, k, v: (attention(q, k, v, mask=seen, causal=True), None)
+            attend = _full(mask, segments)
             x, _, feats = scan(lambda x, block: block(x, waves, attend), x, self.blocks)
         else:
             if segments is not None:
@@ -132,6 +130,33 @@ class LMModule(nnx.Module):
         out = x if hidden_only else self._logits(x)
         extras = (() if cache is None else (cache,)) + ((feats,) if features else ())
         return (out, *extras) if extras else out
+
+    def probe(self, read, tokens: Array, *, positions: Array | None = None, segments: Array | None = None, mask: Array | None = None):
+        """What `read(before, neurons, after)` makes of every block, stacked over layers, for surgery and analysis.
+
+        `before` and `after` are the states [B T D] around a block, `neurons` its MLP's activations [B T mlp].
+        """
+        x, waves = self._enter(tokens, positions, None)
+        attend = _full(mask, segments)
+
+        def layer(x, block):
+            mid, _ = block.mix(x, waves, attend)
+            neurons = block.neurons(mid)
+            after = block.feed(mid, neurons)
+            return after, read(x, neurons, after)
+
+        return scan_layers(layer, x, self.blocks, self.cfg.depth)[1]
+
+    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Array] | None):
+        """Embedded tokens [B T D] and the (cosines, sines) of their positions."""
+        length = tokens.shape[1] if cache is None else cache["valid"].shape[1]
+        if length > self.cfg.max_length:
+            raise Refused(f"tokens: {length} in a sequence, max_length={self.cfg.max_length}")
+        start = 0 if cache is None else cache["length"]
+        positions = start + jnp.arange(tokens.shape[1]) if positions is None else positions
+        angles = positions[..., None].astype(jnp.float32) * frequencies(self.cfg)
+        x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
+        return x, (jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :])
 
     def _continue(self, scan, x, waves, mask, cache):
         """The layers over new tokens, whose keys and values are written into the cache in place."""
@@ -155,12 +180,12 @@ class LMModule(nnx.Module):
         return x, {"keys": keys, "values": values, "valid": valid, "length": start + new}, tuple(s[0] for s in states)
 
     def _logits(self, x: Array) -> Array:
-        logits = jnp.einsum("btd,dv->btv", x, self.head().astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", x, self.head(), preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "seq", "vocab")
 
     def head(self) -> Array:
-        """The unembedding matrix [D V]."""
-        return self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]
+        """The unembedding matrix [D V], in the arithmetic's dtype."""
+        return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(self.dtype)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
         """An empty cache for `length` tokens a row: keys and values [L B S G K], valid bool [B S], length int32 [].
@@ -171,6 +196,17 @@ class LMModule(nnx.Module):
         shape = (cfg.depth, batch, length, cfg.kv_heads or cfg.heads, cfg.head_dim or cfg.dim // cfg.heads)
         zeros = lambda: constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
         return {"keys": zeros(), "values": zeros(), "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32)}
+
+
+def context(batch: Batch) -> dict[str, Array]:
+    """The arguments of a language model's call that a batch of data holds, beside its tokens."""
+    return {name: batch[name] for name in ("segments", "positions") if name in batch}
+
+
+def _full(mask: Array | None, segments: Array | None):
+    """Attention of a whole sequence to itself, for `Block`."""
+    seen = visible(mask, segments)
+    return lambda q, k, v: (attention(q, k, v, mask=seen, causal=True), None)
 
 
 def visible(mask: Array | None, segments: Array | None) -> Array | None:

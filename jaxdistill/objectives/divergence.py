@@ -166,43 +166,55 @@ def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, st
     vocab = teacher_head.shape[-1]
     if summand is None:
         raise Refused(f"kind={kind!r} sorts the whole vocabulary: expected one of {', '.join(SUMS)}")
-    if chunk < 1:
-        raise Refused(f"chunk={chunk}: expected at least 1")
     if student_head.shape[-1] != vocab:
         raise Refused(f"student head: vocabulary of {student_head.shape[-1]}, expected the teacher's {vocab}")
-    n = -(-vocab // chunk)
-    real = (jnp.arange(n * chunk) < vocab).reshape(chunk, n).T
-
-    def columns(head: Array) -> Array:
-        padded = jnp.pad(head, ((0, 0), (0, n * chunk - vocab)))
-        return jnp.moveaxis(padded.reshape(head.shape[0], chunk, n), -1, 0)
-
-    def logits(hidden: Array, head: Array) -> Array:
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=wide) / temperature
-
-    hidden = (teacher_hidden, student_hidden)
-    chunks = (real, (columns(teacher_head), columns(student_head)))
-
-    def normalise(_, inp):
-        real, heads = inp
-        return None, [jax.nn.logsumexp(z, -1, where=real) for z in map(logits, hidden, heads)]
+    real, teacher_columns = _columns(teacher_head, chunk)
+    hidden, heads = (teacher_hidden, student_hidden), (teacher_columns, _columns(student_head, chunk)[1])
+    logits = lambda hidden, head: _project(hidden, head) / temperature
+    norms = [_log_norm(h, real, head, temperature)[..., None] for h, head in zip(hidden, heads)]
 
     def add(total, inp):
         real, heads = inp
         log_p, log_q = (z - norm for z, norm in zip(map(logits, hidden, heads), norms))
         return total + jnp.sum(jnp.where(real, summand(log_p, log_q, **params), 0.0), -1), None
 
-    recompute = functools.partial(jax.checkpoint, prevent_cse=False)
-    _, parts = jax.lax.scan(recompute(normalise), None, chunks)
-    norms = [jax.nn.logsumexp(part, 0)[..., None] for part in parts]
-    total, _ = jax.lax.scan(recompute(add), jnp.zeros_like(norms[1][..., 0]), chunks)
+    total, _ = jax.lax.scan(_recompute(add), jnp.zeros_like(norms[1][..., 0]), (real, heads))
     return temperature**2 * total
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """-log q(label) per token: logits [... V], labels int [...] -> float32 [...]."""
     return -jnp.take_along_axis(_log_softmax(logits), labels[..., None], -1)[..., 0]
+
+
+def chunked_cross_entropy(hidden: Array, head: Array, labels: Array, *, chunk: int) -> Array:
+    """-log softmax(hidden @ head)[label] without logits over the whole vocabulary: [..., D], [D, V], int [...] -> [...]."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    label = jnp.einsum("...d,...d->...", hidden, jnp.take(head.T, labels, axis=0), preferred_element_type=wide)
+    return _log_norm(hidden, *_columns(head, chunk)) - label
+
+
+_recompute = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+def _columns(head: Array, chunk: int) -> tuple[Array, Array]:
+    """head [D, V] in n chunks: (which columns are real [n, chunk], columns [n, D, chunk])."""
+    if chunk < 1:
+        raise Refused(f"chunk={chunk}: expected at least 1")
+    dim, vocab = head.shape
+    n = -(-vocab // chunk)
+    padded = jnp.pad(head, ((0, 0), (0, n * chunk - vocab)))
+    return (jnp.arange(n * chunk) < vocab).reshape(chunk, n).T, jnp.moveaxis(padded.reshape(dim, chunk, n), -1, 0)
+
+
+def _project(hidden: Array, head: Array) -> Array:
+    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+
+
+def _log_norm(hidden: Array, real: Array, columns: Array, temperature: float = 1.0) -> Array:
+    """log sum exp(logits / temperature) over all chunks, [...]."""
+    part = lambda _, inp: (None, jax.nn.logsumexp(_project(hidden, inp[1]) / temperature, -1, where=inp[0]))
+    return jax.nn.logsumexp(jax.lax.scan(_recompute(part), None, (real, columns))[1], 0)
 
 
 def masked_sum(per_token: Array, mask: Array, weights: Array | None = None) -> tuple[Array, Array]:

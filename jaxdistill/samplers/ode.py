@@ -84,14 +84,17 @@ def ddim(process: Process, eta: float = 0.0):
 
 
 def dpmpp_2m(process: Process):
-    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2; first order at the first step, and at the last of fewer than 15."""
+    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2.
+
+    First order at the first step, at the last of fewer than 15, and where it ends at sigma = 0 (an endless step in lambda).
+    """
 
     def step(denoise, x, memory, t, s, key, at):
         x0 = denoise(x, t).x0
         (a_t, s_t), (a_s, s_s) = process.alpha_sigma(expand(t, x)), process.alpha_sigma(expand(s, x))
         h = process.lam(s) - process.lam(t)
         back = expand(0.5 * h / memory["h"], x)
-        first_order = at.first | (at.last & (at.n < 15))
+        first_order = at.first | (at.last & (at.n < 15)) | (s_s == 0)
         d = jnp.where(first_order, x0, (1 + back) * x0 - back * memory["x0"])
         # -a_s (e^{-h} - 1) d with e^{-h} = a_t s_s / (a_s s_t), so that sigma_s = 0 is finite
         return s_s / s_t * x + (a_s - a_t * s_s / s_t) * d, {"x0": x0, "h": h}
@@ -104,7 +107,7 @@ SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim":
 
 @functools.partial(jax.named_call, name="solve")
 def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None) -> Array:
-    """`steps` uniform steps of the solver called `name` (a key of SOLVERS) from t_max to t_min."""
+    """`steps` uniform steps of the solver called `name` (a key of SOLVERS) from t_max to t_min. Raises Refused on another name."""
     return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, uniform_times(process, steps), key)
 
 

@@ -245,6 +245,19 @@ def test_chunked_equals_plain(kind, chunk):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 23, 64])
+def test_chunked_cross_entropy_equals_plain(chunk):
+    rng = np.random.default_rng(14)
+    hidden, head = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32), jnp.asarray(rng.standard_normal((6, 23)), jnp.float32)
+    labels, weight = jnp.asarray([[0, 22, 5], [5, 7, 14]]), jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)
+    chunked = lambda hidden, head: dv.chunked_cross_entropy(hidden, head, labels, chunk=chunk)
+    plain = lambda hidden, head: -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head), labels[..., None], -1)[..., 0]
+    total = lambda f: lambda *a: (jnp.sum(weight * f(*a)), f(*a))
+    run = lambda f: jax.jit(jax.grad(total(f), argnums=(0, 1), has_aux=True))(hidden, head)
+    for got, want in zip(jax.tree.leaves(run(chunked)), jax.tree.leaves(run(plain))):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_chunked_never_holds_the_vocabulary():
     """No intermediate of the forward or the backward has as many elements as the logits."""
     batch, dim, vocab, chunk = 64, 4, 512, 32
@@ -252,6 +265,8 @@ def test_chunked_never_holds_the_vocabulary():
     f = lambda th, tw, sh, sw: dv.chunked_divergence("jsd", th, tw, sh, sw, chunk=chunk).sum()
     sizes = lambda jaxpr: [v.aval.size for e in _equations(jaxpr) for v in e.outvars]
     assert max(sizes(jax.make_jaxpr(jax.grad(f, argnums=(2, 3)))(*args).jaxpr)) < batch * vocab
+    g = lambda hidden, head: dv.chunked_cross_entropy(hidden, head, jnp.zeros(batch, int), chunk=chunk).sum()
+    assert max(sizes(jax.make_jaxpr(jax.grad(g, argnums=(0, 1)))(*args[2:]).jaxpr)) < batch * vocab
     plain = lambda th, tw, sh, sw: dv.token_divergence("jsd", th @ tw, sh @ sw).sum()
     assert max(sizes(jax.make_jaxpr(plain)(*args).jaxpr)) == batch * vocab
 

@@ -1,0 +1,75 @@
+"""Knowledge distillation on logits (arXiv:1503.02531), word by word on given text (arXiv:1606.07947).
+
+At every target token of the data the student's next-token law is drawn to the teacher's, by a divergence of choice, and
+to the data's own token by cross-entropy. Both are sums over the batch's target tokens divided by their number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
+from jaxdistill.models.lm import context
+from jaxdistill.objectives import divergence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KD(Method):
+    kind: str = "forward_kl"  # divergence of the student's law from the teacher's, a key of objectives.divergence.KINDS
+    params: Any = None  # the kind's own: beta of jsd, alpha of the skew kinds, mass of adaptive_kl; None: their defaults
+    temperature: float = 1.0  # of both softmaxes; the divergence is multiplied by its square
+    hard_weight: float = 0.0  # of cross-entropy to the data's tokens; the divergence has 1 - hard_weight
+    top_k: int = 0  # teacher's likeliest tokens that are compared one by one, all others as one; 0: every token
+    chunk: int = 0  # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
+
+    inits = {"student": None}
+    ema = ()
+
+    def __post_init__(self):
+        kind = lookup(divergence.KINDS, self.kind, "method.kind")
+        for name in self.options:
+            if name not in inspect.signature(kind).parameters:
+                raise Refused(f"method.kind={self.kind!r} has no parameter {name!r}")
+        if self.top_k and self.chunk:
+            raise Refused(f"method.top_k={self.top_k} needs whole rows of logits, hence method.chunk=0")
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        """Parameters of the divergence."""
+        return self.params or {}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.loss),)
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        run = lambda call: call(ctx.batch["tokens"], hidden_only=self.chunk > 0, **context(ctx.batch))
+        return self.compare(net, run(net.teacher), run(net.student), ctx.batch)
+
+    def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
+        """The loss from both networks' logits [B T V], or with `chunk` from their final states [B T D]."""
+        labels, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:] > 0
+        heads = (net.teacher(method="head"), net.student(method="head")) if self.chunk else (None, None)
+        soft, _ = divergence.masked_sum(self.soft(teacher[:, :-1], student[:, :-1], *heads), mask)
+        hard, count = divergence.masked_sum(self.hard(student[:, :-1], labels, heads[1]), mask)
+        loss = (1 - self.hard_weight) * soft + (self.hard_weight * hard if self.hard_weight else 0.0)
+        return Out(loss, {"divergence": soft, "cross_entropy": hard}, count=count)
+
+    def soft(self, teacher: Array, student: Array, teacher_head: Array | None, student_head: Array | None) -> Array:
+        """T^2 D(softmax(teacher / T), softmax(student / T)) of every token, [B T]."""
+        options = {"temperature": self.temperature, **self.options}
+        if self.chunk:
+            return divergence.chunked_divergence(self.kind, teacher, teacher_head, student, student_head, chunk=self.chunk, **options)
+        if self.top_k:
+            kept = divergence.topk_log_probs(teacher, self.top_k, temperature=self.temperature)
+            return divergence.topk_divergence(self.kind, *kept, student, **options)
+        return divergence.token_divergence(self.kind, teacher, student, **options)
+
+    def hard(self, student: Array, labels: Array, head: Array | None) -> Array:
+        """-log q(label) of every token, [B T], at temperature 1."""
+        if self.chunk:
+            return divergence.chunked_cross_entropy(student, head, labels, chunk=self.chunk)
+        return divergence.cross_entropy(student, labels)

@@ -1,0 +1,235 @@
+"""A run: what it leaves, and that it can be killed, resumed, damaged and refused without losing anything."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill.core import loop, metrics
+from jaxdistill.core.checkpoint import load_params
+from jaxdistill.core.types import Refused
+
+TINY = Path(__file__).with_name("tiny.py")
+
+
+def load_tiny():
+    found = importlib.util.spec_from_file_location("tiny", TINY)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+get_config = load_tiny().get_config
+
+
+def config(**changes):
+    made = get_config()
+    for key, value in changes.items():
+        made[key] = value
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, loop.run(get_config(), workdir, progress=False)
+
+
+def weights(workdir):
+    trained = loop.load(workdir)
+    return {role: trained.params[role] for role in trained.experiment.method.inits}
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_leaves_a_run_directory(finished):
+    workdir, report = finished
+    for name in ("config.json", "metrics.jsonl", "report.json", "report.html", "checkpoints", "samples/student_1NFE.png"):
+        assert (workdir / name).exists(), name
+    assert json.loads((workdir / "report.json").read_text()) == report
+    assert {"config", "method", "steps", "seconds", "models", "claim"} == report.keys()
+    assert [(r["name"], r["nfe"]) for r in report["models"]] == [("teacher", 3), ("teacher", 1), ("student", 1)]
+    assert report["claim"]["holds"] is True
+    assert report["claim"]["value"] == report["models"][2]["energy"]
+    assert report["claim"]["baseline"] == report["models"][1]["energy"]
+    records = metrics.read(workdir / "metrics.jsonl")
+    assert [r["step"] for r in records] == [5, 10, 15, 20, 25, 30]
+    assert {"fake/loss", "fake/gan", "student/grad_norm", "perf/samples_per_second", "perf/model_flops_per_second"} <= records[0].keys()
+    text = (workdir / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 5
+    assert "http" not in text.replace("http-equiv", "")
+
+
+def test_same_seed_same_bits(finished, tmp_path):
+    loop.run(get_config(), tmp_path / "again", progress=False)
+    assert equal(weights(finished[0]), weights(tmp_path / "again"))
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trained again"))
+    assert loop.run(get_config(), finished[0], progress=False) == finished[1]
+
+
+def test_a_run_of_another_config_is_refused(finished):
+    before = (finished[0] / "config.json").read_text()
+    changed = get_config()
+    changed.method.critic_steps = 7
+    with pytest.raises(Refused, match=r"method.critic_steps is 2 there, 7 here"):
+        loop.run(changed, finished[0], progress=False)
+    assert (finished[0] / "config.json").read_text() == before
+
+
+def start(workdir, steps=30):
+    env = {**os.environ, "PYTHONPATH": str(TINY.parents[2]), "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    return subprocess.Popen([sys.executable, str(TINY), str(workdir), str(steps)], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workdir, step, process, seconds=240):
+    end = time.time() + seconds
+    while time.time() < end and process.poll() is None:
+        records = metrics.read(workdir / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    if process.poll() is not None and process.returncode:
+        pytest.fail(process.stderr.read())
+
+
+def test_kill_and_resume_is_bit_equal(tmp_path):
+    """kill -9 at a random moment, and SIGTERM, against a run left alone: the same bits in the end."""
+    steps, kill = 2000, random.Random().randrange(5, 300)
+    killed, stopped = tmp_path / "killed", tmp_path / "stopped"
+    processes = [start(killed, steps), start(stopped, steps)]
+    wait_for_step(killed, kill, processes[0])
+    processes[0].kill()
+    wait_for_step(stopped, 10, processes[1])
+    processes[1].send_signal(signal.SIGTERM)
+    message = processes[1].communicate(timeout=120)[1]
+    assert processes[1].returncode == 0, message
+    assert "SIGTERM: saved step" in message
+    processes[0].communicate()
+    assert not (killed / "report.json").exists()
+    done = metrics.read(killed / "metrics.jsonl")[-1]["step"]
+    final = done // 5 * 5 + 20
+    runs = {}
+    for name in ("killed", "stopped", "alone"):
+        folder = tmp_path / name
+        latest = metrics.read(folder / "metrics.jsonl")
+        if latest and latest[-1]["step"] > final:
+            final = latest[-1]["step"] // 5 * 5 + 20
+    for name in ("killed", "stopped", "alone"):
+        folder = tmp_path / name
+        if (folder / "config.json").exists():  # the length of a run may be changed by nobody but this test
+            saved = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**saved, "steps": final}))
+        loop.run(config(steps=final, keep=3), folder, progress=False)
+        runs[name] = weights(folder)
+        assert [r["step"] for r in metrics.read(folder / "metrics.jsonl")][-1] == final
+    assert equal(runs["alone"], runs["killed"])
+    assert equal(runs["alone"], runs["stopped"])
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the finished run that has lost its end: the checkpoints are what is left."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "stages")
+    (folder / "report.json").unlink()
+    return folder
+
+
+def truncate(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+
+
+def newest(folder):
+    return max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("_")[-1]))
+
+
+@pytest.mark.parametrize("part", ["state", "host", ""])
+def test_a_damaged_checkpoint_is_set_aside(finished, unfinished, part):
+    truncate(newest(unfinished) / part)
+    with pytest.warns(UserWarning, match="checkpoint 30 is damaged"):
+        loop.run(get_config(), unfinished, progress=False)
+    assert equal(weights(unfinished), weights(finished[0]))
+    assert list((unfinished / "damaged").iterdir())
+
+
+def test_each_truncated_file_is_noticed(finished, unfinished):
+    """Whatever file of the newest checkpoint is cut, the result is that of the run left alone."""
+    target = newest(unfinished)
+    files = [f for f in target.rglob("*") if f.is_file() and f.stat().st_size > 64]
+    biggest = max(files, key=lambda f: f.stat().st_size)
+    os.truncate(biggest, biggest.stat().st_size - 7)
+    with pytest.warns(UserWarning, match="damaged"):
+        loop.run(get_config(), unfinished, progress=False)
+    assert equal(weights(unfinished), weights(finished[0]))
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(unfinished):
+    changed = get_config()
+    changed.roles.student.model.width = 24
+    saved = json.loads((unfinished / "config.json").read_text())
+    saved["roles"]["student"]["model"]["width"] = 24
+    (unfinished / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(Refused, match=r"another architecture: student/.* is float32\[.*16.*expected float32\[.*24"):
+        loop.run(changed, unfinished, progress=False)
+    assert newest(unfinished).name.endswith("30")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    bad = config(steps=40)
+    bad.roles.fake.optimizer.lr = 1e30
+    bad.roles.fake.optimizer.clip = 0.0
+    with pytest.raises(metrics.NonFinite, match=r"turn \d \(.*\): \w+/\w+ of role '\w+' is (nan|inf|-inf) at step \d+"):
+        loop.run(bad, tmp_path, progress=False)
+    assert not (tmp_path / "report.json").exists()
+    for folder in (tmp_path / "checkpoints").glob("*"):
+        assert int(folder.name.split("_")[-1]) < 40
+
+
+def test_runs_inside_a_run_share_its_seed(tmp_path):
+    from jaxdistill.core.build import Role, experiment, spec
+    from jaxdistill.diffusion.denoiser import Denoiser
+
+    def flow(**rest):
+        return experiment(
+            steps=4, log_every=2, checkpoint_every=4, tensorboard=False, data=spec("data.mixtures:Mixture", batch_size=16),
+            method=spec("methods.trajectory.flow_matching:FlowMatching"), mesh=load_tiny().spec_mesh(),
+            roles=dict(student=Role(model=spec("models.mlp:MLP", width=16, depth=1), denoiser=Denoiser(), **rest.pop("role", {}))),
+            evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)), **rest)  # fmt: skip
+
+    outer = flow(runs=dict(first=flow()), role=dict(init="@first"))
+    outer.data.seed, outer.seed = 5, 3
+    assert outer.runs.first.data.seed == 5
+    assert outer.runs.first.seed == 3
+    loop.run(outer, tmp_path, progress=False)
+    assert json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"] == 5
+    assert load_params(tmp_path / "stages/0", {"student": loop.load(tmp_path).experiment.nets["student"].shapes})
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    table = loop.run(get_config(), tmp_path / "dry", dry_run=True)["roles"]
+    assert not (tmp_path / "dry").exists()
+    out = capsys.readouterr().out
+    assert "turns 0: compiled" in out
+    assert "turns 0+1: compiled" in out
+    assert table["student"]["parameters"] == loop.Experiment(get_config(), tmp_path).nets["student"].size
+    assert table["student"]["flops, turns 0+1"] > table["student"]["flops, turns 0"] > 0
+    assert table["teacher"]["parameters"] == 0

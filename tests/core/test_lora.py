@@ -1,0 +1,76 @@
+"""Low-rank adapters: start as the base, move alone, fold in exactly, share one base."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.core.lora import adapt, merge
+from jaxdistill.core.net import make_net, paths
+from jaxdistill.core.step import bind
+from jaxdistill.core.types import Refused
+from jaxdistill.models.dit import DiT
+
+BASE = make_net(DiT(dim=16, heads=2, depth=2))
+WEIGHTS = BASE.init(jax.random.key(0))
+X, T = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.array([1.0, 2.0])
+
+
+def perturbed(params):
+    keys = jax.random.split(jax.random.key(2), len(jax.tree.leaves(params)))
+    return jax.tree.unflatten(
+        jax.tree.structure(params), [w + 0.1 * jax.random.normal(k, w.shape) for k, w in zip(keys, jax.tree.leaves(params))]
+    )
+
+
+WEIGHTS = perturbed(WEIGHTS)
+
+
+def test_starts_as_its_base_and_folds_in_exactly():
+    net = adapt(BASE, base="teacher", rank=3)
+    fresh = net.init(jax.random.key(3))
+    nets = {"teacher": BASE, "student": net}
+    bound = bind(nets, {"teacher": WEIGHTS, "student": fresh})
+    np.testing.assert_array_equal(bound.student(X, T), bound.teacher(X, T))
+    moved = perturbed(fresh)
+    full = merge(WEIGHTS, moved, net.scale)
+    np.testing.assert_allclose(BASE.apply(full, X, T), bind(nets, {"teacher": WEIGHTS, "student": moved}).student(X, T), rtol=1e-6)
+    assert not np.allclose(BASE.apply(full, X, T), BASE.apply(WEIGHTS, X, T))
+
+
+def test_rank_of_the_change_and_scale():
+    net = adapt(BASE, base="teacher", rank=2, alpha=6.0, targets=r"blocks/to_q/kernel")
+    assert list(net.shapes) == ["blocks/to_q/kernel"]
+    moved = perturbed(net.init(jax.random.key(3)))
+    change = merge(WEIGHTS, moved, net.scale)["blocks"]["to_q"]["kernel"] - WEIGHTS["blocks"]["to_q"]["kernel"]
+    assert all(np.linalg.matrix_rank(np.asarray(layer), tol=1e-4) == 2 for layer in change)
+    pair = moved["blocks/to_q/kernel"]
+    np.testing.assert_allclose(change, 3.0 * pair["a"] @ pair["b"], rtol=1e-4, atol=1e-5)
+
+
+def test_several_roles_share_one_base():
+    """Gradients reach each adapter alone, and the base not at all."""
+    net = adapt(BASE, base="teacher", rank=2)
+    nets = {"teacher": BASE, "student": net, "fake": net}
+    params = {"student": perturbed(net.init(jax.random.key(3))), "fake": perturbed(net.init(jax.random.key(4)))}
+
+    def loss(moving):
+        nets_ = bind(nets, {"teacher": WEIGHTS, **params, **moving})
+        return jnp.sum(nets_.student(X, T) ** 2) + jnp.sum(nets_.fake(X, T))
+
+    gradient = jax.grad(loss)({"student": params["student"]})
+    assert set(gradient) == {"student"}
+    assert all(g.any() for g in jax.tree.leaves(gradient))
+
+
+def test_axes_follow_the_matrix():
+    net = adapt(BASE, base="teacher", rank=2)
+    assert net.axes["blocks/to_q/kernel"]["a"] == jax.P("layers", "embed", None)
+    assert net.axes["blocks/to_q/kernel"]["b"] == jax.P("layers", None, "heads")
+    assert all(p.endswith("kernel") for p in net.shapes)
+    assert len(net.shapes) < len(paths(BASE.shapes))
+
+
+def test_no_match_is_refused():
+    with pytest.raises(Refused, match="matches no matrix"):
+        adapt(BASE, base="teacher", rank=2, targets="nothing")

@@ -1,0 +1,81 @@
+"""Optimisers, schedules and averages (00-foundations, section 9)."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.core.optim import Ema, HalfLifeEma, Optimizer, PowerEma, decayed, power_gamma
+from jaxdistill.core.types import Refused
+
+
+@pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.972), (0.10, 6.937)])
+def test_power_gamma(width, gamma):
+    """EDM2's table, given to three decimals; and the width formula that it inverts."""
+    assert power_gamma(width) == pytest.approx(gamma, abs=6e-4)
+    g = power_gamma(width)
+    assert (g + 1) ** 0.5 / (g + 2) / (g + 3) ** 0.5 == pytest.approx(width, rel=1e-9)
+
+
+def run(rule, values):
+    average = np.float64(-123.0)
+    for k, value in enumerate(values, 1):
+        beta = float(rule.decay(jnp.int32(k)))
+        average = beta * average + (1 - beta) * value
+    return average
+
+
+def test_power_average_starts_at_the_first_weights_and_weighs_by_a_power():
+    rule, gamma, n = PowerEma(sigma_rel=0.10), power_gamma(0.10), 2000
+    assert float(rule.decay(1)) == 0
+    assert run(rule, np.full(50, 3.0)) == pytest.approx(3.0, rel=1e-5)
+    t = np.arange(1, n + 1)
+    weights = t**gamma
+    expected = np.sum(weights * t) / np.sum(weights)
+    assert run(rule, t) == pytest.approx(expected, rel=(gamma + 1) / n)  # the power law holds up to O(gamma / k)
+
+
+def test_constant_average_lags_a_ramp_by_its_mean_age():
+    n, rate = 5000, 0.99
+    assert n - run(Ema(rate=rate, warmup=False), np.arange(1, n + 1)) == pytest.approx(rate / (1 - rate), rel=1e-3)
+
+
+def test_half_life():
+    rule = HalfLifeEma(half_life=1000, batch=100, ramp=0.05)
+    assert float(rule.decay(10**6)) == pytest.approx(0.5**0.1, rel=1e-5)
+    assert float(rule.decay(1)) == pytest.approx(0.5**20, rel=1e-4)
+
+
+def test_schedules():
+    lr = Optimizer(lr=1.0, schedule="cosine", warmup=10, final=0.1).learning_rate(110)
+    assert float(lr(0)) == 0
+    assert float(lr(5)) == pytest.approx(0.5)
+    assert float(lr(10)) == pytest.approx(1.0)
+    assert float(lr(60)) == pytest.approx(0.55)
+    assert float(lr(110)) == pytest.approx(0.1)
+    assert float(Optimizer(lr=2.0, schedule="linear").learning_rate(10)(5)) == pytest.approx(1.0)
+
+
+def test_decay_spares_vectors_by_name():
+    params = {"blocks": {"norm": {"scale": jnp.ones((2, 3))}, "up": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}}}
+    mask = decayed(params)
+    assert mask["blocks"]["up"] == {"kernel": True, "bias": False}
+    assert not mask["blocks"]["norm"]["scale"]
+    tx = Optimizer(lr=0.1, weight_decay=1.0).make(1)
+    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    assert not updates["blocks"]["norm"]["scale"].any()
+    np.testing.assert_allclose(updates["blocks"]["up"]["kernel"], -0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"algorithm": "adamm"}, {"schedule": "cosin"}])
+def test_unknown_names_are_refused(bad):
+    with pytest.raises(Refused, match="expected"):
+        Optimizer(**bad).make(10)
+
+
+@pytest.mark.parametrize("algorithm", ["adamw", "radam", "sgd", "lion"])
+def test_algorithms_build(algorithm):
+    tx = Optimizer(algorithm=algorithm, lr=0.1).make(10)
+    params = {"kernel": jnp.ones((2, 2))}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert (updates["kernel"] < 0).all()

@@ -1,0 +1,171 @@
+"""The train step: global normalisation, roles, memory, gather, averages."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.core.net import make_net
+from jaxdistill.core.optim import Ema
+from jaxdistill.core.step import init_state, make_train_step, overlay
+from jaxdistill.core.types import Ctx, Method, Out, Refused, Turn
+from jaxdistill.models.mlp import MLP
+
+NET = make_net(MLP(width=8, depth=1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counted(Method):
+    """A loss that is a sum over the valid entries of the batch, and a metric with a count of its own."""
+
+    inits = {"student": None}
+    frozen = ()
+
+    @property
+    def turns(self):
+        return (Turn(("student",), self.loss),)
+
+    def loss(self, net, ctx):
+        value, mask = ctx.batch["value"], ctx.batch["mask"]
+        scale = sum(jnp.sum(w) for w in jax.tree.leaves(ctx.batch["w"])) if "w" in ctx.batch else 1.0
+        pull = jnp.sum(net.student(jnp.ones((1, 2)), jnp.ones(1)))
+        total = jnp.sum(value * mask) * (1 + pull - jax.lax.stop_gradient(pull)) * scale
+        return Out(total, {"seen": (jnp.sum(mask), jnp.float32(1)), "value": jnp.sum(value * mask)}, count=jnp.sum(mask))
+
+
+def fit(method, nets, batch, *, steps=1, accumulate=1, lr=0.1, start=None, **kw):
+    txs = {role: optax.sgd(lr) for role in method.inits}
+    state = init_state(method, nets, txs, jax.random.key(0), start or {})
+    step, active_at = make_train_step(method, nets, txs, accumulate=accumulate, **kw)
+    metrics = None
+    for i in range(steps):
+        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
+    return state, metrics
+
+
+def test_micro_batches_are_normalised_by_the_global_count():
+    """{1} and {3, 3, 3} average to 2.5, not to the mean of means 2."""
+    value = jnp.array([[1.0, 0, 0], [3, 3, 3]])
+    batch = {"value": value, "mask": (value > 0).astype(jnp.float32)}
+    for accumulate in (1, 2):
+        _, metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)
+        assert metrics["student/loss"] == 2.5
+        assert metrics["student/value"] == 2.5
+        assert metrics["student/seen"] == 4 / accumulate  # a count of one for each micro-batch
+
+
+def test_gradient_does_not_depend_on_the_micro_batches():
+    value = jax.random.uniform(jax.random.key(0), (8, 3))
+    batch = {"value": value, "mask": (value > 0.4).astype(jnp.float32)}
+    whole, _ = fit(Counted(), {"student": NET}, batch)
+    for accumulate in (2, 4, 8):
+        parts, _ = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)
+        for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params)):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_valid_tokens_changes_nothing():
+    batch = {"value": jnp.ones((2, 3)), "mask": jnp.zeros((2, 3))}
+    state, metrics = fit(Counted(), {"student": NET}, batch)
+    assert metrics["student/loss"] == 0
+    assert metrics["student/grad_norm"] == 0
+    assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoTurns(Method):
+    """The fake moves at every step, the student at every third; both remember and gather."""
+
+    inits = {"student": "teacher", "fake": "teacher"}
+
+    @property
+    def turns(self):
+        return (
+            Turn(("fake",), self.fake_loss, gather=self.collect),
+            Turn(("student",), self.student_loss, when=lambda step: step % 3 == 0),
+        )
+
+    def memory(self):
+        return {"count": jnp.zeros(()), "other": jnp.ones(())}
+
+    def collect(self, net, ctx):
+        return {**ctx.batch, "x": net.student(ctx.batch["x"], jnp.ones(4)) + 1.0}
+
+    def fake_loss(self, net, ctx):
+        x = ctx.batch["x"]
+        error = net.fake(x, jnp.ones(4)) - net.teacher(x, jnp.ones(4)) - x
+        return Out(jnp.mean(error**2), {"input": jnp.mean(x)}, {"count": ctx.memory["count"] + 1})
+
+    def student_loss(self, net, ctx):
+        return Out(jnp.mean((net.student(ctx.batch["x"], jnp.ones(4)) - net.ema_student(ctx.batch["x"], jnp.ones(4)) - 1) ** 2))
+
+
+def test_turns_memory_and_gather():
+    teacher = NET.init(jax.random.key(3))
+    nets, x = {"student": NET, "teacher": NET, "fake": NET}, jax.random.normal(jax.random.key(4), (4, 2))
+    state, metrics = fit(TwoTurns(), nets, {"x": x}, steps=4, start={"teacher": teacher})
+    assert int(state.count["fake"]) == 4
+    assert int(state.count["student"]) == 2
+    assert state.memory["count"] == 4
+    assert state.memory["other"] == 1
+    assert metrics["fake/input"] != jnp.mean(x)
+    for a, b in zip(jax.tree.leaves(teacher), jax.tree.leaves(state.frozen["teacher"])):
+        np.testing.assert_array_equal(a, b)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnData(Counted):
+    """A loss on nothing but what the student itself has gathered."""
+
+    @property
+    def turns(self):
+        return (Turn(("student",), lambda net, ctx: Out(jnp.sum(ctx.batch["x"])), gather=self.collect),)
+
+    def collect(self, net, ctx):
+        return {"x": net.student(ctx.batch["x"], jnp.ones(4))}
+
+
+def test_gathered_data_carries_no_gradient():
+    _, metrics = fit(OwnData(), {"student": NET}, {"x": jnp.ones((4, 2))})
+    assert metrics["student/loss"] != 0
+    assert metrics["student/grad_norm"] == 0
+
+
+def test_average_follows_its_rule():
+    batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
+    ema, path = Ema(rate=0.9, warmup=True), []
+    for steps in range(4):
+        path.append(fit(Counted(), {"student": NET}, batch, steps=steps, emas={"student": ema})[0])
+    average = jax.tree.leaves(path[0].params["student"])[0]
+    for k, state in enumerate(path[1:], 1):
+        beta = min(0.9, (1 + k) / (10 + k))
+        average = beta * average + (1 - beta) * jax.tree.leaves(state.params["student"])[0]
+        np.testing.assert_allclose(jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7)
+
+
+def test_names_keep_draws_apart():
+    ctx = Ctx({}, jax.random.key(0), jnp.int32(0), {})
+    draw = lambda name: float(jax.random.normal(ctx.key(name)))
+    assert draw("a") == draw("a") != draw("b")
+
+
+def test_overlay_keeps_what_only_the_copy_has():
+    small, large = NET.init(jax.random.key(0)), make_net(MLP(width=8, depth=1, second_time=True)).init(jax.random.key(1))
+    merged = overlay(large, small, "student", "teacher")
+    np.testing.assert_array_equal(merged["inp"]["kernel"], small["inp"]["kernel"])
+    np.testing.assert_array_equal(merged["gap_embed"]["kernel"], large["gap_embed"]["kernel"])
+    with pytest.raises(Refused, match="no such weight"):
+        overlay(small, large, "student", "teacher")
+    with pytest.raises(Refused, match="shape"):
+        overlay(make_net(MLP(width=4, depth=1)).init(jax.random.key(0)), small, "student", "teacher")
+
+
+def test_step_runs_bf16_networks_with_float32_weights():
+    net = make_net(MLP(width=8, depth=1, dtype="bfloat16"))
+    state, _ = fit(Counted(), {"student": net}, {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))})
+    assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(state.params))
+    text = jax.make_jaxpr(net.apply)(state.params["student"], jnp.ones((1, 2)), jnp.ones(1)).pretty_print()
+    assert "bf16" in text

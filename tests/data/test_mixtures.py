@@ -1,0 +1,120 @@
+"""The mixture's law, its samples, and its exact denoiser (00-foundations, section 4)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.diffusion.process import EDM, VP, CosineVP, Flow, Trig
+
+PROCESSES = [Flow(), Flow(shift=3.0), VP(), CosineVP(), Trig(), EDM()]
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def log_density(data, process, x, t, modes):
+    """log p_t(x) of one x [D] at scalar t over the modes listed, from the definition."""
+    weights, means, stds = (jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.law)
+    a, s = process.alpha_sigma(t)
+    var = (a * stds) ** 2 + s**2
+    logs = jnp.log(weights) - jnp.sum((x - a * means) ** 2, -1) / (2 * var) - data.dim / 2 * jnp.log(2 * jnp.pi * var)
+    return jax.nn.logsumexp(logs)
+
+
+@pytest.mark.parametrize(("process", "dim"), [(Flow(), 1), *((p, 3) for p in PROCESSES)], ids=str)
+def test_score_is_the_gradient_of_the_log_density(x64, process, dim):
+    data = Mixture(seed=2, dim=dim, modes=4)
+    t = process.time_of_lam(jnp.asarray([3.0, 1.0, 0.0, -2.0]))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, dim))) * process.alpha_sigma(t)[1][:, None]
+    a, s, da, ds = (c[:, None] for c in process.coefs(t))
+
+    def check(cond, modes):
+        slope = jax.vmap(jax.grad(lambda x, t: log_density(data, process, x, t, modes)))
+        return data.denoise(process, x, t, cond), slope(x, t)
+
+    cases = [(None, [0, 1, 2, 3]), (jnp.full(4, 4), [0, 1, 2, 3]), (jnp.full(4, 2), [2])]
+    for pred, slope in jax.jit(lambda: [check(*case) for case in cases])():
+        np.testing.assert_allclose(-pred.eps / s, slope, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12)  # Tweedie's x0 with it
+        np.testing.assert_allclose(pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12)
+
+
+def test_posterior_mean_by_quadrature(x64):
+    """E[x0 | x_t] integrated over a grid of x0."""
+    data, process = Mixture(seed=3, dim=1, modes=3), Flow()
+    grid = jnp.linspace(-3, 3, 20_001)
+    weights, means, stds = (np.asarray(a, np.float64) for a in data.law)
+    prior = sum(w / s * np.exp(-((grid - m[0]) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds))
+    for t, x in ((0.3, 0.4), (0.7, -0.5), (0.95, 1.0)):
+        a, s = process.alpha_sigma(jnp.asarray(t))
+        posterior = prior * np.exp(-((x - a * grid) ** 2) / (2 * s**2))
+        want = np.sum(posterior * grid) / np.sum(posterior)
+        got = data.denoise(process, jnp.full((1, 1), x), jnp.full(1, t)).x0[0, 0]
+        np.testing.assert_allclose(got, want, rtol=1e-9)
+
+
+def test_denoiser_is_exact_at_both_ends():
+    """At t = 0 it is the identity, at pure noise the law's mean; float32, no 0 / 0."""
+    data = Mixture(seed=4)
+    x = jnp.asarray(data.evaluation(5)["x"])
+    clean = data.denoise(Flow(), x, jnp.zeros(5))
+    np.testing.assert_allclose(clean.x0, x, atol=4 * np.finfo(np.float32).eps)
+    np.testing.assert_array_equal(clean.eps, 0.0)
+    noise = data.denoise(Flow(), x, jnp.ones(5))
+    weights, means, _ = data.law
+    np.testing.assert_allclose(noise.x0, jnp.broadcast_to(weights @ means, x.shape), atol=1e-6)
+    np.testing.assert_allclose(noise.eps, x, rtol=1e-6)
+
+
+def test_net_is_the_denoiser_without_weights():
+    data = Mixture()
+    net, x, t = data.net(VP()), jnp.ones((2, 2)), jnp.full(2, 0.5)
+    assert net.init(jax.random.key(0)) == {} and net.size == 0
+    np.testing.assert_array_equal(net.apply({}, x, t, jnp.asarray([0, 6])).x0, data.denoise(VP(), x, t, jnp.asarray([0, 6])).x0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_law_is_as_described(seed):
+    data = Mixture(seed=seed, dim=2, modes=6)
+    weights, means, stds = data.law
+    assert weights.shape == (6,) and means.shape == (6, 2) and stds.shape == (6,)
+    assert all(a.dtype == np.float32 for a in data.law)
+    np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
+    assert weights.max() <= 2 * weights.min()
+    assert np.all(np.linalg.norm(means, axis=1) <= 1.0 + 1e-6)
+    assert np.all(np.abs(stds / data.std - 1) <= 0.25 + 1e-6)
+    gaps = np.linalg.norm(means[:, None] - means, axis=-1)[np.triu_indices(6, 1)]
+    assert gaps.min() > 3 * data.std  # 5 asked for, less where the ball is full
+    again = Mixture(seed=seed, dim=2, modes=6).law
+    assert all(np.array_equal(a, b) for a, b in zip(data.law, again))
+    assert not np.array_equal(Mixture(seed=seed + 1).law[1], means)
+
+
+def test_samples_have_the_laws_moments():
+    data, n = Mixture(seed=1), 20_000
+    weights, means, stds = data.law
+    drawn = data.evaluation(n)
+    assert drawn["x"].dtype == np.float32 and drawn["cond"].dtype == np.int32
+    np.testing.assert_array_equal(drawn["null_cond"], data.modes)
+    share = np.bincount(drawn["cond"], minlength=6) / n
+    np.testing.assert_allclose(share, weights, atol=5 * np.sqrt(0.25 / n))
+    for k in range(6):
+        mine = drawn["x"][drawn["cond"] == k]
+        np.testing.assert_allclose(mine.mean(0), means[k], atol=5 * stds[k] / np.sqrt(len(mine)))
+        np.testing.assert_allclose(mine.std(0), stds[k], rtol=5 / np.sqrt(2 * len(mine)))
+
+
+def test_batches_are_fixed_by_index_and_seed_and_split_by_rows():
+    data = Mixture(seed=7, batch_size=8)
+    whole = data.batch(3, slice(0, 8))
+    halves = [data.batch(3, rows) for rows in (slice(0, 4), slice(4, 8))]
+    for key in whole:
+        np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), whole[key])
+    assert not np.array_equal(data.batch(4, slice(0, 8))["x"], whole["x"])
+    np.testing.assert_array_equal(data.evaluation(5)["x"], data.evaluation(5)["x"])
+    assert data.spec()["x"].shape == (8, 2) and data.spec()["cond"].dtype == np.int32

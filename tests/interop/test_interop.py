@@ -1,0 +1,194 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from safetensors.numpy import load_file, save_file
+
+from jaxdistill import interop
+from jaxdistill.core.net import cast, make_net, paths
+from jaxdistill.core.sharding import make_mesh
+from jaxdistill.core.types import Refused
+from jaxdistill.interop.tables import LINEAR, Row
+from jaxdistill.models.lm import LM
+from jaxdistill.models.mlp import MLP
+
+CFG = LM(vocab=13, dim=8, mlp=12, heads=2, kv_heads=1, head_dim=4, depth=2, eos=(2,))
+NET = make_net(CFG, config=CFG)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), NET.shapes)
+
+
+@pytest.fixture
+def folder(tmp_path, params):
+    interop.save(tmp_path / "model", NET, params, card="# A student\n")
+    return tmp_path / "model"
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for path, leaf in paths(a).items():
+        assert leaf.dtype == paths(b)[path].dtype
+        np.testing.assert_array_equal(leaf, paths(b)[path], err_msg=path)
+
+
+def edit(folder, change):
+    """Rewrites the stored tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def configure(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_round_trip_is_bit_exact(folder, params):
+    net, found = interop.load(folder)
+    assert net.config == CFG == interop.describe(folder)
+    same(found, params)
+    assert (folder / "README.md").read_text() == "# A student\n"
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+
+
+def test_round_trip_in_bfloat16_and_shards(tmp_path, params):
+    half = cast(params, jnp.bfloat16)
+    interop.save(tmp_path / "half", NET, half, max_shard_bytes=300)
+    assert len(list((tmp_path / "half").glob("*.safetensors"))) > 3
+    assert not (tmp_path / "half" / "README.md").exists()
+    same(interop.load(tmp_path / "half", "bfloat16")[1], half)
+    same(interop.load(tmp_path / "half")[1], cast(half, jnp.float32))
+
+
+def test_saving_again_replaces_the_folder(folder, params):
+    interop.save(folder, NET, jax.tree.map(jnp.zeros_like, params))
+    assert not any(w.any() for w in jax.tree.leaves(interop.load(folder)[1]))
+    assert not (folder / "README.md").exists()
+
+
+def test_load_into_places_every_leaf_in_its_sharding(folder, params):
+    mesh = make_mesh()
+    place = lambda s, axes: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(*[None] * len(s.shape))))
+    found = interop.load_into(folder, NET, jax.tree.map(place, NET.shapes, NET.axes))
+    same(found, cast(params, jnp.bfloat16))
+    assert all(w.sharding.mesh == mesh for w in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("path", ["blocks/to_k/kernel", "blocks/norm_mlp/scale", "embed/embedding", "unembed/kernel"])
+def test_a_shard_is_that_part_of_the_leaf(folder, params, path):
+    (row,) = (row for row in interop.llama.table(CFG) if row.path == path)
+    whole = np.asarray(paths(params)[path])
+    tensors = interop.read_folder(folder, "model")
+    read = interop._reader(row, [tensors[name] for name in row.names(whole.shape)])
+    for index in (
+        (slice(None),) * whole.ndim,
+        tuple(slice(n // 2, n) for n in whole.shape),
+        (slice(0, 1), *[slice(1, 3)] * (whole.ndim - 1)),
+    ):
+        np.testing.assert_array_equal(read(index), whole[index])
+
+
+def test_repeated_weights_must_agree(tmp_path):
+    row = Row("time", "layer.{i}.time", LINEAR, copies=2)
+    w = np.arange(6.0).reshape(2, 3)
+    tensors = [interop.Tensor(tmp_path / "x", w), interop.Tensor(tmp_path / "y", w.copy())]
+    np.testing.assert_array_equal(interop._reader(row, tensors)((slice(None),) * 2), w.T)
+    tensors[1].data[1, 1] = 9
+    with pytest.raises(Refused, match=r"y: the copies of layer.\{i\}.time differ"):
+        interop._reader(row, tensors)
+
+
+def test_torch_is_not_needed():
+    code = "import sys; import jaxdistill.interop; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_net_weight_has_a_row():
+    for tied in (False, True):
+        cfg = dataclasses.replace(CFG, tied=tied)
+        assert {row.path for row in interop.llama.table(cfg)} == paths(make_net(cfg).shapes).keys()
+
+
+def refused(match, folder):
+    with pytest.raises(Refused, match=match) as error:
+        interop.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_other_classes(folder, tmp_path):
+    configure(folder, architectures=["LlamaForCausalLMX"])
+    refused(r"config.json: class='LlamaForCausalLMX' is unknown; did you mean 'LlamaForCausalLM'\?", folder)
+    configure(folder, architectures=["T5Model"])
+    refused("class='T5Model' is unknown; expected one of .*LlamaForCausalLM", folder)
+    configure(folder, architectures=None)
+    refused("class=''", folder)
+    (folder / "config.json").unlink()
+    refused("config.json: no such file", folder)
+    (tmp_path / "model_index.json").write_text("{}")
+    refused("a diffusers pipeline; give the folder of its model", tmp_path)
+
+
+def test_refuses_missing_and_unexpected_keys(folder):
+    edit(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weigth": t.pop("model.layers.1.mlp.up_proj.weight")}))
+    refused(r"model.layers.1.mlp.up_proj.weight \[12, 8\] is missing; did you mean 'model.layers.1.mlp.up_proj.weigth'\?", folder)
+    edit(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weigth"]}))
+    refused("model.safetensors: unexpected key model.layers.1.mlp.up_proj.weigth", folder)
+    edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weigth"))
+    interop.load(folder)
+    edit(folder, lambda t: t.pop("model.norm.weight"))
+    refused(r"model.norm.weight \[8\] is missing$", folder)
+
+
+def test_constants_of_old_files_are_ignored(folder, params):
+    edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))
+    same(interop.load(folder)[1], params)
+
+
+def test_refuses_other_shapes(folder):
+    edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()}))
+    refused(r"model.safetensors: lm_head.weight has shape \[5, 8\], expected \[13, 8\]", folder)
+
+
+def test_refuses_truncated_and_pickled_weights(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-7])
+    refused(f"truncated, {len(whole) - 7} bytes where the header says {len(whole)}", folder)
+    file.unlink()
+    refused("no model.safetensors and no model.safetensors.index.json", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    refused('pytorch_model.bin is pickled .* python -c "from transformers import LlamaForCausalLM', folder)
+
+
+def test_load_into_refuses_another_network(folder):
+    into = lambda cfg: interop.load_into(folder, make_net(cfg, config=cfg), make_net(cfg).shapes)
+    into(dataclasses.replace(CFG, dtype="bfloat16", remat="full", max_length=99, eos=()))
+    with pytest.raises(Refused, match=r"config.json: rope_theta is 10000.0, expected 500.0"):
+        into(dataclasses.replace(CFG, rope_theta=500.0))
+    with pytest.raises(Refused, match="hidden_size is 8, expected 16"):
+        into(dataclasses.replace(CFG, dim=16))
+    with pytest.raises(Refused, match="holds a LlamaForCausalLM, expected a MLP"):
+        into(MLP())
+
+
+def test_save_refuses_what_has_no_place(tmp_path, params):
+    target = tmp_path / "out"
+    with pytest.raises(Refused, match="no PyTorch class for MLP; supported: "):
+        interop.save(target, make_net(MLP(), config=MLP()), {})
+    with pytest.raises(Refused, match="LlamaForCausalLM has no place for extra"):
+        interop.save(target, NET, params | {"extra": jnp.ones(3)})
+    with pytest.raises(Refused, match="LlamaForCausalLM needs norm/scale"):
+        interop.save(target, NET, {k: v for k, v in params.items() if k != "norm"})
+    with pytest.raises(Refused, match=r"norm/scale has shape \[3\], expected \[8\]"):
+        interop.save(target, NET, params | {"norm": {"scale": jnp.ones(3)}})
+    assert list(tmp_path.iterdir()) == []

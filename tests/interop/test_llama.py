@@ -1,0 +1,144 @@
+"""Parity with transformers: the same folder gives the same logits, and ours loads there without a key to spare."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill import interop
+from jaxdistill.core.types import Refused
+from jaxdistill.samplers.text import generate
+
+torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
+transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 300.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+PADS = np.array([0, 3, 7])
+
+
+def build(**changes):
+    """A LlamaForCausalLM whose attention is far from uniform."""
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=6,
+                 num_key_value_heads=2, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes)).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    return model
+
+
+@pytest.fixture(scope="module", params=["tied", "untied", "stretched"])
+def pair(request, tmp_path_factory):
+    """(torch model, its folder, our net and params, its jitted call)."""
+    changes = {"tied": {"tie_word_embeddings": True}, "untied": {}, "stretched": {"rope_parameters": LLAMA3, "num_key_value_heads": 4}}
+    model, folder = build(**changes[request.param]), tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    net, params = interop.load(folder)
+    return model, folder, net, params, jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask))
+
+
+def tokens():
+    return np.random.default_rng(0).integers(0, 61, (3, 24))
+
+
+def test_logits_agree(pair):
+    model, _, _, _, call = pair
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens())).logits.numpy()
+    assert np.abs(call(tokens(), None) - expected).max() <= 1e-4 * expected.std()
+
+
+def test_logits_agree_under_left_padding(pair):
+    model, _, _, _, call = pair
+    mask = np.arange(24) >= PADS[:, None]
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens()), attention_mask=torch.tensor(mask.astype(np.int64))).logits.numpy()
+    assert np.abs(call(tokens(), mask) - expected)[mask].max() <= 1e-4 * expected.std()
+
+
+def test_greedy_text_agrees(pair):
+    model, _, net, params, _ = pair
+    prompt, mask = tokens()[:, :10], np.arange(10) >= PADS[:, None]
+    bare = model.generate(torch.tensor(prompt), attention_mask=torch.tensor(mask.astype(np.int64)), max_new_tokens=14, do_sample=False)
+    eos = int(bare[0, 14])
+    expected = model.generate(torch.tensor(prompt), attention_mask=torch.tensor(mask.astype(np.int64)), max_new_tokens=14,
+                              do_sample=False, eos_token_id=eos).numpy()  # fmt: skip
+    write = lambda prompt, mask: generate(lambda *a, **k: net.apply(params, *a, **k), prompt, 24, jax.random.key(0),
+                                          prompt_mask=mask, temperature=0.0, eos=eos)  # fmt: skip
+    found, valid = jax.jit(write)(prompt, mask)
+    width = expected.shape[1]  # transformers stops when every row has ended
+    np.testing.assert_array_equal(found[:, :width], expected)
+    assert not valid[0, 15:].any() and (found[:, width:] == 0).all()
+
+
+def test_transformers_loads_what_we_save(pair, tmp_path):
+    model, _, net, params, _ = pair
+    interop.save(tmp_path / "out", net, params, max_shard_bytes=20_000)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert again.config.rope_parameters == model.config.rope_parameters
+    for key in ("tie_word_embeddings", "rms_norm_eps", "head_dim", "num_key_value_heads", "pad_token_id", "eos_token_id"):
+        assert getattr(again.config, key) == getattr(model.config, key), key
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_sharded_folders_load(pair, tmp_path):
+    model, _, net, params, _ = pair
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    found, again = interop.load(tmp_path)
+    assert found.config == net.config
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_stop_tokens_come_from_generation_config(tmp_path):
+    model = build(eos_token_id=5, bos_token_id=4)
+    model.generation_config.eos_token_id = [5, 7]
+    model.save_pretrained(tmp_path / "in")
+    net, params = interop.load(tmp_path / "in")
+    assert (net.config.bos, net.config.eos, net.config.pad) == (4, (5, 7), 0)
+    interop.save(tmp_path / "out", net, params)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [5, 7]
+
+
+def test_rope_keys_of_older_files(tmp_path):
+    build(rope_parameters=LLAMA3).save_pretrained(tmp_path)
+    expected, file = interop.describe(tmp_path), tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    file.write_text(json.dumps(config | {"rope_scaling": rope}))
+    assert interop.describe(tmp_path) == expected
+    assert (expected.rope_theta, expected.rope_factor, expected.rope_original) == (300.0, 4.0, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias=True is not supported, expected False"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, expected 'silu'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
+    ],
+)
+def test_refuses_settings_our_model_lacks(tmp_path, change, message):
+    build().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(Refused, match=message):
+        interop.load(tmp_path)
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k not in (*change, "hidden_size")}
+    file.write_text(json.dumps(config))
+    with pytest.raises(Refused, match="hidden_size is missing"):
+        interop.load(tmp_path)

@@ -1,0 +1,70 @@
+"""Times cached generation against transformers' `generate` on the same weights, greedy, one token at a time.
+
+    python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--new=64] [--rounds=5]
+
+Prints the time per token of both, the median of paired ratios, and whether the texts are the same. Needs the extra
+[torch]; compilation is not counted, and both run on what they find (JAX_PLATFORMS=cpu to compare like with like).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from jaxdistill import interop
+from jaxdistill.samplers.text import generate
+
+
+def seconds(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {"dim": 256, "depth": 6, "batch": 8, "prompt": 16, "new": 64, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1024,
+        hidden_size=args.dim,
+        intermediate_size=3 * args.dim,
+        num_hidden_layers=args.depth,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        net, params = interop.load(folder)
+    prompt = np.random.default_rng(0).integers(0, 1024, (args.batch, args.prompt))
+    bound = lambda params: functools.partial(net.apply, params)
+    write = jax.jit(lambda params, prompt: generate(bound(params), prompt, args.prompt + args.new, jax.random.key(0), temperature=0.0)[0])
+    inputs = {"input_ids": torch.tensor(prompt), "attention_mask": torch.ones(prompt.shape, dtype=torch.int64)}
+    ours = lambda: np.asarray(write(params, prompt))
+    theirs = lambda: model.generate(**inputs, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False).numpy()
+    same = float(np.mean(ours() == theirs()))
+    pairs = [(seconds(ours), seconds(theirs)) for _ in range(args.rounds)]
+    per_token = [1e6 * statistics.median(column) / args.new for column in zip(*pairs)]
+    ratio = statistics.median(b / a for a, b in pairs)
+    print(f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch}, {args.new} tokens, {args.rounds} rounds")
+    print(f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token: {ratio:.1f} times as fast")
+    print(f"{100 * same:.1f} % of the tokens agree")
+
+
+if __name__ == "__main__":
+    main()
