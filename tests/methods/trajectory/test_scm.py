@@ -18,7 +18,7 @@ from jaxdistill.methods.trajectory.scm import SCM, SCT
 
 WARM = 10  # at this step the tangent has its full weight
 BIG = 1e9  # a tangent_c that leaves the tangent as it is, divided by BIG, to 1e-9
-W = jnp.array([0.3, -0.7, 0.2])
+W = np.array([0.3, -0.7, 0.2])
 
 
 def flat(t):
