@@ -13,16 +13,16 @@ from jaxdistill.core.optim import Ema, Optimizer
 
 def get_config():
     return experiment(
-        steps=3000,
+        steps=1500,
         runs=dict(teacher=teacher.get_config()),
-        data=spec("data.digits:Digits", batch_size=128),
-        method=spec("methods.distribution.dmd2:DMD2", gan_weight=3e-2, taps=(1, 3)),
+        data=spec("data.digits:Digits", batch_size=64),
+        method=spec("methods.distribution.dmd2:DMD2", gan_weight=3e-2, taps=(1,)),
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)),
             fake=Role(optimizer=Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)),
             disc=Role(
-                model=spec("models.heads:Discriminator", features=2, dim=64, classes=10),
+                model=spec("models.heads:Discriminator", dim=64, classes=10),
                 optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99),
             ),
         ),

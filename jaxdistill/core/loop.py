@@ -335,6 +335,7 @@ class Programs:
     active_at: Any
     flops: float  # model flops of a mean step
     patterns: dict[tuple[int, ...], dict[str, float]]  # active turns -> model flops by role
+    batch: dict[str, jax.ShapeDtypeStruct]  # global shapes with their shardings
 
 
 def make_programs(
@@ -355,36 +356,47 @@ def make_programs(
                                       accumulate=settings.accumulate, shardings=where)  # fmt: skip
     patterns = {active: flops.count(step, abstract, batch, key, static=(active,)) for active in dict.fromkeys(taken)}
     mean = sum(sum(patterns[active].values()) for active in taken) / max(len(taken), 1)
-    return Programs(abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns)
+    rows = sharding.batch_sharding(experiment.mesh, settings.rules)
+    placed = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in batch.items()}
+    return Programs(abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns, placed)
+
+
+def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]:
+    """The first stage's programs and networks from shapes alone: no weights, no data but one sample. Needs `sharding.use`."""
+    stage, roles = experiment.method.stages(experiment.settings.steps)[0], experiment.roles
+    warm = [r for r in roles if r in experiment.method.frozen or (roles[r].init and r not in experiment.inits)]
+    start = {r: _abstract(experiment, experiment.nets[r], r) for r in warm}
+    batch, nets = experiment.data.spec(), {}
+
+    def operate(start):
+        zeros = {k: jnp.zeros(s.shape, s.dtype) for k, s in batch.items()}
+        fresh, params = (experiment.nets, start) if stage.surgery is None else stage.surgery(experiment.nets, start, zeros)
+        nets.update(fresh)
+        if stage.collect is None:
+            return params, zeros
+        return params, stage.collect.make(bind(nets, params), Ctx(zeros, jax.random.key(0), jnp.int32(0), {}))
+
+    start, batch = jax.eval_shape(operate, start)
+    return make_programs(experiment, nets, stage, start, batch), nets
 
 
 def _dry_run(experiment: Experiment) -> dict[str, Any]:
     """Builds everything, compiles each turn pattern of the first stage, prints bytes and flops per role, and stops."""
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        stage = experiment.method.stages(experiment.settings.steps)[0]
-        start = {r: _abstract(experiment, experiment.nets[r], r) for r in experiment.roles
-                 if r in experiment.method.frozen or (experiment.roles[r].init and r not in experiment.inits)}  # fmt: skip
-        if stage.surgery is not None:
-            raise Refused(f"--dry_run: {experiment.config.method.name} starts with surgery on real weights")
-        programs = make_programs(experiment, experiment.nets, stage, start, experiment.data.spec())
+        programs, nets = abstract_programs(experiment)
         key = jax.eval_shape(lambda: jax.random.key(0))
         size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         state, table = programs.abstract, {}
-        for role, net in experiment.nets.items():
+        for role, net in nets.items():
             held = [getattr(state, part).get(role, {}) for part in ("params", "opt", "ema", "frozen")]
             table[role] = {"parameters": net.size, "bytes": size(held)}
         for active, by_role in programs.patterns.items():
             name = "+".join(str(i) for i in active)
             for role in table:
                 table[role][f"flops, turns {name}"] = by_role.get(role, 0.0)
-            compiled = programs.step.lower(state, _placed(experiment), key, active).compile()
+            compiled = programs.step.lower(state, programs.batch, key, active).compile()
             memory = compiled.memory_analysis()
             print(f"turns {name}: compiled; {memory.temp_size_in_bytes / 2**20:.1f} MiB temporaries, "
                   f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments on each device")  # fmt: skip
         print(report.text_table([{"role": role, **row} for role, row in table.items()]))
         return {"roles": table}
-
-
-def _placed(experiment: Experiment):
-    where = sharding.batch_sharding(experiment.mesh, experiment.settings.rules)
-    return {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for k, s in experiment.data.spec().items()}

@@ -110,7 +110,7 @@ def claim(wanted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[
         return {}
     value = {key: _find(rows, wanted[key], wanted["metric"]) for key in ("model", "baseline")}
     compare = {"lower": operator.le, "higher": operator.ge}[wanted["better"]]
-    teacher = next((row[wanted["metric"]] for row in rows if row["name"] == "teacher"), None)
+    teacher = next((row.get(wanted["metric"]) for row in rows if row["name"] == "teacher"), None)
     return {"metric": wanted["metric"], "model": wanted["model"], "against": wanted["baseline"],
             "value": value["model"], "baseline": value["baseline"], "teacher": teacher,
             "ratio": value["model"] / value["baseline"] if value["baseline"] else None, "bound": wanted["ratio"],

@@ -71,7 +71,7 @@ def test_ddim_is_euler_for_rectified_flow_and_for_edm(x64):
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
-@pytest.mark.parametrize("steps", [1, 3, 20])
+@pytest.mark.parametrize("steps", [1, 20])
 @every
 def test_exact_for_a_single_point(x64, process, solver, steps):
     """Data at one point: the predicted x0 is constant, so both solvers land on alpha_r c + sigma_r eps at once."""
@@ -85,7 +85,7 @@ def test_exact_for_a_single_point(x64, process, solver, steps):
 
 
 @pytest.mark.parametrize(("solver", "fall"), [("euler", 0.3), ("ddim", 0.3), ("heun", 0.1), ("dpmpp_2m", 1.0)])
-@every
+@pytest.mark.parametrize("process", [Flow(), Trig(), EDM(), VP(), CosineVP()], ids=lambda p: type(p).__name__)
 def test_every_solver_stays_finite_and_approaches_the_exact_flow(process, solver, fall):
     """In float32, to both ends of the process. From 8 to 40 steps errors tend to 1/5 (first order) or 1/25 (second) of
     what they were. Uniform times are a grid that 2M's last step, endless in lambda, does not like: it only must not get worse."""
@@ -172,5 +172,5 @@ def test_trajectory_holds_every_state(x64):
 
 
 def test_unknown_solver_is_refused():
-    with pytest.raises(Refused, match="solver='eular': did you mean 'euler'"):
+    with pytest.raises(Refused, match=r"solver='eular'.* did you mean 'euler'"):
         ode.solve("eular", Flow(), denoiser(Flow()), jnp.ones((1, 1)), 2)

@@ -1,0 +1,47 @@
+"""DMD2 (arXiv:2405.14867) on MNIST, from the standard IDX files in --config.data.path: 50 steps into one.
+
+    python -m launch.train --config=configs/mnist/dmd2.py --workdir=runs/mnist_dmd2 --config.data.path=DIR
+
+2 CPU cores, under half an hour; trains the teacher first, in workdir/teacher. Fréchet distances are in the features of
+a small classifier of the training images (evals/classifier.py).
+"""
+
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+
+EVALUATION = dict(samples=2000, batch=250)
+
+
+def teacher():
+    return experiment(
+        steps=1500,
+        data=spec("data.idx:IDX", batch_size=64),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        roles=dict(
+            student=Role(
+                model=spec("models.dit:DiT", size=28, patch=4, dim=96, depth=4, heads=4),
+                denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
+                optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=50),
+                ema=Ema(rate=0.995),
+            ),
+        ),
+        evaluation=spec("evals.images:ImageEval", student_steps=(50, 1), **EVALUATION),
+    )
+
+
+def get_config():
+    return experiment(
+        steps=1500,
+        runs=dict(teacher=teacher()),
+        data=spec("data.idx:IDX", batch_size=32),
+        method=spec("methods.distribution.dmd2:DMD2", gan_weight=3e-2, taps=(1,)),
+        roles=dict(
+            teacher=Role(init="@teacher"),
+            student=Role(optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)),
+            fake=Role(optimizer=Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)),
+            disc=Role(model=spec("models.heads:Discriminator", dim=96, classes=10), optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99)),
+        ),
+        evaluation=spec("evals.images:ImageEval", student_steps=(1,), teacher_steps=(50, 1), **EVALUATION),
+        claim=dict(metric="frechet", model="student@1", baseline="teacher@1", better="lower", ratio=0.4),
+    )

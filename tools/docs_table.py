@@ -1,0 +1,47 @@
+"""Writes the README's table of methods from the methods' docstrings and docs/results/toy.json.
+
+python tools/docs_table.py [--check]
+"""
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- methods: python tools/docs_table.py -->", "<!-- end of methods -->"
+
+
+def rows() -> list[str]:
+    path = ROOT / "docs/results/toy.json"
+    measured = json.loads(path.read_text()) if path.exists() else []
+    out = ["| method | paper | toy claim: value / bound x baseline, by seed | holds |", "|---|---|---|---|"]
+    for file in sorted((ROOT / "jaxdistill/methods").rglob("[!_]*.py")):
+        head = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+        number = re.search(r"arXiv:(\d{4}\.\d{5})", ast.get_docstring(ast.parse(file.read_text())) or "")
+        paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
+        mine = [row for row in measured if row["method"] == file.stem]
+        sign = {"lower": "≤", "higher": "≥"}
+        ratios = ", ".join(f"{row['ratio']:.3g}" for row in mine)
+        claim = f"{mine[0]['metric']}: {ratios} {sign[mine[0]['better']]} {mine[0]['bound']:g}" if mine else ""
+        holds = f"{sum(row['holds'] for row in mine)} of {len(mine)}" if mine else ""
+        link = f"[`{file.stem}`]({file.relative_to(ROOT)})"
+        title = head.split(" (arXiv")[0].split(", arXiv")[0].rstrip(".:,")
+        out.append(f"| {link} {title} | {paper} | {claim} | {holds} |")
+    return out
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    fresh = f"{before}{BEGIN}\n" + "\n".join(rows()) + f"\n{END}{rest.split(END)[1]}"
+    if "--check" in sys.argv:
+        return int(fresh != text)
+    readme.write_text(fresh)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

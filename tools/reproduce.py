@@ -1,0 +1,69 @@
+"""Runs the toy configs on several seeds and writes the table of what their claims measured.
+
+python tools/reproduce.py [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] [--workdir=runs/reproduce]
+
+Run i takes config.seed and config.data.seed from the i-th of each list. Finished runs are read back, so it may be
+stopped and run again. The results are runs/reproduce/results.json and docs/results/toy.md.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tqdm import tqdm
+
+from jaxdistill.core.checkpoint import write_json
+from jaxdistill.core.report import number
+from jaxdistill.core.types import Refused, lookup
+from launch._command import arguments, load_config, main
+
+ROOT = Path(__file__).parents[1]
+TOYS = {p.stem: p for p in sorted((ROOT / "configs/toy").glob("[!_]*.py"))}
+HEAD = """# Toy claims, measured
+
+`python tools/reproduce.py` writes this page. Each line is one run: a method's toy config (`configs/toy`) with this seed of
+weights and this seed of the mixture or language. Value and baseline are the two sides of the claim that the config states.
+
+| method | seed | data seed | metric | value | baseline | teacher | ratio | bound | holds | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def reproduce(argv):
+    defaults = {"only": ",".join(TOYS), "seeds": "0,1,2", "data_seeds": "0,1,2", "workdir": str(ROOT / "runs/reproduce")}
+    values, _ = arguments(argv, defaults)
+    names = [n for n in values["only"].split(",") if lookup(TOYS, n, "--only")]
+    try:
+        seeds, data_seeds = ([int(s) for s in values[k].split(",")] for k in ("seeds", "data_seeds"))
+        pairs = list(zip(seeds, data_seeds, strict=True))
+    except ValueError as error:
+        raise Refused("--seeds and --data_seeds: expected two lists of integers of one length, as in 0,1,2") from error
+    from jaxdistill.core import loop
+
+    results = []
+    for name, (seed, data_seed) in tqdm([(n, p) for n in names for p in pairs], desc="reproduce", unit="run"):
+        config = load_config(str(TOYS[name]))
+        config.seed, config.data.seed = seed, data_seed
+        report = loop.run(config, Path(values["workdir"]) / f"{name}_{seed}_{data_seed}")
+        results.append({"method": name, "seed": seed, "data_seed": data_seed, "seconds": report["seconds"], **report["claim"]})
+    write_json(Path(values["workdir"]) / "results.json", results)
+    keys = ("method", "seed", "data_seed", "metric", "value", "baseline", "teacher", "ratio", "bound", "holds", "seconds")
+    old = _kept(ROOT / "docs/results/toy.json", results)
+    write_json(ROOT / "docs/results/toy.json", old)
+    cell = lambda v: "" if v is None else {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else number(v)
+    lines = ["| " + " | ".join(cell(row[k]) for k in keys) + " |" for row in old]
+    (ROOT / "docs/results/toy.md").write_text(HEAD + "\n".join(lines) + "\n")
+    print(ROOT / "docs/results/toy.md")
+
+
+def _kept(path: Path, new: list[dict]) -> list[dict]:
+    """The rows of earlier calls, with the new ones in their places."""
+    key = lambda row: (row["method"], row["seed"], row["data_seed"])
+    rows = {key(row): row for row in (json.loads(path.read_text()) if path.exists() else [])}
+    return [row for _, row in sorted((rows | {key(row): row for row in new}).items())]
+
+
+if __name__ == "__main__":
+    main(reproduce)
