@@ -14,7 +14,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 def get_config():
     return experiment(
         steps=6000,
-        data=spec("data.mixtures:Mixture", seed=0, batch_size=512, labelled=False),
+        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
         method=spec("methods.trajectory.meanflow:MeanFlowDistillation", flow_share=0.5),
         roles=dict(
             teacher=Role(init="exact"),

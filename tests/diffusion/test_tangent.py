@@ -57,4 +57,4 @@ def test_only_the_value_is_differentiated_where_the_slope_is_stopped():
 
 
 def test_names():
-    assert DERIVATIVES == {"jvp": total_derivative, "central": central_difference}
+    assert {"jvp": total_derivative, "central": central_difference} == DERIVATIVES

@@ -27,7 +27,7 @@ class Reflow(Method):
     times: Uniform = Uniform()
     rounds: int = 1  # the paper's 2-rectified flow is one round on a flow-matching teacher
     batches: int = 8000  # of pairs that a round stores, each of data.batch_size
-    solver: str = "heun"  # euler | heun | ddim | dpmpp_2m: makes the pairs, and samples
+    solver: str = "heun"  # euler | heun | ddim | dpmpp_2m: what makes the pairs
     solver_steps: int = 50
     guidance: float = 1.0  # of the teacher, in the first round's pairs
 
@@ -57,7 +57,7 @@ class Reflow(Method):
         return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v")))  # eq. 1
 
     def sample(self, net, noise, cond, key, steps):
-        return ode.solve(self.solver, self.process, lambda x, t: net(x, t, cond), self.process.start(noise), steps, key)
+        return ode.solve("euler", self.process, lambda x, t: net(x, t, cond), self.process.start(noise), steps, key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
