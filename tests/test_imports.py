@@ -16,7 +16,7 @@ ALLOWED = {  # folder -> folders of this package that it may import
     "surgery": {"core", "models", "surgery", "objectives"},
     "methods": {"core", "models", "diffusion", "samplers", "objectives", "surgery", "methods"},
     "data": {"core", "data", "diffusion"},
-    "evals": {"core", "data", "diffusion", "samplers", "objectives", "evals"},
+    "evals": {"core", "data", "diffusion", "models", "samplers", "objectives", "evals"},
     "interop": {"core", "models", "diffusion", "interop"},
 }
 CORE_FOR_METHODS = {"types", "net"}  # no jit, mesh, optimiser or checkpoint

@@ -89,6 +89,8 @@ def _plain(value: Any) -> Any:
                           convert_dict=False)  # fmt: skip
     if value is None:
         return ConfigDict()
+    if isinstance(value, ConfigDict):
+        return value.copy_and_resolve_references()
     if isinstance(value, Mapping):
         return ConfigDict({k: _plain(v) for k, v in value.items()})
     return value
@@ -141,11 +143,17 @@ def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], eva
     del top["name"]
     parts = dict(method=method, data=data, evaluation=evaluation, claim=claim, runs=dict(runs), roles=dict(roles))
     config = ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}})
+    _share(config)
+    return config.lock()
+
+
+def _share(config: ConfigDict) -> None:
+    """Makes seed, data.seed and data.path of the runs inside references to this config's."""
     for inner in config.runs.values():
         inner.seed = config.get_ref("seed")
         for key in ("seed", "path"):
             inner.data[key] = config.data.get_ref(key)
-    return config.lock()
+        _share(inner)
 
 
 def run_settings(config: ConfigDict) -> Run:

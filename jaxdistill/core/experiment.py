@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jaxdistill import interop
 from jaxdistill.core import build, lora, sharding
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.net import Net, make_net
@@ -87,6 +88,8 @@ class Experiment:
             elif (config := self._run_config(source)) is not None:
                 student = build.build(config["roles"]["student"])
                 other = (student.model, student.denoiser)
+            elif (Path(source) / "config.json").exists():
+                other = (interop.describe(source), None)
             else:
                 other = (None, None)
             model, denoiser = model or other[0], denoiser or other[1]
@@ -129,8 +132,6 @@ class Experiment:
             return load_result(Path(source), abstract)
         if not Path(source).exists():
             raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
-        from jaxdistill import interop
-
         return interop.load_into(source, net, abstract)
 
 

@@ -27,7 +27,7 @@ class Optimizer:
     weight_decay: float = 0.0  # on matrices only: norms, biases and embeddings of one index are spared
     clip: float = 1.0  # global norm; 0 switches clipping off
     schedule: str = "constant"  # constant | cosine | linear: the shape after warm-up
-    warmup: int = 0  # updates of linear warm-up from 0
+    warmup: int = 0  # updates of linear warm-up, from lr / warmup
     decay_steps: int = 0  # updates after which cosine and linear reach `final`; 0: the run's length
     final: float = 0.0  # fraction of lr at the end of cosine and linear
 
@@ -57,7 +57,8 @@ class Optimizer:
             raise Refused(f"optimizer.schedule={self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
         if not self.warmup:
             return main
-        return optax.join_schedules([optax.linear_schedule(0.0, self.lr, self.warmup), main], [self.warmup])
+        rise = optax.linear_schedule(self.lr / self.warmup, self.lr, self.warmup - 1)
+        return optax.join_schedules([rise, main], [self.warmup])
 
 
 def decayed(params):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
+from jaxdistill.models.lm import context
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 from jaxdistill.samplers.text import generate
 
@@ -40,12 +41,11 @@ class TextEval:
         @jax.jit
         def score(params, batch):
             bound = {r: functools.partial(nets[r].apply, params[r]) for r in (role, *(["teacher"] if has_teacher else []))}
-            where = {k: batch[k][:, :-1] for k in ("positions", "segments") if k in batch}
-            tokens, mask = batch["tokens"], batch["mask"][:, 1:]
-            logits = bound[role](tokens[:, :-1], **where)
+            tokens, mask, where = batch["tokens"], batch["mask"][:, 1:], context(batch)
+            logits = bound[role](tokens, **where)[:, :-1]
             sums = {"nll": masked_sum(cross_entropy(logits, tokens[:, 1:]), mask)}
             if has_teacher:
-                teacher = bound["teacher"](tokens[:, :-1], **where)
+                teacher = bound["teacher"](tokens, **where)[:, :-1]
                 sums |= {"kl": token_kl(teacher, logits, mask), "agreement": top1_agreement(teacher, logits, mask)}
             return sums
 

@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Ctx, Method, Nets, Out, Turn
+from jaxdistill.models.lm import context
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 
@@ -25,9 +26,8 @@ class SFT(Method):
         return (Turn(("student",), self.loss),)
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        tokens, mask = ctx.batch["tokens"], ctx.batch["mask"][:, 1:]
-        where = {k: ctx.batch[k][:, :-1] for k in ("positions", "segments") if k in ctx.batch}
-        logits = net.student(tokens[:, :-1], **where)
-        total, count = masked_sum(cross_entropy(logits, tokens[:, 1:]), mask)
-        right, _ = masked_sum((logits.argmax(-1) == tokens[:, 1:]).astype(jnp.float32), mask)
+        labels, mask = ctx.batch["tokens"][:, 1:], ctx.batch["mask"][:, 1:]
+        logits = net.student(ctx.batch["tokens"], **context(ctx.batch))[:, :-1]
+        total, count = masked_sum(cross_entropy(logits, labels), mask)
+        right, _ = masked_sum((logits.argmax(-1) == labels).astype(jnp.float32), mask)
         return Out(total, {"accuracy": right}, count=count)
