@@ -61,7 +61,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     started = time.time()
     reports = {name: run(sub, workdir / name, progress=progress) for name, sub in config.runs.items()}
     with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
-        trained = _train(experiment, stop, progress)
+        trained = _as_given(_train(experiment, stop, progress))
         return report.write(trained, reports, seconds=time.time() - started)
 
 
@@ -84,7 +84,7 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
     experiment = Experiment(config, workdir)
     stages = experiment.method.stages(experiment.settings.steps)
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        return _result(experiment, stages, len(stages))
+        return _as_given(_result(experiment, stages, len(stages)))
 
 
 def _check(experiment: Experiment) -> None:
@@ -145,6 +145,16 @@ def _result(experiment: Experiment, stages: tuple[Stage, ...], done: int) -> Tra
         shapes = {role: _abstract(experiment, nets[role], role) for role in stage.method.inits}
         params |= load_params(experiment.workdir / "stages" / str(i), shapes)
     return Trained(experiment, nets, params)
+
+
+def _as_given(trained: Trained) -> Trained:
+    """With the frozen roles as the run was given them: a later stage's teacher may be an earlier one's student."""
+    experiment = trained.experiment
+    if not any(stage.surgery for stage in experiment.method.stages(experiment.settings.steps)[1:]):
+        return trained
+    given, frozen = experiment.warm_starts(), experiment.method.frozen
+    nets = {**trained.nets, **{role: experiment.nets[role] for role in frozen}}
+    return dataclasses.replace(trained, nets=nets, params={**trained.params, **{role: given[role] for role in frozen}})
 
 
 def _prepare(experiment: Experiment, stage: Stage, nets, params):

@@ -17,7 +17,7 @@ from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture(Dataset):
-    """x float32 [dim]; cond int32 the mode it was drawn from, null_cond = modes.
+    """x float32 [dim]; where `labelled`, cond int32 the mode it was drawn from, null_cond = modes.
 
     Weights, means and isotropic standard deviations are drawn from `seed`: means by repeated draws from the ball of
     `radius` at least `gap` standard deviations apart (as far as they fit), weights uneven within a factor of two.
@@ -29,6 +29,7 @@ class Mixture(Dataset):
     radius: float = 1.0
     std: float = 0.08  # mean standard deviation; each mode's is within 25 % of it
     gap: float = 5.0
+    labelled: bool = True  # without labels, teacher and students are those of the whole mixture
 
     @functools.cached_property
     def law(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -51,7 +52,8 @@ class Mixture(Dataset):
         mode = rng.choice(self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64))
         x = means[mode] + stds[mode, None] * rng.standard_normal((n, self.dim)).astype(np.float32)
         mode = mode.astype(np.int32)
-        return {"x": x.astype(np.float32), "cond": mode, "null_cond": np.full_like(mode, self.modes)}
+        labels = {"cond": mode, "null_cond": np.full_like(mode, self.modes)} if self.labelled else {}
+        return {"x": x.astype(np.float32), **labels}
 
     def batch(self, index, rows):
         return {k: v[rows] for k, v in self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size).items()}

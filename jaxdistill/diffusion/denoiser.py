@@ -69,6 +69,16 @@ class EDMPrecond(Velocity):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ConsistencyPrecond(EDMPrecond):
+    """EDM preconditioning shifted so that x0 = x at sigma_min, whatever the output (arXiv:2303.01469, appendix C)."""
+
+    def pred(self, process, raw, x, t, feats=()):
+        s, sd, gap = expand(t, x), self.sigma_data, expand(t, x) - process.t_min
+        c_skip, c_out = sd**2 / (gap**2 + sd**2), gap * sd / jnp.sqrt(s**2 + sd**2)
+        return process.from_x0(c_skip * x + c_out * raw, x, t, raw, feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrigPrecond(Velocity):
     """TrigFlow: the network sees x / sigma_data, the velocity is sigma_data F (arXiv:2410.11081)."""
 

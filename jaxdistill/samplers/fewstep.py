@@ -5,9 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 from jaxdistill.diffusion.process import Process, expand
 from jaxdistill.samplers.ode import Denoise
+
+
+def first_times(times: tuple[float, ...], steps: int) -> Array:
+    """The first `steps` of a student's sampling times, [steps]. Raises Refused where it has fewer."""
+    if not 1 <= steps <= len(times):
+        raise Refused(f"steps={steps}: expected 1 to {len(times)}, since method.student_times={times}")
+    return jnp.array(times[:steps])
 
 
 def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> Array:

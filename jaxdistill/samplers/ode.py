@@ -109,3 +109,20 @@ SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim":
 def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None) -> Array:
     """`steps` uniform steps of the solver called `name` (a key of SOLVERS) from t_max to t_min. Raises Refused on another name."""
     return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, uniform_times(process, steps), key)
+
+
+def advance(name: str, process: Process, denoise: Denoise, x: Array, t: Array, s: Array) -> Array:
+    """One step of the solver called `name` from times t [B] to s [B], which may differ between samples."""
+    memory = {"x0": jnp.zeros_like(x), "h": jnp.ones_like(t)}
+    at = At(jnp.array(True), jnp.array(False), 1)
+    return lookup(SOLVERS, name, "solver")(process)(denoise, x, memory, t, s, jax.random.key(0), at)[0]
+
+
+def straightness(denoise: Denoise, x: Array, times: Array) -> Array:
+    """int E ||(x_1 - x_0) - v(x_t, t)||^2 dt along the ODE's own paths, Heun's on `times` [N + 1] that fall from 1 to 0 []:
+    0 where a single Euler step is exact (rectified flow, arXiv:2209.03003). Summed over dimensions, flow time.
+    """
+    path = sample(heun, denoise, x, times, trajectory=True)
+    v = jax.lax.map(lambda state: denoise(state[0], jnp.full(x.shape[:1], state[1])).v, (path, times))
+    error = jnp.sum((path[:1] - path[-1:] - v) ** 2, axis=range(2, path.ndim))
+    return jnp.mean(jnp.sum(-jnp.diff(times)[:, None] * (error[1:] + error[:-1]) / 2, 0))

@@ -1,0 +1,120 @@
+"""Consistency models (arXiv:2303.01469) and their latent form (LCM, arXiv:2310.04378).
+
+f(x, t), the x0 of the network's prediction, is trained to agree at two neighbouring points of one ODE trajectory: in
+distillation the teacher's solver makes the earlier point, in training the same noise does. What anchors it is
+f(x, t_min) = x: built into velocity networks on rectified and trigonometric flow and into `ConsistencyPrecond` on EDM;
+here the targets at t_min are x itself, so that any other network learns it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Turn
+from jaxdistill.diffusion.denoiser import guided
+from jaxdistill.diffusion.process import Flow, Process, expand
+from jaxdistill.objectives import consistency
+from jaxdistill.samplers import ode
+from jaxdistill.samplers.fewstep import first_times, renoise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscreteConsistency(Method):
+    """What all share: a subclass says how times are paired, and where the earlier point comes from."""
+
+    process: Process = Flow()
+    huber: float = 0.00054  # the distance is sqrt(||.||^2 + c^2) - c with c = huber sqrt(dimension); 0: the norm
+    student_times: tuple[float, ...] = (1.0,)  # that samples are made at, as many as steps are asked for
+
+    target = "ema_student"  # the network whose f(x_r, r) is the target
+    inits = {"student": None}
+    frozen = ()
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.loss),)
+
+    def pair(self, ctx: Ctx, n: int) -> tuple[Array, Array]:
+        """The times (t, r) [n] of each sample, r < t; r <= t_min makes x_r itself the target."""
+        raise NotImplementedError
+
+    def earlier(self, net: Nets, ctx: Ctx, xt: Array, t: Array, r: Array, x0: Array, eps: Array) -> Array:
+        """x_r on the trajectory of x_t."""
+        return self.process.add_noise(x0, eps, r)
+
+    def weight(self, t: Array, r: Array) -> Array:
+        return jnp.ones_like(t)
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        x0, cond = ctx.batch["x"], ctx.batch.get("cond")
+        t, r = self.pair(ctx, x0.shape[0])
+        eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
+        xt = self.process.add_noise(x0, eps, t)
+        xr = self.earlier(net, ctx, xt, t, r, x0, eps)
+        held = getattr(net, self.target)(xr, jnp.maximum(r, self.process.t_min), cond).x0
+        held = jax.lax.stop_gradient(jnp.where(expand(r <= self.process.t_min, xr), xr, held))  # f(x, t_min) = x
+        c = self.huber * math.sqrt(math.prod(x0.shape[1:]))
+        distance = consistency.pseudo_huber(net.student(xt, t, cond).x0, held, c)
+        return Out(jnp.mean(self.weight(t, r) * distance), {"distance": jnp.mean(distance)})
+
+    def sampling_times(self, steps: int) -> Array:
+        return first_times(self.student_times, steps)
+
+    def sample(self, net, noise, cond, key, steps):
+        return renoise(self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Consistency(DiscreteConsistency):
+    """Consistency distillation: one step of the teacher's solver between neighbours of a fixed grid.
+
+    LCM is `solver="ddim"`, a guided teacher, and 51 levels: the 50 steps of 20 that its skipping makes of 1000.
+    """
+
+    levels: int = 18  # of the grid from t_min to t_max
+    rho: float = 1.0  # levels are even in t^(1/rho); CM's 7 on EDM
+    solver: str = "heun"  # euler | heun | ddim
+    guidance: float = 1.0  # of the teacher
+
+    inits = {"student": "teacher"}
+    frozen = ("teacher",)
+
+    def pair(self, ctx, n):
+        levels = consistency.noise_levels(self.levels, self.levels, self.process.t_min, self.process.t_max, self.rho)
+        return neighbours(levels, jnp.zeros(self.levels - 1), ctx, n)
+
+    def earlier(self, net, ctx, xt, t, r, x0, eps):
+        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
+        denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
+        return ode.advance(self.solver, self.process, denoise, xt, t, r)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CT(DiscreteConsistency):
+    """Consistency training: a grid that grows from s0 to s1 + 1 levels, its intervals equally likely."""
+
+    total: int = 400_000  # steps over which the grid grows
+    s0: int = 2
+    s1: int = 150
+    rho: float = 1.0  # levels are even in t^(1/rho); 7 on EDM
+
+    count = staticmethod(consistency.ct_levels)
+
+    def pair(self, ctx, n):
+        count = self.count(ctx.step, self.total, self.s0, self.s1)
+        levels = consistency.noise_levels(count, self.s1 + 1, self.process.t_min, self.process.t_max, self.rho)
+        return neighbours(levels, self.logits(levels), ctx, n)
+
+    def logits(self, levels: Array) -> Array:
+        """Of each interval; those after the last level are empty."""
+        return jnp.where(jnp.diff(levels) > 0, 0.0, -jnp.inf)
+
+
+def neighbours(levels: Array, logits: Array, ctx: Ctx, n: int) -> tuple[Array, Array]:
+    """(t, r) [n]: the ends of intervals between rising `levels` [N], drawn by `logits` [N - 1]."""
+    index = jax.random.categorical(ctx.key("level"), logits, shape=(n,))
+    return levels[index + 1], levels[index]

@@ -1,0 +1,88 @@
+"""sCM - Simplified, stabilised and scaled continuous-time consistency models (arXiv:2410.11081).
+
+The consistency function f(x, t) = cos t x - sin t sigma_d F(x, t) is constant along the probability-flow ODE, so its
+total derivative, one JVP, is the error: F is pushed along the tangent g = cos t df/dt, normalised, and warmed up from
+plain velocity regression. Any network serves: F = velocity / sigma_d of its prediction, read in the trigonometric process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Refused, Turn, lookup
+from jaxdistill.diffusion.denoiser import guided
+from jaxdistill.diffusion.process import Trig, expand
+from jaxdistill.diffusion.tangent import DERIVATIVES
+from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.objectives import consistency
+from jaxdistill.samplers.fewstep import first_times, renoise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SCT(Method):
+    """Consistency training: dx/dt is the velocity of the sample's own path. No teacher."""
+
+    process: Trig = Trig(sigma_data=0.5)
+    times: Uniform = LogNormalSNR(mean=-1.0, std=1.4)  # of sigma_d tan t
+    tangent_warmup: int = 10_000  # steps over which the tangent's second part grows to its full weight
+    tangent_c: float = 0.1  # in g / (rms(g) + c)
+    student_times: tuple[float, ...] = (math.pi / 2, 1.1)  # that samples are made at, as many as steps are asked for
+    derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)
+
+    inits = {"student": None, "weight": None}
+    frozen = ()
+
+    def __post_init__(self):
+        if self.tangent_warmup < 1:
+            raise Refused(f"method.tangent_warmup={self.tangent_warmup}: expected a positive integer")
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student", "weight"), self.loss),)
+
+    def velocity(self, net: Nets, ctx: Ctx, xt: Array, t: Array, v: Array) -> Array:
+        """dx/dt at x_t, from the velocity `v` of the sample's own path."""
+        return v
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        x0, cond = ctx.batch["x"], ctx.batch.get("cond")
+        t = self.times.draw(self.process, ctx.key("t"), x0.shape[0])
+        eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
+        xt = self.process.add_noise(x0, eps, t)
+        v = self.velocity(net, ctx, xt, t, self.process.velocity(x0, eps, t))
+
+        sd, warm = self.process.sigma_data, jnp.minimum(1.0, ctx.step / self.tangent_warmup)
+        cos, sin = jnp.cos(expand(t, xt)), jnp.sin(expand(t, xt))
+        student = lambda x, t: net.student(x, t, cond).v / sd
+        derivative = lookup(DERIVATIVES, self.derivative, "derivative")
+        f, df = derivative(student, (xt, t), (cos * sin * v, jnp.cos(t) * jnp.sin(t)))  # df = cos t sin t dF/dt
+        g = -(cos**2) * (sd * f - v) - warm * (cos * sin * xt + sd * df)  # algorithm 1
+        g = consistency.normalise_tangent(g, self.tangent_c)
+
+        error = consistency.tangent_surrogate(f, g) / math.prod(x0.shape[1:])
+        prior = 1 / (sd * jnp.tan(t))
+        w = net.weight(t)
+        return Out(jnp.mean(jnp.exp(w) * prior * error - w), {"tangent": jnp.mean(error)})  # eq. 8
+
+    def sampling_times(self, steps: int) -> Array:
+        return first_times(self.student_times, steps)
+
+    def sample(self, net, noise, cond, key, steps):
+        return renoise(self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SCM(SCT):
+    """Consistency distillation: dx/dt is the teacher's, guided."""
+
+    guidance: float = 1.0  # of the teacher
+
+    inits = {"student": "teacher", "weight": None}
+    frozen = ("teacher",)
+
+    def velocity(self, net, ctx, xt, t, v):
+        return guided(net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance).v

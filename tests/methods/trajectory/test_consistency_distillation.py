@@ -1,0 +1,164 @@
+"""Consistency distillation and training: pairs of times, targets, the fixed point, sampling (00-foundations, section 6)."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.core.types import Refused
+from jaxdistill.diffusion.denoiser import ConsistencyPrecond, Denoiser
+from jaxdistill.diffusion.process import EDM, Flow, Trig, expand
+from jaxdistill.methods.trajectory.consistency import CT, Consistency
+from jaxdistill.objectives.consistency import noise_levels, pseudo_huber
+from jaxdistill.samplers import ode
+
+W = np.array([0.3, -0.7, 0.2])
+
+
+def network(w, process=Flow()):
+    """A small velocity network of rectified flow, read in `process`; w [3]."""
+    raw = lambda x, t, cond=None: w[0] * x + w[1] * expand(t, x) ** 2 * x + w[2] * jnp.sin(2 * x)
+    return Denoiser().wrap(raw, process)
+
+
+def test_the_exact_function_has_no_loss_but_the_solvers(x64, gaussian, context):
+    """The error of one Heun step is O(h^3) and that of DDIM O(h^2): halving h divides it by 8 and 4, roughly."""
+    g = gaussian()
+
+    def distance(solver, levels):
+        method = Consistency(solver=solver, levels=levels, huber=0.0)
+        net = SimpleNamespace(student=g.consistent, ema_student=g.consistent, teacher=g.denoise)
+        return float(method.loss(net, context(g.draw(512))).metrics["distance"])
+
+    for solver, order in (("ddim", 2), ("heun", 3)):
+        assert 0.8 * 2**order < distance(solver, 33) / distance(solver, 65) < 1.25 * 2**order, solver
+    assert distance("heun", 65) < 1e-4
+
+
+@pytest.mark.parametrize("process", [Flow(), Trig()], ids=str)
+def test_gradient_is_that_of_a_distance_to_a_constant(x64, gaussian, context, process):
+    """The target is one solver step of the teacher, seen by the averaged student; at the lowest level it is x_r itself."""
+    g, method = gaussian(process), Consistency(process=process, levels=5, huber=0.01, solver="heun")
+    ctx = context(g.draw(32))
+    t, r = method.pair(ctx, 32)
+    xt = process.add_noise(ctx.batch["x"], jax.random.normal(ctx.key("eps"), (32, 2)), t)
+    slope = g.denoise(xt, t).v
+    ahead = xt + (r - t)[:, None] * slope
+    xr = xt + (r - t)[:, None] * 0.5 * (slope + g.denoise(ahead, r).v)
+    target = jnp.where((r == 0)[:, None], xr, network(2 * W, process)(xr, r).x0)
+    assert 0 < (r == 0).sum() < 32
+    distance = lambda w: jnp.mean(pseudo_huber(network(w, process)(xt, t).x0, target, 0.01 * math.sqrt(2)))
+    nets = lambda w: SimpleNamespace(student=network(w, process), ema_student=network(2 * W, process), teacher=g.denoise)
+    loss = lambda w: method.loss(nets(w), ctx).loss
+    np.testing.assert_allclose(loss(W), distance(W), rtol=1e-13)
+    np.testing.assert_allclose(jax.grad(loss)(W), jax.grad(distance)(W), rtol=1e-12)
+
+
+def test_training_uses_the_same_noise(x64, gaussian, context):
+    g, method = gaussian(), CT(total=100, s1=20)
+    ctx = context(g.draw(32), step=50)
+    (t, r), eps = method.pair(ctx, 32), jax.random.normal(ctx.key("eps"), (32, 2))
+    x0 = ctx.batch["x"]
+    along = lambda time: (1 - time)[:, None] * x0 + time[:, None] * eps
+    target = jnp.where((r == 0)[:, None], x0, network(2 * W)(along(r), r).x0)
+    want = jnp.mean(pseudo_huber(network(W)(along(t), t).x0, target, method.huber * math.sqrt(2)))
+    loss = method.loss(SimpleNamespace(student=network(W), ema_student=network(2 * W)), ctx).loss
+    np.testing.assert_allclose(loss, want, rtol=1e-13)
+
+
+def test_training_is_distillation_where_the_path_is_the_teachers(x64, gaussian, context):
+    """Data at one point: the same noise is a step of DDIM, whatever its length."""
+    g, net = gaussian(std=0.0), network(W)
+    nets, ctx = SimpleNamespace(student=net, ema_student=net, teacher=g.denoise), context(g.draw(16), step=1)
+    training, distillation = CT(total=1, s1=17), Consistency(levels=18, solver="ddim")
+    np.testing.assert_array_equal(training.pair(ctx, 16)[0], distillation.pair(ctx, 16)[0])
+    np.testing.assert_allclose(training.loss(nets, ctx).loss, distillation.loss(nets, ctx).loss, rtol=1e-12)
+
+
+def test_pairs_are_neighbours_on_the_grid(x64, context):
+    edm = Consistency(process=EDM(), levels=18, rho=7.0)
+    t, r = edm.pair(context(jnp.zeros((4096, 1))), 4096)
+    levels = noise_levels(18, 18, 0.002, 80.0, 7.0)
+    np.testing.assert_allclose(levels, ode.karras_times(18)[:-1][::-1], rtol=1e-6)  # CM's grid is EDM's
+    index = np.searchsorted(levels, t)
+    np.testing.assert_array_equal(levels[index], t)
+    np.testing.assert_array_equal(levels[index - 1], r)
+    # equally likely: 17 counts of mean 241 and standard deviation 15
+    assert abs(np.bincount(index, minlength=18)[1:] - 4096 / 17).max() < 5 * math.sqrt(4096 / 17)
+    np.testing.assert_allclose(sorted(set(Consistency(levels=5).pair(context(jnp.zeros((64, 1))), 64)[0].tolist())), [0.25, 0.5, 0.75, 1])
+
+
+def test_the_grid_of_training_grows(x64, context):
+    """s0 levels at the start, s1 + 1 in the end, from t_min to t_max at all times."""
+    method = CT(total=1000, s0=2, s1=30)
+    at = lambda step: method.pair(context(jnp.zeros((8192, 1)), step), 8192)
+    (t, r), (late_t, late_r) = at(0), at(1000)
+    assert set(t.tolist()) == {1.0} and set(r.tolist()) == {0.0}
+    np.testing.assert_allclose(late_t - late_r, 1 / 30, rtol=1e-12)
+    assert len(set(late_t.tolist())) == 30 and late_t.max() == 1.0 and late_r.min() == 0.0
+
+
+def test_boundary_parameterisation(x64):
+    """Equation of appendix C: x0 = x at sigma_min whatever the output, EDM's preconditioning far from it."""
+    process, x = EDM(), jnp.array([[1.3, -0.2], [0.4, 2.0]])
+    raw = lambda x, t, cond=None: 5 + x
+    near = Denoiser(param=ConsistencyPrecond(), native=process).wrap(raw, process)
+    np.testing.assert_array_equal(near(x, jnp.full(2, 0.002)).x0, x)
+    t, sd = np.array([0.5, 20.0]), 0.5
+    skip, out = sd**2 / ((t - 0.002) ** 2 + sd**2), sd * (t - 0.002) / np.sqrt(sd**2 + t**2)
+    want = skip[:, None] * x + out[:, None] * (5 + x / np.sqrt(t**2 + sd**2)[:, None])
+    np.testing.assert_allclose(near(x, jnp.asarray(t)).x0, want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("process", [Flow(), Trig()], ids=str)
+def test_velocity_networks_satisfy_the_boundary(x64, process):
+    x = jnp.array([[1.3, -0.2], [0.4, 2.0]])
+    np.testing.assert_array_equal(network(W, process)(x, jnp.zeros(2)).x0, x)
+
+
+def test_times_below_the_process_ask_for_the_data(x64, gaussian, context):
+    """On EDM r = 0 is not a time of the network: it is asked at t_min, and its answer is not used."""
+    seen = []
+
+    class Clean(CT):
+        def pair(self, ctx, n):
+            return jnp.full(n, 2.0), jnp.zeros(n)
+
+    def student(x, t, cond=None):
+        seen.append(t)
+        return EDM().from_x0(0.9 * x, x, t)
+
+    ctx = context(gaussian().draw(4))
+    loss = Clean(process=EDM(), huber=0.0).loss(SimpleNamespace(student=student, ema_student=student), ctx).loss
+    x0, eps = ctx.batch["x"], jax.random.normal(ctx.key("eps"), (4, 2))
+    np.testing.assert_allclose(loss, jnp.mean(jnp.sqrt(jnp.sum((0.9 * (x0 + 2 * eps) - x0) ** 2, 1))), rtol=1e-13)
+    np.testing.assert_array_equal(seen[0], 0.002)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sampling_the_exact_function(gaussian, steps):
+    """One step is the exact flow; more keep the law of the data: moments of 40 000 numbers to 5 standard errors."""
+    g, n = gaussian(), 20_000
+    noise = jax.random.normal(jax.random.key(1), (n, 2))
+    x = Consistency(student_times=(1.0, 0.4)).sample(g.consistent, noise, None, jax.random.key(2), steps)
+    if steps == 1:
+        np.testing.assert_allclose(x, 0.7 + 0.4 * noise, atol=1e-5)
+    assert abs(x.mean() - 0.7) < 5 * 0.4 / math.sqrt(2 * n)
+    assert abs(x.std() - 0.4) < 5 * 0.4 / math.sqrt(4 * n)
+
+
+def test_refusals(gaussian, context):
+    g = gaussian()
+    with pytest.raises(Refused, match="steps=2: expected 1 to 1"):
+        Consistency().sampling_times(2)
+    net = SimpleNamespace(student=g.consistent, ema_student=g.consistent, teacher=g.denoise)
+    with pytest.raises(Refused, match="solver='huen'"):
+        Consistency(solver="huen").loss(net, context(jnp.zeros((4, 2))))
+
+
+@pytest.mark.parametrize("method", [Consistency(), CT(total=10)], ids=lambda m: type(m).__name__)
+def test_three_steps(three_steps, method):
+    three_steps(method)
