@@ -24,8 +24,8 @@ install() {
   stamp="$VIRTUAL_ENV/.jaxdistill_$(cat setup.py <(echo "$@") | cksum | cut -d' ' -f1)"
   if [ ! -e "$stamp" ]; then
     echo "installing into $VIRTUAL_ENV"
-    python -m pip install --quiet --upgrade pip
-    python -m pip install --quiet --editable "$@"
+    python -m pip install -qq --upgrade pip
+    python -m pip install -qq --editable "$@"
     touch "$stamp"
   fi
 }

@@ -18,7 +18,7 @@ from jaxdistill.core.types import Refused
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1a1a1a}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.35em .9em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}figure{display:inline-block;margin:0 1em 1em 0;vertical-align:top}
-figcaption{font-size:13px;color:#555}figure img{max-width:320px;image-rendering:pixelated}img.wide{max-width:100%}
+figcaption{font-size:13px;color:#555}figure img{max-width:100%}img.wide{max-width:100%}
 details pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}"""
 
 

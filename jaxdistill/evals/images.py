@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 from jaxdistill.core.types import Refused
@@ -43,11 +44,11 @@ class ImageEval(SampleEval):
         raise Refused(f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file")
 
     def picture(self, x, real):
-        """A 10-column grid of up to 100 samples, sorted by label, pixels enlarged to about 480 px."""
+        """A 10-column grid of up to 100 samples, sorted by label, a pixel apart, enlarged to about 320 px."""
         order = np.argsort(real["cond"][:100], kind="stable") if "cond" in real else np.arange(min(len(x), 100))
         x = np.clip((x[order] + 1) * 127.5, 0, 255).astype(np.uint8)
-        rows, (h, w, c) = len(x) // 10, x.shape[1:]
-        grid = x[: rows * 10].reshape(rows, 10, h, w, c).transpose(0, 2, 1, 3, 4).reshape(rows * h, 10 * w, c)
-        image = Image.fromarray(grid[..., 0] if c == 1 else grid)
-        scale = max(1, round(480 / image.width))
+        x = np.pad(x, ((0, -len(x) % 10), (0, 1), (0, 1), (0, 0)), constant_values=96)
+        grid = rearrange(x, "(r c) h w d -> (r h) (c w) d", c=10)
+        image = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
+        scale = max(1, round(320 / image.width))
         return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
