@@ -57,7 +57,7 @@ def refused(argv, capsys, command=train.train):
         ([TOY, "--workdir=W", "--config.method=3"], "is a group"),
         ([TOY, "--wrkdir=W"], "did you mean 'workdir'"),
         ([TOY, "--workdir=W", "--config.roles.teacher.init=nowhere"], "no such role, run or folder"),
-        ([TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adan"], "expected adamw"),
+        ([TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adamm"], "expected adamw"),
         (["--config=configs/mnist/dmd2.py", "--workdir=W"], "data.path is empty"),
         (["--config=configs/mnist/dmd2.py", "--workdir=W", "--config.data.path=/nowhere"], "data.path=/nowhere: no such"),
     ],

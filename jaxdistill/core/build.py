@@ -135,7 +135,8 @@ def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], eva
 
     method, data, evaluation: `spec(...)`; roles: name -> Role;
     claim: dict(metric, model, baseline, better "lower" | "higher", ratio): what the final evaluation is held against;
-    runs: name -> a whole config of its own, trained first in `workdir/<name>` (a teacher, a baseline).
+    runs: name -> a whole config of its own, trained first in `workdir/<name>` if a role starts from it ("@name") or the
+    claim names it (a baseline).
     Their seed, data.seed and data.path are this config's, and stay so when these are changed.
     Returned locked: a misspelt key is an error.
     """

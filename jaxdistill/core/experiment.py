@@ -90,11 +90,13 @@ class Experiment:
                 other = (student.model, student.denoiser)
             elif (Path(source) / "config.json").exists():
                 other = (interop.describe(source), None)
-            else:
+            elif source == "fresh" or source == "exact" or source in self.roles:
                 other = (None, None)
+            else:
+                raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
             model, denoiser = model or other[0], denoiser or other[1]
         if model is None:
-            raise Refused(f"config.roles.{role}.model is empty, and {source!r} names no role or run to take it from")
+            raise Refused(f"config.roles.{role}.model is empty, and {source!r} has none to take over")
         return model, denoiser
 
     def _run_config(self, source: str) -> Any:
@@ -104,6 +106,13 @@ class Experiment:
             return self.config.runs[source[1:]]
         path = Path(source) / "config.json"
         return json.loads(path.read_text()) if path.exists() and (Path(source) / "stages").exists() else None
+
+    @functools.cached_property
+    def runs(self) -> dict[str, ConfigDict]:
+        """The runs inside this one that are needed: a role starts from them, or the claim names them."""
+        named = {self.source(role)[1:] for role in self.roles if self.source(role).startswith("@")}
+        named |= {self.config.claim[key].split("@")[0] for key in ("model", "baseline") if self.config.claim}
+        return {name: inner for name, inner in self.config.runs.items() if name in named}
 
     @functools.cached_property
     def inits(self) -> dict[str, str | None]:
@@ -130,8 +139,6 @@ class Experiment:
             return load_result(self.workdir / source[1:], abstract)
         if (Path(source) / "stages").exists():
             return load_result(Path(source), abstract)
-        if not Path(source).exists():
-            raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
         return interop.load_into(source, net, abstract)
 
 

@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     if (workdir / "report.json").exists():
         return report.read(workdir)
     started = time.time()
-    reports = {name: run(sub, workdir / name, progress=progress) for name, sub in config.runs.items()}
+    reports = {name: run(sub, workdir / name, progress=progress) for name, sub in experiment.runs.items()}
     with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
         trained = _as_given(_train(experiment, stop, progress))
         return report.write(trained, reports, seconds=time.time() - started)
@@ -69,7 +69,7 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     """Scores a finished run again and rewrites its report. Raises Refused where it has not finished."""
     trained = load(workdir, config)
     before = report.read(workdir)
-    reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.config.runs}
+    reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.runs}
     with sharding.use(trained.experiment.mesh, trained.experiment.settings.rules):
         return report.write(trained, reports, seconds=before["seconds"])
 
@@ -89,7 +89,7 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
 
 def _check(experiment: Experiment) -> None:
     """Builds everything that needs no array, of this run and of those inside it, so that bad input is refused early."""
-    for name, sub in experiment.config.runs.items():
+    for name, sub in experiment.runs.items():
         _check(Experiment(sub, experiment.workdir / name))
     _ = experiment.mesh, experiment.method, experiment.nets, experiment.evaluation, experiment.data.spec()
     for role in experiment.method.inits:
