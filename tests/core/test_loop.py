@@ -224,6 +224,23 @@ def test_runs_inside_a_run_share_its_seed(tmp_path):
     assert load_params(tmp_path / "stages/0", {"student": loop.load(tmp_path).experiment.nets["student"].shapes})
 
 
+def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_path):
+    """Progressive distillation's last teacher is a student; reported, loaded and scored again is the teacher of the run."""
+    from jaxdistill.core.build import spec
+
+    made = get_config()
+    with made.unlocked():
+        made.method = spec("methods.trajectory.progressive:Progressive", teacher_steps=4)
+        made.roles = {role: made.roles[role] for role in ("teacher", "student")}
+    report = loop.run(made, tmp_path, progress=False)
+    energies = lambda report, name: [row["energy"] for row in report["models"] if row["name"] == name]
+    assert energies(report, "teacher") == energies(finished[1], "teacher")
+    trained = loop.load(tmp_path)
+    assert trained.nets["teacher"] == trained.experiment.nets["teacher"]
+    assert trained.params["teacher"] == {}
+    assert energies(loop.evaluate(tmp_path), "student") == energies(report, "student")
+
+
 def test_dry_run_writes_nothing(tmp_path, capsys):
     table = loop.run(get_config(), tmp_path / "dry", dry_run=True)["roles"]
     assert not (tmp_path / "dry").exists()

@@ -1,5 +1,7 @@
 """The mixture's law, its samples, and its exact denoiser (00-foundations, section 4)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,11 @@ def test_batches_are_fixed_by_index_and_seed_and_split_by_rows():
     assert not np.array_equal(data.batch(4, slice(0, 8))["x"], whole["x"])
     np.testing.assert_array_equal(data.evaluation(5)["x"], data.evaluation(5)["x"])
     assert data.spec()["x"].shape == (8, 2) and data.spec()["cond"].dtype == np.int32
+
+
+def test_without_labels_the_points_are_the_same():
+    data = Mixture(seed=1, batch_size=8)
+    plain = dataclasses.replace(data, labelled=False)
+    assert set(plain.spec()) == {"x"}
+    np.testing.assert_array_equal(plain.batch(3, slice(None))["x"], data.batch(3, slice(None))["x"])
+    np.testing.assert_array_equal(plain.evaluation(9)["x"], data.evaluation(9)["x"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.data.mixtures import Mixture
-from jaxdistill.diffusion.denoiser import Data, Denoiser, EDMPrecond, Noise, TrigPrecond, Velocity, VPVelocity, guided
+from jaxdistill.diffusion.denoiser import ConsistencyPrecond, Data, Denoiser, EDMPrecond, Noise, TrigPrecond, Velocity, VPVelocity, guided
 from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig, expand
 
 PROCESSES = {"flow": Flow(), "shifted": Flow(shift=3.0), "trig": Trig(), "edm": EDM(), "vp": VP(), "cosine": CosineVP(), "ddpm": DDPM()}
@@ -146,6 +146,16 @@ def test_edm_denoiser_is_the_identity_at_sigma_zero():
     for sigma in (1e-3, 1e-6):
         x0 = EDMPrecond().pred(EDM(), raw, x, jnp.asarray([sigma])).x0
         assert abs(float(x0[0, 0]) - 0.8) <= 5 * sigma + 4 * sigma**2
+
+
+def test_consistency_preconditioning_is_the_identity_at_sigma_min():
+    """Exactly, whatever the output; elsewhere c_skip = sd^2 / ((t - eps)^2 + sd^2), c_out = sd (t - eps) / sqrt(sd^2 + t^2)."""
+    x, t, sd = jnp.asarray([[1.3, -0.2], [0.4, 2.0]]), np.array([0.5, 20.0]), 0.5
+    net = Denoiser(param=ConsistencyPrecond(), native=EDM()).wrap(lambda x, t, cond: 5 + x, EDM())
+    np.testing.assert_array_equal(net(x, jnp.full(2, 0.002)).x0, x)
+    skip, out = sd**2 / ((t - 0.002) ** 2 + sd**2), sd * (t - 0.002) / np.sqrt(sd**2 + t**2)
+    want = skip[:, None] * x + out[:, None] * (5 + x / np.sqrt(t**2 + sd**2)[:, None])
+    np.testing.assert_allclose(net(x, jnp.asarray(t)).x0, want, rtol=1e-13)
 
 
 def test_edm_teacher_queried_from_flow():

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import EDM, CosineVP, Flow, Pred, Trig, expand
-from jaxdistill.samplers.fewstep import jump, renoise
+from jaxdistill.samplers.fewstep import first_times, jump, renoise
 
 MEAN, STD = 0.7, 0.4
 
@@ -98,3 +99,10 @@ def test_jump_is_exact_for_the_closed_form_average_velocity(times):
 
     want = flow_map(Flow(), times[0], times[-1], x)
     np.testing.assert_allclose(jump(net, x, jnp.asarray(times)), want, rtol=1e-13)
+
+
+def test_first_times():
+    np.testing.assert_array_equal(first_times((1.0, 0.5, 0.25), 2), [1.0, 0.5])
+    for steps in (0, 4):
+        with pytest.raises(Refused, match=f"steps={steps}: expected 1 to 3"):
+            first_times((1.0, 0.5, 0.25), steps)

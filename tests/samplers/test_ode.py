@@ -174,3 +174,29 @@ def test_trajectory_holds_every_state(x64):
 def test_unknown_solver_is_refused():
     with pytest.raises(Refused, match=r"solver='eular'.* did you mean 'euler'"):
         ode.solve("eular", Flow(), denoiser(Flow()), jnp.ones((1, 1)), 2)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
+def test_one_step_at_a_time_of_its_own_for_each_sample(x64, solver):
+    """Two samples at two times equal two grids of two steps, of which Heun's last is plain Euler."""
+    process, x = Flow(), jnp.asarray([[1.3], [-0.4]])
+    t, s = jnp.asarray([0.9, 0.5]), jnp.asarray([0.6, 0.1])
+    both = ode.advance(solver, process, denoiser(process), x, t, s)
+    for i in range(2):
+        grid = jnp.asarray([t[i], s[i], s[i] / 2])
+        alone = ode.sample(ode.SOLVERS[solver](process), denoiser(process), x[i : i + 1], grid, trajectory=True)[1]
+        np.testing.assert_allclose(both[i], alone[0], rtol=1e-13)
+
+
+def test_straightness_of_a_gaussian_flow(x64):
+    """For N(0, 1), x_t = sqrt(S) z with S = (1 - t)^2 + t^2 and x_0 = x_1: int (d sqrt(S) / dt)^2 dt z^2 = (2 - pi / 2) z^2.
+
+    The trapezoid's and Heun's error is of order h^2; a flow along straight lines has none.
+    """
+    spread = lambda t: (1 - t) ** 2 + t**2
+    flow = lambda x, t: Flow().from_v((2 * t - 1)[:, None] / spread(t)[:, None] * x, x, t)
+    x, times = jnp.asarray([[1.3, 0.5], [-0.4, 2.0]]), jnp.linspace(1, 0, 65)
+    want = (2 - np.pi / 2) * jnp.mean(jnp.sum(x**2, 1))
+    np.testing.assert_allclose(ode.straightness(flow, x, times), want, rtol=5 / 64**2)
+    straight = lambda x, t: Flow().from_v((1 - 0.4) * (x - (1 - t)[:, None]) / ((1 - t) * 0.4 + t)[:, None] - 1.0, x, t)
+    assert ode.straightness(straight, x, times) < 1e-25

@@ -1,7 +1,7 @@
 """Progressive distillation (arXiv:2202.00512): a student takes in one DDIM step what its teacher takes in two.
 
-Each stage halves the number of steps, and its student, the averaged weights, is the next stage's teacher. The target is
-the x0 from which one DDIM step lands where the teacher's two do, so a perfect student reproduces its teacher exactly.
+Each stage halves the number of steps, and its student is the next stage's teacher. The target is the x0 from which one
+DDIM step lands where the teacher's two do, so a perfect student reproduces its teacher exactly.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ class Progressive(Method):
         return (Turn(("student",), self.loss),)
 
     def stages(self, steps):
-        """One for each halving, of equal length; the last takes what is left over."""
+        """One for each halving, equally long."""
         counts = [self.student_steps * 2**i for i in reversed(range(self.halvings))]
-        lengths = [steps // len(counts)] * (len(counts) - 1)
-        lengths.append(steps - sum(lengths))
+        lengths = [(steps + i) // len(counts) for i in reversed(range(len(counts)))]
         make = lambda i, n: dataclasses.replace(self, teacher_steps=2 * n, student_steps=n, guidance=1.0 if i else self.guidance)
         return tuple(Stage(make(i, n), lengths[i], surgery=promote if i else None) for i, n in enumerate(counts))
 

@@ -36,9 +36,8 @@ class Reflow(Method):
         return (Turn(("student",), self.loss),)
 
     def stages(self, steps):
-        """One for each round, of equal length; the last takes what is left over."""
-        lengths = [steps // self.rounds] * (self.rounds - 1)
-        lengths.append(steps - sum(lengths))
+        """One for each round, equally long."""
+        lengths = [(steps + i) // self.rounds for i in reversed(range(self.rounds))]
         make = lambda i: functools.partial(self.pairs, *(("student", 1.0) if i else ("teacher", self.guidance)))
         return tuple(Stage(self, length, collect=Collect(make(i), self.batches)) for i, length in enumerate(lengths))
 

@@ -84,7 +84,7 @@ def test_no_gradient_reaches_the_target(x64, gaussian, context):
 
 def test_stages():
     stages = Progressive(teacher_steps=16, student_steps=2, guidance=3.0).stages(100)
-    assert [s.steps for s in stages] == [33, 33, 34]
+    assert [s.steps for s in stages] == [34, 33, 33]
     assert [(s.method.teacher_steps, s.method.student_steps) for s in stages] == [(16, 8), (8, 4), (4, 2)]
     assert [s.method.guidance for s in stages] == [3.0, 1.0, 1.0]
     assert [s.surgery for s in stages] == [None, promote, promote]
