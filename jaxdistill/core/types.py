@@ -39,7 +39,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     """table[name]. Raises Refused, naming the nearest key, where there is none."""
     if name not in table:
-        raise Refused(f"{what}={name!r} is unknown{nearest(name, table)}")
+        raise Refused(f"{what}={name!r}: {nearest(name, table)[2:]}")
     return table[name]
 
 

@@ -110,9 +110,13 @@ def test_interrupt_while_waiting_for_a_slow_loader():
     loader.go.clear()
     batches = DevicePrefetch(loader, lambda x: x)
     main = threading.main_thread().ident
-    threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        next(batches)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
+    try:
+        threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    finally:
+        signal.signal(signal.SIGINT, before)
     loader.go.set()
     assert next(batches) == (0, {"next": 1})
     batches.close()

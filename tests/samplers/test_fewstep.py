@@ -48,7 +48,7 @@ def test_renoising_sees_the_times_asked_for_and_forgets_the_noise():
     seen = []
 
     def net(x, t):
-        jax.debug.callback(lambda x, t: seen.append((float(t[0]), np.asarray(x))), x, t, ordered=True)
+        jax.debug.callback(lambda x, t: seen.append((float(np.asarray(t)[0]), np.asarray(x))), x, t, ordered=True)
         return answer(jnp.full_like(x, 2.0))
 
     n, times = 20_000, jnp.asarray([1.0, 0.7, 0.4])
