@@ -74,7 +74,7 @@ def test_truncated_data_file(capsys, tmp_path):
     for name in ("train-labels", "t10k-labels"):
         (tmp_path / f"{name}-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x09")
     said = refused(["--config=configs/mnist/dmd2.py", f"--workdir={tmp_path / 'run'}", f"--config.data.path={tmp_path}"], capsys)
-    assert "idx3-ubyte" in said
+    assert "ubyte: expected 17 bytes for shape (9,), found 8" in said
     assert not (tmp_path / "run").exists()
 
 
