@@ -14,7 +14,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 def get_config():
     return experiment(
         steps=4000,
-        data=spec("data.mixtures:Mixture", seed=0),
+        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
         method=spec("methods.distribution.dmd2:DMD2", gan_weight=1e-3),
         roles=dict(
             teacher=Role(init="exact"),
