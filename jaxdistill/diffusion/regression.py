@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Refused
@@ -32,5 +33,5 @@ def denoising_error(process: Process, pred: Pred, x0: Array, eps: Array, t: Arra
 
 
 def drop_condition(cond, null, keep: Array):
-    """`cond` where `keep` [B], else the null condition; None stays None."""
-    return None if cond is None else jnp.where(expand(keep, cond), cond, null)
+    """`cond` (an array or a tree of them) where `keep` [B], else the null condition; None stays None."""
+    return jax.tree.map(lambda c, n: jnp.where(expand(keep, c), c, n), cond, null)

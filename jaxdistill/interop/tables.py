@@ -37,7 +37,10 @@ class Layout:
 
 SAME = Layout(lambda w: w, lambda w: w)  # norms, biases, embeddings
 LINEAR = Layout(lambda w: w.transpose(1, 0), lambda w: w.transpose(1, 0))  # [out in] <-> [in out]
-CONV = Layout(lambda w: w.transpose(2, 3, 1, 0), lambda w: w.transpose(3, 2, 0, 1))  # [out in h w] <-> [h w in out]
+CONV = Layout(  # [out in *size] <-> [*size in out], any number of spatial axes
+    lambda w: w.transpose(*range(2, w.ndim), 1, 0),
+    lambda w: w.transpose(w.ndim - 1, w.ndim - 2, *range(w.ndim - 2)),
+)
 
 
 def patches(size: int) -> Layout:

@@ -37,6 +37,31 @@ def rms_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None) -> nnx.
     return nnx.RMSNorm(dim, epsilon=eps, rngs=rngs, dtype=dtype, scale_init=ones)
 
 
+def layer_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5, bias: bool = True, dtype=None) -> nnx.LayerNorm:
+    """Layer norm over the last axis with a gain, and a bias unless told otherwise; statistics in float32."""
+    named = nnx.with_partitioning
+    ones = named(nnx.initializers.ones_init(), (None,))
+    return nnx.LayerNorm(dim, epsilon=eps, use_bias=bias, rngs=rngs, dtype=dtype, scale_init=ones, bias_init=named(ZEROS, (None,)))
+
+
+def group_norm(dim: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5, dtype=None) -> nnx.GroupNorm:
+    """Group norm over the channels (last axis) of [B ... C] with gain and bias; statistics in float32."""
+    named = nnx.with_partitioning
+    ones = named(nnx.initializers.ones_init(), (None,))
+    return nnx.GroupNorm(dim, num_groups=groups, epsilon=eps, rngs=rngs, dtype=dtype, scale_init=ones, bias_init=named(ZEROS, (None,)))
+
+
+def conv(i: int, o: int, size: Sequence[int], names: tuple = ("embed", "mlp"), *, rngs: nnx.Rngs, strides=1, padding: Any = "SAME",
+         groups: int = 1, bias: bool = True, init=LECUN, dtype=None) -> nnx.Conv:  # fmt: skip
+    """A convolution over the spatial axes of [B ... C], kernel [*size, i / groups, o]; `names` are those of its last two axes.
+
+    `padding` is "SAME", "VALID", or (low, high) of every spatial axis (PyTorch's padding p is [(p, p)] * len(size)).
+    """
+    named, lead = nnx.with_partitioning, (None,) * len(size)
+    return nnx.Conv(i, o, tuple(size), strides, padding=padding, feature_group_count=groups, use_bias=bias, rngs=rngs, dtype=dtype,
+                    kernel_init=named(init, (*lead, *names)), bias_init=named(ZEROS, names[1:]))  # fmt: skip
+
+
 def plain_norm(x: Array, eps: float) -> Array:
     """Layer norm over the last axis without gain or bias, statistics in float32."""
     h = x.astype(jnp.float32)
@@ -69,6 +94,21 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
     Scores and softmax in float32. Returns [B T H K]. The one place where a kernel is chosen.
     """
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def rotate(x: Array, waves: tuple[Array, Array]) -> Array:
+    """Rotary positions on x [B T H K], waves (cosines, sines) [B or 1, T, 1, K / 2]: channel i turns with channel i + K / 2
+    (transformers' convention). Float32 inside."""
+    cos, sin = waves
+    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+def rotate_pairs(x: Array, waves: tuple[Array, Array]) -> Array:
+    """Rotary positions on x [B T H K] where channel 2i turns with channel 2i + 1 (RoFormer's and most video models')."""
+    cos, sin = waves
+    a, b = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
+    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
 
 
 def split_heads(x: Array, heads: int) -> Array:

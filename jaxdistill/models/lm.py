@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Refused
-from jaxdistill.models.layers import attention, dense, embedding, lookup, rms_norm, scan_layers, split_heads, stack
+from jaxdistill.models.layers import attention, dense, embedding, lookup, rms_norm, rotate, scan_layers, split_heads, stack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,10 +225,3 @@ def frequencies(cfg: LM) -> np.ndarray:
     turns = cfg.rope_original * freqs / (2 * np.pi)  # within the original context
     kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)
     return np.float32(freqs * (kept + (1 - kept) / cfg.rope_factor))
-
-
-def rotate(x: Array, waves: tuple[Array, Array]) -> Array:
-    """Rotary positions on x [B T H K]: channel i turns with channel i + K / 2 (transformers' convention)."""
-    cos, sin = waves
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
