@@ -37,6 +37,7 @@ class Role:
     ema: Any = Ema()
     rules: Rules = Rules()
     lora: Lora = Lora()
+    bank: int = 0  # members, where the role is a bank of networks of this kind (core/bank.py); 0: one network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

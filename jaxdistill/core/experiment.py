@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from jaxdistill import interop
 from jaxdistill.core import build, lora, sharding
+from jaxdistill.core.bank import Bank, bank
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.types import Method, Params, Refused, nearest
@@ -76,7 +77,8 @@ class Experiment:
             return lora.adapt(self._net(cfg.lora.base), **fields)
         model, denoiser = self.described(role)
         wrap = {"wrap": functools.partial(denoiser.wrap, process=process)} if denoiser is not None and process is not None else {}
-        return make_net(model, config=model, **wrap)
+        net = make_net(model, config=model, **wrap)
+        return bank(net, cfg.bank) if cfg.bank else net
 
     def described(self, role: str) -> tuple[Any, Any]:
         """(model, denoiser) of a role; what is empty is that of the role or run that it starts from."""
@@ -134,6 +136,7 @@ class Experiment:
             return None
         if source in self.roles:
             return None
+        net = net.one if isinstance(net, Bank) else net
         abstract = abstract_params(self.mesh, cfg.rules, net, cfg.param_dtype if role in self.method.frozen else "float32")
         if source.startswith("@"):
             return load_result(self.workdir / source[1:], abstract)

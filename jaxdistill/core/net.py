@@ -47,6 +47,10 @@ class Net:
         call = getattr(module, method)
         return (self.wrap(call) if method == "__call__" else call)(*args, **kwargs)
 
+    def adopt(self, params: Params) -> Params:
+        """Weights that came from elsewhere, as this network's first ones."""
+        return params
+
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
         return scoped(role, functools.partial(self.apply, params[role]))

@@ -39,6 +39,7 @@ class Rules:
     heads: str = "tensor"
     vocab: str = "tensor"
     layers: str = ""
+    bank: str = ""  # members of a bank of networks (core/bank.py)
 
     def spec(self, names) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated)."""

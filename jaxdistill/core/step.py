@@ -25,9 +25,9 @@ def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping
     params = {}
     for i, (role, source) in enumerate((inits or method.inits).items()):
         if role in start:
-            init = start[role]
+            init = nets[role].adopt(start[role])
         elif source is not None and not nets[role].adapts:
-            init = overlay(nets[role].init(jax.random.fold_in(key, i)), {**start, **params}[source], role, source)
+            init = overlay(nets[role].init(jax.random.fold_in(key, i)), nets[role].adopt({**start, **params}[source]), role, source)
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
         params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)
@@ -38,7 +38,7 @@ def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping
         params=params,
         opt={role: txs[role].init(p) for role, p in params.items()},
         ema={role: jax.tree.map(jnp.copy, params[role]) for role in method.ema},
-        frozen={role: jax.tree.map(jnp.copy, start[role]) for role in method.frozen},
+        frozen={role: jax.tree.map(jnp.copy, nets[role].adopt(start[role])) for role in method.frozen},
         memory=method.memory(),
     )
 
@@ -101,7 +101,10 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
         metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
         if role in ema:
             ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - emas[role].decay(counts[role]))
-    return state.replace(params=params, opt=opt, ema=ema, count=counts, memory=memory), metrics
+    state = state.replace(params=params, opt=opt, ema=ema, count=counts, memory=memory)
+    if turn.after:
+        state = state.replace(params={**params, **turn.after(bound(nets, state), state.step)})
+    return state, metrics
 
 
 def _nonzero(count):

@@ -169,3 +169,27 @@ def test_step_runs_bf16_networks_with_float32_weights():
     assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(state.params))
     text = jax.make_jaxpr(net.apply)(state.params["student"], jnp.ones((1, 2)), jnp.ones(1)).pretty_print()
     assert "bf16" in text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coupled(Counted):
+    """A second role that no gradient moves: it is pulled half way to the student after every update."""
+
+    inits = {"student": None, "shadow": "student"}
+
+    @property
+    def turns(self):
+        pull = lambda w, step: {"shadow": jax.tree.map(lambda s, p: 0.5 * s + 0.5 * p, w["shadow"], w["student"])}
+        return (dataclasses.replace(super().turns[0], after=pull),)
+
+
+def test_after_an_update_weights_may_be_coupled():
+    batch = {"value": jnp.array([[1.0], [2.0]]), "mask": jnp.ones((2, 1))}
+    nets = {"student": NET, "shadow": NET}
+    first, _ = fit(Coupled(), nets, batch)
+    start, _ = fit(Coupled(), nets, batch, lr=0.0)
+    moved = 0
+    for shadow, new, old in zip(*(jax.tree.leaves(t) for t in (first.params["shadow"], first.params["student"], start.params["student"]))):
+        np.testing.assert_allclose(shadow, 0.5 * (new + old), rtol=1e-6, atol=1e-7)
+        moved += not np.array_equal(new, old)
+    assert moved and first.count["shadow"] == 0

@@ -1,0 +1,56 @@
+"""Several networks of one kind as a combinator Net -> Net: their weights are stacked on a leading axis called `bank`.
+
+A bank of students is trained in one program (or spread over a mesh axis, by `Rules.bank`), and a stored path of teachers
+is walked without compiling again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxdistill.core.net import Net, is_spec
+from jaxdistill.core.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank(Net):
+    """`members` copies of the network `one`, each with weights of its own."""
+
+    one: Net | None = None
+    members: int = 0
+
+    def init(self, key):
+        """Every member from a key of its own."""
+        return jax.vmap(self.one.init)(jax.random.split(key, self.members))
+
+    def adopt(self, params: Params) -> Params:
+        """One network's weights for every member; a bank's own as they are."""
+        single = jax.tree.map(lambda w, s: w.ndim < len(s.shape), params, self.shapes)
+        if not any(jax.tree.leaves(single)):
+            return params
+        return jax.tree.map(lambda w: jnp.broadcast_to(w, (self.members, *w.shape)), params)
+
+    def apply(self, params: Params, *args, member: Any = None, **kwargs) -> Any:
+        """Without `member`, inputs and result have a leading bank axis [K B ...], member k computing row k.
+
+        A scalar `member` (traced or not) is that network alone; an array [B] routes each sample to its own, at the cost
+        of running every member on the whole batch.
+        """
+        if member is None:
+            return jax.vmap(lambda p, *a: self.one.apply(p, *a, **kwargs))(params, *args)
+        if jnp.ndim(member) == 0:
+            return self.one.apply(jax.tree.map(lambda w: w[member], params), *args, **kwargs)
+        every = jax.vmap(lambda p: self.one.apply(p, *args, **kwargs))(params)
+        return jax.tree.map(lambda y: y[member, jnp.arange(y.shape[1])], every)
+
+
+def bank(net: Net, size: int) -> Bank:
+    """`size` members of `net`'s kind. Frozen roles and warm starts give every member the same weights."""
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), net.shapes)
+    axes = jax.tree.map(lambda names: P("bank", *names), net.axes, is_leaf=is_spec)
+    return Bank(net.build, net.graphdef, shapes, axes, net.wrap, net.config, one=net, members=size)

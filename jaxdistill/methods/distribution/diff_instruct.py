@@ -1,0 +1,102 @@
+"""Diff-Instruct - A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models (arXiv:2305.18455).
+
+A one-step student's samples are noised and pushed along the difference of two scores: the frozen teacher's, and that of
+a `fake` network trained online on the student's own samples. In expectation that is the gradient of the Kullback-Leibler
+divergence between the two noised laws, integrated over noise levels. All distribution-matching methods build on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Turn
+from jaxdistill.diffusion.denoiser import guided
+from jaxdistill.diffusion.process import Flow, Pred, Process
+from jaxdistill.diffusion.regression import denoising_error, drop_condition
+from jaxdistill.diffusion.times import Uniform
+from jaxdistill.objectives import score
+from jaxdistill.samplers.fewstep import first_times, renoise, simulate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiffInstruct(Method):
+    process: Process = Flow()
+    student_times: tuple[float, ...] = (1.0,)  # one entry: one step; more: the chain of a few-step student
+    match_times: Uniform = Uniform(low=0.02, high=0.98)  # of the distribution-matching gradient
+    fake_times: Uniform = Uniform()  # of the fake score's own loss
+    fake_target: str = "v"  # v | eps (Stable Diffusion) | x0 | edm (ImageNet)
+    fake_dropout: float = 0.0  # share of samples on which the fake score learns the null condition
+    critic_steps: int = 1  # critic updates per student update
+    guidance: float = 1.0  # classifier-free, of the real score
+    fake_guidance: float = 1.0  # of the fake score, where the student's gradient reads it
+
+    inits = {"student": "teacher", "fake": "teacher"}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (
+            Turn(("fake",), self.critic_loss, gather=self.simulate),
+            Turn(("student",), self.student_loss, when=lambda step: step % self.critic_steps == 0, gather=self.simulate),
+        )
+
+    def simulate(self, net: Nets, ctx: Ctx) -> Batch:
+        """Backward simulation (DMD2, section 4.5): the student's own chain up to a step that the whole batch shares."""
+        noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
+        index = jax.random.randint(ctx.key("index"), (), 0, len(self.student_times))
+        denoise = lambda x, t: net.student(x, t, ctx.batch.get("cond"))
+        xt, t = simulate(self.process, denoise, noise, jnp.array(self.student_times), ctx.key("chain"), index)
+        return {**ctx.batch, "xt": xt, "t": t}
+
+    def generate(self, net: Nets, ctx: Ctx) -> Array:
+        """The student's x0 from the gathered state; gradient flows through this call only."""
+        return net.student(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond")).x0
+
+    def diffuse(self, x0: Array, times: Uniform, ctx: Ctx, name: str) -> tuple[Array, Array, Array]:
+        """(x_t, t, eps) for times drawn from a law."""
+        t = times.draw(self.process, ctx.key(name + "_t"), x0.shape[0])
+        eps = jax.random.normal(ctx.key(name + "_eps"), x0.shape)
+        return self.process.add_noise(x0, eps, t), t, eps
+
+    def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
+        """The score to move towards."""
+        return guided(net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance)
+
+    def fake(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
+        """The score to move away from: that of the student's own samples."""
+        return guided(net.fake, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.fake_guidance)
+
+    def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
+        """Gradient of the student's samples, to be descended; here w_t = (sigma / alpha)^2 (eq. 3.6)."""
+        return score.diff_instruct_gradient(real.x0, fake.x0)
+
+    def match(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, Array, Array]:
+        """(loss whose gradient in x0 is `direction` / numel, x_t, t)."""
+        xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
+        gradient = self.direction(x0, self.real(net, xt, t, ctx), self.fake(net, xt, t, ctx), t)
+        return score.gradient_surrogate(x0, gradient), xt, t
+
+    def student_loss(self, net: Nets, ctx: Ctx) -> Out:
+        loss, _, _ = self.match(net, ctx, self.generate(net, ctx))
+        return Out(loss, {"match": loss})
+
+    def denoise(self, net: Nets, ctx: Ctx, x0: Array) -> Array:
+        """The fake score's loss on the student's samples (eq. 3.7)."""
+        xt, t, eps = self.diffuse(x0, self.fake_times, ctx, "fake")
+        cond = ctx.batch.get("cond")
+        if self.fake_dropout:
+            keep = jax.random.uniform(ctx.key("fake_drop"), (x0.shape[0],)) >= self.fake_dropout
+            cond = drop_condition(cond, ctx.batch.get("null_cond"), keep)
+        return jnp.mean(denoising_error(self.process, net.fake(xt, t, cond), x0, eps, t, self.fake_target))
+
+    def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
+        loss = self.denoise(net, ctx, jax.lax.stop_gradient(self.generate(net, ctx)))
+        return Out(loss, {"denoise": loss})
+
+    def sampling_times(self, steps: int) -> Array:
+        return first_times(self.student_times, steps)
+
+    def sample(self, net, noise, cond, key, steps):
+        return renoise(self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key)
