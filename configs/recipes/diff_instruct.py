@@ -1,6 +1,7 @@
-"""Diff-Instruct (arXiv:2305.18455), its class-conditional recipe on a latent DiT-XL/2 in place of the paper's EDM network.
+r"""Diff-Instruct (arXiv:2305.18455), its class-conditional recipe on a latent DiT-XL/2 in place of the paper's EDM network.
 
-    python -m launch.train --config=configs/recipes/diff_instruct.py --workdir=DIR --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/recipes/diff_instruct.py --workdir=DIR --config.data.path=LATENTS \
+        --config.roles.teacher.init=TEACHER
 
 TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers' DiTTransformer2DModel trained by flow
 matching. The paper on ImageNet-64: both networks start from the teacher and move by turns, one update each; FID 5.57 at
