@@ -15,7 +15,7 @@ EVALUATION = dict(samples=2000, batch=250)
 
 def teacher():
     return experiment(
-        steps=1500,
+        steps=6000,
         data=spec("data.idx:IDX", batch_size=64),
         method=spec("methods.trajectory.flow_matching:FlowMatching"),
         roles=dict(
@@ -23,7 +23,7 @@ def teacher():
                 model=spec("models.dit:DiT", size=28, patch=4, dim=96, depth=4, heads=4),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=50),
-                ema=Ema(rate=0.995),
+                ema=Ema(rate=0.998),
             ),
         ),
         evaluation=spec("evals.images:ImageEval", student_steps=(50, 1), **EVALUATION),
@@ -35,7 +35,7 @@ def get_config():
         steps=1500,
         runs=dict(teacher=teacher()),
         data=spec("data.idx:IDX", batch_size=32),
-        method=spec("methods.distribution.dmd2:DMD2", gan_weight=3e-2, taps=(1,)),
+        method=spec("methods.distribution.dmd2:DMD2", guidance=1.5, gan_weight=3e-2, taps=(1,)),
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)),

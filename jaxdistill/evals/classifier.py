@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from sklearn.neural_network import MLPClassifier
 
+EPOCHS = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
@@ -32,7 +34,7 @@ class Classifier:
 
 @functools.lru_cache(maxsize=4)
 def trained_on(data: Any, n: int = 20_000) -> Classifier:
-    """Fits on up to `n` training samples, or reads the fit from the cache ($JAXDISTILL_CACHE, else ~/.cache/jaxdistill).
+    """Fits on `n` training samples (a smaller set is repeated), or reads the fit from the cache ($JAXDISTILL_CACHE, else ~/.cache/jaxdistill).
 
     Deterministic: fixed seed, first batches of the data's order with seed 0.
     """
@@ -41,16 +43,16 @@ def trained_on(data: Any, n: int = 20_000) -> Classifier:
     for batch in data.loader():
         batches.append(batch)
         rows += len(batch["x"])
-        if rows >= min(n, getattr(data, "size", n)):
+        if rows >= n:
             break
     x = np.concatenate([b["x"].reshape(len(b["x"]), -1) for b in batches])[:n]
     label = np.concatenate([b["cond"] for b in batches])[:n]
-    name = hashlib.sha256(x.tobytes() + label.tobytes()).hexdigest()[:16]
+    name = hashlib.sha256(x.tobytes() + label.tobytes() + bytes([EPOCHS])).hexdigest()[:16]
     path = Path(os.environ.get("JAXDISTILL_CACHE", "~/.cache/jaxdistill")).expanduser() / f"classifier_{name}.npz"
     if path.exists():
         saved = np.load(path)
         return Classifier((saved["w0"], saved["w1"]), (saved["b0"], saved["b1"]))
-    net = MLPClassifier((64,), max_iter=max(4, 60_000 // len(x)), tol=0.0, n_iter_no_change=10**6, random_state=0)
+    net = MLPClassifier((64,), max_iter=EPOCHS, tol=0.0, n_iter_no_change=10**6, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it stops at max_iter is meant
         net.fit(x, label)

@@ -1,0 +1,33 @@
+"""The classifier knows its data: what it was not trained on, it still reads."""
+
+import numpy as np
+import pytest
+
+from jaxdistill.core.build import build, spec
+from jaxdistill.evals import classifier
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXDISTILL_CACHE", str(tmp_path))
+    classifier.trained_on.cache_clear()
+    yield
+    classifier.trained_on.cache_clear()
+
+
+def accuracy(data) -> float:
+    held = data.evaluation(1000)
+    return float(np.mean(classifier.trained_on(data).predict(held["x"]) == held["cond"]))
+
+
+def test_reads_digits(tmp_path):
+    data = build(spec("data.digits:Digits"))
+    assert accuracy(data) > 0.95  # a linear model reaches it
+    before = classifier.trained_on(data).weights[0]
+    classifier.trained_on.cache_clear()
+    assert len(list(tmp_path.glob("classifier_*.npz"))) == 1
+    assert np.array_equal(classifier.trained_on(data).weights[0], before)
+
+
+def test_reads_mnist(shared_data):
+    assert accuracy(build(spec("data.idx:IDX", path=str(shared_data / "mnist")))) > 0.92  # what a linear model reaches
