@@ -56,6 +56,10 @@ class Process:
         """Pure noise (or as near as the schedule comes)."""
         return 1.0
 
+    def grid(self, steps: int) -> Array:
+        """The times that sampling in `steps` steps customarily walks through, [steps + 1] from t_max down: here even ones to t_min."""
+        return jnp.linspace(self.t_max, self.t_min, steps + 1)
+
     def coefs(self, t: Array) -> tuple[Array, Array, Array, Array]:
         """alpha, sigma, d alpha/dt, d sigma/dt."""
         (a, s), (da, ds) = jax.jvp(self.alpha_sigma, (t,), (jnp.ones_like(t),))
@@ -164,6 +168,11 @@ class EDM(Process):
     @property
     def t_max(self):
         return self.sigma_max
+
+    def grid(self, steps):
+        """Eq. 5 of the paper with rho = 7: `steps` noise levels from sigma_max to sigma_min, then 0."""
+        top, bottom = self.sigma_max ** (1 / 7), self.sigma_min ** (1 / 7)
+        return jnp.append((top + jnp.arange(steps) / max(steps - 1, 1) * (bottom - top)) ** 7, 0.0)
 
     def alpha_sigma(self, t):
         return jnp.ones_like(t), t

@@ -34,7 +34,7 @@ class Classifier:
 
 @functools.lru_cache(maxsize=4)
 def trained_on(data: Any, n: int = 20_000) -> Classifier:
-    """Fits on `n` training samples (a smaller set is repeated), or reads the fit from the cache ($JAXDISTILL_CACHE, else ~/.cache/jaxdistill).
+    """Fits on `n` training samples; a smaller set is repeated. The fit is kept in $JAXDISTILL_CACHE, else ~/.cache/jaxdistill.
 
     Deterministic: fixed seed, first batches of the data's order with seed 0.
     """

@@ -19,18 +19,6 @@ from jaxdistill.diffusion.process import Pred, Process, expand
 Denoise = Callable[[Array, Array], Pred]
 
 
-def uniform_times(process: Process, steps: int) -> Array:
-    """steps + 1 times from t_max to t_min, evenly spaced."""
-    return jnp.linspace(process.t_max, process.t_min, steps + 1)
-
-
-def karras_times(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Array:
-    """EDM's grid (arXiv:2206.00364, eq. 5): `steps` noise levels, then 0. float32 [steps + 1]."""
-    ramp = jnp.arange(steps) / max(steps - 1, 1)
-    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return jnp.append((top + ramp * (bottom - top)) ** rho, 0.0)
-
-
 class At(NamedTuple):
     """Where a step stands in its grid of `n` steps."""
 
@@ -107,8 +95,8 @@ SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim":
 
 @functools.partial(jax.named_call, name="solve")
 def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None) -> Array:
-    """`steps` uniform steps of the solver called `name` (a key of SOLVERS) from t_max to t_min. Raises Refused on another name."""
-    return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, uniform_times(process, steps), key)
+    """`steps` steps of the solver called `name` (a key of SOLVERS) along the process's grid. Raises Refused on another name."""
+    return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, process.grid(steps), key)
 
 
 def advance(name: str, process: Process, denoise: Denoise, x: Array, t: Array, s: Array) -> Array:

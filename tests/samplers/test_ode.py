@@ -64,7 +64,7 @@ def test_ddim_halves_and_2m_quarters_its_error_in_lambda(x64):
 
 
 def test_ddim_is_euler_for_rectified_flow_and_for_edm(x64):
-    for process, times in ((Flow(), jnp.linspace(1.0, 0.0, 6)), (EDM(), ode.karras_times(6))):
+    for process, times in ((Flow(), jnp.linspace(1.0, 0.0, 6)), (EDM(), EDM().grid(6))):
         x = jnp.asarray([[1.3], [-0.4]]) * times[0]
         euler, ddim = (ode.sample(step, denoiser(process), x, times) for step in (ode.euler, ode.ddim(process)))
         np.testing.assert_allclose(ddim, euler, rtol=1e-12)
@@ -77,7 +77,7 @@ def test_exact_for_a_single_point(x64, process, solver, steps):
     """Data at one point: the predicted x0 is constant, so both solvers land on alpha_r c + sigma_r eps at once."""
     point = 0.7
     denoise = lambda x, t: process.from_x0(jnp.full_like(x, point), x, t)
-    times = jnp.linspace(process.t_max, process.t_min, steps + 1) if process != EDM() else ode.karras_times(steps)
+    times = process.grid(steps)
     (a, s), (b, u) = process.alpha_sigma(times[0]), process.alpha_sigma(times[-1])
     eps = 1.3
     got = ode.sample(ode.SOLVERS[solver](process), denoise, jnp.full((1, 1), a * point + s * eps), times)
@@ -91,7 +91,7 @@ def test_every_solver_stays_finite_and_approaches_the_exact_flow(process, solver
     what they were. Uniform times are a grid that 2M's last step, endless in lambda, does not like: it only must not get worse."""
     _, s = process.alpha_sigma(jnp.float32(process.t_max))
     x = jnp.asarray([[START], [-0.4]], jnp.float32) * s
-    times = ode.karras_times if process == EDM() else lambda n: ode.uniform_times(process, n)
+    times = process.grid
     want = flow_map(process, jnp.float32(process.t_max), jnp.float32(process.t_min), x)
     run = jax.jit(lambda ts: ode.sample(ode.SOLVERS[solver](process), denoiser(process), x, ts))
     few, many = (float(jnp.abs(run(times(n)) - want).max()) for n in (8, 40))
@@ -149,14 +149,16 @@ def test_heun_evaluates_twice_but_once_at_the_last_step(x64):
 
 
 def test_karras_grid_of_eight():
-    times = ode.karras_times(8)
+    times = EDM().grid(8)
     np.testing.assert_allclose(times, [80, 34.992, 13.699, 4.637, 1.287, 0.2675, 0.0352, 0.002, 0.0], rtol=2e-3)
-    np.testing.assert_allclose(ode.karras_times(1), [80.0, 0.0], rtol=1e-5)
+    np.testing.assert_allclose(EDM().grid(1), [80.0, 0.0], rtol=1e-5)
 
 
-def test_uniform_times_span_the_process():
+def test_every_other_grid_is_even():
     for process in PROCESSES.values():
-        times = ode.uniform_times(process, 4)
+        if process == EDM():
+            continue
+        times = process.grid(4)
         np.testing.assert_allclose(
             times[jnp.asarray([0, 2, 4])], [process.t_max, (process.t_max + process.t_min) / 2, process.t_min], rtol=1e-5
         )

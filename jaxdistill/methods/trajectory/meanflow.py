@@ -20,7 +20,6 @@ from jaxdistill.diffusion.tangent import DERIVATIVES
 from jaxdistill.diffusion.times import LogitNormal, Uniform
 from jaxdistill.objectives import weighting
 from jaxdistill.samplers.fewstep import jump
-from jaxdistill.samplers.ode import uniform_times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +66,7 @@ class MeanFlow(Method):
 
     def sample(self, net, noise, cond, key, steps):
         average = lambda x, t, r: net(x, t, cond, r=r)
-        return jump(average, self.process.start(noise), uniform_times(self.process, steps))
+        return jump(average, self.process.start(noise), self.process.grid(steps))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import EDM, Flow, Trig, expand
 from jaxdistill.methods.trajectory.consistency import CT, Consistency
 from jaxdistill.objectives.consistency import noise_levels, pseudo_huber
-from jaxdistill.samplers import ode
 
 W = np.array([0.3, -0.7, 0.2])
 
@@ -82,7 +81,7 @@ def test_pairs_are_neighbours_on_the_grid(x64, context):
     edm = Consistency(process=EDM(), levels=18, rho=7.0)
     t, r = edm.pair(context(jnp.zeros((4096, 1))), 4096)
     levels = noise_levels(18, 18, 0.002, 80.0, 7.0)
-    np.testing.assert_allclose(levels, ode.karras_times(18)[:-1][::-1], rtol=1e-6)  # CM's grid is EDM's
+    np.testing.assert_allclose(levels, EDM().grid(18)[:-1][::-1], rtol=1e-6)  # CM's grid is EDM's
     index = np.searchsorted(levels, t)
     np.testing.assert_array_equal(levels[index], t)
     np.testing.assert_array_equal(levels[index - 1], r)

@@ -87,7 +87,7 @@ def three_steps():
         wrap = functools.partial(Denoiser().wrap, process=method.process)
         mlp = lambda **kw: make_net(MLP(width=8, depth=1, **kw), wrap=wrap)
         nets = {"student": mlp(second_time=second_time), "teacher": mlp(), "weight": make_net(TimeWeight(width=8))}
-        nets = {role: nets[role] for role in (*method.inits, *method.frozen)}
+        nets = {role: nets.get(role) or mlp() for role in (*method.inits, *method.frozen)}
         txs = {role: optax.adam(1e-3) for role in method.inits}
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
         state = init_state(method, nets, txs, jax.random.key(0), start)

@@ -1,0 +1,129 @@
+"""Distribution matching on Gaussians (00-foundations, section 8): the gradient is the KL's, in closed form."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.diffusion.process import Flow, Trig
+from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.dmd2 import DMD2
+
+AT = 0.6
+FIXED = Uniform(low=AT, high=AT)
+
+
+def nets(real, fake, shift=0.0):
+    """A student z -> mean + std z + shift, with exact real and fake scores."""
+    student = lambda x, t, cond=None: real.process.from_x0(fake.mean + fake.std * x + shift, x, t)
+    return SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise)
+
+
+def gathered(context, n=20_000, **batch):
+    """A batch as `simulate` leaves it for a one-step student on rectified flow: x_t is noise at t = 1."""
+    noise = jax.random.normal(jax.random.key(5), (n, 1))
+    return context(jnp.zeros((n, 1)), xt=noise, t=jnp.ones(n), **batch)
+
+
+def test_gradient_in_the_mean_is_that_of_the_kl(x64, gaussian, context):
+    """Same spread s: D_psi - D_phi = sigma^2 (m_g - m_r) / S for every x_t, S = alpha^2 s^2 + sigma^2."""
+    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.4)
+    method = DiffInstruct(match_times=FIXED)
+    ctx = gathered(context)
+    grad = jax.grad(lambda m: method.student_loss(nets(real, fake, m), ctx).loss)(0.0)
+    alpha, sigma = Flow().alpha_sigma(AT)
+    spread = (alpha * 0.4) ** 2 + sigma**2
+    np.testing.assert_allclose(grad, sigma**2 * (-0.2 - 0.7) / spread, rtol=1e-5)
+    # w_t alpha E[s_psi - s_phi] with w_t = sigma^2 / alpha, which is the KL's derivative alpha^2 (m_g - m_r) / S times w_t / alpha
+    kl = lambda m: alpha**2 * (m - 0.7) ** 2 / (2 * spread)
+    np.testing.assert_allclose(grad, jax.grad(kl)(-0.2) * sigma**2 / alpha**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [DiffInstruct, DMD2])
+def test_equal_scores_leave_the_student_alone(x64, gaussian, context, make):
+    g = gaussian(Flow(), 0.1, 0.5)
+    net, ctx = nets(g, g), gathered(context, 64)
+    grad = jax.grad(lambda m: make(match_times=FIXED).match(net, ctx, nets(g, g, m).student(ctx.batch["xt"], ctx.batch["t"]).x0)[0])(0.0)
+    assert grad == 0
+
+
+def test_descends_to_the_teacher_with_an_exact_fake(x64, gaussian, context):
+    """Inner fake exact, outer student by gradient descent: the mean converges exponentially."""
+    real, ctx, mean = gaussian(Flow(), 0.7, 0.4), gathered(context, 256), -0.2
+    method = DiffInstruct(match_times=FIXED)
+    step = lambda m: jax.grad(lambda d: method.student_loss(nets(real, gaussian(Flow(), m, 0.4), d), ctx).loss)(0.0)
+    rate = float(Flow().alpha_sigma(AT)[1] ** 2 / ((0.4 * 0.4) ** 2 + AT**2))
+    gaps = []
+    for _ in range(5):
+        mean = mean - 0.5 * float(step(mean))
+        gaps.append(0.7 - mean)
+    np.testing.assert_allclose(gaps, 0.9 * (1 - 0.5 * rate) ** np.arange(1, 6), rtol=1e-5)
+
+
+def test_no_gradient_passes_through_the_scores_or_the_noised_sample(x64, gaussian, context):
+    """The gradient in x0 is `direction` / numel exactly: nothing comes through x_t."""
+    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.6)
+    method, ctx = DiffInstruct(match_times=FIXED), gathered(context, 32)
+    net, x0 = nets(real, fake), jax.random.normal(jax.random.key(0), (32, 1))
+    grad = jax.grad(lambda x: method.match(net, ctx, x)[0])(x0)
+    xt, t, _ = method.diffuse(x0, FIXED, ctx, "match")
+    np.testing.assert_allclose(grad, (fake.denoise(xt, t).x0 - real.denoise(xt, t).x0) / 32, rtol=1e-12)
+
+
+def test_the_fake_score_is_the_minimiser_on_the_students_samples(x64, gaussian, context):
+    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.6)
+    method, ctx = DiffInstruct(fake_times=Uniform(low=0.2, high=0.8)), gathered(context, 100_000)
+
+    def loss(w):
+        net = nets(real, fake)
+        net.fake = lambda x, t, cond=None: Flow().from_x0(w[0] * fake.denoise(x, t).x0 + w[1], x, t)
+        return method.critic_loss(net, ctx).loss
+
+    at, away = jax.grad(loss)(jnp.array([1.0, 0.0])), jax.grad(loss)(jnp.array([0.8, 0.2]))
+    assert jnp.all(jnp.abs(at) < 0.05 * jnp.abs(away).max()), (at, away)  # sampling noise of 100,000 draws
+
+
+def test_the_critic_does_not_reach_the_student(x64, gaussian, context):
+    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.6)
+    grad = jax.grad(lambda m: DiffInstruct().critic_loss(nets(real, fake, m), gathered(context, 64)).loss)(0.0)
+    assert grad == 0
+
+
+@pytest.mark.parametrize("role, field", [("teacher", "guidance"), ("fake", "fake_guidance")])
+def test_guidance_acts_on_its_own_score(x64, gaussian, context, role, field):
+    """Conditional mean 1, null mean 0: guidance w makes the mean of that score w."""
+    plain = gaussian(Flow(), 0.0, 0.5)
+
+    def labelled(x, t, cond):
+        pred = plain.denoise(x, t)
+        return dataclasses.replace(pred, x0=pred.x0 + cond[:, None])
+
+    net = SimpleNamespace(teacher=plain.denoise, fake=plain.denoise)
+    setattr(net, role, labelled)
+    n = 8
+    ctx = gathered(context, n, cond=jnp.ones(n), null_cond=jnp.zeros(n))
+    method = DiffInstruct(**{field: 2.5})
+    read = method.real if role == "teacher" else method.fake
+    xt, t = jnp.zeros((n, 1)), jnp.full(n, AT)
+    np.testing.assert_allclose(read(net, xt, t, ctx).x0 - plain.denoise(xt, t).x0, 2.5, rtol=1e-12)
+
+
+def test_condition_dropout_of_the_fake_score(context):
+    seen = []
+
+    def fake(x, t, cond):
+        seen.append(cond)
+        return Flow().from_v(x, x, t, x)
+
+    n = 4000
+    ctx = context(jnp.zeros((n, 1)), cond=jnp.ones(n), null_cond=jnp.zeros(n))
+    DiffInstruct(fake_dropout=0.1).denoise(SimpleNamespace(fake=fake), ctx, jnp.zeros((n, 1)))
+    assert abs(float(jnp.mean(seen[0] == 0)) - 0.1) < 4 * (0.09 / n) ** 0.5
+
+
+def test_trains_in_any_process(three_steps):
+    three_steps(DiffInstruct(process=Trig()))
