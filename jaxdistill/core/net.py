@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -14,6 +16,23 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxdistill.core.types import Array, Params
+
+_FORWARD: ContextVar[bool] = ContextVar("forward_mode", default=False)
+
+
+@contextlib.contextmanager
+def forward_mode():
+    """What is traced inside gets differentiated forward: layers take programs that have such a derivative (attention)."""
+    token = _FORWARD.set(True)
+    try:
+        yield
+    finally:
+        _FORWARD.reset(token)
+
+
+def in_forward_mode() -> bool:
+    """Whether the caller is traced inside `forward_mode`."""
+    return _FORWARD.get()
 
 
 def identity(call):

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxdistill.core.net import is_spec
 from jaxdistill.core.types import Refused, State
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class MeshShape:
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1
     tensor: int = 1
 
 
@@ -33,7 +34,7 @@ class Rules:
     """Logical axis -> mesh axis. Default: FSDP on `embed`, tensor parallel on `mlp`, `heads`, `vocab`."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
-    seq: str = ""
+    seq: str = "sequence"  # tokens of activations; keys and values are gathered for attention
     embed: str = "fsdp"
     mlp: str = "tensor"
     heads: str = "tensor"
@@ -83,11 +84,41 @@ def use(mesh: Mesh, rules: Rules = Rules()):
 
 
 def constrain(x, *names):
-    """Pins an activation's layout by logical names; a no-op outside `use(mesh)`, so that models run anywhere."""
+    """Pins an activation's layout by logical names; a no-op outside `use(mesh)`, so that models run anywhere.
+
+    An axis that does not divide its dimension is left out.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _RULES.get().spec(names))
+    return jax.lax.with_sharding_constraint(x, _divides(mesh, _RULES.get().spec(names), x.shape))
+
+
+def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):
+    """`fn` as a program of each device on its own shards, for kernels that the compiler cannot split; None where a named
+    axis does not divide its dimension, or leaves a sequence that is no multiple of `tile`.
+
+    `inputs` and `output` are logical names of every dimension. Without a mesh it is `fn` itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return fn
+    specs = [_RULES.get().spec(names) for names in inputs]
+    for names, spec, x in zip(inputs, specs, arrays):
+        if _divides(mesh, spec, x.shape) != spec:
+            return None
+        if "seq" in names and x.shape[names.index("seq")] // _ways(mesh, spec[names.index("seq")]) % tile:
+            return None
+    return jax.shard_map(fn, mesh=mesh, in_specs=tuple(specs), out_specs=_RULES.get().spec(output), check_vma=False)
+
+
+def _ways(mesh, axis) -> int:
+    return 1 if axis is None else math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
+
+
+def _divides(mesh, spec: P, shape: tuple[int, ...]) -> P:
+    """`spec` without the mesh axes that do not divide their dimension (a 10-class table over 4 devices stays whole)."""
+    return P(*(None if shape[i] % _ways(mesh, axis) else axis for i, axis in enumerate(spec)))
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
@@ -124,14 +155,8 @@ def param_shardings(mesh: Mesh, rules: Rules, axes):
 
 
 def fits(shardings, shapes):
-    """Drops the mesh axes that do not divide their dimension (a 10-class table over 4 devices stays whole)."""
-
-    def one(sharding: NamedSharding, shape) -> NamedSharding:
-        size = lambda axis: math.prod(sharding.mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
-        spec = [None if a is None or shape.shape[i] % size(a) else a for i, a in enumerate(sharding.spec)]
-        return NamedSharding(sharding.mesh, P(*spec))
-
-    return jax.tree.map(one, shardings, shapes)
+    """Drops the mesh axes that do not divide their dimension."""
+    return jax.tree.map(lambda s, shape: NamedSharding(s.mesh, _divides(s.mesh, s.spec, shape.shape)), shardings, shapes)
 
 
 def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State) -> State:

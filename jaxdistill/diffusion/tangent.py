@@ -11,12 +11,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.net import forward_mode
 from jaxdistill.core.types import Array
 
 
 def total_derivative(fn: Callable, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     """(fn(*primals), its derivative along `tangents`) by forward-mode differentiation: exact. Give it float32."""
-    return jax.jvp(fn, primals, tangents)
+    with forward_mode():
+        return jax.jvp(fn, primals, tangents)
 
 
 def central_difference(fn: Callable, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
+from jaxdistill.models.attention import attention as attention
 
 XAVIER = nnx.initializers.xavier_uniform()
 LECUN = nnx.initializers.lecun_normal()
@@ -86,14 +87,6 @@ def fourier(t: Array, dim: int, *, max_period: float = 10000.0, shift: float = 1
     freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - shift))
     args = t.astype(jnp.float32)[:, None] * freqs
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], -1)
-
-
-def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
-    """Softmax attention: q [B T H K], k and v [B S G K] with G dividing H, mask [B or 1, H or 1, T, S] True = attend.
-
-    Scores and softmax in float32. Returns [B T H K]. The one place where a kernel is chosen.
-    """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
 
 
 def rotate(x: Array, waves: tuple[Array, Array]) -> Array:

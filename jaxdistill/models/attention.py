@@ -1,0 +1,124 @@
+"""Softmax attention: one function, and the program that fits where it runs.
+
+A Pallas kernel on TPU (splash attention), cuDNN's on NVIDIA, plain XLA elsewhere. None of the kernels has a forward-mode
+derivative, which continuous-time objectives (MeanFlow, sCM) are made of; inside `core.net.forward_mode` attention is plain where
+the scores are small, and otherwise `blockwise`: online softmax over blocks of keys (arXiv:1805.02867, 2112.05682), which
+forward, reverse and reverse-over-forward differentiation go through without ever holding the T x S scores.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.net import in_forward_mode
+from jaxdistill.core.sharding import per_shard
+from jaxdistill.core.types import Array
+
+PLAIN = 2048  # tokens: up to PLAIN x PLAIN scores a head, plain attention is the quicker of the two that differentiate forward
+TILE = 128  # what a kernel's sequence lengths must divide by
+
+
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+    """q [B T H K], k and v [B S G K] with G dividing H, mask bool [B or 1, H or 1, T or 1, S] True = attend -> [B T H K].
+
+    Scores and softmax in float32. A row that may attend to nothing is undefined (finite).
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    if in_forward_mode():
+        return (plain if queries * keys <= PLAIN**2 else blockwise)(q, k, v, mask=mask, causal=causal)
+    tiled = mask is None and queries == keys and queries % TILE == 0
+    if not tiled:
+        return plain(q, k, v, mask=mask, causal=causal)
+    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
+    paths = {"tpu": splash, "default": plain} | ({"cuda": cudnn} if half and jax.default_backend() == "gpu" else {})
+    return jax.lax.platform_dependent(q, k, v, **{name: functools.partial(path, causal=causal) for name, path in paths.items()})
+
+
+def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+    """XLA's, through all T x S scores."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+
+
+def cudnn(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+    """Flash attention of cuDNN: bfloat16 or float16, at most 128 channels a head."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+
+
+def splash(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+    """Splash attention (Pallas, TPU): T = S, a multiple of 128. Sharded by batch and heads; queries also by sequence."""
+
+    def local(q, k, v):
+        from jax.experimental.pallas.ops.tpu import splash_attention as pallas
+
+        shape = (q.shape[1], k.shape[1])
+        one = pallas.CausalMask(shape) if causal else pallas.FullMask(shape)
+        block = next(b for b in (512, 384, 256, TILE) if shape[0] % b == 0)
+        keys = next(b for b in (512, 384, 256, TILE) if shape[1] % b == 0)
+        sizes = pallas.BlockSizes(block_q=block, block_kv=keys, block_kv_compute=keys, block_q_dkv=block, block_kv_dkv=keys,
+                                  block_kv_dkv_compute=keys, block_q_dq=block, block_kv_dq=keys)  # fmt: skip
+        kernel = pallas.make_splash_mha_single_device(pallas.MultiHeadMask([one] * q.shape[2]), block_sizes=sizes)
+        heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+        scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        return heads_first(jax.vmap(kernel)(*map(heads_first, (scaled, k, v))))
+
+    wide = ("batch", None if causal else "seq", "heads", None)
+    whole = ("batch", None, "heads", None)
+    run = per_shard(local, (wide, whole, whole), wide, (q, k, v), tile=TILE)
+    return plain(q, k, v, causal=causal) if run is None else run(q, k, v)
+
+
+def blockwise(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, block: int = 512) -> Array:
+    """The same by online softmax over blocks of `block` queries and keys: memory grows with T + S, not T x S.
+
+    Differentiable in every mode. The running maximum that keeps exponentials finite cancels from the result, hence
+    carries no derivative.
+    """
+    (batch, queries, heads, size), (keys, groups) = q.shape, k.shape[1:3]
+    rows, columns = min(block, queries), min(block, keys)
+    pad = lambda x, axis, to: jnp.pad(x, [(0, -x.shape[a] % to if a == axis else 0) for a in range(x.ndim)])
+    split = lambda x, axis, to: jnp.moveaxis(pad(x, axis, to).reshape(*x.shape[:axis], -1, to, *x.shape[axis + 1 :]), axis, 0)
+    wide = q.astype(jnp.float32).reshape(batch, queries, groups, heads // groups, size) * size**-0.5
+    q_blocks, k_blocks, v_blocks = split(wide, 1, rows), split(k, 1, columns), split(v, 1, columns)
+    numbers = lambda blocks: jnp.arange(blocks.shape[0])
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], mask.shape[2], keys))
+        mask = mask.reshape(
+            mask.shape[0], -1 if mask.shape[1] == 1 else groups, 1 if mask.shape[1] == 1 else heads // groups, *mask.shape[2:]
+        )
+        tall = mask.shape[3] > 1
+        mask = split(mask, 4, columns)  # [columns B G R T K]
+        mask = split(mask, 4, rows) if tall else mask[None]  # [rows or 1, columns, B G R T K]
+
+    @jax.checkpoint
+    def row(inp):
+        i, qi = inp
+
+        @jax.checkpoint
+        def column(carry, inp):
+            top, norm, total = carry
+            j, kj, vj = inp
+            scores = jnp.einsum("bqgrk,bsgk->bgrqs", qi, kj.astype(jnp.float32))
+            at = j * columns + jnp.arange(columns)
+            seen = at < keys
+            if causal:
+                seen = seen & (at <= (i * rows + jnp.arange(rows))[:, None])
+            if mask is not None:
+                seen = seen & mask[i if tall else 0, j]
+            scores = jnp.where(seen, scores, -jnp.inf)
+            new = jnp.maximum(top, jax.lax.stop_gradient(scores.max(-1)))
+            safe = jnp.where(new == -jnp.inf, 0.0, new)
+            weights, shrink = jnp.exp(scores - safe[..., None]), jnp.exp(top - safe)
+            total = total * shrink[..., None] + jnp.einsum("bgrqs,bsgk->bgrqk", weights, vj.astype(jnp.float32))
+            return (new, norm * shrink + weights.sum(-1), total), None
+
+        shape = (batch, groups, heads // groups, rows)
+        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, size))
+        (_, norm, total), _ = jax.lax.scan(column, start, (numbers(k_blocks), k_blocks, v_blocks))
+        return total / jnp.where(norm == 0, 1.0, norm)[..., None]
+
+    out = jax.lax.map(row, (numbers(q_blocks), q_blocks))  # [n B G R q K]
+    out = jnp.moveaxis(out, 0, 3).reshape(batch, groups, heads // groups, -1, size)[..., :queries, :]
+    return jnp.moveaxis(out, 3, 1).reshape(batch, queries, heads, size).astype(q.dtype)
