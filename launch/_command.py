@@ -38,6 +38,22 @@ def main(command: Callable[[list[str]], None]) -> None:
         sys.exit(1)
 
 
+def join(distributed: bool) -> None:
+    """Joins the other processes of the run, before anything else touches JAX.
+
+    `launch.local_cluster` says through the environment who they are (JAXDISTILL_COORDINATOR, _PROCESSES, _PROCESS);
+    with `distributed`, JAX finds out by itself on Cloud TPU, GKE and Slurm.
+    """
+    import jax
+
+    if "JAXDISTILL_PROCESS" in os.environ:
+        number = lambda name: int(os.environ[f"JAXDISTILL_{name}"])
+        jax.distributed.initialize(os.environ["JAXDISTILL_COORDINATOR"], number("PROCESSES"), number("PROCESS"),
+                                   heartbeat_timeout_seconds=number("HEARTBEAT"))  # fmt: skip
+    elif distributed:
+        jax.distributed.initialize()
+
+
 def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, Any], ConfigDict | None]:
     """`--key=value` or `--key value` for the keys of `known` (defaults; a bool takes no value), and the config.
 

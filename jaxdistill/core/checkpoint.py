@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from jaxdistill.core.net import paths
 from jaxdistill.core.types import Params, Refused, State
@@ -83,9 +84,11 @@ class Checkpoints:
         warnings.warn(f"{self.folder}: checkpoint {step} is damaged and was moved to damaged/ ({reason})", stacklevel=3)
         self._manager.close()
         aside = self.folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        for entry in self.folder.glob(f"step_{step}"):
+        aside.mkdir(parents=True, exist_ok=True)
+        for entry in self.folder.glob(f"step_{step}") if jax.process_index() == 0 else ():
             os.replace(entry, aside / f"{entry.name}_{os.getpid()}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("set_aside")
         self._manager = self._open()
 
     def close(self) -> None:

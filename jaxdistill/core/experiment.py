@@ -26,6 +26,7 @@ class Experiment:
 
     config: ConfigDict
     workdir: Path
+    devices: Any = None  # to plan for; None: those that there are
 
     @functools.cached_property
     def settings(self) -> build.Run:
@@ -45,7 +46,7 @@ class Experiment:
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
-        mesh = sharding.make_mesh(self.settings.mesh)
+        mesh = sharding.make_mesh(self.settings.mesh, self.devices)
         sharding.check_batch(mesh, self.settings.rules, self.data.batch_size, self.settings.accumulate)
         return mesh
 

@@ -13,39 +13,21 @@ from collections.abc import Callable
 
 import jax
 
-PEAK_BF16 = {  # flops per second and chip, dense bf16; the vendors' data sheets
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
-
-def peak(device: jax.Device) -> float | None:
-    """Flops per second of one chip; None for CPUs and chips that the table does not know."""
-    kind = device.device_kind
-    found = [flops for name, flops in PEAK_BF16.items() if kind == name or (name.startswith("NVIDIA") and kind.startswith(name))]
-    return found[0] if found else None
-
-
-def count(fn: Callable, *args, static: tuple = ()) -> dict[str, float]:
+def count(fn: Callable, *args, static: tuple = (), recomputed: bool = False) -> dict[str, float]:
     """Floating-point operations of matrix products and convolutions in `fn(*args, *static)`, by role ("" for the rest).
 
-    What rematerialisation computes again is left out: these are model flops.
+    What rematerialisation computes again is left out, so that these are model flops, unless `recomputed`.
     """
     total: dict[str, float] = collections.defaultdict(float)
-    _walk(jax.make_jaxpr(lambda *a: fn(*a, *static))(*args).jaxpr, 1.0, "", total)
+    _walk(jax.make_jaxpr(lambda *a: fn(*a, *static))(*args).jaxpr, 1.0, "", total, recomputed)
     return dict(total)
 
 
-def _walk(jaxpr, times: float, role: str, total) -> None:
+def _walk(jaxpr, times: float, role: str, total, recomputed: bool) -> None:
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
-        if "rematted_computation" in stack:
+        if "rematted_computation" in stack and not recomputed:
             continue
         found = re.findall(r"role=(\w+)", stack)
         mine = found[-1].removeprefix("ema_") if found else role
@@ -58,13 +40,13 @@ def _walk(jaxpr, times: float, role: str, total) -> None:
             branches = []
             for branch in inner:
                 branches.append(collections.defaultdict(float))
-                _walk(branch, times, mine, branches[-1])
+                _walk(branch, times, mine, branches[-1], recomputed)
             for name, flops in max(branches, key=lambda b: sum(b.values())).items():
                 total[name] += flops
             continue
         repeat = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for part in inner:
-            _walk(part, times * repeat, mine, total)
+            _walk(part, times * repeat, mine, total, recomputed)
 
 
 def _jaxprs(value):

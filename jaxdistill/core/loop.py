@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxdistill.core import flops, metrics, report, sharding
+from jaxdistill.core import chips, flops, metrics, report, sharding
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment, abstract_params
 from jaxdistill.core.net import Net
@@ -129,7 +130,8 @@ def _signals():
         stop.set()
         stop.reason = signal.Signals(number)
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+    caught = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)  # among several, JAX hears SIGTERM
+    before = {s: signal.signal(s, handle) for s in caught} if main else {}
     try:
         yield stop
     finally:
@@ -161,7 +163,7 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
     """The stage's surgery, on the first training batch."""
     if stage.surgery is None:
         return nets, params
-    batch = {k: jnp.asarray(v) for k, v in next(experiment.data.loader()).items()}
+    batch = jax.tree.map(jnp.asarray, next(experiment.data.loader()))
     nets, params = stage.surgery(nets, params, batch)
     return nets, dict(params)
 
@@ -226,51 +228,79 @@ class _Fit:
         self.controller, self.hints = stage.method.controller(), {}
 
     def run(self) -> State:
+        """Steps until the stage is done, from its newest checkpoint. Raises Stopped where it was asked to stop."""
+        settings, programs = self.settings, self._start()
+        key = jax.random.fold_in(jax.random.key(settings.seed + 1), self.index)
+        rng, step = self._everywhere(key), self.first
+        try:
+            while step < self.stage.steps:
+                batch, self.position = next(self.batches)
+                self.state, values = programs.step(self.state, batch, rng, programs.active_at(step))
+                step += 1
+                self.pending.add(self.offset + step, values)
+                self.bar.update()
+                stopping, last = self._stopping(step), step == self.stage.steps
+                due = lambda every: bool(every) and step % every == 0
+                saving = due(settings.checkpoint_every) or last or stopping
+                if due(settings.log_every) or saving:
+                    self._log(programs, step)
+                if due(settings.sample_every) or due(settings.eval_every):
+                    scores = report.look(self._view(), self.offset + step, score=due(settings.eval_every))
+                    self.writer.write(self.offset + step, time.time() - self.started, scores)
+                if saving:
+                    self.checkpoints.save(self.offset + step, self.state, self._host())
+                if stopping and not last:
+                    self.checkpoints.wait()
+                    raise Stopped(
+                        f"{self.stop.reason.name}: saved step {self.offset + step} in {self.experiment.workdir}; run again to go on"
+                    )
+        finally:
+            self.bar.close()
+            self.batches.close()
+            self.writer.close()
+        self.checkpoints.wait()
+        return self.state
+
+    def _start(self) -> Programs:
+        """The programs; sets state, data position and everything that the steps write to."""
         settings, stage, workdir = self.settings, self.stage, self.experiment.workdir
         programs = make_programs(self.experiment, self.trained.nets, stage, self.trained.params, self.data.spec())
         restored = self._restore(programs.abstract)
         if restored is None:
             key = jax.random.fold_in(jax.random.key(settings.seed), self.index)
-            done, state, position = 0, programs.init(key, self.trained.params), None
+            self.first, self.state, self.position = 0, programs.init(self._everywhere(key), self.trained.params), None
         else:
-            done, state, position = restored
-        rng = jax.random.fold_in(jax.random.key(settings.seed + 1), self.index)
-        put = sharding.put_batch(self.experiment.mesh, settings.rules)
-        writer = metrics.Writer(workdir, self.offset + done, tensorboard=settings.tensorboard, wandb=settings.wandb,
-                                config=self.experiment.config.to_dict())  # fmt: skip
-        pending, bar = metrics.Pending(stage.method.turns), metrics.bar(range(stage.steps), self._title(), "step", self.progress, done)
-        started = logged = time.time()
-        batches, step = self._batches(position, put), done
-        try:
-            while step < stage.steps:
-                batch, position = next(batches)
-                state, values = programs.step(state, batch, rng, programs.active_at(step))
-                step += 1
-                pending.add(self.offset + step, values)
-                bar.update()
-                last = step == stage.steps
-                due = {k: getattr(settings, k) and step % getattr(settings, k) == 0
-                       for k in ("log_every", "sample_every", "eval_every", "checkpoint_every")}  # fmt: skip
-                if due["log_every"] or due["checkpoint_every"] or last or self.stop.is_set():
-                    means, (logged, since) = pending.flush(), (time.time(), logged)
-                    means |= self._rates(programs, step - self._logged(step, done), logged - since)
-                    writer.write(self.offset + step, logged - started, means)
-                    bar.set_postfix_str(_brief(means), refresh=False)
-                    batches = self._steer(batches, means, position, put)
-                if due["sample_every"] or due["eval_every"]:
-                    scores = report.look(self._view(state), self.offset + step, score=bool(due["eval_every"]))
-                    writer.write(self.offset + step, time.time() - started, scores)
-                if due["checkpoint_every"] or last or self.stop.is_set():
-                    self.checkpoints.save(self.offset + step, state, self._host(position))
-                if self.stop.is_set() and not last:
-                    self.checkpoints.wait()
-                    raise Stopped(f"{self.stop.reason.name}: saved step {self.offset + step} in {workdir}; run again to go on")
-        finally:
-            bar.close()
-            batches.close()
-            writer.close()
-        self.checkpoints.wait()
-        return state
+            self.first, self.state, self.position = restored
+        self.writer = metrics.Writer(workdir, self.offset + self.first, tensorboard=settings.tensorboard, wandb=settings.wandb,
+                                     config=self.experiment.config.to_dict())  # fmt: skip
+        self.pending = metrics.Pending(stage.method.turns)
+        self.bar = metrics.bar(range(stage.steps), self._title(), "step", self.progress, self.first)
+        self.started = self.logged_at = time.time()
+        self.logged = self.first
+        self.put = sharding.put_batch(self.experiment.mesh, settings.rules)
+        self.batches = self._batches()
+        return programs
+
+    def _everywhere(self, key):
+        """A random key as an argument of a program that may span several processes."""
+        whole = jax.sharding.NamedSharding(self.experiment.mesh, jax.sharding.PartitionSpec())
+        return key if jax.process_count() == 1 else jax.jit(lambda: key, out_shardings=whole)()
+
+    def _stopping(self, step: int) -> bool:
+        """Whether to save and stop after this step; several processes agree on it."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self.offset + step):
+            self.stop.reason = signal.SIGTERM
+            self.stop.set()
+        return self.stop.is_set()
+
+    def _log(self, programs: Programs, step: int) -> None:
+        """Writes the means since the last time, and lets the controller see them."""
+        means, now = self.pending.flush(), time.time()
+        means |= self._rates(programs, step - self.logged, now - self.logged_at)
+        self.logged, self.logged_at = step, now
+        self.writer.write(self.offset + step, now - self.started, means)
+        self.bar.set_postfix_str(_brief(means), refresh=False)
+        self._steer(means)
 
     def _title(self) -> str:
         name = self.experiment.workdir.name
@@ -293,41 +323,35 @@ class _Fit:
         frozen = {role: self.trained.params[role] for role in self.stage.method.frozen}
         return step - self.offset, state.replace(frozen=frozen), host["data"]
 
-    def _host(self, position) -> dict[str, Any]:
+    def _host(self) -> dict[str, Any]:
         controller = {"controller": self.controller.state(), "hints": self.hints} if self.controller else {}
-        return {"stage": self.index, "data": position, **controller}
+        return {"stage": self.index, "data": self.position, **controller}
 
-    def _steer(self, batches, means, position, put):
+    def _steer(self, means) -> None:
         """Lets the controller change the data set; the loader then goes on from the same position."""
         hints = self.controller.update(means) if self.controller else {}
-        if not hints:
-            return batches
-        batches.close()
-        self.hints = {**self.hints, **hints}
-        self.data = self.data.steer(hints)
-        return self._batches(position, put)
+        if hints:
+            self.batches.close()
+            self.hints = {**self.hints, **hints}
+            self.data = self.data.steer(hints)
+            self.batches = self._batches()
 
-    def _batches(self, position, put) -> DevicePrefetch:
+    def _batches(self) -> DevicePrefetch:
         loader = self.data.loader((jax.process_index(), jax.process_count()))
-        if position is not None:
-            loader.set_state(position)
-        return DevicePrefetch(loader, put)
-
-    def _logged(self, step: int, done: int) -> int:
-        """The last step before `step` that wrote metrics."""
-        every = (self.settings.log_every, self.settings.checkpoint_every)
-        return max(done, *((step - 1) // n * n for n in every))
+        if self.position is not None:
+            loader.set_state(self.position)
+        return DevicePrefetch(loader, self.put)
 
     def _rates(self, programs, steps: int, seconds: float) -> dict[str, float]:
         work = steps / max(seconds, 1e-9)
         rates = {"perf/steps_per_second": work, "perf/samples_per_second": work * self.data.batch_size}
         rates["perf/model_flops_per_second"] = work * programs.flops
-        if peak := flops.peak(self.experiment.mesh.devices.flat[0]):
-            rates["perf/mfu"] = work * programs.flops / (peak * self.experiment.mesh.size)
+        if chip := chips.of(self.experiment.mesh.devices.flat[0].device_kind):
+            rates["perf/mfu"] = work * programs.flops / (chip.flops * self.experiment.mesh.size)
         return rates
 
-    def _view(self, state: State) -> Trained:
-        averaged = {role: state.ema.get(role, p) for role, p in state.params.items()}
+    def _view(self) -> Trained:
+        averaged = {role: self.state.ema.get(role, p) for role, p in self.state.params.items()}
         return dataclasses.replace(self.trained, params={**self.trained.params, **averaged})
 
 
@@ -367,7 +391,7 @@ def make_programs(
     patterns = {active: flops.count(step, abstract, batch, key, static=(active,)) for active in dict.fromkeys(taken)}
     mean = sum(sum(patterns[active].values()) for active in taken) / max(len(taken), 1)
     rows = sharding.batch_sharding(experiment.mesh, settings.rules)
-    placed = {k: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows) for k, s in batch.items()}
+    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), dict(batch))
     return Programs(abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns, placed)
 
 
@@ -379,7 +403,7 @@ def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]
     batch, nets = experiment.data.spec(), {}
 
     def operate(start):
-        zeros = {k: jnp.zeros(s.shape, s.dtype) for k, s in batch.items()}
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(batch))
         fresh, params = (experiment.nets, start) if stage.surgery is None else stage.surgery(experiment.nets, start, zeros)
         nets.update(fresh)
         if stage.collect is None:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxdistill.core import metrics
 from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.types import Refused
@@ -47,11 +49,8 @@ def look(trained, step: int, *, score: bool) -> dict[str, float]:
     evaluation = trained.experiment.evaluation
     if evaluation is None:
         return {}
-    folder = trained.experiment.workdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for title, picture in evaluation.pictures(trained).items():
-        if title.startswith("student"):
-            picture.save(folder / f"step{step:07d}_{title.replace(', ', '_').replace(' ', '')}.png")
+    views = {title: view for title, view in evaluation.pictures(trained).items() if title.startswith("student")}
+    _save(trained.experiment.workdir / "samples", views, f"step{step:07d}_")
     rows = [r for r in evaluation.rows(trained) if r["name"] == "student"] if score else []
     return {f"eval/{k}@{r['nfe']}": float(v) for r in rows for k, v in r.items() if k not in ("name", "nfe")}
 
@@ -73,13 +72,20 @@ def write(trained, reports: Mapping[str, Any], *, seconds: float) -> dict[str, A
             rows += [{**row, "name": name} for row in other["models"] if row["name"] == "student"]
     result = {"config": json.loads(config.to_json()), "method": config.method.name, "steps": experiment.settings.steps,
               "seconds": round(seconds, 1), "models": rows, "claim": claim(config.claim, rows)}  # fmt: skip
-    folder = workdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    for title, picture in pictures.items():
-        picture.save(folder / f"{title.replace(', ', '_').replace(' ', '')}.png")
-    (workdir / "report.html").write_text(_html(result, pictures, _curves(workdir), experiment.method.__doc__ or ""))
+    _save(workdir / "samples", pictures)
+    if jax.process_index() == 0:
+        (workdir / "report.html").write_text(_html(result, pictures, _curves(workdir), experiment.method.__doc__ or ""))
     write_json(workdir / "report.json", result)
     return result
+
+
+def _save(folder: Path, pictures: Mapping[str, Any], prefix: str = "") -> None:
+    """Writes pictures under their titles; by one process only."""
+    if jax.process_index():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for title, picture in pictures.items():
+        picture.save(folder / f"{prefix}{title.replace(', ', '_').replace(' ', '')}.png")
 
 
 def read(workdir: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import jax
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,10 +75,13 @@ def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = Rules()):
-    """Makes `mesh` and `rules` those of `constrain` and of every program built inside."""
-    token = _RULES.set(rules)
+    """Makes `mesh` and `rules` those of `constrain` and of every program built inside.
+
+    A mesh of devices that are only described (a TPU slice to compile for) enters by its shape: nothing can run on it.
+    """
+    token, here = _RULES.set(rules), mesh.devices.flat[0].platform == jax.default_backend()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh) if here else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             yield
     finally:
         _RULES.reset(token)
@@ -129,17 +133,24 @@ def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
 def put_batch(mesh: Mesh, rules: Rules = Rules()):
     """A function from this process's rows of a batch (numpy) to global arrays on the mesh."""
     where = batch_sharding(mesh, rules)
-    return lambda batch: {k: jax.make_array_from_process_local_data(where, v) for k, v in batch.items()}
+    return lambda batch: jax.tree.map(lambda v: jax.make_array_from_process_local_data(where, v), batch)
 
 
-def local_rows(batch: dict) -> dict[str, np.ndarray]:
+def local_rows(batch: dict) -> dict:
     """This process's rows of global arrays that are sharded along their first axis, as numpy."""
 
     def rows(x) -> np.ndarray:
         shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
-    return {k: rows(v) for k, v in batch.items()}
+    return jax.tree.map(rows, batch)
+
+
+def whole(tree):
+    """Arrays of any sharding as numpy, on every process alike: what is spread over processes is gathered."""
+    local = lambda x: x.is_fully_addressable or x.is_fully_replicated
+    fetch = lambda x: np.asarray(x) if not isinstance(x, jax.Array) or local(x) else multihost_utils.process_allgather(x, tiled=True)
+    return jax.tree.map(fetch, tree)
 
 
 def check_batch(mesh: Mesh, rules: Rules, size: int, accumulate: int = 1) -> None:

@@ -63,7 +63,7 @@ class Dataset:
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global batch."""
         rows = self.batch(0, slice(0, 1))
-        return {k: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype) for k, v in rows.items()}
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct((self.batch_size, *v.shape[1:]), v.dtype), rows)
 
     def steer(self, hints: Mapping[str, Any]) -> Dataset:
         """This data set with the fields that a controller asks for."""

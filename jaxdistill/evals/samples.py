@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.sharding import whole
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.samplers import ode
 
@@ -46,8 +46,10 @@ class SampleEval:
         process = method.process
 
         @jax.jit
-        def draw(params, noise, cond, null, key):
-            bound = functools.partial(net.apply, params)
+        def draw(params, part, i):
+            key = jax.random.fold_in(jax.random.key(self.seed), i)
+            noise = jax.random.normal(jax.random.fold_in(key, 1), part["x"].shape)
+            bound, cond, null = functools.partial(net.apply, params), part.get("cond"), part.get("null_cond")
             if role == "student":
                 return method.sample(bound, noise, cond, key, steps)
             denoise = lambda x, t: guided(bound, x, t, cond, null, self.guidance)
@@ -58,14 +60,12 @@ class SampleEval:
         if net.adapts:
             params = {"base": trained.params[net.adapts], "adapter": params}
         for i, low in enumerate(range(0, len(real["x"]), self.batch)):
-            part = {k: jnp.asarray(v[low : low + self.batch]) for k, v in real.items()}
-            key = jax.random.fold_in(jax.random.key(self.seed), i)
-            noise = jax.random.normal(jax.random.fold_in(key, 1), part["x"].shape)
+            part = jax.tree.map(lambda v: v[low : low + self.batch], real)
             started = time.perf_counter()
-            x = jax.block_until_ready(draw(params, noise, part.get("cond"), part.get("null_cond"), key))
+            x = jax.block_until_ready(draw(params, part, np.int32(i)))
             if i or len(real["x"]) <= self.batch:
                 seconds, made = seconds + time.perf_counter() - started, made + len(x)
-            out.append(np.asarray(x))
+            out.append(whole(x))
         return np.concatenate(out), made / seconds
 
     def nfe(self, role: str, steps: int) -> int:

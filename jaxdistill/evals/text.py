@@ -8,9 +8,9 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.sharding import whole
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
 from jaxdistill.models.lm import context
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
@@ -72,19 +72,20 @@ class TextEval:
         temperature = 0.0 if hasattr(data, "correct") else 1.0
 
         @jax.jit
-        def run(params, prompt, mask, key):
+        def run(params, prompt, mask, i):
+            key = jax.random.fold_in(jax.random.key(self.seed), i)
             bound = functools.partial(net.apply, params)
             return generate(bound, prompt, length, key, prompt_mask=mask, temperature=temperature, eos=eos, pad=getattr(data, "pad", 0))
 
         tokens, alive, seconds, made = [], [], 0.0, 0
         for i, low in enumerate(range(0, len(prompts), self.batch)):
-            part = (jnp.asarray(prompts[low : low + self.batch]), jnp.asarray(masks[low : low + self.batch]))
+            part = (prompts[low : low + self.batch], masks[low : low + self.batch])
             started = time.perf_counter()
-            out, valid = jax.block_until_ready(run(trained.params[role], *part, jax.random.fold_in(jax.random.key(self.seed), i)))
+            out, valid = jax.block_until_ready(run(trained.params[role], *part, np.int32(i)))
             if i or len(prompts) <= self.batch:
                 seconds, made = seconds + time.perf_counter() - started, made + out[:, prompts.shape[1] :].size
-            tokens.append(np.asarray(out))
-            alive.append(np.asarray(valid))
+            tokens.append(whole(out))
+            alive.append(whole(valid))
         mask = np.concatenate(alive).astype(np.float32) * (np.arange(length) >= prompts.shape[1])
         return {"tokens": np.concatenate(tokens), "mask": mask}, made / seconds
 
@@ -106,7 +107,7 @@ def _total(score, params, rows: dict[str, np.ndarray], batch: int) -> dict[str, 
     """Sums and counts over all rows, `batch` at a time."""
     totals: dict[str, np.ndarray] = {}
     for low in range(0, len(rows["tokens"]), batch):
-        part = {k: jnp.asarray(v[low : low + batch]) for k, v in rows.items()}
-        for name, pair in jax.device_get(score(params, part)).items():
+        part = {k: v[low : low + batch] for k, v in rows.items()}
+        for name, pair in whole(score(params, part)).items():
             totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
     return {name: (float(total), float(count)) for name, (total, count) in totals.items()}

@@ -1,0 +1,86 @@
+"""What a config costs on a TPU slice or on GPU nodes, without them.
+
+python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--steps=N] [--json=FILE] [--config.key=value ...]
+
+Compiles every pattern of turns for the slice with the real TPU compiler (pip install 'jaxdistill[tpu]') and prints whether
+it fits, bytes a chip by role, temporaries, flops, bytes of each collective, the roofline, and what binds. With --search it
+tries mesh shapes, rematerialisation and accumulation and ends with the best that fits. GPU nodes (h100:8x4) come from
+constants. Exit code 0 where it fits, 1 where it does not.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from jaxdistill.core.types import Refused
+from launch._command import arguments, main
+
+
+def plan(argv):
+    values, config = arguments(argv, {"config": "", "topology": "", "search": False, "json": "", "most": "6"})
+    if config is None:
+        raise Refused("--config=FILE is needed")
+    if not values["topology"]:
+        raise Refused("--topology=SLICE is needed, such as v5e:4x4, v5p:4x4x4 or h100:8x4")
+    from jaxdistill.core import plan as planner
+
+    name = values["topology"]
+    config.steps = min(config.steps, 2 * max(1, config.method.get("critic_steps", 1)))  # as many as show every pattern
+    if name.split(":")[0] in planner.GPU_KINDS:
+        best = planner.gpus(config, name)
+    elif values["search"]:
+        best = search(planner, config, name, int(values["most"]))
+    else:
+        best = planner.compile_for(config, name)
+    if best is None:
+        print(f"nothing that was tried fits {name}")
+        sys.exit(1)
+    show(planner, best)
+    if values["json"]:
+        Path(values["json"]).write_text(json.dumps(dataclasses.asdict(best), indent=1) + "\n")
+    sys.exit(0 if best.fits else 1)
+
+
+def search(planner, config, name, most):
+    best = None
+    for change, found in planner.search(config, name, most):
+        mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
+        what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'}"
+        if isinstance(found, str):
+            print(f"{what}: {found}", flush=True)
+            continue
+        print(
+            f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a chip, step >= {found.seconds:.3g} s",
+            flush=True,
+        )
+        if found.fits and (best is None or found.seconds < best.seconds):
+            best = found
+    return best
+
+
+def show(planner, plan) -> None:
+    gib = lambda n: f"{n / 2**30:.3f}"
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "1 chip"
+    print(f"{plan.topology}: {plan.chips} chips, {mesh}; {'fits' if plan.fits else 'DOES NOT FIT'}: "
+          f"{gib(plan.peak)} of {gib(plan.hbm)} GiB a chip at the peak")  # fmt: skip
+    print(f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS))
+    for role, parts in plan.by_role.items():
+        print(f"{role:<14}" + "".join(f"{gib(parts[part]):>10}" for part in planner.PARTS))
+    print(f"{'batch':<14}{gib(plan.batch):>10}")
+    for p in plan.patterns:
+        binds, key = planner.advice(plan, p)
+        print(f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB, model flops {p.model_flops:.4g}, "
+              f"compiled in {p.seconds:.0f} s")  # fmt: skip
+        print("  sent a chip: " + (", ".join(f"{kind} {gib(n)} GiB" for kind, n in sorted(p.sent.items())) or "nothing"))
+        print(f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect {p.network:.4g} s; "
+              f"model-flops utilisation at most {100 * p.utilisation:.0f} %")  # fmt: skip
+        print(f"  binds: {binds}; moved by {key}")
+
+
+if __name__ == "__main__":
+    main(plan)
