@@ -119,8 +119,12 @@ class DiTModule(nnx.Module):
 
 
 def sincos_2d(dim: int, rows: int, cols: int, base: int) -> jax.Array:
-    """Fixed position table [rows * cols, dim]: first half of the channels for columns, second half for rows."""
+    """Fixed position table [rows * cols, dim]: first half of the channels for columns, second half for rows.
+
+    Put together inside the program: at 32 k tokens a constant would take gigabytes of it.
+    """
     freqs = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    wave = lambda pos: np.concatenate([np.sin(np.outer(pos, freqs)), np.cos(np.outer(pos, freqs))], 1)
-    i, j = np.meshgrid(np.arange(rows) * base / rows, np.arange(cols) * base / cols, indexing="ij")
-    return jnp.asarray(np.concatenate([wave(j.ravel()), wave(i.ravel())], 1), jnp.float32)
+    wave = lambda n: np.outer(np.arange(n) * base / n, freqs)
+    one = lambda n: jnp.asarray(np.concatenate([np.sin(wave(n)), np.cos(wave(n))], 1), jnp.float32)
+    spread = lambda table, axis: jnp.broadcast_to(jnp.expand_dims(table, axis), (rows, cols, dim // 2))
+    return jnp.concatenate([spread(one(cols), 0), spread(one(rows), 1)], -1).reshape(rows * cols, dim)
