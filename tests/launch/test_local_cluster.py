@@ -1,0 +1,149 @@
+"""Real processes, joined by gloo: they train what one process trains, lose nothing when one is killed, and stop together."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill.core import loop
+
+ROOT = Path(__file__).parents[2]
+TINY = "tests/core/tiny.py"
+
+
+def start(workdir, processes, devices, variant="bare", steps=20, **more):
+    command = [sys.executable, "-m", "launch.local_cluster", str(processes), f"--devices={devices}", "--timeout=10", "--",
+               f"--config={TINY}:{variant}", f"--workdir={workdir}", f"--config.steps={steps}",
+               f"--config.mesh.fsdp={processes * devices}", *(f"--config.{k}={v}" for k, v in more.items())]  # fmt: skip
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process) -> str:
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def weights(workdir):
+    return jax.tree.map(np.asarray, loop.load(workdir).params)
+
+
+def largest_difference(a, b) -> float:
+    return max((np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if x.size), default=0.0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A finished run of two processes with two devices each."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    finish(start(workdir, 2, 2))
+    return workdir
+
+
+def test_two_processes_equal_one(two, tmp_path):
+    finish(start(tmp_path / "one", 1, 4))
+    assert largest_difference(weights(two), weights(tmp_path / "one")) < 1e-5
+    losses = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (two, tmp_path / "one")]
+    for mine, other in zip(*losses, strict=True):
+        assert mine["step"] == other["step"] and abs(mine["fake/loss"] - other["fake/loss"]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["bare", "language"])
+def test_four_processes_equal_one(tmp_path, variant):
+    finish(start(tmp_path / "four", 4, 1, variant))
+    finish(start(tmp_path / "two", 2, 2, variant))
+    finish(start(tmp_path / "one", 1, 4, variant))
+    one = weights(tmp_path / "one")
+    assert largest_difference(weights(tmp_path / "four"), one) < 1e-5
+    assert largest_difference(weights(tmp_path / "two"), one) < 1e-5
+
+
+def newest(workdir) -> int:
+    return max((int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").glob("step_*") if p.name[5:].isdigit()), default=0)
+
+
+def kill_one(workdir, seed: int) -> None:
+    """Kills a process of two at a random moment; the cluster must end with one clear line, and the rerun finish."""
+    rng, process = random.Random(seed), start(workdir, 2, 1, steps=60, checkpoint_every=5)
+    until = time.time() + 300
+    while newest(workdir) < 5 + rng.randrange(5) and time.time() < until:
+        time.sleep(0.05)
+    time.sleep(rng.random())
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    victim = rng.choice(range(len(children)))
+    os.kill(int(children[victim]), signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "of 2 was lost (killed by SIGKILL)" in err and "run the same command again" in err
+    saved = newest(workdir)
+    assert saved >= 5
+    finish(start(workdir, 2, 1, steps=60, checkpoint_every=5))
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 60
+
+
+def test_a_lost_process_ends_the_job_and_the_rerun_goes_on(tmp_path):
+    kill_one(tmp_path / "killed", 0)
+    finish(start(tmp_path / "whole", 2, 1, steps=60, checkpoint_every=5))
+    assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    for seed in range(1, 21):
+        kill_one(tmp_path / str(seed), seed)
+        assert largest_difference(weights(tmp_path / str(seed)), weights(tmp_path / "1")) == 0
+
+
+def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
+    process = start(tmp_path / "run", 2, 1, steps=3000, checkpoint_every=5)
+    until = time.time() + 300
+    while newest(tmp_path / "run") < 5 and time.time() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err[-2000:]
+    assert err.count("SIGTERM: saved step") == 2
+    stopped = {line.split("saved step ")[1].split()[0] for line in err.splitlines() if "saved step" in line}
+    assert stopped == {str(newest(tmp_path / "run"))}
+
+
+def test_another_number_of_devices_goes_on(two, tmp_path):
+    """Saved by two processes with two devices each, resumed by one with one: no step repeated, no sample skipped."""
+    finish(start(tmp_path / "short", 2, 2, steps=40, checkpoint_every=10, log_every=10))
+    whole = weights(tmp_path / "short")
+    for name in ("stages", "report.json"):
+        entry = tmp_path / "short" / name
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    shutil.rmtree(tmp_path / "short" / "checkpoints" / "step_40")
+    finish(start(tmp_path / "short", 1, 1, steps=40, checkpoint_every=10, log_every=10))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [10, 20, 30, 40]
+    assert largest_difference(weights(tmp_path / "short"), whole) < 1e-5
+
+
+def test_dry_run_prints_what_every_process_executes(tmp_path):
+    command = [sys.executable, "-m", "launch.local_cluster", "3", "--dry_run", "--", f"--config={TINY}", f"--workdir={tmp_path / 'x'}"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(lines) == 3 and not (tmp_path / "x").exists()
+    for i, line in enumerate(lines):
+        words = shlex.split(line)
+        assert f"JAXDISTILL_PROCESS={i}" in words and "JAXDISTILL_PROCESSES=3" in words and "launch.train" in words
+
+
+@pytest.mark.parametrize("arguments, message", [(["0"], "number of processes"), (["2", "--devces=1"], "did you mean 'devices'")])
+def test_bad_input(arguments, message):
+    done = subprocess.run([sys.executable, "-m", "launch.local_cluster", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
