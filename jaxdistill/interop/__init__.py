@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, dit, llama, t5
+from jaxdistill.interop import bert, dit, llama, neox, t5
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -28,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         llama.FAMILY,
         llama.QWEN2,
         llama.QWEN3,
+        neox.FAMILY,
         t5.ENCODER,
         t5.FAMILY,
         t5.UMT5_ENCODER,
