@@ -21,34 +21,41 @@ PLAIN = 2048  # tokens: up to PLAIN x PLAIN scores a head, plain attention is th
 TILE = 128  # what a kernel's sequence lengths must divide by
 
 
-def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
+              scale: float | None = None) -> Array:  # fmt: skip
     """q [B T H K], k and v [B S G K] with G dividing H, mask bool [B or 1, H or 1, T or 1, S] True = attend -> [B T H K].
 
-    Scores and softmax in float32. A row that may attend to nothing is undefined (finite).
+    Scores are `scale` (None: K^-1/2) times the products, plus `bias` [B or 1, H or 1, T, S]; they and the softmax are
+    float32. A row that may attend to nothing is undefined (finite).
     """
-    queries, keys = q.shape[1], k.shape[1]
+    queries, keys, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
+    if bias is not None:  # whoever has a bias for each score holds all of them anyway
+        return plain(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale)
     if in_forward_mode():
-        return (plain if queries * keys <= PLAIN**2 else blockwise)(q, k, v, mask=mask, causal=causal)
+        return (plain if queries * keys <= PLAIN**2 else blockwise)(q, k, v, mask=mask, causal=causal, scale=scale)
     tiled = mask is None and queries == keys and queries % TILE == 0
     if not tiled:
-        return plain(q, k, v, mask=mask, causal=causal)
+        return plain(q, k, v, mask=mask, causal=causal, scale=scale)
     half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
     paths = {"tpu": splash, "default": plain} | ({"cuda": cudnn} if half and jax.default_backend() == "gpu" else {})
-    return jax.lax.platform_dependent(q, k, v, **{name: functools.partial(path, causal=causal) for name, path in paths.items()})
+    how = dict(causal=causal, scale=scale)
+    return jax.lax.platform_dependent(q, k, v, **{name: functools.partial(path, **how) for name, path in paths.items()})
 
 
-def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
+          scale: float | None = None) -> Array:  # fmt: skip
     """XLA's, through all T x S scores."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation="xla")
 
 
-def cudnn(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+def cudnn(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float | None = None) -> Array:
     """Flash attention of cuDNN: bfloat16 or float16, at most 128 channels a head."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")
 
 
-def splash(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
+def splash(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float | None = None) -> Array:
     """Splash attention (Pallas, TPU): T = S, a multiple of 128. Sharded by batch and heads; queries also by sequence."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def local(q, k, v):
         from jax.experimental.pallas.ops.tpu import splash_attention as pallas
@@ -61,16 +68,17 @@ def splash(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
                                   block_kv_dkv_compute=keys, block_q_dq=block, block_kv_dq=keys)  # fmt: skip
         kernel = pallas.make_splash_mha_single_device(pallas.MultiHeadMask([one] * q.shape[2]), block_sizes=sizes)
         heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-        scaled = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+        scaled = q * jnp.asarray(scale, q.dtype)
         return heads_first(jax.vmap(kernel)(*map(heads_first, (scaled, k, v))))
 
     wide = ("batch", None if causal else "seq", "heads", None)
     whole = ("batch", None, "heads", None)
     run = per_shard(local, (wide, whole, whole), wide, (q, k, v), tile=TILE)
-    return plain(q, k, v, causal=causal) if run is None else run(q, k, v)
+    return plain(q, k, v, causal=causal, scale=scale) if run is None else run(q, k, v)
 
 
-def blockwise(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, block: int = 512) -> Array:
+def blockwise(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, scale: float | None = None,
+              block: int = 512) -> Array:  # fmt: skip
     """The same by online softmax over blocks of `block` queries and keys: memory grows with T + S, not T x S.
 
     Differentiable in every mode. The running maximum that keeps exponentials finite cancels from the result, hence
@@ -80,7 +88,7 @@ def blockwise(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
     rows, columns = min(block, queries), min(block, keys)
     pad = lambda x, axis, to: jnp.pad(x, [(0, -x.shape[a] % to if a == axis else 0) for a in range(x.ndim)])
     split = lambda x, axis, to: jnp.moveaxis(pad(x, axis, to).reshape(*x.shape[:axis], -1, to, *x.shape[axis + 1 :]), axis, 0)
-    wide = q.astype(jnp.float32).reshape(batch, queries, groups, heads // groups, size) * size**-0.5
+    wide = q.astype(jnp.float32).reshape(batch, queries, groups, heads // groups, size) * (size**-0.5 if scale is None else scale)
     q_blocks, k_blocks, v_blocks = split(wide, 1, rows), split(k, 1, columns), split(v, 1, columns)
     numbers = lambda blocks: jnp.arange(blocks.shape[0])
     if mask is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,3 +135,13 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
     return x, ys, tuple(after[tap] for tap in taps)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
+    "gelu": functools.partial(nnx.gelu, approximate=False),
+    "gelu_fast": functools.partial(nnx.gelu, approximate=True),
+    "gelu_new": functools.partial(nnx.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(nnx.gelu, approximate=True),
+    "relu": nnx.relu,
+    "silu": nnx.silu,
+}

@@ -56,6 +56,24 @@ def generate(
     return tokens, jnp.concatenate([mask, jnp.ones((batch, 1), bool), alive.T], 1)
 
 
+def answer(net: Callable, source: Array, length: int, key: Array, *, source_mask: Array | None = None, start: int = 0,
+           **how) -> tuple[Array, Array]:  # fmt: skip
+    """Text about `source` int [B S] from an encoder-decoder (models/t5.py): (tokens int [B length], mask bool [B length]).
+
+    `net` is the bound network, `source_mask` [B S] is False on padding, `start` the token that each text begins with,
+    which is left out of what is returned; `how` are the other arguments of `generate`, whose mask this is.
+    """
+    states = net(source, mask=source_mask, method="encode")
+
+    def decoder(*args, method: str = "decode", **kwargs):
+        if method == "init_cache":
+            return net(states, args[1], source_mask=source_mask, method=method)
+        return net(*args, method=method, **kwargs)
+
+    tokens, mask = generate(decoder, jnp.full((len(source), 1), start, source.dtype), length + 1, key, **how)
+    return tokens[:, 1:], mask[:, 1:]
+
+
 def draw(logits: Array, key: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
     """One token int [B] for each row of logits [B V].
 

@@ -43,9 +43,10 @@ def keep_layers(net: Net, params: Params, layers: Array) -> tuple[Net, Params]:
 def keep_neurons(net: Net, params: Params, neurons: Array) -> tuple[Net, Params]:
     """The model of these MLP neurons only, int [L, mlp]: each layer its own."""
     blocks = params["blocks"]
-    columns = lambda name: {"kernel": jnp.take_along_axis(blocks[name]["kernel"], neurons[:, None, :], 2)}
+    columns = lambda w: jnp.take_along_axis(w, neurons[:, None, :] if w.ndim == 3 else neurons, -1)  # of a kernel or a bias
     rows = {"kernel": jnp.take_along_axis(blocks["down"]["kernel"], neurons[:, :, None], 1)}
-    blocks = {**blocks, "gate": columns("gate"), "up": columns("up"), "down": rows}
+    into = {name: jax.tree.map(columns, blocks[name]) for name in ("gate", "up") if name in blocks}
+    blocks = {**blocks, **into, "down": blocks["down"] | rows}
     return _resized(net, mlp=neurons.shape[1]), {**params, "blocks": blocks}
 
 

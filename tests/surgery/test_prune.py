@@ -8,6 +8,7 @@ import pytest
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.types import Refused
 from jaxdistill.models.lm import LM
+from jaxdistill.models.neox import NeoX
 from jaxdistill.surgery.prune import importance, keep_layers, keep_neurons, prune
 
 CFG = LM(vocab=11, dim=8, mlp=12, heads=2, kv_heads=1, depth=4)
@@ -74,6 +75,19 @@ def test_neurons_that_are_silent_go_first(params):
     net, small = prune(NET, mute, BATCH, mlp=10)
     assert net.config == dataclasses.replace(CFG, mlp=10)
     np.testing.assert_allclose(logits(net, small), logits(NET, mute), atol=1e-5)
+
+
+def test_neurons_of_an_mlp_without_a_gate():
+    """NeoX, with biases: neurons that nothing reads may go."""
+    cfg = NeoX(vocab=11, dim=8, mlp=12, heads=2, depth=2, rotary_share=0.5)
+    net, rng = make_net(cfg, config=cfg), np.random.default_rng(1)
+    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes)
+    kept = jnp.sort(jnp.stack([jnp.asarray(rng.permutation(12)[:7]) for _ in range(2)]), -1)
+    read = jnp.zeros((2, 12, 1)).at[jnp.arange(2)[:, None], kept].set(1.0)
+    params["blocks"]["down"]["kernel"] *= read
+    small, found = keep_neurons(net, params, kept)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(lambda s: s.shape, small.shapes)
+    np.testing.assert_allclose(logits(small, found), logits(net, params), atol=1e-5)
 
 
 def test_what_is_kept_is_bit_for_bit_what_it_was(params):
