@@ -25,8 +25,8 @@ def toy(name: str):
 class Setup:
     """A toy experiment with random weights in place of those it would load."""
 
-    def __init__(self, name: str, shape: sharding.MeshShape):
-        config = toy(name)
+    def __init__(self, name: str, shape: sharding.MeshShape, config=None):
+        config = config or toy(name)
         config.mesh = build.spec("core.sharding:MeshShape", **dataclasses.asdict(shape))
         self.experiment = Experiment(config, Path("unused"))
         with self.context():
