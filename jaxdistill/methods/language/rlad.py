@@ -46,7 +46,7 @@ class RLAD(GRPO):
 class KDRL(GRPO):
     """The baseline (arXiv:2506.02208): GRPO whose KL is to the teacher, on the same roll-outs."""
 
-    kl_weight: float = 2e-3
+    kl_weight: float = 2e-3  # beta; a default of this library
     kl_kind: str = "k2"  # whose gradient is that of the reverse KL
     updates: int = 4
     clip_high: float = 0.28
