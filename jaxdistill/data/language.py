@@ -176,6 +176,32 @@ class Carry(Dataset):
         return "".join("0123456789+=;"[t] for t in tokens if t != self.pad)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JunkCarry(Carry):
+    """`Carry` of which a share of the training problems cannot be solved: random symbols for a prompt, a random sum.
+
+    What is kept for evaluation has none.
+    """
+
+    junk: float = 0.8  # their share
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.junk <= 1:
+            raise Refused(f"data.junk={self.junk}: expected 0 to 1")
+
+    def batch(self, index, rows):
+        rng = np.random.default_rng([self.seed, 3, index])
+        bad = (rng.random((self.batch_size, 1)) < self.junk)[rows]
+        noise = rng.integers(self.eos, size=(self.batch_size, self.length))[rows].astype(np.int32)
+        answers = np.arange(self.length) > 2 * self.digits + 1
+        noise = np.where(answers, noise % 10, noise)
+        noise[:, -1] = self.eos
+        batch = super().batch(index, rows)
+        tokens = np.where(bad, noise, batch["tokens"])
+        return {**batch, "tokens": tokens, "prompt": tokens[:, : 2 * self.digits + 2]}
+
+
 def _powers(width: int) -> np.ndarray:
     """10^(width - 1), ..., 10, 1."""
     return 10 ** np.arange(width - 1, -1, -1, dtype=np.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.language import Carry, Markov
+from jaxdistill.data.language import Carry, JunkCarry, Markov
 
 TINY = Markov(vocab=3, branch=2, length=6, batch_size=20_000)
 
@@ -142,3 +142,17 @@ def test_carry_checks_every_token_of_the_answer():
 def test_refused(make, message):
     with pytest.raises(Refused, match=message):
         make()
+
+
+def test_junk_cannot_be_solved_and_is_not_kept_for_evaluation():
+    data, clean = JunkCarry(digits=2, junk=0.7, batch_size=400), Carry(digits=2, batch_size=400)
+    batch, plain = data.batch(0, slice(None)), clean.batch(0, slice(None))
+    bad = (batch["tokens"] != plain["tokens"]).any(1)
+    assert abs(bad.mean() - 0.7) <= 5 * np.sqrt(0.21 / 400)
+    assert data.correct(batch["tokens"][~bad]).all() and data.correct(batch["tokens"][bad]).mean() < 0.02
+    assert (batch["tokens"][:, -1] == data.eos).all() and batch["tokens"].max() == data.eos
+    np.testing.assert_array_equal(batch["prompt"], batch["tokens"][:, :6])
+    np.testing.assert_array_equal(data.batch(0, slice(100, 120))["tokens"], batch["tokens"][100:120])
+    np.testing.assert_array_equal(data.evaluation(50)["tokens"], clean.evaluation(50)["tokens"])
+    with pytest.raises(Refused, match=r"data\.junk=2"):
+        JunkCarry(junk=2)
