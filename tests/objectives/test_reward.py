@@ -119,6 +119,15 @@ def count(prompt, response, answer):
     return (len(prompt) + 10 * len(response) + 100 * len(answer)) / 1000
 
 
+def test_rows_that_are_spread_over_devices():
+    reward = Verified(function="objectives.verifiers:exact_text", tokenizer="byte", workers=1, timeout=60.0)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), "data")
+    rows = jax.device_put(texts(*("5555x5x5")), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    value, _ = jax.jit(reward)(rows)
+    np.testing.assert_array_equal(value, [1, 1, 1, 1, 0, 1, 0, 1])
+    reward.pool.close()
+
+
 def test_without_a_tokenizer_the_function_gets_ids(here):
     reward = Verified(function="test_reward:count", workers=1, timeout=60.0)
     np.testing.assert_allclose(reward(texts("abc"))[0], [0.131])

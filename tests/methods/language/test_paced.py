@@ -73,7 +73,7 @@ def test_equal_lengths_and_weights_are_plain_distillation():
 
 def test_stages():
     first, second = Paced(batches=7).stages(11)
-    assert (first.steps, second.steps) == (5, 6) and first.collect.batches == second.collect.batches == 7
+    assert (first.steps, second.steps) == (6, 5) and first.collect.batches == second.collect.batches == 7
     assert (first.method.kind, first.method.reference) == ("forward_kl", "teacher")
     assert (second.method.kind, second.method.reference) == ("reverse_kl", "student")
     assert [t.when(0) for t in first.method.turns] == [False, True] and [t.when(0) for t in second.method.turns] == [True, False]
@@ -142,8 +142,9 @@ def test_a_pool_is_filtered_and_weighted(tmp_path, memory):
     np.testing.assert_allclose(np.sort(batch["weight"]), np.sort(worth[worth > 0] / worth[worth > 0].mean()), rtol=1e-6)
     np.testing.assert_allclose(batch["weight"].mean(), 1, rtol=1e-6)
     np.testing.assert_allclose(np.mean(batch["weight"] * batch["grad"]), np.mean(worth / worth.mean() * grads), rtol=1e-5)
-    pool(tmp_path, 7 * worth)
-    again = next(arrayrecord.stored(tmp_path, batch_size=4, seed=0, memory=memory).loader())
+    (tmp_path / "scaled").mkdir()
+    pool(tmp_path / "scaled", 7 * worth)
+    again = next(arrayrecord.stored(tmp_path / "scaled", batch_size=4, seed=0, memory=memory).loader())
     np.testing.assert_allclose(again["weight"], batch["weight"], rtol=1e-6)
     assert data.spec()["weight"].shape == (4,)
 
