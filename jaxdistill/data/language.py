@@ -202,6 +202,48 @@ class JunkCarry(Carry):
         return {**batch, "tokens": tokens, "prompt": tokens[:, : 2 * self.digits + 2]}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(Dataset):
+    """Questions whose answers follow no rule, to be learnt by heart: tokens int32 and mask float32 [2 + answer], 1 on the
+    answer; prompt int32 and prompt_mask bool [2], the question's number in two digits to the base `symbols`.
+
+    Evaluation asks the questions that are trained on.
+    """
+
+    questions: int = 16
+    answer: int = 6  # tokens of it
+    symbols: int = 8  # ids, of questions and answers
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.questions <= self.symbols**2:
+            raise Refused(f"data.questions={self.questions}: expected 1 to {self.symbols**2}, the square of data.symbols")
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """int32 [questions, 2 + answer]"""
+        number = np.stack(np.divmod(np.arange(self.questions), self.symbols), 1)
+        answers = np.random.default_rng([self.seed, 4]).integers(self.symbols, size=(self.questions, self.answer))
+        return np.concatenate([number, answers], 1).astype(np.int32)
+
+    def write(self, which: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of these questions."""
+        tokens = self.table[which]
+        mask = np.tile(np.float32(np.arange(tokens.shape[1]) >= 2), (len(tokens), 1))
+        return {"tokens": tokens, "mask": mask, "prompt": tokens[:, :2], "prompt_mask": np.ones((len(tokens), 2), bool)}
+
+    def batch(self, index, rows):
+        return self.write(np.random.default_rng([self.seed, 1, index]).integers(self.questions, size=self.batch_size)[rows])
+
+    def evaluation(self, n):
+        return self.write(np.arange(min(n, self.questions)))
+
+    def correct(self, tokens: Array) -> Array:
+        """Whether each row [..., 2 + answer] is a question with exactly its answer: bool [...]; numpy or jax arrays."""
+        which = tokens[..., 0] * self.symbols + tokens[..., 1]
+        return (jnp.asarray(self.table)[which] == tokens).all(-1)
+
+
 def _powers(width: int) -> np.ndarray:
     """10^(width - 1), ..., 10, 1."""
     return 10 ** np.arange(width - 1, -1, -1, dtype=np.int32)

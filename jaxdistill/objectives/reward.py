@@ -39,6 +39,17 @@ class Share:
         return score, jnp.zeros_like(score)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtLeast(Share):
+    """1 where that share is `least` or more, else 0: right enough."""
+
+    least: float = 0.5
+
+    def __call__(self, batch: Batch) -> tuple[Array, Array]:
+        score, failed = super().__call__(batch)
+        return (score >= self.least).astype(jnp.float32), failed
+
+
 def _hits(batch: Batch) -> tuple[Array, Array]:
     """(where the answer has a token, where the response has that token or, beyond the answer, one too many), bool [B T]."""
     wanted, written = batch["answer_mask"] > 0, batch["mask"] > 0

@@ -10,7 +10,7 @@ from absl import logging
 from jaxdistill.core.types import Refused
 from jaxdistill.data.tokenizers import ByteTokenizer
 from jaxdistill.objectives import verifiers
-from jaxdistill.objectives.reward import Exact, Share, Verified
+from jaxdistill.objectives.reward import AtLeast, Exact, Share, Verified
 
 ANSWER = jnp.array([[9, 9, 1, 2, 3, 0], [9, 9, 4, 5, 3, 0]])
 ANSWER_MASK = jnp.array([[0, 0, 1, 1, 1, 0]] * 2, jnp.float32)
@@ -34,7 +34,7 @@ def batch(tokens, mask):
 def test_exact_and_share(row, mask, exact, share):
     other = [9, 9, 4, 5, 3, 0], [0, 0, 1, 1, 1, 0]
     both = batch([row, other[0]], [mask, other[1]])
-    for reward, value in ((Exact(), exact), (Share(), share)):
+    for reward, value in ((Exact(), exact), (Share(), share), (AtLeast(least=0.6), share >= 0.6)):
         score, failed = reward(both)
         np.testing.assert_allclose(score, [value, 1], rtol=1e-6)
         assert not failed.any()

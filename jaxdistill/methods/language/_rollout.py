@@ -17,7 +17,7 @@ from jaxdistill.samplers.text import respond
 class Writing(Method):
     """Base of methods that write responses to the data's prompts."""
 
-    sample_temperature: float = 1.0  # of the writing
+    sample_temperature: float = 1.0  # of the writing; 1 in the papers
     prompt_length: int = 0  # tokens that a row opens with, for data without "prompt"
     eos: tuple[int, ...] = ()  # tokens that end a response
     pad: int = 0  # what follows them

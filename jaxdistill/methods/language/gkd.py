@@ -12,19 +12,15 @@ import dataclasses
 import numpy as np
 
 from jaxdistill.core.types import Batch, Ctx, Nets, Turn
+from jaxdistill.methods.language._rollout import Writing
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.samplers.text import respond
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GKD(KD):
+class GKD(KD, Writing):
     kind: str = "jsd"
     beta: float = 0.5  # of the JSD: towards 0 forward KL, towards 1 reverse KL; the paper's 0.1, 0.5, 0.9, best by task
     on_policy: float = 0.5  # lambda: share of batches that the student writes itself; the paper's 0, 0.5, 1
-    sample_temperature: float = 1.0  # of its writing; the paper's 1
-    prompt_length: int = 0  # tokens that a row opens with, for data without "prompt"
-    eos: tuple[int, ...] = ()  # tokens that end its writing
-    pad: int = 0  # what follows them
 
     @property
     def options(self):
@@ -43,5 +39,4 @@ class GKD(KD):
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """Algorithm 1, y ~ p_student(. | x): its continuations, in the places where the data has the responses."""
-        return respond(net.student, ctx.batch, ctx.key("write"), prompt_length=self.prompt_length,
-                       temperature=self.sample_temperature, eos=self.eos, pad=self.pad)  # fmt: skip
+        return self.write(net.student, ctx, "write")

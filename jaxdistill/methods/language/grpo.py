@@ -29,7 +29,7 @@ class GRPO(Writing):
     reward: Any = Exact()  # of objectives.reward
     group: int = 8  # responses to a prompt; the paper's 64
     updates: int = 1  # of the student before it becomes `old` again; the paper's 1
-    clip_low: float = 0.2  # the ratio may fall to 1 - clip_low
+    clip_low: float = 0.2  # the ratio may fall to 1 - clip_low; 0.2 is PPO's
     clip_high: float = 0.2  # and rise to 1 + clip_high
     kl_weight: float = 0.04  # of the KL to the reference; the paper's 0.04; 0: no reference is loaded
     kl_kind: str = "k3"  # k1 | k2 | k3: its estimator; the paper's k3

@@ -18,7 +18,6 @@ from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.pacing import beta_kernel
 from jaxdistill.objectives.reward import Exact
-from jaxdistill.samplers.text import respond
 
 REFERENCES = ("teacher", "student", "dataset")
 
@@ -69,10 +68,9 @@ class Paced(GKD):
 
     def measure(self, net: Nets, ctx: Ctx) -> Batch:
         """The problems with `pass_rate` and `worth` [B], and the responses that the stage learns from where they are fixed."""
-        how = dict(prompt_length=self.prompt_length, temperature=self.sample_temperature, eos=self.eos, pad=self.pad)
-        score, failed = self.reward(respond(net.student, ctx.batch, ctx.key("try"), copies=self.attempts, **how))
+        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts))
         rate, failed = (jnp.mean(x.reshape(-1, self.attempts), 1) for x in (score >= self.success, failed))
-        batch = respond(net.teacher, ctx.batch, ctx.key("teach"), **how) if self.reference == "teacher" else ctx.batch
+        batch = self.write(net.teacher, ctx, "teach") if self.reference == "teacher" else ctx.batch
         return {**batch, "pass_rate": rate, "failed": failed, "worth": self.worth(rate)}
 
     def worth(self, rate: Array) -> Array:
