@@ -8,21 +8,22 @@ same updates, greedy `accuracy` on sums that were kept back is higher than that 
 gives most of it, and the shape of the kernel in between is not told apart here.
 """
 
-from configs.toy.grpo import OPTIMIZER, WRITING, train
-from jaxdistill.core.build import Role, experiment, spec
+from configs.toy.tsd_kd import WRITING, distil
+from jaxdistill.core.build import spec
 
 
-def distil(runs=None, **method):
-    return experiment(
+def paced(runs=None, claim=None, **exponents):
+    return distil(
+        spec("methods.language.paced:Paced", batches=300, **exponents, **WRITING),
+        spec("data.language:JunkCarry", digits=2, batch_size=32),
         steps=300,
-        runs=dict(start=train(200), teacher=train(600), **(runs or {})),
-        data=spec("data.language:JunkCarry", digits=2, batch_size=32),
-        method=spec("methods.language.paced:Paced", batches=300, **method, **WRITING),
-        roles=dict(teacher=Role(init="@teacher"), student=Role(init="@start", optimizer=OPTIMIZER)),
-        evaluation=spec("evals.text:TextEval"),
-        **({"claim": dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.1)} if runs else {}),
+        runs=runs,
+        claim=claim,
     )
 
 
 def get_config():
-    return distil(dict(baseline=distil(a=0.0, b=0.0)))
+    return paced(
+        dict(baseline=paced(a=0.0, b=0.0)),
+        dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.1),
+    )
