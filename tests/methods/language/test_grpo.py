@@ -12,7 +12,7 @@ from jaxdistill.core.step import bind, init_state, make_train_step
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.models.lm import LM
-from jaxdistill.objectives.reward import Share
+from jaxdistill.objectives.reward import Share, Verified
 
 RNG = np.random.default_rng(0)
 NET = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
@@ -137,6 +137,16 @@ def test_it_raises_the_reward():
     method = dataclasses.replace(METHOD, group=16, kl_weight=0.0, eos=())
     rewards = [m["student/reward"] for _, m in train(method, 60, (), optax.adam(5e-2))]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2  # two prompts to learn by heart; chance is 1 / 7
+
+
+def test_training_goes_on_where_the_verifier_fails():
+    """pow(prompt, response, answer) of lists raises."""
+    reward = Verified(function="builtins:pow", workers=1, timeout=60.0)
+    history = train(dataclasses.replace(METHOD, reward=reward), 2, ("reference",))
+    for _, metrics in history:
+        assert metrics["student/failed"] == 1 and metrics["student/reward"] == 0 and metrics["student/flat"] == 1
+        assert np.isfinite(metrics["student/loss"]) and metrics["student/grad_norm"] > 0  # of the KL
+    reward.pool.close()
 
 
 def test_without_a_kl_there_is_no_reference():
