@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from flax.serialization import msgpack_restore, msgpack_serialize
 
@@ -47,21 +49,57 @@ class ArrayRecords(Records):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightedRecords(ArrayRecords):
+    """Records with a number `worth`, drawn evenly: those that are worth nothing are left out, and the others come with
+    `weight`, their worth over the mean of those that are kept. Where none is worth anything all have weight 1."""
+
+    @functools.cached_property
+    def worth(self) -> np.ndarray:
+        """float64 [N] of all training records, from one pass over them."""
+        source = super().source("train")
+        return np.array([float(super(WeightedRecords, self).example(source[i])["worth"]) for i in range(len(source))])
+
+    @functools.cached_property
+    def mean(self) -> float:
+        """Of those above 0; 0 where there are none."""
+        if not (self.worth > 0).any():
+            logging.warning("%s: no record is worth anything; all are used, with equal weights", self.path)
+            return 0.0
+        return float(self.worth[self.worth > 0].mean())
+
+    def source(self, split):
+        rows = super().source(split)
+        return Subset(rows, np.flatnonzero(self.worth > 0)) if split == "train" and self.mean else rows
+
+    def example(self, record):
+        example = super().example(record)
+        return {**example, "weight": np.float32(example["worth"] / self.mean if self.mean else 1.0)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRecords(InMemory):
     """`ArrayRecords`, read into memory at the start: for what is small and read many times."""
 
     heldout: float = 0.02
+    weighted: bool = False  # as WeightedRecords
 
     def arrays(self, split):
-        records = ArrayRecords(path=self.path, heldout=self.heldout)
+        records = (WeightedRecords if self.weighted else ArrayRecords)(path=self.path, heldout=self.heldout)
         examples = [records.example(record) for record in records.source(split)]
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
 def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -> Dataset:
-    """All records below `folder` as training data, in memory where they take less than `memory` bytes."""
-    small = sum(file.stat().st_size for file in folder.iterdir()) < memory
-    return (LoadedRecords if small else ArrayRecords)(path=str(folder), batch_size=batch_size, seed=seed, heldout=0.0)
+    """All records below `folder` as training data, in memory where they take less than `memory` bytes.
+
+    Records that say what they are `worth` are weighted by it (`WeightedRecords`).
+    """
+    common = dict(path=str(folder), batch_size=batch_size, seed=seed, heldout=0.0)
+    every = ArrayRecords(**common)
+    weighted = "worth" in every.example(every.source("train")[0])
+    if sum(file.stat().st_size for file in folder.iterdir()) < memory:
+        return LoadedRecords(**common, weighted=weighted)
+    return WeightedRecords(**common) if weighted else every
 
 
 class RecordFile(Sequence):

@@ -176,6 +176,74 @@ class Carry(Dataset):
         return "".join("0123456789+=;"[t] for t in tokens if t != self.pad)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JunkCarry(Carry):
+    """`Carry` of which a share of the training problems cannot be solved: random symbols for a prompt, a random sum.
+
+    What is kept for evaluation has none.
+    """
+
+    junk: float = 0.8  # their share
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.junk <= 1:
+            raise Refused(f"data.junk={self.junk}: expected 0 to 1")
+
+    def batch(self, index, rows):
+        rng = np.random.default_rng([self.seed, 3, index])
+        bad = (rng.random((self.batch_size, 1)) < self.junk)[rows]
+        noise = rng.integers(self.eos, size=(self.batch_size, self.length))[rows].astype(np.int32)
+        answers = np.arange(self.length) > 2 * self.digits + 1
+        noise = np.where(answers, noise % 10, noise)
+        noise[:, -1] = self.eos
+        batch = super().batch(index, rows)
+        tokens = np.where(bad, noise, batch["tokens"])
+        return {**batch, "tokens": tokens, "prompt": tokens[:, : 2 * self.digits + 2]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recall(Dataset):
+    """Questions whose answers follow no rule, to be learnt by heart: tokens int32 and mask float32 [2 + answer], 1 on the
+    answer; prompt int32 and prompt_mask bool [2], the question's number in two digits to the base `symbols`.
+
+    Evaluation asks the questions that are trained on.
+    """
+
+    questions: int = 16
+    answer: int = 6  # tokens of it
+    symbols: int = 8  # ids, of questions and answers
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.questions <= self.symbols**2:
+            raise Refused(f"data.questions={self.questions}: expected 1 to {self.symbols**2}, the square of data.symbols")
+
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """int32 [questions, 2 + answer]"""
+        number = np.stack(np.divmod(np.arange(self.questions), self.symbols), 1)
+        answers = np.random.default_rng([self.seed, 4]).integers(self.symbols, size=(self.questions, self.answer))
+        return np.concatenate([number, answers], 1).astype(np.int32)
+
+    def write(self, which: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of these questions."""
+        tokens = self.table[which]
+        mask = np.tile(np.float32(np.arange(tokens.shape[1]) >= 2), (len(tokens), 1))
+        return {"tokens": tokens, "mask": mask, "prompt": tokens[:, :2], "prompt_mask": np.ones((len(tokens), 2), bool)}
+
+    def batch(self, index, rows):
+        return self.write(np.random.default_rng([self.seed, 1, index]).integers(self.questions, size=self.batch_size)[rows])
+
+    def evaluation(self, n):
+        return self.write(np.arange(min(n, self.questions)))
+
+    def correct(self, tokens: Array) -> Array:
+        """Whether each row [..., 2 + answer] is a question with exactly its answer: bool [...]; numpy or jax arrays."""
+        which = tokens[..., 0] * self.symbols + tokens[..., 1]
+        return (jnp.asarray(self.table)[which] == tokens).all(-1)
+
+
 def _powers(width: int) -> np.ndarray:
     """10^(width - 1), ..., 10, 1."""
     return 10 ** np.arange(width - 1, -1, -1, dtype=np.int32)

@@ -224,3 +224,9 @@ def masked_sum(per_token: Array, mask: Array, weights: Array | None = None) -> t
     """
     kept = jnp.where(mask, per_token, 0.0)
     return jnp.sum(kept if weights is None else kept * weights), jnp.sum(mask.astype(jnp.float32))
+
+
+def sequence_mean(per_token: Array, mask: Array) -> Array:
+    """Mean over each row's tokens where `mask` [B T] holds, [B]; 0 for a row without any. What is masked out may be infinite or NaN."""
+    count = jnp.sum(mask.astype(jnp.float32), -1)
+    return jnp.sum(jnp.where(mask, per_token, 0.0), -1) / jnp.maximum(count, 1.0)

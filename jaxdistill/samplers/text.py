@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import Array, Batch, Refused
 
 
 def generate(
@@ -92,3 +92,25 @@ def draw(logits: Array, key: Array, *, temperature: float = 1.0, top_k: int = 0,
     kept = jnp.where(jnp.cumsum(mass, -1) - mass < top_p, kept, -jnp.inf)
     pick = jax.random.categorical(key, kept)
     return jnp.take_along_axis(ids, pick[:, None], 1)[:, 0]
+
+
+def respond(net: Callable, batch: Batch, key: Array, *, copies: int = 1, prompt_length: int = 0, **how) -> Batch:
+    """`batch` with what `net` writes after its prompts in the places where it has the responses.
+
+    Each row comes `copies` times, one after the other. tokens int, mask float32 (1 on what was written), segments and
+    positions int32 [B T] are new; answer and answer_mask keep the data's own tokens and where
+    they are a response, and group int32 [B] is the
+    row's number in `batch`. Data without "prompt" opens with `prompt_length` tokens of one; `how` goes to `generate`.
+    Raises Refused where there is neither.
+    """
+    if "prompt" not in batch and not prompt_length:
+        raise Refused("method.prompt_length=0: the data has no prompts, so say how many tokens of a row are one")
+    rows = {**batch, "group": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
+    rows = {k: jnp.repeat(v, copies, 0) for k, v in rows.items()} if copies > 1 else rows
+    prompt = rows["prompt"] if "prompt" in rows else rows["tokens"][:, :prompt_length]
+    tokens, valid = generate(net, prompt, rows["tokens"].shape[1], key, prompt_mask=rows.get("prompt_mask"), **how)
+    after = jnp.arange(tokens.shape[1]) >= prompt.shape[1]
+    new = {"tokens": tokens, "mask": (valid & after).astype(jnp.float32), "segments": valid.astype(jnp.int32)}
+    new |= {"positions": jnp.maximum(jnp.cumsum(valid, 1, dtype=jnp.int32) - 1, 0)}
+    own = {"answer": rows["tokens"], "answer_mask": rows["mask"] * after} if "answer" not in rows else {}
+    return {**rows, **own, **new}

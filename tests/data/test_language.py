@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.language import Carry, Markov
+from jaxdistill.data.language import Carry, JunkCarry, Markov, Recall
 
 TINY = Markov(vocab=3, branch=2, length=6, batch_size=20_000)
 
@@ -142,3 +142,29 @@ def test_carry_checks_every_token_of_the_answer():
 def test_refused(make, message):
     with pytest.raises(Refused, match=message):
         make()
+
+
+def test_junk_cannot_be_solved_and_is_not_kept_for_evaluation():
+    data, clean = JunkCarry(digits=2, junk=0.7, batch_size=400), Carry(digits=2, batch_size=400)
+    batch, plain = data.batch(0, slice(None)), clean.batch(0, slice(None))
+    bad = (batch["tokens"] != plain["tokens"]).any(1)
+    assert abs(bad.mean() - 0.7) <= 5 * np.sqrt(0.21 / 400)
+    assert data.correct(batch["tokens"][~bad]).all() and data.correct(batch["tokens"][bad]).mean() < 0.02
+    assert (batch["tokens"][:, -1] == data.eos).all() and batch["tokens"].max() == data.eos
+    np.testing.assert_array_equal(batch["prompt"], batch["tokens"][:, :6])
+    np.testing.assert_array_equal(data.batch(0, slice(100, 120))["tokens"], batch["tokens"][100:120])
+    np.testing.assert_array_equal(data.evaluation(50)["tokens"], clean.evaluation(50)["tokens"])
+    with pytest.raises(Refused, match=r"data\.junk=2"):
+        JunkCarry(junk=2)
+
+
+def test_answers_to_recall_are_fixed_and_evaluated():
+    data = Recall(batch_size=200)
+    batch, held = data.batch(3, slice(None)), data.evaluation(100)
+    assert held["tokens"].shape == (16, 8) and data.correct(batch["tokens"]).all() and batch["tokens"].max() < 8
+    assert {tuple(row) for row in batch["tokens"]} == {tuple(row) for row in held["tokens"]}
+    assert not data.correct((batch["tokens"] + 1) % 8 * batch["mask"].astype(int) + batch["tokens"] * (1 - batch["mask"].astype(int))).any()
+    assert (Recall(seed=1).table[:, 2:] != data.table[:, 2:]).any()
+    np.testing.assert_array_equal(batch["mask"][0], [0, 0, 1, 1, 1, 1, 1, 1])
+    with pytest.raises(Refused, match=r"data.questions=65: expected 1 to 64"):
+        Recall(questions=65)

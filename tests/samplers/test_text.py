@@ -8,7 +8,7 @@ import pytest
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.lm import LM
-from jaxdistill.samplers.text import draw, generate
+from jaxdistill.samplers.text import draw, generate, respond
 
 CFG = LM(vocab=29, dim=16, mlp=24, heads=4, kv_heads=2, depth=2)
 
@@ -119,3 +119,18 @@ def test_refusals():
     for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(Refused, match="top_p"):
             draw(jnp.zeros((1, 4)), jax.random.key(0), **bad)
+
+
+def test_responses_take_the_places_of_the_datas():
+    batch = {"tokens": jnp.array([[0, 1, 2, 2, 2], [3, 4, 6, 6, 6]]), "mask": jnp.array([[0.0, 1, 1, 1, 0], [0, 1, 1, 1, 1]])}
+    out = respond(counter, batch, jax.random.key(0), copies=2, prompt_length=2, temperature=0.0, eos=5, pad=9)
+    np.testing.assert_array_equal(out["tokens"], [[0, 1, 2, 3, 4]] * 2 + [[3, 4, 5, 9, 9]] * 2)
+    np.testing.assert_array_equal(out["mask"], [[0, 0, 1, 1, 1]] * 2 + [[0, 0, 1, 0, 0]] * 2)
+    np.testing.assert_array_equal(out["segments"], [[1, 1, 1, 1, 1]] * 2 + [[1, 1, 1, 0, 0]] * 2)
+    np.testing.assert_array_equal(out["group"], [0, 0, 1, 1])
+    np.testing.assert_array_equal(out["answer"], jnp.repeat(batch["tokens"], 2, 0))
+    np.testing.assert_array_equal(out["answer_mask"], [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2)
+    again = respond(counter, out, jax.random.key(0), prompt_length=2, temperature=0.0)
+    np.testing.assert_array_equal(again["answer"], out["answer"])  # the data's own, not the last response
+    with pytest.raises(Refused, match=r"method.prompt_length=0: the data has no prompts"):
+        respond(counter, batch, jax.random.key(0))

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.core.types import Batch, Ctx, Nets, Refused, Turn
+from jaxdistill.core.types import Batch, Ctx, Nets, Turn
+from jaxdistill.methods.language._rollout import Writing
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.samplers.text import generate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GKD(KD):
+class GKD(KD, Writing):
     kind: str = "jsd"
     beta: float = 0.5  # of the JSD: towards 0 forward KL, towards 1 reverse KL; the paper's 0.1, 0.5, 0.9, best by task
     on_policy: float = 0.5  # lambda: share of batches that the student writes itself; the paper's 0, 0.5, 1
-    sample_temperature: float = 1.0  # of its writing; the paper's 1
-    prompt_length: int = 0  # tokens that a row opens with, for data without "prompt"
-    eos: tuple[int, ...] = ()  # tokens that end its writing
-    pad: int = 0  # what follows them
 
     @property
     def options(self):
@@ -44,12 +39,4 @@ class GKD(KD):
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """Algorithm 1, y ~ p_student(. | x): its continuations, in the places where the data has the responses."""
-        batch = ctx.batch
-        if "prompt" not in batch and not self.prompt_length:
-            raise Refused("method.prompt_length=0: the data has no prompts, so say how many tokens of a row are one")
-        prompt = batch["prompt"] if "prompt" in batch else batch["tokens"][:, : self.prompt_length]
-        tokens, valid = generate(net.student, prompt, batch["tokens"].shape[1], ctx.key("write"), prompt_mask=batch.get("prompt_mask"),
-                                 temperature=self.sample_temperature, eos=self.eos, pad=self.pad)  # fmt: skip
-        written = valid & (jnp.arange(tokens.shape[1]) >= prompt.shape[1])
-        positions = jnp.maximum(jnp.cumsum(valid, 1) - 1, 0)
-        return {**batch, "tokens": tokens, "mask": written.astype(jnp.float32), "segments": valid.astype(jnp.int32), "positions": positions}
+        return self.write(net.student, ctx, "write")

@@ -1,0 +1,47 @@
+"""What methods on written text share: how they write, and the log-probabilities of what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Batch, Ctx, Method
+from jaxdistill.models.lm import context
+from jaxdistill.objectives.divergence import chunked_cross_entropy, cross_entropy
+from jaxdistill.samplers.text import respond
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing(Method):
+    """Base of methods that write responses to the data's prompts."""
+
+    sample_temperature: float = 1.0  # of the writing; 1 in the papers
+    prompt_length: int = 0  # tokens that a row opens with, for data without "prompt"
+    eos: tuple[int, ...] = ()  # tokens that end a response
+    pad: int = 0  # what follows them
+    chunk: int = 0  # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
+
+    def write(self, net: Callable, ctx: Ctx, name: str, copies: int = 1) -> Batch:
+        """The batch with `net`'s responses (`samplers.text.respond`), drawn from the key called `name`."""
+        return respond(net, ctx.batch, ctx.key(name), copies=copies, prompt_length=self.prompt_length,
+                       temperature=self.sample_temperature, eos=self.eos, pad=self.pad)  # fmt: skip
+
+    def log_probs(self, net: Callable, batch: Batch) -> Array:
+        """log q of tokens[:, 1:] given those before, [B T-1], at the temperature of the writing."""
+        out = net(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))[:, :-1] / self.sample_temperature
+        labels = batch["tokens"][:, 1:]
+        if self.chunk:
+            return -chunked_cross_entropy(out, net(method="head"), labels, chunk=self.chunk)
+        return -cross_entropy(out, labels)
+
+
+def written(batch: Batch) -> Array:
+    """Which of tokens[:, 1:] are a response's, bool [B T-1]."""
+    return batch["mask"][:, 1:] > 0
+
+
+def share(flags: Array, mask: Array) -> tuple[Array, Array]:
+    """(sum, count) of `flags` where `mask` holds: a metric that is averaged over tokens."""
+    return jnp.sum(flags & mask).astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)

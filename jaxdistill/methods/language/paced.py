@@ -1,0 +1,93 @@
+"""PACED - Distillation at the frontier of student competence (arXiv:2603.11178).
+
+Problems that the student always solves give no gradient, and those far beyond it gradients that do not agree. So each
+problem is weighted by p (1 - p), p the pass rate of the student's own attempts, whatever the divergence. Forward KL comes
+first, on the teacher's responses, to cover its modes; then reverse KL, on the student's own, to consolidate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Refused, Stage
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.objectives.divergence import sequence_mean
+from jaxdistill.objectives.pacing import beta_kernel
+from jaxdistill.objectives.reward import Exact
+
+REFERENCES = ("teacher", "student", "dataset")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paced(GKD):
+    """Every stage measures its pool of problems anew, leaves out those of weight 0 (data.arrayrecord.stored) and trains on
+    the rest. Stage lengths, K, the references and that pass rates stay fixed within a stage are readings of the abstract
+    and of surveys, not the paper's text."""
+
+    reward: Any = Exact()  # of objectives.reward: the verifier
+    success: float = 0.5  # reward from which an attempt has passed
+    attempts: int = 8  # K, of the student at a problem
+    batches: int = 1000  # of data.batch_size problems that make the pool of a stage
+    a: float = 1.0  # exponent of p; a > b prefers easier problems
+    b: float = 1.0  # exponent of 1 - p; a = b = 0: plain distillation
+    most: float = float("inf")  # cap on a weight; their mean is 1
+    kinds: tuple[str, ...] = ("forward_kl", "reverse_kl")  # divergence of each stage
+    references: tuple[str, ...] = ("teacher", "student")  # who writes each stage's responses: teacher | student | dataset
+    kind: str = "forward_kl"  # of the stage at hand
+    reference: str = "teacher"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.kinds) != len(self.references) or not self.kinds:
+            raise Refused(f"method.kinds={self.kinds} and method.references={self.references}: expected one of each for every stage")
+        for name in (*self.references, self.reference):
+            if name not in REFERENCES:
+                raise Refused(f"method.references: {name!r}, expected teacher, student or dataset")
+        if self.attempts < 1 or min(self.a, self.b) < 0:
+            raise Refused(f"method.attempts={self.attempts}, a={self.a}, b={self.b}: expected at least 1, 0 and 0")
+
+    @property
+    def options(self):
+        return super().options if self.kind == "jsd" else self.params or {}
+
+    def writes(self, step: int) -> bool:
+        return self.reference == "student"
+
+    def stages(self, steps):
+        """One for each divergence, equally long."""
+        lengths = [(steps + i) // len(self.kinds) for i in reversed(range(len(self.kinds)))]
+        make = lambda i: dataclasses.replace(self, kind=self.kinds[i], reference=self.references[i])
+        return tuple(
+            Stage(make(i), length, surgery=None if i else begin, collect=Collect(make(i).measure, self.batches))
+            for i, length in enumerate(lengths)
+        )
+
+    def measure(self, net: Nets, ctx: Ctx) -> Batch:
+        """The problems with `pass_rate` and `worth` [B], and the responses that the stage learns from where they are fixed."""
+        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts))
+        rate, failed = (jnp.mean(x.reshape(-1, self.attempts), 1) for x in (score >= self.success, failed))
+        batch = self.write(net.teacher, ctx, "teach") if self.reference == "teacher" else ctx.batch
+        return {**batch, "pass_rate": rate, "failed": failed, "worth": self.worth(rate)}
+
+    def worth(self, rate: Array) -> Array:
+        """w(p), up to a factor."""
+        return beta_kernel(rate, self.a, self.b)
+
+    def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
+        """(1/B) sum of weight times the response's mean divergence; a batch that no pool has weighted counts evenly."""
+        mask = batch["mask"][:, 1:] > 0
+        heads = (net.teacher(method="head"), net.student(method="head")) if self.chunk else (None, None)
+        each = sequence_mean(self.soft(teacher[:, :-1], student[:, :-1], *heads), mask)
+        weight = jax.lax.stop_gradient(jnp.minimum(batch.get("weight", jnp.ones_like(each)), self.most))
+        metrics = {"divergence": jnp.sum(each), "weight": jnp.sum(weight)}
+        metrics |= {name: jnp.sum(batch[name]) for name in ("pass_rate", "failed") if name in batch}
+        return Out(jnp.sum(weight * each), metrics, count=jnp.float32(len(each)))
+
+
+def begin(nets, params, batch):
+    """Surgery: a student without weights of its own begins with random ones, since it has to be measured first."""
+    return nets, params if "student" in params else {**params, "student": nets["student"].init(jax.random.key(0))}

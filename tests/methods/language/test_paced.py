@@ -1,0 +1,202 @@
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from absl import logging
+
+from jaxdistill.core.net import make_net
+from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.types import Ctx, Refused
+from jaxdistill.data import arrayrecord
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.methods.language.paced import Paced
+from jaxdistill.models.lm import LM
+from jaxdistill.objectives.divergence import sequence_mean, token_divergence
+
+RNG = np.random.default_rng(0)
+P, Q = (jnp.asarray(RNG.standard_normal((3, 6, 7)), jnp.float32) for _ in range(2))
+BATCH = {
+    "tokens": jnp.asarray(RNG.integers(0, 7, (3, 6)), jnp.int32),
+    "mask": jnp.array([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]], jnp.float32),
+    "weight": jnp.array([0.5, 2.0, 0.0]),
+}
+
+
+def loss(method, student=Q, teacher=P, batch=BATCH):
+    nets = SimpleNamespace(teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student)
+    return method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_weights_multiply_the_responses_mean_divergence(kind):
+    method, mask = Paced(kind=kind), BATCH["mask"][:, 1:] > 0
+    each = lambda z: sequence_mean(token_divergence(kind, P, z)[:, :-1], mask)
+    out = loss(method)
+    np.testing.assert_allclose(out.loss, jnp.sum(BATCH["weight"] * each(Q)), rtol=1e-6)
+    assert out.count == 3
+    rows = jax.jacobian(each)(Q)
+    grad = jax.grad(lambda z: loss(method, z).loss)(Q)
+    np.testing.assert_allclose(grad, jnp.einsum("b,bxyz->xyz", BATCH["weight"], rows), atol=1e-6)
+    assert not jax.grad(lambda w: loss(method, batch={**BATCH, "weight": w}).loss)(BATCH["weight"]).any()
+
+
+def test_weights_are_capped():
+    capped = loss(Paced(most=1.0)).loss
+    np.testing.assert_allclose(capped, loss(Paced(), batch={**BATCH, "weight": jnp.array([0.5, 1.0, 0.0])}).loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_nothing_to_learn_from_an_equal_teacher(kind):
+    value, grad = jax.value_and_grad(lambda z: loss(Paced(kind=kind), z, P + 2).loss)(P)
+    assert abs(value) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
+
+
+def test_a_solved_choice_gives_no_signal():
+    """Two tokens, a teacher that is certain: the forward KL's gradient in the logit is q - 1."""
+    z = jnp.linspace(-6, 12, 10)
+    student = lambda z: jnp.stack([z, 0 * z], -1)[:, None].repeat(2, 1)
+    teacher, batch = student(jnp.full(10, 80.0)), {"tokens": jnp.zeros((10, 2), int), "mask": jnp.ones((10, 2))}
+    grad = jax.grad(lambda z: loss(Paced(), student(z), teacher, batch).loss)(z)
+    np.testing.assert_allclose(-grad, 1 - jax.nn.sigmoid(z), atol=1e-6)
+
+
+def test_equal_lengths_and_weights_are_plain_distillation():
+    plain = {**BATCH, "mask": jnp.ones((3, 6)), "weight": jnp.ones(3)}
+    paced, kd = (loss(m, batch=plain) for m in (Paced(a=0.0, b=0.0), KD()))
+    np.testing.assert_allclose(paced.loss / paced.count, kd.loss / kd.count, rtol=1e-6)
+
+
+def test_stages():
+    first, second = Paced(batches=7).stages(11)
+    assert (first.steps, second.steps) == (6, 5) and first.collect.batches == second.collect.batches == 7
+    assert (first.method.kind, first.method.reference) == ("forward_kl", "teacher")
+    assert (second.method.kind, second.method.reference) == ("reverse_kl", "student")
+    assert [t.when(0) for t in first.method.turns] == [False, True] and [t.when(0) for t in second.method.turns] == [True, False]
+    one = Paced(kinds=("jsd",), references=("dataset",), beta=0.9).stages(4)
+    assert len(one) == 1 and one[0].method.options == {"beta": 0.9}
+
+
+def fixed(*rows):
+    """A model that writes these rows, whatever it is asked: one for each prompt, which is its number."""
+    table = jnp.asarray(rows)
+
+    def net(tokens, *_, cache=None, method="__call__", **__):
+        if method == "init_cache":
+            return {"at": 0, "row": None}
+        row = tokens[:, 0] if cache["row"] is None else cache["row"]
+        at = cache["at"]
+        return 40.0 * jax.nn.one_hot(table[row, at], 7)[:, None], {"at": at + 1, "row": row}
+
+    return net
+
+
+PROBLEMS = {
+    "tokens": jnp.array([[0, 3, 6], [1, 4, 6], [2, 5, 6]]),
+    "mask": jnp.array([[0.0, 1, 1]] * 3),
+    "prompt": jnp.array([[0], [1], [2]]),
+}
+
+
+def coin(tokens, *_, cache=None, method="__call__", **__):
+    """Writes 3 or 4 with equal chance, then 6."""
+    if method == "init_cache":
+        return {"at": jnp.int32(0)}
+    law = jnp.where(cache["at"] == 0, jnp.log(jnp.array([1e-9, 1e-9, 1e-9, 0.5, 0.5, 1e-9, 1e-9])), 40.0 * jax.nn.one_hot(6, 7))
+    return jnp.broadcast_to(law, (len(tokens), 1, 7)), {"at": cache["at"] + 1}
+
+
+@pytest.mark.parametrize("reference", ["teacher", "student", "dataset"])
+def test_what_is_measured(reference):
+    """The coin solves problems 0 and 1 half of the time, and never problem 2."""
+    method = Paced(attempts=64, reference=reference)
+    nets = SimpleNamespace(student=coin, teacher=fixed([1, 6], [2, 6], [3, 6]))
+    batch = method.measure(nets, Ctx(PROBLEMS, jax.random.key(0), jnp.int32(0), {}))
+    rate = np.asarray(batch["pass_rate"])
+    assert rate[2] == 0 and (abs(rate[:2] - 0.5) <= 5 * 0.5 / 8).all()
+    np.testing.assert_allclose(batch["worth"], rate * (1 - rate), rtol=1e-6)
+    assert not batch["failed"].any()
+    expected = [[0, 1, 6], [1, 2, 6], [2, 3, 6]] if reference == "teacher" else PROBLEMS["tokens"]
+    np.testing.assert_array_equal(batch["tokens"], expected)
+    if reference == "teacher":
+        np.testing.assert_array_equal(batch["answer"], PROBLEMS["tokens"])
+
+
+def pool(folder, worth):
+    grads = np.random.default_rng(1).standard_normal(len(worth))
+    arrayrecord.write(folder / "a.arrayrecord", ({"worth": np.float32(w), "grad": np.float32(g)} for w, g in zip(worth, grads)))
+    return grads
+
+
+@pytest.mark.parametrize("memory", [1 << 30, 0])
+def test_a_pool_is_filtered_and_weighted(tmp_path, memory):
+    """Over the kept records the mean weight is 1, and the expected gradient is that of the whole pool with its own mean."""
+    worth = np.array([0.0, 0.25, 0.1, 0.0, 0.0, 0.05, 0.2, 0.0])
+    grads = pool(tmp_path, worth)
+    data = arrayrecord.stored(tmp_path, batch_size=4, seed=0, memory=memory)
+    batch = next(data.loader())
+    np.testing.assert_allclose(np.sort(batch["weight"]), np.sort(worth[worth > 0] / worth[worth > 0].mean()), rtol=1e-6)
+    np.testing.assert_allclose(batch["weight"].mean(), 1, rtol=1e-6)
+    np.testing.assert_allclose(np.mean(batch["weight"] * batch["grad"]), np.mean(worth / worth.mean() * grads), rtol=1e-5)
+    (tmp_path / "scaled").mkdir()
+    pool(tmp_path / "scaled", 7 * worth)
+    again = next(arrayrecord.stored(tmp_path / "scaled", batch_size=4, seed=0, memory=memory).loader())
+    np.testing.assert_allclose(again["weight"], batch["weight"], rtol=1e-6)
+    assert data.spec()["weight"].shape == (4,)
+
+
+def test_a_pool_without_worth_is_uniform(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    pool(tmp_path, np.zeros(8))
+    batch = next(arrayrecord.stored(tmp_path, batch_size=8, seed=0).loader())
+    assert (batch["weight"] == 1).all() and len(lines) == 1 and "no record is worth anything" in lines[0]
+
+
+NETS = dict.fromkeys(("teacher", "student"), make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1)))
+PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for role, net in NETS.items()}
+
+
+def train(method, batch, steps=5):
+    tx = {"student": optax.sgd(0.1)}
+    state = init_state(method, NETS, tx, jax.random.key(0), PARAMS)
+    step, active = make_train_step(method, NETS, tx)
+    losses = []
+    for i in range(steps):
+        state, metrics = step(state, batch, jax.random.key(1), active(i))
+        losses.append(float(metrics["student/loss"]))
+    return losses, state.params["student"]
+
+
+def test_uniform_weights_follow_the_host():
+    """GKD on its own writing, where all responses are equally long."""
+    batch = {"tokens": BATCH["tokens"], "mask": BATCH["mask"], "prompt": BATCH["tokens"][:, :2]}
+    paced, gkd = train(Paced(kind="jsd", reference="student"), batch), train(GKD(on_policy=1.0), batch)
+    np.testing.assert_allclose(paced[0], gkd[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), paced[1], gkd[1])
+
+
+def test_chunks_change_nothing():
+    whole = dataclasses.replace(Paced(kind="reverse_kl"))
+    run = lambda m: jax.jit(lambda: m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss)()
+    np.testing.assert_allclose(run(dataclasses.replace(whole, chunk=3)), run(whole), rtol=1e-5)
+
+
+def test_a_student_without_weights_is_measured_as_it_begins():
+    surgery = Paced().stages(2)[0].surgery
+    _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
+    assert jax.tree.map(jnp.shape, params["student"]) == jax.tree.map(jnp.shape, PARAMS["student"])
+    assert surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"] and Paced().stages(2)[1].surgery is None
+
+
+def test_refusals():
+    with pytest.raises(Refused, match="one of each for every stage"):
+        Paced(kinds=("jsd",))
+    with pytest.raises(Refused, match="'techer', expected teacher, student or dataset"):
+        Paced(references=("techer", "student"))
+    with pytest.raises(Refused, match=r"a=-1"):
+        Paced(a=-1.0)
