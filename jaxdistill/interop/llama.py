@@ -1,7 +1,9 @@
-"""`LlamaForCausalLM` of transformers: Llama 1 to 3, SmolLM, TinyLlama and others of the same graph."""
+"""`LlamaForCausalLM` of transformers (Llama 1 to 3, SmolLM, TinyLlama and others of the same graph), and the two that
+differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5) and `Qwen3ForCausalLM`."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import read_json
 from jaxdistill.interop.tables import LINEAR, Family, Row
 from jaxdistill.models.lm import LM
+from jaxdistill.models.qwen import Qwen2, Qwen3
 
 SIZES = {
     "vocab": "vocab_size",
@@ -17,7 +20,12 @@ SIZES = {
     "depth": "num_hidden_layers",
     "heads": "num_attention_heads",
 }
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # what our model cannot do otherwise
+FIXED = {  # what our models cannot do otherwise
+    LM: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    Qwen2: {"hidden_act": "silu", "use_sliding_window": False},
+    Qwen3: {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+}
+TYPES = {LM: "llama", Qwen2: "qwen2", Qwen3: "qwen3"}  # model_type
 
 
 def table(cfg: LM) -> tuple[Row, ...]:
@@ -35,37 +43,56 @@ def table(cfg: LM) -> tuple[Row, ...]:
         Row("blocks/down/kernel", layer + "mlp.down_proj.weight", LINEAR),
         Row("norm/scale", "model.norm.weight"),
     )
+    if isinstance(cfg, Qwen2):
+        rows += tuple(Row(f"blocks/to_{x}/bias", f"{layer}self_attn.{x}_proj.bias") for x in "qkv")
+    if isinstance(cfg, Qwen3):
+        rows += tuple(Row(f"blocks/norm_{x}/scale", f"{layer}self_attn.{x}_norm.weight") for x in "qk")
     return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
 
 
-def read(config: dict[str, Any], folder: Path) -> LM:
-    """Sizes from config.json; stop tokens from generation_config.json where there is one, since that is what stops generation."""
+def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
     where = folder / "config.json"
-    for key, value in FIXED.items():
+    for key, value in FIXED[make].items():
         if config.get(key, value) != value:
             raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
     try:
         sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
     except KeyError as error:
         raise Refused(f"{where}: {error.args[0]} is missing") from error
-    generation = folder / "generation_config.json"
-    ids = {**config, **(read_json(generation) if generation.exists() else {})}
-    eos = ids.get("eos_token_id")
-    return LM(
+    return make(
         **sizes,
-        **_rope(config, where),
+        **read_rope(config, where),
+        **read_ids(config, folder),
         kv_heads=config.get("num_key_value_heads") or 0,
         head_dim=config.get("head_dim") or 0,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         tied=config.get("tie_word_embeddings", False),
         max_length=config.get("max_position_embeddings", 2048),
-        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        bos=_or(ids.get("bos_token_id"), -1),
-        pad=_or(ids.get("pad_token_id"), -1),
     )
 
 
-def _rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
+def read_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Special tokens: from generation_config.json where there is one, since that is what stops generation."""
+    generation = folder / "generation_config.json"
+    ids = {**config, **(read_json(generation) if generation.exists() else {})}
+    eos = ids.get("eos_token_id")
+    return {
+        "eos": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        "bos": _or(ids.get("bos_token_id"), -1),
+        "pad": _or(ids.get("pad_token_id"), -1),
+    }
+
+
+def write_ids(cfg: LM) -> dict[str, Any]:
+    """Special tokens, in the keys of both files."""
+    return {
+        "bos_token_id": None if cfg.bos < 0 else cfg.bos,
+        "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0] if cfg.eos else None,
+        "pad_token_id": None if cfg.pad < 0 else cfg.pad,
+    }
+
+
+def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -82,7 +109,7 @@ def _rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
     }
 
 
-def write(cfg: LM) -> dict[str, dict[str, Any]]:
+def write(cfg: LM, *, name: str) -> dict[str, dict[str, Any]]:
     """config.json and generation_config.json, in the keys that transformers 4 and 5 both read."""
     stretched = {
         "rope_type": "llama3",
@@ -91,18 +118,13 @@ def write(cfg: LM) -> dict[str, dict[str, Any]]:
         "high_freq_factor": cfg.rope_high,
         "original_max_position_embeddings": cfg.rope_original,
     }
-    eos = list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0] if cfg.eos else None
-    ids = {
-        "bos_token_id": None if cfg.bos < 0 else cfg.bos,
-        "eos_token_id": eos,
-        "pad_token_id": None if cfg.pad < 0 else cfg.pad,
-    }
+    ids = write_ids(cfg)
     config = {
-        "architectures": [FAMILY.name],
-        "model_type": "llama",
+        "architectures": [name],
+        "model_type": TYPES[type(cfg)],
         **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
         "num_key_value_heads": cfg.kv_heads or cfg.heads,
-        "head_dim": cfg.head_dim or cfg.dim // cfg.heads,
+        "head_dim": cfg.head_size,
         "max_position_embeddings": cfg.max_length,
         "rms_norm_eps": cfg.norm_eps,
         "rope_theta": cfg.rope_theta,
@@ -110,7 +132,7 @@ def write(cfg: LM) -> dict[str, dict[str, Any]]:
         "tie_word_embeddings": cfg.tied,
         "initializer_range": 0.02,
         "use_cache": True,
-        **FIXED,
+        **FIXED[type(cfg)],
         **ids,
     }
     return {"config.json": config, "generation_config.json": ids}
@@ -120,13 +142,19 @@ def _or(value, default):
     return default if value is None else value
 
 
-FAMILY = Family(
-    name="LlamaForCausalLM",
-    library="transformers",
-    config=LM,
-    read=read,
-    write=write,
-    table=table,
-    ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
-    free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-)
+def _family(name: str, make: type[LM]) -> Family:
+    return Family(
+        name=name,
+        library="transformers",
+        config=make,
+        read=functools.partial(read, make=make),
+        write=functools.partial(write, name=name),
+        table=table,
+        ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
+        free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+
+
+FAMILY = _family("LlamaForCausalLM", LM)
+QWEN2 = _family("Qwen2ForCausalLM", Qwen2)
+QWEN3 = _family("Qwen3ForCausalLM", Qwen3)

@@ -45,15 +45,28 @@ class LM:
     dtype: str = "float32"  # arithmetic; weights are float32
     remat: str = "none"  # none | full | dots | dots_no_batch
 
+    @property
+    def head_size(self) -> int:
+        """Channels of an attention head."""
+        return self.head_dim or self.dim // self.heads
+
+    @property
+    def rotary(self) -> int:
+        """Channels of a head that turn with the position."""
+        return self.head_size
+
+    def block(self, rngs: nnx.Rngs) -> Block:
+        """One layer: what variants replace."""
+        return Block(self, rngs)
+
     def __call__(self, rngs: nnx.Rngs) -> LMModule:
         return LMModule(self, rngs)
 
 
 class Block(nnx.Module):
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
-        d, dtype = cfg.dim, jnp.dtype(cfg.dtype)
+        d, size, dtype = cfg.dim, cfg.head_size, jnp.dtype(cfg.dtype)
         make = functools.partial(dense, rngs=rngs, bias=False, dtype=dtype)
-        size = cfg.head_dim or d // cfg.heads
         self.heads, self.kv_heads = cfg.heads, cfg.kv_heads or cfg.heads
         self.norm_attention = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.to_q = make(d, self.heads * size, ("embed", "heads"))
@@ -65,10 +78,13 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
+    def project(self, h: Array) -> tuple[Array, Array, Array]:
+        """Queries [B T H K], keys and values [B T G K] of the normed states, before rotation."""
+        return split_heads(self.to_q(h), self.heads), split_heads(self.to_k(h), self.kv_heads), split_heads(self.to_v(h), self.kv_heads)
+
     def mix(self, x: Array, waves: tuple[Array, Array], attend):
         """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x, extra)."""
-        h = self.norm_attention(x)
-        q, k, v = split_heads(self.to_q(h), self.heads), split_heads(self.to_k(h), self.kv_heads), split_heads(self.to_v(h), self.kv_heads)
+        q, k, v = self.project(self.norm_attention(x))
         mixed, extra = attend(rotate(q, waves), rotate(k, waves), v)
         return constrain(x + self.to_out(mixed.reshape(*x.shape[:2], -1)), "batch", "seq", None), extra
 
@@ -81,10 +97,15 @@ class Block(nnx.Module):
         """The block's output [B T D]."""
         return constrain(x + self.down(neurons), "batch", "seq", None)
 
-    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
-        """Returns (x, extra) as `mix` does."""
+    def run(self, x: Array, waves: tuple[Array, Array], attend):
+        """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp])."""
         x, extra = self.mix(x, waves, attend)
-        return self.feed(x, self.neurons(x)), extra
+        neurons = self.neurons(x)
+        return self.feed(x, neurons), extra, neurons
+
+    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
+        """Returns (x, extra) as `run` does."""
+        return self.run(x, waves, attend)[:2]
 
 
 class LMModule(nnx.Module):
@@ -94,7 +115,7 @@ class LMModule(nnx.Module):
             raise Refused(f"model: heads={cfg.heads} must be a multiple of kv_heads={kv_heads} and divide dim={cfg.dim}")
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
-        self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
+        self.blocks = stack(cfg.block, cfg.depth, rngs)
         self.norm = rms_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         if not cfg.tied:
             self.unembed = dense(cfg.dim, cfg.vocab, ("embed", "vocab"), rngs=rngs, bias=False)
@@ -140,9 +161,7 @@ class LMModule(nnx.Module):
         attend = _full(mask, segments)
 
         def layer(x, block):
-            mid, _ = block.mix(x, waves, attend)
-            neurons = block.neurons(mid)
-            after = block.feed(mid, neurons)
+            after, _, neurons = block.run(x, waves, attend)
             return after, read(x, neurons, after)
 
         return scan_layers(layer, x, self.blocks, self.cfg.depth)[1]
@@ -193,7 +212,7 @@ class LMModule(nnx.Module):
         Writing past its end is not checked: `length` is known to the running program only.
         """
         cfg = self.cfg
-        shape = (cfg.depth, batch, length, cfg.kv_heads or cfg.heads, cfg.head_dim or cfg.dim // cfg.heads)
+        shape = (cfg.depth, batch, length, cfg.kv_heads or cfg.heads, cfg.head_size)
         zeros = lambda: constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
         return {"keys": zeros(), "values": zeros(), "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32)}
 
@@ -219,9 +238,8 @@ def visible(mask: Array | None, segments: Array | None) -> Array | None:
 
 
 def frequencies(cfg: LM) -> np.ndarray:
-    """Radians a token [K / 2], float32: theta^(-2i / K), long wavelengths stretched as in Llama 3.1."""
-    size = cfg.head_dim or cfg.dim // cfg.heads
-    freqs = cfg.rope_theta ** (-np.arange(0, size, 2) / size)
+    """Radians a token [K / 2], float32, of the K rotary channels: theta^(-2i / K), long wavelengths stretched as in Llama 3.1."""
+    freqs = cfg.rope_theta ** (-np.arange(0, cfg.rotary, 2) / cfg.rotary)
     turns = cfg.rope_original * freqs / (2 * np.pi)  # within the original context
     kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)
     return np.float32(freqs * (kept + (1 - kept) / cfg.rope_factor))

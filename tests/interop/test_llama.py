@@ -1,4 +1,4 @@
-"""Parity with transformers: the same folder gives the same logits, and ours loads there without a key to spare."""
+"""Llama, Qwen 2 and 3 against transformers: the same folder gives the same logits, and ours loads there without a key to spare."""
 
 import json
 
@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from jaxdistill import interop
+from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
+from jaxdistill.models.lm import LM
+from jaxdistill.models.qwen import Qwen2, Qwen3
 from jaxdistill.samplers.text import generate
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
@@ -24,44 +27,92 @@ LLAMA3 = {
 PADS = np.array([0, 3, 7])
 
 
-def build(**changes):
-    """A LlamaForCausalLM whose attention is far from uniform."""
+def build(family="Llama", **changes):
+    """A causal model whose attention is far from uniform."""
     sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=6,
                  num_key_value_heads=2, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=0)  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes)).eval()
+    config = getattr(transformers, f"{family}Config")(**sizes | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.4)
     return model
 
 
-@pytest.fixture(scope="module", params=["tied", "untied", "stretched"])
+VARIANTS = {
+    "tied": {"tie_word_embeddings": True},
+    "stretched": {"rope_parameters": LLAMA3, "num_key_value_heads": 4},
+    "qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
+    "qwen3": {"family": "Qwen3"},
+}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory):
     """(torch model, its folder, our net and params, its jitted call)."""
-    changes = {"tied": {"tie_word_embeddings": True}, "untied": {}, "stretched": {"rope_parameters": LLAMA3, "num_key_value_heads": 4}}
-    model, folder = build(**changes[request.param]), tmp_path_factory.mktemp(request.param)
+    model, folder = build(**VARIANTS[request.param]), tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     net, params = interop.load(folder)
-    return model, folder, net, params, jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask))
+    return model, folder, net, params, jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask, features=(0, 2)))
 
 
 def tokens():
     return np.random.default_rng(0).integers(0, 61, (3, 24))
 
 
-def test_logits_agree(pair):
+def gap(ours, theirs, where=...):
+    """Largest difference over standard deviation."""
+    return float(np.abs(np.asarray(ours) - theirs)[where].max() / theirs.std())
+
+
+def test_logits_and_states_agree(pair, record_property):
     model, _, _, _, call = pair
     with torch.no_grad():
-        expected = model(torch.tensor(tokens())).logits.numpy()
-    assert np.abs(call(tokens(), None) - expected).max() <= 1e-4 * expected.std()
+        out = model(torch.tensor(tokens()), output_hidden_states=True)
+    logits, (first, last) = call(tokens(), None)
+    record_property("gap", found := gap(logits, out.logits.numpy()))
+    assert found <= 1e-5
+    assert gap(first, out.hidden_states[1].numpy()) <= 1e-5
+    assert last.shape == first.shape  # transformers gives the last one after the final norm
 
 
-def test_logits_agree_under_left_padding(pair):
+def test_logits_agree_under_left_padding(pair, record_property):
     model, _, _, _, call = pair
     mask = np.arange(24) >= PADS[:, None]
     with torch.no_grad():
         expected = model(torch.tensor(tokens()), attention_mask=torch.tensor(mask.astype(np.int64))).logits.numpy()
-    assert np.abs(call(tokens(), mask) - expected)[mask].max() <= 1e-4 * expected.std()
+    record_property("gap", found := gap(call(tokens(), mask)[0], expected, mask))
+    assert found <= 1e-5
+
+
+def test_cached_steps_equal_the_full_pass(pair):
+    _, _, net, params, call = pair
+    mask = np.arange(24) >= PADS[:, None]
+    step = jax.jit(lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache))
+    cache, parts = net.apply(params, 3, 24, method="init_cache"), []
+    for low in range(0, 24, 8):
+        logits, cache = step(tokens()[:, low : low + 8], mask[:, low : low + 8], cache)
+        parts.append(logits)
+    assert gap(np.concatenate(parts, 1), np.asarray(call(tokens(), mask)[0]), mask) <= 1e-5
+
+
+def test_weights_in_bfloat16(pair):
+    _, folder, _, params, _ = pair
+    _, half = interop.load(folder, "bfloat16")
+    jax.tree.map(lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")), half, params)
+
+
+@pytest.mark.parametrize(
+    ("config", "weights"),
+    [
+        (LM(vocab=128256, dim=2048, mlp=8192, heads=32, kv_heads=8, depth=16, tied=True), 1_235_814_400),  # Llama 3.2: 1.23B
+        (Qwen2(vocab=151936, dim=896, mlp=4864, heads=14, kv_heads=2, depth=24, tied=True), 494_032_768),  # Qwen2.5-0.5B: 0.49B
+        (Qwen3(vocab=151936, dim=1024, mlp=3072, heads=16, kv_heads=8, head_dim=128, depth=28, tied=True), 596_049_920),  # 0.6B
+    ],
+)
+def test_released_sizes(config, weights):
+    """The model cards' rounded counts, and their safetensors' exact ones."""
+    assert make_net(config).size == weights
 
 
 def test_greedy_text_agrees(pair):
@@ -86,6 +137,7 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert again.config.rope_parameters == model.config.rope_parameters
+    assert type(again) is type(model)
     for key in ("tie_word_embeddings", "rms_norm_eps", "head_dim", "num_key_value_heads", "pad_token_id", "eos_token_id"):
         assert getattr(again.config, key) == getattr(model.config, key), key
     ours, theirs = again.state_dict(), model.state_dict()
@@ -125,15 +177,17 @@ def test_rope_keys_of_older_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("family", "change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=True is not supported, expected False"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, expected 'silu'"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
+        ("Llama", {"attention_bias": True}, "attention_bias=True is not supported, expected False"),
+        ("Llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, expected 'silu'"),
+        ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
+        ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported, expected False"),
+        ("Qwen3", {"attention_bias": True}, "attention_bias=True is not supported, expected False"),
     ],
 )
-def test_refuses_settings_our_model_lacks(tmp_path, change, message):
-    build().save_pretrained(tmp_path)
+def test_refuses_settings_our_model_lacks(tmp_path, family, change, message):
+    build(family).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(Refused, match=message):
