@@ -14,13 +14,16 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import dit, llama
+from jaxdistill.interop import bert, dit, llama
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        bert.CLASSIFIER,
+        bert.FAMILY,
+        bert.MASKED,
         dit.FAMILY,
         llama.FAMILY,
         llama.QWEN2,
@@ -120,7 +123,7 @@ def _same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
 def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
     stem = STEMS[family.library]
     try:
-        return read_folder(folder, stem)
+        return {family.current(name): tensor for name, tensor in read_folder(folder, stem).items()}
     except KeyError:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if not pickled:

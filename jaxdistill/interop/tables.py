@@ -6,7 +6,8 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `config`: our dataclass of sizes, callable with rngs; a net belongs to the family of its `net.config`;
 - `read(config_json, folder) -> config` and `write(config) -> {file name: JSON object}`; `read` raises Refused on every
   setting that our model does not have, so that no checkpoint is loaded into a different network;
-- `table(config) -> rows`, one for each leaf of the net's params, and `ignored`, patterns of names that carry no weight;
+- `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight, and
+  `renamed`, the names that old files use;
 - `free`, the keys of config.json in which two copies of one network may differ.
 
 A layout is written with array methods only (reshape, transpose), since it is applied to memory maps, where it stays a
@@ -16,6 +17,8 @@ view, and to abstract arrays, where it gives the shape to expect.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,4 +92,9 @@ class Family:
     write: Callable[[Any], dict[str, dict[str, Any]]]
     table: Callable[[Any], tuple[Row, ...]]
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
+    renamed: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) that turn old names into those of the table
     free: tuple[str, ...] = ()
+
+    def current(self, name: str) -> str:
+        """The table's name for a name found in a file."""
+        return functools.reduce(lambda name, rule: re.sub(*rule, name), self.renamed, name)

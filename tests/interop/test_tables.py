@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.interop.tables import CONV, LINEAR, SAME, Row, patches
+from jaxdistill.interop.tables import CONV, LINEAR, SAME, Family, Row, patches
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,9 @@ def test_names_and_shapes_of_stacked_and_repeated_rows():
     assert copied.names((3, 5)) == [f"layers.{i}.time.weight" for i in range(3)]
     assert copied.torch_shape((3, 5)) == (5, 3)
     assert Row("norm/scale", "norm.weight").names((4,)) == ["norm.weight"]
+
+
+def test_old_names_become_those_of_the_table():
+    rules = ((r"\.gamma$", ".weight"), (r"^model\.", ""))
+    family = Family(name="", library="", config=object, read=None, write=None, table=None, renamed=rules)
+    assert [family.current(name) for name in ("model.norm.gamma", "gamma.weight")] == ["norm.weight", "gamma.weight"]
