@@ -32,8 +32,11 @@ def stand_ins(tmp_path_factory):
         (folder / "domains" / domain / "test.jsonl").write_text((folder / "train.jsonl").read_text())
     told = {"input": "1 + 1", "label": "2", "rationale": "one and one"}
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
+    named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
+    (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
     return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.domains:Folders": folder / "domains",
-            "data.rationales:Rationales": folder / "told.jsonl", "data.text:PackedJson": folder / "train.jsonl",
+            "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
+            "data.text:PackedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 

@@ -27,3 +27,20 @@ class LabelEval:
 
     def pictures(self, trained) -> dict[str, Any]:
         return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLabelEval(LabelEval):
+    """Of classifiers of text: `accuracy`, and that of each domain of the held-out texts (`accuracy_0`, `accuracy_1`, ...)."""
+
+    samples: int = 2000
+
+    def rows(self, trained):
+        held, rows = trained.experiment.data.evaluation(self.samples), []
+        for role in ("teacher", "student"):
+            if role in trained.params:
+                run = jax.jit(lambda params, tokens, mask, net=trained.nets[role]: net.apply(params, tokens, mask=mask))
+                right = np.asarray(run(trained.params[role], held["tokens"], held["mask"])).argmax(-1) == held["label"]
+                each = {f"accuracy_{d}": float(np.mean(right[held["domain"] == d])) for d in np.unique(held["domain"])}
+                rows.append({"name": role, "nfe": 1, "accuracy": float(np.mean(right)), **each})
+        return rows
