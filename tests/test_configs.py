@@ -26,7 +26,17 @@ def stand_ins(tmp_path_factory):
     arrayrecord.write(folder / "latents" / "train.arrayrecord", [latent() for _ in range(4)])
     (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)))
     (folder / "text.txt").write_text("To be, or not to be. " * 500)
-    return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.text:PackedJson": folder / "train.jsonl",
+    for domain in ("books", "code"):
+        (folder / "domains" / domain).mkdir(parents=True)
+        (folder / "domains" / domain / "train.jsonl").write_text((folder / "train.jsonl").read_text())
+        (folder / "domains" / domain / "test.jsonl").write_text((folder / "train.jsonl").read_text())
+    told = {"input": "1 + 1", "label": "2", "rationale": "one and one"}
+    (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
+    named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
+    (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
+    return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.domains:Folders": folder / "domains",
+            "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
+            "data.text:PackedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 
@@ -54,7 +64,7 @@ def test_states_what_it_is(name):
 def test_recipe_lowers_for_tpu(name, stand_ins):
     config = load(name, stand_ins)
     config.mesh = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2)
-    config.steps = 2 * max(1, config.method.get("critic_steps", 1))  # as many as show every pattern of turns
+    config.steps = 2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0)  # every pattern of turns shows
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)

@@ -93,7 +93,7 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
     grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
 
     params, opt, ema, counts = dict(state.params), dict(state.opt), dict(state.ema), dict(state.count)
-    metrics = {f"{turn.moves[0]}/{k}": total / _nonzero(n) for k, (total, n) in sums.items()}
+    metrics = {f"{turn.moves[0] if turn.moves else 'measured'}/{k}": total / _nonzero(n) for k, (total, n) in sums.items()}
     for role in turn.moves:
         updates, opt[role] = txs[role].update(grads[role], opt[role], params[role])
         params[role] = optax.apply_updates(params[role], updates)

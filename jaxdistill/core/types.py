@@ -94,6 +94,7 @@ def always(step: int) -> bool:
 class Turn:
     """Update `moves` by descending `loss`, at the steps where `when(step)` holds.
 
+    A turn that moves nothing measures: its metrics are named `measured/...`, and it may write to the memory.
     `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs first, without
     gradient, on the whole batch, and returns the batch that `loss` will see (roll-outs, teacher trajectories).
     `after(weights, step)` follows the update: from every role's weights (under the names that losses know) it makes new

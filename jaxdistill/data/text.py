@@ -144,17 +144,21 @@ class PaddedJson(JsonLines):
     response_length: int = 256
 
     def arrays(self, split):
-        width, length = self.prompt_length, self.prompt_length + self.response_length
-        documents = self.documents(split, width, self.response_length, length)
-        shape = (len(documents), length)
-        out = {"tokens": np.full(shape, self.codec.pad, np.int32)}
-        out |= {"segments": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32), "mask": np.zeros(shape, np.float32)}
-        for r, (prompt, response) in enumerate(documents):
-            at, size = (r, slice(width - len(prompt), width + len(response))), len(prompt) + len(response)
-            out["tokens"][at] = np.concatenate([prompt, response])
-            out["segments"][at], out["positions"][at] = 1, np.arange(size)
-            out["mask"][at] = np.arange(size) >= max(len(prompt), 1)
-        return {**out, "prompt": out["tokens"][:, :width], "prompt_mask": out["segments"][:, :width] > 0}
+        length = self.prompt_length + self.response_length
+        return pad_rows(self.documents(split, self.prompt_length, self.response_length, length), self.prompt_length, length, self.codec.pad)
+
+
+def pad_rows(documents: Sequence[tuple[np.ndarray, np.ndarray]], width: int, length: int, pad: int) -> dict[str, np.ndarray]:
+    """The arrays of `PaddedJson`, [n, length], from token ids of (prompt, response): responses start at column `width`."""
+    shape = (len(documents), length)
+    out = {"tokens": np.full(shape, pad, np.int32)}
+    out |= {"segments": np.zeros(shape, np.int32), "positions": np.zeros(shape, np.int32), "mask": np.zeros(shape, np.float32)}
+    for r, (prompt, response) in enumerate(documents):
+        at, size = (r, slice(width - len(prompt), width + len(response))), len(prompt) + len(response)
+        out["tokens"][at] = np.concatenate([prompt, response])
+        out["segments"][at], out["positions"][at] = 1, np.arange(size)
+        out["mask"][at] = np.arange(size) >= max(len(prompt), 1)
+    return {**out, "prompt": out["tokens"][:, :width], "prompt_mask": out["segments"][:, :width] > 0}
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:

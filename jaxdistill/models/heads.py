@@ -64,3 +64,23 @@ class TimeWeightModule(nnx.Module):
     def __call__(self, t: Array) -> Array:
         """t [B] -> [B]."""
         return self.out(fourier(t, self.width, max_period=100.0))[:, 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A learned linear map without bias from a student's width to its teacher's, N(0, 0.02^2) at the start."""
+
+    inputs: int = 64
+    outputs: int = 64
+
+    def __call__(self, rngs: nnx.Rngs) -> ProjectionModule:
+        return ProjectionModule(self, rngs)
+
+
+class ProjectionModule(nnx.Module):
+    def __init__(self, cfg: Projection, rngs: nnx.Rngs):
+        self.map = dense(cfg.inputs, cfg.outputs, ("embed", None), rngs=rngs, bias=False, init=nnx.initializers.normal(0.02))
+
+    def __call__(self, x: Array) -> Array:
+        """x [... inputs] -> [... outputs]."""
+        return self.map(x)

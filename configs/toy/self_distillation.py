@@ -1,0 +1,36 @@
+"""Self-distillation with labels (arXiv:2102.13088) on scikit-learn's digits, 15 % of the training labels wrong.
+
+    python -m launch.train --config=configs/toy/self_distillation.py --workdir=runs/toy_self_distillation
+
+2 CPU cores, under two minutes. Five models one after another from 400 samples. The claim: with labels at weight 0.3 the
+softmax of the last one is nearer to the right labels of the other 1,397 digits (`brier`, mean squared error) than that of
+one fitted to the labels for the same number of steps as a round (`baseline`). Accuracy is the same (0.903 both, seed 0).
+"""
+
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.optim import Optimizer
+
+ROUND = 400
+STUDENT = Role(model=spec("models.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3))
+
+
+def distil(method: str = "SelfDistillation", rounds: int = 5, runs=None, heldout: float = 0.0, stages: int = 0, **fields):
+    claim = fields.pop("claim", None)
+    return experiment(
+        steps=ROUND * (stages or rounds),
+        runs=runs or {},
+        data=spec("data.digits:LabelledDigits", batch_size=40, heldout=heldout),
+        method=spec(f"methods.language.self_distillation:{method}", rounds=rounds, batches=10, **fields),
+        roles=dict(student=STUDENT),
+        evaluation=spec("evals.labels:LabelEval"),
+        claim=claim,
+    )
+
+
+def get_config(variant=""):
+    """`variant`: estimated, alpha from held-out samples; pure, no labels after the first round."""
+    if variant == "estimated":
+        return distil("EstimatedAlpha", 3, heldout=0.2, stages=5)
+    claim = dict(metric="brier", model="student", baseline="baseline", better="lower", ratio=0.97)
+    alpha = 0.0 if variant == "pure" else 0.3
+    return distil(alpha=alpha, runs=dict(baseline=distil(rounds=1)), claim=claim)

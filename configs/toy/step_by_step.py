@@ -1,0 +1,38 @@
+"""Distilling Step-by-Step (arXiv:2305.02301) on sums of four digits modulo 10, with partial sums as reasons.
+
+    python -m launch.train --config=configs/toy/step_by_step.py --workdir=runs/toy_step_by_step
+
+2 CPU cores, about two minutes. 800 lists with reasons, of which 3 % are wrong. The claim: after the same steps more of
+1,000 new lists get the right answer, in one token, than from a student that learns the answers alone (`baseline`).
+"""
+
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.optim import Optimizer
+
+
+def train(method, runs=None, joined=False, **rest):
+    return experiment(
+        steps=1500,
+        runs=runs or {},
+        data=spec("data.rationales:Sums", size=800, batch_size=64, joined=joined),
+        method=method,
+        roles=dict(
+            student=Role(
+                model=spec("models.lm:LM", vocab=15, dim=64, mlp=128, heads=4, depth=2, max_length=16),
+                optimizer=Optimizer(lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.1),
+            )
+        ),
+        evaluation=spec("evals.text:TextEval", samples=1000, batch=1000),
+        **rest,
+    )
+
+
+def get_config(variant=""):
+    """`variant`: joined, one document with the reasons before the answer, whose answers take four tokens."""
+    if variant == "joined":
+        return train(spec("methods.language.sft:SFT"), joined=True)
+    return train(
+        spec("methods.language.step_by_step:StepByStep"),
+        dict(baseline=train(spec("methods.language.sft:SFT"))),
+        claim=dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.05),
+    )

@@ -1,0 +1,194 @@
+"""Answers with the reasons for them: prompts that make a teacher give both, parsers of what it says, and data sets of both.
+
+Rows of (input, label, rationale) become two documents each, in the same order: predict_prefix + input -> label, and
+explain_prefix + input -> rationale (step-by-step distillation, arXiv:2305.02301).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxdistill.core.types import Array, Refused, lookup
+from jaxdistill.data.base import InMemory, held_out
+from jaxdistill.data.text import JsonLines, _field, _file, _objects, pad_rows
+
+
+class Told(NamedTuple):
+    """What a teacher's text says. Where `valid` is False the two are a blank each, as in the paper's code."""
+
+    rationale: str
+    label: str
+    valid: bool
+
+
+NOTHING = Told(" ", " ", False)
+
+
+def few_shot(shots: Sequence[tuple[str, str, str]], question: str, ending: Callable[[str], str]) -> str:
+    """A chain-of-thought prompt: shots (input, rationale, label) as questions with answers, then the question alone.
+
+    `ending(label)` is the sentence that the parser of the task looks for.
+    """
+    told = "".join(f"Q: {x}\nA: {rationale} {ending(label)}\n\n" for x, rationale, label in shots)
+    return f"{told}Q: {question}\nA:"
+
+
+def parse_choice(text: str) -> Told:
+    """ "R. So the answer is (b) dog." -> ("R.", "dog"); what follows a further "Q:" is cut off."""
+    rationale, found, tail = text.split("Q:")[0].rstrip().partition("So the answer is")
+    match = re.match(r"\s*\([a-z]\)\s*(.+?)\.?$", tail, re.DOTALL)
+    return Told(rationale.rstrip(), match.group(1), True) if found and match else NOTHING
+
+
+def parse_equation(text: str) -> Told:
+    """ "R. The answer is (1 + 2)." -> ("R.", "(1 + 2)"); what follows a further "Q:" is cut off."""
+    rationale, found, tail = text.split("Q:")[0].rstrip().partition("The answer is")
+    match = re.search(r"\(.*\)", tail)
+    return Told(rationale.rstrip(), match.group(0), True) if found and match else NOTHING
+
+
+def arithmetic(text: str) -> float | None:
+    """The value of numbers with + - * / and parentheses; None for anything else (division by 0 included)."""
+    tokens = re.findall(r"\d+\.?\d*|\.\d+|[-+*/()]|\S", text)
+
+    def expression(level: int = 0) -> float:
+        signs = ("+-", "*/")[level] if level < 2 else ""
+        value = expression(level + 1) if level < 2 else atom()
+        while signs and tokens and tokens[0] in signs:
+            sign, right = tokens.pop(0), expression(level + 1)
+            value = {"+": value + right, "-": value - right, "*": value * right}[sign] if sign != "/" else value / right
+        return value
+
+    def atom() -> float:
+        token = tokens.pop(0)
+        if token == "-":
+            return -atom()
+        if token != "(":
+            return float(token)
+        value = expression()
+        if tokens.pop(0) != ")":
+            raise ValueError
+        return value
+
+    try:
+        value = expression()
+    except (ValueError, IndexError, ZeroDivisionError, RecursionError):
+        return None
+    return value if not tokens else None
+
+
+def same_value(a: str, b: str) -> bool:
+    """Whether two equations have the same value, to 1e-6; False where one has none."""
+    x, y = arithmetic(a), arithmetic(b)
+    return x is not None and y is not None and abs(x - y) <= 1e-6 * max(1.0, abs(y))
+
+
+def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, str]]]:
+    """SVAMP with the released PaLM rationales: split -> records of input, label, rationale, and gold the data's own equation.
+
+    `labels`: "gt", gold ones, or "llm", the teacher's; test labels are always gold. Rows whose rationale cannot be parsed
+    are left out. Raises Refused where files do not belong together.
+    """
+    folder = Path(folder)
+    sources = {"train": ("palm_train_CoT_0.json", "palm_train_CoT_1.json"), "test": ("palm_test_CoT_0.json",)}
+    out = {}
+    for split, files in sources.items():
+        rows = [row for _, row in _objects(folder / f"svamp_{split}.json")]
+        texts = [text for file in files for text in json.loads((folder / file).read_text())]
+        if len(rows) != len(texts):
+            raise Refused(f"{folder}: {len(texts)} rationales for {len(rows)} rows of {split}")
+        told = [parse_equation(text) for text in texts]
+        teachers = lookup({"gt": False, "llm": True}, labels, "labels") and split == "train"
+        pairs = [(row, t) for row, t in zip(rows, told) if t.valid]
+        label = lambda row, t: t.label if teachers else row["label"]
+        out[split] = [{"input": row["input"], "gold": row["label"], "rationale": t.rationale, "label": label(row, t)} for row, t in pairs]
+    return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rationales(JsonLines):
+    """JSON lines with keys input, label, rationale (`path` as in `JsonLines`), both documents of a row padded.
+
+    The answer has the arrays of `data.text:PaddedJson`, [prompt_length + label_length]; the reasons have those that a loss
+    needs under explain_tokens, explain_mask, ... [prompt_length + rationale_length]. Rows whose prompt is too long are left
+    out; targets lose their end. A row without a rationale has no explain targets.
+    """
+
+    input_key: str = "input"
+    response_key: str = "label"
+    rationale_key: str = "rationale"
+    between: str = ""  # after the prompt
+    predict_prefix: str = "predict: "  # the paper's code; the paper: [label]
+    explain_prefix: str = "explain: "  # the paper: [rationale]
+    prompt_length: int = 1024  # tokens, the prefix included
+    label_length: int = 256
+    rationale_length: int = 256
+
+    def arrays(self, split):
+        encode = lambda text: self.codec.encode(text)
+        bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
+        prompt = lambda prefix, row: np.concatenate([bos, encode(prefix + row[0] + self.between)])
+        answer = lambda text, room: np.append(encode(text), np.int32(self.codec.eos))[:room] if text.strip() else np.int32([])
+        both = [(prompt(self.predict_prefix, row), prompt(self.explain_prefix, row), row) for row in self.rows(split)]
+        kept = [item for item in both if max(len(item[0]), len(item[1])) <= self.prompt_length]
+        if both and not kept:
+            raise Refused(f"data.path={self.path}: all {len(both)} prompts are longer than {self.prompt_length} tokens")
+        make = lambda documents, room: pad_rows(documents, self.prompt_length, self.prompt_length + room, self.codec.pad)
+        predict = make([(p, answer(row[1], self.label_length)) for p, _, row in kept], self.label_length)
+        explain = make([(e, answer(row[2], self.rationale_length)) for _, e, row in kept], self.rationale_length)
+        return {**predict, **{f"explain_{k}": explain[k] for k in ("tokens", "mask", "segments", "positions")}}
+
+    def rows(self, split: str) -> list[tuple[str, str, str]]:
+        """(input, label, rationale) of every row."""
+        path, keys = self.existing(), (self.input_key, self.response_key, self.rationale_key)
+        if path.is_dir():
+            if (file := _file(path, split)) is None:
+                raise Refused(f"data.path={self.path}: no {split}.jsonl or {split}.json")
+            return [tuple(_field(item, key, where) for key in keys) for where, item in _objects(file)]
+        rows = [tuple(_field(item, key, where) for key in keys) for where, item in _objects(path)]
+        return [rows[i] for i in held_out(len(rows), self.heldout, split)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sums(InMemory):
+    """Lists of 4 digits: the answer is their sum modulo 10, the rationale the partial sums, "3729" -> "1" because "021".
+
+    A row is prefix, digits, "=": then the answer, or (explain_tokens) the rationale, and the end. Ids 0-9 are the digits,
+    10 asks for the answer, 11 for the rationale, 12 "=", 13 ends, 14 pads. In a share `wrong` of the training rationales
+    one digit is wrong. Test: 1,000 lists that are never trained on.
+    """
+
+    size: int = 400  # training lists
+    wrong: float = 0.03
+    joined: bool = False  # the answer is preceded by its rationale, in one document (the single-task baseline)
+
+    vocab, predict, explain, equals, eos, pad = 15, 10, 11, 12, 13, 14
+
+    def arrays(self, split):
+        rng = np.random.default_rng(self.seed)
+        order = rng.permutation(10_000)
+        lists = (order[:1000] if split == "test" else order[1000 : 1000 + self.size])[:, None] // np.array([1000, 100, 10, 1]) % 10
+        steps = lists.cumsum(1)[:, 1:] % 10
+        answer, told = steps[:, -1:], steps.copy()
+        if split == "train":
+            off = np.flatnonzero(rng.random(len(lists)) < self.wrong)
+            place = rng.integers(0, 3, len(off))
+            told[off, place] = (told[off, place] + rng.integers(1, 10, len(off))) % 10
+        row = lambda prefix, digits, t: (np.int32([prefix, *digits, self.equals]), np.int32([*t, self.eos]))
+        rows = lambda prefix, target: [row(prefix, digits, t) for digits, t in zip(lists, target)]
+        make = lambda prefix, target: pad_rows(rows(prefix, target), 6, 7 + target.shape[1], self.pad)
+        out = make(self.predict, np.concatenate([told, answer], 1) if self.joined else answer)
+        explain = make(self.explain, told)
+        return {**out, **{f"explain_{k}": explain[k] for k in ("tokens", "mask", "segments", "positions")}}
+
+    def correct(self, tokens: Array) -> Array:
+        """Whether each row [..., T] ends in the right answer and the end sign: bool [...]."""
+        right = tokens[..., 1:5].sum(-1) % 10
+        return (tokens[..., -2] == right) & (tokens[..., -1] == self.eos)

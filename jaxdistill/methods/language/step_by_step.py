@@ -1,0 +1,45 @@
+"""Distilling Step-by-Step (arXiv:2305.02301): a teacher's reasons are a second task, not an input and not part of the answer.
+
+A large model, asked once, has given a rationale and a label for every input (data/rationales.py). The student learns
+both from one set of weights, told apart by a prefix: so the answer needs neither the teacher nor the rationale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.lm import context
+from jaxdistill.objectives.divergence import cross_entropy, masked_sum
+
+EXPLAIN = "explain_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepByStep(SFT):
+    """Batches: a document of each row that ends in the label (tokens, mask, ...), and one that ends in the rationale
+    (explain_tokens, explain_mask, ...). Another architecture overrides `nll`."""
+
+    alpha: float = 0.5  # weight of the label; 1 - alpha that of the rationale. The paper's lambda is (1 - alpha) / alpha
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise Refused(f"method.alpha={self.alpha}: expected 0 to 1")
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        """alpha L_label + (1 - alpha) L_rationale, each the mean over its own target tokens in the batch."""
+        label = mean(*self.nll(net, ctx.batch))
+        rationale = mean(*self.nll(net, {k.removeprefix(EXPLAIN): v for k, v in ctx.batch.items() if k.startswith(EXPLAIN)}))
+        return Out(self.alpha * label + (1 - self.alpha) * rationale, {"label": label, "rationale": rationale})
+
+    def nll(self, net: Nets, batch: Batch) -> tuple[Array, Array]:
+        """(sum of -log q over the target tokens of these documents, their number)."""
+        logits = net.student(batch["tokens"], **context(batch))[:, :-1]
+        return masked_sum(cross_entropy(logits, batch["tokens"][:, 1:]), batch["mask"][:, 1:])
+
+
+def mean(total: Array, count: Array) -> Array:
+    return total / jnp.maximum(count, 1.0)

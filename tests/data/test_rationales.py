@@ -1,0 +1,128 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxdistill.core.types import Refused
+from jaxdistill.data.rationales import (
+    NOTHING,
+    Rationales,
+    Sums,
+    Told,
+    arithmetic,
+    few_shot,
+    parse_choice,
+    parse_equation,
+    same_value,
+    svamp,
+)
+
+
+def test_prompt_ends_where_the_teacher_begins():
+    shots = [("How many?", "1 + 2 is 3.", "(1 + 2)"), ("And?", "No more.", "(0)")]
+    prompt = few_shot(shots, "Now?", lambda label: f"The answer is {label}.")
+    assert prompt == "Q: How many?\nA: 1 + 2 is 3. The answer is (1 + 2).\n\nQ: And?\nA: No more. The answer is (0).\n\nQ: Now?\nA:"
+    reply = prompt.split("A:")[1]
+    assert parse_equation(reply) == Told(" 1 + 2 is 3.", "(1 + 2)", True)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "expected"),
+    [
+        (parse_choice, "R. So the answer is (b) dog.", Told("R.", "dog", True)),
+        (parse_choice, "R. So the answer is (b) dog.\n\nQ: What? So the answer is (c) cat.", Told("R.", "dog", True)),
+        (parse_choice, "R. So the answer is (b) St. Louis", Told("R.", "St. Louis", True)),
+        (parse_choice, "R. The answer is (b) dog.", NOTHING),
+        (parse_choice, "R. So the answer is dog.", NOTHING),
+        (parse_equation, "R. The answer is (84 / 2).\n\nQ: There are 120", Told("R.", "(84 / 2)", True)),
+        (parse_equation, "R. The answer is ((1 + 2) * (3)).", Told("R.", "((1 + 2) * (3))", True)),
+        (parse_equation, "R. The answer is 42.", NOTHING),
+        (parse_equation, "Q: The answer is (1).", NOTHING),
+    ],
+)
+def test_parsers(parse, text, expected):
+    assert parse(text) == expected and expected.valid == (expected.rationale != " ")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("( ( 17.0 + 15.0 ) + 2.0 )", 34), ("1 - 2 - 3", -4), ("8 / 4 / 2", 1), ("2 + 3 * 4", 14), ("(2 + 3) * -4", -20), (".5*4", 2),
+        ("1 / 0", None), ("1 +", None), ("(1", None), ("1 2", None), ("__import__('os')", None), ("2 ** 3", None), ("", None),
+        ("(" * 5000 + "1", None),
+    ],
+)  # fmt: skip
+def test_arithmetic(text, value):
+    assert arithmetic(text) == value
+    assert same_value(text, str(value)) == (value is not None)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(dict(zip(("input", "label", "rationale"), row))) + "\n" for row in rows))
+    return str(path)
+
+
+ROWS = [("1+1", "2", "one and one"), ("2+2", "4", "two and two, which is four"), ("3+3", "6", " ")]
+
+
+def test_both_documents_of_a_row_in_one_order(tmp_path):
+    data = Rationales(
+        path=write(tmp_path / "a.jsonl", ROWS), heldout=0.0, prompt_length=16, label_length=4, rationale_length=40, batch_size=3
+    )
+    arrays, codec = data.arrays("train"), data.codec
+    for r, (question, label, rationale) in enumerate(ROWS):
+        for prefix, name, target in (("predict: ", "", label), ("explain: ", "explain_", rationale)):
+            tokens, mask = arrays[f"{name}tokens"][r], arrays[f"{name}mask"][r] > 0
+            wanted = [*codec.encode(target), codec.eos] if target.strip() else []
+            assert tokens[mask].tolist() == wanted
+            assert codec.decode(tokens[:16]) == prefix + question
+            assert (arrays[f"{name}segments"][r] > 0).sum() == len(prefix + question) + 1 + len(wanted)  # bos
+    assert arrays["prompt"].shape == (3, 16) and arrays["explain_tokens"].shape == (3, 56)
+
+
+def test_prompts_that_are_too_long_are_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*ROWS, ("1" * 30, "x", "y")])
+    assert len(Rationales(path=path, heldout=0.0, prompt_length=16).arrays("train")["tokens"]) == 3
+    with pytest.raises(Refused, match="all 4 prompts are longer than 4 tokens"):
+        Rationales(path=path, heldout=0.0, prompt_length=4).arrays("train")
+    with pytest.raises(Refused, match="did you mean 'rationale'"):
+        Rationales(path=path, heldout=0.0, rationale_key="rational").arrays("train")
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_sums(joined, check_stream):
+    data = Sums(size=300, wrong=0.0, joined=joined, batch_size=8)
+    arrays, test = data.arrays("train"), data.evaluation(2000)
+    assert data.correct(arrays["tokens"]).all() and len(test["tokens"]) == 1000
+    assert not {row.tobytes() for row in arrays["prompt"]} & {row.tobytes() for row in test["prompt"]}
+    for digits, tokens, explain in zip(arrays["prompt"][:, 1:5], arrays["tokens"], arrays["explain_tokens"]):
+        partial = digits.cumsum()[1:] % 10
+        assert explain.tolist() == [11, *digits, 12, *partial, 13]
+        assert tokens.tolist() == [10, *digits, 12, *(partial if joined else ()), partial[-1], 13]
+    assert arrays["mask"].sum(1).tolist() == [5.0 if joined else 2.0] * 300  # one token and the end
+    wrong = Sums(size=9000, wrong=0.03).arrays("train")
+    share = np.mean((wrong["explain_tokens"] != Sums(size=9000, wrong=0.0).arrays("train")["explain_tokens"]).any(1))
+    assert abs(share - 0.03) < 5 * np.sqrt(0.03 * 0.97 / 9000)
+    bad = arrays["tokens"].copy()
+    bad[:, -2] = (bad[:, -2] + 1) % 10
+    assert not data.correct(bad).any()
+    check_stream(data)
+
+
+def test_svamp(shared_data):
+    """Counts and agreement as checked on the stored files."""
+    gold, told = (svamp(shared_data / "svamp", labels) for labels in ("gt", "llm"))
+    assert [len(gold[split]) for split in ("train", "test")] == [800 - 13, 200 - 2]
+    assert all(row["label"] == row["gold"] for row in gold["train"] + told["test"])
+    agree = np.mean([same_value(row["label"], row["gold"]) for row in told["train"]])
+    assert 0.70 < agree < 0.80
+    assert gold["train"][0]["input"].startswith("Luke scored 84") and told["train"][0]["label"] == "(84 / 2)"
+    assert all(arithmetic(row["gold"]) is not None for row in gold["train"])
+
+
+def test_gsm8k_answers_split_at_their_marker(shared_data, tmp_path):
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:50]
+    rows = [(json.loads(line)["question"], *reversed(json.loads(line)["answer"].split("\n#### "))) for line in lines]
+    data = Rationales(path=write(tmp_path / "gsm.jsonl", rows), prompt_length=700, label_length=16, rationale_length=900, heldout=0.2)
+    arrays = data.arrays("train")
+    assert len(arrays["tokens"]) == 40 and (arrays["explain_mask"].sum(1) > arrays["mask"].sum(1)).all()

@@ -1,0 +1,102 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.core.net import make_net
+from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.types import Ctx, Refused
+from jaxdistill.data.rationales import Sums
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.methods.language.step_by_step import StepByStep
+from jaxdistill.models.lm import LM
+from jaxdistill.samplers.text import generate
+
+NET = make_net(LM(vocab=15, dim=8, mlp=8, heads=2, depth=1))
+PARAMS = {"student": NET.init(jax.random.key(0))}
+BATCH = {k: jnp.asarray(v) for k, v in Sums(batch_size=6).batch(0, slice(None)).items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(method, batch=BATCH, params=PARAMS):
+    return method.loss(bind({"student": NET}, params), Ctx(batch, jax.random.key(0), 0, {}))
+
+
+def gradient(method, batch=BATCH):
+    mean = lambda out: out.loss / (1 if out.count is None else out.count)
+    return jax.grad(lambda p: mean(loss(method, batch, p)))(PARAMS)
+
+
+def close(a, b, **tol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tol), a, b)
+
+
+def test_the_label_alone_is_fine_tuning():
+    sft = loss(SFT())
+    np.testing.assert_allclose(loss(StepByStep(alpha=1.0)).loss, sft.loss / sft.count, rtol=1e-6)
+    close(gradient(StepByStep(alpha=1.0)), gradient(SFT()), atol=1e-6)
+
+
+def test_five_steps_follow_fine_tuning():
+    weights = []
+    for method in (StepByStep(alpha=1.0), SFT()):
+        state = init_state(method, {"student": NET}, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS)
+        step, active = make_train_step(method, {"student": NET}, {"student": optax.adam(1e-2)})
+        for i in range(5):
+            state, metrics = step(state, BATCH, jax.random.key(1), active(i))
+        weights.append((state.params, metrics["student/loss"]))
+    close(*weights, atol=1e-5)
+
+
+def test_weights_are_shared_by_two_tasks():
+    both, label, rationale = (gradient(StepByStep(alpha=a)) for a in (0.3, 1.0, 0.0))
+    close(both, jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, label, rationale), atol=1e-6)
+    paper = jax.tree.map(lambda a, b: a + 0.7 / 0.3 * b, label, rationale)  # L_label + lambda L_rationale
+    close(jax.tree.map(lambda g: g / 0.3, both), paper, atol=1e-5)
+
+
+def test_each_loss_sees_its_own_target():
+    out = loss(StepByStep())
+    other = {**BATCH, "explain_tokens": BATCH["explain_tokens"].at[:, 6:9].add(1) % 10}
+    assert loss(StepByStep(), other).metrics["label"] == out.metrics["label"]
+    assert loss(StepByStep(), other).metrics["rationale"] != out.metrics["rationale"]
+    other = {**BATCH, "tokens": BATCH["tokens"].at[:, 6].add(1) % 10}
+    assert loss(StepByStep(), other).metrics["rationale"] == out.metrics["rationale"]
+    assert loss(StepByStep(), other).metrics["label"] != out.metrics["label"]
+
+
+def test_padding_and_longer_reasons_leave_the_rest_alone():
+    widen = lambda v: jnp.pad(v, ((0, 0), (0, 3)), constant_values=14 if v is BATCH["tokens"] or v is BATCH["explain_tokens"] else 0)
+    wide = {k: v if k.startswith("prompt") else widen(v) for k, v in BATCH.items()}
+    out, padded = loss(StepByStep()), loss(StepByStep(), wide)
+    for name in ("label", "rationale"):
+        np.testing.assert_allclose(padded.metrics[name], out.metrics[name], rtol=1e-5)
+    twice = {k: jnp.concatenate([v, v]) if k.startswith("explain_") else v for k, v in BATCH.items()}
+    np.testing.assert_allclose(loss(StepByStep(), twice).loss, out.loss, rtol=1e-5)  # means, whatever the number of targets
+
+
+def test_rows_without_reasons_count_for_the_label_alone():
+    out = loss(StepByStep(), {**BATCH, "explain_mask": jnp.zeros_like(BATCH["explain_mask"])})
+    assert out.metrics["rationale"] == 0
+    np.testing.assert_allclose(out.loss, 0.5 * loss(StepByStep()).metrics["label"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_trained_student_answers_in_one_token():
+    method, data = StepByStep(), Sums(size=50, batch_size=50, wrong=0.0)
+    net = make_net(LM(vocab=15, dim=32, mlp=64, heads=2, depth=1))
+    state = init_state(method, {"student": net}, {"student": optax.adam(3e-3)}, jax.random.key(0), {})
+    step, active = make_train_step(method, {"student": net}, {"student": optax.adam(3e-3)})
+    for i in range(300):
+        state, _ = step(state, data.batch(i, slice(None)), jax.random.key(1), active(i))
+    call = functools.partial(net.apply, state.params["student"])
+    _, alive = generate(call, jnp.asarray(data.arrays("train")["prompt"]), 12, jax.random.key(0), temperature=0.0, eos=13, pad=14)
+    assert (np.asarray(alive).sum(1) - 6 == 2).mean() > 0.95  # the digit and the end: no rationale is written
+
+
+def test_refused():
+    with pytest.raises(Refused, match=r"method\.alpha=1\.5: expected 0 to 1"):
+        StepByStep(alpha=1.5)
