@@ -114,7 +114,8 @@ class Experiment:
     def runs(self) -> dict[str, ConfigDict]:
         """The runs inside this one that are needed: a role starts from them, or the claim names them."""
         named = {self.source(role)[1:] for role in self.roles if self.source(role).startswith("@")}
-        named |= {self.config.claim[key].split("@")[0] for key in ("model", "baseline") if self.config.claim}
+        claimed = {self.config.claim[key].split("@")[0] for key in ("model", "baseline") if self.config.claim}
+        named |= claimed - self.roles.keys()  # "teacher@1" is a row of the role teacher
         return {name: inner for name, inner in self.config.runs.items() if name in named}
 
     @functools.cached_property

@@ -250,3 +250,15 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert table["student"]["parameters"] == loop.Experiment(get_config(), tmp_path).nets["student"].size
     assert table["student"]["flops, turns 0+1"] > table["student"]["flops, turns 0"] > 0
     assert table["teacher"]["parameters"] == 0
+
+
+def test_runs_that_nothing_needs_are_left_out(tmp_path):
+    """A teacher from elsewhere: the one in the config is not trained, though the claim has a row called teacher@1."""
+    import importlib
+
+    from jaxdistill.core.experiment import Experiment
+
+    config = importlib.import_module("configs.digits.dmd2").get_config()
+    assert list(Experiment(config, tmp_path).runs) == ["teacher"]
+    config.roles.teacher.init = "elsewhere"
+    assert not Experiment(config, tmp_path).runs
