@@ -1,0 +1,174 @@
+"""Step time of a config against a hand-written step of the same networks and losses, in pairs, in one process.
+
+python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | all] [--config=FILE] [--steps=30] [--rounds=7] [--trace=DIR]
+
+A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's milliseconds a step, of
+the ratio engine / hand-written, and its range, with the time to compile apart. `data` is the ratio with batches from the
+config's loader to the same step on one batch that stays on the device: near 1 where the input pipeline is hidden.
+With --trace the engine's last round is written for TensorBoard's profiler.
+"""
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill.core import build, loop, sharding
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.report import text_table
+from jaxdistill.core.types import Ctx, lookup
+from jaxdistill.data.prefetch import DevicePrefetch
+from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from launch._command import arguments, load_config, main, whole
+
+DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
+LM = dict(vocab=512, dim=128, mlp=384, heads=4, depth=4, max_length=160)
+
+
+def diffusion(method, **roles):
+    """A case on 16 x 16 x 4 samples, batch 32, float32: DiT of depth 4, width 128, 4 heads, patch 4."""
+    arrays = dict(x="normal 16 16 4", cond="integers 10", null_cond="constant 10")
+    model = spec("models.dit:DiT", **DIT, second_time="meanflow" in method.name)
+    net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh", optimizer=Optimizer(lr=1e-4))
+    every = {"student": Role(**net), **{k: Role(**net) if v is None else v for k, v in roles.items()}}
+    return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=32, arrays=arrays), method=method, roles=every)
+
+
+def language(method):
+    """A case on a Llama of depth 4, width 128, vocabulary 512: 8 rows of 32 prompt tokens and 128 more."""
+    arrays = dict(tokens="integers 512 160", mask="constant 1 160")
+    net = dict(model=spec("models.lm:LM", **LM), init="fresh", optimizer=Optimizer(lr=1e-4))
+    return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=8, arrays=arrays), method=method,
+                      roles=dict(teacher=Role(**net), student=Role(**net)))  # fmt: skip
+
+
+def digits():
+    config = load_config("configs/digits/dmd2.py")
+    with config.unlocked():
+        config.roles.teacher.model = spec("models.dit:DiT")
+        config.roles.teacher.denoiser = build.spec("diffusion.denoiser:Denoiser", param=Velocity(time_scale=1000.0))
+        config.roles.teacher.init = "fresh"
+    return config
+
+
+CASES = {
+    "digits_dmd2": digits,
+    "meanflow": lambda: diffusion(spec("methods.trajectory.meanflow:MeanFlow")),
+    "scm": lambda: diffusion(spec("methods.trajectory.scm:SCM"), teacher=None, weight=Role(model=spec("models.heads:TimeWeight"))),
+    "dmd2": lambda: diffusion(spec("methods.distribution.dmd2:DMD2"), teacher=None, fake=None,
+                              disc=Role(model=spec("models.heads:Discriminator", dim=128, classes=10))),
+    "gkd": lambda: language(spec("methods.language.gkd:GKD", on_policy=1.0, prompt_length=32)),
+    "kd": lambda: language(spec("methods.language.kd:KD")),
+}  # fmt: skip
+
+
+class Case:
+    """Two sides of one config: `engine(i)` and `hand(i)` run step i and return something to wait for."""
+
+    def __init__(self, config):
+        with config.unlocked():
+            config.mesh = build.spec("core.sharding:MeshShape", data=1, fsdp=1, tensor=1)
+        experiment = Experiment(config, Path("unused"))
+        self.experiment, method = experiment, experiment.method
+        nets, key = experiment.nets, jax.random.key(0)
+        start = {role: nets[role].init(jax.random.fold_in(key, 9 + i)) for i, role in enumerate(nets) if role in method.frozen}
+        stage = method.stages(experiment.settings.steps)[0]
+        self.programs = loop.make_programs(experiment, nets, stage, start, experiment.data.spec())
+        self.state, self.rng = self.programs.init(key, start), jax.random.key(1)
+        self.put = sharding.put_batch(experiment.mesh, experiment.settings.rules)
+        self.batch = self.put(experiment.data.batch(0, slice(None)))
+        self.method, self.nets = method, nets
+        self.params, self.frozen = jax.tree.map(jnp.copy, (self.state.params, self.state.frozen))
+        self.txs = {role: experiment.roles[role].optimizer.make(1000) for role in method.inits}
+        self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
+        self.ema = {role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema}
+        self.memory, self.by_hand = method.memory(), jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
+
+    def engine(self, i, batch=None):
+        self.state, metrics = self.programs.step(self.state, self.batch if batch is None else batch, self.rng, self.programs.active_at(i))
+        return metrics
+
+    def hand(self, i):
+        active = tuple(n for n, turn in enumerate(self.method.turns) if turn.when(i))
+        self.params, self.opt, self.ema, loss = self.by_hand(self.params, self.opt, self.ema, self.batch, jnp.int32(i), active)
+        return loss
+
+    def _step(self, params, opt, ema, batch, i, active):
+        """The step as one would write it for this method alone: no counts, norms, memory or metrics."""
+        rng, loss = jax.random.fold_in(self.rng, i), 0.0
+        for n in active:
+            turn, key = self.method.turns[n], jax.random.fold_in(rng, n)
+            every = {**self.frozen, **params, **{f"ema_{role}": w for role, w in ema.items()}}
+            seen = batch if turn.gather is None else turn.gather(loop.bind(self.nets, every), Ctx(batch, key, i, self.memory))
+
+            def objective(moving, every=every, seen=seen, key=key, turn=turn):
+                out = turn.loss(loop.bind(self.nets, {**every, **moving}), Ctx(jax.lax.stop_gradient(seen), key, i, self.memory))
+                return out.loss / (1 if out.count is None else out.count)
+
+            loss, grads = jax.value_and_grad(objective)({role: params[role] for role in turn.moves})
+            params, opt, ema = dict(params), dict(opt), dict(ema)
+            for role in turn.moves:
+                updates, opt[role] = self.txs[role].update(grads[role], opt[role], params[role])
+                params[role] = optax.apply_updates(params[role], updates)
+                if role in ema:
+                    ema[role] = optax.incremental_update(params[role], ema[role], 0.01)
+        return params, opt, ema, loss
+
+
+def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
+    def timed(run) -> float:
+        started = time.perf_counter()
+        for i in range(steps):
+            out = run(i)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - started) / steps
+
+    compiling = []
+    for side in (case.engine, case.hand):
+        started = time.perf_counter()
+        for i in range(steps):  # meets every pattern of turns
+            jax.block_until_ready(side(i))
+        compiling.append(time.perf_counter() - started)
+    engine, hand, fed = [], [], []
+    for n in range(rounds):
+        order = [(engine, case.engine), (hand, case.hand)]
+        for kept, side in order if n % 2 else order[::-1]:
+            kept.append(timed(side))
+        with DevicePrefetch(case.experiment.data.loader(), case.put) as batches:
+            next(batches)
+            fed.append(timed(lambda i: case.engine(i, next(batches)[0])))
+    if trace:
+        with jax.profiler.trace(trace):
+            timed(case.engine)
+    ratios, data = [a / b for a, b in zip(engine, hand)], [a / b for a, b in zip(fed, engine)]
+    return {"engine_ms": 1e3 * statistics.median(engine), "hand_ms": 1e3 * statistics.median(hand), "ratio": statistics.median(ratios),
+            "lowest": min(ratios), "highest": max(ratios), "data": statistics.median(data), "first_steps_s": compiling[0]}  # fmt: skip
+
+
+def bench(argv):
+    values, config = arguments(argv, {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": ""})
+    steps, rounds = whole(values, "steps", 1), whole(values, "rounds", 1)
+    names = list(CASES) if values["case"] == "all" else [values["case"]]
+    cases = {"config": lambda: config} if config is not None else {name: lookup(CASES, name, "--case") for name in names}
+    rows = []
+    for name, make in cases.items():
+        case = Case(make())
+        with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
+            rows.append({"case": name, **measure(case, steps, rounds, values["trace"])})
+        print(text_table(rows[-1:]), flush=True)
+    if len(rows) > 1:
+        print(f"\n{text_table(rows)}")
+
+
+if __name__ == "__main__":
+    main(bench)
