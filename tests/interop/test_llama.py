@@ -115,6 +115,7 @@ def test_released_sizes(config, weights):
     assert make_net(config).size == weights
 
 
+@pytest.mark.parametrize("pair", ["tied", "stretched"], indirect=True)
 def test_greedy_text_agrees(pair):
     model, _, net, params, _ = pair
     prompt, mask = tokens()[:, :10], np.arange(10) >= PADS[:, None]
@@ -146,6 +147,7 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
         assert torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.parametrize("pair", ["tied"], indirect=True)
 def test_sharded_folders_load(pair, tmp_path):
     model, _, net, params, _ = pair
     model.save_pretrained(tmp_path, max_shard_size="20KB")

@@ -108,14 +108,15 @@ def test_padding_of_the_text_changes_nothing(pair):
     source, mask, targets = inputs()
     left = np.arange(14) >= np.array([0, 3, 5])[:, None]
     found = np.asarray(call(source, targets, source_mask=mask, mask=left)[0])
-    alone = net.apply(params, source[1:2, : LENGTHS[1]], targets[1:2, 3:])
+    alone = jax.jit(net.apply)(params, source[1:2, : LENGTHS[1]], targets[1:2, 3:])
     assert gap(found[1:2, 3:], np.asarray(alone)) <= 1e-5
 
 
 def test_hidden_times_head_is_logits(pair):
     _, _, net, params, call = pair
     source, _, targets = inputs()
-    hidden, head = net.apply(params, source, targets, hidden_only=True), net.apply(params, method="head")
+    hidden = jax.jit(lambda s, t: net.apply(params, s, t, hidden_only=True))(source, targets)
+    head = net.apply(params, method="head")
     assert gap(hidden @ head, np.asarray(call(source, targets)[0])) <= 1e-5
 
 
@@ -123,7 +124,7 @@ def test_cached_steps_equal_the_full_pass(pair):
     _, _, net, params, call = pair
     source, mask, targets = inputs()
     left = np.arange(14) >= np.array([0, 3, 5])[:, None]
-    states = net.apply(params, source, mask=mask, method="encode")
+    states = jax.jit(lambda s, m: net.apply(params, s, mask=m, method="encode"))(source, mask)
     cache, parts = net.apply(params, states, 16, source_mask=mask, method="init_cache"), []
     step = jax.jit(lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache, features=(0, 1), method="decode"))
     for low in range(0, 14, 7):
