@@ -72,7 +72,7 @@ def test_recipe_lowers_for_tpu(name, stand_ins):
         for active in programs.patterns:
             traced = programs.step.trace(programs.abstract, programs.batch, key, active)
             assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()[:2000]
-    assert nets["student"].size > 1e8
+    assert nets["student"].size > 1e7
     held = jax.tree.leaves(programs.abstract.params)
     whole = [w for w in held if w.size > 1e6 and w.sharding.is_fully_replicated]
     assert not whole, [w.shape for w in whole]

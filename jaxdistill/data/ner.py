@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.data.base import InMemory, held_out
 from jaxdistill.data.text import JsonLines, _field, _file, _objects, pad_rows
 from jaxdistill.data.tokenizers import Tokenizer
@@ -28,10 +28,13 @@ SYSTEM = "A virtual assistant answers questions from a user based on the provide
 CATCH_ALL = {"none", "na", "n/a", "misc", "miscellaneous", "else", "other", "others", "unknown"}
 
 
-def ask(passage: str) -> list[dict[str, str]]:
-    """Messages that make a teacher list a passage's entities, with types in its own words (our wording)."""
-    wanted = ('List every named entity in the passage below together with its type. Reply with a JSON list of pairs '
-              '["entity", "type"] and nothing else; copy entities exactly as they are written.')  # fmt: skip
+def ask(passage: str, kind: str = "type") -> list[dict[str, str]]:
+    """Messages that make a teacher list a passage's entities, with types in its own words (our wording).
+
+    `kind`: "type", or "one-sentence definition of its type" for the paper's variant, whose types are short sentences.
+    """
+    wanted = f'List every named entity in the passage below together with its {kind}. Reply with a JSON list of pairs ["entity", "{kind}"]'
+    wanted += " and nothing else; copy entities exactly as they are written."
     return [{"role": "user", "content": f"{wanted}\n\nPassage: {passage}"}]
 
 
@@ -90,6 +93,16 @@ def conversation(
     asked = [(f"What describes {kind} in the text?", json.dumps(list(found))) for kind, found in answers.items()]
     order = range(len(asked)) if rng is None else rng.permutation(len(asked))
     return [first, *(asked[i] for i in order)]
+
+
+def together(passage: str, answers: Mapping[str, Sequence[str]], rng: np.random.Generator | None = None, source: str = "") -> list[Pair]:
+    """The all-in-one variant: one question for every type (our wording), answered by a JSON object of their lists."""
+    kinds = list(answers) if rng is None else [list(answers)[i] for i in rng.permutation(len(answers))]
+    question = f"What describes each of these in the text: {', '.join(kinds)}?"
+    return [conversation(passage, {}, source=source)[0], (question, json.dumps({kind: list(answers[kind]) for kind in kinds}))]
+
+
+FORMS = {"type": conversation, "all": together}
 
 
 def pieces(turns: Sequence[Pair], train_ack: bool = False) -> list[tuple[str, bool]]:
@@ -166,6 +179,7 @@ class Conversations(JsonLines):
     negatives: str = "frequency"  # types asked for that a passage lacks: frequency | uniform | none; drawn once
     n_neg: int = 0  # of them in a passage; 0: as many as it has types, at least one (not stated in the paper)
     train_ack: bool = False  # whether the acknowledgement is a target too, as in the paper's code
+    form: str = "type"  # type: a question for each type | all: one for all of them
     source: str = ""  # name of the data set, for the supervised template
 
     def rows(self, split: str) -> list[tuple[str, list[Pair]]]:
@@ -190,7 +204,8 @@ class Conversations(JsonLines):
             for entity, kind in pairs:
                 answers.setdefault(kind, []).append(entity)
             more = absent(answers, counts, self.n_neg or max(1, len(answers)), rng, self.negatives)
-            out.append(conversation(text, {**answers, **{kind: [] for kind in more}}, rng, self.source))
+            write = lookup(FORMS, self.form, "data.form")
+            out.append(write(text, {**answers, **{kind: [] for kind in more}}, rng, self.source))
         return out
 
     def arrays(self, split):

@@ -30,9 +30,7 @@ def attention_mse(teacher: Array, student: Array, mask: Array) -> Array:
 
 def _scores(teacher: Array, student: Array) -> tuple[Array, Array]:
     if teacher.shape[1] != student.shape[1]:
-        raise Refused(
-            f"attention of {student.shape[1]} heads cannot be matched to {teacher.shape[1]}; give the student the teacher's number"
-        )
+        raise Refused(f"attention: the student has {student.shape[1]} heads, expected the teacher's {teacher.shape[1]}")
     return _pair(teacher, student)
 
 

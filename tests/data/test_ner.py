@@ -74,6 +74,13 @@ def test_conversation_round_trip():
     assert text.startswith(ner.SYSTEM + " USER: Text: Ada met Bob in Rome ASSISTANT: I've read this text.")
 
 
+def test_all_types_in_one_question():
+    first, (question, answer) = ner.together("Ada met Bob in Rome", ANSWERS, np.random.default_rng(0))
+    assert first == ner.conversation("Ada met Bob in Rome", ANSWERS)[0] and json.loads(answer) == ANSWERS
+    assert [question.find(kind) for kind in json.loads(answer)] == sorted(question.find(kind) for kind in ANSWERS)
+    assert "definition" in ner.ask("x", "definition")[0]["content"] and "definition" not in ner.ask("x")[0]["content"]
+
+
 def test_targets_are_the_answers_and_their_ends():
     turns = ner.conversation("Ada met Bob in Rome", ANSWERS)
     tokens, mask = ner.encode(turns, CODEC)

@@ -151,7 +151,7 @@ def test_data(check_rows=8):
 
 
 def test_refusals():
-    with pytest.raises(Refused, match=r"method\.plan='TDA': did you mean 'TAD'"):
-        ErnieTiny(plan=("GD", "TDA"), shares=(1.0, 1.0))
+    with pytest.raises(Refused, match=r"method\.plan='GEDD': did you mean 'GED'"):
+        ErnieTiny(plan=("GD", "GEDD"), shares=(1.0, 1.0))
     with pytest.raises(Refused, match="expected a positive share for each of GD, TSD"):
         ErnieTiny(plan=("GD", "TSD"))
