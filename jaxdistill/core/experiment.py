@@ -88,9 +88,8 @@ class Experiment:
         if model is None or denoiser is None:
             if source in self.roles and self.roles[source].init != "exact":
                 other = self.described(source)
-            elif (config := self._run_config(source)) is not None:
-                student = build.build(config["roles"]["student"])
-                other = (student.model, student.denoiser)
+            elif (run := self._run(source)) is not None:
+                other = run.described("student")
             elif (Path(source) / "config.json").exists():
                 other = (interop.describe(source), None)
             elif source == "fresh" or source == "exact" or source in self.roles:
@@ -102,13 +101,16 @@ class Experiment:
             raise Refused(f"config.roles.{role}.model is empty, and {source!r} has none to take over")
         return model, denoiser
 
-    def _run_config(self, source: str) -> Any:
+    def _run(self, source: str) -> Experiment | None:
+        """The run that `source` names: one inside this config ("@name") or a folder; None where it is neither."""
         if source.startswith("@"):
             if source[1:] not in self.config.runs:
                 raise Refused(f"init={source!r}: config.runs has no {source[1:]!r}{nearest(source[1:], self.config.runs)}")
-            return self.config.runs[source[1:]]
+            return Experiment(self.config.runs[source[1:]], self.workdir / source[1:])
         path = Path(source) / "config.json"
-        return json.loads(path.read_text()) if path.exists() and (Path(source) / "stages").exists() else None
+        if not path.exists() or not (Path(source) / "stages").exists():
+            return None
+        return Experiment(ConfigDict(json.loads(path.read_text())), Path(source))
 
     @functools.cached_property
     def runs(self) -> dict[str, ConfigDict]:

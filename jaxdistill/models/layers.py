@@ -43,7 +43,9 @@ def layer_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5, bias: bool = True
     """Layer norm over the last axis with a gain, and a bias unless told otherwise; statistics in float32."""
     named = nnx.with_partitioning
     ones = named(nnx.initializers.ones_init(), (None,))
-    return nnx.LayerNorm(dim, epsilon=eps, use_bias=bias, rngs=rngs, dtype=dtype, scale_init=ones, bias_init=named(ZEROS, (None,)))
+    return nnx.LayerNorm(
+        dim, epsilon=eps, use_fast_variance=False, use_bias=bias, rngs=rngs, dtype=dtype, scale_init=ones, bias_init=named(ZEROS, (None,))
+    )
 
 
 def group_norm(dim: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5, dtype=None) -> nnx.GroupNorm:
