@@ -40,7 +40,7 @@ def distil(method, data=None, *, steps=150, runs=None, **rest):
 
 def get_config():
     return distil(
-        spec("methods.language.tsd_kd:TSDKD", **WRITING),
+        spec("methods.language.tsd_kd:TSDKD", candidates=2, ranking_weight=0.01, entropy_weight=0.003, **WRITING),
         runs=dict(baseline=distil(spec("methods.language.gkd:GKD", beta=0.9, on_policy=1.0, **WRITING))),
         claim=dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.0),
     )

@@ -66,7 +66,7 @@ class Verified:
     """
 
     function: str = "objectives.verifiers:last_number"  # "package.file:function", below jaxdistill or anywhere
-    tokenizer: str = ""  # "": token ids | byte | a folder
+    tokenizer: str = "byte"  # byte | a folder | "": the function gets token ids
     timeout: float = 5.0  # seconds a sample
     workers: int = 4  # processes
 

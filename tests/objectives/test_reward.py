@@ -129,7 +129,7 @@ def test_rows_that_are_spread_over_devices():
 
 
 def test_without_a_tokenizer_the_function_gets_ids(here):
-    reward = Verified(function="test_reward:count", workers=1, timeout=60.0)
+    reward = Verified(function="test_reward:count", tokenizer="", workers=1, timeout=60.0)
     np.testing.assert_allclose(reward(texts("abc"))[0], [0.131])
     reward.pool.close()
 
