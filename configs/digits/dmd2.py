@@ -3,7 +3,8 @@
     python -m launch.train --config=configs/digits/dmd2.py --workdir=runs/digits_dmd2
 
 2 CPU cores, minutes; trains the teacher first, in workdir/teacher. Expected: the student's Fréchet distance at
-1 step below 1.5 x the teacher's at 50, and below 0.4 x the teacher's at 1.
+1 step below 1.5 x the teacher's at 50, and below 0.4 x the teacher's at 1. Guidance trades that distance for label
+accuracy; seed 0: 1.0 gives 0.536 and 94.8 %, 1.1 gives 0.677 and 96.9 %, 1.3 gives 1.44 and 98.9 % (the teacher 0.421 and 94.3 %).
 """
 
 from configs.digits import teacher
@@ -13,10 +14,10 @@ from jaxdistill.core.optim import Ema, Optimizer
 
 def get_config():
     return experiment(
-        steps=1500,
+        steps=1200,
         runs=dict(teacher=teacher.get_config()),
         data=spec("data.digits:Digits", batch_size=64),
-        method=spec("methods.distribution.dmd2:DMD2", gan_weight=3e-2, taps=(1,)),
+        method=spec("methods.distribution.dmd2:DMD2", guidance=1.05, gan_weight=3e-2, taps=(1,)),
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)),

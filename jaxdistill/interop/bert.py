@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused, lookup
-from jaxdistill.interop.tables import LINEAR, Family, Row
+from jaxdistill.core.types import lookup
+from jaxdistill.interop.tables import Family, Row, fixed, linear, norm, sizes
 from jaxdistill.models.bert import Bert, BertClassifier, MaskedBert
 from jaxdistill.models.layers import ACTIVATIONS
 
@@ -28,8 +28,6 @@ FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_
 def table(cfg: Bert) -> tuple[Row, ...]:
     base = "" if type(cfg) is Bert else "bert."
     embed, layer = base + "embeddings.", base + "encoder.layer.{i}."
-    linear = lambda path, name: (Row(f"{path}/kernel", f"{name}.weight", LINEAR), Row(f"{path}/bias", f"{name}.bias"))
-    norm = lambda path, name: (Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias"))
     rows = (
         Row("embed/embedding", embed + "word_embeddings.weight"),
         Row("embed_position/embedding", embed + "position_embeddings.weight"),
@@ -58,18 +56,13 @@ def table(cfg: Bert) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path, *, make: type[Bert]) -> Bert:
     where = folder / "config.json"
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
-    try:
-        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    except KeyError as error:
-        raise Refused(f"{where}: {error.args[0]} is missing") from error
-    lookup(ACTIVATIONS, sizes["activation"], f"{where}: hidden_act")
+    fixed(config, FIXED, where)
+    found = sizes(config, SIZES, where)
+    lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
     if make is BertClassifier:
-        sizes["classes"] = len(config.get("id2label", range(2)))
+        found["classes"] = len(config.get("id2label", range(2)))
     pad = config.get("pad_token_id", 0)
-    return make(**sizes, pad=-1 if pad is None else pad)
+    return make(**found, pad=-1 if pad is None else pad)
 
 
 def write(cfg: Bert, *, name: str) -> dict[str, dict[str, Any]]:

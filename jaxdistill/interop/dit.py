@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import LINEAR, Family, Row, patches
+from jaxdistill.interop.tables import Family, Row, fixed, linear, patches
 from jaxdistill.models.dit import DiT
 
 FIXED = {
@@ -22,12 +22,8 @@ FIXED = {
 def table(cfg: DiT) -> tuple[Row, ...]:
     block = "transformer_blocks.{i}."
     embed = block + "norm1.emb."
-    linear = lambda path, name, copies=0: (
-        Row(f"{path}/kernel", f"{name}.weight", LINEAR, copies),
-        Row(f"{path}/bias", f"{name}.bias", copies=copies),
-    )
     if cfg.second_time:
-        raise Refused("DiTTransformer2DModel takes one time; fold the second one first (methods.trajectory.meanflow: one step)")
+        raise Refused("DiTTransformer2DModel takes one time; models.dit.fold_gap folds the second one in for a single step")
     return (
         Row("patch_embed/kernel", "pos_embed.proj.weight", patches(cfg.patch)),
         Row("patch_embed/bias", "pos_embed.proj.bias"),
@@ -48,9 +44,7 @@ def table(cfg: DiT) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path) -> DiT:
     where = folder / "config.json"
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
+    fixed(config, FIXED, where)
     get = lambda key: config[key] if key in config else _missing(where, key)
     heads, channels = get("num_attention_heads"), get("in_channels")
     out = config.get("out_channels") or channels

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import read_json
-from jaxdistill.interop.tables import LINEAR, Family, Row
+from jaxdistill.interop.tables import LINEAR, Family, Row, fixed, sizes
 from jaxdistill.models.lm import LM
 from jaxdistill.models.qwen import Qwen2, Qwen3
 
@@ -52,15 +52,10 @@ def table(cfg: LM) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
     where = folder / "config.json"
-    for key, value in FIXED[make].items():
-        if config.get(key, value) != value:
-            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
-    try:
-        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    except KeyError as error:
-        raise Refused(f"{where}: {error.args[0]} is missing") from error
+    fixed(config, FIXED[make], where)
+    found = sizes(config, SIZES, where)
     return make(
-        **sizes,
+        **found,
         **read_rope(config, where),
         **read_ids(config, folder),
         kv_heads=config.get("num_key_value_heads") or 0,

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxdistill.core.types import Refused, lookup
 from jaxdistill.interop.llama import read_ids, read_rope, write_ids
-from jaxdistill.interop.tables import LINEAR, Family, Row
+from jaxdistill.interop.tables import LINEAR, Family, Row, fixed, linear, norm, sizes
 from jaxdistill.models.layers import ACTIVATIONS
 from jaxdistill.models.neox import NeoX
 
@@ -26,8 +26,6 @@ FIXED = {"attention_bias": True}
 
 def table(cfg: NeoX) -> tuple[Row, ...]:
     layer = "gpt_neox.layers.{i}."
-    linear = lambda path, name: (Row(f"{path}/kernel", f"{name}.weight", LINEAR), Row(f"{path}/bias", f"{name}.bias"))
-    norm = lambda path, name: (Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias"))
     rows = (
         Row("embed/embedding", "gpt_neox.embed_in.weight"),
         *norm("blocks/norm_attention", layer + "input_layernorm"),
@@ -43,18 +41,13 @@ def table(cfg: NeoX) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path) -> NeoX:
     where = folder / "config.json"
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
-    try:
-        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    except KeyError as error:
-        raise Refused(f"{where}: {error.args[0]} is missing") from error
-    lookup(ACTIVATIONS, sizes["activation"], f"{where}: hidden_act")
+    fixed(config, FIXED, where)
+    found = sizes(config, SIZES, where)
+    lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
     rope = config.get("rope_parameters") or {}  # older files have the two keys of their own
     share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
     return NeoX(
-        **sizes,
+        **found,
         **read_rope({"rope_theta": config.get("rotary_emb_base", 10000.0), **config}, where),
         **read_ids(config, folder),
         rotary_share=share,

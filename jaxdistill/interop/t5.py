@@ -6,8 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused, lookup
-from jaxdistill.interop.tables import LINEAR, Family, Row
+from jaxdistill.core.types import lookup
+from jaxdistill.interop.tables import LINEAR, Family, Row, sizes
 from jaxdistill.models.t5 import T5, T5Encoder, UMT5Encoder
 
 SIZES = {
@@ -57,19 +57,16 @@ def read(config: dict[str, Any], folder: Path, *, make: type[T5Encoder]) -> T5En
     """Sizes from config.json. That the head is tied is what `scale_decoder_outputs` says since transformers 5, which sets
     `tie_word_embeddings` to true in every file; before, the latter."""
     where = folder / "config.json"
-    try:
-        sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
-    except KeyError as error:
-        raise Refused(f"{where}: {error.args[0]} is missing") from error
-    sizes |= {ours: config.get(theirs, default) for ours, (theirs, default) in DEFAULTS.items()}
+    found = sizes(config, SIZES, where)
+    found |= {ours: config.get(theirs, default) for ours, (theirs, default) in DEFAULTS.items()}
     kind = config.get("feed_forward_proj", "gated-gelu" if make is UMT5Encoder else "relu")
-    sizes["gated"] = lookup(GATED, kind, f"{where}: feed_forward_proj")
+    found["gated"] = lookup(GATED, kind, f"{where}: feed_forward_proj")
     if make is T5:
-        sizes["depth_decoder"] = config.get("num_decoder_layers") or 0
-        sizes["tied"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
-        sizes["start"] = config.get("decoder_start_token_id") or 0
+        found["depth_decoder"] = config.get("num_decoder_layers") or 0
+        found["tied"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+        found["start"] = config.get("decoder_start_token_id") or 0
     eos, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
-    return make(**sizes, eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,), pad=-1 if pad is None else pad)
+    return make(**found, eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,), pad=-1 if pad is None else pad)
 
 
 def write(cfg: T5Encoder, *, name: str) -> dict[str, dict[str, Any]]:

@@ -19,13 +19,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 
@@ -79,6 +79,31 @@ class Row:
         """PyTorch's shape of each of them."""
         one = jax.ShapeDtypeStruct(shape[1:] if self.stacked else shape, "float32")
         return jax.eval_shape(self.layout.to_torch, one).shape
+
+
+def linear(path: str, name: str, copies: int = 0) -> tuple[Row, Row]:
+    """Kernel and bias of a linear map."""
+    return Row(f"{path}/kernel", f"{name}.weight", LINEAR, copies), Row(f"{path}/bias", f"{name}.bias", copies=copies)
+
+
+def norm(path: str, name: str) -> tuple[Row, Row]:
+    """Gain and bias of a norm."""
+    return Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias")
+
+
+def fixed(config: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> None:
+    """Raises Refused where config.json has another value than the one that our model can do; a missing key has it."""
+    for key, value in values.items():
+        if config.get(key, value) != value:
+            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
+
+
+def sizes(config: Mapping[str, Any], names: Mapping[str, str], where: Path) -> dict[str, Any]:
+    """Our fields, from PyTorch's keys of config.json. Raises Refused where one is missing."""
+    for theirs in names.values():
+        if theirs not in config:
+            raise Refused(f"{where}: {theirs} is missing")
+    return {ours: config[theirs] for ours, theirs in names.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Params
 from jaxdistill.models.layers import (
     XAVIER,
     ZEROS,
@@ -116,6 +117,16 @@ class DiTModule(nnx.Module):
         h = self.proj_out(plain_norm(h, 1e-6) * (1 + scale) + shift)
         out = rearrange(h, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=patch, q=patch)[..., : cfg.channels].astype(x.dtype)
         return (out, feats) if features else out
+
+
+def fold_gap(net: Net, params: Params, t: Array, r: Array) -> tuple[Net, Params]:
+    """The network of one time that equals a `second_time` one at the times t, r (scalars, as the module is fed them): the gap's
+    embedding moves into every row of the label table. Exact, and for these times only.
+    """
+    gap = nnx.merge(net.graphdef, params).gap_embed(jnp.reshape(jnp.float32(t - r), (1,)))[0]
+    cfg = dataclasses.replace(net.config, second_time=False)
+    labels = {"embedding": params["label_embed"]["embedding"] + gap}
+    return make_net(cfg, wrap=net.wrap, config=cfg), {**{k: v for k, v in params.items() if k != "gap_embed"}, "label_embed": labels}
 
 
 def sincos_2d(dim: int, rows: int, cols: int, base: int) -> jax.Array:

@@ -12,12 +12,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Turn, lookup
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Refused, Turn, lookup
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Flow, Process, expand
 from jaxdistill.diffusion.regression import drop_condition
 from jaxdistill.diffusion.tangent import DERIVATIVES
 from jaxdistill.diffusion.times import LogitNormal, Uniform
+from jaxdistill.models.dit import DiT, fold_gap
 from jaxdistill.objectives import weighting
 from jaxdistill.samplers.fewstep import jump
 
@@ -67,6 +68,22 @@ class MeanFlow(Method):
     def sample(self, net, noise, cond, key, steps):
         average = lambda x, t, r: net(x, t, cond, r=r)
         return jump(average, self.process.start(noise), self.process.grid(steps))
+
+    def sampling_times(self, steps: int) -> Array:
+        """Of the exported student. Raises Refused for more than the one step that it is folded for."""
+        if steps != 1:
+            raise Refused(f"export: an average velocity is exported for one step, not for {steps}")
+        return self.process.grid(1)[:1]
+
+    def exported(self, net, params):
+        """A DiT for one step from pure noise, its second time folded in; other networks as they are."""
+        if not getattr(net.config, "second_time", False) or not isinstance(net.config, DiT):
+            return net, params
+        fed = {}  # the times as the module is fed them
+        net.wrap(lambda x, t, cond, *, r: (fed.update(t=t[0], r=r[0]), x)[1])(
+            jnp.zeros((1, 1)), jnp.full(1, self.process.t_max), None, r=jnp.full(1, self.process.t_min)
+        )
+        return fold_gap(net, params, **fed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """MeanFlow: the identity in closed form, the target's algebra, guidance, sampling (00-foundations, section 7)."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.types import Refused
+from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.process import Flow, Trig, expand
 from jaxdistill.diffusion.tangent import central_difference, total_derivative
 from jaxdistill.diffusion.times import LogitNormal, Uniform
 from jaxdistill.methods.trajectory.meanflow import GuidedMeanFlow, MeanFlow, MeanFlowDistillation
+from jaxdistill.models.dit import DiT
 
 PROCESSES = [Flow(), Flow(shift=3.0), Trig()]
 
@@ -161,3 +165,21 @@ def test_unknown_derivative_is_refused(gaussian, context):
 @pytest.mark.parametrize("method", [MeanFlow(), MeanFlowDistillation()], ids=lambda m: type(m).__name__)
 def test_three_steps(three_steps, method):
     three_steps(method, second_time=True)
+
+
+def test_exported_student_takes_one_time_and_gives_the_same_samples():
+    """The gap's embedding, a constant at one step, moves into the label table; more steps are refused."""
+    cfg = DiT(size=4, dim=16, depth=1, heads=2, second_time=True)
+    net = make_net(cfg, wrap=functools.partial(Denoiser(param=Velocity(time_scale=1000.0)).wrap, process=Flow()), config=cfg)
+    params = jax.tree.map(lambda w: w + 0.05 * jax.random.normal(jax.random.key(w.size), w.shape), net.init(jax.random.key(0)))
+    method, noise, cond = MeanFlow(), jax.random.normal(jax.random.key(1), (3, 4, 4, 1)), jnp.array([0, 5, 10])
+    ours = method.sample(functools.partial(net.apply, params), noise, cond, None, 1)
+    folded, weights = method.exported(net, params)
+    assert not folded.config.second_time and paths(weights).keys() == paths(folded.shapes).keys()
+    theirs = noise - folded.apply(weights, noise, jnp.ones(3), cond).v
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    plain = {k: v for k, v in params.items() if k != "gap_embed"}
+    assert jnp.abs(noise - folded.apply(plain, noise, jnp.ones(3), cond).v - ours).max() > 1e-3  # the gap does matter
+    assert method.sampling_times(1) == 1
+    with pytest.raises(Refused, match="one step"):
+        method.sampling_times(2)
