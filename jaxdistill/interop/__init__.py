@@ -14,11 +14,19 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import dit, llama
+from jaxdistill.interop import dit, llama, unet, vae
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (dit.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        dit.FAMILY,
+        llama.FAMILY,
+        unet.FAMILY,
+        vae.FAMILY,
+    )
+}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -66,7 +74,7 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
     from this process. Raises Refused where no family has this net, or not all of its weights.
     """
     folder = Path(folder)
-    family = next((f for f in FAMILIES.values() if isinstance(net.config, f.config)), None)
+    family = next((f for f in FAMILIES.values() if type(net.config) is f.config), None)
     if family is None:
         raise Refused(f"{folder}: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
     rows, leaves = family.table(net.config), paths(params)
@@ -101,7 +109,7 @@ def _describe(folder: Path) -> tuple[Family, Any]:
 
 
 def _same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
-    if not isinstance(net.config, family.config):
+    if type(net.config) is not family.config:
         raise Refused(f"{folder}: holds a {family.name}, expected a {type(net.config).__name__}")
     stored, ours = (family.write(c)["config.json"] for c in (config, net.config))
     for key in stored:
@@ -112,7 +120,7 @@ def _same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
 def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
     stem = STEMS[family.library]
     try:
-        return read_folder(folder, stem)
+        return {family.current(name): tensor for name, tensor in read_folder(folder, stem).items()}
     except KeyError:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if not pickled:

@@ -6,7 +6,8 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `config`: our dataclass of sizes, callable with rngs; a net belongs to the family of its `net.config`;
 - `read(config_json, folder) -> config` and `write(config) -> {file name: JSON object}`; `read` raises Refused on every
   setting that our model does not have, so that no checkpoint is loaded into a different network;
-- `table(config) -> rows`, one for each leaf of the net's params, and `ignored`, patterns of names that carry no weight;
+- `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight, and
+  `renamed`, the names that old files use;
 - `free`, the keys of config.json in which two copies of one network may differ.
 
 A layout is written with array methods only (reshape, transpose), since it is applied to memory maps, where it stays a
@@ -16,13 +17,15 @@ view, and to abstract arrays, where it gives the shape to expect.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 
@@ -89,4 +92,40 @@ class Family:
     write: Callable[[Any], dict[str, dict[str, Any]]]
     table: Callable[[Any], tuple[Row, ...]]
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
+    renamed: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) that turn old names into those of the table
     free: tuple[str, ...] = ()
+
+    def current(self, name: str) -> str:
+        """The table's name for a name found in a file."""
+        return functools.reduce(lambda name, rule: re.sub(*rule, name), self.renamed, name)
+
+
+POINT = Layout(  # a 1x1 convolution, here a matrix: [out in 1 1] <-> [in out]
+    lambda w: w.reshape(w.shape[:2]).transpose(1, 0),
+    lambda w: w.transpose(1, 0).reshape(w.shape[1], w.shape[0], 1, 1),
+)
+
+
+def affine(path: str, name: str, layout: Layout = LINEAR, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a linear map or a convolution."""
+    kernel = Row(f"{path}/kernel", f"{name}.weight", layout)
+    return (kernel, Row(f"{path}/bias", f"{name}.bias")) if bias else (kernel,)
+
+
+def norm(path: str, name: str) -> tuple[Row, ...]:
+    """The rows of a norm with gain and bias."""
+    return Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias")
+
+
+def require(config: dict[str, Any], fixed: dict[str, Any], where: Path) -> None:
+    """Raises Refused where a setting in config.json (absent: as in `fixed`) is another than our model's."""
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
+
+
+def setting(config: dict[str, Any], key: str, where: Path) -> Any:
+    """config[key]. Raises Refused where it is missing."""
+    if key not in config:
+        raise Refused(f"{where}: {key} is missing")
+    return config[key]

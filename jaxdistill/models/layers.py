@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,12 +89,14 @@ def fourier(t: Array, dim: int, *, max_period: float = 10000.0, shift: float = 1
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], -1)
 
 
-def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
+              scale: float | None = None) -> Array:  # fmt: skip
     """Softmax attention: q [B T H K], k and v [B S G K] with G dividing H, mask [B or 1, H or 1, T, S] True = attend.
 
-    Scores and softmax in float32. Returns [B T H K]. The one place where a kernel is chosen.
+    Scores are `scale` (None: K^-1/2) times the products, plus `bias` [B or 1, H or 1, T, S]; they and the softmax are
+    float32. Returns [B T H K]. The one place where a kernel is chosen.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla")
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation="xla")
 
 
 def rotate(x: Array, waves: tuple[Array, Array]) -> Array:
@@ -141,3 +144,30 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
     return x, ys, tuple(after[tap] for tap in taps)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
+    "gelu": functools.partial(nnx.gelu, approximate=False),
+    "gelu_fast": functools.partial(nnx.gelu, approximate=True),
+    "gelu_new": functools.partial(nnx.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(nnx.gelu, approximate=True),
+    "relu": nnx.relu,
+    "silu": nnx.silu,
+}
+
+
+def rematted(call: Callable, remat: str) -> Callable:
+    """`call` rematerialised by the policy called `remat`, for layers that differ in shape and cannot be scanned."""
+    policy = lookup_name(REMAT, remat, "remat")
+    return call if policy is None else jax.checkpoint(call, policy=policy)
+
+
+class Mapper(nnx.Module):
+    """Linear, SiLU, linear, in float32: from the features of a time or a pooled condition [B i] to an embedding [B o]."""
+
+    def __init__(self, i: int, o: int, rngs: nnx.Rngs):
+        self.linear_1 = dense(i, o, (None, "embed"), rngs=rngs)
+        self.linear_2 = dense(o, o, ("embed", "mlp"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(nnx.silu(self.linear_1(x.astype(jnp.float32))))
