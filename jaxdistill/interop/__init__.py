@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, dit, llama, neox, t5
+from jaxdistill.interop import bert, dit, llama, neox, t5, unet, vae
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -32,6 +32,8 @@ FAMILIES: dict[str, Family] = {
         t5.ENCODER,
         t5.FAMILY,
         t5.UMT5_ENCODER,
+        unet.FAMILY,
+        vae.FAMILY,
     )
 }
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import Family, Row, fixed, linear, patches
+from jaxdistill.interop.tables import Family, Row, fixed, linear, patches, setting
 from jaxdistill.models.dit import DiT
 
 FIXED = {
@@ -27,8 +27,8 @@ def table(cfg: DiT) -> tuple[Row, ...]:
     return (
         Row("patch_embed/kernel", "pos_embed.proj.weight", patches(cfg.patch)),
         Row("patch_embed/bias", "pos_embed.proj.bias"),
-        *linear("time_embed/linear_1", embed + "timestep_embedder.linear_1", cfg.depth),
-        *linear("time_embed/linear_2", embed + "timestep_embedder.linear_2", cfg.depth),
+        *linear("time_embed/linear_1", embed + "timestep_embedder.linear_1", copies=cfg.depth),
+        *linear("time_embed/linear_2", embed + "timestep_embedder.linear_2", copies=cfg.depth),
         Row("label_embed/embedding", embed + "class_embedder.embedding_table.weight", copies=cfg.depth),
         *linear("blocks/modulation", block + "norm1.linear"),
         *linear("blocks/to_q", block + "attn1.to_q"),
@@ -45,7 +45,7 @@ def table(cfg: DiT) -> tuple[Row, ...]:
 def read(config: dict[str, Any], folder: Path) -> DiT:
     where = folder / "config.json"
     fixed(config, FIXED, where)
-    get = lambda key: config[key] if key in config else _missing(where, key)
+    get = lambda key: setting(config, key, where)
     heads, channels = get("num_attention_heads"), get("in_channels")
     out = config.get("out_channels") or channels
     return DiT(
@@ -58,10 +58,6 @@ def read(config: dict[str, Any], folder: Path) -> DiT:
         heads=heads,
         classes=get("num_embeds_ada_norm"),
     )
-
-
-def _missing(where: Path, key: str):
-    raise Refused(f"{where}: {key} is missing")
 
 
 def write(cfg: DiT) -> dict[str, dict[str, Any]]:

@@ -44,6 +44,10 @@ CONV = Layout(  # [out in *size] <-> [*size in out], any number of spatial axes
     lambda w: w.transpose(*range(2, w.ndim), 1, 0),
     lambda w: w.transpose(w.ndim - 1, w.ndim - 2, *range(w.ndim - 2)),
 )
+POINT = Layout(  # a 1x1 convolution, here a matrix: [out in 1 1] <-> [in out]
+    lambda w: w.reshape(w.shape[:2]).transpose(1, 0),
+    lambda w: w.transpose(1, 0).reshape(w.shape[1], w.shape[0], 1, 1),
+)
 
 
 def patches(size: int) -> Layout:
@@ -81,9 +85,10 @@ class Row:
         return jax.eval_shape(self.layout.to_torch, one).shape
 
 
-def linear(path: str, name: str, copies: int = 0) -> tuple[Row, Row]:
-    """Kernel and bias of a linear map."""
-    return Row(f"{path}/kernel", f"{name}.weight", LINEAR, copies), Row(f"{path}/bias", f"{name}.bias", copies=copies)
+def linear(path: str, name: str, layout: Layout = LINEAR, bias: bool = True, copies: int = 0) -> tuple[Row, ...]:
+    """Kernel and bias of a linear map or a convolution."""
+    kernel = Row(f"{path}/kernel", f"{name}.weight", layout, copies)
+    return (kernel, Row(f"{path}/bias", f"{name}.bias", copies=copies)) if bias else (kernel,)
 
 
 def norm(path: str, name: str) -> tuple[Row, Row]:
@@ -98,12 +103,16 @@ def fixed(config: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> 
             raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
 
 
+def setting(config: Mapping[str, Any], key: str, where: Path) -> Any:
+    """config[key]. Raises Refused where it is missing."""
+    if key not in config:
+        raise Refused(f"{where}: {key} is missing")
+    return config[key]
+
+
 def sizes(config: Mapping[str, Any], names: Mapping[str, str], where: Path) -> dict[str, Any]:
     """Our fields, from PyTorch's keys of config.json. Raises Refused where one is missing."""
-    for theirs in names.values():
-        if theirs not in config:
-            raise Refused(f"{where}: {theirs} is missing")
-    return {ours: config[theirs] for ours, theirs in names.items()}
+    return {ours: setting(config, theirs, where) for ours, theirs in names.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -147,3 +147,20 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
     "relu": nnx.relu,
     "silu": nnx.silu,
 }
+
+
+def rematted(call: Callable, remat: str) -> Callable:
+    """`call` rematerialised by the policy called `remat`, for layers that differ in shape and cannot be scanned."""
+    policy = lookup_name(REMAT, remat, "remat")
+    return call if policy is None else jax.checkpoint(call, policy=policy)
+
+
+class Mapper(nnx.Module):
+    """Linear, SiLU, linear, in float32: from the features of a time or a pooled condition [B i] to an embedding [B o]."""
+
+    def __init__(self, i: int, o: int, rngs: nnx.Rngs):
+        self.linear_1 = dense(i, o, (None, "embed"), rngs=rngs)
+        self.linear_2 = dense(o, o, ("embed", "mlp"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(nnx.silu(self.linear_1(x.astype(jnp.float32))))
