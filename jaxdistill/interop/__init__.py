@@ -14,11 +14,18 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import dit, llama
+from jaxdistill.interop import dit, llama, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (dit.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        dit.FAMILY,
+        llama.FAMILY,
+        wan.FAMILY,
+    )
+}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 

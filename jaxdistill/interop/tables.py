@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
 
@@ -43,11 +43,16 @@ CONV = Layout(  # [out in *size] <-> [*size in out], any number of spatial axes
 )
 
 
-def patches(size: int) -> Layout:
-    """A convolution over disjoint patches of `size`, here a linear map of (row, column, channel): [o c p p] <-> [p*p*c o]."""
+def patches(size: int | tuple[int, ...]) -> Layout:
+    """A convolution over disjoint patches, here a linear map of (row, column, channel): [o c p p] <-> [p*p*c o].
+
+    `size` is p, or the lengths of any number of axes: [o c t p q] <-> [t*p*q*c o] of (frame, row, column, channel).
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    n = len(size)
     return Layout(
-        lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
-        lambda w: w.reshape(size, size, -1, w.shape[1]).transpose(3, 2, 0, 1),
+        lambda w: w.transpose(*range(2, w.ndim), 1, 0).reshape(-1, w.shape[0]),
+        lambda w: w.reshape(*size, -1, w.shape[1]).transpose(n + 1, n, *range(n)),
     )
 
 
@@ -90,3 +95,28 @@ class Family:
     table: Callable[[Any], tuple[Row, ...]]
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
     free: tuple[str, ...] = ()
+
+
+def affine(path: str, name: str, layout: Layout = LINEAR, bias: bool = True) -> tuple[Row, ...]:
+    """The rows of a linear map or a convolution."""
+    kernel = Row(f"{path}/kernel", f"{name}.weight", layout)
+    return (kernel, Row(f"{path}/bias", f"{name}.bias")) if bias else (kernel,)
+
+
+def norm(path: str, name: str) -> tuple[Row, ...]:
+    """The rows of a norm with gain and bias."""
+    return Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias")
+
+
+def require(config: dict[str, Any], fixed: dict[str, Any], where: Path) -> None:
+    """Raises Refused where a setting in config.json (absent: as in `fixed`) is another than our model's."""
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
+
+
+def setting(config: dict[str, Any], key: str, where: Path) -> Any:
+    """config[key]. Raises Refused where it is missing."""
+    if key not in config:
+        raise Refused(f"{where}: {key} is missing")
+    return config[key]

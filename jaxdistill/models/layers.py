@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxdistill.core.sharding import constrain
@@ -141,3 +142,36 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
     return x, ys, tuple(after[tap] for tap in taps)
+
+
+def modulate(x: Array, shift: Array, scale: Array, eps: float) -> Array:
+    """Layer norm without gain or bias, then scale and shift (each [B 1 or N, D]), in float32; returned in x's dtype."""
+    return (plain_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+class Mapper(nnx.Module):
+    """Linear, SiLU, linear, in float32: from the features of a time or a pooled condition [B i] to an embedding [B o]."""
+
+    def __init__(self, i: int, o: int, rngs: nnx.Rngs):
+        self.linear_1 = dense(i, o, (None, "embed"), rngs=rngs)
+        self.linear_2 = dense(o, o, ("embed", "mlp"), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.linear_2(nnx.silu(self.linear_1(x.astype(jnp.float32))))
+
+
+def axial_waves(positions: Sequence[np.ndarray], dims: Sequence[int], *, theta: float = 10000.0) -> tuple[Array, Array]:
+    """Waves of `rotate_pairs` for a grid, the first axis outermost: axis i turns dims[i] channels of a head by positions[i].
+
+    Returns (cosines, sines) [1, N, 1, sum(dims) / 2], N the product of the axes' lengths. The angles are float64 and made
+    on the host, one small table for each axis; the program broadcasts them.
+    """
+    grid = tuple(len(p) for p in positions)
+    angles = [np.outer(p, theta ** -(np.arange(0, d, 2) / d)) for p, d in zip(positions, dims)]
+
+    def spread(axis: int, table: np.ndarray) -> Array:
+        shape = [len(table) if i == axis else 1 for i in range(len(grid))]
+        return jnp.broadcast_to(jnp.asarray(table, jnp.float32).reshape(*shape, -1), (*grid, table.shape[1]))
+
+    wave = lambda f: jnp.concatenate([spread(i, f(a)) for i, a in enumerate(angles)], -1).reshape(1, -1, 1, sum(dims) // 2)
+    return wave(np.cos), wave(np.sin)
