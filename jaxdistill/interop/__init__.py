@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, dit, llama, neox, t5, unet, vae
+from jaxdistill.interop import bert, dit, llama, neox, t5, unet, vae, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -34,6 +34,7 @@ FAMILIES: dict[str, Family] = {
         t5.UMT5_ENCODER,
         unet.FAMILY,
         vae.FAMILY,
+        wan.FAMILY,
     )
 }
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")

@@ -50,11 +50,16 @@ POINT = Layout(  # a 1x1 convolution, here a matrix: [out in 1 1] <-> [in out]
 )
 
 
-def patches(size: int) -> Layout:
-    """A convolution over disjoint patches of `size`, here a linear map of (row, column, channel): [o c p p] <-> [p*p*c o]."""
+def patches(size: int | tuple[int, ...]) -> Layout:
+    """A convolution over disjoint patches, here a linear map of (row, column, channel): [o c p p] <-> [p*p*c o].
+
+    `size` is p, or the lengths of any number of axes: [o c t p q] <-> [t*p*q*c o] of (frame, row, column, channel).
+    """
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    n = len(size)
     return Layout(
-        lambda w: w.transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
-        lambda w: w.reshape(size, size, -1, w.shape[1]).transpose(3, 2, 0, 1),
+        lambda w: w.transpose(*range(2, w.ndim), 1, 0).reshape(-1, w.shape[0]),
+        lambda w: w.reshape(*size, -1, w.shape[1]).transpose(n + 1, n, *range(n)),
     )
 
 

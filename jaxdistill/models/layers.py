@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxdistill.core.sharding import constrain
@@ -155,6 +156,11 @@ def rematted(call: Callable, remat: str) -> Callable:
     return call if policy is None else jax.checkpoint(call, policy=policy)
 
 
+def modulate(x: Array, shift: Array, scale: Array, eps: float) -> Array:
+    """Layer norm without gain or bias, then scale and shift (each [B 1 or N, D]), in float32; returned in x's dtype."""
+    return (plain_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
+
+
 class Mapper(nnx.Module):
     """Linear, SiLU, linear, in float32: from the features of a time or a pooled condition [B i] to an embedding [B o]."""
 
@@ -164,3 +170,20 @@ class Mapper(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return self.linear_2(nnx.silu(self.linear_1(x.astype(jnp.float32))))
+
+
+def axial_waves(positions: Sequence[np.ndarray], dims: Sequence[int], *, theta: float = 10000.0) -> tuple[Array, Array]:
+    """Waves of `rotate_pairs` for a grid, the first axis outermost: axis i turns dims[i] channels of a head by positions[i].
+
+    Returns (cosines, sines) [1, N, 1, sum(dims) / 2], N the product of the axes' lengths. The angles are float64 and made
+    on the host, one small table for each axis; the program broadcasts them.
+    """
+    grid = tuple(len(p) for p in positions)
+    angles = [np.outer(p, theta ** -(np.arange(0, d, 2) / d)) for p, d in zip(positions, dims)]
+
+    def spread(axis: int, table: np.ndarray) -> Array:
+        shape = [len(table) if i == axis else 1 for i in range(len(grid))]
+        return jnp.broadcast_to(jnp.asarray(table, jnp.float32).reshape(*shape, -1), (*grid, table.shape[1]))
+
+    wave = lambda f: jnp.concatenate([spread(i, f(a)) for i, a in enumerate(angles)], -1).reshape(1, -1, 1, sum(dims) // 2)
+    return wave(np.cos), wave(np.sin)

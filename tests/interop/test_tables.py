@@ -13,6 +13,7 @@ from jaxdistill.interop.tables import CONV, LINEAR, SAME, Family, Row, patches
         (LINEAR, (5, 3), (3, 5)),
         (CONV, (5, 3, 2, 4), (2, 4, 3, 5)),
         (patches(2), (5, 3, 2, 2), (12, 5)),
+        (patches((1, 2, 3)), (5, 4, 1, 2, 3), (24, 5)),
     ],
 )
 def test_layouts_are_inverse_both_ways(layout, torch_shape, jax_shape):
