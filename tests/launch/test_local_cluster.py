@@ -83,7 +83,7 @@ def wait_for(process, workdir, step: int) -> None:
 
 def kill_one(workdir, seed: int) -> None:
     """Kills a process of two at a random moment; the cluster must end with one clear line, and the rerun finish."""
-    rng, process = random.Random(seed), start(workdir, 2, 1, steps=200, checkpoint_every=5)
+    rng, process = random.Random(seed), start(workdir, 2, 1, steps=80, checkpoint_every=5)
     wait_for(process, workdir, 5 * rng.randrange(1, 6))
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     victim = rng.choice(range(len(children)))
@@ -93,14 +93,14 @@ def kill_one(workdir, seed: int) -> None:
     assert "of 2 was lost (killed by SIGKILL)" in err and "run the same command again" in err
     saved = newest(workdir)
     assert saved >= 5
-    finish(start(workdir, 2, 1, steps=200, checkpoint_every=5))
+    finish(start(workdir, 2, 1, steps=80, checkpoint_every=5))
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 200
+    assert steps == sorted(set(steps)) and steps[-1] == 80
 
 
 def test_a_lost_process_ends_the_job_and_the_rerun_goes_on(tmp_path):
     kill_one(tmp_path / "killed", 0)
-    finish(start(tmp_path / "whole", 2, 1, steps=200, checkpoint_every=5))
+    finish(start(tmp_path / "whole", 2, 1, steps=80, checkpoint_every=5))
     assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "whole")) == 0
 
 

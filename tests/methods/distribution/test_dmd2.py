@@ -57,7 +57,9 @@ def test_back_simulation_follows_the_sampler(context, index):
 
 def test_every_step_of_the_chain_is_drawn_alike(context):
     method = DMD2(student_times=STEPS)
-    drawn = [float(method.simulate(SimpleNamespace(student=constant(0.0)), context(jnp.zeros((1, 2)), seed=s))["t"][0]) for s in range(200)]
+    net, at = SimpleNamespace(student=constant(0.0)), context(jnp.zeros((1, 2)))
+    draw = jax.jit(lambda key: method.simulate(net, dataclasses.replace(at, rng=key))["t"][0])
+    drawn = [float(draw(key)) for key in jax.random.split(jax.random.key(0), 200)]
     shares = [np.mean(np.isclose(drawn, t)) for t in STEPS]
     assert all(abs(s - 0.25) < 4 * (0.25 * 0.75 / 200) ** 0.5 for s in shares), shares
 

@@ -59,13 +59,12 @@ def test_weights_are_shared_by_two_tasks():
 
 
 def test_each_loss_sees_its_own_target():
-    out = loss(StepByStep())
+    out = loss(StepByStep()).metrics
+    apart = lambda other, name: abs(float(loss(StepByStep(), other).metrics[name] / out[name]) - 1)
     other = {**BATCH, "explain_tokens": BATCH["explain_tokens"].at[:, 6:9].add(1) % 10}
-    assert loss(StepByStep(), other).metrics["label"] == out.metrics["label"]
-    assert loss(StepByStep(), other).metrics["rationale"] != out.metrics["rationale"]
+    assert apart(other, "label") < 1e-6 and apart(other, "rationale") > 1e-4  # rounding of float32, and more than that
     other = {**BATCH, "tokens": BATCH["tokens"].at[:, 6].add(1) % 10}
-    assert loss(StepByStep(), other).metrics["rationale"] == out.metrics["rationale"]
-    assert loss(StepByStep(), other).metrics["label"] != out.metrics["label"]
+    assert apart(other, "rationale") < 1e-6 and apart(other, "label") > 1e-4
 
 
 def test_padding_and_longer_reasons_leave_the_rest_alone():
