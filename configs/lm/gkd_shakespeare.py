@@ -6,7 +6,7 @@
 perplexity than the same network trained on the same text without a teacher (`baseline`), for as many steps and with the
 same optimiser. Perplexity rewards covering the teacher's law, hence beta = 0, the forward KL; the paper's students start from
 supervised training, this one from nothing, so that both sides see equally many batches. Seed 0: teacher 4.83, student 5.75,
-baseline 5.88.
+baseline 5.88; seed 1 with the same teacher: 5.78 and 5.92.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
