@@ -142,6 +142,7 @@ class Method:
     inits = {"student": "teacher"}  # trained role -> role it is copied from, or None for fresh weights
     frozen = ("teacher",)
     ema = ("student",)  # roles with averaged weights, bound as `ema_<role>`
+    exports = ("student",)  # roles that make up the trained generator: where several, each leaves in a folder of its own
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -160,11 +161,15 @@ class Method:
         return None
 
     def exported(self, net: Any, params: Params) -> tuple[Any, Params]:
-        """The student as it leaves for PyTorch: (net, params)."""
+        """A role of `exports` as it leaves for PyTorch: (net, params)."""
         return net, params
 
+    def generator(self, net: Nets) -> Callable:
+        """The trained generator that `sample` takes; experts by time or by condition are routed here."""
+        return net.student
+
     def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
-        """Samples of a trained `net` (bound student) at `steps` network evaluations, from unit Gaussian noise."""
+        """Samples of a trained `net` (from `generator`) at `steps` network evaluations, from unit Gaussian noise."""
         raise NotImplementedError
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from typing import Any
 
@@ -42,27 +41,24 @@ class SampleEval:
 
     def generate(self, trained, role: str, steps: int, real: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
         """(samples, samples per second after compilation)."""
-        method, net = trained.experiment.method, trained.nets[role]
+        method = trained.experiment.method
         process = method.process
 
         @jax.jit
         def draw(params, part, i):
             key = jax.random.fold_in(jax.random.key(self.seed), i)
             noise = jax.random.normal(jax.random.fold_in(key, 1), part["x"].shape)
-            bound, cond, null = functools.partial(net.apply, params), part.get("cond"), part.get("null_cond")
+            nets, cond, null = dataclasses.replace(trained, params=params).bound(), part.get("cond"), part.get("null_cond")
             if role == "student":
-                return method.sample(bound, noise, cond, key, steps)
-            denoise = lambda x, t: guided(bound, x, t, cond, null, self.guidance)
+                return method.sample(method.generator(nets), noise, cond, key, steps)
+            denoise = lambda x, t: guided(getattr(nets, role), x, t, cond, null, self.guidance)
             return ode.solve(self.solver, process, denoise, process.start(noise), steps, key)
 
         out, seconds, made = [], 0.0, 0
-        params = trained.params[role]
-        if net.adapts:
-            params = {"base": trained.params[net.adapts], "adapter": params}
         for i, low in enumerate(range(0, len(real["x"]), self.batch)):
             part = jax.tree.map(lambda v: v[low : low + self.batch], real)
             started = time.perf_counter()
-            x = jax.block_until_ready(draw(params, part, np.int32(i)))
+            x = jax.block_until_ready(draw(trained.params, part, np.int32(i)))
             if i or len(real["x"]) <= self.batch:
                 seconds, made = seconds + time.perf_counter() - started, made + len(x)
             out.append(whole(x))

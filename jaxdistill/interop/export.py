@@ -16,15 +16,20 @@ from jaxdistill.models.dit import DiT
 
 
 def export(trained, folder: Path) -> None:
-    """Writes the student, adapters folded in. Raises Refused where its network has no PyTorch class."""
+    """Writes the student, adapters folded in; where the method has several experts, each into `folder/<role>`.
+
+    Raises Refused where a network has no PyTorch class.
+    """
     experiment = trained.experiment
-    net, params = trained.nets["student"], trained.params["student"]
-    if net.adapts:
-        params = lora.merge(trained.params[net.adapts], params, net.scale)
-        net = trained.nets[net.adapts]
-    net, params = experiment.method.exported(net, params)
     report = json.loads((experiment.workdir / "report.json").read_text())
-    interop.save(folder, net, params, card=_card(experiment, net, report))
+    for role in experiment.method.exports:
+        net, params = trained.nets[role], trained.params[role]
+        if net.adapts:
+            params = lora.merge(trained.params[net.adapts], params, net.scale)
+            net = trained.nets[net.adapts]
+        net, params = experiment.method.exported(net, params)
+        inside = folder if len(experiment.method.exports) == 1 else folder / role
+        interop.save(inside, net, params, card=_card(experiment, net, report))
 
 
 def _card(experiment, net, report: dict[str, Any]) -> str:
