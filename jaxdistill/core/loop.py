@@ -169,7 +169,8 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
 
 
 def _abstract(experiment: Experiment, net: Net, role: str) -> Params:
-    return abstract_params(experiment.mesh, experiment.roles[role].rules, net)
+    cfg = experiment.roles[role]
+    return abstract_params(experiment.mesh, cfg.rules, net, cfg.param_dtype if role in experiment.method.frozen else "float32", cfg.place)
 
 
 def _collect(trained: Trained, stage: Stage, index: int, stop: threading.Event, progress: bool) -> Dataset:
@@ -209,10 +210,12 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
             trained.nets, trained.params = _prepare(experiment, stages[i], trained.nets, trained.params)
             data = _collect(trained, stages[i], i, stop, progress)
             offset = sum(s.steps for s in stages[:i])
-            state = _Fit(trained, stages[i], i, offset, data, checkpoints, stop, progress).run()
+            fit = _Fit(dataclasses.replace(trained), stages[i], i, offset, data, checkpoints, stop, progress)
+            trained.params = {}  # the stage owns them now
+            state = fit.run()
             result = {role: state.ema.get(role, state.params[role]) for role in stages[i].method.inits}
             save_params(workdir / "stages" / str(i), result)
-            trained.params = {**trained.params, **result}
+            trained.params = {**fit.trained.params, **state.frozen, **result}
     finally:
         checkpoints.close()
     return trained
@@ -271,6 +274,9 @@ class _Fit:
             self.first, self.state, self.position = 0, programs.init(self._everywhere(key), self.trained.params), None
         else:
             self.first, self.state, self.position = restored
+        mine = self.state.frozen.keys() | self.state.params.keys()  # their weights exist once: in the state
+        held = {role: params for role, params in self.trained.params.items() if role not in mine}
+        self.trained = dataclasses.replace(self.trained, params=held)
         self.writer = metrics.Writer(workdir, self.offset + self.first, tensorboard=settings.tensorboard, wandb=settings.wandb,
                                      config=self.experiment.config.to_dict())  # fmt: skip
         self.pending = metrics.Pending(stage.method.turns)
@@ -320,8 +326,10 @@ class _Fit:
             self.controller.restore(host["controller"])
             self.hints = host["hints"]
             self.data = self.data.steer(self.hints)
-        frozen = {role: self.trained.params[role] for role in self.stage.method.frozen}
-        return step - self.offset, state.replace(frozen=frozen), host["data"]
+        given = {role: self.trained.params[role] for role in self.stage.method.frozen}
+        adopt = lambda given: {role: self.trained.nets[role].adopt(params) for role, params in given.items()}
+        where = jax.tree.map(lambda s: s.sharding, abstract.frozen)
+        return step - self.offset, state.replace(frozen=jax.jit(adopt, out_shardings=where)(given)), host["data"]
 
     def _host(self) -> dict[str, Any]:
         controller = {"controller": self.controller.state(), "hints": self.hints} if self.controller else {}
@@ -352,7 +360,7 @@ class _Fit:
 
     def _view(self) -> Trained:
         averaged = {role: self.state.ema.get(role, p) for role, p in self.state.params.items()}
-        return dataclasses.replace(self.trained, params={**self.trained.params, **averaged})
+        return dataclasses.replace(self.trained, params={**self.trained.params, **self.state.frozen, **averaged})
 
 
 def _brief(means: Mapping[str, float]) -> str:
@@ -384,7 +392,8 @@ def make_programs(
     key = jax.eval_shape(lambda: jax.random.key(0))
     build_state = lambda key, start: init_state(method, nets, txs, key, start, experiment.inits)
     abstract = jax.eval_shape(build_state, key, start)
-    where = sharding.state_shardings(experiment.mesh, {r: roles[r].rules for r in roles}, nets, txs, abstract)
+    rules, places = ({r: getattr(roles[r], part) for r in roles} for part in ("rules", "place"))
+    where = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)
     abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where)
     step, active_at = make_train_step(method, nets, txs, emas={r: roles[r].ema for r in method.ema},
                                       accumulate=settings.accumulate, shardings=where)  # fmt: skip
