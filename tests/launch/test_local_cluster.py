@@ -134,18 +134,23 @@ def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
     assert stopped == {str(newest(tmp_path / "run"))}
 
 
-def test_another_number_of_devices_goes_on(two, tmp_path):
-    """Saved by two processes with two devices each, resumed by one with one: no step repeated, no sample skipped."""
-    finish(start(tmp_path / "short", 2, 2, steps=40, checkpoint_every=10, log_every=10))
-    whole = weights(tmp_path / "short")
+def test_another_number_of_processes_goes_on(tmp_path):
+    """Saved by two processes with two devices each, resumed by one with one: no step repeated, no sample skipped or seen
+    twice (the sums of their numbers tell), the same weights."""
+    run, how = tmp_path / "run", dict(variant="counted", steps=40, checkpoint_every=10, log_every=1)
+    finish(start(run, 2, 2, **how))
+    read = lambda: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    whole, first = weights(run), read()
     for name in ("stages", "report.json"):
-        entry = tmp_path / "short" / name
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    shutil.rmtree(tmp_path / "short" / "checkpoints" / "step_40")
-    finish(start(tmp_path / "short", 1, 1, steps=40, checkpoint_every=10, log_every=10))
-    steps = [json.loads(line)["step"] for line in (tmp_path / "short" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [10, 20, 30, 40]
-    assert largest_difference(weights(tmp_path / "short"), whole) < 1e-5
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    for step in (30, 40):
+        shutil.rmtree(run / "checkpoints" / f"step_{step}")
+    finish(start(run, 1, 1, **how))
+    second = read()
+    for key in ("step", "fake/numbers", "fake/squares"):
+        assert [record[key] for record in second] == [record[key] for record in first], key
+    assert [record["step"] for record in second] == list(range(1, 41))
+    assert largest_difference(weights(run), whole) < 1e-5
 
 
 def test_dry_run_prints_what_every_process_executes(tmp_path):
