@@ -23,6 +23,7 @@ from jaxdistill.core import metrics
 from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.report import number
 from jaxdistill.core.types import lookup
+from launch._command import load_config
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,24 +34,34 @@ class Suite:
 
     title: str
     config: str  # a file with VARIANTS
-    teacher: str  # the config of the run that every `roles.teacher.init` gets
+    shared: dict[str, tuple[str, tuple[str, ...]]]  # run that all start from -> (its config, the roles that it initialises)
     metrics: tuple[str, ...]  # columns, of report.json's rows
     chart: str  # the metric that is drawn, against seconds for an update of the student
     about: str
-    data: bool = False  # whether the configs take --config.data.path
 
 
 SUITES = {
     "digits": Suite(
         title="Distillation methods on the digits",
         config="configs/digits/suite.py",
-        teacher="configs/digits/teacher.py",
+        shared={"teacher": ("configs/digits/teacher.py", ("teacher",))},
         metrics=("frechet", "precision", "recall", "diversity", "accuracy"),
         chart="frechet",
         about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
 every method. Fréchet distance in the features of a small classifier (lower is better), precision and recall of its
 manifold, mean distance of two samples of one label (diversity), share of samples that an independent classifier
 reads as the label asked for (accuracy). A method that was made for one step is scored at more steps too.""",
+    ),
+    "lm": Suite(
+        title="Distillation methods on additions",
+        config="configs/lm/suite.py",
+        shared={"teacher": ("configs/lm/carry.py:teacher", ("teacher",)), "start": ("configs/lm/carry.py:start", ("student", "reference"))},
+        metrics=("perplexity", "kl", "reverse_kl", "accuracy"),
+        chart="kl",
+        about="""Two-digit additions, a Llama of 64 channels that was trained to the end as teacher, one of 32 whose training was cut
+short as the start of every student; 64 prompts a step, 300 steps. Held-out perplexity of the right answers, KL divergence from the
+teacher on them in both directions, share of sums that are right when the student decodes greedily (accuracy). `sft` and
+`grpo` have no teacher; `grpo` and `rlad` write eight answers to each prompt and see a reward of 1 for a right one.""",
     ),
 }
 
@@ -62,7 +73,7 @@ def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list
     for method in only:
         lookup(dict.fromkeys(variants), method, "--only")
     chosen = only or variants
-    todo = [(seed, method) for seed in seeds for method in ("teacher", *chosen)]
+    todo = [(seed, method) for seed in seeds for method in (*suite.shared, *chosen)]
     for seed, method in tqdm(todo, desc=name, unit="run"):
         _train(suite, method, seed, workdir, extra)
     return write(name, workdir, {m: variants.index(m) for m in variants})
@@ -72,10 +83,12 @@ def _train(suite: Suite, method: str, seed: int, workdir: Path, extra: list[str]
     folder = workdir / f"{method}_{seed}"
     if (folder / "process.json").exists():
         return
-    config = suite.teacher if method == "teacher" else f"{suite.config}:{method}"
+    config = suite.shared[method][0] if method in suite.shared else f"{suite.config}:{method}"
     command = [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}", *extra]
-    if method != "teacher":
-        command.append(f"--config.roles.teacher.init={workdir / f'teacher_{seed}'}")
+    if method not in suite.shared:
+        roles = load_config(config).roles
+        command += [f"--config.roles.{role}.init={workdir / f'{run}_{seed}'}"
+                    for run, (_, initialised) in suite.shared.items() for role in initialised if role in roles]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -113,16 +126,22 @@ def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
     lines = [f"# {suite.title}", "", f"`python tools/reproduce.py --suite={name}` writes this page.", "", suite.about, ""]
     lines += [f"![{suite.chart} against seconds]({name}.png)", "", "Means over seeds, then the range where there are several.", ""]
-    for nfe in sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"}):
-        lines += [f"## {nfe} NFE", "", "| method | " + " | ".join((*suite.metrics, "seconds an update", "peak MiB", "seeds")) + " |"]
+    most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
+    steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
+    for nfe in steps:
+        lines += [
+            f"## {nfe} NFE" if len(steps) > 1 else "## Students",
+            "",
+            "| method | " + " | ".join((*suite.metrics, "seconds an update", "peak MiB", "seeds")) + " |",
+        ]
         lines += ["|" + "---|" * (len(suite.metrics) + 4)]
-        lines += [_line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == nfe], suite, [])]
+        if nfe < most:
+            lines += [_line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == nfe], suite, [])]
         for method in dict.fromkeys(r["method"] for r in students):
             mine = [r for r in students if r["method"] == method]
             lines += [_line(method, [m for r in mine for m in r["models"] if m["name"] == "student" and m["nfe"] == nfe], suite, mine)]
         lines.append("")
-    most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
-    lines += [f"## Teacher at {most} NFE", "", "| | " + " | ".join((*suite.metrics, "", "", "seeds")) + " |"]
+    lines += [f"## Teacher at {most} NFE" if most > 1 else "## Teacher", "", "| | " + " | ".join((*suite.metrics, "", "", "seeds")) + " |"]
     lines += [
         "|" + "---|" * (len(suite.metrics) + 4),
         _line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == most], suite, []),
