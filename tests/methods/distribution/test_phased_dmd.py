@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -11,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core import build, loop, lora
+from configs.recipes import phased_dmd as recipe
+from jaxdistill.core import build, loop, lora, sharding
 from jaxdistill.core.checkpoint import load_params
-from jaxdistill.core.experiment import abstract_params
+from jaxdistill.core.experiment import Experiment, abstract_params
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind, bound, init_state, make_train_step
 from jaxdistill.core.types import Refused
@@ -421,3 +423,47 @@ def test_a_run_of_two_stages(tmp_path):
     # five updates of a fake from the teacher's weights at Adam's 1e-4, none of the first stage's drift carried over
     gap = lambda a, b: max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     assert 0 < gap(trained.params["fake1"], trained.params["teacher"]) <= 4 * 1.2e-4
+
+
+def lowered(config):
+    """Every program of every stage lowers for TPU; role -> number of weights of what moves, by stage."""
+    config.mesh, config.steps = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2), 2 * 2 * config.method.critic_steps
+    run, moved = Experiment(config, Path("unused")), []
+    with sharding.use(run.mesh, run.settings.rules):
+        start = {role: abstract_params(run.mesh, run.roles[role].rules, net) for role, net in run.nets.items()}
+        for stage in run.method.stages(config.steps):
+            mine = {role: start[role] for role in stage.method.frozen}
+            programs = loop.make_programs(run, run.nets, stage, mine, run.data.spec())
+            for active in programs.patterns:
+                traced = programs.step.trace(programs.abstract, programs.batch, jax.eval_shape(lambda: jax.random.key(0)), active)
+                assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()[:2000]
+            moved.append({role: sum(w.size for w in jax.tree.leaves(p)) for role, p in programs.abstract.params.items()})
+    return moved
+
+
+@pytest.mark.parametrize("variant", ["", "wan21", "released"])
+def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant):
+    """Adapters on the teacher of their range and full fake scores, or full weights, on text-conditioned video latents."""
+    config = recipe.get_config(variant)
+    small = dict(channels=4, dim=32, mlp=64, heads=2, depth=2, text_dim=16)
+    record = {
+        "x": "normal 2 4 4 4",
+        **{f"{c}/{k}": v for c in ("cond", "null_cond") for k, v in (("text", "normal 6 16"), ("mask", "constant 1 6"))},
+    }
+    with config.unlocked():
+        config.data = build.spec("data.synthetic:Synthetic", batch_size=8, arrays=record)
+    for role in config.roles:
+        if "teacher" in role:
+            config.roles[role].model.update(small)
+        elif config.roles[role].lora.rank:
+            config.roles[role].lora.rank = 2
+    moved = lowered(config)
+    roles = {"": [{"expert0", "fake0"}, {"student", "fake1_0", "fake1_1"}], "wan21": [{"expert0", "fake0"}, {"student", "fake1"}],
+             "released": [{"expert0", "fake0", "student", "fake1_0", "fake1_1"}]}[variant]  # fmt: skip
+    assert [set(m) for m in moved] == roles
+    assert (moved[0]["expert0"] < moved[0]["fake0"]) == (variant != "released")
+
+
+def test_the_recipe_refuses_other_variants():
+    with pytest.raises(Refused, match="expected wan21 or released"):
+        recipe.get_config("wan")
