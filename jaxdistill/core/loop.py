@@ -391,7 +391,7 @@ def make_programs(
     updates = {role: sum(sum(role in turns[i].moves for i in active) for active in taken) for role in method.inits}
     txs = {role: roles[role].optimizer.make(updates[role]) for role in method.inits}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    build_state = lambda key, start: init_state(method, nets, txs, key, start, experiment.inits)
+    build_state = lambda key, start: init_state(method, nets, txs, key, start, {r: experiment.inits[r] for r in method.inits})
     abstract = jax.eval_shape(build_state, key, start)
     rules, places = ({r: getattr(roles[r], part) for r in roles} for part in ("rules", "place"))
     where = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.diffusion.process import Process, expand
+from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Denoise
 
 
@@ -26,11 +27,20 @@ def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Arr
     return net(xt, t).x0
 
 
-def simulate(process: Process, net: Denoise, noise: Array, times: Array, key: Array, index: Array | int) -> tuple[Array, Array]:
-    """The state (x_t [B ...], t [B]) that a renoising chain brings to its step number `index`, which may be traced."""
+def simulate(
+    process: Process, net: Denoise, noise: Array, times: Array, key: Array, index: Array | int, solver: str = ""
+) -> tuple[Array, Array]:
+    """The state (x_t [B ...], t [B]) that a student's chain brings to its step number `index`, which may be traced.
+
+    From one time to the next it re-noises its x0 with fresh noise; or takes the step of a `solver` of samplers/ode.py without
+    memory, in which case `key` is not read. "ddim" is Euler's on rectified flow, whatever the shift.
+    """
 
     def body(i, x):
-        x0 = net(x, jnp.full(x.shape[:1], times[i])).x0
+        t = jnp.full(x.shape[:1], times[i])
+        if solver:
+            return ode.advance(solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1]))
+        x0 = net(x, t).x0
         fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         return process.add_noise(x0, fresh, times[i + 1])
 

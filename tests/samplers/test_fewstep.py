@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import EDM, CosineVP, Flow, Pred, Trig, expand
-from jaxdistill.samplers.fewstep import first_times, jump, renoise
+from jaxdistill.samplers.fewstep import first_times, jump, renoise, simulate
 
 MEAN, STD = 0.7, 0.4
 
@@ -106,3 +106,24 @@ def test_first_times():
     for steps in (0, 4):
         with pytest.raises(Refused, match=f"steps={steps}: expected 1 to 3"):
             first_times((1.0, 0.5, 0.25), steps)
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_a_deterministic_chain_is_eulers_on_the_warped_grid(shift):
+    """Step by step against x + (t' - t) (eps - x0) at the warped times; the key is not read, and the end is x0 at t = 0."""
+    process, times = Flow(shift=shift), jnp.asarray([1.0, 0.75, 0.5, 0.25, 0.0])
+
+    def net(x, t):
+        a, s = process.alpha_sigma(expand(t, x))
+        spread = (a * STD) ** 2 + s**2
+        return process.from_x0(MEAN + a * STD**2 / spread * (x - a * MEAN), x, t)
+
+    x = noise = jax.random.normal(jax.random.key(0), (5, 2))
+    warped = shift * times / (1 + (shift - 1) * times)
+    for index in range(5):
+        got, t = jax.jit(lambda i, seed: simulate(process, net, noise, times, jax.random.key(seed), i, "ddim"))(index, index)
+        np.testing.assert_allclose(got, x, rtol=1e-12, atol=1e-13)
+        np.testing.assert_array_equal(t, times[index])
+        if index < 4:
+            pred = net(x, jnp.full(5, times[index]))
+            x = x + (warped[index + 1] - warped[index]) * (pred.eps - pred.x0)
