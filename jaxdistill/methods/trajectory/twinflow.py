@@ -112,20 +112,18 @@ class FullTwinFlow(TwinFlow):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptedTwinFlow(TwinFlow):
-    """The student starts from a frozen base, as adapters on it where memory is short (Qwen-Image); F^- is live: kappa = 0."""
-
-    target: str = "student"
+class TunedTwinFlow(TwinFlow):
+    """The student starts from a frozen base, as adapters on it where memory is short (Qwen-Image, with `target="student"`)."""
 
     inits = {"student": "teacher"}
     frozen = ("teacher",)
-    ema = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TwinFlowDistillation(AdaptedTwinFlow):
+class TwinFlowDistillation(TunedTwinFlow):
     """kappa = 1: the base's own guided velocity is the target of step 1; the recursion stays live."""
 
+    target: str = "student"
     enhance: float = 4.0  # guidance scale of the base
 
     def guided(self, net, batch, xt, t, v):

@@ -14,7 +14,7 @@ from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow, expand
 from jaxdistill.methods.trajectory.rcgm import RCGM
-from jaxdistill.methods.trajectory.twinflow import AdaptedTwinFlow, FullTwinFlow, ImageFreeTwinFlow, TwinFlow, TwinFlowDistillation
+from jaxdistill.methods.trajectory.twinflow import FullTwinFlow, ImageFreeTwinFlow, TunedTwinFlow, TwinFlow, TwinFlowDistillation
 from jaxdistill.models.mlp import MLP
 
 PLAIN = dict(barron_alpha=2.0, barron_c=1.0)
@@ -225,7 +225,9 @@ def test_the_tutorials_form(x64, gaussian, context):
 
 
 @pytest.mark.parametrize(
-    "method", [TwinFlow(), FullTwinFlow(), AdaptedTwinFlow(), TwinFlowDistillation(), ImageFreeTwinFlow()], ids=lambda m: type(m).__name__
+    "method",
+    [TwinFlow(), FullTwinFlow(), TunedTwinFlow(target="student"), TwinFlowDistillation(), ImageFreeTwinFlow()],
+    ids=lambda m: type(m).__name__,
 )
 def test_three_steps(three_steps, method):
     three_steps(method, second_time=True)
