@@ -106,6 +106,33 @@ class HalfLifeEma:
         return 0.5 ** (self.batch / half)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RampEma:
+    """Decay that climbs from 0 to `rate` by d <- d + (1 - d)(rate - d) / 2 at each update (TwinFlow, arXiv:2512.05150).
+
+    Raises Refused for a rate outside [0, 1).
+    """
+
+    rate: float = 0.99
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise Refused(f"ema.rate={self.rate}: expected 0 <= rate < 1")
+
+    def decay(self, k: Array) -> Array:
+        climb = ramp(self.rate)
+        return jnp.asarray(climb)[jnp.minimum(k, len(climb) - 1)]
+
+
+@functools.cache
+def ramp(rate: float) -> np.ndarray:
+    """The decays of `RampEma` from update 0 until 0.1 % of 1 - rate is left, then `rate` itself; float32."""
+    decays = [0.0]
+    while rate - decays[-1] > 1e-3 * (1 - rate):
+        decays.append(decays[-1] + (1 - decays[-1]) * (rate - decays[-1]) / 2)
+    return np.asarray([*decays, rate], np.float32)
+
+
 @functools.cache
 def power_gamma(sigma_rel: float) -> float:
     """The exponent whose profile has relative width `sigma_rel` (EDM2, appendix C): .05 -> 16.97, .10 -> 6.94."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.diffusion.process import Flow, Pred, Process, Trig, expand
+from jaxdistill.diffusion.process import Flow, Pred, Process, Trig, expand, magnitude
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,29 +99,33 @@ class Denoiser:
     caller who works in `process`. Where the two processes differ, the network is queried at the time of equal
     signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read unchanged. Beyond
     the ends of its own process it is queried at the end.
-    A second time `r` (average-velocity networks) is warped like `t`.
+    A second time `r` (average-velocity networks) is warped like `t`. Times may be negative, the twins of |t| (TwinFlow,
+    arXiv:2512.05150): the network is fed their sign, and everything else is computed at |t|.
     """
 
     param: Velocity = Velocity()
     native: Process = Flow()
+    fold: float = 0.0  # networks of one time are fed t - fold r in place of (t, r): TwinFlow's LoRA 0.5; 0: r goes in by itself
 
     def wrap(self, call, process: Process):
         def denoise(x: Array, t: Array, cond=None, *, r: Array | None = None, **kw) -> Pred:
             xn, tn, rn = x, t, r
             if process != self.native:
-                warp = lambda t: jnp.clip(self.native.time(process.angle(t)), self.native.t_min, self.native.t_max)
+                own = lambda t: jnp.clip(self.native.time(process.angle(magnitude(t))), self.native.t_min, self.native.t_max)
+                warp = lambda t: jnp.where(t < 0, -own(t), own(t))
                 tn, rn = warp(t), None if r is None else warp(r)
-                norm = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(t)))
+                norm = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(magnitude(t))))
                 xn = x * expand(norm(self.native, tn) / norm(process, t), x)
             x_in, t_in = self.param.inputs(self.native, xn, tn)
             if r is not None:
-                kw["r"] = self.param.inputs(self.native, xn, rn)[1]
+                r_in = self.param.inputs(self.native, xn, rn)[1]
+                t_in, kw = (t_in - self.fold * r_in, kw) if self.fold else (t_in, {**kw, "r": r_in})
             out = call(x_in, t_in, cond, **kw)
             raw, feats = out if isinstance(out, tuple) else (out, ())
-            pred = self.param.pred(self.native, raw, xn, tn, feats)
+            pred = self.param.pred(self.native, raw, xn, magnitude(tn), feats)
             if process == self.native:
                 return pred
-            _, _, da, ds = process.coefs(expand(t, x))
+            _, _, da, ds = process.coefs(expand(magnitude(t), x))
             return dataclasses.replace(pred, v=da * pred.x0 + ds * pred.eps)
 
         return denoise

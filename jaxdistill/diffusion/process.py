@@ -20,6 +20,11 @@ def expand(t: Array, x: Array) -> Array:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
+def magnitude(t: Array) -> Array:
+    """|t|, with derivative 1 at 0: the noise level of a signed time."""
+    return jnp.where(t < 0, -t, t)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pred:

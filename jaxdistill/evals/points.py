@@ -27,6 +27,7 @@ class PointEval(SampleEval):
             "modes_hit": modes.modes_hit(x, data.law),
             "mode_kl": modes.mode_kl(x, data.law),
             "quality": modes.quality(x, data.law),
+            "stray": 1 - modes.quality(x, data.law, radius=4.0),
         }
 
     def picture(self, x, real):

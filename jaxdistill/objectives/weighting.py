@@ -1,4 +1,4 @@
-"""Weights of denoising losses. All but the last two multiply ||x0_hat - x0||^2, from alpha(t) and sigma(t) of the process.
+"""Weights of denoising losses. All but the last four multiply ||x0_hat - x0||^2, from alpha(t) and sigma(t) of the process.
 
 An error d of x0 is -(alpha / sigma) d in eps and (alpha' - alpha sigma' / sigma) d in the velocity, so a loss on any target
 is a weighted loss on x0. 00-foundations, sections 2 and 3.
@@ -50,3 +50,20 @@ def uncertainty(loss: Array, log_var: Array) -> Array:
 def adaptive(loss: Array, c: float = 1e-2, p: float = 1.0) -> Array:
     """sg[1 / (L + c)^p], a weight for `loss` [B], summed over dimensions (MeanFlow, arXiv:2505.13447)."""
     return 1 / (jax.lax.stop_gradient(loss) + c) ** p
+
+
+def barron(loss: Array, alpha: float = 1.0, c: float = 1e-3) -> Array:
+    """sg[(L / ((c^2 + 1e-8) |alpha - 2|) + 1)^(alpha / 2 - 1)] / c, a weight for mean squared errors L [B] (TwinFlow,
+    arXiv:2512.05150, after Barron's robust loss, arXiv:1701.03077).
+
+    For L >> c^2 and alpha = 1 the weighted loss has the gradient of 2 sqrt(L); for alpha = 2 the weight is 1 / c.
+    """
+    if alpha == 2:
+        return jnp.full_like(loss, 1 / c)
+    return (jax.lax.stop_gradient(loss) / (c**2 + 1e-8) / abs(alpha - 2) + 1) ** (alpha / 2 - 1) / c
+
+
+def gap(t: Array, r: Array) -> Array:
+    """1 + tan(72 degrees x (1 - (|t| - |r|))), of average velocities between flow times: 1 for the whole way, 4.08 at |r| = |t|
+    (TwinFlow, arXiv:2512.05150)."""
+    return 1 + jnp.tan((1 - (jnp.abs(t) - jnp.abs(r))) * (jnp.pi / 2.5))

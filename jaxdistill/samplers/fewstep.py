@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.diffusion.process import Process, expand
 from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Denoise
@@ -48,15 +48,45 @@ def simulate(
     return xt, jnp.full(noise.shape[:1], times[index])
 
 
-def jump(net, noise: Array, times: Array) -> Array:
-    """Average-velocity sampling (MeanFlow): x_r = x_t - (t - r) u(x_t, r, t) along `times` [N + 1], flow time.
+AIMS = {"any": lambda t, s: s, "few": lambda t, s: jnp.zeros_like(t), "mul": lambda t, s: t}
 
-    `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t.
+
+def jump(net, noise: Array, times: Array, key: Array | None = None, *, style: str = "any", fresh: float = 0.0,
+         extrapolate: float = 0.0) -> Array:  # fmt: skip
+    """Average-velocity sampling (MeanFlow): x_s = x_t - (t - s) u(x_t, r, t) along `times` [N + 1] or [N + 1, B], flow time.
+
+    `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t. The `style` says what r is (UCGM,
+    arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t (the flow's ODE). A share `fresh` of the
+    variance of the next state's noise is drawn anew (1 is `renoise`), and from the third step on its x0 and noise go beyond
+    what is predicted by `extrapolate` times their change since the last step. Raises Refused on an unknown style.
     """
+    aim = lookup(AIMS, style, "style")
 
-    def body(x, inp):
-        t, r = (jnp.full(x.shape[:1], s) for s in inp)
-        return x - expand(t - r, x) * net(x, t, r=r).v, None
+    def body(carry, inp):
+        x, *last = carry
+        i, t, s = inp
+        t, s = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
+        pred = net(x, t, r=aim(t, s))
+        if not fresh and not extrapolate:
+            return (x - expand(t - s, x) * pred.v, *last), None
+        x0, eps = (p + jnp.where(i > 1, extrapolate, 0.0) * (p - q) for p, q in zip((pred.x0, pred.eps), last))
+        if fresh:
+            anew = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            eps = (1 - fresh) ** 0.5 * eps + fresh**0.5 * anew
+        return ((1 - expand(s, x)) * x0 + expand(s, x) * eps, pred.x0, pred.eps), None
 
-    x, _ = jax.lax.scan(body, noise, (times[:-1], times[1:]))
+    zero = jnp.zeros_like(noise)
+    (x, *_), _ = jax.lax.scan(body, (noise, zero, zero), (jnp.arange(len(times) - 1), times[:-1], times[1:]))
     return x
+
+
+def warped_times(steps: int, gaps: tuple[float, float] = (0.0, 0.0), warp: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Array:
+    """UCGM's grid, [steps + 1] from 1 - k(gaps[0]) down to 0: even in k^-1(1 - t), k(u) = (1 - (1 - u^a)^b)^c for warp (a, b, c)
+    (Kumaraswamy's law; 1, 1, 1 is no warp). The last jump to 0 is made from 1 - k(1 - gaps[1]), for gaps[1] = 0 from a step
+    like the others. Raises Refused where there is no step, or a gap is none."""
+    first, last = gaps
+    if steps < 1 or not (first >= 0 and last >= 0 and first + last < 1):
+        raise Refused(f"steps={steps}, gaps={gaps}: expected at least one step, and gaps of sum below 1")
+    a, b, c = warp
+    even = jnp.linspace(first, 1 - last, steps + (last == 0))[:steps]
+    return jnp.append(1 - (1 - (1 - even**a) ** b) ** c, 0.0)

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core.optim import Ema, HalfLifeEma, Optimizer, PowerEma, decayed, power_gamma
+from jaxdistill.core.optim import Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, decayed, power_gamma
 from jaxdistill.core.types import Refused
 
 
@@ -79,3 +79,20 @@ def test_algorithms_build(algorithm):
     params = {"kernel": jnp.ones((2, 2))}
     updates, _ = tx.update(params, tx.init(params), params)
     assert (updates["kernel"] < 0).all()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 0.99, 0.999])
+def test_ramp_follows_its_recursion(rate):
+    """d_0 = 0 copies; the average at update k has decay d_k, up to 0.1 % of 1 - rate."""
+    decay, rule = 0.0, RampEma(rate=rate)
+    for k in range(1, 3000):
+        decay += (1 - decay) * (rate - decay) / 2
+        if k < 4 or k % 500 == 0:
+            assert float(rule.decay(jnp.int32(k))) == pytest.approx(decay, abs=1.1e-3 * (1 - rate) + 1e-7)
+    assert float(rule.decay(jnp.int32(10**6))) == pytest.approx(rate, abs=1e-7)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1])
+def test_ramp_refuses_rates_that_never_forget(rate):
+    with pytest.raises(Refused, match="0 <= rate < 1"):
+        RampEma(rate=rate)

@@ -22,7 +22,7 @@ from jaxdistill.diffusion.denoiser import (
     by_time,
     guided,
 )
-from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig, expand
+from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig, expand, magnitude
 
 PROCESSES = {"flow": Flow(), "shifted": Flow(shift=3.0), "trig": Trig(), "edm": EDM(), "vp": VP(), "cosine": CosineVP(), "ddpm": DDPM()}
 FIELDS = ("x0", "eps", "v")
@@ -297,3 +297,48 @@ def test_experts_need_falling_bounds_between_them():
     for bounds in ((0.5,), (0.3, 0.6), (0.5, 0.5)):
         with pytest.raises(Refused, match="expected 2 falling times between 3 networks"):
             by_time(nets, bounds)
+
+
+def signed(x_in, t_in, cond=None, *, r=None):
+    """A raw network that says what it is fed."""
+    return x_in + t_in[:, None] + (0 if r is None else 10 * r[:, None])
+
+
+@pytest.mark.parametrize("t", [(0.3, 0.8), (-0.3, -0.8)])
+def test_negative_times_reach_the_network_and_nothing_else(t):
+    """x0 = x_t - |t| F and z = x_t + (1 - |t|) F invert the path for any F: (1 - |t|) x0 + |t| z = x_t (TwinFlow)."""
+    t, x = jnp.asarray(t), jnp.asarray([[1.3, 0.2], [-0.4, 0.7]])
+    got = Denoiser(param=Velocity(time_scale=1000.0)).wrap(signed, Flow())(x, t, r=t / 2)
+    F, size = signed(x, 1000 * t, r=500 * t), jnp.abs(t)[:, None]
+    np.testing.assert_allclose(got.v, F, rtol=1e-13)
+    np.testing.assert_allclose(got.x0, x - size * F, rtol=1e-12)
+    np.testing.assert_allclose(got.eps, x + (1 - size) * F, rtol=1e-12)
+    np.testing.assert_allclose((1 - size) * got.x0 + size * got.eps, x, rtol=1e-10)
+
+
+def test_negative_times_are_warped_by_their_size():
+    """A network of another process sees the sign, and the state of the same signal-to-noise ratio."""
+    seen = {}
+    call = lambda x, t, cond: (seen.setdefault(float(t[0]) > 0, (x, t)), x)[1]
+    wrapped = Denoiser(native=Flow(shift=3.0)).wrap(call, Flow())
+    x, t = jnp.asarray([[1.3]]), jnp.asarray([0.6])
+    plus, minus = wrapped(x, t), wrapped(x, -t)
+    np.testing.assert_array_equal(seen[True][0], seen[False][0])
+    np.testing.assert_array_equal(seen[True][1], -seen[False][1])
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(plus, name), getattr(minus, name))
+
+
+def test_folded_second_time():
+    """A network of one time is fed t - r / 2, scaled like t; without r it is fed t."""
+    wrapped = Denoiser(param=Velocity(time_scale=1000.0), fold=0.5).wrap(signed, Flow())
+    x, t, r = jnp.zeros((3, 1)), jnp.asarray([1.0, 0.8, -0.4]), jnp.asarray([0.0, 0.8, -0.4])
+    np.testing.assert_allclose(wrapped(x, t, r=r).v[:, 0], [1000.0, 400.0, -200.0], rtol=1e-12)
+    np.testing.assert_allclose(wrapped(x, t).v[:, 0], 1000 * t, rtol=1e-12)
+
+
+def test_magnitude_has_derivative_one_at_zero():
+    t = jnp.asarray([-0.5, 0.0, 0.5])
+    value, grad = jax.jvp(magnitude, (t,), (jnp.ones(3),))
+    np.testing.assert_array_equal(value, [0.5, 0.0, 0.5])
+    np.testing.assert_array_equal(grad, [-1.0, 1.0, 1.0])

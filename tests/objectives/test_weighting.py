@@ -60,3 +60,23 @@ def test_adaptive_weight():
     np.testing.assert_allclose(value, (loss / (loss + 1e-3)).sum(), rtol=1e-14)
     np.testing.assert_allclose(grad, jax.grad(lambda l: jnp.log(l + 1e-3).sum())(loss), rtol=1e-13)
     np.testing.assert_array_equal(w.adaptive(loss, p=0.0), 1.0)
+
+
+def test_barron_weight():
+    """alpha = 1 is |.| / c beyond c, with the gradient of 2 sqrt(L); alpha = 2 is squared error; the weight takes no gradient."""
+    loss, c = jnp.asarray([1e-9, 1e-2, 4.0]), 1e-3
+    value, grad = jax.value_and_grad(lambda l: (w.barron(l) * l).sum())(loss)
+    weight = (loss / (c**2 + 1e-8) + 1) ** -0.5 / c
+    np.testing.assert_allclose(value, (weight * loss).sum(), rtol=1e-13)
+    np.testing.assert_allclose(grad, weight, rtol=1e-13)
+    np.testing.assert_allclose(grad[1:], 1 / jnp.sqrt(loss[1:]), rtol=6e-3)  # 1e-8 beside c^2 is half a percent of the root
+    np.testing.assert_allclose(w.barron(loss, alpha=2.0, c=0.5), 2.0, rtol=1e-15)
+    np.testing.assert_allclose(w.barron(loss, alpha=0.0, c=1.0), 1 / (loss / (2 * (1 + 1e-8)) + 1), rtol=1e-13)
+
+
+def test_gap_weight():
+    """1 for the whole way, 1 + tan(72 degrees) for none, by the size of signed times."""
+    t, r = jnp.asarray([1.0, 0.5, -0.5, 0.8]), jnp.asarray([0.0, 0.5, -0.5, 0.2])
+    want = [1.0, 1 + np.tan(np.deg2rad(72)), 1 + np.tan(np.deg2rad(72)), 1 + np.tan(np.deg2rad(72 * 0.4))]
+    np.testing.assert_allclose(w.gap(t, r), want, rtol=1e-12)
+    np.testing.assert_allclose(w.gap(t, r)[1], 4.078, atol=5e-4)

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import EDM, CosineVP, Flow, Pred, Trig, expand
-from jaxdistill.samplers.fewstep import first_times, jump, renoise, simulate
+from jaxdistill.samplers.fewstep import first_times, jump, renoise, simulate, warped_times
 
 MEAN, STD = 0.7, 0.4
 
@@ -127,3 +127,87 @@ def test_a_deterministic_chain_is_eulers_on_the_warped_grid(shift):
         if index < 4:
             pred = net(x, jnp.full(5, times[index]))
             x = x + (warped[index + 1] - warped[index]) * (pred.eps - pred.x0)
+
+
+def pure(x, t, r):
+    """An average velocity that depends on both times, with its x0 and eps."""
+    return Flow().from_v(x * (1 + r)[:, None] + jnp.sin(t)[:, None], x, t)
+
+
+def test_few_with_all_noise_fresh_is_renoising():
+    """The same draws at the same steps as consistency sampling of f(x, t) = x - t u(x, 0, t)."""
+    noise, times = jax.random.normal(jax.random.key(0), (5, 2)), jnp.asarray([1.0, 0.6, 0.3])
+    ours = jump(pure, noise, jnp.append(times, 0.0), jax.random.key(1), style="few", fresh=1.0)
+    theirs = renoise(Flow(), lambda x, t: pure(x, t, jnp.zeros_like(t)), noise, times, jax.random.key(1))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("style", "r"), [("few", 0.0), ("any", 0.4), ("mul", 1.0)])
+def test_styles_aim_at_their_time(style, r):
+    noise = jnp.asarray([[0.5, -1.0]])
+    want = noise - 0.6 * pure(noise, jnp.ones(1), jnp.full(1, r)).v
+    np.testing.assert_allclose(jump(pure, noise, jnp.asarray([1.0, 0.4]), style=style), want, rtol=1e-13)
+
+
+def test_fresh_share_of_the_noise():
+    """x_s = (1 - s) x0 + s (sqrt(1 - rho) z + sqrt(rho) eps) with eps fresh and unit."""
+    n, s, rho = 40_000, 0.4, 0.3
+    noise = jax.random.normal(jax.random.key(0), (n, 1))
+    pred = pure(noise, jnp.ones(n), jnp.zeros(n))
+    out = jump(pure, noise, jnp.asarray([1.0, s]), jax.random.key(1), style="few", fresh=rho)
+    eps = ((out - (1 - s) * pred.x0) / s - np.sqrt(1 - rho) * pred.eps) / np.sqrt(rho)
+    np.testing.assert_allclose(eps.std(), 1.0, rtol=5 / np.sqrt(2 * n))
+    assert abs(np.mean(eps * pred.eps)) < 5 * float(pred.eps.std()) / np.sqrt(n)
+
+
+def test_extrapolation_starts_at_the_third_step():
+    """x0 + k (x0 - x0 before), likewise the noise; the change is that of the plain predictions."""
+    noise, times, k = jnp.asarray([[0.5, -1.0]]), jnp.asarray([1.0, 0.7, 0.5, 0.2]), 0.3
+    x, before = noise, None
+    for i, (t, s) in enumerate(zip(times, times[1:])):
+        pred = pure(x, t[None], s[None])
+        more = k if i == 2 else 0.0
+        x0, eps = (p + more * (p - q) for p, q in zip((pred.x0, pred.eps), before or (pred.x0, pred.eps)))
+        before = pred.x0, pred.eps
+        x = (1 - s) * x0 + s * eps
+    np.testing.assert_allclose(jump(pure, noise, times, extrapolate=k), x, rtol=1e-12)
+    plain = jump(pure, noise, times)
+    np.testing.assert_allclose(jump(pure, noise, times[:3], extrapolate=k), jump(pure, noise, times[:3]), rtol=1e-12)
+    assert jnp.abs(plain - x).max() > 1e-3
+
+
+def test_times_may_differ_between_samples():
+    x, times = jnp.asarray([[1.3], [-0.2]]), jnp.asarray([[0.9, 0.7], [0.5, 0.6], [0.1, 0.0]])
+    net = lambda x, t, r: Flow().from_v(average_velocity(x, r, t), x, t)
+    np.testing.assert_allclose(jump(net, x, times), flow_map(Flow(), times[0], times[-1], x), rtol=1e-12)
+
+
+@pytest.mark.parametrize("style", ["few", "any", "mul"])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("fresh", [0.0, 0.5, 1.0])
+def test_one_data_point_is_reached_in_every_style(style, steps, fresh):
+    """F = (x_t - x) / t: z - x at t = 1."""
+    x = jnp.asarray([[0.4, -1.2]])
+    net = lambda xt, t, r: Flow().from_v((xt - x) / t[:, None], xt, t)
+    times = warped_times(steps, (0.001, 0.3), (1.17, 0.8, 1.1))
+    out = jump(net, jax.random.normal(jax.random.key(0), (4, 2)), times, jax.random.key(1), style=style, fresh=fresh, extrapolate=0.2)
+    np.testing.assert_allclose(out, jnp.broadcast_to(x, (4, 2)), atol=1e-11)
+
+
+def test_warped_times():
+    """Even without a warp; gaps move the first time and the last jump; a warp keeps both ends."""
+    np.testing.assert_allclose(warped_times(4), [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
+    np.testing.assert_allclose(warped_times(2, (0.001, 0.6)), [0.999, 0.6, 0], atol=1e-15)
+    np.testing.assert_allclose(warped_times(1, (0.001, 0.6)), [0.999, 0], atol=1e-15)
+    bent = np.asarray(warped_times(5, warp=(1.17, 0.8, 1.1)))
+    assert bent[0] == 1 and bent[-1] == 0 and (np.diff(bent) < 0).all()
+    np.testing.assert_allclose(bent[2], 1 - (1 - (1 - 0.4**1.17) ** 0.8) ** 1.1, rtol=1e-12)
+    np.testing.assert_allclose(1 - np.asarray(warped_times(1000, warp=(1.17, 0.8, 1.1)))[-2], 1.0, atol=0.01)
+    for bad in (dict(steps=0), dict(steps=2, gaps=(0.5, 0.6)), dict(steps=2, gaps=(-0.1, 0.0))):
+        with pytest.raises(Refused, match="gaps"):
+            warped_times(**bad)
+
+
+def test_unknown_style_is_refused():
+    with pytest.raises(Refused, match="did you mean 'few'"):
+        jump(pure, jnp.ones((1, 1)), jnp.asarray([1.0, 0.0]), style="fw")

@@ -24,15 +24,10 @@ from jaxdistill.samplers.fewstep import jump
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanFlow(Method):
-    """Training from data, without guidance. The student's model needs second_time=True, and this process as its own."""
+class AverageVelocity(Method):
+    """What all average-velocity students share. The student's model needs second_time=True, and this process as its own."""
 
     process: Process = Flow()
-    times: Uniform = LogitNormal(mean=-0.4, std=1.0)  # two draws; t is the larger, r the smaller
-    flow_share: float = 0.75  # share of the batch with r = t
-    weight_c: float = 1e-2  # of the weight 1 / (error + c)^p; the paper's 1e-3, its code's 1e-2
-    weight_power: float = 1.0  # p; 0: plain squared error
-    derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)
 
     inits = {"student": None}
     frozen = ()
@@ -40,6 +35,36 @@ class MeanFlow(Method):
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (Turn(("student",), self.loss),)
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        raise NotImplementedError
+
+    def sampling_times(self, steps: int) -> Array:
+        """Of the exported student. Raises Refused for more than the one step that it is folded for."""
+        if steps != 1:
+            raise Refused(f"export: an average velocity is exported for one step, not for {steps}")
+        return self.process.grid(1)[:1]
+
+    def exported(self, net, params):
+        """A DiT for one step from pure noise, its second time folded in; other networks as they are."""
+        if not getattr(net.config, "second_time", False) or not isinstance(net.config, DiT):
+            return net, params
+        fed = {}  # the times as the module is fed them
+        net.wrap(lambda x, t, cond, *, r: (fed.update(t=t[0], r=r[0]), x)[1])(
+            jnp.zeros((1, 1)), jnp.full(1, self.process.t_max), None, r=jnp.full(1, self.process.t_min)
+        )
+        return fold_gap(net, params, **fed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeanFlow(AverageVelocity):
+    """Training from data, without guidance."""
+
+    times: Uniform = LogitNormal(mean=-0.4, std=1.0)  # two draws; t is the larger, r the smaller
+    flow_share: float = 0.75  # share of the batch with r = t
+    weight_c: float = 1e-2  # of the weight 1 / (error + c)^p; the paper's 1e-3, its code's 1e-2
+    weight_power: float = 1.0  # p; 0: plain squared error
+    derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)
 
     def interval(self, ctx: Ctx, n: int) -> tuple[Array, Array]:
         """(t, r) [n] with r <= t; r = t for a fixed part of the batch."""
@@ -68,22 +93,6 @@ class MeanFlow(Method):
     def sample(self, net, noise, cond, key, steps):
         average = lambda x, t, r: net(x, t, cond, r=r)
         return jump(average, self.process.start(noise), self.process.grid(steps))
-
-    def sampling_times(self, steps: int) -> Array:
-        """Of the exported student. Raises Refused for more than the one step that it is folded for."""
-        if steps != 1:
-            raise Refused(f"export: an average velocity is exported for one step, not for {steps}")
-        return self.process.grid(1)[:1]
-
-    def exported(self, net, params):
-        """A DiT for one step from pure noise, its second time folded in; other networks as they are."""
-        if not getattr(net.config, "second_time", False) or not isinstance(net.config, DiT):
-            return net, params
-        fed = {}  # the times as the module is fed them
-        net.wrap(lambda x, t, cond, *, r: (fed.update(t=t[0], r=r[0]), x)[1])(
-            jnp.zeros((1, 1)), jnp.full(1, self.process.t_max), None, r=jnp.full(1, self.process.t_min)
-        )
-        return fold_gap(net, params, **fed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
