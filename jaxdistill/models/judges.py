@@ -1,4 +1,4 @@
-"""Frozen networks that judge samples: random features with taps, a reward on points, and the decoder of what needs none.
+"""Frozen networks that judge samples: random features with taps, rewards, and the decoder of what needs none.
 
 Features called `(x, features=taps) -> (last state, states after those layers [B N C])`. Weights are He-normal, biases
 N(0, 1), both as they were drawn: a role of init="random" keeps them. Any pretrained network with taps takes their place.
@@ -14,6 +14,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
+from jaxdistill.models.layers import dense, fourier
 
 HE = nnx.initializers.he_normal()
 UNIT = nnx.initializers.normal(1.0)
@@ -77,6 +78,29 @@ class ConvFeaturesModule(nnx.Module):
             h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
             states.append(h)
         return h, tuple(rearrange(states[i], "b h w c -> b (h w) c") for i in features)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentReward:
+    """A scalar of noisy latents [B H W channels] and their time: a convolutional trunk, its mean, and a hidden layer."""
+
+    trunk: ConvFeatures = ConvFeatures(channels=4, patch=2)
+    time_scale: float = 1000.0
+
+    def __call__(self, rngs: nnx.Rngs) -> LatentRewardModule:
+        return LatentRewardModule(self, rngs)
+
+
+class LatentRewardModule(nnx.Module):
+    def __init__(self, cfg: LatentReward, rngs: nnx.Rngs):
+        width, self.time_scale = cfg.trunk.widths[-1], cfg.time_scale
+        self.trunk, self.time = cfg.trunk(rngs), dense(32, width, (None, "mlp"), rngs=rngs)
+        self.out = dense(width, 1, ("mlp", None), rngs=rngs)
+
+    def __call__(self, x: Array, t: Array, cond=None) -> Array:
+        """x [B H W C], t [B] -> [B], float32."""
+        pooled = self.trunk(x)[0].astype(jnp.float32).mean((1, 2))
+        return self.out(nnx.silu(pooled + self.time(fourier(self.time_scale * t, 32))))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
