@@ -46,7 +46,7 @@ def test_each_head_sees_its_tap_and_no_other():
     assert logits.shape == (3, 2) and logits.dtype == jnp.float32
     other = run(params, [feats[0], feats[1][::-1]])
     np.testing.assert_array_equal(other[:, 0], logits[:, 0])
-    assert np.all(np.abs(other[[0, 2], 1] - logits[[0, 2], 1]) > 1e-5)
+    assert np.all(np.abs(other[::2, 1] - logits[::2, 1]) > 1e-5)
     with pytest.raises(Refused, match="1 of them for the 2 heads"):
         net.apply(params, feats[:1])
 
@@ -70,4 +70,4 @@ def test_a_reward_of_noisy_latents_depends_on_both_inputs():
     base = run(params, x, t)
     assert base.shape == (3,) and base.dtype == jnp.float32
     for other in (run(params, x[::-1], t), run(params, x, t[::-1])):
-        assert np.all(np.abs(other[[0, 2]] - base[[0, 2]]) > 1e-5)
+        assert np.all(np.abs(other[::2] - base[::2]) > 1e-5)

@@ -59,15 +59,18 @@ def gather(method, net, ctx):
 def test_each_loss_trains_its_own_steps(x64, nets, context, term, own):
     """The gradient in the parameter of a step, against finite differences, over draws that reach every step."""
     method = FlashDMD(taps=(0, 1), match_weight=term == "match", gan_weight=term == "gan")
-    loss = lambda p, ctx: method.student_loss(nets(p), ctx).loss
-    p, total = jnp.array([0.1, -0.2, 0.3, 0.05]), np.zeros(4)
+    base = context(jnp.zeros((N, 2)))
+    at = lambda key, batch: dataclasses.replace(base, rng=key, batch=batch)
+    walk = jax.jit(lambda key, p: method.walk(nets(p), at(key, base.batch)))
+    loss = jax.jit(lambda p, key, batch: method.student_loss(nets(p), at(key, batch)).loss)
     slope = jax.jit(jax.grad(loss))
+    p, total = jnp.array([0.1, -0.2, 0.3, 0.05]), np.zeros(4)
     for seed in range(6):
-        ctx = gather(method, nets(p), context(jnp.zeros((N, 2)), seed=seed))
-        got = np.asarray(slope(p, ctx) if seed else jax.grad(loss)(p, ctx))
+        key = jax.random.key(seed)
+        batch = walk(key, p)
+        got = np.asarray(slope(p, key, batch))
         if term == "gan":  # the other loss is a surrogate, whose value is not its integral
-            steps = 1e-5 * jnp.eye(4)
-            difference = [(loss(p + h, ctx) - loss(p - h, ctx)) / 2e-5 for h in steps]
+            difference = [(loss(p + h, key, batch) - loss(p - h, key, batch)) / 2e-5 for h in 1e-5 * jnp.eye(4)]
             np.testing.assert_allclose(got, difference, atol=1e-9)
         total += np.abs(got)
     assert all((total[i] > 1e-3) == (i in own) for i in range(4)), total
