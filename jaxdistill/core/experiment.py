@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class Experiment:
                 other = run.described("student")
             elif (Path(source) / "config.json").exists():
                 other = (interop.describe(source), None)
-            elif source == "fresh" or source == "exact" or source in self.roles:
+            elif source in ("fresh", "random", "exact") or source in self.roles:
                 other = (None, None)
             else:
                 raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
@@ -140,16 +141,20 @@ class Experiment:
 
     def _load(self, role: str) -> Params | None:
         net, cfg, source = self.nets[role], self.roles[role], self.source(role)
-        if source == "exact":
+        if source == "exact" or not net.shapes:
             return {}
         if source == "fresh":
             if role in self.method.frozen:
-                raise Refused(f"config.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run or exact)")
+                raise Refused(f"config.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)")
             return None
         if source in self.roles:
             return None
         net = net.source
         abstract = abstract_params(self.mesh, cfg.rules, net, cfg.param_dtype if role in self.method.frozen else "float32", cfg.place)
+        if source == "random":
+            key = jax.random.fold_in(jax.random.key(self.settings.seed), zlib.crc32(role.encode()) & 0x7FFFFFFF)
+            draw = lambda: jax.tree.map(lambda w, s: w.astype(s.dtype), net.init(key), abstract)
+            return jax.jit(draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
         if source.startswith("@"):
             return load_result(self.workdir / source[1:], abstract)
         if (Path(source) / "stages").exists():

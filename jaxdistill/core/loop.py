@@ -155,7 +155,8 @@ def _as_given(trained: Trained) -> Trained:
     experiment = trained.experiment
     if not any(stage.surgery for stage in experiment.method.stages(experiment.settings.steps)[1:]):
         return trained
-    given, frozen = experiment.warm_starts(), experiment.method.frozen
+    given = experiment.warm_starts()
+    frozen = [role for role in experiment.method.frozen if role in given]  # the others are a surgery's own
     nets = {**trained.nets, **{role: experiment.nets[role] for role in frozen}}
     return dataclasses.replace(trained, nets=nets, params={**trained.params, **{role: given[role] for role in frozen}})
 

@@ -48,6 +48,18 @@ def simulate(
     return xt, jnp.full(noise.shape[:1], times[index])
 
 
+def chain(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> tuple[Array, Array]:
+    """All of a renoising chain: (its states at `times`, [N B ...]; the x0 that it ends with). As `simulate` and `renoise`."""
+
+    def body(x, inp):
+        i, t, r = inp
+        fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        return process.add_noise(net(x, jnp.full(x.shape[:1], t)).x0, fresh, r), x
+
+    last, states = jax.lax.scan(body, process.start(noise), (jnp.arange(len(times) - 1), times[:-1], times[1:]))
+    return jnp.concatenate([states, last[None]]), net(last, jnp.full(noise.shape[:1], times[-1])).x0
+
+
 AIMS = {"any": lambda t, s: s, "few": lambda t, s: jnp.zeros_like(t), "mul": lambda t, s: t}
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import EDM, CosineVP, Flow, Pred, Trig, expand
-from jaxdistill.samplers.fewstep import first_times, jump, renoise, simulate, warped_times
+from jaxdistill.samplers.fewstep import chain, first_times, jump, renoise, simulate, warped_times
 
 MEAN, STD = 0.7, 0.4
 
@@ -211,3 +211,15 @@ def test_warped_times():
 def test_unknown_style_is_refused():
     with pytest.raises(Refused, match="did you mean 'few'"):
         jump(pure, jnp.ones((1, 1)), jnp.asarray([1.0, 0.0]), style="fw")
+
+
+def test_a_whole_chain_has_the_states_and_the_end_of_its_parts():
+    """`chain` is `simulate` at every index and `renoise` at once, draw for draw."""
+    net = lambda x, t: answer(jnp.sin(x) * t[:, None])
+    times, noise, key = jnp.asarray([1.0, 0.7, 0.4]), jax.random.normal(jax.random.key(0), (5, 2)), jax.random.key(1)
+    states, x0 = jax.jit(lambda: chain(Flow(), net, noise, times, key))()
+    for i in range(3):
+        np.testing.assert_allclose(states[i], simulate(Flow(), net, noise, times, key, i)[0], rtol=1e-13)
+    np.testing.assert_allclose(x0, renoise(Flow(), net, noise, times, key), rtol=1e-13)
+    states, x0 = chain(Flow(), net, noise, times[:1], key)
+    assert states.shape == (1, 5, 2) and np.array_equal(x0, jnp.sin(noise))
