@@ -57,11 +57,12 @@ reads as the label asked for (accuracy). A method that was made for one step is 
         config="configs/lm/suite.py",
         shared={"teacher": ("configs/lm/carry.py:teacher", ("teacher",)), "start": ("configs/lm/carry.py:start", ("student", "reference"))},
         metrics=("perplexity", "kl", "reverse_kl", "accuracy"),
-        chart="kl",
+        chart="perplexity",
         about="""Two-digit additions, a Llama of 64 channels that was trained to the end as teacher, one of 32 whose training was cut
-short as the start of every student; 64 prompts a step, 300 steps. Held-out perplexity of the right answers, KL divergence from the
-teacher on them in both directions, share of sums that are right when the student decodes greedily (accuracy). `sft` and
-`grpo` have no teacher; `grpo` and `rlad` write eight answers to each prompt and see a reward of 1 for a right one.""",
+short as the start of every student; 64 responses a step, 1000 steps. Held-out perplexity of the right answers, KL
+divergence from the teacher on them in both directions, share of sums that are right when the student decodes greedily
+(accuracy). `sft` and `grpo` have no teacher; `grpo` and `rlad` write eight answers to each of eight prompts, see a reward
+of 1 for a right one, and make four updates of each batch.""",
     ),
 }
 
