@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, dit, edm, llama, neox, t5, unet, vae, wan
+from jaxdistill.interop import bert, dit, edm, llama, neox, qwen_image, t5, unet, vae, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -31,6 +31,7 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN2,
         llama.QWEN3,
         neox.FAMILY,
+        qwen_image.FAMILY,
         t5.ENCODER,
         t5.FAMILY,
         t5.UMT5_ENCODER,
