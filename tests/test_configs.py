@@ -24,6 +24,10 @@ def stand_ins(tmp_path_factory):
     rng = np.random.default_rng(0)
     latent = lambda: {"x": rng.standard_normal((32, 32, 4)).astype("f4"), "cond": np.int32(3), "null_cond": np.int32(1000)}
     arrayrecord.write(folder / "latents" / "train.arrayrecord", [latent() for _ in range(4)])
+    text = lambda: {"text": np.zeros((77, 2048), "f2"), "pooled": np.zeros(1280, "f2"), "size": np.zeros(6, "f4")}
+    captions = {f"{group}/{k}": v for group in ("cond", "null_cond") for k, v in text().items()}
+    image = {"x": np.zeros((128, 128, 4), "f4"), "image": np.zeros((1024, 1024, 3), "u1"), **captions}
+    arrayrecord.write(folder / "captioned" / "train.arrayrecord", [image] * 2)
     (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)))
     (folder / "text.txt").write_text("To be, or not to be. " * 500)
     for domain in ("books", "code"):
@@ -34,15 +38,20 @@ def stand_ins(tmp_path_factory):
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
     named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
     (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
-    return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.domains:Folders": folder / "domains",
+    return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.arrayrecord:GroupedRecords": folder / "captioned",
+            "data.domains:Folders": folder / "domains",
             "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
             "data.text:PackedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 
 def load(name, stand_ins):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    if config.data.name in stand_ins:
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    if hasattr(module, "RECORD"):  # what a sample holds, where it is too large to be written here
+        with config.unlocked():
+            config.data = build.spec("data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD)
+    elif config.data.name in stand_ins:
         config.data.path = str(stand_ins[config.data.name])
     return config
 

@@ -1,11 +1,11 @@
 """What a config costs on a TPU slice or on GPU nodes, without them.
 
-python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--steps=N] [--json=FILE] [--config.key=value ...]
+python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=6] [--json=FILE] [--config.key=value ...]
 
 Compiles every pattern of turns for the slice with the real TPU compiler (pip install 'jaxdistill[tpu]') and prints whether
 it fits, bytes a chip by role, temporaries, flops, bytes of each collective, the roofline, and what binds. With --search it
-tries mesh shapes, rematerialisation and accumulation and ends with the best that fits. GPU nodes (h100:8x4) come from
-constants. Exit code 0 where it fits, 1 where it does not.
+tries mesh shapes, rematerialisation, accumulation and frozen weights on the host, at most --most=6 compilations, and ends
+with the best that fits. GPU nodes (h100:8x4) come from constants. Exit code 0 where it fits, 1 where it does not.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def search(planner, config, name, most):
     best = None
     for change, found in planner.search(config, name, most):
         mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
-        what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'}"
+        what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'} frozen={change['place']}"
         if isinstance(found, str):
             print(f"{what}: {found}", flush=True)
             continue
@@ -71,7 +71,7 @@ def show(planner, plan) -> None:
     print(f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS))
     for role, parts in plan.by_role.items():
         print(f"{role:<14}" + "".join(f"{gib(parts[part]):>10}" for part in planner.PARTS))
-    print(f"{'batch':<14}{gib(plan.batch):>10}")
+    print(f"{'batch':<14}{gib(plan.batch):>10}" + (f"\n{'on the host':<14}{gib(plan.host):>10}" if plan.host else ""))
     for p in plan.patterns:
         binds, key = planner.advice(plan, p)
         print(f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB, model flops {p.model_flops:.4g}, "

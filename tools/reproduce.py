@@ -1,9 +1,11 @@
-"""Runs the toy configs on several seeds and writes the table of what their claims measured.
+"""Runs the toy configs on several seeds and writes the table of what their claims measured; or a suite's fair table.
 
 python tools/reproduce.py [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] [--workdir=runs/reproduce]
+python tools/reproduce.py --suite=digits [--only=dmd2,scm] [--seeds=0,1,2] [--workdir=runs/digits] [--config.key=value ...]
 
 Run i takes config.seed and config.data.seed from the i-th of each list. Finished runs are read back, so it may be
-stopped and run again. The results are runs/reproduce/results.json and docs/results/toy.md.
+stopped and run again. The results are runs/reproduce/results.json and docs/results/toy.md; a suite's (tools/suites.py)
+are docs/results/<suite>.md, .json and .png.
 """
 
 import json
@@ -31,15 +33,36 @@ weights and this seed of the mixture or language. Value and baseline are the two
 """
 
 
-def reproduce(argv):
-    defaults = {"only": ",".join(TOYS), "seeds": "0,1,2", "data_seeds": "0,1,2", "workdir": str(ROOT / "runs/reproduce")}
-    values, _ = arguments(argv, defaults)
-    names = [n for n in values["only"].split(",") if lookup(TOYS, n, "--only")]
+def suite(values, argv):
+    """Every method of one suite."""
+    from tools import suites
+
+    seeds = _seeds(values["seeds"])
+    extra = [word for word in argv if word.startswith("--config.")]
+    workdir = Path(values["workdir"] or ROOT / "runs" / values["suite"])
+    print(suites.run(values["suite"], [n for n in values["only"].split(",") if n], seeds, workdir, extra))
+
+
+def _seeds(text: str) -> list[int]:
     try:
-        seeds, data_seeds = ([int(s) for s in values[k].split(",")] for k in ("seeds", "data_seeds"))
-        pairs = list(zip(seeds, data_seeds, strict=True))
+        return [int(s) for s in text.split(",")]
     except ValueError as error:
-        raise Refused("--seeds and --data_seeds: expected two lists of integers of one length, as in 0,1,2") from error
+        raise Refused(f"seeds={text}: expected a list of integers, as in 0,1,2") from error
+
+
+def reproduce(argv):
+    defaults = {"suite": "", "only": "", "seeds": "0,1,2", "data_seeds": "0,1,2", "workdir": ""}
+    values, _ = arguments([word for word in argv if not word.startswith("--config.")], defaults)
+    if values["suite"]:
+        return suite(values, argv)
+    if any(word.startswith("--config.") for word in argv):
+        raise Refused("--config.key=value goes with --suite=NAME")
+    values["only"], values["workdir"] = values["only"] or ",".join(TOYS), values["workdir"] or str(ROOT / "runs/reproduce")
+    names = [n for n in values["only"].split(",") if lookup(TOYS, n, "--only")]
+    seeds, data_seeds = _seeds(values["seeds"]), _seeds(values["data_seeds"])
+    if len(seeds) != len(data_seeds):
+        raise Refused("--seeds and --data_seeds: expected two lists of one length, as in 0,1,2")
+    pairs = list(zip(seeds, data_seeds))
     from jaxdistill.core import loop
 
     results = []

@@ -35,6 +35,10 @@ class Bank(Net):
             return params
         return jax.tree.map(lambda w: jnp.broadcast_to(w, (self.members, *w.shape)), params)
 
+    @property
+    def source(self) -> Net:
+        return self.one.source
+
     def apply(self, params: Params, *args, member: Any = None, **kwargs) -> Any:
         """Without `member`, inputs and result have a leading bank axis [K B ...], member k computing row k.
 

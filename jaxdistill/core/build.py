@@ -31,8 +31,10 @@ class Role:
 
     model: Any = None  # spec(...) of a model's dataclass
     denoiser: Any = None  # spec(...) of a diffusion.denoiser:Denoiser, for networks that predict from (x_t, t)
-    init: str = ""  # "": as the method says | fresh | exact (the data's own law) | a role | @run | a run's or an exported folder
+    init: str = ""  # "": as the method says | fresh | random (frozen) | exact (the data's law) | a role | @run | a run's or exported folder
     param_dtype: str = "float32"  # what a frozen role is stored in; roles that move are float32
+    quantize: str = ""  # int8: a frozen role's matrices in eight bits, a scale for each output channel (extra [int8])
+    place: str = "device"  # device | host: where a frozen role's weights rest; each layer is fetched when it is needed
     optimizer: Optimizer = Optimizer()
     ema: Any = Ema()
     rules: Rules = Rules()

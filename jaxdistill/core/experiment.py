@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 
 from jaxdistill import interop
 from jaxdistill.core import build, lora, sharding
-from jaxdistill.core.bank import Bank, bank
+from jaxdistill.core.bank import bank
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.net import Net, make_net
+from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Method, Params, Refused, nearest
 
 
@@ -57,7 +59,13 @@ class Experiment:
         for name in self.config.roles:
             if name not in wanted:
                 raise Refused(f"config.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
-        return {name: build.build(self.config.roles[name]) if name in self.config.roles else build.Role() for name in wanted}
+        roles = {name: build.build(self.config.roles[name]) if name in self.config.roles else build.Role() for name in wanted}
+        for name, role in roles.items():
+            if role.place not in ("device", "host"):
+                raise Refused(f"config.roles.{name}.place={role.place!r}: expected 'device' or 'host'")
+            if name not in self.method.frozen and (role.quantize or role.place == "host"):
+                raise Refused(f"config.roles.{name}: quantize and place are for frozen roles ({', '.join(self.method.frozen)})")
+        return roles
 
     def source(self, role: str) -> str:
         """Where the role's first weights come from: the config's `init`, or what the method says."""
@@ -79,7 +87,8 @@ class Experiment:
         model, denoiser = self.described(role)
         wrap = {"wrap": functools.partial(denoiser.wrap, process=process)} if denoiser is not None and process is not None else {}
         net = make_net(model, config=model, **wrap)
-        return bank(net, cfg.bank) if cfg.bank else net
+        net = bank(net, cfg.bank) if cfg.bank else net
+        return quantized(net, cfg.quantize) if cfg.quantize else net
 
     def described(self, role: str) -> tuple[Any, Any]:
         """(model, denoiser) of a role; what is empty is that of the role or run that it starts from."""
@@ -92,7 +101,7 @@ class Experiment:
                 other = run.described("student")
             elif (Path(source) / "config.json").exists():
                 other = (interop.describe(source), None)
-            elif source == "fresh" or source == "exact" or source in self.roles:
+            elif source in ("fresh", "random", "exact") or source in self.roles:
                 other = (None, None)
             else:
                 raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
@@ -132,16 +141,20 @@ class Experiment:
 
     def _load(self, role: str) -> Params | None:
         net, cfg, source = self.nets[role], self.roles[role], self.source(role)
-        if source == "exact":
+        if source == "exact" or not net.shapes:
             return {}
         if source == "fresh":
             if role in self.method.frozen:
-                raise Refused(f"config.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run or exact)")
+                raise Refused(f"config.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)")
             return None
         if source in self.roles:
             return None
-        net = net.one if isinstance(net, Bank) else net
-        abstract = abstract_params(self.mesh, cfg.rules, net, cfg.param_dtype if role in self.method.frozen else "float32")
+        net = net.source
+        abstract = abstract_params(self.mesh, cfg.rules, net, cfg.param_dtype if role in self.method.frozen else "float32", cfg.place)
+        if source == "random":
+            key = jax.random.fold_in(jax.random.key(self.settings.seed), zlib.crc32(role.encode()) & 0x7FFFFFFF)
+            draw = lambda: jax.tree.map(lambda w, s: w.astype(s.dtype), net.init(key), abstract)
+            return jax.jit(draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
         if source.startswith("@"):
             return load_result(self.workdir / source[1:], abstract)
         if (Path(source) / "stages").exists():
@@ -149,10 +162,11 @@ class Experiment:
         return interop.load_into(source, net, abstract)
 
 
-def abstract_params(mesh, rules, net: Net, dtype: str = "float32") -> Params:
-    """ShapeDtypeStructs with shardings for a net's weights."""
-    placed = sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes)
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype), sharding=where), net.shapes, placed)
+def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
+    """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
+    placed = sharding.resting_in(place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes))
+    kind = lambda s: jnp.dtype(dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, kind(s), sharding=where), net.shapes, placed)
 
 
 def load_result(workdir: Path, abstract: Params, role: str = "student") -> Params:

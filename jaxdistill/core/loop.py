@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxdistill.core import chips, flops, metrics, report, sharding
+from jaxdistill.core import chips, flops, host, metrics, report, sharding
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment, abstract_params
 from jaxdistill.core.net import Net
@@ -56,6 +56,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     _check(experiment)
     if dry_run:
         return _dry_run(experiment)
+    host.keep_freed_memory()
     _claim_folder(config, workdir)
     if (workdir / "report.json").exists():
         return report.read(workdir)
@@ -154,7 +155,8 @@ def _as_given(trained: Trained) -> Trained:
     experiment = trained.experiment
     if not any(stage.surgery for stage in experiment.method.stages(experiment.settings.steps)[1:]):
         return trained
-    given, frozen = experiment.warm_starts(), experiment.method.frozen
+    given = experiment.warm_starts()
+    frozen = [role for role in experiment.method.frozen if role in given]  # the others are a surgery's own
     nets = {**trained.nets, **{role: experiment.nets[role] for role in frozen}}
     return dataclasses.replace(trained, nets=nets, params={**trained.params, **{role: given[role] for role in frozen}})
 
@@ -169,7 +171,8 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
 
 
 def _abstract(experiment: Experiment, net: Net, role: str) -> Params:
-    return abstract_params(experiment.mesh, experiment.roles[role].rules, net)
+    cfg = experiment.roles[role]
+    return abstract_params(experiment.mesh, cfg.rules, net, cfg.param_dtype if role in experiment.method.frozen else "float32", cfg.place)
 
 
 def _collect(trained: Trained, stage: Stage, index: int, stop: threading.Event, progress: bool) -> Dataset:
@@ -209,10 +212,12 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
             trained.nets, trained.params = _prepare(experiment, stages[i], trained.nets, trained.params)
             data = _collect(trained, stages[i], i, stop, progress)
             offset = sum(s.steps for s in stages[:i])
-            state = _Fit(trained, stages[i], i, offset, data, checkpoints, stop, progress).run()
+            fit = _Fit(dataclasses.replace(trained), stages[i], i, offset, data, checkpoints, stop, progress)
+            trained.params = {}  # the stage owns them now
+            state = fit.run()
             result = {role: state.ema.get(role, state.params[role]) for role in stages[i].method.inits}
             save_params(workdir / "stages" / str(i), result)
-            trained.params = {**trained.params, **result}
+            trained.params = {**fit.trained.params, **state.frozen, **result}
     finally:
         checkpoints.close()
     return trained
@@ -271,6 +276,9 @@ class _Fit:
             self.first, self.state, self.position = 0, programs.init(self._everywhere(key), self.trained.params), None
         else:
             self.first, self.state, self.position = restored
+        mine = self.state.frozen.keys() | self.state.params.keys()  # their weights exist once: in the state
+        held = {role: params for role, params in self.trained.params.items() if role not in mine}
+        self.trained = dataclasses.replace(self.trained, params=held)
         self.writer = metrics.Writer(workdir, self.offset + self.first, tensorboard=settings.tensorboard, wandb=settings.wandb,
                                      config=self.experiment.config.to_dict())  # fmt: skip
         self.pending = metrics.Pending(stage.method.turns)
@@ -320,8 +328,10 @@ class _Fit:
             self.controller.restore(host["controller"])
             self.hints = host["hints"]
             self.data = self.data.steer(self.hints)
-        frozen = {role: self.trained.params[role] for role in self.stage.method.frozen}
-        return step - self.offset, state.replace(frozen=frozen), host["data"]
+        given = {role: self.trained.params[role] for role in self.stage.method.frozen}
+        adopt = lambda given: {role: self.trained.nets[role].adopt(params) for role, params in given.items()}
+        where = jax.tree.map(lambda s: s.sharding, abstract.frozen)
+        return step - self.offset, state.replace(frozen=jax.jit(adopt, out_shardings=where)(given)), host["data"]
 
     def _host(self) -> dict[str, Any]:
         controller = {"controller": self.controller.state(), "hints": self.hints} if self.controller else {}
@@ -352,7 +362,7 @@ class _Fit:
 
     def _view(self) -> Trained:
         averaged = {role: self.state.ema.get(role, p) for role, p in self.state.params.items()}
-        return dataclasses.replace(self.trained, params={**self.trained.params, **averaged})
+        return dataclasses.replace(self.trained, params={**self.trained.params, **self.state.frozen, **averaged})
 
 
 def _brief(means: Mapping[str, float]) -> str:
@@ -382,9 +392,10 @@ def make_programs(
     updates = {role: sum(sum(role in turns[i].moves for i in active) for active in taken) for role in method.inits}
     txs = {role: roles[role].optimizer.make(updates[role]) for role in method.inits}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    build_state = lambda key, start: init_state(method, nets, txs, key, start, experiment.inits)
+    build_state = lambda key, start: init_state(method, nets, txs, key, start, {r: experiment.inits[r] for r in method.inits})
     abstract = jax.eval_shape(build_state, key, start)
-    where = sharding.state_shardings(experiment.mesh, {r: roles[r].rules for r in roles}, nets, txs, abstract)
+    rules, places = ({r: getattr(roles[r], part) for r in roles} for part in ("rules", "place"))
+    where = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)
     abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where)
     step, active_at = make_train_step(method, nets, txs, emas={r: roles[r].ema for r in method.ema},
                                       accumulate=settings.accumulate, shardings=where)  # fmt: skip

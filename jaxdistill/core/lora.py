@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_spec, path_name, paths, scoped
+from jaxdistill.core.net import Net, is_spec, path_name, paths, resting, restore, scoped
 from jaxdistill.core.types import Params, Refused
 
 
@@ -66,6 +66,9 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
 
     def leaf(path, w):
         pair = adapter.get(path_name(path))
-        return w if pair is None else w + (scale * pair["a"] @ pair["b"]).astype(w.dtype)
+        if pair is None:
+            return w
+        w = restore(w)
+        return w + (scale * pair["a"] @ pair["b"]).astype(w.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, base)
+    return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=resting)

@@ -62,13 +62,17 @@ class Net:
 
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
         """Calls the module's `method` with these weights."""
-        module = nnx.merge(self.graphdef, params)
-        call = getattr(module, method)
+        call = getattr(_awake(nnx.merge(self.graphdef, params)), method)
         return (self.wrap(call) if method == "__call__" else call)(*args, **kwargs)
 
     def adopt(self, params: Params) -> Params:
         """Weights that came from elsewhere, as this network's first ones."""
         return params
+
+    @property
+    def source(self) -> Net:
+        """The network whose weights are loaded from a folder, to be adopted by this one."""
+        return self
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
@@ -78,6 +82,38 @@ class Net:
     def size(self) -> int:
         """Number of weights."""
         return sum(math.prod(s.shape) for s in jax.tree.leaves(self.shapes))
+
+
+def resting(leaf: Any) -> bool:
+    """Whether a weight is quantised (a `qwix.QArray`)."""
+    return hasattr(leaf, "qvalue")
+
+
+def restore(tree: Any) -> Any:
+    """Weights as arithmetic takes them: in device memory, dequantised. What is so already stays the same array."""
+    place = lambda w: jax.device_put(w, jax.memory.Space.Device) if _on_host(w) else w
+
+    def one(w):
+        if not resting(w):
+            return place(w)
+        import qwix
+
+        return qwix.dequantize(jax.tree.map(place, w))
+
+    return jax.tree.map(one, tree, is_leaf=resting)
+
+
+def _on_host(w: Any) -> bool:
+    return getattr(getattr(w, "aval", None), "memory_space", jax.memory.Space.Device) == jax.memory.Space.Host
+
+
+def _awake(module: nnx.Module) -> nnx.Module:
+    """`module` with every weight restored but those of stacked layers, whose scan restores them one by one."""
+    if any(resting(w) or _on_host(w) for w in jax.tree.leaves(module, is_leaf=resting)):
+        for _, variable in nnx.iter_graph(module):
+            if isinstance(variable, nnx.Variable) and (variable.get_metadata().get("out_sharding") or (None,))[0] != "layers":
+                variable.set_value(restore(variable.get_value()))
+    return module
 
 
 def scoped(role: str, call: Callable) -> Callable:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jaxdistill.core import flops, hlo, loop, sharding
+from jaxdistill.core import build, flops, hlo, loop, sharding
 from jaxdistill.core.chips import CHIPS, Chip, chip
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
@@ -52,6 +52,7 @@ class Plan:
     mesh: dict[str, int]
     by_role: dict[str, dict[str, int]]  # role -> part of the state -> bytes a chip
     batch: int  # bytes a chip
+    host: int  # bytes a chip of frozen weights that rest in host memory
     patterns: tuple[Pattern, ...]
     hbm: float
 
@@ -106,7 +107,16 @@ def compile_for(config: ConfigDict, name: str) -> Plan:
             work = flops.count(programs.step, programs.abstract, programs.batch, key, static=(active,), recomputed=True)
             patterns.append(_pattern(active, programs.patterns[active], work, compiled, kind, len(devices), time.time() - started))
     shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
-    return Plan(name, len(devices), shape, by_role(programs.abstract, nets), _bytes(programs.batch), tuple(patterns), kind.hbm)
+    return Plan(
+        name,
+        len(devices),
+        shape,
+        by_role(programs.abstract, nets),
+        _bytes(programs.batch),
+        _bytes(programs.abstract, "host"),
+        tuple(patterns),
+        kind.hbm,
+    )
 
 
 def _pattern(active, by_role: dict, work: dict, compiled, kind: Chip, chips: int, seconds: float) -> Pattern:
@@ -119,13 +129,14 @@ def _pattern(active, by_role: dict, work: dict, compiled, kind: Chip, chips: int
 
 
 def by_role(state, nets) -> dict[str, dict[str, int]]:
-    """role -> part of the state -> bytes on each chip, of an abstract state with its shardings."""
+    """role -> part of the state -> bytes in each chip's memory, of an abstract state with its shardings."""
     return {role: {part: _bytes(getattr(state, part).get(role, {})) for part in PARTS} for role in nets}
 
 
-def _bytes(tree) -> int:
+def _bytes(tree, memory: str = "device") -> int:
     shard = lambda s: math.prod(s.sharding.shard_shape(s.shape) if s.sharding else s.shape) * s.dtype.itemsize
-    return sum(shard(leaf) for leaf in jax.tree.leaves(tree))
+    kind = lambda s: "host" if s.sharding and s.sharding.memory_kind == "pinned_host" else "device"
+    return sum(shard(leaf) for leaf in jax.tree.leaves(tree) if kind(leaf) == memory)
 
 
 def gpus(config: ConfigDict, name: str) -> Plan:
@@ -159,7 +170,7 @@ def gpus(config: ConfigDict, name: str) -> Plan:
             patterns.append(Pattern("+".join(map(str, active)), 0, sum(sum(p.values()) for p in held.values()) + _bytes(programs.batch),
                                     sum(model.values()), *bounds, sent, use, 0.0))  # fmt: skip
     shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
-    return Plan(name, len(devices), shape, held, _bytes(programs.batch), tuple(patterns), kind.hbm)
+    return Plan(name, len(devices), shape, held, _bytes(programs.batch), 0, tuple(patterns), kind.hbm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +184,18 @@ class _Described:
 
 
 def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tuple[dict, str]]:
-    """Plans of mesh shapes x remat policies x accumulations, the likeliest first; those refused as (change, reason).
+    """Plans of mesh shapes x remat policies x accumulations x places of frozen weights, the likeliest first; those refused as
+    (change, reason).
 
-    A candidate whose state alone is too large is not compiled, nor one that splits finer than the first that fits:
-    data parallelism that fits needs no more tensor parallelism.
+    A candidate whose state alone is too large is not compiled, nor one that splits finer than the first that fits, or
+    offloads where that did not: what fits needs neither more tensor parallelism nor the host. At most `most` are compiled.
     """
     devices, kind = topology(name)
-    done = 0
+    done, enough = 0, None
     for change in candidates(config, len(devices)):
+        finer = (change["mesh"]["tensor"] * change["mesh"]["sequence"], change["place"])
+        if done >= most or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
+            continue
         tried = changed(config, change)
         try:
             experiment = Experiment(tried, Path("unused"), devices)
@@ -190,6 +205,7 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
             if state > 0.9 * kind.hbm:
                 yield change, f"state of {state / 2**30:.1f} GiB a chip"
                 continue
+            done += 1
             plan = compile_for(tried, name)
         except Refused as error:
             yield change, str(error)
@@ -200,23 +216,25 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
                 next((line for line in str(error).splitlines() if "exceeded" in line.lower() or "Used" in line), str(error)[:160]).strip(),
             )
             continue
+        enough = enough or (finer if plan.fits else None)
         yield change, plan
-        done += 1
-        if done >= most:
-            return
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-    """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism, cheaper remat first."""
+    """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen weights on the device before
+    the host, cheaper remat first."""
+    frozen = build.build(config.method).frozen
     powers = [2**i for i in range(int(math.log2(devices)) + 1)]
     splits = sorted(((t, s) for t in powers for s in powers if t * s <= min(devices, 64)), key=lambda ts: (ts[0] * ts[1], ts[1]))
     has_remat = any("remat" in (role.get("model") or {}) for role in config.roles.values())
     policies = ("dots_no_batch", "full") if has_remat else ("",)
-    for (tensor, sequence), accumulate, remat in itertools.product(splits, (1, 4), policies):
+    places = ("device", "host") if any(role.get("model") and name in frozen for name, role in config.roles.items()) else ("device",)
+    for (tensor, sequence), place, accumulate, remat in itertools.product(splits, places, (1, 4), policies):
         yield {
             "mesh": dict(data=1, fsdp=devices // (tensor * sequence), sequence=sequence, tensor=tensor),
             "accumulate": accumulate,
             "remat": remat,
+            "place": place,
         }
 
 
@@ -226,9 +244,11 @@ def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
     for axis, size in change["mesh"].items():
         copy.mesh[axis] = size
     copy.accumulate = change["accumulate"]
-    for role in copy.roles.values():
+    for name, role in copy.roles.items():
         if change["remat"] and "remat" in (role.get("model") or {}):
             role.model.remat = change["remat"]
+        if change["place"] == "host" and name in build.build(config.method).frozen:
+            role.place = "host"
     return copy
 
 

@@ -170,8 +170,13 @@ def fits(shardings, shapes):
     return jax.tree.map(lambda s, shape: NamedSharding(s.mesh, _divides(s.mesh, s.spec, shape.shape)), shardings, shapes)
 
 
-def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State) -> State:
-    """Tree of NamedSharding with the structure of the state; optimiser moments follow their weights."""
+def resting_in(place: str, shardings):
+    """The same shardings in the memory called `place` ("device" | "host")."""
+    return shardings if place == "device" else jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+
+
+def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State, places: dict[str, str] = {}) -> State:
+    """Tree of NamedSharding with the structure of the state; optimiser moments follow their weights. `places` of frozen roles."""
     whole = NamedSharding(mesh, P())
 
     def role(name: str, shapes):
@@ -188,6 +193,6 @@ def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: St
         params={r: role(r, p) for r, p in abstract.params.items()},
         opt={r: opt(r) for r in abstract.opt},
         ema={r: role(r, p) for r, p in abstract.ema.items()},
-        frozen={r: role(r, p) for r, p in abstract.frozen.items()},
+        frozen={r: resting_in(places.get(r, "device"), role(r, p)) for r, p in abstract.frozen.items()},
         memory=jax.tree.map(lambda _: whole, abstract.memory),
     )

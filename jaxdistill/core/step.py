@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdistill.core.net import Net
+from jaxdistill.core.net import Net, restore
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Batch, Ctx, Method, Metrics, Nets, Params, Refused, State, Turn
@@ -25,9 +25,11 @@ def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping
     params = {}
     for i, (role, source) in enumerate((inits or method.inits).items()):
         if role in start:
-            init = nets[role].adopt(start[role])
+            init = nets[role].adopt(restore(start[role]))
         elif source is not None and not nets[role].adapts:
-            init = overlay(nets[role].init(jax.random.fold_in(key, i)), nets[role].adopt({**start, **params}[source]), role, source)
+            init = overlay(
+                nets[role].init(jax.random.fold_in(key, i)), nets[role].adopt(restore({**start, **params}[source])), role, source
+            )
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
         params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -74,6 +75,30 @@ class WeightedRecords(ArrayRecords):
     def example(self, record):
         example = super().example(record)
         return {**example, "weight": np.float32(example["worth"] / self.mean if self.mean else 1.0)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedRecords(ArrayRecords):
+    """Records with groups of arrays: "cond/text" is the key "text" of "cond", as in `data.synthetic`. Arrays of uint8 are
+    pixels, and come as float32 in [-1, 1]."""
+
+    def example(self, record):
+        out: dict = {}
+        for name, array in super().example(record).items():
+            *groups, last = name.split("/")
+            place = out
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[last] = np.float32(array) / 127.5 - 1 if array.dtype == np.uint8 else array
+        return out
+
+    def evaluation(self, n):
+        source = self._opened("test")
+        return jax.tree.map(lambda *v: np.stack(v), *(self.example(source[int(i)]) for i in self.chosen(len(source), n)))
+
+    def spec(self):
+        one = self.example(self._opened("train")[0])
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype), one)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 from jaxdistill.diffusion.process import Flow, Pred, Process, Trig, expand, magnitude
 
 
@@ -127,6 +129,31 @@ class Denoiser:
             return dataclasses.replace(pred, v=da * pred.x0 + ds * pred.eps)
 
         return denoise
+
+
+def by_time(nets: Sequence[Callable], bounds: Sequence[float], *, shared: bool = False) -> Callable:
+    """One denoiser of several experts: the first serves t >= bounds[0], the second what is below and >= bounds[1], and so on.
+
+    `bounds`, one fewer than networks, fall. With times of its own for each sample, every network runs on the whole batch
+    and each sample takes its expert's answer. With `shared` the batch has one time, and only its expert runs. Raises Refused
+    where the bounds do not fit.
+    """
+    if len(bounds) != len(nets) - 1 or any(b >= a for a, b in zip(bounds, bounds[1:])):
+        raise Refused(f"bounds={tuple(bounds)}: expected {len(nets) - 1} falling times between {len(nets)} networks")
+    if len(nets) == 1:
+        return nets[0]
+
+    def routed(x: Array, t: Array, cond=None, **kw) -> Pred:
+        index = jnp.sum(t < expand(jnp.asarray(bounds, t.dtype), t[None]), 0)
+        if shared:
+            return jax.lax.switch(index[0], [functools.partial(net, **kw) for net in nets], x, t, cond)
+        answers = [net(x, t, cond, **kw) for net in nets]
+        mine = lambda *leaves: functools.reduce(
+            lambda out, i: jnp.where(expand(index == i, out), leaves[i], out), range(1, len(nets)), leaves[0]
+        )
+        return jax.tree.map(mine, *answers)
+
+    return routed
 
 
 def guided(net, x: Array, t: Array, cond, null, scale: float, **kw) -> Pred:

@@ -102,11 +102,16 @@ class Process:
         """grad log p_t(x_t) = -eps / sigma."""
         return -pred.eps / self.alpha_sigma(expand(t, pred.eps))[1]
 
-    def transition(self, xt: Array, noise: Array, t: Array, r: Array) -> Array:
-        """x_r | x_t for r > t (more noise): the forward kernel between two times."""
-        (a, s), (b, u) = self.alpha_sigma(expand(t, xt)), self.alpha_sigma(expand(r, xt))
+    def kernel(self, t: Array, r: Array) -> tuple[Array, Array]:
+        """(alpha_{r|t}, sigma_{r|t}) of the forward kernel x_r | x_t ~ N(alpha x_t, sigma^2) from t to r > t (more noise)."""
+        (a, s), (b, u) = self.alpha_sigma(t), self.alpha_sigma(r)
         ratio = b / a
-        return ratio * xt + jnp.sqrt(jnp.maximum(u**2 - (ratio * s) ** 2, 0.0)) * noise
+        return ratio, jnp.sqrt(jnp.maximum((u - ratio * s) * (u + ratio * s), 0.0))
+
+    def transition(self, xt: Array, noise: Array, t: Array, r: Array) -> Array:
+        """x_r | x_t for r > t (more noise): a draw of the forward kernel between two times."""
+        ratio, sigma = self.kernel(expand(t, xt), expand(r, xt))
+        return ratio * xt + sigma * noise
 
     def from_x0(self, x0: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
         """Completes a prediction of x0 (singular where sigma = 0)."""

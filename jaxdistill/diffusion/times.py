@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 from jaxdistill.diffusion.process import Process
 
 
@@ -20,6 +20,17 @@ class Uniform:
     def draw(self, process: Process, key: Array, n: int) -> Array:
         t = jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
         return process.t_min + (process.t_max - process.t_min) * t
+
+    def within(self, process: Process, low: float, high: float) -> Uniform:
+        """This law on the times low..high: `self.low` of the process's length above `low`, and not above `self.high`.
+
+        On a process with a shift it is the time before the warp that is restricted and drawn. Raises Refused where nothing is left.
+        """
+        part = lambda t: (t - process.t_min) / (process.t_max - process.t_min)
+        inside = dataclasses.replace(self, low=part(low) + self.low, high=min(part(high), self.high))
+        if inside.low >= inside.high:
+            raise Refused(f"{self} has nothing within the times {low} to {high}")
+        return inside
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,3 +54,6 @@ class LogNormalSNR(Uniform):
 
     def draw(self, process, key, n):
         return process.time_of_lam(-(self.mean + self.std * jax.random.normal(key, (n,))))
+
+    def within(self, process, low, high):
+        raise Refused(f"{self}: has no bounds; expected Uniform or LogitNormal on a part of the process")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from jaxdistill.core.types import Refused
 from jaxdistill.evals import classifier, manifold
+from jaxdistill.evals.diversity import pairwise_distance
 from jaxdistill.evals.frechet import frechet_distance
 from jaxdistill.evals.samples import SampleEval
 
@@ -27,6 +28,7 @@ class ImageEval(SampleEval):
         fake, true = extract(x), extract(real["x"])
         row = {"frechet": frechet_distance(fake, true)}
         row["precision"], row["recall"] = manifold.precision_recall(true, fake)
+        row["diversity"] = pairwise_distance(fake, real.get("cond"))
         if predict is not None:
             row["accuracy"] = float(np.mean(predict(x) == real["cond"]))
         return row

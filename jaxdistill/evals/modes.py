@@ -33,3 +33,10 @@ def mode_kl(x: np.ndarray, law: Law) -> float:
 def quality(x: np.ndarray, law: Law, radius: float = 3.0) -> float:
     """Fraction of samples within `radius` standard deviations of their mode's mean; 1 - e^(-radius^2 / 2) for 2-D data itself."""
     return float(np.mean(assign(x, law)[1] <= radius))
+
+
+def offsets(x: np.ndarray, law: Law) -> np.ndarray:
+    """Every sample's offset from the mean of its most likely mode, in that mode's standard deviations: [n D]."""
+    _, means, stds = law
+    mode, _ = assign(x, law)
+    return (x - means[mode]) / stds[mode, None]

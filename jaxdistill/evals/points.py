@@ -45,3 +45,13 @@ class PointEval(SampleEval):
         figure.savefig(out, format="png", dpi=100)
         pyplot.close(figure)
         return Image.open(out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextureEval(PointEval):
+    """For modes with a shape (`data.rings:Rings`): with the energy distance between the offsets within modes, all modes
+    laid over each other. In the energy distance of the whole law a shape is drowned by the modes' shares."""
+
+    def score(self, x, real, data):
+        texture = energy_distance(modes.offsets(x, data.law), modes.offsets(real["x"], data.law))
+        return {**super().score(x, real, data), "texture": texture}

@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import ZEROS, dense, embedding, fourier, lookup, plain_norm
 
 
@@ -44,6 +44,32 @@ class DiscriminatorModule(nnx.Module):
             h = nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6)) + c[:, None]).mean(1)
             total = total + logit(nnx.silu(pooled(h)))[:, 0]
         return total / len(feats)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Heads:
+    """One head for each feature tap, each with a logit of its own."""
+
+    dims: tuple[int, ...] = (64,)  # channels of the taps
+    width: int = 64
+
+    def __call__(self, rngs: nnx.Rngs) -> HeadsModule:
+        return HeadsModule(self, rngs)
+
+
+class HeadsModule(nnx.Module):
+    def __init__(self, cfg: Heads, rngs: nnx.Rngs):
+        self.tokens = nnx.List([dense(dim, cfg.width, ("embed", "mlp"), rngs=rngs) for dim in cfg.dims])
+        self.pooled = nnx.List([dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in cfg.dims])
+        self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in cfg.dims])
+
+    def __call__(self, feats: tuple[Array, ...]) -> Array:
+        """feats: taps [B N dim] -> logits [B heads], float32. Raises Refused where there are more or fewer taps than heads."""
+        if len(feats) != len(self.logits):
+            raise Refused(f"taps: {len(feats)} of them for the {len(self.logits)} heads of model.dims")
+        pool = lambda f, tokens: nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6))).mean(1)
+        states = [nnx.silu(pooled(pool(f, tokens))) for f, tokens, pooled in zip(feats, self.tokens, self.pooled)]
+        return jnp.concatenate([logit(h) for h, logit in zip(states, self.logits)], -1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

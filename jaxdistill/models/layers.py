@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxdistill.core.net import restore
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
@@ -126,15 +127,15 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored.
     """
     policy = lookup_name(REMAT, remat, "remat")
-    if policy is not None:
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    awake = lambda x, layer: body(x, restore(layer))
+    each = awake if policy is None else jax.checkpoint(awake, policy=policy, prevent_cse=False)
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     if bounds[0] < 0 or bounds[-1] > depth:
         raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
     after, ys = {}, []
     for low, high in zip(bounds, bounds[1:]):
         part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
-        x, y = jax.lax.scan(body, x, part)
+        x, y = jax.lax.scan(each, x, part)
         after[high - 1] = x
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)

@@ -25,12 +25,12 @@ def _distance(x0: Array, real_x0: Array) -> Array:
     return jnp.mean(gap, axis=range(1, gap.ndim), keepdims=True)
 
 
-def dmd_gradient(x0: Array, real_x0: Array, fake_x0: Array) -> Array:
+def dmd_gradient(x0: Array, real_x0: Array, fake_x0: Array, floor: float = 0.0) -> Array:
     """(D_psi - D_phi) / mean|x0 - D_phi|, the mean over each sample's dimensions (DMD, eq. 8); all [B ...].
 
-    Under stop_gradient. Where the normaliser is 0 the gradient is 0.
+    Under stop_gradient. The normaliser is at least `floor`; where it is 0 the gradient is 0.
     """
-    grad = jax.lax.stop_gradient(fake_x0 - real_x0) / _distance(x0, real_x0)
+    grad = jax.lax.stop_gradient(fake_x0 - real_x0) / jnp.maximum(_distance(x0, real_x0), floor)
     return jnp.where(jnp.isfinite(grad), grad, 0.0)
 
 
@@ -40,6 +40,14 @@ def diff_instruct_gradient(real_x0: Array, fake_x0: Array, weight: Array | float
     `weight` is w_t (alpha_t / sigma_t)^2; 1 is w_t = (sigma_t / alpha_t)^2. Under stop_gradient.
     """
     return jax.lax.stop_gradient(weight * (fake_x0 - real_x0))
+
+
+def kl_gradient(real_x0: Array, fake_x0: Array, alpha: Array, sigma: Array, ratio: Array | float = 1.0) -> Array:
+    """alpha_{t|s} (s_psi - s_phi) = ratio alpha / sigma^2 (D_psi - D_phi): the gradient in x_s of KL(student || real) at time t.
+
+    x_t = ratio x_s + noise was made from a sample at s < t (ratio alpha_t where that is clean). Under stop_gradient.
+    """
+    return jax.lax.stop_gradient(ratio * alpha / sigma**2 * (fake_x0 - real_x0))
 
 
 def sid_loss(x0: Array, real_x0: Array, fake_x0: Array, alpha: float = 1.2, scale: float = 100.0) -> Array:

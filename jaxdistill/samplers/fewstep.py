@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.diffusion.process import Process, expand
+from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Denoise
 
 
@@ -26,16 +27,37 @@ def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Arr
     return net(xt, t).x0
 
 
-def simulate(process: Process, net: Denoise, noise: Array, times: Array, key: Array, index: Array | int) -> tuple[Array, Array]:
-    """The state (x_t [B ...], t [B]) that a renoising chain brings to its step number `index`, which may be traced."""
+def simulate(
+    process: Process, net: Denoise, noise: Array, times: Array, key: Array, index: Array | int, solver: str = ""
+) -> tuple[Array, Array]:
+    """The state (x_t [B ...], t [B]) that a student's chain brings to its step number `index`, which may be traced.
+
+    From one time to the next it re-noises its x0 with fresh noise; or takes the step of a `solver` of samplers/ode.py without
+    memory, in which case `key` is not read. "ddim" is Euler's on rectified flow, whatever the shift.
+    """
 
     def body(i, x):
-        x0 = net(x, jnp.full(x.shape[:1], times[i])).x0
+        t = jnp.full(x.shape[:1], times[i])
+        if solver:
+            return ode.advance(solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1]))
+        x0 = net(x, t).x0
         fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
         return process.add_noise(x0, fresh, times[i + 1])
 
     xt = jax.lax.fori_loop(0, index, body, process.start(noise))
     return xt, jnp.full(noise.shape[:1], times[index])
+
+
+def chain(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> tuple[Array, Array]:
+    """All of a renoising chain: (its states at `times`, [N B ...]; the x0 that it ends with). As `simulate` and `renoise`."""
+
+    def body(x, inp):
+        i, t, r = inp
+        fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+        return process.add_noise(net(x, jnp.full(x.shape[:1], t)).x0, fresh, r), x
+
+    last, states = jax.lax.scan(body, process.start(noise), (jnp.arange(len(times) - 1), times[:-1], times[1:]))
+    return jnp.concatenate([states, last[None]]), net(last, jnp.full(noise.shape[:1], times[-1])).x0
 
 
 AIMS = {"any": lambda t, s: s, "few": lambda t, s: jnp.zeros_like(t), "mul": lambda t, s: t}

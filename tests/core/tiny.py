@@ -9,7 +9,8 @@ from jaxdistill.diffusion.denoiser import Denoiser
 
 
 def get_config(variant=""):
-    """ "tensorboard" writes it; "bare" evaluates nothing; "language" is a bare GKD on a synthetic language."""
+    """ "tensorboard" writes it; "bare" evaluates nothing; "language" is a bare GKD on a synthetic language;
+    "counted" is a bare run that says which samples it saw."""
     common = dict(steps=30, log_every=5, checkpoint_every=5, keep=3, tensorboard=variant == "tensorboard", mesh=spec_mesh())
     if variant == "language":
         sizes = dict(model=spec("models.lm:LM", vocab=16, dim=16, mlp=32, heads=2, depth=1, max_length=16))
@@ -20,21 +21,22 @@ def get_config(variant=""):
             roles=dict(teacher=Role(init="exact"), student=Role(**sizes, optimizer=Optimizer(lr=1e-3))),
         )
     net = dict(model=spec("models.mlp:MLP", width=16, depth=1), denoiser=Denoiser(), init="fresh", optimizer=Optimizer(lr=1e-3))
+    counted = variant == "counted"
     judged = dict(
         evaluation=spec("evals.points:PointEval", samples=200, batch=200, teacher_steps=(2, 1)),
         claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=100.0),
     )
     return experiment(
         **common,
-        data=spec("data.mixtures:Mixture", batch_size=16),
-        method=spec("methods.distribution.dmd2:DMD2", critic_steps=2, taps=(0,)),
+        data=spec("tests.core.counting:Numbered", batch_size=16) if counted else spec("data.mixtures:Mixture", batch_size=16),
+        method=spec("tests.core.counting:Counted" if counted else "methods.distribution.dmd2:DMD2", critic_steps=2, taps=(0,)),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(**net, ema=Ema(rate=0.9)),
             fake=Role(**net),
             disc=Role(model=spec("models.heads:Discriminator", dim=16, width=8)),
         ),
-        **({} if variant == "bare" else judged),
+        **({} if variant in ("bare", "counted") else judged),
     )
 
 

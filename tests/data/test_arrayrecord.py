@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.arrayrecord import ArrayRecords, ArrayRecordWriter, write
+from jaxdistill.data.arrayrecord import ArrayRecords, ArrayRecordWriter, GroupedRecords, write
 
 
 def examples(n: int, start: int = 0):
@@ -116,3 +116,22 @@ def test_records_of_others(tmp_path):
 def test_empty_folder(tmp_path):
     with pytest.raises(Refused, match=r"no \*.arrayrecord to train on"):
         ArrayRecords(path=str(tmp_path)).loader()
+
+
+def test_groups_and_pixels(tmp_path):
+    """A stroke makes a group in training, evaluation and spec alike; bytes are pixels."""
+    levels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 23
+
+    def captioned(i):
+        cond = {"cond/text": np.full((4, 2), i, np.float16), "cond/size": np.arange(6)}
+        return {"x": np.full(3, i, np.float32), "image": levels + np.uint8(i), **cond}
+
+    write(tmp_path / "train.arrayrecord", [captioned(i) for i in range(6)])
+    write(tmp_path / "test.arrayrecord", [captioned(9)])
+    data = GroupedRecords(path=str(tmp_path), batch_size=2)
+    batch, held, spec = next(data.loader()), data.evaluation(5), data.spec()
+    for got, n in ((batch, 2), (held, 1), (spec, 2)):
+        assert got["cond"]["text"].shape == (n, 4, 2) and got["cond"]["text"].dtype == np.float16
+        assert got["image"].shape == (n, 2, 2, 3) and got["image"].dtype == np.float32
+    assert np.array_equal(batch["cond"]["text"][:, 0, 0], batch["x"][:, 0])
+    np.testing.assert_allclose(held["image"][0], (levels + 9) / 127.5 - 1, rtol=1e-6, atol=1e-6)

@@ -8,8 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.core.types import Refused
 from jaxdistill.data.mixtures import Mixture
-from jaxdistill.diffusion.denoiser import ConsistencyPrecond, Data, Denoiser, EDMPrecond, Noise, TrigPrecond, Velocity, VPVelocity, guided
+from jaxdistill.diffusion.denoiser import (
+    ConsistencyPrecond,
+    Data,
+    Denoiser,
+    EDMPrecond,
+    Noise,
+    TrigPrecond,
+    Velocity,
+    VPVelocity,
+    by_time,
+    guided,
+)
 from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig, expand, magnitude
 
 PROCESSES = {"flow": Flow(), "shifted": Flow(shift=3.0), "trig": Trig(), "edm": EDM(), "vp": VP(), "cosine": CosineVP(), "ddpm": DDPM()}
@@ -239,6 +251,52 @@ def test_guided_networks_see_conditions_of_any_tree():
     net = lambda x, t, cond: types.SimpleNamespace(value=cond["text"].sum(-1) + cond["label"])
     jax.tree_util.register_pytree_node(types.SimpleNamespace, lambda n: ((n.value,), None), lambda _, c: types.SimpleNamespace(value=c[0]))
     np.testing.assert_array_equal(guided(net, jnp.zeros((2, 1)), jnp.zeros(2), cond, null, 2.0).value, 8.0)
+
+
+def experts(data, seen):
+    """Denoisers of three mixtures, each of which notes that it ran."""
+
+    def make(i):
+        law = Mixture(seed=i, modes=data.modes)
+
+        def net(x, t, cond=None):
+            jax.debug.callback(lambda: seen.append(i))
+            return law.denoise(Flow(), x, t, cond)
+
+        return net
+
+    return [make(i) for i in range(3)]
+
+
+def test_experts_by_time_of_each_sample():
+    data, seen = mixture(), []
+    nets, x, cond = experts(data, seen), mixture_states(data)[0], mixture_states(data)[2]
+    t = jnp.asarray([0.95, 0.875, 0.8749, 0.5, 0.3, 0.1])  # at a bound the noisier expert serves
+    got = jax.jit(by_time(nets, (0.875, 0.5)))(x, t, cond)
+    for i, expert in enumerate((0, 0, 1, 1, 2, 2)):
+        want = nets[expert](x[i : i + 1], t[i : i + 1], cond[i : i + 1])
+        for name in FIELDS:
+            np.testing.assert_allclose(getattr(got, name)[i], getattr(want, name)[0], rtol=1e-12, atol=1e-13)
+
+
+def test_one_time_for_the_batch_runs_its_expert_alone():
+    data, seen = mixture(), []
+    nets, (x, _, cond, _) = experts(data, seen), mixture_states(data)
+    routed = jax.jit(by_time(nets, (0.875, 0.5), shared=True))
+    for t, expert in ((1.0, 0), (0.875, 0), (0.6, 1), (0.2, 2)):
+        seen.clear()
+        got = routed(x, jnp.full(len(x), t), cond)
+        jax.effects_barrier()
+        assert seen == [expert]
+        np.testing.assert_allclose(got.x0, nets[expert](x, jnp.full(len(x), t), cond).x0, rtol=1e-12, atol=1e-13)
+
+
+def test_experts_need_falling_bounds_between_them():
+    nets = [lambda x, t, cond=None: x] * 3
+    assert by_time(nets[:1], ()) is nets[0]
+    for bounds in ((0.5,), (0.3, 0.6), (0.5, 0.5)):
+        with pytest.raises(Refused, match="expected 2 falling times between 3 networks"):
+            by_time(nets, bounds)
 
 
 def signed(x_in, t_in, cond=None, *, r=None):

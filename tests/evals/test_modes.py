@@ -1,9 +1,13 @@
 """Coverage of a known mixture (00-foundations, section 12)."""
 
+import dataclasses
+
 import numpy as np
 
 from jaxdistill.data.mixtures import Mixture
+from jaxdistill.data.rings import Rings
 from jaxdistill.evals import modes
+from jaxdistill.evals.points import TextureEval
 
 LAW = (np.array([0.5, 0.3, 0.2]), np.array([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]]), np.array([0.1, 0.2, 0.1]))
 
@@ -51,3 +55,19 @@ def test_only_samples_within_three_sigma_are_good_or_hit():
     assert modes.quality(near, LAW) == 1.0 and modes.modes_hit(near, LAW) == 1.0
     assert modes.quality(far, LAW) == 0.0 and modes.modes_hit(far, LAW) == 0.0
     assert modes.quality(np.concatenate([near, far]), LAW) == 0.5
+
+
+def test_offsets_lay_the_modes_over_each_other():
+    """Of the law itself they are unit Gaussian, whatever the modes' places, widths and shares."""
+    x = at(3, 2, 4, offset=1.5)
+    np.testing.assert_allclose(modes.offsets(x, LAW), np.tile([1.5, 0.0], (9, 1)), atol=1e-12)
+
+
+def test_texture_sees_what_the_energy_distance_of_the_whole_does_not():
+    """Rings against rings blurred by half of their radius, which moves the whole law by next to nothing."""
+    data = Rings(seed=0)
+    blurred = dataclasses.replace(data, thickness=0.5).evaluation(2000)
+    real, same = data.evaluation(2000), dataclasses.replace(data, batch_size=2000).batch(0, slice(None))
+    blunt, sharp = (TextureEval().score(x["x"], real, data) for x in (blurred, same))
+    assert blunt["texture"] > 0.015 > 10 * abs(sharp["texture"])
+    assert abs(blunt["energy"]) < blunt["texture"] / 5

@@ -156,3 +156,29 @@ def test_f_weight_has_batch_mean_one_is_clipped_and_carries_no_gradient():
     np.testing.assert_array_equal(jax.grad(lambda z: score.f_weight("jeffreys", z)[3])(logit), 0.0)
     with pytest.raises(Refused, match=r"divergence='jefreys'.* did you mean 'jeffreys'"):
         score.f_weight("jefreys", logit)
+
+
+def test_dmd_gradient_with_a_floor():
+    """A normaliser below the floor is the floor; above it nothing changes."""
+    real, fake = jnp.zeros((2, 3)), jnp.full((2, 3), 1e-3)
+    x0 = jnp.asarray([[1e-6] * 3, [0.5] * 3])
+    np.testing.assert_allclose(score.dmd_gradient(x0, real, fake, floor=1e-4), [[10.0] * 3, [2e-3] * 3], rtol=1e-12)
+
+
+@pytest.mark.parametrize("s", [0.0, 0.5])
+def test_kl_gradient_is_the_difference_of_scores_at_a_sample_between(s):
+    """w (v_phi - v_psi) = alpha_{t|s} (s_psi - s_phi), w = alpha_t alpha_{t|s} / (alpha_t sigma_t + sigma_t^2), on rectified flow."""
+    t = 0.8
+    ratio, var = (1 - t) / (1 - s), (1 - t) ** 2 * STD**2 + t**2
+    _, xt = noised(1 - t, t)
+    real, fake = denoiser(M_R, 1 - t, t)(xt), denoiser(M_G, 1 - t, t)(xt)
+    got = score.kl_gradient(real, fake, 1 - t, t, ratio)
+    scores = [-(xt - (1 - t) * m) / var for m in (M_G, M_R)]
+    np.testing.assert_allclose(got, ratio * (scores[0] - scores[1]), rtol=1e-11)
+    velocity = lambda x0: (xt - x0) / t
+    weight = (1 - t) * ratio / ((1 - t) * t + t**2)
+    np.testing.assert_allclose(got, weight * (velocity(real) - velocity(fake)), rtol=1e-11)
+    for v, true in ((velocity(real), scores[1]), (velocity(fake), scores[0])):
+        np.testing.assert_allclose(-(xt + (1 - t) * v) / t, true, rtol=1e-11)
+    # d KL_t / d m_g through x_s = (1 - s) m_g + ...: alpha_t = ratio (1 - s)
+    np.testing.assert_allclose((1 - s) * got, jax.grad(lambda m: (1 - t) ** 2 * (m - M_R) ** 2 / (2 * var))(M_G), rtol=1e-11)

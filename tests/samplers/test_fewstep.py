@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import EDM, CosineVP, Flow, Pred, Trig, expand
-from jaxdistill.samplers.fewstep import first_times, jump, renoise, warped_times
+from jaxdistill.samplers.fewstep import chain, first_times, jump, renoise, simulate, warped_times
 
 MEAN, STD = 0.7, 0.4
 
@@ -108,6 +108,27 @@ def test_first_times():
             first_times((1.0, 0.5, 0.25), steps)
 
 
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_a_deterministic_chain_is_eulers_on_the_warped_grid(shift):
+    """Step by step against x + (t' - t) (eps - x0) at the warped times; the key is not read, and the end is x0 at t = 0."""
+    process, times = Flow(shift=shift), jnp.asarray([1.0, 0.75, 0.5, 0.25, 0.0])
+
+    def net(x, t):
+        a, s = process.alpha_sigma(expand(t, x))
+        spread = (a * STD) ** 2 + s**2
+        return process.from_x0(MEAN + a * STD**2 / spread * (x - a * MEAN), x, t)
+
+    x = noise = jax.random.normal(jax.random.key(0), (5, 2))
+    warped = shift * times / (1 + (shift - 1) * times)
+    for index in range(5):
+        got, t = jax.jit(lambda i, seed: simulate(process, net, noise, times, jax.random.key(seed), i, "ddim"))(index, index)
+        np.testing.assert_allclose(got, x, rtol=1e-12, atol=1e-13)
+        np.testing.assert_array_equal(t, times[index])
+        if index < 4:
+            pred = net(x, jnp.full(5, times[index]))
+            x = x + (warped[index + 1] - warped[index]) * (pred.eps - pred.x0)
+
+
 def pure(x, t, r):
     """An average velocity that depends on both times, with its x0 and eps."""
     return Flow().from_v(x * (1 + r)[:, None] + jnp.sin(t)[:, None], x, t)
@@ -190,3 +211,15 @@ def test_warped_times():
 def test_unknown_style_is_refused():
     with pytest.raises(Refused, match="did you mean 'few'"):
         jump(pure, jnp.ones((1, 1)), jnp.asarray([1.0, 0.0]), style="fw")
+
+
+def test_a_whole_chain_has_the_states_and_the_end_of_its_parts():
+    """`chain` is `simulate` at every index and `renoise` at once, draw for draw."""
+    net = lambda x, t: answer(jnp.sin(x) * t[:, None])
+    times, noise, key = jnp.asarray([1.0, 0.7, 0.4]), jax.random.normal(jax.random.key(0), (5, 2)), jax.random.key(1)
+    states, x0 = jax.jit(lambda: chain(Flow(), net, noise, times, key))()
+    for i in range(3):
+        np.testing.assert_allclose(states[i], simulate(Flow(), net, noise, times, key, i)[0], rtol=1e-13)
+    np.testing.assert_allclose(x0, renoise(Flow(), net, noise, times, key), rtol=1e-13)
+    states, x0 = chain(Flow(), net, noise, times[:1], key)
+    assert states.shape == (1, 5, 2) and np.array_equal(x0, jnp.sin(noise))

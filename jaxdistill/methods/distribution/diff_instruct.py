@@ -82,14 +82,18 @@ class DiffInstruct(Method):
         loss, _, _ = self.match(net, ctx, self.generate(net, ctx))
         return Out(loss, {"match": loss})
 
+    def fake_cond(self, ctx: Ctx):
+        """The condition that the fake score learns under."""
+        cond = ctx.batch.get("cond")
+        if not self.fake_dropout:
+            return cond
+        keep = jax.random.uniform(ctx.key("fake_drop"), ctx.batch["x"].shape[:1]) >= self.fake_dropout
+        return drop_condition(cond, ctx.batch.get("null_cond"), keep)
+
     def denoise(self, net: Nets, ctx: Ctx, x0: Array) -> Array:
         """The fake score's loss on the student's samples (eq. 3.7)."""
         xt, t, eps = self.diffuse(x0, self.fake_times, ctx, "fake")
-        cond = ctx.batch.get("cond")
-        if self.fake_dropout:
-            keep = jax.random.uniform(ctx.key("fake_drop"), (x0.shape[0],)) >= self.fake_dropout
-            cond = drop_condition(cond, ctx.batch.get("null_cond"), keep)
-        return jnp.mean(denoising_error(self.process, net.fake(xt, t, cond), x0, eps, t, self.fake_target))
+        return jnp.mean(denoising_error(self.process, net.fake(xt, t, self.fake_cond(ctx)), x0, eps, t, self.fake_target))
 
     def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
         loss = self.denoise(net, ctx, jax.lax.stop_gradient(self.generate(net, ctx)))

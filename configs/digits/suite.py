@@ -1,0 +1,67 @@
+"""Methods on the digits under one set of conditions: `--config=configs/digits/suite.py:METHOD`, each name below.
+
+    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/suite/dmd2_0 --config.roles.teacher.init=TEACHER
+    python tools/reproduce.py --suite=digits        # all of them on seeds 0, 1, 2, and the table
+
+TEACHER is a run of configs/digits/teacher.py. The same for all: that teacher, the student's network (0.33 M weights; those
+that take two times have one more embedding), batch, number of student updates, Adam with lr 2e-4, average, evaluation. A
+method's own: what it trains besides the student, how often, and the constants that its paper fixes.
+"""
+
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.core.types import lookup
+
+UPDATES = 400  # of the student
+STUDENT = Role(optimizer=Optimizer(lr=2e-4, b2=0.99, warmup=20), ema=Ema(rate=0.98))
+ADVERSARY = Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)
+DISC = Role(model=spec("models.heads:Discriminator", dim=64, classes=10), optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99))
+FOUR = (0.999, 0.749, 0.499, 0.249)  # times of a student that renoises
+CRITICS = 5  # updates of the fake score to one of the student
+
+
+def matching(name, *, critics=CRITICS, roles={}, **fields):
+    """Distribution matching: a fake score beside the student, `critics` steps of the engine to an update of the student."""
+    method = spec(f"methods.distribution.{name}", critic_steps=critics, **fields)
+    return method, critics, {"student": Role(optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)),
+                             "fake": Role(optimizer=ADVERSARY), **roles}  # fmt: skip
+
+
+def trajectory(name, *, student=STUDENT, roles={}, **fields):
+    """Consistency along the teacher's trajectories: every step of the engine updates the student."""
+    return spec(f"methods.trajectory.{name}", **fields), 1, {"student": student, **roles}
+
+
+def two_times():
+    """The student's role where the network takes a second time."""
+    from configs.digits import teacher
+
+    role = teacher.get_config().roles.student
+    return Role(model=spec("models.dit:DiT", second_time=True), denoiser=role.denoiser, init="teacher",
+                optimizer=STUDENT.optimizer, ema=STUDENT.ema)  # fmt: skip
+
+
+VARIANTS = {
+    "diff_instruct": lambda: matching("diff_instruct:DiffInstruct", student_times=FOUR),
+    "dmd2": lambda: matching("dmd2:DMD2", student_times=FOUR, gan_weight=3e-2, taps=(1,), roles=dict(disc=DISC)),
+    "consistency": lambda: trajectory("consistency:Consistency", levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)),
+    "scm": lambda: trajectory("scm:SCM", tangent_warmup=200, student_times=(1.5707963, 1.2490458, 0.7853982, 0.3217506),
+                              roles=dict(weight=Role(model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-4, b2=0.99)))),
+    "meanflow": lambda: trajectory("meanflow:MeanFlowDistillation", flow_share=0.5, student=two_times()),
+    "progressive": lambda: trajectory("progressive:Progressive", teacher_steps=32),
+    "reflow": lambda: trajectory("reflow:Reflow", batches=60, solver_steps=25),
+}  # fmt: skip
+
+
+def get_config(method="dmd2"):
+    chosen, steps, roles = lookup(VARIANTS, method, "--config=configs/digits/suite.py:METHOD")()
+    return experiment(
+        steps=UPDATES * steps,
+        data=spec("data.digits:Digits", batch_size=64),
+        method=chosen,
+        roles={"teacher": Role(init="runs/suite/teacher_0"), **roles},
+        evaluation=spec("evals.images:ImageEval", student_steps=(1, 2, 4), teacher_steps=(50, 4, 2, 1), samples=2000),
+        eval_every=UPDATES * steps // 4,
+        checkpoint_every=UPDATES * steps,
+        log_every=20,
+    )

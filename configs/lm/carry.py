@@ -1,0 +1,34 @@
+"""Two Llamas on two-digit additions by supervised training: `teacher` to the end, `start`, a quarter of its size, cut short.
+
+    python -m launch.train --config=configs/lm/carry.py:teacher --workdir=runs/lm/teacher_0
+
+2 CPU cores, a minute. What the suite of language methods (configs/lm/suite.py) distils and starts from.
+"""
+
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.types import lookup
+
+SIZES = {"teacher": dict(dim=64, mlp=128, heads=4, depth=2), "start": dict(dim=32, mlp=64, heads=4, depth=2)}
+STEPS = {"teacher": 800, "start": 200}
+
+
+def data():
+    return spec("data.language:Carry", digits=2, batch_size=64)
+
+
+def get_config(variant="teacher"):
+    sizes = lookup(SIZES, variant, "--config=configs/lm/carry.py:VARIANT")
+    return experiment(
+        steps=STEPS[variant],
+        data=data(),
+        method=spec("methods.language.sft:SFT"),
+        roles=dict(
+            student=Role(
+                model=spec("models.lm:LM", vocab=14, max_length=10, **sizes),
+                optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
+            )
+        ),
+        evaluation=spec("evals.text:TextEval", samples=588),
+        checkpoint_every=400,
+    )

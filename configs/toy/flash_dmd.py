@@ -1,0 +1,64 @@
+"""Flash-DMD (arXiv:2511.20549) on eight thin rings, whose teacher knows them blurred only: the texture is the GAN's to find.
+
+python -m launch.train --config=configs/toy/flash_dmd.py --workdir=runs/toy_flash_dmd
+"""
+
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.diffusion.denoiser import Denoiser
+
+TIMES = (0.999, 0.749, 0.499, 0.249)
+UPDATES = 1000  # of the student, in both runs
+RINGS = dict(seed=0, labelled=False, batch_size=128)
+DATA = spec("data.rings:Rings", **RINGS)
+EVALUATION = spec("evals.points:TextureEval", samples=4000, student_steps=(4,), teacher_steps=(50,))
+STUDENT = Role(init="@start", optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99))
+FAKE = Role(init="@start", optimizer=Optimizer(lr=1e-3, b1=0.0))
+CRITIC = Optimizer(lr=1e-3, b1=0.0)
+
+
+def start():
+    """The teacher as a network: flow matching on the blurred rings. Student and fake score start from it."""
+    return experiment(
+        steps=2000,
+        data=spec("data.rings:Rings", thickness=0.75, **RINGS),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        roles=dict(student=Role(model=spec("models.mlp:MLP"), denoiser=Denoiser(), optimizer=Optimizer(lr=1e-3, schedule="cosine"))),
+    )
+
+
+def dmd2():
+    """Both losses at every step of the chain, a head on the fake score, five of its updates to one of the student."""
+    return experiment(
+        steps=5 * UPDATES,
+        runs=dict(start=start()),
+        data=DATA,
+        method=spec("methods.distribution.dmd2:DMD2", student_times=TIMES, critic_steps=5, gan_weight=3e-3),
+        roles=dict(
+            teacher=Role(init="exact"),
+            student=STUDENT,
+            fake=FAKE,
+            disc=Role(model=spec("models.heads:Discriminator", dim=128), optimizer=CRITIC),
+        ),
+        evaluation=EVALUATION,
+        checkpoint_every=5000,
+    )
+
+
+def get_config():
+    return experiment(
+        steps=UPDATES,
+        runs=dict(start=start(), dmd2=dmd2()),
+        data=DATA,
+        method=spec("methods.distribution.flash_dmd:FlashDMD", student_times=TIMES, gan_weight=0.03),
+        roles=dict(
+            teacher=Role(init="exact"),
+            decoder=Role(model=spec("models.judges:Identity")),
+            features=Role(model=spec("models.judges:PointFeatures", scale=4.0), init="random"),
+            student=STUDENT,
+            fake=FAKE,
+            disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),
+        ),
+        evaluation=EVALUATION,
+        claim=dict(metric="texture", model="student@4", baseline="dmd2@4", better="lower", ratio=1.0),
+    )

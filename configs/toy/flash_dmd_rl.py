@@ -1,0 +1,36 @@
+"""Flash-DMD's joint stage (arXiv:2511.20549) on rings: a reward for one direction, with and without distillation beside it.
+
+python -m launch.train --config=configs/toy/flash_dmd_rl.py --workdir=runs/toy_flash_dmd_rl
+"""
+
+from configs.toy.flash_dmd import CRITIC, DATA, EVALUATION, FAKE, STUDENT, TIMES, start
+from jaxdistill.core.build import Role, experiment, spec
+
+
+def stages(steps: int, **method):
+    """Both stages; `method` is what the joint one is changed in."""
+    return dict(
+        steps=steps,
+        data=DATA,
+        method=spec("methods.distribution.flash_dmd_rl:FlashDMDRL", student_times=TIMES, gan_weight=0.1, **method),
+        roles=dict(
+            teacher=Role(init="exact"),
+            decoder=Role(model=spec("models.judges:Identity")),
+            features=Role(model=spec("models.judges:PointFeatures", scale=4.0), init="random"),
+            reference=Role(init="student"),
+            reward=Role(model=spec("models.judges:Direction")),
+            student=STUDENT,
+            fake=FAKE,
+            disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),
+        ),
+        evaluation=EVALUATION,
+    )
+
+
+def get_config():
+    alone = experiment(runs=dict(start=start()), **stages(1800, rl_share=1 / 3, rl_steps=1_000_000))
+    return experiment(
+        runs=dict(start=start(), alone=alone),
+        claim=dict(metric="energy", model="student@4", baseline="alone@4", better="lower", ratio=0.5),
+        **stages(1800, rl_share=1 / 3),
+    )

@@ -1,0 +1,77 @@
+"""How a frozen role's weights rest: in eight bits, or in the host's memory (a combinator Net -> Net).
+
+Arithmetic sees what `net.restore` makes of them: stacked layers one at a time, inside the scan over them, everything else
+when the network is called. So a large teacher never stands in device memory whole and in floating point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jaxdistill.core.net import Net, is_spec, resting, restore
+from jaxdistill.core.types import Params, Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized(Net):
+    """A Net whose matrices are int8 with one float scale for each output channel (and layer): `qwix.QArray` leaves."""
+
+    plain: Net | None = None
+
+    def init(self, key):
+        return self.adopt(self.plain.init(key))
+
+    def adopt(self, params: Params) -> Params:
+        """Float weights as they will rest; quantised ones as they are."""
+        params = params if any(map(resting, jax.tree.leaves(params, is_leaf=resting))) else self.plain.adopt(params)
+        return _map(lambda w, names: w if resting(w) or not _is_matrix(names) else _quantize(w, names), params, self.plain.axes)
+
+    @property
+    def source(self) -> Net:
+        return self.plain.source
+
+
+def quantized(net: Net, kind: str) -> Quantized:
+    """`net` with its matrices in `kind`. Raises Refused on another kind than int8, or without qwix."""
+    if kind != "int8":
+        raise Refused(f"role.quantize={kind!r}: expected 'int8' or ''")
+    try:
+        import qwix  # noqa: F401
+    except ImportError as error:
+        raise Refused("role.quantize=int8 needs qwix: pip install 'jaxdistill[int8]'") from error
+    wrapped = Quantized(net.build, net.graphdef, {}, {}, net.wrap, net.config, net.adapts, plain=net)
+    shapes = jax.eval_shape(wrapped.adopt, net.shapes)
+    axes = _map(lambda names, w: _axes(names, w), net.axes, shapes, is_leaf=is_spec)
+    return dataclasses.replace(wrapped, shapes=shapes, axes=axes)
+
+
+def _map(f, *trees, is_leaf=resting) -> Any:
+    return jax.tree.map(f, *trees, is_leaf=lambda x: is_leaf(x) or is_spec(x))
+
+
+def _is_matrix(names: P) -> bool:
+    return len([n for n in names if n not in ("layers", "bank")]) >= 2
+
+
+def _kept(names: P) -> tuple[int, ...]:
+    """Dimensions with a scale of their own: the stacking ones and the output channel."""
+    return (*(i for i, n in enumerate(names) if n in ("layers", "bank")), len(names) - 1)
+
+
+def _quantize(w, names: P):
+    import qwix
+
+    return qwix.quantize(restore(w), jnp.int8, channelwise_axes=_kept(names))
+
+
+def _axes(names: P, w):
+    """The logical names of a leaf's parts."""
+    if not resting(w):
+        return names
+    kept = _kept(names)
+    return dataclasses.replace(w, qvalue=names, scale=P(*(n if i in kept else None for i, n in enumerate(names))))

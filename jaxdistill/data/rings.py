@@ -1,0 +1,63 @@
+"""Modes with a texture: thin rings, and the exact denoiser of the same rings blurred, which has lost it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.core.types import Refused
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.diffusion.process import Pred, expand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rings(Mixture):
+    """Each mode is a circle around its mean, its radius the mode's `std`, blurred by a Gaussian: by `thickness` radii in the
+    samples, by `blur` radii in the exact denoiser. With equal numbers that is the denoiser of the samples' own law.
+
+    Raises Refused in other than two dimensions.
+    """
+
+    modes: int = 8
+    std: float = 0.15  # mean radius; each mode's is within 25 % of it
+    thickness: float = 0.08
+    blur: float = 0.75  # from 0.71 on a blurred ring has no hole
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dim != 2 or min(self.thickness, self.blur) <= 0:
+            raise Refused(f"data: dim={self.dim}, thickness={self.thickness}, blur={self.blur}: expected 2 and numbers above 0")
+
+    def draw(self, rng, n):
+        weights, means, radii = self.law
+        mode = rng.choice(self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64))
+        angle = rng.uniform(0, 2 * np.pi, n)
+        offset = np.stack([np.cos(angle), np.sin(angle)], 1) + self.thickness * rng.standard_normal((n, 2))
+        x, mode = means[mode] + radii[mode, None] * offset, mode.astype(np.int32)
+        labels = {"cond": mode, "null_cond": np.full_like(mode, self.modes)} if self.labelled else {}
+        return {"x": x.astype(np.float32), **labels}
+
+    def denoise(self, process, x, t, cond=None, **_):
+        """Exact E[x0 | x_t] of the blurred rings: x_t - a m is a von Mises-weighted circle of radius a rho plus N(0, v I)."""
+        log_w, means, radii = (jnp.asarray(a, x.dtype) for a in (np.log(self.law[0].astype(np.float64)), *self.law[1:]))
+        a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
+        own = (self.blur * radii) ** 2
+        v = a**2 * own + s**2  # [B K]
+        offset = x[:, None] - a[..., None] * means  # [B K 2]
+        r = jnp.sqrt(jnp.sum(offset**2, -1) + 1e-20)
+        kappa = a * radii * r / v
+        i0, i1 = jax.scipy.special.i0e(kappa), jax.scipy.special.i1e(kappa)  # times exp(-kappa)
+        logits = log_w - jnp.log(v) - (r - a * radii) ** 2 / (2 * v) + jnp.log(i0)
+        if cond is not None:
+            mine = (cond[:, None] == jnp.arange(self.modes)) | (cond[:, None] >= self.modes)
+            logits = jnp.where(mine, logits, -jnp.inf)
+        w = jax.nn.softmax(logits)[..., None]
+        on_circle = (radii * i1 / (i0 * r))[..., None] * offset  # E[rho u]
+        rest = (offset - a[..., None] * on_circle) / v[..., None]
+        x0 = jnp.sum(w * (means + on_circle + (a * own)[..., None] * rest), 1)
+        eps = jnp.sum(w * s[..., None] * rest, 1)
+        vel = da * x0 + ds * eps
+        return Pred(x0, eps, vel, vel)

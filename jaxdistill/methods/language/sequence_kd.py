@@ -1,0 +1,30 @@
+"""Sequence-level knowledge distillation (arXiv:1606.07947): the student is trained on what the teacher writes.
+
+Matching a teacher word by word on given text leaves out how it goes on from its own words. Here the responses of every
+batch are the teacher's, and the student learns them by cross-entropy. The paper decodes with a beam, an approximation of
+the mode; here the teacher decodes greedily (`sample_temperature` 0), or samples, which in expectation is forward KL between
+laws of whole responses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxdistill.core.types import Batch, Ctx, Nets, Turn
+from jaxdistill.methods.language._rollout import Writing
+from jaxdistill.methods.language.sft import SFT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceKD(SFT, Writing):
+    sample_temperature: float = 0.0  # of the teacher's writing; 0: greedy
+
+    frozen = ("teacher",)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.loss, gather=self.rollout),)
+
+    def rollout(self, net: Nets, ctx: Ctx) -> Batch:
+        """The teacher's responses in the places where the data has its own."""
+        return self.write(net.teacher, ctx, "write")

@@ -1,0 +1,35 @@
+"""Laws of training times on a part of a process."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxdistill.core.types import Refused
+from jaxdistill.diffusion.process import EDM, Flow, Trig
+from jaxdistill.diffusion.times import LogitNormal, LogNormalSNR, Uniform
+
+
+@pytest.mark.parametrize("process", [Flow(), Flow(shift=5.0), Trig(), EDM()], ids=lambda p: type(p).__name__)
+def test_a_part_is_uniform_before_the_shift(process):
+    """Mean and extremes in the process's own time, with the margin of `low` above the lower end and below `high`."""
+    n, length = 20_000, process.t_max - process.t_min
+    low, high = process.t_min + 0.5 * length, process.t_max
+    t = (np.asarray(Uniform(low=0.02, high=0.98).within(process, low, high).draw(process, jax.random.key(0), n)) - process.t_min) / length
+    assert 0.52 <= t.min() < 0.522 and 0.978 < t.max() <= 0.98
+    np.testing.assert_allclose(t.mean(), 0.75, atol=5 * 0.46 / 12**0.5 / n**0.5)
+
+
+def test_a_part_below_the_top_keeps_its_own_upper_end():
+    inside = Uniform(low=0.02, high=0.98).within(Flow(), 0.0, 0.5)
+    assert (inside.low, inside.high) == (0.02, 0.5)
+
+
+def test_the_whole_process_is_the_law_itself():
+    assert LogitNormal(low=0.02, high=0.98).within(Flow(), 0.0, 1.0) == LogitNormal(low=0.02, high=0.98)
+
+
+def test_refuses_empty_parts_and_laws_without_bounds():
+    with pytest.raises(Refused, match="nothing within"):
+        Uniform(low=0.1, high=0.6).within(Flow(), 0.5, 1.0)
+    with pytest.raises(Refused, match="no bounds"):
+        LogNormalSNR().within(Flow(), 0.5, 1.0)

@@ -1,0 +1,187 @@
+"""Fair tables: every method of a suite config under the same conditions, on several seeds, in processes of their own.
+
+A suite is a config file whose variants are the methods (`configs/digits/suite.py:dmd2`) and a config that trains the
+teacher that all share. Each run is a process, so that its peak memory is its own. Finished runs are kept: a suite may be
+stopped and started again, and the page is written from whatever has finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxdistill.core import metrics
+from jaxdistill.core.checkpoint import write_json
+from jaxdistill.core.report import number
+from jaxdistill.core.types import lookup
+from launch._command import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What is compared, and how the page shows it."""
+
+    title: str
+    config: str  # a file with VARIANTS
+    shared: dict[str, tuple[str, tuple[str, ...]]]  # run that all start from -> (its config, the roles that it initialises)
+    metrics: tuple[str, ...]  # columns, of report.json's rows
+    chart: str  # the metric that is drawn, against seconds for an update of the student
+    about: str
+
+
+SUITES = {
+    "digits": Suite(
+        title="Distillation methods on the digits",
+        config="configs/digits/suite.py",
+        shared={"teacher": ("configs/digits/teacher.py", ("teacher",))},
+        metrics=("frechet", "precision", "recall", "diversity", "accuracy"),
+        chart="frechet",
+        about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
+every method. Fréchet distance in the features of a small classifier (lower is better), precision and recall of its
+manifold, mean distance of two samples of one label (diversity), share of samples that an independent classifier
+reads as the label asked for (accuracy). A method that was made for one step is scored at more steps too.""",
+    ),
+    "lm": Suite(
+        title="Distillation methods on additions",
+        config="configs/lm/suite.py",
+        shared={"teacher": ("configs/lm/carry.py:teacher", ("teacher",)), "start": ("configs/lm/carry.py:start", ("student", "reference"))},
+        metrics=("perplexity", "kl", "reverse_kl", "accuracy"),
+        chart="kl",
+        about="""Two-digit additions, a Llama of 64 channels that was trained to the end as teacher, one of 32 whose training was cut
+short as the start of every student; 64 prompts a step, 300 steps. Held-out perplexity of the right answers, KL divergence from the
+teacher on them in both directions, share of sums that are right when the student decodes greedily (accuracy). `sft` and
+`grpo` have no teacher; `grpo` and `rlad` write eight answers to each prompt and see a reward of 1 for a right one.""",
+    ),
+}
+
+
+def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list[str]) -> Path:
+    """Trains what is missing, writes docs/results/<name>.json, .md and .png; returns the page. Raises Refused."""
+    suite = lookup(SUITES, name, "--suite")
+    variants = list(importlib.import_module(suite.config.removesuffix(".py").replace("/", ".")).VARIANTS)
+    for method in only:
+        lookup(dict.fromkeys(variants), method, "--only")
+    chosen = only or variants
+    todo = [(seed, method) for seed in seeds for method in (*suite.shared, *chosen)]
+    for seed, method in tqdm(todo, desc=name, unit="run"):
+        _train(suite, method, seed, workdir, extra)
+    return write(name, workdir, {m: variants.index(m) for m in variants})
+
+
+def _train(suite: Suite, method: str, seed: int, workdir: Path, extra: list[str]) -> None:
+    folder = workdir / f"{method}_{seed}"
+    if (folder / "process.json").exists():
+        return
+    config = suite.shared[method][0] if method in suite.shared else f"{suite.config}:{method}"
+    command = [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}", *extra]
+    if method not in suite.shared:
+        roles = load_config(config).roles
+        command += [f"--config.roles.{role}.init={workdir / f'{run}_{seed}'}"
+                    for run, (_, initialised) in suite.shared.items() for role in initialised if role in roles]  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except KeyboardInterrupt:
+            child.wait()
+            raise
+    if os.waitstatus_to_exitcode(status) != 0:
+        last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+        print(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}: {''.join(last)}", file=sys.stderr)
+        return
+    write_json(folder / "process.json", {"peak_bytes": usage.ru_maxrss * 1024})
+
+
+def rows(workdir: Path) -> Iterator[dict]:
+    """One for each finished run: method, seed, its models, seconds an update of the student, peak memory."""
+    for file in sorted(workdir.glob("*_[0-9]*/process.json")):
+        method, _, seed = file.parent.name.rpartition("_")
+        report = json.loads((file.parent / "report.json").read_text())
+        records = metrics.read(file.parent / "metrics.jsonl")
+        speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
+        per_update = report["config"]["method"].get("critic_steps", 1) / statistics.median(speeds) if speeds else float("nan")
+        yield {"method": method, "seed": int(seed), "models": report["models"], "update_seconds": per_update,
+               "peak_bytes": json.loads(file.read_text())["peak_bytes"], "steps": report["steps"]}  # fmt: skip
+
+
+def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
+    """The page, the chart and the numbers behind both."""
+    suite, found = SUITES[name], list(rows(workdir))
+    out = ROOT / "docs/results" / name
+    write_json(out.with_suffix(".json"), found)
+    _chart(suite, found, out.with_suffix(".png"))
+    teachers = [r for r in found if r["method"] == "teacher"]
+    students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
+    lines = [f"# {suite.title}", "", f"`python tools/reproduce.py --suite={name}` writes this page.", "", suite.about, ""]
+    lines += [f"![{suite.chart} against seconds]({name}.png)", "", "Means over seeds, then the range where there are several.", ""]
+    most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
+    steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
+    for nfe in steps:
+        lines += [
+            f"## {nfe} NFE" if len(steps) > 1 else "## Students",
+            "",
+            "| method | " + " | ".join((*suite.metrics, "seconds an update", "peak MiB", "seeds")) + " |",
+        ]
+        lines += ["|" + "---|" * (len(suite.metrics) + 4)]
+        if nfe < most:
+            lines += [_line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == nfe], suite, [])]
+        for method in dict.fromkeys(r["method"] for r in students):
+            mine = [r for r in students if r["method"] == method]
+            lines += [_line(method, [m for r in mine for m in r["models"] if m["name"] == "student" and m["nfe"] == nfe], suite, mine)]
+        lines.append("")
+    lines += [f"## Teacher at {most} NFE" if most > 1 else "## Teacher", "", "| | " + " | ".join((*suite.metrics, "", "", "seeds")) + " |"]
+    lines += [
+        "|" + "---|" * (len(suite.metrics) + 4),
+        _line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == most], suite, []),
+    ]
+    out.with_suffix(".md").write_text("\n".join(line for line in lines if line is not None) + "\n")
+    return out.with_suffix(".md")
+
+
+def _line(method: str, models: list[dict], suite: Suite, runs: list[dict]) -> str | None:
+    if not models:
+        return None
+    cells = [_spread([m[k] for m in models if k in m]) for k in suite.metrics]
+    cells += [_spread([r["update_seconds"] for r in runs]), _spread([r["peak_bytes"] / 2**20 for r in runs])]
+    return "| " + " | ".join([method, *cells, str(len(models))]) + " |"
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = number(float(statistics.mean(values)))
+    return mean if len(values) == 1 else f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
+
+
+def _chart(suite: Suite, found: list[dict], file: Path) -> None:
+    """The chart's metric at the fewest NFE against seconds an update, a point for each run, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for method in dict.fromkeys(r["method"] for r in found if r["method"] != "teacher"):
+        mine = [r for r in found if r["method"] == method]
+        points = [(r["update_seconds"], next(m[suite.chart] for m in r["models"] if m["name"] == "student")) for r in mine]
+        axis.scatter(*zip(*points), s=30)
+        axis.annotate(method, points[0], textcoords="offset points", xytext=(5, 4), fontsize=8)
+    teacher = [max(r["models"], key=lambda m: m["nfe"])[suite.chart] for r in found if r["method"] == "teacher"]
+    if teacher:
+        axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label="teacher at its most steps")
+        axis.legend(frameon=False)
+    axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=f"{suite.chart} at the fewest NFE")
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
