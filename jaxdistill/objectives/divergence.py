@@ -117,8 +117,11 @@ KINDS = {**SUMS, "adaptive_kl": adaptive_kl}
 def token_divergence(kind: str, teacher: Array, student: Array, *, temperature: float = 1.0, **params) -> Array:
     """The divergence called `kind` (a key of KINDS) of softmax(logits / T), times T^2 so that gradients keep their scale.
 
-    Logits [..., V] -> [...]; `params` are the kind's own (beta, alpha, mass). Raises Refused on an unknown kind.
+    Logits [..., V] -> [...]; `params` are the kind's own (beta, alpha, mass). Raises Refused on an unknown kind and on
+    vocabularies of different sizes.
     """
+    if teacher.shape[-1] != student.shape[-1]:
+        raise Refused(f"teacher: logits of {teacher.shape[-1]} tokens, expected the student's {student.shape[-1]}")
     return temperature**2 * lookup(KINDS, kind, "kind")(_wide(teacher) / temperature, _wide(student) / temperature, **params)
 
 
