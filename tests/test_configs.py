@@ -36,7 +36,7 @@ def stand_ins(tmp_path_factory):
     (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
     return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.domains:Folders": folder / "domains",
             "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
-            "data.text:PackedJson": folder / "train.jsonl",
+            "data.text:PackedJson": folder / "train.jsonl", "data.two_tokenizers:AlignedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 

@@ -125,6 +125,20 @@ def token_divergence(kind: str, teacher: Array, student: Array, *, temperature: 
     return temperature**2 * lookup(KINDS, kind, "kind")(_wide(teacher) / temperature, _wide(student) / temperature, **params)
 
 
+def sorted_distance(teacher: Array, student: Array, *, temperature: float = 1.0) -> Array:
+    """sum_i |p_(i) - q_(i)| of the probabilities in falling order, the shorter law filled up with zeros (ULD, arXiv:2402.12030).
+
+    Logits [..., V] and [..., W] over any two vocabularies -> [...], at most 2; 0 wherever one law is the other renamed.
+    """
+    size = max(teacher.shape[-1], student.shape[-1])
+
+    def ranked(logits):
+        law = jnp.sort(jax.nn.softmax(_wide(logits) / temperature), descending=True)
+        return jnp.pad(law, [(0, 0)] * (law.ndim - 1) + [(0, size - law.shape[-1])])
+
+    return jnp.sum(jnp.abs(ranked(teacher) - ranked(student)), -1)
+
+
 def topk_log_probs(teacher: Array, k: int, *, temperature: float = 1.0) -> tuple[Array, Array, Array]:
     """What is kept of the teacher's logits [..., V]: ids int32 [..., k], their log-probabilities, and the others' log mass [...].
 
