@@ -14,16 +14,16 @@ def spans(first: Sequence[int], second: Sequence[int], *, ends: Sequence[int] | 
     """Which span each token belongs to: int32 [n] and [m], from the bytes of each token of either side, [n] and [m].
 
     Spans are numbered from 0 and are the finest pieces that are whole tokens on both sides: one ends wherever tokens of
-    both sides do, with `ends` only at these byte positions and at the text's last common one. -1 on tokens of no bytes
-    (special ones), and after the last common end, where one side is cut short. Raises Refused on negative numbers.
+    both sides do, with `ends` at these byte positions only. -1 on tokens of no bytes (special ones), and after the last
+    common end, where one side is cut short. Raises Refused on negative numbers.
     """
     sides = [np.asarray(side, np.int64).reshape(-1) for side in (first, second)]
     if min((int(side.min()) for side in sides if len(side)), default=0) < 0:
         raise Refused("spans: a token of less than 0 bytes")
     stops = [np.cumsum(side) for side in sides]
     common = np.intersect1d(*(stop[side > 0] for stop, side in zip(stops, sides)))
-    if ends is not None and len(common):
-        common = common[np.isin(common, ends) | (common == common[-1])]
+    if ends is not None:
+        common = np.intersect1d(common, ends)
     at = [np.searchsorted(common, stop) for stop in stops]
     return tuple(np.where((side > 0) & (i < len(common)), i, -1).astype(np.int32) for side, i in zip(sides, at))
 

@@ -51,15 +51,13 @@ class AlignedJson(PaddedJson):
         for question, answer in samples:
             both = [self.document(codec, rooms, question, answer) for codec, rooms in sides]
             if all(len(prompt) <= rooms[0] for (prompt, _, _), (_, rooms) in zip(both, sides)):
-                stops = None if self.ends == "any" else [*word_ends(answer), len(answer.encode())]
+                stops = None if self.ends == "any" else [*word_ends(answer), *(len(answer.encode()) + i for i in (0, 1))]
                 found = spans(*(lengths for _, _, lengths in both), ends=stops)
                 for side in (0, 1):
                     documents[side].append(both[side][:2])
                     numbers[side].append(found[side])
         if samples and not documents[0]:
-            raise Refused(
-                f"data.path={self.path}: all {len(samples)} prompts are longer than {self.rooms[0][0]} or {self.rooms[1][0]} tokens"
-            )
+            raise Refused(f"data.path={self.path}: no prompt fits, of {self.rooms[0][0]} tokens and the teacher's {self.rooms[1][0]}")
         out = {}
         for prefix, (codec, (width, room)), docs, numbered in zip(("", "teacher_"), sides, documents, numbers):
             rows = pad_rows(docs, width, width + room, codec.pad)

@@ -93,7 +93,7 @@ def test_only_at_words(folder):
     text = "the cat and the dögs end"
     codec = load_tokenizer(str(folder(bos=False, eos_token="</s>")))
     (_, a), (_, b) = covered(ByteTokenizer(), text), covered(codec, text)
-    coarse, _ = spans(a, b, ends=word_ends(text))
+    coarse, _ = spans(a, b, ends=[*word_ends(text), len(text.encode())])
     said = [bytes(text.encode()[min(p) : max(p) + 1]).decode() for p in pieces(a, coarse).values()]
     assert said == ["the", " cat", " and", " the", " dögs", " end"]
     fine, _ = spans(a, b)
