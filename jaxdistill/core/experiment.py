@@ -164,7 +164,7 @@ class Experiment:
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
     """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
-    placed = sharding.resting_in(place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes))
+    placed = sharding.resting_in(place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes), net.axes)
     kind = lambda s: jnp.dtype(dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, kind(s), sharding=where), net.shapes, placed)
 

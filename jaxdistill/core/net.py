@@ -169,6 +169,11 @@ def is_spec(leaf: Any) -> bool:
     return isinstance(leaf, PartitionSpec)
 
 
+def is_matrix(names: PartitionSpec) -> bool:
+    """Whether a weight with these logical names has two dimensions or more of its own, besides those it is stacked along."""
+    return len([n for n in names if n not in ("layers", "bank")]) >= 2
+
+
 def path_name(path) -> str:
     """ "a/b/c" of a key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

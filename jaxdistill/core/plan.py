@@ -188,13 +188,15 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
     (change, reason).
 
     A candidate whose state alone is too large is not compiled, nor one that splits finer than the first that fits, or
-    offloads where that did not: what fits needs neither more tensor parallelism nor the host. At most `most` are compiled.
+    offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where full rematerialisation
+    does not fit, no other is tried. At most `most` are compiled.
     """
     devices, kind = topology(name)
-    done, enough = 0, None
+    done, enough, hopeless = 0, None, []
     for change in candidates(config, len(devices)):
+        rest = {k: v for k, v in change.items() if k != "remat"}
         finer = (change["mesh"]["tensor"] * change["mesh"]["sequence"], change["place"])
-        if done >= most or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
+        if done >= most or rest in hopeless or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
             continue
         tried = changed(config, change)
         try:
@@ -203,33 +205,37 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
                 programs, nets = loop.abstract_programs(experiment)
             state = sum(sum(parts.values()) for parts in by_role(programs.abstract, nets).values())
             if state > 0.9 * kind.hbm:
+                hopeless.append(rest)
                 yield change, f"state of {state / 2**30:.1f} GiB a chip"
                 continue
             done += 1
             plan = compile_for(tried, name)
         except Refused as error:
+            hopeless.append(rest)
             yield change, str(error)
             continue
         except jax.errors.JaxRuntimeError as error:  # the compiler refuses what exceeds HBM, and says by how much
+            hopeless.append(rest)
             yield (
                 change,
                 next((line for line in str(error).splitlines() if "exceeded" in line.lower() or "Used" in line), str(error)[:160]).strip(),
             )
             continue
         enough = enough or (finer if plan.fits else None)
+        hopeless += [] if plan.fits else [rest]
         yield change, plan
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
     """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen weights on the device before
-    the host, cheaper remat first."""
+    the host, the remat that stores least first."""
     frozen = build.build(config.method).frozen
     powers = [2**i for i in range(int(math.log2(devices)) + 1)]
     splits = sorted(((t, s) for t in powers for s in powers if t * s <= min(devices, 64)), key=lambda ts: (ts[0] * ts[1], ts[1]))
     has_remat = any("remat" in (role.get("model") or {}) for role in config.roles.values())
-    policies = ("dots_no_batch", "full") if has_remat else ("",)
+    policies = ("full", "dots_no_batch") if has_remat else ("",)
     places = ("device", "host") if any(role.get("model") and name in frozen for name, role in config.roles.items()) else ("device",)
-    for (tensor, sequence), place, accumulate, remat in itertools.product(splits, places, (1, 4), policies):
+    for (tensor, sequence), place, accumulate, remat in itertools.product(splits, places, (1, 2, 4), policies):
         yield {
             "mesh": dict(data=1, fsdp=devices // (tensor * sequence), sequence=sequence, tensor=tensor),
             "accumulate": accumulate,

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import is_spec
+from jaxdistill.core.net import is_matrix, is_spec
 from jaxdistill.core.types import Refused, State
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -170,9 +170,11 @@ def fits(shardings, shapes):
     return jax.tree.map(lambda s, shape: NamedSharding(s.mesh, _divides(s.mesh, s.spec, shape.shape)), shardings, shapes)
 
 
-def resting_in(place: str, shardings):
-    """The same shardings in the memory called `place` ("device" | "host")."""
-    return shardings if place == "device" else jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+def resting_in(place: str, shardings, axes):
+    """The same shardings, those of matrices in the memory called `place` ("device" | "host"); vectors stay on the device."""
+    if place == "device":
+        return shardings
+    return jax.tree.map(lambda s, names: s.with_memory_kind("pinned_host") if is_matrix(names) else s, shardings, axes)
 
 
 def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State, places: dict[str, str] = {}) -> State:
@@ -193,6 +195,6 @@ def state_shardings(mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: St
         params={r: role(r, p) for r, p in abstract.params.items()},
         opt={r: opt(r) for r in abstract.opt},
         ema={r: role(r, p) for r, p in abstract.ema.items()},
-        frozen={r: resting_in(places.get(r, "device"), role(r, p)) for r, p in abstract.frozen.items()},
+        frozen={r: resting_in(places.get(r, "device"), role(r, p), nets[r].axes) for r, p in abstract.frozen.items()},
         memory=jax.tree.map(lambda _: whole, abstract.memory),
     )

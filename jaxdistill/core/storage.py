@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_spec, resting, restore
+from jaxdistill.core.net import Net, is_matrix, is_spec, resting, restore
 from jaxdistill.core.types import Params, Refused
 
 
@@ -29,7 +29,7 @@ class Quantized(Net):
     def adopt(self, params: Params) -> Params:
         """Float weights as they will rest; quantised ones as they are."""
         params = params if any(map(resting, jax.tree.leaves(params, is_leaf=resting))) else self.plain.adopt(params)
-        return _map(lambda w, names: w if resting(w) or not _is_matrix(names) else _quantize(w, names), params, self.plain.axes)
+        return _map(lambda w, names: w if resting(w) or not is_matrix(names) else _quantize(w, names), params, self.plain.axes)
 
     @property
     def source(self) -> Net:
@@ -52,10 +52,6 @@ def quantized(net: Net, kind: str) -> Quantized:
 
 def _map(f, *trees, is_leaf=resting) -> Any:
     return jax.tree.map(f, *trees, is_leaf=lambda x: is_leaf(x) or is_spec(x))
-
-
-def _is_matrix(names: P) -> bool:
-    return len([n for n in names if n not in ("layers", "bank")]) >= 2
 
 
 def _kept(names: P) -> tuple[int, ...]:
