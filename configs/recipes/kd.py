@@ -4,6 +4,7 @@
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B --config.roles.student.init=LLAMA_1B
 
 The folders are those of `LlamaForCausalLM`. Divergence chunked over the 128 k vocabulary. No published figure is claimed.
+For several students of one teacher `tools/store_logits.py` reads the data once and `StoredKD` trains on what it kept.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
