@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import numpy as np
 from PIL import Image
 
 from jaxdistill.evals import modes
@@ -54,3 +55,13 @@ class TextureEval(PointEval):
     def score(self, x, real, data):
         texture = energy_distance(modes.offsets(x, data.law), modes.offsets(real["x"], data.law))
         return {**super().score(x, real, data), "texture": texture}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionEval(TextureEval):
+    """With the mean cosine of the angle to a direction, which a reward may ask for (`models.judges:Direction`)."""
+
+    angle: float = 0.0  # of the direction, radians
+
+    def score(self, x, real, data):
+        return {**super().score(x, real, data), "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)))}
