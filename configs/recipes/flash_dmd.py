@@ -38,7 +38,7 @@ def get_config(variant=""):
     more = {}
     if variant:
         method = spec("methods.distribution.flash_dmd_rl:FlashDMDRL", rl_share=2 / 3, margin="mean", beta=5000.0, **common)
-        more = dict(reference=Role(init="student", param_dtype="bfloat16"), reward=Role(model=spec("models.judges:LatentReward")))
+        more = dict(reference=Role(init="student"), reward=Role(model=spec("models.judges:LatentReward")))
     return experiment(
         steps=3000 if variant else 1000,
         data=spec("data.arrayrecord:GroupedRecords", batch_size=64),

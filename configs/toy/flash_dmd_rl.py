@@ -3,7 +3,7 @@
 python -m launch.train --config=configs/toy/flash_dmd_rl.py --workdir=runs/toy_flash_dmd_rl
 """
 
-from configs.toy.flash_dmd import CRITIC, DATA, EVALUATION, FAKE, GAN, STUDENT, TIMES, start
+from configs.toy.flash_dmd import CRITIC, DATA, FAKE, GAN, STUDENT, TIMES, start
 from jaxdistill.core.build import Role, experiment, spec
 
 
@@ -23,7 +23,7 @@ def stages(steps: int, **method):
             fake=FAKE,
             disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),
         ),
-        evaluation=EVALUATION,
+        evaluation=spec("evals.points:DirectionEval", samples=4000, student_steps=(4,), teacher_steps=(50,)),
     )
 
 

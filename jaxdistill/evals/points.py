@@ -82,3 +82,13 @@ class ChainEval(PointEval):
         want = method.process.add_noise(real["x"], eps, jnp.asarray(self.state))
         found = energy_distance(np.asarray(reach(trained.params)), np.asarray(want))
         return [{**row, "state_energy": found} if row["name"] == "student" else row for row in super().rows(trained)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionEval(TextureEval):
+    """With the mean cosine of the angle to a direction, which a reward may ask for (`models.judges:Direction`)."""
+
+    angle: float = 0.0  # of the direction, radians
+
+    def score(self, x, real, data):
+        return {**super().score(x, real, data), "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)))}

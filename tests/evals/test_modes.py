@@ -7,7 +7,7 @@ import numpy as np
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.data.rings import Rings
 from jaxdistill.evals import modes
-from jaxdistill.evals.points import TextureEval
+from jaxdistill.evals.points import DirectionEval, TextureEval
 
 LAW = (np.array([0.5, 0.3, 0.2]), np.array([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]]), np.array([0.1, 0.2, 0.1]))
 
@@ -71,3 +71,10 @@ def test_texture_sees_what_the_energy_distance_of_the_whole_does_not():
     blunt, sharp = (TextureEval().score(x["x"], real, data) for x in (blurred, same))
     assert blunt["texture"] > 0.015 > 10 * abs(sharp["texture"])
     assert abs(blunt["energy"]) < blunt["texture"] / 5
+
+
+def test_reward_of_a_direction():
+    data = Rings(seed=0)
+    x = np.repeat(np.array([[2.0, 0.0], [0.0, 3.0]]), 20, 0)  # along the axes
+    reward = lambda angle: DirectionEval(angle=angle).score(x, {"x": data.evaluation(40)["x"]}, data)["reward"]
+    np.testing.assert_allclose([reward(0.0), reward(np.pi / 4), reward(np.pi)], [0.5, np.sqrt(0.5), -0.5], atol=1e-12)
