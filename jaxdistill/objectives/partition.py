@@ -128,11 +128,15 @@ class Nearest(Embedded):
 
 
 def kmeans(points: np.ndarray, cells: int, seed: int = 0, rounds: int = 100) -> tuple[tuple[float, ...], ...]:
-    """Lloyd's algorithm from a random choice among the points [n D]; a centre that loses all its points stays."""
-    points = np.asarray(points, np.float64)
-    centres = points[np.random.default_rng(seed).choice(len(points), cells, replace=False)]
+    """Lloyd's algorithm on points [n D] from k-means++'s choice among them; a centre that loses all its points stays."""
+    points, rng = np.asarray(points, np.float64), np.random.default_rng(seed)
+    gaps = lambda centres: ((points[:, None] - centres) ** 2).sum(-1)  # [n, centres]
+    centres = points[rng.integers(len(points), size=1)]
+    while len(centres) < cells:
+        far = gaps(centres).min(1)
+        centres = np.concatenate([centres, points[rng.choice(len(points), 1, p=far / far.sum())]])
     for _ in range(rounds):
-        nearest = np.argmin(((points[:, None] - centres) ** 2).sum(-1), 1)
+        nearest = np.argmin(gaps(centres), 1)
         moved = np.stack([points[nearest == k].mean(0) if np.any(nearest == k) else centres[k] for k in range(cells)])
         if np.allclose(moved, centres, rtol=0, atol=1e-12):
             break
