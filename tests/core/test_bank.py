@@ -62,7 +62,7 @@ def test_members_can_be_mapped_over(made):
     _, three, params, x, t = made
     bound = three.bind("student", {"student": params})
     mapped = jax.vmap(lambda w: bound.alone(w, x, t))(bound.weights)
-    np.testing.assert_array_equal(mapped, bound(jnp.stack([x] * 3), jnp.stack([t] * 3)))
+    np.testing.assert_allclose(mapped, bound(jnp.stack([x] * 3), jnp.stack([t] * 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_that_are_no_numbers_stop_their_member_alone(made):
