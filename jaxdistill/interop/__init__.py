@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, dit, llama, neox, t5, unet, vae, wan
+from jaxdistill.interop import bert, dit, edm, llama, neox, qwen_image, t5, unet, vae, vae_wan, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -25,19 +25,24 @@ FAMILIES: dict[str, Family] = {
         bert.FAMILY,
         bert.MASKED,
         dit.FAMILY,
+        edm.DHARIWAL,
+        edm.SONG,
         llama.FAMILY,
         llama.QWEN2,
         llama.QWEN3,
         neox.FAMILY,
+        qwen_image.FAMILY,
         t5.ENCODER,
         t5.FAMILY,
         t5.UMT5_ENCODER,
         unet.FAMILY,
         vae.FAMILY,
+        vae_wan.FAMILY,
+        vae_wan.QWEN,
         wan.FAMILY,
     )
 }
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def describe(folder: str | Path) -> Any:
@@ -93,8 +98,11 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
         if leaves[path].shape != expected.shape:
             raise Refused(f"{folder}: {path} has shape {list(leaves[path].shape)}, expected {list(expected.shape)}")
     sources = {name: (row, i) for row in rows for i, name in enumerate(row.names(leaves[row.path].shape))}
+    constants = family.constants(net.config)
 
     def read(name: str) -> np.ndarray:
+        if name in constants:
+            return constants[name]
         row, i = sources[name]
         leaf = leaves[row.path]
         return row.layout.to_torch(np.asarray(leaf[i] if row.stacked else leaf))
@@ -104,6 +112,7 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
         for file, value in family.write(net.config).items():
             write_json(fresh / file, value)
         sizes = {name: size(row, leaves[row.path]) for name, (row, _) in sources.items()}
+        sizes |= {name: array.nbytes for name, array in constants.items()}
         write_folder(fresh, STEMS[family.library], sizes, read, max_shard_bytes)
         if card:
             (fresh / "README.md").write_text(card, encoding="utf-8")
@@ -112,6 +121,10 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
 def _describe(folder: Path) -> tuple[Family, Any]:
     if (folder / "model_index.json").exists():
         raise Refused(f"{folder}: a diffusers pipeline; give the folder of its model, such as {folder / 'transformer'}")
+    if not (folder / "config.json").exists():
+        objects = [folder] if folder.suffix == ".pkl" else sorted(folder.glob("*.pkl"))  # EDM's, which come alone
+        if objects:
+            raise Refused(_pickled(objects[0], edm.SONG))
     config = read_json(folder / "config.json")
     name = config.get("_class_name") or (config.get("architectures") or [""])[0]
     family = lookup(FAMILIES, name, f"{folder / 'config.json'}: class")
@@ -135,8 +148,15 @@ def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
     if not pickled:
         raise Refused(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json")
-    convert = f"from {family.library} import {family.name} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
-    raise Refused(f'{folder}: {pickled[0]} is pickled and is not opened; convert it with: python -c "{convert}"')
+    raise Refused(_pickled(folder / pickled[0], family))
+
+
+def _pickled(file: Path, family: Family) -> str:
+    """Why a file of the family is refused, and what to do."""
+    folder = file.parent
+    load = f"from {family.library} import {family.name} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
+    command = family.convert(file) if family.convert else f'python -c "{load}"'
+    return f"{file.parent}: {file.name} is pickled and is not opened; convert it with: {command}"
 
 
 def _names(rows: tuple[Row, ...], leaves: dict[str, Any]):

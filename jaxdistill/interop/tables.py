@@ -8,7 +8,9 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
   setting that our model does not have, so that no checkpoint is loaded into a different network;
 - `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight, and
   `renamed`, the names that old files use;
-- `free`, the keys of config.json in which two copies of one network may differ.
+- `free`, the keys of config.json in which two copies of one network may differ;
+- `constants(config)`, where PyTorch's class stores arrays that are no weights, and `convert(file)`, where its pickles become
+  safetensors by another command than that of transformers and diffusers.
 
 A layout is written with array methods only (reshape, transpose), since it is applied to memory maps, where it stays a
 view, and to abstract arrays, where it gives the shape to expect.
@@ -24,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxdistill.core.types import Array, Refused
 
-STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "edm": "model"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,8 @@ class Family:
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
     renamed: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) that turn old names into those of the table
     free: tuple[str, ...] = ()
+    constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}  # name -> what is written beside the weights
+    convert: Callable[[Path], str] | None = None
 
     def current(self, name: str) -> str:
         """The table's name for a name found in a file."""

@@ -58,13 +58,14 @@ def group_norm(dim: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5, dtyp
 
 
 def conv(i: int, o: int, size: Sequence[int], names: tuple = ("embed", "mlp"), *, rngs: nnx.Rngs, strides=1, padding: Any = "SAME",
-         groups: int = 1, bias: bool = True, init=LECUN, dtype=None) -> nnx.Conv:  # fmt: skip
+         groups: int = 1, bias: bool = True, init=LECUN, dtype=None, kind: type = nnx.Conv) -> nnx.Conv:  # fmt: skip
     """A convolution over the spatial axes of [B ... C], kernel [*size, i / groups, o]; `names` are those of its last two axes.
 
-    `padding` is "SAME", "VALID", or (low, high) of every spatial axis (PyTorch's padding p is [(p, p)] * len(size)).
+    `padding` is "SAME", "VALID", or (low, high) of every spatial axis (PyTorch's padding p is [(p, p)] * len(size)); `kind` is
+    nnx.Conv or a subclass.
     """
     named, lead = nnx.with_partitioning, (None,) * len(size)
-    return nnx.Conv(i, o, tuple(size), strides, padding=padding, feature_group_count=groups, use_bias=bias, rngs=rngs, dtype=dtype,
+    return kind(i, o, tuple(size), strides, padding=padding, feature_group_count=groups, use_bias=bias, rngs=rngs, dtype=dtype,
                     kernel_init=named(init, (*lead, *names)), bias_init=named(ZEROS, names[1:]))  # fmt: skip
 
 

@@ -42,11 +42,11 @@ class Down(nnx.Module):
 
 
 class Up(nnx.Module):
-    """Every pixel twice along each axis, then a 3x3 convolution."""
+    """Every pixel twice along each axis, then a 3x3 convolution to `out` channels (0: as many as before)."""
 
-    def __init__(self, dim: int, *, rngs: nnx.Rngs, dtype=None):
-        self.conv = conv(dim, dim, (3, 3), rngs=rngs, dtype=dtype)
+    def __init__(self, dim: int, out: int = 0, *, rngs: nnx.Rngs, dtype=None):
+        self.conv = conv(dim, out or dim, (3, 3), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        """[B H W C] -> [B 2H 2W C]."""
+        """[B H W C] -> [B 2H 2W out]."""
         return self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
