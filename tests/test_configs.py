@@ -41,7 +41,7 @@ def stand_ins(tmp_path_factory):
     return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.arrayrecord:GroupedRecords": folder / "captioned",
             "data.domains:Folders": folder / "domains",
             "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
-            "data.text:PackedJson": folder / "train.jsonl",
+            "data.text:PackedJson": folder / "train.jsonl", "data.two_tokenizers:AlignedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 

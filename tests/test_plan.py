@@ -75,6 +75,16 @@ def test_collectives_by_hand():
     assert compile(lambda x: x.sum(0), P())["all-reduce"] == 2 * 4096 * 3 / 4
 
 
+@pytest.mark.parametrize("groups, expected", [
+    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_0'}", 4),
+    ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+    ("[2,16]<=[32]", 16),
+    ("{{0,1,2},{3,4,5}}", 3),
+])  # fmt: skip
+def test_chips_in_a_collective(groups, expected):
+    assert hlo._group(f"%x), channel_id=1, replica_groups={groups}, dimensions={{1}}") == expected
+
+
 def test_parses_tuples_layouts_and_known_trip_counts():
     text = """HloModule m
 %body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {

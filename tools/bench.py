@@ -1,11 +1,15 @@
 """Step time of a config against a hand-written step of the same networks and losses, in pairs, in one process.
 
-python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | all] [--config=FILE] [--steps=30] [--rounds=7] [--trace=DIR]
+python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all] [--config=FILE] [--steps=30]
+    [--rounds=7] [--trace=DIR] [--trl]
 
 A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's milliseconds a step, of
 the ratio engine / hand-written, and its range, with the time to compile apart. `data` is the ratio with batches from the
 config's loader to the same step on one batch that stays on the device: near 1 where the input pipeline is hidden.
 With --trace the engine's last round is written for TensorBoard's profiler.
+
+`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one: the bytes that value and gradient take
+beside arguments and results, and how far they differ. --trl times GKD's steps, on- and off-policy, against TRL's (bench_trl.py).
 """
 
 import os
@@ -19,6 +23,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdistill.core import build, loop, sharding
@@ -29,10 +34,11 @@ from jaxdistill.core.report import text_table
 from jaxdistill.core.types import Ctx, lookup
 from jaxdistill.data.prefetch import DevicePrefetch
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.objectives import divergence
 from launch._command import arguments, load_config, main, whole
 
 DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
-LM = dict(vocab=512, dim=128, mlp=384, heads=4, depth=4, max_length=160)
+LM = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
 
 
 def diffusion(method, **roles):
@@ -44,10 +50,10 @@ def diffusion(method, **roles):
     return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=32, arrays=arrays), method=method, roles=every)
 
 
-def language(method):
-    """A case on a Llama of depth 4, width 128, vocabulary 512: 8 rows of 32 prompt tokens and 128 more."""
-    arrays = dict(tokens="integers 512 160", mask="constant 1 160")
-    net = dict(model=spec("models.lm:LM", **LM), init="fresh", optimizer=Optimizer(lr=1e-4))
+def language(method, vocab=512):
+    """A case on a Llama of depth 4, width 128: 8 rows of 32 prompt tokens and 128 more."""
+    arrays = dict(tokens=f"integers {vocab} 160", mask="constant 1 160")
+    net = dict(model=spec("models.lm:LM", vocab=vocab, **LM), init="fresh", optimizer=Optimizer(lr=1e-4))
     return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=8, arrays=arrays), method=method,
                       roles=dict(teacher=Role(**net), student=Role(**net)))  # fmt: skip
 
@@ -155,13 +161,48 @@ def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
             "lowest": min(ratios), "highest": max(ratios), "data": statistics.median(data), "first_steps_s": compiling[0]}  # fmt: skip
 
 
+def divergences(vocab: int = 152_064, dim: int = 64, tokens: int = 512, chunk: int = 4752, kind: str = "forward_kl") -> dict:
+    """The chunked divergence of `tokens` tokens against the plain one, each as a compiled value and gradient in the student's
+    states and head. Temporaries in bytes; differences over the largest of the plain ones."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    teacher, student = ((draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2))
+    sides = {
+        "plain": lambda t, s: divergence.token_divergence(kind, t[0] @ t[1], s[0] @ s[1]),
+        "chunked": lambda t, s: divergence.chunked_divergence(kind, *t, *s, chunk=chunk),
+    }
+    row, found = {"case": "divergence", "vocab": vocab, "tokens": tokens}, {}
+    for name, side in sides.items():
+
+        def summed(student, teacher, side=side):
+            each = side(teacher, student)
+            return jnp.sum(each), each
+
+        compiled = jax.jit(jax.value_and_grad(summed, has_aux=True)).lower(student, teacher).compile()
+        row[f"{name}_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        (_, each), grads = compiled(student, teacher)
+        found[name] = (each, *grads)
+    row["memory_ratio"] = row["chunked_bytes"] / row["plain_bytes"]
+    apart = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found["chunked"], found["plain"])]
+    return {**row, "value_apart": apart[0], "gradient_apart": max(apart[1:])}
+
+
 def bench(argv):
-    values, config = arguments(argv, {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": ""})
+    known = {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": "", "trl": False}
+    values, config = arguments(argv, known)
     steps, rounds = whole(values, "steps", 1), whole(values, "rounds", 1)
-    names = list(CASES) if values["case"] == "all" else [values["case"]]
-    cases = {"config": lambda: config} if config is not None else {name: lookup(CASES, name, "--case") for name in names}
+    if values["trl"]:
+        from tools import bench_trl
+
+        return bench_trl.compare(steps, rounds)
+    names = [*CASES, "divergence"] if values["case"] == "all" else [values["case"]]
+    every = {**CASES, "divergence": None}
+    cases = {"config": lambda: config} if config is not None else {name: lookup(every, name, "--case") for name in names}
     rows = []
     for name, make in cases.items():
+        if make is None:
+            print(text_table([divergences()]), flush=True)
+            continue
         case = Case(make())
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
             rows.append({"case": name, **measure(case, steps, rounds, values["trace"])})

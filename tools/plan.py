@@ -1,10 +1,10 @@
 """What a config costs on a TPU slice or on GPU nodes, without them.
 
-python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=6] [--json=FILE] [--config.key=value ...]
+python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--json=FILE] [--config.key=value ...]
 
 Compiles every pattern of turns for the slice with the real TPU compiler (pip install 'jaxdistill[tpu]') and prints whether
 it fits, bytes a chip by role, temporaries, flops, bytes of each collective, the roofline, and what binds. With --search it
-tries mesh shapes, rematerialisation, accumulation and frozen weights on the host, at most --most=6 compilations, and ends
+tries mesh shapes, rematerialisation, accumulation and frozen weights on the host, at most --most=12 compilations, and ends
 with the best that fits. GPU nodes (h100:8x4) come from constants. Exit code 0 where it fits, 1 where it does not.
 """
 
@@ -22,7 +22,7 @@ from launch._command import arguments, main
 
 
 def plan(argv):
-    values, config = arguments(argv, {"config": "", "topology": "", "search": False, "json": "", "most": "6"})
+    values, config = arguments(argv, {"config": "", "topology": "", "search": False, "json": "", "most": "12"})
     if config is None:
         raise Refused("--config=FILE is needed")
     if not values["topology"]:
@@ -47,12 +47,14 @@ def plan(argv):
 
 
 def search(planner, config, name, most):
-    best = None
+    best = last = None
     for change, found in planner.search(config, name, most):
         mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
         what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'} frozen={change['place']}"
         if isinstance(found, str):
-            print(f"{what}: {found}", flush=True)
+            if found != last:  # one line for all that are refused alike
+                print(f"{what}: {found}", flush=True)
+            last = found
             continue
         print(
             f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a chip, step >= {found.seconds:.3g} s",

@@ -26,6 +26,7 @@ from jaxdistill.core.types import lookup
 from launch._command import load_config
 
 ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs/results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Suite:
 
     title: str
     config: str  # a file with VARIANTS
-    shared: dict[str, tuple[str, tuple[str, ...]]]  # run that all start from -> (its config, the roles that it initialises)
+    shared: dict[str, str]  # run that all start from -> its config; the configs call it runs/<suite>/<run>_0
     metrics: tuple[str, ...]  # columns, of report.json's rows
     chart: str  # the metric that is drawn, against seconds for an update of the student
     about: str
@@ -44,7 +45,7 @@ SUITES = {
     "digits": Suite(
         title="Distillation methods on the digits",
         config="configs/digits/suite.py",
-        shared={"teacher": ("configs/digits/teacher.py", ("teacher",))},
+        shared={"teacher": "configs/digits/teacher.py"},
         metrics=("frechet", "precision", "recall", "diversity", "accuracy"),
         chart="frechet",
         about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
@@ -55,13 +56,14 @@ reads as the label asked for (accuracy). A method that was made for one step is 
     "lm": Suite(
         title="Distillation methods on additions",
         config="configs/lm/suite.py",
-        shared={"teacher": ("configs/lm/carry.py:teacher", ("teacher",)), "start": ("configs/lm/carry.py:start", ("student", "reference"))},
+        shared={"teacher": "configs/lm/carry.py:teacher", "start": "configs/lm/carry.py:start"},
         metrics=("perplexity", "kl", "reverse_kl", "accuracy"),
-        chart="kl",
+        chart="perplexity",
         about="""Two-digit additions, a Llama of 64 channels that was trained to the end as teacher, one of 32 whose training was cut
-short as the start of every student; 64 prompts a step, 300 steps. Held-out perplexity of the right answers, KL divergence from the
-teacher on them in both directions, share of sums that are right when the student decodes greedily (accuracy). `sft` and
-`grpo` have no teacher; `grpo` and `rlad` write eight answers to each prompt and see a reward of 1 for a right one.""",
+short as the start of every student; 64 responses a step, 1000 steps. Held-out perplexity of the right answers, KL
+divergence from the teacher on them in both directions, share of sums that are right when the student decodes greedily
+(accuracy). `sft` and `grpo` have no teacher; `grpo` and `rlad` write eight answers to each of eight prompts, see a reward
+of 1 for a right one, and make four updates of each batch.""",
     ),
 }
 
@@ -69,26 +71,34 @@ teacher on them in both directions, share of sums that are right when the studen
 def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list[str]) -> Path:
     """Trains what is missing, writes docs/results/<name>.json, .md and .png; returns the page. Raises Refused."""
     suite = lookup(SUITES, name, "--suite")
-    variants = list(importlib.import_module(suite.config.removesuffix(".py").replace("/", ".")).VARIANTS)
+    variants = list(importlib.import_module(module(suite.config)).VARIANTS)
     for method in only:
         lookup(dict.fromkeys(variants), method, "--only")
     chosen = only or variants
     todo = [(seed, method) for seed in seeds for method in (*suite.shared, *chosen)]
     for seed, method in tqdm(todo, desc=name, unit="run"):
-        _train(suite, method, seed, workdir, extra)
+        _train(suite, name, method, seed, workdir, extra)
     return write(name, workdir, {m: variants.index(m) for m in variants})
 
 
-def _train(suite: Suite, method: str, seed: int, workdir: Path, extra: list[str]) -> None:
+def module(config: str) -> str:
+    """The name that a config file is imported by."""
+    return config.removesuffix(".py").replace("/", ".")
+
+
+def starts(suite: Suite, config, name: str, workdir: Path, seed: int) -> list[str]:
+    """Overrides that give every role its shared run of this seed."""
+    runs = {f"runs/{name}/{run}_0": workdir / f"{run}_{seed}" for run in suite.shared}
+    return [f"--config.roles.{role}.init={runs[cfg.init]}" for role, cfg in config.roles.items() if cfg.init in runs]
+
+
+def _train(suite: Suite, name: str, method: str, seed: int, workdir: Path, extra: list[str]) -> None:
     folder = workdir / f"{method}_{seed}"
     if (folder / "process.json").exists():
         return
-    config = suite.shared[method][0] if method in suite.shared else f"{suite.config}:{method}"
+    config = suite.shared.get(method) or f"{suite.config}:{method}"
     command = [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}", *extra]
-    if method not in suite.shared:
-        roles = load_config(config).roles
-        command += [f"--config.roles.{role}.init={workdir / f'{run}_{seed}'}"
-                    for run, (_, initialised) in suite.shared.items() for role in initialised if role in roles]  # fmt: skip
+    command += starts(suite, load_config(str(ROOT / config)), name, workdir, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
         child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -119,7 +129,8 @@ def rows(workdir: Path) -> Iterator[dict]:
 def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     """The page, the chart and the numbers behind both."""
     suite, found = SUITES[name], list(rows(workdir))
-    out = ROOT / "docs/results" / name
+    out = OUT / name
+    OUT.mkdir(parents=True, exist_ok=True)
     write_json(out.with_suffix(".json"), found)
     _chart(suite, found, out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]

@@ -1,6 +1,6 @@
 """Methods on the digits under one set of conditions: `--config=configs/digits/suite.py:METHOD`, each name below.
 
-    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/suite/dmd2_0 --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/digits/dmd2_0 --config.roles.teacher.init=TEACHER
     python tools/reproduce.py --suite=digits        # all of them on seeds 0, 1, 2, and the table
 
 TEACHER is a run of configs/digits/teacher.py. The same for all: that teacher, the student's network (0.33 M weights; those
@@ -8,12 +8,13 @@ that take two times have one more embedding), batch, number of student updates, 
 method's own: what it trains besides the student, how often, and the constants that its paper fixes.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, build, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
 
 UPDATES = 400  # of the student
 STUDENT = Role(optimizer=Optimizer(lr=2e-4, b2=0.99, warmup=20), ema=Ema(rate=0.98))
+GENERATOR = Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20)
 ADVERSARY = Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)
 DISC = Role(model=spec("models.heads:Discriminator", dim=64, classes=10), optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99))
 FOUR = (0.999, 0.749, 0.499, 0.249)  # times of a student that renoises
@@ -23,12 +24,11 @@ CRITICS = 5  # updates of the fake score to one of the student
 def matching(name, *, critics=CRITICS, roles={}, **fields):
     """Distribution matching: a fake score beside the student, `critics` steps of the engine to an update of the student."""
     method = spec(f"methods.distribution.{name}", critic_steps=critics, **fields)
-    return method, critics, {"student": Role(optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)),
-                             "fake": Role(optimizer=ADVERSARY), **roles}  # fmt: skip
+    return method, critics, {"student": Role(optimizer=GENERATOR, ema=Ema(rate=0.98)), "fake": Role(optimizer=ADVERSARY), **roles}
 
 
 def trajectory(name, *, student=STUDENT, roles={}, **fields):
-    """Consistency along the teacher's trajectories: every step of the engine updates the student."""
+    """Consistency along trajectories: every step of the engine updates the student."""
     return spec(f"methods.trajectory.{name}", **fields), 1, {"student": student, **roles}
 
 
@@ -41,9 +41,28 @@ def two_times():
                 optimizer=STUDENT.optimizer, ema=STUDENT.ema)  # fmt: skip
 
 
+def phased():
+    """Two experts of two steps each; the phases share the student's updates."""
+    method = spec("methods.distribution.phased_dmd:PhasedDMD", critic_steps=CRITICS, student_times=FOUR)
+    role = lambda name: Role(optimizer=ADVERSARY) if name.startswith("fake") else Role(optimizer=GENERATOR)
+    return method, CRITICS, {name: role(name) for name in build(method).inits}
+
+
+def flash():
+    """The GAN on random convolutions of the pixels."""
+    return matching("flash_dmd:FlashDMD", critics=1, student_times=FOUR, gan_weight=3e-2, taps=(0, 1), roles=dict(
+        decoder=Role(model=spec("models.judges:Identity")),
+        features=Role(model=spec("models.judges:ConvFeatures", channels=1, widths=(64, 128), patch=1), init="random"),
+        disc=Role(model=spec("models.heads:Heads", dims=(64, 128)), optimizer=DISC.optimizer),
+    ))  # fmt: skip
+
+
 VARIANTS = {
     "diff_instruct": lambda: matching("diff_instruct:DiffInstruct", student_times=FOUR),
     "dmd2": lambda: matching("dmd2:DMD2", student_times=FOUR, gan_weight=3e-2, taps=(1,), roles=dict(disc=DISC)),
+    "phased_dmd": phased,
+    "flash_dmd": flash,
+    "twinflow": lambda: trajectory("twinflow:TunedTwinFlow", enhance=0.0, student=two_times()),
     "consistency": lambda: trajectory("consistency:Consistency", levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)),
     "scm": lambda: trajectory("scm:SCM", tangent_warmup=200, student_times=(1.5707963, 1.2490458, 0.7853982, 0.3217506),
                               roles=dict(weight=Role(model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-4, b2=0.99)))),
@@ -59,7 +78,7 @@ def get_config(method="dmd2"):
         steps=UPDATES * steps,
         data=spec("data.digits:Digits", batch_size=64),
         method=chosen,
-        roles={"teacher": Role(init="runs/suite/teacher_0"), **roles},
+        roles={"teacher": Role(init="runs/digits/teacher_0"), **roles},
         evaluation=spec("evals.images:ImageEval", student_steps=(1, 2, 4), teacher_steps=(50, 4, 2, 1), samples=2000),
         eval_every=UPDATES * steps // 4,
         checkpoint_every=UPDATES * steps,

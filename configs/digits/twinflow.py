@@ -24,7 +24,7 @@ def student():
 def rcgm():
     """The host alone, for as long."""
     return experiment(
-        steps=1500,
+        steps=800,
         data=spec("data.digits:Digits", batch_size=64),
         method=spec("methods.trajectory.rcgm:RCGM", enhance=0.0),
         roles=dict(student=student()),
@@ -35,7 +35,7 @@ def rcgm():
 
 def get_config():
     return experiment(
-        steps=1500,
+        steps=800,
         runs=dict(rcgm=rcgm()),
         data=spec("data.digits:Digits", batch_size=64),
         method=spec("methods.trajectory.twinflow:TwinFlow", enhance=0.0),

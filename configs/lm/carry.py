@@ -13,8 +13,8 @@ SIZES = {"teacher": dict(dim=64, mlp=128, heads=4, depth=2), "start": dict(dim=3
 STEPS = {"teacher": 800, "start": 200}
 
 
-def data():
-    return spec("data.language:Carry", digits=2, batch_size=64)
+def data(prompts: int = 64):
+    return spec("data.language:Carry", digits=2, batch_size=prompts)
 
 
 def get_config(variant="teacher"):

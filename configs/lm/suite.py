@@ -4,8 +4,9 @@
         --config.roles.teacher.init=TEACHER --config.roles.student.init=START
     python tools/reproduce.py --suite=lm            # all of them on seeds 0, 1, 2, and the table
 
-TEACHER and START are runs of configs/lm/carry.py, variants `teacher` and `start`. The same for all: both of these, prompts a
-step, steps, Adam with lr 1e-3. A method's own: who writes the answers, what they are graded by.
+TEACHER and START are runs of configs/lm/carry.py, variants `teacher` and `start`. The same for all: both of these, responses
+that a step learns from, steps, Adam with lr 1e-3. A method's own: who writes the answers, what they are graded by. GRPO and
+RLAD write eight answers to each prompt, hence an eighth of the prompts.
 """
 
 from configs.lm import carry
@@ -13,7 +14,8 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
 
-STEPS = 300
+STEPS = 1000
+ROWS = 64  # responses that a step learns from
 WRITING = dict(eos=(12,), pad=13)
 REINFORCED = dict(reward=spec("objectives.reward:Exact"), group=8, updates=4, **WRITING)
 
@@ -45,10 +47,10 @@ def get_config(method="gkd"):
     roles |= dict(teacher=Role(init="runs/lm/teacher_0")) if method not in ("sft", "grpo") else {}
     return experiment(
         steps=STEPS,
-        data=carry.data(),
+        data=carry.data(ROWS // REINFORCED["group"] if method in ("grpo", "rlad") else ROWS),
         method=chosen,
         roles=roles,
         evaluation=spec("evals.text:TextEval", samples=588),
         checkpoint_every=STEPS,
-        log_every=10,
+        log_every=50,
     )

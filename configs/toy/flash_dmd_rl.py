@@ -3,7 +3,7 @@
 python -m launch.train --config=configs/toy/flash_dmd_rl.py --workdir=runs/toy_flash_dmd_rl
 """
 
-from configs.toy.flash_dmd import CRITIC, DATA, EVALUATION, FAKE, STUDENT, TIMES, start
+from configs.toy.flash_dmd import CRITIC, DATA, EVALUATION, FAKE, GAN, STUDENT, TIMES, start
 from jaxdistill.core.build import Role, experiment, spec
 
 
@@ -12,7 +12,7 @@ def stages(steps: int, **method):
     return dict(
         steps=steps,
         data=DATA,
-        method=spec("methods.distribution.flash_dmd_rl:FlashDMDRL", student_times=TIMES, gan_weight=0.1, **method),
+        method=spec("methods.distribution.flash_dmd_rl:FlashDMDRL", student_times=TIMES, gan_weight=GAN, **method),
         roles=dict(
             teacher=Role(init="exact"),
             decoder=Role(model=spec("models.judges:Identity")),

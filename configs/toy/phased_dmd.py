@@ -33,7 +33,7 @@ def distil(*phase_steps: int, runs=None, **rest):
         method=method,
         roles=dict(teacher=Role(init="exact"), **{r: Role(init="@base", optimizer=optimizer(r)) for r in build(method).inits}),
         runs=dict(base=pretrain(), **(runs or {})),
-        evaluation=spec("evals.points:PointEval", student_steps=(4,), teacher_steps=(50, 4), samples=4000),
+        evaluation=spec("evals.points:ChainEval", state=0.5, student_steps=(4,), teacher_steps=(50, 4), samples=4000),
         checkpoint_every=2000,
         **rest,
     )

@@ -116,7 +116,7 @@ def _trips(op: Op, computations) -> int:
 
 def _group(rest: str) -> int:
     """Chips that take part in one collective."""
-    if found := re.search(r"replica_groups=\w*\[([^\]]*'[^\]]*)\]\s*\{([^}]*)\}", rest):  # mesh['a'=4,'b'=2] {'a'}
+    if found := re.search(r"replica_groups=\w*\[([^\]]*'[^\]]*)\][^{]*\{([^}]*)\}", rest):  # mesh['a'=4,'b'=2], device_ids=(...) {'a'}
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
         return math.prod(sizes[axis] for axis in re.findall(r"'(\w+)'", found.group(2)))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):

@@ -95,6 +95,7 @@ def _check(experiment: Experiment) -> None:
     for name, sub in experiment.runs.items():
         _check(Experiment(sub, experiment.workdir / name))
     _ = experiment.mesh, experiment.method, experiment.nets, experiment.evaluation, experiment.data.spec()
+    experiment.method.check(experiment.nets, experiment.data)
     for role in experiment.method.inits:
         experiment.roles[role].optimizer.make(1)
 
@@ -410,6 +411,7 @@ def make_programs(
 
 def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]:
     """The first stage's programs and networks from shapes alone: no weights, no data but one sample. Needs `sharding.use`."""
+    experiment.method.check(experiment.nets, experiment.data)
     stage, roles = experiment.method.stages(experiment.settings.steps)[0], experiment.roles
     warm = [r for r in roles if r in experiment.method.frozen or (roles[r].init and r not in experiment.inits)]
     start = {r: _abstract(experiment, experiment.nets[r], r) for r in warm}

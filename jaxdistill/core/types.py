@@ -152,6 +152,9 @@ class Method:
         """Initial content of State.memory."""
         return {}
 
+    def check(self, nets: Mapping[str, Any], data: Any) -> None:
+        """Raises Refused where these networks (role -> core.net.Net) or this data set do not fit; asked before anything runs."""
+
     def stages(self, steps: int) -> tuple[Stage, ...]:
         """How `steps` engine steps are spent."""
         return (Stage(self, steps),)

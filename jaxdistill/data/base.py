@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class Dataset:
         """Up to `n` held-out samples, always the same ones, under the keys of `batch`."""
         raise NotImplementedError
 
+    def examples(self, split: str) -> Sequence[dict[str, np.ndarray]]:
+        """Every sample of "train" or "test", without batch axis, in an order that stays. Raises Refused where there is no last one."""
+        raise Refused(f"data: {type(self).__name__} makes samples without end, so that their number has to be given")
+
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global batch."""
         rows = self.batch(0, slice(0, 1))
@@ -102,6 +106,10 @@ class InMemory(Dataset):
         arrays = self._cached("test")
         pick = self.chosen(len(next(iter(arrays.values()))), n)
         return {k: v[pick] for k, v in arrays.items()}
+
+    def examples(self, split):
+        arrays = self._cached(split)
+        return Derived(range(len(next(iter(arrays.values())))), lambda i: {k: v[i] for k, v in arrays.items()})
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _cached(self, split: str):
@@ -151,6 +159,9 @@ class Records(Dataset):
         examples = [self.example(source[int(i)]) for i in self.chosen(len(source), n)]
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
+    def examples(self, split):
+        return Derived(self._opened(split), self.example)
+
     def spec(self):
         one = self.example(self._opened("train")[0])
         return {k: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype) for k, v in one.items()}
@@ -189,6 +200,19 @@ class Subset(Sequence):
 
     def __getitem__(self, i):
         return self.source[int(self.indices[i])]
+
+
+class Derived(Sequence):
+    """`make(item)` of each item of `source`, when it is asked for."""
+
+    def __init__(self, source: Sequence, make: Callable[[Any], Any]):
+        self.source, self.make = source, make
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return self.make(self.source[i])
 
 
 def held_out(size: int, share: float, split: str) -> np.ndarray:

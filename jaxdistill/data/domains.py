@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Dataset, _order
+from jaxdistill.data.base import Dataset, Derived, _order
 from jaxdistill.data.language import Markov
 
 
@@ -98,6 +98,14 @@ class Domains(Dataset):
         each = min(n // len(self.parts), *(len(held["tokens"]) - first for _, held in self.parts.values()))
         domain = np.repeat(np.arange(len(self.parts)), each)
         return self.rows_of(domain, np.tile(first + np.arange(each), len(self.parts)), 1)
+
+    def examples(self, split):
+        """All rows of one domain after another."""
+        heldout = int(split == "test")
+        sizes = [len(part[heldout]["tokens"]) for part in self.parts.values()]
+        places = [(domain, row) for domain, size in enumerate(sizes) for row in range(size)]
+        one = lambda place: {k: v[0] for k, v in self.rows_of(*np.array(place)[:, None], heldout).items()}
+        return Derived(places, one)
 
     def steer(self, hints):
         return dataclasses.replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in hints.items()})

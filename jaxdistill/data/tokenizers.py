@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +27,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of any ids; special tokens are left out, and broken characters become U+FFFD."""
 
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """How many bytes of text each token stands for, int32 [n]; 0 of special tokens."""
+
 
 class ByteTokenizer:
     """Ids 0-255 are the bytes of UTF-8; 256 pads, 257 begins and 258 ends a document."""
@@ -36,6 +41,9 @@ class ByteTokenizer:
 
     def decode(self, tokens):
         return bytes(t for t in map(int, tokens) if 0 <= t < 256).decode(errors="replace")
+
+    def lengths(self, tokens):
+        return (np.asarray(tokens) < 256).astype(np.int32)
 
 
 class StoredTokenizer:
@@ -64,6 +72,21 @@ class StoredTokenizer:
     def decode(self, tokens):
         known = [t for t in map(int, tokens) if 0 <= t < self.vocab]
         return self.inner.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @functools.cached_property
+    def _bytes(self) -> np.ndarray:
+        """Of every id: byte-level pieces have a letter for each byte; SentencePiece's have "\u2581" for a blank and "<0x0A>" for
+        single bytes; added tokens are the text itself."""
+        pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
+        added, special = self.inner.added_tokens_decoder, set(self.inner.all_special_ids)
+        by_letter = "ByteLevel" in self.inner.backend_tokenizer.to_str()
+        size = lambda piece: len(piece) if by_letter else len(piece.replace("\u2581", " ").encode())
+        count = lambda i, piece: 0 if i in special or piece is None else len(piece.encode()) if i in added else size(piece)
+        single = re.compile("<0x[0-9A-F]{2}>")
+        return np.int32([1 if piece and not by_letter and single.fullmatch(piece) else count(i, piece) for i, piece in enumerate(pieces)])
+
+    def lengths(self, tokens):
+        return self._bytes[np.asarray(tokens)]
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -12,6 +15,7 @@ from jaxdistill.evals import modes
 from jaxdistill.evals.kernels import energy_distance
 from jaxdistill.evals.samples import SampleEval
 from jaxdistill.evals.sliced import sliced_wasserstein
+from jaxdistill.samplers.fewstep import simulate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,28 @@ class TextureEval(PointEval):
     def score(self, x, real, data):
         texture = energy_distance(modes.offsets(x, data.law), modes.offsets(real["x"], data.law))
         return {**super().score(x, real, data), "texture": texture}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChainEval(PointEval):
+    """For students with a deterministic chain, also `state_energy`: the energy distance between what their steps bring to the
+    time `state`, one of the method's student_times, and the noised data."""
+
+    state: float = 0.5
+
+    def rows(self, trained):
+        method, real = trained.experiment.method, trained.experiment.data.evaluation(self.samples)
+        noise, eps = jax.random.normal(jax.random.key(self.seed), (2, *real["x"].shape))
+        index, times = method.student_times.index(self.state), jnp.array(method.student_times)
+
+        @jax.jit
+        def reach(params):
+            net = functools.partial(method.generator(dataclasses.replace(trained, params=params).bound()), cond=real.get("cond"))
+            return simulate(method.process, net, noise, times, jax.random.key(0), index, "ddim")[0]
+
+        want = method.process.add_noise(real["x"], eps, jnp.asarray(self.state))
+        found = energy_distance(np.asarray(reach(trained.params)), np.asarray(want))
+        return [{**row, "state_energy": found} if row["name"] == "student" else row for row in super().rows(trained)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

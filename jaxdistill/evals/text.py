@@ -21,7 +21,8 @@ from jaxdistill.samplers.text import generate
 class TextEval:
     """Rows for teacher and student: perplexity of held-out targets; KL to the teacher on them and on the student's own
     continuations (their difference is the exposure gap), in both directions; share of greedy answers that are right, where the data set can
-    tell (`data.correct`)."""
+    tell (`data.correct`). A teacher with a tokenizer of its own (data.two_tokenizers) is scored on its own tokens, its
+    perplexity per token of the student's; laws are then not compared."""
 
     samples: int = 512
     batch: int = 128
@@ -36,7 +37,9 @@ class TextEval:
 
     def _row(self, trained, role: str, held: dict[str, np.ndarray]) -> dict[str, float]:
         nets, params, data = trained.nets, trained.params, trained.experiment.data
-        has_teacher = "teacher" in params
+        has_teacher, targets = "teacher" in params and "teacher_tokens" not in held, held["mask"][:, 1:].sum()
+        if role == "teacher" and not has_teacher:
+            held = {k.removeprefix("teacher_"): v for k, v in held.items() if k.startswith("teacher_")}
 
         @jax.jit
         def score(params, batch):
@@ -51,7 +54,7 @@ class TextEval:
             return sums
 
         held_out = _total(score, params, held, self.batch)
-        row = {"perplexity": perplexity(*held_out.pop("nll"))}
+        row = {"perplexity": perplexity(held_out.pop("nll")[0], targets)}
         row |= {name: total / count for name, (total, count) in held_out.items()}
         if hasattr(nets[role].config, "depth"):  # an exact law has no cache to write with
             own, speed = self.write(trained, role, held)
@@ -99,7 +102,8 @@ class TextEval:
         decode = (
             data.text if hasattr(data, "text") else data.codec.decode if hasattr(data, "codec") else lambda row: " ".join(map(str, row))
         )
-        roles = [r for r in ("teacher", "student") if r in trained.params and hasattr(trained.nets[r].config, "depth")]
+        who = ("student",) if "teacher_tokens" in held else ("teacher", "student")
+        roles = [r for r in who if r in trained.params and hasattr(trained.nets[r].config, "depth")]
         return {role: [decode(row) for row in self.write(trained, role, held)[0]["tokens"]] for role in roles}
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +222,18 @@ class LMModule(nnx.Module):
 def context(batch: Batch) -> dict[str, Array]:
     """The arguments of a language model's call that a batch of data holds, beside its tokens."""
     return {name: batch[name] for name in ("segments", "positions") if name in batch}
+
+
+def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
+    """For methods that compare models token by token: raises Refused where a network's vocabulary is not the student's.
+
+    `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out.
+    """
+    sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
+    for role, size in sizes.items():
+        if size != (own := sizes.get("student", size)):
+            raise Refused(f"config.roles.{role}: a vocabulary of {size} tokens, the student's has {own}; {type(method).__name__} compares "
+                          "tokens, expected equal ones (methods.language.cross_tokenizer_kd does without)")  # fmt: skip
 
 
 def _full(mask: Array | None, segments: Array | None):

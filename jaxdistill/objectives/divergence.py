@@ -117,9 +117,26 @@ KINDS = {**SUMS, "adaptive_kl": adaptive_kl}
 def token_divergence(kind: str, teacher: Array, student: Array, *, temperature: float = 1.0, **params) -> Array:
     """The divergence called `kind` (a key of KINDS) of softmax(logits / T), times T^2 so that gradients keep their scale.
 
-    Logits [..., V] -> [...]; `params` are the kind's own (beta, alpha, mass). Raises Refused on an unknown kind.
+    Logits [..., V] -> [...]; `params` are the kind's own (beta, alpha, mass). Raises Refused on an unknown kind and on
+    vocabularies of different sizes.
     """
+    if teacher.shape[-1] != student.shape[-1]:
+        raise Refused(f"teacher: logits of {teacher.shape[-1]} tokens, expected the student's {student.shape[-1]}")
     return temperature**2 * lookup(KINDS, kind, "kind")(_wide(teacher) / temperature, _wide(student) / temperature, **params)
+
+
+def sorted_distance(teacher: Array, student: Array, *, temperature: float = 1.0) -> Array:
+    """sum_i |p_(i) - q_(i)| of the probabilities in falling order, the shorter law filled up with zeros (ULD, arXiv:2402.12030).
+
+    Logits [..., V] and [..., W] over any two vocabularies -> [...], at most 2; 0 wherever one law is the other renamed.
+    """
+    size = max(teacher.shape[-1], student.shape[-1])
+
+    def ranked(logits):
+        law = jnp.sort(jax.nn.softmax(_wide(logits) / temperature), descending=True)
+        return jnp.pad(law, [(0, 0)] * (law.ndim - 1) + [(0, size - law.shape[-1])])
+
+    return jnp.sum(jnp.abs(ranked(teacher) - ranked(student)), -1)
 
 
 def topk_log_probs(teacher: Array, k: int, *, temperature: float = 1.0) -> tuple[Array, Array, Array]:

@@ -70,3 +70,24 @@ def check_epochs():
         assert Counter(itertools.chain(*mixed)) == Counter(stream)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A byte-level BPE tokenizer as `transformers` stores it; `bos` true: it begins every text with <s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    def make(bos: bool, **special):
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        inner.train_from_iterator(["the cat and the dog and the end"] * 9, trainer)
+        if bos:
+            inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        path = tmp_path_factory.mktemp("tokenizer")
+        PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", **special).save_pretrained(path)
+        return path
+
+    return make

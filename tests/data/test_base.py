@@ -6,6 +6,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.data.base import InMemory, Joined, Records, Subset, held_out
+from jaxdistill.data.language import Markov
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,3 +118,15 @@ def test_a_bad_record_is_refused_by_the_loader(monkeypatch):
     with pytest.raises(Refused, match="record: negative"):
         for _ in zip(range(8), Lines(size=99).loader()):
             pass
+
+
+@pytest.mark.parametrize("kind", [Numbers, Lines])
+def test_examples_are_all_of_a_split_in_order(kind):
+    rows = kind().examples("train")
+    assert len(rows) == 10 and [int(row["x"]) for row in rows] == list(range(10))
+    assert rows[3].keys() == kind().spec().keys() and rows[3]["x"].shape == ()
+
+
+def test_sets_without_end_have_no_examples():
+    with pytest.raises(Refused, match="Markov makes samples without end"):
+        Markov().examples("train")

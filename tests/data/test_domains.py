@@ -86,3 +86,12 @@ def test_natural_proportions_of_folders(tmp_path):
 def test_refused(fields, message):
     with pytest.raises(Refused, match=message):
         take(Chains(**{**dict(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8), **fields}), 6)
+
+
+def test_examples_are_every_row_of_every_domain():
+    for split, size, heldout in (("train", 50, 0), ("test", 20, 1)):
+        rows = TINY.examples(split)
+        assert len(rows) == 2 * size and [row["domain"] for row in rows] == [0] * size + [1] * size
+        assert all(row["heldout"] == heldout for row in rows)
+        expected = np.concatenate([part[heldout]["tokens"] for part in TINY.parts.values()])
+        np.testing.assert_array_equal([row["tokens"] for row in rows], expected)

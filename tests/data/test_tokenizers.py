@@ -5,27 +5,6 @@ from jaxdistill.core.types import Refused
 from jaxdistill.data.tokenizers import ByteTokenizer, load_tokenizer
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A byte-level BPE tokenizer as `transformers` stores it; `bos` true: it begins every text with <s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-    from transformers import PreTrainedTokenizerFast
-
-    def make(bos: bool, **special):
-        inner = Tokenizer(models.BPE())
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-        inner.train_from_iterator(["the cat and the dog and the end"] * 9, trainer)
-        if bos:
-            inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-        path = tmp_path_factory.mktemp("tokenizer")
-        PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", **special).save_pretrained(path)
-        return path
-
-    return make
-
-
 @pytest.mark.parametrize("text", ["", "plain", "Zürich, 東京 🙂", "\x00\x7f\n"])
 def test_bytes_round_trip(text):
     codec = load_tokenizer("byte")
@@ -51,6 +30,34 @@ def test_stored_tokenizer(folder):
     assert codec.decode([codec.bos, *tokens, codec.eos, codec.vocab + 5, -1]) == "the cat 🙂"
     assert (codec.bos, codec.eos, codec.pad) == (0, 1, 1)  # eos pads where there is no pad token
     assert not {codec.bos, codec.eos} & set(tokens.tolist())
+
+
+@pytest.mark.parametrize("text", ["the cat and the dog", "Zürich, 東京 🙂", " \n\t the  end", ""])
+def test_lengths_are_the_bytes_of_the_text(folder, text):
+    for codec in (ByteTokenizer(), load_tokenizer(str(folder(bos=True, eos_token="</s>")))):
+        tokens = codec.encode(text)
+        lengths = codec.lengths(tokens)
+        assert lengths.dtype == np.int32 and lengths.sum() == len(text.encode()) and (lengths > 0).all()
+        assert codec.lengths(np.array([codec.bos, codec.eos, codec.pad])).tolist() == [0, 0, 0]
+        ends = np.cumsum(lengths)
+        for i, end in enumerate(ends):  # wherever a prefix is whole characters, it decodes to these bytes
+            if codec.decode(tokens[: i + 1]) in text:
+                assert codec.decode(tokens[: i + 1]).encode() == text.encode()[:end]
+
+
+def test_lengths_of_sentencepiece(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "é", "\u2581a", "ab"]
+    inner = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    codec = load_tokenizer(str(tmp_path))
+    assert codec.lengths(codec.encode("ab é東")).tolist() == [2, 1, 1, 2, 1, 1, 1]  # "_a" "b" "_" "é" and three bytes
 
 
 def test_bos_only_where_the_tokenizer_puts_it(folder):

@@ -132,3 +132,35 @@ def test_the_kernel_runs_per_shard(causal):
         y = jax.ShapeDtypeStruct((4, 256, 3, 64), jnp.bfloat16)
         text = jax.export.export(jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"])(y, y, y).mlir_module()
         assert "tpu_custom_call" not in text
+
+
+@pytest.mark.slow
+def test_an_scm_step_at_16k_tokens(record_property):
+    """A whole sCM step, forward mode and reverse over it, on a DiT of 128 x 128 patches: never an N x N matrix (1 GiB a head)."""
+    from pathlib import Path
+
+    from jaxdistill.core import build, loop, sharding
+    from jaxdistill.core.build import Role, experiment, spec
+    from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+
+    model = spec("models.dit:DiT", size=128, patch=1, channels=4, dim=32, depth=2, heads=2, remat="full")
+    arrays = dict(x="normal 128 128 4", cond="integers 10", null_cond="constant 10")
+    net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh")
+    config = experiment(
+        steps=1,
+        data=spec("data.synthetic:Synthetic", batch_size=1, arrays=arrays),
+        method=spec("methods.trajectory.scm:SCT"),
+        roles=dict(student=Role(**net), weight=Role(model=spec("models.heads:TimeWeight"))),
+        mesh=build.spec("core.sharding:MeshShape", fsdp=1),
+    )
+    made = loop.Experiment(config, Path("unused"))
+    with sharding.use(made.mesh, made.settings.rules):
+        programs, _ = loop.abstract_programs(made)
+        state = programs.init(jax.random.key(0), {})
+        batch = sharding.put_batch(made.mesh)(made.data.batch(0, slice(None)))
+        compiled = programs.step.lower(state, batch, jax.random.key(1), (0,)).compile()
+        temporaries = compiled.memory_analysis().temp_size_in_bytes
+        record_property("temporaries_mib", temporaries / 2**20)
+        state, metrics = compiled(state, batch, jax.random.key(1))
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+    assert temporaries < 2**30

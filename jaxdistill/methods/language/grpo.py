@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn, lookup
 from jaxdistill.methods.language._rollout import Writing, share, written
+from jaxdistill.models.lm import same_vocabulary
 from jaxdistill.objectives import policy
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.reward import Exact
@@ -50,6 +51,9 @@ class GRPO(Writing):
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (Turn(("student",), self.loss, gather=self.rollout, after=self.sync),)
+
+    def check(self, nets, data) -> None:
+        same_vocabulary(self, nets)
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """Groups of responses of the old policy; with them reward, failed, advantage [B] and every role's log-probs [B T-1]."""

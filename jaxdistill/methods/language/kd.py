@@ -11,8 +11,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, same_vocabulary
 from jaxdistill.objectives import divergence
 
 
@@ -45,16 +47,20 @@ class KD(Method):
     def turns(self) -> tuple[Turn, ...]:
         return (Turn(("student",), self.loss),)
 
+    def check(self, nets, data) -> None:
+        same_vocabulary(self, nets)
+
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         run = lambda call: call(ctx.batch["tokens"], hidden_only=self.chunk > 0, **context(ctx.batch))
         return self.compare(net, run(net.teacher), run(net.student), ctx.batch)
 
     def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
         """The loss from both networks' logits [B T V], or with `chunk` from their final states [B T D]."""
+        teacher, student = jax.tree.map(lambda x: x[:, :-1], (teacher, student))
         labels, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:] > 0
         heads = (net.teacher(method="head"), net.student(method="head")) if self.chunk else (None, None)
-        soft, _ = divergence.masked_sum(self.soft(teacher[:, :-1], student[:, :-1], *heads), mask)
-        hard, count = divergence.masked_sum(self.hard(student[:, :-1], labels, heads[1]), mask)
+        soft, _ = divergence.masked_sum(self.soft(teacher, student, *heads), mask)
+        hard, count = divergence.masked_sum(self.hard(student, labels, heads[1]), mask)
         loss = (1 - self.hard_weight) * soft + (self.hard_weight * hard if self.hard_weight else 0.0)
         return Out(loss, {"divergence": soft, "cross_entropy": hard}, count=count)
 
@@ -73,3 +79,31 @@ class KD(Method):
         if self.chunk:
             return divergence.chunked_cross_entropy(student, head, labels, chunk=self.chunk)
         return divergence.cross_entropy(student, labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredKD(KD):
+    """The teacher is a store of its likeliest tokens (tools/store_logits.py), read by data.logits:StoredLogits: KD with the
+    `top_k` and `temperature` that it was made with."""
+
+    frozen = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_k or self.chunk:
+            raise Refused(f"method.top_k={self.top_k}, method.chunk={self.chunk}: expected 0, for the store has said what it keeps")
+
+    def check(self, nets, data) -> None:
+        if not hasattr(data, "store"):
+            raise Refused(f"data: {type(data).__name__} holds no teacher; expected data.logits:StoredLogits (tools/store_logits.py)")
+        vocab = getattr(nets["student"].config, "vocab", data.store["vocab"])
+        if (vocab, self.temperature) != (data.store["vocab"], data.store["temperature"]):
+            raise Refused(f"data.path={data.path}: of {data.store['vocab']} tokens at temperature {data.store['temperature']}, "
+                          f"expected the student's {vocab} at method.temperature={self.temperature}")  # fmt: skip
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        kept = tuple(ctx.batch[f"teacher_{name}"] for name in ("ids", "log_probs", "log_tail"))
+        return self.compare(net, kept, net.student(ctx.batch["tokens"], **context(ctx.batch)), ctx.batch)
+
+    def soft(self, teacher: tuple[Array, ...], student: Array, *_) -> Array:
+        return divergence.topk_divergence(self.kind, *teacher, student, temperature=self.temperature, **self.options)
