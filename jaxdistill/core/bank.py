@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_spec
+from jaxdistill.core.net import Net, is_spec, scoped
 from jaxdistill.core.types import Params
 
 
@@ -38,6 +38,19 @@ class Bank(Net):
     @property
     def source(self) -> Net:
         return self.one.source
+
+    def sound(self, grads: Params) -> Params:
+        """Zero for a member whose gradient is not finite: it stands still, the others go on."""
+        each = lambda reduce, g: reduce(g.reshape(self.members, -1), axis=1)
+        finite = jnp.all(jnp.stack([each(jnp.all, jnp.isfinite(g)) for g in jax.tree.leaves(grads)]), axis=0)
+        return jax.tree.map(lambda g: jnp.where(finite.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads)
+
+    def bind(self, role: str, params: Any):
+        """As every network's; with it `weights`, stacked, and `alone(weights of one member, *inputs)`: what a loss that runs
+        members side by side maps over."""
+        call = super().bind(role, params)
+        call.weights, call.alone = params[role], scoped(role, self.one.apply)
+        return call
 
     def apply(self, params: Params, *args, member: Any = None, **kwargs) -> Any:
         """Without `member`, inputs and result have a leading bank axis [K B ...], member k computing row k.

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from jaxdistill.core import chips, flops, host, metrics, report, sharding
+from jaxdistill.core.bank import Bank
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment, abstract_params
 from jaxdistill.core.net import Net
@@ -391,9 +392,10 @@ def make_programs(
     turns = method.turns
     taken = [tuple(i for i, t in enumerate(turns) if t.when(s)) for s in range(stage.steps)]
     updates = {role: sum(sum(role in turns[i].moves for i in active) for active in taken) for role in method.inits}
-    txs = {role: roles[role].optimizer.make(updates[role]) for role in method.inits}
+    txs = {role: roles[role].optimizer.make(updates[role], bank=isinstance(nets[role], Bank)) for role in method.inits}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    build_state = lambda key, start: init_state(method, nets, txs, key, start, {r: experiment.inits[r] for r in method.inits})
+    inits = {role: experiment.inits.get(role, source) for role, source in method.inits.items()}
+    build_state = lambda key, start: init_state(method, nets, txs, key, start, inits)
     abstract = jax.eval_shape(build_state, key, start)
     rules, places = ({r: getattr(roles[r], part) for r in roles} for part in ("rules", "place"))
     where = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)

@@ -74,6 +74,10 @@ class Net:
         """The network whose weights are loaded from a folder, to be adopted by this one."""
         return self
 
+    def sound(self, grads: Params) -> Params:
+        """What the optimiser gets of these gradients."""
+        return grads
+
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
         return scoped(role, functools.partial(self.apply, params[role]))

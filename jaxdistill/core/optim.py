@@ -31,9 +31,15 @@ class Optimizer:
     decay_steps: int = 0  # updates after which cosine and linear reach `final`; 0: the run's length
     final: float = 0.0  # fraction of lr at the end of cosine and linear
 
-    def make(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for a role that is updated `steps` times. Raises Refused on unknown names."""
-        chain = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+    def make(self, steps: int, *, bank: bool = False) -> optax.GradientTransformation:
+        """The optax transformation for a role that is updated `steps` times: without moments where it never is.
+
+        Members of a `bank` are clipped each by its own norm. Raises Refused on unknown names.
+        """
+        if steps == 0:
+            return optax.identity()
+        clip = clip_by_member_norm if bank else optax.clip_by_global_norm
+        chain = [clip(self.clip)] if self.clip else []
         lr = self.learning_rate(steps)
         if self.algorithm in ("adamw", "adam"):
             core = optax.adamw(lr, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay, mask=decayed)
@@ -59,6 +65,18 @@ class Optimizer:
             return main
         rise = optax.linear_schedule(self.lr / self.warmup, self.lr, self.warmup - 1)
         return optax.join_schedules([rise, main], [self.warmup])
+
+
+def clip_by_member_norm(limit: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` for weights stacked on a leading axis: each member by the norm of its own."""
+
+    def update(updates, state, params=None):
+        squares = [jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1) for g in jax.tree.leaves(updates)]
+        norm = jnp.sqrt(sum(squares))
+        scale = jnp.where(norm < limit, 1.0, limit / jnp.maximum(norm, limit))
+        return jax.tree.map(lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def decayed(params):

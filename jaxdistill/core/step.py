@@ -92,7 +92,7 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
         grads, (sums, count, memory) = differentiate(moving, batch, rng, state.memory)
     else:
         grads, (sums, count, memory) = _accumulate(differentiate, moving, batch, rng, state.memory, accumulate)
-    grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
+    grads = {role: nets[role].sound(g) for role, g in jax.tree.map(lambda g: g / _nonzero(count), grads).items()}
 
     params, opt, ema, counts = dict(state.params), dict(state.opt), dict(state.ema), dict(state.count)
     metrics = {f"{turn.moves[0] if turn.moves else 'measured'}/{k}": total / _nonzero(n) for k, (total, n) in sums.items()}

@@ -17,7 +17,7 @@ from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture(Dataset):
-    """x float32 [dim]; where `labelled`, cond int32 the mode it was drawn from, null_cond = modes.
+    """x float32 [dim]; where `labelled`, cond int32 the mode it was drawn from or its class, null_cond the number of these.
 
     Weights, means and isotropic standard deviations are drawn from `seed`: means by repeated draws from the ball of
     `radius` at least `gap` standard deviations apart (as far as they fit), weights uneven within a factor of two.
@@ -29,6 +29,7 @@ class Mixture(Dataset):
     radius: float = 1.0
     std: float = 0.08  # mean standard deviation; each mode's is within 25 % of it
     gap: float = 5.0
+    classes: int = 0  # a label for each sector of about modes / classes neighbours, counted around the origin; 0: for each mode
     labelled: bool = True  # without labels, teacher and students are those of the whole mixture
 
     @functools.cached_property
@@ -46,14 +47,27 @@ class Mixture(Dataset):
         stds = self.std * rng.uniform(0.75, 1.25, self.modes)
         return tuple(np.asarray(a, np.float32) for a in (weights / weights.sum(), means, stds))
 
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The label of each mode, int32 [modes]."""
+        rank = np.argsort(np.argsort(np.arctan2(*self.law[1].T[1::-1]))) if self.classes else np.arange(self.modes)
+        return (rank * (self.classes or self.modes) // self.modes).astype(np.int32)
+
+    def conditions(self, mode: np.ndarray) -> dict[str, np.ndarray]:
+        """The labels of samples that were drawn from these modes; nothing where there are none."""
+        cond = self.labels[mode]
+        return {"cond": cond, "null_cond": np.full_like(cond, self.classes or self.modes)} if self.labelled else {}
+
+    def hidden(self, cond: Array) -> Array:
+        """Which modes a condition excludes, bool [B modes]; the null condition none."""
+        return (cond[:, None] != self.labels) & (cond[:, None] < (self.classes or self.modes))
+
     def draw(self, rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
         """`n` samples from the law."""
         weights, means, stds = self.law
         mode = rng.choice(self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64))
         x = means[mode] + stds[mode, None] * rng.standard_normal((n, self.dim)).astype(np.float32)
-        mode = mode.astype(np.int32)
-        labels = {"cond": mode, "null_cond": np.full_like(mode, self.modes)} if self.labelled else {}
-        return {"x": x.astype(np.float32), **labels}
+        return {"x": x.astype(np.float32), **self.conditions(mode)}
 
     def batch(self, index, rows):
         return {k: v[rows] for k, v in self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size).items()}
@@ -73,8 +87,7 @@ class Mixture(Dataset):
         offset = x[:, None] - a[..., None] * means  # [B K D]
         logits = log_w - 0.5 * jnp.sum(offset**2, -1) / spread - 0.5 * self.dim * jnp.log(spread)
         if cond is not None:
-            mine = (cond[:, None] == jnp.arange(self.modes)) | (cond[:, None] >= self.modes)
-            logits = jnp.where(mine, logits, -jnp.inf)
+            logits = jnp.where(self.hidden(cond), -jnp.inf, logits)
         w = jax.nn.softmax(logits)[..., None]
         x0 = jnp.sum(w * (means + (a * stds**2 / spread)[..., None] * offset), 1)
         eps = jnp.sum(w * (s / spread)[..., None] * offset, 1)  # exact at sigma = 0 too

@@ -36,9 +36,8 @@ class Rings(Mixture):
         mode = rng.choice(self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64))
         angle = rng.uniform(0, 2 * np.pi, n)
         offset = np.stack([np.cos(angle), np.sin(angle)], 1) + self.thickness * rng.standard_normal((n, 2))
-        x, mode = means[mode] + radii[mode, None] * offset, mode.astype(np.int32)
-        labels = {"cond": mode, "null_cond": np.full_like(mode, self.modes)} if self.labelled else {}
-        return {"x": x.astype(np.float32), **labels}
+        x = means[mode] + radii[mode, None] * offset
+        return {"x": x.astype(np.float32), **self.conditions(mode)}
 
     def denoise(self, process, x, t, cond=None, **_):
         """Exact E[x0 | x_t] of the blurred rings: x_t - a m is a von Mises-weighted circle of radius a rho plus N(0, v I)."""
@@ -52,8 +51,7 @@ class Rings(Mixture):
         i0, i1 = jax.scipy.special.i0e(kappa), jax.scipy.special.i1e(kappa)  # times exp(-kappa)
         logits = log_w - jnp.log(v) - (r - a * radii) ** 2 / (2 * v) + jnp.log(i0)
         if cond is not None:
-            mine = (cond[:, None] == jnp.arange(self.modes)) | (cond[:, None] >= self.modes)
-            logits = jnp.where(mine, logits, -jnp.inf)
+            logits = jnp.where(self.hidden(cond), -jnp.inf, logits)
         w = jax.nn.softmax(logits)[..., None]
         on_circle = (radii * i1 / (i0 * r))[..., None] * offset  # E[rho u]
         rest = (offset - a[..., None] * on_circle) / v[..., None]

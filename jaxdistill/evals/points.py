@@ -92,3 +92,18 @@ class DirectionEval(TextureEval):
 
     def score(self, x, real, data):
         return {**super().score(x, real, data), "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledPointEval(PointEval):
+    """For points made under labels: with the mean over labels of the energy distance to that label's data, `class_energy`,
+    and of the standard deviation over the data's, `class_std` (1: as wide; 0: collapsed)."""
+
+    def score(self, x, real, data):
+        each = [real["cond"] == label for label in np.unique(real["cond"])]
+        spread = lambda points: float(np.sqrt(points.var(0).sum()))
+        return {
+            **super().score(x, real, data),
+            "class_energy": float(np.mean([energy_distance(x[mine], real["x"][mine]) for mine in each])),
+            "class_std": float(np.mean([spread(x[mine]) / spread(real["x"][mine]) for mine in each])),
+        }

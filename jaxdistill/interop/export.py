@@ -7,8 +7,11 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxdistill import interop
 from jaxdistill.core import lora
+from jaxdistill.core.bank import Bank
 from jaxdistill.core.report import columns, number
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import Flow
@@ -16,7 +19,8 @@ from jaxdistill.models.dit import DiT
 
 
 def export(trained, folder: Path) -> None:
-    """Writes the student, adapters folded in; where the method has several experts, each into `folder/<role>`.
+    """Writes the student, adapters folded in; where the method has several experts, each into `folder/<role>`, and the members
+    of a bank each into a folder of its number.
 
     Raises Refused where a network has no PyTorch class.
     """
@@ -27,9 +31,17 @@ def export(trained, folder: Path) -> None:
         if net.adapts:
             params = lora.merge(trained.params[net.adapts], params, net.scale)
             net = trained.nets[net.adapts]
-        net, params = experiment.method.exported(net, params)
         inside = folder if len(experiment.method.exports) == 1 else folder / role
-        interop.save(inside, net, params, card=_card(experiment, net, report))
+        for part, one, weights in _members(net, params):
+            one, weights = experiment.method.exported(one, weights)
+            interop.save(inside / part, one, weights, card=_card(experiment, one, report))
+
+
+def _members(net, params):
+    """(folder, net, params) of one network, or of each in a bank."""
+    if not isinstance(net, Bank):
+        return [("", net, params)]
+    return [(str(k), net.one, jax.tree.map(lambda w: w[k], params)) for k in range(net.members)]
 
 
 def _card(experiment, net, report: dict[str, Any]) -> str:

@@ -55,3 +55,20 @@ def test_adopts_one_network_for_all_and_a_bank_as_it_is(made):
     for w, s in zip(jax.tree.leaves(adopted), jax.tree.leaves(single), strict=True):
         assert all(np.array_equal(w[k], s) for k in range(3))
     assert three.adopt(params) is params
+
+
+def test_members_can_be_mapped_over(made):
+    """`weights` and `alone` of a bound bank: a function of one network, mapped, is the bank's own program."""
+    _, three, params, x, t = made
+    bound = three.bind("student", {"student": params})
+    mapped = jax.vmap(lambda w: bound.alone(w, x, t))(bound.weights)
+    np.testing.assert_allclose(mapped, bound(jnp.stack([x] * 3), jnp.stack([t] * 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_that_are_no_numbers_stop_their_member_alone(made):
+    _, three, params, _, _ = made
+    hurt = jax.tree.map(lambda w: jnp.ones_like(w), params)
+    hurt["inp"]["bias"] = hurt["inp"]["bias"].at[1, 0].set(jnp.inf)
+    for w in jax.tree.leaves(three.sound(hurt)):
+        assert not w[1].any() and (w[0] == 1).all() and (w[2] == 1).all()
+    assert three.one.sound(hurt) is hurt

@@ -1,11 +1,12 @@
 """Optimisers, schedules and averages (00-foundations, section 9)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core.optim import Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, decayed, power_gamma
+from jaxdistill.core.optim import Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, clip_by_member_norm, decayed, power_gamma
 from jaxdistill.core.types import Refused
 
 
@@ -96,3 +97,17 @@ def test_ramp_follows_its_recursion(rate):
 def test_ramp_refuses_rates_that_never_forget(rate):
     with pytest.raises(Refused, match="0 <= rate < 1"):
         RampEma(rate=rate)
+
+
+def test_members_of_a_bank_are_clipped_by_their_own_norm():
+    grads = {"a": jnp.asarray([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0]]), "b": jnp.asarray([4.0, 0.4, 0.0])}  # norms 5, 0.5, 0
+    clipped, _ = clip_by_member_norm(1.0).update(grads, None)
+    np.testing.assert_allclose(clipped["a"], [[0.6, 0.0], [0.3, 0.0], [0.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(clipped["b"], [0.8, 0.4, 0.0], rtol=1e-6)
+    tx = Optimizer(algorithm="sgd", lr=1.0).make(1, bank=True)
+    update, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(update["b"], [-0.8, -0.4, 0.0], rtol=1e-6)
+
+
+def test_a_role_that_never_moves_has_no_moments():
+    assert not jax.tree.leaves(Optimizer().make(0).init({"a": jnp.ones(3)}))

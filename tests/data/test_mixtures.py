@@ -128,3 +128,21 @@ def test_without_labels_the_points_are_the_same():
     assert set(plain.spec()) == {"x"}
     np.testing.assert_array_equal(plain.batch(3, slice(None))["x"], data.batch(3, slice(None))["x"])
     np.testing.assert_array_equal(plain.evaluation(9)["x"], data.evaluation(9)["x"])
+
+
+def test_classes_are_sectors_of_modes(x64):
+    """The points stay; a class's denoiser is that of its modes alone, with their weights."""
+    data = Mixture(seed=2, modes=6, classes=2, batch_size=64)
+    assert data.labels.dtype == np.int32 and np.bincount(data.labels).tolist() == [3, 3]
+    angle = np.arctan2(data.law[1][:, 1], data.law[1][:, 0])
+    assert angle[data.labels == 0].max() < angle[data.labels == 1].min()
+    plain = dataclasses.replace(data, classes=0)
+    mine, modes = data.batch(0, slice(None)), plain.batch(0, slice(None))
+    np.testing.assert_array_equal(mine["x"], modes["x"])
+    np.testing.assert_array_equal(mine["cond"], data.labels[modes["cond"]])
+    assert np.all(mine["null_cond"] == 2) and plain.labels.tolist() == list(range(6))
+    x, t = jnp.asarray(mine["x"][:4], jnp.float64), jnp.full(4, 0.5)
+    slope = jax.vmap(jax.grad(lambda x, t: log_density(data, Flow(), x, t, np.flatnonzero(data.labels == 1))))(x, t)
+    np.testing.assert_allclose(-data.denoise(Flow(), x, t, jnp.ones(4, int)).eps / 0.5, slope, rtol=1e-9, atol=1e-9)
+    both = data.denoise(Flow(), x, t, jnp.full(4, 2)).x0
+    np.testing.assert_array_equal(both, data.denoise(Flow(), x, t).x0)

@@ -1,0 +1,284 @@
+"""MSD: banks trained side by side, each member as it would be alone on the conditions of its cell."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.core.bank import bank
+from jaxdistill.core.net import make_net
+from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.step import init_state, make_train_step
+from jaxdistill.core.types import Ctx, Refused
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.diffusion.process import EDM, Flow
+from jaxdistill.diffusion.regression import denoising_error
+from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.distribution._members import Members
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.multi_student import DM, TSM, MultiStudent
+from jaxdistill.models.heads import Discriminator
+from jaxdistill.models.mlp import MLP
+from jaxdistill.objectives.partition import Consecutive
+
+CLASSES, K, N = 8, 4, 32
+DATA = Mixture(batch_size=N, modes=CLASSES)
+ONE = make_net(MLP(width=8, depth=2, classes=CLASSES), wrap=functools.partial(Denoiser().wrap, process=Flow()))
+DISC = make_net(Discriminator(features=1, dim=8, width=8, classes=CLASSES))
+TEACHER = DATA.net(Flow())
+CELLS = Consecutive(cells=K, classes=CLASSES)
+HOSTS = {"dm": DM(), "adm": DMD2(critic_steps=2, gan_weight=0.1), "tsm": TSM(times=Uniform(), target="v")}
+
+
+def batch(pairs=True, seed=0):
+    rng = np.random.default_rng(seed)
+    made = {k: jnp.asarray(v) for k, v in DATA.draw(rng, N).items()}
+    made["cond"] = jnp.asarray(rng.permutation(np.arange(N) % CLASSES), jnp.int32)  # every cell has its share
+    noise = {"pair_noise": jnp.asarray(rng.standard_normal((N, 2)), jnp.float32), "pair_x": made["x"][::-1], "pair_cond": made["cond"]}
+    return {**made, **(noise if pairs else {})}
+
+
+def weights(members, role, key):
+    """Weights away from zero for one network, the same for each member of a bank."""
+    single = jax.tree.map(lambda w: w + 0.05, (DISC if role == "disc" else ONE).init(jax.random.key(key)))
+    return bank(DISC if role == "disc" else ONE, members).adopt(single) if members else single
+
+
+def follow(method, steps=5, members=0, data=None, optimizer=None):
+    """(weights before, state after, metrics by step) of the engine's own step."""
+    grow = lambda net: bank(net, members) if members else net
+    nets = {"teacher": TEACHER, **{role: grow(DISC if role == "disc" else ONE) for role in method.inits}}
+    txs = {role: optimizer.make(steps, bank=bool(members)) if optimizer else optax.sgd(1e-2) for role in method.inits}
+    start = {"teacher": {}, **{role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)}}
+    state = init_state(method, nets, txs, jax.random.key(0), start)
+    step, active_at = make_train_step(method, nets, txs)
+    before, metrics = jax.device_get(state.params), []
+    for i in range(steps):
+        state, values = step(state, batch() if data is None else data, jax.random.key(1), active_at(i))
+        metrics.append({k: float(v) for k, v in values.items()})
+    return before, jax.device_get(state), metrics
+
+
+def member(params, k):
+    return jax.tree.map(lambda w: w[k], params)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_one_member_is_the_host_step_by_step(name):
+    """Clipping by norm included."""
+    host, optimizer = HOSTS[name], Optimizer(algorithm="sgd", lr=1e-2, clip=0.05)
+    _, alone, theirs = follow(host, optimizer=optimizer)
+    _, banked, ours = follow(Members(host=host, partition=Consecutive(cells=1, classes=CLASSES)), members=1, optimizer=optimizer)
+    for role in host.inits:
+        close(member(banked.params[role], 0), alone.params[role], rtol=1e-6, atol=1e-6)
+        close(member(banked.ema["student"], 0), alone.ema["student"], rtol=1e-6, atol=1e-6)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert mine.keys() - wanted.keys() == {f"{name.split('/')[0]}/diverged" for name in wanted if name.endswith("/loss")}
+        for key in wanted:
+            np.testing.assert_allclose(mine[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    assert any(m["student/grad_norm"] > 0.05 for m in theirs if "student/grad_norm" in m)
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Four members on ADM with Adam: function of the data."""
+    method = Members(host=HOSTS["adm"], partition=CELLS)
+    return functools.partial(follow, method, 3, K, optimizer=Optimizer(lr=1e-3, clip=1.0))
+
+
+def changed(rows, value):
+    data = batch()
+    return {**data, "x": jnp.where(rows[:, None], value(data["x"]), data["x"])}
+
+
+def test_a_member_depends_on_its_own_cell_alone(four):
+    """Other data for cell 1: its member changes, no other one by a bit."""
+    mine = CELLS.assign(batch()["cond"]) == 1
+    before, one, _ = four()
+    _, other, _ = four(data=changed(mine, lambda x: x + 1.0))
+    for role in one.params:
+        for k in range(K):
+            assert same(member(one.params[role], k), member(other.params[role], k)) == (k != 1), (role, k)
+            assert not same(member(one.params[role], k), member(before[role], k))
+    assert not same(member(one.params["student"], 0), member(one.params["student"], 2))  # they started as one
+
+
+def test_a_diverging_member_stands_still_and_the_rest_go_on(four):
+    """Not a number in cell 2's data: the run's numbers stay finite, its critics keep their weights, others their bits."""
+    _, sound, _ = four()
+    before, hurt, metrics = four(data=changed(CELLS.assign(batch()["cond"]) == 2, lambda x: jnp.nan * x))
+    assert all(np.isfinite(v) for m in metrics for v in m.values())
+    assert [m["fake/diverged"] for m in metrics] == [1.0, 1.0, 1.0]
+    for role in sound.params:
+        for k in (0, 1, 3):
+            assert same(member(sound.params[role], k), member(hurt.params[role], k)), (role, k)
+        assert all(np.isfinite(w).all() for w in jax.tree.leaves(hurt.params[role]))
+    for role in ("fake", "disc"):
+        assert same(member(hurt.params[role], 2), member(before[role], 2))
+
+
+def test_without_any_sound_member_the_loss_is_no_number():
+    method = Members(host=HOSTS["adm"], partition=CELLS)
+    _, _, metrics = follow(method, 1, K, data=changed(jnp.ones(N, bool), lambda x: jnp.nan * x))
+    assert np.isnan(metrics[0]["fake/loss"]) and metrics[0]["fake/diverged"] == K
+
+
+def test_an_absent_cell_stands_still():
+    data = batch()
+    data = {**data, "cond": jnp.where(CELLS.assign(data["cond"]) == 3, 0, data["cond"])}
+    before, after, metrics = follow(Members(host=HOSTS["dm"], partition=CELLS), 2, K, data=data)
+    for role in before:
+        assert [same(member(before[role], k), member(after.params[role], k)) for k in range(K)] == [False, False, False, True]
+    assert metrics[0]["student/diverged"] == 0
+
+
+def test_conditions_are_of_the_cell_but_pairs_of_all():
+    method = Members(host=HOSTS["dm"], partition=CELLS)
+    nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
+    nets.student = bank(ONE, K).bind("student", {"student": weights(K, "student", 1)})
+    data = batch()
+    dealt = jax.jit(lambda: method.turns[1].gather(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})))()
+    np.testing.assert_array_equal(CELLS.assign(dealt["cond"]), np.repeat(np.arange(K), N // K))
+    for row in dealt["pair_cond"].reshape(K, -1):
+        assert len(np.unique(CELLS.assign(row))) > 1
+    for name in ("pair_noise", "pair_x", "pair_cond"):
+        np.testing.assert_array_equal(dealt[name], data[name])
+    assert dealt["xt"].shape == (N, 2) and len(np.unique(dealt["xt"][:, 0])) == N  # members draw apart
+
+
+def test_pairs_are_the_teachers_samples():
+    """The stored sample lies where the teacher's ODE ends: within its condition's mode."""
+    nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
+    made = jax.jit(lambda b: DM(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {})))(batch(pairs=False))
+    _, means, stds = DATA.law
+    np.testing.assert_array_equal(made["pair_cond"], batch()["cond"])
+    assert np.all(np.linalg.norm(made["pair_x"] - means[made["pair_cond"]], axis=1) < 5 * stds[made["pair_cond"]])
+    assert abs(float(made["pair_noise"].std()) - 1) < 4 / (2 * 2 * N) ** 0.5
+
+
+def test_regression_is_an_extra_term():
+    """Weight 0 reads no pairs; otherwise the loss grows by weight times the mean square."""
+    nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
+    nets.student = nets.fake = ONE.bind("student", {"student": weights(0, "student", 1)})
+    data = {**batch(), "xt": jax.random.normal(jax.random.key(3), (N, 2)), "t": jnp.ones(N)}
+    loss = lambda w, data=data: DM(regression_weight=w).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
+    plain = loss(0.0, {k: v for k, v in data.items() if not k.startswith("pair_")})
+    full = loss(0.25)
+    made = nets.student(data["pair_noise"], jnp.ones(N), data["pair_cond"]).x0
+    np.testing.assert_allclose(full.metrics["regression"], np.mean((made - data["pair_x"]) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(full.loss - plain.loss, 0.25 * full.metrics["regression"], rtol=1e-4)
+
+
+def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
+    """K = C: under member k's conditions the teacher is the exact denoiser of mode k alone, whatever the label says."""
+    data = {**batch(), "cond": jnp.full(N, 5), "xt": jax.random.normal(jax.random.key(3), (N, 2)), "t": jnp.ones(N)}
+    params = weights(0, "student", 1)
+    _, means, stds = DATA.law
+
+    def alone(x, t, cond=None):
+        a, s = Flow().alpha_sigma(t[:, None])
+        gain = a * stds[5] ** 2 / ((a * stds[5]) ** 2 + s**2)
+        return Flow().from_x0(means[5] + gain * (x - a * means[5]), x, t)
+
+    def grad(teacher):
+        nets = SimpleNamespace(teacher=teacher, fake=ONE.bind("fake", {"fake": weights(0, "fake", 2)}))
+
+        def loss(p):
+            nets.student = ONE.bind("student", {"student": p})
+            return DM(regression_weight=0.0).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})).loss
+
+        return jax.jit(jax.grad(loss))(params)
+
+    close(grad(TEACHER.bind("teacher", {"teacher": {}})), grad(alone), rtol=1e-3, atol=1e-5)
+
+
+def test_the_router_runs_each_sample_through_its_own_student():
+    method = MultiStudent(partition=CELLS)
+    params = jax.vmap(ONE.init)(jax.random.split(jax.random.key(0), K))
+    params = jax.tree.map(lambda w: w + 0.05, params)
+    net = method.generator(SimpleNamespace(student=bank(ONE, K).bind("student", {"student": params})))
+    noise, cond = jax.random.normal(jax.random.key(1), (N, 2)), batch()["cond"]
+    made = jax.jit(lambda: method.sample(net, noise, cond, jax.random.key(2), 1))()
+    cell = CELLS.assign(cond)
+    for k in range(K):
+        mine = cell == k
+        alone = ONE.apply(member(params, k), noise[mine], jnp.ones(int(mine.sum())), cond[mine]).x0
+        np.testing.assert_allclose(made[mine], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["v", "edm"])
+def test_teacher_matching_vanishes_at_the_teacher(x64, gaussian, context, target):
+    """Value and gradient are 0 there, whatever the data; plain denoising keeps the data's own variance."""
+    process = EDM() if target == "edm" else Flow()
+    teacher, method = gaussian(process, 0.7, 0.4), TSM(process=process, target=target)
+    ctx = context(teacher.draw(512))
+
+    def loss(w, teacher=teacher):
+        student = lambda x, t, cond=None: process.from_x0(teacher.denoise(x, t).x0 * (1 + w[0]) + w[1], x, t)
+        return method.loss(SimpleNamespace(student=student, teacher=teacher.denoise), ctx).loss
+
+    value, grad = jax.value_and_grad(loss)(jnp.zeros(2))
+    assert value < 1e-20 and jnp.abs(grad).max() < 1e-12
+    assert loss(jnp.array([0.1, 0.0])) > 1e-5 and loss(jnp.array([0.0, 0.1])) > 1e-5
+
+
+def test_teacher_matching_is_denoising_only_for_the_exact_teacher(x64, gaussian, context):
+    """Gradients agree in expectation where the teacher is the data's posterior mean, and differ where it is another law's."""
+    process, n, law = Flow(), 100_000, gaussian(Flow(), 0.7, 0.4)
+    method = TSM(times=Uniform(low=0.2, high=0.8), target="v")
+    ctx = context(law.draw(n, dim=1))
+
+    def grads(teacher):
+        student = lambda w: lambda x, t, cond=None: process.from_v(w[0] * x + w[1], x, t)
+        matching = lambda w: method.loss(SimpleNamespace(student=student(w), teacher=teacher.denoise), ctx).loss
+
+        def denoising(w):
+            x0, t = ctx.batch["x"], method.times.draw(process, ctx.key("t"), n)
+            eps = jax.random.normal(ctx.key("eps"), x0.shape)
+            return jnp.mean(denoising_error(process, student(w)(process.add_noise(x0, eps, t), t), x0, eps, t, "v"))
+
+        return jnp.stack([jax.grad(loss)(jnp.array([0.3, 0.1])) for loss in (matching, denoising)])
+
+    exact, wrong = jax.jit(lambda: (grads(law), grads(gaussian(process, -0.3, 0.4))))()
+    np.testing.assert_allclose(exact[0], exact[1], atol=5 * 2 / n**0.5)  # both are means of n terms of order 1
+    assert jnp.abs(wrong[0] - wrong[1]).max() > 0.1
+
+
+def test_stages_by_shares():
+    method = MultiStudent(partition=CELLS, shares=(1.0, 2.0, 2.0), tsm=HOSTS["tsm"])
+    tsm, dm, adm = method.stages(50)
+    assert (tsm.steps, dm.steps, adm.steps) == (10, 20, 20)
+    assert tsm.collect is None and adm.collect is None and dm.collect.batches == DM().batches
+    assert [set(s.method.inits) for s in (tsm, dm, adm)] == [{"student"}, {"student", "fake"}, {"student", "fake", "disc"}]
+    assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == ("teacher",)
+    only = MultiStudent(partition=CELLS, shares=(0.0, 1.0, 0.0), dm=DM(critic_steps=5, regression_weight=0.0))
+    assert len(only.stages(10)) == 1 and only.stages(10)[0].collect is None and set(only.inits) == {"student", "fake"}
+    assert len(MultiStudent().stages(10)) == 2 and MultiStudent().partition.assign(jnp.asarray([0, 249, 250, 999])).tolist() == [0, 0, 1, 3]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 0.0, 0.0), (1.0, 1.0), (0.0, -1.0, 2.0)])
+def test_shares_that_train_no_student_are_refused(shares):
+    with pytest.raises(Refused, match="expected three numbers"):
+        MultiStudent(shares=shares)
+
+
+def test_hosts_of_different_processes_are_refused():
+    with pytest.raises(Refused, match="different processes"):
+        MultiStudent(dm=DM(process=EDM()))
+    assert MultiStudent(dm=DM(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
+    assert dataclasses.replace(MultiStudent(), shares=(0.0, 1.0, 0.0)).sampling_times(1).tolist() == [1.0]
