@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 
+import numpy as np
 from PIL import Image
 
 from jaxdistill.evals import modes
@@ -55,3 +56,18 @@ class TextureEval(PointEval):
     def score(self, x, real, data):
         texture = energy_distance(modes.offsets(x, data.law), modes.offsets(real["x"], data.law))
         return {**super().score(x, real, data), "texture": texture}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelledPointEval(PointEval):
+    """For points made under labels: with the mean over labels of the energy distance to that label's data, `class_energy`,
+    and of the standard deviation over the data's, `class_std` (1: as wide; 0: collapsed)."""
+
+    def score(self, x, real, data):
+        each = [real["cond"] == label for label in np.unique(real["cond"])]
+        spread = lambda points: float(np.sqrt(points.var(0).sum()))
+        return {
+            **super().score(x, real, data),
+            "class_energy": float(np.mean([energy_distance(x[mine], real["x"][mine]) for mine in each])),
+            "class_std": float(np.mean([spread(x[mine]) / spread(real["x"][mine]) for mine in each])),
+        }
