@@ -102,6 +102,17 @@ class Ema:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CopyEma:
+    """Diffusers' schedule: the first update copies the weights, later ones decay by min(rate, k / (9 + k))."""
+
+    rate: float = 0.9999
+
+    def decay(self, k: Array) -> Array:
+        k = jnp.asarray(k, jnp.float32)
+        return jnp.where(k <= 1, 0.0, jnp.minimum(self.rate, k / (9 + k)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerEma:
     """Power-function average (EDM2, arXiv:2312.02696): weights proportional to t^gamma; decay (1 - 1/k)^(gamma + 1)."""
 

@@ -9,13 +9,15 @@ forward, reverse and reverse-over-forward differentiation go through without eve
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.net import in_forward_mode
 from jaxdistill.core.sharding import per_shard
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Refused
 
 PLAIN = 2048  # tokens: up to PLAIN x PLAIN scores a head, plain attention is the quicker of the two that differentiate forward
 TILE = 128  # what a kernel's sequence lengths must divide by
@@ -46,6 +48,37 @@ def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bo
           scale: float | None = None) -> Array:  # fmt: skip
     """XLA's, through all T x S scores."""
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation="xla")
+
+
+class Negative(NamedTuple):
+    """A negative prompt as cross-attention layers get it."""
+
+    states: Array  # [B L E]
+    mask: Array | None  # bool [B 1 1 L], True = attend
+    alpha: Array  # [B 1 1 1] or [1 1 1 1]
+
+
+def negative_prompt(cond: Mapping[str, Array]) -> Negative | None:
+    """The negative prompt of a condition: "negative" [B L E], "negative_mask" bool [B L] (optional) and "nasa", the strength,
+    a scalar or [B], which may be traced. None where there is none. Raises Refused on one without the other."""
+    given = [key for key in ("negative", "nasa") if key in cond]
+    if not given:
+        return None
+    if len(given) < 2:
+        raise Refused(f"cond: {given[0]!r} alone, expected 'negative' and 'nasa' (the prompt and its strength) together")
+    mask = cond["negative_mask"][:, None, None, :].astype(bool) if "negative_mask" in cond else None
+    return Negative(cond["negative"], mask, jnp.reshape(jnp.asarray(cond["nasa"]), (-1, 1, 1, 1)))
+
+
+def nasa(q: Array, k: Array, v: Array, negative_k: Array, negative_v: Array, alpha: Array, *, mask: Array | None = None,
+         negative_mask: Array | None = None, scale: float | None = None) -> Array:  # fmt: skip
+    """Z+ - alpha Z-: attention to a prompt less alpha times that of the same queries to a negative one, for each head and before
+    the output projection (NASA, arXiv:2412.02687). Shapes as in `attention`; the prompts may differ in length.
+
+    alpha broadcasts against [B T H K]. Nothing is normalised: at equal prompts it is (1 - alpha) Z+.
+    """
+    positive = attention(q, k, v, mask=mask, scale=scale)
+    return (positive - alpha * attention(q, negative_k, negative_v, mask=negative_mask, scale=scale)).astype(q.dtype)
 
 
 def cudnn(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float | None = None) -> Array:

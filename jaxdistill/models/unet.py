@@ -8,7 +8,7 @@ on the way up. The transformer blocks behind one ResNet block are stacked and sc
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
+from jaxdistill.models.attention import Negative, nasa, negative_prompt
 from jaxdistill.models.layers import (
     Mapper,
     attention,
@@ -67,9 +68,22 @@ class Attention(nnx.Module):
         self.heads, self.to_q, self.to_k, self.to_v = heads, make(dim), make(source), make(source)
         self.to_out = dense(dim, dim, ("heads", "embed"), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Array, source: Array, mask: Array | None = None) -> Array:
+    def __call__(self, x: Array, source: Array, mask: Array | None = None, negative: Negative | None = None) -> Array:
         q, k, v = (split_heads(h, self.heads) for h in (self.to_q(x), self.to_k(source), self.to_v(source)))
-        return self.to_out(rearrange(attention(q, k, v, mask=mask), "b n h k -> b n (h k)"))
+        if negative is None:
+            out = attention(q, k, v, mask=mask)
+        else:
+            other = (split_heads(f(negative.states), self.heads) for f in (self.to_k, self.to_v))
+            out = nasa(q, k, v, *other, negative.alpha, mask=mask, negative_mask=negative.mask)
+        return self.to_out(rearrange(out, "b n h k -> b n (h k)"))
+
+
+class Text(NamedTuple):
+    """What the transformers read: states [B L E], their mask bool [B 1 1 L], and a negative prompt."""
+
+    states: Array
+    mask: Array | None
+    negative: Negative | None
 
 
 class Block(nnx.Module):
@@ -81,10 +95,10 @@ class Block(nnx.Module):
         self.up = dense(dim, 8 * dim, ("embed", "mlp"), rngs=rngs, dtype=dtype)  # values, then gates
         self.down = dense(4 * dim, dim, ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Array, text: Array, mask: Array | None) -> Array:
+    def __call__(self, x: Array, text: Text) -> Array:
         h = self.norm1(x)
         x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), text, mask)
+        x = x + self.attn2(self.norm2(x), *text)
         value, gate = jnp.split(self.up(self.norm3(x)), 2, -1)
         return constrain(x + self.down(value * nnx.gelu(gate, approximate=False)), "batch", "seq", None)
 
@@ -100,9 +114,9 @@ class Transformer(nnx.Module):
         self.blocks = stack(lambda r: Block(dim, cfg.text_dim, heads, r, dtype), depth, rngs)
         self.proj_out = dense(dim, dim, ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Array, text: Array, mask: Array | None) -> Array:
+    def __call__(self, x: Array, text: Text) -> Array:
         h = constrain(self.proj_in(rearrange(self.norm(x), "b h w c -> b (h w) c")), "batch", "seq", None)
-        h, *_ = scan_layers(lambda h, block: (block(h, text, mask), None), h, self.blocks, self.depth, remat=self.remat)
+        h, *_ = scan_layers(lambda h, block: (block(h, text), None), h, self.blocks, self.depth, remat=self.remat)
         return x + self.proj_out(h).reshape(x.shape)
 
 
@@ -117,10 +131,10 @@ class Level(nnx.Module):
         if resample:
             self.resample = resample(out, rngs=rngs, dtype=dtype)
 
-    def layer(self, i: int, x: Array, emb: Array, text: Array, mask: Array | None, remat: str) -> Array:
+    def layer(self, i: int, x: Array, emb: Array, text: Text, remat: str) -> Array:
         """The i-th ResNet block and its transformer."""
         x = rematted(self.resnets[i], remat)(x, emb)
-        return self.attentions[i](x, text, mask) if self.attentions else x
+        return self.attentions[i](x, text) if self.attentions else x
 
 
 class Middle(nnx.Module):
@@ -132,9 +146,9 @@ class Middle(nnx.Module):
         self.before, self.after = make(), make()
         self.attention = Transformer(cfg, dim, cfg.mid_depth, cfg.heads[-1], rngs)
 
-    def __call__(self, x: Array, emb: Array, text: Array, mask: Array | None, remat: str) -> Array:
+    def __call__(self, x: Array, emb: Array, text: Text, remat: str) -> Array:
         x = rematted(self.before, remat)(x, emb)
-        return rematted(self.after, remat)(self.attention(x, text, mask), emb)
+        return rematted(self.after, remat)(self.attention(x, text), emb)
 
 
 class UNetModule(nnx.Module):
@@ -171,8 +185,8 @@ class UNetModule(nnx.Module):
 
         cond: "text" [B L text_dim], "mask" bool [B L] (optional); where the sizes say so, "image" [B H W image_channels],
         "pooled" [B pooled_dim] and "size" [B 6] (pixels: original height and width, crop's top and left, target height
-        and width), "guidance" [B] (guidance scale - 1, LCM's w). With `features`, (raw, states [B N D] after those
-        blocks): 0, 1, ... on the way down, then the middle, then the way up.
+        and width), "guidance" [B] (guidance scale - 1, LCM's w); a negative prompt, where wanted, as in `negative_prompt`. With
+        `features`, (raw, states [B N D] after those blocks): 0, 1, ... on the way down, then the middle, then the way up.
         """
         cfg, levels, remat = self.cfg, len(self.cfg.widths), self.cfg.remat
         if any(n % 2 ** (levels - 1) for n in x.shape[1:3]):
@@ -180,9 +194,8 @@ class UNetModule(nnx.Module):
         if any(not 0 <= tap <= 2 * levels for tap in features):
             raise Refused(f"features={tuple(features)}: blocks are numbered 0 to {2 * levels}, {levels} is the middle")
         self._check(cond)
-        emb, text = self._embed(t, cond), cond["text"].astype(self.dtype)
-        mask = cond["mask"][:, None, None, :].astype(bool) if "mask" in cond else None
-        states, run = [], lambda level, i, h: level.layer(i, h, emb, text, mask, remat)
+        emb, text = self._embed(t, cond), self._text(cond)
+        states, run = [], lambda level, i, h: level.layer(i, h, emb, text, remat)
         h = jnp.concatenate([x, cond["image"]], -1) if cfg.image_channels else x
         held = [h := self.conv_in(h.astype(self.dtype))]
         for level in self.down:
@@ -192,7 +205,7 @@ class UNetModule(nnx.Module):
                 held.append(h := level.resample(h))
             states.append(h)
         if cfg.mid_depth:
-            h = self.mid(h, emb, text, mask, remat)
+            h = self.mid(h, emb, text, remat)
         states.append(h)
         for level in self.up:
             for i in range(cfg.layers + 1):
@@ -208,6 +221,13 @@ class UNetModule(nnx.Module):
         missing = [name for name, size in needs.items() if size and name not in cond]
         if missing:
             raise Refused(f"cond: no {missing[0]!r} among {sorted(cond)}, expected {[name for name, size in needs.items() if size]}")
+
+    def _text(self, cond: dict[str, Array]) -> Text:
+        mask = cond["mask"][:, None, None, :].astype(bool) if "mask" in cond else None
+        negative = negative_prompt(cond)
+        if negative is not None:
+            negative = negative._replace(states=negative.states.astype(self.dtype))
+        return Text(cond["text"].astype(self.dtype), mask, negative)
 
     def _embed(self, t: Array, cond: dict[str, Any]) -> Array:
         """What the ResNet blocks add [B E], after its SiLU: the time, the guidance scale, the pooled text and the sizes."""

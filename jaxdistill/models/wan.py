@@ -18,6 +18,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
+from jaxdistill.models.attention import Negative, nasa, negative_prompt
 from jaxdistill.models.layers import (
     XAVIER,
     Mapper,
@@ -74,13 +75,18 @@ class Attention(nnx.Module):
         if vision:
             self.to_k_vision, self.to_v_vision, self.norm_k_vision = make(("embed", "heads")), make(("embed", "heads")), scale()
 
-    def __call__(self, x: Array, source: Array, waves: tuple[Array, Array] | None = None, vision: Array | None = None) -> Array:
+    def __call__(self, x: Array, source: Array, waves: tuple[Array, Array] | None = None, vision: Array | None = None,
+                 negative: Negative | None = None) -> Array:  # fmt: skip
         """x [B N D] attends to source [B L D]; with `vision` [B M D] a second softmax over it is added."""
         q, k, v = self.norm_q(self.to_q(x)), self.norm_k(self.to_k(source)), self.to_v(source)
         q, k, v = (split_heads(h, self.heads) for h in (q, k, v))
         if waves is not None:
             q, k = rotate_pairs(q, waves), rotate_pairs(k, waves)
-        out = attention(q, k, v)
+        if negative is None:
+            out = attention(q, k, v)
+        else:
+            other = self.norm_k(self.to_k(negative.states)), self.to_v(negative.states)
+            out = nasa(q, k, v, *(split_heads(h, self.heads) for h in other), negative.alpha)
         if self.vision:
             k, v = self.norm_k_vision(self.to_k_vision(vision)), self.to_v_vision(vision)
             out = out + attention(q, split_heads(k, self.heads), split_heads(v, self.heads))
@@ -97,13 +103,14 @@ class Block(nnx.Module):
         self.up = dense(d, cfg.mlp, ("embed", "mlp"), rngs=rngs, init=XAVIER, dtype=dtype)
         self.down = dense(cfg.mlp, d, ("mlp", "embed"), rngs=rngs, init=XAVIER, dtype=dtype)
 
-    def __call__(self, x: Array, time: Array, text: Array, vision: Array | None, waves: tuple[Array, Array]) -> Array:
+    def __call__(self, x: Array, time: Array, text: Array, vision: Array | None, waves: tuple[Array, Array],
+                 negative: Negative | None = None) -> Array:  # fmt: skip
         """x [B N D]; time [B M 6 D] float32; text [B L D]; vision [B V D]; waves of the patches' positions."""
         shift1, scale1, gate1, shift2, scale2, gate2 = runs(time + self.table[...], x)
         add = lambda h, gate: constrain((x.astype(jnp.float32) + h * gate).astype(x.dtype), "batch", "seq", None)
         h = modulate(x, shift1, scale1, self.eps)
         x = add(self.attn1(h, h, waves), gate1)
-        x = x + self.attn2(self.norm(x), text, vision=vision)
+        x = x + self.attn2(self.norm(x), text, vision=vision, negative=negative)
         h = nnx.gelu(self.up(modulate(x, shift2, scale2, self.eps)), approximate=True)
         return add(self.down(h), gate2)
 
@@ -147,7 +154,8 @@ class WanModule(nnx.Module):
         t [B], in 0..1000; or [B M], one for each of M equal runs of patches: of each latent frame where M = T (Wan 2.2 5B
         holds given frames at time 0), of each patch where M = N. cond: "text" [B L text_dim]; "mask" bool [B L], whose False
         tokens are set to zero but attended to, as in training (L = 512); "image" [B T H W image_channels]; "vision"
-        [B V vision_dim]. Raises Refused where a condition is missing or x does not fit the patches.
+        [B V vision_dim]; a negative prompt as in `negative_prompt`, masked as the text is. Raises Refused where a condition is
+        missing or x does not fit the patches.
         """
         cfg, size = self.cfg, dict(zip("pqr", self.cfg.patch))
         for key, needed in {"text": True, "image": cfg.image_channels > 0, "vision": cfg.vision_dim > 0}.items():
@@ -164,18 +172,23 @@ class WanModule(nnx.Module):
             raise Refused(f"t {list(t.shape)}: expected [B] or [B M] with M dividing the {h.shape[1]} patches")
         emb = self.time_embed(fourier(t.reshape(-1), cfg.time_dim, shift=0.0)).reshape(*t.shape, cfg.dim)
         time = rearrange(self.time_proj(nnx.silu(emb)), "b m (k d) -> b m k d", k=6)
-        text = cond["text"].astype(self.dtype)
-        if "mask" in cond:
-            text = jnp.where(cond["mask"][..., None], text, 0)
-        text = self.text_2(nnx.gelu(self.text_1(text), approximate=True))
+        text, negative = self._text(cond["text"], cond.get("mask")), negative_prompt(cond)
+        if negative is not None:
+            negative = negative._replace(states=self._text(negative.states, cond.get("negative_mask")), mask=None)
         vision = self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
         waves = positions(cfg.dim // cfg.heads, grid)
-        body = lambda h, block: (block(h, time, text, vision, waves), None)
+        body = lambda h, block: (block(h, time, text, vision, waves, negative), None)
         h, _, feats = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=features)
         h = modulate(h, *runs(emb[:, :, None] + self.table[...], h), cfg.norm_eps)
         sizes = dict(zip("tij", grid)) | size
         out = rearrange(self.proj_out(h), "b (t i j) (p q r c) -> b (t p) (i q) (j r) c", **sizes).astype(x.dtype)
         return (out, feats) if features else out
+
+    def _text(self, text: Array, mask: Array | None) -> Array:
+        """[B L E] -> [B L D], with zeros in the place of masked tokens."""
+        text = text.astype(self.dtype)
+        text = text if mask is None else jnp.where(mask[..., None], text, 0)
+        return self.text_2(nnx.gelu(self.text_1(text), approximate=True))
 
 
 def table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:

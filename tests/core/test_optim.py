@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core.optim import Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, clip_by_member_norm, decayed, power_gamma
+from jaxdistill.core.optim import CopyEma, Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, clip_by_member_norm, decayed, power_gamma
 from jaxdistill.core.types import Refused
 
 
@@ -39,6 +39,14 @@ def test_power_average_starts_at_the_first_weights_and_weighs_by_a_power():
 def test_constant_average_lags_a_ramp_by_its_mean_age():
     n, rate = 5000, 0.99
     assert n - run(Ema(rate=rate, warmup=False), np.arange(1, n + 1)) == pytest.approx(rate / (1 - rate), rel=1e-3)
+
+
+def test_copying_average():
+    """SwiftBrush's: beta_1 = 0, then min(rate, k / (9 + k))."""
+    rule = CopyEma(rate=0.9)
+    assert [float(rule.decay(k)) for k in (1, 2, 9, 81, 82)] == pytest.approx([0, 2 / 11, 0.5, 0.9, 0.9], rel=1e-6)
+    assert run(CopyEma(), np.full(20, 3.0)) == pytest.approx(3.0, rel=1e-6)  # nothing of the initial weights is left
+    assert float(CopyEma().decay(10**6)) == pytest.approx(0.9999, rel=1e-6)
 
 
 def test_half_life():

@@ -1,0 +1,68 @@
+"""SNOOPI (arXiv:2412.02687) on a labelled Gaussian mixture: SwiftBrush with a scale of guidance drawn anew at every step.
+
+    python -m launch.train --config=configs/toy/snoopi.py --workdir=runs/toy_snoopi
+
+TIME
+"""
+
+from configs.toy import swiftbrush
+from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.optim import CopyEma, Ema, Optimizer
+from jaxdistill.core.types import Refused
+from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+
+FIXED = 7.5  # the scale of guidance of the baseline
+
+
+def shapes(method, roles, runs=None, steps=1500, **rest):
+    """A run on pictures with captions."""
+    return experiment(
+        steps=steps,
+        runs=runs or {},
+        data=spec("data.shapes:Shapes", seed=0, batch_size=64),
+        method=method,
+        roles=roles,
+        evaluation=spec("evals.negative:NegativeEval", student_steps=(1,), teacher_steps=(25,)),
+        checkpoint_every=1500,
+        **rest,
+    )
+
+
+def nasa():
+    """A student of captioned pictures, and what a negative prompt does to it at inference."""
+    model = spec("models.unet:UNet", size=6, channels=3, widths=(24, 48), layers=1, depths=(1, 1), heads=(2, 4), text_dim=16)
+    teacher = shapes(
+        spec("methods.trajectory.flow_matching:FlowMatching"),
+        dict(
+            student=Role(
+                model=model,
+                denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
+                optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=50),
+                ema=Ema(rate=0.99),
+            )
+        ),
+    )
+    return shapes(
+        spec("methods.distribution.snoopi:PGSB"),
+        dict(
+            teacher=Role(init="@teacher"),
+            student=Role(optimizer=Optimizer(lr=2e-4, schedule="cosine"), ema=CopyEma()),
+            fake=Role(lora=Lora(rank=16, alpha=32.0, targets=r".*(to_.|up|down|proj_.*)/kernel"), optimizer=Optimizer(lr=2e-3)),
+        ),
+        runs=dict(teacher=teacher),
+        claim=dict(metric="unwanted", model="nasa1", baseline="student", better="lower", ratio=0.3),
+    )
+
+
+def get_config(variant=""):
+    if variant not in ("", "nasa"):
+        raise Refused(f"variant {variant!r}: expected none or nasa")
+    if variant:
+        return nasa()
+    fixed = spec("methods.distribution.swiftbrush:SwiftBrush", guidance=FIXED, fake_guidance=FIXED)
+    return swiftbrush.distil(
+        spec("methods.distribution.snoopi:PGSB"),
+        runs=dict(fixed=swiftbrush.distil(fixed, roles=dict(fake=swiftbrush.fake()))),
+        roles=dict(fake=swiftbrush.fake()),
+        claim=dict(metric="class_energy", model="student@1", baseline="fixed@1", better="lower", ratio=1.0),
+    )

@@ -1,0 +1,61 @@
+"""SwiftBrush (arXiv:2312.05239) on a labelled Gaussian mixture: a network as teacher, an adapter on it as the fake score.
+
+    python -m launch.train --config=configs/toy/swiftbrush.py --workdir=runs/toy_swiftbrush
+
+TIME
+"""
+
+from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.optim import CopyEma, Ema, Optimizer
+from jaxdistill.diffusion.denoiser import Denoiser
+
+DATA = dict(seed=0, batch_size=256)
+EVAL = "evals.points:LabelledPointEval"
+
+
+def train():
+    """The teacher, by flow matching; label 6 is the null condition."""
+    return experiment(
+        steps=3000,
+        data=spec("data.mixtures:Mixture", **DATA),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        roles=dict(
+            student=Role(
+                model=spec("models.mlp:MLP", classes=6),
+                denoiser=Denoiser(),
+                optimizer=Optimizer(lr=2e-3, schedule="cosine"),
+                ema=Ema(rate=0.995),
+            )
+        ),
+        evaluation=spec(EVAL, student_steps=(50, 1)),
+        checkpoint_every=3000,
+    )
+
+
+def distil(method, runs=None, roles=None, **rest):
+    return experiment(
+        steps=4000,
+        runs=dict(teacher=train(), **(runs or {})),
+        data=spec("data.mixtures:Mixture", **DATA),
+        method=method,
+        roles=dict(
+            teacher=Role(init="@teacher"), student=Role(optimizer=Optimizer(lr=3e-4, schedule="cosine"), ema=CopyEma()), **(roles or {})
+        ),
+        evaluation=spec(EVAL, student_steps=(1,), teacher_steps=(50, 1), guidance=1.0),
+        checkpoint_every=2000,
+        **rest,
+    )
+
+
+def fake(rank=8):
+    """The fake score: adapters on all matrices of the teacher, whose learning rate is far above the student's."""
+    return Role(lora=Lora(rank=rank, alpha=2.0 * rank), optimizer=Optimizer(lr=1e-3))
+
+
+def get_config():
+    return distil(
+        spec("methods.distribution.swiftbrush:SwiftBrush"),
+        runs=dict(sds=distil(spec("methods.distribution.swiftbrush:SDS"))),
+        roles=dict(fake=fake()),
+        claim=dict(metric="class_energy", model="student@1", baseline="sds@1", better="lower", ratio=0.2),
+    )

@@ -1,0 +1,264 @@
+"""SNOOPI: random guidance that both networks share, NASA in training, the clamped CLIP loss."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.core.lora import adapt
+from jaxdistill.core.net import fixed_net, make_net
+from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.types import Ctx
+from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.diffusion.guidance import Constant, Random, RandomEach
+from jaxdistill.diffusion.process import Flow
+from jaxdistill.methods.distribution.snoopi import PGSB, ClippedNasaT, ClippedPGSB, NasaT
+from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
+from jaxdistill.models.mlp import MLP
+from jaxdistill.models.unet import UNet
+
+CLASSES, N = 3, 8
+WRAP = functools.partial(Denoiser().wrap, process=Flow())
+MLPS = make_net(MLP(width=8, depth=1, classes=CLASSES), wrap=WRAP)
+LABELS = {"cond": jnp.arange(N) % CLASSES, "null_cond": jnp.full(N, CLASSES)}
+SCORER = fixed_net(lambda x0, cond: (x0, jnp.ones_like(x0)))  # images are their own embeddings, every text is (1, 1)
+NETS = {"teacher": MLPS, "student": MLPS, "fake": adapt(MLPS, base="teacher", rank=2), "scorer": SCORER}
+X0 = jax.random.normal(jax.random.key(9), (N, 2))
+
+
+def start(b=0.0):
+    """First weights by role; the adapters' second factor is `b` throughout."""
+    params = {role: NETS[role].init(jax.random.key(i)) for i, role in enumerate(("student", "teacher", "fake", "scorer"))}
+    return {**params, "fake": {path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()}}
+
+
+KEY = jax.random.key(3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def matching(method, params):
+    """Gradient of the samples X0, times their number of entries: g."""
+    ctx = Ctx(LABELS, KEY, 0, {})
+    return jax.grad(lambda x: method.match(bind(NETS, params), ctx, x)[0])(X0) * X0.size
+
+
+def constant(k, fake=None):
+    return PGSB(guidance=Constant(scale=k), fake_guidance=Constant(scale=k if fake is None else fake))
+
+
+def run(method, params, steps=5):
+    """(weights, losses) of five engine steps by plain gradient descent."""
+    nets = {role: NETS[role] for role in (*method.inits, *method.frozen)}
+    txs = {role: optax.sgd(1e-1) for role in method.inits}
+    state = init_state(method, nets, txs, jax.random.key(0), {role: params[role] for role in nets})
+    step, active_at = make_train_step(method, nets, txs)
+    batch, losses = {"x": jnp.zeros((N, 2)), **LABELS}, []
+    for i in range(steps):
+        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
+        losses.append({k: float(v) for k, v in metrics.items()})
+    return jax.device_get(state.params), losses
+
+
+def follows(ours, host):
+    """Weights, and the host's losses."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours[0], host[0])
+    for mine, theirs in zip(ours[1], host[1], strict=True):
+        for name in ("student/match", "fake/denoise", "student/denoise"):
+            if name in theirs:
+                np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-6)
+
+
+def test_equal_ends_are_swiftbrush(context):
+    """kmin = kmax = C: the same gradient bit for bit; five steps with the same losses and weights."""
+    params, c = start(0.3), 2.7
+    law = Random(low=c, high=c)
+    ours, host = PGSB(guidance=law, fake_guidance=law), SwiftBrush(guidance=c, fake_guidance=c)
+    net, ctx = bind(NETS, params), context(jnp.zeros((N, 2)), **LABELS)
+    gradient = lambda method: jax.grad(lambda x: method.match(net, ctx, x)[0])(X0)  # operation by operation: nothing is reordered
+    np.testing.assert_array_equal(gradient(ours), gradient(host))
+    np.testing.assert_allclose(matching(ours, params), matching(host, params), rtol=1e-6)
+    follows(run(ours, params), run(host, params))
+
+
+def test_gradient_is_affine_in_the_scale():
+    """Its mean over k ~ U(a, b) is that at (a + b) / 2, its variance (b - a)^2 / 12 |dg/dk|^2."""
+    params, (a, b), n = start(0.3), (0.5, 4.0), 16
+    grid = a + (b - a) * (np.arange(n) + 0.5) / n
+    at = jax.jit(jax.vmap(lambda k: matching(constant(k), params)))
+    g, middle = np.asarray(at(grid), np.float64), at(np.array([(a + b) / 2]))[0]
+    np.testing.assert_allclose(g.mean(0), middle, rtol=1e-4, atol=1e-6)
+    net, ctx = bind(NETS, params), Ctx(LABELS, KEY, 0, {})
+    xt, t, _ = PGSB().diffuse(X0, PGSB().match_times, ctx, "match")
+    gap = lambda role: getattr(net, role)(xt, t, LABELS["cond"]).eps - getattr(net, role)(xt, t, LABELS["null_cond"]).eps
+    slope = np.asarray(t[:, None] ** 2 * (gap("teacher") - gap("fake")))
+    np.testing.assert_allclose(g.var(0), (b - a) ** 2 / 12 * (1 - 1 / n**2) * slope**2, rtol=1e-3, atol=1e-6)
+
+
+def test_both_networks_see_the_same_scale(context):
+    """From the ratio of guided to plain answers; it is one for the batch, and another at another step."""
+
+    def labelled(x, t, cond):
+        return Flow().from_eps(jnp.where((cond == CLASSES)[:, None], 0.0, 1.0) + 0 * x, x, t)
+
+    net, scales = SimpleNamespace(teacher=labelled, fake=labelled), []
+    for seed in range(20):
+        ctx = context(jnp.zeros((N, 2)), seed=seed, **LABELS)
+        real, fake = (read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (PGSB().real, PGSB().fake))
+        np.testing.assert_array_equal(real, fake)
+        assert len(np.unique(real)) == 1 and 0.5 <= real[0, 0] <= 4
+        scales.append(float(real[0, 0]))
+    assert len(set(scales)) == 20
+    each = PGSB(guidance=RandomEach(), fake_guidance=RandomEach())
+    real, fake = (read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (each.real, each.fake))
+    np.testing.assert_array_equal(real, fake)
+    assert len(np.unique(real)) == N
+
+
+def test_fresh_adapters_leave_the_student_alone(context):
+    """B = 0: no gradient at any scale, since both share it; one where only the teacher's is random."""
+    net = bind(NETS, start())
+    gradient = lambda method, seed: jax.grad(
+        lambda x: method.match(net, context(jnp.zeros((N, 2)), seed=seed, **LABELS), x)[0]
+    )(X0)  # fmt: skip
+    assert not any(np.any(gradient(PGSB(), seed)) for seed in range(3))
+    assert np.any(gradient(PGSB(fake_guidance=Constant(scale=4.5)), 0))
+
+
+def test_the_adapters_never_see_the_scale(context):
+    calls = []
+
+    def fake(x, t, cond):
+        calls.append(cond)
+        return Flow().from_v(x, x, t)
+
+    method = PGSB(fake_dropout=0.0)
+    method.denoise(SimpleNamespace(fake=fake), context(jnp.zeros((N, 2)), t=jnp.ones(N), **LABELS), X0)
+    assert len(calls) == 1
+    np.testing.assert_array_equal(calls[0], LABELS["cond"])
+
+
+def clip_gradient(method, x0, step, context):
+    """Gradient of the samples through the CLIP term alone."""
+    ctx = context(jnp.zeros_like(x0), step=step)
+    still = lambda x, t, cond=None: Flow().from_eps(0 * x, x, t)
+    net = SimpleNamespace(teacher=still, fake=still, scorer=lambda x, cond: (x, jnp.ones_like(x)))
+    loss = lambda x: method.student_terms(net, ctx, x)[0]
+    return jax.grad(loss)(x0), method.student_terms(net, ctx, x0)[1]["clip"]
+
+
+def test_clip_is_clamped_for_each_sample(context):
+    """cos of (1, 0), (1, 1), (-1, -1), (0, -1) with (1, 1): .707, 1, -1, -.707; tau .37 asks no more of the first two."""
+    x0 = jnp.array([[1.0, 0.0], [1.0, 1.0], [-1.0, -1.0], [0.0, -1.0]])
+    method = ClippedPGSB(clip_weight=0.1, clip_steps=100)
+    grad, clip = clip_gradient(method, x0, 0, context)
+    assert not np.any(grad[:2]) and np.any(grad[3])
+    assert float(clip) == pytest.approx((0.37 + 1 + 0.37 + 0.5**0.5) / 4, rel=1e-5)
+    cos = lambda x: jnp.sum(x) / jnp.linalg.norm(x) / 2**0.5
+    np.testing.assert_allclose(grad[3], -0.1 / 4 * jax.grad(cos)(x0[3]), rtol=1e-5)
+    assert not np.any(clip_gradient(dataclasses.replace(method, clip_tau=-1.1), x0, 0, context)[0])
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, 1.0), (25, 0.75), (100, 0.0), (1000, 0.0)])
+def test_clip_decays_to_nothing(context, step, left):
+    x0, method = jnp.array([[0.0, -1.0]]), ClippedPGSB(clip_steps=100)
+    at, first = (clip_gradient(method, x0, s, context)[0] for s in (step, 0))
+    np.testing.assert_allclose(at, left * first, rtol=1e-6)
+
+
+def test_without_clip_it_follows_its_host():
+    params = start(0.3)
+    assert ClippedPGSB().guidance == PGSB().guidance and ClippedNasaT().nasa == NasaT().nasa
+    assert ClippedPGSB.frozen == ClippedNasaT.frozen == ("teacher", "scorer")
+    follows(run(ClippedPGSB(clip_weight=0.0), params), run(PGSB(), params))
+    moved, plain = run(ClippedPGSB(clip_weight=10.0), params)[0], run(PGSB(), params)[0]
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(moved["student"]), jax.tree.leaves(plain["student"])))
+
+
+TEXT, WORDS = 6, 4
+
+
+def prompts(n=N, seed=0):
+    rng = np.random.default_rng(seed)
+    text = lambda: jnp.asarray(rng.standard_normal((n, WORDS, TEXT)), jnp.float32)
+    draw = lambda: {"text": text(), "mask": jnp.asarray(rng.random((n, WORDS)) < 0.8)}
+    batch = {"cond": draw(), "null_cond": draw(), "negative_cond": draw()}
+    return {name: {**c, "mask": c["mask"].at[:, 0].set(True)} for name, c in batch.items()}
+
+
+def recorder(seen):
+    def net(x, t, cond):
+        seen.append(cond)
+        return Flow().from_v(x, x, t)
+
+    return net
+
+
+def test_who_sees_the_negative_prompt(context):
+    """The student in its attention, the teacher in its guidance, the fake score nowhere."""
+    method, batch = NasaT(fake_dropout=0.0), prompts()
+    seen = {role: [] for role in ("student", "teacher", "fake")}
+    net = SimpleNamespace(**{role: recorder(calls) for role, calls in seen.items()})
+    ctx = context(jnp.zeros((N, 2)), **batch)
+    ctx = dataclasses.replace(ctx, batch=method.simulate(net, ctx))
+    method.loss(net, ctx)
+    for cond in seen["student"]:
+        np.testing.assert_array_equal(cond["text"], batch["cond"]["text"])
+        np.testing.assert_array_equal(cond["negative"], batch["negative_cond"]["text"])
+        np.testing.assert_array_equal(cond["negative_mask"], batch["negative_cond"]["mask"])
+        assert cond["nasa"].shape == (N,) and len(np.unique(cond["nasa"])) == 1 and 0 < cond["nasa"][0] < 1
+    pair = lambda role, other: np.concatenate([batch["cond"]["text"], batch[other]["text"]])
+    np.testing.assert_array_equal(seen["teacher"][0]["text"], pair("teacher", "negative_cond"))
+    guided, alone = seen["fake"]
+    np.testing.assert_array_equal(guided["text"], pair("fake", "null_cond"))
+    np.testing.assert_array_equal(alone["text"], batch["cond"]["text"])
+    assert all(set(c) == {"text", "mask"} for c in (*seen["teacher"], guided, alone))
+    other = dataclasses.replace(context(jnp.zeros((N, 2)), seed=1, **batch))
+    assert method.simulate(net, other)["active"]["nasa"][0] != seen["student"][0]["nasa"][0]
+
+
+def test_nasa_at_every_step_of_a_chain(context):
+    seen = []
+    method, ctx = NasaT(student_times=(1.0, 0.5)), context(jnp.zeros((N, 2)), **prompts())
+    method.simulate(SimpleNamespace(student=recorder(seen)), ctx)  # traced once for all steps
+    assert len(seen) == 1 and "nasa" in seen[0]
+
+
+def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
+    batch = prompts()
+    batch["negative_cond"] = batch["null_cond"]
+    net = lambda gain: lambda x, t, cond: Flow().from_v(gain * x + jnp.mean(cond["text"] * cond["mask"][..., None], (1, 2))[:, None], x, t)
+    nets = SimpleNamespace(student=net(0.1), teacher=net(0.2), fake=net(0.3))
+    ctx = context(jnp.zeros((N, 2)), **batch)
+    losses = []
+    for method in (NasaT(nasa=Constant(scale=0.0)), PGSB()):
+        gathered = dataclasses.replace(ctx, batch=method.simulate(nets, ctx))
+        losses.append({k: float(v) for k, v in method.loss(nets, gathered).metrics.items()})
+    assert losses[0] == losses[1]
+
+
+def test_trains_a_unet():
+    """Two steps of all of it: adapters on queries and values of a U-Net with text, NASA, CLIP; only student and adapters move."""
+    unet = make_net(UNet(size=4, channels=2, widths=(8,), layers=1, depths=(1,), heads=(2,), text_dim=TEXT, groups=4), wrap=WRAP)
+    fake = adapt(unet, base="teacher", rank=2, alpha=4.0, targets=r".*attn[12]/to_[qv]/kernel")
+    scorer = fixed_net(lambda x0, cond: (x0.mean((1, 2)), cond["text"].mean(1)[:, :2]))
+    nets = {"student": unet, "teacher": unet, "fake": fake, "scorer": scorer}
+    method = ClippedNasaT(shape=(4, 4, 2))
+    batch, txs = prompts(n=4), {role: optax.adam(1e-3) for role in method.inits}
+    first = {"teacher": unet.init(jax.random.key(7)), "scorer": {}}
+    state = init_state(method, nets, txs, jax.random.key(0), first)
+    before = jax.device_get((state.params, state.frozen))
+    step, active_at = make_train_step(method, nets, txs)
+    for i in range(2):
+        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
+        assert all(np.isfinite(v) for v in metrics.values()), metrics
+    assert metrics["student/grad_norm"] > 0 and metrics["fake/grad_norm"] > 0
+    after = jax.device_get((state.params, state.frozen))
+    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+    assert {path.split("/")[-3] + "/" + path.split("/")[-2] for path in fake.shapes} == {f"attn{i}/to_{m}" for i in (1, 2) for m in "qv"}
+    moved = lambda role: any(np.any(a != b) for a, b in zip(jax.tree.leaves(before[0][role]), jax.tree.leaves(after[0][role])))
+    assert moved("student") and moved("fake")
