@@ -44,11 +44,15 @@ class DiffInstruct(Method):
 
     def simulate(self, net: Nets, ctx: Ctx) -> Batch:
         """Backward simulation (DMD2, section 4.5): the student's own chain up to a step that the whole batch shares."""
-        noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
+        noise = self.initial(jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape))
         index = jax.random.randint(ctx.key("index"), (), 0, len(self.student_times))
         denoise = lambda x, t: net.student(x, t, ctx.batch.get("cond"))
         xt, t = simulate(self.process, denoise, noise, jnp.array(self.student_times), ctx.key("chain"), index)
         return {**ctx.batch, "xt": xt, "t": t}
+
+    def initial(self, noise: Array) -> Array:
+        """Unit Gaussian noise as the chain is given it; `process.start` makes a state at t_max of it."""
+        return noise
 
     def generate(self, net: Nets, ctx: Ctx) -> Array:
         """The student's x0 from the gathered state; gradient flows through this call only."""
@@ -99,4 +103,4 @@ class DiffInstruct(Method):
         return first_times(self.student_times, steps)
 
     def sample(self, net, noise, cond, key, steps):
-        return renoise(self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key)
+        return renoise(self.process, lambda x, t: net(x, t, cond), self.initial(noise), self.sampling_times(steps), key)
