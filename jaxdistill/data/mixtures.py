@@ -62,6 +62,11 @@ class Mixture(Dataset):
         """Which modes a condition excludes, bool [B modes]; the null condition none."""
         return (cond[:, None] != self.labels) & (cond[:, None] < (self.classes or self.modes))
 
+    @property
+    def teacher_law(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The law that `net` is the denoiser of."""
+        return self.law
+
     def draw(self, rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
         """`n` samples from the law."""
         weights, means, stds = self.law
@@ -81,7 +86,8 @@ class Mixture(Dataset):
 
     def denoise(self, process: Process, x: Array, t: Array, cond: Array | None = None, **_) -> Pred:
         """Exact E[x0 | x_t]: responsibilities times the modes' own posterior means (00-foundations, section 4)."""
-        log_w, means, stds = (jnp.asarray(a, x.dtype) for a in (np.log(self.law[0].astype(np.float64)), *self.law[1:]))
+        weights, means, stds = self.teacher_law
+        log_w, means, stds = (jnp.asarray(a, x.dtype) for a in (np.log(weights.astype(np.float64)), means, stds))
         a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
         spread = (a * stds) ** 2 + s**2  # [B K]
         offset = x[:, None] - a[..., None] * means  # [B K D]
@@ -93,3 +99,15 @@ class Mixture(Dataset):
         eps = jnp.sum(w * (s / spread)[..., None] * offset, 1)  # exact at sigma = 0 too
         v = da * x0 + ds * eps
         return Pred(x0, eps, v, v)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blurred(Mixture):
+    """Its teacher is that of the data convolved with N(0, blur^2): exact, but slightly wrong."""
+
+    blur: float = 0.08
+
+    @property
+    def teacher_law(self):
+        weights, means, stds = self.law
+        return weights, means, np.sqrt(stds**2 + np.float32(self.blur) ** 2)

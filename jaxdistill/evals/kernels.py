@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from jaxdistill.core.types import Refused
 from jaxdistill.evals import distances
-
-BANDS = (0.25, 0.5, 1.0, 2.0, 4.0)
-
-
-def _u_statistic(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray) -> float:
-    """Mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of different samples (arXiv:0805.2368, eq. 3)."""
-
-    def within(a):
-        k, n = kernel(a, a), len(a)
-        return (k.sum() - np.trace(k)) / (n * (n - 1))
-
-    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
+from jaxdistill.objectives import mmd
 
 
 def median_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Median distance between different samples of both sets together, from the first 1,000 rows of each."""
-    both = np.concatenate([x[:1000], y[:1000]])
-    return float(np.median(np.sqrt(distances.squared(both, both)[np.triu_indices(len(both), 1)])))
+    return float(mmd.median_distance(*(np.asarray(a[:1000], np.float64) for a in (x, y))))
 
 
 def mmd2(x: np.ndarray, y: np.ndarray, width: float | None = None) -> float:
-    """MMD^2 of [n D] and [m D] under the mean of RBF kernels exp(-d^2 / 2h^2), h = `width` times each of BANDS.
+    """MMD^2 of [n D] and [m D] under the mean of RBF kernels exp(-d^2 / 2h^2), h = `width` times each of mmd.BANDS.
 
     `width` defaults to `median_distance`; fix it to compare several sets with one.
     """
-    h = median_distance(x, y) if width is None else width
-
-    def kernel(a, b):
-        d = distances.squared(a, b)
-        return sum(np.exp(-d / (2 * (h * band) ** 2)) for band in BANDS) / len(BANDS)
-
-    return _u_statistic(kernel, x, y)
+    kernel = mmd.rbf(median_distance(x, y) if width is None else width)
+    return float(mmd.u_statistic(kernel, np.asarray(x, np.float64), np.asarray(y, np.float64)))
 
 
 def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -53,10 +34,10 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
     pick = lambda a: a[rng.choice(len(a), size, replace=False)]
-    values = [_u_statistic(kernel, pick(x), pick(y)) for _ in range(subsets)]
+    values = [mmd.u_statistic(kernel, pick(x), pick(y)) for _ in range(subsets)]
     return float(np.mean(values)), float(np.std(values))
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'| of [n D] and [m D], over pairs of different samples."""
-    return _u_statistic(lambda a, b: -np.sqrt(distances.squared(a, b)), x, y)
+    return float(mmd.u_statistic(lambda a, b: -np.sqrt(distances.squared(a, b)), x, y))

@@ -2,7 +2,8 @@
 
 With x_t = alpha x + sigma eps and x the student's sample, KL(student || real) at time t has the gradient
 w_t (alpha / sigma)^2 (D_psi(x_t) - D_phi(x_t)) in x. DMD arXiv:2311.18828, Diff-Instruct arXiv:2305.18455, SiD
-arXiv:2404.04057 and f-distill arXiv:2502.15681 weigh or integrate it differently. 00-foundations, section 8.
+arXiv:2404.04057, SIM arXiv:2410.16794 and Uni-Instruct arXiv:2505.20755 weigh or integrate it differently, the last with
+the weights of objectives/fdivergence.py. 00-foundations, section 8.
 """
 
 from __future__ import annotations
@@ -10,13 +11,27 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, lookup
+from jaxdistill.core.types import Array
 
 
 def gradient_surrogate(x: Array, grad: Array) -> Array:
     """A scalar whose gradient in `x` is exactly grad / numel; its value is mean(grad^2) / 2. `grad` is under stop_gradient."""
+    return jnp.mean(_pull(x, grad))
+
+
+def summed_surrogate(x: Array, grad: Array) -> Array:
+    """The same for each sample, summed over dimensions: [B ...] -> [B], with gradient exactly `grad` in `x`."""
+    return jnp.sum(_pull(x, grad), axis=range(1, x.ndim))
+
+
+def _pull(x: Array, grad: Array) -> Array:
     grad = jax.lax.stop_gradient(grad)
-    return jnp.mean(grad * (x - jax.lax.stop_gradient(x)) + 0.5 * grad**2)
+    return grad * (x - jax.lax.stop_gradient(x)) + 0.5 * grad**2
+
+
+def inverse_distance(x0: Array, real_x0: Array) -> Array:
+    """1 / max(mean |x0 - D_phi|, 1e-5) per sample, [B 1 ...], under stop_gradient (SiD's weight)."""
+    return 1 / jnp.maximum(_distance(x0, real_x0), 1e-5)
 
 
 def _distance(x0: Array, real_x0: Array) -> Array:
@@ -57,25 +72,15 @@ def sid_loss(x0: Array, real_x0: Array, fake_x0: Array, alpha: float = 1.2, scal
     both denoisers' inputs. The value turns negative for alpha > 1 and measures nothing: watch the gradient.
     """
     gap = real_x0 - fake_x0
-    weight = scale / jnp.maximum(_distance(x0, real_x0), 1e-5)
+    weight = scale * inverse_distance(x0, real_x0)
     return jnp.sum(weight * gap * ((real_x0 - x0) - alpha * gap), axis=range(1, x0.ndim))
 
 
-F_WEIGHTS = {
-    "reverse_kl": lambda r: jnp.ones_like(r),
-    "forward_kl": lambda r: r,
-    "js": lambda r: r / (1 + r),
-    "softened_rkl": lambda r: 1 / (1 + r),
-    "hellinger": lambda r: jnp.sqrt(r),
-    "jeffreys": lambda r: 1 + r,
-    "neyman": lambda r: 1 / r,
-}  # h(r), r = p_real / p_fake: what an f-divergence multiplies the reverse KL's gradient by (f-distill, table 1)
+def sim_loss(x0: Array, real_x0: Array, fake_x0: Array, c: float) -> Array:
+    """Score implicit matching (SIM) under the pseudo-Huber distance sqrt(|.|^2 + c^2) - c of denoisers: [B ...] -> [B].
 
-
-def f_weight(kind: str, logit: Array) -> Array:
-    """h(exp(logit)) over its batch mean, under stop_gradient; [B] -> [B].
-
-    `logit` is a discriminator's estimate of log p_real - log p_fake, clipped to [-10, 10]. Raises Refused on an unknown kind.
+    gap . (D_psi - x0) / sqrt(|gap|^2 + c^2) with gap = D_phi - D_psi, summed over dimensions; the gradient flows through x0
+    and both denoisers' inputs, the quotient included. For c -> inf, c times it is SiD's at alpha = 1 without its weight.
     """
-    h = lookup(F_WEIGHTS, kind, "divergence")(jnp.exp(jnp.clip(jax.lax.stop_gradient(logit), -10.0, 10.0)))
-    return h / jnp.mean(h)
+    gap, dims = real_x0 - fake_x0, range(1, x0.ndim)
+    return jnp.sum(gap * (fake_x0 - x0), dims) / jnp.sqrt(jnp.sum(gap**2, dims) + c**2)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core.types import Refused
 from jaxdistill.objectives import score
 
 M_G, M_R, STD = 0.3, -0.8, 0.7
@@ -128,34 +127,11 @@ def test_exact_fake_score_makes_the_loop_converge_exponentially():
         np.testing.assert_allclose(m - M_R, (2.0 - M_R) * (1 - eta * c) ** (k + 1), rtol=1e-12)
 
 
-GENERATORS = {  # f of D_f = E_fake f(p_real / p_fake)
-    "reverse_kl": lambda r: -jnp.log(r),
-    "forward_kl": lambda r: r * jnp.log(r),
-    "js": lambda r: r * jnp.log(r) - (1 + r) * jnp.log((1 + r) / 2),
-    "softened_rkl": lambda r: (1 + r) * jnp.log((1 + r) / r),
-    "hellinger": lambda r: 4 * (1 - jnp.sqrt(r)),
-    "jeffreys": lambda r: (r - 1) * jnp.log(r),
-    "neyman": lambda r: (1 - r) ** 2 / (2 * r),
-}
-
-
-@pytest.mark.parametrize("kind", score.F_WEIGHTS)
-def test_f_weights_are_r_squared_f_second(kind):
-    for r in (0.1, 1.0, 3.0):
-        curvature = jax.grad(jax.grad(GENERATORS[kind]))(r)
-        np.testing.assert_allclose(score.F_WEIGHTS[kind](jnp.asarray(r)), r**2 * curvature, rtol=1e-10)
-
-
-def test_f_weight_has_batch_mean_one_is_clipped_and_carries_no_gradient():
-    logit = jnp.asarray([-40.0, -10.0, 0.0, 1.0])
-    h = score.f_weight("forward_kl", logit)
-    np.testing.assert_allclose(h.mean(), 1.0, rtol=4 * EPS64)
-    assert h[0] == h[1]
-    np.testing.assert_allclose(h[3] / h[2], np.e, rtol=1e-12)
-    np.testing.assert_array_equal(score.f_weight("reverse_kl", logit), 1.0)
-    np.testing.assert_array_equal(jax.grad(lambda z: score.f_weight("jeffreys", z)[3])(logit), 0.0)
-    with pytest.raises(Refused, match=r"divergence='jefreys'.* did you mean 'jeffreys'"):
-        score.f_weight("jefreys", logit)
+def test_summed_surrogate_gradient_is_grad_for_each_sample():
+    x, grad = (jnp.asarray(np.random.default_rng(s).standard_normal((4, 2, 3))) for s in (0, 1))
+    assert score.summed_surrogate(x, grad).shape == (4,)
+    np.testing.assert_array_equal(jax.grad(lambda x: score.summed_surrogate(x, grad)[1])(x), grad * (jnp.arange(4) == 1)[:, None, None])
+    np.testing.assert_allclose(score.summed_surrogate(x, grad).sum() / x.size, score.gradient_surrogate(x, grad), rtol=1e-12)
 
 
 def test_dmd_gradient_with_a_floor():
@@ -182,3 +158,16 @@ def test_kl_gradient_is_the_difference_of_scores_at_a_sample_between(s):
         np.testing.assert_allclose(-(xt + (1 - t) * v) / t, true, rtol=1e-11)
     # d KL_t / d m_g through x_s = (1 - s) m_g + ...: alpha_t = ratio (1 - s)
     np.testing.assert_allclose((1 - s) * got, jax.grad(lambda m: (1 - t) ** 2 * (m - M_R) ** 2 / (2 * var))(M_G), rtol=1e-11)
+
+
+def test_sim_loss_tends_to_the_score_identity_and_to_unit_gaps():
+    """c -> inf: c times it is SiD's at alpha = 1 without the weight. c -> 0: the unit direction of the gap times (D_psi - x0)."""
+    x0, xt = noised()
+    psi, phi = denoiser(M_G, 1.0, 0.9), denoiser(M_R, 1.0, 0.9)
+    plain = lambda x: jnp.sum((phi(xt + x - x0) - psi(xt + x - x0)) * (psi(xt + x - x0) - x), -1)
+    huge = lambda x: 1e6 * score.sim_loss(x, phi(xt + x - x0), psi(xt + x - x0), 1e6)
+    np.testing.assert_allclose(huge(x0), plain(x0), rtol=1e-10)
+    np.testing.assert_allclose(jax.grad(lambda x: huge(x).sum())(x0), jax.grad(lambda x: plain(x).sum())(x0), rtol=1e-10)
+    gap = phi(xt) - psi(xt)
+    unit = gap / jnp.linalg.norm(gap, axis=-1, keepdims=True)
+    np.testing.assert_allclose(score.sim_loss(x0, phi(xt), psi(xt), 1e-9), jnp.sum(unit * (psi(xt) - x0), -1), rtol=1e-12)

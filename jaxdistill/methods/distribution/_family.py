@@ -1,0 +1,201 @@
+"""The one-step methods that Uni-Instruct (arXiv:2505.20755, table 1) is a common form of, each by the piece that makes it.
+
+| method | gradient of the student | here |
+|---|---|---|
+| Diff-Instruct arXiv:2305.18455 | w_t d . dx_t, d = s_fake - s_real | diff_instruct.DiffInstruct |
+| VSD arXiv:2305.16213, SwiftBrush | the same, the fake score an adapter | DiffInstruct with roles.fake.lora |
+| DMD arXiv:2311.18828 | normalised, and a regression on pairs | DMD |
+| DMD2 arXiv:2405.14867 | normalised, and a GAN | dmd2.DMD2 |
+| f-distill arXiv:2502.15681 | DMD2's times h(r) | FDistill |
+| SDS arXiv:2209.14988, DDS arXiv:2304.07090 | s_fake that of the sample itself, or of a reference | SDS, DDS |
+| RED-diff arXiv:2305.04391 | SDS and fidelity to a measurement | RedDiff |
+| SiD arXiv:2404.04057 | score identity | SiD |
+| SiDA arXiv:2410.14919 | score identity and a GAN | SiDA |
+| SIM arXiv:2410.16794 | score identity of any distance | SIM |
+| DI++ arXiv:2410.18881, DI* arXiv:2410.20898 | Diff-Instruct's or SIM's, and a reward | DIPlusPlus, DIStar |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Stage, Turn
+from jaxdistill.diffusion.denoiser import guided
+from jaxdistill.diffusion.process import EDM, Process, expand
+from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
+from jaxdistill.objectives import fdivergence, score
+from jaxdistill.samplers import ode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DMD(DiffInstruct):
+    """Distribution matching, and regression on stored pairs of noise and the teacher's sample.
+
+    The paper's LPIPS is a squared error here; override `distance`.
+    """
+
+    regression_weight: float = 0.25  # the paper's, of LPIPS
+    batches: int = 400  # of pairs, each of data.batch_size; the paper's 100k (CIFAR-10), 25k (ImageNet)
+    solver: str = "heun"
+    solver_steps: int = 18
+
+    direction = DMD2.direction
+
+    def stages(self, steps):
+        return (Stage(self, steps, collect=Collect(self.pairs, self.batches)),)
+
+    def pairs(self, net: Nets, ctx: Ctx) -> Batch:
+        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
+        noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape, ctx.batch["x"].dtype)
+        denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
+        return {
+            **ctx.batch,
+            "noise": noise,
+            "x": ode.solve(self.solver, self.process, denoise, self.process.start(noise), self.solver_steps),
+        }
+
+    def distance(self, x: Array, y: Array) -> Array:
+        """[B]"""
+        return jnp.mean((x - y) ** 2, axis=range(1, x.ndim))
+
+    def student_loss(self, net: Nets, ctx: Ctx) -> Out:
+        out, x = super().student_loss(net, ctx), ctx.batch["x"]
+        start = self.process.start(self.initial(ctx.batch["noise"]))
+        paired = net.student(start, jnp.full(x.shape[:1], self.student_times[0]), ctx.batch.get("cond")).x0
+        regression = jnp.mean(self.distance(paired, x))  # DMD, eq. 9
+        return Out(out.loss + self.regression_weight * regression, {**out.metrics, "regression": regression})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FDistill(DMD2):
+    """DMD2's gradient times h(r) over its batch mean, r from the discriminator."""
+
+    divergence: str = "js"  # a row of fdivergence.DIVERGENCES
+
+    def match(self, net, ctx, x0):
+        xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
+        h = fdivergence.f_weight(self.divergence, self.logits(net, xt, t, ctx.batch.get("cond")))
+        gradient = self.direction(x0, self.real(net, xt, t, ctx), self.fake(net, xt, t, ctx), t)
+        return score.gradient_surrogate(x0, expand(h, x0) * gradient), xt, t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SDS(DiffInstruct):
+    """Score distillation sampling: the added noise stands for the fake score, D_psi = x0. The student is any generator."""
+
+    inits = {"student": "teacher"}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (super().turns[1],)
+
+    def fake(self, net, xt, t, ctx):
+        return None
+
+    def direction(self, x0, real, fake, t):
+        return score.diff_instruct_gradient(real.x0, x0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DDS(SDS):
+    """Delta denoising: less the gradient of a reference, batch["ref"] [B ...] under its own condition batch["ref_cond"]."""
+
+    def match(self, net, ctx, x0):
+        xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
+        ref, null = ctx.batch["ref"], ctx.batch.get("null_cond")
+        held = guided(net.teacher, self.process.add_noise(ref, eps, t), t, ctx.batch.get("ref_cond"), null, self.guidance)
+        gradient = self.direction(x0, self.real(net, xt, t, ctx), None, t) - self.direction(ref, held, None, t)
+        return score.gradient_surrogate(x0, gradient), xt, t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RedDiff(SDS):
+    """An inverse problem: SDS as the prior, and |A(x0) - y|^2 with y = batch["measured"]; override `measure`, which is A."""
+
+    fidelity_weight: float = 1.0
+
+    def measure(self, x0: Array) -> Array:
+        return x0
+
+    def match(self, net, ctx, x0):
+        prior, xt, t = super().match(net, ctx, x0)
+        return prior + self.fidelity_weight * jnp.mean((self.measure(x0) - ctx.batch["measured"]) ** 2), xt, t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiD(DiffInstruct):
+    """Score identity distillation. alpha = 1/2 is the exact gradient of the Fisher divergence, halved; the paper's is 1.2."""
+
+    process: Process = EDM()
+    student_times: tuple[float, ...] = (2.5,)
+    match_times: Uniform = Karras(high=0.8)
+    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)
+    fake_target: str = "edm"
+    alpha: float = 1.2
+    scale: float = 100.0
+
+    initial = UniInstruct.initial
+
+    def identity(self, x0: Array, real: Array, fake: Array) -> Array:
+        """[B] from the sample and the two denoised ones."""
+        return score.sid_loss(x0, real, fake, self.alpha, self.scale)
+
+    def match(self, net, ctx, x0):
+        xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
+        return jnp.mean(self.identity(x0, self.real(net, xt, t, ctx).x0, self.fake(net, xt, t, ctx).x0)), xt, t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SIM(SiD):
+    """Score implicit matching under the pseudo-Huber distance; the sampling law is held, hence no further term."""
+
+    huber: float = 1e-2  # c of sqrt(|.|^2 + c^2) - c, in units of the data, times the root of the number of dimensions
+
+    def identity(self, x0, real, fake):
+        return self.scale * score.sim_loss(x0, real, fake, self.huber * (x0[0].size ** 0.5))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SiDA(UniInstruct):
+    """Score identity with alpha, and Uni-Instruct's GAN; no ratio enters. alpha = 1 is Uni-Instruct's reverse KL."""
+
+    alpha: float = 1.2  # as SiD's; Uni-Instruct's code has 1
+    critic_only: int = 0
+
+    def expansion(self, net, ctx, x0, xt, t, real, fake, logits):
+        return score.sid_loss(x0, real.x0, fake.x0, self.alpha, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalisedUniInstruct(UniInstruct):
+    """Ratios over their batch mean."""
+
+    def ratio(self, logits):
+        r = super().ratio(logits)
+        return r / jnp.mean(r)
+
+
+class _Rewarded:
+    """A frozen role `reward`, (x0, cond) -> [B], that the student climbs besides matching."""
+
+    frozen = ("teacher", "reward")
+
+    def match(self, net, ctx, x0):
+        loss, xt, t = super().match(net, ctx, x0)
+        return loss - self.reward_weight * jnp.mean(net.reward(x0, ctx.batch.get("cond"))), xt, t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DIPlusPlus(_Rewarded, DiffInstruct):
+    reward_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DIStar(_Rewarded, SIM):
+    reward_weight: float = 1.0

@@ -1,0 +1,461 @@
+"""Uni-Instruct on one-dimensional Gaussians by quadrature: the three terms, the code's weights, the schedule, and its relatives."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill.core.net import make_net
+from jaxdistill.core.step import init_state, make_train_step
+from jaxdistill.core.types import Ctx
+from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
+from jaxdistill.diffusion.process import EDM, Flow, Process, expand
+from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.methods.distribution import _family as family
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.uni_instruct import ExactUniInstruct, SharedUniInstruct, UniInstruct
+from jaxdistill.models.heads import Discriminator
+from jaxdistill.models.mlp import MLP
+from jaxdistill.objectives import fdivergence, score
+
+M, C, ALPHA, SIGMA = 0.4, 0.6, 0.8, 0.7  # x_0 = M + C z, x_t = ALPHA x_0 + SIGMA eps
+OPEN = dict(ratio_range=(1e-200, 1e200), reverse_until=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaled(Process):
+    """(ALPHA, t): g^2 / 2 = t."""
+
+    def alpha_sigma(self, t):
+        return jnp.full_like(t, ALPHA), t
+
+
+def log_density(x, mean, var):
+    return -0.5 * (x - mean) ** 2 / var - 0.5 * jnp.log(2 * jnp.pi * var)
+
+
+def networks(process, q_var, m=M, c=C):
+    """Exact teacher of q_t = N(0, q_var) (already noised), exact fake score and discriminator of the student's law."""
+
+    def denoised(x, t, mean, var, **kw):
+        a, s = process.alpha_sigma(expand(t, x))
+        return process.from_x0((x - s**2 * (x - mean) / var) / a, x, t, **kw)
+
+    def spread(x, t):
+        a, s = process.alpha_sigma(expand(t, x))
+        return a * m, (a * c) ** 2 + s**2
+
+    q = lambda x, t: q_var(expand(t, x)) if callable(q_var) else q_var
+    return SimpleNamespace(
+        teacher=lambda x, t, cond=None: denoised(x, t, 0.0, q(x, t)),
+        fake=lambda x, t, cond=None, features=(): denoised(x, t, *spread(x, t), feats=((x, expand(t, x)),)),
+        disc=lambda feats, t, cond: (log_density(feats[0][0], 0.0, q(*feats[0])) - log_density(feats[0][0], *spread(*feats[0])))[:, 0],
+    )
+
+
+@functools.cache
+def grid(n=72):
+    """(z [n^2 1], eps, weights [n^2]) of two independent normal variables."""
+    x, w = np.polynomial.hermite_e.hermegauss(n)
+    z, eps = (a.reshape(-1, 1) for a in np.meshgrid(x, x))
+    return z, eps, np.outer(w, w).reshape(-1) / w.sum() ** 2
+
+
+def gradient(method, net, sigma=SIGMA, m=M, c=C):
+    """d/dm, d/dc of the weighted mean of `method.expansion`, its networks held."""
+    z, eps, w = grid()
+    t = jnp.full(len(z), sigma)
+    ctx = Ctx({"x": z}, jax.random.key(0), jnp.asarray(0), {})
+
+    def loss(m, c):
+        x0 = m + c * z
+        xt = method.process.add_noise(x0, jnp.asarray(eps), t)
+        real, (fake, logits) = method.real(net, xt, t, ctx), method.judge(net, xt, t, ctx)
+        return jnp.sum(w * method.expansion(net, ctx, x0, xt, t, real, fake, logits))
+
+    return np.array(jax.jit(jax.grad(loss, (0, 1)))(m, c))
+
+
+def objective(kind, q_var):
+    """J_t = E_p[h(r) d^2] as a function of (m, c), everything moving."""
+    x, w = np.polynomial.hermite_e.hermegauss(200)
+
+    def value(m, c):
+        mean, var = ALPHA * m, (ALPHA * c) ** 2 + SIGMA**2
+        xt = mean + jnp.sqrt(var) * x
+        r = jnp.exp(log_density(xt, 0.0, q_var) - log_density(xt, mean, var))
+        d = -(xt - mean) / var + xt / q_var
+        return jnp.sum(w / w.sum() * fdivergence.divergence(kind).h(r) * d**2)
+
+    return np.array(jax.jit(jax.grad(value, (0, 1)))(M, C))
+
+
+class Terms(ExactUniInstruct):
+    """Keeps some of the three terms."""
+
+    kept = (1, 1, 1)
+
+    def weights(self, r, step):
+        return tuple(k * w for k, w in zip(self.kept, super().weights(r, step)))
+
+
+def exact(kind, kept=(1, 1, 1), base=Terms):
+    make = dataclasses.dataclass(frozen=True, kw_only=True)(type("Some", (base,), {"kept": kept}))
+    return make(process=Scaled(), divergence=kind, **OPEN)
+
+
+TABLE = [  # divergence, scale of f, variance of q_t, (dJ/dm, dJ/dc)
+    ("forward_kl", 1.0, 1.69, (0.986558, -4.404178)),
+    ("reverse_kl", 1.0, 1.69, (0.179265, -1.210939)),
+    ("js", 0.5, 1.69, (0.053007, -0.357584)),
+    ("chi2", 1.0, 1.0, (9.672300, -19.968784)),
+]
+
+
+@pytest.mark.parametrize(("kind", "scale", "q_var", "values"), TABLE)
+def test_three_terms_are_the_gradient(x64, kind, scale, q_var, values):
+    got = scale * gradient(exact(kind), networks(Scaled(), q_var)) / SIGMA  # g^2 / 2 = SIGMA
+    np.testing.assert_allclose(got, scale * objective(kind, q_var), rtol=1e-8)
+    np.testing.assert_allclose(got, values, atol=6e-7)
+
+
+def test_single_terms(x64):
+    """T_SIM alone is the whole gradient for forward KL only."""
+    net = networks(Scaled(), 1.69)
+    term = lambda kind, *kept: gradient(exact(kind, kept), net) / SIGMA
+    np.testing.assert_allclose(term("forward_kl", 1, 0, 0), TABLE[0][3], atol=6e-7)
+    np.testing.assert_allclose(term("reverse_kl", 1, 0, 0), (0.420542, -1.698047), atol=6e-7)
+    np.testing.assert_allclose(0.5 * term("js", 1, 0, 0), (0.122798, -0.503122), atol=6e-7)
+    np.testing.assert_allclose(0.5 * term("js", 0, 1, 0), (-0.026263, 0.054951), atol=6e-7)
+    np.testing.assert_allclose(0.5 * term("js", 0, 0, 1), (-0.043527, 0.090587), atol=6e-7)
+
+
+def test_detaching_the_ratio_changes_the_gradient(x64):
+    class Detached(Terms):
+        ratio = UniInstruct.ratio
+
+    got = gradient(exact("forward_kl", base=Detached), networks(Scaled(), 1.69)) / SIGMA
+    np.testing.assert_allclose(got, (0.986558, -3.051113), atol=6e-7)
+
+
+@pytest.mark.parametrize("make", [UniInstruct, ExactUniInstruct, family.SiDA])
+@pytest.mark.parametrize("kind", ["jkl", "chi2"])
+def test_equal_laws_leave_the_student_alone(x64, make, kind):
+    var = (ALPHA * C) ** 2 + SIGMA**2
+    method = make(process=Scaled(), divergence=kind, **OPEN)
+    np.testing.assert_allclose(gradient(method, networks(Scaled(), var, m=0.0), m=0.0), 0.0, atol=1e-10)
+
+
+def test_code_weights(x64):
+    """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving along, r and omega held."""
+    method = UniInstruct(process=Scaled(), divergence="chi2", **OPEN)
+    net, (z, eps, _) = networks(Scaled(), 1.0), grid(6)
+    t, ctx = jnp.full(len(z), SIGMA), Ctx({}, jax.random.key(0), jnp.asarray(0), {})
+    at = lambda x0: method.process.add_noise(x0, jnp.asarray(eps), t)
+    x0 = M + C * z
+
+    def loss(x0):
+        xt = at(x0)
+        return jnp.sum(method.expansion(net, ctx, x0, xt, t, net.teacher(xt, t), *method.judge(net, xt, t, ctx)))
+
+    real, fake, r = net.teacher(at(x0), t).x0, net.fake(at(x0), t).x0, jnp.exp(net.disc(net.fake(at(x0), t).feats, t, None))[:, None]
+    omega, phi, psi = 1 / np.abs(x0 - real), 1 - SIGMA**2 / 1.0, 1 - SIGMA**2 / ((ALPHA * C) ** 2 + SIGMA**2)  # dD/dx_0
+    sim = omega * ((phi - psi) * (fake - x0) + (real - fake) * (psi - 1))
+    np.testing.assert_allclose(jax.grad(loss)(x0), 2 * r**2 * sim + 4 * r**2 * (fake - real) * np.abs(fake - real), rtol=1e-9)
+
+
+def test_score_identity(x64):
+    """E[d (s_p - cond. score)] = 0: the score projection that the SIM term rests on."""
+    net, (z, eps, w) = networks(Scaled(), 1.69), grid()
+    t, x0 = jnp.full(len(z), SIGMA), M + C * z
+    xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
+    real, fake = net.teacher(xt, t).x0, net.fake(xt, t).x0
+    mean = jnp.sum(w[:, None] * (fake - real) * (fake - x0))
+    np.testing.assert_allclose(mean, 0.0, atol=1e-12)
+
+
+def test_reverse_kl_first_then_the_divergence():
+    method = UniInstruct(divergence="chi2", critic_only=3, reverse_until=5, critic_steps=1)
+    critics, student = method.turns
+    assert critics.moves == ("fake", "disc") and all(critics.when(s) for s in range(9))
+    assert [s for s in range(9) if student.when(s)] == [3, 4, 5, 6, 7, 8]
+    assert [s for s in range(9) if dataclasses.replace(method, critic_steps=2).turns[1].when(s)] == [4, 6, 8]
+    r = jnp.array([0.5, 3.0])
+    early, late = (method.weights(r, jnp.asarray(s)) for s in (4, 5))
+    np.testing.assert_array_equal(jnp.stack(early), [[1, 1], [0, 0], [1, 1]])
+    np.testing.assert_allclose(jnp.stack(late), [2 * r**2, 4 * r**2, -2 * r**2], rtol=1e-6)
+
+
+def test_the_chain_starts_at_the_first_student_time(context):
+    ctx = context(jnp.zeros((500, 2)))
+    seen = []
+    student = lambda x, t, cond=None: (seen.append((x, t)), EDM().from_x0(x, x, t))[1]
+    batch = UniInstruct().simulate(SimpleNamespace(student=student), ctx)
+    np.testing.assert_allclose(batch["xt"], 2.5 * jax.random.normal(ctx.key("noise"), (500, 2)), rtol=1e-6)
+    assert np.all(batch["t"] == 2.5)
+    noise = jax.random.normal(jax.random.key(0), (4, 2))
+    np.testing.assert_allclose(UniInstruct().sample(student, noise, None, jax.random.key(0), 1), 2.5 * noise, rtol=1e-6)
+    assert np.all(seen[-1][1] == 2.5)
+
+
+def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
+    """.01 numel omega softplus(-clip(logit)), the softplus before the mean over the map; its gradient stops at the clip."""
+    map_ = lambda x: jnp.stack([x.sum(1), 40.0 + x.sum(1), -x.sum(1)], 1)
+    net = SimpleNamespace(
+        student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
+        teacher=lambda x, t, cond=None: EDM().from_x0(0.5 * x, x, t),
+        fake=lambda x, t, cond=None, features=(): EDM().from_x0(0.5 * x, x, t, feats=(x,)),
+        disc=lambda feats, t, cond: map_(feats[0]),
+    )
+    method = UniInstruct(match_times=Uniform(low=1e-9, high=1e-9), reverse_until=0)
+    x = jax.random.normal(jax.random.key(3), (5, 4))
+    out = method.student_loss(net, context(x, xt=x, t=jnp.ones(5)))
+    xt = method.diffuse(x, method.match_times, context(x), "match")[0]
+    want = 0.01 * 4 * np.mean(np.mean(np.logaddexp(0, -np.clip(map_(xt), -10, 10)), 1) / np.mean(np.abs(x - 0.5 * xt), 1))
+    np.testing.assert_allclose(out.loss, want, rtol=1e-9)  # equal scores: nothing but the GAN
+
+
+def test_discriminator_settles_at_the_log_ratio(x64, context):
+    """At logit = log q - log p the critics' loss has no slope but sampling noise, with the EDM weight on every noise level."""
+    n, method = 40_000, UniInstruct(fake_times=LogNormalSNR(mean=0.0, std=0.5))
+    q_var = lambda s: 0.9 + s**2
+    net = networks(EDM(), q_var)
+    best, z = net.disc, jax.random.normal(jax.random.key(2), (2, n, 1))
+    net.student = lambda x, t, cond=None: EDM().from_x0(M + C * x, x, t)
+    ctx = context(0.9**0.5 * z[1], xt=z[0], t=jnp.ones(n))
+
+    def loss(move):
+        net.disc = lambda feats, t, cond: best(feats, t, cond) + move[0] + move[1] * feats[0][0][:, 0]
+        return method.critic_loss(net, ctx).metrics["gan"]
+
+    slopes = jax.jit(jax.grad(loss))
+    at, away = slopes(jnp.zeros(2)), slopes(jnp.array([0.5, 0.5]))
+    assert jnp.all(jnp.abs(at) < 0.1 * jnp.abs(away)), (at, away)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Weights and losses of the first five steps, by method."""
+    process = EDM()
+    wrap = functools.partial(Denoiser(param=EDMPrecond(), native=process).wrap, process=process)
+    mlp = make_net(MLP(width=8, depth=2), wrap=wrap)
+    disc = make_net(Discriminator(features=1, dim=8, width=8))
+    batch = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
+
+    def run(method, lr=None):
+        nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
+        txs = {role: optax.sgd((lr or {}).get(role, 1e-4)) for role in method.inits}
+        start = {"teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))), "fake": mlp.init(jax.random.key(8))}
+        state = init_state(method, nets, txs, jax.random.key(0), start)
+        step, active_at = make_train_step(method, nets, txs)
+        losses = []
+        for i in range(5):
+            state, metrics = step(state, batch, jax.random.key(1), active_at(i))
+            losses.append({k: float(v) for k, v in metrics.items()})
+        return jax.device_get(state.params), losses, step
+
+    return run
+
+
+def same(a, b, rtol=1e-5):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
+
+
+def test_reverse_kl_without_the_gan_follows_sid(trained):
+    """Both GAN weights 0: draw for draw SiD with alpha = 1, whose fake loss is a mean where this one's is a sum over 2 dimensions."""
+    ours, losses, step = trained(UniInstruct(divergence="reverse_kl", gan_weight=0.0, disc_weight=0.0, critic_only=2, reverse_until=3))
+    assert step._cache_size() == 2  # the schedule costs one program for the critics alone, none for the change of divergence
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(family.SiD):
+        @property
+        def turns(self):
+            critics, student = super().turns
+            return critics, dataclasses.replace(student, when=lambda step: step >= 2)
+
+    host, others, _ = trained(Later(alpha=1.0), {"fake": 2e-4})
+    same(ours["student"], host["student"])
+    same(ours["fake"], host["fake"])
+    for mine, theirs in zip(losses, others, strict=True):
+        np.testing.assert_allclose(mine["fake/denoise"], 2 * theirs["fake/denoise"], rtol=1e-5)
+        if "student/match" in theirs:
+            np.testing.assert_allclose(100 * mine["student/match"], theirs["student/match"], rtol=1e-5)
+
+
+def test_every_part_trains(trained):
+    """The GAN, the divergence and the shared discriminator each move the student elsewhere."""
+    settings = dict(critic_only=0, reverse_until=0)
+    base = trained(UniInstruct(divergence="reverse_kl", **settings))[0]["student"]
+    for other in (UniInstruct(divergence="reverse_kl", gan_weight=0.0, **settings), UniInstruct(divergence="chi2", **settings),
+                  SharedUniInstruct(divergence="reverse_kl", **settings)):  # fmt: skip
+        params, losses, _ = trained(other)
+        assert all(np.isfinite(v) for row in losses for v in row.values())
+        assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(params["student"]), jax.tree.leaves(base), strict=True)) > 1e-6
+
+
+MODES, STD = np.array([-2.0, 2.0]), 0.5
+
+
+def fitted(kind):
+    """(mean, std) of a single Gaussian fitted to a bimodal target by the exact gradient of the expansion, ratios exact."""
+    method = ExactUniInstruct(divergence=kind, ratio_range=(1e-12, 1e12), reverse_until=0)
+    x, w = np.polynomial.hermite_e.hermegauss(8)
+    across = np.linspace(-5, 5, 81)  # resolves the edge between the modes, where Gauss-Hermite nodes would not
+    share = np.exp(-(across**2) / 2) / np.exp(-(across**2) / 2).sum()
+    u, lengths = np.polynomial.legendre.leggauss(16)
+    low, high = np.log(0.05), np.log(60.0)
+    sigmas, lengths = np.exp((u + 1) * (high - low) / 2 + low), lengths * (high - low) / 2
+    z, eps, t = (a.reshape(-1) for a in np.meshgrid(across, x, sigmas, indexing="ij"))
+    weights = jnp.asarray(np.einsum("i,j,k->ijk", share, w / w.sum(), lengths * sigmas).reshape(-1))
+    z, eps, t = jnp.asarray(z)[:, None], jnp.asarray(eps)[:, None], jnp.asarray(t)
+
+    def log_q(x, t):
+        return jax.nn.logsumexp(log_density(x, MODES, STD**2 + expand(t, x) ** 2), axis=-1)[..., None] - np.log(2)
+
+    def slope(theta):
+        held = jax.lax.stop_gradient(theta)
+        net = networks(EDM(), 1.0, held[0], jnp.exp(held[1]))
+        p = lambda x, t: log_density(x, held[0], jnp.exp(2 * held[1]) + expand(t, x) ** 2)
+        score_q = lambda x, t: jax.grad(lambda x: jnp.sum(log_q(x, t)))(x)
+        net.teacher = lambda x, t, cond=None: EDM().from_x0(x + expand(t, x) ** 2 * score_q(x, t), x, t)
+        net.disc = lambda feats, t, cond: (log_q(feats[0][0], feats[0][1][:, 0]) - p(feats[0][0], feats[0][1][:, 0]))[:, 0]
+        ctx = Ctx({}, jax.random.key(0), jnp.asarray(0), {})
+        x0 = theta[0] + jnp.exp(theta[1]) * z
+        xt = x0 + expand(t, x0) * eps
+        real, (fake, logits) = method.real(net, xt, t, ctx), method.judge(net, xt, t, ctx)
+        return jnp.sum(weights * method.expansion(net, ctx, x0, xt, t, real, fake, logits))
+
+    tx = optax.adam(optax.cosine_decay_schedule(0.05, 300))
+
+    def update(carry, _):
+        theta, opt = carry
+        moves, opt = tx.update(jax.grad(slope)(theta), opt)
+        return (theta + moves, opt), None
+
+    theta = jnp.array([0.5, 0.0])
+    (theta, _), _ = jax.jit(lambda: jax.lax.scan(update, (theta, tx.init(theta)), None, 300))()
+    return float(theta[0]), float(jnp.exp(theta[1]))
+
+
+def test_a_student_of_too_little_capacity_covers_under_forward_and_picks_under_reverse_kl(x64):
+    """Best single Gaussians for modes at +-2 with std .5: mean 0, std sqrt(4.25) (forward), mean +-2, std .5 (reverse)."""
+    data_std = 4.25**0.5
+    mean, std = fitted("forward_kl")
+    assert std >= 0.8 * data_std and abs(mean) < 0.2, (mean, std)
+    mean, std = fitted("reverse_kl")
+    assert std <= 0.5 * data_std and abs(mean - 2) < 0.2, (mean, std)
+
+
+def test_sid_at_half_alpha_is_half_the_exact_gradient(x64):
+    """2 (D_phi - D_psi)(D_psi - x0) + |D_phi - D_psi|^2, over sigma^4, is dJ/dtheta of reverse KL for unequal variances."""
+    net, (z, eps, w) = networks(Scaled(), 1.69), grid()
+    t, unit = jnp.full(len(z), SIGMA), ALPHA**2 / SIGMA**4
+
+    def loss(m, c):
+        x0 = m + c * z
+        xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
+        real, fake = net.teacher(xt, t).x0, net.fake(xt, t).x0
+        plain = score.sid_loss(x0, real, fake, alpha=0.5, scale=1.0) / score.inverse_distance(x0, real)[:, 0]
+        return 2 * unit * jnp.sum(w * plain)
+
+    np.testing.assert_allclose(jax.grad(loss, (0, 1))(M, C), TABLE[1][3], atol=6e-7)
+
+
+def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
+    net, (z, eps, w) = networks(Scaled(), 1.69), grid()
+    method, t = family.SIM(process=Scaled(), huber=0.3, scale=1.0), jnp.full(len(z), SIGMA)
+    held = Scaled().add_noise(M + C * z, jnp.asarray(eps), t)
+
+    def loss(m, c):
+        x0 = m + c * z
+        xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
+        return jnp.sum(w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0))
+
+    def distance(m, c):
+        gap = networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
+        return jnp.sum(w * jnp.sqrt(gap[:, 0] ** 2 + 0.3**2))
+
+    np.testing.assert_allclose(jax.grad(loss, (0, 1))(M, C), jax.grad(distance, (0, 1))(M, C), rtol=1e-6)
+
+
+@pytest.fixture
+def plain(x64, gaussian, context):
+    """(nets, ctx, x0, x_t, t) on rectified flow at t = .6, with gradients of `match` to look at."""
+    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.6)
+    x0 = jax.random.normal(jax.random.key(0), (64, 1))
+    net = SimpleNamespace(
+        teacher=real.denoise, fake=lambda x, t, cond=None, features=(): dataclasses.replace(fake.denoise(x, t), feats=(x,))
+    )
+    net.disc = lambda feats, t, cond: 2 * feats[0][:, 0]
+    net.reward = lambda x, cond: jnp.sin(x).sum(1)
+    ctx = context(jnp.zeros((64, 1)), ref=x0 + 1.0, measured=x0 - 0.5)
+    xt, t, _ = DiffInstruct(match_times=Uniform(low=0.6, high=0.6)).diffuse(x0, Uniform(low=0.6, high=0.6), ctx, "match")
+    return net, ctx, x0, real.denoise(xt, t).x0, fake.denoise(xt, t).x0, xt
+
+
+AT = dict(process=Flow(), match_times=Uniform(low=0.6, high=0.6), student_times=(1.0,))
+
+
+def pulled(method, plain):
+    net, ctx, x0 = plain[:3]
+    return jax.grad(lambda x: method.match(net, ctx, x)[0])(x0) * x0.size
+
+
+def test_f_distill(plain):
+    _, _, x0, real, fake, xt = plain
+    h = np.exp(2 * xt[:, :1]) / (1 + np.exp(2 * xt[:, :1]))
+    want = h / h.mean() * (fake - real) / np.abs(x0 - real)
+    np.testing.assert_allclose(pulled(family.FDistill(divergence="js", **AT), plain), want, rtol=1e-10)
+    reverse = pulled(family.FDistill(divergence="reverse_kl", **AT), plain)
+    np.testing.assert_allclose(reverse, pulled(DMD2(**AT), plain), rtol=1e-10)
+
+
+def test_score_distillation_and_its_delta(plain):
+    net, ctx, x0, real = plain[:4]
+    np.testing.assert_allclose(pulled(family.SDS(**AT), plain), x0 - real, rtol=1e-10)
+    slope = 0.4 * 0.16 / (0.16 * 0.16 + 0.36)  # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
+    np.testing.assert_allclose(pulled(family.DDS(**AT), plain), -(1 - 0.4 * slope), rtol=1e-9)
+    still = dataclasses.replace(ctx, batch={**ctx.batch, "ref": x0})
+    np.testing.assert_allclose(pulled(family.DDS(**AT), (net, still, x0)), 0.0, atol=1e-12)
+    assert family.SDS().turns[0].moves == ("student",) and len(family.SDS().turns) == 1 and "fake" not in family.SDS().inits
+
+
+def test_red_diff_adds_fidelity(plain):
+    x0, real = plain[2:4]
+    np.testing.assert_allclose(pulled(family.RedDiff(fidelity_weight=0.3, **AT), plain), x0 - real + 0.3 * 2 * 0.5, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("make", "base"), [(family.DIPlusPlus, DiffInstruct), (family.DIStar, family.SIM)])
+def test_rewards_are_climbed(plain, make, base):
+    gap = pulled(make(reward_weight=0.2, **AT), plain) - pulled(base(**AT), plain)
+    np.testing.assert_allclose(gap, -0.2 * np.cos(plain[2]), rtol=1e-9)
+    assert make().frozen == ("teacher", "reward")
+
+
+def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
+    """The pairs are those of the teacher's flow; the gradient is DMD2's and the squared error's."""
+    net, ctx, *_ = plain
+    g = gaussian(Flow(), 0.7, 0.4)
+    method = family.DMD(regression_weight=0.5, solver_steps=64, **AT)
+    made = method.pairs(net, ctx)
+    np.testing.assert_allclose(made["x"], 0.7 + 0.4 * made["noise"], atol=2e-3)  # Heun's error at 64 steps
+    np.testing.assert_allclose(pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12)
+    net.student = lambda x, t, cond=None: Flow().from_x0(x + 0.1, x, t)
+    out = method.student_loss(net, context(made["x"], noise=made["noise"], xt=made["noise"], t=jnp.ones(64)))
+    regression = np.mean((made["noise"] + 0.1 - made["x"]) ** 2)
+    np.testing.assert_allclose(out.loss, out.metrics["match"] + 0.5 * regression, rtol=1e-9)
+    (stage,) = method.stages(10)
+    assert stage.collect.batches == method.batches and g.std == 0.4
+
+
+def test_normalised_ratios_have_mean_one():
+    r = family.NormalisedUniInstruct().ratio(jnp.array([-1.0, 0.0, 2.0]))
+    np.testing.assert_allclose(r.mean(), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(r[2] / r[1], np.exp(2), rtol=1e-5)
