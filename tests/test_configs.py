@@ -1,12 +1,16 @@
 """Every config builds; every recipe's train step, at its true size, lowers for TPU on a 2x2x2 mesh without a weight in memory."""
 
 import importlib
+import io
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jaxdistill.core import build, loop, sharding
 from jaxdistill.core.experiment import Experiment
@@ -34,9 +38,14 @@ def stand_ins(tmp_path_factory):
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
     named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
     (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(png, format="PNG")
+    pictures = [{"bytes": png.getvalue(), "path": None}] * 40
+    (folder / "pictures").mkdir()
+    pq.write_table(pa.table({"img": pictures, "label": [i % 10 for i in range(40)]}), folder / "pictures" / "train-0.parquet")
     return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.domains:Folders": folder / "domains",
             "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
-            "data.text:PackedJson": folder / "train.jsonl",
+            "data.images:ParquetImages": folder / "pictures", "data.text:PackedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 
