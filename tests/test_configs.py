@@ -73,6 +73,9 @@ def test_states_what_it_is(name):
 def test_recipe_lowers_for_tpu(name, stand_ins):
     config = load(name, stand_ins)
     config.mesh = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2)
+    for method in (config.method, config.method.get("host", {})):
+        if "critic_only" in method:
+            method.critic_only = 0
     config.steps = 2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0)  # every pattern of turns shows
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):

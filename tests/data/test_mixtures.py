@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.data.mixtures import Mixture
+from jaxdistill.data.mixtures import Blurred, Mixture
 from jaxdistill.diffusion.process import EDM, VP, CosineVP, Flow, Trig
 
 PROCESSES = [Flow(), Flow(shift=3.0), VP(), CosineVP(), Trig(), EDM()]
@@ -128,3 +128,13 @@ def test_without_labels_the_points_are_the_same():
     assert set(plain.spec()) == {"x"}
     np.testing.assert_array_equal(plain.batch(3, slice(None))["x"], data.batch(3, slice(None))["x"])
     np.testing.assert_array_equal(plain.evaluation(9)["x"], data.evaluation(9)["x"])
+
+
+def test_blurred_teacher_is_off_by_that_much_noise(x64):
+    """Same samples; on EDM its score at sigma is the exact law's at sqrt(sigma^2 + blur^2)."""
+    data, exact = Blurred(seed=3, blur=0.1), Mixture(seed=3)
+    np.testing.assert_array_equal(data.batch(0, slice(None))["x"], exact.batch(0, slice(None))["x"])
+    x, t = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2))), jnp.asarray([0.01, 0.05, 0.1, 0.3, 1.0, 10.0])
+    wider = jnp.sqrt(t**2 + 0.01)
+    ours, theirs = data.denoise(EDM(), x, t), exact.denoise(EDM(), x, wider)
+    np.testing.assert_allclose(ours.eps / t[:, None], theirs.eps / wider[:, None], rtol=1e-5)  # the blurred law is in float32
