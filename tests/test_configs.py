@@ -1,12 +1,16 @@
 """Every config builds; every recipe's train step, at its true size, lowers for TPU on a 2x2x2 mesh without a weight in memory."""
 
 import importlib
+import io
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jaxdistill.core import build, loop, sharding
 from jaxdistill.core.experiment import Experiment
@@ -38,10 +42,16 @@ def stand_ins(tmp_path_factory):
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
     named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
     (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(png, format="PNG")
+    pictures = [{"bytes": png.getvalue(), "path": None}] * 40
+    (folder / "pictures").mkdir()
+    pq.write_table(pa.table({"img": pictures, "label": [i % 10 for i in range(40)]}), folder / "pictures" / "train-0.parquet")
     return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.arrayrecord:GroupedRecords": folder / "captioned",
             "data.domains:Folders": folder / "domains",
             "data.rationales:Rationales": folder / "told.jsonl", "data.ner:Conversations": folder / "named.jsonl",
-            "data.text:PackedJson": folder / "train.jsonl", "data.two_tokenizers:AlignedJson": folder / "train.jsonl",
+            "data.images:ParquetImages": folder / "pictures", "data.text:PackedJson": folder / "train.jsonl",
+            "data.two_tokenizers:AlignedJson": folder / "train.jsonl",
             "data.text:PaddedJson": folder / "train.jsonl", "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 
@@ -73,6 +83,9 @@ def test_states_what_it_is(name):
 def test_recipe_lowers_for_tpu(name, stand_ins):
     config = load(name, stand_ins)
     config.mesh = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2)
+    for method in (config.method, config.method.get("host", {})):
+        if "critic_only" in method:
+            method.critic_only = 0
     config.steps = 2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0)  # every pattern of turns shows
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):

@@ -114,6 +114,12 @@ def _train(suite: Suite, name: str, method: str, seed: int, workdir: Path, extra
     write_json(folder / "process.json", {"peak_bytes": usage.ru_maxrss * 1024})
 
 
+def updates_every(method: dict) -> int:
+    """Steps of the engine to an update of the student, from a method's config."""
+    inner = [v for k in ("host", "adm") if isinstance(v := method.get(k), dict)]
+    return updates_every(inner[0]) if inner else method.get("critic_steps", 1)
+
+
 def rows(workdir: Path) -> Iterator[dict]:
     """One for each finished run: method, seed, its models, seconds an update of the student, peak memory."""
     for file in sorted(workdir.glob("*_[0-9]*/process.json")):
@@ -121,7 +127,7 @@ def rows(workdir: Path) -> Iterator[dict]:
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
         speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
-        per_update = report["config"]["method"].get("critic_steps", 1) / statistics.median(speeds) if speeds else float("nan")
+        per_update = updates_every(report["config"]["method"]) / statistics.median(speeds) if speeds else float("nan")
         yield {"method": method, "seed": int(seed), "models": report["models"], "update_seconds": per_update,
                "peak_bytes": json.loads(file.read_text())["peak_bytes"], "steps": report["steps"]}  # fmt: skip
 

@@ -8,9 +8,12 @@ that take two times have one more embedding), batch, number of student updates, 
 method's own: what it trains besides the student, how often, and the constants that its paper fixes.
 """
 
-from jaxdistill.core.build import Role, build, experiment, spec
+import dataclasses
+
+from jaxdistill.core.build import Lora, Role, build, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.diffusion.guidance import Random
 
 UPDATES = 400  # of the student
 STUDENT = Role(optimizer=Optimizer(lr=2e-4, b2=0.99, warmup=20), ema=Ema(rate=0.98))
@@ -18,6 +21,7 @@ GENERATOR = Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20)
 ADVERSARY = Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)
 DISC = Role(model=spec("models.heads:Discriminator", dim=64, classes=10), optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99))
 FOUR = (0.999, 0.749, 0.499, 0.249)  # times of a student that renoises
+ONE = ("uni_instruct",)  # made for one step, and no more
 CRITICS = 5  # updates of the fake score to one of the student
 
 
@@ -57,7 +61,36 @@ def flash():
     ))  # fmt: skip
 
 
+def lora(name, **fields):
+    """The fake score is an adapter on the teacher, its first update joint with the student's."""
+    fake = Role(lora=Lora(rank=16, alpha=32.0), optimizer=Optimizer(lr=2e-3, b1=0.0, b2=0.99))
+    return matching(name, roles=dict(fake=fake), **fields)
+
+
+def two_students():
+    """Two students, of five labels each, on half of the batch each."""
+    host = spec("methods.distribution.dmd2:DMD2", critic_steps=CRITICS, gan_weight=3e-2, taps=(1,), student_times=FOUR)
+    partition = spec("objectives.partition:Consecutive", cells=2, classes=10)
+    method = spec("methods.distribution.multi_student:MultiStudent", partition=partition, adm=host, shares=(0.0, 0.0, 1.0))
+    roles = {"student": Role(optimizer=GENERATOR, ema=Ema(rate=0.98)), "fake": Role(optimizer=ADVERSARY), "disc": DISC}
+    return method, CRITICS, {name: dataclasses.replace(role, bank=2) for name, role in roles.items()}
+
+
+def embedding():
+    """Diff-Instruct's student also meets real data, in the features of random networks."""
+    host, steps, roles = matching("diff_instruct:DiffInstruct", student_times=FOUR)
+    archs = ("convnet-2", "plain-3")
+    return spec("methods.distribution.embedding_loss:EmbeddingLoss", host=host, archs=archs), steps, roles
+
+
 VARIANTS = {
+    "swiftbrush": lambda: lora("swiftbrush:SwiftBrush", guidance=1.0, fake_guidance=1.0, student_times=FOUR),
+    "snoopi": lambda: lora("snoopi:PGSB", guidance=Random(low=0.5, high=2.0), fake_guidance=Random(low=0.5, high=2.0), student_times=FOUR),
+    "disback": lambda: matching("disback:DisBack", checkpoints=4, record_every=20, interval=100, student_times=FOUR, gan_weight=3e-2,
+                                taps=(1,), roles=dict(disc=DISC, path=Role(init="teacher", bank=5))),
+    "uni_instruct": lambda: matching("uni_instruct:UniInstruct", critic_only=100, reverse_until=500, taps=(1,), roles=dict(disc=DISC)),
+    "embedding_loss": embedding,
+    "multi_student": two_students,
     "diff_instruct": lambda: matching("diff_instruct:DiffInstruct", student_times=FOUR),
     "dmd2": lambda: matching("dmd2:DMD2", student_times=FOUR, gan_weight=3e-2, taps=(1,), roles=dict(disc=DISC)),
     "phased_dmd": phased,
@@ -79,7 +112,7 @@ def get_config(method="dmd2"):
         data=spec("data.digits:Digits", batch_size=64),
         method=chosen,
         roles={"teacher": Role(init="runs/digits/teacher_0"), **roles},
-        evaluation=spec("evals.images:ImageEval", student_steps=(1, 2, 4), teacher_steps=(50, 4, 2, 1), samples=2000),
+        evaluation=spec("evals.images:ImageEval", student_steps=(1,) if method in ONE else (1, 2, 4), teacher_steps=(50, 4, 2, 1)),
         eval_every=UPDATES * steps // 4,
         checkpoint_every=UPDATES * steps,
         log_every=20,

@@ -101,7 +101,8 @@ def _plain(value: Any) -> Any:
 
 def spec(name: str, **fields: Any) -> ConfigDict:
     """The config of one class: all its fields with their defaults, some replaced. Raises Refused on an unknown one."""
-    return _plain(_construct(resolve(name), name, fields))
+    made = {k: build(v) if isinstance(v, (Mapping, ConfigDict)) and "name" in v else v for k, v in fields.items()}
+    return _plain(_construct(resolve(name), name, made))  # the class checks what it will be given, not its config
 
 
 def build(config: Mapping[str, Any]) -> Any:

@@ -47,7 +47,7 @@ def u_statistic(kernel: Kernel, x, y):
 
     def within(a):
         k, n = kernel(a, a), len(a)
-        return (k.sum() - k.trace()) / (n * (n - 1))
+        return (k.sum() - k.trace()) / float(n * (n - 1))
 
     return within(x) + within(y) - 2 * kernel(x, y).mean()
 
@@ -64,7 +64,7 @@ def linear_v(x, y):
 
 def linear_u(x, y):
     """linear_v less tr Cov(x) / n + tr Cov(y) / m, covariances over n - 1: the U-statistic, in O(n + m)."""
-    spread = lambda a: ((a - a.mean(0)) ** 2).sum() / (len(a) * (len(a) - 1))
+    spread = lambda a: ((a - a.mean(0)) ** 2).sum() / float(len(a) * (len(a) - 1))
     return linear_v(x, y) - spread(x) - spread(y)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.data.mixtures import Mixture
+from jaxdistill.data.mixtures import Blurred, Mixture
 from jaxdistill.diffusion.process import EDM, VP, CosineVP, Flow, Trig
 
 PROCESSES = [Flow(), Flow(shift=3.0), VP(), CosineVP(), Trig(), EDM()]
@@ -146,3 +146,13 @@ def test_classes_are_sectors_of_modes(x64):
     np.testing.assert_allclose(-data.denoise(Flow(), x, t, jnp.ones(4, int)).eps / 0.5, slope, rtol=1e-9, atol=1e-9)
     both = data.denoise(Flow(), x, t, jnp.full(4, 2)).x0
     np.testing.assert_array_equal(both, data.denoise(Flow(), x, t).x0)
+
+
+def test_blurred_teacher_is_off_by_that_much_noise(x64):
+    """Same samples; on EDM its score at sigma is the exact law's at sqrt(sigma^2 + blur^2)."""
+    data, exact = Blurred(seed=3, blur=0.1), Mixture(seed=3)
+    np.testing.assert_array_equal(data.batch(0, slice(None))["x"], exact.batch(0, slice(None))["x"])
+    x, t = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2))), jnp.asarray([0.01, 0.05, 0.1, 0.3, 1.0, 10.0])
+    wider = jnp.sqrt(t**2 + 0.01)
+    ours, theirs = data.denoise(EDM(), x, t), exact.denoise(EDM(), x, wider)
+    np.testing.assert_allclose(ours.eps / t[:, None], theirs.eps / wider[:, None], rtol=1e-5)  # the blurred law is in float32

@@ -37,7 +37,7 @@ class EmbeddingLoss(Hosted):
     redraw: int = 1  # student updates between new networks; a fixed network leaves a null space to overfit
     kernel: str = "linear"  # linear | rbf
     estimator: str = "u"  # u | v; the biased V-statistic narrows the samples a little
-    real_per_fake: int = 1  # real samples per generated one: the student then sees every n-th of the batch
+    real_per_fake: int = 1  # real samples per generated one: the host then sees every n-th of the batch
     labelled: bool = False  # compares joint laws of sample and cond
     augment: Paired = Paired()
 
@@ -45,6 +45,7 @@ class EmbeddingLoss(Hosted):
     def turns(self) -> tuple[Turn, ...]:
         """The host's, then one for each that moves the student, which measures while the weight is found."""
         turns = [self.joined(turn) if self.makers(turn) else turn for turn in self.host.turns]
+        turns = [dataclasses.replace(turn, gather=self.gathering(given)) for turn, given in zip(turns, self.host.turns)]
         measured = [self.measuring(turn) for turn in self.host.turns if self.makers(turn)]
         return (*turns, *(measured if self.calibration and self.weight else []))
 
@@ -65,7 +66,7 @@ class EmbeddingLoss(Hosted):
             added = jnp.where(late, scale, 0.0) * value * (1 if out.count is None else out.count)
             return out._replace(loss=out.loss + added, metrics={**out.metrics, "embedding": value}, memory={**out.memory, **memory})
 
-        return dataclasses.replace(turn, loss=loss, gather=self.gathering(turn))
+        return dataclasses.replace(turn, loss=loss)
 
     def measuring(self, turn: Turn) -> Turn:
         """Sums the norms of both gradients in the samples over the first updates."""
