@@ -8,18 +8,18 @@ from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
 
-DATA = spec("data.mixtures:Mixture", seed=0, modes=8, std=0.05, labelled=False)
+DATA = spec("data.mixtures:Mixture", seed=0, batch_size=128, modes=8, std=0.05, labelled=False)
 EVALUATION = spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1))
 
 
 def pretrain():
     """The teacher: what it says off its data's support is what it happened to learn."""
-    return flow(3000, DATA)
+    return flow(2000, DATA)
 
 
 def flow(steps, data):
     student = Role(
-        model=spec("models.mlp:MLP", width=96, depth=2),
+        model=spec("models.mlp:MLP", width=64, depth=2),
         denoiser=Denoiser(),
         optimizer=Optimizer(lr=2e-3, schedule="cosine"),
         ema=Ema(rate=0.99),
@@ -30,28 +30,30 @@ def flow(steps, data):
 
 def distil(method, runs=None, roles=None, **rest):
     return experiment(
-        steps=3000,
+        steps=2500,
         data=DATA,
         method=method,
         roles=dict(
             teacher=Role(init="@teacher"),
-            student=Role(init="@start", optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)),
+            student=Role(init="@start", optimizer=Optimizer(lr=1e-3, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)),
             fake=Role(optimizer=Optimizer(lr=1e-3, b1=0.0)),
             **(roles or {}),
         ),
         runs=dict(
-            teacher=pretrain(), start=flow(500, spec("data.mixtures:Mixture", seed=0, modes=1, radius=6.0, labelled=False)), **(runs or {})
+            teacher=pretrain(),
+            start=flow(300, spec("data.mixtures:Mixture", seed=0, batch_size=128, modes=1, radius=6.0, labelled=False)),
+            **(runs or {}),
         ),
         evaluation=EVALUATION,
         eval_every=250,
-        checkpoint_every=2000,
+        checkpoint_every=2500,
         **rest,
     )
 
 
 def get_config():
     host = spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=5)
-    disback = spec("methods.distribution.disback:DisBackDiffInstruct", checkpoints=5, record_every=20, interval=100)
+    disback = spec("methods.distribution.disback:DisBackDiffInstruct", checkpoints=5, record_every=60, interval=100)
     return distil(
         disback,
         runs=dict(baseline=distil(host)),

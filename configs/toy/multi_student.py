@@ -5,17 +5,18 @@ python -m launch.train --config=configs/toy/multi_student.py --workdir=runs/toy_
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
 
 CLASSES, WIDTH, SHARE = 8, 24, 64
 
 
-def distil(cells: int, runs=None, **rest):
+def distil(cells: int, kind="Consecutive", runs=None, **rest):
     """`cells` students, each on batches of SHARE."""
     method = spec(
         "methods.distribution.multi_student:MultiStudent",
-        partition=spec("objectives.partition:Consecutive", cells=cells, classes=CLASSES),
+        partition=spec(f"objectives.partition:{kind}", cells=cells, classes=CLASSES),
         tsm=spec("methods.distribution.multi_student:TSM", times=Uniform(), target="v"),
         dm=spec("methods.distribution.multi_student:DM", batches=100, solver_steps=16),
         adm=spec("methods.distribution.dmd2:DMD2", gan_weight=1e-3, critic_steps=5),
@@ -49,9 +50,12 @@ def distil(cells: int, runs=None, **rest):
     )
 
 
-def get_config():
+def get_config(variant=""):
+    if variant not in ("", "random"):
+        raise Refused(f"variant {variant!r}: expected none or random")
     return distil(
         4,
+        "Shuffled" if variant else "Consecutive",
         runs=dict(baseline=distil(1)),
         claim=dict(metric="class_energy", model="student@1", baseline="baseline@1", better="lower", ratio=0.6),
     )

@@ -46,10 +46,10 @@ class Bank(Net):
         return jax.tree.map(lambda g: jnp.where(finite.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads)
 
     def bind(self, role: str, params: Any):
-        """As every network's; with it `weights`, stacked, and `alone(weights of one member, *inputs)`: what a loss that runs
-        members side by side maps over."""
+        """As every network's; with it `members`, their stacked `weights`, and `alone(weights of one member, *inputs)`: what a
+        loss that runs members side by side maps over."""
         call = super().bind(role, params)
-        call.weights, call.alone = params[role], scoped(role, self.one.apply)
+        call.members, call.weights, call.alone = self.members, params[role], scoped(role, self.one.apply)
         return call
 
     def apply(self, params: Params, *args, member: Any = None, **kwargs) -> Any:

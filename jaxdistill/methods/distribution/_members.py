@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Batch, Ctx, Method, Nets, Out, Turn
+from jaxdistill.core.types import Batch, Ctx, Method, Nets, Out, Refused, Turn
 from jaxdistill.objectives.partition import Partition
 
 
@@ -21,6 +21,12 @@ class Members(Method):
     partition: Partition
 
     inits = property(lambda self: self.host.inits)
+    frozen = property(lambda self: self.host.frozen)
+    ema = property(lambda self: self.host.ema)
+
+    def __post_init__(self):
+        if self.host.memory():
+            raise Refused(f"method: {type(self.host).__name__} has a memory, which members cannot share; expected one without")
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -28,8 +34,15 @@ class Members(Method):
         return tuple(dataclasses.replace(turn, **each(turn)) for turn in self.host.turns)
 
     def side_by_side(self, call: Callable, net: Nets, ctx: Ctx):
-        """`call(net, ctx)` of every member on its rows of the batch, stacked; the first one draws as a host alone would."""
+        """`call(net, ctx)` of every member on its rows of the batch, stacked; the first one draws as a host alone would.
+
+        Raises Refused where a role that moves is no bank of `cells` members.
+        """
         banks, cells = {role: part for role, part in vars(net).items() if hasattr(part, "weights")}, self.partition.cells
+        for role in self.inits:
+            size = getattr(getattr(net, role), "members", 0)
+            if size != cells:
+                raise Refused(f"config.roles.{role}.bank={size}: expected {cells}, the number of cells of method.partition")
         rows = jax.tree.map(lambda v: v.reshape(cells, -1, *v.shape[1:]), dict(ctx.batch))
         keys = jnp.stack([ctx.rng, *(jax.random.fold_in(ctx.rng, k) for k in range(1, cells))])
 

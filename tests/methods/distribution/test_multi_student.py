@@ -147,6 +147,22 @@ def test_an_absent_cell_stands_still():
     assert metrics[0]["student/diverged"] == 0
 
 
+@pytest.mark.parametrize("members", [0, 2])
+def test_roles_that_are_no_banks_of_the_partitions_size_are_refused(members):
+    with pytest.raises(Refused, match=f"bank={members}: expected 4"):
+        follow(Members(host=HOSTS["tsm"], partition=CELLS), 1, members)
+
+
+def test_hosts_with_a_memory_are_refused():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Remembers(DM):
+        def memory(self):
+            return {"queue": jnp.zeros(3)}
+
+    with pytest.raises(Refused, match="Remembers has a memory"):
+        Members(host=Remembers(), partition=CELLS)
+
+
 def test_conditions_are_of_the_cell_but_pairs_of_all():
     method = Members(host=HOSTS["dm"], partition=CELLS)
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
