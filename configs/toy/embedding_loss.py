@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/toy/embedding_loss.py --workdir=runs/toy_embedding_loss
 
-2 CPU cores, 3 minutes for both runs. The teacher is that of the data with N(0, .08^2) added, and the `host` run is distilled
-from it alone. The claim: with the loss, the student's energy distance to the data is at most 1 / 1.3 of the host's.
+2 CPU cores. The teacher is that of the data with N(0, .08^2) added, and the `host` run is distilled
+from it alone. The claim, not yet measured: with the loss, the student's energy distance to the data is at most 1 / 1.3 of the host's.
 `--config.method.weight=0` is the host; `--config.method.redraw=1000000` keeps one set of random networks;
 `--config.method.kernel=rbf`, `--config.method.nets=1` are the paper's other ablations; `--config.data.seed=N` makes another
 mixture.

@@ -2,7 +2,7 @@
 
     python -m launch.train --config=configs/toy/uni_instruct.py --workdir=runs/toy_uni_instruct
 
-2 CPU cores, 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's at one
+2 CPU cores. The claim, not yet measured: at one step the student's energy distance is at most a tenth of the teacher's at one
 step. `--config.method.divergence=` takes forward_kl, reverse_kl, jkl, chi2, js; `--config.method.gan_weight=0` leaves the GAN
 out; `--config.data.seed=N` makes another mixture.
 """
