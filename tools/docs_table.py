@@ -27,7 +27,8 @@ def rows() -> list[str]:
         claim = f"{mine[0]['metric']}: {ratios} {sign[mine[0]['better']]} {mine[0]['bound']:g}" if mine else ""
         holds = f"{sum(row['holds'] for row in mine)} of {len(mine)}" if mine else ""
         link = f"[`{file.stem}`]({file.relative_to(ROOT)})"
-        title = head.split(" (arXiv")[0].split(", arXiv")[0].rstrip(".:,")
+        title = head.split("arXiv")[0].rstrip(" .:,(")
+        title += ")" * (title.count("(") - title.count(")"))
         out.append(f"| {link} {title} | {paper} | {claim} | {holds} |")
     return out
 
