@@ -3,7 +3,9 @@
     python -m launch.train --config=configs/digits/twinflow.py --workdir=runs/digits_twinflow
 
 2 CPU cores, minutes; trains the flow-matching network first, in workdir/teacher (`--config.roles.teacher.init=RUN` takes that
-of another run). `:rcgm` is its host alone, from the same network, in as much time.
+of another run). `:rcgm` is its host alone, from the same network, in about as much time. This comparison has not been measured.
+From scratch, 800 steps of either are too few: Fréchet distance 11.7 against RCGM's 12.4 at one step, labels at chance (9 %
+against 12 %), seed 0.
 """
 
 from configs.digits import teacher
@@ -36,6 +38,5 @@ def get_config(variant=""):
             ),
         ),
         evaluation=spec("evals.images:ImageEval", student_steps=(1, 2, 4), teacher_steps=(50, 1)),
-        claim=dict(metric="frechet", model="student@1", baseline="teacher@1", better="lower", ratio=0.4),
         checkpoint_every=500,
     )
