@@ -2,7 +2,11 @@
 
     python -m launch.train --config=configs/toy/swiftbrush.py --workdir=runs/toy_swiftbrush
 
-TIME
+2 CPU cores; the teacher is trained first, in workdir/teacher, and the baseline with a teacher of its own. The claim: under
+each label the student's energy distance is at most a fifth of that of score distillation (SDS, without the fake score), which
+collapses. Measured so far, seed 0: the baseline 2.01, its spread .11 of the data's (teacher: .0016 at 50 steps, .79); the
+student's own figure is not measured yet, on any seed.
+`--config.roles.fake.lora.rank=0` gives the fake score full weights, `--config.method.fake_guidance=1` DMD's guidance.
 """
 
 from jaxdistill.core.build import Lora, Role, experiment, spec

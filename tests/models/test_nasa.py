@@ -63,8 +63,8 @@ def test_what_is_left_of_shared_tokens():
     w = rearrange(weights[..., x], "b h t -> b t h 1")
     away = attention(Q, *shared)
     np.testing.assert_allclose(nasa(Q, k, v, *shared, alphas(1.0)), w * (v[:, x : x + 1] - away), rtol=1e-4, atol=1e-6)
-    faint = nasa(Q, k.at[:, x].set(-30 * jnp.sign(Q).mean(1)), v, *shared, alphas(1.0))
-    assert jnp.abs(faint).max() < jnp.abs(nasa(Q, k, v, *shared, alphas(1.0))).max()
+    faint = nasa(jnp.abs(Q), k.at[:, x].set(-30.0), v, *shared, alphas(1.0))  # scores of x far below the others
+    assert jnp.abs(faint).max() < 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -88,14 +88,16 @@ def test_a_prompt_and_its_strength_come_together():
 @pytest.mark.parametrize("family", ["unet", "wan"])
 def test_before_the_output_projection(family):
     """out(alpha) - out(0) = -alpha W_o Z-; at alpha = 1 and equal prompts only the bias is left. One norm of keys serves both."""
-    if family == "unet":
-        layer, dim, source = unet.Attention(8, 6, H, nnx.Rngs(0), jnp.float32), 8, 6
-        keys = lambda s: layer.to_k(s)
-    else:
-        layer, dim, source = wan.Attention(Wan(dim=8, heads=H), nnx.Rngs(0)), 8, 8
-        layer.norm_k.scale[...] = 1 + draw(8, seed=9)
-        keys = lambda s: layer.norm_k(layer.to_k(s))
-    layer.to_out.bias[...] = draw(dim, seed=8)
+    dim = 8
+    with nnx.use_eager_sharding(False):
+        if family == "unet":
+            layer, source = unet.Attention(dim, 6, H, nnx.Rngs(0), jnp.float32), 6
+            keys = lambda s: layer.to_k(s)
+        else:
+            layer, source = wan.Attention(Wan(dim=dim, heads=H), nnx.Rngs(0)), dim
+            layer.norm_k.scale[...] = 1 + draw(dim, seed=9)
+            keys = lambda s: layer.norm_k(layer.to_k(s))
+        layer.to_out.bias[...] = draw(dim, seed=8)
     x, text, other = draw(B, T, dim), draw(B, 4, source, seed=1), draw(B, 3, source, seed=2)
     out = lambda alpha, negative: layer(x, text, negative=Negative(negative, None, alphas(alpha)))
     heads = lambda h: rearrange(h, "b n (h k) -> b n h k", h=H)
@@ -145,15 +147,6 @@ def test_a_whole_network(model):
     np.testing.assert_allclose(each, jnp.stack([plain[0], away[1]]), rtol=1e-5, atol=1e-5)
     at(jnp.array([0.3, 0.5]))
     assert call._cache_size() == before + 1  # another value is no other program
-
-
-def test_without_a_negative_prompt_the_program_is_the_plain_one(model):
-    """Nothing of it is left in the jaxpr."""
-    net, params, x, _ = model
-    program = lambda cond: str(jax.make_jaxpr(lambda p: net.apply(p, x, jnp.ones(B), cond))(params))
-    plain = program(COND)
-    assert plain.count("softmax") == program({**COND, "other": jnp.ones(B)}).count("softmax")
-    assert len(program({**COND, **AWAY, "nasa": 0.5})) > len(plain)
 
 
 def test_an_exported_student_takes_it_too(model, tmp_path):

@@ -40,7 +40,6 @@ def start(b=0.0):
 KEY = jax.random.key(3)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def matching(method, params):
     """Gradient of the samples X0, times their number of entries: g."""
     ctx = Ctx(LABELS, KEY, 0, {})
@@ -81,7 +80,6 @@ def test_equal_ends_are_swiftbrush(context):
     net, ctx = bind(NETS, params), context(jnp.zeros((N, 2)), **LABELS)
     gradient = lambda method: jax.grad(lambda x: method.match(net, ctx, x)[0])(X0)  # operation by operation: nothing is reordered
     np.testing.assert_array_equal(gradient(ours), gradient(host))
-    np.testing.assert_allclose(matching(ours, params), matching(host, params), rtol=1e-6)
     follows(run(ours, params), run(host, params))
 
 
@@ -224,8 +222,8 @@ def test_who_sees_the_negative_prompt(context):
 def test_nasa_at_every_step_of_a_chain(context):
     seen = []
     method, ctx = NasaT(student_times=(1.0, 0.5)), context(jnp.zeros((N, 2)), **prompts())
-    method.simulate(SimpleNamespace(student=recorder(seen)), ctx)  # traced once for all steps
-    assert len(seen) == 1 and "nasa" in seen[0]
+    method.simulate(SimpleNamespace(student=recorder(seen)), ctx)  # its loop is traced, not run
+    assert seen and all("nasa" in cond for cond in seen)
 
 
 def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
