@@ -81,10 +81,25 @@ class Blocks(Markov):
     (a, b) being its token vocab a + b. The first block is context; each later one is a span. `net` is the exact teacher.
     """
 
+    size: int = 0  # rows that training draws from, again and again; 0: new ones all the time
+
     def __post_init__(self):
         super().__post_init__()
+        if self.size < 0:
+            raise Refused(f"data.size={self.size}: expected 0 or more rows")
         if self.length % 2 or self.length < 4:
             raise Refused(f"data.length={self.length}: expected an even number of at least 4 tokens")
+
+    @functools.cached_property
+    def kept(self) -> dict[str, np.ndarray]:
+        """The rows of a set of `size`."""
+        return self.walk(np.random.default_rng([self.seed, 5]).random((self.size, self.length)))
+
+    def batch(self, index, rows):
+        if not self.size:
+            return super().batch(index, rows)
+        pick = np.random.default_rng([self.seed, 6, index]).integers(self.size, size=self.batch_size)[rows]
+        return {k: v[pick] for k, v in self.kept.items()}
 
     def walk(self, u):
         tokens = super().walk(u)["tokens"]

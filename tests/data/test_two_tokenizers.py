@@ -71,6 +71,12 @@ def test_refusals(data, tmp_path):
 
 def test_stream(check_stream):
     check_stream(Blocks(vocab=5, branch=2, length=8, batch_size=8))
+    check_stream(Blocks(vocab=5, branch=2, length=8, batch_size=8, size=20))
+
+
+def test_few_rows_come_again():
+    data = Blocks(vocab=5, branch=2, length=8, batch_size=50, size=6)
+    assert len({row.tobytes() for i in range(3) for row in data.batch(i, slice(None))["tokens"]}) == 6
 
 
 def test_blocks_are_the_symbols_and_their_law_is_exact():
