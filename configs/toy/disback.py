@@ -7,8 +7,8 @@ student's energy distance is at most a tenth of the teacher's at one step.
 
 The paper's speed-up does not appear here. Seed 0 and mixture 0, 4000 steps in all, of which 500 record: energy .0040 against
 .0036 of the host, KL of the modes' shares .0047 against .0088, quality .62 both. The host reaches an energy of .006 after 600
-steps, DisBack after 2500 (`--config.eval_every=200`): the fake score learns the student's law within the first checkpoint, so
-that all recorded targets hold the student where it is, and the descent starts at step 1700 with the original teacher.
+steps, DisBack after 2500 (`--config.eval_every=200`): its energy hardly falls before step 1700, when the original teacher
+becomes the target. A guess, not checked: the fake score learns the student's law within the first of the checkpoints.
 `--config.method.record_every=20 --config.method.interval=100` is a shorter path (not measured).
 """
 
