@@ -24,6 +24,9 @@ from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.diffusion.times import Karras
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.multi_student import DM, TSM
+from jaxdistill.objectives.partition import Consecutive
 
 RECORD = {"x": "normal 64 64 3", "cond": "integers 1000", "null_cond": "constant 1000"}
 ADM = dict(
@@ -39,10 +42,10 @@ def get_config(variant=""):
     common = dict(process=EDM(), student_times=(80.0,), match_times=Karras(low=0.02, high=0.98), fake_times=Karras(), fake_target="edm")
     method = spec(
         "methods.distribution.multi_student:MultiStudent",
-        partition=spec("objectives.partition:Consecutive", cells=CELLS, classes=1000),
-        tsm=spec("methods.distribution.multi_student:TSM", process=EDM()),
-        dm=spec("methods.distribution.multi_student:DM", batches=200, solver_steps=256, **common),
-        adm=spec("methods.distribution.dmd2:DMD2", taps=(4,), **common),
+        partition=Consecutive(cells=CELLS, classes=1000),
+        tsm=TSM(process=EDM()),
+        dm=DM(batches=200, solver_steps=256, **common),
+        adm=DMD2(taps=(4,), **common),
         shares=(50.0, 20.0, 200.0) if variant else (0.0, 20.0, 200.0),
     )
     optimizer = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)

@@ -1,6 +1,12 @@
-"""MSD (arXiv:2410.23274) on a labelled mixture: four tiny students against one.
+"""MSD (arXiv:2410.23274) on a labelled mixture: four tiny students, each for two classes of four modes, against one for all.
 
-python -m launch.train --config=configs/toy/multi_student.py --workdir=runs/toy_multi_student
+    python -m launch.train --config=configs/toy/multi_student.py --workdir=runs/toy_multi_student
+
+2 CPU cores, some minutes, the single student (`baseline`) included: equal steps and samples for each student, so that the
+four see four times as many in all. The claim: the mean over classes of the energy distance to the class's data, `class_energy`,
+is at most 0.6 of the single student's. Not measured yet. The teacher is exact; all networks have width 24.
+
+`:random` is a partition without neighbours; `--config.method.shares="(0.0,2.0,2.0)"` leaves score matching out.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -8,18 +14,21 @@ from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.multi_student import DM, TSM
+from jaxdistill.objectives.partition import Consecutive, Shuffled
 
 CLASSES, WIDTH, SHARE = 8, 24, 64
 
 
-def distil(cells: int, kind="Consecutive", runs=None, **rest):
+def distil(cells: int, kind=Consecutive, runs=None, **rest):
     """`cells` students, each on batches of SHARE."""
     method = spec(
         "methods.distribution.multi_student:MultiStudent",
-        partition=spec(f"objectives.partition:{kind}", cells=cells, classes=CLASSES),
-        tsm=spec("methods.distribution.multi_student:TSM", times=Uniform(), target="v"),
-        dm=spec("methods.distribution.multi_student:DM", batches=100, solver_steps=16),
-        adm=spec("methods.distribution.dmd2:DMD2", gan_weight=1e-3, critic_steps=5),
+        partition=kind(cells=cells, classes=CLASSES),
+        tsm=TSM(times=Uniform(), target="v"),
+        dm=DM(batches=100, solver_steps=16),
+        adm=DMD2(gan_weight=1e-3, critic_steps=5),
         shares=(1.0, 2.0, 2.0),
     )
     return experiment(
@@ -55,7 +64,7 @@ def get_config(variant=""):
         raise Refused(f"variant {variant!r}: expected none or random")
     return distil(
         4,
-        "Shuffled" if variant else "Consecutive",
+        Shuffled if variant else Consecutive,
         runs=dict(baseline=distil(1)),
         claim=dict(metric="class_energy", model="student@1", baseline="baseline@1", better="lower", ratio=0.6),
     )

@@ -96,7 +96,7 @@ class MultiStudent(Method):
     def __post_init__(self):
         if len(self.shares) != 3 or min(self.shares) < 0 or not self.shares[1] + self.shares[2]:
             raise Refused(f"method.shares={self.shares}: expected three numbers, at least 0, of which dm's or adm's is above 0")
-        if len({host.process for host in self.hosts}) > 1:
+        if any(host.process != self.process for host in self.hosts):
             raise Refused(f"method: tsm, dm and adm have different processes, {[host.process for host in self.hosts]}")
 
     hosts = property(lambda self: [host for host, share in zip((self.tsm, self.dm, self.adm), self.shares) if share])
