@@ -37,7 +37,7 @@ class Setup:
                 if role in self.experiment.method.frozen:
                     start[role] = net.init(jax.random.key(10 + i))
                 elif net.adapts:  # away from 0, where a loss that compares an adapted network with its base has no gradient
-                    start[role] = jax.tree.map(lambda w: w + 0.1, net.init(jax.random.key(10 + i)))
+                    start[role] = jax.tree.map(lambda w: w + 0.01, net.init(jax.random.key(10 + i)))
             self.method, nets = stage.method, self.experiment.nets
             batch = self.experiment.data.batch(0, slice(None))
             if stage.surgery is not None:

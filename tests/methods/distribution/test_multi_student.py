@@ -166,7 +166,7 @@ def test_hosts_with_a_memory_are_refused():
 def test_conditions_are_of_the_cell_but_pairs_of_all():
     method = Members(host=HOSTS["dm"], partition=CELLS)
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
-    nets.student = bank(ONE, K).bind("student", {"student": weights(K, "student", 1)})
+    nets.student = nets.fake = bank(ONE, K).bind("student", {"student": weights(K, "student", 1)})
     data = batch()
     dealt = jax.jit(lambda: method.turns[1].gather(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})))()
     np.testing.assert_array_equal(CELLS.assign(dealt["cond"]), np.repeat(np.arange(K), N // K))
