@@ -13,11 +13,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxdistill.core.host import keep_freed_memory
 from jaxdistill.core.types import Refused, nearest
 
 
 def main(command: Callable[[list[str]], None]) -> None:
     """Runs a command; 0 done, 2 refused input, 1 anything else."""
+    keep_freed_memory()
     from jaxdistill.core.loop import Stopped
     from jaxdistill.core.metrics import NonFinite
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-
-import jax
+import os
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt(3)
 
 
-@functools.cache
 def keep_freed_memory() -> bool:
-    """Lets glibc keep what is freed, on the CPU backend; returns whether it does.
+    """Lets glibc keep what is freed, where JAX_PLATFORMS says cpu; returns whether it does.
 
     A program on CPU allocates all its temporaries at every step and frees them again. By default glibc maps such blocks
-    anew each time, and the kernel clears every page: a third of the processor time of a small training.
+    anew each time, and the kernel clears every page: a third of the processor time of a small training. It takes hold only
+    before JAX has started its backend, whose threads have arenas of their own from then on.
     """
-    if jax.default_backend() != "cpu":
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

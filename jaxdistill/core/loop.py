@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxdistill.core import chips, flops, host, metrics, report, sharding
+from jaxdistill.core import chips, flops, metrics, report, sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment, abstract_params
@@ -57,7 +57,6 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     _check(experiment)
     if dry_run:
         return _dry_run(experiment)
-    host.keep_freed_memory()
     _claim_folder(config, workdir)
     if (workdir / "report.json").exists():
         return report.read(workdir)
