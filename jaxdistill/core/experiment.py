@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from jaxdistill.core.bank import bank
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.storage import quantized
-from jaxdistill.core.types import Method, Params, Refused, nearest
+from jaxdistill.core.types import Method, Params, Refused, named_key, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +133,19 @@ class Experiment:
         """Trained role -> role that it is copied from, or None."""
         return {role: self.source(role) if self.source(role) in self.roles else None for role in self.method.inits}
 
+    def abstract(self, net: Net, role: str) -> Params:
+        """ShapeDtypeStructs of `net`'s weights as the role's first ones, with dtype, sharding and memory that the config gives it."""
+        cfg = self.roles[role]
+        dtype = cfg.param_dtype if role in self.method.frozen else "float32"
+        return abstract_params(self.mesh, cfg.rules, net, dtype, cfg.place)
+
     def warm_starts(self) -> dict[str, Params]:
         """role -> weights for every frozen role and every role whose `init` names a place; sharded as they arrive."""
         starts = {role: self._load(role) for role in self.roles if role in self.method.frozen or self.roles[role].init}
         return {role: params for role, params in starts.items() if params is not None}
 
     def _load(self, role: str) -> Params | None:
-        net, cfg, source = self.nets[role], self.roles[role], self.source(role)
+        net, source = self.nets[role], self.source(role)
         if source == "exact" or not net.shapes:
             return {}
         if source == "fresh":
@@ -150,9 +155,9 @@ class Experiment:
         if source in self.roles:
             return None
         net = net.source
-        abstract = abstract_params(self.mesh, cfg.rules, net, cfg.param_dtype if role in self.method.frozen else "float32", cfg.place)
+        abstract = self.abstract(net, role)
         if source == "random":
-            key = jax.random.fold_in(jax.random.key(self.settings.seed), zlib.crc32(role.encode()) & 0x7FFFFFFF)
+            key = named_key(jax.random.key(self.settings.seed), role)
             draw = lambda: jax.tree.map(lambda w, s: w.astype(s.dtype), net.init(key), abstract)
             return jax.jit(draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
         if source.startswith("@"):

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from jaxdistill.core import chips, flops, metrics, report, sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
-from jaxdistill.core.experiment import Experiment, abstract_params
+from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.net import Net
 from jaxdistill.core.step import bind, init_state, make_train_step
 from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
@@ -146,7 +146,7 @@ def _result(experiment: Experiment, stages: tuple[Stage, ...], done: int) -> Tra
     params, nets = experiment.warm_starts(), dict(experiment.nets)
     for i, stage in enumerate(stages[:done]):
         nets, params = _prepare(experiment, stage, nets, params)
-        shapes = {role: _abstract(experiment, nets[role], role) for role in stage.method.inits}
+        shapes = {role: experiment.abstract(nets[role], role) for role in stage.method.inits}
         params |= load_params(experiment.workdir / "stages" / str(i), shapes)
     return Trained(experiment, nets, params)
 
@@ -169,11 +169,6 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
     batch = jax.tree.map(jnp.asarray, next(experiment.data.loader()))
     nets, params = stage.surgery(nets, params, batch)
     return nets, dict(params)
-
-
-def _abstract(experiment: Experiment, net: Net, role: str) -> Params:
-    cfg = experiment.roles[role]
-    return abstract_params(experiment.mesh, cfg.rules, net, cfg.param_dtype if role in experiment.method.frozen else "float32", cfg.place)
 
 
 def _collect(trained: Trained, stage: Stage, index: int, stop: threading.Event, progress: bool) -> Dataset:
@@ -413,7 +408,7 @@ def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]
     experiment.method.check(experiment.nets, experiment.data)
     stage, roles = experiment.method.stages(experiment.settings.steps)[0], experiment.roles
     warm = [r for r in roles if r in experiment.method.frozen or (roles[r].init and r not in experiment.inits)]
-    start = {r: _abstract(experiment, experiment.nets[r], r) for r in warm}
+    start = {r: experiment.abstract(experiment.nets[r], r) for r in warm}
     batch, nets = experiment.data.spec(), {}
 
     def operate(start):

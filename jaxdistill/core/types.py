@@ -43,6 +43,11 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
+def named_key(key: Array, name: str) -> Array:
+    """The key that belongs to a name."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+
+
 @flax.struct.dataclass
 class State:
     """Everything that changes during training, plus the frozen nets that ride along."""
@@ -67,7 +72,7 @@ class Ctx:
 
     def key(self, name: str) -> Array:
         """A key that depends on the name only, so that adding a draw never shifts another one."""
-        return jax.random.fold_in(self.rng, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+        return named_key(self.rng, name)
 
 
 class Out(NamedTuple):
