@@ -40,12 +40,15 @@ def simulate(
         t = jnp.full(x.shape[:1], times[i])
         if solver:
             return ode.advance(solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1]))
-        x0 = net(x, t).x0
-        fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        return process.add_noise(x0, fresh, times[i + 1])
+        return _again(process, net, x, t, times[i + 1], jax.random.fold_in(key, i))
 
     xt = jax.lax.fori_loop(0, index, body, process.start(noise))
     return xt, jnp.full(noise.shape[:1], times[index])
+
+
+def _again(process: Process, net: Denoise, x: Array, t: Array, r: Array, key: Array) -> Array:
+    """x0 at t [B], re-noised with fresh noise to r."""
+    return process.add_noise(net(x, t).x0, jax.random.normal(key, x.shape, x.dtype), r)
 
 
 def chain(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> tuple[Array, Array]:
@@ -53,8 +56,7 @@ def chain(process: Process, net: Denoise, noise: Array, times: Array, key: Array
 
     def body(x, inp):
         i, t, r = inp
-        fresh = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        return process.add_noise(net(x, jnp.full(x.shape[:1], t)).x0, fresh, r), x
+        return _again(process, net, x, jnp.full(x.shape[:1], t), r, jax.random.fold_in(key, i)), x
 
     last, states = jax.lax.scan(body, process.start(noise), (jnp.arange(len(times) - 1), times[:-1], times[1:]))
     return jnp.concatenate([states, last[None]]), net(last, jnp.full(noise.shape[:1], times[-1])).x0

@@ -4,10 +4,10 @@
 |---|---|---|
 | Diff-Instruct arXiv:2305.18455 | w_t d . dx_t, d = s_fake - s_real | diff_instruct.DiffInstruct |
 | VSD arXiv:2305.16213, SwiftBrush | the same, the fake score an adapter | DiffInstruct with roles.fake.lora |
-| DMD arXiv:2311.18828 | normalised, and a regression on pairs | DMD |
+| DMD arXiv:2311.18828 | normalised, and a regression on pairs | _dmd.DMD |
 | DMD2 arXiv:2405.14867 | normalised, and a GAN | dmd2.DMD2 |
 | f-distill arXiv:2502.15681 | DMD2's times h(r) | FDistill |
-| SDS arXiv:2209.14988, DDS arXiv:2304.07090 | s_fake that of the sample itself, or of a reference | SDS, DDS |
+| SDS arXiv:2209.14988, DDS arXiv:2304.07090 | s_fake that of the sample itself, or of a reference | SDS (_sds.py), DDS |
 | RED-diff arXiv:2305.04391 | SDS and fidelity to a measurement | RedDiff |
 | SiD arXiv:2404.04057 | score identity | SiD |
 | SiDA arXiv:2410.14919 | score identity and a GAN | SiDA |
@@ -19,57 +19,17 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Stage, Turn
+from jaxdistill.core.types import Array
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import EDM, Process, expand
 from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
+from jaxdistill.methods.distribution._sds import ScoreDistillation
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 from jaxdistill.objectives import fdivergence, score
-from jaxdistill.samplers import ode
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DMD(DiffInstruct):
-    """Distribution matching, and regression on stored pairs of noise and the teacher's sample.
-
-    The paper's LPIPS is a squared error here; override `distance`.
-    """
-
-    regression_weight: float = 0.25  # the paper's, of LPIPS
-    batches: int = 400  # of pairs, each of data.batch_size; the paper's 100k (CIFAR-10), 25k (ImageNet)
-    solver: str = "heun"
-    solver_steps: int = 18
-
-    direction = DMD2.direction
-
-    def stages(self, steps):
-        return (Stage(self, steps, collect=Collect(self.pairs, self.batches)),)
-
-    def pairs(self, net: Nets, ctx: Ctx) -> Batch:
-        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
-        noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape, ctx.batch["x"].dtype)
-        denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
-        return {
-            **ctx.batch,
-            "noise": noise,
-            "x": ode.solve(self.solver, self.process, denoise, self.process.start(noise), self.solver_steps),
-        }
-
-    def distance(self, x: Array, y: Array) -> Array:
-        """[B]"""
-        return jnp.mean((x - y) ** 2, axis=range(1, x.ndim))
-
-    def student_loss(self, net: Nets, ctx: Ctx) -> Out:
-        out, x = super().student_loss(net, ctx), ctx.batch["x"]
-        start = self.process.start(self.initial(ctx.batch["noise"]))
-        paired = net.student(start, jnp.full(x.shape[:1], self.student_times[0]), ctx.batch.get("cond")).x0
-        regression = jnp.mean(self.distance(paired, x))  # DMD, eq. 9
-        return Out(out.loss + self.regression_weight * regression, {**out.metrics, "regression": regression})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,20 +46,8 @@ class FDistill(DMD2):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SDS(DiffInstruct):
-    """Score distillation sampling: the added noise stands for the fake score, D_psi = x0. The student is any generator."""
-
-    inits = {"student": "teacher"}
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (super().turns[1],)
-
-    def fake(self, net, xt, t, ctx):
-        return None
-
-    def direction(self, x0, real, fake, t):
-        return score.diff_instruct_gradient(real.x0, x0)
+class SDS(ScoreDistillation, DiffInstruct):
+    """Score distillation sampling: D_psi = x0. The student is any generator."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,8 +58,8 @@ class DDS(SDS):
         xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
         ref, null = ctx.batch["ref"], ctx.batch.get("null_cond")
         held = guided(net.teacher, self.process.add_noise(ref, eps, t), t, ctx.batch.get("ref_cond"), null, self.guidance)
-        gradient = self.direction(x0, self.real(net, xt, t, ctx), None, t) - self.direction(ref, held, None, t)
-        return score.gradient_surrogate(x0, gradient), xt, t
+        own = self.direction(x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t)
+        return score.gradient_surrogate(x0, own - self.direction(ref, held, self.added(ref, eps, t), t)), xt, t
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

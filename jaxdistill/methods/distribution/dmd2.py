@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Turn
-from jaxdistill.diffusion.process import Pred
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
-from jaxdistill.objectives import gan, score
+from jaxdistill.methods.distribution._dmd import Normalised
+from jaxdistill.objectives import gan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DMD2(DiffInstruct):
+class DMD2(Normalised):
     # student_times: the paper's four are .999 .749 .499 .249 of 1000; fake_target: eps (Stable Diffusion), edm (ImageNet)
     critic_steps: int = 5  # the paper's 10 for SD 1.5
     guidance: float = 1.0  # of the real score only; the paper's 1.75 (SD 1.5), 8 (SDXL)
@@ -33,10 +32,6 @@ class DMD2(DiffInstruct):
     def turns(self) -> tuple[Turn, ...]:
         critics, student = super().turns
         return (dataclasses.replace(critics, moves=("fake", "disc")), student)
-
-    def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
-        """Eq. 3, normalised as in DMD's eq. 8."""
-        return score.dmd_gradient(x0, real.x0, fake.x0)
 
     def logits(self, net: Nets, xt: Array, t: Array, cond) -> Array:
         return net.disc(net.fake(xt, t, cond, features=self.taps).feats, t, cond)

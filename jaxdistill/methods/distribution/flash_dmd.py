@@ -18,14 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn
-from jaxdistill.diffusion.process import Pred
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
-from jaxdistill.objectives import gan, score
+from jaxdistill.methods.distribution._dmd import Normalised
+from jaxdistill.objectives import gan
 from jaxdistill.samplers.fewstep import chain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlashDMD(DiffInstruct):
+class FlashDMD(Normalised):
     """Batches: x (what the student makes: only its shape is read, unless it is also what `features` look at), image (real
     samples as `decoder` makes them, where it does). The decoder has `denormalise` and `decode`."""
 
@@ -72,9 +71,6 @@ class FlashDMD(DiffInstruct):
         t_low = times[self.one_of(ctx, self.gan_steps, "low", (n,))]
         x_low = self.process.add_noise(x0, jax.random.normal(ctx.key("low_eps"), x0.shape), t_low)
         return {**ctx.batch, "xt": states[index], "t": jnp.full(n, times[index]), "x_low": x_low, "t_low": t_low}
-
-    def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
-        return score.dmd_gradient(x0, real.x0, fake.x0)
 
     def refine(self, net: Nets, ctx: Ctx) -> Array:
         """The student's x0 at a clean step, from a sample of its own: the only call that the GAN trains."""

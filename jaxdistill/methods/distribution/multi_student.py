@@ -16,17 +16,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Collect, Ctx, Method, Nets, Out, Refused, Stage, Turn
-from jaxdistill.diffusion.denoiser import guided
-from jaxdistill.diffusion.process import Flow, Pred, Process
+from jaxdistill.core.types import Array, Collect, Ctx, Method, Nets, Out, Refused, Stage, Turn
+from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution._members import Members
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.objectives import score
 from jaxdistill.objectives.partition import Consecutive, Partition
-from jaxdistill.samplers import ode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,37 +48,11 @@ class TSM(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DM(DiffInstruct):
-    """Distribution matching as in DMD (arXiv:2311.18828): its gradient, and regression on pairs of the teacher's ODE."""
+class DM(DMD):
+    """DMD, whose pairs all students share. Regression weight: uncertain, DMD's; 0 (with critic_steps 5) is the paper's for Stable
+    Diffusion."""
 
-    regression_weight: float = 0.25  # uncertain, DMD's; 0 (with critic_steps 5): none, the paper's for Stable Diffusion
-    batches: int = 1000  # of pairs that are stored, each of data.batch_size; all students share them
-    solver: str = "heun"  # euler | heun | ddim | dpmpp_2m: what makes the pairs
-    solver_steps: int = 18
-
-    def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
-        return score.dmd_gradient(x0, real.x0, fake.x0)
-
-    def pairs(self, net: Nets, ctx: Ctx) -> Batch:
-        """The batch, and with it the teacher's sample of some noise under the same conditions."""
-        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
-        noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape, ctx.batch["x"].dtype)
-        denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
-        x = ode.solve(self.solver, self.process, denoise, self.process.start(noise), self.solver_steps)
-        return {**ctx.batch, "pair_noise": noise, "pair_x": x, "pair_cond": cond}
-
-    def distance(self, net: Nets, made: Array, wanted: Array) -> Array:
-        """Of samples [B ...] -> [B]; the paper's is LPIPS."""
-        return jnp.mean((made - wanted) ** 2, axis=range(1, made.ndim))
-
-    def student_loss(self, net: Nets, ctx: Ctx) -> Out:
-        out = super().student_loss(net, ctx)
-        if not self.regression_weight:
-            return out
-        noise, t = ctx.batch["pair_noise"], jnp.full(ctx.batch["pair_x"].shape[:1], self.student_times[0])
-        made = net.student(self.process.start(noise), t, ctx.batch["pair_cond"]).x0
-        regression = jnp.mean(self.distance(net, made, ctx.batch["pair_x"]))
-        return Out(out.loss + self.regression_weight * regression, {**out.metrics, "regression": regression})
+    batches: int = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

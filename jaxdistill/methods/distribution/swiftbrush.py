@@ -19,8 +19,8 @@ from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.diffusion.process import Pred, expand
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.distribution._sds import ScoreDistillation
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
-from jaxdistill.objectives import score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,17 +84,5 @@ class SwiftBrush(DiffInstruct):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SDS(SwiftBrush):
-    """Score distillation sampling, the ablation: the noise that was added stands for the fake score. It seeks modes."""
-
-    inits = {"student": "teacher"}
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.student_loss, gather=self.simulate),)
-
-    def match(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, Array, Array]:
-        xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
-        real = self.real(net, xt, t, ctx)
-        gradient = self.direction(x0, real, dataclasses.replace(real, eps=eps), t)
-        return score.gradient_surrogate(x0, gradient), xt, t
+class SDS(ScoreDistillation, SwiftBrush):
+    """Score distillation sampling, the ablation. It seeks modes."""

@@ -17,6 +17,7 @@ from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM, Flow, Process, expand
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
 from jaxdistill.methods.distribution import _family as family
+from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.uni_instruct import ExactUniInstruct, SharedUniInstruct, UniInstruct
@@ -443,13 +444,14 @@ def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
     """The pairs are those of the teacher's flow; the gradient is DMD2's and the squared error's."""
     net, ctx, *_ = plain
     g = gaussian(Flow(), 0.7, 0.4)
-    method = family.DMD(regression_weight=0.5, solver_steps=64, **AT)
+    method = DMD(regression_weight=0.5, solver_steps=64, **AT)
     made = method.pairs(net, ctx)
-    np.testing.assert_allclose(made["x"], 0.7 + 0.4 * made["noise"], atol=2e-3)  # Heun's error at 64 steps
+    np.testing.assert_allclose(made["pair_x"], 0.7 + 0.4 * made["pair_noise"], atol=2e-3)  # Heun's error at 64 steps
     np.testing.assert_allclose(pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12)
     net.student = lambda x, t, cond=None: Flow().from_x0(x + 0.1, x, t)
-    out = method.student_loss(net, context(made["x"], noise=made["noise"], xt=made["noise"], t=jnp.ones(64)))
-    regression = np.mean((made["noise"] + 0.1 - made["x"]) ** 2)
+    noise, x = made["pair_noise"], made["pair_x"]
+    out = method.student_loss(net, context(x, pair_noise=noise, pair_x=x, xt=noise, t=jnp.ones(64)))
+    regression = np.mean((noise + 0.1 - x) ** 2)
     np.testing.assert_allclose(out.loss, out.metrics["match"] + 0.5 * regression, rtol=1e-9)
     (stage,) = method.stages(10)
     assert stage.collect.batches == method.batches and g.std == 0.4

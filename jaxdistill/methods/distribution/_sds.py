@@ -1,0 +1,27 @@
+"""Score distillation sampling (arXiv:2209.14988): what a host of the Diff-Instruct family is without its fake score."""
+
+from __future__ import annotations
+
+from jaxdistill.core.types import Array, Ctx, Nets, Turn
+from jaxdistill.diffusion.process import Pred
+from jaxdistill.objectives import score
+
+
+class ScoreDistillation:
+    """The noise that was added stands for the fake score. It comes before the host among a class's bases."""
+
+    inits = {"student": "teacher"}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.student_loss, gather=self.simulate),)
+
+    def added(self, x0: Array, eps: Array, t: Array) -> Pred:
+        """What a fake score that knew the sample would say."""
+        v = self.process.velocity(x0, eps, t)
+        return Pred(x0, eps, v, v)
+
+    def match(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, Array, Array]:
+        xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
+        gradient = self.direction(x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t)
+        return score.gradient_surrogate(x0, gradient), xt, t
