@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tqdm import tqdm
 
 from jaxdistill.core.checkpoint import write_json
-from jaxdistill.core.report import number
+from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import Refused, lookup
 from launch._command import arguments, load_config, main
 
@@ -28,8 +28,6 @@ HEAD = """# Toy claims, measured
 `python tools/reproduce.py` writes this page. Each line is one run: a method's toy config (`configs/toy`) with this seed of
 weights and this seed of the mixture or language. Value and baseline are the two sides of the claim that the config states.
 
-| method | seed | data seed | metric | value | baseline | teacher | ratio | bound | holds | seconds |
-|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -76,8 +74,8 @@ def reproduce(argv):
     old = _kept(ROOT / "docs/results/toy.json", results)
     write_json(ROOT / "docs/results/toy.json", old)
     cell = lambda v: "" if v is None else {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else number(v)
-    lines = ["| " + " | ".join(cell(row[k]) for k in keys) + " |" for row in old]
-    (ROOT / "docs/results/toy.md").write_text(HEAD + "\n".join(lines) + "\n")
+    table = markdown_table([k.replace("_", " ") for k in keys], [[cell(row[k]) for k in keys] for row in old])
+    (ROOT / "docs/results/toy.md").write_text(HEAD + table + "\n")
     print(ROOT / "docs/results/toy.md")
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jaxdistill.core import metrics
 from jaxdistill.core.checkpoint import write_json
-from jaxdistill.core.report import number
+from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import lookup
 from launch._command import load_config
 
@@ -51,7 +51,7 @@ SUITES = {
         about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
 every method. Fréchet distance in the features of a small classifier (lower is better), precision and recall of its
 manifold, mean distance of two samples of one label (diversity), share of samples that an independent classifier
-reads as the label asked for (accuracy). A method that was made for one step is scored at more steps too.""",
+reads as the label asked for (accuracy). Progressive distillation was made for one step, and is scored at more too.""",
     ),
     "lm": Suite(
         title="Distillation methods on additions",
@@ -141,38 +141,36 @@ def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     _chart(suite, found, out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]
     students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
-    lines = [f"# {suite.title}", "", f"`python tools/reproduce.py --suite={name}` writes this page.", "", suite.about, ""]
-    lines += [f"![{suite.chart} against seconds]({name}.png)", "", "Means over seeds, then the range where there are several.", ""]
     most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
     steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
+    at = lambda runs, nfe: [m for r in runs for m in r["models"] if m["nfe"] == nfe and m["name"] == "student"]
+    parts = [f"# {suite.title}", f"`python tools/reproduce.py --suite={name}` writes this page.", suite.about,
+             f"![{suite.chart} against seconds]({name}.png)", "Means over seeds, then the range where there are several."]  # fmt: skip
     for nfe in steps:
-        lines += [
-            f"## {nfe} NFE" if len(steps) > 1 else "## Students",
-            "",
-            "| method | " + " | ".join((*suite.metrics, "seconds an update", "peak MiB", "seeds")) + " |",
-        ]
-        lines += ["|" + "---|" * (len(suite.metrics) + 4)]
-        if nfe < most:
-            lines += [_line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == nfe], suite, [])]
+        table = [_row("teacher", at(teachers, nfe), suite, [])] if nfe < most else []
         for method in dict.fromkeys(r["method"] for r in students):
             mine = [r for r in students if r["method"] == method]
-            lines += [_line(method, [m for r in mine for m in r["models"] if m["name"] == "student" and m["nfe"] == nfe], suite, mine)]
-        lines.append("")
-    lines += [f"## Teacher at {most} NFE" if most > 1 else "## Teacher", "", "| | " + " | ".join((*suite.metrics, "", "", "seeds")) + " |"]
-    lines += [
-        "|" + "---|" * (len(suite.metrics) + 4),
-        _line("teacher", [m for r in teachers for m in r["models"] if m["nfe"] == most], suite, []),
-    ]
-    out.with_suffix(".md").write_text("\n".join(line for line in lines if line is not None) + "\n")
+            table.append(_row(method, at(mine, nfe), suite, mine))
+        head = ("method", *suite.metrics, "seconds an update", "peak MiB", "seeds")
+        parts += [f"## {nfe} NFE" if len(steps) > 1 else "## Students", markdown_table(head, [row for row in table if row])]
+    parts += [f"## Teacher at {most} NFE" if most > 1 else "## Teacher",
+              markdown_table(("", *suite.metrics, "", "", "seeds"), [_row("teacher", at(teachers, most), suite, [])])]  # fmt: skip
+    out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return out.with_suffix(".md")
 
 
-def _line(method: str, models: list[dict], suite: Suite, runs: list[dict]) -> str | None:
+def _row(method: str, models: list[dict], suite: Suite, runs: list[dict]) -> list[str]:
+    """Cells of one method at one number of steps; none where nothing was measured."""
     if not models:
-        return None
+        return []
     cells = [_spread([m[k] for m in models if k in m]) for k in suite.metrics]
-    cells += [_spread([r["update_seconds"] for r in runs]), _spread([r["peak_bytes"] / 2**20 for r in runs])]
-    return "| " + " | ".join([method, *cells, str(len(models))]) + " |"
+    return [
+        method,
+        *cells,
+        _spread([r["update_seconds"] for r in runs]),
+        _spread([r["peak_bytes"] / 2**20 for r in runs]),
+        str(len(models)),
+    ]
 
 
 def _spread(values: list[float]) -> str:

@@ -22,7 +22,7 @@ from jaxdistill.core.bank import Bank
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.net import Net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind, frozen_weights, init_state, make_train_step
 from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
 from jaxdistill.data import arrayrecord
 from jaxdistill.data.base import Dataset
@@ -324,10 +324,9 @@ class _Fit:
             self.controller.restore(host["controller"])
             self.hints = host["hints"]
             self.data = self.data.steer(self.hints)
-        given = {role: self.trained.params[role] for role in self.stage.method.frozen}
-        adopt = lambda given: {role: self.trained.nets[role].adopt(params) for role, params in given.items()}
-        where = jax.tree.map(lambda s: s.sharding, abstract.frozen)
-        return step - self.offset, state.replace(frozen=jax.jit(adopt, out_shardings=where)(given)), host["data"]
+        own = lambda given: frozen_weights(self.stage.method, self.trained.nets, given)
+        frozen = jax.jit(own, out_shardings=jax.tree.map(lambda s: s.sharding, abstract.frozen))(self.trained.params)
+        return step - self.offset, state.replace(frozen=frozen), host["data"]
 
     def _host(self) -> dict[str, Any]:
         controller = {"controller": self.controller.state(), "hints": self.hints} if self.controller else {}

@@ -246,14 +246,14 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
 
 def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
     """A copy of `config` with a candidate's values."""
-    copy = config.copy_and_resolve_references()
+    copy, frozen = config.copy_and_resolve_references(), build.build(config.method).frozen
     for axis, size in change["mesh"].items():
         copy.mesh[axis] = size
     copy.accumulate = change["accumulate"]
     for name, role in copy.roles.items():
         if change["remat"] and "remat" in (role.get("model") or {}):
             role.model.remat = change["remat"]
-        if change["place"] == "host" and name in build.build(config.method).frozen:
+        if change["place"] == "host" and name in frozen:
             role.place = "host"
     return copy
 

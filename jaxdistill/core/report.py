@@ -36,6 +36,11 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(k for row in rows for k in row))
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells as a table of Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as aligned text."""
     cells = [columns(rows)] + [[number(row.get(k, "")) for k in columns(rows)] for row in rows]

@@ -27,9 +27,8 @@ def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping
         if role in start:
             init = nets[role].adopt(restore(start[role]))
         elif source is not None and not nets[role].adapts:
-            init = overlay(
-                nets[role].init(jax.random.fold_in(key, i)), nets[role].adopt(restore({**start, **params}[source])), role, source
-            )
+            given = nets[role].adopt(restore({**start, **params}[source]))
+            init = overlay(nets[role].init(jax.random.fold_in(key, i)), given, role, source)
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
         params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)
@@ -40,9 +39,14 @@ def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping
         params=params,
         opt={role: txs[role].init(p) for role, p in params.items()},
         ema={role: jax.tree.map(jnp.copy, params[role]) for role in method.ema},
-        frozen={role: jax.tree.map(jnp.copy, nets[role].adopt(start[role])) for role in method.frozen},
+        frozen=frozen_weights(method, nets, start),
         memory=method.memory(),
     )
+
+
+def frozen_weights(method: Method, nets: Mapping[str, Net], start: Mapping[str, Params]) -> dict[str, Params]:
+    """role -> what a state holds of each frozen role, in buffers of its own."""
+    return {role: jax.tree.map(jnp.copy, nets[role].adopt(start[role])) for role in method.frozen}
 
 
 def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:

@@ -46,12 +46,12 @@ def quantized(net: Net, kind: str) -> Quantized:
         raise Refused("role.quantize=int8 needs qwix: pip install 'jaxdistill[int8]'") from error
     wrapped = Quantized(net.build, net.graphdef, {}, {}, net.wrap, net.config, net.adapts, plain=net)
     shapes = jax.eval_shape(wrapped.adopt, net.shapes)
-    axes = _map(lambda names, w: _axes(names, w), net.axes, shapes, is_leaf=is_spec)
+    axes = _map(_axes, net.axes, shapes)
     return dataclasses.replace(wrapped, shapes=shapes, axes=axes)
 
 
-def _map(f, *trees, is_leaf=resting) -> Any:
-    return jax.tree.map(f, *trees, is_leaf=lambda x: is_leaf(x) or is_spec(x))
+def _map(f, *trees) -> Any:
+    return jax.tree.map(f, *trees, is_leaf=lambda x: resting(x) or is_spec(x))
 
 
 def _kept(names: P) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import jax
 from jaxdistill import interop
 from jaxdistill.core import lora
 from jaxdistill.core.bank import Bank
-from jaxdistill.core.report import columns, number
+from jaxdistill.core.report import columns, markdown_table, number
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.models.dit import DiT
@@ -49,8 +49,7 @@ def _card(experiment, net, report: dict[str, Any]) -> str:
     about = (__import__(method.__module__, fromlist=["_"]).__doc__ or "").strip()
     rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
     keys = columns(rows)
-    table = "\n".join(["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys),
-                       *("| " + " | ".join(number(row.get(k, "")) for k in keys) + " |" for row in rows)])  # fmt: skip
+    table = markdown_table(keys, [[number(row.get(k, "")) for k in keys] for row in rows])
     steps = next((row["nfe"] for row in rows if row["name"] == "student"), 1)
     return f"""---
 tags: [jaxdistill, distillation, {method.__name__.lower()}]
