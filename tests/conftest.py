@@ -1,11 +1,13 @@
 """Before JAX starts: eight simulated devices on the CPU, and quick compilation rather than quick programs."""
 
+import collections
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
+import jax
 import pytest
 
 
@@ -17,3 +19,24 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is missing (set JAXDISTILL_DATA)")
     return folder
+
+
+@pytest.fixture
+def compilations():
+    """compilations["train_step"]: how many programs of the jitted function of that name were compiled in this test so far."""
+    count = collections.Counter()
+
+    def listen(event, seconds, *, fun_name="", **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            count[fun_name.removeprefix("jit(").removesuffix(")")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_dropped():
+    """Else a worker that goes through the whole suite holds 8 GiB of them."""
+    yield
+    jax.clear_caches()

@@ -57,7 +57,7 @@ def follow(method, steps, members=1, lr=1e-2, **start):
     for i in range(steps):
         state, values = step(state, BATCH, jax.random.key(1), active_at(i))
         metrics.append({k: float(v) for k, v in values.items()})
-    return before, jax.device_get(state), metrics, step
+    return before, jax.device_get(state), metrics
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_without_checkpoints_it_is_its_host(method, host):
     (stage,) = method.stages(5)
     _, params = stage.surgery({}, {"teacher": "weights"}, None)
     assert stage.method is method and params["path"] == "weights" and stage.steps == 5
-    _, ours, losses, _ = follow(method, 5, fake=apart(8))
-    _, theirs, others, _ = follow(host, 5, fake=apart(8))
+    _, ours, losses = follow(method, 5, fake=apart(8))
+    _, theirs, others = follow(host, 5, fake=apart(8))
     for role in theirs.params:
         for a, b in zip(jax.tree.leaves(ours.params[role]), jax.tree.leaves(theirs.params[role]), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
@@ -129,8 +129,8 @@ def test_recording():
     """Theta stands still; member i is the fake score after i I_1 updates; the loss on fixed draws falls along the path."""
     host = DisBackDiffInstruct(checkpoints=3, record_every=4)
     method = host.stages(100)[0].method
-    before, after, _, _ = follow(method, 12, members=4, lr=0.05)
-    _, shorter, _, _ = follow(method, 8, members=4, lr=0.05)
+    before, after, _ = follow(method, 12, members=4, lr=0.05)
+    _, shorter, _ = follow(method, 8, members=4, lr=0.05)
     assert same(before.params["student"], after.params["student"]) and after.count["student"] == 0
     assert same(before.frozen, after.frozen)
     member = lambda state, i: jax.tree.map(lambda w: w[i], state.params["path"])
@@ -179,17 +179,17 @@ def test_stages_share_the_steps():
     assert DisBack().critic_steps == 5 and DisBack().gan_weight == 5e-3  # the host's fields keep the host's values
 
 
-def test_backtracking_moves_two_roles_and_compiles_once():
+def test_backtracking_moves_two_roles_and_compiles_once(compilations):
     """While the pointer goes 2, 1, 0 the path keeps its bits, and each pattern of turns stays one program."""
     path = jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 4))
     path = jax.tree.map(lambda w: w + 0.05, path)
     method = DisBackDiffInstruct(checkpoints=3, interval=2, critic_steps=2)
-    before, after, metrics, step = follow(method, 8, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
+    before, after, metrics = follow(method, 8, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
     assert same(before.frozen, after.frozen) and set(after.params) == {"student", "fake"}
     assert not same(before.params["student"], after.params["student"]) and not same(before.params["fake"], after.params["fake"])
-    assert step._cache_size() == 2
+    assert compilations["train_step"] == 2
     later = dataclasses.replace(method, interval=100)
-    _, _, others, _ = follow(later, 4, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
+    _, _, others = follow(later, 4, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
     assert metrics[0] == others[0] and metrics[2]["student/match"] != others[2]["student/match"]
 
 

@@ -108,23 +108,27 @@ def test_chunks_change_nothing(record):
     np.testing.assert_allclose(hot.log_probs(lambda *_, **__: jnp.zeros((8, 8, 7)), record), flat, rtol=1e-6)
 
 
-def train(method, steps, roles, tx=None):
-    nets, txs = dict.fromkeys(("student", "old", *roles), NET), {"student": tx or optax.sgd(0.1), "old": optax.sgd(0.0)}
-    state = init_state(method, nets, txs, jax.random.key(0), {"student": PARAMS["student"], **{r: PARAMS[r] for r in roles}})
-    step, active = make_train_step(method, nets, txs)
-    history = []
-    for i in range(steps):
-        state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-        history.append((jax.device_get(state.params), {k: float(v) for k, v in metrics.items()}))
-    assert step._cache_size() == 1
-    return history
+@pytest.fixture
+def train(compilations):
+    def run(method, steps, roles, tx=None):
+        nets, txs = dict.fromkeys(("student", "old", *roles), NET), {"student": tx or optax.sgd(0.1), "old": optax.sgd(0.0)}
+        state = init_state(method, nets, txs, jax.random.key(0), {"student": PARAMS["student"], **{r: PARAMS[r] for r in roles}})
+        step, active = make_train_step(method, nets, txs)
+        history = []
+        for i in range(steps):
+            state, metrics = step(state, BATCH, jax.random.key(1), active(i))
+            history.append((jax.device_get(state.params), {k: float(v) for k, v in metrics.items()}))
+        assert compilations["train_step"] == 1
+        return history
+
+    return run
 
 
 def same(a, b):
     return all((x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
-def test_the_old_policy_is_the_student_of_every_second_step():
+def test_the_old_policy_is_the_student_of_every_second_step(train):
     history = train(dataclasses.replace(METHOD, kl_weight=0.0), 4, ())
     params = [PARAMS, *(p for p, _ in history)]
     assert same(params[1]["old"], PARAMS["student"]) and not same(params[1]["student"], PARAMS["student"])
@@ -133,13 +137,13 @@ def test_the_old_policy_is_the_student_of_every_second_step():
     assert history[0][1]["student/clipped"] == 0 and history[2][1]["student/clipped"] == 0
 
 
-def test_it_raises_the_reward():
+def test_it_raises_the_reward(train):
     method = dataclasses.replace(METHOD, group=16, kl_weight=0.0, eos=())
     rewards = [m["student/reward"] for _, m in train(method, 60, (), optax.adam(5e-2))]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2  # two prompts to learn by heart; chance is 1 / 7
 
 
-def test_training_goes_on_where_the_verifier_fails():
+def test_training_goes_on_where_the_verifier_fails(train):
     """pow(prompt, response, answer) of lists raises."""
     reward = Verified(function="builtins:pow", workers=1, timeout=60.0)
     history = train(dataclasses.replace(METHOD, reward=reward), 2, ("reference",))
