@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, dit, edm, llama, neox, qwen_image, t5, unet, vae, vae_wan, vit, wan
+from jaxdistill.interop import bert, clip, dit, edm, llama, neox, qwen_image, t5, unet, vae, vae_wan, vit, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -24,6 +24,10 @@ FAMILIES: dict[str, Family] = {
         bert.CLASSIFIER,
         bert.FAMILY,
         bert.MASKED,
+        clip.TEXT_PROJECTED,
+        clip.TEXT_TOWER,
+        clip.VISION_PROJECTED,
+        clip.VISION_TOWER,
         dit.FAMILY,
         edm.DHARIWAL,
         edm.SONG,

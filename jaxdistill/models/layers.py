@@ -147,6 +147,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
     "gelu_fast": functools.partial(nnx.gelu, approximate=True),
     "gelu_new": functools.partial(nnx.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(nnx.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nnx.sigmoid(1.702 * x),
     "relu": nnx.relu,
     "silu": nnx.silu,
 }

@@ -7,6 +7,7 @@ encoder, so that a classifier starts from a pretrained encoder leaf by leaf.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -53,7 +54,9 @@ class ViTClassifier(ViT):
 
 
 class Block(nnx.Module):
-    def __init__(self, cfg: ViT, rngs: nnx.Rngs):
+    """A pre-norm layer of the encoders of images and texts (CLIP's too); `cfg` has ViT's fields."""
+
+    def __init__(self, cfg: Any, rngs: nnx.Rngs):
         d, dtype = cfg.dim, jnp.dtype(cfg.dtype)
         make = lambda i, o, names, bias=True: dense(i, o, names, rngs=rngs, init=NORMAL, bias=bias, dtype=dtype)
         self.norm_attention, self.norm_mlp = (layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype) for _ in range(2))
@@ -62,12 +65,25 @@ class Block(nnx.Module):
         self.up, self.down = make(d, cfg.mlp, ("embed", "mlp")), make(cfg.mlp, d, ("mlp", "embed"))
         self.heads, self.activation = cfg.heads, lookup_name(ACTIVATIONS, cfg.activation, "activation")
 
-    def __call__(self, x: Array) -> Array:
-        """[B N D] -> [B N D]."""
+    def __call__(self, x: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
+        """x [B N D], mask bool [B 1 1 N] -> [B N D]."""
         h = self.norm_attention(x)
         q, k, v = (split_heads(f(h), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        x = x + self.to_out(attention(q, k, v).reshape(x.shape))
+        x = x + self.to_out(attention(q, k, v, mask=mask, causal=causal).reshape(x.shape))
         return constrain(x + self.down(self.activation(self.up(self.norm_mlp(x)))), "batch", "seq", None)
+
+
+def embed_patches(cfg: Any, project: nnx.Linear, token: Array, positions: Array, x: Array) -> Array:
+    """x [B H W C] -> [B 1 + N D]: a token [D], then the patches by rows, each plus its row of positions [1 + N D].
+
+    Raises Refused on images of another size than cfg's.
+    """
+    if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
+        raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
+    dtype = jnp.dtype(cfg.dtype)
+    h = rearrange(x.astype(dtype), "b (i p) (j q) c -> b (i j) (p q c)", p=cfg.patch, q=cfg.patch)
+    first = jnp.broadcast_to(token.astype(dtype), (len(x), 1, cfg.dim))
+    return jnp.concatenate([first, project(h)], 1) + positions.astype(dtype)
 
 
 class Encoder(nnx.Module):
@@ -84,11 +100,7 @@ class Encoder(nnx.Module):
     def encode(self, x: Array, features: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
         """(states [B 1 + N D] after the last norm, states after the blocks that `features` lists)."""
         cfg = self.cfg
-        if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
-            raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
-        h = rearrange(x.astype(self.dtype), "b (i p) (j q) c -> b (i j) (p q c)", p=cfg.patch, q=cfg.patch)
-        first = jnp.broadcast_to(self.token[...].astype(self.dtype), (len(x), 1, cfg.dim))
-        h = jnp.concatenate([first, self.patch_embed(h)], 1) + self.positions[...].astype(self.dtype)
+        h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
         body = lambda h, block: (block(h), None)
         h, _, feats = scan_layers(body, constrain(h, "batch", "seq", None), self.blocks, cfg.depth, remat=cfg.remat, taps=features)
         return self.norm(h), feats
