@@ -16,7 +16,7 @@ setup(
     packages=find_packages(include=["jaxdistill*"]),
     install_requires=CORE + PICTURES_AND_DATA,
     extras_require={
-        "torch": ["torch>=2.6", "diffusers>=0.35", "accelerate"],
+        "torch": ["torch>=2.6", "diffusers>=0.35", "accelerate", "peft>=0.17"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]"],
         "int8": ["qwix>=0.1.8"],

@@ -1,6 +1,8 @@
 """Writes a finished run's student as a folder that PyTorch (diffusers, transformers) loads, with a model card.
 
-python -m launch.export --workdir=DIR [--out=DIR/export]
+python -m launch.export --workdir=DIR [--out=DIR/export] [--adapter]
+
+With --adapter, the student of a config with `lora` leaves as an adapter for `peft` or diffusers, not folded into its base.
 """
 
 from pathlib import Path
@@ -9,13 +11,13 @@ from launch._command import arguments, main, needed
 
 
 def export(argv: list[str]) -> None:
-    values, config = arguments(argv, {"config": "", "workdir": "", "out": ""})
+    values, config = arguments(argv, {"config": "", "workdir": "", "out": "", "adapter": False})
     config, workdir = needed(values, config)
     from jaxdistill.core import loop
     from jaxdistill.interop import export as to_folder
 
     out = Path(values["out"] or workdir / "export")
-    to_folder.export(loop.load(workdir, config), out)
+    to_folder.export(loop.load(workdir, config), out, adapter=values["adapter"])
     print(f"exported: {out}")
 
 

@@ -156,6 +156,12 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     assert interop.load(out)[0].config == trained.nets["student"].config
 
 
+def test_full_weights_are_no_adapter(digits, tmp_path, capsys):
+    said = refused([f"--workdir={digits}", f"--out={tmp_path / 'out'}", "--adapter"], capsys, export.export)
+    assert "student has full weights, no adapter; export it without --adapter" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_run_that_has_not_finished_cannot_be_exported(tmp_path, capsys):
     said = refused([TOY, f"--workdir={tmp_path / 'none'}"], capsys, export.export)
     assert "no finished run" in said or "no such result" in said

@@ -147,6 +147,7 @@ class Method:
     inits = {"student": "teacher"}  # trained role -> role it is copied from, or None for fresh weights
     frozen = ("teacher",)
     ema = ("student",)  # roles with averaged weights, bound as `ema_<role>`
+    renoises = True  # whether `sample` goes from one of its times to the next with fresh noise, or with its own predicted noise (DDIM)
     exports = ("student",)  # roles that make up the trained generator: where several, each leaves in a folder of its own
 
     @property
@@ -175,6 +176,14 @@ class Method:
     def generator(self, net: Nets) -> Callable:
         """The trained generator that `sample` takes; experts by time or by condition are routed here."""
         return net.student
+
+    def initial(self, noise: Array) -> Array:
+        """Unit Gaussian noise as `sample` is given it; `process.start` makes a state at t_max of it."""
+        return noise
+
+    def sampling_times(self, steps: int) -> Array:
+        """Where `sample` asks the network, falling [steps]. Raises Refused where `sample` is no such chain."""
+        raise Refused(f"{type(self).__name__}: its sampler is more than a chain of x0 at fixed times")
 
     def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
         """Samples of a trained `net` (from `generator`) at `steps` network evaluations, from unit Gaussian noise."""

@@ -94,10 +94,7 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
     The folder appears when it is complete, and replaces an earlier model as a whole. Every leaf must be addressable
     from this process. Raises Refused where no family has this net, or not all of its weights.
     """
-    folder = Path(folder)
-    family = next((f for f in FAMILIES.values() if type(net.config) is f.config), None)
-    if family is None:
-        raise Refused(f"{folder}: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
+    folder, family = Path(folder), family_of(net)
     rows, leaves = family.table(net.config), paths(params)
     _check_paths(folder, family, rows, leaves)
     for path, expected in paths(net.shapes).items():
@@ -122,6 +119,14 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
         write_folder(fresh, STEMS[family.library], sizes, read, max_shard_bytes)
         if card:
             (fresh / "README.md").write_text(card, encoding="utf-8")
+
+
+def family_of(net: Net) -> Family:
+    """The family of a net. Raises Refused where no PyTorch class has its weights."""
+    for family in FAMILIES.values():
+        if type(net.config) is family.config:
+            return family
+    raise Refused(f"export: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
 
 
 def _describe(folder: Path) -> tuple[Family, Any]:

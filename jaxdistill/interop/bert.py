@@ -84,6 +84,7 @@ def _family(name: str, make: type[Bert], *ignored: str) -> Family:
     return Family(
         name=name,
         library="transformers",
+        call="model(tokens, attention_mask=mask)[0]",
         config=make,
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),

@@ -76,4 +76,13 @@ def write(cfg: DiT) -> dict[str, dict[str, Any]]:
     return {"config.json": config}
 
 
-FAMILY = Family(name="DiTTransformer2DModel", library="diffusers", config=DiT, read=read, write=write, table=table)
+FAMILY = Family(
+    name="DiTTransformer2DModel",
+    library="diffusers",
+    config=DiT,
+    read=read,
+    write=write,
+    table=table,
+    call="model({x}, timestep={t}, class_labels=cond).sample",
+    given="cond = torch.arange({classes})",
+)

@@ -141,6 +141,7 @@ def _family(name: str, make: type[LM]) -> Family:
     return Family(
         name=name,
         library="transformers",
+        call="model.generate(tokens, max_new_tokens=64)",
         config=make,
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),

@@ -78,6 +78,7 @@ def write(cfg: NeoX) -> dict[str, dict[str, Any]]:
 FAMILY = Family(
     name="GPTNeoXForCausalLM",
     library="transformers",
+    call="model.generate(tokens, max_new_tokens=64)",
     config=NeoX,
     read=read,
     write=write,

@@ -126,10 +126,10 @@ def write_folder(folder: Path, stem: str, sizes: Mapping[str, int], read: Callab
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends, and vanishes if it raises: nothing half-written.
 
-    An earlier model at `target` (it has a config.json) is replaced; Refused where anything else stands there.
+    An earlier model at `target` (it has a config) is replaced; Refused where anything else stands there.
     """
     if target.is_dir():
-        if any(target.iterdir()) and not (target / "config.json").exists():
+        if any(target.iterdir()) and not any((target / name).exists() for name in ("config.json", "adapter_config.json")):
             raise Refused(f"{target}: not empty and not a model folder; give another name")
     elif target.exists():
         raise Refused(f"{target}: is a file, expected a folder or a free name")

@@ -96,6 +96,7 @@ def _family(name: str, make: type[T5Encoder]) -> Family:
     return Family(
         name=name,
         library="transformers",
+        call="model.generate(tokens, max_new_tokens=64)",
         config=make,
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),

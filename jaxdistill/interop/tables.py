@@ -9,6 +9,8 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight, and
   `renamed`, the names that old files use;
 - `free`, the keys of config.json in which two copies of one network may differ;
+- `call`, PyTorch's expression of one evaluation for the model card (of a denoiser, at the state {x} and the time {t} under a
+  condition `cond`, which the line `given` makes), and `component`, the model's name in diffusers' pipelines;
 - `constants(config)`, where PyTorch's class stores arrays that are no weights, and `convert(file)`, where its pickles become
   safetensors by another command than that of transformers and diffusers.
 
@@ -136,6 +138,9 @@ class Family:
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
     renamed: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) that turn old names into those of the table
     free: tuple[str, ...] = ()
+    call: str = ""
+    given: str = ""
+    component: str = "transformer"
     constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}  # name -> what is written beside the weights
     convert: Callable[[Path], str] | None = None
 

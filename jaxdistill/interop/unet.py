@@ -173,4 +173,15 @@ def write(cfg: UNet) -> dict[str, dict[str, Any]]:
     return {"config.json": config}
 
 
-FAMILY = Family(name="UNet2DConditionModel", library="diffusers", config=UNet, read=read, write=write, table=table, free=("sample_size",))
+FAMILY = Family(
+    name="UNet2DConditionModel",
+    library="diffusers",
+    config=UNet,
+    read=read,
+    write=write,
+    table=table,
+    free=("sample_size",),
+    call="model({x}, {t}, encoder_hidden_states=cond).sample",
+    given="cond = torch.randn(2, 77, {text_dim})  # in its place, the text encoder's states of the prompts",
+    component="unet",
+)

@@ -130,5 +130,7 @@ FAMILY = Family(
     read=read,
     write=write,
     table=table,
+    call="model({x}, timestep={t}, encoder_hidden_states=cond).sample",
+    given="cond = torch.randn(2, 512, {text_dim})  # in its place, the text encoder's states of the prompts",
     ignored=(r"blocks\.\d+\.attn2\.norm_added_q\.weight",),  # stored by some files, used by none
 )

@@ -19,6 +19,7 @@ class Hosted(Method):
     ema = property(lambda self: self.host.ema)
     exports = property(lambda self: self.host.exports)
     process = property(lambda self: self.host.process)
+    renoises = property(lambda self: self.host.renoises)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -43,6 +44,9 @@ class Hosted(Method):
 
     def generator(self, net):
         return self.host.generator(net)
+
+    def initial(self, noise):
+        return self.host.initial(noise)
 
     def sampling_times(self, steps: int) -> Array:
         return self.host.sampling_times(steps)

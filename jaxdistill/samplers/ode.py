@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, lookup
-from jaxdistill.diffusion.process import Pred, Process, expand
+from jaxdistill.core.types import Array, Refused, lookup
+from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 
 Denoise = Callable[[Array, Array], Pred]
 
@@ -97,6 +97,14 @@ SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim":
 def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None) -> Array:
     """`steps` steps of the solver called `name` (a key of SOLVERS) along the process's grid. Raises Refused on another name."""
     return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, process.grid(steps), key)
+
+
+def chain_times(name: str, process: Process, steps: int) -> Array:
+    """The times [steps] at which a solver asks the network, where it only re-noises x0 with its own eps from one to the next:
+    "ddim", and on rectified flow "euler". Raises Refused on the others."""
+    if name == "ddim" or (name == "euler" and process == Flow()):
+        return process.grid(steps)[:-1]
+    raise Refused(f"solver={name}: more than a chain of x0 at fixed times")
 
 
 def advance(name: str, process: Process, denoise: Denoise, x: Array, t: Array, s: Array) -> Array:

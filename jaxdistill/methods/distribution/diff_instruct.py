@@ -50,10 +50,6 @@ class DiffInstruct(Method):
         xt, t = simulate(self.process, denoise, noise, jnp.array(self.student_times), ctx.key("chain"), index)
         return {**ctx.batch, "xt": xt, "t": t}
 
-    def initial(self, noise: Array) -> Array:
-        """Unit Gaussian noise as the chain is given it; `process.start` makes a state at t_max of it."""
-        return noise
-
     def generate(self, net: Nets, ctx: Ctx) -> Array:
         """The student's x0 from the gathered state; gradient flows through this call only."""
         return net.student(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond")).x0

@@ -85,6 +85,9 @@ class MultiStudent(Method):
         """The router: every sample by the student of its condition's cell, at the cost of all students on each."""
         return lambda x, t, cond=None, **kw: net.student(x, t, cond, member=self.partition.assign(cond), **kw)
 
+    def initial(self, noise: Array) -> Array:
+        return self.hosts[-1].initial(noise)
+
     def sampling_times(self, steps: int) -> Array:
         return self.hosts[-1].sampling_times(steps)
 

@@ -48,6 +48,7 @@ class PhasedDMD(DiffInstruct):
     plan = property(lambda self: Phases(self.student_times, self.phase_steps, self.teacher_bounds, self.process.t_max))
     inits = property(lambda self: self.plan.roles(self.phase))
     frozen = property(lambda self: self.plan.teachers + self.plan.experts[: max(self.phase, 0)])
+    renoises = False
     exports = property(lambda self: self.plan.experts)
     turns = property(lambda self: tuple(turn for k in self.plan.trained(self.phase) for turn in self.phase_turns(k)))
 

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Ctx, Method, Nets, Out, Turn
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Turn
 from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
 from jaxdistill.diffusion.times import LogitNormal, Uniform
@@ -28,6 +28,7 @@ class FlowMatching(Method):
 
     inits = {"student": None}
     frozen = ()
+    renoises = False
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -41,6 +42,9 @@ class FlowMatching(Method):
         cond = drop_condition(ctx.batch.get("cond"), ctx.batch.get("null_cond"), keep)
         pred = net.student(self.process.add_noise(x0, eps, t), t, cond)
         return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, self.target)))
+
+    def sampling_times(self, steps: int) -> Array:
+        return ode.chain_times(self.solver, self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
         start = self.process.start(noise)

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Ctx, Method, Nets, Out, Refused, Stage, Turn, lookup
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Refused, Stage, Turn, lookup
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Flow, Process, expand
 from jaxdistill.objectives import weighting
@@ -35,6 +35,8 @@ class Progressive(Method):
     @property
     def halvings(self) -> int:
         return (self.teacher_steps // self.student_steps).bit_length() - 1
+
+    renoises = False
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -64,6 +66,9 @@ class Progressive(Method):
         target = jax.lax.stop_gradient((xs - ratio * xt) / (expand(a_s, x0) - ratio * expand(a_t, x0)))
         error = jnp.mean((net.student(xt, t, cond).x0 - target) ** 2, axis=range(1, x0.ndim))
         return Out(jnp.mean(lookup(WEIGHTS, self.weight, "weight")(a_t, s_t) * error))
+
+    def sampling_times(self, steps: int) -> Array:
+        return ode.chain_times("ddim", self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
         return ode.solve("ddim", self.process, lambda x, t: net(x, t, cond), self.process.start(noise), steps, key)

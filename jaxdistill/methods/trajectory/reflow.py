@@ -13,7 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Batch, Collect, Ctx, Method, Nets, Out, Stage, Turn
+from jaxdistill.core.types import Array, Batch, Collect, Ctx, Method, Nets, Out, Stage, Turn
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error
@@ -30,6 +30,8 @@ class Reflow(Method):
     solver: str = "heun"  # euler | heun | ddim | dpmpp_2m: what makes the pairs
     solver_steps: int = 50
     guidance: float = 1.0  # of the teacher, in the first round's pairs
+
+    renoises = False
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -54,6 +56,9 @@ class Reflow(Method):
         t = self.times.draw(self.process, ctx.key("t"), x0.shape[0])
         pred = net.student(self.process.add_noise(x0, eps, t), t, ctx.batch.get("cond"))
         return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v")))  # eq. 1
+
+    def sampling_times(self, steps: int) -> Array:
+        return ode.chain_times("euler", self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
         return ode.solve("euler", self.process, lambda x, t: net(x, t, cond), self.process.start(noise), steps, key)
