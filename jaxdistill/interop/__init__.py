@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, clip, dit, edm, llama, neox, qwen_image, t5, unet, vae, vae_wan, vit, wan
+from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, t5, unet, vae, vae_wan, vit, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -31,9 +31,12 @@ FAMILIES: dict[str, Family] = {
         dit.FAMILY,
         edm.DHARIWAL,
         edm.SONG,
+        gemma.FAMILY,
+        gemma.TEXT,
         llama.FAMILY,
         llama.QWEN2,
         llama.QWEN3,
+        llama.QWEN_VL,
         neox.FAMILY,
         qwen_image.FAMILY,
         t5.ENCODER,
@@ -125,6 +128,10 @@ def family_of(net: Net) -> Family:
     """The family of a net. Raises Refused where no PyTorch class has its weights."""
     for family in FAMILIES.values():
         if type(net.config) is family.config:
+            if family.part:
+                raise Refused(
+                    f"export: {type(net.config).__name__} is {family.part} of {family.name}, which cannot be saved without the rest"
+                )
             return family
     raise Refused(f"export: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
 

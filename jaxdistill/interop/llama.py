@@ -1,5 +1,6 @@
 """`LlamaForCausalLM` of transformers (Llama 1 to 3, SmolLM, TinyLlama and others of the same graph), and the two that
-differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5) and `Qwen3ForCausalLM`."""
+differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5) and `Qwen3ForCausalLM`. The language side of
+`Qwen2_5_VLForConditionalGeneration` is read as a text encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import read_json
 from jaxdistill.interop.tables import LINEAR, Family, Row, fixed, sizes
 from jaxdistill.models.lm import LM
-from jaxdistill.models.qwen import Qwen2, Qwen3
+from jaxdistill.models.qwen import Qwen2, Qwen2Text, Qwen3
 
 SIZES = {
     "vocab": "vocab_size",
@@ -23,9 +24,10 @@ SIZES = {
 FIXED = {  # what our models cannot do otherwise
     LM: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     Qwen2: {"hidden_act": "silu", "use_sliding_window": False},
+    Qwen2Text: {"hidden_act": "silu", "use_sliding_window": False},
     Qwen3: {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
 }
-TYPES = {LM: "llama", Qwen2: "qwen2", Qwen3: "qwen3"}  # model_type
+TYPES = {LM: "llama", Qwen2: "qwen2", Qwen2Text: "qwen2_5_vl", Qwen3: "qwen3"}  # model_type
 
 
 def table(cfg: LM) -> tuple[Row, ...]:
@@ -52,6 +54,7 @@ def table(cfg: LM) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
     where = folder / "config.json"
+    config = config | (config.get("text_config") or {})
     fixed(config, FIXED[make], where)
     found = sizes(config, SIZES, where)
     return make(
@@ -61,7 +64,7 @@ def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
         kv_heads=config.get("num_key_value_heads") or 0,
         head_dim=config.get("head_dim") or 0,
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
+        tied=make is Qwen2Text or config.get("tie_word_embeddings", False),
         max_length=config.get("max_position_embeddings", 2048),
     )
 
@@ -91,7 +94,7 @@ def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if kind in ("default", "mrope"):  # mrope: three axes of positions, which are one on text
         return {"rope_theta": rope["rope_theta"]}
     if kind != "llama3":
         raise Refused(f"{where}: rope_type={kind!r} is not supported, expected 'default' or 'llama3'")
@@ -137,7 +140,7 @@ def _or(value, default):
     return default if value is None else value
 
 
-def _family(name: str, make: type[LM]) -> Family:
+def _family(name: str, make: type[LM], ignored: tuple[str, ...] = (), **more: Any) -> Family:
     return Family(
         name=name,
         library="transformers",
@@ -146,11 +149,13 @@ def _family(name: str, make: type[LM]) -> Family:
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),
         table=table,
-        ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
+        ignored=(*ignored, r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old constants
         free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+        **more,
     )
 
 
 FAMILY = _family("LlamaForCausalLM", LM)
 QWEN2 = _family("Qwen2ForCausalLM", Qwen2)
 QWEN3 = _family("Qwen3ForCausalLM", Qwen3)
+QWEN_VL = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text, (r"visual\..*",), part="its language side")

@@ -11,6 +11,7 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `free`, the keys of config.json in which two copies of one network may differ;
 - `call`, PyTorch's expression of one evaluation for the model card (of a denoiser, at the state {x} and the time {t} under a
   condition `cond`, which the line `given` makes), and `component`, the model's name in diffusers' pipelines;
+- `part`, what ours is of PyTorch's class, where it is not the whole and cannot be saved as one;
 - `constants(config)`, where PyTorch's class stores arrays that are no weights, and `convert(file)`, where its pickles become
   safetensors by another command than that of transformers and diffusers.
 
@@ -141,6 +142,7 @@ class Family:
     call: str = ""
     given: str = ""
     component: str = "transformer"
+    part: str = ""
     constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}  # name -> what is written beside the weights
     convert: Callable[[Path], str] | None = None
 

@@ -24,15 +24,15 @@ TILE = 128  # what a kernel's sequence lengths must divide by
 
 
 def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
-              scale: float | None = None) -> Array:  # fmt: skip
+              scale: float | None = None, cap: float = 0.0) -> Array:  # fmt: skip
     """q [B T H K], k and v [B S G K] with G dividing H, mask bool [B or 1, H or 1, T or 1, S] True = attend -> [B T H K].
 
-    Scores are `scale` (None: K^-1/2) times the products, plus `bias` [B or 1, H or 1, T, S]; they and the softmax are
-    float32. A row that may attend to nothing is undefined (finite).
+    Scores are `scale` (None: K^-1/2) times the products, plus `bias` [B or 1, H or 1, T, S]; with `cap` they are
+    squashed to -cap..cap by tanh; they and the softmax are float32. A row that may attend to nothing is undefined (finite).
     """
     queries, keys, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5 if scale is None else scale
-    if bias is not None:  # whoever has a bias for each score holds all of them anyway
-        return plain(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale)
+    if bias is not None or cap:  # whoever has a bias for each score holds all of them anyway
+        return plain(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap)
     if in_forward_mode():
         return (plain if queries * keys <= PLAIN**2 else blockwise)(q, k, v, mask=mask, causal=causal, scale=scale)
     tiled = mask is None and queries == keys and queries % TILE == 0
@@ -45,9 +45,22 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
 
 
 def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
-          scale: float | None = None) -> Array:  # fmt: skip
+          scale: float | None = None, cap: float = 0.0) -> Array:  # fmt: skip
     """XLA's, through all T x S scores."""
+    if cap:
+        return _capped(q, k, v, mask, causal, bias, q.shape[-1] ** -0.5 if scale is None else scale, cap)
     return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, is_causal=causal, implementation="xla")
+
+
+def _capped(q, k, v, mask, causal, bias, scale, cap):
+    """The library's function has no cap."""
+    (batch, queries, heads, size), (keys, groups) = q.shape, k.shape[1:3]
+    wide = q.reshape(batch, queries, groups, heads // groups, size)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", wide, k, preferred_element_type=jnp.float32).reshape(batch, heads, queries, keys) * scale
+    scores = cap * jnp.tanh((scores if bias is None else scores + bias) / cap)
+    seen = jnp.tri(queries, keys, dtype=bool) if causal else jnp.ones((), bool)
+    weights = jax.nn.softmax(jnp.where(seen if mask is None else seen & mask, scores, -1e30)).astype(v.dtype)
+    return jnp.einsum("bgrts,bsgk->btgrk", weights.reshape(batch, groups, -1, queries, keys), v).reshape(q.shape)
 
 
 class Negative(NamedTuple):

@@ -47,6 +47,8 @@ class LM:
     dtype: str = "float32"  # arithmetic; weights are float32
     remat: str = "none"  # none | full | dots | dots_no_batch
 
+    cap = 0.0  # what attention's scores are squashed to; 0: not. Of variants
+
     @property
     def head_size(self) -> int:
         """Channels of an attention head."""
@@ -88,7 +90,11 @@ class Block(nnx.Module):
         """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x, extra)."""
         q, k, v = self.project(self.norm_attention(x))
         mixed, extra = attend(rotate(q, waves), rotate(k, waves), v)
-        return constrain(x + self.to_out(mixed.reshape(*x.shape[:2], -1)), "batch", "seq", None), extra
+        return self.branch(x, mixed.reshape(*x.shape[:2], -1)), extra
+
+    def branch(self, x: Array, mixed: Array) -> Array:
+        """The states [B T D] with attention's mixed values [B T H * K] on them."""
+        return constrain(x + self.to_out(mixed), "batch", "seq", None)
 
     def neurons(self, x: Array) -> Array:
         """SwiGLU's hidden activations [B T mlp], x [B T D] from `mix`."""
@@ -143,7 +149,7 @@ class LMModule(nnx.Module):
         scan = functools.partial(scan_layers, depth=self.cfg.depth, remat=self.cfg.remat, taps=features)
         x, waves = self._enter(tokens, positions, cache)
         if cache is None:
-            attend = _full(mask, segments)
+            attend = _full(mask, segments, self.cfg.cap)
             x, _, feats = scan(lambda x, block: block(x, waves, attend), x, self.blocks)
         else:
             if segments is not None:
@@ -160,7 +166,7 @@ class LMModule(nnx.Module):
         `before` and `after` are the states [B T D] around a block, `neurons` its MLP's activations [B T mlp].
         """
         x, waves = self._enter(tokens, positions, None)
-        attend = _full(mask, segments)
+        attend = _full(mask, segments, self.cfg.cap)
 
         def layer(x, block):
             after, _, neurons = block.run(x, waves, attend)
@@ -192,7 +198,7 @@ class LMModule(nnx.Module):
             def attend(q, k, v):
                 write = lambda store, part: jax.lax.dynamic_update_slice(store, part[None], (i, 0, start, 0, 0))
                 kept = write(keys, k), write(values, v)
-                return attention(q, kept[0][i], kept[1][i], mask=seen), kept
+                return attention(q, kept[0][i], kept[1][i], mask=seen, cap=self.cfg.cap), kept
 
             x, kept = block(x, waves, attend)
             return (x, *kept), None
@@ -201,11 +207,14 @@ class LMModule(nnx.Module):
         return x, {"keys": keys, "values": values, "valid": valid, "length": start + new}, tuple(s[0] for s in states)
 
     def _logits(self, x: Array) -> Array:
-        logits = jnp.einsum("btd,dv->btv", x, self.head(), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", x, self._unembedding(), preferred_element_type=jnp.float32)
         return constrain(logits, "batch", "seq", "vocab")
 
     def head(self) -> Array:
         """The unembedding matrix [D V], in the arithmetic's dtype."""
+        return self._unembedding()
+
+    def _unembedding(self) -> Array:
         return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(self.dtype)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
@@ -236,10 +245,10 @@ def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
                           "tokens, expected equal ones (methods.language.cross_tokenizer_kd does without)")  # fmt: skip
 
 
-def _full(mask: Array | None, segments: Array | None):
+def _full(mask: Array | None, segments: Array | None, cap: float):
     """Attention of a whole sequence to itself, for `Block`."""
     seen = visible(mask, segments)
-    return lambda q, k, v: (attention(q, k, v, mask=seen, causal=True), None)
+    return lambda q, k, v: (attention(q, k, v, mask=seen, causal=True, cap=cap), None)
 
 
 def visible(mask: Array | None, segments: Array | None) -> Array | None:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxdistill.core.types import Array
 from jaxdistill.models.layers import dense, rms_norm
-from jaxdistill.models.lm import LM, Block
+from jaxdistill.models.lm import LM, Block, LMModule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,22 @@ class Qwen3(LM):
 
     def block(self, rngs: nnx.Rngs) -> Block:
         return Qwen3Block(self, rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2Text(Qwen2):
+    """Qwen2.5-VL's language side as an encoder of prompts (Qwen-Image's): its call gives the normed states [B T D] in place of
+    logits. On text alone the three axes of its rotary positions are one. 7B is dim 3584, mlp 18944, heads 28, kv_heads 4, depth 28."""
+
+    tied: bool = True  # there is no head
+
+    def __call__(self, rngs: nnx.Rngs) -> Qwen2TextModule:
+        return Qwen2TextModule(self, rngs)
+
+
+class Qwen2TextModule(LMModule):
+    def _logits(self, x: Array) -> Array:
+        return x
 
 
 class Qwen2Block(Block):

@@ -1,4 +1,4 @@
-"""Llama, Qwen 2 and 3 against transformers: the same folder gives the same logits, and ours loads there without a key to spare."""
+"""Llama, Qwen 2 and 3, Gemma 2 against transformers: the same folder gives the same logits, and ours loads there without a key to spare."""
 
 import json
 
@@ -9,6 +9,7 @@ import pytest
 from jaxdistill import interop
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
+from jaxdistill.models.gemma import Gemma2
 from jaxdistill.models.lm import LM
 from jaxdistill.models.qwen import Qwen2, Qwen3
 from jaxdistill.samplers.text import generate
@@ -44,6 +45,13 @@ VARIANTS = {
     "stretched": {"rope_parameters": LLAMA3, "num_key_value_heads": 4},
     "qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
     "qwen3": {"family": "Qwen3"},
+    "gemma2": {
+        "family": "Gemma2",
+        "query_pre_attn_scalar": 5,
+        "sliding_window": 30,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 9.0,
+    },  # fmt: skip
 }
 
 
@@ -107,6 +115,7 @@ def test_weights_in_bfloat16(pair):
     [
         (LM(vocab=128256, dim=2048, mlp=8192, heads=32, kv_heads=8, depth=16, tied=True), 1_235_814_400),  # Llama 3.2: 1.23B
         (Qwen2(vocab=151936, dim=896, mlp=4864, heads=14, kv_heads=2, depth=24, tied=True), 494_032_768),  # Qwen2.5-0.5B: 0.49B
+        (Gemma2(vocab=256000, dim=2304, mlp=9216, heads=8, kv_heads=4, head_dim=256, depth=26), 2_614_341_888),  # 2.6B
         (Qwen3(vocab=151936, dim=1024, mlp=3072, heads=16, kv_heads=8, head_dim=128, depth=28, tied=True), 596_049_920),  # 0.6B
     ],
 )
@@ -145,6 +154,43 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("name", ["Gemma2Model", "Qwen2_5_VLForConditionalGeneration"])
+def test_encoders_of_prompts(name, tmp_path, agree, returns, halves):
+    """The last normed states, texts padded on the right as the pipelines of SANA and Qwen-Image give them."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    if name == "Gemma2Model":
+        model = transformers.Gemma2Model(transformers.Gemma2Config(**sizes, head_dim=6, query_pre_attn_scalar=5, sliding_window=30,
+                                                                   attn_logit_softcapping=3.0)).eval()  # fmt: skip
+    else:
+        rope = {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 2]}
+        eye = dict(depth=1, hidden_size=16, num_heads=2, intermediate_size=16, out_hidden_size=32, patch_size=2, fullatt_block_indexes=[0])
+        config = transformers.Qwen2_5_VLConfig(text_config={**sizes, "rope_parameters": rope}, vision_config=eye)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    model.save_pretrained(tmp_path / "in")
+    net, params = interop.load(tmp_path / "in")
+    mask = np.arange(24) < 24 - PADS[:, None]
+    with torch.no_grad():
+        out = model(torch.tensor(tokens()), attention_mask=torch.tensor(mask.astype(np.int64)), output_hidden_states=True)
+    agree(name, jax.jit(net.apply)(params, tokens(), mask=mask), out.hidden_states[-1], mask[..., None])
+    halves(tmp_path / "in")
+    if name == "Gemma2Model":
+        returns(type(model), model, net, params)
+    else:
+        with pytest.raises(Refused, match="Qwen2Text is its language side of Qwen2_5_VLForConditionalGeneration, which cannot be saved"):
+            interop.save(tmp_path / "out", net, params)
+
+
+def test_capped_logits_are_not_made_in_chunks():
+    net = make_net(Gemma2(logit_cap=30.0))
+    with pytest.raises(Refused, match=r"logits are capped at 30\.0 and cannot be made in chunks; set method.chunk=0"):
+        jax.eval_shape(lambda p: net.apply(p, method="head"), net.shapes)
+    with pytest.raises(Refused, match="max_length=2048 is more than window=1024"):
+        make_net(Gemma2(window=1024))
 
 
 @pytest.mark.parametrize("pair", ["tied"], indirect=True)
@@ -186,6 +232,8 @@ def test_rope_keys_of_older_files(tmp_path):
         ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear' is not supported"),
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True is not supported, expected False"),
         ("Qwen3", {"attention_bias": True}, "attention_bias=True is not supported, expected False"),
+        ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported, expected None"),
+        ("Gemma2", {"layer_types": ["sliding_attention"]}, "layer_types=.*expected 3 of sliding_attention and full_attention"),
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, family, change, message):
