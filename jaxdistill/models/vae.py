@@ -38,6 +38,11 @@ class VAE:
     dtype: str = "float32"  # arithmetic; weights are float32
     remat: str = "none"  # none | full | dots | dots_no_batch; of each ResNet block
 
+    @property
+    def down(self) -> int:
+        """Pixels a side of a latent."""
+        return 2 ** (len(self.widths) - 1)
+
     def __call__(self, rngs: nnx.Rngs) -> VAEModule:
         return VAEModule(self, rngs)
 

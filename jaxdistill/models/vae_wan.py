@@ -39,6 +39,11 @@ class WanVAE:
     dtype: str = "float32"  # arithmetic; weights are float32
     remat: str = "none"  # none | full | dots | dots_no_batch; of each residual block
 
+    @property
+    def down(self) -> int:
+        """Pixels a side of a latent."""
+        return 2 ** (len(self.multiples) - 1)
+
     def __call__(self, rngs: nnx.Rngs) -> WanVAEModule:
         return WanVAEModule(self, rngs)
 

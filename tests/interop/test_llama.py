@@ -45,13 +45,7 @@ VARIANTS = {
     "stretched": {"rope_parameters": LLAMA3, "num_key_value_heads": 4},
     "qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
     "qwen3": {"family": "Qwen3"},
-    "gemma2": {
-        "family": "Gemma2",
-        "query_pre_attn_scalar": 5,
-        "sliding_window": 30,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 9.0,
-    },  # fmt: skip
+    "gemma2": dict(family="Gemma2", query_pre_attn_scalar=5, sliding_window=30, attn_logit_softcapping=3.0, final_logit_softcapping=9.0),
 }
 
 

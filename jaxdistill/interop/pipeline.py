@@ -1,0 +1,286 @@
+"""Prompts to pictures and videos: a folder that diffusers calls a pipeline, its networks loaded here, a few-step sampler.
+
+A text encoder makes the condition, the denoiser (or a distilled student in its place) goes through a few times, the
+autoencoder makes pixels. Classes: Stable Diffusion XL, SANA, Qwen-Image and Wan (2.1, and 2.2 with two experts).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import interop
+from jaxdistill.core.net import Net
+from jaxdistill.core.types import Array, Params, Refused, lookup
+from jaxdistill.diffusion.denoiser import Denoiser, Noise, Velocity, VPVelocity, by_time, guided
+from jaxdistill.diffusion.process import DDPM, Flow, Process
+from jaxdistill.interop.safetensors import read_json
+from jaxdistill.samplers import fewstep
+
+QWEN_TEMPLATE = (  # of the released pipeline; its first 34 tokens are not given to the denoiser
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+    "of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN_PREFIX = 34
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """`parts` are networks and their weights by diffusers' names of them; made by `load`."""
+
+    folder: Path
+    index: dict[str, Any]  # model_index.json
+    parts: dict[str, tuple[Net, Params]]
+    _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)  # compiled functions by what they do
+
+    denoisers = ("transformer",)
+    texts = ("text_encoder",)
+    param = Velocity(time_scale=1000.0)  # how the denoiser is read
+    process: ClassVar[Process] = Flow()  # what it was trained on, and what times mean
+
+    def encode(self, prompts: list[str], negatives: list[str], size: tuple[int, int]) -> dict[str, Array]:
+        """The denoiser's condition, batched over prompts and behind them negative prompts, for pictures of `size` (height, width)."""
+        raise NotImplementedError
+
+    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+        """The shape of `count` samples of the denoiser. Raises Refused where the size does not divide."""
+        if any(n % self.down for n in size):
+            raise Refused(f"size={size}: expected multiples of {self.down}")
+        if frames != 1:
+            raise Refused(f"frames={frames}: {type(self).__name__} makes pictures, expected 1")
+        return (count, size[0] // self.down, size[1] // self.down, self.vae[0].config.latents)
+
+    def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
+        """Where the sampler asks the denoiser [steps], falling: even steps of the flow, shifted as the scheduler's config says."""
+        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        even, shift = np.linspace(1, 1 / steps, steps), config.get("shift", config.get("flow_shift", 1.0))
+        if config.get("use_dynamic_shifting"):
+            shift = np.exp(_dynamic(config, size[0] // self.down // 2 * (size[1] // self.down // 2)))
+        times = shift * even / (1 + (shift - 1) * even)
+        if end := config.get("shift_terminal"):
+            times = 1 - (1 - times) * (1 - end) / (1 - times[-1])
+        return times
+
+    def network(self, weights: dict[str, Params]):
+        """`(x, t, cond) -> Pred` in `self.process`, of denoisers' weights by name."""
+        wrap = Denoiser(param=self.param, native=self.process).wrap
+        calls = [wrap(functools.partial(self.parts[name][0].apply, w), self.process) for name, w in weights.items()]
+        return calls[0] if len(calls) == 1 else by_time(calls, (float(self.index["boundary_ratio"]),), shared=True)
+
+    def run(self, name: str, *args: Any, method: str = "__call__", **fixed: Any) -> Any:
+        """A method of a part, compiled once; `fixed` are no arrays."""
+        net, params = self.parts[name]
+        key = name, method, tuple(fixed.items())
+        if key not in self._programs:
+            self._programs[key] = jax.jit(functools.partial(net.apply, method=method, **fixed))
+        return self._programs[key](params, *args)
+
+    def states(self, tokens: np.ndarray, mask: np.ndarray) -> Array:
+        """The text encoder's last states [B L D]."""
+        net, params = self.parts["text_encoder"]
+        program = self._programs.setdefault("states", jax.jit(lambda params, tokens, mask: net.apply(params, tokens, mask=mask)))
+        return program(params, tokens, mask)
+
+    def sample(self, cond, null, noise: Array, times: Array, key: Array, renoises: bool, guidance: float) -> Array:
+        """x0 at the end of the chain, compiled once for each kind of it."""
+
+        def run(weights, cond, null, noise, times, key):
+            net = self.network(weights)
+            call = lambda x, t: guided(net, x, t, cond, null, guidance)
+            start = noise / self.process.alpha_sigma(jnp.asarray(self.process.t_max))[1]
+            xt, t = fewstep.simulate(self.process, call, start, times, key, len(times) - 1, "" if renoises else "ddim")
+            return call(xt, t).x0
+
+        program = self._programs.setdefault(("sample", renoises, guidance), jax.jit(run))
+        return program({name: self.parts[name][1] for name in self.denoisers if name in self.parts}, cond, null, noise, times, key)
+
+    def decode(self, x0: Array) -> np.ndarray:
+        """Pixels of a denoiser's x0, uint8 [B (F) H W 3]."""
+        net = self.vae[0]
+
+        def run(params, x0):
+            x = net.apply(params, net.apply(params, x0, method="denormalise"), method="decode")
+            return jnp.round(jnp.clip(x / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+        return np.asarray(self._programs.setdefault("decode", jax.jit(run))(self.vae[1], x0))
+
+    @property
+    def down(self) -> int:
+        """Pixels a side of a latent."""
+        return self.vae[0].config.down
+
+    @property
+    def vae(self) -> tuple[Net, Params]:
+        return self.parts["vae"]
+
+    def __call__(self, prompts: Sequence[str], times: Sequence[float], *, size: tuple[int, int], frames: int = 1,
+                 renoises: bool = True, guidance: float = 1.0, negative: str = "", noise: Array | None = None,
+                 key: Array | None = None) -> np.ndarray:  # fmt: skip
+        """Pixels uint8 [B H W 3], or [B F H W 3] of videos, one for each prompt.
+
+        The chain of few-step students (samplers/fewstep.py): x0 at each of `times` of `self.process`, then fresh noise
+        (`renoises`) or its own predicted noise (DDIM). `noise`, unit Gaussian of shape `latents` and drawn from `key` where not
+        given, is the first state as it stands, as in diffusers. With `guidance` w above 1, twice the evaluations:
+        null + w (cond - null), null from the `negative` prompt. Raises Refused where sizes do not fit.
+        """
+        key, prompts = jax.random.key(0) if key is None else key, list(prompts)
+        shape = self.latents(len(prompts), size, frames)
+        noise = jax.random.normal(key, shape) if noise is None else jnp.asarray(noise)
+        if noise.shape != shape:
+            raise Refused(f"noise {list(noise.shape)}: expected {list(shape)}")
+        both = self.encode(prompts, [negative] * len(prompts) if guidance != 1.0 else [], size)
+        cond, null = (jax.tree.map(lambda c, part=part: c[part], both) for part in (slice(len(prompts)), slice(len(prompts), None)))
+        return self.decode(self.sample(cond, null, noise, jnp.asarray(times, jnp.float32), key, renoises, guidance))
+
+
+def _dynamic(config: dict[str, Any], tokens: int) -> float:
+    """log of the shift for a number of tokens: linear between two resolutions, as FlowMatchEulerDiscreteScheduler's config says."""
+    get = lambda key, default: config.get(key, default)
+    slope = (get("max_shift", 1.15) - get("base_shift", 0.5)) / (get("max_image_seq_len", 4096) - get("base_image_seq_len", 256))
+    return get("base_shift", 0.5) + slope * (tokens - get("base_image_seq_len", 256))
+
+
+@dataclasses.dataclass(frozen=True)
+class StableDiffusionXL(Pipeline):
+    """Two CLIP text towers side by side; times are those of DDPM in 0..1, index 999 t."""
+
+    denoisers = ("unet",)
+    texts = ("text_encoder", "text_encoder_2")
+    process = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
+
+    @property
+    def param(self) -> Velocity:
+        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        kinds = {"epsilon": Noise(time_scale=999.0), "v_prediction": VPVelocity(time_scale=999.0)}
+        return lookup(kinds, config.get("prediction_type", "epsilon"), f"{self.folder / 'scheduler'}: prediction_type")
+
+    def times(self, steps, size, frames=1):
+        """Even steps from the last index down ("trailing")."""
+        return (np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1) / 999
+
+    def encode(self, prompts, negatives, size):
+        parts, both = [], [*prompts, *negatives]
+        for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+            config = self.parts[name][0].config
+            tokens, _ = tokenize(self.folder / tokenizer, both, config.max_length)
+            states, feats = self.run(name, tokens, features=(config.depth - 2,))
+            parts.append(feats[0])
+        pooled = self.run(name, states, tokens, method="pool")
+        zeros = self.index.get("force_zeros_for_empty_prompt")
+        given = np.array([True] * len(prompts) + [bool(p) or not zeros for p in negatives])[:, None]
+        sizes = jnp.tile(jnp.float32([*size, 0, 0, *size]), (len(both), 1))
+        return {"text": jnp.concatenate(parts, -1) * given[..., None], "pooled": pooled * given, "size": sizes}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sana(Pipeline):
+    """Gemma 2's states of the prompt. The released pipeline has a long instruction before every prompt: give it as `instruction`."""
+
+    instruction: str = ""
+
+    length = 300
+
+    def encode(self, prompts, negatives, size):
+        folder = self.folder / "tokenizer"
+        extra = tokenize(folder, [self.instruction], None)[0].shape[1] - 2 if self.instruction else 0
+        rows = [self._states(folder, self.instruction, prompts, self.length + extra)]
+        rows += [self._states(folder, "", negatives, self.length)] if negatives else []
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
+
+    def _states(self, folder: Path, before: str, prompts: list[str], length: int) -> dict[str, Array]:
+        """Of the first token and the last ones, `self.length` in all."""
+        tokens, mask = tokenize(folder, [before + p.lower().strip() for p in prompts], length)
+        kept = np.r_[0, np.arange(length - self.length + 1, length)]
+        return {"text": self.states(tokens, mask)[:, kept], "mask": jnp.asarray(mask[:, kept])}
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenImage(Pipeline):
+    """Qwen2.5-VL's states of the prompt in a template, padding set to zero and masked."""
+
+    def encode(self, prompts, negatives, size):
+        texts = [QWEN_TEMPLATE.format(p) for p in (*prompts, *negatives)]
+        tokens, mask = tokenize(self.folder / "tokenizer", texts, 1024 + QWEN_PREFIX, longest=True)
+        states = self.states(tokens, mask) * mask[..., None]
+        return {"text": states[:, QWEN_PREFIX:], "mask": jnp.asarray(mask[:, QWEN_PREFIX:])}
+
+    def latents(self, count, size, frames):
+        if any(n % (2 * self.down) for n in size):
+            raise Refused(f"size={size}: expected multiples of {2 * self.down}")
+        return super().latents(count, size, frames)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wan(Pipeline):
+    """UMT5's states of the prompt; latents of videos. With two experts, the first serves times from boundary_ratio on."""
+
+    denoisers = ("transformer", "transformer_2")
+
+    def encode(self, prompts, negatives, size):
+        clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(p))).strip() for p in (*prompts, *negatives)]
+        tokens, mask = tokenize(self.folder / "tokenizer", clean, 512)
+        return {"text": self.states(tokens, mask), "mask": jnp.asarray(mask)}
+
+    def latents(self, count, size, frames):
+        step = 2 ** sum(self.vae[0].config.temporal)
+        if frames % step != 1:
+            raise Refused(f"frames={frames}: expected 1 more than a multiple of {step}")
+        shape = super().latents(count, size, 1)
+        return (count, (frames - 1) // step + 1, *shape[1:])
+
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "SanaPipeline": Sana,
+    "SanaSprintPipeline": Sana,
+    "QwenImagePipeline": QwenImage,
+    "WanPipeline": Wan,
+}
+
+
+def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32") -> Pipeline:
+    """The pipeline in `folder`, weights in `dtype`; with `student`, an exported folder in place of the denoiser.
+
+    Raises Refused where there is no pipeline, one of another class, or a part that `interop.load` refuses.
+    """
+    folder = Path(folder)
+    index = read_json(folder / "model_index.json")
+    cls = lookup(PIPELINES, index.get("_class_name", ""), f"{folder / 'model_index.json'}: class")
+    parts = {}
+    for name in (*cls.texts, *cls.denoisers, "vae"):
+        if (index.get(name) or [None])[0] is not None:
+            replaced = student and name == cls.denoisers[0]
+            parts[name] = interop.load(student if replaced else folder / name, dtype)
+    if student and len(cls.denoisers) > 1:
+        parts.pop(cls.denoisers[1], None)  # one student serves all times
+    if missing := [name for name in (*cls.texts, cls.denoisers[0], "vae") if name not in parts]:
+        raise Refused(f"{folder / 'model_index.json'}: {missing[0]} is missing")
+    return cls(folder, index, parts)
+
+
+def tokenize(folder: Path, texts: Sequence[str], length: int | None, *, longest: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B L], mask bool [B L]) of a stored tokenizer, padded on the right to `length` or the longest, cut at it.
+
+    Raises Refused where the folder holds none.
+    """
+    given = _tokenizer(folder)(list(texts), padding="longest" if longest or length is None else "max_length", max_length=length,
+                               truncation=length is not None, return_attention_mask=True, return_tensors="np")  # fmt: skip
+    return given["input_ids"].astype(np.int32), given["attention_mask"].astype(bool)
+
+
+@functools.cache
+def _tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    if not folder.is_dir():
+        raise Refused(f"{folder}: no tokenizer there")
+    return AutoTokenizer.from_pretrained(folder, padding_side="right")
