@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, t5, unet, vae, vae_wan, vit, wan
+from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, t5, unet, vae, vae_dc, vae_wan, vit, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -44,6 +44,7 @@ FAMILIES: dict[str, Family] = {
         t5.UMT5_ENCODER,
         unet.FAMILY,
         vae.FAMILY,
+        vae_dc.FAMILY,
         vae_wan.FAMILY,
         vae_wan.QWEN,
         vit.CLASSIFIER,
