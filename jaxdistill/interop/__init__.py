@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, t5, unet, vae, vae_dc, vae_wan, vit, wan
+from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, sana, t5, unet, vae, vae_dc, vae_wan, vit, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -39,6 +39,7 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN_VL,
         neox.FAMILY,
         qwen_image.FAMILY,
+        sana.FAMILY,
         t5.ENCODER,
         t5.FAMILY,
         t5.UMT5_ENCODER,

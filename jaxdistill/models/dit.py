@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import nnx
 
@@ -27,6 +25,7 @@ from jaxdistill.models.layers import (
     lookup,
     plain_norm,
     scan_layers,
+    sincos_2d,
     split_heads,
     stack,
 )
@@ -127,15 +126,3 @@ def fold_gap(net: Net, params: Params, t: Array, r: Array) -> tuple[Net, Params]
     cfg = dataclasses.replace(net.config, second_time=False)
     labels = {"embedding": params["label_embed"]["embedding"] + gap}
     return make_net(cfg, wrap=net.wrap, config=cfg), {**{k: v for k, v in params.items() if k != "gap_embed"}, "label_embed": labels}
-
-
-def sincos_2d(dim: int, rows: int, cols: int, base: int) -> jax.Array:
-    """Fixed position table [rows * cols, dim]: first half of the channels for columns, second half for rows.
-
-    Put together inside the program: at 32 k tokens a constant would take gigabytes of it.
-    """
-    freqs = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    wave = lambda n: np.outer(np.arange(n) * base / n, freqs)
-    one = lambda n: jnp.asarray(np.concatenate([np.sin(wave(n)), np.cos(wave(n))], 1), jnp.float32)
-    spread = lambda table, axis: jnp.broadcast_to(jnp.expand_dims(table, axis), (rows, cols, dim // 2))
-    return jnp.concatenate([spread(one(cols), 0), spread(one(rows), 1)], -1).reshape(rows * cols, dim)

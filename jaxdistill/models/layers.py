@@ -190,3 +190,15 @@ def axial_waves(positions: Sequence[np.ndarray], dims: Sequence[int], *, theta: 
 
     wave = lambda f: jnp.concatenate([spread(i, f(a)) for i, a in enumerate(angles)], -1).reshape(1, -1, 1, sum(dims) // 2)
     return wave(np.cos), wave(np.sin)
+
+
+def sincos_2d(dim: int, rows: int, cols: int, base: float) -> Array:
+    """Fixed position table [rows * cols, dim]: first half of the channels for columns, second half for rows, each 0 to `base`.
+
+    Put together inside the program: at 32 k tokens a constant would take gigabytes of it.
+    """
+    freqs = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    wave = lambda n: np.outer(np.arange(n) * base / n, freqs)
+    one = lambda n: jnp.asarray(np.concatenate([np.sin(wave(n)), np.cos(wave(n))], 1), jnp.float32)
+    spread = lambda table, axis: jnp.broadcast_to(jnp.expand_dims(table, axis), (rows, cols, dim // 2))
+    return jnp.concatenate([spread(one(cols), 0), spread(one(rows), 1)], -1).reshape(rows * cols, dim)

@@ -1,4 +1,4 @@
-"""NASA: a negative prompt inside cross-attention (arXiv:2412.02687), as a function, in the U-Net and in Wan."""
+"""NASA: a negative prompt inside cross-attention (arXiv:2412.02687), as a function, in the U-Net, in Wan and in SANA."""
 
 import dataclasses
 
@@ -12,8 +12,9 @@ from flax import nnx
 from jaxdistill import interop
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.models import unet, wan
+from jaxdistill.models import sana, unet, wan
 from jaxdistill.models.attention import Negative, attention, nasa, negative_prompt
+from jaxdistill.models.sana import Sana
 from jaxdistill.models.unet import UNet
 from jaxdistill.models.wan import Wan
 
@@ -85,7 +86,7 @@ def test_a_prompt_and_its_strength_come_together():
     assert found.mask.shape == (B, 1, 1, 3) and found.alpha.shape == (B, 1, 1, 1)
 
 
-@pytest.mark.parametrize("family", ["unet", "wan"])
+@pytest.mark.parametrize("family", ["unet", "wan", "sana"])
 def test_before_the_output_projection(family):
     """out(alpha) - out(0) = -alpha W_o Z-; at alpha = 1 and equal prompts only the bias is left. One norm of keys serves both."""
     dim = 8
@@ -94,14 +95,16 @@ def test_before_the_output_projection(family):
             layer, source = unet.Attention(dim, 6, H, nnx.Rngs(0), jnp.float32), 6
             keys = lambda s: layer.to_k(s)
         else:
-            layer, source = wan.Attention(Wan(dim=dim, heads=H), nnx.Rngs(0)), dim
+            make = {"wan": lambda r: wan.Attention(Wan(dim=dim, heads=H), r),
+                    "sana": lambda r: sana.CrossAttention(Sana(dim=dim, qk_norm=True), H, r, bias=False)}  # fmt: skip
+            layer, source = make[family](nnx.Rngs(0)), dim
             layer.norm_k.scale[...] = 1 + draw(dim, seed=9)
             keys = lambda s: layer.norm_k(layer.to_k(s))
         layer.to_out.bias[...] = draw(dim, seed=8)
     x, text, other = draw(B, T, dim), draw(B, 4, source, seed=1), draw(B, 3, source, seed=2)
     out = lambda alpha, negative: layer(x, text, negative=Negative(negative, None, alphas(alpha)))
     heads = lambda h: rearrange(h, "b n (h k) -> b n h k", h=H)
-    queries = layer.norm_q(layer.to_q(x)) if family == "wan" else layer.to_q(x)
+    queries = layer.to_q(x) if family == "unet" else layer.norm_q(layer.to_q(x))
     away = rearrange(attention(heads(queries), heads(keys(other)), heads(layer.to_v(other))), "b n h k -> b n (h k)")
     np.testing.assert_allclose(out(0.0, other), layer(x, text), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(out(0.6, other) - out(0.0, other), -0.6 * away @ layer.to_out.kernel[...], rtol=1e-4, atol=1e-5)
@@ -117,14 +120,16 @@ def moved(net):
 
 SMALL = UNet(size=4, widths=(8, 8), layers=1, depths=(1, 0), heads=(2, 2), text_dim=6, groups=4)
 VIDEO = Wan(dim=24, mlp=16, heads=2, text_dim=6, time_dim=8)
-UNETS, WANS = (make_net(cfg, config=cfg) for cfg in (SMALL, VIDEO))
+IMAGE = Sana(dim=24, text_dim=6)
+UNETS, WANS, SANAS = (make_net(cfg, config=cfg) for cfg in (SMALL, VIDEO, IMAGE))
+MODELS = {"unet": (UNETS, (B, 4, 4, 4)), "wan": (WANS, (B, 2, 4, 4, 4)), "sana": (SANAS, (B, 4, 4, 4))}
 
 
-@pytest.fixture(scope="module", params=["unet", "wan"])
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
     """(weights' network, weights, x, jitted call of x's condition)."""
-    net, x = (UNETS, draw(B, 4, 4, 4)) if request.param == "unet" else (WANS, draw(B, 2, 4, 4, 4))
-    params = moved(net)
+    net, shape = MODELS[request.param]
+    params, x = moved(net), draw(*shape)
     return net, params, x, jax.jit(lambda params, cond: net.apply(params, x, jnp.array([10.0, 900.0]), cond))
 
 
