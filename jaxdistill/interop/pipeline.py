@@ -241,7 +241,6 @@ class Wan(Pipeline):
 PIPELINES: dict[str, type[Pipeline]] = {
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "SanaPipeline": Sana,
-    "SanaSprintPipeline": Sana,
     "QwenImagePipeline": QwenImage,
     "WanPipeline": Wan,
 }

@@ -175,6 +175,20 @@ class Mapper(nnx.Module):
         return self.linear_2(nnx.silu(self.linear_1(x.astype(jnp.float32))))
 
 
+class GatedConv(nnx.Module):
+    """To 2 H channels, SiLU, depthwise 3x3 convolution, one half times SiLU of the other, back from H: on [B H W C] (SANA's
+    GLUMBConv, arXiv:2410.10629)."""
+
+    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, init=LECUN, dtype=None):
+        self.up = dense(dim, 2 * hidden, ("embed", "mlp"), rngs=rngs, init=init, dtype=dtype)  # values, then gates
+        self.depth = conv(2 * hidden, 2 * hidden, (3, 3), (None, "mlp"), rngs=rngs, groups=2 * hidden, dtype=dtype)
+        self.down = dense(hidden, dim, ("mlp", "embed"), rngs=rngs, bias=False, init=init, dtype=dtype)
+
+    def __call__(self, x: Array) -> Array:
+        value, gate = jnp.split(self.depth(nnx.silu(self.up(x))), 2, -1)
+        return self.down(value * nnx.silu(gate))
+
+
 def axial_waves(positions: Sequence[np.ndarray], dims: Sequence[int], *, theta: float = 10000.0) -> tuple[Array, Array]:
     """Waves of `rotate_pairs` for a grid, the first axis outermost: axis i turns dims[i] channels of a head by positions[i].
 

@@ -16,12 +16,12 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.attention import Negative, nasa, negative_prompt
+from jaxdistill.models.attention import Negative, linear_attention, nasa, negative_prompt
 from jaxdistill.models.layers import (
     XAVIER,
+    GatedConv,
     Mapper,
     attention,
-    conv,
     dense,
     fourier,
     modulate,
@@ -33,7 +33,6 @@ from jaxdistill.models.layers import (
 )
 
 EPS = 1e-5  # of the norms of queries, keys and text
-TINY = 1e-15  # what linear attention adds to the sums that it divides by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,14 +61,6 @@ class Sana:
 
     def __call__(self, rngs: nnx.Rngs) -> SanaModule:
         return SanaModule(self, rngs)
-
-
-def linear_attention(q: Array, k: Array, v: Array) -> Array:
-    """q [B T H K], k and v [B S H K], q and k at least 0 -> sum_s (q_t k_s) v_s / sum_s (q_t k_s) [B T H K], float32, in
-    O((T + S) K^2) by way of sum_s k_s v_s."""
-    sums = lambda formula, *x: jnp.einsum(formula, *x, precision="highest")
-    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    return sums("bthk,bhkd->bthd", q, sums("bshk,bshd->bhkd", k, v)) / (sums("bthk,bhk->bth", q, k.sum(1))[..., None] + TINY)
 
 
 class Attention(nnx.Module):
@@ -115,26 +106,12 @@ class CrossAttention(Attention):
         return self.out(nasa(q, *kv, *other, negative.alpha, mask=mask, negative_mask=negative.mask))
 
 
-class GatedConv(nnx.Module):
-    """To 2 H channels, SiLU, depthwise 3x3 convolution, one half times SiLU of the other, back from H: on [B H W C]."""
-
-    def __init__(self, cfg: Sana, rngs: nnx.Rngs):
-        d, hidden, dtype = cfg.dim, int(cfg.mlp_ratio * cfg.dim), jnp.dtype(cfg.dtype)
-        self.up = dense(d, 2 * hidden, ("embed", "mlp"), rngs=rngs, init=XAVIER, dtype=dtype)  # values, then gates
-        self.depth = conv(2 * hidden, 2 * hidden, (3, 3), (None, "mlp"), rngs=rngs, groups=2 * hidden, dtype=dtype)
-        self.down = dense(hidden, d, ("mlp", "embed"), rngs=rngs, bias=False, init=XAVIER, dtype=dtype)
-
-    def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(self.depth(nnx.silu(self.up(x))), 2, -1)
-        return self.down(value * nnx.silu(gate))
-
-
 class Block(nnx.Module):
     def __init__(self, cfg: Sana, rngs: nnx.Rngs):
         self.eps, self.table = cfg.norm_eps, table(6, cfg.dim, rngs)
         self.attn1 = LinearAttention(cfg, cfg.heads, rngs, bias=False)
         self.attn2 = CrossAttention(cfg, cfg.cross_heads, rngs, bias=True)
-        self.gated = GatedConv(cfg, rngs)
+        self.gated = GatedConv(cfg.dim, int(cfg.mlp_ratio * cfg.dim), rngs=rngs, init=XAVIER, dtype=jnp.dtype(cfg.dtype))
 
     def __call__(self, x: Array, time: Array, text: Array, mask: Array | None, grid: tuple[int, int],
                  negative: Negative | None = None) -> Array:  # fmt: skip

@@ -18,10 +18,10 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused, lookup
-from jaxdistill.models.layers import ACTIVATIONS, ZEROS, conv, dense, rematted
+from jaxdistill.models.attention import TINY, linear_attention
+from jaxdistill.models.layers import ACTIVATIONS, ZEROS, GatedConv, conv, dense, rematted
 
 EPS = 1e-5  # of every norm
-TINY = 1e-15  # what attention adds to the sums that it divides by
 EXPAND = 4  # hidden channels of a gated convolution, in widths
 ACTS = {name: ACTIVATIONS[name] for name in ("gelu", "relu", "silu")}  # diffusers' names
 SHRINKS, GROWS = ("conv", "pixel_unshuffle"), ("interpolate", "pixel_shuffle")
@@ -113,14 +113,6 @@ class ResBlock(nnx.Module):
         return constrain(x + self.norm(self.conv2(self.act(self.conv1(x)))), "batch", None, None, None)
 
 
-def linear_attention(q: Array, k: Array, v: Array) -> Array:
-    """q, k, v [B N G K], q and k at least 0 -> sum_s (q_t k_s) v_s / sum_s (q_t k_s), float32, in O(N K^2) by way of
-    sum_s k_s v_s."""
-    sums = lambda formula, *x: jnp.einsum(formula, *(a.astype(jnp.float32) for a in x), precision="highest")
-    total = sums("btgk,bgk->btg", q, k.astype(jnp.float32).sum(1))
-    return sums("btgk,bgkd->btgd", q, sums("bsgk,bsgd->bgkd", k, v)) / (total[..., None] + TINY)
-
-
 def quadratic_attention(q: Array, k: Array, v: Array) -> Array:
     """The same through all scores, in O(N^2 K), in v's dtype but for the float32 division."""
     scores = jnp.einsum("btgk,bsgk->bgts", q, k, preferred_element_type=jnp.float32)
@@ -172,27 +164,22 @@ class Attention(nnx.Module):
         return x + self.norm_out(self.to_out(out.reshape(*x.shape[:-1], -1)))
 
 
-class GatedConv(nnx.Module):
-    """To 2 x 4 C channels, SiLU, depthwise 3x3 convolution, one half times SiLU of the other, back to C, norm, as a residual
-    branch of [B H W C] (the GLUMBConv of SANA)."""
+class GatedBranch(GatedConv):
+    """A gated convolution and a norm, as a residual branch of [B H W C]."""
 
     def __init__(self, dim: int, rngs: nnx.Rngs, dtype):
-        hidden = EXPAND * dim
-        self.up = dense(dim, 2 * hidden, ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.depth = conv(2 * hidden, 2 * hidden, (3, 3), (None, "mlp"), rngs=rngs, groups=2 * hidden, dtype=dtype)
-        self.down = dense(hidden, dim, ("mlp", "embed"), rngs=rngs, bias=False, dtype=dtype)
+        super().__init__(dim, EXPAND * dim, rngs=rngs, dtype=dtype)
         self.norm = Norm(dim, rngs)
 
     def __call__(self, x: Array) -> Array:
-        h, gate = jnp.split(self.depth(nnx.silu(self.up(x))), 2, -1)
-        return constrain(x + self.norm(self.down(h * nnx.silu(gate))), "batch", None, None, None)
+        return constrain(x + self.norm(super().__call__(x)), "batch", None, None, None)
 
 
 class EfficientViTBlock(nnx.Module):
     """Attention over all pixels, then a gated convolution."""
 
     def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
-        self.attention, self.gated = Attention(dim, head_dim, sizes, rngs, dtype), GatedConv(dim, rngs, dtype)
+        self.attention, self.gated = Attention(dim, head_dim, sizes, rngs, dtype), GatedBranch(dim, rngs, dtype)
 
     def __call__(self, x: Array) -> Array:
         return self.gated(self.attention(x))

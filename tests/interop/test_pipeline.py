@@ -1,5 +1,6 @@
 """Whole pipelines against diffusers': the same folder, prompts and noise give the same pixels."""
 
+import dataclasses
 import json
 
 import jax
@@ -92,6 +93,22 @@ def wan(second=False):
                                  boundary_ratio=0.875 if second else None)  # fmt: skip
 
 
+def sana():
+    encoder = transformers.Gemma2Model(transformers.Gemma2Config(**BODY, hidden_size=16, vocab_size=259, num_key_value_heads=1, head_dim=8,
+                                                                 query_pre_attn_scalar=8))  # fmt: skip
+    denoiser = diffusers.SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=8)  # fmt: skip
+    half = dict(block_out_channels=(8, 8, 16), layers_per_block=(1, 1, 1), qkv_multiscales=((), (), (5,)))
+    levels = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in half.items()}
+    kinds = ("ResBlock", "ResBlock", "EfficientViTBlock")
+    vae = diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=8, encoder_block_types=kinds, decoder_block_types=kinds,
+                                  decoder_norm_types="rms_norm", scaling_factor=0.41407, **levels)  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    loud(encoder, denoiser, vae)
+    return diffusers.SanaPipeline(tokenizer(300), encoder, vae, denoiser, scheduler)
+
+
 def stored(make, folder):
     torch.manual_seed(0)
     pipe = make()
@@ -125,6 +142,20 @@ def test_stable_diffusion_xl(guidance, tmp_path):
     pictures = theirs(PROMPTS, height=64, width=32, num_inference_steps=4, guidance_scale=guidance, latents=first(z), output_type="np")
     np.testing.assert_allclose(ours.times(4, SIZE) * 999, theirs.scheduler.timesteps, atol=1e-4)
     same(ours(PROMPTS, ours.times(4, SIZE), size=SIZE, renoises=False, guidance=guidance, noise=z), pictures.images)
+
+
+@pytest.mark.parametrize("instruction", ["", "Describe it well: "])
+def test_sana(instruction, tmp_path):
+    """Both with and without the text that stands before every prompt; guided, so that negative prompts matter."""
+    theirs, ours = stored(sana, tmp_path)
+    ours = dataclasses.replace(ours, instruction=instruction)
+    size = (64, 32)  # pixels; this autoencoder has three levels, the released one six
+    z = noise(ours.latents(2, size, 1))
+    how = dict(num_inference_steps=4, guidance_scale=2.0, output_type="np", use_resolution_binning=False)
+    how["complex_human_instruction"] = [instruction] if instruction else None
+    pictures = theirs(PROMPTS, height=64, width=32, latents=first(z), **how)
+    times = np.asarray(theirs.scheduler.sigmas[:-1])
+    same(ours(PROMPTS, times, size=size, renoises=False, guidance=2.0, noise=z), pictures.images)
 
 
 def test_qwen_image(tmp_path):
