@@ -1,5 +1,6 @@
 r"""What distillation of the released models costs, at their true sizes and on random data, to be compiled and not run.
 
+    python -m launch.train --config=configs/plans/released.py:wan_1_3b --workdir=DIR --dry_run
     python tools/plan.py --config=configs/plans/released.py:wan_1_3b --topology=v5p:2x2x4
 
 `:wan_1_3b` and `:wan_14b` are DMD2 of Wan 2.1 (81 frames of 480 x 832), `:qwen_image` of Qwen-Image 20 B and `:sdxl` of SDXL (1024

@@ -9,18 +9,17 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Callable
 
 import jax
 
 
-def count(fn: Callable, *args, static: tuple = (), recomputed: bool = False) -> dict[str, float]:
-    """Floating-point operations of matrix products and convolutions in `fn(*args, *static)`, by role ("" for the rest).
+def count(jaxpr: jax.core.Jaxpr, *, recomputed: bool = False) -> dict[str, float]:
+    """Floating-point operations of matrix products and convolutions in a traced program, by role ("" for the rest).
 
     What rematerialisation computes again is left out, so that these are model flops, unless `recomputed`.
     """
     total: dict[str, float] = collections.defaultdict(float)
-    _walk(jax.make_jaxpr(lambda *a: fn(*a, *static))(*args).jaxpr, 1.0, "", total, recomputed)
+    _walk(jaxpr, 1.0, "", total, recomputed)
     return dict(total)
 
 

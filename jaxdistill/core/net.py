@@ -58,7 +58,7 @@ class Net:
     def init(self, key: Array) -> Params:
         """Fresh weights, drawn from `key`."""
         with nnx.use_eager_sharding(False):
-            return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
+            return nnx.to_pure_dict(nnx.state(self.build(_rngs(key)), nnx.Param))
 
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
         """Calls the module's `method` with these weights."""
@@ -130,15 +130,40 @@ def scoped(role: str, call: Callable) -> Callable:
     return named
 
 
+class _Stream(nnx.RngStream):
+    """nnx's stream with a count that is replaced, not updated in place: an update asks a traced count for its sharding, and the
+    message that it has none searches the whole program so far, which makes building quadratic in the number of weights."""
+
+    def __call__(self) -> Array:
+        key = jax.random.fold_in(self.key[...], self.count[...])
+        self.count.set_value(self.count[...] + 1)
+        return key
+
+
+def _rngs(key: Array | int) -> nnx.Rngs:
+    rngs = nnx.Rngs(key)
+    rngs.default = _Stream(rngs.default.key[...], tag="default")
+    return rngs
+
+
+@functools.lru_cache(64)
+def _described(build: Callable[[nnx.Rngs], nnx.Module], x64: bool | None) -> tuple[nnx.GraphDef, Params, Params]:
+    """(graphdef, shapes, axes): one trace for all roles of equal networks."""
+    with nnx.use_eager_sharding(False):
+        graphdef, state = jax.eval_shape(lambda: nnx.split(build(_rngs(0)), nnx.Param))
+    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state))
+
+
 def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any = None) -> Net:
     """Traces `build` for shapes and axis names; nothing is allocated.
 
     Raises ValueError where a weight's rank and number of axis names differ (an unnamed stacking axis would shift
     every name).
     """
-    with nnx.use_eager_sharding(False):
-        graphdef, state = jax.eval_shape(lambda: nnx.split(build(nnx.Rngs(0)), nnx.Param))
-    shapes, axes = nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state))
+    try:
+        graphdef, shapes, axes = _described(build, jax.config.jax_enable_x64)
+    except TypeError:  # not hashable
+        graphdef, shapes, axes = _described.__wrapped__(build, None)
     for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
         names = functools.reduce(lambda tree, key: tree[key.key], path, axes)
         if len(names) not in (0, len(shape.shape)):

@@ -103,8 +103,8 @@ def compile_for(config: ConfigDict, name: str) -> Plan:
         patterns = []
         for active in programs.patterns:
             started = time.time()
-            compiled = programs.step.lower(programs.abstract, programs.batch, key, active).compile()
-            work = flops.count(programs.step, programs.abstract, programs.batch, key, static=(active,), recomputed=True)
+            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+            compiled, work = traced.lower().compile(), flops.count(traced.jaxpr.jaxpr, recomputed=True)
             patterns.append(_pattern(active, programs.patterns[active], work, compiled, kind, len(devices), time.time() - started))
     shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
     return Plan(
@@ -164,7 +164,8 @@ def gpus(config: ConfigDict, name: str) -> Plan:
             gathered = sum(size * (2 if role in moving else 1) for role, size in whole.items()) * (ways - 1) / ways
             sent = {"all-gather": gathered, "reduce-scatter": sum(whole.get(role, 0) for role in moving) * (ways - 1) / ways}
             key = jax.eval_shape(lambda: jax.random.key(0))
-            work = sum(flops.count(programs.step, programs.abstract, programs.batch, key, static=(active,), recomputed=True).values())
+            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+            work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
             bounds = (work / (len(devices) * kind.flops), sum(whole.values()) * 2 / kind.bandwidth, sum(sent.values()) / links)
             use = sum(model.values()) / (len(devices) * kind.flops) / max(*bounds, 1e-30)
             patterns.append(Pattern("+".join(map(str, active)), 0, sum(sum(p.values()) for p in held.values()) + _bytes(programs.batch),
