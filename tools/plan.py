@@ -36,7 +36,13 @@ def plan(argv):
     elif values["search"]:
         best = search(planner, config, name, int(values["most"]))
     else:
-        best = planner.compile_for(config, name)
+        import jax
+
+        try:
+            best = planner.compile_for(config, name)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{name}: DOES NOT FIT: {planner.too_large(error)}; try --search")
+            sys.exit(1)
     if best is None:
         print(f"nothing that was tried fits {name}")
         sys.exit(1)

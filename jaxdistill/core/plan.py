@@ -215,16 +215,19 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
             hopeless.append(rest)
             yield change, str(error)
             continue
-        except jax.errors.JaxRuntimeError as error:  # the compiler refuses what exceeds HBM, and says by how much
+        except jax.errors.JaxRuntimeError as error:
             hopeless.append(rest)
-            yield (
-                change,
-                next((line for line in str(error).splitlines() if "exceeded" in line.lower() or "Used" in line), str(error)[:160]).strip(),
-            )
+            yield change, too_large(error)
             continue
         enough = enough or (finer if plan.fits else None)
         hopeless += [] if plan.fits else [rest]
         yield change, plan
+
+
+def too_large(error: jax.errors.JaxRuntimeError) -> str:
+    """What the compiler says of a program that exceeds HBM: by how much."""
+    said = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in said if re.search("exceed|used", line, re.I)), str(error)[:160])
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:

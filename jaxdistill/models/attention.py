@@ -8,7 +8,6 @@ forward, reverse and reverse-over-forward differentiation go through without eve
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,7 +20,8 @@ from jaxdistill.core.types import Array, Refused
 
 PLAIN = 2048  # tokens: up to PLAIN x PLAIN scores a head, plain attention is the quicker of the two that differentiate forward
 TINY = 1e-15  # what linear attention adds to the sums that it divides by
-TILE = 128  # what a kernel's sequence lengths must divide by
+TILE = 128  # what a kernel's sequence lengths must divide by; longer ones than PLAIN are padded
+INTERPRET = False  # runs the Pallas kernel without a TPU, for tests
 
 
 def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
@@ -36,13 +36,14 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
         return plain(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap)
     if in_forward_mode():
         return (plain if queries * keys <= PLAIN**2 else blockwise)(q, k, v, mask=mask, causal=causal, scale=scale)
-    tiled = mask is None and queries == keys and queries % TILE == 0
-    if not tiled:
+    of_keys = mask is None or mask.shape[1:3] == (1, 1)  # the same for every head and query
+    if not of_keys or queries != keys or (queries % TILE and queries <= PLAIN):
         return plain(q, k, v, mask=mask, causal=causal, scale=scale)
-    half = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
+    half = mask is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
     paths = {"tpu": splash, "default": plain} | ({"cuda": cudnn} if half and jax.default_backend() == "gpu" else {})
-    how = dict(causal=causal, scale=scale)
-    return jax.lax.platform_dependent(q, k, v, **{name: functools.partial(path, **how) for name, path in paths.items()})
+    call = lambda path: lambda q, k, v, *mask: path(q, k, v, **dict(zip(["mask"], mask)), causal=causal, scale=scale)
+    given = () if mask is None else (mask,)
+    return jax.lax.platform_dependent(q, k, v, *given, **{name: call(path) for name, path in paths.items()})
 
 
 def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
@@ -108,11 +109,19 @@ def cudnn(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float | 
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")
 
 
-def splash(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float | None = None) -> Array:
-    """Splash attention (Pallas, TPU): T = S, a multiple of 128. Sharded by batch and heads; queries also by sequence."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def splash(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, scale: float | None = None) -> Array:
+    """Splash attention (Pallas, TPU): T = S, mask bool [B or 1, 1, 1, S]. Sharded by batch and heads; queries also by sequence.
 
-    def local(q, k, v):
+    Lengths are padded to whole tiles. What is masked or padded is a segment of its own, which sees itself alone.
+    """
+    (batch, length), scale = q.shape[:2], q.shape[-1] ** -0.5 if scale is None else scale
+    pad = -length % (TILE if length <= PLAIN else 512)
+    segments = ()
+    if mask is not None or (pad and not causal):  # causal queries do not see what comes behind them
+        kept = jnp.ones((batch, length), jnp.int32) if mask is None else jnp.broadcast_to(mask[:, 0, 0], (batch, length)).astype(jnp.int32)
+        segments = (jnp.pad(kept, ((0, 0), (0, pad)), constant_values=2),) * 2
+
+    def local(q, k, v, *segments):
         from jax.experimental.pallas.ops.tpu import splash_attention as pallas
 
         shape = (q.shape[1], k.shape[1])
@@ -121,15 +130,17 @@ def splash(q: Array, k: Array, v: Array, *, causal: bool = False, scale: float |
         keys = next(b for b in (512, 384, 256, TILE) if shape[1] % b == 0)
         sizes = pallas.BlockSizes(block_q=block, block_kv=keys, block_kv_compute=keys, block_q_dkv=block, block_kv_dkv=keys,
                                   block_kv_dkv_compute=keys, block_q_dq=block, block_kv_dq=keys)  # fmt: skip
-        kernel = pallas.make_splash_mha_single_device(pallas.MultiHeadMask([one] * q.shape[2]), block_sizes=sizes)
+        kernel = pallas.make_splash_mha_single_device(pallas.MultiHeadMask([one] * q.shape[2]), block_sizes=sizes, interpret=INTERPRET)
         heads_first = lambda x: jnp.swapaxes(x, 1, 2)
         scaled = q * jnp.asarray(scale, q.dtype)
-        return heads_first(jax.vmap(kernel)(*map(heads_first, (scaled, k, v))))
+        ids = (pallas.SegmentIds(*segments),) if segments else ()
+        return heads_first(jax.vmap(kernel)(*map(heads_first, (scaled, k, v)), *ids))
 
-    wide = ("batch", None if causal else "seq", "heads", None)
-    whole = ("batch", None, "heads", None)
-    run = per_shard(local, (wide, whole, whole), wide, (q, k, v), tile=TILE)
-    return plain(q, k, v, causal=causal, scale=scale) if run is None else run(q, k, v)
+    rows = None if causal else "seq"
+    wide, whole = ("batch", rows, "heads", None), ("batch", None, "heads", None)
+    arrays = *(jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v)), *segments
+    run = per_shard(local, (wide, whole, whole, *[("batch", rows), ("batch", None)][: len(segments)]), wide, arrays, tile=TILE)
+    return plain(q, k, v, mask=mask, causal=causal, scale=scale) if run is None else run(*arrays)[:, :length]
 
 
 def blockwise(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, scale: float | None = None,

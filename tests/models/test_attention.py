@@ -103,7 +103,10 @@ def test_which_path_is_taken(monkeypatch):
         jax.eval_shape(functools.partial(attention, **kw), *args)
         return set(taken)
 
-    assert path(x, x, x, mask=jnp.ones((1, 1, 1, 256), bool)) == {"plain"}
+    assert path(x, x, x, mask=jnp.ones((1, 1, 256, 256), bool)) == {"plain"}
+    assert path(x, x, x, mask=jnp.ones((1, 1, 1, 256), bool)) == {"splash", "plain"}
+    assert path(x, x[:, :128], x[:, :128]) == {"plain"}
+    assert path(*[jnp.zeros((1, 2100, 1, 8), jnp.bfloat16)] * 3) == {"splash", "plain"}
     assert path(x[:, :100], x[:, :100], x[:, :100]) == {"plain"}
     assert path(x, x, x) == {"splash", "plain"}  # one for each platform it may be compiled for
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -121,6 +124,26 @@ def test_tpu_gets_the_pallas_kernel_and_its_gradient():
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
+    """Interpreted, float32: 200 tokens are no tiles, and rows of 200, 77 and 1 count; values and gradients where they do."""
+    monkeypatch.setattr(module, "INTERPRET", True)
+    q, k, v = (jax.random.normal(jax.random.key(i), (3, 200, 2, 16)) for i in range(3))
+    mask = jnp.arange(200) < jnp.array([200, 77, 1])[:, None] if masked else jnp.ones((3, 200), bool)
+    real = mask[..., None, None]
+
+    def loss(path):
+        out = lambda q, k, v: path(q, k, v, mask=mask[:, None, None] if masked else None, causal=causal) * real
+        return jax.jit(lambda *x: (out(*x), jax.grad(lambda *x: jnp.sum(out(*x) ** 2), (0, 1, 2))(*x)))
+
+    (ours, grads), (theirs, others) = (loss(path)(q, k, v) for path in (splash, plain))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(grads, others, strict=True):
+        assert jnp.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
 def test_the_kernel_runs_per_shard(causal):
     """On a mesh the kernel sees its own rows and heads; here its interpreter-free stand-in is plain attention."""
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=2, sequence=2, tensor=2))
@@ -128,6 +151,10 @@ def test_the_kernel_runs_per_shard(causal):
     with sharding.use(mesh):
         text = jax.export.export(jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"])(x, x, x).mlir_module()
         assert "tpu_custom_call" in text
+        seen = jax.ShapeDtypeStruct((4, 1, 1, 200), bool)
+        z = jax.ShapeDtypeStruct((4, 200, 4, 64), jnp.bfloat16)
+        masked = lambda q, mask: splash(q, q, q, mask=mask, causal=causal)
+        assert "tpu_custom_call" in jax.export.export(jax.jit(masked), platforms=["tpu"])(z, seen).mlir_module()
         # heads that do not divide: the compiler's own attention
         y = jax.ShapeDtypeStruct((4, 256, 3, 64), jnp.bfloat16)
         text = jax.export.export(jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"])(y, y, y).mlir_module()
