@@ -17,7 +17,7 @@ ALLOWED = {  # folder -> folders of this package that it may import
     "methods": {"core", "models", "diffusion", "samplers", "objectives", "surgery", "methods"},
     "data": {"core", "data", "diffusion"},
     "evals": {"core", "data", "diffusion", "models", "samplers", "objectives", "evals"},
-    "interop": {"core", "models", "diffusion", "interop"},
+    "interop": {"core", "models", "diffusion", "samplers", "interop"},
 }
 CORE_FOR_METHODS = {"types", "net"}  # no jit, mesh, optimiser or checkpoint
 MACHINERY = {"optax", "orbax", "grain", "ml_collections", "torch"}
