@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [8, 12])
-def test_outputs_agree(folder, size):
+def test_outputs_agree(folder, size, agree):
     path, model = folder
     net, params = interop.load(path)
     rng = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_outputs_agree(folder, size):
         return
     with torch.no_grad():
         theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t), torch.from_numpy(label)).sample.numpy()
-    assert np.abs(np.asarray(ours) - theirs.transpose(0, 2, 3, 1)).max() <= 1e-4 * theirs.std()
+    agree("DiT", ours, theirs.transpose(0, 2, 3, 1))
 
 
 def test_round_trip_is_exact(folder, tmp_path):
