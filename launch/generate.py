@@ -23,11 +23,14 @@ def generate(argv: list[str]) -> None:
             raise Refused(f"--{key} is needed")
     if values["dtype"] not in ("float32", "bfloat16"):
         raise Refused(f"--dtype={values['dtype']}: expected float32 or bfloat16")
-    n, frames, fps = whole(values, "n", 1), whole(values, "frames", 1), whole(values, "fps", 1)
+    n, frames, fps, steps = (whole(values, key, 1) for key in ("n", "frames", "fps", "steps"))
+    seed = whole(values, "seed", 0)
     size, given = _numbers(values, "size", "x", int), _numbers(values, "times", ",", float)
     if len(size) != 2 or min(size) < 1:
         raise Refused(f"--size={values['size']}: expected HEIGHTxWIDTH in pixels")
-    (guidance,) = _numbers(values, "guidance", " ", float)
+    guidance = _numbers(values, "guidance", " ", float)
+    if len(guidance) != 1:
+        raise Refused(f"--guidance={values['guidance']}: expected one number")
     if frames > 1:
         _video_library()
     import jax
@@ -35,10 +38,9 @@ def generate(argv: list[str]) -> None:
     from jaxdistill.interop import pipeline
 
     made = pipeline.load(values["pipeline"], student=values["student"], dtype=values["dtype"])
-    made.latents(n, size, frames)
-    times = given or made.times(whole(values, "steps", 1), size, frames)
-    x = made([values["prompt"]] * n, times, size=size, frames=frames, renoises=not values["ddim"], guidance=guidance,
-             negative=values["negative"], key=jax.random.key(whole(values, "seed", 0)))  # fmt: skip
+    times = given or made.times(steps, size, frames)
+    x = made([values["prompt"]] * n, times, size=size, frames=frames, renoises=not values["ddim"], guidance=guidance[0],
+             negative=values["negative"], key=jax.random.key(seed))  # fmt: skip
     for file in write(Path(values["out"]), x, fps):
         print(f"{len(times)} steps at {', '.join(f'{t:.3f}' for t in times)}: {file}")
 

@@ -27,18 +27,18 @@ QWEN3_8B = dict(dim=4096, mlp=12288, heads=32, depth=36, **QWEN3)
 TEXT = {f"{c}/{k}": v for c in ("cond", "null_cond") for k, v in dict(text="normal 77 2048", pooled="normal 1280", size="normal 6").items()}
 
 
-def dmd2(model, arrays, denoiser, dim, tap, chips, **method):
+def dmd2(model, arrays, denoiser, dim, tap, chips, classes=0, **method):
     optimizer = Optimizer(lr=2e-6, b1=0.0, weight_decay=0.01, clip=10.0)
     return experiment(
         steps=10_000,
         mesh=MeshShape(fsdp=-1),
         data=spec("data.synthetic:Synthetic", batch_size=chips, arrays=arrays),
-        method=spec("methods.distribution.dmd2:DMD2", taps=(tap,), guidance=4.0, **method),
+        method=spec("methods.distribution.dmd2:DMD2", taps=(tap,), **method),
         roles=dict(
             teacher=Role(model=model, denoiser=denoiser, param_dtype="bfloat16"),
             student=Role(init="teacher", optimizer=optimizer, ema=Ema(rate=0.999)),
             fake=Role(init="teacher", optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=dim, width=512), optimizer=optimizer),
+            disc=Role(model=spec("models.heads:Discriminator", dim=dim, width=512, classes=classes), optimizer=optimizer),
         ),
     )
 
@@ -59,12 +59,15 @@ def kd():
 
 
 FLOW = Denoiser(param=Velocity(time_scale=1000.0))
+SDXL_METHOD = dict(process=PROCESS, guidance=4.0)
 EPS = Denoiser(param=Noise(time_scale=999.0), native=PROCESS)
 PLANS = {
-    "wan_1_3b": lambda: dmd2(spec("models.wan:Wan", **WAN1_3B), VIDEO, FLOW, 1536, 15, 16),
-    "wan_14b": lambda: dmd2(spec("models.wan:Wan", **WAN14B), VIDEO, FLOW, 5120, 20, 64),
-    "qwen_image": lambda: dmd2(spec("models.qwen_image:QwenImage", **QWEN), PICTURE, FLOW, 3072, 30, 64),
-    "sdxl": lambda: dmd2(spec("models.unet:UNet", **SDXL), {"x": "normal 128 128 4", **TEXT}, EPS, 1280, 3, 16, process=PROCESS),
+    "wan_1_3b": lambda: dmd2(spec("models.wan:Wan", **WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0),
+    "wan_14b": lambda: dmd2(spec("models.wan:Wan", **WAN14B), VIDEO, FLOW, 5120, 20, 64, guidance=4.0),
+    "qwen_image": lambda: dmd2(spec("models.qwen_image:QwenImage", **QWEN), PICTURE, FLOW, 3072, 30, 64, guidance=4.0),
+    "sdxl": lambda: dmd2(
+        spec("models.unet:UNet", **SDXL), {"x": "normal 128 128 4", **TEXT}, EPS, 1280, 3, 16, process=PROCESS, guidance=4.0
+    ),
     "qwen3_8b": kd,
 }
 

@@ -107,15 +107,23 @@ class Denoiser:
     native: Process = Flow()
     fold: float = 0.0  # networks of one time are fed t - fold r in place of (t, r): TwinFlow's LoRA 0.5; 0: r goes in by itself
 
+    def own_time(self, process: Process, t: Array) -> Array:
+        """The network's time, within its ends, of equal signal-to-noise ratio as t >= 0 of `process`."""
+        return jnp.clip(self.native.time(process.angle(t)), self.native.t_min, self.native.t_max)
+
+    def own_scale(self, process: Process, t: Array) -> Array:
+        """What a state of `process` at t >= 0 is multiplied by to be one of the network's process at that time."""
+        size = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(t)))
+        return size(self.native, self.own_time(process, t)) / size(process, t)
+
     def wrap(self, call, process: Process):
         def denoise(x: Array, t: Array, cond=None, *, r: Array | None = None, **kw) -> Pred:
             xn, tn, rn = x, t, r
             if process != self.native:
-                own = lambda t: jnp.clip(self.native.time(process.angle(magnitude(t))), self.native.t_min, self.native.t_max)
+                own = lambda t: self.own_time(process, magnitude(t))
                 warp = lambda t: jnp.where(t < 0, -own(t), own(t))
                 tn, rn = warp(t), None if r is None else warp(r)
-                norm = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(magnitude(t))))
-                xn = x * expand(norm(self.native, tn) / norm(process, t), x)
+                xn = x * expand(self.own_scale(process, magnitude(t)), x)
             x_in, t_in = self.param.inputs(self.native, xn, tn)
             if r is not None:
                 r_in = self.param.inputs(self.native, xn, rn)[1]

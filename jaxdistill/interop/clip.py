@@ -75,8 +75,7 @@ def write(cfg: Any, *, name: str, kind: str, names: dict[str, str]) -> dict[str,
 
 
 def _family(name: str, make: type, side: str) -> Family:
-    names, table = {"text": (TEXT, text_table), "vision": (VISION, vision_table)}[side]
-    own = {"text": "text_projection", "vision": "visual_projection"}[side]
+    names, table, own = {"text": (TEXT, text_table, "text_projection"), "vision": (VISION, vision_table, "visual_projection")}[side]
     return Family(
         name=name,
         library="transformers",

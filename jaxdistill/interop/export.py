@@ -97,8 +97,7 @@ def _recipe(experiment, role: str, net, steps: int) -> str:
     if len(method.exports) > 1 or not family.call:
         why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {steps} times"
         return f"{role}: {why}; `{type(method).__module__}` says which network serves which time.\n\n{_python(lines)}"
-    height_width_channels = experiment.data.batch(0, slice(None, 1))["x"].shape[1:]
-    shape = (height_width_channels[-1], *height_width_channels[:-1])
+    *grid, channels = experiment.data.batch(0, slice(None, 1))["x"].shape[1:]
     known = {field.name: getattr(net.config, field.name) for field in dataclasses.fields(net.config)}
     call = family.call.format(x="scale * x", t="torch.full((len(x),), t)")
     again = "x = alpha * x0 + sigma * " + ("torch.randn_like(x0)" if method.renoises else "eps")
@@ -110,7 +109,7 @@ def _recipe(experiment, role: str, net, steps: int) -> str:
             family.given.format(**known),
             "# the network's time and the scale of its input; x0 = p x + q output; the state's alpha and sigma",
             f"steps = [\n    {table},\n]",
-            f"x = {_start(method, denoiser, steps):.7g} * torch.randn(len(cond), {', '.join(map(str, shape))})",
+            f"x = {_start(method, denoiser, steps):.7g} * torch.randn(len(cond), {', '.join(map(str, (channels, *grid)))})",
             "with torch.no_grad():",
             "    for i, (t, scale, p, q, alpha, sigma) in enumerate(steps):",
             "        if i:",
@@ -134,7 +133,7 @@ def chain(method, denoiser, steps: int) -> np.ndarray:
     if denoiser.fold or steps < 1:
         raise Refused(f"{type(method).__name__}: its network is fed two times")
     native, one = denoiser.native, jnp.ones(1)
-    t = jnp.clip(native.time(method.process.angle(method.sampling_times(steps))), native.t_min, native.t_max)
+    t = denoiser.own_time(method.process, method.sampling_times(steps))
 
     def row(t):
         scale, fed = denoiser.param.inputs(native, one, t[None])
@@ -146,7 +145,5 @@ def chain(method, denoiser, steps: int) -> np.ndarray:
 
 def _start(method, denoiser, steps: int) -> float:
     """The first state for unit noise, in the network's own coordinates: it is seen as one of the first time."""
-    t, size = method.sampling_times(steps)[0], lambda process, t: jnp.hypot(*process.alpha_sigma(t))
-    own = jnp.clip(denoiser.native.time(method.process.angle(t)), denoiser.native.t_min, denoiser.native.t_max)
     state = method.process.start(method.initial(jnp.ones((1, 1))))[0, 0]
-    return float(state * size(denoiser.native, own) / size(method.process, t))
+    return float(state * denoiser.own_scale(method.process, method.sampling_times(steps)[0]))

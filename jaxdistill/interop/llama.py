@@ -4,6 +4,7 @@ differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5)
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,6 @@ def table(cfg: LM) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
     where = folder / "config.json"
-    config = config | (config.get("text_config") or {})
     fixed(config, FIXED[make], where)
     found = sizes(config, SIZES, where)
     return make(
@@ -64,9 +64,18 @@ def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
         kv_heads=config.get("num_key_value_heads") or 0,
         head_dim=config.get("head_dim") or 0,
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=make is Qwen2Text or config.get("tie_word_embeddings", False),
+        tied=config.get("tie_word_embeddings", False),
         max_length=config.get("max_position_embeddings", 2048),
     )
+
+
+def read_vl(config: dict[str, Any], folder: Path) -> Qwen2Text:
+    """The language side of a model of text and images, whose rotary positions have three axes that are one on text."""
+    config = config | (config.get("text_config") or {}) | {"tie_word_embeddings": True}  # there is no head
+    rope = config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "mrope":
+        config["rope_scaling"] = None
+    return read(config, folder, make=Qwen2Text)
 
 
 def read_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -94,7 +103,7 @@ def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files."""
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", "mrope"):  # mrope: three axes of positions, which are one on text
+    if kind == "default":
         return {"rope_theta": rope["rope_theta"]}
     if kind != "llama3":
         raise Refused(f"{where}: rope_type={kind!r} is not supported, expected 'default' or 'llama3'")
@@ -140,7 +149,7 @@ def _or(value, default):
     return default if value is None else value
 
 
-def _family(name: str, make: type[LM], ignored: tuple[str, ...] = (), **more: Any) -> Family:
+def _family(name: str, make: type[LM]) -> Family:
     return Family(
         name=name,
         library="transformers",
@@ -149,13 +158,13 @@ def _family(name: str, make: type[LM], ignored: tuple[str, ...] = (), **more: An
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),
         table=table,
-        ignored=(*ignored, r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old constants
+        ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
         free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
-        **more,
     )
 
 
 FAMILY = _family("LlamaForCausalLM", LM)
 QWEN2 = _family("Qwen2ForCausalLM", Qwen2)
 QWEN3 = _family("Qwen3ForCausalLM", Qwen3)
-QWEN_VL = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text, (r"visual\..*",), part="its language side")
+_TEXT = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text)
+QWEN_VL = dataclasses.replace(_TEXT, read=read_vl, ignored=(*_TEXT.ignored, r"visual\..*"), part="its language side")

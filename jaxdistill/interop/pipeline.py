@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,7 +61,7 @@ class Pipeline:
 
     def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
         """Where the sampler asks the denoiser [steps], falling: even steps of the flow, shifted as the scheduler's config says."""
-        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        config = self.scheduler
         even, shift = np.linspace(1, 1 / steps, steps), config.get("shift", config.get("flow_shift", 1.0))
         if config.get("use_dynamic_shifting"):
             shift = np.exp(_dynamic(config, size[0] // self.down // 2 * (size[1] // self.down // 2)))
@@ -76,19 +76,11 @@ class Pipeline:
         calls = [wrap(functools.partial(self.parts[name][0].apply, w), self.process) for name, w in weights.items()]
         return calls[0] if len(calls) == 1 else by_time(calls, (float(self.index["boundary_ratio"]),), shared=True)
 
-    def run(self, name: str, *args: Any, method: str = "__call__", **fixed: Any) -> Any:
-        """A method of a part, compiled once; `fixed` are no arrays."""
+    def run(self, name: str, *args: Any, method: str = "__call__", features: tuple[int, ...] = (), **arrays: Any) -> Any:
+        """A method of a part, compiled once."""
         net, params = self.parts[name]
-        key = name, method, tuple(fixed.items())
-        if key not in self._programs:
-            self._programs[key] = jax.jit(functools.partial(net.apply, method=method, **fixed))
-        return self._programs[key](params, *args)
-
-    def states(self, tokens: np.ndarray, mask: np.ndarray) -> Array:
-        """The text encoder's last states [B L D]."""
-        net, params = self.parts["text_encoder"]
-        program = self._programs.setdefault("states", jax.jit(lambda params, tokens, mask: net.apply(params, tokens, mask=mask)))
-        return program(params, tokens, mask)
+        call = functools.partial(net.apply, method=method, **({"features": features} if features else {}))
+        return self._program((name, method, features), call)(params, *args, **arrays)
 
     def sample(self, cond, null, noise: Array, times: Array, key: Array, renoises: bool, guidance: float) -> Array:
         """x0 at the end of the chain, compiled once for each kind of it."""
@@ -100,18 +92,28 @@ class Pipeline:
             xt, t = fewstep.simulate(self.process, call, start, times, key, len(times) - 1, "" if renoises else "ddim")
             return call(xt, t).x0
 
-        program = self._programs.setdefault(("sample", renoises, guidance), jax.jit(run))
-        return program({name: self.parts[name][1] for name in self.denoisers if name in self.parts}, cond, null, noise, times, key)
+        weights = {name: self.parts[name][1] for name in self.denoisers if name in self.parts}
+        return self._program(("sample", renoises, guidance), run)(weights, cond, null, noise, times, key)
 
     def decode(self, x0: Array) -> np.ndarray:
         """Pixels of a denoiser's x0, uint8 [B (F) H W 3]."""
-        net = self.vae[0]
+        net, params = self.vae
 
         def run(params, x0):
             x = net.apply(params, net.apply(params, x0, method="denormalise"), method="decode")
             return jnp.round(jnp.clip(x / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
-        return np.asarray(self._programs.setdefault("decode", jax.jit(run))(self.vae[1], x0))
+        return np.asarray(self._program("pixels", run)(params, x0))
+
+    def _program(self, key: Any, function: Callable) -> Callable:
+        if key not in self._programs:
+            self._programs[key] = jax.jit(function)
+        return self._programs[key]
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """scheduler_config.json."""
+        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
     @property
     def down(self) -> int:
@@ -137,8 +139,10 @@ class Pipeline:
         noise = jax.random.normal(key, shape) if noise is None else jnp.asarray(noise)
         if noise.shape != shape:
             raise Refused(f"noise {list(noise.shape)}: expected {list(shape)}")
-        both = self.encode(prompts, [negative] * len(prompts) if guidance != 1.0 else [], size)
-        cond, null = (jax.tree.map(lambda c, part=part: c[part], both) for part in (slice(len(prompts)), slice(len(prompts), None)))
+        texts, negatives = list(dict.fromkeys(prompts)), [negative] if guidance != 1.0 else []
+        both = self.encode(texts, negatives, size)  # each text once
+        rows = lambda index: jax.tree.map(lambda c: c[np.array(index)], both)
+        cond, null = rows([texts.index(p) for p in prompts]), rows([len(texts)] * len(prompts)) if negatives else None
         return self.decode(self.sample(cond, null, noise, jnp.asarray(times, jnp.float32), key, renoises, guidance))
 
 
@@ -159,9 +163,8 @@ class StableDiffusionXL(Pipeline):
 
     @property
     def param(self) -> Velocity:
-        config = read_json(self.folder / "scheduler" / "scheduler_config.json")
         kinds = {"epsilon": Noise(time_scale=999.0), "v_prediction": VPVelocity(time_scale=999.0)}
-        return lookup(kinds, config.get("prediction_type", "epsilon"), f"{self.folder / 'scheduler'}: prediction_type")
+        return lookup(kinds, self.scheduler.get("prediction_type", "epsilon"), f"{self.folder / 'scheduler'}: prediction_type")
 
     def times(self, steps, size, frames=1):
         """Even steps from the last index down ("trailing")."""
@@ -200,7 +203,7 @@ class Sana(Pipeline):
         """Of the first token and the last ones, `self.length` in all."""
         tokens, mask = tokenize(folder, [before + p.lower().strip() for p in prompts], length)
         kept = np.r_[0, np.arange(length - self.length + 1, length)]
-        return {"text": self.states(tokens, mask)[:, kept], "mask": jnp.asarray(mask[:, kept])}
+        return {"text": self.run("text_encoder", tokens, mask=mask)[:, kept], "mask": jnp.asarray(mask[:, kept])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +213,7 @@ class QwenImage(Pipeline):
     def encode(self, prompts, negatives, size):
         texts = [QWEN_TEMPLATE.format(p) for p in (*prompts, *negatives)]
         tokens, mask = tokenize(self.folder / "tokenizer", texts, 1024 + QWEN_PREFIX, longest=True)
-        states = self.states(tokens, mask) * mask[..., None]
+        states = self.run("text_encoder", tokens, mask=mask) * mask[..., None]
         return {"text": states[:, QWEN_PREFIX:], "mask": jnp.asarray(mask[:, QWEN_PREFIX:])}
 
     def latents(self, count, size, frames):
@@ -228,7 +231,7 @@ class Wan(Pipeline):
     def encode(self, prompts, negatives, size):
         clean = [re.sub(r"\s+", " ", html.unescape(html.unescape(p))).strip() for p in (*prompts, *negatives)]
         tokens, mask = tokenize(self.folder / "tokenizer", clean, 512)
-        return {"text": self.states(tokens, mask), "mask": jnp.asarray(mask)}
+        return {"text": self.run("text_encoder", tokens, mask=mask), "mask": jnp.asarray(mask)}
 
     def latents(self, count, size, frames):
         step = 2 ** sum(self.vae[0].config.temporal)

@@ -8,6 +8,7 @@ forward, reverse and reverse-over-forward differentiation go through without eve
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -41,9 +42,8 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
         return plain(q, k, v, mask=mask, causal=causal, scale=scale)
     half = mask is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
     paths = {"tpu": splash, "default": plain} | ({"cuda": cudnn} if half and jax.default_backend() == "gpu" else {})
-    call = lambda path: lambda q, k, v, *mask: path(q, k, v, **dict(zip(["mask"], mask)), causal=causal, scale=scale)
-    given = () if mask is None else (mask,)
-    return jax.lax.platform_dependent(q, k, v, *given, **{name: call(path) for name, path in paths.items()})
+    how = dict(causal=causal, scale=scale) | ({} if mask is None else {"mask": mask})
+    return jax.lax.platform_dependent(q, k, v, **{name: functools.partial(path, **how) for name, path in paths.items()})
 
 
 def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,

@@ -114,7 +114,7 @@ class ResBlock(nnx.Module):
 
 
 def quadratic_attention(q: Array, k: Array, v: Array) -> Array:
-    """The same through all scores, in O(N^2 K), in v's dtype but for the float32 division."""
+    """`linear_attention` through all scores, in O(N^2 K), in v's dtype but for the float32 division."""
     scores = jnp.einsum("btgk,bsgk->bgts", q, k, preferred_element_type=jnp.float32)
     scores = scores / (scores.sum(-1, keepdims=True) + TINY)
     return jnp.einsum("bgts,bsgd->btgd", scores.astype(v.dtype), v)

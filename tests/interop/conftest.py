@@ -26,6 +26,24 @@ def agree(record_property):
     return check
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """imported(model, std=0.1) -> (PyTorch's model, its folder, our net, params): every weight is moved away from 0 and 1, then
+    the model is saved and loaded here."""
+
+    def take(model, std=0.1):
+        import torch
+
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(std * torch.randn_like(weight))
+        folder = tmp_path_factory.mktemp(type(model).__name__)
+        model.eval().save_pretrained(folder)
+        return model, folder, *interop.load(folder)
+
+    return take
+
+
 @pytest.fixture
 def returns(tmp_path):
     """returns(cls, model, net, params): our export loads as a `cls` of PyTorch with every key used and every bit as in `model`."""

@@ -179,6 +179,20 @@ def test_encoders_of_prompts(name, tmp_path, agree, returns, halves):
             interop.save(tmp_path / "out", net, params)
 
 
+def test_axes_of_positions_are_one_on_text_alone(tmp_path):
+    """Qwen2.5-VL's first files say "mrope"; a language model with such a setting is another network."""
+    build("Qwen2").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config = {k: v for k, v in config.items() if k != "rope_parameters"} | {"rope_theta": 300.0}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 1]}
+    file.write_text(json.dumps(config))
+    with pytest.raises(Refused, match="rope_type='mrope' is not supported"):
+        interop.describe(tmp_path)
+    file.write_text(json.dumps(config | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}))
+    assert interop.describe(tmp_path).rope_theta == 300.0
+
+
 def test_capped_logits_are_not_made_in_chunks():
     net = make_net(Gemma2(logit_cap=30.0))
     with pytest.raises(Refused, match=r"logits are capped at 30\.0 and cannot be made in chunks; set method.chunk=0"):

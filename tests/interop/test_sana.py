@@ -28,16 +28,10 @@ GRID = (6, 4)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request, tmp_path_factory):
+def pair(request, imported):
     """(name, PyTorch's model, its folder, our net, params, jitted call with features after the first and the last block)."""
     torch.manual_seed(0)
-    model = diffusers.SanaTransformer2DModel(**SIZES | VARIANTS[request.param]).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    net, params = interop.load(folder)
+    model, folder, net, params = imported(diffusers.SanaTransformer2DModel(**SIZES | VARIANTS[request.param]))
     return request.param, model, folder, net, params, jax.jit(lambda *a: net.apply(params, *a, features=(0, 2)))
 
 

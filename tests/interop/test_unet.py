@@ -38,16 +38,10 @@ VARIANTS = {  # the released models' structures, small
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request, tmp_path_factory):
+def pair(request, imported):
     """(name, torch model, its folder, our net and params, our jitted call with the last block on the way down and the middle)."""
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(**COMMON | VARIANTS[request.param]).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    net, params = interop.load(folder)
+    model, folder, net, params = imported(diffusers.UNet2DConditionModel(**COMMON | VARIANTS[request.param]))
     count = len(net.config.widths)
     return request.param, model, folder, net, params, jax.jit(lambda *a: net.apply(params, *a, features=(0, count)))
 

@@ -24,17 +24,12 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request, tmp_path_factory):
+def pair(request, imported):
     """(name, torch model, its folder, our net and params)."""
     torch.manual_seed(0)
     levels = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 16))
-    model = diffusers.AutoencoderKL(**levels, norm_num_groups=4, sample_size=16, **VARIANTS[request.param]).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    return request.param, model, folder, *interop.load(folder)
+    model, folder, net, params = imported(diffusers.AutoencoderKL(**levels, norm_num_groups=4, sample_size=16, **VARIANTS[request.param]))
+    return request.param, model, folder, net, params
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 20)])

@@ -27,17 +27,11 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request, tmp_path_factory):
+def pair(request, imported):
     """(name, PyTorch's model, its folder, our net and params, jitted encode and decode)."""
     torch.manual_seed(0)
     cls, change = VARIANTS[request.param]
-    model = getattr(diffusers, cls)(**SIZES | change).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    net, params = interop.load(folder)
+    model, folder, net, params = imported(getattr(diffusers, cls)(**SIZES | change), 0.05)
     encode, decode = (jax.jit(lambda x, method=method: net.apply(params, x, method=method)) for method in ("encode", "decode"))
     return request.param, model, folder, net, params, encode, decode
 

@@ -26,22 +26,11 @@ KINDS = {
 SHAPES = [(3, 4, 6), (2, 6, 4)]  # latent frames, height, width
 
 
-def randomise(model):
-    """Every weight away from 0 and 1."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=KINDS)
-def pair(request, tmp_path_factory):
+def pair(request, imported):
     """(PyTorch's model, its folder, our net, params, jitted call)."""
     torch.manual_seed(0)
-    model = randomise(diffusers.WanTransformer3DModel(**SIZES | KINDS[request.param]))
-    folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
-    net, params = interop.load(folder)
+    model, folder, net, params = imported(diffusers.WanTransformer3DModel(**SIZES | KINDS[request.param]))
     return model, folder, net, params, jax.jit(lambda x, t, cond: net.apply(params, x, t, cond))
 
 
