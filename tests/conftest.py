@@ -44,6 +44,12 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_dropped():
     """Else a worker that goes through the whole suite holds 8 GiB of them."""

@@ -13,12 +13,6 @@ from jaxdistill.diffusion.process import EDM, VP, CosineVP, Flow, Trig
 PROCESSES = [Flow(), Flow(shift=3.0), VP(), CosineVP(), Trig(), EDM()]
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def log_density(data, process, x, t, modes):
     """log p_t(x) of one x [D] at scalar t over the modes listed, from the definition."""
     weights, means, stds = (jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.law)

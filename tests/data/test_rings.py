@@ -12,12 +12,6 @@ from jaxdistill.data.rings import Rings
 from jaxdistill.diffusion.process import EDM, VP, Flow
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def log_density(data, process, x, t, modes):
     """log p_t(x) of one x [2]: each blurred ring as 400 Gaussians, which is exact to rounding for a blur of 0.75 radii."""
     weights, means, radii = (jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.law)

@@ -28,10 +28,7 @@ PROCESSES = {"flow": Flow(), "shifted": Flow(shift=3.0), "trig": Trig(), "edm": 
 FIELDS = ("x0", "eps", "v")
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 class Gaussian(Mixture):

@@ -25,12 +25,6 @@ EPS32, EPS64 = np.finfo(np.float32).eps, np.finfo(np.float64).eps
 every = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def grid(process, n=257):
     return jnp.linspace(process.t_min, process.t_max, n)
 

@@ -21,12 +21,6 @@ PROCESSES = [Flow(), Flow(shift=5.0), Trig(), EDM()]
 every = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__ + str(getattr(p, "shift", "")))
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 

@@ -59,12 +59,6 @@ class Gaussian:
 
 
 @pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
 def gaussian():
     return Gaussian
 

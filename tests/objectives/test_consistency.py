@@ -10,12 +10,6 @@ import pytest
 from jaxdistill.objectives import consistency as cm
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 

@@ -19,12 +19,6 @@ def pair(seed=0, shape=(4, 7), scale=2.0, dtype=np.float64):
     return tuple(jnp.asarray(scale * rng.standard_normal(shape), dtype) for _ in range(2))
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def value(kind, teacher, student, temperature=1.0):
     return dv.token_divergence(kind, teacher, student, temperature=temperature, **PARAMS.get(kind, {}))

@@ -12,10 +12,7 @@ KINDS = sorted(fdivergence.DIVERGENCES)
 EPS64 = np.finfo(np.float64).eps
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def normal(n):

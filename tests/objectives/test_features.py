@@ -12,10 +12,7 @@ from jaxdistill.objectives import features as ft
 TOL = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def draw(*shape, seed=0):

@@ -7,11 +7,7 @@ import pytest
 
 from jaxdistill.objectives import gan
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def draw(*shape, seed=0):

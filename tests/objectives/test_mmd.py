@@ -8,11 +8,7 @@ import pytest
 from jaxdistill.core.types import Refused
 from jaxdistill.objectives import mmd
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def draw(n, dim=3, seed=0, shift=0.0, std=1.0):

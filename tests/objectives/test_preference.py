@@ -11,10 +11,7 @@ from jaxdistill.objectives import preference
 B, SHAPE = 5, (5, 3, 2)
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.fixture

@@ -11,10 +11,7 @@ M_G, M_R, STD = 0.3, -0.8, 0.7
 EPS64 = np.finfo(np.float64).eps
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def denoiser(mean, alpha, sigma):

@@ -7,12 +7,6 @@ from jaxdistill.objectives.divergence import forward_kl, sorted_distance, token_
 from jaxdistill.objectives.spans import event_divergence, span_sum
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 def test_sums_of_spans():
     rng = np.random.default_rng(0)
     values, span = rng.standard_normal((4, 9)).astype("f4"), rng.integers(-1, 6, (4, 9))

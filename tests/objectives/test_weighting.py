@@ -8,11 +8,7 @@ import pytest
 from jaxdistill.diffusion.process import EDM, VP, Flow, Trig
 from jaxdistill.objectives import weighting as w
 
-
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("process", [Flow(), Flow(shift=3.0), VP(), EDM(), Trig()], ids=lambda p: type(p).__name__)

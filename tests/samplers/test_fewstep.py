@@ -12,10 +12,7 @@ from jaxdistill.samplers.fewstep import chain, first_times, jump, renoise, simul
 MEAN, STD = 0.7, 0.4
 
 
-@pytest.fixture(autouse=True)
-def x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def flow_map(process, t, r, x):

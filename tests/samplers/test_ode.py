@@ -15,12 +15,6 @@ PROCESSES = {"flow": Flow(), "shifted": Flow(shift=3.0), "trig": Trig(), "edm": 
 every = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 class Gaussian(Mixture):
     law = (np.array([1.0]), np.array([[MEAN]]), np.array([STD]))
 
