@@ -86,7 +86,8 @@ def test_masked_text_is_zero_and_still_attended_to(pair):
     x, cond = inputs(net.config, SHAPES[0])
     t, mask = np.array([10.0, 900.0], "f4"), np.arange(cond["text"].shape[1]) < np.array([[3], [5]])
     masked = call(x, t, cond | {"mask": mask})
-    np.testing.assert_array_equal(masked, call(x, t, cond | {"text": cond["text"] * mask[..., None]}))
+    zeroed = call(x, t, cond | {"text": cond["text"] * mask[..., None]})
+    np.testing.assert_allclose(masked, zeroed, atol=1e-5)  # two programs: float32 sums in another order
     assert np.abs(masked - call(x, t, cond)).max() > 1e-3
 
 
