@@ -135,6 +135,8 @@ def test_search_starts_with_plain_fsdp_and_stays_within_the_chips():
 def test_command_refuses_and_reports(tmp_path):
     run = lambda *a: subprocess.run([sys.executable, "tools/plan.py", *a], cwd=ROOT, capture_output=True, text=True)
     assert run("--config=configs/toy/dmd2.py").returncode == 2
+    refused = run("--config=configs/toy/dmd2.py", "--topology=h100:8x1", "--effort=2")
+    assert refused.returncode == 2 and refused.stderr.strip() == "refused: --effort=2: expected a number from -1 to 1"
     done = run("--config=configs/toy/dmd2.py", "--topology=h100:8x1", f"--json={tmp_path / 'plan.json'}")
     assert done.returncode == 0, done.stderr
     assert "8 chips, fsdp 8; fits" in done.stdout and "turns 0+1" in done.stdout and "binds:" in done.stdout
