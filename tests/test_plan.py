@@ -21,8 +21,16 @@ ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
 
 
+@pytest.fixture
+def quickly():
+    """The TPU compiler without its search for the best tiles."""
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    yield
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+
+
 @pytest.mark.parametrize("name", TOYS)
-def test_every_toy_compiles_for_tpu(name):
+def test_every_toy_compiles_for_tpu(quickly, name):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
     config = importlib.import_module(f"configs.toy.{name}").get_config()
     config.steps = 2 * max(1, config.method.get("critic_steps", 1))

@@ -313,9 +313,9 @@ def test_a_single_phase_follows_dmd_with_gradient_truncation(times):
     for (_, mine, got), (_, theirs, want) in zip(ours, host, strict=True):
         close(mine["student"], theirs["student"])
         close(mine["fake0"], theirs["fake"])
-        np.testing.assert_allclose(got["fake0/denoise"], want["fake/denoise"], rtol=1e-6)
+        np.testing.assert_allclose(got["fake0/denoise"], want["fake/denoise"], rtol=1e-5)  # a mean of float32 in two programs
         if "student/match" in want:
-            np.testing.assert_allclose(got["student/match"], want["student/match"], rtol=1e-6)
+            np.testing.assert_allclose(got["student/match"], want["student/match"], rtol=1e-5)
 
 
 def test_two_phases_are_not_one():
