@@ -47,6 +47,21 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.fixture(scope="session")
+def lowers_for_tpu():
+    """lowers_for_tpu(programs): the train step becomes a TPU program with as few patterns of turns as show every turn."""
+
+    def check(programs):
+        key, covered = jax.eval_shape(lambda: jax.random.key(0)), set()
+        for active in sorted(programs.patterns, key=len, reverse=True):
+            if not covered.issuperset(active):
+                covered.update(active)
+                traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+                assert traced.lower(lowering_platforms=("tpu",)).compiler_ir("stablehlo")
+
+    return check
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -80,7 +80,7 @@ def test_states_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_lowers_for_tpu(name, stand_ins):
+def test_recipe_lowers_for_tpu(name, stand_ins, lowers_for_tpu):
     config = load(name, stand_ins)
     config.mesh = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2)
     for method in (config.method, config.method.get("host", {})):
@@ -90,13 +90,7 @@ def test_recipe_lowers_for_tpu(name, stand_ins):
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
-        key, covered = jax.eval_shape(lambda: jax.random.key(0)), set()
-        for active in sorted(programs.patterns, key=len, reverse=True):
-            if covered.issuperset(active):  # nothing that a longer pattern has not lowered
-                continue
-            covered.update(active)
-            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-            assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()[:2000]
+        lowers_for_tpu(programs)
     assert nets["student"].size > 1e7
     held = jax.tree.leaves(programs.abstract.params)
     whole = [w for w in held if w.size > 1e6 and w.sharding.is_fully_replicated]

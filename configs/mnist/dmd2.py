@@ -15,7 +15,7 @@ EVALUATION = dict(samples=2000, batch=250)
 
 def teacher():
     return experiment(
-        steps=6000,
+        steps=3000,
         data=spec("data.idx:IDX", batch_size=64),
         method=spec("methods.trajectory.flow_matching:FlowMatching"),
         roles=dict(

@@ -209,6 +209,7 @@ def test_the_command_writes_a_video_and_a_picture(tmp_path, capsys):
         assert picture.size == (96, 64)
     assert "2 steps at 1.000, 0.750" in capsys.readouterr().out
     for wrong, said in ((["--size=64"], "--size=64: expected HEIGHTxWIDTH"), (["--times=a"], "--times=a: expected floats like 1.0,0.5"),
+                        (["--times=0.5,1.0"], "--times=0.5,1.0: expected falling times"), (["--times=9"], "--times=9: expected falling"),
                         (["--stepz=4"], "unknown argument --stepz"), (["--steps=0"], "--steps=0")):  # fmt: skip
         with pytest.raises(Refused, match=said):
             generate.generate([*command, *wrong])
