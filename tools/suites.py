@@ -181,7 +181,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _chart(suite: Suite, found: list[dict], file: Path) -> None:
-    """The chart's metric at the fewest NFE against seconds an update, a point for each run, both axes logarithmic."""
+    """The chart's metric (samplers: at the fewest NFE) against seconds an update, a point for each run, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,10 +193,12 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
         points = [(r["update_seconds"], next(m[suite.chart] for m in r["models"] if m["name"] == "student")) for r in mine]
         axis.scatter(*zip(*points), s=30)
         axis.annotate(method, points[0], textcoords="offset points", xytext=(5, 4), fontsize=8)
+    steps = len({m["nfe"] for r in found for m in r["models"]}) > 1
     teacher = [max(r["models"], key=lambda m: m["nfe"])[suite.chart] for r in found if r["method"] == "teacher"]
     if teacher:
-        axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label="teacher at its most steps")
+        axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label="teacher at its most steps" if steps else "teacher")
         axis.legend(frameon=False)
-    axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=f"{suite.chart} at the fewest NFE")
+    name = f"{suite.chart} at the fewest NFE" if steps else suite.chart
+    axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=name)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
