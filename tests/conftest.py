@@ -49,23 +49,23 @@ def compilations():
 
 @pytest.fixture(scope="session")
 def lowers_for_tpu():
-    """lowers_for_tpu(programs): the train step becomes a TPU program with as few patterns of turns as show every turn."""
+    """lowers_for_tpu(programs): every pattern of turns becomes a TPU program; the traces are those that counted the flops."""
 
     def check(programs):
-        key, covered = jax.eval_shape(lambda: jax.random.key(0)), set()
-        for active in sorted(programs.patterns, key=len, reverse=True):
-            if not covered.issuperset(active):
-                covered.update(active)
-                traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-                assert traced.lower(lowering_platforms=("tpu",)).compiler_ir("stablehlo")
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        for active in programs.patterns:
+            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+            assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()[:2000]
 
     return check
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
-        yield
+    """For the threads of callbacks too, which `jax.enable_x64` does not reach."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,4 +1,4 @@
-"""Two Llamas on two-digit additions by supervised training: `teacher` to the end, `start`, a quarter of its size, cut short.
+"""Two Llamas on two-digit additions by supervised training: `teacher` for 800 steps, `start`, a quarter of its size, for 200.
 
     python -m launch.train --config=configs/lm/carry.py:teacher --workdir=runs/lm/teacher_0
 

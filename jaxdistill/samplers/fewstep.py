@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +12,11 @@ from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.diffusion.process import Process, expand
 from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Denoise
+
+
+def falling(times: Sequence[float], top: float) -> bool:
+    """Whether `times` fall, all of them above 0 and at most `top`."""
+    return all(0 < t <= top for t in times) and all(a > b for a, b in itertools.pairwise(times))
 
 
 def first_times(times: tuple[float, ...], steps: int) -> Array:

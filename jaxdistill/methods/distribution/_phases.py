@@ -10,6 +10,7 @@ import jax
 
 from jaxdistill.core.types import Nets, Params, Refused
 from jaxdistill.diffusion.denoiser import by_time
+from jaxdistill.samplers.fewstep import falling
 
 
 class Part(NamedTuple):
@@ -34,7 +35,7 @@ class Phases:
         if not self.sizes or min(self.sizes) < 1 or sum(self.sizes) != len(self.times):
             raise Refused(f"method.phase_steps={self.sizes}: expected positive numbers whose sum is {len(self.times)}, the number of steps")
         for name, times in (("student_times", self.times), ("teacher_bounds", self.bounds)):
-            if any(b >= a for a, b in zip(times, times[1:])) or any(not 0 < t <= self.top for t in times):
+            if not falling(times, self.top):
                 raise Refused(f"method.{name}={times}: expected falling times, at most {self.top} and above 0")
 
     @property
