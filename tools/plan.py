@@ -36,7 +36,7 @@ def plan(argv):
 
     name = values["topology"]
     jax.config.update("jax_exec_time_optimization_effort", _effort(values["effort"]))
-    config.steps = min(config.steps, 2 * max(1, config.method.get("critic_steps", 1)))  # as many as show every pattern
+    planner.shorten(config)
     if name.split(":")[0] in planner.GPU_KINDS:
         best = planner.gpus(config, name)
     elif values["search"]:

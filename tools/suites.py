@@ -1,8 +1,9 @@
 """Fair tables: every method of a suite config under the same conditions, on several seeds, in processes of their own.
 
 A suite is a config file whose variants are the methods (`configs/digits/suite.py:dmd2`) and a config that trains the
-teacher that all share. Each run is a process, so that its peak memory is its own. Finished runs are kept: a suite may be
-stopped and started again, and the page is written from whatever has finished.
+teacher that all share. Each run is a process, so that its peak memory is its own. Every method trains twice: for the same
+number of student updates, and for the seconds that one of them, the clock, took for those. Finished runs are kept: a suite
+may be stopped and started again, and the page is written from whatever has finished, here or in its last JSON file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Suite:
     shared: dict[str, str]  # run that all start from -> its config; the configs call it runs/<suite>/<run>_0
     metrics: tuple[str, ...]  # columns, of report.json's rows
     chart: str  # the metric that is drawn, against seconds for an update of the student
+    clock: str  # the method whose seconds all get in the second table
     about: str
+    tokens: int = 0  # rows times their length, in an update; 0: no text
 
 
 SUITES = {
@@ -48,6 +51,7 @@ SUITES = {
         shared={"teacher": "configs/digits/teacher.py"},
         metrics=("frechet", "precision", "recall", "diversity", "accuracy"),
         chart="frechet",
+        clock="dmd2",
         about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
 every method. Fréchet distance in the features of a small classifier (lower is better), precision and recall of its
 manifold, mean distance of two samples of one label (diversity), share of samples that an independent classifier
@@ -59,11 +63,28 @@ reads as the label asked for (accuracy). Progressive distillation was made for o
         shared={"teacher": "configs/lm/carry.py:teacher", "start": "configs/lm/carry.py:start"},
         metrics=("perplexity", "kl", "reverse_kl", "accuracy"),
         chart="perplexity",
-        about="""Two-digit additions, a Llama of 64 channels that was trained for 800 steps as teacher, one of 32 trained for 200 as
-the start of every student; 64 responses a step, 1000 steps. Held-out perplexity of the right answers, KL
+        clock="gkd",
+        tokens=64 * 10,
+        about="""Two-digit additions, a Llama of 64 channels that was trained for 2,000 steps as teacher, one of 32 trained for 300 as
+the start of every student; 64 responses a step, 1,000 steps. Held-out perplexity of the right answers, KL
 divergence from the teacher on them in both directions, share of sums that are right when the student decodes greedily
-(accuracy). `sft` and `grpo` have no teacher; `grpo` and `rlad` write eight answers to each of eight prompts, see a reward
-of 1 for a right one, and make four updates of each batch.""",
+(accuracy; it is not what `grpo` and `rlad` train, the share of right samples). `sft` and `grpo` have no teacher. `grpo` and
+`rlad` write eight answers to each of eight prompts, see a reward of 1 for a right one, make four updates of each batch, and
+have a learning rate of 3e-4 where the others have 1e-3. Seconds are those of steps: answers that `sequence_kd` and `paced` let
+the networks write beforehand are not counted.""",
+    ),
+    "text": Suite(
+        title="Distillation methods on tiny Shakespeare",
+        config="configs/lm/text_suite.py",
+        shared={"teacher": "configs/lm/text_suite.py:teacher", "start": "configs/lm/text_suite.py:start"},
+        metrics=("perplexity", "kl", "reverse_kl", "rollout_kl", "rollout_reverse_kl"),
+        chart="perplexity",
+        clock="gkd",
+        tokens=16 * 64,
+        about="""A byte-level Llama of 1.0 M weights that was trained for 800 steps as teacher, one of 0.12 M trained for 300 as the
+start of every student; 16 rows of 64 bytes a step, 400 steps. Held-out perplexity of a byte, KL divergence from the teacher
+on held-out text and on what the student goes on with itself (rollout), in both directions. The file is
+`--config.data.path`, here tiny Shakespeare (1.1 MB). Nothing can be right or wrong here: `paced`, `grpo` and `rlad` are left out.""",
     ),
 }
 
@@ -75,10 +96,23 @@ def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list
     for method in only:
         lookup(dict.fromkeys(variants), method, "--only")
     chosen = only or variants
-    todo = [(seed, method) for seed in seeds for method in (*suite.shared, *chosen)]
-    for seed, method in tqdm(todo, desc=name, unit="run"):
-        _train(suite, name, method, seed, workdir, extra)
+    todo = [(seed, method, timed) for seed in seeds for timed in (False, True) for method in ((*suite.shared,) * (not timed) + (*chosen,))]
+    for seed, method, timed in tqdm(todo, desc=name, unit="run"):
+        if not timed:
+            _train(suite, name, method, seed, workdir, workdir, extra)
+        elif method != suite.clock and (steps := _steps_in_time(suite, method, seed, workdir)):
+            _train(suite, name, method, seed, workdir, workdir / "timed", [*extra, f"--config.steps={steps}"])
     return write(name, workdir, {m: variants.index(m) for m in variants})
+
+
+def _steps_in_time(suite: Suite, method: str, seed: int, workdir: Path) -> int:
+    """Steps of the engine that take `method` the seconds of the clock's run, whole updates of the student; 0: not known."""
+    runs = {r["method"]: r for r in rows(workdir) if r["seed"] == seed}
+    if not {method, suite.clock} <= runs.keys():
+        return 0
+    mine, clock = runs[method], runs[suite.clock]
+    updates = clock["updates"] * clock["update_seconds"] / mine["update_seconds"]
+    return max(1, round(updates)) * (mine["steps"] // mine["updates"])
 
 
 def module(config: str) -> str:
@@ -92,8 +126,9 @@ def starts(suite: Suite, config, name: str, workdir: Path, seed: int) -> list[st
     return [f"--config.roles.{role}.init={runs[cfg.init]}" for role, cfg in config.roles.items() if cfg.init in runs]
 
 
-def _train(suite: Suite, name: str, method: str, seed: int, workdir: Path, extra: list[str]) -> None:
-    folder = workdir / f"{method}_{seed}"
+def _train(suite: Suite, name: str, method: str, seed: int, workdir: Path, folder: Path, extra: list[str]) -> None:
+    """One run into `folder`, from the shared runs in `workdir`."""
+    folder = folder / f"{method}_{seed}"
     if (folder / "process.json").exists():
         return
     config = suite.shared.get(method) or f"{suite.config}:{method}"
@@ -120,56 +155,84 @@ def updates_every(method: dict) -> int:
     return updates_every(inner[0]) if inner else method.get("critic_steps", 1)
 
 
-def rows(workdir: Path) -> Iterator[dict]:
-    """One for each finished run: method, seed, its models, seconds an update of the student, peak memory."""
+def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
+    """One for each finished run: method, seed, its models, updates of the student, seconds for one, peak memory."""
     for file in sorted(workdir.glob("*_[0-9]*/process.json")):
         method, _, seed = file.parent.name.rpartition("_")
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
         speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
-        per_update = updates_every(report["config"]["method"]) / statistics.median(speeds) if speeds else float("nan")
-        yield {"method": method, "seed": int(seed), "models": report["models"], "update_seconds": per_update,
-               "peak_bytes": json.loads(file.read_text())["peak_bytes"], "steps": report["steps"]}  # fmt: skip
+        every = updates_every(report["config"]["method"])
+        yield {"method": method, "seed": int(seed), "timed": timed, "models": report["models"], "steps": report["steps"],
+               "updates": report["steps"] // every, "update_seconds": every / statistics.median(speeds) if speeds else float("nan"),
+               "peak_bytes": json.loads(file.read_text())["peak_bytes"]}  # fmt: skip
+
+
+def _kept(file: Path, new: list[dict]) -> list[dict]:
+    """The rows that an earlier page was written from, with the new ones in their places."""
+    key = lambda row: (row["method"], row["seed"], row["timed"])
+    old = json.loads(file.read_text()) if file.exists() else []
+    return list(({key(row): row for row in old} | {key(row): row for row in new}).values())
 
 
 def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     """The page, the chart and the numbers behind both."""
-    suite, found = SUITES[name], list(rows(workdir))
-    out = OUT / name
+    suite, out = SUITES[name], OUT / name
     OUT.mkdir(parents=True, exist_ok=True)
+    found = _kept(out.with_suffix(".json"), [*rows(workdir), *rows(workdir / "timed", timed=True)])
     write_json(out.with_suffix(".json"), found)
-    _chart(suite, found, out.with_suffix(".png"))
+    _chart(suite, [r for r in found if not r["timed"]], out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]
     students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
     most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
-    steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
-    at = lambda runs, nfe: [m for r in runs for m in r["models"] if m["nfe"] == nfe and m["name"] == "student"]
+    equal = [r for r in students if not r["timed"]]
+    timed = [r for r in students if r["timed"] or r["method"] == suite.clock]
     parts = [f"# {suite.title}", f"`python tools/reproduce.py --suite={name}` writes this page.", suite.about,
              f"![{suite.chart} against seconds]({name}.png)", "Means over seeds, then the range where there are several."]  # fmt: skip
-    for nfe in steps:
-        table = [_row("teacher", at(teachers, nfe), suite, [])] if nfe < most else []
-        for method in dict.fromkeys(r["method"] for r in students):
-            mine = [r for r in students if r["method"] == method]
-            table.append(_row(method, at(mine, nfe), suite, mine))
-        head = ("method", *suite.metrics, "seconds an update", "peak MiB", "seeds")
-        parts += [f"## {nfe} NFE" if len(steps) > 1 else "## Students", markdown_table(head, [row for row in table if row])]
-    parts += [f"## Teacher at {most} NFE" if most > 1 else "## Teacher",
-              markdown_table(("", *suite.metrics, "", "", "seeds"), [_row("teacher", at(teachers, most), suite, [])])]  # fmt: skip
+    parts += _tables("Equal updates", suite, teachers, equal, most)
+    if len(timed) > len({r["seed"] for r in timed}):
+        parts += _tables(f"Equal seconds, those of `{suite.clock}`", suite, teachers, timed, most)
+    head = (f"at {most} NFE" if most > 1 else "run", *suite.metrics, "seeds")
+    shared = {run: [r for r in found if r["method"] == run] for run in suite.shared}
+    parts += ["## What all share", markdown_table(head, [[*_scores(n, _at(rs, most), suite), str(len(rs))] for n, rs in shared.items()])]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return out.with_suffix(".md")
 
 
-def _row(method: str, models: list[dict], suite: Suite, runs: list[dict]) -> list[str]:
-    """Cells of one method at one number of steps; none where nothing was measured."""
-    if not models:
-        return []
-    cells = [_spread([m[k] for m in models if k in m]) for k in suite.metrics]
+def _at(runs: list[dict], nfe: int) -> list[dict]:
+    """Their students' scores at so many calls of the network."""
+    return [m for r in runs for m in r["models"] if m["nfe"] == nfe and m["name"] == "student"]
+
+
+def _tables(title: str, suite: Suite, teachers: list[dict], students: list[dict], most: int) -> list[str]:
+    """One for each number of calls of the network; the teacher's row where it takes fewer than its most."""
+    steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
+    costs = ("updates", "seconds an update", *(["tokens a second"] if suite.tokens else []), "peak MiB", "seeds")
+    parts = []
+    for nfe in steps:
+        table = []
+        if nfe < most and _at(teachers, nfe):
+            table.append(_scores("teacher", _at(teachers, nfe), suite) + [""] * (len(costs) - 1) + [str(len(teachers))])
+        for method in dict.fromkeys(r["method"] for r in students):
+            runs = [r for r in students if r["method"] == method and _at([r], nfe)]
+            if runs:
+                table.append(_scores(method, _at(runs, nfe), suite) + _costs(runs, suite))
+        parts += [f"## {title}" + (f", {nfe} NFE" if len(steps) > 1 else ""), markdown_table(("method", *suite.metrics, *costs), table)]
+    return parts
+
+
+def _scores(method: str, models: list[dict], suite: Suite) -> list[str]:
+    return [method, *(_spread([m[k] for m in models if k in m]) for k in suite.metrics)]
+
+
+def _costs(runs: list[dict], suite: Suite) -> list[str]:
+    seconds = [r["update_seconds"] for r in runs]
     return [
-        method,
-        *cells,
-        _spread([r["update_seconds"] for r in runs]),
+        _spread([r["updates"] for r in runs]),
+        _spread(seconds),
+        *([_spread([suite.tokens / s for s in seconds])] if suite.tokens else []),
         _spread([r["peak_bytes"] / 2**20 for r in runs]),
-        str(len(models)),
+        str(len(runs)),
     ]
 
 
@@ -177,7 +240,7 @@ def _spread(values: list[float]) -> str:
     if not values:
         return ""
     mean = number(float(statistics.mean(values)))
-    return mean if len(values) == 1 else f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
+    return mean if len(set(values)) == 1 else f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
 
 
 def _chart(suite: Suite, found: list[dict], file: Path) -> None:
@@ -188,7 +251,8 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for method in dict.fromkeys(r["method"] for r in found if r["method"] != "teacher"):
+    axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
+    for method in dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared):
         mine = [r for r in found if r["method"] == method]
         points = [(r["update_seconds"], next(m[suite.chart] for m in r["models"] if m["name"] == "student")) for r in mine]
         axis.scatter(*zip(*points), s=30)

@@ -1,4 +1,4 @@
-"""Two Llamas on two-digit additions by supervised training: `teacher` for 800 steps, `start`, a quarter of its size, for 200.
+"""Two Llamas on two-digit additions by supervised training: `teacher` for 2,000 steps, `start`, a quarter of its size, for 300.
 
     python -m launch.train --config=configs/lm/carry.py:teacher --workdir=runs/lm/teacher_0
 
@@ -10,7 +10,7 @@ from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
 
 SIZES = {"teacher": dict(dim=64, mlp=128, heads=4, depth=2), "start": dict(dim=32, mlp=64, heads=4, depth=2)}
-STEPS = {"teacher": 800, "start": 200}
+STEPS = {"teacher": 2000, "start": 300}
 
 
 def data(prompts: int = 64):

@@ -93,6 +93,14 @@ def topology(name: str) -> tuple[list[Any], Chip]:
     return list(found.devices), chip(kind)
 
 
+def shorten(config: ConfigDict) -> None:
+    """Changes `config` to as few steps as show every pattern of turns."""
+    for method in (config.method, config.method.get("host", {})):
+        if "critic_only" in method:
+            method.critic_only = 0
+    config.steps = min(config.steps, 2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0))
+
+
 def compile_for(config: ConfigDict, name: str) -> Plan:
     """Compiles every turn pattern of the first stage for the slice called `name`. Raises Refused on bad input."""
     devices, kind = topology(name)

@@ -19,13 +19,21 @@ ROOT = Path(__file__).parents[2]
 VARIANTS = [(name, v) for name, s in suites.SUITES.items() for v in importlib.import_module(suites.module(s.config)).VARIANTS]
 
 
+def with_text(config, folder):
+    """The config, with a file where it reads one."""
+    (folder / "text.txt").write_text("To be, or not to be. " * 500)
+    if "path" in config.data:
+        config.data.path = str(folder / "text.txt")
+    return config
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """What the shared runs of each suite leave, with random weights: a function of suite and run to the folder."""
     folder = tmp_path_factory.mktemp("shared")
     for name, suite in suites.SUITES.items():
         for run, config in suite.shared.items():
-            made = load_config(str(ROOT / config))
+            made = with_text(load_config(str(ROOT / config)), folder)
             where = folder / name / f"{run}_0"
             net = Experiment(made, where).nets["student"]
             where.mkdir(parents=True)
@@ -37,7 +45,7 @@ def shared(tmp_path_factory):
 @pytest.mark.parametrize("name, variant", VARIANTS)
 def test_every_variant_traces(name, variant, shared):
     suite = suites.SUITES[name]
-    config = load_config(f"{ROOT / suite.config}:{variant}")
+    config = with_text(load_config(f"{ROOT / suite.config}:{variant}"), shared)
     for change in suites.starts(suite, config, name, shared / name, 0):
         role, where = change.removeprefix("--config.roles.").split(".init=")
         assert Path(where).is_dir()
@@ -69,12 +77,41 @@ def test_unknown_names_are_refused(tmp_path):
         suites.run("digits", ["dmd3"], [0], tmp_path, [])
 
 
+def run_folder(folder, method, seed, *, steps, speed, perplexity):
+    """What a finished run of the suite leaves, as far as the page reads it."""
+    where = folder / f"{method}_{seed}"
+    where.mkdir(parents=True)
+    models = [{"name": "student", "nfe": 1, "perplexity": perplexity}]
+    (where / "report.json").write_text(json.dumps({"steps": steps, "models": models, "config": {"method": {"critic_steps": 2}}}))
+    speeds = [{"step": i, "perf/steps_per_second": s} for i, s in enumerate((speed / 10, speed, speed))]
+    (where / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in speeds))
+    (where / "process.json").write_text('{"peak_bytes": 1048576}')
+
+
+def test_seconds_of_the_clock(tmp_path, monkeypatch):
+    """400 steps of the clock at 10 a second take 40 s: 20 steps a second make 800 of them, two to an update."""
+    monkeypatch.setattr(suites, "OUT", tmp_path / "results")
+    suite = suites.SUITES["lm"]
+    run_folder(tmp_path, "gkd", 0, steps=400, speed=10, perplexity=2.0)
+    run_folder(tmp_path, "sft", 0, steps=400, speed=20, perplexity=3.0)
+    assert suites._steps_in_time(suite, "sft", 0, tmp_path) == 800
+    assert suites._steps_in_time(suite, "sft", 1, tmp_path) == 0
+    run_folder(tmp_path / "timed", "sft", 0, steps=800, speed=20, perplexity=2.5)
+    text = suites.write("lm", tmp_path, {"sft": 0, "gkd": 1}).read_text()
+    equal, timed = text.split("## Equal seconds, those of `gkd`")
+    assert "| sft | 3 |" in equal and "| sft | 2.5 |" in timed and "| gkd | 2 |" in timed
+    assert f"| 200 | 0.1 | {suite.tokens / 0.1:,.0f} |" in equal and "| 400 |" in timed
+    again = suites.write("lm", tmp_path / "elsewhere", {"sft": 0, "gkd": 1}).read_text()
+    assert again == text  # rows of earlier calls are kept
+
+
 @pytest.mark.slow
 def test_a_suite_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "OUT", tmp_path / "results")
     page = suites.run("lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"])
     text = page.read_text()
     assert "| sft |" in text and "| forward_kl |" in text and "| teacher |" in text
+    assert "## Equal seconds" not in text  # nobody ran the clock's method
     found = json.loads(page.with_suffix(".json").read_text())
     assert {r["method"] for r in found} == {"teacher", "start", "sft", "forward_kl"}
     assert all(r["peak_bytes"] > 1e8 for r in found) and page.with_suffix(".png").stat().st_size > 5000

@@ -1,0 +1,109 @@
+"""What every recipe costs on a TPU slice that holds it, compiled without one: docs/results/recipes.md.
+
+python tools/recipes.py [--only=dmd2,kd] [--topology=v5p:4x4x4]
+
+Each recipe is compiled in a process of its own with data of its records' shapes, and is kept in docs/results/recipes.json:
+stopped and started again, it goes on; those that --only names are compiled anew. U-Nets take minutes each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from tqdm import tqdm
+
+from jaxdistill.core.checkpoint import write_json
+from jaxdistill.core.report import markdown_table
+from jaxdistill.core.types import Refused, lookup
+from launch._command import arguments, main
+from tools import stand_ins
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {p.stem: p for p in sorted((ROOT / "configs/recipes").glob("[!_]*.py"))}
+SMALLEST = "v5p:2x2x4"
+SLICES: dict[str, str] = {}  # of recipes that need a larger one
+EFFORT = -1.0  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
+PAGE = """# Recipes, compiled for TPU slices
+
+`python tools/recipes.py` writes this page: every recipe's train step at its true sizes, weights over `fsdp`, compiled by the TPU
+compiler on a CPU (libtpu, effort {effort:g}). GiB are those of one chip: at the peak of the largest pattern of turns, of its state
+by role, and of its temporaries. Seconds of a step are lower bounds, each as if the others cost nothing; MFU is what the largest
+of them leaves of the chips' peak. Samples a step are the config's batch.
+
+"""
+
+
+def recipes(argv):
+    values, _ = arguments(argv, {"only": "", "topology": "", "one": ""})
+    if values["one"]:
+        return print(json.dumps(compiled(values["one"], values["topology"])))
+    only = [n for n in values["only"].split(",") if n]
+    for name in only:
+        lookup(RECIPES, name, "--only")
+    file = ROOT / "docs/results/recipes.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    todo = only or [n for n in RECIPES if n not in kept]
+    for name in tqdm(todo, desc="recipes", unit="recipe"):
+        topology = values["topology"] or SLICES.get(name, SMALLEST)
+        command = [sys.executable, __file__, f"--one={name}", f"--topology={topology}"]
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if child.returncode:
+            last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+            print(f"{name}: {last[0]}", file=sys.stderr)
+            continue
+        kept[name] = json.loads(child.stdout.strip().splitlines()[-1])
+        write_json(file, dict(sorted(kept.items())))
+        file.with_suffix(".md").write_text(PAGE.format(effort=EFFORT) + page(kept) + "\n")
+    print(file.with_suffix(".md"))
+
+
+def compiled(name: str, topology: str) -> dict:
+    """One recipe's plan. Raises Refused where it does not fit."""
+    import jax
+
+    from jaxdistill.core import plan
+
+    jax.config.update("jax_exec_time_optimization_effort", EFFORT)
+    with tempfile.TemporaryDirectory() as folder:
+        config = stand_ins.load(f"recipes.{name}", stand_ins.write(Path(folder)))
+        plan.shorten(config)
+        with config.unlocked():
+            config.mesh = {**config.mesh, "data": 1, "fsdp": -1}
+        try:
+            found = plan.compile_for(config, topology)
+        except jax.errors.JaxRuntimeError as error:
+            raise Refused(f"{topology} does not hold it: {plan.too_large(error)}") from error
+    if not found.fits:
+        raise Refused(f"{topology} does not hold it: {found.peak / 2**30:.1f} GiB a chip")
+    return {**dataclasses.asdict(found), "peak": found.peak, "batch_size": config.data.batch_size}
+
+
+def page(kept: dict[str, dict]) -> str:
+    gib = lambda n: f"{n / 2**30:.2f}"
+    rows = []
+    for name, plan in sorted(kept.items()):
+        largest = max(plan["patterns"], key=lambda p: p["peak"])
+        state = {role: sum(parts.values()) for role, parts in plan["by_role"].items()}
+        rows.append([
+            f"[`{name}`](../../configs/recipes/{name}.py)", plan["topology"], str(plan["batch_size"]),
+            f"{gib(plan['peak'])} of {plan['hbm'] / 2**30:.0f}", ", ".join(f"{r} {gib(n)}" for r, n in state.items() if n),
+            gib(largest["temporaries"]), f"{largest['model_flops']:.3g}",
+            " / ".join(f"{largest[k]:.2g}" for k in ("compute", "memory", "network")), f"{100 * largest['utilisation']:.0f} %",
+            f"{sum(p['seconds'] for p in plan['patterns']):.0f} s",
+        ])  # fmt: skip
+    head = ("recipe", "slice", "samples", "GiB a chip at the peak", "state", "temporaries", "model flops",
+            "at least: compute / HBM / interconnect, s", "MFU at most", "compiled in")  # fmt: skip
+    return markdown_table(head, rows)
+
+
+if __name__ == "__main__":
+    main(recipes)

@@ -1,0 +1,63 @@
+"""Configs whose data is not at hand, with data of the same shapes in its place, to be compiled and not trained on."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdistill.core import build
+
+
+def write(folder: Path) -> dict[str, Path]:
+    """Small files of every kind that a data set of the library reads: data's name in a config -> their path."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    from jaxdistill.data import arrayrecord
+
+    rng = np.random.default_rng(0)
+    latent = lambda: {"x": rng.standard_normal((32, 32, 4)).astype("f4"), "cond": np.int32(3), "null_cond": np.int32(1000)}
+    arrayrecord.write(folder / "latents" / "train.arrayrecord", [latent() for _ in range(4)])
+    text = lambda: {"text": np.zeros((77, 2048), "f2"), "pooled": np.zeros(1280, "f2"), "size": np.zeros(6, "f4")}
+    captions = {f"{group}/{k}": v for group in ("cond", "null_cond") for k, v in text().items()}
+    image = {"x": np.zeros((128, 128, 4), "f4"), "image": np.zeros((1024, 1024, 3), "u1"), **captions}
+    arrayrecord.write(folder / "captioned" / "train.arrayrecord", [image] * 2)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)))
+    (folder / "text.txt").write_text("To be, or not to be. " * 500)
+    for domain in ("books", "code"):
+        (folder / "domains" / domain).mkdir(parents=True)
+        (folder / "domains" / domain / "train.jsonl").write_text((folder / "train.jsonl").read_text())
+        (folder / "domains" / domain / "test.jsonl").write_text((folder / "train.jsonl").read_text())
+    told = {"input": "1 + 1", "label": "2", "rationale": "one and one"}
+    (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
+    named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
+    (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
+    png = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(png, format="PNG")
+    pictures = [{"bytes": png.getvalue(), "path": None}] * 40
+    (folder / "pictures").mkdir()
+    pq.write_table(pa.table({"img": pictures, "label": [i % 10 for i in range(40)]}), folder / "pictures" / "train-0.parquet")
+    lines = folder / "train.jsonl"
+    return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.arrayrecord:GroupedRecords": folder / "captioned",
+            "data.domains:Folders": folder / "domains", "data.rationales:Rationales": folder / "told.jsonl",
+            "data.ner:Conversations": folder / "named.jsonl", "data.images:ParquetImages": folder / "pictures",
+            "data.text:PackedJson": lines, "data.text:PaddedJson": lines, "data.two_tokenizers:AlignedJson": lines,
+            "data.text:Text": folder / "text.txt"}  # fmt: skip
+
+
+def load(name: str, files: dict[str, Path]) -> ConfigDict:
+    """configs/<name> (dotted) without its data: a module's RECORD says what a sample holds where it is too large to be written."""
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    if hasattr(module, "RECORD"):
+        with config.unlocked():
+            config.data = build.spec("data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD)
+    elif config.data.name in files:
+        config.data.path = str(files[config.data.name])
+    return config
