@@ -146,7 +146,9 @@ def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mappi
 
     def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Metrics]:
         rng, metrics = jax.random.fold_in(rng, state.step), {}
-        for i in active:
+        for n, i in enumerate(active):
+            if n:  # one after the other: a turn that starts early only holds memory
+                state, batch = jax.lax.optimization_barrier((state, batch))
             with jax.named_scope(f"turn={i}"):
                 key = jax.random.fold_in(rng, i)
                 state, new = take_turn(turns[i], nets, txs, emas, accumulate, state, batch, key)
