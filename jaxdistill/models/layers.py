@@ -18,6 +18,7 @@ from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.attention import attention as attention
 
 XAVIER = nnx.initializers.xavier_uniform()
+SHORT = 8  # layers: see `empty_stores`
 LECUN = nnx.initializers.lecun_normal()
 ZEROS = nnx.initializers.zeros_init()
 
@@ -135,11 +136,48 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     after, ys = {}, []
     for low, high in zip(bounds, bounds[1:]):
         part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
-        x, y = jax.lax.scan(each, x, part)
+        if high - low == 1:  # no loop, which would copy what it carries
+            x, y = each(x, jax.tree.map(lambda w: w[0], part))
+            y = jax.tree.map(lambda a: a[None], y)
+        else:
+            x, y = jax.lax.scan(each, x, part)
         after[high - 1] = x
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
     return x, ys, tuple(after[tap] for tap in taps)
+
+
+def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
+    """What `scan_stores` fills: `zeros()` makes a layer's store, `zeros(n)` one of n layers. Up to SHORT layers have one each,
+    since a scan copies a layer's part out of a common store; more share one, and one program."""
+    return tuple(zeros() for _ in range(depth)) if depth <= SHORT else (zeros(depth),)
+
+
+def remember(store: tuple[Array, ...], i: Array, start: Array, parts: tuple[Array, ...]):
+    """Layer i's new keys and values [B T G K] written into its store, [B G S K] or [layers B G S K], from slot `start` on: (the
+    store, all that the layer holds [B S G K]). Slots are innermost but channels, as decoding reads them."""
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+    if store[0].ndim == 4:
+        store = tuple(jax.lax.dynamic_update_slice(own, heads_first(part), (0, 0, start, 0)) for own, part in zip(store, parts))
+        return store, tuple(map(heads_first, store))
+    store = tuple(jax.lax.dynamic_update_slice(all_, heads_first(part)[None], (i, 0, 0, start, 0)) for all_, part in zip(store, parts))
+    return store, tuple(heads_first(all_[i]) for all_ in store)
+
+
+def scan_stores(body: Callable, x: Any, layers: Any, stores: Sequence[Any], depth: int, *, remat: str = "none", taps: Sequence[int] = ()):
+    """`scan_layers` over layers that each keep something: body((x, store), (layer, i)) -> ((x, store), None), where the layer is
+    number i of those that share `store`. Returns (x, stores, states after the taps)."""
+    size, kept, after = depth // len(stores), [], {}
+    for tap in taps:
+        if not 0 <= tap < depth:
+            raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
+    for low, store in zip(range(0, depth, size), stores):
+        part = layers if size == depth else jax.tree.map(lambda w: w[low : low + size], layers)
+        mine = [tap for tap in taps if low <= tap < low + size]
+        (x, store), _, states = scan_layers(body, (x, store), (part, jnp.arange(size)), size, remat=remat, taps=[t - low for t in mine])
+        kept.append(store)
+        after |= dict(zip(mine, (state for state, _ in states)))
+    return x, tuple(kept), tuple(after[tap] for tap in taps)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names

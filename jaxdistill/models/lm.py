@@ -18,7 +18,20 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Refused
-from jaxdistill.models.layers import attention, dense, embedding, lookup, rms_norm, rotate, scan_layers, split_heads, stack
+from jaxdistill.models.layers import (
+    attention,
+    dense,
+    embedding,
+    empty_stores,
+    lookup,
+    remember,
+    rms_norm,
+    rotate,
+    scan_layers,
+    scan_stores,
+    split_heads,
+    stack,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,12 @@ class LM:
         return LMModule(self, rngs)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gated(gate: Array, up: Array) -> Array:
+    """SwiGLU's product; its backward pass keeps the two operands alone."""
+    return nnx.silu(gate) * up
+
+
 class Block(nnx.Module):
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
         d, size, dtype = cfg.dim, cfg.head_size, jnp.dtype(cfg.dtype)
@@ -99,7 +118,7 @@ class Block(nnx.Module):
     def neurons(self, x: Array) -> Array:
         """SwiGLU's hidden activations [B T mlp], x [B T D] from `mix`."""
         h = self.norm_mlp(x)
-        return nnx.silu(self.gate(h)) * self.up(h)
+        return gated(self.gate(h), self.up(h))
 
     def feed(self, x: Array, neurons: Array) -> Array:
         """The block's output [B T D]."""
@@ -146,15 +165,15 @@ class LMModule(nnx.Module):
         (logits, cache); `features` appends the states [B T D] after those blocks. `hidden_only` gives the final
         normed states [B T D] in place of logits, for losses that project onto `head()` in chunks.
         """
-        scan = functools.partial(scan_layers, depth=self.cfg.depth, remat=self.cfg.remat, taps=features)
         x, waves = self._enter(tokens, positions, cache)
         if cache is None:
             attend = _full(mask, segments, self.cfg.cap)
-            x, _, feats = scan(lambda x, block: block(x, waves, attend), x, self.blocks)
+            layer = lambda x, block: block(x, waves, attend)
+            x, _, feats = scan_layers(layer, x, self.blocks, self.cfg.depth, remat=self.cfg.remat, taps=features)
         else:
             if segments is not None:
                 raise Refused("segments: a cache holds one document a row")
-            x, cache, feats = self._continue(scan, x, waves, mask, cache)
+            x, cache, feats = self._continue(x, waves, mask, cache, features)
         x = self.norm(x)
         out = x if hidden_only else self._logits(x)
         extras = (() if cache is None else (cache,)) + ((feats,) if features else ())
@@ -185,7 +204,7 @@ class LMModule(nnx.Module):
         x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
         return x, (jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :])
 
-    def _continue(self, scan, x, waves, mask, cache):
+    def _continue(self, x, waves, mask, cache, features):
         """The layers over new tokens, whose keys and values are written into the cache in place."""
         batch, new, slots, start = *x.shape[:2], cache["valid"].shape[1], cache["length"]
         mask = jnp.ones((batch, new), bool) if mask is None else mask.astype(bool)
@@ -193,18 +212,17 @@ class LMModule(nnx.Module):
         seen = (jnp.arange(slots) <= start + jnp.arange(new)[:, None]) & valid[:, None, None, :]
 
         def layer(carry, inp):
-            (x, keys, values), (block, i) = carry, inp
+            (x, store), (block, i) = carry, inp
 
             def attend(q, k, v):
-                write = lambda store, part: jax.lax.dynamic_update_slice(store, part[None], (i, 0, start, 0, 0))
-                kept = write(keys, k), write(values, v)
-                return attention(q, kept[0][i], kept[1][i], mask=seen, cap=self.cfg.cap), kept
+                kept, (k, v) = remember(store, i, start, (k, v))
+                return attention(q, k, v, mask=seen, cap=self.cfg.cap), kept
 
-            x, kept = block(x, waves, attend)
-            return (x, *kept), None
+            return block(x, waves, attend), None
 
-        (x, keys, values), _, states = scan(layer, (x, cache["keys"], cache["values"]), (self.blocks, jnp.arange(self.cfg.depth)))
-        return x, {"keys": keys, "values": values, "valid": valid, "length": start + new}, tuple(s[0] for s in states)
+        how = dict(remat=self.cfg.remat, taps=features)
+        x, stores, states = scan_stores(layer, x, self.blocks, cache["stores"], self.cfg.depth, **how)
+        return x, {"stores": stores, "valid": valid, "length": start + new}, states
 
     def _logits(self, x: Array) -> Array:
         logits = jnp.einsum("btd,dv->btv", x, self._unembedding(), preferred_element_type=jnp.float32)
@@ -218,14 +236,15 @@ class LMModule(nnx.Module):
         return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(self.dtype)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """An empty cache for `length` tokens a row: keys and values [L B S G K], valid bool [B S], length int32 [].
+        """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool [B S], length int32 [].
 
         Writing past its end is not checked: `length` is known to the running program only.
         """
         cfg = self.cfg
-        shape = (cfg.depth, batch, length, cfg.kv_heads or cfg.heads, cfg.head_size)
-        zeros = lambda: constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
-        return {"keys": zeros(), "values": zeros(), "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32)}
+        shape = (batch, cfg.kv_heads or cfg.heads, length, cfg.head_size)
+        zeros = lambda *n: constrain(jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None)
+        stores = empty_stores(cfg.depth, lambda *n: (zeros(*n), zeros(*n)))
+        return {"stores": stores, "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32)}
 
 
 def context(batch: Batch) -> dict[str, Array]:

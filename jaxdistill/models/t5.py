@@ -16,7 +16,20 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import LECUN, attention, dense, embedding, lookup, rms_norm, scan_layers, split_heads, stack
+from jaxdistill.models.layers import (
+    LECUN,
+    attention,
+    dense,
+    embedding,
+    empty_stores,
+    lookup,
+    remember,
+    rms_norm,
+    scan_layers,
+    scan_stores,
+    split_heads,
+    stack,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +208,7 @@ class T5Module(T5EncoderModule):
 
         A cache of source [B S D] and source_valid bool [B S] alone holds no text, and is not handed back.
         """
-        cfg, (batch, new), growing = self.cfg, tokens.shape, "keys" in cache
+        cfg, (batch, new), growing = self.cfg, tokens.shape, "stores" in cache
         start = cache["length"] if growing else 0
         mask = jnp.ones((batch, new), bool) if mask is None else mask.astype(bool)
         valid = jax.lax.dynamic_update_slice(cache["valid"], mask, (0, start)) if growing else mask
@@ -204,41 +217,41 @@ class T5Module(T5EncoderModule):
         bias = biases(self.decoder.position, bucket(apart, cfg.buckets, cfg.distance, both=False))
 
         def layer(carry, inp):
-            (x, *kept), (block, i, memory) = carry, inp
+            (x, store), ((block, memory), i) = carry, inp
             memory = memory if growing else block.cross.keys(cache["source"])
 
             def own(q, h):
-                pair = block.attention.keys(h)
+                pair, kept = block.attention.keys(h), store
                 if growing:
-                    wide = [jax.lax.dynamic_update_slice(store, part[None], (i, 0, start, 0, 0)) for store, part in zip(kept, pair)]
-                    return attention(q, *(store[i] for store in wide), bias=bias, mask=seen, scale=1.0), wide
-                return attention(q, *pair, bias=bias, mask=seen, scale=1.0), []
+                    kept, pair = remember(store, i, start, pair)
+                return attention(q, *pair, bias=bias, mask=seen, scale=1.0), kept
 
-            x, kept = block.attention(x, own)
+            x, store = block.attention(x, own)
             x, _ = block.cross(x, lambda q, h: (attention(q, *memory, mask=source, scale=1.0), None))
-            return (block.feed(x), *kept), None
+            return (block.feed(x), store), None
 
-        kept, memory = ((cache[f"{part}keys"], cache[f"{part}values"]) if growing else () for part in ("", "source_"))
-        layers = (self.decoder.blocks, jnp.arange(self.depth), memory)
-        (x, *kept), _, taps = scan_layers(layer, (self._embed(tokens), *kept), layers, self.depth, remat=cfg.remat, taps=features)
+        stores, memory = (cache["stores"], cache["source_pairs"]) if growing else (((),), ())
+        x, stores, taps = scan_stores(
+            layer, self._embed(tokens), (self.decoder.blocks, memory), stores, self.depth, remat=cfg.remat, taps=features
+        )
         x = self.decoder.norm(x)
         x = x * cfg.dim**-0.5 if cfg.tied else x
         out = x if hidden_only else self._logits(x)
-        extras = ({**cache, **dict(zip(("keys", "values"), kept)), "valid": valid, "length": start + new},) if growing else ()
-        extras += (tuple(tap[0] for tap in taps),) if features else ()
+        extras = ({**cache, "stores": stores, "valid": valid, "length": start + new},) if growing else ()
+        extras += (taps,) if features else ()
         return (out, *extras) if extras else out
 
     def init_cache(self, states: Array, length: int, *, source_mask: Array | None = None) -> dict[str, Array]:
-        """What `decode` needs to write `length` tokens a row about encoded states [B S D]: keys and values of the source
-        [L B S H K], and empty ones of the text [L B length H K], valid bool [B length], length int32 []."""
+        """What `decode` needs to write `length` tokens a row about encoded states [B S D]: keys and values of the source, a
+        pair of [L B S H K], and empty stores of the text [B H length K], valid bool [B length], length int32 []."""
         cfg, batch = self.cfg, states.shape[0]
-        shape = (self.depth, batch, length, cfg.heads, cfg.head_dim)
-        zeros = lambda: constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "heads", None)
+        shape = (batch, cfg.heads, length, cfg.head_dim)
+        zeros = lambda *n: constrain(jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None)
         seen = jnp.ones(states.shape[:2], bool) if source_mask is None else source_mask.astype(bool)
-        keys, values = jax.lax.map(lambda block: block.cross.keys(states), self.decoder.blocks)
         return {
-            "keys": zeros(), "values": zeros(), "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32),
-            "source_keys": keys, "source_values": values, "source_valid": seen,
+            "stores": empty_stores(self.depth, lambda *n: (zeros(*n), zeros(*n))), "valid": jnp.zeros((batch, length), bool),
+            "length": jnp.zeros((), jnp.int32), "source_valid": seen,
+            "source_pairs": jax.lax.map(lambda block: block.cross.keys(states), self.decoder.blocks),
         }  # fmt: skip
 
     def _logits(self, x: Array) -> Array:

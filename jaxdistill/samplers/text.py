@@ -5,6 +5,7 @@ A pure function of its arguments, to be called inside jit: on-policy methods run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -30,7 +31,7 @@ def generate(
 
     `net` is a bound language model; `prompt_mask` [B P] is False on padding, which stands on the left. The mask is
     True on prompt and continuation, its `eos` (one token or several) included; what follows is `pad` and False.
-    `temperature`, `top_k` and `top_p` are those of `draw`. Raises Refused where `length` leaves nothing to write.
+    `temperature`, `top_k` and `top_p` are those of `pick`. Raises Refused where `length` leaves nothing to write.
     """
     batch, start = prompt.shape
     if length <= start:
@@ -38,20 +39,21 @@ def generate(
     mask = jnp.ones(prompt.shape, bool) if prompt_mask is None else prompt_mask.astype(bool)
     stops = jnp.atleast_1d(jnp.asarray(eos, prompt.dtype))
 
-    def choose(logits, i, done):
-        token = draw(logits[:, -1], jax.random.fold_in(key, i), temperature=temperature, top_k=top_k, top_p=top_p)
+    def choose(logits, numbers, done):
+        token = pick(logits[:, -1], numbers, temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(done, pad, token).astype(prompt.dtype)
         return token, done | jnp.isin(token, stops)
 
-    def step(carry, i):
+    def step(carry, numbers):
         token, done, cache = carry
         logits, cache = net(token[:, None], cache=cache)
-        token, ended = choose(logits, i, done)
+        token, ended = choose(logits, numbers, done)
         return (token, ended, cache), (token, ~done)
 
     logits, cache = net(prompt, mask=mask, cache=net(batch, length, method="init_cache"))
-    first, done = choose(logits, start, jnp.zeros(batch, bool))
-    _, (rest, alive) = jax.lax.scan(step, (first, done, cache), jnp.arange(start + 1, length))
+    numbers = jax.random.uniform(key, (length - start, 2, batch))
+    first, done = choose(logits, numbers[0], jnp.zeros(batch, bool))
+    _, (rest, alive) = jax.lax.scan(step, (first, done, cache), numbers[1:])
     tokens = jnp.concatenate([prompt, first[:, None], rest.T], 1)
     return tokens, jnp.concatenate([mask, jnp.ones((batch, 1), bool), alive.T], 1)
 
@@ -74,8 +76,8 @@ def answer(net: Callable, source: Array, length: int, key: Array, *, source_mask
     return tokens[:, 1:], mask[:, 1:]
 
 
-def draw(logits: Array, key: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
-    """One token int [B] for each row of logits [B V].
+def pick(logits: Array, numbers: Array, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+    """One token int [B] for each row of logits [B V], as two uniform numbers for each [2 B] have it.
 
     temperature 0 is the argmax. `top_k` (0: all) keeps the k likeliest tokens; of these, `top_p` keeps the fewest
     whose mass reaches it (nucleus sampling, arXiv:1904.09751). Of equal logits the lower index comes first.
@@ -86,12 +88,30 @@ def draw(logits: Array, key: Array, *, temperature: float = 1.0, top_k: int = 0,
         return jnp.argmax(logits, -1)
     logits = logits / temperature
     if top_k == 0 and top_p == 1.0:
-        return jax.random.categorical(key, logits)
+        return _invert(jax.nn.softmax(logits), numbers)
     kept, ids = jax.lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
     mass = jax.nn.softmax(kept)
-    kept = jnp.where(jnp.cumsum(mass, -1) - mass < top_p, kept, -jnp.inf)
-    pick = jax.random.categorical(key, kept)
-    return jnp.take_along_axis(ids, pick[:, None], 1)[:, 0]
+    chosen = _invert(jnp.where(jnp.cumsum(mass, -1) - mass < top_p, mass, 0.0), numbers)
+    return jnp.take_along_axis(ids, chosen[:, None], 1)[:, 0]
+
+
+def _invert(p: Array, numbers: Array) -> Array:
+    """Index int [B] drawn from weights [B V] by inversion: first one of about sqrt(V) rows of them, then its place in that row.
+
+    A Gumbel number for each of V tokens would cost more than a small network's step.
+    """
+    batch, size = p.shape
+    side = math.isqrt(size - 1) + 1
+    rows = jnp.pad(p, ((0, 0), (0, -size % side))).reshape(batch, -1, side)
+    row = _first_beyond(rows.sum(-1), numbers[0])
+    return row * side + _first_beyond(jnp.take_along_axis(rows, row[:, None, None], 1)[:, 0], numbers[1])
+
+
+def _first_beyond(p: Array, number: Array) -> Array:
+    """The first index whose cumulative weight of [B N] exceeds this share [B] of the whole; never one of no weight."""
+    sums = jnp.matmul(p, jnp.triu(jnp.ones((p.shape[1],) * 2, p.dtype)), precision="highest")
+    beyond = (sums > (number * sums[:, -1])[:, None]) & (p > 0)
+    return jnp.where(beyond.any(1), beyond.argmax(1), p.argmax(1))
 
 
 def respond(net: Callable, batch: Batch, key: Array, *, copies: int = 1, prompt_length: int = 0, **how) -> Batch:

@@ -8,7 +8,7 @@ import pytest
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.lm import LM
-from jaxdistill.samplers.text import draw, generate, respond
+from jaxdistill.samplers.text import generate, pick, respond
 
 CFG = LM(vocab=29, dim=16, mlp=24, heads=4, kv_heads=2, depth=2)
 
@@ -69,6 +69,10 @@ def test_without_eos_every_token_counts():
     assert mask.all()
 
 
+def draw(logits, key, **how):
+    return pick(logits, jax.random.uniform(key, (2, len(logits))), **how)
+
+
 LOGITS = jnp.log(jnp.array([0.1, 0.4, 0.05, 0.25, 0.2]))
 N = 20_000
 
@@ -99,6 +103,27 @@ def test_support_and_law_of_truncated_draws(kwargs, kept):
     found = frequencies(**kwargs)
     assert set(np.flatnonzero(found)) == set(kept)
     assert (np.abs(found - law) <= 5 * np.sqrt(law * (1 - law) / N)).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 17, 512, 1000])
+def test_every_law_is_drawn_from(size):
+    """Chi-squared over the tokens that may come, and none of those that may not, wherever they stand."""
+    logits = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    logits[np.arange(size) % 3 == 1] = -np.inf
+    law = np.exp(logits) / np.exp(logits).sum()
+    some = jax.jit(lambda key: draw(jnp.broadcast_to(jnp.asarray(logits), (N, size)), key))
+    drawn, rows = np.concatenate([some(jax.random.key(i)) for i in range(40)]), 40 * N
+    counts = np.bincount(np.asarray(drawn), minlength=size)
+    assert counts.sum() == rows and not counts[law == 0].any()
+    expected = rows * law[law > 0]
+    chi, freedom = ((counts[law > 0] - expected) ** 2 / expected).sum(), (law > 0).sum() - 1
+    assert chi < freedom + 5 * np.sqrt(2 * freedom) + 1e-6
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0 - 2.0**-23])
+def test_extreme_numbers_stay_inside(number):
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 0.0, -jnp.inf, -jnp.inf]])
+    assert int(pick(logits, jnp.full((2, 1), number, jnp.float32))[0]) == (1 if number == 0 else 3)
 
 
 def test_temperature_sharpens():
