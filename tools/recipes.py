@@ -29,8 +29,9 @@ from tools import stand_ins
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {p.stem: p for p in sorted((ROOT / "configs/recipes").glob("[!_]*.py"))}
-SMALLEST = "v5p:2x2x4"
-SLICES: dict[str, str] = {}  # of recipes that need a larger one
+USUAL = "v5p:2x2x4"
+SLICES = {"ddk": "v5p:2x2x2", "grpo": "v5p:2x4x4"}  # where batch or caches ask for another
+TENSOR = {"grpo": 2}  # ways that weights and caches are split over beside fsdp
 EFFORT = -1.0  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
 PAGE = """# Recipes, compiled for TPU slices
 
@@ -53,7 +54,7 @@ def recipes(argv):
     kept = json.loads(file.read_text()) if file.exists() else {}
     todo = only or [n for n in RECIPES if n not in kept]
     for name in tqdm(todo, desc="recipes", unit="recipe"):
-        topology = values["topology"] or SLICES.get(name, SMALLEST)
+        topology = values["topology"] or SLICES.get(name, USUAL)
         command = [sys.executable, __file__, f"--one={name}", f"--topology={topology}"]
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if child.returncode:
@@ -77,7 +78,7 @@ def compiled(name: str, topology: str) -> dict:
         config = stand_ins.load(f"recipes.{name}", stand_ins.write(Path(folder)))
         plan.shorten(config)
         with config.unlocked():
-            config.mesh = {**config.mesh, "data": 1, "fsdp": -1}
+            config.mesh = {**config.mesh, "data": 1, "fsdp": -1, "tensor": TENSOR.get(name, 1)}
         try:
             found = plan.compile_for(config, topology)
         except jax.errors.JaxRuntimeError as error:

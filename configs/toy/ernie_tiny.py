@@ -6,6 +6,10 @@
 first of them (`teacher`). The claim: a student of half its depth and width is right more often, in that language and
 another, after the four stages than after as many steps of training on the labels alone (`baseline`).
 Departure: the teacher is pretrained on languages, not on masked tokens.
+
+It shows nothing yet: the teacher learns its 300 labels by heart and is at chance on new texts (.51 of two classes, seed 0), since
+telling languages apart is not learned in 400 steps (accuracy .37 of four; .45 after 3,000). Student .518, .504, .490 against
+.512, .504, .521 on seeds 0 to 2.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
