@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxdistill.core import build, chips, hlo, loop, plan, sharding
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
+from tools import bench
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
@@ -138,6 +139,25 @@ def test_search_starts_with_plain_fsdp_and_stays_within_the_chips():
     assert tried[0]["mesh"] == dict(data=1, fsdp=16, sequence=1, tensor=1) and tried[0]["accumulate"] == 1
     assert all(np.prod(list(c["mesh"].values())) == 16 for c in tried)
     assert len({json.dumps(c) for c in tried}) == len(tried)
+
+
+def test_search_leaves_out_what_cannot_help(monkeypatch):
+    """Frozen weights go to the host only where that could make up for what is short, as the compiler says it."""
+    config = bench.language(build.spec("methods.language.kd:KD"))
+    said = "Ran out of memory on HBM, the total memory required for HLO temporaries ({}G) exceeds available HBM (15.75G)."
+
+    def places(needed):
+        tried = []
+
+        def refuse(changed, name):
+            tried.append(changed.roles.teacher.place)
+            raise jax.errors.JaxRuntimeError(said.format(needed))
+
+        monkeypatch.setattr(plan, "compile_for", refuse)
+        list(plan.search(config, "v5e:2x2", most=4))
+        return set(tried)
+
+    assert places("35.22") == {"device"} and places("15.75") == {"device", "host"}
 
 
 def test_command_refuses_and_reports(tmp_path):

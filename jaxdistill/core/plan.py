@@ -198,7 +198,7 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
 
     A candidate whose state alone is too large is not compiled, nor one that splits finer than the first that fits, or
     offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where full rematerialisation
-    does not fit, no other is tried. At most `most` are compiled.
+    does not fit, no other is tried, nor the host where it is short of more than the frozen weights. At most `most` are compiled.
     """
     devices, kind = topology(name)
     done, enough, hopeless = 0, None, []
@@ -212,23 +212,25 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
             experiment = Experiment(tried, Path("unused"), devices)
             with sharding.use(experiment.mesh, experiment.settings.rules):
                 programs, nets = loop.abstract_programs(experiment)
-            state = sum(sum(parts.values()) for parts in by_role(programs.abstract, nets).values())
+            held = by_role(programs.abstract, nets)
+            state, frozen = sum(sum(parts.values()) for parts in held.values()), sum(parts["frozen"] for parts in held.values())
             if state > 0.9 * kind.hbm:
                 hopeless.append(rest)
                 yield change, f"state of {state / 2**30:.1f} GiB a chip"
                 continue
             done += 1
             plan = compile_for(tried, name)
+            short = plan.peak - plan.hbm
         except Refused as error:
             hopeless.append(rest)
             yield change, str(error)
             continue
         except jax.errors.JaxRuntimeError as error:
-            hopeless.append(rest)
-            yield change, too_large(error)
-            continue
-        enough = enough or (finer if plan.fits else None)
-        hopeless += [] if plan.fits else [rest]
+            plan, short = too_large(error), _short(error)
+        fits = isinstance(plan, Plan) and plan.fits
+        enough = enough or (finer if fits else None)
+        hopeless += [] if fits else [rest]
+        hopeless += [{**rest, "place": "host"}] if short > frozen else []
         yield change, plan
 
 
@@ -236,6 +238,12 @@ def too_large(error: jax.errors.JaxRuntimeError) -> str:
     """What the compiler says of a program that exceeds HBM: by how much."""
     said = [line.strip() for line in str(error).splitlines()]
     return next((line for line in said if re.search("exceed|used", line, re.I)), str(error)[:160])
+
+
+def _short(error: jax.errors.JaxRuntimeError) -> float:
+    """Bytes by which the temporaries of a program that does not fit exceed HBM; 0 where the compiler does not say."""
+    said = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+    return (float(said[1]) - float(said[2])) * 2**30 if said else 0.0
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
