@@ -197,15 +197,17 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
     (change, reason).
 
     A candidate whose state alone is too large is not compiled, nor one that splits finer than the first that fits, or
-    offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where full rematerialisation
-    does not fit, no other is tried, nor the host where it is short of more than the frozen weights. At most `most` are compiled.
+    offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where one does not fit, none is
+    tried that accumulates or rematerialises less, nor the host where it is short of more than the frozen weights. At most
+    `most` are compiled.
     """
     devices, kind = topology(name)
     done, enough, hopeless = 0, None, []
     for change in candidates(config, len(devices)):
-        rest = {k: v for k, v in change.items() if k != "remat"}
+        accumulate, remat, rest = change["accumulate"], change["remat"], {k: change[k] for k in ("mesh", "place")}
         finer = (change["mesh"]["tensor"] * change["mesh"]["sequence"], change["place"])
-        if done >= most or rest in hopeless or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
+        refused = any(rest == other and accumulate <= n and how in (remat, "full") for other, n, how in hopeless)
+        if done >= most or refused or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
             continue
         tried = changed(config, change)
         try:
@@ -215,22 +217,22 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
             held = by_role(programs.abstract, nets)
             state, frozen = sum(sum(parts.values()) for parts in held.values()), sum(parts["frozen"] for parts in held.values())
             if state > 0.9 * kind.hbm:
-                hopeless.append(rest)
+                hopeless.append((rest, accumulate, remat))
                 yield change, f"state of {state / 2**30:.1f} GiB a chip"
                 continue
             done += 1
             plan = compile_for(tried, name)
             short = plan.peak - plan.hbm
         except Refused as error:
-            hopeless.append(rest)
+            hopeless.append((rest, accumulate, remat))
             yield change, str(error)
             continue
         except jax.errors.JaxRuntimeError as error:
             plan, short = too_large(error), _short(error)
         fits = isinstance(plan, Plan) and plan.fits
         enough = enough or (finer if fits else None)
-        hopeless += [] if fits else [rest]
-        hopeless += [{**rest, "place": "host"}] if short > frozen else []
+        hopeless += [] if fits else [(rest, accumulate, remat)]
+        hopeless += [({**rest, "place": "host"}, accumulate, remat)] if short > frozen else []
         yield change, plan
 
 
@@ -248,20 +250,19 @@ def _short(error: jax.errors.JaxRuntimeError) -> float:
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
     """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen weights on the device before
-    the host, the remat that stores least first."""
+    the host, the accumulation and the remat that hold least first."""
     frozen = build.build(config.method).frozen
     powers = [2**i for i in range(int(math.log2(devices)) + 1)]
     splits = sorted(((t, s) for t in powers for s in powers if t * s <= min(devices, 64)), key=lambda ts: (ts[0] * ts[1], ts[1]))
     has_remat = any("remat" in (role.get("model") or {}) for role in config.roles.values())
     policies = ("full", "dots_no_batch") if has_remat else ("",)
     places = ("device", "host") if any(role.get("model") and name in frozen for name, role in config.roles.items()) else ("device",)
-    for (tensor, sequence), place, accumulate, remat in itertools.product(splits, places, (1, 2, 4), policies):
-        yield {
-            "mesh": dict(data=1, fsdp=devices // (tensor * sequence), sequence=sequence, tensor=tensor),
-            "accumulate": accumulate,
-            "remat": remat,
-            "place": place,
-        }
+    for (tensor, sequence), place in itertools.product(splits, places):
+        rows = devices // (tensor * sequence)
+        mesh = dict(data=1, fsdp=rows, sequence=sequence, tensor=tensor)
+        whole = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (rows * n) == 0]
+        for accumulate, remat in itertools.product(whole, policies):
+            yield {"mesh": mesh, "accumulate": accumulate, "remat": remat, "place": place}
 
 
 def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
