@@ -257,6 +257,7 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
         points = [(r["update_seconds"], next(m[suite.chart] for m in r["models"] if m["name"] == "student")) for r in mine]
         axis.scatter(*zip(*points), s=30)
         axis.annotate(method, points[0], textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axis.margins(x=0.15)  # room for the names
     steps = len({m["nfe"] for r in found for m in r["models"]}) > 1
     teacher = [max(r["models"], key=lambda m: m["nfe"])[suite.chart] for r in found if r["method"] == "teacher"]
     if teacher:
