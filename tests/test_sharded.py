@@ -1,4 +1,4 @@
-"""Five steps of AdamW on 2 x 2 x 2 devices against one: the weights agree to 1e-5."""
+"""Five steps of AdamW on 2 x 2 x 2 devices against one: the weights agree to 1e-5. What is split over what."""
 
 import jax
 import numpy as np
@@ -28,3 +28,12 @@ def test_eight_devices_equal_one_after_five_steps(name, record_property):
     (start, one), (_, eight) = five_steps(name, ONE), five_steps(name, EIGHT)
     record_property("largest", float(largest(one, eight)))
     assert largest(one, eight) < 1e-5 < 1e-3 < largest(start, one)
+
+
+@pytest.mark.parametrize(("size", "part"), [(8, 2), (6, 3), (5, 5)])
+def test_weights_are_split_over_the_sequence_axis_too(size, part):
+    """As far as it divides them: first over fsdp alone, then not at all."""
+    mesh = sharding.make_mesh(sharding.MeshShape(fsdp=2, sequence=2, tensor=2))
+    shape = jax.ShapeDtypeStruct((size, 4), np.float32)
+    where = sharding.fits(jax.sharding.NamedSharding(mesh, sharding.Rules().spec(("embed", "mlp"))), shape)
+    assert where.shard_shape(shape.shape) == (part, 2)

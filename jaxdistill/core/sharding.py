@@ -32,11 +32,12 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Logical axis -> mesh axis. Default: FSDP on `embed`, tensor parallel on `mlp`, `heads`, `vocab`."""
+    """Logical axis -> mesh axis. Default: FSDP on `embed`, over the devices that share a sample's tokens too; tensor parallel on
+    `mlp`, `heads`, `vocab`."""
 
     batch: tuple[str, ...] = ("data", "fsdp")
     seq: str = "sequence"  # tokens of activations; keys and values are gathered for attention
-    embed: str = "fsdp"
+    embed: tuple[str, ...] = ("fsdp", "sequence")
     mlp: str = "tensor"
     heads: str = "tensor"
     vocab: str = "tensor"
@@ -121,8 +122,15 @@ def _ways(mesh, axis) -> int:
 
 
 def _divides(mesh, spec: P, shape: tuple[int, ...]) -> P:
-    """`spec` without the mesh axes that do not divide their dimension (a 10-class table over 4 devices stays whole)."""
-    return P(*(None if shape[i] % _ways(mesh, axis) else axis for i, axis in enumerate(spec)))
+    """`spec` without the mesh axes that do not divide their dimension (a 10-class table over 4 devices stays whole); of
+    several for one dimension the last go first."""
+
+    def most(size: int, axis):
+        while axis and size % _ways(mesh, axis):
+            axis = axis[:-1] if isinstance(axis, tuple) else None
+        return axis or None
+
+    return P(*(most(shape[i], axis) for i, axis in enumerate(spec)))
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
