@@ -8,7 +8,6 @@ stopped and run again. The results are runs/reproduce/results.json and docs/resu
 are docs/results/<suite>.md, .json and .png.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import Refused, lookup
 from launch._command import arguments, load_config, main
+from tools import suites
 
 ROOT = Path(__file__).parents[1]
 TOYS = {p.stem: p for p in sorted((ROOT / "configs/toy").glob("[!_]*.py"))}
@@ -33,8 +33,6 @@ weights and this seed of the mixture or language. Value and baseline are the two
 
 def suite(values, argv):
     """Every method of one suite."""
-    from tools import suites
-
     seeds = _seeds(values["seeds"])
     extra = [word for word in argv if word.startswith("--config.")]
     workdir = Path(values["workdir"] or ROOT / "runs" / values["suite"])
@@ -71,19 +69,12 @@ def reproduce(argv):
         results.append({"method": name, "seed": seed, "data_seed": data_seed, "seconds": report["seconds"], **report["claim"]})
     write_json(Path(values["workdir"]) / "results.json", results)
     keys = ("method", "seed", "data_seed", "metric", "value", "baseline", "teacher", "ratio", "bound", "holds", "seconds")
-    old = _kept(ROOT / "docs/results/toy.json", results)
-    write_json(ROOT / "docs/results/toy.json", old)
+    every = suites.kept(ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed")
+    write_json(ROOT / "docs/results/toy.json", every)
     cell = lambda v: "" if v is None else {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else number(v)
-    table = markdown_table([k.replace("_", " ") for k in keys], [[cell(row[k]) for k in keys] for row in old])
+    table = markdown_table([k.replace("_", " ") for k in keys], [[cell(row[k]) for k in keys] for row in every])
     (ROOT / "docs/results/toy.md").write_text(HEAD + table + "\n")
     print(ROOT / "docs/results/toy.md")
-
-
-def _kept(path: Path, new: list[dict]) -> list[dict]:
-    """The rows of earlier calls, with the new ones in their places."""
-    key = lambda row: (row["method"], row["seed"], row["data_seed"])
-    rows = {key(row): row for row in (json.loads(path.read_text()) if path.exists() else [])}
-    return [row for _, row in sorted((rows | {key(row): row for row in new}).items())]
 
 
 if __name__ == "__main__":

@@ -51,13 +51,19 @@ def write(folder: Path) -> dict[str, Path]:
             "data.text:Text": folder / "text.txt"}  # fmt: skip
 
 
+def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:
+    """`config`, reading the file that stands in for its data, where it reads one."""
+    if config.data.name in files:
+        config.data.path = str(files[config.data.name])
+    return config
+
+
 def load(name: str, files: dict[str, Path]) -> ConfigDict:
     """configs/<name> (dotted) without its data: a module's RECORD says what a sample holds where it is too large to be written."""
     module = importlib.import_module(f"configs.{name}")
     config = module.get_config()
-    if hasattr(module, "RECORD"):
-        with config.unlocked():
-            config.data = build.spec("data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD)
-    elif config.data.name in files:
-        config.data.path = str(files[config.data.name])
+    if not hasattr(module, "RECORD"):
+        return at_hand(config, files)
+    with config.unlocked():
+        config.data = build.spec("data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD)
     return config

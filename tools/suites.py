@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -96,11 +97,12 @@ def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list
     for method in only:
         lookup(dict.fromkeys(variants), method, "--only")
     chosen = only or variants
-    todo = [(seed, method, timed) for seed in seeds for timed in (False, True) for method in ((*suite.shared,) * (not timed) + (*chosen,))]
+    passes = ((False, [*suite.shared, *chosen]), (True, [m for m in chosen if m != suite.clock]))
+    todo = [(seed, method, timed) for seed in seeds for timed, methods in passes for method in methods]
     for seed, method, timed in tqdm(todo, desc=name, unit="run"):
         if not timed:
             _train(suite, name, method, seed, workdir, workdir, extra)
-        elif method != suite.clock and (steps := _steps_in_time(suite, method, seed, workdir)):
+        elif steps := _steps_in_time(suite, method, seed, workdir):
             _train(suite, name, method, seed, workdir, workdir / "timed", [*extra, f"--config.steps={steps}"])
     return write(name, workdir, {m: variants.index(m) for m in variants})
 
@@ -112,6 +114,8 @@ def _steps_in_time(suite: Suite, method: str, seed: int, workdir: Path) -> int:
         return 0
     mine, clock = runs[method], runs[suite.clock]
     updates = clock["updates"] * clock["update_seconds"] / mine["update_seconds"]
+    if math.isnan(updates) or not mine["updates"]:  # too short to have been timed
+        return 0
     return max(1, round(updates)) * (mine["steps"] // mine["updates"])
 
 
@@ -168,18 +172,18 @@ def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
                "peak_bytes": json.loads(file.read_text())["peak_bytes"]}  # fmt: skip
 
 
-def _kept(file: Path, new: list[dict]) -> list[dict]:
-    """The rows that an earlier page was written from, with the new ones in their places."""
-    key = lambda row: (row["method"], row["seed"], row["timed"])
+def kept(file: Path, new: list[dict], *keys: str) -> list[dict]:
+    """The rows of `file`, a table's, with the new ones in the places of those with the same `keys`, by which they are sorted."""
+    key = lambda row: tuple(row[k] for k in keys)
     old = json.loads(file.read_text()) if file.exists() else []
-    return list(({key(row): row for row in old} | {key(row): row for row in new}).values())
+    return [row for _, row in sorted(({key(row): row for row in old} | {key(row): row for row in new}).items())]
 
 
 def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     """The page, the chart and the numbers behind both."""
     suite, out = SUITES[name], OUT / name
     OUT.mkdir(parents=True, exist_ok=True)
-    found = _kept(out.with_suffix(".json"), [*rows(workdir), *rows(workdir / "timed", timed=True)])
+    found = kept(out.with_suffix(".json"), [*rows(workdir), *rows(workdir / "timed", timed=True)], "timed", "method", "seed")
     write_json(out.with_suffix(".json"), found)
     _chart(suite, [r for r in found if not r["timed"]], out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]

@@ -40,19 +40,20 @@ def methods(**writing):
 
 
 VARIANTS = methods(eos=(12,), pad=13)
+REINFORCED = ("grpo", "rlad")
 OLD = dict(old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)))  # what grpo and rlad write with
 
 
 def get_config(method="gkd"):
     chosen = lookup(VARIANTS, method, "--config=configs/lm/suite.py:METHOD")()
-    lr = 3e-4 if method in ("grpo", "rlad") else 1e-3
+    lr = 3e-4 if method in REINFORCED else 1e-3
     roles = dict(student=Role(init="runs/lm/start_0", optimizer=Optimizer(lr=lr, warmup=10)))
-    roles |= OLD if method in ("grpo", "rlad") else {}
+    roles |= OLD if method in REINFORCED else {}
     roles |= dict(reference=Role(init="runs/lm/start_0")) if method == "grpo" else {}
     roles |= dict(teacher=Role(init="runs/lm/teacher_0")) if method not in ("sft", "grpo") else {}
     return experiment(
         steps=STEPS,
-        data=carry.data(ROWS // GROUP if method in ("grpo", "rlad") else ROWS),
+        data=carry.data(ROWS // GROUP if method in REINFORCED else ROWS),
         method=chosen,
         roles=roles,
         evaluation=spec("evals.text:TextEval", samples=588),

@@ -10,7 +10,7 @@ here can be right or wrong, so that the methods that need a reward are in config
 """
 
 from configs.lm.gkd_shakespeare import STUDENT, TEACHER, train
-from configs.lm.suite import methods
+from configs.lm.suite import REINFORCED, methods
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
@@ -18,7 +18,7 @@ from jaxdistill.core.types import lookup
 STEPS = 400
 ROWS, LENGTH = 16, 64  # a step's, in bytes
 PROMPT = 16  # bytes that a student goes on from
-REWARDED = ("paced", "grpo", "rlad")
+REWARDED = ("paced", *REINFORCED)
 SHARED = {"teacher": lambda: train(800, TEACHER), "start": lambda: train(300, STUDENT)}
 VARIANTS = {name: made for name, made in methods(prompt_length=PROMPT).items() if name not in REWARDED}
 

@@ -209,7 +209,7 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
         refused = any(rest == other and accumulate <= n and how in (remat, "full") for other, n, how in hopeless)
         if done >= most or refused or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
             continue
-        tried = changed(config, change)
+        tried, short = changed(config, change), 0.0
         try:
             experiment = Experiment(tried, Path("unused"), devices)
             with sharding.use(experiment.mesh, experiment.settings.rules):
@@ -217,23 +217,22 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
             held = by_role(programs.abstract, nets)
             state, frozen = sum(sum(parts.values()) for parts in held.values()), sum(parts["frozen"] for parts in held.values())
             if state > 0.9 * kind.hbm:
-                hopeless.append((rest, accumulate, remat))
-                yield change, f"state of {state / 2**30:.1f} GiB a chip"
-                continue
-            done += 1
-            plan = compile_for(tried, name)
-            short = plan.peak - plan.hbm
+                found = f"state of {state / 2**30:.1f} GiB a chip"
+            else:
+                done += 1
+                found = compile_for(tried, name)
+                short = found.peak - found.hbm
         except Refused as error:
-            hopeless.append((rest, accumulate, remat))
-            yield change, str(error)
-            continue
+            found = str(error)
         except jax.errors.JaxRuntimeError as error:
-            plan, short = too_large(error), _short(error)
-        fits = isinstance(plan, Plan) and plan.fits
-        enough = enough or (finer if fits else None)
-        hopeless += [] if fits else [(rest, accumulate, remat)]
-        hopeless += [({**rest, "place": "host"}, accumulate, remat)] if short > frozen else []
-        yield change, plan
+            found, short = too_large(error), _short(error)
+        if isinstance(found, Plan) and found.fits:
+            enough = enough or finer
+        else:
+            hopeless.append((rest, accumulate, remat))
+        if short > 0 and short > frozen:
+            hopeless.append(({**rest, "place": "host"}, accumulate, remat))
+        yield change, found
 
 
 def too_large(error: jax.errors.JaxRuntimeError) -> str:
@@ -260,7 +259,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
     for (tensor, sequence), place in itertools.product(splits, places):
         rows = devices // (tensor * sequence)
         mesh = dict(data=1, fsdp=rows, sequence=sequence, tensor=tensor)
-        whole = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (rows * n) == 0]
+        whole = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (rows * n) == 0] or [1]  # refused, with the reason
         for accumulate, remat in itertools.product(whole, policies):
             yield {"mesh": mesh, "accumulate": accumulate, "remat": remat, "place": place}
 

@@ -18,7 +18,6 @@ from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.attention import attention as attention
 
 XAVIER = nnx.initializers.xavier_uniform()
-SHORT = 8  # layers: see `empty_stores`
 LECUN = nnx.initializers.lecun_normal()
 ZEROS = nnx.initializers.zeros_init()
 
@@ -131,52 +130,55 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     awake = lambda x, layer: body(x, restore(layer))
     each = awake if policy is None else jax.checkpoint(awake, policy=policy, prevent_cse=False)
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
-    if bounds[0] < 0 or bounds[-1] > depth:
-        raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
+    _check_taps(taps, depth)
     after, ys = {}, []
     for low, high in zip(bounds, bounds[1:]):
         part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
-        if high - low == 1:  # no loop, which would copy what it carries
-            x, y = each(x, jax.tree.map(lambda w: w[0], part))
-            y = jax.tree.map(lambda a: a[None], y)
-        else:
-            x, y = jax.lax.scan(each, x, part)
+        x, y = jax.lax.scan(each, x, part)
         after[high - 1] = x
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
     return x, ys, tuple(after[tap] for tap in taps)
 
 
+def _check_taps(taps: Sequence[int], depth: int) -> None:
+    if any(not 0 <= tap < depth for tap in taps):
+        raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
+
+
+SHORT = 8  # layers: up to so many have a store each, since a scan copies a layer's part out of a common one
+
+
 def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
-    """What `scan_stores` fills: `zeros()` makes a layer's store, `zeros(n)` one of n layers. Up to SHORT layers have one each,
-    since a scan copies a layer's part out of a common store; more share one, and one program."""
+    """What `scan_stores` fills: `zeros()` makes a layer's store, `zeros(n)` one of n layers, which share a program."""
     return tuple(zeros() for _ in range(depth)) if depth <= SHORT else (zeros(depth),)
 
 
 def remember(store: tuple[Array, ...], i: Array, start: Array, parts: tuple[Array, ...]):
     """Layer i's new keys and values [B T G K] written into its store, [B G S K] or [layers B G S K], from slot `start` on: (the
     store, all that the layer holds [B S G K]). Slots are innermost but channels, as decoding reads them."""
-    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    if store[0].ndim == 4:
-        store = tuple(jax.lax.dynamic_update_slice(own, heads_first(part), (0, 0, start, 0)) for own, part in zip(store, parts))
-        return store, tuple(map(heads_first, store))
-    store = tuple(jax.lax.dynamic_update_slice(all_, heads_first(part)[None], (i, 0, 0, start, 0)) for all_, part in zip(store, parts))
-    return store, tuple(heads_first(all_[i]) for all_ in store)
+    heads_first, common = lambda x: jnp.swapaxes(x, 1, 2), store[0].ndim == 5
+    at = ((i,) if common else ()) + (0, 0, start, 0)
+    new = [heads_first(part)[None] if common else heads_first(part) for part in parts]
+    store = tuple(jax.lax.dynamic_update_slice(old, part, at) for old, part in zip(store, new))
+    return store, tuple(heads_first(kept[i] if common else kept) for kept in store)
 
 
 def scan_stores(body: Callable, x: Any, layers: Any, stores: Sequence[Any], depth: int, *, remat: str = "none", taps: Sequence[int] = ()):
-    """`scan_layers` over layers that each keep something: body((x, store), (layer, i)) -> ((x, store), None), where the layer is
-    number i of those that share `store`. Returns (x, stores, states after the taps)."""
-    size, kept, after = depth // len(stores), [], {}
-    for tap in taps:
-        if not 0 <= tap < depth:
-            raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
-    for low, store in zip(range(0, depth, size), stores):
-        part = layers if size == depth else jax.tree.map(lambda w: w[low : low + size], layers)
-        mine = [tap for tap in taps if low <= tap < low + size]
-        (x, store), _, states = scan_layers(body, (x, store), (part, jnp.arange(size)), size, remat=remat, taps=[t - low for t in mine])
+    """`scan_layers` over layers that each keep something: body((x, store), (layer, i)) -> ((x, store), None), where layer i is
+    number i of those that share `store`. Layers with a store each are walked, not scanned, and nothing is rematerialised.
+
+    Returns (x, stores, states after the taps).
+    """
+    if len(stores) == 1:
+        (x, store), _, states = scan_layers(body, (x, stores[0]), (layers, jnp.arange(depth)), depth, remat=remat, taps=taps)
+        return x, (store,), tuple(state for state, _ in states)
+    _check_taps(taps, depth)
+    kept, after = [], []
+    for i, store in enumerate(stores):
+        (x, store), _ = body((x, store), (restore(jax.tree.map(lambda w: w[i], layers)), i))
         kept.append(store)
-        after |= dict(zip(mine, (state for state, _ in states)))
+        after.append(x)
     return x, tuple(kept), tuple(after[tap] for tap in taps)
 
 

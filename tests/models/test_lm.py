@@ -8,6 +8,7 @@ import pytest
 
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.types import Refused
+from jaxdistill.models import layers
 from jaxdistill.models.lm import LM, frequencies
 
 CFG = LM(vocab=31, dim=16, mlp=24, heads=4, kv_heads=2, head_dim=6, depth=3, rope_theta=100.0)
@@ -128,8 +129,10 @@ def rms(x):
     return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + CFG.norm_eps)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_cached_steps_equal_the_full_pass(tied):
+@pytest.mark.parametrize(("tied", "short"), [(False, 8), (True, 8), (False, 1)])
+def test_cached_steps_equal_the_full_pass(tied, short, monkeypatch):
+    """Layers with a store each, and layers that share one."""
+    monkeypatch.setattr(layers, "SHORT", short)
     cfg = dataclasses.replace(CFG, tied=tied)
     params, tokens = draw(cfg)
     mask = jnp.arange(9) >= jnp.array([0, 2, 3])[:, None]

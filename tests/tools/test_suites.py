@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,27 +14,24 @@ from jaxdistill.core.checkpoint import save_params
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
 from launch._command import load_config
-from tools import suites
+from tools import stand_ins, suites
 
 ROOT = Path(__file__).parents[2]
 VARIANTS = [(name, v) for name, s in suites.SUITES.items() for v in importlib.import_module(suites.module(s.config)).VARIANTS]
 
 
-def with_text(config, folder):
-    """The config, with a file where it reads one."""
-    (folder / "text.txt").write_text("To be, or not to be. " * 500)
-    if "path" in config.data:
-        config.data.path = str(folder / "text.txt")
-    return config
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return stand_ins.write(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory, files):
     """What the shared runs of each suite leave, with random weights: a function of suite and run to the folder."""
     folder = tmp_path_factory.mktemp("shared")
     for name, suite in suites.SUITES.items():
         for run, config in suite.shared.items():
-            made = with_text(load_config(str(ROOT / config)), folder)
+            made = stand_ins.at_hand(load_config(str(ROOT / config)), files)
             where = folder / name / f"{run}_0"
             net = Experiment(made, where).nets["student"]
             where.mkdir(parents=True)
@@ -43,9 +41,9 @@ def shared(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, variant", VARIANTS)
-def test_every_variant_traces(name, variant, shared):
+def test_every_variant_traces(name, variant, shared, files):
     suite = suites.SUITES[name]
-    config = with_text(load_config(f"{ROOT / suite.config}:{variant}"), shared)
+    config = stand_ins.at_hand(load_config(f"{ROOT / suite.config}:{variant}"), files)
     for change in suites.starts(suite, config, name, shared / name, 0):
         role, where = change.removeprefix("--config.roles.").split(".init=")
         assert Path(where).is_dir()
@@ -96,6 +94,9 @@ def test_seconds_of_the_clock(tmp_path, monkeypatch):
     run_folder(tmp_path, "sft", 0, steps=400, speed=20, perplexity=3.0)
     assert suites._steps_in_time(suite, "sft", 0, tmp_path) == 800
     assert suites._steps_in_time(suite, "sft", 1, tmp_path) == 0
+    run_folder(tmp_path, "jsd", 0, steps=400, speed=float("nan"), perplexity=3.0)
+    assert suites._steps_in_time(suite, "jsd", 0, tmp_path) == 0
+    shutil.rmtree(tmp_path / "jsd_0")
     run_folder(tmp_path / "timed", "sft", 0, steps=800, speed=20, perplexity=2.5)
     text = suites.write("lm", tmp_path, {"sft": 0, "gkd": 1}).read_text()
     equal, timed = text.split("## Equal seconds, those of `gkd`")
