@@ -24,6 +24,7 @@ POOL = 54  # batches: 0.8 x 17398 problems
 def get_config(variant=""):
     return experiment(
         steps=2 * POOL,
+        accumulate=16,
         data=spec("data.text:PaddedJson", prompt_length=2048, response_length=8192, batch_size=256),
         method=spec("methods.language.paced:Paced", reward=reward(variant), batches=POOL, eos=(151643, 151645), pad=151643, chunk=18992),
         roles=dict(
