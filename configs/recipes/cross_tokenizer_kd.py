@@ -17,8 +17,8 @@ QWEN_7B = dict(vocab=152064, dim=3584, mlp=18944, heads=28, kv_heads=4, depth=28
 
 
 def get_config():
-    config = distil(spec("methods.language.cross_tokenizer_kd:CrossTokenizerKD", chunk=16032))
+    data = spec("data.two_tokenizers:AlignedJson", prompt_length=512, response_length=512, batch_size=64, ends="words")
+    config = distil(spec("methods.language.cross_tokenizer_kd:CrossTokenizerKD", chunk=16032), data)
     with config.unlocked():
-        config.data = spec("data.two_tokenizers:AlignedJson", prompt_length=512, response_length=512, batch_size=64, ends="words")
         config.roles.teacher = spec("core.build:Role", model=spec("models.qwen:Qwen2", **QWEN_7B), param_dtype="bfloat16")
     return config

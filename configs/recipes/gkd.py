@@ -6,12 +6,9 @@
 The paper: student from supervised training, on-policy share 0, 0.5 or 1, JSD beta 0.1 to 0.9 by task, temperature 1.
 """
 
-from configs.recipes.kd import distil
+from configs.recipes.kd import PROMPTS, distil
 from jaxdistill.core.build import spec
 
 
 def get_config():
-    config = distil(spec("methods.language.gkd:GKD", beta=0.5, on_policy=0.5, eos=(128001, 128009)))
-    with config.unlocked():
-        config.data = spec("data.text:PaddedJson", prompt_length=512, response_length=512, batch_size=64)
-    return config
+    return distil(spec("methods.language.gkd:GKD", beta=0.5, on_policy=0.5, eos=(128001, 128009)), PROMPTS)

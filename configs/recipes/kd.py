@@ -13,13 +13,15 @@ from jaxdistill.core.optim import Optimizer
 LLAMA3 = dict(vocab=128256, rope_theta=500_000.0, max_length=4096, dtype="bfloat16", remat="full", norm_eps=1e-5)
 LLAMA_8B = dict(dim=4096, mlp=14336, heads=32, kv_heads=8, depth=32, **LLAMA3)
 LLAMA_1B = dict(dim=2048, mlp=8192, heads=32, kv_heads=8, head_dim=64, depth=16, tied=True, **LLAMA3)
+PACKED = spec("data.text:PackedJson", length=4096, batch_size=64)
+PROMPTS = spec("data.text:PaddedJson", prompt_length=512, response_length=512, batch_size=64)  # for those that write
 
 
-def distil(method, **role):
+def distil(method, data=PACKED, **role):
     return experiment(
         steps=20_000,
         accumulate=2,
-        data=spec("data.text:PackedJson", length=4096, batch_size=64),
+        data=data,
         method=method,
         roles=dict(
             teacher=Role(model=spec("models.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),

@@ -14,9 +14,9 @@ from jaxdistill.core.build import spec
 
 
 def get_config():
-    config = distil(spec("methods.language.multi_teacher:RoutedKD", routes=(0, 1, 2), chunk=16032))
+    data = spec("data.domains:Folders", each=spec("data.text:PackedJson", length=4096), batch_size=64)
+    config = distil(spec("methods.language.multi_teacher:RoutedKD", routes=(0, 1, 2), chunk=16032), data)
     with config.unlocked():
-        config.data = spec("data.domains:Folders", each=spec("data.text:PackedJson", length=4096), batch_size=64)
         for role in ("teacher1", "teacher2"):
             config.roles[role] = spec("core.build:Role", model=spec("models.lm:LM", **LLAMA_8B), param_dtype="bfloat16")
     return config

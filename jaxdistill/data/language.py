@@ -16,14 +16,16 @@ from jaxdistill.data.base import Dataset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Markov(Dataset):
-    """tokens int32 [length], mask float32 [length]: a random second-order chain, in its stationary law from the start.
+    """tokens int32 [length], mask float32 [length]: a random chain, in its stationary law from the start.
 
-    After each pair of symbols `branch` successors, drawn from `seed`, share the probability 1 - smoothing, and all
-    symbols share the rest evenly, so that every log probability is finite. mask is 1 but on the first token.
+    After each pair of symbols (each symbol, where `order` is 1) `branch` successors, drawn from `seed`, share the probability
+    1 - smoothing, and all symbols share the rest evenly, so that every log probability is finite. mask is 1 but on the first
+    token.
     """
 
     vocab: int = 32  # the table has vocab^3 entries
     length: int = 64  # tokens
+    order: int = 2  # symbols that the next one depends on
     branch: int = 4  # likely successors of a context
     skew: float = 1.0  # standard deviation of their log weights; 0: equally likely
     smoothing: float = 0.05  # probability that any symbol follows
@@ -32,6 +34,8 @@ class Markov(Dataset):
         super().__post_init__()
         if not 1 <= self.branch <= self.vocab:
             raise Refused(f"data.branch={self.branch}: expected 1 to {self.vocab}, the size of data.vocab")
+        if self.order not in (1, 2):
+            raise Refused(f"data.order={self.order}: expected 1 or 2")
         if self.length < 2:
             raise Refused(f"data.length={self.length}: expected at least 2 tokens")
         if not 0.001 <= self.smoothing <= 1:  # the stationary law is iterated for about 30 / smoothing steps at worst
@@ -41,9 +45,10 @@ class Markov(Dataset):
     def likely(self) -> tuple[np.ndarray, np.ndarray]:
         """(successors int [V, V, branch], their shares of 1 - smoothing, float64 [V, V, branch]) of each context."""
         v, rng = self.vocab, np.random.default_rng([self.seed, self.vocab, self.branch])
-        successors = rng.random((v, v, v)).argpartition(self.branch - 1, -1)[..., : self.branch]
+        successors = rng.random((v if self.order == 2 else 1, v, v)).argpartition(self.branch - 1, -1)[..., : self.branch]
         weights = np.exp(self.skew * rng.standard_normal(successors.shape))
-        return successors, weights / weights.sum(-1, keepdims=True)
+        every = lambda x: np.broadcast_to(x, (v, v, self.branch))
+        return every(successors), every(weights / weights.sum(-1, keepdims=True))
 
     @functools.cached_property
     def law(self) -> tuple[np.ndarray, np.ndarray]:

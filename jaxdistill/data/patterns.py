@@ -14,20 +14,20 @@ from jaxdistill.data.language import Markov
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patterns(Dataset):
     """tokens int32, mask bool [length], label int32: which of two rare patterns (a b c, or c b a) a text of the first
-    language has; `size` of them for training. general_tokens, general_mask, general_label: endless text of all
-    `languages` (second-order Markov chains over one vocabulary), and which language it is.
+    language has; `size` of them for training. general_tokens, general_mask: endless text of all `languages` (first-order
+    Markov chains over one vocabulary).
 
     Evaluation: half in the first language, half in the second (domain int32 0, 1).
     """
 
     size: int = 300  # labelled texts
     languages: int = 4
-    vocab: int = 24  # the pattern's three symbols occur elsewhere too
-    length: int = 32
+    vocab: int = 12  # the pattern's three symbols occur elsewhere too
+    length: int = 16
 
     @functools.cached_property
     def chains(self) -> list[Markov]:
-        return [Markov(vocab=self.vocab, length=self.length, seed=self.seed * 101 + i) for i in range(self.languages)]
+        return [Markov(order=1, branch=2, vocab=self.vocab, length=self.length, seed=self.seed * 101 + i) for i in range(self.languages)]
 
     def planted(self, language: int, n: int, key: int) -> dict[str, np.ndarray]:
         """`n` texts of a language with a pattern somewhere in each."""
@@ -50,8 +50,11 @@ class Patterns(Dataset):
         kind, u = rng.integers(0, self.languages, self.batch_size)[rows], rng.random((self.batch_size, self.length))[rows]
         every = np.stack([chain.walk(u)["tokens"] for chain in self.chains])
         general = every[kind, np.arange(len(kind))]
-        more = {"general_tokens": general, "general_mask": np.ones(general.shape, bool), "general_label": kind.astype(np.int32)}
-        return {**{k: v[pick] for k, v in self.labelled.items()}, **more}
+        return {
+            **{k: v[pick] for k, v in self.labelled.items()},
+            "general_tokens": general,
+            "general_mask": np.ones(general.shape, bool),
+        }
 
     def evaluation(self, n):
         parts = [self.planted(language, n // 2, 1 + language) for language in (0, 1)]

@@ -17,8 +17,6 @@ from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.layers import ACTIVATIONS, ZEROS, attention, dense, embedding, layer_norm, lookup, scan_layers, split_heads, stack
 
-NORMAL = nnx.initializers.normal(0.02)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bert:
@@ -34,9 +32,15 @@ class Bert:
     types: int = 2  # kinds of token: first and second sentence
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-12
+    init_std: float = 0.02  # of a fresh matrix; sqrt(1 / dim) is about 0.04 at 768 and 0.12 at 64
     pad: int = 0  # filler; not used by the network, but by who fills batches
     dtype: str = "float32"  # arithmetic; weights are float32
     remat: str = "none"  # none | full | dots | dots_no_batch
+
+    @property
+    def normal(self):
+        """Initialiser of a matrix."""
+        return nnx.initializers.normal(self.init_std)
 
     def __call__(self, rngs: nnx.Rngs) -> BertModule:
         return BertModule(self, rngs)
@@ -63,7 +67,7 @@ class BertClassifier(Bert):
 class Block(nnx.Module):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         d, dtype = cfg.dim, jnp.dtype(cfg.dtype)
-        make = lambda i, o, *names: dense(i, o, names, rngs=rngs, init=NORMAL, dtype=dtype)
+        make = lambda i, o, *names: dense(i, o, names, rngs=rngs, init=cfg.normal, dtype=dtype)
         self.to_q, self.to_k, self.to_v = (make(d, d, "embed", "heads") for _ in range(3))
         self.to_out = make(d, d, "heads", "embed")
         self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
@@ -116,7 +120,7 @@ class Encoder(nnx.Module):
 class BertModule(Encoder):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.pooler = dense(cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=NORMAL, dtype=self.dtype)
+        self.pooler = dense(cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype)
 
     def __call__(self, tokens: Array, *, types: Array | None = None, mask: Array | None = None, features: tuple[int, ...] = (),
                  scores: tuple[int, ...] = ()):  # fmt: skip
@@ -137,7 +141,7 @@ class BertModule(Encoder):
 class MaskedBertModule(Encoder):
     def __init__(self, cfg: MaskedBert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.transform = dense(cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=NORMAL, dtype=self.dtype)
+        self.transform = dense(cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype)
         self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.bias = nnx.Param(nnx.with_partitioning(ZEROS, ("vocab",))(rngs.params(), (cfg.vocab,)))
 
@@ -155,7 +159,7 @@ class MaskedBertModule(Encoder):
 class BertClassifierModule(BertModule):
     def __init__(self, cfg: BertClassifier, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=NORMAL)
+        self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=cfg.normal)
 
     def __call__(self, tokens: Array, *, types: Array | None = None, mask: Array | None = None, features: tuple[int, ...] = (),
                  scores: tuple[int, ...] = ()):  # fmt: skip

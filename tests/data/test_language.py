@@ -16,12 +16,18 @@ def sequences(length: int) -> np.ndarray:
 
 
 def test_markov_law_is_a_law_and_stationary():
-    for data in (TINY, Markov(), Markov(vocab=16, branch=1, smoothing=0.01)):
+    for data in (TINY, Markov(), Markov(vocab=16, branch=1, smoothing=0.01), Markov(order=1)):
         pairs, table = data.law
         np.testing.assert_allclose(table.sum(-1), 1, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.einsum("ab,abc->bc", pairs, table), pairs, rtol=0, atol=1e-11)
         assert abs(pairs.sum() - 1) < 1e-12 and table.min() >= data.smoothing / data.vocab * (1 - 1e-12)
         assert ((table > 1.001 * data.smoothing / data.vocab).sum(-1) == data.branch).all()
+
+
+def test_a_first_order_chain_forgets_all_but_the_last_symbol():
+    pairs, table = Markov(order=1).law
+    assert (table == table[0]).all() and not (table == table[:, :1]).all()
+    np.testing.assert_allclose(pairs, pairs.sum(1)[:, None] * table[0], rtol=0, atol=1e-11)
 
 
 def test_markov_sequence_probabilities_sum_to_one():

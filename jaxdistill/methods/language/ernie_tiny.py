@@ -39,16 +39,14 @@ STAGES = {
 
 
 def rows(batch: Batch, data: str) -> Batch:
-    """tokens int [B T], mask bool [B T] and, where there are any, label [B]: the general or the task half of a batch."""
+    """tokens int [B T], mask bool [B T] and, of the task's, label [B]: the general or the task half of a batch."""
     prefix = {"general": "general_", "task": ""}[data]
     return {k: batch[prefix + k] for k in ("tokens", "mask", "label") if prefix + k in batch}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTune(Method):
-    """Ordinary training of a classifier: what makes the teachers, and the baseline."""
-
-    data: str = "task"  # general | task
+    """Ordinary training of a classifier: what makes the fine-tuned teacher, and the baseline."""
 
     inits = {"student": None}
     frozen = ()
@@ -59,7 +57,7 @@ class FineTune(Method):
         return (Turn(("student",), self.loss),)
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        batch = rows(ctx.batch, self.data)
+        batch = ctx.batch
         logits = net.student(batch["tokens"], mask=batch["mask"])
         return Out(hard_loss(logits, batch["label"]), {"accuracy": jnp.mean((logits.argmax(-1) == batch["label"]).astype(jnp.float32))})
 
@@ -68,7 +66,7 @@ class FineTune(Method):
 class ErnieTiny(Method):
     """Networks are encoders (models/bert.py): tokens, mask, features, scores -> (logits [B C], states, attention scores).
 
-    Batches: tokens, mask, label of the task, and general_tokens, general_mask (general_label) of general text.
+    Batches: tokens, mask, label of the task, and general_tokens, general_mask of general text.
     """
 
     student_depth: int = 4  # M layers
