@@ -1,11 +1,13 @@
 """Runs the toy configs on several seeds and writes the table of what their claims measured; or a suite's fair table.
 
 python tools/reproduce.py [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] [--workdir=runs/reproduce]
+python tools/reproduce.py --ablations [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] [--workdir=runs/reproduce]
 python tools/reproduce.py --suite=digits [--only=dmd2,scm] [--seeds=0,1,2] [--workdir=runs/digits] [--config.key=value ...]
 
 Run i takes config.seed and config.data.seed from the i-th of each list. Finished runs are read back, so it may be
 stopped and run again. The results are runs/reproduce/results.json and docs/results/toy.md; a suite's (tools/suites.py)
-are docs/results/<suite>.md, .json and .png.
+are docs/results/<suite>.md, .json and .png, and those of the toys with parts changed (tools/ablations.py)
+docs/results/ablations.md and .json.
 """
 
 import sys
@@ -19,7 +21,7 @@ from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import Refused, lookup
 from launch._command import arguments, load_config, main
-from tools import suites
+from tools import ablations, suites
 
 ROOT = Path(__file__).parents[1]
 TOYS = {p.stem: p for p in sorted((ROOT / "configs/toy").glob("[!_]*.py"))}
@@ -47,7 +49,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def reproduce(argv):
-    defaults = {"suite": "", "only": "", "seeds": "0,1,2", "data_seeds": "0,1,2", "workdir": ""}
+    defaults = {"suite": "", "ablations": False, "only": "", "seeds": "0,1,2", "data_seeds": "0,1,2", "workdir": ""}
     values, _ = arguments([word for word in argv if not word.startswith("--config.")], defaults)
     if values["suite"]:
         return suite(values, argv)
@@ -59,6 +61,8 @@ def reproduce(argv):
     if len(seeds) != len(data_seeds):
         raise Refused("--seeds and --data_seeds: expected two lists of one length, as in 0,1,2")
     pairs = list(zip(seeds, data_seeds))
+    if values["ablations"]:
+        return print(ablations.run({n: TOYS[n] for n in names}, pairs, Path(values["workdir"])))
     from jaxdistill.core import loop
 
     results = []

@@ -17,6 +17,10 @@ from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
 
+ABLATIONS = {
+    "no path: the host alone": ("claim.model=baseline@1",),
+    "a shorter path (not in the paper)": ("method.record_every=20", "method.interval=100"),
+}
 DATA = spec("data.mixtures:Mixture", seed=0, modes=8, std=0.05, labelled=False)
 EVALUATION = spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1))
 

@@ -13,6 +13,13 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser
 
+ABLATIONS = {
+    "no embedding loss: the host alone": ("method.weight=0",),
+    "one set of networks": ("method.redraw=1000000",),
+    "one network a step": ("method.nets=1",),
+    "RBF kernel (no direction known)": ("method.kernel=rbf",),
+}
+
 
 def get_config():
     net = dict(model=spec("models.mlp:MLP"), denoiser=Denoiser(), init="fresh")

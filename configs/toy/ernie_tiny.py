@@ -11,6 +11,7 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 
 STEPS = 1200
+ABLATIONS = {"general then task": (":GD,TSD",), "no general-enhanced stage": (":GD,TAD,TSD",), "no task-adaptive stage": (":GD,GED,TSD",)}
 DATA = spec("data.patterns:Patterns", batch_size=32)
 EVAL = spec("evals.labels:TextLabelEval")
 OPTIMIZER = Optimizer(lr=1e-3, schedule="linear", warmup=50)

@@ -16,6 +16,11 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser
 
+ABLATIONS = {
+    "no GAN": ("method.gan_weight=0",),
+    "fake score keeps to itself": ("method.injection=1.0",),
+    "both losses at every step": ("method.match_steps=(0,1,2,3)", "method.gan_steps=(0,1,2,3)"),
+}
 TIMES = (0.999, 0.749, 0.25, 0.1)  # the clean steps keep the mode and lose the ring, as do 499 and 249 of an image
 UPDATES = 1500  # of the student, in both runs
 GAN = 0.01  # its weight, in both

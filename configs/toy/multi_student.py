@@ -18,6 +18,7 @@ from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import DM, TSM
 from jaxdistill.objectives.partition import Consecutive, Shuffled
 
+ABLATIONS = {"random partition": (":random",), "no score matching first": ("method.shares=(0.0,2.0,2.0)",)}
 CLASSES, WIDTH, SHARE = 8, 24, 64
 
 

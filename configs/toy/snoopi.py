@@ -15,6 +15,10 @@ from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 
 FIXED = 7.5  # the scale of guidance of the baseline
+ABLATIONS = {
+    "random scale for the teacher alone": ("method.fake_guidance.low=2.25", "method.fake_guidance.high=2.25"),
+    "random scale for the fake score alone": ("method.guidance.low=2.25", "method.guidance.high=2.25"),
+}
 
 
 def shapes(method, roles, runs=None, steps=1500, **rest):

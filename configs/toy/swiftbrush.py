@@ -13,6 +13,10 @@ from jaxdistill.core.build import Lora, Role, experiment, spec
 from jaxdistill.core.optim import CopyEma, Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser
 
+ABLATIONS = {
+    "full weights for the fake score (not in the paper)": ("roles.fake.lora.rank=0",),
+    "no guidance of the fake score, DMD's choice (not in the paper)": ("method.fake_guidance=1.0",),
+}
 DATA = dict(seed=0, batch_size=256)
 EVAL = "evals.points:LabelledPointEval"
 

@@ -14,6 +14,10 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer, RampEma
 from jaxdistill.diffusion.denoiser import Denoiser
 
+ABLATIONS = {
+    "no push (rectification)": ("method.rectify_weight=0",),
+    "no negative times": ('method.rows=("e2e","mul","any")',),
+}
 DATA = spec("data.mixtures:Mixture", seed=0, labelled=False, modes=8, radius=2.0, std=0.15)
 EVALUATION = spec("evals.points:PointEval", samples=10_000, student_steps=(1, 2, 4))
 STUDENT = Role(

@@ -12,6 +12,13 @@ from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 
+ABLATIONS = {
+    "no GAN": ("method.gan_weight=0",),
+    "no steps of reverse KL first": ("method.reverse_until=0",),
+    "reverse KL": ("method.divergence=reverse_kl",),
+    "chi2": ("method.divergence=chi2",),
+}
+
 
 def get_config():
     net = dict(model=spec("models.mlp:MLP"), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh")

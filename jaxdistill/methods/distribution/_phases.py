@@ -30,6 +30,7 @@ class Phases:
     sizes: tuple[int, ...]  # how many of them each phase owns
     bounds: tuple[float, ...]  # falling times between the experts of the teacher
     top: float  # the process's noisiest time
+    nested: bool = True  # a phase's noise levels reach up to `top`; False: to its first step
 
     def __post_init__(self):
         if not self.sizes or min(self.sizes) < 1 or sum(self.sizes) != len(self.times):
@@ -55,11 +56,13 @@ class Phases:
 
     def parts(self, k: int) -> tuple[Part, ...]:
         """What lies above the end of phase k, noisiest first, down to the teacher that serves the phase's own last step."""
-        _, last, s = self.span(k)
+        first, last, s = self.span(k)
+        start = self.top if self.nested else self.times[first]
         own = sum(b >= (self.times[last - 1] + s) / 2 for b in self.bounds)
         edges = (self.top, *self.bounds, s)
         names = [f"fake{k}_{j}" for j in range(own + 1)] if own else [f"fake{k}"]
-        return tuple(Part(name, self.teachers[j], max(edges[j + 1], s), edges[j]) for j, name in enumerate(names))
+        every = [Part(name, self.teachers[j], max(edges[j + 1], s), min(edges[j], start)) for j, name in enumerate(names)]
+        return tuple(part for part in every if part.low < part.high)
 
     def trained(self, phase: int) -> tuple[int, ...]:
         """The phases in training: one, or all for -1."""

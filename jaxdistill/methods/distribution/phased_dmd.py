@@ -41,15 +41,17 @@ class PhasedDMD(DiffInstruct):
     critic_steps: int = 5  # updates of the fake scores after each of the generator
     weight: str = "normalised"  # normalised: DMD's (released code) | kl: the gradient of the KL at s_k (the paper's w)
     coupling: float = 1.0  # d of fake <- d fake + (1 - d) expert after the expert's update (IDA); released code .97, 1: none
+    nested: bool = True  # matching reaches from s_k to 1; False: to where the phase begins (disjoint intervals, the paper's worse ones)
     phase: int = -1  # in training; `stages` sets it. -1: all
 
     ema = ()
 
-    plan = property(lambda self: Phases(self.student_times, self.phase_steps, self.teacher_bounds, self.process.t_max))
+    plan = property(lambda self: Phases(self.student_times, self.phase_steps, self.teacher_bounds, self.process.t_max, self.nested))
     inits = property(lambda self: self.plan.roles(self.phase))
     frozen = property(lambda self: self.plan.teachers + self.plan.experts[: max(self.phase, 0)])
     renoises = False
     exports = property(lambda self: self.plan.experts)
+    generator = lambda self, net: self.plan.generator(net)
     turns = property(lambda self: tuple(turn for k in self.plan.trained(self.phase) for turn in self.phase_turns(k)))
 
     def __post_init__(self):
@@ -74,9 +76,6 @@ class PhasedDMD(DiffInstruct):
                      for j, part in enumerate(parts)]  # fmt: skip
         fakes = tuple(part.fake for part in parts)
         return [*generator, Turn(fakes, use(self.critic_loss, k=k), lambda step: self.now(step)[0] == k, use(self.complete, k=k))]
-
-    def generator(self, net):
-        return self.plan.generator(net)
 
     def chain(self, net: Nets, ctx: Ctx, k: int, index: Array | int) -> tuple[Array, Array]:
         """Euler roll-out of the experts to step `index`; the last time is the end of phase k."""

@@ -52,6 +52,12 @@ def test_two_phases_of_a_single_teacher():
     assert ranges(method, 0) == [("fake0", "teacher", 0.5, 1.0)] and ranges(method, 1) == [("fake1", "teacher", 0.0, 1.0)]
 
 
+def test_disjoint_intervals_end_where_the_phase_begins():
+    disjoint = PhasedDMD(nested=False)
+    assert ranges(disjoint, 0) == [("fake0", "teacher", 0.5, 1.0)] and ranges(disjoint, 1) == [("fake1", "teacher", 0.0, 0.5)]
+    assert ranges(PhasedDMD(nested=False, **TWO_EXPERTS), 1) == [("fake1_1", "teacher", 0.0, 0.5)]
+
+
 def test_a_phase_for_each_step():
     method = PhasedDMD(phase_steps=(1, 1, 1, 1))
     assert method.exports == ("expert0", "expert1", "expert2", "student")

@@ -1,0 +1,48 @@
+"""Ablations: every change builds and changes something; what a change leaves alone is not trained again; the table's counts."""
+
+import json
+
+import pytest
+
+from jaxdistill.core import loop
+from jaxdistill.core.experiment import Experiment
+from tools import ablations
+from tools.reproduce import TOYS
+
+CHANGES = [(name, change) for name, path in TOYS.items() for change in ablations.of(path)]
+
+
+@pytest.mark.parametrize("name, change", CHANGES)
+def test_every_change_builds(name, change, tmp_path):
+    plain, other = (ablations.changed(TOYS[name], words, 1, 2) for words in ((), ablations.of(TOYS[name])[change]))
+    assert other.seed == 1 and other.data.seed == 2 and other.claim.better == plain.claim.better
+    assert other.to_json() != plain.to_json()
+    method, roles = Experiment(other, tmp_path).method, Experiment(other, tmp_path).roles
+    assert set(method.inits) <= set(roles)
+
+
+def report(value: float):
+    rows = [{"name": "student", "nfe": 1, "energy": value}, {"name": "teacher", "nfe": 1, "energy": 2.0}]
+    return {"models": rows, "claim": {"metric": "energy", "better": "lower", "value": value, "ratio": value / 2.0}}
+
+
+def test_a_run_takes_what_is_the_same_and_counts_what_is_worse(tmp_path, monkeypatch):
+    """DisBack's toy with a shorter path starts from the teacher of its own run; the page says on how many seeds it was worse."""
+    seen = []
+
+    def run(config, folder):
+        shorter = config.method.record_every == 20
+        seen.append((shorter, config.seed, (folder / "teacher" / "report.json").exists()))
+        (folder / "teacher").mkdir(parents=True, exist_ok=True)
+        (folder / "teacher" / "report.json").write_text("{}")
+        return report(0.3 if shorter and config.seed else 0.1 if shorter else 0.2)
+
+    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(ablations, "OUT", tmp_path / "ablations.json")
+    monkeypatch.setattr(ablations, "of", lambda path: {"a shorter path": ("method.record_every=20",)})
+    page = ablations.run({"disback": TOYS["disback"]}, [(0, 0), (1, 1)], tmp_path / "runs")
+    assert seen == [(False, 0, False), (True, 0, True), (False, 1, False), (True, 1, True)]
+    rows = json.loads((tmp_path / "ablations.json").read_text())
+    assert [(r["seed"], r["value"], r["changed_value"]) for r in rows] == [(0, 0.2, 0.1), (1, 0.2, 0.3)]
+    line = page.read_text().strip().splitlines()[-1]
+    assert "a shorter path" in line and "0.2, 0.2" in line and "0.1, 0.3" in line and line.endswith("| 1 of 2 |")
