@@ -112,8 +112,7 @@ def get_config(method="dmd2"):
         data=spec("data.digits:Digits", batch_size=64),
         method=chosen,
         roles={"teacher": Role(init="runs/digits/teacher_0"), **roles},
-        evaluation=spec("evals.images:ImageEval", student_steps=(1,) if method in ONE else (1, 2, 4), teacher_steps=(50, 4, 2, 1)),
-        eval_every=UPDATES * steps // 4,
+        evaluation=spec("evals.images:ImageEval", student_steps=(1,) if method in ONE else (1, 2, 4), teacher_steps=()),
         checkpoint_every=UPDATES * steps,
         log_every=20,
     )
