@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Ctx
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 from jaxdistill.models.heads import TimeWeight
 from jaxdistill.models.mlp import MLP
+from tools.first_steps import first_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,20 +82,15 @@ def three_steps():
         mlp = lambda **kw: make_net(MLP(width=8, depth=1, **kw), wrap=wrap)
         nets = {"student": mlp(second_time=second_time), "teacher": mlp(), "weight": make_net(TimeWeight(width=8))}
         nets = {role: nets.get(role) or mlp() for role in (*method.inits, *method.frozen)}
-        txs = {role: optax.adam(1e-3) for role in method.inits}
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
-        state = init_state(method, nets, txs, jax.random.key(0), start)
-        step, active_at = make_train_step(method, nets, txs)
         batch = {"x": jnp.asarray(np.random.default_rng(0).standard_normal((8, 2)), jnp.float32), **batch}
-        before = jax.device_get((state.params, state.frozen))
-        for i in range(3):
-            state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-            assert all(np.isfinite(v) for v in metrics.values()), metrics
-        after = jax.device_get((state.params, state.frozen))
+        states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 3)
+        assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
+        before, after = ((state.params, state.frozen) for state in (states[0], states[-1]))
         moved = lambda a, b: any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
         for role in method.inits:
             assert moved(before[0][role], after[0][role]), role
         assert not moved(before[1], after[1])
-        return state
+        return states[-1]
 
     return run

@@ -5,11 +5,12 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.architecture.prune_then_distil import PruneThenDistil
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import LM
+from tools.first_steps import first_steps
 
 CFG = LM(vocab=7, dim=8, mlp=12, heads=2, depth=3)
 NET = make_net(CFG, config=CFG)
@@ -74,16 +75,11 @@ def test_hidden_term_has_the_gradient_of_its_own():
 def test_five_steps():
     method = PruneThenDistil(depth=2, mlp=8, student_layers=(1,), teacher_layers=(2,))
     nets, params = cut(method)
-    tx = {"student": optax.adam(1e-2)}
-    state = init_state(method, nets, tx, jax.random.key(0), params)
-    jax.tree.map(np.testing.assert_array_equal, state.params["student"], params["student"])
-    step, active = make_train_step(method, nets, tx)
-    losses = []
-    for i in range(5):
-        state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/divergence"]))
+    states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH)
+    jax.tree.map(np.testing.assert_array_equal, states[0].params["student"], params["student"])
+    losses = [row["student/divergence"] for row in metrics]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
-    jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS)
 
 
 def test_refusals():

@@ -18,7 +18,6 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.net import make_net
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.sharding import MeshShape
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
@@ -28,6 +27,7 @@ from jaxdistill.methods.distribution.disback import DisBack, DisBackDiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.models.mlp import MLP
+from tools.first_steps import first_steps
 
 AT = 0.6
 FIXED = Uniform(low=AT, high=AT)
@@ -46,18 +46,12 @@ def same(a, b):
 
 
 def follow(method, steps, members=1, lr=1e-2, **start):
-    """(state before, state after, metrics of each step, the jitted step) of the engine's own step; the path starts as teachers."""
+    """(state before, state after, metrics of each step) of the engine's own step; the path starts as teachers."""
     nets = {role: {"disc": DISC, "path": bank(ONE, members)}.get(role, ONE) for role in (*method.inits, *method.frozen)}
-    txs = {role: optax.sgd(lr) for role in method.inits}
     start = {"teacher": apart(7), **start}
     start.setdefault("path", start["teacher"])
-    state = init_state(method, nets, txs, jax.random.key(0), {r: p for r, p in start.items() if r in nets})
-    step, active_at = make_train_step(method, nets, txs)
-    before, metrics = jax.device_get(state), []
-    for i in range(steps):
-        state, values = step(state, BATCH, jax.random.key(1), active_at(i))
-        metrics.append({k: float(v) for k, v in values.items()})
-    return before, jax.device_get(state), metrics
+    states, metrics = first_steps(method, nets, optax.sgd(lr), {r: p for r, p in start.items() if r in nets}, BATCH, steps)
+    return states[0], states[-1], metrics
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
@@ -20,6 +19,7 @@ from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives import score
+from tools.first_steps import first_steps
 
 STEPS = (0.999, 0.749, 0.499, 0.249)
 
@@ -83,18 +83,12 @@ def trained():
 
     def run(method):
         nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
-        txs = {role: optax.sgd(1e-2) for role in method.inits}
         start = {"teacher": mlp.init(jax.random.key(7))}
         start["teacher"] = jax.tree.map(lambda w: w + 0.05, start["teacher"])
         # every network starts from the teacher but the fake score, so that the student has a gradient from the first step
         start["fake"] = mlp.init(jax.random.key(8))
-        state = init_state(method, nets, txs, jax.random.key(0), start)
-        step, active_at = make_train_step(method, nets, txs)
-        losses = []
-        for i in range(5):
-            state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-            losses.append({k: float(v) for k, v in metrics.items()})
-        return jax.device_get(state.params), losses
+        states, losses = first_steps(method, nets, optax.sgd(1e-2), start, batch)
+        return states[-1].params, losses
 
     return run
 

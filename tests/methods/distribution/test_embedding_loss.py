@@ -12,7 +12,6 @@ import pytest
 
 from jaxdistill.core import build
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
@@ -22,6 +21,7 @@ from jaxdistill.methods.trajectory.consistency import Consistency
 from jaxdistill.methods.trajectory.reflow import Reflow
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.models.mlp import MLP
+from tools.first_steps import first_steps
 
 HOSTS = {"diff_instruct": DiffInstruct(critic_steps=2), "dmd2": DMD2(critic_steps=1), "consistency": Consistency(levels=5)}
 POINTS = dict(archs=("mlp",), nets=1)
@@ -37,15 +37,9 @@ def trained():
     @functools.cache
     def run(method):
         nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
-        txs = {role: optax.sgd(1e-2) for role in method.inits}
         start = {"teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))), "fake": mlp.init(jax.random.key(8))}
-        state = init_state(method, nets, txs, jax.random.key(0), start)
-        step, active_at = make_train_step(method, nets, txs)
-        rows = []
-        for i in range(6):
-            state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-            rows.append({k: float(v) for k, v in metrics.items()})
-        return jax.device_get(state), rows
+        states, rows = first_steps(method, nets, optax.sgd(1e-2), start, batch, 6)
+        return states[-1], rows
 
     return run
 

@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Out, Refused, Turn
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
@@ -20,6 +19,7 @@ from jaxdistill.methods.distribution.flash_dmd import FlashDMD
 from jaxdistill.models.heads import Discriminator, Heads
 from jaxdistill.models.judges import Identity, PointFeatures
 from jaxdistill.models.mlp import MLP
+from tools.first_steps import first_steps
 
 STEPS = (0.999, 0.749, 0.499, 0.249)
 N = 32
@@ -215,17 +215,11 @@ def trained():
     def run(method, disc, steps=6, tx=optax.sgd(1e-2)):
         other = {"disc": make_net(disc), "decoder": make_net(Identity()), "features": make_net(PointFeatures(width=8))}
         nets = {role: other.get(role, mlp) for role in (*method.inits, *method.frozen)}
-        txs = dict.fromkeys(method.inits, tx)
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
         start["teacher"] = jax.tree.map(lambda w: w + 0.05, start["teacher"])
         start["fake"] = mlp.init(jax.random.key(8))
-        state = init_state(method, nets, txs, jax.random.key(0), start)
-        step, active_at = make_train_step(method, nets, txs)
-        before, losses = jax.device_get(state), []
-        for i in range(steps):
-            state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-            losses.append({k: float(v) for k, v in metrics.items()})
-        return before, jax.device_get(state), losses
+        states, losses = first_steps(method, nets, tx, start, batch, steps)
+        return states[0], states[-1], losses
 
     return run
 

@@ -13,7 +13,6 @@ import pytest
 from jaxdistill.core.bank import bank
 from jaxdistill.core.net import make_net
 from jaxdistill.core.optim import Optimizer
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
@@ -26,6 +25,7 @@ from jaxdistill.methods.distribution.multi_student import DM, TSM, MultiStudent
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives.partition import Consecutive
+from tools.first_steps import first_steps
 
 CLASSES, K, N = 8, 4, 32
 DATA = Mixture(batch_size=N, modes=CLASSES)
@@ -56,13 +56,8 @@ def follow(method, steps=5, members=0, data=None, optimizer=None):
     nets = {"teacher": TEACHER, **{role: grow(DISC if role == "disc" else ONE) for role in method.inits}}
     txs = {role: optimizer.make(steps, bank=bool(members)) if optimizer else optax.sgd(1e-2) for role in method.inits}
     start = {"teacher": {}, **{role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)}}
-    state = init_state(method, nets, txs, jax.random.key(0), start)
-    step, active_at = make_train_step(method, nets, txs)
-    before, metrics = jax.device_get(state.params), []
-    for i in range(steps):
-        state, values = step(state, batch() if data is None else data, jax.random.key(1), active_at(i))
-        metrics.append({k: float(v) for k, v in values.items()})
-    return before, jax.device_get(state), metrics
+    states, metrics = first_steps(method, nets, txs, start, batch() if data is None else data, steps)
+    return states[0].params, states[-1], metrics
 
 
 def member(params, k):

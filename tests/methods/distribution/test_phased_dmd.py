@@ -17,7 +17,7 @@ from jaxdistill.core import build, loop, lora, sharding
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.experiment import Experiment, abstract_params
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, bound, init_state, make_train_step
+from jaxdistill.core.step import bind, bound
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
@@ -27,6 +27,7 @@ from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, Pha
 from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives import score
 from jaxdistill.samplers.fewstep import simulate
+from tools.first_steps import first_steps
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
 WHOLE = Uniform(low=0.02, high=0.98)
@@ -266,15 +267,9 @@ def follow(method, steps, adapters=(), alike=()):
     """[(weights before, weights after, metrics)] of the engine's first steps; every role its own weights but those of `alike`."""
     nets = networks(method, adapters)
     start = {role: nets[role].init(key_of(dict(alike).get(role, role))) for role in nets if role not in adapters}
-    txs = {role: optax.sgd(1e-2) for role in method.inits}
-    state = init_state(method, nets, txs, jax.random.key(0), start)
-    step, active_at = make_train_step(method, nets, txs)
-    batch, out = {"x": jax.random.normal(jax.random.key(0), (16, 2))}, []
-    for i in range(steps):
-        before = jax.device_get(bound(nets, state))
-        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-        out.append((before, jax.device_get(bound(nets, state)), {k: float(v) for k, v in metrics.items()}))
-    return out
+    states, metrics = first_steps(method, nets, optax.sgd(1e-2), start, {"x": jax.random.normal(jax.random.key(0), (16, 2))}, steps)
+    weights = [jax.device_get(bound(nets, state)) for state in states]
+    return list(zip(weights, weights[1:], metrics))
 
 
 def same(a, b):

@@ -12,7 +12,7 @@ import pytest
 
 from jaxdistill.core.lora import adapt
 from jaxdistill.core.net import fixed_net, make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.guidance import Constant, Random, RandomEach
@@ -21,6 +21,7 @@ from jaxdistill.methods.distribution.snoopi import PGSB, ClippedNasaT, ClippedPG
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
 from jaxdistill.models.mlp import MLP
 from jaxdistill.models.unet import UNet
+from tools.first_steps import first_steps
 
 CLASSES, N = 3, 8
 WRAP = functools.partial(Denoiser().wrap, process=Flow())
@@ -53,14 +54,9 @@ def constant(k, fake=None):
 def run(method, params, steps=5):
     """(weights, losses) of five engine steps by plain gradient descent."""
     nets = {role: NETS[role] for role in (*method.inits, *method.frozen)}
-    txs = {role: optax.sgd(1e-1) for role in method.inits}
-    state = init_state(method, nets, txs, jax.random.key(0), {role: params[role] for role in nets})
-    step, active_at = make_train_step(method, nets, txs)
-    batch, losses = {"x": jnp.zeros((N, 2)), **LABELS}, []
-    for i in range(steps):
-        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-        losses.append({k: float(v) for k, v in metrics.items()})
-    return jax.device_get(state.params), losses
+    batch, start = {"x": jnp.zeros((N, 2)), **LABELS}, {role: params[role] for role in nets}
+    states, losses = first_steps(method, nets, optax.sgd(1e-1), start, batch, steps)
+    return states[-1].params, losses
 
 
 def follows(ours, host):
@@ -246,17 +242,12 @@ def test_trains_a_unet():
     scorer = fixed_net(lambda x0, cond: (x0.mean((1, 2)), cond["text"].mean(1)[:, :2]))
     nets = {"student": unet, "teacher": unet, "fake": fake, "scorer": scorer}
     method = ClippedNasaT(shape=(4, 4, 2))
-    batch, txs = prompts(n=4), {role: optax.adam(1e-3) for role in method.inits}
-    first = {"teacher": unet.init(jax.random.key(7)), "scorer": {}}
-    state = init_state(method, nets, txs, jax.random.key(0), first)
-    before = jax.device_get((state.params, state.frozen))
-    step, active_at = make_train_step(method, nets, txs)
-    for i in range(2):
-        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-        assert all(np.isfinite(v) for v in metrics.values()), metrics
-    assert metrics["student/grad_norm"] > 0 and metrics["fake/grad_norm"] > 0
-    after = jax.device_get((state.params, state.frozen))
-    jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
+    start = {"teacher": unet.init(jax.random.key(7)), "scorer": {}}
+    states, metrics = first_steps(method, nets, optax.adam(1e-3), start, prompts(n=4), 2)
+    assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
+    assert metrics[-1]["student/grad_norm"] > 0 and metrics[-1]["fake/grad_norm"] > 0
+    before, after = states[0], states[-1]
+    jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
     assert {path.split("/")[-3] + "/" + path.split("/")[-2] for path in fake.shapes} == {f"attn{i}/to_{m}" for i in (1, 2) for m in "qv"}
-    moved = lambda role: any(np.any(a != b) for a, b in zip(jax.tree.leaves(before[0][role]), jax.tree.leaves(after[0][role])))
+    moved = lambda role: any(np.any(a != b) for a, b in zip(jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])))
     assert moved("student") and moved("fake")

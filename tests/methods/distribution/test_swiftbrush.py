@@ -12,13 +12,14 @@ import pytest
 
 from jaxdistill.core.lora import adapt
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.diffusion.denoiser import Denoiser, Noise
 from jaxdistill.diffusion.process import DDPM, EDM, Flow, expand
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.swiftbrush import SDS, SwiftBrush
 from jaxdistill.models.mlp import MLP
+from tools.first_steps import first_steps
 
 SD = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
 CLASSES, N = 3, 16
@@ -211,14 +212,8 @@ def test_one_call_of_the_generator_and_fresh_noise(context):
 
 def run(method, batch, params, steps=5, lr=1e-1):
     """(weights, losses) of `steps` engine steps by plain gradient descent."""
-    txs = {role: optax.sgd(lr) for role in method.inits}
-    state = init_state(method, NETS, txs, jax.random.key(0), params)
-    step, active_at = make_train_step(method, NETS, txs)
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-        losses.append({k: float(v) for k, v in metrics.items()})
-    return jax.device_get(state), losses
+    states, losses = first_steps(method, NETS, optax.sgd(lr), params, batch, steps)
+    return states[-1], losses
 
 
 def test_five_steps_are_those_of_two_networks_apart():

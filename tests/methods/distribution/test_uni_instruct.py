@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Ctx
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM, Flow, Process, expand
@@ -24,6 +23,7 @@ from jaxdistill.methods.distribution.uni_instruct import ExactUniInstruct, Share
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives import fdivergence, score
+from tools.first_steps import first_steps
 
 M, C, ALPHA, SIGMA = 0.4, 0.6, 0.8, 0.7  # x_0 = M + C z, x_t = ALPHA x_0 + SIGMA eps
 OPEN = dict(ratio_range=(1e-200, 1e200), reverse_until=0)
@@ -253,13 +253,8 @@ def trained():
         nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
         txs = {role: optax.sgd((lr or {}).get(role, 1e-4)) for role in method.inits}
         start = {"teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))), "fake": mlp.init(jax.random.key(8))}
-        state = init_state(method, nets, txs, jax.random.key(0), start)
-        step, active_at = make_train_step(method, nets, txs)
-        losses = []
-        for i in range(5):
-            state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-            losses.append({k: float(v) for k, v in metrics.items()})
-        return jax.device_get(state.params), losses
+        states, losses = first_steps(method, nets, txs, start, batch)
+        return states[-1].params, losses
 
     return run
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from jaxdistill.core.net import fixed_net, make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.language import Markov
 from jaxdistill.data.two_tokenizers import Blocks
@@ -16,6 +16,7 @@ from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.lm import LM
 from jaxdistill.objectives.divergence import forward_kl, sorted_distance
+from tools.first_steps import first_steps
 
 DATA = Blocks(vocab=3, branch=2, length=10, batch_size=6)
 BATCH = {k: jnp.asarray(v) for k, v in DATA.batch(0, slice(None)).items()}
@@ -116,14 +117,10 @@ def test_uld_ignores_names_of_tokens():
 
 @pytest.mark.parametrize("method", [CrossTokenizerKD(), ULD(), SpanULD()])
 def test_five_steps(method):
-    state = init_state(method, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS)
-    step, active = make_train_step(method, NETS, {"student": optax.adam(1e-2)})
-    losses = []
-    for i in range(5):
-        state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/loss"]))
+    states, metrics = first_steps(method, NETS, optax.adam(1e-2), PARAMS, BATCH)
+    losses = [row["student/loss"] for row in metrics]
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
-    jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], PARAMS["teacher"])
+    jax.tree.map(np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS["teacher"])
 
 
 def test_refusals():

@@ -12,6 +12,7 @@ from jaxdistill.methods.language.ddk import DDK
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.lm import LM
+from tools.first_steps import first_steps
 
 NETS = {"teacher": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)), "student": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1))}
 PARAMS = {role: net.init(jax.random.key(i)) for i, (role, net) in enumerate(NETS.items())}
@@ -34,24 +35,15 @@ def test_turns_are_those_of_the_schedule():
 @pytest.fixture(scope="module")
 def ran():
     """Two measurements with three training steps between: [(state before, metrics)], final state."""
-    state = init_state(METHOD, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS)
-    step, active = make_train_step(METHOD, NETS, {"student": optax.adam(1e-2)})
-    log = []
-    for i in range(7):
-        before = jax.device_get(state)
-        state, metrics = step(state, BATCHES[i % 5], jax.random.key(1), active(i))
-        log.append((before, jax.device_get(metrics)))
-    return log, jax.device_get(state)
+    states, metrics = first_steps(METHOD, NETS, optax.adam(1e-2), PARAMS, [BATCHES[i % 5] for i in range(7)], 7)
+    return list(zip(states, metrics)), states[-1]
 
 
 def test_micro_batches_measure_the_same(ran):
-    state = init_state(METHOD, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS)
-    step, active = make_train_step(METHOD, NETS, {"student": optax.adam(1e-2)}, accumulate=2)
+    states, metrics = first_steps(METHOD, NETS, optax.adam(1e-2), PARAMS, BATCHES[:2], 2, accumulate=2)
     for i in range(2):
-        state, metrics = step(state, BATCHES[i], jax.random.key(1), active(i))
-    for i in range(2):
-        np.testing.assert_allclose(metrics[f"measured/ratio{i}"], ran[0][1][1][f"measured/ratio{i}"], rtol=1e-6)
-    np.testing.assert_allclose(state.memory["teacher"], ran[1].memory["teacher"], rtol=1e-6)
+        np.testing.assert_allclose(metrics[1][f"measured/ratio{i}"], ran[0][1][1][f"measured/ratio{i}"], rtol=1e-6)
+    np.testing.assert_allclose(states[-1].memory["teacher"], ran[1].memory["teacher"], rtol=1e-6)
 
 
 def ratios(student):

@@ -7,12 +7,13 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.patterns import Patterns
 from jaxdistill.methods.language.ernie_tiny import STAGES, ErnieTiny, FineTune
 from jaxdistill.models.bert import BertClassifier
 from jaxdistill.models.heads import Projection
+from tools.first_steps import first_steps
 
 SIZES = dict(vocab=8, heads=2, max_length=16, classes=2)
 TEACHER = make_net(BertClassifier(dim=8, mlp=8, depth=4, **SIZES))
@@ -122,13 +123,10 @@ def test_student_and_projection_go_on():
     """A stage starts from exactly the weights that the one before ended with, and moves both roles."""
     params, nets = PARAMS, NETS
     for method in (STAGE["GD"], STAGE["GED"]):
-        txs = dict.fromkeys(("student", "projection"), optax.adam(1e-2))
         start = {role: params[role] for role in (*method.frozen, "student", "projection")}
-        state = init_state(method, nets, txs, jax.random.key(0), start)
-        jax.tree.map(np.testing.assert_array_equal, state.params, {r: params[r] for r in state.params})
-        step, active = make_train_step(method, nets, txs)
-        state, _ = step(state, BATCH, jax.random.key(1), active(0))
-        moved = jax.device_get(state.params)
+        (first, last), _ = first_steps(method, nets, optax.adam(1e-2), start, BATCH, 1)
+        jax.tree.map(np.testing.assert_array_equal, first.params, {r: params[r] for r in first.params})
+        moved = last.params
         assert all(size(jax.tree.map(jnp.subtract, moved[r], params[r])) > 0 for r in moved)
         params = {**params, **moved}
 

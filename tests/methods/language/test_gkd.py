@@ -8,12 +8,13 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import LM, context
 from jaxdistill.samplers.text import generate
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 NETS = {
@@ -101,13 +102,8 @@ def test_rows_of_text_are_cut_into_prompts():
 
 
 def train(method, steps, tx):
-    state = init_state(method, NETS, {"student": tx}, jax.random.key(0), PARAMS)
-    step, active = make_train_step(method, NETS, {"student": tx})
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/loss"]))
-    return state, losses
+    states, metrics = first_steps(method, NETS, tx, PARAMS, BATCH, steps)
+    return states[-1], [row["student/loss"] for row in metrics]
 
 
 def test_no_gradient_through_sampling():

@@ -8,11 +8,12 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.models.lm import LM
 from jaxdistill.objectives.reward import Share, Verified
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 NET = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
@@ -112,14 +113,9 @@ def test_chunks_change_nothing(record):
 def train(compilations):
     def run(method, steps, roles, tx=None):
         nets, txs = dict.fromkeys(("student", "old", *roles), NET), {"student": tx or optax.sgd(0.1), "old": optax.sgd(0.0)}
-        state = init_state(method, nets, txs, jax.random.key(0), {"student": PARAMS["student"], **{r: PARAMS[r] for r in roles}})
-        step, active = make_train_step(method, nets, txs)
-        history = []
-        for i in range(steps):
-            state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-            history.append((jax.device_get(state.params), {k: float(v) for k, v in metrics.items()}))
+        states, metrics = first_steps(method, nets, txs, {r: PARAMS[r] for r in ("student", *roles)}, BATCH, steps)
         assert compilations["train_step"] == 1
-        return history
+        return [(state.params, row) for state, row in zip(states[1:], metrics, strict=True)]
 
     return run
 

@@ -8,12 +8,13 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.lm import LM
 from jaxdistill.objectives import divergence
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 P, Q = (jnp.asarray(RNG.standard_normal((2, 5, 7)), jnp.float32) for _ in range(2))
@@ -111,15 +112,9 @@ def test_chunks_change_nothing(hard_weight):
 
 
 def train(method, batches, accumulate=1, lr=1e-2):
-    nets, txs = {"teacher": TEACHER, "student": STUDENT}, {"student": optax.adam(lr)}
-    start = {"teacher": weights(TEACHER, 0), "student": weights(STUDENT, 1)}
-    state = init_state(method, nets, txs, jax.random.key(0), start)
-    step, active = make_train_step(method, nets, txs, accumulate=accumulate)
-    losses = []
-    for i, batch in enumerate(batches):
-        state, metrics = step(state, batch, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/loss"]))
-    return state, metrics, losses
+    nets, start = {"teacher": TEACHER, "student": STUDENT}, {"teacher": weights(TEACHER, 0), "student": weights(STUDENT, 1)}
+    states, metrics = first_steps(method, nets, optax.adam(lr), start, batches, len(batches), accumulate=accumulate)
+    return states[-1], metrics[-1], [row["student/loss"] for row in metrics]
 
 
 def test_five_steps():

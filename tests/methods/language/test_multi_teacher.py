@@ -7,13 +7,14 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.domains import Chains
 from jaxdistill.data.language import Markov
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.multi_teacher import EnsembleKD, RoutedKD
 from jaxdistill.models.lm import LM
+from tools.first_steps import first_steps
 
 LARGE, SMALL = make_net(LM(vocab=5, dim=12, mlp=16, heads=2, depth=2)), make_net(LM(vocab=5, dim=8, mlp=8, heads=2, depth=1))
 NETS = {"teacher": LARGE, "teacher1": SMALL, "student": SMALL}
@@ -54,13 +55,8 @@ def test_all_weight_on_one_teacher_is_kd_bit_for_bit(number):
 
 def test_so_are_the_steps_that_follow():
     def train(method, nets, params):
-        state = init_state(method, nets, {"student": optax.adam(1e-2)}, jax.random.key(0), params)
-        step, active = make_train_step(method, nets, {"student": optax.adam(1e-2)})
-        losses = []
-        for i in range(3):
-            state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-            losses.append(float(metrics["student/loss"]))
-        return losses, state.params
+        states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH, 3)
+        return [row["student/loss"] for row in metrics], states[-1].params
 
     same(train(EnsembleKD(weights=(1.0, 0.0)), NETS, PARAMS), train(KD(), *alone(0)))
 

@@ -9,7 +9,7 @@ import pytest
 from absl import logging
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data import arrayrecord
 from jaxdistill.methods.language.gkd import GKD
@@ -17,6 +17,7 @@ from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.paced import Paced
 from jaxdistill.models.lm import LM
 from jaxdistill.objectives.divergence import sequence_mean, token_divergence
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 P, Q = (jnp.asarray(RNG.standard_normal((3, 6, 7)), jnp.float32) for _ in range(2))
@@ -162,14 +163,8 @@ PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.s
 
 
 def train(method, batch, steps=5):
-    tx = {"student": optax.sgd(0.1)}
-    state = init_state(method, NETS, tx, jax.random.key(0), PARAMS)
-    step, active = make_train_step(method, NETS, tx)
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, batch, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/loss"]))
-    return losses, state.params["student"]
+    states, metrics = first_steps(method, NETS, optax.sgd(0.1), PARAMS, batch, steps)
+    return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
 
 def test_uniform_weights_follow_the_host():

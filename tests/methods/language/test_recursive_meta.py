@@ -7,11 +7,12 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.recursive_meta import RecursiveMeta
 from jaxdistill.models.lm import LM
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 NETS = {role: make_net(LM(vocab=7, dim=dim, mlp=8, heads=2, depth=1)) for role, dim in (("teacher", 12), ("teacher1", 8), ("student", 8))}
@@ -65,13 +66,8 @@ def test_alone_the_base_makes_it_kd(generation):
     nets, params = promoted(method) if generation else (NETS, PARAMS)
 
     def train(method, nets, params):
-        state = init_state(method, nets, {"student": optax.adam(1e-2)}, jax.random.key(0), params)
-        step, active = make_train_step(method, nets, {"student": optax.adam(1e-2)})
-        losses = []
-        for i in range(5):
-            state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-            losses.append(float(metrics["student/loss"]))
-        return losses, state.params["student"]
+        states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH)
+        return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
     mine, theirs = train(method, nets, params), train(KD(), NETS, PARAMS)
     np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-5)

@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.methods.language.rlad import KDRL, RLAD
 from jaxdistill.models.lm import LM
 from jaxdistill.objectives.policy import clipped_surrogate, group_advantages
 from jaxdistill.objectives.reward import Share
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 NET = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
@@ -29,13 +30,9 @@ def train(method, teacher="teacher", steps=5):
     """Losses and weights of five steps; GRPO has the teacher as a role that it does not look at."""
     nets = dict.fromkeys(("student", "old", "teacher"), NET)
     txs = {"student": optax.sgd(0.5), "old": optax.sgd(0.0)}
-    state = init_state(method, nets, txs, jax.random.key(0), {"student": PARAMS["student"], "teacher": PARAMS[teacher]})
-    step, active = make_train_step(method, nets, txs)
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/loss"]))
-    return losses, state.params["student"]
+    start = {"student": PARAMS["student"], "teacher": PARAMS[teacher]}
+    states, metrics = first_steps(method, nets, txs, start, BATCH, steps)
+    return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import bind, init_state, make_train_step
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.rationales import Sums
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.step_by_step import StepByStep
 from jaxdistill.models.lm import LM
 from jaxdistill.samplers.text import generate
+from tools.first_steps import first_steps
 
 NET = make_net(LM(vocab=15, dim=8, mlp=8, heads=2, depth=1))
 PARAMS = {"student": NET.init(jax.random.key(0))}
@@ -43,11 +44,8 @@ def test_the_label_alone_is_fine_tuning():
 def test_five_steps_follow_fine_tuning():
     weights = []
     for method in (StepByStep(alpha=1.0), SFT()):
-        state = init_state(method, {"student": NET}, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS)
-        step, active = make_train_step(method, {"student": NET}, {"student": optax.adam(1e-2)})
-        for i in range(5):
-            state, metrics = step(state, BATCH, jax.random.key(1), active(i))
-        weights.append((state.params, metrics["student/loss"]))
+        states, metrics = first_steps(method, {"student": NET}, optax.adam(1e-2), PARAMS, BATCH)
+        weights.append((states[-1].params, metrics[-1]["student/loss"]))
     close(*weights, atol=1e-5)
 
 
@@ -87,11 +85,9 @@ def test_rows_without_reasons_count_for_the_label_alone():
 def test_a_trained_student_answers_in_one_token():
     method, data = StepByStep(), Sums(size=50, batch_size=50, wrong=0.0)
     net = make_net(LM(vocab=15, dim=32, mlp=64, heads=2, depth=1))
-    state = init_state(method, {"student": net}, {"student": optax.adam(3e-3)}, jax.random.key(0), {})
-    step, active = make_train_step(method, {"student": net}, {"student": optax.adam(3e-3)})
-    for i in range(300):
-        state, _ = step(state, data.batch(i, slice(None)), jax.random.key(1), active(i))
-    call = functools.partial(net.apply, state.params["student"])
+    batches = [data.batch(i, slice(None)) for i in range(300)]
+    states, _ = first_steps(method, {"student": net}, optax.adam(3e-3), {}, batches, len(batches))
+    call = functools.partial(net.apply, states[-1].params["student"])
     _, alive = generate(call, jnp.asarray(data.arrays("train")["prompt"]), 12, jax.random.key(0), temperature=0.0, eos=13, pad=14)
     assert (np.asarray(alive).sum(1) - 6 == 2).mean() > 0.95  # the digit and the end: no rationale is written
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.tsd_kd import TSDKD, Released
@@ -17,6 +16,7 @@ from jaxdistill.models.lm import LM
 from jaxdistill.objectives.divergence import jsd
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import entropy
+from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
 P, Q = (jnp.asarray(2 * RNG.standard_normal((2, 6, 7)), jnp.float32) for _ in range(2))
@@ -117,14 +117,8 @@ PARAMS = {r: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shap
 
 
 def train(method, steps=5):
-    batch, tx = {**BATCH, "prompt": BATCH["tokens"][:, :2]}, {"student": optax.sgd(0.1)}
-    state = init_state(method, NETS, tx, jax.random.key(0), PARAMS)
-    step, active = make_train_step(method, NETS, tx)
-    losses = []
-    for i in range(steps):
-        state, metrics = step(state, batch, jax.random.key(1), active(i))
-        losses.append(float(metrics["student/loss"]))
-    return losses, state.params["student"]
+    states, metrics = first_steps(method, NETS, optax.sgd(0.1), PARAMS, {**BATCH, "prompt": BATCH["tokens"][:, :2]}, steps)
+    return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
 
 def test_five_steps_follow_gkd_without_the_components():

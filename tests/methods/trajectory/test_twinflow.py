@@ -10,12 +10,12 @@ import optax
 import pytest
 
 from jaxdistill.core.net import make_net
-from jaxdistill.core.step import init_state, make_train_step
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow, expand
 from jaxdistill.methods.trajectory.rcgm import RCGM
 from jaxdistill.methods.trajectory.twinflow import FullTwinFlow, ImageFreeTwinFlow, TunedTwinFlow, TwinFlow, TwinFlowDistillation
 from jaxdistill.models.mlp import MLP
+from tools.first_steps import first_steps
 
 PLAIN = dict(barron_alpha=2.0, barron_c=1.0)
 W = np.array([0.3, -0.7, 0.2, 0.5])
@@ -184,15 +184,10 @@ def test_image_free_training_does_not_look_at_the_data(gaussian, context):
 def five(method):
     """Losses, weights and averages of five steps of the engine."""
     net = make_net(MLP(width=8, depth=1, second_time=True, classes=3), wrap=functools.partial(Denoiser().wrap, process=Flow()))
-    txs = {"student": optax.adam(1e-3)}
-    state = init_state(method, {"student": net}, txs, jax.random.key(0), {})
-    step, active_at = make_train_step(method, {"student": net}, txs)
-    rng, losses = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
     batch = {"x": jnp.asarray(rng.standard_normal((12, 2)), jnp.float32), "cond": jnp.arange(12) % 3, "null_cond": jnp.full(12, 3)}
-    for i in range(5):
-        state, metrics = step(state, batch, jax.random.key(1), active_at(i))
-        losses.append(metrics["student/loss"])
-    return np.array(losses), jax.tree.leaves(jax.device_get((state.params, state.ema)))
+    states, metrics = first_steps(method, {"student": net}, optax.adam(1e-3), {}, batch)
+    return np.array([row["student/loss"] for row in metrics]), jax.tree.leaves((states[-1].params, states[-1].ema))
 
 
 def test_without_twin_rows_and_push_it_is_rcgm():
