@@ -1,10 +1,12 @@
 """Planning: bytes and traffic against programs that are here, and the real TPU compiler on every toy config."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jaxdistill.core import build, chips, hlo, loop, plan, sharding
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
 from tools import bench
+from tools import plan as plan_command
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
@@ -151,7 +154,7 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     def places(needed):
         tried = []
 
-        def refuse(changed, name):
+        def refuse(changed, name, whole):
             tried.append(changed.roles.teacher.place)
             raise jax.errors.JaxRuntimeError(said.format(needed))
 
@@ -160,6 +163,31 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
         return set(tried)
 
     assert places("35.22") == {"device"} and places("15.75") == {"device", "host"}
+
+
+def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, monkeypatch):
+    pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
+    config = importlib.import_module("configs.toy.dmd2").get_config()
+    plan.shorten(config)
+    devices, kind = plan.topology("v5e:2x2")
+    monkeypatch.setattr(plan, "topology", lambda name: (devices, dataclasses.replace(kind, hbm=1)))
+    found = plan.compile_for(config, "v5e:2x2", whole=False)
+    assert [p.turns for p in found.patterns] == ["0+1"] and not found.fits  # not the critics' own steps
+
+
+def test_an_interrupted_search_has_what_it_found(capsys):
+    """Of two that fit before the interruption, the faster one."""
+    found = lambda seconds: SimpleNamespace(fits=True, peak=2**30, seconds=seconds)
+    change = {"mesh": {"fsdp": 4}, "accumulate": 1, "remat": "full", "place": "device"}
+
+    def candidates(config, name, most):
+        yield change, found(3.0)
+        yield change, "does not hold it"
+        yield change, found(2.0)
+        raise KeyboardInterrupt
+
+    best = plan_command.search(SimpleNamespace(search=candidates), None, "v5e:2x2", 4)
+    assert best.seconds == 2.0 and capsys.readouterr().out.splitlines()[-1] == "interrupted; the best so far:"
 
 
 def test_command_refuses_and_reports(tmp_path):

@@ -6,8 +6,9 @@ python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [
 Compiles every pattern of turns for the slice with the real TPU compiler (pip install 'jaxdistill[tpu]') and prints whether
 it fits, bytes a chip by role, temporaries, flops, bytes of each collective, the roofline, and what binds. With --search it
 tries mesh shapes, rematerialisation, accumulation and frozen weights on the host, at most --most=12 compilations, and ends
-with the best that fits. --effort=-1 compiles convolutions (U-Nets) about eight times as fast: the compiler spends less on the
-search for their tiles. GPU nodes (h100:8x4) come from constants. Exit code 0 where it fits, 1 where it does not.
+with the best that fits, on Ctrl-C too. --effort=-1 compiles convolutions (U-Nets) about eight times as fast: the compiler
+spends less on the search for their tiles. GPU nodes (h100:8x4) come from constants. Exit code 0 where it fits, 1 where it
+does not.
 """
 
 import contextlib
@@ -64,8 +65,20 @@ def _effort(text: str) -> float:
 
 
 def search(planner, config, name, most):
-    best = last = None
-    for change, found in planner.search(config, name, most):
+    best = None
+    try:
+        for found in tried(planner.search(config, name, most)):
+            if found.fits and (best is None or found.seconds < best.seconds):
+                best = found
+    except KeyboardInterrupt:
+        print("interrupted; the best so far:" if best else "interrupted", flush=True)
+    return best
+
+
+def tried(candidates):
+    """The plans among the candidates; a line is printed for each of these."""
+    last = None
+    for change, found in candidates:
         mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
         what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'} frozen={change['place']}"
         if isinstance(found, str):
@@ -77,9 +90,7 @@ def search(planner, config, name, most):
             f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a chip, step >= {found.seconds:.3g} s",
             flush=True,
         )
-        if found.fits and (best is None or found.seconds < best.seconds):
-            best = found
-    return best
+        yield found
 
 
 def show(planner, plan) -> None:

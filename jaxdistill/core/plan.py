@@ -101,8 +101,9 @@ def shorten(config: ConfigDict) -> None:
     config.steps = min(config.steps, 2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0))
 
 
-def compile_for(config: ConfigDict, name: str) -> Plan:
-    """Compiles every turn pattern of the first stage for the slice called `name`. Raises Refused on bad input."""
+def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
+    """Compiles every turn pattern of the first stage for the slice called `name`; without `whole`, up to the first that does
+    not fit. Raises Refused on bad input."""
     devices, kind = topology(name)
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
@@ -114,6 +115,8 @@ def compile_for(config: ConfigDict, name: str) -> Plan:
             traced = programs.step.trace(programs.abstract, programs.batch, key, active)
             compiled, work = traced.lower().compile(), flops.count(traced.jaxpr.jaxpr, recomputed=True)
             patterns.append(_pattern(active, programs.patterns[active], work, compiled, kind, len(devices), time.time() - started))
+            if not whole and patterns[-1].peak > kind.hbm:
+                break
     shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
     return Plan(
         name,
@@ -220,7 +223,7 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
                 found = f"state of {state / 2**30:.1f} GiB a chip"
             else:
                 done += 1
-                found = compile_for(tried, name)
+                found = compile_for(tried, name, whole=False)
                 short = found.peak - found.hbm
         except Refused as error:
             found = str(error)
