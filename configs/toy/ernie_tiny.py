@@ -2,9 +2,11 @@
 
     python -m launch.train --config=configs/toy/ernie_tiny.py --workdir=runs/toy_ernie_tiny
 
-2 CPU cores, about three minutes. The teacher guesses masked tokens in a mixture of four languages (`pretrained`), then
-learns the task in the first of them (`teacher`). The claim: a student of half its depth and width is right more often, in that language and
-another, after the four stages than after as many steps of training on the labels alone (`baseline`).
+2 CPU cores, about three minutes. The teacher guesses masked tokens in a mixture of four languages (`pretrained`), then learns the
+task in the first of them (`teacher`). The claim: a student of half its depth and width is right more often, in that language
+and another, after the four stages than after as many steps of training on the labels alone (`baseline`). Measured on seeds
+0 to 2: .818, .902, .710 against .573, .624, .558 (teacher .891, .985, .972); in the other language .637, .823, .668 against
+.542, .528, .560. `:GD,TSD` names other stages.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
