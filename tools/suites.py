@@ -56,7 +56,10 @@ SUITES = {
         about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
 every method. Fréchet distance in the features of a small classifier (lower is better), precision and recall of its
 manifold, mean distance of two samples of one label (diversity), share of samples that an independent classifier
-reads as the label asked for (accuracy). Progressive distillation was made for one step, and is scored at more too.""",
+reads as the label asked for (accuracy). Distribution matching trains a student for four steps at once here (`uni_instruct`
+for one) and five updates of its critics to one of the student, so that its updates cost more. Progressive distillation was
+made for one step, and is scored at more too. Seconds are those of steps: the pairs that `reflow` lets its teacher write
+beforehand are not counted. Peak memory is the process's, compilation included.""",
     ),
     "lm": Suite(
         title="Distillation methods on additions",
