@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {p.stem: p for p in sorted((ROOT / "configs/recipes").glob("[!_]*.py"))}
 USUAL = "v5p:2x2x4"
 SLICES = {"ddk": "v5p:2x2x2", "grpo": "v5p:2x4x4", "phased_dmd": "v5p:2x4x4"}  # where batch, caches or weights ask for another
-TENSOR = {"grpo": 2}  # ways that weights and caches are split over beside fsdp
+TENSOR = {"grpo": 2, "sequence_kd": 4}  # ways that weights and caches are split over beside fsdp
 EFFORT = -1.0  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
 PAGE = """# Recipes, compiled for TPU slices
 
