@@ -15,16 +15,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdistill.core import loop, report
-from jaxdistill.core.checkpoint import write_json
-from launch._command import load_config, override
-from tools.suites import kept
+from launch._command import arguments
+from tools.suites import keep
 
 OUT = Path(__file__).parents[1] / "docs/results/ablations.json"
 PAGE = """# Ablations of the toys, measured
 
-`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config (`configs/toy`); value and ratio are
-those of the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data) in turn. The papers
-have every change for the worse, but where its name says otherwise. Worse is the number of seeds on which it was so here.
+`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config (`configs/toy`); values are those of
+the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data) in turn. The papers have every
+change for the worse, but where its name says otherwise. Worse is the number of seeds on which it was so here.
 
 """
 
@@ -34,35 +33,30 @@ def of(path: Path) -> dict[str, tuple[str, ...]]:
     return getattr(importlib.import_module(f"configs.toy.{path.stem}"), "ABLATIONS", {})
 
 
-def changed(path: Path, words: Iterable[str], seed: int, data_seed: int) -> ConfigDict:
-    """The toy's config with a change. Raises Refused."""
-    variant = "".join(word for word in words if word.startswith(":"))
-    config = load_config(f"{path}{variant}")
-    for word in words:
-        if not word.startswith(":"):
-            key, _, value = word.partition("=")
-            override(config, key, value)
-    config.seed, config.data.seed = seed, data_seed
-    return config
+def toy(path: Path, seed: int, data_seed: int, change: Iterable[str] = ()) -> ConfigDict:
+    """The toy's config with these seeds, and with a change. Raises Refused."""
+    variant = "".join(word for word in change if word.startswith(":"))
+    words = [f"seed={seed}", f"data.seed={data_seed}", *(word for word in change if not word.startswith(":"))]
+    return arguments([f"--config={path}{variant}", *(f"--config.{word}" for word in words)], {"config": ""})[1]
 
 
 def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -> Path:
     """Runs what is missing, writes docs/results/ablations.json and .md; returns the page. Raises Refused."""
-    todo = [(name, pair, change, words) for name in toys for pair in pairs for change, words in of(toys[name]).items()]
-    rows = []
-    for name, (seed, data_seed), change, words in tqdm(todo, desc="ablations", unit="run"):
-        plain = changed(toys[name], (), seed, data_seed)
-        whole = workdir / f"{name}_{seed}_{data_seed}"
+    todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
+    for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
+        path, run_name = toys[name], f"{name}_{seed}_{data_seed}"
+        plain, whole = toy(path, seed, data_seed), workdir / run_name
         models = loop.run(plain, whole)["models"]
-        other, folder = changed(toys[name], words, seed, data_seed), workdir / "ablations" / f"{name}_{seed}_{data_seed}" / _slug(change)
-        claim = report.claim({**plain.claim, "metric": other.claim.metric}, models)
-        take(whole, folder, plain, other)
-        without = loop.run(other, folder)["claim"]
-        rows.append({"method": name, "change": change, "words": list(words), "seed": seed, "data_seed": data_seed,
-                     **{k: claim[k] for k in ("metric", "better", "value", "ratio")},
-                     "changed_value": without["value"], "changed_ratio": without["ratio"]})  # fmt: skip
-        write_json(OUT, kept(OUT, rows, "method", "change", "seed", "data_seed"))
-        OUT.with_suffix(".md").write_text(PAGE + table(kept(OUT, [], "method", "change", "seed", "data_seed")) + "\n")
+        for change, words in of(path).items():
+            other, folder = toy(path, seed, data_seed, words), workdir / "ablations" / run_name / _slug(change)
+            claim = report.claim({**plain.claim, "metric": other.claim.metric}, models)
+            take(whole, folder, plain, other)
+            without = loop.run(other, folder)["claim"]
+            row = {"method": name, "change": change, "words": list(words), "seed": seed, "data_seed": data_seed,
+                   **{k: claim[k] for k in ("metric", "better", "value", "ratio")},
+                   "changed_value": without["value"], "changed_ratio": without["ratio"]}  # fmt: skip
+            rows = keep(OUT, [row], "method", "change", "seed", "data_seed")
+            OUT.with_suffix(".md").write_text(PAGE + table(rows) + "\n")
     return OUT.with_suffix(".md")
 
 

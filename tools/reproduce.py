@@ -20,7 +20,7 @@ from tqdm import tqdm
 from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import Refused, lookup
-from launch._command import arguments, load_config, main
+from launch._command import arguments, main
 from tools import ablations, suites
 
 ROOT = Path(__file__).parents[1]
@@ -67,14 +67,11 @@ def reproduce(argv):
 
     results = []
     for name, (seed, data_seed) in tqdm([(n, p) for n in names for p in pairs], desc="reproduce", unit="run"):
-        config = load_config(str(TOYS[name]))
-        config.seed, config.data.seed = seed, data_seed
-        report = loop.run(config, Path(values["workdir"]) / f"{name}_{seed}_{data_seed}")
+        report = loop.run(ablations.toy(TOYS[name], seed, data_seed), Path(values["workdir"]) / f"{name}_{seed}_{data_seed}")
         results.append({"method": name, "seed": seed, "data_seed": data_seed, "seconds": report["seconds"], **report["claim"]})
     write_json(Path(values["workdir"]) / "results.json", results)
     keys = ("method", "seed", "data_seed", "metric", "value", "baseline", "teacher", "ratio", "bound", "holds", "seconds")
-    every = suites.kept(ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed")
-    write_json(ROOT / "docs/results/toy.json", every)
+    every = suites.keep(ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed")
     cell = lambda v: "" if v is None else {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else number(v)
     table = markdown_table([k.replace("_", " ") for k in keys], [[cell(row[k]) for k in keys] for row in every])
     (ROOT / "docs/results/toy.md").write_text(HEAD + table + "\n")

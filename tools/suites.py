@@ -175,19 +175,20 @@ def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
                "peak_bytes": json.loads(file.read_text())["peak_bytes"]}  # fmt: skip
 
 
-def kept(file: Path, new: list[dict], *keys: str) -> list[dict]:
-    """The rows of `file`, a table's, with the new ones in the places of those with the same `keys`, by which they are sorted."""
+def keep(file: Path, new: list[dict], *keys: str) -> list[dict]:
+    """Puts the new rows into `file`, a table's, in the places of those with the same `keys`; returns all, sorted by these."""
     key = lambda row: tuple(row[k] for k in keys)
     old = json.loads(file.read_text()) if file.exists() else []
-    return [row for _, row in sorted(({key(row): row for row in old} | {key(row): row for row in new}).items())]
+    every = [row for _, row in sorted(({key(row): row for row in old} | {key(row): row for row in new}).items())]
+    write_json(file, every)
+    return every
 
 
 def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     """The page, the chart and the numbers behind both."""
     suite, out = SUITES[name], OUT / name
     OUT.mkdir(parents=True, exist_ok=True)
-    found = kept(out.with_suffix(".json"), [*rows(workdir), *rows(workdir / "timed", timed=True)], "timed", "method", "seed")
-    write_json(out.with_suffix(".json"), found)
+    found = keep(out.with_suffix(".json"), [*rows(workdir), *rows(workdir / "timed", timed=True)], "timed", "method", "seed")
     _chart(suite, [r for r in found if not r["timed"]], out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]
     students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])

@@ -7,8 +7,8 @@
 The authors' shared trainer: DAPO-Math-17k, of which 80 % is trained on, batch 256, prompts of 2048 and responses of 8192
 tokens, lr 1e-6, weight decay 0.1, gradient norm 1, K = 8. The paper reports +7.5 on MATH-500 and +14.8 on AIME 2025 over
 the student as it was. Steps and stage lengths are not in it: here one pass over the pool for each divergence.
-Departures: models.lm has no norms of queries and keys, which Qwen3 has; one update for each batch of 256, not four of 64;
-without `:verified` answers are compared token by token.
+Departures: models.lm has no norms of queries and keys, which Qwen3 has; one update for each batch of 256 (in 16 parts, for 16
+chips), not four of 64; without `:verified` answers are compared token by token.
 """
 
 from configs.recipes.grpo import reward

@@ -14,7 +14,7 @@ CHANGES = [(name, change) for name, path in TOYS.items() for change in ablations
 
 @pytest.mark.parametrize("name, change", CHANGES)
 def test_every_change_builds(name, change, tmp_path):
-    plain, other = (ablations.changed(TOYS[name], words, 1, 2) for words in ((), ablations.of(TOYS[name])[change]))
+    plain, other = (ablations.toy(TOYS[name], 1, 2, words) for words in ((), ablations.of(TOYS[name])[change]))
     assert other.seed == 1 and other.data.seed == 2 and other.claim.better == plain.claim.better
     assert other.to_json() != plain.to_json()
     method, roles = Experiment(other, tmp_path).method, Experiment(other, tmp_path).roles

@@ -81,10 +81,12 @@ def test_latent_losses_never_touch_the_classifier():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), head(both), head(jax.grad(labels)(PARAMS)))
 
 
-def test_teachers_get_no_gradient():
+def test_teachers_and_labels_of_general_text_get_no_gradient():
     for method in STAGE.values():
         grads = gradient(method)
         assert size(grads["teacher"]) == size(grads["pretrained"]) == 0 and size(grads["projection"]) > 0
+    unlabelled = {k: v for k, v in BATCH.items() if k in ("general_tokens", "general_mask")}
+    assert loss(STAGE["GD"], PARAMS, unlabelled).loss == loss(STAGE["GD"]).loss
 
 
 def test_stages_read_their_own_teacher_and_text():
