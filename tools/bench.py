@@ -1,12 +1,16 @@
 """Step time of a config against a hand-written step of the same networks and losses, in pairs, in one process.
 
 python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all] [--config=FILE] [--steps=30]
-    [--rounds=7] [--trace=DIR] [--trl]
+    [--rounds=7] [--trace=DIR] [--trl] [--alone]
 
 A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's milliseconds a step, of
 the ratio engine / hand-written, and its range, with the time to compile apart. `data` is the ratio with batches from the
 config's loader to the same step on one batch that stays on the device: near 1 where the input pipeline is hidden.
 With --trace the engine's last round is written for TensorBoard's profiler.
+
+--alone times the engine by itself, every pattern of turns apart, and prints what it does with the machine: model flops, the
+share of the chip's peak that they are (model-flops utilisation; core/chips.py), and bytes at the peak, as the compiler plans
+them and as the device counts them. JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
 
 `divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one: the bytes that value and gradient take
 beside arguments and results, and how far they differ. --trl times GKD's steps, on- and off-policy, against TRL's (bench_trl.py).
@@ -26,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill.core import build, loop, sharding
+from jaxdistill.core import build, chips, loop, sharding
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.optim import Optimizer
@@ -94,6 +98,10 @@ class Case:
         self.put = sharding.put_batch(experiment.mesh, experiment.settings.rules)
         self.batch = self.put(experiment.data.batch(0, slice(None)))
         self.method, self.nets = method, nets
+
+    def prepare_hand(self):
+        """The other side's own weights and optimiser states."""
+        experiment, method = self.experiment, self.method
         self.params, self.frozen = jax.tree.map(jnp.copy, (self.state.params, self.state.frozen))
         self.txs = {role: experiment.roles[role].optimizer.make(1000) for role in method.inits}
         self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
@@ -131,14 +139,45 @@ class Case:
         return params, opt, ema, loss
 
 
-def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
-    def timed(run) -> float:
-        started = time.perf_counter()
-        for i in range(steps):
-            out = run(i)
-        jax.block_until_ready(out)
-        return (time.perf_counter() - started) / steps
+def timed(run, steps: int) -> float:
+    """Seconds of a step."""
+    started = time.perf_counter()
+    for i in range(steps):
+        out = run(i)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - started) / steps
 
+
+def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
+    """A row for every pattern of turns; bytes are those of one device, and flops of all."""
+    mesh, programs = case.experiment.mesh, case.programs
+    device, rows = mesh.devices.flat[0], []
+    chip, counted = chips.of(device.device_kind), lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+    for active, by_role in programs.patterns.items():
+        started = time.perf_counter()
+        compiled = programs.step.lower(case.state, case.batch, case.rng, active).compile()
+        compiling = time.perf_counter() - started
+
+        def step(i, compiled=compiled):
+            case.state, metrics = compiled(case.state, case.batch, case.rng)
+            return metrics
+
+        timed(step, 3)
+        seconds = [timed(step, steps) for _ in range(rounds)]
+        if trace:
+            with jax.profiler.trace(trace):
+                timed(step, steps)
+        middle, work, held = statistics.median(seconds), sum(by_role.values()), compiled.memory_analysis()
+        rows.append({"turns": "+".join(map(str, active)), "ms": 1e3 * middle, "lowest": 1e3 * min(seconds), "highest": 1e3 * max(seconds),
+                     "samples/s": case.experiment.data.batch_size / middle, "model_Tflop": work / 1e12, "Tflop/s": work / middle / 1e12,
+                     **({"mfu_%": 100 * work / middle / (chip.flops * mesh.size)} if chip else {}),
+                     "planned_GiB": (held.argument_size_in_bytes + held.temp_size_in_bytes) / 2**30,
+                     **({"peak_GiB": counted() / 2**30} if counted() else {}), "compile_s": compiling})  # fmt: skip
+    return rows
+
+
+def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
+    case.prepare_hand()
     compiling = []
     for side in (case.engine, case.hand):
         started = time.perf_counter()
@@ -149,13 +188,13 @@ def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
     for n in range(rounds):
         order = [(engine, case.engine), (hand, case.hand)]
         for kept, side in order if n % 2 else order[::-1]:
-            kept.append(timed(side))
+            kept.append(timed(side, steps))
         with DevicePrefetch(case.experiment.data.loader(), case.put) as batches:
             next(batches)
-            fed.append(timed(lambda i: case.engine(i, next(batches)[0])))
+            fed.append(timed(lambda i: case.engine(i, next(batches)[0]), steps))
     if trace:
         with jax.profiler.trace(trace):
-            timed(case.engine)
+            timed(case.engine, steps)
     ratios, data = [a / b for a, b in zip(engine, hand)], [a / b for a, b in zip(fed, engine)]
     return {"engine_ms": 1e3 * statistics.median(engine), "hand_ms": 1e3 * statistics.median(hand), "ratio": statistics.median(ratios),
             "lowest": min(ratios), "highest": max(ratios), "data": statistics.median(data), "first_steps_s": compiling[0]}  # fmt: skip
@@ -188,7 +227,7 @@ def divergences(vocab: int = 152_064, dim: int = 64, tokens: int = 512, chunk: i
 
 
 def bench(argv):
-    known = {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": "", "trl": False}
+    known = {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": "", "trl": False, "alone": False}
     values, config = arguments(argv, known)
     steps, rounds = whole(values, "steps", 1), whole(values, "rounds", 1)
     if values["trl"]:
@@ -205,6 +244,10 @@ def bench(argv):
             continue
         case = Case(make())
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
+            if values["alone"]:
+                print(f"{name} on {case.experiment.mesh.devices.flat[0].device_kind}, {case.experiment.data.batch_size} samples a step")
+                print(text_table(alone(case, steps, rounds, values["trace"])), flush=True)
+                continue
             rows.append({"case": name, **measure(case, steps, rounds, values["trace"])})
         print(text_table(rows[-1:]), flush=True)
     if len(rows) > 1:

@@ -2,7 +2,11 @@ import builtins
 
 import pytest
 
+from configs.plans import dit_xl2
+from jaxdistill.core import loop, sharding
+from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
+from tests.core import tiny
 from tools import bench
 
 
@@ -29,3 +33,33 @@ def test_without_trl_it_says_so(monkeypatch):
 def test_unknown_case():
     with pytest.raises(Refused, match="did you mean 'divergence'"):
         bench.bench(["--case=divergense"])
+
+
+def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
+    """Utilisation is flops over the seconds and the chip's peak, where the table knows the chip."""
+    case = bench.Case(tiny.get_config("bare"))
+    chip = bench.chips.chip("h100")
+    for known in (None, chip):
+        monkeypatch.setattr(bench.chips, "of", lambda kind, known=known: known)
+        with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
+            rows = bench.alone(case, steps=2, rounds=3, trace="")
+        assert [row["turns"] for row in rows] == ["0+1", "0"]
+        for row, by_role in zip(rows, case.programs.patterns.values(), strict=True):
+            assert row["lowest"] <= row["ms"] <= row["highest"] and row["planned_GiB"] > 0
+            assert row["model_Tflop"] == sum(by_role.values()) / 1e12 > 0
+            if known:
+                assert row["mfu_%"] == pytest.approx(100 * row["model_Tflop"] * 1e12 / (row["ms"] / 1e3) / chip.flops)
+        assert ("mfu_%" in rows[0]) == (known is not None)
+    assert int(case.state.step) == 2 * 2 * (3 + 2 * 3)  # warmed up and timed, every step on the state of the one before
+
+
+def test_the_plan_of_xl2_is_the_published_network():
+    """DiT-XL/2 has 675 M weights and 118.6 billion multiply-adds a sample (arXiv:2212.09748, table 1); the teacher goes over
+    a batch of 32 once in a step of sCM, and forward alone."""
+    config = dit_xl2.get_config("scm")
+    experiment = Experiment(config, "unused")
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        programs, nets = loop.abstract_programs(experiment)
+    assert nets["teacher"].size == pytest.approx(675e6, rel=0.01)
+    (by_role,) = programs.patterns.values()
+    assert by_role["teacher"] == pytest.approx(32 * 2 * 118.6e9 * 2, rel=0.02)  # with its guidance: twice
