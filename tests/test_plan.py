@@ -28,9 +28,9 @@ TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
 @pytest.fixture
 def quickly():
     """The TPU compiler without its search for the best tiles."""
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    plan.set_effort(-1.0)
     yield
-    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    plan.set_effort(0.0)
 
 
 @pytest.mark.parametrize("name", TOYS)

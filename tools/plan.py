@@ -36,7 +36,7 @@ def plan(argv):
     from jaxdistill.core import plan as planner
 
     name = values["topology"]
-    jax.config.update("jax_exec_time_optimization_effort", _effort(values["effort"]))
+    planner.set_effort(_effort(values["effort"]))
     planner.shorten(config)
     if name.split(":")[0] in planner.GPU_KINDS:
         best = planner.gpus(config, name)

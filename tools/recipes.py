@@ -73,7 +73,7 @@ def compiled(name: str, topology: str) -> dict:
 
     from jaxdistill.core import plan
 
-    jax.config.update("jax_exec_time_optimization_effort", EFFORT)
+    plan.set_effort(EFFORT)
     with tempfile.TemporaryDirectory() as folder:
         config = stand_ins.load(f"recipes.{name}", stand_ins.write(Path(folder)))
         plan.shorten(config)

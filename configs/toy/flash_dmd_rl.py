@@ -2,9 +2,11 @@
 
     python -m launch.train --config=configs/toy/flash_dmd_rl.py --workdir=runs/toy_flash_dmd_rl
 
-Two thirds of the steps distil, one third is the joint stage. The claim, which is the paper's and has not been measured yet:
-after as many steps the energy distance to the data is at most half of that of preference updates alone (`alone`); `reward`
-should be alike.
+Two thirds of the steps distil, one third is the joint stage. The claim: after as many steps the energy distance to the data
+is at most half of that of preference updates alone (`alone`), at a like `reward`. It does not hold: on seeds 0, 1, 2 the
+distance is .75, .93, .59 against 1.02, 1.53, .71, at rewards of .87, .92, .92 against .93, .96, .93. Distillation does hold the
+student back, and its rings stay thin (`texture` .18, .54, .09 against .89, 4.5, .67), but the reward is all but reached within
+the first hundred updates, and both leave most modes.
 """
 
 from configs.toy.flash_dmd import CRITIC, DATA, FAKE, GAN, STUDENT, TIMES, start

@@ -4,7 +4,9 @@
 
 2 CPU cores, some minutes, the single student (`baseline`) included: equal steps and samples for each student, so that the
 four see four times as many in all. The claim: the mean over classes of the energy distance to the class's data, `class_energy`,
-is at most 0.6 of the single student's. Not measured yet. The teacher is exact; all networks have width 24.
+is at most 0.6 of the single student's. Measured on seeds 0, 1, 2: .0082, .0054, .0055 against .0129, .0110, .0099, ratios of
+.63, .49, .56: it holds on two of three. Samples near a mode are 63, 72, 67 % against 51, 61, 57 %. The teacher is exact; all
+networks have width 24.
 
 `:random` is a partition without neighbours; `--config.method.shares="(0.0,2.0,2.0)"` leaves score matching out.
 """

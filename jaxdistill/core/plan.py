@@ -93,6 +93,17 @@ def topology(name: str) -> tuple[list[Any], Chip]:
     return list(found.devices), chip(kind)
 
 
+def set_effort(effort: float) -> None:
+    """How long the compiler may search for quick programs: from -1, hardly, to 1; 0 is its default.
+
+    JAX 0.11 has levels in place of the number, of which these are O1, UNKNOWN (the default) and O3.
+    """
+    if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+        jax.config.update("jax_exec_time_optimization_effort", effort)
+    else:
+        jax.config.update("jax_optimization_level", "O1" if effort < 0 else "O3" if effort > 0 else "UNKNOWN")
+
+
 def shorten(config: ConfigDict) -> None:
     """Changes `config` to as few steps as show every pattern of turns."""
     for method in (config.method, config.method.get("host", {})):
