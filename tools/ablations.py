@@ -1,13 +1,12 @@
 """What each part of a method is worth on its toy: the toy's own run against one with a part changed, on several seeds.
 
 A toy config states its changes as `ABLATIONS`, name -> the words of a command line: `"method.gan_weight=0"` is an override,
-`":random"` a variant. Nested runs (teacher, baseline) that a change leaves alone are taken from the toy's own run.
+`":random"` a variant. Nested runs (teacher, baseline) that a change leaves alone are those of the toy's own run.
 """
 
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -46,26 +45,19 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
     for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
         path, run_name = toys[name], f"{name}_{seed}_{data_seed}"
         plain, whole = toy(path, seed, data_seed), workdir / run_name
-        models = loop.run(plain, whole)["models"]
+        known: dict[str, Path] = {}
+        models = loop.run(plain, whole, known=known)["models"]
         for change, words in of(path).items():
             other, folder = toy(path, seed, data_seed, words), workdir / "ablations" / run_name / _slug(change)
             claim = report.claim({**plain.claim, "metric": other.claim.metric}, models)
-            take(whole, folder, plain, other)
-            without = loop.run(other, folder)["claim"]
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            without = loop.run(other, folder, known=known)["claim"]
             row = {"method": name, "change": change, "words": list(words), "seed": seed, "data_seed": data_seed,
                    **{k: claim[k] for k in ("metric", "better", "value", "ratio")},
                    "changed_value": without["value"], "changed_ratio": without["ratio"]}  # fmt: skip
             rows = keep(OUT, [row], "method", "change", "seed", "data_seed")
             OUT.with_suffix(".md").write_text(PAGE + table(rows) + "\n")
     return OUT.with_suffix(".md")
-
-
-def take(whole: Path, folder: Path, plain: ConfigDict, other: ConfigDict) -> None:
-    """Copies the finished runs inside `whole` that the other config has too."""
-    for name, inner in other.runs.items():
-        same = name in plain.runs and inner.to_json() == plain.runs[name].to_json()
-        if same and (whole / name / "report.json").exists() and not (folder / name).exists():
-            shutil.copytree(whole / name, folder / name)
 
 
 def _slug(change: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import threading
 import time
@@ -46,25 +47,46 @@ class Trained:
         return bind(self.nets, self.params)
 
 
-def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progress: bool = True) -> dict[str, Any]:
+def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progress: bool = True,
+        known: dict[str, Path] | None = None) -> dict[str, Any]:  # fmt: skip
     """Trains what `config` describes in `workdir`, or goes on where it stopped; returns the content of report.json.
 
-    The runs in `config.runs` come first, in `workdir/<name>`. Raises Refused on bad input, metrics.NonFinite where a
-    loss stops being a number, Stopped after SIGTERM or Ctrl-C; in all cases the last good checkpoint stays.
+    The runs in `config.runs` come first, in `workdir/<name>`; one that is the same as another becomes a link to it. `known`
+    has the folders of finished runs that may be linked to, by `identity` of their configs; what this run finishes joins them.
+    Raises Refused on bad input, metrics.NonFinite where a loss stops being a number, Stopped after SIGTERM or Ctrl-C; in all
+    cases the last good checkpoint stays.
     """
-    workdir = Path(workdir)
+    workdir, known = Path(workdir), {} if known is None else known
     experiment = Experiment(config, workdir)
     _check(experiment)
     if dry_run:
         return _dry_run(experiment)
+    if identity(config) in known and not workdir.exists():
+        with contextlib.suppress(FileExistsError):  # another process of this run was first
+            workdir.symlink_to(os.path.relpath(known[identity(config)], workdir.parent))
     _claim_folder(config, workdir)
     if (workdir / "report.json").exists():
+        known.update(_finished(experiment) | known)
         return report.read(workdir)
     started = time.time()
-    reports = {name: run(sub, workdir / name, progress=progress) for name, sub in experiment.runs.items()}
+    reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
     with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
         trained = _as_given(_train(experiment, stop, progress))
-        return report.write(trained, reports, seconds=time.time() - started)
+        result = report.write(trained, reports, seconds=time.time() - started)
+    known[identity(config)] = workdir
+    return result
+
+
+def identity(config: ConfigDict) -> str:
+    """The same for configs of the same values."""
+    return json.dumps(json.loads(config.to_json()), sort_keys=True)
+
+
+def _finished(experiment: Experiment) -> dict[str, Path]:
+    """The folders of a finished run and of those inside it, by `identity`."""
+    inside = [_finished(Experiment(sub, experiment.workdir / name)) for name, sub in experiment.runs.items()]
+    done = (experiment.workdir / "report.json").exists()
+    return {k: v for found in inside for k, v in found.items()} | ({identity(experiment.config): experiment.workdir} if done else {})
 
 
 def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, Any]:

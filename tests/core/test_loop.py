@@ -17,6 +17,7 @@ import pytest
 
 from jaxdistill.core import loop, metrics
 from jaxdistill.core.checkpoint import load_params
+from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import Refused
 
 TINY = Path(__file__).with_name("tiny.py")
@@ -193,17 +194,19 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
         assert int(folder.name.split("_")[-1]) < 40
 
 
-def test_runs_inside_a_run_share_its_seed(tmp_path):
+def flow(**rest):
+    """Four steps of flow matching."""
     from jaxdistill.core.build import Role, experiment, spec
     from jaxdistill.diffusion.denoiser import Denoiser
 
-    def flow(**rest):
-        return experiment(
-            steps=4, log_every=2, checkpoint_every=4, tensorboard=False, data=spec("data.mixtures:Mixture", batch_size=16),
-            method=spec("methods.trajectory.flow_matching:FlowMatching"), mesh=load_tiny().spec_mesh(),
-            roles=dict(student=Role(model=spec("models.mlp:MLP", width=16, depth=1), denoiser=Denoiser(), **rest.pop("role", {}))),
-            evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)), **rest)  # fmt: skip
+    return experiment(
+        steps=4, log_every=2, checkpoint_every=4, tensorboard=False, data=spec("data.mixtures:Mixture", batch_size=16),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"), mesh=load_tiny().spec_mesh(),
+        roles=dict(student=Role(model=spec("models.mlp:MLP", width=16, depth=1), denoiser=Denoiser(), **rest.pop("role", {}))),
+        evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)), **rest)  # fmt: skip
 
+
+def test_runs_inside_a_run_share_its_seed(tmp_path):
     outer = flow(runs=dict(first=flow()), role=dict(init="@first"))
     outer.data.seed, outer.seed = 5, 3
     assert outer.runs.first.data.seed == 5
@@ -211,6 +214,34 @@ def test_runs_inside_a_run_share_its_seed(tmp_path):
     loop.run(outer, tmp_path, progress=False)
     assert json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"] == 5
     assert load_params(tmp_path / "stages/0", {"student": loop.load(tmp_path).experiment.nets["student"].shapes})
+
+
+def test_runs_that_are_the_same_are_trained_once(tmp_path):
+    """Inside one another, in a run that goes on after a part of it, and where the caller knows of a finished one; a folder that is
+    there already, and a config with another value, are left to themselves."""
+    from_first = lambda **rest: flow(runs=dict(first=flow(**rest)), role=dict(init="@first"))
+    claim = dict(metric="energy", model="student@2", baseline="other@2", better="lower", ratio=100.0)
+
+    def outer(**rest):
+        return flow(runs=dict(first=flow(), other=from_first(**rest)), role=dict(init="@first"), claim=claim)
+
+    known = {}
+    loop.run(outer(), tmp_path / "one", progress=False, known=known)
+    assert (tmp_path / "one/other/first").readlink() == Path("../first") and not (tmp_path / "one/first").is_symlink()
+    assert set(known.values()) == {tmp_path / "one", tmp_path / "one/first", tmp_path / "one/other"}
+    assert loop.load(tmp_path / "one/other").experiment.runs.keys() == {"first"}
+
+    loop.run(flow(), tmp_path / "two/first", progress=False)
+    loop.run(outer(), tmp_path / "two", progress=False)
+    assert (tmp_path / "two/other/first").readlink() == Path("../first")
+    again = {}
+    loop.run(outer(), tmp_path / "two", progress=False, known=again)
+    assert again.keys() == known.keys()
+
+    changed = outer(role=dict(optimizer=Optimizer(lr=0.5)))
+    loop.run(changed, tmp_path / "three", progress=False, known=known)
+    assert (tmp_path / "three/first").resolve() == tmp_path / "one/first"
+    assert not (tmp_path / "three/other").is_symlink() and not (tmp_path / "three/other/first").is_symlink()
 
 
 def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_path):

@@ -26,22 +26,23 @@ def report(value: float):
     return {"models": rows, "claim": {"metric": "energy", "better": "lower", "value": value, "ratio": value / 2.0}}
 
 
-def test_a_run_takes_what_is_the_same_and_counts_what_is_worse(tmp_path, monkeypatch):
-    """DisBack's toy with a shorter path starts from the teacher of its own run; the page says on how many seeds it was worse."""
+def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeypatch):
+    """DisBack's toy with a shorter path may link to what its own run finished, and not to another seed's; the page says on how many
+    seeds it was worse."""
     seen = []
 
-    def run(config, folder):
+    def run(config, folder, known):
         shorter = config.method.record_every == 20
-        seen.append((shorter, config.seed, (folder / "teacher" / "report.json").exists()))
-        (folder / "teacher").mkdir(parents=True, exist_ok=True)
-        (folder / "teacher" / "report.json").write_text("{}")
+        seen.append((shorter, config.seed, [path.parent for path in known.values()]))
+        known[loop.identity(config.runs.teacher)] = folder / "teacher"
         return report(0.3 if shorter and config.seed else 0.1 if shorter else 0.2)
 
     monkeypatch.setattr(loop, "run", run)
     monkeypatch.setattr(ablations, "OUT", tmp_path / "ablations.json")
     monkeypatch.setattr(ablations, "of", lambda path: {"a shorter path": ("method.record_every=20",)})
     page = ablations.run({"disback": TOYS["disback"]}, [(0, 0), (1, 1)], tmp_path / "runs")
-    assert seen == [(False, 0, False), (True, 0, True), (False, 1, False), (True, 1, True)]
+    own = [tmp_path / "runs" / f"disback_{seed}_{seed}" for seed in (0, 1)]
+    assert seen == [(False, 0, []), (True, 0, [own[0]]), (False, 1, []), (True, 1, [own[1]])]
     rows = json.loads((tmp_path / "ablations.json").read_text())
     assert [(r["seed"], r["value"], r["changed_value"]) for r in rows] == [(0, 0.2, 0.1), (1, 0.2, 0.3)]
     line = page.read_text().strip().splitlines()[-1]
