@@ -11,6 +11,7 @@ from jaxdistill import interop
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.bert import Bert, BertClassifier, MaskedBert
+from tests.interop.parity import gap
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
@@ -44,11 +45,6 @@ def pair(request, tmp_path_factory):
 def inputs():
     rng = np.random.default_rng(0)
     return rng.integers(0, 61, (3, 16)), rng.integers(0, 2, (3, 16)), np.arange(16) < LENGTHS[:, None]
-
-
-def gap(ours, theirs, where=...):
-    """Largest difference over standard deviation."""
-    return float(np.abs(np.asarray(ours) - theirs)[where].max() / theirs.std())
 
 
 @pytest.mark.parametrize("padded", [False, True])

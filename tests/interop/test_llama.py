@@ -13,6 +13,7 @@ from jaxdistill.models.gemma import Gemma2
 from jaxdistill.models.lm import LM
 from jaxdistill.models.qwen import Qwen2, Qwen3
 from jaxdistill.samplers.text import generate
+from tests.interop.parity import gap
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
@@ -60,11 +61,6 @@ def pair(request, tmp_path_factory):
 
 def tokens():
     return np.random.default_rng(0).integers(0, 61, (3, 24))
-
-
-def gap(ours, theirs, where=...):
-    """Largest difference over standard deviation."""
-    return float(np.abs(np.asarray(ours) - theirs)[where].max() / theirs.std())
 
 
 def test_logits_and_states_agree(pair, record_property):

@@ -11,6 +11,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.neox import NeoX
 from jaxdistill.samplers.text import generate
+from tests.interop.parity import gap
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
@@ -47,11 +48,6 @@ def tokens():
 
 def padding():
     return np.arange(24) >= PADS[:, None]
-
-
-def gap(ours, theirs, where=...):
-    """Largest difference over standard deviation."""
-    return float(np.abs(np.asarray(ours) - theirs)[where].max() / theirs.std())
 
 
 def test_logits_and_states_agree(pair, record_property):

@@ -12,6 +12,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.t5 import T5, T5Encoder, UMT5Encoder, bucket, shifted
 from jaxdistill.samplers.text import answer
+from tests.interop.parity import gap
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
@@ -68,11 +69,6 @@ def inputs():
 
 def ints(mask):
     return torch.tensor(mask.astype(np.int64))
-
-
-def gap(ours, theirs, where=...):
-    """Largest difference over standard deviation."""
-    return float(np.abs(np.asarray(ours) - theirs)[where].max() / theirs.std())
 
 
 @pytest.mark.parametrize("padded", [False, True])
