@@ -68,7 +68,8 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     if (workdir / "report.json").exists():
         known.update(_finished(experiment) | known)
         return report.read(workdir)
-    started = time.time()
+    before = metrics.read(workdir / "metrics.jsonl")[-1:]
+    started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
     reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
     with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
         trained = _as_given(_train(experiment, stop, progress))

@@ -206,6 +206,14 @@ def flow(**rest):
         evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)), **rest)  # fmt: skip
 
 
+def test_the_seconds_of_a_run_are_those_of_all_its_processes(tmp_path):
+    loop.run(flow(), tmp_path, progress=False)
+    *records, last = metrics.read(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*records, {**last, "seconds": 1000.0}]))
+    (tmp_path / "report.json").unlink()
+    assert loop.run(flow(), tmp_path, progress=False)["seconds"] >= 1000.0
+
+
 def test_runs_inside_a_run_share_its_seed(tmp_path):
     outer = flow(runs=dict(first=flow()), role=dict(init="@first"))
     outer.data.seed, outer.seed = 5, 3
