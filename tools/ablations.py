@@ -50,7 +50,6 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
         for change, words in of(path).items():
             other, folder = toy(path, seed, data_seed, words), workdir / "ablations" / run_name / _slug(change)
             claim = report.claim({**plain.claim, "metric": other.claim.metric}, models)
-            folder.parent.mkdir(parents=True, exist_ok=True)
             without = loop.run(other, folder, known=known)["claim"]
             row = {"method": name, "change": change, "words": list(words), "seed": seed, "data_seed": data_seed,
                    **{k: claim[k] for k in ("metric", "better", "value", "ratio")},

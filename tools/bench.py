@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill.core import build, chips, loop, sharding
+from jaxdistill.core import build, chips, loop, plan, sharding
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.optim import Optimizer
@@ -167,11 +167,11 @@ def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
         if trace:
             with jax.profiler.trace(trace):
                 timed(step, steps)
-        middle, work, held = statistics.median(seconds), sum(by_role.values()), compiled.memory_analysis()
+        middle, work = statistics.median(seconds), sum(by_role.values())
         rows.append({"turns": "+".join(map(str, active)), "ms": 1e3 * middle, "lowest": 1e3 * min(seconds), "highest": 1e3 * max(seconds),
                      "samples/s": case.experiment.data.batch_size / middle, "model_Tflop": work / 1e12, "Tflop/s": work / middle / 1e12,
                      **({"mfu_%": 100 * work / middle / (chip.flops * mesh.size)} if chip else {}),
-                     "planned_GiB": (held.argument_size_in_bytes + held.temp_size_in_bytes) / 2**30,
+                     "planned_GiB": plan.peak(compiled) / 2**30,
                      **({"peak_GiB": counted() / 2**30} if counted() else {}), "compile_s": compiling})  # fmt: skip
     return rows
 

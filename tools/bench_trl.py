@@ -49,7 +49,7 @@ class Theirs:
     def __init__(self, case, on_policy: float, folder: Path):
         torch, transformers, datasets, GKDConfig, GKDTrainer = modules()
         transformers.logging.set_verbosity_error()
-        weights = {"teacher": case.frozen["teacher"], "student": case.params["student"]}
+        weights = {"teacher": case.state.frozen["teacher"], "student": case.state.params["student"]}
         models = {}
         for role, params in weights.items():
             interop.save(folder / role, case.nets[role], params)

@@ -6,18 +6,15 @@
 The recipes of the same names (configs/recipes) in bfloat16 with 32 samples of 32 x 32 x 4, which one GPU of 80 GB holds.
 """
 
-import importlib
-
+from configs.recipes import dmd2, scm
 from jaxdistill.core.build import spec
 from jaxdistill.core.types import lookup
 
-VARIANTS = ("dmd2", "scm")
 LATENTS = dict(x="normal 32 32 4", cond="integers 1000", null_cond="constant 1000")
 
 
 def get_config(name: str = "dmd2"):
-    lookup(dict.fromkeys(VARIANTS), name, "variant")
-    config = importlib.import_module(f"configs.recipes.{name}").get_config()
+    config = lookup({"dmd2": dmd2, "scm": scm}, name, "variant").get_config()
     with config.unlocked():
         config.data = spec("data.synthetic:Synthetic", batch_size=32, arrays=LATENTS)
         config.roles.teacher.init = "fresh"

@@ -61,9 +61,11 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     _check(experiment)
     if dry_run:
         return _dry_run(experiment)
-    if identity(config) in known and not workdir.exists():
+    own = identity(config)
+    if own in known and not workdir.exists():
+        workdir.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process of this run was first
-            workdir.symlink_to(os.path.relpath(known[identity(config)], workdir.parent))
+            workdir.symlink_to(os.path.relpath(known[own], workdir.parent))
     _claim_folder(config, workdir)
     if (workdir / "report.json").exists():
         known.update(_finished(experiment) | known)
@@ -74,7 +76,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
         trained = _as_given(_train(experiment, stop, progress))
         result = report.write(trained, reports, seconds=time.time() - started)
-    known[identity(config)] = workdir
+    known[own] = workdir
     return result
 
 

@@ -141,12 +141,17 @@ def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
     )
 
 
+def peak(compiled) -> int:
+    """Bytes of a device that a compiled program takes: arguments, results that are no donated argument, temporaries."""
+    held = compiled.memory_analysis()
+    return held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes + held.temp_size_in_bytes
+
+
 def _pattern(active, by_role: dict, work: dict, compiled, kind: Chip, chips: int, seconds: float) -> Pattern:
-    held, moved = compiled.memory_analysis(), hlo.moved(compiled.as_text())
-    peak = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes + held.temp_size_in_bytes
+    moved = hlo.moved(compiled.as_text())
     model = sum(by_role.values())
     bounds = (sum(work.values()) / (chips * kind.flops), moved.memory / kind.bandwidth, sum(moved.sent.values()) / kind.links)
-    return Pattern("+".join(map(str, active)), held.temp_size_in_bytes, peak, model, *bounds, moved.sent,
+    return Pattern("+".join(map(str, active)), compiled.memory_analysis().temp_size_in_bytes, peak(compiled), model, *bounds, moved.sent,
                    model / (chips * kind.flops) / max(*bounds, 1e-30), seconds)  # fmt: skip
 
 
