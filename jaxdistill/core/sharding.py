@@ -8,6 +8,7 @@ import math
 from contextvars import ContextVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core.net import is_matrix, is_spec
-from jaxdistill.core.types import Refused, State
+from jaxdistill.core.types import Array, Refused, State
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -97,6 +98,17 @@ def constrain(x, *names):
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, _divides(mesh, _RULES.get().spec(names), x.shape))
+
+
+def project(x: Array, kernel: Array, dtype=None) -> Array:
+    """x [... D] times kernel [D V] -> [... V], in `dtype` (None: theirs).
+
+    On one device with all leading axes as one: else XLA's CPU programs copy the whole [... V] gradient, transposed, to make
+    the kernel's. On a mesh two of these may be sharded, which one axis cannot be.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = x.reshape(-1, x.shape[-1]) if mesh.empty or mesh.size == 1 else x
+    return jnp.matmul(rows, kernel, preferred_element_type=dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):

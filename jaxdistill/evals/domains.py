@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.evals.language import perplexity
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 
@@ -44,8 +44,9 @@ class DomainEval:
         @jax.jit
         def score(params, batch):
             call = functools.partial(trained.nets[role].apply, params)
-            each = cross_entropy(call(batch["tokens"], **context(batch))[:, :-1], batch["tokens"][:, 1:])
-            mine = lambda i: masked_sum(each, (batch["mask"][:, 1:] > 0) & (batch["domain"] == i)[:, None])
+            labels, mask = targets(batch)
+            each = cross_entropy(call(batch["tokens"], **context(batch)), labels)
+            mine = lambda i: masked_sum(each, mask & (batch["domain"] == i)[:, None])
             return jnp.array([mine(i) for i in range(domains)]).T
 
         parts = range(0, len(held["tokens"]), self.batch)

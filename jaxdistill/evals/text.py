@@ -44,11 +44,11 @@ class TextEval:
         @jax.jit
         def score(params, batch):
             bound = {r: functools.partial(nets[r].apply, params[r]) for r in (role, *(["teacher"] if has_teacher else []))}
-            tokens, mask, where = batch["tokens"], batch["mask"][:, 1:], context(batch)
-            logits = bound[role](tokens, **where)[:, :-1]
-            sums = {"nll": masked_sum(cross_entropy(logits, tokens[:, 1:]), mask)}
+            (labels, mask), where = targets(batch), context(batch)
+            logits = bound[role](batch["tokens"], **where)
+            sums = {"nll": masked_sum(cross_entropy(logits, labels), mask)}
             if has_teacher:
-                teacher = bound["teacher"](tokens, **where)[:, :-1]
+                teacher = bound["teacher"](batch["tokens"], **where)
                 sums |= {"kl": token_kl(teacher, logits, mask), "agreement": top1_agreement(teacher, logits, mask)}
                 sums["reverse_kl"] = token_kl(teacher, logits, mask, "reverse_kl")
             return sums

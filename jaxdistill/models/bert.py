@@ -15,7 +15,19 @@ from flax import nnx
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
-from jaxdistill.models.layers import ACTIVATIONS, ZEROS, attention, dense, embedding, layer_norm, lookup, scan_layers, split_heads, stack
+from jaxdistill.models.layers import (
+    ACTIVATIONS,
+    ZEROS,
+    attention,
+    dense,
+    embedding,
+    layer_norm,
+    lookup,
+    project,
+    scan_layers,
+    split_heads,
+    stack,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +163,7 @@ class MaskedBertModule(Encoder):
         x, extras = self.encode(tokens, types, mask, features, scores)
         x = self.norm_out(ACTIVATIONS[self.cfg.activation](self.transform(x)))
         table = self.embed.embedding[...].astype(self.dtype)
-        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32) + self.bias[...]
+        logits = project(x, table.T, jnp.float32) + self.bias[...]
         logits = constrain(logits, "batch", "seq", "vocab")
         return (logits, *extras) if extras else logits
 

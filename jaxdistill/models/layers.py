@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxdistill.core.net import restore
-from jaxdistill.core.sharding import constrain
+from jaxdistill.core.sharding import constrain, project
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.attention import attention as attention
@@ -32,7 +32,13 @@ REMAT: dict[str, Any] = {  # name in the config -> what the forward pass keeps f
 def dense(i: int, o: int, names: tuple, *, rngs: nnx.Rngs, bias: bool = True, init=LECUN, dtype=None) -> nnx.Linear:
     """A linear map whose kernel [i, o] carries two logical axis names; float32 weights, `dtype` arithmetic."""
     named = nnx.with_partitioning
-    return nnx.Linear(i, o, use_bias=bias, rngs=rngs, dtype=dtype, kernel_init=named(init, names), bias_init=named(ZEROS, names[1:]))
+    return nnx.Linear(i, o, use_bias=bias, rngs=rngs, dtype=dtype, dot_general=_project, kernel_init=named(init, names),
+                      bias_init=named(ZEROS, names[1:]))  # fmt: skip
+
+
+def _project(x: Array, kernel: Array, *_, **__) -> Array:
+    """`project` where nnx calls for a dot_general: always over the last axis of x and the first of the kernel."""
+    return project(x, kernel)
 
 
 def rms_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None) -> nnx.RMSNorm:
@@ -154,6 +160,12 @@ def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
     return tuple(zeros() for _ in range(depth)) if depth <= SHORT else (zeros(depth),)
 
 
+def unstacked(layers: Any, depth: int) -> list[Any]:
+    """Each layer's weights by themselves where `scan_stores` walks, for a cache to keep: sliced once, not for every token. Empty
+    where it scans."""
+    return [jax.tree.map(lambda w: w[i], layers) for i in range(depth)] if 1 < depth <= SHORT else []
+
+
 def remember(store: tuple[Array, ...], i: Array, start: Array, parts: tuple[Array, ...]):
     """Layer i's new keys and values [B T G K] written into its store, [B G S K] or [layers B G S K], from slot `start` on: (the
     store, all that the layer holds [B S G K]). Slots are innermost but channels, as decoding reads them."""
@@ -166,7 +178,8 @@ def remember(store: tuple[Array, ...], i: Array, start: Array, parts: tuple[Arra
 
 def scan_stores(body: Callable, x: Any, layers: Any, stores: Sequence[Any], depth: int, *, remat: str = "none", taps: Sequence[int] = ()):
     """`scan_layers` over layers that each keep something: body((x, store), (layer, i)) -> ((x, store), None), where layer i is
-    number i of those that share `store`. Layers with a store each are walked, not scanned, and nothing is rematerialised.
+    number i of those that share `store`. Layers with a store each, stacked or `unstacked`, are walked, not scanned, and nothing
+    is rematerialised.
 
     Returns (x, stores, states after the taps).
     """
@@ -175,8 +188,8 @@ def scan_stores(body: Callable, x: Any, layers: Any, stores: Sequence[Any], dept
         return x, (store,), tuple(state for state, _ in states)
     _check_taps(taps, depth)
     kept, after = [], []
-    for i, store in enumerate(stores):
-        (x, store), _ = body((x, store), (restore(jax.tree.map(lambda w: w[i], layers)), i))
+    for i, (layer, store) in enumerate(zip(layers if isinstance(layers, list) else unstacked(layers, depth), stores)):
+        (x, store), _ = body((x, store), (restore(layer), i))
         kept.append(store)
         after.append(x)
     return x, tuple(kept), tuple(after[tap] for tap in taps)

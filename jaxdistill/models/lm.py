@@ -24,6 +24,7 @@ from jaxdistill.models.layers import (
     embedding,
     empty_stores,
     lookup,
+    project,
     remember,
     rms_norm,
     rotate,
@@ -31,6 +32,7 @@ from jaxdistill.models.layers import (
     scan_stores,
     split_heads,
     stack,
+    unstacked,
 )
 
 
@@ -221,11 +223,11 @@ class LMModule(nnx.Module):
             return block(x, waves, attend), None
 
         how = dict(remat=self.cfg.remat, taps=features)
-        x, stores, states = scan_stores(layer, x, self.blocks, cache["stores"], self.cfg.depth, **how)
-        return x, {"stores": stores, "valid": valid, "length": start + new}, states
+        x, stores, states = scan_stores(layer, x, cache["layers"] or self.blocks, cache["stores"], self.cfg.depth, **how)
+        return x, {**cache, "stores": stores, "valid": valid, "length": start + new}, states
 
     def _logits(self, x: Array) -> Array:
-        logits = jnp.einsum("btd,dv->btv", x, self._unembedding(), preferred_element_type=jnp.float32)
+        logits = project(x, self._unembedding(), jnp.float32)
         return constrain(logits, "batch", "seq", "vocab")
 
     def head(self) -> Array:
@@ -236,7 +238,8 @@ class LMModule(nnx.Module):
         return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(self.dtype)
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool [B S], length int32 [].
+        """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool [B S], length int32 [], and
+        the layers as decoding reads them (`unstacked`).
 
         Writing past its end is not checked: `length` is known to the running program only.
         """
@@ -244,12 +247,27 @@ class LMModule(nnx.Module):
         shape = (batch, cfg.kv_heads or cfg.heads, length, cfg.head_size)
         zeros = lambda *n: constrain(jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None)
         stores = empty_stores(cfg.depth, lambda *n: (zeros(*n), zeros(*n)))
-        return {"stores": stores, "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32)}
+        return {"stores": stores, "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32),
+                "layers": unstacked(self.blocks, cfg.depth)}  # fmt: skip
 
 
 def context(batch: Batch) -> dict[str, Array]:
     """The arguments of a language model's call that a batch of data holds, beside its tokens."""
     return {name: batch[name] for name in ("segments", "positions") if name in batch}
+
+
+def following(x: Array, fill: int = 0) -> Array:
+    """What comes after each token: x [B T] moved one to the left, `fill` at the end.
+
+    Losses compare logits [B T V] to labels of the same length. To cut the last position off the logits would copy them,
+    and leave a length that no tile divides.
+    """
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+
+
+def targets(batch: Batch) -> tuple[Array, Array]:
+    """(the token after each, int [B T]; whether it is a target, bool [B T], never at the end of a row)."""
+    return following(batch["tokens"]), following(batch["mask"]) > 0
 
 
 def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:

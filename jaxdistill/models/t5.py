@@ -23,12 +23,14 @@ from jaxdistill.models.layers import (
     embedding,
     empty_stores,
     lookup,
+    project,
     remember,
     rms_norm,
     scan_layers,
     scan_stores,
     split_heads,
     stack,
+    unstacked,
 )
 
 
@@ -230,10 +232,9 @@ class T5Module(T5EncoderModule):
             x, _ = block.cross(x, lambda q, h: (attention(q, *memory, mask=source, scale=1.0), None))
             return (block.feed(x), store), None
 
-        stores, memory = (cache["stores"], cache["source_pairs"]) if growing else (((),), ())
-        x, stores, taps = scan_stores(
-            layer, self._embed(tokens), (self.decoder.blocks, memory), stores, self.depth, remat=cfg.remat, taps=features
-        )
+        stores, layers = (cache["stores"], cache["layers"]) if growing else (((),), ())
+        layers = layers or (self.decoder.blocks, cache["source_pairs"] if growing else ())
+        x, stores, taps = scan_stores(layer, self._embed(tokens), layers, stores, self.depth, remat=cfg.remat, taps=features)
         x = self.decoder.norm(x)
         x = x * cfg.dim**-0.5 if cfg.tied else x
         out = x if hidden_only else self._logits(x)
@@ -248,14 +249,15 @@ class T5Module(T5EncoderModule):
         shape = (batch, cfg.heads, length, cfg.head_dim)
         zeros = lambda *n: constrain(jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None)
         seen = jnp.ones(states.shape[:2], bool) if source_mask is None else source_mask.astype(bool)
+        pairs = jax.lax.map(lambda block: block.cross.keys(states), self.decoder.blocks)
         return {
             "stores": empty_stores(self.depth, lambda *n: (zeros(*n), zeros(*n))), "valid": jnp.zeros((batch, length), bool),
             "length": jnp.zeros((), jnp.int32), "source_valid": seen,
-            "source_pairs": jax.lax.map(lambda block: block.cross.keys(states), self.decoder.blocks),
+            "source_pairs": pairs, "layers": unstacked((self.decoder.blocks, pairs), self.depth),
         }  # fmt: skip
 
     def _logits(self, x: Array) -> Array:
-        logits = jnp.einsum("btd,dv->btv", x, self.head(), preferred_element_type=jnp.float32)
+        logits = project(x, self.head(), jnp.float32)
         return constrain(logits, "batch", "seq", "vocab")
 
     def head(self) -> Array:

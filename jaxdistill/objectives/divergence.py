@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdistill.core.types import Array, Refused, lookup
 
@@ -34,12 +33,11 @@ def _kl(log_a: Array, log_b: Array) -> Array:
 
 
 def _mix(weight: float, log_a: Array, log_b: Array) -> Array:
-    """log(weight a + (1 - weight) b); finite where both are 0, so that its gradient is."""
+    """log(weight a + (1 - weight) b), not below that of the smallest normal number, where a and b weigh nothing in any sum."""
     if weight in (0, 1):
         return log_a if weight else log_b
-    neither = jnp.maximum(log_a, log_b) == -jnp.inf
-    log_a, log_b = (jnp.where(neither, 0.0, log) for log in (log_a, log_b))
-    return jnp.logaddexp(log_a + np.log(weight), log_b + np.log1p(-weight))
+    mixed = weight * jnp.exp(log_a) + (1 - weight) * jnp.exp(log_b)
+    return jnp.log(jnp.maximum(mixed, jnp.finfo(mixed.dtype).tiny))
 
 
 def pointwise(summand: Callable) -> Callable:

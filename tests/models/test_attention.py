@@ -47,6 +47,23 @@ def test_blockwise_equals_plain_in_value_and_every_derivative(qkv, kind, block):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # float32 sums of 50 terms of order 1, in another order
 
 
+@pytest.mark.parametrize("kind", masks())
+def test_the_backward_pass_of_plain_attention_keeps_no_scores(qkv, kind):
+    kept = jax.tree.leaves(jax.vjp(functools.partial(plain, **masks()[kind]), *qkv)[1])
+    assert kept and all(x.size < B * H * T * S for x in kept if x.dtype != bool)  # the mask is an argument
+
+
+@pytest.mark.parametrize("heads", [H, G])
+def test_plain_attention_is_the_librarys(qkv, heads):
+    q, k, v = qkv[0][:, :, :heads], *qkv[1:]
+    for how in (*masks().values(), {"bias": draw(1, heads, T, S, seed=6)}):
+        if how.get("mask", jnp.ones((1, 1))).shape[1] not in (1, heads):
+            continue
+        for causal in (False, True):
+            library = jax.nn.dot_product_attention(q, k, v, is_causal=causal, scale=0.3, implementation="xla", **how)
+            np.testing.assert_allclose(plain(q, k, v, causal=causal, scale=0.3, **how), library, rtol=1e-5, atol=1e-5)  # sums of 50 terms
+
+
 def test_blockwise_is_causal():
     q, k, v = draw(1, T, H, K), draw(1, T, H, K, seed=1), draw(1, T, H, K, seed=2)
     np.testing.assert_allclose(blockwise(q, k, v, causal=True, block=16), plain(q, k, v, causal=True), rtol=1e-5, atol=1e-5)

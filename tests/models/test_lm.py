@@ -9,7 +9,7 @@ import pytest
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.types import Refused
 from jaxdistill.models import layers
-from jaxdistill.models.lm import LM, frequencies
+from jaxdistill.models.lm import LM, following, frequencies, targets
 
 CFG = LM(vocab=31, dim=16, mlp=24, heads=4, kv_heads=2, head_dim=6, depth=3, rope_theta=100.0)
 TOL = 1e-5  # float32: 3 layers of sums over at most 31 terms on logits of order 1
@@ -144,6 +144,14 @@ def test_cached_steps_equal_the_full_pass(tied, short, monkeypatch):
     close(jnp.concatenate(out, 1)[seen], run(params, tokens, cfg=cfg, mask=mask)[seen])
     assert int(cache["length"]) == 9
     assert (cache["valid"][:, :9] == mask).all() and not cache["valid"][:, 9:].any()
+
+
+def test_what_follows_and_where_it_is_a_target():
+    batch = {"tokens": jnp.array([[5, 6, 7], [8, 9, 3]]), "mask": jnp.array([[1.0, 0, 1], [0, 1, 1]])}
+    labels, mask = targets(batch)
+    assert labels.tolist() == [[6, 7, 0], [9, 3, 0]]
+    assert mask.tolist() == [[False, True, False], [True, True, False]]
+    assert following(batch["tokens"], -1)[:, -1].tolist() == [-1, -1]
 
 
 def test_features_through_the_cache(lm):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import masked_sum
 from jaxdistill.objectives.features import hidden_mse
 from jaxdistill.surgery.prune import prune
@@ -52,8 +52,8 @@ class PruneThenDistil(KD):
         teacher, wanted = run(net.teacher, self.teacher_layers)
         student, states = run(net.student, self.student_layers)
         out = self.compare(net, teacher, student, ctx.batch)
-        mask = ctx.batch["mask"][:, 1:] > 0
-        hidden = sum(masked_sum(hidden_mse(t, s)[:, :-1], mask)[0] for t, s in zip(wanted, states)) / len(states)
+        _, mask = targets(ctx.batch)
+        hidden = sum(masked_sum(hidden_mse(t, s), mask)[0] for t, s in zip(wanted, states)) / len(states)
         # L = L_logits + alpha L_is, alpha = L_logits / L_is (section 3): both terms weigh the same at every step
         alpha = jax.lax.stop_gradient(out.metrics["divergence"] / jnp.maximum(hidden, 1e-12))
         return out._replace(loss=out.loss + self.hidden_weight * alpha * hidden, metrics={**out.metrics, "hidden": hidden})

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, following, targets
 from jaxdistill.objectives.divergence import masked_sum, sorted_distance
 from jaxdistill.objectives.spans import event_divergence, span_sum
 
@@ -45,26 +45,26 @@ class CrossTokenizerKD(KD):
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         batch = ctx.batch
         theirs = {k.removeprefix("teacher_"): v for k, v in batch.items() if k.startswith("teacher_")}
-        run = lambda call, batch: call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))[:, :-1]
+        run = lambda call, batch: call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))
         head = lambda call: call(method="head") if self.chunk else None
         student = (run(net.student, batch), head(net.student), batch)
         each, where = self.match((run(net.teacher, theirs), head(net.teacher), theirs), student)
         soft, pairs = masked_sum(each, where)
-        hard, count = masked_sum(self.nll(*student), batch["mask"][:, 1:] > 0)
+        hard, count = masked_sum(self.nll(*student), targets(batch)[1])
         loss = (1 - self.hard_weight) * soft + (self.hard_weight * hard if self.hard_weight else 0.0)
         return Out(loss, {"divergence": (soft, pairs), "cross_entropy": hard}, count=count)
 
     def nll(self, out: Array, head: Array | None, batch: Batch) -> Array:
-        """-log of a side's own tokens[:, 1:], [B T-1]."""
-        return self.hard(out, batch["tokens"][:, 1:], head)
+        """-log of the token after each of a side's own, [B T]."""
+        return self.hard(out, following(batch["tokens"]), head)
 
     def match(self, teacher, student) -> tuple[Array, Array]:
-        """(divergence of every pair, whether there is one), [B N], from either side's (outputs [B T-1 ...], head, batch).
+        """(divergence of every pair, whether there is one), [B N], from either side's (outputs [B T ...], head, batch).
 
         Here a pair is a span: f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau)), p and q of the text that it has.
         """
         count = min(teacher[2]["span"].shape[1], student[2]["span"].shape[1])
-        total = lambda side: span_sum(-self.nll(*side), side[2]["span"][:, 1:], count)
+        total = lambda side: span_sum(-self.nll(*side), following(side[2]["span"], -1), count)
         (log_p, theirs), (log_q, ours) = total(teacher), total(student)
         return event_divergence(self.kind, log_p, log_q, temperature=self.temperature, **self.options), theirs & ours
 
@@ -82,8 +82,8 @@ class ULD(CrossTokenizerKD):
             raise Refused(f"method.chunk={self.chunk}: expected 0, for probabilities are sorted over the whole vocabulary")
 
     def at(self, batch: Batch) -> Array:
-        """Which of tokens[:, 1:] are compared, bool [B T-1]."""
-        return batch["mask"][:, 1:] > 0
+        """After which tokens the next is compared, bool [B T]."""
+        return targets(batch)[1]
 
     def match(self, teacher, student) -> tuple[Array, Array]:
         places = [self.at(batch) for _, _, batch in (teacher, student)]
@@ -99,5 +99,5 @@ class SpanULD(ULD):
     """The same where both have read the same text: at the first token of each span."""
 
     def at(self, batch: Batch) -> Array:
-        span = batch["span"]
-        return (span[:, 1:] >= 0) & (span[:, 1:] != span[:, :-1])
+        after = following(batch["span"], -1)
+        return (after >= 0) & (after != batch["span"])

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxdistill.core.types import Array, Batch, Controller, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import masked_sum
 from jaxdistill.objectives.mixture import discrepancy, refresh
 
@@ -70,8 +70,9 @@ class DDK(KD):
     def tally(self, call, batch: Batch) -> Array:
         """(sum of -log q, number of tokens) of each domain's held-out targets, float32 [2 N]."""
         states = call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))
-        each = self.hard(states[:, :-1], batch["tokens"][:, 1:], call(method="head") if self.chunk else None)
-        held = (batch["mask"][:, 1:] > 0) & (batch["heldout"] > 0)[:, None]
+        labels, mask = targets(batch)
+        each = self.hard(states, labels, call(method="head") if self.chunk else None)
+        held = mask & (batch["heldout"] > 0)[:, None]
         mine = lambda i: jnp.stack(masked_sum(each, held & (batch["domain"] == i)[:, None]))
         return jnp.stack([mine(i) for i in range(self.domains)], 1)
 

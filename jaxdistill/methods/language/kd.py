@@ -11,10 +11,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
-from jaxdistill.models.lm import context, same_vocabulary
+from jaxdistill.models.lm import context, same_vocabulary, targets
 from jaxdistill.objectives import divergence
 
 
@@ -56,8 +54,7 @@ class KD(Method):
 
     def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
         """The loss from both networks' logits [B T V], or with `chunk` from their final states [B T D]."""
-        teacher, student = jax.tree.map(lambda x: x[:, :-1], (teacher, student))
-        labels, mask = batch["tokens"][:, 1:], batch["mask"][:, 1:] > 0
+        labels, mask = targets(batch)
         heads = (net.teacher(method="head"), net.student(method="head")) if self.chunk else (None, None)
         soft, _ = divergence.masked_sum(self.soft(teacher, student, *heads), mask)
         hard, count = divergence.masked_sum(self.hard(student, labels, heads[1]), mask)

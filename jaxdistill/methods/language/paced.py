@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Refused, Stage
 from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.models.lm import targets
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.pacing import beta_kernel
 from jaxdistill.objectives.reward import Exact
@@ -79,9 +80,9 @@ class Paced(GKD):
 
     def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
         """(1/B) sum of weight times the response's mean divergence; a batch that no pool has weighted counts evenly."""
-        mask = batch["mask"][:, 1:] > 0
+        _, mask = targets(batch)
         heads = (net.teacher(method="head"), net.student(method="head")) if self.chunk else (None, None)
-        each = sequence_mean(self.soft(teacher[:, :-1], student[:, :-1], *heads), mask)
+        each = sequence_mean(self.soft(teacher, student, *heads), mask)
         weight = jax.lax.stop_gradient(jnp.minimum(batch.get("weight", jnp.ones_like(each)), self.most))
         metrics = {"divergence": jnp.sum(each), "weight": jnp.sum(weight)}
         metrics |= {name: jnp.sum(batch[name]) for name in ("pass_rate", "failed") if name in batch}

@@ -16,7 +16,7 @@ import jax
 
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage, lookup
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import forward_kl, masked_sum
 from jaxdistill.objectives.pooling import POOLS, anchored
 from jaxdistill.surgery.ensemble import gather, split
@@ -74,5 +74,5 @@ class RecursiveMeta(KD):
             meta = anchored(POOLS[self.pool], gamma, self.history)(base, [law(z) for z in students])
         student = run(net.student)
         out = self.compare(net, meta, student, ctx.batch)
-        drift, _ = masked_sum(forward_kl(base, student)[:, :-1], ctx.batch["mask"][:, 1:])
+        drift, _ = masked_sum(forward_kl(base, student), targets(ctx.batch)[1])
         return out._replace(metrics={**out.metrics, "base_kl": drift})

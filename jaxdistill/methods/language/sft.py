@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Ctx, Method, Nets, Out, Turn
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 
@@ -26,8 +26,8 @@ class SFT(Method):
         return (Turn(("student",), self.loss),)
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        labels, mask = ctx.batch["tokens"][:, 1:], ctx.batch["mask"][:, 1:]
-        logits = net.student(ctx.batch["tokens"], **context(ctx.batch))[:, :-1]
+        labels, mask = targets(ctx.batch)
+        logits = net.student(ctx.batch["tokens"], **context(ctx.batch))
         total, count = masked_sum(cross_entropy(logits, labels), mask)
         right, _ = masked_sum((logits.argmax(-1) == labels).astype(jnp.float32), mask)
         return Out(total, {"accuracy": right}, count=count)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 EXPLAIN = "explain_"
@@ -37,8 +37,8 @@ class StepByStep(SFT):
 
     def nll(self, net: Nets, batch: Batch) -> tuple[Array, Array]:
         """(sum of -log q over the target tokens of these documents, their number)."""
-        logits = net.student(batch["tokens"], **context(batch))[:, :-1]
-        return masked_sum(cross_entropy(logits, batch["tokens"][:, 1:]), batch["mask"][:, 1:])
+        labels, mask = targets(batch)
+        return masked_sum(cross_entropy(net.student(batch["tokens"], **context(batch)), labels), mask)
 
 
 def mean(total: Array, count: Array) -> Array:

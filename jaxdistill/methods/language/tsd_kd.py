@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Nets, Out, Refused
 from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.models.lm import targets
 from jaxdistill.objectives.divergence import masked_sum
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncertain, opener
@@ -45,7 +46,7 @@ class TSDKD(GKD):
             raise Refused(f"method.chunk={self.chunk}, candidates={self.candidates}: expected 0 (entropies need whole rows) and at least 1")
 
     def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
-        teacher, student, mask = teacher[:, :-1], student[:, :-1], batch["mask"][:, 1:] > 0
+        _, mask = targets(batch)
         mine, theirs = entropy(student), entropy(teacher)
         opening, uncertain = opener(mine, mask, self.share), most_uncertain(mine, mask, self.share)
 
