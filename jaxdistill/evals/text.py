@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdistill.core.sharding import whole
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
-from jaxdistill.models.lm import context
+from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 from jaxdistill.samplers.text import generate
 
@@ -37,7 +37,7 @@ class TextEval:
 
     def _row(self, trained, role: str, held: dict[str, np.ndarray]) -> dict[str, float]:
         nets, params, data = trained.nets, trained.params, trained.experiment.data
-        has_teacher, targets = "teacher" in params and "teacher_tokens" not in held, held["mask"][:, 1:].sum()
+        has_teacher, number = "teacher" in params and "teacher_tokens" not in held, held["mask"][:, 1:].sum()
         if role == "teacher" and not has_teacher:
             held = {k.removeprefix("teacher_"): v for k, v in held.items() if k.startswith("teacher_")}
 
@@ -54,7 +54,7 @@ class TextEval:
             return sums
 
         held_out = _total(score, params, held, self.batch)
-        row = {"perplexity": perplexity(held_out.pop("nll")[0], targets)}
+        row = {"perplexity": perplexity(held_out.pop("nll")[0], number)}
         row |= {name: total / count for name, (total, count) in held_out.items()}
         if hasattr(nets[role].config, "depth"):  # an exact law has no cache to write with
             own, speed = self.write(trained, role, held)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Method
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.lm import context
 from jaxdistill.objectives.divergence import chunked_cross_entropy, cross_entropy
 from jaxdistill.samplers.text import respond
 
@@ -29,17 +29,17 @@ class Writing(Method):
                        temperature=self.sample_temperature, eos=self.eos, pad=self.pad)  # fmt: skip
 
     def log_probs(self, net: Callable, batch: Batch) -> Array:
-        """log q of the token after each, given those before, [B T], at the temperature of the writing."""
-        out = net(batch["tokens"], hidden_only=self.chunk > 0, **context(batch)) / self.sample_temperature
-        labels, _ = targets(batch)
+        """log q of tokens[:, 1:] given those before, [B T-1], at the temperature of the writing."""
+        out = net(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))[:, :-1] / self.sample_temperature
+        labels = batch["tokens"][:, 1:]
         if self.chunk:
             return -chunked_cross_entropy(out, net(method="head"), labels, chunk=self.chunk)
         return -cross_entropy(out, labels)
 
 
 def written(batch: Batch) -> Array:
-    """After which tokens one of a response comes, bool [B T]."""
-    return targets(batch)[1]
+    """Which of tokens[:, 1:] are a response's, bool [B T-1]."""
+    return batch["mask"][:, 1:] > 0
 
 
 def share(flags: Array, mask: Array) -> tuple[Array, Array]:

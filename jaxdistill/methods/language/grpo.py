@@ -56,7 +56,7 @@ class GRPO(Writing):
         same_vocabulary(self, nets)
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
-        """Groups of responses of the old policy; with them reward, failed, advantage [B] and every role's log-probs [B T]."""
+        """Groups of responses of the old policy; with them reward, failed, advantage [B] and every role's log-probs [B T-1]."""
         batch = self.write(net.old, ctx, "write", self.group)
         score, failed = self.reward(batch)
         scored = {f"log_{role}": self.log_probs(getattr(net, role), batch) for role in ("old", *self.frozen)}
@@ -67,7 +67,7 @@ class GRPO(Writing):
         return {"old": jax.tree.map(lambda new, old: jnp.where(last, new, old), weights["student"], weights["old"])}
 
     def log_ratio(self, log_q: Array, batch: Batch) -> Array:
-        """log of the ratio that is clipped, [B T]."""
+        """log of the ratio that is clipped, [B T-1]."""
         return log_q - batch["log_old"]
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
