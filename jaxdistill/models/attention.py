@@ -64,7 +64,7 @@ def plain(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bo
         seen = [jnp.tri(queries, keys, dtype=bool)] * causal + [mask] * (mask is not None)
         scores = jnp.where(functools.reduce(jnp.logical_and, seen), scores, -1e30) if seen else scores
         weights = jax.nn.softmax(scores).astype(v.dtype).reshape(batch, groups, -1, queries, keys)
-        return jnp.swapaxes(jnp.einsum("bgrts,bgsk->bgrtk", weights, v).reshape(q.shape[0], heads, queries, -1), 1, 2)
+        return jnp.swapaxes(jnp.einsum("bgrts,bgsk->bgrtk", weights, v).reshape(batch, heads, queries, -1), 1, 2)
 
     return jax.checkpoint(attend, prevent_cse=False)(q, k, v, mask, bias)
 
