@@ -19,7 +19,7 @@ ALLOWED = {  # folder -> folders of this package that it may import
     "evals": {"core", "data", "diffusion", "models", "samplers", "objectives", "evals"},
     "interop": {"core", "models", "diffusion", "samplers", "interop"},
 }
-CORE_FOR_METHODS = {"types", "net"}  # no jit, mesh, optimiser or checkpoint
+CORE_FOR_METHODS = {"types", "net", "rows"}  # no jit, mesh, optimiser or checkpoint
 MACHINERY = {"optax", "orbax", "grain", "ml_collections", "torch"}
 
 

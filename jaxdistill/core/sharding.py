@@ -89,7 +89,7 @@ def use(mesh: Mesh, rules: Rules = Rules()):
         _RULES.reset(token)
 
 
-def _devices():
+def mesh_in_use():
     """The mesh that programs built here are split over; None where they are for one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
@@ -100,19 +100,9 @@ def constrain(x, *names):
 
     An axis that does not divide its dimension is left out.
     """
-    if (mesh := _devices()) is None:
+    if (mesh := mesh_in_use()) is None:
         return x
     return jax.lax.with_sharding_constraint(x, _divides(mesh, _RULES.get().spec(names), x.shape))
-
-
-def project(x: Array, kernel: Array, dtype=None) -> Array:
-    """x [... D] times kernel [D V] -> [... V], in `dtype` (None: theirs).
-
-    On one device with all leading axes as one: else XLA's CPU programs copy the whole [... V] gradient, transposed, to make
-    the kernel's. On a mesh two of these may be sharded, which one axis cannot be.
-    """
-    rows = x.reshape(-1, x.shape[-1]) if _devices() is None else x
-    return jnp.matmul(rows, kernel, preferred_element_type=dtype).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):
@@ -121,7 +111,7 @@ def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, ti
 
     `inputs` and `output` are logical names of every dimension. Without a mesh it is `fn` itself.
     """
-    if (mesh := _devices()) is None:
+    if (mesh := mesh_in_use()) is None:
         return fn
     specs = [_RULES.get().spec(names) for names in inputs]
     for names, spec, x in zip(inputs, specs, arrays):

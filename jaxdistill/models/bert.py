@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
@@ -23,7 +24,6 @@ from jaxdistill.models.layers import (
     embedding,
     layer_norm,
     lookup,
-    project,
     scan_layers,
     split_heads,
     stack,

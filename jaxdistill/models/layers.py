@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from jaxdistill.core.net import restore
-from jaxdistill.core.sharding import constrain, project
+from jaxdistill.core.rows import project
+from jaxdistill.core.sharding import constrain, mesh_in_use
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.attention import attention as attention
@@ -130,7 +131,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str = "none", taps: Sequence[int] = ()):
     """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy called `remat`.
 
-    Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored.
+    Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored. Up to SHORT
+    layers on one device that rematerialise nothing are unrolled, which saves writing what each keeps into a common array.
     """
     policy = lookup_name(REMAT, remat, "remat")
     awake = lambda x, layer: body(x, restore(layer))
@@ -138,9 +140,10 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     _check_taps(taps, depth)
     after, ys = {}, []
+    walked = policy is None and depth <= SHORT and mesh_in_use() is None
     for low, high in zip(bounds, bounds[1:]):
         part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
-        x, y = jax.lax.scan(each, x, part)
+        x, y = jax.lax.scan(each, x, part, unroll=high - low if walked else 1)
         after[high - 1] = x
         ys.append(y)
     ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Refused
 from jaxdistill.models.layers import (
@@ -24,7 +25,6 @@ from jaxdistill.models.layers import (
     embedding,
     empty_stores,
     lookup,
-    project,
     remember,
     rms_norm,
     rotate,

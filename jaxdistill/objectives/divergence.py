@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.rows import by_rows, keep, project
 from jaxdistill.core.types import Array, Refused, lookup
 
 
@@ -23,7 +24,9 @@ def _wide(x: Array) -> Array:
 
 
 def _log_softmax(logits: Array) -> Array:
-    return jax.nn.log_softmax(_wide(logits))
+    logits = _wide(logits)
+    shifted = logits - keep(jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
+    return shifted - keep(jnp.log(jnp.sum(jnp.exp(shifted), -1, keepdims=True)))
 
 
 def _kl(log_a: Array, log_b: Array) -> Array:
@@ -120,7 +123,8 @@ def token_divergence(kind: str, teacher: Array, student: Array, *, temperature: 
     """
     if teacher.shape[-1] != student.shape[-1]:
         raise Refused(f"teacher: logits of {teacher.shape[-1]} tokens, expected the student's {student.shape[-1]}")
-    return temperature**2 * lookup(KINDS, kind, "kind")(_wide(teacher) / temperature, _wide(student) / temperature, **params)
+    kind = lookup(KINDS, kind, "kind")
+    return temperature**2 * by_rows(lambda *logits: kind(*(_wide(z) / temperature for z in logits), **params), teacher, student)
 
 
 def sorted_distance(teacher: Array, student: Array, *, temperature: float = 1.0) -> Array:
@@ -223,7 +227,7 @@ def _columns(head: Array, chunk: int) -> tuple[Array, Array]:
 
 
 def _project(hidden: Array, head: Array) -> Array:
-    return jnp.einsum("...d,dv->...v", hidden, head, preferred_element_type=jnp.promote_types(hidden.dtype, jnp.float32))
+    return project(hidden, head, jnp.promote_types(hidden.dtype, jnp.float32))
 
 
 def _log_norm(hidden: Array, real: Array, columns: Array, temperature: float = 1.0) -> Array:
