@@ -8,7 +8,6 @@ import math
 from contextvars import ContextVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
@@ -16,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core.net import is_matrix, is_spec
-from jaxdistill.core.types import Array, Refused, State
+from jaxdistill.core.types import Refused, State
 
 AXES = ("data", "fsdp", "sequence", "tensor")
 

@@ -182,7 +182,8 @@ class Conversations(JsonLines):
     form: str = "type"  # type: a question for each type | all: one for all of them
     source: str = ""  # name of the data set, for the supervised template
 
-    def rows(self, split: str) -> list[tuple[str, list[Pair]]]:
+    def passages(self, split: str) -> list[tuple[str, list[Pair]]]:
+        """(text, (entity, type) pairs) of every row. Raises Refused, naming the row, on a bad one."""
         path = self.existing()
         file = path if path.is_file() else _file(path, split)
         if file is None:
@@ -197,8 +198,8 @@ class Conversations(JsonLines):
 
     def conversations(self, split: str) -> list[list[Pair]]:
         """Every passage's turns, with its negatives and in its order of questions."""
-        rows, rng = self.rows(split), np.random.default_rng([self.seed, 4])
-        counts, out = frequencies(pairs for _, pairs in self.rows("train")), []
+        rows, rng = self.passages(split), np.random.default_rng([self.seed, 4])
+        counts, out = frequencies(pairs for _, pairs in self.passages("train")), []
         for text, pairs in rows:
             answers: dict[str, list[str]] = {}
             for entity, kind in pairs:

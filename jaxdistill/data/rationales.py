@@ -136,7 +136,7 @@ class Rationales(JsonLines):
         bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
         prompt = lambda prefix, row: np.concatenate([bos, encode(prefix + row[0] + self.between)])
         answer = lambda text, room: np.append(encode(text), np.int32(self.codec.eos))[:room] if text.strip() else np.int32([])
-        both = [(prompt(self.predict_prefix, row), prompt(self.explain_prefix, row), row) for row in self.rows(split)]
+        both = [(prompt(self.predict_prefix, row), prompt(self.explain_prefix, row), row) for row in self.told(split)]
         kept = [item for item in both if max(len(item[0]), len(item[1])) <= self.prompt_length]
         if both and not kept:
             raise Refused(f"data.path={self.path}: all {len(both)} prompts are longer than {self.prompt_length} tokens")
@@ -145,7 +145,7 @@ class Rationales(JsonLines):
         explain = make([(e, answer(row[2], self.rationale_length)) for _, e, row in kept], self.rationale_length)
         return {**predict, **{f"explain_{k}": explain[k] for k in ("tokens", "mask", "segments", "positions")}}
 
-    def rows(self, split: str) -> list[tuple[str, str, str]]:
+    def told(self, split: str) -> list[tuple[str, str, str]]:
         """(input, label, rationale) of every row."""
         path, keys = self.existing(), (self.input_key, self.response_key, self.rationale_key)
         if path.is_dir():

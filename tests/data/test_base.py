@@ -1,11 +1,15 @@
 import dataclasses
+import importlib
+import inspect
+import pkgutil
 
 import jax
 import numpy as np
 import pytest
 
+from jaxdistill import data
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import InMemory, Joined, Records, Subset, held_out
+from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out
 from jaxdistill.data.language import Markov
 
 
@@ -130,3 +134,16 @@ def test_examples_are_all_of_a_split_in_order(kind):
 def test_sets_without_end_have_no_examples():
     with pytest.raises(Refused, match="Markov makes samples without end"):
         Markov().examples("train")
+
+
+def test_what_a_data_set_overrides_is_called_as_the_base_calls_it():
+    """A method that happens to have the name of one of `Dataset`'s takes its place, whatever it was meant for."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(data.__path__, "jaxdistill.data.")]
+    made = {c for module in modules for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Dataset)}
+    arguments = lambda f: list(inspect.signature(f).parameters)
+    assert len(made) > 20
+    for kind in made:
+        for name, method in vars(kind).items():
+            for base in (b for b in kind.__mro__[1:] if issubclass(b, Dataset) and inspect.isfunction(vars(b).get(name))):
+                if not name.startswith("__"):
+                    assert arguments(method) == arguments(vars(base)[name]), f"{kind.__name__}.{name} against {base.__name__}'s"

@@ -1,0 +1,63 @@
+"""Real data through the real loaders into training: what is learned from each is more than how often its tokens occur."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxdistill.core import loop
+from jaxdistill.core.build import Role, build, experiment, spec
+from jaxdistill.core.optim import Optimizer
+from jaxdistill.data import ner, rationales
+from jaxdistill.data.tokenizers import ByteTokenizer
+
+pytestmark = pytest.mark.shared_data
+
+
+def lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def shakespeare(shared, folder):
+    return spec("data.text:Text", path=str(shared / "tinyshakespeare" / "input.txt"), length=128, batch_size=16), "sft:SFT"
+
+
+def gsm8k(shared, folder):
+    data = dict(path=str(shared / "gsm8k"), prompt_key="question", response_key="answer", length=512, batch_size=4)
+    return spec("data.text:PackedJson", **data), "sft:SFT"
+
+
+def svamp(shared, folder):
+    """The data's labels, a large model's rationales."""
+    for split, rows in rationales.svamp(shared / "svamp", "gt").items():
+        lines(folder / f"{split}.jsonl", rows)
+    sizes = dict(prompt_length=300, label_length=32, rationale_length=212)
+    return spec("data.rationales:Rationales", path=str(folder), batch_size=4, **sizes), "step_by_step:StepByStep"
+
+
+def wnut17(shared, folder):
+    for split, name in (("train", "emerging.dev.conll"), ("test", "emerging.test.annotated")):
+        rows = [{"text": text, "entities": pairs} for text, pairs in ner.conll(shared / "wnut17" / name) if pairs]
+        lines(folder / f"{split}.jsonl", rows)
+    return spec("data.ner:Conversations", path=str(folder), length=512, batch_size=4), "universalner:UniversalNER"
+
+
+@pytest.mark.parametrize("source", [shakespeare, gsm8k, svamp, wnut17])
+def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_data, tmp_path):
+    """Against the law of the training targets' frequencies, one added to each so that none is zero."""
+    data, method = source(shared_data, tmp_path)
+    network = spec("models.lm:LM", vocab=ByteTokenizer.vocab, dim=64, mlp=128, heads=4, depth=2, max_length=512)
+    config = experiment(
+        steps=40,
+        mesh=spec("core.sharding:MeshShape", fsdp=1),
+        data=data,
+        method=spec(f"methods.language.{method}"),
+        roles=dict(student=Role(model=network, optimizer=Optimizer(lr=3e-3, warmup=5))),
+        evaluation=spec("evals.text:TextEval", samples=32, batch=32),
+    )
+    (row,) = loop.run(config, tmp_path / "run")["models"]
+    loader, targets = build(data), lambda rows: rows["tokens"][rows["mask"] > 0]
+    counts = 1 + np.bincount(targets(loader.arrays("train")), minlength=ByteTokenizer.vocab)
+    nll = -np.log(counts / counts.sum())[targets(loader.evaluation(32))]
+    assert row["perplexity"] < np.exp(nll.mean())
+    print(f"{source.__name__}: {row['perplexity']:.2f} against {np.exp(nll.mean()):.2f}")
