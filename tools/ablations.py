@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdistill.core import loop, report
+from jaxdistill.core.types import Refused
 from launch._command import arguments
 from tools.suites import keep
 
@@ -42,6 +43,8 @@ def toy(path: Path, seed: int, data_seed: int, change: Iterable[str] = ()) -> Co
 def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -> Path:
     """Runs what is missing, writes docs/results/ablations.json and .md; returns the page. Raises Refused."""
     todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
+    if not todo:
+        raise Refused(f"--ablations --only={','.join(toys)}: no ABLATIONS in configs/toy/{next(iter(toys))}.py")
     for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
         path, run_name = toys[name], f"{name}_{seed}_{data_seed}"
         plain, whole = toy(path, seed, data_seed), workdir / run_name

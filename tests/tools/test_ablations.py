@@ -6,6 +6,7 @@ import pytest
 
 from jaxdistill.core import loop
 from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.types import Refused
 from tools import ablations
 from tools.reproduce import TOYS
 
@@ -47,3 +48,8 @@ def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeyp
     assert [(r["seed"], r["value"], r["changed_value"]) for r in rows] == [(0, 0.2, 0.1), (1, 0.2, 0.3)]
     line = page.read_text().strip().splitlines()[-1]
     assert "a shorter path" in line and "0.2, 0.2" in line and "0.1, 0.3" in line and line.endswith("| 1 of 2 |")
+
+
+def test_a_toy_whose_config_names_no_changes_is_refused(tmp_path):
+    with pytest.raises(Refused, match=r"--only=kd: no ABLATIONS in configs/toy/kd.py"):
+        ablations.run({"kd": TOYS["kd"]}, [(0, 0)], tmp_path)
