@@ -1,5 +1,6 @@
 """Every config builds; every recipe's train step, at its true size, lowers for TPU on a 2x2x2 mesh without a weight in memory."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def test_recipe_lowers_for_tpu(name, stand_ins, lowers_for_tpu):
     held = jax.tree.leaves(programs.abstract.params)
     whole = [w for w in held if w.size > 1e6 and w.sharding.is_fully_replicated]
     assert not whole, [w.shape for w in whole]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_data_is_read_in_the_shapes_that_it_states(name, stand_ins):
+    data = dataclasses.replace(Experiment(load(name, stand_ins), Path("unused")).data, batch_size=2)
+    shapes = lambda batch: jax.tree.map(lambda v: (v.shape, v.dtype), batch)
+    assert shapes(next(data.loader())) == shapes(data.spec())
 
 
 def test_bytes_on_a_device_shrink_with_the_mesh(stand_ins):
