@@ -244,16 +244,18 @@ class T5Module(T5EncoderModule):
 
     def init_cache(self, states: Array, length: int, *, source_mask: Array | None = None) -> dict[str, Array]:
         """What `decode` needs to write `length` tokens a row about encoded states [B S D]: keys and values of the source, a
-        pair of [L B S H K], and empty stores of the text [B H length K], valid bool [B length], length int32 []."""
+        pair of [L B S H K] (where layers are walked: one of [B S H K] with each of `layers`), and empty stores of the text
+        [B H length K], valid bool [B length], length int32 []."""
         cfg, batch = self.cfg, states.shape[0]
         shape = (batch, cfg.heads, length, cfg.head_dim)
         zeros = lambda *n: constrain(jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None)
         seen = jnp.ones(states.shape[:2], bool) if source_mask is None else source_mask.astype(bool)
         pairs = jax.lax.map(lambda block: block.cross.keys(states), self.decoder.blocks)
+        layers = unstacked((self.decoder.blocks, pairs), self.depth)
         return {
             "stores": empty_stores(self.depth, lambda *n: (zeros(*n), zeros(*n))), "valid": jnp.zeros((batch, length), bool),
             "length": jnp.zeros((), jnp.int32), "source_valid": seen,
-            "source_pairs": pairs, "layers": unstacked((self.decoder.blocks, pairs), self.depth),
+            "source_pairs": () if layers else pairs, "layers": layers,
         }  # fmt: skip
 
     def _logits(self, x: Array) -> Array:
