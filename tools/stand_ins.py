@@ -36,6 +36,12 @@ def write(folder: Path) -> dict[str, Path]:
         (folder / "domains" / domain / "test.jsonl").write_text((folder / "train.jsonl").read_text())
     told = {"input": "1 + 1", "label": "2", "rationale": "one and one"}
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
+    (folder / "svamp").mkdir()
+    cot = json.dumps(["One and one. The answer is (1 + 1)."] * 20)
+    for split, files in (("train", ("palm_train_CoT_0", "palm_train_CoT_1")), ("test", ("palm_test_CoT_0",))):
+        (folder / f"svamp/svamp_{split}.json").write_text(f"{json.dumps(told)}\n" * (20 * len(files)))
+        for file in files:
+            (folder / f"svamp/{file}.json").write_text(cot)
     named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
     (folder / "named.jsonl").write_text("".join(json.dumps(named) + "\n" for _ in range(40)))
     png = io.BytesIO()
@@ -46,6 +52,7 @@ def write(folder: Path) -> dict[str, Path]:
     lines = folder / "train.jsonl"
     return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.arrayrecord:GroupedRecords": folder / "captioned",
             "data.domains:Folders": folder / "domains", "data.rationales:Rationales": folder / "told.jsonl",
+            "data.rationales:SVAMP": folder / "svamp",
             "data.ner:Conversations": folder / "named.jsonl", "data.images:ParquetImages": folder / "pictures",
             "data.text:PackedJson": lines, "data.text:PaddedJson": lines, "data.two_tokenizers:AlignedJson": lines,
             "data.text:Text": folder / "text.txt"}  # fmt: skip

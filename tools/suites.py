@@ -77,6 +77,19 @@ divergence from the teacher on them in both directions, share of sums that are r
 have a learning rate of 3e-4 where the others have 1e-3. Seconds are those of steps: answers that `sequence_kd` and `paced` let
 the networks write beforehand are not counted.""",
     ),
+    "svamp": Suite(
+        title="Reasons of a large model on arithmetic word problems",
+        config="configs/lm/svamp_suite.py",
+        shared={},
+        metrics=("perplexity", "accuracy"),
+        chart="perplexity",
+        clock="step_by_step",
+        about="""SVAMP and the rationales of PaLM 540B, in bytes; a Llama of 0.14 M weights from nothing, 8 problems a step, 400 steps.
+Held-out perplexity of the data's equations, and the share of problems where the equation that the student writes has the
+right value (accuracy). `labels` and `step_by_step` learn the data's equations, `palm_labels` and `palm_step_by_step` the
+teacher's: three quarters are right, and all are written in another way, so that their perplexity on the data's says nothing.
+The file is `--config.data.path`.""",
+    ),
     "text": Suite(
         title="Distillation methods on tiny Shakespeare",
         config="configs/lm/text_suite.py",
@@ -202,7 +215,9 @@ def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
         parts += _tables(f"Equal seconds, those of `{suite.clock}`", suite, teachers, timed, most)
     head = (f"at {most} NFE" if most > 1 else "run", *suite.metrics, "seeds")
     shared = {run: [r for r in found if r["method"] == run] for run in suite.shared}
-    parts += ["## What all share", markdown_table(head, [[*_scores(n, _at(rs, most), suite), str(len(rs))] for n, rs in shared.items()])]
+    if shared:
+        table = [[*_scores(name, _at(runs, most), suite), str(len(runs))] for name, runs in shared.items()]
+        parts += ["## What all share", markdown_table(head, table)]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return out.with_suffix(".md")
 

@@ -132,11 +132,9 @@ class Rationales(JsonLines):
     rationale_length: int = 256
 
     def arrays(self, split):
-        encode = lambda text: self.codec.encode(text)
-        bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
-        prompt = lambda prefix, row: np.concatenate([bos, encode(prefix + row[0] + self.between)])
-        answer = lambda text, room: np.append(encode(text), np.int32(self.codec.eos))[:room] if text.strip() else np.int32([])
-        both = [(prompt(self.predict_prefix, row), prompt(self.explain_prefix, row), row) for row in self.told(split)]
+        answer = lambda text, room: np.append(self.codec.encode(text), np.int32(self.codec.eos))[:room] if text.strip() else np.int32([])
+        prefixes = (self.predict_prefix, self.explain_prefix)
+        both = [(*(self.prompt(prefix, row[0]) for prefix in prefixes), row) for row in self.told(split)]
         kept = [item for item in both if max(len(item[0]), len(item[1])) <= self.prompt_length]
         if both and not kept:
             raise Refused(f"data.path={self.path}: all {len(both)} prompts are longer than {self.prompt_length} tokens")
@@ -144,6 +142,11 @@ class Rationales(JsonLines):
         predict = make([(p, answer(row[1], self.label_length)) for p, _, row in kept], self.label_length)
         explain = make([(e, answer(row[2], self.rationale_length)) for _, e, row in kept], self.rationale_length)
         return {**predict, **{f"explain_{k}": explain[k] for k in ("tokens", "mask", "segments", "positions")}}
+
+    def prompt(self, prefix: str, text: str) -> np.ndarray:
+        """Token ids int32 [n] of an input as one of the two tasks."""
+        bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
+        return np.concatenate([bos, self.codec.encode(prefix + text + self.between)])
 
     def told(self, split: str) -> list[tuple[str, str, str]]:
         """(input, label, rationale) of every row."""
@@ -154,6 +157,29 @@ class Rationales(JsonLines):
             return [tuple(_field(item, key, where) for key in keys) for where, item in _objects(file)]
         rows = [tuple(_field(item, key, where) for key in keys) for where, item in _objects(path)]
         return [rows[i] for i in held_out(len(rows), self.heldout, split)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SVAMP(Rationales):
+    """Arithmetic word problems (arXiv:2103.07191), their equations, and the reasons that PaLM 540B gave (see `svamp`): `path` is
+    the folder of the released files. No prompt is longer than 344 bytes, no equation than 32."""
+
+    labels: str = "gt"  # what the student learns to answer: "gt", the data's equations | "llm", those of the teacher
+    prompt_length: int = 344
+    label_length: int = 32
+
+    def told(self, split):
+        return [(row["input"], row["label"], row["rationale"]) for row in svamp(self.existing(), self.labels)[split]]
+
+    def correct(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether what is written after each test problem, int [n, prompt_length + label_length], has the value of the data's
+        equation: bool [n]."""
+        codec, (end,) = self.codec, self.eos
+        wanted = {self.prompt(self.predict_prefix, problem).tobytes(): label for problem, label, _ in self.told("test")}
+        prompts, answers = np.split(np.asarray(tokens, np.int32), [self.prompt_length], axis=1)
+        labels = [wanted[p[p != codec.pad].tobytes()] for p in prompts]
+        written = [codec.decode(a[: np.argmax(a == end)] if end in a else a) for a in answers]
+        return np.array([same_value(a, label) for a, label in zip(written, labels)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,15 @@ class JsonLines(InMemory):
     def codec(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)
 
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """The token that ends a response."""
+        return (self.codec.eos,)
+
+    @property
+    def pad(self) -> int:
+        return self.codec.pad
+
     def samples(self, split: str) -> list[tuple[str, str]]:
         """(prompt, response) of every sample. Raises Refused, naming file and line, on a bad one."""
         path = self.existing()

@@ -6,6 +6,7 @@ import pytest
 from jaxdistill.core.types import Refused
 from jaxdistill.data.rationales import (
     NOTHING,
+    SVAMP,
     Rationales,
     Sums,
     Told,
@@ -126,3 +127,22 @@ def test_gsm8k_answers_split_at_their_marker(shared_data, tmp_path):
     data = Rationales(path=write(tmp_path / "gsm.jsonl", rows), prompt_length=700, label_length=16, rationale_length=900, heldout=0.2)
     arrays = data.arrays("train")
     assert len(arrays["tokens"]) == 40 and (arrays["explain_mask"].sum(1) > arrays["mask"].sum(1)).all()
+
+
+def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check_stream):
+    """Nothing is left out; answers count by their value, whichever way they are written, and problems by what is asked."""
+    gold, told = (SVAMP(path=str(shared_data / "svamp"), labels=labels, batch_size=16) for labels in ("gt", "llm"))
+    assert len(gold.arrays("train")["tokens"]) == len(told.arrays("train")["tokens"]) == 787
+    held = gold.evaluation(1000)
+    assert held["tokens"].shape == (198, 344 + 32) and gold.correct(held["tokens"]).all() and told.correct(held["tokens"]).all()
+    other = held["tokens"].copy()
+    other[:, 344:] = np.roll(other[:, 344:], 1, 0)
+    right = gold.correct(other)
+    rows = {row[0]: row[1] for row in gold.told("test")}
+    problems = [gold.codec.decode(row[:344]).removeprefix("predict: ") for row in held["tokens"]]
+    values = [arithmetic(rows[problem]) for problem in problems]
+    assert right.tolist() == [abs(a - b) <= 1e-6 * max(1, abs(b)) for a, b in zip(np.roll(values, 1), values)] and right.mean() < 0.2
+    junk = held["tokens"].copy()
+    junk[:, 344:] = gold.codec.pad
+    assert not gold.correct(junk).any()
+    check_stream(gold)

@@ -8,7 +8,7 @@ import pytest
 from jaxdistill.core import loop
 from jaxdistill.core.build import Role, build, experiment, spec
 from jaxdistill.core.optim import Optimizer
-from jaxdistill.data import ner, rationales
+from jaxdistill.data import ner
 from jaxdistill.data.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.shared_data
@@ -28,11 +28,8 @@ def gsm8k(shared, folder):
 
 
 def svamp(shared, folder):
-    """The data's labels, a large model's rationales."""
-    for split, rows in rationales.svamp(shared / "svamp", "gt").items():
-        lines(folder / f"{split}.jsonl", rows)
-    sizes = dict(prompt_length=300, label_length=32, rationale_length=212)
-    return spec("data.rationales:Rationales", path=str(folder), batch_size=4, **sizes), "step_by_step:StepByStep"
+    sizes = dict(prompt_length=344, label_length=32, rationale_length=136)
+    return spec("data.rationales:SVAMP", path=str(shared / "svamp"), batch_size=4, **sizes), "step_by_step:StepByStep"
 
 
 def wnut17(shared, folder):
