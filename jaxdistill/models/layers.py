@@ -131,8 +131,9 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
 def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str = "none", taps: Sequence[int] = ()):
     """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy called `remat`.
 
-    Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored. Up to SHORT
-    layers on one device that rematerialise nothing are unrolled, which saves writing what each keeps into a common array.
+    Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan, nothing else is stored. A short
+    stack on one device is unrolled where it rematerialises nothing and the sequences of x [B T ..] are short: that saves writing
+    what each layer keeps into a common array, but XLA keeps the scores of attention then.
     """
     policy = lookup_name(REMAT, remat, "remat")
     awake = lambda x, layer: body(x, restore(layer))
@@ -140,7 +141,8 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     _check_taps(taps, depth)
     after, ys = {}, []
-    walked = policy is None and depth <= SHORT and mesh_in_use() is None
+    rows, tokens = (*jax.tree.leaves(x)[0].shape, 1)[:2]
+    walked = policy is None and depth <= SHORT and rows * tokens**2 <= SCORES and mesh_in_use() is None
     for low, high in zip(bounds, bounds[1:]):
         part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
         x, y = jax.lax.scan(each, x, part, unroll=high - low if walked else 1)
@@ -156,6 +158,7 @@ def _check_taps(taps: Sequence[int], depth: int) -> None:
 
 
 SHORT = 8  # layers: up to so many have a store each, since a scan copies a layer's part out of a common one
+SCORES = 2**19  # of a head, over the batch: 2 MiB in float32
 
 
 def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:

@@ -1,0 +1,58 @@
+"""Stacks of layers: scanned or unrolled they are the same function, and what long sequences hold does not grow by their scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.core import sharding
+from jaxdistill.core.net import make_net
+from jaxdistill.core.sharding import MeshShape
+from jaxdistill.models import layers
+from jaxdistill.models.lm import LM
+
+
+def network(depth: int, **more):
+    config = LM(vocab=29, dim=32, mlp=48, heads=4, depth=depth, **more)
+    return make_net(config, config=config)
+
+
+def traced(net, tokens, shape=MeshShape(fsdp=1)):
+    """Gradient of a sum over logits and the states after layers 0 and 2, for one device or several."""
+
+    def total(params, tokens):
+        logits, states = net.apply(params, tokens, features=(0, 2))
+        return jnp.mean(logits**2) + sum(jnp.mean(s) for s in states)
+
+    with sharding.use(sharding.make_mesh(shape)):
+        return jax.jit(jax.grad(total)).trace(net.shapes, tokens)
+
+
+def unrolled(traced) -> bool:
+    """Whether layers 1 and 2, which stand between the taps, are."""
+    return "unroll=2" in str(traced.jaxpr)
+
+
+def test_short_stacks_are_unrolled_on_one_device_and_nothing_changes(monkeypatch):
+    net, tokens = network(4), jax.random.randint(jax.random.key(0), (4, 8), 0, 29)
+    one, several = traced(net, tokens), traced(net, tokens, MeshShape(fsdp=2))
+    assert unrolled(one) and not unrolled(several)
+    monkeypatch.setattr(layers, "SCORES", 0)
+    scanned = traced(net, tokens)
+    assert not unrolled(scanned)
+    params = net.init(jax.random.key(1))
+    run = lambda traced: traced.lower().compile()(params, tokens)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # float32 sums of up to 32 x 29 terms in another order
+    jax.tree.map(close, run(one), run(scanned))
+
+
+def test_what_rematerialises_is_never_unrolled():
+    assert not unrolled(traced(network(4, remat="full"), jnp.zeros((4, 8), jnp.int32)))
+
+
+@pytest.mark.parametrize("tokens", [1024])
+def test_layers_of_long_sequences_keep_no_scores(tokens):
+    scores = 2 * 4 * tokens**2 * 4  # bytes of a layer's, [B H T T]
+    taken = lambda depth: traced(network(depth), jnp.zeros((2, tokens), jnp.int32)).lower().compile().memory_analysis()
+    held = [taken(depth).temp_size_in_bytes for depth in (3, 7)]
+    assert held[1] - held[0] < 4 * scores / 2
