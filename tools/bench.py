@@ -12,7 +12,7 @@ With --trace the engine's last round is written for TensorBoard's profiler.
 share of the chip's peak that they are (model-flops utilisation; core/chips.py), and bytes at the peak, as the compiler plans
 them and as the device counts them. JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
 
-`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one: the bytes that value and gradient take
+`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits at once: the bytes that value and gradient take
 beside arguments and results, and how far they differ. --trl times GKD's steps, on- and off-policy, against TRL's (bench_trl.py).
 """
 
@@ -207,7 +207,7 @@ def divergences(vocab: int = 152_064, dim: int = 64, tokens: int = 512, chunk: i
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     teacher, student = ((draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2))
     sides = {
-        "plain": lambda t, s: divergence.token_divergence(kind, t[0] @ t[1], s[0] @ s[1]),
+        "plain": lambda t, s: divergence.KINDS[kind](t[0] @ t[1], s[0] @ s[1]),  # `token_divergence` takes rows by and by on a CPU
         "chunked": lambda t, s: divergence.chunked_divergence(kind, *t, *s, chunk=chunk),
     }
     row, found = {"case": "divergence", "vocab": vocab, "tokens": tokens}, {}
