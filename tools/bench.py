@@ -12,8 +12,9 @@ With --trace the engine's last round is written for TensorBoard's profiler.
 share of the chip's peak that they are (model-flops utilisation; core/chips.py), and bytes at the peak, as the compiler plans
 them and as the device counts them. JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
 
-`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits at once: the bytes that value and gradient take
-beside arguments and results, and how far they differ. --trl times GKD's steps, on- and off-policy, against TRL's (bench_trl.py).
+`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits at once: the bytes that value
+and gradient take beside arguments and results, and how far they differ. --trl times GKD's steps, on- and off-policy, against
+TRL's (bench_trl.py).
 """
 
 import os
