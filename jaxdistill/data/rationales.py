@@ -7,7 +7,6 @@ explain_prefix + input -> rationale (step-by-step distillation, arXiv:2305.02301
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,14 +93,14 @@ def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, st
     """SVAMP with the released PaLM rationales: split -> records of input, label, rationale, and gold the data's own equation.
 
     `labels`: "gt", gold ones, or "llm", the teacher's; test labels are always gold. Rows whose rationale cannot be parsed
-    are left out. Raises Refused where files do not belong together.
+    are left out. Raises Refused where a file is missing, or where they do not belong together.
     """
     folder = Path(folder)
     sources = {"train": ("palm_train_CoT_0.json", "palm_train_CoT_1.json"), "test": ("palm_test_CoT_0.json",)}
     out = {}
     for split, files in sources.items():
         rows = [row for _, row in _objects(folder / f"svamp_{split}.json")]
-        texts = [text for file in files for text in json.loads((folder / file).read_text())]
+        texts = [text for file in files for _, text in _objects(folder / file)]
         if len(rows) != len(texts):
             raise Refused(f"{folder}: {len(texts)} rationales for {len(rows)} rows of {split}")
         told = [parse_equation(text) for text in texts]

@@ -190,6 +190,8 @@ def _file(folder: Path, split: str) -> Path | None:
 def _read_text(file: Path) -> str:
     if file.is_dir():
         raise Refused(f"data.path={file}: a folder, expected a text file")
+    if not file.exists():
+        raise Refused(f"data.path={file.parent}: no {file.name}")
     try:
         return file.read_bytes().decode()
     except UnicodeDecodeError as error:

@@ -146,3 +146,13 @@ def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check
     junk[:, 344:] = gold.codec.pad
     assert not gold.correct(junk).any()
     check_stream(gold)
+
+
+def test_a_folder_without_the_released_files_is_refused(tmp_path):
+    with pytest.raises(Refused, match=rf"data.path={tmp_path}: no svamp_train.json"):
+        SVAMP(path=str(tmp_path)).spec()
+    (tmp_path / "svamp_train.json").write_text('{"input": "1 + 1", "label": "2"}\n')
+    for name in ("palm_train_CoT_0.json", "palm_train_CoT_1.json"):
+        (tmp_path / name).write_text('["One and one. The answer is (1 + 1)."]')
+    with pytest.raises(Refused, match="2 rationales for 1 rows of train"):
+        SVAMP(path=str(tmp_path)).spec()
