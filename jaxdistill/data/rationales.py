@@ -133,7 +133,7 @@ class Rationales(JsonLines):
     def arrays(self, split):
         answer = lambda text, room: np.append(self.codec.encode(text), np.int32(self.codec.eos))[:room] if text.strip() else np.int32([])
         prefixes = (self.predict_prefix, self.explain_prefix)
-        both = [(*(self.prompt(prefix, row[0]) for prefix in prefixes), row) for row in self.told(split)]
+        both = [(*(self.asked(prefix + row[0]) for prefix in prefixes), row) for row in self.told(split)]
         kept = [item for item in both if max(len(item[0]), len(item[1])) <= self.prompt_length]
         if both and not kept:
             raise Refused(f"data.path={self.path}: all {len(both)} prompts are longer than {self.prompt_length} tokens")
@@ -141,11 +141,6 @@ class Rationales(JsonLines):
         predict = make([(p, answer(row[1], self.label_length)) for p, _, row in kept], self.label_length)
         explain = make([(e, answer(row[2], self.rationale_length)) for _, e, row in kept], self.rationale_length)
         return {**predict, **{f"explain_{k}": explain[k] for k in ("tokens", "mask", "segments", "positions")}}
-
-    def prompt(self, prefix: str, text: str) -> np.ndarray:
-        """Token ids int32 [n] of an input as one of the two tasks."""
-        bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
-        return np.concatenate([bos, self.codec.encode(prefix + text + self.between)])
 
     def told(self, split: str) -> list[tuple[str, str, str]]:
         """(input, label, rationale) of every row."""
@@ -174,7 +169,7 @@ class SVAMP(Rationales):
         """Whether what is written after each test problem, int [n, prompt_length + label_length], has the value of the data's
         equation: bool [n]."""
         codec, (end,) = self.codec, self.eos
-        wanted = {self.prompt(self.predict_prefix, problem).tobytes(): label for problem, label, _ in self.told("test")}
+        wanted = {self.asked(self.predict_prefix + problem).tobytes(): label for problem, label, _ in self.told("test")}
         prompts, answers = np.split(np.asarray(tokens, np.int32), [self.prompt_length], axis=1)
         labels = [wanted[p[p != codec.pad].tobytes()] for p in prompts]
         written = [codec.decode(a[: np.argmax(a == end)] if end in a else a) for a in answers]

@@ -93,13 +93,17 @@ class JsonLines(InMemory):
         samples = [pair(*found) for found in _objects(test if test and split == "test" else train)]
         return samples if test else [samples[i] for i in held_out(len(samples), self.heldout, split)]
 
+    def asked(self, question: str) -> np.ndarray:
+        """Token ids int32 [n] of all that comes before the response."""
+        bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
+        return np.concatenate([bos, self.codec.encode(question + self.between)])
+
     def documents(self, split: str, prompt_room: int, response_room: int, room: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(prompt, response) as token ids, each and both together no longer than their rooms."""
         codec, kept, cut = self.codec, [], 0
-        bos = np.int32([] if codec.bos is None else [codec.bos])
         samples = self.samples(split)
         for question, answer in samples:
-            prompt = np.concatenate([bos, codec.encode(question + self.between)])
+            prompt = self.asked(question)
             response = np.append(codec.encode(answer), np.int32(codec.eos))
             if len(prompt) <= prompt_room:
                 most = min(response_room, room - len(prompt))
