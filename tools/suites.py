@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import os
@@ -273,19 +274,17 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
-    for method in dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared):
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    marks = zip(itertools.cycle("osD^vP*X"), itertools.cycle(pyplot.get_cmap("tab10").colors))  # 40 pairs before one comes again
+    for method, (marker, color) in zip(dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared), marks):
         mine = [r for r in found if r["method"] == method]
         points = [(r["update_seconds"], next(m[suite.chart] for m in r["models"] if m["name"] == "student")) for r in mine]
-        axis.scatter(*zip(*points), s=30)
-        axis.annotate(method, points[0], textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axis.margins(x=0.15)  # room for the names
+        axis.scatter(*zip(*points), s=36, marker=marker, color=color, label=method)
     steps = len({m["nfe"] for r in found for m in r["models"]}) > 1
     teacher = [max(r["models"], key=lambda m: m["nfe"])[suite.chart] for r in found if r["method"] == "teacher"]
     if teacher:
         axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label="teacher at its most steps" if steps else "teacher")
-        axis.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     name = f"{suite.chart} at the fewest NFE" if steps else suite.chart
     axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=name)
     figure.savefig(file, dpi=110)

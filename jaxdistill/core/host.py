@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from jaxdistill.core.types import Refused
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt(3)
 
@@ -23,3 +30,17 @@ def keep_freed_memory() -> bool:
         return False
     wanted = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
     return all(mallopt(option, value) for option, value in wanted.items())
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds `folder`, until its end or the process's, with a lock on `folder/.lock`. Raises Refused where it is held already."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise Refused(f"{folder}: another process is at work there; wait for it, or give another --workdir") from error
+    try:
+        yield
+    finally:
+        lock.release()

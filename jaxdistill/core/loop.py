@@ -22,6 +22,7 @@ from jaxdistill.core import chips, flops, metrics, report, sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.host import alone
 from jaxdistill.core.net import Net
 from jaxdistill.core.step import bind, frozen_weights, init_state, make_train_step
 from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
@@ -53,8 +54,8 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
 
     The runs in `config.runs` come first, in `workdir/<name>`; one that is the same as another becomes a link to it. `known`
     has the folders of finished runs that may be linked to, by `identity` of their configs; what this run finishes joins them.
-    Raises Refused on bad input, metrics.NonFinite where a loss stops being a number, Stopped after SIGTERM or Ctrl-C; in all
-    cases the last good checkpoint stays.
+    Raises Refused on bad input and where another process runs in `workdir`, metrics.NonFinite where a loss stops being a
+    number, Stopped after SIGTERM or Ctrl-C; in all cases the last good checkpoint stays.
     """
     workdir, known = Path(workdir), {} if known is None else known
     experiment = Experiment(config, workdir)
@@ -70,12 +71,13 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     if (workdir / "report.json").exists():
         known.update(_finished(experiment) | known)
         return report.read(workdir)
-    before = metrics.read(workdir / "metrics.jsonl")[-1:]
-    started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
-    reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
-    with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
-        trained = _as_given(_train(experiment, stop, progress))
-        result = report.write(trained, reports, seconds=time.time() - started)
+    with alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        before = metrics.read(workdir / "metrics.jsonl")[-1:]
+        started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
+        reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
+        with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
+            trained = _as_given(_train(experiment, stop, progress))
+            result = report.write(trained, reports, seconds=time.time() - started)
     known[own] = workdir
     return result
 

@@ -17,6 +17,7 @@ import pytest
 
 from jaxdistill.core import loop, metrics
 from jaxdistill.core.checkpoint import load_params
+from jaxdistill.core.host import alone
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import Refused
 
@@ -91,6 +92,16 @@ def test_a_run_of_another_config_is_refused(finished):
     with pytest.raises(Refused, match=r"method.critic_steps is 2 there, 7 here"):
         loop.run(changed, finished[0], progress=False)
     assert (finished[0] / "config.json").read_text() == before
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with alone(workdir), pytest.raises(Refused, match="another process is at work there"):
+        loop.run(get_config(), workdir, progress=False)
+    assert not (workdir / "metrics.jsonl").exists() and not (workdir / "checkpoints").exists()
+    with alone(workdir):  # and it is free again
+        pass
 
 
 def start(workdir, steps=30):
