@@ -10,11 +10,12 @@ import pytest
 
 from jaxdistill.core import build, loop, plan, sharding
 from jaxdistill.core.experiment import Experiment
+from tools import recipes
 from tools.stand_ins import load, write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py"))
-RECIPES = [n for n in NAMES if n.startswith("recipes.")]
+RECIPES = [f"recipes.{name}" for name in recipes.RECIPES]
 
 
 @pytest.fixture(scope="module")

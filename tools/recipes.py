@@ -28,7 +28,9 @@ from launch._command import arguments, main
 from tools import stand_ins
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {p.stem: p for p in sorted((ROOT / "configs/recipes").glob("[!_]*.py"))}
+VARIANTS = ("flash_dmd:rl",)  # of methods of their own
+RECIPES = {name: ROOT / "configs/recipes" / f"{name.partition(':')[0]}.py" for name in sorted(
+           [*(p.stem for p in (ROOT / "configs/recipes").glob("[!_]*.py")), *VARIANTS])}  # fmt: skip
 USUAL = "v5p:2x2x4"
 SLICES = {"ddk": "v5p:2x2x2", "grpo": "v5p:2x4x4", "phased_dmd": "v5p:2x4x4"}  # where batch, caches or weights ask for another
 TENSOR = {"grpo": 2, "sequence_kd": 4}  # ways that weights and caches are split over beside fsdp
@@ -95,7 +97,7 @@ def page(kept: dict[str, dict]) -> str:
         largest = max(plan["patterns"], key=lambda p: p["peak"])
         state = {role: sum(parts.values()) for role, parts in plan["by_role"].items()}
         rows.append([
-            f"[`{name}`](../../configs/recipes/{name}.py)", plan["topology"], str(plan["batch_size"]),
+            f"[`{name}`](../../configs/recipes/{RECIPES[name].name})", plan["topology"], str(plan["batch_size"]),
             f"{gib(plan['peak'])} of {plan['hbm'] / 2**30:.0f}", ", ".join(f"{r} {gib(n)}" for r, n in state.items() if n),
             gib(largest["temporaries"]), f"{largest['model_flops']:.3g}",
             " / ".join(f"{largest[k]:.2g}" for k in ("compute", "memory", "network")), f"{100 * largest['utilisation']:.0f} %",

@@ -66,9 +66,13 @@ def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:
 
 
 def load(name: str, files: dict[str, Path]) -> ConfigDict:
-    """configs/<name> (dotted) without its data: a module's RECORD says what a sample holds where it is too large to be written."""
+    """configs/<name>, as in recipes.dmd2 or recipes.dmd2:variant, without its data.
+
+    A module's RECORD says what a sample holds where it is too large to be written.
+    """
+    name, _, variant = name.partition(":")
     module = importlib.import_module(f"configs.{name}")
-    config = module.get_config()
+    config = module.get_config(variant) if variant else module.get_config()
     if not hasattr(module, "RECORD"):
         return at_hand(config, files)
     with config.unlocked():
