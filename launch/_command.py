@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -108,6 +109,8 @@ def load_config(name: str) -> ConfigDict:
         raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise Refused(f"--config={path}: defines no get_config()")
+    if variant and not inspect.signature(module.get_config).parameters:
+        raise Refused(f"--config={name}: {path} has no variants, expected --config={path}")
     try:
         return module.get_config(variant) if variant else module.get_config()
     except Refused as error:

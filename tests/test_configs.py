@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from jaxdistill.core import build, loop, plan, sharding
 from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.types import Refused
 from tools import recipes
 from tools.stand_ins import load, write
 
@@ -35,6 +37,14 @@ def test_states_what_it_is(name):
     build.build(config.method)
     if config.evaluation:
         build.build(config.evaluation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_variant_is_refused(name):
+    made = importlib.import_module(f"configs.{name}").get_config
+    if inspect.signature(made).parameters:  # of the others the command says that they have none
+        with pytest.raises(Refused, match="no such"):
+            made("no such")
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -13,6 +13,7 @@ would have to prevent. What the theory says is tested where it is exact, on the 
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.types import lookup
 
 ROUND = 400
 STUDENT = Role(model=spec("models.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3))
@@ -33,8 +34,8 @@ def distil(method: str = "SelfDistillation", rounds: int = 5, runs=None, heldout
 
 def get_config(variant=""):
     """`variant`: estimated, alpha from held-out samples; pure, no labels after the first round."""
-    if variant == "estimated":
+    alpha = lookup({"": 0.3, "estimated": None, "pure": 0.0}, variant, "variant")
+    if alpha is None:
         return distil("EstimatedAlpha", 3, heldout=0.2, stages=5)
     claim = dict(metric="brier", model="student", baseline="baseline", better="lower", ratio=0.97)
-    alpha = 0.0 if variant == "pure" else 0.3
     return distil(alpha=alpha, runs=dict(baseline=distil(rounds=1)), claim=claim)

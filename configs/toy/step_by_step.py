@@ -13,6 +13,7 @@ against .234, with 3,200 (labels not yet learned in 1,500 steps) .076 against .5
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.types import lookup
 
 
 def train(method, runs=None, joined=False, **rest):
@@ -34,7 +35,7 @@ def train(method, runs=None, joined=False, **rest):
 
 def get_config(variant=""):
     """`variant`: joined, one document with the reasons before the answer, whose answers take four tokens."""
-    if variant == "joined":
+    if lookup({"": False, "joined": True}, variant, "variant"):
         return train(spec("methods.language.sft:SFT"), joined=True)
     return train(
         spec("methods.language.step_by_step:StepByStep"),

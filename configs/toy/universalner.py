@@ -9,6 +9,7 @@ were asked for too, drawn by frequency, than after the same steps without (`base
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.types import lookup
 
 
 def train(negatives: str, runs=None, **rest):
@@ -28,10 +29,10 @@ def train(negatives: str, runs=None, **rest):
     )
 
 
-def get_config(variant="frequency"):
-    """`variant`: frequency or uniform, the law of the absent types that are asked for."""
+def get_config(variant=""):
+    """`variant`: frequency (the default) or uniform, the law of the absent types that are asked for."""
     return train(
-        variant or "frequency",
+        lookup({"": "frequency", "frequency": "frequency", "uniform": "uniform"}, variant, "variant"),
         dict(baseline=train("none")),
         claim=dict(metric="f1", model="student", baseline="baseline", better="higher", ratio=1.2),
     )
