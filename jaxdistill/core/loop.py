@@ -67,11 +67,13 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process of this run was first
             workdir.symlink_to(os.path.relpath(known[own], workdir.parent))
-    _claim_folder(config, workdir)
+    _check_folder(config, workdir)
     if (workdir / "report.json").exists():
         known.update(_finished(experiment) | known)
         return report.read(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
     with alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        write_json(workdir / "config.json", json.loads(config.to_json()))
         before = metrics.read(workdir / "metrics.jsonl")[-1:]
         started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
         reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
@@ -126,20 +128,19 @@ def _check(experiment: Experiment) -> None:
         experiment.roles[role].optimizer.make(1)
 
 
-def _claim_folder(config: ConfigDict, workdir: Path) -> None:
-    """Makes the run folder this config's. Raises Refused where another config has been run there."""
-    path, resolved = workdir / "config.json", json.loads(config.to_json())
+def _check_folder(config: ConfigDict, workdir: Path) -> None:
+    """Raises Refused where another config has been run in the folder, or it is none."""
+    path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise Refused(f"--workdir={workdir}: is a file")
     if path.exists():
-        before, now = (_flat(c) for c in (json.loads(path.read_text()), resolved))
+        before, now = (_flat(json.loads(text)) for text in (path.read_text(), config.to_json()))
         free = ("log_every", "sample_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "wandb", "mesh")
         changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k.split(".")[0] not in free]
         if changed:
             k = changed[0]
             raise Refused(f"{workdir} holds a run of another config: {k} is {before.get(k)!r} there, {now.get(k)!r} here"
                           f"{f' (and {len(changed) - 1} more)' if changed[1:] else ''}; give another --workdir")  # fmt: skip
-    write_json(path, resolved)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
