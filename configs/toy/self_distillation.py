@@ -34,8 +34,11 @@ def distil(method: str = "SelfDistillation", rounds: int = 5, runs=None, heldout
 
 def get_config(variant=""):
     """`variant`: estimated, alpha from held-out samples; pure, no labels after the first round."""
-    alpha = lookup({"": 0.3, "estimated": None, "pure": 0.0}, variant, "variant")
-    if alpha is None:
-        return distil("EstimatedAlpha", 3, heldout=0.2, stages=5)
     claim = dict(metric="brier", model="student", baseline="baseline", better="lower", ratio=0.97)
-    return distil(alpha=alpha, runs=dict(baseline=distil(rounds=1)), claim=claim)
+    against = dict(runs=dict(baseline=distil(rounds=1)), claim=claim)
+    variants = {
+        "": dict(alpha=0.3, **against),
+        "pure": dict(alpha=0.0, **against),
+        "estimated": dict(method="EstimatedAlpha", rounds=3, heldout=0.2, stages=5),
+    }
+    return distil(**lookup(variants, variant, "variant"))

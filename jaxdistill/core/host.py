@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
+import jax
 
 from jaxdistill.core.types import Refused
 
@@ -34,7 +35,12 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds `folder`, until its end or the process's, with a lock on `folder/.lock`. Raises Refused where it is held already."""
+    """Makes `folder` and holds it, until its end or the process's, with a lock on `folder/.lock`; of a run's processes the first
+    does. Raises Refused where it is held already."""
+    if jax.process_index():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)

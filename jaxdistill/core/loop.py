@@ -71,8 +71,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     if (workdir / "report.json").exists():
         known.update(_finished(experiment) | known)
         return report.read(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+    with alone(workdir):
         write_json(workdir / "config.json", json.loads(config.to_json()))
         before = metrics.read(workdir / "metrics.jsonl")[-1:]
         started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from

@@ -96,7 +96,6 @@ def test_a_run_of_another_config_is_refused(finished):
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
     workdir = tmp_path / "run"
-    workdir.mkdir()
     with alone(workdir), pytest.raises(Refused, match="another process is at work there"):
         loop.run(get_config(), workdir, progress=False)
     assert [p.name for p in workdir.iterdir()] == [".lock"]
