@@ -46,7 +46,7 @@ def refused(argv, capsys, command=train.train):
         (["--workdir=W"], "--config=FILE is needed"),
         (["--config=configs/toy/dmd3.py", "--workdir=W"], "did you mean 'configs/toy/dmd2.py'"),
         ([f"{TOY}:gan", "--workdir=W"], "has no variants"),
-        (["--config=configs/toy/snoopi.py:nsa", "--workdir=W"], "expected none or nasa"),
+        (["--config=configs/toy/snoopi.py:nsa", "--workdir=W"], "did you mean 'nasa'"),
         ([TOY, "--workdir=W", "--config.stps=3"], "did you mean 'steps'"),
         ([TOY, "--workdir=W", "--config.method.gan_wieght=3"], "did you mean 'gan_weight'"),
         ([TOY, "--workdir=W", "--config.steps=many"], "expected int"),

@@ -106,7 +106,7 @@ VARIANTS = {
 
 
 def get_config(method="dmd2"):
-    chosen, steps, roles = lookup(VARIANTS, method, "--config=configs/digits/suite.py:METHOD")()
+    chosen, steps, roles = lookup(VARIANTS, method, "variant")()
     return experiment(
         steps=UPDATES * steps,
         data=spec("data.digits:Digits", batch_size=64),

@@ -18,7 +18,7 @@ def data(prompts: int = 64):
 
 
 def get_config(variant="teacher"):
-    sizes = lookup(SIZES, variant, "--config=configs/lm/carry.py:VARIANT")
+    sizes = lookup(SIZES, variant, "variant")
     return experiment(
         steps=STEPS[variant],
         data=data(),

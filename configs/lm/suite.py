@@ -45,7 +45,7 @@ OLD = dict(old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)))  # what grp
 
 
 def get_config(method="gkd"):
-    chosen = lookup(VARIANTS, method, "--config=configs/lm/suite.py:METHOD")()
+    chosen = lookup(VARIANTS, method, "variant")()
     lr = 3e-4 if method in REINFORCED else 1e-3
     roles = dict(student=Role(init="runs/lm/start_0", optimizer=Optimizer(lr=lr, warmup=10)))
     roles |= OLD if method in REINFORCED else {}

@@ -24,7 +24,7 @@ VARIANTS = {name: made for name, made in methods(prompt_length=PROMPT).items() i
 
 
 def get_config(method="gkd"):
-    variant = lookup(SHARED | VARIANTS, method, "--config=configs/lm/text_suite.py:METHOD")
+    variant = lookup(SHARED | VARIANTS, method, "variant")
     if method in SHARED:
         return variant()
     teacher = dict(teacher=Role(init="runs/text/teacher_0")) if method != "sft" else {}

@@ -11,17 +11,15 @@ Departure: the reward is the last number of the response against that of the ans
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import lookup
 
 DEEPSEEK_7B = dict(vocab=102400, dim=4096, mlp=11008, heads=32, depth=30, max_length=4096, dtype="bfloat16", remat="full")
 
 
 def reward(variant: str, function: str = "last_number"):
     """Of the variant "verified", a function on the host; else tokens are compared."""
-    if variant not in ("", "verified"):
-        raise Refused(f"variant {variant!r}: expected none or verified")
     verified = spec("objectives.reward:Verified", function=f"objectives.verifiers:{function}", tokenizer="byte")
-    return verified if variant else spec("objectives.reward:Exact")
+    return lookup({"": spec("objectives.reward:Exact"), "verified": verified}, variant, "variant")
 
 
 def improve(method, student, *, prompts, prompt_length, response_length, steps, **roles):

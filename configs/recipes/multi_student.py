@@ -20,7 +20,7 @@ Memory: four generators at rest; four fake scores and discriminators only in tra
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.diffusion.times import Karras
@@ -37,8 +37,7 @@ CELLS, SHARE = 4, 32  # students, and samples that each sees in a step
 
 
 def get_config(variant=""):
-    if variant not in WIDTHS:
-        raise Refused(f"variant {variant!r}: expected one of {', '.join(map(repr, WIDTHS))}")
+    width = lookup(WIDTHS, variant, "variant")
     common = dict(process=EDM(), student_times=(80.0,), match_times=Karras(low=0.02, high=0.98), fake_times=Karras(), fake_target="edm")
     method = spec(
         "methods.distribution.multi_student:MultiStudent",
@@ -50,7 +49,6 @@ def get_config(variant=""):
     )
     optimizer = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)
     precond = Denoiser(param=EDMPrecond(), native=EDM())
-    width = WIDTHS[variant]
     model = spec("models.edm:DhariwalUNet", **{**ADM, "width": width, "head_dim": width // 3})
     small = dict(model=model, denoiser=precond, init="fresh") if variant else {}
     return experiment(

@@ -17,7 +17,7 @@ Departures: decay 0.01 and gradient norm 1 are the released trainer's.
 
 from jaxdistill.core.build import Lora, Role, build, experiment, spec
 from jaxdistill.core.optim import Optimizer
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.process import Flow
 
@@ -40,9 +40,7 @@ METHODS = {
 
 
 def get_config(variant=""):
-    if variant not in METHODS:
-        raise Refused(f"variant {variant!r}: expected wan21 or released")
-    method = build(METHODS[variant])
+    method = build(lookup(METHODS, variant, "variant"))
     wan = Role(model=spec("models.wan:Wan", **WAN14B), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16")
     optimizer = lambda lr: Optimizer(lr=lr, b1=0.0, weight_decay=0.01, clip=1.0)
     adapter = lambda role: Role(lora=Lora(rank=64, alpha=8.0, base=method.inits[role]), optimizer=optimizer(5e-5))

@@ -21,7 +21,7 @@ PROCESS = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
 RECORD = {f"{group}/text": "normal 77 1024" for group in ("cond", "null_cond")}
 
 
-def distil(method, unet, alpha, steps, weight_decay=0.0):
+def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
     """The recipe that SNOOPI shares: adapters on the queries and values of both kinds of attention."""
     return experiment(
         steps=steps,
@@ -38,6 +38,7 @@ def distil(method, unet, alpha, steps, weight_decay=0.0):
                 lora=Lora(rank=64, alpha=alpha, targets=r".*attn[12]/to_[qv]/kernel"),
                 optimizer=Optimizer(lr=1e-3, weight_decay=weight_decay),
             ),
+            **roles,
         ),
         checkpoint_every=1_000,
         log_every=50,

@@ -13,7 +13,7 @@ networks have width 24.
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.dmd2 import DMD2
@@ -63,11 +63,9 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
 
 
 def get_config(variant=""):
-    if variant not in ("", "random"):
-        raise Refused(f"variant {variant!r}: expected none or random")
     return distil(
         4,
-        Shuffled if variant else Consecutive,
+        lookup({"": Consecutive, "random": Shuffled}, variant, "variant"),
         runs=dict(baseline=distil(1)),
         claim=dict(metric="class_energy", model="student@1", baseline="baseline@1", better="lower", ratio=0.6),
     )

@@ -14,7 +14,7 @@ samples is lower too, but by less: .0023, .0018, .0029 against .0040, .0025, .00
 
 from jaxdistill.core.build import Role, build, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
 
@@ -54,10 +54,8 @@ def distil(*phase_steps: int, runs=None, **rest):
 
 
 def get_config(variant=""):
-    if variant not in ("", "four"):
-        raise Refused(f"variant {variant!r}: expected none or four")
     return distil(
-        *((1, 1, 1, 1) if variant else (2, 2)),
+        *lookup({"": (2, 2), "four": (1, 1, 1, 1)}, variant, "variant"),
         runs=dict(baseline=distil(4)),
         claim=dict(metric="state_energy", model="student@4", baseline="baseline@4", better="lower", ratio=0.2),
     )

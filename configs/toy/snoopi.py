@@ -16,7 +16,7 @@ pictures (.224, .238, .212 without; .278, .314, .287 with; extrapolated outputs 
 from configs.toy import swiftbrush
 from jaxdistill.core.build import Lora, Role, experiment, spec
 from jaxdistill.core.optim import CopyEma, Ema, Optimizer
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 
 FIXED = 7.5  # the scale of guidance of the baseline
@@ -66,11 +66,7 @@ def nasa():
     )
 
 
-def get_config(variant=""):
-    if variant not in ("", "nasa"):
-        raise Refused(f"variant {variant!r}: expected none or nasa")
-    if variant:
-        return nasa()
+def pgsb():
     fixed = spec("methods.distribution.swiftbrush:SwiftBrush", guidance=FIXED, fake_guidance=FIXED)
     return swiftbrush.distil(
         spec("methods.distribution.snoopi:PGSB"),
@@ -78,3 +74,7 @@ def get_config(variant=""):
         roles=dict(fake=swiftbrush.fake()),
         claim=dict(metric="class_energy", model="student@1", baseline="fixed@1", better="lower", ratio=1.0),
     )
+
+
+def get_config(variant=""):
+    return lookup({"": pgsb, "nasa": nasa}, variant, "variant")()

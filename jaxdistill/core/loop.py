@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
         known.update(_finished(experiment) | known)
         return report.read(workdir)
     with alone(workdir):
-        write_json(workdir / "config.json", json.loads(config.to_json()))
+        write_json(workdir / "config.json", config.to_dict())
         before = metrics.read(workdir / "metrics.jsonl")[-1:]
         started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
         reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
@@ -85,7 +85,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
 
 def identity(config: ConfigDict) -> str:
     """The same for configs of the same values."""
-    return json.dumps(json.loads(config.to_json()), sort_keys=True)
+    return config.to_json(sort_keys=True)
 
 
 def _finished(experiment: Experiment) -> dict[str, Path]:

@@ -30,10 +30,10 @@ class Refused(ValueError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message: "; did you mean 'x'?", or the list of names where none is near."""
-    names = sorted(names)
+    """The end of a message: "; did you mean 'x'?", or the list of names where none is near. Unnamed ones ("") are left out."""
+    names = sorted(filter(None, names))
     close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected one of {', '.join(names)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; expected {'one of ' * (len(names) > 1)}{', '.join(names)}"
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:

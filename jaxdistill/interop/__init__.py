@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, sana, t5, unet, vae, vae_dc, vae_wan, vit, wan
+from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, sam, sana, t5, unet, vae, vae_dc, vae_wan, vit, wan
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -39,6 +39,8 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN_VL,
         neox.FAMILY,
         qwen_image.FAMILY,
+        sam.FAMILY,
+        sam.WHOLE,
         sana.FAMILY,
         t5.ENCODER,
         t5.FAMILY,
@@ -128,13 +130,12 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
 
 def family_of(net: Net) -> Family:
     """The family of a net. Raises Refused where no PyTorch class has its weights."""
-    for family in FAMILIES.values():
-        if type(net.config) is family.config:
-            if family.part:
-                raise Refused(
-                    f"export: {type(net.config).__name__} is {family.part} of {family.name}, which cannot be saved without the rest"
-                )
-            return family
+    found = sorted((f for f in FAMILIES.values() if type(net.config) is f.config), key=lambda f: bool(f.part))
+    if found and found[0].part:
+        name, family = type(net.config).__name__, found[0]
+        raise Refused(f"export: {name} is {family.part} of {family.name}, which cannot be saved without the rest")
+    if found:
+        return found[0]
     raise Refused(f"export: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
 
 

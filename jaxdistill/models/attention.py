@@ -27,7 +27,7 @@ INTERPRET = False  # runs the Pallas kernel without a TPU, for tests
 
 def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal: bool = False, bias: Array | None = None,
               scale: float | None = None, cap: float = 0.0) -> Array:  # fmt: skip
-    """q [B T H K], k and v [B S G K] with G dividing H, mask bool [B or 1, H or 1, T or 1, S] True = attend -> [B T H K].
+    """q [B T H K], k [B S G K], v [B S G V] with G dividing H, mask bool [B or 1, H or 1, T or 1, S] True = attend -> [B T H V].
 
     Scores are `scale` (None: K^-1/2) times the products, plus `bias` [B or 1, H or 1, T, S]; with `cap` they are
     squashed to -cap..cap by tanh; they and the softmax are float32. A row that may attend to nothing is undefined (finite).
@@ -40,7 +40,7 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
     of_keys = mask is None or mask.shape[1:3] == (1, 1)  # the same for every head and query
     if not of_keys or queries != keys or (queries % TILE and queries <= PLAIN):
         return plain(q, k, v, mask=mask, causal=causal, scale=scale)
-    half = mask is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
+    half = mask is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] == v.shape[-1] <= 128
     paths = {"tpu": splash, "default": plain} | ({"cuda": cudnn} if half and jax.default_backend() == "gpu" else {})
     how = dict(causal=causal, scale=scale) | ({} if mask is None else {"mask": mask})
     return jax.lax.platform_dependent(q, k, v, **{name: functools.partial(path, **how) for name, path in paths.items()})
@@ -193,10 +193,10 @@ def blockwise(q: Array, k: Array, v: Array, *, mask: Array | None = None, causal
             return (new, norm * shrink + weights.sum(-1), total), None
 
         shape = (batch, groups, heads // groups, rows)
-        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, size))
+        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
         (_, norm, total), _ = jax.lax.scan(column, start, (numbers(k_blocks), k_blocks, v_blocks))
         return total / jnp.where(norm == 0, 1.0, norm)[..., None]
 
     out = jax.lax.map(row, (numbers(q_blocks), q_blocks))  # [n B G R q K]
-    out = jnp.moveaxis(out, 0, 3).reshape(batch, groups, heads // groups, -1, size)[..., :queries, :]
-    return jnp.moveaxis(out, 3, 1).reshape(batch, queries, heads, size).astype(q.dtype)
+    out = jnp.moveaxis(out, 0, 3).reshape(batch, groups, heads // groups, -1, v.shape[-1])[..., :queries, :]
+    return jnp.moveaxis(out, 3, 1).reshape(batch, queries, heads, v.shape[-1]).astype(q.dtype)

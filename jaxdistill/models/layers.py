@@ -139,7 +139,7 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     awake = lambda x, layer: body(x, restore(layer))
     each = awake if policy is None else jax.checkpoint(awake, policy=policy, prevent_cse=False)
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
-    _check_taps(taps, depth)
+    check_taps(taps, depth)
     after, ys = {}, []
     rows, tokens = (*jax.tree.leaves(x)[0].shape, 1)[:2]
     walked = policy is None and depth <= SHORT and rows * tokens**2 <= SCORES and mesh_in_use() is None
@@ -152,9 +152,10 @@ def scan_layers(body: Callable, x: Any, layers: Any, depth: int, *, remat: str =
     return x, ys, tuple(after[tap] for tap in taps)
 
 
-def _check_taps(taps: Sequence[int], depth: int) -> None:
+def check_taps(taps: Sequence[int], depth: int, what: str = "features") -> None:
+    """Raises Refused where one of the layers called `what` is not among `depth`."""
     if any(not 0 <= tap < depth for tap in taps):
-        raise Refused(f"features={tuple(taps)}: layers are numbered 0 to {depth - 1}")
+        raise Refused(f"{what}={tuple(taps)}: layers are numbered 0 to {depth - 1}")
 
 
 SHORT = 8  # layers: up to so many have a store each, since a scan copies a layer's part out of a common one
@@ -192,7 +193,7 @@ def scan_stores(body: Callable, x: Any, layers: Any, stores: Sequence[Any], dept
     if len(stores) == 1:
         (x, store), _, states = scan_layers(body, (x, stores[0]), (layers, jnp.arange(depth)), depth, remat=remat, taps=taps)
         return x, (store,), tuple(state for state, _ in states)
-    _check_taps(taps, depth)
+    check_taps(taps, depth)
     kept, after = [], []
     for i, (layer, store) in enumerate(zip(layers if isinstance(layers, list) else unstacked(layers, depth), stores)):
         (x, store), _ = body((x, store), (restore(layer), i))

@@ -180,6 +180,17 @@ def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", [plain, blockwise, splash])
+def test_values_may_be_narrower_than_keys(path, monkeypatch):
+    """The kernel interpreted; against values that are padded with zeros to the keys' width."""
+    monkeypatch.setattr(module, "INTERPRET", True)
+    q, k, v = draw(1, 256, 2, 24), draw(1, 256, 2, 24, seed=1), draw(1, 256, 2, 16, seed=2)
+    reference = lambda q, k, v: plain(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, 8),)))[..., :16]
+    both = lambda f: jax.jit(lambda *x: (f(*x), jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))(*x)))(q, k, v)
+    for a, b in zip(jax.tree.leaves(both(path)), jax.tree.leaves(both(reference)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_kernel_runs_per_shard(causal):
     """On a mesh the kernel sees its own rows and heads; here its interpreter-free stand-in is plain attention."""

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn
 from jaxdistill.methods.distribution._dmd import Normalised
 from jaxdistill.objectives import gan
+from jaxdistill.objectives.pixels import Preprocess, decoded
 from jaxdistill.samplers.fewstep import chain
 
 
@@ -36,6 +37,7 @@ class FlashDMD(Normalised):
     match_weight: float = 1.0
     gan_weight: float = 5e-3  # uncertain: DMD2's for SDXL; up to 1
     taps: tuple[int, ...] = (0, 1, 2)  # layers of `features` that have a head; their number is uncertain
+    preprocess: Preprocess = Preprocess()  # of images for `features`
 
     inits = {"student": "teacher", "fake": "teacher", "disc": None}
     frozen = ("teacher", "decoder", "features")
@@ -76,21 +78,18 @@ class FlashDMD(Normalised):
         """The student's x0 at a clean step, from a sample of its own: the only call that the GAN trains."""
         return net.student(ctx.batch["x_low"], ctx.batch["t_low"], ctx.batch.get("cond")).x0
 
-    def pixels(self, net: Nets, x0: Array) -> Array:
-        return net.decoder(net.decoder(x0, method="denormalise"), method="decode")
-
     def logits(self, net: Nets, image: Array, ctx: Ctx) -> Array:
         """One logit a head, [B heads]."""
-        return net.disc(net.features(image, features=self.taps)[1])
+        return net.disc(net.features(self.preprocess(image), features=self.taps)[1])
 
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
         match = self.match(net, ctx, self.generate(net, ctx))[0]
-        fake = self.logits(net, self.pixels(net, self.refine(net, ctx)), ctx)
+        fake = self.logits(net, decoded(net.decoder, self.refine(net, ctx)), ctx)
         adversarial = jnp.mean(gan.non_saturating_generator(fake))
         return Out(self.match_weight * match + self.gan_weight * adversarial, {"match": match, "gan": adversarial})
 
     def disc_loss(self, net: Nets, ctx: Ctx) -> Out:
-        image = jax.lax.stop_gradient(self.pixels(net, self.refine(net, ctx)))
+        image = jax.lax.stop_gradient(decoded(net.decoder, self.refine(net, ctx)))
         real = self.logits(net, ctx.batch.get("image", ctx.batch["x"]), ctx)
         return Out(jnp.mean(gan.non_saturating_discriminator(real, self.logits(net, image, ctx))))
 

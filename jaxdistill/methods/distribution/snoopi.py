@@ -21,6 +21,7 @@ from jaxdistill.diffusion.guidance import Random, Scale, negated
 from jaxdistill.diffusion.process import Pred
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
 from jaxdistill.objectives.features import cosine_distance
+from jaxdistill.objectives.pixels import CLIP, Preprocess, decoded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,19 +69,22 @@ class NasaT(PGSB):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clipped:
-    """The clamped CLIP loss of SwiftBrush v2 (arXiv:2408.14176), for the student of the method that it is mixed into. The frozen
-    role `scorer` decodes and embeds: (x0, cond) -> (embeddings of the images, of the texts), each [B E]."""
+    """The clamped CLIP loss of SwiftBrush v2 (arXiv:2408.14176), for the student of the method that it is mixed into. Batches hold
+    the prompts' embeddings too, text_embed [B E]; those of the samples are made by the frozen role `judge`, an image tower with
+    a projection, from what `decoder` makes of them."""
 
     clip_weight: float = 0.1
     clip_steps: int = 60_000  # steps over which the weight falls to 0, on a line; the shape is uncertain. The length of the run
     clip_tau: float = 0.37  # a cosine above it is enough
+    preprocess: Preprocess = CLIP  # of images for `judge`
 
-    frozen = ("teacher", "scorer")
+    frozen = ("teacher", "decoder", "judge")
 
     def student_terms(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, dict[str, Array]]:
         loss, parts = super().student_terms(net, ctx, x0)
-        image, text = net.scorer(x0, ctx.batch.get("cond"))
-        clip = jnp.mean(jax.nn.relu(cosine_distance(text, image) - (1 - self.clip_tau)))  # max(0, tau - cos)
+        image = net.judge(net.judge(self.preprocess(decoded(net.decoder, x0))), method="pool")
+        apart = cosine_distance(ctx.batch["text_embed"], image)
+        clip = jnp.mean(jax.nn.relu(apart - (1 - self.clip_tau)))  # max(0, tau - cos)
         weight = self.clip_weight * jnp.maximum(1 - ctx.step / self.clip_steps, 0.0)
         return loss + weight * clip, {**parts, "clip": clip}
 

@@ -185,7 +185,7 @@ class Neutral(FlashDMD):
     taps: tuple[int, ...] = (1,)
     disc_weight: float = 0.5
 
-    frozen = ("teacher",)
+    frozen = ("teacher", "decoder")
 
     @property
     def turns(self):
@@ -196,9 +196,6 @@ class Neutral(FlashDMD):
 
     def refine(self, net, ctx):
         return self.generate(net, ctx)
-
-    def pixels(self, net, x0):
-        return x0
 
     def logits(self, net, image, ctx):
         xt, t, _ = self.diffuse(image, self.match_times, ctx, "real" if image is ctx.batch["x"] else "match")

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxdistill.core.lora import adapt
-from jaxdistill.core.net import fixed_net, make_net
+from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx
 from jaxdistill.diffusion.denoiser import Denoiser
@@ -19,22 +20,39 @@ from jaxdistill.diffusion.guidance import Constant, Random, RandomEach
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.snoopi import PGSB, ClippedNasaT, ClippedPGSB, NasaT
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
+from jaxdistill.models.clip import ClipVisionProjected
+from jaxdistill.models.judges import Identity
 from jaxdistill.models.mlp import MLP
 from jaxdistill.models.unet import UNet
+from jaxdistill.objectives.pixels import CLIP, Preprocess
 from tools.first_steps import first_steps
 
 CLASSES, N = 3, 8
 WRAP = functools.partial(Denoiser().wrap, process=Flow())
 MLPS = make_net(MLP(width=8, depth=1, classes=CLASSES), wrap=WRAP)
 LABELS = {"cond": jnp.arange(N) % CLASSES, "null_cond": jnp.full(N, CLASSES)}
-SCORER = fixed_net(lambda x0, cond: (x0, jnp.ones_like(x0)))  # images are their own embeddings, every text is (1, 1)
-NETS = {"teacher": MLPS, "student": MLPS, "fake": adapt(MLPS, base="teacher", rank=2), "scorer": SCORER}
+TEXTS = {"text_embed": jnp.ones((N, 2))}  # images are their own embeddings, every text is (1, 1)
+
+
+class Own(nnx.Module):
+    """A tower whose states and summaries are its images."""
+
+    def __call__(self, x):
+        return x
+
+    def pool(self, states):
+        return states
+
+
+FIXED = {"decoder": make_net(Identity()), "judge": make_net(lambda rngs: Own())}
+NETS = {"teacher": MLPS, "student": MLPS, "fake": adapt(MLPS, base="teacher", rank=2), **FIXED}
+PLAIN = functools.partial(ClippedPGSB, preprocess=Preprocess())
 X0 = jax.random.normal(jax.random.key(9), (N, 2))
 
 
 def start(b=0.0):
     """First weights by role; the adapters' second factor is `b` throughout."""
-    params = {role: NETS[role].init(jax.random.key(i)) for i, role in enumerate(("student", "teacher", "fake", "scorer"))}
+    params = {role: NETS[role].init(jax.random.key(i)) for i, role in enumerate(("student", "teacher", "fake", *FIXED))}
     return {**params, "fake": {path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()}}
 
 
@@ -54,7 +72,7 @@ def constant(k, fake=None):
 def run(method, params, steps=5):
     """(weights, losses) of five engine steps by plain gradient descent."""
     nets = {role: NETS[role] for role in (*method.inits, *method.frozen)}
-    batch, start = {"x": jnp.zeros((N, 2)), **LABELS}, {role: params[role] for role in nets}
+    batch, start = {"x": jnp.zeros((N, 2)), **LABELS, **TEXTS}, {role: params[role] for role in nets}
     states, losses = first_steps(method, nets, optax.sgd(1e-1), start, batch, steps)
     return states[-1].params, losses
 
@@ -138,9 +156,9 @@ def test_the_adapters_never_see_the_scale(context):
 
 def clip_gradient(method, x0, step, context):
     """Gradient of the samples through the CLIP term alone."""
-    ctx = context(jnp.zeros_like(x0), step=step)
+    ctx = context(jnp.zeros_like(x0), step=step, text_embed=jnp.ones_like(x0))
     still = lambda x, t, cond=None: Flow().from_eps(0 * x, x, t)
-    net = SimpleNamespace(teacher=still, fake=still, scorer=lambda x, cond: (x, jnp.ones_like(x)))
+    net = SimpleNamespace(teacher=still, fake=still, decoder=lambda x, method: x, judge=lambda x, method="": x)
     loss = lambda x: method.student_terms(net, ctx, x)[0]
     return jax.grad(loss)(x0), method.student_terms(net, ctx, x0)[1]["clip"]
 
@@ -148,7 +166,7 @@ def clip_gradient(method, x0, step, context):
 def test_clip_is_clamped_for_each_sample(context):
     """cos of (1, 0), (1, 1), (-1, -1), (0, -1) with (1, 1): .707, 1, -1, -.707; tau .37 asks no more of the first two."""
     x0 = jnp.array([[1.0, 0.0], [1.0, 1.0], [-1.0, -1.0], [0.0, -1.0]])
-    method = ClippedPGSB(clip_weight=0.1, clip_steps=100)
+    method = PLAIN(clip_weight=0.1, clip_steps=100)
     grad, clip = clip_gradient(method, x0, 0, context)
     assert not np.any(grad[:2]) and np.any(grad[3])
     assert float(clip) == pytest.approx((0.37 + 1 + 0.37 + 0.5**0.5) / 4, rel=1e-5)
@@ -159,7 +177,7 @@ def test_clip_is_clamped_for_each_sample(context):
 
 @pytest.mark.parametrize(("step", "left"), [(0, 1.0), (25, 0.75), (100, 0.0), (1000, 0.0)])
 def test_clip_decays_to_nothing(context, step, left):
-    x0, method = jnp.array([[0.0, -1.0]]), ClippedPGSB(clip_steps=100)
+    x0, method = jnp.array([[0.0, -1.0]]), PLAIN(clip_steps=100)
     at, first = (clip_gradient(method, x0, s, context)[0] for s in (step, 0))
     np.testing.assert_allclose(at, left * first, rtol=1e-6)
 
@@ -167,9 +185,9 @@ def test_clip_decays_to_nothing(context, step, left):
 def test_without_clip_it_follows_its_host():
     params = start(0.3)
     assert ClippedPGSB().guidance == PGSB().guidance and ClippedNasaT().nasa == NasaT().nasa
-    assert ClippedPGSB.frozen == ClippedNasaT.frozen == ("teacher", "scorer")
-    follows(run(ClippedPGSB(clip_weight=0.0), params), run(PGSB(), params))
-    moved, plain = run(ClippedPGSB(clip_weight=10.0), params)[0], run(PGSB(), params)[0]
+    assert ClippedPGSB.frozen == ClippedNasaT.frozen == ("teacher", "decoder", "judge") and ClippedNasaT().preprocess == CLIP
+    follows(run(PLAIN(clip_weight=0.0), params), run(PGSB(), params))
+    moved, plain = run(PLAIN(clip_weight=10.0), params)[0], run(PGSB(), params)[0]
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(moved["student"]), jax.tree.leaves(plain["student"])))
 
 
@@ -239,11 +257,13 @@ def test_trains_a_unet():
     """Two steps of all of it: adapters on queries and values of a U-Net with text, NASA, CLIP; only student and adapters move."""
     unet = make_net(UNet(size=4, channels=2, widths=(8,), layers=1, depths=(1,), heads=(2,), text_dim=TEXT, groups=4), wrap=WRAP)
     fake = adapt(unet, base="teacher", rank=2, alpha=4.0, targets=r".*attn[12]/to_[qv]/kernel")
-    scorer = fixed_net(lambda x0, cond: (x0.mean((1, 2)), cond["text"].mean(1)[:, :2]))
-    nets = {"student": unet, "teacher": unet, "fake": fake, "scorer": scorer}
-    method = ClippedNasaT(shape=(4, 4, 2))
-    start = {"teacher": unet.init(jax.random.key(7)), "scorer": {}}
-    states, metrics = first_steps(method, nets, optax.adam(1e-3), start, prompts(n=4), 2)
+    judge = make_net(ClipVisionProjected(size=6, channels=2, dim=8, mlp=8, heads=2, depth=1, projection=5))
+    nets = {"student": unet, "teacher": unet, "fake": fake, "decoder": make_net(Identity()), "judge": judge}
+    method = ClippedNasaT(shape=(4, 4, 2), preprocess=Preprocess(size=6))
+    start = {"teacher": unet.init(jax.random.key(7)), "decoder": {}, "judge": judge.init(jax.random.key(6))}
+    batch = {**prompts(n=4), "text_embed": jax.random.normal(jax.random.key(5), (4, 5))}
+    states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 2)
+    assert metrics[-1]["student/clip"] > 0
     assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
     assert metrics[-1]["student/grad_norm"] > 0 and metrics[-1]["fake/grad_norm"] > 0
     before, after = states[0], states[-1]
