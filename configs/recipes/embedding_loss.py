@@ -1,4 +1,4 @@
-r"""Embedding loss (arXiv:2604.22379) beside a SiDA-like host on class-conditional CIFAR-10, on a pixel-space DiT.
+r"""Embedding loss (arXiv:2604.22379) beside a SiDA-like host on class-conditional CIFAR-10, on EDM's DDPM++.
 
     python -m launch.train --config=configs/recipes/embedding_loss.py --workdir=DIR --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
@@ -19,16 +19,16 @@ from jaxdistill.diffusion.process import EDM
 def get_config():
     optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999)
     denoiser = Denoiser(param=EDMPrecond(), native=EDM())
-    host = spec("methods.distribution.uni_instruct:UniInstruct", divergence="reverse_kl", taps=(5,))
+    host = spec("methods.distribution.uni_instruct:UniInstruct", divergence="reverse_kl", taps=(2,))
     return experiment(
         steps=400_000,
         data=spec("data.images:ParquetImages", batch_size=512, flip=True),
         method=spec("methods.distribution.embedding_loss:EmbeddingLoss", host=host, real_per_fake=2, labelled=True),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **NET), denoiser=denoiser, param_dtype="bfloat16"),
+            teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
             student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
             fake=Role(optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=512, width=256, classes=10), optimizer=optimizer),
+            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=optimizer),
         ),
         checkpoint_every=5_000,
         log_every=100,

@@ -28,7 +28,7 @@ def improve(method, student, *, prompts, prompt_length, response_length, steps, 
         data=spec("data.text:PaddedJson", prompt_length=prompt_length, response_length=response_length, batch_size=prompts),
         method=method,
         roles=dict(
-            student=Role(model=spec("models.lm:LM", **student), optimizer=Optimizer(lr=1e-6)),
+            student=Role(model=student, optimizer=Optimizer(lr=1e-6)),
             old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)),  # it only copies: no moments
             **roles,
         ),
@@ -39,7 +39,7 @@ def improve(method, student, *, prompts, prompt_length, response_length, steps, 
 def get_config(variant=""):
     return improve(
         spec("methods.language.grpo:GRPO", reward=reward(variant), group=64, eos=(100001,), pad=100001, chunk=12800),
-        DEEPSEEK_7B,
+        spec("models.lm:LM", **DEEPSEEK_7B),
         prompts=16,
         prompt_length=512,
         response_length=1024,

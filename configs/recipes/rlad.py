@@ -6,8 +6,7 @@
 
 The paper: groups of 8, 256 responses a batch, alpha 0.5, clip 0.2 and 0.28, lr 1e-6; Knights and Knaves 0.93 on average
 against 0.86 (GRPO) and 0.91 (KDRL). `updates` is not in it.
-Departures: models.lm has no norms of queries and keys, which Qwen3 has; the verifier compares texts
-(without `:verified` tokens).
+Departure: the verifier compares texts (without `:verified` tokens).
 """
 
 from configs.recipes.grpo import improve, reward
@@ -29,10 +28,10 @@ def get_config(variant=""):
             pad=151643,
             chunk=18992,
         ),
-        QWEN3_1B7,
+        spec("models.qwen:Qwen3", **QWEN3_1B7),
         prompts=32,
         prompt_length=512,
         response_length=1536,
         steps=1000,
-        teacher=Role(param_dtype="bfloat16", model=spec("models.lm:LM", **QWEN3_8B)),
+        teacher=Role(param_dtype="bfloat16", model=spec("models.qwen:Qwen3", **QWEN3_8B)),
     )

@@ -6,7 +6,7 @@
 The paper: batch 128, three epochs, lr 5e-6 with 10 % warm-up and cosine, responses of up to 128 tokens (the default of the
 trainer that its code builds on); GSM8K 60.1 and MATH 26.1 against 57.9 and 18.1 of GKD. The number of steps depends on
 the file; 6000 stands for three epochs of 256 000 prompts.
-Departures: models.lm has no biases on queries, keys and values, which Qwen2.5 has. Both vocabularies have 152064 rows.
+Departure: both vocabularies have the teacher's 152064 rows (transformers' `resize_token_embeddings` adds the student's last 128).
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -24,8 +24,8 @@ def get_config():
         data=spec("data.text:PaddedJson", prompt_length=896, response_length=128, batch_size=128),
         method=spec("methods.language.tsd_kd:TSDKD", eos=(151643, 151645), pad=151643),
         roles=dict(
-            teacher=Role(param_dtype="bfloat16", model=spec("models.lm:LM", **QWEN25_14B)),
-            student=Role(model=spec("models.lm:LM", **QWEN25_1B5), optimizer=Optimizer(lr=5e-6, schedule="cosine", warmup=600)),
+            teacher=Role(param_dtype="bfloat16", model=spec("models.qwen:Qwen2", **QWEN25_14B)),
+            student=Role(model=spec("models.qwen:Qwen2", **QWEN25_1B5), optimizer=Optimizer(lr=5e-6, schedule="cosine", warmup=600)),
         ),
         checkpoint_every=500,
     )

@@ -1,13 +1,13 @@
-r"""Uni-Instruct (arXiv:2505.20755), its class-conditional CIFAR-10 recipe, on a pixel-space DiT in place of EDM's DDPM++.
+r"""Uni-Instruct (arXiv:2505.20755), its class-conditional CIFAR-10 recipe on EDM's DDPM++.
 
     python -m launch.train --config=configs/recipes/uni_instruct.py --workdir=DIR --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
 
-CIFAR10 is a folder of Hugging Face's parquet files; TEACHER is a run that trained the network below by EDM's loss. The paper:
-batch 256, Adam 1e-5 (betas 0, .999) on both sides, one critic update to one of the student, 100k images for the critics
-alone, 100k of reverse KL, then the divergence, 300 M images; FID 1.42 at one step with JKL (.4 forward, .6 reverse), 1.44 with
-reverse KL, and 1.38 with forward KL after longer training. Departures: backbone, gradients clipped by norm rather than by
-value, no dropout (.13) and no augmentation of the critics' batches (.12).
+CIFAR10 is a folder of Hugging Face's parquet files; TEACHER is EDM's edm-cifar10-32x32-cond-vp, converted as interop/edm.py
+says. The paper: batch 256, Adam 1e-5 (betas 0, .999) on both sides, one critic update to one of the student, 100k images for
+the critics alone, 100k of reverse KL, then the divergence, 300 M images; FID 1.42 at one step with JKL (.4 forward, .6
+reverse), 1.44 with reverse KL, and 1.38 with forward KL after longer training. Departures: gradients clipped by norm rather
+than by value, no dropout (.13) and no augmentation of the critics' batches (.12).
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -15,7 +15,7 @@ from jaxdistill.core.optim import HalfLifeEma, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 
-NET = dict(size=32, patch=2, channels=3, dim=512, depth=12, heads=8, classes=10, dtype="bfloat16")
+NET = dict(size=32, width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), augment_dim=9, classes=10, dtype="bfloat16")
 
 
 def get_config():
@@ -24,12 +24,12 @@ def get_config():
     return experiment(
         steps=1_171_875,
         data=spec("data.images:ParquetImages", batch_size=256, flip=True),
-        method=spec("methods.distribution.uni_instruct:UniInstruct", divergence="jkl", taps=(5,)),
+        method=spec("methods.distribution.uni_instruct:UniInstruct", divergence="jkl", taps=(2,)),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **NET), denoiser=denoiser, param_dtype="bfloat16"),
+            teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
             student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
             fake=Role(optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=512, width=256, classes=10), optimizer=optimizer),
+            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=optimizer),
         ),
         checkpoint_every=5_000,
         log_every=100,
