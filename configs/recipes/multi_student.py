@@ -1,19 +1,19 @@
 """MSD (arXiv:2410.23274) on ImageNet-64: four one-step students of EDM's network, each for 250 classes.
 
     python -m launch.train --config=configs/recipes/multi_student.py --workdir=DIR --config.data.path=IMAGES \\
-        --config.roles.teacher.init=TEACHER
+        --config.roles.teacher.init=TEACHER --config.roles.perceptual.init=LPIPS
 
-Variants: `:small` has students of 75 % fewer parameters (width 96), `:medium` of 44 % (width 144), which match the teacher's score
-first. TEACHER is EDM's folder edm-imagenet-64x64-cond-adm, converted as interop/edm.py says; IMAGES is a folder of
-*.arrayrecord with x float32 [64, 64, 3] in [-1, 1], cond and null_cond (= 1000).
+Variants: `:small` has students of 75 % fewer parameters (width 96), `:medium` of 44 % (width 144), which match the teacher's
+score first. TEACHER is EDM's folder edm-imagenet-64x64-cond-adm, converted as interop/edm.py says, LPIPS the package's
+weights, as interop/lpips.py says; IMAGES is a folder of *.arrayrecord with x float32 [64, 64, 3] in [-1, 1], cond and
+null_cond (= 1000).
 
 The paper: DM on 32 samples for each student, FID 2.37 (2.62 one student of DMD), then ADM with DMD2's constants, 1.20 (1.28);
-students of 42 % fewer parameters 2.88 with score matching and 11.67 without; K = 1, 2, 4, 8 after 20 k steps 2.60, 2.49, 2.37, 2.32.
-TSM runs at the same rate. DMD2's
-constants: AdamW 2e-6 with decay 0.01, gradient norm 10, five critic updates to one, GAN weights 3e-3 and 1e-2, EDM weights of
-the fake score's error, times in [.02, .98] of Karras' grid. The final runs' lengths are not known: 20 k steps of DM are the
-ablations', the rest is a guess. Departures: squared error in place of LPIPS in the regression on pairs; the paper's small
-students have 71 and 42 % fewer parameters; members see batches of one size in all stages.
+students of 42 % fewer parameters 2.88 with score matching and 11.67 without; K = 1, 2, 4, 8 after 20 k steps 2.60, 2.49,
+2.37, 2.32. TSM runs at the same rate. DMD2's constants: AdamW 2e-6 with decay 0.01, gradient norm 10, five critic updates to
+one, GAN weights 3e-3 and 1e-2, EDM weights of the fake score's error, times in [.02, .98] of Karras' grid. The final runs'
+lengths are not known: 20 k steps of DM are the ablations', the rest is a guess. Departures: the paper's small students have
+71 and 42 % fewer parameters; members see batches of one size in all stages.
 
 Memory: four generators at rest; four fake scores and discriminators only in training.
 """
@@ -24,8 +24,9 @@ from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.diffusion.times import Karras
+from jaxdistill.methods.distribution._dmd import PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.distribution.multi_student import DM, TSM
+from jaxdistill.methods.distribution.multi_student import TSM
 from jaxdistill.objectives.partition import Consecutive
 
 RECORD = {"x": "normal 64 64 3", "cond": "integers 1000", "null_cond": "constant 1000"}
@@ -43,7 +44,7 @@ def get_config(variant=""):
         "methods.distribution.multi_student:MultiStudent",
         partition=Consecutive(cells=CELLS, classes=1000),
         tsm=TSM(process=EDM()),
-        dm=DM(batches=200, solver_steps=256, **common),
+        dm=PerceptualDMD(batches=200, solver_steps=256, **common),
         adm=DMD2(taps=(4,), **common),
         shares=(50.0, 20.0, 200.0) if variant else (0.0, 20.0, 200.0),
     )
@@ -57,6 +58,7 @@ def get_config(variant=""):
         method=method,
         roles=dict(
             teacher=Role(model=spec("models.edm:DhariwalUNet", **ADM), denoiser=precond, param_dtype="bfloat16"),
+            perceptual=Role(model=spec("models.lpips:LPIPS", dtype="bfloat16", remat="full"), param_dtype="bfloat16"),
             student=Role(**small, bank=CELLS, optimizer=optimizer, ema=Ema(rate=0.999)),
             fake=Role(init="student" if variant else "", bank=CELLS, optimizer=optimizer),
             disc=Role(model=spec("models.heads:Discriminator", dim=4 * width, width=512, classes=1000), bank=CELLS, optimizer=optimizer),

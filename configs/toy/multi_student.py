@@ -16,8 +16,9 @@ from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.distribution.multi_student import DM, TSM
+from jaxdistill.methods.distribution.multi_student import TSM
 from jaxdistill.objectives.partition import Consecutive, Shuffled
 
 ABLATIONS = {"random partition": (":random",), "no score matching first": ("method.shares=(0.0,2.0,2.0)",)}
@@ -30,7 +31,7 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
         "methods.distribution.multi_student:MultiStudent",
         partition=kind(cells=cells, classes=CLASSES),
         tsm=TSM(times=Uniform(), target="v"),
-        dm=DM(batches=100, solver_steps=16),
+        dm=DMD(batches=100, solver_steps=16),
         adm=DMD2(gan_weight=1e-3, critic_steps=5),
         shares=(1.0, 2.0, 2.0),
     )

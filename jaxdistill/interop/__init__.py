@@ -14,7 +14,26 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import bert, clip, dit, edm, gemma, llama, neox, qwen_image, sam, sana, t5, unet, vae, vae_dc, vae_wan, vit, wan
+from jaxdistill.interop import (
+    bert,
+    clip,
+    dit,
+    edm,
+    gemma,
+    llama,
+    lpips,
+    neox,
+    qwen_image,
+    sam,
+    sana,
+    t5,
+    unet,
+    vae,
+    vae_dc,
+    vae_wan,
+    vit,
+    wan,
+)
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
@@ -37,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         llama.QWEN2,
         llama.QWEN3,
         llama.QWEN_VL,
+        lpips.FAMILY,
         neox.FAMILY,
         qwen_image.FAMILY,
         sam.FAMILY,

@@ -33,7 +33,7 @@ import numpy as np
 
 from jaxdistill.core.types import Array, Refused
 
-STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "edm": "model"}
+STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "edm": "model", "lpips": "model"}
 
 
 @dataclasses.dataclass(frozen=True)

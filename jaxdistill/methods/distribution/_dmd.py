@@ -12,6 +12,7 @@ from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Pred
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.objectives import score
+from jaxdistill.objectives.pixels import Preprocess
 from jaxdistill.samplers import ode
 
 
@@ -25,10 +26,7 @@ class Normalised(DiffInstruct):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DMD(Normalised):
-    """Distribution matching, and regression on stored pairs of noise and the teacher's sample.
-
-    The paper's LPIPS is a squared error here; override `distance`.
-    """
+    """Distribution matching, and regression on stored pairs of noise and the teacher's sample, by squared error: see PerceptualDMD."""
 
     regression_weight: float = 0.25  # the paper's, of LPIPS; 0: none
     batches: int = 400  # of pairs, each of data.batch_size; the paper's 100k (CIFAR-10), 25k (ImageNet)
@@ -58,3 +56,15 @@ class DMD(Normalised):
         made = net.student(self.process.start(noise), t, ctx.batch.get("pair_cond")).x0
         regression = jnp.mean(self.distance(net, made, ctx.batch["pair_x"]))  # eq. 9
         return Out(out.loss + self.regression_weight * regression, {**out.metrics, "regression": regression})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceptualDMD(DMD):
+    """The paper's regression, by LPIPS: the frozen role `perceptual` is a distance of pictures in -1..1, (a, b) -> [B]."""
+
+    preprocess: Preprocess = Preprocess(size=224)  # of both. Uncertain: the size is that of consistency models' code
+
+    frozen = ("teacher", "perceptual")
+
+    def distance(self, net: Nets, made: Array, wanted: Array) -> Array:
+        return net.perceptual(self.preprocess(made), self.preprocess(wanted))

@@ -48,20 +48,12 @@ class TSM(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DM(DMD):
-    """DMD, whose pairs all students share. Regression weight: uncertain, DMD's; 0 (with critic_steps 5) is the paper's for Stable
-    Diffusion."""
-
-    batches: int = 1000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiStudent(Method):
     """Roles that move are banks of `partition.cells` members; a smaller student starts fresh, and its fake score from it."""
 
     partition: Partition = Consecutive()  # the paper's 4 cells of 250 classes; Quadrant for text
     tsm: TSM = TSM()
-    dm: DiffInstruct = DM()
+    dm: DiffInstruct = DMD(batches=1000)  # its pairs are all students'; regression uncertain: 0 for Stable Diffusion, critic_steps 5
     adm: DiffInstruct = DMD2()  # with real data of the cell; the paper's weights 3e-3 and 1e-2, five critic updates to one
     shares: tuple[float, ...] = (0.0, 1.0, 1.0)  # of the steps, for tsm, dm and adm; tsm is for smaller students
 
@@ -73,6 +65,7 @@ class MultiStudent(Method):
 
     hosts = property(lambda self: [host for host, share in zip((self.tsm, self.dm, self.adm), self.shares) if share])
     inits = property(lambda self: {role: source for host in self.hosts for role, source in host.inits.items()})
+    frozen = property(lambda self: tuple(dict.fromkeys(role for host in self.hosts for role in host.frozen)))
     process = property(lambda self: self.hosts[-1].process)
 
     def stages(self, steps: int) -> tuple[Stage, ...]:

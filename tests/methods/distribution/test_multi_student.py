@@ -19,12 +19,14 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import EDM, Flow
 from jaxdistill.diffusion.regression import denoising_error
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.distribution._dmd import DMD, PerceptualDMD
 from jaxdistill.methods.distribution._members import Members
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.distribution.multi_student import DM, TSM, MultiStudent
+from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives.partition import Consecutive
+from jaxdistill.objectives.pixels import Preprocess
 from tools.first_steps import first_steps
 
 CLASSES, K, N = 8, 4, 32
@@ -33,7 +35,7 @@ ONE = make_net(MLP(width=8, depth=2, classes=CLASSES), wrap=functools.partial(De
 DISC = make_net(Discriminator(features=1, dim=8, width=8, classes=CLASSES))
 TEACHER = DATA.net(Flow())
 CELLS = Consecutive(cells=K, classes=CLASSES)
-HOSTS = {"dm": DM(), "adm": DMD2(critic_steps=2, gan_weight=0.1), "tsm": TSM(times=Uniform(), target="v")}
+HOSTS = {"dm": DMD(), "adm": DMD2(critic_steps=2, gan_weight=0.1), "tsm": TSM(times=Uniform(), target="v")}
 
 
 def batch(pairs=True, seed=0):
@@ -150,7 +152,7 @@ def test_roles_that_are_no_banks_of_the_partitions_size_are_refused(members):
 
 def test_hosts_with_a_memory_are_refused():
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Remembers(DM):
+    class Remembers(DMD):
         def memory(self):
             return {"queue": jnp.zeros(3)}
 
@@ -175,7 +177,7 @@ def test_conditions_are_of_the_cell_but_pairs_of_all():
 def test_pairs_are_the_teachers_samples():
     """The stored sample lies where the teacher's ODE ends: within its condition's mode."""
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
-    made = jax.jit(lambda b: DM(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {})))(batch(pairs=False))
+    made = jax.jit(lambda b: DMD(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {})))(batch(pairs=False))
     _, means, stds = DATA.law
     np.testing.assert_array_equal(made["pair_cond"], batch()["cond"])
     assert np.all(np.linalg.norm(made["pair_x"] - means[made["pair_cond"]], axis=1) < 5 * stds[made["pair_cond"]])
@@ -187,12 +189,22 @@ def test_regression_is_an_extra_term():
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
     nets.student = nets.fake = ONE.bind("student", {"student": weights(0, "student", 1)})
     data = {**batch(), "xt": jax.random.normal(jax.random.key(3), (N, 2)), "t": jnp.ones(N)}
-    loss = lambda w, data=data: DM(regression_weight=w).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
+    loss = lambda w, data=data: DMD(regression_weight=w).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
     plain = loss(0.0, {k: v for k, v in data.items() if not k.startswith("pair_")})
     full = loss(0.25)
     made = nets.student(data["pair_noise"], jnp.ones(N), data["pair_cond"]).x0
     np.testing.assert_allclose(full.metrics["regression"], np.mean((made - data["pair_x"]) ** 2), rtol=1e-5)
     np.testing.assert_allclose(full.loss - plain.loss, 0.25 * full.metrics["regression"], rtol=1e-4)
+
+
+def test_the_distance_of_a_frozen_network():
+    """Regression by `perceptual`, of both sides preprocessed, here sum |2 a - 2 b|; the role is frozen in every stage that has it."""
+    nets = SimpleNamespace(perceptual=lambda a, b: jnp.sum(jnp.abs(a - b), -1))
+    host = PerceptualDMD(preprocess=Preprocess(std=(0.25,)))
+    a, b = jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.zeros((2, 2))
+    np.testing.assert_allclose(host.distance(nets, a, b), [6.0, 2.0], rtol=1e-6)
+    method = MultiStudent(partition=CELLS, dm=host)
+    assert method.frozen == ("teacher", "perceptual") and [s.method.frozen for s in method.stages(10)] == [method.frozen, ("teacher",)]
 
 
 def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
@@ -211,7 +223,7 @@ def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
 
         def loss(p):
             nets.student = ONE.bind("student", {"student": p})
-            return DM(regression_weight=0.0).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})).loss
+            return DMD(regression_weight=0.0).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})).loss
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -274,10 +286,10 @@ def test_stages_by_shares():
     method = MultiStudent(partition=CELLS, shares=(1.0, 2.0, 2.0), tsm=HOSTS["tsm"])
     tsm, dm, adm = method.stages(50)
     assert (tsm.steps, dm.steps, adm.steps) == (10, 20, 20)
-    assert tsm.collect is None and adm.collect is None and dm.collect.batches == DM().batches
+    assert tsm.collect is None and adm.collect is None and dm.collect.batches == 1000
     assert [set(s.method.inits) for s in (tsm, dm, adm)] == [{"student"}, {"student", "fake"}, {"student", "fake", "disc"}]
     assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == ("teacher",)
-    only = MultiStudent(partition=CELLS, shares=(0.0, 1.0, 0.0), dm=DM(critic_steps=5, regression_weight=0.0))
+    only = MultiStudent(partition=CELLS, shares=(0.0, 1.0, 0.0), dm=DMD(critic_steps=5, regression_weight=0.0))
     assert len(only.stages(10)) == 1 and only.stages(10)[0].collect is None and set(only.inits) == {"student", "fake"}
     assert len(MultiStudent().stages(10)) == 2 and MultiStudent().partition.assign(jnp.asarray([0, 249, 250, 999])).tolist() == [0, 0, 1, 3]
 
@@ -290,6 +302,6 @@ def test_shares_that_train_no_student_are_refused(shares):
 
 def test_hosts_of_different_processes_are_refused():
     with pytest.raises(Refused, match="different processes"):
-        MultiStudent(dm=DM(process=EDM()))
-    assert MultiStudent(dm=DM(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
+        MultiStudent(dm=DMD(process=EDM()))
+    assert MultiStudent(dm=DMD(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
     assert dataclasses.replace(MultiStudent(), shares=(0.0, 1.0, 0.0)).sampling_times(1).tolist() == [1.0]
