@@ -1,8 +1,10 @@
 """Every config builds; every recipe's train step, at its true size, lowers for TPU on a 2x2x2 mesh without a weight in memory."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import jax
@@ -37,6 +39,17 @@ def test_states_what_it_is(name):
     build.build(config.method)
     if config.evaluation:
         build.build(config.evaluation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_command_names_what_it_has(name):
+    """Every --config.a.b= of the command in the docstring is a value of the config, or of that of the variant that it names."""
+    module = importlib.import_module(f"configs.{name}")
+    command = module.__doc__.partition("python -m launch.train")[2].partition("\n\n")[0]
+    variant = re.search(r"\.py:([a-z0-9_]+)", command)
+    config = module.get_config(variant[1]) if variant else module.get_config()
+    for path in re.findall(r"--config\.([\w.]+)=", command):
+        functools.reduce(lambda node, key: node[key], path.split("."), config)  # KeyError where there is none
 
 
 @pytest.mark.parametrize("name", NAMES)
