@@ -119,6 +119,8 @@ def test_refusals(tmp_path):
         make_net(SamVision(whole=(2,)))
     with pytest.raises(Refused, match="heads=3 must divide dim=32"):
         make_net(SamVision(heads=3))
+    config = sam.write(SamVision())["config.json"]
+    assert sam.read(config | {"mlp_dim": None, "mlp_ratio": 3.0}, tmp_path).mlp == 96
     for change, message in (({"use_rel_pos": False}, "use_rel_pos=False is not supported"), ({"hidden_act": "gelu_10"}, "hidden_act=")):
         with pytest.raises(Refused, match=message):
-            sam.read(sam.write(SamVision())["config.json"] | change, tmp_path)
+            sam.read(config | change, tmp_path)
