@@ -4,14 +4,13 @@
         --config.roles.teacher.init=SD15/unet --config.roles.decoder.init=SD15/vae --config.roles.judge.init=CLIP
 
 Variants: `:pgsb` is PG-SB, the paper's first version, without negative prompts; `:sd21` is NASA-T of Stable Diffusion 2.1.
-SD15 is the published model's folder, CLIP that of ViT-L/14's `CLIPVisionModelWithProjection` (which CLIP the paper takes is
-uncertain; both embeddings are of one). PROMPTS is a folder of *.arrayrecord (`data.arrayrecord:GroupedRecords`) with the
-states of the text encoder, cond/text [77, 768] ([77, 1024] for 2.1), null_cond/text the same of the empty prompt, and for
-NASA-T negative_cond/text of a negative one, and text_embed [768], CLIP's embedding of the prompt; there are no images. The
-paper: 3.3 M prompts of JourneyDB and LAION, 10 k negative prompts, batch 64, 60 k updates (40 k for 2.1), scale ~ U(.5, 4),
-alpha ~ U(0, 1), adapters of rank 64 and "scaling 128" (read as alpha) at 1e-3, the student at 1e-6. HPSv2 of SD 1.5: 27.02
-with PG-SB, 27.46 with NASA-T and NASA at inference (alpha .1), teacher 26.47; of 2.1: 27.35, 27.93 (alpha .2), 27.17. COCO
-FID of PG-SB: 10.08 and 8.91.
+SD15 is the published model's folder, CLIP ViT-L/14's (which CLIP the paper takes is uncertain; both embeddings are of one).
+PROMPTS is a folder of *.arrayrecord (`data.arrayrecord:GroupedRecords`) with the states of the text encoder, cond/text [77,
+768] ([77, 1024] for 2.1), null_cond/text the same of the empty prompt, and for NASA-T negative_cond/text of a negative one,
+and text_embed [768], CLIP's embedding of the prompt; there are no images. The paper: 3.3 M prompts of JourneyDB and LAION, 10
+k negative prompts, batch 64, 60 k updates (40 k for 2.1), scale ~ U(.5, 4), alpha ~ U(0, 1), adapters of rank 64 and "scaling
+128" (read as alpha) at 1e-3, the student at 1e-6. HPSv2 of SD 1.5: 27.02 with PG-SB, 27.46 with NASA-T and NASA at inference
+(alpha .1), teacher 26.47; of 2.1: 27.35, 27.93 (alpha .2), 27.17. COCO FID of PG-SB: 10.08 and 8.91.
 """
 
 from configs.recipes.swiftbrush import COMMON, PROCESS, SD21, distil

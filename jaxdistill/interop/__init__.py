@@ -43,6 +43,7 @@ FAMILIES: dict[str, Family] = {
         bert.CLASSIFIER,
         bert.FAMILY,
         bert.MASKED,
+        clip.JOINT_VISION,
         clip.TEXT_PROJECTED,
         clip.TEXT_TOWER,
         clip.VISION_PROJECTED,
@@ -75,6 +76,7 @@ FAMILIES: dict[str, Family] = {
         wan.FAMILY,
     )
 }
+SECOND = (clip.JOINT_TEXT,)  # families of classes that FAMILIES has too: another part, for a net that is one
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -105,7 +107,7 @@ def load_into(folder: str | Path, net: Net, abstract: Params) -> Params:
     that are truncated or pickled.
     """
     folder = Path(folder)
-    family, config = _describe(folder)
+    family, config = _describe(folder, net)
     _same_network(folder, family, config, net)
     tensors, leaves = _tensors(folder, family), paths(abstract)
     rows = family.table(config)
@@ -159,7 +161,8 @@ def family_of(net: Net) -> Family:
     raise Refused(f"export: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
 
 
-def _describe(folder: Path) -> tuple[Family, Any]:
+def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
+    """The family and configuration of a folder; where it holds several networks of ours, of `net`'s kind, else of the first."""
     if (folder / "model_index.json").exists():
         raise Refused(f"{folder}: a diffusers pipeline; give the folder of its model, such as {folder / 'transformer'}")
     if not (folder / "config.json").exists():
@@ -169,6 +172,7 @@ def _describe(folder: Path) -> tuple[Family, Any]:
     config = read_json(folder / "config.json")
     name = config.get("_class_name") or (config.get("architectures") or [""])[0]
     family = lookup(FAMILIES, name, f"{folder / 'config.json'}: class")
+    family = next((f for f in SECOND if f.name == name and net is not None and type(net.config) is f.config), family)
     return family, family.read(config, folder)
 
 

@@ -1,7 +1,8 @@
-"""`CLIPTextModel`, `CLIPVisionModel` and both `WithProjection` of transformers: CLIP's towers (arXiv:2103.00020)."""
+"""CLIP's towers (arXiv:2103.00020): `CLIPTextModel`, `CLIPVisionModel`, both `WithProjection`, and those in a `CLIPModel`."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,12 @@ def read(config: dict[str, Any], folder: Path, *, make: type, names: dict[str, s
     return make(**found)
 
 
+def read_joint(config: dict[str, Any], folder: Path, *, side: str, make: type, names: dict[str, str]) -> Any:
+    where = folder / "config.json"
+    tower = setting(config, f"{side}_config", where) | {"projection_dim": setting(config, "projection_dim", where)}
+    return read(tower, folder, make=make, names=names)
+
+
 def write(cfg: Any, *, name: str, kind: str, names: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {"config.json": {"architectures": [name], "model_type": kind, **{theirs: getattr(cfg, ours) for ours, theirs in names.items()}}}
 
@@ -91,3 +98,19 @@ def _family(name: str, make: type, side: str) -> Family:
 TEXT_TOWER, TEXT_PROJECTED = _family("CLIPTextModel", ClipText, "text"), _family("CLIPTextModelWithProjection", ClipTextProjected, "text")
 VISION_TOWER = _family("CLIPVisionModel", ClipVision, "vision")
 VISION_PROJECTED = _family("CLIPVisionModelWithProjection", ClipVisionProjected, "vision")
+
+
+def _joint(tower: Family, side: str, ignored: str, names: dict[str, str]) -> Family:
+    """A tower with its projection out of a `CLIPModel`, whose other half is left where it is."""
+    return dataclasses.replace(
+        tower,
+        name="CLIPModel",
+        read=functools.partial(read_joint, side=side, make=tower.config, names=names),
+        ignored=(ignored, "logit_scale", *tower.ignored),
+        renamed=(),
+        part=f"its {side} tower",
+    )
+
+
+JOINT_VISION = _joint(VISION_PROJECTED, "vision", r"text_(model|projection)\..*", VISION)
+JOINT_TEXT = _joint(TEXT_PROJECTED, "text", r"(vision_model|visual_projection)\..*", TEXT)

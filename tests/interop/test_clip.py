@@ -135,6 +135,28 @@ def test_files_with_and_without_the_prefix(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, interop.load(tmp_path)[1], expected)
 
 
+def test_towers_in_a_joint_model(tmp_path):
+    """`CLIPModel`'s folder, as CLIP is published, gives either tower to a net of its kind: summaries are its embeddings."""
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
+    joint = transformers.CLIPModel(config).eval()
+    joint.save_pretrained(tmp_path)
+    x, tokens = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype("f4"), sentences()[0]
+    with torch.no_grad():
+        theirs = joint(torch.tensor(tokens), torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+    net, params = interop.load(tmp_path)  # the image tower, where nothing says which
+    assert type(net.config) is ClipVisionProjected and interop.family_of(net) is interop.clip.VISION_PROJECTED
+    unit = lambda e: e / np.linalg.norm(e, axis=-1, keepdims=True)
+    call = lambda net, params, x, *more: unit(net.apply(params, net.apply(params, x), *more, method="pool"))
+    np.testing.assert_allclose(call(net, params, x), unit(theirs.image_embeds.numpy()), atol=1e-5)
+    sizes = dict(vocab=61, max_length=12, eos=60, dim=32, mlp=48, depth=3, heads=4, projection=24)
+    text = make_net(ClipTextProjected(**sizes), config=ClipTextProjected(**sizes))
+    params = interop.load_into(tmp_path, text, text.shapes)
+    np.testing.assert_allclose(call(text, params, tokens, tokens), unit(theirs.text_embeds.numpy()), atol=1e-5)
+    with pytest.raises(Refused, match="holds a CLIPModel, expected a ClipVision"):
+        interop.load_into(tmp_path, make_net(ClipVision(), config=ClipVision()), {})
+
+
 def test_released_sizes():
     """Against transformers' own classes on the meta device; CLIP-L/14's towers are Stable Diffusion 1's and Wan-style vision's."""
     body = dict(num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_size=768, projection_dim=768)
