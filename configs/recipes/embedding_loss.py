@@ -9,6 +9,8 @@ networks, weight and batch sizes are not published: two random networks a step f
 gradient, two real samples per generated one, labels inside the networks. Batch 256 (512 real), Adam 1e-5. Departures: as there.
 """
 
+import dataclasses
+
 from configs.recipes.uni_instruct import NET
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import HalfLifeEma, Optimizer
@@ -17,7 +19,8 @@ from jaxdistill.diffusion.process import EDM
 
 
 def get_config():
-    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999)
+    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
+    critic = dataclasses.replace(optimizer, clip_value=1.0)
     denoiser = Denoiser(param=EDMPrecond(), native=EDM())
     host = spec("methods.distribution.uni_instruct:UniInstruct", divergence="reverse_kl", taps=(2,))
     return experiment(
@@ -27,8 +30,8 @@ def get_config():
         roles=dict(
             teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
             student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
-            fake=Role(optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=optimizer),
+            fake=Role(optimizer=critic),
+            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=critic),
         ),
         checkpoint_every=5_000,
         log_every=100,

@@ -6,9 +6,11 @@ r"""Uni-Instruct (arXiv:2505.20755), its class-conditional CIFAR-10 recipe on ED
 CIFAR10 is a folder of Hugging Face's parquet files; TEACHER is EDM's edm-cifar10-32x32-cond-vp, converted as interop/edm.py
 says. The paper: batch 256, Adam 1e-5 (betas 0, .999) on both sides, one critic update to one of the student, 100k images for
 the critics alone, 100k of reverse KL, then the divergence, 300 M images; FID 1.42 at one step with JKL (.4 forward, .6
-reverse), 1.44 with reverse KL, and 1.38 with forward KL after longer training. Departures: gradients clipped by norm rather
-than by value, no dropout (.13) and no augmentation of the critics' batches (.12).
+reverse), 1.44 with reverse KL, and 1.38 with forward KL after longer training. The critics' gradients are clipped by value.
+Departures: no dropout (.13) and no augmentation of the critics' batches (.12).
 """
+
+import dataclasses
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import HalfLifeEma, Optimizer
@@ -19,7 +21,8 @@ NET = dict(size=32, width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), a
 
 
 def get_config():
-    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999)
+    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
+    critic = dataclasses.replace(optimizer, clip_value=1.0)
     denoiser = Denoiser(param=EDMPrecond(), native=EDM())
     return experiment(
         steps=1_171_875,
@@ -28,8 +31,8 @@ def get_config():
         roles=dict(
             teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
             student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
-            fake=Role(optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=optimizer),
+            fake=Role(optimizer=critic),
+            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=critic),
         ),
         checkpoint_every=5_000,
         log_every=100,

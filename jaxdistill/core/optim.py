@@ -26,6 +26,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.0  # on matrices only: norms, biases and embeddings of one index are spared
     clip: float = 1.0  # global norm; 0 switches clipping off
+    clip_value: float = 0.0  # largest entry, before the norm is clipped; 0 switches it off
     schedule: str = "constant"  # constant | cosine | linear: the shape after warm-up
     warmup: int = 0  # updates of linear warm-up, from lr / warmup
     decay_steps: int = 0  # updates after which cosine and linear reach `final`; 0: the run's length
@@ -39,7 +40,7 @@ class Optimizer:
         if steps == 0:
             return optax.identity()
         clip = clip_by_member_norm if bank else optax.clip_by_global_norm
-        chain = [clip(self.clip)] if self.clip else []
+        chain = [optax.clip(self.clip_value)] * bool(self.clip_value) + [clip(self.clip)] * bool(self.clip)
         lr = self.learning_rate(steps)
         if self.algorithm in ("adamw", "adam"):
             core = optax.adamw(lr, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay, mask=decayed)

@@ -107,6 +107,13 @@ def test_ramp_refuses_rates_that_never_forget(rate):
         RampEma(rate=rate)
 
 
+def test_entries_are_clipped_before_the_norm():
+    grads = {"a": jnp.array([3.0, -0.5]), "b": jnp.array([-7.0])}
+    for clip, want in ((0.0, [-1.0, 0.5, 1.0]), (0.75, [-0.5, 0.25, 0.5])):
+        tx = Optimizer(algorithm="sgd", lr=1.0, clip=clip, clip_value=1.0).make(1)
+        np.testing.assert_allclose(jnp.concatenate(jax.tree.leaves(tx.update(grads, tx.init(grads))[0])), want, rtol=1e-6)
+
+
 def test_members_of_a_bank_are_clipped_by_their_own_norm():
     grads = {"a": jnp.asarray([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0]]), "b": jnp.asarray([4.0, 0.4, 0.0])}  # norms 5, 0.5, 0
     clipped, _ = clip_by_member_norm(1.0).update(grads, None)
