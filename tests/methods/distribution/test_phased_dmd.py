@@ -461,8 +461,3 @@ def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant, low
              "released": [{"expert0", "fake0", "student", "fake1_0", "fake1_1"}]}[variant]  # fmt: skip
     assert [set(m) for m in moved] == roles
     assert (moved[0]["expert0"] < moved[0]["fake0"]) == (variant != "released")
-
-
-def test_the_recipe_refuses_other_variants():
-    with pytest.raises(Refused, match="expected wan21 or released"):
-        recipe.get_config("wan")
