@@ -60,7 +60,8 @@ manifold, mean distance of two samples of one label (diversity), share of sample
 reads as the label asked for (accuracy). Distribution matching trains a student for four steps at once here (`uni_instruct`
 for one) and five updates of its critics to one of the student, so that its updates cost more. Progressive distillation was
 made for one step, and is scored at more too. Seconds are those of steps: the pairs that `reflow` lets its teacher write
-beforehand are not counted. Peak memory is the process's, compilation included.""",
+beforehand are not counted. Peak memory is the process's, compilation included. sCM's paper asks for a slow embedding of the
+time, and this teacher reads 1000 t: with more steps its student gets worse.""",
     ),
     "lm": Suite(
         title="Distillation methods on additions",
