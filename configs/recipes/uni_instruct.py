@@ -20,20 +20,24 @@ from jaxdistill.diffusion.process import EDM
 NET = dict(size=32, width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), augment_dim=9, classes=10, dtype="bfloat16")
 
 
-def get_config():
+def roles():
     optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
     critic = dataclasses.replace(optimizer, clip_value=1.0)
     denoiser = Denoiser(param=EDMPrecond(), native=EDM())
+    return dict(
+        teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
+        student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
+        fake=Role(optimizer=critic),
+        disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=critic),
+    )
+
+
+def get_config():
     return experiment(
         steps=1_171_875,
         data=spec("data.images:ParquetImages", batch_size=256, flip=True),
         method=spec("methods.distribution.uni_instruct:UniInstruct", divergence="jkl", taps=(2,)),
-        roles=dict(
-            teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
-            student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
-            fake=Role(optimizer=critic),
-            disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=critic),
-        ),
+        roles=roles(),
         checkpoint_every=5_000,
         log_every=100,
     )

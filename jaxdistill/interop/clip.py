@@ -71,12 +71,6 @@ def read(config: dict[str, Any], folder: Path, *, make: type, names: dict[str, s
     return make(**found)
 
 
-def read_joint(config: dict[str, Any], folder: Path, *, side: str, make: type, names: dict[str, str]) -> Any:
-    where = folder / "config.json"
-    tower = setting(config, f"{side}_config", where) | {"projection_dim": setting(config, "projection_dim", where)}
-    return read(tower, folder, make=make, names=names)
-
-
 def write(cfg: Any, *, name: str, kind: str, names: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {"config.json": {"architectures": [name], "model_type": kind, **{theirs: getattr(cfg, ours) for ours, theirs in names.items()}}}
 
@@ -100,17 +94,23 @@ VISION_TOWER = _family("CLIPVisionModel", ClipVision, "vision")
 VISION_PROJECTED = _family("CLIPVisionModelWithProjection", ClipVisionProjected, "vision")
 
 
-def _joint(tower: Family, side: str, ignored: str, names: dict[str, str]) -> Family:
+def _joint(tower: Family, side: str, ignored: str) -> Family:
     """A tower with its projection out of a `CLIPModel`, whose other half is left where it is."""
+
+    def read(config: dict[str, Any], folder: Path) -> Any:
+        where = folder / "config.json"
+        shared = {"projection_dim": setting(config, "projection_dim", where)}
+        return tower.read(setting(config, f"{side}_config", where) | shared, folder)
+
     return dataclasses.replace(
         tower,
         name="CLIPModel",
-        read=functools.partial(read_joint, side=side, make=tower.config, names=names),
+        read=read,
         ignored=(ignored, "logit_scale", *tower.ignored),
         renamed=(),
         part=f"its {side} tower",
     )
 
 
-JOINT_VISION = _joint(VISION_PROJECTED, "vision", r"text_(model|projection)\..*", VISION)
-JOINT_TEXT = _joint(TEXT_PROJECTED, "text", r"(vision_model|visual_projection)\..*", TEXT)
+JOINT_VISION = _joint(VISION_PROJECTED, "vision", r"text_(model|projection)\..*")
+JOINT_TEXT = _joint(TEXT_PROJECTED, "text", r"(vision_model|visual_projection)\..*")

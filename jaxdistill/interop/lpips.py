@@ -1,7 +1,8 @@
 """`LPIPS` of the package `lpips` (arXiv:1801.03924), net "vgg".
 
 The package keeps its weights in two files, the heads' beside torchvision's VGG-16; `convert` gives the command that writes
-both into a folder: `model.safetensors` under the names that they have inside the class, and `config.json`.
+both into a folder, `print(convert(Path("LPIPS/vgg.pth")))` that for LPIPS: `model.safetensors` under the names that they have
+inside the class, and `config.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def convert(pickled: Path) -> str:
     """The command that makes a folder of the installed package's weights; it needs `pip install lpips`."""
     folder = pickled.parent
     return (
-        'python -c "import json, lpips; from safetensors.torch import save_file; '
+        'python -c "import json, os, lpips; from safetensors.torch import save_file; '
+        f"os.makedirs('{folder}', exist_ok=True); "
         "weights = lpips.LPIPS(net='vgg').state_dict(); "
         f"save_file({{k: v.contiguous() for k, v in weights.items() if not k.startswith('lins.')}}, '{folder}/model.safetensors'); "
         f"json.dump({{'_class_name': 'LPIPS', 'pnet_type': 'vgg'}}, open('{folder}/config.json', 'w'))\""
@@ -44,8 +46,7 @@ def read(config: dict[str, Any], folder: Path) -> LPIPS:
 
 
 def write(cfg: LPIPS) -> dict[str, dict[str, Any]]:
-    own = {} if cfg == LPIPS(dtype=cfg.dtype, remat=cfg.remat) else {"widths": list(cfg.widths), "layers": list(cfg.layers)}
-    return {"config.json": {**NET, **own}}
+    return {"config.json": {**NET, "widths": list(cfg.widths), "layers": list(cfg.layers)}}
 
 
 FAMILY = Family(

@@ -56,8 +56,8 @@ def table(cfg: SamVision) -> tuple[Row, ...]:
 def read(config: dict[str, Any], folder: Path) -> SamVision:
     where = folder / "config.json"
     fixed(config, ALWAYS, where)
-    ratio = round(setting(config, "hidden_size", where) * config.get("mlp_ratio", 4.0))
-    found = sizes(config | {"mlp_dim": config.get("mlp_dim") or ratio}, SIZES, where)
+    usual = round(setting(config, "hidden_size", where) * config.get("mlp_ratio", 4.0))
+    found = sizes(config | {"mlp_dim": config.get("mlp_dim") or usual}, SIZES, where)
     lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
     return SamVision(**{**found, "whole": tuple(found["whole"])})
 

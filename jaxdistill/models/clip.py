@@ -14,7 +14,7 @@ from flax import nnx
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import dense, embedding, layer_norm, lookup, scan_layers, stack
-from jaxdistill.models.vit import NORMAL, Block, embed_patches
+from jaxdistill.models.vit import NORMAL, Block, check_sizes, embed_patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,7 @@ class ClipTextProjectedModule(ClipTextModule):
 
 class ClipVisionModule(nnx.Module):
     def __init__(self, cfg: ClipVision, rngs: nnx.Rngs):
-        if cfg.dim % cfg.heads or cfg.size % cfg.patch:
-            raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}, and patch={cfg.patch} size={cfg.size}")
+        check_sizes(cfg)
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         table = lambda *shape: nnx.Param(nnx.with_partitioning(NORMAL, (*[None] * (len(shape) - 1), "embed"))(rngs.params(), shape))
         self.patch_embed = dense(

@@ -15,9 +15,9 @@ from einops import rearrange
 from flax import nnx
 
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Array, Refused, lookup
+from jaxdistill.core.types import Array, lookup
 from jaxdistill.models.layers import ACTIVATIONS, ZEROS, attention, check_taps, conv, dense, layer_norm, rematted
-from jaxdistill.models.vit import NORMAL
+from jaxdistill.models.vit import NORMAL, check_sizes, cut_patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,7 @@ class Layer(nnx.Module):
 
 class SamVisionModule(nnx.Module):
     def __init__(self, cfg: SamVision, rngs: nnx.Rngs):
-        if cfg.dim % cfg.heads or cfg.size % cfg.patch:
-            raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}, and patch={cfg.patch} size={cfg.size}")
+        check_sizes(cfg)
         check_taps(cfg.whole, cfg.depth, "model.whole")
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         side, make = cfg.size // cfg.patch, dict(rngs=rngs, dtype=self.dtype)
@@ -106,11 +105,8 @@ class SamVisionModule(nnx.Module):
         another size.
         """
         cfg = self.cfg
-        if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
-            raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
         check_taps(features, cfg.depth)
-        h = rearrange(x.astype(self.dtype), "b (i p) (j q) c -> b i j (p q c)", p=cfg.patch, q=cfg.patch)
-        h, after = constrain(self.patch_embed(h) + self.positions[...].astype(self.dtype), "batch", None, None, None), []
+        h, after = constrain(self.patch_embed(cut_patches(cfg, x)) + self.positions[...].astype(self.dtype), "batch", None, None, None), []
         for layer in self.layers:
             h = rematted(layer, cfg.remat)(h)
             after.append(h)

@@ -73,23 +73,33 @@ class Block(nnx.Module):
         return constrain(x + self.down(self.activation(self.up(self.norm_mlp(x)))), "batch", "seq", None)
 
 
+def check_sizes(cfg: Any) -> None:
+    """Raises Refused where heads do not divide dim, or patches the image; `cfg` has ViT's fields."""
+    if cfg.dim % cfg.heads or cfg.size % cfg.patch:
+        raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}, and patch={cfg.patch} size={cfg.size}")
+
+
+def cut_patches(cfg: Any, x: Array) -> Array:
+    """x [B H W C] -> [B H/p W/p, p p C] in cfg.dtype. Raises Refused on images of another size than cfg's."""
+    if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
+        raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
+    return rearrange(x.astype(cfg.dtype), "b (i p) (j q) c -> b i j (p q c)", p=cfg.patch, q=cfg.patch)
+
+
 def embed_patches(cfg: Any, project: nnx.Linear, token: Array, positions: Array, x: Array) -> Array:
     """x [B H W C] -> [B 1 + N D]: a token [D], then the patches by rows, each plus its row of positions [1 + N D].
 
     Raises Refused on images of another size than cfg's.
     """
-    if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
-        raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
     dtype = jnp.dtype(cfg.dtype)
-    h = rearrange(x.astype(dtype), "b (i p) (j q) c -> b (i j) (p q c)", p=cfg.patch, q=cfg.patch)
+    h = rearrange(cut_patches(cfg, x), "b i j p -> b (i j) p")
     first = jnp.broadcast_to(token.astype(dtype), (len(x), 1, cfg.dim))
     return jnp.concatenate([first, project(h)], 1) + positions.astype(dtype)
 
 
 class Encoder(nnx.Module):
     def __init__(self, cfg: ViT, rngs: nnx.Rngs):
-        if cfg.dim % cfg.heads or cfg.size % cfg.patch:
-            raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}, and patch={cfg.patch} size={cfg.size}")
+        check_sizes(cfg)
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         table = lambda rows: nnx.Param(nnx.with_partitioning(NORMAL, (None, None, "embed"))(rngs.params(), (1, rows, cfg.dim)))
         self.patch_embed = dense(cfg.patch**2 * cfg.channels, cfg.dim, (None, "embed"), rngs=rngs, init=NORMAL, dtype=self.dtype)

@@ -461,3 +461,10 @@ def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant, low
              "released": [{"expert0", "fake0", "student", "fake1_0", "fake1_1"}]}[variant]  # fmt: skip
     assert [set(m) for m in moved] == roles
     assert (moved[0]["expert0"] < moved[0]["fake0"]) == (variant != "released")
+
+
+def test_the_recipe_refuses_other_variants():
+    with pytest.raises(Refused, match="did you mean 'wan21'"):
+        recipe.get_config("wan")
+    with pytest.raises(Refused, match="expected one of released, wan21"):
+        recipe.get_config("xx")
