@@ -3,7 +3,8 @@
     python -m launch.train --config=configs/recipes/consistency.py --workdir=DIR --config.data.path=LATENTS \\
         --config.roles.teacher.init=TEACHER
 
-TEACHER as in configs/recipes/dmd2.py. From CM's ImageNet-64 run: batch 2048, learning rate 8e-6, target EMA .95, 600 k steps,
+TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers' DiTTransformer2DModel trained by flow matching;
+LATENTS are that recipe's. From CM's ImageNet-64 run: batch 2048, learning rate 8e-6, target EMA .95, 600 k steps,
 FID 6.20 at one step and 4.70 at two. From LCM: DDIM on 50 even steps, guided teacher, Huber c .001. Departures: rectified
 flow in place of EDM and DDPM times, one guidance scale where LCM feeds it to the network, one average where CM keeps
 another of rate .999943 for sampling.

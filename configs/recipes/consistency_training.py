@@ -3,7 +3,7 @@
     python -m launch.train --config=configs/recipes/consistency_training.py --workdir=DIR --config.data.path=LATENTS \\
         --config.roles.student.init=PRETRAINED
 
-PRETRAINED as TEACHER in configs/recipes/dmd2.py. The paper's constants: batch 128, 100 k steps, times of mean -1.1 and std 2,
+PRETRAINED as TEACHER in configs/recipes/consistency.py. The paper's constants: batch 128, 100 k steps, times of mean -1.1 and std 2,
 Adam or RAdam, EMA, gaps that shrink with the stages (q, n(t)). Departures: backbone and latents, rectified-flow time in
 place of sigma, so that r = t max(0, 1 - n(t) / q^(stage + 1)) is applied to t in [0, 1]; learning rate; no dropout.
 """

@@ -1,28 +1,31 @@
-r"""Diff-Instruct (arXiv:2305.18455), its class-conditional recipe on a latent DiT-XL/2 in place of the paper's EDM network.
+r"""Diff-Instruct (arXiv:2305.18455), class-conditional CIFAR-10 on EDM's DDPM++.
 
-    python -m launch.train --config=configs/recipes/diff_instruct.py --workdir=DIR --config.data.path=LATENTS \
+    python -m launch.train --config=configs/recipes/diff_instruct.py --workdir=DIR --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
 
-TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers' DiTTransformer2DModel trained by flow
-matching. The paper on ImageNet-64: both networks start from the teacher and move by turns, one update each; FID 5.57 at
-one step. Departures: backbone, latents, velocity in place of EDM-weighted denoising; learning rates are DMD2's.
+CIFAR10 and TEACHER as in configs/recipes/uni_instruct.py; of the data the labels are read. The released constants: batch 128,
+Adam 1e-5 (betas 0, .999) on both sides, one update each by turns, noise levels of EDM's law for both, a student that is told
+sigma = 1, 200 M images, an average of half-life 500 k images; FID 4.53 at one step without labels. Departures: no dropout
+(.13) and no augmentation (.12) of the fake score.
 """
 
-from configs.recipes.flow_matching import XL2
+from configs.recipes.uni_instruct import NET
 from jaxdistill.core.build import Role, experiment, spec
-from jaxdistill.core.optim import Ema, Optimizer
-from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.core.optim import HalfLifeEma, Optimizer
+from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
+from jaxdistill.diffusion.process import EDM
 
 
 def get_config():
-    optimizer = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)
+    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
+    precond = Denoiser(param=EDMPrecond(), native=EDM())
     return experiment(
-        steps=400_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=288),
-        method=spec("methods.distribution.diff_instruct:DiffInstruct"),
+        steps=1_562_500,
+        data=spec("data.images:ParquetImages", batch_size=128),
+        method=spec("methods.distribution.diff_instruct:EDMDiffInstruct"),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"),
-            student=Role(optimizer=optimizer, ema=Ema(rate=0.999)),
+            teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=precond, param_dtype="bfloat16"),
+            student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=128, ramp=0.05)),
             fake=Role(optimizer=optimizer),
         ),
         checkpoint_every=5_000,

@@ -4,48 +4,41 @@
         --config.roles.teacher.init=TEACHER --config.roles.perceptual.init=LPIPS
 
 Variants: `:small` has students of 75 % fewer parameters (width 96), `:medium` of 44 % (width 144), which match the teacher's
-score first. TEACHER is EDM's folder edm-imagenet-64x64-cond-adm, converted as interop/edm.py says, LPIPS the package's
-weights, as interop/lpips.py says; IMAGES is a folder of *.arrayrecord with x float32 [64, 64, 3] in [-1, 1], cond and
-null_cond (= 1000).
+score first. TEACHER and IMAGES as in configs/recipes/dmd2.py, LPIPS the package's weights, as interop/lpips.py says.
 
 The paper: DM on 32 samples for each student, FID 2.37 (2.62 one student of DMD), then ADM with DMD2's constants, 1.20 (1.28);
 students of 42 % fewer parameters 2.88 with score matching and 11.67 without; K = 1, 2, 4, 8 after 20 k steps 2.60, 2.49,
-2.37, 2.32. TSM runs at the same rate. DMD2's constants: AdamW 2e-6 with decay 0.01, gradient norm 10, five critic updates to
-one, GAN weights 3e-3 and 1e-2, EDM weights of the fake score's error, times in [.02, .98] of Karras' grid. The final runs'
-lengths are not known: 20 k steps of DM are the ablations', the rest is a guess. Departures: the paper's small students have
-71 and 42 % fewer parameters; members see batches of one size in all stages.
+2.37, 2.32. TSM runs at the same rate. The final runs' lengths are not known: 20 k steps of DM are the ablations', the rest
+is a guess. Departures: the paper's small students have 71 and 42 % fewer parameters; members see batches of one size in all
+stages.
 
 Memory: four generators at rest; four fake scores and discriminators only in training.
 """
 
+from configs.recipes.dmd2 import ADM, MATCH
+from configs.recipes.dmd2 import RECORD as RECORD
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
-from jaxdistill.diffusion.times import Karras
 from jaxdistill.methods.distribution._dmd import PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM
 from jaxdistill.objectives.partition import Consecutive
 
-RECORD = {"x": "normal 64 64 3", "cond": "integers 1000", "null_cond": "constant 1000"}
-ADM = dict(
-    size=64, width=192, multiples=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_dim=64, classes=1000, dtype="bfloat16", remat="full"
-)
 WIDTHS = {"": 192, "medium": 144, "small": 96}  # heads of 48 and of 32 channels
 CELLS, SHARE = 4, 32  # students, and samples that each sees in a step
 
 
 def get_config(variant=""):
     width = lookup(WIDTHS, variant, "variant")
-    common = dict(process=EDM(), student_times=(80.0,), match_times=Karras(low=0.02, high=0.98), fake_times=Karras(), fake_target="edm")
     method = spec(
         "methods.distribution.multi_student:MultiStudent",
         partition=Consecutive(cells=CELLS, classes=1000),
         tsm=TSM(process=EDM()),
-        dm=PerceptualDMD(batches=200, solver_steps=256, **common),
-        adm=DMD2(taps=(4,), **common),
+        dm=PerceptualDMD(batches=200, solver_steps=256, **MATCH),
+        adm=DMD2(taps=(4,), **MATCH),
         shares=(50.0, 20.0, 200.0) if variant else (0.0, 20.0, 200.0),
     )
     optimizer = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)

@@ -3,7 +3,7 @@
     python -m launch.train --config=configs/recipes/progressive.py --workdir=DIR --config.data.path=LATENTS \\
         --config.roles.teacher.init=TEACHER
 
-TEACHER as in configs/recipes/dmd2.py. The paper's ImageNet-64 constants: batch 2048, 50 k steps a stage, Adam 1e-4 down to 0
+TEACHER as in configs/recipes/consistency.py. The paper's ImageNet-64 constants: batch 2048, 50 k steps a stage, Adam 1e-4 down to 0
 linearly in each stage, gradient norm 1, no average, max(SNR, 1); FID 16 at one step, 7.1 at two, 3.8 at four. Departures:
 backbone, latents, rectified flow in place of the cosine schedule, a guided first teacher (arXiv:2210.03142) at one scale.
 """

@@ -2,7 +2,7 @@
 
     python -m launch.train --config=configs/recipes/reflow.py --workdir=DIR --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
 
-TEACHER as in configs/recipes/dmd2.py; LATENTS gives the labels. 4 M pairs (262 GB as float32) are made first, in
+TEACHER as in configs/recipes/consistency.py; LATENTS gives the labels. 4 M pairs (262 GB as float32) are made first, in
 DIR/data. The paper: pairs by RK45, uniform times, EMA .9999. Departures: backbone, Heun with 50 steps for the pairs, a
 guided teacher as in InstaFlow (arXiv:2309.06380), batch and learning rate. One step needs `Distil` after it, in a run of its
 own: --config.roles.teacher.init=DIR.

@@ -88,6 +88,11 @@ def use(mesh: Mesh, rules: Rules = Rules()):
         _RULES.reset(token)
 
 
+def rules_in_use() -> Rules:
+    """Those of `constrain`."""
+    return _RULES.get()
+
+
 def mesh_in_use():
     """The mesh that programs built here are split over; None where they are for one device."""
     mesh = jax.sharding.get_abstract_mesh()

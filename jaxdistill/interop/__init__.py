@@ -37,46 +37,43 @@ from jaxdistill.interop import (
 from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
 from jaxdistill.interop.tables import STEMS, Family, Row
 
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        bert.CLASSIFIER,
-        bert.FAMILY,
-        bert.MASKED,
-        clip.JOINT_VISION,
-        clip.TEXT_PROJECTED,
-        clip.TEXT_TOWER,
-        clip.VISION_PROJECTED,
-        clip.VISION_TOWER,
-        dit.FAMILY,
-        edm.DHARIWAL,
-        edm.SONG,
-        gemma.FAMILY,
-        gemma.TEXT,
-        llama.FAMILY,
-        llama.QWEN2,
-        llama.QWEN3,
-        llama.QWEN_VL,
-        lpips.FAMILY,
-        neox.FAMILY,
-        qwen_image.FAMILY,
-        sam.FAMILY,
-        sam.WHOLE,
-        sana.FAMILY,
-        t5.ENCODER,
-        t5.FAMILY,
-        t5.UMT5_ENCODER,
-        unet.FAMILY,
-        vae.FAMILY,
-        vae_dc.FAMILY,
-        vae_wan.FAMILY,
-        vae_wan.QWEN,
-        vit.CLASSIFIER,
-        vit.FAMILY,
-        wan.FAMILY,
-    )
-}
-SECOND = (clip.JOINT_TEXT,)  # families of classes that FAMILIES has too: another part, for a net that is one
+FAMILIES: tuple[Family, ...] = (  # of two with a name, parts of a common folder, the first is taken where no net says which
+    bert.CLASSIFIER,
+    bert.FAMILY,
+    bert.MASKED,
+    clip.JOINT_VISION,
+    clip.JOINT_TEXT,
+    clip.TEXT_PROJECTED,
+    clip.TEXT_TOWER,
+    clip.VISION_PROJECTED,
+    clip.VISION_TOWER,
+    dit.FAMILY,
+    edm.DHARIWAL,
+    edm.SONG,
+    gemma.FAMILY,
+    gemma.TEXT,
+    llama.FAMILY,
+    llama.QWEN2,
+    llama.QWEN3,
+    llama.QWEN_VL,
+    lpips.FAMILY,
+    neox.FAMILY,
+    qwen_image.FAMILY,
+    sam.FAMILY,
+    sam.WHOLE,
+    sana.FAMILY,
+    t5.ENCODER,
+    t5.FAMILY,
+    t5.UMT5_ENCODER,
+    unet.FAMILY,
+    vae.FAMILY,
+    vae_dc.FAMILY,
+    vae_wan.FAMILY,
+    vae_wan.QWEN,
+    vit.CLASSIFIER,
+    vit.FAMILY,
+    wan.FAMILY,
+)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -152,13 +149,14 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
 
 def family_of(net: Net) -> Family:
     """The family of a net. Raises Refused where no PyTorch class has its weights."""
-    found = sorted((f for f in FAMILIES.values() if type(net.config) is f.config), key=lambda f: bool(f.part))
+    found = sorted((f for f in FAMILIES if type(net.config) is f.config), key=lambda f: bool(f.part))
     if found and found[0].part:
         name, family = type(net.config).__name__, found[0]
         raise Refused(f"export: {name} is {family.part} of {family.name}, which cannot be saved without the rest")
     if found:
         return found[0]
-    raise Refused(f"export: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(FAMILIES)}")
+    supported = dict.fromkeys(f.name for f in FAMILIES)
+    raise Refused(f"export: no PyTorch class for {type(net.config).__name__}; supported: {', '.join(supported)}")
 
 
 def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
@@ -171,8 +169,9 @@ def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
             raise Refused(_pickled(objects[0], edm.SONG))
     config = read_json(folder / "config.json")
     name = config.get("_class_name") or (config.get("architectures") or [""])[0]
-    family = lookup(FAMILIES, name, f"{folder / 'config.json'}: class")
-    family = next((f for f in SECOND if f.name == name and net is not None and type(net.config) is f.config), family)
+    named = {family.name: [f for f in FAMILIES if f.name == family.name] for family in FAMILIES}
+    found = lookup(named, name, f"{folder / 'config.json'}: class")
+    family = next((f for f in found if net is not None and type(net.config) is f.config), found[0])
     return family, family.read(config, folder)
 
 

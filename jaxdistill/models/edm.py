@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import ZEROS, attention, conv, dense, fourier, group_norm, rematted
+from jaxdistill.models.layers import ZEROS, as_program, attention, conv, dense, fourier, group_norm
 
 uniform = lambda scale, fan: nnx.initializers.variance_scaling(scale, fan, "uniform")
 
@@ -240,7 +240,7 @@ class EDMModule(nnx.Module):
         if any(not 0 <= tap <= 2 * levels for tap in features):
             raise Refused(f"features={tuple(features)}: levels are numbered 0 to {2 * levels}, {levels} is the middle")
         emb = self.embed(t, *self._condition(cond, t.shape[0]))
-        run = lambda block, h: rematted(block, cfg.remat)(h, emb)
+        run = lambda block, h: as_program(block, cfg.remat)(h, emb)
         image, states = x.astype(self.dtype), []
         held = [h := self.conv_in(image)]
         for level in self.down:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdistill.core.net import restore
+from jaxdistill.core.net import in_forward_mode, restore
 from jaxdistill.core.rows import project
-from jaxdistill.core.sharding import constrain, mesh_in_use
+from jaxdistill.core.sharding import constrain, mesh_in_use, rules_in_use
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.attention import attention as attention
@@ -213,10 +213,22 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
 }
 
 
-def rematted(call: Callable, remat: str) -> Callable:
-    """`call` rematerialised by the policy called `remat`, for layers that differ in shape and cannot be scanned."""
-    policy = lookup_name(REMAT, remat, "remat")
-    return call if policy is None else jax.checkpoint(call, policy=policy)
+def as_program(block: nnx.Module, remat: str) -> Callable:
+    """`block` as a program of its own, rematerialised by the policy called `remat`: for layers that cannot be scanned.
+
+    Blocks of one kind share it. It is traced and differentiated once for all of them, and for all calls of their networks: a
+    U-Net has dozens of blocks, and a step may call three U-Nets five times. XLA sees what it would have seen.
+    """
+    lookup_name(REMAT, remat, "remat")
+    graphdef, weights = nnx.split(block)
+    return functools.partial(_program(graphdef, remat, rules_in_use(), in_forward_mode()), weights)
+
+
+@functools.lru_cache(1024)
+def _program(graphdef: nnx.GraphDef, remat: str, *_) -> Callable:
+    """The rest is what a trace depends on besides its arguments."""
+    call = lambda weights, *args: nnx.merge(graphdef, weights)(*args)
+    return jax.jit(call if remat == "none" else jax.checkpoint(call, policy=REMAT[remat]))
 
 
 def modulate(x: Array, shift: Array, scale: Array, eps: float) -> Array:

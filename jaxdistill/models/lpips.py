@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import conv, rematted
+from jaxdistill.models.layers import as_program, conv
 
 HE = nnx.initializers.he_normal()
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of pixels in -1..1
@@ -31,6 +31,15 @@ class LPIPS:
         return LPIPSModule(self, rngs)
 
 
+class Level(nnx.List):
+    """Convolutions of one resolution."""
+
+    def __call__(self, h: Array) -> Array:
+        for layer in self:
+            h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
+        return h
+
+
 class LPIPSModule(nnx.Module):
     def __init__(self, cfg: LPIPS, rngs: nnx.Rngs):
         if len(cfg.widths) != len(cfg.layers):
@@ -38,7 +47,7 @@ class LPIPSModule(nnx.Module):
         self.cfg, self.dtype, before = cfg, jnp.dtype(cfg.dtype), (3, *cfg.widths)
         make = lambda i, o: conv(i, o, (3, 3), (None, "mlp"), rngs=rngs, init=HE, dtype=self.dtype)
         sizes = lambda level: [(before[level] if j == 0 else before[level + 1], before[level + 1]) for j in range(cfg.layers[level])]
-        self.levels = nnx.List([nnx.List([make(*pair) for pair in sizes(level)]) for level in range(len(cfg.widths))])
+        self.levels = nnx.List([Level([make(*pair) for pair in sizes(level)]) for level in range(len(cfg.widths))])
         ones = nnx.with_partitioning(nnx.initializers.ones_init(), (None,))
         self.heads = nnx.List([nnx.Param(ones(rngs.params(), (width,))) for width in cfg.widths])
 
@@ -47,14 +56,9 @@ class LPIPSModule(nnx.Module):
         pair = jnp.concatenate([a, b])
         h, total = ((pair - jnp.array(SHIFT, pair.dtype)) / jnp.array(SCALE, pair.dtype)).astype(self.dtype), 0.0
         for i, (level, head) in enumerate(zip(self.levels, self.heads)):
-            h = rematted(self._level, self.cfg.remat)(level, nnx.max_pool(h, (2, 2), (2, 2)) if i else h)
+            h = as_program(level, self.cfg.remat)(nnx.max_pool(h, (2, 2), (2, 2)) if i else h)
             f = h.astype(jnp.float32)
             f = f / jnp.sqrt(jnp.sum(f**2, -1, keepdims=True) + 1e-20)  # where all are 0, so is the gradient
             first, second = jnp.split(f, 2)
             total = total + jnp.mean((first - second) ** 2 @ head[...], (1, 2))
         return total
-
-    def _level(self, level: nnx.List, h: Array) -> Array:
-        for layer in level:
-            h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
-        return h

@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, lookup
-from jaxdistill.models.layers import ACTIVATIONS, ZEROS, attention, check_taps, conv, dense, layer_norm, rematted
+from jaxdistill.models.layers import ACTIVATIONS, ZEROS, as_program, attention, check_taps, conv, dense, layer_norm
 from jaxdistill.models.vit import NORMAL, check_sizes, cut_patches
 
 
@@ -108,7 +108,7 @@ class SamVisionModule(nnx.Module):
         check_taps(features, cfg.depth)
         h, after = constrain(self.patch_embed(cut_patches(cfg, x)) + self.positions[...].astype(self.dtype), "batch", None, None, None), []
         for layer in self.layers:
-            h = rematted(layer, cfg.remat)(h)
+            h = as_program(layer, cfg.remat)(h)
             after.append(h)
         out = self.norm_2(self.neck_2(self.norm_1(self.neck_1(h))))
         return (out, tuple(rearrange(after[i], "b y x d -> b (y x) d") for i in features)) if features else out

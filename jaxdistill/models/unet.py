@@ -19,13 +19,13 @@ from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.attention import Negative, nasa, negative_prompt
 from jaxdistill.models.layers import (
     Mapper,
+    as_program,
     attention,
     conv,
     dense,
     fourier,
     group_norm,
     layer_norm,
-    rematted,
     scan_layers,
     split_heads,
     stack,
@@ -133,8 +133,8 @@ class Level(nnx.Module):
 
     def layer(self, i: int, x: Array, emb: Array, text: Text, remat: str) -> Array:
         """The i-th ResNet block and its transformer."""
-        x = rematted(self.resnets[i], remat)(x, emb)
-        return self.attentions[i](x, text) if self.attentions else x
+        x = as_program(self.resnets[i], remat)(x, emb)
+        return as_program(self.attentions[i], "none")(x, text) if self.attentions else x
 
 
 class Middle(nnx.Module):
@@ -147,8 +147,9 @@ class Middle(nnx.Module):
         self.attention = Transformer(cfg, dim, cfg.mid_depth, cfg.heads[-1], rngs)
 
     def __call__(self, x: Array, emb: Array, text: Text, remat: str) -> Array:
-        x = rematted(self.before, remat)(x, emb)
-        return rematted(self.after, remat)(self.attention(x, text), emb)
+        x = as_program(self.before, remat)(x, emb)
+        x = as_program(self.attention, "none")(x, text)  # its scan rematerialises
+        return as_program(self.after, remat)(x, emb)
 
 
 class UNetModule(nnx.Module):

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
-from jaxdistill.models.layers import attention, conv, dense, group_norm, rematted
+from jaxdistill.models.layers import as_program, attention, conv, dense, group_norm
 from jaxdistill.models.resnet import Down, ResBlock, Up
 
 
@@ -73,7 +73,7 @@ class Level(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         for block in self.resnets:
-            x = rematted(block, self.remat)(x)
+            x = as_program(block, self.remat)(x)
         return self.resample(x) if hasattr(self, "resample") else x
 
 
@@ -86,8 +86,8 @@ class Middle(nnx.Module):
             self.attention = PixelAttention(cfg, dim, rngs)
 
     def __call__(self, x: Array) -> Array:
-        x = rematted(self.before, self.remat)(x)
-        return rematted(self.after, self.remat)(self.attention(x) if hasattr(self, "attention") else x)
+        x = as_program(self.before, self.remat)(x)
+        return as_program(self.after, self.remat)(self.attention(x) if hasattr(self, "attention") else x)
 
 
 class Encoder(nnx.Module):

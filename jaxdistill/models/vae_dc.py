@@ -19,7 +19,7 @@ from flax import nnx
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.models.attention import TINY, linear_attention
-from jaxdistill.models.layers import ACTIVATIONS, ZEROS, GatedConv, conv, dense, rematted
+from jaxdistill.models.layers import ACTIVATIONS, ZEROS, GatedConv, as_program, conv, dense
 
 EPS = 1e-5  # of every norm
 EXPAND = 4  # hidden channels of a gated convolution, in widths
@@ -256,7 +256,7 @@ class Level(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         for block in self.blocks:
-            x = rematted(block, self.remat)(x)
+            x = as_program(block, self.remat)(x)
         return x
 
 

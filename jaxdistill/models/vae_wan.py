@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import attention, conv, dense, rematted, rms_norm
+from jaxdistill.models.layers import as_program, attention, conv, dense, rms_norm
 from jaxdistill.models.resnet import Down, Up
 
 EPS = 1e-24  # of the norms, which divide by the norm itself unless it is 0
@@ -165,13 +165,13 @@ class Decoder(nnx.Module):
 
 
 def middle(mid: Middle, x: Array, remat: str) -> Array:
-    return rematted(mid.after, remat)(mid.attention(rematted(mid.before, remat)(x)))
+    return as_program(mid.after, remat)(mid.attention(as_program(mid.before, remat)(x)))
 
 
 def walk(levels: nnx.List, x: Array, remat: str) -> Array:
     for level in levels:
         for block in level.blocks:
-            x = rematted(block, remat)(x)
+            x = as_program(block, remat)(x)
         x = level.move(x) if hasattr(level, "resample") else x
     return x
 

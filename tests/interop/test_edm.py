@@ -300,7 +300,7 @@ def test_released_sizes(name):
     )
     net = make_net(cfg, config=cfg)
     leaves = paths(net.shapes)
-    family = interop.FAMILIES[type(cfg).__name__]
+    family = interop.family_of(net)
     ours = {name: row.torch_shape(leaves[row.path].shape) for row in family.table(cfg) for name in row.names(leaves[row.path].shape)}
     ours |= {name: array.shape for name, array in interop.edm.constants(cfg).items()}
     assert ours == {name: tuple(w.shape) for name, w in model.weights.items()}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxdistill.core import sharding
-from jaxdistill.core.net import make_net
-from jaxdistill.core.sharding import MeshShape
-from jaxdistill.models import layers
+from jaxdistill.core.net import forward_mode, make_net
+from jaxdistill.core.sharding import MeshShape, Rules
+from jaxdistill.models import edm, layers
 from jaxdistill.models.lm import LM
 
 
@@ -48,6 +48,26 @@ def test_short_stacks_are_unrolled_on_one_device_and_nothing_changes(monkeypatch
 
 def test_what_rematerialises_is_never_unrolled():
     assert not unrolled(traced(network(4, remat="full"), jnp.zeros((4, 8), jnp.int32)))
+
+
+def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
+    """Of 28 calls of a block in two of the network, seven: plain ones at both resolutions, the same that take in what waited on the
+    way down, one that attends, and one for each change of resolution. Other rules, another mesh or forward mode: all of them again."""
+    seen, call = [], edm.Block.__call__
+    monkeypatch.setattr(edm.Block, "__call__", lambda block, *args: (seen.append(block), call(block, *args))[1])
+    layers._program.cache_clear()
+    cfg = edm.SongUNet(size=8, width=32, multiples=(1, 1), blocks=2, attention=(), remat="full")
+    net, x, t = make_net(cfg), jnp.zeros((2, 8, 8, 3)), jnp.ones(2)
+
+    def traces(shape=MeshShape(fsdp=1), rules=Rules()):
+        seen.clear()
+        with sharding.use(sharding.make_mesh(shape), rules):
+            jax.jit(jax.grad(lambda p: net.apply(p, net.apply(p, x, t), t).sum())).trace(net.shapes)
+        return len(seen)
+
+    assert [traces(), traces(), traces(MeshShape(fsdp=2)), traces(MeshShape(fsdp=2), Rules(embed=()))] == [7, 0, 7, 7]
+    with forward_mode():
+        assert traces() == 7
 
 
 @pytest.mark.parametrize("tokens", [1024])

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array
 from jaxdistill.diffusion.denoiser import guided
-from jaxdistill.diffusion.process import EDM, Process, expand
-from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
+from jaxdistill.diffusion.process import expand
+from jaxdistill.diffusion.times import Karras, Uniform
 from jaxdistill.methods.distribution._sds import ScoreDistillation
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, EDMDiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 from jaxdistill.objectives import fdivergence, score
@@ -77,18 +77,13 @@ class RedDiff(SDS):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SiD(DiffInstruct):
+class SiD(EDMDiffInstruct):
     """Score identity distillation. alpha = 1/2 is the exact gradient of the Fisher divergence, halved; the paper's is 1.2."""
 
-    process: Process = EDM()
     student_times: tuple[float, ...] = (2.5,)
     match_times: Uniform = Karras(high=0.8)
-    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)
-    fake_target: str = "edm"
     alpha: float = 1.2
     scale: float = 100.0
-
-    initial = UniInstruct.initial
 
     def identity(self, x0: Array, real: Array, fake: Array) -> Array:
         """[B] from the sample and the two denoised ones."""

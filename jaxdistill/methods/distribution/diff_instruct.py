@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Turn
 from jaxdistill.diffusion.denoiser import guided
-from jaxdistill.diffusion.process import Flow, Pred, Process
+from jaxdistill.diffusion.process import EDM, Flow, Pred, Process
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
-from jaxdistill.diffusion.times import Uniform
+from jaxdistill.diffusion.times import LogNormalSNR, Uniform
 from jaxdistill.objectives import score
 from jaxdistill.samplers.fewstep import first_times, renoise, simulate
 
@@ -104,3 +104,25 @@ class DiffInstruct(Method):
 
     def sample(self, net, noise, cond, key, steps):
         return renoise(self.process, lambda x, t: net(x, t, cond), self.initial(noise), self.sampling_times(steps), key)
+
+
+class FromLevel:
+    """Before a method of this family among a class's bases: a sample starts from noise of the level that the student is told.
+
+    That is x0 = G(sigma z, sigma), sigma that of the first student time, where EDM's process would start from sigma_max z.
+    """
+
+    def initial(self, noise: Array) -> Array:
+        level = lambda t: self.process.alpha_sigma(jnp.asarray(t, noise.dtype))[1]
+        return noise * level(self.student_times[0]) / level(self.process.t_max)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EDMDiffInstruct(FromLevel, DiffInstruct):
+    """As released, for EDM's networks: one law of noise levels for the gradient and the fake score, EDM's weights for the latter."""
+
+    process: Process = EDM()
+    student_times: tuple[float, ...] = (1.0,)  # the code's init_sigma
+    match_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)
+    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)
+    fake_target: str = "edm"

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Turn
 from jaxdistill.diffusion.process import EDM, Pred, Process, expand
 from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
+from jaxdistill.methods.distribution.diff_instruct import FromLevel
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.objectives import fdivergence, gan, score, weighting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UniInstruct(DMD2):
+class UniInstruct(FromLevel, DMD2):
     process: Process = EDM()
     student_times: tuple[float, ...] = (2.5,)  # the paper's init_sigma: x = G(2.5 z, 2.5)
     match_times: Uniform = Karras(high=0.8)  # of the student's loss; sigma .002 to 24.4
@@ -48,11 +49,6 @@ class UniInstruct(DMD2):
         when = lambda step: step >= self.critic_only and student.when(step)
         critics = dataclasses.replace(critics, moves=tuple(role for role in critics.moves if role in self.inits))
         return critics, dataclasses.replace(student, when=when)
-
-    def initial(self, noise):
-        """Scaled to the noise level of the first student time."""
-        level = lambda t: self.process.alpha_sigma(jnp.asarray(t, noise.dtype))[1]
-        return noise * level(self.student_times[0]) / level(self.process.t_max)
 
     def judge(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> tuple[Pred, Array]:
         """The fake score and the discriminator's logits [B ...], from one pass through the fake network."""

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.diffusion.process import Flow, Trig
-from jaxdistill.diffusion.times import Uniform
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.diffusion.process import EDM, Flow, Trig
+from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.methods.distribution import _family as family
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, EDMDiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 
 AT = 0.6
 FIXED = Uniform(low=AT, high=AT)
@@ -41,6 +43,32 @@ def test_gradient_in_the_mean_is_that_of_the_kl(x64, gaussian, context):
     # w_t alpha E[s_psi - s_phi] with w_t = sigma^2 / alpha, which is the KL's derivative alpha^2 (m_g - m_r) / S times w_t / alpha
     kl = lambda m: alpha**2 * (m - 0.7) ** 2 / (2 * spread)
     np.testing.assert_allclose(grad, jax.grad(kl)(-0.2) * sigma**2 / alpha**2, rtol=1e-5)
+
+
+def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussian, context):
+    """alpha = 1, at noise level .8 of the law that gradient and fake score share: sigma^2 (m_g - m_r) / (s^2 + sigma^2)."""
+    real, fake = gaussian(EDM(), 0.7, 0.4), gaussian(EDM(), -0.2, 0.4)
+    method = EDMDiffInstruct(match_times=LogNormalSNR(mean=np.log(0.8), std=0.0))
+    grad = jax.grad(lambda m: method.student_loss(nets(real, fake, m), gathered(context, 100)).loss)(0.0)
+    np.testing.assert_allclose(grad, 0.64 * (-0.2 - 0.7) / (0.16 + 0.64), rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [EDMDiffInstruct, family.SiD, UniInstruct])
+def test_starts_from_noise_of_the_level_that_the_student_is_told(context, make):
+    """x0 = G(sigma z, sigma), in training and in sampling."""
+    method, noise = make(student_times=(1.5,)), jax.random.normal(jax.random.key(3), (50, 1))
+    seen = []
+
+    def student(x, t, cond=None):
+        seen.append((x, t))
+        return EDM().from_x0(x, x, t)  # the last call is that of the sampler; those before it trace a chain of no step
+
+    method.sample(student, noise, None, jax.random.key(0), 1)
+    np.testing.assert_allclose(seen[-1][0], 1.5 * noise, rtol=1e-6)
+    np.testing.assert_array_equal(seen[-1][1], 1.5)
+    batch = method.simulate(SimpleNamespace(student=student), context(jnp.zeros((20_000, 1))))
+    assert float(jnp.std(batch["xt"])) == pytest.approx(1.5, rel=0.02)  # four standard errors of 20,000 draws
+    np.testing.assert_array_equal(batch["t"], 1.5)
 
 
 @pytest.mark.parametrize("make", [DiffInstruct, DMD2])
