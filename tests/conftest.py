@@ -24,6 +24,11 @@ import jax
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of the whole library first: their files take minutes each, and the last of them would leave the other worker idle."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data sets; tests that ask for it are skipped where it is missing."""

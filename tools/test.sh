@@ -10,4 +10,4 @@ install ".[dev,torch,tpu]" "torch==2.13.0"
 export JAX_PLATFORMS=cpu
 ruff check .
 ruff format --check --quiet .
-exec python -m pytest -q -n "${JAXDISTILL_TEST_WORKERS:-2}" --dist loadfile "$@"
+exec python -m pytest -q -n "${JAXDISTILL_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
