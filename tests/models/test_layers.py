@@ -51,8 +51,8 @@ def test_what_rematerialises_is_never_unrolled():
 
 
 def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
-    """Of 28 calls of a block in two of the network, seven: plain ones at both resolutions, the same that take in what waited on the
-    way down, one that attends, and one for each change of resolution. Other rules, another mesh or forward mode: all of them again."""
+    """The network has 14 blocks of seven kinds and is called twice. Kinds: without attention, at two resolutions; the same with a
+    wider input; with attention; a change of resolution, down and up. Other rules, another mesh or forward mode: all anew."""
     seen, call = [], edm.Block.__call__
     monkeypatch.setattr(edm.Block, "__call__", lambda block, *args: (seen.append(block), call(block, *args))[1])
     layers._program.cache_clear()
