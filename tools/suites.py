@@ -61,7 +61,9 @@ reads as the label asked for (accuracy). Distribution matching trains a student 
 for one) and five updates of its critics to one of the student, so that its updates cost more. Progressive distillation was
 made for one step, and is scored at more too. Seconds are those of steps: the pairs that `reflow` lets its teacher write
 beforehand are not counted. Peak memory is the process's, compilation included. sCM's paper asks for a slow embedding of the
-time, and this teacher reads 1000 t: with more steps its student gets worse.""",
+time, and this teacher reads 1000 t: with more steps its student gets worse. From one that reads t
+(`--config.roles.student.denoiser.param.time_scale=1.0`, seed 0, .421 at 50 steps) sCM comes to 1.17 at one step in 400 updates,
+and to .485 in equal seconds.""",
     ),
     "lm": Suite(
         title="Distillation methods on additions",
