@@ -9,24 +9,20 @@ sigma = 1, 200 M images, an average of half-life 500 k images; FID 4.53 at one s
 (.13) and no augmentation (.12) of the fake score.
 """
 
-from configs.recipes.uni_instruct import NET
+from configs.recipes.uni_instruct import ADAM, TEACHER
 from jaxdistill.core.build import Role, experiment, spec
-from jaxdistill.core.optim import HalfLifeEma, Optimizer
-from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
-from jaxdistill.diffusion.process import EDM
+from jaxdistill.core.optim import HalfLifeEma
 
 
 def get_config():
-    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
-    precond = Denoiser(param=EDMPrecond(), native=EDM())
     return experiment(
         steps=1_562_500,
         data=spec("data.images:ParquetImages", batch_size=128),
         method=spec("methods.distribution.diff_instruct:EDMDiffInstruct"),
         roles=dict(
-            teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=precond, param_dtype="bfloat16"),
-            student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=128, ramp=0.05)),
-            fake=Role(optimizer=optimizer),
+            teacher=TEACHER,
+            student=Role(optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=128, ramp=0.05)),
+            fake=Role(optimizer=ADAM),
         ),
         checkpoint_every=5_000,
         log_every=100,

@@ -20,21 +20,21 @@ RECORD = {"x": "normal 64 64 3", "cond": "integers 1000", "null_cond": "constant
 ADM = dict(
     size=64, width=192, multiples=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_dim=64, classes=1000, dtype="bfloat16", remat="full"
 )
+TEACHER = Role(model=spec("models.edm:DhariwalUNet", **ADM), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), param_dtype="bfloat16")
+ADAMW = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)
 MATCH = dict(process=EDM(), student_times=(80.0,), match_times=Karras(low=0.02, high=0.98), fake_times=Karras(), fake_target="edm")
 
 
 def get_config():
-    optimizer = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)
-    precond = Denoiser(param=EDMPrecond(), native=EDM())
     return experiment(
         steps=200_000,
         data=spec("data.arrayrecord:ArrayRecords", batch_size=288),
         method=spec("methods.distribution.dmd2:DMD2", taps=(4,), **MATCH),
         roles=dict(
-            teacher=Role(model=spec("models.edm:DhariwalUNet", **ADM), denoiser=precond, param_dtype="bfloat16"),
-            student=Role(optimizer=optimizer, ema=Ema(rate=0.0, warmup=False)),
-            fake=Role(optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=768, width=512, classes=1000), optimizer=optimizer),
+            teacher=TEACHER,
+            student=Role(optimizer=ADAMW, ema=Ema(rate=0.0, warmup=False)),
+            fake=Role(optimizer=ADAMW),
+            disc=Role(model=spec("models.heads:Discriminator", dim=768, width=512, classes=1000), optimizer=ADAMW),
         ),
         checkpoint_every=5_000,
         log_every=100,

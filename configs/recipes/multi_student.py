@@ -15,12 +15,11 @@ stages.
 Memory: four generators at rest; four fake scores and discriminators only in training.
 """
 
-from configs.recipes.dmd2 import ADM, MATCH
+from configs.recipes.dmd2 import ADAMW, ADM, MATCH, TEACHER
 from configs.recipes.dmd2 import RECORD as RECORD
 from jaxdistill.core.build import Role, experiment, spec
-from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.core.optim import Ema
 from jaxdistill.core.types import lookup
-from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.methods.distribution._dmd import PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
@@ -41,20 +40,18 @@ def get_config(variant=""):
         adm=DMD2(taps=(4,), **MATCH),
         shares=(50.0, 20.0, 200.0) if variant else (0.0, 20.0, 200.0),
     )
-    optimizer = Optimizer(lr=2e-6, weight_decay=0.01, clip=10.0)
-    precond = Denoiser(param=EDMPrecond(), native=EDM())
     model = spec("models.edm:DhariwalUNet", **{**ADM, "width": width, "head_dim": width // 3})
-    small = dict(model=model, denoiser=precond, init="fresh") if variant else {}
+    small = dict(model=model, denoiser=TEACHER.denoiser, init="fresh") if variant else {}
     return experiment(
         steps=270_000 if variant else 220_000,
         data=spec("data.arrayrecord:ArrayRecords", batch_size=CELLS * SHARE),
         method=method,
         roles=dict(
-            teacher=Role(model=spec("models.edm:DhariwalUNet", **ADM), denoiser=precond, param_dtype="bfloat16"),
+            teacher=TEACHER,
             perceptual=Role(model=spec("models.lpips:LPIPS", dtype="bfloat16", remat="full"), param_dtype="bfloat16"),
-            student=Role(**small, bank=CELLS, optimizer=optimizer, ema=Ema(rate=0.999)),
-            fake=Role(init="student" if variant else "", bank=CELLS, optimizer=optimizer),
-            disc=Role(model=spec("models.heads:Discriminator", dim=4 * width, width=512, classes=1000), bank=CELLS, optimizer=optimizer),
+            student=Role(**small, bank=CELLS, optimizer=ADAMW, ema=Ema(rate=0.999)),
+            fake=Role(init="student" if variant else "", bank=CELLS, optimizer=ADAMW),
+            disc=Role(model=spec("models.heads:Discriminator", dim=4 * width, width=512, classes=1000), bank=CELLS, optimizer=ADAMW),
         ),
         checkpoint_every=5_000,
         log_every=100,

@@ -18,15 +18,15 @@ from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 
 NET = dict(size=32, width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), augment_dim=9, classes=10, dtype="bfloat16")
+TEACHER = Role(model=spec("models.edm:SongUNet", **NET), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), param_dtype="bfloat16")
+ADAM = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
 
 
 def roles():
-    optimizer = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
-    critic = dataclasses.replace(optimizer, clip_value=1.0)
-    denoiser = Denoiser(param=EDMPrecond(), native=EDM())
+    critic = dataclasses.replace(ADAM, clip_value=1.0)
     return dict(
-        teacher=Role(model=spec("models.edm:SongUNet", **NET), denoiser=denoiser, param_dtype="bfloat16"),
-        student=Role(optimizer=optimizer, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
+        teacher=TEACHER,
+        student=Role(optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
         fake=Role(optimizer=critic),
         disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=critic),
     )

@@ -106,7 +106,7 @@ def constrain(x, *names):
     """
     if (mesh := mesh_in_use()) is None:
         return x
-    return jax.lax.with_sharding_constraint(x, _divides(mesh, _RULES.get().spec(names), x.shape))
+    return jax.lax.with_sharding_constraint(x, _divides(mesh, rules_in_use().spec(names), x.shape))
 
 
 def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):
@@ -117,13 +117,13 @@ def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, ti
     """
     if (mesh := mesh_in_use()) is None:
         return fn
-    specs = [_RULES.get().spec(names) for names in inputs]
+    specs = [rules_in_use().spec(names) for names in inputs]
     for names, spec, x in zip(inputs, specs, arrays):
         if _divides(mesh, spec, x.shape) != spec:
             return None
         if "seq" in names and x.shape[names.index("seq")] // _ways(mesh, spec[names.index("seq")]) % tile:
             return None
-    return jax.shard_map(fn, mesh=mesh, in_specs=tuple(specs), out_specs=_RULES.get().spec(output), check_vma=False)
+    return jax.shard_map(fn, mesh=mesh, in_specs=tuple(specs), out_specs=rules_in_use().spec(output), check_vma=False)
 
 
 def _ways(mesh, axis) -> int:
