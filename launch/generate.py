@@ -3,8 +3,9 @@
 python -m launch.generate --pipeline=DIR --prompt=TEXT [--student=EXPORT] [--steps=4 | --times=1.0,0.75,0.5,0.25] [--ddim]
     [--guidance=1.0] [--negative=TEXT] [--n=1] [--seed=0] [--size=1024x1024] [--frames=1] [--fps=16] [--dtype=bfloat16] [--out=FILE]
 
-Without --times, the scheduler's own at --steps. Fresh noise between the times, as few-step students want it; with --ddim the
-predicted noise, as many-step teachers do. Writes a PNG (pictures side by side), or an MP4 for each video.
+Without --times, those of the scheduler's config at --steps, the student's where its folder has one. Fresh noise between the
+times, as few-step students want it; with --ddim the predicted noise, as many-step teachers do. Writes a PNG (pictures side by
+side), or an MP4 for each video.
 """
 
 from pathlib import Path

@@ -154,7 +154,13 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     code = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(out)))
     scope = {}
     exec(code, scope)  # the recipe on the card runs as it stands
-    assert scope["x0"].shape == (10, 1, 8, 8)
+    assert scope["x"].shape == (10, 1, 8, 8)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
+    scheduler.set_timesteps(1)
+    with torch.no_grad():
+        v = model(z, timestep=scheduler.timesteps.expand(10), class_labels=torch.from_numpy(label)).sample
+    stepped = scheduler.step(v, scheduler.timesteps[0], z).prev_sample.numpy().transpose(0, 2, 3, 1)
+    assert np.abs(ours - stepped).max() <= 1e-4 * np.abs(theirs).max()
     assert interop.load(out)[0].config == trained.nets["student"].config
 
 

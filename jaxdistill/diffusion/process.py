@@ -191,9 +191,19 @@ class EDM(Process):
         return jnp.sin(angle) / jnp.maximum(jnp.cos(angle), 1e-6)
 
 
+class VariancePreserving(Process):
+    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise at every time, hence sampling starts from such noise itself.
+
+    Not from sigma noise, though schedules of this kind may end at alpha > 0 (Stable Diffusion's at .068).
+    """
+
+    def start(self, noise):
+        return noise
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VP(Process):
-    """Variance preserving, linear beta(t) (score SDE): alpha = exp(-t^2 (b1 - b0) / 4 - t b0 / 2)."""
+class VP(VariancePreserving):
+    """Linear beta(t) (score SDE): alpha = exp(-t^2 (b1 - b0) / 4 - t b0 / 2)."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -213,8 +223,8 @@ class VP(Process):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CosineVP(Process):
-    """Cosine schedule: alpha = cos(pi/2 (t + s)/(1 + s)) / cos(pi/2 s/(1 + s)), variance preserving."""
+class CosineVP(VariancePreserving):
+    """Cosine schedule: alpha = cos(pi/2 (t + s)/(1 + s)) / cos(pi/2 s/(1 + s))."""
 
     offset: float = 0.008
 
@@ -241,7 +251,7 @@ class CosineVP(Process):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DDPM(Process):
+class DDPM(VariancePreserving):
     """Discrete betas read as a continuous time: t in [0, 1] is index (steps - 1) t, angles interpolated between.
 
     Defaults are DDPM's linear betas; Stable Diffusion's are `scaled=True, beta_min=.00085, beta_max=.012`.
@@ -253,11 +263,15 @@ class DDPM(Process):
     scaled: bool = False  # betas linear in their square root
 
     @property
+    def betas(self) -> np.ndarray:
+        """float64 [steps]."""
+        power = 0.5 if self.scaled else 1.0
+        return np.linspace(self.beta_min**power, self.beta_max**power, self.steps) ** (1 / power)
+
+    @property
     def angles(self) -> np.ndarray:
         """atan2(sigma, alpha) at each index, float64 [steps]."""
-        power = 0.5 if self.scaled else 1.0
-        betas = np.linspace(self.beta_min**power, self.beta_max**power, self.steps) ** (1 / power)
-        return np.arccos(np.sqrt(np.cumprod(1 - betas)))
+        return np.arccos(np.sqrt(np.cumprod(1 - self.betas)))
 
     def alpha_sigma(self, t):
         angle = jnp.interp(t * (self.steps - 1), jnp.arange(self.steps, dtype=t.dtype), jnp.asarray(self.angles, t.dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,10 @@ def load_into(folder: str | Path, net: Net, abstract: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(abstract), [filled[path] for path in leaves])
 
 
-def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_shard_bytes: int = 5 * 10**9) -> None:
-    """Writes a folder that PyTorch loads: configuration, weights in their own dtypes, and `card` as its README.md.
+def save(folder: str | Path, net: Net, params: Params, *, card: str = "", beside: Mapping[str, Any] | None = None,
+         max_shard_bytes: int = 5 * 10**9) -> None:  # fmt: skip
+    """Writes a folder that PyTorch loads: configuration, weights in their own dtypes, `card` as its README.md, and JSON files
+    of other things by name.
 
     The folder appears when it is complete, and replaces an earlier model as a whole. Every leaf must be addressable
     from this process. Raises Refused where no family has this net, or not all of its weights.
@@ -138,7 +140,7 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", max_sh
 
     size = lambda row, leaf: leaf.nbytes // (leaf.shape[0] if row.stacked else 1)
     with whole_folder(folder) as fresh:
-        for file, value in family.write(net.config).items():
+        for file, value in {**family.write(net.config), **(beside or {})}.items():
             write_json(fresh / file, value)
         sizes = {name: size(row, leaves[row.path]) for name, (row, _) in sources.items()}
         sizes |= {name: array.nbytes for name, array in constants.items()}

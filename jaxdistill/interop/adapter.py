@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -15,15 +17,19 @@ from jaxdistill.interop.safetensors import whole_folder, write_json
 from jaxdistill.interop.tables import Row
 
 
-def save_adapter(folder: str | Path, base: Net, adapter: Adapter, params: Params, *, source: str = "", card: str = "") -> None:
+def save_adapter(folder: str | Path, base: Net, adapter: Adapter, params: Params, *, source: str = "", card: str = "",
+                 beside: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Writes the adapter of `base` whose weights are `params` ({path: {"a", "b"}}); the base's own are not written.
 
     For transformers: adapter_config.json and adapter_model.safetensors (arXiv:2106.09685's A and B with alpha), `source` being
     where the base is. For diffusers: pytorch_lora_weights.safetensors under the component's name, alpha / rank folded into
-    B, and a config.json that names the class. The folder appears when it is complete. Raises Refused where no family has the
-    base, or a weight that is adapted has no matrix of its own in PyTorch.
+    B, and a config.json that names the class. `card` and `beside` are as for `interop.save`. The folder appears when it is
+    complete. Raises Refused where no family has the base, its library puts no adapter on it, or a weight that is adapted has no
+    matrix of its own in PyTorch.
     """
     folder, family = Path(folder), family_of(base)
+    if not family.adapters:
+        raise Refused(f"{folder}: {family.library} puts no adapter on {family.name}; export without --adapter, merged")
     rows = {row.path: row for row in family.table(base.config)}
     tensors, modules = {}, []
     rank = next(iter(params.values()))["a"].shape[-1]
@@ -44,6 +50,8 @@ def save_adapter(folder: str | Path, base: Net, adapter: Adapter, params: Params
             write_json(fresh / "adapter_config.json", settings)
         else:
             write_json(fresh / "config.json", {"_class_name": family.name, "lora_rank": rank})
+        for file, value in (beside or {}).items():
+            write_json(fresh / file, value)
         name = "adapter_model" if peft else "pytorch_lora_weights"
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / f"{name}.safetensors", metadata={"format": "pt"})
         if card:

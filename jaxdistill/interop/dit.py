@@ -85,4 +85,5 @@ FAMILY = Family(
     table=table,
     call="model({x}, timestep={t}, class_labels=cond).sample",
     given="cond = torch.arange({classes})",
+    adapters=False,
 )

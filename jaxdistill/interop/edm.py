@@ -25,6 +25,14 @@ DEFAULTS = {
     "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]},
 }  # fmt: skip
 SHARED = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4}
+LOADS = """import json
+from pathlib import Path
+from safetensors.torch import load_file
+from training.networks import {0}  # of github.com/NVlabs/edm
+folder = Path(".")
+settings = json.loads((folder / "config.json").read_text())
+model = {0}(**{{key: value for key, value in settings.items() if key != "_class_name"}}).eval()
+model.load_state_dict({{name.removeprefix("model."): w for name, w in load_file(folder / "model.safetensors").items()}})"""
 ENCODERS, WAVES = ("standard", "residual"), ("positional", "fourier")
 
 
@@ -173,6 +181,10 @@ SONG, DHARIWAL = (
         write=write,
         table=table,
         ignored=(r".*\.resample_filter",),
+        call="model({x}, {t}, cond)",
+        given="cond = torch.eye(4, {classes})  # labels, each a row with a single 1",
+        loads=LOADS.format(config.__name__),
+        adapters=False,
         constants=constants,
         convert=convert,
     )

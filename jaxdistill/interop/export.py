@@ -1,29 +1,33 @@
-"""A finished run's student as a PyTorch folder: its weights, or its adapter, and a card that says how to sample."""
+"""A finished run's student as a PyTorch folder: its weights or its adapter, its scheduler, and a card that says how to sample."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxdistill import interop
 from jaxdistill.core import lora
 from jaxdistill.core.bank import Bank
+from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.net import Net
 from jaxdistill.core.report import columns, markdown_table, number
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.adapter import save_adapter
+from jaxdistill.interop.chain import SCHEDULER, Scheduler, chain, scheduler, start
+from jaxdistill.interop.tables import Family
 
 
 def export(trained, folder: Path, *, adapter: bool = False) -> None:
     """Writes the student, adapters folded in; where the method has several experts, each into `folder/<role>`, and the members
     of a bank each into a folder of its number. With `adapter`, the adapters alone, as `save_adapter` does.
 
-    Raises Refused where a network has no PyTorch class, or is no adapter where one is asked for.
+    A denoiser of diffusers has `scheduler/scheduler_config.json` beside it, where one of its schedulers steps as `method.sample`
+    does. Raises Refused where a network has no PyTorch class, or is no adapter where one is asked for.
     """
     experiment = trained.experiment
     report = json.loads((experiment.workdir / "report.json").read_text())
@@ -34,15 +38,17 @@ def export(trained, folder: Path, *, adapter: bool = False) -> None:
             if not net.adapts:
                 raise Refused(f"export: {role} has full weights, no adapter; export it without --adapter")
             base, source = trained.nets[net.adapts], experiment.source(net.adapts)
-            card = _card(experiment, role, base, report)
-            save_adapter(inside, base, net, params, source=source if Path(source).is_dir() else "", card=card)
+            source = source if Path(source).is_dir() else ""
+            student = Student(experiment, report, role, base, _adapted(interop.family_of(base), source))
+            save_adapter(inside, base, net, params, source=source, card=student.card, beside=student.beside)
             continue
         if net.adapts:
             params = lora.merge(trained.params[net.adapts], params, net.scale)
             net = trained.nets[net.adapts]
         for part, one, weights in _members(net, params):
             one, weights = experiment.method.exported(one, weights)
-            interop.save(inside / part, one, weights, card=_card(experiment, role, one, report))
+            student = Student(experiment, report, role, one, _loaded(interop.family_of(one)))
+            interop.save(inside / part, one, weights, card=student.card, beside=student.beside)
 
 
 def _members(net, params):
@@ -52,14 +58,67 @@ def _members(net, params):
     return [(str(k), net.one, jax.tree.map(lambda w: w[k], params)) for k in range(net.members)]
 
 
-def _card(experiment, role: str, net, report: dict[str, Any]) -> str:
-    method = type(experiment.method)
-    about = (__import__(method.__module__, fromlist=["_"]).__doc__ or "").strip()
-    rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
-    keys = columns(rows)
-    table = markdown_table(keys, [[number(row.get(k, "")) for k in keys] for row in rows])
-    steps = next((row["nfe"] for row in rows if row["name"] == "student"), 1)
-    return f"""---
+def _loaded(family: Family) -> list[str]:
+    """Python that makes `model` of the folder."""
+    if family.loads:
+        return [family.loads]
+    return [f"from {family.library} import {family.name}", f'model = {family.name}.from_pretrained(".").eval()']
+
+
+def _adapted(family: Family, source: str) -> list[str]:
+    """Python that makes `model` of the base at `source` and the adapter in the folder."""
+    base = repr(source) if source else '"BASE"'  # to be filled in
+    lines = [f"from {family.library} import {family.name}", f"model = {family.name}.from_pretrained({base}).eval()"]
+    if family.library == "transformers":
+        return ["from peft import PeftModel", *lines, 'model = PeftModel.from_pretrained(model, ".").eval()']
+    how = f'prefix="{family.component}", weight_name="pytorch_lora_weights.safetensors"'
+    return [*lines, f'model.load_lora_adapter(".", {how})']
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """What is written beside one folder's weights. `net` is what diffusers or transformers calls: of an adapter, the base."""
+
+    experiment: Experiment
+    report: dict[str, Any]
+    role: str
+    net: Net
+    model: list[str]  # Python that loads it
+
+    @property
+    def family(self) -> Family:
+        return interop.family_of(self.net)
+
+    @property
+    def steps(self) -> int:
+        """Evaluations at which the run's evaluation samples it."""
+        return next((row["nfe"] for row in self.report["models"] if row["name"] == "student"), 1)
+
+    @functools.cached_property
+    def scheduler(self) -> Scheduler | str:
+        """Or in words why there is none."""
+        denoiser = self.experiment.described(self.role)[1]
+        if denoiser is None or self.family.library != "diffusers":
+            return ""
+        try:
+            return scheduler(self.experiment.method, denoiser, self.steps)
+        except Refused as error:
+            return str(error)
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """JSON files by name."""
+        found = self.scheduler
+        return {SCHEDULER: found.config} if isinstance(found, Scheduler) else {}
+
+    @property
+    def card(self) -> str:
+        method, report = type(self.experiment.method), self.report
+        about = (__import__(method.__module__, fromlist=["_"]).__doc__ or "").strip()
+        rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
+        keys = columns(rows)
+        table = markdown_table(keys, [[number(row.get(k, "")) for k in keys] for row in rows])
+        return f"""---
 tags: [jaxdistill, distillation, {method.__name__.lower()}]
 ---
 # {method.__name__} student
@@ -67,13 +126,13 @@ tags: [jaxdistill, distillation, {method.__name__.lower()}]
 {about}
 
 Trained with `jaxdistill`: `{report["config"]["method"]["name"]}`, {report["steps"]} steps, seed {report["config"]["seed"]}.
-NFE: {steps}.
+NFE: {self.steps}.
 
 {table}
 
 ## Use
 
-{_recipe(experiment, role, net, steps)}
+{self.use}
 
 ## Config
 
@@ -82,68 +141,79 @@ NFE: {steps}.
 ```
 """
 
+    @property
+    def use(self) -> str:
+        """Python that runs, or in words why there is none."""
+        call, method, found = self.family.call, self.experiment.method, self.scheduler
+        denoiser = self.experiment.described(self.role)[1]
+        if denoiser is None:
+            return _python([*self.model, *[f"output = {call}"] * bool(call)])
+        if isinstance(found, Scheduler):
+            ready = [
+                f"from diffusers import {found.name}",
+                f'scheduler = {found.name}.from_pretrained(".", subfolder="scheduler")',
+                f"scheduler.set_timesteps({found.times})",
+            ]
+        else:
+            ready = []
+        if len(method.exports) > 1 or not call:
+            why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {self.steps} times"
+            where = f"{self.role}: {why}; `{type(method).__module__}` says which network serves which time."
+            return f"{where}\n\n{_python([*self.model, *ready])}"
+        if ready:
+            return _python(["import torch", *self.model, *ready, *self._stepped(found)]) + self._in_a_pipeline(found)
+        try:
+            written = self._written_out(denoiser)
+        except Refused as error:
+            return f"{error}; `{type(method).__module__}` has it.\n\n{_python(self.model)}"
+        why = f"Without a scheduler: {found}.\n\n" if found else ""
+        return why + _python(["import torch", *self.model, *written])
 
-def _recipe(experiment, role: str, net, steps: int) -> str:
-    """What the card says about use: Python that runs, or in words why there is none."""
-    family, method = interop.family_of(net), experiment.method
-    lines = [f"from {family.library} import {family.name}", f'model = {family.name}.from_pretrained(".").eval()']
-    denoiser = experiment.described(role)[1]
-    if denoiser is None:
-        return _python(lines + [f"output = {family.call}"] * bool(family.call))
-    try:
-        plan = chain(method, denoiser, steps)
-    except Refused as error:
-        return f"{error}; `{type(method).__module__}` has it.\n\n{_python(lines)}"
-    if len(method.exports) > 1 or not family.call:
-        why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {steps} times"
-        return f"{role}: {why}; `{type(method).__module__}` says which network serves which time.\n\n{_python(lines)}"
-    *grid, channels = experiment.data.batch(0, slice(None, 1))["x"].shape[1:]
-    known = {field.name: getattr(net.config, field.name) for field in dataclasses.fields(net.config)}
-    call = family.call.format(x="scale * x", t="torch.full((len(x),), t)")
-    again = "x = alpha * x0 + sigma * " + ("torch.randn_like(x0)" if method.renoises else "eps")
-    table = ",\n    ".join(f"({', '.join(f'{v:.7g}' for v in step)})" for step in plan)
-    return _python(
-        [
-            "import torch",
-            *lines,
-            family.given.format(**known),
+    def _noise(self) -> str:
+        *grid, channels = self.experiment.data.batch(0, slice(None, 1))["x"].shape[1:]
+        return f"torch.randn(len(cond), {', '.join(map(str, (channels, *grid)))})"
+
+    def _given(self) -> str:
+        return self.family.given.format(**{f.name: getattr(self.net.config, f.name) for f in dataclasses.fields(self.net.config)})
+
+    def _stepped(self, found: Scheduler) -> list[str]:
+        x, first = ("scheduler.scale_model_input(x, t)", "scheduler.init_noise_sigma * ") if found.scales else ("x", "")
+        return [
+            self._given(),
+            f"x = {first}{self._noise()}",
+            "with torch.no_grad():",
+            "    for t in scheduler.timesteps:",
+            f"        output = {self.family.call.format(x=x, t='t.expand(len(x))')}",
+            "        x = scheduler.step(output, t, x).prev_sample",
+        ]
+
+    def _in_a_pipeline(self, found: Scheduler) -> str:
+        if "encoder_hidden_states" not in self.family.call:
+            return ""
+        return (
+            f"\n\nOr in a pipeline of diffusers, `DiffusionPipeline.from_pretrained(..., {self.family.component}=model, "
+            f"scheduler=scheduler)`, called with `{found.times}, guidance_scale=1.0`."
+        )
+
+    def _written_out(self, denoiser) -> list[str]:
+        """The chain without a scheduler. Raises Refused as `chain` does."""
+        method = self.experiment.method
+        table = ",\n    ".join(f"({', '.join(f'{v:.7g}' for v in step)})" for step in chain(method, denoiser, self.steps))
+        again = "x = alpha * x0 + sigma * " + ("torch.randn_like(x0)" if method.renoises else "eps")
+        return [
+            self._given(),
             "# the network's time and the scale of its input; x0 = p x + q output; the state's alpha and sigma",
             f"steps = [\n    {table},\n]",
-            f"x = {_start(method, denoiser, steps):.7g} * torch.randn(len(cond), {', '.join(map(str, (channels, *grid)))})",
+            f"x = {start(method, denoiser, self.steps):.7g} * {self._noise()}",
             "with torch.no_grad():",
             "    for i, (t, scale, p, q, alpha, sigma) in enumerate(steps):",
             "        if i:",
             f"            {again}",
-            f"        x0 = p * x + q * {call}",
+            f"        x0 = p * x + q * {self.family.call.format(x='scale * x', t='torch.full((len(x),), float(t))')}",
             *([] if method.renoises else ["        eps = (x - alpha * x0) / sigma"]),
         ]
-    )
 
 
 def _python(lines: list[str]) -> str:
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def chain(method, denoiser, steps: int) -> np.ndarray:
-    """The student's chain in the network's own coordinates, float [steps, 6]: at each time, what the network is fed as its time,
-    the scale of its input, the p and q of x0 = p x + q output, and the state's alpha and sigma.
-
-    Raises Refused where `method.sample` is no chain of x0 at fixed times.
-    """
-    if denoiser.fold or steps < 1:
-        raise Refused(f"{type(method).__name__}: its network is fed two times")
-    native, one = denoiser.native, jnp.ones(1)
-    t = denoiser.own_time(method.process, method.sampling_times(steps))
-
-    def row(t):
-        scale, fed = denoiser.param.inputs(native, one, t[None])
-        p, q = (denoiser.param.pred(native, raw, x, t[None]).x0 for x, raw in ((one, 0 * one), (0 * one, one)))
-        return jnp.stack([fed, scale, p, q, *native.alpha_sigma(t[None])])[:, 0]
-
-    return np.asarray(jax.vmap(row)(t), np.float64)
-
-
-def _start(method, denoiser, steps: int) -> float:
-    """The first state for unit noise, in the network's own coordinates: it is seen as one of the first time."""
-    state = method.process.start(method.initial(jnp.ones((1, 1))))[0, 0]
-    return float(state * denoiser.own_scale(method.process, method.sampling_times(steps)[0]))
+    """Imports first."""
+    return "```python\n" + "\n".join(sorted(lines, key=lambda line: not line.startswith(("import", "from")))) + "\n```"

@@ -21,8 +21,9 @@ import numpy as np
 from jaxdistill import interop
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.diffusion.denoiser import Denoiser, Noise, Velocity, VPVelocity, by_time, guided
+from jaxdistill.diffusion.denoiser import Denoiser, Velocity, by_time, guided
 from jaxdistill.diffusion.process import DDPM, Flow, Process
+from jaxdistill.interop.chain import PREDICTIONS, SCHEDULER
 from jaxdistill.interop.safetensors import read_json
 from jaxdistill.samplers import fewstep
 
@@ -40,6 +41,7 @@ class Pipeline:
     folder: Path
     index: dict[str, Any]  # model_index.json
     parts: dict[str, tuple[Net, Params]]
+    student: str | Path = ""  # the folder that the denoiser comes from, where it is another
     _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)  # compiled functions by what they do
 
     denoisers = ("transformer",)
@@ -88,8 +90,7 @@ class Pipeline:
         def run(weights, cond, null, noise, times, key):
             net = self.network(weights)
             call = lambda x, t: guided(net, x, t, cond, null, guidance)
-            start = noise / self.process.alpha_sigma(jnp.asarray(self.process.t_max))[1]
-            xt, t = fewstep.simulate(self.process, call, start, times, key, len(times) - 1, "" if renoises else "ddim")
+            xt, t = fewstep.simulate(self.process, call, noise, times, key, len(times) - 1, "" if renoises else "ddim")
             return call(xt, t).x0
 
         weights = {name: self.parts[name][1] for name in self.denoisers if name in self.parts}
@@ -112,8 +113,9 @@ class Pipeline:
 
     @property
     def scheduler(self) -> dict[str, Any]:
-        """scheduler_config.json."""
-        return read_json(self.folder / "scheduler" / "scheduler_config.json")
+        """scheduler_config.json, of the student where it has its own."""
+        files = [Path(folder) / SCHEDULER for folder in (self.student, self.folder) if folder]
+        return read_json(next((file for file in files if file.exists()), files[-1]))
 
     @property
     def down(self) -> int:
@@ -163,12 +165,13 @@ class StableDiffusionXL(Pipeline):
 
     @property
     def param(self) -> Velocity:
-        kinds = {"epsilon": Noise(time_scale=999.0), "v_prediction": VPVelocity(time_scale=999.0)}
-        return lookup(kinds, self.scheduler.get("prediction_type", "epsilon"), f"{self.folder / 'scheduler'}: prediction_type")
+        kind = self.scheduler.get("prediction_type", "epsilon")
+        return lookup(PREDICTIONS, kind, f"{self.folder / 'scheduler'}: prediction_type")(time_scale=999.0)
 
     def times(self, steps, size, frames=1):
-        """Even steps from the last index down ("trailing")."""
-        return (np.round(np.arange(1000, 0, -1000 / steps))[:steps] - 1) / 999
+        """Even steps from the last index down ("trailing"), which of a one-step student is its time."""
+        count = self.scheduler.get("num_train_timesteps", 1000)
+        return (np.round(np.arange(count, 0, -count / steps))[:steps] - 1) / 999
 
     def encode(self, prompts, negatives, size):
         parts, both = [], [*prompts, *negatives]
@@ -266,7 +269,7 @@ def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32"
         parts.pop(cls.denoisers[1], None)  # one student serves all times
     if missing := [name for name in (*cls.texts, cls.denoisers[0], "vae") if name not in parts]:
         raise Refused(f"{folder / 'model_index.json'}: {missing[0]} is missing")
-    return cls(folder, index, parts)
+    return cls(folder, index, parts, student)
 
 
 def tokenize(folder: Path, texts: Sequence[str], length: int | None, *, longest: bool = False) -> tuple[np.ndarray, np.ndarray]:

@@ -97,7 +97,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    """Indented, keys in the given order."""
+    """Indented, keys in the given order; makes the file's folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

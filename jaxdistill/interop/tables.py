@@ -11,6 +11,8 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `free`, the keys of config.json in which two copies of one network may differ;
 - `call`, PyTorch's expression of one evaluation for the model card (of a denoiser, at the state {x} and the time {t} under a
   condition `cond`, which the line `given` makes), and `component`, the model's name in diffusers' pipelines;
+- `loads`, Python that makes `model` of the folder ".", where PyTorch's class has no `from_pretrained`, and `adapters`, whether
+  its library puts adapters on it;
 - `part`, what ours is of PyTorch's class, where it is not the whole and cannot be saved as one;
 - `constants(config)`, where PyTorch's class stores arrays that are no weights, and `convert(file)`, where its pickles become
   safetensors by another command than that of transformers and diffusers.
@@ -142,6 +144,8 @@ class Family:
     call: str = ""
     given: str = ""
     component: str = "transformer"
+    loads: str = ""
+    adapters: bool = True
     part: str = ""
     constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}  # name -> what is written beside the weights
     convert: Callable[[Path], str] | None = None

@@ -101,10 +101,13 @@ def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, k
 
 def chain_times(name: str, process: Process, steps: int) -> Array:
     """The times [steps] at which a solver asks the network, where it only re-noises x0 with its own eps from one to the next:
-    "ddim", and on rectified flow "euler". Raises Refused on the others."""
-    if name == "ddim" or (name == "euler" and process == Flow()):
-        return process.grid(steps)[:-1]
-    raise Refused(f"solver={name}: more than a chain of x0 at fixed times")
+    "ddim", and on rectified flow "euler". Raises Refused on the others, and where the last state is not x0."""
+    if name != "ddim" and (name != "euler" or process != Flow()):
+        raise Refused(f"solver={name}: more than a chain of x0 at fixed times")
+    *times, last = process.grid(steps)
+    if (level := float(process.alpha_sigma(last)[1])) > 1e-6:
+        raise Refused(f"solver={name}: {type(process).__name__} ends with noise of level {level:.3g}, not at x0")
+    return jnp.stack(times)
 
 
 def advance(name: str, process: Process, denoise: Denoise, x: Array, t: Array, s: Array) -> Array:

@@ -45,6 +45,14 @@ def test_rectified_flow_ends_exactly():
     np.testing.assert_array_equal(Flow(shift=3.0).add_noise(x0, eps, jnp.ones(2)), eps)
 
 
+@every
+def test_sampling_starts_from_noise_of_the_states_size(process):
+    """As alpha x0 + sigma eps has it for x0 of unit variance: the noise itself where alpha^2 + sigma^2 = 1, else sigma eps."""
+    a, s = process.alpha_sigma(jnp.asarray(process.t_max))
+    preserving = abs(a**2 + s**2 - 1) < 1e-6
+    np.testing.assert_allclose(process.start(draw(5)), draw(5) * (1 if preserving else s), rtol=4 * EPS32)
+
+
 @pytest.mark.parametrize(("name", "clean", "noisy"), [
     ("flow", 0.0, np.inf), ("shifted", 0.0, np.inf), ("trig", 0.0, np.inf), ("edm", 0.002, 80.0),
     # beta_0 = .1: 1 - alpha^2 = b0 t; alpha(1) = exp(-(b1 - b0)/4 - b0/2)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +12,15 @@ import numpy as np
 import pytest
 
 from jaxdistill import interop
-from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.build import Lora, Role, build, experiment, spec
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.loop import Trained
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond, Noise, TrigPrecond, Velocity, VPVelocity
 from jaxdistill.diffusion.process import DDPM, EDM, Flow, Trig
-from jaxdistill.interop.export import _start, chain, export
+from jaxdistill.interop.chain import SCHEDULER, chain, scheduler, start
+from jaxdistill.interop.export import export
+from jaxdistill.interop.safetensors import write_json
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
@@ -76,7 +81,7 @@ def test_the_cards_chain_is_the_methods_sampler(name):
     raw = lambda x, t, cond: jnp.sin(3 * x) + jnp.cos(t / 100)[:, None] * x
     noise = jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)
     expected = method.sample(denoiser.wrap(raw, method.process), noise, None, jax.random.key(0), steps)
-    x = _start(method, denoiser, steps) * noise
+    x = start(method, denoiser, steps) * noise
     x0, eps = 0.0, noise
     for i, (t, scale, p, q, alpha, sigma) in enumerate(chain(method, denoiser, steps)):
         x = alpha * x0 + sigma * eps if i else x
@@ -85,8 +90,84 @@ def test_the_cards_chain_is_the_methods_sampler(name):
     np.testing.assert_allclose(x0, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
 
 
+SD = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
+QUARTERS = tuple(t / 999 for t in (999, 749, 499, 249))
+EPS, V = Denoiser(param=Noise(time_scale=999.0), native=SD), Denoiser(param=VPVelocity(time_scale=999.0), native=DDPM())
+FLOW = Denoiser(param=Velocity(time_scale=1000.0))
+# fmt: off
+SCHEDULERS = {  # (method, how the network is read, steps), diffusers' class, what set_timesteps is called with
+    "reflow": ((Reflow(), FLOW, 1), "FlowMatchEulerDiscreteScheduler", "num_inference_steps=1"),
+    "three steps": ((Reflow(), FLOW, 3), "FlowMatchEulerDiscreteScheduler", "sigmas=[1, 0.666667, 0.333333]"),
+    "shifted": ((Progressive(process=Flow(shift=3.0), teacher_steps=8), FLOW, 4), "FlowMatchEulerDiscreteScheduler",
+                "sigmas=[1, 0.75, 0.5, 0.25]"),
+    "phased": ((PhasedDMD(process=Flow(shift=5.0)), FLOW, 4), "FlowMatchEulerDiscreteScheduler", "sigmas=[1, 0.75, 0.5, 0.25]"),
+    "fresh noise": ((DMD2(student_times=(1.0, 0.6, 0.3)), FLOW, 3), "FlowMatchEulerDiscreteScheduler", "sigmas=[1, 0.6, 0.3]"),
+    "seen as less": ((DMD2(student_times=(0.6,)), FLOW, 1), "FlowMatchEulerDiscreteScheduler", "sigmas=[0.6]"),
+    "scm": ((SCM(process=Trig(sigma_data=1.0), student_times=(np.pi / 2, 1.1)), Denoiser(), 2), "FlowMatchEulerDiscreteScheduler",
+            "sigmas=[1, 0.662705]"),
+    "dmd2": ((DMD2(process=SD), EPS, 1), "LCMScheduler", "num_inference_steps=1"),
+    "from flow": ((DMD2(), EPS, 1), "LCMScheduler", "num_inference_steps=1"),
+    "swiftbrush": ((SwiftBrush(process=DDPM()), V, 1), "LCMScheduler", "num_inference_steps=1"),
+    "at 399": ((DMD2(process=SD, student_times=(399 / 999,)), EPS, 1), "LCMScheduler", "num_inference_steps=1"),
+    "quarters": ((DMD2(process=SD, student_times=QUARTERS), EPS, 4), "LCMScheduler", "num_inference_steps=4"),
+    "uneven": ((DMD2(process=SD, student_times=(QUARTERS[0], *QUARTERS[2:])), EPS, 3), "LCMScheduler", "timesteps=[999, 499, 249]"),
+    "ddim": ((Progressive(teacher_steps=8), EPS, 4), "EulerDiscreteScheduler", "timesteps=[999, 673.156, 353.89, 95.3136]"),
+    "ddim of v": ((Progressive(teacher_steps=8), V, 2), "EulerDiscreteScheduler", "timesteps=[999, 258.093]"),
+}
+# fmt: on
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_scheduler_is_the_methods_sampler(name, tmp_path, monkeypatch):
+    """diffusers' own steps on a network that is a formula, with our draws of noise.
+
+    Its betas are multiplied in float32, 1000 of them, which leaves 6e-5 of alpha^2.
+    """
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    (method, denoiser, steps), cls, times = SCHEDULERS[name]
+    raw = lambda x, t, sin, cos: sin(3 * x) + cos(t / 100)[:, None] * x
+    key, noise = jax.random.key(0), jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)
+    net = denoiser.wrap(lambda x, t, cond: raw(x, t, jnp.sin, jnp.cos), method.process)
+    expected = np.asarray(method.sample(net, noise, None, key, steps))
+    found = scheduler(method, denoiser, steps)
+    assert (found.name, found.times) == (cls, times)
+    write_json(tmp_path / SCHEDULER, found.config)
+    stepper = getattr(diffusers, cls).from_pretrained(tmp_path, subfolder="scheduler")
+    assert found.config.items() <= {**stepper.config, "_class_name": cls}.items()  # it knows every one of them
+    drawn = iter(torch.tensor(np.asarray(jax.random.normal(jax.random.fold_in(key, i), noise.shape))) for i in range(steps))
+    monkeypatch.setattr(sys.modules[type(stepper).__module__], "randn_tensor", lambda *args, **kwargs: next(drawn))
+    stepper.set_timesteps(**eval(f"dict({times})"))
+    x = torch.tensor(np.asarray(noise)) * (stepper.init_noise_sigma if found.scales else 1.0)
+    for t in stepper.timesteps:
+        seen = stepper.scale_model_input(x, t) if found.scales else x
+        x = stepper.step(raw(seen, t.expand(6).float(), torch.sin, torch.cos), t, x).prev_sample
+    np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def test_where_no_scheduler_steps_so_it_says_why():
+    for (method, denoiser, steps), said in (
+        ((UniInstruct(), Denoiser(param=EDMPrecond(), native=EDM()), 1), "no scheduler for EDMPrecond(time_scale=1) on EDM"),
+        ((UniInstruct(process=SD, student_times=(399 / 999,)), EPS, 1), "starts from noise of size 0.75757"),
+        ((SCM(), Denoiser(param=TrigPrecond(), native=Trig()), 1), "no scheduler for TrigPrecond"),
+        ((Reflow(), Denoiser(param=Velocity(time_scale=0.5)), 1), "no scheduler for Velocity(time_scale=0.5) on Flow"),
+        ((DMD2(process=SD), dataclasses.replace(EPS, param=Noise()), 1), "no scheduler for Noise(time_scale=1) on DDPM"),
+        ((DMD2(student_times=(1.0, 0.5)), EPS, 2), "LCMScheduler has whole time indices, not [999, 353.89]"),
+        ((Reflow(), Denoiser(native=Flow(shift=3.0)), 1), "no scheduler for Velocity(time_scale=1) on Flow"),
+    ):
+        with pytest.raises(Refused, match=re.escape(said)):
+            scheduler(method, denoiser, steps)
+
+
 def test_a_sampler_that_is_no_chain_is_not_made_one():
-    for method, steps in ((FlowMatching(solver="heun"), 4), (Reflow(process=Flow(shift=3.0)), 2), (MeanFlow(), 2), (DMD2(), 2)):
+    for method, steps in (
+        (FlowMatching(solver="heun"), 4),
+        (Progressive(process=DDPM()), 2),  # index 0 is not free of noise
+        (Reflow(process=Flow(shift=3.0)), 2),
+        (MeanFlow(), 2),
+        (DMD2(), 2),
+    ):
         with pytest.raises(Refused):
             chain(method, Denoiser(), steps)
 
@@ -96,49 +177,103 @@ def test_a_card_in_words_where_the_sampler_is_more(tmp_path):
     student = Role(**NET, init="fresh")
     config = experiment(data=spec("data.digits:Digits"), method=spec("methods.trajectory.flow_matching:FlowMatching", solver="heun"),
                         roles=dict(student=student))  # fmt: skip
-    card = exported(config, tmp_path)
+    card = exported(config, tmp_path)[1]
     assert "more than a chain of x0" in card and "jaxdistill.methods.trajectory.flow_matching" in card
     assert 'DiTTransformer2DModel.from_pretrained(".")' in card and "randn" not in card
 
 
-def test_an_adapted_student_leaves_merged_or_as_its_adapter(tmp_path):
-    roles = dict(teacher=Role(**NET, init="fresh"), student=Role(lora=Lora(rank=2)), fake=Role(lora=Lora(rank=2)))
-    config = experiment(data=spec("data.digits:Digits"), method=spec("methods.distribution.diff_instruct:DiffInstruct"), roles=roles)
-    for adapter, file in ((False, "diffusion_pytorch_model.safetensors"), (True, "pytorch_lora_weights.safetensors")):
-        (tmp_path / file).mkdir()
-        assert "DiTTransformer2DModel" in exported(config, tmp_path / file, ("teacher", "student"), adapter=adapter)
-        assert sorted(p.name for p in (tmp_path / file / "out").iterdir()) == sorted(["README.md", "config.json", file])
+def test_each_expert_leaves_with_the_scheduler_of_the_whole_chain(tmp_path):
+    method = spec("methods.distribution.phased_dmd:PhasedDMD", process=Flow(shift=5.0), phase_steps=(2, 2))
+    net = {**NET, "model": {**NET["model"], "classes": 10}}
+    config = experiment(data=spec("data.digits:Digits"), method=method,
+                        roles=dict(teacher=Role(**net, init="fresh"), **{role: Role() for role in build(method).inits}))  # fmt: skip
+    trained, cards = exported(config, tmp_path, build(method).exports, nfe=4)
+    for role in trained.experiment.method.exports:
+        config = json.loads((tmp_path / "out" / role / SCHEDULER).read_text())
+        assert (config["_class_name"], config["shift"]) == ("FlowMatchEulerDiscreteScheduler", 5.0)
+        assert f"{role}: one of 2 experts" in cards
+    assert cards.count("scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])") == 2
 
 
-def exported(config, folder, roles=("student",), **how):
-    """The card of a student with random weights, exported to `folder`/out."""
+def exported(config, folder, roles=("student",), nfe=1, **how):
+    """The run of a student with random weights, adapters' too, and the cards in `folder`/out, where it is exported to."""
     built = Experiment(config, folder)
-    report = {"models": [{"name": "student", "nfe": 1}], "steps": 1, "config": {"method": {"name": "m"}, "seed": 0}}
+    report = {"models": [{"name": "student", "nfe": nfe}], "steps": 1, "config": {"method": {"name": "m"}, "seed": 0}}
     (folder / "report.json").write_text(json.dumps(report))
     params = {role: built.nets[role].init(jax.random.key(i)) for i, role in enumerate(roles)}
-    export(Trained(built, built.nets, params), folder / "out", **how)
-    return (folder / "out" / "README.md").read_text()
+    draw = np.random.default_rng(0)
+    trained = Trained(built, built.nets, jax.tree.map(lambda w: w + jnp.asarray(0.1 * draw.standard_normal(w.shape), w.dtype), params))
+    export(trained, folder / "out", **how)
+    return trained, "".join(file.read_text() for file in sorted((folder / "out").rglob("README.md")))
 
 
-def test_a_text_conditional_students_recipe_runs(tmp_path):
+def run_card(card, torch, monkeypatch, folder, base=""):
+    """(noise, samples), channels last, and the condition, of the card's code."""
+    scope, drawn, draw = {}, [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape: drawn.append(draw(*shape)) or drawn[-1])
+    exec(card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(folder))).replace('"BASE"', repr(str(base))), scope)
+    last = lambda x: np.moveaxis(x.numpy(), 1, -1)
+    return last(drawn[-1]), last(scope["x"] if "scheduler" in scope else scope["x0"]), scope["cond"].numpy()
+
+
+UNET = spec("models.unet:UNet", size=8, channels=1, widths=(8, 8), layers=1, depths=(1, 0), mid_depth=1, heads=(2, 2), text_dim=6, groups=4)
+
+
+@pytest.mark.parametrize("leaves", ["whole", "merged", "adapter"])
+def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
     """Stable Diffusion's U-Net, small, a student of eps on DDPM: its card's code gives what the method samples from that noise."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    model = spec(
-        "models.unet:UNet", size=8, channels=1, widths=(8, 8), layers=1, depths=(1, 0), mid_depth=1, heads=(2, 2), text_dim=6, groups=4
-    )
-    denoiser = Denoiser(param=Noise(time_scale=999.0), native=DDPM(scaled=True, beta_min=0.00085, beta_max=0.012))
-    role = Role(model=model, denoiser=denoiser, init="fresh")
+    pytest.importorskip("peft", reason="peft is not installed")
+    teacher = Role(model=UNET, denoiser=EPS, init="fresh")
+    student = teacher if leaves == "whole" else Role(lora=Lora(rank=2, targets=r".*attn[12]/to_[qkv]/kernel"))
     config = experiment(data=spec("data.digits:Digits"), method=spec("methods.distribution.diff_instruct:DiffInstruct"),
-                        roles=dict(teacher=role, student=role, fake=role))  # fmt: skip
-    card = exported(config, tmp_path)
-    scope = {}
-    torch.manual_seed(0)
-    exec(card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(tmp_path / "out"))), scope)
-    net, params = interop.load(tmp_path / "out")
-    method = dataclasses.replace(Experiment(config, tmp_path).method)
-    noise = np.moveaxis(scope["x"].numpy(), 1, -1) / _start(method, denoiser, 1)
-    call = denoiser.wrap(lambda *a: net.apply(params, *a), method.process)
-    ours = method.sample(call, jnp.asarray(noise), {"text": scope["cond"].numpy()}, jax.random.key(0), 1)
-    theirs = np.moveaxis(scope["x0"].numpy(), 1, -1)
+                        roles=dict(teacher=teacher, student=student, fake=student))  # fmt: skip
+    trained, card = exported(config, tmp_path, ("teacher", "student"), adapter=leaves == "adapter")
+    assert "scheduler = LCMScheduler" in card and "DiffusionPipeline.from_pretrained(..., unet=model, scheduler=scheduler)" in card
+    interop.save(tmp_path / "base", trained.nets["teacher"], trained.params["teacher"])
+    noise, theirs, text = run_card(card, torch, monkeypatch, tmp_path / "out", tmp_path / "base")
+    ours = trained.experiment.method.sample(trained.bound().student, jnp.asarray(noise), {"text": text}, jax.random.key(0), 1)
     assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std() * 14.6  # x0 = (x - sigma eps) / alpha, alpha 1 / 14.6 at t_max
+    weights = "pytorch_lora_weights" if leaves == "adapter" else "diffusion_pytorch_model"
+    names = ["README.md", "config.json", "scheduler", f"{weights}.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+def test_a_class_without_adapters_leaves_merged_only(tmp_path):
+    roles = dict(teacher=Role(**NET, init="fresh"), student=Role(lora=Lora(rank=2)), fake=Role(lora=Lora(rank=2)))
+    config = experiment(data=spec("data.digits:Digits"), method=spec("methods.distribution.diff_instruct:DiffInstruct"), roles=roles)
+    with pytest.raises(Refused, match="diffusers puts no adapter on DiTTransformer2DModel; export without --adapter, merged"):
+        exported(config, tmp_path, ("teacher", "student"), adapter=True)
+    assert not (tmp_path / "out").exists()
+    assert "DiTTransformer2DModel" in exported(config, tmp_path, ("teacher", "student"))[1]
+
+
+def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkeypatch):
+    """The class is a stand-in that notes what it is given and answers with our network; the chain around it is the card's."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    role = Role(model=spec("models.edm:SongUNet", size=8, channels=1, width=8, multiples=(1, 1), blocks=1, attention=(4,), classes=10),
+                denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh")  # fmt: skip
+    config = experiment(data=spec("data.digits:Digits"), method=spec("methods.distribution.diff_instruct:EDMDiffInstruct"),
+                        roles=dict(teacher=role, student=role, fake=role))  # fmt: skip
+    trained, card = exported(config, tmp_path)
+    net, params = interop.load(tmp_path / "out")
+
+    class SongUNet(torch.nn.Module):
+        def __init__(self, img_resolution, in_channels, out_channels, model_channels, **rest):
+            super().__init__()
+            assert (img_resolution, in_channels, out_channels, model_channels, rest["label_dim"]) == (8, 1, 1, 8, 10)
+
+        def load_state_dict(self, weights):
+            assert all(name.split(".")[0] in ("enc", "dec", "map_layer0", "map_layer1", "map_label") for name in weights)
+
+        def forward(self, x, noise_labels, class_labels):
+            raw = net.apply(params, np.moveaxis(x.numpy(), 1, -1), noise_labels.numpy(), class_labels.numpy().argmax(1))
+            return torch.tensor(np.moveaxis(np.asarray(raw), -1, 1))
+
+    monkeypatch.setitem(sys.modules, "training", types.ModuleType("training"))
+    monkeypatch.setitem(sys.modules, "training.networks", types.SimpleNamespace(SongUNet=SongUNet))
+    noise, theirs, labels = run_card(card, torch, monkeypatch, tmp_path / "out")
+    ours = trained.experiment.method.sample(trained.bound().student, jnp.asarray(noise), labels.argmax(1), jax.random.key(0), 1)
+    assert not (tmp_path / "out" / "scheduler").exists() and "scheduler" not in card.split("## Config")[0].split("## Use")[1]
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())

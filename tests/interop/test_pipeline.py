@@ -10,7 +10,10 @@ from PIL import Image
 
 from jaxdistill import interop
 from jaxdistill.core.types import Refused
+from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.interop import pipeline
+from jaxdistill.interop.chain import SCHEDULER, scheduler
+from jaxdistill.methods.distribution.dmd2 import DMD2
 from launch import generate
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
@@ -142,6 +145,26 @@ def test_stable_diffusion_xl(guidance, tmp_path):
     pictures = theirs(PROMPTS, height=64, width=32, num_inference_steps=4, guidance_scale=guidance, latents=first(z), output_type="np")
     np.testing.assert_allclose(ours.times(4, SIZE) * 999, theirs.scheduler.timesteps, atol=1e-4)
     same(ours(PROMPTS, ours.times(4, SIZE), size=SIZE, renoises=False, guidance=guidance, noise=z), pictures.images)
+
+
+@pytest.mark.parametrize("first_index", [999, 399])
+def test_a_student_and_its_scheduler_in_diffusers_pipeline(first_index, tmp_path):
+    """One step is all that diffusers' pipeline is told: the scheduler begins at the student's time, as ours is told to."""
+    _, ours = stored(sdxl, tmp_path / "pipeline")
+    net, params = ours.parts["unet"]
+    method = DMD2(process=ours.process, student_times=(first_index / 999,))
+    found = scheduler(method, Denoiser(param=ours.param, native=ours.process), 1)
+    interop.save(tmp_path / "student", net, params, beside={SCHEDULER: found.config})
+    parts = dict(unet=diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "student"),
+                 scheduler=diffusers.LCMScheduler.from_pretrained(tmp_path / "student", subfolder="scheduler"))  # fmt: skip
+    whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline", **parts)
+    whole.set_progress_bar_config(disable=True)
+    z = noise(ours.latents(2, SIZE, 1))
+    pictures = whole(PROMPTS, height=64, width=32, num_inference_steps=1, guidance_scale=1.0, latents=first(z), output_type="np")
+    assert whole.scheduler.timesteps.tolist() == [first_index]
+    ours = pipeline.load(tmp_path / "pipeline", student=tmp_path / "student")
+    np.testing.assert_allclose(999 * ours.times(1, SIZE), [first_index], rtol=1e-12)
+    same(ours(PROMPTS, ours.times(1, SIZE), size=SIZE, noise=z), pictures.images)
 
 
 @pytest.mark.parametrize("instruction", ["", "Describe it well: "])

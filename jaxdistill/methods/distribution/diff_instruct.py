@@ -113,8 +113,8 @@ class FromLevel:
     """
 
     def initial(self, noise: Array) -> Array:
-        level = lambda t: self.process.alpha_sigma(jnp.asarray(t, noise.dtype))[1]
-        return noise * level(self.student_times[0]) / level(self.process.t_max)
+        level = self.process.alpha_sigma(jnp.asarray(self.student_times[0], noise.dtype))[1]
+        return noise * level / self.process.start(jnp.ones((), noise.dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

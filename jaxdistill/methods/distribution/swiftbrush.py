@@ -49,11 +49,6 @@ class SwiftBrush(DiffInstruct):
             ctx = dataclasses.replace(ctx, batch={**ctx.batch, "x": jnp.zeros((count, *self.shape))})
         return super().simulate(net, ctx)
 
-    def initial(self, noise: Array) -> Array:
-        """The state at T is z itself, not sigma_T z (equal on rectified flow); in general it has the norm that states have."""
-        alpha, sigma = self.process.alpha_sigma(jnp.asarray(self.process.t_max, noise.dtype))
-        return jnp.hypot(alpha, sigma) / sigma * noise
-
     def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
         """g = sigma_t^2 (eps_phi^k - eps_psi^k) = sigma_t^3 (s_psi - s_phi), 0 where it overflowed."""
         sigma = self.process.alpha_sigma(expand(t, x0))[1]

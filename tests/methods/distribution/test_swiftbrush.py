@@ -15,7 +15,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.diffusion.denoiser import Denoiser, Noise
-from jaxdistill.diffusion.process import DDPM, EDM, Flow, expand
+from jaxdistill.diffusion.process import DDPM, Flow, expand
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.swiftbrush import SDS, SwiftBrush
 from jaxdistill.models.mlp import MLP
@@ -95,12 +95,6 @@ def test_student_predicts_noise_and_is_read_at_the_last_time():
     np.testing.assert_allclose(x0, (1 - sigma) / alpha * z, rtol=1e-3, atol=1e-6)  # 1 - sigma_T is .002, to float32's 6e-8
     blind = Denoiser(param=Noise(time_scale=999.0), native=SD).wrap(lambda x, t, cond: 0 * x, SD)
     np.testing.assert_allclose(SwiftBrush(process=SD).sample(blind, z, None, jax.random.key(1), 1), z / alpha, rtol=1e-5)
-
-
-def test_the_first_state_has_the_norm_of_the_process():
-    z = jnp.ones((1, 1))
-    for process, norm in ((Flow(), 1.0), (SD, 1.0), (EDM(), (1 + 80.0**2) ** 0.5)):
-        assert float(process.start(SwiftBrush(process=process).initial(z))[0, 0]) == pytest.approx(norm, rel=1e-6)
 
 
 def test_the_sample_is_that_of_training(context):
