@@ -23,6 +23,7 @@ from tools import plan as plan_command
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
+QUICK = ("dmd2", "gkd", "grpo", "scm")  # networks of points and of language, decoding, forward mode; the contract lowers every toy
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def quickly():
     plan.set_effort(0.0)
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOYS])
 def test_every_toy_compiles_for_tpu(quickly, name):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
     config = importlib.import_module(f"configs.toy.{name}").get_config()

@@ -22,7 +22,7 @@ def five_steps(name: str, shape: sharding.MeshShape):
         return first, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("name", ["dmd2", "scm", "gkd"])
+@pytest.mark.parametrize("name", [pytest.param("dmd2", marks=pytest.mark.slow), "scm", "gkd"])
 def test_eight_devices_equal_one_after_five_steps(name, record_property):
     largest = lambda a, b: max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if x.size)
     (start, one), (_, eight) = five_steps(name, ONE), five_steps(name, EIGHT)

@@ -42,16 +42,19 @@ def largest_difference(a, b) -> float:
     return max((np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if x.size), default=0.0)
 
 
+OFTEN = dict(steps=60, checkpoint_every=5, log_every=5)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A finished run of two processes with two devices each."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    finish(start(workdir, 2, 2))
+    finish(start(workdir, 2, 2, **OFTEN))
     return workdir
 
 
 def test_two_processes_equal_one(two, tmp_path):
-    finish(start(tmp_path / "one", 1, 4))
+    finish(start(tmp_path / "one", 1, 4, **OFTEN))
     assert largest_difference(weights(two), weights(tmp_path / "one")) < 1e-5
     losses = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (two, tmp_path / "one")]
     for mine, other in zip(*losses, strict=True):
@@ -85,7 +88,7 @@ def kill_one(workdir, rng: random.Random, **run) -> int:
 
     Returns the newest checkpoint's step.
     """
-    process = start(workdir, 2, 1, **run)
+    process = start(workdir, 2, 2, **run)
     wait_for(process, workdir, newest(workdir) + 5)
     time.sleep(rng.uniform(0, 0.3))
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
@@ -97,26 +100,27 @@ def kill_one(workdir, rng: random.Random, **run) -> int:
     return newest(workdir)
 
 
-def killed_and_whole(folder, kills: int, steps: int) -> None:
+def killed_and_whole(killed, whole, kills: int, **run) -> None:
     """A run killed `kills` times and resumed each time ends with the weights of one that was let alone, bit for bit."""
-    rng, saved, run = random.Random(0), [0], dict(steps=steps, checkpoint_every=5, log_every=5)
+    rng, saved = random.Random(0), [0]
     for _ in range(kills):
-        saved.append(kill_one(folder / "killed", rng, **run))
+        saved.append(kill_one(killed, rng, **run))
         assert saved[-1] >= saved[-2] + 5  # nothing is lost but the steps after the last checkpoint
-    finish(start(folder / "killed", 2, 1, **run))
-    logged = [json.loads(line)["step"] for line in (folder / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert logged == list(range(5, steps + 1, 5))
-    finish(start(folder / "whole", 2, 1, **run))
-    assert largest_difference(weights(folder / "killed"), weights(folder / "whole")) == 0
+    finish(start(killed, 2, 2, **run))
+    logged = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(5, run["steps"] + 1, 5))
+    assert largest_difference(weights(killed), weights(whole)) == 0
 
 
-def test_a_lost_process_ends_the_job_and_the_rerun_goes_on(tmp_path):
-    killed_and_whole(tmp_path, kills=1, steps=60)
+def test_a_lost_process_ends_the_job_and_the_rerun_goes_on(two, tmp_path):
+    killed_and_whole(tmp_path / "killed", two, kills=1, **OFTEN)
 
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
-    killed_and_whole(tmp_path, kills=20, steps=400)
+    run = {**OFTEN, "steps": 400}
+    finish(start(tmp_path / "whole", 2, 2, **run))
+    killed_and_whole(tmp_path / "killed", tmp_path / "whole", kills=20, **run)
 
 
 def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):

@@ -45,7 +45,7 @@ def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_
     data, method = source(shared_data, tmp_path)
     network = spec("models.lm:LM", vocab=ByteTokenizer.vocab, dim=64, mlp=128, heads=4, depth=2, max_length=512)
     config = experiment(
-        steps=40,
+        steps=20,
         mesh=spec("core.sharding:MeshShape", fsdp=1),
         data=data,
         method=spec(f"methods.language.{method}"),
