@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxdistill import interop
 from jaxdistill.core import lora
@@ -148,26 +149,19 @@ NFE: {self.steps}.
         denoiser = self.experiment.described(self.role)[1]
         if denoiser is None:
             return _python([*self.model, *[f"output = {call}"] * bool(call)])
-        if isinstance(found, Scheduler):
-            ready = [
-                f"from diffusers import {found.name}",
-                f'scheduler = {found.name}.from_pretrained(".", subfolder="scheduler")',
-                f"scheduler.set_timesteps({found.times})",
-            ]
-        else:
-            ready = []
+        try:
+            plan = chain(method, denoiser, self.steps)
+        except Refused as error:
+            return f"{error}; `{type(method).__module__}` has it.\n\n{_python(self.model)}"
+        ready = _ready(found) if isinstance(found, Scheduler) else []
         if len(method.exports) > 1 or not call:
             why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {self.steps} times"
             where = f"{self.role}: {why}; `{type(method).__module__}` says which network serves which time."
             return f"{where}\n\n{_python([*self.model, *ready])}"
         if ready:
             return _python(["import torch", *self.model, *ready, *self._stepped(found)]) + self._in_a_pipeline(found)
-        try:
-            written = self._written_out(denoiser)
-        except Refused as error:
-            return f"{error}; `{type(method).__module__}` has it.\n\n{_python(self.model)}"
         why = f"Without a scheduler: {found}.\n\n" if found else ""
-        return why + _python(["import torch", *self.model, *written])
+        return why + _python(["import torch", *self.model, *self._written_out(plan, start(method, denoiser, self.steps))])
 
     def _noise(self) -> str:
         *grid, channels = self.experiment.data.batch(0, slice(None, 1))["x"].shape[1:]
@@ -195,23 +189,32 @@ NFE: {self.steps}.
             f"scheduler=scheduler)`, called with `{found.times}, guidance_scale=1.0`."
         )
 
-    def _written_out(self, denoiser) -> list[str]:
-        """The chain without a scheduler. Raises Refused as `chain` does."""
-        method = self.experiment.method
-        table = ",\n    ".join(f"({', '.join(f'{v:.7g}' for v in step)})" for step in chain(method, denoiser, self.steps))
-        again = "x = alpha * x0 + sigma * " + ("torch.randn_like(x0)" if method.renoises else "eps")
+    def _written_out(self, plan: np.ndarray, first: float) -> list[str]:
+        """The chain without a scheduler, from a first state of size `first`."""
+        renoises = self.experiment.method.renoises
+        table = ",\n    ".join(f"({', '.join(f'{v:.7g}' for v in step)})" for step in plan)
+        again = "x = alpha * x0 + sigma * " + ("torch.randn_like(x0)" if renoises else "eps")
         return [
             self._given(),
             "# the network's time and the scale of its input; x0 = p x + q output; the state's alpha and sigma",
             f"steps = [\n    {table},\n]",
-            f"x = {start(method, denoiser, self.steps):.7g} * {self._noise()}",
+            f"x = {first:.7g} * {self._noise()}",
             "with torch.no_grad():",
             "    for i, (t, scale, p, q, alpha, sigma) in enumerate(steps):",
             "        if i:",
             f"            {again}",
             f"        x0 = p * x + q * {self.family.call.format(x='scale * x', t='torch.full((len(x),), float(t))')}",
-            *([] if method.renoises else ["        eps = (x - alpha * x0) / sigma"]),
+            *([] if renoises else ["        eps = (x - alpha * x0) / sigma"]),
         ]
+
+
+def _ready(found: Scheduler) -> list[str]:
+    """Python that makes `scheduler` of the folder."""
+    return [
+        f"from diffusers import {found.name}",
+        f'scheduler = {found.name}.from_pretrained(".", subfolder="scheduler")',
+        f"scheduler.set_timesteps({found.times})",
+    ]
 
 
 def _python(lines: list[str]) -> str:

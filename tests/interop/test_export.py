@@ -18,8 +18,9 @@ from jaxdistill.core.loop import Trained
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond, Noise, TrigPrecond, Velocity, VPVelocity
 from jaxdistill.diffusion.process import DDPM, EDM, Flow, Trig
+from jaxdistill.interop import dit
 from jaxdistill.interop.chain import SCHEDULER, chain, scheduler, start
-from jaxdistill.interop.export import export
+from jaxdistill.interop.export import Student, export
 from jaxdistill.interop.safetensors import write_json
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
@@ -172,8 +173,11 @@ def test_a_sampler_that_is_no_chain_is_not_made_one():
             chain(method, Denoiser(), steps)
 
 
-def test_a_card_in_words_where_the_sampler_is_more(tmp_path):
-    """Heun's method is no chain of x0: the card says where it is, and how the network is loaded."""
+@pytest.mark.parametrize("call", [dit.FAMILY.call, ""])
+def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
+    """Heun's method is no chain of x0: the card says where it is, and how the network is loaded. Of a family without Python for
+    one evaluation too."""
+    monkeypatch.setattr(Student, "family", dataclasses.replace(dit.FAMILY, call=call))
     student = Role(**NET, init="fresh")
     config = experiment(data=spec("data.digits:Digits"), method=spec("methods.trajectory.flow_matching:FlowMatching", solver="heun"),
                         roles=dict(student=student))  # fmt: skip
