@@ -30,7 +30,7 @@ def sample(argv: list[str]) -> None:
         for line in evaluation.texts(trained, n)[role]:
             print(line, end="\n---\n")
         return
-    steps = steps or next(s for r, s in evaluation.models(trained) if r == role)
+    steps = steps or next(s for r, s in evaluation.models(trained.params) if r == role)
     real = trained.experiment.data.evaluation(n)
     x, _ = evaluation.generate(trained, role, steps, real)
     out = Path(values["out"] or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png")

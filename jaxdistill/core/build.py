@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
+from jaxdistill.core import fields
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.sharding import MeshShape, Rules
 from jaxdistill.core.types import Refused, nearest
@@ -32,9 +34,9 @@ class Role:
     model: Any = None  # spec(...) of a model's dataclass
     denoiser: Any = None  # spec(...) of a diffusion.denoiser:Denoiser, for networks that predict from (x_t, t)
     init: str = ""  # "": as the method says | fresh | random (frozen) | exact (the data's law) | a role | @run | a run's or exported folder
-    param_dtype: str = "float32"  # what a frozen role is stored in; roles that move are float32
-    quantize: str = ""  # int8: a frozen role's matrices in eight bits, a scale for each output channel (extra [int8])
-    place: str = "device"  # device | host: where a frozen role's weights rest; each layer is fetched when it is needed
+    param_dtype: fields.Dtype = "float32"  # what a frozen role is stored in; roles that move are float32
+    quantize: Literal["", "int8"] = ""  # int8: a frozen role's matrices in eight bits, a scale for each output channel (extra [int8])
+    place: Literal["device", "host"] = "device"  # where a frozen role's weights rest; each layer is fetched when it is needed
     optimizer: Optimizer = Optimizer()
     ema: Any = Ema()
     rules: Rules = Rules()
@@ -47,7 +49,7 @@ class Run:
     """The top level of every config."""
 
     seed: int = 0  # weights and training randomness; the data has a seed of its own
-    steps: int = 1000  # engine steps over all stages
+    steps: fields.Steps = 1000  # engine steps over all stages
     accumulate: int = 1  # micro-batches per step
     log_every: int = 20
     sample_every: int = 0  # steps between sample grids; 0: only at the end
@@ -59,17 +61,14 @@ class Run:
     mesh: MeshShape = MeshShape()
     rules: Rules = Rules()  # of activations and batches; a role's own rules place its weights
 
-    def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise Refused(f"config.{name}={getattr(self, name)}: expected a positive integer")
-        for name in ("sample_every", "eval_every"):
-            if getattr(self, name) < 0:
-                raise Refused(f"config.{name}={getattr(self, name)}: expected 0 or a positive integer")
+
+NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def resolve(name: str) -> Any:
     """The class behind "package.file:Class", looked up below `jaxdistill` first. Raises Refused."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise Refused(f"name={fields.shown(name)}: expected the name of a class as 'package.file:Class'")
     file, _, cls = name.partition(":")
     for module in (f"jaxdistill.{file}", file):
         try:
@@ -80,16 +79,19 @@ def resolve(name: str) -> Any:
             raise
         if hasattr(found, cls):
             return getattr(found, cls)
-        raise Refused(f"name={name!r}: {module} has no class {cls!r}{nearest(cls, [k for k in vars(found) if k[:1].isupper()])}")
-    raise Refused(f"name={name!r}: no file jaxdistill/{file.replace('.', '/')}.py, and no module {file!r}")
+        classes = [k for k in vars(found) if k[:1].isupper()]
+        raise Refused(f"name={name!r}: {module} has no class {cls!r}{nearest(cls, classes)}")
+    path = file.replace(".", "/")
+    raise Refused(f"name={name!r}: no file jaxdistill/{path}.py, and no module {file!r}")
 
 
 def _plain(value: Any) -> Any:
     """A field's value as config data; dataclasses become dicts with their class under `name`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         path = f"{type(value).__module__}:{type(value).__qualname__}".removeprefix("jaxdistill.")
-        return ConfigDict({"name": path, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}},
-                          convert_dict=False)  # fmt: skip
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        plain = {name: _plain(part) for name, part in given.items()}
+        return ConfigDict({"name": path, **plain}, convert_dict=False)
     if value is None:
         return ConfigDict()
     if isinstance(value, ConfigDict):
@@ -99,38 +101,91 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def spec(name: str, **fields: Any) -> ConfigDict:
-    """The config of one class: all its fields with their defaults, some replaced. Raises Refused on an unknown one."""
-    made = {k: build(v) if isinstance(v, (Mapping, ConfigDict)) and "name" in v else v for k, v in fields.items()}
-    return _plain(_construct(resolve(name), name, made))  # the class checks what it will be given, not its config
+def spec(name: str, **values: Any) -> ConfigDict:
+    """The config of one class: all its fields with their defaults, some replaced.
+
+    Raises Refused on an unknown field, and on a value of another type or out of range.
+    """
+    made = {k: build(v) if _is_spec(v) else v for k, v in values.items()}
+    return _plain(_construct(name, made, ""))  # the class checks what it will be given, not its config
 
 
-def build(config: Mapping[str, Any]) -> Any:
-    """The object that a `spec` describes, nested ones included. Raises Refused on an unknown field."""
-    fields = {k: _object(v) for k, v in config.items() if k != "name"}
-    return _construct(resolve(config["name"]), config["name"], fields)
+def build(config: Mapping[str, Any], where: str = "") -> Any:
+    """The object that a `spec` describes, nested ones included.
+
+    `where` is the config's place as messages name it ("config.roles.student"). Raises Refused on an
+    unknown field, and on a value of another type or out of range.
+    """
+    if not isinstance(config, (Mapping, ConfigDict)) or "name" not in config:
+        found = fields.shown(config) if not isinstance(config, (Mapping, ConfigDict)) else "without a name"
+        raise Refused(f"{where or 'spec'} is {found}: expected a group with the name of a class")
+    made = {k: _object(v, _below(where, k)) for k, v in config.items() if k != "name"}
+    return _construct(config["name"], made, where)
 
 
-def _object(value: Any) -> Any:
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, (Mapping, ConfigDict)) and "name" in value
+
+
+def _below(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _object(value: Any, where: str) -> Any:
+    if _is_spec(value):
+        return build(value, where)
     if isinstance(value, (Mapping, ConfigDict)):
-        if "name" in value:
-            return build(value)
-        return {k: _object(v) for k, v in value.items()} or None
+        return {k: _object(v, _below(where, k)) for k, v in value.items()} or None
     return tuple(value) if isinstance(value, list) else value
 
 
-def _construct(cls, name: str, fields: Mapping[str, Any]) -> Any:
-    if not dataclasses.is_dataclass(cls):
-        raise Refused(f"name={name!r}: expected a dataclass")
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    for key in fields:
-        if key not in known:
-            raise Refused(f"{name} has no field {key!r}{nearest(key, known)}")
-    missing = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in fields
-               and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]  # fmt: skip
+def located(where: str, error: Refused) -> Refused:
+    """The refusal with the place in the config that it speaks of in front."""
+    text, last = str(error), where.rpartition(".")[2]
+    if not where or text.startswith("config"):
+        return error
+    if re.match(rf"{re.escape(last)}[.=\[ ]", text):
+        return Refused(where + text.removeprefix(last))
+    field = re.match(r"\w+=", text)
+    return Refused(f"{where}.{text}" if field else f"{where}: {text}")
+
+
+def _construct(name: str, values: Mapping[str, Any], where: str) -> Any:
+    try:
+        cls = resolve(name)
+        if not dataclasses.is_dataclass(cls):
+            raise Refused(f"name={name!r}: expected a dataclass")
+    except Refused as error:
+        raise located(where, error) from error
+    return made(cls, name, values, where)
+
+
+def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
+    """An object of `cls`, which messages call `name`, from the values at `where` in a config.
+
+    Raises Refused on a field that is unknown, missing, of another type or out of range.
+    """
+    try:
+        _check_fields(cls, name, values)
+        return cls(**{key: fields.coerced(cls, key, value) for key, value in values.items()})
+    except Refused as error:
+        raise located(where, error) from error
+
+
+def _check_fields(cls: type, name: str, values: Mapping[str, Any]) -> None:
+    """Raises Refused where a field is unknown, missing, or of another type or range than the class says."""
+    known = [f for f in dataclasses.fields(cls) if f.init]
+    names = [f.name for f in known]
+    for key in values:
+        if key not in names:
+            raise Refused(f"{name} has no field {key!r}{nearest(str(key), names)}")
+    no_default = lambda f: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    missing = [f.name for f in known if f.name not in values and no_default(f)]
     if missing:
         raise Refused(f"{name} needs {', '.join(missing)}")
-    return cls(**fields)
+    for key, value in values.items():
+        if problem := fields.problem(cls, key, value):
+            raise Refused(f"{key}={fields.shown(value)}: {problem}")
 
 
 def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], evaluation: Mapping | None = None,
@@ -144,7 +199,7 @@ def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], eva
     Their seed, data.seed and data.path are this config's, and stay so when these are changed.
     Returned locked: a misspelt key is an error.
     """
-    top = _plain(_construct(Run, "config", run))
+    top = _plain(made(Run, "config", run, "config"))
     del top["name"]
     parts = dict(method=method, data=data, evaluation=evaluation, claim=claim, runs=dict(runs), roles=dict(roles))
     config = ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}})
@@ -161,6 +216,10 @@ def _share(config: ConfigDict) -> None:
         _share(inner)
 
 
-def run_settings(config: ConfigDict) -> Run:
-    """The top level of a config as an object. Raises Refused on values out of range."""
-    return _construct(Run, "config", {f.name: _object(config[f.name]) for f in dataclasses.fields(Run)})
+def run_settings(config: ConfigDict, where: str = "config") -> Run:
+    """The top level of a config as an object. Raises Refused on a value of another type or out of range."""
+    missing = [f.name for f in dataclasses.fields(Run) if f.name not in config]
+    if missing:
+        raise Refused(f"{where}.{missing[0]} is missing")
+    given = {f.name: config[f.name] for f in dataclasses.fields(Run)}
+    return made(Run, where, {k: _object(v, _below(where, k)) for k, v in given.items()}, where)

@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import functools
-import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import interop
 from jaxdistill.core import build, lora, sharding
 from jaxdistill.core.bank import bank
 from jaxdistill.core.checkpoint import load_params
+from jaxdistill.core.fields import Positive, shown
 from jaxdistill.core.net import Net, make_net
+from jaxdistill.core.step import bind
 from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Method, Params, Refused, named_key, nearest
+from jaxdistill.data.base import Dataset
+from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.base import Evaluation
+from jaxdistill.interop.safetensors import read_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a run's final evaluation is held against: value <= ratio * baseline ("lower"), or >= ("higher").
+
+    Models are rows of the table, "name" or "name@nfe".
+    """
+
+    metric: str
+    model: str
+    baseline: str
+    better: Literal["lower", "higher"]
+    ratio: Positive
+
+
+MISFITS = (  # what arithmetic and lookups raise of parts that do not go together; not what a machine raises
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@contextlib.contextmanager
+def refusals(where: str, what: str = "makes no network") -> Iterator[None]:
+    """Puts the place in the config in front of what is refused inside.
+
+    What a network's own arithmetic says of sizes that do not go together is a refusal, too.
+    """
+    try:
+        yield
+    except Refused as error:
+        raise build.located(where, error) from error
+    except MISFITS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refused(f"{where} {what}: {reason[:200]}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +78,38 @@ class Experiment:
     config: ConfigDict
     workdir: Path
     devices: Any = None  # to plan for; None: those that there are
+    where: str = "config"  # how messages name this config; that of a run inside: config.runs.NAME
 
     @functools.cached_property
     def settings(self) -> build.Run:
-        return build.run_settings(self.config)
+        return build.run_settings(self.config, self.where)
 
     @functools.cached_property
     def method(self) -> Method:
-        return build.build(self.config.method)
+        return self._built("method", Method)
 
     @functools.cached_property
-    def data(self) -> Any:
-        return build.build(self.config.data)
+    def data(self) -> Dataset:
+        return self._built("data", Dataset)
 
     @functools.cached_property
-    def evaluation(self) -> Any:
-        return build.build(self.config.evaluation) if self.config.evaluation else None
+    def evaluation(self) -> Evaluation | None:
+        return self._built("evaluation", Evaluation) if self._group("evaluation") else None
+
+    def _group(self, name: str) -> ConfigDict:
+        """A part of the config that holds names and values. Raises Refused where it is missing or none."""
+        if name not in self.config:
+            raise Refused(f"{self.where}.{name} is missing")
+        part = self.config[name]
+        if not isinstance(part, ConfigDict):
+            raise Refused(f"{self.where}.{name}={shown(part)}: expected a group of names and values")
+        return part
+
+    def _built(self, name: str, kind: type) -> Any:
+        found = build.build(self._group(name), f"{self.where}.{name}")
+        if not isinstance(found, kind):
+            raise Refused(f"{self.where}.{name}.name={self.config[name].name!r}: expected a {kind.__name__}")
+        return found
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -54,17 +120,33 @@ class Experiment:
     @functools.cached_property
     def roles(self) -> dict[str, build.Role]:
         """Every role of the method. Raises Refused where the config names another."""
-        wanted = [*self.method.frozen, *self.method.inits]
-        for name in self.config.roles:
+        with refusals(f"{self.where}.method", "names no roles"):
+            wanted = [*self.method.frozen, *self.method.inits]
+        given = self._group("roles")
+        for name in given:
             if name not in wanted:
-                raise Refused(f"config.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
-        roles = {name: build.build(self.config.roles[name]) if name in self.config.roles else build.Role() for name in wanted}
+                raise Refused(f"{self.where}.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
+        roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
         for name, role in roles.items():
-            if role.place not in ("device", "host"):
-                raise Refused(f"config.roles.{name}.place={role.place!r}: expected 'device' or 'host'")
             if name not in self.method.frozen and (role.quantize or role.place == "host"):
-                raise Refused(f"config.roles.{name}: quantize and place are for frozen roles ({', '.join(self.method.frozen)})")
+                frozen = ", ".join(self.method.frozen)
+                raise Refused(f"{self._of(name)}: quantize and place are for frozen roles ({frozen})")
         return roles
+
+    def _role(self, name: str) -> build.Role:
+        role = build.build(self.config.roles[name], self._of(name))
+        if not isinstance(role, build.Role):
+            raise Refused(f"{self._of(name)}.name={self.config.roles[name].name!r}: expected core.build:Role")
+        if role.model is not None and not callable(role.model):
+            raise Refused(f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of sizes)")
+        if role.denoiser is not None and not isinstance(role.denoiser, Denoiser):
+            raise Refused(f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected diffusion.denoiser:Denoiser")
+        if not callable(getattr(role.ema, "decay", None)):
+            raise Refused(f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as core.optim:Ema")
+        return role
+
+    def _of(self, role: str) -> str:
+        return f"{self.where}.roles.{role}"
 
     def source(self, role: str) -> str:
         """Where the role's first weights come from: the config's `init`, or what the method says."""
@@ -72,66 +154,142 @@ class Experiment:
 
     @functools.cached_property
     def nets(self) -> dict[str, Net]:
+        """role -> network. Raises Refused where a role's model, source or adapters make none."""
+        for role in self.roles:
+            self._check_chain(role)
         return {role: self._net(role) for role in self.roles}
+
+    def _check_chain(self, role: str) -> None:
+        """Raises Refused where a role starts from itself, or its adapters sit on no role or on themselves."""
+        seen = [role]
+        while (source := self.source(seen[-1])) in self.roles:
+            if source in seen:
+                raise Refused(f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at the end")
+            seen.append(source)
+        seen = [role]
+        while self.roles[seen[-1]].lora.rank:
+            base = self.roles[seen[-1]].lora.base
+            where = f"{self._of(seen[-1])}.lora.base={base!r}"
+            if base not in self.roles:
+                raise Refused(f"{where}: no such role{nearest(base, self.roles)}")
+            if base in seen:
+                raise Refused(f"{where}: its adapters would sit on themselves")
+            seen.append(base)
 
     def _net(self, role: str) -> Net:
         cfg, process = self.roles[role], getattr(self.method, "process", None)
         if cfg.init == "exact":
             if not hasattr(self.data, "net"):
-                raise Refused(f"config.roles.{role}.init=exact: {self.config.data.name} knows no exact law")
+                raise Refused(f"{self._of(role)}.init=exact: {self.config.data.name} knows no exact law")
             return self.data.net(process) if process is not None else self.data.net()
         if cfg.lora.rank:
-            fields = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
-            return lora.adapt(self._net(cfg.lora.base), **fields)
+            given = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
+            with refusals(self._of(role)):
+                return lora.adapt(self._net(cfg.lora.base), **given)
         model, denoiser = self.described(role)
-        wrap = {"wrap": functools.partial(denoiser.wrap, process=process)} if denoiser is not None and process is not None else {}
-        net = make_net(model, config=model, **wrap)
+        wrap = {}
+        if denoiser is not None and process is not None:
+            wrap = {"wrap": functools.partial(denoiser.wrap, process=process)}
+        with refusals(f"{self._of(role)}.model"):
+            net = make_net(model, config=model, **wrap)
         net = bank(net, cfg.bank) if cfg.bank else net
-        return quantized(net, cfg.quantize) if cfg.quantize else net
+        with refusals(self._of(role)):
+            return quantized(net, cfg.quantize) if cfg.quantize else net
 
     def described(self, role: str) -> tuple[Any, Any]:
         """(model, denoiser) of a role; what is empty is that of the role or run that it starts from."""
         cfg, source = self.roles[role], self.source(role)
         model, denoiser = cfg.model, cfg.denoiser
         if model is None or denoiser is None:
-            if source in self.roles and self.roles[source].init != "exact":
-                other = self.described(source)
-            elif (run := self._run(source)) is not None:
-                other = run.described("student")
-            elif (Path(source) / "config.json").exists():
-                other = (interop.describe(source), None)
-            elif source in ("fresh", "random", "exact") or source in self.roles:
-                other = (None, None)
-            else:
-                raise Refused(f"config.roles.{role}.init={source!r}: no such role, run or folder")
+            other = self._described_at(role, source)
             model, denoiser = model or other[0], denoiser or other[1]
         if model is None:
-            raise Refused(f"config.roles.{role}.model is empty, and {source!r} has none to take over")
+            raise Refused(f"{self._of(role)}.model is empty, and {source!r} has none to take over")
         return model, denoiser
 
-    def _run(self, source: str) -> Experiment | None:
+    def _described_at(self, role: str, source: str) -> tuple[Any, Any]:
+        """(model, denoiser) of what a role starts from."""
+        if source in self.roles and self.roles[source].init != "exact":
+            return self.described(source)
+        if source in ("fresh", "random", "exact") or source in self.roles:
+            return None, None
+        if (run := self.run_at(role, source)) is not None:
+            return run.described("student")
+        if (Path(source) / "config.json").exists():
+            return interop.describe(source), None
+        raise self.unknown(role, source)
+
+    def unknown(self, role: str, source: str) -> Refused:
+        """The refusal of a source that is no role, run or folder."""
+        names = [*self.roles, *(f"@{name}" for name in self.inner)]
+        near = nearest(source, names) if difflib.get_close_matches(source, names, 1) else ""
+        return Refused(f"{self._of(role)}.init={shown(source)}: no such role, run or folder{near}")
+
+    def run_at(self, role: str, source: str) -> Experiment | None:
         """The run that `source` names: one inside this config ("@name") or a folder; None where it is neither."""
         if source.startswith("@"):
-            if source[1:] not in self.config.runs:
-                raise Refused(f"init={source!r}: config.runs has no {source[1:]!r}{nearest(source[1:], self.config.runs)}")
-            return Experiment(self.config.runs[source[1:]], self.workdir / source[1:])
+            if source[1:] not in self.inner:
+                where = f"{self._of(role)}.init={source!r}"
+                raise Refused(f"{where}: config.runs has no {source[1:]!r}{nearest(source[1:], self.inner)}")
+            return self.inner[source[1:]]
         path = Path(source) / "config.json"
         if not path.exists() or not (Path(source) / "stages").exists():
             return None
-        return Experiment(ConfigDict(json.loads(path.read_text())), Path(source))
+        return Experiment(ConfigDict(read_json(path)), Path(source), where=str(path))
+
+    @functools.cached_property
+    def inner(self) -> dict[str, Experiment]:
+        """Every run inside this one, needed or not, by name."""
+        runs, made = self._group("runs"), {}
+        for name, config in runs.items():
+            where = f"{self.where}.runs.{name}"
+            if not isinstance(config, ConfigDict):
+                raise Refused(f"{where}={shown(config)}: expected a config")
+            made[name] = Experiment(config, self.workdir / name, self.devices, where)
+        return made
+
+    @functools.cached_property
+    def claim(self) -> Claim | None:
+        """What the evaluation is held against; None where the config claims nothing."""
+        given = self._group("claim")
+        if not given:
+            return None
+        return build.made(Claim, "claim", dict(given.items()), f"{self.where}.claim")
 
     @functools.cached_property
     def runs(self) -> dict[str, ConfigDict]:
         """The runs inside this one that are needed: a role starts from them, or the claim names them."""
         named = {self.source(role)[1:] for role in self.roles if self.source(role).startswith("@")}
-        claimed = {self.config.claim[key].split("@")[0] for key in ("model", "baseline") if self.config.claim}
-        named |= claimed - self.roles.keys()  # "teacher@1" is a row of the role teacher
-        return {name: inner for name, inner in self.config.runs.items() if name in named}
+        if self.claim is not None:
+            claimed = {name.split("@")[0] for name in (self.claim.model, self.claim.baseline)}
+            named |= claimed - self.roles.keys()  # "teacher@1" is a row of the role teacher
+        return {name: run.config for name, run in self.inner.items() if name in named}
 
     @functools.cached_property
     def inits(self) -> dict[str, str | None]:
         """Trained role -> role that it is copied from, or None."""
         return {role: self.source(role) if self.source(role) in self.roles else None for role in self.method.inits}
+
+    @functools.cached_property
+    def null_labels(self) -> dict[str, int]:
+        """Role -> the label that stands for none, of the networks that take labels."""
+        found = {role: getattr(net.config, "null_label", None) for role, net in self.nets.items()}
+        return {role: label for role, label in found.items() if label is not None}
+
+    def conditioned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A batch of numpy arrays whose null label is that of the networks, whatever the data set's number of classes.
+
+        Conditions that are no labels stay as they are.
+        """
+        label, null = next(iter(self.null_labels.values()), None), batch.get("null_cond")
+        if label is None or not isinstance(null, np.ndarray) or not np.issubdtype(null.dtype, np.integer):
+            return batch
+        return {**batch, "null_cond": np.full_like(null, label)}
+
+    def put_batch(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
+        """A function from this process's rows of a batch (numpy) to global arrays on the mesh, under the networks' null label."""
+        put = sharding.put_batch(self.mesh, self.settings.rules)
+        return lambda batch: put(self.conditioned(batch))
 
     def abstract(self, net: Net, role: str) -> Params:
         """ShapeDtypeStructs of `net`'s weights as the role's first ones, with dtype, sharding and memory that the config gives it."""
@@ -150,7 +308,7 @@ class Experiment:
             return {}
         if source == "fresh":
             if role in self.method.frozen:
-                raise Refused(f"config.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)")
+                raise Refused(f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)")
             return None
         if source in self.roles:
             return None
@@ -165,6 +323,19 @@ class Experiment:
         if (Path(source) / "stages").exists():
             return load_result(Path(source), abstract)
         return interop.load_into(source, net, abstract)
+
+
+@dataclasses.dataclass
+class Trained:
+    """A finished run: networks and weights by role (averaged where a role has an average)."""
+
+    experiment: Experiment
+    nets: dict[str, Net]
+    params: dict[str, Params]
+
+    def bound(self):
+        """Networks with their weights bound, as losses see them."""
+        return bind(self.nets, self.params)
 
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxdistill.core import chips, flops, metrics, report, sharding
-from jaxdistill.core.bank import Bank
+from jaxdistill.core import chips, metrics, report, sharding
+from jaxdistill.core.check import check
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core.experiment import Experiment, Trained
 from jaxdistill.core.host import alone
-from jaxdistill.core.net import Net
-from jaxdistill.core.step import bind, frozen_weights, init_state, make_train_step
-from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
+from jaxdistill.core.programs import Programs, abstract_programs, make_programs
+from jaxdistill.core.step import bind, frozen_weights
+from jaxdistill.core.types import Ctx, Refused, Stage, State
 from jaxdistill.data import arrayrecord
 from jaxdistill.data.base import Dataset
 from jaxdistill.data.prefetch import DevicePrefetch
@@ -33,19 +33,6 @@ from jaxdistill.data.prefetch import DevicePrefetch
 
 class Stopped(Exception):
     """The run was asked to stop (SIGTERM, Ctrl-C); it has saved, and running it again goes on."""
-
-
-@dataclasses.dataclass
-class Trained:
-    """A finished run: networks and weights by role (averaged where a role has an average)."""
-
-    experiment: Experiment
-    nets: dict[str, Net]
-    params: dict[str, Params]
-
-    def bound(self):
-        """Networks with their weights bound, as losses see them."""
-        return bind(self.nets, self.params)
 
 
 def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progress: bool = True,
@@ -57,12 +44,16 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
     Raises Refused on bad input and where another process runs in `workdir`, metrics.NonFinite where a loss stops being a
     number, Stopped after SIGTERM or Ctrl-C; in all cases the last good checkpoint stays.
     """
-    workdir, known = Path(workdir), {} if known is None else known
-    experiment = Experiment(config, workdir)
-    _check(experiment)
+    experiment = Experiment(config, Path(workdir))
+    check(experiment)
     if dry_run:
         return _dry_run(experiment)
-    own = identity(config)
+    return _run(experiment, progress, {} if known is None else known)
+
+
+def _run(experiment: Experiment, progress: bool, known: dict[str, Path]) -> dict[str, Any]:
+    """`run` of what has been checked."""
+    config, workdir, own = experiment.config, experiment.workdir, identity(experiment.config)
     if own in known and not workdir.exists():
         workdir.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process of this run was first
@@ -75,7 +66,7 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
         write_json(workdir / "config.json", config.to_dict())
         before = metrics.read(workdir / "metrics.jsonl")[-1:]
         started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
-        reports = {name: run(sub, workdir / name, progress=progress, known=known) for name, sub in experiment.runs.items()}
+        reports = {name: _run(experiment.inner[name], progress, known) for name in experiment.runs}
         with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
             trained = _as_given(_train(experiment, stop, progress))
             result = report.write(trained, reports, seconds=time.time() - started)
@@ -90,7 +81,7 @@ def identity(config: ConfigDict) -> str:
 
 def _finished(experiment: Experiment) -> dict[str, Path]:
     """The folders of a finished run and of those inside it, by `identity`."""
-    inside = [_finished(Experiment(sub, experiment.workdir / name)) for name, sub in experiment.runs.items()]
+    inside = [_finished(experiment.inner[name]) for name in experiment.runs]
     done = (experiment.workdir / "report.json").exists()
     return {k: v for found in inside for k, v in found.items()} | ({identity(experiment.config): experiment.workdir} if done else {})
 
@@ -115,16 +106,6 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
     stages = experiment.method.stages(experiment.settings.steps)
     with sharding.use(experiment.mesh, experiment.settings.rules):
         return _as_given(_result(experiment, stages, len(stages)))
-
-
-def _check(experiment: Experiment) -> None:
-    """Builds everything that needs no array, of this run and of those inside it, so that bad input is refused early."""
-    for name, sub in experiment.runs.items():
-        _check(Experiment(sub, experiment.workdir / name))
-    _ = experiment.mesh, experiment.method, experiment.nets, experiment.evaluation, experiment.data.spec()
-    experiment.method.check(experiment.nets, experiment.data)
-    for role in experiment.method.inits:
-        experiment.roles[role].optimizer.make(1)
 
 
 def _check_folder(config: ConfigDict, workdir: Path) -> None:
@@ -193,7 +174,7 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
     """The stage's surgery, on the first training batch."""
     if stage.surgery is None:
         return nets, params
-    batch = jax.tree.map(jnp.asarray, next(experiment.data.loader()))
+    batch = jax.tree.map(jnp.asarray, experiment.conditioned(next(experiment.data.loader())))
     nets, params = stage.surgery(nets, params, batch)
     return nets, dict(params)
 
@@ -206,7 +187,7 @@ def _collect(trained: Trained, stage: Stage, index: int, stop: threading.Event, 
     folder = experiment.workdir / "data" / str(index)
     folder.mkdir(parents=True, exist_ok=True)
     make = jax.jit(lambda params, batch, rng: stage.collect.make(bind(trained.nets, params), Ctx(batch, rng, jnp.int32(0), {})))
-    put, key = sharding.put_batch(experiment.mesh, settings.rules), jax.random.key(settings.seed)
+    put, key = experiment.put_batch(), jax.random.key(settings.seed)
     with DevicePrefetch(experiment.data.loader((jax.process_index(), jax.process_count())), put) as batches:
         for i in metrics.bar(range(stage.collect.batches), f"{experiment.workdir.name} data", "batch", progress):
             batch, _ = next(batches)
@@ -308,7 +289,7 @@ class _Fit:
         self.bar = metrics.bar(range(stage.steps), self._title(), "step", self.progress, self.first)
         self.started = self.logged_at = time.time()
         self.logged = self.first
-        self.put = sharding.put_batch(self.experiment.mesh, settings.rules)
+        self.put = self.experiment.put_batch()
         self.batches = self._batches()
         return programs
 
@@ -389,65 +370,6 @@ class _Fit:
 
 def _brief(means: Mapping[str, float]) -> str:
     return " ".join(f"{k.removesuffix('/loss')}={v:.3g}" for k, v in means.items() if k.endswith("/loss"))
-
-
-@dataclasses.dataclass
-class Programs:
-    """A stage's compiled parts, still lazy: abstract state with shardings, init, step, and its mean model flops."""
-
-    abstract: State
-    init: Any
-    step: Any
-    active_at: Any
-    flops: float  # model flops of a mean step
-    patterns: dict[tuple[int, ...], dict[str, float]]  # active turns -> model flops by role
-    batch: dict[str, jax.ShapeDtypeStruct]  # global shapes with their shardings
-
-
-def make_programs(
-    experiment: Experiment, nets: Mapping[str, Net], stage: Stage, start: Mapping[str, Any], batch: Mapping[str, Any]
-) -> Programs:
-    """Shapes, then shardings, then jitted functions; `start` and `batch` may hold arrays or ShapeDtypeStructs."""
-    method, settings, roles = stage.method, experiment.settings, experiment.roles
-    turns = method.turns
-    taken = [tuple(i for i, t in enumerate(turns) if t.when(s)) for s in range(stage.steps)]
-    updates = {role: sum(sum(role in turns[i].moves for i in active) for active in taken) for role in method.inits}
-    txs = {role: roles[role].optimizer.make(updates[role], bank=isinstance(nets[role], Bank)) for role in method.inits}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    inits = {role: experiment.inits.get(role, source) for role, source in method.inits.items()}
-    build_state = lambda key, start: init_state(method, nets, txs, key, start, inits)
-    abstract = jax.eval_shape(build_state, key, start)
-    rules, places = ({r: getattr(roles[r], part) for r in roles} for part in ("rules", "place"))
-    where = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)
-    abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where)
-    step, active_at = make_train_step(method, nets, txs, emas={r: roles[r].ema for r in method.ema},
-                                      accumulate=settings.accumulate, shardings=where)  # fmt: skip
-    rows = sharding.batch_sharding(experiment.mesh, settings.rules)
-    placed = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), dict(batch))
-    # traced once: the first call of the step finds the same trace
-    patterns = {active: flops.count(step.trace(abstract, placed, key, active).jaxpr.jaxpr) for active in dict.fromkeys(taken)}
-    mean = sum(sum(patterns[active].values()) for active in taken) / max(len(taken), 1)
-    return Programs(abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns, placed)
-
-
-def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]:
-    """The first stage's programs and networks from shapes alone: no weights, no data but one sample. Needs `sharding.use`."""
-    experiment.method.check(experiment.nets, experiment.data)
-    stage, roles = experiment.method.stages(experiment.settings.steps)[0], experiment.roles
-    warm = [r for r in roles if r in experiment.method.frozen or (roles[r].init and r not in experiment.inits)]
-    start = {r: experiment.abstract(experiment.nets[r], r) for r in warm}
-    batch, nets = experiment.data.spec(), {}
-
-    def operate(start):
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(batch))
-        fresh, params = (experiment.nets, start) if stage.surgery is None else stage.surgery(experiment.nets, start, zeros)
-        nets.update(fresh)
-        if stage.collect is None:
-            return params, zeros
-        return params, stage.collect.make(bind(nets, params), Ctx(zeros, jax.random.key(0), jnp.int32(0), {}))
-
-    start, batch = jax.eval_shape(operate, start)
-    return make_programs(experiment, nets, stage, start, batch), nets
 
 
 def _dry_run(experiment: Experiment) -> dict[str, Any]:

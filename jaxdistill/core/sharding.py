@@ -15,9 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core.net import is_matrix, is_spec
-from jaxdistill.core.types import Refused, State
+from jaxdistill.core.types import Refused, State, nearest
 
 AXES = ("data", "fsdp", "sequence", "tensor")
+Axes = str | tuple[str, ...]  # a mesh axis, several, or "": none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,21 @@ class Rules:
     """Logical axis -> mesh axis. Default: FSDP on `embed`, over the devices that share a sample's tokens too; tensor parallel on
     `mlp`, `heads`, `vocab`."""
 
-    batch: tuple[str, ...] = ("data", "fsdp")
-    seq: str = "sequence"  # tokens of activations; keys and values are gathered for attention
-    embed: tuple[str, ...] = ("fsdp", "sequence")
-    mlp: str = "tensor"
-    heads: str = "tensor"
-    vocab: str = "tensor"
-    layers: str = ""
-    bank: str = ""  # members of a bank of networks (core/bank.py)
+    batch: Axes = ("data", "fsdp")
+    seq: Axes = "sequence"  # tokens of activations; keys and values are gathered for attention
+    embed: Axes = ("fsdp", "sequence")
+    mlp: Axes = "tensor"
+    heads: Axes = "tensor"
+    vocab: Axes = "tensor"
+    layers: Axes = ""
+    bank: Axes = ""  # members of a bank of networks (core/bank.py)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            for axis in value if isinstance(value, (tuple, list)) else (value,):
+                if axis and axis not in AXES:
+                    raise Refused(f"rules.{field.name}={axis!r}: no mesh axis{nearest(axis, AXES)}")
 
     def spec(self, names) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated)."""

@@ -96,10 +96,6 @@ class GroupedRecords(ArrayRecords):
         source = self._opened("test")
         return jax.tree.map(lambda *v: np.stack(v), *(self.example(source[int(i)]) for i in self.chosen(len(source), n)))
 
-    def spec(self):
-        one = self.example(self._opened("train")[0])
-        return jax.tree.map(lambda v: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype), one)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRecords(InMemory):

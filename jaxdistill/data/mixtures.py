@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.fields import NonNegative, Positive, Range
 from jaxdistill.core.net import Net, fixed_net
 from jaxdistill.core.types import Array
 from jaxdistill.data.base import Dataset
@@ -24,12 +26,14 @@ class Mixture(Dataset):
     """
 
     batch_size: int = 256
-    dim: int = 2
-    modes: int = 6
-    radius: float = 1.0
-    std: float = 0.08  # mean standard deviation; each mode's is within 25 % of it
-    gap: float = 5.0
-    classes: int = 0  # a label for each sector of about modes / classes neighbours, counted around the origin; 0: for each mode
+    dim: Annotated[int, Range(1, 4096)] = 2
+    modes: Annotated[int, Range(1, 4096)] = 6
+    radius: Positive = 1.0
+    std: Positive = 0.08  # mean standard deviation; each mode's is within 25 % of it
+    gap: NonNegative = 5.0
+    classes: Annotated[int, Range(0, 4096)] = (
+        0  # a label for each sector of about modes / classes neighbours, counted around the origin; 0: for each mode
+    )
     labelled: bool = True  # without labels, teacher and students are those of the whole mixture
 
     @functools.cached_property

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.fields import Positive, Range
 from jaxdistill.core.types import Refused
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.process import Pred, expand
@@ -21,8 +23,8 @@ class Rings(Mixture):
     Raises Refused in other than two dimensions.
     """
 
-    modes: int = 8
-    std: float = 0.15  # mean radius; each mode's is within 25 % of it
+    modes: Annotated[int, Range(1, 4096)] = 8
+    std: Positive = 0.15  # mean radius; each mode's is within 25 % of it
     thickness: float = 0.08
     blur: float = 0.75  # from 0.71 on a blurred ring has no hole
 

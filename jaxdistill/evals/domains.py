@@ -10,18 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.evals.base import Evaluation
 from jaxdistill.evals.language import perplexity
 from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DomainEval:
+class DomainEval(Evaluation):
     """Rows for teacher and student on a `data.domains:Domains`: held-out perplexity of each domain and over all, and
     the largest and mean ratio to the teacher's (`max_ratio`, `mean_ratio`)."""
 
     samples: int = 1000
     batch: int = 100
+
+    needs = ("parts",)
+
+    def table(self, roles, data):
+        metrics = ("perplexity", "max_ratio", "mean_ratio", *(f"perplexity_{name}" for name in data.parts))
+        return {f"{role}@1": metrics for role in ("teacher", "student") if role in roles}
 
     def rows(self, trained) -> list[dict[str, Any]]:
         """[{"name", "nfe" (per token), metric: value, ...}]"""
@@ -52,6 +59,3 @@ class DomainEval:
         parts = range(0, len(held["tokens"]), self.batch)
         take = lambda low: {k: jnp.asarray(v[low : low + self.batch]) for k, v in held.items()}
         return sum(np.asarray(score(trained.params[role], take(low)), np.float64) for low in parts)
-
-    def pictures(self, trained) -> dict[str, Any]:
-        return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from einops import rearrange
@@ -23,6 +24,20 @@ class ImageEval(SampleEval):
 
     features: str = "classifier"
 
+    metrics = ("frechet", "precision", "recall", "diversity", "accuracy")
+
+    def check(self, data):
+        super().check(data)
+        if (shape := np.shape(data.first()["x"])) and len(shape) != 3:
+            raise Refused(f"evaluation: ImageEval needs pictures [height width channels], the data has {list(shape)}")
+        if self.features.endswith(".safetensors"):
+            if not Path(self.features).is_file():
+                raise Refused(f"evaluation.features={self.features!r}: no such file")
+        elif self.features not in ("classifier", "pixels"):
+            raise Refused(f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file")
+        elif self.features == "classifier" and np.ndim(data.first().get("cond", ())) != 0:
+            raise Refused("evaluation.features='classifier' needs labels `cond`, the data has none; expected pixels or a file")
+
     def score(self, x, real, data):
         extract, predict = self._features(data)
         fake, true = extract(x), extract(real["x"])
@@ -39,11 +54,9 @@ class ImageEval(SampleEval):
             return net.features, net.predict
         if self.features == "pixels":
             return lambda x: x.reshape(len(x), -1), None
-        if self.features.endswith(".safetensors"):
-            from jaxdistill.evals.inception import load
+        from jaxdistill.evals.inception import load
 
-            return load(self.features), None
-        raise Refused(f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file")
+        return load(self.features), None
 
     def picture(self, x, real):
         """A 10-column grid of up to 100 samples, sorted by label, a pixel apart, enlarged to about 320 px."""

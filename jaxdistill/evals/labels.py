@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
+from jaxdistill.evals.base import Evaluation
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelEval:
+class LabelEval(Evaluation):
     """Rows for teacher and student: `accuracy`, and the mean squared error of the softmax from the label's (`brier`)."""
 
     samples: int = 10_000
+
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "brier")
+
+    def table(self, roles, data):
+        return {f"{role}@1": self.metrics for role in ("teacher", "student") if role in roles}
 
     def rows(self, trained) -> list[dict[str, Any]]:
         """[{"name", "nfe", metric: value, ...}]"""
@@ -25,15 +32,14 @@ class LabelEval:
                 rows.append({"name": role, "nfe": 1, "accuracy": float(np.mean(law.argmax(-1) == held["cond"])), "brier": float(error)})
         return rows
 
-    def pictures(self, trained) -> dict[str, Any]:
-        return {}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextLabelEval(LabelEval):
     """Of classifiers of text: `accuracy`, and that of each domain of the held-out texts (`accuracy_0`, `accuracy_1`, ...)."""
 
     samples: int = 2000
+
+    metrics = ("accuracy", "accuracy_*")
 
     def rows(self, trained):
         held, rows = trained.experiment.data.evaluation(self.samples), []

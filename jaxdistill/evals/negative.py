@@ -8,6 +8,7 @@ import numpy as np
 from einops import rearrange
 from PIL import Image
 
+from jaxdistill.core.types import lookup
 from jaxdistill.data.shapes import COLOURS, pictures
 from jaxdistill.diffusion.guidance import negated
 from jaxdistill.evals import distances
@@ -28,6 +29,17 @@ class NegativeEval(SampleEval):
     colour: str = "red"  # what the negative prompt says
     strengths: tuple[float, ...] = (0.5, 1.0)
     extrapolation: float = 0.5  # of `blend`
+
+    needs = ("caption",)
+    metrics = ("unwanted", "accuracy", "stray")
+
+    def check(self, data):
+        super().check(data)
+        lookup(dict.fromkeys(COLOURS), self.colour, "evaluation.colour")
+
+    def table(self, roles, data):
+        metrics = (*self.metrics, "samples_per_second")
+        return {**super().table(roles, data), **{f"nasa{a:g}@1": metrics for a in self.strengths}, "blend@2": metrics}
 
     def score(self, x, real, data):
         valid = pictures()
@@ -54,7 +66,7 @@ class NegativeEval(SampleEval):
         def add(name, nfe, x, speed):
             rows.append({"name": name, "nfe": nfe, **self.score(x, real, data), "samples_per_second": speed})
 
-        for role, steps in self.models(trained):
+        for role, steps in self.models(trained.params):
             plain[role], speed = self.generate(trained, role, steps, real)
             add(role, self.nfe(role, steps), plain[role], speed)
         colour = data.caption(real["label"][:, 0], np.full_like(real["label"][:, 0], list(COLOURS).index(self.colour)),

@@ -41,6 +41,9 @@ def _scores(hits: float, found: int, wanted: int) -> dict[str, float]:
 class NerEval(TextEval):
     """A language model's rows with strict micro scores of its greedy answers, for data that knows `gold` and `answers`."""
 
+    needs = ("gold", "answers")
+    metrics = (*TextEval.metrics, "precision", "recall", "f1")
+
     def _row(self, trained, role: str, held) -> dict[str, Any]:
         own, _ = self.write(trained, role, held)
         data = trained.experiment.data

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from jaxdistill.core.types import Refused
 from jaxdistill.evals import modes
 from jaxdistill.evals.kernels import energy_distance
 from jaxdistill.evals.samples import SampleEval
 from jaxdistill.evals.sliced import sliced_wasserstein
 from jaxdistill.samplers.fewstep import simulate
+from jaxdistill.samplers.ode import Solver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,10 @@ class PointEval(SampleEval):
     """For `data.mixtures:Mixture`; the solver is Heun's by default, since the teacher is exact."""
 
     batch: int = 2000
-    solver: str = "heun"
+    solver: Solver = "heun"
+
+    needs = ("law",)
+    metrics = ("energy", "sliced_w2", "modes_hit", "mode_kl", "quality", "stray")
 
     def score(self, x, real, data):
         return {
@@ -57,6 +62,8 @@ class TextureEval(PointEval):
     """For modes with a shape (`data.rings:Rings`): with the energy distance between the offsets within modes, all modes
     laid over each other. In the energy distance of the whole law a shape is drowned by the modes' shares."""
 
+    metrics = (*PointEval.metrics, "texture")
+
     def score(self, x, real, data):
         texture = energy_distance(modes.offsets(x, data.law), modes.offsets(real["x"], data.law))
         return {**super().score(x, real, data), "texture": texture}
@@ -68,6 +75,8 @@ class ChainEval(PointEval):
     time `state`, one of the method's student_times, and the noised data."""
 
     state: float = 0.5
+
+    metrics = (*PointEval.metrics, "state_energy")
 
     def rows(self, trained):
         method, real = trained.experiment.method, trained.experiment.data.evaluation(self.samples)
@@ -90,6 +99,8 @@ class DirectionEval(TextureEval):
 
     angle: float = 0.0  # of the direction, radians
 
+    metrics = (*TextureEval.metrics, "reward")
+
     def score(self, x, real, data):
         return {**super().score(x, real, data), "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)))}
 
@@ -98,6 +109,13 @@ class DirectionEval(TextureEval):
 class LabelledPointEval(PointEval):
     """For points made under labels: with the mean over labels of the energy distance to that label's data, `class_energy`,
     and of the standard deviation over the data's, `class_std` (1: as wide; 0: collapsed)."""
+
+    metrics = (*PointEval.metrics, "class_energy", "class_std")
+
+    def check(self, data):
+        super().check(data)
+        if "cond" not in data.first():
+            raise Refused("evaluation: LabelledPointEval needs labels `cond`, the data has none")
 
     def score(self, x, real, data):
         each = [real["cond"] == label for label in np.unique(real["cond"])]

@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
+from jaxdistill.core.fields import Count, Real
 from jaxdistill.core.sharding import whole
+from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import guided
+from jaxdistill.evals.base import Evaluation
 from jaxdistill.samplers import ode
+from jaxdistill.samplers.ode import Solver
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleEval:
+class SampleEval(Evaluation):
     """Draws from the student by its method's own sampler, and from the teacher by a solver; subclasses score them."""
 
     samples: int = 2000
     batch: int = 500  # samples made at once
-    student_steps: tuple[int, ...] = (1,)
-    teacher_steps: tuple[int, ...] = (50, 1)
-    solver: str = "euler"  # of the teacher
-    guidance: float = 1.0  # of the teacher; other than 1 counts twice in its NFE
+    student_steps: tuple[Count, ...] = (1,)
+    teacher_steps: tuple[Count, ...] = (50, 1)
+    solver: Solver = "euler"  # of the teacher
+    guidance: Real = 1.0  # of the teacher; other than 1 counts twice in its NFE
     seed: int = 0
+
+    metrics: ClassVar[tuple[str, ...]] = ()  # of `score`
+
+    def check(self, data):
+        super().check(data)
+        if "x" not in data.first():
+            raise Refused(f"evaluation: {type(self).__name__} needs samples `x`, the data has {', '.join(data.first())}")
+
+    def table(self, roles, data):
+        metrics = (*self.metrics, "samples_per_second")
+        return {f"{role}@{self.nfe(role, steps)}": metrics for role, steps in self.models(roles)}
 
     def score(self, x: np.ndarray, real: dict[str, np.ndarray], data: Any) -> dict[str, float]:
         """Metrics of samples x [n ...] made under real["cond"]."""
@@ -34,26 +50,32 @@ class SampleEval:
         """A PIL image of the first samples."""
         raise NotImplementedError
 
-    def models(self, trained) -> list[tuple[str, int]]:
+    def models(self, roles: Collection[str]) -> list[tuple[str, int]]:
         """(role, steps) of every row."""
-        rows = [("teacher", n) for n in self.teacher_steps] if "teacher" in trained.params else []
+        rows = [("teacher", n) for n in self.teacher_steps] if "teacher" in roles else []
         return rows + [("student", n) for n in self.student_steps]
 
-    def generate(self, trained, role: str, steps: int, real: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
-        """(samples, samples per second after compilation)."""
+    def drawing(self, trained, role: str, steps: int) -> Callable[..., jax.Array]:
+        """(weights by role, batch of data, number of the batch) -> samples x, of the batch's shape and conditions."""
         method = trained.experiment.method
         process = method.process
 
-        @jax.jit
         def draw(params, part, i):
             key = jax.random.fold_in(jax.random.key(self.seed), i)
             noise = jax.random.normal(jax.random.fold_in(key, 1), part["x"].shape)
-            nets, cond, null = dataclasses.replace(trained, params=params).bound(), part.get("cond"), part.get("null_cond")
+            nets = dataclasses.replace(trained, params=params).bound()
+            cond, null = part.get("cond"), part.get("null_cond")
             if role == "student":
                 return method.sample(method.generator(nets), noise, cond, key, steps)
             denoise = lambda x, t: guided(getattr(nets, role), x, t, cond, null, self.guidance)
             return ode.solve(self.solver, process, denoise, process.start(noise), steps, key)
 
+        return draw
+
+    def generate(self, trained, role: str, steps: int, real: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+        """(samples, samples per second after compilation)."""
+        draw = jax.jit(self.drawing(trained, role, steps))
+        real = trained.experiment.conditioned(real)
         out, seconds, made = [], 0.0, 0
         for i, low in enumerate(range(0, len(real["x"]), self.batch)):
             part = jax.tree.map(lambda v: v[low : low + self.batch], real)
@@ -74,7 +96,7 @@ class SampleEval:
         """[{"name", "nfe", metric: value, ..., "samples_per_second"}]"""
         data, rows = trained.experiment.data, []
         real = data.evaluation(self.samples)
-        for role, steps in self.models(trained):
+        for role, steps in self.models(trained.params):
             x, speed = self.generate(trained, role, steps, real)
             rows.append({"name": role, "nfe": self.nfe(role, steps), **self.score(x, real, data), "samples_per_second": speed})
         return rows
@@ -83,7 +105,7 @@ class SampleEval:
         """Title -> PIL image; the data first."""
         real = trained.experiment.data.evaluation(100)
         views = {"data": self.picture(real["x"], real)}
-        for role, steps in self.models(trained):
+        for role, steps in self.models(trained.params):
             x, _ = self.generate(trained, role, steps, real)
             views[f"{role}, {self.nfe(role, steps)} NFE"] = self.picture(x, real)
         return views

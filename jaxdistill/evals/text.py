@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from jaxdistill.core.sharding import whole
+from jaxdistill.core.types import Refused
+from jaxdistill.evals.base import Evaluation
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
 from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
@@ -18,7 +20,7 @@ from jaxdistill.samplers.text import generate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextEval:
+class TextEval(Evaluation):
     """Rows for teacher and student: perplexity of held-out targets; KL to the teacher on them and on the student's own
     continuations (their difference is the exposure gap), in both directions; share of greedy answers that are right, where the data set can
     tell (`data.correct`). A teacher with a tokenizer of its own (data.two_tokenizers) is scored on its own tokens, its
@@ -28,6 +30,25 @@ class TextEval:
     batch: int = 128
     prompt_length: int = 16  # of the continuations, where the data has no prompts of its own
     seed: int = 0
+
+    metrics: ClassVar[tuple[str, ...]] = (
+        "perplexity",
+        "kl",
+        "agreement",
+        "reverse_kl",
+        "rollout_kl",
+        "rollout_reverse_kl",
+        "accuracy",
+        "tokens_per_second",
+    )
+
+    def check(self, data):
+        super().check(data)
+        if "tokens" not in data.first():
+            raise Refused(f"evaluation: {type(self).__name__} needs `tokens`, the data has {', '.join(data.first())}")
+
+    def table(self, roles, data):
+        return {f"{role}@1": self.metrics for role in ("teacher", "student") if role in roles}
 
     def rows(self, trained) -> list[dict[str, Any]]:
         """[{"name", "nfe" (per token), metric: value, ...}]"""
@@ -91,9 +112,6 @@ class TextEval:
             alive.append(whole(valid))
         mask = np.concatenate(alive).astype(np.float32) * (np.arange(length) >= prompts.shape[1])
         return {"tokens": np.concatenate(tokens), "mask": mask}, made / seconds
-
-    def pictures(self, trained) -> dict[str, Any]:
-        return {}
 
     def texts(self, trained, n: int = 4) -> dict[str, list[str]]:
         """role -> what it writes after the first held-out prompts, where the data set can decode tokens."""

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
@@ -39,15 +40,15 @@ class Bert:
     dim: int = 64
     mlp: int = 128
     heads: int = 4
-    depth: int = 4
+    depth: Depth = 4
     max_length: int = 128  # tokens; each position has a learned embedding
     types: int = 2  # kinds of token: first and second sentence
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-12
     init_std: float = 0.02  # of a fresh matrix; sqrt(1 / dim) is about 0.04 at 768 and 0.12 at 64
     pad: int = 0  # filler; not used by the network, but by who fills batches
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     @property
     def normal(self):

@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import dense, embedding, layer_norm, lookup, scan_layers, stack
@@ -27,14 +28,14 @@ class ClipText:
     dim: int = 64
     mlp: int = 128
     heads: int = 4
-    depth: int = 4
+    depth: Depth = 4
     max_length: int = 16  # tokens; each position has a learned embedding
-    eos: int = 63  # the token whose state is the text's summary
+    eos: Natural = 63  # the token whose state is the text's summary
     activation: str = "quick_gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-5
     projection: int = 64  # length of a summary that texts and images share; of no effect without a projection
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
     bias = True  # of queries, keys and values: ViT's field
 
     def __call__(self, rngs: nnx.Rngs) -> ClipTextModule:
@@ -60,12 +61,12 @@ class ClipVision:
     dim: int = 64
     mlp: int = 128
     heads: int = 4
-    depth: int = 4
+    depth: Depth = 4
     activation: str = "quick_gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-5
     projection: int = 64  # as in ClipText
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
     bias = True
 
     def __call__(self, rngs: nnx.Rngs) -> ClipVisionModule:

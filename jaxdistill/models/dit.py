@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Params
@@ -40,15 +41,20 @@ class DiT:
     channels: int = 1
     out_channels: int = 0  # 0: as many as channels; twice as many where a variance is predicted (and ignored here)
     dim: int = 64
-    depth: int = 4
+    depth: Depth = 4
     heads: int = 4
-    classes: int = 10  # label `classes` is the null condition
+    classes: Natural = 10  # label `classes` is the null condition
     second_time: bool = False  # takes r, for networks that predict an average velocity from r to t
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     def __call__(self, rngs: nnx.Rngs) -> DiTModule:
         return DiTModule(self, rngs)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for none; None where the network takes no label."""
+        return self.classes
 
 
 class TimeEmbed(nnx.Module):

@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import ZEROS, as_program, attention, conv, dense, fourier, group_norm
@@ -35,11 +36,11 @@ class EDMUNet:
     augment_dim: int = 0  # channels of cond["augment"], the augmentation's parameters (9 in EDM); 0: not read
     width: int = 16
     multiples: tuple[int, ...] = (1, 2)  # of width: channels of the levels, each at half the resolution of the one before
-    blocks: int = 1  # residual blocks of a level on the way down; one more on the way up
+    blocks: Depth = 1  # residual blocks of a level on the way down; one more on the way up
     attention: tuple[int, ...] = (4,)
     emb_multiple: int = 4  # the embedding has emb_multiple * width channels
-    dtype: str = "float32"  # arithmetic; weights and embedding are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch; of each block
+    dtype: Dtype = "float32"  # arithmetic; weights and embedding are float32
+    remat: Remat = "none"  # of each block
 
     eps: ClassVar[float]  # of the group norms
     adaptive: ClassVar[bool]  # the embedding scales and shifts the second norm, instead of being added before it
@@ -58,6 +59,11 @@ class EDMUNet:
 
     def attends(self, level: int) -> bool:
         return self.size >> level in self.attention
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for none; None where the network takes no label."""
+        return self.classes or None
 
     @property
     def widths(self) -> tuple[int, ...]:

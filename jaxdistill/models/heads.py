@@ -23,6 +23,11 @@ class Discriminator:
     def __call__(self, rngs: nnx.Rngs) -> DiscriminatorModule:
         return DiscriminatorModule(self, rngs)
 
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for none; None where the network takes no label."""
+        return self.classes or None
+
 
 class DiscriminatorModule(nnx.Module):
     def __init__(self, cfg: Discriminator, rngs: nnx.Rngs):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
 from jaxdistill.models.layers import dense, fourier
@@ -26,7 +27,7 @@ class PointFeatures:
 
     dim: int = 2
     width: int = 128
-    depth: int = 3
+    depth: Depth = 3
     scale: float = 1.0  # that points are multiplied by: the larger, the finer the features
 
     def __call__(self, rngs: nnx.Rngs) -> PointFeaturesModule:
@@ -55,7 +56,7 @@ class ConvFeatures:
     channels: int = 3
     widths: tuple[int, ...] = (64, 128, 256, 512)
     patch: int = 4  # stride of the first; H and W are multiples of patch 2^(layers - 1)
-    dtype: str = "float32"  # arithmetic
+    dtype: Dtype = "float32"  # arithmetic
 
     def __call__(self, rngs: nnx.Rngs) -> ConvFeaturesModule:
         return ConvFeaturesModule(self, rngs)

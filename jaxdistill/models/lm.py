@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Refused
@@ -47,7 +48,7 @@ class LM:
     heads: int = 4
     kv_heads: int = 0  # keys and values; divides heads; 0: as many as heads
     head_dim: int = 0  # 0: dim // heads
-    depth: int = 4
+    depth: Depth = 4
     rope_theta: float = 10000.0  # longest wavelength / 2 pi, in tokens
     rope_factor: float = 1.0  # Llama 3.1's stretch of long wavelengths; 1: none
     rope_low: float = 1.0  # wavelengths above rope_original / rope_low are stretched in full
@@ -59,8 +60,8 @@ class LM:
     bos: int = -1  # token that begins a text; -1: none. With eos and pad not used by the network, but by who samples from it
     eos: tuple[int, ...] = ()  # tokens that end a text
     pad: int = -1  # filler; -1: none
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     cap = 0.0  # what attention's scores are squashed to; 0: not. Of variants
 

@@ -10,6 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.core.fields import Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import as_program, conv
@@ -24,8 +25,8 @@ class LPIPS:
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)
     layers: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions of a level
-    dtype: str = "float32"  # arithmetic of the convolutions; weights and distances are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch; of each level
+    dtype: Dtype = "float32"  # arithmetic of the convolutions; weights and distances are float32
+    remat: Remat = "none"  # of each level
 
     def __call__(self, rngs: nnx.Rngs) -> LPIPSModule:
         return LPIPSModule(self, rngs)

@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
 from jaxdistill.models.layers import ZEROS, dense, embedding, lookup
@@ -18,13 +19,18 @@ class MLP:
 
     dim: int = 2
     width: int = 128
-    depth: int = 3
+    depth: Depth = 3
     classes: int = 0  # 0: unconditional; else label `classes` is the null condition
     second_time: bool = False  # takes r, for networks that predict an average velocity from r to t
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     def __call__(self, rngs: nnx.Rngs) -> MLPModule:
         return MLPModule(self, rngs)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for none; None where the network takes no label."""
+        return self.classes or None
 
 
 def _waves(t: Array) -> Array:

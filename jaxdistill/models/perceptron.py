@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdistill.core.fields import Dtype, Range
 from jaxdistill.core.types import Array
 from jaxdistill.models.layers import dense
 
@@ -18,9 +20,9 @@ class Perceptron:
 
     inputs: int = 64  # numbers in a sample
     width: int = 64
-    layers: int = 1  # hidden
+    layers: Annotated[int, Range(0, 1000)] = 1  # hidden
     classes: int = 10
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     def __call__(self, rngs: nnx.Rngs) -> PerceptronModule:
         return PerceptronModule(self, rngs)

@@ -14,6 +14,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import (
@@ -43,11 +44,11 @@ class QwenImage:
     channels: int = 4
     heads: int = 2
     axes: tuple[int, int, int] = (4, 6, 6)  # channels of a head that turn with the picture's number, the row and the column
-    depth: int = 2
+    depth: Depth = 2
     text_dim: int = 32  # channels of cond["text"]
     clean_pictures: bool = False  # patches of cond["image"] are told that they are at time 0
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     @property
     def dim(self) -> int:

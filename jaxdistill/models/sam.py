@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, lookup
 from jaxdistill.models.layers import ACTIVATIONS, ZEROS, as_program, attention, check_taps, conv, dense, layer_norm
@@ -32,14 +33,14 @@ class SamVision:
     dim: int = 32
     mlp: int = 64
     heads: int = 2
-    depth: int = 2
+    depth: Depth = 2
     window: int = 3  # patches on a side; the last windows of a row or column are padded with zeros, which are attended to
     whole: tuple[int, ...] = (1,)  # layers without windows
     neck: int = 16  # channels of the output
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-6
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     def __call__(self, rngs: nnx.Rngs) -> SamVisionModule:
         return SamVisionModule(self, rngs)

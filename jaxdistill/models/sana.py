@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.attention import Negative, linear_attention, nasa, negative_prompt
@@ -45,7 +46,7 @@ class Sana:
     patch: int = 1
     channels: int = 4
     dim: int = 32
-    depth: int = 2
+    depth: Depth = 2
     heads: int = 4  # of the linear attention
     cross_heads: int = 2  # of the attention to the text
     text_dim: int = 16  # channels of cond["text"]
@@ -56,8 +57,8 @@ class Sana:
     guidance_scale: float = 0.1  # times which it is embedded
     time_scale: float = 1.0  # times which t is embedded (Sprint's teachers: .001)
     norm_eps: float = 1e-6  # of the modulated norms
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     def __call__(self, rngs: nnx.Rngs) -> SanaModule:
         return SanaModule(self, rngs)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
@@ -46,15 +47,15 @@ class T5Encoder:
     mlp: int = 128
     heads: int = 4
     head_dim: int = 16
-    depth: int = 4
+    depth: Depth = 4
     gated: bool = False  # the MLP is GELU times linear (T5 1.1, UMT5); False: ReLU
     buckets: int = 32  # of relative positions
     distance: int = 128  # tokens from which on all are in the last bucket
     norm_eps: float = 1e-6
     eos: tuple[int, ...] = (1,)  # tokens that end a text. With pad not used by the network, but by who samples from it
     pad: int = 0  # filler
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     def __call__(self, rngs: nnx.Rngs) -> T5EncoderModule:
         return T5EncoderModule(self, rngs)

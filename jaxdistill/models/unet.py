@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.attention import Negative, nasa, negative_prompt
@@ -43,9 +44,9 @@ class UNet:
     channels: int = 4  # of x and of the output
     image_channels: int = 0  # of cond["image"], concatenated to x (inpainting, editing)
     widths: tuple[int, ...] = (32, 64)  # channels of the levels, each at half the resolution of the one before
-    layers: int = 2  # ResNet blocks of a level on the way down; one more on the way up
+    layers: Depth = 2  # ResNet blocks of a level on the way down; one more on the way up
     depths: tuple[int, ...] = (1, 0)  # transformer blocks after each ResNet block of a level; 0: none
-    mid_depth: int = 1  # transformer blocks in the middle; 0: no middle at all
+    mid_depth: Natural = 1  # transformer blocks in the middle; 0: no middle at all
     heads: tuple[int, ...] = (2, 4)  # of the transformers of each level; the middle takes the last
     text_dim: int = 32  # channels of cond["text"]
     pooled_dim: int = 0  # channels of cond["pooled"]; 0: neither it nor cond["size"] is read
@@ -53,8 +54,8 @@ class UNet:
     guidance_dim: int = 0  # features of cond["guidance"] (guidance-distilled students, arXiv:2210.03142); 0: not read
     groups: int = 8  # of the group norms
     matrices: bool = True  # PyTorch stores the maps around a transformer as matrices, not as 1x1 convolutions; same function
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch; of each ResNet and transformer block
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"  # of each ResNet and transformer block
 
     def __call__(self, rngs: nnx.Rngs) -> UNetModule:
         return UNetModule(self, rngs)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
 from jaxdistill.models.layers import as_program, attention, conv, dense, group_norm
@@ -28,15 +29,15 @@ class VAE:
     channels: int = 3
     latents: int = 4  # channels of z, at 1 / 2^(levels - 1) of the resolution
     widths: tuple[int, ...] = (16, 32)  # channels of the levels
-    layers: int = 1  # ResNet blocks of a level of the encoder; one more in the decoder
+    layers: Depth = 1  # ResNet blocks of a level of the encoder; one more in the decoder
     groups: int = 8  # of the group norms
     attention: bool = True  # in the middle of both halves
     quant: bool = True  # a 1x1 convolution after the encoder
     post_quant: bool = True  # and one before the decoder
     scale: float = 0.18215  # denoisers work on (z - shift) scale
     shift: float = 0.0
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch; of each ResNet block
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"  # of each ResNet block
 
     @property
     def down(self) -> int:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.models.attention import TINY, linear_attention
@@ -61,8 +62,8 @@ class DCAE:
     shortcut_in: bool = True  # duplicates of z's channels are added to the decoder's first
     act_out: str = "relu"  # before the decoder's last convolution
     scale: float = 0.41407  # denoisers work on z scale
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch; of each block
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"  # of each block
 
     def __post_init__(self):
         for name in ("encoder_scales", "decoder_scales"):  # a resumed run has them from JSON

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import as_program, attention, conv, dense, rms_norm
@@ -32,12 +33,12 @@ class WanVAE:
     width: int = 8
     decoder_width: int = 0  # 0: as the encoder's
     multiples: tuple[int, ...] = (1, 2)  # of width: channels of the levels
-    blocks: int = 1  # residual blocks of a level of the encoder; one more in the decoder
+    blocks: Depth = 1  # residual blocks of a level of the encoder; one more in the decoder
     temporal: tuple[bool, ...] = (True,)  # which changes of resolution, from the pixels on, change the number of frames too
     mean: tuple[float, ...] = (0.0,) * 4  # denoisers work on (z - mean) / std
     std: tuple[float, ...] = (1.0,) * 4
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch; of each residual block
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"  # of each residual block
 
     @property
     def down(self) -> int:

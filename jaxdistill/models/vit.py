@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
@@ -32,12 +33,12 @@ class ViT:
     dim: int = 64
     mlp: int = 128
     heads: int = 4
-    depth: int = 4
+    depth: Depth = 4
     bias: bool = True  # of queries, keys and values
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-12
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     def __call__(self, rngs: nnx.Rngs) -> ViTModule:
         return ViTModule(self, rngs)

@@ -16,6 +16,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.attention import Negative, nasa, negative_prompt
@@ -47,15 +48,15 @@ class Wan:
     image_channels: int = 0  # of cond["image"], concatenated to x (I2V: a mask of 4 channels, then latents)
     dim: int = 48
     mlp: int = 96
-    depth: int = 2
+    depth: Depth = 2
     heads: int = 4
     text_dim: int = 32  # channels of cond["text"]
     vision_dim: int = 0  # channels of cond["vision"]; 0: not read
     vision_length: int = 0  # length of the position table added to cond["vision"] (first and last frame: 514); 0: none
     time_dim: int = 256  # sinusoidal features of the time
     norm_eps: float = 1e-6
-    dtype: str = "float32"  # arithmetic; weights are float32
-    remat: str = "none"  # none | full | dots | dots_no_batch
+    dtype: Dtype = "float32"  # arithmetic; weights are float32
+    remat: Remat = "none"
 
     def __call__(self, rngs: nnx.Rngs) -> WanModule:
         return WanModule(self, rngs)

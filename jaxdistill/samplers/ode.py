@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,7 @@ def dpmpp_2m(process: Process):
     return step
 
 
+Solver = Literal["euler", "heun", "ddim", "dpmpp_2m"]  # a key of SOLVERS
 SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 

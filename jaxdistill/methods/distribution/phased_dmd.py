@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Limit
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Stage, Turn, lookup
 from jaxdistill.diffusion.process import expand
 from jaxdistill.diffusion.regression import interval_error
@@ -37,7 +38,7 @@ class PhasedDMD(DiffInstruct):
     match_times: Uniform = Uniform(low=0.02, high=0.98)  # within a phase's times; low: kept above the lower end (released code)
     fake_times: Uniform = Uniform(low=0.02, high=0.98)
     fake_target: str = "flow"  # what the fake score's error is measured in: eps - x0
-    fake_clamp: float = 10.0  # that error's weight is min(1, clamp sigma_{t|s}^2); inf: plain mean square (released code)
+    fake_clamp: Limit = 10.0  # that error's weight is min(1, clamp sigma_{t|s}^2); inf: plain mean square (released code)
     critic_steps: int = 5  # updates of the fake scores after each of the generator
     weight: str = "normalised"  # normalised: DMD's (released code) | kl: the gradient of the KL at s_k (the paper's w)
     coupling: float = 1.0  # d of fake <- d fake + (1 - d) expert after the expert's update (IDA); released code .97, 1: none

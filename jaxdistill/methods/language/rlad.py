@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from jaxdistill.core.fields import Limit
 from jaxdistill.core.types import Array, Batch, Refused, lookup
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.objectives import policy
@@ -20,7 +21,7 @@ class RLAD(GRPO):
     the paper says the reverse). How the clamp differentiates, the reference's weight and `updates` are not in the paper."""
 
     alpha: float = 0.5  # exponent of the old policy in the mixture; the teacher's is 1 - alpha
-    limit: float = 1.0  # of |log q / p|, nats; inf: no clamp, which is unstable
+    limit: Limit = 1.0  # of |log q / p|, nats; inf: no clamp, which is unstable
     clamp: str = "literal"  # literal: no gradient through log q / p outside the limit | straight_through: as if inside
     updates: int = 4  # with 1 the old policy's part of the ratio is inert
     clip_high: float = 0.28
