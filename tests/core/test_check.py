@@ -146,7 +146,6 @@ def test_a_method_that_does_not_trace_is_refused_with_its_line(tmp_path):
     config = changed(tiny.get_config(), {"roles.disc.model.dim": 5})
     text = r"config\.method \(methods\.distribution\.dmd2:DMD2\) does not run on .*disc Discriminator.*\.py:\d+\)"
     with pytest.raises(Refused, match=text):
-    ):
         check(Experiment(config, tmp_path))
 
 
