@@ -53,7 +53,9 @@ class Theirs:
         models = {}
         for role, params in weights.items():
             interop.save(folder / role, case.nets[role], params)
-            models[role] = transformers.AutoModelForCausalLM.from_pretrained(folder / role, dtype=torch.float32)
+            models[role] = transformers.AutoModelForCausalLM.from_pretrained(
+                folder / role, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
         tokens = np.array(case.batch["tokens"])
         length = tokens.shape[1]
         args = GKDConfig(output_dir=str(folder / "out"), use_cpu=True, report_to=[], lmbda=on_policy, beta=0.5, temperature=1.0,

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxdistill.core.tokenizer import stored_tokenizer
 from jaxdistill.core.types import Refused
 
 
@@ -47,18 +48,14 @@ class ByteTokenizer:
 
 
 class StoredTokenizer:
-    """A tokenizer folder of `transformers`, read without network. Where it has no pad token, eos pads.
+    """A tokenizer folder of `transformers`, read without network and without code of its own. Where it has no pad token,
+    eos pads.
 
     Raises Refused where the folder holds no tokenizer, or one without an end-of-text token.
     """
 
     def __init__(self, folder: Path):
-        from transformers import AutoTokenizer  # takes seconds; most runs do without
-
-        try:
-            self.inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise Refused(f"tokenizer={folder}: not a tokenizer folder ({str(error).strip().splitlines()[0]})") from error
+        self.inner = stored_tokenizer(folder)
         if self.inner.eos_token_id is None:
             raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
         self.vocab, self.eos = len(self.inner), self.inner.eos_token_id

@@ -34,8 +34,8 @@ from jaxdistill.interop import (
     vit,
     wan,
 )
-from jaxdistill.interop.safetensors import Tensor, read_folder, read_json, whole_folder, write_folder, write_json
-from jaxdistill.interop.tables import STEMS, Family, Row
+from jaxdistill.interop.safetensors import Tensor, put, read_folder, read_json, same, shown, whole_folder, write_folder, write_json
+from jaxdistill.interop.tables import STEMS, Family, Row, fixed
 
 FAMILIES: tuple[Family, ...] = (  # of two with a name, parts of a common folder, the first is taken where no net says which
     bert.CLASSIFIER,
@@ -75,6 +75,11 @@ FAMILIES: tuple[Family, ...] = (  # of two with a name, parts of a common folder
     wan.FAMILY,
 )
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+STORED = {"quantization_config": None, "compression_config": None, "transformers_weights": None}  # how and where weights are stored
+QUANTISED = re.compile(  # what FP8, GPTQ, AWQ, bitsandbytes, HQQ and compressed-tensors keep beside weights that are no plain floats
+    r"(.*\.)?((weight|input|output|k|v)_scale(_inv|_2)?|scale_(weight|input)|scaled_fp8|scales|weight_(packed|shape|zero_point|g_idx)|"
+    r"qweight|qzeros|zeros|g_idx|W_q|SCB|weight_format|(nested_)?(absmax|quant_map)|quant_state\..*)"
+)
 
 
 def describe(folder: str | Path) -> Any:
@@ -109,7 +114,9 @@ def load_into(folder: str | Path, net: Net, abstract: Params) -> Params:
     tensors, leaves = _tensors(folder, family), paths(abstract)
     rows = family.table(config)
     _check_paths(folder, family, rows, leaves)
-    _check_keys(folder, tensors, {name: row.torch_shape(leaves[row.path].shape) for row, name in _names(rows, leaves)}, family.ignored)
+    expected = {name: row.torch_shape(leaves[row.path].shape) for row, name in _names(rows, leaves)}
+    tensors = _untied(tensors, {copy: name for copy, name in family.tied if copy not in expected})
+    _check_keys(folder, tensors, expected, family.ignored)
     filled = {row.path: _place(leaves[row.path], _reader(row, [tensors[n] for n in row.names(leaves[row.path].shape)])) for row in rows}
     return jax.tree.unflatten(jax.tree.structure(abstract), [filled[path] for path in leaves])
 
@@ -170,11 +177,21 @@ def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
         if objects:
             raise Refused(_pickled(objects[0], edm.SONG))
     config = read_json(folder / "config.json")
-    name = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    where = folder / "config.json"
     named = {family.name: [f for f in FAMILIES if f.name == family.name] for family in FAMILIES}
-    found = lookup(named, name, f"{folder / 'config.json'}: class")
+    found = lookup(named, _class(config, where), f"{where}: class")
     family = next((f for f in found if net is not None and type(net.config) is f.config), found[0])
+    fixed(config, STORED, where)
     return family, family.read(config, folder)
+
+
+def _class(config: Mapping[str, Any], where: Path) -> str:
+    """The name of PyTorch's class, "" where config.json has none."""
+    name, several = config.get("_class_name"), config.get("architectures") or [""]
+    if not isinstance(name, str | None) or not isinstance(several, list) or not isinstance(several[0], str):
+        key = "architectures" if isinstance(name, str | None) else "_class_name"
+        raise Refused(f"{where}: {key} is {shown(config[key])}, expected the name of a class, of architectures in a list")
+    return name or several[0]
 
 
 def _same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
@@ -182,19 +199,36 @@ def _same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
         raise Refused(f"{folder}: holds a {family.name}, expected a {type(net.config).__name__}")
     stored, ours = (family.write(c)["config.json"] for c in (config, net.config))
     for key in stored:
-        if stored[key] != ours[key] and key not in family.free:
-            raise Refused(f"{folder / 'config.json'}: {key} is {stored[key]!r}, expected {ours[key]!r}")
+        if stored[key] != ours.get(key) and key not in family.free:
+            raise Refused(f"{folder / 'config.json'}: {key} is {shown(repr(stored[key]))}, expected {shown(repr(ours.get(key)))}")
 
 
 def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
-    stem = STEMS[family.library]
+    stem, found = STEMS[family.library], {}
     try:
-        return {family.current(name): tensor for name, tensor in read_folder(folder, stem).items()}
+        stored = read_folder(folder, stem, index_first=family.library == "diffusers")
     except KeyError:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-    if not pickled:
-        raise Refused(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json")
-    raise Refused(_pickled(folder / pickled[0], family))
+        if not pickled:
+            raise Refused(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json") from None
+        raise Refused(_pickled(folder / pickled[0], family)) from None
+    for name, tensor in stored.items():
+        put(found, family.current(name), tensor)
+    return found
+
+
+def _untied(tensors: dict[str, Tensor], copies: Mapping[str, str]) -> dict[str, Tensor]:
+    """`tensors` without second names of one weight, which stands under the table's name even where only another is stored.
+
+    Raises Refused where they differ: of transformers 4 and 5 one computes with the one, one with the other.
+    """
+    found = dict(tensors)
+    for copy, name in copies.items():
+        tensor = found.pop(copy, None)
+        if tensor is not None and not same(found.setdefault(name, tensor), tensor):
+            raise Refused(f"{tensor.file}: {copy} differs from {name}, to which config.json ties it (tie_word_embeddings); "
+                          "expected one of them, or equal ones")  # fmt: skip
+    return found
 
 
 def _pickled(file: Path, family: Family) -> str:
@@ -219,14 +253,21 @@ def _check_paths(folder: Path, family: Family, rows: tuple[Row, ...], leaves: di
 
 def _check_keys(folder: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], ignored: tuple[str, ...]) -> None:
     extra = sorted(name for name in tensors.keys() - expected.keys() if not any(re.fullmatch(p, name) for p in ignored))
+    if scales := [name for name in extra if QUANTISED.fullmatch(name)]:
+        raise Refused(f"{tensors[scales[0]].file}: {shown(scales[0])} says that the weights are quantised, expected plain floats")
     for name, shape in expected.items():
         if name not in tensors:
             near = difflib.get_close_matches(name, extra, 1)
-            raise Refused(f"{folder}: {name} {list(shape)} is missing" + (f"; did you mean {near[0]!r}?" if near else ""))
-        if tensors[name].data.shape != shape:
-            raise Refused(f"{tensors[name].file}: {name} has shape {list(tensors[name].data.shape)}, expected {list(shape)}")
+            raise Refused(f"{folder}: {name} {list(shape)} is missing" + (f"; did you mean {shown(near[0])!r}?" if near else ""))
+        data = tensors[name].data
+        if data.shape != shape:
+            raise Refused(f"{tensors[name].file}: {name} has shape {list(data.shape)}, expected {list(shape)}")
+        if not jnp.issubdtype(data.dtype, jnp.floating):
+            raise Refused(f"{tensors[name].file}: {name} has numbers of type {data.dtype.name}, expected plain floats")
     if extra:
-        raise Refused(f"{tensors[extra[0]].file}: unexpected key {extra[0]}" + (f" (and {len(extra) - 1} more)" if extra[1:] else ""))
+        raise Refused(
+            f"{tensors[extra[0]].file}: unexpected key {shown(extra[0])}" + (f" (and {len(extra) - 1} more)" if extra[1:] else "")
+        )
 
 
 def _reader(row: Row, tensors: list[Tensor]) -> Callable[[tuple[slice, ...]], np.ndarray]:

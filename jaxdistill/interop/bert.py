@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ SIZES = {
     "norm_eps": "layer_norm_eps",
 }
 FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+
+TIED = (
+    ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+)
 
 
 def table(cfg: Bert) -> tuple[Row, ...]:
@@ -96,7 +102,7 @@ def _family(name: str, make: type[Bert], *ignored: str) -> Family:
 
 
 FAMILY = _family("BertModel", Bert)
-MASKED = _family(  # the released files hold both heads of pretraining, and tied copies
-    "BertForMaskedLM", MaskedBert, r"bert\.pooler\..*", r"cls\.seq_relationship\..*", r"cls\.predictions\.decoder\.(weight|bias)"
+MASKED = dataclasses.replace(  # the released files hold both heads of pretraining
+    _family("BertForMaskedLM", MaskedBert, r"bert\.pooler\..*", r"cls\.seq_relationship\..*"), tied=TIED
 )
 CLASSIFIER = _family("BertForSequenceClassification", BertClassifier)

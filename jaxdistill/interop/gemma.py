@@ -21,6 +21,7 @@ SIZES = llama.SIZES | {
     "activation": "hidden_activation",
 }
 FIXED = {"attention_bias": False, "use_bidirectional_attention": None, "tie_word_embeddings": True}
+TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 NORMS = {  # ours -> theirs
     "norm_attention": "input_layernorm",
     "norm_attention_out": "post_attention_layernorm",
@@ -87,5 +88,5 @@ def _family(name: str, make: type[Gemma2], base: str, call: str, **more) -> Fami
     )
 
 
-FAMILY = _family("Gemma2ForCausalLM", Gemma2, "model.", "model.generate(tokens, max_new_tokens=64)", ignored=(r"lm_head\.weight",))
+FAMILY = _family("Gemma2ForCausalLM", Gemma2, "model.", "model.generate(tokens, max_new_tokens=64)", tied=TIED)
 TEXT = _family("Gemma2Model", Gemma2Text, "", "model(tokens, attention_mask=mask)[0]", renamed=((r"^model\.", ""),))

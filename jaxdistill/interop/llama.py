@@ -158,7 +158,8 @@ def _family(name: str, make: type[LM]) -> Family:
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),
         table=table,
-        ignored=(r"lm_head\.weight", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),  # a tied copy; old files' constants
+        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # old files' constants
+        tied=(("lm_head.weight", "model.embed_tokens.weight"),),
         free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
     )
 
@@ -167,4 +168,6 @@ FAMILY = _family("LlamaForCausalLM", LM)
 QWEN2 = _family("Qwen2ForCausalLM", Qwen2)
 QWEN3 = _family("Qwen3ForCausalLM", Qwen3)
 _TEXT = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text)
-QWEN_VL = dataclasses.replace(_TEXT, read=read_vl, ignored=(*_TEXT.ignored, r"visual\..*"), part="its language side")
+QWEN_VL = dataclasses.replace(  # the head is no part of ours
+    _TEXT, read=read_vl, ignored=(*_TEXT.ignored, r"visual\..*", r"lm_head\.weight"), tied=(), part="its language side"
+)

@@ -83,10 +83,10 @@ FAMILY = Family(
     read=read,
     write=write,
     table=table,
-    ignored=(  # constants of old files; a tied copy
+    ignored=(  # constants of old files
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
-        r"embed_out\.weight",
     ),
+    tied=(("embed_out.weight", "gpt_neox.embed_in.weight"),),
     renamed=((r"^lm_head\.", "embed_out."),),  # transformers 5 calls it so in memory, and embed_out in files
     free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxdistill import interop
 from jaxdistill.core.net import Net
+from jaxdistill.core.tokenizer import stored_tokenizer
 from jaxdistill.core.types import Array, Params, Refused, lookup
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity, by_time, guided
 from jaxdistill.diffusion.process import DDPM, Flow, Process
@@ -284,8 +285,4 @@ def tokenize(folder: Path, texts: Sequence[str], length: int | None, *, longest:
 
 @functools.cache
 def _tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    if not folder.is_dir():
-        raise Refused(f"{folder}: no tokenizer there")
-    return AutoTokenizer.from_pretrained(folder, padding_side="right")
+    return stored_tokenizer(folder, padding_side="right")

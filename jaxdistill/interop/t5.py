@@ -21,6 +21,7 @@ SIZES = {
 DEFAULTS = {"buckets": ("relative_attention_num_buckets", 32), "distance": ("relative_attention_max_distance", 128),
             "norm_eps": ("layer_norm_epsilon", 1e-6)}  # fmt: skip
 GATED = {"relu": False, "gated-gelu": True}  # feed_forward_proj
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # of the embedding; the last if tied
 TYPES = {T5: "t5", T5Encoder: "t5", UMT5Encoder: "umt5"}  # model_type
 
 
@@ -101,11 +102,11 @@ def _family(name: str, make: type[T5Encoder]) -> Family:
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),
         table=table,
-        ignored=(  # tied copies; a table that the first T5 files hold and nothing reads
-            r"(encoder|decoder)\.embed_tokens\.weight",
-            r"lm_head\.weight",
+        ignored=(  # of the whole model; a table that the first T5 files hold and nothing reads
+            *(() if make is T5 else (r"decoder\.embed_tokens\.weight", r"lm_head\.weight")),
             r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
         ),
+        tied=tuple((name, "shared.weight") for name in (COPIES if make is T5 else COPIES[:1])),
         free=("eos_token_id", "pad_token_id"),
     )
 

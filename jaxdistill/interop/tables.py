@@ -6,8 +6,9 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `config`: our dataclass of sizes, callable with rngs; a net belongs to the family of its `net.config`;
 - `read(config_json, folder) -> config` and `write(config) -> {file name: JSON object}`; `read` raises Refused on every
   setting that our model does not have, so that no checkpoint is loaded into a different network;
-- `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight, and
-  `renamed`, the names that old files use;
+- `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight,
+  `renamed`, the names that old files use, and `tied`, second names of weights of the table: a file has any of the names, and
+  equal values under them. A second name that the table has itself (an untied head) is no such name;
 - `free`, the keys of config.json in which two copies of one network may differ;
 - `call`, PyTorch's expression of one evaluation for the model card (of a denoiser, at the state {x} and the time {t} under a
   condition `cond`, which the line `given` makes), and `component`, the model's name in diffusers' pipelines;
@@ -34,6 +35,7 @@ import jax
 import numpy as np
 
 from jaxdistill.core.types import Array, Refused
+from jaxdistill.interop.safetensors import shown
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "edm": "model", "lpips": "model"}
 
@@ -113,7 +115,7 @@ def fixed(config: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> 
     """Raises Refused where config.json has another value than the one that our model can do; a missing key has it."""
     for key, value in values.items():
         if config.get(key, value) != value:
-            raise Refused(f"{where}: {key}={config[key]!r} is not supported, expected {value!r}")
+            raise Refused(f"{where}: {key}={shown(repr(config[key]))} is not supported, expected {value!r}")
 
 
 def setting(config: Mapping[str, Any], key: str, where: Path) -> Any:
@@ -139,6 +141,7 @@ class Family:
     write: Callable[[Any], dict[str, dict[str, Any]]]
     table: Callable[[Any], tuple[Row, ...]]
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
+    tied: tuple[tuple[str, str], ...] = ()  # (second name, the table's name)
     renamed: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) that turn old names into those of the table
     free: tuple[str, ...] = ()
     call: str = ""

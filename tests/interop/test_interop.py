@@ -15,8 +15,13 @@ from jaxdistill.core.net import cast, make_net, paths
 from jaxdistill.core.sharding import make_mesh
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.tables import LINEAR, Row
+from jaxdistill.models.bert import MaskedBert
+from jaxdistill.models.gemma import Gemma2
 from jaxdistill.models.lm import LM
 from jaxdistill.models.mlp import MLP
+from jaxdistill.models.neox import NeoX
+from jaxdistill.models.qwen import Qwen2, Qwen3
+from jaxdistill.models.t5 import T5, T5Encoder
 
 CFG = LM(vocab=13, dim=8, mlp=12, heads=2, kv_heads=1, head_dim=4, depth=2, eos=(2,))
 NET = make_net(CFG, config=CFG)
@@ -192,3 +197,87 @@ def test_save_refuses_what_has_no_place(tmp_path, params):
     with pytest.raises(Refused, match=r"norm/scale has shape \[3\], expected \[8\]"):
         interop.save(target, NET, params | {"norm": {"scale": jnp.ones(3)}})
     assert list(tmp_path.iterdir()) == []
+
+
+TIED = dataclasses.replace(CFG, tied=True)
+TIES = [  # (a network whose embedding is its head too, the head's name in files, the embedding's)
+    (TIED, "lm_head.weight", "model.embed_tokens.weight"),
+    (Qwen2(vocab=13, dim=8, mlp=12, heads=2, depth=1, tied=True), "lm_head.weight", "model.embed_tokens.weight"),
+    (Qwen3(vocab=13, dim=8, mlp=12, heads=2, depth=1, tied=True), "lm_head.weight", "model.embed_tokens.weight"),
+    (Gemma2(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1), "lm_head.weight", "model.embed_tokens.weight"),
+    (NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1, tied=True), "embed_out.weight", "gpt_neox.embed_in.weight"),
+    (NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1, tied=True), "lm_head.weight", "gpt_neox.embed_in.weight"),
+    (T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1, tied=True), "lm_head.weight", "shared.weight"),
+    (T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1, tied=False), "decoder.embed_tokens.weight", "shared.weight"),
+    (T5Encoder(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1), "encoder.embed_tokens.weight", "shared.weight"),
+    (MaskedBert(vocab=13, dim=8, mlp=12, heads=2, depth=1), "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    (MaskedBert(vocab=13, dim=8, mlp=12, heads=2, depth=1), "cls.predictions.decoder.bias", "cls.predictions.bias"),
+]
+
+
+@pytest.mark.parametrize(("cfg", "copy", "name"), TIES, ids=[f"{type(cfg).__name__}-{copy}" for cfg, copy, _ in TIES])
+def test_a_tied_weight_may_stand_under_any_of_its_names_and_has_one_value(tmp_path, cfg, copy, name):
+    net = make_net(cfg, config=cfg)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), net.shapes)
+    interop.save(tmp_path / "model", net, params)
+    edit(tmp_path / "model", lambda t: t.update({copy: t[name].copy()}))
+    same(interop.load(tmp_path / "model")[1], params)  # both
+    edit(tmp_path / "model", lambda t: t.pop(name))
+    same(interop.load(tmp_path / "model")[1], params)  # the other alone
+    edit(tmp_path / "model", lambda t: t.update({name: t[copy] + 1}))
+    copy = copy.replace("lm_head", "embed_out") if isinstance(cfg, NeoX) else copy
+    refused(rf"model.safetensors: {copy} differs from {name}, to which config.json ties it", tmp_path / "model")
+
+
+def test_an_untied_head_is_a_weight_of_its_own(folder, params):
+    assert not (np.asarray(params["embed"]["embedding"]) == np.asarray(params["unembed"]["kernel"]).T).any()
+    same(interop.load(folder)[1], params)
+    edit(folder, lambda t: t.pop("lm_head.weight"))
+    refused(r"lm_head.weight \[13, 8\] is missing", folder)
+
+
+def test_two_names_of_one_tensor_have_one_value(tmp_path):
+    cfg = NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1)
+    net = make_net(cfg, config=cfg)
+    interop.save(tmp_path / "model", net, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes))
+    edit(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"].copy()}))  # renamed to the other
+    interop.load(tmp_path / "model")
+    edit(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"] + 1}))
+    refused("embed_out.weight is stored twice with different values", tmp_path / "model")
+
+
+def test_refuses_weights_that_are_no_plain_floats(folder):
+    name = "model.layers.0.mlp.up_proj."
+    for key in ("weight_scale", "weight_scale_inv", "scale_weight", "qweight", "scales", "weight.absmax", "SCB", "weight_packed"):
+        edit(folder, lambda t, key=key: t.update({name + key: np.ones(1, np.float32)}))
+        refused(rf"model.safetensors: {name}{key} says that the weights are quantised", folder)
+        edit(folder, lambda t, key=key: t.pop(name + key))
+    edit(folder, lambda t: t.update({name + "weight": t[name + "weight"].astype(np.int8)}))
+    refused(f"model.safetensors: {name}weight has numbers of type int8, expected plain floats", folder)
+    configure(folder, quantization_config={"quant_method": "fp8"})
+    refused(r"config.json: quantization_config=\{'quant_method': 'fp8'\} is not supported, expected None", folder)
+
+
+@pytest.mark.parametrize("kind", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz])
+def test_weights_of_eight_bits_load_exactly(folder, kind):
+    rounded = {k: v.astype(kind) for k, v in load_file(folder / "model.safetensors").items()}
+    code = {"e4m3fn": "F8_E4M3", "e5m2": "F8_E5M2", "e4m3fnuz": "F8_E4M3FNUZ", "e5m2fnuz": "F8_E5M2FNUZ"}[np.dtype(kind).name[7:]]
+    header, data = {}, b""
+    for name, w in rounded.items():
+        header[name] = {"dtype": code, "shape": w.shape, "data_offsets": [len(data), len(data) + w.nbytes]}
+        data += w.tobytes()
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    for dtype in ("float32", "bfloat16"):
+        found = interop.load(folder, dtype)[1]
+        want = rounded["model.embed_tokens.weight"].astype(np.float32)
+        np.testing.assert_array_equal(np.asarray(found["embed"]["embedding"], np.float32), want)
+
+
+def test_refuses_what_is_no_class(folder):
+    for value in ("LlamaForCausalLM", [5], {"a": 1}, 7, [["LlamaForCausalLM"]]):
+        configure(folder, architectures=value)
+        refused("config.json: architectures is .*, expected the name of a class", folder)
+    configure(folder, architectures=["LlamaForCausalLM"], _class_name=["X"])
+    refused("config.json: _class_name is .*, expected the name of a class", folder)

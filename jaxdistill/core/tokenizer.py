@@ -1,0 +1,56 @@
+"""The one place where a tokenizer folder of `transformers` is opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxdistill.core.types import Refused
+
+
+def stored_tokenizer(folder: Path, **options: Any) -> Any:
+    """The tokenizer of `transformers` in a folder; `options` are those of its `from_pretrained`.
+
+    From local files alone, and without running code that comes with them: a folder with code of its own is refused
+    before transformers sees it, so that nobody is asked. Raises Refused there, and where the folder holds no tokenizer
+    or a damaged one.
+    """
+    if not folder.is_dir():
+        raise Refused(f"tokenizer={folder}: no such folder")
+    for name in ("tokenizer_config.json", "config.json"):
+        _check_code(folder / name)
+    from transformers import AutoTokenizer  # takes seconds; most runs do without
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers' Rust raises bare Exceptions on damage, and panics outside of Exception
+        raise Refused(f"tokenizer={folder}: not a tokenizer folder ({_line(error)})") from error
+
+
+def _check_code(file: Path) -> None:
+    """Raises Refused where a configuration names code that makes the tokenizer, or is no configuration."""
+    if not file.exists():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refused(f"{file}: not JSON ({_line(error)})") from error
+    if not isinstance(config, dict):
+        raise Refused(f"{file}: expected a JSON object, found {type(config).__name__}")
+    code = config.get("auto_map")
+    if isinstance(code, dict):
+        code = code.get("AutoTokenizer")
+    elif file.name == "config.json":  # a list is of old tokenizers' configurations
+        code = None
+    if code:
+        raise Refused(f"{file}: the tokenizer is code of its own (auto_map: {_line(code)}), which is never run; "
+                      "expected a tokenizer class of transformers")  # fmt: skip
+
+
+def _line(value: Any) -> str:
+    """The first line of a message, printable and cut."""
+    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
+    return "".join(c if c.isprintable() else "\ufffd" for c in first)[:300]
