@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from pathlib import Path
@@ -26,8 +27,13 @@ class IDX(InMemory):
 
     size: int = 0  # pixels a side after padding with black (-1); 0: as stored
 
+    @functools.cached_property
+    def classes(self) -> int:
+        """Number of classes in the training set."""
+        return int(self._read("train", "labels", 1).max()) + 1
+
     def arrays(self, split):
-        classes = int(self._read("train", "labels", 1).max()) + 1
+        classes = self.classes
         images, labels = self._read(split, "images", 3), self._read(split, "labels", 1)
         if len(images) != len(labels):
             raise Refused(f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and {len(labels)} labels")

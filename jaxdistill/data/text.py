@@ -39,6 +39,10 @@ class Text(InMemory):
     def codec(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)
 
+    @property
+    def vocab_size(self):
+        return self.codec.vocab
+
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """int32 [n]: the whole file."""
@@ -73,6 +77,10 @@ class JsonLines(InMemory):
     @functools.cached_property
     def codec(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)
+
+    @property
+    def vocab_size(self):
+        return self.codec.vocab
 
     @property
     def eos(self) -> tuple[int, ...]:
