@@ -212,18 +212,27 @@ class Records(Dataset):
 
 
 def contents(file: Path, largest: int = LARGEST) -> bytes:
-    """The bytes of a regular file (links are followed). Raises Refused on anything else, on more than `largest` bytes, and
-    where it cannot be read."""
+    """The bytes of a file. Raises Refused as `regular` does, and on more than `largest` bytes."""
+    size = regular(file)
+    if size > largest:
+        raise Refused(f"{file}: {size:,} bytes, expected at most {largest:,}")
     try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise Refused(f"{file}: not a regular file")
-        if about.st_size > largest:
-            raise Refused(f"{file}: {about.st_size:,} bytes, expected at most {largest:,}")
         with file.open("rb") as stream:
-            return stream.read(about.st_size)
+            return stream.read(size)  # a file that grows while it is read ends here
     except OSError as error:
         raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def regular(file: Path) -> int:
+    """The size of a regular file (links are followed), bytes. Raises Refused on devices and pipes, which may have no end, on
+    folders, and where it cannot be looked at."""
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise Refused(f"{file}: not a regular file")
+    return about.st_size
 
 
 class Joined(Sequence):
