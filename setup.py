@@ -4,8 +4,8 @@ from setuptools import find_packages, setup
 
 CORE = ["jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.11.32", "ml-collections>=1.1", "absl-py",
         "grain>=0.2.13", "transformers>=5", "einops>=0.8"]  # fmt: skip
-PICTURES_AND_DATA = ["numpy", "scipy", "scikit-learn", "matplotlib", "pillow", "tqdm", "safetensors", "tensorboardX", "pyarrow",
-                     "filelock"]  # fmt: skip
+PICTURES_AND_DATA = ["numpy", "scipy", "scikit-learn", "matplotlib", "pillow>=11.3", "tqdm", "safetensors", "tensorboardX", "pyarrow",
+                     "filelock", "array_record", "msgpack"]  # fmt: skip
 
 setup(
     name="jaxdistill",

@@ -16,15 +16,17 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out
+from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out, regular
+
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayRecords(Records):
     """The keys, shapes and dtypes that `write` was given.
 
-    `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation. Raises Refused on a
-    damaged file or record.
+    `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation. Raises Refused, naming it,
+    on a damaged file or record, and on a record unlike the first.
     """
 
     heldout: float = 0.02  # share kept for evaluation where there are no test* files
@@ -43,10 +45,22 @@ class ArrayRecords(Records):
 
     def example(self, record):
         name, data = record
-        try:
-            return msgpack_restore(data)
-        except Exception as error:  # msgpack and numpy each raise their own
-            raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({error})") from error
+        arrays, found = restored(name, data)
+        where, expected = self.first
+        for key in sorted(found.keys() | expected.keys()):
+            if found.get(key) != expected.get(key):
+                this, that = (f"{k[key][0]} {list(k[key][1])}" if key in k else "missing" for k in (found, expected))
+                raise Refused(f"{name}: {key!r} is {this}, and {that} in {where}")
+        return arrays
+
+    @functools.cached_property
+    def first(self) -> tuple[str, Layout]:
+        """(name, layout) of the first record to train on; all others have the same layout."""
+        records = ArrayRecords.source(self, "train")
+        if not len(records):
+            raise self.lacking("train")
+        name, data = records[0]
+        return name, restored(name, data)[1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +72,13 @@ class WeightedRecords(ArrayRecords):
     def worth(self) -> np.ndarray:
         """float64 [N] of all training records, from one pass over them."""
         source = super().source("train")
-        return np.array([float(super(WeightedRecords, self).example(source[i])["worth"]) for i in range(len(source))])
+        return np.array([self._worth(source[i]) for i in range(len(source))])
+
+    def _worth(self, record: tuple[str, bytes]) -> float:
+        value = super().example(record).get("worth")
+        if value is None or np.size(value) != 1 or not np.isfinite(value).all():
+            raise Refused(f"{record[0]}: 'worth' is {str(value)[:40]}, expected a finite number")
+        return float(np.reshape(value, ()))
 
     @functools.cached_property
     def mean(self) -> float:
@@ -89,6 +109,8 @@ class GroupedRecords(ArrayRecords):
             place = out
             for group in groups:
                 place = place.setdefault(group, {})
+                if not isinstance(place, dict):
+                    raise Refused(f"{record[0]}: {group!r} is an array, and a group in {name!r}")
             place[last] = np.float32(array) / 127.5 - 1 if array.dtype == np.uint8 else array
         return out
 
@@ -106,7 +128,7 @@ class LoadedRecords(InMemory):
 
     def arrays(self, split):
         records = (WeightedRecords if self.weighted else ArrayRecords)(path=self.path, heldout=self.heldout)
-        examples = [records.example(record) for record in records.source(split)]
+        examples = records.examples(split)
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
@@ -123,16 +145,42 @@ def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -
     return WeightedRecords(**common) if weighted else every
 
 
+def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
+    """(arrays, their layout) of a record that `write` stored. Raises Refused, with `name`, on anything else."""
+    try:
+        arrays = msgpack_restore(data)
+        return arrays, {key: _described(key, array) for key, array in arrays.items()}
+    except MemoryError:
+        raise
+    except Exception as error:  # msgpack, flax and numpy each raise their own
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({why})") from error
+
+
+def _described(key: Any, array: Any) -> tuple[str, tuple[int, ...]]:
+    """(dtype, shape). Raises TypeError on anything but an array of numbers under a name."""
+    if (
+        not isinstance(key, str)
+        or not isinstance(array, (np.ndarray, np.generic))
+        or array.dtype.kind in "OSUMm"
+        or array.dtype.char == "V"
+    ):
+        raise TypeError(f"{str(key)[:40]!r} is {type(array).__name__}, no array of numbers")
+    return array.dtype.name, array.shape
+
+
 class RecordFile(Sequence):
     """One ArrayRecord file: (name, bytes) by record."""
 
     def __init__(self, file: Path):
+        size = regular(file)
         self.file, self.reader = file, ArrayRecordReader(str(file))
         if not self.reader.ok():
-            raise Refused(f"{file}: damaged or no ArrayRecord file ({file.stat().st_size} bytes)")
+            raise Refused(f"{file}: damaged or no ArrayRecord file ({size} bytes)")
+        self.size = self.reader.num_records()
 
     def __len__(self):
-        return self.reader.num_records()
+        return self.size
 
     def __getitem__(self, i):
         name = f"{self.file} record {i}"

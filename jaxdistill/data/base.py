@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import grain
 import jax
 import numpy as np
 
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Method, Refused
 
 ENDLESS = 1 << 40
+LARGEST = 1 << 34  # bytes of a file that is read whole
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,31 @@ class Dataset:
             raise Refused(f"data.batch_size={self.batch_size}: expected a positive integer")
         if not 0 <= self.seed < 1 << 32:
             raise Refused(f"data.seed={self.seed}: expected 0 to 2^32 - 1")
+
+    def check(self, test: bool = True) -> None:
+        """Raises Refused where there is no first training sample or, where `test`, no held-out one; asked before anything
+        runs or is written. Sets that are read record by record are opened, and one record of each split is read."""
+        self.spec()
+        if test:
+            self.evaluation(1)
+
+    def check_method(self, method: Method) -> None:
+        """Raises Refused where `method` would train on batches that are not for training."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids are below it; None where the batches have no tokens, or where nobody knows."""
+        return getattr(self, "vocab", None)
+
+    @property
+    def teacher_vocab_size(self) -> int | None:
+        """The same of what a teacher reads that has a tokenizer of its own."""
+        return self.vocab_size
+
+    @property
+    def label_count(self) -> int | None:
+        """Class labels are below it; None where there are none, or where nobody knows."""
+        return getattr(self, "classes", None)
 
     def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
         """Rows `rows` of global batch `index`; keys "x" / "tokens", "cond", "null_cond", "mask", ..."""
@@ -85,10 +112,20 @@ class Dataset:
         """`path` as a Path. Raises Refused where it is empty or missing."""
         if not self.path:
             raise Refused(f"data.path is empty: {type(self).__name__} reads files; give --config.data.path=...")
-        path = Path(self.path).expanduser()
-        if not path.exists():
-            raise Refused(f"data.path={self.path}: no such file or folder")
+        try:
+            path = Path(self.path).expanduser()
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Refused(f"data.path={self.path}: no such file or folder") from error
+        except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long, no such user, a zero byte
+            raise Refused(f"data.path={self.path!r}: {getattr(error, 'strerror', None) or error}") from error
         return path
+
+    def lacking(self, split: str) -> Refused:
+        """What to raise where `split` has no samples."""
+        share = getattr(self, "heldout", None)
+        hint = "" if share is None else f"; data.heldout={share} is the share that is kept for evaluation"
+        return Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples{hint}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +156,7 @@ class InMemory(Dataset):
     def _cached(self, split: str):
         arrays = self.arrays(split)
         if not len(next(iter(arrays.values()))):
-            raise Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples")
+            raise self.lacking(split)
         return arrays
 
 
@@ -173,8 +210,32 @@ class Records(Dataset):
     def _opened(self, split: str):
         source = self.source(split)
         if not len(source):
-            raise Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples")
+            raise self.lacking(split)
         return source
+
+
+def contents(file: Path, largest: int = LARGEST) -> bytes:
+    """The bytes of a file. Raises Refused as `regular` does, and on more than `largest` bytes."""
+    size = regular(file)
+    if size > largest:
+        raise Refused(f"{file}: {size:,} bytes, expected at most {largest:,}")
+    try:
+        with file.open("rb") as stream:
+            return stream.read(size)  # a file that grows while it is read ends here
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def regular(file: Path) -> int:
+    """The size of a regular file (links are followed), bytes. Raises Refused on devices and pipes, which may have no end, on
+    folders, and where it cannot be looked at."""
+    try:
+        about = file.stat()
+    except OSError as error:
+        raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise Refused(f"{file}: not a regular file")
+    return about.st_size
 
 
 class Joined(Sequence):

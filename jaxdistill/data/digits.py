@@ -17,6 +17,8 @@ class Digits(InMemory):
     The set is small, and what is measured is how well a model has learnt its law: "train" and "test" are all of it.
     """
 
+    classes = 10
+
     def arrays(self, split):
         data = load_digits()
         x = (data.images.astype(np.float32) / 8.0 - 1.0)[..., None]
@@ -33,6 +35,8 @@ class LabelledDigits(InMemory):
     size: int = 400  # training samples
     noise: float = 0.15  # share of training labels that are replaced by another
     heldout: float = 0.0  # share of the training samples
+
+    classes = 10
 
     def arrays(self, split):
         data, rng = load_digits(), np.random.default_rng([self.seed, self.size])

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 import grain
 import numpy as np
 
-from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Dataset, Derived, _order
+from jaxdistill.core.types import Method, Refused
+from jaxdistill.data.base import Dataset, Derived, InMemory, _order
 from jaxdistill.data.language import Markov
 
 
@@ -44,6 +44,11 @@ class Domains(Dataset):
     interval: int = 0  # training batches between measurements; 0: no held-out batches
     measures: int = 1  # batches of held-out rows in a measurement
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.interval < 0 or self.measures < 1:
+            raise Refused(f"data.interval={self.interval}, data.measures={self.measures}: expected 0 or more, and 1 or more")
+
     @functools.cached_property
     def parts(self) -> dict[str, tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]:
         """Domain -> arrays of its (training, held-out) rows."""
@@ -51,7 +56,32 @@ class Domains(Dataset):
 
     @functools.cached_property
     def mixer(self) -> Mixer:
-        return Mixer([len(train["tokens"]) for train, _ in self.parts.values()], self.seed)
+        """Raises Refused where a domain has no training rows."""
+        sizes = {name: len(train["tokens"]) for name, (train, _) in self.parts.items()}
+        for name, size in sizes.items():
+            if not size:
+                raise Refused(f"data.path={self.path}: the domain {name!r} has no training rows")
+        return Mixer(list(sizes.values()), self.seed)
+
+    def check(self, test=True):
+        """As every data set's; all domains' rows are read, since they are kept in memory."""
+        _ = self.probabilities
+        self.spec()
+        for index in range(self.measures if self.interval else 0):
+            self.read(index, [0] * len(self.parts), slice(None))
+        if test:
+            self.evaluation(len(self.parts))
+
+    def check_method(self, method):
+        """At the held-out batches of the first two measurements the method moves nothing."""
+        if not self.interval or type(method).turns is Method.turns:
+            return
+        for step in (start + i for start in (0, self.interval + self.measures) for i in range(self.measures)):
+            if moved := [role for turn in method.turns if turn.when(step) for role in turn.moves]:
+                raise Refused(
+                    f"data.interval={self.interval}, data.measures={self.measures}: {type(method).__name__} would train "
+                    f"{moved[0]} on the held-out rows of step {step}; expected 0, or the method's own interval and measures"
+                )
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -95,7 +125,13 @@ class Domains(Dataset):
     def evaluation(self, n):
         """Up to n / domains rows of each, held out and apart from those that measurements use."""
         first = self.share * self.measures if self.interval else 0
-        each = min(n // len(self.parts), *(len(held["tokens"]) - first for _, held in self.parts.values()))
+        spare = {name: len(held["tokens"]) - first for name, (_, held) in self.parts.items()}
+        for name, rows in spare.items():
+            if rows < 1:
+                raise Refused(f"data.path={self.path}: the domain {name!r} has {rows + first} held-out rows, expected {first + 1} or more")
+        each = min(n // len(self.parts), *spare.values())
+        if not each:
+            raise Refused(f"data: {n} held-out rows are asked for, expected at least one of each of {', '.join(self.parts)}")
         domain = np.repeat(np.arange(len(self.parts)), each)
         return self.rows_of(domain, np.tile(first + np.arange(each), len(self.parts)), 1)
 
@@ -137,11 +173,21 @@ class Folders(Domains):
 
     each: Dataset | None = None  # a data.text data set; its own path and batch_size are not used
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.each, InMemory):
+            raise Refused(f"data.each: {type(self.each).__name__}, expected a data set that keeps its arrays in memory, as data.text's")
+
+    @property
+    def vocab_size(self):
+        return self.each.vocab_size
+
     @functools.cached_property
     def parts(self):
-        names = sorted(p.name for p in self.existing().iterdir() if not p.name.startswith("."))
+        path = self.existing()
+        names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
         if not names:
-            raise Refused(f"data.path={self.path}: no files or folders, of which each would be a domain")
+            raise Refused(f"data.path={self.path}: expected a folder of files and folders, each a domain")
         sets = {name: dataclasses.replace(self.each, path=str(self.existing() / name)) for name in names}
         return {name: (part.arrays("train"), part.arrays("test")) for name, part in sets.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import InMemory
+from jaxdistill.data.base import InMemory, contents
 
 PREFIX = {"train": "train", "test": "t10k"}
+DENSEST = 1032  # bytes that deflate can make of one
 UNSIGNED_BYTES = 0x08  # the header's code for the element type
 
 
@@ -26,8 +28,13 @@ class IDX(InMemory):
 
     size: int = 0  # pixels a side after padding with black (-1); 0: as stored
 
+    @functools.cached_property
+    def classes(self) -> int:
+        """Number of classes in the training set."""
+        return int(self._read("train", "labels", 1).max()) + 1
+
     def arrays(self, split):
-        classes = int(self._read("train", "labels", 1).max()) + 1
+        classes = self.classes
         images, labels = self._read(split, "images", 3), self._read(split, "labels", 1)
         if len(images) != len(labels):
             raise Refused(f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and {len(labels)} labels")
@@ -60,28 +67,34 @@ def read(file: Path, axes: int) -> np.ndarray:
 
     Raises Refused where header and length do not agree with that.
     """
-    data = _gunzip(file) if file.suffix == ".gz" else file.read_bytes()
-    start = 4 + 4 * axes
-    if len(data) < start:
-        raise Refused(f"{file}: expected a header of {start} bytes, found {len(data)} in all")
+    raw, start = contents(file), 4 + 4 * axes
+    head = _gunzip(file, raw, start) if file.suffix == ".gz" else raw
+    if len(head) < start:
+        raise Refused(f"{file}: expected a header of {start} bytes, found {len(head)} in all")
     expected = bytes([0, 0, UNSIGNED_BYTES, axes])
-    if data[:4] != expected:
-        raise Refused(f"{file}: begins with 0x{data[:4].hex()}, expected 0x{expected.hex()} (unsigned bytes, {axes} axes)")
-    shape = np.frombuffer(data, ">u4", axes, 4).tolist()
-    if len(data) != start + math.prod(shape):
-        raise Refused(f"{file}: expected {start + math.prod(shape)} bytes for shape {tuple(shape)}, found {len(data)}")
-    if not shape[0]:
-        raise Refused(f"{file}: holds no samples")
+    if head[:4] != expected:
+        raise Refused(f"{file}: begins with 0x{head[:4].hex()}, expected 0x{expected.hex()} (unsigned bytes, {axes} axes)")
+    shape = np.frombuffer(head, ">u4", axes, 4).tolist()
+    size = start + math.prod(shape)
+    if not math.prod(shape):
+        raise Refused(f"{file}: holds no samples, its shape is {tuple(shape)}")
+    if size > len(raw) * (DENSEST if file.suffix == ".gz" else 1):
+        raise Refused(f"{file}: expected {size} bytes for shape {tuple(shape)}, found {len(raw)} in the file")
+    data = _gunzip(file, raw, size + 1) if file.suffix == ".gz" else raw
+    if len(data) != size:
+        more = "more" if len(data) > size else f"{len(data)}"
+        raise Refused(f"{file}: expected {size} bytes for shape {tuple(shape)}, found {more}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 
-def _gunzip(file: Path) -> bytes:
-    """What a gzip file holds; of a truncated one, what is left. Refused where it is none, or its checksum is wrong."""
-    raw, data = file.read_bytes(), b""
+def _gunzip(file: Path, raw: bytes, most: int) -> bytes:
+    """The first `most` bytes that a gzip file holds; of a truncated one, what is left. Refused where it is none, or its
+    checksum is wrong."""
+    data = b""
     try:
-        while raw:
+        while raw and len(data) < most:
             member = zlib.decompressobj(wbits=31)
-            data += member.decompress(raw)
+            data += member.decompress(raw, most - len(data))
             raw = member.unused_data
     except zlib.error as error:
         raise Refused(f"{file}: expected a gzip file ({error})") from error

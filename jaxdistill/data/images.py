@@ -6,19 +6,38 @@ import dataclasses
 import functools
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from absl import logging
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jaxdistill.core.types import Refused, lookup
-from jaxdistill.data.base import Joined, Records, Subset, check_share, held_out
+from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
 
 COLUMNS = ("image", "img")  # what Hugging Face sets call their pictures
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # as PIL names them (JPEG: MPO too); no other decoder is asked
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+UNREAD = (".heic", ".heif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr")  # nor by PIL
+BYTES = 1 << 28  # of an encoded image
+PIXELS = 1 << 27  # of an image; three copies of four bytes each while it is decoded
+LABELS = (1 << 31) - 2  # the last label, so that the number of classes is an int32
+TURNS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,10 +57,15 @@ class Images(Records):
         """Number of classes in the training set."""
         raise NotImplementedError
 
-    def example(self, record):
-        name, data, label = record
+    def known(self, label: int, name: str) -> int:
+        """The label itself. Raises Refused, with `name`, where the training set has no such class."""
         if not 0 <= label < self.classes:
             raise Refused(f"{name}: label {label}, the training set has 0 to {self.classes - 1}")
+        return label
+
+    def example(self, record):
+        name, data, label = record
+        label = self.known(label, name)
         return {"x": decode(data, self.size, name), "cond": np.int32(label), "null_cond": np.int32(self.classes)}
 
     def augment(self, example, rng):
@@ -51,19 +75,71 @@ class Images(Records):
 def decode(data: bytes, size: int, name: str) -> np.ndarray:
     """The middle square of an encoded image, resized (bicubic, antialiased): float32 [size, size, 3] in [-1, 1].
 
-    Raises Refused, with `name`, where the image is damaged or has more than 8 bits a channel.
+    It stands upright, as EXIF says; what is transparent lies on white; of several pictures (an animation) it is the first.
+    Raises Refused, with `name`, where the image is damaged, is none of FORMATS, has more than 8 bits a channel, or more than
+    BYTES or PIXELS.
     """
+    if len(data) > BYTES:
+        raise Refused(f"{name}: {len(data):,} bytes, expected at most {BYTES:,}")
     try:
-        image = Image.open(io.BytesIO(data))
-        mode = image.mode
-        image = image.convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_pixels(image, data, name)
+        image.load()
+        turn = TURNS.get(orientation(image))  # after loading: PIL turns TIFF itself
+        image = flat(image)
+    except (Refused, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise Refused(f"{name}: damaged image, or none of {', '.join(FORMATS)}") from error
     except Exception as error:  # each of PIL's decoders has exceptions of its own
-        raise Refused(f"{name}: damaged image ({error})") from error
-    if mode.startswith(("I", "F")):
-        raise Refused(f"{name}: pixels of mode {mode}, expected 8 bits a channel")
+        raise Refused(f"{name}: damaged image ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
+    image = image if turn is None else image.transpose(turn)
     side, left, top = min(image.size), *((s - min(image.size)) // 2 for s in image.size)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     return np.asarray(image, np.float32) / 127.5 - 1.0
+
+
+def check_pixels(image: Image.Image, data: bytes, name: str) -> None:
+    """Raises Refused where an opened image has more than PIXELS, or more than 8 bits a channel."""
+    width, height = image.size
+    if not 0 < width * height <= PIXELS:
+        raise Refused(f"{name}: {width} x {height} pixels, expected at most {PIXELS:,} in all")
+    depth = bits(image, data)
+    if image.mode.startswith(("I", "F")) or depth > 8:  # of 16 bits of colour PIL drops 8 without a word
+        raise Refused(f"{name}: pixels of mode {image.mode}, expected 8 bits a channel, found {depth}")
+
+
+def bits(image: Image.Image, data: bytes) -> int:
+    """Bits a channel of an opened image, as its format stores them."""
+    if image.format == "PNG":
+        return data[24]  # IHDR is the first chunk
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,)))
+    if image.format == "PPM":
+        how = image.tile[0].args  # a raw mode, or that and the greatest value
+        return how[1].bit_length() if isinstance(how, tuple) else 16 if "16" in how else 8
+    if image.format == "AVIF":
+        at = data.find(b"av1C") + 6
+        return 10 if data[at] & 0x40 else 8  # high_bitdepth of AV1CodecConfigurationBox; 12 bits have it too
+    return 8
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 (upright) where there is none or none that can be read, as viewers have it."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # PIL has many for damaged EXIF, and the picture is sound without it
+        return 1
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """The image in RGB, on white where it is transparent."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +156,14 @@ class ParquetImages(Images):
         if self._files("test"):
             return rows if split == "train" else self._shards("test")
         return Subset(rows, held_out(len(rows), self.heldout, split))
+
+    def check(self, test=True):
+        """As every data set's; all labels are looked at."""
+        for split in ("train", "test") if self._files("test") else ("train",):
+            for shard in self._shards(split).parts:
+                for row in np.flatnonzero((shard.labels < 0) | (shard.labels >= self.classes))[:1]:
+                    self.known(int(shard.labels[row]), f"{shard.file} row {row}")
+        super().check(test)
 
     @functools.cached_property
     def classes(self):
@@ -101,6 +185,7 @@ class Shard(Sequence):
 
     def __init__(self, file: Path, label: str):
         self.file = file
+        regular(file)
         try:
             with pq.ParquetFile(file, memory_map=True) as parquet:
                 names = parquet.schema_arrow.names
@@ -111,14 +196,20 @@ class Shard(Sequence):
                 kind, number = (parquet.schema_arrow.field(name).type for name in (image, label))
                 if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
                     raise Refused(f"{file}: column {image!r} is {kind}, expected a struct with bytes")
+                if not (pa.types.is_binary(kind.field("bytes").type) or pa.types.is_large_binary(kind.field("bytes").type)):
+                    raise Refused(f"{file}: column {image!r} is {kind}, expected bytes of the type binary")
                 batches = list(parquet.iter_batches(1024, columns=[f"{image}.bytes", label]))
-        except (pa.ArrowException, OSError) as error:
-            raise Refused(f"{file}: damaged parquet file ({str(error).splitlines()[0]})") from error
+        except Refused:
+            raise
+        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+            raise Refused(f"{file}: damaged parquet file ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
         self.images = pa.chunked_array([batch.column(image).field("bytes") for batch in batches], kind.field("bytes").type)
         labels = pa.chunked_array([batch.column(label) for batch in batches], number)
         if labels.null_count or not pa.types.is_integer(labels.type):
             raise Refused(f"{file}: column {label!r} is {labels.type} with {labels.null_count} empty rows, expected integers")
         self.labels = labels.to_numpy()
+        if len(self.labels) and int(self.labels.max()) > LABELS:
+            raise Refused(f"{file} row {self.labels.argmax()}: label {self.labels.max()}, expected at most {LABELS}")
 
     def __len__(self):
         return len(self.labels)
@@ -132,7 +223,8 @@ class Shard(Sequence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFolder(Images):
-    """Images in path/train/CLASS/ and path/test/CLASS/, or in path/CLASS/ alone; classes in the order of their names.
+    """Images in path/train/CLASS/ and path/test/CLASS/, or in path/CLASS/ alone; classes in the order of their names. Every
+    image is read, or one that cannot be is refused: see `_listed`.
 
     Without a test folder a share is held out by a hash of each image's name, so that new images move no old ones.
     """
@@ -164,13 +256,26 @@ class ImageFolder(Images):
             raise Refused(f"data.path={self.path}: a test folder, but no train folder")
         return (train if train.is_dir() else path), (test if test.is_dir() else None)
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _listed(self, root: Path) -> list[tuple[Path, int]]:
+        """(file, label) of every picture. Raises Refused where one would be left out: beside the class folders, deeper in
+        them, or of a format that is not read; and where a class has none. Other files are counted in the log."""
         labels = {name: label for label, name in enumerate(self.names)}
         folders = [(root / name, lookup(labels, name, f"{root}: class")) for name in _folders(root)]
-        files = [(f, label) for folder, label in folders for f in sorted(folder.iterdir()) if f.suffix.lower() in SUFFIXES]
-        if not files:
+        others: Counter[str] = Counter()
+        found = [(_pictures(folder, others), label) for folder, label in folders]
+        if not any(pictures for pictures, _ in found):
             raise Refused(f"{root}: no images in its class folders, expected {' '.join(SUFFIXES)}")
-        return files
+        for (folder, _), (pictures, _) in zip(folders, found):
+            if not pictures:
+                raise Refused(f"{folder}: no images of this class, expected {' '.join(SUFFIXES)}")
+        for file in root.iterdir():
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
+                raise Refused(f"{file}: an image in no class folder")
+        if others:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+            logging.warning("%s: %d files are no images and are not read (%s)", root, others.total(), kinds)
+        return [(file, label) for pictures, label in found for file in pictures]
 
 
 class Files(Sequence):
@@ -184,10 +289,38 @@ class Files(Sequence):
 
     def __getitem__(self, i):
         file, label = self.listed[i]
-        try:
-            return str(file), file.read_bytes(), label
-        except OSError as error:
-            raise Refused(f"{file}: cannot be read ({error.strerror})") from error
+        return str(file), contents(file, BYTES), label
+
+
+def _pictures(folder: Path, others: Counter[str]) -> list[Path]:
+    """The images of one class, by name. Hidden files are passed over, what is no image is counted in `others`, by suffix;
+    raises Refused on an image that would not be read."""
+    out = []
+    for file in sorted(folder.iterdir()):
+        suffix = file.suffix.lower()
+        if file.name.startswith("."):
+            continue
+        if suffix in SUFFIXES:
+            out.append(file)
+        elif file.is_dir():
+            if deep := next((f for f in file.rglob("*") if f.suffix.lower() in (*SUFFIXES, *UNREAD)), None):
+                raise Refused(f"{deep}: an image in a folder inside the class folder {folder.name!r}, expected it in that itself")
+        elif suffix in UNREAD or suffix in Image.registered_extensions() or (not suffix and _opens(file)):
+            raise Refused(f"{file}: an image of a kind that is not read, expected {' '.join(SUFFIXES)}")
+        else:
+            others[suffix or file.name] += 1
+    return out
+
+
+def _opens(file: Path) -> bool:
+    """Whether a file without a suffix is an image."""
+    if not file.is_file():
+        return False
+    try:
+        with Image.open(file, formats=FORMATS):
+            return True
+    except OSError:
+        return False
 
 
 def _folders(root: Path) -> list[str]:

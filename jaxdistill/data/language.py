@@ -224,6 +224,10 @@ class Recall(Dataset):
         if not 1 <= self.questions <= self.symbols**2:
             raise Refused(f"data.questions={self.questions}: expected 1 to {self.symbols**2}, the square of data.symbols")
 
+    @property
+    def vocab_size(self):
+        return self.symbols
+
     @functools.cached_property
     def table(self) -> np.ndarray:
         """int32 [questions, 2 + answer]"""

@@ -8,8 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxdistill.core.build import build
 from jaxdistill.core.types import Refused
 from jaxdistill.data.arrayrecord import ArrayRecords
+from jaxdistill.data.base import contents
 
 ABOUT = "store.json"
 
@@ -29,15 +34,47 @@ class StoredLogits(ArrayRecords):
         about = read_about(folder)
         if about is None:
             raise Refused(f"data.path={self.path}: no {ABOUT}, expected a folder that tools/store_logits.py made")
+        _check_about(about, folder / ABOUT)
         for split, files in about["files"].items():
             made = sum(store_file(folder, split, i).exists() for i in range(files))
             if made < files:
                 raise Refused(f"data.path={self.path}: {made} of {files} {split} files; tools/store_logits.py goes on where it stopped")
         return about
 
+    @property
+    def vocab_size(self):
+        """Of the data that was read, where its tokenizer is still there, else of the teacher's table."""
+        try:
+            return build(ConfigDict(self.store["data"])).vocab_size or self.store["vocab"]
+        except Refused:
+            return self.store["vocab"]
+
     def source(self, split):
-        _ = self.store
-        return super().source(split)
+        rows = self.store["rows"]
+        records = super().source(split)
+        stored = rows.get(split) if rows.get("test") else None  # else a share of the training rows is held out
+        if stored is not None and len(records) != stored:
+            raise Refused(f"data.path={self.path}: {len(records)} {split} rows, {ABOUT} says {stored}")
+        return records
+
+    def example(self, record):
+        """Raises Refused on a record that is not of this store's sizes."""
+        example, (top_k, vocab) = super().example(record), (self.store["top_k"], self.store["vocab"])
+        length = np.shape(example.get("tokens"))
+        expected = {
+            "tokens": length[:1],
+            "teacher_ids": (*length, top_k),
+            "teacher_log_probs": (*length, top_k),
+            "teacher_log_tail": length,
+        }
+        for key, shape in expected.items():
+            if key not in example or example[key].shape != shape:
+                found = list(example[key].shape) if key in example else "missing"
+                raise Refused(f"{record[0]}: {key} is {found}, expected {list(shape) or '[length]'} in a store of {top_k} tokens a place")
+        ids = example["teacher_ids"]
+        if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < vocab):
+            raise Refused(f"{record[0]}: teacher_ids are not 0 to {vocab - 1}, the teacher's vocabulary")
+        return example
 
 
 def store_file(folder: Path, split: str, index: int) -> Path:
@@ -47,9 +84,21 @@ def store_file(folder: Path, split: str, index: int) -> Path:
 
 def read_about(folder: Path) -> dict[str, Any] | None:
     """The store's description; None where there is none. Raises Refused where it cannot be read."""
-    try:
-        return json.loads((folder / ABOUT).read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not (folder / ABOUT).exists():
         return None
-    except ValueError as error:
-        raise Refused(f"{folder / ABOUT}: not JSON ({error})") from error
+    try:
+        return json.loads(contents(folder / ABOUT))
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{folder / ABOUT}: not JSON ({str(error).splitlines()[0]})") from error
+
+
+def _check_about(about: Any, file: Path) -> None:
+    """Raises Refused where the description lacks what reading needs."""
+    if not isinstance(about, dict):
+        raise Refused(f"{file}: expected a JSON object, found {str(about)[:40]!r}")
+    count = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0
+    counts = lambda d: isinstance(d, dict) and "train" in d and d.keys() <= {"train", "test"} and all(map(count, d.values()))
+    tests = {"data": lambda d: isinstance(d, dict), "top_k": count, "vocab": count, "rows": counts, "files": counts}
+    for key, fits in tests.items():
+        if not fits(about.get(key)):
+            raise Refused(f"{file}: {key!r} is {str(about.get(key))[:40]!r}, expected what tools/store_logits.py writes")

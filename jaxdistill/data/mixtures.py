@@ -57,6 +57,10 @@ class Mixture(Dataset):
         rank = np.argsort(np.argsort(np.arctan2(*self.law[1].T[1::-1]))) if self.classes else np.arange(self.modes)
         return (rank * (self.classes or self.modes) // self.modes).astype(np.int32)
 
+    @property
+    def label_count(self):
+        return (self.classes or self.modes) if self.labelled else None
+
     def conditions(self, mode: np.ndarray) -> dict[str, np.ndarray]:
         """The labels of samples that were drawn from these modes; nothing where there are none."""
         cond = self.labels[mode]

@@ -20,7 +20,7 @@ from absl import logging
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.data.base import InMemory, held_out
-from jaxdistill.data.text import JsonLines, _field, _file, _objects, pad_rows
+from jaxdistill.data.text import JsonLines, _field, _file, _objects, _read_text, pad_rows
 from jaxdistill.data.tokenizers import Tokenizer
 
 Pair = tuple[str, str]
@@ -150,8 +150,8 @@ def normalise(text: str) -> str:
 def conll(file: str | Path) -> list[tuple[str, list[Pair]]]:
     """(passage, (entity, type) pairs) of two-column BIO text, words joined by blanks. Raises Refused on another tag."""
     out, words, spans, inside = [], [], [], False
-    for number, line in enumerate([*Path(file).read_text().splitlines(), ""], 1):
-        word, _, tag = line.strip("\n").partition("\t")
+    for number, line in enumerate([*_read_text(Path(file)).split("\n"), ""], 1):
+        word, _, tag = line.partition("\t")
         if not word.strip():
             if words:
                 out.append((" ".join(words), [(" ".join(w), kind) for w, kind in spans]))
@@ -190,7 +190,8 @@ class Conversations(JsonLines):
             raise Refused(f"data.path={self.path}: no {split}.jsonl or {split}.json")
         rows = []
         for where, item in _objects(file):
-            text, pairs = _field(item, "text", where), parse_entities(json.dumps(item.get("entities")))
+            text, found = _field(item, "text", where), item.get("entities")
+            pairs = parse_entities(json.dumps(found)) if isinstance(found, list) else None
             if pairs is None:
                 raise Refused(f"{where}: expected a list of [entity, type] under 'entities'")
             rows.append((text, pairs))

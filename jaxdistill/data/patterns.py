@@ -25,6 +25,8 @@ class Patterns(Dataset):
     vocab: int = 12  # the pattern's three symbols occur elsewhere too
     length: int = 16
 
+    classes = 2
+
     @functools.cached_property
     def chains(self) -> list[Markov]:
         return [Markov(order=1, branch=2, vocab=self.vocab, length=self.length, seed=self.seed * 101 + i) for i in range(self.languages)]

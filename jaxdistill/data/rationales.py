@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.data.base import InMemory, held_out
-from jaxdistill.data.text import JsonLines, _field, _file, _objects, pad_rows
+from jaxdistill.data.text import JsonLines, _field, _file, _objects, _text, pad_rows
 
 
 class Told(NamedTuple):
@@ -96,18 +96,21 @@ def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, st
     are left out. Raises Refused where a file is missing, or where they do not belong together.
     """
     folder = Path(folder)
+    teachers = lookup({"gt": False, "llm": True}, labels, "data.labels")
     sources = {"train": ("palm_train_CoT_0.json", "palm_train_CoT_1.json"), "test": ("palm_test_CoT_0.json",)}
     out = {}
     for split, files in sources.items():
-        rows = [row for _, row in _objects(folder / f"svamp_{split}.json")]
-        texts = [text for file in files for _, text in _objects(folder / file)]
+        rows = [tuple(_field(row, key, where) for key in ("input", "label")) for where, row in _objects(folder / f"svamp_{split}.json")]
+        texts = [_text(text, where) for file in files for where, text in _objects(folder / file)]
         if len(rows) != len(texts):
             raise Refused(f"{folder}: {len(texts)} rationales for {len(rows)} rows of {split}")
         told = [parse_equation(text) for text in texts]
-        teachers = lookup({"gt": False, "llm": True}, labels, "labels") and split == "train"
-        pairs = [(row, t) for row, t in zip(rows, told) if t.valid]
-        label = lambda row, t: t.label if teachers else row["label"]
-        out[split] = [{"input": row["input"], "gold": row["label"], "rationale": t.rationale, "label": label(row, t)} for row, t in pairs]
+        label = lambda gold, t: t.label if teachers and split == "train" else gold
+        out[split] = [
+            {"input": problem, "gold": gold, "rationale": t.rationale, "label": label(gold, t)}
+            for (problem, gold), t in zip(rows, told)
+            if t.valid
+        ]
     return out
 
 
@@ -169,9 +172,12 @@ class SVAMP(Rationales):
         """Whether what is written after each test problem, int [n, prompt_length + label_length], has the value of the data's
         equation: bool [n]."""
         codec, (end,) = self.codec, self.eos
-        wanted = {self.asked(self.predict_prefix + problem).tobytes(): label for problem, label, _ in self.told("test")}
+        told = [(self.asked(self.predict_prefix + problem), label) for problem, label, _ in self.told("test")]
+        told = [(prompt, label) for prompt, label in told if len(prompt) <= self.prompt_length]
+        rows = pad_rows([(prompt, np.int32([])) for prompt, _ in told], self.prompt_length, self.prompt_length, codec.pad)["prompt"]
+        wanted = {row.tobytes(): label for row, (_, label) in zip(rows, told)}  # whole rows: padding may be a token of the text
         prompts, answers = np.split(np.asarray(tokens, np.int32), [self.prompt_length], axis=1)
-        labels = [wanted[p[p != codec.pad].tobytes()] for p in prompts]
+        labels = [wanted[prompt.tobytes()] for prompt in prompts]
         written = [codec.decode(a[: np.argmax(a == end)] if end in a else a) for a in answers]
         return np.array([same_value(a, label) for a, label in zip(written, labels)])
 

@@ -21,6 +21,19 @@ class Synthetic(Dataset):
 
     arrays: Mapping[str, str] | None = None
 
+    @property
+    def vocab_size(self):
+        return self._below("tokens")
+
+    @property
+    def label_count(self):
+        return self._below("cond")
+
+    def _below(self, name: str) -> int | None:
+        """What the integers of an array are below; None where it has none."""
+        kind, *numbers = (self.arrays or {}).get(name, "").split() or [""]
+        return int(numbers[0]) if kind == "integers" and numbers and numbers[0].isdecimal() else None
+
     def batch(self, index, rows):
         share = np.arange(self.batch_size)[rows]
         return self._draw(len(share), np.random.default_rng([self.seed, index, int(share[0])]))

@@ -8,6 +8,7 @@ stays inside a segment; `positions` counts from 0 in each document.
 from __future__ import annotations
 
 import bisect
+import codecs
 import dataclasses
 import functools
 import json
@@ -19,13 +20,14 @@ import numpy as np
 from absl import logging
 
 from jaxdistill.core.types import Refused, lookup
-from jaxdistill.data.base import InMemory, check_share, held_out
+from jaxdistill.data.base import InMemory, check_share, contents, held_out
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text(InMemory):
-    """tokens int32 [length], mask float32 [length]: windows of one plain-text file, UTF-8.
+    """tokens int32 [length], mask float32 [length]: windows of one plain-text file, UTF-8,
+    whose lines end in "\\n" (as "\\r\\n" and "\\r" are read too).
 
     Neighbouring windows share one token, so that in an epoch every token but the first is a target exactly once (up to
     the rest at the end that fills no window). The end of the file is held out.
@@ -38,6 +40,10 @@ class Text(InMemory):
     @functools.cached_property
     def codec(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)
+
+    @property
+    def vocab_size(self):
+        return self.codec.vocab
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
@@ -73,6 +79,10 @@ class JsonLines(InMemory):
     @functools.cached_property
     def codec(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer)
+
+    @property
+    def vocab_size(self):
+        return self.codec.vocab
 
     @property
     def eos(self) -> tuple[int, ...]:
@@ -192,14 +202,23 @@ def _file(folder: Path, split: str) -> Path | None:
 
 
 def _read_text(file: Path) -> str:
+    """A file's text, without a byte order mark, its lines ended by "\\n" however the file ends them. Raises Refused on what
+    is not UTF-8."""
     if file.is_dir():
         raise Refused(f"data.path={file}: a folder, expected a text file")
     if not file.exists():
         raise Refused(f"data.path={file.parent}: no {file.name}")
+    data = contents(file)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise Refused(f"{file}: begins with the mark of UTF-16, expected UTF-8")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if (at := data.find(b"\0")) >= 0:
+        raise Refused(f"{file}: byte {at} is 0, expected text in UTF-8")
     try:
-        return file.read_bytes().decode()
+        text = data.decode()
     except UnicodeDecodeError as error:
         raise Refused(f"{file}: byte {error.start} is not UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def _objects(file: Path) -> Iterator[tuple[str, Any]]:
@@ -210,20 +229,35 @@ def _objects(file: Path) -> Iterator[tuple[str, Any]]:
     else:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for number, line in lines:
+        where = f"{file}:{number}" if number else str(file)
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise Refused(f"{file}:{number or error.lineno}: expected JSON ({error.msg} at column {error.colno})") from error
-        if number:
-            yield f"{file}:{number}", value
-        else:
-            yield from ((f"{file} item {i}", item) for i, item in enumerate(value))
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise Refused(f"{where}: JSON that cannot be read ({str(error).splitlines()[0]})") from error
+        items = [(where, value)] if number else [(f"{file} item {i}", item) for i, item in enumerate(value)]
+        escaped = "\\ud" in line.lower()
+        yield from ((place, _whole(item, place) if escaped else item) for place, item in items)
+
+
+def _whole(item: Any, where: str) -> Any:
+    """The item itself. Raises Refused where a character is half of a surrogate pair, which no encoding can write."""
+    try:
+        json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"{where}: \\u{ord(error.object[error.start]):x} is half of a surrogate pair, expected both or none") from error
+    return item
 
 
 def _field(item: Any, key: str, where: str) -> str:
     if not isinstance(item, dict):
         raise Refused(f"{where}: expected a JSON object with {key!r}, found {str(item)[:40]!r}")
-    text = lookup(item, key, f"{where}: key")
-    if not isinstance(text, str):
-        raise Refused(f"{where}: expected text under {key!r}, found {str(text)[:40]!r}")
-    return text
+    return _text(lookup(item, key, f"{where}: key"), f"{where}", f" under {key!r}")
+
+
+def _text(value: Any, where: str, place: str = "") -> str:
+    """The value itself. Raises Refused where it is no text."""
+    if not isinstance(value, str):
+        raise Refused(f"{where}: expected text{place}, found {str(value)[:40]!r}")
+    return value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -55,16 +56,56 @@ class StoredTokenizer:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.inner = stored_tokenizer(folder)
         if self.inner.eos_token_id is None:
             raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
-        self.vocab, self.eos = len(self.inner), self.inner.eos_token_id
+        self.vocab, self.eos = 1 + max(self.inner.get_vocab().values()), self.inner.eos_token_id  # ids may leave gaps
         self.pad = self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
-        begins = self.inner("a")["input_ids"][0] == self.inner.bos_token_id
-        self.bos = self.inner.bos_token_id if begins else None
+        self.bos = self.inner.bos_token_id if self._begins() else None
+
+    def _begins(self) -> bool:
+        """Whether texts begin with the begin token: seen on the first text that has a token of its own before it."""
+        bos, pieces = self.inner.bos_token_id, itertools.islice(self.inner.get_vocab(), 1000)
+        for text in ("a", *pieces) if bos is not None else ():
+            try:
+                alone, whole = (self.inner(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+            except Exception:  # the tokenizers library has no class of its own for a text without known tokens
+                continue
+            if alone and alone[0] != bos:
+                return whole[0] == bos
+        return False
 
     def encode(self, text):
-        return np.asarray(self.inner(text, add_special_tokens=False)["input_ids"], np.int32)
+        """Raises Refused where the tokenizer has no token for a part of the text, not even an unknown one."""
+        try:
+            out = self.inner(text, add_special_tokens=False, return_offsets_mapping=self._drops)
+        except MemoryError:
+            raise
+        except Exception as error:  # as above
+            raise Refused(f"tokenizer={self.folder}: cannot encode {text[:40]!r} ({str(error).splitlines()[0]})") from error
+        if self._drops:
+            self._check_whole(text, out["offset_mapping"])
+        return np.asarray(out["input_ids"], np.int32)
+
+    @functools.cached_property
+    def _drops(self) -> bool:
+        """Whether characters without a token vanish: BPE that has no unknown token and does not go back to bytes."""
+        backend = getattr(self.inner, "backend_tokenizer", None)
+        if backend is None or type(backend.model).__name__ != "BPE" or backend.model.unk_token or backend.model.byte_fallback:
+            return False
+        return "ByteLevel" not in f"{backend.normalizer!r} {backend.pre_tokenizer!r}"
+
+    def _check_whole(self, text: str, places: Sequence[tuple[int, int]]) -> None:
+        """Raises Refused where characters of `text`, blanks apart, are in none of the `places`."""
+        seen = np.zeros(len(text), bool)
+        for start, stop in places:
+            seen[start:stop] = True
+        for at in np.flatnonzero(~seen):
+            if not text[at].isspace():
+                raise Refused(
+                    f"tokenizer={self.folder}: no token, not even an unknown one, for a part of {text[max(0, at - 20) : at + 20]!r}"
+                )
 
     def decode(self, tokens):
         known = [t for t in map(int, tokens) if 0 <= t < self.vocab]

@@ -40,6 +40,10 @@ class AlignedJson(PaddedJson):
         return load_tokenizer(self.teacher_tokenizer)
 
     @property
+    def teacher_vocab_size(self):
+        return self.teacher_codec.vocab
+
+    @property
     def rooms(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """(prompt, response) lengths of the student and of the teacher."""
         own = (self.prompt_length, self.response_length)
@@ -89,6 +93,10 @@ class Blocks(Markov):
             raise Refused(f"data.size={self.size}: expected 0 or more rows")
         if self.length % 2 or self.length < 4:
             raise Refused(f"data.length={self.length}: expected an even number of at least 4 tokens")
+
+    @property
+    def teacher_vocab_size(self):
+        return self.vocab**2
 
     @functools.cached_property
     def kept(self) -> dict[str, np.ndarray]:

@@ -1,9 +1,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.serialization import msgpack_serialize
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.arrayrecord import ArrayRecords, ArrayRecordWriter, GroupedRecords, write
+from jaxdistill.data.arrayrecord import ArrayRecords, ArrayRecordWriter, GroupedRecords, LoadedRecords, WeightedRecords, write
 
 
 def examples(n: int, start: int = 0):
@@ -111,6 +112,69 @@ def test_records_of_others(tmp_path):
     writer.close()
     with pytest.raises(Refused, match=r"a.arrayrecord record 0: expected what jaxdistill.data.arrayrecord.write stores"):
         next(ArrayRecords(path=str(tmp_path), heldout=0).loader())
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            msgpack_serialize({"x": np.zeros(3, np.float32)}),
+            r"record 1: 'x' is float32 \[3\], and float32 \[2\] in .*a.arrayrecord record 0",
+        ),
+        (msgpack_serialize({"x": np.zeros(2, np.int32)}), r"record 1: 'x' is int32 \[2\], and float32 \[2\] in"),
+        (msgpack_serialize({"y": np.zeros(2, np.float32)}), r"record 1: 'x' is missing, and float32 \[2\] in"),
+        (msgpack_serialize({"x": np.zeros(2, np.float32), "y": np.zeros(2)}), r"record 1: 'y' is float64 \[2\], and missing in"),
+        (msgpack_serialize({"x": {"y": np.zeros(2)}}), r"record 1: expected what .* stores \('x' is dict, no array of numbers\)"),
+        (msgpack_serialize({"x": "text"}), r"record 1: expected what .* stores \('x' is str"),
+        (msgpack_serialize({1: np.zeros(2)}), r"record 1: expected what .* stores \('1' is ndarray"),
+        (msgpack_serialize([np.zeros(2)]), r"record 1: expected what .* stores \('list' object"),
+        (b"\x01", r"record 1: expected what .* stores \('int' object"),
+        (b"", r"record 1: expected what .* stores"),
+        (b"\xdf\xff\xff\xff\xff", r"record 1: expected what .* stores"),
+        (b"\x91" * 100_000, r"record 1: expected what .* stores"),
+    ],
+)
+def test_a_record_unlike_the_first_is_named(tmp_path, record, message):
+    writer = ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
+    for data in (msgpack_serialize({"x": np.zeros(2, np.float32)}), record):
+        writer.write(data)
+    writer.close()
+    with pytest.raises(Refused, match=message) as refused:
+        next(ArrayRecords(path=str(tmp_path), heldout=0, batch_size=2).loader())
+    assert str(refused.value).isprintable()
+    with pytest.raises(Refused, match=message):
+        LoadedRecords(path=str(tmp_path), heldout=0).check(test=False)
+
+
+def test_a_share_that_leaves_no_record_is_refused_at_the_start(tmp_path):
+    write(tmp_path / "a.arrayrecord", examples(9))
+    for kind in (ArrayRecords, LoadedRecords):
+        kind(path=str(tmp_path), heldout=0.2).check()
+        with pytest.raises(
+            Refused, match=f"{kind.__name__ if kind is ArrayRecords else 'ArrayRecords'} has no test samples; data.heldout=0.0"
+        ):
+            kind(path=str(tmp_path), heldout=0.0).check()
+    with pytest.raises(Refused, match="has no train samples"):
+        ArrayRecords(path=str(tmp_path), heldout=0.99).check()
+
+
+@pytest.mark.parametrize("worth", [None, np.zeros(2), np.float32(np.nan)])
+def test_records_without_worth(tmp_path, worth):
+    write(tmp_path / "a.arrayrecord", [{"x": np.zeros(2), **({} if worth is None else {"worth": worth})}] * 3)
+    with pytest.raises(Refused, match=r"a.arrayrecord record 0: 'worth' is .*, expected a finite number"):
+        WeightedRecords(path=str(tmp_path), heldout=0).check(test=False)
+
+
+def test_a_name_that_is_array_and_group(tmp_path):
+    write(tmp_path / "a.arrayrecord", [{"cond": np.zeros(2), "cond/text": np.zeros(2)}] * 3)
+    with pytest.raises(Refused, match=r"record \d: 'cond' is an array, and a group in 'cond/text'"):
+        GroupedRecords(path=str(tmp_path), heldout=0).spec()
+
+
+def test_files_that_are_none(tmp_path):
+    (tmp_path / "a.arrayrecord").mkdir()
+    with pytest.raises(Refused, match=r"a.arrayrecord: not a regular file"):
+        ArrayRecords(path=str(tmp_path)).check()
 
 
 def test_empty_folder(tmp_path):

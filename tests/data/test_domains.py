@@ -5,7 +5,8 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.data.domains import Chains, Folders, Mixer
-from jaxdistill.data.text import Text
+from jaxdistill.data.language import Markov
+from jaxdistill.data.text import PackedJson, Text
 
 TINY = Chains(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8)
 
@@ -78,6 +79,8 @@ def test_natural_proportions_of_folders(tmp_path):
     ("fields", "message"),
     [
         (dict(weights=(0.5, 0.6)), r"data.weights=\(0.5, 0.6\): expected a probability for each of chain0, chain1"),
+        (dict(interval=-1), r"data.interval=-1, data.measures=1: expected 0 or more, and 1 or more"),
+        (dict(interval=2, measures=0), r"data.interval=2, data.measures=0"),
         (dict(weights=(1.0,)), r"data.weights=\(1.0,\)"),
         (dict(interval=3, measures=6), r"data.measures=6: a domain has only 20 held-out rows, 24 are asked for"),
         (dict(interval=3, batch_size=7), r"data.batch_size=7: expected a multiple of the 2 domains"),
@@ -86,6 +89,22 @@ def test_natural_proportions_of_folders(tmp_path):
 def test_refused(fields, message):
     with pytest.raises(Refused, match=message):
         take(Chains(**{**dict(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8), **fields}), 6)
+
+
+def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
+    TINY.check()
+    Chains(vocab=4, length=6, branches=(2, 3), size=50, held=9, batch_size=8, interval=3, measures=2).check()
+    with pytest.raises(Refused, match=r"a domain has only 7 held-out rows, 8 are asked for"):
+        Chains(vocab=4, length=6, branches=(2, 3), size=50, held=7, batch_size=8, interval=3, measures=2).check()
+    with pytest.raises(Refused, match=r"the domain 'chain0' has 8 held-out rows, expected 9 or more"):
+        Chains(vocab=4, length=6, branches=(2, 3), size=50, held=8, batch_size=8, interval=3, measures=2).check()
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}')
+    with pytest.raises(Refused, match=r"the domain 'a.jsonl' has no training rows"):
+        Folders(path=str(tmp_path), each=PackedJson(length=9, heldout=0.9)).check()
+    with pytest.raises(Refused, match=r"1 held-out rows are asked for, expected at least one of each of chain0, chain1"):
+        TINY.evaluation(1)
+    with pytest.raises(Refused, match=r"data.each: Markov, expected a data set that keeps its arrays in memory"):
+        Folders(path=str(tmp_path), each=Markov()).check()
 
 
 def test_examples_are_every_row_of_every_domain():

@@ -1,11 +1,12 @@
 import gzip
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.idx import IDX
+from jaxdistill.data.idx import IDX, read
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -82,6 +83,35 @@ def test_truncated_gzip_names_what_is_left(stored, keep):
     cut(file, int(keep * file.stat().st_size))
     with pytest.raises(Refused, match=rf"{file.name}: expected .* bytes.*, found \d+"):
         IDX(path=str(folder)).evaluation(5)
+
+
+@pytest.mark.parametrize("shape", [(2**32 - 1,) * 3, (12, 2**31, 1), (1, 2**20, 2**20)])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_sizes_that_no_file_has(tmp_path, shape, suffix):
+    """Nothing is allocated for them."""
+    file = tmp_path / f"a{suffix}"
+    data = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape) + bytes(100)
+    file.write_bytes(gzip.compress(data) if suffix else data)
+    with pytest.raises(Refused, match=r"expected \d+ bytes for shape .*, found \d+ in the file"):
+        read(file, 3)
+
+
+def test_a_gzip_file_is_read_as_far_as_its_header_says(tmp_path):
+    """64 MiB of zeros in 64 kB, of which the header names 30 bytes: two pieces of little more than that are made."""
+    bomb = idx(np.arange(30).reshape(2, 3, 5)) + bytes(1 << 26)
+    (tmp_path / "a.gz").write_bytes(gzip.compress(bomb, 1))
+    tracemalloc.start()
+    with pytest.raises(Refused, match=r"expected 46 bytes for shape \(2, 3, 5\), found more"):
+        read(tmp_path / "a.gz", 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22
+
+
+def test_images_without_pixels(tmp_path):
+    (tmp_path / "a").write_bytes(idx(np.zeros((4, 0, 5))))
+    with pytest.raises(Refused, match=r"holds no samples, its shape is \(4, 0, 5\)"):
+        read(tmp_path / "a", 3)
 
 
 def test_no_gzip_file(stored):

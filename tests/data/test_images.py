@@ -1,14 +1,17 @@
 import io
+import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.images import ImageFolder, ParquetImages, decode
+from jaxdistill.data.images import Files, ImageFolder, ParquetImages, decode
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -64,6 +67,127 @@ def test_grey_and_transparent_images_become_rgb():
     np.testing.assert_array_equal(decode(png(grey), 8, ""), unit(grey)[..., None].repeat(3, -1))
     clear = np.concatenate([pictures(1)[0], np.full((8, 8, 1), 255, np.uint8)], -1)
     np.testing.assert_array_equal(decode(png(clear), 8, ""), unit(clear[..., :3]))
+
+
+def saved(image: Image.Image, kind: str, **how) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+BACK = {  # orientation -> how a camera has turned the upright picture
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", BACK)
+def test_pictures_stand_upright(orientation, kind):
+    """The middle of a wide picture, as `ImageOps.exif_transpose` has it, to the bit."""
+    wide = np.random.default_rng(0).integers(0, 256, (8, 13, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    how = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(Image.fromarray(np.ascontiguousarray(BACK[orientation](wide))), kind, exif=exif, **how)
+    np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))), wide)
+    np.testing.assert_array_equal(decode(data, 8, ""), unit(wide[:, 2:10]))
+
+
+def test_exif_that_cannot_be_read_says_nothing():
+    pixels = pictures(1)[0]
+    for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0"):
+        np.testing.assert_array_equal(decode(saved(Image.fromarray(pixels), "PNG", exif=exif), 8, ""), unit(pixels))
+
+
+def hidden_under(colour: int, kind: str) -> Image.Image:
+    """Grey 120 in the middle of a picture that is fully transparent elsewhere, over `colour`."""
+    seen = np.pad(np.ones((4, 4), bool), 2)
+    grey = np.where(seen, 120, colour).astype(np.uint8)
+    if kind == "RGBA":
+        return Image.fromarray(np.dstack([grey, grey, grey, np.uint8(seen) * 255]), "RGBA")
+    if kind == "LA":
+        return Image.fromarray(np.dstack([grey, np.uint8(seen) * 255]), "LA")
+    image = Image.fromarray(grey)
+    if kind == "P":
+        image = Image.fromarray(np.uint8(seen))
+        image.putpalette([colour] * 3 + [120] * 3)
+    if kind == "RGB":
+        image = image.convert("RGB")
+    image.info["transparency"] = {"L": colour, "P": 0, "PA": bytes([0, 255]), "RGB": (colour,) * 3}[kind]
+    return image
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "P", "RGB"])
+@pytest.mark.parametrize("colour", [0, 255, 77])
+def test_what_transparency_hides_is_white(kind, colour):
+    want = np.pad(np.full((4, 4), 120, np.uint8), 2, constant_values=255)[..., None].repeat(3, -1)
+    np.testing.assert_array_equal(decode(saved(hidden_under(colour, kind), "PNG"), 8, ""), unit(want))
+
+
+def test_half_transparent_is_half_white():
+    half = np.dstack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 128, np.uint8)])
+    np.testing.assert_array_equal(decode(png(half), 8, ""), np.full((8, 8, 3), np.float32(127) / 127.5 - 1))
+
+
+def sixteen(kind: str) -> bytes:
+    """A picture with 16 bits a channel."""
+    if kind == "ppm":
+        return b"P6 2 2 65535\n" + bytes(24)
+    if kind == "pgm":
+        return b"P5 2 2 1023\n" + bytes(8)
+    colours, words = {"grey": (0, 1), "rgb": (2, 3), "grey alpha": (4, 2), "rgba": (6, 4)}[kind]
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    header = struct.pack(">IIBBBBB", 8, 8, 16, colours, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(16 * words)) * 8)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["grey", "rgb", "grey alpha", "rgba", "ppm", "pgm"])
+def test_sixteen_bits_are_refused(kind):
+    with pytest.raises(Refused, match=r"a: pixels of mode .*, expected 8 bits a channel, found 1[06]"):
+        decode(sixteen(kind), 8, "a")
+
+
+def test_of_an_animation_the_first_picture():
+    first, second = (Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (40, 200))
+    for kind in ("GIF", "WEBP", "PNG", "TIFF"):
+        how = {"lossless": True} if kind == "WEBP" else {}
+        data = saved(first, kind, save_all=True, append_images=[second], **how)
+        np.testing.assert_array_equal(decode(data, 8, ""), np.full((8, 8, 3), np.float32(40) / 127.5 - 1))
+
+
+def test_other_modes():
+    ink = Image.fromarray(np.zeros((8, 8, 4), np.uint8), "CMYK")
+    np.testing.assert_array_equal(decode(saved(ink, "TIFF"), 8, ""), np.ones((8, 8, 3), np.float32))
+    bits = Image.fromarray(np.indices((8, 8)).sum(0) % 2 == 1)
+    np.testing.assert_array_equal(decode(saved(bits, "PNG"), 8, "")[..., 0], np.float32(np.indices((8, 8)).sum(0) % 2 * 2 - 1))
+
+
+def test_pictures_without_end_are_refused(tmp_path, monkeypatch):
+    huge = b"P5 30000 30000 255\n"
+    with pytest.raises(Refused, match=r"a: .*pixels|damaged"):
+        decode(huge, 8, "a")
+    with pytest.raises(Refused, match=r"a: 12000 x 12000 pixels, expected at most 134,217,728 in all"):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 30)
+        decode(b"P5 12000 12000 255\n", 8, "a")
+    monkeypatch.setattr("jaxdistill.data.images.BYTES", 100)
+    with pytest.raises(Refused, match="a: 101 bytes, expected at most 100"):
+        decode(bytes(101), 8, "a")
+    for name, make in {
+        "pipe.png": os.mkfifo,
+        "zero.png": lambda p: p.symlink_to("/dev/zero"),
+        "big.png": lambda p: p.write_bytes(bytes(101)),
+    }.items():
+        make(tmp_path / name)
+        with pytest.raises(Refused, match=f"{name}: (not a regular file|101 bytes, expected at most 100)"):
+            Files([(tmp_path / name, 0)])[0]
 
 
 def test_resizing_averages():
@@ -167,6 +291,13 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
         (lambda p: shard(p / "train-0.parquet", [b""], ["a"]), "column 'label' is string"),
         (lambda p: shard(p / "train-0.parquet", [b""], [0], image="picture"), "no column image or img, found picture, label"),
         (lambda p: shard(p / "train-0.parquet", [b""], [0], label="labels"), "column='label': did you mean 'labels'?"),
+        (lambda p: shard(p / "train-0.parquet", [b""], [1 << 40]), "train-0.parquet row 0: label 1099511627776, expected at most"),
+        (lambda p: shard(p / "train-0.parquet", [b""], [[0]]), "column 'label' is list"),
+        (lambda p: (p / "train-0.parquet").mkdir(), "train-0.parquet: not a regular file"),
+        (
+            lambda p: pq.write_table(pa.table({"img": [{"bytes": "a"}], "label": [0]}), p / "train-0.parquet"),
+            "expected bytes of the type binary",
+        ),
         (lambda p: pq.write_table(pa.table({"img": [b""], "label": [0]}), p / "train-0.parquet"), "'img' is binary, expected a struct"),
         (lambda p: (p / "train-0.parquet").write_bytes(b"junk" * 9), "train-0.parquet: damaged parquet file"),
         (lambda p: (p / "train-0.parquet").write_bytes((p / "train-00000-of-00002.parquet").read_bytes()[:500]), "damaged parquet file"),
@@ -195,6 +326,63 @@ def test_folder_refused(folder, damage, message):
     with pytest.raises(Refused, match=message):
         data = ImageFolder(path=str(folder), size=8, batch_size=20, shuffle=False, heldout=0)
         next(data.loader())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: [f.unlink() for f in (p / "dog").glob("*.png")], r"dog: no images of this class, expected .png"),
+        (
+            lambda p: [f.rename(f.with_suffix(".heic")) for f in (p / "dog").glob("*.png")],
+            r"dog/\d+.heic: an image of a kind that is not read",
+        ),
+        (lambda p: (p / "dog" / "000.png").rename(p / "dog" / "000.jp2"), r"dog/000.jp2: an image of a kind that is not read"),
+        (lambda p: (p / "dog" / "000.png").rename(p / "dog" / "000"), r"dog/000: an image of a kind that is not read"),
+        (
+            lambda p: ((p / "dog" / "x").mkdir(), (p / "dog" / "000.png").rename(p / "dog" / "x" / "0.png")),
+            "x/0.png: an image in a folder inside",
+        ),
+        (lambda p: (p / "dog" / "000.png").rename(p / "0.png"), r"0.png: an image in no class folder"),
+    ],
+)
+def test_no_image_is_passed_over_in_silence(folder, damage, message):
+    damage(folder)
+    with pytest.raises(Refused, match=message) as refused:
+        ImageFolder(path=str(folder), size=8).check()
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_no_image_is_counted(folder, caplog):
+    for name in ("a.json", "Thumbs.db", "LICENSE", ".DS_Store", "._000.png"):
+        (folder / "dog" / name).write_text("none")
+    (folder / "cat" / "empty").mkdir()
+    with caplog.at_level("WARNING", logger="absl"):
+        data = ImageFolder(path=str(folder), size=8, heldout=0.25)
+        data.check()
+    assert len(data.source("train")) + len(data.source("test")) == 40
+    (line,) = [record.getMessage() for record in caplog.records if "no images" in record.getMessage()]
+    assert "4 files are no images and are not read" in line
+    assert all(f"1 {kind}" in line for kind in (".txt", ".json", ".db", "LICENSE"))
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".tif", ".TIFF", ".jfif", ".webp", ".ppm", ".avif", ".apng"])
+def test_suffixes(tmp_path, suffix):
+    kind = {".tif": "TIFF", ".tiff": "TIFF", ".jfif": "JPEG", ".apng": "PNG"}.get(suffix.lower(), suffix[1:].upper())
+    for i, name in enumerate(("cat", "dog")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"a{suffix if i else '.png'}").write_bytes(
+            saved(Image.new("RGB", (8, 8), (250, 250, 250)), kind if i else "PNG")
+        )
+    batch = next(ImageFolder(path=str(tmp_path), size=8, batch_size=2, heldout=0, shuffle=False).loader())
+    assert batch["cond"].tolist() == [0, 1] and (batch["x"] > 0.9).all()
+
+
+def test_parquet_check_looks_at_every_label(parquet):
+    path, _ = parquet
+    ParquetImages(path=str(path), size=8).check()
+    shard(path / "test-00001-of-00001.parquet", [png(pictures(1)[0])] * 3, [0, 1, 3])
+    with pytest.raises(Refused, match=r"test-00001-of-00001.parquet row 2: label 3, the training set has 0 to 2"):
+        ParquetImages(path=str(path), size=8, seed=1).check()
 
 
 def test_class_that_training_lacks(folder, tmp_path_factory):

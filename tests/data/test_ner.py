@@ -146,6 +146,27 @@ def test_conversations_of_a_file(tmp_path):
         ner.Conversations(path=write(tmp_path / "a.jsonl", [*ROWS, ("x", ["y"])])).arrays("train")
 
 
+@pytest.mark.parametrize("found", [None, "x", {"a": [["x", "y"]]}, [["x"]], [["x", 3]], [3]])
+def test_entities_that_are_none(tmp_path, found):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "a b", "entities": [["a", "b"]]}) + "\n" + json.dumps({"text": "x", "entities": found})
+    )
+    with pytest.raises(Refused, match=r"a.jsonl:2: expected a list of \[entity, type\] under 'entities'"):
+        ner.Conversations(path=str(tmp_path / "a.jsonl")).check()
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_conll_of_any_system(tmp_path, end, mark):
+    text = "New\tB-place\nYork\u2028City\tI-place\nis\tO\n\nit\tO\n"
+    (tmp_path / "a.conll").write_bytes((mark + text.replace("\n", end)).encode())
+    want = [("New York\u2028City is", [("New York\u2028City", "place")]), ("it", [])]
+    assert ner.conll(tmp_path / "a.conll") == want
+    (tmp_path / "b.conll").write_text(text + "x\tC-place\n")
+    with pytest.raises(Refused, match=r"b.conll:6: tag 'C-place', expected O, B-type or I-type"):
+        ner.conll(tmp_path / "b.conll")
+
+
 @pytest.mark.parametrize("negatives", ["none", "uniform", "frequency"])
 def test_slots(negatives, check_stream):
     data = ner.Slots(size=400, noise=0.0, negatives=negatives, batch_size=16)

@@ -148,6 +148,43 @@ def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check
     check_stream(gold)
 
 
+def released(path, rows, texts) -> str:
+    """A folder of SVAMP's files, of which each split has `rows` and `texts`."""
+    for split in ("train", "test"):
+        (path / f"svamp_{split}.json").write_text(json.dumps(rows))
+    for name, part in {"train_CoT_0": texts[:1], "train_CoT_1": texts[1:], "test_CoT_0": texts}.items():
+        (path / f"palm_{name}.json").write_text(json.dumps(part))
+    return str(path)
+
+
+@pytest.mark.parametrize("pad", ["b", "</s>", "<s>"])
+def test_answers_are_judged_whatever_pads(tmp_path, folder, pad):
+    """Padding may be the begin or end token, or a letter of the text."""
+    tokenizer = folder(bos=True, eos_token="</s>", pad_token=pad)
+    problems = {"bbb and b": "(1 + 2)", "b and bb": "(2 + 3)", "and": "(3 + 4)"}
+    rows = [{"input": problem, "label": label} for problem, label in problems.items()]
+    path = released(tmp_path, rows, [f"Sum. The answer is {label}." for label in problems.values()])
+    sizes = dict(prompt_length=40, label_length=12, rationale_length=16)
+    data = SVAMP(path=path, tokenizer=str(tokenizer), batch_size=2, predict_prefix="", **sizes)
+    rows = data.arrays("test")
+    assert data.correct(rows["tokens"]).all()
+    assert not data.correct(np.concatenate([rows["tokens"][:, :40], rows["tokens"][::-1, 40:]], 1))[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "texts", "message"),
+    [
+        ([{"input": "a"}], ["x"], r"svamp_train.json item 0: key='label': expected input"),
+        ([{"input": "a", "label": 3}], ["x"], r"svamp_train.json item 0: expected text under 'label', found '3'"),
+        (["a"], ["x"], r"svamp_train.json item 0: expected a JSON object with 'input'"),
+        ([{"input": "a", "label": "b"}], [3], r"palm_train_CoT_0.json item 0: expected text, found '3'"),
+    ],
+)
+def test_damaged_released_files(tmp_path, rows, texts, message):
+    with pytest.raises(Refused, match=message):
+        SVAMP(path=released(tmp_path, rows, texts)).spec()
+
+
 def test_a_folder_without_the_released_files_is_refused(tmp_path):
     with pytest.raises(Refused, match=rf"data.path={tmp_path}: no svamp_train.json"):
         SVAMP(path=str(tmp_path)).spec()

@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -138,6 +139,9 @@ def test_json_list_and_folder(tmp_path):
         ('{"prompt": "a", "response": 3}', r"a.jsonl:1: expected text under 'response', found '3'"),
         ('[\n{"prompt": "a", "response": "b"},\n{"prompt": }]', r"a.jsonl:3: expected JSON"),
         ('[{"prompt": "a", "response": "b"}, {"promt": "a"}]', r"a.jsonl item 1: key='prompt': did you mean 'promt'\?"),
+        ('{"prompt": "a", "response": "b", "n": ' + "1" * 5000 + "}", r"a.jsonl:1: JSON that cannot be read \(Exceeds the limit"),
+        ('{"prompt": "a", "response": ' + "[" * 100_000, r"a.jsonl:1: JSON that cannot be read \(maximum recursion depth"),
+        ('["a", "b"]', r"a.jsonl item 0: expected a JSON object with 'prompt', found 'a'"),
         ('{"prompt": "aaaaaaaaaaaa", "response": "b"}', r"all 1 prompts are longer than 9 tokens"),
         ("\n", "PackedJson has no train samples"),
     ],
@@ -147,6 +151,73 @@ def test_json_refused(tmp_path, content, message):
     with pytest.raises(Refused, match=message) as refused:
         PackedJson(path=str(tmp_path / "a.jsonl"), length=10, heldout=0).spec()
     assert "\n" not in str(refused.value)
+
+
+ROWS = [{"prompt": "p\u2028q", "response": "r\x85s"}, {"prompt": "b", "response": "c"}]
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n \n\t\n"], ids=["lf", "crlf", "cr", "blank"])
+@pytest.mark.parametrize("kind", ["lines", "list", "indented"])
+def test_the_same_samples_however_lines_end(tmp_path, kind, end, mark):
+    text = LINES if kind == "lines" else json.dumps(ROWS, ensure_ascii=False, indent=2 if kind == "indented" else None)
+    (tmp_path / "a.jsonl").write_bytes(mark + text.replace("\n", end).encode() + end.encode())
+    data = PackedJson(path=str(tmp_path / "a.jsonl"), length=32, heldout=0)
+    assert data.samples("train") == [(row["prompt"], row["response"]) for row in ROWS]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+def test_running_text_has_one_kind_of_line_end(tmp_path, end, mark):
+    text = "one\n\ntwo\u2028three\x85\n" * 9
+    (tmp_path / "a.txt").write_bytes(mark + text.replace("\n", end).encode())
+    assert CODEC.decode(Text(path=str(tmp_path / "a.txt")).tokens) == text
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("ab".encode("utf-16"), "a.txt: begins with the mark of UTF-16, expected UTF-8"),
+        (b"\xfe\xff\0a", "a.txt: begins with the mark of UTF-16"),
+        ("ab".encode("utf-16-le"), "a.txt: byte 1 is 0, expected text in UTF-8"),
+        ("ab".encode("utf-32-be"), "a.txt: byte 0 is 0"),
+        (b"a\xed\xa0\xbdb", "a.txt: byte 1 is not UTF-8"),
+    ],
+)
+def test_other_encodings_are_refused(tmp_path, data, message):
+    (tmp_path / "a.txt").write_bytes(data)
+    for kind in (Text, PackedJson):
+        with pytest.raises(Refused, match=message):
+            kind(path=str(tmp_path / "a.txt")).check()
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+def test_text_without_end_is_refused(tmp_path, path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Refused, match="not a regular file"):
+        Text(path=str(tmp_path / path)).check()
+
+
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        ('{"prompt": "a \\ud83d b", "response": "c"}', r"a.jsonl:2: \\ud83d is half"),
+        ('{"prompt": "a", "response": "c \\uDE00\\ud83d"}', r"a.jsonl:2: \\ude00 is half"),
+        ('{"prompt": "a", "response": "c", "\\udfff": 1}', r"a.jsonl:2: \\udfff is half"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(tmp_path, line, where):
+    """In lines and in a list, and wherever in the object it stands."""
+    first = '{"prompt": "a \\ud83d\\ude00 b", "response": "c"}'
+    (tmp_path / "a.jsonl").write_text(f"{first}\n{line}\n")
+    with pytest.raises(Refused, match=where):
+        PackedJson(path=str(tmp_path / "a.jsonl")).samples("train")
+    (tmp_path / "a.jsonl").write_text(f"[{first}, {line}]")
+    with pytest.raises(Refused, match=where.replace(":2", " item 1")):
+        PackedJson(path=str(tmp_path / "a.jsonl")).samples("train")
+    (tmp_path / "a.jsonl").write_text(first)
+    assert PackedJson(path=str(tmp_path / "a.jsonl"), heldout=0).samples("train") == [("a \U0001f600 b", "c")]
 
 
 def test_text_refused(tmp_path, letters):

@@ -71,3 +71,55 @@ def test_refused(folder, tmp_path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(Refused, match="has no end-of-text token"):
         load_tokenizer(str(folder(bos=True)))
+
+
+def stored(path, model, split=True, begins=False, **special):
+    """The codec of a small tokenizer folder; `begins`: "<e>" stands before every text."""
+    from tokenizers import Tokenizer, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(model)
+    if split:
+        inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begins:
+        inner.post_processor = processors.TemplateProcessing(single="<e> $A", special_tokens=[("<e>", model.token_to_id("<e>"))])
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(path)
+    return load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("begins", [False, True])
+@pytest.mark.parametrize("words", ["1 2 +", "a b", "b <u>"])
+def test_small_vocabularies(tmp_path, words, begins):
+    """Whether texts begin with bos is seen without the letter "a", and where unknown words and bos are one token."""
+    from tokenizers import models
+
+    vocab = {word: i for i, word in enumerate([*words.split(), "<e>"])}
+    unknown = "<u>" if "<u>" in vocab else None
+    codec = stored(
+        tmp_path, models.WordLevel(vocab, **({"unk_token": unknown} if unknown else {})), begins=begins, bos_token="<e>", eos_token="<e>"
+    )
+    assert codec.bos == (vocab["<e>"] if begins else None) and codec.eos == codec.pad == vocab["<e>"]
+    first = words.split()[0]
+    assert codec.encode(f"{first} {first}").tolist() == [0, 0]
+    if unknown:
+        assert codec.encode("what").tolist() == [vocab["<u>"]]
+    else:
+        with pytest.raises(Refused, match=rf"tokenizer={tmp_path}: cannot encode 'what' \(.*UNK"):
+            codec.encode("what")
+
+
+def test_characters_do_not_vanish(tmp_path):
+    from tokenizers import models
+
+    codec = stored(tmp_path, models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]), eos_token="</s>")
+    assert codec.encode("ab ba").tolist() == [2, 1, 0]
+    with pytest.raises(Refused, match="no token, not even an unknown one, for a part of 'ab cab'"):
+        codec.encode("ab cab")
+
+
+def test_ids_with_gaps(tmp_path):
+    from tokenizers import models
+
+    codec = stored(tmp_path, models.WordLevel({"a": 0, "b": 7, "</s>": 9}), eos_token="</s>")
+    assert codec.vocab == 10 and codec.encode("b a").tolist() == [7, 0]
+    assert codec.lengths(np.int32([0, 7, 9])).tolist() == [1, 1, 0]

@@ -43,6 +43,19 @@ class DDK(KD):
         if not 0 <= self.smoothing <= 1:
             raise Refused(f"method.smoothing={self.smoothing}: expected 0 to 1")
 
+    def check(self, nets, data) -> None:
+        """Raises Refused where the data's measuring steps or domains are others, so that held-out rows would be trained on."""
+        super().check(nets, data)
+        found = {
+            "interval": getattr(data, "interval", 0),
+            "measures": getattr(data, "measures", 0),
+            "domains": len(getattr(data, "parts", ())),
+        }
+        for name, value in found.items():
+            if value != getattr(self, name):
+                raise Refused(f"method.{name}={getattr(self, name)}: the data ({type(data).__name__}) has {value}, expected the same")
+        data.check_method(self)
+
     @property
     def turns(self) -> tuple[Turn, ...]:
         """Training, and measuring: the first one, which the teacher shares, and the last batch of each, which reports."""

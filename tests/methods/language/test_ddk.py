@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind, init_state, make_train_step
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.domains import Chains
+from jaxdistill.data.language import Markov
 from jaxdistill.methods.language.ddk import DDK
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.sft import SFT
@@ -132,3 +135,33 @@ def test_refusals():
         DDK(domains=2, interval=0)
     with pytest.raises(Refused, match="has every domain held-out rows"):
         METHOD.controller().update({"measured/ratio0": float("nan"), "measured/ratio1": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(interval=4), r"method.interval=3: the data \(Chains\) has 4, expected the same"),
+        (dict(interval=0), r"method.interval=3: the data \(Chains\) has 0, expected the same"),
+        (dict(measures=1), r"method.measures=2: the data \(Chains\) has 1, expected the same"),
+        (dict(branches=(2, 2, 3), batch_size=9), r"method.domains=2: the data \(Chains\) has 3, expected the same"),
+    ],
+)
+def test_data_of_another_schedule_is_refused(fields, message):
+    METHOD.check(NETS, DATA)
+    with pytest.raises(Refused, match=message):
+        METHOD.check(NETS, dataclasses.replace(DATA, **fields))
+
+
+def test_no_method_trains_on_held_out_batches():
+    """Where the data has held-out batches and the method moves a role at one, they are refused; data without them is not."""
+    with pytest.raises(Refused, match=r"data.interval=3, data.measures=2: SFT would train student on the held-out rows of step 0"):
+        DATA.check_method(SFT())
+    with pytest.raises(Refused, match="DDK would train student on the held-out rows of step 5"):
+        DATA.check_method(DDK(domains=2, interval=4, measures=2))
+    dataclasses.replace(DATA, interval=0).check_method(SFT())
+    DATA.check_method(METHOD)
+
+
+def test_other_data_is_refused():
+    with pytest.raises(Refused, match=r"method.interval=3: the data \(Markov\) has 0"):
+        METHOD.check(NETS, Markov(vocab=4, branch=2))
