@@ -44,6 +44,8 @@ class Rules:
     layers: str = ""
     bank: str = ""  # members of a bank of networks (core/bank.py)
 
+    index = ""  # rows of small tables that are looked up (labels, positions); a constant: they stay whole
+
     def spec(self, names) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated)."""
         return P(*[None if n is None else (getattr(self, n) or None) for n in names])
