@@ -104,7 +104,7 @@ class Case:
         """The other side's own weights and optimiser states."""
         experiment, method = self.experiment, self.method
         self.params, self.frozen = jax.tree.map(jnp.copy, (self.state.params, self.state.frozen))
-        self.txs = {role: experiment.roles[role].optimizer.make(1000) for role in method.inits}
+        self.txs = {role: experiment.roles[role].optimizer.make(1000, axes=self.nets[role].axes) for role in method.inits}
         self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
         self.ema = {role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema}
         self.memory, self.by_hand = method.memory(), jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -307,12 +308,37 @@ class _Fit:
 
     def _log(self, programs: Programs, step: int) -> None:
         """Writes the means since the last time, and lets the controller see them."""
-        means, now = self.pending.flush(), time.time()
+        means, now = self._means(), time.time()
         means |= self._rates(programs, step - self.logged, now - self.logged_at)
         self.logged, self.logged_at = step, now
         self.writer.write(self.offset + step, now - self.started, means)
         self.bar.set_postfix_str(_brief(means), refresh=False)
         self._steer(means)
+
+    def _means(self) -> dict[str, float]:
+        """The means since the last time. Where a loss is no number from the first steps on, the message has what it may come from."""
+        try:
+            return self.pending.flush()
+        except metrics.NonFinite as error:
+            early = not self.first and self.logged == self.first
+            raise metrics.NonFinite(f"{error}{self._suspects(error.step) if early else ''}", error.step) from None
+
+    def _suspects(self, step: int) -> str:
+        """What the engine step's batch and the first weights have that is not finite; where all is, the settings that it may come from."""
+        sound = lambda w: not jnp.issubdtype(w.dtype, jnp.floating) or bool(jnp.isfinite(w).all())
+        loader = self.data.loader((jax.process_index(), jax.process_count()))
+        batch = next(itertools.islice(loader, step - self.offset - 1, None))
+        found = [f"batch[{name!r}] of that step has values that are not finite" for name, v in batch.items() if not sound(v)]
+        state, self.state = self.state, None  # makes room
+        weights, moving = dict(state.frozen), state.params.keys()
+        del state
+        given = {} if self.index else {role: w for role, w in self.experiment.warm_starts().items() if role in moving}
+        for role, params in (weights | given).items():
+            found += [f"roles.{role} starts from weights that are not finite"] * (not all(map(sound, jax.tree.leaves(params))))
+        if found:
+            return f"; suspects: {', '.join(found)}"
+        rates = [f"roles.{role}.optimizer.lr={self.experiment.roles[role].optimizer.lr:g}" for role in moving]
+        return f"; its batch and the first weights are finite: suspects are {', '.join(rates)} and arithmetic in half precision"
 
     def _title(self) -> str:
         name = self.experiment.workdir.name

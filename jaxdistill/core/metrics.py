@@ -14,11 +14,15 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Means, Refused, Turn
 
 
 class NonFinite(RuntimeError):
-    """A loss or gradient stopped being a number."""
+    """A loss or gradient stopped being a number at engine step `step`."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -82,26 +86,33 @@ class Writer:
 class Pending:
     """Metrics of steps whose programs may still be running; read back all at once, each step checked."""
 
-    def __init__(self, turns):
+    def __init__(self, turns: Sequence[Turn]):
         self._turns, self._steps = turns, []
 
-    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: Means) -> None:
         self._steps.append((step, metrics))
 
     def flush(self) -> dict[str, float]:
-        """Means since the last flush. Raises NonFinite, naming turn, role and step."""
-        sums: dict[str, list[float]] = {}
+        """Means since the last flush, over all tokens or samples where these were counted and over steps elsewhere. Raises NonFinite,
+        naming turn, role and step."""
+        sums: dict[str, tuple[float, float]] = {}
         values = jax.device_get([m for _, m in self._steps])
         for (step, _), metrics in zip(self._steps, values):
             for name, value in metrics.items():
                 if not np.isfinite(value) and name.endswith(("/loss", "/grad_norm")):
-                    role = name.split("/")[0]
-                    turn = next(i for i, t in enumerate(self._turns) if role in t.moves)
-                    moves = ", ".join(self._turns[turn].moves)
-                    raise NonFinite(f"turn {turn} ({moves}): {name} of role {role!r} is {value} at step {step}")
-                sums.setdefault(name, []).append(float(value))
+                    raise NonFinite(f"{self._whose(name)} is {value} at step {step}", step)
+                count = float(metrics.counts.get(name, 1.0))
+                total, number = sums.get(name, (0.0, 0.0))
+                sums[name] = total + float(value) * count, number + count
         self._steps = []
-        return {name: sum(v) / len(v) for name, v in sums.items()}
+        return {name: total / (number or 1.0) for name, (total, number) in sums.items()}
+
+    def _whose(self, name: str) -> str:
+        """The turn that reports a metric of this name, and its role."""
+        role = name.split("/")[0]
+        mine = [i for i, turn in enumerate(self._turns) if (role in turn.moves if turn.moves else role == "measured")]
+        moves = ", ".join(self._turns[mine[0]].moves) if mine else ""
+        return f"turn {' or '.join(map(str, mine))} ({moves or 'moves nothing'}): {name} of role {role!r}"
 
 
 def bar(items: Sequence, title: str, unit: str, enabled: bool = True, done: int = 0) -> tqdm:

@@ -203,6 +203,12 @@ def is_matrix(names: PartitionSpec) -> bool:
     return len([n for n in names if n not in ("layers", "bank")]) >= 2
 
 
+def decays(names: PartitionSpec) -> bool:
+    """Whether weight decay acts on a weight with these logical names: on matrices, token tables among them (they are the output's matrix
+    too where the two are tied), but not on what is looked up by another index: labels, positions, types ("index")."""
+    return is_matrix(names) and "index" not in names
+
+
 def path_name(path) -> str:
     """ "a/b/c" of a key path."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)

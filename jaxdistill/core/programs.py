@@ -38,7 +38,8 @@ def make_programs(
     turns = method.turns
     taken = [tuple(i for i, t in enumerate(turns) if t.when(s)) for s in range(stage.steps)]
     updates = {role: sum(sum(role in turns[i].moves for i in active) for active in taken) for role in method.inits}
-    txs = {role: roles[role].optimizer.make(updates[role], bank=isinstance(nets[role], Bank)) for role in method.inits}
+    make = lambda role, net: roles[role].optimizer.make(updates[role], bank=isinstance(net, Bank), axes=net.axes)
+    txs = {role: make(role, nets[role]) for role in method.inits}
     key = jax.eval_shape(lambda: jax.random.key(0))
     inits = {role: experiment.inits.get(role, source) for role, source in method.inits.items()}
     build_state = lambda key, start: init_state(method, nets, txs, key, start, inits)

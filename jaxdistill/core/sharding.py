@@ -52,6 +52,8 @@ class Rules:
                 if axis and axis not in AXES:
                     raise Refused(f"rules.{field.name}={axis!r}: no mesh axis{nearest(axis, AXES)}")
 
+    index = ""  # rows of small tables that are looked up (labels, positions); a constant: they stay whole
+
     def spec(self, names) -> P:
         """The PartitionSpec of an array whose dimensions have these logical names (None: replicated)."""
         return P(*[None if n is None else (getattr(self, n) or None) for n in names])

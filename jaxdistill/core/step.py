@@ -13,7 +13,7 @@ import optax
 from jaxdistill.core.net import Net, restore
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Batch, Ctx, Method, Metrics, Nets, Params, Refused, State, Turn
+from jaxdistill.core.types import Batch, Ctx, Means, Method, Nets, Params, Refused, State, Turn
 
 
 def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params], inits=None) -> State:
@@ -76,7 +76,7 @@ def bound(nets: Mapping[str, Net], state: State) -> dict[str, Params]:
     return {**state.frozen, **state.params, **{f"ema_{role}": p for role, p in state.ema.items()}}
 
 
-def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, state: State, batch: Batch, rng) -> tuple[State, Metrics]:
+def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, state: State, batch: Batch, rng) -> tuple[State, Means]:
     """One optimiser update of `turn.moves`: gather, differentiate, normalise by the global count, move, average."""
     rest = bound(nets, state)
     if turn.gather:
@@ -85,10 +85,9 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
 
     def objective(moving, batch, rng, memory):
         out = turn.loss(bind(nets, {**rest, **moving}), Ctx(batch, rng, state.step, memory))
-        count = jnp.float32(1) if out.count is None else jnp.asarray(out.count, jnp.float32)
-        sums = {"loss": (out.loss, count)}
-        sums |= {k: v if isinstance(v, tuple) else (v, count) for k, v in out.metrics.items()}
-        return out.loss, (sums, count, {**memory, **out.memory})
+        own = None if out.count is None else jnp.asarray(out.count, jnp.float32)
+        sums = {k: v if isinstance(v, tuple) else (v, own) for k, v in {"loss": out.loss, **out.metrics}.items()}
+        return out.loss, (sums, jnp.float32(1) if own is None else own, {**memory, **out.memory})
 
     differentiate = jax.grad(objective, has_aux=True)
     moving = {role: state.params[role] for role in turn.moves}
@@ -99,7 +98,8 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
     grads = {role: nets[role].sound(g) for role, g in jax.tree.map(lambda g: g / _nonzero(count), grads).items()}
 
     params, opt, ema, counts = dict(state.params), dict(state.opt), dict(state.ema), dict(state.count)
-    metrics = {f"{turn.moves[0] if turn.moves else 'measured'}/{k}": total / _nonzero(n) for k, (total, n) in sums.items()}
+    sums = {f"{turn.moves[0] if turn.moves else 'measured'}/{k}": pair for k, pair in sums.items()}
+    metrics = {name: total / _nonzero(count if n is None else n) for name, (total, n) in sums.items()}
     for role in turn.moves:
         updates, opt[role] = txs[role].update(grads[role], opt[role], params[role])
         params[role] = optax.apply_updates(params[role], updates)
@@ -110,7 +110,7 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
     state = state.replace(params=params, opt=opt, ema=ema, count=counts, memory=memory)
     if turn.after:
         state = state.replace(params={**params, **turn.after(bound(nets, state), state.step)})
-    return state, metrics
+    return state, Means(metrics, {name: n for name, (_, n) in sums.items() if n is not None})
 
 
 def _nonzero(count):
@@ -138,22 +138,25 @@ def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mappi
                     shardings: Any = None) -> tuple[Callable, Callable[[int], tuple[int, ...]]]:  # fmt: skip
     """Returns `train_step(state, batch, rng, active) -> (state, metrics)` and `active_at(step) -> active`.
 
+    Metrics are `Means`: a dict of scalars named `role/name`, the means of this step, with the counts that they are over.
+
     The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is static, so that
     every pattern is a program of its own.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}
 
-    def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Metrics]:
-        rng, metrics = jax.random.fold_in(rng, state.step), {}
+    def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Means]:
+        rng, metrics, counts = jax.random.fold_in(rng, state.step), {}, {}
         for n, i in enumerate(active):
             if n:  # one after the other: a turn that starts early only holds memory
                 state, batch = jax.lax.optimization_barrier((state, batch))
             with jax.named_scope(f"turn={i}"):
                 key = jax.random.fold_in(rng, i)
                 state, new = take_turn(turns[i], nets, txs, emas, accumulate, state, batch, key)
+            counts = {name: n for name, n in counts.items() if name not in new} | new.counts
             metrics |= new
-        return state.replace(step=state.step + 1), metrics
+        return state.replace(step=state.step + 1), Means(metrics, counts)
 
     jitted = jax.jit(train_step, static_argnums=3, donate_argnums=0,
                      out_shardings=None if shardings is None else (shardings, None))  # fmt: skip

@@ -48,6 +48,24 @@ def named_key(key: Array, name: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
+@jax.tree_util.register_pytree_node_class
+class Means(dict):
+    """What a step reports: name -> mean, float32 []. `counts` has, by name, how many valid tokens or samples the mean is over (float32
+    []), where the loss counts them: means over several steps weigh each token alike. The others count by step."""
+
+    def __init__(self, means: Mapping[str, Array], counts: Mapping[str, Array]):
+        super().__init__(means)
+        self.counts = dict(counts)
+
+    def tree_flatten(self):
+        names, counted = tuple(sorted(self)), tuple(sorted(self.counts))
+        return ([self[name] for name in names], [self.counts[name] for name in counted]), (names, counted)
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        return cls(*(zip(keys, held) for keys, held in zip(names, values)))
+
+
 @flax.struct.dataclass
 class State:
     """Everything that changes during training, plus the frozen nets that ride along."""
@@ -194,7 +212,8 @@ class Controller:
     """Host-side state that steers the data. `state`/`restore` make it part of every checkpoint."""
 
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
-        """Called with each logging interval's mean metrics; returns hints that the data pipeline receives."""
+        """Called with each logging interval's mean metrics (over its tokens or samples, where the loss counts them; else over its
+        steps); returns hints that the data pipeline receives."""
         return {}
 
     def state(self) -> dict[str, Any]:

@@ -4,55 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
-from jaxdistill.core.types import Array, Method, Nets, Turn
+from jaxdistill.core.types import Array, Method, Nets, Stage, Turn
+
+MEMBERS = tuple(name for name in vars(Method) if not name.startswith("_"))  # all that a method may say
+
+
+def of_host(name: str) -> property:
+    """The host's own member of this name; where it is a method, bound to the host."""
+    return property(lambda self: getattr(self.host, name))
+
+
+class Delegating(Method):
+    """Every member of `Method` is that of `self.host`, a method that a subclass supplies, but for what the subclass overrides."""
+
+    vars().update({name: of_host(name) for name in MEMBERS})
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the host's class has, such as its process."""
+        if name == "host" or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return getattr(self.host, name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hosted(Method):
-    """Roles, turns, stages, sampler and export are the host's. A subclass wraps the turns, and adds to the memory."""
+class Hosted(Delegating):
+    """One host, whose stages are wrapped one by one."""
 
-    host: Method = Method()
+    host: Method
 
-    inits = property(lambda self: self.host.inits)
-    frozen = property(lambda self: self.host.frozen)
-    ema = property(lambda self: self.host.ema)
-    exports = property(lambda self: self.host.exports)
-    process = property(lambda self: self.host.process)
-    renoises = property(lambda self: self.host.renoises)
-
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return self.host.turns
+    def stages(self, steps: int) -> tuple[Stage, ...]:
+        wrapped = lambda stage: dataclasses.replace(self, host=stage.method)
+        return tuple(dataclasses.replace(stage, method=wrapped(stage)) for stage in self.host.stages(steps))
 
     def makers(self, turn: Turn) -> tuple[str, ...]:
         """The roles of a turn that move and make samples."""
         return tuple(role for role in turn.moves if role in self.exports)
-
-    def memory(self):
-        return self.host.memory()
-
-    def stages(self, steps):
-        wrapped = lambda stage: dataclasses.replace(self, host=stage.method)
-        return tuple(dataclasses.replace(stage, method=wrapped(stage)) for stage in self.host.stages(steps))
-
-    def controller(self):
-        return self.host.controller()
-
-    def exported(self, net, params):
-        return self.host.exported(net, params)
-
-    def generator(self, net):
-        return self.host.generator(net)
-
-    def initial(self, noise):
-        return self.host.initial(noise)
-
-    def sampling_times(self, steps: int) -> Array:
-        return self.host.sampling_times(steps)
-
-    def sample(self, net, noise, cond, key, steps):
-        return self.host.sample(net, noise, cond, key, steps)
 
 
 def tap(net: Nets, roles: tuple[str, ...], move: Array | float = 0.0) -> tuple[Nets, list[Array]]:

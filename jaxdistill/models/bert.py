@@ -107,8 +107,8 @@ class Encoder(nnx.Module):
             raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}")
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
-        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=(None, "embed"))
-        self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=(None, "embed"))
+        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed"))
+        self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=("index", "embed"))
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
 

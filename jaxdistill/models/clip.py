@@ -91,7 +91,7 @@ class ClipTextModule(nnx.Module):
             raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}")
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
-        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=(None, "embed"))
+        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed"))
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
@@ -133,7 +133,7 @@ class ClipVisionModule(nnx.Module):
     def __init__(self, cfg: ClipVision, rngs: nnx.Rngs):
         check_sizes(cfg)
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-        table = lambda *shape: nnx.Param(nnx.with_partitioning(NORMAL, (*[None] * (len(shape) - 1), "embed"))(rngs.params(), shape))
+        table = lambda *shape: nnx.Param(nnx.with_partitioning(NORMAL, (*["index"] * (len(shape) - 1), "embed"))(rngs.params(), shape))
         self.patch_embed = dense(
             cfg.patch**2 * cfg.channels, cfg.dim, (None, "embed"), rngs=rngs, init=NORMAL, bias=False, dtype=self.dtype
         )

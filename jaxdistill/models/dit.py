@@ -95,7 +95,7 @@ class DiTModule(nnx.Module):
         self.out_channels = cfg.out_channels or cfg.channels
         self.patch_embed = dense(cfg.patch**2 * cfg.channels, d, (None, "embed"), rngs=rngs, init=XAVIER, dtype=self.dtype)
         self.time_embed = TimeEmbed(d, rngs)
-        self.label_embed = embedding(cfg.classes + 1, d, rngs=rngs, names=(None, "embed"))
+        self.label_embed = embedding(cfg.classes + 1, d, rngs=rngs, names=("index", "embed"))
         if cfg.second_time:
             self.gap_embed = TimeEmbed(d, rngs, out_init=ZEROS)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)

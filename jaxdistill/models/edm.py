@@ -301,7 +301,7 @@ class SongModule(EDMModule):
         if cfg.waves == "fourier":
             self.frequencies = nnx.Param(nnx.with_partitioning(nnx.initializers.normal(16.0), (None,))(rngs.params(), (noise // 2,)))
         if cfg.classes:
-            self.label = make(cfg.classes, noise, (None, "embed"))
+            self.label = make(cfg.classes, noise, ("index", "embed"))
         if cfg.augment_dim:
             self.augment = make(cfg.augment_dim, noise, (None, "embed"), bias=False)
         self.layer0, self.layer1 = make(noise, cfg.emb, (None, "embed")), make(cfg.emb, cfg.emb, ("embed", "mlp"))
@@ -329,7 +329,7 @@ class DhariwalModule(EDMModule):
         self.layer0 = dense(cfg.width, cfg.emb, (None, "embed"), rngs=rngs, init=init)
         self.layer1 = dense(cfg.emb, cfg.emb, ("embed", "mlp"), rngs=rngs, init=init)
         if cfg.classes:
-            self.label = dense(cfg.classes, cfg.emb, (None, "embed"), rngs=rngs, init=nnx.initializers.normal(1.0), bias=False)
+            self.label = dense(cfg.classes, cfg.emb, ("index", "embed"), rngs=rngs, init=nnx.initializers.normal(1.0), bias=False)
         if cfg.augment_dim:
             self.augment = dense(cfg.augment_dim, cfg.width, (None, "embed"), rngs=rngs, init=last, bias=False)
 

@@ -37,7 +37,7 @@ class DiscriminatorModule(nnx.Module):
         self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in range(cfg.features)])
         self.time = dense(32, cfg.width, (None, "mlp"), rngs=rngs)
         if cfg.classes:
-            self.label_embed = embedding(cfg.classes + 1, cfg.width, rngs=rngs, names=(None, "mlp"))
+            self.label_embed = embedding(cfg.classes + 1, cfg.width, rngs=rngs, names=("index", "mlp"))
 
     def __call__(self, feats: tuple[Array, ...], t: Array, cond: Array | None = None) -> Array:
         """feats: taps [B N dim]; t [B] -> logits [B], float32."""

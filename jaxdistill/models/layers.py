@@ -84,7 +84,8 @@ def plain_norm(x: Array, eps: float) -> Array:
 
 
 def embedding(count: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02, names=("vocab", "embed")) -> nnx.Param:
-    """A table [count, dim] of N(0, std^2)."""
+    """A table [count, dim] of N(0, std^2). Its first axis is "vocab" where tokens are looked up, "index" where anything else is (labels,
+    positions, types): such a table stays whole there, and weight decay spares it."""
     return nnx.Embed(count, dim, rngs=rngs, embedding_init=nnx.with_partitioning(nnx.initializers.normal(std), names))
 
 

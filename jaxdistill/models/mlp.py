@@ -45,7 +45,7 @@ class MLPModule(nnx.Module):
         make = lambda i, o, names, **kw: dense(i, o, names, rngs=rngs, dtype=jnp.dtype(cfg.dtype), **kw)
         self.inp = make(cfg.dim + 8, w, (None, "embed"))
         if cfg.classes:
-            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, std=0.5, names=(None, "embed"))
+            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, std=0.5, names=("index", "embed"))
         if cfg.second_time:
             self.gap_embed = make(8, w, (None, "embed"), init=ZEROS)
         self.up = nnx.List([make(w, 2 * w, ("embed", "mlp")) for _ in range(cfg.depth)])

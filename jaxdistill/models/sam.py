@@ -54,7 +54,7 @@ class Layer(nnx.Module):
         make = lambda i, o, *names: dense(i, o, names, rngs=rngs, init=NORMAL, dtype=dtype)
         self.norm_attention, self.norm_mlp = (layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype) for _ in range(2))
         self.to_qkv, self.to_out = make(d, 3 * d, "embed", "heads"), make(d, d, "heads", "embed")
-        self.rows, self.columns = (nnx.Param(named(ZEROS, (None, None))(rngs.params(), (2 * span - 1, size))) for _ in range(2))
+        self.rows, self.columns = (nnx.Param(named(ZEROS, ("index", None))(rngs.params(), (2 * span - 1, size))) for _ in range(2))
         self.up, self.down = make(d, cfg.mlp, "embed", "mlp"), make(cfg.mlp, d, "mlp", "embed")
         self.span, self.heads, self.activation = span, cfg.heads, lookup(ACTIVATIONS, cfg.activation, "activation")
 
@@ -93,7 +93,7 @@ class SamVisionModule(nnx.Module):
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
         side, make = cfg.size // cfg.patch, dict(rngs=rngs, dtype=self.dtype)
         self.patch_embed = dense(cfg.patch**2 * cfg.channels, cfg.dim, (None, "embed"), init=NORMAL, **make)
-        self.positions = nnx.Param(nnx.with_partitioning(NORMAL, (None, None, None, "embed"))(rngs.params(), (1, side, side, cfg.dim)))
+        self.positions = nnx.Param(nnx.with_partitioning(NORMAL, (None, "index", None, "embed"))(rngs.params(), (1, side, side, cfg.dim)))
         self.layers = nnx.List([Layer(cfg, side if i in cfg.whole else cfg.window, rngs) for i in range(cfg.depth)])
         self.neck_1 = dense(cfg.dim, cfg.neck, ("embed", "mlp"), init=NORMAL, bias=False, **make)
         self.neck_2 = conv(cfg.neck, cfg.neck, (3, 3), (None, "mlp"), init=NORMAL, bias=False, **make)

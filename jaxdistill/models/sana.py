@@ -179,4 +179,4 @@ class SanaModule(nnx.Module):
 
 def table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
     """What a layer adds to the projected time: [rows D] of N(0, 1 / D)."""
-    return nnx.Param(nnx.with_partitioning(nnx.initializers.normal(dim**-0.5), (None, "embed"))(rngs.params(), (rows, dim)))
+    return nnx.Param(nnx.with_partitioning(nnx.initializers.normal(dim**-0.5), ("index", "embed"))(rngs.params(), (rows, dim)))

@@ -111,7 +111,7 @@ class Block(nnx.Module):
         self.gated = cfg.gated
         self.attention = Attention(cfg, rngs)
         if not cfg.shared_bias:
-            self.position = embedding(cfg.buckets, cfg.heads, rngs=rngs, names=(None, "heads"))
+            self.position = embedding(cfg.buckets, cfg.heads, rngs=rngs, names=("index", "heads"))
         self.norm_mlp = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         if cfg.gated:
             self.gate = make(d, cfg.mlp, "embed", "mlp")
@@ -137,7 +137,7 @@ class Stack(nnx.Module):
     def __init__(self, cfg: T5Encoder, make: type[Block], depth: int, rngs: nnx.Rngs):
         self.blocks = stack(lambda r: make(cfg, r), depth, rngs)
         if cfg.shared_bias:
-            self.position = embedding(cfg.buckets, cfg.heads, rngs=rngs, names=(None, "heads"))
+            self.position = embedding(cfg.buckets, cfg.heads, rngs=rngs, names=("index", "heads"))
         self.norm = rms_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
 
 

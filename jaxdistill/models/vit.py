@@ -102,7 +102,7 @@ class Encoder(nnx.Module):
     def __init__(self, cfg: ViT, rngs: nnx.Rngs):
         check_sizes(cfg)
         self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-        table = lambda rows: nnx.Param(nnx.with_partitioning(NORMAL, (None, None, "embed"))(rngs.params(), (1, rows, cfg.dim)))
+        table = lambda rows: nnx.Param(nnx.with_partitioning(NORMAL, (None, "index", "embed"))(rngs.params(), (1, rows, cfg.dim)))
         self.patch_embed = dense(cfg.patch**2 * cfg.channels, cfg.dim, (None, "embed"), rngs=rngs, init=NORMAL, dtype=self.dtype)
         self.token, self.positions = table(1), table(1 + (cfg.size // cfg.patch) ** 2)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)

@@ -123,7 +123,7 @@ class Vision(nnx.Module):
         e, d, dtype = cfg.vision_dim, cfg.dim, jnp.dtype(cfg.dtype)
         if cfg.vision_length:
             self.positions = nnx.Param(
-                nnx.with_partitioning(nnx.initializers.normal(0.02), (None,) * 3)(rngs.params(), (1, cfg.vision_length, e))
+                nnx.with_partitioning(nnx.initializers.normal(0.02), (None, "index", None))(rngs.params(), (1, cfg.vision_length, e))
             )
         self.norm1, self.norm2 = (layer_norm(n, rngs=rngs, eps=1e-5, dtype=dtype) for n in (e, d))
         self.linear_1 = dense(e, e, (None, "mlp"), rngs=rngs, init=XAVIER, dtype=dtype)
@@ -194,7 +194,7 @@ class WanModule(nnx.Module):
 
 def table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
     """What a layer adds to the projected time: [1 rows D] of N(0, 1 / D)."""
-    return nnx.Param(nnx.with_partitioning(nnx.initializers.normal(dim**-0.5), (None, None, "embed"))(rngs.params(), (1, rows, dim)))
+    return nnx.Param(nnx.with_partitioning(nnx.initializers.normal(dim**-0.5), (None, "index", "embed"))(rngs.params(), (1, rows, dim)))
 
 
 def runs(time: Array, x: Array) -> list[Array]:

@@ -12,14 +12,18 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxdistill.core import loop, metrics
+from jaxdistill.core.build import spec
 from jaxdistill.core.checkpoint import load_params
+from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.host import alone
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import Refused
+from tests.core.counting import Numbered
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -214,6 +218,30 @@ def flow(**rest):
         method=spec("methods.trajectory.flow_matching:FlowMatching"), mesh=load_tiny().spec_mesh(),
         roles=dict(student=Role(model=spec("models.mlp:MLP", width=16, depth=1), denoiser=Denoiser(), **rest.pop("role", {}))),
         evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)), **rest)  # fmt: skip
+
+
+def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypatch):
+    """The batch; else the weights that a role starts from; else the settings."""
+
+    def fails(folder, config, match):
+        with pytest.raises(metrics.NonFinite, match=match):
+            loop.run(config, tmp_path / folder, progress=False)
+
+    hot = flow(role=dict(optimizer=Optimizer(lr=1e30, clip=0.0)))
+    fails("hot", hot, r"at step \d; its batch and .* finite: suspects are roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$")
+    with monkeypatch.context() as patch:
+        nan = lambda self: {"student": jax.tree.map(lambda s: jnp.full(s.shape, np.nan), self.nets["student"].shapes)}
+        patch.setattr(Experiment, "warm_starts", nan)
+        fails("weights", flow(), r"at step 1; suspects: roles\.student starts from weights that are not finite$")
+
+    arrays = Numbered.arrays
+    row = lambda v: np.arange(len(v)).reshape(-1, *[1] * (v.ndim - 1))
+    without = lambda found: {**found, "x": np.where(row(found["x"]) == 7, np.nan, found["x"])}
+    monkeypatch.setattr(Numbered, "arrays", lambda self, split: without(arrays(self, split)))
+    poisoned = flow()
+    poisoned.data, poisoned.log_every = spec("tests.core.counting:Numbered", batch_size=16), 4
+    step = next(i for i, batch in enumerate(Numbered(batch_size=16).loader(), 1) if 7 in batch["number"])
+    fails("data", poisoned, rf"at step {step}; suspects: batch\['x'\] of that step has values that are not finite$")
 
 
 def test_the_seconds_of_a_run_are_those_of_all_its_processes(tmp_path):

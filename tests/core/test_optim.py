@@ -1,13 +1,25 @@
 """Optimisers, schedules and averages (00-foundations, section 9)."""
 
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jaxdistill import models
+from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.optim import CopyEma, Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, clip_by_member_norm, decayed, power_gamma
 from jaxdistill.core.types import Refused
+from jaxdistill.models.edm import DhariwalUNet, SongUNet
+from jaxdistill.models.heads import Discriminator
+from jaxdistill.models.mlp import MLP
+from jaxdistill.models.wan import Wan
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.972), (0.10, 6.937)])
@@ -76,18 +88,189 @@ def test_decay_spares_vectors_by_name():
     np.testing.assert_allclose(updates["blocks"]["up"]["kernel"], -0.1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [{"algorithm": "adamm"}, {"schedule": "cosin"}])
-def test_unknown_names_are_refused(bad):
-    with pytest.raises(Refused, match="expected"):
-        Optimizer(**bad).make(10)
+NAMES = [
+    *("adamw", "adam", "nadamw", "nadam", "adamaxw", "adamax", "lion", "radam", "adabelief", "amsgrad"),
+    *("rmsprop", "adagrad", "sgd"),
+]
+WEIGHTS = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+GRADS = [{"kernel": jnp.full((2, 2), g), "bias": jnp.array([3 * g, g])} for g in (0.5, -1.5, 0.25)]
+RANDOM = np.random.default_rng(0)
+LONG = [  # RAdam begins at the sixth; large and small ones, or signs would be all the same
+    jax.tree.map(lambda w: jnp.asarray((5.0 if i % 2 else 0.05) * RANDOM.standard_normal(w.shape), jnp.float32), WEIGHTS) for i in range(10)
+]
 
 
-@pytest.mark.parametrize("algorithm", ["adamw", "radam", "sgd", "lion"])
-def test_algorithms_build(algorithm):
-    tx = Optimizer(algorithm=algorithm, lr=0.1).make(10)
-    params = {"kernel": jnp.ones((2, 2))}
-    updates, _ = tx.update(params, tx.init(params), params)
-    assert (updates["kernel"] < 0).all()
+def follow(optimizer, grads=GRADS, weights=WEIGHTS, **how):
+    """Weights after an update by each of `grads`."""
+    tx = optimizer.make(len(grads), **how)
+    state = tx.init(weights)
+    for g in grads:
+        updates, state = tx.update(g, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    return weights
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("algorithm", NAMES)
+def test_only_weight_decay_moves_weights_without_gradient(algorithm):
+    """And this by lr times it, whatever the algorithm makes of gradients: w (1 - .1 * .5)."""
+    zero = [optax.tree.zeros_like(WEIGHTS)]
+    assert same(follow(Optimizer(algorithm=algorithm, lr=0.1), zero), WEIGHTS)
+    after = follow(Optimizer(algorithm=algorithm, lr=0.1, weight_decay=0.5), zero)
+    np.testing.assert_allclose(after["kernel"], 0.95, rtol=1e-6)
+    assert same(after["bias"], WEIGHTS["bias"])
+
+
+@functools.cache
+def long_run(**fields):
+    return follow(Optimizer(**fields), LONG)
+
+
+CHANGED = dict(lr=0.2, b1=0.3, b2=0.4, eps=1e-2, momentum=0.7, weight_decay=0.3, clip=0.1, clip_value=0.1, schedule="cosine", warmup=2)
+
+
+@pytest.mark.parametrize("algorithm", NAMES)
+@pytest.mark.parametrize("field", CHANGED)
+def test_every_field_acts_or_is_refused(algorithm, field):
+    plain = dict(algorithm=algorithm, lr=0.1)
+    try:
+        changed = long_run(**{**plain, field: CHANGED[field]})
+    except Refused as error:
+        assert field in ("b1", "b2", "eps", "momentum") and "\n" not in str(error)
+        assert f"optimizer.{field}={CHANGED[field]} does not act on optimizer.algorithm={algorithm}: expected" in str(error)
+    else:
+        assert not same(changed, long_run(**plain))
+
+
+def test_a_refusal_names_where_the_field_acts():
+    with pytest.raises(Refused, match=r"optimizer\.momentum=0\.9 does not act .*adamw: expected 0\.0 there, or one of sgd$"):
+        Optimizer(momentum=0.9)
+    with pytest.raises(Refused, match=r"optimizer\.final=0\.1 does not act .*constant: expected 0\.0 there, or one of cosine, linear$"):
+        Optimizer(final=0.1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "theirs"),
+    [
+        (Optimizer(lr=0.1, clip=0.0), optax.adam(0.1)),
+        (Optimizer(lr=0.1, clip=0.0, algorithm="adam", b1=0.5), optax.adam(0.1, b1=0.5)),
+        (Optimizer(lr=0.1, clip=0.0, weight_decay=0.2), optax.adamw(0.1, weight_decay=0.2, mask=decayed)),
+        (Optimizer(lr=0.1, clip=0.0, algorithm="radam", b2=0.95), optax.radam(0.1, b2=0.95)),
+        (Optimizer(lr=0.1, clip=0.0, algorithm="lion", b2=0.99), optax.lion(0.1, weight_decay=0.0)),
+        (Optimizer(lr=0.1, clip=0.0, algorithm="sgd"), optax.sgd(0.1)),
+        (Optimizer(lr=0.1, clip=0.0, algorithm="sgd", momentum=0.9), optax.sgd(0.1, momentum=0.9)),
+    ],
+    ids=lambda v: v.algorithm if isinstance(v, Optimizer) else "",
+)
+def test_algorithms_are_optax_own(optimizer, theirs):
+    weights, state = WEIGHTS, theirs.init(WEIGHTS)
+    for g in GRADS:
+        updates, state = theirs.update(g, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    assert same(follow(optimizer), weights)
+
+
+def test_decoupled_decay_joins_the_update_times_the_rate_of_the_schedule():
+    optimizer = Optimizer(algorithm="radam", lr=0.1, weight_decay=0.5, schedule="linear", clip=0.0)
+    plain, decayed_ = (o.make(3) for o in (dataclasses.replace(optimizer, weight_decay=0.0), optimizer))
+    states = [plain.init(WEIGHTS), decayed_.init(WEIGHTS)]
+    for k, g in enumerate(GRADS):
+        without, states[0] = plain.update(g, states[0], WEIGHTS)
+        having, states[1] = decayed_.update(g, states[1], WEIGHTS)
+        rate = 0.1 * (1 - k / 3)
+        np.testing.assert_allclose(having["kernel"], without["kernel"] - rate * 0.5, rtol=1e-5)
+        np.testing.assert_allclose(having["bias"], without["bias"], rtol=1e-6)
+
+
+def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
+    """v <- m v + (g + d w), w <- w - lr v, in numpy."""
+    w, v = 1.0, 0.0
+    for g in (0.5, -1.5, 0.25):
+        v = 0.9 * v + (g + 0.2 * w)
+        w -= 0.1 * v
+    after = follow(Optimizer(algorithm="sgd", lr=0.1, momentum=0.9, weight_decay=0.2, clip=0.0))
+    np.testing.assert_allclose(after["kernel"], w, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("lr", v) for v in (0.0, -1.0, float("nan"), float("inf"), 1e300, 10**400, "fast", None, True)],
+        *[(name, v) for name in ("b1", "b2") for v in (-0.1, 1.0, float("nan"))],
+        *[("eps", 0.0), ("weight_decay", -0.1), ("weight_decay", float("nan")), ("clip", -1.0), ("clip_value", -1.0)],
+        *[("warmup", -1), ("warmup", 1.5), ("decay_steps", -1), ("final", -0.1), ("final", 1.1)],
+        *[("algorithm", v) for v in ("clip", "chain", "constant_schedule", "scale_by_adam", "lamb", "", 3, None)],
+        *[("schedule", v) for v in ("cosin", 3)],
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_line(field, value):
+    with pytest.raises(Refused, match=rf"^optimizer\.{field}=.*(expected|did you mean)[^\n]*$"):
+        Optimizer(**{field: value})
+
+
+def test_a_decay_that_ends_before_the_warm_up_is_refused():
+    with pytest.raises(Refused, match=r"optimizer\.decay_steps=10: expected 0, or more than optimizer\.warmup=10"):
+        Optimizer(schedule="cosine", warmup=10, decay_steps=10)
+
+
+def test_the_nearest_name_is_suggested():
+    with pytest.raises(Refused, match=r"optimizer\.algorithm='adamm': did you mean 'adam'"):
+        Optimizer(algorithm="adamm")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *[lambda rate=rate, rule=rule: rule(rate=rate) for rule in (Ema, CopyEma, RampEma) for rate in (-0.1, 1.0, float("nan"), "x")],
+        *[lambda s=s: PowerEma(sigma_rel=s) for s in (0.0, -0.1, 0.3, float("nan"))],
+        *[lambda k=k, v=v: HalfLifeEma(**{k: v}) for k in ("half_life", "batch", "ramp") for v in (0, -1.0, float("inf"))],
+    ],
+)
+def test_averages_out_of_range_are_refused(make):
+    with pytest.raises(Refused, match=r"^ema\.[a-z_]+=.*: expected"):
+        make()
+
+
+def families():
+    """Every model of the library by name, with what its defaults leave out."""
+    for info in pkgutil.iter_modules(models.__path__):
+        module = importlib.import_module(f"jaxdistill.models.{info.name}")
+        for name, cls in vars(module).items():
+            if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__ and "rngs" in inspect.signature(cls.__call__).parameters:
+                yield name, cls
+    yield from {"MLP": lambda: MLP(classes=3), "Discriminator": lambda: Discriminator(classes=3)}.items()
+    yield from {"SongUNet": lambda: SongUNet(classes=3), "DhariwalUNet": lambda: DhariwalUNet(classes=3)}.items()
+    yield "Wan", lambda: Wan(vision_dim=8, vision_length=5)
+
+
+MATRICES = ("kernel", "embed/embedding", "point")  # maps, token tables, SANA's maps of each head
+TABLES = ("label/kernel", "label_embed/embedding", "embed_position/embedding", "embed_type/embedding", "position/embedding", "positions",
+          "token", "table", "rows", "columns")  # fmt: skip
+
+
+def test_what_decays_in_every_family():
+    """Matrices and token tables do; labels, positions, types, relative biases, shifts of a modulation, vectors do not."""
+    seen = set()
+    for name, make in families():
+        net = make_net(make())
+        mask = paths(decayed(net.shapes, net.axes))
+        for path, shape in paths(net.shapes).items():
+            table = next((t for t in TABLES if f"/{path}".endswith(f"/{t}")), None)
+            wanted = table is None and any(f"/{path}".endswith(f"/{m}") for m in MATRICES)
+            assert mask[path] == wanted, (name, path, shape.shape)
+            seen.add(table)
+    assert seen == {None, *TABLES}
+
+
+def test_axes_reach_the_decay():
+    net = make_net(MLP(width=8, depth=1, classes=3))
+    weights = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes)
+    after = follow(Optimizer(lr=0.1, weight_decay=0.5), [optax.tree.zeros_like(weights)], weights, axes=net.axes)
+    assert same(after["label_embed"], weights["label_embed"])
+    np.testing.assert_allclose(after["inp"]["kernel"], 0.95, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.99, 0.999])
@@ -99,12 +282,6 @@ def test_ramp_follows_its_recursion(rate):
         if k < 4 or k % 500 == 0:
             assert float(rule.decay(jnp.int32(k))) == pytest.approx(decay, abs=1.1e-3 * (1 - rate) + 1e-7)
     assert float(rule.decay(jnp.int32(10**6))) == pytest.approx(rate, abs=1e-7)
-
-
-@pytest.mark.parametrize("rate", [1.0, -0.1])
-def test_ramp_refuses_rates_that_never_forget(rate):
-    with pytest.raises(Refused, match="0 <= rate < 1"):
-        RampEma(rate=rate)
 
 
 def test_entries_are_clipped_before_the_norm():

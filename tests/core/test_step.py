@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill.core.metrics import Pending
 from jaxdistill.core.net import make_net
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.step import init_state, make_train_step, overlay
-from jaxdistill.core.types import Ctx, Method, Out, Refused, Turn
+from jaxdistill.core.types import Ctx, Means, Method, Out, Refused, Turn
 from jaxdistill.models.mlp import MLP
 
 NET = make_net(MLP(width=8, depth=1))
@@ -55,6 +56,25 @@ def test_micro_batches_are_normalised_by_the_global_count():
         assert metrics["student/loss"] == 2.5
         assert metrics["student/value"] == 2.5
         assert metrics["student/seen"] == 4 / accumulate  # a count of one for each micro-batch
+
+
+def test_the_log_weighs_tokens_alike():
+    """Steps of {1, 1, 1, 2} and {5}: 10 / 5, where the mean of their means is 3.125; over micro-batches too."""
+    batches = [{"value": jnp.array(v), "mask": jnp.array(v) > 0} for v in ([[1.0, 1], [1, 2]], [[5.0, 0], [0, 0]])]
+    for accumulate in (1, 2):
+        pending = Pending(Counted().turns)
+        for i, batch in enumerate(batches):
+            metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)[1]
+            assert metrics.counts.keys() == {"student/loss", "student/value", "student/seen"}
+            pending.add(i, metrics)
+        means = pending.flush()
+        assert means["student/loss"] == means["student/value"] == 2.0
+        assert means["student/seen"] == 5 / 2 / accumulate  # a count of one for each micro-batch
+
+
+def test_means_keep_their_counts_through_programs():
+    means = jax.jit(lambda x: Means({"b": x, "a": 2 * x}, {"a": x + 1}))(jnp.float32(1))
+    assert isinstance(means, Means) and dict(means) == {"a": 2, "b": 1} and means.counts == {"a": 2}
 
 
 def test_gradient_does_not_depend_on_the_micro_batches():

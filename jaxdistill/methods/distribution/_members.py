@@ -9,20 +9,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Batch, Ctx, Method, Nets, Out, Refused, Turn
+from jaxdistill.core.types import Batch, Ctx, Nets, Out, Refused, Turn
+from jaxdistill.methods._hosted import Hosted
 from jaxdistill.objectives.partition import Partition
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Members(Method):
+class Members(Hosted):
     """`host`, by all members of its banks side by side: member k sees conditions of cell k alone, except in `pair_...`."""
 
-    host: Method
     partition: Partition
-
-    inits = property(lambda self: self.host.inits)
-    frozen = property(lambda self: self.host.frozen)
-    ema = property(lambda self: self.host.ema)
 
     def __post_init__(self):
         if self.host.memory():

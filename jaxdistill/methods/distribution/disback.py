@@ -16,21 +16,21 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Ctx, Method, Nets, Params, Refused, Stage, Turn
+from jaxdistill.core.types import Array, Ctx, Nets, Params, Refused, Stage, Turn
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Pred
+from jaxdistill.methods._hosted import Hosted
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recording(Method):
+class Recording(Hosted):
     """Stage 1, degradation (algorithm 1): the host's critics learn the frozen student's law, and `path` follows the fake score.
 
     Member 0 of the path is the teacher, member i the fake score after `every` i updates. A discriminator is trained along.
     """
 
-    host: DiffInstruct
     every: int
 
     frozen = ("teacher",)

@@ -16,10 +16,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Collect, Ctx, Method, Nets, Out, Refused, Stage, Turn
+from jaxdistill.core.types import Collect, Ctx, Method, Nets, Out, Refused, Stage, Turn
 from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.methods._hosted import Delegating
 from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution._members import Members
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
@@ -48,7 +49,7 @@ class TSM(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultiStudent(Method):
+class MultiStudent(Delegating):
     """Roles that move are banks of `partition.cells` members; a smaller student starts fresh, and its fake score from it."""
 
     partition: Partition = Consecutive()  # the paper's 4 cells of 250 classes; Quadrant for text
@@ -66,7 +67,11 @@ class MultiStudent(Method):
     hosts = property(lambda self: [host for host, share in zip((self.tsm, self.dm, self.adm), self.shares) if share])
     inits = property(lambda self: {role: source for host in self.hosts for role, source in host.inits.items()})
     frozen = property(lambda self: tuple(dict.fromkeys(role for host in self.hosts for role in host.frozen)))
-    process = property(lambda self: self.hosts[-1].process)
+    host = property(lambda self: self.hosts[-1])  # whose sampler the students keep
+
+    def check(self, nets, data) -> None:
+        for host in self.hosts:
+            host.check(nets, data)
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
         ends = [round(steps * sum(self.shares[:i]) / sum(self.shares)) for i in range(4)]
@@ -77,12 +82,3 @@ class MultiStudent(Method):
     def generator(self, net: Nets) -> Callable:
         """The router: every sample by the student of its condition's cell, at the cost of all students on each."""
         return lambda x, t, cond=None, **kw: net.student(x, t, cond, member=self.partition.assign(cond), **kw)
-
-    def initial(self, noise: Array) -> Array:
-        return self.hosts[-1].initial(noise)
-
-    def sampling_times(self, steps: int) -> Array:
-        return self.hosts[-1].sampling_times(steps)
-
-    def sample(self, net, noise, cond, key, steps):
-        return self.hosts[-1].sample(net, noise, cond, key, steps)
