@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdistill import interop
-from jaxdistill.core import build, lora, sharding
+from jaxdistill.core import build, lora, records, sharding
 from jaxdistill.core.bank import bank
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.net import Net, make_net
@@ -39,6 +38,7 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> Any:
+        records.local(self.config.data.get("path", ""), "config.data.path")
         return build.build(self.config.data)
 
     @functools.cached_property
@@ -60,6 +60,7 @@ class Experiment:
                 raise Refused(f"config.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
         roles = {name: build.build(self.config.roles[name]) if name in self.config.roles else build.Role() for name in wanted}
         for name, role in roles.items():
+            records.local(role.init, f"config.roles.{name}.init")
             if role.place not in ("device", "host"):
                 raise Refused(f"config.roles.{name}.place={role.place!r}: expected 'device' or 'host'")
             if name not in self.method.frozen and (role.quantize or role.place == "host"):
@@ -118,7 +119,7 @@ class Experiment:
         path = Path(source) / "config.json"
         if not path.exists() or not (Path(source) / "stages").exists():
             return None
-        return Experiment(ConfigDict(json.loads(path.read_text())), Path(source))
+        return Experiment(records.read_config(Path(source)), Path(source))
 
     @functools.cached_property
     def runs(self) -> dict[str, ConfigDict]:
@@ -176,7 +177,7 @@ def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = 
 
 def load_result(workdir: Path, abstract: Params, role: str = "student") -> Params:
     """A finished run's weights of one role (averaged where it has an average)."""
-    stages = sorted((workdir / "stages").glob("[0-9]*"), key=lambda p: int(p.name))
+    stages = records.stages(workdir)
     if not stages:
         raise Refused(f"{workdir}: no finished run there (no stages/)")
     return load_params(stages[-1], {role: abstract})[role]
