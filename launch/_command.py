@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
-import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,37 +16,63 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxdistill.core.host import keep_freed_memory
+from jaxdistill.core.records import local, read_config
 from jaxdistill.core.types import Refused, nearest
+
+ROOT = Path(__file__).resolve().parents[1]  # the checkout
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with work left, run it again
 
 
 def main(command: Callable[[list[str]], None]) -> None:
-    """Runs a command; 0 done, 2 refused input, 1 anything else."""
+    """Runs a command and exits with
+
+    0   done;
+    2   refused: bad input, or a folder that is of another run or damaged; a rerun would be refused again;
+    75  stopped by SIGTERM or Ctrl-C with work left: the same command goes on from what was saved;
+    1   anything else: a loss that is no number, a full disk, a read error, a lost process. The last good checkpoint stays.
+
+    Whatever the code is, the reason is one line on stderr.
+    """
     keep_freed_memory()
     from jaxdistill.core.loop import Stopped
     from jaxdistill.core.metrics import NonFinite
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until a run has its own: ends as Ctrl-C does
     try:
         command(sys.argv[1:])
     except Refused as error:
-        print(f"refused: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"refused: {error}")
     except NonFinite as error:
-        print(f"stopped: {error}; the last good checkpoint is kept", file=sys.stderr)
-        sys.exit(1)
+        _end(1, f"stopped: {error}; the last good checkpoint is kept")
     except Stopped as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        sys.exit(0 if "SIGTERM" in str(stop) else 1)
+        _end(STOPPED, f"stopped: {stop}")
+    except OSError as error:
+        _end(1, f"failed: {_machine(error)}; the last good checkpoint is kept")
+    except MemoryError as error:
+        _end(1, f"failed: out of memory{f' ({error})' if str(error) else ''}; the last good checkpoint is kept")
     except KeyboardInterrupt:
-        print("interrupted; nothing saved since the last checkpoint, run again to go on", file=sys.stderr)
-        sys.exit(1)
+        _end(STOPPED, "interrupted; nothing saved since the last checkpoint, run again to go on")
+
+
+def _end(code: int, line: str) -> None:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _machine(error: OSError) -> str:
+    """What the operating system said, and of which file."""
+    said = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {said}" if error.filename else said
 
 
 def join(distributed: bool) -> None:
     """Joins the other processes of the run, before anything else touches JAX.
 
     `launch.local_cluster` says through the environment who they are (JAXDISTILL_COORDINATOR, _PROCESSES, _PROCESS);
-    with `distributed`, JAX finds out by itself on Cloud TPU, GKE and Slurm.
+    with `distributed`, JAX finds out by itself on Cloud TPU, GKE and Slurm. Raises Refused where it finds nothing to join, OSError
+    where the others do not come.
     """
     import jax
 
@@ -54,7 +81,13 @@ def join(distributed: bool) -> None:
         jax.distributed.initialize(os.environ["JAXDISTILL_COORDINATOR"], number("PROCESSES"), number("PROCESS"),
                                    heartbeat_timeout_seconds=number("HEARTBEAT"))  # fmt: skip
     elif distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # JAX found no coordinator
+            raise Refused("--distributed: found no TPU slice, no job of GKE and none of Slurm to join; several processes of one machine "
+                          "are started by launch.local_cluster") from error  # fmt: skip
+        except RuntimeError as error:  # the others did not come
+            raise OSError(f"--distributed: {str(error).strip().splitlines()[0]}") from error
 
 
 def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, Any], ConfigDict | None]:
@@ -85,8 +118,8 @@ def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, 
     config = None
     if values.get("config"):
         config = load_config(values["config"])
-    elif values.get("workdir") and (Path(values["workdir"]) / "config.json").exists():
-        config = ConfigDict(json.loads((Path(values["workdir"]) / "config.json").read_text())).lock()
+    elif values.get("workdir") and (local(values["workdir"], "--workdir") / "config.json").exists():
+        config = read_config(Path(values["workdir"])).lock()
     if overrides and config is None:
         raise Refused("--config.key=value needs --config=FILE")
     for path, value in overrides.items():
@@ -95,16 +128,24 @@ def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def load_config(name: str) -> ConfigDict:
-    """The config of FILE or FILE:variant. Raises Refused where there is no such file or it has no get_config."""
+    """The config of FILE or FILE:variant; a relative FILE is looked up in the current folder, then in the checkout's.
+
+    Raises Refused where there is no such file or it has no get_config.
+    """
+    local(name, "--config")
     path, _, variant = name.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path("configs")
-        raise Refused(f"--config={path}: no such file{nearest(str(file), map(str, folder.rglob('*.py')))}")
-    sys.path.insert(0, os.getcwd())
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location("config_file", file))
+    found = [place for place in (Path(path), ROOT / path) if place.is_file()]
+    if not found:
+        folder = Path(path).parent
+        folder = folder if folder.is_dir() else Path("configs") if Path("configs").is_dir() else ROOT / "configs"
+        raise Refused(f"--config={path}: no such file{nearest(path, map(str, folder.rglob('*.py')))}")
+    file = found[0]
+    for place in (str(ROOT), os.getcwd()):
+        if place not in sys.path:
+            sys.path.insert(0, place)
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("config_file", file))
     try:
-        found.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except SyntaxError as error:
         raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
@@ -161,6 +202,7 @@ def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[Config
     """Config and workdir of a command that cannot do without. Raises Refused."""
     if not values["workdir"]:
         raise Refused("--workdir=DIR is needed")
+    local(values["workdir"], "--workdir")
     if config is None:
         raise Refused(f"--config=FILE is needed ({values['workdir']} holds no run)")
     return config, Path(values["workdir"])

@@ -5,19 +5,20 @@ python -m launch.export --workdir=DIR [--out=DIR/export] [--adapter]
 With --adapter, the student of a config with `lora` leaves as an adapter for `peft` or diffusers, not folded into its base.
 """
 
-from pathlib import Path
-
+from jaxdistill.core.records import local
 from launch._command import arguments, main, needed
 
 
 def export(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": "", "out": "", "adapter": False})
     config, workdir = needed(values, config)
-    from jaxdistill.core import loop
+    from jaxdistill.core import loop, report
     from jaxdistill.interop import export as to_folder
 
-    out = Path(values["out"] or workdir / "export")
-    to_folder.export(loop.load(workdir, config), out, adapter=values["adapter"])
+    out = local(values["out"] or workdir / "export", "--out")
+    trained = loop.load(workdir, config)
+    report.read(workdir)
+    to_folder.export(trained, out, adapter=values["adapter"])
     print(f"exported: {out}")
 
 

@@ -10,6 +10,7 @@ side), or an MP4 for each video.
 
 from pathlib import Path
 
+from jaxdistill.core.records import local
 from jaxdistill.core.types import Refused
 from launch._command import arguments, main, whole
 
@@ -24,6 +25,7 @@ def generate(argv: list[str]) -> None:
             raise Refused(f"--{key} is needed")
     if values["dtype"] not in ("float32", "bfloat16"):
         raise Refused(f"--dtype={values['dtype']}: expected float32 or bfloat16")
+    local(values["out"], "--out")
     n, frames, fps, steps = (whole(values, key, 1) for key in ("n", "frames", "fps", "steps"))
     seed = whole(values, "seed", 0)
     size, given = _numbers(values, "size", "x", int), _numbers(values, "times", ",", float)

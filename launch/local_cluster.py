@@ -3,9 +3,9 @@
 python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE --workdir=DIR [--config.key=value ...]
 
 What follows the dashes are the arguments of launch.train. Each process has `devices` simulated devices. SIGTERM and Ctrl-C
-reach every process, which save and end. Where one is lost, the others are ended after `timeout` seconds at most, one line
-says which it was, and the exit code is 1: the same command goes on from the last checkpoint. With --dry_run it only prints
-what every process would execute.
+reach every process, which save and end with 75, and so does this command. Where one is lost, the others are ended after
+`timeout` seconds at most, one line says which it was, and the exit code is 1: the same command goes on from the last checkpoint.
+With --dry_run it only prints what every process would execute.
 """
 
 import os
@@ -17,7 +17,7 @@ import sys
 import time
 
 from jaxdistill.core.types import Refused
-from launch._command import arguments, main, whole
+from launch._command import STOPPED, arguments, main, whole
 
 
 def cluster(argv: list[str]) -> None:
@@ -43,13 +43,14 @@ def cluster(argv: list[str]) -> None:
 
 
 def watch(processes: list[subprocess.Popen], timeout: float) -> int:
-    """Waits for all; the exit code is 0 where all ended so, 2 where one refused its input, else 1."""
+    """Waits for all; the exit code is 0 where all ended so, 2 where one refused its input, 75 where they stopped with work left, else
+    1."""
     forward = lambda number, frame: [p.send_signal(signal.SIGTERM) for p in processes if p.poll() is None]
     before, lost = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}, []
     try:
         while not lost and any(p.poll() is None for p in processes):
             time.sleep(0.1)
-            lost = [i for i, p in enumerate(processes) if p.poll() not in (None, 0)]
+            lost = [i for i, p in enumerate(processes) if p.poll() not in (None, 0, STOPPED)]
         _end([p for p in processes if p.poll() is None], timeout)
     finally:
         for number, handler in before.items():
@@ -60,7 +61,9 @@ def watch(processes: list[subprocess.Popen], timeout: float) -> int:
         if codes[i] != 2:
             print(f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were ended; "
                   "run the same command again to go on from the last checkpoint", file=sys.stderr)  # fmt: skip
-    return 0 if not any(codes) else 2 if 2 in codes else 1
+    if 2 in codes:
+        return 2
+    return 1 if any(code not in (0, STOPPED) for code in codes) else max(codes)
 
 
 def _end(processes: list[subprocess.Popen], timeout: float) -> None:

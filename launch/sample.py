@@ -5,6 +5,7 @@ python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=s
 
 from pathlib import Path
 
+from jaxdistill.core.records import local
 from jaxdistill.core.types import Refused, nearest
 from launch._command import arguments, main, needed, whole
 
@@ -12,6 +13,7 @@ from launch._command import arguments, main, needed, whole
 def sample(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": "", "n": "100", "steps": "0", "seed": "0", "role": "student", "out": ""})
     config, workdir = needed(values, config)
+    local(values["out"], "--out")
     n, steps, seed = whole(values, "n", 1), whole(values, "steps", 0), whole(values, "seed", 0)
     import dataclasses
 

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill import interop
-from jaxdistill.core import build, lora, sharding
+from jaxdistill.core import build, lora, records, sharding
 from jaxdistill.core.bank import bank
 from jaxdistill.core.checkpoint import load_params
 from jaxdistill.core.fields import Positive, shown
@@ -27,7 +27,6 @@ from jaxdistill.core.types import Method, Params, Refused, named_key, nearest
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.evals.base import Evaluation
-from jaxdistill.interop.safetensors import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +89,7 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> Dataset:
+        records.local(self._group("data").get("path", ""), f"{self.where}.data.path")
         return self._built("data", Dataset)
 
     @functools.cached_property
@@ -128,6 +128,7 @@ class Experiment:
                 raise Refused(f"{self.where}.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
         roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
         for name, role in roles.items():
+            records.local(role.init, f"{self._of(name)}.init")
             if name not in self.method.frozen and (role.quantize or role.place == "host"):
                 frozen = ", ".join(self.method.frozen)
                 raise Refused(f"{self._of(name)}: quantize and place are for frozen roles ({frozen})")
@@ -235,7 +236,7 @@ class Experiment:
         path = Path(source) / "config.json"
         if not path.exists() or not (Path(source) / "stages").exists():
             return None
-        return Experiment(ConfigDict(read_json(path)), Path(source), where=str(path))
+        return Experiment(records.read_config(Path(source)), Path(source), where=str(path))
 
     @functools.cached_property
     def inner(self) -> dict[str, Experiment]:
@@ -347,7 +348,7 @@ def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = 
 
 def load_result(workdir: Path, abstract: Params, role: str = "student") -> Params:
     """A finished run's weights of one role (averaged where it has an average)."""
-    stages = sorted((workdir / "stages").glob("[0-9]*"), key=lambda p: int(p.name))
+    stages = records.stages(workdir)
     if not stages:
         raise Refused(f"{workdir}: no finished run there (no stages/)")
     return load_params(stages[-1], {role: abstract})[role]

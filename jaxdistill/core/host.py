@@ -33,14 +33,30 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) for option, value in wanted.items())
 
 
+def check_writable(folder: Path) -> None:
+    """Raises Refused where no file can be made in `folder`, which exists."""
+    if jax.process_index():
+        return
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise Refused(f"{folder}: cannot be written to ({error.strerror})") from error
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Makes `folder` and holds it, until its end or the process's, with a lock on `folder/.lock`; of a run's processes the first
-    does. Raises Refused where it is held already."""
+    does. Raises Refused where it is held already, or cannot be made or written to."""
     if jax.process_index():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{folder}: cannot be made ({error.strerror})") from error
+    check_writable(folder)
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(blocking=False)

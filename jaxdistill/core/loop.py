@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from jaxdistill.core import chips, metrics, report, sharding
+from jaxdistill.core import chips, metrics, records, report, sharding
 from jaxdistill.core.check import check
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment, Trained
-from jaxdistill.core.host import alone
+from jaxdistill.core.host import alone, check_writable
 from jaxdistill.core.programs import Programs, abstract_programs, make_programs
 from jaxdistill.core.step import bind, frozen_weights
 from jaxdistill.core.types import Ctx, Refused, Stage, State
@@ -33,7 +33,11 @@ from jaxdistill.data.prefetch import DevicePrefetch
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM, Ctrl-C); it has saved, and running it again goes on."""
+    """The run was asked to stop by `reason` (SIGTERM, SIGINT); it has saved, and running it again goes on."""
+
+    def __init__(self, reason: signal.Signals, done: str):
+        super().__init__(f"{reason.name}: {done}; run again to go on")
+        self.reason = reason
 
 
 def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progress: bool = True,
@@ -42,18 +46,20 @@ def run(config: ConfigDict, workdir: str | Path, *, dry_run: bool = False, progr
 
     The runs in `config.runs` come first, in `workdir/<name>`; one that is the same as another becomes a link to it. `known`
     has the folders of finished runs that may be linked to, by `identity` of their configs; what this run finishes joins them.
-    Raises Refused on bad input and where another process runs in `workdir`, metrics.NonFinite where a loss stops being a
-    number, Stopped after SIGTERM or Ctrl-C; in all cases the last good checkpoint stays.
+    Raises Refused on bad input, where `workdir` is of another config, damaged or not to be written to, and where another process
+    runs in it; metrics.NonFinite where a loss stops being a number, Stopped after SIGTERM or Ctrl-C, OSError where the machine
+    fails (a full disk, a read error); in all cases the last good checkpoint stays.
     """
-    experiment = Experiment(config, Path(workdir))
+    experiment = Experiment(config, records.local(workdir, "--workdir"))
     check(experiment)
     if dry_run:
         return _dry_run(experiment)
-    return _run(experiment, progress, {} if known is None else known)
+    with _signals() as stop:
+        return _run(experiment, stop, progress, {} if known is None else known)
 
 
-def _run(experiment: Experiment, progress: bool, known: dict[str, Path]) -> dict[str, Any]:
-    """`run` of what has been checked."""
+def _run(experiment: Experiment, stop: threading.Event, progress: bool, known: dict[str, Path]) -> dict[str, Any]:
+    """`run` after all checks that need no folder."""
     config, workdir, own = experiment.config, experiment.workdir, identity(experiment.config)
     if own in known and not workdir.exists():
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +67,23 @@ def _run(experiment: Experiment, progress: bool, known: dict[str, Path]) -> dict
             workdir.symlink_to(os.path.relpath(known[own], workdir.parent))
     _check_folder(config, workdir)
     if (workdir / "report.json").exists():
+        records.check_result(workdir, config)
+        _done(experiment)
         known.update(_finished(experiment) | known)
         return report.read(workdir)
     with alone(workdir):
         write_json(workdir / "config.json", config.to_dict())
-        before = metrics.read(workdir / "metrics.jsonl")[-1:]
+        before = metrics.read(workdir / "metrics.jsonl", clock=True)[-1:]
         started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
-        reports = {name: _run(experiment.inner[name], progress, known) for name in experiment.runs}
-        with sharding.use(experiment.mesh, experiment.settings.rules), _signals() as stop:
+        reports = {}
+        for name in experiment.runs:
+            reports[name] = _run(experiment.inner[name], stop, progress, known)
+            if stop.is_set():
+                raise Stopped(stop.reason, f"finished {workdir / name}")
+        with sharding.use(experiment.mesh, experiment.settings.rules):
             trained = _as_given(_train(experiment, stop, progress))
+            if stop.is_set():
+                raise Stopped(stop.reason, f"trained in {workdir}, not yet evaluated")
             result = report.write(trained, reports, seconds=time.time() - started)
     known[own] = workdir
     return result
@@ -88,46 +102,55 @@ def _finished(experiment: Experiment) -> dict[str, Path]:
 
 
 def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, Any]:
-    """Scores a finished run again and rewrites its report. Raises Refused where it has not finished."""
+    """Scores a finished run again and rewrites its report. Raises Refused where it has not finished, or the folder is read-only."""
+    before = report.read(records.local(workdir, "--workdir"))
+    check_writable(Path(workdir))
     trained = load(workdir, config)
-    before = report.read(workdir)
     reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.runs}
+    kept = {k: v for k, v in before["config"].items() if k not in records.JUDGED}  # what was trained stays what it was
+    judged = {k: v for k, v in json.loads(trained.experiment.config.to_json()).items() if k in records.JUDGED}
     with sharding.use(trained.experiment.mesh, trained.experiment.settings.rules):
-        return report.write(trained, reports, seconds=before["seconds"])
+        return report.write(trained, reports, seconds=before["seconds"], config={**kept, **judged})
 
 
 def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
-    """A finished run's networks and weights. Raises Refused where it has not finished."""
-    workdir = Path(workdir)
-    if config is None:
-        if not (workdir / "config.json").exists():
-            raise Refused(f"{workdir}: no config.json, hence no run of ours")
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    """A finished run's networks and weights, by its own config or one that is changed in what does not matter to them (where data and
+    teachers lie today, how to evaluate). Raises Refused where it has not finished, is damaged, or its config.json was changed."""
+    workdir = records.local(workdir, "--workdir")
+    if config is None or (workdir / "config.json").exists():
+        own = records.read_config(workdir)
+        records.check_result(workdir, own, (*records.FREE, *records.JUDGED))
+        config = own if config is None else config
     experiment = Experiment(config, workdir)
-    stages = experiment.method.stages(experiment.settings.steps)
+    stages = _done(experiment)
     with sharding.use(experiment.mesh, experiment.settings.rules):
         return _as_given(_result(experiment, stages, len(stages)))
 
 
+def _done(experiment: Experiment) -> tuple[Stage, ...]:
+    """The stages of a run that has a result of each. Raises Refused where it has not."""
+    stages, results = experiment.method.stages(experiment.settings.steps), records.stages(experiment.workdir)
+    if len(results) < len(stages):
+        raise Refused(f"{experiment.workdir / 'stages' / str(len(results))}: no such result; has that run finished?")
+    _check_stages(experiment, results, stages)
+    return stages
+
+
+def _check_stages(experiment: Experiment, results: list[Path], stages: tuple[Stage, ...]) -> None:
+    """Raises Refused where there are results of more stages than the method has."""
+    if len(results) > len(stages):
+        raise Refused(f"{results[len(stages)]}: the run's method has {len(stages)} stage{'s' * (len(stages) > 1)}, expected no such result")
+
+
 def _check_folder(config: ConfigDict, workdir: Path) -> None:
     """Raises Refused where another config has been run in the folder, or it is none."""
-    path = workdir / "config.json"
     if workdir.exists() and not workdir.is_dir():
         raise Refused(f"--workdir={workdir}: is a file")
-    if path.exists():
-        before, now = (_flat(json.loads(text)) for text in (path.read_text(), config.to_json()))
-        free = ("log_every", "sample_every", "eval_every", "checkpoint_every", "keep", "tensorboard", "wandb", "mesh")
-        changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and k.split(".")[0] not in free]
-        if changed:
-            k = changed[0]
-            raise Refused(f"{workdir} holds a run of another config: {k} is {before.get(k)!r} there, {now.get(k)!r} here"
-                          f"{f' (and {len(changed) - 1} more)' if changed[1:] else ''}; give another --workdir")  # fmt: skip
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    if not (workdir / "config.json").exists():
+        return
+    there = json.loads(records.read_config(workdir).to_json())
+    if changed := records.difference(there, json.loads(config.to_json())):
+        raise Refused(f"{workdir} holds a run of another config: {changed}; give another --workdir")
 
 
 @contextlib.contextmanager
@@ -197,7 +220,7 @@ def _collect(trained: Trained, stage: Stage, index: int, stop: threading.Event, 
                 rows = sharding.local_rows(make(trained.params, batch, jax.random.fold_in(key, i)))
                 arrayrecord.write(file, ({k: v[n] for k, v in rows.items()} for n in range(len(next(iter(rows.values()))))))
             if stop.is_set():
-                raise Stopped(f"{stop.reason.name}: stored {i + 1} of {stage.collect.batches} batches in {folder}; run again to go on")
+                raise Stopped(stop.reason, f"stored {i + 1} of {stage.collect.batches} batches in {folder}")
     return arrayrecord.stored(folder, batch_size=experiment.data.batch_size, seed=experiment.data.seed)
 
 
@@ -205,9 +228,9 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
     """All stages; a stage that has left its result in stages/ is not run again."""
     settings, workdir = experiment.settings, experiment.workdir
     stages = experiment.method.stages(settings.steps)
-    finished = 0
-    while (workdir / "stages" / str(finished)).exists():
-        finished += 1
+    results = records.stages(workdir)
+    _check_stages(experiment, results, stages)
+    finished = len(results)
     trained = _result(experiment, stages, finished)
     if finished == len(stages):
         return trained
@@ -261,9 +284,7 @@ class _Fit:
                     self.checkpoints.save(self.offset + step, self.state, self._host())
                 if stopping and not last:
                     self.checkpoints.wait()
-                    raise Stopped(
-                        f"{self.stop.reason.name}: saved step {self.offset + step} in {self.experiment.workdir}; run again to go on"
-                    )
+                    raise Stopped(self.stop.reason, f"saved step {self.offset + step} in {self.experiment.workdir}")
         finally:
             self.bar.close()
             self.batches.close()
@@ -346,12 +367,19 @@ class _Fit:
         return name if len(stages) == 1 else f"{name} [{self.index + 1}/{len(stages)}]"
 
     def _restore(self, abstract: State):
-        """(steps done in this stage, state, data position); None where this stage has no checkpoint."""
-        host = self.checkpoints.host()
-        if host is None or host[1]["stage"] != self.index:
+        """(steps done in this stage, state, data position); None where this stage has no checkpoint.
+
+        Raises Refused where the newest checkpoint is of another config, or of a stage that comes later.
+        """
+        newest = self.checkpoints.host()
+        if newest is None:
+            return None
+        if newest[1].get("stage") == self.index:
+            self.checkpoints.check_architecture(*newest, abstract)
+        if not self._mine(*newest):
             return None
         found = self.checkpoints.restore(abstract.replace(frozen={}))
-        if found is None or found[2]["stage"] != self.index:
+        if found is None or not self._mine(found[0], found[2]):
             return None
         step, state, host = found
         if self.controller:
@@ -362,9 +390,22 @@ class _Fit:
         frozen = jax.jit(own, out_shardings=jax.tree.map(lambda s: s.sharding, abstract.frozen))(self.trained.params)
         return step - self.offset, state.replace(frozen=frozen), host["data"]
 
+    def _mine(self, step: int, host: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint is of this stage. Raises Refused where it is of another run, or of a stage that comes later."""
+        where, workdir = self.checkpoints.folder / f"step_{step}", self.experiment.workdir
+        wanted = {"stage": int, "config": dict} | (dict.fromkeys(("controller", "hints"), dict) if self.controller else {})
+        records.check_keys(host, wanted, str(where))
+        here = json.loads(self.experiment.config.to_json())
+        if changed := records.difference(host["config"], here, (*records.FREE, "steps")):
+            raise Refused(f"{where} is a checkpoint of another config: {changed}; move it away, or give another --workdir")
+        if host["stage"] > self.index:
+            raise Refused(f"{where} is of stage {host['stage']}, but {workdir / 'stages' / str(self.index)} is missing")
+        return host["stage"] == self.index
+
     def _host(self) -> dict[str, Any]:
         controller = {"controller": self.controller.state(), "hints": self.hints} if self.controller else {}
-        return {"stage": self.index, "data": self.position, **controller}
+        config = json.loads(self.experiment.config.to_json())
+        return {"stage": self.index, "data": self.position, "config": config, **controller}
 
     def _steer(self, means) -> None:
         """Lets the controller change the data set; the loader then goes on from the same position."""

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from jaxdistill.core import records
 from jaxdistill.core.types import Means, Refused, Turn
 
 
@@ -25,15 +26,10 @@ class NonFinite(RuntimeError):
         self.step = step
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+def read(path: Path, *, clock: bool = False) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that was cut short is left out. Raises Refused where another one is damaged, or has
+    no seconds where `clock` is asked for."""
+    return records.read_lines(Path(path), clock=clock)
 
 
 class Writer:
@@ -44,7 +40,7 @@ class Writer:
         if jax.process_index():
             self._file = None
             return
-        kept = [r for r in read(self._path) if r["step"] <= step]
+        kept = [r for r in read(self._path, clock=True) if r["step"] <= step]
         temp = self._path.with_name(".metrics.jsonl")
         temp.write_text("".join(json.dumps(r) + "\n" for r in kept))
         os.replace(temp, self._path)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxdistill.core import metrics
+from jaxdistill.core import metrics, records
 from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.types import Refused
 
@@ -60,13 +60,16 @@ def look(trained, step: int, *, score: bool) -> dict[str, float]:
     return {f"eval/{k}@{r['nfe']}": float(v) for r in rows for k, v in r.items() if k not in ("name", "nfe")}
 
 
-def write(trained, reports: Mapping[str, Any], *, seconds: float) -> dict[str, Any]:
+def write(trained, reports: Mapping[str, Any], *, seconds: float, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Evaluates, writes report.json, report.html and samples/, and returns report.json's content.
+
+    `config` is what report.json says the run was trained with, as JSON; None: the experiment's.
 
     Rows of the runs inside the config that no role starts from (baselines) join the table under the run's name.
     """
     experiment = trained.experiment
-    config, workdir = experiment.config, experiment.workdir
+    workdir = experiment.workdir
+    config = json.loads(experiment.config.to_json()) if config is None else config
     rows, pictures = [], {}
     if experiment.evaluation is not None:
         rows = experiment.evaluation.rows(trained)
@@ -75,8 +78,8 @@ def write(trained, reports: Mapping[str, Any], *, seconds: float) -> dict[str, A
     for name, other in reports.items():
         if name not in used:
             rows += [{**row, "name": name} for row in other["models"] if row["name"] == "student"]
-    result = {"config": json.loads(config.to_json()), "method": config.method.name, "steps": experiment.settings.steps,
-              "seconds": round(seconds, 1), "models": rows, "claim": claim(config.claim, rows)}  # fmt: skip
+    result = {"config": config, "method": config["method"]["name"], "steps": experiment.settings.steps,
+              "seconds": round(seconds, 1), "models": rows, "claim": claim(experiment.config.claim, rows)}  # fmt: skip
     _save(workdir / "samples", pictures)
     if jax.process_index() == 0:
         (workdir / "report.html").write_text(_html(result, pictures, _curves(workdir), experiment.method.__doc__ or ""))
@@ -94,11 +97,8 @@ def _save(folder: Path, pictures: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def read(workdir: Path) -> dict[str, Any]:
-    """A finished run's report.json. Raises Refused where there is none."""
-    path = Path(workdir) / "report.json"
-    if not path.exists():
-        raise Refused(f"{workdir}: no report.json; has that run finished?")
-    return json.loads(path.read_text())
+    """A finished run's report.json. Raises Refused where there is none, or a part of it is missing."""
+    return records.read_report(Path(workdir))
 
 
 def summary(result: Mapping[str, Any], workdir: Path) -> str:

@@ -133,7 +133,7 @@ def test_kill_and_resume_is_bit_equal(tmp_path):
     wait_for_step(stopped, 10, processes[1])
     processes[1].send_signal(signal.SIGTERM)
     message = processes[1].communicate(timeout=120)[1]
-    assert processes[1].returncode == 0, message
+    assert processes[1].returncode == 75, message
     assert "SIGTERM: saved step" in message
     processes[0].communicate()
     assert not (killed / "report.json").exists()

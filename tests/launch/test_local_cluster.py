@@ -128,7 +128,7 @@ def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
     wait_for(process, tmp_path / "run", 5)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err[-2000:]
+    assert process.returncode == 75, err[-2000:]
     assert err.count("SIGTERM: saved step") == 2
     stopped = {line.split("saved step ")[1].split()[0] for line in err.splitlines() if "saved step" in line}
     assert stopped == {str(newest(tmp_path / "run"))}
