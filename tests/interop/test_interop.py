@@ -1,5 +1,7 @@
+import ast
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from jaxdistill import interop
 from jaxdistill.core.net import cast, make_net, paths
 from jaxdistill.core.sharding import make_mesh
 from jaxdistill.core.types import Refused
+from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.tables import LINEAR, Row
 from jaxdistill.models.lm import LM
 from jaxdistill.models.mlp import MLP
@@ -58,7 +61,8 @@ def test_round_trip_is_bit_exact(folder, params):
     assert net.config == CFG == interop.describe(folder)
     same(found, params)
     assert (folder / "README.md").read_text() == "# A student\n"
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [MARKER, *names]
 
 
 def test_round_trip_in_bfloat16_and_shards(tmp_path, params):
@@ -167,7 +171,7 @@ def test_refuses_truncated_and_pickled_weights(folder):
     file.unlink()
     refused("no model.safetensors and no model.safetensors.index.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused('pytorch_model.bin is pickled .* python -c "from transformers import LlamaForCausalLM', folder)
+    refused("pytorch_model.bin is pickled .* python -c 'from transformers import LlamaForCausalLM", folder)
 
 
 def test_load_into_refuses_another_network(folder):
@@ -192,3 +196,15 @@ def test_save_refuses_what_has_no_place(tmp_path, params):
     with pytest.raises(Refused, match=r"norm/scale has shape \[3\], expected \[8\]"):
         interop.save(target, NET, params | {"norm": {"scale": jnp.ones(3)}})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a'b; rm -rf x", 'a"b`id`$(id)', "a b", "plain"])
+def test_a_folders_name_in_a_command_is_a_name(name, tmp_path):
+    """The line that converts pickles, as a shell splits it: three words, the third Python with the path in it."""
+    for family, file in ((interop.llama.FAMILY, "pytorch_model.bin"), (interop.edm.SONG, "net.pkl"), (interop.lpips.FAMILY, "vgg.pth")):
+        pickled = tmp_path / name / file
+        python, flag, code = shlex.split(interop._pickled(pickled, family).split("convert it with: ")[1])
+        assert (python, flag) == ("python", "-c")
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        inside = {str(pickled.parent), str(pickled.with_suffix(""))}
+        assert any(text.startswith(path) for text in texts for path in inside)
