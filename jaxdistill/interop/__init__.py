@@ -34,8 +34,9 @@ from jaxdistill.interop import (
     vit,
     wan,
 )
-from jaxdistill.interop.safetensors import Tensor, put, read_folder, read_json, same, shown, whole_folder, write_folder, write_json
-from jaxdistill.interop.tables import STEMS, Family, Row, fixed
+from jaxdistill.interop.folder import put, whole_folder
+from jaxdistill.interop.safetensors import Tensor, add, read_folder, read_json, same, shown, write_folder
+from jaxdistill.interop.tables import STEMS, Family, Row, fixed, literal, shell
 
 FAMILIES: tuple[Family, ...] = (  # of two with a name, parts of a common folder, the first is taken where no net says which
     bert.CLASSIFIER,
@@ -123,11 +124,12 @@ def load_into(folder: str | Path, net: Net, abstract: Params) -> Params:
 
 def save(folder: str | Path, net: Net, params: Params, *, card: str = "", beside: Mapping[str, Any] | None = None,
          max_shard_bytes: int = 5 * 10**9) -> None:  # fmt: skip
-    """Writes a folder that PyTorch loads: configuration, weights in their own dtypes, `card` as its README.md, and JSON files
-    of other things by name.
+    """Writes a folder that PyTorch loads: configuration, weights in their own dtypes, `card` as its README.md, and files of other
+    things by name: JSON objects, or paths of what is copied.
 
-    The folder appears when it is complete, and replaces an earlier model as a whole. Every leaf must be addressable
-    from this process. Raises Refused where no family has this net, or not all of its weights.
+    The folder appears when it is complete, and replaces an earlier export as a whole. Every leaf must be addressable
+    from this process. Raises Refused where no family has this net, or not all of its weights, and where something else than an
+    export is at `folder` (`folder.replaceable`).
     """
     folder, family = Path(folder), family_of(net)
     rows, leaves = family.table(net.config), paths(params)
@@ -148,7 +150,7 @@ def save(folder: str | Path, net: Net, params: Params, *, card: str = "", beside
     size = lambda row, leaf: leaf.nbytes // (leaf.shape[0] if row.stacked else 1)
     with whole_folder(folder) as fresh:
         for file, value in {**family.write(net.config), **(beside or {})}.items():
-            write_json(fresh / file, value)
+            put(fresh / file, value)
         sizes = {name: size(row, leaves[row.path]) for name, (row, _) in sources.items()}
         sizes |= {name: array.nbytes for name, array in constants.items()}
         write_folder(fresh, STEMS[family.library], sizes, read, max_shard_bytes)
@@ -213,7 +215,7 @@ def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
             raise Refused(f"{folder}: no {stem}.safetensors and no {stem}.safetensors.index.json") from None
         raise Refused(_pickled(folder / pickled[0], family)) from None
     for name, tensor in stored.items():
-        put(found, family.current(name), tensor)
+        add(found, family.current(name), tensor)
     return found
 
 
@@ -234,8 +236,9 @@ def _untied(tensors: dict[str, Tensor], copies: Mapping[str, str]) -> dict[str, 
 def _pickled(file: Path, family: Family) -> str:
     """Why a file of the family is refused, and what to do."""
     folder = file.parent
-    load = f"from {family.library} import {family.name} as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')"
-    command = family.convert(file) if family.convert else f'python -c "{load}"'
+    source, out = literal(folder), literal(f"{folder}-safetensors")
+    load = f"from {family.library} import {family.name} as M; M.from_pretrained({source}).save_pretrained({out})"
+    command = family.convert(file) if family.convert else shell(load)
     return f"{file.parent}: {file.name} is pickled and is not opened; convert it with: {command}"
 
 

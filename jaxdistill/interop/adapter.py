@@ -13,7 +13,8 @@ from jaxdistill.core.lora import Adapter
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Params, Refused
 from jaxdistill.interop import family_of
-from jaxdistill.interop.safetensors import whole_folder, write_json
+from jaxdistill.interop.folder import whole_folder
+from jaxdistill.interop.safetensors import write_json
 from jaxdistill.interop.tables import Row
 
 

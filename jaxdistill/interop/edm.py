@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import CONV, POINT, Family, Row, fixed, linear, norm, setting
+from jaxdistill.interop.tables import CONV, POINT, Family, Row, fixed, linear, literal, norm, setting, shell
 from jaxdistill.models.edm import DhariwalUNet, EDMUNet, SongUNet
 
 DEFAULTS = {
@@ -39,12 +39,12 @@ ENCODERS, WAVES = ("standard", "residual"), ("positional", "fourier")
 def convert(pickled: Path) -> str:
     """The command that turns a pickle of EDM into a folder that we read; it runs in a clone of its repository, with torch."""
     folder = pickled.with_suffix("")
-    return (
-        'python -c "import json, os, pickle; from safetensors.torch import save_file; '
-        f"net = pickle.load(open('{pickled}', 'rb'))['ema']; os.makedirs('{folder}', exist_ok=True); "
-        f"save_file({{k: v.contiguous() for k, v in net.state_dict().items()}}, '{folder}/model.safetensors'); "
-        "json.dump({'_class_name': type(net.model).__name__, **net.model.init_kwargs}, "
-        f"open('{folder}/config.json', 'w'))\""
+    source, out, weights, config = map(literal, (pickled, folder, folder / "model.safetensors", folder / "config.json"))
+    return shell(
+        "import json, os, pickle; from safetensors.torch import save_file; "
+        f'net = pickle.load(open({source}, "rb"))["ema"]; os.makedirs({out}, exist_ok=True); '
+        f"save_file({{k: v.contiguous() for k, v in net.state_dict().items()}}, {weights}); "
+        f'json.dump({{"_class_name": type(net.model).__name__, **net.model.init_kwargs}}, open({config}, "w"))'
     )
 
 

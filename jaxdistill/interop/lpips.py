@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.interop.tables import CONV, Family, Layout, Row, fixed, linear
+from jaxdistill.interop.tables import CONV, Family, Layout, Row, fixed, linear, literal, shell
 from jaxdistill.models.lpips import LPIPS
 
 HEAD = Layout(lambda w: w.reshape(-1), lambda w: w.reshape(1, -1, 1, 1))  # a 1x1 convolution to one channel
@@ -20,12 +20,13 @@ NET = {"_class_name": "LPIPS", "pnet_type": "vgg", "lpips": True}
 def convert(pickled: Path) -> str:
     """The command that makes a folder of the installed package's weights; it needs `pip install lpips`."""
     folder = pickled.parent
-    return (
-        'python -c "import json, os, lpips; from safetensors.torch import save_file; '
-        f"os.makedirs('{folder}', exist_ok=True); "
-        "weights = lpips.LPIPS(net='vgg').state_dict(); "
-        f"save_file({{k: v.contiguous() for k, v in weights.items() if not k.startswith('lins.')}}, '{folder}/model.safetensors'); "
-        f"json.dump({{'_class_name': 'LPIPS', 'pnet_type': 'vgg'}}, open('{folder}/config.json', 'w'))\""
+    out, weights, config = map(literal, (folder, folder / "model.safetensors", folder / "config.json"))
+    return shell(
+        "import json, os, lpips; from safetensors.torch import save_file; "
+        f"os.makedirs({out}, exist_ok=True); "
+        'weights = lpips.LPIPS(net="vgg").state_dict(); '
+        f'save_file({{k: v.contiguous() for k, v in weights.items() if not k.startswith("lins.")}}, {weights}); '
+        f'json.dump({{"_class_name": "LPIPS", "pnet_type": "vgg"}}, open({config}, "w"))'
     )
 
 

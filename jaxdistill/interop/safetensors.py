@@ -1,4 +1,4 @@
-"""The safetensors format: reading through memory maps, writing in shards, a folder at a time.
+"""The safetensors format: reading through memory maps, writing in shards.
 
 A file is the header's length (8 bytes), the header (JSON: name -> dtype, shape, byte range) and the raw tensors. Large
 models are several files and an index, `<stem>.safetensors.index.json`.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,11 +62,11 @@ def read_folder(folder: Path, stem: str, *, index_first: bool = False) -> dict[s
     found = {}
     for file, tensors in files.items():
         for name, tensor in tensors.items():
-            put(found, name, tensor, over=weight_map.get(name) == file)
+            add(found, name, tensor, over=weight_map.get(name) == file)
     return found
 
 
-def put(found: dict[str, Tensor], name: str, tensor: Tensor, *, over: bool = False) -> None:
+def add(found: dict[str, Tensor], name: str, tensor: Tensor, *, over: bool = False) -> None:
     """Adds a tensor, or takes its place with `over`. Raises Refused where one of that name but of other values is there."""
     first = found.setdefault(name, tensor)
     if first is not tensor and not same(first, tensor):
@@ -251,27 +249,3 @@ def write_folder(folder: Path, stem: str, sizes: Mapping[str, int], read: Callab
     if several:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, and vanishes if it raises: nothing half-written.
-
-    An earlier model at `target` (it has a config) is replaced; Refused where anything else stands there.
-    """
-    if target.is_dir():
-        if any(target.iterdir()) and not any((target / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise Refused(f"{target}: not empty and not a model folder; give another name")
-    elif target.exists():
-        raise Refused(f"{target}: is a file, expected a folder or a free name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("new", "old"))
-    fresh.mkdir()
-    try:
-        yield fresh
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -26,7 +26,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,16 @@ def setting(config: Mapping[str, Any], key: str, where: Path) -> Any:
 def sizes(config: Mapping[str, Any], names: Mapping[str, str], where: Path) -> dict[str, Any]:
     """Our fields, from PyTorch's keys of config.json. Raises Refused where one is missing."""
     return {ours: setting(config, theirs, where) for ours, theirs in names.items()}
+
+
+def shell(code: str) -> str:
+    """The line for a shell that runs Python code."""
+    return f"python -c {shlex.quote(code)}"
+
+
+def literal(path: str | Path) -> str:
+    """A path as Python has it in its code."""
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

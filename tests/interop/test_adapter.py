@@ -11,6 +11,7 @@ from jaxdistill import interop
 from jaxdistill.core.lora import adapt, merge
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.adapter import save_adapter
+from jaxdistill.interop.folder import MARKER
 
 torch = pytest.importorskip("torch", reason="PyTorch's side needs torch (extra [torch])")
 diffusers = pytest.importorskip("diffusers", reason="PyTorch's side needs diffusers")
@@ -48,7 +49,8 @@ def test_peft_loads_it(family, tmp_path, agree):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     base, weights, adapter, params = made(model, tmp_path / "base", r".*blocks/(to_out|up|down)/kernel")
     save_adapter(tmp_path / "out", base, adapter, params, source=str(tmp_path / "base"), card="# An adapter\n")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MARKER, *names]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 6.0
     tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
     adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "out")).eval()

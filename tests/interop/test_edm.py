@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -335,10 +336,10 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
     file = tmp_path / "edm-cifar10-32x32-cond-vp.pkl"
     file.write_bytes(b"\x80\x05never opened")
     for place in (tmp_path, file):
-        with pytest.raises(Refused, match=r"cond-vp.pkl is pickled and is not opened; convert it with: python -c .*\['ema'\]") as error:
+        with pytest.raises(Refused, match=r"cond-vp.pkl is pickled and is not opened; convert it with: python -c .*\[\"ema\"\]") as error:
             interop.load(place)
-    command = str(error.value).split("python -c ")[1]
-    compile(command.strip('"'), "command", "exec")
+    command = shlex.split(str(error.value).split("convert it with: ")[1])[2]
+    compile(command, "command", "exec")
     assert str(tmp_path / "edm-cifar10-32x32-cond-vp" / "model.safetensors") in command
     (tmp_path / "config.json").write_text(json.dumps(SONG))
     with pytest.raises(Refused, match=r"cond-vp.pkl is pickled .* python -c "):

@@ -21,6 +21,7 @@ from jaxdistill.diffusion.process import DDPM, EDM, Flow, Trig
 from jaxdistill.interop import dit
 from jaxdistill.interop.chain import SCHEDULER, chain, scheduler, start
 from jaxdistill.interop.export import Student, export
+from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.safetensors import write_json
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
@@ -240,7 +241,7 @@ def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
     ours = trained.experiment.method.sample(trained.bound().student, jnp.asarray(noise), {"text": text}, jax.random.key(0), 1)
     assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std() * 14.6  # x0 = (x - sigma eps) / alpha, alpha 1 / 14.6 at t_max
     weights = "pytorch_lora_weights" if leaves == "adapter" else "diffusion_pytorch_model"
-    names = ["README.md", "config.json", "scheduler", f"{weights}.safetensors"]
+    names = [MARKER, "README.md", "config.json", "scheduler", f"{weights}.safetensors"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(names)
 
 

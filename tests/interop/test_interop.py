@@ -1,5 +1,7 @@
+import ast
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from jaxdistill import interop
 from jaxdistill.core.net import cast, make_net, paths
 from jaxdistill.core.sharding import make_mesh
 from jaxdistill.core.types import Refused
+from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.tables import LINEAR, Row
 from jaxdistill.models.bert import MaskedBert
 from jaxdistill.models.gemma import Gemma2
@@ -63,7 +66,8 @@ def test_round_trip_is_bit_exact(folder, params):
     assert net.config == CFG == interop.describe(folder)
     same(found, params)
     assert (folder / "README.md").read_text() == "# A student\n"
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [MARKER, *names]
 
 
 def test_round_trip_in_bfloat16_and_shards(tmp_path, params):
@@ -172,7 +176,7 @@ def test_refuses_truncated_and_pickled_weights(folder):
     file.unlink()
     refused("no model.safetensors and no model.safetensors.index.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused('pytorch_model.bin is pickled .* python -c "from transformers import LlamaForCausalLM', folder)
+    refused("pytorch_model.bin is pickled .* python -c 'from transformers import LlamaForCausalLM", folder)
 
 
 def test_load_into_refuses_another_network(folder):
@@ -281,3 +285,15 @@ def test_refuses_what_is_no_class(folder):
         refused("config.json: architectures is .*, expected the name of a class", folder)
     configure(folder, architectures=["LlamaForCausalLM"], _class_name=["X"])
     refused("config.json: _class_name is .*, expected the name of a class", folder)
+
+
+@pytest.mark.parametrize("name", ["a'b; rm -rf x", 'a"b`id`$(id)', "a b", "plain"])
+def test_a_folders_name_in_a_command_is_a_name(name, tmp_path):
+    """The line that converts pickles, as a shell splits it: three words, the third Python with the path in it."""
+    for family, file in ((interop.llama.FAMILY, "pytorch_model.bin"), (interop.edm.SONG, "net.pkl"), (interop.lpips.FAMILY, "vgg.pth")):
+        pickled = tmp_path / name / file
+        python, flag, code = shlex.split(interop._pickled(pickled, family).split("convert it with: ")[1])
+        assert (python, flag) == ("python", "-c")
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        inside = {str(pickled.parent), str(pickled.with_suffix(""))}
+        assert any(text.startswith(path) for text in texts for path in inside)

@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.safetensors import read_file, read_folder, read_json, whole_folder, write_folder
+from jaxdistill.interop.folder import whole_folder
+from jaxdistill.interop.safetensors import read_file, read_folder, read_json, write_folder
 
 RNG = np.random.default_rng(0)
 TENSORS = {
