@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,44 +50,75 @@ def parse_choice(text: str) -> Told:
 def parse_equation(text: str) -> Told:
     """ "R. The answer is (1 + 2)." -> ("R.", "(1 + 2)"); what follows a further "Q:" is cut off."""
     rationale, found, tail = text.split("Q:")[0].rstrip().partition("The answer is")
-    match = re.search(r"\(.*\)", tail)
-    return Told(rationale.rstrip(), match.group(0), True) if found and match else NOTHING
+    spans = ((line, line.find("("), line.rfind(")")) for line in tail.split("\n")) if found else ()
+    label = next((line[low : high + 1] for line, low, high in spans if 0 <= low < high), None)
+    return NOTHING if label is None else Told(rationale.rstrip(), label, True)
 
 
-def arithmetic(text: str) -> float | None:
-    """The value of numbers with + - * / and parentheses; None for anything else (division by 0 included)."""
-    tokens = re.findall(r"\d+\.?\d*|\.\d+|[-+*/()]|\S", text)
+RANK = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}  # how close an operator binds
 
-    def expression(level: int = 0) -> float:
-        signs = ("+-", "*/")[level] if level < 2 else ""
-        value = expression(level + 1) if level < 2 else atom()
-        while signs and tokens and tokens[0] in signs:
-            sign, right = tokens.pop(0), expression(level + 1)
-            value = {"+": value + right, "-": value - right, "*": value * right}[sign] if sign != "/" else value / right
-        return value
 
-    def atom() -> float:
-        token = tokens.pop(0)
-        if token == "-":
-            return -atom()
-        if token != "(":
-            return float(token)
-        value = expression()
-        if tokens.pop(0) != ")":
-            raise ValueError
-        return value
+def arithmetic(text: str) -> Fraction | None:
+    """The value of numbers with + - * / and parentheses, exactly; None for anything else (division by 0 included).
+
+    Time is linear in the number of tokens, whatever is nested in what.
+    """
+    values: list[tuple[int, int]] = []  # numerator and denominator, not reduced
+    waiting: list[str] = []  # operators and open parentheses
+    begins = True  # whether a number comes next
+
+    def settle(least: int) -> None:
+        """Applies what binds as close as `least` or closer."""
+        while waiting and RANK.get(waiting[-1], 0) >= least:
+            values.append(_apply(waiting.pop(), values))
 
     try:
-        value = expression()
-    except (ValueError, IndexError, ZeroDivisionError, RecursionError):
+        for token in re.findall(r"[0-9]+\.?[0-9]*|\.[0-9]+|\S", text):
+            if begins and token in "(-":
+                waiting.append({"-": "negative"}.get(token, token))
+            elif begins:
+                values.append(_ratio(token))
+                begins = False
+            elif token == ")":
+                settle(1)
+                waiting.pop()
+            else:
+                settle(RANK[token])
+                waiting.append(token)
+                begins = True
+        settle(1)
+        return Fraction(*values[0]) if not begins and not waiting else None
+    except (ValueError, LookupError, ZeroDivisionError):
         return None
-    return value if not tokens else None
+
+
+def _ratio(token: str) -> tuple[int, int]:
+    """A decimal number as numerator and denominator. Raises ValueError on anything else."""
+    _, _, decimals = token.partition(".")
+    return int(token.replace(".", "", 1)), 10 ** len(decimals)
+
+
+def _apply(sign: str, values: list[tuple[int, int]]) -> tuple[int, int]:
+    """Takes the operands off the end of `values`."""
+    c, d = values.pop()
+    if sign == "negative":
+        return -c, d
+    a, b = values.pop()
+    if sign in "+-":
+        return a * d + (c if sign == "+" else -c) * b, b * d
+    if sign == "*":
+        return a * c, b * d
+    if not c:
+        raise ZeroDivisionError
+    return a * d, b * c
 
 
 def same_value(a: str, b: str) -> bool:
-    """Whether two equations have the same value, to 1e-6; False where one has none."""
+    """Whether two equations have the same value: integers exactly, others to 1e-6; False where one has none."""
     x, y = arithmetic(a), arithmetic(b)
-    return x is not None and y is not None and abs(x - y) <= 1e-6 * max(1.0, abs(y))
+    if x is None or y is None:
+        return False
+    return x == y or (x.denominator * y.denominator > 1 and abs(x - y) <= Fraction(1, 10**6) * max(1, abs(y)))
 
 
 def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, str]]]:

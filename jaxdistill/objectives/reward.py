@@ -62,25 +62,28 @@ class Verified:
 
     With a `tokenizer` its arguments are texts, else lists of token ids. A sample on which it raises, crashes, returns no
     finite number or takes longer than `timeout` has failed: score 0, counted and logged, and training goes on. Raises
-    Refused where there is no such function.
+    Refused where there is no such function, or where its file cannot be imported within `start` seconds.
     """
 
     function: str = "objectives.verifiers:last_number"  # "package.file:function", below jaxdistill or anywhere
     tokenizer: str = "byte"  # byte | a folder | "": the function gets token ids
     timeout: float = 5.0  # seconds a sample
     workers: int = 4  # processes
+    start: float = verifiers.START  # seconds that the import of the function's file may take, tried before anything runs
 
     def __post_init__(self):
-        if self.timeout <= 0 or self.workers < 1:
-            raise Refused(f"reward: timeout={self.timeout}, workers={self.workers}: expected above 0 and at least 1")
+        if not 0 < self.timeout < np.inf or not 0 < self.start < np.inf or self.workers < 1:
+            fields = f"timeout={self.timeout}, start={self.start}, workers={self.workers}"
+            raise Refused(f"reward: {fields}: expected seconds above 0 and at least 1 worker")
         try:
-            verifiers.find(self.function)
-        except ValueError as error:
-            raise Refused(f"reward.function={self.function!r}: {error}; expected 'package.file:function'") from error
+            verifiers.check(self.function, self.start)
+        except Exception as error:  # whatever the file's import raises
+            said = " ".join(str(error).split())
+            raise Refused(f"reward.function={self.function!r}: {said}; expected 'package.file:function'") from error
 
     @functools.cached_property
     def pool(self) -> verifiers.Pool:
-        return verifiers.Pool(self.function, self.timeout, self.workers)
+        return verifiers.Pool(self.function, self.timeout, self.workers, self.start)
 
     @functools.cached_property
     def decode(self):

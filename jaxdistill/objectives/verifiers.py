@@ -6,25 +6,73 @@ raise, hang or crash: that costs its process, which is replaced, and its sample,
 
 from __future__ import annotations
 
+import collections
+import difflib
 import importlib
+import importlib.util
 import multiprocessing
 import queue
 import re
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 START = 60.0  # seconds that a child may take to import its verifier
+SHOWN = 200  # characters of what a verifier raises
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(
+    r"""
+    (?P<sign>(?<![\w.)\]}%])[-\u2212\u2013\uff0d\u2011])?+            # of "is -5", but not of "3-5", "(3)-5" or "x-5"
+    (?:\\?[$\u20ac\u00a3\u00a5\u20b9])?+
+    (?P<whole>
+        \d{1,3}(?:[,_'\u2019\u00a0\u2009\u202f]\d{3}){1,999}+(?!\d)   # 1,234,567
+        | \d{1,2}(?:,\d{2}(?=,)){1,99}+,\d{3}(?!\d)                   # 12,34,567, as in India
+        | \d++
+        | (?=(?<![\w.])\.\d)                                          # .5
+    )
+    (?:
+        /(?P<below>\d++)(?![/\d]|[.,]\d)                              # 1/2, but not 1/2/2024
+        | (?P<decimals>\.\d++)?+
+          (?:[eE](?P<power>[-+\u2212]?\d++)(?!\w)
+             | [ ]?(?:[x\u00d7*]|\\times|\\cdot)[ ]?10[ ]?(?:\^|\*\*)[ ]?\{?(?P<tens>[-\u2212]?\d++))?+
+    )
+    """,
+    re.VERBOSE,
+)
+FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*+)\}\{([^{}]*+)\}")  # of LaTeX
+
+
+def number(text: str) -> Decimal | Fraction | None:
+    """The last number of a text, exactly; None where there is none.
+
+    Signs of thousands go, signs of percent and of currencies count for nothing, 1/2 and LaTeX's \frac{1}{2} are a half, 1.5e3
+    and 1.5 x 10^3 are 1500. A minus belongs to what follows it unless a number or a word ends right before it: "3-5" ends in 5.
+    """
+    text = FRACTION.sub(r"\1/\2", text)
+    last = collections.deque(NUMBER.finditer(text), maxlen=1)
+    if not last:
+        return None
+    found = last[0]
+    sign, whole, below = "-" if found["sign"] else "", re.sub(r"\D", "", found["whole"]), found["below"]
+    power = (found["power"] or found["tens"] or "0").replace("\u2212", "-")
+    dated = text[found.start() - 1 : found.start()] == "/" and text[: found.start() - 1][-1:].isdigit()
+    try:
+        if below and dated:
+            return Decimal(below)
+        if below and int(below):
+            return Fraction(int(sign + whole), int(below))
+        return Decimal(below or f"{sign}{whole or 0}{found['decimals'] or ''}e{power}")
+    except (ArithmeticError, ValueError):  # more digits, or a larger exponent, than Python reads
+        return None
 
 
 def last_number(prompt: str, response: str, answer: str) -> float:
     """1 where the last number of the response equals the last one of the answer ("#### 1,234" of GSM8K), else 0."""
-    found, wanted = NUMBER.findall(response), NUMBER.findall(answer)
-    value = lambda text: float(text.replace(",", ""))
-    return float(bool(found) and value(found[-1]) == value(wanted[-1]))
+    found = number(response)
+    return float(found is not None and found == number(answer))
 
 
 def exact_text(prompt: str, response: str, answer: str) -> float:
@@ -34,24 +82,64 @@ def exact_text(prompt: str, response: str, answer: str) -> float:
 
 def find(name: str) -> Callable:
     """The function called "package.file:function", looked up below `jaxdistill` first. Raises ValueError."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        raise ValueError("no name of a function in a file")
     file, _, function = name.partition(":")
     for module in (f"jaxdistill.{file}", file):
         try:
-            found = getattr(importlib.import_module(module), function, None)
+            within = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name and (module == error.name or module.startswith(error.name + ".")):
                 continue
             raise
+        found = getattr(within, function, None)
         if callable(found):
             return found
-        raise ValueError(f"{module} has no function {function!r}")
+        names = [n for n, value in vars(within).items() if callable(value) and not n.startswith("_")]
+        near = difflib.get_close_matches(function, names, 1)
+        raise ValueError(f"{module} has no function {function!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     raise ValueError(f"no module {file!r}")
+
+
+def check(name: str, start: float = START) -> None:
+    """Raises ValueError where a child cannot import the function called `name` within `start` seconds.
+
+    It is asked once in a process; the library's own are looked up without a child.
+    """
+    file = name.partition(":")[0]
+    if name in _IMPORTED:
+        return
+    if _exists(f"jaxdistill.{file}") or not _exists(file.partition(".")[0]):
+        find(name)
+    else:
+        _Child(name, start).stop()
+    _IMPORTED.add(name)
+
+
+_IMPORTED: set[str] = set()
+
+
+def _exists(module: str) -> bool:
+    """Whether a module can be found; only the packages that it is in are imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _said(error: BaseException) -> str:
+    """An exception in one short line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:SHOWN]
 
 
 def _serve(name: str, pipe: Any) -> None:
     """A child's life: import, say so, then answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    call = find(name)
+    try:
+        call = find(name)
+    except BaseException as error:
+        pipe.send(str(error) if type(error) is ValueError else f"its import raises {_said(error)}")
+        return
     pipe.send(None)
     while True:
         try:
@@ -59,24 +147,32 @@ def _serve(name: str, pipe: Any) -> None:
         except EOFError:
             return
         try:
-            answer = float(call(*sample))
+            value = call(*sample)
+            sound = hasattr(value, "__float__")  # a text has none, even where it could be read as a number
+            answer = float(value) if sound else f"returned {value!r:.{SHOWN}}, no number"
         except BaseException as error:
-            answer = f"{type(error).__name__}: {error}"
+            answer = _said(error)
         pipe.send(answer)
 
 
 class _Child:
-    def __init__(self, name: str):
+    """A process that has imported a verifier. Raises ValueError where it cannot within `start` seconds."""
+
+    def __init__(self, name: str, start: float):
         context = multiprocessing.get_context("spawn")
         self.pipe, there = context.Pipe()
         self.process = context.Process(target=_serve, args=(name, there), daemon=True)
         self.process.start()
         there.close()
         try:
-            self.read(START)
-        except (TimeoutError, EOFError):
+            wrong = self.read(start)
+        except TimeoutError:
+            wrong = f"its import takes longer than {start:g} s"
+        except (EOFError, OSError):
+            wrong = "its import ends the process"
+        if wrong is not None:
             self.stop()
-            raise
+            raise ValueError(wrong)
 
     def read(self, timeout: float) -> float | str | None:
         """The child's next message. Raises TimeoutError, or EOFError where it died."""
@@ -93,23 +189,30 @@ class _Child:
 class Pool:
     """Up to `workers` child processes, started when first needed, that score samples with the verifier called `name`."""
 
-    def __init__(self, name: str, timeout: float, workers: int):
-        self.name, self.timeout, self.workers = name, timeout, workers
+    def __init__(self, name: str, timeout: float, workers: int, start: float = START):
+        self.name, self.timeout, self.workers, self.start = name, timeout, workers, start
+        self.broken = ""  # why no child could be started, in the present call
         self.idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         for _ in range(workers):
             self.idle.put(None)
 
     def score(self, samples: Sequence[tuple]) -> list[float | str]:
         """For each sample's arguments the verifier's value, or a line that says why there is none."""
+        self.broken = ""
         with ThreadPoolExecutor(self.workers) as threads:
             return list(threads.map(self._one, samples))
 
     def _one(self, sample: tuple) -> float | str:
         child = self.idle.get()
         try:
-            child = child or _Child(self.name)
+            if child is None and self.broken:  # a further start costs as long as the first
+                return self.broken
+            child = child or _Child(self.name, self.start)
             child.pipe.send(sample)
             return child.read(self.timeout)
+        except ValueError as error:
+            self.broken = str(error)
+            return self.broken
         except (TimeoutError, EOFError, OSError) as error:
             if child:
                 child.stop()

@@ -1,4 +1,7 @@
 import json
+import random
+import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -38,6 +41,7 @@ def test_prompt_ends_where_the_teacher_begins():
         (parse_equation, "R. The answer is (84 / 2).\n\nQ: There are 120", Told("R.", "(84 / 2)", True)),
         (parse_equation, "R. The answer is ((1 + 2) * (3)).", Told("R.", "((1 + 2) * (3))", True)),
         (parse_equation, "R. The answer is 42.", NOTHING),
+        (parse_equation, "R. The answer is ) 1 (\n(2) (3) .", Told("R.", "(2) (3)", True)),
         (parse_equation, "Q: The answer is (1).", NOTHING),
     ],
 )
@@ -50,12 +54,65 @@ def test_parsers(parse, text, expected):
     [
         ("( ( 17.0 + 15.0 ) + 2.0 )", 34), ("1 - 2 - 3", -4), ("8 / 4 / 2", 1), ("2 + 3 * 4", 14), ("(2 + 3) * -4", -20), (".5*4", 2),
         ("1 / 0", None), ("1 +", None), ("(1", None), ("1 2", None), ("__import__('os')", None), ("2 ** 3", None), ("", None),
-        ("(" * 5000 + "1", None),
+        ("(" * 5000 + "1", None), ("(" * 5000 + "1" + ")" * 5000, 1), ("-" * 5001 + "1", -1), ("(1))", None), (")", None), ("()", None),
+        ("1 - -(2 - 5)", -2), ("-2 * -3 / -4", Fraction(-3, 2)), ("1. / 3", Fraction(1, 3)), ("1.2.3", None), ("+1", None),
+        ("0.1 + 0.2", Fraction(3, 10)), ("1 / (1 / 3)", 3), ("(1) (2)", None), ("negative 1", None), ("1 negative", None),
     ],
 )  # fmt: skip
 def test_arithmetic(text, value):
     assert arithmetic(text) == value
     assert same_value(text, str(value)) == (value is not None)
+
+
+def test_arithmetic_is_that_of_python():
+    """Random equations against Python's own reader, in fractions."""
+    rng = random.Random(0)
+
+    def equation(depth):
+        if not depth or rng.random() < 0.2:
+            return rng.choice(["1", "2", "-3", "0.5", "7"])
+        parts = f"{equation(depth - 1)} {rng.choice('+-*/')} {equation(depth - 1)}"
+        return f"({parts})" if rng.random() < 0.4 else f"-({parts})" if rng.random() < 0.1 else parts
+
+    for _ in range(300):
+        text = equation(5)
+        try:
+            value = eval(re.sub(r"[0-9.]+", r"Fraction('\g<0>')", text))
+        except ZeroDivisionError:
+            value = None
+        assert arithmetic(text) == value, text
+
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("(" * LONG, None),
+        ("(" * (LONG // 2) + "1" + ")" * (LONG // 2), 1),
+        ("-(" * (LONG // 3) + "1" + ")" * (LONG // 3), -1),
+        ("1+" * (LONG // 2) + "1", LONG // 2 + 1),
+        ("1/3+" * (LONG // 4) + "1", Fraction(LONG // 4, 3) + 1),
+        ("9*" * (LONG // 2) + "0", 0),
+        ("1(" * (LONG // 2), None),
+        ("1" * LONG, None),  # more digits than Python reads
+        (" " * LONG + "5", 5),
+    ],
+)
+def test_long_equations_end(text, value):
+    """What takes minutes where time is the square of the length, or all frames of the interpreter where it calls itself."""
+    assert arithmetic(text) == value
+    told = parse_equation(f"R. The answer is {text}")
+    assert told.valid == ("(" in text and ")" in text)
+    parse_choice(f"R. So the answer is {text}")
+
+
+def test_integers_are_compared_exactly_and_others_nearly():
+    ones = "1" * 400
+    assert same_value(ones, ones) and not same_value(ones, ones[:-1] + "2") and not same_value(ones[:-1] + "2", ones)
+    assert not same_value("3000001", "3000000") and same_value("8 / 3", "2.6666667") and same_value("2.0", "2")
+    assert not same_value("8 / 3", "2.667")
 
 
 def write(path, rows):

@@ -1,4 +1,5 @@
 import os
+import sys
 import time
 
 import jax
@@ -40,29 +41,15 @@ def test_exact_and_share(row, mask, exact, share):
         assert not failed.any()
 
 
-@pytest.mark.parametrize(
-    ("response", "answer", "right"),
-    [
-        ("so it is 42.", "#### 42", 1),
-        ("7 then 1,234.50 dollars", "1234.5", 1),
-        ("42 is not 43", "42", 0),
-        ("minus -3", "-3", 1),
-        ("none", "0", 0),
-    ],
-)
-def test_last_number(response, answer, right):
-    assert verifiers.last_number("2 + 2", response, answer) == right
-
-
-def test_exact_text():
-    assert verifiers.exact_text("", " a  b\n", "a b") == 1 and verifiers.exact_text("", "ab", "a b") == 0
-
-
 def moody(prompt, response, answer):
     """Does what the response says."""
     time.sleep(30) if response == "hang" else None
     os._exit(1) if response == "die" else None
-    return {"one": 1, "half": 0.5, "nan": float("nan"), "bool": response == "bool", "prompt": prompt == "?"}[response]
+    if response == "big":
+        raise ValueError("two\nlines " * 1000)
+    return {"text": "0.5", "none": None, "one": 1, "half": 0.5, "nan": float("nan"), "bool": response == "bool", "prompt": prompt == "?"}[
+        response
+    ]
 
 
 def texts(*responses, width=8):
@@ -107,6 +94,17 @@ def test_a_verifier_that_raises_hangs_or_dies_fails_its_sample_only(here, monkey
     assert len(lines) == 2 and "test_reward:moody failed on 4 of 8 samples; the first: no answer in 3 s" in lines[0]
 
 
+def test_what_is_no_number_is_said_in_one_line(here, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    reward = here(timeout=60.0, workers=1)
+    for response, says in {"text": "returned '0.5', no number", "none": "returned None, no number", "nan": "returned nan",
+                           "big": "ValueError: two lines two lines", "die": "its process died"}.items():  # fmt: skip
+        np.testing.assert_array_equal(reward(texts("one", response)), [[1, 0], [0, 1]])
+        assert lines[-1].startswith(f"test_reward:moody failed on 1 of 2 samples; the first: {says}")
+        assert "\n" not in lines[-1] and len(lines[-1]) < 300
+
+
 def test_numbers_through_the_callback():
     reward = Verified(tokenizer="byte", workers=1, timeout=60.0)  # a hang is not what is tested here
     value, failed = jax.jit(reward)(texts("it's 5", "5 or 6", "five"))
@@ -139,5 +137,47 @@ def test_refusals():
         Verified(function="nowhere:f")
     with pytest.raises(Refused, match="has no function 'last_numer'"):
         Verified(function="objectives.verifiers:last_numer")
-    with pytest.raises(Refused, match="timeout=0"):
-        Verified(timeout=0)
+    for field in ({"timeout": 0}, {"timeout": float("nan")}, {"workers": 0}, {"start": 0.0}):
+        with pytest.raises(Refused, match="expected seconds above 0 and at least 1 worker"):
+            Verified(**field)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("import time\ntime.sleep(60)", "its import takes longer than 1 s"),
+        ("import os\nos._exit(0)", "its import ends the process"),
+        ("raise SystemExit(3)", "its import raises SystemExit: 3"),
+        ("import no_such_module", "its import raises ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def f(:", "its import raises SyntaxError"),
+        ("def judged(prompt, response, answer): pass", "has no function 'judge'; did you mean 'judged'"),
+        ("judge = 3", "has no function 'judge'"),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_refused_at_the_start(text, says, tmp_path, monkeypatch):
+    """Nothing of it runs in this process, which would hang or end with it."""
+    name = f"verifier_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Refused, match=f"reward.function='{name}:judge': .*{says}") as caught:
+        Verified(function=f"{name}:judge", start=1.0 if "sleep" in text else 60.0)
+    assert "\n" not in str(caught.value) and name not in sys.modules
+
+
+def test_an_import_that_hangs_later_costs_its_time_once(tmp_path, monkeypatch):
+    (tmp_path / "at_times.py").write_text("import pathlib, time\ntime.sleep(60 * pathlib.Path(__file__).with_name('hang').exists())\n"
+                                          "def judge(*_): return 1")  # fmt: skip
+    monkeypatch.syspath_prepend(tmp_path)
+    started = []
+    monkeypatch.setattr(verifiers, "_Child", lambda *a, made=verifiers._Child: started.append(a) or made(*a))
+    reward = Verified(function="at_times:judge", workers=1, timeout=60.0)
+    (tmp_path / "hang").touch()
+    pool = verifiers.Pool("at_times:judge", 60.0, 1, start=1.0)
+    assert pool.score([("", "", "")] * 5) == ["its import takes longer than 1 s"] * 5 and len(started) == 2  # one of them the check's
+    (tmp_path / "hang").unlink()
+    pool.start = 60.0
+    assert pool.score([("", "", "")] * 5) == [1.0] * 5 and len(started) == 3
+    Verified(function="at_times:judge", workers=2)
+    assert len(started) == 3  # what has been imported is not tried again
+    pool.close()
+    reward.pool.close()
