@@ -49,5 +49,9 @@ class ECT(DiscreteConsistency):
         t = self.times.draw(self.process, ctx.key("t"), n)
         return t, consistency.ect_time(t, ctx.step // self.stage_steps, self.q)
 
+    def clean(self, r):
+        """At r = 0 alone: above it the network is asked, below t_min too, where t may lie as well."""
+        return r <= 0
+
     def weight(self, t, r):
         return 1 / (t - r)
