@@ -27,7 +27,7 @@ class DiffInstruct(FewStep):
     # student_times: one entry, one step; more, the chain of a few-step student
     match_times: Uniform = Uniform(low=0.02, high=0.98)  # of the distribution-matching gradient
     fake_times: Uniform = Uniform()  # of the fake score's own loss
-    fake_target: str = "v"  # v | eps (Stable Diffusion) | x0 | edm (ImageNet)
+    fake_target: str = "v"  # v | flow | vp (Stable Diffusion 2.1) | eps (Stable Diffusion) | x0 | edm (ImageNet)
     fake_dropout: float = 0.0  # share of samples on which the fake score learns the null condition
     critic_steps: int = 1  # critic updates per student update
     guidance: float = 1.0  # classifier-free, of the real score
