@@ -12,12 +12,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
-from jaxdistill.methods.trajectory.consistency import CT, DiscreteConsistency
+from jaxdistill.methods.trajectory.consistency import DiscreteConsistency, GrowingGrid
 from jaxdistill.objectives import consistency
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ICT(CT):
+class ICT(GrowingGrid):
     """Intervals double in number from s0 to s1, and are drawn by the lognormal mass in them."""
 
     s0: int = 10
