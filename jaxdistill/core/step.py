@@ -106,7 +106,8 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
         counts[role] = counts[role] + 1
         metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
         if role in ema:
-            ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - emas[role].decay(counts[role]))
+            decay = turn.decay or emas[role].decay
+            ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - decay(counts[role]))
     state = state.replace(params=params, opt=opt, ema=ema, count=counts, memory=memory)
     if turn.after:
         state = state.replace(params={**params, **turn.after(bound(nets, state), state.step)})
@@ -141,10 +142,13 @@ def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mappi
     Metrics are `Means`: a dict of scalars named `role/name`, the means of this step, with the counts that they are over.
 
     The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is static, so that
-    every pattern is a program of its own.
+    every pattern is a program of its own. Raises Refused on an average in `emas` whose decay a turn gives.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}
+    for role in {role for turn in turns if turn.decay for role in turn.moves if role in emas}:
+        if emas[role] != Ema():
+            raise Refused(f"config.roles.{role}.ema={emas[role]}: {type(method).__name__} has a decay of its own; expected none here")
 
     def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Means]:
         rng, metrics, counts = jax.random.fold_in(rng, state.step), {}, {}

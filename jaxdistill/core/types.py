@@ -121,7 +121,8 @@ class Turn:
     `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs first, without
     gradient, on the whole batch, and returns the batch that `loss` will see (roll-outs, teacher trajectories).
     `after(weights, step)` follows the update: from every role's weights (under the names that losses know) it makes new
-    ones of some trained roles (couplings between networks, recordings), and returns these by role.
+    ones of some trained roles (couplings between networks, recordings), and returns these by role. `decay(k)`, where there
+    is one, is the weight of the old average at a role's update number k, from 1, in place of the config's.
     """
 
     moves: tuple[str, ...]
@@ -129,6 +130,7 @@ class Turn:
     when: Callable[[int], bool] = always
     gather: Callable[[Nets, Ctx], Batch] | None = None
     after: Callable[[Mapping[str, Params], Array], Mapping[str, Params]] | None = None
+    decay: Callable[[Array], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -93,6 +93,10 @@ class Process:
         """Unit Gaussian noise as a state at t_max."""
         return self.add_noise(jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype))
 
+    def starts(self, t: float) -> bool:
+        """Whether what `start` makes may be told to a network as a state at t: at any, where states are of one size at all times."""
+        return True
+
     def velocity(self, x0: Array, eps: Array, t: Array) -> Array:
         """dx_t/dt along a given pair."""
         _, _, da, ds = self.coefs(expand(t, x0))
@@ -183,6 +187,10 @@ class EDM(Process):
         """Eq. 5 of the paper with rho = 7: `steps` noise levels from sigma_max to sigma_min, then 0."""
         top, bottom = self.sigma_max ** (1 / 7), self.sigma_min ** (1 / 7)
         return jnp.append((top + jnp.arange(steps) / max(steps - 1, 1) * (bottom - top)) ** 7, 0.0)
+
+    def starts(self, t):
+        """A state's size is that of its noise: within a factor of 2 of sigma_max."""
+        return t >= self.sigma_max / 2
 
     def alpha_sigma(self, t):
         return jnp.ones_like(t), t

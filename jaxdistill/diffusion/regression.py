@@ -8,20 +8,24 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.diffusion.process import Pred, Process, expand
 
-TARGETS = ("v", "flow", "eps", "x0", "edm")
+TARGETS = ("v", "flow", "vp", "eps", "x0", "edm")
 
 
 def denoising_error(process: Process, pred: Pred, x0: Array, eps: Array, t: Array, target: str, sigma_data: float = 0.5) -> Array:
     """Squared error per sample [B], mean over dimensions.
 
-    v: velocity (flow matching); flow: eps - x0, the velocity of a straight path whatever the process's time; eps: DDPM;
-    x0: data; edm: x0 weighted with 1/sigma^2 + 1/sigma_data^2, sigma relative to alpha (EDM, arXiv:2206.00364; DMD2 on
-    ImageNet). Raises Refused on another target.
+    v: velocity dx_t/dt (flow matching); flow: eps - x0, the velocity of a straight path whatever the process's time; vp:
+    alpha eps - sigma x0, the "v" of variance preserving processes (progressive distillation, arXiv:2202.00512), there
+    SNR + 1 times the error of x0 and the error of a `VPVelocity` network's output; eps: DDPM; x0: data; edm: x0 weighted with
+    1/sigma^2 + 1/sigma_data^2, sigma relative to alpha (EDM, arXiv:2206.00364; DMD2 on ImageNet). Raises Refused on another target.
     """
     if target == "v":
         error = pred.v - process.velocity(x0, eps, t)
     elif target == "flow":
         error = (pred.eps - pred.x0) - (eps - x0)
+    elif target == "vp":
+        a, s = process.alpha_sigma(expand(t, x0))
+        error = a * (pred.eps - eps) - s * (pred.x0 - x0)
     elif target == "eps":
         error = pred.eps - eps
     elif target in ("x0", "edm"):

@@ -52,8 +52,11 @@ def ct_levels(k: Array, total: int, s0: int = 2, s1: int = 150) -> Array:
 
 
 def ct_decay(levels: Array, s0: int = 2, mu0: float = 0.9) -> Array:
-    """CT's decay of the target network at N(k) = `levels`: exp(s0 log(mu0) / N)."""
-    return jnp.exp(s0 * math.log(mu0) / levels)
+    """CT's decay mu(k) of the target network at N(k) = `levels`: exp(s0 log(mu0) / (N - 1)).
+
+    The released code divides by the number of intervals, where the paper's appendix C has N.
+    """
+    return jnp.exp(s0 * math.log(mu0) / (levels - 1))
 
 
 def ict_levels(k: Array, total: int, s0: int = 10, s1: int = 1280) -> Array:

@@ -23,12 +23,13 @@ class Preprocess:
 
     mean: tuple[float, ...] = (0.5,)  # of each channel, or of all
     std: tuple[float, ...] = (0.5,)
-    size: int = 0  # pixels a side, by bicubic interpolation (antialiased, as PIL's); 0: as they are
+    size: int = 0  # pixels a side, by interpolation (antialiased, as PIL's); 0: as they are
+    filter: str = "cubic"  # cubic | linear
 
     def __call__(self, image: Array) -> Array:
         """[B H W C] -> [B size size C] in the same dtype."""
         if self.size:
-            image = jax.image.resize(image, (len(image), self.size, self.size, image.shape[-1]), "cubic")
+            image = jax.image.resize(image, (len(image), self.size, self.size, image.shape[-1]), self.filter)
         mean, std = jnp.asarray(self.mean, image.dtype), jnp.asarray(self.std, image.dtype)
         return image * (0.5 / std) + (0.5 - mean) / std
 

@@ -80,7 +80,8 @@ def jump(net, noise: Array, times: Array, key: Array | None = None, *, style: st
     `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t. The `style` says what r is (UCGM,
     arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t (the flow's ODE). A share `fresh` of the
     variance of the next state's noise is drawn anew (1 is `renoise`), and from the third step on its x0 and noise go beyond
-    what is predicted by `extrapolate` times their change since the last step. Raises Refused on an unknown style.
+    what is predicted by `extrapolate` times their change since the last step; a state at 0 is a sample, and is as predicted.
+    Raises Refused on an unknown style.
     """
     aim = lookup(AIMS, style, "style")
 
@@ -91,7 +92,8 @@ def jump(net, noise: Array, times: Array, key: Array | None = None, *, style: st
         pred = net(x, t, r=aim(t, s))
         if not fresh and not extrapolate:
             return (x - expand(t - s, x) * pred.v, *last), None
-        x0, eps = (p + jnp.where(i > 1, extrapolate, 0.0) * (p - q) for p, q in zip((pred.x0, pred.eps), last))
+        beyond = expand(jnp.where((i > 1) & (s > 0), extrapolate, 0.0), x)
+        x0, eps = (p + beyond * (p - q) for p, q in zip((pred.x0, pred.eps), last))
         if fresh:
             anew = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
             eps = (1 - fresh) ** 0.5 * eps + fresh**0.5 * anew

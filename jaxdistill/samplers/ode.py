@@ -95,17 +95,21 @@ SOLVERS = {"euler": lambda process: euler, "heun": lambda process: heun, "ddim":
 
 
 @functools.partial(jax.named_call, name="solve")
-def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None) -> Array:
-    """`steps` steps of the solver called `name` (a key of SOLVERS) along the process's grid. Raises Refused on another name."""
-    return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, process.grid(steps), key)
+def solve(name: str, process: Process, denoise: Denoise, x: Array, steps: int, key=None, grid: Array | None = None) -> Array:
+    """`steps` steps of the solver called `name` (a key of SOLVERS) along the process's grid, or another one [steps + 1].
+
+    Raises Refused on another name.
+    """
+    return sample(lookup(SOLVERS, name, "solver")(process), denoise, x, process.grid(steps) if grid is None else grid, key)
 
 
-def chain_times(name: str, process: Process, steps: int) -> Array:
+def chain_times(name: str, process: Process, steps: int, grid: Array | None = None) -> Array:
     """The times [steps] at which a solver asks the network, where it only re-noises x0 with its own eps from one to the next:
-    "ddim", and on rectified flow "euler". Raises Refused on the others, and where the last state is not x0."""
+    "ddim", and on rectified flow "euler"; on the process's grid, or another one [steps + 1]. Raises Refused on the others,
+    and where the last state is not x0."""
     if name != "ddim" and (name != "euler" or process != Flow()):
         raise Refused(f"solver={name}: more than a chain of x0 at fixed times")
-    *times, last = process.grid(steps)
+    *times, last = process.grid(steps) if grid is None else grid
     if (level := float(process.alpha_sigma(last)[1])) > 1e-6:
         raise Refused(f"solver={name}: {type(process).__name__} ends with noise of level {level:.3g}, not at x0")
     return jnp.stack(times)

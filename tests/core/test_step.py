@@ -166,6 +166,30 @@ def test_average_follows_its_rule():
         np.testing.assert_allclose(jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnDecay(Counted):
+    """A method whose average has a decay of its own."""
+
+    @property
+    def turns(self):
+        return tuple(dataclasses.replace(turn, decay=lambda k: 1 / (3 + k)) for turn in super().turns)
+
+
+def test_a_turn_may_give_the_decay():
+    batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
+    path = [fit(OwnDecay(), {"student": NET}, batch, steps=steps)[0] for steps in range(4)]
+    average = jax.tree.leaves(path[0].params["student"])[0]
+    for k, state in enumerate(path[1:], 1):
+        average = average / (3 + k) + (2 + k) / (3 + k) * jax.tree.leaves(state.params["student"])[0]
+        np.testing.assert_allclose(jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7)
+
+
+def test_another_average_beside_it_is_refused():
+    batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
+    with pytest.raises(Refused, match=r"config\.roles\.student\.ema=.*OwnDecay has a decay of its own"):
+        fit(OwnDecay(), {"student": NET}, batch, emas={"student": Ema(rate=0.5)})
+
+
 def test_names_keep_draws_apart():
     ctx = Ctx({}, jax.random.key(0), jnp.int32(0), {})
     draw = lambda name: float(jax.random.normal(ctx.key(name)))

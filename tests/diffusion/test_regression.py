@@ -10,8 +10,8 @@ import pytest
 
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.diffusion.denoiser import Denoiser
-from jaxdistill.diffusion.process import EDM, Flow, Trig
+from jaxdistill.diffusion.denoiser import Denoiser, VPVelocity
+from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig
 from jaxdistill.diffusion.regression import denoising_error, interval_error, interval_targets
 from jaxdistill.models.mlp import MLP
 from jaxdistill.samplers import ode
@@ -48,6 +48,19 @@ def test_conditional_mean_is_the_velocity_in_every_bin(x64):
         error = target[inside] - velocity[inside]
         assert abs(error.mean()) < 5 * error.std() / inside.sum() ** 0.5, i
         assert 0.15 < np.mean(biased[inside] - velocity[inside]) < 0.35, i
+
+
+@pytest.mark.parametrize("process", [VP(), CosineVP(), DDPM()], ids=lambda p: type(p).__name__)
+def test_the_v_of_variance_preserving_processes(x64, process):
+    """alpha eps - sigma x0: what a network of this parameterisation puts out, and (SNR + 1) times the error of x0."""
+    x0, eps, raw, t = draw(6, 2), draw(6, 2, seed=1), draw(6, 2, seed=2), jnp.linspace(0.2, 0.9, 6)
+    net = Denoiser(param=VPVelocity(), native=process).wrap(lambda x, t, cond: raw, process)
+    pred = net(process.add_noise(x0, eps, t), t)
+    a, s = process.alpha_sigma(t[:, None])
+    got = denoising_error(process, pred, x0, eps, t, "vp")
+    np.testing.assert_allclose(got, jnp.mean((raw - (a * eps - s * x0)) ** 2, 1), rtol=1e-9)
+    snr = (a / s)[:, 0] ** 2
+    np.testing.assert_allclose(got, (snr + 1) * denoising_error(process, pred, x0, eps, t, "x0"), rtol=1e-9)
 
 
 @every

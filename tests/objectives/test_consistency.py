@@ -75,7 +75,7 @@ def test_ct_schedule():
     want = [math.ceil(math.sqrt(i / 1000 * (151**2 - 4) + 4) - 1) + 1 for i in np.asarray(k)]
     np.testing.assert_array_equal(levels, want)
     assert np.all(np.diff(levels) > 0)
-    np.testing.assert_allclose(cm.ct_decay(jnp.asarray([2, 151])), [0.9, 0.9 ** (2 / 151)], rtol=1e-6)
+    np.testing.assert_allclose(cm.ct_decay(jnp.asarray([2, 3, 151])), [0.81, 0.9, 0.9 ** (2 / 150)], rtol=1e-6)
 
 
 def test_ict_schedule_doubles_every_50k_of_400k():

@@ -33,6 +33,13 @@ def test_clips_processor(size):
     assert (np.abs(ours - theirs) * np.array(pixels.CLIP.std) * 255).max() <= 1.125 + 1e-3
 
 
+def test_linear_interpolation_is_pytorchs(x64):
+    torch = pytest.importorskip("torch", reason="compares with PyTorch (extra [torch])")
+    image = np.random.default_rng(0).standard_normal((2, 32, 32, 3))
+    want = torch.nn.functional.interpolate(torch.from_numpy(image).permute(0, 3, 1, 2), size=224, mode="bilinear").permute(0, 2, 3, 1)
+    np.testing.assert_allclose(pixels.Preprocess(size=224, filter="linear")(jnp.asarray(image)), want.numpy(), atol=1e-12)
+
+
 def test_sams_statistics():
     """Pixel values of 0..255 less (123.675, 116.28, 103.53) over (58.395, 57.12, 57.375), as the released code has them."""
     image = picture(64)

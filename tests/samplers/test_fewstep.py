@@ -173,6 +173,15 @@ def test_extrapolation_starts_at_the_third_step():
     assert jnp.abs(plain - x).max() > 1e-3
 
 
+@pytest.mark.parametrize("fresh", [0.0, 0.5])
+def test_the_sample_itself_is_not_extrapolated(fresh):
+    """The sampler's answer is the x0 predicted at its last state, as in UCGM's code, which returns what the network says there."""
+    noise, times, key = jnp.asarray([[0.5, -1.0]]), jnp.asarray([1.0, 0.7, 0.5, 0.2, 0.0]), jax.random.key(1)
+    settings = dict(style="few", fresh=fresh, extrapolate=0.3)
+    state = jump(pure, noise, times[:-1], key, **settings)
+    np.testing.assert_allclose(jump(pure, noise, times, key, **settings), pure(state, times[3:4], jnp.zeros(1)).x0, rtol=1e-12)
+
+
 def test_times_may_differ_between_samples():
     x, times = jnp.asarray([[1.3], [-0.2]]), jnp.asarray([[0.9, 0.7], [0.5, 0.6], [0.1, 0.0]])
     net = lambda x, t, r: Flow().from_v(average_velocity(x, r, t), x, t)

@@ -12,22 +12,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Turn
+from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Turn
 from jaxdistill.diffusion.denoiser import guided
-from jaxdistill.diffusion.process import EDM, Flow, Pred, Process
+from jaxdistill.diffusion.process import EDM, Pred, Process
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.methods._fewstep import FewStep
 from jaxdistill.objectives import score
-from jaxdistill.samplers.fewstep import first_times, renoise, simulate
+from jaxdistill.samplers.fewstep import simulate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffInstruct(Method):
-    process: Process = Flow()
-    student_times: tuple[float, ...] = (1.0,)  # one entry: one step; more: the chain of a few-step student
+class DiffInstruct(FewStep):
+    # student_times: one entry, one step; more, the chain of a few-step student
     match_times: Uniform = Uniform(low=0.02, high=0.98)  # of the distribution-matching gradient
     fake_times: Uniform = Uniform()  # of the fake score's own loss
-    fake_target: str = "v"  # v | eps (Stable Diffusion) | x0 | edm (ImageNet)
+    fake_target: str = "v"  # v | flow | vp (Stable Diffusion 2.1) | eps (Stable Diffusion) | x0 | edm (ImageNet)
     fake_dropout: float = 0.0  # share of samples on which the fake score learns the null condition
     critic_steps: int = 1  # critic updates per student update
     guidance: float = 1.0  # classifier-free, of the real score
@@ -99,12 +99,6 @@ class DiffInstruct(Method):
         loss = self.denoise(net, ctx, jax.lax.stop_gradient(self.generate(net, ctx)))
         return Out(loss, {"denoise": loss})
 
-    def sampling_times(self, steps: int) -> Array:
-        return first_times(self.student_times, steps)
-
-    def sample(self, net, noise, cond, key, steps):
-        return renoise(self.process, lambda x, t: net(x, t, cond), self.initial(noise), self.sampling_times(steps), key)
-
 
 class FromLevel:
     """Before a method of this family among a class's bases: a sample starts from noise of the level that the student is told.
@@ -115,6 +109,9 @@ class FromLevel:
     def initial(self, noise: Array) -> Array:
         level = self.process.alpha_sigma(jnp.asarray(self.student_times[0], noise.dtype))[1]
         return noise * level / self.process.start(jnp.ones((), noise.dtype))
+
+    def check_times(self) -> None:
+        """Any level will do."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

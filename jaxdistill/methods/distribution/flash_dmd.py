@@ -43,6 +43,7 @@ class FlashDMD(Normalised):
     frozen = ("teacher", "decoder", "features")
 
     def __post_init__(self):
+        super().__post_init__()
         self.check_steps("match_steps", len(self.student_times))
         self.check_steps("gan_steps", len(self.student_times))
 

@@ -34,7 +34,7 @@ class TSM(Method):
 
     process: Process = Flow()
     times: Uniform = LogNormalSNR()  # ln sigma ~ N(-1.2, 1.2^2), EDM's
-    target: str = "edm"  # what the error is weighted as: v | eps | x0 | edm
+    target: str = "edm"  # what the error is weighted as: v | flow | vp | eps | x0 | edm
 
     @property
     def turns(self) -> tuple[Turn, ...]:

@@ -56,6 +56,7 @@ class PhasedDMD(DiffInstruct):
     turns = property(lambda self: tuple(turn for k in self.plan.trained(self.phase) for turn in self.phase_turns(k)))
 
     def __post_init__(self):
+        super().__post_init__()
         lookup(dict.fromkeys(("normalised", "kl")), self.weight, "method.weight")
         self.plan.lengths(len(self.phase_steps), self.shares)
 

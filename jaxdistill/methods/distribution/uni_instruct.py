@@ -41,7 +41,7 @@ class UniInstruct(FromLevel, DMD2):
     disc_weight: float = 1.0  # in the critics' loss
     ratio_range: tuple[float, float] = (1e-3, 1e3)  # where r is clipped
     critic_only: int = 391  # steps before the student moves; the paper's 100k images of batch 256
-    reverse_until: int = 782  # step up to which the divergence is reverse KL's SIM term; the paper's 200k images
+    reverse_until: int = 782  # step up to which the student's loss is reverse KL's SIM term, without the GAN; the paper's 200k images
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -83,7 +83,8 @@ class UniInstruct(FromLevel, DMD2):
         matched = jnp.mean(self.expansion(net, ctx, x0, xt, t, real, fake, logits))
         omega = score.inverse_distance(x0, real.x0).reshape(-1)
         adversarial = omega * gan.non_saturating_generator(jnp.clip(logits, -10.0, 10.0))
-        loss = self.scale * matched + self.gan_weight * math.prod(x0.shape[1:]) * jnp.mean(adversarial)
+        gan_weight = jnp.where(ctx.step < self.reverse_until, 0.0, self.gan_weight * math.prod(x0.shape[1:]))
+        loss = self.scale * matched + gan_weight * jnp.mean(adversarial)
         return Out(loss, {"match": matched, "gan": jnp.mean(adversarial), "ratio": jnp.mean(self.ratio(logits))})
 
     def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
@@ -94,7 +95,8 @@ class UniInstruct(FromLevel, DMD2):
         t = noised(x0)[1]
         fake, real = (self.judge(net, *noised(x), ctx)[1] for x in (x0, ctx.batch["x"]))
         alpha, sigma = self.process.alpha_sigma(t)
-        adversarial = jnp.mean(weighting.edm(sigma / alpha) * 0.5 * gan.non_saturating_discriminator(real, fake))
+        entropy = 0.5 * jnp.mean(gan.non_saturating_discriminator(real, fake))  # of the batch, as the code's: it has no weights of its own
+        adversarial = jnp.mean(weighting.edm(sigma / alpha)) * entropy
         return Out(denoise + self.disc_weight * adversarial, {"denoise": denoise, "gan": adversarial})
 
 

@@ -12,12 +12,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
-from jaxdistill.methods.trajectory.consistency import CT, DiscreteConsistency
+from jaxdistill.methods.trajectory.consistency import DiscreteConsistency, GrowingGrid
 from jaxdistill.objectives import consistency
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ICT(CT):
+class ICT(GrowingGrid):
     """Intervals double in number from s0 to s1, and are drawn by the lognormal mass in them."""
 
     s0: int = 10
@@ -48,6 +48,10 @@ class ECT(DiscreteConsistency):
     def pair(self, ctx, n):
         t = self.times.draw(self.process, ctx.key("t"), n)
         return t, consistency.ect_time(t, ctx.step // self.stage_steps, self.q)
+
+    def clean(self, r):
+        """At r = 0 alone: above it the network is asked, below t_min too, where t may lie as well."""
+        return r <= 0
 
     def weight(self, t, r):
         return 1 / (t - r)

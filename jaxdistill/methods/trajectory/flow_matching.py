@@ -22,7 +22,7 @@ from jaxdistill.samplers import ode
 class FlowMatching(Method):
     process: Process = Flow()
     times: Uniform = LogitNormal()  # SD3's law; Uniform() is the first paper's
-    target: str = "v"  # v | eps | x0 | edm
+    target: str = "v"  # v | flow | vp (networks of VP processes that predict "v") | eps | x0 | edm
     label_dropout: float = 0.1  # share of samples trained on the null condition
     solver: str = "euler"  # euler | heun | ddim | dpmpp_2m: what `sample` integrates with
 

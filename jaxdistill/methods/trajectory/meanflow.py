@@ -108,7 +108,8 @@ class GuidedMeanFlow(MeanFlow):
     label_dropout: float = 0.1  # share of samples trained on the null condition, without guidance
 
     def velocity(self, net, ctx, xt, t, v):
-        keep = jax.random.uniform(ctx.key("drop"), t.shape) >= self.label_dropout
+        dropped = jnp.sum(jax.random.uniform(ctx.key("drop"), t.shape) < self.label_dropout)
+        keep = jnp.arange(len(t)) >= dropped  # the first rows, where r = t, as in the code
         cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
         at = lambda c: net.student(xt, t, c, r=t).v
         mixed = self.omega * v + (1 - self.omega - self.kappa) * at(null) + self.kappa * at(cond)

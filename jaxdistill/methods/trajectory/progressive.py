@@ -1,7 +1,8 @@
 """Progressive distillation (arXiv:2202.00512): a student takes in one DDIM step what its teacher takes in two.
 
 Each stage halves the number of steps, and its student is the next stage's teacher. The target is the x0 from which one
-DDIM step lands where the teacher's two do, so a perfect student reproduces its teacher exactly.
+DDIM step lands where the teacher's two do, so a perfect student reproduces its teacher exactly. All take their times from
+one grid, that on which the process samples in the first teacher's steps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Progressive(Method):
     student_steps: int = 1  # of the last student
     weight: str = "truncated_snr"  # truncated_snr: max(SNR, 1) | snr_plus_one
     guidance: float = 1.0  # of the first teacher
+    first_steps: int = 0  # of the first teacher; `stages` sets it. 0: teacher_steps
 
     def __post_init__(self):
         if self.student_steps < 1 or self.halvings < 1 or self.student_steps * 2**self.halvings != self.teacher_steps:
@@ -46,15 +48,25 @@ class Progressive(Method):
         """One for each halving, equally long."""
         counts = [self.student_steps * 2**i for i in reversed(range(self.halvings))]
         lengths = [(steps + i) // len(counts) for i in reversed(range(len(counts)))]
-        make = lambda i, n: dataclasses.replace(self, teacher_steps=2 * n, student_steps=n, guidance=1.0 if i else self.guidance)
+        later = lambda i: dict(guidance=1.0 if i else self.guidance, first_steps=self.first_steps or self.teacher_steps)
+        make = lambda i, n: dataclasses.replace(self, teacher_steps=2 * n, student_steps=n, **later(i))
         return tuple(Stage(make(i, n), lengths[i], surgery=promote if i else None) for i, n in enumerate(counts))
+
+    def grid(self, steps: int) -> Array:
+        """The times of a network of `steps` steps, [steps + 1] from t_max down: every so many of the first teacher's.
+
+        Raises Refused where its steps are no part of them.
+        """
+        whole = self.first_steps or self.teacher_steps
+        if steps < 1 or whole % steps:
+            raise Refused(f"steps={steps}: expected a divisor of the first teacher's {whole} steps, on whose grid all are trained")
+        return self.process.grid(whole)[:: whole // steps]
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         """Algorithm 2, for a student of `student_steps` and a teacher of twice as many."""
         x0, cond, null = ctx.batch["x"], ctx.batch.get("cond"), ctx.batch.get("null_cond")
-        low, size = self.process.t_min, (self.process.t_max - self.process.t_min) / self.student_steps
         index = jax.random.randint(ctx.key("t"), x0.shape[:1], 1, self.student_steps + 1)
-        t, middle, s = (low + size * (index - part) for part in (0.0, 0.5, 1.0))
+        t, middle, s = (self.grid(self.teacher_steps)[::-1][2 * index - half] for half in (0, 1, 2))
         eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
         xt = self.process.add_noise(x0, eps, t)
         teacher = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
@@ -68,10 +80,11 @@ class Progressive(Method):
         return Out(jnp.mean(lookup(WEIGHTS, self.weight, "weight")(a_t, s_t) * error))
 
     def sampling_times(self, steps: int) -> Array:
-        return ode.chain_times("ddim", self.process, steps)
+        return ode.chain_times("ddim", self.process, steps, self.grid(steps))
 
     def sample(self, net, noise, cond, key, steps):
-        return ode.solve("ddim", self.process, lambda x, t: net(x, t, cond), self.process.start(noise), steps, key)
+        denoise = lambda x, t: net(x, t, cond)
+        return ode.solve("ddim", self.process, denoise, self.process.start(noise), steps, key, self.grid(steps))
 
 
 def promote(nets, params, batch):

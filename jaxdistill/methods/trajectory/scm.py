@@ -13,17 +13,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Refused, Turn, lookup
+from jaxdistill.core.types import Array, Ctx, Nets, Out, Refused, Turn, lookup
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Trig, expand
 from jaxdistill.diffusion.tangent import DERIVATIVES
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
+from jaxdistill.methods._fewstep import FewStep
 from jaxdistill.objectives import consistency
-from jaxdistill.samplers.fewstep import first_times, renoise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SCT(Method):
+class SCT(FewStep):
     """Consistency training: dx/dt is the velocity of the sample's own path. No teacher."""
 
     process: Trig = Trig(sigma_data=0.5)
@@ -37,6 +37,7 @@ class SCT(Method):
     frozen = ()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.tangent_warmup < 1:
             raise Refused(f"method.tangent_warmup={self.tangent_warmup}: expected a positive integer")
 
@@ -67,12 +68,6 @@ class SCT(Method):
         prior = 1 / (sd * jnp.tan(t))
         w = net.weight(t)
         return Out(jnp.mean(jnp.exp(w) * prior * error - w), {"tangent": jnp.mean(error)})  # eq. 8
-
-    def sampling_times(self, steps: int) -> Array:
-        return first_times(self.student_times, steps)
-
-    def sample(self, net, noise, cond, key, steps):
-        return renoise(self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -222,6 +222,57 @@ def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
     np.testing.assert_allclose(out.loss, want, rtol=1e-9)  # equal scores: nothing but the GAN
 
 
+def adversarial_networks():
+    map_ = lambda x: jnp.stack([x.sum(1), 2 - x.sum(1) ** 2], 1)
+    return SimpleNamespace(
+        student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
+        teacher=lambda x, t, cond=None: EDM().from_x0(0.5 * x, x, t),
+        fake=lambda x, t, cond=None, features=(): EDM().from_x0(0.7 * x, x, t, feats=(x,)),
+        disc=lambda feats, t, cond: map_(feats[0]),
+    )
+
+
+def test_the_students_gan_waits_for_the_divergence(x64, context):
+    """Between `critic_only` and `reverse_until` the student's loss is 100 L_SIM alone; from there on the GAN's term is added."""
+    net, x = adversarial_networks(), jax.random.normal(jax.random.key(3), (6, 4))
+    at = lambda step, **kw: UniInstruct(divergence="reverse_kl", critic_only=2, reverse_until=5, **kw).student_loss(
+        net, context(x, step=step, xt=x, t=jnp.ones(6))
+    )
+    for step in (2, 4):
+        np.testing.assert_array_equal(at(step).loss, at(step, gan_weight=0.0).loss)
+        np.testing.assert_array_equal(at(step).loss, 100 * at(step).metrics["match"])
+    out = at(5)
+    np.testing.assert_allclose(out.loss, 100 * out.metrics["match"] + 0.01 * 4 * out.metrics["gan"], rtol=1e-12)
+    assert abs(out.loss - at(4).loss) > 1e-3
+
+
+def test_the_discriminators_loss_is_that_of_the_code(x64, context):
+    """The mean of lambda times half the batch's cross-entropies, the mean over logits of the batch; lambda = (s^2 + .25) / (.5 s)^2.
+    Its gradient is far from that of the mean of products."""
+    net, n = adversarial_networks(), 64
+    method, keys = UniInstruct(), jax.random.split(jax.random.key(4), 2)
+    z, x = (jax.random.normal(key, (n, 4)) for key in keys)
+    ctx = context(x, xt=2.5 * z, t=jnp.full(n, 2.5))
+    x0 = 2.5 * z
+    sigma = np.exp(-1.2 + 1.2 * np.asarray(jax.random.normal(ctx.key("fake_t"), (n,))))
+    noise = sigma[:, None] * np.asarray(jax.random.normal(ctx.key("fake_eps"), (n, 4)))
+    weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+
+    def ours(w):
+        head = net.disc
+        moved = SimpleNamespace(**{**vars(net), "disc": lambda *args: w * head(*args)})
+        return method.critic_loss(moved, ctx).metrics["gan"]
+
+    def code(w, each=lambda lam, entropy: jnp.mean(lam) * jnp.mean(entropy)):
+        real, fake = (w * net.disc((a + noise,), None, None) for a in (x, x0))
+        return each(weight[:, None], (jnp.logaddexp(0, -real) + jnp.logaddexp(0, fake)) / 2)
+
+    np.testing.assert_allclose(ours(1.3), code(1.3), rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(ours)(1.3), jax.grad(code)(1.3), rtol=1e-9)
+    other = jax.grad(code)(1.3, lambda lam, entropy: jnp.mean(lam * entropy))
+    assert abs(other / jax.grad(ours)(1.3) - 1) > 0.1
+
+
 def test_discriminator_settles_at_the_log_ratio(x64, context):
     """At logit = log q - log p the critics' loss has no slope but sampling noise, with the EDM weight on every noise level."""
     n, method = 40_000, UniInstruct(fake_times=LogNormalSNR(mean=0.0, std=0.5))

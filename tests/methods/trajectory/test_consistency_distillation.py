@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.core import build
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import EDM, Flow, Trig, expand
+from jaxdistill.methods.trajectory._metrics import PerceptualConsistency, PerceptualCT, SquaredConsistency, SquaredCT
 from jaxdistill.methods.trajectory.consistency import CT, Consistency
 from jaxdistill.objectives.consistency import noise_levels, pseudo_huber
+from jaxdistill.objectives.pixels import Preprocess
 
 W = np.array([0.3, -0.7, 0.2])
 
@@ -100,6 +103,16 @@ def test_the_grid_of_training_grows(x64, context):
     assert len(set(late_t.tolist())) == 30 and late_t.max() == 1.0 and late_r.min() == 0.0
 
 
+def test_the_targets_average_follows_the_grid():
+    """mu(k) = exp(s0 log(mu0) / (N(k) - 1)), N(k) the levels that update k is made on; the engine's average decays by it."""
+    method, k = CT(total=400, s0=2, s1=150, mu0=0.9), np.arange(0, 401, 20)
+    levels = [math.ceil(math.sqrt(i / 400 * (151**2 - 4) + 4) - 1) + 1 for i in k]
+    got = [float(method.turns[0].decay(jnp.asarray(i + 1))) for i in k]  # the first update is made at k = 0
+    np.testing.assert_allclose(got, [math.exp(2 * math.log(0.9) / (n - 1)) for n in levels], rtol=1e-6)
+    assert got[0] == pytest.approx(0.81) and got[-1] == pytest.approx(0.9 ** (2 / 150))
+    assert CT(mu0=0.0).turns[0].decay is None
+
+
 @pytest.mark.parametrize("process", [Flow(), Trig()], ids=str)
 def test_velocity_networks_satisfy_the_boundary(x64, process):
     x = jnp.array([[1.3, -0.2], [0.4, 2.0]])
@@ -137,6 +150,45 @@ def test_sampling_the_exact_function(gaussian, steps):
     assert abs(x.std() - 0.4) < 5 * 0.4 / math.sqrt(4 * n)
 
 
+@pytest.mark.parametrize("squared, host", [(SquaredConsistency, Consistency), (SquaredCT, CT)], ids=["CD", "CT"])
+def test_squared_error(x64, gaussian, context, squared, host):
+    """mean |f(x_t, t) - sg f(x_r, r)|^2 over dimensions; of the norm that `huber=0` is, sample by sample the square / dimension."""
+    g, ctx = gaussian(), context(gaussian().draw(16), step=3)
+    nets = SimpleNamespace(student=network(W), ema_student=network(2 * W), teacher=g.denoise)
+    norms = []
+
+    class Norm(host):
+        def weight(self, t, r):
+            return norms.append(None) or jnp.ones_like(t)
+
+        def distance(self, net, made, held):
+            norms.append(super().distance(net, made, held))
+            return norms[-1]
+
+    Norm(huber=0.0).loss(nets, ctx)
+    np.testing.assert_allclose(squared().loss(nets, ctx).loss, jnp.mean(norms[0] ** 2 / 2), rtol=1e-12)
+    with pytest.raises(Refused, match="has no field 'huber'"):
+        build.spec(f"methods.trajectory._metrics:{squared.__name__}", huber=0.1)
+
+
+@pytest.mark.parametrize("make", [PerceptualConsistency, PerceptualCT], ids=["CD", "CT"])
+def test_a_frozen_network_is_the_distance(x64, gaussian, context, make):
+    """The role `perceptual` sees both sides preprocessed; the gradient goes to the student's alone."""
+    g, ctx = gaussian(), context(gaussian().draw(16), step=3)
+    perceptual = lambda a, b: jnp.sum(jnp.sin(a) * a - b**3, -1)
+    method = make(preprocess=Preprocess(std=(0.25,)))
+    assert method.frozen[-1] == "perceptual" and method.frozen[:-1] == make.__mro__[2].frozen
+    pairs = []
+    nets = lambda w, p=perceptual: SimpleNamespace(student=network(w), ema_student=network(2 * W), teacher=g.denoise, perceptual=p)
+    method.loss(nets(W, lambda a, b: pairs.append((a, b)) or perceptual(a, b)), ctx)
+    loss = lambda w: method.loss(nets(w), ctx).loss
+    np.testing.assert_allclose(loss(W), jnp.mean(perceptual(*pairs[0])), rtol=1e-13)
+    (t, _), eps = method.pair(ctx, 16), jax.random.normal(ctx.key("eps"), (16, 2))
+    xt = Flow().add_noise(ctx.batch["x"], eps, t)
+    want = lambda w: jnp.mean(perceptual(2 * network(w)(xt, t).x0, pairs[0][1]))
+    np.testing.assert_allclose(jax.grad(loss)(W), jax.grad(want)(W), rtol=1e-12)
+
+
 def test_refusals(gaussian, context):
     g = gaussian()
     with pytest.raises(Refused, match="steps=2: expected 1 to 1"):
@@ -146,6 +198,6 @@ def test_refusals(gaussian, context):
         Consistency(solver="huen").loss(net, context(jnp.zeros((4, 2))))
 
 
-@pytest.mark.parametrize("method", [Consistency(), CT(total=10)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [Consistency(), CT(total=10), SquaredCT(total=10)], ids=lambda m: type(m).__name__)
 def test_three_steps(three_steps, method):
     three_steps(method)

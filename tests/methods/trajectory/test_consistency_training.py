@@ -75,6 +75,29 @@ def test_tuning_on_edm_is_finite_at_the_data(context):
     assert np.isfinite(out.loss)
 
 
+def test_below_edms_times_tuning_asks_the_network(x64, gaussian, context):
+    """Data is the target where r is 0. At 0 < r <= t_min it is f(x_r, r), as in the released code."""
+
+    class Pairs(ECT):
+        def pair(self, ctx, n):
+            return jnp.full(n, 0.5), jnp.asarray([0.0, 1e-4, 0.002, 0.1])
+
+    seen = []
+
+    def student(x, t, cond=None):
+        seen.append(t)
+        return EDM().from_x0(0.9 * x + jnp.sin(t)[:, None], x, t)
+
+    ctx, r = context(gaussian().draw(4)), jnp.asarray([0.0, 1e-4, 0.002, 0.1])
+    loss = Pairs(process=EDM(), huber=0.0).loss(SimpleNamespace(student=student), ctx).loss
+    x0, eps = ctx.batch["x"], jax.random.normal(ctx.key("eps"), (4, 2))
+    f = lambda t: 0.9 * (x0 + t[:, None] * eps) + jnp.sin(t)[:, None]
+    held = jnp.where((r > 0)[:, None], f(r), x0)
+    want = jnp.mean(jnp.sqrt(jnp.sum((f(jnp.full(4, 0.5)) - held) ** 2, 1)) / (0.5 - r))
+    np.testing.assert_allclose(loss, want, rtol=1e-12)
+    np.testing.assert_array_equal(seen[0], [0.002, 1e-4, 0.002, 0.1])
+
+
 @pytest.mark.parametrize("method", [ICT(total=100, s0=2, s1=8), ECT(stage_steps=1)], ids=lambda m: type(m).__name__)
 def test_three_steps(three_steps, method):
     three_steps(method)

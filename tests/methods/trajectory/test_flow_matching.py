@@ -12,7 +12,7 @@ from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 
 
-@pytest.mark.parametrize("process, target", [(Flow(), "v"), (Flow(), "x0"), (VP(), "eps"), (EDM(), "edm")])
+@pytest.mark.parametrize("process, target", [(Flow(), "v"), (Flow(), "x0"), (VP(), "eps"), (VP(), "vp"), (EDM(), "edm")])
 def test_the_exact_denoiser_is_stationary(x64, gaussian, context, process, target):
     """d loss / d(scale, shift) of a denoiser x0 -> scale x0 + shift is 0 at the posterior mean, up to sampling noise."""
     g = gaussian(process)

@@ -133,6 +133,23 @@ def test_guided_velocity(x64, gaussian, context):
     assert grad(0.5) == 0.0
 
 
+def test_dropped_labels_fall_on_the_first_rows(x64, context):
+    """As in the released code: of n rows the first k lose their label, k the number of n draws below the share; there r = t."""
+    n, method = 64, GuidedMeanFlow(label_dropout=0.3, flow_share=0.75)
+    net = SimpleNamespace(student=jax.tree_util.Partial(labelled, 0.5))
+    counts = []
+    for seed in range(40):
+        ctx = context(jnp.ones((n, 2)), seed=seed, cond=jnp.full(n, 3), null_cond=jnp.full(n, 9))
+        t, r = method.interval(ctx, n)
+        v, cond = method.velocity(net, ctx, ctx.batch["x"], t, jnp.zeros((n, 2)))
+        k = int((cond == 9).sum())
+        np.testing.assert_array_equal(cond, np.where(np.arange(n) < k, 9, 3))
+        assert k <= 48 and (t == r)[:k].all()
+        assert (v[:k] == 0).all() and (v[k:] != 0).all()  # without guidance where the label is dropped
+        counts.append(k)
+    assert abs(np.mean(counts) - 0.3 * n) < 5 * (0.21 * n / 40) ** 0.5 and len(set(counts)) > 5
+
+
 def test_guidance_of_scale_one_is_the_plain_method(gaussian, context):
     """omega 1, kappa 0 and no dropout: the same draws, the same loss."""
     ctx = context(jnp.asarray(gaussian().draw(16), jnp.float32), cond=jnp.arange(16) % 3, null_cond=jnp.full(16, 3))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.diffusion.process import VP, CosineVP, Flow, Trig, expand
+from jaxdistill.diffusion.process import EDM, VP, CosineVP, Flow, Trig, expand
 from jaxdistill.methods.trajectory.progressive import Progressive, promote
 from jaxdistill.samplers import ode
 
@@ -43,6 +43,49 @@ def test_the_target_makes_two_steps_in_one(x64, gaussian, context, process):
     many = ode.solve("ddim", process, g.denoise, process.start(noise), 2 * n)
     np.testing.assert_allclose(few, many, atol=1e-11)
     assert abs(ode.solve("ddim", process, g.denoise, process.start(noise), n) - many).max() > 1e-4
+
+
+@pytest.mark.parametrize("process", [Flow(), EDM()], ids=lambda p: type(p).__name__)
+def test_students_are_trained_at_the_times_that_they_sample_at(x64, gaussian, context, process):
+    """Every stage asks its student where its own sampler does, and its teacher where that one's does; the first teacher is the
+    process's sampler of so many steps."""
+    g, first = gaussian(process), Progressive(process=process, teacher_steps=8)
+    before = process.grid(8)
+    for stage in first.stages(3):
+        method, n = stage.method, stage.method.student_steps
+        seen = {"student": set(), "teacher": set()}
+
+        def asked(role):
+            return lambda x, t, cond=None: (seen[role].update(np.asarray(t).tolist()), g.denoise(x, t))[1]
+
+        method.loss(SimpleNamespace(student=asked("student"), teacher=asked("teacher")), context(g.draw(64)))
+        np.testing.assert_allclose(sorted(seen["teacher"], reverse=True), before[:-1], rtol=1e-12)
+        before = method.grid(n)
+        np.testing.assert_allclose(sorted(seen["student"], reverse=True), before[:-1], rtol=1e-12)
+        np.testing.assert_array_equal(before, first.grid(n))  # the whole method's sampler
+
+
+def test_on_edms_levels_two_steps_are_made_in_one(x64, gaussian, context):
+    """As above on a grid that is not even: a student equal to the target has no loss, and ends where the teacher's sampler does."""
+    g, n, process = gaussian(EDM()), 4, EDM()
+    method, times = Progressive(process=process, teacher_steps=2 * n, student_steps=n), EDM().grid(2 * n)
+
+    def student(x, t, cond=None):
+        at = jnp.argmin(jnp.abs(times[:, None] - t), axis=0)
+        middle = ode.advance("ddim", process, g.denoise, x, t, times[at + 1])
+        end = ode.advance("ddim", process, g.denoise, middle, times[at + 1], times[at + 2])
+        ratio = expand(times[at + 2] / t, x)
+        return process.from_x0((end - ratio * x) / (1 - ratio), x, t)
+
+    assert method.loss(SimpleNamespace(student=student, teacher=g.denoise), context(g.draw(64))).loss < 1e-18
+    noise = jax.random.normal(jax.random.key(0), (8, 2))
+    many = ode.solve("ddim", process, g.denoise, process.start(noise), 2 * n)
+    np.testing.assert_allclose(method.sample(student, noise, None, jax.random.key(1), n), many, atol=1e-11)
+
+
+def test_steps_that_are_no_part_of_the_grid_are_refused():
+    with pytest.raises(Refused, match="steps=3: expected a divisor of the first teacher's 8"):
+        Progressive(teacher_steps=8).sampling_times(3)
 
 
 def test_in_flow_the_target_is_the_mean_velocity(x64, gaussian):
