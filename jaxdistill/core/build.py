@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -121,6 +122,29 @@ def build(config: Mapping[str, Any], where: str = "") -> Any:
         raise Refused(f"{where or 'spec'} is {found}: expected a group with the name of a class")
     made = {k: _object(v, _below(where, k)) for k, v in config.items() if k != "name"}
     return _construct(config["name"], made, where)
+
+
+def completed(config: Any) -> Any:
+    """Plain config data with the fields that its classes have gained since it was written, at their defaults.
+
+    A class that is not there any more is left as it is.
+    """
+    if not isinstance(config, Mapping):
+        return config
+    given = {key: completed(value) for key, value in config.items()}
+    if not isinstance(given.get("name"), str):
+        return given
+    try:
+        cls = resolve(given["name"])
+    except Refused:
+        return given
+    fresh = {f.name: f.default for f in dataclasses.fields(cls) if f.init and f.name not in given}
+    known = {name: value for name, value in fresh.items() if value is not dataclasses.MISSING}
+    return {**given, **{name: _jsonable(_plain(value)) for name, value in known.items()}}
+
+
+def _jsonable(value: Any) -> Any:
+    return json.loads(ConfigDict({"value": value}).to_json())["value"]
 
 
 def _is_spec(value: Any) -> bool:

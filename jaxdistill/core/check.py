@@ -71,9 +71,8 @@ def _check_optimizer(experiment: Experiment, role: str) -> None:
 def _check_data(experiment: Experiment) -> None:
     where = f"{experiment.where}.data"
     try:
-        if hasattr(experiment.data, "check"):
-            experiment.data.check()
-        experiment.data.spec()
+        experiment.data.check(test=experiment.evaluation is not None)
+        experiment.data.check_method(experiment.method)
     except Refused as error:
         raise located(where, error) from error
     except MISFITS as error:
@@ -96,7 +95,9 @@ def _check_labels(experiment: Experiment) -> None:
                 f"{experiment.where}.roles.{role}.model.classes={size}: {experiment.where}.roles.{first} "
                 f"has {sizes[first]}, expected one number of classes for all networks"
             )
-    count = _labels(experiment.data.first())
+    count = experiment.data.label_count
+    if count is None:
+        count = _labels(experiment.data.one_sample())
     for role, size in sizes.items():
         if count is not None and count > size:
             raise Refused(
@@ -106,7 +107,7 @@ def _check_labels(experiment: Experiment) -> None:
 
 
 def _labels(first: dict) -> int | None:
-    """The number of labels that a data set says it has; None where its conditions are none."""
+    """The label that a sample has for none, beyond all others; None where its conditions are no labels."""
     null = first.get("null_cond")
     if isinstance(null, dict) or null is None or np.ndim(null):
         return None
@@ -115,12 +116,11 @@ def _labels(first: dict) -> int | None:
 
 def _check_vocabularies(experiment: Experiment) -> None:
     """No token of the data is beyond a network's table."""
-    size = getattr(experiment.data, "vocab_size", None)
-    if size is None:
-        return
+    data = experiment.data
     for role, net in experiment.nets.items():
         table = getattr(net.config, "vocab", None)
-        if table is not None and role == "student" and table < size:
+        size = data.vocab_size if role == "student" else data.teacher_vocab_size
+        if table is not None and size is not None and table < size:
             raise Refused(
                 f"{experiment.where}.data has {size} tokens, {experiment.where}.roles.{role}: "
                 f"a vocabulary of {table}, expected at least {size}"

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def _run(experiment: Experiment, stop: threading.Event, progress: bool, known: d
         _done(experiment)
         known.update(_finished(experiment) | known)
         return report.read(workdir)
-    with alone(workdir):
+    with alone(workdir), _claimed(workdir):
         write_json(workdir / "config.json", config.to_dict())
         before = metrics.read(workdir / "metrics.jsonl", clock=True)[-1:]
         started = time.time() - sum(record["seconds"] for record in before)  # of the processes that this one goes on from
@@ -87,6 +87,19 @@ def _run(experiment: Experiment, stop: threading.Event, progress: bool, known: d
             result = report.write(trained, reports, seconds=time.time() - started)
     known[own] = workdir
     return result
+
+
+@contextlib.contextmanager
+def _claimed(workdir: Path) -> Iterator[None]:
+    """Takes the config away again where the run is refused before it has made anything: a corrected one may follow."""
+    fresh = not (workdir / "config.json").exists()
+    try:
+        yield
+    except Refused:
+        made = [*(workdir / "checkpoints").glob("*"), *(workdir / "stages").glob("*"), *workdir.glob("metrics.jsonl")]
+        if fresh and not made and jax.process_index() == 0:
+            (workdir / "config.json").unlink(missing_ok=True)
+        raise
 
 
 def identity(config: ConfigDict) -> str:

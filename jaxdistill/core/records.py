@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import Run
+from jaxdistill.core.build import Run, completed
 from jaxdistill.core.types import Refused
 
 FREE = (
@@ -170,8 +170,8 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def difference(there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
     """Where two configs (as JSON) are of different runs: the first such key and both values, as a part of a sentence; "" where
-    nowhere. Keys of the top level in `free` may differ."""
-    there, here = flat(there), flat(here)
+    nowhere. Keys of the top level in `free` may differ, and fields that a class has gained since are at their defaults."""
+    there, here = flat(completed(there)), flat(completed(here))
     changed = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k) and k.split(".")[0] not in free]
     if not changed:
         return ""

@@ -91,14 +91,14 @@ class Dataset:
         """Every sample of "train" or "test", without batch axis, in an order that stays. Raises Refused where there is no last one."""
         raise Refused(f"data: {type(self).__name__} makes samples without end, so that their number has to be given")
 
-    def first(self) -> dict[str, np.ndarray]:
+    def one_sample(self) -> dict[str, np.ndarray]:
         """One training sample, without batch axis."""
         return jax.tree.map(lambda v: v[0], self.batch(0, slice(0, 1)))
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global batch."""
         shape = lambda v: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype)
-        return jax.tree.map(shape, self.first())
+        return jax.tree.map(shape, self.one_sample())
 
     def steer(self, hints: Mapping[str, Any]) -> Dataset:
         """This data set with the fields that a controller asks for."""
@@ -203,7 +203,7 @@ class Records(Dataset):
     def examples(self, split):
         return Derived(self._opened(split), self.example)
 
-    def first(self):
+    def one_sample(self):
         return self.example(self._opened("train")[0])
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few

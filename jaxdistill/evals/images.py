@@ -28,14 +28,14 @@ class ImageEval(SampleEval):
 
     def check(self, data):
         super().check(data)
-        if (shape := np.shape(data.first()["x"])) and len(shape) != 3:
+        if (shape := np.shape(data.one_sample()["x"])) and len(shape) != 3:
             raise Refused(f"evaluation: ImageEval needs pictures [height width channels], the data has {list(shape)}")
         if self.features.endswith(".safetensors"):
             if not Path(self.features).is_file():
                 raise Refused(f"evaluation.features={self.features!r}: no such file")
         elif self.features not in ("classifier", "pixels"):
             raise Refused(f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file")
-        elif self.features == "classifier" and np.ndim(data.first().get("cond", ())) != 0:
+        elif self.features == "classifier" and np.ndim(data.one_sample().get("cond", ())) != 0:
             raise Refused("evaluation.features='classifier' needs labels `cond`, the data has none; expected pixels or a file")
 
     def score(self, x, real, data):

@@ -114,7 +114,7 @@ class LabelledPointEval(PointEval):
 
     def check(self, data):
         super().check(data)
-        if "cond" not in data.first():
+        if "cond" not in data.one_sample():
             raise Refused("evaluation: LabelledPointEval needs labels `cond`, the data has none")
 
     def score(self, x, real, data):

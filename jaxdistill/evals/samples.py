@@ -35,8 +35,8 @@ class SampleEval(Evaluation):
 
     def check(self, data):
         super().check(data)
-        if "x" not in data.first():
-            raise Refused(f"evaluation: {type(self).__name__} needs samples `x`, the data has {', '.join(data.first())}")
+        if "x" not in data.one_sample():
+            raise Refused(f"evaluation: {type(self).__name__} needs samples `x`, the data has {', '.join(data.one_sample())}")
 
     def table(self, roles, data):
         metrics = (*self.metrics, "samples_per_second")

@@ -44,8 +44,8 @@ class TextEval(Evaluation):
 
     def check(self, data):
         super().check(data)
-        if "tokens" not in data.first():
-            raise Refused(f"evaluation: {type(self).__name__} needs `tokens`, the data has {', '.join(data.first())}")
+        if "tokens" not in data.one_sample():
+            raise Refused(f"evaluation: {type(self).__name__} needs `tokens`, the data has {', '.join(data.one_sample())}")
 
     def table(self, roles, data):
         return {f"{role}@1": self.metrics for role in ("teacher", "student") if role in roles}

@@ -155,3 +155,27 @@ def test_exact_data_may_have_fewer_labels_than_the_network():
     x, t = jnp.ones((2, 2)), jnp.full(2, 0.5)
     a, b = (data.net().apply({}, x, t, jnp.full(2, null)).x0 for null in (3, 20))
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_refusal_after_the_check_leaves_the_folder_free(tmp_path):
+    """A source that turns out to hold another network: the corrected config may take the same folder."""
+    loop.run(changed(tiny.get_config("bare"), {"steps": 2}), tmp_path / "first", progress=False)
+    wide = {"steps": 2, "roles.student.init": str(tmp_path / "first"), "roles.student.model.width": 24}
+    with pytest.raises(Refused, match="expected"):
+        loop.run(changed(tiny.get_config("bare"), wide), tmp_path / "second", progress=False)
+    assert not (tmp_path / "second" / "config.json").exists()
+    loop.run(changed(tiny.get_config("bare"), {"steps": 2}), tmp_path / "second", progress=False)
+
+
+def test_a_run_of_before_a_field_came_in_goes_on(tmp_path):
+    """Fields that a class has gained are at their defaults in an older config.json."""
+    config = changed(tiny.get_config("bare"), {"steps": 2})
+    loop.run(config, tmp_path / "run", progress=False)
+    for name in ("config", "report"):
+        file = tmp_path / "run" / f"{name}.json"
+        held = json.loads(file.read_text())
+        del (held if name == "config" else held["config"])["roles"]["student"]["optimizer"]["eps"]
+        file.write_text(json.dumps(held))
+    loop.run(config, tmp_path / "run", progress=False)
+    with pytest.raises(Refused, match=r"roles\.student\.optimizer\.eps is 1e-08 there, 1e-06 here"):
+        loop.run(changed(config, {"roles.student.optimizer.eps": 1e-6}), tmp_path / "run", progress=False)
