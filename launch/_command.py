@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import inspect
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def main(command: Callable[[list[str]], None]) -> None:
     75  stopped by SIGTERM or Ctrl-C with work left: the same command goes on from what was saved;
     1   anything else: a loss that is no number, a full disk, a read error, a lost process. The last good checkpoint stays.
 
-    Whatever the code is, the reason is one line on stderr.
+    Whatever the code is, the reason is one line on stderr; with JAXDISTILL_TRACEBACK set, what it came from stands before it.
     """
     keep_freed_memory()
     from jaxdistill.core.loop import Stopped
@@ -43,6 +45,8 @@ def main(command: Callable[[list[str]], None]) -> None:
     try:
         command(sys.argv[1:])
     except Refused as error:
+        if os.environ.get("JAXDISTILL_TRACEBACK") and error.__cause__:
+            traceback.print_exception(error.__cause__)
         _end(2, f"refused: {error}")
     except NonFinite as error:
         _end(1, f"stopped: {error}; the last good checkpoint is kept")
@@ -144,18 +148,32 @@ def load_config(name: str) -> ConfigDict:
         if place not in sys.path:
             sys.path.insert(0, place)
     module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("config_file", file))
-    try:
+    with _in_file(path, file):
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise Refused(f"--config={path}: defines no get_config()")
     if variant and not inspect.signature(module.get_config).parameters:
         raise Refused(f"--config={name}: {path} has no variants, expected --config={path}")
+    with _in_file(path, file):
+        made = module.get_config(variant) if variant else module.get_config()
+    if not isinstance(made, ConfigDict):
+        raise Refused(f"--config={path}: get_config() returns {type(made).__name__}, expected core.build.experiment(...)")
+    return made
+
+
+@contextlib.contextmanager
+def _in_file(path: str, file: Path) -> Iterator[None]:
+    """Turns what goes wrong in a config's own Python into a refusal that names file and line."""
     try:
-        return module.get_config(variant) if variant else module.get_config()
+        yield
     except Refused as error:
         raise Refused(f"{path}: {error}") from error
+    except SyntaxError as error:
+        raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise Refused(f"{path}:{lines[-1] if lines else 1}: {type(error).__name__}: {first}") from error
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
