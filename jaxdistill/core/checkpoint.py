@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import warnings
@@ -30,6 +31,14 @@ from jaxdistill.core.types import Array, Params, Refused, State
 DAMAGE = re.compile(r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error decoding|ZSTD_|Zstd-compressed")
 SYSTEM = re.compile(r"os_error_code='(\d+)'")  # of a call that failed
 OUTSIDE = re.compile(r"^(UNKNOWN|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|DEADLINE_EXCEEDED|INTERNAL)\b")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is more than the traceback of an exception that orbax raises, too, and that ends in one line here."""
+    return record.exc_info is None or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class _Damaged(Exception):
