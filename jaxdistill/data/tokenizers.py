@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxdistill.core.types import Refused
+from jaxdistill.data.base import one_line
 
 
 class Tokenizer(Protocol):
@@ -56,13 +57,13 @@ class StoredTokenizer:
     def __init__(self, folder: Path):
         from transformers import AutoTokenizer  # takes seconds; most runs do without
 
-        self.folder = folder
         try:
             self.inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise Refused(f"tokenizer={folder}: not a tokenizer folder ({str(error).strip().splitlines()[0]})") from error
         if self.inner.eos_token_id is None:
             raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
+        self.folder = folder
         self.vocab, self.eos = 1 + max(self.inner.get_vocab().values()), self.inner.eos_token_id  # ids may leave gaps
         self.pad = self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
         self.bos = self.inner.bos_token_id if self._begins() else None
@@ -86,7 +87,7 @@ class StoredTokenizer:
         except MemoryError:
             raise
         except Exception as error:  # as above
-            raise Refused(f"tokenizer={self.folder}: cannot encode {text[:40]!r} ({str(error).splitlines()[0]})") from error
+            raise Refused(f"tokenizer={self.folder}: cannot encode {text[:40]!r} ({one_line(error)})") from error
         if self._drops:
             self._check_whole(text, out["offset_mapping"])
         return np.asarray(out["input_ids"], np.int32)
