@@ -2,8 +2,12 @@
 # A teacher, a one-step student, a report and an export, on embedded data: bash launch/quickstart.sh [WORKDIR]
 # Makes .venv unless an environment is active. Run it again to go on where it was stopped.
 set -euo pipefail
+case ${1:-} in
+  "") workdir=runs/quickstart ;; # of the checkout
+  /*) workdir=$1 ;;
+  *) workdir=$PWD/$1 ;;
+esac
 cd "$(dirname "$0")/.."
-workdir=${1:-runs/quickstart}
 
 source tools/environment.sh
 install .

@@ -223,7 +223,8 @@ def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], eva
     Their seed, data.seed and data.path are this config's, and stay so when these are changed.
     Returned locked: a misspelt key is an error.
     """
-    top = _plain(made(Run, "config", run, "config"))
+    top = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
+    top = _plain(made(Run, "config", top, "config"))
     del top["name"]
     parts = dict(method=method, data=data, evaluation=evaluation, claim=claim, runs=dict(runs), roles=dict(roles))
     config = ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}})

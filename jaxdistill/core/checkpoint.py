@@ -10,6 +10,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import warnings
@@ -23,13 +24,21 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxdistill.core.net import paths
+from jaxdistill.core.net import paths, restore
 from jaxdistill.core.types import Array, Params, Refused, State
 
 # How tensorstore says that bytes are missing or wrong: the status before its message, or the decoder's words in it.
 DAMAGE = re.compile(r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error decoding|ZSTD_|Zstd-compressed")
 SYSTEM = re.compile(r"os_error_code='(\d+)'")  # of a call that failed
 OUTSIDE = re.compile(r"^(UNKNOWN|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|DEADLINE_EXCEEDED|INTERNAL)\b")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is more than the traceback of an exception that orbax raises, too, and that ends in one line here."""
+    return record.exc_info is None or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class _Damaged(Exception):
@@ -71,7 +80,7 @@ def checksum(x: Array) -> Array:
     return jnp.sum(words * (place * jnp.uint32(0x9E3779B1) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-_checksums = jax.jit(lambda tree: jax.tree.map(checksum, tree))
+_checksums = jax.jit(lambda tree: jax.tree.map(checksum, restore(tree)))
 
 
 def checksums(tree: Any) -> dict[str, int]:

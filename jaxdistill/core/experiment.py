@@ -89,8 +89,9 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> Dataset:
-        records.local(self._group("data").get("path", ""), f"{self.where}.data.path")
-        return self._built("data", Dataset)
+        data = self._built("data", Dataset)
+        records.local(data.path, f"{self.where}.data.path")
+        return data
 
     @functools.cached_property
     def evaluation(self) -> Evaluation | None:

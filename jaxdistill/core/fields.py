@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import difflib
 import functools
 import math
 import numbers
@@ -16,8 +17,6 @@ import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
-
-from jaxdistill.core.types import nearest
 
 LARGEST = 2**31 - 1  # of an int that names no range: what indexes an axis
 
@@ -131,10 +130,10 @@ def _noun(hint: Any) -> str:
 
 
 def _one_of(choices: tuple, value: Any) -> str:
-    names = [str(choice) for choice in choices]
-    if isinstance(value, str):
-        return nearest(value, names)[2:].replace("did you mean", "expected one of " + ", ".join(names) + "; did you mean")
-    return f"expected one of {', '.join(names)}"
+    *others, last = map(repr, choices)
+    close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
+    near = f"; did you mean {close[0]!r}?" if close else ""
+    return f"expected {', '.join(others)}{' or ' if others else ''}{last}{near}"
 
 
 def _problem_of_tuple(inner: tuple, value: Any) -> str:

@@ -16,7 +16,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out, regular
+from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out, one_line, regular
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
@@ -50,7 +50,7 @@ class ArrayRecords(Records):
         for key in sorted(found.keys() | expected.keys()):
             if found.get(key) != expected.get(key):
                 this, that = (f"{k[key][0]} {list(k[key][1])}" if key in k else "missing" for k in (found, expected))
-                raise Refused(f"{name}: {key!r} is {this}, and {that} in {where}")
+                raise Refused(f"{name}: {one_line(key)!r} is {this}, and {that} in {where}")
         return arrays
 
     @functools.cached_property
@@ -153,8 +153,7 @@ def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
     except MemoryError:
         raise
     except Exception as error:  # msgpack, flax and numpy each raise their own
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({why})") from error
+        raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({one_line(error)})") from error
 
 
 def _described(key: Any, array: Any) -> tuple[str, tuple[int, ...]]:
@@ -187,7 +186,7 @@ class RecordFile(Sequence):
         try:
             return name, self.reader.read([i])[0]
         except RuntimeError as error:
-            raise Refused(f"{name}: damaged ({str(error).splitlines()[0]})") from error
+            raise Refused(f"{name}: damaged ({one_line(error)})") from error
 
 
 def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:

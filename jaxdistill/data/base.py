@@ -238,6 +238,12 @@ def regular(file: Path) -> int:
     return about.st_size
 
 
+def one_line(value: Any) -> str:
+    """The first line of what others say (an exception, names in a file), printable and cut: a part of a refusal."""
+    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
+    return "".join(c if c.isprintable() else "\ufffd" for c in first)[:300]
+
+
 class Joined(Sequence):
     """Several sequences one after another."""
 

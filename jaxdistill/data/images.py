@@ -17,7 +17,7 @@ from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jaxdistill.core.types import Refused, lookup
-from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
+from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, one_line, regular
 
 COLUMNS = ("image", "img")  # what Hugging Face sets call their pictures
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # as PIL names them (JPEG: MPO too); no other decoder is asked
@@ -92,7 +92,7 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
     except UnidentifiedImageError as error:
         raise Refused(f"{name}: damaged image, or none of {', '.join(FORMATS)}") from error
     except Exception as error:  # each of PIL's decoders has exceptions of its own
-        raise Refused(f"{name}: damaged image ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
+        raise Refused(f"{name}: damaged image ({one_line(error)})") from error
     image = image if turn is None else image.transpose(turn)
     side, left, top = min(image.size), *((s - min(image.size)) // 2 for s in image.size)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -191,8 +191,8 @@ class Shard(Sequence):
                 names = parquet.schema_arrow.names
                 image = next((name for name in COLUMNS if name in names), None)
                 if image is None:
-                    raise Refused(f"{file}: no column {' or '.join(COLUMNS)}, found {', '.join(names)}")
-                lookup(dict.fromkeys(names), label, f"{file}: column")
+                    raise Refused(f"{file}: no column {' or '.join(COLUMNS)}, found {one_line(', '.join(names))}")
+                lookup({name: None for name in names if name.isprintable()}, label, f"{file}: column")
                 kind, number = (parquet.schema_arrow.field(name).type for name in (image, label))
                 if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
                     raise Refused(f"{file}: column {image!r} is {kind}, expected a struct with bytes")
@@ -202,7 +202,7 @@ class Shard(Sequence):
         except Refused:
             raise
         except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
-            raise Refused(f"{file}: damaged parquet file ({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
+            raise Refused(f"{file}: damaged parquet file ({one_line(error)})") from error
         self.images = pa.chunked_array([batch.column(image).field("bytes") for batch in batches], kind.field("bytes").type)
         labels = pa.chunked_array([batch.column(label) for batch in batches], number)
         if labels.null_count or not pa.types.is_integer(labels.type):

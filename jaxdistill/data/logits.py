@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jaxdistill.core.build import build
 from jaxdistill.core.types import Refused
 from jaxdistill.data.arrayrecord import ArrayRecords
-from jaxdistill.data.base import contents
+from jaxdistill.data.base import contents, one_line
 
 ABOUT = "store.json"
 
@@ -89,7 +89,7 @@ def read_about(folder: Path) -> dict[str, Any] | None:
     try:
         return json.loads(contents(folder / ABOUT))
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{folder / ABOUT}: not JSON ({str(error).splitlines()[0]})") from error
+        raise Refused(f"{folder / ABOUT}: not JSON ({one_line(error)})") from error
 
 
 def _check_about(about: Any, file: Path) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxdistill.core.types import Refused, lookup
-from jaxdistill.data.base import InMemory, check_share, contents, held_out
+from jaxdistill.core.types import Refused, nearest
+from jaxdistill.data.base import InMemory, check_share, contents, held_out, one_line
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -235,7 +235,7 @@ def _objects(file: Path) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             raise Refused(f"{file}:{number or error.lineno}: expected JSON ({error.msg} at column {error.colno})") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-            raise Refused(f"{where}: JSON that cannot be read ({str(error).splitlines()[0]})") from error
+            raise Refused(f"{where}: JSON that cannot be read ({one_line(error)})") from error
         items = [(where, value)] if number else [(f"{file} item {i}", item) for i, item in enumerate(value)]
         escaped = "\\ud" in line.lower()
         yield from ((place, _whole(item, place) if escaped else item) for place, item in items)
@@ -253,7 +253,9 @@ def _whole(item: Any, where: str) -> Any:
 def _field(item: Any, key: str, where: str) -> str:
     if not isinstance(item, dict):
         raise Refused(f"{where}: expected a JSON object with {key!r}, found {str(item)[:40]!r}")
-    return _text(lookup(item, key, f"{where}: key"), f"{where}", f" under {key!r}")
+    if key not in item:
+        raise Refused(f"{where}: key={key!r}: {one_line(nearest(key, filter(str.isprintable, item))[2:])}")
+    return _text(item[key], where, f" under {key!r}")
 
 
 def _text(value: Any, where: str, place: str = "") -> str:

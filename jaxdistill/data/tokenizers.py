@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxdistill.core.tokenizer import stored_tokenizer
 from jaxdistill.core.types import Refused
+from jaxdistill.data.base import one_line
 
 
 class Tokenizer(Protocol):
@@ -56,10 +57,10 @@ class StoredTokenizer:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
         self.inner = stored_tokenizer(folder)
         if self.inner.eos_token_id is None:
             raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
+        self.folder = folder
         self.vocab, self.eos = 1 + max(self.inner.get_vocab().values()), self.inner.eos_token_id  # ids may leave gaps
         self.pad = self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
         self.bos = self.inner.bos_token_id if self._begins() else None
@@ -83,7 +84,7 @@ class StoredTokenizer:
         except MemoryError:
             raise
         except Exception as error:  # as above
-            raise Refused(f"tokenizer={self.folder}: cannot encode {text[:40]!r} ({str(error).splitlines()[0]})") from error
+            raise Refused(f"tokenizer={self.folder}: cannot encode {text[:40]!r} ({one_line(error)})") from error
         if self._drops:
             self._check_whole(text, out["offset_mapping"])
         return np.asarray(out["input_ids"], np.int32)

@@ -2,10 +2,12 @@
 # One run on a TPU slice of GKE, as a JobSet: bash launch/gke/jobset.sh [--dry_run] NAME IMAGE ACCELERATOR TOPOLOGY -- --config=FILE --workdir=DIR [...]
 #
 # ACCELERATOR is GKE's name of the TPU (tpu-v5p-slice, tpu-v5-lite-podslice, tpu-v6e-slice), TOPOLOGY that of the slice
-# (4x4x4). IMAGE holds this folder as its working directory, with the package and jax[tpu] installed. DIR must be seen by
-# every pod (a bucket mounted by gcsfuse, or gs://). The JobSet starts a pod for each host, restarts all of them where one is
-# lost (failurePolicy), and every restart goes on from the last checkpoint; a refused input (exit code 2) fails the job for
-# good. Needs the JobSet controller in the cluster. CHIPS_PER_HOST (default 4) and RESTARTS (default 20) come from the environment.
+# (4x4x4). IMAGE holds this folder as its working directory, with the package and jax[tpu] installed. DIR must be a folder that
+# every pod sees (Filestore, or a bucket mounted by gcsfuse; gs:// is refused). The JobSet starts a pod for each host, restarts
+# all of them where one is lost or stopped with work left (exit code 75), and every restart goes on from the last checkpoint;
+# what is refused (exit code 2), a run that has failed at FRUITLESS restarts (default 3) without a new checkpoint among it, fails
+# the JobSet for good. Needs the JobSet controller (0.6 or newer) in the cluster. CHIPS_PER_HOST (default 4) and RESTARTS (of all
+# kinds together, default 100) come from the environment.
 set -euo pipefail
 
 usage() { echo "refused: launch/gke/jobset.sh [--dry_run] NAME IMAGE ACCELERATOR TOPOLOGY -- --config=FILE --workdir=DIR ...: $1" >&2; exit 2; }
@@ -34,7 +36,11 @@ metadata:
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
-    maxRestarts: ${RESTARTS:-20}
+    maxRestarts: ${RESTARTS:-100}
+    rules:
+      - name: refused # a restart would be refused again
+        action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: workers
       replicas: 1
@@ -45,7 +51,7 @@ spec:
           backoffLimit: 0
           podFailurePolicy:
             rules:
-              - action: FailJob # refused input: a restart would be refused again
+              - action: FailJob # refused; every other code restarts the JobSet
                 onExitCodes: {containerName: train, operator: In, values: [2]}
           template:
             spec:
@@ -59,7 +65,7 @@ spec:
               containers:
                 - name: train
                   image: $image
-                  command: ["python", "-m", "launch.train", "--distributed"$command]
+                  command: ["python", "-m", "launch.train", "--restarts=${FRUITLESS:-3}", "--distributed"$command]
                   resources:
                     requests: {google.com/tpu: $per_host}
                     limits: {google.com/tpu: $per_host}

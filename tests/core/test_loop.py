@@ -1,5 +1,6 @@
 """A run: what it leaves, and that it can be killed, resumed, damaged and refused without losing anything."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from ml_collections import ConfigDict
 
 from jaxdistill.core import loop, metrics
 from jaxdistill.core.build import spec
@@ -240,6 +243,7 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
     monkeypatch.setattr(Numbered, "arrays", lambda self, split: without(arrays(self, split)))
     poisoned = flow()
     poisoned.data, poisoned.log_every = spec("tests.core.counting:Numbered", batch_size=16), 4
+    poisoned.evaluation, poisoned.claim = ConfigDict(), ConfigDict()
     step = next(i for i, batch in enumerate(Numbered(batch_size=16).loader(), 1) if 7 in batch["number"])
     fails("data", poisoned, rf"at step {step}; suspects: batch\['x'\] of that step has values that are not finite$")
 
@@ -328,3 +332,156 @@ def test_runs_that_nothing_needs_are_left_out(tmp_path):
     assert list(Experiment(config, tmp_path).runs) == ["teacher"]
     config.roles.teacher.init = "elsewhere"
     assert not Experiment(config, tmp_path).runs
+
+
+def test_a_checkpoint_of_another_seed_is_refused(unfinished):
+    """With a config.json that agrees, as where checkpoints were copied from another run."""
+    saved = json.loads((unfinished / "config.json").read_text())
+    (unfinished / "config.json").write_text(json.dumps({**saved, "seed": 7}))
+    before = sorted(p.name for p in (unfinished / "checkpoints").iterdir())
+    with pytest.raises(Refused, match=r"step_30 is a checkpoint of another config: seed is 0 there, 7 here; move it away"):
+        loop.run(config(seed=7), unfinished, progress=False)
+    assert sorted(p.name for p in (unfinished / "checkpoints").iterdir()) == before and not (unfinished / "damaged").exists()
+
+
+def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
+    """By every command: its result is that of another config."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    saved = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps({**saved, "log_every": 3}))
+    loop.load(workdir)
+    (workdir / "config.json").write_text(json.dumps({**saved, "seed": 7}))
+    for command in (lambda: loop.run(config(seed=7), workdir, progress=False), lambda: loop.load(workdir), lambda: loop.evaluate(workdir)):
+        with pytest.raises(Refused, match=r"report.json is of another config: seed is 0 there, 7 here; config.json was changed"):
+            command()
+    (workdir / "config.json").write_text(json.dumps({**saved, "evaluation": {**saved["evaluation"], "samples": 7}}))
+    changed = get_config()
+    changed.evaluation.samples = 7
+    with pytest.raises(Refused, match=r"evaluation.samples is 200 there, 7 here; launch.evaluate makes it anew"):
+        loop.run(changed, workdir, progress=False)
+    loop.evaluate(workdir)
+    assert loop.run(changed, workdir, progress=False)["config"]["evaluation"]["samples"] == 7
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(finished, tmp_path, monkeypatch):
+    """Before any training; what the operating system says is named."""
+
+    def touch(self, *args, **rest):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(loop.report, "write", lambda *_, **__: pytest.fail("evaluated"))
+    for command in (lambda: loop.run(get_config(), tmp_path / "run", progress=False), lambda: loop.evaluate(finished[0])):
+        with pytest.raises(Refused, match=r"cannot be written to \(Read-only file system\)"):
+            command()
+
+
+@pytest.mark.parametrize("what", ["metrics", "checkpoint", "report"])
+def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, what):
+    """One OSError that names file or folder, and the run goes on from its last checkpoint when there is room again."""
+    full, calls = OSError(errno.ENOSPC, "No space left on device"), []
+
+    def third(real):
+        def call(*args, **rest):
+            calls.append(1)
+            if len(calls) == 3 or what == "report":
+                raise full
+            return real(*args, **rest)
+
+        return call
+
+    place = {"metrics": (metrics.Writer, "write"), "checkpoint": (ocp.CheckpointManager, "save"), "report": (loop.report, "write_json")}[
+        what
+    ]
+    monkeypatch.setattr(*place, third(getattr(*place)))
+    with pytest.raises(OSError, match="No space left on device"):
+        loop.run(get_config(), tmp_path, progress=False)
+    monkeypatch.undo()
+    assert not (tmp_path / "report.json").exists()
+    saved = newest(tmp_path).name
+    assert saved == {"metrics": "step_10", "checkpoint": "step_10", "report": "step_30"}[what]
+    loop.run(get_config(), tmp_path, progress=False)
+    assert equal(weights(tmp_path), weights(finished[0]))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 900 kB: three checkpoints of the tiny run."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    process = start(small_disk / "run", 40)
+    message = process.communicate(timeout=240)[1]
+    said = [line for line in message.splitlines() if line.startswith("failed: ")]
+    assert process.returncode == 1, message
+    assert said == [f"failed: {small_disk}/run/checkpoints: cannot be written (No space left on device); the last good checkpoint is kept"]
+    assert "Traceback" not in message
+    assert sorted(p.name for p in (small_disk / "run/checkpoints").glob("step_*") if p.name[5:].isdigit())[-1:]
+    subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
+    loop.run(config(steps=40), small_disk / "run", progress=False)
+    assert metrics.read(small_disk / "run/metrics.jsonl")[-1]["step"] == 40
+
+
+def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
+    """While a run inside another is evaluated: it ends, the next is not begun; after the training: not evaluated; the bits are the
+    same in the end."""
+    outer = lambda: flow(runs=dict(first=flow()), role=dict(init="@first"))
+    loop.run(outer(), tmp_path / "whole", progress=False)
+
+    def signalled(real):
+        def call(*args, **rest):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **rest)
+
+        return call
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(loop.Stopped, match=r"SIGTERM: finished .*/first; run again") as stopped:
+        patch.setattr(loop.report, "write", signalled(loop.report.write))
+        loop.run(outer(), run, progress=False)
+    assert stopped.value.reason is signal.SIGTERM and (run / "first/report.json").exists() and not (run / "checkpoints").exists()
+    with monkeypatch.context() as patch, pytest.raises(loop.Stopped, match=r"SIGTERM: trained in .*, not yet evaluated"):
+        patch.setattr(loop, "_as_given", signalled(loop._as_given))
+        loop.run(outer(), run, progress=False)
+    assert (run / "stages/0").exists() and not (run / "report.json").exists()
+    loop.run(outer(), run, progress=False)
+    assert equal(weights(run), weights(tmp_path / "whole"))
+
+
+def test_results_of_stages_that_are_gone(tmp_path):
+    """One in the middle, the first ones while a later checkpoint is there, one too many."""
+    from jaxdistill.core.build import spec
+
+    made = get_config()
+    with made.unlocked():
+        made.method = spec("methods.trajectory.progressive:Progressive", teacher_steps=4)
+        made.roles = {role: made.roles[role] for role in ("teacher", "student")}
+    loop.run(made, tmp_path, progress=False)
+    run = lambda: loop.run(made, tmp_path, progress=False)
+    last = max(int(p.name) for p in (tmp_path / "stages").iterdir())
+    assert last > 0
+    (tmp_path / "stages/0").rename(tmp_path / "0")
+    for command in (run, lambda: loop.load(tmp_path), lambda: loop.evaluate(tmp_path)):
+        with pytest.raises(Refused, match=r"stages: stage 1 is there, stage 0 before it is missing"):
+            command()
+    (tmp_path / "stages").rename(tmp_path / "others")
+    for command in (run, lambda: loop.load(tmp_path), lambda: loop.evaluate(tmp_path)):
+        with pytest.raises(Refused, match=r"stages/0: no such result; has that run finished"):
+            command()
+    (tmp_path / "report.json").unlink()
+    with pytest.raises(Refused, match=rf"is of stage {last}, but .*stages/0 is missing"):
+        run()
+    (tmp_path / "others").rename(tmp_path / "stages")
+    shutil.copytree(tmp_path / "0", tmp_path / "stages/0")
+    shutil.copytree(tmp_path / "0", tmp_path / f"stages/{last + 1}")
+    with pytest.raises(Refused, match=rf"stages/{last + 1}: the run's method has {last + 1} stages"):
+        run()

@@ -136,7 +136,10 @@ def test_a_run_with_such_a_teacher(teacher, tmp_path):
     assert trained.params["student"]["blocks"]["to_q"]["kernel"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("role, message", [(dict(quantize="int4"), "expected 'int8'"), (dict(place="disk"), "expected 'device' or 'host'")])
+WRONG = [(dict(quantize="int4"), "did you mean 'int8'"), (dict(place="disk"), "expected 'device' or 'host'")]
+
+
+@pytest.mark.parametrize("role, message", WRONG)
 def test_unknown_names_are_refused(role, message):
     with pytest.raises(Refused, match=message):
         _ = Experiment(config(**role), Path("unused")).nets
