@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,11 @@ from jaxdistill.core.host import keep_freed_memory
 from jaxdistill.core.types import Refused, nearest
 
 
-def main(command: Callable[[list[str]], None]) -> None:
-    """Runs a command; 0 done, 2 refused input, 1 anything else."""
+def main(command: Callable[[list[str]], None], usage: str = "") -> None:
+    """Runs a command; 0 done, 2 refused input, 1 anything else. -h and --help print `usage`, else its file's docstring."""
+    if asks_for_help(sys.argv[1:]):
+        print((usage or command.__globals__["__doc__"]).strip())
+        return
     keep_freed_memory()
     from jaxdistill.core.loop import Stopped
     from jaxdistill.core.metrics import NonFinite
@@ -39,6 +43,17 @@ def main(command: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; nothing saved since the last checkpoint, run again to go on", file=sys.stderr)
         sys.exit(1)
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether -h or --help is among a command's own arguments; those after -- are another's."""
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    return not {"-h", "--help"}.isdisjoint(own)
+
+
+def no_command(argv: list[str]) -> None:
+    """What a file of tools/ does that others import."""
+    raise Refused(f"{Path(sys.argv[0]).name}: no command of its own, others import it; --help says what it holds")
 
 
 def join(distributed: bool) -> None:
@@ -72,7 +87,9 @@ def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, 
         if not key.startswith("config.") and key not in known:
             raise Refused(f"unknown argument --{key}{nearest(key, known)}")
         if isinstance(known.get(key), bool):
-            values[key] = value.lower() not in ("0", "false") if given else True
+            if given and value.lower() not in ("0", "false", "1", "true"):
+                raise Refused(f"--{key}={value}: expected true or false, or nothing, which is true")
+            values[key] = value.lower() not in ("0", "false")
             continue
         if not given:
             if not words or words[0].startswith("--"):
@@ -166,8 +183,9 @@ def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[Config
     return config, Path(values["workdir"])
 
 
-def whole(values: Mapping[str, Any], key: str, least: int) -> int:
-    """An argument as an integer. Raises Refused below `least`."""
-    if not values[key].removeprefix("-").isdigit() or int(values[key]) < least:
-        raise Refused(f"--{key}={values[key]}: expected an integer of at least {least}")
-    return int(values[key])
+def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1) -> int:
+    """An argument as an integer. Raises Refused outside of `least` to `most`."""
+    text = values[key]
+    if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise Refused(f"--{key}={text[:40]}: expected an integer of at least {least}" + f", at most {most}" * (len(text) > 9))
+    return int(text)

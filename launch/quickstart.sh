@@ -2,8 +2,14 @@
 # A teacher, a one-step student, a report and an export, on embedded data: bash launch/quickstart.sh [WORKDIR]
 # Makes .venv unless an environment is active. Run it again to go on where it was stopped.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 workdir=${1:-runs/quickstart}
+if [ $# -gt 1 ] || [[ "$workdir" == -* ]]; then
+  echo "refused: launch/quickstart.sh [WORKDIR]: found '$*'" >&2
+  exit 2
+fi
 
 source tools/environment.sh
 install .

@@ -7,6 +7,8 @@
 # minutes before the time limit, and on preemption, every process gets SIGTERM, saves and ends.
 # PARTITION, ACCOUNT, TIME (default 24:00:00), CPUS (a process, default 12) and SBATCH_EXTRA are read from the environment.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 
 usage() { echo "refused: launch/slurm.sh [--dry_run] NODES -- --config=FILE --workdir=DIR ...: $1" >&2; exit 2; }

@@ -7,6 +7,8 @@
 # created again under its name, it goes on from the last checkpoint.
 # PROJECT is read from the environment. SIGTERM at a maintenance event reaches every process, which save and end.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/usage.sh"
 cd "$(dirname "$0")/.."
 
 usage() { echo "refused: launch/tpu_pod.sh [--dry_run] NAME ZONE -- --config=FILE --workdir=DIR ...: $1" >&2; exit 2; }

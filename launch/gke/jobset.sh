@@ -7,6 +7,8 @@
 # lost (failurePolicy), and every restart goes on from the last checkpoint; a refused input (exit code 2) fails the job for
 # good. Needs the JobSet controller in the cluster. CHIPS_PER_HOST (default 4) and RESTARTS (default 20) come from the environment.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/../usage.sh"
 
 usage() { echo "refused: launch/gke/jobset.sh [--dry_run] NAME IMAGE ACCELERATOR TOPOLOGY -- --config=FILE --workdir=DIR ...: $1" >&2; exit 2; }
 
