@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import inspect
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with work left, run it again
 
 
-def main(command: Callable[[list[str]], None]) -> None:
-    """Runs a command and exits with
+def main(command: Callable[[list[str]], None], usage: str = "") -> None:
+    """Runs a command, or prints `usage` (else its file's docstring) for -h and --help, and exits with
 
     0   done;
     2   refused: bad input, or a folder that is of another run or damaged; a rerun would be refused again;
@@ -35,6 +36,9 @@ def main(command: Callable[[list[str]], None]) -> None:
 
     Whatever the code is, the reason is one line on stderr; with JAXDISTILL_TRACEBACK set, what it came from stands before it.
     """
+    if asks_for_help(sys.argv[1:]):
+        print((usage or command.__globals__["__doc__"]).strip())
+        return
     keep_freed_memory()
     from jaxdistill.core.loop import Stopped
     from jaxdistill.core.metrics import NonFinite
@@ -69,6 +73,17 @@ def _machine(error: OSError) -> str:
     """What the operating system said, and of which file."""
     said = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {said}" if error.filename else said
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether -h or --help is among a command's own arguments; those after -- are another's."""
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    return not {"-h", "--help"}.isdisjoint(own)
+
+
+def no_command(argv: list[str]) -> None:
+    """What a file of tools/ does that others import."""
+    raise Refused(f"{Path(sys.argv[0]).name}: no command of its own, others import it; --help says what it holds")
 
 
 def join(distributed: bool) -> None:
@@ -109,7 +124,9 @@ def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, 
         if not key.startswith("config.") and key not in known:
             raise Refused(f"unknown argument --{key}{nearest(key, known)}")
         if isinstance(known.get(key), bool):
-            values[key] = value.lower() not in ("0", "false") if given else True
+            if given and value.lower() not in ("0", "false", "1", "true"):
+                raise Refused(f"--{key}={value}: expected true or false, or nothing, which is true")
+            values[key] = value.lower() not in ("0", "false")
             continue
         if not given:
             if not words or words[0].startswith("--"):
@@ -226,8 +243,9 @@ def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[Config
     return config, Path(values["workdir"])
 
 
-def whole(values: Mapping[str, Any], key: str, least: int) -> int:
-    """An argument as an integer. Raises Refused below `least`."""
-    if not values[key].removeprefix("-").isdigit() or int(values[key]) < least:
-        raise Refused(f"--{key}={values[key]}: expected an integer of at least {least}")
-    return int(values[key])
+def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1) -> int:
+    """An argument as an integer. Raises Refused outside of `least` to `most`."""
+    text = values[key]
+    if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise Refused(f"--{key}={text[:40]}: expected an integer of at least {least}" + f", at most {most}" * (len(text) > 9))
+    return int(text)

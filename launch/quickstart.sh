@@ -2,6 +2,12 @@
 # A teacher, a one-step student, a report and an export, on embedded data: bash launch/quickstart.sh [WORKDIR]
 # Makes .venv unless an environment is active. Run it again to go on where it was stopped.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/usage.sh"
+if [ $# -gt 1 ] || [[ "${1:-}" == -* ]]; then
+  echo "refused: launch/quickstart.sh [WORKDIR]: found '$*'" >&2
+  exit 2
+fi
 case ${1:-} in
   "") workdir=runs/quickstart ;; # of the checkout
   /*) workdir=$1 ;;

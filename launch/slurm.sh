@@ -9,6 +9,8 @@
 # checkpoint. A relative FILE or DIR is one of the folder where this is called; FILE is then looked for in the checkout too.
 # PARTITION, ACCOUNT, TIME (default 24:00:00), CPUS (a process, default 12) and SBATCH_EXTRA are read from the environment.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/usage.sh"
 root=$(cd "$(dirname "$0")/.." && pwd)
 
 usage() { echo "refused: launch/slurm.sh [--dry_run] NODES -- --config=FILE --workdir=DIR ...: $1" >&2; exit 2; }

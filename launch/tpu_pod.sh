@@ -8,6 +8,8 @@
 # after a preemption, when the VM has been created again under its name, it goes on from the last checkpoint.
 # PROJECT is read from the environment. SIGTERM at a maintenance event reaches every process, which save and end with 75.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/usage.sh"
 here=$PWD
 cd "$(dirname "$0")/.."
 

@@ -44,7 +44,6 @@ def test_the_licence_is_there_and_named(stated):
     words = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
     assert words == "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"  # of the text as published, white space aside
     assert stated["license"] == "Apache-2.0" and stated["license_files"] == ["LICENSE"]
-    assert "License :: OSI Approved :: Apache Software License" in stated["classifiers"]
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["license"] == "Apache-2.0" and citation["cff-version"] == "1.2.0"

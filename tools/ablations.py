@@ -7,15 +7,18 @@ A toy config states its changes as `ABLATIONS`, name -> the words of a command l
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from jaxdistill.core import loop, report
 from jaxdistill.core.types import Refused
-from launch._command import arguments
+from launch._command import arguments, main, no_command
 from tools.suites import keep
 
 OUT = Path(__file__).parents[1] / "docs/results/ablations.json"
@@ -80,3 +83,7 @@ def table(rows: list[dict]) -> str:
                       each("value"), each("changed_value"), f"{worse} of {len(mine)}"])  # fmt: skip
     head = ("method", "change", "config", "metric", "as it stands", "changed", "worse")
     return report.markdown_table(head, lines)
+
+
+if __name__ == "__main__":
+    main(no_command, __doc__)

@@ -1,6 +1,6 @@
 """Times cached generation against transformers' `generate` on the same weights, greedy, one token at a time.
 
-    python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--new=64] [--rounds=5]
+python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--prompt=16] [--new=64] [--rounds=5]
 
 Prints the time per token of both, the median of paired ratios, and whether the texts are the same. Needs the extra
 [torch]; compilation is not counted, and both run on what they find (JAX_PLATFORMS=cpu to compare like with like).
@@ -8,19 +8,20 @@ Prints the time per token of both, the median of paired ratios, and whether the 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
-import jax
-import numpy as np
-import torch
-import transformers
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from jaxdistill import interop
-from jaxdistill.samplers.text import generate
+from jaxdistill.core.types import Refused
+from launch._command import arguments, main, whole
+
+KNOWN = {"dim": 256, "depth": 6, "batch": 8, "prompt": 16, "new": 64, "rounds": 5}
 
 
 def seconds(call) -> float:
@@ -29,11 +30,22 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"dim": 256, "depth": 6, "batch": 8, "prompt": 16, "new": 64, "rounds": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
+def bench_generate(argv: list[str]) -> None:
+    values, _ = arguments(argv, {name: str(default) for name, default in KNOWN.items()})
+    args = SimpleNamespace(**{name: whole(values, name, 1) for name in KNOWN})
+    if args.dim % 16:
+        raise Refused(f"--dim={args.dim}: expected a multiple of 16, for 8 heads of even width")
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise Refused(f"bench_generate: needs torch ({error}); pip install 'jaxdistill[torch]'") from None
+    import jax
+    import numpy as np
+
+    from jaxdistill import interop
+    from jaxdistill.samplers.text import generate
+
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -67,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(bench_generate)

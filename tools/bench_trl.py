@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -119,3 +120,10 @@ def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_00
             print(text_table(rows[-1:]), flush=True)
     print(f"\n{text_table(rows)}")
     return rows
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from launch._command import main, no_command
+
+    main(no_command, __doc__)

@@ -1,6 +1,8 @@
 """Writes the README's table of methods from the methods' docstrings and docs/results/toy.json.
 
 python tools/docs_table.py [--check]
+
+With --check it writes nothing; the exit code is 1 where the README's table is another.
 """
 
 import ast
@@ -8,6 +10,10 @@ import json
 import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launch._command import arguments, main
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- methods: python tools/docs_table.py -->", "<!-- end of methods -->"
@@ -33,16 +39,17 @@ def rows() -> list[str]:
     return out
 
 
-def main() -> int:
+def docs_table(argv: list[str]) -> None:
+    """Writes the table; with --check the exit code is 1 where it is another than the README's, and nothing is written."""
+    values, _ = arguments(argv, {"check": False})
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, rest = text.split(BEGIN)
     fresh = f"{before}{BEGIN}\n" + "\n".join(rows()) + f"\n{END}{rest.split(END)[1]}"
-    if "--check" in sys.argv:
-        return int(fresh != text)
+    if values["check"]:
+        sys.exit(int(fresh != text))
     readme.write_text(fresh)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(docs_table)

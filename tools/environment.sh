@@ -1,6 +1,13 @@
 # shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tools/test.sh: an environment with Python >= 3.11 and the package in it.
 
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  # shellcheck source=launch/usage.sh
+  source "$(dirname "$0")/../launch/usage.sh"
+  echo "refused: tools/environment.sh: no command of its own; launch/quickstart.sh and tools/test.sh source it" >&2
+  exit 2
+fi
+
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
     for python in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do

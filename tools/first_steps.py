@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,3 +31,10 @@ def first_steps(
         states.append(jax.device_get(state))
         rows.append({name: float(value) for name, value in metrics.items()})
     return states, rows
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from launch._command import main, no_command
+
+    main(no_command, __doc__)

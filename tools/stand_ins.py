@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,3 +79,10 @@ def load(name: str, files: dict[str, Path]) -> ConfigDict:
     with config.unlocked():
         config.data = build.spec("data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD)
     return config
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from launch._command import main, no_command
+
+    main(no_command, __doc__)

@@ -20,13 +20,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from tqdm import tqdm
 
 from jaxdistill.core import metrics
 from jaxdistill.core.checkpoint import write_json
 from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import lookup
-from launch._command import load_config
+from launch._command import load_config, main, no_command
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs/results"
@@ -292,3 +294,7 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
     axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=name)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main(no_command, __doc__)

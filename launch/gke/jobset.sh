@@ -9,6 +9,8 @@
 # the JobSet for good. Needs the JobSet controller (0.6 or newer) in the cluster. CHIPS_PER_HOST (default 4) and RESTARTS (of all
 # kinds together, default 100) come from the environment.
 set -euo pipefail
+# shellcheck source=launch/usage.sh
+source "$(dirname "$0")/../usage.sh"
 
 usage() { echo "refused: launch/gke/jobset.sh [--dry_run] NAME IMAGE ACCELERATOR TOPOLOGY -- --config=FILE --workdir=DIR ...: $1" >&2; exit 2; }
 
