@@ -82,7 +82,7 @@ class Experiment:
             return self.data.net(process) if process is not None else self.data.net()
         if cfg.lora.rank:
             fields = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
-            return lora.adapt(self._net(cfg.lora.base), **fields)
+            return lora.adapt(self._net(lora.base_of(role, cfg.lora.base, self.roles)), **fields)
         model, denoiser = self.described(role)
         wrap = {"wrap": functools.partial(denoiser.wrap, process=process)} if denoiser is not None and process is not None else {}
         net = make_net(model, config=model, **wrap)
