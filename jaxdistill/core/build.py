@@ -170,7 +170,7 @@ def located(where: str, error: Refused) -> Refused:
         return error
     if re.match(rf"{re.escape(last)}[.=\[ ]", text):
         return Refused(where + text.removeprefix(last))
-    field = re.match(r"\w+=", text)
+    field = re.match(r"[\w.]+=", text)
     return Refused(f"{where}.{text}" if field else f"{where}: {text}")
 
 

@@ -162,21 +162,12 @@ class Experiment:
         return {role: self._net(role) for role in self.roles}
 
     def _check_chain(self, role: str) -> None:
-        """Raises Refused where a role starts from itself, or its adapters sit on no role or on themselves."""
+        """Raises Refused where a role starts from itself."""
         seen = [role]
         while (source := self.source(seen[-1])) in self.roles:
             if source in seen:
                 raise Refused(f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at the end")
             seen.append(source)
-        seen = [role]
-        while self.roles[seen[-1]].lora.rank:
-            base = self.roles[seen[-1]].lora.base
-            where = f"{self._of(seen[-1])}.lora.base={base!r}"
-            if base not in self.roles:
-                raise Refused(f"{where}: no such role{nearest(base, self.roles)}")
-            if base in seen:
-                raise Refused(f"{where}: its adapters would sit on themselves")
-            seen.append(base)
 
     def _net(self, role: str) -> Net:
         cfg, process = self.roles[role], getattr(self.method, "process", None)
@@ -187,7 +178,8 @@ class Experiment:
         if cfg.lora.rank:
             given = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
             with refusals(self._of(role)):
-                return lora.adapt(self._net(cfg.lora.base), **given)
+                base = lora.base_of(role, cfg.lora.base, self.roles)
+                return lora.adapt(self._net(base), **given)
         model, denoiser = self.described(role)
         wrap = {}
         if denoiser is not None and process is not None:

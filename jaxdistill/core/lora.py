@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_spec, path_name, paths, resting, restore, scoped
+from jaxdistill.core.net import Net, is_matrix, is_spec, path_name, paths, resting, restore, scoped
+from jaxdistill.core.optim import check_range
 from jaxdistill.core.types import Params, Refused
 
 
@@ -42,14 +46,32 @@ class Adapter(Net):
         return scoped(role, functools.partial(self.apply, own))
 
 
+def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:
+    """`base`, as the role whose weights those of `role` are adapters of. `roles` are the configs of all. Raises Refused where there is
+    no such role, or it has adapters itself."""
+    others = [name for name, other in roles.items() if name != role and not other.lora.rank]
+    if base not in others:
+        why = "the role itself" if base == role else "no such role" if base not in roles else "it has adapters too"
+        raise Refused(f"lora.base={base!r}: {why}; expected one with full weights: {', '.join(others) or 'none'}")
+    return base
+
+
 def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = r".*kernel") -> Adapter:
     """`net` with adapters of `rank` on the matrices whose path matches `targets`; its other weights are those of role `base`.
 
-    Raises Refused where nothing matches.
+    Raises Refused where nothing matches, `targets` is no regular expression, or a size is out of range.
     """
+    check_range("lora.rank", rank, "a positive integer", lambda v: v >= 1, kind=numbers.Integral)
+    check_range("lora.alpha", alpha, "0 (for the rank) or a number above it", lambda v: v >= 0)
+    if not isinstance(base, str) or not base:
+        raise Refused(f"lora.base={base!r}: expected the role that has the weights")
+    try:
+        wanted = re.compile(targets)
+    except (re.error, TypeError) as error:
+        raise Refused(f"lora.targets={targets!r} is no regular expression: {error}") from None
     shapes, axes, names_of = {}, {}, paths(net.axes, is_leaf=is_spec)
     for path, shape in paths(net.shapes).items():
-        if not re.fullmatch(targets, path) or len(shape.shape) < 2:
+        if not wanted.fullmatch(path) or not (is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2):
             continue
         *lead, i, o = shape.shape
         *names, ni, no = names_of[path] or (None,) * len(shape.shape)
@@ -57,7 +79,9 @@ def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = 
         shapes[path] = {"a": like(i, rank), "b": like(rank, o)}
         axes[path] = {"a": P(*names, ni, None), "b": P(*names, None, no)}
     if not shapes:
-        raise Refused(f"lora.targets={targets!r} matches no matrix; weights are {', '.join(list(paths(net.shapes))[:6])}, ...")
+        held = list(paths(net.shapes))
+        some = f"its weights are {', '.join(held[:6])}{', ...' * (len(held) > 6)}" if held else "it has no weights"
+        raise Refused(f"lora.targets={targets!r} matches no matrix of lora.base={base!r}: {some}")
     return Adapter(net.build, net.graphdef, shapes, axes, net.wrap, net.config, base, scale=(alpha or rank) / rank)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core.lora import adapt, merge
+from jaxdistill.core.build import Lora, Role
+from jaxdistill.core.lora import adapt, base_of, merge
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Refused
@@ -74,3 +75,36 @@ def test_axes_follow_the_matrix():
 def test_no_match_is_refused():
     with pytest.raises(Refused, match="matches no matrix"):
         adapt(BASE, base="teacher", rank=2, targets="nothing")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("rank", v) for v in (0, -1, 1.5, None, True)],
+        *[("alpha", v) for v in (-1.0, float("nan"), "x")],
+        *[("base", v) for v in ("", None)],
+        *[("targets", v) for v in ("(", "*", None, "")],
+    ],
+)
+def test_fields_out_of_range_are_refused_in_one_line(field, value):
+    with pytest.raises(Refused, match=rf"^lora\.{field}=[^\n]*$"):
+        adapt(BASE, **{"base": "teacher", "rank": 2, field: value})
+
+
+def test_stacked_vectors_are_no_matrices():
+    """Biases of stacked layers have two dimensions, one of them the layers'."""
+    net = adapt(BASE, base="teacher", rank=2, targets=".*(bias|kernel)")
+    assert net.shapes == adapt(BASE, base="teacher", rank=2).shapes
+    with pytest.raises(Refused, match="matches no matrix"):
+        adapt(BASE, base="teacher", rank=2, targets="blocks/.*bias")
+
+
+@pytest.mark.parametrize(
+    ("base", "why"),
+    [("", "no such role"), ("techer", "no such role"), ("student", "the role itself"), ("fake", "it has adapters too")],
+)
+def test_a_base_that_has_no_full_weights_is_refused(base, why):
+    roles = {"teacher": Role(), "student": Role(lora=Lora(rank=2)), "fake": Role(lora=Lora(rank=4))}
+    with pytest.raises(Refused, match=rf"^config\.roles\.student\.lora\.base={base!r}: {why}; expected .*: teacher$"):
+        base_of("student", base, roles)
+    assert base_of("student", "teacher", roles) == "teacher"

@@ -10,13 +10,14 @@ lengths of the stages are readings, and fields here. Layer m = 0 (embeddings) is
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
 from jaxdistill.core.types import Stage as Part
+from jaxdistill.methods.language import _whole
 from jaxdistill.objectives import attention
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 from jaxdistill.objectives.features import hidden_mse
@@ -96,7 +97,11 @@ class ErnieTiny(Method):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student", "projection"), self.loss),)
+        return (Turn(("student", "projection"), self.loss, gather=self.count),)
+
+    def count(self, net: Nets, ctx: Ctx) -> Batch:
+        """The batch with the number of tokens that the stage reads."""
+        return _whole.counted(ctx.batch, {"tokens": rows(ctx.batch, STAGES[self.stage].data)["mask"]})
 
     def stages(self, steps: int) -> tuple[Part, ...]:
         """Student and projection go on from stage to stage."""
@@ -110,19 +115,16 @@ class ErnieTiny(Method):
         theirs = attention.layer_map(self.student_depth, self.teacher_depth)
         run = lambda call, layers: call(batch["tokens"], mask=batch["mask"], features=layers, scores=layers)
         wanted, student = jax.lax.stop_gradient(run(getattr(net, part.teacher), theirs)), run(net.student, mine)
-        hidden, maps = self.latent(net, wanted[1:], student[1:], batch["mask"])
+        share, match = _whole.share(ctx.batch), attention.KINDS[self.attention]
+        mean = lambda each: _whole.mean(ctx.batch, "tokens", *masked_sum(each, batch["mask"]))  # over real tokens
+        hidden = sum(mean(hidden_mse(t, net.projection(s))) for t, s in zip(wanted[1], student[1], strict=True))
+        maps = sum(mean(match(t, s, batch["mask"])) for t, s in zip(wanted[2], student[2], strict=True))
         out = {"hidden": hidden, "attention": maps}
         if part.loss == "labels":
-            out |= {"soft": soft_loss(wanted[0], student[0], self.temperature), "hard": hard_loss(student[0], batch["label"])}
+            soft, hard = soft_loss(wanted[0], student[0], self.temperature), hard_loss(student[0], batch["label"])
+            out |= {"soft": share * soft, "hard": share * hard}
         loss = hidden + maps + self.soft_weight * out.get("soft", 0.0) + self.hard_weight * out.get("hard", 0.0)
-        return Out(loss, out)
-
-    def latent(self, net: Nets, teacher: Any, student: Any, mask: Array) -> tuple[Array, Array]:
-        """(L_hid, L_att): sums over layers of means over real tokens, [] each."""
-        mean = lambda each: jnp.divide(*masked_sum(each, mask))
-        match = attention.KINDS[self.attention]
-        hidden = sum(mean(hidden_mse(t, net.projection(s))) for t, s in zip(teacher[0], student[0], strict=True))
-        return hidden, sum(mean(match(t, s, mask)) for t, s in zip(teacher[1], student[1], strict=True))
+        return Out(loss, out, count=share)
 
 
 def soft_loss(teacher: Array, student: Array, temperature: float) -> Array:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
-from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
+from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
+from jaxdistill.methods.language import _whole
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
@@ -29,11 +28,20 @@ class StepByStep(SFT):
         if not 0 <= self.alpha <= 1:
             raise Refused(f"method.alpha={self.alpha}: expected 0 to 1")
 
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        return (Turn(("student",), self.loss, gather=self.count),)
+
+    def count(self, net: Nets, ctx: Ctx) -> Batch:
+        """The batch with the numbers of target tokens of both tasks."""
+        return _whole.counted(ctx.batch, {"label": targets(ctx.batch)[1], "rationale": targets(explained(ctx.batch))[1]})
+
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         """alpha L_label + (1 - alpha) L_rationale, each the mean over its own target tokens in the batch."""
-        label = mean(*self.nll(net, ctx.batch))
-        rationale = mean(*self.nll(net, {k.removeprefix(EXPLAIN): v for k, v in ctx.batch.items() if k.startswith(EXPLAIN)}))
-        return Out(self.alpha * label + (1 - self.alpha) * rationale, {"label": label, "rationale": rationale})
+        label = _whole.mean(ctx.batch, "label", *self.nll(net, ctx.batch))
+        rationale = _whole.mean(ctx.batch, "rationale", *self.nll(net, explained(ctx.batch)))
+        loss = self.alpha * label + (1 - self.alpha) * rationale
+        return Out(loss, {"label": label, "rationale": rationale}, count=_whole.share(ctx.batch))
 
     def nll(self, net: Nets, batch: Batch) -> tuple[Array, Array]:
         """(sum of -log q over the target tokens of these documents, their number)."""
@@ -41,5 +49,6 @@ class StepByStep(SFT):
         return masked_sum(cross_entropy(net.student(batch["tokens"], **context(batch)), labels), mask)
 
 
-def mean(total: Array, count: Array) -> Array:
-    return total / jnp.maximum(count, 1.0)
+def explained(batch: Batch) -> Batch:
+    """The documents that end in the rationale."""
+    return {k.removeprefix(EXPLAIN): v for k, v in batch.items() if k.startswith(EXPLAIN)}

@@ -112,6 +112,15 @@ def test_padding_is_invisible():
         np.testing.assert_allclose(a.metrics[name], b.metrics[name], rtol=1e-4, atol=1e-6)
 
 
+def test_micro_batches_do_not_move_the_update():
+    uneven = {**BATCH, "mask": BATCH["mask"].at[1::2, 3:].set(False), "general_mask": BATCH["general_mask"].at[::2, 4:].set(False)}
+    start = {role: PARAMS[role] for role in ("teacher", "student", "projection")}
+    runs = [first_steps(STAGE["TSD"], NETS, optax.sgd(0.1), start, uneven, 1, accumulate=n) for n in (1, 2)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *(states[-1].params for states, _ in runs))
+    for name, value in runs[0][1][0].items():
+        np.testing.assert_allclose(runs[1][1][0][name], value, rtol=1e-4, err_msg=name)
+
+
 def test_soft_labels_differ_from_kl_by_the_entropy():
     teacher, student = (NETS[r].apply(PARAMS[r], BATCH["tokens"], mask=BATCH["mask"]) for r in ("teacher", "student"))
     p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)

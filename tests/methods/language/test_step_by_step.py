@@ -49,6 +49,20 @@ def test_five_steps_follow_fine_tuning():
     close(*weights, atol=1e-5)
 
 
+def test_micro_batches_do_not_move_the_update():
+    """Each term is a mean over the whole batch's tokens, however unevenly these fall on its halves."""
+    uneven = {k: v.at[1::2, -4:].set(False) if k.endswith("mask") else v for k, v in BATCH.items()}
+    uneven["mask"] = uneven["mask"].at[3].set(False)
+    runs = [first_steps(StepByStep(alpha=0.3), {"student": NET}, optax.sgd(1.0), PARAMS, uneven, 1, accumulate=n) for n in (1, 2)]
+    (one, _), (two, _) = ([states[-1].params, metrics] for states, metrics in runs)
+    close(one, two, atol=2e-6)
+    for name, value in runs[0][1][0].items():
+        np.testing.assert_allclose(runs[1][1][0][name], value, rtol=1e-5, err_msg=name)
+    halves = [gradient(StepByStep(alpha=0.3), {k: v[i::2] for k, v in uneven.items()}) for i in range(2)]
+    mean = jax.tree.map(lambda w, a, b: w - (a + b) / 2, PARAMS, *halves)  # what a mean of means would be
+    assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(one))) > 1e-3
+
+
 def test_weights_are_shared_by_two_tasks():
     both, label, rationale = (gradient(StepByStep(alpha=a)) for a in (0.3, 1.0, 0.0))
     close(both, jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, label, rationale), atol=1e-6)
