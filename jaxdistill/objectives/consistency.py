@@ -75,6 +75,12 @@ def noise_levels(n: Array, size: int, sigma_min: float = 0.002, sigma_max: float
     return (bottom + ramp * (top - bottom)) ** rho
 
 
+def neighbours(key: Array, levels: Array, logits: Array, n: int) -> tuple[Array, Array]:
+    """(t, r) [n]: the ends of intervals between rising `levels` [N], drawn by `logits` [N - 1]."""
+    index = jax.random.categorical(key, logits, shape=(n,))
+    return levels[index + 1], levels[index]
+
+
 def ict_probs(levels: Array, mean: float = -1.1, std: float = 2.0) -> Array:
     """iCT's law of the interval (sigma_i, sigma_{i+1}): mass of the lognormal in it, [size] -> [size - 1], summing to 1.
 

@@ -70,10 +70,23 @@ def ratio(logit: Array, low: float = 1e-3, high: float = 1e3) -> Array:
     return jnp.exp(jnp.clip(logit, math.log(low), math.log(high)))
 
 
-def f_weight(kind: str, logit: Array) -> Array:
-    """h(exp(logit)) over its batch mean, under stop_gradient; [B] -> [B]. Logits are clipped to [-10, 10] (f-distill).
+def f_ratio(logit: Array, low: float = 0.0, high: float = math.inf) -> Array:
+    """f-distill's r, under stop_gradient: exp of logits clipped to [-10, 10], within [low, high]."""
+    return jnp.clip(jnp.exp(jnp.clip(jax.lax.stop_gradient(logit), -10.0, 10.0)), low, high)
 
-    Raises Refused on an unknown kind.
-    """
-    h = divergence(kind).h(jnp.exp(jnp.clip(jax.lax.stop_gradient(logit), -10.0, 10.0)))
+
+def f_weight(kind: str, logit: Array, low: float = 0.0, high: float = math.inf, scale: Array | float = 1.0) -> Array:
+    """h(r / scale) over its batch mean, r of `f_ratio`; [B] -> [B] (f-distill). Raises Refused on an unknown kind."""
+    h = divergence(kind).h(f_ratio(logit, low, high) / scale)
     return h / jnp.mean(h)
+
+
+def binned_means(means: Array, r: Array, t: Array, low: float, high: float, rate: float) -> tuple[Array, Array]:
+    """(means [bins], moved towards those of r [B] by equal bins of the times t [B] in low..high; each sample's own [B]).
+
+    A bin keeps `rate` of its old mean, all of it where the batch has no time in it (f-distill's code, with its 1e-6).
+    """
+    index = jnp.clip(jnp.floor((t - low) / ((high - low) / len(means))).astype(jnp.int32), 0, len(means) - 1)
+    count, total = (jnp.zeros_like(means).at[index].add(value) for value in (jnp.ones_like(r), r))
+    means = jnp.where(count > 0, rate * means + (1 - rate) * total / (count + 1e-6), means)
+    return means, means[index]

@@ -104,6 +104,34 @@ def test_ratio_is_clipped_and_differentiable_inside():
     np.testing.assert_allclose(slope, [0.0, np.exp(0.5)], rtol=1e-12)
 
 
+def test_ratio_clip_and_bins_are_the_released_codes():
+    """r clipped to [.1, 20]; bins follow the mean of r in each tenth of the times; h of r over its bin's mean, over the batch mean."""
+    rng, bins, rate = np.random.default_rng(0), 10, 0.5
+    logit, t, means = 4 * rng.standard_normal(64), rng.uniform(0.2, 0.69, 64), rng.uniform(0.5, 2.0, bins)
+    r = np.clip(np.exp(np.clip(logit, -10, 10)), 0.1, 20)
+    index = np.floor((t - 0.1) / 0.08).astype(int)
+    want = means.copy()
+    for i in range(bins):
+        mine = r[index == i]
+        if len(mine):
+            want[i] = rate * means[i] + (1 - rate) * mine.sum() / (len(mine) + 1e-6)
+    assert 0 < len(set(index.tolist())) < bins
+    got, own = fdivergence.binned_means(
+        jnp.asarray(means), fdivergence.f_ratio(jnp.asarray(logit), 0.1, 20), jnp.asarray(t), 0.1, 0.9, rate
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    np.testing.assert_allclose(own, want[index], rtol=1e-12)
+    scaled = r / (want[index] + 1e-6)
+    h = fdivergence.f_weight("js", jnp.asarray(logit), 0.1, 20, scale=own + 1e-6)
+    np.testing.assert_allclose(h, (1 - 1 / (1 + scaled)) / np.mean(1 - 1 / (1 + scaled)), rtol=1e-9)
+
+
+def test_times_at_the_ends_fall_into_the_outer_bins():
+    means, own = fdivergence.binned_means(jnp.ones(4), jnp.asarray([2.0, 3.0, 5.0]), jnp.asarray([-1.0, 1.0, 7.0]), 0.0, 1.0, 0.0)
+    np.testing.assert_allclose(means, [2, 1, 1, 4], rtol=1e-6)
+    np.testing.assert_allclose(own, [2, 4, 4], rtol=1e-6)
+
+
 def test_f_weight_has_batch_mean_one_is_clipped_and_carries_no_gradient():
     logit = jnp.asarray([-40.0, -10.0, 0.0, 1.0])
     h = fdivergence.f_weight("forward_kl", logit)

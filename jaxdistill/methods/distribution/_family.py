@@ -6,7 +6,7 @@
 | VSD arXiv:2305.16213, SwiftBrush | the same, the fake score an adapter | DiffInstruct with roles.fake.lora |
 | DMD arXiv:2311.18828 | normalised, and a regression on pairs | _dmd.DMD |
 | DMD2 arXiv:2405.14867 | normalised, and a GAN | dmd2.DMD2 |
-| f-distill arXiv:2502.15681 | DMD2's times h(r) | FDistill |
+| f-distill arXiv:2502.15681 | DMD2's times h(r) | FDistill, BinnedFDistill |
 | SDS arXiv:2209.14988, DDS arXiv:2304.07090 | s_fake that of the sample itself, or of a reference | SDS (_sds.py), DDS |
 | RED-diff arXiv:2305.04391 | SDS and fidelity to a measurement | RedDiff |
 | SiD arXiv:2404.04057 | score identity | SiD |
@@ -18,10 +18,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array
+from jaxdistill.core.types import Array, Ctx, Nets
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import expand
 from jaxdistill.diffusion.times import Karras, Uniform
@@ -37,12 +38,44 @@ class FDistill(DMD2):
     """DMD2's gradient times h(r) over its batch mean, r from the discriminator."""
 
     divergence: str = "js"  # a row of fdivergence.DIVERGENCES
+    ratio_range: tuple[float, float] = (0.0, math.inf)  # where r is clipped; the code's (.1, 20)
+
+    def weigh(self, net: Nets, ctx: Ctx, xt: Array, t: Array) -> Array:
+        """h(r) over its batch mean, [B]."""
+        return fdivergence.f_weight(self.divergence, self.logits(net, xt, t, ctx.batch.get("cond")), *self.ratio_range)
 
     def match(self, net, ctx, x0):
         xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
-        h = fdivergence.f_weight(self.divergence, self.logits(net, xt, t, ctx.batch.get("cond")))
+        h = self.weigh(net, ctx, xt, t)
         gradient = self.direction(x0, self.real(net, xt, t, ctx), self.fake(net, xt, t, ctx), t)
         return score.gradient_surrogate(x0, expand(h, x0) * gradient), xt, t
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BinnedFDistill(FDistill):
+    """As released: ratios over their running mean in the bin of their time, so that no noise level outweighs the others."""
+
+    ratio_range: tuple[float, float] = (0.1, 20.0)
+    bins: int = 10  # equal parts of the process
+    bin_rate: float = 0.0  # share of its old mean that a bin keeps; the code's .5 on ImageNet-64
+
+    def memory(self):
+        return {"ratio_means": jnp.ones(self.bins)}
+
+    def means(self, logits: Array, t: Array, ctx: Ctx) -> tuple[Array, Array]:
+        """(mean ratios by bin [bins], those of the samples' bins [B])."""
+        r, ends = fdivergence.f_ratio(logits, *self.ratio_range), (self.process.t_min, self.process.t_max)
+        return fdivergence.binned_means(ctx.memory["ratio_means"], r, t, *ends, self.bin_rate)
+
+    def weigh(self, net, ctx, xt, t):
+        logits = self.logits(net, xt, t, ctx.batch.get("cond"))
+        return fdivergence.f_weight(self.divergence, logits, *self.ratio_range, scale=self.means(logits, t, ctx)[1] + 1e-6)
+
+    def student_loss(self, net, ctx):
+        out = super().student_loss(net, ctx)
+        xt, t, _ = self.diffuse(self.generate(net, ctx), self.match_times, ctx, "match")  # the same draws, found equal by XLA
+        means, _ = self.means(self.logits(net, xt, t, ctx.batch.get("cond")), t, ctx)
+        return out._replace(memory={**out.memory, "ratio_means": means})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +111,11 @@ class RedDiff(SDS):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiD(EDMDiffInstruct):
-    """Score identity distillation. alpha = 1/2 is the exact gradient of the Fisher divergence, halved; the paper's is 1.2."""
+    """Score identity distillation. alpha = 1/2 is the exact gradient of the Fisher divergence, halved; the paper's is 1.2.
+
+    The student's loss is a sum over dimensions, as in the code, the fake score's a mean where that has a sum: its Adam's eps
+    (1e-8 there) is to be divided by their number.
+    """
 
     student_times: tuple[float, ...] = (2.5,)
     match_times: Uniform = Karras(high=0.8)

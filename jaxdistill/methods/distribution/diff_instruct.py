@@ -8,18 +8,19 @@ divergence between the two noised laws, integrated over noise levels. All distri
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Turn
+from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import EDM, Pred, Process
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
 from jaxdistill.methods._fewstep import FewStep
 from jaxdistill.objectives import score
-from jaxdistill.samplers.fewstep import simulate
+from jaxdistill.samplers.fewstep import falling, simulate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,12 +112,18 @@ class FromLevel:
         return noise * level / self.process.start(jnp.ones((), noise.dtype))
 
     def check_times(self) -> None:
-        """Any level will do."""
+        """Any level will do, a process's last one or none of its own."""
+        if not falling(self.student_times, math.inf):
+            raise Refused(f"method.student_times={self.student_times}: expected falling times above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EDMDiffInstruct(FromLevel, DiffInstruct):
-    """As released, for EDM's networks: one law of noise levels for the gradient and the fake score, EDM's weights for the latter."""
+    """As released, for EDM's networks: one law of noise levels for the gradient and the fake score, EDM's weights for the latter.
+
+    Both losses are means over dimensions, the code's sums: Adam steps as the code's does where its eps (1e-8 there) is divided
+    by the number of dimensions.
+    """
 
     process: Process = EDM()
     student_times: tuple[float, ...] = (1.0,)  # the code's init_sigma

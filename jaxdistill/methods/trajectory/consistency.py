@@ -85,7 +85,7 @@ class Consistency(DiscreteConsistency):
 
     def pair(self, ctx, n):
         levels = consistency.noise_levels(self.levels, self.levels, self.process.t_min, self.process.t_max, self.rho)
-        return neighbours(levels, jnp.zeros(self.levels - 1), ctx, n)
+        return consistency.neighbours(ctx.key("level"), levels, jnp.zeros(self.levels - 1), n)
 
     def earlier(self, net, ctx, xt, t, r, x0, eps):
         cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
@@ -107,7 +107,7 @@ class GrowingGrid(DiscreteConsistency):
     def pair(self, ctx, n):
         count = self.count(ctx.step, self.total, self.s0, self.s1)
         levels = consistency.noise_levels(count, self.s1 + 1, self.process.t_min, self.process.t_max, self.rho)
-        return neighbours(levels, self.logits(levels), ctx, n)
+        return consistency.neighbours(ctx.key("level"), levels, self.logits(levels), n)
 
     def logits(self, levels: Array) -> Array:
         """Of each interval; those after the last level are empty."""
@@ -132,9 +132,3 @@ class CT(GrowingGrid):
     def decay(self, k: Array) -> Array:
         """mu at the student's update k, from 1: that of the grid which the update was made on."""
         return consistency.ct_decay(self.count(k - 1, self.total, self.s0, self.s1), self.s0, self.mu0)
-
-
-def neighbours(levels: Array, logits: Array, ctx: Ctx, n: int) -> tuple[Array, Array]:
-    """(t, r) [n]: the ends of intervals between rising `levels` [N], drawn by `logits` [N - 1]."""
-    index = jax.random.categorical(ctx.key("level"), logits, shape=(n,))
-    return levels[index + 1], levels[index]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.recipes import diff_instruct
+from jaxdistill.core.optim import Optimizer
 from jaxdistill.diffusion.process import EDM, Flow, Trig
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
 from jaxdistill.methods.distribution import _family as family
@@ -51,6 +53,50 @@ def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussia
     method = EDMDiffInstruct(match_times=LogNormalSNR(mean=np.log(0.8), std=0.0))
     grad = jax.grad(lambda m: method.student_loss(nets(real, fake, m), gathered(context, 100)).loss)(0.0)
     np.testing.assert_allclose(grad, 0.64 * (-0.2 - 0.7) / (0.16 + 0.64), rtol=1e-5)
+
+
+def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
+    """The code: sums over dimensions, means over samples. Theirs are ours times the dimensions, and Adam's steps at its eps equal
+    ours at the recipe's rule, eps over the dimensions; at its own eps ours would be far off where gradients are small."""
+    g, dims, n = gaussian(EDM(), 0.7, 0.4), 5, 7
+    method, draws = EDMDiffInstruct(), np.random.default_rng(0).standard_normal((2, n, dims))
+    ctx = context(jnp.zeros((n, dims)), xt=jnp.asarray(draws[0]), t=jnp.ones(n))
+
+    def nets(w, v):
+        at = lambda a: lambda x, t, cond=None, **kw: EDM().from_x0(a[0] * x + a[1] * jnp.sin(x), x, t)
+        return SimpleNamespace(student=at(w), fake=at(v), teacher=g.denoise)
+
+    def noised(x0, name):
+        sigma = jnp.exp(-1.2 + 1.2 * jax.random.normal(ctx.key(name + "_t"), (n,)))[:, None]
+        return x0 + sigma * jax.random.normal(ctx.key(name + "_eps"), x0.shape), sigma
+
+    def student(w, v):
+        x0 = nets(w, v).student(ctx.batch["xt"], ctx.batch["t"]).x0
+        xt, sigma = noised(jax.lax.stop_gradient(x0), "match")
+        gap = nets(w, v).fake(xt, sigma[:, 0]).x0 - g.denoise(xt, sigma[:, 0]).x0
+        return jnp.sum(jax.lax.stop_gradient(gap) * x0) / n
+
+    def fake(w, v):
+        x0 = nets(w, v).student(ctx.batch["xt"], ctx.batch["t"]).x0
+        xt, sigma = noised(x0, "fake")
+        weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
+        return jnp.sum(weight * (nets(w, v).fake(xt, sigma[:, 0]).x0 - x0) ** 2) / n
+
+    w, v = jnp.asarray([0.8, 0.1]), jnp.asarray([0.5, -0.2])
+    ours = jax.grad(lambda w: method.student_loss(nets(w, v), ctx).loss)(w), jax.grad(lambda v: method.critic_loss(nets(w, v), ctx).loss)(v)
+    theirs = jax.grad(student)(w, v), jax.grad(fake, argnums=1)(w, v)
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(dims * a, b, rtol=1e-9)
+        small = 1e-8 / jnp.abs(b).max()  # gradients of the size of eps, where it matters
+
+        def steps(grad, eps):
+            tx = Optimizer(algorithm="adam", lr=1.0, b1=0.0, eps=eps, clip=0.0).make(3)
+            params = {"w": jnp.zeros(2)}
+            return tx.update({"w": grad}, tx.init(params), params)[0]["w"]
+
+        np.testing.assert_allclose(steps(small * a, 1e-8 / dims), steps(small * b, 1e-8), rtol=1e-9)
+        assert jnp.abs(steps(small * a, 1e-8) / steps(small * b, 1e-8) - 1).max() > 0.5
+    assert diff_instruct.get_config().roles.student.optimizer.eps == diff_instruct.get_config().roles.fake.optimizer.eps == 1e-8 / 3072
 
 
 @pytest.mark.parametrize("make", [EDMDiffInstruct, family.SiD, UniInstruct])

@@ -464,6 +464,25 @@ def test_f_distill(plain):
     np.testing.assert_allclose(reverse, pulled(DMD2(**AT), plain), rtol=1e-10)
 
 
+def test_f_distill_with_clipped_ratios_over_their_bins(plain):
+    """All times are .6, the seventh of ten bins of [0, 1], whose mean moves half the way to the batch's; then as above."""
+    net, ctx, x0, real, fake, xt = plain
+    net.student = lambda x, t, cond=None: Flow().from_x0(x, x, t)
+    r = np.clip(np.exp(2 * xt[:, :1]), 0.5, 2.0)
+    np.testing.assert_array_equal(pulled(family.FDistill(**AT), plain), pulled(family.FDistill(ratio_range=(0.0, np.inf), **AT), plain))
+    clipped = r / (1 + r) / np.mean(r / (1 + r)) * (fake - real) / np.abs(x0 - real)
+    np.testing.assert_allclose(pulled(family.FDistill(ratio_range=(0.5, 2.0), **AT), plain), clipped, rtol=1e-10)
+
+    method = family.BinnedFDistill(ratio_range=(0.5, 2.0), bin_rate=0.5, **AT)
+    held = dataclasses.replace(ctx, memory=method.memory(), batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))})
+    mean = 0.5 + 0.5 * np.sum(r) / (len(r) + 1e-6)
+    scaled = r / (mean + 1e-6)
+    want = scaled / (1 + scaled) / np.mean(scaled / (1 + scaled)) * (fake - real) / np.abs(x0 - real)
+    np.testing.assert_allclose(pulled(method, (net, held, x0)), want, rtol=1e-9)
+    memory = method.student_loss(net, held).memory["ratio_means"]
+    np.testing.assert_allclose(memory, np.where(np.arange(10) == 6, mean, 1.0), rtol=1e-12)
+
+
 def test_score_distillation_and_its_delta(plain):
     net, ctx, x0, real = plain[:4]
     np.testing.assert_allclose(pulled(family.SDS(**AT), plain), x0 - real, rtol=1e-10)
