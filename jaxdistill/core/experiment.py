@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Experiment:
 
     @functools.cached_property
     def method(self) -> Method:
-        return build.build(self.config.method)
+        return stopping(build.build(self.config.method), lambda: self.data)
 
     @functools.cached_property
     def data(self) -> Any:
@@ -165,6 +166,19 @@ class Experiment:
         if (Path(source) / "stages").exists():
             return load_result(Path(source), abstract)
         return interop.load_into(source, net, abstract)
+
+
+def stopping(method: Method, data: Callable[[], Any]) -> Method:
+    """Methods that write text and name no token that ends it, also those inside others: they stop at the data's, where it has one."""
+    new: dict[str, Any] = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, Method) and (inner := stopping(value, data)) is not value:
+            new[field.name] = inner
+    if getattr(method, "eos", None) == () and hasattr(data(), "eos"):
+        end = data().eos
+        new |= {"eos": tuple(end) if isinstance(end, (tuple, list)) else (end,), "pad": data().pad}
+    return dataclasses.replace(method, **new) if new else method
 
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:

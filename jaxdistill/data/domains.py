@@ -137,6 +137,10 @@ class Folders(Domains):
 
     each: Dataset | None = None  # a data.text data set; its own path and batch_size are not used
 
+    @property
+    def texts(self):
+        return self.each or self
+
     @functools.cached_property
     def parts(self):
         names = sorted(p.name for p in self.existing().iterdir() if not p.name.startswith("."))

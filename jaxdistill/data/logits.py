@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxdistill.core.build import build
 from jaxdistill.core.types import Refused
 from jaxdistill.data.arrayrecord import ArrayRecords
 
@@ -34,6 +35,10 @@ class StoredLogits(ArrayRecords):
             if made < files:
                 raise Refused(f"data.path={self.path}: {made} of {files} {split} files; tools/store_logits.py goes on where it stopped")
         return about
+
+    @functools.cached_property
+    def texts(self):
+        return build(self.store["data"])
 
     def source(self, split):
         _ = self.store
