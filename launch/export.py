@@ -2,7 +2,8 @@
 
 python -m launch.export --workdir=DIR [--out=DIR/export] [--adapter]
 
-With --adapter, the student of a config with `lora` leaves as an adapter for `peft` or diffusers, not folded into its base.
+The folder takes the place of an earlier export, and of nothing else. With --adapter, the student of a config with `lora`
+leaves as an adapter for `peft` or diffusers, not folded into its base.
 """
 
 from jaxdistill.core.records import local
@@ -13,12 +14,13 @@ def export(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": "", "out": "", "adapter": False})
     config, workdir = needed(values, config)
     from jaxdistill.core import loop, report
+    from jaxdistill.core.experiment import Experiment
     from jaxdistill.interop import export as to_folder
 
-    out = local(values["out"] or workdir / "export", "--out")
-    trained = loop.load(workdir, config)
+    out = local(values["out"] or workdir / "export", "--out").expanduser()
+    to_folder.check(Experiment(config, workdir), out, adapter=values["adapter"])
     report.read(workdir)
-    to_folder.export(trained, out, adapter=values["adapter"])
+    to_folder.export(loop.load(workdir, config), out, adapter=values["adapter"])
     print(f"exported: {out}")
 
 

@@ -20,6 +20,7 @@ def sample(argv: list[str]) -> None:
     import numpy as np
 
     from jaxdistill.core import loop
+    from jaxdistill.core.net import paths
 
     trained = loop.load(workdir, config)
     evaluation, role = trained.experiment.evaluation, values["role"]
@@ -38,7 +39,7 @@ def sample(argv: list[str]) -> None:
     out = Path(values["out"] or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
     evaluation.picture(x, real).save(out)
-    np.savez(out.with_suffix(".npz"), x=x, **{k: v for k, v in real.items() if k == "cond"})
+    np.savez(out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {}))
     print(f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {out.with_suffix('.npz')}")
 
 

@@ -1,18 +1,29 @@
 """The commands as a user meets them: arguments, exit codes, one line for bad input, nothing half-written."""
 
+import importlib
+import io
 import json
 import os
+import pkgutil
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from jaxdistill import interop
 from jaxdistill.core import loop
+from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Refused
+from jaxdistill.data import arrayrecord
+from jaxdistill.data.base import Dataset
+from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from launch import _command, evaluate, export, sample, train
 
 ROOT = Path(__file__).parents[1]
@@ -172,5 +183,161 @@ def test_full_weights_are_no_adapter(digits, tmp_path, capsys):
 
 def test_a_run_that_has_not_finished_cannot_be_exported(tmp_path, capsys):
     said = refused([TOY, f"--workdir={tmp_path / 'none'}"], capsys, export.export)
-    assert "no finished run" in said or "no such result" in said
+    assert "has that run finished?" in said
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("out", ["RUN", "RUN/teacher", "RUN/stages/9", "RUN/..", "RUN/config.json", "/" + "x" * 300])
+def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
+    """Refused before a weight is read."""
+    monkeypatch.setattr(loop, "load", lambda *_: pytest.fail("weights were read"))
+    files = lambda: {path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()}
+    before = files()
+    refused([f"--workdir={digits}", f"--out={out.replace('RUN', str(digits))}"], capsys, export.export)
+    assert files() == before
+
+
+def test_an_export_takes_the_place_of_an_export(digits):
+    for _ in range(2):
+        export.export([f"--workdir={digits}"])
+    assert sorted(path.name for path in digits.iterdir() if path.name.startswith(".")) in ([], [".lock"])
+
+
+def png(seed):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def image_folder(path):
+    for label in "abc":
+        (path / label).mkdir()
+        for i in range(40):
+            (path / label / f"{i}.png").write_bytes(png(i))
+
+
+def parquet(path):
+    for split, count in (("train", 9), ("test", 6)):
+        images = pa.array(
+            [{"bytes": png(i), "path": None} for i in range(count)], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        )
+        pq.write_table(pa.table({"image": images, "label": [i % 3 for i in range(count)]}), path / f"{split}-00000.parquet")
+
+
+def idx(path):
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 9), ("t10k", 6)):
+        pixels, labels = draw.integers(0, 256, (count, 8, 8), np.uint8), np.arange(count, dtype=np.uint8) % 3
+        for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            (path / f"{split}-{kind}-ubyte").write_bytes(head + values.tobytes())
+
+
+def records(path, null="null_cond", dtype=np.float32, **rest):
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        rows = ({"x": draw.integers(0, 255, (8, 8, 3)).astype(dtype), "cond": np.int32(i % 3), null: np.int32(3), **rest} for i in range(8))
+        arrayrecord.write(path / f"{split}.arrayrecord", rows)
+
+
+LATENTS = {"x": "normal 8 8 3", "cond": "integers 3", "null_cond": "constant 3"}
+PICTURES = {  # data set -> (its files, its fields)
+    "images:ImageFolder": (image_folder, dict(size=8, heldout=0.3)),
+    "images:ParquetImages": (parquet, dict(size=8)),
+    "idx:IDX": (idx, {}),
+    "arrayrecord:ArrayRecords": (records, {}),
+    "arrayrecord:WeightedRecords": (lambda path: records(path, worth=np.float32(1)), {}),
+    "arrayrecord:GroupedRecords": (lambda path: records(path, dtype=np.uint8), {}),
+    "arrayrecord:LoadedRecords": (records, dict(heldout=0.5)),
+    "digits:Digits": (None, {}),
+    "synthetic:Synthetic": (None, dict(arrays=LATENTS)),
+}
+CLASSIFIED = ("digits:LabelledDigits",)  # for classifiers: no null condition
+POINTS = ("mixtures:Mixture", "mixtures:Blurred", "rings:Rings")
+TEXT_CONDITIONAL = ("shapes:Shapes", "arrayrecord:GroupedRecords of text")
+TEXTS = {"language", "text", "ner", "rationales", "domains", "logits", "patterns", "two_tokenizers"}  # modules
+
+
+def test_every_data_set_is_of_a_kind_that_is_tried():
+    """Of those that make pictures, latents or points."""
+    known = {name.split(" ")[0] for name in (*PICTURES, *CLASSIFIED, *POINTS, *TEXT_CONDITIONAL)}
+    modules = [module.name for module in pkgutil.iter_modules([str(ROOT / "jaxdistill" / "data")]) if module.name not in TEXTS]
+    for name in modules:
+        module = importlib.import_module(f"jaxdistill.data.{name}")
+        sets = {
+            f"{name}:{k}"
+            for k, v in vars(module).items()
+            if isinstance(v, type) and issubclass(v, Dataset) and v.__module__ == module.__name__
+        }
+        assert sets - {"base:Dataset", "base:InMemory", "base:Records", "images:Images"} <= known
+
+
+def through(workdir, data, model, capsys, **evaluation):
+    """Trains two steps on a data set, evaluates, samples; returns what is stored."""
+    config = experiment(
+        steps=2,
+        mesh=MeshShape(data=1, fsdp=1),
+        tensorboard=False,
+        data=data,
+        method=spec("methods.trajectory.flow_matching:FlowMatching", solver="ddim"),
+        roles=dict(student=Role(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)))),
+        evaluation=spec(samples=6, batch=6, **evaluation),
+    )
+    loop.run(config, workdir, progress=False)
+    sample.sample([f"--workdir={workdir}", "--n=6", f"--out={workdir / 'grid.png'}"])
+    capsys.readouterr()
+    with np.load(workdir / "grid.npz") as saved:
+        return dict(saved)
+
+
+def run_the_card(workdir):
+    """x of the card's code."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    export.export([f"--workdir={workdir}"])
+    card, scope = (workdir / "export" / "README.md").read_text(), {}
+    exec(card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(workdir / "export"))), scope)
+    return scope["x"]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys):
+    write, fields = PICTURES[name]
+    (tmp_path / "data").mkdir()
+    if write:
+        write(tmp_path / "data")
+    data = spec(f"data.{name}", batch_size=4, path=str(tmp_path / "data"), **fields)
+    channels, classes = (3, 3) if name.split(":")[0] in ("images", "arrayrecord", "synthetic") else (1, 3 if write else 10)
+    model = spec("models.dit:DiT", size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes)
+    saved = through(tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels")
+    assert saved["x"].shape == (6, 8, 8, channels) and saved["cond"].shape == (6,)
+    assert run_the_card(tmp_path / "run").shape == (classes, channels, 8, 8)
+
+
+@pytest.mark.parametrize("name", TEXT_CONDITIONAL)
+def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
+    """The condition is a group of arrays, and is stored as such beside the samples."""
+    fields = dict(dim=6) if name == "shapes:Shapes" else dict(path=str(tmp_path))
+    if "path" in fields:
+        draw, shapes = np.random.default_rng(0), {"x": (6, 6, 3), "cond/text": (3, 6), "null_cond/text": (3, 6)}
+        mask = {"cond/mask": np.ones(3, bool), "null_cond/mask": np.ones(3, bool)}
+        one = lambda: mask | {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        for split in ("train", "test"):
+            arrayrecord.write(tmp_path / f"{split}.arrayrecord", (one() for _ in range(6)))
+    model = spec(
+        "models.unet:UNet", size=6, channels=3, widths=(8, 8), layers=1, depths=(1, 0), mid_depth=1, heads=(2, 2), text_dim=6, groups=4
+    )
+    data = spec(f"data.{name.split(' ')[0]}", batch_size=4, **fields)
+    saved = through(tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels")
+    assert saved["x"].shape == (6, 6, 6, 3) and saved["cond/text"].shape == (6, 3, 6)
+    assert run_the_card(tmp_path / "run").shape == (2, 3, 6, 6)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_points_do_too_as_far_as_pytorch_has_a_class(name, tmp_path, capsys):
+    model = spec("models.mlp:MLP", dim=2, width=8, depth=1, classes=8)
+    data = spec(f"data.{name}", batch_size=4)
+    saved = through(tmp_path / "run", data, model, capsys, name="evals.points:PointEval")
+    assert saved["x"].shape == (6, 2) and saved["cond"].shape == (6,)
+    assert "no PyTorch class for MLP" in refused([f"--workdir={tmp_path / 'run'}"], capsys, export.export)
+    assert not (tmp_path / "run" / "export").exists()

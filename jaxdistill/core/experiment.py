@@ -85,7 +85,7 @@ class Experiment:
 
     @functools.cached_property
     def method(self) -> Method:
-        return self._built("method", Method)
+        return stopping(self._built("method", Method), lambda: self.data)
 
     @functools.cached_property
     def data(self) -> Dataset:
@@ -330,6 +330,19 @@ class Trained:
     def bound(self):
         """Networks with their weights bound, as losses see them."""
         return bind(self.nets, self.params)
+
+
+def stopping(method: Method, data: Callable[[], Any]) -> Method:
+    """Methods that write text and name no token that ends it, also those inside others: they stop at the data's, where it has one."""
+    new: dict[str, Any] = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, Method) and (inner := stopping(value, data)) is not value:
+            new[field.name] = inner
+    if getattr(method, "eos", None) == () and hasattr(data(), "eos"):
+        end = data().eos
+        new |= {"eos": tuple(end) if isinstance(end, (tuple, list)) else (end,), "pad": data().pad}
+    return dataclasses.replace(method, **new) if new else method
 
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:

@@ -82,7 +82,8 @@ def write(trained, reports: Mapping[str, Any], *, seconds: float, config: Mappin
               "seconds": round(seconds, 1), "models": rows, "claim": claim(experiment.config.claim, rows)}  # fmt: skip
     _save(workdir / "samples", pictures)
     if jax.process_index() == 0:
-        (workdir / "report.html").write_text(_html(result, pictures, _curves(workdir), experiment.method.__doc__ or ""))
+        page = _html(result, pictures, _curves(workdir))
+        (workdir / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     write_json(workdir / "report.json", result)
     return result
 
@@ -153,8 +154,8 @@ def _curves(workdir) -> bytes:
     for axis, role in zip(axes[0], roles):
         for name, points in curves.items():
             if name.startswith(f"{role}/"):
-                axis.plot(*zip(*points), label=name.split("/", 1)[1], linewidth=1)
-        axis.set(title=role, xlabel="step")
+                axis.plot(*zip(*points), label=_plain(name.split("/", 1)[1]), linewidth=1)
+        axis.set(title=_plain(role), xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     out = io.BytesIO()
@@ -163,8 +164,15 @@ def _curves(workdir) -> bytes:
     return out.getvalue()
 
 
-def _html(result, pictures, curves: bytes, about: str) -> str:
-    cell = lambda tag, value: f"<{tag}>{html.escape(number(value))}</{tag}>"
+def _plain(text: str) -> str:
+    """Text that matplotlib takes for text: no formula, and no label that it leaves out."""
+    return text.replace("$", r"\$").lstrip("_")
+
+
+def _html(result, pictures, curves: bytes) -> str:
+    """The page. All that comes from a config or an evaluation is text: `say` escapes it."""
+    say = lambda value: html.escape(value if isinstance(value, str) else number(value))
+    cell = lambda tag, value: f"<{tag}>{say(value)}</{tag}>"
     names = columns(result["models"])
     head = "".join(cell("th", name.replace("_", " ")) for name in names)
     body = "".join("<tr>" + "".join(cell("td", row.get(k, "")) for k in names) + "</tr>" for row in result["models"])
@@ -173,19 +181,22 @@ def _html(result, pictures, curves: bytes, about: str) -> str:
     for title, picture in pictures.items():
         png = io.BytesIO()
         picture.save(png, format="PNG")
-        figures += f'<figure><img src="{data(png.getvalue())}" alt="{title}"><figcaption>{html.escape(title)}</figcaption></figure>'
+        figures += f'<figure><img src="{data(png.getvalue())}" alt="{say(title)}"><figcaption>{say(title)}</figcaption></figure>'
     stated = result["claim"]
     sentence = ""
     if stated:
         verdict = "holds" if stated["holds"] else "does not hold"
         sign = "&le;" if stated["better"] == "lower" else "&ge;"
-        sentence = (f"<p>Claim: {stated['metric']} of {stated['model']} {sign} {stated['bound']} &times; that of {stated['against']}: "
-                    f"{number(stated['value'])} against {number(stated['baseline'])}; <b>{verdict}</b>.</p>")  # fmt: skip
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(result["method"])}</title><style>{STYLE}</style>
-<h1>{html.escape(result["method"].split(":")[-1])}</h1>
-<p>{html.escape(result["method"])}, {result["steps"]:,} steps, {result["seconds"]:,.0f} s, seed {result["config"]["seed"]}</p>
+        metric, model, against = (say(stated[key]) for key in ("metric", "model", "against"))
+        bound, value, baseline = html.escape(str(stated["bound"])), say(stated["value"]), say(stated["baseline"])
+        sentence = f"<p>Claim: {metric} of {model} {sign} {bound} &times; that of {against}: {value} against {baseline}; "
+        sentence += f"<b>{verdict}</b>.</p>"
+    method, seed = result["method"], html.escape(str(result["config"]["seed"]))
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{say(method)}</title><style>{STYLE}</style>
+<h1>{say(method.split(":")[-1])}</h1>
+<p>{say(method)}, {result["steps"]:,} steps, {result["seconds"]:,.0f} s, seed {seed}</p>
 <table><tr>{head}</tr>{body}</table>{sentence}
 <h2>Samples</h2>{figures}
 <h2>Losses</h2><img class="wide" src="{data(curves)}" alt="losses">
-<details><summary>Config</summary><pre>{html.escape(json.dumps(result["config"], indent=1))}</pre></details></html>
+<details><summary>Config</summary><pre>{say(json.dumps(result["config"], indent=1))}</pre></details></html>
 """

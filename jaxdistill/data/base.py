@@ -104,6 +104,19 @@ class Dataset:
         """This data set with the fields that a controller asks for."""
         return dataclasses.replace(self, **hints)
 
+    @property
+    def texts(self) -> Dataset:
+        """The data set whose vocabulary its tokens are of: itself, or the one that it is made of."""
+        return self
+
+    def tokenizer_files(self) -> Path | dict[str, Any]:
+        """What turns text into its tokens: a folder of `transformers`, or JSON objects by file name; empty where nothing does."""
+        return {}
+
+    def prompt_text(self, question: str) -> str:
+        """All that a student reads before it answers."""
+        return question
+
     def chosen(self, size: int, n: int) -> np.ndarray:
         """Which of `size` held-out samples `evaluation(n)` takes: a fixed random choice, since files may be sorted."""
         return np.sort(_order(0, size, 0)[:n])

@@ -182,6 +182,10 @@ class Folders(Domains):
     def vocab_size(self):
         return self.each.vocab_size
 
+    @property
+    def texts(self):
+        return self.each or self
+
     @functools.cached_property
     def parts(self):
         path = self.existing()

@@ -12,6 +12,7 @@ import numpy as np
 from jaxdistill.core.net import Net, fixed_net
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.data.base import Dataset
+from jaxdistill.data.tokenizers import characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,7 @@ class Carry(Dataset):
     digits: int = 3  # of a and b; c has one more
 
     vocab, plus, equals, eos, pad = 14, 10, 11, 12, 13
+    alphabet = "0123456789+=;"  # of ids 0 to 12
 
     def __post_init__(self):
         super().__post_init__()
@@ -178,7 +180,10 @@ class Carry(Dataset):
 
     def text(self, tokens: np.ndarray) -> str:
         """One row as it reads."""
-        return "".join("0123456789+=;"[t] for t in tokens if t != self.pad)
+        return "".join(self.alphabet[t] for t in tokens if t != self.pad)
+
+    def tokenizer_files(self):
+        return characters(self.alphabet, {"<pad>": self.pad}, eos=self.alphabet[self.eos], pad="<pad>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,9 +45,13 @@ class StoredLogits(ArrayRecords):
     def vocab_size(self):
         """Of the data that was read, where its tokenizer is still there, else of the teacher's table."""
         try:
-            return build(ConfigDict(self.store["data"])).vocab_size or self.store["vocab"]
+            return self.texts.vocab_size or self.store["vocab"]
         except Refused:
             return self.store["vocab"]
+
+    @functools.cached_property
+    def texts(self):
+        return build(ConfigDict(self.store["data"]))
 
     def source(self, split):
         rows = self.store["rows"]

@@ -182,6 +182,9 @@ class Conversations(JsonLines):
     form: str = "type"  # type: a question for each type | all: one for all of them
     source: str = ""  # name of the data set, for the supervised template
 
+    def prompt_text(self, question):
+        return question
+
     def passages(self, split: str) -> list[tuple[str, list[Pair]]]:
         """(text, (entity, type) pairs) of every row. Raises Refused, naming the row, on a bad one."""
         path = self.existing()

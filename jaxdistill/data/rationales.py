@@ -177,6 +177,9 @@ class Rationales(JsonLines):
         explain = make([(e, answer(row[2], self.rationale_length)) for _, e, row in kept], self.rationale_length)
         return {**predict, **{f"explain_{k}": explain[k] for k in ("tokens", "mask", "segments", "positions")}}
 
+    def prompt_text(self, question):
+        return super().prompt_text(self.predict_prefix + question)
+
     def told(self, split: str) -> list[tuple[str, str, str]]:
         """(input, label, rationale) of every row."""
         path, keys = self.existing(), (self.input_key, self.response_key, self.rationale_key)

@@ -21,7 +21,7 @@ from absl import logging
 
 from jaxdistill.core.types import Refused, nearest
 from jaxdistill.data.base import InMemory, check_share, contents, held_out, one_line
-from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer
+from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer, stored_as
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,9 @@ class Text(InMemory):
     def tokens(self) -> np.ndarray:
         """int32 [n]: the whole file."""
         return self.codec.encode(_read_text(self.existing()))
+
+    def tokenizer_files(self):
+        return stored_as(self.tokenizer, begins=False)
 
     def arrays(self, split):
         cut = len(self.tokens) - round(len(self.tokens) * check_share(self.heldout))
@@ -102,6 +105,12 @@ class JsonLines(InMemory):
         pair = lambda where, item: tuple(_field(item, key, where) for key in (self.prompt_key, self.response_key))
         samples = [pair(*found) for found in _objects(test if test and split == "test" else train)]
         return samples if test else [samples[i] for i in held_out(len(samples), self.heldout, split)]
+
+    def tokenizer_files(self):
+        return stored_as(self.tokenizer, begins=True)
+
+    def prompt_text(self, question):
+        return question + self.between
 
     def asked(self, question: str) -> np.ndarray:
         """Token ids int32 [n] of all that comes before the response."""

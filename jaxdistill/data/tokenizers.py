@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -136,3 +136,74 @@ def load_tokenizer(name: str) -> Tokenizer:
     if not folder.is_dir():
         raise Refused(f"tokenizer={name!r}: expected 'byte' or a folder with a stored transformers tokenizer")
     return StoredTokenizer(folder)
+
+
+def stored_as(name: str, *, begins: bool) -> Path | dict[str, Any]:
+    """What `transformers` loads the tokenizer called `name` from: its folder, or JSON objects by file name. `begins` says
+    whether texts begin with the token for that; of a folder its own settings do."""
+    return byte_files(begins=begins) if name == "byte" else Path(name).expanduser()
+
+
+def byte_files(*, begins: bool) -> dict[str, Any]:
+    """`ByteTokenizer` for `PreTrainedTokenizerFast`. The three tokens that are no bytes are not made of text, but of their names."""
+    codec = ByteTokenizer
+    special = {"<|begin|>": codec.bos, "<|end|>": codec.eos, "<|pad|>": codec.pad}
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    first = {"<|begin|>": codec.bos} if begins else {}
+    return _files(_byte_letters(), special, split, split, first) | _settings(bos="<|begin|>", eos="<|end|>", pad="<|pad|>")
+
+
+def characters(alphabet: str, special: Mapping[str, int], *, eos: str, pad: str) -> dict[str, Any]:
+    """For `PreTrainedTokenizerFast`, of ids that stand for a character each, in the alphabet's order."""
+    return _files(alphabet, special, None, {"type": "Fuse"}, {}) | _settings(eos=eos, pad=pad)
+
+
+def _settings(**special: str) -> dict[str, Any]:
+    named = {f"{kind}_token": token for kind, token in special.items()}
+    how = {"clean_up_tokenization_spaces": False, "model_input_names": ["input_ids", "attention_mask"]}
+    return {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **named, **how}}
+
+
+def _files(letters: str, special: Mapping[str, int], split: Any, decoder: Any, first: Mapping[str, int]) -> dict[str, Any]:
+    """tokenizer.json of the library `tokenizers`: byte-pair encoding without pairs, so that every letter is its own token; the
+    tokens `first` come before each text."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {letter: i for i, letter in enumerate(letters)} | dict(special),
+        "merges": [],
+    }
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special.items()],
+        "normalizer": None,
+        "pre_tokenizer": split,
+        "post_processor": _template(first) if first else None,
+        "decoder": decoder,
+        "model": model,
+    }
+    return {"tokenizer.json": whole}
+
+
+def _template(first: Mapping[str, int]) -> dict[str, Any]:
+    """Puts tokens before each text."""
+    tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
+    a, b = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    known = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in first.items()}
+    return {"type": "TemplateProcessing", "single": [*tokens, a], "pair": [*tokens, a, b], "special_tokens": known}
+
+
+def _byte_letters() -> str:
+    """The letter of each byte in byte-level vocabularies, since GPT-2's: itself where it is printable, else one from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\xa1"), ord("\xac") + 1), *range(ord("\xae"), ord("\xff") + 1)]
+    rest = iter(range(256, 512))
+    return "".join(chr(b if b in printable else next(rest)) for b in range(256))

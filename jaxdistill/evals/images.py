@@ -43,7 +43,7 @@ class ImageEval(SampleEval):
         fake, true = extract(x), extract(real["x"])
         row = {"frechet": frechet_distance(fake, true)}
         row["precision"], row["recall"] = manifold.precision_recall(true, fake)
-        row["diversity"] = pairwise_distance(fake, real.get("cond"))
+        row["diversity"] = pairwise_distance(fake, labels(real))
         if predict is not None:
             row["accuracy"] = float(np.mean(predict(x) == real["cond"]))
         return row
@@ -60,10 +60,18 @@ class ImageEval(SampleEval):
 
     def picture(self, x, real):
         """A 10-column grid of up to 100 samples, sorted by label, a pixel apart, enlarged to about 320 px."""
-        order = np.argsort(real["cond"][:100], kind="stable") if "cond" in real else np.arange(min(len(x), 100))
+        label = labels(real)
+        order = np.arange(min(len(x), 100)) if label is None else np.argsort(label[:100], kind="stable")
+        x = x[..., :3] if x.shape[-1] >= 3 else x[..., :1]  # of latents, what can be shown
         x = np.clip((x[order] + 1) * 127.5, 0, 255).astype(np.uint8)
         x = np.pad(x, ((0, -len(x) % 10), (0, 1), (0, 1), (0, 0)), constant_values=96)
         grid = rearrange(x, "(r c) h w d -> (r h) (c w) d", c=10)
         image = Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid)
         scale = max(1, round(320 / image.width))
         return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def labels(rows: dict) -> np.ndarray | None:
+    """int [n]: the classes that samples are of; None where there are none, or conditions of another kind (texts)."""
+    cond = rows.get("cond")
+    return cond if isinstance(cond, np.ndarray) and cond.ndim == 1 and cond.dtype.kind in "iu" else None

@@ -13,9 +13,9 @@ from jaxdistill.core.lora import Adapter
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Params, Refused
 from jaxdistill.interop import family_of
-from jaxdistill.interop.folder import whole_folder
+from jaxdistill.interop.folder import put, whole_folder
 from jaxdistill.interop.safetensors import write_json
-from jaxdistill.interop.tables import Row
+from jaxdistill.interop.tables import Family, Row
 
 
 def save_adapter(folder: str | Path, base: Net, adapter: Adapter, params: Params, *, source: str = "", card: str = "",
@@ -28,9 +28,7 @@ def save_adapter(folder: str | Path, base: Net, adapter: Adapter, params: Params
     complete. Raises Refused where no family has the base, its library puts no adapter on it, or a weight that is adapted has no
     matrix of its own in PyTorch.
     """
-    folder, family = Path(folder), family_of(base)
-    if not family.adapters:
-        raise Refused(f"{folder}: {family.library} puts no adapter on {family.name}; export without --adapter, merged")
+    folder, family = Path(folder), _family(folder, base)
     rows = {row.path: row for row in family.table(base.config)}
     tensors, modules = {}, []
     rank = next(iter(params.values()))["a"].shape[-1]
@@ -52,11 +50,30 @@ def save_adapter(folder: str | Path, base: Net, adapter: Adapter, params: Params
         else:
             write_json(fresh / "config.json", {"_class_name": family.name, "lora_rank": rank})
         for file, value in (beside or {}).items():
-            write_json(fresh / file, value)
+            put(fresh / file, value)
         name = "adapter_model" if peft else "pytorch_lora_weights"
         save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, fresh / f"{name}.safetensors", metadata={"format": "pt"})
         if card:
             (fresh / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_adapter(folder: str | Path, base: Net, adapter: Adapter) -> None:
+    """Raises Refused where `save_adapter` would, whatever the weights are: found on weights that are drawn here."""
+    family, draw = _family(folder, base), np.random.default_rng(0)
+    rows = {row.path: row for row in family.table(base.config)}
+    for path, pair in adapter.shapes.items():
+        rank = min(pair["a"].shape[-1], 2)
+        a, b = (*pair["a"].shape[:-1], rank), (*pair["b"].shape[:-2], rank, pair["b"].shape[-1])
+        one = slice(1, None) if rows[path].stacked else slice(None)
+        _pair(Path(folder), rows[path], *(draw.standard_normal(shape[one], np.float32) for shape in (a, b)))
+
+
+def _family(folder: str | Path, base: Net) -> Family:
+    """The base's. Raises Refused where its library puts no adapter on it."""
+    family = family_of(base)
+    if not family.adapters:
+        raise Refused(f"{folder}: {family.library} puts no adapter on {family.name}; export without --adapter, merged")
+    return family
 
 
 def _pair(folder: Path, row: Row, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

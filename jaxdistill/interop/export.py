@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,33 @@ from jaxdistill.core import lora
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.net import Net
-from jaxdistill.core.report import columns, markdown_table, number
-from jaxdistill.core.types import Refused
-from jaxdistill.interop.adapter import save_adapter
+from jaxdistill.core.report import columns, markdown_table, number, read
+from jaxdistill.core.types import Method, Refused
+from jaxdistill.interop.adapter import check_adapter, save_adapter
 from jaxdistill.interop.chain import SCHEDULER, Scheduler, chain, scheduler, start
+from jaxdistill.interop.folder import replaceable, whole_folder
 from jaxdistill.interop.tables import Family
+from jaxdistill.interop.tokenizer import tokenizer_files, with_special_tokens
+
+
+def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> None:
+    """Raises Refused where `export` to `folder` would, before any weight is read: where nothing can be written there, the run
+    has not finished, or a network has no PyTorch class or no adapter that leaves as one."""
+    replaceable(folder)
+    read(experiment.workdir)
+    method = experiment.method
+    for role in method.exports:
+        net = experiment.nets[role]
+        if adapter:
+            _check_adapts(role, net)
+            check_adapter(folder, experiment.nets[net.adapts], net)
+        elif type(method).exported is Method.exported:
+            interop.family_of(experiment.nets[net.adapts] if net.adapts else getattr(net, "one", net))
+
+
+def _check_adapts(role: str, net: Net) -> None:
+    if not net.adapts:
+        raise Refused(f"export: {role} has full weights, no adapter; export it without --adapter")
 
 
 def export(trained, folder: Path, *, adapter: bool = False) -> None:
@@ -28,28 +52,38 @@ def export(trained, folder: Path, *, adapter: bool = False) -> None:
     of a bank each into a folder of its number. With `adapter`, the adapters alone, as `save_adapter` does.
 
     A denoiser of diffusers has `scheduler/scheduler_config.json` beside it, where one of its schedulers steps as `method.sample`
-    does. Raises Refused where a network has no PyTorch class, or is no adapter where one is asked for.
+    does; a language model the data's end token, and its tokenizer where there is one. The folder appears when all of it is
+    complete, in the place of an earlier export alone. Raises Refused as `check` does.
     """
-    experiment = trained.experiment
-    report = json.loads((experiment.workdir / "report.json").read_text())
-    for role in experiment.method.exports:
-        net, params = trained.nets[role], trained.params[role]
-        inside = folder if len(experiment.method.exports) == 1 else folder / role
-        if adapter:
-            if not net.adapts:
-                raise Refused(f"export: {role} has full weights, no adapter; export it without --adapter")
-            base, source = trained.nets[net.adapts], experiment.source(net.adapts)
-            source = source if Path(source).is_dir() else ""
-            student = Student(experiment, report, role, base, _adapted(interop.family_of(base), source))
-            save_adapter(inside, base, net, params, source=source, card=student.card, beside=student.beside)
-            continue
-        if net.adapts:
-            params = lora.merge(trained.params[net.adapts], params, net.scale)
-            net = trained.nets[net.adapts]
-        for part, one, weights in _members(net, params):
-            one, weights = experiment.method.exported(one, weights)
-            student = Student(experiment, report, role, one, _loaded(interop.family_of(one)))
-            interop.save(inside / part, one, weights, card=student.card, beside=student.beside)
+    experiment, roles = trained.experiment, trained.experiment.method.exports
+    check(experiment, folder, adapter=adapter)
+    report = read(experiment.workdir)
+    alone = len(roles) == 1 and not isinstance(trained.nets[roles[0]], Bank)
+    with contextlib.nullcontext(Path(folder)) if alone else whole_folder(folder) as inside:
+        for role in roles:
+            place = inside if len(roles) == 1 else inside / role
+            (_export_adapter if adapter else _export_whole)(trained, report, role, place)
+
+
+def _export_adapter(trained, report: Mapping[str, Any], role: str, folder: Path) -> None:
+    experiment, net = trained.experiment, trained.nets[role]
+    _check_adapts(role, net)
+    base, source = trained.nets[net.adapts], experiment.source(net.adapts)
+    source = source if (Path(source) / "config.json").is_file() and not (Path(source) / "stages").exists() else ""
+    student = Student(experiment, report, role, base, _adapted(interop.family_of(base), source), base=net.adapts)
+    save_adapter(folder, base, net, trained.params[role], source=source, card=student.card, beside=student.beside)
+
+
+def _export_whole(trained, report: Mapping[str, Any], role: str, folder: Path) -> None:
+    experiment, net, params = trained.experiment, trained.nets[role], trained.params[role]
+    if net.adapts:
+        params = lora.merge(trained.params[net.adapts], params, net.scale)
+        net = trained.nets[net.adapts]
+    for part, one, weights in _members(net, params):
+        one, weights = experiment.method.exported(one, weights)
+        one = dataclasses.replace(one, config=with_special_tokens(one.config, experiment.data.texts))
+        student = Student(experiment, report, role, one, _loaded(interop.family_of(one)), member=part)
+        interop.save(folder / part, one, weights, card=student.card, beside=student.beside)
 
 
 def _members(net, params):
@@ -85,10 +119,18 @@ class Student:
     role: str
     net: Net
     model: list[str]  # Python that loads it
+    member: str = ""  # which of a bank it is
+    base: str = ""  # of an adapter, the role whose weights it goes on
 
     @property
     def family(self) -> Family:
         return interop.family_of(self.net)
+
+    @property
+    def denoiser(self) -> Any:
+        """How the network is read; None where it is none. An adapter's is that of the network that it goes on."""
+        lora = self.experiment.roles[self.role].lora
+        return self.experiment.described(lora.base if lora.rank else self.role)[1]
 
     @property
     def steps(self) -> int:
@@ -98,7 +140,7 @@ class Student:
     @functools.cached_property
     def scheduler(self) -> Scheduler | str:
         """Or in words why there is none."""
-        denoiser = self.experiment.described(self.role)[1]
+        denoiser = self.denoiser
         if denoiser is None or self.family.library != "diffusers":
             return ""
         try:
@@ -108,9 +150,18 @@ class Student:
 
     @property
     def beside(self) -> dict[str, Any]:
-        """JSON files by name."""
+        """Files by name: JSON objects, or what is copied."""
         found = self.scheduler
-        return {SCHEDULER: found.config} if isinstance(found, Scheduler) else {}
+        return {SCHEDULER: found.config} if isinstance(found, Scheduler) else dict(self.tokenizer)
+
+    @property
+    def reads_text(self) -> bool:
+        return self.family.library == "transformers" and hasattr(self.net.config, "vocab")
+
+    @functools.cached_property
+    def tokenizer(self) -> Mapping[str, Any]:
+        """Of a language model, the files that turn text into its ids, where there are any."""
+        return tokenizer_files(self.experiment, self.role) if self.reads_text else {}
 
     @property
     def card(self) -> str:
@@ -118,6 +169,7 @@ class Student:
         about = (__import__(method.__module__, fromlist=["_"]).__doc__ or "").strip()
         rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
         keys = columns(rows)
+        config = json.dumps(report["config"], indent=1).replace("`", r"\u0060")  # which ends no fence
         table = markdown_table(keys, [[number(row.get(k, "")) for k in keys] for row in rows])
         return f"""---
 tags: [jaxdistill, distillation, {method.__name__.lower()}]
@@ -138,7 +190,7 @@ NFE: {self.steps}.
 ## Config
 
 ```json
-{json.dumps(report["config"], indent=1)}
+{config}
 ```
 """
 
@@ -146,9 +198,9 @@ NFE: {self.steps}.
     def use(self) -> str:
         """Python that runs, or in words why there is none."""
         call, method, found = self.family.call, self.experiment.method, self.scheduler
-        denoiser = self.experiment.described(self.role)[1]
+        denoiser = self.denoiser
         if denoiser is None:
-            return _python([*self.model, *[f"output = {call}"] * bool(call)])
+            return self._text() if self.reads_text else _python([*self.model, *[f"output = {call}"] * bool(call)])
         try:
             plan = chain(method, denoiser, self.steps)
         except Refused as error:
@@ -157,14 +209,48 @@ NFE: {self.steps}.
         if len(method.exports) > 1 or not call:
             why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {self.steps} times"
             where = f"{self.role}: {why}; `{type(method).__module__}` says which network serves which time."
-            return f"{where}\n\n{_python([*self.model, *ready])}"
+            return f"{self._whose}{where}\n\n{_python([*self.model, *ready])}"
+        return self._whose + self._sampled(plan, ready, found)
+
+    @property
+    def _whose(self) -> str:
+        """What has to be known of a network that is a part of something."""
+        if self.member:
+            members, module = self.experiment.nets[self.role].members, type(self.experiment.method).__module__
+            return f"{self.role} {self.member}: one of {members} members; `{module}` says which network serves which condition.\n\n"
+        if self.base and '"BASE"' in "".join(self.model):
+            return f"An adapter: `BASE` is the folder of the network that it goes on, `{self.base}`, exported for PyTorch.\n\n"
+        return ""
+
+    def _sampled(self, plan: np.ndarray, ready: list[str], found: Scheduler | str) -> str:
+        """Python that samples by the chain `plan`, or by the scheduler that `ready` makes."""
+        method, denoiser = self.experiment.method, self.denoiser
         if ready:
             return _python(["import torch", *self.model, *ready, *self._stepped(found)]) + self._in_a_pipeline(found)
         why = f"Without a scheduler: {found}.\n\n" if found else ""
         return why + _python(["import torch", *self.model, *self._written_out(plan, start(method, denoiser, self.steps))])
 
+    def _text(self) -> str:
+        """Python for one text, or for ids where there is no tokenizer, and then what the ids are."""
+        call, data = self.family.call, self.experiment.data.texts
+        lines, words = [*self.model], self._whose
+        if self.base and (stops := with_special_tokens(self.net.config, data)) != self.net.config and "generate" in call:
+            lines.append(f"model.generation_config.eos_token_id = {list(stops.eos)}")
+        if self.tokenizer:
+            prompt = json.dumps(data.prompt_text("PROMPT"), ensure_ascii=False)
+            lines += ["from transformers import AutoTokenizer", 'tokenizer = AutoTokenizer.from_pretrained(".")']
+            lines += [f'tokens = tokenizer({prompt}, return_tensors="pt").input_ids']
+        else:
+            about = " ".join((type(data).__doc__ or "").split("\n\n")[0].split())
+            words += f"No tokenizer goes with it: its tokens are ids of `{type(data).__module__}:{type(data).__name__}`. {about}\n\n"
+            lines += ["import torch", "tokens = torch.zeros(1, 2, dtype=torch.int64)  # in its place, ids of a text"]
+        lines += ["import torch", "mask = torch.ones_like(tokens)"] * ("=mask" in call)
+        lines += [f"output = {call}"] * bool(call)
+        lines += ["text = tokenizer.decode(output[0], skip_special_tokens=True)"] * (bool(self.tokenizer) and "generate" in call)
+        return words + _python(list(dict.fromkeys(lines)))
+
     def _noise(self) -> str:
-        *grid, channels = self.experiment.data.batch(0, slice(None, 1))["x"].shape[1:]
+        *grid, channels = self.experiment.data.spec()["x"].shape[1:]
         return f"torch.randn(len(cond), {', '.join(map(str, (channels, *grid)))})"
 
     def _given(self) -> str:

@@ -105,6 +105,6 @@ def test_stacked_vectors_are_no_matrices():
 )
 def test_a_base_that_has_no_full_weights_is_refused(base, why):
     roles = {"teacher": Role(), "student": Role(lora=Lora(rank=2)), "fake": Role(lora=Lora(rank=4))}
-    with pytest.raises(Refused, match=rf"^config\.roles\.student\.lora\.base={base!r}: {why}; expected .*: teacher$"):
+    with pytest.raises(Refused, match=rf"^lora\.base={base!r}: {why}; expected .*: teacher$"):
         base_of("student", base, roles)
     assert base_of("student", "teacher", roles) == "teacher"

@@ -15,14 +15,17 @@ from jaxdistill import interop
 from jaxdistill.core.build import Lora, Role, build, experiment, spec
 from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.loop import Trained
+from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
+from jaxdistill.data.tokenizers import byte_files
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond, Noise, TrigPrecond, Velocity, VPVelocity
 from jaxdistill.diffusion.process import DDPM, EDM, Flow, Trig
 from jaxdistill.interop import dit
 from jaxdistill.interop.chain import SCHEDULER, chain, scheduler, start
-from jaxdistill.interop.export import Student, export
+from jaxdistill.interop.export import Student, check, export
 from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.safetensors import write_json
+from jaxdistill.interop.tokenizer import with_special_tokens
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
@@ -204,6 +207,7 @@ def exported(config, folder, roles=("student",), nfe=1, **how):
     """The run of a student with random weights, adapters' too, and the cards in `folder`/out, where it is exported to."""
     built = Experiment(config, folder)
     report = {"models": [{"name": "student", "nfe": nfe}], "steps": 1, "config": {"method": {"name": "m"}, "seed": 0}}
+    folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report))
     params = {role: built.nets[role].init(jax.random.key(i)) for i, role in enumerate(roles)}
     draw = np.random.default_rng(0)
@@ -282,3 +286,157 @@ def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkey
     ours = trained.experiment.method.sample(trained.bound().student, jnp.asarray(noise), labels.argmax(1), jax.random.key(0), 1)
     assert not (tmp_path / "out" / "scheduler").exists() and "scheduler" not in card.split("## Config")[0].split("## Use")[1]
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
+
+
+TINY = spec("models.lm:LM", vocab=259, dim=16, mlp=16, heads=2, depth=1, max_length=32)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """A file of prompts with responses."""
+    lines = [json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    return str(tmp_path / "a.jsonl")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A folder of `transformers` with a tokenizer of bytes, a chat template, and code."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for name, value in byte_files(begins=True).items():
+        write_json(folder / name, value)
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "tokenization_mine.py").write_text("raise SystemExit")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def language(data, student=TINY, **roles):
+    """The config of an ordinary training on `data`."""
+    student = student if isinstance(student, Role) else Role(model=student, init="fresh")
+    return experiment(data=data, method=spec("methods.language.sft:SFT"), roles=dict(student=student, **roles))
+
+
+def in_transformers(out):
+    """(model, tokenizer, generation_config.json) of an exported folder."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("torch", reason="torch is not installed")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(out), json.loads((out / "generation_config.json").read_text())
+
+
+def test_a_language_student_ends_its_text(prompts, tmp_path):
+    """transformers stops where the network is made to say the end token, and not before; its ids are those of training."""
+    data = spec("data.text:PackedJson", length=32, batch_size=4, path=prompts)
+    trained, card = exported(language(data), tmp_path)
+    model, tokenizer, generation = in_transformers(tmp_path / "out")
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (257, 258, 256)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 258
+    codec = trained.experiment.data.codec
+    text = "héllo  wörld\n日本 <|x|>"
+    assert tokenizer(text)["input_ids"] == trained.experiment.data.asked(text[:-1] + ">")[:-1].tolist()  # begins, and "\n" is `between`
+    assert tokenizer.decode(codec.encode(text)) == text and (tokenizer.eos_token_id, tokenizer.pad_token_id) == (258, 256)
+    said = iter([65, 66, 258, 67])
+
+    def say(module, given, logits):
+        logits[:, -1, next(said)] = 1e9
+        return logits
+
+    model.lm_head.register_forward_hook(say)
+    tokens = tokenizer("p1\n", return_tensors="pt").input_ids
+    assert model.generate(tokens, max_new_tokens=9, do_sample=False)[0].tolist() == [257, *b"p1\n", 65, 66, 258]
+    assert 'tokenizer("PROMPT\\n"' in card
+    exec(card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(tmp_path / "out"))), {})
+
+
+def test_a_stored_tokenizer_goes_along_without_its_code(prompts, tokenizer, tmp_path):
+    data = spec("data.text:PaddedJson", prompt_length=16, response_length=16, batch_size=4, path=prompts, tokenizer=str(tokenizer))
+    exported(language(data), tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "out" / name).read_bytes() == (tokenizer / name).read_bytes()
+    assert not list((tmp_path / "out").glob("*.py"))
+    assert in_transformers(tmp_path / "out")[2]["eos_token_id"] == 258
+
+
+def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tmp_path):
+    """Where the data has none: then the special tokens are that folder's too."""
+    own = {**TINY, "eos": (258, 7), "bos": 257, "pad": 256}
+    net = make_net(build(own), config=build(own))
+    with pytest.raises(Refused):  # what is there is no export
+        interop.save(tokenizer, net, net.init(jax.random.key(0)))
+    interop.save(tmp_path / "base", net, net.init(jax.random.key(0)))
+    for file in tokenizer.glob("[t,c]*.j*"):
+        if file.name != "config.json":
+            (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    data = spec("data.synthetic:Synthetic", batch_size=4, arrays={"tokens": "integers 259 16", "mask": "constant 1 16"})
+    exported(language(data, Role(init=str(tmp_path / "base"))), tmp_path)
+    _, found, generation = in_transformers(tmp_path / "out")
+    assert generation["eos_token_id"] == [258, 7] and found.eos_token_id == 258
+    fresh = language(data, TINY)
+    fresh.method = spec("methods.language.kd:KD")
+    with fresh.unlocked():
+        fresh.roles.teacher = language(data, Role(init=str(tmp_path / "base"))).roles.student
+    exported(fresh, tmp_path / "kd")
+    assert (tmp_path / "kd" / "out" / "chat_template.jinja").is_file()
+
+
+def test_ids_without_text_are_described(tmp_path):
+    _, card = exported(language(spec("data.language:Markov", vocab=24, length=16, batch_size=4), {**TINY, "vocab": 24}), tmp_path)
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert "No tokenizer goes with it: its tokens are ids of `jaxdistill.data.language:Markov`. tokens int32 [length]" in card
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] is None
+
+
+def test_characters_are_a_tokenizer(tmp_path):
+    trained, _ = exported(language(spec("data.language:Carry", digits=1, batch_size=4), {**TINY, "vocab": 14}), tmp_path)
+    _, tokenizer, generation = in_transformers(tmp_path / "out")
+    row = trained.experiment.data.evaluation(1)["tokens"][0]
+    text = trained.experiment.data.text(row)
+    assert tokenizer(text)["input_ids"] == row.tolist() and tokenizer.decode(row) == text
+    assert (generation["eos_token_id"], generation["pad_token_id"], generation["bos_token_id"]) == (12, 13, None)
+
+
+@pytest.mark.parametrize("eos", [(), (258,), (7, 258), (2,)])
+def test_whose_special_tokens(eos):
+    """Those of the student's own configuration where it has the data's end token; else the data's."""
+    data = types.SimpleNamespace(codec=types.SimpleNamespace(eos=258, bos=None, pad=256))
+    found = with_special_tokens(build({**TINY, "eos": eos, "bos": 1}), data)
+    assert found.eos == (eos if 258 in eos else (258,))
+    assert (found.bos, found.pad) == ((1, 256) if 258 in eos else (-1, 256))
+    assert with_special_tokens(build(TINY), types.SimpleNamespace()) == build(TINY)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for an attribute of old
+def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(prompts, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    base = Role(model=TINY, init="fresh")
+    config = experiment(
+        data=spec("data.text:PackedJson", length=32, batch_size=4, path=prompts),
+        method=spec("methods.language.kd:KD"),
+        roles=dict(teacher=base, student=Role(lora=Lora(base="teacher", rank=2, targets=r".*to_q/kernel"))),
+    )
+    trained, card = exported(config, tmp_path, ("teacher", "student"), adapter=True)
+    assert "`BASE` is the folder of the network that it goes on, `teacher`" in card
+    assert "model.generation_config.eos_token_id = [258]" in card and (tmp_path / "out" / "tokenizer.json").is_file()
+    interop.save(tmp_path / "base", trained.nets["teacher"], trained.params["teacher"])
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace('"."', repr(str(tmp_path / "out"))).replace('"BASE"', repr(str(tmp_path / "base"))), {})
+
+
+@pytest.mark.parametrize("case", ["run", "no class", "no adapter", "unfinished", "matrix"])
+def test_what_cannot_be_exported_is_refused_before_a_weight_is_read(case, tmp_path):
+    role = Role(**NET, init="fresh")
+    student = Role(lora=Lora(rank=2)) if case == "matrix" else role
+    if case == "no class":
+        student = role = Role(model=spec("models.perceptron:Perceptron"), init="fresh")
+    data = spec("data.mixtures:Mixture") if case == "no class" else spec("data.digits:Digits")
+    method = spec("methods.distribution.diff_instruct:DiffInstruct")
+    built = Experiment(experiment(data=data, method=method, roles=dict(teacher=role, student=student, fake=student)), tmp_path)
+    if case != "unfinished":
+        (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "stages").mkdir()
+    target = tmp_path if case == "run" else tmp_path / "out"
+    said = {"run": "is a run", "no class": "no PyTorch class", "no adapter": "no adapter", "unfinished": "has that run finished"}
+    with pytest.raises(Refused, match=said.get(case, "puts no adapter on")):
+        check(built, target, adapter=case in ("no adapter", "matrix"))

@@ -19,7 +19,7 @@ class Writing(Method):
 
     sample_temperature: float = 1.0  # of the writing; 1 in the papers
     prompt_length: int = 0  # tokens that a row opens with, for data without "prompt"
-    eos: tuple[int, ...] = ()  # tokens that end a response
+    eos: tuple[int, ...] = ()  # tokens that end a response; (): the data's, where it has one; (-1,): none
     pad: int = 0  # what follows them
     chunk: int = 0  # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
 
