@@ -26,6 +26,7 @@ from jaxdistill.interop import (
     qwen_image,
     sam,
     sana,
+    settings,
     t5,
     unet,
     vae,
@@ -86,9 +87,9 @@ QUANTISED = re.compile(  # what FP8, GPTQ, AWQ, bitsandbytes, HQQ and compressed
 def describe(folder: str | Path) -> Any:
     """Our configuration of the model in `folder`: a dataclass that `make_net` builds. Reads no weights.
 
-    Raises Refused on an unsupported class or setting.
+    Raises Refused on an unsupported class or setting, and on sizes that make no network.
     """
-    return _describe(Path(folder))[1]
+    return _network(Path(folder)).config
 
 
 def load(folder: str | Path, dtype: str = "float32") -> tuple[Net, Params]:
@@ -96,8 +97,7 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[Net, Params]:
 
     Raises Refused as `load_into` does.
     """
-    config = describe(folder)
-    net = make_net(config, config=config)
+    net = _network(Path(folder))
     abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), net.shapes)
     return net, load_into(folder, net, abstract)
 
@@ -184,7 +184,22 @@ def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
     found = lookup(named, _class(config, where), f"{where}: class")
     family = next((f for f in found if net is not None and type(net.config) is f.config), found[0])
     fixed(config, STORED, where)
-    return family, family.read(config, folder)
+    settings.check(config, where, family.kinds)
+    sizes = family.read(config, folder)
+    settings.check_fields(sizes, where)
+    return family, sizes
+
+
+def _network(folder: Path) -> Net:
+    """The network that a folder describes."""
+    family, config = _describe(folder)
+    try:
+        return make_net(config, config=config)
+    except Refused as error:
+        raise Refused(f"{folder / 'config.json'}: {error}") from error
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:  # of flax's layers, or of shapes
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refused(f"{folder / 'config.json'}: no {family.name} has these sizes ({shown(said)})") from error
 
 
 def _class(config: Mapping[str, Any], where: Path) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.safetensors import read_json
+from jaxdistill.interop.safetensors import read_json, shown
+from jaxdistill.interop.settings import check
 from jaxdistill.interop.tables import LINEAR, Family, Row, fixed, sizes
 from jaxdistill.models.lm import LM
 from jaxdistill.models.qwen import Qwen2, Qwen2Text, Qwen3
@@ -81,7 +82,9 @@ def read_vl(config: dict[str, Any], folder: Path) -> Qwen2Text:
 def read_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Special tokens: from generation_config.json where there is one, since that is what stops generation."""
     generation = folder / "generation_config.json"
-    ids = {**config, **(read_json(generation) if generation.exists() else {})}
+    given = read_json(generation) if generation.exists() else {}
+    check({key: value for key, value in given.items() if key.endswith("_token_id")}, generation)
+    ids = {**config, **given}
     eos = ids.get("eos_token_id")
     return {
         "eos": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -106,14 +109,10 @@ def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": rope["rope_theta"]}
     if kind != "llama3":
-        raise Refused(f"{where}: rope_type={kind!r} is not supported, expected 'default' or 'llama3'")
-    return {
-        "rope_theta": rope["rope_theta"],
-        "rope_factor": rope["factor"],
-        "rope_low": rope["low_freq_factor"],
-        "rope_high": rope["high_freq_factor"],
-        "rope_original": rope["original_max_position_embeddings"],
-    }
+        raise Refused(f"{where}: rope_type={shown(repr(kind))} is not supported, expected 'default' or 'llama3'")
+    names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+             "rope_original": "original_max_position_embeddings"}  # fmt: skip
+    return {"rope_theta": rope["rope_theta"], **sizes(rope, names, where)}
 
 
 def write(cfg: LM, *, name: str) -> dict[str, dict[str, Any]]:

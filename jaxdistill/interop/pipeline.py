@@ -25,7 +25,8 @@ from jaxdistill.core.types import Array, Params, Refused, lookup
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity, by_time, guided
 from jaxdistill.diffusion.process import DDPM, Flow, Process
 from jaxdistill.interop.chain import PREDICTIONS, SCHEDULER
-from jaxdistill.interop.safetensors import read_json
+from jaxdistill.interop.safetensors import read_json, shown
+from jaxdistill.interop.settings import FLAG, LENGTH, WORD, Kind, above, check, maybe, real, whole
 from jaxdistill.samplers import fewstep
 
 QWEN_TEMPLATE = (  # of the released pipeline; its first 34 tokens are not given to the denoiser
@@ -33,6 +34,23 @@ QWEN_TEMPLATE = (  # of the released pipeline; its first 34 tokens are not given
     "of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 QWEN_PREFIX = 34
+
+FLOWS = (  # of rectified flows; with `flow_shift` in place of `shift`, those of other processes that have it
+    "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+    "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler",
+)  # fmt: skip
+DIFFUSIONS = (  # of DDPM's times
+    "DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "PNDMScheduler", "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "SASolverScheduler",
+    "UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DEISMultistepScheduler",
+)  # fmt: skip
+SHIFT = above(0, 1e6)
+SETTINGS: dict[str, Kind] = {  # of scheduler_config.json
+    "_class_name": WORD, "prediction_type": maybe(WORD), "shift": SHIFT, "flow_shift": maybe(SHIFT), "use_dynamic_shifting": FLAG,
+    "shift_terminal": maybe(real(0, 0.999)), "base_shift": real(-100, 100), "max_shift": real(-100, 100),
+    "base_image_seq_len": LENGTH, "max_image_seq_len": LENGTH, "num_train_timesteps": whole(1, 1000),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +65,8 @@ class Pipeline:
 
     denoisers = ("transformer",)
     texts = ("text_encoder",)
+    schedulers = FLOWS  # diffusers' classes that go through such times
+    predictions = ("flow_prediction",)
     param = Velocity(time_scale=1000.0)  # how the denoiser is read
     process: ClassVar[Process] = Flow()  # what it was trained on, and what times mean
 
@@ -65,12 +85,19 @@ class Pipeline:
     def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
         """Where the sampler asks the denoiser [steps], falling: even steps of the flow, shifted as the scheduler's config says."""
         config = self.scheduler
-        even, shift = np.linspace(1, 1 / steps, steps), config.get("shift", config.get("flow_shift", 1.0))
+        even, shift = np.linspace(1, 1 / _count(steps), steps), config.get("shift", config.get("flow_shift") or 1.0)
         if config.get("use_dynamic_shifting"):
             shift = np.exp(_dynamic(config, size[0] // self.down // 2 * (size[1] // self.down // 2)))
         times = shift * even / (1 + (shift - 1) * even)
-        if end := config.get("shift_terminal"):
+        if (end := config.get("shift_terminal")) and steps > 1:  # one step is at 1, which no stretch moves
             times = 1 - (1 - times) * (1 - end) / (1 - times[-1])
+        return self._falling(times)
+
+    def _falling(self, times: np.ndarray) -> np.ndarray:
+        """`times` again. Raises Refused where they do not fall in 0..1, so that no sampler could step from one to the next."""
+        if not (np.isfinite(times).all() and (np.diff(times) < 0).all() and times[-1] >= 0 and times[0] <= 1):
+            first = ", ".join(f"{t:.4g}" for t in times[:8])
+            raise Refused(f"{self._scheduler_file}: {len(times)} steps have the times {first}, expected falling ones in 0..1")
         return times
 
     def network(self, weights: dict[str, Params]):
@@ -82,6 +109,10 @@ class Pipeline:
     def run(self, name: str, *args: Any, method: str = "__call__", features: tuple[int, ...] = (), **arrays: Any) -> Any:
         """A method of a part, compiled once."""
         net, params = self.parts[name]
+        if name in self.texts and isinstance(args[0], np.ndarray) and args[0].size and args[0].max() >= net.config.vocab:
+            raise Refused(
+                f"{self.folder}: a tokenizer gives token {args[0].max()}, expected one below {net.config.vocab}, the words of {name}"
+            )
         call = functools.partial(net.apply, method=method, **({"features": features} if features else {}))
         return self._program((name, method, features), call)(params, *args, **arrays)
 
@@ -113,10 +144,23 @@ class Pipeline:
         return self._programs[key]
 
     @property
-    def scheduler(self) -> dict[str, Any]:
+    def _scheduler_file(self) -> Path:
         """scheduler_config.json, of the student where it has its own."""
         files = [Path(folder) / SCHEDULER for folder in (self.student, self.folder) if folder]
-        return read_json(next((file for file in files if file.exists()), files[-1]))
+        return next((file for file in files if file.exists()), files[-1])
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config. Raises Refused where it is of no class that gives these times, or of values that none has."""
+        config, file = read_json(self._scheduler_file), self._scheduler_file
+        check(config, file, SETTINGS)
+        if "_class_name" in config:
+            lookup(dict.fromkeys(self.schedulers), config["_class_name"], f"{file}: _class_name")
+        if config.get("prediction_type") is not None:
+            lookup(dict.fromkeys(self.predictions), config["prediction_type"], f"{file}: prediction_type")
+        if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
+            raise Refused(f"{file}: base_image_seq_len and max_image_seq_len are equal, expected two lengths to go between")
+        return config
 
     @property
     def down(self) -> int:
@@ -149,6 +193,13 @@ class Pipeline:
         return self.decode(self.sample(cond, null, noise, jnp.asarray(times, jnp.float32), key, renoises, guidance))
 
 
+def _count(steps: int) -> int:
+    """`steps` again. Raises Refused below 1."""
+    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
+        raise Refused(f"steps={steps}: expected a positive whole number")
+    return steps
+
+
 def _dynamic(config: dict[str, Any], tokens: int) -> float:
     """log of the shift for a number of tokens: linear between two resolutions, as FlowMatchEulerDiscreteScheduler's config says."""
     get = lambda key, default: config.get(key, default)
@@ -160,19 +211,20 @@ def _dynamic(config: dict[str, Any], tokens: int) -> float:
 class StableDiffusionXL(Pipeline):
     """Two CLIP text towers side by side; times are those of DDPM in 0..1, index 999 t."""
 
+    schedulers = DIFFUSIONS
+    predictions = tuple(PREDICTIONS)
     denoisers = ("unet",)
     texts = ("text_encoder", "text_encoder_2")
     process = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
 
     @property
     def param(self) -> Velocity:
-        kind = self.scheduler.get("prediction_type", "epsilon")
-        return lookup(PREDICTIONS, kind, f"{self.folder / 'scheduler'}: prediction_type")(time_scale=999.0)
+        return PREDICTIONS[self.scheduler.get("prediction_type") or "epsilon"](time_scale=999.0)
 
     def times(self, steps, size, frames=1):
         """Even steps from the last index down ("trailing"), which of a one-step student is its time."""
         count = self.scheduler.get("num_train_timesteps", 1000)
-        return (np.round(np.arange(count, 0, -count / steps))[:steps] - 1) / 999
+        return self._falling((np.round(np.arange(count, 0, -count / _count(steps)))[:steps] - 1) / 999)
 
     def encode(self, prompts, negatives, size):
         parts, both = [], [*prompts, *negatives]
@@ -263,20 +315,28 @@ def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32"
     cls = lookup(PIPELINES, index.get("_class_name", ""), f"{folder / 'model_index.json'}: class")
     parts = {}
     for name in (*cls.texts, *cls.denoisers, "vae"):
-        if (index.get(name) or [None])[0] is not None:
+        given = index.get(name) or [None]
+        if not isinstance(given, list):
+            raise Refused(f"{folder / 'model_index.json'}: {name} is {shown(repr(given))}, expected a library and a class")
+        if given[0] is not None:
             replaced = student and name == cls.denoisers[0]
             parts[name] = interop.load(student if replaced else folder / name, dtype)
     if student and len(cls.denoisers) > 1:
         parts.pop(cls.denoisers[1], None)  # one student serves all times
     if missing := [name for name in (*cls.texts, cls.denoisers[0], "vae") if name not in parts]:
         raise Refused(f"{folder / 'model_index.json'}: {missing[0]} is missing")
-    return cls(folder, index, parts, student)
+    found = cls(folder, index, parts, student)
+    if len(found.denoisers) > 1 and found.denoisers[1] in parts:
+        check({"boundary_ratio": index.get("boundary_ratio")}, folder / "model_index.json", {"boundary_ratio": real(0, 1)})
+    if found._scheduler_file.exists():
+        found.scheduler  # noqa: B018 - is checked when it is read
+    return found
 
 
 def tokenize(folder: Path, texts: Sequence[str], length: int | None, *, longest: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """(tokens int32 [B L], mask bool [B L]) of a stored tokenizer, padded on the right to `length` or the longest, cut at it.
 
-    Raises Refused where the folder holds none.
+    Raises Refused where the folder holds none, or one that does not pad.
     """
     given = _tokenizer(folder)(list(texts), padding="longest" if longest or length is None else "max_length", max_length=length,
                                truncation=length is not None, return_attention_mask=True, return_tensors="np")  # fmt: skip
@@ -285,4 +345,7 @@ def tokenize(folder: Path, texts: Sequence[str], length: int | None, *, longest:
 
 @functools.cache
 def _tokenizer(folder: Path):
-    return stored_tokenizer(folder, padding_side="right")
+    found = stored_tokenizer(folder, padding_side="right")
+    if found.pad_token_id is None:
+        raise Refused(f"tokenizer={folder}: has no pad token, which fills the prompts up")
+    return found

@@ -9,6 +9,7 @@ A family is a file beside this one that defines `FAMILY = Family(...)` and stand
 - `table(config) -> rows`, one for each leaf of the net's params, `ignored`, patterns of names that carry no weight,
   `renamed`, the names that old files use, and `tied`, second names of weights of the table: a file has any of the names, and
   equal values under them. A second name that the table has itself (an untied head) is no such name;
+- `kinds`, what keys of config.json hold where it is something else than in other families (interop/settings.py);
 - `free`, the keys of config.json in which two copies of one network may differ;
 - `call`, PyTorch's expression of one evaluation for the model card (of a denoiser, at the state {x} and the time {t} under a
   condition `cond`, which the line `given` makes), and `component`, the model's name in diffusers' pipelines;
@@ -38,6 +39,7 @@ import numpy as np
 
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.interop.safetensors import shown
+from jaxdistill.interop.settings import Kind
 
 STEMS = {"transformers": "model", "diffusers": "diffusion_pytorch_model", "edm": "model", "lpips": "model"}
 
@@ -121,9 +123,9 @@ def fixed(config: Mapping[str, Any], values: Mapping[str, Any], where: Path) -> 
 
 
 def setting(config: Mapping[str, Any], key: str, where: Path) -> Any:
-    """config[key]. Raises Refused where it is missing."""
-    if key not in config:
-        raise Refused(f"{where}: {key} is missing")
+    """config[key]. Raises Refused where it is missing or null."""
+    if config.get(key) is None:
+        raise Refused(f"{where}: {key} is {'null' if key in config else 'missing'}")
     return config[key]
 
 
@@ -155,6 +157,7 @@ class Family:
     ignored: tuple[str, ...] = ()  # regular expressions of whole names
     tied: tuple[tuple[str, str], ...] = ()  # (second name, the table's name)
     renamed: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement) that turn old names into those of the table
+    kinds: Mapping[str, Kind] = dataclasses.field(default_factory=dict)
     free: tuple[str, ...] = ()
     call: str = ""
     given: str = ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import Refused
+from jaxdistill.interop.settings import BLOCKS, WIDTH, either, several
 from jaxdistill.interop.tables import CONV, LINEAR, POINT, Family, Row, fixed, linear, norm, setting
 from jaxdistill.models.unet import UNet
 
@@ -177,6 +178,10 @@ FAMILY = Family(
     name="UNet2DConditionModel",
     library="diffusers",
     config=UNet,
+    kinds={
+        **{key: either(WIDTH, several(WIDTH, 1)) for key in ("attention_head_dim", "cross_attention_dim")},
+        "layers_per_block": either(BLOCKS, several(BLOCKS, 1)),
+    },
     read=read,
     write=write,
     table=table,

@@ -48,7 +48,7 @@ def read(config: dict[str, Any], folder: Path) -> VAE:
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths)}
     fixed(config, FIXED | kinds | {"out_channels": channels}, where)
     return VAE(
-        size=config.get("sample_size", 32),
+        size=config.get("sample_size") or 32,
         channels=channels,
         latents=setting(config, "latent_channels", where),
         widths=tuple(widths),

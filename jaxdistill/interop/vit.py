@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import lookup
+from jaxdistill.interop.settings import PATCH, SIDE, either, several
 from jaxdistill.interop.tables import Family, Row, fixed, linear, norm, patches, sizes
 from jaxdistill.models.layers import ACTIVATIONS
 from jaxdistill.models.vit import ViT, ViTClassifier
@@ -75,6 +76,7 @@ def _family(name: str, make: type[ViT]) -> Family:
         name=name,
         library="transformers",
         config=make,
+        kinds={key: either(kind, several(kind, 2, 2)) for key, kind in (("image_size", SIDE), ("patch_size", PATCH))},
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),
         table=table,

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import read_json
+from jaxdistill.interop.settings import PATCH, several
 from jaxdistill.interop.tables import Family, Row, fixed, linear, norm, patches, setting
 from jaxdistill.models.wan import Wan
 
@@ -127,6 +128,7 @@ FAMILY = Family(
     name="WanTransformer3DModel",
     library="diffusers",
     config=Wan,
+    kinds={"patch_size": several(PATCH, 3, 3)},
     read=read,
     write=write,
     table=table,
