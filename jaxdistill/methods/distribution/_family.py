@@ -135,6 +135,7 @@ class SiD(EDMDiffInstruct):
 class SIM(SiD):
     """Score implicit matching under the pseudo-Huber distance; the sampling law is held, hence no further term."""
 
+    alpha: float = dataclasses.field(default=1.0, init=False)  # not a field of this one
     huber: float = 1e-2  # c of sqrt(|.|^2 + c^2) - c, in units of the data, times the root of the number of dimensions
 
     def identity(self, x0, real, fake):
@@ -145,6 +146,7 @@ class SIM(SiD):
 class SiDA(UniInstruct):
     """Score identity with alpha, and Uni-Instruct's GAN; no ratio enters. alpha = 1 is Uni-Instruct's reverse KL."""
 
+    divergence: str = dataclasses.field(default="reverse_kl", init=False)  # not a field of this one
     alpha: float = 1.2  # as SiD's; Uni-Instruct's code has 1
     critic_only: int = 0
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxdistill.core.types import Array, Ctx, Nets, Turn
 from jaxdistill.diffusion.process import Pred
+from jaxdistill.diffusion.times import Uniform
 from jaxdistill.objectives import score
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreDistillation:
     """The noise that was added stands for the fake score. It comes before the host among a class's bases."""
+
+    # of the fake score, hence no fields of these; its guidance is one that they do not read
+    critic_steps: int = dataclasses.field(default=1, init=False)
+    fake_times: Uniform = dataclasses.field(default=Uniform(), init=False)
+    fake_target: str = dataclasses.field(default="v", init=False)
+    fake_dropout: float = dataclasses.field(default=0.0, init=False)
 
     inits = {"student": "teacher"}
 
