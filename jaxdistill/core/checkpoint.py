@@ -310,6 +310,8 @@ def load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]:
 def _load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]:
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(folder)
+        if metadata.item_metadata is None:
+            raise _Damaged("its _METADATA, or what it names, cannot be read")
         saved = paths(metadata.item_metadata.tree)
         for path, want in paths(abstract).items():
             have = saved.get(path)

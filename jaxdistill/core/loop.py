@@ -118,6 +118,7 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     """Scores a finished run again and rewrites its report. Raises Refused where it has not finished, or the folder is read-only."""
     before = report.read(records.local(workdir, "--workdir"))
     check_writable(Path(workdir))
+    metrics.read(Path(workdir) / "metrics.jsonl")  # its curves go into the report: refused before the evaluation, not after it
     trained = load(workdir, config)
     reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.runs}
     kept = {k: v for k, v in before["config"].items() if k not in records.JUDGED}  # what was trained stays what it was
