@@ -137,7 +137,15 @@ def test_sample_writes_a_grid_and_arrays(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"), [(["--n=0"], "--n=0"), (["--role=studnet"], "did you mean 'student'"), (["--steps=x"], "--steps")]
+    ("argv", "said"),
+    [
+        (["--n=0"], "--n=0"),
+        (["--role=studnet"], "did you mean 'student'"),
+        (["--steps=x"], "--steps"),
+        (["--role=fake"], "--steps=N is needed: the run's own evaluation does not draw from fake"),
+        (["--role=disc", "--steps=1"], "--role=disc: is no denoiser"),
+        (["--out=grid.jpg"], "--out=grid.jpg: expected a name that ends in .png"),
+    ],
 )
 def test_sample_refuses(digits, argv, said, capsys):
     assert said in refused([f"--workdir={digits}", *argv], capsys, sample.sample)

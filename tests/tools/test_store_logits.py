@@ -209,6 +209,13 @@ REFUSALS = [
     ({"top_k": 259}, "k=259: expected 1 to 258"),
     ({"dtype": "float15"}, "did you mean 'float16'"),
     ({"temperature": "hot"}, "--temperature=hot"),
+    ({"temperature": "nan"}, "--temperature=nan: expected a number above 0"),
+    ({"temperature": "inf"}, "--temperature=inf"),
+    ({"splits": ""}, "--splits=''"),
+    ({"file_batches": 0}, "--file_batches=0"),
+    ({"out": "BELOW"}, "text.txt is no folder"),
+    ({"out": "gs://bucket/store"}, "expected a path of this machine"),
+    ({"teacher": "PLACE"}, "store"),
     ({"splits": "train,tests"}, "did you mean 'test'"),
     ({"rows": "many"}, "--rows=many"),
     ({"config.data.path": "/nowhere"}, "data.path=/nowhere: no such"),
@@ -223,7 +230,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("changes", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
 def test_bad_input_is_one_line(place, whole, tmp_path, capsys, monkeypatch, changes, said):
     before = contents(whole)
-    names = {"WHOLE": whole, "PLACE": place, "FILE": place / "text.txt"}
+    names = {"WHOLE": whole, "PLACE": place, "FILE": place / "text.txt", "BELOW": place / "text.txt/store"}
     changes = {k: names.get(v, v) for k, v in changes.items()}
     monkeypatch.setattr(sys, "argv", ["store_logits", *arguments(place, tmp_path / "out", **changes)])
     with pytest.raises(SystemExit) as exit:
