@@ -275,8 +275,7 @@ def output(values: Mapping[str, Any], key: str, suffixes: Sequence[str] = (), fo
     if not text:
         return None
     path, shown = Path(text), text[:80]
-    if "://" in text:
-        raise Refused(f"--{key}={shown}: expected a path of this machine")
+    local(text, f"--{key}")
     if not text.isprintable() or max(len(os.fsencode(part)) for part in path.absolute().parts) > 255:
         raise Refused(f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}")
     if not folder and ((path.is_dir() and "" not in suffixes) or text.endswith(("/", "."))):

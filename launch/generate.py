@@ -10,7 +10,6 @@ side), or an MP4 for each video.
 
 from pathlib import Path
 
-from jaxdistill.core.records import local
 from jaxdistill.core.types import Refused
 from launch._command import arguments, decimal, main, output, whole
 
@@ -25,7 +24,6 @@ def generate(argv: list[str]) -> None:
             raise Refused(f"--{key} is needed")
     if values["dtype"] not in ("float32", "bfloat16"):
         raise Refused(f"--dtype={values['dtype']}: expected float32 or bfloat16")
-    local(values["out"], "--out")
     n, frames, steps, fps = whole(values, "n", 1), whole(values, "frames", 1), whole(values, "steps", 1), whole(values, "fps", 1, 1000)
     seed, guidance = whole(values, "seed", 0), decimal(values, "guidance", 0.0)
     size, given = _numbers(values, "size", "x", int), _numbers(values, "times", ",", float)

@@ -3,7 +3,6 @@
 python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] [--out=FILE.png]
 """
 
-from jaxdistill.core.records import local
 from jaxdistill.core.types import Refused, lookup, nearest
 from launch._command import arguments, main, needed, output, whole
 
@@ -11,7 +10,6 @@ from launch._command import arguments, main, needed, output, whole
 def sample(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": "", "n": "100", "steps": "0", "seed": "0", "role": "student", "out": ""})
     config, workdir = needed(values, config)
-    local(values["out"], "--out")
     n, steps, seed = whole(values, "n", 1), whole(values, "steps", 0), whole(values, "seed", 0)
     given = output(values, "out", (".png",))
     import dataclasses

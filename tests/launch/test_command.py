@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 ENDS = [  # what a command raises, its exit code, what stands in its one line
     (Refused("no such file"), 2, "refused: no such file"),
-    (NonFinite("turn 0: loss is nan"), 1, "the last good checkpoint is kept"),
+    (NonFinite("turn 0: loss is nan", 1), 1, "the last good checkpoint is kept"),
     (Stopped(signal.SIGTERM, "saved step 7 in x"), 75, "stopped: SIGTERM: saved step 7 in x; run again to go on"),
     (Stopped(signal.SIGINT, "saved step 7 in x"), 75, "stopped: SIGINT"),
     (OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"), 1, "failed: runs/x/metrics.jsonl: No space left on device"),
