@@ -39,7 +39,7 @@ class Adapter(Net):
 
     def bind(self, role, params):
         own = {"base": params[self.adapts], "adapter": params[role]}
-        return scoped(role, functools.partial(self.apply, own))
+        return scoped(role, functools.partial(self.apply, own), self.config)
 
 
 def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = r".*kernel") -> Adapter:
