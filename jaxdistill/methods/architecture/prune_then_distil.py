@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage
+from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import masked_sum
@@ -45,6 +46,7 @@ class PruneThenDistil(KD):
         net, weights = prune(nets["teacher"], params["teacher"], batch, depth=self.depth, mlp=self.mlp)
         return {**nets, "student": net}, {**params, "student": weights}
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         if not self.student_layers:
             return super().loss(net, ctx)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Refused, Stage
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.models.lm import targets
+from jaxdistill.models.lm import common_vocabulary, targets
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.pacing import beta_kernel
 from jaxdistill.objectives.reward import Exact
@@ -40,6 +40,8 @@ class Paced(GKD):
     references: tuple[str, ...] = ("teacher", "student")  # who writes each stage's responses: teacher | student | dataset
     kind: str = "forward_kl"  # of the stage at hand
     reference: str = "teacher"
+
+    unused = {"hard_weight": "no term has the data's tokens", "on_policy": "method.references say who writes"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,9 +71,9 @@ class Paced(GKD):
 
     def measure(self, net: Nets, ctx: Ctx) -> Batch:
         """The problems with `pass_rate` and `worth` [B], and the responses that the stage learns from where they are fixed."""
-        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts))
+        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts, common_vocabulary(net)))
         rate, failed = (jnp.mean(x.reshape(-1, self.attempts), 1) for x in (score >= self.success, failed))
-        batch = self.write(net.teacher, ctx, "teach") if self.reference == "teacher" else ctx.batch
+        batch = self.write(net.teacher, ctx, "teach", vocab=common_vocabulary(net)) if self.reference == "teacher" else ctx.batch
         return {**batch, "pass_rate": rate, "failed": failed, "worth": self.worth(rate)}
 
     def worth(self, rate: Array) -> Array:
