@@ -97,7 +97,8 @@ class Out(NamedTuple):
     """What a loss returns.
 
     Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over `count` valid
-    tokens or samples, and the engine divides by the global count: over all micro-batches and all shards.
+    tokens or samples, and the engine divides by the global count: over all micro-batches and all shards. A loss that
+    adds up means over different counts needs the whole batch's, which a `gather` can put into it.
     """
 
     loss: Array

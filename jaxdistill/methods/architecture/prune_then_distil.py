@@ -56,6 +56,6 @@ class PruneThenDistil(KD):
         out = self.compare(net, teacher, student, ctx.batch)
         _, mask = targets(ctx.batch)
         hidden = sum(masked_sum(hidden_mse(t, s), mask)[0] for t, s in zip(wanted, states)) / len(states)
-        # L = L_logits + alpha L_is, alpha = L_logits / L_is (section 3): both terms weigh the same at every step
+        # L = L_logits + alpha L_is, alpha = L_logits / L_is (section 3): both terms weigh the same at every step, in each micro-batch
         alpha = jax.lax.stop_gradient(out.metrics["divergence"] / jnp.maximum(hidden, 1e-12))
         return out._replace(loss=out.loss + self.hidden_weight * alpha * hidden, metrics={**out.metrics, "hidden": hidden})
