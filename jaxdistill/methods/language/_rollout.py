@@ -55,6 +55,30 @@ def written(batch: Batch) -> Array:
     return batch["mask"][:, 1:] > 0
 
 
+def solved_first(batch: Batch, prompt_length: int = 0) -> Batch:
+    """Rows of 2 T tokens from `batch` with rows of T: the problem with the data's own solution, then the problem and the response.
+
+    The solution is what `answer_mask` marks of `answer` (`samplers.text.respond`), or `mask` of the tokens where nothing has been
+    written. tokens, segments and positions int32, mask float32 [B 2T], prompt int32 and prompt_mask bool [B T+P] are as
+    in `data.text:PaddedJson`, padding on the left: the last T columns belong to those of `batch`, from the prompt's last token on.
+    A row without a solution has nothing before its problem.
+    """
+    tokens, answer = batch["tokens"], batch.get("answer", batch["tokens"])
+    width = batch["prompt"].shape[1] if "prompt" in batch else prompt_length
+    asked = batch["prompt_mask"].astype(bool) if "prompt_mask" in batch else jnp.ones((len(tokens), width), bool)
+    told = batch.get("answer_mask", batch["mask"])[:, width:] > 0
+    seen = jnp.concatenate([asked & told.any(1, keepdims=True), told, asked], 1)
+    text = jnp.concatenate([tokens[:, :width], answer[:, width:], tokens[:, :width]], 1)
+    order = jnp.argsort(seen, axis=1, stable=True)  # padding first
+    prompt, seen = (jnp.take_along_axis(x, order, 1) for x in (text, seen))
+    written = batch["segments"][:, width:] > 0 if "segments" in batch else jnp.ones(told.shape, bool)
+    valid = jnp.concatenate([seen, written], 1)
+    new = {"tokens": jnp.concatenate([prompt, tokens[:, width:]], 1), "segments": valid.astype(jnp.int32)}
+    new |= {"mask": jnp.concatenate([jnp.zeros_like(batch["mask"]), batch["mask"]], 1)}
+    new |= {"positions": jnp.maximum(jnp.cumsum(valid, 1, dtype=jnp.int32) - 1, 0)}
+    return {**batch, **new, "prompt": prompt, "prompt_mask": seen}
+
+
 def share(flags: Array, mask: Array) -> tuple[Array, Array]:
     """(sum, count) of `flags` where `mask` holds: a metric that is averaged over tokens."""
     return jnp.sum(flags & mask).astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)

@@ -2,22 +2,27 @@
 
 Problems that the student always solves give no gradient, and those far beyond it gradients that do not agree. So each
 problem is weighted by p (1 - p), p the pass rate of the student's own attempts, whatever the divergence. Forward KL comes
-first, on the teacher's responses, to cover its modes; then reverse KL, on the student's own, to consolidate.
+first, on the teacher's responses, to cover its modes; then reverse KL, on the student's own, to consolidate. Where there is
+no larger teacher, it is the student's own first self that has read the solution (`SelfPaced`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Refused, Stage
+from jaxdistill.core.net import Net, restore
+from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Params, Refused, Stage
+from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.models.lm import common_vocabulary, targets
+from jaxdistill.models.lm import common_vocabulary, context, targets
 from jaxdistill.objectives.divergence import sequence_mean
-from jaxdistill.objectives.pacing import beta_kernel
+from jaxdistill.objectives.pacing import beta_kernel, signal_to_noise_by_bin
 from jaxdistill.objectives.reward import Exact
 
 REFERENCES = ("teacher", "student", "dataset")
@@ -65,7 +70,7 @@ class Paced(GKD):
         lengths = [(steps + i) // len(self.kinds) for i in reversed(range(len(self.kinds)))]
         make = lambda i: dataclasses.replace(self, kind=self.kinds[i], reference=self.references[i])
         return tuple(
-            Stage(make(i), length, surgery=None if i else begin, collect=Collect(make(i).measure, self.batches))
+            Stage(make(i), length, surgery=None if i else self.begin, collect=Collect(make(i).measure, self.batches))
             for i, length in enumerate(lengths)
         )
 
@@ -90,7 +95,47 @@ class Paced(GKD):
         metrics |= {name: jnp.sum(batch[name]) for name in ("pass_rate", "failed") if name in batch}
         return Out(jnp.sum(weight * each), metrics, count=jnp.float32(len(each)))
 
+    def begin(self, nets, params, batch):
+        """Surgery: a student without weights of its own begins with random ones, since it has to be measured first."""
+        return nets, params if "student" in params else {**params, "student": nets["student"].init(jax.random.key(0))}
 
-def begin(nets, params, batch):
-    """Surgery: a student without weights of its own begins with random ones, since it has to be measured first."""
-    return nets, params if "student" in params else {**params, "student": nets["student"].init(jax.random.key(0))}
+    def snr(self, nets: Mapping[str, Net], params: Mapping[str, Params], batch: Batch, bins: int = 5) -> tuple[Array, Array]:
+        """(signal to noise [bins] of the problems' unweighted gradients by their pass rate, problems in each bin [bins]), of a
+        batch that `measure` has made, with the responses that the loss is of."""
+
+        def loss(weights, row):
+            bound = {role: net.bind(role, {**params, "student": weights}) for role, net in nets.items()}
+            one = {name: x[None] for name, x in row.items() if name != "weight"}
+            return self.loss(SimpleNamespace(**bound), Ctx(one, jax.random.key(0), jnp.int32(0), {})).loss
+
+        return signal_to_noise_by_bin(lambda row: jax.grad(loss)(params["student"], row), batch, batch["pass_rate"], bins)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfPaced(Paced):
+    """On-policy self-distillation: the teacher is the model as it was, shown the data's own solution of a problem before it is
+    asked how the student's response to the same problem goes on. The student starts from it, and never sees a solution."""
+
+    kinds: tuple[str, ...] = ("reverse_kl",)  # Qwen2.5-Math-7B-Instruct
+    references: tuple[str, ...] = ("student",)
+    kind: str = "reverse_kl"
+    reference: str = "student"
+
+    inits = {"student": "teacher"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if set(self.references) != {"student"}:
+            raise Refused(f"method.references={self.references}: expected 'student', for a teacher that has read the solution copies it")
+
+    def begin(self, nets, params, batch):
+        """Surgery: a student without weights of its own begins as the teacher."""
+        if "student" in params or nets["student"].adapts:
+            return super().begin(nets, params, batch)
+        return nets, {**params, "student": restore(params["teacher"])}
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        """`Paced`'s, where the teacher's law of a token is the one after solved problem, problem and response so far."""
+        shown, length = solved_first(ctx.batch, self.prompt_length), ctx.batch["tokens"].shape[1]
+        run = lambda call, batch: call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))
+        return self.compare(net, run(net.teacher, shown)[:, -length:], run(net.student, ctx.batch), ctx.batch)

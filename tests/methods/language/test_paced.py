@@ -12,11 +12,14 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data import arrayrecord
+from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.methods.language.paced import Paced
-from jaxdistill.models.lm import LM
+from jaxdistill.methods.language.paced import Paced, SelfPaced
+from jaxdistill.models.lm import LM, context
 from jaxdistill.objectives.divergence import sequence_mean, token_divergence
+from jaxdistill.objectives.pacing import signal_to_noise
+from jaxdistill.samplers.text import respond
 from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
@@ -195,3 +198,103 @@ def test_refusals():
         Paced(references=("techer", "student"))
     with pytest.raises(Refused, match=r"a=-1"):
         Paced(a=-1.0)
+    with pytest.raises(Refused, match="expected 'student', for a teacher that has read the solution"):
+        SelfPaced(references=("dataset",))
+
+
+SOLVED = {  # prompts of 2 and 1 tokens, solutions of 2, 1 and 0, responses of 1, 3 and 2
+    "tokens": jnp.array([[1, 2, 3, 6, 0], [0, 4, 5, 1, 6], [2, 5, 3, 6, 0]]),
+    "mask": jnp.array([[0.0, 0, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]),
+    "segments": jnp.array([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]),
+    "positions": jnp.array([[0, 1, 2, 2, 2], [0, 0, 1, 2, 3], [0, 1, 2, 3, 3]]),
+    "prompt": jnp.array([[1, 2], [0, 4], [2, 5]]),
+    "prompt_mask": jnp.array([[1, 1], [0, 1], [1, 1]], bool),
+    "answer": jnp.array([[1, 2, 5, 6, 0], [0, 4, 6, 0, 0], [2, 5, 1, 1, 1]]),
+    "answer_mask": jnp.array([[0.0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]),
+}
+SEEN = [([1, 2, 5, 6, 1, 2], [3]), ([4, 6, 4], [5, 1, 6]), ([2, 5], [3, 6])]  # what the teacher reads, and the response
+
+
+def counting(tokens, segments, positions, **_):
+    """A network whose answer at a token depends on its position and on the order of all that is visible before it."""
+    real = segments > 0
+    step = lambda state, x: (jnp.where(x[1], 0.7 * state + jnp.sin(1.0 + x[0]), state),) * 2
+    _, states = jax.lax.scan(step, jnp.zeros(len(tokens)), (tokens.T, real.T))
+    return jnp.sin(states.T[..., None] * jnp.arange(1, 8) + positions[..., None])
+
+
+@pytest.mark.parametrize("kind", ["counting", "attention"])
+def test_responses_keep_their_places_after_the_solution(kind):
+    """At every target the teacher's law is that of the tokens in a row, without padding."""
+    net = counting if kind == "counting" else lambda tokens, **how: NETS["teacher"].apply(PARAMS["teacher"], tokens, **how)
+    shown = solved_first(SOLVED)
+    logits = net(shown["tokens"], **context(shown))[:, -5:]
+    for row, (before, response) in enumerate(SEEN):
+        tokens = jnp.array([before + response])
+        plain = net(tokens, segments=jnp.ones_like(tokens), positions=jnp.arange(tokens.shape[1])[None])[0]
+        np.testing.assert_allclose(logits[row, 1 : 1 + len(response)], plain[len(before) - 1 : -1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(shown["mask"][:, -5:], SOLVED["mask"])
+    assert not shown["mask"][:, :-5].any()
+
+
+def test_the_solution_is_the_datas_own():
+    """Before and after the student has written over it; without prompts of its own a row opens with one."""
+    data = {"tokens": SOLVED["answer"], "mask": SOLVED["answer_mask"]}
+    written = respond(coin, data, jax.random.key(0), prompt_length=2)
+    for batch in (data, written):
+        shown = solved_first(batch, 2)
+        np.testing.assert_array_equal(shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2])  # T + P = 7 columns, one of them padding
+        np.testing.assert_array_equal(shown["prompt_mask"][:, 0], [False] * 3)
+        np.testing.assert_array_equal(shown["prompt_mask"].sum(1), [6, 5, 2])
+        np.testing.assert_array_equal(shown["tokens"][:, 7:], batch["tokens"][:, 2:])
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_without_a_solution_the_teacher_is_the_plain_one(chunk):
+    nothing = {**SOLVED, "answer_mask": jnp.zeros((3, 5)), "weight": BATCH["weight"]}
+    run = lambda method, batch: method.loss(bind(NETS, PARAMS), Ctx(batch, jax.random.key(0), 0, {})).loss
+    plain = run(Paced(kind="reverse_kl", chunk=chunk), nothing)
+    np.testing.assert_allclose(run(SelfPaced(chunk=chunk), nothing), plain, rtol=1e-5)
+    assert abs(run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]}) - plain) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_student_that_needs_no_solution_learns_nothing(kind):
+    """Its law equals the one of the teacher that reads it."""
+    shown = solved_first(SOLVED)
+    told = counting(shown["tokens"], **context(shown))
+
+    def value(z):
+        nets = SimpleNamespace(teacher=lambda tokens, **_: told, student=lambda tokens, **_: z)
+        return SelfPaced(kind=kind).loss(nets, Ctx(SOLVED, jax.random.key(0), 0, {})).loss
+
+    loss, grad = jax.value_and_grad(value)(told[:, -5:])
+    assert abs(loss) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
+
+
+def test_self_distillation_starts_from_the_teacher():
+    surgery = SelfPaced().stages(2)[0].surgery
+    _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
+    jax.tree.map(np.testing.assert_array_equal, params["student"], PARAMS["teacher"])
+    assert surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"]
+    assert SelfPaced.inits == {"student": "teacher"} and SelfPaced().writes(0)
+
+
+@pytest.mark.parametrize("method", [Paced(), SelfPaced()])
+def test_the_probe_is_of_each_problems_own_gradient(method):
+    """By hand: one gradient of the unweighted loss after another, binned by pass rate."""
+    twice = {k: jnp.concatenate([v, v]) for k, v in SOLVED.items()}
+    tokens = twice["tokens"].at[3:, 2].set(4)
+    batch = {**twice, "tokens": tokens, "pass_rate": jnp.array([0.0, 0.1, 0.5, 0.6, 0.5, 1.0]), "weight": jnp.arange(6.0)}
+
+    def gradient(i):
+        row = {k: v[i : i + 1] for k, v in batch.items() if k != "weight"}
+        value = lambda w: method.loss(bind(NETS, {**PARAMS, "student": w}), Ctx(row, jax.random.key(0), 0, {})).loss
+        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(value)(PARAMS["student"]))])
+
+    every = [gradient(i) for i in range(6)]
+    snr, count = jax.jit(lambda p: method.snr(NETS, p, batch, bins=4))(PARAMS)
+    np.testing.assert_array_equal(count, [2, 0, 3, 1])
+    expected = [signal_to_noise(jnp.stack([every[i] for i in bin])) for bin in ([0, 1], [2, 3, 4])]
+    np.testing.assert_allclose(snr[jnp.array([0, 2])], expected, rtol=1e-4)
+    assert np.isnan(snr[jnp.array([1, 3])]).all()
