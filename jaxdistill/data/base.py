@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Method, Refused
 
 ENDLESS = 1 << 40
@@ -185,7 +186,7 @@ class Records(Dataset):
     Shuffled anew each epoch, no record left out; `augment` is random in (seed, position in the stream) alone.
     """
 
-    threads: int = 4  # reading and decoding
+    threads: Natural = 4  # reading and decoding
     shuffle: bool = True
 
     def source(self, split: str):

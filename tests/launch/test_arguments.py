@@ -52,7 +52,7 @@ def test_places_for_files(tmp_path, monkeypatch):
     for text, says in {"folder": "is a folder, expected a file such as folder/out.png", "folder/": "is a folder", ".": "is a folder",
                        "new/": "is a folder", "a.jpg": "expected a name that ends in .png", "a": "expected a name that ends in .png",
                        "file.png/a.png": "file.png is no folder", "link/a.png": "link is no folder",
-                       "gs://b/a.png": "expected a path of this machine",
+                       "gs://b/a.png": "gs:// is not supported",
                        "a\n.png": "expected the name of a file", "a" * 300 + ".png": "expected the name of a file"}.items():  # fmt: skip
         with pytest.raises(Refused, match=says) as caught:
             at(text, (".png",))

@@ -214,7 +214,7 @@ REFUSALS = [
     ({"splits": ""}, "--splits=''"),
     ({"file_batches": 0}, "--file_batches=0"),
     ({"out": "BELOW"}, "text.txt is no folder"),
-    ({"out": "gs://bucket/store"}, "expected a path of this machine"),
+    ({"out": "gs://bucket/store"}, "gs:// is not supported, expected a folder of this machine"),
     ({"teacher": "PLACE"}, "store"),
     ({"splits": "train,tests"}, "did you mean 'test'"),
     ({"rows": "many"}, "--rows=many"),
