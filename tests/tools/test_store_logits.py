@@ -70,6 +70,7 @@ def test_holds_every_row_once_beside_the_teachers_law(place, whole):
     config = _command.load_config(str(place / "config.py"))
     config.data.path = str(place / "text.txt")
     text, data = build.build(config.data), StoredLogits(path=str(whole), batch_size=4)
+    assert type(data.texts) is type(text) and data.texts.tokenizer_files() == text.tokenizer_files() != {}
     net, params = interop.load(place / "teacher")
     for split in ("train", "test"):
         rows, stored = text.examples(split), data.examples(split)
