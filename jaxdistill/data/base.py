@@ -38,6 +38,12 @@ class Dataset:
         if not 0 <= self.seed < 1 << 32:
             raise Refused(f"data.seed={self.seed}: expected 0 to 2^32 - 1")
 
+    def at_least(self, least: int, *names: str) -> None:
+        """Raises Refused where one of these fields is less."""
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise Refused(f"data.{name}={getattr(self, name)}: expected {least} or more")
+
     def check(self, test: bool = True) -> None:
         """Raises Refused where there is no first training sample or, where `test`, no held-out one; asked before anything
         runs or is written. Sets that are read record by record are opened, and one record of each split is read."""

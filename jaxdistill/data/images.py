@@ -52,6 +52,10 @@ class Images(Records):
     flip: bool = False  # mirror every other training image, drawn anew in each epoch
     heldout: float = 0.05  # share kept for evaluation where the set has no test files of its own
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "size", "threads")
+
     @property
     def classes(self) -> int:
         """Number of classes in the training set."""
