@@ -77,7 +77,8 @@ def _with_sign(hint: Any, default: Any) -> Any:
 def problem(cls: type, field: str, value: Any) -> str:
     """ "expected ..." where `value` does not fit the field's annotation; "" where it does."""
     given = cls.__dataclass_fields__[field]
-    if value is given.default or (type(value) is type(given.default) is float and value == given.default):
+    same = type(value) is type(given.default) and type(value) in (float, tuple) and value == given.default
+    if value is given.default or same:
         return ""  # what the class itself says, such as inf for "no limit"
     return _problem(hints(cls)[field], value)
 

@@ -99,8 +99,11 @@ class Dataset:
         raise Refused(f"data: {type(self).__name__} makes samples without end, so that their number has to be given")
 
     def one_sample(self) -> dict[str, np.ndarray]:
-        """One training sample, without batch axis."""
-        return jax.tree.map(lambda v: v[0], self.batch(0, slice(0, 1)))
+        """One training sample, without batch axis. Raises Refused where there is none."""
+        rows = self.batch(0, slice(0, 1))
+        if not all(len(v) for v in jax.tree.leaves(rows)):
+            raise self.lacking("train")
+        return jax.tree.map(lambda v: v[0], rows)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global batch."""
@@ -256,12 +259,6 @@ def regular(file: Path) -> int:
     if not stat.S_ISREG(about.st_mode):
         raise Refused(f"{file}: not a regular file")
     return about.st_size
-
-
-def one_line(value: Any) -> str:
-    """The first line of what others say (an exception, names in a file), printable and cut: a part of a refusal."""
-    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
-    return "".join(c if c.isprintable() else "\ufffd" for c in first)[:300]
 
 
 class Joined(Sequence):

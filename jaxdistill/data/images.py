@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from jaxdistill.core.types import Refused, lookup
-from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, one_line, regular
+from jaxdistill.core.types import Refused, lookup, one_line
+from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
 
 COLUMNS = ("image", "img")  # what Hugging Face sets call their pictures
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # as PIL names them (JPEG: MPO too); no other decoder is asked

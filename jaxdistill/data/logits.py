@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill.core.build import build
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Refused, one_line
 from jaxdistill.data.arrayrecord import ArrayRecords
-from jaxdistill.data.base import contents, one_line
+from jaxdistill.data.base import contents
 
 ABOUT = "store.json"
 

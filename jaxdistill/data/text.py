@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxdistill.core.types import Refused, nearest
-from jaxdistill.data.base import InMemory, check_share, contents, held_out, one_line
+from jaxdistill.core.types import Refused, nearest, one_line
+from jaxdistill.data.base import InMemory, check_share, contents, held_out
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer, stored_as
 
 

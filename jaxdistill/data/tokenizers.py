@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxdistill.core.tokenizer import stored_tokenizer
-from jaxdistill.core.types import Refused
-from jaxdistill.data.base import one_line
+from jaxdistill.core.types import Refused, one_line
 
 
 class Tokenizer(Protocol):

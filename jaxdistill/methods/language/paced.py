@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Limit
 from jaxdistill.core.net import Net, restore
 from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Params, Refused, Stage
 from jaxdistill.methods.language._rollout import solved_first
@@ -40,7 +41,7 @@ class Paced(GKD):
     batches: int = 1000  # of data.batch_size problems that make the pool of a stage
     a: float = 1.0  # exponent of p; a > b prefers easier problems
     b: float = 1.0  # exponent of 1 - p; a = b = 0: plain distillation
-    most: float = float("inf")  # cap on a weight; their mean is 1
+    most: Limit = float("inf")  # cap on a weight; their mean is 1
     kinds: tuple[str, ...] = ("forward_kl", "reverse_kl")  # divergence of each stage
     references: tuple[str, ...] = ("teacher", "student")  # who writes each stage's responses: teacher | student | dataset
     kind: str = "forward_kl"  # of the stage at hand
