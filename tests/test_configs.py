@@ -77,7 +77,9 @@ def test_recipe_lowers_for_tpu(name, stand_ins, lowers_for_tpu):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_data_is_read_in_the_shapes_that_it_states(name, stand_ins):
-    data = dataclasses.replace(Experiment(load(name, stand_ins), Path("unused")).data, batch_size=2)
+    data = Experiment(load(name, stand_ins), Path("unused")).data
+    fewest = len(getattr(data, "parts", ())) or 2  # rows of every domain
+    data = dataclasses.replace(data, batch_size=fewest)
     shapes = lambda batch: jax.tree.map(lambda v: (v.shape, v.dtype), batch)
     assert shapes(next(data.loader())) == shapes(data.spec())
 
