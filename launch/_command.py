@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import math
 import os
 import re
 import signal
@@ -247,5 +248,45 @@ def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1
     """An argument as an integer. Raises Refused outside of `least` to `most`."""
     text = values[key]
     if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
-        raise Refused(f"--{key}={text[:40]}: expected an integer of at least {least}" + f", at most {most}" * (len(text) > 9))
+        large = text.isdecimal() and int(text[:19]) > most
+        raise Refused(f"--{key}={text[:40]}: expected an integer of at least {least}" + f", at most {most}" * large)
     return int(text)
+
+
+def decimal(values: Mapping[str, Any], key: str, least: float, most: float = math.inf, above: bool = False) -> float:
+    """An argument as a finite number. Raises Refused outside of `least` to `most`, or, with `above`, at `least` itself."""
+    text = values[key]
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or not least <= value <= most or (above and value == least):
+        fits = f"above {least:g}" if above else f"from {least:g} to {most:g}" if math.isfinite(most) else f"of at least {least:g}"
+        raise Refused(f"--{key}={text[:40]}: expected a number {fits}")
+    return value
+
+
+def output(values: Mapping[str, Any], key: str, suffixes: Sequence[str] = (), folder: bool = False) -> Path | None:
+    """Where an argument says that a file (of one of `suffixes`), or with `folder` files, shall be; None where it says nothing.
+
+    Asked before the work begins. Raises Refused where nothing could be written there.
+    """
+    text = values[key]
+    if not text:
+        return None
+    path, shown = Path(text), text[:80]
+    local(text, f"--{key}")
+    if not text.isprintable() or max(len(os.fsencode(part)) for part in path.absolute().parts) > 255:
+        raise Refused(f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}")
+    if not folder and ((path.is_dir() and "" not in suffixes) or text.endswith(("/", "."))):
+        raise Refused(f"--{key}={shown}: is a folder, expected a file such as {shown.rstrip('/.')}/out{''.join(suffixes[:1])}")
+    if folder and path.exists() and not path.is_dir():
+        raise Refused(f"--{key}={shown}: is a file, expected a folder")
+    if suffixes and path.suffix not in suffixes:
+        raise Refused(f"--{key}={shown}: expected a name that ends in {' or '.join(filter(None, suffixes))}")
+    held = next(parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent))
+    if held != path.absolute() and not held.is_dir():
+        raise Refused(f"--{key}={shown}: {held} is no folder")
+    if not os.access(held, os.W_OK):
+        raise Refused(f"--{key}={shown}: {held} cannot be written to")
+    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +15,18 @@ FILE = "restarts.json"  # in the run's folder: {"progress", "count"}
 
 def progress(workdir: Path) -> dict[str, int]:
     """How far a run and those inside it have come: stages done, the sum of the newest checkpoints' steps, files of stored data."""
-    newest: dict[Path, int] = {}
-    for folder in workdir.rglob("checkpoints/step_*"):
-        if folder.name[5:].isdigit():
-            newest[folder.parent] = max(newest.get(folder.parent, 0), int(folder.name[5:]))
-    done = sum(folder.name.isdigit() for folder in workdir.rglob("stages/*"))
-    return {"stages": done, "steps": sum(newest.values()), "stored": sum(1 for _ in workdir.rglob("data/*/*"))}
+    found = {"stages": 0, "steps": 0, "stored": 0}
+    for at, folders, files in os.walk(workdir):  # which follows no link, and passes over what goes away under it
+        name = os.path.basename(at)
+        if name == "checkpoints":
+            found["steps"] += max((int(f[5:]) for f in folders if f.startswith("step_") and f[5:].isdigit()), default=0)
+        if name == "stages":
+            found["stages"] += sum(f.isdigit() for f in folders)
+        if os.path.basename(os.path.dirname(at)) == "data":
+            found["stored"] += len(files)
+        if name in ("checkpoints", "stages"):
+            folders.clear()  # what is inside does not matter
+    return found
 
 
 def _count(workdir: Path) -> int:

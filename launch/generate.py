@@ -10,9 +10,8 @@ side), or an MP4 for each video.
 
 from pathlib import Path
 
-from jaxdistill.core.records import local
 from jaxdistill.core.types import Refused
-from launch._command import arguments, main, whole
+from launch._command import arguments, decimal, main, output, whole
 
 KNOWN = {"pipeline": "", "prompt": "", "student": "", "steps": "4", "times": "", "ddim": False, "guidance": "1.0", "negative": "",
          "n": "1", "seed": "0", "size": "1024x1024", "frames": "1", "fps": "16", "dtype": "bfloat16", "out": "generated"}  # fmt: skip
@@ -25,15 +24,18 @@ def generate(argv: list[str]) -> None:
             raise Refused(f"--{key} is needed")
     if values["dtype"] not in ("float32", "bfloat16"):
         raise Refused(f"--dtype={values['dtype']}: expected float32 or bfloat16")
-    local(values["out"], "--out")
-    n, frames, fps, steps = (whole(values, key, 1) for key in ("n", "frames", "fps", "steps"))
-    seed = whole(values, "seed", 0)
+    n, frames, steps, fps = whole(values, "n", 1), whole(values, "frames", 1), whole(values, "steps", 1), whole(values, "fps", 1, 1000)
+    seed, guidance = whole(values, "seed", 0), decimal(values, "guidance", 0.0)
     size, given = _numbers(values, "size", "x", int), _numbers(values, "times", ",", float)
     if len(size) != 2 or min(size) < 1:
         raise Refused(f"--size={values['size']}: expected HEIGHTxWIDTH in pixels")
-    guidance = _numbers(values, "guidance", " ", float)
-    if len(guidance) != 1:
-        raise Refused(f"--guidance={values['guidance']}: expected one number")
+    if values["times"] and not given:
+        raise Refused(f"--times={values['times']}: expected numbers like 1.0,0.5")
+    out = output(values, "out", ("", ".png", ".mp4"))
+    if out is None:
+        raise Refused("--out=FILE: expected a name")
+    if out.suffix and out.suffix != (wanted := ".mp4" if frames > 1 else ".png"):
+        raise Refused(f"--out={out}: {'videos' if frames > 1 else 'pictures'} are written as {wanted}")
     if frames > 1:
         _video_library()
     import jax
@@ -45,9 +47,9 @@ def generate(argv: list[str]) -> None:
         raise Refused(f"--times={values['times']}: expected falling times above 0 and up to 1, as in 1.0,0.75,0.5,0.25")
     made = pipeline.load(values["pipeline"], student=values["student"], dtype=values["dtype"])
     times = given or made.times(steps, size, frames)
-    x = made([values["prompt"]] * n, times, size=size, frames=frames, renoises=not values["ddim"], guidance=guidance[0],
+    x = made([values["prompt"]] * n, times, size=size, frames=frames, renoises=not values["ddim"], guidance=guidance,
              negative=values["negative"], key=jax.random.key(seed))  # fmt: skip
-    for file in write(Path(values["out"]), x, fps):
+    for file in write(out, x, fps):
         print(f"{len(times)} steps at {', '.join(f'{t:.3f}' for t in times)}: {file}")
 
 

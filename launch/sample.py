@@ -3,18 +3,15 @@
 python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] [--out=FILE.png]
 """
 
-from pathlib import Path
-
-from jaxdistill.core.records import local
-from jaxdistill.core.types import Refused, nearest
-from launch._command import arguments, main, needed, whole
+from jaxdistill.core.types import Refused, lookup, nearest
+from launch._command import arguments, main, needed, output, whole
 
 
 def sample(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": "", "n": "100", "steps": "0", "seed": "0", "role": "student", "out": ""})
     config, workdir = needed(values, config)
-    local(values["out"], "--out")
     n, steps, seed = whole(values, "n", 1), whole(values, "steps", 0), whole(values, "seed", 0)
+    given = output(values, "out", (".png",))
     import dataclasses
 
     import numpy as np
@@ -30,13 +27,20 @@ def sample(argv: list[str]) -> None:
         raise Refused(f"--role={role}{nearest(role, trained.params)}")
     evaluation = dataclasses.replace(evaluation, seed=seed)
     if hasattr(evaluation, "texts"):
-        for line in evaluation.texts(trained, n)[role]:
+        if given or steps:
+            raise Refused(f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are printed")
+        for line in lookup(evaluation.texts(trained, n), role, "--role"):
             print(line, end="\n---\n")
         return
-    steps = steps or next(s for r, s in evaluation.models(trained.params) if r == role)
+    first = dict(list(evaluation.models(trained.params))[::-1])  # role -> the first steps that it is evaluated at
+    if role not in first and trained.experiment.described(role)[1] is None:
+        raise Refused(f"--role={role}: is no denoiser{nearest(role, first)}")
+    if role not in first and not steps:
+        raise Refused(f"--steps=N is needed: the run's own evaluation does not draw from {role}")
+    steps = steps or first[role]
     real = trained.experiment.data.evaluation(n)
     x, _ = evaluation.generate(trained, role, steps, real)
-    out = Path(values["out"] or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png")
+    out = given or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     evaluation.picture(x, real).save(out)
     np.savez(out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {}))

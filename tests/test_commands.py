@@ -61,7 +61,7 @@ def refused(argv, capsys, command=train.train):
         ([TOY, "--workdir=W", "--config.stps=3"], "did you mean 'steps'"),
         ([TOY, "--workdir=W", "--config.method.gan_wieght=3"], "did you mean 'gan_weight'"),
         ([TOY, "--workdir=W", "--config.steps=many"], "expected int"),
-        ([TOY, "--workdir=W", "--config.steps=-3"], "positive integer"),
+        ([TOY, "--workdir=W", "--config.steps=-3"], "an integer of at least 1 and at most 10,000,000"),
         ([TOY, "--workdir=W", "--config.data.batch_size=100.5"], "expected int"),
         ([TOY, "--workdir=W", "--config.mesh.data=64"], "does not fit the 8 devices"),
         ([TOY, "--workdir=W", "--config.mesh.data=8", "--config.data.batch_size=12"], "not divisible by 8"),
@@ -70,7 +70,7 @@ def refused(argv, capsys, command=train.train):
         ([TOY, "--workdir=W", "--config.method=3"], "is a group"),
         ([TOY, "--wrkdir=W"], "did you mean 'workdir'"),
         ([TOY, "--workdir=W", "--config.roles.teacher.init=nowhere"], "no such role, run or folder"),
-        ([TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adamm"], "expected adamw"),
+        ([TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adamm"], "did you mean 'adam'"),
         (["--config=configs/mnist/dmd2.py", "--workdir=W"], "data.path is empty"),
         (["--config=configs/mnist/dmd2.py", "--workdir=W", "--config.data.path=/nowhere"], "data.path=/nowhere: no such"),
     ],
@@ -137,7 +137,15 @@ def test_sample_writes_a_grid_and_arrays(digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"), [(["--n=0"], "--n=0"), (["--role=studnet"], "did you mean 'student'"), (["--steps=x"], "--steps")]
+    ("argv", "said"),
+    [
+        (["--n=0"], "--n=0"),
+        (["--role=studnet"], "did you mean 'student'"),
+        (["--steps=x"], "--steps"),
+        (["--role=fake"], "--steps=N is needed: the run's own evaluation does not draw from fake"),
+        (["--role=disc", "--steps=1"], "--role=disc: is no denoiser"),
+        (["--out=grid.jpg"], "--out=grid.jpg: expected a name that ends in .png"),
+    ],
 )
 def test_sample_refuses(digits, argv, said, capsys):
     assert said in refused([f"--workdir={digits}", *argv], capsys, sample.sample)

@@ -40,7 +40,7 @@ from jaxdistill.core.types import Ctx, lookup
 from jaxdistill.data.prefetch import DevicePrefetch
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.objectives import divergence
-from launch._command import arguments, load_config, main, whole
+from launch._command import arguments, load_config, main, output, whole
 
 DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
 LM = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
@@ -231,6 +231,7 @@ def bench(argv):
     known = {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": "", "trl": False, "alone": False}
     values, config = arguments(argv, known)
     steps, rounds = whole(values, "steps", 1), whole(values, "rounds", 1)
+    output(values, "trace", folder=True)
     if values["trl"]:
         from tools import bench_trl
 

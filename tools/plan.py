@@ -11,7 +11,6 @@ spends less on the search for their tiles. GPU nodes (h100:8x4) come from consta
 does not.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from jaxdistill.core.types import Refused
-from launch._command import arguments, main
+from launch._command import arguments, decimal, main, output, whole
 
 
 def plan(argv):
@@ -31,17 +30,19 @@ def plan(argv):
         raise Refused("--config=FILE is needed")
     if not values["topology"]:
         raise Refused("--topology=SLICE is needed, such as v5e:4x4, v5p:4x4x4 or h100:8x4")
+    most, effort = whole(values, "most", 1), decimal(values, "effort", -1.0, 1.0)
+    file = output(values, "json")
     import jax
 
     from jaxdistill.core import plan as planner
 
     name = values["topology"]
-    planner.set_effort(_effort(values["effort"]))
+    planner.set_effort(effort)
     planner.shorten(config)
     if name.split(":")[0] in planner.GPU_KINDS:
         best = planner.gpus(config, name)
     elif values["search"]:
-        best = search(planner, config, name, int(values["most"]))
+        best = search(planner, config, name, most)
     else:
         try:
             best = planner.compile_for(config, name)
@@ -52,16 +53,10 @@ def plan(argv):
         print(f"nothing that was tried fits {name}")
         sys.exit(1)
     show(planner, best)
-    if values["json"]:
-        Path(values["json"]).write_text(json.dumps(dataclasses.asdict(best), indent=1) + "\n")
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(dataclasses.asdict(best), indent=1) + "\n")
     sys.exit(0 if best.fits else 1)
-
-
-def _effort(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if -1 <= (value := float(text)) <= 1:
-            return value
-    raise Refused(f"--effort={text}: expected a number from -1 to 1")
 
 
 def search(planner, config, name, most):

@@ -31,7 +31,7 @@ def write(folder: Path) -> dict[str, Path]:
     arrayrecord.write(folder / "captioned" / "train.arrayrecord", [image] * 2)
     (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)))
     (folder / "text.txt").write_text("To be, or not to be. " * 500)
-    for domain in ("books", "code"):
+    for domain in [f"domain{i}" for i in range(10)]:  # as many as the recipe has
         (folder / "domains" / domain).mkdir(parents=True)
         (folder / "domains" / domain / "train.jsonl").write_text((folder / "train.jsonl").read_text())
         (folder / "domains" / domain / "test.jsonl").write_text((folder / "train.jsonl").read_text())

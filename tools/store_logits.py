@@ -34,7 +34,7 @@ from jaxdistill.data.base import Dataset, Derived
 from jaxdistill.data.logits import ABOUT, read_about, store_file
 from jaxdistill.models.lm import context
 from jaxdistill.objectives.divergence import topk_log_probs
-from launch._command import arguments, main, needed, whole
+from launch._command import arguments, decimal, main, needed, output, whole
 
 DTYPES = {name: jnp.dtype(name) for name in ("float16", "bfloat16", "float32")}
 
@@ -110,17 +110,15 @@ def store(argv):
     top_k, group = whole(values, "top_k", 1), whole(values, "file_batches", 1)
     most = {"train": whole(values, "rows", 0), "test": whole(values, "test_rows", 0)}
     dtype = lookup(DTYPES, values["dtype"], "--dtype")
-    try:
-        temperature = float(values["temperature"])
-    except ValueError:
-        temperature = 0.0
-    if temperature <= 0:
-        raise Refused(f"--temperature={values['temperature']}: expected a number above 0")
+    temperature, out = decimal(values, "temperature", 0.0, above=True), output(values, "out", folder=True)
     reader = Reader(config, workdir, teacher=values["teacher"])
     if reader.roles["teacher"].init.startswith("@") and not values["workdir"]:
         raise Refused(f"--workdir=DIR is needed: the teacher is the run {reader.roles['teacher'].init} inside one")
     net, data, size = reader.nets["teacher"], reader.data, reader.data.batch_size
     splits = {split: rows_of(data, split, lookup(most, split, "--splits")) for split in values["splits"].split(",")}
+    for split, rows in splits.items():
+        if not len(rows):
+            raise Refused(f"data: no rows in {split}; expected some, or --splits without it")
     first = next(iter(splits.values()))[0]
     if not {"tokens", "mask"} <= first.keys():
         raise Refused(f"data: {type(data).__name__} has {', '.join(first)}, expected text (tokens and mask)")
@@ -138,8 +136,8 @@ def store(argv):
                  "vocab": logits.shape[-1], "rows": {split: len(rows) for split, rows in splits.items()},
                  "files": {split: -(-len(rows) // (size * group)) for split, rows in splits.items()}}  # fmt: skip
         params = reader.warm_starts()["teacher"]
-        claim(Path(values["out"]), about)
-        write(reader, jax.jit(read), params, splits, Path(values["out"]), size, group)
+        claim(out, about)
+        write(reader, jax.jit(read), params, splits, out, size, group)
 
 
 def write(reader: Reader, read, params, splits, folder: Path, size: int, group: int) -> None:

@@ -4,7 +4,8 @@
         --config.data.tokenizer=LLAMA --config.data.teacher_tokenizer=QWEN \\
         --config.roles.teacher.init=QWEN_7B --config.roles.student.init=LLAMA_1B
 
-The folders are those of `LlamaForCausalLM` and `Qwen2ForCausalLM`. Spans end at words, tau = 100 (ALM). For ULD
+The folders are those of `LlamaForCausalLM` and `Qwen2ForCausalLM`. Spans end at words, tau = 100 (ALM). As ALM's authors have it:
+`--config.data.ends=unbiased --config.data.space=True --config.method.name=methods.language.cross_tokenizer_kd:SpacedKD`. For ULD
 `--config.method.name=methods.language.cross_tokenizer_kd:ULD --config.method.chunk=0 --config.method.temperature=1
 --config.method.hard_weight=0.4`. No published figure is claimed: the papers' pairs are others.
 """

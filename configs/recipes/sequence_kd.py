@@ -11,4 +11,4 @@ from jaxdistill.core.build import spec
 
 
 def get_config():
-    return distil(spec("methods.language.sequence_kd:SequenceKD", eos=(128001, 128009)), PROMPTS)
+    return distil(spec("methods.language.sequence_kd:SequenceKD", eos=(128001, 128009), chunk=16032), PROMPTS)

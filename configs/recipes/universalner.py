@@ -20,7 +20,7 @@ def get_config():
         steps=STEPS,
         accumulate=4,
         data=spec("data.ner:Conversations", batch_size=256),
-        method=spec("methods.language.universalner:UniversalNER"),
+        method=spec("methods.language.universalner:UniversalNER", chunk=16032),
         roles=dict(
             student=Role(
                 model=spec("models.lm:LM", **LLAMA_8B),

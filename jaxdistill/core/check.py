@@ -18,7 +18,7 @@ from jaxdistill.core.build import located
 from jaxdistill.core.experiment import MISFITS, Experiment, Trained
 from jaxdistill.core.net import Net
 from jaxdistill.core.programs import abstract_stages
-from jaxdistill.core.types import Refused, nearest
+from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.diffusion.process import Pred
 from jaxdistill.evals.base import Table
 from jaxdistill.evals.samples import SampleEval
@@ -238,8 +238,7 @@ def _reason(error: BaseException) -> str:
     """An error's first line, and the last place in a file that is not a library's."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
     at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:200]}{at}"
+    return f"{type(error).__name__}: {one_line(error, 200)}{at}"
 
 
 def _one(net: Net) -> Net:

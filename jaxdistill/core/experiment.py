@@ -23,7 +23,7 @@ from jaxdistill.core.fields import Positive, shown
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.storage import quantized
-from jaxdistill.core.types import Method, Params, Refused, named_key, nearest
+from jaxdistill.core.types import Method, Params, Refused, named_key, nearest, one_line
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.evals.base import Evaluation
@@ -66,8 +66,7 @@ def refusals(where: str, what: str = "makes no network") -> Iterator[None]:
     except Refused as error:
         raise build.located(where, error) from error
     except MISFITS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(f"{where} {what}: {reason[:200]}") from error
+        raise Refused(f"{where} {what}: {one_line(error, 200)}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,9 +37,10 @@ class Range:
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        show = lambda number: f"{number:,}" if isinstance(number, int) else f"{number:g}"
+        low = f"above {show(self.low)}" if self.above else f"of at least {show(self.low)}"
         low = "" if math.isinf(self.low) else f" {low}"
-        high = "" if math.isinf(self.high) or self.high == LARGEST else f" and at most {self.high:g}"
+        high = "" if math.isinf(self.high) or self.high == LARGEST else f" and at most {show(self.high)}"
         return low + high
 
 
@@ -76,7 +77,8 @@ def _with_sign(hint: Any, default: Any) -> Any:
 def problem(cls: type, field: str, value: Any) -> str:
     """ "expected ..." where `value` does not fit the field's annotation; "" where it does."""
     given = cls.__dataclass_fields__[field]
-    if value is given.default or (type(value) is type(given.default) is float and value == given.default):
+    same = type(value) is type(given.default) and type(value) in (float, tuple) and value == given.default
+    if value is given.default or same:
         return ""  # what the class itself says, such as inf for "no limit"
     return _problem(hints(cls)[field], value)
 

@@ -355,8 +355,11 @@ class _Fit:
         try:
             return self.pending.flush()
         except metrics.NonFinite as error:
-            early = not self.first and self.logged == self.first
-            raise metrics.NonFinite(f"{error}{self._suspects(error.step) if early else ''}", error.step) from None
+            found = ""
+            if not self.first and self.logged == self.first:
+                with contextlib.suppress(OSError, ValueError, RuntimeError, MemoryError):  # a search that fails hides nothing
+                    found = self._suspects(error.step)
+            raise metrics.NonFinite(f"{error}{found}", error.step) from None
 
     def _suspects(self, step: int) -> str:
         """What the engine step's batch and the first weights have that is not finite; where all is, the settings that it may come from."""

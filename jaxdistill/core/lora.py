@@ -43,7 +43,7 @@ class Adapter(Net):
 
     def bind(self, role, params):
         own = {"base": params[self.adapts], "adapter": params[role]}
-        return scoped(role, functools.partial(self.apply, own))
+        return scoped(role, functools.partial(self.apply, own), self.config)
 
 
 def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ class Net:
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
-        return scoped(role, functools.partial(self.apply, params[role]))
+        return scoped(role, functools.partial(self.apply, params[role]), self.config)
 
     @property
     def size(self) -> int:
@@ -120,13 +120,14 @@ def _awake(module: nnx.Module) -> nnx.Module:
     return module
 
 
-def scoped(role: str, call: Callable) -> Callable:
-    """`call` with its operations named after the role in profiles and compiled programs."""
+def scoped(role: str, call: Callable, config: Any = None) -> Callable:
+    """`call` with its operations named after the role in profiles and compiled programs, and the model's dataclass as `.config`."""
 
     def named(*args, **kwargs):
         with jax.named_scope(f"role={role}"):
             return call(*args, **kwargs)
 
+    named.config = config
     return named
 
 

@@ -78,7 +78,7 @@ class Plan:
 def topology(name: str) -> tuple[list[Any], Chip]:
     """Devices of a TPU slice such as "v5p:4x4x4" and their chip. Raises Refused on another name, or without libtpu."""
     kind, _, shape = name.partition(":")
-    if not re.fullmatch(r"\d+(x\d+){1,2}", shape) or chip(kind).node:
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape) or chip(kind).node:
         raise Refused(f"--topology={name}: expected a TPU slice such as v5e:4x4 or v5p:4x4x8 (or GPUs such as h100:8x4)")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -174,7 +174,7 @@ def gpus(config: ConfigDict, name: str) -> Plan:
     """
     kind_name, _, shape = name.partition(":")
     kind = chip(kind_name)
-    if not kind.node or not re.fullmatch(r"\d+x\d+", shape):
+    if not kind.node or not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", shape):
         raise Refused(f"--topology={name}: expected GPUs a node x nodes, such as h100:8x4")
     node, nodes = (int(n) for n in shape.split("x"))
     devices = [_Described(i, kind.kinds[0]) for i in range(node * nodes)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Refused, one_line
 
 
 def stored_tokenizer(folder: Path, **options: Any) -> Any:
@@ -27,7 +27,7 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers' Rust raises bare Exceptions on damage, and panics outside of Exception
-        raise Refused(f"tokenizer={folder}: not a tokenizer folder ({_line(error)})") from error
+        raise Refused(f"tokenizer={folder}: not a tokenizer folder ({one_line(error)})") from error
 
 
 def _check_code(file: Path) -> None:
@@ -37,7 +37,7 @@ def _check_code(file: Path) -> None:
     try:
         config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise Refused(f"{file}: not JSON ({_line(error)})") from error
+        raise Refused(f"{file}: not JSON ({one_line(error)})") from error
     if not isinstance(config, dict):
         raise Refused(f"{file}: expected a JSON object, found {type(config).__name__}")
     code = config.get("auto_map")
@@ -46,11 +46,5 @@ def _check_code(file: Path) -> None:
     elif file.name == "config.json":  # a list is of old tokenizers' configurations
         code = None
     if code:
-        raise Refused(f"{file}: the tokenizer is code of its own (auto_map: {_line(code)}), which is never run; "
+        raise Refused(f"{file}: the tokenizer is code of its own (auto_map: {one_line(code)}), which is never run; "
                       "expected a tokenizer class of transformers")  # fmt: skip
-
-
-def _line(value: Any) -> str:
-    """The first line of a message, printable and cut."""
-    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
-    return "".join(c if c.isprintable() else "\ufffd" for c in first)[:300]

@@ -26,7 +26,24 @@ Nets = SimpleNamespace  # role -> callable with its weights already bound
 
 
 class Refused(ValueError):
-    """Bad input. The message is one line (what, where, what was expected); commands exit with code 2."""
+    """Bad input. The message is one printable line (what, where, what was expected); commands exit with code 2.
+
+    Line ends in it become blanks, and characters that cannot be printed U+FFFD: names in files hold both.
+    """
+
+    def __init__(self, message: object):
+        super().__init__(printable(" ".join(str(message).splitlines())))
+
+
+def printable(text: str) -> str:
+    """`text` with U+FFFD for every character that cannot be printed."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def one_line(value: object, most: int = 300) -> str:
+    """The first line of what others say (an exception, a name in a file), printable and cut: a part of a refusal."""
+    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
+    return printable(first)[:most]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -97,7 +114,8 @@ class Out(NamedTuple):
     """What a loss returns.
 
     Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over `count` valid
-    tokens or samples, and the engine divides by the global count: over all micro-batches and all shards.
+    tokens or samples, and the engine divides by the global count: over all micro-batches and all shards. A loss that
+    adds up means over different counts needs the whole batch's, which a `gather` can put into it.
     """
 
     loss: Array

@@ -15,8 +15,8 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from flax.serialization import msgpack_restore, msgpack_serialize
 
-from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out, one_line, regular
+from jaxdistill.core.types import Refused, one_line
+from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out, regular
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 

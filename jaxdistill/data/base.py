@@ -13,6 +13,7 @@ import grain
 import jax
 import numpy as np
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Method, Refused
 
 ENDLESS = 1 << 40
@@ -36,6 +37,12 @@ class Dataset:
             raise Refused(f"data.batch_size={self.batch_size}: expected a positive integer")
         if not 0 <= self.seed < 1 << 32:
             raise Refused(f"data.seed={self.seed}: expected 0 to 2^32 - 1")
+
+    def at_least(self, least: int, *names: str) -> None:
+        """Raises Refused where one of these fields is less."""
+        for name in names:
+            if not getattr(self, name) >= least:
+                raise Refused(f"data.{name}={getattr(self, name)}: expected {least} or more")
 
     def check(self, test: bool = True) -> None:
         """Raises Refused where there is no first training sample or, where `test`, no held-out one; asked before anything
@@ -92,8 +99,11 @@ class Dataset:
         raise Refused(f"data: {type(self).__name__} makes samples without end, so that their number has to be given")
 
     def one_sample(self) -> dict[str, np.ndarray]:
-        """One training sample, without batch axis."""
-        return jax.tree.map(lambda v: v[0], self.batch(0, slice(0, 1)))
+        """One training sample, without batch axis. Raises Refused where there is none."""
+        rows = self.batch(0, slice(0, 1))
+        if not all(len(v) for v in jax.tree.leaves(rows)):
+            raise self.lacking("train")
+        return jax.tree.map(lambda v: v[0], rows)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global batch."""
@@ -185,7 +195,7 @@ class Records(Dataset):
     Shuffled anew each epoch, no record left out; `augment` is random in (seed, position in the stream) alone.
     """
 
-    threads: int = 4  # reading and decoding
+    threads: Natural = 4  # reading and decoding
     shuffle: bool = True
 
     def source(self, split: str):
@@ -249,12 +259,6 @@ def regular(file: Path) -> int:
     if not stat.S_ISREG(about.st_mode):
         raise Refused(f"{file}: not a regular file")
     return about.st_size
-
-
-def one_line(value: Any) -> str:
-    """The first line of what others say (an exception, names in a file), printable and cut: a part of a refusal."""
-    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
-    return "".join(c if c.isprintable() else "\ufffd" for c in first)[:300]
 
 
 class Joined(Sequence):

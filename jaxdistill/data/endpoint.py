@@ -29,6 +29,7 @@ from typing import Any
 
 from absl import logging
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Refused
 
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -50,7 +51,7 @@ class Endpoint:
     max_tokens: int = 1024
     timeout: float = 120.0  # seconds that a whole request may take, from its connection to the last byte of its answer
     max_bytes: int = 16 * 2**20  # of an answer, its headers included
-    retries: int = 6  # after the first attempt, on 408, 409, 429, 5xx, broken connections and answers that are none
+    retries: Natural = 6  # after the first attempt, on 408, 409, 429, 5xx, broken connections and answers that are none
     backoff: float = 1.0  # seconds before the first retry, doubled for each further one, unless the server names a time
     max_wait: float = 300.0  # seconds before a retry, whatever the server names
     per_minute: float = 0.0  # requests a minute at most; 0: no limit

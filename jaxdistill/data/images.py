@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from jaxdistill.core.types import Refused, lookup
-from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, one_line, regular
+from jaxdistill.core.types import Refused, lookup, one_line
+from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
 
 COLUMNS = ("image", "img")  # what Hugging Face sets call their pictures
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # as PIL names them (JPEG: MPO too); no other decoder is asked
@@ -51,6 +51,10 @@ class Images(Records):
     size: int = 32  # pixels a side
     flip: bool = False  # mirror every other training image, drawn anew in each epoch
     heldout: float = 0.05  # share kept for evaluation where the set has no test files of its own
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "size", "threads")
 
     @property
     def classes(self) -> int:

@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill.core.build import build
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Refused, one_line
 from jaxdistill.data.arrayrecord import ArrayRecords
-from jaxdistill.data.base import contents, one_line
+from jaxdistill.data.base import contents
 
 ABOUT = "store.json"
 
@@ -35,8 +35,9 @@ class StoredLogits(ArrayRecords):
         if about is None:
             raise Refused(f"data.path={self.path}: no {ABOUT}, expected a folder that tools/store_logits.py made")
         _check_about(about, folder / ABOUT)
+        there = {file.name for file in folder.iterdir()}
         for split, files in about["files"].items():
-            made = sum(store_file(folder, split, i).exists() for i in range(files))
+            made = sum(store_file(folder, split, i).name in there for i in range(min(files, len(there))))
             if made < files:
                 raise Refused(f"data.path={self.path}: {made} of {files} {split} files; tools/store_logits.py goes on where it stopped")
         return about

@@ -165,6 +165,10 @@ class Rationales(JsonLines):
     label_length: int = 256
     rationale_length: int = 256
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "prompt_length", "label_length", "rationale_length")
+
     def arrays(self, split):
         answer = lambda text, room: np.append(self.codec.encode(text), np.int32(self.codec.eos))[:room] if text.strip() else np.int32([])
         prefixes = (self.predict_prefix, self.explain_prefix)

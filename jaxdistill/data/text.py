@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from jaxdistill.core.types import Refused, nearest
-from jaxdistill.data.base import InMemory, check_share, contents, held_out, one_line
+from jaxdistill.core.types import Refused, nearest, one_line
+from jaxdistill.data.base import InMemory, check_share, contents, held_out
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer, stored_as
 
 
@@ -145,6 +145,10 @@ class PackedJson(JsonLines):
 
     length: int = 512  # tokens
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(2, "length")
+
     def arrays(self, split):
         documents = self.documents(split, self.length - 1, self.length, self.length)
         rows = pack([len(prompt) + len(response) for prompt, response in documents], self.length)
@@ -174,6 +178,10 @@ class PaddedJson(JsonLines):
 
     prompt_length: int = 256  # tokens
     response_length: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.at_least(1, "prompt_length", "response_length")
 
     def arrays(self, split):
         length = self.prompt_length + self.response_length

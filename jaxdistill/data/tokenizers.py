@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxdistill.core.tokenizer import stored_tokenizer
-from jaxdistill.core.types import Refused
-from jaxdistill.data.base import one_line
+from jaxdistill.core.types import Refused, one_line
 
 
 class Tokenizer(Protocol):
@@ -33,6 +32,9 @@ class Tokenizer(Protocol):
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
         """How many bytes of text each token stands for, int32 [n]; 0 of special tokens."""
 
+    def texts(self) -> list[str | None]:
+        """What every id stands for; None of special tokens, and of bytes that are no whole characters."""
+
 
 class ByteTokenizer:
     """Ids 0-255 are the bytes of UTF-8; 256 pads, 257 begins and 258 ends a document."""
@@ -47,6 +49,9 @@ class ByteTokenizer:
 
     def lengths(self, tokens):
         return (np.asarray(tokens) < 256).astype(np.int32)
+
+    def texts(self):
+        return [chr(i) if i < 128 else None for i in range(self.vocab)]
 
 
 class StoredTokenizer:
@@ -126,6 +131,16 @@ class StoredTokenizer:
 
     def lengths(self, tokens):
         return self._bytes[np.asarray(tokens)]
+
+    def texts(self):
+        special, by_letter = set(self.inner.all_special_ids), "ByteLevel" in self.inner.backend_tokenizer.to_str()
+        if by_letter:
+            found = self.inner.batch_decode([[i] for i in range(self.vocab)], clean_up_tokenization_spaces=False)
+        else:
+            pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
+            single = lambda piece: chr(int(piece[3:5], 16)) if int(piece[3:5], 16) < 128 else "\ufffd"
+            found = [single(p) if re.fullmatch("<0x[0-9A-F]{2}>", p or "") else (p or "\ufffd").replace("\u2581", " ") for p in pieces]
+        return [None if i in special or "\ufffd" in text else text for i, text in enumerate(found)]
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.core.net import Net, fixed_net
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.data.alignment import covered, spans, word_ends
+from jaxdistill.data.alignment import Covers, begins_with_space, bias, covered, spans, unigram, word_ends
 from jaxdistill.data.language import Markov
 from jaxdistill.data.text import PaddedJson, pad_rows
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer
@@ -28,16 +29,37 @@ class AlignedJson(PaddedJson):
     teacher_tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
     teacher_prompt_length: int = 0  # tokens; 0: as many as the student's
     teacher_response_length: int = 0
-    ends: str = "any"  # where spans may end: any | words, only before white space: coarser, but free of tokenisation bias
+    ends: str = "any"  # where spans may end: any | unbiased, where the two sides' laws differ little | words, before white space alone
+    bias: float = 1e-4  # of unbiased: the most that the one side leaves out of its law and the other does not; ALM's 1e-4
+    space: bool = False  # whether batches say which tokens begin with white space: space uint8 [ceil(vocab / 8)], of both sides
 
     def __post_init__(self):
         super().__post_init__()
-        if self.ends not in ("any", "words"):
-            raise Refused(f"data.ends={self.ends!r}: expected any or words")
+        if self.ends not in ("any", "unbiased", "words"):
+            raise Refused(f"data.ends={self.ends!r}: expected any, unbiased or words")
+        if not 0 <= self.bias <= 1:
+            raise Refused(f"data.bias={self.bias}: expected 0 to 1")
 
     @functools.cached_property
     def teacher_codec(self) -> Tokenizer:
         return load_tokenizer(self.teacher_tokenizer)
+
+    @functools.cached_property
+    def covers(self) -> tuple[Covers, Covers]:
+        """Of student and teacher, with unigrams of the training responses."""
+        answers = [answer for _, answer in self.samples("train")]
+        return tuple(Covers(codec, unigram(codec, answers)) for codec in (self.codec, self.teacher_codec))
+
+    def stops(self, answer: str, both) -> Sequence[int] | None:
+        """Byte positions of a response where spans may end; None: anywhere."""
+        if self.ends == "any":
+            return None
+        size = len(answer.encode())
+        if self.ends == "words":
+            return [*word_ends(answer), size, size + 1]
+        last = [dict(zip(np.cumsum(lengths).tolist(), tokens.tolist())) for _, tokens, lengths in both]
+        common = sorted(last[0].keys() & last[1].keys())
+        return [at for at in common if at > size or bias(*self.covers, (last[0][at], last[1][at])) <= self.bias]
 
     @property
     def teacher_vocab_size(self):
@@ -55,8 +77,7 @@ class AlignedJson(PaddedJson):
         for question, answer in samples:
             both = [self.document(codec, rooms, question, answer) for codec, rooms in sides]
             if all(len(prompt) <= rooms[0] for (prompt, _, _), (_, rooms) in zip(both, sides)):
-                stops = None if self.ends == "any" else [*word_ends(answer), *(len(answer.encode()) + i for i in (0, 1))]
-                found = spans(*(lengths for _, _, lengths in both), ends=stops)
+                found = spans(*(lengths for _, _, lengths in both), ends=self.stops(answer, both))
                 for side in (0, 1):
                     documents[side].append(both[side][:2])
                     numbers[side].append(found[side])
@@ -68,6 +89,8 @@ class AlignedJson(PaddedJson):
             rows["span"] = np.full(rows["tokens"].shape, -1, np.int32)
             for row, number in zip(rows["span"], numbered):
                 row[width : width + len(number)] = number
+            if self.space:
+                rows["space"] = np.tile(begins_with_space(codec), (len(docs), 1))
             out |= {prefix + k: v for k, v in rows.items()}
         return out
 

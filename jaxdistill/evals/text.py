@@ -14,7 +14,7 @@ from jaxdistill.core.sharding import whole
 from jaxdistill.core.types import Refused
 from jaxdistill.evals.base import Evaluation
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.lm import common_vocabulary, context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 from jaxdistill.samplers.text import generate
 
@@ -28,7 +28,7 @@ class TextEval(Evaluation):
 
     samples: int = 512
     batch: int = 128
-    prompt_length: int = 16  # of the continuations, where the data has no prompts of its own
+    prompt_length: int = 16  # of the continuations, where the data has no prompts of its own; of shorter rows all but a token
     seed: int = 0
 
     metrics: ClassVar[tuple[str, ...]] = (
@@ -91,15 +91,17 @@ class TextEval(Evaluation):
         """(tokens with a mask on what was written, tokens per second): greedy where answers are checked, else sampled."""
         net, data = trained.nets[role], trained.experiment.data
         length, eos = held["tokens"].shape[1], getattr(data, "eos", ())
-        prompts = held["prompt"] if "prompt" in held else held["tokens"][:, : self.prompt_length]
+        prompts = held["prompt"] if "prompt" in held else held["tokens"][:, : min(self.prompt_length, length - 1)]
         masks = held.get("prompt_mask", np.ones(prompts.shape, bool))
         temperature = 0.0 if hasattr(data, "correct") else 1.0
+        vocab = 0 if "teacher_tokens" in data.spec() else common_vocabulary(trained.nets)
 
         @jax.jit
         def run(params, prompt, mask, i):
             key = jax.random.fold_in(jax.random.key(self.seed), i)
             bound = functools.partial(net.apply, params)
-            return generate(bound, prompt, length, key, prompt_mask=mask, temperature=temperature, eos=eos, pad=getattr(data, "pad", 0))
+            how = dict(temperature=temperature, eos=eos, pad=getattr(data, "pad", 0), vocab=vocab)
+            return generate(bound, prompt, length, key, prompt_mask=mask, **how)
 
         tokens, alive, seconds, made = [], [], 0.0, 0
         for i, low in enumerate(range(0, len(prompts), self.batch)):

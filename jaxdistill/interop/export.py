@@ -23,7 +23,7 @@ from jaxdistill.core.types import Method, Refused
 from jaxdistill.interop.adapter import check_adapter, save_adapter
 from jaxdistill.interop.chain import SCHEDULER, Scheduler, chain, scheduler, start
 from jaxdistill.interop.folder import replaceable, whole_folder
-from jaxdistill.interop.tables import Family
+from jaxdistill.interop.tables import Family, literal
 from jaxdistill.interop.tokenizer import tokenizer_files, with_special_tokens
 
 
@@ -82,7 +82,8 @@ def _export_whole(trained, report: Mapping[str, Any], role: str, folder: Path) -
     for part, one, weights in _members(net, params):
         one, weights = experiment.method.exported(one, weights)
         one = dataclasses.replace(one, config=with_special_tokens(one.config, experiment.data.texts))
-        student = Student(experiment, report, role, one, _loaded(interop.family_of(one)), member=part)
+        member = f"{part}: one of {net.members}" if part else ""
+        student = Student(experiment, report, role, one, _loaded(interop.family_of(one)), member=member)
         interop.save(folder / part, one, weights, card=student.card, beside=student.beside)
 
 
@@ -119,7 +120,7 @@ class Student:
     role: str
     net: Net
     model: list[str]  # Python that loads it
-    member: str = ""  # which of a bank it is
+    member: str = ""  # which of a bank it is: "1: one of 4"
     base: str = ""  # of an adapter, the role whose weights it goes on
 
     @property
@@ -204,7 +205,7 @@ NFE: {self.steps}.
         try:
             plan = chain(method, denoiser, self.steps)
         except Refused as error:
-            return f"{error}; `{type(method).__module__}` has it.\n\n{_python(self.model)}"
+            return f"{self._whose}{error}; `{type(method).__module__}` has it.\n\n{_python(self.model)}"
         ready = _ready(found) if isinstance(found, Scheduler) else []
         if len(method.exports) > 1 or not call:
             why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {self.steps} times"
@@ -216,8 +217,8 @@ NFE: {self.steps}.
     def _whose(self) -> str:
         """What has to be known of a network that is a part of something."""
         if self.member:
-            members, module = self.experiment.nets[self.role].members, type(self.experiment.method).__module__
-            return f"{self.role} {self.member}: one of {members} members; `{module}` says which network serves which condition.\n\n"
+            module = type(self.experiment.method).__module__
+            return f"{self.role} {self.member} members; `{module}` says which network serves which condition.\n\n"
         if self.base and '"BASE"' in "".join(self.model):
             return f"An adapter: `BASE` is the folder of the network that it goes on, `{self.base}`, exported for PyTorch.\n\n"
         return ""
@@ -237,7 +238,7 @@ NFE: {self.steps}.
         if self.base and (stops := with_special_tokens(self.net.config, data)) != self.net.config and "generate" in call:
             lines.append(f"model.generation_config.eos_token_id = {list(stops.eos)}")
         if self.tokenizer:
-            prompt = json.dumps(data.prompt_text("PROMPT"), ensure_ascii=False)
+            prompt = literal(data.prompt_text("PROMPT"))
             lines += ["from transformers import AutoTokenizer", 'tokenizer = AutoTokenizer.from_pretrained(".")']
             lines += [f'tokens = tokenizer({prompt}, return_tensors="pt").input_ids']
         else:

@@ -312,7 +312,10 @@ def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32"
     """
     folder = Path(folder)
     index = read_json(folder / "model_index.json")
+    check({"_class_name": index.get("_class_name", "")}, folder / "model_index.json", SETTINGS)
     cls = lookup(PIPELINES, index.get("_class_name", ""), f"{folder / 'model_index.json'}: class")
+    if student and (found := type(interop.describe(student))) is not (kind := type(interop.describe(folder / cls.denoisers[0]))):
+        raise Refused(f"student={student}: is a {found.__name__}, expected the {kind.__name__} of {folder / cls.denoisers[0]}")
     parts = {}
     for name in (*cls.texts, *cls.denoisers, "vae"):
         given = index.get(name) or [None]

@@ -98,7 +98,7 @@ KINDS: dict[str, Kind] = {  # null stands for a key that is not there; who needs
     "patch_size": maybe(PATCH), "num_layers": DEPTH,
     "block_out_channels": several(WIDTH, 1), "down_block_types": several(WORD, 1), "up_block_types": several(WORD, 1),
     "layers_per_block": BLOCKS, "transformer_layers_per_block": either(BLOCKS, several(BLOCKS, 1)),
-    "cross_attention_dim": WIDTH, "projection_class_embeddings_input_dim": maybe(WIDTH),
+    "projection_class_embeddings_input_dim": maybe(WIDTH),
     "addition_time_embed_dim": maybe(WIDTH), "time_cond_proj_dim": maybe(WIDTH), "norm_num_groups": WIDTH,
     "use_linear_projection": FLAG, "mid_block_type": maybe(WORD), "addition_embed_type": maybe(WORD),
     # diffusers: autoencoders
@@ -132,7 +132,7 @@ def check(config: Mapping[str, Any], where: Path, own: Mapping[str, Kind] = {}, 
         if kind is None:
             continue
         if not kind.holds(value):
-            raise Refused(f"{where}: {before}{key}={shown(repr(value))}: expected {kind.words}")
+            raise Refused(f"{where}: {before}{key}={shown(repr(value))} is not supported, expected {kind.words}")
         if isinstance(value, dict) and kind is not OBJECT:
             check(value, where, own, f"{before}{key}.")
 

@@ -139,9 +139,9 @@ def shell(code: str) -> str:
     return f"python -c {shlex.quote(code)}"
 
 
-def literal(path: str | Path) -> str:
-    """A path as Python has it in its code."""
-    return json.dumps(str(path), ensure_ascii=False)
+def literal(text: str | Path) -> str:
+    """A text or path as Python has it in its code, without backquotes, which mean something to shells and in Markdown."""
+    return json.dumps(str(text), ensure_ascii=False).replace("`", r"\u0060")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from flax import nnx
 from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Array, Batch, Refused
+from jaxdistill.core.types import Array, Batch, Nets, Refused
 from jaxdistill.models.layers import (
     attention,
     dense,
@@ -271,16 +271,31 @@ def targets(batch: Batch) -> tuple[Array, Array]:
     return following(batch["tokens"]), following(batch["mask"]) > 0
 
 
-def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
-    """For methods that compare models token by token: raises Refused where a network's vocabulary is not the student's.
+PADDING = 1024  # rows of padding are fewer than this, and than the tokens
+MULTIPLE = 8  # that a table's length is padded to, at least
 
-    `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out.
+
+def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
+    """For methods that compare models token by token: raises Refused where a network's tokenizer cannot be the student's.
+
+    `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out. Tables of one tokenizer
+    may be padded to different lengths (Qwen2.5: 152,064 and 151,936): what is compared, and written, are the ids that
+    all have (`objectives.divergence.common`, `common_vocabulary`).
     """
     sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
     for role, size in sizes.items():
-        if size != (own := sizes.get("student", size)):
-            raise Refused(f"config.roles.{role}: a vocabulary of {size} tokens, the student's has {own}; {type(method).__name__} compares "
-                          "tokens, expected equal ones (methods.language.cross_tokenizer_kd does without)")  # fmt: skip
+        low, high = sorted((size, own := sizes.get("student", size)))
+        if high > low and (high % MULTIPLE or high - low >= min(low, PADDING)):
+            raise Refused(
+                f"config.roles.{role}: a vocabulary of {size} tokens, the student's has {own}; {type(method).__name__} compares tokens, "
+                "expected one tokenizer, its tables padded or not (methods.language.cross_tokenizer_kd does without)"
+            )
+
+
+def common_vocabulary(nets: Nets | Mapping[str, Any]) -> int:
+    """How many ids every language model has among these networks, bound or not; 0 where no vocabulary is known."""
+    configs = [getattr(net, "config", None) for net in (nets if isinstance(nets, Mapping) else vars(nets)).values()]
+    return min((config.vocab for config in configs if hasattr(config, "vocab")), default=0)
 
 
 def _full(mask: Array | None, segments: Array | None, cap: float):

@@ -35,9 +35,9 @@ def _kl(log_a: Array, log_b: Array) -> Array:
     return a * jnp.where(a > 0, log_a - log_b, 0.0)
 
 
-def _mix(weight: float, log_a: Array, log_b: Array) -> Array:
+def _mix(weight: float | Array, log_a: Array, log_b: Array) -> Array:
     """log(weight a + (1 - weight) b), not below that of the smallest normal number, where a and b weigh nothing in any sum."""
-    if weight in (0, 1):
+    if not isinstance(weight, Array) and weight in (0, 1):
         return log_a if weight else log_b
     mixed = weight * jnp.exp(log_a) + (1 - weight) * jnp.exp(log_b)
     return jnp.log(jnp.maximum(mixed, jnp.finfo(mixed.dtype).tiny))
@@ -71,9 +71,19 @@ def jsd(teacher: Array, student: Array, beta: float = 0.5) -> Array:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD); at most log 2 for beta = 0.5.
 
     Its value at beta = 0 and 1 would be 0: there it returns the limits of JSD/beta and JSD/(1 - beta), KL(p || q) and KL(q || p).
+    beta may be an array [], as schedules give it.
     """
+    if isinstance(beta, Array):
+        inside = (beta > 0) & (beta < 1)
+        between = _jsd(teacher, student, jnp.where(inside, beta, 0.5))
+        limit = jnp.where(beta > 0, _kl(student, teacher), _kl(teacher, student))
+        return jnp.where(inside, between, limit)
     if beta in (0, 1):
         return _kl(student, teacher) if beta else _kl(teacher, student)
+    return _jsd(teacher, student, beta)
+
+
+def _jsd(teacher: Array, student: Array, beta: float | Array) -> Array:
     m = _mix(beta, teacher, student)
     return beta * _kl(teacher, m) + (1 - beta) * _kl(student, m)
 
@@ -115,14 +125,30 @@ SUMS = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_rever
 KINDS = {**SUMS, "adaptive_kl": adaptive_kl}
 
 
-def token_divergence(kind: str, teacher: Array, student: Array, *, temperature: float = 1.0, **params) -> Array:
+def common(*logits: Array) -> tuple[Array, ...]:
+    """The ids that all have: logits [..., V], V each its own, without the columns from the smallest V on.
+
+    Models of one tokenizer have tables padded to different lengths (Qwen2.5: 152,064 rows of 7B, 151,936 of 0.5B): what lies
+    beyond the shorter is padding. That the tokenizer is one is for `models.lm.same_vocabulary` to say.
+    """
+    least = min(z.shape[-1] for z in logits)
+    return tuple(z if z.shape[-1] == least else z[..., :least] for z in logits)
+
+
+def token_divergence(
+    kind: str,
+    teacher: Array,
+    student: Array,
+    *,
+    temperature: float | Array = 1.0,
+    **params,
+) -> Array:
     """The divergence called `kind` (a key of KINDS) of softmax(logits / T), times T^2 so that gradients keep their scale.
 
-    Logits [..., V] -> [...]; `params` are the kind's own (beta, alpha, mass). Raises Refused on an unknown kind and on
-    vocabularies of different sizes.
+    Logits [..., V] -> [...], of tables of different lengths over their `common` ids; `params` are the kind's own (beta,
+    alpha, mass). Raises Refused on an unknown kind.
     """
-    if teacher.shape[-1] != student.shape[-1]:
-        raise Refused(f"teacher: logits of {teacher.shape[-1]} tokens, expected the student's {student.shape[-1]}")
+    teacher, student = common(teacher, student)
     kind = lookup(KINDS, kind, "kind")
     return temperature**2 * by_rows(lambda *logits: kind(*(_wide(z) / temperature for z in logits), **params), teacher, student)
 
@@ -155,21 +181,76 @@ def topk_log_probs(teacher: Array, k: int, *, temperature: float = 1.0) -> tuple
 
 
 def _buckets(log_p: Array, ids: Array) -> tuple[Array, Array]:
-    """Log-probabilities of `ids` [..., k] and the log mass of all others [...]."""
+    """Log-probabilities of `ids` [..., k] and the log mass of all others [...], `_present` where there is none."""
     rest = jnp.put_along_axis(log_p, ids, -jnp.inf, axis=-1, inplace=False)
-    return jnp.take_along_axis(log_p, ids, -1), jax.nn.logsumexp(rest, -1)
+    empty = jnp.max(rest, -1, keepdims=True) == -jnp.inf
+    tail = jax.nn.logsumexp(jnp.where(empty, 0.0, rest), -1)
+    return jnp.take_along_axis(log_p, ids, -1), jnp.where(empty[..., 0], _least(log_p), tail)
 
 
-def topk_divergence(kind: str, ids: Array, log_probs: Array, log_tail: Array, student: Array, *,
-                    temperature: float = 1.0, **params) -> Array:  # fmt: skip
+def _least(x: Array) -> Array:
+    """log of the smallest normal number: a mass that counts nothing in any sum, and whose logarithm is finite."""
+    return jnp.log(jnp.finfo(x.dtype).tiny).astype(x.dtype)
+
+
+def _present(log_mass: Array) -> Array:
+    """The same with the least number for a mass of 0, whose logarithm would make values infinite and gradients NaN."""
+    return jnp.where(log_mass > -jnp.inf, log_mass, _least(log_mass))
+
+
+def topk_divergence(
+    kind: str,
+    ids: Array,
+    log_probs: Array,
+    log_tail: Array | None,
+    student: Array,
+    *,
+    temperature: float | Array = 1.0,
+    **params,
+) -> Array:
     """`token_divergence` between laws over k + 1 buckets: the teacher's k tokens, and all others together.
 
     `ids`, `log_probs` [..., k] and `log_tail` [...] come from `topk_log_probs` at the same temperature; `student` are
-    logits [..., V]. A KL is never negative, and never above that of the full laws (data processing).
+    logits [..., V]. A KL is never negative, and never above that of the full laws (data processing). Without `log_tail`
+    (None) both laws are those of the k tokens alone, renormalised, and what the student gives to others is not seen.
     """
-    kept, tail = _buckets(_log_softmax(_wide(student) / temperature), ids)
-    join = lambda log_k, log_rest: jnp.concatenate([log_k, log_rest[..., None]], -1)
-    return temperature**2 * token_divergence(kind, join(_wide(log_probs), _wide(log_tail)), join(kept, tail), **params)
+    log_q = _log_softmax(_wide(student) / temperature)
+    if log_tail is None:
+        laws = (_wide(log_probs), jnp.take_along_axis(log_q, ids, -1))
+    else:
+        join = lambda log_k, log_rest: jnp.concatenate([log_k, log_rest[..., None]], -1)
+        laws = (join(_wide(log_probs), _present(_wide(log_tail))), join(*_buckets(log_q, ids)))
+    return temperature**2 * token_divergence(kind, *laws, **params)
+
+
+SUPPORTS = ("teacher", "student")  # whose likeliest tokens are compared one by one
+TAILS = ("bucket", "dropped")  # all other tokens: one more outcome | none, both laws renormalised
+
+
+def restricted_divergence(
+    kind: str,
+    teacher: Array,
+    student: Array,
+    k: int,
+    *,
+    support: str = "teacher",
+    tail: str = "bucket",
+    temperature: float | Array = 1.0,
+    **params,
+) -> Array:
+    """`topk_divergence` of logits [..., V] -> [...] on the k likeliest tokens of the one or the other (SUPPORTS, TAILS).
+
+    Which tokens these are is a constant. The teacher's support suits the forward KL, whose summands it weighs, and the
+    student's the reverse. Raises Refused unless 0 < k < V.
+    """
+    teacher, student = common(teacher, student)
+    if support == "teacher":
+        ids, kept, rest = topk_log_probs(teacher, k, temperature=temperature)
+    else:
+        ids = topk_log_probs(jax.lax.stop_gradient(student), k)[0]
+        kept, rest = _buckets(_log_softmax(_wide(teacher) / temperature), ids)
+    rest = rest if tail == "bucket" else None
+    return topk_divergence(kind, ids, kept, rest, student, temperature=temperature, **params)
 
 
 def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, student_hidden: Array, student_head: Array, *,
@@ -178,15 +259,13 @@ def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, st
 
     Hidden [..., D] and head [D, V] of either model, D its own; returns [...]. A first pass over the vocabulary gives both
     normalisers, a second the divergence; the backward projects again. A chunk takes every n-th column, so that a
-    vocabulary split over devices stays where it is. Raises Refused on an unknown kind, heads of unequal vocabularies, and
-    a kind that is no sum over tokens (adaptive_kl, which sorts the vocabulary).
+    vocabulary split over devices stays where it is. Heads of different lengths are compared on their `common` ids. Raises
+    Refused on an unknown kind, and one that is no sum over tokens (adaptive_kl, which sorts the vocabulary).
     """
     summand = getattr(lookup(KINDS, kind, "kind"), "summand", None)
-    vocab = teacher_head.shape[-1]
     if summand is None:
         raise Refused(f"kind={kind!r} sorts the whole vocabulary: expected one of {', '.join(SUMS)}")
-    if student_head.shape[-1] != vocab:
-        raise Refused(f"student head: vocabulary of {student_head.shape[-1]}, expected the teacher's {vocab}")
+    teacher_head, student_head = common(teacher_head, student_head)
     real, teacher_columns = _columns(teacher_head, chunk)
     hidden, heads = (teacher_hidden, student_hidden), (teacher_columns, _columns(student_head, chunk)[1])
     logits = lambda hidden, head: _project(hidden, head) / temperature
@@ -211,6 +290,39 @@ def chunked_cross_entropy(hidden: Array, head: Array, labels: Array, *, chunk: i
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     label = jnp.einsum("...d,...d->...", hidden, jnp.take(head.T, labels, axis=0), preferred_element_type=wide)
     return _log_norm(hidden, *_columns(head, chunk)) - label
+
+
+def log_mass(logits: Array, members: Array) -> Array:
+    """log of the probability that softmax(logits) gives to the tokens of `members` bool [V], one at least: [..., V] -> [...]."""
+    return jax.nn.logsumexp(_log_softmax(logits), -1, where=members)
+
+
+def chunked_log_mass(hidden: Array, head: Array, members: Array, *, chunk: int) -> Array:
+    """`log_mass` of hidden [..., D] @ head [D, V] without logits over the whole vocabulary: [...]."""
+    real, columns = _columns(head, chunk)
+    inside = _columns(members[None].astype(head.dtype), chunk)[1][:, 0] > 0
+    return _log_norm(hidden, real & inside, columns) - _log_norm(hidden, real, columns)
+
+
+def chunked_likelihood(hidden: Array, head: Array, labels: Array, *, chunk: int) -> tuple[Array, Array]:
+    """(-log softmax(hidden @ head)[label], whether the label is the likeliest token), [...] each, without logits over the whole
+    vocabulary; [..., D], [D, V], int [...]. The first has a gradient. Of equal logits the lower id is the likeliest.
+    """
+    nll = chunked_cross_entropy(hidden, head, labels, chunk=chunk)
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+    real, columns = _columns(head, chunk)
+    count = len(real)
+
+    def best(found, inp):
+        i, real, columns = inp
+        logits = jnp.where(real, _project(hidden, columns), -jnp.inf)
+        top, at = jnp.max(logits, -1), jnp.argmax(logits, -1) * count + i  # a chunk has every count-th id
+        better = (top > found[0]) | ((top == found[0]) & (at < found[1]))
+        return (jnp.where(better, top, found[0]), jnp.where(better, at, found[1])), None
+
+    none = (jnp.full(labels.shape, -jnp.inf, nll.dtype), jnp.full(labels.shape, head.shape[-1]))
+    (_, likeliest), _ = jax.lax.scan(best, none, (jnp.arange(count), real, columns))
+    return nll, likeliest == labels
 
 
 _recompute = functools.partial(jax.checkpoint, prevent_cse=False)

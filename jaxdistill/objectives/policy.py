@@ -12,15 +12,18 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Array
 
 
-def group_advantages(reward: Array, group: int, *, eps: float = 1e-6) -> Array:
-    """(r - mean) / (std + eps) within each `group` successive rewards [B] (GRPO, arXiv:2402.03300; std of the population).
+def group_advantages(reward: Array, group: int, *, eps: float = 1e-6, ddof: int = 0) -> Array:
+    """(r - mean) / (std + eps) within each `group` successive rewards [B] (GRPO, arXiv:2402.03300).
 
-    Exactly 0 where all rewards of a group are equal: they are counted from the group's first, so that nothing is rounded.
+    std^2 is the sum of squares over group - ddof: 0 the population's, 1 the sample's, which the paper leaves open; TRL has
+    ddof 1 and eps 1e-4. Exactly 0 where all rewards of a group are equal: they are counted from the group's first, so
+    that nothing is rounded.
     """
     r = reward.reshape(-1, group)
     r = r - r[:, :1]
     r = r - jnp.mean(r, 1, keepdims=True)
-    return (r / (jnp.sqrt(jnp.mean(r**2, 1, keepdims=True)) + eps)).reshape(reward.shape)
+    std = jnp.sqrt(jnp.mean(r**2, 1, keepdims=True) if ddof == 0 else jnp.sum(r**2, 1, keepdims=True) / (group - ddof))
+    return (r / (std + eps)).reshape(reward.shape)
 
 
 def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:

@@ -24,6 +24,19 @@ def span_sum(values: Array, span: Array, count: int) -> tuple[Array, Array]:
     return add(jnp.where(inside, values, 0.0), where), add(inside.astype(jnp.int32), where) > 0
 
 
+def ends(span: Array, following: Array) -> Array:
+    """Which tokens are the last of their span with more of the text to come, bool [B T]: span int and following, whether the next
+    token is one of the text's, bool [B T]."""
+    after = jnp.pad(span[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return (span >= 0) & (after != span) & following
+
+
+def unpacked(bits: Array, count: int) -> Array:
+    """The first `count` bits of uint8 [N], as `numpy.packbits` packs them, bool [count]; False beyond their end."""
+    flags = jnp.unpackbits(bits)[:count] > 0
+    return jnp.pad(flags, (0, count - flags.shape[0]))
+
+
 def event_divergence(kind: str, log_p: Array, log_q: Array, *, temperature: float = 1.0, **params) -> Array:
     """`kind` between the laws (p^(1/tau), 1 - p^(1/tau)) and the same of q, times tau, from log-probabilities [...] -> [...].
 

@@ -26,12 +26,14 @@ def generate(
     top_p: float = 1.0,
     eos: int | Sequence[int] = (),
     pad: int = 0,
+    vocab: int = 0,
 ) -> tuple[Array, Array]:
     """Continues `prompt` int [B P] to (tokens int [B length], mask bool [B length]).
 
     `net` is a bound language model; `prompt_mask` [B P] is False on padding, which stands on the left. The mask is
     True on prompt and continuation, its `eos` (one token or several) included; what follows is `pad` and False.
-    `temperature`, `top_k` and `top_p` are those of `pick`. Raises Refused where `length` leaves nothing to write.
+    `temperature`, `top_k` and `top_p` are those of `pick`; ids from `vocab` on (0: none) are never written. Raises Refused
+    where `length` leaves nothing to write.
     """
     batch, start = prompt.shape
     if length <= start:
@@ -40,7 +42,8 @@ def generate(
     stops = jnp.atleast_1d(jnp.asarray(eos, prompt.dtype))
 
     def choose(logits, numbers, done):
-        token = pick(logits[:, -1], numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+        logits = logits[:, -1, :vocab] if 0 < vocab < logits.shape[-1] else logits[:, -1]
+        token = pick(logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
         token = jnp.where(done, pad, token).astype(prompt.dtype)
         return token, done | jnp.isin(token, stops)
 

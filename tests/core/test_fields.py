@@ -109,6 +109,6 @@ def test_every_dataclass_of_the_library_has_annotations_that_can_be_read():
                 for field in dataclasses.fields(cls):
                     if field.default is not dataclasses.MISSING:
                         text = fields._problem(hints[field.name], field.default)
-                        assert not text or abs(field.default) == INF, (cls, field.name, text)
+                        assert not text or cls is fields.Range, (cls, field.name, text)
                         count += 1
     assert count > 500

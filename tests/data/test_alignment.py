@@ -1,10 +1,12 @@
 """Spans of two tokenisations against a search by brute force, on random splits and on real tokenizers."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.alignment import covered, spans, word_ends
+from jaxdistill.data.alignment import Covers, begins_with_space, bias, covered, spans, unigram, word_ends
 from jaxdistill.data.tokenizers import ByteTokenizer, load_tokenizer
 
 
@@ -119,3 +121,66 @@ def test_tokenizers_that_change_the_text_are_refused():
     assert covered(Blank(), "the")[1].tolist() == [0, 2, 1]
     with pytest.raises(Refused, match="stand for 3 bytes of a text of 5"):
         covered(Lossy(), "théo")
+
+
+class Longest:
+    """Greedy longest match over these pieces; an empty piece is a special token."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.vocab = pieces, len(pieces)
+
+    def encode(self, text):
+        out = []
+        while text:
+            out.append(max((i for i, p in enumerate(self.pieces) if p and text.startswith(p)), key=lambda i: len(self.pieces[i])))
+            text = text[len(self.pieces[out[-1]]) :]
+        return np.int32(out)
+
+    def lengths(self, tokens):
+        return np.int32([len(self.pieces[i]) for i in tokens])
+
+    def texts(self):
+        return [piece or None for piece in self.pieces]
+
+
+WORDS = Longest("a", "b", "c", " ", "ab", "abc", "bca", " a", "cc", "")
+LETTERS = Longest("", "a", "b", "c", " ")
+
+
+@pytest.mark.parametrize("piece", ["a", "b", "ab", "bca", " a", "abc", "cc"])
+def test_what_a_tokenizer_leaves_out_after_a_piece(piece):
+    """Against all continuations of up to three letters: those that the token across the end of the piece would have had."""
+    wanted = {}
+    for size in (1, 2, 3):
+        for letters in itertools.product("abc ", repeat=size):
+            more = "".join(letters)
+            tokens = WORDS.encode(piece + more)
+            if WORDS.lengths(tokens)[:-1].sum() < len(piece):  # the last token begins inside the piece
+                wanted[more] = 0.1 * tokens[-1] + 0.01
+    assert Covers(WORDS, 0.1 * np.arange(10) + 0.01).of(piece) == pytest.approx(wanted)
+
+
+def test_bias_is_what_one_side_leaves_out_and_the_other_does_not():
+    p = unigram(WORDS, ["abc", "abc", "bca", "cc", " ", " "], smoothing=0.0)
+    np.testing.assert_allclose(p * 6, [0, 0, 0, 2, 0, 2, 1, 0, 1, 0])
+    words, letters = Covers(WORDS, p), Covers(LETTERS, unigram(LETTERS, ["abc"]))
+    assert letters.of("a") == {}
+    np.testing.assert_allclose(bias(words, letters, (4, 2)), 2 / 6)  # "ab" would have been "abc" before a c
+    np.testing.assert_allclose(bias(letters, words, (2, 4)), 2 / 6)
+    assert bias(words, letters, (5, 3)) == bias(words, words, (4, 4)) == 0.0  # nothing begins with "abc"; equal sides
+    assert bias(words, letters, (9, 1)) == 0.0  # a special token
+    assert bias(words, letters, (3, 4)) == 1.0  # white space alone
+
+
+def test_tokens_that_begin_with_white_space():
+    bits = np.unpackbits(begins_with_space(WORDS))[: WORDS.vocab]
+    assert bits.tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 0, 1]
+
+
+def test_a_blank_before_every_text_is_refused():
+    class Blank(Longest):
+        def lengths(self, tokens):
+            return np.int32([2] * len(tokens))
+
+    with pytest.raises(Refused, match="puts a blank before a text; expected ends=words"):
+        Covers(Blank("a"), np.ones(1))

@@ -8,15 +8,16 @@ import pytest
 from jaxdistill.core.types import Refused
 from jaxdistill.data.digits import Digits, LabelledDigits
 from jaxdistill.data.domains import Chains, Folders
+from jaxdistill.data.images import ImageFolder, ParquetImages
 from jaxdistill.data.language import Carry, JunkCarry, Markov, Recall
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.data.ner import Slots
 from jaxdistill.data.patterns import Patterns
-from jaxdistill.data.rationales import Sums
+from jaxdistill.data.rationales import Rationales, Sums
 from jaxdistill.data.rings import Rings
 from jaxdistill.data.shapes import Shapes
 from jaxdistill.data.synthetic import Synthetic
-from jaxdistill.data.text import PackedJson, Text
+from jaxdistill.data.text import PackedJson, PaddedJson, Text
 from jaxdistill.data.two_tokenizers import Blocks
 
 TEXT = {
@@ -85,6 +86,21 @@ def test_a_split_without_samples_is_refused_at_the_start(tmp_path):
     with pytest.raises(Refused, match=r"a.jsonl: PackedJson has no test samples; data.heldout=0.05 is the share"):
         data.check()
     data.check(test=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (ImageFolder, dict(size=0), "data.size=0: expected 1 or more"),
+        (ParquetImages, dict(threads=-1), "data.threads=-1: expected 1 or more"),
+        (PackedJson, dict(length=1), "data.length=1: expected 2 or more"),
+        (PaddedJson, dict(response_length=-3), "data.response_length=-3: expected 1 or more"),
+        (Rationales, dict(label_length=0), "data.label_length=0: expected 1 or more"),
+    ],
+)
+def test_sizes_that_hold_nothing(kind, fields, message):
+    with pytest.raises(Refused, match=message):
+        kind(path="a", **fields)
 
 
 @pytest.mark.parametrize(

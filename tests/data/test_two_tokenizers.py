@@ -60,6 +60,32 @@ def test_cut_responses_have_no_half_spans(data):
     assert words["span"].max(1).tolist() == [5, 4]  # the words and the end
 
 
+def test_spans_end_where_the_sides_differ_little(data):
+    """The finest spans with any bias, and fewer with less; both sides keep the same spans."""
+    finest = data.arrays("train")
+    for bias, same in ((1.0, True), (0.0, False)):
+        rows = dataclasses.replace(data, ends="unbiased", bias=bias).arrays("train")
+        assert np.array_equal(rows["span"], finest["span"]) == same
+        assert (rows["span"].max(1) == rows["teacher_span"].max(1)).all()
+        for r in range(2):
+            inside = rows["span"][r] >= 0
+            pairs = set(zip(rows["span"][r][inside].tolist(), finest["span"][r][inside].tolist()))
+            assert len(pairs) == len({fine for _, fine in pairs})  # pieces are merged, none is cut
+    with pytest.raises(Refused, match=r"data\.bias=2: expected 0 to 1"):
+        dataclasses.replace(data, bias=2)
+
+
+def test_tokens_that_begin_with_white_space_travel_with_the_rows(data):
+    rows = dataclasses.replace(data, space=True).arrays("train")
+    assert "space" not in data.arrays("train")
+    ours = np.unpackbits(rows["space"], 1)[:, : data.codec.vocab]
+    assert (ours == ours[0]).all() and set(np.flatnonzero(ours[0]).tolist()) >= {32, 10, 256, 257, 258} and not ours[0, ord("a")]
+    teacher = load_tokenizer(data.teacher_tokenizer)
+    theirs = np.unpackbits(rows["teacher_space"], 1)[0, : teacher.vocab]
+    for i, text in enumerate(teacher.texts()):
+        assert theirs[i] == (text[:1].isspace() if text else teacher.lengths(np.array([i]))[0] == 0)
+
+
 def test_refusals(data, tmp_path):
     with pytest.raises(Refused, match=r"data.ends='word'"):
         AlignedJson(ends="word")

@@ -40,7 +40,7 @@ def sample(net, noise, cond, key, steps):
 @pytest.fixture(scope="module")
 def rows():
     method = SimpleNamespace(process=None, sample=sample, generator=lambda nets: None)
-    trained = Trained({}, SimpleNamespace(data=DATA, method=method))
+    trained = Trained({}, SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch))
     table = NegativeEval(samples=400, teacher_steps=(), strengths=(0.25, 1.0)).rows(trained)
     return {row["name"]: row for row in table}
 

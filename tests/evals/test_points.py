@@ -34,7 +34,7 @@ def test_the_state_of_an_exact_chain_has_the_noised_law(spread, low, high):
     """64 Euler steps with the exact velocity reach p_.5 to their error of first order; a wrong field does not."""
     times = tuple(np.linspace(1, 0, 129)[:-1].tolist())
     method = PhasedDMD(student_times=times, phase_steps=(64, 64))
-    trained = Trained(SimpleNamespace(method=method, data=DATA), {}, spread)
+    trained = Trained(SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch), {}, spread)
     (row,) = ChainEval(samples=2000, student_steps=(128,)).rows(trained)
     assert low < row["state_energy"] < high and "energy" in row
 

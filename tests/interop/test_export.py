@@ -60,7 +60,8 @@ def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
         assert net.config == NET["model"] or type(net.config).__name__ == "DiT"
         for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(mine), strict=True):
             np.testing.assert_array_equal(a, b)
-        assert "DiTTransformer2DModel" in (folder / "README.md").read_text()
+        card = (folder / "README.md").read_text()
+        assert "DiTTransformer2DModel" in card and (f"student {k}: one of 2 members" in card) == bool(members)
     assert (tmp_path / "out" / "config.json").exists() == (not members)
 
 

@@ -210,6 +210,8 @@ def test_a_student_takes_the_denoisers_place(tmp_path):
     interop.save(tmp_path / "student", net, jax.tree.map(lambda w: 1.1 * w, params))
     other = pipeline.load(tmp_path / "pipeline", student=tmp_path / "student")
     np.testing.assert_allclose(other.parts["transformer"][1]["table"], 1.1 * params["table"], rtol=1e-6)
+    with pytest.raises(Refused, match="is a WanVAE, expected the Wan of"):
+        pipeline.load(tmp_path / "pipeline", student=tmp_path / "pipeline" / "vae")
     z = noise(ours.latents(2, SIZE, 1))
     a, b = (p(PROMPTS, [1.0, 0.5], size=SIZE, noise=z, key=jax.random.key(3)) for p in (ours, other))
     assert a.shape == (2, 1, 64, 32, 3) and (a != b).any()

@@ -140,7 +140,7 @@ def test_released_size(covers):
         ({"use_layer3d_rope": True}, "use_layer3d_rope=True is not supported, expected False"),
         ({"use_additional_t_cond": True}, "use_additional_t_cond=True is not supported, expected False"),
         ({"in_channels": 64}, r"in_channels=64 is not supported, expected patch_size\^2 out_channels"),
-        ({"out_channels": None}, "in_channels=12 is not supported"),
+        ({"out_channels": None}, "out_channels is null"),
         ({"attention_head_dim": 8}, "attention_head_dim=8 is not supported, expected 16"),
     ],
 )

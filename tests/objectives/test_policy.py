@@ -18,6 +18,15 @@ def test_advantages_have_mean_0_and_std_1_in_each_group():
     np.testing.assert_allclose(a, (r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + 1e-6), atol=1e-5)
 
 
+@pytest.mark.parametrize(("ddof", "eps"), [(0, 1e-6), (1, 1e-4), (1, 1e-6)])
+def test_which_standard_deviation(x64, ddof, eps):
+    """The sample's with 1e-4, as TRL divides, and the population's."""
+    reward = RNG.random(24)
+    r = reward.reshape(3, 8)
+    wanted = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=ddof, keepdims=True) + eps)
+    np.testing.assert_allclose(policy.group_advantages(jnp.asarray(reward), 8, eps=eps, ddof=ddof), wanted.ravel(), rtol=1e-11)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.3, 1 / 3])
 def test_equal_rewards_give_exactly_nothing(value):
     """Also where the mean of eight equal float32 would be rounded."""

@@ -70,6 +70,7 @@ def test_holds_every_row_once_beside_the_teachers_law(place, whole):
     config = _command.load_config(str(place / "config.py"))
     config.data.path = str(place / "text.txt")
     text, data = build.build(config.data), StoredLogits(path=str(whole), batch_size=4)
+    assert type(data.texts) is type(text) and data.texts.tokenizer_files() == text.tokenizer_files() != {}
     net, params = interop.load(place / "teacher")
     for split in ("train", "test"):
         rows, stored = text.examples(split), data.examples(split)
@@ -209,6 +210,13 @@ REFUSALS = [
     ({"top_k": 259}, "k=259: expected 1 to 258"),
     ({"dtype": "float15"}, "did you mean 'float16'"),
     ({"temperature": "hot"}, "--temperature=hot"),
+    ({"temperature": "nan"}, "--temperature=nan: expected a number above 0"),
+    ({"temperature": "inf"}, "--temperature=inf"),
+    ({"splits": ""}, "--splits=''"),
+    ({"file_batches": 0}, "--file_batches=0"),
+    ({"out": "BELOW"}, "text.txt is no folder"),
+    ({"out": "gs://bucket/store"}, "gs:// is not supported, expected a folder of this machine"),
+    ({"teacher": "PLACE"}, "store"),
     ({"splits": "train,tests"}, "did you mean 'test'"),
     ({"rows": "many"}, "--rows=many"),
     ({"config.data.path": "/nowhere"}, "data.path=/nowhere: no such"),
@@ -223,7 +231,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("changes", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
 def test_bad_input_is_one_line(place, whole, tmp_path, capsys, monkeypatch, changes, said):
     before = contents(whole)
-    names = {"WHOLE": whole, "PLACE": place, "FILE": place / "text.txt"}
+    names = {"WHOLE": whole, "PLACE": place, "FILE": place / "text.txt", "BELOW": place / "text.txt/store"}
     changes = {k: names.get(v, v) for k, v in changes.items()}
     monkeypatch.setattr(sys, "argv", ["store_logits", *arguments(place, tmp_path / "out", **changes)])
     with pytest.raises(SystemExit) as exit:

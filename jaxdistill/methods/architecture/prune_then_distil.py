@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage
+from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import context, targets
 from jaxdistill.objectives.divergence import masked_sum
@@ -45,6 +46,7 @@ class PruneThenDistil(KD):
         net, weights = prune(nets["teacher"], params["teacher"], batch, depth=self.depth, mlp=self.mlp)
         return {**nets, "student": net}, {**params, "student": weights}
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         if not self.student_layers:
             return super().loss(net, ctx)
@@ -54,6 +56,6 @@ class PruneThenDistil(KD):
         out = self.compare(net, teacher, student, ctx.batch)
         _, mask = targets(ctx.batch)
         hidden = sum(masked_sum(hidden_mse(t, s), mask)[0] for t, s in zip(wanted, states)) / len(states)
-        # L = L_logits + alpha L_is, alpha = L_logits / L_is (section 3): both terms weigh the same at every step
+        # L = L_logits + alpha L_is, alpha = L_logits / L_is (section 3): both terms weigh the same at every step, in each micro-batch
         alpha = jax.lax.stop_gradient(out.metrics["divergence"] / jnp.maximum(hidden, 1e-12))
         return out._replace(loss=out.loss + self.hidden_weight * alpha * hidden, metrics={**out.metrics, "hidden": hidden})

@@ -22,6 +22,7 @@ import math
 
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Limit
 from jaxdistill.core.types import Array, Ctx, Nets
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import expand
@@ -38,7 +39,7 @@ class FDistill(DMD2):
     """DMD2's gradient times h(r) over its batch mean, r from the discriminator."""
 
     divergence: str = "js"  # a row of fdivergence.DIVERGENCES
-    ratio_range: tuple[float, float] = (0.0, math.inf)  # where r is clipped; the code's (.1, 20)
+    ratio_range: tuple[float, Limit] = (0.0, math.inf)  # where r is clipped; the code's (.1, 20)
 
     def weigh(self, net: Nets, ctx: Ctx, xt: Array, t: Array) -> Array:
         """h(r) over its batch mean, [B]."""

@@ -18,6 +18,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Turn
 from jaxdistill.methods._hosted import Hosted, tap
 from jaxdistill.methods.distribution.dmd2 import DMD2
@@ -30,7 +31,7 @@ from jaxdistill.objectives.mmd import mmd2
 class EmbeddingLoss(Hosted):
     host: Method = DMD2()  # any whose student's loss reads the x0 of a prediction, shaped like the data
     weight: float = 0.3  # norm of the loss's gradient in the samples, relative to the host's at the start; 0: the host
-    calibration: int = 10  # student updates that those norms are averaged over, without the loss; 0: `weight` is absolute
+    calibration: Natural = 10  # student updates that those norms are averaged over, without the loss; 0: `weight` is absolute
     archs: tuple[str, ...] = ("convnet-2", "convnet-3", "convnet-4", "resnet", "plain-3")  # drawn from; points take ("mlp",)
     nets: int = 2  # random networks per step
     blocks: int = 1  # of each, from the last, whose features are compared

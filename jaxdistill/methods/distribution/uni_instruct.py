@@ -19,6 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Turn
 from jaxdistill.diffusion.process import EDM, Pred, Process, expand
 from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
@@ -40,8 +41,8 @@ class UniInstruct(FromLevel, DMD2):
     gan_weight: float = 0.01  # in the student's loss, times the number of dimensions
     disc_weight: float = 1.0  # in the critics' loss
     ratio_range: tuple[float, float] = (1e-3, 1e3)  # where r is clipped
-    critic_only: int = 391  # steps before the student moves; the paper's 100k images of batch 256
-    reverse_until: int = 782  # step up to which the student's loss is reverse KL's SIM term, without the GAN; the paper's 200k images
+    critic_only: Natural = 391  # steps before the student moves; the paper's 100k images of batch 256
+    reverse_until: Natural = 782  # step up to which the student's loss is reverse KL's SIM term, without the GAN; the paper's 200k images
 
     @property
     def turns(self) -> tuple[Turn, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Ctx, Method
+from jaxdistill.core.types import Array, Batch, Ctx, Method, Refused
 from jaxdistill.models.lm import context
 from jaxdistill.objectives.divergence import chunked_cross_entropy, cross_entropy
 from jaxdistill.samplers.text import respond
@@ -23,10 +24,22 @@ class Writing(Method):
     pad: int = 0  # what follows them
     chunk: int = 0  # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
 
-    def write(self, net: Callable, ctx: Ctx, name: str, copies: int = 1) -> Batch:
-        """The batch with `net`'s responses (`samplers.text.respond`), drawn from the key called `name`."""
-        return respond(net, ctx.batch, ctx.key(name), copies=copies, prompt_length=self.prompt_length,
-                       temperature=self.sample_temperature, eos=self.eos, pad=self.pad)  # fmt: skip
+    greedy = True  # whether a sample_temperature of 0, the likeliest token at a time, means anything
+
+    def __post_init__(self):
+        least = self.sample_temperature
+        if not (0 <= least < math.inf) or (least == 0 and not self.greedy):
+            wanted = "a number of 0 or more" if self.greedy else f"a number above 0: {type(self).__name__} learns from samples"
+            raise Refused(f"method.sample_temperature={least}: expected {wanted}")
+        if self.prompt_length < 0 or self.chunk < 0:
+            raise Refused(f"method.prompt_length={self.prompt_length}, method.chunk={self.chunk}: expected 0 or more")
+
+    def write(self, net: Callable, ctx: Ctx, name: str, copies: int = 1, vocab: int = 0) -> Batch:
+        """The batch with `net`'s responses (`samplers.text.respond`), drawn from the key called
+        `name`, of ids below `vocab` (0: all)."""
+        how = dict(temperature=self.sample_temperature, eos=self.eos, pad=self.pad, vocab=vocab)
+        length = self.prompt_length
+        return respond(net, ctx.batch, ctx.key(name), copies=copies, prompt_length=length, **how)
 
     def log_probs(self, net: Callable, batch: Batch) -> Array:
         """log q of tokens[:, 1:] given those before, [B T-1], at the temperature of the writing."""

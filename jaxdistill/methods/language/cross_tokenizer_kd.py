@@ -7,8 +7,8 @@ needs no alignment, matches the sorted probabilities of next-token laws.
 
 Departures: divergences are multiplied by tau and summed over the batch's spans, then divided by the student's target tokens,
 as in `KD`, so that gradients keep their scale. Spans are the finest common ones: where a token's end depends on what
-follows (most subword vocabularies), the two sides' laws of a fine span differ; ALM leaves biased ones out, here the data
-set may end spans at words alone (data.two_tokenizers). No matching of hidden states.
+follows (most subword vocabularies), the two sides' laws of a fine span differ. As ALM does, the data set can end spans
+only where that bias is small (ends="unbiased"), or at words alone (data.two_tokenizers). No matching of hidden states.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
+from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import context, following, targets
-from jaxdistill.objectives.divergence import masked_sum, sorted_distance
-from jaxdistill.objectives.spans import event_divergence, span_sum
+from jaxdistill.objectives.divergence import chunked_log_mass, log_mass, masked_sum, sequence_mean, sorted_distance
+from jaxdistill.objectives.schedule import Schedule, weighted
+from jaxdistill.objectives.spans import ends, event_divergence, span_sum, unpacked
 
 NEEDS = ("span", "teacher_tokens", "teacher_mask", "teacher_span")
 
@@ -30,18 +32,16 @@ NEEDS = ("span", "teacher_tokens", "teacher_mask", "teacher_span")
 class CrossTokenizerKD(KD):
     """On a data set as data.two_tokenizers makes them."""
 
-    temperature: float = 100.0  # tau: spans' probabilities are raised to 1 / tau; ALM's 100
+    temperature: float | Schedule = 100.0  # tau: spans' probabilities are raised to 1 / tau; ALM's 100
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.top_k:
-            raise Refused(f"method.top_k={self.top_k}: expected 0, for spans' probabilities need whole laws")
+    unused = dict.fromkeys(("top_k", "support", "tail"), "spans' probabilities need whole laws")
 
     def check(self, nets, data) -> None:
         missing = [name for name in NEEDS if name not in data.spec()]
         if missing:
             raise Refused(f"data: {type(data).__name__} has no {missing[0]}; expected text in both tokenizers, as in data.two_tokenizers")
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         batch = ctx.batch
         theirs = {k.removeprefix("teacher_"): v for k, v in batch.items() if k.startswith("teacher_")}
@@ -51,8 +51,12 @@ class CrossTokenizerKD(KD):
         each, where = self.match((run(net.teacher, theirs), head(net.teacher), theirs), student)
         soft, pairs = masked_sum(each, where)
         hard, count = masked_sum(self.nll(*student), targets(batch)[1])
-        loss = (1 - self.hard_weight) * soft + (self.hard_weight * hard if self.hard_weight else 0.0)
+        loss = (1 - self.hard_weight) * self.reduced(each, where, count) + weighted(self.hard_weight, hard)
         return Out(loss, {"divergence": (soft, pairs), "cross_entropy": hard}, count=count)
+
+    def reduced(self, each: Array, where: Array, count: Array) -> Array:
+        """The batch's divergence, to be divided by its `count` of target tokens, from those of the pairs [B N]: their sum."""
+        return masked_sum(each, where)[0]
 
     def nll(self, out: Array, head: Array | None, batch: Batch) -> Array:
         """-log of the token after each of a side's own, [B T]."""
@@ -64,22 +68,50 @@ class CrossTokenizerKD(KD):
         Here a pair is a span: f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau)), p and q of the text that it has.
         """
         count = min(teacher[2]["span"].shape[1], student[2]["span"].shape[1])
-        total = lambda side: span_sum(-self.nll(*side), following(side[2]["span"], -1), count)
-        (log_p, theirs), (log_q, ours) = total(teacher), total(student)
+        (log_p, theirs), (log_q, ours) = (self.likelihoods(side, count) for side in (teacher, student))
         return event_divergence(self.kind, log_p, log_q, temperature=self.temperature, **self.options), theirs & ours
+
+    def likelihoods(self, side, count: int) -> tuple[Array, Array]:
+        """(log-probability of every span's text, whether the row has that span), [B count]."""
+        return span_sum(-self.nll(*side), following(side[2]["span"], -1), count)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpacedKD(CrossTokenizerKD):
+    """ALM's "append_space": a span's event is its text, and after it a token that begins with white space or is special. So a
+    word that could go on is told from one that ends, which a span's tokens alone do not say where the two sides cut words
+    differently. Spans at the end of a text stay as they are. On data with "space" (data.two_tokenizers, space=True)."""
+
+    def check(self, nets, data) -> None:
+        super().check(nets, data)
+        if "space" not in data.spec():
+            raise Refused(f"data: {type(data).__name__} does not say which tokens begin with a space; expected data.space=True")
+
+    def likelihoods(self, side, count: int) -> tuple[Array, Array]:
+        (log_q, present), (out, head, batch) = super().likelihoods(side, count), side
+        members = unpacked(batch["space"][0], (out if head is None else head).shape[-1])
+        after = chunked_log_mass(out, head, members, chunk=self.chunk) if self.chunk else log_mass(out, members)
+        ended = ends(batch["span"], targets(batch)[1])
+        return log_q + span_sum(jnp.where(ended, after, 0.0), batch["span"], count)[0], present
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ULD(CrossTokenizerKD):
-    """ULD as published: the i-th target of the student's tokens with the i-th of the teacher's, up to the shorter."""
+    """ULD as published: the i-th target of the student's tokens with the i-th of the teacher's, up to the shorter; the mean over
+    each row's pairs and then over rows that have any, beside the mean of cross-entropy over tokens. With micro-batches, of
+    each of these."""
 
-    temperature: float = 1.0  # of both softmaxes
-    hard_weight: float = 0.4  # CE + lambda ULD with the paper's lambda = 1.5, up to a factor
+    temperature: float | Schedule = 1.0  # of both softmaxes
+    hard_weight: float | Schedule = 0.4  # CE + lambda ULD with the paper's lambda = 1.5, up to a factor
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.chunk:
-            raise Refused(f"method.chunk={self.chunk}: expected 0, for probabilities are sorted over the whole vocabulary")
+    unused = {
+        **CrossTokenizerKD.unused,
+        **dict.fromkeys(("kind", "params", "chunk"), "probabilities are sorted over the whole vocabulary"),
+    }
+
+    def reduced(self, each: Array, where: Array, count: Array) -> Array:
+        rows = jnp.sum(jnp.any(where, 1).astype(jnp.float32))
+        return count * jnp.sum(sequence_mean(each, where)) / jnp.maximum(rows, 1.0)
 
     def at(self, batch: Batch) -> Array:
         """After which tokens the next is compared, bool [B T]."""

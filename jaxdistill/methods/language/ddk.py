@@ -35,6 +35,8 @@ class DDK(KD):
     gamma: float = 0.2  # of the forward KL beside cross-entropy 1; no T^2 (set gamma = 0.2 T^2 for it)
     use_r0: bool = False  # whether r_0 (eq. 1) draws the first interval; the paper's text: the corpus as it stands
 
+    unused = {"hard_weight": "cross-entropy weighs 1 and the divergence method.gamma"}
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("domains", "interval", "measures"):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn, lookup
 from jaxdistill.methods.language._rollout import Writing, share, written
-from jaxdistill.models.lm import same_vocabulary
+from jaxdistill.models.lm import common_vocabulary, same_vocabulary
 from jaxdistill.objectives import policy
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.reward import Exact
@@ -34,15 +34,21 @@ class GRPO(Writing):
     clip_high: float = 0.2  # and rise to 1 + clip_high
     kl_weight: float = 0.04  # of the KL to the reference; the paper's 0.04; 0: no reference is loaded
     kl_kind: str = "k3"  # k1 | k2 | k3: its estimator; the paper's k3
+    ddof: int = 0  # the groups' standard deviation is over group - ddof; 0: of the population, 1: of a sample, as in TRL
+    std_eps: float = 1e-6  # beside it in the advantage's denominator; TRL's 1e-4
 
     inits = {"student": None, "old": "student"}
     ema = ()
     anchor = "reference"  # the role that the KL is to
+    greedy = False
 
     def __post_init__(self):
+        super().__post_init__()
         lookup(policy.KL_ESTIMATORS, self.kl_kind, "method.kl_kind")
         if self.group < 2 or self.updates < 1:
             raise Refused(f"method.group={self.group}, method.updates={self.updates}: expected at least 2 and 1")
+        if self.ddof not in (0, 1) or not self.std_eps > 0:
+            raise Refused(f"method.ddof={self.ddof}, method.std_eps={self.std_eps}: expected 0 or 1, and a number above 0")
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -57,10 +63,11 @@ class GRPO(Writing):
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """Groups of responses of the old policy; with them reward, failed, advantage [B] and every role's log-probs [B T-1]."""
-        batch = self.write(net.old, ctx, "write", self.group)
+        batch = self.write(net.old, ctx, "write", self.group, common_vocabulary(net))
         score, failed = self.reward(batch)
         scored = {f"log_{role}": self.log_probs(getattr(net, role), batch) for role in ("old", *self.frozen)}
-        return {**batch, **scored, "reward": score, "failed": failed, "advantage": policy.group_advantages(score, self.group)}
+        advantage = policy.group_advantages(score, self.group, eps=self.std_eps, ddof=self.ddof)
+        return {**batch, **scored, "reward": score, "failed": failed, "advantage": advantage}
 
     def sync(self, weights: Mapping[str, Params], step: Array) -> dict[str, Params]:
         last = (step + 1) % self.updates == 0

@@ -3,6 +3,8 @@
 An ensemble is better than its members and too dear to serve; its averaged law can be taught to one network. Specialists
 are each better on a domain of their own: on text whose domain is known the student learns from the one that knows it.
 
+Both also on what the student writes itself, as GKD (arXiv:2306.13649) has it: EnsembleGKD and RoutedGKD.
+
 The frozen roles are teacher, teacher1, teacher2, ..., of any sizes and with the student's vocabulary.
 """
 
@@ -14,8 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, lookup
+from jaxdistill.methods.language._fields import changing
+from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import context
+from jaxdistill.objectives.divergence import common
 from jaxdistill.objectives.pooling import POOLS
 
 
@@ -30,22 +35,24 @@ class EnsembleKD(KD):
     weights: tuple[float, ...] = (0.5, 0.5)  # w, which sum to 1; the paper's are equal
     pool: str = "linear"  # linear: the arithmetic mean of probabilities | geometric: their geometric mean; the paper names both
 
+    unused = {"chunk": "a mixture has no final states"}
+
     def __post_init__(self):
         super().__post_init__()
         lookup(POOLS, self.pool, "method.pool")
         if not self.weights or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
             raise Refused(f"method.weights={self.weights}: expected one of each teacher, none negative, that sum to 1")
-        if self.chunk:
-            raise Refused(f"method.chunk={self.chunk}: a mixture has no final states, expected 0")
 
     @property
     def frozen(self) -> tuple[str, ...]:
         return roles(len(self.weights))
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         run = lambda call: call(ctx.batch["tokens"], **context(ctx.batch))
         used = [(run(getattr(net, role)), weight) for role, weight in zip(self.frozen, self.weights) if weight]
         laws, weights = zip(*used)
+        laws = common(*laws)
         teacher = laws[0]
         if len(laws) > 1:
             teacher = self.temperature * POOLS[self.pool]([jax.nn.log_softmax(z / self.temperature) for z in laws], weights)
@@ -74,6 +81,7 @@ class RoutedKD(KD):
         if (count := len(getattr(data, "parts", ()))) > len(self.routes):
             raise Refused(f"method.routes={self.routes}: the data has {count} domains, expected a teacher for each")
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         """The sum of KD's losses, each over the rows of one teacher."""
         batch, which = ctx.batch, jnp.asarray(self.routes)[ctx.batch["domain"]]
@@ -86,3 +94,21 @@ class RoutedKD(KD):
         total = lambda values: sum(values[1:], values[0])
         metrics = {name: total([out.metrics[name] for out in outs]) for name in outs[0].metrics}
         return Out(total([out.loss for out in outs]), metrics, count=total([out.count for out in outs]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleGKD(EnsembleKD, GKD):
+    """GKD whose teacher is the mixture, by `weights`, on given text and on the student's own."""
+
+    kind: str = "jsd"
+
+    unused = {**EnsembleKD.unused, **GKD.unused}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoutedGKD(RoutedKD, GKD):
+    """GKD whose teacher is the one of the row's domain; what the student writes after a prompt has the prompt's domain."""
+
+    kind: str = "jsd"
+
+    unused = GKD.unused

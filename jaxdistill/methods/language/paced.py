@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Limit
 from jaxdistill.core.net import Net, restore
 from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Params, Refused, Stage
 from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.lm import common_vocabulary, context, targets
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.pacing import beta_kernel, signal_to_noise_by_bin
 from jaxdistill.objectives.reward import Exact
@@ -40,11 +41,13 @@ class Paced(GKD):
     batches: int = 1000  # of data.batch_size problems that make the pool of a stage
     a: float = 1.0  # exponent of p; a > b prefers easier problems
     b: float = 1.0  # exponent of 1 - p; a = b = 0: plain distillation
-    most: float = float("inf")  # cap on a weight; their mean is 1
+    most: Limit = float("inf")  # cap on a weight; their mean is 1
     kinds: tuple[str, ...] = ("forward_kl", "reverse_kl")  # divergence of each stage
     references: tuple[str, ...] = ("teacher", "student")  # who writes each stage's responses: teacher | student | dataset
     kind: str = "forward_kl"  # of the stage at hand
     reference: str = "teacher"
+
+    unused = {"hard_weight": "no term has the data's tokens", "on_policy": "method.references say who writes"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -74,9 +77,9 @@ class Paced(GKD):
 
     def measure(self, net: Nets, ctx: Ctx) -> Batch:
         """The problems with `pass_rate` and `worth` [B], and the responses that the stage learns from where they are fixed."""
-        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts))
+        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts, common_vocabulary(net)))
         rate, failed = (jnp.mean(x.reshape(-1, self.attempts), 1) for x in (score >= self.success, failed))
-        batch = self.write(net.teacher, ctx, "teach") if self.reference == "teacher" else ctx.batch
+        batch = self.write(net.teacher, ctx, "teach", vocab=common_vocabulary(net)) if self.reference == "teacher" else ctx.batch
         return {**batch, "pass_rate": rate, "failed": failed, "worth": self.worth(rate)}
 
     def worth(self, rate: Array) -> Array:

@@ -15,9 +15,10 @@ import dataclasses
 import jax
 
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage, lookup
+from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import context, targets
-from jaxdistill.objectives.divergence import forward_kl, masked_sum
+from jaxdistill.objectives.divergence import common, forward_kl, masked_sum
 from jaxdistill.objectives.pooling import POOLS, anchored
 from jaxdistill.surgery.ensemble import gather, split
 
@@ -33,6 +34,8 @@ class RecursiveMeta(KD):
     teacher_pool: str = "linear"  # how these are made one
     generation: int = 0  # which one a stage trains; set by `stages`
 
+    unused = {"chunk": "a pooled teacher has no hidden states"}
+
     def __post_init__(self):
         super().__post_init__()
         lookup(POOLS, self.pool, "method.pool"), lookup(POOLS, self.teacher_pool, "method.teacher_pool")
@@ -40,8 +43,6 @@ class RecursiveMeta(KD):
             raise Refused(f"method.gamma={self.gamma}: expected shares from 0 to 1")
         if not self.history or min(self.history) < 0 or not self.history[0] > 0:
             raise Refused(f"method.history={self.history}: expected weights that are not negative, the newest student's above 0")
-        if self.chunk:
-            raise Refused(f"method.chunk={self.chunk}: a pooled teacher has no hidden states, expected 0")
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -62,17 +63,20 @@ class RecursiveMeta(KD):
         kept = {role: p for role, p in params.items() if role != "student" or not self.restart}
         return {**nets, "teacher": net}, {**kept, "teacher": weights}
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         """D(sg[M_g] || S), and the divergence from the base teacher itself."""
         run = lambda call: call(ctx.batch["tokens"], **context(ctx.batch))
         first, *students = run(net.teacher) if self.generation else (run(net.teacher),)
-        law = jax.nn.log_softmax
-        base = POOLS[self.teacher_pool]([law(z) for z in (first, *(run(getattr(net, role)) for role in self.frozen[1:]))], self.teachers)
+        student, law = run(net.student), jax.nn.log_softmax
+        others = [run(getattr(net, role)) for role in self.frozen[1:]]
+        student, first, *rest = common(student, first, *others, *students)
+        others, students = rest[: len(others)], rest[len(others) :]
+        base = POOLS[self.teacher_pool]([law(z) for z in (first, *others)], self.teachers)
         meta = base
         if self.generation:
             gamma = self.gamma[min(self.generation, len(self.gamma)) - 1]
             meta = anchored(POOLS[self.pool], gamma, self.history)(base, [law(z) for z in students])
-        student = run(net.student)
         out = self.compare(net, meta, student, ctx.batch)
         drift, _ = masked_sum(forward_kl(base, student), targets(ctx.batch)[1])
         return out._replace(metrics={**out.metrics, "base_kl": drift})

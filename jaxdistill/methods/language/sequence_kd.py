@@ -13,6 +13,7 @@ import dataclasses
 from jaxdistill.core.types import Batch, Ctx, Nets, Turn
 from jaxdistill.methods.language._rollout import Writing
 from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.lm import common_vocabulary, same_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,17 @@ class SequenceKD(SFT, Writing):
 
     frozen = ("teacher",)
 
+    def __post_init__(self):
+        SFT.__post_init__(self)
+        Writing.__post_init__(self)
+
+    def check(self, nets, data) -> None:
+        same_vocabulary(self, nets)
+
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (Turn(("student",), self.loss, gather=self.rollout),)
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """The teacher's responses in the places where the data has its own."""
-        return self.write(net.teacher, ctx, "write")
+        return self.write(net.teacher, ctx, "write", vocab=common_vocabulary(net))

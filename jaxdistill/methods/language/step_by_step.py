@@ -11,8 +11,8 @@ import dataclasses
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.methods.language import _whole
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import context, targets
-from jaxdistill.objectives.divergence import cross_entropy, masked_sum
+from jaxdistill.models.lm import targets
+from jaxdistill.objectives.divergence import masked_sum
 
 EXPLAIN = "explain_"
 
@@ -25,6 +25,7 @@ class StepByStep(SFT):
     alpha: float = 0.5  # weight of the label; 1 - alpha that of the rationale. The paper's lambda is (1 - alpha) / alpha
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise Refused(f"method.alpha={self.alpha}: expected 0 to 1")
 
@@ -45,8 +46,8 @@ class StepByStep(SFT):
 
     def nll(self, net: Nets, batch: Batch) -> tuple[Array, Array]:
         """(sum of -log q over the target tokens of these documents, their number)."""
-        labels, mask = targets(batch)
-        return masked_sum(cross_entropy(net.student(batch["tokens"], **context(batch)), labels), mask)
+        each, _, mask = self.each(net, batch)
+        return masked_sum(each, mask)
 
 
 def explained(batch: Batch) -> Batch:

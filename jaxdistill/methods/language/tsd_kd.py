@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Array, Batch, Nets, Out, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.models.lm import targets
-from jaxdistill.objectives.divergence import masked_sum
+from jaxdistill.objectives.divergence import common, masked_sum
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncertain, opener
 
@@ -36,6 +36,8 @@ class TSDKD(GKD):
     entropy_weight: float = 1.0
     direct_on: str = "all"  # all | opener: where laws are matched; the paper's equation and code have all, its figure the opener
 
+    unused = {**GKD.unused, "hard_weight": "no term has the data's tokens"}
+
     def __post_init__(self):
         super().__post_init__()
         if self.direct_on not in ("all", "opener"):
@@ -47,6 +49,7 @@ class TSDKD(GKD):
 
     def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
         _, mask = targets(batch)
+        teacher, student = common(teacher, student)
         mine, theirs = entropy(student), entropy(teacher)
         opening, uncertain = opener(mine, mask, self.share), most_uncertain(mine, mask, self.share)
 

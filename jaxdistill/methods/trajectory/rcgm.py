@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, nearest
 from jaxdistill.diffusion.process import Flow, expand
 from jaxdistill.diffusion.times import Uniform
@@ -31,7 +32,7 @@ class RCGM(AverageVelocity):
     process: Flow = Flow()  # the straight path, without shift
     times: Uniform = Uniform()  # law of t; the paper's Beta(1, 1)
     rows: tuple[str, ...] = ("e2e", "mul", "any")  # what the batch's rows do, in turn; name a kind twice for a double share
-    order: int = 2  # N, average velocities in the target; the paper's 2, best near 4; 0: flow matching, on rows "mul"
+    order: Natural = 2  # N, average velocities in the target; the paper's 2, best near 4; 0: flow matching, on rows "mul"
     delta: float = 0.01  # Delta, the step along the velocity
     ratio: float = 1.0  # of consistency: r is uniform from (1 - ratio) t to t
     near: float = 0.05  # the same on rows "mul", where ratio is not less

@@ -13,6 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Refused, Turn, lookup
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Trig, expand
@@ -28,7 +29,7 @@ class SCT(FewStep):
 
     process: Trig = Trig(sigma_data=0.5)
     times: Uniform = LogNormalSNR(mean=-1.0, std=1.4)  # of sigma_d tan t
-    tangent_warmup: int = 10_000  # steps over which the tangent's second part grows to its full weight
+    tangent_warmup: Natural = 10_000  # steps over which the tangent's second part grows to its full weight
     tangent_c: float = 0.1  # in g / (rms(g) + c)
     student_times: tuple[float, ...] = (math.pi / 2, 1.1)  # that samples are made at, as many as steps are asked for
     derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)

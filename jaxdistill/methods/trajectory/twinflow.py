@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.fields import Limit
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.methods.trajectory.rcgm import RCGM
@@ -28,7 +29,7 @@ class TwinFlow(RCGM):
 
     rows: tuple[str, ...] = ("e2e", "mul", "any", "adv")  # equal shares; the paper's lambda, near 1/3, is that of e2e and adv
     rectify_weight: float = 0.5  # of the push; the paper's .5, .75 for OpenUni
-    rectify_clip: float = 1.0  # of every component of the push
+    rectify_clip: Limit = 1.0  # of every component of the push
 
     kinds = ("e2e", "mul", "any", "adv")  # adv: t and r both -|t|, towards an own sample
 
@@ -91,7 +92,7 @@ class FullTwinFlow(TwinFlow):
     barron_alpha: float = 2.0
     barron_c: float = 1.0
     rectify_weight: float = 1.0
-    rectify_clip: float = math.inf
+    rectify_clip: Limit = math.inf
 
     def weight(self, t, r):
         return jnp.ones_like(t)

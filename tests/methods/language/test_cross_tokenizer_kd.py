@@ -12,7 +12,7 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.language import Markov
 from jaxdistill.data.two_tokenizers import Blocks
-from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD, SpanULD
+from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD, SpacedKD, SpanULD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.lm import LM
 from jaxdistill.objectives.divergence import forward_kl, sorted_distance
@@ -101,13 +101,106 @@ def test_hard_labels_alone_are_fine_tuning(method):
 
 
 def test_uld_pairs_targets_by_their_number_and_by_their_text():
+    """Rows with as many pairs each: 48 targets times the mean over 24 pairs."""
     law = lambda role, name: NETS[role].apply(PARAMS[role], BATCH[name])[:, :-1]
     theirs, ours = law("teacher", "teacher_tokens"), law("student", "tokens")
     out, _ = value(ULD(hard_weight=0.0))  # targets: teacher's 1-4, student's 2-9
-    np.testing.assert_allclose(out.loss, sorted_distance(theirs[:, :4], ours[:, 1:5]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1:5]).mean(), rtol=1e-5)
     out, _ = value(SpanULD(hard_weight=0.0))  # blocks begin at symbols 2, 4, 6, 8
-    np.testing.assert_allclose(out.loss, sorted_distance(theirs[:, :4], ours[:, 1::2]).sum(), rtol=1e-5)
+    np.testing.assert_allclose(out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1::2]).mean(), rtol=1e-5)
     assert out.metrics["divergence"][1] == 24 and out.count == 48
+
+
+SPACED = {
+    "tokens": jnp.asarray([[0, 1, 2, 0, 1, 2, 2, 1], [2, 2, 1, 0, 0, 1, 2, 0]]),
+    "mask": jnp.asarray([[0, 0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]], jnp.float32),
+    "span": jnp.asarray([[-1, -1, 0, 0, 1, 2, 3, -1], [-1, -1, 0, 1, 1, 1, 2, 3]]),
+    "teacher_tokens": jnp.asarray([[0, 4, 3, 2, 1, 0], [1, 2, 3, 4, 0, 2]]),
+    "teacher_mask": jnp.asarray([[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], jnp.float32),
+    "teacher_span": jnp.asarray([[-1, 0, 1, 2, 3, -1], [-1, 0, 1, 2, 2, 3]]),
+    "space": jnp.tile(jnp.asarray(np.packbits([1, 0, 0])), (2, 1)),
+    "teacher_space": jnp.tile(jnp.asarray(np.packbits([0, 1, 0, 1, 0])), (2, 1)),
+}
+
+
+def chunk_log_probs(logits, tokens, span, mask, space):
+    """In NumPy: log-probability of every span's tokens, and of a token of `space` after it where the text goes on."""
+    law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    out = np.zeros((len(law), 4))
+    for row, number, t in np.ndindex(len(law), 4, tokens.shape[1]):
+        if span[row, t] == number:
+            out[row, number] += law[row, t - 1, tokens[row, t]]
+            ends = t + 1 == tokens.shape[1] or span[row, t + 1] != number
+            if ends and t + 1 < tokens.shape[1] and mask[row, t + 1]:
+                out[row, number] += np.log(np.exp(law[row, t])[space].sum())
+    return out
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_a_word_ends_where_white_space_follows(x64, chunk):
+    """ALM's binary cross-entropy at tau = 100 with the white space appended, in float64: its value is that of the divergence and
+    the teacher's own entropy."""
+    rng, tau = np.random.default_rng(4), 100.0
+    theirs, ours = rng.standard_normal((2, 6, 5)), rng.standard_normal((2, 8, 3))
+    out = {k: np.asarray(v) for k, v in SPACED.items()}
+    log_p = chunk_log_probs(theirs, *(out[f"teacher_{k}"] for k in ("tokens", "span", "mask")), [1, 3])
+    log_q = chunk_log_probs(ours, *(out[k] for k in ("tokens", "span", "mask")), [0])
+    p, q = np.exp(log_p / tau), np.exp(log_q / tau)
+    official = -(p * np.log(q) + (1 - p) * np.log1p(-q)).sum()
+    entropy = -(p * np.log(p) + (1 - p) * np.log1p(-p)).sum()
+
+    def model(logits):
+        return lambda *args, method="__call__", **_: jnp.eye(logits.shape[-1]) if method == "head" else jnp.asarray(logits)
+
+    nets = SimpleNamespace(teacher=model(theirs), student=model(ours))
+    loss = SpacedKD(chunk=chunk).loss(nets, Ctx(SPACED, jax.random.key(0), 0, {})).loss
+    np.testing.assert_allclose(loss / tau + entropy, official, rtol=1e-12)
+    np.testing.assert_allclose(loss / tau, official - entropy, rtol=1e-9)
+    plain = CrossTokenizerKD(chunk=chunk).loss(nets, Ctx(SPACED, jax.random.key(0), 0, {})).loss
+    assert abs(plain / loss - 1) > 0.01
+
+
+def test_white_space_has_to_be_known():
+    with pytest.raises(Refused, match=r"Blocks does not say which tokens begin with a space; expected data\.space=True"):
+        SpacedKD().check(NETS, DATA)
+
+
+def uld(teacher, student, teacher_mask, mask, labels):
+    """The authors' loss in NumPy: cross-entropy over all targets, and 1.5 times the mean over rows of the mean over a row's
+    pairs of the distance of sorted probabilities."""
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    p, q = softmax(teacher), softmax(student)
+    rows = []
+    for i in range(len(q)):
+        first, second = p[i, :-1][teacher_mask[i, 1:] > 0], q[i, :-1][mask[i, 1:] > 0]
+        pairs = min(len(first), len(second))
+        a, b = (np.sort(law[:pairs], -1)[:, ::-1] for law in (first, second))
+        rows.append(np.abs(a - np.pad(b, ((0, 0), (0, a.shape[-1] - b.shape[-1])))).sum(-1).mean())
+    nll = -np.log(np.take_along_axis(q[:, :-1], labels[:, 1:, None], -1)[..., 0])
+    return nll[mask[:, 1:] > 0].mean() + 1.5 * np.mean(rows)
+
+
+def test_uld_is_the_mean_over_pairs(x64):
+    """Rows of different lengths, the teacher's shorter in one and longer in the other, in float64."""
+    rng = np.random.default_rng(3)
+    theirs, ours = rng.standard_normal((3, 6, 9)), rng.standard_normal((3, 10, 4))
+    masks = {"teacher_mask": np.arange(6) >= np.array([[2], [1], [4]]), "mask": np.arange(10) >= np.array([[3], [8], [5]])}
+    tokens = rng.integers(0, 4, (3, 10))
+    batch = {k: jnp.asarray(v, jnp.float32) for k, v in masks.items()} | {"tokens": jnp.asarray(tokens)}
+    batch["teacher_tokens"] = jnp.zeros((3, 6), jnp.int32)
+    method = ULD()
+
+    def mean(logits):
+        nets = SimpleNamespace(teacher=lambda *_, **__: jnp.asarray(theirs), student=lambda *_, **__: logits)
+        out = method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
+        return out.loss / out.count / method.hard_weight
+
+    wanted = uld(theirs, ours, masks["teacher_mask"], masks["mask"], tokens)
+    np.testing.assert_allclose(mean(jnp.asarray(ours)), wanted, rtol=1e-12)
+    grad, step = jax.grad(mean)(jnp.asarray(ours)), np.zeros_like(ours)
+    step[1, 7, 2] = 1e-6
+    slope = [uld(theirs, ours + sign * step, masks["teacher_mask"], masks["mask"], tokens) for sign in (1, -1)]
+    np.testing.assert_allclose(grad[1, 7, 2], (slope[0] - slope[1]) / 2e-6, rtol=1e-7)
 
 
 def test_uld_ignores_names_of_tokens():

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -7,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill.core.build import build, experiment, spec
+from jaxdistill.core.experiment import Experiment, stopping
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
-from jaxdistill.core.types import Ctx, Refused
+from jaxdistill.core.types import Ctx, Method, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.lm import LM, context
@@ -135,3 +138,23 @@ def test_without_its_own_writing_it_is_kd():
     b, others = train(KD(kind="jsd", params={"beta": 0.3}), 3, optax.sgd(0.1))
     np.testing.assert_allclose(losses, others, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a.params["student"], b.params["student"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer(Method):
+    inner: Method
+
+
+@pytest.mark.parametrize("eos", [(), (3,), (-1,)])
+def test_it_stops_at_the_datas_end_token_by_default(eos, tmp_path):
+    """Also where it is the host of another method; a method that names tokens keeps them, and data without one changes nothing."""
+    make = lambda data, method: Experiment(experiment(data=data, method=method, roles={}), tmp_path).method
+    gkd = spec("methods.language.gkd:GKD", eos=eos, pad=0)
+    carry, markov = spec("data.language:Carry"), spec("data.language:Markov")
+    assert (make(carry, gkd).eos, make(carry, gkd).pad) == (eos or (12,), 0 if eos else 13)
+    (tmp_path / "a.jsonl").write_text("")
+    made = make(spec("data.text:PackedJson", path=str(tmp_path / "a.jsonl")), gkd)
+    assert (made.eos, made.pad) == (eos or (258,), 0 if eos else 256)
+    assert make(markov, gkd) == build(gkd)
+    inside = stopping(Outer(inner=build(gkd)), lambda: build(carry))
+    assert inside.inner.eos == (eos or (12,)) and type(inside) is Outer

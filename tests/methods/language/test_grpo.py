@@ -49,6 +49,18 @@ def test_what_a_rollout_carries(record):
     np.testing.assert_allclose(record["advantage"], expected.ravel(), atol=1e-5)
 
 
+def test_the_standard_deviation_that_peers_take(record):
+    """TRL's: over group - 1, and 1e-4 beside it."""
+    method = dataclasses.replace(METHOD, ddof=1, std_eps=1e-4)
+    again = jax.jit(lambda params: method.rollout(bind(dict.fromkeys(ROLES, NET), params), ctx(BATCH)))(PARAMS)
+    r = np.asarray(record["reward"]).reshape(2, 4)
+    expected = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4)
+    np.testing.assert_allclose(again["advantage"], expected.ravel(), atol=1e-5)
+    for bad in ({"ddof": 2}, {"std_eps": 0.0}):
+        with pytest.raises(Refused, match=r"method\.ddof=.*, method\.std_eps=.*: expected 0 or 1, and a number above 0"):
+            GRPO(**bad)
+
+
 def scripted(logits):
     """Networks that say these logits whatever they are asked."""
     return SimpleNamespace(student=lambda tokens, **_: logits)

@@ -11,8 +11,9 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.domains import Chains
 from jaxdistill.data.language import Markov
+from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.methods.language.multi_teacher import EnsembleKD, RoutedKD
+from jaxdistill.methods.language.multi_teacher import EnsembleGKD, EnsembleKD, RoutedGKD, RoutedKD
 from jaxdistill.models.lm import LM
 from tools.first_steps import first_steps
 
@@ -109,6 +110,37 @@ def test_two_domains_may_share_a_teacher():
     batch = {**BATCH, "domain": jnp.arange(8) % 3}
     first = {**batch, "domain": jnp.asarray([0, 1, 1])[batch["domain"]]}
     close(value(RoutedKD(routes=(0, 1, 1)), batch=batch), value(RoutedKD(), batch=first))
+
+
+@pytest.mark.parametrize(("cls", "given"), [(EnsembleGKD, EnsembleKD), (RoutedGKD, RoutedKD)])
+def test_on_given_text_it_is_the_same_divergence_without_sampling(cls, given):
+    method = cls(on_policy=0.0, beta=0.3)
+    assert not any(method.turns[0].when(step) for step in range(50))
+    close(value(method), value(given(kind="jsd", params={"beta": 0.3})))
+
+
+@pytest.mark.parametrize("cls", [EnsembleGKD, RoutedGKD])
+def test_several_teachers_grade_what_the_student_writes(cls):
+    """The batch of its own text keeps the prompts' domains, and the loss on it is that on given text."""
+    method = cls(on_policy=1.0, prompt_length=2, sample_temperature=0.0)
+    nets = bind(NETS, PARAMS)
+    written = jax.jit(lambda: method.turns[0].gather(nets, Ctx(BATCH, jax.random.key(0), 0, {})))()
+    np.testing.assert_array_equal(written["domain"], BATCH["domain"])
+    np.testing.assert_array_equal(written["tokens"][:, :2], BATCH["tokens"][:, :2])
+    likeliest = SMALL.apply(PARAMS["student"], written["tokens"]).argmax(-1)
+    np.testing.assert_array_equal(written["tokens"][:, 2:], likeliest[:, 1:-1])
+    out = method.turns[0].loss(nets, Ctx(written, jax.random.key(0), 0, {}))
+    base = EnsembleKD if cls is EnsembleGKD else RoutedKD
+    same = {k: written[k] for k in ("tokens", "mask", "segments", "positions", "domain")}
+    close(out, value(base(kind="jsd", params={"beta": 0.5}), batch=same)[0])
+    with pytest.raises(Refused, match=r"method\.sample_temperature=-1"):
+        cls(sample_temperature=-1.0)
+
+
+def test_one_teacher_of_several_is_gkd():
+    method, gkd = EnsembleGKD(weights=(1.0, 0.0), beta=0.8), GKD(beta=0.8)
+    close(value(method), value(gkd, *alone(0)))
+    assert [method.writes(i) for i in range(20)] == [gkd.writes(i) for i in range(20)]
 
 
 def test_refusals():

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: the loss is the mean cross-entropy of the marked targets, and nothing else counts."""
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -7,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.core.net import make_net
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx
+from jaxdistill.methods.language.sequence_kd import SequenceKD
 from jaxdistill.methods.language.sft import SFT
+from jaxdistill.methods.language.step_by_step import StepByStep
+from jaxdistill.methods.language.universalner import UniversalNER
+from jaxdistill.models.lm import LM
 
 TOKENS = jnp.array([[1, 2, 0, 3], [2, 2, 1, 0]])
 MASK = jnp.array([[0, 1, 1, 1], [0, 0, 1, 0]])
@@ -58,3 +65,36 @@ def test_packing_reaches_the_network():
     batch = {"tokens": TOKENS, "mask": MASK, "segments": segments, "positions": positions}
     SFT().loss(SimpleNamespace(student=student), Ctx(batch, jax.random.key(0), jnp.int32(0), {}))
     assert seen["segments"] is segments and seen["positions"] is positions
+
+
+def test_chunks_change_nothing():
+    """Loss, count, accuracy and the gradient in the network's weights, of every method that learns so; float32."""
+    net = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes)
+    batch = {"tokens": jnp.asarray(rng.integers(0, 7, (3, 6))), "mask": jnp.asarray(rng.integers(0, 2, (3, 6)), jnp.float32)}
+    batch |= {f"explain_{k}": v[::-1] for k, v in batch.items()}
+
+    def value(method):
+        out = lambda p: method.loss(bind({"student": net}, {"student": p}), Ctx(batch, jax.random.key(0), jnp.int32(0), {}))
+        return jax.jit(lambda p: (out(p), jax.grad(lambda p: out(p).loss)(p)))(params)
+
+    for cls in (SFT, SequenceKD, StepByStep, UniversalNER):
+        whole, parts = value(cls()), value(cls(chunk=3))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+
+
+@pytest.mark.parametrize("cls", [SFT, StepByStep])
+def test_chunks_never_hold_the_vocabulary(cls):
+    """No array of the program has a whole row of logits."""
+    vocab, chunk = 1009, 64
+    net = make_net(LM(vocab=vocab, dim=8, mlp=8, heads=2, depth=1))
+    shapes = {"tokens": jax.ShapeDtypeStruct((2, 6), jnp.int32), "mask": jax.ShapeDtypeStruct((2, 6), jnp.float32)}
+    shapes |= {f"explain_{k}": v for k, v in shapes.items()}
+
+    def program(method):
+        loss = lambda p, b: method.loss(bind({"student": net}, {"student": p}), Ctx(b, jax.random.key(0), jnp.int32(0), {})).loss
+        return str(jax.make_jaxpr(jax.grad(loss))(net.shapes, shapes))
+
+    row = re.compile(rf"\[(2,6|12),{vocab}\]")
+    assert row.search(program(cls())) and not row.search(program(cls(chunk=chunk)))
