@@ -19,6 +19,7 @@ from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.models.lm import LM, context
 from jaxdistill.objectives.divergence import sequence_mean, token_divergence
 from jaxdistill.objectives.pacing import signal_to_noise
+from jaxdistill.objectives.schedule import Linear
 from jaxdistill.samplers.text import respond
 from tools.first_steps import first_steps
 
@@ -287,6 +288,13 @@ def test_a_student_that_needs_no_solution_learns_nothing(kind):
 
     loss, grad = jax.value_and_grad(value)(told[:, -5:])
     assert abs(loss) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
+
+
+def test_schedules_reach_the_loss_of_self_distillation():
+    value = lambda beta: (
+        SelfPaced(kind="jsd", beta=beta).loss(bind(NETS, PARAMS), Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {})).loss
+    )
+    np.testing.assert_allclose(value(Linear(start=0.0, end=0.8, steps=10)), value(0.4), rtol=1e-6)
 
 
 def test_self_distillation_starts_from_the_teacher():
