@@ -30,10 +30,12 @@ def signal_to_noise(gradients: Array) -> Array:
 
 
 def signal_to_noise_by_bin(gradient: Callable[[Batch], Params], problems: Batch, rate: Array, bins: int = 5) -> tuple[Array, Array]:
-    """(`signal_to_noise` [bins] of the problems whose pass rate [N] is in each of `bins` equal parts of [0, 1], their number [bins]).
+    """(signal to noise [bins] of the problems whose pass rate [N] is in each of `bins` equal parts of [0, 1], their number [bins]).
 
-    gradient: of one problem, a row of `problems` [N ...]; one is held at a time, beside a sum for each bin. A bin of fewer than two
-    problems is NaN. Float32: where gradients agree to d of their length, the result is good to 1e-7 / d^2.
+    gradient: of one problem, a row of `problems` [N ...]; one is held at a time, beside a sum for each bin. Of n problems
+    `signal_to_noise` is 1 / n even where there is no signal, which would raise the bins of few: both of its parts are
+    corrected, (n - 1) / n of it minus 1 / n, so that it scatters around 0 there. A bin of fewer than two problems is NaN.
+    Float32: where gradients agree to d of their length, the result is good to 1e-7 / d^2.
     """
     place = jnp.clip((rate * bins).astype(jnp.int32), 0, bins - 1)
 
@@ -49,7 +51,8 @@ def signal_to_noise_by_bin(gradient: Callable[[Batch], Params], problems: Batch,
     (total, squares), _ = jax.lax.scan(add, (zeros, jnp.zeros(bins)), (problems, place))
     count = jnp.zeros(bins).at[place].add(1.0)
     mean = jax.vmap(_squared)(total) / count**2
-    return jnp.where(count < 2, jnp.nan, mean / (squares / count - mean)), count
+    biased = mean / (squares / count - mean)
+    return jnp.where(count < 2, jnp.nan, ((count - 1) * biased - 1) / count), count
 
 
 def _squared(tree: Params) -> Array:

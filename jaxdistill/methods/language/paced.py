@@ -2,15 +2,12 @@
 
 Problems that the student always solves give no gradient, and those far beyond it gradients that do not agree. So each
 problem is weighted by p (1 - p), p the pass rate of the student's own attempts, whatever the divergence. Forward KL comes
-first, on the teacher's responses, to cover its modes; then reverse KL, on the student's own, to consolidate. Where there is
-no larger teacher, it is the student's own first self that has read the solution (`SelfPaced`).
+first, on the teacher's responses, to cover its modes; then reverse KL, on the student's own, to consolidate.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ import jax.numpy as jnp
 from jaxdistill.core.fields import Limit
 from jaxdistill.core.net import Net, restore
 from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Params, Refused, Stage
+from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.models.lm import common_vocabulary, context, targets
@@ -100,14 +98,14 @@ class Paced(GKD):
         """Surgery: a student without weights of its own begins with random ones, since it has to be measured first."""
         return nets, params if "student" in params else {**params, "student": nets["student"].init(jax.random.key(0))}
 
-    def snr(self, nets: Mapping[str, Net], params: Mapping[str, Params], batch: Batch, bins: int = 5) -> tuple[Array, Array]:
+    def snr(self, nets: dict[str, Net], params: dict[str, Params], batch: Batch, bins: int = 5) -> tuple[Array, Array]:
         """(signal to noise [bins] of the problems' unweighted gradients by their pass rate, problems in each bin [bins]), of a
         batch that `measure` has made, with the responses that the loss is of."""
 
         def loss(weights, row):
-            bound = {role: net.bind(role, {**params, "student": weights}) for role, net in nets.items()}
+            bound = Nets(**{role: net.bind(role, {**params, "student": weights}) for role, net in nets.items()})
             one = {name: x[None] for name, x in row.items() if name != "weight"}
-            return self.loss(SimpleNamespace(**bound), Ctx(one, jax.random.key(0), jnp.int32(0), {})).loss
+            return self.loss(bound, Ctx(one, jax.random.key(0), jnp.int32(0), {})).loss
 
         return signal_to_noise_by_bin(lambda row: jax.grad(loss)(params["student"], row), batch, batch["pass_rate"], bins)
 
@@ -131,10 +129,10 @@ class SelfPaced(Paced):
 
     def begin(self, nets, params, batch):
         """Surgery: a student without weights of its own begins as the teacher."""
-        if "student" in params or nets["student"].adapts:
-            return super().begin(nets, params, batch)
-        return nets, {**params, "student": restore(params["teacher"])}
+        own = {} if nets["student"].adapts else {"student": restore(params["teacher"])}
+        return super().begin(nets, {**own, **params}, batch)
 
+    @changing
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         """`Paced`'s, where the teacher's law of a token is the one after solved problem, problem and response so far."""
         shown, length = solved_first(ctx.batch, self.prompt_length), ctx.batch["tokens"].shape[1]

@@ -18,7 +18,7 @@ from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.methods.language.kd import KD, StoredKD
 from jaxdistill.methods.language.multi_teacher import EnsembleGKD, EnsembleKD, RoutedGKD, RoutedKD
-from jaxdistill.methods.language.paced import Paced
+from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.methods.language.recursive_meta import RecursiveMeta
 from jaxdistill.methods.language.rlad import KDRL, RLAD
 from jaxdistill.methods.language.sequence_kd import SequenceKD
@@ -54,6 +54,7 @@ METHODS = {
             TSDKD,
             Released,
             Paced,
+            SelfPaced,
             RecursiveMeta,
             CrossTokenizerKD,
             ULD,

@@ -19,6 +19,7 @@ from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.models.lm import LM, context
 from jaxdistill.objectives.divergence import sequence_mean, token_divergence
 from jaxdistill.objectives.pacing import signal_to_noise
+from jaxdistill.objectives.schedule import Linear
 from jaxdistill.samplers.text import respond
 from tools.first_steps import first_steps
 
@@ -178,10 +179,27 @@ def test_uniform_weights_follow_the_host():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), paced[1], gkd[1])
 
 
-def test_chunks_change_nothing():
-    whole = dataclasses.replace(Paced(kind="reverse_kl"))
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_chunks_change_nothing(kind):
+    whole = Paced(kind=kind)
     run = lambda m: jax.jit(lambda: m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss)()
-    np.testing.assert_allclose(run(dataclasses.replace(whole, chunk=3)), run(whole), rtol=1e-5)
+    np.testing.assert_allclose(run(dataclasses.replace(whole, chunk=3)), run(whole), rtol=1e-6, atol=1e-6)
+
+
+def test_exponents_0_keep_every_problem():
+    """0^0 = 1, so that those which are never or always solved stay in the pool, with weight 1."""
+    np.testing.assert_array_equal(Paced(a=0.0, b=0.0).worth(jnp.array([0.0, 0.5, 1.0])), 1)
+    np.testing.assert_allclose(Paced().worth(jnp.array([0.0, 0.5, 1.0])), [0, 0.25, 0])
+
+
+def test_the_end_of_a_response_is_learnt_and_nothing_after_it():
+    """A student that writes one token and the end, on rows with room for three: two targets a row, the end among them."""
+    data = {"tokens": jnp.zeros((3, 5), int), "mask": jnp.ones((3, 5)), "prompt": jnp.zeros((3, 2), int)}
+    method, nets = Paced(reference="student", kind="reverse_kl", eos=(6,)), SimpleNamespace(student=coin)
+    batch = method.rollout(nets, Ctx(data, jax.random.key(0), 0, {}))
+    np.testing.assert_array_equal(batch["mask"], [[0, 0, 1, 1, 0]] * 3)
+    each = lambda z: token_divergence("reverse_kl", P[:, :5], z)[:, 1:3].mean(1)
+    np.testing.assert_allclose(loss(method, Q[:, :5], P[:, :5], batch).loss, each(Q[:, :5]).sum(), rtol=1e-6)
 
 
 def test_a_student_without_weights_is_measured_as_it_begins():
@@ -272,6 +290,13 @@ def test_a_student_that_needs_no_solution_learns_nothing(kind):
     assert abs(loss) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
 
 
+def test_schedules_reach_the_loss_of_self_distillation():
+    value = lambda beta: (
+        SelfPaced(kind="jsd", beta=beta).loss(bind(NETS, PARAMS), Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {})).loss
+    )
+    np.testing.assert_allclose(value(Linear(start=0.0, end=0.8, steps=10)), value(0.4), rtol=1e-6)
+
+
 def test_self_distillation_starts_from_the_teacher():
     surgery = SelfPaced().stages(2)[0].surgery
     _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
@@ -295,6 +320,7 @@ def test_the_probe_is_of_each_problems_own_gradient(method):
     every = [gradient(i) for i in range(6)]
     snr, count = jax.jit(lambda p: method.snr(NETS, p, batch, bins=4))(PARAMS)
     np.testing.assert_array_equal(count, [2, 0, 3, 1])
-    expected = [signal_to_noise(jnp.stack([every[i] for i in bin])) for bin in ([0, 1], [2, 3, 4])]
+    plain = [signal_to_noise(jnp.stack([every[i] for i in bin])) for bin in ([0, 1], [2, 3, 4])]
+    expected = [(plain[0] - 1) / 2, (2 * plain[1] - 1) / 3]
     np.testing.assert_allclose(snr[jnp.array([0, 2])], expected, rtol=1e-4)
     assert np.isnan(snr[jnp.array([1, 3])]).all()
