@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def _check_sources(experiment: Experiment) -> None:
     for role in experiment.roles:
         source = experiment.source(role)
         known = source in ("fresh", "random", "exact") or source in experiment.roles
-        if not known and experiment.run_at(role, source) is None and not Path(source).is_dir():
+        if not known and experiment.run_at(role, source) is None and not os.path.isdir(source):
             raise experiment.unknown(role, source)
         if source == "fresh" and role in experiment.method.frozen and experiment.nets[role].shapes:
             raise Refused(

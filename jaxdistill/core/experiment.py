@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -208,7 +209,7 @@ class Experiment:
             return None, None
         if (run := self.run_at(role, source)) is not None:
             return run.described("student")
-        if (Path(source) / "config.json").exists():
+        if os.path.exists(Path(source) / "config.json"):
             return interop.describe(source), None
         raise self.unknown(role, source)
 
@@ -226,7 +227,7 @@ class Experiment:
                 raise Refused(f"{where}: config.runs has no {source[1:]!r}{nearest(source[1:], self.inner)}")
             return self.inner[source[1:]]
         path = Path(source) / "config.json"
-        if not path.exists() or not (Path(source) / "stages").exists():
+        if not os.path.exists(path) or not os.path.exists(Path(source) / "stages"):  # False for a name that is too long, too
             return None
         return Experiment(records.read_config(Path(source)), Path(source), where=str(path))
 

@@ -52,6 +52,7 @@ CASES = {
         r"config\.roles\.(student|fake)\.init: .* <- .* <- ",
     ),
     "no source": ({"roles.student.init": "/no/such/folder"}, r"config\.roles\.student\.init='/no/such/folder': no such role"),
+    "a source of too long a name": ({"roles.student.init": "x" * 300}, r"config\.roles\.student\.init='xxx.*no such role"),
     "no inner run": ({"roles.student.init": "@teacher"}, r"config\.roles\.student\.init='@teacher': config\.runs has no 'teacher'"),
     "no base": ({"roles.fake.lora.rank": 2, "roles.fake.lora.base": "tutor"}, r"config\.roles\.fake\.lora\.base='tutor': no such role"),
     "itself as base": ({"roles.fake.lora.rank": 2, "roles.fake.lora.base": "fake"}, r"config\.roles\.fake\.lora\.base='fake'"),
