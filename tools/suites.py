@@ -65,7 +65,7 @@ made for one step, and is scored at more too. Seconds are those of steps: the pa
 beforehand are not counted. Peak memory is the process's, compilation included. sCM's paper asks for a slow embedding of the
 time, and this teacher reads 1000 t: with more steps its student gets worse. From one that reads t
 (`--config.roles.student.denoiser.param.time_scale=1.0`, seed 0, .421 at 50 steps) sCM comes to 1.17 at one step in 400 updates,
-and to .485 in equal seconds.""",
+and to .485 in equal seconds. `uni_instruct` was measured before its GAN waited for the divergence (`reverse_until`).""",
     ),
     "lm": Suite(
         title="Distillation methods on additions",
