@@ -1,7 +1,8 @@
 """Folders that an export writes: whole or not at all, and in the place of nothing but what an export wrote.
 
-An exported folder holds `.jaxdistill_export.json`, the list of its files and their sizes. Only a folder that holds these
-files and nothing else is replaced; all others are refused before any work is done.
+An exported folder holds `.jaxdistill_export.json`, the list of its files with their sizes and BLAKE2b digests. Only a folder
+that holds these files, as they were, and nothing else is replaced; all others are refused before any work is done. Of files
+over 1 GiB, which take long to read, the time of the last change stands for the digest.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import write_json
 
 MARKER = ".jaxdistill_export.json"
+LARGE = 2**30  # bytes; files over it are known by their size and the time of their last change
 LOCK = ".lock"  # held while a folder is written; of size 0, and gone at the end
 RUN = ("stages", "checkpoints", "metrics.jsonl")  # what a run's folder has
 INSIDE_A_RUN = ("stages", "checkpoints", "data", "tensorboard")  # folders that it reads again
@@ -101,14 +103,14 @@ def written(target: Path, place: Path) -> list[str]:
             raise Refused(f"{target}: holds a model without {MARKER}, the list of what an export wrote "
                           "(earlier versions left none); move it away, or give another name")  # fmt: skip
         raise Refused(f"{target}: not empty and not a model folder that was exported; give another name")
-    sizes = _read_marker(target, place)
-    folders = {str(parent) for name in sizes for parent in Path(name).parents}
+    listed = _read_marker(target, place)
+    folders = {str(parent) for name in listed for parent in Path(name).parents}
     found = []
     for name, info in _walk(place):
         if name != MARKER and not (stat.S_ISDIR(info.st_mode) and name in folders):
-            if name not in sizes:
+            if name not in listed:
                 raise Refused(f"{target}: {name} was not written by an export; move it away, or give another name")
-            if not stat.S_ISREG(info.st_mode) or info.st_size != sizes[name]:
+            if not _as_listed(place / name, info, listed[name]):
                 raise Refused(f"{target}: {name} is not as it was exported; move it away, or give another name")
         found.append(name)
     return found
@@ -124,23 +126,49 @@ def _walk(folder: Path, inside: str = "") -> Iterator[tuple[str, os.stat_result]
                 yield from _walk(Path(entry.path), f"{inside}{entry.name}/")
 
 
-def _read_marker(target: Path, place: Path) -> dict[str, int]:
-    """Name -> bytes of the files of a finished export."""
+def _entry(file: Path, info: os.stat_result) -> dict[str, Any]:
+    """What the list says of a file: its bytes, and its digest or, of a large one, the nanoseconds of its last change."""
+    if info.st_size > LARGE:
+        return {"bytes": info.st_size, "changed_ns": info.st_mtime_ns}
+    with file.open("rb") as opened:
+        return {"bytes": info.st_size, "blake2b": hashlib.file_digest(opened, "blake2b").hexdigest()}
+
+
+def _as_listed(file: Path, info: os.stat_result, entry: dict[str, Any]) -> bool:
+    """Whether a file is what `_entry` said of it; it is read only where its size is the same."""
+    return stat.S_ISREG(info.st_mode) and info.st_size == entry.get("bytes") and _entry(file, info) == entry
+
+
+def _read_marker(target: Path, place: Path) -> dict[str, dict[str, Any]]:
+    """Name -> entry of the files of a finished export."""
+    listed = _read_list(target, place)
+    if not all(isinstance(entry, dict) for entry in listed.values()):
+        raise Refused(f"{target}: {MARKER} has no digests, so that an edit would be lost (earlier versions left none); "
+                      "move it away, or give another name")  # fmt: skip
+    return listed
+
+
+def _read_list(target: Path, place: Path) -> dict[str, Any]:
     marker = place / MARKER
     try:
         if marker.is_symlink():
             raise ValueError("a link")
-        sizes = json.loads(marker.read_text(encoding="utf-8"))["files"]
-        if not isinstance(sizes, dict) or not all(type(size) is int for size in sizes.values()):
+        listed = json.loads(marker.read_text(encoding="utf-8"))["files"]
+        if not isinstance(listed, dict) or not all(type(entry) in (dict, int) for entry in listed.values()):
             raise ValueError("no list of files")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(f"{target}: {MARKER} is damaged ({error}); move the folder away, or give another name") from error
-    return sizes
+    return listed
 
 
-def _write_marker(folder: Path, sizes: dict[str, int] | None) -> None:
-    """`sizes` is None as long as the folder is being written."""
-    text = json.dumps({"written_by": "jaxdistill", "files": sizes}, indent=1)
+def _list(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> entry of all files in a folder but the list itself."""
+    return {name: _entry(folder / name, info) for name, info in _walk(folder) if stat.S_ISREG(info.st_mode) and name != MARKER}
+
+
+def _write_marker(folder: Path, listed: dict[str, dict[str, Any]] | None) -> None:
+    """`listed` is None as long as the folder is being written."""
+    text = json.dumps({"written_by": "jaxdistill", "files": listed}, indent=1)
     (folder / MARKER).write_text(text + "\n", encoding="utf-8")
 
 
@@ -164,7 +192,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
             _write_marker(fresh, None)
             with _named(fresh, target):
                 yield fresh
-            _write_marker(fresh, {name: info.st_size for name, info in _walk(fresh) if stat.S_ISREG(info.st_mode) and name != MARKER})
+            _write_marker(fresh, _list(fresh))
             _swap(target, place, fresh)
             (place / LOCK).unlink(missing_ok=True)
         finally:
@@ -236,7 +264,7 @@ def _abandoned(folder: Path) -> bool:
 
 def _complete(folder: Path) -> bool:
     try:
-        _read_marker(folder, folder)
+        _read_list(folder, folder)
     except Refused:
         return False
     return True

@@ -1,6 +1,7 @@
 """What an export may take the place of: an export, whole, and nothing else. Nothing foreign is ever gone."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -113,6 +114,19 @@ def an_edited_export(place):
     (place / "config.json").write_text("edited")
 
 
+def an_export_edited_to_the_same_size(place):
+    export_to(place)
+    (place / "scheduler" / "scheduler_config.json").write_text("[]")
+
+
+def an_export_of_an_earlier_version(place):
+    """Its list has sizes alone."""
+    export_to(place)
+    found = json.loads((place / MARKER).read_text())
+    found["files"] = {name: entry["bytes"] for name, entry in found["files"].items()}
+    (place / MARKER).write_text(json.dumps(found))
+
+
 def an_export_with_a_damaged_list(place):
     export_to(place)
     (place / MARKER).write_text('{"files": ["config.json"')
@@ -160,6 +174,8 @@ FOREIGN = {
     an_export_with_a_link_for_a_folder: "scheduler was not written by an export",
     an_export_with_a_folder_for_a_file: "config.json is not as it was exported",
     an_edited_export: "config.json is not as it was exported",
+    an_export_edited_to_the_same_size: "scheduler/scheduler_config.json is not as it was exported",
+    an_export_of_an_earlier_version: "has no digests, so that an edit would be lost (earlier versions left none); move it away",
     an_export_with_a_damaged_list: f"{MARKER} is damaged",
     an_export_with_another_list: f"{MARKER} is damaged",
     an_export_without_a_list: "earlier versions left none",
@@ -235,7 +251,28 @@ def test_an_export_is_replaced_as_a_whole(tmp_path):
     with whole_folder(target) as fresh:
         (fresh / "model.safetensors").write_bytes(b"12")
     assert set(everything(tmp_path)) == {"out", f"out/{MARKER}", "out/model.safetensors"}
-    assert json.loads((target / MARKER).read_text())["files"]["model.safetensors"] == 2
+    digest = hashlib.blake2b(b"12").hexdigest()
+    assert json.loads((target / MARKER).read_text())["files"]["model.safetensors"] == {"bytes": 2, "blake2b": digest}
+
+
+def test_a_large_file_is_known_by_the_time_of_its_last_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "LARGE", 3)
+    for text in ("1234", "5678"):
+        export_to(tmp_path / "out", text)
+    file = tmp_path / "out" / "config.json"
+    then = file.stat().st_mtime_ns
+    file.write_text("edit")
+    os.utime(file, ns=(then, then + 1000))
+    with pytest.raises(Refused, match=r"config\.json is not as it was exported"):
+        export_to(tmp_path / "out")
+    assert file.read_text() == "edit"
+
+
+def test_a_finished_export_of_an_earlier_version_that_was_left_beside_stays(tmp_path):
+    left = tmp_path / ".out.new-0123abcd"
+    an_export_of_an_earlier_version(left)
+    export_to(tmp_path / "out")
+    assert (left / "config.json").is_file() and (tmp_path / "out" / MARKER).is_file()
 
 
 def test_folders_inside_are_part_of_the_whole(tmp_path):
