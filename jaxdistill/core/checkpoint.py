@@ -1,7 +1,8 @@
 """Checkpoints through orbax: asynchronous, whole or not at all, and a damaged one is set aside.
 
 Beside the arrays each holds a checksum of every one of them, and one of its own record, so that a changed bit is noticed too.
-What is not known to be damage (a read error, a lack of memory or of permission) is raised, and nothing is moved.
+What is not known to be damage (a read error, a lack of memory or of permission) is raised, and nothing is moved. What looks
+like damage is read once more first: a file that a network's disk did not find may be there the next moment.
 """
 
 from __future__ import annotations
@@ -158,6 +159,19 @@ def _judge(error: Exception, folder: Path, advice: str) -> None:
     raise Refused(f"{folder}: cannot be read ({_brief(error)}); {advice}") from error
 
 
+def _sound(read: Callable[[], Any], folder: Path, advice: str) -> Any:
+    """What `read` returns. Raises _Damaged where two reads in a row failed on damaged files; else as `_judge` does."""
+    try:
+        return read()
+    except Exception as error:
+        _judge(error, folder, advice)
+    try:
+        return read()
+    except Exception as error:
+        _judge(error, folder, advice)
+        raise _Damaged(_brief(error)) from error
+
+
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Raises the machine's faults (a full disk) as an OSError of one line that names `folder`."""
@@ -252,10 +266,10 @@ class Checkpoints:
     def _read(self, step: int, check: Callable[..., Any], **items) -> Any:
         """What `check` makes of a checkpoint's folder and its items; None where they are damaged, after it was set aside."""
         folder = self.folder / f"step_{step}"
+        read = lambda: check(folder, self._manager.restore(step, args=ocp.args.Composite(**items)))
         try:
-            return check(folder, self._manager.restore(step, args=ocp.args.Composite(**items)))
-        except Exception as error:
-            _judge(error, folder, "it may be damaged; to go on from the one before, move it away")
+            return _sound(read, folder, "it may be damaged; to go on from the one before, move it away")
+        except _Damaged as error:
             self._set_aside(step, error)
             return None
 

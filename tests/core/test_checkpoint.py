@@ -148,6 +148,28 @@ def test_a_fault_of_the_machine_moves_nothing(two, monkeypatch, fault, part, rai
     assert restored(two) == (10, False)
 
 
+PASSING = [  # what looks like damage
+    FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    ValueError("DATA_LOSS: Error reading x"),
+    ValueError("Error decoding x"),
+]
+
+
+@pytest.mark.parametrize("part", ["host", "state"])
+@pytest.mark.parametrize("fault", PASSING, ids=["missing", "lost", "undecoded"])
+def test_what_is_found_when_read_again_is_sound(two, monkeypatch, fault, part):
+    real, faults = ocp.CheckpointManager.restore, [fault]
+
+    def restore(self, step, args=None):
+        if part in dict(args) and faults:
+            raise faults.pop()
+        return real(self, step, args=args)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    assert restored(two) == (10, False)
+    assert not faults and not (two.parent / "damaged").exists()
+
+
 def test_missing_files_are_damage_only_where_the_others_can_be_read(two, monkeypatch):
     """orbax says "not found" of what it has no permission to look at."""
     (two / "step_10/host/metadata").unlink()
