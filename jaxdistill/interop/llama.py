@@ -103,16 +103,31 @@ def write_ids(cfg: LM) -> dict[str, Any]:
 
 
 def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files."""
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files.
+
+    Raises Refused for another `rope_type`, and where both stand and differ: versions of transformers obey one or the other.
+    """
+    stated = [_rope(config, key, where) for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    rope = stated[-1] if stated else _rope(config, "rope_scaling", where)
+    if stated and stated[0] != rope:
+        key = next(key for key in sorted(stated[0] | rope) if stated[0].get(key) != rope.get(key))
+        values = (shown(repr(values.get(key))) for values in (stated[0], rope))
+        raise Refused(f"{where}: rope_scaling and rope_parameters differ ({key}={' and '.join(values)}), expected one of them")
+    if rope["rope_type"] == "default":
         return {"rope_theta": rope["rope_theta"]}
-    if kind != "llama3":
-        raise Refused(f"{where}: rope_type={shown(repr(kind))} is not supported, expected 'default' or 'llama3'")
     names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
              "rope_original": "original_max_position_embeddings"}  # fmt: skip
     return {"rope_theta": rope["rope_theta"], **sizes(rope, names, where)}
+
+
+def _rope(config: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
+    """All that config.json says of rotary positions, were `key` the only object on them."""
+    given = config.get(key) or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise Refused(f"{where}: rope_type={shown(repr(kind))} is not supported, expected 'default' or 'llama3'")
+    rest = {name: value for name, value in given.items() if name != "type"}
+    return {"rope_theta": config.get("rope_theta", 10000.0), **rest, "rope_type": kind}
 
 
 def write(cfg: LM, *, name: str) -> dict[str, dict[str, Any]]:

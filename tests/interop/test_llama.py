@@ -189,6 +189,35 @@ def test_axes_of_positions_are_one_on_text_alone(tmp_path):
     assert interop.describe(tmp_path).rope_theta == 300.0
 
 
+SCALINGS = {
+    "linear": {"type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "llama3": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_two_statements_on_positions_must_agree(family, tmp_path):
+    """transformers 5 obeys `rope_scaling` where config.json has both."""
+    build(family).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config["rope_parameters"]["rope_type"] == "default"
+    for kind, scaling in SCALINGS.items():
+        file.write_text(json.dumps(config | {"rope_scaling": scaling}))
+        said = "rope_scaling and rope_parameters differ" if kind == "llama3" else f"rope_type='{kind}' is not supported"
+        with pytest.raises(Refused, match=said) as found:
+            interop.describe(tmp_path)
+        assert str(found.value).isprintable()
+    file.write_text(json.dumps(config | {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 300.0}}))
+    with pytest.raises(Refused, match=r"differ \(rope_theta=10000.0 and 300.0\)"):
+        interop.describe(tmp_path)
+    both = {"rope_theta": 300.0, "rope_scaling": SCALINGS["llama3"], "rope_parameters": LLAMA3}
+    file.write_text(json.dumps(config | both))
+    read = interop.describe(tmp_path)
+    assert (read.rope_theta, read.rope_factor) == (300.0, 4.0)
+
+
 def test_capped_logits_are_not_made_in_chunks():
     net = make_net(Gemma2(logit_cap=30.0))
     with pytest.raises(Refused, match=r"logits are capped at 30\.0 and cannot be made in chunks; set method.chunk=0"):
