@@ -116,20 +116,33 @@ def _check_config(found: Any, where: str) -> None:
 
 
 def read_report(workdir: Path) -> dict[str, Any]:
-    """The report.json of a finished run. Raises Refused where there is none, or a part of it is missing."""
+    """The report.json of a finished run. Raises Refused where there is none, or a part of it is missing or none that a run writes."""
     file = workdir / "report.json"
     if not file.exists():
         raise Refused(f"{workdir}: no report.json; has that run finished?")
     wanted = {"config": dict, "method": str, "steps": int, "seconds": NUMBER, "models": list, "claim": dict}
     found = check_keys(parse(read_text(file), str(file)), wanted, str(file))
+    _check_range(found["steps"], 1, f"{file}: steps")
+    _check_range(found["seconds"], 0, f"{file}: seconds")
+    check_keys(found["config"], {"method": dict, "seed": int}, f"{file}: config")
+    name = check_keys(found["config"]["method"], {"name": str}, f"{file}: config.method")["name"]
+    if found["method"] != name:
+        raise Refused(f"{file}: method is {_brief(found['method'])}, expected that of its config, {_brief(name)}")
     for i, row in enumerate(found["models"]):
-        check_keys(row, {"name": str, "nfe": (int, float, str)}, f"{file}: models[{i}]")
+        check_keys(row, {"name": str, "nfe": int}, f"{file}: models[{i}]")
+        _check_range(row["nfe"], 1, f"{file}: models[{i}]: nfe")
         check_keys(row, {key: type(value) for key, value in row.items()}, f"{file}: models[{i}]")
     if found["claim"]:
         names = dict.fromkeys(("metric", "model", "against", "better"), str)
         values = dict.fromkeys(("value", "baseline", "bound"), NUMBER)
         check_keys(found["claim"], names | values | {"holds": bool}, f"{file}: claim")
     return found
+
+
+def _check_range(value: float, least: int, where: str) -> None:
+    """Raises Refused, which begins with `where`, where a number is less than `least` or not finite."""
+    if not least <= value < math.inf:
+        raise Refused(f"{where} is {_brief(value)}, expected {least} or more")
 
 
 def read_lines(file: Path, *, clock: bool = False) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,14 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a table of Markdown."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    """Cells as a table of Markdown, whatever text they hold."""
+    lines = ([_cell(text) for text in cells] for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """Text on one line, in which no `|` ends the cell: each has a backslash, and those before it are doubled."""
+    return re.sub(r"(\\*)\|", r"\1\1\\|", " ".join(text.splitlines()))
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,9 +11,8 @@ from jaxdistill.core.types import Refused
 
 CONFIG = experiment(method=spec("methods.trajectory.flow_matching:FlowMatching"), data=spec("data.mixtures:Mixture"), roles={})
 CLAIM = dict(metric="fid", model="a@1", against="b@1", value=1.0, baseline=2.0, bound=1.0, better="lower", holds=True)
-REPORT = dict(
-    config=json.loads(CONFIG.to_json()), method="m", steps=3, seconds=1.5, models=[dict(name="student", nfe=1, fid=2.0)], claim=CLAIM
-)
+MODELS = [dict(name="student", nfe=1, fid=2.0)]
+REPORT = dict(config=json.loads(CONFIG.to_json()), method=CONFIG.method.name, steps=3, seconds=1.5, models=MODELS, claim=CLAIM)
 
 
 @pytest.fixture
@@ -67,6 +66,18 @@ def test_a_report_without_a_part_is_refused(workdir, key):
 def test_a_report_with_a_part_of_another_kind_is_refused(workdir, key, value):
     (workdir / "report.json").write_text(json.dumps({**REPORT, key: value}))
     refused(workdir / "report.json", lambda: report.read(workdir), "expected")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("steps", 0), ("seconds", -1.0), ("seconds", float("nan")), ("seconds", float("inf")), ("method", "m"),
+     *(("nfe", nfe) for nfe in ("x", "1", 0, -4, 2.5, True, None, [1]))],
+)  # fmt: skip
+def test_a_report_with_a_value_that_no_run_writes_is_refused(workdir, key, value):
+    changed = {"models": [*REPORT["models"], dict(name="student", nfe=value)]} if key == "nfe" else {key: value}
+    (workdir / "report.json").write_text(json.dumps({**REPORT, **changed}))
+    file = workdir / "report.json"
+    refused(f"{file}: models[1]: nfe" if key == "nfe" else f"{file}: {key}", lambda: report.read(workdir), "expected")
 
 
 @pytest.mark.parametrize("key", json.loads(CONFIG.to_json()))

@@ -4,7 +4,7 @@ import html.parser
 
 from PIL import Image
 
-from jaxdistill.core.report import _html
+from jaxdistill.core.report import _html, markdown_table
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -30,3 +30,8 @@ def test_values_of_configs_are_text():
     whole = "".join(texts)
     assert f"seed {EVIL}" in whole and f"Claim: {EVIL} of {EVIL}" in whole and "bound" not in whole
     assert whole.count("<script>") >= 12  # title, heading, method, seed, claim's six, two cells and a column, caption, config's two
+
+
+def test_cells_of_markdown_are_text():
+    table = markdown_table(["name", "a|b"], [["x | y\n| z", "1\r\n2"], [r"c\|d", "2"]])
+    assert table.split("\n") == ["| name | a\\|b |", "| --- | --- |", r"| x \| y \| z | 1 2 |", r"| c\\\|d | 2 |"]
