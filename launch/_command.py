@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import importlib.util
 import inspect
 import math
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.host import keep_freed_memory
+from jaxdistill.core.host import keep_freed_memory, listen
 from jaxdistill.core.records import local, read_config
 from jaxdistill.core.types import Refused, nearest
 
@@ -45,8 +44,7 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
     from jaxdistill.core.metrics import NonFinite
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until a run has its own: ends as Ctrl-C does
+    listen()
     try:
         command(sys.argv[1:])
     except Refused as error:
@@ -141,7 +139,7 @@ def arguments(argv: Sequence[str], known: Mapping[str, Any]) -> tuple[dict[str, 
     if values.get("config"):
         config = load_config(values["config"])
     elif values.get("workdir") and (local(values["workdir"], "--workdir") / "config.json").exists():
-        config = read_config(Path(values["workdir"])).lock()
+        config = read_config(local(values["workdir"], "--workdir")).lock()
     if overrides and config is None:
         raise Refused("--config.key=value needs --config=FILE")
     for path, value in overrides.items():
@@ -158,9 +156,7 @@ def load_config(name: str) -> ConfigDict:
     path, _, variant = name.partition(":")
     found = [place for place in (Path(path), ROOT / path) if place.is_file()]
     if not found:
-        folder = Path(path).parent
-        folder = folder if folder.is_dir() else Path("configs") if Path("configs").is_dir() else ROOT / "configs"
-        raise Refused(f"--config={path}: no such file{nearest(path, map(str, folder.rglob('*.py')))}")
+        raise Refused(f"--config={path}: no such file{_near(path)}")
     file = found[0]
     for place in (str(ROOT), os.getcwd()):
         if place not in sys.path:
@@ -177,6 +173,15 @@ def load_config(name: str) -> ConfigDict:
     if not isinstance(made, ConfigDict):
         raise Refused(f"--config={path}: get_config() returns {type(made).__name__}, expected core.build.experiment(...)")
     return made
+
+
+def _near(path: str) -> str:
+    """The config whose name is nearest to one that is not there, beside it or among the checkout's."""
+    shown = lambda file: str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
+    beside = Path(path).parent.glob("*.py") if Path(path).parent.is_dir() else ()
+    names = [*map(str, beside), *map(shown, (ROOT / "configs").rglob("[!_]*.py"))]
+    close = difflib.get_close_matches(path, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ", here or in the checkout"
 
 
 @contextlib.contextmanager
@@ -218,8 +223,8 @@ def _read(path: str, text: str, old: Any) -> Any:
         raise Refused(f"--config.{path}={text}: expected true or false")
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        raise Refused(f"--config.{path}={text}: expected {kind.__name__}, as in {old!r}") from None
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise Refused(f"--config.{path}={text[:80]}: expected {kind.__name__}, as in {old!r}") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in (tuple, list):
@@ -238,10 +243,10 @@ def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[Config
     """Config and workdir of a command that cannot do without. Raises Refused."""
     if not values["workdir"]:
         raise Refused("--workdir=DIR is needed")
-    local(values["workdir"], "--workdir")
+    workdir = local(values["workdir"], "--workdir")
     if config is None:
         raise Refused(f"--config=FILE is needed ({values['workdir']} holds no run)")
-    return config, Path(values["workdir"])
+    return config, workdir
 
 
 def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1) -> int:

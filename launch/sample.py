@@ -14,6 +14,7 @@ def sample(argv: list[str]) -> None:
     given = output(values, "out", (".png",))
     import dataclasses
 
+    import jax
     import numpy as np
 
     from jaxdistill.core import loop
@@ -39,6 +40,8 @@ def sample(argv: list[str]) -> None:
         raise Refused(f"--steps=N is needed: the run's own evaluation does not draw from {role}")
     steps = steps or first[role]
     real = trained.experiment.data.evaluation(n)
+    held = len(real["x"])
+    real = jax.tree.map(lambda v: v[np.arange(n) % held], real)  # the held-out conditions, again where they are fewer
     x, _ = evaluation.generate(trained, role, steps, real)
     out = given or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png"
     out.parent.mkdir(parents=True, exist_ok=True)

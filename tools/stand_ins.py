@@ -31,10 +31,11 @@ def write(folder: Path) -> dict[str, Path]:
     arrayrecord.write(folder / "captioned" / "train.arrayrecord", [image] * 2)
     (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)))
     (folder / "text.txt").write_text("To be, or not to be. " * 500)
-    for domain in [f"domain{i}" for i in range(10)]:  # as many as the recipe has
-        (folder / "domains" / domain).mkdir(parents=True)
-        (folder / "domains" / domain / "train.jsonl").write_text((folder / "train.jsonl").read_text())
-        (folder / "domains" / domain / "test.jsonl").write_text((folder / "train.jsonl").read_text())
+    for name, count in (("domains", 2), ("domains10", 10)):  # what a method asks for stands in the name
+        for domain in (folder / name / f"domain{i}" for i in range(count)):
+            domain.mkdir(parents=True)
+            for split in ("train", "test"):
+                (domain / f"{split}.jsonl").write_text((folder / "train.jsonl").read_text())
     told = {"input": "1 + 1", "label": "2", "rationale": "one and one"}
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
     (folder / "svamp").mkdir()
@@ -62,7 +63,9 @@ def write(folder: Path) -> dict[str, Path]:
 def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:
     """`config`, reading the file that stands in for its data, where it reads one."""
     if config.data.name in files:
-        config.data.path = str(files[config.data.name])
+        path = files[config.data.name]
+        asked = path.with_name(f"{path.name}{config.method.get('domains', '')}")
+        config.data.path = str(asked if asked.exists() else path)
     return config
 
 

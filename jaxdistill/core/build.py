@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -134,13 +136,24 @@ def completed(config: Any) -> Any:
     given = {key: completed(value) for key, value in config.items()}
     if not isinstance(given.get("name"), str):
         return given
-    try:
-        cls = resolve(given["name"])
-    except Refused:
+    cls = _known(given["name"])
+    if not dataclasses.is_dataclass(cls):
         return given
     fresh = {f.name: f.default for f in dataclasses.fields(cls) if f.init and f.name not in given}
     known = {name: value for name, value in fresh.items() if value is not dataclasses.MISSING}
     return {**given, **{name: _jsonable(_plain(value)) for name, value in known.items()}}
+
+
+def _known(name: str) -> Any:
+    """The class of a config without importing anything but the library; None where that does not have it."""
+    file, _, cls = name.partition(":")
+    loaded = sys.modules.get(file)
+    if loaded is not None:
+        return getattr(loaded, cls, None)
+    try:
+        return resolve(name) if importlib.util.find_spec(f"jaxdistill.{file}") else None
+    except (Refused, ImportError, ValueError):
+        return None
 
 
 def _jsonable(value: Any) -> Any:

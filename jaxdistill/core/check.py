@@ -154,11 +154,19 @@ def _check_calls(experiment: Experiment) -> None:
         t = jax.ShapeDtypeStruct(batch["x"].shape[:1], jnp.float32)
         with _fitting(f"{where} ({_name(net)}) does not take {experiment.where}.data ({_shapes(batch)})"):
             pred = jax.eval_shape(_one(net).apply, _one(net).shapes, batch["x"], t, batch.get("cond"))
+        _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
         if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
             raise Refused(
                 f"{where} ({_name(net)}) answers {list(pred.x0.shape)} to {experiment.where}.data.x "
                 f"{list(batch['x'].shape)}, expected the same shape"
             )
+
+
+def _check_size(where: str, net: Net, config: str, grid: tuple[int, ...]) -> None:
+    """A network of square samples is for those of the data: others would be taken, with positions in between."""
+    size = getattr(net.config, "size", None)
+    if isinstance(size, int) and len(grid) >= 2 and size not in grid[-2:]:
+        raise Refused(f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))}, expected {max(grid[-2:])}")
 
 
 def _check_programs(experiment: Experiment) -> None:
@@ -229,8 +237,8 @@ def _fitting(what: str) -> Iterator[None]:
     """Turns what a trace says of parts that do not fit into a refusal that begins with `what`."""
     try:
         yield
-    except Refused:
-        raise
+    except Refused as error:
+        raise error if str(error).startswith("config.") else Refused(f"{what}: {error}") from error
     except MISFITS as error:
         raise Refused(f"{what}: {_reason(error)}") from error
 

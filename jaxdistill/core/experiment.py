@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,8 @@ class Claim:
     better: Literal["lower", "higher"]
     ratio: Positive
 
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a run inside another, which is a folder's
 
 MISFITS = (  # what arithmetic and lookups raise of parts that do not go together; not what a machine raises
     ArithmeticError,
@@ -215,7 +218,7 @@ class Experiment:
 
     def unknown(self, role: str, source: str) -> Refused:
         """The refusal of a source that is no role, run or folder."""
-        names = [*self.roles, *(f"@{name}" for name in self.inner)]
+        names = [*(name for name in self.roles if name != role), *(f"@{name}" for name in self.inner)]
         near = nearest(source, names) if difflib.get_close_matches(source, names, 1) else ""
         return Refused(f"{self._of(role)}.init={shown(source)}: no such role, run or folder{near}")
 
@@ -237,6 +240,8 @@ class Experiment:
         runs, made = self._group("runs"), {}
         for name, config in runs.items():
             where = f"{self.where}.runs.{name}"
+            if not NAME.fullmatch(name) or name in records.RESERVED:
+                raise Refused(f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that no run uses itself")
             if not isinstance(config, ConfigDict):
                 raise Refused(f"{where}={shown(config)}: expected a config")
             made[name] = Experiment(config, self.workdir / name, self.devices, where)

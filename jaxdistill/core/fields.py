@@ -77,8 +77,7 @@ def _with_sign(hint: Any, default: Any) -> Any:
 def problem(cls: type, field: str, value: Any) -> str:
     """ "expected ..." where `value` does not fit the field's annotation; "" where it does."""
     given = cls.__dataclass_fields__[field]
-    same = type(value) is type(given.default) and type(value) in (float, tuple) and value == given.default
-    if value is given.default or same:
+    if value is given.default or (isinstance(value, (float, tuple)) and repr(value) == repr(given.default)):
         return ""  # what the class itself says, such as inf for "no limit"
     return _problem(hints(cls)[field], value)
 

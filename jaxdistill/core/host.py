@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,27 @@ def keep_freed_memory() -> bool:
         return False
     wanted = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
     return all(mallopt(option, value) for option, value in wanted.items())
+
+
+_HEARD: list[signal.Signals] = []
+
+
+def listen() -> None:
+    """Makes SIGTERM and Ctrl-C interrupt the process, and remembers them: code that is not ours may swallow the interrupt."""
+    _HEARD.clear()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _HEARD.append(signal.Signals(number))
+    raise KeyboardInterrupt
+
+
+def heard() -> signal.Signals | None:
+    """The first signal since `listen`; None where there was none."""
+    return _HEARD[0] if _HEARD else None
 
 
 def check_writable(folder: Path) -> None:

@@ -23,7 +23,7 @@ from jaxdistill.core import chips, metrics, records, report, sharding
 from jaxdistill.core.check import check
 from jaxdistill.core.checkpoint import Checkpoints, load_params, save_params, write_json
 from jaxdistill.core.experiment import Experiment, Trained
-from jaxdistill.core.host import alone, check_writable
+from jaxdistill.core.host import alone, check_writable, heard
 from jaxdistill.core.programs import Programs, abstract_programs, make_programs
 from jaxdistill.core.step import bind, frozen_weights
 from jaxdistill.core.types import Ctx, Refused, Stage, State
@@ -180,6 +180,9 @@ def _signals():
 
     caught = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)  # among several, JAX hears SIGTERM
     before = {s: signal.signal(s, handle) for s in caught} if main else {}
+    if (early := heard()) is not None:  # before there was a run to stop
+        stop.reason = early
+        stop.set()
     try:
         yield stop
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxdistill.core.build import Run, completed
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Refused, one_line
 
 FREE = (
     "log_every",
@@ -29,20 +30,30 @@ FREE = (
     "wandb",
     "mesh",
 )  # a run may go on with others
+RESERVED = ("stages", "checkpoints", "samples", "tensorboard", "data", "damaged", "export")  # folders of a run's own
 JUDGED = ("evaluation", "claim")  # what `launch.evaluate` may give other values
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
 NUMBER = (int, float)
 
 
 def local(place: str | Path, what: str) -> Path:
-    """`place` as a path of this machine. Raises Refused where it is the address of an object store or anything else with a scheme.
+    """`place` as a path of this machine, `~` read as the user's folder.
+
+    Raises Refused where it is the address of an object store, or anything else with a scheme.
 
     `what` is the argument or the key of the config that gave it, for the message.
     """
+    if "\0" in str(place):
+        raise Refused(f"{what}={place}: expected a path, without a zero byte")
+    if str(place).startswith("~") and os.path.expanduser(place) == str(place):
+        raise Refused(f"{what}={place}: no such user")
     if found := SCHEME.match(str(place)):
         raise Refused(f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine (mount the bucket, with gcsfuse "
                       "or Mountpoint for S3, and give the folder)")  # fmt: skip
-    return Path(place)
+    try:
+        return Path(os.path.expanduser(place))
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"{what}={place}: {one_line(error)}") from error
 
 
 def read_text(file: Path) -> str:

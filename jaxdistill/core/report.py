@@ -203,7 +203,7 @@ def _html(result, pictures, curves: bytes) -> str:
 <h1>{say(method.split(":")[-1])}</h1>
 <p>{say(method)}, {result["steps"]:,} steps, {result["seconds"]:,.0f} s, seed {seed}</p>
 <table><tr>{head}</tr>{body}</table>{sentence}
-<h2>Samples</h2>{figures}
+{f"<h2>Samples</h2>{figures}" if figures else ""}
 <h2>Losses</h2><img class="wide" src="{data(curves)}" alt="losses">
 <details><summary>Config</summary><pre>{say(json.dumps(result["config"], indent=1))}</pre></details></html>
 """

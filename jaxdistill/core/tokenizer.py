@@ -13,7 +13,8 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer of `transformers` in a folder; `options` are those of its `from_pretrained`.
 
     From local files alone, and without running code that comes with them: a folder with code of its own is refused
-    before transformers sees it, so that nobody is asked. Raises Refused there, and where the folder holds no tokenizer
+    before transformers sees it, so that nobody is asked. Sampling of tokens (BPE dropout, of Unigram the ways to cut a
+    text) is off: the same text always has the same tokens. Raises Refused there, and where the folder holds no tokenizer
     or a damaged one.
     """
     if not folder.is_dir():
@@ -23,11 +24,16 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
     from transformers import AutoTokenizer  # takes seconds; most runs do without
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers' Rust raises bare Exceptions on damage, and panics outside of Exception
         raise Refused(f"tokenizer={folder}: not a tokenizer folder ({one_line(error)})") from error
+    model = getattr(getattr(found, "backend_tokenizer", None), "model", None)
+    for name in ("dropout", "alpha", "nbest_size"):  # of BPE, of Unigram
+        if getattr(model, name, None):
+            setattr(model, name, None)
+    return found
 
 
 def _check_code(file: Path) -> None:

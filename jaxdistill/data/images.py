@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import struct
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 from absl import logging
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from jaxdistill.core.types import Refused, lookup, one_line
+from jaxdistill.core.types import Refused, lookup, one_line, printable
 from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
 
 COLUMNS = ("image", "img")  # what Hugging Face sets call their pictures
@@ -26,6 +28,13 @@ SUFFIXES = (
     *(".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 UNREAD = (".heic", ".heif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr")  # nor by PIL
+DOCUMENTS = (".pdf", ".ps", ".h5", ".hdf")  # PIL's too, but about a data set where they lie beside its class folders
+SPLITS = ("test", "testing", "val", "valid", "validation", "dev", "eval")  # what held-out folders are called elsewhere
+CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
+ADAM7 = (  # first column and row, and the steps between them, of each pass of an interlaced PNG
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
 BYTES = 1 << 28  # of an encoded image
 PIXELS = 1 << 27  # of an image; three copies of four bytes each while it is decoded
 LABELS = (1 << 31) - 2  # the last label, so that the number of classes is an int32
@@ -89,6 +98,8 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         check_pixels(image, data, name)
         image.load()
+        if image.format == "PNG":
+            check_rows(data, name)
         turn = TURNS.get(orientation(image))  # after loading: PIL turns TIFF itself
         image = flat(image)
     except (Refused, MemoryError):
@@ -111,6 +122,40 @@ def check_pixels(image: Image.Image, data: bytes, name: str) -> None:
     depth = bits(image, data)
     if image.mode.startswith(("I", "F")) or depth > 8:  # of 16 bits of colour PIL drops 8 without a word
         raise Refused(f"{name}: pixels of mode {image.mode}, expected 8 bits a channel, found {depth}")
+
+
+def check_rows(data: bytes, name: str) -> None:
+    """Raises Refused where a PNG that PIL has read holds less than the rows of its header: PIL leaves the rest black."""
+    width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    expected = 0
+    for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        columns = -(-(width - left) // across)
+        rows = -(-(height - top) // down)
+        if columns > 0 and rows > 0:
+            expected += rows * (1 + -(-columns * depth * CHANNELS[colours] // 8))  # a byte names each row's filter
+    found = 0
+    stream = zlib.decompressobj()
+    for piece in _png_data(data):
+        try:
+            found += len(stream.decompress(piece))
+        except zlib.error:  # past what PIL needed
+            break
+        if found >= expected:
+            return
+    found += len(stream.flush())
+    if found < expected:
+        raise Refused(f"{name}: truncated image, {found:,} bytes of pixels, expected {expected:,}")
+
+
+def _png_data(data: bytes, size: int = 1 << 16) -> Iterator[bytes]:
+    """What the IDAT chunks of a PNG hold, in pieces of up to `size` bytes, so that each inflates to little."""
+    at = 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4])
+        if data[at + 4 : at + 8] == b"IDAT":
+            for start in range(at + 8, at + 8 + length, size):
+                yield data[start : min(start + size, at + 8 + length)]
+        at += 12 + length
 
 
 def bits(image: Image.Image, data: bytes) -> int:
@@ -228,7 +273,7 @@ class Shard(Sequence):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFolder(Images):
     """Images in path/train/CLASS/ and path/test/CLASS/, or in path/CLASS/ alone; classes in the order of their names. Every
-    image is read, or one that cannot be is refused: see `_listed`.
+    image is read, or one that cannot be is refused: see `_listed` and `_check_beside`.
 
     Without a test folder a share is held out by a hash of each image's name, so that new images move no old ones.
     """
@@ -247,9 +292,10 @@ class ImageFolder(Images):
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The classes, by label."""
-        names = _folders(self._roots[0])
+        root = self._roots[0]
+        names = _folders(root)
         if not names:
-            raise Refused(f"{self._roots[0]}: expected one folder per class")
+            raise Refused(f"{root}: expected one folder per class")
         return tuple(names)
 
     @functools.cached_property
@@ -258,7 +304,11 @@ class ImageFolder(Images):
         train, test = path / "train", path / "test"
         if test.is_dir() and not train.is_dir():
             raise Refused(f"data.path={self.path}: a test folder, but no train folder")
-        return (train if train.is_dir() else path), (test if test.is_dir() else None)
+        held = test if test.is_dir() else None
+        if not train.is_dir():
+            return path, held
+        _check_beside(path, held)
+        return train, held
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _listed(self, root: Path) -> list[tuple[Path, int]]:
@@ -273,9 +323,7 @@ class ImageFolder(Images):
         for (folder, _), (pictures, _) in zip(folders, found):
             if not pictures:
                 raise Refused(f"{folder}: no images of this class, expected {' '.join(SUFFIXES)}")
-        for file in root.iterdir():
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-                raise Refused(f"{file}: an image in no class folder")
+        _check_loose(root)
         if others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
             logging.warning("%s: %d files are no images and are not read (%s)", root, others.total(), kinds)
@@ -298,22 +346,86 @@ class Files(Sequence):
 
 def _pictures(folder: Path, others: Counter[str]) -> list[Path]:
     """The images of one class, by name. Hidden files are passed over, what is no image is counted in `others`, by suffix;
-    raises Refused on an image that would not be read."""
+    raises Refused on an image that would not be read, or whose name is not UTF-8."""
     out = []
-    for file in sorted(folder.iterdir()):
-        suffix = file.suffix.lower()
-        if file.name.startswith("."):
-            continue
-        if suffix in SUFFIXES:
+    for file in sorted(_seen(folder)):
+        if file.suffix.lower() in SUFFIXES:
+            _check_name(file)
             out.append(file)
         elif file.is_dir():
-            if deep := next((f for f in file.rglob("*") if f.suffix.lower() in (*SUFFIXES, *UNREAD)), None):
-                raise Refused(f"{deep}: an image in a folder inside the class folder {folder.name!r}, expected it in that itself")
-        elif suffix in UNREAD or suffix in Image.registered_extensions() or (not suffix and _opens(file)):
+            for deep in _deep(file):
+                if _pictured(deep):
+                    raise Refused(f"{deep}: an image in a folder inside the class folder {folder.name!r}, expected it in that itself")
+                others[_sort(deep)] += 1
+        elif _pictured(file):
             raise Refused(f"{file}: an image of a kind that is not read, expected {' '.join(SUFFIXES)}")
         else:
-            others[suffix or file.name] += 1
+            others[_sort(file)] += 1
     return out
+
+
+def _pictured(file: Path) -> bool:
+    """Whether a file is an image, of a kind that is read or not."""
+    suffix = file.suffix.lower()
+    if not suffix:
+        return _opens(file)
+    return suffix in SUFFIXES or suffix in UNREAD or suffix in Image.registered_extensions()
+
+
+def _sort(file: Path) -> str:
+    """Under what a file that is no image is counted."""
+    return printable(file.suffix.lower() or file.name)
+
+
+def _seen(folder: Path) -> list[Path]:
+    """What a folder holds, hidden things apart."""
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+
+
+def _deep(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of those inside it, hidden ones apart."""
+    for file in folder.rglob("*"):
+        if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            yield file
+
+
+def _loose(file: Path) -> bool:
+    """Whether a file outside of the class folders is an image."""
+    return file.suffix.lower() not in DOCUMENTS and _pictured(file)
+
+
+def _check_loose(root: Path) -> None:
+    """Raises Refused on an image that lies beside folders, and on a link to a folder that is not there."""
+    for file in _seen(root):
+        if file.is_symlink() and not file.exists():
+            raise Refused(f"{file}: a link to nothing, expected a folder")
+        if not file.is_dir() and _loose(file):
+            raise Refused(f"{file}: an image in no class folder")
+
+
+def _check_beside(path: Path, test: Path | None) -> None:
+    """Raises Refused on images beside the folders "train" and "test" of `path`, and where held-out ones are in a folder of
+    another name than "test". With a test folder, further held-out ones are named in the log."""
+    _check_loose(path)
+    for folder in _seen(path):
+        if not folder.is_dir() or folder.name in ("train", "test"):
+            continue
+        first = next(filter(_loose, _deep(folder)), None)
+        if first is None:
+            continue
+        if folder.name.lower() not in SPLITS:
+            raise Refused(f"{first}: an image beside the train folder, expected it in {path / 'train'}")
+        if test is None:
+            raise Refused(f"{folder}: images beside the train folder that would not be read, expected the name 'test'")
+        logging.warning("%s: its images are not read, those of %s are held out", printable(str(folder)), printable(str(test)))
+
+
+def _check_name(entry: Path) -> None:
+    """Raises Refused where the name of a class or file is not UTF-8."""
+    try:
+        entry.name.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"{entry.parent}: the name {entry.name!r} is not UTF-8, expected one that is") from error
 
 
 def _opens(file: Path) -> bool:
@@ -328,7 +440,11 @@ def _opens(file: Path) -> bool:
 
 
 def _folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """Names of the class folders. Raises Refused on one that is not UTF-8."""
+    folders = [entry for entry in _seen(root) if entry.is_dir()]
+    for folder in folders:
+        _check_name(folder)
+    return sorted(folder.name for folder in folders)
 
 
 def _unit_hash(file: Path) -> float:

@@ -58,7 +58,8 @@ class StoredTokenizer:
     """A tokenizer folder of `transformers`, read without network and without code of its own. Where it has no pad token,
     eos pads.
 
-    Raises Refused where the folder holds no tokenizer, or one without an end-of-text token.
+    Raises Refused where the folder holds no tokenizer, or one without an end-of-text token or that begins every text with
+    several tokens.
     """
 
     def __init__(self, folder: Path):
@@ -68,19 +69,23 @@ class StoredTokenizer:
         self.folder = folder
         self.vocab, self.eos = 1 + max(self.inner.get_vocab().values()), self.inner.eos_token_id  # ids may leave gaps
         self.pad = self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
-        self.bos = self.inner.bos_token_id if self._begins() else None
+        begin = self._begin()
+        if len(begin) > 1:
+            names = " ".join(map(str, self.inner.convert_ids_to_tokens(begin)))
+            raise Refused(f"tokenizer={folder}: begins every text with {len(begin)} tokens ({one_line(names)}), expected one or none")
+        self.bos = begin[0] if begin else None
 
-    def _begins(self) -> bool:
-        """Whether texts begin with the begin token: seen on the first text that has a token of its own before it."""
-        bos, pieces = self.inner.bos_token_id, itertools.islice(self.inner.get_vocab(), 1000)
-        for text in ("a", *pieces) if bos is not None else ():
+    def _begin(self) -> list[int]:
+        """The ids that texts begin with: seen on the first text whose own tokens are in one place among them."""
+        for text in ("a", *itertools.islice(self.inner.get_vocab(), 1000)):
             try:
                 alone, whole = (self.inner(text, add_special_tokens=special)["input_ids"] for special in (False, True))
             except Exception:  # the tokenizers library has no class of its own for a text without known tokens
                 continue
-            if alone and alone[0] != bos:
-                return whole[0] == bos
-        return False
+            places = [i for i in range(len(whole)) if alone and whole[i : i + len(alone)] == alone]
+            if len(places) == 1:
+                return whole[: places[0]]
+        return []
 
     def encode(self, text):
         """Raises Refused where the tokenizer has no token for a part of the text, not even an unknown one."""
@@ -120,26 +125,44 @@ class StoredTokenizer:
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
         """Of every id: byte-level pieces have a letter for each byte; SentencePiece's have "\u2581" for a blank and "<0x0A>" for
-        single bytes; added tokens are the text itself."""
+        single bytes; added tokens are the text itself; marks of where words go on or end are no text."""
         pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
-        added, special = self.inner.added_tokens_decoder, set(self.inner.all_special_ids)
+        added, special = self.inner.added_tokens_decoder, self._special
         by_letter = "ByteLevel" in self.inner.backend_tokenizer.to_str()
-        size = lambda piece: len(piece) if by_letter else len(piece.replace("\u2581", " ").encode())
+        letters = lambda piece: len(piece) if by_letter else len(piece.replace("\u2581", " ").encode())
+        size = lambda piece: letters(self._unmarked(piece))
         count = lambda i, piece: 0 if i in special or piece is None else len(piece.encode()) if i in added else size(piece)
         single = re.compile("<0x[0-9A-F]{2}>")
         return np.int32([1 if piece and not by_letter and single.fullmatch(piece) else count(i, piece) for i, piece in enumerate(pieces)])
+
+    @property
+    def _special(self) -> set[int]:
+        return {*self.inner.all_special_ids, *([] if self.bos is None else [self.bos])}
+
+    @functools.cached_property
+    def _marks(self) -> tuple[str, str]:
+        """What the vocabulary writes before pieces that go on with a word ("##"), and after those that end one ("</w>")."""
+        model = getattr(getattr(self.inner, "backend_tokenizer", None), "model", None)
+        return tuple(getattr(model, name, None) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+
+    def _unmarked(self, piece: str) -> str:
+        """A piece without these marks; one that is nothing else is the text itself."""
+        before, after = self._marks
+        return piece.removeprefix(before).removesuffix(after) or piece
 
     def lengths(self, tokens):
         return self._bytes[np.asarray(tokens)]
 
     def texts(self):
-        special, by_letter = set(self.inner.all_special_ids), "ByteLevel" in self.inner.backend_tokenizer.to_str()
+        special, by_letter = self._special, "ByteLevel" in self.inner.backend_tokenizer.to_str()
         if by_letter:
             found = self.inner.batch_decode([[i] for i in range(self.vocab)], clean_up_tokenization_spaces=False)
         else:
             pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
             single = lambda piece: chr(int(piece[3:5], 16)) if int(piece[3:5], 16) < 128 else "\ufffd"
             found = [single(p) if re.fullmatch("<0x[0-9A-F]{2}>", p or "") else (p or "\ufffd").replace("\u2581", " ") for p in pieces]
+        added = self.inner.added_tokens_decoder
+        found = [text if i in added else self._unmarked(text) for i, text in enumerate(found)]
         return [None if i in special or "\ufffd" in text else text for i, text in enumerate(found)]
 
 

@@ -16,6 +16,8 @@ from jaxdistill.evals.diversity import pairwise_distance
 from jaxdistill.evals.frechet import frechet_distance
 from jaxdistill.evals.samples import SampleEval
 
+FEWEST = 4  # samples that have three neighbours each
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageEval(SampleEval):
@@ -30,6 +32,11 @@ class ImageEval(SampleEval):
         super().check(data)
         if (shape := np.shape(data.one_sample()["x"])) and len(shape) != 3:
             raise Refused(f"evaluation: ImageEval needs pictures [height width channels], the data has {list(shape)}")
+        if (count := len(data.evaluation(FEWEST)["x"])) < FEWEST or self.samples < FEWEST:
+            raise Refused(
+                f"evaluation: ImageEval compares at least {FEWEST} samples, the data keeps {count} for evaluation and "
+                f"evaluation.samples={self.samples}; expected more of them (data.heldout, or a test folder)"
+            )
         if self.features.endswith(".safetensors"):
             if not Path(self.features).is_file():
                 raise Refused(f"evaluation.features={self.features!r}: no such file")
@@ -43,7 +50,9 @@ class ImageEval(SampleEval):
         fake, true = extract(x), extract(real["x"])
         row = {"frechet": frechet_distance(fake, true)}
         row["precision"], row["recall"] = manifold.precision_recall(true, fake)
-        row["diversity"] = pairwise_distance(fake, labels(real))
+        label = labels(real)
+        if label is None or len(np.unique(label)) < len(label):  # else no two samples are of one label
+            row["diversity"] = pairwise_distance(fake, label)
         if predict is not None:
             row["accuracy"] = float(np.mean(predict(x) == real["cond"]))
         return row

@@ -58,7 +58,7 @@ def _at_the_start(experiment: Any, role: str, seen: tuple[str, ...]) -> Mapping[
         source = "teacher"
     if source in experiment.roles:
         return {} if source in seen else _at_the_start(experiment, source, (*seen, role))
-    if (run := experiment._run(source)) is not None:
+    if (run := experiment.run_at(role, source)) is not None:
         return tokenizer_files(run, "student")
     return stored(Path(source)) if (Path(source) / "config.json").is_file() else {}
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Array, Params
+from jaxdistill.core.types import Array, Params, Refused
 from jaxdistill.models.layers import (
     XAVIER,
     ZEROS,
@@ -47,6 +47,10 @@ class DiT:
     second_time: bool = False  # takes r, for networks that predict an average velocity from r to t
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
+
+    def __post_init__(self):
+        if self.dim % self.heads or self.dim % 4:
+            raise Refused(f"dim={self.dim}: expected a multiple of heads={self.heads}, and of 4 for the positions")
 
     def __call__(self, rngs: nnx.Rngs) -> DiTModule:
         return DiTModule(self, rngs)

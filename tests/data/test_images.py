@@ -155,6 +155,39 @@ def test_sixteen_bits_are_refused(kind):
         decode(sixteen(kind), 8, "a")
 
 
+ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+
+
+def written(pixels: np.ndarray, interlaced: bool, lost: int = 0) -> bytes:
+    """A PNG as the specification has it, its last `lost` bytes of pixels left out before they are deflated."""
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, interlaced)
+    passes = [pixels[top::down, left::across] for top, left, down, across in (ADAM7 if interlaced else ((0, 0, 1, 1),))]
+    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part if row.size)
+    coded = zlib.compress(rows[: len(rows) - lost])
+    parts = [chunk(b"IDAT", coded[i : i + 50]) for i in range(0, len(coded), 50)]
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(parts) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize("shape", [(8, 8), (3, 3), (1, 1), (13, 13)])
+def test_png_with_fewer_rows_than_its_header(shape, interlaced):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    np.testing.assert_array_equal(decode(written(pixels, interlaced), shape[0], ""), unit(pixels))
+    for lost in (1, 1 + 3 * shape[1]):
+        with pytest.raises(Refused, match=r"a: (truncated|damaged) image"):
+            decode(written(pixels, interlaced, lost), 8, "a")
+
+
+def test_png_of_few_bits_is_whole():
+    for mode in ("1", "P", "L", "LA", "RGBA"):
+        assert decode(saved(Image.new(mode, (13, 7)), "PNG"), 7, "").shape == (7, 7, 3)
+    few = Image.new("P", (13, 7))
+    few.putpalette([0, 0, 0, 255, 255, 255])
+    for depth in (1, 2, 4):
+        np.testing.assert_array_equal(decode(saved(few, "PNG", bits=depth), 7, ""), np.full((7, 7, 3), -1, np.float32))
+
+
 def test_of_an_animation_the_first_picture():
     first, second = (Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (40, 200))
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
@@ -350,6 +383,79 @@ def test_no_image_is_passed_over_in_silence(folder, damage, message):
     with pytest.raises(Refused, match=message) as refused:
         ImageFolder(path=str(folder), size=8).check()
     assert "\n" not in str(refused.value)
+
+
+def put(file):
+    """A picture at `file`, in folders that are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(png(pictures(1)[0]))
+
+
+@pytest.mark.parametrize("name", ["x/b.jp2", "x/b.pcx", "x/b", "x/y/b.HEIC"])
+def test_no_image_deeper_in_a_class(folder, name):
+    put(folder / "dog" / name)
+    with pytest.raises(Refused, match=f"dog/{name}: an image in a folder inside the class folder 'dog'"):
+        ImageFolder(path=str(folder), size=8).check()
+
+
+@pytest.mark.parametrize("name", ["b.heic", "b.jp2", "b.pcx", "b"])
+def test_no_image_beside_the_classes(folder, name):
+    put(folder / name)
+    with pytest.raises(Refused, match=f"/{name}: an image in no class folder"):
+        ImageFolder(path=str(folder), size=8).check()
+
+
+def test_a_class_folder_that_is_a_link_to_nothing(folder):
+    (folder / "bird").symlink_to(folder / "gone")
+    with pytest.raises(Refused, match="/bird: a link to nothing, expected a folder"):
+        ImageFolder(path=str(folder), size=8).check()
+
+
+@pytest.fixture
+def split(folder, tmp_path_factory):
+    """The same classes inside "train"; hidden folders, documents and folders without images may lie beside it."""
+    root = tmp_path_factory.mktemp("split")
+    shutil.copytree(folder, root / "train")
+    put(root / ".bird" / "a.png")
+    (root / "notes").mkdir()
+    (root / "notes" / "paper.pdf").write_bytes(b"%PDF-1.4")
+    (root / "README.pdf").write_bytes(b"%PDF-1.4")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bird/a.png", "bird/a.png: an image beside the train folder, expected it in .*train"),
+        ("bird/x/a.jp2", "bird/x/a.jp2: an image beside the train folder"),
+        ("a.png", "a.png: an image in no class folder"),
+        *((f"{n}/dog/a.png", f"/{n}: images beside the train folder .* expected the name 'test'") for n in ("Test", "val", "validation")),
+    ],
+)
+def test_no_image_beside_train(split, name, message):
+    assert len(ImageFolder(path=str(split), heldout=0).source("train")) == 40
+    put(split / name)
+    with pytest.raises(Refused, match=message):
+        ImageFolder(path=str(split), size=8).check()
+
+
+def test_a_further_split_is_named(split, caplog):
+    for name in ("test", "val"):
+        put(split / name / "dog" / "a.png")
+    with caplog.at_level("WARNING", logger="absl"):
+        assert len(ImageFolder(path=str(split)).source("test")) == 1
+    assert any("/val: its images are not read" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", [b"dog/\xe9.png", b"\xe9t\xe9/a.png"])
+def test_names_that_are_not_utf8(folder, name):
+    file = folder / os.fsdecode(name)
+    try:
+        put(file)
+    except OSError:
+        pytest.skip("the file system has only UTF-8")
+    with pytest.raises(Refused, match=r"the name '\\udce9.* is not UTF-8"):
+        ImageFolder(path=str(folder), size=8).check()
 
 
 def test_what_is_no_image_is_counted(folder, caplog):

@@ -123,3 +123,46 @@ def test_ids_with_gaps(tmp_path):
     codec = stored(tmp_path, models.WordLevel({"a": 0, "b": 7, "</s>": 9}), eos_token="</s>")
     assert codec.vocab == 10 and codec.encode("b a").tolist() == [7, 0]
     assert codec.lengths(np.int32([0, 7, 9])).tolist() == [1, 1, 0]
+
+
+def test_marks_of_words_are_no_text(tmp_path):
+    from tokenizers import models
+
+    words = stored(tmp_path / "a", models.WordPiece({"a": 0, "##b": 1, "##é": 2, "</s>": 3, "?": 4}, unk_token="?"), eos_token="</s>")
+    assert words.lengths(words.encode("abé")).tolist() == [1, 1, 2]
+    assert words.texts()[:4] == ["a", "b", "é", None]
+    vocab = {"a": 0, "b": 1, "b</w>": 2, "ab</w>": 3, "</s>": 4}
+    pairs = stored(tmp_path / "b", models.BPE(vocab, [("a", "b</w>")], end_of_word_suffix="</w>"), eos_token="</s>")
+    assert pairs.lengths(pairs.encode("ab bb")).tolist() == [2, 1, 1]
+    assert pairs.texts() == ["a", "b", "b", "ab", None]
+
+
+def test_the_same_text_has_the_same_tokens(tmp_path):
+    from tokenizers import models
+
+    codec = stored(tmp_path, models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")], dropout=0.9), eos_token="</s>")
+    for _ in range(5):
+        assert codec.encode("ab" * 20).tolist() == [2] * 20
+
+
+@pytest.mark.parametrize(
+    ("template", "begin"),
+    [("$A <e>", None), ("<e> $A", 2), ("<b> $A <e>", 3), ("<e> <b> $A <e>", "begins every text with 2 tokens (<e> <b>)")],
+)
+def test_what_texts_begin_with(tmp_path, template, begin):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<e>": 2, "<b>": 3}))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<e>", 2), ("<b>", 3)])
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>").save_pretrained(tmp_path)
+    if isinstance(begin, str):
+        with pytest.raises(Refused) as refused:
+            load_tokenizer(str(tmp_path))
+        assert begin in str(refused.value)
+        return
+    codec = load_tokenizer(str(tmp_path))
+    assert codec.bos == begin and codec.encode("a b").tolist() == [0, 1]
+    if begin is not None:
+        assert codec.lengths(np.int32([begin])).tolist() == [0] and codec.texts()[begin] is None

@@ -40,6 +40,12 @@ NET = dict(model=spec("models.dit:DiT", size=4, patch=2, channels=1, dim=16, dep
     param=Velocity(time_scale=1000.0)))  # fmt: skip
 
 
+def reported(rows: list, **config) -> dict:
+    """A report.json as a run leaves it."""
+    given = {"method": {"name": "methods.m:M"}, "seed": 0, **config}
+    return {"config": given, "method": given["method"]["name"], "steps": 1, "seconds": 1.0, "models": rows, "claim": {}}
+
+
 @pytest.mark.parametrize("members", [0, 2])
 def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     role = Role(**NET, init="fresh", bank=members)
@@ -50,7 +56,7 @@ def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     config = experiment(data=spec("data.digits:Digits"), method=method, roles=dict(teacher=Role(**NET), student=role, fake=role))
     built = Experiment(config, tmp_path)
     rows = [{"name": "student", "nfe": 1, "energy": 0.5}]
-    (tmp_path / "report.json").write_text(json.dumps({"models": rows, "steps": 1, "config": {"method": {"name": "m"}, "seed": 0}}))
+    (tmp_path / "report.json").write_text(json.dumps(reported(rows)))
     params = {"student": built.nets["student"].init(jax.random.key(0))}
     export(Trained(built, built.nets, params), tmp_path / "out")
     for k in range(members or 1):
@@ -207,7 +213,7 @@ def test_each_expert_leaves_with_the_scheduler_of_the_whole_chain(tmp_path):
 def exported(config, folder, roles=("student",), nfe=1, **how):
     """The run of a student with random weights, adapters' too, and the cards in `folder`/out, where it is exported to."""
     built = Experiment(config, folder)
-    report = {"models": [{"name": "student", "nfe": nfe}], "steps": 1, "config": {"method": {"name": "m"}, "seed": 0}}
+    report = reported([{"name": "student", "nfe": nfe}])
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report))
     params = {role: built.nets[role].init(jax.random.key(i)) for i, role in enumerate(roles)}
@@ -435,7 +441,7 @@ def test_what_cannot_be_exported_is_refused_before_a_weight_is_read(case, tmp_pa
     method = spec("methods.distribution.diff_instruct:DiffInstruct")
     built = Experiment(experiment(data=data, method=method, roles=dict(teacher=role, student=student, fake=student)), tmp_path)
     if case != "unfinished":
-        (tmp_path / "report.json").write_text("{}")
+        (tmp_path / "report.json").write_text(json.dumps(reported([])))
     (tmp_path / "stages").mkdir()
     target = tmp_path if case == "run" else tmp_path / "out"
     said = {"run": "is a run", "no class": "no PyTorch class", "no adapter": "no adapter", "unfinished": "has that run finished"}
