@@ -104,7 +104,7 @@ class Experiment:
         """A part of the config that holds names and values. Raises Refused where it is missing or none."""
         if name not in self.config:
             raise Refused(f"{self.where}.{name} is missing")
-        part = ConfigDict() if self.config[name] is None else self.config[name]
+        part = self.config[name]
         if not isinstance(part, ConfigDict):
             raise Refused(f"{self.where}.{name}={shown(part)}: expected a group of names and values")
         return part
