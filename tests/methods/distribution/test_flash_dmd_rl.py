@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jaxdistill.core import loop, sharding
 from jaxdistill.core.checkpoint import load_params
@@ -105,7 +106,7 @@ def test_explorations_that_leave_the_chain_are_refused():
 def small(steps=12):
     config = importlib.import_module("configs.toy.flash_dmd_rl").get_config()
     with config.unlocked():
-        config.claim = None
+        config.claim = ConfigDict()
     config.steps, config.runs.start.steps, config.evaluation.samples = steps, 3, 200
     config.tensorboard, config.data.batch_size, config.runs.start.data.batch_size = False, 8, 8
     return config
