@@ -18,6 +18,8 @@ from jaxdistill.core.types import Array, Params, Refused, lookup
 
 SCHEDULES = ("constant", "cosine", "linear")
 LARGEST = float(np.finfo(np.float32).max)
+LARGEST_INT = 2**31 - 1  # updates are counted in int32
+SMALLEST = float(np.finfo(np.float32).tiny)  # what is below becomes 0 on most chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,18 @@ ALGORITHMS = {
 
 def check_range(name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = numbers.Real) -> None:
     """Raises Refused unless `value` is a `kind` (numbers.Real | numbers.Integral) that float32 holds, and `holds` says so."""
-    sound = isinstance(value, kind) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+    most = LARGEST_INT if kind is numbers.Integral else LARGEST
+    sound = isinstance(value, kind) and not isinstance(value, bool) and -most <= value <= most
     if not sound or not holds(value):
         raise Refused(f"{name}={value!r}: expected {expected}")
+    if not holds(in_float32(value)):
+        raise Refused(f"{name}={value!r}: is {in_float32(value):g} in float32, expected {expected}")
+
+
+def in_float32(value: float) -> float:
+    """`value` as arithmetic in float32 sees it: rounded, and 0 where it is below the smallest normal number."""
+    rounded = float(np.float32(value))
+    return rounded if abs(rounded) >= SMALLEST else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -303,3 +303,17 @@ def test_members_of_a_bank_are_clipped_by_their_own_norm():
 
 def test_a_role_that_never_moves_has_no_moments():
     assert not jax.tree.leaves(Optimizer().make(0).init({"a": jnp.ones(3)}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "seen"),
+    [("b2", 0.99999999, "1"), ("eps", 1e-60, "0"), ("lr", 1e-320, "0"), ("b1", 1 - 1e-9, "1")],
+)
+def test_values_that_float32_rounds_out_of_range_are_refused(field, value, seen):
+    with pytest.raises(Refused, match=rf"optimizer\.{field}=.*: is {seen} in float32, expected "):
+        Optimizer(**{field: value})
+
+
+def test_updates_are_counted_in_int32():
+    with pytest.raises(Refused, match=r"optimizer\.warmup=10+: expected 0 or a positive integer"):
+        Optimizer(warmup=10**30)
