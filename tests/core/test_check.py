@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxdistill.core import loop
+from jaxdistill.core import build, loop
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.check import check, rows
 from jaxdistill.core.experiment import Experiment
@@ -180,3 +180,36 @@ def test_a_run_of_before_a_field_came_in_goes_on(tmp_path):
     loop.run(config, tmp_path / "run", progress=False)
     with pytest.raises(Refused, match=r"roles\.student\.optimizer\.eps is 1e-08 there, 1e-06 here"):
         loop.run(changed(config, {"roles.student.optimizer.eps": 1e-6}), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("name", ["stages", "checkpoints", "a/b", "", "x" * 300, "a\nb", "-x"])
+def test_a_run_inside_has_a_plain_name_of_its_own(name, tmp_path):
+    config = json.loads(tiny.get_config().to_json())
+    config["runs"] = {name: json.loads(tiny.get_config().to_json())}
+    with pytest.raises(Refused, match=r"config\.runs has .*: expected a plain name of a folder"):
+        loop.run(ConfigDict(config), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folders_config_imports_nothing_by_being_compared(tmp_path, monkeypatch):
+    """Names of other packages are left alone; the library's own gain their new fields."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert build.completed({"name": "evil:Y", "a": 1}) == {"name": "evil:Y", "a": 1}
+    assert build.completed({"name": "os:system"}) == {"name": "os:system"}
+    assert build.completed({"name": "core.optim:Ema", "rate": 0.5}) == {"name": "core.optim:Ema", "rate": 0.5, "warmup": True}
+
+
+def test_a_network_of_another_size_is_refused(tmp_path):
+    """It would be taken, with positions in between."""
+    role = Role(model=spec("models.dit:DiT", size=4, dim=16, depth=1, heads=2), denoiser=Denoiser())
+    config = experiment(
+        data=spec("data.digits:Digits"), method=spec("methods.trajectory.flow_matching:FlowMatching"), roles={"student": role}
+    )
+    with pytest.raises(Refused, match=r"config\.roles\.student\.model\.size=4: config\.data\.x is 8 x 8, expected 8"):
+        check(Experiment(config, tmp_path))
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(Refused, match=r"dim=30: expected a multiple of heads=4"):
+        spec("models.dit:DiT", dim=30, heads=4)

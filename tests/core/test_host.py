@@ -1,10 +1,15 @@
 """Freed memory is kept: a block that has been used before takes no new pages from the kernel."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+
+from jaxdistill.core import host, loop
 
 SCRIPT = """
 import ctypes, resource, sys
@@ -42,3 +47,22 @@ def pages(*arguments) -> float:
 def test_freed_memory_is_given_again():
     """Blocks of 64 MB, as a step's temporaries: mapped anew each time without (16,384 pages, or 32 huge ones), none with."""
     assert pages("keep") < 1 and pages() >= 32
+
+
+def test_a_signal_that_others_swallow_is_remembered():
+    """A run that begins after it stops at once."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        host.listen()
+        assert host.heard() is None
+        with contextlib.suppress(KeyboardInterrupt):  # as a library's callback does
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        assert host.heard() is signal.SIGTERM
+        with loop._signals() as stop:
+            assert stop.is_set() and stop.reason is signal.SIGTERM
+        host.listen()
+        assert host.heard() is None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

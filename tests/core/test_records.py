@@ -129,3 +129,11 @@ def test_addresses_are_no_folders(place):
 @pytest.mark.parametrize("place", ["runs/x", "/runs/x:1/y", "./a:b", "C:/x", "x"])
 def test_folders_are_folders(place):
     assert str(records.local(place, "--workdir")) == str(place).removeprefix("./")
+
+
+def test_a_path_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert records.local("~/runs/a", "--workdir") == tmp_path / "runs/a"
+    for place in ("~nobody_of_that_name/x", "a\0b"):
+        with pytest.raises(Refused, match="--workdir="):
+            records.local(place, "--workdir")

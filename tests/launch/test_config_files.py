@@ -5,7 +5,7 @@ import re
 import pytest
 
 from jaxdistill.core.types import Refused
-from launch._command import load_config
+from launch._command import load_config, override
 
 MISTAKES = {
     "a name": ("def get_config():\n    return experment()\n", r"c\.py:2: NameError: name 'experment' is not defined"),
@@ -33,3 +33,21 @@ def test_refuses_in_one_line(name, tmp_path):
         load_config(str(tmp_path / "c.py"))
     assert re.search(wanted, str(refusal.value)), str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_is_not_there_names_a_near_one_and_walks_no_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match=r"--config=/nope\.py: no such file"):
+        load_config("/nope.py")
+    with pytest.raises(Refused, match=r"did you mean 'configs/toy/dmd2\.py'"):
+        load_config("configs/toy/dmd22.py")
+
+
+@pytest.mark.parametrize("text", ["-" * 20_000 + "1", "[" * 20_000, "(" * 500])
+def test_a_value_that_cannot_be_parsed_is_refused(text):
+    from jaxdistill.core.build import experiment, spec
+
+    config = experiment(data=spec("data.digits:Digits"), method=spec("methods.trajectory.flow_matching:FlowMatching"), roles={})
+    with pytest.raises(Refused) as refusal:
+        override(config, "steps", text)
+    assert len(str(refusal.value)) < 300
