@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib.util
 import inspect
+import logging
 import math
 import os
 import re
@@ -45,6 +46,7 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     listen()
+    _mute_leftovers()
     try:
         command(sys.argv[1:])
     except Refused as error:
@@ -61,6 +63,19 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
         _end(1, f"failed: out of memory{f' ({error})' if str(error) else ''}; the last good checkpoint is kept")
     except KeyboardInterrupt:
         _end(STOPPED, "interrupted; nothing saved since the last checkpoint, run again to go on")
+
+
+def _mute_leftovers() -> None:
+    """Keeps off stderr what orbax and tensorstore leave of reads and writes that waited for one that failed."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        text = f"{found.object!r} {found.exc_value!r}"
+        if not any(name in text for name in ("Event loop is closed", "_read_array", "async_serialize")):
+            usual(found)
+
+    sys.unraisablehook = hook
 
 
 def _end(code: int, line: str) -> None:
