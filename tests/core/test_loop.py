@@ -424,7 +424,7 @@ def test_a_disk_that_is_really_full(small_disk):
     said = [line for line in message.splitlines() if line.startswith("failed: ")]
     assert process.returncode == 1, message
     assert said == [f"failed: {small_disk}/run/checkpoints: cannot be written (No space left on device); the last good checkpoint is kept"]
-    assert "jaxdistill/core/" not in message  # no traceback of ours; what orbax's other writes say when it ends is not ours to time
+    assert "Traceback" not in message
     assert sorted(p.name for p in (small_disk / "run/checkpoints").glob("step_*") if p.name[5:].isdigit())[-1:]
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
     loop.run(config(steps=40), small_disk / "run", progress=False)
