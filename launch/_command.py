@@ -19,9 +19,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.host import keep_freed_memory, listen
-from jaxdistill.core.records import local, read_config
 from jaxdistill.core.types import Refused, nearest
+from jaxdistill.run.host import keep_freed_memory, listen
+from jaxdistill.run.records import local, read_config
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with work left, run it again
@@ -41,8 +41,8 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
         print((usage or command.__globals__["__doc__"]).strip())
         return
     keep_freed_memory()
-    from jaxdistill.core.loop import Stopped
-    from jaxdistill.core.metrics import NonFinite
+    from jaxdistill.run.loop import Stopped
+    from jaxdistill.run.metrics import NonFinite
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     listen()

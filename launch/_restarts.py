@@ -56,8 +56,8 @@ def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None
     join()
     import jax
 
-    from jaxdistill.core.checkpoint import write_json
-    from jaxdistill.core.loop import Stopped
+    from jaxdistill.run.checkpoint import write_json
+    from jaxdistill.run.loop import Stopped
 
     if workdir.is_dir():
         write_json(workdir / FILE, {"progress": progress(workdir), "count": count + 1})

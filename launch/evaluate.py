@@ -9,7 +9,7 @@ from launch._command import arguments, main, needed
 def evaluate(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": ""})
     config, workdir = needed(values, config)
-    from jaxdistill.core import loop, report
+    from jaxdistill.run import loop, report
 
     result = loop.evaluate(workdir, config)
     print(report.summary(result, workdir))

@@ -6,16 +6,16 @@ The folder takes the place of an earlier export, and of nothing else. With --ada
 leaves as an adapter for `peft` or diffusers, not folded into its base.
 """
 
-from jaxdistill.core.records import local
+from jaxdistill.run.records import local
 from launch._command import arguments, main, needed
 
 
 def export(argv: list[str]) -> None:
     values, config = arguments(argv, {"config": "", "workdir": "", "out": "", "adapter": False})
     config, workdir = needed(values, config)
-    from jaxdistill.core import loop, report
-    from jaxdistill.core.experiment import Experiment
-    from jaxdistill.interop import export as to_folder
+    from jaxdistill.run import export as to_folder
+    from jaxdistill.run import loop, report
+    from jaxdistill.run.experiment import Experiment
 
     out = local(values["out"] or workdir / "export", "--out").expanduser()
     to_folder.check(Experiment(config, workdir), out, adapter=values["adapter"])

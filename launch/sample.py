@@ -17,8 +17,8 @@ def sample(argv: list[str]) -> None:
     import jax
     import numpy as np
 
-    from jaxdistill.core import loop
     from jaxdistill.core.net import paths
+    from jaxdistill.run import loop
 
     trained = loop.load(workdir, config)
     evaluation, role = trained.experiment.evaluation, values["role"]

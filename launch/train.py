@@ -17,7 +17,7 @@ def train(argv: list[str]) -> None:
     with bounded(workdir, whole(values, "restarts", 0), lambda: join(values["distributed"])):
         import jax
 
-        from jaxdistill.core import loop, report
+        from jaxdistill.run import loop, report
 
         result = loop.run(config, workdir, dry_run=values["dry_run"])
         if not values["dry_run"] and jax.process_index() == 0:

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from jaxdistill import interop
-from jaxdistill.core import loop
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Refused
 from jaxdistill.data import arrayrecord
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.run import loop
 from launch import _command, evaluate, export, sample, train
 
 ROOT = Path(__file__).parents[1]
@@ -316,7 +316,7 @@ def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys
         write(tmp_path / "data")
     data = spec(f"data.{name}", batch_size=4, path=str(tmp_path / "data"), **fields)
     channels, classes = (3, 3) if name.split(":")[0] in ("images", "arrayrecord", "synthetic") else (1, 3 if write else 10)
-    model = spec("models.dit:DiT", size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes)
+    model = spec("models.denoisers.dit:DiT", size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes)
     saved = through(tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels")
     assert saved["x"].shape == (6, 8, 8, channels) and saved["cond"].shape == (6,)
     assert run_the_card(tmp_path / "run").shape == (classes, channels, 8, 8)
@@ -333,7 +333,16 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
         for split in ("train", "test"):
             arrayrecord.write(tmp_path / f"{split}.arrayrecord", (one() for _ in range(6)))
     model = spec(
-        "models.unet:UNet", size=6, channels=3, widths=(8, 8), layers=1, depths=(1, 0), mid_depth=1, heads=(2, 2), text_dim=6, groups=4
+        "models.denoisers.unet:UNet",
+        size=6,
+        channels=3,
+        widths=(8, 8),
+        layers=1,
+        depths=(1, 0),
+        mid_depth=1,
+        heads=(2, 2),
+        text_dim=6,
+        groups=4,
     )
     data = spec(f"data.{name.split(' ')[0]}", batch_size=4, **fields)
     saved = through(tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels")
@@ -343,7 +352,7 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", POINTS)
 def test_points_do_too_as_far_as_pytorch_has_a_class(name, tmp_path, capsys):
-    model = spec("models.mlp:MLP", dim=2, width=8, depth=1, classes=8)
+    model = spec("models.denoisers.mlp:MLP", dim=2, width=8, depth=1, classes=8)
     data = spec(f"data.{name}", batch_size=4)
     saved = through(tmp_path / "run", data, model, capsys, name="evals.points:PointEval")
     assert saved["x"].shape == (6, 2) and saved["cond"].shape == (6,)

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.core import build, loop, plan, sharding
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import build, sharding
 from jaxdistill.core.types import Refused
+from jaxdistill.run import loop, plan
+from jaxdistill.run.experiment import Experiment
 from tools import recipes
 from tools.stand_ins import load, write
 

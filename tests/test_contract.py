@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.core import build, loop, sharding
-from jaxdistill.core.checkpoint import Checkpoints
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import build, sharding
 from jaxdistill.core.step import bound
 from jaxdistill.core.types import Method
+from jaxdistill.run import loop
+from jaxdistill.run.checkpoint import Checkpoints
+from jaxdistill.run.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))

@@ -14,9 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from jaxdistill.core import build
-from jaxdistill.core.check import check, check_values
-from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
+from jaxdistill.run.check import check, check_values
+from jaxdistill.run.experiment import Experiment
 from tools.stand_ins import load, write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,7 +25,7 @@ VALUES = [
     -1, 0, -0.5, 1e30, float("nan"), float("inf"), "", "ghost", "no.such:Class", "no\nsuch", [], [1, 2, 3], ["a"], None, True, {},
     {"a": 1}, 10**12, 2.5, "1", [-1.0], -(10**9), [[1]], "@ghost", "../..", "x" * 300,
 ]  # fmt: skip
-U_NETS = ("models.unet", "models.edm")  # take seconds to trace
+U_NETS = ("models.denoisers.unet", "models.denoisers.edm")  # take seconds to trace
 
 
 def configs(folder: Path) -> dict[str, dict]:

@@ -15,9 +15,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core import build, chips, hlo, loop, plan, sharding
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import build, sharding
 from jaxdistill.core.types import Refused
+from jaxdistill.run import chips, hlo, loop, plan
+from jaxdistill.run.experiment import Experiment
 from tools import bench
 from tools import plan as plan_command
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from jaxdistill.core import loop, report
 from jaxdistill.core.types import Refused
+from jaxdistill.run import loop, report
 from launch._command import arguments, main, no_command
 from tools.suites import keep
 

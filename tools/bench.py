@@ -9,7 +9,7 @@ config's loader to the same step on one batch that stays on the device: near 1 w
 With --trace the engine's last round is written for TensorBoard's profiler.
 
 --alone times the engine by itself, every pattern of turns apart, and prints what it does with the machine: model flops, the
-share of the chip's peak that they are (model-flops utilisation; core/chips.py), and bytes at the peak, as the compiler plans
+share of the chip's peak that they are (model-flops utilisation; run/chips.py), and bytes at the peak, as the compiler plans
 them and as the device counts them. JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
 
 `divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits at once: the bytes that value
@@ -31,15 +31,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill.core import build, chips, loop, plan, sharding
+from jaxdistill.core import build, sharding
 from jaxdistill.core.build import Role, experiment, spec
-from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.optim import Optimizer
-from jaxdistill.core.report import text_table
 from jaxdistill.core.types import Ctx, lookup
 from jaxdistill.data.prefetch import DevicePrefetch
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.objectives import divergence
+from jaxdistill.run import chips, loop, plan
+from jaxdistill.run.experiment import Experiment
+from jaxdistill.run.report import text_table
 from launch._command import arguments, load_config, main, output, whole
 
 DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
@@ -49,7 +50,7 @@ LM = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
 def diffusion(method, **roles):
     """A case on 16 x 16 x 4 samples, batch 32, float32: DiT of depth 4, width 128, 4 heads, patch 4."""
     arrays = dict(x="normal 16 16 4", cond="integers 10", null_cond="constant 10")
-    model = spec("models.dit:DiT", **DIT, second_time="meanflow" in method.name)
+    model = spec("models.denoisers.dit:DiT", **DIT, second_time="meanflow" in method.name)
     net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh", optimizer=Optimizer(lr=1e-4))
     every = {"student": Role(**net), **{k: Role(**net) if v is None else v for k, v in roles.items()}}
     return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=32, arrays=arrays), method=method, roles=every)
@@ -58,7 +59,7 @@ def diffusion(method, **roles):
 def language(method, vocab=512):
     """A case on a Llama of depth 4, width 128: 8 rows of 32 prompt tokens and 128 more."""
     arrays = dict(tokens=f"integers {vocab} 160", mask="constant 1 160")
-    net = dict(model=spec("models.lm:LM", vocab=vocab, **LM), init="fresh", optimizer=Optimizer(lr=1e-4))
+    net = dict(model=spec("models.language.lm:LM", vocab=vocab, **LM), init="fresh", optimizer=Optimizer(lr=1e-4))
     return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=8, arrays=arrays), method=method,
                       roles=dict(teacher=Role(**net), student=Role(**net)))  # fmt: skip
 
@@ -66,7 +67,7 @@ def language(method, vocab=512):
 def digits():
     config = load_config("configs/digits/dmd2.py")
     with config.unlocked():
-        config.roles.teacher.model = spec("models.dit:DiT")
+        config.roles.teacher.model = spec("models.denoisers.dit:DiT")
         config.roles.teacher.denoiser = build.spec("diffusion.denoiser:Denoiser", param=Velocity(time_scale=1000.0))
         config.roles.teacher.init = "fresh"
     return config

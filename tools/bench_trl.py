@@ -21,8 +21,8 @@ import numpy as np
 from jaxdistill import interop
 from jaxdistill.core import sharding
 from jaxdistill.core.build import spec
-from jaxdistill.core.report import text_table
 from jaxdistill.core.types import Refused
+from jaxdistill.run.report import text_table
 
 PROMPT = 32  # tokens
 

@@ -34,7 +34,7 @@ def plan(argv):
     file = output(values, "json")
     import jax
 
-    from jaxdistill.core import plan as planner
+    from jaxdistill.run import plan as planner
 
     name = values["topology"]
     planner.set_effort(effort)

@@ -21,9 +21,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from tqdm import tqdm
 
-from jaxdistill.core.checkpoint import write_json
-from jaxdistill.core.report import markdown_table
 from jaxdistill.core.types import Refused, lookup
+from jaxdistill.run.checkpoint import write_json
+from jaxdistill.run.report import markdown_table
 from launch._command import arguments, main
 from tools import stand_ins
 
@@ -73,7 +73,7 @@ def compiled(name: str, topology: str) -> dict:
     """One recipe's plan. Raises Refused where it does not fit."""
     import jax
 
-    from jaxdistill.core import plan
+    from jaxdistill.run import plan
 
     plan.set_effort(EFFORT)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-from jaxdistill.core.checkpoint import write_json
-from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import Refused, lookup
+from jaxdistill.run.checkpoint import write_json
+from jaxdistill.run.report import markdown_table, number
 from launch._command import arguments, main
 from tools import ablations, suites
 
@@ -63,7 +63,7 @@ def reproduce(argv):
     pairs = list(zip(seeds, data_seeds))
     if values["ablations"]:
         return print(ablations.run({n: TOYS[n] for n in names}, pairs, Path(values["workdir"])))
-    from jaxdistill.core import loop
+    from jaxdistill.run import loop
 
     results = []
     for name, (seed, data_seed) in tqdm([(n, p) for n in names for p in pairs], desc="reproduce", unit="run"):

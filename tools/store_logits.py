@@ -25,15 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.core import build, metrics, sharding
-from jaxdistill.core.checkpoint import write_json
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import build, sharding
 from jaxdistill.core.types import Method, Refused, lookup
 from jaxdistill.data import arrayrecord
 from jaxdistill.data.base import Dataset, Derived
 from jaxdistill.data.logits import ABOUT, read_about, store_file
-from jaxdistill.models.lm import context
+from jaxdistill.models.language.lm import context
 from jaxdistill.objectives.divergence import topk_log_probs
+from jaxdistill.run import metrics
+from jaxdistill.run.checkpoint import write_json
+from jaxdistill.run.experiment import Experiment
 from launch._command import arguments, decimal, main, needed, output, whole
 
 DTYPES = {name: jnp.dtype(name) for name in ("float16", "bfloat16", "float32")}

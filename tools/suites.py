@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-from jaxdistill.core import metrics
-from jaxdistill.core.checkpoint import write_json
-from jaxdistill.core.report import markdown_table, number
 from jaxdistill.core.types import lookup
+from jaxdistill.run import metrics
+from jaxdistill.run.checkpoint import write_json
+from jaxdistill.run.report import markdown_table, number
 from launch._command import load_config, main, no_command
 
 ROOT = Path(__file__).parents[1]

@@ -41,7 +41,7 @@ def two_times():
     from configs.digits import teacher
 
     role = teacher.get_config().roles.student
-    return Role(model=spec("models.dit:DiT", second_time=True), denoiser=role.denoiser, init="teacher",
+    return Role(model=spec("models.denoisers.dit:DiT", second_time=True), denoiser=role.denoiser, init="teacher",
                 optimizer=STUDENT.optimizer, ema=STUDENT.ema)  # fmt: skip
 
 
@@ -55,8 +55,8 @@ def phased():
 def flash():
     """The GAN on random convolutions of the pixels."""
     return matching("flash_dmd:FlashDMD", critics=1, student_times=FOUR, gan_weight=3e-2, taps=(0, 1), roles=dict(
-        decoder=Role(model=spec("models.judges:Identity")),
-        features=Role(model=spec("models.judges:ConvFeatures", channels=1, widths=(64, 128), patch=1), init="random"),
+        decoder=Role(model=spec("models.vision.judges:Identity")),
+        features=Role(model=spec("models.vision.judges:ConvFeatures", channels=1, widths=(64, 128), patch=1), init="random"),
         disc=Role(model=spec("models.heads:Heads", dims=(64, 128)), optimizer=DISC.optimizer),
     ))  # fmt: skip
 

@@ -17,7 +17,7 @@ def get_config():
         method=spec("methods.trajectory.flow_matching:FlowMatching"),
         roles=dict(
             student=Role(
-                model=spec("models.dit:DiT"),
+                model=spec("models.denoisers.dit:DiT"),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=50),
                 ema=Ema(rate=0.995),

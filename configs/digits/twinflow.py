@@ -30,7 +30,7 @@ def get_config(variant=""):
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(
-                model=spec("models.dit:DiT", second_time=True),
+                model=spec("models.denoisers.dit:DiT", second_time=True),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 init="teacher",
                 optimizer=Optimizer(lr=5e-4, b2=0.99, schedule="cosine", warmup=20),

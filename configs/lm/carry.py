@@ -25,7 +25,7 @@ def get_config(variant="teacher"):
         method=spec("methods.language.sft:SFT"),
         roles=dict(
             student=Role(
-                model=spec("models.lm:LM", vocab=14, max_length=10, **sizes),
+                model=spec("models.language.lm:LM", vocab=14, max_length=10, **sizes),
                 optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
             )
         ),

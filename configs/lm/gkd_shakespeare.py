@@ -20,7 +20,7 @@ OPTIMIZER = Optimizer(lr=2e-3, schedule="cosine", warmup=30, final=0.1, weight_d
 
 
 def network(sizes: dict):
-    return spec("models.lm:LM", vocab=259, max_length=96, **sizes)
+    return spec("models.language.lm:LM", vocab=259, max_length=96, **sizes)
 
 
 def train(steps: int, sizes: dict):

@@ -23,7 +23,7 @@ VARIANTS = {  # name -> method, labels
 
 def get_config(method="step_by_step"):
     name, labels = lookup(VARIANTS, method, "variant")
-    model = spec("models.lm:LM", vocab=259, dim=64, mlp=192, heads=4, depth=2, max_length=576)
+    model = spec("models.language.lm:LM", vocab=259, dim=64, mlp=192, heads=4, depth=2, max_length=576)
     return experiment(
         steps=STEPS,
         data=spec("data.rationales:SVAMP", labels=labels, rationale_length=224, batch_size=8),

@@ -20,7 +20,7 @@ def teacher():
         method=spec("methods.trajectory.flow_matching:FlowMatching"),
         roles=dict(
             student=Role(
-                model=spec("models.dit:DiT", size=28, patch=4, dim=96, depth=4, heads=4),
+                model=spec("models.denoisers.dit:DiT", size=28, patch=4, dim=96, depth=4, heads=4),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=50),
                 ema=Ema(rate=0.998),

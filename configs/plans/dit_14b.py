@@ -15,4 +15,4 @@ SAMPLE = dict(x="normal 256 512 16", cond="integers 1000", null_cond="constant 1
 
 
 def get_config():
-    return dmd2(spec("models.dit:DiT", **SIZES), SAMPLE, FLOW, 5120, 20, 64, classes=1000)
+    return dmd2(spec("models.denoisers.dit:DiT", **SIZES), SAMPLE, FLOW, 5120, 20, 64, classes=1000)

@@ -50,9 +50,9 @@ def kd():
         data=spec("data.synthetic:Synthetic", batch_size=32, arrays=dict(tokens="integers 151936 4096", mask="constant 1 4096")),
         method=spec("methods.language.kd:KD", chunk=18992),
         roles=dict(
-            teacher=Role(model=spec("models.qwen:Qwen3", **QWEN3_32B), param_dtype="bfloat16"),
+            teacher=Role(model=spec("models.language.qwen:Qwen3", **QWEN3_32B), param_dtype="bfloat16"),
             student=Role(
-                model=spec("models.qwen:Qwen3", **QWEN3_8B), init="fresh", optimizer=Optimizer(lr=1e-5, b2=0.95, weight_decay=0.1)
+                model=spec("models.language.qwen:Qwen3", **QWEN3_8B), init="fresh", optimizer=Optimizer(lr=1e-5, b2=0.95, weight_decay=0.1)
             ),
         ),
     )
@@ -62,11 +62,11 @@ FLOW = Denoiser(param=Velocity(time_scale=1000.0))
 SDXL_METHOD = dict(process=PROCESS, guidance=4.0)
 EPS = Denoiser(param=Noise(time_scale=999.0), native=PROCESS)
 PLANS = {
-    "wan_1_3b": lambda: dmd2(spec("models.wan:Wan", **WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0),
-    "wan_14b": lambda: dmd2(spec("models.wan:Wan", **WAN14B), VIDEO, FLOW, 5120, 20, 64, guidance=4.0),
-    "qwen_image": lambda: dmd2(spec("models.qwen_image:QwenImage", **QWEN), PICTURE, FLOW, 3072, 30, 64, guidance=4.0),
+    "wan_1_3b": lambda: dmd2(spec("models.denoisers.wan:Wan", **WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0),
+    "wan_14b": lambda: dmd2(spec("models.denoisers.wan:Wan", **WAN14B), VIDEO, FLOW, 5120, 20, 64, guidance=4.0),
+    "qwen_image": lambda: dmd2(spec("models.denoisers.qwen_image:QwenImage", **QWEN), PICTURE, FLOW, 3072, 30, 64, guidance=4.0),
     "sdxl": lambda: dmd2(
-        spec("models.unet:UNet", **SDXL), {"x": "normal 128 128 4", **TEXT}, EPS, 1280, 3, 16, process=PROCESS, guidance=4.0
+        spec("models.denoisers.unet:UNet", **SDXL), {"x": "normal 128 128 4", **TEXT}, EPS, 1280, 3, 16, process=PROCESS, guidance=4.0
     ),
     "qwen3_8b": kd,
 }

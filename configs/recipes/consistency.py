@@ -29,7 +29,9 @@ def get_config():
             student_times=(1.0, 0.75, 0.5, 0.25),
         ),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"),
+            teacher=Role(
+                model=spec("models.denoisers.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"
+            ),
             student=Role(optimizer=Optimizer(lr=8e-6), ema=Ema(rate=0.95, warmup=False)),
         ),
         checkpoint_every=5_000,

@@ -21,7 +21,7 @@ def get_config():
         method=spec("methods.trajectory.consistency_training:ECT", stage_steps=12_500, student_times=(1.0, 0.5)),
         roles=dict(
             student=Role(
-                model=spec("models.dit:DiT", **XL2),
+                model=spec("models.denoisers.dit:DiT", **XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(algorithm="radam", lr=1e-4),
                 ema=Ema(rate=0.9999),

@@ -21,5 +21,5 @@ def get_config():
     data = spec("data.two_tokenizers:AlignedJson", prompt_length=512, response_length=512, batch_size=64, ends="words")
     config = distil(spec("methods.language.cross_tokenizer_kd:CrossTokenizerKD", chunk=16032), data)
     with config.unlocked():
-        config.roles.teacher = spec("core.build:Role", model=spec("models.qwen:Qwen2", **QWEN_7B), param_dtype="bfloat16")
+        config.roles.teacher = spec("core.build:Role", model=spec("models.language.qwen:Qwen2", **QWEN_7B), param_dtype="bfloat16")
     return config

@@ -27,9 +27,9 @@ def get_config():
         ),
         method=spec("methods.language.ddk:DDK", domains=10, interval=INTERVAL, measures=MEASURES, chunk=16032),
         roles=dict(
-            teacher=Role(model=spec("models.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
+            teacher=Role(model=spec("models.language.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
             student=Role(
-                model=spec("models.lm:LM", **LLAMA_1B),
+                model=spec("models.language.lm:LM", **LLAMA_1B),
                 optimizer=Optimizer(lr=3e-5, schedule="cosine", warmup=1000, final=0.1),
             ),
         ),

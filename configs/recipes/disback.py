@@ -36,7 +36,7 @@ def get_config():
         method=method,
         roles=dict(
             teacher=Role(
-                model=spec("models.unet:UNet", **SDXL),
+                model=spec("models.denoisers.unet:UNet", **SDXL),
                 denoiser=Denoiser(param=Noise(time_scale=999.0), native=PROCESS),
                 param_dtype="bfloat16",
             ),

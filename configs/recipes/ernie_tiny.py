@@ -16,7 +16,7 @@ OPTIMIZER = Optimizer(lr=1e-4, schedule="linear", warmup=20_000, weight_decay=0.
 
 
 def get_config():
-    base = spec("models.bert:BertClassifier", dim=768, mlp=3072, depth=12, **BERT)
+    base = spec("models.language.bert:BertClassifier", dim=768, mlp=3072, depth=12, **BERT)
     return experiment(
         steps=200_000,
         data=spec("data.patterns:Patterns", length=128, batch_size=256),
@@ -24,7 +24,7 @@ def get_config():
         roles=dict(
             pretrained=Role(model=base, param_dtype="bfloat16"),
             teacher=Role(model=base, param_dtype="bfloat16"),
-            student=Role(model=spec("models.bert:BertClassifier", dim=312, mlp=1200, depth=4, **BERT), optimizer=OPTIMIZER),
+            student=Role(model=spec("models.language.bert:BertClassifier", dim=312, mlp=1200, depth=4, **BERT), optimizer=OPTIMIZER),
             projection=Role(model=spec("models.heads:Projection", inputs=312, outputs=768), optimizer=OPTIMIZER),
         ),
         checkpoint_every=5000,

@@ -44,19 +44,19 @@ def get_config(variant=""):
     more = {}
     if refine:
         method = spec("methods.distribution.flash_dmd_rl:FlashDMDRL", rl_share=2 / 3, margin="mean", beta=5000.0, **common)
-        more = dict(reference=Role(init="student"), reward=Role(model=spec("models.judges:LatentReward")))
+        more = dict(reference=Role(init="student"), reward=Role(model=spec("models.vision.judges:LatentReward")))
     return experiment(
         steps=3000 if refine else 1000,
         data=spec("data.arrayrecord:GroupedRecords", batch_size=64),
         method=method,
         roles=dict(
             teacher=Role(
-                model=spec("models.unet:UNet", **SDXL),
+                model=spec("models.denoisers.unet:UNet", **SDXL),
                 denoiser=Denoiser(param=Noise(time_scale=999.0), native=PROCESS),
                 param_dtype="bfloat16",
             ),
-            decoder=Role(model=spec("models.vae:VAE", **VAE), param_dtype="bfloat16"),
-            features=Role(model=spec("models.sam:SamVision", **SAM_B), param_dtype="bfloat16"),
+            decoder=Role(model=spec("models.autoencoders.vae:VAE", **VAE), param_dtype="bfloat16"),
+            features=Role(model=spec("models.vision.sam:SamVision", **SAM_B), param_dtype="bfloat16"),
             student=Role(optimizer=optimizer, ema=Ema(rate=0.0, warmup=False)),  # the paper names no average
             fake=Role(optimizer=optimizer),
             disc=Role(model=spec("models.heads:Heads", dims=(768,) * 4, width=256), optimizer=optimizer),

@@ -22,7 +22,7 @@ def get_config():
         method=spec("methods.trajectory.flow_matching:FlowMatching", times=Uniform(), solver="heun"),
         roles=dict(
             student=Role(
-                model=spec("models.dit:DiT", **XL2),
+                model=spec("models.denoisers.dit:DiT", **XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(lr=1e-4),
                 ema=Ema(rate=0.9999),

@@ -39,10 +39,10 @@ def improve(method, student, *, prompts, prompt_length, response_length, steps, 
 def get_config(variant=""):
     return improve(
         spec("methods.language.grpo:GRPO", reward=reward(variant), group=64, eos=(100001,), pad=100001, chunk=12800),
-        spec("models.lm:LM", **DEEPSEEK_7B),
+        spec("models.language.lm:LM", **DEEPSEEK_7B),
         prompts=16,
         prompt_length=512,
         response_length=1024,
         steps=2000,
-        reference=Role(param_dtype="bfloat16", model=spec("models.lm:LM", **DEEPSEEK_7B)),
+        reference=Role(param_dtype="bfloat16", model=spec("models.language.lm:LM", **DEEPSEEK_7B)),
     )

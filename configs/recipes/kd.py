@@ -24,9 +24,9 @@ def distil(method, data=PACKED, **role):
         data=data,
         method=method,
         roles=dict(
-            teacher=Role(model=spec("models.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
+            teacher=Role(model=spec("models.language.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
             student=Role(
-                model=spec("models.lm:LM", **LLAMA_1B),
+                model=spec("models.language.lm:LM", **LLAMA_1B),
                 optimizer=Optimizer(lr=1e-5, b2=0.95, weight_decay=0.1, schedule="cosine", warmup=200, final=0.1),
                 **role,
             ),

@@ -21,7 +21,7 @@ def get_config():
         method=spec("methods.trajectory.meanflow:GuidedMeanFlow", omega=0.2, kappa=0.92, guidance_times=(0.0, 0.75), weight_c=1e-3),
         roles=dict(
             student=Role(
-                model=spec("models.dit:DiT", **{**XL2, "dtype": "float32"}, second_time=True),
+                model=spec("models.denoisers.dit:DiT", **{**XL2, "dtype": "float32"}, second_time=True),
                 denoiser=Denoiser(),
                 optimizer=Optimizer(lr=1e-4, b2=0.95, clip=0.0),
                 ema=Ema(rate=0.9999),

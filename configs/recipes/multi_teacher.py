@@ -18,5 +18,5 @@ def get_config():
     config = distil(spec("methods.language.multi_teacher:RoutedKD", routes=(0, 1, 2), chunk=16032), data)
     with config.unlocked():
         for role in ("teacher1", "teacher2"):
-            config.roles[role] = spec("core.build:Role", model=spec("models.lm:LM", **LLAMA_8B), param_dtype="bfloat16")
+            config.roles[role] = spec("core.build:Role", model=spec("models.language.lm:LM", **LLAMA_8B), param_dtype="bfloat16")
     return config

@@ -46,9 +46,9 @@ def distil(method, teacher, student, *, prompt_length, response_length, stages):
 def get_config(variant=""):
     lookup(dict.fromkeys(("", "verified", "self")), variant, "variant")
     if variant == "self":
-        model = spec("models.qwen:Qwen2", **QWEN25_MATH_7B)
+        model = spec("models.language.qwen:Qwen2", **QWEN25_MATH_7B)
         method = spec("methods.language.paced:SelfPaced", reward=reward("verified"), chunk=19008, **WRITING)
         return distil(method, model, model, prompt_length=512, response_length=1536, stages=1)
     method = spec("methods.language.paced:Paced", reward=reward(variant), chunk=18992, **WRITING)
-    teacher, student = (spec("models.qwen:Qwen3", **{**size, **LONG}) for size in (QWEN3_14B, QWEN3_8B))
+    teacher, student = (spec("models.language.qwen:Qwen3", **{**size, **LONG}) for size in (QWEN3_14B, QWEN3_8B))
     return distil(method, teacher, student, prompt_length=2048, response_length=8192, stages=2)

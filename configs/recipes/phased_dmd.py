@@ -5,7 +5,7 @@
 
 Variants: `:wan21` is Wan 2.1 T2V 14B (one teacher: `--config.roles.teacher.init`), `:released` the released trainer's
 interleaved phases with full weights, shift 7, two fake scores in the second phase, plain mean square.
-PIPELINE is a diffusers folder of Wan 2.2 (`interop.wan.experts` reads its boundary, .875). PROMPTS is a folder of
+PIPELINE is a diffusers folder of Wan 2.2 (`interop.families.wan.experts` reads its boundary, .875). PROMPTS is a folder of
 *.arrayrecord with cond = {text: UMT5's states [512, 4096], mask: [512]}, null_cond the same of the negative prompt, and x
 [21, 60, 104, 16], of which only the shape is read (480 x 832, 81 frames).
 
@@ -41,7 +41,9 @@ METHODS = {
 
 def get_config(variant=""):
     method = build(lookup(METHODS, variant, "variant"))
-    wan = Role(model=spec("models.wan:Wan", **WAN14B), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16")
+    wan = Role(
+        model=spec("models.denoisers.wan:Wan", **WAN14B), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"
+    )
     optimizer = lambda lr: Optimizer(lr=lr, b1=0.0, weight_decay=0.01, clip=1.0)
     adapter = lambda role: Role(lora=Lora(rank=64, alpha=8.0, base=method.inits[role]), optimizer=optimizer(5e-5))
     expert = (lambda role: Role(optimizer=optimizer(2e-6))) if variant == "released" else adapter

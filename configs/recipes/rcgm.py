@@ -20,7 +20,7 @@ def get_config():
         method=spec("methods.trajectory.rcgm:RCGM", enhance=0.0),
         roles=dict(
             student=Role(
-                model=spec("models.dit:DiT", **XL2, second_time=True),
+                model=spec("models.denoisers.dit:DiT", **XL2, second_time=True),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(algorithm="radam", lr=1e-4, b2=0.95),
                 ema=RampEma(rate=0.999),

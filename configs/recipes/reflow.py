@@ -20,7 +20,9 @@ def get_config():
         data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
         method=spec("methods.trajectory.reflow:Reflow", batches=15_625, guidance=1.5),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"),
+            teacher=Role(
+                model=spec("models.denoisers.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"
+            ),
             student=Role(optimizer=Optimizer(lr=1e-4, warmup=5000), ema=Ema(rate=0.9999)),
         ),
         checkpoint_every=10_000,

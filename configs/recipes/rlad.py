@@ -28,10 +28,10 @@ def get_config(variant=""):
             pad=151643,
             chunk=18992,
         ),
-        spec("models.qwen:Qwen3", **QWEN3_1B7),
+        spec("models.language.qwen:Qwen3", **QWEN3_1B7),
         prompts=32,
         prompt_length=512,
         response_length=1536,
         steps=1000,
-        teacher=Role(param_dtype="bfloat16", model=spec("models.qwen:Qwen3", **QWEN3_8B)),
+        teacher=Role(param_dtype="bfloat16", model=spec("models.language.qwen:Qwen3", **QWEN3_8B)),
     )

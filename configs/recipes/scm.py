@@ -23,7 +23,7 @@ def get_config():
         data=spec("data.arrayrecord:ArrayRecords", batch_size=2048),
         method=spec("methods.trajectory.scm:SCM", process=Trig(sigma_data=1.0), guidance=1.5),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **{**XL2, "dtype": "float32"}), denoiser=Denoiser()),
+            teacher=Role(model=spec("models.denoisers.dit:DiT", **{**XL2, "dtype": "float32"}), denoiser=Denoiser()),
             student=Role(optimizer=optimizer, ema=PowerEma(sigma_rel=0.05)),
             weight=Role(model=spec("models.heads:TimeWeight"), optimizer=optimizer),
         ),

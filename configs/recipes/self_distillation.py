@@ -18,7 +18,7 @@ def get_config():
         method=spec("methods.language.self_distillation:SelfDistillation", alpha=0.6, rounds=5, batches=3125),
         roles=dict(
             student=Role(
-                model=spec("models.perceptron:Perceptron", inputs=4096, width=6144, layers=4, classes=1000),
+                model=spec("models.vision.perceptron:Perceptron", inputs=4096, width=6144, layers=4, classes=1000),
                 optimizer=Optimizer(lr=1e-4, clip=0.0),
             )
         ),

@@ -31,6 +31,6 @@ def get_config(variant=""):
         unet,
         128.0,
         steps,
-        decoder=Role(model=spec("models.vae:VAE", **VAE), param_dtype="bfloat16"),
-        judge=Role(model=spec("models.clip:ClipVisionProjected", **CLIP_L), param_dtype="bfloat16"),
+        decoder=Role(model=spec("models.autoencoders.vae:VAE", **VAE), param_dtype="bfloat16"),
+        judge=Role(model=spec("models.vision.clip:ClipVisionProjected", **CLIP_L), param_dtype="bfloat16"),
     )

@@ -18,6 +18,6 @@ def get_config():
         accumulate=2,
         data=spec("data.rationales:Rationales", batch_size=64, between="\n"),
         method=spec("methods.language.step_by_step:StepByStep", chunk=16032),
-        roles=dict(student=Role(model=spec("models.lm:LM", **LLAMA_1B), optimizer=Optimizer(lr=5e-5, schedule="linear"))),
+        roles=dict(student=Role(model=spec("models.language.lm:LM", **LLAMA_1B), optimizer=Optimizer(lr=5e-5, schedule="linear"))),
         checkpoint_every=250,
     )

@@ -29,7 +29,7 @@ def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
         method=method,
         roles=dict(
             teacher=Role(
-                model=spec("models.unet:UNet", **unet),
+                model=spec("models.denoisers.unet:UNet", **unet),
                 denoiser=Denoiser(param=Noise(time_scale=999.0), native=PROCESS),
                 param_dtype="bfloat16",
             ),

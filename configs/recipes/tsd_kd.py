@@ -24,8 +24,10 @@ def get_config():
         data=spec("data.text:PaddedJson", prompt_length=896, response_length=128, batch_size=128),
         method=spec("methods.language.tsd_kd:TSDKD", eos=(151643, 151645), pad=151643),
         roles=dict(
-            teacher=Role(param_dtype="bfloat16", model=spec("models.qwen:Qwen2", **QWEN25_14B)),
-            student=Role(model=spec("models.qwen:Qwen2", **QWEN25_1B5), optimizer=Optimizer(lr=5e-6, schedule="cosine", warmup=600)),
+            teacher=Role(param_dtype="bfloat16", model=spec("models.language.qwen:Qwen2", **QWEN25_14B)),
+            student=Role(
+                model=spec("models.language.qwen:Qwen2", **QWEN25_1B5), optimizer=Optimizer(lr=5e-6, schedule="cosine", warmup=600)
+            ),
         ),
         checkpoint_every=500,
     )

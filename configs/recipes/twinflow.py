@@ -32,7 +32,7 @@ def get_config(variant=""):
         method=lookup(METHODS, variant, "variant"),
         roles=dict(
             teacher=Role(
-                model=spec("models.qwen_image:QwenImage", **QWEN),
+                model=spec("models.denoisers.qwen_image:QwenImage", **QWEN),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0), fold=0.5),
                 param_dtype="bfloat16",
             ),

@@ -23,7 +23,7 @@ def get_config():
         method=spec("methods.language.universalner:UniversalNER", chunk=16032),
         roles=dict(
             student=Role(
-                model=spec("models.lm:LM", **LLAMA_8B),
+                model=spec("models.language.lm:LM", **LLAMA_8B),
                 optimizer=Optimizer(lr=2e-5, schedule="cosine", warmup=STEPS // 25),
             )
         ),

@@ -19,7 +19,7 @@ def get_config():
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.mlp:MLP"),
+                model=spec("models.denoisers.mlp:MLP"),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),

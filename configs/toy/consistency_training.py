@@ -12,7 +12,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 
 DATA = spec("data.mixtures:Mixture", seed=0, labelled=False)
 STUDENT = Role(
-    model=spec("models.mlp:MLP"),
+    model=spec("models.denoisers.mlp:MLP"),
     denoiser=Denoiser(),
     optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
     ema=Ema(rate=0.995),

@@ -22,7 +22,7 @@ def train(steps: int, weights: tuple[float, ...] = (), **sizes):
         steps=steps,
         data=spec("data.domains:Chains", weights=weights, **DATA),
         method=spec("methods.language.sft:SFT"),
-        roles=dict(student=Role(model=spec("models.lm:LM", vocab=12, heads=4, max_length=32, **sizes), optimizer=OPTIMIZER)),
+        roles=dict(student=Role(model=spec("models.language.lm:LM", vocab=12, heads=4, max_length=32, **sizes), optimizer=OPTIMIZER)),
         evaluation=EVAL,
     )
 

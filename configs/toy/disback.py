@@ -28,7 +28,7 @@ EVALUATION = spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(5
 def pretrain():
     """The teacher: what it says off its data's support is what it happened to learn."""
     student = Role(
-        model=spec("models.mlp:MLP", width=96, depth=2),
+        model=spec("models.denoisers.mlp:MLP", width=96, depth=2),
         denoiser=Denoiser(),
         optimizer=Optimizer(lr=2e-3, schedule="cosine"),
         ema=Ema(rate=0.99),

@@ -19,13 +19,13 @@ def get_config():
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.mlp:MLP"),
+                model=spec("models.denoisers.mlp:MLP"),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
-            fake=Role(model=spec("models.mlp:MLP"), denoiser=Denoiser(), init="fresh", optimizer=Optimizer(lr=1e-3, b1=0.0)),
+            fake=Role(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), init="fresh", optimizer=Optimizer(lr=1e-3, b1=0.0)),
             disc=Role(model=spec("models.heads:Discriminator", features=1, dim=128), optimizer=Optimizer(lr=1e-3, b1=0.0)),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),

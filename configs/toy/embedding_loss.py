@@ -27,7 +27,7 @@ ABLATIONS = {
 
 
 def get_config():
-    net = dict(model=spec("models.mlp:MLP"), denoiser=Denoiser(), init="fresh")
+    net = dict(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), init="fresh")
     host = spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=5)
     return experiment(
         steps=4000,

@@ -20,8 +20,8 @@ OPTIMIZER = Optimizer(lr=1e-3, schedule="linear", warmup=50)
 VOCAB = 12  # and the mask token
 BERT = dict(vocab=VOCAB + 1, heads=4, max_length=16, init_std=0.1)
 FAST = Optimizer(lr=2e-3, schedule="cosine", warmup=200)
-TEACHER = spec("models.bert:BertClassifier", dim=64, mlp=128, depth=4, **BERT)
-STUDENT = spec("models.bert:BertClassifier", dim=32, mlp=64, depth=2, **BERT)
+TEACHER = spec("models.language.bert:BertClassifier", dim=64, mlp=128, depth=4, **BERT)
+STUDENT = spec("models.language.bert:BertClassifier", dim=32, mlp=64, depth=2, **BERT)
 
 
 def trained(steps: int, method=spec("methods.language.ernie_tiny:FineTune"), data=DATA, runs=None, evaluation=EVAL, **roles):

@@ -40,7 +40,9 @@ def start():
         steps=2000,
         data=spec("data.rings:Rings", thickness=0.75, **RINGS),
         method=spec("methods.trajectory.flow_matching:FlowMatching"),
-        roles=dict(student=Role(model=spec("models.mlp:MLP"), denoiser=Denoiser(), optimizer=Optimizer(lr=1e-3, schedule="cosine"))),
+        roles=dict(
+            student=Role(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), optimizer=Optimizer(lr=1e-3, schedule="cosine"))
+        ),
     )
 
 
@@ -70,8 +72,8 @@ def get_config():
         method=spec("methods.distribution.flash_dmd:FlashDMD", student_times=TIMES, gan_weight=GAN),
         roles=dict(
             teacher=Role(init="exact"),
-            decoder=Role(model=spec("models.judges:Identity")),
-            features=Role(model=spec("models.judges:PointFeatures", scale=4.0), init="random"),
+            decoder=Role(model=spec("models.vision.judges:Identity")),
+            features=Role(model=spec("models.vision.judges:PointFeatures", scale=4.0), init="random"),
             student=STUDENT,
             fake=FAKE,
             disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),

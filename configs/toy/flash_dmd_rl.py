@@ -24,10 +24,10 @@ def stages(steps: int, **method):
         method=spec("methods.distribution.flash_dmd_rl:FlashDMDRL", student_times=TIMES, gan_weight=GAN, **method),
         roles=dict(
             teacher=Role(init="exact"),
-            decoder=Role(model=spec("models.judges:Identity")),
-            features=Role(model=spec("models.judges:PointFeatures", scale=4.0), init="random"),
+            decoder=Role(model=spec("models.vision.judges:Identity")),
+            features=Role(model=spec("models.vision.judges:PointFeatures", scale=4.0), init="random"),
             reference=Role(init="student"),
-            reward=Role(model=spec("models.judges:Direction")),
+            reward=Role(model=spec("models.vision.judges:Direction")),
             student=STUDENT,
             fake=FAKE,
             disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),

@@ -12,7 +12,7 @@ from configs.toy.kd import DATA
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 
-LM = spec("models.lm:LM", vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48)
+LM = spec("models.language.lm:LM", vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48)
 OPTIMIZER = Optimizer(lr=3e-3, schedule="cosine", warmup=20)
 
 

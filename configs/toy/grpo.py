@@ -13,7 +13,7 @@ from jaxdistill.core.optim import Optimizer
 
 def train(steps: int):
     """Supervised training on the answers."""
-    model = spec("models.lm:LM", vocab=8, dim=64, mlp=128, heads=4, depth=2, max_length=8)
+    model = spec("models.language.lm:LM", vocab=8, dim=64, mlp=128, heads=4, depth=2, max_length=8)
     return experiment(
         steps=steps,
         data=spec("data.language:Recall", batch_size=64),

@@ -12,7 +12,7 @@ from jaxdistill.core.optim import Optimizer
 
 DATA = dict(vocab=24, length=48, batch_size=32)
 STUDENT = Role(
-    model=spec("models.lm:LM", vocab=24, dim=64, mlp=128, heads=4, depth=2, max_length=48),
+    model=spec("models.language.lm:LM", vocab=24, dim=64, mlp=128, heads=4, depth=2, max_length=48),
     optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
 )
 

@@ -42,7 +42,7 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.mlp:MLP", width=WIDTH, depth=2, classes=CLASSES),
+                model=spec("models.denoisers.mlp:MLP", width=WIDTH, depth=2, classes=CLASSES),
                 denoiser=Denoiser(),
                 init="fresh",
                 bank=cells,

@@ -17,7 +17,7 @@ EVAL = spec("evals.domains:DomainEval", samples=1000)
 
 
 def network(**sizes):
-    return spec("models.lm:LM", vocab=12, heads=4, max_length=32, **sizes)
+    return spec("models.language.lm:LM", vocab=12, heads=4, max_length=32, **sizes)
 
 
 def specialist(*weights: float):

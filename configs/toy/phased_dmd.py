@@ -28,7 +28,7 @@ DATA = spec("data.mixtures:Mixture", seed=0, labelled=False)
 def pretrain():
     """The network that experts and fake scores start from."""
     student = Role(
-        model=spec("models.mlp:MLP", width=96, depth=2),
+        model=spec("models.denoisers.mlp:MLP", width=96, depth=2),
         denoiser=Denoiser(),
         optimizer=Optimizer(lr=2e-3, schedule="cosine"),
         ema=Ema(rate=0.99),

@@ -20,7 +20,7 @@ def train(steps: int, **sizes):
         steps=steps,
         data=spec("data.language:Markov", **DATA),
         method=spec("methods.language.sft:SFT"),
-        roles=dict(student=Role(model=spec("models.lm:LM", **SIZES, **sizes), optimizer=OPTIMIZER)),
+        roles=dict(student=Role(model=spec("models.language.lm:LM", **SIZES, **sizes), optimizer=OPTIMIZER)),
         evaluation=spec("evals.text:TextEval"),
     )
 

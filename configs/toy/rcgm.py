@@ -14,7 +14,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 
 DATA = spec("data.mixtures:Mixture", seed=0, labelled=False)
 STUDENT = Role(
-    model=spec("models.mlp:MLP", second_time=True),
+    model=spec("models.denoisers.mlp:MLP", second_time=True),
     denoiser=Denoiser(),
     optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
     ema=RampEma(rate=0.99),

@@ -12,7 +12,7 @@ from jaxdistill.core.optim import Optimizer
 
 DATA = dict(vocab=12, length=32, batch_size=32)
 STUDENT = Role(
-    model=spec("models.lm:LM", vocab=12, dim=32, mlp=64, heads=4, depth=2, max_length=32),
+    model=spec("models.language.lm:LM", vocab=12, dim=32, mlp=64, heads=4, depth=2, max_length=32),
     optimizer=Optimizer(lr=4e-3, schedule="cosine", warmup=10),
 )
 

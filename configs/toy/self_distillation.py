@@ -16,7 +16,7 @@ from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
 
 ROUND = 400
-STUDENT = Role(model=spec("models.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3))
+STUDENT = Role(model=spec("models.vision.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3))
 
 
 def distil(method: str = "SelfDistillation", rounds: int = 5, runs=None, heldout: float = 0.0, stages: int = 0, **fields):

@@ -42,7 +42,7 @@ def shapes(method, roles, runs=None, steps=1500, **rest):
 
 def nasa():
     """A student of captioned pictures, and what a negative prompt does to it at inference."""
-    model = spec("models.unet:UNet", size=6, channels=3, widths=(24, 48), layers=1, depths=(1, 1), heads=(2, 4), text_dim=16)
+    model = spec("models.denoisers.unet:UNet", size=6, channels=3, widths=(24, 48), layers=1, depths=(1, 1), heads=(2, 4), text_dim=16)
     teacher = shapes(
         spec("methods.trajectory.flow_matching:FlowMatching"),
         dict(

@@ -24,7 +24,7 @@ def train(method, runs=None, joined=False, **rest):
         method=method,
         roles=dict(
             student=Role(
-                model=spec("models.lm:LM", vocab=15, dim=64, mlp=128, heads=4, depth=2, max_length=16),
+                model=spec("models.language.lm:LM", vocab=15, dim=64, mlp=128, heads=4, depth=2, max_length=16),
                 optimizer=Optimizer(lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.1),
             )
         ),

@@ -28,7 +28,7 @@ def train():
         method=spec("methods.trajectory.flow_matching:FlowMatching"),
         roles=dict(
             student=Role(
-                model=spec("models.mlp:MLP", classes=6),
+                model=spec("models.denoisers.mlp:MLP", classes=6),
                 denoiser=Denoiser(),
                 optimizer=Optimizer(lr=2e-3, schedule="cosine"),
                 ema=Ema(rate=0.995),

@@ -17,7 +17,7 @@ WRITING = dict(eos=(12,), pad=13)
 
 def train(steps: int):
     """Supervised training on the sums."""
-    model = spec("models.lm:LM", vocab=14, dim=64, mlp=128, heads=4, depth=2, max_length=10)
+    model = spec("models.language.lm:LM", vocab=14, dim=64, mlp=128, heads=4, depth=2, max_length=10)
     return experiment(
         steps=steps,
         data=spec("data.language:Carry", **SUMS),

@@ -21,7 +21,7 @@ ABLATIONS = {
 DATA = spec("data.mixtures:Mixture", seed=0, labelled=False, modes=8, radius=2.0, std=0.15)
 EVALUATION = spec("evals.points:PointEval", samples=10_000, student_steps=(1, 2, 4))
 STUDENT = Role(
-    model=spec("models.mlp:MLP", second_time=True),
+    model=spec("models.denoisers.mlp:MLP", second_time=True),
     denoiser=Denoiser(),
     optimizer=Optimizer(lr=1e-3, b2=0.99),
     ema=RampEma(rate=0.99),

@@ -22,7 +22,7 @@ ABLATIONS = {
 
 
 def get_config():
-    net = dict(model=spec("models.mlp:MLP"), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh")
+    net = dict(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh")
     return experiment(
         steps=4000,
         data=spec("data.mixtures:Mixture", seed=0, labelled=False),

@@ -20,7 +20,7 @@ def train(negatives: str, runs=None, **rest):
         method=spec("methods.language.universalner:UniversalNER"),
         roles=dict(
             student=Role(
-                model=spec("models.lm:LM", vocab=107, dim=64, mlp=128, heads=4, depth=2, max_length=24),
+                model=spec("models.language.lm:LM", vocab=107, dim=64, mlp=128, heads=4, depth=2, max_length=24),
                 optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=50),
             )
         ),

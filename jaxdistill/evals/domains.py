@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdistill.evals.base import Evaluation
 from jaxdistill.evals.language import perplexity
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 

@@ -95,7 +95,7 @@ class ChainEval(PointEval):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DirectionEval(TextureEval):
-    """With the mean cosine of the angle to a direction, which a reward may ask for (`models.judges:Direction`)."""
+    """With the mean cosine of the angle to a direction, which a reward may ask for (`models.vision.judges:Direction`)."""
 
     angle: float = 0.0  # of the direction, radians
 

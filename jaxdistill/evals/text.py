@@ -14,7 +14,7 @@ from jaxdistill.core.sharding import whole
 from jaxdistill.core.types import Refused
 from jaxdistill.evals.base import Evaluation
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
-from jaxdistill.models.lm import common_vocabulary, context, targets
+from jaxdistill.models.language.lm import common_vocabulary, context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 from jaxdistill.samplers.text import generate
 

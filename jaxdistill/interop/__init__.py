@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxdistill.core.net import Net, make_net, paths
 from jaxdistill.core.types import Array, Params, Refused, lookup
-from jaxdistill.interop import (
+from jaxdistill.interop import settings
+from jaxdistill.interop.families import (
     bert,
     clip,
     dit,
@@ -26,7 +27,6 @@ from jaxdistill.interop import (
     qwen_image,
     sam,
     sana,
-    settings,
     t5,
     unet,
     vae,

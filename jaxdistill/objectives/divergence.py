@@ -129,7 +129,7 @@ def common(*logits: Array) -> tuple[Array, ...]:
     """The ids that all have: logits [..., V], V each its own, without the columns from the smallest V on.
 
     Models of one tokenizer have tables padded to different lengths (Qwen2.5: 152,064 rows of 7B, 151,936 of 0.5B): what lies
-    beyond the shorter is padding. That the tokenizer is one is for `models.lm.same_vocabulary` to say.
+    beyond the shorter is padding. That the tokenizer is one is for `models.language.lm.same_vocabulary` to say.
     """
     least = min(z.shape[-1] for z in logits)
     return tuple(z if z.shape[-1] == least else z[..., :least] for z in logits)

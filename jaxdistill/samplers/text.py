@@ -63,7 +63,7 @@ def generate(
 
 def answer(net: Callable, source: Array, length: int, key: Array, *, source_mask: Array | None = None, start: int = 0,
            **how) -> tuple[Array, Array]:  # fmt: skip
-    """Text about `source` int [B S] from an encoder-decoder (models/t5.py): (tokens int [B length], mask bool [B length]).
+    """Text about `source` int [B S] from an encoder-decoder (models/language/t5.py): (tokens int [B length], mask bool [B length]).
 
     `net` is the bound network, `source_mask` [B S] is False on padding, `start` the token that each text begins with,
     which is left out of what is returned; `how` are the other arguments of `generate`, whose mask this is.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.types import Array, Batch, Params, Refused
-from jaxdistill.models.lm import context
+from jaxdistill.models.language.lm import context
 
 
 def importance(net: Net, params: Params, batch: Batch) -> tuple[Array, Array]:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.core.bank import bank
 from jaxdistill.core.net import make_net
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.denoisers.mlp import MLP
 
 
 @pytest.fixture(scope="module")

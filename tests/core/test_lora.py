@@ -10,7 +10,7 @@ from jaxdistill.core.lora import adapt, base_of, merge
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Refused
-from jaxdistill.models.dit import DiT
+from jaxdistill.models.denoisers.dit import DiT
 
 BASE = make_net(DiT(dim=16, heads=2, depth=2))
 WEIGHTS = BASE.init(jax.random.key(0))

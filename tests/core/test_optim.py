@@ -16,10 +16,10 @@ from jaxdistill import models
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.optim import CopyEma, Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, clip_by_member_norm, decayed, power_gamma
 from jaxdistill.core.types import Refused
-from jaxdistill.models.edm import DhariwalUNet, SongUNet
+from jaxdistill.models.denoisers.edm import DhariwalUNet, SongUNet
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.denoisers.wan import Wan
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.models.mlp import MLP
-from jaxdistill.models.wan import Wan
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.972), (0.10, 6.937)])

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core.metrics import Pending
 from jaxdistill.core.net import make_net
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.step import init_state, make_train_step, overlay
 from jaxdistill.core.types import Ctx, Means, Method, Out, Refused, Turn
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.run.metrics import Pending
 
 NET = make_net(MLP(width=8, depth=1))
 

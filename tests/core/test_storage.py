@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core import build, loop, sharding
+from jaxdistill.core import build, sharding
 from jaxdistill.core.build import Role, experiment, spec
-from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.lora import adapt
 from jaxdistill.core.net import make_net, paths, resting, restore
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
-from jaxdistill.models.dit import DiT
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.run import loop
+from jaxdistill.run.experiment import Experiment
 
 pytest.importorskip("qwix", reason="no qwix: pip install 'jaxdistill[int8]'")
 MODEL = DiT(size=8, patch=2, dim=32, depth=3, heads=4)
@@ -111,7 +112,8 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
 
 def config(**teacher):
     model = dict(
-        model=spec("models.dit:DiT", size=8, patch=4, dim=16, depth=2, heads=2), denoiser=Denoiser(param=Velocity(time_scale=1000.0))
+        model=spec("models.denoisers.dit:DiT", size=8, patch=4, dim=16, depth=2, heads=2),
+        denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
     )
     flow = experiment(steps=3, data=spec("data.digits:Digits", batch_size=8), method=spec("methods.trajectory.flow_matching:FlowMatching"),
                       roles=dict(student=Role(**model, init="fresh")), checkpoint_every=3, tensorboard=False)  # fmt: skip

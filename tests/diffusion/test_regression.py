@@ -13,7 +13,7 @@ from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, VPVelocity
 from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig
 from jaxdistill.diffusion.regression import denoising_error, interval_error, interval_targets
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.samplers import ode
 
 POINTS = np.array([-1.0, 0.0, 1.0, 2.0])

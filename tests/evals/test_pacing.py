@@ -13,7 +13,7 @@ from jaxdistill.evals.pacing import PacedEval
 from jaxdistill.evals.text import TextEval
 from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 SMALL = LM(vocab=14, dim=8, mlp=8, heads=2, depth=1)
 NET = make_net(SMALL, config=SMALL)

@@ -9,7 +9,7 @@ import pytest
 from jaxdistill.core.net import make_net
 from jaxdistill.data.language import Markov
 from jaxdistill.evals.text import TextEval
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,17 @@ import pytest
 
 from jaxdistill import interop
 from jaxdistill.core.net import make_net, paths
-from jaxdistill.models.bert import BertClassifier
-from jaxdistill.models.clip import ClipText
-from jaxdistill.models.dit import DiT
-from jaxdistill.models.gemma import Gemma2
-from jaxdistill.models.lm import LM
-from jaxdistill.models.neox import NeoX
-from jaxdistill.models.sana import Sana
-from jaxdistill.models.t5 import T5
-from jaxdistill.models.vae import VAE
-from jaxdistill.models.vit import ViT
-from jaxdistill.models.wan import Wan
+from jaxdistill.models.autoencoders.vae import VAE
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.denoisers.sana import Sana
+from jaxdistill.models.denoisers.wan import Wan
+from jaxdistill.models.language.bert import BertClassifier
+from jaxdistill.models.language.gemma import Gemma2
+from jaxdistill.models.language.lm import LM
+from jaxdistill.models.language.neox import NeoX
+from jaxdistill.models.language.t5 import T5
+from jaxdistill.models.vision.clip import ClipText
+from jaxdistill.models.vision.vit import ViT
 from tests import damage
 
 FOLDERS = int(os.environ.get("JAXDISTILL_DAMAGED_FOLDERS", "100"))  # thousands are for by hand

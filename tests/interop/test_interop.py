@@ -18,13 +18,13 @@ from jaxdistill.core.sharding import make_mesh
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.tables import LINEAR, Row
-from jaxdistill.models.bert import MaskedBert
-from jaxdistill.models.gemma import Gemma2
-from jaxdistill.models.lm import LM
-from jaxdistill.models.mlp import MLP
-from jaxdistill.models.neox import NeoX
-from jaxdistill.models.qwen import Qwen2, Qwen3
-from jaxdistill.models.t5 import T5, T5Encoder
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.language.bert import MaskedBert
+from jaxdistill.models.language.gemma import Gemma2
+from jaxdistill.models.language.lm import LM
+from jaxdistill.models.language.neox import NeoX
+from jaxdistill.models.language.qwen import Qwen2, Qwen3
+from jaxdistill.models.language.t5 import T5, T5Encoder
 
 CFG = LM(vocab=13, dim=8, mlp=12, heads=2, kv_heads=1, head_dim=4, depth=2, eos=(2,))
 NET = make_net(CFG, config=CFG)
@@ -95,7 +95,7 @@ def test_load_into_places_every_leaf_in_its_sharding(folder, params):
 
 @pytest.mark.parametrize("path", ["blocks/to_k/kernel", "blocks/norm_mlp/scale", "embed/embedding", "unembed/kernel"])
 def test_a_shard_is_that_part_of_the_leaf(folder, params, path):
-    (row,) = (row for row in interop.llama.table(CFG) if row.path == path)
+    (row,) = (row for row in interop.families.llama.table(CFG) if row.path == path)
     whole = np.asarray(paths(params)[path])
     tensors = interop.read_folder(folder, "model")
     read = interop._reader(row, [tensors[name] for name in row.names(whole.shape)])
@@ -125,7 +125,7 @@ def test_torch_is_not_needed():
 def test_every_net_weight_has_a_row():
     for tied in (False, True):
         cfg = dataclasses.replace(CFG, tied=tied)
-        assert {row.path for row in interop.llama.table(cfg)} == paths(make_net(cfg).shapes).keys()
+        assert {row.path for row in interop.families.llama.table(cfg)} == paths(make_net(cfg).shapes).keys()
 
 
 def refused(match, folder):
@@ -290,7 +290,11 @@ def test_refuses_what_is_no_class(folder):
 @pytest.mark.parametrize("name", ["a'b; rm -rf x", 'a"b`id`$(id)', "a b", "plain"])
 def test_a_folders_name_in_a_command_is_a_name(name, tmp_path):
     """The line that converts pickles, as a shell splits it: three words, the third Python with the path in it."""
-    for family, file in ((interop.llama.FAMILY, "pytorch_model.bin"), (interop.edm.SONG, "net.pkl"), (interop.lpips.FAMILY, "vgg.pth")):
+    for family, file in (
+        (interop.families.llama.FAMILY, "pytorch_model.bin"),
+        (interop.families.edm.SONG, "net.pkl"),
+        (interop.families.lpips.FAMILY, "vgg.pth"),
+    ):
         pickled = tmp_path / name / file
         python, flag, code = shlex.split(interop._pickled(pickled, family).split("convert it with: ")[1])
         assert (python, flag) == ("python", "-c")

@@ -11,7 +11,7 @@ import pytest
 from jaxdistill import interop
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.interop.safetensors import write_folder, write_json
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 CFG = LM(vocab=32000, dim=4096, mlp=11008, heads=32, depth=6, norm_eps=1e-5)
 
@@ -57,10 +57,10 @@ SCRIPT = """
 def test_a_large_checkpoint_streams(tmp_path):
     """What the process holds at most beside the arrays: under 1.3 times the largest tensor and 1 GB."""
     net = make_net(CFG, config=CFG)
-    leaves, rows = paths(net.shapes), {row.path: row for row in interop.llama.table(CFG)}
+    leaves, rows = paths(net.shapes), {row.path: row for row in interop.families.llama.table(CFG)}
     shapes = {n: row.torch_shape(leaves[p].shape) for p, row in rows.items() for n in row.names(leaves[p].shape)}
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
-    for file, value in interop.llama.FAMILY.write(CFG).items():
+    for file, value in interop.families.llama.FAMILY.write(CFG).items():
         write_json(tmp_path / file, value)
     number = {name: i for i, name in enumerate(sizes)}
     write_folder(tmp_path, "model", sizes, lambda name: np.full(shapes[name], number[name] / 8, np.float32), 10**9)

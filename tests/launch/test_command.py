@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxdistill.core.loop import Stopped
-from jaxdistill.core.metrics import NonFinite
 from jaxdistill.core.types import Refused
+from jaxdistill.run.loop import Stopped
+from jaxdistill.run.metrics import NonFinite
 from launch import _command, _restarts, export, generate, sample, train
 
 ROOT = Path(__file__).parents[2]

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.core import loop
+from jaxdistill.run import loop
 
 ROOT = Path(__file__).parents[2]
-TINY = "tests/core/tiny.py"
+TINY = "tests/run/tiny.py"
 
 
 def start(workdir, processes, devices, variant="bare", steps=20, **more):

@@ -13,8 +13,8 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Ctx
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow, Pred, Process, expand
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import TimeWeight
-from jaxdistill.models.mlp import MLP
 from tools.first_steps import first_steps
 
 

@@ -214,11 +214,12 @@ def test_an_scm_step_at_16k_tokens(record_property):
     """A whole sCM step, forward mode and reverse over it, on a DiT of 128 x 128 patches: never an N x N matrix (1 GiB a head)."""
     from pathlib import Path
 
-    from jaxdistill.core import build, loop, sharding
+    from jaxdistill.core import build, sharding
     from jaxdistill.core.build import Role, experiment, spec
     from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+    from jaxdistill.run import loop
 
-    model = spec("models.dit:DiT", size=128, patch=1, channels=4, dim=32, depth=2, heads=2, remat="full")
+    model = spec("models.denoisers.dit:DiT", size=128, patch=1, channels=4, dim=32, depth=2, heads=2, remat="full")
     arrays = dict(x="normal 128 128 4", cond="integers 10", null_cond="constant 10")
     net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh")
     config = experiment(

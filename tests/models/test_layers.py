@@ -8,8 +8,9 @@ import pytest
 from jaxdistill.core import sharding
 from jaxdistill.core.net import forward_mode, make_net
 from jaxdistill.core.sharding import MeshShape, Rules
-from jaxdistill.models import edm, layers
-from jaxdistill.models.lm import LM
+from jaxdistill.models import layers
+from jaxdistill.models.denoisers import edm
+from jaxdistill.models.language.lm import LM
 
 
 def network(depth: int, **more):

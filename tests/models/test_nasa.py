@@ -12,11 +12,11 @@ from flax import nnx
 from jaxdistill import interop
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.models import sana, unet, wan
 from jaxdistill.models.attention import Negative, attention, nasa, negative_prompt
-from jaxdistill.models.sana import Sana
-from jaxdistill.models.unet import UNet
-from jaxdistill.models.wan import Wan
+from jaxdistill.models.denoisers import sana, unet, wan
+from jaxdistill.models.denoisers.sana import Sana
+from jaxdistill.models.denoisers.unet import UNet
+from jaxdistill.models.denoisers.wan import Wan
 
 B, T, H, K = 2, 5, 2, 4
 

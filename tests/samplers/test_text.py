@@ -7,7 +7,7 @@ import pytest
 
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.samplers.text import generate, pick, respond
 
 CFG = LM(vocab=29, dim=16, mlp=24, heads=4, kv_heads=2, depth=2)

@@ -7,8 +7,8 @@ import pytest
 
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.types import Refused
-from jaxdistill.models.lm import LM
-from jaxdistill.models.neox import NeoX
+from jaxdistill.models.language.lm import LM
+from jaxdistill.models.language.neox import NeoX
 from jaxdistill.surgery.prune import importance, keep_layers, keep_neurons, prune
 
 CFG = LM(vocab=11, dim=8, mlp=12, heads=2, kv_heads=1, depth=4)

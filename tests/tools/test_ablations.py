@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from jaxdistill.core import loop
-from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.types import Refused
+from jaxdistill.run import loop
+from jaxdistill.run.experiment import Experiment
 from tools import ablations
 from tools.reproduce import TOYS
 

@@ -3,10 +3,11 @@ import builtins
 import pytest
 
 from configs.plans import dit_xl2
-from jaxdistill.core import loop, sharding
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import sharding
 from jaxdistill.core.types import Refused
-from tests.core import tiny
+from jaxdistill.run import loop
+from jaxdistill.run.experiment import Experiment
+from tests.run import tiny
 from tools import bench
 
 

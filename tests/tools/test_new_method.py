@@ -17,7 +17,7 @@ TOYS = """
 import importlib
 
 import pytest
-from jaxdistill.core import loop
+from jaxdistill.run import loop
 
 
 @pytest.mark.parametrize("family", {families})

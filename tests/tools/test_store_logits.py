@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from jaxdistill import interop
-from jaxdistill.core import build, loop
+from jaxdistill.core import build
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.logits import StoredLogits
 from jaxdistill.methods.language.kd import KD, StoredKD
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
+from jaxdistill.run import loop
 from launch import _command
 from tools import store_logits
 
@@ -30,7 +31,7 @@ from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.sharding import MeshShape
 
 def get_config():
-    student = Role(model=spec("models.lm:LM", vocab=259, dim=8, mlp=8, heads=2, depth=1))
+    student = Role(model=spec("models.language.lm:LM", vocab=259, dim=8, mlp=8, heads=2, depth=1))
     return experiment(steps=3, tensorboard=False, mesh=MeshShape(data=1, fsdp=1), data=spec("data.text:Text", length=12, batch_size=4),
                       method=spec("methods.language.sft:SFT"), roles=dict(student=student))
 """

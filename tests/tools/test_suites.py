@@ -9,10 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxdistill.core import build, loop, sharding
-from jaxdistill.core.checkpoint import save_params
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import build, sharding
 from jaxdistill.core.types import Refused
+from jaxdistill.run import loop
+from jaxdistill.run.checkpoint import save_params
+from jaxdistill.run.experiment import Experiment
 from launch._command import load_config
 from tools import stand_ins, suites
 

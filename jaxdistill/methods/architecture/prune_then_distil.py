@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage
 from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import masked_sum
 from jaxdistill.objectives.features import hidden_mse
 from jaxdistill.surgery.prune import prune

@@ -22,7 +22,7 @@ from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Turn
 from jaxdistill.methods._hosted import Hosted, tap
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.models.random_features import arch, random_feature_net
+from jaxdistill.models.vision.random_features import arch, random_feature_net
 from jaxdistill.objectives.augment import Paired
 from jaxdistill.objectives.mmd import mmd2
 

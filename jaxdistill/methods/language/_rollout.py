@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Refused
-from jaxdistill.models.lm import context
+from jaxdistill.models.language.lm import context
 from jaxdistill.objectives.divergence import chunked_cross_entropy, cross_entropy
 from jaxdistill.samplers.text import respond
 

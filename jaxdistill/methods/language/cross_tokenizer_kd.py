@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
 from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context, following, targets
+from jaxdistill.models.language.lm import context, following, targets
 from jaxdistill.objectives.divergence import chunked_log_mass, log_mass, masked_sum, sequence_mean, sorted_distance
 from jaxdistill.objectives.schedule import Schedule, weighted
 from jaxdistill.objectives.spans import ends, event_divergence, span_sum, unpacked

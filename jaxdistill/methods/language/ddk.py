@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxdistill.core.types import Array, Batch, Controller, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import masked_sum
 from jaxdistill.objectives.mixture import discrepancy, refresh
 

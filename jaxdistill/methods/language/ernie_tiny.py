@@ -65,7 +65,7 @@ class FineTune(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ErnieTiny(Method):
-    """Networks are encoders (models/bert.py): tokens, mask, features, scores -> (logits [B C], states, attention scores).
+    """Networks are encoders (models/language/bert.py): tokens, mask, features, scores -> (logits [B C], states, attention scores).
 
     Batches: tokens, mask, label of the task, and general_tokens, general_mask of general text.
     """

@@ -14,7 +14,7 @@ import numpy as np
 from jaxdistill.core.types import Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.methods.language._rollout import Writing
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import common_vocabulary
+from jaxdistill.models.language.lm import common_vocabulary
 from jaxdistill.objectives.schedule import Schedule, bounds
 
 

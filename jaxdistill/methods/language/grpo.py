@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn, lookup
 from jaxdistill.methods.language._rollout import Writing, share, written
-from jaxdistill.models.lm import common_vocabulary, same_vocabulary
+from jaxdistill.models.language.lm import common_vocabulary, same_vocabulary
 from jaxdistill.objectives import policy
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.reward import Exact

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
 from jaxdistill.methods.language._fields import changing, check_shares, refuse_unused
-from jaxdistill.models.lm import context, same_vocabulary, targets
+from jaxdistill.models.language.lm import context, same_vocabulary, targets
 from jaxdistill.objectives import divergence
 from jaxdistill.objectives.schedule import Schedule, weighted
 

@@ -17,7 +17,7 @@ from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM(Method):
-    """The student is an encoder (models/bert.py) of any kind; batches have tokens int [B T] and mask bool [B T]."""
+    """The student is an encoder (models/language/bert.py) of any kind; batches have tokens int [B T] and mask bool [B T]."""
 
     mask_token: int
     vocab: int  # tokens that may stand in for another: 0 .. vocab - 1

@@ -19,7 +19,7 @@ from jaxdistill.core.types import Ctx, Nets, Out, Refused, lookup
 from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context
+from jaxdistill.models.language.lm import context
 from jaxdistill.objectives.divergence import common
 from jaxdistill.objectives.pooling import POOLS
 

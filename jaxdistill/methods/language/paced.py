@@ -19,7 +19,7 @@ from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Params,
 from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.models.lm import common_vocabulary, context, targets
+from jaxdistill.models.language.lm import common_vocabulary, context, targets
 from jaxdistill.objectives.divergence import sequence_mean
 from jaxdistill.objectives.pacing import beta_kernel, signal_to_noise_by_bin
 from jaxdistill.objectives.reward import Exact

@@ -17,7 +17,7 @@ import jax
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage, lookup
 from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import common, forward_kl, masked_sum
 from jaxdistill.objectives.pooling import POOLS, anchored
 from jaxdistill.surgery.ensemble import gather, split

@@ -13,7 +13,7 @@ import dataclasses
 from jaxdistill.core.types import Batch, Ctx, Nets, Turn
 from jaxdistill.methods.language._rollout import Writing
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import common_vocabulary, same_vocabulary
+from jaxdistill.models.language.lm import common_vocabulary, same_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

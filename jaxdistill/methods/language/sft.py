@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn
-from jaxdistill.models.lm import context, targets
+from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import chunked_likelihood, cross_entropy, masked_sum
 
 

@@ -11,7 +11,7 @@ import dataclasses
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.methods.language import _whole
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import targets
+from jaxdistill.models.language.lm import targets
 from jaxdistill.objectives.divergence import masked_sum
 
 EXPLAIN = "explain_"

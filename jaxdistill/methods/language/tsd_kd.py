@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Nets, Out, Refused
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.models.lm import targets
+from jaxdistill.models.language.lm import targets
 from jaxdistill.objectives.divergence import common, masked_sum
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncertain, opener

@@ -18,7 +18,7 @@ from jaxdistill.diffusion.process import Flow, Process, expand
 from jaxdistill.diffusion.regression import drop_condition
 from jaxdistill.diffusion.tangent import DERIVATIVES
 from jaxdistill.diffusion.times import LogitNormal, Uniform
-from jaxdistill.models.dit import DiT, fold_gap
+from jaxdistill.models.denoisers.dit import DiT, fold_gap
 from jaxdistill.objectives import weighting
 from jaxdistill.samplers.fewstep import jump
 

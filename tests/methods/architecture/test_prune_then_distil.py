@@ -9,7 +9,7 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.architecture.prune_then_distil import PruneThenDistil
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
 CFG = LM(vocab=7, dim=8, mlp=12, heads=2, depth=3)

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core import loop
 from jaxdistill.core.bank import bank
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.net import make_net
@@ -25,8 +24,9 @@ from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.disback import DisBack, DisBackDiffInstruct, Recording
 from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.models.mlp import MLP
+from jaxdistill.run import loop
 from tools.first_steps import first_steps
 
 AT = 0.6
@@ -243,7 +243,7 @@ def test_which_targets_are_guided(x64, gaussian, context, guided_targets, scales
 
 
 def tiny():
-    net = dict(model=spec("models.mlp:MLP", width=8, depth=1), denoiser=Denoiser())
+    net = dict(model=spec("models.denoisers.mlp:MLP", width=8, depth=1), denoiser=Denoiser())
     return experiment(
         steps=20,
         checkpoint_every=7,

@@ -16,8 +16,8 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives import score
 from tools.first_steps import first_steps
 

@@ -19,8 +19,8 @@ from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.embedding_loss import EmbeddingLoss
 from jaxdistill.methods.trajectory.consistency import Consistency
 from jaxdistill.methods.trajectory.reflow import Reflow
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.models.mlp import MLP
 from tools.first_steps import first_steps
 
 HOSTS = {"diff_instruct": DiffInstruct(critic_steps=2), "dmd2": DMD2(critic_steps=1), "consistency": Consistency(levels=5)}

@@ -16,9 +16,9 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.flash_dmd import FlashDMD
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator, Heads
-from jaxdistill.models.judges import Identity, PointFeatures
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.vision.judges import Identity, PointFeatures
 from tools.first_steps import first_steps
 
 STEPS = (0.999, 0.749, 0.499, 0.249)

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jaxdistill.core import loop, sharding
-from jaxdistill.core.checkpoint import load_params
-from jaxdistill.core.experiment import Experiment
+from jaxdistill.core import sharding
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.flash_dmd import FlashDMD
 from jaxdistill.methods.distribution.flash_dmd_rl import FlashDMDRL
+from jaxdistill.run import loop
+from jaxdistill.run.checkpoint import load_params
+from jaxdistill.run.experiment import Experiment
 
 N = 16
 

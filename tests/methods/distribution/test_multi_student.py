@@ -23,8 +23,8 @@ from jaxdistill.methods.distribution._dmd import DMD, PerceptualDMD
 from jaxdistill.methods.distribution._members import Members
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives.partition import Consecutive
 from jaxdistill.objectives.pixels import Preprocess
 from tools.first_steps import first_steps

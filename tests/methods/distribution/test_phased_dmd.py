@@ -13,9 +13,7 @@ import optax
 import pytest
 
 from configs.recipes import phased_dmd as recipe
-from jaxdistill.core import build, loop, lora, sharding
-from jaxdistill.core.checkpoint import load_params
-from jaxdistill.core.experiment import Experiment, abstract_params
+from jaxdistill.core import build, lora, sharding
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind, bound
 from jaxdistill.core.types import Refused
@@ -24,8 +22,11 @@ from jaxdistill.diffusion.process import Flow
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.objectives import score
+from jaxdistill.run import loop
+from jaxdistill.run.checkpoint import load_params
+from jaxdistill.run.experiment import Experiment, abstract_params
 from jaxdistill.samplers.fewstep import simulate
 from tools.first_steps import first_steps
 
@@ -390,7 +391,7 @@ def test_trains_in_every_phase(three_steps, k):
 
 
 def tiny():
-    net = dict(model=build.spec("models.mlp:MLP", width=8, depth=1), denoiser=Denoiser())
+    net = dict(model=build.spec("models.denoisers.mlp:MLP", width=8, depth=1), denoiser=Denoiser())
     data = build.spec("data.mixtures:Mixture", batch_size=16, labelled=False)
     common = dict(data=data, tensorboard=False, log_every=5)
     base = build.experiment(

@@ -20,10 +20,10 @@ from jaxdistill.diffusion.guidance import Constant, Random, RandomEach
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.snoopi import PGSB, ClippedNasaT, ClippedPGSB, NasaT
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
-from jaxdistill.models.clip import ClipVisionProjected
-from jaxdistill.models.judges import Identity
-from jaxdistill.models.mlp import MLP
-from jaxdistill.models.unet import UNet
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.denoisers.unet import UNet
+from jaxdistill.models.vision.clip import ClipVisionProjected
+from jaxdistill.models.vision.judges import Identity
 from jaxdistill.objectives.pixels import CLIP, Preprocess
 from tools.first_steps import first_steps
 

@@ -18,7 +18,7 @@ from jaxdistill.diffusion.denoiser import Denoiser, Noise
 from jaxdistill.diffusion.process import DDPM, Flow, expand
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.swiftbrush import SDS, SwiftBrush
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.denoisers.mlp import MLP
 from tools.first_steps import first_steps
 
 SD = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)

@@ -20,8 +20,8 @@ from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.uni_instruct import ExactUniInstruct, SharedUniInstruct, UniInstruct
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.models.mlp import MLP
 from jaxdistill.objectives import fdivergence, score
 from tools.first_steps import first_steps
 

@@ -14,7 +14,7 @@ from jaxdistill.data.language import Markov
 from jaxdistill.data.two_tokenizers import Blocks
 from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD, SpacedKD, SpanULD
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives.divergence import forward_kl, sorted_distance
 from tools.first_steps import first_steps
 

@@ -14,7 +14,7 @@ from jaxdistill.data.language import Markov
 from jaxdistill.methods.language.ddk import DDK
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
 NETS = {"teacher": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)), "student": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1))}

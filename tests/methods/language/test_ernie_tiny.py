@@ -11,8 +11,8 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.patterns import Patterns
 from jaxdistill.methods.language.ernie_tiny import STAGES, ErnieTiny, FineTune
-from jaxdistill.models.bert import BertClassifier
 from jaxdistill.models.heads import Projection
+from jaxdistill.models.language.bert import BertClassifier
 from tools.first_steps import first_steps
 
 SIZES = dict(vocab=8, heads=2, max_length=16, classes=2)

@@ -9,13 +9,13 @@ import optax
 import pytest
 
 from jaxdistill.core.build import build, experiment, spec
-from jaxdistill.core.experiment import Experiment, stopping
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Method, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.lm import LM, context
+from jaxdistill.models.language.lm import LM, context
+from jaxdistill.run.experiment import Experiment, stopping
 from jaxdistill.samplers.text import generate
 from tools.first_steps import first_steps
 

@@ -11,7 +11,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.grpo import GRPO
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives.reward import Share, Verified
 from tools.first_steps import first_steps
 

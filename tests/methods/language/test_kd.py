@@ -12,7 +12,7 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives import divergence
 from tools.first_steps import first_steps
 

@@ -11,8 +11,8 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.masked_lm import MaskedLM
-from jaxdistill.models.bert import BertClassifier
 from jaxdistill.models.heads import Projection
+from jaxdistill.models.language.bert import BertClassifier
 
 MASK, VOCAB = 7, 7
 TOKENS = jax.random.randint(jax.random.key(3), (400, 50), 0, VOCAB)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core.experiment import Experiment
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx
+from jaxdistill.run.experiment import Experiment
 
 # Every loss over tokens that the data has (not those of texts that the student writes, whose sums these are too). TSD-KD, whose
 # uncertain tokens are each micro-batch's, says so; pruning weighs its two terms alike in each.

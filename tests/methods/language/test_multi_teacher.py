@@ -14,7 +14,7 @@ from jaxdistill.data.language import Markov
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.multi_teacher import EnsembleGKD, EnsembleKD, RoutedGKD, RoutedKD
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
 LARGE, SMALL = make_net(LM(vocab=5, dim=12, mlp=16, heads=2, depth=2)), make_net(LM(vocab=5, dim=8, mlp=8, heads=2, depth=1))

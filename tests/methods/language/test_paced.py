@@ -16,7 +16,7 @@ from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.paced import Paced, SelfPaced
-from jaxdistill.models.lm import LM, context
+from jaxdistill.models.language.lm import LM, context
 from jaxdistill.objectives.divergence import sequence_mean, token_divergence
 from jaxdistill.objectives.pacing import signal_to_noise
 from jaxdistill.objectives.schedule import Linear

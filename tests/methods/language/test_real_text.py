@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxdistill.core import loop
 from jaxdistill.core.build import Role, build, experiment, spec
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.data import ner
 from jaxdistill.data.tokenizers import ByteTokenizer
+from jaxdistill.run import loop
 
 pytestmark = pytest.mark.shared_data
 
@@ -43,7 +43,7 @@ def wnut17(shared, folder):
 def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_data, tmp_path):
     """Against the law of the training targets' frequencies, one added to each so that none is zero."""
     data, method = source(shared_data, tmp_path)
-    network = spec("models.lm:LM", vocab=ByteTokenizer.vocab, dim=64, mlp=128, heads=4, depth=2, max_length=512)
+    network = spec("models.language.lm:LM", vocab=ByteTokenizer.vocab, dim=64, mlp=128, heads=4, depth=2, max_length=512)
     config = experiment(
         steps=20,
         mesh=spec("core.sharding:MeshShape", fsdp=1),

@@ -11,7 +11,7 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.recursive_meta import RecursiveMeta
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)

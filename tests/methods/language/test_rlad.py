@@ -13,7 +13,7 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.methods.language.rlad import KDRL, RLAD
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives.policy import clipped_surrogate, group_advantages
 from jaxdistill.objectives.reward import Share
 from tools.first_steps import first_steps

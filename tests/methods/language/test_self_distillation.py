@@ -8,7 +8,7 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.digits import LabelledDigits
 from jaxdistill.methods.language.self_distillation import EstimatedAlpha, SelfDistillation
-from jaxdistill.models.perceptron import Perceptron
+from jaxdistill.models.vision.perceptron import Perceptron
 from jaxdistill.objectives.ridge import best_alpha
 
 NET = make_net(Perceptron(width=8))

@@ -11,7 +11,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Ctx
 from jaxdistill.methods.language.sequence_kd import SequenceKD
 from jaxdistill.methods.language.sft import SFT
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 SIZES = dict(vocab=8, dim=8, mlp=16, heads=2, depth=1, max_length=6)
 

@@ -15,7 +15,7 @@ from jaxdistill.methods.language.sequence_kd import SequenceKD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.step_by_step import StepByStep
 from jaxdistill.methods.language.universalner import UniversalNER
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 TOKENS = jnp.array([[1, 2, 0, 3], [2, 2, 1, 0]])
 MASK = jnp.array([[0, 1, 1, 1], [0, 0, 1, 0]])

@@ -12,7 +12,7 @@ from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.rationales import Sums
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.step_by_step import StepByStep
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.samplers.text import generate
 from tools.first_steps import first_steps
 

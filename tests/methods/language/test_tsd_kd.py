@@ -12,7 +12,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.tsd_kd import TSDKD, Released
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives.divergence import jsd
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import entropy

@@ -13,7 +13,7 @@ from jaxdistill.data.ner import Conversations, conversation, encode
 from jaxdistill.data.tokenizers import ByteTokenizer
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.universalner import UniversalNER
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 NET = make_net(LM(vocab=259, dim=8, mlp=8, heads=2, depth=1, max_length=320))
 PARAMS = {"student": NET.init(jax.random.key(0))}

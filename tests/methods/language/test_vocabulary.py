@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core import loop
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.net import make_net
 from jaxdistill.core.sharding import MeshShape
@@ -23,7 +22,8 @@ from jaxdistill.methods.language.recursive_meta import RecursiveMeta
 from jaxdistill.methods.language.rlad import RLAD
 from jaxdistill.methods.language.sequence_kd import SequenceKD
 from jaxdistill.methods.language.tsd_kd import TSDKD
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
+from jaxdistill.run import loop
 
 METHODS = {
     "KD": spec("methods.language.kd:KD"),
@@ -36,7 +36,7 @@ METHODS = {
 
 
 def config(method, **roles):
-    sizes = lambda vocab: Role(model=spec("models.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1), init="fresh")
+    sizes = lambda vocab: Role(model=spec("models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1), init="fresh")
     return experiment(steps=1, mesh=MeshShape(fsdp=1), data=spec("data.language:Markov", vocab=12),
                       method=METHODS[method], roles={"teacher": Role(init="exact"), "student": sizes(13), **roles})  # fmt: skip
 
@@ -53,12 +53,12 @@ def test_one_line(method, tmp_path):
 
 def test_runs_inside_are_not_trained_first(tmp_path):
     """A teacher that would have to be trained, with another vocabulary: refused before it is."""
-    path = Path(__file__).parents[2] / "core/tiny.py"
+    path = Path(__file__).parents[2] / "run/tiny.py"
     found = importlib.util.spec_from_file_location("tiny", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     inner = module.get_config("language")
-    roles = dict(teacher=Role(init="@first"), student=Role(model=spec("models.lm:LM", vocab=99), init="fresh"))
+    roles = dict(teacher=Role(init="@first"), student=Role(model=spec("models.language.lm:LM", vocab=99), init="fresh"))
     made = experiment(steps=1, mesh=module.spec_mesh(), data=inner.data, method=METHODS["KD"], runs={"first": inner}, roles=roles)
     with pytest.raises(Refused, match="a vocabulary of 16 tokens, the student's has 99"):
         loop.run(made, tmp_path / "run", progress=False)
@@ -159,7 +159,7 @@ def test_padding_is_never_written(writer, method):
 
 def test_a_run_with_padded_tables(tmp_path):
     """Distilled, evaluated and written with: teacher 32 rows, student 24, of 20 tokens."""
-    model = lambda vocab: spec("models.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12)
+    model = lambda vocab: spec("models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12)
     made = experiment(
         steps=2,
         tensorboard=False,

@@ -16,7 +16,7 @@ from jaxdistill.diffusion.process import Flow, Trig, expand
 from jaxdistill.diffusion.tangent import central_difference, total_derivative
 from jaxdistill.diffusion.times import LogitNormal, Uniform
 from jaxdistill.methods.trajectory.meanflow import GuidedMeanFlow, MeanFlow, MeanFlowDistillation
-from jaxdistill.models.dit import DiT
+from jaxdistill.models.denoisers.dit import DiT
 
 PROCESSES = [Flow(), Flow(shift=3.0), Trig()]
 

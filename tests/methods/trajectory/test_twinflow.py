@@ -14,7 +14,7 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow, expand
 from jaxdistill.methods.trajectory.rcgm import RCGM
 from jaxdistill.methods.trajectory.twinflow import FullTwinFlow, ImageFreeTwinFlow, TunedTwinFlow, TwinFlow, TwinFlowDistillation
-from jaxdistill.models.mlp import MLP
+from jaxdistill.models.denoisers.mlp import MLP
 from tools.first_steps import first_steps
 
 PLAIN = dict(barron_alpha=2.0, barron_c=1.0)

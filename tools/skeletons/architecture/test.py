@@ -8,7 +8,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx
 from jaxdistill.methods.architecture.my_method import MyMethod
-from jaxdistill.models.lm import LM
+from jaxdistill.models.language.lm import LM
 
 CFG = LM(vocab=7, dim=8, mlp=12, heads=2, depth=3)
 NET = make_net(CFG, config=CFG)

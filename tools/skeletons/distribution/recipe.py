@@ -19,7 +19,9 @@ def get_config():
         data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
         method=spec("methods.distribution.my_method:MyMethod", guidance=1.5, critic_steps=5, power=1.0),
         roles=dict(
-            teacher=Role(model=spec("models.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"),
+            teacher=Role(
+                model=spec("models.denoisers.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"
+            ),
             student=Role(optimizer=Optimizer(lr=1e-5), ema=Ema(rate=0.9999)),
             fake=Role(optimizer=Optimizer(lr=1e-5)),
         ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from jaxdistill.core.types import Ctx, Method, Nets, Out, Turn
-from jaxdistill.models.lm import context, same_vocabulary, targets
+from jaxdistill.models.language.lm import context, same_vocabulary, targets
 from jaxdistill.objectives.divergence import masked_sum, token_divergence
 
 

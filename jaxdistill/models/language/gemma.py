@@ -1,0 +1,110 @@
+"""Gemma 2 (arXiv:2408.00118): Llama's decoder with norms on both sides of each branch, GeGLU, and scores and logits that tanh
+keeps within bounds.
+
+Weights are those of transformers' `Gemma2ForCausalLM`, and of `Gemma2Model`, SANA's text encoder; layers stacked. Every second
+layer of the released models attends to a window only; here a sequence is at most as long as the window, where both are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdistill.core.sharding import constrain
+from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import lookup as lookup_name
+from jaxdistill.models.language.lm import LM, Block, LMModule
+from jaxdistill.models.layers import ACTIVATIONS, ZEROS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma2(LM):
+    """Gemma-2-2B is vocab 256000, dim 2304, mlp 9216, heads 8, kv_heads 4, head_dim 256, depth 26, max_length and window 4096,
+    query_scale 256, cap 50, logit_cap 30."""
+
+    tied: bool = True
+    window: int = 2048  # tokens that every second layer attends to; max_length is at most as long
+    query_scale: float = 16.0  # scores are divided by its root: Gemma's query_pre_attn_scalar
+    cap: float = 50.0  # of attention's scores; 0: none
+    logit_cap: float = 30.0  # of the logits; 0: none
+    activation: str = "gelu_pytorch_tanh"  # a key of layers.ACTIVATIONS
+
+    def block(self, rngs: nnx.Rngs) -> Gemma2Block:
+        return Gemma2Block(self, rngs)
+
+    def __call__(self, rngs: nnx.Rngs) -> Gemma2Module:
+        return Gemma2Module(self, rngs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma2Text(Gemma2):
+    """The decoder as an encoder of prompts: its call gives the normed states [B T D] in place of logits."""
+
+    def __call__(self, rngs: nnx.Rngs) -> Gemma2TextModule:
+        return Gemma2TextModule(self, rngs)
+
+
+class CentredNorm(nnx.Module):
+    """Root-mean-square norm whose gain is 1 + scale; float32 until both are applied."""
+
+    def __init__(self, dim: int, eps: float, dtype, rngs: nnx.Rngs):
+        self.scale = nnx.Param(nnx.with_partitioning(ZEROS, (None,))(rngs.params(), (dim,)))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Array) -> Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + self.eps)
+        return (h * (1 + self.scale[...])).astype(self.dtype)
+
+
+class Gemma2Block(Block):
+    def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs)
+        make = lambda: CentredNorm(cfg.dim, cfg.norm_eps, jnp.dtype(cfg.dtype), rngs)
+        self.norm_attention, self.norm_attention_out, self.norm_mlp, self.norm_mlp_out = (make() for _ in range(4))
+        self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
+        self.stretch = (cfg.head_size / cfg.query_scale) ** 0.5  # attention divides by the root of a head's size
+
+    def project(self, h: Array) -> tuple[Array, Array, Array]:
+        q, k, v = super().project(h)
+        return self.stretch * q, k, v
+
+    def branch(self, x: Array, mixed: Array) -> Array:
+        return constrain(x + self.norm_attention_out(self.to_out(mixed)), "batch", "seq", None)
+
+    def neurons(self, x: Array) -> Array:
+        h = self.norm_mlp(x)
+        return self.activation(self.gate(h)) * self.up(h)
+
+    def feed(self, x: Array, neurons: Array) -> Array:
+        return constrain(x + self.norm_mlp_out(self.down(neurons)), "batch", "seq", None)
+
+
+class Gemma2Module(LMModule):
+    def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
+        if cfg.max_length > cfg.window:
+            raise Refused(f"model: max_length={cfg.max_length} is more than window={cfg.window} tokens, which half of the layers see")
+        super().__init__(cfg, rngs)
+        self.norm = CentredNorm(cfg.dim, cfg.norm_eps, self.dtype, rngs)
+
+    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Array] | None):
+        x, waves = super()._enter(tokens, positions, cache)
+        return x * jnp.asarray(self.cfg.dim**0.5, self.dtype), waves
+
+    def _logits(self, x: Array) -> Array:
+        cap, logits = self.cfg.logit_cap, super()._logits(x)
+        return cap * jnp.tanh(logits / cap) if cap else logits
+
+    def head(self) -> Array:
+        """Raises Refused where logits are capped: they are then no linear map of the states."""
+        if self.cfg.logit_cap:
+            raise Refused(f"model: logits are capped at {self.cfg.logit_cap} and cannot be made in chunks; set method.chunk=0")
+        return super().head()
+
+
+class Gemma2TextModule(Gemma2Module):
+    def _logits(self, x: Array) -> Array:
+        return x

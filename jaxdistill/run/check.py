@@ -1,0 +1,264 @@
+"""Everything that can be known of a run before its first step, asked before anything is written."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.core import sharding
+from jaxdistill.core.bank import Bank
+from jaxdistill.core.build import located
+from jaxdistill.core.net import Net
+from jaxdistill.core.types import Refused, nearest, one_line
+from jaxdistill.diffusion.process import Pred
+from jaxdistill.evals.base import Table
+from jaxdistill.evals.samples import SampleEval
+from jaxdistill.run.experiment import MISFITS, Experiment, Trained
+from jaxdistill.run.programs import abstract_stages
+
+
+def check(experiment: Experiment) -> None:
+    """Builds and traces everything that needs no weights, of this run and of the needed ones inside it.
+
+    Raises Refused, in one line that names the key of the config, where a value is of another type or
+    out of range, a source does not exist, data, networks, method and evaluation do not fit each
+    other, or the claim names what the evaluation does not give.
+    """
+    _check(experiment, set())
+
+
+def _check(experiment: Experiment, seen: set[str]) -> None:
+    """`check`, once for each of several equal configs."""
+    check_values(experiment)
+    own = experiment.config.to_json(sort_keys=True)
+    if own in seen:
+        return
+    seen.add(own)
+    for name in experiment.runs:
+        _check(experiment.inner[name], seen)
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        _check_calls(experiment)
+        _check_programs(experiment)
+
+
+def check_values(experiment: Experiment) -> None:
+    """`check` of this run alone and without a trace, in milliseconds: values, sources, sizes, claim."""
+    _ = experiment.settings, experiment.nets, experiment.evaluation, experiment.runs
+    for role in experiment.method.inits:
+        _check_optimizer(experiment, role)
+    _check_data(experiment)
+    _ = experiment.mesh
+    _check_labels(experiment)
+    _check_vocabularies(experiment)
+    _check_sources(experiment)
+    _check_claim(experiment)
+
+
+def _check_optimizer(experiment: Experiment, role: str) -> None:
+    try:
+        experiment.roles[role].optimizer.make(1)
+    except Refused as error:
+        raise located(f"{experiment.where}.roles.{role}.optimizer", error) from error
+
+
+def _check_data(experiment: Experiment) -> None:
+    where = f"{experiment.where}.data"
+    try:
+        experiment.data.check(test=experiment.evaluation is not None)
+        experiment.data.check_method(experiment.method)
+    except Refused as error:
+        raise located(where, error) from error
+    except MISFITS as error:
+        raise Refused(f"{where} ({experiment.config.data.name}) makes no samples: {_reason(error)}") from error
+    if experiment.evaluation is None:
+        return
+    try:
+        experiment.evaluation.check(experiment.data)
+    except Refused as error:
+        raise located(f"{experiment.where}.evaluation", error) from error
+
+
+def _check_labels(experiment: Experiment) -> None:
+    """Networks under labels have one table size, and the data no label beyond it."""
+    sizes = experiment.null_labels
+    first = next(iter(sizes), "")
+    for role, size in sizes.items():
+        if size != sizes[first]:
+            raise Refused(
+                f"{experiment.where}.roles.{role}.model.classes={size}: {experiment.where}.roles.{first} "
+                f"has {sizes[first]}, expected one number of classes for all networks"
+            )
+    count = experiment.data.label_count
+    if count is None:
+        count = _labels(experiment.data.one_sample())
+    for role, size in sizes.items():
+        if count is not None and count > size:
+            raise Refused(
+                f"{experiment.where}.data has labels 0 to {count - 1}, "
+                f"{experiment.where}.roles.{role}.model.classes={size}: expected at least {count}"
+            )
+
+
+def _labels(first: dict) -> int | None:
+    """The label that a sample has for none, beyond all others; None where its conditions are no labels."""
+    null = first.get("null_cond")
+    if isinstance(null, dict) or null is None or np.ndim(null):
+        return None
+    return int(null) if np.issubdtype(np.asarray(null).dtype, np.integer) else None
+
+
+def _check_vocabularies(experiment: Experiment) -> None:
+    """No token of the data is beyond a network's table."""
+    data = experiment.data
+    for role, net in experiment.nets.items():
+        table = getattr(net.config, "vocab", None)
+        size = data.vocab_size if role == "student" else data.teacher_vocab_size
+        if table is not None and size is not None and table < size:
+            raise Refused(
+                f"{experiment.where}.data has {size} tokens, {experiment.where}.roles.{role}: "
+                f"a vocabulary of {table}, expected at least {size}"
+            )
+
+
+def _check_sources(experiment: Experiment) -> None:
+    """Every folder that a role starts from exists; a frozen role has weights to start from."""
+    for role in experiment.roles:
+        source = experiment.source(role)
+        known = source in ("fresh", "random", "exact") or source in experiment.roles
+        if not known and experiment.run_at(role, source) is None and not os.path.isdir(source):
+            raise experiment.unknown(role, source)
+        if source == "fresh" and role in experiment.method.frozen and experiment.nets[role].shapes:
+            raise Refused(
+                f"{experiment.where}.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)"
+            )
+
+
+def _check_calls(experiment: Experiment) -> None:
+    """Every denoiser takes the data's samples and conditions, and answers in their shape."""
+    batch = experiment.data.spec()
+    if "x" not in batch:
+        return
+    for role, net in experiment.nets.items():
+        cfg = experiment.roles[role]
+        if cfg.init == "exact" or net.adapts or experiment.described(role)[1] is None:
+            continue
+        where = f"{experiment.where}.roles.{role}"
+        t = jax.ShapeDtypeStruct(batch["x"].shape[:1], jnp.float32)
+        with _fitting(f"{where} ({_name(net)}) does not take {experiment.where}.data ({_shapes(batch)})"):
+            pred = jax.eval_shape(_one(net).apply, _one(net).shapes, batch["x"], t, batch.get("cond"))
+        _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
+        if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
+            raise Refused(
+                f"{where} ({_name(net)}) answers {list(pred.x0.shape)} to {experiment.where}.data.x "
+                f"{list(batch['x'].shape)}, expected the same shape"
+            )
+
+
+def _check_size(where: str, net: Net, config: str, grid: tuple[int, ...]) -> None:
+    """A network of square samples is for those of the data: others would be taken, with positions in between."""
+    size = getattr(net.config, "size", None)
+    if isinstance(size, int) and len(grid) >= 2 and size not in grid[-2:]:
+        raise Refused(f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))}, expected {max(grid[-2:])}")
+
+
+def _check_programs(experiment: Experiment) -> None:
+    """Every stage's train step, and every chain that the evaluation samples, can be traced."""
+    method, nets, params = experiment.config.method.name, experiment.nets, {}
+    networks = ", ".join(f"{role} {_name(net)}" for role, net in nets.items())
+    with _fitting(f"{experiment.where}.method ({method}) does not run on {_shapes(experiment.data.spec())} with {networks}"):
+        for programs, found in abstract_stages(experiment):
+            nets, state = found, programs.abstract
+            trained = {role: state.ema.get(role, p) for role, p in state.params.items()}
+            params = {**params, **state.frozen, **trained}
+    if isinstance(experiment.evaluation, SampleEval):
+        _check_sampling(Trained(experiment, nets, params))
+
+
+def _check_sampling(trained: Trained) -> None:
+    experiment = trained.experiment
+    evaluation, batch = experiment.evaluation, experiment.data.spec()
+    for role, steps in evaluation.models(trained.params):
+        with _fitting(f"{experiment.where}.evaluation: {role} cannot be sampled at {steps} steps"):
+            shapes = {r: trained.nets[r].shapes for r in trained.params}
+            jax.eval_shape(evaluation.drawing(trained, role, steps), shapes, batch, jnp.int32(0))
+
+
+def _check_claim(experiment: Experiment) -> None:
+    """The claim's rows and metric are among those that the evaluation gives."""
+    claim = experiment.claim
+    if claim is None:
+        return
+    where = f"{experiment.where}.claim"
+    if experiment.evaluation is None:
+        raise Refused(f"{where}: nothing is evaluated; expected config.evaluation")
+    table = rows(experiment)
+    if not table:
+        return
+    for key in ("model", "baseline"):
+        wanted = getattr(claim, key)
+        metrics = _row(table, wanted)
+        if metrics is None:
+            raise Refused(f"{where}.{key}={wanted!r}: no such row of the evaluation{nearest(wanted, table)}")
+        if not any(fnmatch.fnmatchcase(claim.metric, name) for name in metrics):
+            raise Refused(f"{where}.metric={claim.metric!r}: no metric of {wanted}{nearest(claim.metric, metrics)}")
+
+
+def rows(experiment: Experiment) -> Table:
+    """The rows of the final table: the run's own, then the student's of each baseline under its name."""
+    table = dict(experiment.evaluation.table(experiment.roles, experiment.data))
+    used = {experiment.source(role).removeprefix("@") for role in experiment.roles}
+    for name in experiment.runs:
+        inner = experiment.inner[name]
+        if name in used or inner.evaluation is None:
+            continue
+        for label, metrics in inner.evaluation.table(inner.roles, inner.data).items():
+            row, _, nfe = label.partition("@")
+            if row == "student":
+                table[f"{name}@{nfe}"] = metrics
+    return table
+
+
+def _row(table: Table, wanted: str) -> tuple[str, ...] | None:
+    if "@" in wanted:
+        return table.get(wanted)
+    return next((metrics for label, metrics in table.items() if label.partition("@")[0] == wanted), None)
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Turns what a trace says of parts that do not fit into a refusal that begins with `what`."""
+    try:
+        yield
+    except Refused as error:
+        raise error if str(error).startswith("config.") else Refused(f"{what}: {error}") from error
+    except MISFITS as error:
+        raise Refused(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """An error's first line, and the last place in a file that is not a library's."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {one_line(error, 200)}{at}"
+
+
+def _one(net: Net) -> Net:
+    return net.one if isinstance(net, Bank) else net
+
+
+def _name(net: Net) -> str:
+    return type(net.config).__name__
+
+
+def _shapes(batch: dict) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    name = lambda path: "/".join(str(key.key) for key in path)
+    return ", ".join(f"{name(path)} {leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in leaves)
