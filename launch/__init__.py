@@ -10,5 +10,11 @@ def _too_early(number: int, frame: object) -> None:
     os._exit(75)
 
 
-if sys.argv[:1] == ["-m"]:  # what Python has there while it looks for the module that it shall run: not where a program imports us
-    signal.signal(signal.SIGINT, _too_early)  # until `_command.main` listens: the imports take seconds
+if (
+    sys.argv[:1] == ["-m"]
+    # what Python has there while it looks for the module that it shall run: not where a program imports
+    # us
+):
+    signal.signal(
+        signal.SIGINT, _too_early
+    )  # until `_command.main` listens: the imports take seconds

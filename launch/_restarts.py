@@ -1,4 +1,6 @@
-"""A bound on restarts that bring nothing new: Slurm and GKE start a run again where it has failed, whatever the reason."""
+"""A bound on restarts that bring nothing new: Slurm and GKE start a run again where it has failed,
+whatever the reason.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,19 @@ FILE = "restarts.json"  # in the run's folder: {"progress", "count"}
 
 
 def progress(workdir: Path) -> dict[str, int]:
-    """How far a run and those inside it have come: stages done, the sum of the newest checkpoints' steps, files of stored data."""
+    """How far a run and those inside it have come: stages done, the sum of the newest checkpoints'
+    steps, files of stored data.
+    """
     found = {"stages": 0, "steps": 0, "stored": 0}
-    for at, folders, files in os.walk(workdir):  # which follows no link, and passes over what goes away under it
+    for at, folders, files in os.walk(
+        workdir
+    ):  # which follows no link, and passes over what goes away under it
         name = os.path.basename(at)
         if name == "checkpoints":
-            found["steps"] += max((int(f[5:]) for f in folders if f.startswith("step_") and f[5:].isdigit()), default=0)
+            found["steps"] += max(
+                (int(f[5:]) for f in folders if f.startswith("step_") and f[5:].isdigit()),
+                default=0,
+            )
         if name == "stages":
             found["stages"] += sum(f.isdigit() for f in folders)
         if os.path.basename(os.path.dirname(at)) == "data":
@@ -40,10 +49,12 @@ def _count(workdir: Path) -> int:
 
 @contextlib.contextmanager
 def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None]:
-    """Around a run that a launcher starts again. Raises Refused where it has failed at `most` restarts one after another without a
+    """Around a run that a launcher starts again. Raises Refused where it has failed at `most`
+    restarts one after another without a
     new checkpoint, stage or batch of stored data; 0: no bound.
 
-    `join` joins the run's other processes: all look before it, and the first counts after it. That a run was asked to stop is no
+    `join` joins the run's other processes: all look before it, and the first counts after it. That
+    a run was asked to stop is no
     failure. The first start is none of the restarts, and makes no folder.
     """
     if not most:
@@ -52,7 +63,9 @@ def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None
         return
     count = _count(workdir)
     if count >= most:
-        raise Refused(f"{workdir}: {count} restarts without a new checkpoint; see why it fails, remove {FILE} there, and start it again")
+        raise Refused(
+            f"{workdir}: {count} restarts without a new checkpoint; see why it fails, remove {FILE} there, and start it again"
+        )
     join()
     import jax
 

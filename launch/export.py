@@ -1,9 +1,10 @@
-"""Writes a finished run's student as a folder that PyTorch (diffusers, transformers) loads, with a model card.
+"""Writes a finished run's student as a folder that PyTorch (diffusers, transformers) loads, with a
+model card.
 
 python -m launch.export --workdir=DIR [--out=DIR/export] [--adapter]
 
-The folder takes the place of an earlier export, and of nothing else. With --adapter, the student of a config with `lora`
-leaves as an adapter for `peft` or diffusers, not folded into its base.
+The folder takes the place of an earlier export, and of nothing else. With --adapter, the student of
+a config with `lora` leaves as an adapter for `peft` or diffusers, not folded into its base.
 """
 
 from jaxdistill.run.records import local

@@ -1,11 +1,13 @@
-"""Any config as N processes of this machine, joined as the hosts of a cluster are: gloo collectives between CPUs.
+"""Any config as N processes of this machine, joined as the hosts of a cluster are: gloo collectives
+between CPUs.
 
 python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE --workdir=DIR [--config.key=value ...]
 
-What follows the dashes are the arguments of launch.train. Each process has `devices` simulated devices. SIGTERM and Ctrl-C
-reach every process, which save and end with 75, and so does this command. Where one is lost, the others are ended after
-`timeout` seconds at most, one line says which it was, and the exit code is 1: the same command goes on from the last checkpoint.
-With --dry_run it only prints what every process would execute.
+What follows the dashes are the arguments of launch.train. Each process has `devices` simulated
+devices. SIGTERM and Ctrl-C reach every process, which save and end with 75, and so does this
+command. Where one is lost, the others are ended after `timeout` seconds at most, one line says
+which it was, and the exit code is 1: the same command goes on from the last checkpoint. With
+--dry_run it only prints what every process would execute.
 """
 
 import os
@@ -22,10 +24,14 @@ from launch._command import STOPPED, arguments, main, whole
 
 def cluster(argv: list[str]) -> None:
     if not argv or not argv[0].isdigit() or int(argv[0]) < 1:
-        raise Refused("local_cluster: expected the number of processes first, as in: local_cluster 2 -- --config=FILE --workdir=DIR")
+        raise Refused(
+            "local_cluster: expected the number of processes first, as in: local_cluster 2 -- --config=FILE --workdir=DIR"
+        )
     cut = argv.index("--") if "--" in argv else len(argv)
     values, _ = arguments(argv[1:cut], {"devices": "1", "timeout": "60", "dry_run": False})
-    count, devices, timeout = int(argv[0]), whole(values, "devices", 1), whole(values, "timeout", 1)
+    count = int(argv[0])
+    devices = whole(values, "devices", 1)
+    timeout = whole(values, "timeout", 1)
     command = [sys.executable, "-m", "launch.train", *argv[cut + 1 :]]
     common = {
         "JAX_PLATFORMS": "cpu",
@@ -39,14 +45,27 @@ def cluster(argv: list[str]) -> None:
         for env in each:
             print(" ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command))
         return
-    sys.exit(watch([subprocess.Popen(command, env=os.environ | env, start_new_session=True) for env in each], timeout))
+    sys.exit(
+        watch(
+            [
+                subprocess.Popen(command, env=os.environ | env, start_new_session=True)
+                for env in each
+            ],
+            timeout,
+        )
+    )
 
 
 def watch(processes: list[subprocess.Popen], timeout: float) -> int:
-    """Waits for all; the exit code is 0 where all ended so, 2 where one refused its input, 75 where they stopped with work left, else
-    1."""
-    forward = lambda number, frame: [p.send_signal(signal.SIGTERM) for p in processes if p.poll() is None]
-    before, lost = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}, []
+    """Waits for all; the exit code is 0 where all ended so, 2 where one refused its input, 75 where
+    they stopped with work left, else
+    1.
+    """
+    forward = lambda number, frame: [
+        p.send_signal(signal.SIGTERM) for p in processes if p.poll() is None
+    ]
+    before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+    lost = []
     try:
         while not lost and any(p.poll() is None for p in processes):
             time.sleep(0.1)
@@ -57,10 +76,17 @@ def watch(processes: list[subprocess.Popen], timeout: float) -> int:
             signal.signal(number, handler)
     codes = [p.wait() for p in processes]
     for i in lost:
-        how = f"killed by {signal.Signals(-codes[i]).name}" if codes[i] < 0 else f"exit code {codes[i]}"
+        how = (
+            f"killed by {signal.Signals(-codes[i]).name}"
+            if codes[i] < 0
+            else f"exit code {codes[i]}"
+        )
         if codes[i] != 2:
-            print(f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were ended; "
-                  "run the same command again to go on from the last checkpoint", file=sys.stderr)  # fmt: skip
+            print(
+                f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were ended; "
+                "run the same command again to go on from the last checkpoint",
+                file=sys.stderr,
+            )
     if 2 in codes:
         return 2
     return 1 if any(code not in (0, STOPPED) for code in codes) else max(codes)

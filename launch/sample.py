@@ -8,9 +8,22 @@ from launch._command import arguments, main, needed, output, whole
 
 
 def sample(argv: list[str]) -> None:
-    values, config = arguments(argv, {"config": "", "workdir": "", "n": "100", "steps": "0", "seed": "0", "role": "student", "out": ""})
+    values, config = arguments(
+        argv,
+        {
+            "config": "",
+            "workdir": "",
+            "n": "100",
+            "steps": "0",
+            "seed": "0",
+            "role": "student",
+            "out": "",
+        },
+    )
     config, workdir = needed(values, config)
-    n, steps, seed = whole(values, "n", 1), whole(values, "steps", 0), whole(values, "seed", 0)
+    n = whole(values, "n", 1)
+    steps = whole(values, "steps", 0)
+    seed = whole(values, "seed", 0)
     given = output(values, "out", (".png",))
     import dataclasses
 
@@ -21,7 +34,8 @@ def sample(argv: list[str]) -> None:
     from jaxdistill.run import loop
 
     trained = loop.load(workdir, config)
-    evaluation, role = trained.experiment.evaluation, values["role"]
+    evaluation = trained.experiment.evaluation
+    role = values["role"]
     if evaluation is None:
         raise Refused(f"{workdir}: its config has no evaluation, which knows how to sample")
     if role not in trained.params:
@@ -29,11 +43,15 @@ def sample(argv: list[str]) -> None:
     evaluation = dataclasses.replace(evaluation, seed=seed)
     if hasattr(evaluation, "texts"):
         if given or steps:
-            raise Refused(f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are printed")
+            raise Refused(
+                f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are printed"
+            )
         for line in lookup(evaluation.texts(trained, n), role, "--role"):
             print(line, end="\n---\n")
         return
-    first = dict(list(evaluation.models(trained.params))[::-1])  # role -> the first steps that it is evaluated at
+    first = dict(
+        list(evaluation.models(trained.params))[::-1]
+    )  # role -> the first steps that it is evaluated at
     if role not in first and trained.experiment.described(role)[1] is None:
         raise Refused(f"--role={role}: is no denoiser{nearest(role, first)}")
     if role not in first and not steps:
@@ -41,13 +59,19 @@ def sample(argv: list[str]) -> None:
     steps = steps or first[role]
     real = trained.experiment.data.evaluation(n)
     held = len(real["x"])
-    real = jax.tree.map(lambda v: v[np.arange(n) % held], real)  # the held-out conditions, again where they are fewer
+    real = jax.tree.map(
+        lambda v: v[np.arange(n) % held], real
+    )  # the held-out conditions, again where they are fewer
     x, _ = evaluation.generate(trained, role, steps, real)
     out = given or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     evaluation.picture(x, real).save(out)
-    np.savez(out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {}))
-    print(f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {out.with_suffix('.npz')}")
+    np.savez(
+        out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {})
+    )
+    print(
+        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {out.with_suffix('.npz')}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Before JAX starts: eight simulated devices on the CPU, quick compilation rather than quick programs, and one cache of compiled
-programs for all workers and the processes that they start."""
+"""Before JAX starts: eight simulated devices on the CPU, quick compilation rather than quick
+programs, and one cache of compiled programs for all workers and the processes that they start.
+"""
 
 import atexit
 import collections
@@ -12,7 +13,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "")  # XLA stops at a flag that it does not know
+    + (
+        " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+    )  # XLA stops at a flag that it does not know
 )  # together a third of the time
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -25,7 +28,9 @@ import pytest
 
 
 def pytest_collection_modifyitems(items):
-    """Tests of the whole library first: their files take minutes each, and the last of them would leave the other worker idle."""
+    """Tests of the whole library first: their files take minutes each, and the last of them would
+    leave the other worker idle.
+    """
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
 
 
@@ -41,7 +46,9 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def compilations():
-    """compilations["train_step"]: how many programs of the jitted function of that name were compiled in this test so far."""
+    """compilations["train_step"]: how many programs of the jitted function of that name were
+    compiled in this test so far.
+    """
     count = collections.Counter()
 
     def listen(event, seconds, *, fun_name="", **_):
@@ -55,7 +62,9 @@ def compilations():
 
 @pytest.fixture(scope="session")
 def lowers_for_tpu():
-    """lowers_for_tpu(programs): every pattern of turns becomes a TPU program; the traces are those that counted the flops."""
+    """lowers_for_tpu(programs): every pattern of turns becomes a TPU program; the traces are those
+    that counted the flops.
+    """
 
     def check(programs):
         key = jax.eval_shape(lambda: jax.random.key(0))

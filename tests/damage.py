@@ -1,12 +1,14 @@
-"""Seeded damage to files, and what may come of it: a refusal in one line, nothing run, nothing written.
+"""Seeded damage to files, and what may come of it: a refusal in one line, nothing run, nothing
+written.
 
-A mutator is `(file, rng) -> str`: it damages the file in place and says how. `DAMAGE` are those of any file, `JSON_DAMAGE` those of
-a JSON file. Of one seed they do the same on every machine.
+A mutator is `(file, rng) -> str`: it damages the file in place and says how. `DAMAGE` are those of
+any file, `JSON_DAMAGE` those of a JSON file. Of one seed they do the same on every machine.
 
     rng = np.random.default_rng(0)
     how = damage(file, rng)  # any of DAMAGE, or of JSON_DAMAGE too where the file is JSON
     with quiet(folder):  # AssertionError where something was run, asked or written
-        message = outcome(lambda: read(file))  # None where it was accepted, else the one line of the refusal
+        message = outcome(lambda: read(file))  # None where it was accepted, else the one line of
+        the refusal
 """
 
 from __future__ import annotations
@@ -25,9 +27,36 @@ from jaxdistill.core.types import Refused
 
 Mutator = Callable[[Path, np.random.Generator], str]
 ODD: tuple[Any, ...] = (  # what a value of a JSON file is replaced by
-    None, True, False, 0, 1, -1, 7, 10**12, 10**400, -(2**63), 0.5, -0.25, 1e308, float("nan"), float("inf"), "", "8", "ghost",
-    "../../x", "/etc/passwd", "a\nb", "\ud800", [], [None], [1, "2"], [[1]], {}, {"a": 1}, {"": []},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    7,
+    10**12,
+    10**400,
+    -(2**63),
+    0.5,
+    -0.25,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "8",
+    "ghost",
+    "../../x",
+    "/etc/passwd",
+    "a\nb",
+    "\ud800",
+    [],
+    [None],
+    [1, "2"],
+    [[1]],
+    {},
+    {"a": 1},
+    {"": []},
+)
 
 
 def truncate(file: Path, rng: np.random.Generator) -> str:
@@ -89,7 +118,8 @@ def remove(file: Path, rng: np.random.Generator) -> str:
 
 def replace_value(file: Path, rng: np.random.Generator) -> str:
     """Replaces one value of a JSON file, at any depth, by one of `ODD`."""
-    value, new = _json(file), ODD[int(rng.integers(len(ODD)))]
+    value = _json(file)
+    new = ODD[int(rng.integers(len(ODD)))]
     places = list(_places(value))
     holder, key = places[int(rng.integers(len(places)))] if places else (None, None)
     if holder is None:
@@ -127,9 +157,17 @@ def swap_values(file: Path, rng: np.random.Generator) -> str:
 
 
 def wrap(file: Path, rng: np.random.Generator) -> str:
-    """Puts a JSON file's value into a list, text, an object, or deep brackets, or a byte order mark before it."""
+    """Puts a JSON file's value into a list, text, an object, or deep brackets, or a byte order mark
+    before it.
+    """
     text = file.read_text(encoding="utf-8")
-    kinds = {"list": f"[{text}]", "text": json.dumps(text), "object": f'{{"a": {text}}}', "depth": "[" * 200_000, "mark": "\ufeff" + text}
+    kinds = {
+        "list": f"[{text}]",
+        "text": json.dumps(text),
+        "object": f'{{"a": {text}}}',
+        "depth": "[" * 200_000,
+        "mark": "\ufeff" + text,
+    }
     kind = str(rng.choice(sorted(kinds)))
     file.write_text(kinds[kind], encoding="utf-8")
     return f"{file.name}: in a {kind}"
@@ -146,17 +184,28 @@ def repeat_key(file: Path, rng: np.random.Generator) -> str:
 
 
 DAMAGE: tuple[Mutator, ...] = (truncate, flip, splice, noise, empty, duplicate)
-JSON_DAMAGE: tuple[Mutator, ...] = (replace_value, replace_value, replace_value, delete_value, swap_values, wrap, repeat_key)
+JSON_DAMAGE: tuple[Mutator, ...] = (
+    replace_value,
+    replace_value,
+    replace_value,
+    delete_value,
+    swap_values,
+    wrap,
+    repeat_key,
+)
 
 
 def damage(file: Path, rng: np.random.Generator) -> str:
     """One mutator at random: of a sound JSON file mostly those of JSON, else those of any file."""
-    mutators = JSON_DAMAGE if file.suffix == ".json" and rng.random() < 0.75 and _sound(file) else DAMAGE
+    mutators = (
+        JSON_DAMAGE if file.suffix == ".json" and rng.random() < 0.75 and _sound(file) else DAMAGE
+    )
     return mutators[int(rng.integers(len(mutators)))](file, rng)
 
 
 def outcome(call: Callable[[], Any], *names: str) -> str | None:
-    """None where `call` ends well, or the message of its Refused; every other exception passes through.
+    """None where `call` ends well, or the message of its Refused; every other exception passes
+    through.
 
     AssertionError where the message is not one short line, or says none of `names`.
     """
@@ -164,8 +213,12 @@ def outcome(call: Callable[[], Any], *names: str) -> str | None:
         call()
     except Refused as error:
         message = str(error)
-        assert message and message.isprintable() and len(message) < 2000, f"not one line: {message[:2000]!r}"
-        assert not names or any(name in message for name in names), f"names none of {names}: {message}"
+        assert message and message.isprintable() and len(message) < 2000, (
+            f"not one line: {message[:2000]!r}"
+        )
+        assert not names or any(name in message for name in names), (
+            f"names none of {names}: {message}"
+        )
         return message
     return None
 
@@ -174,12 +227,23 @@ def contents(folder: Path) -> dict[str, str]:
     """Every file under a folder with the hash of its bytes, every folder and link with what it is."""
     found = {}
     for path in sorted(folder.rglob("*")):
-        kind = f"link to {path.readlink()}" if path.is_symlink() else "folder" if path.is_dir() else ""
+        kind = (
+            f"link to {path.readlink()}" if path.is_symlink() else "folder" if path.is_dir() else ""
+        )
         found[str(path.relative_to(folder))] = kind or hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-RUNS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "builtins.input", "socket.connect")
+RUNS = (
+    "pickle.find_class",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "builtins.input",
+    "socket.connect",
+)
 _seen: list[list[str]] = []  # one list for each open `quiet`
 
 
@@ -190,8 +254,10 @@ def _listen(event: str, args: tuple) -> None:
 
 @contextlib.contextmanager
 def quiet(folder: Path) -> Iterator[None]:
-    """AssertionError where the block unpickles a class, starts a process, reads from the terminal or connects to anything, or
-    where a file under `folder` is another than before."""
+    """AssertionError where the block unpickles a class, starts a process, reads from the terminal
+    or connects to anything, or
+    where a file under `folder` is another than before.
+    """
     if not hasattr(quiet, "hook"):
         quiet.hook = True
         sys.addaudithook(_listen)  # for good: such hooks cannot be taken back
@@ -223,7 +289,13 @@ def _write(file: Path, value: Any) -> None:
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """(holder, key) of every value inside a JSON value."""
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    pairs = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in pairs:
         yield value, key
         yield from _places(inner)

@@ -1,4 +1,6 @@
-"""The commands as a user meets them: arguments, exit codes, one line for bad input, nothing half-written."""
+"""The commands as a user meets them: arguments, exit codes, one line for bad input, nothing
+half-written.
+"""
 
 import importlib
 import io
@@ -37,7 +39,8 @@ def at_root(monkeypatch):
 
 def refused(argv, capsys, command=train.train):
     """The one line that a refused command prints; it must exit with 2."""
-    old, sys.argv = sys.argv, ["command", *argv]
+    old = sys.argv
+    sys.argv = ["command", *argv]
     try:
         with pytest.raises(SystemExit) as exit:
             _command.main(command)
@@ -61,18 +64,36 @@ def refused(argv, capsys, command=train.train):
         ([TOY, "--workdir=W", "--config.stps=3"], "did you mean 'steps'"),
         ([TOY, "--workdir=W", "--config.method.gan_wieght=3"], "did you mean 'gan_weight'"),
         ([TOY, "--workdir=W", "--config.steps=many"], "expected int"),
-        ([TOY, "--workdir=W", "--config.steps=-3"], "an integer of at least 1 and at most 10,000,000"),
+        (
+            [TOY, "--workdir=W", "--config.steps=-3"],
+            "an integer of at least 1 and at most 10,000,000",
+        ),
         ([TOY, "--workdir=W", "--config.data.batch_size=100.5"], "expected int"),
         ([TOY, "--workdir=W", "--config.mesh.data=64"], "does not fit the 8 devices"),
-        ([TOY, "--workdir=W", "--config.mesh.data=8", "--config.data.batch_size=12"], "not divisible by 8"),
-        ([TOY, "--workdir=W", "--config.method.name=methods.distribution.dmd2:DMD"], "did you mean 'DMD2'"),
+        (
+            [TOY, "--workdir=W", "--config.mesh.data=8", "--config.data.batch_size=12"],
+            "not divisible by 8",
+        ),
+        (
+            [TOY, "--workdir=W", "--config.method.name=methods.distribution.dmd2:DMD"],
+            "did you mean 'DMD2'",
+        ),
         ([TOY, "--workdir=W", "--config.method"], "needs a value"),
         ([TOY, "--workdir=W", "--config.method=3"], "is a group"),
         ([TOY, "--wrkdir=W"], "did you mean 'workdir'"),
-        ([TOY, "--workdir=W", "--config.roles.teacher.init=nowhere"], "no such role, run or folder"),
-        ([TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adamm"], "did you mean 'adam'"),
+        (
+            [TOY, "--workdir=W", "--config.roles.teacher.init=nowhere"],
+            "no such role, run or folder",
+        ),
+        (
+            [TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adamm"],
+            "did you mean 'adam'",
+        ),
         (["--config=configs/mnist/dmd2.py", "--workdir=W"], "data.path is empty"),
-        (["--config=configs/mnist/dmd2.py", "--workdir=W", "--config.data.path=/nowhere"], "data.path=/nowhere: no such"),
+        (
+            ["--config=configs/mnist/dmd2.py", "--workdir=W", "--config.data.path=/nowhere"],
+            "data.path=/nowhere: no such",
+        ),
     ],
 )
 def test_bad_input(argv, said, capsys, tmp_path):
@@ -86,7 +107,14 @@ def test_truncated_data_file(capsys, tmp_path):
         (tmp_path / f"{name}-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00\x00\x09")
     for name in ("train-labels", "t10k-labels"):
         (tmp_path / f"{name}-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x09")
-    said = refused(["--config=configs/mnist/dmd2.py", f"--workdir={tmp_path / 'run'}", f"--config.data.path={tmp_path}"], capsys)
+    said = refused(
+        [
+            "--config=configs/mnist/dmd2.py",
+            f"--workdir={tmp_path / 'run'}",
+            f"--config.data.path={tmp_path}",
+        ],
+        capsys,
+    )
     assert "ubyte: expected 17 bytes for shape (9,), found 8" in said
     assert not (tmp_path / "run").exists()
 
@@ -98,7 +126,11 @@ def test_overrides_keep_their_types():
     _command.override(config, "method.student_times", "(1, 0.5)")
     _command.override(config, "method.taps", "2")
     _command.override(config, "tensorboard", "false")
-    assert (config.steps, config.method.gan_weight, config.method.student_times) == (12, 1.0, (1.0, 0.5))
+    assert (config.steps, config.method.gan_weight, config.method.student_times) == (
+        12,
+        1.0,
+        (1.0, 0.5),
+    )
     assert (config.method.taps, config.tensorboard) == ((2,), False)
     with pytest.raises(Refused, match="expected tuple of int"):
         _command.override(config, "method.taps", "('a',)")
@@ -111,9 +143,15 @@ def digits(tmp_path_factory):
     os.environ["JAXDISTILL_CACHE"] = str(workdir.parent / "cache")
     config = _command.load_config("configs/digits/dmd2.py")
     for c in (config, config.runs.teacher):
-        c.steps, c.data.batch_size, c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.tensorboard = 2, 8, 1, 1, 1, False
+        c.steps = 2
+        c.data.batch_size = 8
+        c.mesh.data = 1
+        c.mesh.fsdp = 1
+        c.mesh.tensor = 1
+        c.tensorboard = False
         c.evaluation.samples = c.evaluation.batch = 100
-    config.evaluation.teacher_steps, config.runs.teacher.evaluation.student_steps = (2, 1), (2,)
+    config.evaluation.teacher_steps = (2, 1)
+    config.runs.teacher.evaluation.student_steps = (2,)
     config.method.critic_steps = 1
     loop.run(config, workdir, progress=False)
     return workdir
@@ -124,7 +162,9 @@ def test_evaluate_rewrites_the_report(digits, capsys):
     out = capsys.readouterr().out
     assert "frechet" in out
     assert "report.html" in out
-    assert {"teacher", "student"} == {r["name"] for r in json.loads((digits / "report.json").read_text())["models"]}
+    assert {"teacher", "student"} == {
+        r["name"] for r in json.loads((digits / "report.json").read_text())["models"]
+    }
 
 
 def test_sample_writes_a_grid_and_arrays(digits, tmp_path):
@@ -159,12 +199,16 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     trained = loop.load(digits)
     noise = np.random.default_rng(0).standard_normal((10, 8, 8, 1)).astype("f4")
     label = np.arange(10)
-    sampled = trained.experiment.method.sample(trained.bound().student, jnp.asarray(noise), jnp.asarray(label), jax.random.key(0), 1)
+    sampled = trained.experiment.method.sample(
+        trained.bound().student, jnp.asarray(noise), jnp.asarray(label), jax.random.key(0), 1
+    )
     ours = np.asarray(sampled)
     model = diffusers.DiTTransformer2DModel.from_pretrained(out).eval()
     z = torch.from_numpy(noise.transpose(0, 3, 1, 2))
     with torch.no_grad():
-        v = model(z, timestep=torch.full((10,), 1000.0), class_labels=torch.from_numpy(label)).sample
+        v = model(
+            z, timestep=torch.full((10,), 1000.0), class_labels=torch.from_numpy(label)
+        ).sample
     theirs = (z - v).numpy().transpose(0, 2, 3, 1)
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
     card = (out / "README.md").read_text()
@@ -174,17 +218,23 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     scope = {}
     exec(code, scope)  # the recipe on the card runs as it stands
     assert scope["x"].shape == (10, 1, 8, 8)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(
+        out, subfolder="scheduler"
+    )
     scheduler.set_timesteps(1)
     with torch.no_grad():
-        v = model(z, timestep=scheduler.timesteps.expand(10), class_labels=torch.from_numpy(label)).sample
+        v = model(
+            z, timestep=scheduler.timesteps.expand(10), class_labels=torch.from_numpy(label)
+        ).sample
     stepped = scheduler.step(v, scheduler.timesteps[0], z).prev_sample.numpy().transpose(0, 2, 3, 1)
     assert np.abs(ours - stepped).max() <= 1e-4 * np.abs(theirs).max()
     assert interop.load(out)[0].config == trained.nets["student"].config
 
 
 def test_full_weights_are_no_adapter(digits, tmp_path, capsys):
-    said = refused([f"--workdir={digits}", f"--out={tmp_path / 'out'}", "--adapter"], capsys, export.export)
+    said = refused(
+        [f"--workdir={digits}", f"--out={tmp_path / 'out'}", "--adapter"], capsys, export.export
+    )
     assert "student has full weights, no adapter; export it without --adapter" in said
     assert not (tmp_path / "out").exists()
 
@@ -195,25 +245,34 @@ def test_a_run_that_has_not_finished_cannot_be_exported(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize("out", ["RUN", "RUN/teacher", "RUN/stages/9", "RUN/..", "RUN/config.json", "/" + "x" * 300])
+@pytest.mark.parametrize(
+    "out", ["RUN", "RUN/teacher", "RUN/stages/9", "RUN/..", "RUN/config.json", "/" + "x" * 300]
+)
 def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
     """Refused before a weight is read."""
     monkeypatch.setattr(loop, "load", lambda *_: pytest.fail("weights were read"))
     files = lambda: {path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()}
     before = files()
-    refused([f"--workdir={digits}", f"--out={out.replace('RUN', str(digits))}"], capsys, export.export)
+    refused(
+        [f"--workdir={digits}", f"--out={out.replace('RUN', str(digits))}"], capsys, export.export
+    )
     assert files() == before
 
 
 def test_an_export_takes_the_place_of_an_export(digits):
     for _ in range(2):
         export.export([f"--workdir={digits}"])
-    assert sorted(path.name for path in digits.iterdir() if path.name.startswith(".")) in ([], [".lock"])
+    assert sorted(path.name for path in digits.iterdir() if path.name.startswith(".")) in (
+        [],
+        [".lock"],
+    )
 
 
 def png(seed):
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(out, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(
+        out, "PNG"
+    )
     return out.getvalue()
 
 
@@ -227,15 +286,20 @@ def image_folder(path):
 def parquet(path):
     for split, count in (("train", 9), ("test", 6)):
         images = pa.array(
-            [{"bytes": png(i), "path": None} for i in range(count)], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+            [{"bytes": png(i), "path": None} for i in range(count)],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         )
-        pq.write_table(pa.table({"image": images, "label": [i % 3 for i in range(count)]}), path / f"{split}-00000.parquet")
+        pq.write_table(
+            pa.table({"image": images, "label": [i % 3 for i in range(count)]}),
+            path / f"{split}-00000.parquet",
+        )
 
 
 def idx(path):
     draw = np.random.default_rng(0)
     for split, count in (("train", 9), ("t10k", 6)):
-        pixels, labels = draw.integers(0, 256, (count, 8, 8), np.uint8), np.arange(count, dtype=np.uint8) % 3
+        pixels = draw.integers(0, 256, (count, 8, 8), np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 3
         for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
             head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
             (path / f"{split}-{kind}-ubyte").write_bytes(head + values.tobytes())
@@ -244,7 +308,15 @@ def idx(path):
 def records(path, null="null_cond", dtype=np.float32, **rest):
     draw = np.random.default_rng(0)
     for split in ("train", "test"):
-        rows = ({"x": draw.integers(0, 255, (8, 8, 3)).astype(dtype), "cond": np.int32(i % 3), null: np.int32(3), **rest} for i in range(8))
+        rows = (
+            {
+                "x": draw.integers(0, 255, (8, 8, 3)).astype(dtype),
+                "cond": np.int32(i % 3),
+                null: np.int32(3),
+                **rest,
+            }
+            for i in range(8)
+        )
         arrayrecord.write(path / f"{split}.arrayrecord", rows)
 
 
@@ -263,13 +335,26 @@ PICTURES = {  # data set -> (its files, its fields)
 CLASSIFIED = ("digits:LabelledDigits",)  # for classifiers: no null condition
 POINTS = ("mixtures:Mixture", "mixtures:Blurred", "rings:Rings")
 TEXT_CONDITIONAL = ("shapes:Shapes", "arrayrecord:GroupedRecords of text")
-TEXTS = {"language", "text", "ner", "rationales", "domains", "logits", "patterns", "two_tokenizers"}  # modules
+TEXTS = {
+    "language",
+    "text",
+    "ner",
+    "rationales",
+    "domains",
+    "logits",
+    "patterns",
+    "two_tokenizers",
+}  # modules
 
 
 def test_every_data_set_is_of_a_kind_that_is_tried():
     """Of those that make pictures, latents or points."""
     known = {name.split(" ")[0] for name in (*PICTURES, *CLASSIFIED, *POINTS, *TEXT_CONDITIONAL)}
-    modules = [module.name for module in pkgutil.iter_modules([str(ROOT / "jaxdistill" / "data")]) if module.name not in TEXTS]
+    modules = [
+        module.name
+        for module in pkgutil.iter_modules([str(ROOT / "jaxdistill" / "data")])
+        if module.name not in TEXTS
+    ]
     for name in modules:
         module = importlib.import_module(f"jaxdistill.data.{name}")
         sets = {
@@ -303,8 +388,12 @@ def run_the_card(workdir):
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     export.export([f"--workdir={workdir}"])
-    card, scope = (workdir / "export" / "README.md").read_text(), {}
-    exec(card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(workdir / "export"))), scope)
+    card = (workdir / "export" / "README.md").read_text()
+    scope = {}
+    exec(
+        card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(workdir / "export"))),
+        scope,
+    )
     return scope["x"]
 
 
@@ -315,9 +404,24 @@ def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys
     if write:
         write(tmp_path / "data")
     data = spec(f"data.{name}", batch_size=4, path=str(tmp_path / "data"), **fields)
-    channels, classes = (3, 3) if name.split(":")[0] in ("images", "arrayrecord", "synthetic") else (1, 3 if write else 10)
-    model = spec("models.denoisers.dit:DiT", size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes)
-    saved = through(tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels")
+    channels, classes = (
+        (3, 3)
+        if name.split(":")[0] in ("images", "arrayrecord", "synthetic")
+        else (1, 3 if write else 10)
+    )
+    model = spec(
+        "models.denoisers.dit:DiT",
+        size=8,
+        patch=4,
+        channels=channels,
+        dim=16,
+        depth=1,
+        heads=2,
+        classes=classes,
+    )
+    saved = through(
+        tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels"
+    )
     assert saved["x"].shape == (6, 8, 8, channels) and saved["cond"].shape == (6,)
     assert run_the_card(tmp_path / "run").shape == (classes, channels, 8, 8)
 
@@ -327,9 +431,12 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
     """The condition is a group of arrays, and is stored as such beside the samples."""
     fields = dict(dim=6) if name == "shapes:Shapes" else dict(path=str(tmp_path))
     if "path" in fields:
-        draw, shapes = np.random.default_rng(0), {"x": (6, 6, 3), "cond/text": (3, 6), "null_cond/text": (3, 6)}
+        draw = np.random.default_rng(0)
+        shapes = {"x": (6, 6, 3), "cond/text": (3, 6), "null_cond/text": (3, 6)}
         mask = {"cond/mask": np.ones(3, bool), "null_cond/mask": np.ones(3, bool)}
-        one = lambda: mask | {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        one = lambda: (
+            mask | {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+        )
         for split in ("train", "test"):
             arrayrecord.write(tmp_path / f"{split}.arrayrecord", (one() for _ in range(6)))
     model = spec(
@@ -345,7 +452,9 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
         groups=4,
     )
     data = spec(f"data.{name.split(' ')[0]}", batch_size=4, **fields)
-    saved = through(tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels")
+    saved = through(
+        tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels"
+    )
     assert saved["x"].shape == (6, 6, 6, 3) and saved["cond/text"].shape == (6, 3, 6)
     assert run_the_card(tmp_path / "run").shape == (2, 3, 6, 6)
 
@@ -356,5 +465,7 @@ def test_points_do_too_as_far_as_pytorch_has_a_class(name, tmp_path, capsys):
     data = spec(f"data.{name}", batch_size=4)
     saved = through(tmp_path / "run", data, model, capsys, name="evals.points:PointEval")
     assert saved["x"].shape == (6, 2) and saved["cond"].shape == (6,)
-    assert "no PyTorch class for MLP" in refused([f"--workdir={tmp_path / 'run'}"], capsys, export.export)
+    assert "no PyTorch class for MLP" in refused(
+        [f"--workdir={tmp_path / 'run'}"], capsys, export.export
+    )
     assert not (tmp_path / "run" / "export").exists()

@@ -1,4 +1,6 @@
-"""Every config builds; every recipe's train step, at its true size, lowers for TPU on a 2x2x2 mesh without a weight in memory."""
+"""Every config builds; every recipe's train step, at its true size, lowers for TPU on a 2x2x2 mesh
+without a weight in memory.
+"""
 
 import dataclasses
 import functools
@@ -19,7 +21,9 @@ from tools import recipes
 from tools.stand_ins import load, write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py"))
+NAMES = sorted(
+    ".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py")
+)
 RECIPES = [f"recipes.{name}" for name in recipes.RECIPES]
 
 
@@ -44,13 +48,17 @@ def test_states_what_it_is(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_command_names_what_it_has(name):
-    """Every --config.a.b= of the command in the docstring is a value of the config, or of that of the variant that it names."""
+    """Every --config.a.b= of the command in the docstring is a value of the config, or of that of
+    the variant that it names.
+    """
     module = importlib.import_module(f"configs.{name}")
     command = module.__doc__.partition("python -m launch.train")[2].partition("\n\n")[0]
     variant = re.search(r"\.py:([a-z0-9_]+)", command)
     config = module.get_config(variant[1]) if variant else module.get_config()
     for path in re.findall(r"--config\.([\w.]+)=", command):
-        functools.reduce(lambda node, key: node[key], path.split("."), config)  # KeyError where there is none
+        functools.reduce(
+            lambda node, key: node[key], path.split("."), config
+        )  # KeyError where there is none
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,12 +94,20 @@ def test_recipes_data_is_read_in_the_shapes_that_it_states(name, stand_ins):
 
 
 def test_bytes_on_a_device_shrink_with_the_mesh(stand_ins):
-    """Weights, moments and averages of a large model are split over fsdp and tensor, none stays whole."""
+    """Weights, moments and averages of a large model are split over fsdp and tensor, none stays
+    whole.
+    """
     experiment = Experiment(load("recipes.flow_matching", stand_ins), Path("unused"))
-    with sharding.use(sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, tensor=2)), experiment.settings.rules):
-        experiment.__dict__["mesh"] = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, tensor=2))
+    with sharding.use(
+        sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, tensor=2)), experiment.settings.rules
+    ):
+        experiment.__dict__["mesh"] = sharding.make_mesh(
+            sharding.MeshShape(data=1, fsdp=4, tensor=2)
+        )
         state = loop.abstract_programs(experiment)[0].abstract
-    on_one = lambda tree: sum(np.prod(w.sharding.shard_shape(w.shape)) * w.dtype.itemsize for w in jax.tree.leaves(tree))
+    on_one = lambda tree: sum(
+        np.prod(w.sharding.shard_shape(w.shape)) * w.dtype.itemsize for w in jax.tree.leaves(tree)
+    )
     whole = lambda tree: sum(w.size * w.dtype.itemsize for w in jax.tree.leaves(tree))
     for part in (state.params, state.opt, state.ema):
         assert on_one(part) <= whole(part) / 8 * 1.02  # biases and norms stay whole

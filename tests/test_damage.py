@@ -9,22 +9,30 @@ from jaxdistill.core.types import Refused
 from tests import damage
 
 
-@pytest.mark.parametrize("mutator", sorted(set(damage.DAMAGE + damage.JSON_DAMAGE), key=lambda f: f.__name__))
+@pytest.mark.parametrize(
+    "mutator", sorted(set(damage.DAMAGE + damage.JSON_DAMAGE), key=lambda f: f.__name__)
+)
 def test_mutators_repeat_by_seed_and_take_any_file_of_their_kind(tmp_path, mutator):
-    texts = ["{}", "[]", "1", '{"a": {"b": [1, 2]}, "c": null}'] + ([] if mutator in damage.JSON_DAMAGE else ["", "x"])
+    texts = ["{}", "[]", "1", '{"a": {"b": [1, 2]}, "c": null}'] + (
+        [] if mutator in damage.JSON_DAMAGE else ["", "x"]
+    )
     for text in texts:
         results = []
         for name in ("a.json", "a.json"):
             (tmp_path / name).write_text(text)
-            results.append((mutator(tmp_path / name, np.random.default_rng(3)), (tmp_path / name).read_bytes()))
+            results.append(
+                (mutator(tmp_path / name, np.random.default_rng(3)), (tmp_path / name).read_bytes())
+            )
         assert results[0] == results[1]
 
 
 def test_most_damage_changes_the_file(tmp_path):
-    file, changed = tmp_path / "a.json", 0
+    file = tmp_path / "a.json"
+    changed = 0
     for seed in range(50):
         file.write_text(json.dumps({"a": {"b": [1, 2]}, "c": None, "d": "text"}))
-        before, rng = file.read_bytes(), np.random.default_rng(seed)
+        before = file.read_bytes()
+        rng = np.random.default_rng(seed)
         damage.damage(file, rng)
         changed += file.read_bytes() != before
         damage.damage(file, rng)  # of what is damaged already

@@ -1,4 +1,5 @@
-"""Mutated configs: each is accepted, or refused in one line that names the key; nothing else is raised, nothing is written.
+"""Mutated configs: each is accepted, or refused in one line that names the key; nothing else is
+raised, nothing is written.
 
 A longer run by hand: python -m tests.test_fuzz COUNT SEED [trace]
 """
@@ -20,17 +21,46 @@ from jaxdistill.run.experiment import Experiment
 from tools.stand_ins import load, write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py"))
+NAMES = sorted(
+    ".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py")
+)
 VALUES = [
-    -1, 0, -0.5, 1e30, float("nan"), float("inf"), "", "ghost", "no.such:Class", "no\nsuch", [], [1, 2, 3], ["a"], None, True, {},
-    {"a": 1}, 10**12, 2.5, "1", [-1.0], -(10**9), [[1]], "@ghost", "../..", "x" * 300,
-]  # fmt: skip
+    -1,
+    0,
+    -0.5,
+    1e30,
+    float("nan"),
+    float("inf"),
+    "",
+    "ghost",
+    "no.such:Class",
+    "no\nsuch",
+    [],
+    [1, 2, 3],
+    ["a"],
+    None,
+    True,
+    {},
+    {"a": 1},
+    10**12,
+    2.5,
+    "1",
+    [-1.0],
+    -(10**9),
+    [[1]],
+    "@ghost",
+    "../..",
+    "x" * 300,
+]
 U_NETS = ("models.denoisers.unet", "models.denoisers.edm")  # take seconds to trace
 
 
 def configs(folder: Path) -> dict[str, dict]:
-    """Every config that is accepted as it stands, its data small and its frozen roles random, as plain data by name."""
-    files, found = write(folder), {}
+    """Every config that is accepted as it stands, its data small and its frozen roles random, as
+    plain data by name.
+    """
+    files = write(folder)
+    found = {}
     for name in NAMES:
         config = load(name, files)
         with config.unlocked():
@@ -77,7 +107,9 @@ def mutated(config: dict, rng: random.Random) -> tuple[dict, str]:
 def names_its_key(message: str, key: str) -> bool:
     """Whether a refusal speaks of the key, or of the group that it stands in."""
     groups, _, last = key.rpartition(".")
-    return last in message or last.removesuffix("x") in message or (groups != "" and groups in message)
+    return (
+        last in message or last.removesuffix("x") in message or (groups != "" and groups in message)
+    )
 
 
 def attempt(config: dict, key: str, trace: bool = False) -> str:
@@ -109,7 +141,8 @@ def originals(tmp_path_factory):
 def test_mutated_configs_are_accepted_or_refused_in_one_line(originals, tmp_path, monkeypatch):
     """500 mutations over all configs, and 20 of the accepted ones traced whole."""
     monkeypatch.chdir(tmp_path)
-    rng, accepted = random.Random(0), []
+    rng = random.Random(0)
+    accepted = []
     assert len(originals) > 70
     for _ in range(500):
         name = rng.choice(list(originals))
@@ -117,23 +150,39 @@ def test_mutated_configs_are_accepted_or_refused_in_one_line(originals, tmp_path
         if attempt(config, key) == "accepted":
             accepted.append((name, config, key))
     assert 20 <= len(accepted) <= 250
-    quick = [(config, key) for name, config, key in accepted if name.startswith("toy") and not slow(config)]
+    quick = [
+        (config, key)
+        for name, config, key in accepted
+        if name.startswith("toy") and not slow(config)
+    ]
     for config, key in quick[:20]:
         attempt(config, key, trace=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_every_config_is_accepted_as_it_stands(originals):
-    """But those that start from runs or read files that are given by hand, are for another number of devices, or need
-    more rows than the small files have."""
-    others = {"digits.suite", "lm.suite", "lm.text_suite", "mnist.dmd2", "plans.dit_xl2", "recipes.ddk"}
+    """But those that start from runs or read files that are given by hand, are for another number
+    of devices, or need
+    more rows than the small files have.
+    """
+    others = {
+        "digits.suite",
+        "lm.suite",
+        "lm.text_suite",
+        "mnist.dmd2",
+        "plans.dit_xl2",
+        "recipes.ddk",
+    }
     assert set(NAMES) - originals.keys() <= others
 
 
 if __name__ == "__main__":
-    count, seed, trace = int(sys.argv[1]), int(sys.argv[2]), len(sys.argv) > 3
+    count = int(sys.argv[1])
+    seed = int(sys.argv[2])
+    trace = len(sys.argv) > 3
     importlib.import_module("warnings").simplefilter("ignore")
-    rng, tally = random.Random(seed), {"accepted": 0, "refused": 0, "failed": 0}
+    rng = random.Random(seed)
+    tally = {"accepted": 0, "refused": 0, "failed": 0}
     originals = configs(Path(tempfile.mkdtemp()))
     for _ in range(count):
         name = rng.choice(list(originals))

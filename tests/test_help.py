@@ -1,4 +1,6 @@
-"""-h and --help of every command, tool and script print what its head says and do nothing; what is unknown is one line."""
+"""-h and --help of every command, tool and script print what its head says and do nothing; what is
+unknown is one line.
+"""
 
 import ast
 import os
@@ -19,7 +21,9 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
-    """call(file, *arguments) -> (exit code, stdout, stderr) of a file that is run as a program, in an empty folder."""
+    """call(file, *arguments) -> (exit code, stdout, stderr) of a file that is run as a program, in
+    an empty folder.
+    """
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
@@ -42,7 +46,9 @@ def call(monkeypatch, tmp_path, capsys):
 def tree():
     """What a command could write over: file -> time of its last change."""
     own = [ROOT / name for name in ("configs", "docs", "jaxdistill", "launch", "tests", "tools")]
-    files = [path for folder in own for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    files = [
+        path for folder in own for path in folder.rglob("*") if "__pycache__" not in path.parts
+    ]
     return {path: path.stat().st_mtime_ns for path in [*files, *ROOT.glob("*.*")] if path.is_file()}
 
 
@@ -51,7 +57,11 @@ def tree():
 def test_help_is_the_docstring(name, word, call):
     before = tree()
     code, out, err = call(name, word)
-    assert (code, out.strip(), err) == (0, ast.get_docstring(ast.parse((ROOT / name).read_text()), clean=False).strip(), "")
+    assert (code, out.strip(), err) == (
+        0,
+        ast.get_docstring(ast.parse((ROOT / name).read_text()), clean=False).strip(),
+        "",
+    )
     assert tree() == before
 
 
@@ -63,7 +73,9 @@ def test_help_comes_before_anything_else(call):
 
 
 def test_help_after_two_dashes_is_anothers():
-    assert asks_for_help(["2", "-h", "--", "--config=x"]) and not asks_for_help(["2", "--", "--help"])
+    assert asks_for_help(["2", "-h", "--", "--config=x"]) and not asks_for_help(
+        ["2", "--", "--help"]
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +83,12 @@ def test_an_unknown_argument_is_one_line(name, call):
     before = tree()
     for word in ("--no_such_argument=1", "--no_such_argument", "-x", "no_such_argument"):
         code, out, err = call(name, word)
-        assert code == 2 and out == "" and err.startswith("refused: ") and len(err.strip().splitlines()) == 1, (word, err)
+        assert (
+            code == 2
+            and out == ""
+            and err.startswith("refused: ")
+            and len(err.strip().splitlines()) == 1
+        ), (word, err)
     assert tree() == before
 
 
@@ -105,13 +122,30 @@ def test_help_of_scripts_is_their_head(script, tmp_path):
         done = subprocess.run(["bash", script, word], cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         outs.append(done.stdout)
-    lines = [line for line in script.read_text().splitlines() if not line.startswith(("#!", "# shellcheck"))]
+    lines = [
+        line
+        for line in script.read_text().splitlines()
+        if not line.startswith(("#!", "# shellcheck"))
+    ]
     head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
-    assert outs[0] == outs[1] == "".join(line.removeprefix("#").removeprefix(" ") + "\n" for line in head)
+    assert (
+        outs[0]
+        == outs[1]
+        == "".join(line.removeprefix("#").removeprefix(" ") + "\n" for line in head)
+    )
     assert tree() == before and list(tmp_path.iterdir()) == []
 
 
 def test_the_quickstart_takes_one_folder(tmp_path):
     for arguments in (["--workdir=x"], ["a", "b"]):
-        done = subprocess.run(["bash", ROOT / "launch/quickstart.sh", *arguments], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("refused: ") and len(done.stderr.splitlines()) == 1
+        done = subprocess.run(
+            ["bash", ROOT / "launch/quickstart.sh", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 2
+            and done.stderr.startswith("refused: ")
+            and len(done.stderr.splitlines()) == 1
+        )

@@ -27,7 +27,11 @@ def stated(monkeypatch):
 def test_the_version_stands_in_one_place(stated):
     assert stated["version"] == jaxdistill.__version__
     assert [int(part) for part in jaxdistill.__version__.split(".")]
-    text = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text() + (ROOT / "CITATION.cff").read_text()
+    text = (
+        (ROOT / "setup.py").read_text()
+        + (ROOT / "pyproject.toml").read_text()
+        + (ROOT / "CITATION.cff").read_text()
+    )
     assert f'"{jaxdistill.__version__}"' not in text
 
 
@@ -40,29 +44,54 @@ def test_setup_needs_nothing_that_it_installs():
 
 def test_the_licence_is_there_and_named(stated):
     text = (ROOT / "LICENSE").read_text()
-    assert text.split()[:7] == ["Apache", "License", "Version", "2.0,", "January", "2004", "http://www.apache.org/licenses/"]
+    assert text.split()[:7] == [
+        "Apache",
+        "License",
+        "Version",
+        "2.0,",
+        "January",
+        "2004",
+        "http://www.apache.org/licenses/",
+    ]
     words = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
-    assert words == "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"  # of the text as published, white space aside
+    assert (
+        words == "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"
+    )  # of the text as published, white space aside
     assert stated["license"] == "Apache-2.0" and stated["license_files"] == ["LICENSE"]
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["license"] == "Apache-2.0" and citation["cff-version"] == "1.2.0"
-    assert {"message", "title", "authors", "type"} <= citation.keys() and citation["authors"][0]["name"]
+    assert {"message", "title", "authors", "type"} <= citation.keys() and citation["authors"][0][
+        "name"
+    ]
 
 
 def test_types_leave_with_the_package(stated):
     files = setuptools.Distribution(stated).get_command_obj("build_py")
     files.ensure_finalized()
-    assert "py.typed" in {name for package, *_, names in files.data_files for name in names if package == "jaxdistill"}
+    assert "py.typed" in {
+        name for package, *_, names in files.data_files for name in names if package == "jaxdistill"
+    }
 
 
 def test_what_is_imported_is_declared(stated):
     """The libraries that the package imports at the top of a file are those that it installs."""
-    names = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "orbax": "orbax-checkpoint", "absl": "absl-py"}
-    declared = {word.replace("_", "-").partition(">")[0].lower() for word in stated["install_requires"]}
+    names = {
+        "sklearn": "scikit-learn",
+        "PIL": "pillow",
+        "yaml": "pyyaml",
+        "orbax": "orbax-checkpoint",
+        "absl": "absl-py",
+    }
+    declared = {
+        word.replace("_", "-").partition(">")[0].lower() for word in stated["install_requires"]
+    }
     for file in (ROOT / "jaxdistill").rglob("*.py"):
         for node in ast.parse(file.read_text()).body:
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for top in {module.partition(".")[0] for module in modules} - sys.stdlib_module_names:
-                assert names.get(top, top).replace("_", "-").lower() in declared | {"jaxdistill"}, (file, top)
+                assert names.get(top, top).replace("_", "-").lower() in declared | {"jaxdistill"}, (
+                    file,
+                    top,
+                )

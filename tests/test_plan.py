@@ -1,4 +1,6 @@
-"""Planning: bytes and traffic against programs that are here, and the real TPU compiler on every toy config."""
+"""Planning: bytes and traffic against programs that are here, and the real TPU compiler on every
+toy config.
+"""
 
 import dataclasses
 import importlib
@@ -24,7 +26,12 @@ from tools import plan as plan_command
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
-QUICK = ("dmd2", "gkd", "grpo", "scm")  # networks of points and of language, decoding, forward mode; the contract lowers every toy
+QUICK = (
+    "dmd2",
+    "gkd",
+    "grpo",
+    "scm",
+)  # networks of points and of language, decoding, forward mode; the contract lowers every toy
 
 
 @pytest.fixture
@@ -35,7 +42,9 @@ def quickly():
     plan.set_effort(0.0)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOYS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOYS]
+)
 def test_every_toy_compiles_for_tpu(quickly, name):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
     config = importlib.import_module(f"configs.toy.{name}").get_config()
@@ -46,9 +55,12 @@ def test_every_toy_compiles_for_tpu(quickly, name):
 
 @pytest.fixture(scope="module")
 def live():
-    """The digits DMD2 step on a 2 x 2 mesh of this machine: (plan's bytes of the state, its pattern, the compiled program)."""
+    """The digits DMD2 step on a 2 x 2 mesh of this machine: (plan's bytes of the state, its
+    pattern, the compiled program).
+    """
     config = importlib.import_module("configs.digits.dmd2").get_config()
-    config.steps, config.mesh = 10, build.spec("core.sharding:MeshShape", data=1, fsdp=2, tensor=2)
+    config.steps = 10
+    config.mesh = build.spec("core.sharding:MeshShape", data=1, fsdp=2, tensor=2)
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
@@ -64,7 +76,9 @@ def test_bytes_of_the_state_are_those_that_the_program_takes(live):
 
 
 def test_the_state_is_donated(live):
-    """No copy of the weights: what the step returns lies where its arguments lay, but for a few scalars."""
+    """No copy of the weights: what the step returns lies where its arguments lay, but for a few
+    scalars.
+    """
     _, _, compiled = live
     memory = compiled.memory_analysis()
     assert memory.output_size_in_bytes - memory.alias_size_in_bytes < 4096
@@ -74,27 +88,41 @@ def test_traffic_of_a_loop_counts_every_turn():
     def f(x, w):
         return jax.lax.scan(lambda c, wi: (jnp.tanh(c @ wi), None), x, w)[0]
 
-    read = lambda n: hlo.moved(jax.jit(f).lower(jnp.zeros((64, 128)), jnp.zeros((n, 128, 128))).compile().as_text()).memory
+    read = lambda n: (
+        hlo.moved(
+            jax.jit(f).lower(jnp.zeros((64, 128)), jnp.zeros((n, 128, 128))).compile().as_text()
+        ).memory
+    )
     per_turn = (read(30) - read(10)) / 20
-    # a slice of w read and perhaps copied (64 KiB each), x read, the product and tanh written and read: 32 KiB each
+    # a slice of w read and perhaps copied (64 KiB each), x read, the product and tanh written and
+    # read: 32 KiB each
     assert 128 * 2**10 <= per_turn <= 400 * 2**10
 
 
 def test_collectives_by_hand():
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+    )
     put = lambda spec: NamedSharding(mesh, spec)
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32, sharding=put(P("x")))
-    compile = lambda f, out: hlo.moved(jax.jit(f, out_shardings=put(out)).lower(x).compile().as_text()).sent
-    assert compile(lambda x: x * 2, P())["all-gather"] == 3 * 8 * 1024  # three others' quarters of 32 KiB
+    compile = lambda f, out: (
+        hlo.moved(jax.jit(f, out_shardings=put(out)).lower(x).compile().as_text()).sent
+    )
+    assert (
+        compile(lambda x: x * 2, P())["all-gather"] == 3 * 8 * 1024
+    )  # three others' quarters of 32 KiB
     assert compile(lambda x: x.sum(0), P())["all-reduce"] == 2 * 4096 * 3 / 4
 
 
-@pytest.mark.parametrize("groups, expected", [
-    ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_0'}", 4),
-    ("mesh['a'=4,'b'=2] {'a','b'}", 8),
-    ("[2,16]<=[32]", 16),
-    ("{{0,1,2},{3,4,5}}", 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups, expected",
+    [
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_0'}", 4),
+        ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("[2,16]<=[32]", 16),
+        ("{{0,1,2},{3,4,5}}", 3),
+    ],
+)
 def test_chips_in_a_collective(groups, expected):
     assert hlo._group(f"%x), channel_id=1, replica_groups={groups}, dimensions={{1}}") == expected
 
@@ -126,7 +154,10 @@ def test_gpu_nodes_from_constants():
 
 
 def test_chips_by_name_and_by_kind():
-    assert chips.of("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"] and chips.of("TPU v5 lite") is chips.CHIPS["v5e"]
+    assert (
+        chips.of("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]
+        and chips.of("TPU v5 lite") is chips.CHIPS["v5e"]
+    )
     assert chips.of("cpu") is None
     with pytest.raises(Refused, match="chip='v5x'"):
         chips.chip("v5x")
@@ -142,14 +173,18 @@ def test_search_starts_with_plain_fsdp_and_stays_within_the_chips():
     config = importlib.import_module("configs.toy.dmd2").get_config()
     tried = list(plan.candidates(config, 16))
     assert tried[0]["mesh"] == dict(data=1, fsdp=16, sequence=1, tensor=1)
-    first = [c["accumulate"] for c in tried if c["mesh"] == tried[0]["mesh"] and c["place"] == "device"]
+    first = [
+        c["accumulate"] for c in tried if c["mesh"] == tried[0]["mesh"] and c["place"] == "device"
+    ]
     assert first == sorted(first, reverse=True) and first[-1] == 1  # what holds least comes first
     assert all(np.prod(list(c["mesh"].values())) == 16 for c in tried)
     assert len({json.dumps(c) for c in tried}) == len(tried)
 
 
 def test_search_leaves_out_what_cannot_help(monkeypatch):
-    """Frozen weights go to the host only where that could make up for what is short, as the compiler says it."""
+    """Frozen weights go to the host only where that could make up for what is short, as the
+    compiler says it.
+    """
     config = bench.language(build.spec("methods.language.kd:KD"))
     said = "Ran out of memory on HBM, the total memory required for HLO temporaries ({}G) exceeds available HBM (15.75G)."
 
@@ -170,12 +205,16 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
 def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, monkeypatch):
     pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
     config = importlib.import_module("configs.toy.dmd2").get_config()
-    config.data.batch_size = 64  # not the program of the toy's own test: one from the cache of compiled programs cannot be loaded
+    # not the program of the toy's own test: one from the cache of compiled programs cannot be
+    # loaded
+    config.data.batch_size = 64
     plan.shorten(config)
     devices, kind = plan.topology("v5e:2x2")
     monkeypatch.setattr(plan, "topology", lambda name: (devices, dataclasses.replace(kind, hbm=1)))
     found = plan.compile_for(config, "v5e:2x2", whole=False)
-    assert [p.turns for p in found.patterns] == ["0+1"] and not found.fits  # not the critics' own steps
+    assert [p.turns for p in found.patterns] == [
+        "0+1"
+    ] and not found.fits  # not the critics' own steps
 
 
 def test_an_interrupted_search_has_what_it_found(capsys):
@@ -190,15 +229,29 @@ def test_an_interrupted_search_has_what_it_found(capsys):
         raise KeyboardInterrupt
 
     best = plan_command.search(SimpleNamespace(search=candidates), None, "v5e:2x2", 4)
-    assert best.seconds == 2.0 and capsys.readouterr().out.splitlines()[-1] == "interrupted; the best so far:"
+    assert (
+        best.seconds == 2.0
+        and capsys.readouterr().out.splitlines()[-1] == "interrupted; the best so far:"
+    )
 
 
 def test_command_refuses_and_reports(tmp_path):
-    run = lambda *a: subprocess.run([sys.executable, "tools/plan.py", *a], cwd=ROOT, capture_output=True, text=True)
+    run = lambda *a: subprocess.run(
+        [sys.executable, "tools/plan.py", *a], cwd=ROOT, capture_output=True, text=True
+    )
     assert run("--config=configs/toy/dmd2.py").returncode == 2
     refused = run("--config=configs/toy/dmd2.py", "--topology=h100:8x1", "--effort=2")
-    assert refused.returncode == 2 and refused.stderr.strip() == "refused: --effort=2: expected a number from -1 to 1"
-    done = run("--config=configs/toy/dmd2.py", "--topology=h100:8x1", f"--json={tmp_path / 'plan.json'}")
+    assert (
+        refused.returncode == 2
+        and refused.stderr.strip() == "refused: --effort=2: expected a number from -1 to 1"
+    )
+    done = run(
+        "--config=configs/toy/dmd2.py", "--topology=h100:8x1", f"--json={tmp_path / 'plan.json'}"
+    )
     assert done.returncode == 0, done.stderr
-    assert "8 chips, fsdp 8; fits" in done.stdout and "turns 0+1" in done.stdout and "binds:" in done.stdout
+    assert (
+        "8 chips, fsdp 8; fits" in done.stdout
+        and "turns 0+1" in done.stdout
+        and "binds:" in done.stdout
+    )
     assert json.loads((tmp_path / "plan.json").read_text())["chips"] == 8

@@ -1,7 +1,9 @@
-"""What each part of a method is worth on its toy: the toy's own run against one with a part changed, on several seeds.
+"""What each part of a method is worth on its toy: the toy's own run against one with a part
+changed, on several seeds.
 
-A toy config states its changes as `ABLATIONS`, name -> the words of a command line: `"method.gan_weight=0"` is an override,
-`":random"` a variant. Nested runs (teacher, baseline) that a change leaves alone are those of the toy's own run.
+A toy config states its changes as `ABLATIONS`, name -> the words of a command line:
+`"method.gan_weight=0"` is an override, `":random"` a variant. Nested runs (teacher, baseline) that
+a change leaves alone are those of the toy's own run.
 """
 
 from __future__ import annotations
@@ -39,27 +41,47 @@ def of(path: Path) -> dict[str, tuple[str, ...]]:
 def toy(path: Path, seed: int, data_seed: int, change: Iterable[str] = ()) -> ConfigDict:
     """The toy's config with these seeds, and with a change. Raises Refused."""
     variant = "".join(word for word in change if word.startswith(":"))
-    words = [f"seed={seed}", f"data.seed={data_seed}", *(word for word in change if not word.startswith(":"))]
-    return arguments([f"--config={path}{variant}", *(f"--config.{word}" for word in words)], {"config": ""})[1]
+    words = [
+        f"seed={seed}",
+        f"data.seed={data_seed}",
+        *(word for word in change if not word.startswith(":")),
+    ]
+    return arguments(
+        [f"--config={path}{variant}", *(f"--config.{word}" for word in words)], {"config": ""}
+    )[1]
 
 
 def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -> Path:
-    """Runs what is missing, writes docs/results/ablations.json and .md; returns the page. Raises Refused."""
+    """Runs what is missing, writes docs/results/ablations.json and .md; returns the page. Raises
+    Refused.
+    """
     todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
     if not todo:
-        raise Refused(f"--ablations --only={','.join(toys)}: no ABLATIONS in configs/toy/{next(iter(toys))}.py")
+        raise Refused(
+            f"--ablations --only={','.join(toys)}: no ABLATIONS in configs/toy/{next(iter(toys))}.py"
+        )
     for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
-        path, run_name = toys[name], f"{name}_{seed}_{data_seed}"
-        plain, whole = toy(path, seed, data_seed), workdir / run_name
+        path = toys[name]
+        run_name = f"{name}_{seed}_{data_seed}"
+        plain = toy(path, seed, data_seed)
+        whole = workdir / run_name
         known: dict[str, Path] = {}
         models = loop.run(plain, whole, known=known)["models"]
         for change, words in of(path).items():
-            other, folder = toy(path, seed, data_seed, words), workdir / "ablations" / run_name / _slug(change)
+            other = toy(path, seed, data_seed, words)
+            folder = workdir / "ablations" / run_name / _slug(change)
             claim = report.claim({**plain.claim, "metric": other.claim.metric}, models)
             without = loop.run(other, folder, known=known)["claim"]
-            row = {"method": name, "change": change, "words": list(words), "seed": seed, "data_seed": data_seed,
-                   **{k: claim[k] for k in ("metric", "better", "value", "ratio")},
-                   "changed_value": without["value"], "changed_ratio": without["ratio"]}  # fmt: skip
+            row = {
+                "method": name,
+                "change": change,
+                "words": list(words),
+                "seed": seed,
+                "data_seed": data_seed,
+                **{k: claim[k] for k in ("metric", "better", "value", "ratio")},
+                "changed_value": without["value"],
+                "changed_ratio": without["ratio"],
+            }
             rows = keep(OUT, [row], "method", "change", "seed", "data_seed")
             OUT.with_suffix(".md").write_text(PAGE + table(rows) + "\n")
     return OUT.with_suffix(".md")
@@ -79,8 +101,17 @@ def table(rows: list[dict]) -> str:
         sign = {"lower": 1, "higher": -1}[mine[0]["better"]]
         each = lambda key, mine=mine: ", ".join(report.number(row[key]) for row in mine)
         worse = sum(sign * (row["changed_value"] - row["value"]) > 0 for row in mine)
-        lines.append([name, change, f"`{' '.join(mine[0]['words'])}`", f"{mine[0]['metric']} ({mine[0]['better']} is better)",
-                      each("value"), each("changed_value"), f"{worse} of {len(mine)}"])  # fmt: skip
+        lines.append(
+            [
+                name,
+                change,
+                f"`{' '.join(mine[0]['words'])}`",
+                f"{mine[0]['metric']} ({mine[0]['better']} is better)",
+                each("value"),
+                each("changed_value"),
+                f"{worse} of {len(mine)}",
+            ]
+        )
     head = ("method", "change", "config", "metric", "as it stands", "changed", "worse")
     return report.markdown_table(head, lines)
 

@@ -1,20 +1,23 @@
-"""Step time of a config against a hand-written step of the same networks and losses, in pairs, in one process.
+"""Step time of a config against a hand-written step of the same networks and losses, in pairs, in
+one process.
 
 python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all] [--config=FILE] [--steps=30]
     [--rounds=7] [--trace=DIR] [--trl] [--alone]
 
-A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's milliseconds a step, of
-the ratio engine / hand-written, and its range, with the time to compile apart. `data` is the ratio with batches from the
-config's loader to the same step on one batch that stays on the device: near 1 where the input pipeline is hidden.
-With --trace the engine's last round is written for TensorBoard's profiler.
+A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's
+milliseconds a step, of the ratio engine / hand-written, and its range, with the time to compile
+apart. `data` is the ratio with batches from the config's loader to the same step on one batch that
+stays on the device: near 1 where the input pipeline is hidden. With --trace the engine's last round
+is written for TensorBoard's profiler.
 
---alone times the engine by itself, every pattern of turns apart, and prints what it does with the machine: model flops, the
-share of the chip's peak that they are (model-flops utilisation; run/chips.py), and bytes at the peak, as the compiler plans
-them and as the device counts them. JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
+--alone times the engine by itself, every pattern of turns apart, and prints what it does with the
+machine: model flops, the share of the chip's peak that they are (model-flops utilisation;
+run/chips.py), and bytes at the peak, as the compiler plans them and as the device counts them.
+JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
 
-`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits at once: the bytes that value
-and gradient take beside arguments and results, and how far they differ. --trl times GKD's steps, on- and off-policy, against
-TRL's (bench_trl.py).
+`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits
+at once: the bytes that value and gradient take beside arguments and results, and how far they
+differ. --trl times GKD's steps, on- and off-policy, against TRL's (bench_trl.py).
 """
 
 import os
@@ -48,27 +51,52 @@ LM = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
 
 
 def diffusion(method, **roles):
-    """A case on 16 x 16 x 4 samples, batch 32, float32: DiT of depth 4, width 128, 4 heads, patch 4."""
+    """A case on 16 x 16 x 4 samples, batch 32, float32: DiT of depth 4, width 128, 4 heads, patch
+    4.
+    """
     arrays = dict(x="normal 16 16 4", cond="integers 10", null_cond="constant 10")
     model = spec("models.denoisers.dit:DiT", **DIT, second_time="meanflow" in method.name)
-    net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh", optimizer=Optimizer(lr=1e-4))
-    every = {"student": Role(**net), **{k: Role(**net) if v is None else v for k, v in roles.items()}}
-    return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=32, arrays=arrays), method=method, roles=every)
+    net = dict(
+        model=model,
+        denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
+        init="fresh",
+        optimizer=Optimizer(lr=1e-4),
+    )
+    every = {
+        "student": Role(**net),
+        **{k: Role(**net) if v is None else v for k, v in roles.items()},
+    }
+    return experiment(
+        steps=100,
+        data=spec("data.synthetic:Synthetic", batch_size=32, arrays=arrays),
+        method=method,
+        roles=every,
+    )
 
 
 def language(method, vocab=512):
     """A case on a Llama of depth 4, width 128: 8 rows of 32 prompt tokens and 128 more."""
     arrays = dict(tokens=f"integers {vocab} 160", mask="constant 1 160")
-    net = dict(model=spec("models.language.lm:LM", vocab=vocab, **LM), init="fresh", optimizer=Optimizer(lr=1e-4))
-    return experiment(steps=100, data=spec("data.synthetic:Synthetic", batch_size=8, arrays=arrays), method=method,
-                      roles=dict(teacher=Role(**net), student=Role(**net)))  # fmt: skip
+    net = dict(
+        model=spec("models.language.lm:LM", vocab=vocab, **LM),
+        init="fresh",
+        optimizer=Optimizer(lr=1e-4),
+    )
+    return experiment(
+        steps=100,
+        data=spec("data.synthetic:Synthetic", batch_size=8, arrays=arrays),
+        method=method,
+        roles=dict(teacher=Role(**net), student=Role(**net)),
+    )
 
 
 def digits():
     config = load_config("configs/digits/dmd2.py")
     with config.unlocked():
         config.roles.teacher.model = spec("models.denoisers.dit:DiT")
-        config.roles.teacher.denoiser = build.spec("diffusion.denoiser:Denoiser", param=Velocity(time_scale=1000.0))
+        config.roles.teacher.denoiser = build.spec(
+            "diffusion.denoiser:Denoiser", param=Velocity(time_scale=1000.0)
+        )
         config.roles.teacher.init = "fresh"
     return config
 
@@ -76,63 +104,103 @@ def digits():
 CASES = {
     "digits_dmd2": digits,
     "meanflow": lambda: diffusion(spec("methods.trajectory.meanflow:MeanFlow")),
-    "scm": lambda: diffusion(spec("methods.trajectory.scm:SCM"), teacher=None, weight=Role(model=spec("models.heads:TimeWeight"))),
-    "dmd2": lambda: diffusion(spec("methods.distribution.dmd2:DMD2"), teacher=None, fake=None,
-                              disc=Role(model=spec("models.heads:Discriminator", dim=128, classes=10))),
+    "scm": lambda: diffusion(
+        spec("methods.trajectory.scm:SCM"),
+        teacher=None,
+        weight=Role(model=spec("models.heads:TimeWeight")),
+    ),
+    "dmd2": lambda: diffusion(
+        spec("methods.distribution.dmd2:DMD2"),
+        teacher=None,
+        fake=None,
+        disc=Role(model=spec("models.heads:Discriminator", dim=128, classes=10)),
+    ),
     "gkd": lambda: language(spec("methods.language.gkd:GKD", on_policy=1.0, prompt_length=32)),
     "kd": lambda: language(spec("methods.language.kd:KD")),
-}  # fmt: skip
+}
 
 
 class Case:
-    """Two sides of one config: `engine(i)` and `hand(i)` run step i and return something to wait for."""
+    """Two sides of one config: `engine(i)` and `hand(i)` run step i and return something to wait
+    for.
+    """
 
     def __init__(self, config):
         with config.unlocked():
             config.mesh = build.spec("core.sharding:MeshShape", data=1, fsdp=1, tensor=1)
         experiment = Experiment(config, Path("unused"))
-        self.experiment, method = experiment, experiment.method
-        nets, key = experiment.nets, jax.random.key(0)
-        start = {role: nets[role].init(jax.random.fold_in(key, 9 + i)) for i, role in enumerate(nets) if role in method.frozen}
+        self.experiment = experiment
+        method = experiment.method
+        nets = experiment.nets
+        key = jax.random.key(0)
+        start = {
+            role: nets[role].init(jax.random.fold_in(key, 9 + i))
+            for i, role in enumerate(nets)
+            if role in method.frozen
+        }
         stage = method.stages(experiment.settings.steps)[0]
         self.programs = loop.make_programs(experiment, nets, stage, start, experiment.data.spec())
-        self.state, self.rng = self.programs.init(key, start), jax.random.key(1)
+        self.state = self.programs.init(key, start)
+        self.rng = jax.random.key(1)
         self.put = sharding.put_batch(experiment.mesh, experiment.settings.rules)
         self.batch = self.put(experiment.data.batch(0, slice(None)))
-        self.method, self.nets = method, nets
+        self.method = method
+        self.nets = nets
 
     def prepare_hand(self):
         """The other side's own weights and optimiser states."""
-        experiment, method = self.experiment, self.method
+        experiment = self.experiment
+        method = self.method
         self.params, self.frozen = jax.tree.map(jnp.copy, (self.state.params, self.state.frozen))
-        self.txs = {role: experiment.roles[role].optimizer.make(1000, axes=self.nets[role].axes) for role in method.inits}
+        self.txs = {
+            role: experiment.roles[role].optimizer.make(1000, axes=self.nets[role].axes)
+            for role in method.inits
+        }
         self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
         self.ema = {role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema}
-        self.memory, self.by_hand = method.memory(), jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
+        self.memory = method.memory()
+        self.by_hand = jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
 
     def engine(self, i, batch=None):
-        self.state, metrics = self.programs.step(self.state, self.batch if batch is None else batch, self.rng, self.programs.active_at(i))
+        self.state, metrics = self.programs.step(
+            self.state, self.batch if batch is None else batch, self.rng, self.programs.active_at(i)
+        )
         return metrics
 
     def hand(self, i):
         active = tuple(n for n, turn in enumerate(self.method.turns) if turn.when(i))
-        self.params, self.opt, self.ema, loss = self.by_hand(self.params, self.opt, self.ema, self.batch, jnp.int32(i), active)
+        self.params, self.opt, self.ema, loss = self.by_hand(
+            self.params, self.opt, self.ema, self.batch, jnp.int32(i), active
+        )
         return loss
 
     def _step(self, params, opt, ema, batch, i, active):
-        """The step as one would write it for this method alone: no counts, norms, memory or metrics."""
-        rng, loss = jax.random.fold_in(self.rng, i), 0.0
+        """The step as one would write it for this method alone: no counts, norms, memory or
+        metrics.
+        """
+        rng = jax.random.fold_in(self.rng, i)
+        loss = 0.0
         for n in active:
-            turn, key = self.method.turns[n], jax.random.fold_in(rng, n)
+            turn = self.method.turns[n]
+            key = jax.random.fold_in(rng, n)
             every = {**self.frozen, **params, **{f"ema_{role}": w for role, w in ema.items()}}
-            seen = batch if turn.gather is None else turn.gather(loop.bind(self.nets, every), Ctx(batch, key, i, self.memory))
+            seen = (
+                batch
+                if turn.gather is None
+                else turn.gather(loop.bind(self.nets, every), Ctx(batch, key, i, self.memory))
+            )
 
             def objective(moving, every=every, seen=seen, key=key, turn=turn):
-                out = turn.loss(loop.bind(self.nets, {**every, **moving}), Ctx(jax.lax.stop_gradient(seen), key, i, self.memory))
+                out = turn.loss(
+                    loop.bind(self.nets, {**every, **moving}),
+                    Ctx(jax.lax.stop_gradient(seen), key, i, self.memory),
+                )
                 return out.loss / (1 if out.count is None else out.count)
 
             loss, grads = jax.value_and_grad(objective)({role: params[role] for role in turn.moves})
-            params, opt, ema = dict(params), dict(opt), dict(ema)
+            params = dict(params)
+            opt = dict(opt)
+            ema = dict(ema)
             for role in turn.moves:
                 updates, opt[role] = self.txs[role].update(grads[role], opt[role], params[role])
                 params[role] = optax.apply_updates(params[role], updates)
@@ -152,9 +220,12 @@ def timed(run, steps: int) -> float:
 
 def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
     """A row for every pattern of turns; bytes are those of one device, and flops of all."""
-    mesh, programs = case.experiment.mesh, case.programs
-    device, rows = mesh.devices.flat[0], []
-    chip, counted = chips.of(device.device_kind), lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
+    mesh = case.experiment.mesh
+    programs = case.programs
+    device = mesh.devices.flat[0]
+    rows = []
+    chip = chips.of(device.device_kind)
+    counted = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
     for active, by_role in programs.patterns.items():
         started = time.perf_counter()
         compiled = programs.step.lower(case.state, case.batch, case.rng, active).compile()
@@ -169,12 +240,23 @@ def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
         if trace:
             with jax.profiler.trace(trace):
                 timed(step, steps)
-        middle, work = statistics.median(seconds), sum(by_role.values())
-        rows.append({"turns": "+".join(map(str, active)), "ms": 1e3 * middle, "lowest": 1e3 * min(seconds), "highest": 1e3 * max(seconds),
-                     "samples/s": case.experiment.data.batch_size / middle, "model_Tflop": work / 1e12, "Tflop/s": work / middle / 1e12,
-                     **({"mfu_%": 100 * work / middle / (chip.flops * mesh.size)} if chip else {}),
-                     "planned_GiB": plan.peak(compiled) / 2**30,
-                     **({"peak_GiB": counted() / 2**30} if counted() else {}), "compile_s": compiling})  # fmt: skip
+        middle = statistics.median(seconds)
+        work = sum(by_role.values())
+        rows.append(
+            {
+                "turns": "+".join(map(str, active)),
+                "ms": 1e3 * middle,
+                "lowest": 1e3 * min(seconds),
+                "highest": 1e3 * max(seconds),
+                "samples/s": case.experiment.data.batch_size / middle,
+                "model_Tflop": work / 1e12,
+                "Tflop/s": work / middle / 1e12,
+                **({"mfu_%": 100 * work / middle / (chip.flops * mesh.size)} if chip else {}),
+                "planned_GiB": plan.peak(compiled) / 2**30,
+                **({"peak_GiB": counted() / 2**30} if counted() else {}),
+                "compile_s": compiling,
+            }
+        )
     return rows
 
 
@@ -186,7 +268,9 @@ def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
         for i in range(steps):  # meets every pattern of turns
             jax.block_until_ready(side(i))
         compiling.append(time.perf_counter() - started)
-    engine, hand, fed = [], [], []
+    engine = []
+    hand = []
+    fed = []
     for n in range(rounds):
         order = [(engine, case.engine), (hand, case.hand)]
         for kept, side in order if n % 2 else order[::-1]:
@@ -197,41 +281,74 @@ def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
     if trace:
         with jax.profiler.trace(trace):
             timed(case.engine, steps)
-    ratios, data = [a / b for a, b in zip(engine, hand)], [a / b for a, b in zip(fed, engine)]
-    return {"engine_ms": 1e3 * statistics.median(engine), "hand_ms": 1e3 * statistics.median(hand), "ratio": statistics.median(ratios),
-            "lowest": min(ratios), "highest": max(ratios), "data": statistics.median(data), "first_steps_s": compiling[0]}  # fmt: skip
+    ratios = [a / b for a, b in zip(engine, hand)]
+    data = [a / b for a, b in zip(fed, engine)]
+    return {
+        "engine_ms": 1e3 * statistics.median(engine),
+        "hand_ms": 1e3 * statistics.median(hand),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "data": statistics.median(data),
+        "first_steps_s": compiling[0],
+    }
 
 
-def divergences(vocab: int = 152_064, dim: int = 64, tokens: int = 512, chunk: int = 4752, kind: str = "forward_kl") -> dict:
-    """The chunked divergence of `tokens` tokens against the plain one, each as a compiled value and gradient in the student's
-    states and head. Temporaries in bytes; differences over the largest of the plain ones."""
+def divergences(
+    vocab: int = 152_064,
+    dim: int = 64,
+    tokens: int = 512,
+    chunk: int = 4752,
+    kind: str = "forward_kl",
+) -> dict:
+    """The chunked divergence of `tokens` tokens against the plain one, each as a compiled value and
+    gradient in the student's
+    states and head. Temporaries in bytes; differences over the largest of the plain ones.
+    """
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     teacher, student = ((draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2))
     sides = {
-        "plain": lambda t, s: divergence.KINDS[kind](t[0] @ t[1], s[0] @ s[1]),  # `token_divergence` takes rows by and by on a CPU
+        "plain": lambda t, s: divergence.KINDS[kind](
+            t[0] @ t[1], s[0] @ s[1]
+        ),  # `token_divergence` takes rows by and by on a CPU
         "chunked": lambda t, s: divergence.chunked_divergence(kind, *t, *s, chunk=chunk),
     }
-    row, found = {"case": "divergence", "vocab": vocab, "tokens": tokens}, {}
+    row = {"case": "divergence", "vocab": vocab, "tokens": tokens}
+    found = {}
     for name, side in sides.items():
 
         def summed(student, teacher, side=side):
             each = side(teacher, student)
             return jnp.sum(each), each
 
-        compiled = jax.jit(jax.value_and_grad(summed, has_aux=True)).lower(student, teacher).compile()
+        compiled = (
+            jax.jit(jax.value_and_grad(summed, has_aux=True)).lower(student, teacher).compile()
+        )
         row[f"{name}_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         (_, each), grads = compiled(student, teacher)
         found[name] = (each, *grads)
     row["memory_ratio"] = row["chunked_bytes"] / row["plain_bytes"]
-    apart = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found["chunked"], found["plain"])]
+    apart = [
+        float(jnp.abs(a - b).max() / jnp.abs(b).max())
+        for a, b in zip(found["chunked"], found["plain"])
+    ]
     return {**row, "value_apart": apart[0], "gradient_apart": max(apart[1:])}
 
 
 def bench(argv):
-    known = {"case": "digits_dmd2", "config": "", "steps": "30", "rounds": "7", "trace": "", "trl": False, "alone": False}
+    known = {
+        "case": "digits_dmd2",
+        "config": "",
+        "steps": "30",
+        "rounds": "7",
+        "trace": "",
+        "trl": False,
+        "alone": False,
+    }
     values, config = arguments(argv, known)
-    steps, rounds = whole(values, "steps", 1), whole(values, "rounds", 1)
+    steps = whole(values, "steps", 1)
+    rounds = whole(values, "rounds", 1)
     output(values, "trace", folder=True)
     if values["trl"]:
         from tools import bench_trl
@@ -239,7 +356,11 @@ def bench(argv):
         return bench_trl.compare(steps, rounds)
     names = [*CASES, "divergence"] if values["case"] == "all" else [values["case"]]
     every = {**CASES, "divergence": None}
-    cases = {"config": lambda: config} if config is not None else {name: lookup(every, name, "--case") for name in names}
+    cases = (
+        {"config": lambda: config}
+        if config is not None
+        else {name: lookup(every, name, "--case") for name in names}
+    )
     rows = []
     for name, make in cases.items():
         if make is None:
@@ -248,7 +369,9 @@ def bench(argv):
         case = Case(make())
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
             if values["alone"]:
-                print(f"{name} on {case.experiment.mesh.devices.flat[0].device_kind}, {case.experiment.data.batch_size} samples a step")
+                print(
+                    f"{name} on {case.experiment.mesh.devices.flat[0].device_kind}, {case.experiment.data.batch_size} samples a step"
+                )
                 print(text_table(alone(case, steps, rounds, values["trace"])), flush=True)
                 continue
             rows.append({"case": name, **measure(case, steps, rounds, values["trace"])})

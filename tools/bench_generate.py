@@ -1,9 +1,11 @@
-"""Times cached generation against transformers' `generate` on the same weights, greedy, one token at a time.
+"""Times cached generation against transformers' `generate` on the same weights, greedy, one token
+at a time.
 
 python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--prompt=16] [--new=64] [--rounds=5]
 
-Prints the time per token of both, the median of paired ratios, and whether the texts are the same. Needs the extra
-[torch]; compilation is not counted, and both run on what they find (JAX_PLATFORMS=cpu to compare like with like).
+Prints the time per token of both, the median of paired ratios, and whether the texts are the same.
+Needs the extra [torch]; compilation is not counted, and both run on what they find
+(JAX_PLATFORMS=cpu to compare like with like).
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def bench_generate(argv: list[str]) -> None:
         import torch
         import transformers
     except ImportError as error:
-        raise Refused(f"bench_generate: needs torch ({error}); pip install 'jaxdistill[torch]'") from None
+        raise Refused(
+            f"bench_generate: needs torch ({error}); pip install 'jaxdistill[torch]'"
+        ) from None
     import jax
     import numpy as np
 
@@ -65,16 +69,29 @@ def bench_generate(argv: list[str]) -> None:
         net, params = interop.load(folder)
     prompt = np.random.default_rng(0).integers(0, 1024, (args.batch, args.prompt))
     bound = lambda params: functools.partial(net.apply, params)
-    write = jax.jit(lambda params, prompt: generate(bound(params), prompt, args.prompt + args.new, jax.random.key(0), temperature=0.0)[0])
-    inputs = {"input_ids": torch.tensor(prompt), "attention_mask": torch.ones(prompt.shape, dtype=torch.int64)}
+    write = jax.jit(
+        lambda params, prompt: generate(
+            bound(params), prompt, args.prompt + args.new, jax.random.key(0), temperature=0.0
+        )[0]
+    )
+    inputs = {
+        "input_ids": torch.tensor(prompt),
+        "attention_mask": torch.ones(prompt.shape, dtype=torch.int64),
+    }
     ours = lambda: np.asarray(write(params, prompt))
-    theirs = lambda: model.generate(**inputs, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False).numpy()
+    theirs = lambda: model.generate(
+        **inputs, max_new_tokens=args.new, min_new_tokens=args.new, do_sample=False
+    ).numpy()
     same = float(np.mean(ours() == theirs()))
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(args.rounds)]
     per_token = [1e6 * statistics.median(column) / args.new for column in zip(*pairs)]
     ratio = statistics.median(b / a for a, b in pairs)
-    print(f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch}, {args.new} tokens, {args.rounds} rounds")
-    print(f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token: {ratio:.1f} times as fast")
+    print(
+        f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch}, {args.new} tokens, {args.rounds} rounds"
+    )
+    print(
+        f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token: {ratio:.1f} times as fast"
+    )
     print(f"{100 * same:.1f} % of the tokens agree")
 
 

@@ -1,9 +1,11 @@
-"""GKD's step against TRL's `GKDTrainer` on the same Llama, batch and lengths: `python tools/bench.py --trl` runs it.
+"""GKD's step against TRL's `GKDTrainer` on the same Llama, batch and lengths: `python
+tools/bench.py --trl` runs it.
 
-8 rows of 32 prompt tokens and 128 more, depth 4, width 128, at vocabularies of 512 and 32 k; on-policy (the student writes the
-128 tokens within the step) and off-policy. Both sides take a whole step: roll-out, both networks, JSD with beta 0.5, gradient,
-clipping, AdamW. The rounds are paired; compilation is not counted. `loss_apart` is the relative difference of both sides'
-losses on the same weights and text. Needs torch, transformers and trl.
+8 rows of 32 prompt tokens and 128 more, depth 4, width 128, at vocabularies of 512 and 32 k;
+on-policy (the student writes the 128 tokens within the step) and off-policy. Both sides take a
+whole step: roll-out, both networks, JSD with beta 0.5, gradient, clipping, AdamW. The rounds are
+paired; compilation is not counted. `loss_apart` is the relative difference of both sides' losses on
+the same weights and text. Needs torch, transformers and trl.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def modules():
         except ImportError:
             from trl import GKDConfig, GKDTrainer  # before TRL 1.0
     except ImportError as error:
-        raise Refused(f"--trl: needs torch, transformers and trl ({error}); pip install 'jaxdistill[torch]' trl") from error
+        raise Refused(
+            f"--trl: needs torch, transformers and trl ({error}); pip install 'jaxdistill[torch]' trl"
+        ) from error
     return torch, transformers, datasets, GKDConfig, GKDTrainer
 
 
@@ -59,17 +63,37 @@ class Theirs:
             )
         tokens = np.array(case.batch["tokens"])
         length = tokens.shape[1]
-        args = GKDConfig(output_dir=str(folder / "out"), use_cpu=True, report_to=[], lmbda=on_policy, beta=0.5, temperature=1.0,
-                         max_new_tokens=length - PROMPT, max_length=length, per_device_train_batch_size=len(tokens), learning_rate=1e-4,
-                         bf16=False, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True)  # fmt: skip
+        args = GKDConfig(
+            output_dir=str(folder / "out"),
+            use_cpu=True,
+            report_to=[],
+            lmbda=on_policy,
+            beta=0.5,
+            temperature=1.0,
+            max_new_tokens=length - PROMPT,
+            max_length=length,
+            per_device_train_batch_size=len(tokens),
+            learning_rate=1e-4,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            disable_tqdm=True,
+        )
         rows = datasets.Dataset.from_list([{"input_ids": row.tolist()} for row in tokens])
-        self.trainer = GKDTrainer(models["student"], models["teacher"], args=args, train_dataset=rows, data_collator=lambda rows: rows,
-                                  processing_class=self._tokenizer(transformers))  # fmt: skip
+        self.trainer = GKDTrainer(
+            models["student"],
+            models["teacher"],
+            args=args,
+            train_dataset=rows,
+            data_collator=lambda rows: rows,
+            processing_class=self._tokenizer(transformers),
+        )
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1  # what its own loop sets
         for settings in (self.trainer.generation_config, self.trainer.model.generation_config):
             settings.eos_token_id = None  # every row is written to its end, on both sides
-        self.torch, ids = torch, torch.tensor(tokens, dtype=torch.long)
+        self.torch = torch
+        ids = torch.tensor(tokens, dtype=torch.long)
         labels = ids.clone()
         labels[:, 0] = -100
         ones = torch.ones_like(ids)
@@ -80,7 +104,9 @@ class Theirs:
         from tokenizers import Tokenizer, models
 
         inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
-        return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=inner, pad_token="<pad>", eos_token="</s>"
+        )
 
     def step(self) -> float:
         """One optimiser step; the loss before it."""
@@ -94,29 +120,56 @@ class Theirs:
 
 
 def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_000)) -> list[dict]:
-    """Prints and returns a row for each vocabulary and kind of step. Raises Refused where TRL is missing."""
+    """Prints and returns a row for each vocabulary and kind of step. Raises Refused where TRL is
+    missing.
+    """
     from tools.bench import Case, language
 
     modules()
     rows = []
     for vocab in vocabularies:
         for name, on_policy in (("on-policy", 1.0), ("off-policy", 0.0)):
-            case = Case(language(spec("methods.language.gkd:GKD", beta=0.5, on_policy=on_policy, prompt_length=PROMPT), vocab))
-            with tempfile.TemporaryDirectory() as folder, sharding.use(case.experiment.mesh, case.experiment.settings.rules):
+            case = Case(
+                language(
+                    spec(
+                        "methods.language.gkd:GKD",
+                        beta=0.5,
+                        on_policy=on_policy,
+                        prompt_length=PROMPT,
+                    ),
+                    vocab,
+                )
+            )
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                sharding.use(case.experiment.mesh, case.experiment.settings.rules),
+            ):
                 theirs = Theirs(case, on_policy, Path(folder))
                 first = float(jax.device_get(case.engine(0)["student/loss"])), theirs.step()
                 times = ([], [])
                 for n in range(rounds):
-                    sides = [(times[0], lambda: jax.block_until_ready(case.engine(1))), (times[1], theirs.step)]
+                    sides = [
+                        (times[0], lambda: jax.block_until_ready(case.engine(1))),
+                        (times[1], theirs.step),
+                    ]
                     for kept, side in sides if n % 2 else sides[::-1]:
                         started = time.perf_counter()
                         for _ in range(steps):
                             side()
                         kept.append((time.perf_counter() - started) / steps)
             ratios = [b / a for a, b in zip(*times)]
-            rows.append({"vocab": vocab, "step": name, "jaxdistill_ms": 1e3 * statistics.median(times[0]),
-                         "trl_ms": 1e3 * statistics.median(times[1]), "trl/jaxdistill": statistics.median(ratios), "lowest": min(ratios),
-                         "highest": max(ratios), "loss_apart": abs(first[0] / first[1] - 1)})  # fmt: skip
+            rows.append(
+                {
+                    "vocab": vocab,
+                    "step": name,
+                    "jaxdistill_ms": 1e3 * statistics.median(times[0]),
+                    "trl_ms": 1e3 * statistics.median(times[1]),
+                    "trl/jaxdistill": statistics.median(ratios),
+                    "lowest": min(ratios),
+                    "highest": max(ratios),
+                    "loss_apart": abs(first[0] / first[1] - 1),
+                }
+            )
             print(text_table(rows[-1:]), flush=True)
     print(f"\n{text_table(rows)}")
     return rows

@@ -16,21 +16,31 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from launch._command import arguments, main
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- methods: python tools/docs_table.py -->", "<!-- end of methods -->"
+BEGIN = "<!-- methods: python tools/docs_table.py -->"
+END = "<!-- end of methods -->"
 
 
 def rows() -> list[str]:
     path = ROOT / "docs/results/toy.json"
     measured = json.loads(path.read_text()) if path.exists() else []
-    out = ["| method | paper | toy claim: value / bound x baseline, by seed | holds |", "|---|---|---|---|"]
+    out = [
+        "| method | paper | toy claim: value / bound x baseline, by seed | holds |",
+        "|---|---|---|---|",
+    ]
     for file in sorted((ROOT / "jaxdistill/methods").rglob("[!_]*.py")):
         head = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
-        number = re.search(r"arXiv:(\d{4}\.\d{5})", ast.get_docstring(ast.parse(file.read_text())) or "")
+        number = re.search(
+            r"arXiv:(\d{4}\.\d{5})", ast.get_docstring(ast.parse(file.read_text())) or ""
+        )
         paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
         mine = [row for row in measured if row["method"] == file.stem]
         sign = {"lower": "≤", "higher": "≥"}
         ratios = ", ".join(f"{row['ratio']:.3g}" for row in mine)
-        claim = f"{mine[0]['metric']}: {ratios} {sign[mine[0]['better']]} {mine[0]['bound']:g}" if mine else ""
+        claim = (
+            f"{mine[0]['metric']}: {ratios} {sign[mine[0]['better']]} {mine[0]['bound']:g}"
+            if mine
+            else ""
+        )
         holds = f"{sum(row['holds'] for row in mine)} of {len(mine)}" if mine else ""
         link = f"[`{file.stem}`]({file.relative_to(ROOT)})"
         title = head.split("arXiv")[0].rstrip(" .:,(")
@@ -40,7 +50,9 @@ def rows() -> list[str]:
 
 
 def docs_table(argv: list[str]) -> None:
-    """Writes the table; with --check the exit code is 1 where it is another than the README's, and nothing is written."""
+    """Writes the table; with --check the exit code is 1 where it is another than the README's, and
+    nothing is written.
+    """
     values, _ = arguments(argv, {"check": False})
     readme = ROOT / "README.md"
     text = readme.read_text()

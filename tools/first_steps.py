@@ -15,19 +15,31 @@ from jaxdistill.core.types import Batch, Method, Params
 
 
 def first_steps(
-    method: Method, nets: Mapping[str, Net], txs: Any, start: Mapping[str, Params], batch: Batch | list[Batch], steps: int = 5, **how: Any
+    method: Method,
+    nets: Mapping[str, Net],
+    txs: Any,
+    start: Mapping[str, Params],
+    batch: Batch | list[Batch],
+    steps: int = 5,
+    **how: Any,
 ) -> tuple[list[State], list[dict[str, float]]]:
-    """(states, metrics): the state before each of `steps` steps and after the last, and what each step reports, on the host.
+    """(states, metrics): the state before each of `steps` steps and after the last, and what each
+    step reports, on the host.
 
-    txs: an optax transformation for each role that moves, or one for all; start: first weights of the roles that do not begin as
-    the method says; batch: one for all steps, or a list; how: what else `make_train_step` takes. Keys are 0 and 1.
+    txs: an optax transformation for each role that moves, or one for all; start: first weights of
+    the roles that do not begin as
+    the method says; batch: one for all steps, or a list; how: what else `make_train_step` takes.
+    Keys are 0 and 1.
     """
     txs = txs if isinstance(txs, dict) else dict.fromkeys(method.inits, txs)
     state = init_state(method, nets, txs, jax.random.key(0), start)
     step, active_at = make_train_step(method, nets, txs, **how)
-    states, rows = [jax.device_get(state)], []
+    states = [jax.device_get(state)]
+    rows = []
     for i in range(steps):
-        state, metrics = step(state, batch[i] if isinstance(batch, list) else batch, jax.random.key(1), active_at(i))
+        state, metrics = step(
+            state, batch[i] if isinstance(batch, list) else batch, jax.random.key(1), active_at(i)
+        )
         states.append(jax.device_get(state))
         rows.append({name: float(value) for name, value in metrics.items()})
     return states, rows

@@ -3,12 +3,13 @@
 python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] [--json=FILE]
     [--config.key=value ...]
 
-Compiles every pattern of turns for the slice with the real TPU compiler (pip install 'jaxdistill[tpu]') and prints whether
-it fits, bytes a chip by role, temporaries, flops, bytes of each collective, the roofline, and what binds. With --search it
-tries mesh shapes, rematerialisation, accumulation and frozen weights on the host, at most --most=12 compilations, and ends
-with the best that fits, on Ctrl-C too. --effort=-1 compiles convolutions (U-Nets) about eight times as fast: the compiler
-spends less on the search for their tiles. GPU nodes (h100:8x4) come from constants. Exit code 0 where it fits, 1 where it
-does not.
+Compiles every pattern of turns for the slice with the real TPU compiler (pip install
+'jaxdistill[tpu]') and prints whether it fits, bytes a chip by role, temporaries, flops, bytes of
+each collective, the roofline, and what binds. With --search it tries mesh shapes,
+rematerialisation, accumulation and frozen weights on the host, at most --most=12 compilations, and
+ends with the best that fits, on Ctrl-C too. --effort=-1 compiles convolutions (U-Nets) about eight
+times as fast: the compiler spends less on the search for their tiles. GPU nodes (h100:8x4) come
+from constants. Exit code 0 where it fits, 1 where it does not.
 """
 
 import dataclasses
@@ -25,12 +26,16 @@ from launch._command import arguments, decimal, main, output, whole
 
 
 def plan(argv):
-    values, config = arguments(argv, {"config": "", "topology": "", "search": False, "json": "", "most": "12", "effort": "0"})
+    values, config = arguments(
+        argv,
+        {"config": "", "topology": "", "search": False, "json": "", "most": "12", "effort": "0"},
+    )
     if config is None:
         raise Refused("--config=FILE is needed")
     if not values["topology"]:
         raise Refused("--topology=SLICE is needed, such as v5e:4x4, v5p:4x4x4 or h100:8x4")
-    most, effort = whole(values, "most", 1), decimal(values, "effort", -1.0, 1.0)
+    most = whole(values, "most", 1)
+    effort = decimal(values, "effort", -1.0, 1.0)
     file = output(values, "json")
     import jax
 
@@ -91,19 +96,31 @@ def tried(candidates):
 def show(planner, plan) -> None:
     gib = lambda n: f"{n / 2**30:.3f}"
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "1 chip"
-    print(f"{plan.topology}: {plan.chips} chips, {mesh}; {'fits' if plan.fits else 'DOES NOT FIT'}: "
-          f"{gib(plan.peak)} of {gib(plan.hbm)} GiB a chip at the peak")  # fmt: skip
+    print(
+        f"{plan.topology}: {plan.chips} chips, {mesh}; {'fits' if plan.fits else 'DOES NOT FIT'}: "
+        f"{gib(plan.peak)} of {gib(plan.hbm)} GiB a chip at the peak"
+    )
     print(f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS))
     for role, parts in plan.by_role.items():
         print(f"{role:<14}" + "".join(f"{gib(parts[part]):>10}" for part in planner.PARTS))
-    print(f"{'batch':<14}{gib(plan.batch):>10}" + (f"\n{'on the host':<14}{gib(plan.host):>10}" if plan.host else ""))
+    print(
+        f"{'batch':<14}{gib(plan.batch):>10}"
+        + (f"\n{'on the host':<14}{gib(plan.host):>10}" if plan.host else "")
+    )
     for p in plan.patterns:
         binds, key = planner.advice(plan, p)
-        print(f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB, model flops {p.model_flops:.4g}, "
-              f"compiled in {p.seconds:.0f} s")  # fmt: skip
-        print("  sent a chip: " + (", ".join(f"{kind} {gib(n)} GiB" for kind, n in sorted(p.sent.items())) or "nothing"))
-        print(f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect {p.network:.4g} s; "
-              f"model-flops utilisation at most {100 * p.utilisation:.0f} %")  # fmt: skip
+        print(
+            f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB, model flops {p.model_flops:.4g}, "
+            f"compiled in {p.seconds:.0f} s"
+        )
+        print(
+            "  sent a chip: "
+            + (", ".join(f"{kind} {gib(n)} GiB" for kind, n in sorted(p.sent.items())) or "nothing")
+        )
+        print(
+            f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect {p.network:.4g} s; "
+            f"model-flops utilisation at most {100 * p.utilisation:.0f} %"
+        )
         print(f"  binds: {binds}; moved by {key}")
 
 

@@ -1,9 +1,11 @@
-"""What every recipe costs on a TPU slice that holds it, compiled without one: docs/results/recipes.md.
+"""What every recipe costs on a TPU slice that holds it, compiled without one:
+docs/results/recipes.md.
 
 python tools/recipes.py [--only=dmd2,kd] [--topology=v5p:4x4x4]
 
-Each recipe is compiled in a process of its own with data of its records' shapes, and is kept in docs/results/recipes.json:
-stopped and started again, it goes on; those that --only names are compiled anew. U-Nets take minutes each.
+Each recipe is compiled in a process of its own with data of its records' shapes, and is kept in
+docs/results/recipes.json: stopped and started again, it goes on; those that --only names are
+compiled anew. U-Nets take minutes each.
 """
 
 from __future__ import annotations
@@ -29,12 +31,20 @@ from tools import stand_ins
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = ("flash_dmd:rl",)  # of methods of their own
-RECIPES = {name: ROOT / "configs/recipes" / f"{name.partition(':')[0]}.py" for name in sorted(
-           [*(p.stem for p in (ROOT / "configs/recipes").glob("[!_]*.py")), *VARIANTS])}  # fmt: skip
+RECIPES = {
+    name: ROOT / "configs/recipes" / f"{name.partition(':')[0]}.py"
+    for name in sorted([*(p.stem for p in (ROOT / "configs/recipes").glob("[!_]*.py")), *VARIANTS])
+}
 USUAL = "v5p:2x2x4"
-SLICES = {"ddk": "v5p:2x2x2", "grpo": "v5p:2x4x4", "phased_dmd": "v5p:2x4x4"}  # where batch, caches or weights ask for another
+SLICES = {
+    "ddk": "v5p:2x2x2",
+    "grpo": "v5p:2x4x4",
+    "phased_dmd": "v5p:2x4x4",
+}  # where batch, caches or weights ask for another
 TENSOR = {"grpo": 2, "sequence_kd": 4}  # ways that weights and caches are split over beside fsdp
-EFFORT = -1.0  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
+EFFORT = (
+    -1.0
+)  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
 PAGE = """# Recipes, compiled for TPU slices
 
 `python tools/recipes.py` writes this page: every recipe's train step at its true sizes, weights over `fsdp`, compiled by the TPU
@@ -96,15 +106,32 @@ def page(kept: dict[str, dict]) -> str:
     for name, plan in sorted(kept.items()):
         largest = max(plan["patterns"], key=lambda p: p["peak"])
         state = {role: sum(parts.values()) for role, parts in plan["by_role"].items()}
-        rows.append([
-            f"[`{name}`](../../configs/recipes/{RECIPES[name].name})", plan["topology"], str(plan["batch_size"]),
-            f"{gib(plan['peak'])} of {plan['hbm'] / 2**30:.0f}", ", ".join(f"{r} {gib(n)}" for r, n in state.items() if n),
-            gib(largest["temporaries"]), f"{largest['model_flops']:.3g}",
-            " / ".join(f"{largest[k]:.2g}" for k in ("compute", "memory", "network")), f"{100 * largest['utilisation']:.0f} %",
-            f"{sum(p['seconds'] for p in plan['patterns']):.0f} s",
-        ])  # fmt: skip
-    head = ("recipe", "slice", "samples", "GiB a chip at the peak", "state", "temporaries", "model flops",
-            "at least: compute / HBM / interconnect, s", "MFU at most", "compiled in")  # fmt: skip
+        rows.append(
+            [
+                f"[`{name}`](../../configs/recipes/{RECIPES[name].name})",
+                plan["topology"],
+                str(plan["batch_size"]),
+                f"{gib(plan['peak'])} of {plan['hbm'] / 2**30:.0f}",
+                ", ".join(f"{r} {gib(n)}" for r, n in state.items() if n),
+                gib(largest["temporaries"]),
+                f"{largest['model_flops']:.3g}",
+                " / ".join(f"{largest[k]:.2g}" for k in ("compute", "memory", "network")),
+                f"{100 * largest['utilisation']:.0f} %",
+                f"{sum(p['seconds'] for p in plan['patterns']):.0f} s",
+            ]
+        )
+    head = (
+        "recipe",
+        "slice",
+        "samples",
+        "GiB a chip at the peak",
+        "state",
+        "temporaries",
+        "model flops",
+        "at least: compute / HBM / interconnect, s",
+        "MFU at most",
+        "compiled in",
+    )
     return markdown_table(head, rows)
 
 

@@ -1,4 +1,6 @@
-"""Configs whose data is not at hand, with data of the same shapes in its place, to be compiled and not trained on."""
+"""Configs whose data is not at hand, with data of the same shapes in its place, to be compiled and
+not trained on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from jaxdistill.core import build
 
 
 def write(folder: Path) -> dict[str, Path]:
-    """Small files of every kind that a data set of the library reads: data's name in a config -> their path."""
+    """Small files of every kind that a data set of the library reads: data's name in a config ->
+    their path.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
@@ -23,15 +27,34 @@ def write(folder: Path) -> dict[str, Path]:
     from jaxdistill.data import arrayrecord
 
     rng = np.random.default_rng(0)
-    latent = lambda: {"x": rng.standard_normal((32, 32, 4)).astype("f4"), "cond": np.int32(3), "null_cond": np.int32(1000)}
+    latent = lambda: {
+        "x": rng.standard_normal((32, 32, 4)).astype("f4"),
+        "cond": np.int32(3),
+        "null_cond": np.int32(1000),
+    }
     arrayrecord.write(folder / "latents" / "train.arrayrecord", [latent() for _ in range(4)])
-    text = lambda: {"text": np.zeros((77, 2048), "f2"), "pooled": np.zeros(1280, "f2"), "size": np.zeros(6, "f4")}
+    text = lambda: {
+        "text": np.zeros((77, 2048), "f2"),
+        "pooled": np.zeros(1280, "f2"),
+        "size": np.zeros(6, "f4"),
+    }
     captions = {f"{group}/{k}": v for group in ("cond", "null_cond") for k, v in text().items()}
-    image = {"x": np.zeros((128, 128, 4), "f4"), "image": np.zeros((1024, 1024, 3), "u1"), **captions}
+    image = {
+        "x": np.zeros((128, 128, 4), "f4"),
+        "image": np.zeros((1024, 1024, 3), "u1"),
+        **captions,
+    }
     arrayrecord.write(folder / "captioned" / "train.arrayrecord", [image] * 2)
-    (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)))
+    (folder / "train.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": "ab" * i, "response": "cd" * i}) + "\n" for i in range(1, 300)
+        )
+    )
     (folder / "text.txt").write_text("To be, or not to be. " * 500)
-    for name, count in (("domains", 2), ("domains10", 10)):  # what a method asks for stands in the name
+    for name, count in (
+        ("domains", 2),
+        ("domains10", 10),
+    ):  # what a method asks for stands in the name
         for domain in (folder / name / f"domain{i}" for i in range(count)):
             domain.mkdir(parents=True)
             for split in ("train", "test"):
@@ -40,8 +63,13 @@ def write(folder: Path) -> dict[str, Path]:
     (folder / "told.jsonl").write_text("".join(json.dumps(told) + "\n" for _ in range(40)))
     (folder / "svamp").mkdir()
     cot = json.dumps(["One and one. The answer is (1 + 1)."] * 20)
-    for split, files in (("train", ("palm_train_CoT_0", "palm_train_CoT_1")), ("test", ("palm_test_CoT_0",))):
-        (folder / f"svamp/svamp_{split}.json").write_text(f"{json.dumps(told)}\n" * (20 * len(files)))
+    for split, files in (
+        ("train", ("palm_train_CoT_0", "palm_train_CoT_1")),
+        ("test", ("palm_test_CoT_0",)),
+    ):
+        (folder / f"svamp/svamp_{split}.json").write_text(
+            f"{json.dumps(told)}\n" * (20 * len(files))
+        )
         for file in files:
             (folder / f"svamp/{file}.json").write_text(cot)
     named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
@@ -50,14 +78,24 @@ def write(folder: Path) -> dict[str, Path]:
     Image.new("RGB", (32, 32)).save(png, format="PNG")
     pictures = [{"bytes": png.getvalue(), "path": None}] * 40
     (folder / "pictures").mkdir()
-    pq.write_table(pa.table({"img": pictures, "label": [i % 10 for i in range(40)]}), folder / "pictures" / "train-0.parquet")
+    pq.write_table(
+        pa.table({"img": pictures, "label": [i % 10 for i in range(40)]}),
+        folder / "pictures" / "train-0.parquet",
+    )
     lines = folder / "train.jsonl"
-    return {"data.arrayrecord:ArrayRecords": folder / "latents", "data.arrayrecord:GroupedRecords": folder / "captioned",
-            "data.domains:Folders": folder / "domains", "data.rationales:Rationales": folder / "told.jsonl",
-            "data.rationales:SVAMP": folder / "svamp",
-            "data.ner:Conversations": folder / "named.jsonl", "data.images:ParquetImages": folder / "pictures",
-            "data.text:PackedJson": lines, "data.text:PaddedJson": lines, "data.two_tokenizers:AlignedJson": lines,
-            "data.text:Text": folder / "text.txt"}  # fmt: skip
+    return {
+        "data.arrayrecord:ArrayRecords": folder / "latents",
+        "data.arrayrecord:GroupedRecords": folder / "captioned",
+        "data.domains:Folders": folder / "domains",
+        "data.rationales:Rationales": folder / "told.jsonl",
+        "data.rationales:SVAMP": folder / "svamp",
+        "data.ner:Conversations": folder / "named.jsonl",
+        "data.images:ParquetImages": folder / "pictures",
+        "data.text:PackedJson": lines,
+        "data.text:PaddedJson": lines,
+        "data.two_tokenizers:AlignedJson": lines,
+        "data.text:Text": folder / "text.txt",
+    }
 
 
 def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:
@@ -80,7 +118,9 @@ def load(name: str, files: dict[str, Path]) -> ConfigDict:
     if not hasattr(module, "RECORD"):
         return at_hand(config, files)
     with config.unlocked():
-        config.data = build.spec("data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD)
+        config.data = build.spec(
+            "data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD
+        )
     return config
 
 

@@ -1,9 +1,11 @@
-"""Fair tables: every method of a suite config under the same conditions, on several seeds, in processes of their own.
+"""Fair tables: every method of a suite config under the same conditions, on several seeds, in
+processes of their own.
 
-A suite is a config file whose variants are the methods (`configs/digits/suite.py:dmd2`) and a config that trains the
-teacher that all share. Each run is a process, so that its peak memory is its own. Every method trains twice: for the same
-number of student updates, and for the seconds that one of them, the clock, took for those. Finished runs are kept: a suite
-may be stopped and started again, and the page is written from whatever has finished, here or in its last JSON file.
+A suite is a config file whose variants are the methods (`configs/digits/suite.py:dmd2`) and a
+config that trains the teacher that all share. Each run is a process, so that its peak memory is its
+own. Every method trains twice: for the same number of student updates, and for the seconds that one
+of them, the clock, took for those. Finished runs are kept: a suite may be stopped and started
+again, and the page is written from whatever has finished, here or in its last JSON file.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Suite:
 
     title: str
     config: str  # a file with VARIANTS
-    shared: dict[str, str]  # run that all start from -> its config; the configs call it runs/<suite>/<run>_0
+    shared: dict[
+        str, str
+    ]  # run that all start from -> its config; the configs call it runs/<suite>/<run>_0
     metrics: tuple[str, ...]  # columns, of report.json's rows
     chart: str  # the metric that is drawn, against seconds for an update of the student
     clock: str  # the method whose seconds all get in the second table
@@ -99,7 +103,10 @@ The file is `--config.data.path`.""",
     "text": Suite(
         title="Distillation methods on tiny Shakespeare",
         config="configs/lm/text_suite.py",
-        shared={"teacher": "configs/lm/text_suite.py:teacher", "start": "configs/lm/text_suite.py:start"},
+        shared={
+            "teacher": "configs/lm/text_suite.py:teacher",
+            "start": "configs/lm/text_suite.py:start",
+        },
         metrics=("perplexity", "kl", "reverse_kl", "rollout_kl", "rollout_reverse_kl"),
         chart="perplexity",
         clock="gkd",
@@ -113,28 +120,43 @@ on held-out text and on what the student goes on with itself (rollout), in both 
 
 
 def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list[str]) -> Path:
-    """Trains what is missing, writes docs/results/<name>.json, .md and .png; returns the page. Raises Refused."""
+    """Trains what is missing, writes docs/results/<name>.json, .md and .png; returns the page.
+    Raises Refused.
+    """
     suite = lookup(SUITES, name, "--suite")
     variants = list(importlib.import_module(module(suite.config)).VARIANTS)
     for method in only:
         lookup(dict.fromkeys(variants), method, "--only")
     chosen = only or variants
     passes = ((False, [*suite.shared, *chosen]), (True, [m for m in chosen if m != suite.clock]))
-    todo = [(seed, method, timed) for seed in seeds for timed, methods in passes for method in methods]
+    todo = [
+        (seed, method, timed) for seed in seeds for timed, methods in passes for method in methods
+    ]
     for seed, method, timed in tqdm(todo, desc=name, unit="run"):
         if not timed:
             _train(suite, name, method, seed, workdir, workdir, extra)
         elif steps := _steps_in_time(suite, method, seed, workdir):
-            _train(suite, name, method, seed, workdir, workdir / "timed", [*extra, f"--config.steps={steps}"])
+            _train(
+                suite,
+                name,
+                method,
+                seed,
+                workdir,
+                workdir / "timed",
+                [*extra, f"--config.steps={steps}"],
+            )
     return write(name, workdir, {m: variants.index(m) for m in variants})
 
 
 def _steps_in_time(suite: Suite, method: str, seed: int, workdir: Path) -> int:
-    """Steps of the engine that take `method` the seconds of the clock's run, whole updates of the student; 0: not known."""
+    """Steps of the engine that take `method` the seconds of the clock's run, whole updates of the
+    student; 0: not known.
+    """
     runs = {r["method"]: r for r in rows(workdir) if r["seed"] == seed}
     if not {method, suite.clock} <= runs.keys():
         return 0
-    mine, clock = runs[method], runs[suite.clock]
+    mine = runs[method]
+    clock = runs[suite.clock]
     updates = clock["updates"] * clock["update_seconds"] / mine["update_seconds"]
     if math.isnan(updates) or not mine["updates"]:  # too short to have been timed
         return 0
@@ -149,16 +171,30 @@ def module(config: str) -> str:
 def starts(suite: Suite, config, name: str, workdir: Path, seed: int) -> list[str]:
     """Overrides that give every role its shared run of this seed."""
     runs = {f"runs/{name}/{run}_0": workdir / f"{run}_{seed}" for run in suite.shared}
-    return [f"--config.roles.{role}.init={runs[cfg.init]}" for role, cfg in config.roles.items() if cfg.init in runs]
+    return [
+        f"--config.roles.{role}.init={runs[cfg.init]}"
+        for role, cfg in config.roles.items()
+        if cfg.init in runs
+    ]
 
 
-def _train(suite: Suite, name: str, method: str, seed: int, workdir: Path, folder: Path, extra: list[str]) -> None:
+def _train(
+    suite: Suite, name: str, method: str, seed: int, workdir: Path, folder: Path, extra: list[str]
+) -> None:
     """One run into `folder`, from the shared runs in `workdir`."""
     folder = folder / f"{method}_{seed}"
     if (folder / "process.json").exists():
         return
     config = suite.shared.get(method) or f"{suite.config}:{method}"
-    command = [sys.executable, "-m", "launch.train", f"--config={config}", f"--workdir={folder}", f"--config.seed={seed}", *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        f"--config={config}",
+        f"--workdir={folder}",
+        f"--config.seed={seed}",
+        *extra,
+    ]
     command += starts(suite, load_config(str(ROOT / config)), name, workdir, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w") as log:
@@ -170,7 +206,10 @@ def _train(suite: Suite, name: str, method: str, seed: int, workdir: Path, folde
             raise
     if os.waitstatus_to_exitcode(status) != 0:
         last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-        print(f"{method}, seed {seed}: failed, see {folder / 'log.txt'}: {''.join(last)}", file=sys.stderr)
+        print(
+            f"{method}, seed {seed}: failed, see {folder / 'log.txt'}: {''.join(last)}",
+            file=sys.stderr,
+        )
         return
     write_json(folder / "process.json", {"peak_bytes": usage.ru_maxrss * 1024})
 
@@ -182,47 +221,78 @@ def updates_every(method: dict) -> int:
 
 
 def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
-    """One for each finished run: method, seed, its models, updates of the student, seconds for one, peak memory."""
+    """One for each finished run: method, seed, its models, updates of the student, seconds for one,
+    peak memory.
+    """
     for file in sorted(workdir.glob("*_[0-9]*/process.json")):
         method, _, seed = file.parent.name.rpartition("_")
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
         speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
         every = updates_every(report["config"]["method"])
-        yield {"method": method, "seed": int(seed), "timed": timed, "models": report["models"], "steps": report["steps"],
-               "updates": report["steps"] // every, "update_seconds": every / statistics.median(speeds) if speeds else float("nan"),
-               "peak_bytes": json.loads(file.read_text())["peak_bytes"]}  # fmt: skip
+        yield {
+            "method": method,
+            "seed": int(seed),
+            "timed": timed,
+            "models": report["models"],
+            "steps": report["steps"],
+            "updates": report["steps"] // every,
+            "update_seconds": every / statistics.median(speeds) if speeds else float("nan"),
+            "peak_bytes": json.loads(file.read_text())["peak_bytes"],
+        }
 
 
 def keep(file: Path, new: list[dict], *keys: str) -> list[dict]:
-    """Puts the new rows into `file`, a table's, in the places of those with the same `keys`; returns all, sorted by these."""
+    """Puts the new rows into `file`, a table's, in the places of those with the same `keys`;
+    returns all, sorted by these.
+    """
     key = lambda row: tuple(row[k] for k in keys)
     old = json.loads(file.read_text()) if file.exists() else []
-    every = [row for _, row in sorted(({key(row): row for row in old} | {key(row): row for row in new}).items())]
+    every = [
+        row
+        for _, row in sorted(
+            ({key(row): row for row in old} | {key(row): row for row in new}).items()
+        )
+    ]
     write_json(file, every)
     return every
 
 
 def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     """The page, the chart and the numbers behind both."""
-    suite, out = SUITES[name], OUT / name
+    suite = SUITES[name]
+    out = OUT / name
     OUT.mkdir(parents=True, exist_ok=True)
-    found = keep(out.with_suffix(".json"), [*rows(workdir), *rows(workdir / "timed", timed=True)], "timed", "method", "seed")
+    found = keep(
+        out.with_suffix(".json"),
+        [*rows(workdir), *rows(workdir / "timed", timed=True)],
+        "timed",
+        "method",
+        "seed",
+    )
     _chart(suite, [r for r in found if not r["timed"]], out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]
     students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
     most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
     equal = [r for r in students if not r["timed"]]
     timed = [r for r in students if r["timed"] or r["method"] == suite.clock]
-    parts = [f"# {suite.title}", f"`python tools/reproduce.py --suite={name}` writes this page.", suite.about,
-             f"![{suite.chart} against seconds]({name}.png)", "Means over seeds, then the range where there are several."]  # fmt: skip
+    parts = [
+        f"# {suite.title}",
+        f"`python tools/reproduce.py --suite={name}` writes this page.",
+        suite.about,
+        f"![{suite.chart} against seconds]({name}.png)",
+        "Means over seeds, then the range where there are several.",
+    ]
     parts += _tables("Equal updates", suite, teachers, equal, most)
     if len(timed) > len({r["seed"] for r in timed}):
         parts += _tables(f"Equal seconds, those of `{suite.clock}`", suite, teachers, timed, most)
     head = (f"at {most} NFE" if most > 1 else "run", *suite.metrics, "seeds")
     shared = {run: [r for r in found if r["method"] == run] for run in suite.shared}
     if shared:
-        table = [[*_scores(name, _at(runs, most), suite), str(len(runs))] for name, runs in shared.items()]
+        table = [
+            [*_scores(name, _at(runs, most), suite), str(len(runs))]
+            for name, runs in shared.items()
+        ]
         parts += ["## What all share", markdown_table(head, table)]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return out.with_suffix(".md")
@@ -233,20 +303,37 @@ def _at(runs: list[dict], nfe: int) -> list[dict]:
     return [m for r in runs for m in r["models"] if m["nfe"] == nfe and m["name"] == "student"]
 
 
-def _tables(title: str, suite: Suite, teachers: list[dict], students: list[dict], most: int) -> list[str]:
-    """One for each number of calls of the network; the teacher's row where it takes fewer than its most."""
+def _tables(
+    title: str, suite: Suite, teachers: list[dict], students: list[dict], most: int
+) -> list[str]:
+    """One for each number of calls of the network; the teacher's row where it takes fewer than its
+    most.
+    """
     steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
-    costs = ("updates", "seconds an update", *(["tokens a second"] if suite.tokens else []), "peak MiB", "seeds")
+    costs = (
+        "updates",
+        "seconds an update",
+        *(["tokens a second"] if suite.tokens else []),
+        "peak MiB",
+        "seeds",
+    )
     parts = []
     for nfe in steps:
         table = []
         if nfe < most and _at(teachers, nfe):
-            table.append(_scores("teacher", _at(teachers, nfe), suite) + [""] * (len(costs) - 1) + [str(len(teachers))])
+            table.append(
+                _scores("teacher", _at(teachers, nfe), suite)
+                + [""] * (len(costs) - 1)
+                + [str(len(teachers))]
+            )
         for method in dict.fromkeys(r["method"] for r in students):
             runs = [r for r in students if r["method"] == method and _at([r], nfe)]
             if runs:
                 table.append(_scores(method, _at(runs, nfe), suite) + _costs(runs, suite))
-        parts += [f"## {title}" + (f", {nfe} NFE" if len(steps) > 1 else ""), markdown_table(("method", *suite.metrics, *costs), table)]
+        parts += [
+            f"## {title}" + (f", {nfe} NFE" if len(steps) > 1 else ""),
+            markdown_table(("method", *suite.metrics, *costs), table),
+        ]
     return parts
 
 
@@ -269,26 +356,51 @@ def _spread(values: list[float]) -> str:
     if not values:
         return ""
     mean = number(float(statistics.mean(values)))
-    return mean if len(set(values)) == 1 else f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
+    return (
+        mean
+        if len(set(values)) == 1
+        else f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
+    )
 
 
 def _chart(suite: Suite, found: list[dict], file: Path) -> None:
-    """The chart's metric (samplers: at the fewest NFE) against seconds an update, a point for each run, both axes logarithmic."""
+    """The chart's metric (samplers: at the fewest NFE) against seconds an update, a point for each
+    run, both axes logarithmic.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    marks = zip(itertools.cycle("osD^vP*X"), itertools.cycle(pyplot.get_cmap("tab10").colors))  # 40 pairs before one comes again
-    for method, (marker, color) in zip(dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared), marks):
+    marks = zip(
+        itertools.cycle("osD^vP*X"), itertools.cycle(pyplot.get_cmap("tab10").colors)
+    )  # 40 pairs before one comes again
+    for method, (marker, color) in zip(
+        dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared), marks
+    ):
         mine = [r for r in found if r["method"] == method]
-        points = [(r["update_seconds"], next(m[suite.chart] for m in r["models"] if m["name"] == "student")) for r in mine]
+        points = [
+            (
+                r["update_seconds"],
+                next(m[suite.chart] for m in r["models"] if m["name"] == "student"),
+            )
+            for r in mine
+        ]
         axis.scatter(*zip(*points), s=36, marker=marker, color=color, label=method)
     steps = len({m["nfe"] for r in found for m in r["models"]}) > 1
-    teacher = [max(r["models"], key=lambda m: m["nfe"])[suite.chart] for r in found if r["method"] == "teacher"]
+    teacher = [
+        max(r["models"], key=lambda m: m["nfe"])[suite.chart]
+        for r in found
+        if r["method"] == "teacher"
+    ]
     if teacher:
-        axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label="teacher at its most steps" if steps else "teacher")
+        axis.axhline(
+            statistics.mean(teacher),
+            color="0.6",
+            linestyle="--",
+            label="teacher at its most steps" if steps else "teacher",
+        )
     figure.legend(loc="outside right upper", frameon=False)
     name = f"{suite.chart} at the fewest NFE" if steps else suite.chart
     axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=name)

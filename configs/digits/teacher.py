@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/digits/teacher.py --workdir=runs/digits_teacher
 
-2 CPU cores, about 2 minutes. Expected: Fréchet distance (classifier features) near 0.3 at 50 steps, near 9 at 1.
+2 CPU cores, about 2 minutes. Expected: Fréchet distance (classifier features) near 0.3 at 50 steps,
+near 9 at 1.
 """
 
 from jaxdistill.core.build import Role, experiment, spec

@@ -1,11 +1,13 @@
-"""TwinFlow (arXiv:2512.05150) on scikit-learn's 8x8 digits: a DiT of 50 steps tuned into one of 1 to 4, by itself.
+"""TwinFlow (arXiv:2512.05150) on scikit-learn's 8x8 digits: a DiT of 50 steps tuned into one of 1
+to 4, by itself.
 
     python -m launch.train --config=configs/digits/twinflow.py --workdir=runs/digits_twinflow
 
-2 CPU cores, minutes; trains the flow-matching network first, in workdir/teacher (`--config.roles.teacher.init=RUN` takes that
-of another run). `:rcgm` is its host alone, from the same network, in about as much time. This comparison has not been measured.
-From scratch, 800 steps of either are too few: Fréchet distance 11.7 against RCGM's 12.4 at one step, labels at chance (9 %
-against 12 %), seed 0.
+2 CPU cores, minutes; trains the flow-matching network first, in workdir/teacher
+(`--config.roles.teacher.init=RUN` takes that of another run). `:rcgm` is its host alone, from the
+same network, in about as much time. This comparison has not been measured.
+From scratch, 800 steps of either are too few: Fréchet distance 11.7 against RCGM's 12.4 at one
+step, labels at chance (9 % against 12 %), seed 0.
 """
 
 from configs.digits import teacher

@@ -1,12 +1,14 @@
-"""GKD (arXiv:2306.13649) on a plain-text file at --config.data.path: a byte-level Llama into one of a ninth of its size.
+"""GKD (arXiv:2306.13649) on a plain-text file at --config.data.path: a byte-level Llama into one of
+a ninth of its size.
 
     python -m launch.train --config=configs/lm/gkd_shakespeare.py --workdir=runs/gkd_shakespeare --config.data.path=FILE
 
-2 CPU cores, under half an hour with a file of 1 MB (tiny Shakespeare). The claim: the student has a lower held-out
-perplexity than the same network trained on the same text without a teacher (`baseline`), for as many steps and with the
-same optimiser. Perplexity rewards covering the teacher's law, hence beta = 0, the forward KL; the paper's students start from
-supervised training, this one from nothing, so that both sides see equally many batches. Seed 0: teacher 4.83, student 5.75,
-baseline 5.88; seed 1 with the same teacher: 5.78 and 5.92.
+2 CPU cores, under half an hour with a file of 1 MB (tiny Shakespeare). The claim: the student has a
+lower held-out perplexity than the same network trained on the same text without a teacher
+(`baseline`), for as many steps and with the same optimiser. Perplexity rewards covering the
+teacher's law, hence beta = 0, the forward KL; the paper's students start from supervised training,
+this one from nothing, so that both sides see equally many batches. Seed 0: teacher 4.83, student
+5.75, baseline 5.88; seed 1 with the same teacher: 5.78 and 5.92.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -40,7 +42,11 @@ def get_config():
         runs=dict(teacher=train(1200, TEACHER), baseline=train(STEPS, STUDENT)),
         data=spec("data.text:Text", **DATA),
         method=spec("methods.language.gkd:GKD", beta=0.0, on_policy=0.2, prompt_length=16),
-        roles=dict(teacher=Role(init="@teacher"), student=Role(model=network(STUDENT), optimizer=OPTIMIZER)),
+        roles=dict(
+            teacher=Role(init="@teacher"), student=Role(model=network(STUDENT), optimizer=OPTIMIZER)
+        ),
         evaluation=spec("evals.text:TextEval"),
-        claim=dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=1.0),
+        claim=dict(
+            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=1.0
+        ),
     )

@@ -1,14 +1,17 @@
-"""Language methods on additions under one set of conditions: `--config=configs/lm/suite.py:METHOD`, each name below.
+"""Language methods on additions under one set of conditions: `--config=configs/lm/suite.py:METHOD`,
+each name below.
 
     python -m launch.train --config=configs/lm/suite.py:gkd --workdir=runs/lm/gkd_0 \\
         --config.roles.teacher.init=TEACHER --config.roles.student.init=START
     python tools/reproduce.py --suite=lm            # all of them on seeds 0, 1, 2, and the table
 
-TEACHER and START are runs of configs/lm/carry.py, variants `teacher` and `start`. The same for all: both of these, responses
-that a step learns from, steps, Adam with lr 1e-3. A method's own: who writes the answers, what they are graded by. GRPO and
-RLAD write eight answers to each prompt, hence an eighth of the prompts, and have lr 3e-4, the best of 1e-3, 3e-4 and 1e-4 on
-seed 3: at 1e-3 RLAD collapses (perplexity 90). A token that its teacher does not expect starts at a ratio of 1.65, and so may
-lose 1.4 nats in a wrong answer before the clip stops it, where GRPO's may lose .2.
+TEACHER and START are runs of configs/lm/carry.py, variants `teacher` and `start`. The same for all:
+both of these, responses that a step learns from, steps, Adam with lr 1e-3. A method's own: who
+writes the answers, what they are graded by. GRPO and RLAD write eight answers to each prompt, hence
+an eighth of the prompts, and have lr 3e-4, the best of 1e-3, 3e-4 and 1e-4 on
+seed 3: at 1e-3 RLAD collapses (perplexity 90). A token that its teacher does not expect starts at a
+ratio of 1.65, and so may lose 1.4 nats in a wrong answer before the clip stops it, where GRPO's may
+lose .2.
 """
 
 from configs.lm import carry
@@ -32,7 +35,9 @@ def methods(**writing):
         "reverse_kl": language("kd:KD", kind="reverse_kl"),
         "jsd": language("kd:KD", kind="jsd"),
         "gkd": language("gkd:GKD", beta=0.9, on_policy=1.0, **writing),
-        "tsd_kd": language("tsd_kd:TSDKD", candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing),
+        "tsd_kd": language(
+            "tsd_kd:TSDKD", candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing
+        ),
         "paced": language("paced:Paced", batches=100, **writing),
         "grpo": language("grpo:GRPO", **reinforced),
         "rlad": language("rlad:RLAD", clamp="straight_through", **reinforced),
@@ -41,7 +46,9 @@ def methods(**writing):
 
 VARIANTS = methods(eos=(12,), pad=13)
 REINFORCED = ("grpo", "rlad")
-OLD = dict(old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)))  # what grpo and rlad write with
+OLD = dict(
+    old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0))
+)  # what grpo and rlad write with
 
 
 def get_config(method="gkd"):

@@ -1,12 +1,14 @@
-"""Language methods on the bytes of a plain-text file: `--config=configs/lm/text_suite.py:METHOD`, each name below.
+"""Language methods on the bytes of a plain-text file: `--config=configs/lm/text_suite.py:METHOD`,
+each name below.
 
     python -m launch.train --config=configs/lm/text_suite.py:gkd --workdir=runs/text/gkd_0 --config.data.path=FILE \\
         --config.roles.teacher.init=TEACHER --config.roles.student.init=START
     python tools/reproduce.py --suite=text --config.data.path=FILE      # all of them on seeds 0, 1, 2, and the table
 
-TEACHER and START are runs of this file's variants `teacher` and `start`: byte-level Llamas of 1.0 M and 0.12 M weights, trained for
-800 and 300 steps. The same for all: both of these, 16 rows of 64 bytes that a step learns from, steps, Adam with lr 1e-3. Nothing
-here can be right or wrong, so that the methods that need a reward are in configs/lm/suite.py alone.
+TEACHER and START are runs of this file's variants `teacher` and `start`: byte-level Llamas of 1.0 M
+and 0.12 M weights, trained for 800 and 300 steps. The same for all: both of these, 16 rows of 64
+bytes that a step learns from, steps, Adam with lr 1e-3. Nothing here can be right or wrong, so that
+the methods that need a reward are in configs/lm/suite.py alone.
 """
 
 from configs.lm.gkd_shakespeare import STUDENT, TEACHER, train
@@ -16,11 +18,15 @@ from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
 
 STEPS = 400
-ROWS, LENGTH = 16, 64  # a step's, in bytes
+# a step's, in bytes
+ROWS = 16
+LENGTH = 64
 PROMPT = 16  # bytes that a student goes on from
 REWARDED = ("paced", *REINFORCED)
 SHARED = {"teacher": lambda: train(800, TEACHER), "start": lambda: train(300, STUDENT)}
-VARIANTS = {name: made for name, made in methods(prompt_length=PROMPT).items() if name not in REWARDED}
+VARIANTS = {
+    name: made for name, made in methods(prompt_length=PROMPT).items() if name not in REWARDED
+}
 
 
 def get_config(method="gkd"):
@@ -32,7 +38,10 @@ def get_config(method="gkd"):
         steps=STEPS,
         data=spec("data.text:Text", length=LENGTH, batch_size=ROWS),
         method=variant(),
-        roles=dict(student=Role(init="runs/text/start_0", optimizer=Optimizer(lr=1e-3, warmup=10)), **teacher),
+        roles=dict(
+            student=Role(init="runs/text/start_0", optimizer=Optimizer(lr=1e-3, warmup=10)),
+            **teacher,
+        ),
         evaluation=spec("evals.text:TextEval", prompt_length=PROMPT),
         checkpoint_every=STEPS,
         log_every=50,

@@ -1,9 +1,11 @@
-"""Distillation of a latent DiT-XL/2 on one accelerator, on random latents and weights: `:dmd2` and `:scm`, to be timed.
+"""Distillation of a latent DiT-XL/2 on one accelerator, on random latents and weights: `:dmd2` and
+`:scm`, to be timed.
 
     JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
     python -m launch.train --config=configs/plans/dit_xl2.py:dmd2 --workdir=DIR --dry_run
 
-The recipes of the same names (configs/recipes) in bfloat16 with 32 samples of 32 x 32 x 4, which one GPU of 80 GB holds.
+The recipes of the same names (configs/recipes) in bfloat16 with 32 samples of 32 x 32 x 4, which
+one GPU of 80 GB holds.
 """
 
 from configs.recipes import dmd2, scm

@@ -1,13 +1,15 @@
-"""Latent consistency distillation (arXiv:2303.01469, arXiv:2310.04378) of a DiT-XL/2 on 256 px ImageNet latents.
+"""Latent consistency distillation (arXiv:2303.01469, arXiv:2310.04378) of a DiT-XL/2 on 256 px
+ImageNet latents.
 
     python -m launch.train --config=configs/recipes/consistency.py --workdir=DIR --config.data.path=LATENTS \\
         --config.roles.teacher.init=TEACHER
 
-TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers' DiTTransformer2DModel trained by flow matching;
-LATENTS are that recipe's. From CM's ImageNet-64 run: batch 2048, learning rate 8e-6, target EMA .95, 600 k steps,
-FID 6.20 at one step and 4.70 at two. From LCM: DDIM on 50 even steps, guided teacher, Huber c .001. Departures: rectified
-flow in place of EDM and DDPM times, one guidance scale where LCM feeds it to the network, one average where CM keeps
-another of rate .999943 for sampling.
+TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers'
+DiTTransformer2DModel trained by flow matching; LATENTS are that recipe's. From CM's ImageNet-64
+run: batch 2048, learning rate 8e-6, target EMA .95, 600 k steps, FID 6.20 at one step and 4.70 at
+two. From LCM: DDIM on 50 even steps, guided teacher, Huber c .001. Departures: rectified flow in
+place of EDM and DDPM times, one guidance scale where LCM feeds it to the network, one average where
+CM keeps another of rate .999943 for sampling.
 """
 
 from configs.recipes.flow_matching import XL2
@@ -30,7 +32,9 @@ def get_config():
         ),
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2), denoiser=Denoiser(param=Velocity(time_scale=1000.0)), param_dtype="bfloat16"
+                model=spec("models.denoisers.dit:DiT", **XL2),
+                denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
+                param_dtype="bfloat16",
             ),
             student=Role(optimizer=Optimizer(lr=8e-6), ema=Ema(rate=0.95, warmup=False)),
         ),

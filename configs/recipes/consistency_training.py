@@ -1,11 +1,13 @@
-"""ECT (arXiv:2406.14548): easy consistency tuning of a pretrained DiT-XL/2, in place of the paper's EDM2 U-Net.
+"""ECT (arXiv:2406.14548): easy consistency tuning of a pretrained DiT-XL/2, in place of the paper's
+EDM2 U-Net.
 
     python -m launch.train --config=configs/recipes/consistency_training.py --workdir=DIR --config.data.path=LATENTS \\
         --config.roles.student.init=PRETRAINED
 
-PRETRAINED as TEACHER in configs/recipes/consistency.py. The paper's constants: batch 128, 100 k steps, times of mean -1.1 and std 2,
-Adam or RAdam, EMA, gaps that shrink with the stages (q, n(t)). Departures: backbone and latents, rectified-flow time in
-place of sigma, so that r = t max(0, 1 - n(t) / q^(stage + 1)) is applied to t in [0, 1]; learning rate; no dropout.
+PRETRAINED as TEACHER in configs/recipes/consistency.py. The paper's constants: batch 128, 100 k
+steps, times of mean -1.1 and std 2, Adam or RAdam, EMA, gaps that shrink with the stages (q, n(t)).
+Departures: backbone and latents, rectified-flow time in place of sigma, so that r = t max(0, 1 -
+n(t) / q^(stage + 1)) is applied to t in [0, 1]; learning rate; no dropout.
 """
 
 from configs.recipes.flow_matching import XL2
@@ -18,7 +20,11 @@ def get_config():
     return experiment(
         steps=100_000,
         data=spec("data.arrayrecord:ArrayRecords", batch_size=128),
-        method=spec("methods.trajectory.consistency_training:ECT", stage_steps=12_500, student_times=(1.0, 0.5)),
+        method=spec(
+            "methods.trajectory.consistency_training:ECT",
+            stage_steps=12_500,
+            student_times=(1.0, 0.5),
+        ),
         roles=dict(
             student=Role(
                 model=spec("models.denoisers.dit:DiT", **XL2),

@@ -1,12 +1,15 @@
-"""DDK (arXiv:2407.16154): domain weights from perplexity ratios, Llama 3.1 8B into 3.2 1B in place of Qwen1.5 14B into 1.8B.
+"""DDK (arXiv:2407.16154): domain weights from perplexity ratios, Llama 3.1 8B into 3.2 1B in place
+of Qwen1.5 14B into 1.8B.
 
     python -m launch.train --config=configs/recipes/ddk.py --workdir=DIR --config.data.path=DOMAINS \\
-        --config.data.each.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B --config.roles.student.init=LLAMA_1B
+        --config.data.each.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
+        --config.roles.student.init=LLAMA_1B
 
-DOMAINS holds a folder of prompts and responses for each of 10 domains (train.jsonl and test.jsonl; `method.domains` for
-another number). The paper: about 30 k steps of 0.5 M tokens, weights refreshed every 1000 steps from 500 held-out rows of
-each domain, gamma 0.2, lr 3e-5 to 3e-6 after 1000 steps of warm-up, 16 A100. Sequence length and batch are not stated: 120
-rows of 4096 tokens here, and 40 held-out batches of them make a measurement.
+DOMAINS holds a folder of prompts and responses for each of 10 domains (train.jsonl and test.jsonl;
+`method.domains` for another number). The paper: about 30 k steps of 0.5 M tokens, weights refreshed
+every 1000 steps from 500 held-out rows of each domain, gamma 0.2, lr 3e-5 to 3e-6 after 1000 steps
+of warm-up, 16 A100. Sequence length and batch are not stated: 120 rows of 4096 tokens here, and 40
+held-out batches of them make a measurement.
 Departures: the families; sample documents in place of running text.
 """
 
@@ -14,7 +17,8 @@ from configs.recipes.kd import LLAMA_1B, LLAMA_8B
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 
-INTERVAL, MEASURES = 1000, 40
+INTERVAL = 1000
+MEASURES = 40
 
 
 def get_config():
@@ -23,9 +27,19 @@ def get_config():
         accumulate=5,
         log_every=MEASURES,
         data=spec(
-            "data.domains:Folders", each=spec("data.text:PackedJson", length=4096), interval=INTERVAL, measures=MEASURES, batch_size=120
+            "data.domains:Folders",
+            each=spec("data.text:PackedJson", length=4096),
+            interval=INTERVAL,
+            measures=MEASURES,
+            batch_size=120,
         ),
-        method=spec("methods.language.ddk:DDK", domains=10, interval=INTERVAL, measures=MEASURES, chunk=16032),
+        method=spec(
+            "methods.language.ddk:DDK",
+            domains=10,
+            interval=INTERVAL,
+            measures=MEASURES,
+            chunk=16032,
+        ),
         roles=dict(
             teacher=Role(model=spec("models.language.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
             student=Role(

@@ -1,11 +1,14 @@
-"""ERNIE-Tiny (arXiv:2106.02241): BERT-base into 4 layers of width 312 with 12 heads (14.5 M weights).
+"""ERNIE-Tiny (arXiv:2106.02241): BERT-base into 4 layers of width 312 with 12 heads (14.5 M
+weights).
 
     python -m launch.train --config=configs/recipes/ernie_tiny.py --workdir=DIR \\
         --config.roles.pretrained.init=BERT_BASE --config.roles.teacher.init=BERT_TUNED
 
-The folders are those of `BertForSequenceClassification`, BERT_TUNED fine-tuned on the task. The paper's table of stages is
-certain; its steps, rates and batch are not known: 200 k steps in shares 60, 6, 17 and 17 %, batch 256, lr 1e-4 linear.
-Departures: synthetic text stands in for the corpus and the task (replace `data` by a set with the same fields).
+The folders are those of `BertForSequenceClassification`, BERT_TUNED fine-tuned on the task. The
+paper's table of stages is certain; its steps, rates and batch are not known: 200 k steps in shares
+60, 6, 17 and 17 %, batch 256, lr 1e-4 linear.
+Departures: synthetic text stands in for the corpus and the task (replace `data` by a set with the
+same fields).
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -24,8 +27,15 @@ def get_config():
         roles=dict(
             pretrained=Role(model=base, param_dtype="bfloat16"),
             teacher=Role(model=base, param_dtype="bfloat16"),
-            student=Role(model=spec("models.language.bert:BertClassifier", dim=312, mlp=1200, depth=4, **BERT), optimizer=OPTIMIZER),
-            projection=Role(model=spec("models.heads:Projection", inputs=312, outputs=768), optimizer=OPTIMIZER),
+            student=Role(
+                model=spec(
+                    "models.language.bert:BertClassifier", dim=312, mlp=1200, depth=4, **BERT
+                ),
+                optimizer=OPTIMIZER,
+            ),
+            projection=Role(
+                model=spec("models.heads:Projection", inputs=312, outputs=768), optimizer=OPTIMIZER
+            ),
         ),
         checkpoint_every=5000,
     )

@@ -1,9 +1,11 @@
-"""SiT-XL/2 (arXiv:2401.08740): flow matching on 256 px ImageNet latents (32x32x4), the teacher of latent distillation.
+"""SiT-XL/2 (arXiv:2401.08740): flow matching on 256 px ImageNet latents (32x32x4), the teacher of
+latent distillation.
 
     python -m launch.train --config=configs/recipes/flow_matching.py --workdir=DIR --config.data.path=LATENTS
 
-LATENTS is a folder of *.arrayrecord with x float32 [32, 32, 4], cond and null_cond (= 1000). The paper: batch 256,
-AdamW 1e-4 without decay, uniform times, EMA 0.9999, 7 M steps, FID 8.3 without guidance and 2.06 with scale 1.5 (SDE).
+LATENTS is a folder of *.arrayrecord with x float32 [32, 32, 4], cond and null_cond (= 1000). The
+paper: batch 256, AdamW 1e-4 without decay, uniform times, EMA 0.9999, 7 M steps, FID 8.3 without
+guidance and 2.06 with scale 1.5 (SDE).
 Hardware: a v5p-128 slice holds it with room; days at 7 M steps.
 """
 
@@ -12,14 +14,26 @@ from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.times import Uniform
 
-XL2 = dict(size=32, patch=2, channels=4, dim=1152, depth=28, heads=16, classes=1000, dtype="bfloat16", remat="full")
+XL2 = dict(
+    size=32,
+    patch=2,
+    channels=4,
+    dim=1152,
+    depth=28,
+    heads=16,
+    classes=1000,
+    dtype="bfloat16",
+    remat="full",
+)
 
 
 def get_config():
     return experiment(
         steps=7_000_000,
         data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
-        method=spec("methods.trajectory.flow_matching:FlowMatching", times=Uniform(), solver="heun"),
+        method=spec(
+            "methods.trajectory.flow_matching:FlowMatching", times=Uniform(), solver="heun"
+        ),
         roles=dict(
             student=Role(
                 model=spec("models.denoisers.dit:DiT", **XL2),

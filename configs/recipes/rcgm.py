@@ -1,10 +1,12 @@
-"""RCGM as TwinFlow (arXiv:2512.05150) has it, from scratch on 256 px ImageNet latents (32x32x4) with DiT-XL/2.
+"""RCGM as TwinFlow (arXiv:2512.05150) has it, from scratch on 256 px ImageNet latents (32x32x4)
+with DiT-XL/2.
 
     python -m launch.train --config=configs/recipes/rcgm.py --workdir=DIR --config.data.path=LATENTS
 
-LATENTS as in configs/recipes/flow_matching.py. TwinFlow's constants for SANA: RAdam 1e-4 (.9, .95), batch 128, 30 k steps on a
-pretrained network, order 2, averages .99, ramped; its baseline, RCGM alone, has GenEval .80 (SANA-0.6B) and .78 (1.6B) at one
-step. Departures: backbone and data, from scratch, hence longer, slower averages, and no guidance (no null condition is learnt).
+LATENTS as in configs/recipes/flow_matching.py. TwinFlow's constants for SANA: RAdam 1e-4 (.9, .95),
+batch 128, 30 k steps on a pretrained network, order 2, averages .99, ramped; its baseline, RCGM
+alone, has GenEval .80 (SANA-0.6B) and .78 (1.6B) at one step. Departures: backbone and data, from
+scratch, hence longer, slower averages, and no guidance (no null condition is learnt).
 """
 
 from configs.recipes.flow_matching import XL2

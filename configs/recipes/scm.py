@@ -1,12 +1,15 @@
-"""sCD (arXiv:2410.11081): continuous-time consistency distillation of a latent DiT-XL/2, in place of the paper's EDM2 U-Net.
+"""sCD (arXiv:2410.11081): continuous-time consistency distillation of a latent DiT-XL/2, in place
+of the paper's EDM2 U-Net.
 
     python -m launch.train --config=configs/recipes/scm.py --workdir=DIR --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
 
-TEACHER is a run of configs/recipes/flow_matching.py with --config.roles.student.denoiser.param.time_scale=1.0: the paper
-needs a time embedding with a small derivative, and 1000 t has none. The paper's constants: batch 2048, tau of mean -1 and
-std 1.4, tangent warm-up over 10 k steps, c = .1, Adam with b2 .99, guided teacher, power-function EMA, two steps at pi/2 and
-1.1. Departures: backbone, latents of unit variance (sigma_data 1), plain layer norms where the paper has pixel and double
-normalisation, one guidance scale where it draws one, learning rate.
+TEACHER is a run of configs/recipes/flow_matching.py with
+--config.roles.student.denoiser.param.time_scale=1.0: the paper needs a time embedding with a small
+derivative, and 1000 t has none. The paper's constants: batch 2048, tau of mean -1 and std 1.4,
+tangent warm-up over 10 k steps, c = .1, Adam with b2 .99, guided teacher, power-function EMA, two
+steps at pi/2 and
+1.1. Departures: backbone, latents of unit variance (sigma_data 1), plain layer norms where the
+paper has pixel and double normalisation, one guidance scale where it draws one, learning rate.
 """
 
 from configs.recipes.flow_matching import XL2
@@ -23,7 +26,10 @@ def get_config():
         data=spec("data.arrayrecord:ArrayRecords", batch_size=2048),
         method=spec("methods.trajectory.scm:SCM", process=Trig(sigma_data=1.0), guidance=1.5),
         roles=dict(
-            teacher=Role(model=spec("models.denoisers.dit:DiT", **{**XL2, "dtype": "float32"}), denoiser=Denoiser()),
+            teacher=Role(
+                model=spec("models.denoisers.dit:DiT", **{**XL2, "dtype": "float32"}),
+                denoiser=Denoiser(),
+            ),
             student=Role(optimizer=optimizer, ema=PowerEma(sigma_rel=0.05)),
             weight=Role(model=spec("models.heads:TimeWeight"), optimizer=optimizer),
         ),

@@ -3,10 +3,12 @@ r"""Uni-Instruct (arXiv:2505.20755), its class-conditional CIFAR-10 recipe on ED
     python -m launch.train --config=configs/recipes/uni_instruct.py --workdir=DIR --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
 
-CIFAR10 is a folder of Hugging Face's parquet files; TEACHER is EDM's edm-cifar10-32x32-cond-vp, converted as interop/families/edm.py
-says. The paper: batch 256, Adam 1e-5 (betas 0, .999) on both sides, one critic update to one of the student, 100k images for
-the critics alone, 100k of reverse KL, then the divergence, 300 M images; FID 1.42 at one step with JKL (.4 forward, .6
-reverse), 1.44 with reverse KL, and 1.38 with forward KL after longer training. The critics' gradients are clipped by value.
+CIFAR10 is a folder of Hugging Face's parquet files; TEACHER is EDM's edm-cifar10-32x32-cond-vp,
+converted as interop/families/edm.py says. The paper: batch 256, Adam 1e-5 (betas 0, .999) on both
+sides, one critic update to one of the student, 100k images for the critics alone, 100k of reverse
+KL, then the divergence, 300 M images; FID 1.42 at one step with JKL (.4 forward, .6 reverse), 1.44
+with reverse KL, and 1.38 with forward KL after longer training. The critics' gradients are clipped
+by value.
 Departures: no dropout (.13) and no augmentation of the critics' batches (.12).
 """
 
@@ -17,9 +19,20 @@ from jaxdistill.core.optim import HalfLifeEma, Optimizer
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 
-NET = dict(size=32, width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), augment_dim=9, classes=10, dtype="bfloat16")
+NET = dict(
+    size=32,
+    width=128,
+    multiples=(2, 2, 2),
+    blocks=4,
+    attention=(16,),
+    augment_dim=9,
+    classes=10,
+    dtype="bfloat16",
+)
 TEACHER = Role(
-    model=spec("models.denoisers.edm:SongUNet", **NET), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), param_dtype="bfloat16"
+    model=spec("models.denoisers.edm:SongUNet", **NET),
+    denoiser=Denoiser(param=EDMPrecond(), native=EDM()),
+    param_dtype="bfloat16",
 )
 ADAM = Optimizer(algorithm="adam", lr=1e-5, b1=0.0, b2=0.999, clip=0.0)
 
@@ -30,7 +43,10 @@ def roles():
         teacher=TEACHER,
         student=Role(optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
         fake=Role(optimizer=critic),
-        disc=Role(model=spec("models.heads:Discriminator", dim=256, width=256, classes=10), optimizer=critic),
+        disc=Role(
+            model=spec("models.heads:Discriminator", dim=256, width=256, classes=10),
+            optimizer=critic,
+        ),
     )
 
 

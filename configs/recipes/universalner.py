@@ -1,11 +1,13 @@
-"""UniversalNER (arXiv:2308.03279): Llama 3.1 8B in place of LLaMA 7B, tuned on a teacher's answers about 45,889 passages.
+"""UniversalNER (arXiv:2308.03279): Llama 3.1 8B in place of LLaMA 7B, tuned on a teacher's answers
+about 45,889 passages.
 
     python -m launch.train --config=configs/recipes/universalner.py --workdir=DIR --config.data.path=entities.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.student.init=LLAMA_8B
 
-The rows come from `jaxdistill.data.endpoint.ask_all` with `jaxdistill.data.ner.ask`, and `labelled`. The paper: passages of
-up to 256 tokens of the Pile, gpt-3.5-turbo-0301 at temperature 0; 3 epochs, lr 2e-5, cosine, warm-up 4 %, batch 256,
-conversations of up to 1024 tokens, bfloat16. Published zero-shot F1 over 43 sets: 41.7 (7B), teacher 34.9. Departure: the family.
+The rows come from `jaxdistill.data.endpoint.ask_all` with `jaxdistill.data.ner.ask`, and
+`labelled`. The paper: passages of up to 256 tokens of the Pile, gpt-3.5-turbo-0301 at temperature
+0; 3 epochs, lr 2e-5, cosine, warm-up 4 %, batch 256, conversations of up to 1024 tokens, bfloat16.
+Published zero-shot F1 over 43 sets: 41.7 (7B), teacher 34.9. Departure: the family.
 """
 
 from configs.recipes.kd import LLAMA_8B

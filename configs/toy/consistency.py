@@ -1,9 +1,10 @@
-"""Consistency distillation (arXiv:2303.01469) on a Gaussian mixture with an exact teacher, from scratch.
+"""Consistency distillation (arXiv:2303.01469) on a Gaussian mixture with an exact teacher, from
+scratch.
 
     python -m launch.train --config=configs/toy/consistency.py --workdir=runs/toy_consistency
 
-2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's
-at one step. `--config.data.seed=N` makes another mixture.
+2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -15,7 +16,12 @@ def get_config():
     return experiment(
         steps=6000,
         data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec("methods.trajectory.consistency:Consistency", levels=33, huber=0.03, student_times=(1.0, 0.5)),
+        method=spec(
+            "methods.trajectory.consistency:Consistency",
+            levels=33,
+            huber=0.03,
+            student_times=(1.0, 0.5),
+        ),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
@@ -27,6 +33,8 @@ def get_config():
             ),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1, 2), teacher_steps=(50, 2, 1)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=2000,
     )

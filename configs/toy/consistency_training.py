@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/toy/consistency_training.py --workdir=runs/toy_consistency_training
 
-2 CPU cores, about 2 minutes. The claim: at one step the student's energy distance is at most a tenth of that of the same
-network trained by flow matching (`flow`), at one step. `--config.data.seed=N` makes another mixture.
+2 CPU cores, about 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of that of the same network trained by flow matching (`flow`), at one step.
+`--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -35,9 +36,17 @@ def get_config():
         steps=6000,
         runs=dict(flow=flow()),
         data=DATA,
-        method=spec("methods.trajectory.consistency_training:ICT", total=6000, s1=160, huber=0.03, student_times=(1.0, 0.5)),
+        method=spec(
+            "methods.trajectory.consistency_training:ICT",
+            total=6000,
+            s1=160,
+            huber=0.03,
+            student_times=(1.0, 0.5),
+        ),
         roles=dict(student=STUDENT),
         evaluation=spec("evals.points:PointEval", student_steps=(1, 2)),
-        claim=dict(metric="energy", model="student@1", baseline="flow@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="flow@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=2000,
     )

@@ -1,16 +1,21 @@
-"""DDK (arXiv:2407.16154) on five synthetic languages of differing entropy: data where the student lags behind most.
+"""DDK (arXiv:2407.16154) on five synthetic languages of differing entropy: data where the student
+lags behind most.
 
     python -m launch.train --config=configs/toy/ddk.py --workdir=runs/toy_ddk
 
-2 CPU cores, about three minutes. The student has seen mostly the first two languages (`start`), its teacher all five.
-The claim: after the same steps its largest ratio of held-out perplexities to the teacher's over the domains is lower
-than with uniform data and the same loss (`baseline`: smoothing 0). Both measure and train on equally many rows.
+2 CPU cores, about three minutes. The student has seen mostly the first two languages (`start`), its
+teacher all five.
+The claim: after the same steps its largest ratio of held-out perplexities to the teacher's over the
+domains is lower than with uniform data and the same loss (`baseline`: smoothing 0). Both measure
+and train on equally many rows.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 
-INTERVAL, REFRESHES, MEASURES = 24, 20, 4
+INTERVAL = 24
+REFRESHES = 20
+MEASURES = 4
 DATA = dict(vocab=12, length=32, branches=(2, 2, 2, 3, 4), batch_size=40)
 EVAL = spec("evals.domains:DomainEval", samples=2000)
 OPTIMIZER = Optimizer(lr=2e-3, schedule="cosine", warmup=20)
@@ -22,7 +27,12 @@ def train(steps: int, weights: tuple[float, ...] = (), **sizes):
         steps=steps,
         data=spec("data.domains:Chains", weights=weights, **DATA),
         method=spec("methods.language.sft:SFT"),
-        roles=dict(student=Role(model=spec("models.language.lm:LM", vocab=12, heads=4, max_length=32, **sizes), optimizer=OPTIMIZER)),
+        roles=dict(
+            student=Role(
+                model=spec("models.language.lm:LM", vocab=12, heads=4, max_length=32, **sizes),
+                optimizer=OPTIMIZER,
+            )
+        ),
         evaluation=EVAL,
     )
 
@@ -37,7 +47,13 @@ def distil(smoothing: float, runs=None, **rest):
             **(runs or {}),
         ),
         data=spec("data.domains:Chains", interval=INTERVAL, measures=MEASURES, **DATA),
-        method=spec("methods.language.ddk:DDK", domains=5, interval=INTERVAL, measures=MEASURES, smoothing=smoothing),
+        method=spec(
+            "methods.language.ddk:DDK",
+            domains=5,
+            interval=INTERVAL,
+            measures=MEASURES,
+            smoothing=smoothing,
+        ),
         roles=dict(teacher=Role(init="@teacher"), student=Role(init="@start", optimizer=OPTIMIZER)),
         evaluation=EVAL,
         **rest,
@@ -48,5 +64,7 @@ def get_config():
     return distil(
         0.5,
         dict(baseline=distil(0.0)),
-        claim=dict(metric="max_ratio", model="student", baseline="baseline", better="lower", ratio=0.98),
+        claim=dict(
+            metric="max_ratio", model="student", baseline="baseline", better="lower", ratio=0.98
+        ),
     )

@@ -1,9 +1,10 @@
-"""Diff-Instruct (arXiv:2305.18455) on a Gaussian mixture with an exact teacher: one step close to the law, from scratch.
+"""Diff-Instruct (arXiv:2305.18455) on a Gaussian mixture with an exact teacher: one step close to
+the law, from scratch.
 
     python -m launch.train --config=configs/toy/diff_instruct.py --workdir=runs/toy_diff_instruct
 
-2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's
-at one step. `--config.data.seed=N` makes another mixture.
+2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -25,9 +26,16 @@ def get_config():
                 optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
-            fake=Role(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), init="fresh", optimizer=Optimizer(lr=1e-3, b1=0.0)),
+            fake=Role(
+                model=spec("models.denoisers.mlp:MLP"),
+                denoiser=Denoiser(),
+                init="fresh",
+                optimizer=Optimizer(lr=1e-3, b1=0.0),
+            ),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=1000,
     )

@@ -1,15 +1,18 @@
-"""DisBack (arXiv:2408.15991) on a Gaussian mixture: a learnt teacher's path, walked back, on Diff-Instruct as the host.
+"""DisBack (arXiv:2408.15991) on a Gaussian mixture: a learnt teacher's path, walked back, on
+Diff-Instruct as the host.
 
     python -m launch.train --config=configs/toy/disback.py --workdir=runs/toy_disback
 
-About four minutes of CPU time, two trainings of the teacher and the host (`baseline`) included. The claim: at one step the
-student's energy distance is at most a tenth of the teacher's at one step.
+About four minutes of CPU time, two trainings of the teacher and the host (`baseline`) included. The
+claim: at one step the student's energy distance is at most a tenth of the teacher's at one step.
 
-The paper's speed-up does not appear here. Seed 0 and mixture 0, 4000 steps in all, of which 500 record: energy .0040 against
-.0036 of the host, KL of the modes' shares .0047 against .0088, quality .62 both. The host reaches an energy of .006 after 600
-steps, DisBack after 2500 (`--config.eval_every=200`): its energy hardly falls before step 1700, when the original teacher
-becomes the target. A guess, not checked: the fake score learns the student's law within the first of the checkpoints.
-`--config.method.record_every=20 --config.method.interval=100` is a shorter path: energy .0041 (seed 0).
+The paper's speed-up does not appear here. Seed 0 and mixture 0, 4000 steps in all, of which 500
+record: energy .0040 against .0036 of the host, KL of the modes' shares .0047 against .0088, quality
+.62 both. The host reaches an energy of .006 after 600 steps, DisBack after 2500
+(`--config.eval_every=200`): its energy hardly falls before step 1700, when the original teacher
+becomes the target. A guess, not checked: the fake score learns the student's law within the first
+of the checkpoints. `--config.method.record_every=20 --config.method.interval=100` is a shorter
+path: energy .0041 (seed 0).
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -33,7 +36,9 @@ def pretrain():
         optimizer=Optimizer(lr=2e-3, schedule="cosine"),
         ema=Ema(rate=0.99),
     )
-    method = spec("methods.trajectory.flow_matching:FlowMatching", times=Uniform(), label_dropout=0.0)
+    method = spec(
+        "methods.trajectory.flow_matching:FlowMatching", times=Uniform(), label_dropout=0.0
+    )
     return experiment(steps=3000, data=DATA, method=method, roles=dict(student=student))
 
 
@@ -44,7 +49,9 @@ def distil(method, runs=None, roles=None, **rest):
         method=method,
         roles=dict(
             teacher=Role(init="@teacher"),
-            student=Role(optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)),
+            student=Role(
+                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+            ),
             fake=Role(optimizer=Optimizer(lr=1e-3, b1=0.0)),
             **(roles or {}),
         ),
@@ -57,10 +64,17 @@ def distil(method, runs=None, roles=None, **rest):
 
 def get_config():
     host = spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=5)
-    disback = spec("methods.distribution.disback:DisBackDiffInstruct", checkpoints=5, record_every=100, interval=300)
+    disback = spec(
+        "methods.distribution.disback:DisBackDiffInstruct",
+        checkpoints=5,
+        record_every=100,
+        interval=300,
+    )
     return distil(
         disback,
         runs=dict(baseline=distil(host)),
         roles=dict(path=Role(init="teacher", bank=6)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
     )

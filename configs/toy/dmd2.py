@@ -1,9 +1,11 @@
-"""DMD2 (arXiv:2405.14867) on a Gaussian mixture with an exact teacher: one step close to the law, from scratch.
+"""DMD2 (arXiv:2405.14867) on a Gaussian mixture with an exact teacher: one step close to the law,
+from scratch.
 
     python -m launch.train --config=configs/toy/dmd2.py --workdir=runs/toy_dmd2
 
-2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's
-at one step. `--config.data.seed=N` makes another mixture; `--config.method.gan_weight=0` leaves the GAN out.
+2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture;
+`--config.method.gan_weight=0` leaves the GAN out.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -25,10 +27,20 @@ def get_config():
                 optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
-            fake=Role(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), init="fresh", optimizer=Optimizer(lr=1e-3, b1=0.0)),
-            disc=Role(model=spec("models.heads:Discriminator", features=1, dim=128), optimizer=Optimizer(lr=1e-3, b1=0.0)),
+            fake=Role(
+                model=spec("models.denoisers.mlp:MLP"),
+                denoiser=Denoiser(),
+                init="fresh",
+                optimizer=Optimizer(lr=1e-3, b1=0.0),
+            ),
+            disc=Role(
+                model=spec("models.heads:Discriminator", features=1, dim=128),
+                optimizer=Optimizer(lr=1e-3, b1=0.0),
+            ),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=1000,
     )

@@ -1,11 +1,13 @@
-"""GKD (arXiv:2306.13649) on a synthetic language with an exact teacher: what the student writes stays near the teacher.
+"""GKD (arXiv:2306.13649) on a synthetic language with an exact teacher: what the student writes
+stays near the teacher.
 
     python -m launch.train --config=configs/toy/gkd.py --workdir=runs/toy_gkd
 
-2 CPU cores, about two minutes. A student too small for the language starts from supervised training (`start`), as in the
-paper. The claim: after the same further steps, the student that is graded on its own text with a divergence near the
-reverse KL writes text nearer to the teacher's (`rollout_reverse_kl`, per token on its own samples) than one that goes on
-with forward KL on given text (`baseline`).
+2 CPU cores, about two minutes. A student too small for the language starts from supervised training
+(`start`), as in the paper. The claim: after the same further steps, the student that is graded on
+its own text with a divergence near the reverse KL writes text nearer to the teacher's
+(`rollout_reverse_kl`, per token on its own samples) than one that goes on with forward KL on given
+text (`baseline`).
 """
 
 from configs.toy.kd import DATA
@@ -42,5 +44,11 @@ def get_config():
     return distil(
         spec("methods.language.gkd:GKD", beta=0.9, on_policy=1.0, prompt_length=8),
         dict(baseline=distil(spec("methods.language.kd:KD"))),
-        claim=dict(metric="rollout_reverse_kl", model="student", baseline="baseline", better="lower", ratio=0.9),
+        claim=dict(
+            metric="rollout_reverse_kl",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.9,
+        ),
     )

@@ -1,10 +1,12 @@
-"""GRPO (arXiv:2402.03300) on questions to be known by heart: it is told how much of an answer is right, never the answer.
+"""GRPO (arXiv:2402.03300) on questions to be known by heart: it is told how much of an answer is
+right, never the answer.
 
     python -m launch.train --config=configs/toy/grpo.py --workdir=runs/toy_grpo
 
-2 CPU cores, about a minute. The student starts from a supervised training that is cut short (`start`); its reward is the
-share of the answer's six tokens that it gets right. The claim: greedy `accuracy` rises over that of the start
-(`baseline`, the same run once more). Measured on seeds 0 to 2: 1, .69, .94 against .5, .25, .25.
+2 CPU cores, about a minute. The student starts from a supervised training that is cut short
+(`start`); its reward is the share of the answer's six tokens that it gets right. The claim: greedy
+`accuracy` rises over that of the start (`baseline`, the same run once more). Measured on seeds 0 to
+2: 1, .69, .94 against .5, .25, .25.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -18,7 +20,9 @@ def train(steps: int):
         steps=steps,
         data=spec("data.language:Recall", batch_size=64),
         method=spec("methods.language.sft:SFT"),
-        roles=dict(student=Role(model=model, optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20))),
+        roles=dict(
+            student=Role(model=model, optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20))
+        ),
         evaluation=spec("evals.text:TextEval"),
     )
 
@@ -42,9 +46,16 @@ def improve(method, *, lr=1e-3, runs=None, roles=None, **rest):
 
 def get_config():
     return improve(
-        spec("methods.language.grpo:GRPO", reward=spec("objectives.reward:Share"), group=32, updates=4),
+        spec(
+            "methods.language.grpo:GRPO",
+            reward=spec("objectives.reward:Share"),
+            group=32,
+            updates=4,
+        ),
         lr=3e-4,
         runs=dict(baseline=train(12)),
         roles=dict(reference=Role(init="@start")),
-        claim=dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3),
+        claim=dict(
+            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3
+        ),
     )

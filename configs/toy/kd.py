@@ -1,10 +1,11 @@
-"""Knowledge distillation of logits (arXiv:1503.02531) on a synthetic language with an exact teacher.
+"""Knowledge distillation of logits (arXiv:1503.02531) on a synthetic language with an exact
+teacher.
 
     python -m launch.train --config=configs/toy/kd.py --workdir=runs/toy_kd
 
-2 CPU cores, about a minute. The claim: after the same steps on the same text, a student that sees the teacher's whole
-next-token laws has a lower held-out perplexity than one that sees the tokens alone (`baseline`).
-`--config.data.seed=N` makes another language.
+2 CPU cores, about a minute. The claim: after the same steps on the same text, a student that sees
+the teacher's whole next-token laws has a lower held-out perplexity than one that sees the tokens
+alone (`baseline`). `--config.data.seed=N` makes another language.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -36,5 +37,7 @@ def get_config():
         method=spec("methods.language.kd:KD"),
         roles=dict(teacher=Role(init="exact"), student=STUDENT),
         evaluation=spec("evals.text:TextEval"),
-        claim=dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98),
+        claim=dict(
+            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+        ),
     )

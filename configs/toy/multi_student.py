@@ -1,14 +1,17 @@
-"""MSD (arXiv:2410.23274) on a labelled mixture: four tiny students, each for two classes of four modes, against one for all.
+"""MSD (arXiv:2410.23274) on a labelled mixture: four tiny students, each for two classes of four
+modes, against one for all.
 
     python -m launch.train --config=configs/toy/multi_student.py --workdir=runs/toy_multi_student
 
-2 CPU cores, some minutes, the single student (`baseline`) included: equal steps and samples for each student, so that the
-four see four times as many in all. The claim: the mean over classes of the energy distance to the class's data, `class_energy`,
-is at most 0.6 of the single student's. Measured on seeds 0, 1, 2: .0082, .0054, .0055 against .0129, .0110, .0099, ratios of
-.63, .49, .56: it holds on two of three. Samples near a mode are 63, 72, 67 % against 51, 61, 57 %. The teacher is exact; all
-networks have width 24.
+2 CPU cores, some minutes, the single student (`baseline`) included: equal steps and samples for
+each student, so that the four see four times as many in all. The claim: the mean over classes of
+the energy distance to the class's data, `class_energy`, is at most 0.6 of the single student's.
+Measured on seeds 0, 1, 2: .0082, .0054, .0055 against .0129, .0110, .0099, ratios of .63, .49, .56:
+it holds on two of three. Samples near a mode are 63, 72, 67 % against 51, 61, 57 %. The teacher is
+exact; all networks have width 24.
 
-`:random` is a partition without neighbours; `--config.method.shares="(0.0,2.0,2.0)"` leaves score matching out.
+`:random` is a partition without neighbours; `--config.method.shares="(0.0,2.0,2.0)"` leaves score
+matching out.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -21,8 +24,13 @@ from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM
 from jaxdistill.objectives.partition import Consecutive, Shuffled
 
-ABLATIONS = {"random partition": (":random",), "no score matching first": ("method.shares=(0.0,2.0,2.0)",)}
-CLASSES, WIDTH, SHARE = 8, 24, 64
+ABLATIONS = {
+    "random partition": (":random",),
+    "no score matching first": ("method.shares=(0.0,2.0,2.0)",),
+}
+CLASSES = 8
+WIDTH = 24
+SHARE = 64
 
 
 def distil(cells: int, kind=Consecutive, runs=None, **rest):
@@ -37,7 +45,13 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
     )
     return experiment(
         steps=5000,
-        data=spec("data.mixtures:Mixture", batch_size=SHARE * cells, modes=4 * CLASSES, std=0.04, classes=CLASSES),
+        data=spec(
+            "data.mixtures:Mixture",
+            batch_size=SHARE * cells,
+            modes=4 * CLASSES,
+            std=0.04,
+            classes=CLASSES,
+        ),
         method=method,
         roles=dict(
             teacher=Role(init="exact"),
@@ -56,7 +70,12 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),
-        evaluation=spec("evals.points:LabelledPointEval", samples=4000, student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=spec(
+            "evals.points:LabelledPointEval",
+            samples=4000,
+            student_steps=(1,),
+            teacher_steps=(50, 1),
+        ),
         runs=runs or {},
         checkpoint_every=5000,
         **rest,
@@ -68,5 +87,11 @@ def get_config(variant=""):
         4,
         lookup({"": Consecutive, "random": Shuffled}, variant, "variant"),
         runs=dict(baseline=distil(1)),
-        claim=dict(metric="class_energy", model="student@1", baseline="baseline@1", better="lower", ratio=0.6),
+        claim=dict(
+            metric="class_energy",
+            model="student@1",
+            baseline="baseline@1",
+            better="lower",
+            ratio=0.6,
+        ),
     )

@@ -1,10 +1,12 @@
-"""Two specialists for one student (arXiv:1503.02531) on two synthetic languages: each row is taught by who knows its language.
+"""Two specialists for one student (arXiv:1503.02531) on two synthetic languages: each row is taught
+by who knows its language.
 
     python -m launch.train --config=configs/toy/multi_teacher.py --workdir=runs/toy_multi_teacher
 
-2 CPU cores, about two minutes. Each teacher has been trained on one language. The claim: after the same steps on the same
-text, the student whose rows are routed by language has a lower held-out perplexity, over both languages, than one that
-learns from the mixture of both teachers everywhere (`baseline`, EnsembleKD with equal weights). Seed 0: 3.732 against 4.869;
+2 CPU cores, about two minutes. Each teacher has been trained on one language. The claim: after the
+same steps on the same text, the student whose rows are routed by language has a lower held-out
+perplexity, over both languages, than one that learns from the mixture of both teachers everywhere
+(`baseline`, EnsembleKD with equal weights). Seed 0: 3.732 against 4.869;
 seed 1: 3.680 against 4.902.
 """
 
@@ -51,5 +53,7 @@ def get_config():
     return distil(
         spec("methods.language.multi_teacher:RoutedKD"),
         dict(baseline=distil(spec("methods.language.multi_teacher:EnsembleKD"))),
-        claim=dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.95),
+        claim=dict(
+            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.95
+        ),
     )

@@ -1,9 +1,10 @@
-"""Progressive distillation (arXiv:2202.00512) on a Gaussian mixture: an exact teacher of 32 steps, halved five times.
+"""Progressive distillation (arXiv:2202.00512) on a Gaussian mixture: an exact teacher of 32 steps,
+halved five times.
 
     python -m launch.train --config=configs/toy/progressive.py --workdir=runs/toy_progressive
 
-2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's
-at one step. `--config.data.seed=N` makes another mixture.
+2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -26,7 +27,11 @@ def get_config():
                 ema=Ema(rate=0.995),
             ),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(32, 1), solver="ddim"),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        evaluation=spec(
+            "evals.points:PointEval", student_steps=(1,), teacher_steps=(32, 1), solver="ddim"
+        ),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=2000,
     )

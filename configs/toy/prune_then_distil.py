@@ -1,9 +1,11 @@
-"""Minitron (arXiv:2407.14679) on a synthetic language: half of a trained model's layers and neurons, then distillation.
+"""Minitron (arXiv:2407.14679) on a synthetic language: half of a trained model's layers and
+neurons, then distillation.
 
     python -m launch.train --config=configs/toy/prune_then_distil.py --workdir=runs/toy_prune
 
-2 CPU cores, about two minutes, teacher included. The claim: after the same steps the pruned and distilled student has a
-lower perplexity than a network of its size trained from scratch (`baseline`).
+2 CPU cores, about two minutes, teacher included. The claim: after the same steps the pruned and
+distilled student has a lower perplexity than a network of its size trained from scratch
+(`baseline`).
 """
 
 from configs.toy.kd import DATA
@@ -20,7 +22,9 @@ def train(steps: int, **sizes):
         steps=steps,
         data=spec("data.language:Markov", **DATA),
         method=spec("methods.language.sft:SFT"),
-        roles=dict(student=Role(model=spec("models.language.lm:LM", **SIZES, **sizes), optimizer=OPTIMIZER)),
+        roles=dict(
+            student=Role(model=spec("models.language.lm:LM", **SIZES, **sizes), optimizer=OPTIMIZER)
+        ),
         evaluation=spec("evals.text:TextEval"),
     )
 
@@ -30,8 +34,16 @@ def get_config():
         steps=200,
         runs=dict(teacher=train(800, depth=4, mlp=128), baseline=train(200, depth=2, mlp=64)),
         data=spec("data.language:Markov", **DATA),
-        method=spec("methods.architecture.prune_then_distil:PruneThenDistil", depth=2, mlp=64, student_layers=(1,), teacher_layers=(3,)),
+        method=spec(
+            "methods.architecture.prune_then_distil:PruneThenDistil",
+            depth=2,
+            mlp=64,
+            student_layers=(1,),
+            teacher_layers=(3,),
+        ),
         roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
         evaluation=spec("evals.text:TextEval"),
-        claim=dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98),
+        claim=dict(
+            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+        ),
     )

@@ -1,10 +1,12 @@
-"""Recursive Meta-Distillation (arXiv:2601.13100) on a synthetic language with an exact teacher: anchored generations.
+"""Recursive Meta-Distillation (arXiv:2601.13100) on a synthetic language with an exact teacher:
+anchored generations.
 
     python -m launch.train --config=configs/toy/recursive_meta.py --workdir=runs/toy_recursive_meta
 
-2 CPU cores, about two minutes. Six generations of students too small for the language, each from fresh weights. The claim: the last
-one is nearer to the teacher (`kl` on held-out text) where every generation keeps 0.3 of the teacher as its target than
-where each learns from the one before alone (`baseline`: gamma 0).
+2 CPU cores, about two minutes. Six generations of students too small for the language, each from
+fresh weights. The claim: the last one is nearer to the teacher (`kl` on held-out text) where every
+generation keeps 0.3 of the teacher as its target than where each learns from the one before alone
+(`baseline`: gamma 0).
 """
 
 from jaxdistill.core.build import Role, experiment, spec

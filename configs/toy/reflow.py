@@ -1,9 +1,10 @@
-"""Rectified flow (arXiv:2209.03003) on a Gaussian mixture: one round of pairs from an exact teacher, from scratch.
+"""Rectified flow (arXiv:2209.03003) on a Gaussian mixture: one round of pairs from an exact
+teacher, from scratch.
 
     python -m launch.train --config=configs/toy/reflow.py --workdir=runs/toy_reflow
 
-2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's
-at one step. `--config.data.seed=N` makes another mixture.
+2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -27,6 +28,8 @@ def get_config():
             ),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1, 2), teacher_steps=(50, 2, 1)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=2000,
     )

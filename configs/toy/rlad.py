@@ -2,8 +2,8 @@
 
     python -m launch.train --config=configs/toy/rlad.py --workdir=runs/toy_rlad
 
-2 CPU cores, about a minute. The claim: after the same updates from the same start and with the same reward, the greedy
-`accuracy` is at least 1.3 times that of GRPO (`baseline`), which has no teacher.
+2 CPU cores, about a minute. The claim: after the same updates from the same start and with the same
+reward, the greedy `accuracy` is at least 1.3 times that of GRPO (`baseline`), which has no teacher.
 """
 
 from configs.toy.grpo import improve, train
@@ -15,7 +15,11 @@ METHOD = dict(reward=spec("objectives.reward:Share"), updates=4, clip_high=0.28,
 def get_config():
     return improve(
         spec("methods.language.rlad:RLAD", clamp="straight_through", **METHOD),
-        runs=dict(teacher=train(40), baseline=improve(spec("methods.language.grpo:GRPO", **METHOD))),
+        runs=dict(
+            teacher=train(40), baseline=improve(spec("methods.language.grpo:GRPO", **METHOD))
+        ),
         roles=dict(teacher=Role(init="@teacher")),
-        claim=dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3),
+        claim=dict(
+            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3
+        ),
     )

@@ -2,9 +2,10 @@
 
     python -m launch.train --config=configs/toy/scm.py --workdir=runs/toy_scm
 
-2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a tenth of the teacher's
-at one step. The student is a flow network, read in the trigonometric process. The weight is slow: an exact teacher leaves
-next to no error at small t, which a fast one would blow up. `--config.data.seed=N` makes another mixture.
+2 CPU cores, under 2 minutes. The claim: at one step the student's energy distance is at most a
+tenth of the teacher's at one step. The student is a flow network, read in the trigonometric
+process. The weight is slow: an exact teacher leaves next to no error at small t, which a fast one
+would blow up. `--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -26,9 +27,13 @@ def get_config():
                 optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
                 ema=Ema(rate=0.995),
             ),
-            weight=Role(model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-4, b2=0.99)),
+            weight=Role(
+                model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-4, b2=0.99)
+            ),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1, 2), teacher_steps=(50, 2, 1)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=2000,
     )

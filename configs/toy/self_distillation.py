@@ -1,14 +1,17 @@
-"""Self-distillation with labels (arXiv:2102.13088) on scikit-learn's digits, 15 % of the training labels wrong.
+"""Self-distillation with labels (arXiv:2102.13088) on scikit-learn's digits, 15 % of the training
+labels wrong.
 
     python -m launch.train --config=configs/toy/self_distillation.py --workdir=runs/toy_self_distillation
 
-2 CPU cores, under two minutes. Five models one after another from 400 samples. The claim: with labels at weight 0.3 the
-softmax of the last one is nearer to the right labels of the other 1,397 digits (`brier`, mean squared error) than that of
-one fitted to the labels for the same number of steps as a round (`baseline`).
+2 CPU cores, under two minutes. Five models one after another from 400 samples. The claim: with
+labels at weight 0.3 the softmax of the last one is nearer to the right labels of the other 1,397
+digits (`brier`, mean squared error) than that of one fitted to the labels for the same number of
+steps as a round (`baseline`).
 
-It does not hold on every seed: the ratio is .907, .968, 1.017, .807, 1.089, .894 on seeds 0 to 5 of weights and labels, and without
-labels after the first round (`:pure`) .905, .972, .976, .867, 1.076, .925, so that five rounds show no collapse that labels
-would have to prevent. What the theory says is tested where it is exact, on the kernel (tests/objectives/test_ridge.py).
+It does not hold on every seed: the ratio is .907, .968, 1.017, .807, 1.089, .894 on seeds 0 to 5 of
+weights and labels, and without labels after the first round (`:pure`) .905, .972, .976, .867,
+1.076, .925, so that five rounds show no collapse that labels would have to prevent. What the theory
+says is tested where it is exact, on the kernel (tests/objectives/test_ridge.py).
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -16,16 +19,27 @@ from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
 
 ROUND = 400
-STUDENT = Role(model=spec("models.vision.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3))
+STUDENT = Role(
+    model=spec("models.vision.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3)
+)
 
 
-def distil(method: str = "SelfDistillation", rounds: int = 5, runs=None, heldout: float = 0.0, stages: int = 0, **fields):
+def distil(
+    method: str = "SelfDistillation",
+    rounds: int = 5,
+    runs=None,
+    heldout: float = 0.0,
+    stages: int = 0,
+    **fields,
+):
     claim = fields.pop("claim", None)
     return experiment(
         steps=ROUND * (stages or rounds),
         runs=runs or {},
         data=spec("data.digits:LabelledDigits", batch_size=40, heldout=heldout),
-        method=spec(f"methods.language.self_distillation:{method}", rounds=rounds, batches=10, **fields),
+        method=spec(
+            f"methods.language.self_distillation:{method}", rounds=rounds, batches=10, **fields
+        ),
         roles=dict(student=STUDENT),
         evaluation=spec("evals.labels:LabelEval"),
         claim=claim,

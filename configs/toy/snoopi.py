@@ -1,16 +1,19 @@
-"""SNOOPI (arXiv:2412.02687) on a labelled Gaussian mixture: SwiftBrush with a scale of guidance drawn anew at every step.
+"""SNOOPI (arXiv:2412.02687) on a labelled Gaussian mixture: SwiftBrush with a scale of guidance
+drawn anew at every step.
 
     python -m launch.train --config=configs/toy/snoopi.py --workdir=runs/toy_snoopi
 
-2 CPU cores; the teacher is trained first, in workdir/teacher, and the baseline with a teacher of its own. The claim: under
-each label the student's energy distance is no larger than that of a student trained with a fixed scale of 7.5. Measured on
-seeds 0, 1, 2: .0093, .0069, .0060 against .0684, .0246, .0104.
-`:nasa` trains a student of captioned pictures instead; its claim: a negative prompt of a colour in its attention (alpha = 1)
-leaves at most three tenths of the samples in that colour which come without it. It holds on two seeds of three: .016 against .238
-(seed 0), .363 against .461 (1), .136 against .562 (2). Half as strong (alpha = 0.5): .062, .392, .270. The shape asked for comes
-about as often (.919, .899, .897 without; .868, .920, .857 with), and the samples lie a quarter to a third further from valid
-pictures (.224, .238, .212 without; .278, .314, .287 with; extrapolated outputs .417, .373, .352, at twice the calls, with .215,
-.421, .533 unwanted).
+2 CPU cores; the teacher is trained first, in workdir/teacher, and the baseline with a teacher of
+its own. The claim: under each label the student's energy distance is no larger than that of a
+student trained with a fixed scale of 7.5. Measured on
+seeds 0, 1, 2: .0093, .0069, .0060 against .0684, .0246, .0104. `:nasa` trains a student of
+captioned pictures instead; its claim: a negative prompt of a colour in its attention (alpha = 1)
+leaves at most three tenths of the samples in that colour which come without it. It holds on two
+seeds of three: .016 against .238 (seed 0), .363 against .461 (1), .136 against .562 (2). Half as
+strong (alpha = 0.5): .062, .392, .270. The shape asked for comes about as often (.919, .899, .897
+without; .868, .920, .857 with), and the samples lie a quarter to a third further from valid
+pictures (.224, .238, .212 without; .278, .314, .287 with; extrapolated outputs .417, .373, .352, at
+twice the calls, with .215, .421, .533 unwanted).
 """
 
 from configs.toy import swiftbrush
@@ -21,8 +24,14 @@ from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 
 FIXED = 7.5  # the scale of guidance of the baseline
 ABLATIONS = {
-    "random scale for the teacher alone": ("method.fake_guidance.low=2.25", "method.fake_guidance.high=2.25"),
-    "random scale for the fake score alone": ("method.guidance.low=2.25", "method.guidance.high=2.25"),
+    "random scale for the teacher alone": (
+        "method.fake_guidance.low=2.25",
+        "method.fake_guidance.high=2.25",
+    ),
+    "random scale for the fake score alone": (
+        "method.guidance.low=2.25",
+        "method.guidance.high=2.25",
+    ),
 }
 
 
@@ -42,7 +51,16 @@ def shapes(method, roles, runs=None, steps=1500, **rest):
 
 def nasa():
     """A student of captioned pictures, and what a negative prompt does to it at inference."""
-    model = spec("models.denoisers.unet:UNet", size=6, channels=3, widths=(24, 48), layers=1, depths=(1, 1), heads=(2, 4), text_dim=16)
+    model = spec(
+        "models.denoisers.unet:UNet",
+        size=6,
+        channels=3,
+        widths=(24, 48),
+        layers=1,
+        depths=(1, 1),
+        heads=(2, 4),
+        text_dim=16,
+    )
     teacher = shapes(
         spec("methods.trajectory.flow_matching:FlowMatching"),
         dict(
@@ -59,7 +77,10 @@ def nasa():
         dict(
             teacher=Role(init="@teacher"),
             student=Role(optimizer=Optimizer(lr=2e-4, schedule="cosine"), ema=CopyEma()),
-            fake=Role(lora=Lora(rank=16, alpha=32.0, targets=r".*(to_.|up|down|proj_.*)/kernel"), optimizer=Optimizer(lr=2e-3)),
+            fake=Role(
+                lora=Lora(rank=16, alpha=32.0, targets=r".*(to_.|up|down|proj_.*)/kernel"),
+                optimizer=Optimizer(lr=2e-3),
+            ),
         ),
         runs=dict(teacher=teacher),
         claim=dict(metric="unwanted", model="nasa1", baseline="student", better="lower", ratio=0.3),
@@ -72,7 +93,9 @@ def pgsb():
         spec("methods.distribution.snoopi:PGSB"),
         runs=dict(fixed=swiftbrush.distil(fixed, roles=dict(fake=swiftbrush.fake()))),
         roles=dict(fake=swiftbrush.fake()),
-        claim=dict(metric="class_energy", model="student@1", baseline="fixed@1", better="lower", ratio=1.0),
+        claim=dict(
+            metric="class_energy", model="student@1", baseline="fixed@1", better="lower", ratio=1.0
+        ),
     )
 
 

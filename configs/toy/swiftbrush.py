@@ -1,11 +1,14 @@
-"""SwiftBrush (arXiv:2312.05239) on a labelled Gaussian mixture: a network as teacher, an adapter on it as the fake score.
+"""SwiftBrush (arXiv:2312.05239) on a labelled Gaussian mixture: a network as teacher, an adapter on
+it as the fake score.
 
     python -m launch.train --config=configs/toy/swiftbrush.py --workdir=runs/toy_swiftbrush
 
-2 CPU cores; the teacher is trained first, in workdir/teacher, and the baseline with a teacher of its own. The claim: under
-each label the student's energy distance is at most a fifth of that of score distillation (SDS, without the fake score), which
-collapses. Measured on seeds 0 to 2: .015, .019, .006 against 2.01, 2.18, 1.79 (teacher at 50 steps: .0016, .0019, .0018).
-`--config.roles.fake.lora.rank=0` gives the fake score full weights, `--config.method.fake_guidance=1` DMD's guidance.
+2 CPU cores; the teacher is trained first, in workdir/teacher, and the baseline with a teacher of
+its own. The claim: under each label the student's energy distance is at most a fifth of that of
+score distillation (SDS, without the fake score), which collapses. Measured on seeds 0 to 2: .015,
+.019, .006 against 2.01, 2.18, 1.79 (teacher at 50 steps: .0016, .0019, .0018).
+`--config.roles.fake.lora.rank=0` gives the fake score full weights,
+`--config.method.fake_guidance=1` DMD's guidance.
 """
 
 from jaxdistill.core.build import Lora, Role, experiment, spec
@@ -46,7 +49,9 @@ def distil(method, runs=None, roles=None, **rest):
         data=spec("data.mixtures:Mixture", **DATA),
         method=method,
         roles=dict(
-            teacher=Role(init="@teacher"), student=Role(optimizer=Optimizer(lr=3e-4, schedule="cosine"), ema=CopyEma()), **(roles or {})
+            teacher=Role(init="@teacher"),
+            student=Role(optimizer=Optimizer(lr=3e-4, schedule="cosine"), ema=CopyEma()),
+            **(roles or {}),
         ),
         evaluation=spec(EVAL, student_steps=(1,), teacher_steps=(50, 1), guidance=1.0),
         checkpoint_every=2000,
@@ -55,7 +60,9 @@ def distil(method, runs=None, roles=None, **rest):
 
 
 def fake(rank=8):
-    """The fake score: adapters on all matrices of the teacher, whose learning rate is far above the student's."""
+    """The fake score: adapters on all matrices of the teacher, whose learning rate is far above the
+    student's.
+    """
     return Role(lora=Lora(rank=rank, alpha=2.0 * rank), optimizer=Optimizer(lr=1e-3))
 
 
@@ -64,5 +71,7 @@ def get_config():
         spec("methods.distribution.swiftbrush:SwiftBrush"),
         runs=dict(sds=distil(spec("methods.distribution.swiftbrush:SDS"))),
         roles=dict(fake=fake()),
-        claim=dict(metric="class_energy", model="student@1", baseline="sds@1", better="lower", ratio=0.2),
+        claim=dict(
+            metric="class_energy", model="student@1", baseline="sds@1", better="lower", ratio=0.2
+        ),
     )

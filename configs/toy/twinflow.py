@@ -1,13 +1,16 @@
-"""TwinFlow (arXiv:2512.05150) on a Gaussian mixture: RCGM with a twin flow at negative times, against RCGM alone.
+"""TwinFlow (arXiv:2512.05150) on a Gaussian mixture: RCGM with a twin flow at negative times,
+against RCGM alone.
 
     python -m launch.train --config=configs/toy/twinflow.py --workdir=runs/toy_twinflow
 
-2 CPU cores, under 3 minutes. The claim: at one step the student's energy distance is at most 0.8 of that of RCGM in the same
-time (7,000 steps to 5,000). Measured on seeds 0, 1, 2 (seed and data.seed): 0.0043 against 0.0098, 0.0058 against 0.0117, 0.0108
-against 0.0158; divergence of the modes' shares 0.021, 0.022, 0.028 against 0.026, 0.032, 0.030. The share of samples farther
-than 4 standard deviations from their mode does not fall: 0.020, 0.031, 0.045 against 0.014, 0.022, 0.039; at two and four steps
-it is larger still for both, so RCGM's one step is sharper than its own flow, which is what the push matches.
-`--config.method.rectify_weight=0` leaves the push out; at 2 the run diverged (cosine schedule, seed 0).
+2 CPU cores, under 3 minutes. The claim: at one step the student's energy distance is at most 0.8 of
+that of RCGM in the same time (7,000 steps to 5,000). Measured on seeds 0, 1, 2 (seed and
+data.seed): 0.0043 against 0.0098, 0.0058 against 0.0117, 0.0108 against 0.0158; divergence of the
+modes' shares 0.021, 0.022, 0.028 against 0.026, 0.032, 0.030. The share of samples farther
+than 4 standard deviations from their mode does not fall: 0.020, 0.031, 0.045 against 0.014, 0.022,
+0.039; at two and four steps it is larger still for both, so RCGM's one step is sharper than its own
+flow, which is what the push matches. `--config.method.rectify_weight=0` leaves the push out; at 2
+the run diverged (cosine schedule, seed 0).
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -48,6 +51,8 @@ def get_config():
         method=spec("methods.trajectory.twinflow:TwinFlow", enhance=0.0),
         roles=dict(student=STUDENT),
         evaluation=EVALUATION,
-        claim=dict(metric="energy", model="student@1", baseline="rcgm@1", better="lower", ratio=0.8),
+        claim=dict(
+            metric="energy", model="student@1", baseline="rcgm@1", better="lower", ratio=0.8
+        ),
         checkpoint_every=5000,
     )

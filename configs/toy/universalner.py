@@ -1,10 +1,12 @@
-"""UniversalNER (arXiv:2308.03279) on made-up sentences with twelve types of entity and a teacher that is often wrong.
+"""UniversalNER (arXiv:2308.03279) on made-up sentences with twelve types of entity and a teacher
+that is often wrong.
 
     python -m launch.train --config=configs/toy/universalner.py --workdir=runs/toy_universalner
 
-2 CPU cores, about three minutes. The teacher misses or misnames 8 % of the entities and names only types that it sees.
-Every type of new sentences is asked for, against the right labels. The claim: strict micro-F1 is higher where absent types
-were asked for too, drawn by frequency, than after the same steps without (`baseline`), where a student always finds something.
+2 CPU cores, about three minutes. The teacher misses or misnames 8 % of the entities and names only
+types that it sees. Every type of new sentences is asked for, against the right labels. The claim:
+strict micro-F1 is higher where absent types were asked for too, drawn by frequency, than after the
+same steps without (`baseline`), where a student always finds something.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -20,7 +22,15 @@ def train(negatives: str, runs=None, **rest):
         method=spec("methods.language.universalner:UniversalNER"),
         roles=dict(
             student=Role(
-                model=spec("models.language.lm:LM", vocab=107, dim=64, mlp=128, heads=4, depth=2, max_length=24),
+                model=spec(
+                    "models.language.lm:LM",
+                    vocab=107,
+                    dim=64,
+                    mlp=128,
+                    heads=4,
+                    depth=2,
+                    max_length=24,
+                ),
                 optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=50),
             )
         ),
@@ -30,9 +40,13 @@ def train(negatives: str, runs=None, **rest):
 
 
 def get_config(variant=""):
-    """`variant`: frequency (the default) or uniform, the law of the absent types that are asked for."""
+    """`variant`: frequency (the default) or uniform, the law of the absent types that are asked
+    for.
+    """
     return train(
-        lookup({"": "frequency", "frequency": "frequency", "uniform": "uniform"}, variant, "variant"),
+        lookup(
+            {"": "frequency", "frequency": "frequency", "uniform": "uniform"}, variant, "variant"
+        ),
         dict(baseline=train("none")),
         claim=dict(metric="f1", model="student", baseline="baseline", better="higher", ratio=1.2),
     )

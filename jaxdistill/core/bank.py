@@ -1,7 +1,8 @@
-"""Several networks of one kind as a combinator Net -> Net: their weights are stacked on a leading axis called `bank`.
+"""Several networks of one kind as a combinator Net -> Net: their weights are stacked on a leading
+axis called `bank`.
 
-A bank of students is trained in one program (or spread over a mesh axis, by `Rules.bank`), and a stored path of teachers
-is walked without compiling again.
+A bank of students is trained in one program (or spread over a mesh axis, by `Rules.bank`), and a
+stored path of teachers is walked without compiling again.
 """
 
 from __future__ import annotations
@@ -42,20 +43,30 @@ class Bank(Net):
     def sound(self, grads: Params) -> Params:
         """Zero for a member whose gradient is not finite: it stands still, the others go on."""
         each = lambda reduce, g: reduce(g.reshape(self.members, -1), axis=1)
-        finite = jnp.all(jnp.stack([each(jnp.all, jnp.isfinite(g)) for g in jax.tree.leaves(grads)]), axis=0)
-        return jax.tree.map(lambda g: jnp.where(finite.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads)
+        finite = jnp.all(
+            jnp.stack([each(jnp.all, jnp.isfinite(g)) for g in jax.tree.leaves(grads)]), axis=0
+        )
+        return jax.tree.map(
+            lambda g: jnp.where(finite.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads
+        )
 
     def bind(self, role: str, params: Any):
-        """As every network's; with it `members`, their stacked `weights`, and `alone(weights of one member, *inputs)`: what a
-        loss that runs members side by side maps over."""
+        """As every network's; with it `members`, their stacked `weights`, and `alone(weights of one
+        member, *inputs)`: what a
+        loss that runs members side by side maps over.
+        """
         call = super().bind(role, params)
-        call.members, call.weights, call.alone = self.members, params[role], scoped(role, self.one.apply)
+        call.members = self.members
+        call.weights = params[role]
+        call.alone = scoped(role, self.one.apply)
         return call
 
     def apply(self, params: Params, *args, member: Any = None, **kwargs) -> Any:
-        """Without `member`, inputs and result have a leading bank axis [K B ...], member k computing row k.
+        """Without `member`, inputs and result have a leading bank axis [K B ...], member k
+        computing row k.
 
-        A scalar `member` (traced or not) is that network alone; an array [B] routes each sample to its own, at the cost
+        A scalar `member` (traced or not) is that network alone; an array [B] routes each sample to
+        its own, at the cost
         of running every member on the whole batch.
         """
         if member is None:
@@ -67,7 +78,9 @@ class Bank(Net):
 
 
 def bank(net: Net, size: int) -> Bank:
-    """`size` members of `net`'s kind. Frozen roles and warm starts give every member the same weights."""
+    """`size` members of `net`'s kind. Frozen roles and warm starts give every member the same
+    weights.
+    """
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), net.shapes)
     axes = jax.tree.map(lambda names: P("bank", *names), net.axes, is_leaf=is_spec)
     return Bank(net.build, net.graphdef, shapes, axes, net.wrap, net.config, one=net, members=size)

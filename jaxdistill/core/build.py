@@ -1,5 +1,6 @@
-"""Config <-> objects. There is no registry: "file:Class" below `jaxdistill` (or in any package) is its own entry, and
-the keys of its config are the fields of its dataclass."""
+"""Config <-> objects. There is no registry: "file:Class" below `jaxdistill` (or in any package) is
+its own entry, and the keys of its config are the fields of its dataclass.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +33,34 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
-    """What the config says of one network. An empty model or denoiser is that of the role it is copied from."""
+    """What the config says of one network. An empty model or denoiser is that of the role it is
+    copied from.
+    """
 
     model: Any = None  # spec(...) of a model's dataclass
-    denoiser: Any = None  # spec(...) of a diffusion.denoiser:Denoiser, for networks that predict from (x_t, t)
-    init: str = ""  # "": as the method says | fresh | random (frozen) | exact (the data's law) | a role | @run | a run's or exported folder
-    param_dtype: fields.Dtype = "float32"  # what a frozen role is stored in; roles that move are float32
-    quantize: Literal["", "int8"] = ""  # int8: a frozen role's matrices in eight bits, a scale for each output channel (extra [int8])
-    place: Literal["device", "host"] = "device"  # where a frozen role's weights rest; each layer is fetched when it is needed
+    denoiser: Any = (
+        None  # spec(...) of a diffusion.denoiser:Denoiser, for networks that predict from (x_t, t)
+    )
+    # "": as the method says | fresh | random (frozen) | exact (the data's law) | a role | @run | a
+    # run's or exported folder
+    init: str = ""
+    param_dtype: fields.Dtype = (
+        "float32"  # what a frozen role is stored in; roles that move are float32
+    )
+    quantize: Literal["", "int8"] = (
+        # int8: a frozen role's matrices in eight bits, a scale for each output channel (extra
+        # [int8])
+        ""
+    )
+    place: Literal["device", "host"] = (
+        "device"  # where a frozen role's weights rest; each layer is fetched when it is needed
+    )
     optimizer: Optimizer = Optimizer()
     ema: Any = Ema()
     rules: Rules = Rules()
     lora: Lora = Lora()
-    bank: int = 0  # members, where the role is a bank of networks of this kind (core/bank.py); 0: one network
+    # members, where the role is a bank of networks of this kind (core/bank.py); 0: one network
+    bank: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +87,9 @@ NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 def resolve(name: str) -> Any:
     """The class behind "package.file:Class", looked up below `jaxdistill` first. Raises Refused."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise Refused(f"name={fields.shown(name)}: expected the name of a class as 'package.file:Class'")
+        raise Refused(
+            f"name={fields.shown(name)}: expected the name of a class as 'package.file:Class'"
+        )
     file, _, cls = name.partition(":")
     for module in (f"jaxdistill.{file}", file):
         try:
@@ -110,7 +128,9 @@ def spec(name: str, **values: Any) -> ConfigDict:
     Raises Refused on an unknown field, and on a value of another type or out of range.
     """
     made = {k: build(v) if _is_spec(v) else v for k, v in values.items()}
-    return _plain(_construct(name, made, ""))  # the class checks what it will be given, not its config
+    return _plain(
+        _construct(name, made, "")
+    )  # the class checks what it will be given, not its config
 
 
 def build(config: Mapping[str, Any], where: str = "") -> Any:
@@ -120,14 +140,19 @@ def build(config: Mapping[str, Any], where: str = "") -> Any:
     unknown field, and on a value of another type or out of range.
     """
     if not isinstance(config, (Mapping, ConfigDict)) or "name" not in config:
-        found = fields.shown(config) if not isinstance(config, (Mapping, ConfigDict)) else "without a name"
+        found = (
+            fields.shown(config)
+            if not isinstance(config, (Mapping, ConfigDict))
+            else "without a name"
+        )
         raise Refused(f"{where or 'spec'} is {found}: expected a group with the name of a class")
     made = {k: _object(v, _below(where, k)) for k, v in config.items() if k != "name"}
     return _construct(config["name"], made, where)
 
 
 def completed(config: Any) -> Any:
-    """Plain config data with the fields that its classes have gained since it was written, at their defaults.
+    """Plain config data with the fields that its classes have gained since it was written, at their
+    defaults.
 
     A class that is not there any more is left as it is.
     """
@@ -145,7 +170,9 @@ def completed(config: Any) -> Any:
 
 
 def _known(name: str) -> Any:
-    """The class of a config without importing anything but the library; None where that does not have it."""
+    """The class of a config without importing anything but the library; None where that does not
+    have it.
+    """
     file, _, cls = name.partition(":")
     loaded = sys.modules.get(file)
     if loaded is not None:
@@ -178,7 +205,8 @@ def _object(value: Any, where: str) -> Any:
 
 def located(where: str, error: Refused) -> Refused:
     """The refusal with the place in the config that it speaks of in front."""
-    text, last = str(error), where.rpartition(".")[2]
+    text = str(error)
+    last = where.rpartition(".")[2]
     if not where or text.startswith("config"):
         return error
     if re.match(rf"{re.escape(last)}[.=\[ ]", text):
@@ -210,13 +238,17 @@ def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_fields(cls: type, name: str, values: Mapping[str, Any]) -> None:
-    """Raises Refused where a field is unknown, missing, or of another type or range than the class says."""
+    """Raises Refused where a field is unknown, missing, or of another type or range than the class
+    says.
+    """
     known = [f for f in dataclasses.fields(cls) if f.init]
     names = [f.name for f in known]
     for key in values:
         if key not in names:
             raise Refused(f"{name} has no field {key!r}{nearest(str(key), names)}")
-    no_default = lambda f: f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    no_default = lambda f: (
+        f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
     missing = [f.name for f in known if f.name not in values and no_default(f)]
     if missing:
         raise Refused(f"{name} needs {', '.join(missing)}")
@@ -225,13 +257,23 @@ def _check_fields(cls: type, name: str, values: Mapping[str, Any]) -> None:
             raise Refused(f"{key}={fields.shown(value)}: {problem}")
 
 
-def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], evaluation: Mapping | None = None,
-               claim: Mapping | None = None, runs: Mapping[str, Mapping] = {}, **run: Any) -> ConfigDict:  # fmt: skip
+def experiment(
+    *,
+    method: Mapping,
+    data: Mapping,
+    roles: Mapping[str, Role],
+    evaluation: Mapping | None = None,
+    claim: Mapping | None = None,
+    runs: Mapping[str, Mapping] = {},
+    **run: Any,
+) -> ConfigDict:
     """A whole config: `Run`'s fields at the top, and below it
 
     method, data, evaluation: `spec(...)`; roles: name -> Role;
-    claim: dict(metric, model, baseline, better "lower" | "higher", ratio): what the final evaluation is held against;
-    runs: name -> a whole config of its own, trained first in `workdir/<name>` if a role starts from it ("@name") or the
+    claim: dict(metric, model, baseline, better "lower" | "higher", ratio): what the final
+    evaluation is held against;
+    runs: name -> a whole config of its own, trained first in `workdir/<name>` if a role starts from
+    it ("@name") or the
     claim names it (a baseline).
     Their seed, data.seed and data.path are this config's, and stay so when these are changed.
     Returned locked: a misspelt key is an error.
@@ -239,7 +281,14 @@ def experiment(*, method: Mapping, data: Mapping, roles: Mapping[str, Role], eva
     top = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
     top = _plain(made(Run, "config", top, "config"))
     del top["name"]
-    parts = dict(method=method, data=data, evaluation=evaluation, claim=claim, runs=dict(runs), roles=dict(roles))
+    parts = dict(
+        method=method,
+        data=data,
+        evaluation=evaluation,
+        claim=claim,
+        runs=dict(runs),
+        roles=dict(roles),
+    )
     config = ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}})
     _share(config)
     return config.lock()
@@ -255,7 +304,9 @@ def _share(config: ConfigDict) -> None:
 
 
 def run_settings(config: ConfigDict, where: str = "config") -> Run:
-    """The top level of a config as an object. Raises Refused on a value of another type or out of range."""
+    """The top level of a config as an object. Raises Refused on a value of another type or out of
+    range.
+    """
     missing = [f.name for f in dataclasses.fields(Run) if f.name not in config]
     if missing:
         raise Refused(f"{where}.{missing[0]} is missing")

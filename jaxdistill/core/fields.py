@@ -1,4 +1,5 @@
-"""What the fields of a config's dataclasses may hold: Python's types, and ranges where a type is too wide.
+"""What the fields of a config's dataclasses may hold: Python's types, and ranges where a type is
+too wide.
 
 `problem` holds a value against the annotation of its field. A class says more than its types in
 `__post_init__`, which raises `Refused`.
@@ -40,7 +41,11 @@ class Range:
         show = lambda number: f"{number:,}" if isinstance(number, int) else f"{number:g}"
         low = f"above {show(self.low)}" if self.above else f"of at least {show(self.low)}"
         low = "" if math.isinf(self.low) else f" {low}"
-        high = "" if math.isinf(self.high) or self.high == LARGEST else f" and at most {show(self.high)}"
+        high = (
+            ""
+            if math.isinf(self.high) or self.high == LARGEST
+            else f" and at most {show(self.high)}"
+        )
         return low + high
 
 
@@ -67,7 +72,8 @@ def hints(cls: type) -> dict[str, Any]:
 def _with_sign(hint: Any, default: Any) -> Any:
     """An int that names no range is a count where its default is one: it keeps the default's sign.
 
-    Default 1 or more: at least 1. Default 0: at least 0. Default -1: at least -1, which stands for "none".
+    Default 1 or more: at least 1. Default 0: at least 0. Default -1: at least -1, which stands for
+    "none".
     """
     if hint is not int or not isinstance(default, int) or isinstance(default, bool):
         return hint
@@ -77,7 +83,9 @@ def _with_sign(hint: Any, default: Any) -> Any:
 def problem(cls: type, field: str, value: Any) -> str:
     """ "expected ..." where `value` does not fit the field's annotation; "" where it does."""
     given = cls.__dataclass_fields__[field]
-    if value is given.default or (isinstance(value, (float, tuple)) and repr(value) == repr(given.default)):
+    if value is given.default or (
+        isinstance(value, (float, tuple)) and repr(value) == repr(given.default)
+    ):
         return ""  # what the class itself says, such as inf for "no limit"
     return _problem(hints(cls)[field], value)
 
@@ -97,12 +105,17 @@ def shown(value: Any) -> str:
 
 def _problem(hint: Any, value: Any, bounded: bool = False) -> str:
     """`bounded`: a range says the rest, whether an infinity is a number among it."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    inner = typing.get_args(hint)
     if origin is Annotated:
         return _problem(inner[0], value, bounded=True) or _outside(inner, value)
     if origin in (typing.Union, types.UnionType):
         found = [_problem(one, value) for one in inner]
-        return "" if "" in found else " or ".join([found[0], *(f.removeprefix("expected ") for f in found[1:])])
+        return (
+            ""
+            if "" in found
+            else " or ".join([found[0], *(f.removeprefix("expected ") for f in found[1:])])
+        )
     if origin is Literal:
         return "" if value in inner and type(value) in map(type, inner) else _one_of(inner, value)
     if origin is tuple:
@@ -161,7 +174,11 @@ def _problem_of_class(hint: type, value: Any, bounded: bool) -> str:
     if hint is bool:
         return "" if isinstance(value, bool) else "expected true or false"
     if hint is int:
-        return "" if isinstance(value, numbers.Integral) and not isinstance(value, bool) else "expected an integer"
+        return (
+            ""
+            if isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            else "expected an integer"
+        )
     if hint is float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return "expected a number"

@@ -1,7 +1,9 @@
-"""Low-rank adaptation as a combinator Net -> Net: the role's weights are small, the base belongs to another role.
+"""Low-rank adaptation as a combinator Net -> Net: the role's weights are small, the base belongs to
+another role.
 
-W + (alpha / rank) A B on every matched matrix (arXiv:2106.09685); B starts at zero, so that the adapted network starts
-as its base. Several roles may adapt the same frozen one: teacher, student and fake score of a large model share it.
+W + (alpha / rank) A B on every matched matrix (arXiv:2106.09685); B starts at zero, so that the
+adapted network starts as its base. Several roles may adapt the same frozen one: teacher, student
+and fake score of a large model share it.
 """
 
 from __future__ import annotations
@@ -35,11 +37,16 @@ class Adapter(Net):
         fresh = {}
         for i, (path, pair) in enumerate(self.shapes.items()):
             a = jax.random.normal(jax.random.fold_in(key, i), pair["a"].shape, pair["a"].dtype)
-            fresh[path] = {"a": a / pair["a"].shape[-2] ** 0.5, "b": jnp.zeros(pair["b"].shape, pair["b"].dtype)}
+            fresh[path] = {
+                "a": a / pair["a"].shape[-2] ** 0.5,
+                "b": jnp.zeros(pair["b"].shape, pair["b"].dtype),
+            }
         return fresh
 
     def apply(self, params, *args, method: str = "__call__", **kwargs):
-        return super().apply(merge(params["base"], params["adapter"], self.scale), *args, method=method, **kwargs)
+        return super().apply(
+            merge(params["base"], params["adapter"], self.scale), *args, method=method, **kwargs
+        )
 
     def bind(self, role, params):
         own = {"base": params[self.adapts], "adapter": params[role]}
@@ -47,19 +54,33 @@ class Adapter(Net):
 
 
 def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:
-    """`base`, as the role whose weights those of `role` are adapters of. `roles` are the configs of all. Raises Refused where there is
-    no such role, or it has adapters itself."""
+    """`base`, as the role whose weights those of `role` are adapters of. `roles` are the configs of
+    all. Raises Refused where there is
+    no such role, or it has adapters itself.
+    """
     others = [name for name, other in roles.items() if name != role and not other.lora.rank]
     if base not in others:
-        why = "the role itself" if base == role else "no such role" if base not in roles else "it has adapters too"
-        raise Refused(f"lora.base={base!r}: {why}; expected one with full weights: {', '.join(others) or 'none'}")
+        why = (
+            "the role itself"
+            if base == role
+            else "no such role"
+            if base not in roles
+            else "it has adapters too"
+        )
+        raise Refused(
+            f"lora.base={base!r}: {why}; expected one with full weights: {', '.join(others) or 'none'}"
+        )
     return base
 
 
-def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = r".*kernel") -> Adapter:
-    """`net` with adapters of `rank` on the matrices whose path matches `targets`; its other weights are those of role `base`.
+def adapt(
+    net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = r".*kernel"
+) -> Adapter:
+    """`net` with adapters of `rank` on the matrices whose path matches `targets`; its other weights
+    are those of role `base`.
 
-    Raises Refused where nothing matches, `targets` is no regular expression, or a size is out of range.
+    Raises Refused where nothing matches, `targets` is no regular expression, or a size is out of
+    range.
     """
     check_range("lora.rank", rank, "a positive integer", lambda v: v >= 1, kind=numbers.Integral)
     check_range("lora.alpha", alpha, "0 (for the rank) or a number above it", lambda v: v >= 0)
@@ -69,9 +90,13 @@ def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = 
         wanted = re.compile(targets)
     except (re.error, TypeError) as error:
         raise Refused(f"lora.targets={targets!r} is no regular expression: {error}") from None
-    shapes, axes, names_of = {}, {}, paths(net.axes, is_leaf=is_spec)
+    shapes = {}
+    axes = {}
+    names_of = paths(net.axes, is_leaf=is_spec)
     for path, shape in paths(net.shapes).items():
-        if not wanted.fullmatch(path) or not (is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2):
+        if not wanted.fullmatch(path) or not (
+            is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2
+        ):
             continue
         *lead, i, o = shape.shape
         *names, ni, no = names_of[path] or (None,) * len(shape.shape)
@@ -80,9 +105,22 @@ def adapt(net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = 
         axes[path] = {"a": P(*names, ni, None), "b": P(*names, None, no)}
     if not shapes:
         held = list(paths(net.shapes))
-        some = f"its weights are {', '.join(held[:6])}{', ...' * (len(held) > 6)}" if held else "it has no weights"
+        some = (
+            f"its weights are {', '.join(held[:6])}{', ...' * (len(held) > 6)}"
+            if held
+            else "it has no weights"
+        )
         raise Refused(f"lora.targets={targets!r} matches no matrix of lora.base={base!r}: {some}")
-    return Adapter(net.build, net.graphdef, shapes, axes, net.wrap, net.config, base, scale=(alpha or rank) / rank)
+    return Adapter(
+        net.build,
+        net.graphdef,
+        shapes,
+        axes,
+        net.wrap,
+        net.config,
+        base,
+        scale=(alpha or rank) / rank,
+    )
 
 
 def merge(base: Params, adapter: Params, scale: float) -> Params:

@@ -22,7 +22,9 @@ _FORWARD: ContextVar[bool] = ContextVar("forward_mode", default=False)
 
 @contextlib.contextmanager
 def forward_mode():
-    """What is traced inside gets differentiated forward: layers take programs that have such a derivative (attention)."""
+    """What is traced inside gets differentiated forward: layers take programs that have such a
+    derivative (attention).
+    """
     token = _FORWARD.set(True)
     try:
         yield
@@ -43,8 +45,10 @@ def identity(call):
 class Net:
     """`init(key) -> params` and `apply(params, *inputs)` over plain dicts; NNX stays inside.
 
-    `shapes` holds ShapeDtypeStruct leaves and `axes` PartitionSpec leaves of logical names, both in the structure of
-    the params. `wrap` turns the module's call into another one (a raw denoiser output into a `Pred`, say).
+    `shapes` holds ShapeDtypeStruct leaves and `axes` PartitionSpec leaves of logical names, both in
+    the structure of
+    the params. `wrap` turns the module's call into another one (a raw denoiser output into a
+    `Pred`, say).
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
@@ -79,7 +83,9 @@ class Net:
         return grads
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
-        """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in profiles."""
+        """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in
+        profiles.
+        """
         return scoped(role, functools.partial(self.apply, params[role]), self.config)
 
     @property
@@ -94,7 +100,9 @@ def resting(leaf: Any) -> bool:
 
 
 def restore(tree: Any) -> Any:
-    """Weights as arithmetic takes them: in device memory, dequantised. What is so already stays the same array."""
+    """Weights as arithmetic takes them: in device memory, dequantised. What is so already stays the
+    same array.
+    """
     place = lambda w: jax.device_put(w, jax.memory.Space.Device) if _on_host(w) else w
 
     def one(w):
@@ -108,20 +116,30 @@ def restore(tree: Any) -> Any:
 
 
 def _on_host(w: Any) -> bool:
-    return getattr(getattr(w, "aval", None), "memory_space", jax.memory.Space.Device) == jax.memory.Space.Host
+    return (
+        getattr(getattr(w, "aval", None), "memory_space", jax.memory.Space.Device)
+        == jax.memory.Space.Host
+    )
 
 
 def _awake(module: nnx.Module) -> nnx.Module:
-    """`module` with every weight restored but those of stacked layers, whose scan restores them one by one."""
+    """`module` with every weight restored but those of stacked layers, whose scan restores them one
+    by one.
+    """
     if any(resting(w) or _on_host(w) for w in jax.tree.leaves(module, is_leaf=resting)):
         for _, variable in nnx.iter_graph(module):
-            if isinstance(variable, nnx.Variable) and (variable.get_metadata().get("out_sharding") or (None,))[0] != "layers":
+            if (
+                isinstance(variable, nnx.Variable)
+                and (variable.get_metadata().get("out_sharding") or (None,))[0] != "layers"
+            ):
                 variable.set_value(restore(variable.get_value()))
     return module
 
 
 def scoped(role: str, call: Callable, config: Any = None) -> Callable:
-    """`call` with its operations named after the role in profiles and compiled programs, and the model's dataclass as `.config`."""
+    """`call` with its operations named after the role in profiles and compiled programs, and the
+    model's dataclass as `.config`.
+    """
 
     def named(*args, **kwargs):
         with jax.named_scope(f"role={role}"):
@@ -132,8 +150,11 @@ def scoped(role: str, call: Callable, config: Any = None) -> Callable:
 
 
 class _Stream(nnx.RngStream):
-    """nnx's stream with a count that is replaced, not updated in place: an update asks a traced count for its sharding, and the
-    message that it has none searches the whole program so far, which makes building quadratic in the number of weights."""
+    """nnx's stream with a count that is replaced, not updated in place: an update asks a traced
+    count for its sharding, and the
+    message that it has none searches the whole program so far, which makes building quadratic in
+    the number of weights.
+    """
 
     def __call__(self) -> Array:
         key = jax.random.fold_in(self.key[...], self.count[...])
@@ -148,7 +169,9 @@ def _rngs(key: Array | int) -> nnx.Rngs:
 
 
 @functools.lru_cache(64)
-def _described(build: Callable[[nnx.Rngs], nnx.Module], x64: bool | None) -> tuple[nnx.GraphDef, Params, Params]:
+def _described(
+    build: Callable[[nnx.Rngs], nnx.Module], x64: bool | None
+) -> tuple[nnx.GraphDef, Params, Params]:
     """(graphdef, shapes, axes): one trace for all roles of equal networks."""
     with nnx.use_eager_sharding(False):
         graphdef, state = jax.eval_shape(lambda: nnx.split(build(_rngs(0)), nnx.Param))
@@ -158,7 +181,8 @@ def _described(build: Callable[[nnx.Rngs], nnx.Module], x64: bool | None) -> tup
 def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any = None) -> Net:
     """Traces `build` for shapes and axis names; nothing is allocated.
 
-    Raises ValueError where a weight's rank and number of axis names differ (an unnamed stacking axis would shift
+    Raises ValueError where a weight's rank and number of axis names differ (an unnamed stacking
+    axis would shift
     every name).
     """
     try:
@@ -192,7 +216,9 @@ def fixed_net(call: Callable, wrap=identity, config: Any = None) -> Net:
 
 def cast(params: Params, dtype) -> Params:
     """Floating leaves in `dtype`; integer leaves untouched."""
-    return jax.tree.map(lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params)
+    return jax.tree.map(
+        lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params
+    )
 
 
 def is_spec(leaf: Any) -> bool:
@@ -200,13 +226,18 @@ def is_spec(leaf: Any) -> bool:
 
 
 def is_matrix(names: PartitionSpec) -> bool:
-    """Whether a weight with these logical names has two dimensions or more of its own, besides those it is stacked along."""
+    """Whether a weight with these logical names has two dimensions or more of its own, besides
+    those it is stacked along.
+    """
     return len([n for n in names if n not in ("layers", "bank")]) >= 2
 
 
 def decays(names: PartitionSpec) -> bool:
-    """Whether weight decay acts on a weight with these logical names: on matrices, token tables among them (they are the output's matrix
-    too where the two are tied), but not on what is looked up by another index: labels, positions, types ("index")."""
+    """Whether weight decay acts on a weight with these logical names: on matrices, token tables
+    among them (they are the output's matrix
+    too where the two are tied), but not on what is looked up by another index: labels, positions,
+    types ("index").
+    """
     return is_matrix(names) and "index" not in names
 
 
@@ -217,4 +248,7 @@ def path_name(path) -> str:
 
 def paths(tree: Params, is_leaf=None) -> dict[str, Any]:
     """Leaves under their "a/b/c" paths."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)}
+    return {
+        path_name(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    }

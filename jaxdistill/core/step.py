@@ -16,11 +16,15 @@ from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Batch, Ctx, Means, Method, Nets, Params, Refused, State, Turn
 
 
-def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params], inits=None) -> State:
-    """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or fresh, as `inits`
+def init_state(
+    method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params], inits=None
+) -> State:
+    """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or
+    fresh, as `inits`
     (by default the method's) says.
 
-    Pure, to be jitted with the state's shardings. Every tree owns its buffers, because they get donated.
+    Pure, to be jitted with the state's shardings. Every tree owns its buffers, because they get
+    donated.
     """
     params = {}
     for i, (role, source) in enumerate((inits or method.inits).items()):
@@ -44,7 +48,9 @@ def init_state(method: Method, nets: Mapping[str, Net], txs, key, start: Mapping
     )
 
 
-def frozen_weights(method: Method, nets: Mapping[str, Net], start: Mapping[str, Params]) -> dict[str, Params]:
+def frozen_weights(
+    method: Method, nets: Mapping[str, Net], start: Mapping[str, Params]
+) -> dict[str, Params]:
     """role -> what a state holds of each frozen role, in buffers of its own."""
     return {role: jax.tree.map(jnp.copy, nets[role].adopt(start[role])) for role in method.frozen}
 
@@ -62,13 +68,18 @@ def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
             overlay(fresh[key], value, role, f"{name}/{key}")
         elif value.shape != fresh[key].shape:
             raise Refused(f"{where}: shape {value.shape}, expected {fresh[key].shape}")
-    merge = lambda new, old: {k: merge(v, old[k]) if isinstance(v, dict) and k in old else old.get(k, v) for k, v in new.items()}
+    merge = lambda new, old: {
+        k: merge(v, old[k]) if isinstance(v, dict) and k in old else old.get(k, v)
+        for k, v in new.items()
+    }
     return merge(fresh, source)
 
 
 def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
     """role -> network with its weights bound; `ema_student` runs the student's averaged weights."""
-    return SimpleNamespace(**{role: nets[role.removeprefix("ema_")].bind(role, params) for role in params})
+    return SimpleNamespace(
+        **{role: nets[role.removeprefix("ema_")].bind(role, params) for role in params}
+    )
 
 
 def bound(nets: Mapping[str, Net], state: State) -> dict[str, Params]:
@@ -76,8 +87,12 @@ def bound(nets: Mapping[str, Net], state: State) -> dict[str, Params]:
     return {**state.frozen, **state.params, **{f"ema_{role}": p for role, p in state.ema.items()}}
 
 
-def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, state: State, batch: Batch, rng) -> tuple[State, Means]:
-    """One optimiser update of `turn.moves`: gather, differentiate, normalise by the global count, move, average."""
+def take_turn(
+    turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, state: State, batch: Batch, rng
+) -> tuple[State, Means]:
+    """One optimiser update of `turn.moves`: gather, differentiate, normalise by the global count,
+    move, average.
+    """
     rest = bound(nets, state)
     if turn.gather:
         ctx = Ctx(batch, rng, state.step, state.memory)
@@ -86,7 +101,10 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
     def objective(moving, batch, rng, memory):
         out = turn.loss(bind(nets, {**rest, **moving}), Ctx(batch, rng, state.step, memory))
         own = None if out.count is None else jnp.asarray(out.count, jnp.float32)
-        sums = {k: v if isinstance(v, tuple) else (v, own) for k, v in {"loss": out.loss, **out.metrics}.items()}
+        sums = {
+            k: v if isinstance(v, tuple) else (v, own)
+            for k, v in {"loss": out.loss, **out.metrics}.items()
+        }
         return out.loss, (sums, jnp.float32(1) if own is None else own, {**memory, **out.memory})
 
     differentiate = jax.grad(objective, has_aux=True)
@@ -94,12 +112,22 @@ def take_turn(turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, s
     if accumulate == 1:
         grads, (sums, count, memory) = differentiate(moving, batch, rng, state.memory)
     else:
-        grads, (sums, count, memory) = _accumulate(differentiate, moving, batch, rng, state.memory, accumulate)
-    grads = {role: nets[role].sound(g) for role, g in jax.tree.map(lambda g: g / _nonzero(count), grads).items()}
+        grads, (sums, count, memory) = _accumulate(
+            differentiate, moving, batch, rng, state.memory, accumulate
+        )
+    grads = {
+        role: nets[role].sound(g)
+        for role, g in jax.tree.map(lambda g: g / _nonzero(count), grads).items()
+    }
 
-    params, opt, ema, counts = dict(state.params), dict(state.opt), dict(state.ema), dict(state.count)
+    params = dict(state.params)
+    opt = dict(state.opt)
+    ema = dict(state.ema)
+    counts = dict(state.count)
     sums = {f"{turn.moves[0] if turn.moves else 'measured'}/{k}": pair for k, pair in sums.items()}
-    metrics = {name: total / _nonzero(count if n is None else n) for name, (total, n) in sums.items()}
+    metrics = {
+        name: total / _nonzero(count if n is None else n) for name, (total, n) in sums.items()
+    }
     for role in turn.moves:
         updates, opt[role] = txs[role].update(grads[role], opt[role], params[role])
         params[role] = optax.apply_updates(params[role], updates)
@@ -119,39 +147,62 @@ def _nonzero(count):
 
 
 def _accumulate(differentiate, moving, batch, rng, memory, n: int):
-    """Sums gradients, losses and counts over `n` micro-batches; each takes every n-th sample, so shards stay put."""
-    split = lambda x: constrain(x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch")
+    """Sums gradients, losses and counts over `n` micro-batches; each takes every n-th sample, so
+    shards stay put.
+    """
+    split = lambda x: constrain(
+        x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch"
+    )
     add = lambda a, b: jax.tree.map(jnp.add, a, b)
 
     def one(carry, inp):
         i, micro = inp
-        grads, (sums, count, memory) = differentiate(moving, micro, jax.random.fold_in(rng, i), carry[1])
+        grads, (sums, count, memory) = differentiate(
+            moving, micro, jax.random.fold_in(rng, i), carry[1]
+        )
         return (add(carry[0], (grads, sums, count)), memory), None
 
     micro = jax.tree.map(split, batch)
     first = jax.eval_shape(differentiate, moving, jax.tree.map(lambda x: x[0], micro), rng, memory)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1][0], first[1][1]))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1][0], first[1][1])
+    )
     ((grads, sums, count), memory), _ = jax.lax.scan(one, (zeros, memory), (jnp.arange(n), micro))
     return grads, (sums, count, memory)
 
 
-def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mapping[str, Ema] = {}, accumulate: int = 1,
-                    shardings: Any = None) -> tuple[Callable, Callable[[int], tuple[int, ...]]]:  # fmt: skip
-    """Returns `train_step(state, batch, rng, active) -> (state, metrics)` and `active_at(step) -> active`.
+def make_train_step(
+    method: Method,
+    nets: Mapping[str, Net],
+    txs,
+    *,
+    emas: Mapping[str, Ema] = {},
+    accumulate: int = 1,
+    shardings: Any = None,
+) -> tuple[Callable, Callable[[int], tuple[int, ...]]]:
+    """Returns `train_step(state, batch, rng, active) -> (state, metrics)` and `active_at(step) ->
+    active`.
 
-    Metrics are `Means`: a dict of scalars named `role/name`, the means of this step, with the counts that they are over.
+    Metrics are `Means`: a dict of scalars named `role/name`, the means of this step, with the
+    counts that they are over.
 
-    The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is static, so that
-    every pattern is a program of its own. Raises Refused on an average in `emas` whose decay a turn gives.
+    The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is
+    static, so that
+    every pattern is a program of its own. Raises Refused on an average in `emas` whose decay a turn
+    gives.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}
     for role in {role for turn in turns if turn.decay for role in turn.moves if role in emas}:
         if emas[role] != Ema():
-            raise Refused(f"config.roles.{role}.ema={emas[role]}: {type(method).__name__} has a decay of its own; expected none here")
+            raise Refused(
+                f"config.roles.{role}.ema={emas[role]}: {type(method).__name__} has a decay of its own; expected none here"
+            )
 
     def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Means]:
-        rng, metrics, counts = jax.random.fold_in(rng, state.step), {}, {}
+        rng = jax.random.fold_in(rng, state.step)
+        metrics = {}
+        counts = {}
         for n, i in enumerate(active):
             if n:  # one after the other: a turn that starts early only holds memory
                 state, batch = jax.lax.optimization_barrier((state, batch))
@@ -162,6 +213,10 @@ def make_train_step(method: Method, nets: Mapping[str, Net], txs, *, emas: Mappi
             metrics |= new
         return state.replace(step=state.step + 1), Means(metrics, counts)
 
-    jitted = jax.jit(train_step, static_argnums=3, donate_argnums=0,
-                     out_shardings=None if shardings is None else (shardings, None))  # fmt: skip
+    jitted = jax.jit(
+        train_step,
+        static_argnums=3,
+        donate_argnums=0,
+        out_shardings=None if shardings is None else (shardings, None),
+    )
     return jitted, lambda step: tuple(i for i, turn in enumerate(turns) if turn.when(step))

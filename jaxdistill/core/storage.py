@@ -1,7 +1,9 @@
-"""How a frozen role's weights rest: in eight bits, or in the host's memory (a combinator Net -> Net).
+"""How a frozen role's weights rest: in eight bits, or in the host's memory (a combinator Net ->
+Net).
 
-Arithmetic sees what `net.restore` makes of them: stacked layers one at a time, inside the scan over them, everything else
-when the network is called. So a large teacher never stands in device memory whole and in floating point.
+Arithmetic sees what `net.restore` makes of them: stacked layers one at a time, inside the scan over
+them, everything else when the network is called. So a large teacher never stands in device memory
+whole and in floating point.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from jaxdistill.core.types import Params, Refused
 
 @dataclasses.dataclass(frozen=True)
 class Quantized(Net):
-    """A Net whose matrices are int8 with one float scale for each output channel (and layer): `qwix.QArray` leaves."""
+    """A Net whose matrices are int8 with one float scale for each output channel (and layer):
+    `qwix.QArray` leaves.
+    """
 
     plain: Net | None = None
 
@@ -28,8 +32,16 @@ class Quantized(Net):
 
     def adopt(self, params: Params) -> Params:
         """Float weights as they will rest; quantised ones as they are."""
-        params = params if any(map(resting, jax.tree.leaves(params, is_leaf=resting))) else self.plain.adopt(params)
-        return _map(lambda w, names: w if resting(w) or not is_matrix(names) else _quantize(w, names), params, self.plain.axes)
+        params = (
+            params
+            if any(map(resting, jax.tree.leaves(params, is_leaf=resting)))
+            else self.plain.adopt(params)
+        )
+        return _map(
+            lambda w, names: w if resting(w) or not is_matrix(names) else _quantize(w, names),
+            params,
+            self.plain.axes,
+        )
 
     @property
     def source(self) -> Net:
@@ -44,7 +56,9 @@ def quantized(net: Net, kind: str) -> Quantized:
         import qwix  # noqa: F401
     except ImportError as error:
         raise Refused("role.quantize=int8 needs qwix: pip install 'jaxdistill[int8]'") from error
-    wrapped = Quantized(net.build, net.graphdef, {}, {}, net.wrap, net.config, net.adapts, plain=net)
+    wrapped = Quantized(
+        net.build, net.graphdef, {}, {}, net.wrap, net.config, net.adapts, plain=net
+    )
     shapes = jax.eval_shape(wrapped.adopt, net.shapes)
     axes = _map(_axes, net.axes, shapes)
     return dataclasses.replace(wrapped, shapes=shapes, axes=axes)
@@ -70,4 +84,6 @@ def _axes(names: P, w):
     if not resting(w):
         return names
     kept = _kept(names)
-    return dataclasses.replace(w, qvalue=names, scale=P(*(n if i in kept else None for i, n in enumerate(names))))
+    return dataclasses.replace(
+        w, qvalue=names, scale=P(*(n if i in kept else None for i, n in enumerate(names)))
+    )

@@ -12,9 +12,12 @@ from jaxdistill.core.types import Refused, one_line
 def stored_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer of `transformers` in a folder; `options` are those of its `from_pretrained`.
 
-    From local files alone, and without running code that comes with them: a folder with code of its own is refused
-    before transformers sees it, so that nobody is asked. Sampling of tokens (BPE dropout, of Unigram the ways to cut a
-    text) is off: the same text always has the same tokens. Raises Refused there, and where the folder holds no tokenizer
+    From local files alone, and without running code that comes with them: a folder with code of its
+    own is refused
+    before transformers sees it, so that nobody is asked. Sampling of tokens (BPE dropout, of
+    Unigram the ways to cut a
+    text) is off: the same text always has the same tokens. Raises Refused there, and where the
+    folder holds no tokenizer
     or a damaged one.
     """
     if not folder.is_dir():
@@ -24,10 +27,13 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
     from transformers import AutoTokenizer  # takes seconds; most runs do without
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        found = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
     except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the tokenizers' Rust raises bare Exceptions on damage, and panics outside of Exception
+    # the tokenizers' Rust raises bare Exceptions on damage, and panics outside of Exception
+    except BaseException as error:
         raise Refused(f"tokenizer={folder}: not a tokenizer folder ({one_line(error)})") from error
     model = getattr(getattr(found, "backend_tokenizer", None), "model", None)
     for name in ("dropout", "alpha", "nbest_size"):  # of BPE, of Unigram
@@ -37,7 +43,9 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
 
 
 def _check_code(file: Path) -> None:
-    """Raises Refused where a configuration names code that makes the tokenizer, or is no configuration."""
+    """Raises Refused where a configuration names code that makes the tokenizer, or is no
+    configuration.
+    """
     if not file.exists():
         return
     try:
@@ -52,5 +60,7 @@ def _check_code(file: Path) -> None:
     elif file.name == "config.json":  # a list is of old tokenizers' configurations
         code = None
     if code:
-        raise Refused(f"{file}: the tokenizer is code of its own (auto_map: {one_line(code)}), which is never run; "
-                      "expected a tokenizer class of transformers")  # fmt: skip
+        raise Refused(
+            f"{file}: the tokenizer is code of its own (auto_map: {one_line(code)}), which is never run; "
+            "expected a tokenizer class of transformers"
+        )

@@ -26,9 +26,11 @@ Nets = SimpleNamespace  # role -> callable with its weights already bound
 
 
 class Refused(ValueError):
-    """Bad input. The message is one printable line (what, where, what was expected); commands exit with code 2.
+    """Bad input. The message is one printable line (what, where, what was expected); commands exit
+    with code 2.
 
-    Line ends in it become blanks, and characters that cannot be printed U+FFFD: names in files hold both.
+    Line ends in it become blanks, and characters that cannot be printed U+FFFD: names in files hold
+    both.
     """
 
     def __init__(self, message: object):
@@ -41,16 +43,24 @@ def printable(text: str) -> str:
 
 
 def one_line(value: object, most: int = 300) -> str:
-    """The first line of what others say (an exception, a name in a file), printable and cut: a part of a refusal."""
+    """The first line of what others say (an exception, a name in a file), printable and cut: a part
+    of a refusal.
+    """
     first = (str(value).strip().splitlines() or [type(value).__name__])[0]
     return printable(first)[:most]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message: "; did you mean 'x'?", or the list of names where none is near. Unnamed ones ("") are left out."""
+    """The end of a message: "; did you mean 'x'?", or the list of names where none is near. Unnamed
+    ones ("") are left out.
+    """
     names = sorted(filter(None, names))
     close = difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; expected {'one of ' * (len(names) > 1)}{', '.join(names)}"
+    return (
+        f"; did you mean {close[0]!r}?"
+        if close
+        else f"; expected {'one of ' * (len(names) > 1)}{', '.join(names)}"
+    )
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -67,16 +77,23 @@ def named_key(key: Array, name: str) -> Array:
 
 @jax.tree_util.register_pytree_node_class
 class Means(dict):
-    """What a step reports: name -> mean, float32 []. `counts` has, by name, how many valid tokens or samples the mean is over (float32
-    []), where the loss counts them: means over several steps weigh each token alike. The others count by step."""
+    """What a step reports: name -> mean, float32 []. `counts` has, by name, how many valid tokens
+    or samples the mean is over (float32
+    []), where the loss counts them: means over several steps weigh each token alike. The others
+    count by step.
+    """
 
     def __init__(self, means: Mapping[str, Array], counts: Mapping[str, Array]):
         super().__init__(means)
         self.counts = dict(counts)
 
     def tree_flatten(self):
-        names, counted = tuple(sorted(self)), tuple(sorted(self.counts))
-        return ([self[name] for name in names], [self.counts[name] for name in counted]), (names, counted)
+        names = tuple(sorted(self))
+        counted = tuple(sorted(self.counts))
+        return ([self[name] for name in names], [self.counts[name] for name in counted]), (
+            names,
+            counted,
+        )
 
     @classmethod
     def tree_unflatten(cls, names, values):
@@ -113,8 +130,10 @@ class Ctx:
 class Out(NamedTuple):
     """What a loss returns.
 
-    Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over `count` valid
-    tokens or samples, and the engine divides by the global count: over all micro-batches and all shards. A loss that
+    Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over
+    `count` valid
+    tokens or samples, and the engine divides by the global count: over all micro-batches and all
+    shards. A loss that
     adds up means over different counts needs the whole batch's, which a `gather` can put into it.
     """
 
@@ -135,12 +154,18 @@ def always(step: int) -> bool:
 class Turn:
     """Update `moves` by descending `loss`, at the steps where `when(step)` holds.
 
-    A turn that moves nothing measures: its metrics are named `measured/...`, and it may write to the memory.
-    `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs first, without
-    gradient, on the whole batch, and returns the batch that `loss` will see (roll-outs, teacher trajectories).
-    `after(weights, step)` follows the update: from every role's weights (under the names that losses know) it makes new
-    ones of some trained roles (couplings between networks, recordings), and returns these by role. `decay(k)`, where there
-    is one, is the weight of the old average at a role's update number k, from 1, in place of the config's.
+    A turn that moves nothing measures: its metrics are named `measured/...`, and it may write to
+    the memory.
+    `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs
+    first, without
+    gradient, on the whole batch, and returns the batch that `loss` will see (roll-outs, teacher
+    trajectories).
+    `after(weights, step)` follows the update: from every role's weights (under the names that
+    losses know) it makes new
+    ones of some trained roles (couplings between networks, recordings), and returns these by role.
+    `decay(k)`, where there
+    is one, is the weight of the old average at a role's update number k, from 1, in place of the
+    config's.
     """
 
     moves: tuple[str, ...]
@@ -153,9 +178,11 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Collect:
-    """Data that is made before a stage and stored: `batches` calls of `make(nets, ctx) -> batch`, without gradient.
+    """Data that is made before a stage and stored: `batches` calls of `make(nets, ctx) -> batch`,
+    without gradient.
 
-    The arrays (batch axis first) become records in the run's folder, and the stage reads these instead of the data
+    The arrays (batch axis first) become records in the run's folder, and the stage reads these
+    instead of the data
     set, shuffled. A resumed run makes only what is missing.
     """
 
@@ -167,8 +194,10 @@ class Collect:
 class Stage:
     """A training run inside a multi-stage method: surgery, then collection of data, then steps.
 
-    `surgery(nets, params, batch) -> (nets, params)` rewrites networks and weights before it: a stage hands its
-    result (averaged weights where a role has them) to the next one's surgery. It must be deterministic, because a
+    `surgery(nets, params, batch) -> (nets, params)` rewrites networks and weights before it: a
+    stage hands its
+    result (averaged weights where a role has them) to the next one's surgery. It must be
+    deterministic, because a
     resumed run calls it again.
     """
 
@@ -182,11 +211,17 @@ class Stage:
 class Method:
     """Base of all methods. Override `turns`; the rest has defaults."""
 
-    inits = {"student": "teacher"}  # trained role -> role it is copied from, or None for fresh weights
+    inits = {
+        "student": "teacher"
+    }  # trained role -> role it is copied from, or None for fresh weights
     frozen = ("teacher",)
     ema = ("student",)  # roles with averaged weights, bound as `ema_<role>`
-    renoises = True  # whether `sample` goes from one of its times to the next with fresh noise, or with its own predicted noise (DDIM)
-    exports = ("student",)  # roles that make up the trained generator: where several, each leaves in a folder of its own
+    # whether `sample` goes from one of its times to the next with fresh noise, or with its own
+    # predicted noise (DDIM)
+    renoises = True
+    exports = (
+        "student",
+    )  # roles that make up the trained generator: where several, each leaves in a folder of its own
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -197,7 +232,9 @@ class Method:
         return {}
 
     def check(self, nets: Mapping[str, Any], data: Any) -> None:
-        """Raises Refused where these networks (role -> core.net.Net) or this data set do not fit; asked before anything runs."""
+        """Raises Refused where these networks (role -> core.net.Net) or this data set do not fit;
+        asked before anything runs.
+        """
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
         """How `steps` engine steps are spent."""
@@ -212,19 +249,29 @@ class Method:
         return net, params
 
     def generator(self, net: Nets) -> Callable:
-        """The trained generator that `sample` takes; experts by time or by condition are routed here."""
+        """The trained generator that `sample` takes; experts by time or by condition are routed
+        here.
+        """
         return net.student
 
     def initial(self, noise: Array) -> Array:
-        """Unit Gaussian noise as `sample` is given it; `process.start` makes a state at t_max of it."""
+        """Unit Gaussian noise as `sample` is given it; `process.start` makes a state at t_max of
+        it.
+        """
         return noise
 
     def sampling_times(self, steps: int) -> Array:
-        """Where `sample` asks the network, falling [steps]. Raises Refused where `sample` is no such chain."""
-        raise Refused(f"{type(self).__name__}: its sampler is more than a chain of x0 at fixed times")
+        """Where `sample` asks the network, falling [steps]. Raises Refused where `sample` is no
+        such chain.
+        """
+        raise Refused(
+            f"{type(self).__name__}: its sampler is more than a chain of x0 at fixed times"
+        )
 
     def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
-        """Samples of a trained `net` (from `generator`) at `steps` network evaluations, from unit Gaussian noise."""
+        """Samples of a trained `net` (from `generator`) at `steps` network evaluations, from unit
+        Gaussian noise.
+        """
         raise NotImplementedError
 
 
@@ -232,8 +279,10 @@ class Controller:
     """Host-side state that steers the data. `state`/`restore` make it part of every checkpoint."""
 
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
-        """Called with each logging interval's mean metrics (over its tokens or samples, where the loss counts them; else over its
-        steps); returns hints that the data pipeline receives."""
+        """Called with each logging interval's mean metrics (over its tokens or samples, where the
+        loss counts them; else over its
+        steps); returns hints that the data pipeline receives.
+        """
         return {}
 
     def state(self) -> dict[str, Any]:

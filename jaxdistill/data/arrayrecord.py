@@ -1,4 +1,6 @@
-"""Dicts of arrays in ArrayRecord files: stored trajectories, teacher logits, latents. Written whole or not at all."""
+"""Dicts of arrays in ArrayRecord files: stored trajectories, teacher logits, latents. Written whole
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 class ArrayRecords(Records):
     """The keys, shapes and dtypes that `write` was given.
 
-    `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation. Raises Refused, naming it,
+    `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation.
+    Raises Refused, naming it,
     on a damaged file or record, and on a record unlike the first.
     """
 
@@ -49,7 +52,10 @@ class ArrayRecords(Records):
         where, expected = self.first
         for key in sorted(found.keys() | expected.keys()):
             if found.get(key) != expected.get(key):
-                this, that = (f"{k[key][0]} {list(k[key][1])}" if key in k else "missing" for k in (found, expected))
+                this, that = (
+                    f"{k[key][0]} {list(k[key][1])}" if key in k else "missing"
+                    for k in (found, expected)
+                )
                 raise Refused(f"{name}: {one_line(key)!r} is {this}, and {that} in {where}")
         return arrays
 
@@ -65,8 +71,11 @@ class ArrayRecords(Records):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightedRecords(ArrayRecords):
-    """Records with a number `worth`, drawn evenly: those that are worth nothing are left out, and the others come with
-    `weight`, their worth over the mean of those that are kept. Where none is worth anything all have weight 1."""
+    """Records with a number `worth`, drawn evenly: those that are worth nothing are left out, and
+    the others come with
+    `weight`, their worth over the mean of those that are kept. Where none is worth anything all
+    have weight 1.
+    """
 
     @functools.cached_property
     def worth(self) -> np.ndarray:
@@ -84,13 +93,17 @@ class WeightedRecords(ArrayRecords):
     def mean(self) -> float:
         """Of those above 0; 0 where there are none."""
         if not (self.worth > 0).any():
-            logging.warning("%s: no record is worth anything; all are used, with equal weights", self.path)
+            logging.warning(
+                "%s: no record is worth anything; all are used, with equal weights", self.path
+            )
             return 0.0
         return float(self.worth[self.worth > 0].mean())
 
     def source(self, split):
         rows = super().source(split)
-        return Subset(rows, np.flatnonzero(self.worth > 0)) if split == "train" and self.mean else rows
+        return (
+            Subset(rows, np.flatnonzero(self.worth > 0)) if split == "train" and self.mean else rows
+        )
 
     def example(self, record):
         example = super().example(record)
@@ -99,8 +112,10 @@ class WeightedRecords(ArrayRecords):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupedRecords(ArrayRecords):
-    """Records with groups of arrays: "cond/text" is the key "text" of "cond", as in `data.synthetic`. Arrays of uint8 are
-    pixels, and come as float32 in [-1, 1]."""
+    """Records with groups of arrays: "cond/text" is the key "text" of "cond", as in
+    `data.synthetic`. Arrays of uint8 are
+    pixels, and come as float32 in [-1, 1].
+    """
 
     def example(self, record):
         out: dict = {}
@@ -116,7 +131,10 @@ class GroupedRecords(ArrayRecords):
 
     def evaluation(self, n):
         source = self._opened("test")
-        return jax.tree.map(lambda *v: np.stack(v), *(self.example(source[int(i)]) for i in self.chosen(len(source), n)))
+        return jax.tree.map(
+            lambda *v: np.stack(v),
+            *(self.example(source[int(i)]) for i in self.chosen(len(source), n)),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,13 +145,16 @@ class LoadedRecords(InMemory):
     weighted: bool = False  # as WeightedRecords
 
     def arrays(self, split):
-        records = (WeightedRecords if self.weighted else ArrayRecords)(path=self.path, heldout=self.heldout)
+        records = (WeightedRecords if self.weighted else ArrayRecords)(
+            path=self.path, heldout=self.heldout
+        )
         examples = records.examples(split)
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
 def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -> Dataset:
-    """All records below `folder` as training data, in memory where they take less than `memory` bytes.
+    """All records below `folder` as training data, in memory where they take less than `memory`
+    bytes.
 
     Records that say what they are `worth` are weighted by it (`WeightedRecords`).
     """
@@ -146,14 +167,18 @@ def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -
 
 
 def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
-    """(arrays, their layout) of a record that `write` stored. Raises Refused, with `name`, on anything else."""
+    """(arrays, their layout) of a record that `write` stored. Raises Refused, with `name`, on
+    anything else.
+    """
     try:
         arrays = msgpack_restore(data)
         return arrays, {key: _described(key, array) for key, array in arrays.items()}
     except MemoryError:
         raise
     except Exception as error:  # msgpack, flax and numpy each raise their own
-        raise Refused(f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({one_line(error)})") from error
+        raise Refused(
+            f"{name}: expected what jaxdistill.data.arrayrecord.write stores ({one_line(error)})"
+        ) from error
 
 
 def _described(key: Any, array: Any) -> tuple[str, tuple[int, ...]]:
@@ -173,7 +198,8 @@ class RecordFile(Sequence):
 
     def __init__(self, file: Path):
         size = regular(file)
-        self.file, self.reader = file, ArrayRecordReader(str(file))
+        self.file = file
+        self.reader = ArrayRecordReader(str(file))
         if not self.reader.ok():
             raise Refused(f"{file}: damaged or no ArrayRecord file ({size} bytes)")
         self.size = self.reader.num_records()
@@ -190,15 +216,21 @@ class RecordFile(Sequence):
 
 
 def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
-    """Stores `examples`, dicts of arrays with equal keys, shapes and dtypes, one record each; returns their number.
+    """Stores `examples`, dicts of arrays with equal keys, shapes and dtypes, one record each;
+    returns their number.
 
-    An existing file is replaced at the end, in one move: a reader never sees half of one. Raises Refused on an example
+    An existing file is replaced at the end, in one move: a reader never sees half of one. Raises
+    Refused on an example
     unlike the first, on arrays of objects or strings, and where there are none.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, layout, count = path.with_name(f".{path.name}.{os.getpid()}"), None, 0
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")  # a record is read without its neighbours
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    layout = None
+    count = 0
+    writer = ArrayRecordWriter(
+        str(temporary), "group_size:1"
+    )  # a record is read without its neighbours
     try:
         for example in examples:
             arrays = {k: np.asarray(v) for k, v in example.items()}

@@ -1,4 +1,6 @@
-"""What every data set is: endless batches from a position that can be saved, the same for any number of processes."""
+"""What every data set is: endless batches from a position that can be saved, the same for any
+number of processes.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,10 @@ LARGEST = 1 << 34  # bytes of a file that is read whole
 class Dataset:
     """Base of all data sets; its fields are the keys of `config.data`.
 
-    Global batch number i is the same set of samples whatever the number of processes; process p of n takes its share
-    of the rows. Subclasses override `batch` (vectorised, data in memory or generated), or derive from `Records`.
+    Global batch number i is the same set of samples whatever the number of processes; process p of
+    n takes its share
+    of the rows. Subclasses override `batch` (vectorised, data in memory or generated), or derive
+    from `Records`.
     """
 
     batch_size: int = 128  # samples per step over all processes
@@ -45,8 +49,11 @@ class Dataset:
                 raise Refused(f"data.{name}={getattr(self, name)}: expected {least} or more")
 
     def check(self, test: bool = True) -> None:
-        """Raises Refused where there is no first training sample or, where `test`, no held-out one; asked before anything
-        runs or is written. Sets that are read record by record are opened, and one record of each split is read."""
+        """Raises Refused where there is no first training sample or, where `test`, no held-out one;
+        asked before anything
+        runs or is written. Sets that are read record by record are opened, and one record of each
+        split is read.
+        """
         self.spec()
         if test:
             self.evaluation(1)
@@ -70,7 +77,9 @@ class Dataset:
         return getattr(self, "classes", None)
 
     def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
-        """Rows `rows` of global batch `index`; keys "x" / "tokens", "cond", "null_cond", "mask", ..."""
+        """Rows `rows` of global batch `index`; keys "x" / "tokens", "cond", "null_cond", "mask",
+        ...
+        """
         raise NotImplementedError
 
     def loader(self, shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
@@ -83,10 +92,14 @@ class Dataset:
         return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def rows(self, shard: tuple[int, int]) -> slice:
-        """The rows of a global batch that belong to `shard`. Raises Refused where processes cannot share it evenly."""
+        """The rows of a global batch that belong to `shard`. Raises Refused where processes cannot
+        share it evenly.
+        """
         process, processes = shard
         if self.batch_size % processes:
-            raise Refused(f"data.batch_size={self.batch_size}: expected a multiple of the {processes} processes")
+            raise Refused(
+                f"data.batch_size={self.batch_size}: expected a multiple of the {processes} processes"
+            )
         share = self.batch_size // processes
         return slice(process * share, (process + 1) * share)
 
@@ -95,8 +108,12 @@ class Dataset:
         raise NotImplementedError
 
     def examples(self, split: str) -> Sequence[dict[str, np.ndarray]]:
-        """Every sample of "train" or "test", without batch axis, in an order that stays. Raises Refused where there is no last one."""
-        raise Refused(f"data: {type(self).__name__} makes samples without end, so that their number has to be given")
+        """Every sample of "train" or "test", without batch axis, in an order that stays. Raises
+        Refused where there is no last one.
+        """
+        raise Refused(
+            f"data: {type(self).__name__} makes samples without end, so that their number has to be given"
+        )
 
     def one_sample(self) -> dict[str, np.ndarray]:
         """One training sample, without batch axis. Raises Refused where there is none."""
@@ -120,7 +137,9 @@ class Dataset:
         return self
 
     def tokenizer_files(self) -> Path | dict[str, Any]:
-        """What turns text into its tokens: a folder of `transformers`, or JSON objects by file name; empty where nothing does."""
+        """What turns text into its tokens: a folder of `transformers`, or JSON objects by file
+        name; empty where nothing does.
+        """
         return {}
 
     def prompt_text(self, question: str) -> str:
@@ -128,32 +147,48 @@ class Dataset:
         return question
 
     def chosen(self, size: int, n: int) -> np.ndarray:
-        """Which of `size` held-out samples `evaluation(n)` takes: a fixed random choice, since files may be sorted."""
+        """Which of `size` held-out samples `evaluation(n)` takes: a fixed random choice, since
+        files may be sorted.
+        """
         return np.sort(_order(0, size, 0)[:n])
 
     def existing(self) -> Path:
         """`path` as a Path. Raises Refused where it is empty or missing."""
         if not self.path:
-            raise Refused(f"data.path is empty: {type(self).__name__} reads files; give --config.data.path=...")
+            raise Refused(
+                f"data.path is empty: {type(self).__name__} reads files; give --config.data.path=..."
+            )
         try:
             path = Path(self.path).expanduser()
             path.stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Refused(f"data.path={self.path}: no such file or folder") from error
-        except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long, no such user, a zero byte
-            raise Refused(f"data.path={self.path!r}: {getattr(error, 'strerror', None) or error}") from error
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # no permission, a name too long, no such user, a zero byte
+            raise Refused(
+                f"data.path={self.path!r}: {getattr(error, 'strerror', None) or error}"
+            ) from error
         return path
 
     def lacking(self, split: str) -> Refused:
         """What to raise where `split` has no samples."""
         share = getattr(self, "heldout", None)
-        hint = "" if share is None else f"; data.heldout={share} is the share that is kept for evaluation"
+        hint = (
+            ""
+            if share is None
+            else f"; data.heldout={share} is the share that is kept for evaluation"
+        )
         return Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples{hint}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InMemory(Dataset):
-    """A set that fits in memory: subclasses give `arrays(split)`; shuffled anew each epoch, no sample left out."""
+    """A set that fits in memory: subclasses give `arrays(split)`; shuffled anew each epoch, no
+    sample left out.
+    """
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
         """All samples of "train" or "test", equally long along axis 0."""
@@ -173,7 +208,9 @@ class InMemory(Dataset):
 
     def examples(self, split):
         arrays = self._cached(split)
-        return Derived(range(len(next(iter(arrays.values())))), lambda i: {k: v[i] for k, v in arrays.items()})
+        return Derived(
+            range(len(next(iter(arrays.values())))), lambda i: {k: v[i] for k, v in arrays.items()}
+        )
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _cached(self, split: str):
@@ -190,9 +227,11 @@ def _order(seed: int, size: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Records(Dataset):
-    """A set read record by record: subclasses give `source(split)` (random access) and `example(record)`.
+    """A set read record by record: subclasses give `source(split)` (random access) and
+    `example(record)`.
 
-    Shuffled anew each epoch, no record left out; `augment` is random in (seed, position in the stream) alone.
+    Shuffled anew each epoch, no record left out; `augment` is random in (seed, position in the
+    stream) alone.
     """
 
     threads: Natural = 4  # reading and decoding
@@ -206,17 +245,30 @@ class Records(Dataset):
         """One decoded sample, without batch axis."""
         raise NotImplementedError
 
-    def augment(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """`example` as training sees it, with the random changes of this pass; evaluation leaves it alone."""
+    def augment(
+        self, example: dict[str, np.ndarray], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """`example` as training sees it, with the random changes of this pass; evaluation leaves it
+        alone.
+        """
         return example
 
     def loader(self, shard=(0, 1)):
         process, processes = shard
         rows = self.rows(shard)
         ds = grain.MapDataset.source(self._opened("train")).seed(self.seed)
-        ds = (ds.shuffle() if self.shuffle else ds).repeat(None).map(self.example).random_map(self.augment)
+        ds = (
+            (ds.shuffle() if self.shuffle else ds)
+            .repeat(None)
+            .map(self.example)
+            .random_map(self.augment)
+        )
         ds = ds[process::processes].batch(rows.stop - rows.start, drop_remainder=True)
-        return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)))
+        return iter(
+            ds.to_iter_dataset(
+                grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+            )
+        )
 
     def evaluation(self, n):
         source = self._opened("test")
@@ -250,8 +302,10 @@ def contents(file: Path, largest: int = LARGEST) -> bytes:
 
 
 def regular(file: Path) -> int:
-    """The size of a regular file (links are followed), bytes. Raises Refused on devices and pipes, which may have no end, on
-    folders, and where it cannot be looked at."""
+    """The size of a regular file (links are followed), bytes. Raises Refused on devices and pipes,
+    which may have no end, on
+    folders, and where it cannot be looked at.
+    """
     try:
         about = file.stat()
     except OSError as error:
@@ -280,7 +334,8 @@ class Subset(Sequence):
     """The items of `source` at `indices`."""
 
     def __init__(self, source: Sequence, indices: np.ndarray):
-        self.source, self.indices = source, indices
+        self.source = source
+        self.indices = indices
 
     def __len__(self):
         return len(self.indices)
@@ -293,7 +348,8 @@ class Derived(Sequence):
     """`make(item)` of each item of `source`, when it is asked for."""
 
     def __init__(self, source: Sequence, make: Callable[[Any], Any]):
-        self.source, self.make = source, make
+        self.source = source
+        self.make = make
 
     def __len__(self):
         return len(self.source)
@@ -303,8 +359,11 @@ class Derived(Sequence):
 
 
 def held_out(size: int, share: float, split: str) -> np.ndarray:
-    """Indices of `split` ("train" or "test") where a fixed random `share` of `size` samples is kept for evaluation."""
-    order, cut = _order(0, size, 0), round(size * check_share(share))
+    """Indices of `split` ("train" or "test") where a fixed random `share` of `size` samples is kept
+    for evaluation.
+    """
+    order = _order(0, size, 0)
+    cut = round(size * check_share(share))
     return np.sort(order[:cut] if split == "test" else order[cut:])
 
 

@@ -1,4 +1,6 @@
-"""scikit-learn's 8x8 digits: 1,797 grey images inside its wheel, so that the first run needs no download."""
+"""scikit-learn's 8x8 digits: 1,797 grey images inside its wheel, so that the first run needs no
+download.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from jaxdistill.data.base import InMemory, check_share
 class Digits(InMemory):
     """x float32 [8, 8, 1] in [-1, 1]; cond int32 label 0-9; null_cond 10.
 
-    The set is small, and what is measured is how well a model has learnt its law: "train" and "test" are all of it.
+    The set is small, and what is measured is how well a model has learnt its law: "train" and
+    "test" are all of it.
     """
 
     classes = 10
@@ -28,9 +31,12 @@ class Digits(InMemory):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledDigits(InMemory):
-    """x float32 [8, 8, 1] in [-1, 1], cond int32 the label, heldout float32: `size` training samples, of which a share of
-    labels is wrong and another share (`heldout` 1) is there to be predicted and not fitted; the other samples, with right
-    labels, are the test."""
+    """x float32 [8, 8, 1] in [-1, 1], cond int32 the label, heldout float32: `size` training
+    samples, of which a share of
+    labels is wrong and another share (`heldout` 1) is there to be predicted and not fitted; the
+    other samples, with right
+    labels, are the test.
+    """
 
     size: int = 400  # training samples
     noise: float = 0.15  # share of training labels that are replaced by another
@@ -39,12 +45,20 @@ class LabelledDigits(InMemory):
     classes = 10
 
     def arrays(self, split):
-        data, rng = load_digits(), np.random.default_rng([self.seed, self.size])
+        data = load_digits()
+        rng = np.random.default_rng([self.seed, self.size])
         order = rng.permutation(len(data.target))
         pick = order[: self.size] if split == "train" else order[self.size :]
-        label, held = data.target[pick].astype(np.int32), np.zeros(len(pick), np.float32)
+        label = data.target[pick].astype(np.int32)
+        held = np.zeros(len(pick), np.float32)
         if split == "train":
             wrong = rng.random(len(pick)) < self.noise
-            label = np.where(wrong, (label + rng.integers(1, 10, len(pick))) % 10, label).astype(np.int32)
+            label = np.where(wrong, (label + rng.integers(1, 10, len(pick))) % 10, label).astype(
+                np.int32
+            )
             held[: round(self.size * check_share(self.heldout))] = 1
-        return {"x": (data.images[pick].astype(np.float32) / 8.0 - 1.0)[..., None], "cond": label, "heldout": held}
+        return {
+            "x": (data.images[pick].astype(np.float32) / 8.0 - 1.0)[..., None],
+            "cond": label,
+            "heldout": held,
+        }

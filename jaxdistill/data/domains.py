@@ -15,39 +15,55 @@ from jaxdistill.data.language import Markov
 
 
 class Mixer:
-    """Which rows of domains with `sizes` rows come next: a domain's by turns, in a new order each time round."""
+    """Which rows of domains with `sizes` rows come next: a domain's by turns, in a new order each
+    time round.
+    """
 
     def __init__(self, sizes: Sequence[int], seed: int):
-        self.sizes, self.seed = tuple(sizes), seed
+        self.sizes = tuple(sizes)
+        self.seed = seed
 
-    def draw(self, index: int, taken: Sequence[int], weights: Sequence[float], n: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """(domain [n], row in it [n], rows taken so far of each domain) of batch `index`, domains drawn by `weights`."""
+    def draw(
+        self, index: int, taken: Sequence[int], weights: Sequence[float], n: int
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """(domain [n], row in it [n], rows taken so far of each domain) of batch `index`, domains
+        drawn by `weights`.
+        """
         domain = np.random.default_rng([self.seed, 3, index]).choice(len(self.sizes), n, p=weights)
-        row, taken = np.zeros(n, np.int64), list(taken)
+        row = np.zeros(n, np.int64)
+        taken = list(taken)
         for d, size in enumerate(self.sizes):
             mine = np.flatnonzero(domain == d)
             at = taken[d] + np.arange(len(mine))
-            row[mine] = [_order(self.seed * len(self.sizes) + d, size, int(a // size))[a % size] for a in at]
+            row[mine] = [
+                _order(self.seed * len(self.sizes) + d, size, int(a // size))[a % size] for a in at
+            ]
             taken[d] += len(mine)
         return domain, row, taken
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Domains(Dataset):
-    """Rows of other data sets, one for each domain, with `domain` int32 and `heldout` float32 (1 on rows never trained on).
+    """Rows of other data sets, one for each domain, with `domain` int32 and `heldout` float32 (1 on
+    rows never trained on).
 
-    Of every interval + measures batches the first `measures` are held-out rows, the same each time and as many of each
+    Of every interval + measures batches the first `measures` are held-out rows, the same each time
+    and as many of each
     domain; those that follow are drawn with the probabilities `weights`. Subclasses give `parts`.
     """
 
-    weights: tuple[float, ...] = ()  # probability of each domain; none: in proportion to the domains' sizes
+    weights: tuple[
+        float, ...
+    ] = ()  # probability of each domain; none: in proportion to the domains' sizes
     interval: int = 0  # training batches between measurements; 0: no held-out batches
     measures: int = 1  # batches of held-out rows in a measurement
 
     def __post_init__(self):
         super().__post_init__()
         if self.interval < 0 or self.measures < 1:
-            raise Refused(f"data.interval={self.interval}, data.measures={self.measures}: expected 0 or more, and 1 or more")
+            raise Refused(
+                f"data.interval={self.interval}, data.measures={self.measures}: expected 0 or more, and 1 or more"
+            )
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]:
@@ -76,7 +92,9 @@ class Domains(Dataset):
         """At the held-out batches of the first two measurements the method moves nothing."""
         if not self.interval or type(method).turns is Method.turns:
             return
-        for step in (start + i for start in (0, self.interval + self.measures) for i in range(self.measures)):
+        for step in (
+            start + i for start in (0, self.interval + self.measures) for i in range(self.measures)
+        ):
             if moved := [role for turn in method.turns if turn.when(step) for role in turn.moves]:
                 raise Refused(
                     f"data.interval={self.interval}, data.measures={self.measures}: {type(method).__name__} would train "
@@ -85,20 +103,30 @@ class Domains(Dataset):
 
     @property
     def probabilities(self) -> np.ndarray:
-        """`weights`, or the domains' natural proportions. Raises Refused unless they are one for each and sum to 1."""
-        given = np.array(self.weights or np.array(self.mixer.sizes) / sum(self.mixer.sizes), np.float64)
+        """`weights`, or the domains' natural proportions. Raises Refused unless they are one for
+        each and sum to 1.
+        """
+        given = np.array(
+            self.weights or np.array(self.mixer.sizes) / sum(self.mixer.sizes), np.float64
+        )
         if given.shape != (len(self.parts),) or (given < 0).any() or abs(given.sum() - 1) > 1e-6:
-            raise Refused(f"data.weights={tuple(self.weights)}: expected a probability for each of {', '.join(self.parts)}")
+            raise Refused(
+                f"data.weights={tuple(self.weights)}: expected a probability for each of {', '.join(self.parts)}"
+            )
         return given / given.sum()
 
     @property
     def share(self) -> int:
         """Rows of each domain in a held-out batch."""
         if self.batch_size % len(self.parts):
-            raise Refused(f"data.batch_size={self.batch_size}: expected a multiple of the {len(self.parts)} domains, for held-out batches")
+            raise Refused(
+                f"data.batch_size={self.batch_size}: expected a multiple of the {len(self.parts)} domains, for held-out batches"
+            )
         return self.batch_size // len(self.parts)
 
-    def read(self, index: int, taken: Sequence[int], rows: slice) -> tuple[dict[str, np.ndarray], list[int]]:
+    def read(
+        self, index: int, taken: Sequence[int], rows: slice
+    ) -> tuple[dict[str, np.ndarray], list[int]]:
         """(rows `rows` of batch `index`, rows taken of each domain after it)."""
         within = index % (self.interval + self.measures) if self.interval else self.measures
         if within >= self.measures:
@@ -109,12 +137,20 @@ class Domains(Dataset):
         return self.rows_of(domain[rows], row[rows], 1), list(taken)
 
     def rows_of(self, domain: np.ndarray, row: np.ndarray, heldout: int) -> dict[str, np.ndarray]:
-        """Row `row[i]` of domain `domain[i]` for every i. Raises Refused where a domain has too few held-out rows."""
+        """Row `row[i]` of domain `domain[i]` for every i. Raises Refused where a domain has too few
+        held-out rows.
+        """
         arrays = [part[heldout] for part in self.parts.values()]
         if heldout and (short := min(len(a["tokens"]) for a in arrays)) <= row.max():
-            raise Refused(f"data.measures={self.measures}: a domain has only {short} held-out rows, {row.max() + 1} are asked for")
+            raise Refused(
+                f"data.measures={self.measures}: a domain has only {short} held-out rows, {row.max() + 1} are asked for"
+            )
         batch = {k: np.stack([arrays[d][k][r] for d, r in zip(domain, row)]) for k in arrays[0]}
-        return {**batch, "domain": domain.astype(np.int32), "heldout": np.full(len(row), heldout, np.float32)}
+        return {
+            **batch,
+            "domain": domain.astype(np.int32),
+            "heldout": np.full(len(row), heldout, np.float32),
+        }
 
     def batch(self, index, rows):
         return self.read(index, [0] * len(self.parts), rows)[0]
@@ -128,10 +164,14 @@ class Domains(Dataset):
         spare = {name: len(held["tokens"]) - first for name, (_, held) in self.parts.items()}
         for name, rows in spare.items():
             if rows < 1:
-                raise Refused(f"data.path={self.path}: the domain {name!r} has {rows + first} held-out rows, expected {first + 1} or more")
+                raise Refused(
+                    f"data.path={self.path}: the domain {name!r} has {rows + first} held-out rows, expected {first + 1} or more"
+                )
         each = min(n // len(self.parts), *spare.values())
         if not each:
-            raise Refused(f"data: {n} held-out rows are asked for, expected at least one of each of {', '.join(self.parts)}")
+            raise Refused(
+                f"data: {n} held-out rows are asked for, expected at least one of each of {', '.join(self.parts)}"
+            )
         domain = np.repeat(np.arange(len(self.parts)), each)
         return self.rows_of(domain, np.tile(first + np.arange(each), len(self.parts)), 1)
 
@@ -140,11 +180,15 @@ class Domains(Dataset):
         heldout = int(split == "test")
         sizes = [len(part[heldout]["tokens"]) for part in self.parts.values()]
         places = [(domain, row) for domain, size in enumerate(sizes) for row in range(size)]
-        one = lambda place: {k: v[0] for k, v in self.rows_of(*np.array(place)[:, None], heldout).items()}
+        one = lambda place: {
+            k: v[0] for k, v in self.rows_of(*np.array(place)[:, None], heldout).items()
+        }
         return Derived(places, one)
 
     def steer(self, hints):
-        return dataclasses.replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in hints.items()})
+        return dataclasses.replace(
+            self, **{k: tuple(v) if isinstance(v, list) else v for k, v in hints.items()}
+        )
 
 
 class _Mixed(grain.DatasetIterator):
@@ -152,7 +196,8 @@ class _Mixed(grain.DatasetIterator):
 
     def __init__(self, data: Domains, rows: slice):
         super().__init__()
-        self._data, self._rows = data, rows
+        self._data = data
+        self._rows = rows
         self.set_state({"index": 0, "taken": [0] * len(data.parts)})
 
     def __next__(self):
@@ -164,19 +209,24 @@ class _Mixed(grain.DatasetIterator):
         return {"index": self._index, "taken": list(self._taken)}
 
     def set_state(self, state):
-        self._index, self._taken = state["index"], list(state["taken"])
+        self._index = state["index"]
+        self._taken = list(state["taken"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folders(Domains):
-    """Every file and folder in `path` is a domain, read by `each` (a data set that keeps its arrays in memory)."""
+    """Every file and folder in `path` is a domain, read by `each` (a data set that keeps its arrays
+    in memory).
+    """
 
     each: Dataset | None = None  # a data.text data set; its own path and batch_size are not used
 
     def __post_init__(self):
         super().__post_init__()
         if not isinstance(self.each, InMemory):
-            raise Refused(f"data.each: {type(self.each).__name__}, expected a data set that keeps its arrays in memory, as data.text's")
+            raise Refused(
+                f"data.each: {type(self.each).__name__}, expected a data set that keeps its arrays in memory, as data.text's"
+            )
 
     @property
     def vocab_size(self):
@@ -189,10 +239,18 @@ class Folders(Domains):
     @functools.cached_property
     def parts(self):
         path = self.existing()
-        names = sorted(p.name for p in path.iterdir() if not p.name.startswith(".")) if path.is_dir() else []
+        names = (
+            sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+            if path.is_dir()
+            else []
+        )
         if not names:
-            raise Refused(f"data.path={self.path}: expected a folder of files and folders, each a domain")
-        sets = {name: dataclasses.replace(self.each, path=str(self.existing() / name)) for name in names}
+            raise Refused(
+                f"data.path={self.path}: expected a folder of files and folders, each a domain"
+            )
+        sets = {
+            name: dataclasses.replace(self.each, path=str(self.existing() / name)) for name in names
+        }
         return {name: (part.arrays("train"), part.arrays("test")) for name, part in sets.items()}
 
 
@@ -200,7 +258,13 @@ class Folders(Domains):
 class Chains(Domains):
     """Random second-order Markov chains (data.language) of differing entropy over one vocabulary."""
 
-    branches: tuple[int, ...] = (2, 3, 4, 6, 8)  # likely successors in each domain; their number is that of the domains
+    branches: tuple[int, ...] = (
+        2,
+        3,
+        4,
+        6,
+        8,
+    )  # likely successors in each domain; their number is that of the domains
     vocab: int = 24
     length: int = 48  # tokens
     size: int = 4000  # training rows of a domain
@@ -208,6 +272,15 @@ class Chains(Domains):
 
     @functools.cached_property
     def parts(self):
-        make = lambda i, branch: Markov(vocab=self.vocab, branch=branch, length=self.length, seed=self.seed * 101 + i, batch_size=self.size)
+        make = lambda i, branch: Markov(
+            vocab=self.vocab,
+            branch=branch,
+            length=self.length,
+            seed=self.seed * 101 + i,
+            batch_size=self.size,
+        )
         chains = {f"chain{i}": make(i, branch) for i, branch in enumerate(self.branches)}
-        return {name: (chain.batch(0, slice(None)), chain.evaluation(self.held)) for name, chain in chains.items()}
+        return {
+            name: (chain.batch(0, slice(None)), chain.evaluation(self.held))
+            for name, chain in chains.items()
+        }

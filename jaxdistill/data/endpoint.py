@@ -1,7 +1,9 @@
-"""Teachers behind an HTTP endpoint that speaks OpenAI's chat completions: retries, a rate limit, resumption, a bill.
+"""Teachers behind an HTTP endpoint that speaks OpenAI's chat completions: retries, a rate limit,
+resumption, a bill.
 
-The server is not trusted: no redirect is followed, an answer has a bound in bytes and in seconds, nothing that it sends is
-unpacked, and what it says in an error becomes one short line without the key.
+The server is not trusted: no redirect is followed, an answer has a bound in bytes and in seconds,
+nothing that it sends is unpacked, and what it says in an error becomes one short line without the
+key.
 """
 
 from __future__ import annotations
@@ -42,17 +44,24 @@ COUNTS = ("prompt_tokens", "completion_tokens")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask and how. `clock` and `sleep` are there for tests. Raises Refused on a field out of range."""
+    """Where to ask and how. `clock` and `sleep` are there for tests. Raises Refused on a field out
+    of range.
+    """
 
     url: str  # up to and without /chat/completions
     model: str
-    key_variable: str = "OPENAI_API_KEY"  # environment variable that holds the key; sent where it is set
+    key_variable: str = (
+        "OPENAI_API_KEY"  # environment variable that holds the key; sent where it is set
+    )
     temperature: float = 0.0
     max_tokens: int = 1024
-    timeout: float = 120.0  # seconds that a whole request may take, from its connection to the last byte of its answer
+    # seconds that a whole request may take, from its connection to the last byte of its answer
+    timeout: float = 120.0
     max_bytes: int = 16 * 2**20  # of an answer, its headers included
-    retries: Natural = 6  # after the first attempt, on 408, 409, 429, 5xx, broken connections and answers that are none
-    backoff: float = 1.0  # seconds before the first retry, doubled for each further one, unless the server names a time
+    # after the first attempt, on 408, 409, 429, 5xx, broken connections and answers that are none
+    retries: Natural = 6
+    # seconds before the first retry, doubled for each further one, unless the server names a time
+    backoff: float = 1.0
     max_wait: float = 300.0  # seconds before a retry, whatever the server names
     per_minute: float = 0.0  # requests a minute at most; 0: no limit
     price_in: float = 0.0  # per million prompt tokens
@@ -61,10 +70,21 @@ class Endpoint:
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self):
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):  # which may be the key itself: it is not repeated
-            raise Refused("endpoint.key_variable: expected the name of an environment variable, as OPENAI_API_KEY")
+        if not re.fullmatch(
+            r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable
+        ):  # which may be the key itself: it is not repeated
+            raise Refused(
+                "endpoint.key_variable: expected the name of an environment variable, as OPENAI_API_KEY"
+            )
         _check_url(self.url)
-        least = {"temperature": 0.0, "max_tokens": 1, "max_bytes": 1, "retries": 0, "backoff": 0.0, "max_wait": 0.0}
+        least = {
+            "temperature": 0.0,
+            "max_tokens": 1,
+            "max_bytes": 1,
+            "retries": 0,
+            "backoff": 0.0,
+            "max_wait": 0.0,
+        }
         for name, low in {**least, "per_minute": 0.0, "price_in": 0.0, "price_out": 0.0}.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value < math.inf:
@@ -75,7 +95,8 @@ class Endpoint:
     def chat(self, messages: Messages) -> dict[str, Any]:
         """{"text", "prompt_tokens", "completion_tokens"} of one answer.
 
-        Raises Refused where the server refuses the request, sends it elsewhere or answers without end, ConnectionError where
+        Raises Refused where the server refuses the request, sends it elsewhere or answers without
+        end, ConnectionError where
         all attempts have failed.
         """
         key = self._key()
@@ -84,7 +105,8 @@ class Endpoint:
             try:
                 return self._attempt(request, key)
             except _Failed as failed:
-                what, wait = str(failed), failed.wait
+                what = str(failed)
+                wait = failed.wait
             if attempt < self.retries:
                 wait = self.backoff * 2.0 ** min(attempt, 60) if wait is None else wait
                 self.sleep(min(wait, self.max_wait))
@@ -92,19 +114,30 @@ class Endpoint:
         raise ConnectionError(_line(f"{self.url}: {attempts}", key))
 
     def _key(self) -> str:
-        """The key, white space around it aside; "" where there is none. Raises Refused, which does not repeat it."""
+        """The key, white space around it aside; "" where there is none. Raises Refused, which does
+        not repeat it.
+        """
         key = os.environ.get(self.key_variable, "").strip()
         if not all("!" <= c <= "~" for c in key):
             where = f"endpoint.key_variable={self.key_variable}"
-            raise Refused(f"{where}: expected a key of printable ASCII in it, without white space inside")
+            raise Refused(
+                f"{where}: expected a key of printable ASCII in it, without white space inside"
+            )
         return key
 
     def _request(self, messages: Messages, key: str) -> urllib.request.Request:
-        body = {"model": self.model, "messages": messages, "temperature": self.temperature, "max_tokens": self.max_tokens}
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
         try:
             data = json.dumps({**body, "messages": list(messages)}).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise Refused(_line(f"messages: {error}; expected a list of role and content", key)) from None
+            raise Refused(
+                _line(f"messages: {error}; expected a list of role and content", key)
+            ) from None
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
@@ -114,13 +147,22 @@ class Endpoint:
         """One exchange. Raises Refused, or _Failed where a further one may help."""
         try:
             with _opener(self.max_bytes).open(request, timeout=self.timeout) as reply:
-                status, headers, body = reply.status, reply.headers, _body(reply)
+                status = reply.status
+                headers = reply.headers
+                body = _body(reply)
         except _TooLong:
-            raise Refused(f"{self.url}: more than max_bytes={self.max_bytes} in one answer") from None
+            raise Refused(
+                f"{self.url}: more than max_bytes={self.max_bytes} in one answer"
+            ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _Failed(f"{type(error).__name__}: {error}") from None
         if 300 <= status < 400:
-            raise Refused(_line(f"{self.url}: HTTP {status}: sent on to {self._host(headers)}, not followed", key))
+            raise Refused(
+                _line(
+                    f"{self.url}: HTTP {status}: sent on to {self._host(headers)}, not followed",
+                    key,
+                )
+            )
         said = _line(body.decode(errors="replace"), key)
         if status >= 500 or status in AGAIN:
             raise _Failed(f"HTTP {status}: {said}", _seconds(headers.get("Retry-After", "")))
@@ -132,12 +174,17 @@ class Endpoint:
             raise
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             kind = f"HTTP {status}, {headers.get('Content-Type', 'no type')}, {headers.get('Content-Encoding', 'not packed')}"
-            raise _Failed(f"{type(error).__name__}: {error} in an answer ({kind}): {said}") from None
+            raise _Failed(
+                f"{type(error).__name__}: {error} in an answer ({kind}): {said}"
+            ) from None
 
     def _host(self, headers: http.client.HTTPMessage) -> str:
         """The host that a redirect names."""
         try:
-            return urllib.parse.urlsplit(urllib.parse.urljoin(self.url, headers["Location"])).hostname or "nowhere"
+            return (
+                urllib.parse.urlsplit(urllib.parse.urljoin(self.url, headers["Location"])).hostname
+                or "nowhere"
+            )
         except (ValueError, TypeError):
             return "nowhere"
 
@@ -153,17 +200,25 @@ class Endpoint:
         return {"text": text, **self._counts(reply.get("usage"), key)}
 
     def _counts(self, usage: Any, key: str) -> dict[str, int]:
-        """Tokens that an answer has used; 0 where the server does not say, or, with a warning, where it says no count."""
+        """Tokens that an answer has used; 0 where the server does not say, or, with a warning,
+        where it says no count.
+        """
         said = usage if isinstance(usage, dict) else {}
         counts = {name: said[name] if _is_count(said.get(name)) else 0 for name in COUNTS}
-        sound = usage is None or (usage is said and all(said.get(name) in (None, count) for name, count in counts.items()))
+        sound = usage is None or (
+            usage is said and all(said.get(name) in (None, count) for name, count in counts.items())
+        )
         if not sound:  # the answer has been paid for: it is kept
-            logging.warning("%s", _line(f"{self.url}: usage {usage!r} has no counts: 0 in the bill", key))
+            logging.warning(
+                "%s", _line(f"{self.url}: usage {usage!r} has no counts: 0 in the bill", key)
+            )
         return counts
 
 
 class _Failed(Exception):
-    """An attempt that another may follow; `wait`: seconds that the server asks for, None where it does not."""
+    """An attempt that another may follow; `wait`: seconds that the server asks for, None where it
+    does not.
+    """
 
     def __init__(self, what: str, wait: float | None = None):
         super().__init__(what)
@@ -178,7 +233,10 @@ class _Reader(io.RawIOBase):
     """What a socket receives, until a time and up to a number of bytes."""
 
     def __init__(self, sock: Any, until: float, most: int):
-        self.sock, self.raw, self.until, self.left = sock, sock.makefile("rb", buffering=0), until, most
+        self.sock = sock
+        self.raw = sock.makefile("rb", buffering=0)
+        self.until = until
+        self.left = most
 
     def readable(self) -> bool:
         return True
@@ -200,7 +258,9 @@ class _Socket:
     """A connected socket as http.client uses it, with one deadline for all that goes through it."""
 
     def __init__(self, sock: Any, until: float, most: int):
-        self.sock, self.until, self.most = sock, until, most
+        self.sock = sock
+        self.until = until
+        self.most = most
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_Reader(self.sock, self.until, self.most))
@@ -216,7 +276,9 @@ class _Socket:
 
 
 class _Bounded:
-    """Before a connection of http.client: its `timeout` is that of the whole exchange, and `most` its bytes."""
+    """Before a connection of http.client: its `timeout` is that of the whole exchange, and `most`
+    its bytes.
+    """
 
     most = 0
 
@@ -288,7 +350,9 @@ def _line(text: str, key: str) -> str:
 
 
 def _redacted(text: str, key: str) -> str:
-    """`text` with [key] in place of each run of characters of the key, as it is or as JSON, Python or a URL write it."""
+    """`text` with [key] in place of each run of characters of the key, as it is or as JSON, Python
+    or a URL write it.
+    """
     if not key:
         return text
     size = min(len(key), WINDOW)
@@ -302,7 +366,9 @@ def _redacted(text: str, key: str) -> str:
 
 
 def _seconds(text: str) -> float | None:
-    """Retry-After, seconds or a date (RFC 9110, section 10.2.3), in seconds; None where it says nothing that can be waited for."""
+    """Retry-After, seconds or a date (RFC 9110, section 10.2.3), in seconds; None where it says
+    nothing that can be waited for.
+    """
     if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text.strip()):
         return float(text)
     try:
@@ -318,7 +384,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_url(url: str) -> None:
-    """Raises Refused where `url` is not http(s)://host[:port][/path]; a password in it is not repeated."""
+    """Raises Refused where `url` is not http(s)://host[:port][/path]; a password in it is not
+    repeated.
+    """
     expected = "expected http(s)://host[:port][/path]"
     try:
         parts = urllib.parse.urlsplit(url)
@@ -328,19 +396,31 @@ def _check_url(url: str) -> None:
     if not sound or not all("!" <= c <= "~" for c in url):
         raise Refused(f"endpoint.url={url.rpartition('@')[2]!r}: {expected}")
     if parts.username is not None or parts.query or parts.fragment:
-        raise Refused(f"endpoint.url: {expected} on {parts.hostname}, without user, query or fragment")
+        raise Refused(
+            f"endpoint.url: {expected} on {parts.hostname}, without user, query or fragment"
+        )
 
 
-def ask_all(endpoint: Endpoint, questions: Iterable[tuple[str, Messages]], file: str | Path, workers: int = 8) -> dict[str, float]:
-    """Asks every (id, messages) whose id `file` does not have yet; each answer becomes a JSON line {"id", "text", ...} at once.
+def ask_all(
+    endpoint: Endpoint,
+    questions: Iterable[tuple[str, Messages]],
+    file: str | Path,
+    workers: int = 8,
+) -> dict[str, float]:
+    """Asks every (id, messages) whose id `file` does not have yet; each answer becomes a JSON line
+    {"id", "text", ...} at once.
 
-    Run again after an interruption it asks what is missing and no id twice. Returns the bill of the whole file: requests,
-    prompt_tokens, completion_tokens, cost. The first error stops it, and what was answered stays. Raises Refused before the
+    Run again after an interruption it asks what is missing and no id twice. Returns the bill of the
+    whole file: requests,
+    prompt_tokens, completion_tokens, cost. The first error stops it, and what was answered stays.
+    Raises Refused before the
     first request where `file` holds something else, or where one id has two questions.
     """
     if workers < 1:
         raise Refused(f"workers={workers}: expected at least 1")
-    file, lock, due = Path(file), threading.Lock(), [endpoint.clock()]
+    file = Path(file)
+    lock = threading.Lock()
+    due = [endpoint.clock()]
     answered = {record["id"] for record in read(file)}
     fresh = _fresh(questions, answered)
 
@@ -349,7 +429,8 @@ def ask_all(endpoint: Endpoint, questions: Iterable[tuple[str, Messages]], file:
         if endpoint.per_minute:
             with lock:
                 now = endpoint.clock()
-                wait, due[0] = max(0.0, due[0] - now), max(due[0], now) + 60.0 / endpoint.per_minute
+                wait = max(0.0, due[0] - now)
+                due[0] = max(due[0], now) + 60.0 / endpoint.per_minute
             if wait:
                 endpoint.sleep(wait)
 
@@ -400,7 +481,8 @@ def _appending(file: Path) -> io.TextIOBase:
 
 
 def read(file: str | Path) -> list[dict[str, Any]]:
-    """The answers in a file. A last line that was cut off is removed from it, so that what follows is whole.
+    """The answers in a file. A last line that was cut off is removed from it, so that what follows
+    is whole.
 
     Raises Refused, naming the line, where another is no answer; the file is then left as it is.
     """
@@ -409,13 +491,17 @@ def read(file: str | Path) -> list[dict[str, Any]]:
         data = file.read_bytes() if file.exists() else b""
         *lines, last = data.split(b"\n")
         if last and _parsed(last) is None and not _began(last):
-            raise Refused(f"{file}: line {len(lines) + 1} is no answer; expected a JSON object with id, text and counts")
+            raise Refused(
+                f"{file}: line {len(lines) + 1} is no answer; expected a JSON object with id, text and counts"
+            )
         records = []
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             if (record := _parsed(line)) is None:
-                raise Refused(f"{file}: line {number} is no answer; expected a JSON object with id, text and counts")
+                raise Refused(
+                    f"{file}: line {number} is no answer; expected a JSON object with id, text and counts"
+                )
             records.append(record)
         if last and (record := _parsed(last)) is not None:  # whole but for its end
             records.append(record)
@@ -441,8 +527,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _began(line: bytes) -> bool:
-    """Whether a line may be the beginning of a record; a crash of the machine may leave zeros at its end."""
-    head, text = b'{"id": "', line.rstrip(b"\0")
+    """Whether a line may be the beginning of a record; a crash of the machine may leave zeros at
+    its end.
+    """
+    head = b'{"id": "'
+    text = line.rstrip(b"\0")
     return text[: len(head)] == head[: len(text)]
 
 
@@ -450,5 +539,7 @@ def bill(endpoint: Endpoint, file: str | Path) -> dict[str, float]:
     """What the answers in `file` have used, and cost at the endpoint's prices."""
     records = read(file)
     used = {name: sum(record[name] for record in records) for name in COUNTS}
-    cost = (used["prompt_tokens"] * endpoint.price_in + used["completion_tokens"] * endpoint.price_out) / 1e6
+    cost = (
+        used["prompt_tokens"] * endpoint.price_in + used["completion_tokens"] * endpoint.price_out
+    ) / 1e6
     return {"requests": len(records), **used, "cost": cost}

@@ -1,4 +1,6 @@
-"""MNIST and its relatives in their own format (yann.lecun.com/exdb/mnist): IDX files, plain or gzipped."""
+"""MNIST and its relatives in their own format (yann.lecun.com/exdb/mnist): IDX files, plain or
+gzipped.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ UNSIGNED_BYTES = 0x08  # the header's code for the element type
 class IDX(InMemory):
     """x float32 [H, W, 1] in [-1, 1]; cond int32 label; null_cond the number of classes.
 
-    Folder `path` holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-... for evaluation, each as it is
+    Folder `path` holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-... for
+    evaluation, each as it is
     or with ".gz". Raises Refused on a missing, truncated or other file.
     """
 
@@ -35,11 +38,16 @@ class IDX(InMemory):
 
     def arrays(self, split):
         classes = self.classes
-        images, labels = self._read(split, "images", 3), self._read(split, "labels", 1)
+        images = self._read(split, "images", 3)
+        labels = self._read(split, "labels", 1)
         if len(images) != len(labels):
-            raise Refused(f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and {len(labels)} labels")
+            raise Refused(
+                f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and {len(labels)} labels"
+            )
         if labels.max() >= classes:
-            raise Refused(f"data.path={self.path}: {PREFIX[split]} has label {labels.max()}, the training set 0 to {classes - 1}")
+            raise Refused(
+                f"data.path={self.path}: {PREFIX[split]} has label {labels.max()}, the training set 0 to {classes - 1}"
+            )
         if self.size:
             images = np.pad(images, [(0, 0), *map(self._margins, images.shape[1:])])
         x = images.astype(np.float32)
@@ -51,11 +59,14 @@ class IDX(InMemory):
     def _margins(self, side: int) -> tuple[int, int]:
         room = self.size - side
         if room < 0:
-            raise Refused(f"data.size={self.size}: the images have {side} pixels a side, and are padded only")
+            raise Refused(
+                f"data.size={self.size}: the images have {side} pixels a side, and are padded only"
+            )
         return room // 2, room - room // 2
 
     def _read(self, split: str, kind: str, axes: int) -> np.ndarray:
-        folder, name = self.existing(), f"{PREFIX[split]}-{kind}-idx{axes}-ubyte"
+        folder = self.existing()
+        name = f"{PREFIX[split]}-{kind}-idx{axes}-ubyte"
         for file in (folder / name, folder / f"{name}.gz"):
             if file.is_file():
                 return read(file, axes)
@@ -67,19 +78,24 @@ def read(file: Path, axes: int) -> np.ndarray:
 
     Raises Refused where header and length do not agree with that.
     """
-    raw, start = contents(file), 4 + 4 * axes
+    raw = contents(file)
+    start = 4 + 4 * axes
     head = _gunzip(file, raw, start) if file.suffix == ".gz" else raw
     if len(head) < start:
         raise Refused(f"{file}: expected a header of {start} bytes, found {len(head)} in all")
     expected = bytes([0, 0, UNSIGNED_BYTES, axes])
     if head[:4] != expected:
-        raise Refused(f"{file}: begins with 0x{head[:4].hex()}, expected 0x{expected.hex()} (unsigned bytes, {axes} axes)")
+        raise Refused(
+            f"{file}: begins with 0x{head[:4].hex()}, expected 0x{expected.hex()} (unsigned bytes, {axes} axes)"
+        )
     shape = np.frombuffer(head, ">u4", axes, 4).tolist()
     size = start + math.prod(shape)
     if not math.prod(shape):
         raise Refused(f"{file}: holds no samples, its shape is {tuple(shape)}")
     if size > len(raw) * (DENSEST if file.suffix == ".gz" else 1):
-        raise Refused(f"{file}: expected {size} bytes for shape {tuple(shape)}, found {len(raw)} in the file")
+        raise Refused(
+            f"{file}: expected {size} bytes for shape {tuple(shape)}, found {len(raw)} in the file"
+        )
     data = _gunzip(file, raw, size + 1) if file.suffix == ".gz" else raw
     if len(data) != size:
         more = "more" if len(data) > size else f"{len(data)}"
@@ -88,8 +104,10 @@ def read(file: Path, axes: int) -> np.ndarray:
 
 
 def _gunzip(file: Path, raw: bytes, most: int) -> bytes:
-    """The first `most` bytes that a gzip file holds; of a truncated one, what is left. Refused where it is none, or its
-    checksum is wrong."""
+    """The first `most` bytes that a gzip file holds; of a truncated one, what is left. Refused
+    where it is none, or its
+    checksum is wrong.
+    """
     data = b""
     try:
         while raw and len(data) < most:

@@ -1,4 +1,6 @@
-"""Photographs from files: Hugging Face parquet shards, or one folder per class. Decoded when read, never all at once."""
+"""Photographs from files: Hugging Face parquet shards, or one folder per class. Decoded when read,
+never all at once.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,63 @@ from jaxdistill.core.types import Refused, lookup, one_line, printable
 from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
 
 COLUMNS = ("image", "img")  # what Hugging Face sets call their pictures
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")  # as PIL names them (JPEG: MPO too); no other decoder is asked
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "AVIF",
+    "PPM",
+)  # as PIL names them (JPEG: MPO too); no other decoder is asked
 SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+    ),
     *(".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
-UNREAD = (".heic", ".heif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".exr", ".hdr")  # nor by PIL
-DOCUMENTS = (".pdf", ".ps", ".h5", ".hdf")  # PIL's too, but about a data set where they lie beside its class folders
-SPLITS = ("test", "testing", "val", "valid", "validation", "dev", "eval")  # what held-out folders are called elsewhere
+UNREAD = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+    ".raw",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".exr",
+    ".hdr",
+)  # nor by PIL
+DOCUMENTS = (
+    ".pdf",
+    ".ps",
+    ".h5",
+    ".hdf",
+)  # PIL's too, but about a data set where they lie beside its class folders
+SPLITS = (
+    "test",
+    "testing",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+)  # what held-out folders are called elsewhere
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 ADAM7 = (  # first column and row, and the steps between them, of each pass of an interlaced PNG
     *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
@@ -53,7 +104,8 @@ TURNS = {  # EXIF orientation -> what makes the picture upright
 class Images(Records):
     """x float32 [size, size, 3] in [-1, 1]; cond int32 label; null_cond the number of classes.
 
-    Records are (name, encoded image, label). The middle square is cut out and resized. Raises Refused, naming the file
+    Records are (name, encoded image, label). The middle square is cut out and resized. Raises
+    Refused, naming the file
     or row, where an image cannot be decoded.
     """
 
@@ -79,17 +131,26 @@ class Images(Records):
     def example(self, record):
         name, data, label = record
         label = self.known(label, name)
-        return {"x": decode(data, self.size, name), "cond": np.int32(label), "null_cond": np.int32(self.classes)}
+        return {
+            "x": decode(data, self.size, name),
+            "cond": np.int32(label),
+            "null_cond": np.int32(self.classes),
+        }
 
     def augment(self, example, rng):
-        return {**example, "x": example["x"][:, ::-1]} if self.flip and rng.random() < 0.5 else example
+        return (
+            {**example, "x": example["x"][:, ::-1]} if self.flip and rng.random() < 0.5 else example
+        )
 
 
 def decode(data: bytes, size: int, name: str) -> np.ndarray:
-    """The middle square of an encoded image, resized (bicubic, antialiased): float32 [size, size, 3] in [-1, 1].
+    """The middle square of an encoded image, resized (bicubic, antialiased): float32 [size, size,
+    3] in [-1, 1].
 
-    It stands upright, as EXIF says; what is transparent lies on white; of several pictures (an animation) it is the first.
-    Raises Refused, with `name`, where the image is damaged, is none of FORMATS, has more than 8 bits a channel, or more than
+    It stands upright, as EXIF says; what is transparent lies on white; of several pictures (an
+    animation) it is the first.
+    Raises Refused, with `name`, where the image is damaged, is none of FORMATS, has more than 8
+    bits a channel, or more than
     BYTES or PIXELS.
     """
     if len(data) > BYTES:
@@ -110,7 +171,9 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
         raise Refused(f"{name}: damaged image ({one_line(error)})") from error
     image = image if turn is None else image.transpose(turn)
     side, left, top = min(image.size), *((s - min(image.size)) // 2 for s in image.size)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    image = image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
+    )
     return np.asarray(image, np.float32) / 127.5 - 1.0
 
 
@@ -120,19 +183,27 @@ def check_pixels(image: Image.Image, data: bytes, name: str) -> None:
     if not 0 < width * height <= PIXELS:
         raise Refused(f"{name}: {width} x {height} pixels, expected at most {PIXELS:,} in all")
     depth = bits(image, data)
-    if image.mode.startswith(("I", "F")) or depth > 8:  # of 16 bits of colour PIL drops 8 without a word
-        raise Refused(f"{name}: pixels of mode {image.mode}, expected 8 bits a channel, found {depth}")
+    if (
+        image.mode.startswith(("I", "F")) or depth > 8
+    ):  # of 16 bits of colour PIL drops 8 without a word
+        raise Refused(
+            f"{name}: pixels of mode {image.mode}, expected 8 bits a channel, found {depth}"
+        )
 
 
 def check_rows(data: bytes, name: str) -> None:
-    """Raises Refused where a PNG that PIL has read holds less than the rows of its header: PIL leaves the rest black."""
+    """Raises Refused where a PNG that PIL has read holds less than the rows of its header: PIL
+    leaves the rest black.
+    """
     width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
     expected = 0
     for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns = -(-(width - left) // across)
         rows = -(-(height - top) // down)
         if columns > 0 and rows > 0:
-            expected += rows * (1 + -(-columns * depth * CHANNELS[colours] // 8))  # a byte names each row's filter
+            expected += rows * (
+                1 + -(-columns * depth * CHANNELS[colours] // 8)
+            )  # a byte names each row's filter
     found = 0
     stream = zlib.decompressobj()
     for piece in _png_data(data):
@@ -148,7 +219,9 @@ def check_rows(data: bytes, name: str) -> None:
 
 
 def _png_data(data: bytes, size: int = 1 << 16) -> Iterator[bytes]:
-    """What the IDAT chunks of a PNG hold, in pieces of up to `size` bytes, so that each inflates to little."""
+    """What the IDAT chunks of a PNG hold, in pieces of up to `size` bytes, so that each inflates to
+    little.
+    """
     at = 8
     while at + 8 <= len(data):
         length = int.from_bytes(data[at : at + 4])
@@ -169,7 +242,9 @@ def bits(image: Image.Image, data: bytes) -> int:
         return how[1].bit_length() if isinstance(how, tuple) else 16 if "16" in how else 8
     if image.format == "AVIF":
         at = data.find(b"av1C") + 6
-        return 10 if data[at] & 0x40 else 8  # high_bitdepth of AV1CodecConfigurationBox; 12 bits have it too
+        return (
+            10 if data[at] & 0x40 else 8
+        )  # high_bitdepth of AV1CodecConfigurationBox; 12 bits have it too
     return 8
 
 
@@ -193,7 +268,8 @@ def flat(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParquetImages(Images):
-    """Folder `path` of train-*.parquet and test-*.parquet: a struct column "image" or "img" with `bytes`, and labels.
+    """Folder `path` of train-*.parquet and test-*.parquet: a struct column "image" or "img" with
+    `bytes`, and labels.
 
     The encoded images stay in memory; larger sets belong into ArrayRecord files.
     """
@@ -216,7 +292,9 @@ class ParquetImages(Images):
 
     @functools.cached_property
     def classes(self):
-        return 1 + int(np.concatenate([shard.labels for shard in self._shards("train").parts]).max(initial=-1))
+        return 1 + int(
+            np.concatenate([shard.labels for shard in self._shards("train").parts]).max(initial=-1)
+        )
 
     def _files(self, split: str) -> list[Path]:
         return sorted(self.existing().glob(f"{split}-*.parquet"))
@@ -230,7 +308,9 @@ class ParquetImages(Images):
 
 
 class Shard(Sequence):
-    """One parquet file: (name, encoded image, label) by row. Raises Refused on other columns or a damaged file."""
+    """One parquet file: (name, encoded image, label) by row. Raises Refused on other columns or a
+    damaged file.
+    """
 
     def __init__(self, file: Path, label: str):
         self.file = file
@@ -240,31 +320,49 @@ class Shard(Sequence):
                 names = parquet.schema_arrow.names
                 image = next((name for name in COLUMNS if name in names), None)
                 if image is None:
-                    raise Refused(f"{file}: no column {' or '.join(COLUMNS)}, found {one_line(', '.join(names))}")
-                lookup({name: None for name in names if name.isprintable()}, label, f"{file}: column")
+                    raise Refused(
+                        f"{file}: no column {' or '.join(COLUMNS)}, found {one_line(', '.join(names))}"
+                    )
+                lookup(
+                    {name: None for name in names if name.isprintable()}, label, f"{file}: column"
+                )
                 kind, number = (parquet.schema_arrow.field(name).type for name in (image, label))
                 if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-                    raise Refused(f"{file}: column {image!r} is {kind}, expected a struct with bytes")
-                if not (pa.types.is_binary(kind.field("bytes").type) or pa.types.is_large_binary(kind.field("bytes").type)):
-                    raise Refused(f"{file}: column {image!r} is {kind}, expected bytes of the type binary")
+                    raise Refused(
+                        f"{file}: column {image!r} is {kind}, expected a struct with bytes"
+                    )
+                if not (
+                    pa.types.is_binary(kind.field("bytes").type)
+                    or pa.types.is_large_binary(kind.field("bytes").type)
+                ):
+                    raise Refused(
+                        f"{file}: column {image!r} is {kind}, expected bytes of the type binary"
+                    )
                 batches = list(parquet.iter_batches(1024, columns=[f"{image}.bytes", label]))
         except Refused:
             raise
         except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
             raise Refused(f"{file}: damaged parquet file ({one_line(error)})") from error
-        self.images = pa.chunked_array([batch.column(image).field("bytes") for batch in batches], kind.field("bytes").type)
+        self.images = pa.chunked_array(
+            [batch.column(image).field("bytes") for batch in batches], kind.field("bytes").type
+        )
         labels = pa.chunked_array([batch.column(label) for batch in batches], number)
         if labels.null_count or not pa.types.is_integer(labels.type):
-            raise Refused(f"{file}: column {label!r} is {labels.type} with {labels.null_count} empty rows, expected integers")
+            raise Refused(
+                f"{file}: column {label!r} is {labels.type} with {labels.null_count} empty rows, expected integers"
+            )
         self.labels = labels.to_numpy()
         if len(self.labels) and int(self.labels.max()) > LABELS:
-            raise Refused(f"{file} row {self.labels.argmax()}: label {self.labels.max()}, expected at most {LABELS}")
+            raise Refused(
+                f"{file} row {self.labels.argmax()}: label {self.labels.max()}, expected at most {LABELS}"
+            )
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        name, data = f"{self.file} row {i}", self.images[i].as_py()
+        name = f"{self.file} row {i}"
+        data = self.images[i].as_py()
         if data is None:
             raise Refused(f"{name}: no image")
         return name, data, int(self.labels[i])
@@ -272,10 +370,12 @@ class Shard(Sequence):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFolder(Images):
-    """Images in path/train/CLASS/ and path/test/CLASS/, or in path/CLASS/ alone; classes in the order of their names. Every
+    """Images in path/train/CLASS/ and path/test/CLASS/, or in path/CLASS/ alone; classes in the
+    order of their names. Every
     image is read, or one that cannot be is refused: see `_listed` and `_check_beside`.
 
-    Without a test folder a share is held out by a hash of each image's name, so that new images move no old ones.
+    Without a test folder a share is held out by a hash of each image's name, so that new images
+    move no old ones.
     """
 
     def source(self, split):
@@ -301,7 +401,8 @@ class ImageFolder(Images):
     @functools.cached_property
     def _roots(self) -> tuple[Path, Path | None]:
         path = self.existing()
-        train, test = path / "train", path / "test"
+        train = path / "train"
+        test = path / "test"
         if test.is_dir() and not train.is_dir():
             raise Refused(f"data.path={self.path}: a test folder, but no train folder")
         held = test if test.is_dir() else None
@@ -312,8 +413,11 @@ class ImageFolder(Images):
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _listed(self, root: Path) -> list[tuple[Path, int]]:
-        """(file, label) of every picture. Raises Refused where one would be left out: beside the class folders, deeper in
-        them, or of a format that is not read; and where a class has none. Other files are counted in the log."""
+        """(file, label) of every picture. Raises Refused where one would be left out: beside the
+        class folders, deeper in
+        them, or of a format that is not read; and where a class has none. Other files are counted
+        in the log.
+        """
         labels = {name: label for label, name in enumerate(self.names)}
         folders = [(root / name, lookup(labels, name, f"{root}: class")) for name in _folders(root)]
         others: Counter[str] = Counter()
@@ -326,7 +430,9 @@ class ImageFolder(Images):
         _check_loose(root)
         if others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
-            logging.warning("%s: %d files are no images and are not read (%s)", root, others.total(), kinds)
+            logging.warning(
+                "%s: %d files are no images and are not read (%s)", root, others.total(), kinds
+            )
         return [(file, label) for pictures, label in found for file in pictures]
 
 
@@ -345,8 +451,10 @@ class Files(Sequence):
 
 
 def _pictures(folder: Path, others: Counter[str]) -> list[Path]:
-    """The images of one class, by name. Hidden files are passed over, what is no image is counted in `others`, by suffix;
-    raises Refused on an image that would not be read, or whose name is not UTF-8."""
+    """The images of one class, by name. Hidden files are passed over, what is no image is counted
+    in `others`, by suffix;
+    raises Refused on an image that would not be read, or whose name is not UTF-8.
+    """
     out = []
     for file in sorted(_seen(folder)):
         if file.suffix.lower() in SUFFIXES:
@@ -355,10 +463,14 @@ def _pictures(folder: Path, others: Counter[str]) -> list[Path]:
         elif file.is_dir():
             for deep in _deep(file):
                 if _pictured(deep):
-                    raise Refused(f"{deep}: an image in a folder inside the class folder {folder.name!r}, expected it in that itself")
+                    raise Refused(
+                        f"{deep}: an image in a folder inside the class folder {folder.name!r}, expected it in that itself"
+                    )
                 others[_sort(deep)] += 1
         elif _pictured(file):
-            raise Refused(f"{file}: an image of a kind that is not read, expected {' '.join(SUFFIXES)}")
+            raise Refused(
+                f"{file}: an image of a kind that is not read, expected {' '.join(SUFFIXES)}"
+            )
         else:
             others[_sort(file)] += 1
     return out
@@ -385,7 +497,9 @@ def _seen(folder: Path) -> list[Path]:
 def _deep(folder: Path) -> Iterator[Path]:
     """The files of a folder and of those inside it, hidden ones apart."""
     for file in folder.rglob("*"):
-        if not file.is_dir() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+        if not file.is_dir() and not any(
+            part.startswith(".") for part in file.relative_to(folder).parts
+        ):
             yield file
 
 
@@ -395,7 +509,9 @@ def _loose(file: Path) -> bool:
 
 
 def _check_loose(root: Path) -> None:
-    """Raises Refused on an image that lies beside folders, and on a link to a folder that is not there."""
+    """Raises Refused on an image that lies beside folders, and on a link to a folder that is not
+    there.
+    """
     for file in _seen(root):
         if file.is_symlink() and not file.exists():
             raise Refused(f"{file}: a link to nothing, expected a folder")
@@ -404,8 +520,10 @@ def _check_loose(root: Path) -> None:
 
 
 def _check_beside(path: Path, test: Path | None) -> None:
-    """Raises Refused on images beside the folders "train" and "test" of `path`, and where held-out ones are in a folder of
-    another name than "test". With a test folder, further held-out ones are named in the log."""
+    """Raises Refused on images beside the folders "train" and "test" of `path`, and where held-out
+    ones are in a folder of
+    another name than "test". With a test folder, further held-out ones are named in the log.
+    """
     _check_loose(path)
     for folder in _seen(path):
         if not folder.is_dir() or folder.name in ("train", "test"):
@@ -414,10 +532,18 @@ def _check_beside(path: Path, test: Path | None) -> None:
         if first is None:
             continue
         if folder.name.lower() not in SPLITS:
-            raise Refused(f"{first}: an image beside the train folder, expected it in {path / 'train'}")
+            raise Refused(
+                f"{first}: an image beside the train folder, expected it in {path / 'train'}"
+            )
         if test is None:
-            raise Refused(f"{folder}: images beside the train folder that would not be read, expected the name 'test'")
-        logging.warning("%s: its images are not read, those of %s are held out", printable(str(folder)), printable(str(test)))
+            raise Refused(
+                f"{folder}: images beside the train folder that would not be read, expected the name 'test'"
+            )
+        logging.warning(
+            "%s: its images are not read, those of %s are held out",
+            printable(str(folder)),
+            printable(str(test)),
+        )
 
 
 def _check_name(entry: Path) -> None:
@@ -425,7 +551,9 @@ def _check_name(entry: Path) -> None:
     try:
         entry.name.encode()
     except UnicodeEncodeError as error:
-        raise Refused(f"{entry.parent}: the name {entry.name!r} is not UTF-8, expected one that is") from error
+        raise Refused(
+            f"{entry.parent}: the name {entry.name!r} is not UTF-8, expected one that is"
+        ) from error
 
 
 def _opens(file: Path) -> bool:

@@ -13,8 +13,10 @@ from jaxdistill.data.language import Markov
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patterns(Dataset):
-    """tokens int32, mask bool [length], label int32: which of two rare patterns (a b c, or c b a) a text of the first
-    language has; `size` of them for training. general_tokens, general_mask: endless text of all `languages` (first-order
+    """tokens int32, mask bool [length], label int32: which of two rare patterns (a b c, or c b a) a
+    text of the first
+    language has; `size` of them for training. general_tokens, general_mask: endless text of all
+    `languages` (first-order
     Markov chains over one vocabulary).
 
     Evaluation: half in the first language, half in the second (domain int32 0, 1).
@@ -29,13 +31,19 @@ class Patterns(Dataset):
 
     @functools.cached_property
     def chains(self) -> list[Markov]:
-        return [Markov(order=1, branch=2, vocab=self.vocab, length=self.length, seed=self.seed * 101 + i) for i in range(self.languages)]
+        return [
+            Markov(
+                order=1, branch=2, vocab=self.vocab, length=self.length, seed=self.seed * 101 + i
+            )
+            for i in range(self.languages)
+        ]
 
     def planted(self, language: int, n: int, key: int) -> dict[str, np.ndarray]:
         """`n` texts of a language with a pattern somewhere in each."""
         rng = np.random.default_rng([self.seed, 5, key])
         tokens = self.chains[language].walk(rng.random((n, self.length)))["tokens"]
-        label, at = rng.integers(0, 2, n).astype(np.int32), rng.integers(0, self.length - 2, n)
+        label = rng.integers(0, 2, n).astype(np.int32)
+        at = rng.integers(0, self.length - 2, n)
         pattern = np.array([[3, 1, 2], [2, 1, 3]], np.int32)[label]
         for column in range(3):
             tokens[np.arange(n), at + column] = pattern[:, column]
@@ -47,9 +55,12 @@ class Patterns(Dataset):
 
     def batch(self, index, rows):
         at = index * self.batch_size + np.arange(self.batch_size)[rows]
-        pick = np.array([_order(self.seed, self.size, int(p // self.size))[p % self.size] for p in at])
+        pick = np.array(
+            [_order(self.seed, self.size, int(p // self.size))[p % self.size] for p in at]
+        )
         rng = np.random.default_rng([self.seed, 6, index])
-        kind, u = rng.integers(0, self.languages, self.batch_size)[rows], rng.random((self.batch_size, self.length))[rows]
+        kind = rng.integers(0, self.languages, self.batch_size)[rows]
+        u = rng.random((self.batch_size, self.length))[rows]
         every = np.stack([chain.walk(u)["tokens"] for chain in self.chains])
         general = every[kind, np.arange(len(kind))]
         return {
@@ -60,4 +71,7 @@ class Patterns(Dataset):
 
     def evaluation(self, n):
         parts = [self.planted(language, n // 2, 1 + language) for language in (0, 1)]
-        return {**{k: np.concatenate([p[k] for p in parts]) for k in parts[0]}, "domain": np.repeat(np.int32([0, 1]), n // 2)}
+        return {
+            **{k: np.concatenate([p[k] for p in parts]) for k in parts[0]},
+            "domain": np.repeat(np.int32([0, 1]), n // 2),
+        }

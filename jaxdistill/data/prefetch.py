@@ -1,4 +1,6 @@
-"""Batches on the device before they are asked for: one thread reads and copies while the last step still runs."""
+"""Batches on the device before they are asked for: one thread reads and copies while the last step
+still runs.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,27 @@ from jaxdistill.core.types import Refused
 
 
 class DevicePrefetch:
-    """Yields `(put(batch), state)` for every batch of `loader`, in its order, read at most `depth` batches ahead.
+    """Yields `(put(batch), state)` for every batch of `loader`, in its order, read at most `depth`
+    batches ahead.
 
-    `state` is `loader.get_state()` right after that batch: saved with what the step has consumed, it resumes there,
-    whatever was read ahead. Both `next(loader)` and `put` run in the thread, where the caller's context managers (a
-    mesh, a default device) do not hold. What they raise, the end of the loader included, is raised again here.
+    `state` is `loader.get_state()` right after that batch: saved with what the step has consumed,
+    it resumes there,
+    whatever was read ahead. Both `next(loader)` and `put` run in the thread, where the caller's
+    context managers (a
+    mesh, a default device) do not hold. What they raise, the end of the loader included, is raised
+    again here.
     Leaving the `with` block, or `close()`, ends the thread after the batch that it is working on.
     """
 
     def __init__(self, loader: Iterator, put: Callable[[Any], Any], depth: int = 2):
         if depth < 1:
             raise Refused(f"depth={depth}: expected at least 1 batch")
-        self._loader, self._put = loader, put
-        self._slots, self._ready = threading.Semaphore(depth), queue.SimpleQueue()
-        self._closed, self._end = threading.Event(), None
+        self._loader = loader
+        self._put = put
+        self._slots = threading.Semaphore(depth)
+        self._ready = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._end = None
         self._thread = threading.Thread(target=self._work, name="device-prefetch", daemon=True)
         self._thread.start()
 

@@ -1,4 +1,6 @@
-"""Small pictures with captions of three words: the smallest text-conditional data set, made on the fly."""
+"""Small pictures with captions of three words: the smallest text-conditional data set, made on the
+fly.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ WORDS = ("<s>", *SHAPES, *COLOURS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes(Dataset):
-    """x float32 [6, 6, 3] in -1 to 1: a shape of one colour on black, at one of nine places. cond: text float32 [3, dim], the
-    embeddings of "<s>", shape and colour, and mask bool [3], False for a colour that is not told. null_cond: "<s>" alone.
+    """x float32 [6, 6, 3] in -1 to 1: a shape of one colour on black, at one of nine places. cond:
+    text float32 [3, dim], the
+    embeddings of "<s>", shape and colour, and mask bool [3], False for a colour that is not told.
+    null_cond: "<s>" alone.
 
     `label` int32 [2] is the number of the shape, and of the colour in the picture.
     """
@@ -37,7 +41,9 @@ class Shapes(Dataset):
             raise Refused(f"data.untold={self.untold}: expected a share from 0 to 1")
 
     def draw(self, rng: np.random.Generator, n: int) -> dict:
-        shape, colour, row, column = (rng.integers(0, k, n) for k in (len(SHAPES), len(COLOURS), 3, 3))
+        shape, colour, row, column = (
+            rng.integers(0, k, n) for k in (len(SHAPES), len(COLOURS), 3, 3)
+        )
         told = rng.random(n) >= self.untold
         return {
             "x": pictures()[shape, colour, row, column],
@@ -46,8 +52,12 @@ class Shapes(Dataset):
             "label": np.stack([shape, colour], 1).astype(np.int32),
         }
 
-    def caption(self, shape: np.ndarray, colour: np.ndarray, told: np.ndarray, shaped: bool = True) -> dict[str, np.ndarray]:
-        """The condition of shapes [n] and colours [n], these where `told` [n]; without shapes where not `shaped`."""
+    def caption(
+        self, shape: np.ndarray, colour: np.ndarray, told: np.ndarray, shaped: bool = True
+    ) -> dict[str, np.ndarray]:
+        """The condition of shapes [n] and colours [n], these where `told` [n]; without shapes where
+        not `shaped`.
+        """
         words = np.stack([np.zeros_like(shape), 1 + shape, 1 + len(SHAPES) + colour], 1)
         mask = np.stack([np.ones_like(told), np.full_like(told, shaped), told], 1)
         table = np.random.default_rng(7).standard_normal((len(WORDS), self.dim)).astype(np.float32)
@@ -55,7 +65,9 @@ class Shapes(Dataset):
 
     def batch(self, index, rows):
         out = self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size)
-        pick = lambda tree: {k: pick(v) if isinstance(v, dict) else v[rows] for k, v in tree.items()}
+        pick = lambda tree: {
+            k: pick(v) if isinstance(v, dict) else v[rows] for k, v in tree.items()
+        }
         return pick(out)
 
     def evaluation(self, n):

@@ -1,4 +1,6 @@
-"""Random arrays in the shape of a data set that is elsewhere: to plan, compile and time a recipe without its data."""
+"""Random arrays in the shape of a data set that is elsewhere: to plan, compile and time a recipe
+without its data.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from jaxdistill.data.base import Dataset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Synthetic(Dataset):
-    """`arrays` says what one sample holds: name -> "normal 32 32 4" (float32 of that shape), "integers 1000 128" (int32 below
+    """`arrays` says what one sample holds: name -> "normal 32 32 4" (float32 of that shape),
+    "integers 1000 128" (int32 below
     1000, shape [128]) or "constant 1000" (int32; with a shape after the value where it has one).
 
-    A stroke makes a group: "cond/text" is the key "text" of "cond". Raises Refused on another description.
+    A stroke makes a group: "cond/text" is the key "text" of "cond". Raises Refused on another
+    description.
     """
 
     arrays: Mapping[str, str] | None = None
@@ -32,7 +36,9 @@ class Synthetic(Dataset):
     def _below(self, name: str) -> int | None:
         """What the integers of an array are below; None where it has none."""
         kind, *numbers = (self.arrays or {}).get(name, "").split() or [""]
-        return int(numbers[0]) if kind == "integers" and numbers and numbers[0].isdecimal() else None
+        return (
+            int(numbers[0]) if kind == "integers" and numbers and numbers[0].isdecimal() else None
+        )
 
     def batch(self, index, rows):
         share = np.arange(self.batch_size)[rows]
@@ -63,4 +69,6 @@ class Synthetic(Dataset):
                 return np.full((n, *sizes[1:]), sizes[0], np.int32)
         except (ValueError, IndexError):
             pass
-        raise Refused(f"data.arrays.{name}={text!r}: expected 'normal SHAPE', 'integers BELOW [SHAPE]' or 'constant VALUE [SHAPE]'")
+        raise Refused(
+            f"data.arrays.{name}={text!r}: expected 'normal SHAPE', 'integers BELOW [SHAPE]' or 'constant VALUE [SHAPE]'"
+        )

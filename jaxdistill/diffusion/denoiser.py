@@ -1,4 +1,6 @@
-"""From a raw network to a `Pred`: what its output means, what its inputs want, and which process it was trained on."""
+"""From a raw network to a `Pred`: what its output means, what its inputs want, and which process it
+was trained on.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,16 @@ class VPVelocity(Velocity):
 
     def pred(self, process, raw, x, t, feats=()):
         a, s, da, ds = process.coefs(expand(t, x))
-        x0, eps = a * x - s * raw, s * x + a * raw
+        x0 = a * x - s * raw
+        eps = s * x + a * raw
         return Pred(x0, eps, da * x0 + ds * eps, raw, feats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EDMPrecond(Velocity):
-    """EDM preconditioning, table 1 of arXiv:2206.00364, on the EDM process: D = c_skip x + c_out F(c_in x, c_noise)."""
+    """EDM preconditioning, table 1 of arXiv:2206.00364, on the EDM process: D = c_skip x + c_out
+    F(c_in x, c_noise).
+    """
 
     sigma_data: float = 0.5
 
@@ -65,18 +70,25 @@ class EDMPrecond(Velocity):
         return c_in * x, jnp.log(t) / 4
 
     def pred(self, process, raw, x, t, feats=()):
-        s, sd = expand(t, x), self.sigma_data
-        c_skip, c_out = sd**2 / (s**2 + sd**2), s * sd / jnp.sqrt(s**2 + sd**2)
+        s = expand(t, x)
+        sd = self.sigma_data
+        c_skip = sd**2 / (s**2 + sd**2)
+        c_out = s * sd / jnp.sqrt(s**2 + sd**2)
         return process.from_x0(c_skip * x + c_out * raw, x, t, raw, feats)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConsistencyPrecond(EDMPrecond):
-    """EDM preconditioning shifted so that x0 = x at sigma_min, whatever the output (arXiv:2303.01469, appendix C)."""
+    """EDM preconditioning shifted so that x0 = x at sigma_min, whatever the output
+    (arXiv:2303.01469, appendix C).
+    """
 
     def pred(self, process, raw, x, t, feats=()):
-        s, sd, gap = expand(t, x), self.sigma_data, expand(t, x) - process.t_min
-        c_skip, c_out = sd**2 / (gap**2 + sd**2), gap * sd / jnp.sqrt(s**2 + sd**2)
+        s = expand(t, x)
+        sd = self.sigma_data
+        gap = expand(t, x) - process.t_min
+        c_skip = sd**2 / (gap**2 + sd**2)
+        c_out = gap * sd / jnp.sqrt(s**2 + sd**2)
         return process.from_x0(c_skip * x + c_out * raw, x, t, raw, feats)
 
 
@@ -95,34 +107,47 @@ class TrigPrecond(Velocity):
 class Denoiser:
     """How a network is read: its parameterisation and the process it was trained on.
 
-    `wrap(call, process)` turns `(x, t, cond, **kw) -> raw | (raw, feats)` into `(x, t, cond, **kw) -> Pred` for a
-    caller who works in `process`. Where the two processes differ, the network is queried at the time of equal
-    signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read unchanged. Beyond
+    `wrap(call, process)` turns `(x, t, cond, **kw) -> raw | (raw, feats)` into `(x, t, cond, **kw)
+    -> Pred` for a
+    caller who works in `process`. Where the two processes differ, the network is queried at the
+    time of equal
+    signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read
+    unchanged. Beyond
     the ends of its own process it is queried at the end.
-    A second time `r` (average-velocity networks) is warped like `t`. Times may be negative, the twins of |t| (TwinFlow,
+    A second time `r` (average-velocity networks) is warped like `t`. Times may be negative, the
+    twins of |t| (TwinFlow,
     arXiv:2512.05150): the network is fed their sign, and everything else is computed at |t|.
     """
 
     param: Velocity = Velocity()
     native: Process = Flow()
-    fold: float = 0.0  # networks of one time are fed t - fold r in place of (t, r): TwinFlow's LoRA 0.5; 0: r goes in by itself
+    # networks of one time are fed t - fold r in place of (t, r): TwinFlow's LoRA 0.5; 0: r goes in
+    # by itself
+    fold: float = 0.0
 
     def own_time(self, process: Process, t: Array) -> Array:
-        """The network's time, within its ends, of equal signal-to-noise ratio as t >= 0 of `process`."""
+        """The network's time, within its ends, of equal signal-to-noise ratio as t >= 0 of
+        `process`.
+        """
         return jnp.clip(self.native.time(process.angle(t)), self.native.t_min, self.native.t_max)
 
     def own_scale(self, process: Process, t: Array) -> Array:
-        """What a state of `process` at t >= 0 is multiplied by to be one of the network's process at that time."""
+        """What a state of `process` at t >= 0 is multiplied by to be one of the network's process
+        at that time.
+        """
         size = lambda p, t: jnp.sqrt(sum(c**2 for c in p.alpha_sigma(t)))
         return size(self.native, self.own_time(process, t)) / size(process, t)
 
     def wrap(self, call, process: Process):
         def denoise(x: Array, t: Array, cond=None, *, r: Array | None = None, **kw) -> Pred:
-            xn, tn, rn = x, t, r
+            xn = x
+            tn = t
+            rn = r
             if process != self.native:
                 own = lambda t: self.own_time(process, magnitude(t))
                 warp = lambda t: jnp.where(t < 0, -own(t), own(t))
-                tn, rn = warp(t), None if r is None else warp(r)
+                tn = warp(t)
+                rn = None if r is None else warp(r)
                 xn = x * expand(self.own_scale(process, magnitude(t)), x)
             x_in, t_in = self.param.inputs(self.native, xn, tn)
             if r is not None:
@@ -140,24 +165,33 @@ class Denoiser:
 
 
 def by_time(nets: Sequence[Callable], bounds: Sequence[float], *, shared: bool = False) -> Callable:
-    """One denoiser of several experts: the first serves t >= bounds[0], the second what is below and >= bounds[1], and so on.
+    """One denoiser of several experts: the first serves t >= bounds[0], the second what is below
+    and >= bounds[1], and so on.
 
-    `bounds`, one fewer than networks, fall. With times of its own for each sample, every network runs on the whole batch
-    and each sample takes its expert's answer. With `shared` the batch has one time, and only its expert runs. Raises Refused
+    `bounds`, one fewer than networks, fall. With times of its own for each sample, every network
+    runs on the whole batch
+    and each sample takes its expert's answer. With `shared` the batch has one time, and only its
+    expert runs. Raises Refused
     where the bounds do not fit.
     """
     if len(bounds) != len(nets) - 1 or any(b >= a for a, b in zip(bounds, bounds[1:])):
-        raise Refused(f"bounds={tuple(bounds)}: expected {len(nets) - 1} falling times between {len(nets)} networks")
+        raise Refused(
+            f"bounds={tuple(bounds)}: expected {len(nets) - 1} falling times between {len(nets)} networks"
+        )
     if len(nets) == 1:
         return nets[0]
 
     def routed(x: Array, t: Array, cond=None, **kw) -> Pred:
         index = jnp.sum(t < expand(jnp.asarray(bounds, t.dtype), t[None]), 0)
         if shared:
-            return jax.lax.switch(index[0], [functools.partial(net, **kw) for net in nets], x, t, cond)
+            return jax.lax.switch(
+                index[0], [functools.partial(net, **kw) for net in nets], x, t, cond
+            )
         answers = [net(x, t, cond, **kw) for net in nets]
         mine = lambda *leaves: functools.reduce(
-            lambda out, i: jnp.where(expand(index == i, out), leaves[i], out), range(1, len(nets)), leaves[0]
+            lambda out, i: jnp.where(expand(index == i, out), leaves[i], out),
+            range(1, len(nets)),
+            leaves[0],
         )
         return jax.tree.map(mine, *answers)
 
@@ -165,7 +199,8 @@ def by_time(nets: Sequence[Callable], bounds: Sequence[float], *, shared: bool =
 
 
 def guided(net, x: Array, t: Array, cond, null, scale: float, **kw) -> Pred:
-    """Classifier-free guidance: null + scale (cond - null) in every field; scale 1 is conditional, 0 unconditional.
+    """Classifier-free guidance: null + scale (cond - null) in every field; scale 1 is conditional,
+    0 unconditional.
 
     Both branches run as one call on a batch of twice the size.
     """

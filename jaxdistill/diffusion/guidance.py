@@ -1,4 +1,6 @@
-"""Laws of the guidance scale, each `draw(key, n) -> scale [n]`, and conditions that carry a negative prompt."""
+"""Laws of the guidance scale, each `draw(key, n) -> scale [n]`, and conditions that carry a
+negative prompt.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Constant(Scale):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(Scale):
-    """Uniform on low..high, one draw that the batch shares (SNOOPI, arXiv:2412.02687). Below 1 it leads towards the null condition."""
+    """Uniform on low..high, one draw that the batch shares (SNOOPI, arXiv:2412.02687). Below 1 it
+    leads towards the null condition.
+    """
 
     low: float = 0.5
     high: float = 4.0
@@ -51,13 +55,19 @@ class RandomEach(Random):
         return self.uniform(key, (n,))
 
 
-def negated(cond: Mapping[str, Array], negative: Mapping[str, Array], alpha: Array | float) -> dict[str, Array]:
-    """`cond` with the prompt of `negative` as its negative one, of strength `alpha`, a scalar or [B] (models.attention.nasa).
+def negated(
+    cond: Mapping[str, Array], negative: Mapping[str, Array], alpha: Array | float
+) -> dict[str, Array]:
+    """`cond` with the prompt of `negative` as its negative one, of strength `alpha`, a scalar or
+    [B] (models.attention.nasa).
 
-    Both hold "text", and "mask" where not all of it counts. Raises Refused on conditions of another kind.
+    Both hold "text", and "mask" where not all of it counts. Raises Refused on conditions of another
+    kind.
     """
     for name, one in (("cond", cond), ("negative", negative)):
         if not isinstance(one, Mapping) or "text" not in one:
-            raise Refused(f"{name}: a negative prompt needs conditions with 'text', and models that attend to it")
+            raise Refused(
+                f"{name}: a negative prompt needs conditions with 'text', and models that attend to it"
+            )
     mask = {"negative_mask": negative["mask"]} if "mask" in negative else {}
     return {**cond, "negative": negative["text"], **mask, "nasa": alpha}

@@ -1,7 +1,9 @@
-"""Noising processes x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), and what a denoiser says about x_t.
+"""Noising processes x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), and what a denoiser says
+about x_t.
 
-A process is its pair (alpha, sigma); derivatives come from forward-mode differentiation. Two processes differ by a
-time warp and a scale, so each also inverts its `angle` = atan2(sigma, alpha), which is finite at both ends.
+A process is its pair (alpha, sigma); derivatives come from forward-mode differentiation. Two
+processes differ by a time warp and a scale, so each also inverts its `angle` = atan2(sigma, alpha),
+which is finite at both ends.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def magnitude(t: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pred:
-    """One prediction in every parameterisation, in the process that the caller works in; jit drops what is not read.
+    """One prediction in every parameterisation, in the process that the caller works in; jit drops
+    what is not read.
 
     Every field is affine in the network's output, hence guidance may extrapolate each of them.
     """
@@ -42,7 +45,9 @@ class Pred:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """Base of all schedules. A subclass gives `alpha_sigma` and `time` (from the angle) on `t_min`..`t_max`."""
+    """Base of all schedules. A subclass gives `alpha_sigma` and `time` (from the angle) on
+    `t_min`..`t_max`.
+    """
 
     def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
         raise NotImplementedError
@@ -62,7 +67,9 @@ class Process:
         return 1.0
 
     def grid(self, steps: int) -> Array:
-        """The times that sampling in `steps` steps customarily walks through, [steps + 1] from t_max down: here even ones to t_min."""
+        """The times that sampling in `steps` steps customarily walks through, [steps + 1] from
+        t_max down: here even ones to t_min.
+        """
         return jnp.linspace(self.t_max, self.t_min, steps + 1)
 
     def coefs(self, t: Array) -> tuple[Array, Array, Array, Array]:
@@ -94,7 +101,9 @@ class Process:
         return self.add_noise(jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype))
 
     def starts(self, t: float) -> bool:
-        """Whether what `start` makes may be told to a network as a state at t: at any, where states are of one size at all times."""
+        """Whether what `start` makes may be told to a network as a state at t: at any, where states
+        are of one size at all times.
+        """
         return True
 
     def velocity(self, x0: Array, eps: Array, t: Array) -> Array:
@@ -107,7 +116,9 @@ class Process:
         return -pred.eps / self.alpha_sigma(expand(t, pred.eps))[1]
 
     def kernel(self, t: Array, r: Array) -> tuple[Array, Array]:
-        """(alpha_{r|t}, sigma_{r|t}) of the forward kernel x_r | x_t ~ N(alpha x_t, sigma^2) from t to r > t (more noise)."""
+        """(alpha_{r|t}, sigma_{r|t}) of the forward kernel x_r | x_t ~ N(alpha x_t, sigma^2) from t
+        to r > t (more noise).
+        """
         (a, s), (b, u) = self.alpha_sigma(t), self.alpha_sigma(r)
         ratio = b / a
         return ratio, jnp.sqrt(jnp.maximum((u - ratio * s) * (u + ratio * s), 0.0))
@@ -133,12 +144,16 @@ class Process:
         """Completes a generic velocity: solves [a s; a' s'] [x0 eps] = [x_t v]."""
         a, s, da, ds = self.coefs(expand(t, xt))
         det = a * ds - s * da
-        return Pred((ds * xt - s * v) / det, (a * v - da * xt) / det, v, v if raw is None else raw, feats)
+        return Pred(
+            (ds * xt - s * v) / det, (a * v - da * xt) / det, v, v if raw is None else raw, feats
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flow(Process):
-    """Rectified flow: (1 - t', t') on [0, 1] with t' = shift t / (1 + (shift - 1) t); t = 1 is noise."""
+    """Rectified flow: (1 - t', t') on [0, 1] with t' = shift t / (1 + (shift - 1) t); t = 1 is
+    noise.
+    """
 
     shift: float = 1.0  # 1 none; 3 for SD3 at 1024 px; 5-12 for video. Moves lambda by -log(shift)
 
@@ -153,7 +168,9 @@ class Flow(Process):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trig(Process):
-    """TrigFlow (sCM, arXiv:2410.11081): (cos t, sigma_data sin t) on [0, pi/2]; velocity = sigma_data F."""
+    """TrigFlow (sCM, arXiv:2410.11081): (cos t, sigma_data sin t) on [0, pi/2]; velocity =
+    sigma_data F.
+    """
 
     sigma_data: float = 0.5
 
@@ -184,8 +201,11 @@ class EDM(Process):
         return self.sigma_max
 
     def grid(self, steps):
-        """Eq. 5 of the paper with rho = 7: `steps` noise levels from sigma_max to sigma_min, then 0."""
-        top, bottom = self.sigma_max ** (1 / 7), self.sigma_min ** (1 / 7)
+        """Eq. 5 of the paper with rho = 7: `steps` noise levels from sigma_max to sigma_min, then
+        0.
+        """
+        top = self.sigma_max ** (1 / 7)
+        bottom = self.sigma_min ** (1 / 7)
         return jnp.append((top + jnp.arange(steps) / max(steps - 1, 1) * (bottom - top)) ** 7, 0.0)
 
     def starts(self, t):
@@ -200,9 +220,11 @@ class EDM(Process):
 
 
 class VariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise at every time, hence sampling starts from such noise itself.
+    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise at every time, hence sampling
+    starts from such noise itself.
 
-    Not from sigma noise, though schedules of this kind may end at alpha > 0 (Stable Diffusion's at .068).
+    Not from sigma noise, though schedules of this kind may end at alpha > 0 (Stable Diffusion's at
+    .068).
     """
 
     def start(self, noise):
@@ -226,7 +248,8 @@ class VP(VariancePreserving):
 
     def time(self, angle):
         log_alpha = -0.5 * jnp.log1p(jnp.tan(angle) ** 2)
-        slope, b0 = self.beta_max - self.beta_min, self.beta_min
+        slope = self.beta_max - self.beta_min
+        b0 = self.beta_min
         return -4 * log_alpha / (jnp.sqrt(b0**2 - 4 * slope * log_alpha) + b0)
 
 
@@ -249,20 +272,28 @@ class CosineVP(VariancePreserving):
         phase = jnp.pi / 2 * (t + self.offset) / (1 + self.offset)
         alpha = jnp.cos(phase) / np.cos(self.first_phase)
         # 1 - alpha as a product, which keeps its digits near t = 0
-        rest = 2 * jnp.sin((phase + self.first_phase) / 2) * jnp.sin(jnp.pi / 4 * t / (1 + self.offset)) / np.cos(self.first_phase)
+        rest = (
+            2
+            * jnp.sin((phase + self.first_phase) / 2)
+            * jnp.sin(jnp.pi / 4 * t / (1 + self.offset))
+            / np.cos(self.first_phase)
+        )
         return alpha, jnp.sqrt(rest * (1 + alpha))
 
     def time(self, angle):
-        cos, sin = np.cos(self.first_phase), np.sin(self.first_phase)
+        cos = np.cos(self.first_phase)
+        sin = np.sin(self.first_phase)
         phase = jnp.arctan2(jnp.sqrt(sin**2 + (cos * jnp.sin(angle)) ** 2), cos * jnp.cos(angle))
         return (phase - self.first_phase) * 2 / jnp.pi * (1 + self.offset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPM(VariancePreserving):
-    """Discrete betas read as a continuous time: t in [0, 1] is index (steps - 1) t, angles interpolated between.
+    """Discrete betas read as a continuous time: t in [0, 1] is index (steps - 1) t, angles
+    interpolated between.
 
-    Defaults are DDPM's linear betas; Stable Diffusion's are `scaled=True, beta_min=.00085, beta_max=.012`.
+    Defaults are DDPM's linear betas; Stable Diffusion's are `scaled=True, beta_min=.00085,
+    beta_max=.012`.
     """
 
     beta_min: float = 1e-4
@@ -282,9 +313,15 @@ class DDPM(VariancePreserving):
         return np.arccos(np.sqrt(np.cumprod(1 - self.betas)))
 
     def alpha_sigma(self, t):
-        angle = jnp.interp(t * (self.steps - 1), jnp.arange(self.steps, dtype=t.dtype), jnp.asarray(self.angles, t.dtype))
+        angle = jnp.interp(
+            t * (self.steps - 1),
+            jnp.arange(self.steps, dtype=t.dtype),
+            jnp.asarray(self.angles, t.dtype),
+        )
         return jnp.cos(angle), jnp.sin(angle)
 
     def time(self, angle):
         table = jnp.asarray(self.angles, angle.dtype)
-        return jnp.interp(angle, table, jnp.arange(self.steps, dtype=angle.dtype)) / (self.steps - 1)
+        return jnp.interp(angle, table, jnp.arange(self.steps, dtype=angle.dtype)) / (
+            self.steps - 1
+        )

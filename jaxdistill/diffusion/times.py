@@ -23,12 +23,16 @@ class Uniform:
         return process.t_min + (process.t_max - process.t_min) * t
 
     def within(self, process: Process, low: float, high: float) -> Uniform:
-        """This law on the times low..high: `self.low` of the process's length above `low`, and not above `self.high`.
+        """This law on the times low..high: `self.low` of the process's length above `low`, and not
+        above `self.high`.
 
-        On a process with a shift it is the time before the warp that is restricted and drawn. Raises Refused where nothing is left.
+        On a process with a shift it is the time before the warp that is restricted and drawn.
+        Raises Refused where nothing is left.
         """
         part = lambda t: (t - process.t_min) / (process.t_max - process.t_min)
-        inside = dataclasses.replace(self, low=part(low) + self.low, high=min(part(high), self.high))
+        inside = dataclasses.replace(
+            self, low=part(low) + self.low, high=min(part(high), self.high)
+        )
         if inside.low >= inside.high:
             raise Refused(f"{self} has nothing within the times {low} to {high}")
         return inside
@@ -43,12 +47,16 @@ class LogitNormal(Uniform):
 
     def draw(self, process, key, n):
         t = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (n,)))
-        return process.t_min + (process.t_max - process.t_min) * (self.low + (self.high - self.low) * t)
+        return process.t_min + (process.t_max - process.t_min) * (
+            self.low + (self.high - self.low) * t
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogNormalSNR(Uniform):
-    """log(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), EDM2 (-0.4, 1.0), ECT (-1.1, 2.0), sCM's tan t (-1.0, 1.4)."""
+    """log(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), EDM2 (-0.4, 1.0), ECT (-1.1, 2.0),
+    sCM's tan t (-1.0, 1.4).
+    """
 
     mean: float = -1.2
     std: float = 1.2
@@ -57,12 +65,16 @@ class LogNormalSNR(Uniform):
         return process.time_of_lam(-(self.mean + self.std * jax.random.normal(key, (n,))))
 
     def within(self, process, low, high):
-        raise Refused(f"{self}: has no bounds; expected Uniform or LogitNormal on a part of the process")
+        raise Refused(
+            f"{self}: has no bounds; expected Uniform or LogitNormal on a part of the process"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Karras(Uniform):
-    """(sigma / alpha)^(1/rho) uniform over a part of EDM's sampling range, 0 its cleanest end; SiD's is low=0, high=0.8."""
+    """(sigma / alpha)^(1/rho) uniform over a part of EDM's sampling range, 0 its cleanest end;
+    SiD's is low=0, high=0.8.
+    """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -70,5 +82,6 @@ class Karras(Uniform):
 
     def draw(self, process, key, n):
         u = jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
-        bottom, top = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        bottom = self.sigma_min ** (1 / self.rho)
+        top = self.sigma_max ** (1 / self.rho)
         return process.time_of_lam(-self.rho * jnp.log(bottom + u * (top - bottom)))

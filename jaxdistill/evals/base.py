@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from jaxdistill.core.types import Refused
 
-Table = dict[str, tuple[str, ...]]  # "name@nfe" of a row -> the names of its metrics ("accuracy_*": any of these)
+Table = dict[
+    str, tuple[str, ...]
+]  # "name@nfe" of a row -> the names of its metrics ("accuracy_*": any of these)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,9 @@ class Evaluation:
                 )
 
     def table(self, roles: Collection[str], data: Any) -> Table:
-        """The rows and metrics that `rows` will give for a run of these roles; {}: not known before."""
+        """The rows and metrics that `rows` will give for a run of these roles; {}: not known
+        before.
+        """
         return {}
 
     def rows(self, trained: Any) -> list[dict[str, Any]]:

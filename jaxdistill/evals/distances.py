@@ -10,7 +10,9 @@ from jaxdistill.objectives import mmd
 
 
 def squared(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """||x_i - y_j||^2 of [n D] and [m D], float64 [n m]. Both are centred first, so that an offset costs no digits."""
+    """||x_i - y_j||^2 of [n D] and [m D], float64 [n m]. Both are centred first, so that an offset
+    costs no digits.
+    """
     return mmd.squared(np.asarray(x, np.float64), np.asarray(y, np.float64))
 
 

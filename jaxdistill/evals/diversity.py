@@ -9,7 +9,8 @@ from jaxdistill.evals import distances
 
 
 def pairwise_distance(x: np.ndarray, cond: np.ndarray | None = None) -> float:
-    """Mean distance between different samples [n D] of one condition [n], the mean over conditions with two or more.
+    """Mean distance between different samples [n D] of one condition [n], the mean over conditions
+    with two or more.
 
     Raises Refused where no condition has two.
     """
@@ -18,12 +19,15 @@ def pairwise_distance(x: np.ndarray, cond: np.ndarray | None = None) -> float:
     mean = lambda g: np.sqrt(distances.squared(g, g))[np.triu_indices(len(g), 1)].mean()
     values = [mean(g) for g in groups if len(g) > 1]
     if not values:
-        raise Refused(f"pairwise_distance: {len(x)} samples of {len(groups)} conditions, expected two or more of one")
+        raise Refused(
+            f"pairwise_distance: {len(x)} samples of {len(groups)} conditions, expected two or more of one"
+        )
     return float(np.mean(values))
 
 
 def vendi_score(x: np.ndarray) -> float:
-    """exp(entropy of the eigenvalues of K / n), K the cosines of [n D]: the effective number of different samples, 1 to n.
+    """exp(entropy of the eigenvalues of K / n), K the cosines of [n D]: the effective number of
+    different samples, 1 to n.
 
     Vendi score, arXiv:2210.02410. Raises Refused where a row is 0 or not finite.
     """

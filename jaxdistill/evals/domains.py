@@ -18,8 +18,10 @@ from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainEval(Evaluation):
-    """Rows for teacher and student on a `data.domains:Domains`: held-out perplexity of each domain and over all, and
-    the largest and mean ratio to the teacher's (`max_ratio`, `mean_ratio`)."""
+    """Rows for teacher and student on a `data.domains:Domains`: held-out perplexity of each domain
+    and over all, and
+    the largest and mean ratio to the teacher's (`max_ratio`, `mean_ratio`).
+    """
 
     samples: int = 1000
     batch: int = 100
@@ -27,13 +29,23 @@ class DomainEval(Evaluation):
     needs = ("parts",)
 
     def table(self, roles, data):
-        metrics = ("perplexity", "max_ratio", "mean_ratio", *(f"perplexity_{name}" for name in data.parts))
+        metrics = (
+            "perplexity",
+            "max_ratio",
+            "mean_ratio",
+            *(f"perplexity_{name}" for name in data.parts),
+        )
         return {f"{role}@1": metrics for role in ("teacher", "student") if role in roles}
 
     def rows(self, trained) -> list[dict[str, Any]]:
         """[{"name", "nfe" (per token), metric: value, ...}]"""
-        held, names = trained.experiment.data.evaluation(self.samples), list(trained.experiment.data.parts)
-        sums = {role: self.tally(trained, role, held, len(names)) for role in ("teacher", "student") if role in trained.params}
+        held = trained.experiment.data.evaluation(self.samples)
+        names = list(trained.experiment.data.parts)
+        sums = {
+            role: self.tally(trained, role, held, len(names))
+            for role in ("teacher", "student")
+            if role in trained.params
+        }
         rows = []
         for role, (nll, count) in sums.items():
             each = np.array([perplexity(*pair) for pair in zip(nll, count)])

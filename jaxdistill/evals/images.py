@@ -1,4 +1,6 @@
-"""Evaluation of image generators: Fréchet distance in chosen features, agreement with the label asked for, a grid."""
+"""Evaluation of image generators: Fréchet distance in chosen features, agreement with the label
+asked for, a grid.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ FEWEST = 4  # samples that have three neighbours each
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageEval(SampleEval):
-    """features: "classifier" (a small network trained on the data's own labels, cached), "pixels", or the path of an
-    Inception weights file (.safetensors), for the conventional FID features."""
+    """features: "classifier" (a small network trained on the data's own labels, cached), "pixels",
+    or the path of an
+    Inception weights file (.safetensors), for the conventional FID features.
+    """
 
     features: str = "classifier"
 
@@ -31,7 +35,9 @@ class ImageEval(SampleEval):
     def check(self, data):
         super().check(data)
         if (shape := np.shape(data.one_sample()["x"])) and len(shape) != 3:
-            raise Refused(f"evaluation: ImageEval needs pictures [height width channels], the data has {list(shape)}")
+            raise Refused(
+                f"evaluation: ImageEval needs pictures [height width channels], the data has {list(shape)}"
+            )
         if (count := len(data.evaluation(FEWEST)["x"])) < FEWEST or self.samples < FEWEST:
             raise Refused(
                 f"evaluation: ImageEval compares at least {FEWEST} samples, the data keeps {count} for evaluation and "
@@ -41,17 +47,24 @@ class ImageEval(SampleEval):
             if not Path(self.features).is_file():
                 raise Refused(f"evaluation.features={self.features!r}: no such file")
         elif self.features not in ("classifier", "pixels"):
-            raise Refused(f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file")
+            raise Refused(
+                f"evaluation.features={self.features!r}: expected classifier, pixels or an Inception .safetensors file"
+            )
         elif self.features == "classifier" and np.ndim(data.one_sample().get("cond", ())) != 0:
-            raise Refused("evaluation.features='classifier' needs labels `cond`, the data has none; expected pixels or a file")
+            raise Refused(
+                "evaluation.features='classifier' needs labels `cond`, the data has none; expected pixels or a file"
+            )
 
     def score(self, x, real, data):
         extract, predict = self._features(data)
-        fake, true = extract(x), extract(real["x"])
+        fake = extract(x)
+        true = extract(real["x"])
         row = {"frechet": frechet_distance(fake, true)}
         row["precision"], row["recall"] = manifold.precision_recall(true, fake)
         label = labels(real)
-        if label is None or len(np.unique(label)) < len(label):  # else no two samples are of one label
+        if label is None or len(np.unique(label)) < len(
+            label
+        ):  # else no two samples are of one label
             row["diversity"] = pairwise_distance(fake, label)
         if predict is not None:
             row["accuracy"] = float(np.mean(predict(x) == real["cond"]))
@@ -68,9 +81,13 @@ class ImageEval(SampleEval):
         return load(self.features), None
 
     def picture(self, x, real):
-        """A 10-column grid of up to 100 samples, sorted by label, a pixel apart, enlarged to about 320 px."""
+        """A 10-column grid of up to 100 samples, sorted by label, a pixel apart, enlarged to about
+        320 px.
+        """
         label = labels(real)
-        order = np.arange(min(len(x), 100)) if label is None else np.argsort(label[:100], kind="stable")
+        order = (
+            np.arange(min(len(x), 100)) if label is None else np.argsort(label[:100], kind="stable")
+        )
         x = x[..., :3] if x.shape[-1] >= 3 else x[..., :1]  # of latents, what can be shown
         x = np.clip((x[order] + 1) * 127.5, 0, 255).astype(np.uint8)
         x = np.pad(x, ((0, -len(x) % 10), (0, 1), (0, 1), (0, 0)), constant_values=96)
@@ -81,6 +98,12 @@ class ImageEval(SampleEval):
 
 
 def labels(rows: dict) -> np.ndarray | None:
-    """int [n]: the classes that samples are of; None where there are none, or conditions of another kind (texts)."""
+    """int [n]: the classes that samples are of; None where there are none, or conditions of another
+    kind (texts).
+    """
     cond = rows.get("cond")
-    return cond if isinstance(cond, np.ndarray) and cond.ndim == 1 and cond.dtype.kind in "iu" else None
+    return (
+        cond
+        if isinstance(cond, np.ndarray) and cond.ndim == 1 and cond.dtype.kind in "iu"
+        else None
+    )

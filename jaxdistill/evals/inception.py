@@ -1,7 +1,9 @@
-"""Inception-V3's pool features, as every published FID uses them: TensorFlow's 2015 network in pytorch-fid's layout.
+"""Inception-V3's pool features, as every published FID uses them: TensorFlow's 2015 network in
+pytorch-fid's layout.
 
-The weights are the user's own file: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, saved again as safetensors. The
-network differs from torchvision's in its pooling branches: averages leave the padding out, and the last block's is a maximum.
+The weights are the user's own file: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, saved
+again as safetensors. The network differs from torchvision's in its pooling branches: averages leave
+the padding out, and the last block's is a maximum.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ EPS = 1e-3  # of the batch norms
 def forward(conv: Callable, x: Array) -> Array:
     """Images [n h w 3] in [-1, 1] -> [n 2048], the mean over positions of the last block.
 
-    `conv(name, x, channels, kernel, stride, padding)` is a convolution with its batch norm and rectifier.
+    `conv(name, x, channels, kernel, stride, padding)` is a convolution with its batch norm and
+    rectifier.
     """
 
     def same(name, x, channels, *kernel):
@@ -50,7 +53,11 @@ def forward(conv: Callable, x: Array) -> Array:
 
     def block_b(name, x):
         double = chain(f"{name}.branch3x3dbl", x, (64,), (96, 3, 3))
-        return _join(halve(f"{name}.branch3x3", x, 384), halve(f"{name}.branch3x3dbl_3", double, 96), _max(x, 2, "VALID"))
+        return _join(
+            halve(f"{name}.branch3x3", x, 384),
+            halve(f"{name}.branch3x3dbl_3", double, 96),
+            _max(x, 2, "VALID"),
+        )
 
     def block_c(name, x, c):
         return _join(
@@ -63,10 +70,16 @@ def forward(conv: Callable, x: Array) -> Array:
     def block_d(name, x):
         three = same(f"{name}.branch3x3_1", x, 192)
         seven = chain(f"{name}.branch7x7x3", x, (192,), (192, 1, 7), (192, 7, 1))
-        return _join(halve(f"{name}.branch3x3_2", three, 320), halve(f"{name}.branch7x7x3_4", seven, 192), _max(x, 2, "VALID"))
+        return _join(
+            halve(f"{name}.branch3x3_2", three, 320),
+            halve(f"{name}.branch7x7x3_4", seven, 192),
+            _max(x, 2, "VALID"),
+        )
 
     def block_e(name, x, pool):
-        fork = lambda stem, x: _join(same(f"{name}.{stem}a", x, 384, 1, 3), same(f"{name}.{stem}b", x, 384, 3, 1))
+        fork = lambda stem, x: _join(
+            same(f"{name}.{stem}a", x, 384, 1, 3), same(f"{name}.{stem}b", x, 384, 3, 1)
+        )
         return _join(
             same(f"{name}.branch1x1", x, 320),
             fork("branch3x3_2", same(f"{name}.branch3x3_1", x, 384)),
@@ -96,7 +109,9 @@ def _join(*branches: Array) -> Array:
 
 
 def _max(x: Array, stride: int, padding: str) -> Array:
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+    return jax.lax.reduce_window(
+        x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding
+    )
 
 
 def _average(x: Array) -> Array:
@@ -113,12 +128,16 @@ def shapes() -> dict[str, tuple[int, ...]]:
         found[name] = (channels, x.shape[-1], *kernel)
         return _convolve(x, jnp.zeros(found[name]), stride, padding)
 
-    jax.eval_shape(lambda x: forward(conv, x), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32))
+    jax.eval_shape(
+        lambda x: forward(conv, x), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    )
     return found
 
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: str) -> Array:
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
+    )
 
 
 def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -128,7 +147,9 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise Refused(f"{path}: no such file; expected pytorch-fid's Inception weights as .safetensors ({CONVERT})")
+        raise Refused(
+            f"{path}: no such file; expected pytorch-fid's Inception weights as .safetensors ({CONVERT})"
+        )
     try:
         file = safe_open(path, framework="numpy")
     except Exception as error:
@@ -138,7 +159,9 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
         def tensor(key: str, shape: tuple[int, ...]) -> np.ndarray:
             if key not in keys:
-                raise Refused(f"{path}: no key {key!r}; expected pytorch-fid's pt_inception-2015-12-05")
+                raise Refused(
+                    f"{path}: no key {key!r}; expected pytorch-fid's pt_inception-2015-12-05"
+                )
             value = weights.get_tensor(key)
             if value.shape != shape:
                 raise Refused(f"{path}: {key} has shape {value.shape}, expected {shape}")
@@ -146,7 +169,10 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
         folded = {}
         for name, shape in shapes().items():
-            gain, shift, mean, var = (tensor(f"{name}.bn.{k}", shape[:1]) for k in ("weight", "bias", "running_mean", "running_var"))
+            gain, shift, mean, var = (
+                tensor(f"{name}.bn.{k}", shape[:1])
+                for k in ("weight", "bias", "running_mean", "running_var")
+            )
             gain = gain / np.sqrt(var + EPS)
             kernel = tensor(f"{name}.conv.weight", shape) * gain[:, None, None, None]
             folded[name] = (kernel.astype(np.float32), (shift - gain * mean).astype(np.float32))
@@ -154,7 +180,9 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def pool_features(weights: dict[str, tuple[Array, Array]], x: Array) -> Array:
-    """Images [n h w 1 or 3] in [-1, 1] -> [n 2048] float32, after bilinear resizing to 299 x 299 without antialiasing."""
+    """Images [n h w 1 or 3] in [-1, 1] -> [n 2048] float32, after bilinear resizing to 299 x 299
+    without antialiasing.
+    """
 
     def conv(name, x, channels, kernel, stride, padding):
         kernel, bias = weights[name]
@@ -165,15 +193,20 @@ def pool_features(weights: dict[str, tuple[Array, Array]], x: Array) -> Array:
 
 
 def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The feature extractor of an evaluation: images [n h w 1 or 3] in [-1, 1] -> float32 [n 2048]. Raises Refused as `read`."""
-    weights, run = read(path), jax.jit(pool_features)
+    """The feature extractor of an evaluation: images [n h w 1 or 3] in [-1, 1] -> float32 [n 2048].
+    Raises Refused as `read`.
+    """
+    weights = read(path)
+    run = jax.jit(pool_features)
 
     def features(x: np.ndarray) -> np.ndarray:
         size = min(BATCH, len(x))
         parts = []
         for i in range(0, len(x), size):
             part = x[i : i + size]
-            padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])  # one program for all batches
+            padded = np.concatenate(
+                [part, np.repeat(part[-1:], size - len(part), 0)]
+            )  # one program for all batches
             parts.append(np.asarray(run(weights, padded))[: len(part)])
         return np.concatenate(parts)
 

@@ -1,4 +1,6 @@
-"""How well samples cover a known Gaussian mixture, given as `Mixture.law`: (weights [K], means [K D], stds [K])."""
+"""How well samples cover a known Gaussian mixture, given as `Mixture.law`: (weights [K], means [K
+D], stds [K]).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ Law = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def assign(x: np.ndarray, law: Law) -> tuple[np.ndarray, np.ndarray]:
-    """The most likely mode of each sample [n D], int [n], and its distance to that mode's mean in standard deviations [n]."""
+    """The most likely mode of each sample [n D], int [n], and its distance to that mode's mean in
+    standard deviations [n].
+    """
     weights, means, stds = (np.asarray(a, np.float64) for a in law)
     d2 = distances.squared(x, means) / stds**2
     mode = np.argmax(np.log(weights) - x.shape[1] * np.log(stds) - d2 / 2, 1)
@@ -18,7 +22,9 @@ def assign(x: np.ndarray, law: Law) -> tuple[np.ndarray, np.ndarray]:
 
 
 def modes_hit(x: np.ndarray, law: Law, share: float = 0.01, radius: float = 3.0) -> float:
-    """Fraction of modes with at least `share` of their weight's samples within `radius` standard deviations."""
+    """Fraction of modes with at least `share` of their weight's samples within `radius` standard
+    deviations.
+    """
     mode, distance = assign(x, law)
     found = np.bincount(mode[distance <= radius], minlength=len(law[0])) / len(x)
     return float(np.mean(found >= share * law[0]))
@@ -27,16 +33,22 @@ def modes_hit(x: np.ndarray, law: Law, share: float = 0.01, radius: float = 3.0)
 def mode_kl(x: np.ndarray, law: Law) -> float:
     """KL(histogram of modes || weights), in nats; finite where modes are missing."""
     share = np.bincount(assign(x, law)[0], minlength=len(law[0])) / len(x)
-    return float(np.sum(np.where(share > 0, share * np.log(np.where(share > 0, share, 1.0) / law[0]), 0.0)))
+    return float(
+        np.sum(np.where(share > 0, share * np.log(np.where(share > 0, share, 1.0) / law[0]), 0.0))
+    )
 
 
 def quality(x: np.ndarray, law: Law, radius: float = 3.0) -> float:
-    """Fraction of samples within `radius` standard deviations of their mode's mean; 1 - e^(-radius^2 / 2) for 2-D data itself."""
+    """Fraction of samples within `radius` standard deviations of their mode's mean; 1 -
+    e^(-radius^2 / 2) for 2-D data itself.
+    """
     return float(np.mean(assign(x, law)[1] <= radius))
 
 
 def offsets(x: np.ndarray, law: Law) -> np.ndarray:
-    """Every sample's offset from the mean of its most likely mode, in that mode's standard deviations: [n D]."""
+    """Every sample's offset from the mean of its most likely mode, in that mode's standard
+    deviations: [n D].
+    """
     _, means, stds = law
     mode, _ = assign(x, law)
     return (x - means[mode]) / stds[mode, None]

@@ -1,4 +1,6 @@
-"""What a negative prompt does to a one-step student: how often the unwanted still comes, and what the samples become."""
+"""What a negative prompt does to a one-step student: how often the unwanted still comes, and what
+the samples become.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,14 @@ from jaxdistill.evals.samples import SampleEval
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativeEval(SampleEval):
-    """For `data.shapes:Shapes`, under captions that leave the colour open. Rows besides teacher and student: `nasa`, the student
-    with a negative prompt in its attention, at each strength; `blend`, its output extrapolated away from that under the
+    """For `data.shapes:Shapes`, under captions that leave the colour open. Rows besides teacher and
+    student: `nasa`, the student
+    with a negative prompt in its attention, at each strength; `blend`, its output extrapolated away
+    from that under the
     unwanted prompt, as guidance would.
 
-    `unwanted`: share of samples of that colour; `accuracy`: of the shape asked for; `stray`: root mean square distance of a
+    `unwanted`: share of samples of that colour; `accuracy`: of the shape asked for; `stray`: root
+    mean square distance of a
     pixel from the nearest valid picture.
     """
 
@@ -39,7 +44,11 @@ class NegativeEval(SampleEval):
 
     def table(self, roles, data):
         metrics = (*self.metrics, "samples_per_second")
-        return {**super().table(roles, data), **{f"nasa{a:g}@1": metrics for a in self.strengths}, "blend@2": metrics}
+        return {
+            **super().table(roles, data),
+            **{f"nasa{a:g}@1": metrics for a in self.strengths},
+            "blend@2": metrics,
+        }
 
     def score(self, x, real, data):
         valid = pictures()
@@ -52,30 +61,45 @@ class NegativeEval(SampleEval):
         }
 
     def asked(self, data) -> tuple[dict, dict]:
-        """(captions without colour, with the samples that they are from; the same captions with the unwanted colour)."""
+        """(captions without colour, with the samples that they are from; the same captions with the
+        unwanted colour).
+        """
         real = data.evaluation(self.samples)
-        shape, none = real["label"][:, 0], np.zeros(self.samples, bool)
+        shape = real["label"][:, 0]
+        none = np.zeros(self.samples, bool)
         colour = np.full_like(shape, list(COLOURS).index(self.colour))
-        return {**real, "cond": data.caption(shape, colour, none)}, {**real, "cond": data.caption(shape, colour, ~none)}
+        return {**real, "cond": data.caption(shape, colour, none)}, {
+            **real,
+            "cond": data.caption(shape, colour, ~none),
+        }
 
     def rows(self, trained):
         data = trained.experiment.data
         real, other = self.asked(data)
-        plain, rows = {}, []
+        plain = {}
+        rows = []
 
         def add(name, nfe, x, speed):
-            rows.append({"name": name, "nfe": nfe, **self.score(x, real, data), "samples_per_second": speed})
+            rows.append(
+                {"name": name, "nfe": nfe, **self.score(x, real, data), "samples_per_second": speed}
+            )
 
         for role, steps in self.models(trained.params):
             plain[role], speed = self.generate(trained, role, steps, real)
             add(role, self.nfe(role, steps), plain[role], speed)
-        colour = data.caption(real["label"][:, 0], np.full_like(real["label"][:, 0], list(COLOURS).index(self.colour)),
-                              np.ones(self.samples, bool), shaped=False)  # fmt: skip
+        colour = data.caption(
+            real["label"][:, 0],
+            np.full_like(real["label"][:, 0], list(COLOURS).index(self.colour)),
+            np.ones(self.samples, bool),
+            shaped=False,
+        )
         for alpha in self.strengths:
             cond = negated(real["cond"], colour, np.full(self.samples, alpha, np.float32))
             add(f"nasa{alpha:g}", 1, *self.generate(trained, "student", 1, {**real, "cond": cond}))
         away, speed = self.generate(trained, "student", 1, other)
-        add("blend", 2, plain["student"] + self.extrapolation * (plain["student"] - away), speed / 2)
+        add(
+            "blend", 2, plain["student"] + self.extrapolation * (plain["student"] - away), speed / 2
+        )
         return rows
 
     def picture(self, x, real):

@@ -1,4 +1,6 @@
-"""Evaluation of generators of points whose law is known: distances between laws, and what became of the modes."""
+"""Evaluation of generators of points whose law is known: distances between laws, and what became of
+the modes.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,11 @@ class PointEval(SampleEval):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextureEval(PointEval):
-    """For modes with a shape (`data.rings:Rings`): with the energy distance between the offsets within modes, all modes
-    laid over each other. In the energy distance of the whole law a shape is drowned by the modes' shares."""
+    """For modes with a shape (`data.rings:Rings`): with the energy distance between the offsets
+    within modes, all modes
+    laid over each other. In the energy distance of the whole law a shape is drowned by the modes'
+    shares.
+    """
 
     metrics = (*PointEval.metrics, "texture")
 
@@ -71,44 +76,61 @@ class TextureEval(PointEval):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainEval(PointEval):
-    """For students with a deterministic chain, also `state_energy`: the energy distance between what their steps bring to the
-    time `state`, one of the method's student_times, and the noised data."""
+    """For students with a deterministic chain, also `state_energy`: the energy distance between
+    what their steps bring to the
+    time `state`, one of the method's student_times, and the noised data.
+    """
 
     state: float = 0.5
 
     metrics = (*PointEval.metrics, "state_energy")
 
     def rows(self, trained):
-        method, real = trained.experiment.method, trained.experiment.data.evaluation(self.samples)
+        method = trained.experiment.method
+        real = trained.experiment.data.evaluation(self.samples)
         noise, eps = jax.random.normal(jax.random.key(self.seed), (2, *real["x"].shape))
-        index, times = method.student_times.index(self.state), jnp.array(method.student_times)
+        index = method.student_times.index(self.state)
+        times = jnp.array(method.student_times)
 
         @jax.jit
         def reach(params):
-            net = functools.partial(method.generator(dataclasses.replace(trained, params=params).bound()), cond=real.get("cond"))
+            net = functools.partial(
+                method.generator(dataclasses.replace(trained, params=params).bound()),
+                cond=real.get("cond"),
+            )
             return simulate(method.process, net, noise, times, jax.random.key(0), index, "ddim")[0]
 
         want = method.process.add_noise(real["x"], eps, jnp.asarray(self.state))
         found = energy_distance(np.asarray(reach(trained.params)), np.asarray(want))
-        return [{**row, "state_energy": found} if row["name"] == "student" else row for row in super().rows(trained)]
+        return [
+            {**row, "state_energy": found} if row["name"] == "student" else row
+            for row in super().rows(trained)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DirectionEval(TextureEval):
-    """With the mean cosine of the angle to a direction, which a reward may ask for (`models.vision.judges:Direction`)."""
+    """With the mean cosine of the angle to a direction, which a reward may ask for
+    (`models.vision.judges:Direction`).
+    """
 
     angle: float = 0.0  # of the direction, radians
 
     metrics = (*TextureEval.metrics, "reward")
 
     def score(self, x, real, data):
-        return {**super().score(x, real, data), "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)))}
+        return {
+            **super().score(x, real, data),
+            "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle))),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledPointEval(PointEval):
-    """For points made under labels: with the mean over labels of the energy distance to that label's data, `class_energy`,
-    and of the standard deviation over the data's, `class_std` (1: as wide; 0: collapsed)."""
+    """For points made under labels: with the mean over labels of the energy distance to that
+    label's data, `class_energy`,
+    and of the standard deviation over the data's, `class_std` (1: as wide; 0: collapsed).
+    """
 
     metrics = (*PointEval.metrics, "class_energy", "class_std")
 
@@ -122,6 +144,10 @@ class LabelledPointEval(PointEval):
         spread = lambda points: float(np.sqrt(points.var(0).sum()))
         return {
             **super().score(x, real, data),
-            "class_energy": float(np.mean([energy_distance(x[mine], real["x"][mine]) for mine in each])),
-            "class_std": float(np.mean([spread(x[mine]) / spread(real["x"][mine]) for mine in each])),
+            "class_energy": float(
+                np.mean([energy_distance(x[mine], real["x"][mine]) for mine in each])
+            ),
+            "class_std": float(
+                np.mean([spread(x[mine]) / spread(real["x"][mine]) for mine in each])
+            ),
         }

@@ -1,4 +1,6 @@
-"""Evaluation of generators: rows of a table, one for each network and number of steps, and grids to look at."""
+"""Evaluation of generators: rows of a table, one for each network and number of steps, and grids to
+look at.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from jaxdistill.samplers.ode import Solver
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleEval(Evaluation):
-    """Draws from the student by its method's own sampler, and from the teacher by a solver; subclasses score them."""
+    """Draws from the student by its method's own sampler, and from the teacher by a solver;
+    subclasses score them.
+    """
 
     samples: int = 2000
     batch: int = 500  # samples made at once
@@ -36,7 +40,9 @@ class SampleEval(Evaluation):
     def check(self, data):
         super().check(data)
         if "x" not in data.one_sample():
-            raise Refused(f"evaluation: {type(self).__name__} needs samples `x`, the data has {', '.join(data.one_sample())}")
+            raise Refused(
+                f"evaluation: {type(self).__name__} needs samples `x`, the data has {', '.join(data.one_sample())}"
+            )
 
     def table(self, roles, data):
         metrics = (*self.metrics, "samples_per_second")
@@ -56,7 +62,9 @@ class SampleEval(Evaluation):
         return rows + [("student", n) for n in self.student_steps]
 
     def drawing(self, trained, role: str, steps: int) -> Callable[..., jax.Array]:
-        """(weights by role, batch of data, number of the batch) -> samples x, of the batch's shape and conditions."""
+        """(weights by role, batch of data, number of the batch) -> samples x, of the batch's shape
+        and conditions.
+        """
         method = trained.experiment.method
         process = method.process
 
@@ -64,7 +72,8 @@ class SampleEval(Evaluation):
             key = jax.random.fold_in(jax.random.key(self.seed), i)
             noise = jax.random.normal(jax.random.fold_in(key, 1), part["x"].shape)
             nets = dataclasses.replace(trained, params=params).bound()
-            cond, null = part.get("cond"), part.get("null_cond")
+            cond = part.get("cond")
+            null = part.get("null_cond")
             if role == "student":
                 return method.sample(method.generator(nets), noise, cond, key, steps)
             denoise = lambda x, t: guided(getattr(nets, role), x, t, cond, null, self.guidance)
@@ -72,17 +81,22 @@ class SampleEval(Evaluation):
 
         return draw
 
-    def generate(self, trained, role: str, steps: int, real: dict[str, np.ndarray]) -> tuple[np.ndarray, float]:
+    def generate(
+        self, trained, role: str, steps: int, real: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, float]:
         """(samples, samples per second after compilation)."""
         draw = jax.jit(self.drawing(trained, role, steps))
         real = trained.experiment.conditioned(real)
-        out, seconds, made = [], 0.0, 0
+        out = []
+        seconds = 0.0
+        made = 0
         for i, low in enumerate(range(0, len(real["x"]), self.batch)):
             part = jax.tree.map(lambda v: v[low : low + self.batch], real)
             started = time.perf_counter()
             x = jax.block_until_ready(draw(trained.params, part, np.int32(i)))
             if i or len(real["x"]) <= self.batch:
-                seconds, made = seconds + time.perf_counter() - started, made + len(x)
+                seconds = seconds + time.perf_counter() - started
+                made = made + len(x)
             out.append(whole(x))
         return np.concatenate(out), made / seconds
 
@@ -90,15 +104,25 @@ class SampleEval(Evaluation):
         """Network evaluations of `steps` steps."""
         if role == "student":
             return steps
-        return (2 * steps - 1 if self.solver == "heun" else steps) * (1 if self.guidance == 1.0 else 2)
+        return (2 * steps - 1 if self.solver == "heun" else steps) * (
+            1 if self.guidance == 1.0 else 2
+        )
 
     def rows(self, trained) -> list[dict[str, Any]]:
         """[{"name", "nfe", metric: value, ..., "samples_per_second"}]"""
-        data, rows = trained.experiment.data, []
+        data = trained.experiment.data
+        rows = []
         real = data.evaluation(self.samples)
         for role, steps in self.models(trained.params):
             x, speed = self.generate(trained, role, steps, real)
-            rows.append({"name": role, "nfe": self.nfe(role, steps), **self.score(x, real, data), "samples_per_second": speed})
+            rows.append(
+                {
+                    "name": role,
+                    "nfe": self.nfe(role, steps),
+                    **self.score(x, real, data),
+                    "samples_per_second": speed,
+                }
+            )
         return rows
 
     def pictures(self, trained) -> dict[str, Any]:

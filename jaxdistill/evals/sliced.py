@@ -1,4 +1,6 @@
-"""Wasserstein-2 distances between samples: along random directions by sorting, or exactly by assignment."""
+"""Wasserstein-2 distances between samples: along random directions by sorting, or exactly by
+assignment.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ def _equal_size(x: np.ndarray, y: np.ndarray) -> None:
 
 
 def sliced_wasserstein(x: np.ndarray, y: np.ndarray, directions: int = 512, seed: int = 0) -> float:
-    """Root mean square over random unit directions of the 1-D W2 of [n D] and [n D] (Rabin et al., 2011).
+    """Root mean square over random unit directions of the 1-D W2 of [n D] and [n D] (Rabin et al.,
+    2011).
 
     |a - b| / sqrt(D) for N(a, s I) and N(b, s I) as both numbers grow. Raises Refused on unequal shapes.
     """
@@ -27,9 +30,13 @@ def sliced_wasserstein(x: np.ndarray, y: np.ndarray, directions: int = 512, seed
 
 
 def wasserstein2(x: np.ndarray, y: np.ndarray) -> float:
-    """Exact W2 of [n D] and [n D], n <= 500 (cubic in n). Raises Refused on unequal shapes or more samples."""
+    """Exact W2 of [n D] and [n D], n <= 500 (cubic in n). Raises Refused on unequal shapes or more
+    samples.
+    """
     _equal_size(x, y)
     if len(x) > 500:
-        raise Refused(f"wasserstein2: {len(x)} samples, expected at most 500; use sliced_wasserstein")
+        raise Refused(
+            f"wasserstein2: {len(x)} samples, expected at most 500; use sliced_wasserstein"
+        )
     cost = distances.squared(x, y)
     return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))

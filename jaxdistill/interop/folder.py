@@ -1,8 +1,10 @@
-"""Folders that an export writes: whole or not at all, and in the place of nothing but what an export wrote.
+"""Folders that an export writes: whole or not at all, and in the place of nothing but what an
+export wrote.
 
-An exported folder holds `.jaxdistill_export.json`, the list of its files with their sizes and BLAKE2b digests. Only a folder
-that holds these files, as they were, and nothing else is replaced; all others are refused before any work is done. Of files
-over 1 GiB, which take long to read, the time of the last change stands for the digest.
+An exported folder holds `.jaxdistill_export.json`, the list of its files with their sizes and
+BLAKE2b digests. Only a folder that holds these files, as they were, and nothing else is replaced;
+all others are refused before any work is done. Of files over 1 GiB, which take long to read, the
+time of the last change stands for the digest.
 """
 
 from __future__ import annotations
@@ -34,10 +36,13 @@ LONGEST = "diffusion_pytorch_model-00001-of-00001.safetensors"  # file in an exp
 
 
 def replaceable(target: Path) -> Path:
-    """Where an export to `target` is written: its path, with the links of its parents followed. Writes nothing.
+    """Where an export to `target` is written: its path, with the links of its parents followed.
+    Writes nothing.
 
-    The name is free, an empty folder, or a folder that an export wrote and that holds nothing else. Raises Refused where it is
-    not, and where nothing could be written: a run, another model, foreign or changed files, a link, a name that is too long, a
+    The name is free, an empty folder, or a folder that an export wrote and that holds nothing else.
+    Raises Refused where it is
+    not, and where nothing could be written: a run, another model, foreign or changed files, a link,
+    a name that is too long, a
     folder that is read-only, the working folder or one above it.
     """
     with _in_one_line(target):
@@ -74,7 +79,11 @@ def _nearest(folder: Path) -> Path:
 
 def _check_parents(target: Path, place: Path) -> None:
     for parent in place.parents:
-        if parent.name in INSIDE_A_RUN and (run := parent.parent) and any((run / name).exists() for name in RUN):
+        if (
+            parent.name in INSIDE_A_RUN
+            and (run := parent.parent)
+            and any((run / name).exists() for name in RUN)
+        ):
             raise Refused(f"{target}: is inside {parent.name}/ of the run {run}; give another name")
     near = _nearest(place.parent)
     if not near.is_dir():
@@ -92,26 +101,36 @@ def _check_folder(target: Path, place: Path) -> None:
 
 
 def written(target: Path, place: Path) -> list[str]:
-    """The files and folders in the export at `place`, relative, what is in a folder after it; none in an empty one. Raises
-    Refused, naming `target`, where anything else is there too."""
+    """The files and folders in the export at `place`, relative, what is in a folder after it; none
+    in an empty one. Raises
+    Refused, naming `target`, where anything else is there too.
+    """
     if not any(place.iterdir()):
         return []
     if found := next((name for name in RUN if os.path.lexists(place / name)), None):
         raise Refused(f"{target}: is a run (it has {found}); give another name")
     if not os.path.lexists(place / MARKER):
         if (place / "config.json").exists() or (place / "adapter_config.json").exists():
-            raise Refused(f"{target}: holds a model without {MARKER}, the list of what an export wrote "
-                          "(earlier versions left none); move it away, or give another name")  # fmt: skip
-        raise Refused(f"{target}: not empty and not a model folder that was exported; give another name")
+            raise Refused(
+                f"{target}: holds a model without {MARKER}, the list of what an export wrote "
+                "(earlier versions left none); move it away, or give another name"
+            )
+        raise Refused(
+            f"{target}: not empty and not a model folder that was exported; give another name"
+        )
     listed = _read_marker(target, place)
     folders = {str(parent) for name in listed for parent in Path(name).parents}
     found = []
     for name, info in _walk(place):
         if name != MARKER and not (stat.S_ISDIR(info.st_mode) and name in folders):
             if name not in listed:
-                raise Refused(f"{target}: {name} was not written by an export; move it away, or give another name")
+                raise Refused(
+                    f"{target}: {name} was not written by an export; move it away, or give another name"
+                )
             if not _as_listed(place / name, info, listed[name]):
-                raise Refused(f"{target}: {name} is not as it was exported; move it away, or give another name")
+                raise Refused(
+                    f"{target}: {name} is not as it was exported; move it away, or give another name"
+                )
         found.append(name)
     return found
 
@@ -127,24 +146,35 @@ def _walk(folder: Path, inside: str = "") -> Iterator[tuple[str, os.stat_result]
 
 
 def _entry(file: Path, info: os.stat_result) -> dict[str, Any]:
-    """What the list says of a file: its bytes, and its digest or, of a large one, the nanoseconds of its last change."""
+    """What the list says of a file: its bytes, and its digest or, of a large one, the nanoseconds
+    of its last change.
+    """
     if info.st_size > LARGE:
         return {"bytes": info.st_size, "changed_ns": info.st_mtime_ns}
     with file.open("rb") as opened:
-        return {"bytes": info.st_size, "blake2b": hashlib.file_digest(opened, "blake2b").hexdigest()}
+        return {
+            "bytes": info.st_size,
+            "blake2b": hashlib.file_digest(opened, "blake2b").hexdigest(),
+        }
 
 
 def _as_listed(file: Path, info: os.stat_result, entry: dict[str, Any]) -> bool:
     """Whether a file is what `_entry` said of it; it is read only where its size is the same."""
-    return stat.S_ISREG(info.st_mode) and info.st_size == entry.get("bytes") and _entry(file, info) == entry
+    return (
+        stat.S_ISREG(info.st_mode)
+        and info.st_size == entry.get("bytes")
+        and _entry(file, info) == entry
+    )
 
 
 def _read_marker(target: Path, place: Path) -> dict[str, dict[str, Any]]:
     """Name -> entry of the files of a finished export."""
     listed = _read_list(target, place)
     if not all(isinstance(entry, dict) for entry in listed.values()):
-        raise Refused(f"{target}: {MARKER} has no digests, so that an edit would be lost (earlier versions left none); "
-                      "move it away, or give another name")  # fmt: skip
+        raise Refused(
+            f"{target}: {MARKER} has no digests, so that an edit would be lost (earlier versions left none); "
+            "move it away, or give another name"
+        )
     return listed
 
 
@@ -154,16 +184,24 @@ def _read_list(target: Path, place: Path) -> dict[str, Any]:
         if marker.is_symlink():
             raise ValueError("a link")
         listed = json.loads(marker.read_text(encoding="utf-8"))["files"]
-        if not isinstance(listed, dict) or not all(type(entry) in (dict, int) for entry in listed.values()):
+        if not isinstance(listed, dict) or not all(
+            type(entry) in (dict, int) for entry in listed.values()
+        ):
             raise ValueError("no list of files")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Refused(f"{target}: {MARKER} is damaged ({error}); move the folder away, or give another name") from error
+        raise Refused(
+            f"{target}: {MARKER} is damaged ({error}); move the folder away, or give another name"
+        ) from error
     return listed
 
 
 def _list(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> entry of all files in a folder but the list itself."""
-    return {name: _entry(folder / name, info) for name, info in _walk(folder) if stat.S_ISREG(info.st_mode) and name != MARKER}
+    return {
+        name: _entry(folder / name, info)
+        for name, info in _walk(folder)
+        if stat.S_ISREG(info.st_mode) and name != MARKER
+    }
 
 
 def _write_marker(folder: Path, listed: dict[str, dict[str, Any]] | None) -> None:
@@ -174,11 +212,15 @@ def _write_marker(folder: Path, listed: dict[str, dict[str, Any]] | None) -> Non
 
 @contextlib.contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends, and vanishes if it raises: nothing half-written.
+    """A temporary folder that becomes `target` when the block ends, and vanishes if it raises:
+    nothing half-written.
 
-    An earlier export at `target` is replaced; until the new one is in its place the old one is there, or beside it as
-    `.<name>.old-<id>`, from where the next export takes it back. What processes that were killed left beside it is removed.
-    Raises Refused as `replaceable` does, at the start and again before the old one goes, and where the disk cannot be written.
+    An earlier export at `target` is replaced; until the new one is in its place the old one is
+    there, or beside it as
+    `.<name>.old-<id>`, from where the next export takes it back. What processes that were killed
+    left beside it is removed.
+    Raises Refused as `replaceable` does, at the start and again before the old one goes, and where
+    the disk cannot be written.
     """
     place = replaceable(target)
     with _in_one_line(target):
@@ -219,7 +261,9 @@ def _swap(target: Path, place: Path, fresh: Path) -> None:
 
 
 def _remove(folder: Path, names: list[str]) -> None:
-    """Deletes what `written` found in a folder, the list of its files last, and the folder; what else is there stays."""
+    """Deletes what `written` found in a folder, the list of its files last, and the folder; what
+    else is there stays.
+    """
     with contextlib.suppress(OSError):
         for path in (folder / name for name in reversed(names) if name != MARKER):
             path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
@@ -228,10 +272,17 @@ def _remove(folder: Path, names: list[str]) -> None:
 
 
 def _tidy(place: Path) -> None:
-    """Ends what processes that were killed left beside `place`: half-written folders go, an export that was moved aside comes
-    back where none has taken its place. Only what is ours is touched."""
-    fresh, moved = _beside(place, "new", ""), _beside(place, "old", "")
-    mine = lambda stem: [path for path in place.parent.iterdir() if re.fullmatch(re.escape(stem.name) + "[0-9a-f]{8}", path.name)]
+    """Ends what processes that were killed left beside `place`: half-written folders go, an export
+    that was moved aside comes
+    back where none has taken its place. Only what is ours is touched.
+    """
+    fresh = _beside(place, "new", "")
+    moved = _beside(place, "old", "")
+    mine = lambda stem: [
+        path
+        for path in place.parent.iterdir()
+        if re.fullmatch(re.escape(stem.name) + "[0-9a-f]{8}", path.name)
+    ]
     for folder in (path for path in mine(fresh) if path.is_dir() and not path.is_symlink()):
         with contextlib.suppress(OSError, Refused):
             if not (folder / MARKER).is_file():
@@ -250,7 +301,9 @@ def _tidy(place: Path) -> None:
 
 
 def _abandoned(folder: Path) -> bool:
-    """Whether nobody writes it any more. Raises Refused where it is complete and something else was put into it."""
+    """Whether nobody writes it any more. Raises Refused where it is complete and something else was
+    put into it.
+    """
     if _complete(folder):
         written(folder, folder)
     lock = filelock.FileLock(folder / LOCK)
@@ -272,7 +325,11 @@ def _complete(folder: Path) -> bool:
 
 def _beside(place: Path, kind: str, number: str) -> Path:
     """A hidden name beside `place`; of a name that is long, a short one."""
-    stem = place.name if len(os.fsencode(place.name)) < 200 else hashlib.sha256(os.fsencode(place.name)).hexdigest()[:32]
+    stem = (
+        place.name
+        if len(os.fsencode(place.name)) < 200
+        else hashlib.sha256(os.fsencode(place.name)).hexdigest()[:32]
+    )
     return place.with_name(f".{stem}.{kind}-{number}")
 
 

@@ -1,4 +1,6 @@
-"""What goes with a language student besides its weights: the tokens that end a text, and the tokenizer's files."""
+"""What goes with a language student besides its weights: the tokens that end a text, and the
+tokenizer's files.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,18 @@ STORED = (  # what `transformers` keeps a tokenizer in; never code
 
 
 def with_special_tokens(config: Any, data: Any) -> Any:
-    """A language model's configuration with the end token of the data that it was trained on; any other as it is.
+    """A language model's configuration with the end token of the data that it was trained on; any
+    other as it is.
 
-    Where the configuration has that token among its own, its vocabulary is the data's, and its other special tokens stay.
+    Where the configuration has that token among its own, its vocabulary is the data's, and its
+    other special tokens stay.
     Else those of the data take the place of all of them.
     """
-    fields = {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    fields = (
+        {field.name for field in dataclasses.fields(config)}
+        if dataclasses.is_dataclass(config)
+        else set()
+    )
     codec = getattr(data, "codec", data)
     end = getattr(codec, "eos", None)
     if end is None or not isinstance(getattr(config, "eos", None), tuple):
@@ -44,8 +52,11 @@ def with_special_tokens(config: Any, data: Any) -> Any:
 
 
 def tokenizer_files(experiment: Any, role: str) -> Mapping[str, Any]:
-    """The tokenizer of a role's ids by file name, JSON objects or paths: that of the data, else that of the folder from which the
-    role's weights come, through roles and runs; of fresh weights the teacher's. Empty where there is none."""
+    """The tokenizer of a role's ids by file name, JSON objects or paths: that of the data, else
+    that of the folder from which the
+    role's weights come, through roles and runs; of fresh weights the teacher's. Empty where there
+    is none.
+    """
     found = experiment.data.texts.tokenizer_files()
     if isinstance(found, Path):
         return stored(found)
@@ -66,4 +77,8 @@ def _at_the_start(experiment: Any, role: str, seen: tuple[str, ...]) -> Mapping[
 def stored(folder: Path) -> dict[str, Path]:
     """The tokenizer's files in a folder; where there are none but code, none."""
     files = {name: folder / name for name in STORED if (folder / name).is_file()}
-    return files if files.keys() - {"special_tokens_map.json", "chat_template.jinja", "chat_template.json"} else {}
+    return (
+        files
+        if files.keys() - {"special_tokens_map.json", "chat_template.jinja", "chat_template.json"}
+        else {}
+    )

@@ -11,13 +11,16 @@ from jaxdistill.samplers.fewstep import falling, first_times, renoise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FewStep(Method):
-    """The chain starts from the process's noisiest state, so the first of its times is one that such a state may have.
+    """The chain starts from the process's noisiest state, so the first of its times is one that
+    such a state may have.
 
     Raises Refused where it is not, and where times do not fall within the process.
     """
 
     process: Process = Flow()
-    student_times: tuple[float, ...] = ()  # falling; as many as steps are asked for. (): the process's t_max alone
+    student_times: tuple[
+        float, ...
+    ] = ()  # falling; as many as steps are asked for. (): the process's t_max alone
 
     def __post_init__(self):
         if not self.student_times:
@@ -25,14 +28,25 @@ class FewStep(Method):
         self.check_times()
 
     def check_times(self) -> None:
-        times, process = self.student_times, self.process
+        times = self.student_times
+        process = self.process
         if not falling(times, process.t_max):
-            raise Refused(f"method.student_times={times}: expected falling times, at most {process.t_max} and above 0")
+            raise Refused(
+                f"method.student_times={times}: expected falling times, at most {process.t_max} and above 0"
+            )
         if not process.starts(times[0]):
-            raise Refused(f"method.student_times={times}: {process} starts at t={process.t_max}; expected a first time near it")
+            raise Refused(
+                f"method.student_times={times}: {process} starts at t={process.t_max}; expected a first time near it"
+            )
 
     def sampling_times(self, steps: int) -> Array:
         return first_times(self.student_times, steps)
 
     def sample(self, net, noise, cond, key, steps):
-        return renoise(self.process, lambda x, t: net(x, t, cond), self.initial(noise), self.sampling_times(steps), key)
+        return renoise(
+            self.process,
+            lambda x, t: net(x, t, cond),
+            self.initial(noise),
+            self.sampling_times(steps),
+            key,
+        )

@@ -8,7 +8,9 @@ from typing import Any
 
 from jaxdistill.core.types import Array, Method, Nets, Stage, Turn
 
-MEMBERS = tuple(name for name in vars(Method) if not name.startswith("_"))  # all that a method may say
+MEMBERS = tuple(
+    name for name in vars(Method) if not name.startswith("_")
+)  # all that a method may say
 
 
 def of_host(name: str) -> property:
@@ -17,7 +19,9 @@ def of_host(name: str) -> property:
 
 
 class Delegating(Method):
-    """Every member of `Method` is that of `self.host`, a method that a subclass supplies, but for what the subclass overrides."""
+    """Every member of `Method` is that of `self.host`, a method that a subclass supplies, but for
+    what the subclass overrides.
+    """
 
     vars().update({name: of_host(name) for name in MEMBERS})
 
@@ -36,7 +40,9 @@ class Hosted(Delegating):
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
         wrapped = lambda stage: dataclasses.replace(self, host=stage.method)
-        return tuple(dataclasses.replace(stage, method=wrapped(stage)) for stage in self.host.stages(steps))
+        return tuple(
+            dataclasses.replace(stage, method=wrapped(stage)) for stage in self.host.stages(steps)
+        )
 
     def makers(self, turn: Turn) -> tuple[str, ...]:
         """The roles of a turn that move and make samples."""
@@ -44,7 +50,9 @@ class Hosted(Delegating):
 
 
 def tap(net: Nets, roles: tuple[str, ...], move: Array | float = 0.0) -> tuple[Nets, list[Array]]:
-    """(networks, list): every x0 that the networks of `roles` predict is moved by `move` and appended to the list."""
+    """(networks, list): every x0 that the networks of `roles` predict is moved by `move` and
+    appended to the list.
+    """
     seen = []
 
     def tapped(call):
@@ -56,4 +64,6 @@ def tap(net: Nets, roles: tuple[str, ...], move: Array | float = 0.0) -> tuple[N
 
         return run
 
-    return SimpleNamespace(**{**vars(net), **{role: tapped(getattr(net, role)) for role in roles}}), seen
+    return SimpleNamespace(
+        **{**vars(net), **{role: tapped(getattr(net, role)) for role in roles}}
+    ), seen

@@ -1,4 +1,6 @@
-"""Small networks on top of others: discriminator heads on feature taps, and a scalar function of time."""
+"""Small networks on top of others: discriminator heads on feature taps, and a scalar function of
+time.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,20 @@ class Discriminator:
 class DiscriminatorModule(nnx.Module):
     def __init__(self, cfg: Discriminator, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.tokens = nnx.List([dense(cfg.dim, cfg.width, ("embed", "mlp"), rngs=rngs) for _ in range(cfg.features)])
-        self.pooled = nnx.List([dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in range(cfg.features)])
-        self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in range(cfg.features)])
+        self.tokens = nnx.List(
+            [dense(cfg.dim, cfg.width, ("embed", "mlp"), rngs=rngs) for _ in range(cfg.features)]
+        )
+        self.pooled = nnx.List(
+            [dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in range(cfg.features)]
+        )
+        self.logits = nnx.List(
+            [dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in range(cfg.features)]
+        )
         self.time = dense(32, cfg.width, (None, "mlp"), rngs=rngs)
         if cfg.classes:
-            self.label_embed = embedding(cfg.classes + 1, cfg.width, rngs=rngs, names=("index", "mlp"))
+            self.label_embed = embedding(
+                cfg.classes + 1, cfg.width, rngs=rngs, names=("index", "mlp")
+            )
 
     def __call__(self, feats: tuple[Array, ...], t: Array, cond: Array | None = None) -> Array:
         """feats: taps [B N dim]; t [B] -> logits [B], float32."""
@@ -64,16 +74,27 @@ class Heads:
 
 class HeadsModule(nnx.Module):
     def __init__(self, cfg: Heads, rngs: nnx.Rngs):
-        self.tokens = nnx.List([dense(dim, cfg.width, ("embed", "mlp"), rngs=rngs) for dim in cfg.dims])
-        self.pooled = nnx.List([dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in cfg.dims])
+        self.tokens = nnx.List(
+            [dense(dim, cfg.width, ("embed", "mlp"), rngs=rngs) for dim in cfg.dims]
+        )
+        self.pooled = nnx.List(
+            [dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in cfg.dims]
+        )
         self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in cfg.dims])
 
     def __call__(self, feats: tuple[Array, ...]) -> Array:
-        """feats: taps [B N dim] -> logits [B heads], float32. Raises Refused where there are more or fewer taps than heads."""
+        """feats: taps [B N dim] -> logits [B heads], float32. Raises Refused where there are more
+        or fewer taps than heads.
+        """
         if len(feats) != len(self.logits):
-            raise Refused(f"taps: {len(feats)} of them for the {len(self.logits)} heads of model.dims")
+            raise Refused(
+                f"taps: {len(feats)} of them for the {len(self.logits)} heads of model.dims"
+            )
         pool = lambda f, tokens: nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6))).mean(1)
-        states = [nnx.silu(pooled(pool(f, tokens))) for f, tokens, pooled in zip(feats, self.tokens, self.pooled)]
+        states = [
+            nnx.silu(pooled(pool(f, tokens)))
+            for f, tokens, pooled in zip(feats, self.tokens, self.pooled)
+        ]
         return jnp.concatenate([logit(h) for h, logit in zip(states, self.logits)], -1)
 
 
@@ -99,7 +120,9 @@ class TimeWeightModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A learned linear map without bias from a student's width to its teacher's, N(0, 0.02^2) at the start."""
+    """A learned linear map without bias from a student's width to its teacher's, N(0, 0.02^2) at
+    the start.
+    """
 
     inputs: int = 64
     outputs: int = 64
@@ -110,7 +133,14 @@ class Projection:
 
 class ProjectionModule(nnx.Module):
     def __init__(self, cfg: Projection, rngs: nnx.Rngs):
-        self.map = dense(cfg.inputs, cfg.outputs, ("embed", None), rngs=rngs, bias=False, init=nnx.initializers.normal(0.02))
+        self.map = dense(
+            cfg.inputs,
+            cfg.outputs,
+            ("embed", None),
+            rngs=rngs,
+            bias=False,
+            init=nnx.initializers.normal(0.02),
+        )
 
     def __call__(self, x: Array) -> Array:
         """x [... inputs] -> [... outputs]."""

@@ -1,4 +1,6 @@
-"""Differentiable augmentation whose draw several batches of images share, so that only what differs between them counts."""
+"""Differentiable augmentation whose draw several batches of images share, so that only what differs
+between them counts.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from jaxdistill.core.types import Array
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Paired:
-    """One draw for all images of all batches (siamese augmentation, arXiv:2102.08259); points [B D] pass unchanged."""
+    """One draw for all images of all batches (siamese augmentation, arXiv:2102.08259); points [B D]
+    pass unchanged.
+    """
 
     flip: float = 0.5  # probability of a mirror image
     shift: float = 0.125  # largest translation, as a share of the side; what comes in is 0
@@ -29,7 +33,9 @@ class Paired:
         draw = lambda i: jax.random.uniform(jax.random.fold_in(key, i), minval=-1.0)
         x = jnp.where(draw(0) < 2 * self.flip - 1, x[:, :, ::-1], x)
         for axis in (1, 2):
-            x = _translate(x, jnp.round(draw(axis) * self.shift * x.shape[axis]).astype(jnp.int32), axis)
+            x = _translate(
+                x, jnp.round(draw(axis) * self.shift * x.shape[axis]).astype(jnp.int32), axis
+            )
         mean = jnp.mean(x, axis=(1, 2, 3), keepdims=True)
         return (x - mean) * (1 + self.contrast * draw(3)) + mean + self.brightness * draw(4)
 

@@ -1,10 +1,11 @@
 """Divergences between two next-token laws, given as logits: p the teacher's, q the student's.
 
-Every function returns one value per token and never reduces over tokens; `masked_sum` does. Inside all is float32 (or
-float64, if given), whatever the input dtype. A kind that is a sum over the vocabulary of some d(log p_v, log q_v) also
-comes fused with the projection of the hidden states, chunk by chunk (`chunked_divergence`), and on the teacher's k best
-tokens with the rest as one bucket (`topk_divergence`). Sources: GKD arXiv:2306.13649 (JSD), DistiLLM arXiv:2402.03898
-(skew), 00-foundations section 10 (all, with gradients).
+Every function returns one value per token and never reduces over tokens; `masked_sum` does. Inside
+all is float32 (or float64, if given), whatever the input dtype. A kind that is a sum over the
+vocabulary of some d(log p_v, log q_v) also comes fused with the projection of the hidden states,
+chunk by chunk (`chunked_divergence`), and on the teacher's k best tokens with the rest as one
+bucket (`topk_divergence`). Sources: GKD arXiv:2306.13649 (JSD), DistiLLM arXiv:2402.03898 (skew),
+00-foundations section 10 (all, with gradients).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def _kl(log_a: Array, log_b: Array) -> Array:
 
 
 def _mix(weight: float | Array, log_a: Array, log_b: Array) -> Array:
-    """log(weight a + (1 - weight) b), not below that of the smallest normal number, where a and b weigh nothing in any sum."""
+    """log(weight a + (1 - weight) b), not below that of the smallest normal number, where a and b
+    weigh nothing in any sum.
+    """
     if not isinstance(weight, Array) and weight in (0, 1):
         return log_a if weight else log_b
     mixed = weight * jnp.exp(log_a) + (1 - weight) * jnp.exp(log_b)
@@ -44,7 +47,9 @@ def _mix(weight: float | Array, log_a: Array, log_b: Array) -> Array:
 
 
 def pointwise(summand: Callable) -> Callable:
-    """A divergence of logits [..., V] -> [...] from its summand on log-probabilities, kept as `.summand`."""
+    """A divergence of logits [..., V] -> [...] from its summand on log-probabilities, kept as
+    `.summand`.
+    """
 
     @functools.wraps(summand)
     def divergence(teacher: Array, student: Array, **params) -> Array:
@@ -68,9 +73,11 @@ def reverse_kl(teacher: Array, student: Array) -> Array:
 
 @pointwise
 def jsd(teacher: Array, student: Array, beta: float = 0.5) -> Array:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD); at most log 2 for beta = 0.5.
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD); at most log 2 for
+    beta = 0.5.
 
-    Its value at beta = 0 and 1 would be 0: there it returns the limits of JSD/beta and JSD/(1 - beta), KL(p || q) and KL(q || p).
+    Its value at beta = 0 and 1 would be 0: there it returns the limits of JSD/beta and JSD/(1 -
+    beta), KL(p || q) and KL(q || p).
     beta may be an array [], as schedules give it.
     """
     if isinstance(beta, Array):
@@ -107,11 +114,14 @@ def total_variation(teacher: Array, student: Array) -> Array:
 
 
 def adaptive_kl(teacher: Array, student: Array, mass: float = 0.5) -> Array:
-    """w KL(p || q) + (1 - w) KL(q || p), w the share of sum |p - q| that lies in the teacher's head (AKL, arXiv:2404.02657).
+    """w KL(p || q) + (1 - w) KL(q || p), w the share of sum |p - q| that lies in the teacher's head
+    (AKL, arXiv:2404.02657).
 
-    The head is the smallest set of most likely tokens with at least `mass`; w is under stop_gradient.
+    The head is the smallest set of most likely tokens with at least `mass`; w is under
+    stop_gradient.
     """
-    log_p, log_q = _log_softmax(teacher), _log_softmax(student)
+    log_p = _log_softmax(teacher)
+    log_q = _log_softmax(student)
     p = jnp.exp(log_p)
     order = jnp.argsort(-p, axis=-1)
     p_sorted, gap = (jnp.take_along_axis(a, order, -1) for a in (p, jnp.abs(p - jnp.exp(log_q))))
@@ -121,15 +131,20 @@ def adaptive_kl(teacher: Array, student: Array, mass: float = 0.5) -> Array:
     return w * jnp.sum(_kl(log_p, log_q), -1) + (1 - w) * jnp.sum(_kl(log_q, log_p), -1)
 
 
-SUMS = {f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation)}
+SUMS = {
+    f.__name__: f for f in (forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, total_variation)
+}
 KINDS = {**SUMS, "adaptive_kl": adaptive_kl}
 
 
 def common(*logits: Array) -> tuple[Array, ...]:
-    """The ids that all have: logits [..., V], V each its own, without the columns from the smallest V on.
+    """The ids that all have: logits [..., V], V each its own, without the columns from the smallest
+    V on.
 
-    Models of one tokenizer have tables padded to different lengths (Qwen2.5: 152,064 rows of 7B, 151,936 of 0.5B): what lies
-    beyond the shorter is padding. That the tokenizer is one is for `models.language.lm.same_vocabulary` to say.
+    Models of one tokenizer have tables padded to different lengths (Qwen2.5: 152,064 rows of 7B,
+    151,936 of 0.5B): what lies
+    beyond the shorter is padding. That the tokenizer is one is for
+    `models.language.lm.same_vocabulary` to say.
     """
     least = min(z.shape[-1] for z in logits)
     return tuple(z if z.shape[-1] == least else z[..., :least] for z in logits)
@@ -143,20 +158,26 @@ def token_divergence(
     temperature: float | Array = 1.0,
     **params,
 ) -> Array:
-    """The divergence called `kind` (a key of KINDS) of softmax(logits / T), times T^2 so that gradients keep their scale.
+    """The divergence called `kind` (a key of KINDS) of softmax(logits / T), times T^2 so that
+    gradients keep their scale.
 
-    Logits [..., V] -> [...], of tables of different lengths over their `common` ids; `params` are the kind's own (beta,
+    Logits [..., V] -> [...], of tables of different lengths over their `common` ids; `params` are
+    the kind's own (beta,
     alpha, mass). Raises Refused on an unknown kind.
     """
     teacher, student = common(teacher, student)
     kind = lookup(KINDS, kind, "kind")
-    return temperature**2 * by_rows(lambda *logits: kind(*(_wide(z) / temperature for z in logits), **params), teacher, student)
+    return temperature**2 * by_rows(
+        lambda *logits: kind(*(_wide(z) / temperature for z in logits), **params), teacher, student
+    )
 
 
 def sorted_distance(teacher: Array, student: Array, *, temperature: float = 1.0) -> Array:
-    """sum_i |p_(i) - q_(i)| of the probabilities in falling order, the shorter law filled up with zeros (ULD, arXiv:2402.12030).
+    """sum_i |p_(i) - q_(i)| of the probabilities in falling order, the shorter law filled up with
+    zeros (ULD, arXiv:2402.12030).
 
-    Logits [..., V] and [..., W] over any two vocabularies -> [...], at most 2; 0 wherever one law is the other renamed.
+    Logits [..., V] and [..., W] over any two vocabularies -> [...], at most 2; 0 wherever one law
+    is the other renamed.
     """
     size = max(teacher.shape[-1], student.shape[-1])
 
@@ -167,21 +188,28 @@ def sorted_distance(teacher: Array, student: Array, *, temperature: float = 1.0)
     return jnp.sum(jnp.abs(ranked(teacher) - ranked(student)), -1)
 
 
-def topk_log_probs(teacher: Array, k: int, *, temperature: float = 1.0) -> tuple[Array, Array, Array]:
-    """What is kept of the teacher's logits [..., V]: ids int32 [..., k], their log-probabilities, and the others' log mass [...].
+def topk_log_probs(
+    teacher: Array, k: int, *, temperature: float = 1.0
+) -> tuple[Array, Array, Array]:
+    """What is kept of the teacher's logits [..., V]: ids int32 [..., k], their log-probabilities,
+    and the others' log mass [...].
 
     Raises Refused unless 0 < k < V.
     """
     vocab = teacher.shape[-1]
     if not 0 < k < vocab:
-        raise Refused(f"k={k}: expected 1 to {vocab - 1}, fewer than the {vocab} tokens of the vocabulary")
+        raise Refused(
+            f"k={k}: expected 1 to {vocab - 1}, fewer than the {vocab} tokens of the vocabulary"
+        )
     log_p = _log_softmax(_wide(teacher) / temperature)
     ids = jax.lax.top_k(log_p, k)[1]
     return ids, *_buckets(log_p, ids)
 
 
 def _buckets(log_p: Array, ids: Array) -> tuple[Array, Array]:
-    """Log-probabilities of `ids` [..., k] and the log mass of all others [...], `_present` where there is none."""
+    """Log-probabilities of `ids` [..., k] and the log mass of all others [...], `_present` where
+    there is none.
+    """
     rest = jnp.put_along_axis(log_p, ids, -jnp.inf, axis=-1, inplace=False)
     empty = jnp.max(rest, -1, keepdims=True) == -jnp.inf
     tail = jax.nn.logsumexp(jnp.where(empty, 0.0, rest), -1)
@@ -189,12 +217,16 @@ def _buckets(log_p: Array, ids: Array) -> tuple[Array, Array]:
 
 
 def _least(x: Array) -> Array:
-    """log of the smallest normal number: a mass that counts nothing in any sum, and whose logarithm is finite."""
+    """log of the smallest normal number: a mass that counts nothing in any sum, and whose logarithm
+    is finite.
+    """
     return jnp.log(jnp.finfo(x.dtype).tiny).astype(x.dtype)
 
 
 def _present(log_mass: Array) -> Array:
-    """The same with the least number for a mass of 0, whose logarithm would make values infinite and gradients NaN."""
+    """The same with the least number for a mass of 0, whose logarithm would make values infinite
+    and gradients NaN.
+    """
     return jnp.where(log_mass > -jnp.inf, log_mass, _least(log_mass))
 
 
@@ -208,11 +240,15 @@ def topk_divergence(
     temperature: float | Array = 1.0,
     **params,
 ) -> Array:
-    """`token_divergence` between laws over k + 1 buckets: the teacher's k tokens, and all others together.
+    """`token_divergence` between laws over k + 1 buckets: the teacher's k tokens, and all others
+    together.
 
-    `ids`, `log_probs` [..., k] and `log_tail` [...] come from `topk_log_probs` at the same temperature; `student` are
-    logits [..., V]. A KL is never negative, and never above that of the full laws (data processing). Without `log_tail`
-    (None) both laws are those of the k tokens alone, renormalised, and what the student gives to others is not seen.
+    `ids`, `log_probs` [..., k] and `log_tail` [...] come from `topk_log_probs` at the same
+    temperature; `student` are
+    logits [..., V]. A KL is never negative, and never above that of the full laws (data
+    processing). Without `log_tail`
+    (None) both laws are those of the k tokens alone, renormalised, and what the student gives to
+    others is not seen.
     """
     log_q = _log_softmax(_wide(student) / temperature)
     if log_tail is None:
@@ -238,9 +274,11 @@ def restricted_divergence(
     temperature: float | Array = 1.0,
     **params,
 ) -> Array:
-    """`topk_divergence` of logits [..., V] -> [...] on the k likeliest tokens of the one or the other (SUPPORTS, TAILS).
+    """`topk_divergence` of logits [..., V] -> [...] on the k likeliest tokens of the one or the
+    other (SUPPORTS, TAILS).
 
-    Which tokens these are is a constant. The teacher's support suits the forward KL, whose summands it weighs, and the
+    Which tokens these are is a constant. The teacher's support suits the forward KL, whose summands
+    it weighs, and the
     student's the reverse. Raises Refused unless 0 < k < V.
     """
     teacher, student = common(teacher, student)
@@ -253,21 +291,38 @@ def restricted_divergence(
     return topk_divergence(kind, ids, kept, rest, student, temperature=temperature, **params)
 
 
-def chunked_divergence(kind: str, teacher_hidden: Array, teacher_head: Array, student_hidden: Array, student_head: Array, *,
-                       chunk: int, temperature: float = 1.0, **params) -> Array:  # fmt: skip
-    """`token_divergence` of hidden @ head without logits over the whole vocabulary: at most [..., chunk] lives at a time.
+def chunked_divergence(
+    kind: str,
+    teacher_hidden: Array,
+    teacher_head: Array,
+    student_hidden: Array,
+    student_head: Array,
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+    **params,
+) -> Array:
+    """`token_divergence` of hidden @ head without logits over the whole vocabulary: at most [...,
+    chunk] lives at a time.
 
-    Hidden [..., D] and head [D, V] of either model, D its own; returns [...]. A first pass over the vocabulary gives both
-    normalisers, a second the divergence; the backward projects again. A chunk takes every n-th column, so that a
-    vocabulary split over devices stays where it is. Heads of different lengths are compared on their `common` ids. Raises
-    Refused on an unknown kind, and one that is no sum over tokens (adaptive_kl, which sorts the vocabulary).
+    Hidden [..., D] and head [D, V] of either model, D its own; returns [...]. A first pass over the
+    vocabulary gives both
+    normalisers, a second the divergence; the backward projects again. A chunk takes every n-th
+    column, so that a
+    vocabulary split over devices stays where it is. Heads of different lengths are compared on
+    their `common` ids. Raises
+    Refused on an unknown kind, and one that is no sum over tokens (adaptive_kl, which sorts the
+    vocabulary).
     """
     summand = getattr(lookup(KINDS, kind, "kind"), "summand", None)
     if summand is None:
-        raise Refused(f"kind={kind!r} sorts the whole vocabulary: expected one of {', '.join(SUMS)}")
+        raise Refused(
+            f"kind={kind!r} sorts the whole vocabulary: expected one of {', '.join(SUMS)}"
+        )
     teacher_head, student_head = common(teacher_head, student_head)
     real, teacher_columns = _columns(teacher_head, chunk)
-    hidden, heads = (teacher_hidden, student_hidden), (teacher_columns, _columns(student_head, chunk)[1])
+    hidden = (teacher_hidden, student_hidden)
+    heads = (teacher_columns, _columns(student_head, chunk)[1])
     logits = lambda hidden, head: _project(hidden, head) / temperature
     norms = [_log_norm(h, real, head, temperature)[..., None] for h, head in zip(hidden, heads)]
 
@@ -286,14 +341,20 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def chunked_cross_entropy(hidden: Array, head: Array, labels: Array, *, chunk: int) -> Array:
-    """-log softmax(hidden @ head)[label] without logits over the whole vocabulary: [..., D], [D, V], int [...] -> [...]."""
+    """-log softmax(hidden @ head)[label] without logits over the whole vocabulary: [..., D], [D,
+    V], int [...] -> [...].
+    """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    label = jnp.einsum("...d,...d->...", hidden, jnp.take(head.T, labels, axis=0), preferred_element_type=wide)
+    label = jnp.einsum(
+        "...d,...d->...", hidden, jnp.take(head.T, labels, axis=0), preferred_element_type=wide
+    )
     return _log_norm(hidden, *_columns(head, chunk)) - label
 
 
 def log_mass(logits: Array, members: Array) -> Array:
-    """log of the probability that softmax(logits) gives to the tokens of `members` bool [V], one at least: [..., V] -> [...]."""
+    """log of the probability that softmax(logits) gives to the tokens of `members` bool [V], one at
+    least: [..., V] -> [...].
+    """
     return jax.nn.logsumexp(_log_softmax(logits), -1, where=members)
 
 
@@ -304,9 +365,13 @@ def chunked_log_mass(hidden: Array, head: Array, members: Array, *, chunk: int) 
     return _log_norm(hidden, real & inside, columns) - _log_norm(hidden, real, columns)
 
 
-def chunked_likelihood(hidden: Array, head: Array, labels: Array, *, chunk: int) -> tuple[Array, Array]:
-    """(-log softmax(hidden @ head)[label], whether the label is the likeliest token), [...] each, without logits over the whole
-    vocabulary; [..., D], [D, V], int [...]. The first has a gradient. Of equal logits the lower id is the likeliest.
+def chunked_likelihood(
+    hidden: Array, head: Array, labels: Array, *, chunk: int
+) -> tuple[Array, Array]:
+    """(-log softmax(hidden @ head)[label], whether the label is the likeliest token), [...] each,
+    without logits over the whole
+    vocabulary; [..., D], [D, V], int [...]. The first has a gradient. Of equal logits the lower id
+    is the likeliest.
     """
     nll = chunked_cross_entropy(hidden, head, labels, chunk=chunk)
     hidden, head = jax.lax.stop_gradient((hidden, head))
@@ -316,7 +381,9 @@ def chunked_likelihood(hidden: Array, head: Array, labels: Array, *, chunk: int)
     def best(found, inp):
         i, real, columns = inp
         logits = jnp.where(real, _project(hidden, columns), -jnp.inf)
-        top, at = jnp.max(logits, -1), jnp.argmax(logits, -1) * count + i  # a chunk has every count-th id
+        # a chunk has every count-th id
+        top = jnp.max(logits, -1)
+        at = jnp.argmax(logits, -1) * count + i
         better = (top > found[0]) | ((top == found[0]) & (at < found[1]))
         return (jnp.where(better, top, found[0]), jnp.where(better, at, found[1])), None
 
@@ -335,7 +402,9 @@ def _columns(head: Array, chunk: int) -> tuple[Array, Array]:
     dim, vocab = head.shape
     n = -(-vocab // chunk)
     padded = jnp.pad(head, ((0, 0), (0, n * chunk - vocab)))
-    return (jnp.arange(n * chunk) < vocab).reshape(chunk, n).T, jnp.moveaxis(padded.reshape(dim, chunk, n), -1, 0)
+    return (jnp.arange(n * chunk) < vocab).reshape(chunk, n).T, jnp.moveaxis(
+        padded.reshape(dim, chunk, n), -1, 0
+    )
 
 
 def _project(hidden: Array, head: Array) -> Array:
@@ -344,20 +413,26 @@ def _project(hidden: Array, head: Array) -> Array:
 
 def _log_norm(hidden: Array, real: Array, columns: Array, temperature: float = 1.0) -> Array:
     """log sum exp(logits / temperature) over all chunks, [...]."""
-    part = lambda _, inp: (None, jax.nn.logsumexp(_project(hidden, inp[1]) / temperature, -1, where=inp[0]))
+    part = lambda _, inp: (
+        None,
+        jax.nn.logsumexp(_project(hidden, inp[1]) / temperature, -1, where=inp[0]),
+    )
     return jax.nn.logsumexp(jax.lax.scan(_recompute(part), None, (real, columns))[1], 0)
 
 
 def masked_sum(per_token: Array, mask: Array, weights: Array | None = None) -> tuple[Array, Array]:
     """(sum over tokens where `mask` holds, their number), the loss and count of `core.types.Out`.
 
-    `weights` multiply the summands and leave the count alone. What is masked out may be infinite or NaN.
+    `weights` multiply the summands and leave the count alone. What is masked out may be infinite or
+    NaN.
     """
     kept = jnp.where(mask, per_token, 0.0)
     return jnp.sum(kept if weights is None else kept * weights), jnp.sum(mask.astype(jnp.float32))
 
 
 def sequence_mean(per_token: Array, mask: Array) -> Array:
-    """Mean over each row's tokens where `mask` [B T] holds, [B]; 0 for a row without any. What is masked out may be infinite or NaN."""
+    """Mean over each row's tokens where `mask` [B T] holds, [B]; 0 for a row without any. What is
+    masked out may be infinite or NaN.
+    """
     count = jnp.sum(mask.astype(jnp.float32), -1)
     return jnp.sum(jnp.where(mask, per_token, 0.0), -1) / jnp.maximum(count, 1.0)

@@ -1,7 +1,8 @@
 """Losses between hidden features, and centred kernel alignment (00-foundations, section 11).
 
-The teacher's side of a loss is under stop_gradient; CKA is symmetric and leaves it to the caller. Where the loss is one
-value per position or sample, that is what is returned. Inside all is float32 (or float64, if given).
+The teacher's side of a loss is under stop_gradient; CKA is symmetric and leaves it to the caller.
+Where the loss is one value per position or sample, that is what is returned. Inside all is float32
+(or float64, if given).
 """
 
 from __future__ import annotations
@@ -38,15 +39,19 @@ def hidden_mse(teacher: Array, student: Array) -> Array:
 
 
 def cosine_distance(teacher: Array, student: Array) -> Array:
-    """1 - cosine, [..., D] -> [...]; invariant to positive scale of either side (DistilBERT, arXiv:1910.01108)."""
+    """1 - cosine, [..., D] -> [...]; invariant to positive scale of either side (DistilBERT,
+    arXiv:1910.01108).
+    """
     t, s = _pair(teacher, student)
     return 1 - jnp.sum(_unit(t) * _unit(s), -1)
 
 
 def attention_transfer(teacher: Array, student: Array) -> Array:
-    """Mean squared difference of unit attention maps Q = sum_c |A_c|^2, [B H W C] -> [B] (arXiv:1612.03928, times beta = 1e3).
+    """Mean squared difference of unit attention maps Q = sum_c |A_c|^2, [B H W C] -> [B]
+    (arXiv:1612.03928, times beta = 1e3).
 
-    Channels may differ in number. The larger map is average-pooled to the smaller one's size; raises Refused where that
+    Channels may differ in number. The larger map is average-pooled to the smaller one's size;
+    raises Refused where that
     does not divide it. Invariant to the order of channels and to positive scale.
     """
     t, s = _pair(teacher, student)
@@ -58,7 +63,9 @@ def attention_transfer(teacher: Array, student: Array) -> Array:
 def _pool(x: Array, size: tuple[int, int]) -> Array:
     b, h, w, c = x.shape
     if h % size[0] or w % size[1]:
-        raise Refused(f"attention map of {h}x{w}: expected a multiple of {size[0]}x{size[1]}, the other network's")
+        raise Refused(
+            f"attention map of {h}x{w}: expected a multiple of {size[0]}x{size[1]}, the other network's"
+        )
     return jnp.mean(x.reshape(b, size[0], h // size[0], size[1], w // size[1], c), (2, 4))
 
 
@@ -67,9 +74,11 @@ def _huber(gap: Array) -> Array:
 
 
 def rkd_distance(teacher: Array, student: Array) -> Array:
-    """Huber loss between matrices of pairwise distances, each over its mean (RKD, arXiv:1904.05068, weight 25).
+    """Huber loss between matrices of pairwise distances, each over its mean (RKD, arXiv:1904.05068,
+    weight 25).
 
-    [B D] and [B D'] -> scalar, the mean over all B^2 entries as in the authors' code. Invariant to rotation, translation
+    [B D] and [B D'] -> scalar, the mean over all B^2 entries as in the authors' code. Invariant to
+    rotation, translation
     and scale of either side.
     """
 
@@ -84,7 +93,9 @@ def rkd_distance(teacher: Array, student: Array) -> Array:
 
 
 def rkd_angle(teacher: Array, student: Array) -> Array:
-    """Huber loss between the cosines at j of all triples (i, j, k) (RKD, weight 50); [B D], [B D'] -> scalar."""
+    """Huber loss between the cosines at j of all triples (i, j, k) (RKD, weight 50); [B D], [B D']
+    -> scalar.
+    """
 
     def relations(f):
         edges = _unit(f[None] - f[:, None])  # [j i D]
@@ -95,16 +106,20 @@ def rkd_angle(teacher: Array, student: Array) -> Array:
 
 
 def similarity_preserving(teacher: Array, student: Array) -> Array:
-    """||G_s - G_t||_F^2 / B^2 of Gram matrices F F^T with unit rows, [B ...] -> scalar (arXiv:1907.09682)."""
+    """||G_s - G_t||_F^2 / B^2 of Gram matrices F F^T with unit rows, [B ...] -> scalar
+    (arXiv:1907.09682).
+    """
     gram = lambda f: _unit(f.reshape(f.shape[0], -1) @ f.reshape(f.shape[0], -1).T)
     t, s = _pair(teacher, student)
     return jnp.mean((gram(t) - gram(s)) ** 2)
 
 
 def cka(x: Array, y: Array) -> Array:
-    """Linear CKA of [n D] and [n D']: ||Yc^T Xc||_F^2 / (||Xc^T Xc||_F ||Yc^T Yc||_F) (arXiv:1905.00414); in [0, 1].
+    """Linear CKA of [n D] and [n D']: ||Yc^T Xc||_F^2 / (||Xc^T Xc||_F ||Yc^T Yc||_F)
+    (arXiv:1905.00414); in [0, 1].
 
-    Invariant to orthogonal maps, isotropic scale and shifts of either side; not to general linear maps.
+    Invariant to orthogonal maps, isotropic scale and shifts of either side; not to general linear
+    maps.
     """
     x, y = (_wide(f) - jnp.mean(_wide(f), 0) for f in (x, y))
     cross = lambda a, b: jnp.sum((a.T @ b) ** 2)
@@ -112,16 +127,22 @@ def cka(x: Array, y: Array) -> Array:
 
 
 def unbiased_hsic(x: Array, y: Array) -> Array:
-    """Unbiased estimate of HSIC with linear kernels from n >= 4 rows (Song et al., JMLR 2012); mean 0 if independent."""
+    """Unbiased estimate of HSIC with linear kernels from n >= 4 rows (Song et al., JMLR 2012); mean
+    0 if independent.
+    """
     n = x.shape[0]
-    x, y = (_wide(f) - jnp.mean(_wide(f), 0) for f in (x, y))  # leaves the value as it is, and its rounding small
+    x, y = (
+        _wide(f) - jnp.mean(_wide(f), 0) for f in (x, y)
+    )  # leaves the value as it is, and its rounding small
     k, m = ((f @ f.T) * (1 - jnp.eye(n)) for f in (x, y))
-    trace, sums = jnp.sum(k * m), jnp.sum(k) * jnp.sum(m) / ((n - 1) * (n - 2))
+    trace = jnp.sum(k * m)
+    sums = jnp.sum(k) * jnp.sum(m) / ((n - 1) * (n - 2))
     return (trace + sums - 2 / (n - 2) * jnp.sum(k, 0) @ jnp.sum(m, 0)) / (n * (n - 3))
 
 
 def minibatch_cka(x: Array, y: Array) -> Array:
-    """CKA from batches [batches n D], [batches n D']: unbiased HSICs, each averaged before they are divided (arXiv:2010.15327).
+    """CKA from batches [batches n D], [batches n D']: unbiased HSICs, each averaged before they are
+    divided (arXiv:2010.15327).
 
     Its expectation does not depend on n, unlike that of `cka`, which rises to 1 as n falls below D.
     """

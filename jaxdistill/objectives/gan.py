@@ -1,4 +1,6 @@
-"""Adversarial losses on logits [B ...]: one value per sample, the mean over its heads and patches. High logits say real."""
+"""Adversarial losses on logits [B ...]: one value per sample, the mean over its heads and patches.
+High logits say real.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def non_saturating_generator(fake: Array) -> Array:
 
 
 def non_saturating_discriminator(real: Array, fake: Array) -> Array:
-    """softplus(-D(real)) + softplus(D(fake)); the best D is log p_real - log p_fake, and 2 log 2 its value on equal laws."""
+    """softplus(-D(real)) + softplus(D(fake)); the best D is log p_real - log p_fake, and 2 log 2
+    its value on equal laws.
+    """
     return _per_sample(jax.nn.softplus(-real)) + _per_sample(jax.nn.softplus(fake))
 
 
@@ -45,12 +49,16 @@ def relativistic_discriminator(real: Array, fake: Array) -> Array:
 
 
 def r1(logit: Callable[[Array], Array], x: Array) -> Array:
-    """||grad_x D(x)||^2 / 2 summed over dimensions, on real samples: [B ...] -> [B] (arXiv:1801.04406, eq. 9, gamma = 1)."""
+    """||grad_x D(x)||^2 / 2 summed over dimensions, on real samples: [B ...] -> [B]
+    (arXiv:1801.04406, eq. 9, gamma = 1).
+    """
     grad = jax.grad(lambda x: jnp.sum(_per_sample(logit(x))))(x)
     return 0.5 * jnp.sum(grad**2, axis=range(1, x.ndim))
 
 
-def perturbed_r1(logit: Callable[[Array], Array], x: Array, noise: Array, std: float = 0.01) -> Array:
+def perturbed_r1(
+    logit: Callable[[Array], Array], x: Array, noise: Array, std: float = 0.01
+) -> Array:
     """(D(x) - D(x + std noise))^2, [B ...] -> [B]: no second derivative (APT, arXiv:2501.08316).
 
     Over unit Gaussian `noise` its mean is std^2 ||grad_x D(x)||^2 to leading order.

@@ -1,7 +1,8 @@
-"""Weights of data domains from how far a student lags behind its teacher in each (DDK, arXiv:2407.16154).
+"""Weights of data domains from how far a student lags behind its teacher in each (DDK,
+arXiv:2407.16154).
 
-On the host, in float64: small vectors that a data controller holds. `ratio` [N] is the student's perplexity over the
-teacher's in every domain; weights [N] lie on the simplex.
+On the host, in float64: small vectors that a data controller holds. `ratio` [N] is the student's
+perplexity over the teacher's in every domain; weights [N] lie on the simplex.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ def discrepancy(ratio: np.ndarray) -> np.ndarray:
 
 
 def refresh(weights: np.ndarray, ratio: np.ndarray, smoothing: float) -> np.ndarray:
-    """Factor smooth updating (eq. 2): smoothing * psi / sum psi + (1 - smoothing) / N, psi = weights exp(ratio).
+    """Factor smooth updating (eq. 2): smoothing * psi / sum psi + (1 - smoothing) / N, psi =
+    weights exp(ratio).
 
     Multiplicative in what was, with a uniform floor: smoothing 0 is uniform, 1 has no floor.
     """
@@ -34,5 +36,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 def _finite(ratio: np.ndarray) -> np.ndarray:
     ratio = np.asarray(ratio, np.float64)
     if not np.isfinite(ratio).all():
-        raise Refused(f"perplexity ratios of the domains: {ratio.tolist()}, expected finite numbers (has every domain held-out rows?)")
+        raise Refused(
+            f"perplexity ratios of the domains: {ratio.tolist()}, expected finite numbers (has every domain held-out rows?)"
+        )
     return ratio

@@ -1,6 +1,8 @@
-"""Maximum mean discrepancy of samples x [n D] and y [m D] (Gretton et al., arXiv:0805.2368), for losses and evaluation alike.
+"""Maximum mean discrepancy of samples x [n D] and y [m D] (Gretton et al., arXiv:0805.2368), for
+losses and evaluation alike.
 
-Statistics take NumPy or JAX arrays, and keep their precision. U-statistics have mean 0 for equal laws, hence may be negative.
+Statistics take NumPy or JAX arrays, and keep their precision. U-statistics have mean 0 for equal
+laws, hence may be negative.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ BANDS = (0.25, 0.5, 1.0, 2.0, 4.0)
 def squared(x, y):
     """||x_i - y_j||^2, [n m]. Both are centred first, so that an offset costs no digits."""
     centre = y.mean(0)
-    x, y = x - centre, y - centre
+    x = x - centre
+    y = y - centre
     d = (x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T
     return d.__array_namespace__().maximum(d, 0)
 
 
 def median_distance(x, y):
-    """Median distance between different samples of both sets together: the customary width of a kernel."""
+    """Median distance between different samples of both sets together: the customary width of a
+    kernel.
+    """
     xp = x.__array_namespace__()
     both = xp.concat([x, y])
     return xp.median(xp.sqrt(squared(both, both)[xp.triu_indices(len(both), 1)]))
@@ -37,16 +42,21 @@ def rbf(width) -> Kernel:
 
     def kernel(x, y):
         d = squared(x, y)
-        return sum(d.__array_namespace__().exp(-d / (2 * (width * band) ** 2)) for band in BANDS) / len(BANDS)
+        return sum(
+            d.__array_namespace__().exp(-d / (2 * (width * band) ** 2)) for band in BANDS
+        ) / len(BANDS)
 
     return kernel
 
 
 def u_statistic(kernel: Kernel, x, y):
-    """Mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of different samples (eq. 3): unbiased."""
+    """Mean k(x, x') + mean k(y, y') - 2 mean k(x, y), over pairs of different samples (eq. 3):
+    unbiased.
+    """
 
     def within(a):
-        k, n = kernel(a, a), len(a)
+        k = kernel(a, a)
+        n = len(a)
         return (k.sum() - k.trace()) / float(n * (n - 1))
 
     return within(x) + within(y) - 2 * kernel(x, y).mean()
@@ -63,7 +73,9 @@ def linear_v(x, y):
 
 
 def linear_u(x, y):
-    """linear_v less tr Cov(x) / n + tr Cov(y) / m, covariances over n - 1: the U-statistic, in O(n + m)."""
+    """linear_v less tr Cov(x) / n + tr Cov(y) / m, covariances over n - 1: the U-statistic, in O(n
+    + m).
+    """
     spread = lambda a: ((a - a.mean(0)) ** 2).sum() / float(len(a) * (len(a) - 1))
     return linear_v(x, y) - spread(x) - spread(y)
 
@@ -74,12 +86,16 @@ def _held_rbf(x: Array, y: Array) -> Kernel:
 
 ESTIMATES = {
     "linear": {"u": linear_u, "v": linear_v},
-    "rbf": {"u": lambda x, y: u_statistic(_held_rbf(x, y), x, y), "v": lambda x, y: v_statistic(_held_rbf(x, y), x, y)},
+    "rbf": {
+        "u": lambda x, y: u_statistic(_held_rbf(x, y), x, y),
+        "v": lambda x, y: v_statistic(_held_rbf(x, y), x, y),
+    },
 }
 
 
 def mmd2(x: Array, y: Array, kernel: str = "linear", estimator: str = "u") -> Array:
-    """MMD^2 in float32 or above; kernel linear | rbf (its width the median distance, held), estimator u | v.
+    """MMD^2 in float32 or above; kernel linear | rbf (its width the median distance, held),
+    estimator u | v.
 
     Raises Refused on another name.
     """

@@ -9,15 +9,18 @@ from jaxdistill.core.types import Array
 
 
 def plackett_luce(scores: Array) -> Array:
-    """-log of the probability that items drawn one by one, with odds exp(score), come in the order given: [..., k] -> [...].
+    """-log of the probability that items drawn one by one, with odds exp(score), come in the order
+    given: [..., k] -> [...].
 
-    sum_j (log sum_{l >= j} exp s_l - s_j). k = 1: 0. k = 2: Bradley-Terry, softplus(s_2 - s_1). Equal scores: log k!.
+    sum_j (log sum_{l >= j} exp s_l - s_j). k = 1: 0. k = 2: Bradley-Terry, softplus(s_2 - s_1).
+    Equal scores: log k!.
     """
     return jnp.sum(jax.lax.cumlogsumexp(scores, axis=scores.ndim - 1, reverse=True) - scores, -1)
 
 
 def reranked(teacher: Array, student: Array, k: int) -> Array:
-    """The student's k largest logits of [..., V], in the order of the teacher's, its favourite first: [..., k].
+    """The student's k largest logits of [..., V], in the order of the teacher's, its favourite
+    first: [..., k].
 
     Which tokens these are and their order are constants; k is at most V.
     """

@@ -36,8 +36,10 @@ class Schedule:
         return self.start + (self.end - self.start) * self.progress(share)
 
     def progress(self, share: Array) -> Array:
-        """How much of the way from start to end is gone after this share of the steps: [] -> [], 0 at
-        0 and 1 at 1."""
+        """How much of the way from start to end is gone after this share of the steps: [] -> [], 0
+        at
+        0 and 1 at 1.
+        """
         raise NotImplementedError
 
 

@@ -1,7 +1,10 @@
-"""Verifiers of text, and the child processes that they run in. Standard library only: the children import nothing else.
+"""Verifiers of text, and the child processes that they run in. Standard library only: the children
+import nothing else.
 
-A verifier is any function (prompt, response, answer) -> float or bool that a name "package.file:function" reaches. It may
-raise, hang or crash: that costs its process, which is replaced, and its sample, which is reported as failed.
+A verifier is any function (prompt, response, answer) -> float or bool that a name
+"package.file:function" reaches. It may
+raise, hang or crash: that costs its process, which is replaced, and its sample, which is reported
+as failed.
 """
 
 from __future__ import annotations
@@ -48,17 +51,23 @@ FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*+)\}\{([^{}]*+)\}")  # of LaTeX
 def number(text: str) -> Decimal | Fraction | None:
     """The last number of a text, exactly; None where there is none.
 
-    Signs of thousands go, signs of percent and of currencies count for nothing, 1/2 and LaTeX's \frac{1}{2} are a half, 1.5e3
-    and 1.5 x 10^3 are 1500. A minus belongs to what follows it unless a number or a word ends right before it: "3-5" ends in 5.
+    Signs of thousands go, signs of percent and of currencies count for nothing, 1/2 and LaTeX's
+    \frac{1}{2} are a half, 1.5e3
+    and 1.5 x 10^3 are 1500. A minus belongs to what follows it unless a number or a word ends right
+    before it: "3-5" ends in 5.
     """
     text = FRACTION.sub(r"\1/\2", text)
     last = collections.deque(NUMBER.finditer(text), maxlen=1)
     if not last:
         return None
     found = last[0]
-    sign, whole, below = "-" if found["sign"] else "", re.sub(r"\D", "", found["whole"]), found["below"]
+    sign = "-" if found["sign"] else ""
+    whole = re.sub(r"\D", "", found["whole"])
+    below = found["below"]
     power = (found["power"] or found["tens"] or "0").replace("\u2212", "-")
-    dated = text[found.start() - 1 : found.start()] == "/" and text[: found.start() - 1][-1:].isdigit()
+    dated = (
+        text[found.start() - 1 : found.start()] == "/" and text[: found.start() - 1][-1:].isdigit()
+    )
     try:
         if below and dated:
             return Decimal(below)
@@ -70,18 +79,24 @@ def number(text: str) -> Decimal | Fraction | None:
 
 
 def last_number(prompt: str, response: str, answer: str) -> float:
-    """1 where the last number of the response equals the last one of the answer ("#### 1,234" of GSM8K), else 0."""
+    """1 where the last number of the response equals the last one of the answer ("#### 1,234" of
+    GSM8K), else 0.
+    """
     found = number(response)
     return float(found is not None and found == number(answer))
 
 
 def exact_text(prompt: str, response: str, answer: str) -> float:
-    """1 where response and answer agree, white space aside (runs count as one, ends not at all), else 0."""
+    """1 where response and answer agree, white space aside (runs count as one, ends not at all),
+    else 0.
+    """
     return float(response.split() == answer.split())
 
 
 def find(name: str) -> Callable:
-    """The function called "package.file:function", looked up below `jaxdistill` first. Raises ValueError."""
+    """The function called "package.file:function", looked up below `jaxdistill` first. Raises
+    ValueError.
+    """
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
         raise ValueError("no name of a function in a file")
     file, _, function = name.partition(":")
@@ -95,14 +110,20 @@ def find(name: str) -> Callable:
         found = getattr(within, function, None)
         if callable(found):
             return found
-        names = [n for n, value in vars(within).items() if callable(value) and not n.startswith("_")]
+        names = [
+            n for n, value in vars(within).items() if callable(value) and not n.startswith("_")
+        ]
         near = difflib.get_close_matches(function, names, 1)
-        raise ValueError(f"{module} has no function {function!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise ValueError(
+            f"{module} has no function {function!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     raise ValueError(f"no module {file!r}")
 
 
 def check(name: str, start: float = START) -> None:
-    """Raises ValueError where a child cannot import the function called `name` within `start` seconds.
+    """Raises ValueError where a child cannot import the function called `name` within `start`
+    seconds.
 
     It is asked once in a process; the library's own are looked up without a child.
     """
@@ -148,7 +169,9 @@ def _serve(name: str, pipe: Any) -> None:
             return
         try:
             value = call(*sample)
-            sound = hasattr(value, "__float__")  # a text has none, even where it could be read as a number
+            sound = hasattr(
+                value, "__float__"
+            )  # a text has none, even where it could be read as a number
             answer = float(value) if sound else f"returned {value!r:.{SHOWN}}, no number"
         except BaseException as error:
             answer = _said(error)
@@ -156,7 +179,9 @@ def _serve(name: str, pipe: Any) -> None:
 
 
 class _Child:
-    """A process that has imported a verifier. Raises ValueError where it cannot within `start` seconds."""
+    """A process that has imported a verifier. Raises ValueError where it cannot within `start`
+    seconds.
+    """
 
     def __init__(self, name: str, start: float):
         context = multiprocessing.get_context("spawn")
@@ -187,10 +212,15 @@ class _Child:
 
 
 class Pool:
-    """Up to `workers` child processes, started when first needed, that score samples with the verifier called `name`."""
+    """Up to `workers` child processes, started when first needed, that score samples with the
+    verifier called `name`.
+    """
 
     def __init__(self, name: str, timeout: float, workers: int, start: float = START):
-        self.name, self.timeout, self.workers, self.start = name, timeout, workers, start
+        self.name = name
+        self.timeout = timeout
+        self.workers = workers
+        self.start = start
         self.broken = ""  # why no child could be started, in the present call
         self.idle: queue.SimpleQueue[_Child | None] = queue.SimpleQueue()
         for _ in range(workers):
@@ -217,7 +247,11 @@ class Pool:
             if child:
                 child.stop()
             child = None
-            return f"no answer in {self.timeout:g} s" if isinstance(error, TimeoutError) else "its process died"
+            return (
+                f"no answer in {self.timeout:g} s"
+                if isinstance(error, TimeoutError)
+                else "its process died"
+            )
         finally:
             self.idle.put(child)
 

@@ -26,9 +26,11 @@ from jaxdistill.run.programs import abstract_stages
 
 
 def check(experiment: Experiment) -> None:
-    """Builds and traces everything that needs no weights, of this run and of the needed ones inside it.
+    """Builds and traces everything that needs no weights, of this run and of the needed ones inside
+    it.
 
-    Raises Refused, in one line that names the key of the config, where a value is of another type or
+    Raises Refused, in one line that names the key of the config, where a value is of another type
+    or
     out of range, a source does not exist, data, networks, method and evaluation do not fit each
     other, or the claim names what the evaluation does not give.
     """
@@ -50,7 +52,9 @@ def _check(experiment: Experiment, seen: set[str]) -> None:
 
 
 def check_values(experiment: Experiment) -> None:
-    """`check` of this run alone and without a trace, in milliseconds: values, sources, sizes, claim."""
+    """`check` of this run alone and without a trace, in milliseconds: values, sources, sizes,
+    claim.
+    """
     _ = experiment.settings, experiment.nets, experiment.evaluation, experiment.runs
     for role in experiment.method.inits:
         _check_optimizer(experiment, role)
@@ -77,7 +81,9 @@ def _check_data(experiment: Experiment) -> None:
     except Refused as error:
         raise located(where, error) from error
     except MISFITS as error:
-        raise Refused(f"{where} ({experiment.config.data.name}) makes no samples: {_reason(error)}") from error
+        raise Refused(
+            f"{where} ({experiment.config.data.name}) makes no samples: {_reason(error)}"
+        ) from error
     if experiment.evaluation is None:
         return
     try:
@@ -108,7 +114,9 @@ def _check_labels(experiment: Experiment) -> None:
 
 
 def _labels(first: dict) -> int | None:
-    """The label that a sample has for none, beyond all others; None where its conditions are no labels."""
+    """The label that a sample has for none, beyond all others; None where its conditions are no
+    labels.
+    """
     null = first.get("null_cond")
     if isinstance(null, dict) or null is None or np.ndim(null):
         return None
@@ -152,8 +160,12 @@ def _check_calls(experiment: Experiment) -> None:
             continue
         where = f"{experiment.where}.roles.{role}"
         t = jax.ShapeDtypeStruct(batch["x"].shape[:1], jnp.float32)
-        with _fitting(f"{where} ({_name(net)}) does not take {experiment.where}.data ({_shapes(batch)})"):
-            pred = jax.eval_shape(_one(net).apply, _one(net).shapes, batch["x"], t, batch.get("cond"))
+        with _fitting(
+            f"{where} ({_name(net)}) does not take {experiment.where}.data ({_shapes(batch)})"
+        ):
+            pred = jax.eval_shape(
+                _one(net).apply, _one(net).shapes, batch["x"], t, batch.get("cond")
+            )
         _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
         if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
             raise Refused(
@@ -163,19 +175,28 @@ def _check_calls(experiment: Experiment) -> None:
 
 
 def _check_size(where: str, net: Net, config: str, grid: tuple[int, ...]) -> None:
-    """A network of square samples is for those of the data: others would be taken, with positions in between."""
+    """A network of square samples is for those of the data: others would be taken, with positions
+    in between.
+    """
     size = getattr(net.config, "size", None)
     if isinstance(size, int) and len(grid) >= 2 and size not in grid[-2:]:
-        raise Refused(f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))}, expected {max(grid[-2:])}")
+        raise Refused(
+            f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))}, expected {max(grid[-2:])}"
+        )
 
 
 def _check_programs(experiment: Experiment) -> None:
     """Every stage's train step, and every chain that the evaluation samples, can be traced."""
-    method, nets, params = experiment.config.method.name, experiment.nets, {}
+    method = experiment.config.method.name
+    nets = experiment.nets
+    params = {}
     networks = ", ".join(f"{role} {_name(net)}" for role, net in nets.items())
-    with _fitting(f"{experiment.where}.method ({method}) does not run on {_shapes(experiment.data.spec())} with {networks}"):
+    with _fitting(
+        f"{experiment.where}.method ({method}) does not run on {_shapes(experiment.data.spec())} with {networks}"
+    ):
         for programs, found in abstract_stages(experiment):
-            nets, state = found, programs.abstract
+            nets = found
+            state = programs.abstract
             trained = {role: state.ema.get(role, p) for role, p in state.params.items()}
             params = {**params, **state.frozen, **trained}
     if isinstance(experiment.evaluation, SampleEval):
@@ -184,7 +205,8 @@ def _check_programs(experiment: Experiment) -> None:
 
 def _check_sampling(trained: Trained) -> None:
     experiment = trained.experiment
-    evaluation, batch = experiment.evaluation, experiment.data.spec()
+    evaluation = experiment.evaluation
+    batch = experiment.data.spec()
     for role, steps in evaluation.models(trained.params):
         with _fitting(f"{experiment.where}.evaluation: {role} cannot be sampled at {steps} steps"):
             shapes = {r: trained.nets[r].shapes for r in trained.params}
@@ -206,13 +228,19 @@ def _check_claim(experiment: Experiment) -> None:
         wanted = getattr(claim, key)
         metrics = _row(table, wanted)
         if metrics is None:
-            raise Refused(f"{where}.{key}={wanted!r}: no such row of the evaluation{nearest(wanted, table)}")
+            raise Refused(
+                f"{where}.{key}={wanted!r}: no such row of the evaluation{nearest(wanted, table)}"
+            )
         if not any(fnmatch.fnmatchcase(claim.metric, name) for name in metrics):
-            raise Refused(f"{where}.metric={claim.metric!r}: no metric of {wanted}{nearest(claim.metric, metrics)}")
+            raise Refused(
+                f"{where}.metric={claim.metric!r}: no metric of {wanted}{nearest(claim.metric, metrics)}"
+            )
 
 
 def rows(experiment: Experiment) -> Table:
-    """The rows of the final table: the run's own, then the student's of each baseline under its name."""
+    """The rows of the final table: the run's own, then the student's of each baseline under its
+    name.
+    """
     table = dict(experiment.evaluation.table(experiment.roles, experiment.data))
     used = {experiment.source(role).removeprefix("@") for role in experiment.roles}
     for name in experiment.runs:
@@ -229,7 +257,9 @@ def rows(experiment: Experiment) -> Table:
 def _row(table: Table, wanted: str) -> tuple[str, ...] | None:
     if "@" in wanted:
         return table.get(wanted)
-    return next((metrics for label, metrics in table.items() if label.partition("@")[0] == wanted), None)
+    return next(
+        (metrics for label, metrics in table.items() if label.partition("@")[0] == wanted), None
+    )
 
 
 @contextmanager
@@ -245,7 +275,9 @@ def _fitting(what: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """An error's first line, and the last place in a file that is not a library's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename
+    ]
     at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {one_line(error, 200)}{at}"
 

@@ -9,7 +9,9 @@ from jaxdistill.core.types import lookup
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Per chip: dense bfloat16 flops/s, HBM bytes and bytes/s, and bytes/s that all its links to neighbours send together."""
+    """Per chip: dense bfloat16 flops/s, HBM bytes and bytes/s, and bytes/s that all its links to
+    neighbours send together.
+    """
 
     kinds: tuple[str, ...]  # how jax names the device (`device_kind`), or the beginning of it
     flops: float
@@ -20,8 +22,12 @@ class Chip:
     network: float = 0.0  # bytes/s and GPU between nodes
 
 
-GIB, T, G = 2**30, 1e12, 1e9
-CHIPS = {  # TPU: cloud.google.com/tpu/docs, a page for each version ("interchip interconnect bandwidth"). NVIDIA: data sheets,
+GIB = 2**30
+T = 1e12
+G = 1e9
+# TPU: cloud.google.com/tpu/docs, a page for each version ("interchip interconnect bandwidth").
+# NVIDIA: data sheets,
+CHIPS = {
     # links in one direction; network: InfiniBand of 400 Gb/s a GPU, 200 Gb/s with A100
     "v4": Chip(("TPU v4",), 275 * T, 32 * GIB, 1228 * G, 300 * G),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197 * T, 16 * GIB, 819 * G, 200 * G),
@@ -40,5 +46,9 @@ def chip(name: str) -> Chip:
 
 def of(kind: str) -> Chip | None:
     """The chip that a `device_kind` names; None for CPUs and chips that the table does not know."""
-    found = [c for c in CHIPS.values() if kind in c.kinds or any(k.startswith("NVIDIA") and kind.startswith(k) for k in c.kinds)]
+    found = [
+        c
+        for c in CHIPS.values()
+        if kind in c.kinds or any(k.startswith("NVIDIA") and kind.startswith(k) for k in c.kinds)
+    ]
     return found[0] if found else None

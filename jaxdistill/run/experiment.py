@@ -1,4 +1,6 @@
-"""What a config stands for: method, data, networks, shardings and where every role's first weights come from."""
+"""What a config stands for: method, data, networks, shardings and where every role's first weights
+come from.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ from jaxdistill.run.checkpoint import load_params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a run's final evaluation is held against: value <= ratio * baseline ("lower"), or >= ("higher").
+    """What a run's final evaluation is held against: value <= ratio * baseline ("lower"), or >=
+    ("higher").
 
     Models are rows of the table, "name" or "name@nfe".
     """
@@ -46,9 +49,12 @@ class Claim:
     ratio: Positive
 
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a run inside another, which is a folder's
+NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+)  # of a run inside another, which is a folder's
 
-MISFITS = (  # what arithmetic and lookups raise of parts that do not go together; not what a machine raises
+# what arithmetic and lookups raise of parts that do not go together; not what a machine raises
+MISFITS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -102,24 +108,32 @@ class Experiment:
         return self._built("evaluation", Evaluation) if self._group("evaluation") else None
 
     def _group(self, name: str) -> ConfigDict:
-        """A part of the config that holds names and values. Raises Refused where it is missing or none."""
+        """A part of the config that holds names and values. Raises Refused where it is missing or
+        none.
+        """
         if name not in self.config:
             raise Refused(f"{self.where}.{name} is missing")
         part = self.config[name]
         if not isinstance(part, ConfigDict):
-            raise Refused(f"{self.where}.{name}={shown(part)}: expected a group of names and values")
+            raise Refused(
+                f"{self.where}.{name}={shown(part)}: expected a group of names and values"
+            )
         return part
 
     def _built(self, name: str, kind: type) -> Any:
         found = build.build(self._group(name), f"{self.where}.{name}")
         if not isinstance(found, kind):
-            raise Refused(f"{self.where}.{name}.name={self.config[name].name!r}: expected a {kind.__name__}")
+            raise Refused(
+                f"{self.where}.{name}.name={self.config[name].name!r}: expected a {kind.__name__}"
+            )
         return found
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
         mesh = sharding.make_mesh(self.settings.mesh, self.devices)
-        sharding.check_batch(mesh, self.settings.rules, self.data.batch_size, self.settings.accumulate)
+        sharding.check_batch(
+            mesh, self.settings.rules, self.data.batch_size, self.settings.accumulate
+        )
         return mesh
 
     @functools.cached_property
@@ -130,25 +144,37 @@ class Experiment:
         given = self._group("roles")
         for name in given:
             if name not in wanted:
-                raise Refused(f"{self.where}.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}")
+                raise Refused(
+                    f"{self.where}.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}"
+                )
         roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
         for name, role in roles.items():
             records.local(role.init, f"{self._of(name)}.init")
             if name not in self.method.frozen and (role.quantize or role.place == "host"):
                 frozen = ", ".join(self.method.frozen)
-                raise Refused(f"{self._of(name)}: quantize and place are for frozen roles ({frozen})")
+                raise Refused(
+                    f"{self._of(name)}: quantize and place are for frozen roles ({frozen})"
+                )
         return roles
 
     def _role(self, name: str) -> build.Role:
         role = build.build(self.config.roles[name], self._of(name))
         if not isinstance(role, build.Role):
-            raise Refused(f"{self._of(name)}.name={self.config.roles[name].name!r}: expected core.build:Role")
+            raise Refused(
+                f"{self._of(name)}.name={self.config.roles[name].name!r}: expected core.build:Role"
+            )
         if role.model is not None and not callable(role.model):
-            raise Refused(f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of sizes)")
+            raise Refused(
+                f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of sizes)"
+            )
         if role.denoiser is not None and not isinstance(role.denoiser, Denoiser):
-            raise Refused(f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected diffusion.denoiser:Denoiser")
+            raise Refused(
+                f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected diffusion.denoiser:Denoiser"
+            )
         if not callable(getattr(role.ema, "decay", None)):
-            raise Refused(f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as core.optim:Ema")
+            raise Refused(
+                f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as core.optim:Ema"
+            )
         return role
 
     def _of(self, role: str) -> str:
@@ -170,14 +196,19 @@ class Experiment:
         seen = [role]
         while (source := self.source(seen[-1])) in self.roles:
             if source in seen:
-                raise Refused(f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at the end")
+                raise Refused(
+                    f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at the end"
+                )
             seen.append(source)
 
     def _net(self, role: str) -> Net:
-        cfg, process = self.roles[role], getattr(self.method, "process", None)
+        cfg = self.roles[role]
+        process = getattr(self.method, "process", None)
         if cfg.init == "exact":
             if not hasattr(self.data, "net"):
-                raise Refused(f"{self._of(role)}.init=exact: {self.config.data.name} knows no exact law")
+                raise Refused(
+                    f"{self._of(role)}.init=exact: {self.config.data.name} knows no exact law"
+                )
             return self.data.net(process) if process is not None else self.data.net()
         if cfg.lora.rank:
             given = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
@@ -195,12 +226,17 @@ class Experiment:
             return quantized(net, cfg.quantize) if cfg.quantize else net
 
     def described(self, role: str) -> tuple[Any, Any]:
-        """(model, denoiser) of a role; what is empty is that of the role or run that it starts from."""
-        cfg, source = self.roles[role], self.source(role)
-        model, denoiser = cfg.model, cfg.denoiser
+        """(model, denoiser) of a role; what is empty is that of the role or run that it starts
+        from.
+        """
+        cfg = self.roles[role]
+        source = self.source(role)
+        model = cfg.model
+        denoiser = cfg.denoiser
         if model is None or denoiser is None:
             other = self._described_at(role, source)
-            model, denoiser = model or other[0], denoiser or other[1]
+            model = model or other[0]
+            denoiser = denoiser or other[1]
         if model is None:
             raise Refused(f"{self._of(role)}.model is empty, and {source!r} has none to take over")
         return model, denoiser
@@ -219,30 +255,42 @@ class Experiment:
 
     def unknown(self, role: str, source: str) -> Refused:
         """The refusal of a source that is no role, run or folder."""
-        names = [*(name for name in self.roles if name != role), *(f"@{name}" for name in self.inner)]
+        names = [
+            *(name for name in self.roles if name != role),
+            *(f"@{name}" for name in self.inner),
+        ]
         near = nearest(source, names) if difflib.get_close_matches(source, names, 1) else ""
         return Refused(f"{self._of(role)}.init={shown(source)}: no such role, run or folder{near}")
 
     def run_at(self, role: str, source: str) -> Experiment | None:
-        """The run that `source` names: one inside this config ("@name") or a folder; None where it is neither."""
+        """The run that `source` names: one inside this config ("@name") or a folder; None where it
+        is neither.
+        """
         if source.startswith("@"):
             if source[1:] not in self.inner:
                 where = f"{self._of(role)}.init={source!r}"
-                raise Refused(f"{where}: config.runs has no {source[1:]!r}{nearest(source[1:], self.inner)}")
+                raise Refused(
+                    f"{where}: config.runs has no {source[1:]!r}{nearest(source[1:], self.inner)}"
+                )
             return self.inner[source[1:]]
         path = Path(source) / "config.json"
-        if not os.path.exists(path) or not os.path.exists(Path(source) / "stages"):  # False for a name that is too long, too
+        if not os.path.exists(path) or not os.path.exists(
+            Path(source) / "stages"
+        ):  # False for a name that is too long, too
             return None
         return Experiment(records.read_config(Path(source)), Path(source), where=str(path))
 
     @functools.cached_property
     def inner(self) -> dict[str, Experiment]:
         """Every run inside this one, needed or not, by name."""
-        runs, made = self._group("runs"), {}
+        runs = self._group("runs")
+        made = {}
         for name, config in runs.items():
             where = f"{self.where}.runs.{name}"
             if not NAME.fullmatch(name) or name in records.RESERVED:
-                raise Refused(f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that no run uses itself")
+                raise Refused(
+                    f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that no run uses itself"
+                )
             if not isinstance(config, ConfigDict):
                 raise Refused(f"{where}={shown(config)}: expected a config")
             made[name] = Experiment(config, self.workdir / name, self.devices, where)
@@ -258,7 +306,9 @@ class Experiment:
 
     @functools.cached_property
     def runs(self) -> dict[str, ConfigDict]:
-        """The runs inside this one that are needed: a role starts from them, or the claim names them."""
+        """The runs inside this one that are needed: a role starts from them, or the claim names
+        them.
+        """
         named = {self.source(role)[1:] for role in self.roles if self.source(role).startswith("@")}
         if self.claim is not None:
             claimed = {name.split("@")[0] for name in (self.claim.model, self.claim.baseline)}
@@ -268,7 +318,10 @@ class Experiment:
     @functools.cached_property
     def inits(self) -> dict[str, str | None]:
         """Trained role -> role that it is copied from, or None."""
-        return {role: self.source(role) if self.source(role) in self.roles else None for role in self.method.inits}
+        return {
+            role: self.source(role) if self.source(role) in self.roles else None
+            for role in self.method.inits
+        }
 
     @functools.cached_property
     def null_labels(self) -> dict[str, int]:
@@ -277,38 +330,57 @@ class Experiment:
         return {role: label for role, label in found.items() if label is not None}
 
     def conditioned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A batch of numpy arrays whose null label is that of the networks, whatever the data set's number of classes.
+        """A batch of numpy arrays whose null label is that of the networks, whatever the data set's
+        number of classes.
 
         Conditions that are no labels stay as they are.
         """
-        label, null = next(iter(self.null_labels.values()), None), batch.get("null_cond")
-        if label is None or not isinstance(null, np.ndarray) or not np.issubdtype(null.dtype, np.integer):
+        label = next(iter(self.null_labels.values()), None)
+        null = batch.get("null_cond")
+        if (
+            label is None
+            or not isinstance(null, np.ndarray)
+            or not np.issubdtype(null.dtype, np.integer)
+        ):
             return batch
         return {**batch, "null_cond": np.full_like(null, label)}
 
     def put_batch(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
-        """A function from this process's rows of a batch (numpy) to global arrays on the mesh, under the networks' null label."""
+        """A function from this process's rows of a batch (numpy) to global arrays on the mesh,
+        under the networks' null label.
+        """
         put = sharding.put_batch(self.mesh, self.settings.rules)
         return lambda batch: put(self.conditioned(batch))
 
     def abstract(self, net: Net, role: str) -> Params:
-        """ShapeDtypeStructs of `net`'s weights as the role's first ones, with dtype, sharding and memory that the config gives it."""
+        """ShapeDtypeStructs of `net`'s weights as the role's first ones, with dtype, sharding and
+        memory that the config gives it.
+        """
         cfg = self.roles[role]
         dtype = cfg.param_dtype if role in self.method.frozen else "float32"
         return abstract_params(self.mesh, cfg.rules, net, dtype, cfg.place)
 
     def warm_starts(self) -> dict[str, Params]:
-        """role -> weights for every frozen role and every role whose `init` names a place; sharded as they arrive."""
-        starts = {role: self._load(role) for role in self.roles if role in self.method.frozen or self.roles[role].init}
+        """role -> weights for every frozen role and every role whose `init` names a place; sharded
+        as they arrive.
+        """
+        starts = {
+            role: self._load(role)
+            for role in self.roles
+            if role in self.method.frozen or self.roles[role].init
+        }
         return {role: params for role, params in starts.items() if params is not None}
 
     def _load(self, role: str) -> Params | None:
-        net, source = self.nets[role], self.source(role)
+        net = self.nets[role]
+        source = self.source(role)
         if source == "exact" or not net.shapes:
             return {}
         if source == "fresh":
             if role in self.method.frozen:
-                raise Refused(f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)")
+                raise Refused(
+                    f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)"
+                )
             return None
         if source in self.roles:
             return None
@@ -339,7 +411,9 @@ class Trained:
 
 
 def stopping(method: Method, data: Callable[[], Any]) -> Method:
-    """Methods that write text and name no token that ends it, also those inside others: they stop at the data's, where it has one."""
+    """Methods that write text and name no token that ends it, also those inside others: they stop
+    at the data's, where it has one.
+    """
     new: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
@@ -353,9 +427,13 @@ def stopping(method: Method, data: Callable[[], Any]) -> Method:
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
     """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
-    placed = sharding.resting_in(place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes), net.axes)
+    placed = sharding.resting_in(
+        place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes), net.axes
+    )
     kind = lambda s: jnp.dtype(dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
-    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, kind(s), sharding=where), net.shapes, placed)
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, kind(s), sharding=where), net.shapes, placed
+    )
 
 
 def load_result(workdir: Path, abstract: Params, role: str = "student") -> Params:

@@ -1,4 +1,6 @@
-"""A finished run's student as a PyTorch folder: its weights or its adapter, its scheduler, and a card that says how to sample."""
+"""A finished run's student as a PyTorch folder: its weights or its adapter, its scheduler, and a
+card that says how to sample.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ from jaxdistill.run.report import columns, markdown_table, number, read
 
 
 def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> None:
-    """Raises Refused where `export` to `folder` would, before any weight is read: where nothing can be written there, the run
-    has not finished, or a network has no PyTorch class or no adapter that leaves as one."""
+    """Raises Refused where `export` to `folder` would, before any weight is read: where nothing can
+    be written there, the run
+    has not finished, or a network has no PyTorch class or no adapter that leaves as one.
+    """
     replaceable(folder)
     read(experiment.workdir)
     method = experiment.method
@@ -39,7 +43,9 @@ def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> Non
             _check_adapts(role, net)
             check_adapter(folder, experiment.nets[net.adapts], net)
         elif type(method).exported is Method.exported:
-            interop.family_of(experiment.nets[net.adapts] if net.adapts else getattr(net, "one", net))
+            interop.family_of(
+                experiment.nets[net.adapts] if net.adapts else getattr(net, "one", net)
+            )
 
 
 def _check_adapts(role: str, net: Net) -> None:
@@ -48,14 +54,19 @@ def _check_adapts(role: str, net: Net) -> None:
 
 
 def export(trained, folder: Path, *, adapter: bool = False) -> None:
-    """Writes the student, adapters folded in; where the method has several experts, each into `folder/<role>`, and the members
-    of a bank each into a folder of its number. With `adapter`, the adapters alone, as `save_adapter` does.
+    """Writes the student, adapters folded in; where the method has several experts, each into
+    `folder/<role>`, and the members
+    of a bank each into a folder of its number. With `adapter`, the adapters alone, as
+    `save_adapter` does.
 
-    A denoiser of diffusers has `scheduler/scheduler_config.json` beside it, where one of its schedulers steps as `method.sample`
-    does; a language model the data's end token, and its tokenizer where there is one. The folder appears when all of it is
+    A denoiser of diffusers has `scheduler/scheduler_config.json` beside it, where one of its
+    schedulers steps as `method.sample`
+    does; a language model the data's end token, and its tokenizer where there is one. The folder
+    appears when all of it is
     complete, in the place of an earlier export alone. Raises Refused as `check` does.
     """
-    experiment, roles = trained.experiment, trained.experiment.method.exports
+    experiment = trained.experiment
+    roles = trained.experiment.method.exports
     check(experiment, folder, adapter=adapter)
     report = read(experiment.workdir)
     alone = len(roles) == 1 and not isinstance(trained.nets[roles[0]], Bank)
@@ -66,24 +77,46 @@ def export(trained, folder: Path, *, adapter: bool = False) -> None:
 
 
 def _export_adapter(trained, report: Mapping[str, Any], role: str, folder: Path) -> None:
-    experiment, net = trained.experiment, trained.nets[role]
+    experiment = trained.experiment
+    net = trained.nets[role]
     _check_adapts(role, net)
-    base, source = trained.nets[net.adapts], experiment.source(net.adapts)
-    source = source if (Path(source) / "config.json").is_file() and not (Path(source) / "stages").exists() else ""
-    student = Student(experiment, report, role, base, _adapted(interop.family_of(base), source), base=net.adapts)
-    save_adapter(folder, base, net, trained.params[role], source=source, card=student.card, beside=student.beside)
+    base = trained.nets[net.adapts]
+    source = experiment.source(net.adapts)
+    source = (
+        source
+        if (Path(source) / "config.json").is_file() and not (Path(source) / "stages").exists()
+        else ""
+    )
+    student = Student(
+        experiment, report, role, base, _adapted(interop.family_of(base), source), base=net.adapts
+    )
+    save_adapter(
+        folder,
+        base,
+        net,
+        trained.params[role],
+        source=source,
+        card=student.card,
+        beside=student.beside,
+    )
 
 
 def _export_whole(trained, report: Mapping[str, Any], role: str, folder: Path) -> None:
-    experiment, net, params = trained.experiment, trained.nets[role], trained.params[role]
+    experiment = trained.experiment
+    net = trained.nets[role]
+    params = trained.params[role]
     if net.adapts:
         params = lora.merge(trained.params[net.adapts], params, net.scale)
         net = trained.nets[net.adapts]
     for part, one, weights in _members(net, params):
         one, weights = experiment.method.exported(one, weights)
-        one = dataclasses.replace(one, config=with_special_tokens(one.config, experiment.data.texts))
+        one = dataclasses.replace(
+            one, config=with_special_tokens(one.config, experiment.data.texts)
+        )
         member = f"{part}: one of {net.members}" if part else ""
-        student = Student(experiment, report, role, one, _loaded(interop.family_of(one)), member=member)
+        student = Student(
+            experiment, report, role, one, _loaded(interop.family_of(one)), member=member
+        )
         interop.save(folder / part, one, weights, card=student.card, beside=student.beside)
 
 
@@ -98,22 +131,34 @@ def _loaded(family: Family) -> list[str]:
     """Python that makes `model` of the folder."""
     if family.loads:
         return [family.loads]
-    return [f"from {family.library} import {family.name}", f'model = {family.name}.from_pretrained(".").eval()']
+    return [
+        f"from {family.library} import {family.name}",
+        f'model = {family.name}.from_pretrained(".").eval()',
+    ]
 
 
 def _adapted(family: Family, source: str) -> list[str]:
     """Python that makes `model` of the base at `source` and the adapter in the folder."""
     base = repr(source) if source else '"BASE"'  # to be filled in
-    lines = [f"from {family.library} import {family.name}", f"model = {family.name}.from_pretrained({base}).eval()"]
+    lines = [
+        f"from {family.library} import {family.name}",
+        f"model = {family.name}.from_pretrained({base}).eval()",
+    ]
     if family.library == "transformers":
-        return ["from peft import PeftModel", *lines, 'model = PeftModel.from_pretrained(model, ".").eval()']
+        return [
+            "from peft import PeftModel",
+            *lines,
+            'model = PeftModel.from_pretrained(model, ".").eval()',
+        ]
     how = f'prefix="{family.component}", weight_name="pytorch_lora_weights.safetensors"'
     return [*lines, f'model.load_lora_adapter(".", {how})']
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """What is written beside one folder's weights. `net` is what diffusers or transformers calls: of an adapter, the base."""
+    """What is written beside one folder's weights. `net` is what diffusers or transformers calls:
+    of an adapter, the base.
+    """
 
     experiment: Experiment
     report: dict[str, Any]
@@ -129,7 +174,9 @@ class Student:
 
     @property
     def denoiser(self) -> Any:
-        """How the network is read; None where it is none. An adapter's is that of the network that it goes on."""
+        """How the network is read; None where it is none. An adapter's is that of the network that
+        it goes on.
+        """
         lora = self.experiment.roles[self.role].lora
         return self.experiment.described(lora.base if lora.rank else self.role)[1]
 
@@ -166,11 +213,14 @@ class Student:
 
     @property
     def card(self) -> str:
-        method, report = type(self.experiment.method), self.report
+        method = type(self.experiment.method)
+        report = self.report
         about = (__import__(method.__module__, fromlist=["_"]).__doc__ or "").strip()
         rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
         keys = columns(rows)
-        config = json.dumps(report["config"], indent=1).replace("`", r"\u0060")  # which ends no fence
+        config = json.dumps(report["config"], indent=1).replace(
+            "`", r"\u0060"
+        )  # which ends no fence
         table = markdown_table(keys, [[number(row.get(k, "")) for k in keys] for row in rows])
         return f"""---
 tags: [jaxdistill, distillation, {method.__name__.lower()}]
@@ -198,17 +248,27 @@ NFE: {self.steps}.
     @property
     def use(self) -> str:
         """Python that runs, or in words why there is none."""
-        call, method, found = self.family.call, self.experiment.method, self.scheduler
+        call = self.family.call
+        method = self.experiment.method
+        found = self.scheduler
         denoiser = self.denoiser
         if denoiser is None:
-            return self._text() if self.reads_text else _python([*self.model, *[f"output = {call}"] * bool(call)])
+            return (
+                self._text()
+                if self.reads_text
+                else _python([*self.model, *[f"output = {call}"] * bool(call)])
+            )
         try:
             plan = chain(method, denoiser, self.steps)
         except Refused as error:
             return f"{self._whose}{error}; `{type(method).__module__}` has it.\n\n{_python(self.model)}"
         ready = _ready(found) if isinstance(found, Scheduler) else []
         if len(method.exports) > 1 or not call:
-            why = f"one of {len(method.exports)} experts" if len(method.exports) > 1 else f"x0 at {self.steps} times"
+            why = (
+                f"one of {len(method.exports)} experts"
+                if len(method.exports) > 1
+                else f"x0 at {self.steps} times"
+            )
             where = f"{self.role}: {why}; `{type(method).__module__}` says which network serves which time."
             return f"{self._whose}{where}\n\n{_python([*self.model, *ready])}"
         return self._whose + self._sampled(plan, ready, found)
@@ -225,29 +285,52 @@ NFE: {self.steps}.
 
     def _sampled(self, plan: np.ndarray, ready: list[str], found: Scheduler | str) -> str:
         """Python that samples by the chain `plan`, or by the scheduler that `ready` makes."""
-        method, denoiser = self.experiment.method, self.denoiser
+        method = self.experiment.method
+        denoiser = self.denoiser
         if ready:
-            return _python(["import torch", *self.model, *ready, *self._stepped(found)]) + self._in_a_pipeline(found)
+            return _python(
+                ["import torch", *self.model, *ready, *self._stepped(found)]
+            ) + self._in_a_pipeline(found)
         why = f"Without a scheduler: {found}.\n\n" if found else ""
-        return why + _python(["import torch", *self.model, *self._written_out(plan, start(method, denoiser, self.steps))])
+        return why + _python(
+            [
+                "import torch",
+                *self.model,
+                *self._written_out(plan, start(method, denoiser, self.steps)),
+            ]
+        )
 
     def _text(self) -> str:
         """Python for one text, or for ids where there is no tokenizer, and then what the ids are."""
-        call, data = self.family.call, self.experiment.data.texts
-        lines, words = [*self.model], self._whose
-        if self.base and (stops := with_special_tokens(self.net.config, data)) != self.net.config and "generate" in call:
+        call = self.family.call
+        data = self.experiment.data.texts
+        lines = [*self.model]
+        words = self._whose
+        if (
+            self.base
+            and (stops := with_special_tokens(self.net.config, data)) != self.net.config
+            and "generate" in call
+        ):
             lines.append(f"model.generation_config.eos_token_id = {list(stops.eos)}")
         if self.tokenizer:
             prompt = literal(data.prompt_text("PROMPT"))
-            lines += ["from transformers import AutoTokenizer", 'tokenizer = AutoTokenizer.from_pretrained(".")']
+            lines += [
+                "from transformers import AutoTokenizer",
+                'tokenizer = AutoTokenizer.from_pretrained(".")',
+            ]
             lines += [f'tokens = tokenizer({prompt}, return_tensors="pt").input_ids']
         else:
             about = " ".join((type(data).__doc__ or "").split("\n\n")[0].split())
             words += f"No tokenizer goes with it: its tokens are ids of `{type(data).__module__}:{type(data).__name__}`. {about}\n\n"
-            lines += ["import torch", "tokens = torch.zeros(1, 2, dtype=torch.int64)  # in its place, ids of a text"]
+            lines += [
+                "import torch",
+                "tokens = torch.zeros(1, 2, dtype=torch.int64)  # in its place, ids of a text",
+            ]
         lines += ["import torch", "mask = torch.ones_like(tokens)"] * ("=mask" in call)
         lines += [f"output = {call}"] * bool(call)
-        lines += ["text = tokenizer.decode(output[0], skip_special_tokens=True)"] * (bool(self.tokenizer) and "generate" in call)
+        lines += ["text = tokenizer.decode(output[0], skip_special_tokens=True)"] * (
+            bool(self.tokenizer) and "generate" in call
+        )
         return words + _python(list(dict.fromkeys(lines)))
 
     def _noise(self) -> str:
@@ -255,10 +338,19 @@ NFE: {self.steps}.
         return f"torch.randn(len(cond), {', '.join(map(str, (channels, *grid)))})"
 
     def _given(self) -> str:
-        return self.family.given.format(**{f.name: getattr(self.net.config, f.name) for f in dataclasses.fields(self.net.config)})
+        return self.family.given.format(
+            **{
+                f.name: getattr(self.net.config, f.name)
+                for f in dataclasses.fields(self.net.config)
+            }
+        )
 
     def _stepped(self, found: Scheduler) -> list[str]:
-        x, first = ("scheduler.scale_model_input(x, t)", "scheduler.init_noise_sigma * ") if found.scales else ("x", "")
+        x, first = (
+            ("scheduler.scale_model_input(x, t)", "scheduler.init_noise_sigma * ")
+            if found.scales
+            else ("x", "")
+        )
         return [
             self._given(),
             f"x = {first}{self._noise()}",
@@ -306,4 +398,8 @@ def _ready(found: Scheduler) -> list[str]:
 
 def _python(lines: list[str]) -> str:
     """Imports first."""
-    return "```python\n" + "\n".join(sorted(lines, key=lambda line: not line.startswith(("import", "from")))) + "\n```"
+    return (
+        "```python\n"
+        + "\n".join(sorted(lines, key=lambda line: not line.startswith(("import", "from"))))
+        + "\n```"
+    )

@@ -1,7 +1,8 @@
 """Arithmetic of a program, counted on its jaxpr with scan lengths multiplied in, by role.
 
-XLA's own cost analysis counts the body of a scan once. Operations carry the role that they belong to in their name
-stack (`Net.bind`), backward passes included, so that the count splits into student, teacher, fake, ...
+XLA's own cost analysis counts the body of a scan once. Operations carry the role that they belong
+to in their name stack (`Net.bind`), backward passes included, so that the count splits into
+student, teacher, fake, ...
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import jax
 
 
 def count(jaxpr: jax.core.Jaxpr, *, recomputed: bool = False) -> dict[str, float]:
-    """Floating-point operations of matrix products and convolutions in a traced program, by role ("" for the rest).
+    """Floating-point operations of matrix products and convolutions in a traced program, by role
+    ("" for the rest).
 
-    What rematerialisation computes again is left out, so that these are model flops, unless `recomputed`.
+    What rematerialisation computes again is left out, so that these are model flops, unless
+    `recomputed`.
     """
     total: dict[str, float] = collections.defaultdict(float)
     _walk(jaxpr, 1.0, "", total, recomputed)
@@ -57,10 +60,20 @@ def _jaxprs(value):
 
 def _dot(eqn) -> float:
     (contract, _), _ = eqn.params["dimension_numbers"]
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+    return (
+        2.0
+        * math.prod(eqn.outvars[0].aval.shape)
+        * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+    )
 
 
 def _conv(eqn) -> float:
     kernel = eqn.invars[1].aval.shape
     out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / out_features / eqn.params["batch_group_count"]
+    return (
+        2.0
+        * math.prod(eqn.outvars[0].aval.shape)
+        * math.prod(kernel)
+        / out_features
+        / eqn.params["batch_group_count"]
+    )

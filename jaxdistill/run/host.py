@@ -15,14 +15,20 @@ import jax
 
 from jaxdistill.core.types import Refused
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt(3)
+# of glibc's mallopt(3)
+M_TRIM_THRESHOLD = -1
+M_TOP_PAD = -2
+M_MMAP_MAX = -4
+M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> bool:
     """Lets glibc keep what is freed, where JAX_PLATFORMS says cpu; returns whether it does.
 
-    A program on CPU allocates all its temporaries at every step and frees them again. By default glibc maps such blocks
-    anew each time, and the kernel clears every page: a third of the processor time of a small training. It takes hold only
+    A program on CPU allocates all its temporaries at every step and frees them again. By default
+    glibc maps such blocks
+    anew each time, and the kernel clears every page: a third of the processor time of a small
+    training. It takes hold only
     before JAX has started its backend, whose threads have arenas of their own from then on.
     """
     if os.environ.get("JAX_PLATFORMS") != "cpu":
@@ -39,7 +45,9 @@ _HEARD: list[signal.Signals] = []
 
 
 def listen() -> None:
-    """Makes SIGTERM and Ctrl-C interrupt the process, and remembers them: code that is not ours may swallow the interrupt."""
+    """Makes SIGTERM and Ctrl-C interrupt the process, and remembers them: code that is not ours may
+    swallow the interrupt.
+    """
     _HEARD.clear()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,8 +78,10 @@ def check_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Makes `folder` and holds it, until its end or the process's, with a lock on `folder/.lock`; of a run's processes the first
-    does. Raises Refused where it is held already, or cannot be made or written to."""
+    """Makes `folder` and holds it, until its end or the process's, with a lock on `folder/.lock`;
+    of a run's processes the first
+    does. Raises Refused where it is held already, or cannot be made or written to.
+    """
     if jax.process_index():
         yield
         return
@@ -84,7 +94,9 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
-        raise Refused(f"{folder}: another process is at work there; wait for it, or give another --workdir") from error
+        raise Refused(
+            f"{folder}: another process is at work there; wait for it, or give another --workdir"
+        ) from error
     try:
         yield
     finally:

@@ -27,16 +27,24 @@ class NonFinite(RuntimeError):
 
 
 def read(path: Path, *, clock: bool = False) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out. Raises Refused where another one is damaged, or has
-    no seconds where `clock` is asked for."""
+    """The records of a metrics.jsonl; a last line that was cut short is left out. Raises Refused
+    where another one is damaged, or has
+    no seconds where `clock` is asked for.
+    """
     return records.read_lines(Path(path), clock=clock)
 
 
 class Writer:
-    """Appends records `{"step", "seconds", "role/name": float}`; a resumed run first drops what came after `step`."""
+    """Appends records `{"step", "seconds", "role/name": float}`; a resumed run first drops what
+    came after `step`.
+    """
 
-    def __init__(self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping[str, Any]):
-        self._path, self._board, self._wandb = workdir / "metrics.jsonl", None, None
+    def __init__(
+        self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping[str, Any]
+    ):
+        self._path = workdir / "metrics.jsonl"
+        self._board = None
+        self._wandb = None
         if jax.process_index():
             self._file = None
             return
@@ -49,13 +57,23 @@ class Writer:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=step + 1 if step else None
+            )
         if wandb:
             try:
                 import wandb as client
             except ImportError as error:
-                raise Refused(f"config.wandb={wandb!r}: wandb is not installed; pip install 'jaxdistill[wandb]'") from error
-            self._wandb = client.init(project=wandb, dir=str(workdir), config=dict(config), resume="allow", id=workdir.name)
+                raise Refused(
+                    f"config.wandb={wandb!r}: wandb is not installed; pip install 'jaxdistill[wandb]'"
+                ) from error
+            self._wandb = client.init(
+                project=wandb,
+                dir=str(workdir),
+                config=dict(config),
+                resume="allow",
+                id=workdir.name,
+            )
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
         """One record; a value that is not finite is written as null."""
@@ -80,17 +98,22 @@ class Writer:
 
 
 class Pending:
-    """Metrics of steps whose programs may still be running; read back all at once, each step checked."""
+    """Metrics of steps whose programs may still be running; read back all at once, each step
+    checked.
+    """
 
     def __init__(self, turns: Sequence[Turn]):
-        self._turns, self._steps = turns, []
+        self._turns = turns
+        self._steps = []
 
     def add(self, step: int, metrics: Means) -> None:
         self._steps.append((step, metrics))
 
     def flush(self) -> dict[str, float]:
-        """Means since the last flush, over all tokens or samples where these were counted and over steps elsewhere. Raises NonFinite,
-        naming turn, role and step."""
+        """Means since the last flush, over all tokens or samples where these were counted and over
+        steps elsewhere. Raises NonFinite,
+        naming turn, role and step.
+        """
         sums: dict[str, tuple[float, float]] = {}
         values = jax.device_get([m for _, m in self._steps])
         for (step, _), metrics in zip(self._steps, values):
@@ -106,7 +129,11 @@ class Pending:
     def _whose(self, name: str) -> str:
         """The turn that reports a metric of this name, and its role."""
         role = name.split("/")[0]
-        mine = [i for i, turn in enumerate(self._turns) if (role in turn.moves if turn.moves else role == "measured")]
+        mine = [
+            i
+            for i, turn in enumerate(self._turns)
+            if (role in turn.moves if turn.moves else role == "measured")
+        ]
         moves = ", ".join(self._turns[mine[0]].moves) if mine else ""
         return f"turn {' or '.join(map(str, mine))} ({moves or 'moves nothing'}): {name} of role {role!r}"
 
@@ -115,4 +142,12 @@ def bar(items: Sequence, title: str, unit: str, enabled: bool = True, done: int 
     """A bar with time left over `items`, on stderr; rewritten rarely where stderr is no terminal."""
     quiet = not enabled or jax.process_index() != 0
     interval = 0.2 if sys.stderr.isatty() else 15.0
-    return tqdm(items, initial=done, desc=title, unit=unit, dynamic_ncols=True, mininterval=interval, disable=quiet)
+    return tqdm(
+        items,
+        initial=done,
+        desc=title,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=interval,
+        disable=quiet,
+    )

@@ -1,7 +1,9 @@
-"""What a config costs on a machine that is not there: the real train step, compiled for a TPU slice, and its roofline.
+"""What a config costs on a machine that is not there: the real train step, compiled for a TPU
+slice, and its roofline.
 
-Bytes of weights, optimiser states and averages come from the abstract state and its shardings, temporaries from the
-compiler, flops from the step's jaxpr, traffic through memory and between chips from the compiled program's text.
+Bytes of weights, optimiser states and averages come from the abstract state and its shardings,
+temporaries from the compiler, flops from the step's jaxpr, traffic through memory and between chips
+from the compiled program's text.
 """
 
 from __future__ import annotations
@@ -77,10 +79,14 @@ class Plan:
 
 
 def topology(name: str) -> tuple[list[Any], Chip]:
-    """Devices of a TPU slice such as "v5p:4x4x4" and their chip. Raises Refused on another name, or without libtpu."""
+    """Devices of a TPU slice such as "v5p:4x4x4" and their chip. Raises Refused on another name, or
+    without libtpu.
+    """
     kind, _, shape = name.partition(":")
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape) or chip(kind).node:
-        raise Refused(f"--topology={name}: expected a TPU slice such as v5e:4x4 or v5p:4x4x8 (or GPUs such as h100:8x4)")
+        raise Refused(
+            f"--topology={name}: expected a TPU slice such as v5e:4x4 or v5p:4x4x8 (or GPUs such as h100:8x4)"
+        )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
@@ -102,7 +108,9 @@ def set_effort(effort: float) -> None:
     if hasattr(jax.config, "jax_exec_time_optimization_effort"):
         jax.config.update("jax_exec_time_optimization_effort", effort)
     else:
-        jax.config.update("jax_optimization_level", "O1" if effort < 0 else "O3" if effort > 0 else "UNKNOWN")
+        jax.config.update(
+            "jax_optimization_level", "O1" if effort < 0 else "O3" if effort > 0 else "UNKNOWN"
+        )
 
 
 def shorten(config: ConfigDict) -> None:
@@ -110,12 +118,17 @@ def shorten(config: ConfigDict) -> None:
     for method in (config.method, config.method.get("host", {})):
         if "critic_only" in method:
             method.critic_only = 0
-    config.steps = min(config.steps, 2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0))
+    config.steps = min(
+        config.steps,
+        2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0),
+    )
 
 
 def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
-    """Compiles every turn pattern of the first stage for the slice called `name`; without `whole`, up to the first that does
-    not fit. Raises Refused on bad input."""
+    """Compiles every turn pattern of the first stage for the slice called `name`; without `whole`,
+    up to the first that does
+    not fit. Raises Refused on bad input.
+    """
     devices, kind = topology(name)
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
@@ -125,8 +138,19 @@ def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
         for active in programs.patterns:
             started = time.time()
             traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-            compiled, work = traced.lower().compile(), flops.count(traced.jaxpr.jaxpr, recomputed=True)
-            patterns.append(_pattern(active, programs.patterns[active], work, compiled, kind, len(devices), time.time() - started))
+            compiled = traced.lower().compile()
+            work = flops.count(traced.jaxpr.jaxpr, recomputed=True)
+            patterns.append(
+                _pattern(
+                    active,
+                    programs.patterns[active],
+                    work,
+                    compiled,
+                    kind,
+                    len(devices),
+                    time.time() - started,
+                )
+            )
             if not whole and patterns[-1].peak > kind.hbm:
                 break
     shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
@@ -143,34 +167,63 @@ def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
 
 
 def peak(compiled) -> int:
-    """Bytes of a device that a compiled program takes: arguments, results that are no donated argument, temporaries."""
+    """Bytes of a device that a compiled program takes: arguments, results that are no donated
+    argument, temporaries.
+    """
     held = compiled.memory_analysis()
-    return held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes + held.temp_size_in_bytes
+    return (
+        held.argument_size_in_bytes
+        + held.output_size_in_bytes
+        - held.alias_size_in_bytes
+        + held.temp_size_in_bytes
+    )
 
 
-def _pattern(active, by_role: dict, work: dict, compiled, kind: Chip, chips: int, seconds: float) -> Pattern:
+def _pattern(
+    active, by_role: dict, work: dict, compiled, kind: Chip, chips: int, seconds: float
+) -> Pattern:
     moved = hlo.moved(compiled.as_text())
     model = sum(by_role.values())
-    bounds = (sum(work.values()) / (chips * kind.flops), moved.memory / kind.bandwidth, sum(moved.sent.values()) / kind.links)
-    return Pattern("+".join(map(str, active)), compiled.memory_analysis().temp_size_in_bytes, peak(compiled), model, *bounds, moved.sent,
-                   model / (chips * kind.flops) / max(*bounds, 1e-30), seconds)  # fmt: skip
+    bounds = (
+        sum(work.values()) / (chips * kind.flops),
+        moved.memory / kind.bandwidth,
+        sum(moved.sent.values()) / kind.links,
+    )
+    return Pattern(
+        "+".join(map(str, active)),
+        compiled.memory_analysis().temp_size_in_bytes,
+        peak(compiled),
+        model,
+        *bounds,
+        moved.sent,
+        model / (chips * kind.flops) / max(*bounds, 1e-30),
+        seconds,
+    )
 
 
 def by_role(state, nets) -> dict[str, dict[str, int]]:
-    """role -> part of the state -> bytes in each chip's memory, of an abstract state with its shardings."""
-    return {role: {part: _bytes(getattr(state, part).get(role, {})) for part in PARTS} for role in nets}
+    """role -> part of the state -> bytes in each chip's memory, of an abstract state with its
+    shardings.
+    """
+    return {
+        role: {part: _bytes(getattr(state, part).get(role, {})) for part in PARTS} for role in nets
+    }
 
 
 def _bytes(tree, memory: str = "device") -> int:
-    shard = lambda s: math.prod(s.sharding.shard_shape(s.shape) if s.sharding else s.shape) * s.dtype.itemsize
+    shard = lambda s: (
+        math.prod(s.sharding.shard_shape(s.shape) if s.sharding else s.shape) * s.dtype.itemsize
+    )
     kind = lambda s: "host" if s.sharding and s.sharding.memory_kind == "pinned_host" else "device"
     return sum(shard(leaf) for leaf in jax.tree.leaves(tree) if kind(leaf) == memory)
 
 
 def gpus(config: ConfigDict, name: str) -> Plan:
-    """The same for GPU nodes such as "h100:8x4" (8 a node, 4 nodes), from constants, without compiling.
+    """The same for GPU nodes such as "h100:8x4" (8 a node, 4 nodes), from constants, without
+    compiling.
 
-    Temporaries are unknown; traffic between chips is FSDP's: weights gathered for every pass that reads them (one for a
+    Temporaries are unknown; traffic between chips is FSDP's: weights gathered for every pass that
+    reads them (one for a
     frozen role, two for a moving one), gradients scattered once.
     """
     kind_name, _, shape = name.partition(":")
@@ -184,22 +237,53 @@ def gpus(config: ConfigDict, name: str) -> Plan:
         programs, nets = loop.abstract_programs(experiment)
         held = by_role(programs.abstract, nets)
         links = kind.links if nodes == 1 else kind.network
-        ways, patterns = experiment.mesh.shape["fsdp"], []
+        ways = experiment.mesh.shape["fsdp"]
+        patterns = []
         for active, model in programs.patterns.items():
-            turns = [experiment.method.stages(experiment.settings.steps)[0].method.turns[i] for i in active]
+            turns = [
+                experiment.method.stages(experiment.settings.steps)[0].method.turns[i]
+                for i in active
+            ]
             moving = {role for turn in turns for role in turn.moves}
-            whole = {role: (parts["params"] + parts["frozen"]) * ways for role, parts in held.items() if model.get(role)}
-            gathered = sum(size * (2 if role in moving else 1) for role, size in whole.items()) * (ways - 1) / ways
-            sent = {"all-gather": gathered, "reduce-scatter": sum(whole.get(role, 0) for role in moving) * (ways - 1) / ways}
+            whole = {
+                role: (parts["params"] + parts["frozen"]) * ways
+                for role, parts in held.items()
+                if model.get(role)
+            }
+            gathered = (
+                sum(size * (2 if role in moving else 1) for role, size in whole.items())
+                * (ways - 1)
+                / ways
+            )
+            sent = {
+                "all-gather": gathered,
+                "reduce-scatter": sum(whole.get(role, 0) for role in moving) * (ways - 1) / ways,
+            }
             key = jax.eval_shape(lambda: jax.random.key(0))
             traced = programs.step.trace(programs.abstract, programs.batch, key, active)
             work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
-            bounds = (work / (len(devices) * kind.flops), sum(whole.values()) * 2 / kind.bandwidth, sum(sent.values()) / links)
+            bounds = (
+                work / (len(devices) * kind.flops),
+                sum(whole.values()) * 2 / kind.bandwidth,
+                sum(sent.values()) / links,
+            )
             use = sum(model.values()) / (len(devices) * kind.flops) / max(*bounds, 1e-30)
-            patterns.append(Pattern("+".join(map(str, active)), 0, sum(sum(p.values()) for p in held.values()) + _bytes(programs.batch),
-                                    sum(model.values()), *bounds, sent, use, 0.0))  # fmt: skip
+            patterns.append(
+                Pattern(
+                    "+".join(map(str, active)),
+                    0,
+                    sum(sum(p.values()) for p in held.values()) + _bytes(programs.batch),
+                    sum(model.values()),
+                    *bounds,
+                    sent,
+                    use,
+                    0.0,
+                )
+            )
     shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
-    return Plan(name, len(devices), shape, held, _bytes(programs.batch), 0, tuple(patterns), kind.hbm)
+    return Plan(
+        name, len(devices), shape, held, _bytes(programs.batch), 0, tuple(patterns), kind.hbm
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,29 +297,42 @@ class _Described:
 
 
 def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tuple[dict, str]]:
-    """Plans of mesh shapes x remat policies x accumulations x places of frozen weights, the likeliest first; those refused as
+    """Plans of mesh shapes x remat policies x accumulations x places of frozen weights, the
+    likeliest first; those refused as
     (change, reason).
 
-    A candidate whose state alone is too large is not compiled, nor one that splits finer than the first that fits, or
-    offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where one does not fit, none is
-    tried that accumulates or rematerialises less, nor the host where it is short of more than the frozen weights. At most
+    A candidate whose state alone is too large is not compiled, nor one that splits finer than the
+    first that fits, or
+    offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where
+    one does not fit, none is
+    tried that accumulates or rematerialises less, nor the host where it is short of more than the
+    frozen weights. At most
     `most` are compiled.
     """
     devices, kind = topology(name)
-    done, enough, hopeless = 0, None, []
+    done = 0
+    enough = None
+    hopeless = []
     for change in candidates(config, len(devices)):
-        accumulate, remat, rest = change["accumulate"], change["remat"], {k: change[k] for k in ("mesh", "place")}
+        accumulate = change["accumulate"]
+        remat = change["remat"]
+        rest = {k: change[k] for k in ("mesh", "place")}
         finer = (change["mesh"]["tensor"] * change["mesh"]["sequence"], change["place"])
-        refused = any(rest == other and accumulate <= n and how in (remat, "full") for other, n, how in hopeless)
+        refused = any(
+            rest == other and accumulate <= n and how in (remat, "full")
+            for other, n, how in hopeless
+        )
         if done >= most or refused or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
             continue
-        tried, short = changed(config, change), 0.0
+        tried = changed(config, change)
+        short = 0.0
         try:
             experiment = Experiment(tried, Path("unused"), devices)
             with sharding.use(experiment.mesh, experiment.settings.rules):
                 programs, nets = loop.abstract_programs(experiment)
             held = by_role(programs.abstract, nets)
-            state, frozen = sum(sum(parts.values()) for parts in held.values()), sum(parts["frozen"] for parts in held.values())
+            state = sum(sum(parts.values()) for parts in held.values())
+            frozen = sum(parts["frozen"] for parts in held.values())
             if state > 0.9 * kind.hbm:
                 found = f"state of {state / 2**30:.1f} GiB a chip"
             else:
@@ -245,7 +342,8 @@ def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tup
         except Refused as error:
             found = str(error)
         except jax.errors.JaxRuntimeError as error:
-            found, short = too_large(error), _short(error)
+            found = too_large(error)
+            short = _short(error)
         if isinstance(found, Plan) and found.fits:
             enough = enough or finer
         else:
@@ -262,31 +360,45 @@ def too_large(error: jax.errors.JaxRuntimeError) -> str:
 
 
 def _short(error: jax.errors.JaxRuntimeError) -> float:
-    """Bytes by which the temporaries of a program that does not fit exceed HBM; 0 where the compiler does not say."""
+    """Bytes by which the temporaries of a program that does not fit exceed HBM; 0 where the
+    compiler does not say.
+    """
     said = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
     return (float(said[1]) - float(said[2])) * 2**30 if said else 0.0
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-    """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen weights on the device before
-    the host, the accumulation and the remat that hold least first."""
+    """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen
+    weights on the device before
+    the host, the accumulation and the remat that hold least first.
+    """
     frozen = build.build(config.method).frozen
     powers = [2**i for i in range(int(math.log2(devices)) + 1)]
-    splits = sorted(((t, s) for t in powers for s in powers if t * s <= min(devices, 64)), key=lambda ts: (ts[0] * ts[1], ts[1]))
+    splits = sorted(
+        ((t, s) for t in powers for s in powers if t * s <= min(devices, 64)),
+        key=lambda ts: (ts[0] * ts[1], ts[1]),
+    )
     has_remat = any("remat" in (role.get("model") or {}) for role in config.roles.values())
     policies = ("full", "dots_no_batch") if has_remat else ("",)
-    places = ("device", "host") if any(role.get("model") and name in frozen for name, role in config.roles.items()) else ("device",)
+    places = (
+        ("device", "host")
+        if any(role.get("model") and name in frozen for name, role in config.roles.items())
+        else ("device",)
+    )
     for (tensor, sequence), place in itertools.product(splits, places):
         rows = devices // (tensor * sequence)
         mesh = dict(data=1, fsdp=rows, sequence=sequence, tensor=tensor)
-        whole = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (rows * n) == 0] or [1]  # refused, with the reason
+        whole = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (rows * n) == 0] or [
+            1
+        ]  # refused, with the reason
         for accumulate, remat in itertools.product(whole, policies):
             yield {"mesh": mesh, "accumulate": accumulate, "remat": remat, "place": place}
 
 
 def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
     """A copy of `config` with a candidate's values."""
-    copy, frozen = config.copy_and_resolve_references(), build.build(config.method).frozen
+    copy = config.copy_and_resolve_references()
+    frozen = build.build(config.method).frozen
     for axis, size in change["mesh"].items():
         copy.mesh[axis] = size
     copy.accumulate = change["accumulate"]
@@ -302,9 +414,19 @@ def advice(plan: Plan, pattern: Pattern) -> tuple[str, str]:
     """(what binds, which config key moves it)."""
     if pattern.peak > plan.hbm:
         if plan.state > 0.6 * plan.hbm:
-            return "HBM: state", "mesh.fsdp up, roles.<frozen>.param_dtype=bfloat16, roles.<role>.lora.rank, or a larger slice"
-        return "HBM: temporaries", "roles.<role>.model.remat=full, accumulate up, mesh.sequence up, model.dtype=bfloat16"
-    longest = max((pattern.compute, "compute"), (pattern.memory, "HBM bandwidth"), (pattern.network, "interconnect"))[1]
+            return (
+                "HBM: state",
+                "mesh.fsdp up, roles.<frozen>.param_dtype=bfloat16, roles.<role>.lora.rank, or a larger slice",
+            )
+        return (
+            "HBM: temporaries",
+            "roles.<role>.model.remat=full, accumulate up, mesh.sequence up, model.dtype=bfloat16",
+        )
+    longest = max(
+        (pattern.compute, "compute"),
+        (pattern.memory, "HBM bandwidth"),
+        (pattern.network, "interconnect"),
+    )[1]
     return longest, {
         "compute": "roles.<role>.model.remat (less is computed again), or a larger slice",
         "HBM bandwidth": "data.batch_size up, model.dtype=bfloat16, roles.<role>.model.remat (less is stored)",

@@ -1,7 +1,8 @@
-"""What a run's folder says of itself (config.json, report.json, metrics.jsonl, stages/), read in one place.
+"""What a run's folder says of itself (config.json, report.json, metrics.jsonl, stages/), read in
+one place.
 
-Every reader raises Refused with one line that names the file where its content is damaged; what the operating system
-says (no permission, a read error) stays an OSError.
+Every reader raises Refused with one line that names the file where its content is damaged; what the
+operating system says (no permission, a read error) stays an OSError.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ FREE = (
     "wandb",
     "mesh",
 )  # a run may go on with others
-RESERVED = ("stages", "checkpoints", "samples", "tensorboard", "data", "damaged", "export")  # folders of a run's own
+RESERVED = (
+    "stages",
+    "checkpoints",
+    "samples",
+    "tensorboard",
+    "data",
+    "damaged",
+    "export",
+)  # folders of a run's own
 JUDGED = ("evaluation", "claim")  # what `launch.evaluate` may give other values
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
 NUMBER = (int, float)
@@ -48,8 +57,10 @@ def local(place: str | Path, what: str) -> Path:
     if str(place).startswith("~") and os.path.expanduser(place) == str(place):
         raise Refused(f"{what}={place}: no such user")
     if found := SCHEME.match(str(place)):
-        raise Refused(f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine (mount the bucket, with gcsfuse "
-                      "or Mountpoint for S3, and give the folder)")  # fmt: skip
+        raise Refused(
+            f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine (mount the bucket, with gcsfuse "
+            "or Mountpoint for S3, and give the folder)"
+        )
     try:
         return Path(os.path.expanduser(place))
     except (RuntimeError, ValueError) as error:
@@ -75,19 +86,28 @@ def parse(text: str, where: str) -> Any:
 
 
 def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`found`, where it is an object that has every key of `wanted` with a value of that type (or one of a tuple of types).
+    """`found`, where it is an object that has every key of `wanted` with a value of that type (or
+    one of a tuple of types).
 
     True is no number, and neither is a whole one that no float can hold. Raises Refused.
     """
     if not isinstance(found, dict):
-        raise Refused(f"{where}: is {_brief(found)}, expected an object with the keys {', '.join(wanted)}")
+        raise Refused(
+            f"{where}: is {_brief(found)}, expected an object with the keys {', '.join(wanted)}"
+        )
     for key, kinds in wanted.items():
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if key not in found:
             raise Refused(f"{where}: has no key {key!r}")
         value = found[key]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not _holds(value):
-            raise Refused(f"{where}: {key} is {_brief(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+        if (
+            not isinstance(value, kinds)
+            or (isinstance(value, bool) and bool not in kinds)
+            or not _holds(value)
+        ):
+            raise Refused(
+                f"{where}: {key} is {_brief(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}"
+            )
     return found
 
 
@@ -102,7 +122,9 @@ def _brief(value: Any) -> str:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`. Raises Refused where there is none, or it is no whole config."""
+    """The config of the run in `workdir`. Raises Refused where there is none, or it is no whole
+    config.
+    """
     file = workdir / "config.json"
     if not file.exists():
         raise Refused(f"{workdir}: no config.json, hence no run of ours")
@@ -115,7 +137,10 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def _check_config(found: Any, where: str) -> None:
-    wanted = {f.name: dict if dataclasses.is_dataclass(f.default) else type(f.default) for f in dataclasses.fields(Run)}
+    wanted = {
+        f.name: dict if dataclasses.is_dataclass(f.default) else type(f.default)
+        for f in dataclasses.fields(Run)
+    }
     wanted |= dict.fromkeys(("method", "data", "evaluation", "claim", "roles", "runs"), dict)
     check_keys(found, wanted, where)
     for name, role in found["roles"].items():
@@ -127,18 +152,29 @@ def _check_config(found: Any, where: str) -> None:
 
 
 def read_report(workdir: Path) -> dict[str, Any]:
-    """The report.json of a finished run. Raises Refused where there is none, or a part of it is missing or none that a run writes."""
+    """The report.json of a finished run. Raises Refused where there is none, or a part of it is
+    missing or none that a run writes.
+    """
     file = workdir / "report.json"
     if not file.exists():
         raise Refused(f"{workdir}: no report.json; has that run finished?")
-    wanted = {"config": dict, "method": str, "steps": int, "seconds": NUMBER, "models": list, "claim": dict}
+    wanted = {
+        "config": dict,
+        "method": str,
+        "steps": int,
+        "seconds": NUMBER,
+        "models": list,
+        "claim": dict,
+    }
     found = check_keys(parse(read_text(file), str(file)), wanted, str(file))
     _check_range(found["steps"], 1, f"{file}: steps")
     _check_range(found["seconds"], 0, f"{file}: seconds")
     check_keys(found["config"], {"method": dict, "seed": int}, f"{file}: config")
     name = check_keys(found["config"]["method"], {"name": str}, f"{file}: config.method")["name"]
     if found["method"] != name:
-        raise Refused(f"{file}: method is {_brief(found['method'])}, expected that of its config, {_brief(name)}")
+        raise Refused(
+            f"{file}: method is {_brief(found['method'])}, expected that of its config, {_brief(name)}"
+        )
     for i, row in enumerate(found["models"]):
         check_keys(row, {"name": str, "nfe": int}, f"{file}: models[{i}]")
         _check_range(row["nfe"], 1, f"{file}: models[{i}]: nfe")
@@ -157,9 +193,11 @@ def _check_range(value: float, least: int, where: str) -> None:
 
 
 def read_lines(file: Path, *, clock: bool = False) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, none where there is no such file; a last line that was cut short is left out.
+    """The records of a metrics.jsonl, none where there is no such file; a last line that was cut
+    short is left out.
 
-    Raises Refused, which names the line, where another one is no record: an object with a step and, where `clock` is asked for, the
+    Raises Refused, which names the line, where another one is no record: an object with a step and,
+    where `clock` is asked for, the
     seconds.
     """
     lines = file.read_bytes().split(b"\n") if file.exists() else []
@@ -189,14 +227,28 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Values of a nested mapping under their dotted keys."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        k: v
+        for name, sub in tree.items()
+        for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = FREE) -> str:
-    """Where two configs (as JSON) are of different runs: the first such key and both values, as a part of a sentence; "" where
-    nowhere. Keys of the top level in `free` may differ, and fields that a class has gained since are at their defaults."""
-    there, here = flat(completed(there)), flat(completed(here))
-    changed = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k) and k.split(".")[0] not in free]
+def difference(
+    there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = FREE
+) -> str:
+    """Where two configs (as JSON) are of different runs: the first such key and both values, as a
+    part of a sentence; "" where
+    nowhere. Keys of the top level in `free` may differ, and fields that a class has gained since
+    are at their defaults.
+    """
+    there = flat(completed(there))
+    here = flat(completed(here))
+    changed = [
+        k
+        for k in sorted(there.keys() | here.keys())
+        if there.get(k) != here.get(k) and k.split(".")[0] not in free
+    ]
     if not changed:
         return ""
     more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
@@ -210,20 +262,26 @@ def check_result(workdir: Path, config: ConfigDict, free: tuple[str, ...] = FREE
     if changed := difference(read_report(workdir)["config"], json.loads(config.to_json()), free):
         judged = changed.split(".")[0].split(" ")[0] in JUDGED
         advice = (
-            "launch.evaluate makes it anew" if judged else "config.json was changed after the run; put it back, or give another --workdir"
+            "launch.evaluate makes it anew"
+            if judged
+            else "config.json was changed after the run; put it back, or give another --workdir"
         )
         raise Refused(f"{workdir / 'report.json'} is of another config: {changed}; {advice}")
 
 
 def stages(workdir: Path) -> list[Path]:
-    """The results of the stages that are done, in order. Raises Refused where one is missing before the last, or a result is no
-    folder."""
+    """The results of the stages that are done, in order. Raises Refused where one is missing before
+    the last, or a result is no
+    folder.
+    """
     folder = workdir / "stages"
     if not folder.exists():
         return []
     if not folder.is_dir():
         raise Refused(f"{folder}: is a file, expected the folder of the stages' results")
-    numbers = sorted(int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]{0,8}", p.name))
+    numbers = sorted(
+        int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]{0,8}", p.name)
+    )
     for i, number in enumerate(numbers):
         if number != i:
             raise Refused(f"{folder}: stage {number} is there, stage {i} before it is missing")

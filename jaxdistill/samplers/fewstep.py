@@ -1,4 +1,6 @@
-"""Samplers of few-step students: `(net, noise, times, key) -> x0`, `net(x, t[B]) -> Pred` with its condition bound."""
+"""Samplers of few-step students: `(net, noise, times, key) -> x0`, `net(x, t[B]) -> Pred` with its
+condition bound.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ def falling(times: Sequence[float], top: float) -> bool:
 def first_times(times: tuple[float, ...], steps: int) -> Array:
     """The first `steps` of a student's sampling times, [steps]. Raises Refused where it has fewer."""
     if not 1 <= steps <= len(times):
-        raise Refused(f"steps={steps}: expected 1 to {len(times)}, since method.student_times={times}")
+        raise Refused(
+            f"steps={steps}: expected 1 to {len(times)}, since method.student_times={times}"
+        )
     return jnp.array(times[:steps])
 
 
 def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> Array:
-    """Consistency / DMD2 sampling: predict x0 at each of `times` [N], re-noise it with fresh noise to the next.
+    """Consistency / DMD2 sampling: predict x0 at each of `times` [N], re-noise it with fresh noise
+    to the next.
 
     `noise` [B ...] is unit Gaussian; the chain starts from pure noise, seen as a state at times[0].
     """
@@ -36,12 +41,21 @@ def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Arr
 
 
 def simulate(
-    process: Process, net: Denoise, noise: Array, times: Array, key: Array, index: Array | int, solver: str = ""
+    process: Process,
+    net: Denoise,
+    noise: Array,
+    times: Array,
+    key: Array,
+    index: Array | int,
+    solver: str = "",
 ) -> tuple[Array, Array]:
-    """The state (x_t [B ...], t [B]) that a student's chain brings to its step number `index`, which may be traced.
+    """The state (x_t [B ...], t [B]) that a student's chain brings to its step number `index`,
+    which may be traced.
 
-    From one time to the next it re-noises its x0 with fresh noise; or takes the step of a `solver` of samplers/ode.py without
-    memory, in which case `key` is not read. "ddim" is Euler's on rectified flow, whatever the shift.
+    From one time to the next it re-noises its x0 with fresh noise; or takes the step of a `solver`
+    of samplers/ode.py without
+    memory, in which case `key` is not read. "ddim" is Euler's on rectified flow, whatever the
+    shift.
     """
 
     def body(i, x):
@@ -59,28 +73,47 @@ def _again(process: Process, net: Denoise, x: Array, t: Array, r: Array, key: Ar
     return process.add_noise(net(x, t).x0, jax.random.normal(key, x.shape, x.dtype), r)
 
 
-def chain(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> tuple[Array, Array]:
-    """All of a renoising chain: (its states at `times`, [N B ...]; the x0 that it ends with). As `simulate` and `renoise`."""
+def chain(
+    process: Process, net: Denoise, noise: Array, times: Array, key: Array
+) -> tuple[Array, Array]:
+    """All of a renoising chain: (its states at `times`, [N B ...]; the x0 that it ends with). As
+    `simulate` and `renoise`.
+    """
 
     def body(x, inp):
         i, t, r = inp
         return _again(process, net, x, jnp.full(x.shape[:1], t), r, jax.random.fold_in(key, i)), x
 
-    last, states = jax.lax.scan(body, process.start(noise), (jnp.arange(len(times) - 1), times[:-1], times[1:]))
+    last, states = jax.lax.scan(
+        body, process.start(noise), (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    )
     return jnp.concatenate([states, last[None]]), net(last, jnp.full(noise.shape[:1], times[-1])).x0
 
 
 AIMS = {"any": lambda t, s: s, "few": lambda t, s: jnp.zeros_like(t), "mul": lambda t, s: t}
 
 
-def jump(net, noise: Array, times: Array, key: Array | None = None, *, style: str = "any", fresh: float = 0.0,
-         extrapolate: float = 0.0) -> Array:  # fmt: skip
-    """Average-velocity sampling (MeanFlow): x_s = x_t - (t - s) u(x_t, r, t) along `times` [N + 1] or [N + 1, B], flow time.
+def jump(
+    net,
+    noise: Array,
+    times: Array,
+    key: Array | None = None,
+    *,
+    style: str = "any",
+    fresh: float = 0.0,
+    extrapolate: float = 0.0,
+) -> Array:
+    """Average-velocity sampling (MeanFlow): x_s = x_t - (t - s) u(x_t, r, t) along `times` [N + 1]
+    or [N + 1, B], flow time.
 
-    `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t. The `style` says what r is (UCGM,
-    arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t (the flow's ODE). A share `fresh` of the
-    variance of the next state's noise is drawn anew (1 is `renoise`), and from the third step on its x0 and noise go beyond
-    what is predicted by `extrapolate` times their change since the last step; a state at 0 is a sample, and is as predicted.
+    `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t. The `style` says
+    what r is (UCGM,
+    arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t (the flow's
+    ODE). A share `fresh` of the
+    variance of the next state's noise is drawn anew (1 is `renoise`), and from the third step on
+    its x0 and noise go beyond
+    what is predicted by `extrapolate` times their change since the last step; a state at 0 is a
+    sample, and is as predicted.
     Raises Refused on an unknown style.
     """
     aim = lookup(AIMS, style, "style")
@@ -88,7 +121,8 @@ def jump(net, noise: Array, times: Array, key: Array | None = None, *, style: st
     def body(carry, inp):
         x, *last = carry
         i, t, s = inp
-        t, s = jnp.full(x.shape[:1], t), jnp.full(x.shape[:1], s)
+        t = jnp.full(x.shape[:1], t)
+        s = jnp.full(x.shape[:1], s)
         pred = net(x, t, r=aim(t, s))
         if not fresh and not extrapolate:
             return (x - expand(t - s, x) * pred.v, *last), None
@@ -100,17 +134,28 @@ def jump(net, noise: Array, times: Array, key: Array | None = None, *, style: st
         return ((1 - expand(s, x)) * x0 + expand(s, x) * eps, pred.x0, pred.eps), None
 
     zero = jnp.zeros_like(noise)
-    (x, *_), _ = jax.lax.scan(body, (noise, zero, zero), (jnp.arange(len(times) - 1), times[:-1], times[1:]))
+    (x, *_), _ = jax.lax.scan(
+        body, (noise, zero, zero), (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    )
     return x
 
 
-def warped_times(steps: int, gaps: tuple[float, float] = (0.0, 0.0), warp: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> Array:
-    """UCGM's grid, [steps + 1] from 1 - k(gaps[0]) down to 0: even in k^-1(1 - t), k(u) = (1 - (1 - u^a)^b)^c for warp (a, b, c)
-    (Kumaraswamy's law; 1, 1, 1 is no warp). The last jump to 0 is made from 1 - k(1 - gaps[1]), for gaps[1] = 0 from a step
-    like the others. Raises Refused where there is no step, or a gap is none."""
+def warped_times(
+    steps: int,
+    gaps: tuple[float, float] = (0.0, 0.0),
+    warp: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Array:
+    """UCGM's grid, [steps + 1] from 1 - k(gaps[0]) down to 0: even in k^-1(1 - t), k(u) = (1 - (1 -
+    u^a)^b)^c for warp (a, b, c)
+    (Kumaraswamy's law; 1, 1, 1 is no warp). The last jump to 0 is made from 1 - k(1 - gaps[1]), for
+    gaps[1] = 0 from a step
+    like the others. Raises Refused where there is no step, or a gap is none.
+    """
     first, last = gaps
     if steps < 1 or not (first >= 0 and last >= 0 and first + last < 1):
-        raise Refused(f"steps={steps}, gaps={gaps}: expected at least one step, and gaps of sum below 1")
+        raise Refused(
+            f"steps={steps}, gaps={gaps}: expected at least one step, and gaps of sum below 1"
+        )
     a, b, c = warp
     even = jnp.linspace(first, 1 - last, steps + (last == 0))[:steps]
     return jnp.append(1 - (1 - (1 - even**a) ** b) ** c, 0.0)

@@ -1,4 +1,6 @@
-"""Several networks bound as one role, so that a stage's teacher may be made of what earlier stages left."""
+"""Several networks bound as one role, so that a stage's teacher may be made of what earlier stages
+left.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from jaxdistill.core.types import Params, Refused
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble(Net):
-    """Called as its `members` are, it gives the tuple of their outputs. Its weights are theirs under "0", "1", ..."""
+    """Called as its `members` are, it gives the tuple of their outputs. Its weights are theirs
+    under "0", "1", ...
+    """
 
     members: tuple[Net, ...] = ()
 
@@ -19,17 +23,27 @@ class Ensemble(Net):
         return {str(i): net.init(key) for i, net in enumerate(self.members)}
 
     def apply(self, params: Params, *args, **kwargs) -> tuple:
-        return tuple(net.apply(params[str(i)], *args, **kwargs) for i, net in enumerate(self.members))
+        return tuple(
+            net.apply(params[str(i)], *args, **kwargs) for i, net in enumerate(self.members)
+        )
 
 
 def gather(pairs: Sequence[tuple[Net, Params]]) -> tuple[Ensemble, Params]:
-    """(network, weights) of an ensemble of these. Raises Refused on adapters, whose weights are not their own."""
+    """(network, weights) of an ensemble of these. Raises Refused on adapters, whose weights are not
+    their own.
+    """
     for net, _ in pairs:
         if net.adapts:
-            raise Refused(f"lora: adapters of {net.adapts!r} cannot join an ensemble; train full weights")
+            raise Refused(
+                f"lora: adapters of {net.adapts!r} cannot join an ensemble; train full weights"
+            )
     named = lambda part: {str(i): part(*pair) for i, pair in enumerate(pairs)}
     ensemble = Ensemble(
-        None, None, named(lambda net, _: net.shapes), named(lambda net, _: net.axes), members=tuple(net for net, _ in pairs)
+        None,
+        None,
+        named(lambda net, _: net.shapes),
+        named(lambda net, _: net.axes),
+        members=tuple(net for net, _ in pairs),
     )
     return ensemble, named(lambda _, params: params)
 

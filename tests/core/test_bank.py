@@ -1,4 +1,6 @@
-"""A bank of networks: members are independent, routing equals running each alone, one network's weights serve all."""
+"""A bank of networks: members are independent, routing equals running each alone, one network's
+weights serve all.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,11 @@ from jaxdistill.models.denoisers.mlp import MLP
 def made():
     one = make_net(MLP(width=8, depth=2))
     three = bank(one, 3)
-    params = jax.tree.map(lambda w: w + 0.1, three.init(jax.random.key(0)))  # the last layer starts at zero
-    x, t = jax.random.normal(jax.random.key(1), (4, 2)), jnp.linspace(0.1, 0.9, 4)
+    params = jax.tree.map(
+        lambda w: w + 0.1, three.init(jax.random.key(0))
+    )  # the last layer starts at zero
+    x = jax.random.normal(jax.random.key(1), (4, 2))
+    t = jnp.linspace(0.1, 0.9, 4)
     return one, three, params, x, t
 
 
@@ -27,13 +32,20 @@ def test_members_start_apart(made):
     _, three, params, _, _ = made
     kernels = [w for w in jax.tree.leaves(params) if w.ndim > 2 and np.ptp(w)]
     assert kernels and all(not np.array_equal(w[0], w[1]) for w in kernels)
-    assert all(axes[0] == "bank" for axes in jax.tree.leaves(three.axes, is_leaf=lambda a: isinstance(a, jax.sharding.PartitionSpec)))
+    assert all(
+        axes[0] == "bank"
+        for axes in jax.tree.leaves(
+            three.axes, is_leaf=lambda a: isinstance(a, jax.sharding.PartitionSpec)
+        )
+    )
 
 
 def test_every_way_of_calling_equals_each_member_alone(made):
     one, three, params, x, t = made
     alone = jnp.stack([one.apply(member(params, k), x, t) for k in range(3)])
-    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # float32, other order of summation
+    same = lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-5, atol=1e-6
+    )  # float32, other order of summation
     same(three.apply(params, jnp.stack([x] * 3), jnp.stack([t] * 3)), alone)
     same(jax.jit(lambda k: three.apply(params, x, t, member=k))(2), alone[2])
     route = jnp.array([2, 0, 1, 2])
@@ -58,11 +70,15 @@ def test_adopts_one_network_for_all_and_a_bank_as_it_is(made):
 
 
 def test_members_can_be_mapped_over(made):
-    """`weights` and `alone` of a bound bank: a function of one network, mapped, is the bank's own program."""
+    """`weights` and `alone` of a bound bank: a function of one network, mapped, is the bank's own
+    program.
+    """
     _, three, params, x, t = made
     bound = three.bind("student", {"student": params})
     mapped = jax.vmap(lambda w: bound.alone(w, x, t))(bound.weights)
-    np.testing.assert_allclose(mapped, bound(jnp.stack([x] * 3), jnp.stack([t] * 3)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        mapped, bound(jnp.stack([x] * 3), jnp.stack([t] * 3)), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_gradients_that_are_no_numbers_stop_their_member_alone(made):

@@ -1,4 +1,6 @@
-"""What a field may hold: types, ranges, and that every class of the library says what its fields are."""
+"""What a field may hold: types, ranges, and that every class of the library says what its fields
+are.
+"""
 
 import dataclasses
 import importlib
@@ -39,18 +41,44 @@ class Whole:
     layers: Annotated[int, fields.Range(1, 8)] = 2
 
 
-NAN, INF = float("nan"), float("inf")
+NAN = float("nan")
+INF = float("inf")
 GOOD = {
-    "count": (1, 10**6), "offset": (0, 7), "index": (-1, 0, 5), "rate": (-1.0, 0, 1e30), "share": (0, 1, 0.3),
-    "scale": (1e-9,), "limit": (0.0, INF), "flag": (True,), "text": ("",), "kind": ("far",), "times": ((), [1, 2.5]),
-    "pair": ((3, 4),), "steps": ((4, 2),), "part": (Part(size=9),), "either": (2, Part()), "layers": (8,),
-}  # fmt: skip
+    "count": (1, 10**6),
+    "offset": (0, 7),
+    "index": (-1, 0, 5),
+    "rate": (-1.0, 0, 1e30),
+    "share": (0, 1, 0.3),
+    "scale": (1e-9,),
+    "limit": (0.0, INF),
+    "flag": (True,),
+    "text": ("",),
+    "kind": ("far",),
+    "times": ((), [1, 2.5]),
+    "pair": ((3, 4),),
+    "steps": ((4, 2),),
+    "part": (Part(size=9),),
+    "either": (2, Part()),
+    "layers": (8,),
+}
 BAD = {
-    "count": (0, -1, 1.5, "3", True, None, 10**12, [1]), "offset": (-1, NAN), "index": (-2,), "rate": (NAN, INF, "x", False, None),
-    "share": (1.5, -0.1, NAN), "scale": (0, -1.0, INF), "limit": (-1.0, NAN), "flag": (1, "true"), "text": (1, None, ["a"]),
-    "kind": ("nearr", 3, None), "times": (1.0, ("a",), (NAN,), None), "pair": ((1,), (1, 2, 3), (1.0, 2)), "steps": ((0,),),
-    "part": (4, None, "x"), "either": ("x",), "layers": (9, 0),
-}  # fmt: skip
+    "count": (0, -1, 1.5, "3", True, None, 10**12, [1]),
+    "offset": (-1, NAN),
+    "index": (-2,),
+    "rate": (NAN, INF, "x", False, None),
+    "share": (1.5, -0.1, NAN),
+    "scale": (0, -1.0, INF),
+    "limit": (-1.0, NAN),
+    "flag": (1, "true"),
+    "text": (1, None, ["a"]),
+    "kind": ("nearr", 3, None),
+    "times": (1.0, ("a",), (NAN,), None),
+    "pair": ((1,), (1, 2, 3), (1.0, 2)),
+    "steps": ((0,),),
+    "part": (4, None, "x"),
+    "either": ("x",),
+    "layers": (9, 0),
+}
 
 
 @pytest.mark.parametrize(("field", "value"), [(k, v) for k, values in GOOD.items() for v in values])
@@ -104,7 +132,11 @@ def test_every_dataclass_of_the_library_has_annotations_that_can_be_read():
     for info in pkgutil.walk_packages(jaxdistill.__path__, "jaxdistill."):
         module = importlib.import_module(info.name)
         for cls in vars(module).values():
-            if dataclasses.is_dataclass(cls) and isinstance(cls, type) and cls.__module__ == module.__name__:
+            if (
+                dataclasses.is_dataclass(cls)
+                and isinstance(cls, type)
+                and cls.__module__ == module.__name__
+            ):
                 hints = fields.hints(cls)
                 for field in dataclasses.fields(cls):
                     if field.default is not dataclasses.MISSING:

@@ -14,13 +14,15 @@ from jaxdistill.models.denoisers.dit import DiT
 
 BASE = make_net(DiT(dim=16, heads=2, depth=2))
 WEIGHTS = BASE.init(jax.random.key(0))
-X, T = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.array([1.0, 2.0])
+X = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+T = jnp.array([1.0, 2.0])
 
 
 def perturbed(params):
     keys = jax.random.split(jax.random.key(2), len(jax.tree.leaves(params)))
     return jax.tree.unflatten(
-        jax.tree.structure(params), [w + 0.1 * jax.random.normal(k, w.shape) for k, w in zip(keys, jax.tree.leaves(params))]
+        jax.tree.structure(params),
+        [w + 0.1 * jax.random.normal(k, w.shape) for k, w in zip(keys, jax.tree.leaves(params))],
     )
 
 
@@ -35,7 +37,11 @@ def test_starts_as_its_base_and_folds_in_exactly():
     np.testing.assert_array_equal(bound.student(X, T), bound.teacher(X, T))
     moved = perturbed(fresh)
     full = merge(WEIGHTS, moved, net.scale)
-    np.testing.assert_allclose(BASE.apply(full, X, T), bind(nets, {"teacher": WEIGHTS, "student": moved}).student(X, T), rtol=1e-6)
+    np.testing.assert_allclose(
+        BASE.apply(full, X, T),
+        bind(nets, {"teacher": WEIGHTS, "student": moved}).student(X, T),
+        rtol=1e-6,
+    )
     assert not np.allclose(BASE.apply(full, X, T), BASE.apply(WEIGHTS, X, T))
 
 
@@ -43,7 +49,10 @@ def test_rank_of_the_change_and_scale():
     net = adapt(BASE, base="teacher", rank=2, alpha=6.0, targets=r"blocks/to_q/kernel")
     assert list(net.shapes) == ["blocks/to_q/kernel"]
     moved = perturbed(net.init(jax.random.key(3)))
-    change = merge(WEIGHTS, moved, net.scale)["blocks"]["to_q"]["kernel"] - WEIGHTS["blocks"]["to_q"]["kernel"]
+    change = (
+        merge(WEIGHTS, moved, net.scale)["blocks"]["to_q"]["kernel"]
+        - WEIGHTS["blocks"]["to_q"]["kernel"]
+    )
     assert all(np.linalg.matrix_rank(np.asarray(layer), tol=1e-4) == 2 for layer in change)
     pair = moved["blocks/to_q/kernel"]
     np.testing.assert_allclose(change, 3.0 * pair["a"] @ pair["b"], rtol=1e-4, atol=1e-5)
@@ -53,7 +62,10 @@ def test_several_roles_share_one_base():
     """Gradients reach each adapter alone, and the base not at all."""
     net = adapt(BASE, base="teacher", rank=2)
     nets = {"teacher": BASE, "student": net, "fake": net}
-    params = {"student": perturbed(net.init(jax.random.key(3))), "fake": perturbed(net.init(jax.random.key(4)))}
+    params = {
+        "student": perturbed(net.init(jax.random.key(3))),
+        "fake": perturbed(net.init(jax.random.key(4))),
+    }
 
     def loss(moving):
         nets_ = bind(nets, {"teacher": WEIGHTS, **params, **moving})
@@ -101,7 +113,12 @@ def test_stacked_vectors_are_no_matrices():
 
 @pytest.mark.parametrize(
     ("base", "why"),
-    [("", "no such role"), ("techer", "no such role"), ("student", "the role itself"), ("fake", "it has adapters too")],
+    [
+        ("", "no such role"),
+        ("techer", "no such role"),
+        ("student", "the role itself"),
+        ("fake", "it has adapters too"),
+    ],
 )
 def test_a_base_that_has_no_full_weights_is_refused(base, why):
     roles = {"teacher": Role(), "student": Role(lora=Lora(rank=2)), "fake": Role(lora=Lora(rank=4))}

@@ -14,7 +14,17 @@ import pytest
 
 from jaxdistill import models
 from jaxdistill.core.net import make_net, paths
-from jaxdistill.core.optim import CopyEma, Ema, HalfLifeEma, Optimizer, PowerEma, RampEma, clip_by_member_norm, decayed, power_gamma
+from jaxdistill.core.optim import (
+    CopyEma,
+    Ema,
+    HalfLifeEma,
+    Optimizer,
+    PowerEma,
+    RampEma,
+    clip_by_member_norm,
+    decayed,
+    power_gamma,
+)
 from jaxdistill.core.types import Refused
 from jaxdistill.models.denoisers.edm import DhariwalUNet, SongUNet
 from jaxdistill.models.denoisers.mlp import MLP
@@ -39,25 +49,36 @@ def run(rule, values):
 
 
 def test_power_average_starts_at_the_first_weights_and_weighs_by_a_power():
-    rule, gamma, n = PowerEma(sigma_rel=0.10), power_gamma(0.10), 2000
+    rule = PowerEma(sigma_rel=0.10)
+    gamma = power_gamma(0.10)
+    n = 2000
     assert float(rule.decay(1)) == 0
     assert run(rule, np.full(50, 3.0)) == pytest.approx(3.0, rel=1e-5)
     t = np.arange(1, n + 1)
     weights = t**gamma
     expected = np.sum(weights * t) / np.sum(weights)
-    assert run(rule, t) == pytest.approx(expected, rel=(gamma + 1) / n)  # the power law holds up to O(gamma / k)
+    assert run(rule, t) == pytest.approx(
+        expected, rel=(gamma + 1) / n
+    )  # the power law holds up to O(gamma / k)
 
 
 def test_constant_average_lags_a_ramp_by_its_mean_age():
-    n, rate = 5000, 0.99
-    assert n - run(Ema(rate=rate, warmup=False), np.arange(1, n + 1)) == pytest.approx(rate / (1 - rate), rel=1e-3)
+    n = 5000
+    rate = 0.99
+    assert n - run(Ema(rate=rate, warmup=False), np.arange(1, n + 1)) == pytest.approx(
+        rate / (1 - rate), rel=1e-3
+    )
 
 
 def test_copying_average():
     """SwiftBrush's: beta_1 = 0, then min(rate, k / (9 + k))."""
     rule = CopyEma(rate=0.9)
-    assert [float(rule.decay(k)) for k in (1, 2, 9, 81, 82)] == pytest.approx([0, 2 / 11, 0.5, 0.9, 0.9], rel=1e-6)
-    assert run(CopyEma(), np.full(20, 3.0)) == pytest.approx(3.0, rel=1e-6)  # nothing of the initial weights is left
+    assert [float(rule.decay(k)) for k in (1, 2, 9, 81, 82)] == pytest.approx(
+        [0, 2 / 11, 0.5, 0.9, 0.9], rel=1e-6
+    )
+    assert run(CopyEma(), np.full(20, 3.0)) == pytest.approx(
+        3.0, rel=1e-6
+    )  # nothing of the initial weights is left
     assert float(CopyEma().decay(10**6)) == pytest.approx(0.9999, rel=1e-6)
 
 
@@ -78,7 +99,12 @@ def test_schedules():
 
 
 def test_decay_spares_vectors_by_name():
-    params = {"blocks": {"norm": {"scale": jnp.ones((2, 3))}, "up": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))}}}
+    params = {
+        "blocks": {
+            "norm": {"scale": jnp.ones((2, 3))},
+            "up": {"kernel": jnp.ones((2, 3, 3)), "bias": jnp.ones((2, 3))},
+        }
+    }
     mask = decayed(params)
     assert mask["blocks"]["up"] == {"kernel": True, "bias": False}
     assert not mask["blocks"]["norm"]["scale"]
@@ -89,14 +115,31 @@ def test_decay_spares_vectors_by_name():
 
 
 NAMES = [
-    *("adamw", "adam", "nadamw", "nadam", "adamaxw", "adamax", "lion", "radam", "adabelief", "amsgrad"),
+    *(
+        "adamw",
+        "adam",
+        "nadamw",
+        "nadam",
+        "adamaxw",
+        "adamax",
+        "lion",
+        "radam",
+        "adabelief",
+        "amsgrad",
+    ),
     *("rmsprop", "adagrad", "sgd"),
 ]
 WEIGHTS = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
 GRADS = [{"kernel": jnp.full((2, 2), g), "bias": jnp.array([3 * g, g])} for g in (0.5, -1.5, 0.25)]
 RANDOM = np.random.default_rng(0)
 LONG = [  # RAdam begins at the sixth; large and small ones, or signs would be all the same
-    jax.tree.map(lambda w: jnp.asarray((5.0 if i % 2 else 0.05) * RANDOM.standard_normal(w.shape), jnp.float32), WEIGHTS) for i in range(10)
+    jax.tree.map(
+        lambda w: jnp.asarray(
+            (5.0 if i % 2 else 0.05) * RANDOM.standard_normal(w.shape), jnp.float32
+        ),
+        WEIGHTS,
+    )
+    for i in range(10)
 ]
 
 
@@ -111,7 +154,9 @@ def follow(optimizer, grads=GRADS, weights=WEIGHTS, **how):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 @pytest.mark.parametrize("algorithm", NAMES)
@@ -129,7 +174,18 @@ def long_run(**fields):
     return follow(Optimizer(**fields), LONG)
 
 
-CHANGED = dict(lr=0.2, b1=0.3, b2=0.4, eps=1e-2, momentum=0.7, weight_decay=0.3, clip=0.1, clip_value=0.1, schedule="cosine", warmup=2)
+CHANGED = dict(
+    lr=0.2,
+    b1=0.3,
+    b2=0.4,
+    eps=1e-2,
+    momentum=0.7,
+    weight_decay=0.3,
+    clip=0.1,
+    clip_value=0.1,
+    schedule="cosine",
+    warmup=2,
+)
 
 
 @pytest.mark.parametrize("algorithm", NAMES)
@@ -140,15 +196,24 @@ def test_every_field_acts_or_is_refused(algorithm, field):
         changed = long_run(**{**plain, field: CHANGED[field]})
     except Refused as error:
         assert field in ("b1", "b2", "eps", "momentum") and "\n" not in str(error)
-        assert f"optimizer.{field}={CHANGED[field]} does not act on optimizer.algorithm={algorithm}: expected" in str(error)
+        assert (
+            f"optimizer.{field}={CHANGED[field]} does not act on optimizer.algorithm={algorithm}: expected"
+            in str(error)
+        )
     else:
         assert not same(changed, long_run(**plain))
 
 
 def test_a_refusal_names_where_the_field_acts():
-    with pytest.raises(Refused, match=r"optimizer\.momentum=0\.9 does not act .*adamw: expected 0\.0 there, or one of sgd$"):
+    with pytest.raises(
+        Refused,
+        match=r"optimizer\.momentum=0\.9 does not act .*adamw: expected 0\.0 there, or one of sgd$",
+    ):
         Optimizer(momentum=0.9)
-    with pytest.raises(Refused, match=r"optimizer\.final=0\.1 does not act .*constant: expected 0\.0 there, or one of cosine, linear$"):
+    with pytest.raises(
+        Refused,
+        match=r"optimizer\.final=0\.1 does not act .*constant: expected 0\.0 there, or one of cosine, linear$",
+    ):
         Optimizer(final=0.1)
 
 
@@ -157,7 +222,10 @@ def test_a_refusal_names_where_the_field_acts():
     [
         (Optimizer(lr=0.1, clip=0.0), optax.adam(0.1)),
         (Optimizer(lr=0.1, clip=0.0, algorithm="adam", b1=0.5), optax.adam(0.1, b1=0.5)),
-        (Optimizer(lr=0.1, clip=0.0, weight_decay=0.2), optax.adamw(0.1, weight_decay=0.2, mask=decayed)),
+        (
+            Optimizer(lr=0.1, clip=0.0, weight_decay=0.2),
+            optax.adamw(0.1, weight_decay=0.2, mask=decayed),
+        ),
         (Optimizer(lr=0.1, clip=0.0, algorithm="radam", b2=0.95), optax.radam(0.1, b2=0.95)),
         (Optimizer(lr=0.1, clip=0.0, algorithm="lion", b2=0.99), optax.lion(0.1, weight_decay=0.0)),
         (Optimizer(lr=0.1, clip=0.0, algorithm="sgd"), optax.sgd(0.1)),
@@ -166,7 +234,8 @@ def test_a_refusal_names_where_the_field_acts():
     ids=lambda v: v.algorithm if isinstance(v, Optimizer) else "",
 )
 def test_algorithms_are_optax_own(optimizer, theirs):
-    weights, state = WEIGHTS, theirs.init(WEIGHTS)
+    weights = WEIGHTS
+    state = theirs.init(WEIGHTS)
     for g in GRADS:
         updates, state = theirs.update(g, state, weights)
         weights = optax.apply_updates(weights, updates)
@@ -175,7 +244,9 @@ def test_algorithms_are_optax_own(optimizer, theirs):
 
 def test_decoupled_decay_joins_the_update_times_the_rate_of_the_schedule():
     optimizer = Optimizer(algorithm="radam", lr=0.1, weight_decay=0.5, schedule="linear", clip=0.0)
-    plain, decayed_ = (o.make(3) for o in (dataclasses.replace(optimizer, weight_decay=0.0), optimizer))
+    plain, decayed_ = (
+        o.make(3) for o in (dataclasses.replace(optimizer, weight_decay=0.0), optimizer)
+    )
     states = [plain.init(WEIGHTS), decayed_.init(WEIGHTS)]
     for k, g in enumerate(GRADS):
         without, states[0] = plain.update(g, states[0], WEIGHTS)
@@ -187,7 +258,8 @@ def test_decoupled_decay_joins_the_update_times_the_rate_of_the_schedule():
 
 def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
     """v <- m v + (g + d w), w <- w - lr v, in numpy."""
-    w, v = 1.0, 0.0
+    w = 1.0
+    v = 0.0
     for g in (0.5, -1.5, 0.25):
         v = 0.9 * v + (g + 0.2 * w)
         w -= 0.1 * v
@@ -198,11 +270,23 @@ def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("lr", v) for v in (0.0, -1.0, float("nan"), float("inf"), 1e300, 10**400, "fast", None, True)],
+        *[
+            ("lr", v)
+            for v in (0.0, -1.0, float("nan"), float("inf"), 1e300, 10**400, "fast", None, True)
+        ],
         *[(name, v) for name in ("b1", "b2") for v in (-0.1, 1.0, float("nan"))],
-        *[("eps", 0.0), ("weight_decay", -0.1), ("weight_decay", float("nan")), ("clip", -1.0), ("clip_value", -1.0)],
+        *[
+            ("eps", 0.0),
+            ("weight_decay", -0.1),
+            ("weight_decay", float("nan")),
+            ("clip", -1.0),
+            ("clip_value", -1.0),
+        ],
         *[("warmup", -1), ("warmup", 1.5), ("decay_steps", -1), ("final", -0.1), ("final", 1.1)],
-        *[("algorithm", v) for v in ("clip", "chain", "constant_schedule", "scale_by_adam", "lamb", "", 3, None)],
+        *[
+            ("algorithm", v)
+            for v in ("clip", "chain", "constant_schedule", "scale_by_adam", "lamb", "", 3, None)
+        ],
         *[("schedule", v) for v in ("cosin", 3)],
     ],
 )
@@ -212,7 +296,9 @@ def test_values_out_of_range_are_refused_in_one_line(field, value):
 
 
 def test_a_decay_that_ends_before_the_warm_up_is_refused():
-    with pytest.raises(Refused, match=r"optimizer\.decay_steps=10: expected 0, or more than optimizer\.warmup=10"):
+    with pytest.raises(
+        Refused, match=r"optimizer\.decay_steps=10: expected 0, or more than optimizer\.warmup=10"
+    ):
         Optimizer(schedule="cosine", warmup=10, decay_steps=10)
 
 
@@ -224,9 +310,17 @@ def test_the_nearest_name_is_suggested():
 @pytest.mark.parametrize(
     "make",
     [
-        *[lambda rate=rate, rule=rule: rule(rate=rate) for rule in (Ema, CopyEma, RampEma) for rate in (-0.1, 1.0, float("nan"), "x")],
+        *[
+            lambda rate=rate, rule=rule: rule(rate=rate)
+            for rule in (Ema, CopyEma, RampEma)
+            for rate in (-0.1, 1.0, float("nan"), "x")
+        ],
         *[lambda s=s: PowerEma(sigma_rel=s) for s in (0.0, -0.1, 0.3, float("nan"))],
-        *[lambda k=k, v=v: HalfLifeEma(**{k: v}) for k in ("half_life", "batch", "ramp") for v in (0, -1.0, float("inf"))],
+        *[
+            lambda k=k, v=v: HalfLifeEma(**{k: v})
+            for k in ("half_life", "batch", "ramp")
+            for v in (0, -1.0, float("inf"))
+        ],
     ],
 )
 def test_averages_out_of_range_are_refused(make):
@@ -239,20 +333,42 @@ def families():
     for info in pkgutil.iter_modules(models.__path__):
         module = importlib.import_module(f"jaxdistill.models.{info.name}")
         for name, cls in vars(module).items():
-            if dataclasses.is_dataclass(cls) and cls.__module__ == module.__name__ and "rngs" in inspect.signature(cls.__call__).parameters:
+            if (
+                dataclasses.is_dataclass(cls)
+                and cls.__module__ == module.__name__
+                and "rngs" in inspect.signature(cls.__call__).parameters
+            ):
                 yield name, cls
-    yield from {"MLP": lambda: MLP(classes=3), "Discriminator": lambda: Discriminator(classes=3)}.items()
-    yield from {"SongUNet": lambda: SongUNet(classes=3), "DhariwalUNet": lambda: DhariwalUNet(classes=3)}.items()
+    yield from {
+        "MLP": lambda: MLP(classes=3),
+        "Discriminator": lambda: Discriminator(classes=3),
+    }.items()
+    yield from {
+        "SongUNet": lambda: SongUNet(classes=3),
+        "DhariwalUNet": lambda: DhariwalUNet(classes=3),
+    }.items()
     yield "Wan", lambda: Wan(vision_dim=8, vision_length=5)
 
 
 MATRICES = ("kernel", "embed/embedding", "point")  # maps, token tables, SANA's maps of each head
-TABLES = ("label/kernel", "label_embed/embedding", "embed_position/embedding", "embed_type/embedding", "position/embedding", "positions",
-          "token", "table", "rows", "columns")  # fmt: skip
+TABLES = (
+    "label/kernel",
+    "label_embed/embedding",
+    "embed_position/embedding",
+    "embed_type/embedding",
+    "position/embedding",
+    "positions",
+    "token",
+    "table",
+    "rows",
+    "columns",
+)
 
 
 def test_what_decays_in_every_family():
-    """Matrices and token tables do; labels, positions, types, relative biases, shifts of a modulation, vectors do not."""
+    """Matrices and token tables do; labels, positions, types, relative biases, shifts of a
+    modulation, vectors do not.
+    """
     seen = set()
     for name, make in families():
         net = make_net(make())
@@ -268,7 +384,12 @@ def test_what_decays_in_every_family():
 def test_axes_reach_the_decay():
     net = make_net(MLP(width=8, depth=1, classes=3))
     weights = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes)
-    after = follow(Optimizer(lr=0.1, weight_decay=0.5), [optax.tree.zeros_like(weights)], weights, axes=net.axes)
+    after = follow(
+        Optimizer(lr=0.1, weight_decay=0.5),
+        [optax.tree.zeros_like(weights)],
+        weights,
+        axes=net.axes,
+    )
     assert same(after["label_embed"], weights["label_embed"])
     np.testing.assert_allclose(after["inp"]["kernel"], 0.95, rtol=1e-6)
 
@@ -276,11 +397,14 @@ def test_axes_reach_the_decay():
 @pytest.mark.parametrize("rate", [0.0, 0.5, 0.99, 0.999])
 def test_ramp_follows_its_recursion(rate):
     """d_0 = 0 copies; the average at update k has decay d_k, up to 0.1 % of 1 - rate."""
-    decay, rule = 0.0, RampEma(rate=rate)
+    decay = 0.0
+    rule = RampEma(rate=rate)
     for k in range(1, 3000):
         decay += (1 - decay) * (rate - decay) / 2
         if k < 4 or k % 500 == 0:
-            assert float(rule.decay(jnp.int32(k))) == pytest.approx(decay, abs=1.1e-3 * (1 - rate) + 1e-7)
+            assert float(rule.decay(jnp.int32(k))) == pytest.approx(
+                decay, abs=1.1e-3 * (1 - rate) + 1e-7
+            )
     assert float(rule.decay(jnp.int32(10**6))) == pytest.approx(rate, abs=1e-7)
 
 
@@ -288,11 +412,16 @@ def test_entries_are_clipped_before_the_norm():
     grads = {"a": jnp.array([3.0, -0.5]), "b": jnp.array([-7.0])}
     for clip, want in ((0.0, [-1.0, 0.5, 1.0]), (0.75, [-0.5, 0.25, 0.5])):
         tx = Optimizer(algorithm="sgd", lr=1.0, clip=clip, clip_value=1.0).make(1)
-        np.testing.assert_allclose(jnp.concatenate(jax.tree.leaves(tx.update(grads, tx.init(grads))[0])), want, rtol=1e-6)
+        np.testing.assert_allclose(
+            jnp.concatenate(jax.tree.leaves(tx.update(grads, tx.init(grads))[0])), want, rtol=1e-6
+        )
 
 
 def test_members_of_a_bank_are_clipped_by_their_own_norm():
-    grads = {"a": jnp.asarray([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0]]), "b": jnp.asarray([4.0, 0.4, 0.0])}  # norms 5, 0.5, 0
+    grads = {
+        "a": jnp.asarray([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0]]),
+        "b": jnp.asarray([4.0, 0.4, 0.0]),
+    }  # norms 5, 0.5, 0
     clipped, _ = clip_by_member_norm(1.0).update(grads, None)
     np.testing.assert_allclose(clipped["a"], [[0.6, 0.0], [0.3, 0.0], [0.0, 0.0]], rtol=1e-6)
     np.testing.assert_allclose(clipped["b"], [0.8, 0.4, 0.0], rtol=1e-6)

@@ -20,7 +20,9 @@ NET = make_net(MLP(width=8, depth=1))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counted(Method):
-    """A loss that is a sum over the valid entries of the batch, and a metric with a count of its own."""
+    """A loss that is a sum over the valid entries of the batch, and a metric with a count of its
+    own.
+    """
 
     inits = {"student": None}
     frozen = ()
@@ -30,11 +32,18 @@ class Counted(Method):
         return (Turn(("student",), self.loss),)
 
     def loss(self, net, ctx):
-        value, mask = ctx.batch["value"], ctx.batch["mask"]
-        scale = sum(jnp.sum(w) for w in jax.tree.leaves(ctx.batch["w"])) if "w" in ctx.batch else 1.0
+        value = ctx.batch["value"]
+        mask = ctx.batch["mask"]
+        scale = (
+            sum(jnp.sum(w) for w in jax.tree.leaves(ctx.batch["w"])) if "w" in ctx.batch else 1.0
+        )
         pull = jnp.sum(net.student(jnp.ones((1, 2)), jnp.ones(1)))
         total = jnp.sum(value * mask) * (1 + pull - jax.lax.stop_gradient(pull)) * scale
-        return Out(total, {"seen": (jnp.sum(mask), jnp.float32(1)), "value": jnp.sum(value * mask)}, count=jnp.sum(mask))
+        return Out(
+            total,
+            {"seen": (jnp.sum(mask), jnp.float32(1)), "value": jnp.sum(value * mask)},
+            count=jnp.sum(mask),
+        )
 
 
 def fit(method, nets, batch, *, steps=1, accumulate=1, lr=0.1, start=None, **kw):
@@ -59,8 +68,13 @@ def test_micro_batches_are_normalised_by_the_global_count():
 
 
 def test_the_log_weighs_tokens_alike():
-    """Steps of {1, 1, 1, 2} and {5}: 10 / 5, where the mean of their means is 3.125; over micro-batches too."""
-    batches = [{"value": jnp.array(v), "mask": jnp.array(v) > 0} for v in ([[1.0, 1], [1, 2]], [[5.0, 0], [0, 0]])]
+    """Steps of {1, 1, 1, 2} and {5}: 10 / 5, where the mean of their means is 3.125; over
+    micro-batches too.
+    """
+    batches = [
+        {"value": jnp.array(v), "mask": jnp.array(v) > 0}
+        for v in ([[1.0, 1], [1, 2]], [[5.0, 0], [0, 0]])
+    ]
     for accumulate in (1, 2):
         pending = Pending(Counted().turns)
         for i, batch in enumerate(batches):
@@ -120,12 +134,22 @@ class TwoTurns(Method):
         return Out(jnp.mean(error**2), {"input": jnp.mean(x)}, {"count": ctx.memory["count"] + 1})
 
     def student_loss(self, net, ctx):
-        return Out(jnp.mean((net.student(ctx.batch["x"], jnp.ones(4)) - net.ema_student(ctx.batch["x"], jnp.ones(4)) - 1) ** 2))
+        return Out(
+            jnp.mean(
+                (
+                    net.student(ctx.batch["x"], jnp.ones(4))
+                    - net.ema_student(ctx.batch["x"], jnp.ones(4))
+                    - 1
+                )
+                ** 2
+            )
+        )
 
 
 def test_turns_memory_and_gather():
     teacher = NET.init(jax.random.key(3))
-    nets, x = {"student": NET, "teacher": NET, "fake": NET}, jax.random.normal(jax.random.key(4), (4, 2))
+    nets = {"student": NET, "teacher": NET, "fake": NET}
+    x = jax.random.normal(jax.random.key(4), (4, 2))
     state, metrics = fit(TwoTurns(), nets, {"x": x}, steps=4, start={"teacher": teacher})
     assert int(state.count["fake"]) == 4
     assert int(state.count["student"]) == 2
@@ -142,7 +166,9 @@ class OwnData(Counted):
 
     @property
     def turns(self):
-        return (Turn(("student",), lambda net, ctx: Out(jnp.sum(ctx.batch["x"])), gather=self.collect),)
+        return (
+            Turn(("student",), lambda net, ctx: Out(jnp.sum(ctx.batch["x"])), gather=self.collect),
+        )
 
     def collect(self, net, ctx):
         return {"x": net.student(ctx.batch["x"], jnp.ones(4))}
@@ -156,14 +182,17 @@ def test_gathered_data_carries_no_gradient():
 
 def test_average_follows_its_rule():
     batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
-    ema, path = Ema(rate=0.9, warmup=True), []
+    ema = Ema(rate=0.9, warmup=True)
+    path = []
     for steps in range(4):
         path.append(fit(Counted(), {"student": NET}, batch, steps=steps, emas={"student": ema})[0])
     average = jax.tree.leaves(path[0].params["student"])[0]
     for k, state in enumerate(path[1:], 1):
         beta = min(0.9, (1 + k) / (10 + k))
         average = beta * average + (1 - beta) * jax.tree.leaves(state.params["student"])[0]
-        np.testing.assert_allclose(jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +201,9 @@ class OwnDecay(Counted):
 
     @property
     def turns(self):
-        return tuple(dataclasses.replace(turn, decay=lambda k: 1 / (3 + k)) for turn in super().turns)
+        return tuple(
+            dataclasses.replace(turn, decay=lambda k: 1 / (3 + k)) for turn in super().turns
+        )
 
 
 def test_a_turn_may_give_the_decay():
@@ -180,13 +211,19 @@ def test_a_turn_may_give_the_decay():
     path = [fit(OwnDecay(), {"student": NET}, batch, steps=steps)[0] for steps in range(4)]
     average = jax.tree.leaves(path[0].params["student"])[0]
     for k, state in enumerate(path[1:], 1):
-        average = average / (3 + k) + (2 + k) / (3 + k) * jax.tree.leaves(state.params["student"])[0]
-        np.testing.assert_allclose(jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7)
+        average = (
+            average / (3 + k) + (2 + k) / (3 + k) * jax.tree.leaves(state.params["student"])[0]
+        )
+        np.testing.assert_allclose(
+            jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7
+        )
 
 
 def test_another_average_beside_it_is_refused():
     batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
-    with pytest.raises(Refused, match=r"config\.roles\.student\.ema=.*OwnDecay has a decay of its own"):
+    with pytest.raises(
+        Refused, match=r"config\.roles\.student\.ema=.*OwnDecay has a decay of its own"
+    ):
         fit(OwnDecay(), {"student": NET}, batch, emas={"student": Ema(rate=0.5)})
 
 
@@ -197,33 +234,44 @@ def test_names_keep_draws_apart():
 
 
 def test_overlay_keeps_what_only_the_copy_has():
-    small, large = NET.init(jax.random.key(0)), make_net(MLP(width=8, depth=1, second_time=True)).init(jax.random.key(1))
+    small = NET.init(jax.random.key(0))
+    large = make_net(MLP(width=8, depth=1, second_time=True)).init(jax.random.key(1))
     merged = overlay(large, small, "student", "teacher")
     np.testing.assert_array_equal(merged["inp"]["kernel"], small["inp"]["kernel"])
     np.testing.assert_array_equal(merged["gap_embed"]["kernel"], large["gap_embed"]["kernel"])
     with pytest.raises(Refused, match="no such weight"):
         overlay(small, large, "student", "teacher")
     with pytest.raises(Refused, match="shape"):
-        overlay(make_net(MLP(width=4, depth=1)).init(jax.random.key(0)), small, "student", "teacher")
+        overlay(
+            make_net(MLP(width=4, depth=1)).init(jax.random.key(0)), small, "student", "teacher"
+        )
 
 
 def test_step_runs_bf16_networks_with_float32_weights():
     net = make_net(MLP(width=8, depth=1, dtype="bfloat16"))
-    state, _ = fit(Counted(), {"student": net}, {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))})
+    state, _ = fit(
+        Counted(), {"student": net}, {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
+    )
     assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(state.params))
-    text = jax.make_jaxpr(net.apply)(state.params["student"], jnp.ones((1, 2)), jnp.ones(1)).pretty_print()
+    text = jax.make_jaxpr(net.apply)(
+        state.params["student"], jnp.ones((1, 2)), jnp.ones(1)
+    ).pretty_print()
     assert "bf16" in text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coupled(Counted):
-    """A second role that no gradient moves: it is pulled half way to the student after every update."""
+    """A second role that no gradient moves: it is pulled half way to the student after every
+    update.
+    """
 
     inits = {"student": None, "shadow": "student"}
 
     @property
     def turns(self):
-        pull = lambda w, step: {"shadow": jax.tree.map(lambda s, p: 0.5 * s + 0.5 * p, w["shadow"], w["student"])}
+        pull = lambda w, step: {
+            "shadow": jax.tree.map(lambda s, p: 0.5 * s + 0.5 * p, w["shadow"], w["student"])
+        }
         return (dataclasses.replace(super().turns[0], after=pull),)
 
 
@@ -233,7 +281,12 @@ def test_after_an_update_weights_may_be_coupled():
     first, _ = fit(Coupled(), nets, batch)
     start, _ = fit(Coupled(), nets, batch, lr=0.0)
     moved = 0
-    for shadow, new, old in zip(*(jax.tree.leaves(t) for t in (first.params["shadow"], first.params["student"], start.params["student"]))):
+    for shadow, new, old in zip(
+        *(
+            jax.tree.leaves(t)
+            for t in (first.params["shadow"], first.params["student"], start.params["student"])
+        )
+    ):
         np.testing.assert_allclose(shadow, 0.5 * (new + old), rtol=1e-6, atol=1e-7)
         moved += not np.array_equal(new, old)
     assert moved and first.count["shadow"] == 0

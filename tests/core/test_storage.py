@@ -1,4 +1,6 @@
-"""Frozen roles at rest in eight bits or in the host's memory: values, bytes, memory spaces, a whole run."""
+"""Frozen roles at rest in eight bits or in the host's memory: values, bytes, memory spaces, a whole
+run.
+"""
 
 import functools
 from pathlib import Path
@@ -29,25 +31,37 @@ def nets():
     plain = make_net(MODEL)
     params = jax.jit(plain.init)(jax.random.key(0))
     noise = iter(jax.random.split(jax.random.key(1), 100))
-    params = jax.tree.map(lambda w: w + 0.02 * jax.random.normal(next(noise), w.shape), params)  # no layer is zero
+    params = jax.tree.map(
+        lambda w: w + 0.02 * jax.random.normal(next(noise), w.shape), params
+    )  # no layer is zero
     packed = quantized(plain, "int8")
     return plain, params, packed, packed.adopt(params)
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    return jax.random.normal(jax.random.key(2), (4, 8, 8, 1)), jnp.linspace(0.1, 0.9, 4), jnp.arange(4)
+    return (
+        jax.random.normal(jax.random.key(2), (4, 8, 8, 1)),
+        jnp.linspace(0.1, 0.9, 4),
+        jnp.arange(4),
+    )
 
 
 def test_every_weight_is_within_half_a_step(nets):
-    """Symmetric rounding to 127 levels: |w - w'| <= max |w| / 254, the maximum over a channel of its own layer."""
+    """Symmetric rounding to 127 levels: |w - w'| <= max |w| / 254, the maximum over a channel of
+    its own layer.
+    """
     _, params, _, held = nets
-    for (path, w), packed in zip(paths(params).items(), jax.tree.leaves(held, is_leaf=resting), strict=True):
+    for (path, w), packed in zip(
+        paths(params).items(), jax.tree.leaves(held, is_leaf=resting), strict=True
+    ):
         if not resting(packed):
             np.testing.assert_array_equal(w, packed)
             continue
         assert packed.qvalue.dtype == jnp.int8 and packed.qvalue.shape == w.shape
-        axis = tuple(range(1, w.ndim - 1)) if path.startswith("blocks") else tuple(range(w.ndim - 1))
+        axis = (
+            tuple(range(1, w.ndim - 1)) if path.startswith("blocks") else tuple(range(w.ndim - 1))
+        )
         bound = jnp.max(jnp.abs(w), axis, keepdims=True) / 254
         assert np.all(np.abs(w - restore(packed)) <= bound * (1 + 1e-4))
 
@@ -61,15 +75,21 @@ def test_matrices_are_packed_and_vectors_are_not(nets):
 
 def test_shapes_and_axes_are_those_of_what_is_held(nets):
     _, _, packed, held = nets
-    assert jax.tree.map(lambda w: (w.shape, w.dtype), held) == jax.tree.map(lambda s: (s.shape, s.dtype), packed.shapes)
+    assert jax.tree.map(lambda w: (w.shape, w.dtype), held) == jax.tree.map(
+        lambda s: (s.shape, s.dtype), packed.shapes
+    )
     ranks = jax.tree.map(
-        lambda w, names: w.ndim >= len(names), held, jax.tree.map(tuple, packed.axes, is_leaf=lambda x: isinstance(x, tuple))
+        lambda w, names: w.ndim >= len(names),
+        held,
+        jax.tree.map(tuple, packed.axes, is_leaf=lambda x: isinstance(x, tuple)),
     )
     assert all(jax.tree.leaves(ranks))
 
 
 def test_output_is_that_of_the_rounded_weights(nets, inputs):
-    """Rounding is the only difference: dequantising a layer at a time equals dequantising beforehand."""
+    """Rounding is the only difference: dequantising a layer at a time equals dequantising
+    beforehand.
+    """
     plain, params, packed, held = nets
     rounded = jax.jit(plain.apply)(restore(held), *inputs)
     np.testing.assert_allclose(jax.jit(packed.apply)(held, *inputs), rounded, rtol=1e-5, atol=1e-5)
@@ -89,7 +109,10 @@ def test_adapters_on_a_packed_base(nets, inputs):
     plain, _, _, held = nets
     net = adapt(plain, base="teacher", rank=2)
     adapter = jax.tree.map(lambda w: w + 0.1, net.init(jax.random.key(3)))
-    out = [jax.jit(net.apply)({"base": base, "adapter": adapter}, *inputs) for base in (held, restore(held))]
+    out = [
+        jax.jit(net.apply)({"base": base, "adapter": adapter}, *inputs)
+        for base in (held, restore(held))
+    ]
     np.testing.assert_allclose(*out, rtol=1e-5, atol=1e-5)
 
 
@@ -98,16 +121,25 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
     plain, params, _, _ = nets
     mesh = sharding.make_mesh(sharding.MeshShape(fsdp=1))
     where = sharding.resting_in(
-        "host", sharding.fits(sharding.param_shardings(mesh, sharding.Rules(), plain.axes), plain.shapes), plain.axes
+        "host",
+        sharding.fits(sharding.param_shardings(mesh, sharding.Rules(), plain.axes), plain.shapes),
+        plain.axes,
     )
     away = jax.device_put(params, where)
     for path, w in paths(away).items():
         vector = w.ndim - path.startswith("blocks") < 2
         assert (w.sharding.memory_kind == "pinned_host") != vector, path
-    np.testing.assert_allclose(jax.jit(plain.apply)(away, *inputs), jax.jit(plain.apply)(params, *inputs), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(plain.apply)(away, *inputs),
+        jax.jit(plain.apply)(params, *inputs),
+        rtol=1e-6,
+        atol=1e-6,
+    )
     text = str(jax.make_jaxpr(plain.apply)(away, *inputs))
     copied = [line for line in text.splitlines() if "device_put" in line]
-    assert copied and not any("[3,32" in line.split("=")[0] for line in copied)  # never the stack of three layers
+    assert copied and not any(
+        "[3,32" in line.split("=")[0] for line in copied
+    )  # never the stack of three layers
 
 
 def config(**teacher):
@@ -115,22 +147,36 @@ def config(**teacher):
         model=spec("models.denoisers.dit:DiT", size=8, patch=4, dim=16, depth=2, heads=2),
         denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
     )
-    flow = experiment(steps=3, data=spec("data.digits:Digits", batch_size=8), method=spec("methods.trajectory.flow_matching:FlowMatching"),
-                      roles=dict(student=Role(**model, init="fresh")), checkpoint_every=3, tensorboard=False)  # fmt: skip
+    flow = experiment(
+        steps=3,
+        data=spec("data.digits:Digits", batch_size=8),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        roles=dict(student=Role(**model, init="fresh")),
+        checkpoint_every=3,
+        tensorboard=False,
+    )
     return experiment(
         steps=4,
         runs=dict(teacher=flow),
         data=spec("data.digits:Digits", batch_size=8),
         method=spec("methods.distribution.diff_instruct:DiffInstruct"),
-        roles=dict(teacher=Role(init="@teacher", **teacher), student=Role(optimizer=Optimizer(lr=1e-3))),
-        evaluation=spec("evals.images:ImageEval", samples=20, batch=20, student_steps=(1,), teacher_steps=(2,)),
+        roles=dict(
+            teacher=Role(init="@teacher", **teacher), student=Role(optimizer=Optimizer(lr=1e-3))
+        ),
+        evaluation=spec(
+            "evals.images:ImageEval", samples=20, batch=20, student_steps=(1,), teacher_steps=(2,)
+        ),
         checkpoint_every=2,
         tensorboard=False,
         mesh=build.spec("core.sharding:MeshShape", fsdp=1),
     )
 
 
-@pytest.mark.parametrize("teacher", [dict(quantize="int8"), dict(place="host"), dict(quantize="int8", place="host")], ids=str)
+@pytest.mark.parametrize(
+    "teacher",
+    [dict(quantize="int8"), dict(place="host"), dict(quantize="int8", place="host")],
+    ids=str,
+)
 def test_a_run_with_such_a_teacher(teacher, tmp_path):
     report = loop.run(config(**teacher), tmp_path / "run", progress=False)
     assert {row["name"] for row in report["models"]} == {"teacher", "student"}
@@ -138,7 +184,10 @@ def test_a_run_with_such_a_teacher(teacher, tmp_path):
     assert trained.params["student"]["blocks"]["to_q"]["kernel"].dtype == jnp.float32
 
 
-WRONG = [(dict(quantize="int4"), "did you mean 'int8'"), (dict(place="disk"), "expected 'device' or 'host'")]
+WRONG = [
+    (dict(quantize="int4"), "did you mean 'int8'"),
+    (dict(place="disk"), "expected 'device' or 'host'"),
+]
 
 
 @pytest.mark.parametrize("role, message", WRONG)

@@ -25,7 +25,9 @@ def folder(tmp_path):
 
     inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="?").save_pretrained(tmp_path / "t")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", unk_token="?"
+    ).save_pretrained(tmp_path / "t")
     return tmp_path / "t"
 
 
@@ -42,9 +44,18 @@ def test_a_sound_folder_loads_with_options(folder):
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"}),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"},
+        ),
         ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["other/repository--mine.Mine", None]}, "tokenizer_class": "Mine"}),
+        (
+            "tokenizer_config.json",
+            {
+                "auto_map": {"AutoTokenizer": ["other/repository--mine.Mine", None]},
+                "tokenizer_class": "Mine",
+            },
+        ),
         ("tokenizer_config.json", {"auto_map": ["mine.Mine", None], "tokenizer_class": "Mine"}),
         ("config.json", {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "model_type": "mine"}),
         ("config.json", {"auto_map": {"AutoConfig": "mine.MyConfig"}, "model_type": "mine"}),
@@ -54,7 +65,9 @@ def test_code_of_a_folder_is_never_run_and_nobody_is_asked(folder, monkeypatch, 
     asked = []
     monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
     (folder / "mine.py").write_text(CODE.format(str(folder / "ran")))
-    if file == "config.json":  # where transformers looks when the tokenizer's own file says no class
+    if (
+        file == "config.json"
+    ):  # where transformers looks when the tokenizer's own file says no class
         (folder / "tokenizer_config.json").unlink()
     configure(folder / file, **changes)
     with damage.quiet(folder):
@@ -66,7 +79,8 @@ def test_code_of_a_folder_is_never_run_and_nobody_is_asked(folder, monkeypatch, 
 def test_damage_is_one_line(folder):
     """Of every file, whatever transformers and its Rust raise."""
     sound = {file: file.read_bytes() for file in sorted(folder.iterdir())}
-    rng, refused = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    refused = 0
     for i in range(60):
         for file, data in sound.items():
             file.write_bytes(data)
@@ -85,11 +99,20 @@ def test_refuses_what_is_no_folder(folder, tmp_path):
 
 def test_every_from_pretrained_stays_local_and_runs_no_code():
     found = 0
-    for file in (f for part in ("jaxdistill", "launch", "tools") for f in sorted((ROOT / part).rglob("*.py"))):
+    for file in (
+        f for part in ("jaxdistill", "launch", "tools") for f in sorted((ROOT / part).rglob("*.py"))
+    ):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config", "pipeline"):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                "from_pretrained",
+                "from_config",
+                "pipeline",
+            ):
                 options = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
                 place = f"{file.relative_to(ROOT)}:{node.lineno}"
-                assert options.get("local_files_only") is True and options.get("trust_remote_code") is False, place
+                assert (
+                    options.get("local_files_only") is True
+                    and options.get("trust_remote_code") is False
+                ), place
                 found += 1
     assert found >= 2

@@ -15,11 +15,16 @@ def take(loader, n: int) -> list[dict]:
 def identities(batch: dict) -> list[bytes]:
     """Each row of a batch as bytes, all keys together."""
     rows = len(next(iter(batch.values())))
-    return [b"|".join(np.ascontiguousarray(batch[k][i]).tobytes() for k in sorted(batch)) for i in range(rows)]
+    return [
+        b"|".join(np.ascontiguousarray(batch[k][i]).tobytes() for k in sorted(batch))
+        for i in range(rows)
+    ]
 
 
 def gathered(data, processes: int, start, n: int) -> tuple[list[list[bytes]], dict]:
-    """The next `n` global batches after state `start`, each put together from all processes' rows, and the new state."""
+    """The next `n` global batches after state `start`, each put together from all processes' rows,
+    and the new state.
+    """
     loaders = [data.loader((p, processes)) for p in range(processes)]
     for loader in loaders:
         if start is not None:
@@ -52,7 +57,9 @@ def check_stream():
 
 @pytest.fixture
 def check_epochs():
-    """Each of `size` different samples exactly once per epoch, in a new order, also where the processes change."""
+    """Each of `size` different samples exactly once per epoch, in a new order, also where the
+    processes change.
+    """
 
     def check(data, size: int, shuffled: bool = True):
         n = -(-3 * size // data.batch_size)
@@ -63,8 +70,11 @@ def check_epochs():
             assert len(set(epoch)) == size
             assert set(epoch) == set(epochs[0])
         assert (epochs[0] != epochs[1]) == shuffled
-        mixed, state = [], None
-        for processes, share in zip(itertools.cycle((1, 4, 2)), np.diff(np.linspace(0, n, 6).astype(int))):
+        mixed = []
+        state = None
+        for processes, share in zip(
+            itertools.cycle((1, 4, 2)), np.diff(np.linspace(0, n, 6).astype(int))
+        ):
             batches, state = gathered(data, processes, state, int(share))
             mixed += batches
         assert Counter(itertools.chain(*mixed)) == Counter(stream)
@@ -74,20 +84,31 @@ def check_epochs():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A byte-level BPE tokenizer as `transformers` stores it; `bos` true: it begins every text with <s>."""
+    """A byte-level BPE tokenizer as `transformers` stores it; `bos` true: it begins every text with
+    <s>.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
     def make(bos: bool, **special):
         inner = Tokenizer(models.BPE())
-        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer = BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        )
         inner.train_from_iterator(["the cat and the dog and the end"] * 9, trainer)
         if bos:
-            inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+            inner.post_processor = processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", 0)]
+            )
         path = tmp_path_factory.mktemp("tokenizer")
-        PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", **special).save_pretrained(path)
+        PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", **special).save_pretrained(
+            path
+        )
         return path
 
     return make

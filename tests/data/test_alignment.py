@@ -1,4 +1,6 @@
-"""Spans of two tokenisations against a search by brute force, on random splits and on real tokenizers."""
+"""Spans of two tokenisations against a search by brute force, on random splits and on real
+tokenizers.
+"""
 
 import itertools
 
@@ -6,7 +8,15 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.alignment import Covers, begins_with_space, bias, covered, spans, unigram, word_ends
+from jaxdistill.data.alignment import (
+    Covers,
+    begins_with_space,
+    bias,
+    covered,
+    spans,
+    unigram,
+    word_ends,
+)
 from jaxdistill.data.tokenizers import ByteTokenizer, load_tokenizer
 
 
@@ -16,7 +26,8 @@ class Merged:
     pieces = [b"the ", b"th", b"he", b"e c", b" and", *(bytes([i]) for i in range(256))]
 
     def encode(self, text):
-        text, out = text.encode(), []
+        text = text.encode()
+        out = []
         while text:
             out.append(next(i for i, piece in enumerate(self.pieces) if text.startswith(piece)))
             text = text[len(self.pieces[out[-1]]) :]
@@ -46,7 +57,8 @@ def pieces(lengths, span):
 def test_random_splits(seed):
     rng = np.random.default_rng(seed)
     total = int(rng.integers(1, 60))
-    a, b = split(rng, total), split(rng, total)
+    a = split(rng, total)
+    b = split(rng, total)
     first, second = spans(a, b)
     assert first.dtype == second.dtype == np.int32
     assert pieces(a, first) == pieces(b, second)  # the same bytes on both sides
@@ -61,7 +73,8 @@ def test_random_splits(seed):
 def test_special_tokens_and_cut_ends(seed):
     rng = np.random.default_rng(seed)
     total = int(rng.integers(4, 60))
-    a, b = split(rng, total), split(rng, total)
+    a = split(rng, total)
+    b = split(rng, total)
     first, second = spans(a, b)
     places = rng.integers(0, len(a) + 1, 3)
     again, other = spans(np.insert(a, places, 0), b)
@@ -70,8 +83,12 @@ def test_special_tokens_and_cut_ends(seed):
     kept = int(rng.integers(0, len(a) + 1))
     cut, short = spans(a[:kept], b)
     whole = np.cumsum(a)[first <= (cut.max() if len(cut) else -1)]
-    assert pieces(a[:kept], cut) == pieces(b, short) and (len(whole) == 0 or whole.max() <= a[:kept].sum())
-    assert all((pieces(b, short)[number] == pieces(b, second)[number]) for number in pieces(b, short))
+    assert pieces(a[:kept], cut) == pieces(b, short) and (
+        len(whole) == 0 or whole.max() <= a[:kept].sum()
+    )
+    assert all(
+        (pieces(b, short)[number] == pieces(b, second)[number]) for number in pieces(b, short)
+    )
 
 
 def test_the_same_tokenizer_gives_tokens():
@@ -104,7 +121,11 @@ def test_only_at_words(folder):
 
 @pytest.mark.parametrize("text", ["", "the dog", "Zürich, 東京 🙂 the end"])
 def test_covered_adds_up(folder, text):
-    for codec in (ByteTokenizer(), Merged(), load_tokenizer(str(folder(bos=True, eos_token="</s>")))):
+    for codec in (
+        ByteTokenizer(),
+        Merged(),
+        load_tokenizer(str(folder(bos=True, eos_token="</s>"))),
+    ):
         tokens, lengths = covered(codec, text)
         assert len(tokens) == len(lengths) and lengths.sum() == len(text.encode())
 
@@ -127,12 +148,18 @@ class Longest:
     """Greedy longest match over these pieces; an empty piece is a special token."""
 
     def __init__(self, *pieces):
-        self.pieces, self.vocab = pieces, len(pieces)
+        self.pieces = pieces
+        self.vocab = len(pieces)
 
     def encode(self, text):
         out = []
         while text:
-            out.append(max((i for i, p in enumerate(self.pieces) if p and text.startswith(p)), key=lambda i: len(self.pieces[i])))
+            out.append(
+                max(
+                    (i for i, p in enumerate(self.pieces) if p and text.startswith(p)),
+                    key=lambda i: len(self.pieces[i]),
+                )
+            )
             text = text[len(self.pieces[out[-1]]) :]
         return np.int32(out)
 
@@ -149,13 +176,17 @@ LETTERS = Longest("", "a", "b", "c", " ")
 
 @pytest.mark.parametrize("piece", ["a", "b", "ab", "bca", " a", "abc", "cc"])
 def test_what_a_tokenizer_leaves_out_after_a_piece(piece):
-    """Against all continuations of up to three letters: those that the token across the end of the piece would have had."""
+    """Against all continuations of up to three letters: those that the token across the end of the
+    piece would have had.
+    """
     wanted = {}
     for size in (1, 2, 3):
         for letters in itertools.product("abc ", repeat=size):
             more = "".join(letters)
             tokens = WORDS.encode(piece + more)
-            if WORDS.lengths(tokens)[:-1].sum() < len(piece):  # the last token begins inside the piece
+            if WORDS.lengths(tokens)[:-1].sum() < len(
+                piece
+            ):  # the last token begins inside the piece
                 wanted[more] = 0.1 * tokens[-1] + 0.01
     assert Covers(WORDS, 0.1 * np.arange(10) + 0.01).of(piece) == pytest.approx(wanted)
 
@@ -163,11 +194,16 @@ def test_what_a_tokenizer_leaves_out_after_a_piece(piece):
 def test_bias_is_what_one_side_leaves_out_and_the_other_does_not():
     p = unigram(WORDS, ["abc", "abc", "bca", "cc", " ", " "], smoothing=0.0)
     np.testing.assert_allclose(p * 6, [0, 0, 0, 2, 0, 2, 1, 0, 1, 0])
-    words, letters = Covers(WORDS, p), Covers(LETTERS, unigram(LETTERS, ["abc"]))
+    words = Covers(WORDS, p)
+    letters = Covers(LETTERS, unigram(LETTERS, ["abc"]))
     assert letters.of("a") == {}
-    np.testing.assert_allclose(bias(words, letters, (4, 2)), 2 / 6)  # "ab" would have been "abc" before a c
+    np.testing.assert_allclose(
+        bias(words, letters, (4, 2)), 2 / 6
+    )  # "ab" would have been "abc" before a c
     np.testing.assert_allclose(bias(letters, words, (2, 4)), 2 / 6)
-    assert bias(words, letters, (5, 3)) == bias(words, words, (4, 4)) == 0.0  # nothing begins with "abc"; equal sides
+    assert (
+        bias(words, letters, (5, 3)) == bias(words, words, (4, 4)) == 0.0
+    )  # nothing begins with "abc"; equal sides
     assert bias(words, letters, (9, 1)) == 0.0  # a special token
     assert bias(words, letters, (3, 4)) == 1.0  # white space alone
 

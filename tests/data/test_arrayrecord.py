@@ -4,12 +4,23 @@ import pytest
 from flax.serialization import msgpack_serialize
 
 from jaxdistill.core.types import Refused
-from jaxdistill.data.arrayrecord import ArrayRecords, ArrayRecordWriter, GroupedRecords, LoadedRecords, WeightedRecords, write
+from jaxdistill.data.arrayrecord import (
+    ArrayRecords,
+    ArrayRecordWriter,
+    GroupedRecords,
+    LoadedRecords,
+    WeightedRecords,
+    write,
+)
 
 
 def examples(n: int, start: int = 0):
     for i in range(start, start + n):
-        yield {"x": np.full((2, 3), i, np.float32), "index": np.int32(i), "logits": np.full(4, i / 7, jnp.bfloat16)}
+        yield {
+            "x": np.full((2, 3), i, np.float32),
+            "index": np.int32(i),
+            "logits": np.full(4, i / 7, jnp.bfloat16),
+        }
 
 
 def rewrite(file, change):
@@ -17,11 +28,16 @@ def rewrite(file, change):
 
 
 def flip_bytes(data: bytearray) -> bytearray:
-    data[len(data) // 4 : 3 * len(data) // 4] = bytes(b ^ 255 for b in data[len(data) // 4 : 3 * len(data) // 4])
+    data[len(data) // 4 : 3 * len(data) // 4] = bytes(
+        b ^ 255 for b in data[len(data) // 4 : 3 * len(data) // 4]
+    )
     return data
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int32", "uint8", "int64", "bool", "complex64"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["float32", "float64", "float16", "bfloat16", "int32", "uint8", "int64", "bool", "complex64"],
+)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
 def test_round_trip(tmp_path, dtype, shape):
     value = np.asarray(np.random.default_rng(0).integers(0, 2, shape), jnp.dtype(dtype))
@@ -49,7 +65,8 @@ def test_share_held_out(tmp_path):
     write(file, examples(20))
     for path in (file, tmp_path):
         data = ArrayRecords(path=str(path), heldout=0.25, batch_size=15)
-        test, train = data.evaluation(100)["index"], next(data.loader())["index"]
+        test = data.evaluation(100)["index"]
+        train = next(data.loader())["index"]
         assert len(test) == 5 and sorted([*test, *train]) == list(range(20))
 
 
@@ -86,12 +103,17 @@ def test_write_refused(tmp_path, given, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:100], lambda b: b"", lambda b: b"junk" * 40_000])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda b: b[: len(b) // 2], lambda b: b[:100], lambda b: b"", lambda b: b"junk" * 40_000],
+)
 def test_truncated_or_other_file(tmp_path, damage):
     file = tmp_path / "a.arrayrecord"
     write(file, examples(10))
     rewrite(file, damage)
-    with pytest.raises(Refused, match=r"a.arrayrecord: damaged or no ArrayRecord file \(\d+ bytes\)"):
+    with pytest.raises(
+        Refused, match=r"a.arrayrecord: damaged or no ArrayRecord file \(\d+ bytes\)"
+    ):
         ArrayRecords(path=str(file)).loader()
 
 
@@ -110,7 +132,10 @@ def test_records_of_others(tmp_path):
     writer = ArrayRecordWriter(str(tmp_path / "a.arrayrecord"), "group_size:1")
     writer.write(b"\xc1not msgpack")
     writer.close()
-    with pytest.raises(Refused, match=r"a.arrayrecord record 0: expected what jaxdistill.data.arrayrecord.write stores"):
+    with pytest.raises(
+        Refused,
+        match=r"a.arrayrecord record 0: expected what jaxdistill.data.arrayrecord.write stores",
+    ):
         next(ArrayRecords(path=str(tmp_path), heldout=0).loader())
 
 
@@ -121,12 +146,27 @@ def test_records_of_others(tmp_path):
             msgpack_serialize({"x": np.zeros(3, np.float32)}),
             r"record 1: 'x' is float32 \[3\], and float32 \[2\] in .*a.arrayrecord record 0",
         ),
-        (msgpack_serialize({"x": np.zeros(2, np.int32)}), r"record 1: 'x' is int32 \[2\], and float32 \[2\] in"),
-        (msgpack_serialize({"y": np.zeros(2, np.float32)}), r"record 1: 'x' is missing, and float32 \[2\] in"),
-        (msgpack_serialize({"x": np.zeros(2, np.float32), "y": np.zeros(2)}), r"record 1: 'y' is float64 \[2\], and missing in"),
-        (msgpack_serialize({"x": {"y": np.zeros(2)}}), r"record 1: expected what .* stores \('x' is dict, no array of numbers\)"),
+        (
+            msgpack_serialize({"x": np.zeros(2, np.int32)}),
+            r"record 1: 'x' is int32 \[2\], and float32 \[2\] in",
+        ),
+        (
+            msgpack_serialize({"y": np.zeros(2, np.float32)}),
+            r"record 1: 'x' is missing, and float32 \[2\] in",
+        ),
+        (
+            msgpack_serialize({"x": np.zeros(2, np.float32), "y": np.zeros(2)}),
+            r"record 1: 'y' is float64 \[2\], and missing in",
+        ),
+        (
+            msgpack_serialize({"x": {"y": np.zeros(2)}}),
+            r"record 1: expected what .* stores \('x' is dict, no array of numbers\)",
+        ),
         (msgpack_serialize({"x": "text"}), r"record 1: expected what .* stores \('x' is str"),
-        (msgpack_serialize({1: np.zeros(2)}), r"record 1: expected what .* stores \('1' is ndarray"),
+        (
+            msgpack_serialize({1: np.zeros(2)}),
+            r"record 1: expected what .* stores \('1' is ndarray",
+        ),
         (msgpack_serialize([np.zeros(2)]), r"record 1: expected what .* stores \('list' object"),
         (b"\x01", r"record 1: expected what .* stores \('int' object"),
         (b"", r"record 1: expected what .* stores"),
@@ -151,7 +191,8 @@ def test_a_share_that_leaves_no_record_is_refused_at_the_start(tmp_path):
     for kind in (ArrayRecords, LoadedRecords):
         kind(path=str(tmp_path), heldout=0.2).check()
         with pytest.raises(
-            Refused, match=f"{kind.__name__ if kind is ArrayRecords else 'ArrayRecords'} has no test samples; data.heldout=0.0"
+            Refused,
+            match=f"{kind.__name__ if kind is ArrayRecords else 'ArrayRecords'} has no test samples; data.heldout=0.0",
         ):
             kind(path=str(tmp_path), heldout=0.0).check()
     with pytest.raises(Refused, match="has no train samples"):
@@ -160,8 +201,13 @@ def test_a_share_that_leaves_no_record_is_refused_at_the_start(tmp_path):
 
 @pytest.mark.parametrize("worth", [None, np.zeros(2), np.float32(np.nan)])
 def test_records_without_worth(tmp_path, worth):
-    write(tmp_path / "a.arrayrecord", [{"x": np.zeros(2), **({} if worth is None else {"worth": worth})}] * 3)
-    with pytest.raises(Refused, match=r"a.arrayrecord record 0: 'worth' is .*, expected a finite number"):
+    write(
+        tmp_path / "a.arrayrecord",
+        [{"x": np.zeros(2), **({} if worth is None else {"worth": worth})}] * 3,
+    )
+    with pytest.raises(
+        Refused, match=r"a.arrayrecord record 0: 'worth' is .*, expected a finite number"
+    ):
         WeightedRecords(path=str(tmp_path), heldout=0).check(test=False)
 
 
@@ -193,7 +239,9 @@ def test_groups_and_pixels(tmp_path):
     write(tmp_path / "train.arrayrecord", [captioned(i) for i in range(6)])
     write(tmp_path / "test.arrayrecord", [captioned(9)])
     data = GroupedRecords(path=str(tmp_path), batch_size=2)
-    batch, held, spec = next(data.loader()), data.evaluation(5), data.spec()
+    batch = next(data.loader())
+    held = data.evaluation(5)
+    spec = data.spec()
     for got, n in ((batch, 2), (held, 1), (spec, 2)):
         assert got["cond"]["text"].shape == (n, 4, 2) and got["cond"]["text"].dtype == np.float16
         assert got["image"].shape == (n, 2, 2, 3) and got["image"].dtype == np.float32

@@ -37,7 +37,9 @@ class Lines(Records):
         return {"x": np.int32(record), "y": np.float32([record, 0])}
 
     def augment(self, example, rng):
-        return {**example, "y": example["y"] + rng.random(dtype=np.float32)} if self.noise else example
+        return (
+            {**example, "y": example["y"] + rng.random(dtype=np.float32)} if self.noise else example
+        )
 
 
 @pytest.mark.parametrize("kind", [Numbers, Lines])
@@ -64,8 +66,13 @@ def test_augmentation_depends_on_seed_and_position_alone(check_stream):
     data = Lines(noise=True, size=4)
     check_stream(data)
     loader = data.loader()
-    noise = [{int(x): float(y[0]) - x for x, y in zip(b["x"], b["y"])} for b in (next(loader), next(loader))]
-    assert all(noise[0][x] != noise[1][x] for x in range(4)), "an epoch repeats the last one's draws"
+    noise = [
+        {int(x): float(y[0]) - x for x, y in zip(b["x"], b["y"])}
+        for b in (next(loader), next(loader))
+    ]
+    assert all(noise[0][x] != noise[1][x] for x in range(4)), (
+        "an epoch repeats the last one's draws"
+    )
     assert data.evaluation(4)["y"][:, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -85,7 +92,8 @@ def test_evaluation_is_a_fixed_choice_from_the_whole_set():
 
 
 def test_held_out_splits_and_covers():
-    train, test = held_out(1000, 0.1, "train"), held_out(1000, 0.1, "test")
+    train = held_out(1000, 0.1, "train")
+    test = held_out(1000, 0.1, "test")
     assert len(test) == 100 and sorted([*train, *test]) == list(range(1000))
     assert (test == held_out(1000, 0.1, "test")).all()
     assert len(held_out(10, 0.0, "test")) == 0
@@ -102,8 +110,14 @@ def test_joined_and_subset():
     [
         (lambda: Numbers(batch_size=0), "data.batch_size=0: expected a positive integer"),
         (lambda: Numbers(seed=-1), "data.seed=-1"),
-        (lambda: Numbers(batch_size=6).loader((0, 4)), "data.batch_size=6: expected a multiple of the 4 processes"),
-        (lambda: Lines(batch_size=6).loader((3, 4)), "data.batch_size=6: expected a multiple of the 4 processes"),
+        (
+            lambda: Numbers(batch_size=6).loader((0, 4)),
+            "data.batch_size=6: expected a multiple of the 4 processes",
+        ),
+        (
+            lambda: Lines(batch_size=6).loader((3, 4)),
+            "data.batch_size=6: expected a multiple of the 4 processes",
+        ),
         (lambda: Numbers().existing(), "data.path is empty: Numbers reads files"),
         (lambda: Numbers(path="/nowhere").existing(), "data.path=/nowhere: no such file or folder"),
         (lambda: held_out(10, 1.0, "test"), "data.heldout=1.0"),
@@ -137,13 +151,29 @@ def test_sets_without_end_have_no_examples():
 
 
 def test_what_a_data_set_overrides_is_called_as_the_base_calls_it():
-    """A method that happens to have the name of one of `Dataset`'s takes its place, whatever it was meant for."""
-    modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(data.__path__, "jaxdistill.data.")]
-    made = {c for module in modules for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Dataset)}
+    """A method that happens to have the name of one of `Dataset`'s takes its place, whatever it was
+    meant for.
+    """
+    modules = [
+        importlib.import_module(m.name)
+        for m in pkgutil.iter_modules(data.__path__, "jaxdistill.data.")
+    ]
+    made = {
+        c
+        for module in modules
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, Dataset)
+    }
     arguments = lambda f: list(inspect.signature(f).parameters)
     assert len(made) > 20
     for kind in made:
         for name, method in vars(kind).items():
-            for base in (b for b in kind.__mro__[1:] if issubclass(b, Dataset) and inspect.isfunction(vars(b).get(name))):
+            for base in (
+                b
+                for b in kind.__mro__[1:]
+                if issubclass(b, Dataset) and inspect.isfunction(vars(b).get(name))
+            ):
                 if not name.startswith("__"):
-                    assert arguments(method) == arguments(vars(base)[name]), f"{kind.__name__}.{name} against {base.__name__}'s"
+                    assert arguments(method) == arguments(vars(base)[name]), (
+                        f"{kind.__name__}.{name} against {base.__name__}'s"
+                    )

@@ -17,14 +17,17 @@ def take(data, n):
 
 
 def test_domains_come_with_their_probabilities():
-    r, n = np.array([0.5, 0.3, 0.15, 0.05]), 100_000
+    r = np.array([0.5, 0.3, 0.15, 0.05])
+    n = 100_000
     domain, _, taken = Mixer([10] * 4, 0).draw(0, [0] * 4, r, n)
     assert (np.abs(np.bincount(domain) / n - r) < 3 * np.sqrt(r * (1 - r) / n)).all()
     assert taken == np.bincount(domain).tolist()
 
 
 def test_a_short_domain_goes_round():
-    mixer, taken, rows = Mixer([10], 1), [0], []
+    mixer = Mixer([10], 1)
+    taken = [0]
+    rows = []
     for index in range(5):
         _, row, taken = mixer.draw(index, taken, [1.0], 5)
         rows += row.tolist()
@@ -33,17 +36,28 @@ def test_a_short_domain_goes_round():
 
 
 def test_measurements_are_the_same_held_out_rows():
-    data = Chains(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2)
+    data = Chains(
+        vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2
+    )
     batches = take(data, 12)
-    assert [bool(b["heldout"].all()) for b in batches] == [True, True, False, False, False] * 2 + [True, True]
+    assert [bool(b["heldout"].all()) for b in batches] == [True, True, False, False, False] * 2 + [
+        True,
+        True,
+    ]
     for i in (5, 10):
-        assert (batches[i]["tokens"] == batches[0]["tokens"]).all() and (batches[i + 1]["tokens"] == batches[1]["tokens"]).all()
-    assert (np.bincount(batches[0]["domain"]) == 4).all() and (batches[0]["tokens"] != batches[1]["tokens"]).any()
+        assert (batches[i]["tokens"] == batches[0]["tokens"]).all() and (
+            batches[i + 1]["tokens"] == batches[1]["tokens"]
+        ).all()
+    assert (np.bincount(batches[0]["domain"]) == 4).all() and (
+        batches[0]["tokens"] != batches[1]["tokens"]
+    ).any()
     scored = {row.tobytes() for row in data.evaluation(24)["tokens"]}
     assert len(data.evaluation(24)["tokens"]) == 24
     held = [part[1]["tokens"] for part in data.parts.values()]
     for d, rows in enumerate(held):
-        assert (np.concatenate([b["tokens"][b["domain"] == d] for b in batches[:2]]) == rows[:8]).all()
+        assert (
+            np.concatenate([b["tokens"][b["domain"] == d] for b in batches[:2]]) == rows[:8]
+        ).all()
     assert scored == {row.tobytes() for h in held for row in h[8:]}
 
 
@@ -63,7 +77,18 @@ def test_steering_changes_what_comes_next_and_nothing_else():
 
 def test_stream(check_stream):
     check_stream(TINY)
-    check_stream(Chains(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=1))
+    check_stream(
+        Chains(
+            vocab=4,
+            length=6,
+            branches=(2, 3),
+            size=50,
+            held=20,
+            batch_size=8,
+            interval=3,
+            measures=1,
+        )
+    )
 
 
 def test_natural_proportions_of_folders(tmp_path):
@@ -71,39 +96,88 @@ def test_natural_proportions_of_folders(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 80)
     data = Folders(path=str(tmp_path), each=Text(length=11), batch_size=4)
     assert list(data.parts) == ["a.txt", "b.txt"]
-    np.testing.assert_allclose(data.probabilities, np.array([21, 68]) / 89)  # windows of the nine tenths that are not held out
+    np.testing.assert_allclose(
+        data.probabilities, np.array([21, 68]) / 89
+    )  # windows of the nine tenths that are not held out
     assert data.spec()["tokens"].shape == (4, 11)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(weights=(0.5, 0.6)), r"data.weights=\(0.5, 0.6\): expected a probability for each of chain0, chain1"),
-        (dict(interval=-1), r"data.interval=-1, data.measures=1: expected 0 or more, and 1 or more"),
+        (
+            dict(weights=(0.5, 0.6)),
+            r"data.weights=\(0.5, 0.6\): expected a probability for each of chain0, chain1",
+        ),
+        (
+            dict(interval=-1),
+            r"data.interval=-1, data.measures=1: expected 0 or more, and 1 or more",
+        ),
         (dict(interval=2, measures=0), r"data.interval=2, data.measures=0"),
         (dict(weights=(1.0,)), r"data.weights=\(1.0,\)"),
-        (dict(interval=3, measures=6), r"data.measures=6: a domain has only 20 held-out rows, 24 are asked for"),
-        (dict(interval=3, batch_size=7), r"data.batch_size=7: expected a multiple of the 2 domains"),
+        (
+            dict(interval=3, measures=6),
+            r"data.measures=6: a domain has only 20 held-out rows, 24 are asked for",
+        ),
+        (
+            dict(interval=3, batch_size=7),
+            r"data.batch_size=7: expected a multiple of the 2 domains",
+        ),
     ],
 )
 def test_refused(fields, message):
     with pytest.raises(Refused, match=message):
-        take(Chains(**{**dict(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8), **fields}), 6)
+        take(
+            Chains(
+                **{
+                    **dict(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8),
+                    **fields,
+                }
+            ),
+            6,
+        )
 
 
 def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
     TINY.check()
-    Chains(vocab=4, length=6, branches=(2, 3), size=50, held=9, batch_size=8, interval=3, measures=2).check()
+    Chains(
+        vocab=4, length=6, branches=(2, 3), size=50, held=9, batch_size=8, interval=3, measures=2
+    ).check()
     with pytest.raises(Refused, match=r"a domain has only 7 held-out rows, 8 are asked for"):
-        Chains(vocab=4, length=6, branches=(2, 3), size=50, held=7, batch_size=8, interval=3, measures=2).check()
-    with pytest.raises(Refused, match=r"the domain 'chain0' has 8 held-out rows, expected 9 or more"):
-        Chains(vocab=4, length=6, branches=(2, 3), size=50, held=8, batch_size=8, interval=3, measures=2).check()
+        Chains(
+            vocab=4,
+            length=6,
+            branches=(2, 3),
+            size=50,
+            held=7,
+            batch_size=8,
+            interval=3,
+            measures=2,
+        ).check()
+    with pytest.raises(
+        Refused, match=r"the domain 'chain0' has 8 held-out rows, expected 9 or more"
+    ):
+        Chains(
+            vocab=4,
+            length=6,
+            branches=(2, 3),
+            size=50,
+            held=8,
+            batch_size=8,
+            interval=3,
+            measures=2,
+        ).check()
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}')
     with pytest.raises(Refused, match=r"the domain 'a.jsonl' has no training rows"):
         Folders(path=str(tmp_path), each=PackedJson(length=9, heldout=0.9)).check()
-    with pytest.raises(Refused, match=r"1 held-out rows are asked for, expected at least one of each of chain0, chain1"):
+    with pytest.raises(
+        Refused,
+        match=r"1 held-out rows are asked for, expected at least one of each of chain0, chain1",
+    ):
         TINY.evaluation(1)
-    with pytest.raises(Refused, match=r"data.each: Markov, expected a data set that keeps its arrays in memory"):
+    with pytest.raises(
+        Refused, match=r"data.each: Markov, expected a data set that keeps its arrays in memory"
+    ):
         Folders(path=str(tmp_path), each=Markov()).check()
 
 

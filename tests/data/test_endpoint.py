@@ -24,7 +24,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.script, self.seen, self.headers = [], [], []
+        self.script = []
+        self.seen = []
+        self.headers = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -35,7 +37,13 @@ class Handler(BaseHTTPRequestHandler):
         status, extra, reply = self.server.script.pop(0) if self.server.script else (200, {}, None)
         text = body["messages"][-1]["content"].upper()
         usage = {"prompt_tokens": len(text), "completion_tokens": 2}
-        reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}) if reply is None else reply
+        reply = (
+            json.dumps(
+                {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
+            )
+            if reply is None
+            else reply
+        )
         self.send_response(status)
         for name, value in extra.items():
             self.send_header(name, value)
@@ -65,7 +73,15 @@ def waits():
 @pytest.fixture
 def endpoint(server, waits):
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    return Endpoint(url=url, model="m", key_variable="NO_SUCH_KEY", retries=3, sleep=waits.append, price_in=1.0, price_out=3.0)
+    return Endpoint(
+        url=url,
+        model="m",
+        key_variable="NO_SUCH_KEY",
+        retries=3,
+        sleep=waits.append,
+        price_in=1.0,
+        price_out=3.0,
+    )
 
 
 def say(text):
@@ -73,8 +89,14 @@ def say(text):
 
 
 def test_request_and_answer(server, endpoint, monkeypatch):
-    assert endpoint.chat(say("hello")) == {"text": "HELLO", "prompt_tokens": 5, "completion_tokens": 2}
-    assert server.seen == [{"model": "m", "messages": say("hello"), "temperature": 0.0, "max_tokens": 1024}]
+    assert endpoint.chat(say("hello")) == {
+        "text": "HELLO",
+        "prompt_tokens": 5,
+        "completion_tokens": 2,
+    }
+    assert server.seen == [
+        {"model": "m", "messages": say("hello"), "temperature": 0.0, "max_tokens": 1024}
+    ]
     assert "Authorization" not in server.headers[0]
     monkeypatch.setenv("NO_SUCH_KEY", "secret")
     endpoint.chat(say("x"))
@@ -121,17 +143,29 @@ def test_resumes_without_asking_twice(server, endpoint, tmp_path):
     assert len(server.seen) == 12 + 1  # every question once, and the one that was refused
     tokens = sum(len(f"text {i}") for i in range(12))
     assert total == bill(endpoint, tmp_path / "out.jsonl")
-    assert total == {"requests": 12, "prompt_tokens": tokens, "completion_tokens": 24, "cost": pytest.approx((tokens + 3 * 24) / 1e6)}
+    assert total == {
+        "requests": 12,
+        "prompt_tokens": tokens,
+        "completion_tokens": 24,
+        "cost": pytest.approx((tokens + 3 * 24) / 1e6),
+    }
 
 
 def test_rate_limit_spaces_requests(server, tmp_path):
-    now, waits = [100.0], []
+    now = [100.0]
+    waits = []
 
     def sleep(seconds):
         waits.append(seconds)
         now[0] += seconds
 
-    limited = Endpoint(url=f"http://127.0.0.1:{server.server_port}", model="m", per_minute=30, clock=lambda: now[0], sleep=sleep)
+    limited = Endpoint(
+        url=f"http://127.0.0.1:{server.server_port}",
+        model="m",
+        per_minute=30,
+        clock=lambda: now[0],
+        sleep=sleep,
+    )
     ask_all(limited, [(str(i), say("x")) for i in range(4)], tmp_path / "out.jsonl", workers=1)
     assert waits == [2.0, 2.0, 2.0]
 
@@ -175,10 +209,14 @@ def echo(status, shown=lambda key: key):
 
 
 class Faulty:
-    """Behaves as told once it has read a request: bytes to send, or a function of the connection (and the request)."""
+    """Behaves as told once it has read a request: bytes to send, or a function of the connection
+    (and the request).
+    """
 
     def __init__(self):
-        self.listener, self.behave, self.seen = socket.create_server(("127.0.0.1", 0)), b"", []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.behave = b""
+        self.seen = []
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
         threading.Thread(target=self.serve, daemon=True).start()
 
@@ -221,32 +259,80 @@ GZIP = gzip.compress(b" " * 2**24 + OK)
 FAULTS = {  # name -> (behaviour, error, what its line says)
     "closes at once": (lambda c: None, ConnectionError, "RemoteDisconnected"),
     "resets": (reset, ConnectionError, "ConnectionReset|RemoteDisconnected"),
-    "says nothing": (lambda c: time.sleep(1), ConnectionError, "timed out|time for a request is over"),
+    "says nothing": (
+        lambda c: time.sleep(1),
+        ConnectionError,
+        "timed out|time for a request is over",
+    ),
     "no status line": (b"hello\r\n\r\n", ConnectionError, "BadStatusLine"),
     "status without number": (http(OK, "abc"), ConnectionError, "BadStatusLine"),
     "status of six digits": (http(OK, "200000 OK"), ConnectionError, "BadStatusLine"),
     "binary status line": (b"\x00\xff\x1b[31m\x07\n" * 20, ConnectionError, "BadStatusLine"),
     "status line without end": (drip(b"H" * 4000, 0), Refused, "max_bytes=20000|LineTooLong"),
     "status line that drips": (drip(b"H"), ConnectionError, "timed out|is over"),
-    "headers without end": (after(b"HTTP/1.1 200 OK\r\n", drip(b"A: b\r\n" * 500, 0)), ConnectionError, "headers"),
-    "one header without end": (after(b"HTTP/1.1 200 OK\r\nA: ", drip(b"a" * 4000, 0)), Refused, "max_bytes=20000"),
-    "headers that drip": (after(b"HTTP/1.1 200 OK\r\nA: ", drip(b"a")), ConnectionError, "timed out|is over"),
+    "headers without end": (
+        after(b"HTTP/1.1 200 OK\r\n", drip(b"A: b\r\n" * 500, 0)),
+        ConnectionError,
+        "headers",
+    ),
+    "one header without end": (
+        after(b"HTTP/1.1 200 OK\r\nA: ", drip(b"a" * 4000, 0)),
+        Refused,
+        "max_bytes=20000",
+    ),
+    "headers that drip": (
+        after(b"HTTP/1.1 200 OK\r\nA: ", drip(b"a")),
+        ConnectionError,
+        "timed out|is over",
+    ),
     "100 for ever": (drip(b"HTTP/1.1 100 Continue\r\n\r\n"), ConnectionError, "timed out|is over"),
-    "body without end": (after(http(b'{"'), drip(b"a" * 4000, 0)), Refused, "more than max_bytes=20000 in one answer"),
-    "600 MB announced": (after(http(Content_Length=600_000_000), drip(b" " * 4000, 0)), Refused, "max_bytes=20000"),
-    "body that drips": (after(http(Content_Length=len(OK)), drip(b" ")), ConnectionError, "timed out|is over"),
-    "body that stops": (after(http(OK[:20], Content_Length=len(OK)), lambda c: time.sleep(1)), ConnectionError, "timed out|is over"),
+    "body without end": (
+        after(http(b'{"'), drip(b"a" * 4000, 0)),
+        Refused,
+        "more than max_bytes=20000 in one answer",
+    ),
+    "600 MB announced": (
+        after(http(Content_Length=600_000_000), drip(b" " * 4000, 0)),
+        Refused,
+        "max_bytes=20000",
+    ),
+    "body that drips": (
+        after(http(Content_Length=len(OK)), drip(b" ")),
+        ConnectionError,
+        "timed out|is over",
+    ),
+    "body that stops": (
+        after(http(OK[:20], Content_Length=len(OK)), lambda c: time.sleep(1)),
+        ConnectionError,
+        "timed out|is over",
+    ),
     "body cut off": (http(OK[:20], Content_Length=len(OK)), ConnectionError, "JSONDecodeError"),
     "negative length": (after(http(Content_Length=-5), drip(b" " * 4000, 0)), Refused, "max_bytes"),
-    "chunks of garbage": (http(b"zz\r\nhello\r\n", Transfer_Encoding="chunked"), ConnectionError, "IncompleteRead|ValueError"),
+    "chunks of garbage": (
+        http(b"zz\r\nhello\r\n", Transfer_Encoding="chunked"),
+        ConnectionError,
+        "IncompleteRead|ValueError",
+    ),
     "a chunk of -1": (
         after(http(b"-1\r\n", Transfer_Encoding="chunked"), drip(b" " * 4000, 0)),
         (Refused, ConnectionError),
         "max_bytes|IncompleteRead|ValueError",
     ),
-    "chunks without end": (after(http(Transfer_Encoding="chunked"), drip(b"fff\r\n" + b" " * 4095 + b"\r\n", 0)), Refused, "max_bytes"),
-    "a gzip bomb": (http(GZIP, Content_Encoding="gzip"), (ConnectionError, Refused), "gzip|max_bytes"),
-    "HTML": (http(b"<html>\n\x1b[31mhello\n</html>", Content_Type="text/html"), ConnectionError, "text/html.*<html> .*hello </html>"),
+    "chunks without end": (
+        after(http(Transfer_Encoding="chunked"), drip(b"fff\r\n" + b" " * 4095 + b"\r\n", 0)),
+        Refused,
+        "max_bytes",
+    ),
+    "a gzip bomb": (
+        http(GZIP, Content_Encoding="gzip"),
+        (ConnectionError, Refused),
+        "gzip|max_bytes",
+    ),
+    "HTML": (
+        http(b"<html>\n\x1b[31mhello\n</html>", Content_Type="text/html"),
+        ConnectionError,
+        "text/html.*<html> .*hello </html>",
+    ),
     "nothing": (http(), ConnectionError, "JSONDecodeError"),
     "no content": (http(status="204 No Content"), ConnectionError, "JSONDecodeError"),
     "not UTF-8": (http(b'{"choices": "\xff\xfe\xff"}'), ConnectionError, "UnicodeDecodeError"),
@@ -256,14 +342,38 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
     "no choices": (http(b'{"choices": []}'), ConnectionError, "IndexError"),
     "choices of another kind": (http(b'{"choices": {"0": 1}}'), ConnectionError, "KeyError"),
     "no text": (http(b'{"choices": [{"message": {"content": null}}]}'), ConnectionError, "no text"),
-    "an error that is called 200": (http(b'{"error": {"code": 402, "message": "pay\\nfirst"}}'), Refused, "HTTP 200 with an error.*pay"),
-    "a passing error that is called 200": (http(b'{"error": {"code": 429}}'), ConnectionError, "429"),
+    "an error that is called 200": (
+        http(b'{"error": {"code": 402, "message": "pay\\nfirst"}}'),
+        Refused,
+        "HTTP 200 with an error.*pay",
+    ),
+    "a passing error that is called 200": (
+        http(b'{"error": {"code": 429}}'),
+        ConnectionError,
+        "429",
+    ),
     "an error without a code": (http(b'{"error": "so"}'), ConnectionError, "so"),
-    "400 without end": (after(http(b"so", "400 No"), drip(b"\n" + b"a" * 4000, 0)), Refused, "HTTP 400: so aaa"),
+    "400 without end": (
+        after(http(b"so", "400 No"), drip(b"\n" + b"a" * 4000, 0)),
+        Refused,
+        "HTTP 400: so aaa",
+    ),
     "400 that drips": (after(http(b"so", "400 No"), drip(b"a")), Refused, "HTTP 400: soa"),
-    "300 without a location": (http(status="302 Found"), Refused, "HTTP 302: sent on to 127.0.0.1|nowhere"),
-    "a location that is none": (http(status="302 Found", Location="http://[::1"), Refused, "HTTP 302: sent on to nowhere"),
-    "a file as location": (http(status="302 Found", Location="file:///etc/passwd"), Refused, "HTTP 302: sent on to nowhere"),
+    "300 without a location": (
+        http(status="302 Found"),
+        Refused,
+        "HTTP 302: sent on to 127.0.0.1|nowhere",
+    ),
+    "a location that is none": (
+        http(status="302 Found", Location="http://[::1"),
+        Refused,
+        "HTTP 302: sent on to nowhere",
+    ),
+    "a file as location": (
+        http(status="302 Found", Location="file:///etc/passwd"),
+        Refused,
+        "HTTP 302: sent on to nowhere",
+    ),
 }
 
 
@@ -277,7 +387,10 @@ def test_a_faulty_server_costs_bounded_time_and_one_line(name, faulty, waits, mo
     line = str(caught.value)
     assert line.isprintable() and len(line) <= 410 and line.startswith(faulty.url)
     assert KEY[:12] not in line and not traceback.format_exception(caught.value, limit=0)[1:]
-    assert len(faulty.seen) == (1 if caught.type is Refused else 2) and len(waits) == len(faulty.seen) - 1
+    assert (
+        len(faulty.seen) == (1 if caught.type is Refused else 2)
+        and len(waits) == len(faulty.seen) - 1
+    )
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
@@ -285,7 +398,9 @@ def test_the_key_goes_to_no_other_host(status, faulty, waits, monkeypatch):
     monkeypatch.setenv("THE_KEY", KEY)
     other = Faulty()
     other.behave = http(OK)
-    faulty.behave = http(status=f"{status} There", Location=other.url.replace("127.0.0.1", "localhost"))
+    faulty.behave = http(
+        status=f"{status} There", Location=other.url.replace("127.0.0.1", "localhost")
+    )
     with pytest.raises(Refused, match=f"HTTP {status}: sent on to localhost, not followed"):
         shortly(faulty, waits).chat(say("a"))
     assert other.seen == [] and len(faulty.seen) == 1
@@ -305,7 +420,9 @@ def test_the_key_goes_to_no_other_host(status, faulty, waits, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("status", ["200 OK", "401 No", "503 Busy"])
-def test_a_server_that_repeats_the_key_does_not_get_it_into_an_error(shown, status, faulty, waits, monkeypatch):
+def test_a_server_that_repeats_the_key_does_not_get_it_into_an_error(
+    shown, status, faulty, waits, monkeypatch
+):
     monkeypatch.setenv("THE_KEY", KEY)
     faulty.behave = echo(status, shown)
     with pytest.raises((Refused, ConnectionError)) as caught:
@@ -317,7 +434,10 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_an_error(shown, stat
 
 def test_a_location_or_a_status_line_with_the_key(faulty, waits, monkeypatch):
     monkeypatch.setenv("THE_KEY", "abcdefghijklmnop")
-    for behave in (http(status="302 x", Location="http://abcdefghijklmnop.com"), b"abcdefghijklmnop\r\n\r\n"):
+    for behave in (
+        http(status="302 x", Location="http://abcdefghijklmnop.com"),
+        b"abcdefghijklmnop\r\n\r\n",
+    ):
         faulty.behave = behave
         with pytest.raises((Refused, ConnectionError), match=r"\[key\]") as caught:
             shortly(faulty, waits).chat(say("a"))
@@ -334,11 +454,16 @@ def test_white_space_around_the_key_goes(server, endpoint, monkeypatch):
     assert "secret" not in repr(endpoint)
 
 
-@pytest.mark.parametrize("key", ["secret\nX-Other: 1", "secret key", "sécret", "secret\x00", "“secret”"])
+@pytest.mark.parametrize(
+    "key", ["secret\nX-Other: 1", "secret key", "sécret", "secret\x00", "“secret”"]
+)
 def test_a_key_that_is_none_is_refused_without_repeating_it(key, server, endpoint, monkeypatch):
     with contextlib.suppress(ValueError):  # zeros are no part of an environment
         monkeypatch.setenv("NO_SUCH_KEY", key)
-        with pytest.raises(Refused, match="NO_SUCH_KEY: expected a key of printable ASCII in it, without white space") as caught:
+        with pytest.raises(
+            Refused,
+            match="NO_SUCH_KEY: expected a key of printable ASCII in it, without white space",
+        ) as caught:
             endpoint.chat(say("x"))
         assert "cret" not in str(caught.value) and server.seen == []
 
@@ -347,7 +472,11 @@ def test_a_key_that_is_none_is_refused_without_repeating_it(key, server, endpoin
     ("field", "value", "says"),
     [
         ("key_variable", "sk-abcdef", "key_variable: expected the name of an environment variable"),
-        ("url", "https://me:secret@host/v1", "expected http.* on host, without user, query or fragment"),
+        (
+            "url",
+            "https://me:secret@host/v1",
+            "expected http.* on host, without user, query or fragment",
+        ),
         ("url", "https://me:secret@[/v1", "expected http"),
         ("url", "https://host/v1?key=secret", "without user, query or fragment"),
         ("url", "file:///etc/passwd", "expected http"),
@@ -422,18 +551,39 @@ def test_a_slow_answer_within_the_deadline_arrives(faulty, waits):
 
 
 def test_chunks_and_other_types_of_content_are_read(faulty, waits):
-    faulty.behave = http(b"%x\r\n%s\r\n0\r\n\r\n" % (len(OK), OK), Transfer_Encoding="chunked", Content_Type="text/plain")
-    assert shortly(faulty, waits).chat(say("a")) == {"text": "A", "prompt_tokens": 1, "completion_tokens": 2}
+    faulty.behave = http(
+        b"%x\r\n%s\r\n0\r\n\r\n" % (len(OK), OK),
+        Transfer_Encoding="chunked",
+        Content_Type="text/plain",
+    )
+    assert shortly(faulty, waits).chat(say("a")) == {
+        "text": "A",
+        "prompt_tokens": 1,
+        "completion_tokens": 2,
+    }
 
 
 @pytest.mark.parametrize(
-    "usage", ["7", "[1]", '{"prompt_tokens": NaN, "completion_tokens": -3}', '{"prompt_tokens": 1e999}', '{"prompt_tokens": true}']
+    "usage",
+    [
+        "7",
+        "[1]",
+        '{"prompt_tokens": NaN, "completion_tokens": -3}',
+        '{"prompt_tokens": 1e999}',
+        '{"prompt_tokens": true}',
+    ],
 )
 def test_an_answer_whose_counts_are_none_is_kept_and_said(usage, faulty, waits, monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
-    faulty.behave = http(b'{"choices": [{"message": {"content": "A"}}], "usage": %s}' % usage.encode())
-    assert shortly(faulty, waits).chat(say("a")) == {"text": "A", "prompt_tokens": 0, "completion_tokens": 0}
+    faulty.behave = http(
+        b'{"choices": [{"message": {"content": "A"}}], "usage": %s}' % usage.encode()
+    )
+    assert shortly(faulty, waits).chat(say("a")) == {
+        "text": "A",
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+    }
     assert len(faulty.seen) == 1 and "has no counts: 0 in the bill" in lines[0]
 
 
@@ -460,7 +610,9 @@ def test_a_line_that_was_cut_off_is_asked_again(text, ids, server, endpoint, tmp
     total = ask_all(endpoint, [("a", say("x")), ("b", say("y"))], tmp_path / "out.jsonl")
     assert sorted(r["id"] for r in read(tmp_path / "out.jsonl")) == ["a", "b"]
     assert len(server.seen) == 2 - len(ids) and total["requests"] == 2
-    assert len(lines) == bool(text.strip() and text[-1] not in "\n}") and all("was cut off and is removed" in line for line in lines)
+    assert len(lines) == bool(text.strip() and text[-1] not in "\n}") and all(
+        "was cut off and is removed" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,7 +632,10 @@ def test_a_line_that_was_cut_off_is_asked_again(text, ids, server, endpoint, tmp
 def test_a_file_with_another_line_is_refused_and_left_alone(text, line, server, endpoint, tmp_path):
     file = tmp_path / "out.jsonl"
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(Refused, match=f"out.jsonl: line {line} is no answer; expected a JSON object with id, text and counts"):
+    with pytest.raises(
+        Refused,
+        match=f"out.jsonl: line {line} is no answer; expected a JSON object with id, text and counts",
+    ):
         ask_all(endpoint, [("b", say("y"))], file)
     assert file.read_bytes() == text.encode("latin-1") and server.seen == []
 
@@ -499,7 +654,8 @@ def test_a_file_that_cannot_be_is_refused_before_anything_is_asked(server, endpo
 
 def test_an_interruption_asks_nothing_more(server, endpoint, tmp_path, monkeypatch):
     """Ctrl-C while the main thread waits: what is under way is kept, what waits is not asked."""
-    wait, done = concurrent.futures.Future.result, []
+    wait = concurrent.futures.Future.result
+    done = []
 
     def result(self, timeout=None):
         done.append(wait(self, timeout))

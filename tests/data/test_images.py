@@ -29,7 +29,10 @@ def unit(pixels: np.ndarray) -> np.ndarray:
 
 
 def shard(file, images, labels, image="img", label="label"):
-    rows = pa.array([{"bytes": b, "path": None} for b in images], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    rows = pa.array(
+        [{"bytes": b, "path": None} for b in images],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
     pq.write_table(pa.table({image: rows, label: labels}), file)
 
 
@@ -59,7 +62,9 @@ def folder(tmp_path):
 def test_decoding_is_exact_where_no_resizing_is_needed():
     wide = np.random.default_rng(0).integers(0, 256, (8, 13, 3), np.uint8)
     np.testing.assert_array_equal(decode(png(wide), 8, ""), unit(wide[:, 2:10]))
-    np.testing.assert_array_equal(decode(png(wide.swapaxes(0, 1)), 8, ""), unit(wide[:, 2:10].swapaxes(0, 1)))
+    np.testing.assert_array_equal(
+        decode(png(wide.swapaxes(0, 1)), 8, ""), unit(wide[:, 2:10].swapaxes(0, 1))
+    )
 
 
 def test_grey_and_transparent_images_become_rgb():
@@ -95,15 +100,21 @@ def test_pictures_stand_upright(orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
     how = {"lossless": True} if kind == "WEBP" else {}
-    data = saved(Image.fromarray(np.ascontiguousarray(BACK[orientation](wide))), kind, exif=exif, **how)
-    np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))), wide)
+    data = saved(
+        Image.fromarray(np.ascontiguousarray(BACK[orientation](wide))), kind, exif=exif, **how
+    )
+    np.testing.assert_array_equal(
+        np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))), wide
+    )
     np.testing.assert_array_equal(decode(data, 8, ""), unit(wide[:, 2:10]))
 
 
 def test_exif_that_cannot_be_read_says_nothing():
     pixels = pictures(1)[0]
     for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0"):
-        np.testing.assert_array_equal(decode(saved(Image.fromarray(pixels), "PNG", exif=exif), 8, ""), unit(pixels))
+        np.testing.assert_array_equal(
+            decode(saved(Image.fromarray(pixels), "PNG", exif=exif), 8, ""), unit(pixels)
+        )
 
 
 def hidden_under(colour: int, kind: str) -> Image.Image:
@@ -120,7 +131,9 @@ def hidden_under(colour: int, kind: str) -> Image.Image:
         image.putpalette([colour] * 3 + [120] * 3)
     if kind == "RGB":
         image = image.convert("RGB")
-    image.info["transparency"] = {"L": colour, "P": 0, "PA": bytes([0, 255]), "RGB": (colour,) * 3}[kind]
+    image.info["transparency"] = {"L": colour, "P": 0, "PA": bytes([0, 255]), "RGB": (colour,) * 3}[
+        kind
+    ]
     return image
 
 
@@ -128,12 +141,16 @@ def hidden_under(colour: int, kind: str) -> Image.Image:
 @pytest.mark.parametrize("colour", [0, 255, 77])
 def test_what_transparency_hides_is_white(kind, colour):
     want = np.pad(np.full((4, 4), 120, np.uint8), 2, constant_values=255)[..., None].repeat(3, -1)
-    np.testing.assert_array_equal(decode(saved(hidden_under(colour, kind), "PNG"), 8, ""), unit(want))
+    np.testing.assert_array_equal(
+        decode(saved(hidden_under(colour, kind), "PNG"), 8, ""), unit(want)
+    )
 
 
 def test_half_transparent_is_half_white():
     half = np.dstack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 128, np.uint8)])
-    np.testing.assert_array_equal(decode(png(half), 8, ""), np.full((8, 8, 3), np.float32(127) / 127.5 - 1))
+    np.testing.assert_array_equal(
+        decode(png(half), 8, ""), np.full((8, 8, 3), np.float32(127) / 127.5 - 1)
+    )
 
 
 def sixteen(kind: str) -> bytes:
@@ -143,26 +160,47 @@ def sixteen(kind: str) -> bytes:
     if kind == "pgm":
         return b"P5 2 2 1023\n" + bytes(8)
     colours, words = {"grey": (0, 1), "rgb": (2, 3), "grey alpha": (4, 2), "rgba": (6, 4)}[kind]
-    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    chunk = lambda name, data: (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
     header = struct.pack(">IIBBBBB", 8, 8, 16, colours, 0, 0, 0)
     rows = zlib.compress((b"\0" + bytes(16 * words)) * 8)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("kind", ["grey", "rgb", "grey alpha", "rgba", "ppm", "pgm"])
 def test_sixteen_bits_are_refused(kind):
-    with pytest.raises(Refused, match=r"a: pixels of mode .*, expected 8 bits a channel, found 1[06]"):
+    with pytest.raises(
+        Refused, match=r"a: pixels of mode .*, expected 8 bits a channel, found 1[06]"
+    ):
         decode(sixteen(kind), 8, "a")
 
 
-ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+ADAM7 = (
+    (0, 0, 8, 8),
+    (0, 4, 8, 8),
+    (4, 0, 8, 4),
+    (0, 2, 4, 4),
+    (2, 0, 4, 2),
+    (0, 1, 2, 2),
+    (1, 0, 2, 1),
+)
 
 
 def written(pixels: np.ndarray, interlaced: bool, lost: int = 0) -> bytes:
-    """A PNG as the specification has it, its last `lost` bytes of pixels left out before they are deflated."""
-    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    """A PNG as the specification has it, its last `lost` bytes of pixels left out before they are
+    deflated.
+    """
+    chunk = lambda name, data: (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, interlaced)
-    passes = [pixels[top::down, left::across] for top, left, down, across in (ADAM7 if interlaced else ((0, 0, 1, 1),))]
+    passes = [
+        pixels[top::down, left::across]
+        for top, left, down, across in (ADAM7 if interlaced else ((0, 0, 1, 1),))
+    ]
     rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part if row.size)
     coded = zlib.compress(rows[: len(rows) - lost])
     parts = [chunk(b"IDAT", coded[i : i + 50]) for i in range(0, len(coded), 50)]
@@ -185,7 +223,9 @@ def test_png_of_few_bits_is_whole():
     few = Image.new("P", (13, 7))
     few.putpalette([0, 0, 0, 255, 255, 255])
     for depth in (1, 2, 4):
-        np.testing.assert_array_equal(decode(saved(few, "PNG", bits=depth), 7, ""), np.full((7, 7, 3), -1, np.float32))
+        np.testing.assert_array_equal(
+            decode(saved(few, "PNG", bits=depth), 7, ""), np.full((7, 7, 3), -1, np.float32)
+        )
 
 
 def test_of_an_animation_the_first_picture():
@@ -193,21 +233,27 @@ def test_of_an_animation_the_first_picture():
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         how = {"lossless": True} if kind == "WEBP" else {}
         data = saved(first, kind, save_all=True, append_images=[second], **how)
-        np.testing.assert_array_equal(decode(data, 8, ""), np.full((8, 8, 3), np.float32(40) / 127.5 - 1))
+        np.testing.assert_array_equal(
+            decode(data, 8, ""), np.full((8, 8, 3), np.float32(40) / 127.5 - 1)
+        )
 
 
 def test_other_modes():
     ink = Image.fromarray(np.zeros((8, 8, 4), np.uint8), "CMYK")
     np.testing.assert_array_equal(decode(saved(ink, "TIFF"), 8, ""), np.ones((8, 8, 3), np.float32))
     bits = Image.fromarray(np.indices((8, 8)).sum(0) % 2 == 1)
-    np.testing.assert_array_equal(decode(saved(bits, "PNG"), 8, "")[..., 0], np.float32(np.indices((8, 8)).sum(0) % 2 * 2 - 1))
+    np.testing.assert_array_equal(
+        decode(saved(bits, "PNG"), 8, "")[..., 0], np.float32(np.indices((8, 8)).sum(0) % 2 * 2 - 1)
+    )
 
 
 def test_pictures_without_end_are_refused(tmp_path, monkeypatch):
     huge = b"P5 30000 30000 255\n"
     with pytest.raises(Refused, match=r"a: .*pixels|damaged"):
         decode(huge, 8, "a")
-    with pytest.raises(Refused, match=r"a: 12000 x 12000 pixels, expected at most 134,217,728 in all"):
+    with pytest.raises(
+        Refused, match=r"a: 12000 x 12000 pixels, expected at most 134,217,728 in all"
+    ):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 30)
         decode(b"P5 12000 12000 255\n", 8, "a")
     monkeypatch.setattr("jaxdistill.data.images.BYTES", 100)
@@ -219,7 +265,9 @@ def test_pictures_without_end_are_refused(tmp_path, monkeypatch):
         "big.png": lambda p: p.write_bytes(bytes(101)),
     }.items():
         make(tmp_path / name)
-        with pytest.raises(Refused, match=f"{name}: (not a regular file|101 bytes, expected at most 100)"):
+        with pytest.raises(
+            Refused, match=f"{name}: (not a regular file|101 bytes, expected at most 100)"
+        ):
             Files([(tmp_path / name, 0)])[0]
 
 
@@ -237,7 +285,10 @@ def test_parquet_values(parquet):
     data = ParquetImages(path=str(path), size=8, batch_size=12, shuffle=False)
     batch = next(data.loader())
     np.testing.assert_array_equal(batch["x"], unit(pixels[:12]))
-    assert batch["cond"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2] and batch["cond"].dtype == np.int32
+    assert (
+        batch["cond"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+        and batch["cond"].dtype == np.int32
+    )
     assert batch["null_cond"].tolist() == [3] * 12 and batch["null_cond"].dtype == np.int32
     test = data.evaluation(100)
     np.testing.assert_array_equal(test["x"], unit(pixels[12:]))
@@ -255,16 +306,20 @@ def test_epochs(parquet, check_epochs):
 def test_flips_are_drawn_per_pass(parquet):
     path, pixels = parquet
     data = ParquetImages(path=str(path), size=8, batch_size=12, shuffle=False, flip=True)
-    loader, x = data.loader(), unit(pixels[:12])
+    loader = data.loader()
+    x = unit(pixels[:12])
     flipped = []
     for _ in range(20):
         got = next(loader)["x"]
-        same, mirrored = (got == x).all((1, 2, 3)), (got == x[:, :, ::-1]).all((1, 2, 3))
+        same = (got == x).all((1, 2, 3))
+        mirrored = (got == x[:, :, ::-1]).all((1, 2, 3))
         assert (same ^ mirrored).all()
         flipped.append(mirrored)
     flipped = np.array(flipped)
     assert abs(flipped.mean() - 0.5) < 5 * 0.5 / np.sqrt(240)
-    assert (flipped.any(0) & ~flipped.all(0)).all()  # each image both ways: fails by chance once in 40,000
+    assert (
+        flipped.any(0) & ~flipped.all(0)
+    ).all()  # each image both ways: fails by chance once in 40,000
     np.testing.assert_array_equal(data.evaluation(4)["x"], unit(pixels[12:]))
 
 
@@ -282,7 +337,8 @@ def test_parquet_without_test_files_holds_a_share_out(parquet, check_epochs):
 def test_folder_labels_and_split(folder, check_epochs):
     data = ImageFolder(path=str(folder), size=8, batch_size=4, heldout=0.25)
     assert data.names == ("cat", "dog")
-    train, test = data.source("train"), data.source("test")
+    train = data.source("train")
+    test = data.source("test")
     assert len(train) + len(test) == 40 and len(test) > 0
     x = [unit(pictures(20, seed=c)) for c in (0, 1)]
     for name, coded, label in [*train, *test]:
@@ -298,7 +354,9 @@ def test_held_out_images_stay_when_others_come_or_the_folder_moves(folder, tmp_p
     assert {name[-11:] for name in there} == {name[-11:] for name in before}
     for i in range(20):
         shutil.copy(folder / "cat" / f"{i:03}.png", folder / "cat" / f"new{i:03}.png")
-    after = {name for name, *_ in ImageFolder(path=str(folder), heldout=0.25, seed=1).source("test")}
+    after = {
+        name for name, *_ in ImageFolder(path=str(folder), heldout=0.25, seed=1).source("test")
+    }
     assert before == {name for name in after if "new" not in name} and len(after) > len(before)
 
 
@@ -315,25 +373,62 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
     ("damage", "message"),
     [
         (lambda p: [f.unlink() for f in p.glob("train*")], "no train-\\*.parquet"),
-        (lambda p: [shard(f, [], pa.array([], pa.int64())) for f in p.glob("*")], "ParquetImages has no train samples"),
-        (lambda p: shard(p / "train-0.parquet", [b"junk"], [0]), "train-0.parquet row 0: damaged image"),
-        (lambda p: shard(p / "train-0.parquet", [png(pictures(1)[0])[:90]], [0]), "train-0.parquet row 0: damaged image"),
+        (
+            lambda p: [shard(f, [], pa.array([], pa.int64())) for f in p.glob("*")],
+            "ParquetImages has no train samples",
+        ),
+        (
+            lambda p: shard(p / "train-0.parquet", [b"junk"], [0]),
+            "train-0.parquet row 0: damaged image",
+        ),
+        (
+            lambda p: shard(p / "train-0.parquet", [png(pictures(1)[0])[:90]], [0]),
+            "train-0.parquet row 0: damaged image",
+        ),
         (lambda p: shard(p / "train-0.parquet", [None], [0]), "train-0.parquet row 0: no image"),
-        (lambda p: shard(p / "train-0.parquet", [b""], [-1]), "train-0.parquet row 0: label -1, the training set has 0 to 2"),
-        (lambda p: shard(p / "train-0.parquet", [b""], [None]), "column 'label' is null with 1 empty rows, expected integers"),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], [-1]),
+            "train-0.parquet row 0: label -1, the training set has 0 to 2",
+        ),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], [None]),
+            "column 'label' is null with 1 empty rows, expected integers",
+        ),
         (lambda p: shard(p / "train-0.parquet", [b""], ["a"]), "column 'label' is string"),
-        (lambda p: shard(p / "train-0.parquet", [b""], [0], image="picture"), "no column image or img, found picture, label"),
-        (lambda p: shard(p / "train-0.parquet", [b""], [0], label="labels"), "column='label': did you mean 'labels'?"),
-        (lambda p: shard(p / "train-0.parquet", [b""], [1 << 40]), "train-0.parquet row 0: label 1099511627776, expected at most"),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], [0], image="picture"),
+            "no column image or img, found picture, label",
+        ),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], [0], label="labels"),
+            "column='label': did you mean 'labels'?",
+        ),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], [1 << 40]),
+            "train-0.parquet row 0: label 1099511627776, expected at most",
+        ),
         (lambda p: shard(p / "train-0.parquet", [b""], [[0]]), "column 'label' is list"),
         (lambda p: (p / "train-0.parquet").mkdir(), "train-0.parquet: not a regular file"),
         (
-            lambda p: pq.write_table(pa.table({"img": [{"bytes": "a"}], "label": [0]}), p / "train-0.parquet"),
+            lambda p: pq.write_table(
+                pa.table({"img": [{"bytes": "a"}], "label": [0]}), p / "train-0.parquet"
+            ),
             "expected bytes of the type binary",
         ),
-        (lambda p: pq.write_table(pa.table({"img": [b""], "label": [0]}), p / "train-0.parquet"), "'img' is binary, expected a struct"),
-        (lambda p: (p / "train-0.parquet").write_bytes(b"junk" * 9), "train-0.parquet: damaged parquet file"),
-        (lambda p: (p / "train-0.parquet").write_bytes((p / "train-00000-of-00002.parquet").read_bytes()[:500]), "damaged parquet file"),
+        (
+            lambda p: pq.write_table(pa.table({"img": [b""], "label": [0]}), p / "train-0.parquet"),
+            "'img' is binary, expected a struct",
+        ),
+        (
+            lambda p: (p / "train-0.parquet").write_bytes(b"junk" * 9),
+            "train-0.parquet: damaged parquet file",
+        ),
+        (
+            lambda p: (p / "train-0.parquet").write_bytes(
+                (p / "train-00000-of-00002.parquet").read_bytes()[:500]
+            ),
+            "damaged parquet file",
+        ),
     ],
 )
 def test_parquet_refused(parquet, damage, message):
@@ -351,7 +446,10 @@ def test_parquet_refused(parquet, damage, message):
         (lambda p: [shutil.rmtree(p / n) for n in ("cat", "dog")], "expected one folder per class"),
         (lambda p: [f.unlink() for f in p.glob("*/*.png")], "no images in its class folders"),
         (lambda p: (p / "dog").rename(p / "test"), "a test folder, but no train folder"),
-        (lambda p: Image.new("I;16", (8, 8)).save(p / "cat" / "000.png"), "cat/000.png: pixels of mode I;16, expected 8 bits a channel"),
+        (
+            lambda p: Image.new("I;16", (8, 8)).save(p / "cat" / "000.png"),
+            "cat/000.png: pixels of mode I;16, expected 8 bits a channel",
+        ),
     ],
 )
 def test_folder_refused(folder, damage, message):
@@ -364,18 +462,33 @@ def test_folder_refused(folder, damage, message):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: [f.unlink() for f in (p / "dog").glob("*.png")], r"dog: no images of this class, expected .png"),
+        (
+            lambda p: [f.unlink() for f in (p / "dog").glob("*.png")],
+            r"dog: no images of this class, expected .png",
+        ),
         (
             lambda p: [f.rename(f.with_suffix(".heic")) for f in (p / "dog").glob("*.png")],
             r"dog/\d+.heic: an image of a kind that is not read",
         ),
-        (lambda p: (p / "dog" / "000.png").rename(p / "dog" / "000.jp2"), r"dog/000.jp2: an image of a kind that is not read"),
-        (lambda p: (p / "dog" / "000.png").rename(p / "dog" / "000"), r"dog/000: an image of a kind that is not read"),
         (
-            lambda p: ((p / "dog" / "x").mkdir(), (p / "dog" / "000.png").rename(p / "dog" / "x" / "0.png")),
+            lambda p: (p / "dog" / "000.png").rename(p / "dog" / "000.jp2"),
+            r"dog/000.jp2: an image of a kind that is not read",
+        ),
+        (
+            lambda p: (p / "dog" / "000.png").rename(p / "dog" / "000"),
+            r"dog/000: an image of a kind that is not read",
+        ),
+        (
+            lambda p: (
+                (p / "dog" / "x").mkdir(),
+                (p / "dog" / "000.png").rename(p / "dog" / "x" / "0.png"),
+            ),
             "x/0.png: an image in a folder inside",
         ),
-        (lambda p: (p / "dog" / "000.png").rename(p / "0.png"), r"0.png: an image in no class folder"),
+        (
+            lambda p: (p / "dog" / "000.png").rename(p / "0.png"),
+            r"0.png: an image in no class folder",
+        ),
     ],
 )
 def test_no_image_is_passed_over_in_silence(folder, damage, message):
@@ -394,7 +507,9 @@ def put(file):
 @pytest.mark.parametrize("name", ["x/b.jp2", "x/b.pcx", "x/b", "x/y/b.HEIC"])
 def test_no_image_deeper_in_a_class(folder, name):
     put(folder / "dog" / name)
-    with pytest.raises(Refused, match=f"dog/{name}: an image in a folder inside the class folder 'dog'"):
+    with pytest.raises(
+        Refused, match=f"dog/{name}: an image in a folder inside the class folder 'dog'"
+    ):
         ImageFolder(path=str(folder), size=8).check()
 
 
@@ -413,7 +528,9 @@ def test_a_class_folder_that_is_a_link_to_nothing(folder):
 
 @pytest.fixture
 def split(folder, tmp_path_factory):
-    """The same classes inside "train"; hidden folders, documents and folders without images may lie beside it."""
+    """The same classes inside "train"; hidden folders, documents and folders without images may lie
+    beside it.
+    """
     root = tmp_path_factory.mktemp("split")
     shutil.copytree(folder, root / "train")
     put(root / ".bird" / "a.png")
@@ -429,7 +546,10 @@ def split(folder, tmp_path_factory):
         ("bird/a.png", "bird/a.png: an image beside the train folder, expected it in .*train"),
         ("bird/x/a.jp2", "bird/x/a.jp2: an image beside the train folder"),
         ("a.png", "a.png: an image in no class folder"),
-        *((f"{n}/dog/a.png", f"/{n}: images beside the train folder .* expected the name 'test'") for n in ("Test", "val", "validation")),
+        *(
+            (f"{n}/dog/a.png", f"/{n}: images beside the train folder .* expected the name 'test'")
+            for n in ("Test", "val", "validation")
+        ),
     ],
 )
 def test_no_image_beside_train(split, name, message):
@@ -466,20 +586,28 @@ def test_what_is_no_image_is_counted(folder, caplog):
         data = ImageFolder(path=str(folder), size=8, heldout=0.25)
         data.check()
     assert len(data.source("train")) + len(data.source("test")) == 40
-    (line,) = [record.getMessage() for record in caplog.records if "no images" in record.getMessage()]
+    (line,) = [
+        record.getMessage() for record in caplog.records if "no images" in record.getMessage()
+    ]
     assert "4 files are no images and are not read" in line
     assert all(f"1 {kind}" in line for kind in (".txt", ".json", ".db", "LICENSE"))
 
 
-@pytest.mark.parametrize("suffix", [".bmp", ".gif", ".tif", ".TIFF", ".jfif", ".webp", ".ppm", ".avif", ".apng"])
+@pytest.mark.parametrize(
+    "suffix", [".bmp", ".gif", ".tif", ".TIFF", ".jfif", ".webp", ".ppm", ".avif", ".apng"]
+)
 def test_suffixes(tmp_path, suffix):
-    kind = {".tif": "TIFF", ".tiff": "TIFF", ".jfif": "JPEG", ".apng": "PNG"}.get(suffix.lower(), suffix[1:].upper())
+    kind = {".tif": "TIFF", ".tiff": "TIFF", ".jfif": "JPEG", ".apng": "PNG"}.get(
+        suffix.lower(), suffix[1:].upper()
+    )
     for i, name in enumerate(("cat", "dog")):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"a{suffix if i else '.png'}").write_bytes(
             saved(Image.new("RGB", (8, 8), (250, 250, 250)), kind if i else "PNG")
         )
-    batch = next(ImageFolder(path=str(tmp_path), size=8, batch_size=2, heldout=0, shuffle=False).loader())
+    batch = next(
+        ImageFolder(path=str(tmp_path), size=8, batch_size=2, heldout=0, shuffle=False).loader()
+    )
     assert batch["cond"].tolist() == [0, 1] and (batch["x"] > 0.9).all()
 
 
@@ -487,7 +615,9 @@ def test_parquet_check_looks_at_every_label(parquet):
     path, _ = parquet
     ParquetImages(path=str(path), size=8).check()
     shard(path / "test-00001-of-00001.parquet", [png(pictures(1)[0])] * 3, [0, 1, 3])
-    with pytest.raises(Refused, match=r"test-00001-of-00001.parquet row 2: label 3, the training set has 0 to 2"):
+    with pytest.raises(
+        Refused, match=r"test-00001-of-00001.parquet row 2: label 3, the training set has 0 to 2"
+    ):
         ParquetImages(path=str(path), size=8, seed=1).check()
 
 
@@ -509,6 +639,13 @@ def test_cifar10(shared_data):
     data = ParquetImages(path=str(shared_data / "cifar10"), batch_size=64, flip=True)
     batch = next(data.loader())
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
-        "x": ((64, 32, 32, 3), "float32"), "cond": ((64,), "int32"), "null_cond": ((64,), "int32")}  # fmt: skip
-    assert -1 <= batch["x"].min() < -0.9 and 0.9 < batch["x"].max() <= 1 and (batch["null_cond"] == 10).all()
+        "x": ((64, 32, 32, 3), "float32"),
+        "cond": ((64,), "int32"),
+        "null_cond": ((64,), "int32"),
+    }
+    assert (
+        -1 <= batch["x"].min() < -0.9
+        and 0.9 < batch["x"].max() <= 1
+        and (batch["null_cond"] == 10).all()
+    )
     assert len(data.source("train")) == 50_000 and len(data.source("test")) == 10_000

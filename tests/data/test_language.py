@@ -20,7 +20,9 @@ def test_markov_law_is_a_law_and_stationary():
         pairs, table = data.law
         np.testing.assert_allclose(table.sum(-1), 1, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.einsum("ab,abc->bc", pairs, table), pairs, rtol=0, atol=1e-11)
-        assert abs(pairs.sum() - 1) < 1e-12 and table.min() >= data.smoothing / data.vocab * (1 - 1e-12)
+        assert abs(pairs.sum() - 1) < 1e-12 and table.min() >= data.smoothing / data.vocab * (
+            1 - 1e-12
+        )
         assert ((table > 1.001 * data.smoothing / data.vocab).sum(-1) == data.branch).all()
 
 
@@ -69,7 +71,8 @@ def test_markov_loss_of_the_law_is_its_entropy():
 
 def test_markov_net_gives_exact_logits():
     data = Markov(vocab=8, length=16, batch_size=4)
-    batch, net = data.batch(0, slice(None)), data.net()
+    batch = data.batch(0, slice(None))
+    net = data.net()
     logits = jax.jit(net.apply)({}, jnp.asarray(batch["tokens"]))
     assert logits.shape == (4, 16, 8) and logits.dtype == jnp.float32
     np.testing.assert_allclose(jax.nn.logsumexp(logits, -1), 0, atol=8 * 2**-23)
@@ -79,11 +82,16 @@ def test_markov_net_gives_exact_logits():
 
 def test_markov_batches():
     batch = Markov().batch(0, slice(0, 3))
-    assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == batch["mask"].shape == (3, 64)
+    assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == batch["mask"].shape == (
+        3,
+        64,
+    )
     assert (batch["mask"] == (np.arange(64) > 0)).all() and batch["mask"].dtype == np.float32
     assert not (Markov(seed=1).law[1] == Markov().law[1]).all()
     test = Markov().evaluation(5)["tokens"]
-    assert (test == Markov().evaluation(5)["tokens"]).all() and not (test[:3] == batch["tokens"]).all()
+    assert (test == Markov().evaluation(5)["tokens"]).all() and not (
+        test[:3] == batch["tokens"]
+    ).all()
 
 
 @pytest.mark.parametrize("data", [Markov(batch_size=8), Carry(batch_size=8)])
@@ -101,7 +109,9 @@ def test_carry_reads_as_additions(digits):
             assert len(a) == len(b) == digits and answer == f"{int(a) + int(b):0{digits + 1}};"
             assert data.text(tokens[mask == 1]) == answer
     assert batch["tokens"].shape == (5, data.length) and batch["tokens"].dtype == np.int32
-    assert (batch["prompt"] == batch["tokens"][:, : 2 * digits + 2]).all() and batch["prompt_mask"].all()
+    assert (batch["prompt"] == batch["tokens"][:, : 2 * digits + 2]).all() and batch[
+        "prompt_mask"
+    ].all()
     assert batch["mask"].dtype == np.float32 and batch["prompt_mask"].dtype == bool
 
 
@@ -151,14 +161,21 @@ def test_refused(make, message):
 
 
 def test_junk_cannot_be_solved_and_is_not_kept_for_evaluation():
-    data, clean = JunkCarry(digits=2, junk=0.7, batch_size=400), Carry(digits=2, batch_size=400)
-    batch, plain = data.batch(0, slice(None)), clean.batch(0, slice(None))
+    data = JunkCarry(digits=2, junk=0.7, batch_size=400)
+    clean = Carry(digits=2, batch_size=400)
+    batch = data.batch(0, slice(None))
+    plain = clean.batch(0, slice(None))
     bad = (batch["tokens"] != plain["tokens"]).any(1)
     assert abs(bad.mean() - 0.7) <= 5 * np.sqrt(0.21 / 400)
-    assert data.correct(batch["tokens"][~bad]).all() and data.correct(batch["tokens"][bad]).mean() < 0.02
+    assert (
+        data.correct(batch["tokens"][~bad]).all()
+        and data.correct(batch["tokens"][bad]).mean() < 0.02
+    )
     assert (batch["tokens"][:, -1] == data.eos).all() and batch["tokens"].max() == data.eos
     np.testing.assert_array_equal(batch["prompt"], batch["tokens"][:, :6])
-    np.testing.assert_array_equal(data.batch(0, slice(100, 120))["tokens"], batch["tokens"][100:120])
+    np.testing.assert_array_equal(
+        data.batch(0, slice(100, 120))["tokens"], batch["tokens"][100:120]
+    )
     np.testing.assert_array_equal(data.evaluation(50)["tokens"], clean.evaluation(50)["tokens"])
     with pytest.raises(Refused, match=r"data\.junk=2"):
         JunkCarry(junk=2)
@@ -166,10 +183,18 @@ def test_junk_cannot_be_solved_and_is_not_kept_for_evaluation():
 
 def test_answers_to_recall_are_fixed_and_evaluated():
     data = Recall(batch_size=200)
-    batch, held = data.batch(3, slice(None)), data.evaluation(100)
-    assert held["tokens"].shape == (16, 8) and data.correct(batch["tokens"]).all() and batch["tokens"].max() < 8
+    batch = data.batch(3, slice(None))
+    held = data.evaluation(100)
+    assert (
+        held["tokens"].shape == (16, 8)
+        and data.correct(batch["tokens"]).all()
+        and batch["tokens"].max() < 8
+    )
     assert {tuple(row) for row in batch["tokens"]} == {tuple(row) for row in held["tokens"]}
-    assert not data.correct((batch["tokens"] + 1) % 8 * batch["mask"].astype(int) + batch["tokens"] * (1 - batch["mask"].astype(int))).any()
+    assert not data.correct(
+        (batch["tokens"] + 1) % 8 * batch["mask"].astype(int)
+        + batch["tokens"] * (1 - batch["mask"].astype(int))
+    ).any()
     assert (Recall(seed=1).table[:, 2:] != data.table[:, 2:]).any()
     np.testing.assert_array_equal(batch["mask"][0], [0, 0, 1, 1, 1, 1, 1, 1])
     with pytest.raises(Refused, match=r"data.questions=65: expected 1 to 64"):

@@ -18,7 +18,11 @@ def log_density(data, process, x, t, modes):
     weights, means, stds = (jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.law)
     a, s = process.alpha_sigma(t)
     var = (a * stds) ** 2 + s**2
-    logs = jnp.log(weights) - jnp.sum((x - a * means) ** 2, -1) / (2 * var) - data.dim / 2 * jnp.log(2 * jnp.pi * var)
+    logs = (
+        jnp.log(weights)
+        - jnp.sum((x - a * means) ** 2, -1) / (2 * var)
+        - data.dim / 2 * jnp.log(2 * jnp.pi * var)
+    )
     return jax.nn.logsumexp(logs)
 
 
@@ -26,7 +30,10 @@ def log_density(data, process, x, t, modes):
 def test_score_is_the_gradient_of_the_log_density(x64, process, dim):
     data = Mixture(seed=2, dim=dim, modes=4)
     t = process.time_of_lam(jnp.asarray([3.0, 1.0, 0.0, -2.0]))
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, dim))) * process.alpha_sigma(t)[1][:, None]
+    x = (
+        jnp.asarray(np.random.default_rng(0).standard_normal((4, dim)))
+        * process.alpha_sigma(t)[1][:, None]
+    )
     a, s, da, ds = (c[:, None] for c in process.coefs(t))
 
     def check(cond, modes):
@@ -36,16 +43,21 @@ def test_score_is_the_gradient_of_the_log_density(x64, process, dim):
     cases = [(None, [0, 1, 2, 3]), (jnp.full(4, 4), [0, 1, 2, 3]), (jnp.full(4, 2), [2])]
     for pred, slope in jax.jit(lambda: [check(*case) for case in cases])():
         np.testing.assert_allclose(-pred.eps / s, slope, rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12)  # Tweedie's x0 with it
+        np.testing.assert_allclose(
+            a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12
+        )  # Tweedie's x0 with it
         np.testing.assert_allclose(pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12)
 
 
 def test_posterior_mean_by_quadrature(x64):
     """E[x0 | x_t] integrated over a grid of x0."""
-    data, process = Mixture(seed=3, dim=1, modes=3), Flow()
+    data = Mixture(seed=3, dim=1, modes=3)
+    process = Flow()
     grid = jnp.linspace(-3, 3, 20_001)
     weights, means, stds = (np.asarray(a, np.float64) for a in data.law)
-    prior = sum(w / s * np.exp(-((grid - m[0]) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds))
+    prior = sum(
+        w / s * np.exp(-((grid - m[0]) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds)
+    )
     for t, x in ((0.3, 0.4), (0.7, -0.5), (0.95, 1.0)):
         a, s = process.alpha_sigma(jnp.asarray(t))
         posterior = prior * np.exp(-((x - a * grid) ** 2) / (2 * s**2))
@@ -69,9 +81,14 @@ def test_denoiser_is_exact_at_both_ends():
 
 def test_net_is_the_denoiser_without_weights():
     data = Mixture()
-    net, x, t = data.net(VP()), jnp.ones((2, 2)), jnp.full(2, 0.5)
+    net = data.net(VP())
+    x = jnp.ones((2, 2))
+    t = jnp.full(2, 0.5)
     assert net.init(jax.random.key(0)) == {} and net.size == 0
-    np.testing.assert_array_equal(net.apply({}, x, t, jnp.asarray([0, 6])).x0, data.denoise(VP(), x, t, jnp.asarray([0, 6])).x0)
+    np.testing.assert_array_equal(
+        net.apply({}, x, t, jnp.asarray([0, 6])).x0,
+        data.denoise(VP(), x, t, jnp.asarray([0, 6])).x0,
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -92,7 +109,8 @@ def test_law_is_as_described(seed):
 
 
 def test_samples_have_the_laws_moments():
-    data, n = Mixture(seed=1), 20_000
+    data = Mixture(seed=1)
+    n = 20_000
     weights, means, stds = data.law
     drawn = data.evaluation(n)
     assert drawn["x"].dtype == np.float32 and drawn["cond"].dtype == np.int32
@@ -131,22 +149,33 @@ def test_classes_are_sectors_of_modes(x64):
     angle = np.arctan2(data.law[1][:, 1], data.law[1][:, 0])
     assert angle[data.labels == 0].max() < angle[data.labels == 1].min()
     plain = dataclasses.replace(data, classes=0)
-    mine, modes = data.batch(0, slice(None)), plain.batch(0, slice(None))
+    mine = data.batch(0, slice(None))
+    modes = plain.batch(0, slice(None))
     np.testing.assert_array_equal(mine["x"], modes["x"])
     np.testing.assert_array_equal(mine["cond"], data.labels[modes["cond"]])
     assert np.all(mine["null_cond"] == 2) and plain.labels.tolist() == list(range(6))
-    x, t = jnp.asarray(mine["x"][:4], jnp.float64), jnp.full(4, 0.5)
-    slope = jax.vmap(jax.grad(lambda x, t: log_density(data, Flow(), x, t, np.flatnonzero(data.labels == 1))))(x, t)
-    np.testing.assert_allclose(-data.denoise(Flow(), x, t, jnp.ones(4, int)).eps / 0.5, slope, rtol=1e-9, atol=1e-9)
+    x = jnp.asarray(mine["x"][:4], jnp.float64)
+    t = jnp.full(4, 0.5)
+    slope = jax.vmap(
+        jax.grad(lambda x, t: log_density(data, Flow(), x, t, np.flatnonzero(data.labels == 1)))
+    )(x, t)
+    np.testing.assert_allclose(
+        -data.denoise(Flow(), x, t, jnp.ones(4, int)).eps / 0.5, slope, rtol=1e-9, atol=1e-9
+    )
     both = data.denoise(Flow(), x, t, jnp.full(4, 2)).x0
     np.testing.assert_array_equal(both, data.denoise(Flow(), x, t).x0)
 
 
 def test_blurred_teacher_is_off_by_that_much_noise(x64):
     """Same samples; on EDM its score at sigma is the exact law's at sqrt(sigma^2 + blur^2)."""
-    data, exact = Blurred(seed=3, blur=0.1), Mixture(seed=3)
+    data = Blurred(seed=3, blur=0.1)
+    exact = Mixture(seed=3)
     np.testing.assert_array_equal(data.batch(0, slice(None))["x"], exact.batch(0, slice(None))["x"])
-    x, t = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2))), jnp.asarray([0.01, 0.05, 0.1, 0.3, 1.0, 10.0])
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)))
+    t = jnp.asarray([0.01, 0.05, 0.1, 0.3, 1.0, 10.0])
     wider = jnp.sqrt(t**2 + 0.01)
-    ours, theirs = data.denoise(EDM(), x, t), exact.denoise(EDM(), x, wider)
-    np.testing.assert_allclose(ours.eps / t[:, None], theirs.eps / wider[:, None], rtol=1e-5)  # the blurred law is in float32
+    ours = data.denoise(EDM(), x, t)
+    theirs = exact.denoise(EDM(), x, wider)
+    np.testing.assert_allclose(
+        ours.eps / t[:, None], theirs.eps / wider[:, None], rtol=1e-5
+    )  # the blurred law is in float32

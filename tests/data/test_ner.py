@@ -31,25 +31,49 @@ def test_replies_of_a_teacher(text, pairs):
 
 
 def test_cleaning():
-    pairs = [("Ada", "Person"), ("Ada", "person"), ("Bob", "person"), ("Rome", "misc"), ("Москва", "city"), ("Ada", " "), ("Rome ", "city")]
+    pairs = [
+        ("Ada", "Person"),
+        ("Ada", "person"),
+        ("Bob", "person"),
+        ("Rome", "misc"),
+        ("Москва", "city"),
+        ("Ada", " "),
+        ("Rome ", "city"),
+    ]
     assert ner.cleaned("Ada saw Rome and Москва.", pairs) == [("Ada", "person"), ("Rome", "city")]
-    rows = ner.labelled({"a": "Ada ran", "b": "Bob ran"}, [{"id": "a", "text": '[["Ada", "person"]]'}, {"id": "b", "text": "sorry"}])
+    rows = ner.labelled(
+        {"a": "Ada ran", "b": "Bob ran"},
+        [{"id": "a", "text": '[["Ada", "person"]]'}, {"id": "b", "text": "sorry"}],
+    )
     assert rows == [{"text": "Ada ran", "entities": [["Ada", "person"]]}]
     assert "Ada ran" in ner.ask("Ada ran")[0]["content"]
 
 
 def test_negatives_follow_the_frequencies():
-    rows = [[("a", "x")] * 5, [("a", "x"), ("b", "x"), ("c", "y")], [("d", "z")], [("e", "z")], [("f", "z")], [("g", "w")]]
+    rows = [
+        [("a", "x")] * 5,
+        [("a", "x"), ("b", "x"), ("c", "y")],
+        [("d", "z")],
+        [("e", "z")],
+        [("f", "z")],
+        [("g", "w")],
+    ]
     counts = ner.frequencies(rows)
     assert counts == Counter(x=3, z=3, y=1, w=1)  # equal mentions in a passage once
-    rng, n = np.random.default_rng(0), 20_000
+    rng = np.random.default_rng(0)
+    n = 20_000
     drawn = Counter(ner.absent(["x"], counts, 1, rng)[0] for _ in range(n))
     for kind, p in (("z", 0.6), ("y", 0.2), ("w", 0.2)):
         assert abs(drawn[kind] / n - p) < 4 * np.sqrt(p * (1 - p) / n)
     uniform = Counter(ner.absent(["x"], counts, 1, rng, "uniform")[0] for _ in range(n))
-    assert all(abs(uniform[kind] / n - 1 / 3) < 4 * np.sqrt(2 / 9 / n) for kind in "zyw") and "x" not in uniform
+    assert (
+        all(abs(uniform[kind] / n - 1 / 3) < 4 * np.sqrt(2 / 9 / n) for kind in "zyw")
+        and "x" not in uniform
+    )
     assert sorted(ner.absent(["x"], counts, 10, rng)) == ["w", "y", "z"]
-    assert ner.absent(["x"], counts, 5, rng, "none") == ner.absent(list("xyzw"), counts, 5, rng) == []
+    assert (
+        ner.absent(["x"], counts, 5, rng, "none") == ner.absent(list("xyzw"), counts, 5, rng) == []
+    )
 
 
 def test_questions_are_shuffled_and_stay_with_their_answers():
@@ -71,20 +95,34 @@ def test_conversation_round_trip():
     text = CODEC.decode(tokens)
     found = re.findall(r"USER: What describes (\w+) in the text\? ASSISTANT: (\[.*?\])", text)
     assert {kind: json.loads(answer) for kind, answer in found} == ANSWERS
-    assert text.startswith(ner.SYSTEM + " USER: Text: Ada met Bob in Rome ASSISTANT: I've read this text.")
+    assert text.startswith(
+        ner.SYSTEM + " USER: Text: Ada met Bob in Rome ASSISTANT: I've read this text."
+    )
 
 
 def test_all_types_in_one_question():
-    first, (question, answer) = ner.together("Ada met Bob in Rome", ANSWERS, np.random.default_rng(0))
-    assert first == ner.conversation("Ada met Bob in Rome", ANSWERS)[0] and json.loads(answer) == ANSWERS
-    assert [question.find(kind) for kind in json.loads(answer)] == sorted(question.find(kind) for kind in ANSWERS)
-    assert "definition" in ner.ask("x", "definition")[0]["content"] and "definition" not in ner.ask("x")[0]["content"]
+    first, (question, answer) = ner.together(
+        "Ada met Bob in Rome", ANSWERS, np.random.default_rng(0)
+    )
+    assert (
+        first == ner.conversation("Ada met Bob in Rome", ANSWERS)[0]
+        and json.loads(answer) == ANSWERS
+    )
+    assert [question.find(kind) for kind in json.loads(answer)] == sorted(
+        question.find(kind) for kind in ANSWERS
+    )
+    assert (
+        "definition" in ner.ask("x", "definition")[0]["content"]
+        and "definition" not in ner.ask("x")[0]["content"]
+    )
 
 
 def test_targets_are_the_answers_and_their_ends():
     turns = ner.conversation("Ada met Bob in Rome", ANSWERS)
     tokens, mask = ner.encode(turns, CODEC)
-    assert tokens[0] == CODEC.bos and mask.sum() == sum(len(CODEC.encode(a)) + 1 for _, a in turns[1:])
+    assert tokens[0] == CODEC.bos and mask.sum() == sum(
+        len(CODEC.encode(a)) + 1 for _, a in turns[1:]
+    )
     assert CODEC.decode(tokens[mask > 0]) == "".join(a for _, a in turns[1:])
     assert (tokens[mask > 0] == CODEC.eos).sum() == 3 and (tokens == CODEC.eos).sum() == 4
     acknowledged = ner.encode(turns, CODEC, train_ack=True)[1]
@@ -95,7 +133,11 @@ def test_a_prompt_is_the_beginning_of_what_was_trained():
     turns = ner.conversation("Ada met Bob", {"person": ["Ada", "Bob"]})
     whole, mask = ner.encode(turns, CODEC)
     prompt, _ = ner.encode([turns[0], (turns[1][0], "")], CODEC)
-    assert (whole[: len(prompt)] == prompt).all() and mask[: len(prompt)].sum() == 0 and mask[len(prompt) :].all()
+    assert (
+        (whole[: len(prompt)] == prompt).all()
+        and mask[: len(prompt)].sum() == 0
+        and mask[len(prompt) :].all()
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +163,11 @@ def write(path, rows):
     return str(path)
 
 
-ROWS = [("Ada ran", [["Ada", "person"]]), ("Rome is old", [["Rome", "place"]]), ("In 1999 Bob", [["1999", "date"], ["Bob", "person"]])]
+ROWS = [
+    ("Ada ran", [["Ada", "person"]]),
+    ("Rome is old", [["Rome", "place"]]),
+    ("In 1999 Bob", [["1999", "date"], ["Bob", "person"]]),
+]
 
 
 def test_conversations_of_a_file(tmp_path):
@@ -131,13 +177,24 @@ def test_conversations_of_a_file(tmp_path):
         answers = {user: json.loads(assistant) for user, assistant in turns[1:]}
         kinds = {kind for _, kind in pairs}
         negative = [user for user, found in answers.items() if not found]
-        assert len(answers) - len(negative) == len(kinds) and len(negative) == min(2, 3 - len(kinds))
-        assert text in turns[0][0] and not any(f" {kind} " in user for kind in kinds for user in negative)
+        assert len(answers) - len(negative) == len(kinds) and len(negative) == min(
+            2, 3 - len(kinds)
+        )
+        assert text in turns[0][0] and not any(
+            f" {kind} " in user for kind in kinds for user in negative
+        )
     arrays = data.arrays("train")
     assert arrays["tokens"].shape == (3, 600) and (arrays["mask"] <= (arrays["segments"] > 0)).all()
     none = ner.Conversations(path=path, heldout=0.0, negatives="none")
     assert not any(answer == "[]" for turns in none.conversations("train") for _, answer in turns)
-    assert len(ner.Conversations(path=path, heldout=0.0, length=220, negatives="none").arrays("train")["tokens"]) < 3  # cut ones left out
+    assert (
+        len(
+            ner.Conversations(path=path, heldout=0.0, length=220, negatives="none").arrays("train")[
+                "tokens"
+            ]
+        )
+        < 3
+    )  # cut ones left out
     with pytest.raises(Refused, match="all 3 conversations are longer than 50 tokens"):
         ner.Conversations(path=path, heldout=0.0, length=50).arrays("train")
     with pytest.raises(Refused, match="negatives='some'"):
@@ -149,9 +206,13 @@ def test_conversations_of_a_file(tmp_path):
 @pytest.mark.parametrize("found", [None, "x", {"a": [["x", "y"]]}, [["x"]], [["x", 3]], [3]])
 def test_entities_that_are_none(tmp_path, found):
     (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": "a b", "entities": [["a", "b"]]}) + "\n" + json.dumps({"text": "x", "entities": found})
+        json.dumps({"text": "a b", "entities": [["a", "b"]]})
+        + "\n"
+        + json.dumps({"text": "x", "entities": found})
     )
-    with pytest.raises(Refused, match=r"a.jsonl:2: expected a list of \[entity, type\] under 'entities'"):
+    with pytest.raises(
+        Refused, match=r"a.jsonl:2: expected a list of \[entity, type\] under 'entities'"
+    ):
         ner.Conversations(path=str(tmp_path / "a.jsonl")).check()
 
 
@@ -175,17 +236,30 @@ def test_slots(negatives, check_stream):
     empty = np.array([not answer for answer in data.answers(arrays["tokens"])])
     assert empty.any() == (negatives != "none")
     test = data.evaluation(120)
-    assert len(test["tokens"]) == 120 and (test["tokens"][:12, data.length + 1] == 3 + np.arange(12)).all()
+    assert (
+        len(test["tokens"]) == 120
+        and (test["tokens"][:12, data.length + 1] == 3 + np.arange(12)).all()
+    )
     wrong = ner.Slots(size=400, noise=0.08, batch_size=16).arrays("train")["tokens"]
     assert 0.75 < data.correct(wrong).mean() < 0.99
     check_stream(data)
 
 
 def test_wnut(shared_data):
-    dev, test = (ner.conll(shared_data / "wnut17" / f) for f in ("emerging.dev.conll", "emerging.test.annotated"))
+    dev, test = (
+        ner.conll(shared_data / "wnut17" / f)
+        for f in ("emerging.dev.conll", "emerging.test.annotated")
+    )
     assert (len(dev), len(test)) == (1009, 1287)
     assert Counter(kind for _, pairs in test for _, kind in pairs) == Counter(
-        {"person": 429, "group": 165, "location": 150, "creative-work": 142, "product": 127, "corporation": 66}
+        {
+            "person": 429,
+            "group": 165,
+            "location": 150,
+            "creative-work": 142,
+            "product": 127,
+            "corporation": 66,
+        }
     )
     assert all(entity in text for text, pairs in dev + test for entity, _ in pairs)
     assert ("Redondo Beach Blvd", "location") in dev[1][1]

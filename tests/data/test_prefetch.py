@@ -11,11 +11,16 @@ from jaxdistill.data.prefetch import DevicePrefetch
 
 
 class Counting:
-    """Loads 0, 1, 2, ...; `made` is released for each, `go` is waited for before each, and `fail` is raised at `stop`."""
+    """Loads 0, 1, 2, ...; `made` is released for each, `go` is waited for before each, and `fail`
+    is raised at `stop`.
+    """
 
     def __init__(self, stop: int = 1 << 30, fail: BaseException | None = None):
-        self.n, self.stop, self.fail = 0, stop, fail or StopIteration()
-        self.made, self.go = threading.Semaphore(0), threading.Event()
+        self.n = 0
+        self.stop = stop
+        self.fail = fail or StopIteration()
+        self.made = threading.Semaphore(0)
+        self.go = threading.Event()
         self.go.set()
 
     def __next__(self):
@@ -75,7 +80,9 @@ def test_exceptions_keep_their_type_and_their_turn(error, where):
             raise error
         return x
 
-    with DevicePrefetch(Counting(stop=3 if where == "loader" else 9, fail=error), put, 2) as batches:
+    with DevicePrefetch(
+        Counting(stop=3 if where == "loader" else 9, fail=error), put, 2
+    ) as batches:
         assert [next(batches)[0] for _ in range(3)] == [0, 1, 2]
         for _ in range(2):  # and it stays so
             with pytest.raises(type(error)) as raised:
@@ -110,7 +117,9 @@ def test_interrupt_while_waiting_for_a_slow_loader():
     loader.go.clear()
     batches = DevicePrefetch(loader, lambda x: x)
     main = threading.main_thread().ident
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test runner in the background ignores it
     try:
         threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,11 @@ from jaxdistill.data.shapes import COLOURS, SHAPES, WORDS, Shapes, pictures
 
 def test_the_label_is_the_picture():
     out = Shapes().evaluation(500)
-    assert out["x"].shape == (500, 6, 6, 3) and out["x"].dtype == np.float32 and set(np.unique(out["x"])) == {-1.0, 1.0}
+    assert (
+        out["x"].shape == (500, 6, 6, 3)
+        and out["x"].dtype == np.float32
+        and set(np.unique(out["x"])) == {-1.0, 1.0}
+    )
     ink = out["x"].max(-1) > 0
     sizes = [sum(row.count("#") for row in rows) for rows in SHAPES.values()]
     np.testing.assert_array_equal(ink.sum((1, 2)), np.array(sizes)[out["label"][:, 0]])
@@ -29,12 +33,15 @@ def test_captions_tell_shape_and_now_and_then_colour():
     for column in (0, 1):  # one word for each shape and each colour
         equal = (out["cond"]["text"][:, 1 + column] == out["cond"]["text"][0, 1 + column]).all(-1)
         np.testing.assert_array_equal(equal, same[:, column])
-    np.testing.assert_array_equal(out["null_cond"]["mask"], np.tile([True, False, False], (3000, 1)))
+    np.testing.assert_array_equal(
+        out["null_cond"]["mask"], np.tile([True, False, False], (3000, 1))
+    )
 
 
 def test_batches_are_the_same_however_they_are_split():
     data = Shapes(batch_size=8)
-    whole, parts = data.batch(3, slice(None)), [data.batch(3, slice(i, i + 4)) for i in (0, 4)]
+    whole = data.batch(3, slice(None))
+    parts = [data.batch(3, slice(i, i + 4)) for i in (0, 4)]
     jax.tree.map(lambda w, *p: np.testing.assert_array_equal(w, np.concatenate(p)), whole, *parts)
     others = data.batch(4, slice(None)), Shapes(batch_size=8, seed=1).batch(3, slice(None))
     assert all(np.any(other["x"] != whole["x"]) for other in others)

@@ -55,7 +55,9 @@ def test_labels_are_below_the_count(name):
     data, count = LABELLED[name]
     batch = data.batch(0, slice(None))
     assert data.label_count == count and batch["cond"].min() >= 0 and batch["cond"].max() < count
-    assert data.vocab_size is None and ("null_cond" not in batch or set(batch["null_cond"]) == {count})
+    assert data.vocab_size is None and (
+        "null_cond" not in batch or set(batch["null_cond"]) == {count}
+    )
     data.check()
 
 
@@ -73,17 +75,24 @@ def test_a_teacher_that_reads_other_tokens():
 
 def test_files(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 80)
-    for data in (Text(path=str(tmp_path / "a.txt"), length=11), Folders(path=str(tmp_path), each=Text(length=11), batch_size=4)):
+    for data in (
+        Text(path=str(tmp_path / "a.txt"), length=11),
+        Folders(path=str(tmp_path), each=Text(length=11), batch_size=4),
+    ):
         assert data.vocab_size == 259
         data.check()
 
 
 def test_a_split_without_samples_is_refused_at_the_start(tmp_path):
     file = tmp_path / "a.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) + "\n" for i in range(9)))
+    file.write_text(
+        "".join(json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) + "\n" for i in range(9))
+    )
     data = PackedJson(path=str(file), length=32)
     assert len(data.samples("train")) == 9 and np.isfinite(data.spec()["tokens"].shape).all()
-    with pytest.raises(Refused, match=r"a.jsonl: PackedJson has no test samples; data.heldout=0.05 is the share"):
+    with pytest.raises(
+        Refused, match=r"a.jsonl: PackedJson has no test samples; data.heldout=0.05 is the share"
+    ):
         data.check()
     data.check(test=False)
 

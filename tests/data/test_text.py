@@ -39,7 +39,8 @@ def documents(batch: dict) -> list[tuple[str, str]]:
     for r in range(len(batch["tokens"])):
         for segment in range(1, batch["segments"][r].max() + 1):
             here = batch["segments"][r] == segment
-            tokens, mask = batch["tokens"][r][here], batch["mask"][r][here]
+            tokens = batch["tokens"][r][here]
+            mask = batch["mask"][r][here]
             assert batch["positions"][r][here].tolist() == list(range(here.sum()))
             assert tokens[0] == CODEC.bos and tokens[-1] == CODEC.eos and mask[-1] == 1
             assert (np.diff(mask) >= 0).all()
@@ -98,25 +99,44 @@ def test_long_responses_lose_their_end_and_long_prompts_are_left_out(tmp_path):
     packed = PackedJson(path=str(file), length=20, heldout=0, between="").arrays("train")
     rows = sorted(CODEC.decode(row) for row in packed["tokens"])
     assert rows == ["aaa" + "b" * 16, "c" * 18 + "d", "e" * 17 + "f"]  # bos takes a place
-    assert sorted((packed["tokens"] == CODEC.eos).sum(1)) == [0, 0, 1]  # none where a response was cut
-    padded = PaddedJson(path=str(file), prompt_length=18, response_length=2, heldout=0, between="").arrays("train")
+    assert sorted((packed["tokens"] == CODEC.eos).sum(1)) == [
+        0,
+        0,
+        1,
+    ]  # none where a response was cut
+    padded = PaddedJson(
+        path=str(file), prompt_length=18, response_length=2, heldout=0, between=""
+    ).arrays("train")
     assert sorted(CODEC.decode(row) for row in padded["tokens"]) == ["aaabb", "e" * 17 + "f"]
 
 
 def test_padded_rows(jsonl):
-    out = PaddedJson(path=str(jsonl), prompt_length=20, response_length=14, heldout=0.2).arrays("train")
-    assert out["tokens"].shape == (16, 34) and out["prompt"].shape == out["prompt_mask"].shape == (16, 20)
+    out = PaddedJson(path=str(jsonl), prompt_length=20, response_length=14, heldout=0.2).arrays(
+        "train"
+    )
+    assert out["tokens"].shape == (16, 34) and out["prompt"].shape == out["prompt_mask"].shape == (
+        16,
+        20,
+    )
     assert out["prompt_mask"].dtype == bool and out["mask"].dtype == np.float32
     want = {item["prompt"]: item["response"] for item in lines(20)}
     for r in range(16):
         pads = 20 - out["prompt_mask"][r].sum()
-        assert not out["prompt_mask"][r, :pads].any() and (out["prompt"][r, :pads] == CODEC.pad).all()
-        assert out["prompt"][r, pads] == CODEC.bos and (out["prompt"][r] == out["tokens"][r, :20]).all()
+        assert (
+            not out["prompt_mask"][r, :pads].any() and (out["prompt"][r, :pads] == CODEC.pad).all()
+        )
+        assert (
+            out["prompt"][r, pads] == CODEC.bos
+            and (out["prompt"][r] == out["tokens"][r, :20]).all()
+        )
         response = out["tokens"][r, 20:][out["mask"][r, 20:] == 1]
         assert response[-1] == CODEC.eos and out["mask"][r, :20].sum() == 0
         assert want[CODEC.decode(out["prompt"][r])[:-1]] == CODEC.decode(response)
         real = out["segments"][r] == 1
-        assert out["positions"][r][real].tolist() == list(range(real.sum())) and (out["tokens"][r][~real] == CODEC.pad).all()
+        assert (
+            out["positions"][r][real].tolist() == list(range(real.sum()))
+            and (out["tokens"][r][~real] == CODEC.pad).all()
+        )
 
 
 def test_json_list_and_folder(tmp_path):
@@ -127,20 +147,40 @@ def test_json_list_and_folder(tmp_path):
     assert data.samples("test") == [(i["prompt"], i["response"]) for i in lines(3, seed=1)]
     (tmp_path / "test.jsonl").unlink()
     halves = PackedJson(path=str(tmp_path), length=60, heldout=0.5)
-    assert sorted(halves.samples("train") + halves.samples("test")) == sorted(data.samples("train") + data.samples("test"))
+    assert sorted(halves.samples("train") + halves.samples("test")) == sorted(
+        data.samples("train") + data.samples("test")
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a", "response": "b"}\n{"prompt": "a"', r"a.jsonl:2: expected JSON \(.* at column"),
-        ('{"prompt": "a", "response": "b"}\n\n["prompt"]', r"a.jsonl:3: expected a JSON object with 'prompt', found"),
-        ('{"prompt": "a", "respones": "b"}', r"a.jsonl:1: key='response': did you mean 'respones'\?"),
+        (
+            '{"prompt": "a", "response": "b"}\n{"prompt": "a"',
+            r"a.jsonl:2: expected JSON \(.* at column",
+        ),
+        (
+            '{"prompt": "a", "response": "b"}\n\n["prompt"]',
+            r"a.jsonl:3: expected a JSON object with 'prompt', found",
+        ),
+        (
+            '{"prompt": "a", "respones": "b"}',
+            r"a.jsonl:1: key='response': did you mean 'respones'\?",
+        ),
         ('{"prompt": "a", "response": 3}', r"a.jsonl:1: expected text under 'response', found '3'"),
         ('[\n{"prompt": "a", "response": "b"},\n{"prompt": }]', r"a.jsonl:3: expected JSON"),
-        ('[{"prompt": "a", "response": "b"}, {"promt": "a"}]', r"a.jsonl item 1: key='prompt': did you mean 'promt'\?"),
-        ('{"prompt": "a", "response": "b", "n": ' + "1" * 5000 + "}", r"a.jsonl:1: JSON that cannot be read \(Exceeds the limit"),
-        ('{"prompt": "a", "response": ' + "[" * 100_000, r"a.jsonl:1: JSON that cannot be read \(maximum recursion depth"),
+        (
+            '[{"prompt": "a", "response": "b"}, {"promt": "a"}]',
+            r"a.jsonl item 1: key='prompt': did you mean 'promt'\?",
+        ),
+        (
+            '{"prompt": "a", "response": "b", "n": ' + "1" * 5000 + "}",
+            r"a.jsonl:1: JSON that cannot be read \(Exceeds the limit",
+        ),
+        (
+            '{"prompt": "a", "response": ' + "[" * 100_000,
+            r"a.jsonl:1: JSON that cannot be read \(maximum recursion depth",
+        ),
         ('["a", "b"]', r"a.jsonl item 0: expected a JSON object with 'prompt', found 'a'"),
         ('{"prompt": "aaaaaaaaaaaa", "response": "b"}', r"all 1 prompts are longer than 9 tokens"),
         ("\n", "PackedJson has no train samples"),
@@ -158,10 +198,16 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n \n\t\n"], ids=["lf", "crlf", "cr", "blank"])
+@pytest.mark.parametrize(
+    "end", ["\n", "\r\n", "\r", "\n \n\t\n"], ids=["lf", "crlf", "cr", "blank"]
+)
 @pytest.mark.parametrize("kind", ["lines", "list", "indented"])
 def test_the_same_samples_however_lines_end(tmp_path, kind, end, mark):
-    text = LINES if kind == "lines" else json.dumps(ROWS, ensure_ascii=False, indent=2 if kind == "indented" else None)
+    text = (
+        LINES
+        if kind == "lines"
+        else json.dumps(ROWS, ensure_ascii=False, indent=2 if kind == "indented" else None)
+    )
     (tmp_path / "a.jsonl").write_bytes(mark + text.replace("\n", end).encode() + end.encode())
     data = PackedJson(path=str(tmp_path / "a.jsonl"), length=32, heldout=0)
     assert data.samples("train") == [(row["prompt"], row["response"]) for row in ROWS]
@@ -217,11 +263,15 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, line, where):
     with pytest.raises(Refused, match=where.replace(":2", " item 1")):
         PackedJson(path=str(tmp_path / "a.jsonl")).samples("train")
     (tmp_path / "a.jsonl").write_text(first)
-    assert PackedJson(path=str(tmp_path / "a.jsonl"), heldout=0).samples("train") == [("a \U0001f600 b", "c")]
+    assert PackedJson(path=str(tmp_path / "a.jsonl"), heldout=0).samples("train") == [
+        ("a \U0001f600 b", "c")
+    ]
 
 
 def test_text_refused(tmp_path, letters):
-    with pytest.raises(Refused, match=r"data.length=901: expected 2 to 900, the tokens of .* kept for train"):
+    with pytest.raises(
+        Refused, match=r"data.length=901: expected 2 to 900, the tokens of .* kept for train"
+    ):
         Text(path=str(letters), length=901).spec()
     with pytest.raises(Refused, match=r"data.length=12: expected 2 to 0"):
         Text(path=str(letters), length=12, heldout=0).evaluation(1)
@@ -251,13 +301,20 @@ def test_packing(seed):
 @pytest.mark.shared_data
 def test_shakespeare(shared_data):
     data = Text(path=str(shared_data / "tinyshakespeare" / "input.txt"), batch_size=8)
-    assert CODEC.decode(data.arrays("train")["tokens"][0]).startswith("First Citizen:\nBefore we proceed")
-    assert data.codec.decode(data.tokens) == (shared_data / "tinyshakespeare" / "input.txt").read_text()
+    assert CODEC.decode(data.arrays("train")["tokens"][0]).startswith(
+        "First Citizen:\nBefore we proceed"
+    )
+    assert (
+        data.codec.decode(data.tokens)
+        == (shared_data / "tinyshakespeare" / "input.txt").read_text()
+    )
 
 
 @pytest.mark.shared_data
 def test_gsm8k(shared_data):
-    data = PackedJson(path=str(shared_data / "gsm8k"), prompt_key="question", response_key="answer", length=2048)
+    data = PackedJson(
+        path=str(shared_data / "gsm8k"), prompt_key="question", response_key="answer", length=2048
+    )
     assert (len(data.samples("train")), len(data.samples("test"))) == (7473, 1319)
     test = data.arrays("test")
     assert (test["segments"] > 0).mean() > 0.9
@@ -268,5 +325,11 @@ def test_gsm8k(shared_data):
 @pytest.mark.shared_data
 @pytest.mark.parametrize(("name", "size"), [("svamp_train.json", 800), ("svamp_test.json", 200)])
 def test_svamp(shared_data, name, size):
-    data = PaddedJson(path=str(shared_data / "svamp" / name), prompt_key="input", response_key="label", heldout=0, prompt_length=400)
+    data = PaddedJson(
+        path=str(shared_data / "svamp" / name),
+        prompt_key="input",
+        response_key="label",
+        heldout=0,
+        prompt_length=400,
+    )
     assert len(data.arrays("train")["tokens"]) == size

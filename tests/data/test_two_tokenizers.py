@@ -21,7 +21,13 @@ def data(folder, tmp_path_factory):
     for split in ("train", "test"):
         (where / f"{split}.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     merged = str(folder(bos=True, eos_token="</s>"))
-    return AlignedJson(path=str(where), teacher_tokenizer=merged, prompt_length=14, response_length=32, batch_size=2)
+    return AlignedJson(
+        path=str(where),
+        teacher_tokenizer=merged,
+        prompt_length=14,
+        response_length=32,
+        batch_size=2,
+    )
 
 
 def test_both_sides_of_every_span_are_the_same_text(data):
@@ -54,8 +60,13 @@ def test_the_students_side_is_padded_json(data):
 def test_cut_responses_have_no_half_spans(data):
     rows = dataclasses.replace(data, response_length=9, teacher_response_length=3).arrays("train")
     for r in range(2):
-        ours, theirs = rows["span"][r], rows["teacher_span"][r]
-        assert set(ours) == set(theirs) and rows["teacher_mask"][r].sum() == 3 and (ours >= 0).sum() <= 9
+        ours = rows["span"][r]
+        theirs = rows["teacher_span"][r]
+        assert (
+            set(ours) == set(theirs)
+            and rows["teacher_mask"][r].sum() == 3
+            and (ours >= 0).sum() <= 9
+        )
     words = dataclasses.replace(data, ends="words").arrays("train")
     assert words["span"].max(1).tolist() == [5, 4]  # the words and the end
 
@@ -79,7 +90,11 @@ def test_tokens_that_begin_with_white_space_travel_with_the_rows(data):
     rows = dataclasses.replace(data, space=True).arrays("train")
     assert "space" not in data.arrays("train")
     ours = np.unpackbits(rows["space"], 1)[:, : data.codec.vocab]
-    assert (ours == ours[0]).all() and set(np.flatnonzero(ours[0]).tolist()) >= {32, 10, 256, 257, 258} and not ours[0, ord("a")]
+    assert (
+        (ours == ours[0]).all()
+        and set(np.flatnonzero(ours[0]).tolist()) >= {32, 10, 256, 257, 258}
+        and not ours[0, ord("a")]
+    )
     teacher = load_tokenizer(data.teacher_tokenizer)
     theirs = np.unpackbits(rows["teacher_space"], 1)[0, : teacher.vocab]
     for i, text in enumerate(teacher.texts()):
@@ -102,7 +117,9 @@ def test_stream(check_stream):
 
 def test_few_rows_come_again():
     data = Blocks(vocab=5, branch=2, length=8, batch_size=50, size=6)
-    assert len({row.tobytes() for i in range(3) for row in data.batch(i, slice(None))["tokens"]}) == 6
+    assert (
+        len({row.tobytes() for i in range(3) for row in data.batch(i, slice(None))["tokens"]}) == 6
+    )
 
 
 def test_blocks_are_the_symbols_and_their_law_is_exact():
@@ -114,6 +131,12 @@ def test_blocks_are_the_symbols_and_their_law_is_exact():
     a, b = np.divmod(batch["teacher_tokens"], 5)
     np.testing.assert_array_equal(np.stack([a, b], -1).reshape(16, 12), batch["tokens"])
     law = jax.nn.log_softmax(data.net().apply({}, batch["teacher_tokens"]))
-    blocks = np.take_along_axis(np.asarray(law)[:, :-1], batch["teacher_tokens"][:, 1:, None], -1)[..., 0]
-    np.testing.assert_allclose(blocks, plain.log_probs(batch["tokens"]).reshape(16, 6, 2).sum(-1)[:, 1:], rtol=1e-4)
-    assert batch["span"][0].tolist() == [-1, -1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and batch["teacher_span"][0].tolist() == [-1, 1, 2, 3, 4, 5]
+    blocks = np.take_along_axis(np.asarray(law)[:, :-1], batch["teacher_tokens"][:, 1:, None], -1)[
+        ..., 0
+    ]
+    np.testing.assert_allclose(
+        blocks, plain.log_probs(batch["tokens"]).reshape(16, 6, 2).sum(-1)[:, 1:], rtol=1e-4
+    )
+    assert batch["span"][0].tolist() == [-1, -1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5] and batch[
+        "teacher_span"
+    ][0].tolist() == [-1, 1, 2, 3, 4, 5]

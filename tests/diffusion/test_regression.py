@@ -1,4 +1,6 @@
-"""Denoising errors, and score matching within subintervals (Phased DMD): unbiased targets from samples at s alone."""
+"""Denoising errors, and score matching within subintervals (Phased DMD): unbiased targets from
+samples at s alone.
+"""
 
 import functools
 
@@ -18,7 +20,9 @@ from jaxdistill.samplers import ode
 
 POINTS = np.array([-1.0, 0.0, 1.0, 2.0])
 PROCESSES = [Flow(), Flow(shift=5.0), Trig(), EDM()]
-every = pytest.mark.parametrize("process", PROCESSES, ids=lambda p: type(p).__name__ + str(getattr(p, "shift", "")))
+every = pytest.mark.parametrize(
+    "process", PROCESSES, ids=lambda p: type(p).__name__ + str(getattr(p, "shift", ""))
+)
 
 
 def draw(*shape, seed=0):
@@ -33,14 +37,21 @@ def exact_x0(x, t):
 
 
 def test_conditional_mean_is_the_velocity_in_every_bin(x64):
-    """s = .5, t = .8: E[u | x_t] = (x_t - E[x0 | x_t]) / t; the target eps - x_s is off by about a quarter."""
-    s, t, n = 0.5, 0.8, 2_000_000
+    """s = .5, t = .8: E[u | x_t] = (x_t - E[x0 | x_t]) / t; the target eps - x_s is off by about a
+    quarter.
+    """
+    s = 0.5
+    t = 0.8
+    n = 2_000_000
     rng = np.random.default_rng(0)
     xs = (1 - s) * rng.choice(POINTS, n) + s * rng.standard_normal(n)
     eps = rng.standard_normal(n)
     x0, noise, _ = interval_targets(Flow(), jnp.asarray(xs), jnp.asarray(eps), s, t)
-    xt = np.asarray(Flow().transition(jnp.asarray(xs), jnp.asarray(eps), jnp.asarray(s), jnp.asarray(t)))
-    target, biased = np.asarray(noise - x0), eps - xs
+    xt = np.asarray(
+        Flow().transition(jnp.asarray(xs), jnp.asarray(eps), jnp.asarray(s), jnp.asarray(t))
+    )
+    target = np.asarray(noise - x0)
+    biased = eps - xs
     velocity = (xt - exact_x0(xt, t)) / t
     bins = np.digitize(xt, np.arange(-2.4, 1.61, 0.4))
     for i in range(1, 11):
@@ -52,20 +63,29 @@ def test_conditional_mean_is_the_velocity_in_every_bin(x64):
 
 @pytest.mark.parametrize("process", [VP(), CosineVP(), DDPM()], ids=lambda p: type(p).__name__)
 def test_the_v_of_variance_preserving_processes(x64, process):
-    """alpha eps - sigma x0: what a network of this parameterisation puts out, and (SNR + 1) times the error of x0."""
-    x0, eps, raw, t = draw(6, 2), draw(6, 2, seed=1), draw(6, 2, seed=2), jnp.linspace(0.2, 0.9, 6)
+    """alpha eps - sigma x0: what a network of this parameterisation puts out, and (SNR + 1) times
+    the error of x0.
+    """
+    x0 = draw(6, 2)
+    eps = draw(6, 2, seed=1)
+    raw = draw(6, 2, seed=2)
+    t = jnp.linspace(0.2, 0.9, 6)
     net = Denoiser(param=VPVelocity(), native=process).wrap(lambda x, t, cond: raw, process)
     pred = net(process.add_noise(x0, eps, t), t)
     a, s = process.alpha_sigma(t[:, None])
     got = denoising_error(process, pred, x0, eps, t, "vp")
     np.testing.assert_allclose(got, jnp.mean((raw - (a * eps - s * x0)) ** 2, 1), rtol=1e-9)
     snr = (a / s)[:, 0] ** 2
-    np.testing.assert_allclose(got, (snr + 1) * denoising_error(process, pred, x0, eps, t, "x0"), rtol=1e-9)
+    np.testing.assert_allclose(
+        got, (snr + 1) * denoising_error(process, pred, x0, eps, t, "x0"), rtol=1e-9
+    )
 
 
 @every
 def test_at_zero_the_targets_are_sample_and_noise(x64, process):
-    xs, eps, t = draw(5, 2), draw(5, 2, seed=1), jnp.linspace(0.1, 0.9, 5)
+    xs = draw(5, 2)
+    eps = draw(5, 2, seed=1)
+    t = jnp.linspace(0.1, 0.9, 5)
     x0, noise, sigma = interval_targets(process, xs, eps, 0.0, t)
     np.testing.assert_array_equal(x0, xs)
     np.testing.assert_allclose(noise, eps, rtol=1e-14)
@@ -76,8 +96,13 @@ def test_at_zero_the_targets_are_sample_and_noise(x64, process):
 
 @every
 def test_the_two_targets_are_of_one_state(x64, process):
-    """alpha_t x0 + sigma_t eps = x_t for every x_s and eps; on rectified flow x_t - t u is the x0 target."""
-    xs, eps, s, t = draw(6, 2), draw(6, 2, seed=1), jnp.full(6, 0.3), jnp.linspace(0.35, 0.95, 6)
+    """alpha_t x0 + sigma_t eps = x_t for every x_s and eps; on rectified flow x_t - t u is the x0
+    target.
+    """
+    xs = draw(6, 2)
+    eps = draw(6, 2, seed=1)
+    s = jnp.full(6, 0.3)
+    t = jnp.linspace(0.35, 0.95, 6)
     x0, noise, _ = interval_targets(process, xs, eps, s, t)
     xt = process.transition(xs, eps, s, t)
     np.testing.assert_allclose(process.add_noise(x0, noise, t), xt, rtol=1e-11, atol=1e-12)
@@ -87,28 +112,45 @@ def test_the_two_targets_are_of_one_state(x64, process):
 
 def test_closed_form_of_the_velocity_target(x64):
     """u = [t + (1 - t) s^2 / (1 - s)^2] / sigma_{t|s} eps - x_s / (1 - s)."""
-    xs, eps, s, t = draw(4, 3), draw(4, 3, seed=1), 0.5, jnp.array([0.6, 0.7, 0.8, 0.9])[:, None]
+    xs = draw(4, 3)
+    eps = draw(4, 3, seed=1)
+    s = 0.5
+    t = jnp.array([0.6, 0.7, 0.8, 0.9])[:, None]
     x0, noise, sigma = interval_targets(Flow(), xs, eps, s, t[:, 0])
     np.testing.assert_allclose(sigma, jnp.sqrt(t**2 - ((1 - t) / (1 - s)) ** 2 * s**2), rtol=1e-12)
-    np.testing.assert_allclose(noise - x0, (t + (1 - t) * s**2 / (1 - s) ** 2) / sigma * eps - xs / (1 - s), rtol=1e-11)
+    np.testing.assert_allclose(
+        noise - x0, (t + (1 - t) * s**2 / (1 - s) ** 2) / sigma * eps - xs / (1 - s), rtol=1e-11
+    )
 
 
 def test_scaled_target_stays_finite_next_to_s(x64):
-    """sigma_{t|s} u -> s / (1 - s) eps for t -> s; at t = s itself the floor keeps everything finite."""
-    xs, eps, s = draw(4, 2), draw(4, 2, seed=1), 0.5
+    """sigma_{t|s} u -> s / (1 - s) eps for t -> s; at t = s itself the floor keeps everything
+    finite.
+    """
+    xs = draw(4, 2)
+    eps = draw(4, 2, seed=1)
+    s = 0.5
     for gap in (1e-4, 1e-6):
         x0, noise, sigma = interval_targets(Flow(), xs, eps, s, s + gap)
         np.testing.assert_allclose(sigma * (noise - x0), s / (1 - s) * eps, atol=8 * gap**0.5)
-    process, pred = Flow(), Flow().from_x0(xs, xs, jnp.full(4, s))
+    process = Flow()
+    pred = Flow().from_x0(xs, xs, jnp.full(4, s))
     error = interval_error(process, pred, xs, eps, s, jnp.full(4, s))
-    assert np.all(np.isfinite(error)) and np.all(error < 10 * 2 * np.max((s / (1 - s) * np.abs(eps) + 1e-3) ** 2))
+    assert np.all(np.isfinite(error)) and np.all(
+        error < 10 * 2 * np.max((s / (1 - s) * np.abs(eps) + 1e-3) ** 2)
+    )
 
 
 def test_marginal_of_the_re_noised_state(x64):
     """Variance (1 - t)^2 Var(x_0) + t^2, to the sampling error of a variance."""
-    rng, n, s, t = np.random.default_rng(0), 400_000, 0.5, 0.8
+    rng = np.random.default_rng(0)
+    n = 400_000
+    s = 0.5
+    t = 0.8
     xs = (1 - s) * rng.choice(POINTS, n) + s * rng.standard_normal(n)
-    xt = Flow().transition(jnp.asarray(xs), jnp.asarray(rng.standard_normal(n)), jnp.asarray(s), jnp.asarray(t))
+    xt = Flow().transition(
+        jnp.asarray(xs), jnp.asarray(rng.standard_normal(n)), jnp.asarray(s), jnp.asarray(t)
+    )
     want = (1 - t) ** 2 * POINTS.var() + t**2
     np.testing.assert_allclose(np.var(xt), want, rtol=5 * (2 / n) ** 0.5)
     np.testing.assert_allclose(np.mean(xt), (1 - t) * POINTS.mean(), atol=5 * (want / n) ** 0.5)
@@ -116,8 +158,13 @@ def test_marginal_of_the_re_noised_state(x64):
 
 @pytest.mark.parametrize("clamp", [10.0, np.inf])
 def test_weight_of_the_error(x64, clamp):
-    """min(1 / sigma_{t|s}^2, 10) |sigma_{t|s} (v - u)|^2, mean over dimensions; an infinite clamp is the plain error."""
-    xs, eps, s, t = draw(6, 3), draw(6, 3, seed=1), 0.5, jnp.linspace(0.505, 0.95, 6)
+    """min(1 / sigma_{t|s}^2, 10) |sigma_{t|s} (v - u)|^2, mean over dimensions; an infinite clamp
+    is the plain error.
+    """
+    xs = draw(6, 3)
+    eps = draw(6, 3, seed=1)
+    s = 0.5
+    t = jnp.linspace(0.505, 0.95, 6)
     xt = Flow().transition(xs, eps, jnp.asarray(s), t)
     pred = Flow().from_v(draw(6, 3, seed=2), xt, t)
     x0, noise, sigma = interval_targets(Flow(), xs, eps, s, t)
@@ -129,32 +176,49 @@ def test_weight_of_the_error(x64, clamp):
 
 def test_flow_target_does_not_depend_on_the_process_s_time(x64):
     """eps - x0 under a shift is what "v" is without one; without a shift they are the same."""
-    x0, eps, raw, t = draw(4, 2), draw(4, 2, seed=1), draw(4, 2, seed=2), jnp.array([0.2, 0.4, 0.6, 0.8])
+    x0 = draw(4, 2)
+    eps = draw(4, 2, seed=1)
+    raw = draw(4, 2, seed=2)
+    t = jnp.array([0.2, 0.4, 0.6, 0.8])
     shifted = Flow(shift=5.0)
     warped = shifted.alpha_sigma(t)[1]
     plain = Flow().from_v(raw, Flow().add_noise(x0, eps, warped), warped)
     other = shifted.from_x0(plain.x0, shifted.add_noise(x0, eps, t), t)
     want = denoising_error(Flow(), plain, x0, eps, warped, "v")
-    np.testing.assert_allclose(denoising_error(Flow(), plain, x0, eps, warped, "flow"), want, rtol=1e-10)
-    np.testing.assert_allclose(denoising_error(shifted, other, x0, eps, t, "flow"), want, rtol=1e-10)
+    np.testing.assert_allclose(
+        denoising_error(Flow(), plain, x0, eps, warped, "flow"), want, rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        denoising_error(shifted, other, x0, eps, t, "flow"), want, rtol=1e-10
+    )
     with pytest.raises(Refused, match="expected one of v, flow"):
         denoising_error(Flow(), plain, x0, eps, warped, "score")
 
 
 @pytest.mark.slow
 def test_a_network_trained_within_the_interval_follows_the_exact_flow():
-    """Four points, trained from x_.5 alone; Euler from 1 to .5. The biased target eps - x_s ends at least 5 times further off."""
-    s, n, steps = 0.5, 1024, 3000
-    net, process = make_net(MLP(dim=1, width=64, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow())), Flow()
+    """Four points, trained from x_.5 alone; Euler from 1 to .5. The biased target eps - x_s ends at
+    least 5 times further off.
+    """
+    s = 0.5
+    n = 1024
+    steps = 3000
+    net = make_net(
+        MLP(dim=1, width=64, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow())
+    )
+    process = Flow()
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
     def error(biased, params, key):
         keys = jax.random.split(key, 4)
         x0 = jnp.asarray(POINTS, jnp.float32)[jax.random.randint(keys[0], (n, 1), 0, 4)]
         xs = process.add_noise(x0, jax.random.normal(keys[1], x0.shape), jnp.asarray(s))
-        t, eps = jax.random.uniform(keys[2], (n,), minval=s + 1e-3), jax.random.normal(keys[3], x0.shape)
+        t = jax.random.uniform(keys[2], (n,), minval=s + 1e-3)
+        eps = jax.random.normal(keys[3], x0.shape)
         pred = net.apply(params, process.transition(xs, eps, jnp.asarray(s), t), t)
-        return jnp.mean((pred.v - (eps - xs)) ** 2 if biased else interval_error(process, pred, xs, eps, s, t))
+        return jnp.mean(
+            (pred.v - (eps - xs)) ** 2 if biased else interval_error(process, pred, xs, eps, s, t)
+        )
 
     @functools.partial(jax.jit, static_argnums=0)
     def train(biased, params):
@@ -163,12 +227,20 @@ def test_a_network_trained_within_the_interval_follows_the_exact_flow():
             updates, opt = tx.update(grads, carry[1])
             return (optax.apply_updates(carry[0], updates), opt), None
 
-        return jax.lax.scan(body, (params, tx.init(params)), jax.random.split(jax.random.key(1), steps))[0][0]
+        return jax.lax.scan(
+            body, (params, tx.init(params)), jax.random.split(jax.random.key(1), steps)
+        )[0][0]
 
-    noise, times = jax.random.normal(jax.random.key(2), (2000, 1)), jnp.linspace(1.0, s, 51)
-    path = jax.jit(lambda params: ode.sample(ode.euler, lambda x, t: net.apply(params, x, t), noise, times))
+    noise = jax.random.normal(jax.random.key(2), (2000, 1))
+    times = jnp.linspace(1.0, s, 51)
+    path = jax.jit(
+        lambda params: ode.sample(ode.euler, lambda x, t: net.apply(params, x, t), noise, times)
+    )
     want = np.asarray(noise, np.float64)[:, 0]
     for t, r in zip(np.linspace(1.0, s, 51)[:-1], np.linspace(1.0, s, 51)[1:]):
         want = want + (r - t) * (want - exact_x0(want, t)) / t
-    rmse = [np.sqrt(np.mean((path(train(biased, net.init(jax.random.key(0))))[:, 0] - want) ** 2)) for biased in (True, False)]
+    rmse = [
+        np.sqrt(np.mean((path(train(biased, net.init(jax.random.key(0))))[:, 0] - want) ** 2))
+        for biased in (True, False)
+    ]
     assert rmse[0] > 5 * rmse[1], rmse

@@ -30,4 +30,6 @@ def test_reads_digits(tmp_path):
 
 
 def test_reads_mnist(shared_data):
-    assert accuracy(build(spec("data.idx:IDX", path=str(shared_data / "mnist")))) > 0.92  # what a linear model reaches
+    assert (
+        accuracy(build(spec("data.idx:IDX", path=str(shared_data / "mnist")))) > 0.92
+    )  # what a linear model reaches

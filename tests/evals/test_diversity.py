@@ -17,7 +17,9 @@ def test_vendi_is_the_entropy_of_the_kernels_eigenvalues():
     x = np.random.default_rng(0).standard_normal((5, 9))
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     values = np.linalg.eigvalsh(unit @ unit.T / 5)
-    np.testing.assert_allclose(diversity.vendi_score(x), np.exp(-np.sum(values * np.log(values))), rtol=1e-11)
+    np.testing.assert_allclose(
+        diversity.vendi_score(x), np.exp(-np.sum(values * np.log(values))), rtol=1e-11
+    )
     with pytest.raises(Refused, match="no direction"):
         diversity.vendi_score(np.zeros((3, 2)))
 
@@ -25,7 +27,9 @@ def test_vendi_is_the_entropy_of_the_kernels_eigenvalues():
 def test_pairwise_distance_stays_within_conditions():
     x = np.array([[0.0], [1.0], [3.0], [100.0], [104.0], [7.0]])
     cond = np.array([0, 0, 0, 1, 1, 2])
-    np.testing.assert_allclose(diversity.pairwise_distance(x, cond), ((1 + 2 + 3) / 3 + 4) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        diversity.pairwise_distance(x, cond), ((1 + 2 + 3) / 3 + 4) / 2, rtol=1e-6
+    )
     np.testing.assert_allclose(diversity.pairwise_distance(x[:3]), 2.0, rtol=1e-6)
     np.testing.assert_allclose(diversity.pairwise_distance(np.zeros((4, 2))), 0.0)
     with pytest.raises(Refused, match="1 samples of 1 conditions"):

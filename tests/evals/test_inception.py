@@ -13,9 +13,12 @@ from jaxdistill.evals import inception
 @pytest.fixture(scope="module")
 def weights():
     """Random kernels that keep the signal's size; batch norms with all four statistics in use."""
-    rng, tensors = np.random.default_rng(0), {}
+    rng = np.random.default_rng(0)
+    tensors = {}
     for name, shape in inception.shapes().items():
-        tensors[f"{name}.conv.weight"] = rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+        tensors[f"{name}.conv.weight"] = rng.standard_normal(shape, np.float32) * np.float32(
+            np.sqrt(2 / np.prod(shape[1:]))
+        )
         for key in ("weight", "running_var"):
             tensors[f"{name}.bn.{key}"] = rng.uniform(0.8, 1.2, shape[0]).astype(np.float32)
         for key in ("bias", "running_mean"):
@@ -42,7 +45,9 @@ def torch_features(weights, x):
         return F.relu(F.batch_norm(x, *stats, eps=0.001))
 
     def mixed(name, *branches):
-        return torch.cat([branch(lambda key, *a: conv(f"{name}.{key}", *a)) for branch in branches], 1)
+        return torch.cat(
+            [branch(lambda key, *a: conv(f"{name}.{key}", *a)) for branch in branches], 1
+        )
 
     average = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
     biggest = lambda x: F.max_pool2d(x, 3, 2)
@@ -121,7 +126,8 @@ def test_agrees_with_torch(weights, path, monkeypatch):
     want = torch_features(weights, x.transpose(0, 3, 1, 2).copy())
     got = inception.load(path)(x)
     assert got.shape == (3, 2048) and got.dtype == np.float32
-    # 94 layers of float32, sums of up to 4,032 terms in another order: relative 94 * eps * sqrt(4032) = 7e-4 of the scale
+    # 94 layers of float32, sums of up to 4,032 terms in another order: relative 94 * eps *
+    # sqrt(4032) = 7e-4 of the scale
     np.testing.assert_allclose(got, want, rtol=0, atol=7e-4 * np.abs(want).max())
     assert np.std(want, 0).max() > 10 * 7e-4 * np.abs(want).max()
 
@@ -138,7 +144,9 @@ def test_has_the_94_convolutions_of_pytorch_fid():
 def test_resizing_is_torchs_in_both_directions():
     torch = pytest.importorskip("torch", reason="the reference is torch.nn.functional.interpolate")
     x = np.random.default_rng(2).uniform(-1, 1, (1, 350, 20, 3)).astype(np.float32)
-    want = torch.nn.functional.interpolate(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), (299, 299), mode="bilinear")
+    want = torch.nn.functional.interpolate(
+        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), (299, 299), mode="bilinear"
+    )
     got = jax.image.resize(x, (1, 299, 299, 3), "linear", antialias=False)
     np.testing.assert_allclose(got, want.numpy().transpose(0, 2, 3, 1), atol=1e-4)
 
@@ -159,5 +167,7 @@ def test_refusals(weights, tmp_path):
         inception.load(tmp_path / "part.safetensors")
     first["Conv2d_1a_3x3.conv.weight"] = first["Conv2d_1a_3x3.conv.weight"][:, :1].copy()
     save_file(first, tmp_path / "shape.safetensors")
-    with pytest.raises(Refused, match=r"conv\.weight has shape \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)"):
+    with pytest.raises(
+        Refused, match=r"conv\.weight has shape \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)"
+    ):
         inception.load(tmp_path / "shape.safetensors")

@@ -13,7 +13,8 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
 
 
 def test_token_kl_and_agreement_over_the_mask():
-    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.3, 0.5])
+    p = np.array([0.5, 0.3, 0.2])
+    q = np.array([0.2, 0.3, 0.5])
     teacher = jnp.log(jnp.asarray([[p, p, p]]))
     student = jnp.log(jnp.asarray([[p, q, q]]))
     mask = jnp.asarray([[1, 1, 0]])
@@ -27,7 +28,9 @@ def test_token_kl_and_agreement_over_the_mask():
 def test_exact_match_and_rouge():
     assert language.exact_match(["a  b ", "c", "A b"], ["a b", "d", "a b"]) == 1 / 3
     # the longest common subsequence of 4 and 3 words is 2
-    np.testing.assert_allclose(language.rouge_l(["The cat sat down"], ["cat down there"]), 2 * 2 / 7, rtol=1e-12)
+    np.testing.assert_allclose(
+        language.rouge_l(["The cat sat down"], ["cat down there"]), 2 * 2 / 7, rtol=1e-12
+    )
     assert language.rouge_l(["a b", "", "x"], ["a b", "", "y"]) == 1 / 3
     for metric in (language.exact_match, language.rouge_l):
         with pytest.raises(Refused, match="2 predictions for 1 references"):

@@ -10,7 +10,9 @@ from jaxdistill.evals import distances, manifold
 def modes(counts, seed=0):
     """Tight clusters, ten units apart."""
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.standard_normal((n, 2)) * 0.1 + [10 * i, 0] for i, n in enumerate(counts)])
+    return np.concatenate(
+        [rng.standard_normal((n, 2)) * 0.1 + [10 * i, 0] for i, n in enumerate(counts)]
+    )
 
 
 def test_identical_sets_are_perfect():
@@ -18,7 +20,9 @@ def test_identical_sets_are_perfect():
     assert manifold.precision_recall(x, x) == (1.0, 1.0)
     density, coverage = manifold.density_coverage(x, x)
     assert coverage == 1.0
-    np.testing.assert_allclose(density, 1.0, atol=0.2)  # k neighbours or, where rounding breaks a tie, k + 1
+    np.testing.assert_allclose(
+        density, 1.0, atol=0.2
+    )  # k neighbours or, where rounding breaks a tie, k + 1
 
 
 def test_disjoint_sets_have_nothing():
@@ -28,7 +32,8 @@ def test_disjoint_sets_have_nothing():
 
 
 def test_a_dropped_mode_lowers_recall_and_coverage_only():
-    real, fake = modes([200, 200]), modes([400], seed=1)
+    real = modes([200, 200])
+    fake = modes([400], seed=1)
     precision, recall = manifold.precision_recall(real, fake)
     density, coverage = manifold.density_coverage(real, fake)
     assert precision > 0.9 and density > 0.9
@@ -39,7 +44,8 @@ def test_a_dropped_mode_lowers_recall_and_coverage_only():
 
 def test_points_on_a_line_by_hand():
     """Reals 0, 1, 3 with k = 1: reach 1, 1, 2. Fakes 0.5 (balls of 0 and 1), 2.5 (of 3), 6 (none)."""
-    real, fake = np.array([[0.0], [1.0], [3.0]]), np.array([[0.5], [2.5], [6.0]])
+    real = np.array([[0.0], [1.0], [3.0]])
+    fake = np.array([[0.5], [2.5], [6.0]])
     np.testing.assert_allclose(manifold.radii(real, 1), [1, 1, 2])
     assert manifold.precision_recall(real, fake, k=1) == (2 / 3, 1.0)  # fakes reach 2, 2, 3.5
     assert manifold.density_coverage(real, fake, k=1) == (1.0, 1.0)
@@ -47,7 +53,8 @@ def test_points_on_a_line_by_hand():
 
 
 def test_blocks_of_rows_give_the_whole():
-    x, y = modes([30, 7]), modes([25], seed=1)
+    x = modes([30, 7])
+    y = modes([25], seed=1)
     whole = np.sqrt(((x[:, None] - y) ** 2).sum(-1))
     parts = list(distances.blocks(x, y, rows=10))
     assert [len(p) for p in parts] == [10, 10, 10, 7]

@@ -16,8 +16,10 @@ VALID = jnp.asarray(pictures())
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A student that draws the shape asked for, in red or blue by its noise, and in red where it is told to; a negative prompt of
-    full strength turns red to blue."""
+    """A student that draws the shape asked for, in red or blue by its noise, and in red where it is
+    told to; a negative prompt of
+    full strength turns red to blue.
+    """
 
     params: dict
     experiment: SimpleNamespace
@@ -40,7 +42,9 @@ def sample(net, noise, cond, key, steps):
 @pytest.fixture(scope="module")
 def rows():
     method = SimpleNamespace(process=None, sample=sample, generator=lambda nets: None)
-    trained = Trained({}, SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch))
+    trained = Trained(
+        {}, SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch)
+    )
     table = NegativeEval(samples=400, teacher_steps=(), strengths=(0.25, 1.0)).rows(trained)
     return {row["name"]: row for row in table}
 
@@ -52,14 +56,21 @@ def test_rows(rows):
 
 
 def test_unwanted_and_stray(rows):
-    assert abs(rows["student"]["unwanted"] - 0.5) < 4 * 0.5 / 400**0.5 and rows["student"]["stray"] == pytest.approx(0, abs=1e-6)
+    assert abs(rows["student"]["unwanted"] - 0.5) < 4 * 0.5 / 400**0.5 and rows["student"][
+        "stray"
+    ] == pytest.approx(0, abs=1e-6)
     assert rows["nasa1"]["unwanted"] == 0 and rows["nasa1"]["stray"] == pytest.approx(0, abs=1e-6)
-    assert rows["nasa0.25"]["unwanted"] == rows["student"]["unwanted"] and rows["nasa0.25"]["stray"] > 0.01
+    assert (
+        rows["nasa0.25"]["unwanted"] == rows["student"]["unwanted"]
+        and rows["nasa0.25"]["stray"] > 0.01
+    )
 
 
 def test_extrapolation_blends(rows):
     """Where the plain sample is not red it leaves the valid pictures; where it is red it stays red."""
-    assert rows["blend"]["stray"] > 0.01 and rows["blend"]["unwanted"] == rows["student"]["unwanted"]
+    assert (
+        rows["blend"]["stray"] > 0.01 and rows["blend"]["unwanted"] == rows["student"]["unwanted"]
+    )
 
 
 def test_picture_is_a_grid():

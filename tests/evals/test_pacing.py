@@ -1,4 +1,6 @@
-"""The monitors of PACED: what is forgotten since the first weights, and the problems' signal to noise."""
+"""The monitors of PACED: what is forgotten since the first weights, and the problems' signal to
+noise.
+"""
 
 from types import SimpleNamespace
 
@@ -57,9 +59,14 @@ def test_what_is_forgotten_is_the_general_datas_loss_since_the_start():
 
 
 def test_a_student_that_began_as_its_teacher_is_held_against_it():
-    copied = student(PacedEval(samples=16, general=GENERAL), trained(SelfPaced(), {"teacher": WEIGHTS["teacher"]}, "teacher"))
+    copied = student(
+        PacedEval(samples=16, general=GENERAL),
+        trained(SelfPaced(), {"teacher": WEIGHTS["teacher"]}, "teacher"),
+    )
     assert copied["forgetting"] != 0
-    random = student(PacedEval(samples=16, general=GENERAL), trained(Paced(), {"teacher": WEIGHTS["teacher"]}))
+    random = student(
+        PacedEval(samples=16, general=GENERAL), trained(Paced(), {"teacher": WEIGHTS["teacher"]})
+    )
     assert "general_perplexity" in random and "forgetting" not in random
 
 
@@ -67,32 +74,50 @@ def test_lost_accuracy_where_answers_can_be_checked(monkeypatch):
     """Right answers are those that begin with the digit most written by the first weights."""
     general = Carry(digits=1, batch_size=8, seed=3)
     run = trained(Paced(), {"student": WEIGHTS["teacher"]})
-    firsts = np.concatenate([TextEval(samples=6).write(run, who, general.evaluation(6))[0]["tokens"][:, 4] for who in WEIGHTS])
+    firsts = np.concatenate(
+        [
+            TextEval(samples=6).write(run, who, general.evaluation(6))[0]["tokens"][:, 4]
+            for who in WEIGHTS
+        ]
+    )
     monkeypatch.setattr(Carry, "correct", lambda self, tokens: tokens[:, 4] == firsts[0])
     row = student(PacedEval(samples=6, general=general), run)
-    before, now = np.mean(firsts[:6] == firsts[0]), np.mean(firsts[6:] == firsts[0])
-    assert row["general_accuracy"] == pytest.approx(now) and row["accuracy_lost"] == pytest.approx(before - now)
+    before = np.mean(firsts[:6] == firsts[0])
+    now = np.mean(firsts[6:] == firsts[0])
+    assert row["general_accuracy"] == pytest.approx(now) and row["accuracy_lost"] == pytest.approx(
+        before - now
+    )
 
 
-@pytest.mark.parametrize("method", [Paced(attempts=2, success=-1.0), SelfPaced(attempts=2, success=-1.0)])
+@pytest.mark.parametrize(
+    "method", [Paced(attempts=2, success=-1.0), SelfPaced(attempts=2, success=-1.0)]
+)
 def test_the_probe_runs_on_training_problems(method):
     """Every attempt passes, so that all problems are in the last part."""
     evaluation = PacedEval(samples=6, problems=12, bins=4)
     row = student(evaluation, trained(method, {}))
-    assert [name for name in row if name.startswith("snr")] == ["snr_3"] and -1 / 12 <= row["snr_3"] < np.inf
+    assert [name for name in row if name.startswith("snr")] == ["snr_3"] and -1 / 12 <= row[
+        "snr_3"
+    ] < np.inf
 
 
 def test_nothing_asked_is_the_plain_evaluation():
     run = trained(Paced(), {})
-    strip = lambda rows: [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    strip = lambda rows: [
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows
+    ]
     assert strip(PacedEval(samples=6).rows(run)) == strip(TextEval(samples=6).rows(run))
     assert PacedEval().table(("student",), None) == TextEval().table(("student",), None)
     table = PacedEval(general=GENERAL, problems=4).table(("teacher", "student"), None)
-    assert {"forgetting", "snr_*"} <= set(table["student@1"]) and table["teacher@1"] == TextEval.metrics
+    assert {"forgetting", "snr_*"} <= set(table["student@1"]) and table[
+        "teacher@1"
+    ] == TextEval.metrics
 
 
 def test_refusals():
-    with pytest.raises(Refused, match=r"evaluation\.problems=-1, bins=5: expected at least 0 and 1"):
+    with pytest.raises(
+        Refused, match=r"evaluation\.problems=-1, bins=5: expected at least 0 and 1"
+    ):
         PacedEval(problems=-1)
     with pytest.raises(Refused, match=r"evaluation\.general=str: expected a data set"):
         PacedEval(general="text")

@@ -31,10 +31,14 @@ DATA = Mixture(labelled=False)
 
 @pytest.mark.parametrize(("spread", "low", "high"), [(1.0, -2e-3, 4e-3), (1.5, 1e-2, np.inf)])
 def test_the_state_of_an_exact_chain_has_the_noised_law(spread, low, high):
-    """64 Euler steps with the exact velocity reach p_.5 to their error of first order; a wrong field does not."""
+    """64 Euler steps with the exact velocity reach p_.5 to their error of first order; a wrong
+    field does not.
+    """
     times = tuple(np.linspace(1, 0, 129)[:-1].tolist())
     method = PhasedDMD(student_times=times, phase_steps=(64, 64))
-    trained = Trained(SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch), {}, spread)
+    trained = Trained(
+        SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch), {}, spread
+    )
     (row,) = ChainEval(samples=2000, student_steps=(128,)).rows(trained)
     assert low < row["state_energy"] < high and "energy" in row
 
@@ -43,14 +47,17 @@ def test_the_state_of_an_exact_chain_has_the_noised_law(spread, low, high):
 def table():
     """Scores of points as a function of the points and labels held against the data's."""
     data = Mixture(seed=0)
-    real, other = data.draw(np.random.default_rng(0), 3000), data.draw(np.random.default_rng(1), 3000)
+    real = data.draw(np.random.default_rng(0), 3000)
+    other = data.draw(np.random.default_rng(1), 3000)
     return data, real, lambda x: LabelledPointEval().score(x, real, data), other
 
 
 def centred(data, cond, width):
     """Points of each label's law, `width` times as wide."""
     _, means, stds = data.law
-    return means[cond] + width * stds[cond, None] * np.random.default_rng(2).standard_normal((len(cond), 2))
+    return means[cond] + width * stds[cond, None] * np.random.default_rng(2).standard_normal(
+        (len(cond), 2)
+    )
 
 
 def test_the_law_itself_scores_nothing(table):

@@ -1,4 +1,6 @@
-"""The text evaluation with a teacher at hand: its figures are those of the laws on the held-out tokens, computed one by one."""
+"""The text evaluation with a teacher at hand: its figures are those of the laws on the held-out
+tokens, computed one by one.
+"""
 
 from types import SimpleNamespace
 
@@ -23,7 +25,9 @@ def trained():
 
 def by_hand(trained, role, held):
     """(log laws [B T-1 V] of teacher and role before every target, the targets [B T-1])."""
-    logits = lambda role: np.asarray(trained.nets[role].apply(trained.params[role], held["tokens"]), np.float64)[:, :-1]
+    logits = lambda role: np.asarray(
+        trained.nets[role].apply(trained.params[role], held["tokens"]), np.float64
+    )[:, :-1]
     laws = [z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in map(logits, ("teacher", role))]
     return *laws, held["tokens"][:, 1:]
 
@@ -36,9 +40,15 @@ def test_rows_of_a_live_teacher_and_a_student(trained):
     for row in (teacher, student):
         p, q, labels = by_hand(trained, row["name"], held)
         nll = -np.take_along_axis(q, labels[..., None], -1)
-        expected = {"perplexity": np.exp(nll.mean()), "kl": (np.exp(p) * (p - q)).sum(-1).mean(),
-                    "reverse_kl": (np.exp(q) * (q - p)).sum(-1).mean(), "agreement": (p.argmax(-1) == q.argmax(-1)).mean()}  # fmt: skip
-        assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)  # float32 sums of 24 x 11 tokens
+        expected = {
+            "perplexity": np.exp(nll.mean()),
+            "kl": (np.exp(p) * (p - q)).sum(-1).mean(),
+            "reverse_kl": (np.exp(q) * (q - p)).sum(-1).mean(),
+            "agreement": (p.argmax(-1) == q.argmax(-1)).mean(),
+        }
+        assert {k: row[k] for k in expected} == pytest.approx(
+            expected, rel=1e-5, abs=1e-6
+        )  # float32 sums of 24 x 11 tokens
     assert teacher["kl"] == pytest.approx(0, abs=1e-6) and teacher["agreement"] == 1
     assert "rollout_kl" not in teacher  # an exact law has no cache to write with
 
@@ -47,7 +57,9 @@ def test_what_the_student_goes_on_with_is_scored_on_those_tokens_alone(trained):
     evaluation = TextEval(samples=24, batch=24, prompt_length=4)
     held = trained.experiment.data.evaluation(24)
     own, _ = evaluation.write(trained, "student", held)
-    assert (own["tokens"][:, :4] == held["tokens"][:, :4]).all() and own["mask"].sum(1).tolist() == [8.0] * 24
+    assert (own["tokens"][:, :4] == held["tokens"][:, :4]).all() and own["mask"].sum(
+        1
+    ).tolist() == [8.0] * 24
     p, q, _ = by_hand(trained, "student", own)
     row = evaluation.rows(trained)[1]
     expected = [(np.exp(a) * (a - b)).sum(-1)[:, 3:].mean() for a, b in ((p, q), (q, p))]

@@ -10,13 +10,15 @@ from jaxdistill.core.net import make_net, paths
 
 @pytest.fixture
 def agree(record_property):
-    """agree(name, ours, theirs, where=...): max|difference| <= 1e-4 standard deviations of theirs; the figure is recorded.
+    """agree(name, ours, theirs, where=...): max|difference| <= 1e-4 standard deviations of theirs;
+    the figure is recorded.
 
     Both sides are float32 and sum in another order: 1e-7 a term, grown by the depth of the network.
     """
 
     def check(name, ours, theirs, where=True):
-        ours, theirs = np.asarray(ours), theirs.detach().numpy() if hasattr(theirs, "detach") else np.asarray(theirs)
+        ours = np.asarray(ours)
+        theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else np.asarray(theirs)
         assert ours.shape == theirs.shape and np.isfinite(ours).all() and theirs.std() > 0
         figure = float(np.abs(np.where(where, ours - theirs, 0)).max() / theirs.std())
         record_property(f"max|diff|/std {name}", f"{figure:.1e}")
@@ -28,8 +30,10 @@ def agree(record_property):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """imported(model, std=0.1) -> (PyTorch's model, its folder, our net, params): every weight is moved away from 0 and 1, then
-    the model is saved and loaded here."""
+    """imported(model, std=0.1) -> (PyTorch's model, its folder, our net, params): every weight is
+    moved away from 0 and 1, then
+    the model is saved and loaded here.
+    """
 
     def take(model, std=0.1):
         import torch
@@ -46,13 +50,16 @@ def imported(tmp_path_factory):
 
 @pytest.fixture
 def returns(tmp_path):
-    """returns(cls, model, net, params): our export loads as a `cls` of PyTorch with every key used and every bit as in `model`."""
+    """returns(cls, model, net, params): our export loads as a `cls` of PyTorch with every key used
+    and every bit as in `model`.
+    """
 
     def check(cls, model, net, params):
         interop.save(tmp_path / "out", net, params)
         again, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
         assert not any(info.values()), info
-        ours, theirs = again.state_dict(), model.state_dict()
+        ours = again.state_dict()
+        theirs = model.state_dict()
         assert ours.keys() == theirs.keys()
         for name, weight in theirs.items():
             assert (ours[name] == weight).all(), name
@@ -63,14 +70,20 @@ def returns(tmp_path):
 
 @pytest.fixture
 def covers():
-    """covers(config, model, count): at its true size the net has `count` weights, with the names and shapes of `model` (on
-    torch's meta device)."""
+    """covers(config, model, count): at its true size the net has `count` weights, with the names
+    and shapes of `model` (on
+    torch's meta device).
+    """
 
     def check(cfg, model, count, family):
         net = make_net(cfg, config=cfg)
         assert net.size == count
         leaves = paths(net.shapes)
-        ours = {name: row.torch_shape(leaves[row.path].shape) for row in family.table(cfg) for name in row.names(leaves[row.path].shape)}
+        ours = {
+            name: row.torch_shape(leaves[row.path].shape)
+            for row in family.table(cfg)
+            for name in row.names(leaves[row.path].shape)
+        }
         assert ours == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         assert {row.path for row in family.table(cfg)} == leaves.keys()
 
@@ -84,6 +97,10 @@ def halves():
     def check(folder):
         _, params = interop.load(folder)
         _, half = interop.load(folder, "bfloat16")
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a).astype(b.dtype), b), params, half)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(np.asarray(a).astype(b.dtype), b),
+            params,
+            half,
+        )
 
     return check

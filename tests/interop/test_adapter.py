@@ -18,16 +18,42 @@ diffusers = pytest.importorskip("diffusers", reason="PyTorch's side needs diffus
 transformers = pytest.importorskip("transformers", reason="PyTorch's side needs transformers")
 peft = pytest.importorskip("peft", reason="PyTorch's side needs peft (extra [torch])")
 
-LM = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-UNET = dict(sample_size=8, norm_num_groups=4, cross_attention_dim=12, layers_per_block=1, block_out_channels=(8, 16), attention_head_dim=2,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))  # fmt: skip
-WAN = dict(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=14, in_channels=4, out_channels=4, text_dim=10, freq_dim=32,
-           ffn_dim=40, num_layers=3)  # fmt: skip
+LM = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+UNET = dict(
+    sample_size=8,
+    norm_num_groups=4,
+    cross_attention_dim=12,
+    layers_per_block=1,
+    block_out_channels=(8, 16),
+    attention_head_dim=2,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+WAN = dict(
+    patch_size=(1, 2, 2),
+    num_attention_heads=2,
+    attention_head_dim=14,
+    in_channels=4,
+    out_channels=4,
+    text_dim=10,
+    freq_dim=32,
+    ffn_dim=40,
+    num_layers=3,
+)
 ROWS = jax.random.split(jax.random.key(7), 200)
 
 
 def made(model, folder, targets, rank=3, alpha=6.0):
-    """(our base, its weights, adapter, its random weights) of a PyTorch model that is saved in `folder`."""
+    """(our base, its weights, adapter, its random weights) of a PyTorch model that is saved in
+    `folder`.
+    """
     model.save_pretrained(folder)
     base, weights = interop.load(folder)
     adapter = adapt(base, base="teacher", rank=rank, alpha=alpha, targets=targets)
@@ -37,18 +63,31 @@ def made(model, folder, targets, rank=3, alpha=6.0):
 
 
 def differs(ours, plain):
-    assert np.abs(np.asarray(ours) - np.asarray(plain)).max() > 0.05 * np.asarray(plain).std()  # the adapter matters
+    assert (
+        np.abs(np.asarray(ours) - np.asarray(plain)).max() > 0.05 * np.asarray(plain).std()
+    )  # the adapter matters
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for an attribute of old
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # peft asks for an attribute of old
 @pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX"])
 def test_peft_loads_it(family, tmp_path, agree):
     torch.manual_seed(0)
     sizes = LM if family == "Qwen2" else {k: v for k, v in LM.items() if k != "num_key_value_heads"}
     config = getattr(transformers, f"{family}Config")(**sizes, bos_token_id=None, eos_token_id=None)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    base, weights, adapter, params = made(model, tmp_path / "base", r".*blocks/(to_out|up|down)/kernel")
-    save_adapter(tmp_path / "out", base, adapter, params, source=str(tmp_path / "base"), card="# An adapter\n")
+    base, weights, adapter, params = made(
+        model, tmp_path / "base", r".*blocks/(to_out|up|down)/kernel"
+    )
+    save_adapter(
+        tmp_path / "out",
+        base,
+        adapter,
+        params,
+        source=str(tmp_path / "base"),
+        card="# An adapter\n",
+    )
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MARKER, *names]
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 6.0
@@ -70,20 +109,28 @@ def test_diffusers_loads_it(component, tmp_path, agree):
     torch.manual_seed(0)
     draw = lambda *shape: np.random.default_rng(len(shape)).standard_normal(shape).astype("f4")
     if component == "unet":  # linear maps, 1x1 convolutions that ours has as matrices
-        model, x, text = diffusers.UNet2DConditionModel(**UNET).eval(), draw(2, 8, 8, 4), draw(2, 7, 12)
+        model = diffusers.UNet2DConditionModel(**UNET).eval()
+        x = draw(2, 8, 8, 4)
+        text = draw(2, 7, 12)
         targets = r".*(attn[12]/to_[qkv]|to_out|up|down|proj_in|proj_out)/kernel"
     else:  # and a convolution over patches
-        model, x, text = diffusers.WanTransformer3DModel(**WAN).eval(), draw(2, 3, 4, 6, 4), draw(2, 7, 10)
+        model = diffusers.WanTransformer3DModel(**WAN).eval()
+        x = draw(2, 3, 4, 6, 4)
+        text = draw(2, 7, 10)
         targets = r"(blocks/.*|patch_embed)/kernel"
     base, weights, adapter, params = made(model, tmp_path / "base", targets)
     save_adapter(tmp_path / "out", base, adapter, params)
     t = np.array([3, 500])
     ours = jax.jit(adapter.apply)({"base": weights, "adapter": params}, x, t, {"text": text})
     differs(ours, jax.jit(base.apply)(weights, x, t, {"text": text}))
-    model.load_lora_adapter(str(tmp_path / "out"), prefix=component, weight_name="pytorch_lora_weights.safetensors")
+    model.load_lora_adapter(
+        str(tmp_path / "out"), prefix=component, weight_name="pytorch_lora_weights.safetensors"
+    )
     with torch.no_grad():
         theirs = model(
-            torch.from_numpy(np.moveaxis(x, -1, 1).copy()), timestep=torch.tensor(t), encoder_hidden_states=torch.from_numpy(text)
+            torch.from_numpy(np.moveaxis(x, -1, 1).copy()),
+            timestep=torch.tensor(t),
+            encoder_hidden_states=torch.from_numpy(text),
         )
     agree(component, np.moveaxis(np.asarray(ours), -1, 1), theirs.sample)
 
@@ -91,17 +138,24 @@ def test_diffusers_loads_it(component, tmp_path, agree):
 def test_what_is_no_matrix_is_refused(tmp_path):
     torch.manual_seed(0)
     made_of = made(diffusers.UNet2DConditionModel(**UNET), tmp_path / "base", r".*conv_in/kernel")
-    with pytest.raises(Refused, match=r"conv_in.weight is not a matrix of its own in PyTorch; export without --adapter"):
+    with pytest.raises(
+        Refused,
+        match=r"conv_in.weight is not a matrix of its own in PyTorch; export without --adapter",
+    ):
         save_adapter(tmp_path / "out", made_of[0], *made_of[2:])
     assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_replaces_an_adapter_and_nothing_else(tmp_path):
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LM, bos_token_id=None, eos_token_id=None))
+    model = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(**LM, bos_token_id=None, eos_token_id=None)
+    )
     base, _, adapter, params = made(model, tmp_path / "base", r".*to_q/kernel")
     for scale in (1.0, 2.0):
-        save_adapter(tmp_path / "out", base, adapter, jax.tree.map(lambda w, s=scale: s * w, params))
+        save_adapter(
+            tmp_path / "out", base, adapter, jax.tree.map(lambda w, s=scale: s * w, params)
+        )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(Refused, match="not empty and not a model folder"):

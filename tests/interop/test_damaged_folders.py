@@ -1,4 +1,6 @@
-"""Damaged model folders: each loads, with the shapes of its network, or is refused in one line that names the file."""
+"""Damaged model folders: each loads, with the shapes of its network, or is refused in one line that
+names the file.
+"""
 
 import json
 import math
@@ -27,7 +29,9 @@ from tests import damage
 
 FOLDERS = int(os.environ.get("JAXDISTILL_DAMAGED_FOLDERS", "100"))  # thousands are for by hand
 MODELS = {
-    "llama": LM(vocab=13, dim=8, mlp=12, heads=2, depth=2, rope_factor=8.0, rope_original=64, eos=(2, 3)),
+    "llama": LM(
+        vocab=13, dim=8, mlp=12, heads=2, depth=2, rope_factor=8.0, rope_original=64, eos=(2, 3)
+    ),
     "tied": LM(vocab=13, dim=8, mlp=12, heads=2, depth=2, tied=True),
     "gemma": Gemma2(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=2),
     "neox": NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=2),
@@ -76,7 +80,9 @@ def damaged(folder, rng):
     done = []
     for _ in range(int(rng.integers(1, 3))):
         files = sorted(file for file in folder.iterdir() if file.is_file())
-        weights = [file for file in files if file.suffix == ".safetensors" and file.stat().st_size >= 8]
+        weights = [
+            file for file in files if file.suffix == ".safetensors" and file.stat().st_size >= 8
+        ]
         kind = rng.random()
         if kind < 0.35 and weights:
             try:
@@ -87,12 +93,15 @@ def damaged(folder, rng):
         pool = [file for file in files if file.suffix == ".json"] if kind < 0.8 else files
         file = pool[int(rng.integers(len(pool)))] if pool else None
         if file is not None:
-            done.append(damage.remove(file, rng) if rng.random() < 0.03 else damage.damage(file, rng))
+            done.append(
+                damage.remove(file, rng) if rng.random() < 0.03 else damage.damage(file, rng)
+            )
     return "; ".join(done)
 
 
 def test_a_damaged_folder_loads_or_is_refused_in_one_line(sound, tmp_path, record_property):
-    rng, counts = np.random.default_rng(0), {"loaded": 0, "refused": 0}
+    rng = np.random.default_rng(0)
+    counts = {"loaded": 0, "refused": 0}
     folder = tmp_path / "model"
     for i in range(FOLDERS):
         name = sorted(MODELS)[i % len(MODELS)]
@@ -102,13 +111,16 @@ def test_a_damaged_folder_loads_or_is_refused_in_one_line(sound, tmp_path, recor
         found = []
         try:
             with damage.quiet(tmp_path):
-                message = damage.outcome(lambda found=found: found.append(interop.load(folder)), str(folder))
+                message = damage.outcome(
+                    lambda found=found: found.append(interop.load(folder)), str(folder)
+                )
         except BaseException as error:
             error.add_note(f"{i}, {name}: {how}")
             raise
         counts["loaded" if message is None else "refused"] += 1
         for net, params in found:
-            shapes, leaves = paths(net.shapes), paths(params)
+            shapes = paths(net.shapes)
+            leaves = paths(params)
             assert leaves.keys() == shapes.keys(), how
             assert all(leaves[path].shape == shapes[path].shape for path in leaves), how
             assert net.size == sum(math.prod(w.shape) for w in leaves.values()), how

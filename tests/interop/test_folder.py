@@ -1,4 +1,6 @@
-"""What an export may take the place of: an export, whole, and nothing else. Nothing foreign is ever gone."""
+"""What an export may take the place of: an export, whole, and nothing else. Nothing foreign is ever
+gone.
+"""
 
 import contextlib
 import hashlib
@@ -29,7 +31,13 @@ def everything(place: Path) -> dict:
     found = {}
     for path in sorted(place.rglob("*")):
         mode = path.lstat().st_mode
-        content = os.readlink(path) if path.is_symlink() else path.read_bytes() if stat.S_ISREG(mode) else b""
+        content = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if stat.S_ISREG(mode)
+            else b""
+        )
         found[str(path.relative_to(place))] = (stat.S_IFMT(mode), content)
     return found
 
@@ -189,11 +197,16 @@ FOREIGN = {
 @pytest.mark.parametrize("make", FOREIGN, ids=lambda make: make.__name__)
 def test_what_no_export_wrote_stays(make, tmp_path):
     make(tmp_path / "out")
-    before, begun = everything(tmp_path), []
+    before = everything(tmp_path)
+    begun = []
     for work in (lambda: replaceable(tmp_path / "out"), lambda: export_to(tmp_path / "out", "new")):
         with pytest.raises(Refused) as error:
             work()
-        assert FOREIGN[make] in str(error.value) and str(error.value).startswith(str(tmp_path / "out")) and "\n" not in str(error.value)
+        assert (
+            FOREIGN[make] in str(error.value)
+            and str(error.value).startswith(str(tmp_path / "out"))
+            and "\n" not in str(error.value)
+        )
     assert everything(tmp_path) == before and not begun
 
 
@@ -202,7 +215,9 @@ def test_the_working_folder_and_those_above_stay(name, tmp_path, monkeypatch):
     (tmp_path / "here" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     for target in (Path(name), tmp_path / "here", tmp_path):
-        with pytest.raises(Refused, match=r"expected the name of a folder|is the working folder or holds it"):
+        with pytest.raises(
+            Refused, match=r"expected the name of a folder|is the working folder or holds it"
+        ):
             replaceable(target)
 
 
@@ -222,7 +237,9 @@ def test_names_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(Refused) as error:
             replaceable(target)
         assert said in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != tmp_path
+    )  # root may write everywhere
     with pytest.raises(Refused, match=f"the folder {tmp_path} is read-only"):
         replaceable(tmp_path / "new" / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]
@@ -252,7 +269,10 @@ def test_an_export_is_replaced_as_a_whole(tmp_path):
         (fresh / "model.safetensors").write_bytes(b"12")
     assert set(everything(tmp_path)) == {"out", f"out/{MARKER}", "out/model.safetensors"}
     digest = hashlib.blake2b(b"12").hexdigest()
-    assert json.loads((target / MARKER).read_text())["files"]["model.safetensors"] == {"bytes": 2, "blake2b": digest}
+    assert json.loads((target / MARKER).read_text())["files"]["model.safetensors"] == {
+        "bytes": 2,
+        "blake2b": digest,
+    }
 
 
 def test_a_large_file_is_known_by_the_time_of_its_last_change(tmp_path, monkeypatch):
@@ -280,7 +300,9 @@ def test_folders_inside_are_part_of_the_whole(tmp_path):
         with whole_folder(tmp_path / "out") as fresh:
             for expert in ("first", "second"):
                 export_to(fresh / expert)
-    assert (tmp_path / "out" / "second" / MARKER).is_file() and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "second" / MARKER).is_file() and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["out"]
     with pytest.raises(Refused) as error, whole_folder(tmp_path / "out") as fresh:
         raise Refused(f"{fresh}/first: no")
     assert str(error.value) == f"{tmp_path / 'out'}/first: no"
@@ -292,7 +314,9 @@ def test_what_is_put_there_meanwhile_stays(tmp_path):
     with pytest.raises(Refused, match=r"notes was not written"), whole_folder(target) as fresh:
         (fresh / "config.json").write_text("new")
         (target / "notes").write_text("mine")
-    assert (target / "notes").read_text() == "mine" and (target / "config.json").read_text() == "old"
+    assert (target / "notes").read_text() == "mine" and (
+        target / "config.json"
+    ).read_text() == "old"
     with pytest.raises(Refused, match="is a file"), whole_folder(tmp_path / "other") as fresh:
         (tmp_path / "other").write_text("mine")
     assert (tmp_path / "other").read_text() == "mine"
@@ -300,7 +324,9 @@ def test_what_is_put_there_meanwhile_stays(tmp_path):
 
 @pytest.mark.parametrize("renames", [0, 1])
 def test_an_error_between_the_renames_loses_nothing(renames, tmp_path, monkeypatch):
-    target, rename, done = tmp_path / "out", Path.rename, []
+    target = tmp_path / "out"
+    rename = Path.rename
+    done = []
     export_to(target, "old")
 
     def fails(self, new):
@@ -312,7 +338,9 @@ def test_an_error_between_the_renames_loses_nothing(renames, tmp_path, monkeypat
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(Refused, match="Input/output error"):
         export_to(target, "new")
-    assert (target / "config.json").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (target / "config.json").read_text() == "old" and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["out"]
 
 
 KILLED = """
@@ -335,14 +363,26 @@ with folder.whole_folder(Path(sys.argv[1])) as fresh:
 
 @pytest.mark.parametrize("renames", [-1, 0, 1])
 def test_a_killed_export_loses_nothing_and_the_next_one_tidies_up(renames, tmp_path):
-    """Killed while it writes, before the old export is moved aside, and before the new one takes its place."""
+    """Killed while it writes, before the old export is moved aside, and before the new one takes
+    its place.
+    """
     target = tmp_path / "out"
     export_to(target, "old")
-    for name in (".out.new-1234", ".out.new-0123abcd", ".out.old-0123abcd", ".out.old-mine"):  # ours have a list
+    for name in (
+        ".out.new-1234",
+        ".out.new-0123abcd",
+        ".out.old-0123abcd",
+        ".out.old-mine",
+    ):  # ours have a list
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine").write_text("1")
     before = everything(tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLED, target, str(renames)], capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, target, str(renames)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert killed.returncode == -9, killed.stderr
     left = everything(tmp_path)
     assert sum(content == b"old" for _, content in left.values()) == 2 and len(left) > len(before)
@@ -351,7 +391,9 @@ def test_a_killed_export_loses_nothing_and_the_next_one_tidies_up(renames, tmp_p
         raise ZeroDivisionError
     assert everything(tmp_path) == before
     export_to(target, "newer")
-    assert (target / "config.json").read_text() == "newer" and set(everything(tmp_path)) == set(before)
+    assert (target / "config.json").read_text() == "newer" and set(everything(tmp_path)) == set(
+        before
+    )
 
 
 def test_who_is_at_work_is_left_alone(tmp_path):
@@ -364,6 +406,9 @@ def test_who_is_at_work_is_left_alone(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    with pytest.raises(Refused, match=r"out: cannot be written: \[Errno 28\] No space left"), whole_folder(tmp_path / "out"):
+    with (
+        pytest.raises(Refused, match=r"out: cannot be written: \[Errno 28\] No space left"),
+        whole_folder(tmp_path / "out"),
+    ):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -87,13 +87,17 @@ def test_saving_again_replaces_the_folder(folder, params):
 
 def test_load_into_places_every_leaf_in_its_sharding(folder, params):
     mesh = make_mesh()
-    place = lambda s, axes: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(*[None] * len(s.shape))))
+    place = lambda s, axes: jax.ShapeDtypeStruct(
+        s.shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(*[None] * len(s.shape)))
+    )
     found = interop.load_into(folder, NET, jax.tree.map(place, NET.shapes, NET.axes))
     same(found, cast(params, jnp.bfloat16))
     assert all(w.sharding.mesh == mesh for w in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize("path", ["blocks/to_k/kernel", "blocks/norm_mlp/scale", "embed/embedding", "unembed/kernel"])
+@pytest.mark.parametrize(
+    "path", ["blocks/to_k/kernel", "blocks/norm_mlp/scale", "embed/embedding", "unembed/kernel"]
+)
 def test_a_shard_is_that_part_of_the_leaf(folder, params, path):
     (row,) = (row for row in interop.families.llama.table(CFG) if row.path == path)
     whole = np.asarray(paths(params)[path])
@@ -125,7 +129,9 @@ def test_torch_is_not_needed():
 def test_every_net_weight_has_a_row():
     for tied in (False, True):
         cfg = dataclasses.replace(CFG, tied=tied)
-        assert {row.path for row in interop.families.llama.table(cfg)} == paths(make_net(cfg).shapes).keys()
+        assert {row.path for row in interop.families.llama.table(cfg)} == paths(
+            make_net(cfg).shapes
+        ).keys()
 
 
 def refused(match, folder):
@@ -148,9 +154,22 @@ def test_refuses_other_classes(folder, tmp_path):
 
 
 def test_refuses_missing_and_unexpected_keys(folder):
-    edit(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weigth": t.pop("model.layers.1.mlp.up_proj.weight")}))
-    refused(r"model.layers.1.mlp.up_proj.weight \[12, 8\] is missing; did you mean 'model.layers.1.mlp.up_proj.weigth'\?", folder)
-    edit(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weigth"]}))
+    edit(
+        folder,
+        lambda t: t.update(
+            {"model.layers.1.mlp.up_proj.weigth": t.pop("model.layers.1.mlp.up_proj.weight")}
+        ),
+    )
+    refused(
+        r"model.layers.1.mlp.up_proj.weight \[12, 8\] is missing; did you mean 'model.layers.1.mlp.up_proj.weigth'\?",
+        folder,
+    )
+    edit(
+        folder,
+        lambda t: t.update(
+            {"model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weigth"]}
+        ),
+    )
     refused("model.safetensors: unexpected key model.layers.1.mlp.up_proj.weigth", folder)
     edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weigth"))
     interop.load(folder)
@@ -159,7 +178,12 @@ def test_refuses_missing_and_unexpected_keys(folder):
 
 
 def test_constants_of_old_files_are_ignored(folder, params):
-    edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}))
+    edit(
+        folder,
+        lambda t: t.update(
+            {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+        ),
+    )
     same(interop.load(folder)[1], params)
 
 
@@ -176,7 +200,10 @@ def test_refuses_truncated_and_pickled_weights(folder):
     file.unlink()
     refused("no model.safetensors and no model.safetensors.index.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused("pytorch_model.bin is pickled .* python -c 'from transformers import LlamaForCausalLM", folder)
+    refused(
+        "pytorch_model.bin is pickled .* python -c 'from transformers import LlamaForCausalLM",
+        folder,
+    )
 
 
 def test_load_into_refuses_another_network(folder):
@@ -206,21 +233,65 @@ def test_save_refuses_what_has_no_place(tmp_path, params):
 TIED = dataclasses.replace(CFG, tied=True)
 TIES = [  # (a network whose embedding is its head too, the head's name in files, the embedding's)
     (TIED, "lm_head.weight", "model.embed_tokens.weight"),
-    (Qwen2(vocab=13, dim=8, mlp=12, heads=2, depth=1, tied=True), "lm_head.weight", "model.embed_tokens.weight"),
-    (Qwen3(vocab=13, dim=8, mlp=12, heads=2, depth=1, tied=True), "lm_head.weight", "model.embed_tokens.weight"),
-    (Gemma2(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1), "lm_head.weight", "model.embed_tokens.weight"),
-    (NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1, tied=True), "embed_out.weight", "gpt_neox.embed_in.weight"),
-    (NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1, tied=True), "lm_head.weight", "gpt_neox.embed_in.weight"),
-    (T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1, tied=True), "lm_head.weight", "shared.weight"),
-    (T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1, tied=False), "decoder.embed_tokens.weight", "shared.weight"),
-    (T5Encoder(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1), "encoder.embed_tokens.weight", "shared.weight"),
-    (MaskedBert(vocab=13, dim=8, mlp=12, heads=2, depth=1), "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
-    (MaskedBert(vocab=13, dim=8, mlp=12, heads=2, depth=1), "cls.predictions.decoder.bias", "cls.predictions.bias"),
+    (
+        Qwen2(vocab=13, dim=8, mlp=12, heads=2, depth=1, tied=True),
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ),
+    (
+        Qwen3(vocab=13, dim=8, mlp=12, heads=2, depth=1, tied=True),
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ),
+    (
+        Gemma2(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1),
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ),
+    (
+        NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1, tied=True),
+        "embed_out.weight",
+        "gpt_neox.embed_in.weight",
+    ),
+    (
+        NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1, tied=True),
+        "lm_head.weight",
+        "gpt_neox.embed_in.weight",
+    ),
+    (
+        T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1, tied=True),
+        "lm_head.weight",
+        "shared.weight",
+    ),
+    (
+        T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1, tied=False),
+        "decoder.embed_tokens.weight",
+        "shared.weight",
+    ),
+    (
+        T5Encoder(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=1),
+        "encoder.embed_tokens.weight",
+        "shared.weight",
+    ),
+    (
+        MaskedBert(vocab=13, dim=8, mlp=12, heads=2, depth=1),
+        "cls.predictions.decoder.weight",
+        "bert.embeddings.word_embeddings.weight",
+    ),
+    (
+        MaskedBert(vocab=13, dim=8, mlp=12, heads=2, depth=1),
+        "cls.predictions.decoder.bias",
+        "cls.predictions.bias",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("cfg", "copy", "name"), TIES, ids=[f"{type(cfg).__name__}-{copy}" for cfg, copy, _ in TIES])
-def test_a_tied_weight_may_stand_under_any_of_its_names_and_has_one_value(tmp_path, cfg, copy, name):
+@pytest.mark.parametrize(
+    ("cfg", "copy", "name"), TIES, ids=[f"{type(cfg).__name__}-{copy}" for cfg, copy, _ in TIES]
+)
+def test_a_tied_weight_may_stand_under_any_of_its_names_and_has_one_value(
+    tmp_path, cfg, copy, name
+):
     net = make_net(cfg, config=cfg)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), net.shapes)
@@ -231,11 +302,16 @@ def test_a_tied_weight_may_stand_under_any_of_its_names_and_has_one_value(tmp_pa
     same(interop.load(tmp_path / "model")[1], params)  # the other alone
     edit(tmp_path / "model", lambda t: t.update({name: t[copy] + 1}))
     copy = copy.replace("lm_head", "embed_out") if isinstance(cfg, NeoX) else copy
-    refused(rf"model.safetensors: {copy} differs from {name}, to which config.json ties it", tmp_path / "model")
+    refused(
+        rf"model.safetensors: {copy} differs from {name}, to which config.json ties it",
+        tmp_path / "model",
+    )
 
 
 def test_an_untied_head_is_a_weight_of_its_own(folder, params):
-    assert not (np.asarray(params["embed"]["embedding"]) == np.asarray(params["unembed"]["kernel"]).T).any()
+    assert not (
+        np.asarray(params["embed"]["embedding"]) == np.asarray(params["unembed"]["kernel"]).T
+    ).any()
     same(interop.load(folder)[1], params)
     edit(folder, lambda t: t.pop("lm_head.weight"))
     refused(r"lm_head.weight \[13, 8\] is missing", folder)
@@ -244,8 +320,12 @@ def test_an_untied_head_is_a_weight_of_its_own(folder, params):
 def test_two_names_of_one_tensor_have_one_value(tmp_path):
     cfg = NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1)
     net = make_net(cfg, config=cfg)
-    interop.save(tmp_path / "model", net, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes))
-    edit(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"].copy()}))  # renamed to the other
+    interop.save(
+        tmp_path / "model", net, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes)
+    )
+    edit(
+        tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"].copy()})
+    )  # renamed to the other
     interop.load(tmp_path / "model")
     edit(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"] + 1}))
     refused("embed_out.weight is stored twice with different values", tmp_path / "model")
@@ -253,23 +333,49 @@ def test_two_names_of_one_tensor_have_one_value(tmp_path):
 
 def test_refuses_weights_that_are_no_plain_floats(folder):
     name = "model.layers.0.mlp.up_proj."
-    for key in ("weight_scale", "weight_scale_inv", "scale_weight", "qweight", "scales", "weight.absmax", "SCB", "weight_packed"):
+    for key in (
+        "weight_scale",
+        "weight_scale_inv",
+        "scale_weight",
+        "qweight",
+        "scales",
+        "weight.absmax",
+        "SCB",
+        "weight_packed",
+    ):
         edit(folder, lambda t, key=key: t.update({name + key: np.ones(1, np.float32)}))
         refused(rf"model.safetensors: {name}{key} says that the weights are quantised", folder)
         edit(folder, lambda t, key=key: t.pop(name + key))
     edit(folder, lambda t: t.update({name + "weight": t[name + "weight"].astype(np.int8)}))
-    refused(f"model.safetensors: {name}weight has numbers of type int8, expected plain floats", folder)
+    refused(
+        f"model.safetensors: {name}weight has numbers of type int8, expected plain floats", folder
+    )
     configure(folder, quantization_config={"quant_method": "fp8"})
-    refused(r"config.json: quantization_config=\{'quant_method': 'fp8'\} is not supported, expected None", folder)
+    refused(
+        r"config.json: quantization_config=\{'quant_method': 'fp8'\} is not supported, expected None",
+        folder,
+    )
 
 
-@pytest.mark.parametrize("kind", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz])
+@pytest.mark.parametrize(
+    "kind", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz]
+)
 def test_weights_of_eight_bits_load_exactly(folder, kind):
     rounded = {k: v.astype(kind) for k, v in load_file(folder / "model.safetensors").items()}
-    code = {"e4m3fn": "F8_E4M3", "e5m2": "F8_E5M2", "e4m3fnuz": "F8_E4M3FNUZ", "e5m2fnuz": "F8_E5M2FNUZ"}[np.dtype(kind).name[7:]]
-    header, data = {}, b""
+    code = {
+        "e4m3fn": "F8_E4M3",
+        "e5m2": "F8_E5M2",
+        "e4m3fnuz": "F8_E4M3FNUZ",
+        "e5m2fnuz": "F8_E5M2FNUZ",
+    }[np.dtype(kind).name[7:]]
+    header = {}
+    data = b""
     for name, w in rounded.items():
-        header[name] = {"dtype": code, "shape": w.shape, "data_offsets": [len(data), len(data) + w.nbytes]}
+        header[name] = {
+            "dtype": code,
+            "shape": w.shape,
+            "data_offsets": [len(data), len(data) + w.nbytes],
+        }
         data += w.tobytes()
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -289,15 +395,23 @@ def test_refuses_what_is_no_class(folder):
 
 @pytest.mark.parametrize("name", ["a'b; rm -rf x", 'a"b`id`$(id)', "a b", "plain"])
 def test_a_folders_name_in_a_command_is_a_name(name, tmp_path):
-    """The line that converts pickles, as a shell splits it: three words, the third Python with the path in it."""
+    """The line that converts pickles, as a shell splits it: three words, the third Python with the
+    path in it.
+    """
     for family, file in (
         (interop.families.llama.FAMILY, "pytorch_model.bin"),
         (interop.families.edm.SONG, "net.pkl"),
         (interop.families.lpips.FAMILY, "vgg.pth"),
     ):
         pickled = tmp_path / name / file
-        python, flag, code = shlex.split(interop._pickled(pickled, family).split("convert it with: ")[1])
+        python, flag, code = shlex.split(
+            interop._pickled(pickled, family).split("convert it with: ")[1]
+        )
         assert (python, flag) == ("python", "-c")
-        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        texts = [
+            node.value
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
         inside = {str(pickled.parent), str(pickled.with_suffix(""))}
         assert any(text.startswith(path) for text in texts for path in inside)

@@ -43,7 +43,13 @@ def test_reading_maps_the_file(file):
 
 def write(folder, max_shard_bytes):
     arrays = {k: v for k, v in TENSORS.items() if k != "d"}  # 48, 20, 56 and 3 bytes
-    write_folder(folder, "model", {k: v.nbytes for k, v in arrays.items()}, arrays.__getitem__, max_shard_bytes)
+    write_folder(
+        folder,
+        "model",
+        {k: v.nbytes for k, v in arrays.items()},
+        arrays.__getitem__,
+        max_shard_bytes,
+    )
     return arrays
 
 
@@ -80,13 +86,17 @@ def test_refuses_damaged_files(file, tmp_path):
             read_file(file)
         assert "\n" not in str(error.value)
     file.write_bytes(whole + b"!")
-    with pytest.raises(Refused, match=f"too long, {len(whole) + 1} bytes where the header says {len(whole)}"):
+    with pytest.raises(
+        Refused, match=f"too long, {len(whole) + 1} bytes where the header says {len(whole)}"
+    ):
         read_file(file)
     for text in ("[]", "{", '{"a": 1, "a": 1}', '{"a": NaN}', "[" * 100_000, "\ufeff{}"):
         file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
         with pytest.raises(Refused, match="not a safetensors header"):
             read_file(file)
-    entry = lambda dtype, end: json.dumps({"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, end]}}).encode()
+    entry = lambda dtype, end: json.dumps(
+        {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, end]}}
+    ).encode()
     for dtype, end, message in (("F32", 4, "takes 4 bytes, expected 8"), ("F4", 8, "dtype F4")):
         head = entry(dtype, end)
         file.write_bytes(len(head).to_bytes(8, "little") + head + bytes(end))
@@ -108,15 +118,21 @@ WRONG = {  # an entry's fault -> (the entry, or what is otherwise in it, and wha
     "reversed": ({"data_offsets": [8, 0]}, "takes -8 bytes, expected 8"),
     "negative": ({"data_offsets": [-8, 0]}, "data_offsets .* expected two whole numbers"),
     "fractions": ({"data_offsets": [0.0, 8.0]}, "data_offsets .* expected two whole numbers"),
-    "flags": ({"data_offsets": [False, True], "dtype": "U8", "shape": [1]}, "data_offsets .* expected two whole numbers"),
+    "flags": (
+        {"data_offsets": [False, True], "dtype": "U8", "shape": [1]},
+        "data_offsets .* expected two whole numbers",
+    ),
     "one offset": ({"data_offsets": [0]}, "data_offsets .* expected two whole numbers"),
     "offset a number": ({"data_offsets": 8}, "data_offsets 8, expected two whole numbers"),
     "shape negative": ({"shape": [-1, -2]}, "shape .* expected at most 32 whole numbers"),
     "shape text": ({"shape": "2"}, "shape 2, expected at most 32 whole numbers"),
     "shape fractions": ({"shape": [2.0]}, "shape .* expected at most 32 whole numbers"),
     "shape deep": ({"shape": [1] * 33 + [2]}, "shape .* expected at most 32 whole numbers"),
-    "shape absurd": ({"shape": [10**12, 10**12]}, "takes 8 bytes, expected 4000000000000000000000000"),
-}  # fmt: skip
+    "shape absurd": (
+        {"shape": [10**12, 10**12]},
+        "takes 8 bytes, expected 4000000000000000000000000",
+    ),
+}
 
 
 def put(file, header, size):
@@ -159,7 +175,11 @@ def test_refuses_an_entry_that_lacks_a_part(tmp_path, key):
     ],
 )
 def test_tensors_follow_each_other(tmp_path, ranges, message):
-    put(tmp_path / "x", {name: {**ENTRY, "data_offsets": list(r)} for name, r in zip("ab", ranges)}, max(r[1] for r in ranges))
+    put(
+        tmp_path / "x",
+        {name: {**ENTRY, "data_offsets": list(r)} for name, r in zip("ab", ranges)},
+        max(r[1] for r in ranges),
+    )
     with pytest.raises(Refused, match=f"x: {message}"):
         read_file(tmp_path / "x")
 
@@ -179,7 +199,9 @@ def test_a_header_in_other_bytes_than_utf8_and_names_that_are_no_line(tmp_path):
 @pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
 def test_floats_of_eight_bits_are_read_exactly(tmp_path, kind):
     torch = pytest.importorskip("torch")
-    header = json.dumps({"a": {"dtype": kind, "shape": [16, 16], "data_offsets": [0, 256]}}).encode()
+    header = json.dumps(
+        {"a": {"dtype": kind, "shape": [16, 16], "data_offsets": [0, 256]}}
+    ).encode()
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(256)))
     theirs = torch.arange(256, dtype=torch.uint8).view(
         getattr(torch, {"E4M3": "float8_e4m3fn"}.get(kind[3:], f"float8_{kind[3:].lower()}"))
@@ -192,40 +214,75 @@ def test_floats_of_eight_bits_are_read_exactly(tmp_path, kind):
 def shards(folder, *files, index=None):
     """Files of float32 [2] by name -> value, and an index that lists them, changed by `index`."""
     for i, tensors in enumerate(files):
-        save_file({name: np.full(2, value, np.float32) for name, value in tensors.items()}, folder / f"m{i}.safetensors")
-    weight_map = {name: f"m{i}.safetensors" for i, tensors in enumerate(files) for name in tensors} | (index or {})
+        save_file(
+            {name: np.full(2, value, np.float32) for name, value in tensors.items()},
+            folder / f"m{i}.safetensors",
+        )
+    weight_map = {
+        name: f"m{i}.safetensors" for i, tensors in enumerate(files) for name in tensors
+    } | (index or {})
     (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_a_tensor_in_two_files_is_equal_in_both_or_refused(tmp_path):
     shards(tmp_path, {"a": 1, "b": 2}, {"b": 2, "c": 3}, index={"b": "m0.safetensors"})
     found = read_folder(tmp_path, "m")
-    assert {name: w.data[0] for name, w in found.items()} == {"a": 1, "b": 2, "c": 3} and found["b"].file.name == "m0.safetensors"
+    assert {name: w.data[0] for name, w in found.items()} == {"a": 1, "b": 2, "c": 3} and found[
+        "b"
+    ].file.name == "m0.safetensors"
     shards(tmp_path, {"a": 1, "b": 2}, {"b": 0, "c": 3}, index={"b": "m0.safetensors"})
-    with pytest.raises(Refused, match=r"m0.safetensors and .*m1.safetensors: b is stored twice with different values"):
+    with pytest.raises(
+        Refused,
+        match=r"m0.safetensors and .*m1.safetensors: b is stored twice with different values",
+    ):
         read_folder(tmp_path, "m")
     shards(tmp_path, {"a": np.nan}, {"a": np.nan})  # equal bits
     assert np.isnan(read_folder(tmp_path, "m")["a"].data).all()
 
 
 def test_an_index_says_the_truth_and_stays_in_its_folder(tmp_path):
-    home, outside = tmp_path / "home", tmp_path / "outside.safetensors"
+    home = tmp_path / "home"
+    outside = tmp_path / "outside.safetensors"
     home.mkdir()
     save_file({"a": np.zeros(2, np.float32)}, outside)
     shards(home, {"a": 1}, index={"b": "m0.safetensors"})
-    with pytest.raises(Refused, match=r"index.json: weight_map puts b into m0.safetensors, which does not hold it"):
+    with pytest.raises(
+        Refused, match=r"index.json: weight_map puts b into m0.safetensors, which does not hold it"
+    ):
         read_folder(home, "m")
-    for file in ("../outside.safetensors", str(outside), "..", "", "sub/x.safetensors", 5, None, ["m0.safetensors"], "m0.bin",
-                 "a\nb.safetensors", "x\0.safetensors", "x" * 300 + ".safetensors", "\\\\host\\x.safetensors"):  # fmt: skip
+    for file in (
+        "../outside.safetensors",
+        str(outside),
+        "..",
+        "",
+        "sub/x.safetensors",
+        5,
+        None,
+        ["m0.safetensors"],
+        "m0.bin",
+        "a\nb.safetensors",
+        "x\0.safetensors",
+        "x" * 300 + ".safetensors",
+        "\\\\host\\x.safetensors",
+    ):
         shards(home, {"a": 1}, index={"b": file})
-        with pytest.raises(Refused, match=r"weight_map puts b into .* expected the name of a .safetensors file beside it") as error:
+        with pytest.raises(
+            Refused,
+            match=r"weight_map puts b into .* expected the name of a .safetensors file beside it",
+        ) as error:
             read_folder(home, "m")
         assert str(error.value).isprintable()
     (home / "m1.safetensors").symlink_to("../outside.safetensors")
     shards(home, {"a": 1}, index={"a": "m1.safetensors"})
-    with pytest.raises(Refused, match=r"m1.safetensors: is a link to .*outside.safetensors, expected a file inside the folder"):
+    with pytest.raises(
+        Refused,
+        match=r"m1.safetensors: is a link to .*outside.safetensors, expected a file inside the folder",
+    ):
         read_folder(home, "m")
-    for file, text in (("m0.safetensors", "m0.safetensors"), ("m.safetensors.index.json", '{"weight_map": {}}')):
+    for file, text in (
+        ("m0.safetensors", "m0.safetensors"),
+        ("m.safetensors.index.json", '{"weight_map": {}}'),
+    ):
         (home / "m1.safetensors").unlink(missing_ok=True)
         shards(home, {"a": 1})
         (home / file).rename(home / "m1.safetensors")
@@ -235,7 +292,8 @@ def test_an_index_says_the_truth_and_stays_in_its_folder(tmp_path):
 
 
 def test_a_hub_cache_links_to_its_blobs(tmp_path):
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123" / "transformer", tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "123" / "transformer"
+    blobs = tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     shards(snapshot, {"a": 1}, {"b": 2})
@@ -249,7 +307,9 @@ def test_the_single_file_or_the_index_counts_as_in_the_library_of_the_model(tmp_
     shards(tmp_path, {"a": 1}, {"b": 2})
     save_file({"a": np.full(2, 3, np.float32)}, tmp_path / "m.safetensors")
     assert {name: w.data[0] for name, w in read_folder(tmp_path, "m").items()} == {"a": 3}
-    assert {name: w.data[0] for name, w in read_folder(tmp_path, "m", index_first=True).items()} == {"a": 1, "b": 2}
+    assert {
+        name: w.data[0] for name, w in read_folder(tmp_path, "m", index_first=True).items()
+    } == {"a": 1, "b": 2}
     (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
     for index_first in (False, True):  # whose the weights are is not known
         with pytest.raises(Refused, match="weight_map"):
@@ -260,7 +320,12 @@ def test_json_with_a_byte_order_mark_and_with_two_values_for_a_key(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('\ufeff{"a": 1, "a": 1}')
     assert read_json(file) == {"a": 1}
-    for text, message in (('{"a": 1, "a": 2}', "a stands twice"), ("[" * 100_000, "not JSON"), ("", "not JSON"), ("\0", "not JSON")):
+    for text, message in (
+        ('{"a": 1, "a": 2}', "a stands twice"),
+        ("[" * 100_000, "not JSON"),
+        ("", "not JSON"),
+        ("\0", "not JSON"),
+    ):
         file.write_text(text)
         with pytest.raises(Refused, match=rf"config.json: .*{message}") as error:
             read_json(file)
@@ -275,10 +340,16 @@ def test_json_with_a_byte_order_mark_and_with_two_values_for_a_key(tmp_path):
 def test_refuses_a_missing_shard_and_a_malformed_index(tmp_path):
     write(tmp_path, 68)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(Refused, match=r"model-00002-of-00002\.safetensors: no such file, though the index lists it"):
+    with pytest.raises(
+        Refused, match=r"model-00002-of-00002\.safetensors: no such file, though the index lists it"
+    ):
         read_folder(tmp_path, "model")
     index = tmp_path / "model.safetensors.index.json"
-    for text, message in (("{", "not JSON"), ("[]", "expected a JSON object"), ("{}", "no weight_map")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "no weight_map"),
+    ):
         index.write_text(text)
         with pytest.raises(Refused, match=message):
             read_folder(tmp_path, "model")
@@ -303,7 +374,10 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_refuses_to_replace_what_is_not_a_model(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for target, message in ((tmp_path, "not a model folder"), (tmp_path / "notes.txt", "is a file")):
+    for target, message in (
+        (tmp_path, "not a model folder"),
+        (tmp_path / "notes.txt", "is a file"),
+    ):
         with pytest.raises(Refused, match=message), whole_folder(target):
             pass
     assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -10,19 +10,43 @@ from tests import damage
 
 WHOLE = [family for family in interop.FAMILIES if not family.part]
 UNREAD = {  # written for PyTorch alone
-    "use_cache", "upcast_attention", "force_upcast", "is_encoder_decoder", "initializer_range", "rope_max_seq_len",
-    "scale_factor_temporal", "scale_factor_spatial",
-}  # fmt: skip
-WRONG = ("8", "ghost", 2.5, True, None, [2.5], ["8"], {"a": 1}, -1, 10**12, 10**400, float("nan"), float("inf"))
+    "use_cache",
+    "upcast_attention",
+    "force_upcast",
+    "is_encoder_decoder",
+    "initializer_range",
+    "rope_max_seq_len",
+    "scale_factor_temporal",
+    "scale_factor_spatial",
+}
+WRONG = (
+    "8",
+    "ghost",
+    2.5,
+    True,
+    None,
+    [2.5],
+    ["8"],
+    {"a": 1},
+    -1,
+    10**12,
+    10**400,
+    float("nan"),
+    float("inf"),
+)
 
 
 @pytest.fixture
 def describe(tmp_path):
-    """describe(family, **changes): what is said of the family's own config.json with some keys changed, None where it is accepted."""
+    """describe(family, **changes): what is said of the family's own config.json with some keys
+    changed, None where it is accepted.
+    """
 
     def run(family, **changes):
         for file, value in family.write(family.config()).items():
-            (tmp_path / file).write_text(json.dumps(value | changes if file == "config.json" else value))
+            (tmp_path / file).write_text(
+                json.dumps(value | changes if file == "config.json" else value)
+            )
         return damage.outcome(lambda: interop._describe(tmp_path), "config.json")
 
     return run
@@ -63,10 +87,16 @@ def test_numbers_lists_and_flags_of_every_key_are_checked(describe, family):
 def test_a_message_says_file_key_value_and_expectation(describe):
     llama = next(family for family in WHOLE if family.name == "LlamaForCausalLM")
     message = describe(llama, hidden_size="64")
-    assert message.endswith("config.json: hidden_size='64' is not supported, expected a whole number from 1 to 1048576")
+    assert message.endswith(
+        "config.json: hidden_size='64' is not supported, expected a whole number from 1 to 1048576"
+    )
     message = describe(llama, rope_scaling={"rope_type": "llama3", "factor": "8"})
-    assert message.endswith("config.json: rope_scaling.factor='8' is not supported, expected a number above 0, to 1e+09")
-    assert describe(llama, rope_scaling={"rope_type": "llama3"}).endswith("config.json: factor is missing")
+    assert message.endswith(
+        "config.json: rope_scaling.factor='8' is not supported, expected a number above 0, to 1e+09"
+    )
+    assert describe(llama, rope_scaling={"rope_type": "llama3"}).endswith(
+        "config.json: factor is missing"
+    )
     assert len(describe(llama, vocab_size=["x"] * 10_000)) < 1000
 
 
@@ -74,10 +104,17 @@ def test_special_tokens_of_both_files(tmp_path):
     llama = next(family for family in WHOLE if family.name == "LlamaForCausalLM")
     for file, value in llama.write(llama.config()).items():
         (tmp_path / file).write_text(json.dumps(value))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, "3"], "temperature": "any"}')
-    with pytest.raises(Refused, match=r"generation_config.json: eos_token_id=\[2, '3'\] is not supported, expected a whole number"):
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [2, "3"], "temperature": "any"}'
+    )
+    with pytest.raises(
+        Refused,
+        match=r"generation_config.json: eos_token_id=\[2, '3'\] is not supported, expected a whole number",
+    ):
         interop.describe(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3], "temperature": "any"}')
+    (tmp_path / "generation_config.json").write_text(
+        '{"eos_token_id": [2, 3], "temperature": "any"}'
+    )
     assert interop.describe(tmp_path).eos == (2, 3)
 
 
@@ -95,14 +132,18 @@ def test_special_tokens_of_both_files(tmp_path):
 )
 def test_sizes_that_make_no_network_are_one_line(tmp_path, name, changes):
     family = next(family for family in WHOLE if family.name == name)
-    (tmp_path / "config.json").write_text(json.dumps(family.write(family.config())["config.json"] | changes))
+    (tmp_path / "config.json").write_text(
+        json.dumps(family.write(family.config())["config.json"] | changes)
+    )
     damage.outcome(lambda: interop.describe(tmp_path), "config.json")
     damage.outcome(lambda: interop.load(tmp_path), "config.json", str(tmp_path))
 
 
 def test_groups_that_do_not_divide_are_named(tmp_path):
     family = next(family for family in WHOLE if family.name == "UNet2DConditionModel")
-    (tmp_path / "config.json").write_text(json.dumps(family.write(family.config())["config.json"] | {"norm_num_groups": 7}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(family.write(family.config())["config.json"] | {"norm_num_groups": 7})
+    )
     with pytest.raises(Refused, match=r"config.json: no UNet2DConditionModel has these sizes"):
         interop.describe(tmp_path)
 

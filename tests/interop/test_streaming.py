@@ -1,4 +1,6 @@
-"""Loading holds little beside what it loads: a checkpoint of 6 GB in shards, into arrays sharded over 8 devices."""
+"""Loading holds little beside what it loads: a checkpoint of 6 GB in shards, into arrays sharded
+over 8 devices.
+"""
 
 import json
 import subprocess
@@ -55,22 +57,40 @@ SCRIPT = """
 
 @pytest.mark.slow
 def test_a_large_checkpoint_streams(tmp_path):
-    """What the process holds at most beside the arrays: under 1.3 times the largest tensor and 1 GB."""
+    """What the process holds at most beside the arrays: under 1.3 times the largest tensor and 1
+    GB.
+    """
     net = make_net(CFG, config=CFG)
-    leaves, rows = paths(net.shapes), {row.path: row for row in interop.families.llama.table(CFG)}
-    shapes = {n: row.torch_shape(leaves[p].shape) for p, row in rows.items() for n in row.names(leaves[p].shape)}
+    leaves = paths(net.shapes)
+    rows = {row.path: row for row in interop.families.llama.table(CFG)}
+    shapes = {
+        n: row.torch_shape(leaves[p].shape)
+        for p, row in rows.items()
+        for n in row.names(leaves[p].shape)
+    }
     sizes = {name: 4 * int(np.prod(shape)) for name, shape in shapes.items()}
     for file, value in interop.families.llama.FAMILY.write(CFG).items():
         write_json(tmp_path / file, value)
     number = {name: i for i, name in enumerate(sizes)}
-    write_folder(tmp_path, "model", sizes, lambda name: np.full(shapes[name], number[name] / 8, np.float32), 10**9)
+    write_folder(
+        tmp_path,
+        "model",
+        sizes,
+        lambda name: np.full(shapes[name], number[name] / 8, np.float32),
+        10**9,
+    )
     assert 5.5e9 < sum(sizes.values()) < 6.5e9 and len(list(tmp_path.glob("*.safetensors"))) > 4
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), "float32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found, largest = json.loads(done.stdout.splitlines()[-1]), max(sizes.values())
-    print(f"loaded {found['loaded'] / 1e9:.2f} GB, at most {found['beside'] / 1e9:.2f} GB beside; largest tensor {largest / 1e9:.2f} GB")
+    found = json.loads(done.stdout.splitlines()[-1])
+    largest = max(sizes.values())
+    print(
+        f"loaded {found['loaded'] / 1e9:.2f} GB, at most {found['beside'] / 1e9:.2f} GB beside; largest tensor {largest / 1e9:.2f} GB"
+    )
     assert found["loaded"] == sum(sizes.values())
     assert found["beside"] < 1.3 * largest + 1e9
-    last = {path: max(number[n] for n in rows[path].names(leaves[path].shape)) / 8 for path in leaves}
+    last = {
+        path: max(number[n] for n in rows[path].names(leaves[path].shape)) / 8 for path in leaves
+    }
     assert found["last"] == [last[path] for path in leaves]

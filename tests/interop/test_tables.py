@@ -31,10 +31,15 @@ def test_linear_is_a_view_of_the_file():
 
 def test_patches_is_the_convolution():
     rng = np.random.default_rng(0)
-    x, w = rng.integers(-4, 5, (1, 4, 6, 3)).astype(np.float32), rng.integers(-4, 5, (5, 3, 2, 2)).astype(np.float32)
-    conv = jax.lax.conv_general_dilated(x, CONV.to_jax(w), (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    x = rng.integers(-4, 5, (1, 4, 6, 3)).astype(np.float32)
+    w = rng.integers(-4, 5, (5, 3, 2, 2)).astype(np.float32)
+    conv = jax.lax.conv_general_dilated(
+        x, CONV.to_jax(w), (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     cut = x.reshape(1, 2, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(1, 2, 3, 12)
-    np.testing.assert_array_equal(jnp.asarray(cut) @ patches(2).to_jax(w), conv)  # sums of integers: exact
+    np.testing.assert_array_equal(
+        jnp.asarray(cut) @ patches(2).to_jax(w), conv
+    )  # sums of integers: exact
 
 
 def test_names_and_shapes_of_stacked_and_repeated_rows():
@@ -49,5 +54,10 @@ def test_names_and_shapes_of_stacked_and_repeated_rows():
 
 def test_old_names_become_those_of_the_table():
     rules = ((r"\.gamma$", ".weight"), (r"^model\.", ""))
-    family = Family(name="", library="", config=object, read=None, write=None, table=None, renamed=rules)
-    assert [family.current(name) for name in ("model.norm.gamma", "gamma.weight")] == ["norm.weight", "gamma.weight"]
+    family = Family(
+        name="", library="", config=object, read=None, write=None, table=None, renamed=rules
+    )
+    assert [family.current(name) for name in ("model.norm.gamma", "gamma.weight")] == [
+        "norm.weight",
+        "gamma.weight",
+    ]

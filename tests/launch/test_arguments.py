@@ -11,7 +11,24 @@ from tools import bench, plan
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-1", "x", "1.5", "1e3", "²", "٣x", " 1", "1 ", "+1", "0x10", "9" * 30, "9" * 5000, "2147483648"]
+    "text",
+    [
+        "",
+        "0",
+        "-1",
+        "x",
+        "1.5",
+        "1e3",
+        "²",
+        "٣x",
+        " 1",
+        "1 ",
+        "+1",
+        "0x10",
+        "9" * 30,
+        "9" * 5000,
+        "2147483648",
+    ],
 )
 def test_whole_numbers(text):
     assert whole({"n": "1"}, "n", 1) == 1 and whole({"n": "-3"}, "n", -5) == -3
@@ -33,7 +50,12 @@ def test_decimal_numbers(text):
 def test_switches(text):
     values = lambda *words: arguments(words, {"on": False})[0]["on"]
     assert (
-        not values() and values("--on") and values("--on=1") and values("--on=True") and not values("--on=false") and not values("--on=0")
+        not values()
+        and values("--on")
+        and values("--on=1")
+        and values("--on=True")
+        and not values("--on=false")
+        and not values("--on=0")
     )
     with pytest.raises(Refused, match=f"--on={text}: expected true or false"):
         values(f"--on={text}")
@@ -48,12 +70,23 @@ def test_places_for_files(tmp_path, monkeypatch):
     assert at("") is None
     for text in ("new.png", "file.png", "folder/a.png", "new/deep/a.png", str(tmp_path / "a.png")):
         assert str(at(text, (".png",))) == text
-    assert str(at("folder", folder=True)) == "folder" and str(at("new/deep", folder=True)) == "new/deep"
-    for text, says in {"folder": "is a folder, expected a file such as folder/out.png", "folder/": "is a folder", ".": "is a folder",
-                       "new/": "is a folder", "a.jpg": "expected a name that ends in .png", "a": "expected a name that ends in .png",
-                       "file.png/a.png": "file.png is no folder", "link/a.png": "link is no folder",
-                       "gs://b/a.png": "gs:// is not supported",
-                       "a\n.png": "expected the name of a file", "a" * 300 + ".png": "expected the name of a file"}.items():  # fmt: skip
+    assert (
+        str(at("folder", folder=True)) == "folder"
+        and str(at("new/deep", folder=True)) == "new/deep"
+    )
+    for text, says in {
+        "folder": "is a folder, expected a file such as folder/out.png",
+        "folder/": "is a folder",
+        ".": "is a folder",
+        "new/": "is a folder",
+        "a.jpg": "expected a name that ends in .png",
+        "a": "expected a name that ends in .png",
+        "file.png/a.png": "file.png is no folder",
+        "link/a.png": "link is no folder",
+        "gs://b/a.png": "gs:// is not supported",
+        "a\n.png": "expected the name of a file",
+        "a" * 300 + ".png": "expected the name of a file",
+    }.items():
         with pytest.raises(Refused, match=says) as caught:
             at(text, (".png",))
         assert "\n" not in str(caught.value)
@@ -97,14 +130,23 @@ def test_generate(word, says, tmp_path, monkeypatch):
 
 def test_plan_and_bench(tmp_path):
     (tmp_path / "file").write_text("x")
-    for words, says in ((["--most=0"], "--most=0"), (["--most=x"], "--most=x"), (["--effort=nan"], "--effort=nan"),
-                        ([f"--json={tmp_path}"], "is a folder"), ([f"--json={tmp_path}/file/a"], "file is no folder"),
-                        (["--topology=h100:0x1"], "--topology=h100:0x1: expected GPUs"),
-                        (["--topology=v5p:0x0"], "--topology=v5p:0x0: expected"),
-                        (["--topology=h100:999999x9"], "expected GPUs")):  # fmt: skip
+    for words, says in (
+        (["--most=0"], "--most=0"),
+        (["--most=x"], "--most=x"),
+        (["--effort=nan"], "--effort=nan"),
+        ([f"--json={tmp_path}"], "is a folder"),
+        ([f"--json={tmp_path}/file/a"], "file is no folder"),
+        (["--topology=h100:0x1"], "--topology=h100:0x1: expected GPUs"),
+        (["--topology=v5p:0x0"], "--topology=v5p:0x0: expected"),
+        (["--topology=h100:999999x9"], "expected GPUs"),
+    ):
         with pytest.raises(Refused, match=says):
             plan.plan(["--config=configs/toy/dmd2.py", "--topology=h100:8x1", *words])
-    for word, says in (("--steps=0", "--steps=0"), ("--rounds=x", "--rounds=x"), ("--case=kdd", "did you mean 'kd'"),
-                       (f"--trace={tmp_path}/file", "is a file, expected a folder")):  # fmt: skip
+    for word, says in (
+        ("--steps=0", "--steps=0"),
+        ("--rounds=x", "--rounds=x"),
+        ("--case=kdd", "did you mean 'kd'"),
+        (f"--trace={tmp_path}/file", "is a file, expected a folder"),
+    ):
         with pytest.raises(Refused, match=says):
             bench.bench([word])

@@ -20,9 +20,17 @@ ROOT = Path(__file__).parents[2]
 ENDS = [  # what a command raises, its exit code, what stands in its one line
     (Refused("no such file"), 2, "refused: no such file"),
     (NonFinite("turn 0: loss is nan", 3), 1, "the last good checkpoint is kept"),
-    (Stopped(signal.SIGTERM, "saved step 7 in x"), 75, "stopped: SIGTERM: saved step 7 in x; run again to go on"),
+    (
+        Stopped(signal.SIGTERM, "saved step 7 in x"),
+        75,
+        "stopped: SIGTERM: saved step 7 in x; run again to go on",
+    ),
     (Stopped(signal.SIGINT, "saved step 7 in x"), 75, "stopped: SIGINT"),
-    (OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"), 1, "failed: runs/x/metrics.jsonl: No space left on device"),
+    (
+        OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl"),
+        1,
+        "failed: runs/x/metrics.jsonl: No space left on device",
+    ),
     (OSError("UNAVAILABLE: and\nmore"), 1, "failed: UNAVAILABLE: and more"),
     (
         PermissionError(errno.EACCES, "checkpoints/step_7: cannot be read (Permission denied)"),
@@ -34,7 +42,9 @@ ENDS = [  # what a command raises, its exit code, what stands in its one line
 ]
 
 
-@pytest.mark.parametrize(("error", "code", "said"), ENDS, ids=[f"{type(e).__name__}-{code}" for e, code, _ in ENDS])
+@pytest.mark.parametrize(
+    ("error", "code", "said"), ENDS, ids=[f"{type(e).__name__}-{code}" for e, code, _ in ENDS]
+)
 def test_exit_codes(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
     before = signal.getsignal(signal.SIGTERM)
@@ -65,31 +75,59 @@ def test_a_relative_config_is_one_of_the_current_folder_or_of_the_checkout(tmp_p
     mine = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'mine': 1})\n"
     (tmp_path / "configs/toy/dmd2.py").write_text(mine)
     assert "mine" in _command.load_config("configs/toy/dmd2.py")
-    with pytest.raises(Refused, match=r"--config=configs/toy/dmd3.py: no such file; did you mean 'configs/toy/dmd2.py'"):
+    with pytest.raises(
+        Refused,
+        match=r"--config=configs/toy/dmd3.py: no such file; did you mean 'configs/toy/dmd2.py'",
+    ):
         _command.load_config("configs/toy/dmd3.py")
 
 
 def test_distributed_without_a_cluster_is_refused():
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAXDISTILL_", "OMPI", "KUBERNETES"))}
-    command = [sys.executable, "-m", "launch.train", "--config=configs/toy/dmd2.py", "--workdir=/nowhere/x", "--distributed"]
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("SLURM", "JAXDISTILL_", "OMPI", "KUBERNETES"))
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "launch.train",
+        "--config=configs/toy/dmd2.py",
+        "--workdir=/nowhere/x",
+        "--distributed",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
-    assert done.stderr.startswith("refused: --distributed: found no") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("refused: --distributed: found no") and done.stderr.count("\n") == 1
+    )
 
 
 ADDRESS = "gs://bucket/x"
 PLACES = [
     (train.train, ["--config=configs/toy/dmd2.py", f"--workdir={ADDRESS}"], "--workdir"),
     (train.train, [f"--workdir={ADDRESS}"], "--workdir"),
-    (train.train, ["--config=configs/toy/dmd2.py", "--workdir=W", f"--config.roles.teacher.init={ADDRESS}"], "config.roles.teacher.init"),
-    (train.train, ["--config=configs/mnist/dmd2.py", "--workdir=W", f"--config.data.path={ADDRESS}"], "config.data.path"),
+    (
+        train.train,
+        ["--config=configs/toy/dmd2.py", "--workdir=W", f"--config.roles.teacher.init={ADDRESS}"],
+        "config.roles.teacher.init",
+    ),
+    (
+        train.train,
+        ["--config=configs/mnist/dmd2.py", "--workdir=W", f"--config.data.path={ADDRESS}"],
+        "config.data.path",
+    ),
     (sample.sample, ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"], "--out"),
     (export.export, ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"], "--out"),
     (generate.generate, ["--pipeline=P", "--prompt=p", f"--out={ADDRESS}"], "--out"),
 ]
 
 
-@pytest.mark.parametrize(("command", "argv", "key"), PLACES, ids=[f"{c.__name__}{i}" for i, (c, _, _) in enumerate(PLACES)])
+@pytest.mark.parametrize(
+    ("command", "argv", "key"),
+    PLACES,
+    ids=[f"{c.__name__}{i}" for i, (c, _, _) in enumerate(PLACES)],
+)
 def test_addresses_of_object_stores_are_refused(command, argv, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=f"^{key}={ADDRESS}: gs:// is not supported"):
@@ -112,9 +150,17 @@ def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path):
     refused = Refused("")
     failing(workdir, 2, refused)
     said = f"^{workdir}: 2 restarts without a new checkpoint; see why it fails, remove restarts.json there"
-    with pytest.raises(Refused, match=said), _restarts.bounded(workdir, 2, lambda: pytest.fail("joined the others")):
+    with (
+        pytest.raises(Refused, match=said),
+        _restarts.bounded(workdir, 2, lambda: pytest.fail("joined the others")),
+    ):
         pass
-    for new in ("checkpoints/step_10", "teacher/checkpoints/step_5", "stages/0", "data/0/batch000000_0.arrayrecord"):
+    for new in (
+        "checkpoints/step_10",
+        "teacher/checkpoints/step_5",
+        "stages/0",
+        "data/0/batch000000_0.arrayrecord",
+    ):
         place = workdir / new
         (place.parent if place.suffix else place).mkdir(parents=True)
         if place.suffix:

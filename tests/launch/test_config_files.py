@@ -8,11 +8,20 @@ from jaxdistill.core.types import Refused
 from launch._command import load_config, override
 
 MISTAKES = {
-    "a name": ("def get_config():\n    return experment()\n", r"c\.py:2: NameError: name 'experment' is not defined"),
-    "an import": ("import no_such_module\n", r"c\.py:1: ModuleNotFoundError: No module named 'no_such_module'"),
+    "a name": (
+        "def get_config():\n    return experment()\n",
+        r"c\.py:2: NameError: name 'experment' is not defined",
+    ),
+    "an import": (
+        "import no_such_module\n",
+        r"c\.py:1: ModuleNotFoundError: No module named 'no_such_module'",
+    ),
     "a bracket": ("def get_config(:\n", r"c\.py:1: "),
     "no function": ("x = 1\n", r"defines no get_config\(\)"),
-    "nothing returned": ("def get_config():\n    pass\n", r"get_config\(\) returns NoneType, expected core\.build\.experiment"),
+    "nothing returned": (
+        "def get_config():\n    pass\n",
+        r"get_config\(\) returns NoneType, expected core\.build\.experiment",
+    ),
     "an unknown field": (
         "from jaxdistill.core.build import spec\ndef get_config():\n    return spec('core.optim:Ema', raet=0.9)\n",
         r"c\.py: core\.optim:Ema has no field 'raet'; did you mean 'rate'",
@@ -21,7 +30,10 @@ MISTAKES = {
         "from jaxdistill.core.build import spec\ndef get_config():\n    return spec('core.optim:Ema', rate='x')\n",
         r"c\.py: rate='x': expected a number",
     ),
-    "no argument": ("def get_config(x):\n    return 1 / 0\n", r"c\.py:1: TypeError: .*missing 1 required positional argument"),
+    "no argument": (
+        "def get_config(x):\n    return 1 / 0\n",
+        r"c\.py:1: TypeError: .*missing 1 required positional argument",
+    ),
 }
 
 
@@ -47,7 +59,11 @@ def test_a_file_that_is_not_there_names_a_near_one_and_walks_no_disk(tmp_path, m
 def test_a_value_that_cannot_be_parsed_is_refused(text):
     from jaxdistill.core.build import experiment, spec
 
-    config = experiment(data=spec("data.digits:Digits"), method=spec("methods.trajectory.flow_matching:FlowMatching"), roles={})
+    config = experiment(
+        data=spec("data.digits:Digits"),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        roles={},
+    )
     with pytest.raises(Refused) as refusal:
         override(config, "steps", text)
     assert len(str(refusal.value)) < 300

@@ -1,4 +1,6 @@
-"""Real processes, joined by gloo: they train what one process trains, lose nothing when one is killed, and stop together."""
+"""Real processes, joined by gloo: they train what one process trains, lose nothing when one is
+killed, and stop together.
+"""
 
 import json
 import os
@@ -22,10 +24,23 @@ TINY = "tests/run/tiny.py"
 
 
 def start(workdir, processes, devices, variant="bare", steps=20, **more):
-    command = [sys.executable, "-m", "launch.local_cluster", str(processes), f"--devices={devices}", "--timeout=10", "--",
-               f"--config={TINY}:{variant}", f"--workdir={workdir}", f"--config.steps={steps}",
-               f"--config.mesh.fsdp={processes * devices}", *(f"--config.{k}={v}" for k, v in more.items())]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "launch.local_cluster",
+        str(processes),
+        f"--devices={devices}",
+        "--timeout=10",
+        "--",
+        f"--config={TINY}:{variant}",
+        f"--workdir={workdir}",
+        f"--config.steps={steps}",
+        f"--config.mesh.fsdp={processes * devices}",
+        *(f"--config.{k}={v}" for k, v in more.items()),
+    ]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process) -> str:
@@ -39,7 +54,14 @@ def weights(workdir):
 
 
 def largest_difference(a, b) -> float:
-    return max((np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) if x.size), default=0.0)
+    return max(
+        (
+            np.abs(x - y).max()
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+            if x.size
+        ),
+        default=0.0,
+    )
 
 
 OFTEN = dict(steps=60, checkpoint_every=5, log_every=5)
@@ -56,7 +78,10 @@ def two(tmp_path_factory):
 def test_two_processes_equal_one(two, tmp_path):
     finish(start(tmp_path / "one", 1, 4, **OFTEN))
     assert largest_difference(weights(two), weights(tmp_path / "one")) < 1e-5
-    losses = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (two, tmp_path / "one")]
+    losses = [
+        [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()]
+        for d in (two, tmp_path / "one")
+    ]
     for mine, other in zip(*losses, strict=True):
         assert mine["step"] == other["step"] and abs(mine["fake/loss"] - other["fake/loss"]) < 1e-4
 
@@ -73,7 +98,14 @@ def test_four_processes_equal_one(tmp_path, variant):
 
 
 def newest(workdir) -> int:
-    return max((int(p.name.removeprefix("step_")) for p in (workdir / "checkpoints").glob("step_*") if p.name[5:].isdigit()), default=0)
+    return max(
+        (
+            int(p.name.removeprefix("step_"))
+            for p in (workdir / "checkpoints").glob("step_*")
+            if p.name[5:].isdigit()
+        ),
+        default=0,
+    )
 
 
 def wait_for(process, workdir, step: int) -> None:
@@ -84,30 +116,40 @@ def wait_for(process, workdir, step: int) -> None:
 
 
 def kill_one(workdir, rng: random.Random, **run) -> int:
-    """Starts two processes and kills one at a random moment after a new checkpoint: one clear line, exit 1, at once.
+    """Starts two processes and kills one at a random moment after a new checkpoint: one clear line,
+    exit 1, at once.
 
     Returns the newest checkpoint's step.
     """
     process = start(workdir, 2, 2, **run)
     wait_for(process, workdir, newest(workdir) + 5)
     time.sleep(rng.uniform(0, 0.3))
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(rng.choice(children)), signal.SIGKILL)
     killed = time.monotonic()
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and time.monotonic() - killed < 60  # the timeout is 10 s; the rest is a busy machine
+    assert (
+        process.returncode == 1 and time.monotonic() - killed < 60
+    )  # the timeout is 10 s; the rest is a busy machine
     assert "of 2 was lost (killed by SIGKILL)" in err and "run the same command again" in err
     return newest(workdir)
 
 
 def killed_and_whole(killed, whole, kills: int, **run) -> None:
-    """A run killed `kills` times and resumed each time ends with the weights of one that was let alone, bit for bit."""
-    rng, saved = random.Random(0), [0]
+    """A run killed `kills` times and resumed each time ends with the weights of one that was let
+    alone, bit for bit.
+    """
+    rng = random.Random(0)
+    saved = [0]
     for _ in range(kills):
         saved.append(kill_one(killed, rng, **run))
         assert saved[-1] >= saved[-2] + 5  # nothing is lost but the steps after the last checkpoint
     finish(start(killed, 2, 2, **run))
-    logged = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
     assert logged == list(range(5, run["steps"] + 1, 5))
     assert largest_difference(weights(killed), weights(whole)) == 0
 
@@ -130,17 +172,23 @@ def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
     _, err = process.communicate(timeout=200)
     assert process.returncode == 75, err[-2000:]
     assert err.count("SIGTERM: saved step") == 2
-    stopped = {line.split("saved step ")[1].split()[0] for line in err.splitlines() if "saved step" in line}
+    stopped = {
+        line.split("saved step ")[1].split()[0] for line in err.splitlines() if "saved step" in line
+    }
     assert stopped == {str(newest(tmp_path / "run"))}
 
 
 def test_another_number_of_processes_goes_on(tmp_path):
-    """Saved by two processes with two devices each, resumed by one with one: no step repeated, no sample skipped or seen
-    twice (the sums of their numbers tell), the same weights."""
-    run, how = tmp_path / "run", dict(variant="counted", steps=40, checkpoint_every=10, log_every=1)
+    """Saved by two processes with two devices each, resumed by one with one: no step repeated, no
+    sample skipped or seen
+    twice (the sums of their numbers tell), the same weights.
+    """
+    run = tmp_path / "run"
+    how = dict(variant="counted", steps=40, checkpoint_every=10, log_every=1)
     finish(start(run, 2, 2, **how))
     read = lambda: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    whole, first = weights(run), read()
+    whole = weights(run)
+    first = read()
     for name in ("stages", "report.json"):
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     for step in (30, 40):
@@ -154,15 +202,42 @@ def test_another_number_of_processes_goes_on(tmp_path):
 
 
 def test_dry_run_prints_what_every_process_executes(tmp_path):
-    command = [sys.executable, "-m", "launch.local_cluster", "3", "--dry_run", "--", f"--config={TINY}", f"--workdir={tmp_path / 'x'}"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    command = [
+        sys.executable,
+        "-m",
+        "launch.local_cluster",
+        "3",
+        "--dry_run",
+        "--",
+        f"--config={TINY}",
+        f"--workdir={tmp_path / 'x'}",
+    ]
+    lines = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert len(lines) == 3 and not (tmp_path / "x").exists()
     for i, line in enumerate(lines):
         words = shlex.split(line)
-        assert f"JAXDISTILL_PROCESS={i}" in words and "JAXDISTILL_PROCESSES=3" in words and "launch.train" in words
+        assert (
+            f"JAXDISTILL_PROCESS={i}" in words
+            and "JAXDISTILL_PROCESSES=3" in words
+            and "launch.train" in words
+        )
 
 
-@pytest.mark.parametrize("arguments, message", [(["0"], "number of processes"), (["2", "--devces=1"], "did you mean 'devices'")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["0"], "number of processes"), (["2", "--devces=1"], "did you mean 'devices'")],
+)
 def test_bad_input(arguments, message):
-    done = subprocess.run([sys.executable, "-m", "launch.local_cluster", *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.local_cluster", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and message in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )

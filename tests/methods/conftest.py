@@ -1,4 +1,6 @@
-"""Closed forms for data N(mean, std^2 I), as networks that losses can call, and three steps of the real train step."""
+"""Closed forms for data N(mean, std^2 I), as networks that losses can call, and three steps of the
+real train step.
+"""
 
 import dataclasses
 import functools
@@ -39,7 +41,8 @@ class Gaussian:
         """E[x0 | x_t]: the teacher."""
         a, s, spread = self.spread(expand(t, x))
         offset = x - a * self.mean
-        x0, eps = self.mean + a * self.std**2 / spread * offset, s / spread * offset
+        x0 = self.mean + a * self.std**2 / spread * offset
+        eps = s / spread * offset
         v = self.process.velocity(x0, eps, t)
         return Pred(x0, eps, v, v)
 
@@ -55,7 +58,9 @@ class Gaussian:
         return self.process.from_v(v, x, t)
 
     def draw(self, n, dim=2, seed=0):
-        return jnp.asarray(self.mean + self.std * np.random.default_rng(seed).standard_normal((n, dim)))
+        return jnp.asarray(
+            self.mean + self.std * np.random.default_rng(seed).standard_normal((n, dim))
+        )
 
 
 @pytest.fixture
@@ -75,19 +80,31 @@ def context():
 
 @pytest.fixture
 def three_steps():
-    """three_steps(method, second_time=False, **batch) runs the engine's step on tiny MLPs; exactly what should move does."""
+    """three_steps(method, second_time=False, **batch) runs the engine's step on tiny MLPs; exactly
+    what should move does.
+    """
 
     def run(method, second_time=False, **batch):
         wrap = functools.partial(Denoiser().wrap, process=method.process)
         mlp = lambda **kw: make_net(MLP(width=8, depth=1, **kw), wrap=wrap)
-        nets = {"student": mlp(second_time=second_time), "teacher": mlp(), "weight": make_net(TimeWeight(width=8))}
+        nets = {
+            "student": mlp(second_time=second_time),
+            "teacher": mlp(),
+            "weight": make_net(TimeWeight(width=8)),
+        }
         nets = {role: nets.get(role) or mlp() for role in (*method.inits, *method.frozen)}
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
-        batch = {"x": jnp.asarray(np.random.default_rng(0).standard_normal((8, 2)), jnp.float32), **batch}
+        batch = {
+            "x": jnp.asarray(np.random.default_rng(0).standard_normal((8, 2)), jnp.float32),
+            **batch,
+        }
         states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 3)
         assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
         before, after = ((state.params, state.frozen) for state in (states[0], states[-1]))
-        moved = lambda a, b: any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+        moved = lambda a, b: any(
+            not np.array_equal(x, y)
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        )
         for role in method.inits:
             assert moved(before[0][role], after[0][role]), role
         assert not moved(before[1], after[1])

@@ -1,4 +1,6 @@
-"""Methods whose students have times of their own: the first one is that of the state that sampling starts from."""
+"""Methods whose students have times of their own: the first one is that of the state that sampling
+starts from.
+"""
 
 import dataclasses
 import importlib
@@ -16,16 +18,35 @@ from jaxdistill.methods._fewstep import FewStep
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, FromLevel
 
 ROOT = Path(__file__).parents[2]
-FILES = [p for folder in ("trajectory", "distribution") for p in sorted((ROOT / "jaxdistill/methods" / folder).glob("*.py"))]
-MODULES = [importlib.import_module(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in FILES]
-METHODS = {c.__name__: c for m in MODULES for c in vars(m).values() if isinstance(c, type) and issubclass(c, Method)}
-TIMED = [c for c in METHODS.values() if any(f.name == "student_times" for f in dataclasses.fields(c))]
+FILES = [
+    p
+    for folder in ("trajectory", "distribution")
+    for p in sorted((ROOT / "jaxdistill/methods" / folder).glob("*.py"))
+]
+MODULES = [
+    importlib.import_module(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in FILES
+]
+METHODS = {
+    c.__name__: c
+    for m in MODULES
+    for c in vars(m).values()
+    if isinstance(c, type) and issubclass(c, Method)
+}
+TIMED = [
+    c for c in METHODS.values() if any(f.name == "student_times" for f in dataclasses.fields(c))
+]
 FROM_MAX = [c for c in TIMED if not issubclass(c, FromLevel) and c.__name__ != "FromLevel"]
-DEFAULT = [c for c in FROM_MAX if next(f for f in dataclasses.fields(c) if f.name == "student_times").default == ()]
+DEFAULT = [
+    c
+    for c in FROM_MAX
+    if next(f for f in dataclasses.fields(c) if f.name == "student_times").default == ()
+]
 
 
 def test_all_with_times_share_the_check():
-    assert {"Consistency", "CT", "ECT", "DiffInstruct", "DMD", "DMD2", "SwiftBrush", "DisBack"} <= {c.__name__ for c in DEFAULT}
+    assert {"Consistency", "CT", "ECT", "DiffInstruct", "DMD", "DMD2", "SwiftBrush", "DisBack"} <= {
+        c.__name__ for c in DEFAULT
+    }
     assert all(issubclass(c, FewStep) for c in TIMED)
 
 
@@ -57,9 +78,15 @@ def test_the_network_is_told_the_time_of_the_state(context):
         seen.append((x, t))
         return EDM().from_x0(x, x, t)
 
-    method, noise = DiffInstruct(process=EDM()), jax.random.normal(jax.random.key(0), (4096, 2))
-    batch = method.simulate(SimpleNamespace(student=lambda x, t, cond=None: EDM().from_x0(x, x, t)), context(jnp.zeros((4096, 2))))
+    method = DiffInstruct(process=EDM())
+    noise = jax.random.normal(jax.random.key(0), (4096, 2))
+    batch = method.simulate(
+        SimpleNamespace(student=lambda x, t, cond=None: EDM().from_x0(x, x, t)),
+        context(jnp.zeros((4096, 2))),
+    )
     method.sample(student, noise, None, jax.random.key(1), 1)
     np.testing.assert_array_equal(batch["t"], 80.0)
     np.testing.assert_array_equal(seen[-1][1], 80.0)
-    np.testing.assert_allclose([batch["xt"].std(), seen[-1][0].std()], 80.0, rtol=5 / (2 * 8192) ** 0.5)
+    np.testing.assert_allclose(
+        [batch["xt"].std(), seen[-1][0].std()], 80.0, rtol=5 / (2 * 8192) ** 0.5
+    )

@@ -1,4 +1,6 @@
-"""What wraps a host says everything that it does not override as the host does, whatever `Method` comes to have."""
+"""What wraps a host says everything that it does not override as the host does, whatever `Method`
+comes to have.
+"""
 
 import pytest
 
@@ -11,7 +13,11 @@ from jaxdistill.methods.distribution.multi_student import MultiStudent
 from jaxdistill.objectives.partition import Consecutive
 
 NAMES = sorted(name for name in vars(Method) if not name.startswith("_"))
-Probe = type("Probe", (Method,), {**{name: object() for name in NAMES}, "memory": staticmethod(dict), "process": object()})
+Probe = type(
+    "Probe",
+    (Method,),
+    {**{name: object() for name in NAMES}, "memory": staticmethod(dict), "process": object()},
+)
 PROBE = Probe()
 WRAPPERS = {  # with what each overrides
     Hosted(host=PROBE): {"stages"},
@@ -30,7 +36,9 @@ def test_every_member_of_a_method_is_the_hosts(wrapper, own):
     for name in {*NAMES, "process"} - own:
         assert getattr(wrapper, name) is getattr(PROBE, name), name
     for name in own:
-        assert any(name in vars(cls) for cls in type(wrapper).__mro__ if cls not in (Delegating, Method)), name
+        assert any(
+            name in vars(cls) for cls in type(wrapper).__mro__ if cls not in (Delegating, Method)
+        ), name
 
 
 def test_several_hosts_share_a_sampler():

@@ -1,4 +1,6 @@
-"""Every path of attention computes the same; `blockwise` also in its derivatives, and in memory that grows with the length."""
+"""Every path of attention computes the same; `blockwise` also in its derivatives, and in memory
+that grows with the length.
+"""
 
 import functools
 
@@ -12,7 +14,12 @@ from jaxdistill.core.net import forward_mode
 from jaxdistill.models import attention as module
 from jaxdistill.models.attention import attention, blockwise, plain, splash
 
-B, T, S, H, G, K = 2, 70, 50, 4, 2, 8
+B = 2
+T = 70
+S = 50
+H = 4
+G = 2
+K = 8
 
 
 def draw(*shape, seed=0):
@@ -27,30 +34,46 @@ def qkv():
 def masks():
     rows = jax.random.bernoulli(jax.random.key(3), 0.6, (B, H, T, S)).at[..., 0].set(True)
     padding = (jnp.arange(S) < jnp.array([S, 30])[:, None])[:, None, None]
-    return {"none": {}, "padding": {"mask": padding}, "any": {"mask": rows}, "shared": {"mask": rows[:1, :1]}}
+    return {
+        "none": {},
+        "padding": {"mask": padding},
+        "any": {"mask": rows},
+        "shared": {"mask": rows[:1, :1]},
+    }
 
 
 @pytest.mark.parametrize("kind", masks())
 @pytest.mark.parametrize("block", [16, 512])
 def test_blockwise_equals_plain_in_value_and_every_derivative(qkv, kind, block):
-    kw, tangents = masks()[kind], tuple(draw(*x.shape, seed=5 + i) for i, x in enumerate(qkv))
-    ours, reference = functools.partial(blockwise, block=block, **kw), functools.partial(plain, **kw)
+    kw = masks()[kind]
+    tangents = tuple(draw(*x.shape, seed=5 + i) for i, x in enumerate(qkv))
+    ours = functools.partial(blockwise, block=block, **kw)
+    reference = functools.partial(plain, **kw)
 
     def everything(f):
         value, tangent = jax.jvp(f, qkv, tangents)
         loss = lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v)))
         gradient = jax.grad(loss, (0, 1, 2))(*qkv)
-        over = jax.grad(lambda q: jnp.sum(jax.jvp(lambda q: f(q, *qkv[1:]), (q,), tangents[:1])[1] ** 2))(qkv[0])
+        over = jax.grad(
+            lambda q: jnp.sum(jax.jvp(lambda q: f(q, *qkv[1:]), (q,), tangents[:1])[1] ** 2)
+        )(qkv[0])
         return value, tangent, gradient, over
 
-    for a, b in zip(*(jax.tree.leaves(jax.jit(everything, static_argnums=0)(f)) for f in (ours, reference)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)  # float32 sums of 50 terms of order 1, in another order
+    for a, b in zip(
+        *(jax.tree.leaves(jax.jit(everything, static_argnums=0)(f)) for f in (ours, reference)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(
+            a, b, rtol=1e-5, atol=2e-5
+        )  # float32 sums of 50 terms of order 1, in another order
 
 
 @pytest.mark.parametrize("kind", masks())
 def test_the_backward_pass_of_plain_attention_keeps_no_scores(qkv, kind):
     kept = jax.tree.leaves(jax.vjp(functools.partial(plain, **masks()[kind]), *qkv)[1])
-    assert kept and all(x.size < B * H * T * S for x in kept if x.dtype != bool)  # the mask is an argument
+    assert kept and all(
+        x.size < B * H * T * S for x in kept if x.dtype != bool
+    )  # the mask is an argument
 
 
 @pytest.mark.parametrize("heads", [H, G])
@@ -60,13 +83,21 @@ def test_plain_attention_is_the_librarys(qkv, heads):
         if how.get("mask", jnp.ones((1, 1))).shape[1] not in (1, heads):
             continue
         for causal in (False, True):
-            library = jax.nn.dot_product_attention(q, k, v, is_causal=causal, scale=0.3, implementation="xla", **how)
-            np.testing.assert_allclose(plain(q, k, v, causal=causal, scale=0.3, **how), library, rtol=1e-5, atol=1e-5)  # sums of 50 terms
+            library = jax.nn.dot_product_attention(
+                q, k, v, is_causal=causal, scale=0.3, implementation="xla", **how
+            )
+            np.testing.assert_allclose(
+                plain(q, k, v, causal=causal, scale=0.3, **how), library, rtol=1e-5, atol=1e-5
+            )  # sums of 50 terms
 
 
 def test_blockwise_is_causal():
-    q, k, v = draw(1, T, H, K), draw(1, T, H, K, seed=1), draw(1, T, H, K, seed=2)
-    np.testing.assert_allclose(blockwise(q, k, v, causal=True, block=16), plain(q, k, v, causal=True), rtol=1e-5, atol=1e-5)
+    q = draw(1, T, H, K)
+    k = draw(1, T, H, K, seed=1)
+    v = draw(1, T, H, K, seed=2)
+    np.testing.assert_allclose(
+        blockwise(q, k, v, causal=True, block=16), plain(q, k, v, causal=True), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_row_without_keys_stays_finite(qkv):
@@ -76,7 +107,9 @@ def test_a_row_without_keys_stays_finite(qkv):
 
 
 def test_forward_mode_at_a_thousand_tokens():
-    """Value and tangent against plain attention to 1e-5, at the length from which the plain path would be left."""
+    """Value and tangent against plain attention to 1e-5, at the length from which the plain path
+    would be left.
+    """
     q, k, v, d = (draw(1, 1024, 2, 32, seed=i) for i in range(4))
     run = lambda f: jax.jit(lambda q, d: jax.jvp(lambda q: f(q, k, v), (q,), (d,)))(q, d)
     for a, b in zip(run(functools.partial(blockwise, block=256)), run(plain), strict=True):
@@ -98,7 +131,9 @@ def gradient_of_tangent(x):
 
 @pytest.mark.parametrize("derivative", [tangent, gradient_of_tangent])
 def test_memory_grows_with_the_length(derivative, record_property):
-    """Doubling the tokens doubles the temporaries at most (to 10 %); plain scores would take 4 x, and 1 GiB at 16 k."""
+    """Doubling the tokens doubles the temporaries at most (to 10 %); plain scores would take 4 x,
+    and 1 GiB at 16 k.
+    """
     table = {n: temporaries(n, derivative) for n in (4096, 8192, 16384)}
     record_property("temporaries", table)
     assert table[8192] < 2.2 * table[4096] and table[16384] < 2.2 * table[8192], table
@@ -113,7 +148,8 @@ def test_which_path_is_taken(monkeypatch):
 
     for name in ("plain", "blockwise", "splash", "cudnn"):
         monkeypatch.setattr(module, name, stand_in(name))
-    x, long = jnp.zeros((1, 256, 2, 8), jnp.bfloat16), jnp.zeros((1, 2304, 1, 1))
+    x = jnp.zeros((1, 256, 2, 8), jnp.bfloat16)
+    long = jnp.zeros((1, 2304, 1, 1))
 
     def path(*args, **kw):
         taken.clear()
@@ -133,16 +169,25 @@ def test_which_path_is_taken(monkeypatch):
         assert path(x, x, x) == {"plain"} and path(long, long, long) == {"blockwise"}
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)")
-@pytest.mark.parametrize("length, size", [(256, 72), (1024, 64), (512, 128)])  # DiT-XL/2's heads, and two usual ones
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)"
+)
+@pytest.mark.parametrize(
+    "length, size", [(256, 72), (1024, 64), (512, 128)]
+)  # DiT-XL/2's heads, and two usual ones
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_kernel_on_a_gpu(length, size, causal):
-    """bfloat16 through cuDNN against plain attention in float32 of the same numbers: values and gradients to a few roundings of
-    bfloat16 (2^-8), relative to the largest."""
+    """bfloat16 through cuDNN against plain attention in float32 of the same numbers: values and
+    gradients to a few roundings of
+    bfloat16 (2^-8), relative to the largest.
+    """
     q, k, v, w = (draw(2, length, 4, size, seed=i).astype(jnp.bfloat16) for i in range(4))
 
     def both(path, *x):
-        loss = lambda *x: (jnp.sum((out := path(*x, causal=causal)) * w.astype(out.dtype)).astype(jnp.float32), out)
+        loss = lambda *x: (
+            jnp.sum((out := path(*x, causal=causal)) * w.astype(out.dtype)).astype(jnp.float32),
+            out,
+        )
         (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*x)
         return (out, *grads)
 
@@ -150,7 +195,9 @@ def test_the_kernel_on_a_gpu(length, size, causal):
         exact = both(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
     assert "cudnn" in jax.jit(functools.partial(attention, causal=causal)).lower(q, k, v).as_text()
     for a, b in zip(both(attention, q, k, v), exact, strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=4 * 2**-8 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b, atol=4 * 2**-8 * float(jnp.abs(b).max())
+        )
 
 
 def test_tpu_gets_the_pallas_kernel_and_its_gradient():
@@ -163,15 +210,23 @@ def test_tpu_gets_the_pallas_kernel_and_its_gradient():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
-    """Interpreted, float32: 200 tokens are no tiles, and rows of 200, 77 and 1 count; values and gradients where they do."""
+    """Interpreted, float32: 200 tokens are no tiles, and rows of 200, 77 and 1 count; values and
+    gradients where they do.
+    """
     monkeypatch.setattr(module, "INTERPRET", True)
     q, k, v = (jax.random.normal(jax.random.key(i), (3, 200, 2, 16)) for i in range(3))
-    mask = jnp.arange(200) < jnp.array([200, 77, 1])[:, None] if masked else jnp.ones((3, 200), bool)
+    mask = (
+        jnp.arange(200) < jnp.array([200, 77, 1])[:, None] if masked else jnp.ones((3, 200), bool)
+    )
     real = mask[..., None, None]
 
     def loss(path):
-        out = lambda q, k, v: path(q, k, v, mask=mask[:, None, None] if masked else None, causal=causal) * real
-        return jax.jit(lambda *x: (out(*x), jax.grad(lambda *x: jnp.sum(out(*x) ** 2), (0, 1, 2))(*x)))
+        out = lambda q, k, v: (
+            path(q, k, v, mask=mask[:, None, None] if masked else None, causal=causal) * real
+        )
+        return jax.jit(
+            lambda *x: (out(*x), jax.grad(lambda *x: jnp.sum(out(*x) ** 2), (0, 1, 2))(*x))
+        )
 
     (ours, grads), (theirs, others) = (loss(path)(q, k, v) for path in (splash, plain))
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -184,34 +239,49 @@ def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
 def test_values_may_be_narrower_than_keys(path, monkeypatch):
     """The kernel interpreted; against values that are padded with zeros to the keys' width."""
     monkeypatch.setattr(module, "INTERPRET", True)
-    q, k, v = draw(1, 256, 2, 24), draw(1, 256, 2, 24, seed=1), draw(1, 256, 2, 16, seed=2)
+    q = draw(1, 256, 2, 24)
+    k = draw(1, 256, 2, 24, seed=1)
+    v = draw(1, 256, 2, 16, seed=2)
     reference = lambda q, k, v: plain(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, 8),)))[..., :16]
-    both = lambda f: jax.jit(lambda *x: (f(*x), jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))(*x)))(q, k, v)
+    both = lambda f: jax.jit(
+        lambda *x: (f(*x), jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))(*x))
+    )(q, k, v)
     for a, b in zip(jax.tree.leaves(both(path)), jax.tree.leaves(both(reference)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_kernel_runs_per_shard(causal):
-    """On a mesh the kernel sees its own rows and heads; here its interpreter-free stand-in is plain attention."""
+    """On a mesh the kernel sees its own rows and heads; here its interpreter-free stand-in is plain
+    attention.
+    """
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=2, sequence=2, tensor=2))
     x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
     with sharding.use(mesh):
-        text = jax.export.export(jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"])(x, x, x).mlir_module()
+        text = jax.export.export(
+            jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"]
+        )(x, x, x).mlir_module()
         assert "tpu_custom_call" in text
         seen = jax.ShapeDtypeStruct((4, 1, 1, 200), bool)
         z = jax.ShapeDtypeStruct((4, 200, 4, 64), jnp.bfloat16)
         masked = lambda q, mask: splash(q, q, q, mask=mask, causal=causal)
-        assert "tpu_custom_call" in jax.export.export(jax.jit(masked), platforms=["tpu"])(z, seen).mlir_module()
+        assert (
+            "tpu_custom_call"
+            in jax.export.export(jax.jit(masked), platforms=["tpu"])(z, seen).mlir_module()
+        )
         # heads that do not divide: the compiler's own attention
         y = jax.ShapeDtypeStruct((4, 256, 3, 64), jnp.bfloat16)
-        text = jax.export.export(jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"])(y, y, y).mlir_module()
+        text = jax.export.export(
+            jax.jit(functools.partial(splash, causal=causal)), platforms=["tpu"]
+        )(y, y, y).mlir_module()
         assert "tpu_custom_call" not in text
 
 
 @pytest.mark.slow
 def test_an_scm_step_at_16k_tokens(record_property):
-    """A whole sCM step, forward mode and reverse over it, on a DiT of 128 x 128 patches: never an N x N matrix (1 GiB a head)."""
+    """A whole sCM step, forward mode and reverse over it, on a DiT of 128 x 128 patches: never an N
+    x N matrix (1 GiB a head).
+    """
     from pathlib import Path
 
     from jaxdistill.core import build, sharding
@@ -219,7 +289,16 @@ def test_an_scm_step_at_16k_tokens(record_property):
     from jaxdistill.diffusion.denoiser import Denoiser, Velocity
     from jaxdistill.run import loop
 
-    model = spec("models.denoisers.dit:DiT", size=128, patch=1, channels=4, dim=32, depth=2, heads=2, remat="full")
+    model = spec(
+        "models.denoisers.dit:DiT",
+        size=128,
+        patch=1,
+        channels=4,
+        dim=32,
+        depth=2,
+        heads=2,
+        remat="full",
+    )
     arrays = dict(x="normal 128 128 4", cond="integers 10", null_cond="constant 10")
     net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh")
     config = experiment(

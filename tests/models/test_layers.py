@@ -1,4 +1,6 @@
-"""Stacks of layers: scanned or unrolled they are the same function, and what long sequences hold does not grow by their scores."""
+"""Stacks of layers: scanned or unrolled they are the same function, and what long sequences hold
+does not grow by their scores.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +37,19 @@ def unrolled(traced) -> bool:
 
 
 def test_short_stacks_are_unrolled_on_one_device_and_nothing_changes(monkeypatch):
-    net, tokens = network(4), jax.random.randint(jax.random.key(0), (4, 8), 0, 29)
-    one, several = traced(net, tokens), traced(net, tokens, MeshShape(fsdp=2))
+    net = network(4)
+    tokens = jax.random.randint(jax.random.key(0), (4, 8), 0, 29)
+    one = traced(net, tokens)
+    several = traced(net, tokens, MeshShape(fsdp=2))
     assert unrolled(one) and not unrolled(several)
     monkeypatch.setattr(layers, "SCORES", 0)
     scanned = traced(net, tokens)
     assert not unrolled(scanned)
     params = net.init(jax.random.key(1))
     run = lambda traced: traced.lower().compile()(params, tokens)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)  # float32 sums of up to 32 x 29 terms in another order
+    close = lambda a, b: np.testing.assert_allclose(
+        a, b, rtol=1e-4, atol=1e-7
+    )  # float32 sums of up to 32 x 29 terms in another order
     jax.tree.map(close, run(one), run(scanned))
 
 
@@ -52,13 +58,21 @@ def test_what_rematerialises_is_never_unrolled():
 
 
 def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
-    """The network has 14 blocks of seven kinds and is called twice. Kinds: without attention, at two resolutions; the same with a
-    wider input; with attention; a change of resolution, down and up. Other rules, another mesh or forward mode: all anew."""
-    seen, call = [], edm.Block.__call__
-    monkeypatch.setattr(edm.Block, "__call__", lambda block, *args: (seen.append(block), call(block, *args))[1])
+    """The network has 14 blocks of seven kinds and is called twice. Kinds: without attention, at
+    two resolutions; the same with a
+    wider input; with attention; a change of resolution, down and up. Other rules, another mesh or
+    forward mode: all anew.
+    """
+    seen = []
+    call = edm.Block.__call__
+    monkeypatch.setattr(
+        edm.Block, "__call__", lambda block, *args: (seen.append(block), call(block, *args))[1]
+    )
     layers._program.cache_clear()
     cfg = edm.SongUNet(size=8, width=32, multiples=(1, 1), blocks=2, attention=(), remat="full")
-    net, x, t = make_net(cfg), jnp.zeros((2, 8, 8, 3)), jnp.ones(2)
+    net = make_net(cfg)
+    x = jnp.zeros((2, 8, 8, 3))
+    t = jnp.ones(2)
 
     def traces(shape=MeshShape(fsdp=1), rules=Rules()):
         seen.clear()
@@ -66,7 +80,12 @@ def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
             jax.jit(jax.grad(lambda p: net.apply(p, net.apply(p, x, t), t).sum())).trace(net.shapes)
         return len(seen)
 
-    assert [traces(), traces(), traces(MeshShape(fsdp=2)), traces(MeshShape(fsdp=2), Rules(embed=()))] == [7, 0, 7, 7]
+    assert [
+        traces(),
+        traces(),
+        traces(MeshShape(fsdp=2)),
+        traces(MeshShape(fsdp=2), Rules(embed=())),
+    ] == [7, 0, 7, 7]
     with forward_mode():
         assert traces() == 7
 
@@ -74,6 +93,11 @@ def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
 @pytest.mark.parametrize("tokens", [1024])
 def test_layers_of_long_sequences_keep_no_scores(tokens):
     scores = 2 * 4 * tokens**2 * 4  # bytes of a layer's, [B H T T]
-    taken = lambda depth: traced(network(depth), jnp.zeros((2, tokens), jnp.int32)).lower().compile().memory_analysis()
+    taken = lambda depth: (
+        traced(network(depth), jnp.zeros((2, tokens), jnp.int32))
+        .lower()
+        .compile()
+        .memory_analysis()
+    )
     held = [taken(depth).temp_size_in_bytes for depth in (3, 7)]
     assert held[1] - held[0] < 4 * scores / 2

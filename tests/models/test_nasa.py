@@ -1,4 +1,6 @@
-"""NASA: a negative prompt inside cross-attention (arXiv:2412.02687), as a function, in the U-Net, in Wan and in SANA."""
+"""NASA: a negative prompt inside cross-attention (arXiv:2412.02687), as a function, in the U-Net,
+in Wan and in SANA.
+"""
 
 import dataclasses
 
@@ -18,7 +20,10 @@ from jaxdistill.models.denoisers.sana import Sana
 from jaxdistill.models.denoisers.unet import UNet
 from jaxdistill.models.denoisers.wan import Wan
 
-B, T, H, K = 2, 5, 2, 4
+B = 2
+T = 5
+H = 2
+K = 4
 
 
 def draw(*shape, seed=0):
@@ -33,12 +38,20 @@ alphas = lambda *values: jnp.reshape(jnp.array(values), (-1, 1, 1, 1))
 
 def test_it_is_the_difference_of_two_attentions():
     """Linear in alpha, for each sample its own; alpha = 0 is the positive prompt alone."""
-    z, away = attention(Q, *POSITIVE), attention(Q, *NEGATIVE)
+    z = attention(Q, *POSITIVE)
+    away = attention(Q, *NEGATIVE)
     np.testing.assert_allclose(nasa(Q, *POSITIVE, *NEGATIVE, alphas(0.0)), z, rtol=1e-6)
     for alpha in (0.3, 1.0, 2.0):
-        change = nasa(Q, *POSITIVE, *NEGATIVE, alphas(alpha)) - nasa(Q, *POSITIVE, *NEGATIVE, alphas(0.0))
+        change = nasa(Q, *POSITIVE, *NEGATIVE, alphas(alpha)) - nasa(
+            Q, *POSITIVE, *NEGATIVE, alphas(0.0)
+        )
         np.testing.assert_allclose(change, -alpha * away, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(nasa(Q, *POSITIVE, *NEGATIVE, alphas(0.0, 1.0)), z - alphas(0.0, 1.0) * away, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        nasa(Q, *POSITIVE, *NEGATIVE, alphas(0.0, 1.0)),
+        z - alphas(0.0, 1.0) * away,
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 def test_equal_prompts_shrink_and_vanish():
@@ -52,19 +65,28 @@ def test_equal_prompts_shrink_and_vanish():
 def test_masked_tokens_of_the_negative_prompt_do_nothing():
     mask = (jnp.arange(3) < jnp.array([[1], [2]]))[:, None, None]
     other = tuple(x.at[:, 2].add(100.0) for x in NEGATIVE)
-    out = [nasa(Q, *POSITIVE, *negative, alphas(0.7), negative_mask=mask) for negative in (NEGATIVE, other)]
+    out = [
+        nasa(Q, *POSITIVE, *negative, alphas(0.7), negative_mask=mask)
+        for negative in (NEGATIVE, other)
+    ]
     np.testing.assert_array_equal(*out)
 
 
 def test_what_is_left_of_shared_tokens():
-    """Negative: the shared tokens; positive: those and one more, x. At alpha = 1, Z+ - Z- = w_x (V_x - Z-)."""
+    """Negative: the shared tokens; positive: those and one more, x. At alpha = 1, Z+ - Z- = w_x
+    (V_x - Z-).
+    """
     (k, v), x = POSITIVE, 5
     shared = k[:, :x], v[:, :x]
     weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", Q, k) / K**0.5)
     w = rearrange(weights[..., x], "b h t -> b t h 1")
     away = attention(Q, *shared)
-    np.testing.assert_allclose(nasa(Q, k, v, *shared, alphas(1.0)), w * (v[:, x : x + 1] - away), rtol=1e-4, atol=1e-6)
-    faint = nasa(jnp.abs(Q), k.at[:, x].set(-30.0), v, *shared, alphas(1.0))  # scores of x far below the others
+    np.testing.assert_allclose(
+        nasa(Q, k, v, *shared, alphas(1.0)), w * (v[:, x : x + 1] - away), rtol=1e-4, atol=1e-6
+    )
+    faint = nasa(
+        jnp.abs(Q), k.at[:, x].set(-30.0), v, *shared, alphas(1.0)
+    )  # scores of x far below the others
     assert jnp.abs(faint).max() < 1e-2
 
 
@@ -82,33 +104,55 @@ def test_a_prompt_and_its_strength_come_together():
             negative_prompt({"text": text, **alone})
     found = negative_prompt({"negative": text, "nasa": 0.5})
     assert found.mask is None and found.alpha.shape == (1, 1, 1, 1)
-    found = negative_prompt({"negative": text, "nasa": jnp.ones(B), "negative_mask": jnp.ones((B, 3), bool)})
+    found = negative_prompt(
+        {"negative": text, "nasa": jnp.ones(B), "negative_mask": jnp.ones((B, 3), bool)}
+    )
     assert found.mask.shape == (B, 1, 1, 3) and found.alpha.shape == (B, 1, 1, 1)
 
 
 @pytest.mark.parametrize("family", ["unet", "wan", "sana"])
 def test_before_the_output_projection(family):
-    """out(alpha) - out(0) = -alpha W_o Z-; at alpha = 1 and equal prompts only the bias is left. One norm of keys serves both."""
+    """out(alpha) - out(0) = -alpha W_o Z-; at alpha = 1 and equal prompts only the bias is left.
+    One norm of keys serves both.
+    """
     dim = 8
     with nnx.use_eager_sharding(False):
         if family == "unet":
-            layer, source = unet.Attention(dim, 6, H, nnx.Rngs(0), jnp.float32), 6
+            layer = unet.Attention(dim, 6, H, nnx.Rngs(0), jnp.float32)
+            source = 6
             keys = lambda s: layer.to_k(s)
         else:
-            make = {"wan": lambda r: wan.Attention(Wan(dim=dim, heads=H), r),
-                    "sana": lambda r: sana.CrossAttention(Sana(dim=dim, qk_norm=True), H, r, bias=False)}  # fmt: skip
-            layer, source = make[family](nnx.Rngs(0)), dim
+            make = {
+                "wan": lambda r: wan.Attention(Wan(dim=dim, heads=H), r),
+                "sana": lambda r: sana.CrossAttention(
+                    Sana(dim=dim, qk_norm=True), H, r, bias=False
+                ),
+            }
+            layer = make[family](nnx.Rngs(0))
+            source = dim
             layer.norm_k.scale[...] = 1 + draw(dim, seed=9)
             keys = lambda s: layer.norm_k(layer.to_k(s))
         layer.to_out.bias[...] = draw(dim, seed=8)
-    x, text, other = draw(B, T, dim), draw(B, 4, source, seed=1), draw(B, 3, source, seed=2)
+    x = draw(B, T, dim)
+    text = draw(B, 4, source, seed=1)
+    other = draw(B, 3, source, seed=2)
     out = lambda alpha, negative: layer(x, text, negative=Negative(negative, None, alphas(alpha)))
     heads = lambda h: rearrange(h, "b n (h k) -> b n h k", h=H)
     queries = layer.to_q(x) if family == "unet" else layer.norm_q(layer.to_q(x))
-    away = rearrange(attention(heads(queries), heads(keys(other)), heads(layer.to_v(other))), "b n h k -> b n (h k)")
+    away = rearrange(
+        attention(heads(queries), heads(keys(other)), heads(layer.to_v(other))),
+        "b n h k -> b n (h k)",
+    )
     np.testing.assert_allclose(out(0.0, other), layer(x, text), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(out(0.6, other) - out(0.0, other), -0.6 * away @ layer.to_out.kernel[...], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(out(1.0, text), jnp.broadcast_to(layer.to_out.bias[...], x.shape), rtol=1e-6)
+    np.testing.assert_allclose(
+        out(0.6, other) - out(0.0, other),
+        -0.6 * away @ layer.to_out.kernel[...],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    np.testing.assert_allclose(
+        out(1.0, text), jnp.broadcast_to(layer.to_out.bias[...], x.shape), rtol=1e-6
+    )
 
 
 def moved(net):
@@ -122,15 +166,25 @@ SMALL = UNet(size=4, widths=(8, 8), layers=1, depths=(1, 0), heads=(2, 2), text_
 VIDEO = Wan(dim=24, mlp=16, heads=2, text_dim=6, time_dim=8)
 IMAGE = Sana(dim=24, text_dim=6)
 UNETS, WANS, SANAS = (make_net(cfg, config=cfg) for cfg in (SMALL, VIDEO, IMAGE))
-MODELS = {"unet": (UNETS, (B, 4, 4, 4)), "wan": (WANS, (B, 2, 4, 4, 4)), "sana": (SANAS, (B, 4, 4, 4))}
+MODELS = {
+    "unet": (UNETS, (B, 4, 4, 4)),
+    "wan": (WANS, (B, 2, 4, 4, 4)),
+    "sana": (SANAS, (B, 4, 4, 4)),
+}
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request):
     """(weights' network, weights, x, jitted call of x's condition)."""
     net, shape = MODELS[request.param]
-    params, x = moved(net), draw(*shape)
-    return net, params, x, jax.jit(lambda params, cond: net.apply(params, x, jnp.array([10.0, 900.0]), cond))
+    params = moved(net)
+    x = draw(*shape)
+    return (
+        net,
+        params,
+        x,
+        jax.jit(lambda params, cond: net.apply(params, x, jnp.array([10.0, 900.0]), cond)),
+    )
 
 
 COND = {"text": draw(B, 5, 6), "mask": jnp.arange(5) < jnp.array([[5], [3]])}
@@ -138,7 +192,9 @@ AWAY = {"negative": draw(B, 3, 6, seed=5), "negative_mask": jnp.arange(3) < jnp.
 
 
 def test_a_whole_network(model, compilations):
-    """alpha = 0 is the plain network; masked tokens do nothing; strength may be a number or one for each sample, traced."""
+    """alpha = 0 is the plain network; masked tokens do nothing; strength may be a number or one for
+    each sample, traced.
+    """
     _, params, _, call = model
     plain = call(params, COND)
     at = lambda alpha, **more: call(params, {**COND, **AWAY, "nasa": alpha, **more})
@@ -161,14 +217,20 @@ def test_an_exported_student_takes_it_too(model, tmp_path):
     interop.save(tmp_path, net, params)
     again, weights = interop.load(tmp_path)
     assert type(again.config) is type(net.config)
-    found = jax.jit(lambda p, cond: again.apply(p, x, jnp.array([10.0, 900.0]), cond))(weights, cond)
+    found = jax.jit(lambda p, cond: again.apply(p, x, jnp.array([10.0, 900.0]), cond))(
+        weights, cond
+    )
     np.testing.assert_allclose(found, call(params, cond), rtol=1e-6, atol=1e-6)
 
 
 def test_rematerialised_gradients_are_the_same():
     cond = {**COND, **AWAY, "nasa": jnp.float32(0.5)}
-    x, params = draw(B, 4, 4, 4), moved(UNETS)
+    x = draw(B, 4, 4, 4)
+    params = moved(UNETS)
     nets = [make_net(dataclasses.replace(UNETS.config, remat=remat)) for remat in ("none", "full")]
-    grads = [jax.jit(jax.grad(lambda p, n=n: jnp.mean(n.apply(p, x, jnp.ones(B), cond) ** 2)))(params) for n in nets]
+    grads = [
+        jax.jit(jax.grad(lambda p, n=n: jnp.mean(n.apply(p, x, jnp.ones(B), cond) ** 2)))(params)
+        for n in nets
+    ]
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads)

@@ -11,7 +11,9 @@ IMAGE = jax.random.normal(jax.random.key(0), (3, 8, 8, 2))
 
 
 def runs(paired, n=64):
-    return jax.jit(jax.vmap(lambda key: paired(key, IMAGE)[0]))(jax.random.split(jax.random.key(1), n))
+    return jax.jit(jax.vmap(lambda key: paired(key, IMAGE)[0]))(
+        jax.random.split(jax.random.key(1), n)
+    )
 
 
 def test_both_batches_and_all_images_share_the_draw():
@@ -23,7 +25,9 @@ def test_both_batches_and_all_images_share_the_draw():
 def test_points_pass_and_so_does_everything_at_no_strength():
     x = jnp.ones((4, 2))
     assert Paired()(jax.random.key(0), x)[0] is x
-    np.testing.assert_allclose(runs(Paired(**OFF), 8), jnp.broadcast_to(IMAGE, (8, *IMAGE.shape)), atol=1e-6)
+    np.testing.assert_allclose(
+        runs(Paired(**OFF), 8), jnp.broadcast_to(IMAGE, (8, *IMAGE.shape)), atol=1e-6
+    )
 
 
 def test_mirrors_every_other_draw():
@@ -39,7 +43,8 @@ def test_moves_by_whole_pixels_and_fills_with_zeros():
         for dy in range(-2, 3):
             for dx in range(-2, 3):
                 want = np.zeros(IMAGE.shape)
-                to, from_ = (lambda d: slice(max(d, 0), 8 + min(d, 0))), (lambda d: slice(max(-d, 0), 8 + min(-d, 0)))
+                to = lambda d: slice(max(d, 0), 8 + min(d, 0))
+                from_ = lambda d: slice(max(-d, 0), 8 + min(-d, 0))
                 want[:, to(dy), to(dx)] = IMAGE[:, from_(dy), from_(dx)]
                 if np.allclose(o, want, atol=1e-6):
                     seen.add((dy, dx))
@@ -56,7 +61,9 @@ def test_colour_changes_mean_and_contrast_within_bounds():
     out = runs(Paired(**{**OFF, "brightness": 0.2, "contrast": 0.3}))
     offset = out.mean((2, 3, 4)) - IMAGE.mean((1, 2, 3))
     stretch = out.std((2, 3, 4)) / IMAGE.std((1, 2, 3))
-    assert 0.1 < np.abs(offset).max() <= 0.2 + 1e-5 and 0.15 < np.abs(stretch - 1).max() <= 0.3 + 1e-5
+    assert (
+        0.1 < np.abs(offset).max() <= 0.2 + 1e-5 and 0.15 < np.abs(stretch - 1).max() <= 0.3 + 1e-5
+    )
     np.testing.assert_allclose(offset, offset[:, :1] * np.ones(3), atol=1e-5)
 
 

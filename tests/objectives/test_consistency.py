@@ -15,7 +15,8 @@ def draw(*shape, seed=0):
 
 
 def test_pseudo_huber_value_and_limits(x64):
-    a, b = draw(5, 2, 3), draw(5, 2, 3, seed=1)
+    a = draw(5, 2, 3)
+    b = draw(5, 2, 3, seed=1)
     square = np.sum((np.asarray(a) - np.asarray(b)) ** 2, (1, 2))
     np.testing.assert_allclose(cm.pseudo_huber(a, b, 0.3), np.sqrt(square + 0.09) - 0.3, rtol=1e-13)
     np.testing.assert_allclose(cm.pseudo_huber(a, b, 0.0), np.sqrt(square), rtol=1e-13)
@@ -38,18 +39,24 @@ def test_ict_constant():
 
 
 def test_tangent_surrogate_has_value_g_squared_and_gradient_minus_two_g(x64):
-    f, g = draw(4, 3, 2), draw(4, 3, 2, seed=1)
-    np.testing.assert_allclose(cm.tangent_surrogate(f, g), np.sum(np.asarray(g) ** 2, (1, 2)), rtol=1e-14)
+    f = draw(4, 3, 2)
+    g = draw(4, 3, 2, seed=1)
+    np.testing.assert_allclose(
+        cm.tangent_surrogate(f, g), np.sum(np.asarray(g) ** 2, (1, 2)), rtol=1e-14
+    )
     by_f, by_g = jax.grad(lambda f, g: cm.tangent_surrogate(f, g).sum(), argnums=(0, 1))(f, g)
     np.testing.assert_array_equal(by_f, -2 * g)
     np.testing.assert_array_equal(by_g, 0.0)
 
 
 def test_discrete_consistency_gradient_tends_to_the_continuous_one(x64):
-    """||f_t - sg f_r||^2 / (t - r) -> 2 (df/dt) . d f_t as r -> t, that is the surrogate with g = -df/dt."""
+    """||f_t - sg f_r||^2 / (t - r) -> 2 (df/dt) . d f_t as r -> t, that is the surrogate with g =
+    -df/dt.
+    """
     weights = draw(6)
     f = lambda w, t: jnp.stack([w[:3] * jnp.cos(t), w[3:] * t**2])[None]
-    t, gap = 0.7, 1e-6
+    t = 0.7
+    gap = 1e-6
     slope = jax.jacfwd(f, argnums=1)(weights, t)
     continuous = jax.grad(lambda w: cm.tangent_surrogate(f(w, t), -slope).sum())(weights)
     held = f(weights, t - gap)
@@ -61,9 +68,13 @@ def test_normalised_tangent_is_free_of_size_and_scale(x64):
     g = draw(3, 4, 5)
     rms = np.sqrt(np.mean(np.asarray(g) ** 2, (1, 2), keepdims=True))
     np.testing.assert_allclose(cm.normalise_tangent(g), g / (rms + 0.1), rtol=1e-13)
-    np.testing.assert_allclose(cm.normalise_tangent(g, c=0.0), cm.normalise_tangent(7 * g, c=0.0), rtol=1e-13)
+    np.testing.assert_allclose(
+        cm.normalise_tangent(g, c=0.0), cm.normalise_tangent(7 * g, c=0.0), rtol=1e-13
+    )
     twice = jnp.concatenate([g, g], 2)
-    np.testing.assert_allclose(cm.normalise_tangent(twice)[..., :5], cm.normalise_tangent(g), rtol=1e-13)
+    np.testing.assert_allclose(
+        cm.normalise_tangent(twice)[..., :5], cm.normalise_tangent(g), rtol=1e-13
+    )
     np.testing.assert_array_equal(cm.normalise_tangent(0 * g), 0.0)
     np.testing.assert_array_equal(cm.clip_tangent(jnp.asarray([-3.0, 0.2, 1.5])), [-1.0, 0.2, 1.0])
 
@@ -75,11 +86,15 @@ def test_ct_schedule():
     want = [math.ceil(math.sqrt(i / 1000 * (151**2 - 4) + 4) - 1) + 1 for i in np.asarray(k)]
     np.testing.assert_array_equal(levels, want)
     assert np.all(np.diff(levels) > 0)
-    np.testing.assert_allclose(cm.ct_decay(jnp.asarray([2, 3, 151])), [0.81, 0.9, 0.9 ** (2 / 150)], rtol=1e-6)
+    np.testing.assert_allclose(
+        cm.ct_decay(jnp.asarray([2, 3, 151])), [0.81, 0.9, 0.9 ** (2 / 150)], rtol=1e-6
+    )
 
 
 def test_ict_schedule_doubles_every_50k_of_400k():
-    k = jnp.asarray([0, 49_999, 50_000, 100_000, 150_000, 200_000, 250_000, 300_000, 350_000, 399_999, 400_000])
+    k = jnp.asarray(
+        [0, 49_999, 50_000, 100_000, 150_000, 200_000, 250_000, 300_000, 350_000, 399_999, 400_000]
+    )
     want = [11, 11, 21, 41, 81, 161, 321, 641, 1281, 1281, 1281]
     np.testing.assert_array_equal(cm.ict_levels(k, 400_000), want)
 
@@ -87,7 +102,9 @@ def test_ict_schedule_doubles_every_50k_of_400k():
 def test_noise_levels_are_the_karras_grid_upwards():
     levels = cm.noise_levels(jnp.asarray(8), 11)
     assert levels.shape == (11,)
-    np.testing.assert_allclose(levels[:8][::-1], [80, 34.992, 13.699, 4.637, 1.287, 0.2675, 0.0352, 0.002], rtol=2e-3)
+    np.testing.assert_allclose(
+        levels[:8][::-1], [80, 34.992, 13.699, 4.637, 1.287, 0.2675, 0.0352, 0.002], rtol=2e-3
+    )
     np.testing.assert_allclose(levels[8:], 80.0, rtol=1e-5)
 
 

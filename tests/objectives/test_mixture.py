@@ -17,7 +17,8 @@ def iterate(smoothing, weights=UNIFORM, ratio=RATIOS, n=10):
 def test_weights_stay_between_floor_and_ceiling():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        n, a = rng.integers(2, 12), rng.uniform()
+        n = rng.integers(2, 12)
+        a = rng.uniform()
         r = refresh(rng.dirichlet(np.ones(n)), 1 + rng.exponential(5, n), a)
         assert abs(r.sum() - 1) <= 1e-12
         assert r.min() >= (1 - a) / n - 1e-15 and r.max() <= a + (1 - a) / n + 1e-15
@@ -34,12 +35,16 @@ def test_equal_ratios_contract_to_uniform():
 def test_limits_of_the_smoothing():
     np.testing.assert_allclose(refresh([0.5, 0.2, 0.1, 0.1, 0.1], RATIOS, 0.0), UNIFORM, rtol=1e-15)
     pure = iterate(1.0)  # r_0 exp(sum of the ratios)
-    np.testing.assert_allclose(pure, np.exp(10 * np.array(RATIOS)) / np.exp(10 * np.array(RATIOS)).sum(), rtol=1e-12)
+    np.testing.assert_allclose(
+        pure, np.exp(10 * np.array(RATIOS)) / np.exp(10 * np.array(RATIOS)).sum(), rtol=1e-12
+    )
     assert round(pure[3], 2) == 0.95
 
 
 def test_fixed_point():
-    np.testing.assert_allclose(discrepancy(RATIOS), [0.1696, 0.2290, 0.1389, 0.3091, 0.1535], atol=5e-5)
+    np.testing.assert_allclose(
+        discrepancy(RATIOS), [0.1696, 0.2290, 0.1389, 0.3091, 0.1535], atol=5e-5
+    )
     expected = [0.1622, 0.2073, 0.1457, 0.3317, 0.1531]
     np.testing.assert_allclose(iterate(0.5, discrepancy(RATIOS), n=100), expected, atol=5e-5)
     np.testing.assert_allclose(iterate(0.5, n=100), expected, atol=5e-5)

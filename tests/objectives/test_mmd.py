@@ -20,7 +20,8 @@ PAIRS = [(kernel, estimator) for kernel in mmd.ESTIMATES for estimator in ("u", 
 
 
 def test_linear_shortcuts_are_the_double_sums():
-    x, y = draw(7), draw(9, seed=1, shift=0.5)
+    x = draw(7)
+    y = draw(9, seed=1, shift=0.5)
     np.testing.assert_allclose(mmd.linear_v(x, y), mmd.v_statistic(DOT, x, y), rtol=1e-12)
     np.testing.assert_allclose(mmd.linear_u(x, y), mmd.u_statistic(DOT, x, y), rtol=1e-12)
     traces = [np.trace(np.cov(np.asarray(a), rowvar=False)) / len(a) for a in (x, y)]
@@ -37,44 +38,57 @@ def test_equal_sets_have_no_v_statistic_and_no_gradient(kernel):
 
 @pytest.mark.parametrize("kernel", mmd.ESTIMATES)
 def test_u_statistic_has_mean_zero_for_one_law(kernel):
-    values = jax.jit(jax.vmap(lambda a: mmd.mmd2(a[:16], a[16:], kernel, "u")))(draw(300 * 36).reshape(300, 36, 3))
+    values = jax.jit(jax.vmap(lambda a: mmd.mmd2(a[:16], a[16:], kernel, "u")))(
+        draw(300 * 36).reshape(300, 36, 3)
+    )
     assert abs(values.mean()) < 3 * values.std() / 300**0.5
     assert values.min() < 0 < values.max()
 
 
 def test_bias_of_the_v_statistic():
     """E[V] - MMD^2 = tr Cov(x) / n + tr Cov(y) / m: here 3 / 10 + 12 / 20, MMD^2 = 3 / 4."""
-    x, y = draw(4000 * 10).reshape(4000, 10, 3), draw(4000 * 20, seed=1, shift=0.5, std=2.0).reshape(4000, 20, 3)
+    x = draw(4000 * 10).reshape(4000, 10, 3)
+    y = draw(4000 * 20, seed=1, shift=0.5, std=2.0).reshape(4000, 20, 3)
     values = jax.jit(jax.vmap(mmd.linear_v))(x, y)
-    np.testing.assert_allclose(values.mean(), 0.75 + 0.3 + 0.6, atol=4 * float(values.std()) / 4000**0.5)
+    np.testing.assert_allclose(
+        values.mean(), 0.75 + 0.3 + 0.6, atol=4 * float(values.std()) / 4000**0.5
+    )
 
 
 def test_gradient_of_the_linear_v_statistic():
     """(2 / m) (mean y - mean x) for every y_j."""
-    x, y = draw(7), draw(9, seed=1)
+    x = draw(7)
+    y = draw(9, seed=1)
     grad = jax.grad(lambda y: mmd.mmd2(x, y, "linear", "v"))(y)
-    np.testing.assert_allclose(grad, jnp.broadcast_to(2 / 9 * (y.mean(0) - x.mean(0)), y.shape), rtol=1e-12)
+    np.testing.assert_allclose(
+        grad, jnp.broadcast_to(2 / 9 * (y.mean(0) - x.mean(0)), y.shape), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("kernel", "estimator"), PAIRS)
 def test_order_does_not_matter(kernel, estimator):
-    x, y = draw(7), draw(9, seed=1, shift=0.3)
+    x = draw(7)
+    y = draw(9, seed=1, shift=0.3)
     mixed = mmd.mmd2(x[::-1], jnp.roll(y, 2, 0), kernel, estimator)
     np.testing.assert_allclose(mixed, mmd.mmd2(x, y, kernel, estimator), rtol=1e-10)
 
 
 def test_random_fourier_features_tend_to_the_rbf_kernel():
     """sqrt(2 / D) cos(w x + b), w ~ N(0, 1 / h^2), under a linear kernel: MMD^2 to O(1 / sqrt(D))."""
-    x, y, rng = draw(50), draw(50, seed=1, shift=0.7), np.random.default_rng(2)
+    x = draw(50)
+    y = draw(50, seed=1, shift=0.7)
+    rng = np.random.default_rng(2)
     want = mmd.v_statistic(lambda a, b: jnp.exp(-mmd.squared(a, b) / 2), x, y)
-    w, b = rng.standard_normal((3, 40_000)), rng.uniform(0, 2 * np.pi, 40_000)
+    w = rng.standard_normal((3, 40_000))
+    b = rng.uniform(0, 2 * np.pi, 40_000)
     psi = lambda a: (2 / 40_000) ** 0.5 * jnp.cos(a @ w + b)
     np.testing.assert_allclose(mmd.linear_v(psi(x), psi(y)), want, atol=3 / 200)
     assert want > 0.1
 
 
 def test_the_width_is_the_median_distance_and_is_held():
-    x, y = draw(6), draw(6, seed=1, shift=1.0)
+    x = draw(6)
+    y = draw(6, seed=1, shift=1.0)
     width = mmd.median_distance(x, y)
     got = jax.value_and_grad(lambda y: mmd.mmd2(x, y, "rbf", "u"))(y)
     want = jax.value_and_grad(lambda y: mmd.u_statistic(mmd.rbf(width), x, y))(y)
@@ -82,8 +96,12 @@ def test_the_width_is_the_median_distance_and_is_held():
 
 
 def test_numpy_and_jax_give_the_same():
-    x, y = draw(6), draw(8, seed=1, shift=0.2)
-    both = [mmd.u_statistic(mmd.rbf(mmd.median_distance(a, b)), a, b) for a, b in ((x, y), (np.asarray(x), np.asarray(y)))]
+    x = draw(6)
+    y = draw(8, seed=1, shift=0.2)
+    both = [
+        mmd.u_statistic(mmd.rbf(mmd.median_distance(a, b)), a, b)
+        for a, b in ((x, y), (np.asarray(x), np.asarray(y)))
+    ]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-12)
     assert isinstance(both[1], np.floating)
 

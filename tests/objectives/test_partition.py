@@ -1,4 +1,6 @@
-"""Partitions of conditions: disjoint, exhaustive, and dealt out so that each member sees its own cell."""
+"""Partitions of conditions: disjoint, exhaustive, and dealt out so that each member sees its own
+cell.
+"""
 
 import dataclasses
 
@@ -8,7 +10,14 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.objectives.partition import Consecutive, Nearest, Partition, Quadrant, Shuffled, kmeans
+from jaxdistill.objectives.partition import (
+    Consecutive,
+    Nearest,
+    Partition,
+    Quadrant,
+    Shuffled,
+    kmeans,
+)
 
 RNG = np.random.default_rng(0)
 EMBEDDED = jnp.asarray(RNG.standard_normal((400, 16)) + 1.0, jnp.float32)
@@ -27,12 +36,20 @@ def test_cells_of_labels_are_disjoint_exhaustive_and_equal(kind, cells, classes)
     cell = np.asarray(part.assign(jnp.arange(classes)))
     assert cell.dtype == np.int32 and set(cell) == set(range(cells))
     assert np.ptp(np.bincount(cell, minlength=cells)) <= 1
-    assert part.assign(jnp.asarray([classes]))[0] in range(cells)  # the null condition is routed somewhere
+    assert part.assign(jnp.asarray([classes]))[0] in range(
+        cells
+    )  # the null condition is routed somewhere
 
 
 def test_a_random_partition_is_another_one_of_equal_sizes():
     part = Shuffled(cells=4, classes=100, seed=1)
-    assert np.mean(part.assign(jnp.arange(100)) == Consecutive(cells=4, classes=100).assign(jnp.arange(100))) < 0.5
+    assert (
+        np.mean(
+            part.assign(jnp.arange(100))
+            == Consecutive(cells=4, classes=100).assign(jnp.arange(100))
+        )
+        < 0.5
+    )
 
 
 def test_quadrants_do_not_depend_on_length_but_thresholds_do():
@@ -42,16 +59,22 @@ def test_quadrants_do_not_depend_on_length_but_thresholds_do():
     np.testing.assert_array_equal(part.assign({"pooled": 3.0 * EMBEDDED, "text": EMBEDDED}), cell)
     np.testing.assert_array_equal(cell & 1, part.heights(EMBEDDED)[:, 0] > 0)
     balanced = part.balanced(EMBEDDED)
-    np.testing.assert_array_equal([np.sum(balanced.assign(EMBEDDED) & 1), np.sum(balanced.assign(EMBEDDED) >> 1)], [200, 200])
+    np.testing.assert_array_equal(
+        [np.sum(balanced.assign(EMBEDDED) & 1), np.sum(balanced.assign(EMBEDDED) >> 1)], [200, 200]
+    )
     assert not np.array_equal(balanced.assign(3.0 * EMBEDDED), balanced.assign(EMBEDDED))
     scaled = dataclasses.replace(balanced, thresholds=tuple(3.0 * t for t in balanced.thresholds))
-    assert np.mean(scaled.assign(3.0 * EMBEDDED) != balanced.assign(EMBEDDED)) <= 2 / 400  # the two at the medians may round over
+    assert (
+        np.mean(scaled.assign(3.0 * EMBEDDED) != balanced.assign(EMBEDDED)) <= 2 / 400
+    )  # the two at the medians may round over
     hash(balanced)  # a field of a frozen dataclass
 
 
 def test_nearest_centres_find_separate_clusters():
     means = np.array([[5.0, 0.0], [-5.0, 0.0], [0.0, 5.0]])
-    points = np.concatenate([m + 0.3 * RNG.standard_normal((n, 2)) for m, n in zip(means, (50, 20, 30))])
+    points = np.concatenate(
+        [m + 0.3 * RNG.standard_normal((n, 2)) for m, n in zip(means, (50, 20, 30))]
+    )
     part = Nearest(cells=3, centres=kmeans(points, 3, seed=3))
     cell = np.asarray(part.assign(jnp.asarray(points)))
     assert sorted(part.sizes(jnp.asarray(points)).tolist()) == [20, 30, 50]
@@ -59,17 +82,24 @@ def test_nearest_centres_find_separate_clusters():
 
 
 def test_dealing_gives_every_cell_its_own_rows():
-    part, cond = Consecutive(cells=4, classes=8), jnp.asarray([0, 7, 1, 1, 0, 2, 3, 6, 0, 5, 1, 7])
+    part = Consecutive(cells=4, classes=8)
+    cond = jnp.asarray([0, 7, 1, 1, 0, 2, 3, 6, 0, 5, 1, 7])
     batch, present = jax.jit(part.deal)({"cond": cond, "x": jnp.arange(12.0)})
     np.testing.assert_array_equal(part.assign(batch["cond"]), np.repeat(np.arange(4), 3))
     assert present.all() and np.array_equal(cond[batch["x"].astype(int)], batch["cond"])
-    np.testing.assert_array_equal(batch["x"], [0, 2, 3, 5, 6, 5, 9, 9, 9, 1, 7, 11])  # in order; what lacks is repeated
+    np.testing.assert_array_equal(
+        batch["x"], [0, 2, 3, 5, 6, 5, 9, 9, 9, 1, 7, 11]
+    )  # in order; what lacks is repeated
 
 
 def test_one_cell_gets_the_batch_as_it_is():
     cond = jnp.asarray([3, 0, 2])
     batch, present = Consecutive(cells=1, classes=4).deal({"cond": cond, "x": jnp.arange(3.0)})
-    assert np.array_equal(batch["x"], jnp.arange(3.0)) and np.array_equal(batch["cond"], cond) and present.tolist() == [True]
+    assert (
+        np.array_equal(batch["x"], jnp.arange(3.0))
+        and np.array_equal(batch["cond"], cond)
+        and present.tolist() == [True]
+    )
 
 
 def test_an_absent_cell_is_reported():
@@ -83,7 +113,10 @@ def test_an_absent_cell_is_reported():
         (lambda: Consecutive(cells=0), "cells=0"),
         (lambda: Quadrant(cells=6), "power of two"),
         (lambda: Nearest(cells=2, centres=((0.0,),)), "expected 2"),
-        (lambda: Consecutive(cells=2).deal({"cond": jnp.arange(5)}), "multiple of partition.cells=2"),
+        (
+            lambda: Consecutive(cells=2).deal({"cond": jnp.arange(5)}),
+            "multiple of partition.cells=2",
+        ),
     ],
 )
 def test_bad_partitions_are_refused(make, said):

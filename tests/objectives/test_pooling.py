@@ -16,7 +16,9 @@ def float64():
 
 
 def law(seed, vocab):
-    return jnp.log(jnp.asarray(np.random.default_rng([seed, vocab]).dirichlet(np.ones(vocab)) + 1e-12))
+    return jnp.log(
+        jnp.asarray(np.random.default_rng([seed, vocab]).dirichlet(np.ones(vocab)) + 1e-12)
+    )
 
 
 def kl(p, q):
@@ -25,7 +27,8 @@ def kl(p, q):
 
 def generations(pool, gamma, base, student, n, history=(1.0,)):
     """S_0, S_1, ... of students that realise their meta-teacher exactly."""
-    operator, students = anchored(pool, gamma, history), [student]
+    operator = anchored(pool, gamma, history)
+    students = [student]
     for _ in range(n):
         students.insert(0, operator(base, students[: len(history)]))
     return students[::-1]
@@ -34,7 +37,8 @@ def generations(pool, gamma, base, student, n, history=(1.0,)):
 @pytest.mark.parametrize("vocab", [2, 10, 1000])
 @pytest.mark.parametrize("gamma", [0.1, 0.3, 0.7])
 def test_contraction(vocab, gamma):
-    base, start = jax.nn.log_softmax(law(0, vocab)), jax.nn.log_softmax(law(1, vocab))
+    base = jax.nn.log_softmax(law(0, vocab))
+    start = jax.nn.log_softmax(law(1, vocab))
     for name, pool in POOLS.items():
         path = generations(pool, gamma, base, start, 12)
         forward, reverse = ([f(base, s) for s in path] for f in (kl, lambda p, q: kl(q, p)))
@@ -44,17 +48,25 @@ def test_contraction(vocab, gamma):
             assert after <= (1 - gamma if name == "linear" else 1) * before + 1e-14
         if name == "linear":
             distance = [float(jnp.sum(jnp.abs(jnp.exp(s) - jnp.exp(base)))) for s in path]
-            np.testing.assert_allclose(distance, distance[0] * (1 - gamma) ** np.arange(13), rtol=1e-8)
+            np.testing.assert_allclose(
+                distance, distance[0] * (1 - gamma) ** np.arange(13), rtol=1e-8
+            )
         else:
             centred = lambda s: (s - base) - jnp.mean(s - base)
             for g, s in enumerate(path):
-                np.testing.assert_allclose(centred(s), (1 - gamma) ** g * centred(start), atol=1e-10)
+                np.testing.assert_allclose(
+                    centred(s), (1 - gamma) ** g * centred(start), atol=1e-10
+                )
 
 
 def test_late_generations_contract_quadratically():
-    """Ratios of successive KLs fall towards (1 - gamma)^2 = .49, the slower the more outcomes: the specification's figures."""
+    """Ratios of successive KLs fall towards (1 - gamma)^2 = .49, the slower the more outcomes: the
+    specification's figures.
+    """
     for vocab, expected, spread in ((2, 0.49, 0.02), (10, 0.55, 0.06), (1000, 0.57, 0.06)):
-        path = generations(linear, 0.3, jax.nn.log_softmax(law(4, vocab)), jax.nn.log_softmax(law(5, vocab)), 10)
+        path = generations(
+            linear, 0.3, jax.nn.log_softmax(law(4, vocab)), jax.nn.log_softmax(law(5, vocab)), 10
+        )
         last = [kl(jax.nn.log_softmax(law(4, vocab)), s) for s in path[-2:]]
         assert last[1] > 1e-10 and abs(last[1] / last[0] - expected) < spread
 
@@ -79,8 +91,10 @@ def test_error_floor():
     base = np.random.default_rng(0).dirichlet(np.ones(10))
 
     def floor(gamma, seed=1):
-        rng, student = np.random.default_rng(seed), base.copy()
-        errors, gaps = [], []
+        rng = np.random.default_rng(seed)
+        student = base.copy()
+        errors = []
+        gaps = []
         for _ in range(300):
             target = gamma * base + (1 - gamma) * student
             student = target * np.exp(0.1 * rng.standard_normal(10))
@@ -111,7 +125,9 @@ def test_axioms_accept_and_reject():
     assert violated(anchored(geometric, 0.3), tempered=True) == []
     assert violated(anchored(linear, 0.3), tempered=True) == ["tempered"]
     assert violated(lambda base, students: linear(students, [0.5, 0.5])) == ["anchored"]
-    harden = lambda base, students: jnp.log(jax.nn.one_hot(jnp.argmax(linear([base, *students], [0.4, 0.3, 0.3])), 6))
+    harden = lambda base, students: jnp.log(
+        jax.nn.one_hot(jnp.argmax(linear([base, *students], [0.4, 0.3, 0.3])), 6)
+    )
     assert "positive" in violated(harden)
     softly = lambda base, students: jnp.log(0.97 * jnp.exp(harden(base, students)) + 0.005)
     assert {"between"} <= set(violated(softly))
@@ -122,7 +138,9 @@ def test_axioms_accept_and_reject():
         return jax.nn.log_softmax(jnp.where(out >= jnp.sort(out)[-3], out, -jnp.inf))
 
     assert "positive" in violated(top)
-    first = lambda base, students: jax.nn.log_softmax(linear([base, *students], [0.4, 0.3, 0.3]) + jnp.arange(6.0))
+    first = lambda base, students: jax.nn.log_softmax(
+        linear([base, *students], [0.4, 0.3, 0.3]) + jnp.arange(6.0)
+    )
     assert "equivariant" in violated(first)
 
 
@@ -130,11 +148,16 @@ def test_an_aggregate_is_no_farther_than_its_members():
     for seed in range(20):
         q, *teachers = (jax.nn.log_softmax(law(10 * seed + i, 10)) for i in range(4))
         weights = np.random.default_rng(seed).dirichlet(np.ones(3))
-        assert kl(q, linear(teachers, weights)) <= sum(w * kl(q, t) for w, t in zip(weights, teachers)) + 1e-12
+        assert (
+            kl(q, linear(teachers, weights))
+            <= sum(w * kl(q, t) for w, t in zip(weights, teachers)) + 1e-12
+        )
 
 
 def test_finite_samples_collapse_without_an_anchor():
-    """The specification's recursion: 200 draws a generation, 200 generations, 64 seeds; its figures in the comment."""
+    """The specification's recursion: 200 draws a generation, 200 generations, 64 seeds; its figures
+    in the comment.
+    """
 
     def last(gamma):
         rng = np.random.default_rng(0)

@@ -8,7 +8,8 @@ import pytest
 from jaxdistill.core.types import Refused
 from jaxdistill.objectives import preference
 
-B, SHAPE = 5, (5, 3, 2)
+B = 5
+SHAPE = (5, 3, 2)
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 def drawn():
     """(mean, reference, winner, loser) and sigma."""
     rng = np.random.default_rng(0)
-    return [jnp.asarray(rng.standard_normal(SHAPE)) for _ in range(4)], jnp.asarray(rng.uniform(0.2, 0.9, B))
+    return [jnp.asarray(rng.standard_normal(SHAPE)) for _ in range(4)], jnp.asarray(
+        rng.uniform(0.2, 0.9, B)
+    )
 
 
 def log_density(z, mean, sigma):
@@ -32,24 +35,39 @@ def test_margin_is_the_difference_of_log_ratios(drawn):
     np.testing.assert_allclose(got, ratio(winner) - ratio(loser), rtol=1e-12)
     # the mean convention: half the difference of mean squared errors, whatever sigma is
     error = lambda z, m: jnp.mean((z - m) ** 2, (1, 2))
-    by_hand = 0.5 * (error(winner, reference) - error(winner, mean) - error(loser, reference) + error(loser, mean))
-    np.testing.assert_allclose(preference.mean_margin(mean, reference, winner, loser, sigma), by_hand, rtol=1e-12)
+    by_hand = 0.5 * (
+        error(winner, reference)
+        - error(winner, mean)
+        - error(loser, reference)
+        + error(loser, mean)
+    )
+    np.testing.assert_allclose(
+        preference.mean_margin(mean, reference, winner, loser, sigma), by_hand, rtol=1e-12
+    )
 
 
 def test_margin_keeps_its_digits_where_squares_would_cancel(drawn):
     (mean, _, winner, loser), sigma = drawn
     gap = 1e-6
     wide = preference.summed_margin(mean + gap, mean, winner, loser, sigma)
-    narrow = preference.summed_margin(*(a.astype(jnp.float32) for a in (mean + gap, mean, winner, loser, sigma)))
-    # m - m_ref keeps gap to the rounding of numbers of order 1; the squares' difference would lose it altogether
-    rounding = np.finfo(np.float32).eps * jnp.sum(jnp.abs(winner - loser) * jnp.maximum(jnp.abs(mean), 1), (1, 2)) / sigma**2
+    narrow = preference.summed_margin(
+        *(a.astype(jnp.float32) for a in (mean + gap, mean, winner, loser, sigma))
+    )
+    # m - m_ref keeps gap to the rounding of numbers of order 1; the squares' difference would lose
+    # it altogether
+    rounding = (
+        np.finfo(np.float32).eps
+        * jnp.sum(jnp.abs(winner - loser) * jnp.maximum(jnp.abs(mean), 1), (1, 2))
+        / sigma**2
+    )
     assert np.all(np.abs(narrow - wide) < rounding)
 
 
 def test_swapping_winner_and_loser_turns_the_margin(drawn):
     (mean, reference, winner, loser), sigma = drawn
     for margin in preference.MARGINS.values():
-        there, back = margin(mean, reference, winner, loser, sigma), margin(mean, reference, loser, winner, sigma)
+        there = margin(mean, reference, winner, loser, sigma)
+        back = margin(mean, reference, loser, winner, sigma)
         np.testing.assert_allclose(there, -back, rtol=1e-14)
         assert not margin(mean, mean, winner, loser, sigma).any()
 

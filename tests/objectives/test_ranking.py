@@ -58,14 +58,17 @@ def test_only_the_teachers_order_counts(change):
 
 
 def test_candidates_come_in_the_teachers_order():
-    teacher, student = jnp.array([0.0, 5.0, 1.0, 9.0]), jnp.array([3.0, 2.0, 1.0, 0.0])
+    teacher = jnp.array([0.0, 5.0, 1.0, 9.0])
+    student = jnp.array([3.0, 2.0, 1.0, 0.0])
     np.testing.assert_array_equal(reranked(teacher, student, 3), [2.0, 1.0, 3.0])
     np.testing.assert_array_equal(reranked(teacher, student, 99), [0.0, 2.0, 1.0, 3.0])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_law_learns_the_order(sign):
-    """200 steps of the suffix form make the student's order the teacher's; the reversed ranking makes it the opposite."""
+    """200 steps of the suffix form make the student's order the teacher's; the reversed ranking
+    makes it the opposite.
+    """
     teacher, start = (jnp.asarray(RNG.standard_normal(20), jnp.float32) for _ in range(2))
     ids = jax.lax.top_k(start, 10)[1]
     order = ids[jnp.argsort(-teacher[ids])][::sign]

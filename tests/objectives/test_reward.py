@@ -18,7 +18,12 @@ ANSWER_MASK = jnp.array([[0, 0, 1, 1, 1, 0]] * 2, jnp.float32)
 
 
 def batch(tokens, mask):
-    return {"tokens": jnp.array(tokens), "mask": jnp.array(mask, jnp.float32), "answer": ANSWER, "answer_mask": ANSWER_MASK}
+    return {
+        "tokens": jnp.array(tokens),
+        "mask": jnp.array(mask, jnp.float32),
+        "answer": ANSWER,
+        "answer_mask": ANSWER_MASK,
+    }
 
 
 @pytest.mark.parametrize(
@@ -47,15 +52,24 @@ def moody(prompt, response, answer):
     os._exit(1) if response == "die" else None
     if response == "big":
         raise ValueError("two\nlines " * 1000)
-    return {"text": "0.5", "none": None, "one": 1, "half": 0.5, "nan": float("nan"), "bool": response == "bool", "prompt": prompt == "?"}[
-        response
-    ]
+    return {
+        "text": "0.5",
+        "none": None,
+        "one": 1,
+        "half": 0.5,
+        "nan": float("nan"),
+        "bool": response == "bool",
+        "prompt": prompt == "?",
+    }[response]
 
 
 def texts(*responses, width=8):
     """Rows "?" response answer of bytes, the prompt padded on the left."""
     codec = ByteTokenizer()
-    rows = {name: np.zeros((len(responses), 2 * width), np.int32) for name in ("tokens", "mask", "segments", "answer", "answer_mask")}
+    rows = {
+        name: np.zeros((len(responses), 2 * width), np.int32)
+        for name in ("tokens", "mask", "segments", "answer", "answer_mask")
+    }
     for i, text in enumerate(responses):
         ids = codec.encode(text)
         rows["tokens"][i, width - 1] = ord("?")
@@ -88,25 +102,39 @@ def test_a_verifier_that_raises_hangs_or_dies_fails_its_sample_only(here, monkey
     reward = here(timeout=3.0, workers=1)
     score = jax.jit(reward)
     for _ in range(2):  # the processes that took their places answer too
-        value, failed = score(texts("one", "hang", "die", "half", "unknown", "nan", "bool", "prompt"))
+        value, failed = score(
+            texts("one", "hang", "die", "half", "unknown", "nan", "bool", "prompt")
+        )
         np.testing.assert_array_equal(value, [1, 0, 0, 0.5, 0, 0, 1, 1])
         np.testing.assert_array_equal(failed, [0, 1, 1, 0, 1, 1, 0, 0])
-    assert len(lines) == 2 and "test_reward:moody failed on 4 of 8 samples; the first: no answer in 3 s" in lines[0]
+    assert (
+        len(lines) == 2
+        and "test_reward:moody failed on 4 of 8 samples; the first: no answer in 3 s" in lines[0]
+    )
 
 
 def test_what_is_no_number_is_said_in_one_line(here, monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
     reward = here(timeout=60.0, workers=1)
-    for response, says in {"text": "returned '0.5', no number", "none": "returned None, no number", "nan": "returned nan",
-                           "big": "ValueError: two lines two lines", "die": "its process died"}.items():  # fmt: skip
+    for response, says in {
+        "text": "returned '0.5', no number",
+        "none": "returned None, no number",
+        "nan": "returned nan",
+        "big": "ValueError: two lines two lines",
+        "die": "its process died",
+    }.items():
         np.testing.assert_array_equal(reward(texts("one", response)), [[1, 0], [0, 1]])
-        assert lines[-1].startswith(f"test_reward:moody failed on 1 of 2 samples; the first: {says}")
+        assert lines[-1].startswith(
+            f"test_reward:moody failed on 1 of 2 samples; the first: {says}"
+        )
         assert "\n" not in lines[-1] and len(lines[-1]) < 300
 
 
 def test_numbers_through_the_callback():
-    reward = Verified(tokenizer="byte", workers=1, timeout=60.0)  # a hang is not what is tested here
+    reward = Verified(
+        tokenizer="byte", workers=1, timeout=60.0
+    )  # a hang is not what is tested here
     value, failed = jax.jit(reward)(texts("it's 5", "5 or 6", "five"))
     np.testing.assert_array_equal(value, [1, 0, 0])
     assert not failed.any()
@@ -118,9 +146,13 @@ def count(prompt, response, answer):
 
 
 def test_rows_that_are_spread_over_devices():
-    reward = Verified(function="objectives.verifiers:exact_text", tokenizer="byte", workers=1, timeout=60.0)
+    reward = Verified(
+        function="objectives.verifiers:exact_text", tokenizer="byte", workers=1, timeout=60.0
+    )
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "data")
-    rows = jax.device_put(texts(*("5555x5x5")), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    rows = jax.device_put(
+        texts(*("5555x5x5")), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
     value, _ = jax.jit(reward)(rows)
     np.testing.assert_array_equal(value, [1, 1, 1, 1, 0, 1, 0, 1])
     reward.pool.close()
@@ -133,7 +165,10 @@ def test_without_a_tokenizer_the_function_gets_ids(here):
 
 
 def test_refusals():
-    with pytest.raises(Refused, match=r"reward.function='nowhere:f': no module 'nowhere'; expected 'package.file:function'"):
+    with pytest.raises(
+        Refused,
+        match=r"reward.function='nowhere:f': no module 'nowhere'; expected 'package.file:function'",
+    ):
         Verified(function="nowhere:f")
     with pytest.raises(Refused, match="has no function 'last_numer'"):
         Verified(function="objectives.verifiers:last_numer")
@@ -148,9 +183,15 @@ def test_refusals():
         ("import time\ntime.sleep(60)", "its import takes longer than 1 s"),
         ("import os\nos._exit(0)", "its import ends the process"),
         ("raise SystemExit(3)", "its import raises SystemExit: 3"),
-        ("import no_such_module", "its import raises ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            "import no_such_module",
+            "its import raises ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         ("def f(:", "its import raises SyntaxError"),
-        ("def judged(prompt, response, answer): pass", "has no function 'judge'; did you mean 'judged'"),
+        (
+            "def judged(prompt, response, answer): pass",
+            "has no function 'judge'; did you mean 'judged'",
+        ),
         ("judge = 3", "has no function 'judge'"),
     ],
 )
@@ -165,15 +206,22 @@ def test_a_file_that_cannot_be_imported_is_refused_at_the_start(text, says, tmp_
 
 
 def test_an_import_that_hangs_later_costs_its_time_once(tmp_path, monkeypatch):
-    (tmp_path / "at_times.py").write_text("import pathlib, time\ntime.sleep(60 * pathlib.Path(__file__).with_name('hang').exists())\n"
-                                          "def judge(*_): return 1")  # fmt: skip
+    (tmp_path / "at_times.py").write_text(
+        "import pathlib, time\ntime.sleep(60 * pathlib.Path(__file__).with_name('hang').exists())\n"
+        "def judge(*_): return 1"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     started = []
-    monkeypatch.setattr(verifiers, "_Child", lambda *a, made=verifiers._Child: started.append(a) or made(*a))
+    monkeypatch.setattr(
+        verifiers, "_Child", lambda *a, made=verifiers._Child: started.append(a) or made(*a)
+    )
     reward = Verified(function="at_times:judge", workers=1, timeout=60.0)
     (tmp_path / "hang").touch()
     pool = verifiers.Pool("at_times:judge", 60.0, 1, start=1.0)
-    assert pool.score([("", "", "")] * 5) == ["its import takes longer than 1 s"] * 5 and len(started) == 2  # one of them the check's
+    assert (
+        pool.score([("", "", "")] * 5) == ["its import takes longer than 1 s"] * 5
+        and len(started) == 2
+    )  # one of them the check's
     (tmp_path / "hang").unlink()
     pool.start = 60.0
     assert pool.score([("", "", "")] * 5) == [1.0] * 5 and len(started) == 3

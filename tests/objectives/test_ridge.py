@@ -5,9 +5,21 @@ import pytest
 
 from jaxdistill.objectives import ridge
 
-# the toy of the paper's code: 11 noisy points of a sine, RBF kernel, and its printed losses against the sine on 101 points
-Y = [0.38476636465198066, 1.2333967683416893, 1.33232242218057, 0.6920159488889518, -0.29756145531871736, -0.24189291901377769,
-     -0.7964485769175675, -0.9616480167034174, -0.49672509509916934, -0.3469066003991437, 0.5589512650600734]  # fmt: skip
+# the toy of the paper's code: 11 noisy points of a sine, RBF kernel, and its printed losses against
+# the sine on 101 points
+Y = [
+    0.38476636465198066,
+    1.2333967683416893,
+    1.33232242218057,
+    0.6920159488889518,
+    -0.29756145531871736,
+    -0.24189291901377769,
+    -0.7964485769175675,
+    -0.9616480167034174,
+    -0.49672509509916934,
+    -0.3469066003991437,
+    0.5589512650600734,
+]
 TABLE = {
     0.0: [0.16477, 0.15076, 0.14915, 0.15561, 0.16735, 0.18251, 0.49505],
     0.25: [0.16477, 0.15309, 0.14958, 0.14903, 0.14946, 0.15011, 0.15250],
@@ -23,14 +35,19 @@ def float64():
 
 
 def toy():
-    x, grid = jnp.linspace(0, 1, 11), jnp.linspace(0, 1, 101)
+    x = jnp.linspace(0, 1, 11)
+    grid = jnp.linspace(0, 1, 101)
     return ridge.rbf(grid, x, 80.0), ridge.rbf(x, x, 80.0), jnp.array(Y), jnp.sin(2 * jnp.pi * grid)
 
 
 def problem(seed=0, n=9, columns=2):
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((n, n))
-    return jnp.asarray(rng.standard_normal((4, n)) @ a.T), jnp.asarray(a @ a.T), jnp.asarray(rng.standard_normal((n, columns)))
+    return (
+        jnp.asarray(rng.standard_normal((4, n)) @ a.T),
+        jnp.asarray(a @ a.T),
+        jnp.asarray(rng.standard_normal((n, columns))),
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -39,7 +56,9 @@ def test_unrolled_powers_are_the_steps(seed):
     alphas = np.random.default_rng(seed).uniform(size=6)
     for tau in range(1, 7):
         one_by_one = ridge.steps(cross, kernel, y, 0.7, alphas[:tau])[-1]
-        np.testing.assert_allclose(ridge.unrolled(cross, kernel, y, 0.7, alphas[:tau]), one_by_one, atol=1e-10)
+        np.testing.assert_allclose(
+            ridge.unrolled(cross, kernel, y, 0.7, alphas[:tau]), one_by_one, atol=1e-10
+        )
         same = ridge.steps(kernel, kernel, y, 0.7, [0.4] * tau)[-1]
         np.testing.assert_allclose(ridge.constant(kernel, y, 0.7, 0.4, tau), same, atol=1e-10)
 
@@ -49,10 +68,17 @@ def test_limit_and_its_rate():
     path = ridge.steps(kernel, kernel, y, 0.7, [0.35] * 200)
     end = ridge.limit(kernel, kernel, y, 0.7, 0.35)
     np.testing.assert_allclose(path[-1], end, atol=1e-8)
-    np.testing.assert_allclose(ridge.steps(cross, kernel, y, 0.7, [0.35] * 200)[-1], ridge.limit(cross, kernel, y, 0.7, 0.35), atol=1e-8)
+    np.testing.assert_allclose(
+        ridge.steps(cross, kernel, y, 0.7, [0.35] * 200)[-1],
+        ridge.limit(cross, kernel, y, 0.7, 0.35),
+        atol=1e-8,
+    )
     top = float(jnp.linalg.eigvalsh(kernel)[-1])
     errors = [float(jnp.linalg.norm(step - end)) for step in path[:30]]
-    assert all(after <= 0.65 * top / (top + 0.7) * before + 1e-12 for before, after in zip(errors, errors[1:]))
+    assert all(
+        after <= 0.65 * top / (top + 0.7) * before + 1e-12
+        for before, after in zip(errors, errors[1:])
+    )
 
 
 def test_limits_of_alpha():
@@ -71,7 +97,9 @@ def test_limits_of_alpha():
 @pytest.mark.parametrize("alpha", TABLE)
 def test_table_of_the_paper(alpha):
     cross, kernel, y, sine = toy()
-    losses = [float(jnp.mean((f - sine) ** 2)) for f in ridge.steps(cross, kernel, y, LAM, [alpha] * 6)]
+    losses = [
+        float(jnp.mean((f - sine) ** 2)) for f in ridge.steps(cross, kernel, y, LAM, [alpha] * 6)
+    ]
     losses.append(float(jnp.mean((ridge.limit(cross, kernel, y, LAM, alpha) - sine) ** 2)))
     np.testing.assert_allclose(losses, TABLE[alpha], atol=5.001e-6)
 
@@ -80,7 +108,8 @@ def test_filters_are_the_coordinates():
     _, kernel, y = problem(columns=1)
     d, v = jnp.linalg.eigh(kernel)
     for alphas in ([0.0] * 5, [0.3] * 5, [0.5, 0.1, 0.9, 0.0, 0.4]):
-        found, path = ridge.filters(d, 0.7, alphas), ridge.steps(kernel, kernel, y, 0.7, alphas)
+        found = ridge.filters(d, 0.7, alphas)
+        path = ridge.steps(kernel, kernel, y, 0.7, alphas)
         for b, step in zip(found, path):
             np.testing.assert_allclose((v.T @ step)[:, 0], b * (v.T @ y)[:, 0], atol=1e-10)
     bound = ridge.filters(d, 0.7, [0.3] * 400)
@@ -96,7 +125,9 @@ def test_the_basis_is_sparsified(alpha):
     first = d[1:] / d[:-1] * (d[:-1] + 0.7) / (d[1:] + 0.7)
     assert all((r >= first - 1e-12).all() for r in ratio)
     if alpha:
-        np.testing.assert_allclose(ratio[-1], d[1:] / d[:-1] * (alpha * d[:-1] + 0.7) / (alpha * d[1:] + 0.7), rtol=1e-9)
+        np.testing.assert_allclose(
+            ratio[-1], d[1:] / d[:-1] * (alpha * d[:-1] + 0.7) / (alpha * d[1:] + 0.7), rtol=1e-9
+        )
     else:
         assert all((b > a).all() for a, b in zip(ratio, ratio[1:]))
         np.testing.assert_allclose(ratio[9], first**10, rtol=1e-9)
@@ -109,12 +140,19 @@ def test_best_alpha_is_the_minimum():
     grid = np.linspace(best - 1, best + 1, 2001)
     losses = [float(jnp.sum((a * labels + (1 - a) * pure - u) ** 2)) for a in grid]
     assert abs(grid[int(np.argmin(losses))] - best) <= 1e-9
-    np.testing.assert_allclose(best, 1 - float(jnp.sum((labels - pure) * (labels - u)) / jnp.sum((labels - pure) ** 2)), atol=1e-12)
+    np.testing.assert_allclose(
+        best,
+        1 - float(jnp.sum((labels - pure) * (labels - u)) / jnp.sum((labels - pure) ** 2)),
+        atol=1e-12,
+    )
 
 
 def test_best_alphas_of_the_toy():
     cross, kernel, y, sine = toy()
-    fit = lambda target: (ridge.fit(cross, kernel, target, LAM), ridge.fit(kernel, kernel, target, LAM))
+    fit = lambda target: (
+        ridge.fit(cross, kernel, target, LAM),
+        ridge.fit(kernel, kernel, target, LAM),
+    )
     (labels, last), chosen, losses = fit(y), [], []
     for tau in range(2, 7):
         alpha = float(ridge.best_alpha(sine, labels, fit(last)[0]))

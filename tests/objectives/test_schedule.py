@@ -21,7 +21,9 @@ from jaxdistill.objectives.schedule import (
 
 
 def test_cosine_at_a_quarter(x64):
-    np.testing.assert_allclose(Cosine(start=1.0, end=0.0, steps=400)(100), 0.853553390593273762, atol=1e-15)
+    np.testing.assert_allclose(
+        Cosine(start=1.0, end=0.0, steps=400)(100), 0.853553390593273762, atol=1e-15
+    )
     shares = np.linspace(0, 1, 41)
     got = [Cosine(start=3.0, end=-1.0, steps=40)(step) for step in range(41)]
     np.testing.assert_allclose(got, -1 + 4 * (1 + np.cos(np.pi * shares)) / 2, atol=1e-14)

@@ -29,7 +29,8 @@ def test_opener_of_equal_entropies(length):
 def test_without_slack_it_takes_one_too_many():
     """What the tolerance is for, at one of the lengths where float32 rounds that way."""
     sizes = [
-        int(opener(jnp.full((1, n), h), jnp.ones((1, n), bool), 0.1, slack=0.0).sum()) - ceil(0.1 * n - 1e-9)
+        int(opener(jnp.full((1, n), h), jnp.ones((1, n), bool), 0.1, slack=0.0).sum())
+        - ceil(0.1 * n - 1e-9)
         for n in (10, 20, 50, 70, 130)
         for h in (0.3, 0.7)
     ]
@@ -44,21 +45,29 @@ def test_opener_reaches_the_one_uncertain_token(at):
     kept = opener(h, mask, 0.1)
     np.testing.assert_array_equal(kept[0], jnp.arange(10) <= at)
     np.testing.assert_array_equal(kept[1], jnp.arange(10) == 4)
-    np.testing.assert_array_equal(kept[2], jnp.arange(10) == 2)  # a row without entropy has an opener of one token
+    np.testing.assert_array_equal(
+        kept[2], jnp.arange(10) == 2
+    )  # a row without entropy has an opener of one token
     np.testing.assert_array_equal(opener(h.at[1, :4].set(9.0), mask, 0.1), kept)
 
 
 def test_nothing_of_an_empty_row():
     empty = jnp.zeros((2, 5), bool)
-    assert not opener(jnp.ones((2, 5)), empty, 0.1).any() and not most_uncertain(jnp.ones((2, 5)), empty, 0.1).any()
+    assert (
+        not opener(jnp.ones((2, 5)), empty, 0.1).any()
+        and not most_uncertain(jnp.ones((2, 5)), empty, 0.1).any()
+    )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
 def test_most_uncertain_tokens_of_the_batch(share):
-    h, mask = RNG.random((4, 13)).astype(np.float32), RNG.random((4, 13)) < 0.6
+    h = RNG.random((4, 13)).astype(np.float32)
+    mask = RNG.random((4, 13)) < 0.6
     kept = most_uncertain(jnp.asarray(h), jnp.asarray(mask), share)
     np.testing.assert_array_equal(kept, (h >= np.quantile(h[mask], 1 - share) - 1e-7) & mask)
-    np.testing.assert_array_equal(most_uncertain(jnp.where(mask, h, 99.0), jnp.asarray(mask), share), kept)
+    np.testing.assert_array_equal(
+        most_uncertain(jnp.where(mask, h, 99.0), jnp.asarray(mask), share), kept
+    )
 
 
 def test_gate():

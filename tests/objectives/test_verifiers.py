@@ -87,7 +87,9 @@ from jaxdistill.objectives.verifiers import exact_text, find, last_number, numbe
 def test_the_last_number_of_a_text(text, value):
     assert number(text) == value
     assert last_number("", text, text) == (value is not None)
-    assert number(f"first 7 things, then {text}") == (7 if value is None and not any(c.isdigit() for c in text) else value)
+    assert number(f"first 7 things, then {text}") == (
+        7 if value is None and not any(c.isdigit() for c in text) else value
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,26 @@ def test_last_number(response, answer, right):
 
 
 @pytest.mark.parametrize(
-    "piece", ["1", "1,", ",111", "1,111", "1/", "1-", "-", "$", "1e", "1 ", " ", "1.", ".", "(", "1 x 10^", "\\frac{1", "\\frac{1}{2}"]
+    "piece",
+    [
+        "1",
+        "1,",
+        ",111",
+        "1,111",
+        "1/",
+        "1-",
+        "-",
+        "$",
+        "1e",
+        "1 ",
+        " ",
+        "1.",
+        ".",
+        "(",
+        "1 x 10^",
+        "\\frac{1",
+        "\\frac{1}{2}",
+    ],
 )
 def test_long_texts_end(piece):
     """100 kB of anything: what is the square of the length takes minutes."""
@@ -130,7 +151,27 @@ def test_long_texts_end(piece):
     number(text)
 
 
-PIECES = ["1", "0", "23", ",", ".", "/", "-", "\u2212", "e", "x10^", "(", ")", " ", "$", "%", "\\frac{1}{0}", "{", "}", "\u0663"]
+PIECES = [
+    "1",
+    "0",
+    "23",
+    ",",
+    ".",
+    "/",
+    "-",
+    "\u2212",
+    "e",
+    "x10^",
+    "(",
+    ")",
+    " ",
+    "$",
+    "%",
+    "\\frac{1}{0}",
+    "{",
+    "}",
+    "\u0663",
+]
 
 
 def test_any_text_has_a_number_or_none():
@@ -140,21 +181,27 @@ def test_any_text_has_a_number_or_none():
         value = number(text)
         assert value is None or value == value
         assert last_number("", text, text) == (value is not None)
-        assert (value is None) <= (not any(c.isdigit() for c in text) or "e" in text or "x" in text), text
+        assert (value is None) <= (
+            not any(c.isdigit() for c in text) or "e" in text or "x" in text
+        ), text
 
 
 def test_exact_text():
     assert exact_text("", " a  b\n", "a b") == 1 and exact_text("", "ab", "a b") == 0
 
 
-@pytest.mark.parametrize("name", ["", ":", "a", "a:", ":f", "..a:f", "a b:f", "a:f:g", "a/b.py:f", "a:f()"])
+@pytest.mark.parametrize(
+    "name", ["", ":", "a", "a:", ":f", "..a:f", "a b:f", "a:f:g", "a/b.py:f", "a:f()"]
+)
 def test_names_that_are_none(name):
     with pytest.raises(ValueError, match="no name of a function in a file"):
         find(name)
 
 
 def test_the_nearest_name_is_said():
-    with pytest.raises(ValueError, match="has no function 'last_numer'; did you mean 'last_number'"):
+    with pytest.raises(
+        ValueError, match="has no function 'last_numer'; did you mean 'last_number'"
+    ):
         find("objectives.verifiers:last_numer")
     with pytest.raises(ValueError, match=r"no module 'objectives\.no_such_file'"):
         find("objectives.no_such_file:f")

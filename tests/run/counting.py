@@ -1,4 +1,6 @@
-"""A method and a data set that let a run be audited: every sample has a number, and every step says which it saw."""
+"""A method and a data set that let a run be audited: every sample has a number, and every step says
+which it saw.
+"""
 
 import dataclasses
 
@@ -17,7 +19,10 @@ class Numbered(InMemory):
 
     def arrays(self, split):
         rng = np.random.default_rng(3)
-        return {"x": rng.standard_normal((40, 2)).astype(np.float32), "number": np.arange(40, dtype=np.float32)}
+        return {
+            "x": rng.standard_normal((40, 2)).astype(np.float32),
+            "number": np.arange(40, dtype=np.float32),
+        }
 
     def net(self, process):
         return Mixture(labelled=False).net(process)
@@ -27,25 +32,31 @@ class Tally(Controller):
     """Counts its calls and adds up what it was told."""
 
     def __init__(self):
-        self.calls, self.total = 0, 0.0
+        self.calls = 0
+        self.total = 0.0
 
     def update(self, metrics):
-        self.calls, self.total = self.calls + 1, self.total + metrics["fake/numbers"]
+        self.calls = self.calls + 1
+        self.total = self.total + metrics["fake/numbers"]
         return {}
 
     def state(self):
         return {"calls": self.calls, "total": self.total}
 
     def restore(self, state):
-        self.calls, self.total = state["calls"], state["total"]
+        self.calls = state["calls"]
+        self.total = state["total"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counted(DMD2):
-    """DMD2 whose critics report the sum and the sum of squares of the numbers in their batch; exact in float32."""
+    """DMD2 whose critics report the sum and the sum of squares of the numbers in their batch; exact
+    in float32.
+    """
 
     def critic_loss(self, net, ctx):
-        out, number = super().critic_loss(net, ctx), ctx.batch["number"]
+        out = super().critic_loss(net, ctx)
+        number = ctx.batch["number"]
         sums = {"numbers": (jnp.sum(number), 1.0), "squares": (jnp.sum(number**2), 1.0)}
         return out._replace(metrics={**out.metrics, **sums})
 

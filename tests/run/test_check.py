@@ -1,4 +1,6 @@
-"""What is refused before a run begins: one line that names the key and both sides, and nothing is written."""
+"""What is refused before a run begins: one line that names the key and both sides, and nothing is
+written.
+"""
 
 import importlib.util
 import json
@@ -39,39 +41,90 @@ def changed(config, changes):
 
 MLP = {"name": "models.denoisers.mlp:MLP", "width": 16, "depth": 1}
 CASES = {
-    "a mesh axis": ({"roles.student.rules.mlp": "ghost"}, r"config\.roles\.student\.rules\.mlp='ghost': no mesh axis"),
-    "a size": ({"roles.student.model.width": 0}, r"config\.roles\.student\.model\.width=0: expected an integer of at least 1"),
-    "a type": ({"data.batch_size": "many"}, r"config\.data\.batch_size='many': expected an integer"),
-    "a number": ({"method.gan_weight": float("nan")}, r"config\.method\.gan_weight=nan: expected a finite number"),
-    "a class": ({"method.name": "methods.distribution.dmd2:DMD3"}, r"config\.method\.name=.*did you mean 'DMD2'"),
+    "a mesh axis": (
+        {"roles.student.rules.mlp": "ghost"},
+        r"config\.roles\.student\.rules\.mlp='ghost': no mesh axis",
+    ),
+    "a size": (
+        {"roles.student.model.width": 0},
+        r"config\.roles\.student\.model\.width=0: expected an integer of at least 1",
+    ),
+    "a type": (
+        {"data.batch_size": "many"},
+        r"config\.data\.batch_size='many': expected an integer",
+    ),
+    "a number": (
+        {"method.gan_weight": float("nan")},
+        r"config\.method\.gan_weight=nan: expected a finite number",
+    ),
+    "a class": (
+        {"method.name": "methods.distribution.dmd2:DMD3"},
+        r"config\.method\.name=.*did you mean 'DMD2'",
+    ),
     "no class": ({"data.name": ""}, r"config\.data\.name='': expected the name of a class"),
     "another kind": ({"data.name": "models.denoisers.mlp:MLP"}, r"config\.data"),
-    "dtype": ({"roles.student.model.dtype": "float23"}, r"config\.roles\.student\.model\.dtype='float23'.*'float32'"),
-    "starts from itself": ({"roles.student.init": "student"}, r"config\.roles\.student\.init: student <- student"),
+    "dtype": (
+        {"roles.student.model.dtype": "float23"},
+        r"config\.roles\.student\.model\.dtype='float23'.*'float32'",
+    ),
+    "starts from itself": (
+        {"roles.student.init": "student"},
+        r"config\.roles\.student\.init: student <- student",
+    ),
     "starts in a circle": (
         {"roles.student.init": "fake", "roles.fake.init": "student"},
         r"config\.roles\.(student|fake)\.init: .* <- .* <- ",
     ),
-    "no source": ({"roles.student.init": "/no/such/folder"}, r"config\.roles\.student\.init='/no/such/folder': no such role"),
-    "a source of too long a name": ({"roles.student.init": "x" * 300}, r"config\.roles\.student\.init='xxx.*no such role"),
-    "no inner run": ({"roles.student.init": "@teacher"}, r"config\.roles\.student\.init='@teacher': config\.runs has no 'teacher'"),
-    "no base": ({"roles.fake.lora.rank": 2, "roles.fake.lora.base": "tutor"}, r"config\.roles\.fake\.lora\.base='tutor': no such role"),
-    "itself as base": ({"roles.fake.lora.rank": 2, "roles.fake.lora.base": "fake"}, r"config\.roles\.fake\.lora\.base='fake'"),
+    "no source": (
+        {"roles.student.init": "/no/such/folder"},
+        r"config\.roles\.student\.init='/no/such/folder': no such role",
+    ),
+    "a source of too long a name": (
+        {"roles.student.init": "x" * 300},
+        r"config\.roles\.student\.init='xxx.*no such role",
+    ),
+    "no inner run": (
+        {"roles.student.init": "@teacher"},
+        r"config\.roles\.student\.init='@teacher': config\.runs has no 'teacher'",
+    ),
+    "no base": (
+        {"roles.fake.lora.rank": 2, "roles.fake.lora.base": "tutor"},
+        r"config\.roles\.fake\.lora\.base='tutor': no such role",
+    ),
+    "itself as base": (
+        {"roles.fake.lora.rank": 2, "roles.fake.lora.base": "fake"},
+        r"config\.roles\.fake\.lora\.base='fake'",
+    ),
     "a frozen role without weights": (
-        {"roles.teacher": {"name": "core.build:Role", "model": MLP, "denoiser": {"name": "diffusion.denoiser:Denoiser"}}},
+        {
+            "roles.teacher": {
+                "name": "core.build:Role",
+                "model": MLP,
+                "denoiser": {"name": "diffusion.denoiser:Denoiser"},
+            }
+        },
         r"config\.roles\.teacher\.init is empty",
     ),
-    "a metric": ({"claim.metric": "enregy"}, r"config\.claim\.metric='enregy': no metric of student@1; did you mean 'energy'"),
-    "a row": ({"claim.baseline": "teacher@7"}, r"config\.claim\.baseline='teacher@7': no such row of the evaluation"),
+    "a metric": (
+        {"claim.metric": "enregy"},
+        r"config\.claim\.metric='enregy': no metric of student@1; did you mean 'energy'",
+    ),
+    "a row": (
+        {"claim.baseline": "teacher@7"},
+        r"config\.claim\.baseline='teacher@7': no such row of the evaluation",
+    ),
     "a direction": ({"claim.better": "smaller"}, r"config\.claim\.better='smaller'"),
     "a ratio": ({"claim.ratio": -1.0}, r"config\.claim\.ratio=-1\.0"),
     "a claim without evaluation": ({"evaluation": {}}, r"config\.claim: nothing is evaluated"),
-    "an evaluation of other data": ({"evaluation": {"name": "evals.text:TextEval"}, "claim": {}}, r"config\.evaluation.*needs `tokens`"),
+    "an evaluation of other data": (
+        {"evaluation": {"name": "evals.text:TextEval"}, "claim": {}},
+        r"config\.evaluation.*needs `tokens`",
+    ),
     "a solver": ({"evaluation.solver": "dopri"}, r"config\.evaluation\.solver='dopri'"),
     "steps": ({"steps": 10**12}, r"config\.steps=1000000000000: expected an integer"),
     "a missing part": ({"mesh": {}}, r"config\.mesh"),
     "a group": ({"roles": 3}, r"config\.roles=3: expected a group"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -84,8 +137,17 @@ def test_refuses(name, tmp_path):
 
 
 def test_a_network_of_other_samples_names_both_sides(tmp_path):
-    with pytest.raises(Refused, match=r"config\.roles\.(student|fake) \(MLP\).*config\.data \(.*x float32\[2\]\)"):
-        check(Experiment(changed(tiny.get_config(), {"roles.student.model.dim": 3, "roles.fake.model.dim": 3}), tmp_path))
+    with pytest.raises(
+        Refused, match=r"config\.roles\.(student|fake) \(MLP\).*config\.data \(.*x float32\[2\]\)"
+    ):
+        check(
+            Experiment(
+                changed(
+                    tiny.get_config(), {"roles.student.model.dim": 3, "roles.fake.model.dim": 3}
+                ),
+                tmp_path,
+            )
+        )
 
 
 def labelled(classes: dict, count: int = 3):
@@ -98,7 +160,13 @@ def labelled(classes: dict, count: int = 3):
     )
     method = spec("methods.trajectory.flow_matching:FlowMatching", label_dropout=1.0)
     data = spec("data.mixtures:Mixture", modes=count, batch_size=8)
-    return experiment(steps=4, tensorboard=False, data=data, method=method, roles={k: role(n) for k, n in classes.items()})
+    return experiment(
+        steps=4,
+        tensorboard=False,
+        data=data,
+        method=method,
+        roles={k: role(n) for k, n in classes.items()},
+    )
 
 
 def test_the_null_label_is_the_networks(tmp_path):
@@ -107,14 +175,22 @@ def test_the_null_label_is_the_networks(tmp_path):
     table = np.asarray(loop.load(tmp_path / "run").params["student"]["label_embed"]["embedding"])
     fresh = Experiment(labelled({"student": 20}), tmp_path).nets["student"]
     assert table.shape[0] == 21 and fresh.config.null_label == 20
-    loop.run(changed(labelled({"student": 20}), {"steps": 1, "roles.student.optimizer.lr": 1e-9}), tmp_path / "still", progress=False)
+    loop.run(
+        changed(labelled({"student": 20}), {"steps": 1, "roles.student.optimizer.lr": 1e-9}),
+        tmp_path / "still",
+        progress=False,
+    )
     still = np.asarray(loop.load(tmp_path / "still").params["student"]["label_embed"]["embedding"])
     assert np.flatnonzero(np.abs(table - still).max(1) > 1e-3).tolist() == [20]
 
 
 def test_a_batch_has_the_networks_null_label():
     made = Experiment(labelled({"student": 20}), Path("unused"))
-    batch = {"x": np.zeros((2, 2), np.float32), "cond": np.array([1, 2], np.int32), "null_cond": np.array([3, 3], np.int32)}
+    batch = {
+        "x": np.zeros((2, 2), np.float32),
+        "cond": np.array([1, 2], np.int32),
+        "null_cond": np.array([3, 3], np.int32),
+    }
     assert made.conditioned(batch)["null_cond"].tolist() == [20, 20]
     text = {**batch, "null_cond": {"text": np.zeros((2, 4))}}
     assert made.conditioned(text) is text
@@ -126,15 +202,26 @@ def test_a_batch_has_the_networks_null_label():
 
 
 def test_labels_beyond_the_networks_table_are_refused(tmp_path):
-    with pytest.raises(Refused, match=r"config\.data has labels 0 to 5, config\.roles\.student\.model\.classes=4: expected at least 6"):
+    with pytest.raises(
+        Refused,
+        match=r"config\.data has labels 0 to 5, config\.roles\.student\.model\.classes=4: expected at least 6",
+    ):
         check(Experiment(labelled({"student": 4}, count=6), tmp_path))
 
 
 def test_networks_of_other_numbers_of_classes_are_refused(tmp_path):
-    config = changed(tiny.get_config(), {
-        "data.labelled": True, "roles.student.model.classes": 6, "roles.fake.model.classes": 7, "roles.disc.model.classes": 6,
-    })  # fmt: skip
-    with pytest.raises(Refused, match=r"config\.roles\.fake\.model\.classes=7: config\.roles\.student has 6"):
+    config = changed(
+        tiny.get_config(),
+        {
+            "data.labelled": True,
+            "roles.student.model.classes": 6,
+            "roles.fake.model.classes": 7,
+            "roles.disc.model.classes": 6,
+        },
+    )
+    with pytest.raises(
+        Refused, match=r"config\.roles\.fake\.model\.classes=7: config\.roles\.student has 6"
+    ):
         check(Experiment(config, tmp_path))
 
 
@@ -157,15 +244,22 @@ def test_a_method_that_does_not_trace_is_refused_with_its_line(tmp_path):
 def test_exact_data_may_have_fewer_labels_than_the_network():
     """The exact law takes every label from its own count on for none."""
     data = Mixture(modes=3)
-    x, t = jnp.ones((2, 2)), jnp.full(2, 0.5)
+    x = jnp.ones((2, 2))
+    t = jnp.full(2, 0.5)
     a, b = (data.net().apply({}, x, t, jnp.full(2, null)).x0 for null in (3, 20))
     np.testing.assert_array_equal(a, b)
 
 
 def test_a_refusal_after_the_check_leaves_the_folder_free(tmp_path):
-    """A source that turns out to hold another network: the corrected config may take the same folder."""
+    """A source that turns out to hold another network: the corrected config may take the same
+    folder.
+    """
     loop.run(changed(tiny.get_config("bare"), {"steps": 2}), tmp_path / "first", progress=False)
-    wide = {"steps": 2, "roles.student.init": str(tmp_path / "first"), "roles.student.model.width": 24}
+    wide = {
+        "steps": 2,
+        "roles.student.init": str(tmp_path / "first"),
+        "roles.student.model.width": 24,
+    }
     with pytest.raises(Refused, match="expected"):
         loop.run(changed(tiny.get_config("bare"), wide), tmp_path / "second", progress=False)
     assert not (tmp_path / "second" / "config.json").exists()
@@ -183,7 +277,9 @@ def test_a_run_of_before_a_field_came_in_goes_on(tmp_path):
         file.write_text(json.dumps(held))
     loop.run(config, tmp_path / "run", progress=False)
     with pytest.raises(Refused, match=r"roles\.student\.optimizer\.eps is 1e-08 there, 1e-06 here"):
-        loop.run(changed(config, {"roles.student.optimizer.eps": 1e-6}), tmp_path / "run", progress=False)
+        loop.run(
+            changed(config, {"roles.student.optimizer.eps": 1e-6}), tmp_path / "run", progress=False
+        )
 
 
 @pytest.mark.parametrize("name", ["stages", "checkpoints", "a/b", "", "x" * 300, "a\nb", "-x"])
@@ -201,16 +297,28 @@ def test_a_folders_config_imports_nothing_by_being_compared(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(tmp_path)
     assert build.completed({"name": "evil:Y", "a": 1}) == {"name": "evil:Y", "a": 1}
     assert build.completed({"name": "os:system"}) == {"name": "os:system"}
-    assert build.completed({"name": "core.optim:Ema", "rate": 0.5}) == {"name": "core.optim:Ema", "rate": 0.5, "warmup": True}
+    assert build.completed({"name": "core.optim:Ema", "rate": 0.5}) == {
+        "name": "core.optim:Ema",
+        "rate": 0.5,
+        "warmup": True,
+    }
 
 
 def test_a_network_of_another_size_is_refused(tmp_path):
     """It would be taken, with positions in between."""
-    role = Role(model=spec("models.denoisers.dit:DiT", size=4, dim=16, depth=1, heads=2), denoiser=Denoiser())
-    config = experiment(
-        data=spec("data.digits:Digits"), method=spec("methods.trajectory.flow_matching:FlowMatching"), roles={"student": role}
+    role = Role(
+        model=spec("models.denoisers.dit:DiT", size=4, dim=16, depth=1, heads=2),
+        denoiser=Denoiser(),
     )
-    with pytest.raises(Refused, match=r"config\.roles\.student\.model\.size=4: config\.data\.x is 8 x 8, expected 8"):
+    config = experiment(
+        data=spec("data.digits:Digits"),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        roles={"student": role},
+    )
+    with pytest.raises(
+        Refused,
+        match=r"config\.roles\.student\.model\.size=4: config\.data\.x is 8 x 8, expected 8",
+    ):
         check(Experiment(config, tmp_path))
 
 

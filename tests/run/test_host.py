@@ -33,11 +33,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
 
 
-PLAIN = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, programs as users get them
+PLAIN = {
+    k: v for k, v in os.environ.items() if k != "XLA_FLAGS"
+}  # one device, programs as users get them
 
 
 def pages(*arguments) -> float:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, env=PLAIN)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, env=PLAIN
+    )
     if done.returncode == 7:
         pytest.skip("no glibc here")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -45,7 +49,9 @@ def pages(*arguments) -> float:
 
 
 def test_freed_memory_is_given_again():
-    """Blocks of 64 MB, as a step's temporaries: mapped anew each time without (16,384 pages, or 32 huge ones), none with."""
+    """Blocks of 64 MB, as a step's temporaries: mapped anew each time without (16,384 pages, or 32
+    huge ones), none with.
+    """
     assert pages("keep") < 1 and pages() >= 32
 
 

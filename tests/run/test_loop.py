@@ -1,4 +1,6 @@
-"""A run: what it leaves, and that it can be killed, resumed, damaged and refused without losing anything."""
+"""A run: what it leaves, and that it can be killed, resumed, damaged and refused without losing
+anything.
+"""
 
 import errno
 import importlib.util
@@ -61,22 +63,41 @@ def weights(workdir):
 
 
 def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def test_leaves_a_run_directory(finished):
     workdir, report = finished
-    for name in ("config.json", "metrics.jsonl", "report.json", "report.html", "checkpoints", "samples/student_1NFE.png"):
+    for name in (
+        "config.json",
+        "metrics.jsonl",
+        "report.json",
+        "report.html",
+        "checkpoints",
+        "samples/student_1NFE.png",
+    ):
         assert (workdir / name).exists(), name
     assert json.loads((workdir / "report.json").read_text()) == report
     assert {"config", "method", "steps", "seconds", "models", "claim"} == report.keys()
-    assert [(r["name"], r["nfe"]) for r in report["models"]] == [("teacher", 3), ("teacher", 1), ("student", 1)]
+    assert [(r["name"], r["nfe"]) for r in report["models"]] == [
+        ("teacher", 3),
+        ("teacher", 1),
+        ("student", 1),
+    ]
     assert report["claim"]["holds"] is True
     assert report["claim"]["value"] == report["models"][2]["energy"]
     assert report["claim"]["baseline"] == report["models"][1]["energy"]
     records = metrics.read(workdir / "metrics.jsonl")
     assert [r["step"] for r in records] == [5, 10, 15, 20, 25, 30]
-    assert {"fake/loss", "fake/gan", "student/grad_norm", "perf/samples_per_second", "perf/model_flops_per_second"} <= records[0].keys()
+    assert {
+        "fake/loss",
+        "fake/gan",
+        "student/grad_norm",
+        "perf/samples_per_second",
+        "perf/model_flops_per_second",
+    } <= records[0].keys()
     text = (workdir / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 5
     assert "http" not in text.replace("http-equiv", "")
@@ -112,7 +133,12 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
 
 def start(workdir, steps=30):
     env = {**os.environ, "PYTHONPATH": str(TINY.parents[2]), "XLA_FLAGS": os.environ["XLA_FLAGS"]}
-    return subprocess.Popen([sys.executable, str(TINY), str(workdir), str(steps)], env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(TINY), str(workdir), str(steps)],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def wait_for_step(workdir, step, process, seconds=240):
@@ -128,8 +154,10 @@ def wait_for_step(workdir, step, process, seconds=240):
 
 def test_kill_and_resume_is_bit_equal(tmp_path):
     """kill -9 at a random moment, and SIGTERM, against a run left alone: the same bits in the end."""
-    steps, kill = 2000, random.Random().randrange(5, 300)
-    killed, stopped = tmp_path / "killed", tmp_path / "stopped"
+    steps = 2000
+    kill = random.Random().randrange(5, 300)
+    killed = tmp_path / "killed"
+    stopped = tmp_path / "stopped"
     processes = [start(killed, steps), start(stopped, steps)]
     wait_for_step(killed, kill, processes[0])
     processes[0].kill()
@@ -150,7 +178,9 @@ def test_kill_and_resume_is_bit_equal(tmp_path):
             final = latest[-1]["step"] // 5 * 5 + 20
     for name in ("killed", "stopped", "alone"):
         folder = tmp_path / name
-        if (folder / "config.json").exists():  # the length of a run may be changed by nobody but this test
+        if (
+            folder / "config.json"
+        ).exists():  # the length of a run may be changed by nobody but this test
             saved = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**saved, "steps": final}))
         loop.run(config(steps=final, keep=3), folder, progress=False)
@@ -195,7 +225,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(unfinished):
     saved = json.loads((unfinished / "config.json").read_text())
     saved["roles"]["student"]["model"]["width"] = 24
     (unfinished / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(Refused, match=r"another architecture: student/.* is float32\[.*16.*expected float32\[.*24"):
+    with pytest.raises(
+        Refused, match=r"another architecture: student/.* is float32\[.*16.*expected float32\[.*24"
+    ):
         loop.run(changed, unfinished, progress=False)
     assert newest(unfinished).name.endswith("30")
 
@@ -204,7 +236,10 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     bad = config(steps=40)
     bad.roles.fake.optimizer.lr = 1e30
     bad.roles.fake.optimizer.clip = 0.0
-    with pytest.raises(metrics.NonFinite, match=r"turn \d \(.*\): \w+/\w+ of role '\w+' is (nan|inf|-inf) at step \d+"):
+    with pytest.raises(
+        metrics.NonFinite,
+        match=r"turn \d \(.*\): \w+/\w+ of role '\w+' is (nan|inf|-inf) at step \d+",
+    ):
         loop.run(bad, tmp_path, progress=False)
     assert not (tmp_path / "report.json").exists()
     for folder in (tmp_path / "checkpoints").glob("*"):
@@ -217,10 +252,23 @@ def flow(**rest):
     from jaxdistill.diffusion.denoiser import Denoiser
 
     return experiment(
-        steps=4, log_every=2, checkpoint_every=4, tensorboard=False, data=spec("data.mixtures:Mixture", batch_size=16),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"), mesh=load_tiny().spec_mesh(),
-        roles=dict(student=Role(model=spec("models.denoisers.mlp:MLP", width=16, depth=1), denoiser=Denoiser(), **rest.pop("role", {}))),
-        evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)), **rest)  # fmt: skip
+        steps=4,
+        log_every=2,
+        checkpoint_every=4,
+        tensorboard=False,
+        data=spec("data.mixtures:Mixture", batch_size=16),
+        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        mesh=load_tiny().spec_mesh(),
+        roles=dict(
+            student=Role(
+                model=spec("models.denoisers.mlp:MLP", width=16, depth=1),
+                denoiser=Denoiser(),
+                **rest.pop("role", {}),
+            )
+        ),
+        evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)),
+        **rest,
+    )
 
 
 def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypatch):
@@ -231,53 +279,86 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
             loop.run(config, tmp_path / folder, progress=False)
 
     hot = flow(role=dict(optimizer=Optimizer(lr=1e30, clip=0.0)))
-    fails("hot", hot, r"at step \d; its batch and .* finite: suspects are roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$")
+    fails(
+        "hot",
+        hot,
+        r"at step \d; its batch and .* finite: suspects are roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$",
+    )
     with monkeypatch.context() as patch:
-        nan = lambda self: {"student": jax.tree.map(lambda s: jnp.full(s.shape, np.nan), self.nets["student"].shapes)}
+        nan = lambda self: {
+            "student": jax.tree.map(
+                lambda s: jnp.full(s.shape, np.nan), self.nets["student"].shapes
+            )
+        }
         patch.setattr(Experiment, "warm_starts", nan)
-        fails("weights", flow(), r"at step 1; suspects: roles\.student starts from weights that are not finite$")
+        fails(
+            "weights",
+            flow(),
+            r"at step 1; suspects: roles\.student starts from weights that are not finite$",
+        )
 
     arrays = Numbered.arrays
     row = lambda v: np.arange(len(v)).reshape(-1, *[1] * (v.ndim - 1))
     without = lambda found: {**found, "x": np.where(row(found["x"]) == 7, np.nan, found["x"])}
     monkeypatch.setattr(Numbered, "arrays", lambda self, split: without(arrays(self, split)))
     poisoned = flow()
-    poisoned.data, poisoned.log_every = spec("tests.run.counting:Numbered", batch_size=16), 4
-    poisoned.evaluation, poisoned.claim = ConfigDict(), ConfigDict()
-    step = next(i for i, batch in enumerate(Numbered(batch_size=16).loader(), 1) if 7 in batch["number"])
-    fails("data", poisoned, rf"at step {step}; suspects: batch\['x'\] of that step has values that are not finite$")
+    poisoned.data = spec("tests.run.counting:Numbered", batch_size=16)
+    poisoned.log_every = 4
+    poisoned.evaluation = ConfigDict()
+    poisoned.claim = ConfigDict()
+    step = next(
+        i for i, batch in enumerate(Numbered(batch_size=16).loader(), 1) if 7 in batch["number"]
+    )
+    fails(
+        "data",
+        poisoned,
+        rf"at step {step}; suspects: batch\['x'\] of that step has values that are not finite$",
+    )
 
 
 def test_the_seconds_of_a_run_are_those_of_all_its_processes(tmp_path):
     loop.run(flow(), tmp_path, progress=False)
     *records, last = metrics.read(tmp_path / "metrics.jsonl")
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*records, {**last, "seconds": 1000.0}]))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [*records, {**last, "seconds": 1000.0}])
+    )
     (tmp_path / "report.json").unlink()
     assert loop.run(flow(), tmp_path, progress=False)["seconds"] >= 1000.0
 
 
 def test_runs_inside_a_run_share_its_seed(tmp_path):
     outer = flow(runs=dict(first=flow()), role=dict(init="@first"))
-    outer.data.seed, outer.seed = 5, 3
+    outer.data.seed = 5
+    outer.seed = 3
     assert outer.runs.first.data.seed == 5
     assert outer.runs.first.seed == 3
     loop.run(outer, tmp_path, progress=False)
     assert json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"] == 5
-    assert load_params(tmp_path / "stages/0", {"student": loop.load(tmp_path).experiment.nets["student"].shapes})
+    assert load_params(
+        tmp_path / "stages/0", {"student": loop.load(tmp_path).experiment.nets["student"].shapes}
+    )
 
 
 def test_runs_that_are_the_same_are_trained_once(tmp_path):
-    """Inside one another, in a run that goes on after a part of it, and where the caller knows of a finished one; a folder that is
-    there already, and a config with another value, are left to themselves."""
+    """Inside one another, in a run that goes on after a part of it, and where the caller knows of a
+    finished one; a folder that is
+    there already, and a config with another value, are left to themselves.
+    """
     from_first = lambda **rest: flow(runs=dict(first=flow(**rest)), role=dict(init="@first"))
-    claim = dict(metric="energy", model="student@2", baseline="other@2", better="lower", ratio=100.0)
+    claim = dict(
+        metric="energy", model="student@2", baseline="other@2", better="lower", ratio=100.0
+    )
 
     def outer(**rest):
-        return flow(runs=dict(first=flow(), other=from_first(**rest)), role=dict(init="@first"), claim=claim)
+        return flow(
+            runs=dict(first=flow(), other=from_first(**rest)), role=dict(init="@first"), claim=claim
+        )
 
     known = {}
     loop.run(outer(), tmp_path / "one", progress=False, known=known)
-    assert (tmp_path / "one/other/first").readlink() == Path("../first") and not (tmp_path / "one/first").is_symlink()
+    assert (tmp_path / "one/other/first").readlink() == Path("../first") and not (
+        tmp_path / "one/first"
+    ).is_symlink()
     assert set(known.values()) == {tmp_path / "one", tmp_path / "one/first", tmp_path / "one/other"}
     assert loop.load(tmp_path / "one/other").experiment.runs.keys() == {"first"}
 
@@ -291,11 +372,16 @@ def test_runs_that_are_the_same_are_trained_once(tmp_path):
     changed = outer(role=dict(optimizer=Optimizer(lr=0.5)))
     loop.run(changed, tmp_path / "three", progress=False, known=known)
     assert (tmp_path / "three/first").resolve() == tmp_path / "one/first"
-    assert not (tmp_path / "three/other").is_symlink() and not (tmp_path / "three/other/first").is_symlink()
+    assert (
+        not (tmp_path / "three/other").is_symlink()
+        and not (tmp_path / "three/other/first").is_symlink()
+    )
 
 
 def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_path):
-    """Progressive distillation's last teacher is a student; reported, loaded and scored again is the teacher of the run."""
+    """Progressive distillation's last teacher is a student; reported, loaded and scored again is
+    the teacher of the run.
+    """
     from jaxdistill.core.build import spec
 
     made = get_config()
@@ -303,7 +389,9 @@ def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_pat
         made.method = spec("methods.trajectory.progressive:Progressive", teacher_steps=4)
         made.roles = {role: made.roles[role] for role in ("teacher", "student")}
     report = loop.run(made, tmp_path, progress=False)
-    energies = lambda report, name: [row["energy"] for row in report["models"] if row["name"] == name]
+    energies = lambda report, name: [
+        row["energy"] for row in report["models"] if row["name"] == name
+    ]
     assert energies(report, "teacher") == energies(finished[1], "teacher")
     trained = loop.load(tmp_path)
     assert trained.nets["teacher"] == trained.experiment.nets["teacher"]
@@ -317,13 +405,18 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "turns 0: compiled" in out
     assert "turns 0+1: compiled" in out
-    assert table["student"]["parameters"] == loop.Experiment(get_config(), tmp_path).nets["student"].size
+    assert (
+        table["student"]["parameters"]
+        == loop.Experiment(get_config(), tmp_path).nets["student"].size
+    )
     assert table["student"]["flops, turns 0+1"] > table["student"]["flops, turns 0"] > 0
     assert table["teacher"]["parameters"] == 0
 
 
 def test_runs_that_nothing_needs_are_left_out(tmp_path):
-    """A teacher from elsewhere: the one in the config is not trained, though the claim has a row called teacher@1."""
+    """A teacher from elsewhere: the one in the config is not trained, though the claim has a row
+    called teacher@1.
+    """
     import importlib
 
     from jaxdistill.run.experiment import Experiment
@@ -339,9 +432,15 @@ def test_a_checkpoint_of_another_seed_is_refused(unfinished):
     saved = json.loads((unfinished / "config.json").read_text())
     (unfinished / "config.json").write_text(json.dumps({**saved, "seed": 7}))
     before = sorted(p.name for p in (unfinished / "checkpoints").iterdir())
-    with pytest.raises(Refused, match=r"step_30 is a checkpoint of another config: seed is 0 there, 7 here; move it away"):
+    with pytest.raises(
+        Refused,
+        match=r"step_30 is a checkpoint of another config: seed is 0 there, 7 here; move it away",
+    ):
         loop.run(config(seed=7), unfinished, progress=False)
-    assert sorted(p.name for p in (unfinished / "checkpoints").iterdir()) == before and not (unfinished / "damaged").exists()
+    assert (
+        sorted(p.name for p in (unfinished / "checkpoints").iterdir()) == before
+        and not (unfinished / "damaged").exists()
+    )
 
 
 def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
@@ -352,13 +451,24 @@ def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
     (workdir / "config.json").write_text(json.dumps({**saved, "log_every": 3}))
     loop.load(workdir)
     (workdir / "config.json").write_text(json.dumps({**saved, "seed": 7}))
-    for command in (lambda: loop.run(config(seed=7), workdir, progress=False), lambda: loop.load(workdir), lambda: loop.evaluate(workdir)):
-        with pytest.raises(Refused, match=r"report.json is of another config: seed is 0 there, 7 here; config.json was changed"):
+    for command in (
+        lambda: loop.run(config(seed=7), workdir, progress=False),
+        lambda: loop.load(workdir),
+        lambda: loop.evaluate(workdir),
+    ):
+        with pytest.raises(
+            Refused,
+            match=r"report.json is of another config: seed is 0 there, 7 here; config.json was changed",
+        ):
             command()
-    (workdir / "config.json").write_text(json.dumps({**saved, "evaluation": {**saved["evaluation"], "samples": 7}}))
+    (workdir / "config.json").write_text(
+        json.dumps({**saved, "evaluation": {**saved["evaluation"], "samples": 7}})
+    )
     changed = get_config()
     changed.evaluation.samples = 7
-    with pytest.raises(Refused, match=r"evaluation.samples is 200 there, 7 here; launch.evaluate makes it anew"):
+    with pytest.raises(
+        Refused, match=r"evaluation.samples is 200 there, 7 here; launch.evaluate makes it anew"
+    ):
         loop.run(changed, workdir, progress=False)
     loop.evaluate(workdir)
     assert loop.run(changed, workdir, progress=False)["config"]["evaluation"]["samples"] == 7
@@ -373,15 +483,21 @@ def test_a_folder_that_cannot_be_written_to_is_refused(finished, tmp_path, monke
     monkeypatch.setattr(Path, "touch", touch)
     monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(loop.report, "write", lambda *_, **__: pytest.fail("evaluated"))
-    for command in (lambda: loop.run(get_config(), tmp_path / "run", progress=False), lambda: loop.evaluate(finished[0])):
+    for command in (
+        lambda: loop.run(get_config(), tmp_path / "run", progress=False),
+        lambda: loop.evaluate(finished[0]),
+    ):
         with pytest.raises(Refused, match=r"cannot be written to \(Read-only file system\)"):
             command()
 
 
 @pytest.mark.parametrize("what", ["metrics", "checkpoint", "report"])
 def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, what):
-    """One OSError that names file or folder, and the run goes on from its last checkpoint when there is room again."""
-    full, calls = OSError(errno.ENOSPC, "No space left on device"), []
+    """One OSError that names file or folder, and the run goes on from its last checkpoint when
+    there is room again.
+    """
+    full = OSError(errno.ENOSPC, "No space left on device")
+    calls = []
 
     def third(real):
         def call(*args, **rest):
@@ -392,9 +508,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, 
 
         return call
 
-    place = {"metrics": (metrics.Writer, "write"), "checkpoint": (ocp.CheckpointManager, "save"), "report": (loop.report, "write_json")}[
-        what
-    ]
+    place = {
+        "metrics": (metrics.Writer, "write"),
+        "checkpoint": (ocp.CheckpointManager, "save"),
+        "report": (loop.report, "write_json"),
+    }[what]
     monkeypatch.setattr(*place, third(getattr(*place)))
     with pytest.raises(OSError, match="No space left on device"):
         loop.run(get_config(), tmp_path, progress=False)
@@ -411,7 +529,9 @@ def small_disk(tmp_path):
     """A folder on a file system of 900 kB: three checkpoints of the tiny run."""
     place = tmp_path / "small"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.strip()}")
     yield place
@@ -423,17 +543,23 @@ def test_a_disk_that_is_really_full(small_disk):
     message = process.communicate(timeout=240)[1]
     said = [line for line in message.splitlines() if line.startswith("failed: ")]
     assert process.returncode == 1, message
-    assert said == [f"failed: {small_disk}/run/checkpoints: cannot be written (No space left on device); the last good checkpoint is kept"]
+    assert said == [
+        f"failed: {small_disk}/run/checkpoints: cannot be written (No space left on device); the last good checkpoint is kept"
+    ]
     assert "Traceback" not in message
-    assert sorted(p.name for p in (small_disk / "run/checkpoints").glob("step_*") if p.name[5:].isdigit())[-1:]
+    assert sorted(
+        p.name for p in (small_disk / "run/checkpoints").glob("step_*") if p.name[5:].isdigit()
+    )[-1:]
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
     loop.run(config(steps=40), small_disk / "run", progress=False)
     assert metrics.read(small_disk / "run/metrics.jsonl")[-1]["step"] == 40
 
 
 def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
-    """While a run inside another is evaluated: it ends, the next is not begun; after the training: not evaluated; the bits are the
-    same in the end."""
+    """While a run inside another is evaluated: it ends, the next is not begun; after the training:
+    not evaluated; the bits are the
+    same in the end.
+    """
     outer = lambda: flow(runs=dict(first=flow()), role=dict(init="@first"))
     loop.run(outer(), tmp_path / "whole", progress=False)
 
@@ -445,11 +571,21 @@ def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
         return call
 
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(loop.Stopped, match=r"SIGTERM: finished .*/first; run again") as stopped:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(loop.Stopped, match=r"SIGTERM: finished .*/first; run again") as stopped,
+    ):
         patch.setattr(loop.report, "write", signalled(loop.report.write))
         loop.run(outer(), run, progress=False)
-    assert stopped.value.reason is signal.SIGTERM and (run / "first/report.json").exists() and not (run / "checkpoints").exists()
-    with monkeypatch.context() as patch, pytest.raises(loop.Stopped, match=r"SIGTERM: trained in .*, not yet evaluated"):
+    assert (
+        stopped.value.reason is signal.SIGTERM
+        and (run / "first/report.json").exists()
+        and not (run / "checkpoints").exists()
+    )
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(loop.Stopped, match=r"SIGTERM: trained in .*, not yet evaluated"),
+    ):
         patch.setattr(loop, "_as_given", signalled(loop._as_given))
         loop.run(outer(), run, progress=False)
     assert (run / "stages/0").exists() and not (run / "report.json").exists()
@@ -471,7 +607,9 @@ def test_results_of_stages_that_are_gone(tmp_path):
     assert last > 0
     (tmp_path / "stages/0").rename(tmp_path / "0")
     for command in (run, lambda: loop.load(tmp_path), lambda: loop.evaluate(tmp_path)):
-        with pytest.raises(Refused, match=r"stages: stage 1 is there, stage 0 before it is missing"):
+        with pytest.raises(
+            Refused, match=r"stages: stage 1 is there, stage 0 before it is missing"
+        ):
             command()
     (tmp_path / "stages").rename(tmp_path / "others")
     for command in (run, lambda: loop.load(tmp_path), lambda: loop.evaluate(tmp_path)):
@@ -483,5 +621,7 @@ def test_results_of_stages_that_are_gone(tmp_path):
     (tmp_path / "others").rename(tmp_path / "stages")
     shutil.copytree(tmp_path / "0", tmp_path / "stages/0")
     shutil.copytree(tmp_path / "0", tmp_path / f"stages/{last + 1}")
-    with pytest.raises(Refused, match=rf"stages/{last + 1}: the run's method has {last + 1} stages"):
+    with pytest.raises(
+        Refused, match=rf"stages/{last + 1}: the run's method has {last + 1} stages"
+    ):
         run()

@@ -1,4 +1,6 @@
-"""A run saved on one number of devices goes on with another: state, controller, and every sample once an epoch."""
+"""A run saved on one number of devices goes on with another: state, controller, and every sample
+once an epoch.
+"""
 
 import json
 import shutil
@@ -18,13 +20,19 @@ SHAPES = {1: dict(data=1, fsdp=1, tensor=1), 8: dict(data=2, fsdp=2, tensor=2)}
 
 def config(devices: int):
     made = get_config("counted")
-    made.steps, made.log_every, made.mesh = STEPS, 1, build.spec("core.sharding:MeshShape", **SHAPES[devices])
+    made.steps = STEPS
+    made.log_every = 1
+    made.mesh = build.spec("core.sharding:MeshShape", **SHAPES[devices])
     return made
 
 
 def seen(workdir):
     """(sum, sum of squares) of the sample numbers at every step."""
-    return [(r["fake/numbers"], r["fake/squares"]) for r in metrics.read(workdir / "metrics.jsonl") if "fake/numbers" in r]
+    return [
+        (r["fake/numbers"], r["fake/squares"])
+        for r in metrics.read(workdir / "metrics.jsonl")
+        if "fake/numbers" in r
+    ]
 
 
 def saved(workdir):
@@ -66,12 +74,18 @@ def test_goes_on_with_another_number_of_devices(alone, before, after, tmp_path):
     shutil.rmtree(workdir / "stages")
     (workdir / "report.json").unlink()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    (workdir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 10))
+    (workdir / "metrics.jsonl").write_text(
+        "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= 10)
+    )
     loop.run(config(after), workdir, progress=False)
     assert seen(workdir) == seen(alone)  # no sample repeated or skipped
     (state, host), (whole, other) = saved(workdir), saved(alone)
     assert host["controller"] == other["controller"] and host["controller"]["calls"] == STEPS
     assert host["data"] == other["data"]
     for part in ("params", "opt", "ema", "count", "memory"):
-        for a, b in zip(jax.tree.leaves(getattr(state, part)), jax.tree.leaves(getattr(whole, part)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(getattr(state, part)),
+            jax.tree.leaves(getattr(whole, part)),
+            strict=True,
+        ):
             np.testing.assert_allclose(a, b, atol=1e-5, err_msg=part)

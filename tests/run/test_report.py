@@ -11,10 +11,28 @@ EVIL = "<script>alert('x')</script>\"&"
 
 def test_values_of_configs_are_text():
     rows = [{"name": EVIL, "nfe": 1, EVIL: 0.5}, {"name": "student", "nfe": EVIL}]
-    claim = dict(metric=EVIL, model=EVIL, against=EVIL, value=EVIL, baseline=2.0, bound=EVIL, better=EVIL, holds=True)
-    result = dict(config={"seed": EVIL, EVIL: EVIL}, method=EVIL, steps=1, seconds=2.0, models=rows, claim=claim)
+    claim = dict(
+        metric=EVIL,
+        model=EVIL,
+        against=EVIL,
+        value=EVIL,
+        baseline=2.0,
+        bound=EVIL,
+        better=EVIL,
+        holds=True,
+    )
+    result = dict(
+        config={"seed": EVIL, EVIL: EVIL},
+        method=EVIL,
+        steps=1,
+        seconds=2.0,
+        models=rows,
+        claim=claim,
+    )
     page = _html(result, {EVIL: Image.new("L", (2, 2))}, b"png")
-    tags, texts, alts = [], [], []
+    tags = []
+    texts = []
+    alts = []
 
     class Reader(html.parser.HTMLParser):
         def handle_starttag(self, tag, attrs):
@@ -29,9 +47,16 @@ def test_values_of_configs_are_text():
     assert "script" not in tags and alts == [EVIL, "losses"]
     whole = "".join(texts)
     assert f"seed {EVIL}" in whole and f"Claim: {EVIL} of {EVIL}" in whole and "bound" not in whole
-    assert whole.count("<script>") >= 12  # title, heading, method, seed, claim's six, two cells and a column, caption, config's two
+    assert (
+        whole.count("<script>") >= 12
+    )  # title, heading, method, seed, claim's six, two cells and a column, caption, config's two
 
 
 def test_cells_of_markdown_are_text():
     table = markdown_table(["name", "a|b"], [["x | y\n| z", "1\r\n2"], [r"c\|d", "2"]])
-    assert table.split("\n") == ["| name | a\\|b |", "| --- | --- |", r"| x \| y \| z | 1 2 |", r"| c\\\|d | 2 |"]
+    assert table.split("\n") == [
+        "| name | a\\|b |",
+        "| --- | --- |",
+        r"| x \| y \| z | 1 2 |",
+        r"| c\\\|d | 2 |",
+    ]

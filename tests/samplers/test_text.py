@@ -17,8 +17,12 @@ CFG = LM(vocab=29, dim=16, mlp=24, heads=4, kv_heads=2, depth=2)
 def lm():
     net = make_net(CFG)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes)
-    return functools.partial(net.apply, params), jnp.asarray(rng.integers(0, CFG.vocab, (3, 5)), jnp.int32)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+    )
+    return functools.partial(net.apply, params), jnp.asarray(
+        rng.integers(0, CFG.vocab, (3, 5)), jnp.int32
+    )
 
 
 def counter(tokens, *_, mask=None, cache=None, method="__call__"):
@@ -28,7 +32,9 @@ def counter(tokens, *_, mask=None, cache=None, method="__call__"):
 
 def test_greedy_writes_the_argmax_of_the_full_pass(lm):
     net, prompt = lm
-    tokens, mask = jax.jit(lambda prompt: generate(net, prompt, 12, jax.random.key(0), temperature=0.0))(prompt)
+    tokens, mask = jax.jit(
+        lambda prompt: generate(net, prompt, 12, jax.random.key(0), temperature=0.0)
+    )(prompt)
     assert tokens.shape == (3, 12) and tokens.dtype == prompt.dtype and mask.all()
     np.testing.assert_array_equal(tokens[:, :5], prompt)
     np.testing.assert_array_equal(tokens[:, 5:], jnp.argmax(net(tokens), -1)[:, 4:-1])
@@ -39,7 +45,11 @@ def test_padded_prompts_continue_like_bare_ones(lm):
     net, prompt = lm
     pads = [0, 2, 2]
     mask = jnp.arange(5) >= jnp.array(pads)[:, None]
-    write = jax.jit(lambda prompt, mask: generate(net, prompt, 5 + prompt.shape[1], jax.random.key(0), prompt_mask=mask, temperature=0.0))
+    write = jax.jit(
+        lambda prompt, mask: generate(
+            net, prompt, 5 + prompt.shape[1], jax.random.key(0), prompt_mask=mask, temperature=0.0
+        )
+    )
     tokens, valid = write(jnp.where(mask, prompt, 9), mask)
     np.testing.assert_array_equal(valid[:, :5], mask)
     for row, pad in enumerate(pads):
@@ -59,7 +69,9 @@ def test_nothing_follows_eos(eos):
     prompt = jnp.array([[0, 1], [3, 4], [5, 6]])
     tokens, mask = generate(counter, prompt, 8, jax.random.key(0), temperature=0.0, eos=eos, pad=9)
     second = [5, 6, 7, 9, 9, 9, 9, 9] if isinstance(eos, tuple) else [5, 6, 7, 0, 1, 2, 3, 4]
-    np.testing.assert_array_equal(tokens, [[0, 1, 2, 3, 4, 5, 9, 9], [3, 4, 5, 9, 9, 9, 9, 9], second])
+    np.testing.assert_array_equal(
+        tokens, [[0, 1, 2, 3, 4, 5, 9, 9], [3, 4, 5, 9, 9, 9, 9, 9], second]
+    )
     np.testing.assert_array_equal(mask, tokens != 9)
 
 
@@ -78,7 +90,9 @@ N = 20_000
 
 
 def frequencies(**kwargs):
-    drawn = jax.jit(lambda key: draw(jnp.broadcast_to(LOGITS, (N, 5)), key, **kwargs))(jax.random.key(0))
+    drawn = jax.jit(lambda key: draw(jnp.broadcast_to(LOGITS, (N, 5)), key, **kwargs))(
+        jax.random.key(0)
+    )
     return np.bincount(np.asarray(drawn), minlength=5) / N
 
 
@@ -107,16 +121,20 @@ def test_support_and_law_of_truncated_draws(kwargs, kept):
 
 @pytest.mark.parametrize("size", [1, 2, 17, 512, 1000])
 def test_every_law_is_drawn_from(size):
-    """Chi-squared over the tokens that may come, and none of those that may not, wherever they stand."""
+    """Chi-squared over the tokens that may come, and none of those that may not, wherever they
+    stand.
+    """
     logits = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     logits[np.arange(size) % 3 == 1] = -np.inf
     law = np.exp(logits) / np.exp(logits).sum()
     some = jax.jit(lambda key: draw(jnp.broadcast_to(jnp.asarray(logits), (N, size)), key))
-    drawn, rows = np.concatenate([some(jax.random.key(i)) for i in range(40)]), 40 * N
+    drawn = np.concatenate([some(jax.random.key(i)) for i in range(40)])
+    rows = 40 * N
     counts = np.bincount(np.asarray(drawn), minlength=size)
     assert counts.sum() == rows and not counts[law == 0].any()
     expected = rows * law[law > 0]
-    chi, freedom = ((counts[law > 0] - expected) ** 2 / expected).sum(), (law > 0).sum() - 1
+    chi = ((counts[law > 0] - expected) ** 2 / expected).sum()
+    freedom = (law > 0).sum() - 1
     assert chi < freedom + 5 * np.sqrt(2 * freedom) + 1e-6
 
 
@@ -147,8 +165,13 @@ def test_refusals():
 
 
 def test_responses_take_the_places_of_the_datas():
-    batch = {"tokens": jnp.array([[0, 1, 2, 2, 2], [3, 4, 6, 6, 6]]), "mask": jnp.array([[0.0, 1, 1, 1, 0], [0, 1, 1, 1, 1]])}
-    out = respond(counter, batch, jax.random.key(0), copies=2, prompt_length=2, temperature=0.0, eos=5, pad=9)
+    batch = {
+        "tokens": jnp.array([[0, 1, 2, 2, 2], [3, 4, 6, 6, 6]]),
+        "mask": jnp.array([[0.0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
+    }
+    out = respond(
+        counter, batch, jax.random.key(0), copies=2, prompt_length=2, temperature=0.0, eos=5, pad=9
+    )
     np.testing.assert_array_equal(out["tokens"], [[0, 1, 2, 3, 4]] * 2 + [[3, 4, 5, 9, 9]] * 2)
     np.testing.assert_array_equal(out["mask"], [[0, 0, 1, 1, 1]] * 2 + [[0, 0, 1, 0, 0]] * 2)
     np.testing.assert_array_equal(out["segments"], [[1, 1, 1, 1, 1]] * 2 + [[1, 1, 1, 0, 0]] * 2)
@@ -156,6 +179,8 @@ def test_responses_take_the_places_of_the_datas():
     np.testing.assert_array_equal(out["answer"], jnp.repeat(batch["tokens"], 2, 0))
     np.testing.assert_array_equal(out["answer_mask"], [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2)
     again = respond(counter, out, jax.random.key(0), prompt_length=2, temperature=0.0)
-    np.testing.assert_array_equal(again["answer"], out["answer"])  # the data's own, not the last response
+    np.testing.assert_array_equal(
+        again["answer"], out["answer"]
+    )  # the data's own, not the last response
     with pytest.raises(Refused, match=r"method.prompt_length=0: the data has no prompts"):
         respond(counter, batch, jax.random.key(0))

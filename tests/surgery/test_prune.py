@@ -19,7 +19,9 @@ BATCH = {"tokens": jnp.asarray(RNG.integers(0, 11, (3, 6)))}
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), NET.shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), NET.shapes
+    )
 
 
 def edit(params, **changes):
@@ -46,7 +48,8 @@ def test_neurons_by_hand_in_the_first_layer(params):
     x = np.asarray(params["embed"]["embedding"])[BATCH["tokens"]]
     first = jax.tree.map(lambda w: np.asarray(w[0]), params["blocks"])
     h = x / np.sqrt((x**2).mean(-1, keepdims=True) + CFG.norm_eps) * first["norm_mlp"]["scale"]
-    gate, up = h @ first["gate"]["kernel"], h @ first["up"]["kernel"]
+    gate = h @ first["gate"]["kernel"]
+    up = h @ first["up"]["kernel"]
     expected = np.sqrt((np.abs(gate / (1 + np.exp(-gate)) * up).mean(1) ** 2).sum(0))
     np.testing.assert_allclose(importance(NET, still, BATCH)[1][0], expected, rtol=1e-4)
 
@@ -80,8 +83,11 @@ def test_neurons_that_are_silent_go_first(params):
 def test_neurons_of_an_mlp_without_a_gate():
     """NeoX, with biases: neurons that nothing reads may go."""
     cfg = NeoX(vocab=11, dim=8, mlp=12, heads=2, depth=2, rotary_share=0.5)
-    net, rng = make_net(cfg, config=cfg), np.random.default_rng(1)
-    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes)
+    net = make_net(cfg, config=cfg)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+    )
     kept = jnp.sort(jnp.stack([jnp.asarray(rng.permutation(12)[:7]) for _ in range(2)]), -1)
     read = jnp.zeros((2, 12, 1)).at[jnp.arange(2)[:, None], kept].set(1.0)
     params["blocks"]["down"]["kernel"] *= read
@@ -94,14 +100,18 @@ def test_what_is_kept_is_bit_for_bit_what_it_was(params):
     net, small = keep_layers(NET, params, jnp.array([0, 3]))
     for path, w in paths(small).items():
         before = paths(params)[path]
-        np.testing.assert_array_equal(w, before[np.array([0, 3])] if path.startswith("blocks") else before)
+        np.testing.assert_array_equal(
+            w, before[np.array([0, 3])] if path.startswith("blocks") else before
+        )
     neurons = jnp.array([[0, 2], [1, 3], [10, 11], [0, 11]])
     net, small = keep_neurons(NET, params, neurons)
     for layer in range(4):
         for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
             whole, kept = (np.asarray(p["blocks"][name]["kernel"])[layer] for p in (params, small))
             np.testing.assert_array_equal(kept, whole.take(neurons[layer], axis))
-    assert {k: v.shape for k, v in paths(small).items()} == {k: v.shape for k, v in paths(net.shapes).items()}
+    assert {k: v.shape for k, v in paths(small).items()} == {
+        k: v.shape for k, v in paths(net.shapes).items()
+    }
 
 
 def test_both_at_once_rank_the_whole_model(params):

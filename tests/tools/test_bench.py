@@ -12,7 +12,9 @@ from tools import bench
 
 
 def test_chunked_divergence_takes_a_quarter_of_the_memory_and_gives_the_same():
-    """At a vocabulary of 152 k; what it takes is what the compiler says of the programs, not a measurement of time."""
+    """At a vocabulary of 152 k; what it takes is what the compiler says of the programs, not a
+    measurement of time.
+    """
     row = bench.divergences(dim=16, tokens=64)
     assert row["vocab"] == 152_064 and row["memory_ratio"] <= 1 / 4, row
     assert row["value_apart"] <= 1e-5 and row["gradient_apart"] <= 1e-5, row
@@ -49,18 +51,26 @@ def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
             assert row["lowest"] <= row["ms"] <= row["highest"] and row["planned_GiB"] > 0
             assert row["model_Tflop"] == sum(by_role.values()) / 1e12 > 0
             if known:
-                assert row["mfu_%"] == pytest.approx(100 * row["model_Tflop"] * 1e12 / (row["ms"] / 1e3) / chip.flops)
+                assert row["mfu_%"] == pytest.approx(
+                    100 * row["model_Tflop"] * 1e12 / (row["ms"] / 1e3) / chip.flops
+                )
         assert ("mfu_%" in rows[0]) == (known is not None)
-    assert int(case.state.step) == 2 * 2 * (3 + 2 * 3)  # warmed up and timed, every step on the state of the one before
+    assert int(case.state.step) == 2 * 2 * (
+        3 + 2 * 3
+    )  # warmed up and timed, every step on the state of the one before
 
 
 def test_the_plan_of_xl2_is_the_published_network():
-    """DiT-XL/2 has 675 M weights and 118.6 billion multiply-adds a sample (arXiv:2212.09748, table 1); the teacher goes over
-    a batch of 32 once in a step of sCM, and forward alone."""
+    """DiT-XL/2 has 675 M weights and 118.6 billion multiply-adds a sample (arXiv:2212.09748, table
+    1); the teacher goes over
+    a batch of 32 once in a step of sCM, and forward alone.
+    """
     config = dit_xl2.get_config("scm")
     experiment = Experiment(config, "unused")
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
     assert nets["teacher"].size == pytest.approx(675e6, rel=0.01)
     (by_role,) = programs.patterns.values()
-    assert by_role["teacher"] == pytest.approx(32 * 2 * 118.6e9 * 2, rel=0.02)  # with its guidance: twice
+    assert by_role["teacher"] == pytest.approx(
+        32 * 2 * 118.6e9 * 2, rel=0.02
+    )  # with its guidance: twice

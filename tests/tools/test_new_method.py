@@ -1,4 +1,6 @@
-"""Skeletons of every family run as they stand: the toy for a few steps, and the test; bad names are refused in one line."""
+"""Skeletons of every family run as they stand: the toy for a few steps, and the test; bad names are
+refused in one line.
+"""
 
 import os
 import shutil
@@ -34,14 +36,20 @@ def test_toy(family, tmp_path):
 
 
 def test_every_family_of_methods_has_a_skeleton():
-    folders = {p.name for p in (ROOT / "jaxdistill/methods").iterdir() if p.is_dir() and list(p.glob("[!_]*.py"))}
+    folders = {
+        p.name
+        for p in (ROOT / "jaxdistill/methods").iterdir()
+        if p.is_dir() and list(p.glob("[!_]*.py"))
+    }
     assert folders == set(FAMILIES)
     for family in FAMILIES:
         assert {p.name for p in new_method.SKELETONS[family].glob("*.py")} == set(new_method.PLACES)
 
 
 def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
-    """In a copy of the project, in a process of its own: toys and tests of all families, and ruff where it is."""
+    """In a copy of the project, in a process of its own: toys and tests of all families, and ruff
+    where it is.
+    """
     for part in ("jaxdistill", "configs", "tools", "launch"):
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "tests/conftest.py", "tests/methods/conftest.py"):
@@ -49,21 +57,32 @@ def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
         shutil.copy(ROOT / file, tmp_path / file)
     monkeypatch.setattr(new_method, "ROOT", tmp_path)
     for family in FAMILIES:
-        new_method.new_method([family, f"new_{family}", f"New{family.title()}", f"A method, {family}'s", "2601.12345"])
+        new_method.new_method(
+            [family, f"new_{family}", f"New{family.title()}", f"A method, {family}'s", "2601.12345"]
+        )
     written = [tmp_path / line for line in capsys.readouterr().out.split()]
     assert len(written) == len(set(written)) == len(FAMILIES) * len(new_method.PLACES)
     for path in written:
         text = path.read_text()
-        assert "A method, " in text and not any(word in text for word in ("my_method", "MyMethod", "My method", "2601.00000"))
+        assert "A method, " in text and not any(
+            word in text for word in ("my_method", "MyMethod", "My method", "2601.00000")
+        )
     (tmp_path / "tests/test_toys.py").write_text(TOYS.format(families=FAMILIES))
     tests = [str(path) for path in written if "tests" in path.parts] + ["tests/test_toys.py"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=tmp_path,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     ruff = shutil.which("ruff")
     assert ruff, "ruff is missing: pip install -e '.[dev]'"
     for command in (["check"], ["format", "--check"]):
-        done = subprocess.run([ruff, *command, "--no-cache", *written], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [ruff, *command, "--no-cache", *written], cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout
 
 
@@ -79,7 +98,11 @@ GOOD = ["language", "some_method", "SomeMethod", "Some method", "2601.12345"]
 @pytest.mark.parametrize(
     ("place", "word", "says"),
     [
-        (0, "languages", "FAMILY='languages'; did you mean 'language'|FAMILY='languages': did you mean 'language'"),
+        (
+            0,
+            "languages",
+            "FAMILY='languages'; did you mean 'language'|FAMILY='languages': did you mean 'language'",
+        ),
         (0, "", "FAMILY="),
         (0, "../language", "FAMILY="),
         (1, "", "NAME="),
@@ -114,7 +137,10 @@ def test_bad_arguments_are_refused_in_one_line(root, place, word, says):
 
 @pytest.mark.parametrize("argv", [[], GOOD[:4], [*GOOD, "more"]])
 def test_the_number_of_arguments(root, argv):
-    with pytest.raises(Refused, match=f"found {len(argv)} arguments; expected FAMILY NAME ClassName Title arXiv-id, as in: "):
+    with pytest.raises(
+        Refused,
+        match=f"found {len(argv)} arguments; expected FAMILY NAME ClassName Title arXiv-id, as in: ",
+    ):
         new_method.new_method(argv)
     assert list(root.iterdir()) == []
 

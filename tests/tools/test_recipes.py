@@ -1,4 +1,6 @@
-"""The table of recipes: its page is what its figures make, and names are checked before anything is compiled."""
+"""The table of recipes: its page is what its figures make, and names are checked before anything is
+compiled.
+"""
 
 import json
 
@@ -12,7 +14,10 @@ def test_the_page_is_that_of_the_figures():
     file = recipes.ROOT / "docs/results/recipes.json"
     kept = json.loads(file.read_text())
     assert set(kept) <= set(recipes.RECIPES)
-    assert file.with_suffix(".md").read_text() == recipes.PAGE.format(effort=recipes.EFFORT) + recipes.page(kept) + "\n"
+    assert (
+        file.with_suffix(".md").read_text()
+        == recipes.PAGE.format(effort=recipes.EFFORT) + recipes.page(kept) + "\n"
+    )
 
 
 def test_slices_are_of_recipes():

@@ -1,4 +1,6 @@
-"""The store of a teacher's likeliest tokens: made once, complete or refused, and as good as the teacher itself."""
+"""The store of a teacher's likeliest tokens: made once, complete or refused, and as good as the
+teacher itself.
+"""
 
 import os
 import signal
@@ -46,13 +48,21 @@ def place(tmp_path_factory):
     (folder / "config.py").write_text(CONFIG)
     teacher = make_net(config := LM(vocab=259, dim=12, mlp=16, heads=2, depth=1), config=config)
     rng = np.random.default_rng(1)
-    weights = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), teacher.shapes)
+    weights = jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), teacher.shapes
+    )
     interop.save(folder / "teacher", teacher, weights)
     return folder
 
 
 def arguments(place, out, /, **changes):
-    given = {"config": place / "config.py", "config.data.path": place / "text.txt", "teacher": place / "teacher", "out": out, "top_k": 5}
+    given = {
+        "config": place / "config.py",
+        "config.data.path": place / "text.txt",
+        "teacher": place / "teacher",
+        "out": out,
+        "top_k": 5,
+    }
     return [f"--{k}={v}" for k, v in {**given, "file_batches": 2, **changes}.items()]
 
 
@@ -70,17 +80,24 @@ def contents(folder):
 def test_holds_every_row_once_beside_the_teachers_law(place, whole):
     config = _command.load_config(str(place / "config.py"))
     config.data.path = str(place / "text.txt")
-    text, data = build.build(config.data), StoredLogits(path=str(whole), batch_size=4)
-    assert type(data.texts) is type(text) and data.texts.tokenizer_files() == text.tokenizer_files() != {}
+    text = build.build(config.data)
+    data = StoredLogits(path=str(whole), batch_size=4)
+    assert (
+        type(data.texts) is type(text)
+        and data.texts.tokenizer_files() == text.tokenizer_files() != {}
+    )
     net, params = interop.load(place / "teacher")
     for split in ("train", "test"):
-        rows, stored = text.examples(split), data.examples(split)
+        rows = text.examples(split)
+        stored = data.examples(split)
         assert len(stored) == len(rows) > 4
         np.testing.assert_array_equal([r["tokens"] for r in stored], [r["tokens"] for r in rows])
         np.testing.assert_array_equal([r["mask"] for r in stored], [r["mask"] for r in rows])
         tokens = np.stack([row["tokens"] for row in rows])
         law = np.asarray(jax.nn.log_softmax(jax.jit(net.apply)(params, tokens)))
-        ids, log_probs, log_tail = (np.stack([r[f"teacher_{k}"] for r in stored]) for k in ("ids", "log_probs", "log_tail"))
+        ids, log_probs, log_tail = (
+            np.stack([r[f"teacher_{k}"] for r in stored]) for k in ("ids", "log_probs", "log_tail")
+        )
         np.testing.assert_array_equal(np.sort(ids), np.sort(np.argsort(-law)[..., :5]))
         np.testing.assert_allclose(log_probs, np.take_along_axis(law, ids, -1), atol=1e-5)
         np.testing.assert_allclose(np.exp(log_probs).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-5)
@@ -89,8 +106,12 @@ def test_holds_every_row_once_beside_the_teachers_law(place, whole):
 
 @pytest.mark.parametrize(("kind", "hard_weight"), [("forward_kl", 0.0), ("jsd", 0.5)])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 2.0**-11)])
-def test_learning_from_it_is_learning_from_the_teacher(place, whole, dtype, bound, kind, hard_weight):
-    """Value and gradient of KD with the same top_k; in float16 log-probabilities are off by 2^-11 of themselves at most."""
+def test_learning_from_it_is_learning_from_the_teacher(
+    place, whole, dtype, bound, kind, hard_weight
+):
+    """Value and gradient of KD with the same top_k; in float16 log-probabilities are off by 2^-11
+    of themselves at most.
+    """
     out = whole if dtype == "float32" else place / dtype
     if not out.exists():
         store_logits.store(arguments(place, out, dtype=dtype, splits="train"))
@@ -99,12 +120,16 @@ def test_learning_from_it_is_learning_from_the_teacher(place, whole, dtype, boun
     student = STUDENT.init(jax.random.key(2))
 
     def run(method, nets, params):
-        bound = lambda p: method.loss(bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {}))
+        bound = lambda p: method.loss(
+            bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
+        )
         return jax.jit(lambda p: (jax.grad(lambda p: bound(p).loss)(p), bound(p)))(student)
 
     common = dict(kind=kind, hard_weight=hard_weight)
     got_grad, got = run(StoredKD(**common), {"student": STUDENT}, {})
-    grad, live = run(KD(top_k=5, **common), {"student": STUDENT, "teacher": teacher}, {"teacher": weights})
+    grad, live = run(
+        KD(top_k=5, **common), {"student": STUDENT, "teacher": teacher}, {"teacher": weights}
+    )
     assert got.count == live.count and got.metrics["divergence"] >= 0
     scale = bound * 10 * float(live.count)  # log-probabilities reach -10
     np.testing.assert_allclose(got.loss, live.loss, atol=scale)
@@ -113,23 +138,38 @@ def test_learning_from_it_is_learning_from_the_teacher(place, whole, dtype, boun
 
 
 def test_rounded_laws_are_laws(place, whole):
-    """Also where rounding to bfloat16 leaves k + 1 masses that do not sum to 1, no divergence is negative."""
+    """Also where rounding to bfloat16 leaves k + 1 masses that do not sum to 1, no divergence is
+    negative.
+    """
     data = StoredLogits(path=str(whole), batch_size=16)
     batch = {k: jnp.asarray(v) for k, v in next(data.loader()).items()}
     ids, *logs = (batch[f"teacher_{k}"] for k in ("ids", "log_probs", "log_tail"))
     log_probs, log_tail = (x.astype(jnp.bfloat16) for x in logs)
-    near = jnp.log((jnp.exp(logs[1]) / 254)[..., None]) * jnp.ones(259)  # a student that is the teacher, to rounding
+    near = jnp.log((jnp.exp(logs[1]) / 254)[..., None]) * jnp.ones(
+        259
+    )  # a student that is the teacher, to rounding
     near = jnp.put_along_axis(near, ids, logs[0], -1, inplace=False)
     each = StoredKD().soft((ids, log_probs, log_tail), near)
-    assert jnp.exp(log_probs.astype(jnp.float32)).sum(-1).std() > 0 and (each >= -1e-6).all() and (each < 1e-2).all()
+    assert (
+        jnp.exp(log_probs.astype(jnp.float32)).sum(-1).std() > 0
+        and (each >= -1e-6).all()
+        and (each < 1e-2).all()
+    )
 
 
 def test_a_killed_call_goes_on_without_making_anything_twice(place, whole, tmp_path, capsys):
-    out, argv = tmp_path / "killed", arguments(place, tmp_path / "killed", dtype="float32")
+    out = tmp_path / "killed"
+    argv = arguments(place, tmp_path / "killed", dtype="float32")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    child = subprocess.Popen([sys.executable, "-c", SLOW, *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
     until = time.time() + 120
-    while not (out / "train-00002.arrayrecord").exists() and time.time() < until and child.poll() is None:
+    while (
+        not (out / "train-00002.arrayrecord").exists()
+        and time.time() < until
+        and child.poll() is None
+    ):
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -144,7 +184,11 @@ def test_a_killed_call_goes_on_without_making_anything_twice(place, whole, tmp_p
     for split in ("train", "test"):
         again, expected = (StoredLogits(path=str(f)).examples(split) for f in (out, whole))
         np.testing.assert_array_equal([r["tokens"] for r in again], [r["tokens"] for r in expected])
-        np.testing.assert_allclose([r["teacher_log_probs"] for r in again], [r["teacher_log_probs"] for r in expected], atol=1e-5)
+        np.testing.assert_allclose(
+            [r["teacher_log_probs"] for r in again],
+            [r["teacher_log_probs"] for r in expected],
+            atol=1e-5,
+        )
     said = capsys.readouterr().out
     assert "a second" in said
     before = contents(out)
@@ -165,16 +209,29 @@ store_logits.store(sys.argv[1:])
 
 
 def test_sets_without_end(tmp_path):
-    argv = ["--config=configs/toy/kd.py", f"--out={tmp_path / 'out'}", "--top_k=4", "--rows=70", "--test_rows=9", "--file_batches=1"]
+    argv = [
+        "--config=configs/toy/kd.py",
+        f"--out={tmp_path / 'out'}",
+        "--top_k=4",
+        "--rows=70",
+        "--test_rows=9",
+        "--file_batches=1",
+    ]
     more = ["--config.data.batch_size=32", "--config.mesh.fsdp=1", "--temperature=2"]
     store_logits.store([*argv, *more])
     data = StoredLogits(path=str(tmp_path / "out"))
     exact = build.build(_command.load_config("configs/toy/kd.py").data)
     rows = np.stack([r["tokens"] for r in data.examples("train")])
-    np.testing.assert_array_equal(rows, np.concatenate([exact.batch(i, slice(None))["tokens"] for i in range(3)])[:70])
-    np.testing.assert_array_equal(np.stack([r["tokens"] for r in data.examples("test")]), exact.evaluation(9)["tokens"])
+    np.testing.assert_array_equal(
+        rows, np.concatenate([exact.batch(i, slice(None))["tokens"] for i in range(3)])[:70]
+    )
+    np.testing.assert_array_equal(
+        np.stack([r["tokens"] for r in data.examples("test")]), exact.evaluation(9)["tokens"]
+    )
     law = jax.nn.log_softmax(exact.net().apply({}, rows[:1]) / 2)
-    np.testing.assert_allclose(data.examples("train")[0]["teacher_log_probs"][:, 0], law.max(-1)[0], rtol=2.0**-10)
+    np.testing.assert_allclose(
+        data.examples("train")[0]["teacher_log_probs"][:, 0], law.max(-1)[0], rtol=2.0**-10
+    )
 
 
 def test_a_run_that_learns_from_it(place, whole, tmp_path):
@@ -184,9 +241,16 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
         config.method = build.spec("methods.language.kd:StoredKD", hard_weight=0.1)
         config.evaluation = build.spec("evals.text:TextEval", samples=4, batch=4, prompt_length=2)
     report = loop.run(config, tmp_path / "run", progress=False)
-    assert [r["name"] for r in report["models"]] == ["student"] and report["models"][0]["perplexity"] > 1
-    for change, said in [({"temperature": 2.0}, "of 259 tokens at temperature 1.0, expected the student's 259 at method.temperature=2.0"),
-                         ({"top_k": 3}, "the store has said what it keeps")]:  # fmt: skip
+    assert [r["name"] for r in report["models"]] == ["student"] and report["models"][0][
+        "perplexity"
+    ] > 1
+    for change, said in [
+        (
+            {"temperature": 2.0},
+            "of 259 tokens at temperature 1.0, expected the student's 259 at method.temperature=2.0",
+        ),
+        ({"top_k": 3}, "the store has said what it keeps"),
+    ]:
         other = config.copy_and_resolve_references()
         other.method.update(change)
         with pytest.raises(Refused, match=said):
@@ -221,8 +285,14 @@ REFUSALS = [
     ({"splits": "train,tests"}, "did you mean 'test'"),
     ({"rows": "many"}, "--rows=many"),
     ({"config.data.path": "/nowhere"}, "data.path=/nowhere: no such"),
-    ({"out": "WHOLE", "dtype": "float32", "top_k": 6}, "holds another store: top_k is 5 there, 6 here"),
-    ({"out": "WHOLE", "dtype": "float32", "config.data.length": 13}, "data.length is 12 there, 13 here"),
+    (
+        {"out": "WHOLE", "dtype": "float32", "top_k": 6},
+        "holds another store: top_k is 5 there, 6 here",
+    ),
+    (
+        {"out": "WHOLE", "dtype": "float32", "config.data.length": 13},
+        "data.length is 12 there, 13 here",
+    ),
     ({"out": "PLACE"}, "not empty and no store"),
     ({"out": "FILE"}, "is a file"),
     ({"tepmerature": 1}, "did you mean 'temperature'"),
@@ -232,24 +302,45 @@ REFUSALS = [
 @pytest.mark.parametrize(("changes", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
 def test_bad_input_is_one_line(place, whole, tmp_path, capsys, monkeypatch, changes, said):
     before = contents(whole)
-    names = {"WHOLE": whole, "PLACE": place, "FILE": place / "text.txt", "BELOW": place / "text.txt/store"}
+    names = {
+        "WHOLE": whole,
+        "PLACE": place,
+        "FILE": place / "text.txt",
+        "BELOW": place / "text.txt/store",
+    }
     changes = {k: names.get(v, v) for k, v in changes.items()}
-    monkeypatch.setattr(sys, "argv", ["store_logits", *arguments(place, tmp_path / "out", **changes)])
+    monkeypatch.setattr(
+        sys, "argv", ["store_logits", *arguments(place, tmp_path / "out", **changes)]
+    )
     with pytest.raises(SystemExit) as exit:
         _command.main(store_logits.store)
     err = capsys.readouterr().err
-    assert exit.value.code == 2 and err.startswith("refused: ") and err.count("\n") == 1 and said in err
+    assert (
+        exit.value.code == 2
+        and err.startswith("refused: ")
+        and err.count("\n") == 1
+        and said in err
+    )
     assert not (tmp_path / "out").exists() and contents(whole) == before
 
 
 def test_sets_without_end_say_so(tmp_path):
     with pytest.raises(Refused, match="Markov makes samples without end"):
-        store_logits.store(["--config=configs/toy/kd.py", f"--out={tmp_path / 'out'}", "--config.mesh.fsdp=1"])
+        store_logits.store(
+            ["--config=configs/toy/kd.py", f"--out={tmp_path / 'out'}", "--config.mesh.fsdp=1"]
+        )
 
 
 def test_pictures_are_refused(tmp_path):
     with pytest.raises(Refused, match=r"expected text \(tokens and mask\)"):
-        store_logits.store(["--config=configs/toy/dmd2.py", f"--out={tmp_path / 'out'}", "--rows=8", "--test_rows=8"])
+        store_logits.store(
+            [
+                "--config=configs/toy/dmd2.py",
+                f"--out={tmp_path / 'out'}",
+                "--rows=8",
+                "--test_rows=8",
+            ]
+        )
 
 
 @pytest.mark.parametrize(("text", "said"), [(None, "no store.json"), ("{", "store.json: not JSON")])

@@ -1,4 +1,6 @@
-"""Suites: every variant builds and its step traces, on the networks of the runs that all share; one suite end to end."""
+"""Suites: every variant builds and its step traces, on the networks of the runs that all share; one
+suite end to end.
+"""
 
 import dataclasses
 import importlib
@@ -18,7 +20,11 @@ from launch._command import load_config
 from tools import stand_ins, suites
 
 ROOT = Path(__file__).parents[2]
-VARIANTS = [(name, v) for name, s in suites.SUITES.items() for v in importlib.import_module(suites.module(s.config)).VARIANTS]
+VARIANTS = [
+    (name, v)
+    for name, s in suites.SUITES.items()
+    for v in importlib.import_module(suites.module(s.config)).VARIANTS
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,9 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, files):
-    """What the shared runs of each suite leave, with random weights: a function of suite and run to the folder."""
+    """What the shared runs of each suite leave, with random weights: a function of suite and run to
+    the folder.
+    """
     folder = tmp_path_factory.mktemp("shared")
     for name, suite in suites.SUITES.items():
         for run, config in suite.shared.items():
@@ -50,7 +58,9 @@ def test_every_variant_traces(name, variant, shared, files):
         assert Path(where).is_dir()
         config.roles[role].init = where
     assert not any(role.init.startswith("runs/") for role in config.roles.values())
-    config.mesh = build.spec("core.sharding:MeshShape", **dataclasses.asdict(sharding.MeshShape(fsdp=1)))
+    config.mesh = build.spec(
+        "core.sharding:MeshShape", **dataclasses.asdict(sharding.MeshShape(fsdp=1))
+    )
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
@@ -58,15 +68,24 @@ def test_every_variant_traces(name, variant, shared, files):
 
 
 def test_same_conditions():
-    """What the digits' page says of all: data, batch, evaluation, learning rate and updates of the student."""
-    configs = {v: load_config(f"{ROOT / suites.SUITES['digits'].config}:{v}") for n, v in VARIANTS if n == "digits"}
+    """What the digits' page says of all: data, batch, evaluation, learning rate and updates of the
+    student.
+    """
+    configs = {
+        v: load_config(f"{ROOT / suites.SUITES['digits'].config}:{v}")
+        for n, v in VARIANTS
+        if n == "digits"
+    }
     for v, config in configs.items():
         first = configs["dmd2"]
         assert config.data == first.data, v
         same = lambda config: {k: v for k, v in config.evaluation.items() if k != "student_steps"}
         assert same(config) == same(first), v
         assert config.roles.student.optimizer.lr == first.roles.student.optimizer.lr, v
-        assert config.steps / suites.updates_every(config.method.to_dict()) == first.steps / first.method.critic_steps, v
+        assert (
+            config.steps / suites.updates_every(config.method.to_dict())
+            == first.steps / first.method.critic_steps
+        ), v
 
 
 def test_unknown_names_are_refused(tmp_path):
@@ -81,14 +100,20 @@ def run_folder(folder, method, seed, *, steps, speed, perplexity):
     where = folder / f"{method}_{seed}"
     where.mkdir(parents=True)
     models = [{"name": "student", "nfe": 1, "perplexity": perplexity}]
-    (where / "report.json").write_text(json.dumps({"steps": steps, "models": models, "config": {"method": {"critic_steps": 2}}}))
-    speeds = [{"step": i, "perf/steps_per_second": s} for i, s in enumerate((speed / 10, speed, speed))]
+    (where / "report.json").write_text(
+        json.dumps({"steps": steps, "models": models, "config": {"method": {"critic_steps": 2}}})
+    )
+    speeds = [
+        {"step": i, "perf/steps_per_second": s} for i, s in enumerate((speed / 10, speed, speed))
+    ]
     (where / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in speeds))
     (where / "process.json").write_text('{"peak_bytes": 1048576}')
 
 
 def test_seconds_of_the_clock(tmp_path, monkeypatch):
-    """400 steps of the clock at 10 a second take 40 s: 20 steps a second make 800 of them, two to an update."""
+    """400 steps of the clock at 10 a second take 40 s: 20 steps a second make 800 of them, two to
+    an update.
+    """
     monkeypatch.setattr(suites, "OUT", tmp_path / "results")
     suite = suites.SUITES["lm"]
     run_folder(tmp_path, "gkd", 0, steps=400, speed=10, perplexity=2.0)
@@ -116,7 +141,9 @@ def test_a_suite_end_to_end(tmp_path, monkeypatch):
     assert "## Equal seconds" not in text  # nobody ran the clock's method
     found = json.loads(page.with_suffix(".json").read_text())
     assert {r["method"] for r in found} == {"teacher", "start", "sft", "forward_kl"}
-    assert all(r["peak_bytes"] > 1e8 for r in found) and page.with_suffix(".png").stat().st_size > 5000
+    assert (
+        all(r["peak_bytes"] > 1e8 for r in found) and page.with_suffix(".png").stat().st_size > 5000
+    )
     before = {p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")}
     suites.run("lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"])
     assert before == {p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")}

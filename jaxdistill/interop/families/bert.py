@@ -23,7 +23,12 @@ SIZES = {
     "activation": "hidden_act",
     "norm_eps": "layer_norm_eps",
 }
-FIXED = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+FIXED = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 
 TIED = (
     ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
@@ -33,7 +38,8 @@ TIED = (
 
 def table(cfg: Bert) -> tuple[Row, ...]:
     base = "" if type(cfg) is Bert else "bert."
-    embed, layer = base + "embeddings.", base + "encoder.layer.{i}."
+    embed = base + "embeddings."
+    layer = base + "encoder.layer.{i}."
     rows = (
         Row("embed/embedding", embed + "word_embeddings.weight"),
         Row("embed_position/embedding", embed + "position_embeddings.weight"),
@@ -82,7 +88,10 @@ def write(cfg: Bert, *, name: str) -> dict[str, dict[str, Any]]:
     }
     if isinstance(cfg, BertClassifier):
         labels = [f"LABEL_{i}" for i in range(cfg.classes)]
-        config |= {"id2label": {str(i): label for i, label in enumerate(labels)}, "label2id": {label: i for i, label in enumerate(labels)}}
+        config |= {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
     return {"config.json": config}
 
 
@@ -96,13 +105,17 @@ def _family(name: str, make: type[Bert], *ignored: str) -> Family:
         write=functools.partial(write, name=name),
         table=table,
         ignored=(r"(bert\.)?embeddings\.position_ids", *ignored),  # a constant of old files
-        renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+        renamed=(
+            (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+            (r"LayerNorm\.beta$", "LayerNorm.bias"),
+        ),
         free=("pad_token_id",),
     )
 
 
 FAMILY = _family("BertModel", Bert)
 MASKED = dataclasses.replace(  # the released files hold both heads of pretraining
-    _family("BertForMaskedLM", MaskedBert, r"bert\.pooler\..*", r"cls\.seq_relationship\..*"), tied=TIED
+    _family("BertForMaskedLM", MaskedBert, r"bert\.pooler\..*", r"cls\.seq_relationship\..*"),
+    tied=TIED,
 )
 CLASSIFIER = _family("BertForSequenceClassification", BertClassifier)

@@ -1,4 +1,6 @@
-"""CLIP's towers (arXiv:2103.00020): `CLIPTextModel`, `CLIPVisionModel`, both `WithProjection`, and those in a `CLIPModel`."""
+"""CLIP's towers (arXiv:2103.00020): `CLIPTextModel`, `CLIPVisionModel`, both `WithProjection`, and
+those in a `CLIPModel`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from typing import Any
 from jaxdistill.core.types import lookup
 from jaxdistill.interop.tables import LINEAR, Family, Row, linear, norm, patches, setting, sizes
 from jaxdistill.models.layers import ACTIVATIONS
-from jaxdistill.models.vision.clip import ClipText, ClipTextProjected, ClipVision, ClipVisionProjected
+from jaxdistill.models.vision.clip import (
+    ClipText,
+    ClipTextProjected,
+    ClipVision,
+    ClipVisionProjected,
+)
 
 SIZES = {
     "dim": "hidden_size",
@@ -21,9 +28,17 @@ SIZES = {
     "norm_eps": "layer_norm_eps",
     "projection": "projection_dim",
 }
-TEXT = SIZES | {"vocab": "vocab_size", "max_length": "max_position_embeddings", "eos": "eos_token_id"}
+TEXT = SIZES | {
+    "vocab": "vocab_size",
+    "max_length": "max_position_embeddings",
+    "eos": "eos_token_id",
+}
 VISION = SIZES | {"size": "image_size", "patch": "patch_size", "channels": "num_channels"}
-DEFAULTS = {"projection_dim": 512, "layer_norm_eps": 1e-5, "num_channels": 3}  # transformers', which old files leave out
+DEFAULTS = {
+    "projection_dim": 512,
+    "layer_norm_eps": 1e-5,
+    "num_channels": 3,
+}  # transformers', which old files leave out
 
 
 def text_table(cfg: ClipText) -> tuple[Row, ...]:
@@ -39,7 +54,9 @@ def text_table(cfg: ClipText) -> tuple[Row, ...]:
 def vision_table(cfg: ClipVision) -> tuple[Row, ...]:
     rows = (
         Row("token", "vision_model.embeddings.class_embedding"),
-        *linear("patch_embed", "vision_model.embeddings.patch_embedding", patches(cfg.patch), bias=False),
+        *linear(
+            "patch_embed", "vision_model.embeddings.patch_embedding", patches(cfg.patch), bias=False
+        ),
         Row("positions", "vision_model.embeddings.position_embedding.weight"),
         *norm("norm_in", "vision_model.pre_layrnorm"),  # spelt so
         *_blocks("vision_model"),
@@ -52,7 +69,11 @@ def _blocks(base: str) -> tuple[Row, ...]:
     layer = base + ".encoder.layers.{i}."
     return (
         *norm("blocks/norm_attention", layer + "layer_norm1"),
-        *(row for part in "qkv" for row in linear(f"blocks/to_{part}", f"{layer}self_attn.{part}_proj")),
+        *(
+            row
+            for part in "qkv"
+            for row in linear(f"blocks/to_{part}", f"{layer}self_attn.{part}_proj")
+        ),
         *linear("blocks/to_out", layer + "self_attn.out_proj"),
         *norm("blocks/norm_mlp", layer + "layer_norm2"),
         *linear("blocks/up", layer + "mlp.fc1"),
@@ -72,11 +93,20 @@ def read(config: dict[str, Any], folder: Path, *, make: type, names: dict[str, s
 
 
 def write(cfg: Any, *, name: str, kind: str, names: dict[str, str]) -> dict[str, dict[str, Any]]:
-    return {"config.json": {"architectures": [name], "model_type": kind, **{theirs: getattr(cfg, ours) for ours, theirs in names.items()}}}
+    return {
+        "config.json": {
+            "architectures": [name],
+            "model_type": kind,
+            **{theirs: getattr(cfg, ours) for ours, theirs in names.items()},
+        }
+    }
 
 
 def _family(name: str, make: type, side: str) -> Family:
-    names, table, own = {"text": (TEXT, text_table, "text_projection"), "vision": (VISION, vision_table, "visual_projection")}[side]
+    names, table, own = {
+        "text": (TEXT, text_table, "text_projection"),
+        "vision": (VISION, vision_table, "visual_projection"),
+    }[side]
     return Family(
         name=name,
         library="transformers",
@@ -85,11 +115,14 @@ def _family(name: str, make: type, side: str) -> Family:
         write=functools.partial(write, name=name, kind=f"clip_{side}_model", names=names),
         table=table,
         ignored=(r".*embeddings\.position_ids",),  # a constant that old files store
-        renamed=((rf"^(?!{side}_model\.|{own}\.)", f"{side}_model."),),  # transformers 5 saves a tower without its prefix
+        renamed=(
+            (rf"^(?!{side}_model\.|{own}\.)", f"{side}_model."),
+        ),  # transformers 5 saves a tower without its prefix
     )
 
 
-TEXT_TOWER, TEXT_PROJECTED = _family("CLIPTextModel", ClipText, "text"), _family("CLIPTextModelWithProjection", ClipTextProjected, "text")
+TEXT_TOWER = _family("CLIPTextModel", ClipText, "text")
+TEXT_PROJECTED = _family("CLIPTextModelWithProjection", ClipTextProjected, "text")
 VISION_TOWER = _family("CLIPVisionModel", ClipVision, "vision")
 VISION_PROJECTED = _family("CLIPVisionModelWithProjection", ClipVisionProjected, "vision")
 

@@ -23,13 +23,19 @@ def table(cfg: DiT) -> tuple[Row, ...]:
     block = "transformer_blocks.{i}."
     embed = block + "norm1.emb."
     if cfg.second_time:
-        raise Refused("DiTTransformer2DModel takes one time; models.denoisers.dit.fold_gap folds the second one in for a single step")
+        raise Refused(
+            "DiTTransformer2DModel takes one time; models.denoisers.dit.fold_gap folds the second one in for a single step"
+        )
     return (
         Row("patch_embed/kernel", "pos_embed.proj.weight", patches(cfg.patch)),
         Row("patch_embed/bias", "pos_embed.proj.bias"),
         *linear("time_embed/linear_1", embed + "timestep_embedder.linear_1", copies=cfg.depth),
         *linear("time_embed/linear_2", embed + "timestep_embedder.linear_2", copies=cfg.depth),
-        Row("label_embed/embedding", embed + "class_embedder.embedding_table.weight", copies=cfg.depth),
+        Row(
+            "label_embed/embedding",
+            embed + "class_embedder.embedding_table.weight",
+            copies=cfg.depth,
+        ),
         *linear("blocks/modulation", block + "norm1.linear"),
         *linear("blocks/to_q", block + "attn1.to_q"),
         *linear("blocks/to_k", block + "attn1.to_k"),
@@ -46,7 +52,8 @@ def read(config: dict[str, Any], folder: Path) -> DiT:
     where = folder / "config.json"
     fixed(config, FIXED, where)
     get = lambda key: setting(config, key, where)
-    heads, channels = get("num_attention_heads"), get("in_channels")
+    heads = get("num_attention_heads")
+    channels = get("in_channels")
     out = config.get("out_channels") or channels
     return DiT(
         size=get("sample_size"),

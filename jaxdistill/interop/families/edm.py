@@ -1,8 +1,10 @@
-"""`SongUNet` and `DhariwalUNet` of EDM's repository (NVlabs/edm), under the names they have inside `EDMPrecond`.
+"""`SongUNet` and `DhariwalUNet` of EDM's repository (NVlabs/edm), under the names they have inside
+`EDMPrecond`.
 
-EDM publishes pickles of whole Python objects. They are not opened here; `convert` gives the command that makes a folder of one:
-`model.safetensors` with the weights, and `config.json` with the class as `_class_name` and the arguments it was built with,
-each under the name that `training/networks.py` has for it. A missing argument has its default there.
+EDM publishes pickles of whole Python objects. They are not opened here; `convert` gives the command
+that makes a folder of one: `model.safetensors` with the weights, and `config.json` with the class
+as `_class_name` and the arguments it was built with, each under the name that
+`training/networks.py` has for it. A missing argument has its default there.
 """
 
 from __future__ import annotations
@@ -14,16 +16,38 @@ from typing import Any
 import numpy as np
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import CONV, POINT, Family, Row, fixed, linear, literal, norm, setting, shell
+from jaxdistill.interop.tables import (
+    CONV,
+    POINT,
+    Family,
+    Row,
+    fixed,
+    linear,
+    literal,
+    norm,
+    setting,
+    shell,
+)
 from jaxdistill.models.denoisers.edm import DhariwalUNet, EDMUNet, SongUNet
 
 DEFAULTS = {
     "SongUNet": {
-        "model_channels": 128, "channel_mult": [1, 2, 2, 2], "num_blocks": 4, "attn_resolutions": [16],
-        "embedding_type": "positional", "channel_mult_noise": 1, "encoder_type": "standard", "resample_filter": [1, 1],
+        "model_channels": 128,
+        "channel_mult": [1, 2, 2, 2],
+        "num_blocks": 4,
+        "attn_resolutions": [16],
+        "embedding_type": "positional",
+        "channel_mult_noise": 1,
+        "encoder_type": "standard",
+        "resample_filter": [1, 1],
     },
-    "DhariwalUNet": {"model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3, "attn_resolutions": [32, 16, 8]},
-}  # fmt: skip
+    "DhariwalUNet": {
+        "model_channels": 192,
+        "channel_mult": [1, 2, 3, 4],
+        "num_blocks": 3,
+        "attn_resolutions": [32, 16, 8],
+    },
+}
 SHARED = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4}
 LOADS = """import json
 from pathlib import Path
@@ -33,13 +57,18 @@ folder = Path(".")
 settings = json.loads((folder / "config.json").read_text())
 model = {0}(**{{key: value for key, value in settings.items() if key != "_class_name"}}).eval()
 model.load_state_dict({{name.removeprefix("model."): w for name, w in load_file(folder / "model.safetensors").items()}})"""
-ENCODERS, WAVES = ("standard", "residual"), ("positional", "fourier")
+ENCODERS = ("standard", "residual")
+WAVES = ("positional", "fourier")
 
 
 def convert(pickled: Path) -> str:
-    """The command that turns a pickle of EDM into a folder that we read; it runs in a clone of its repository, with torch."""
+    """The command that turns a pickle of EDM into a folder that we read; it runs in a clone of its
+    repository, with torch.
+    """
     folder = pickled.with_suffix("")
-    source, out, weights, config = map(literal, (pickled, folder, folder / "model.safetensors", folder / "config.json"))
+    source, out, weights, config = map(
+        literal, (pickled, folder, folder / "model.safetensors", folder / "config.json")
+    )
     return shell(
         "import json, os, pickle; from safetensors.torch import save_file; "
         f'net = pickle.load(open({source}, "rb"))["ema"]; os.makedirs({out}, exist_ok=True); '
@@ -53,7 +82,8 @@ def table(cfg: EDMUNet) -> tuple[Row, ...]:
 
 
 def _rows(cfg: EDMUNet) -> Iterator[Row]:
-    song, top = isinstance(cfg, SongUNet), len(cfg.multiples) - 1
+    song = isinstance(cfg, SongUNet)
+    top = len(cfg.multiples) - 1
     if song and cfg.waves == "fourier":
         yield Row("frequencies", "model.map_noise.freqs")
     if cfg.classes:
@@ -70,7 +100,12 @@ def _rows(cfg: EDMUNet) -> Iterator[Row]:
             if song and cfg.residual:
                 yield from linear(f"down/{i}/image", at("enc", i) + "aux_residual", CONV)
         for j in range(cfg.blocks):
-            yield from _block(f"down/{i}/blocks/{j}", at("enc", i) + f"block{j}", skip=now != width, attend=cfg.attends(i))
+            yield from _block(
+                f"down/{i}/blocks/{j}",
+                at("enc", i) + f"block{j}",
+                skip=now != width,
+                attend=cfg.attends(i),
+            )
             now = width
     for j in (0, 1):
         yield from _block(f"mid/{j}", at("dec", top) + f"in{j}", attend=j == 0)
@@ -79,7 +114,9 @@ def _rows(cfg: EDMUNet) -> Iterator[Row]:
             yield from _block(f"up/{place}/move", at("dec", i) + "up", skip=cfg.project)
         for j in range(cfg.blocks + 1):
             attend = cfg.attends(i) and (cfg.all_up or j == cfg.blocks)
-            yield from _block(f"up/{place}/blocks/{j}", at("dec", i) + f"block{j}", skip=True, attend=attend)
+            yield from _block(
+                f"up/{place}/blocks/{j}", at("dec", i) + f"block{j}", skip=True, attend=attend
+            )
     out = at("dec", 0) + "aux_" if song else "model.out_"
     yield from norm("norm_out", out + "norm")
     yield from linear("conv_out", out + "conv", CONV)
@@ -94,12 +131,18 @@ def _block(path: str, name: str, *, skip: bool = False, attend: bool = False) ->
         yield from linear(f"{path}/skip", f"{name}.skip", CONV)
     if attend:
         yield from norm(f"{path}/norm2", f"{name}.norm2")
-        yield from (row for part in ("qkv", "proj") for row in linear(f"{path}/{part}", f"{name}.{part}", POINT))
+        yield from (
+            row
+            for part in ("qkv", "proj")
+            for row in linear(f"{path}/{part}", f"{name}.{part}", POINT)
+        )
 
 
 def constants(cfg: EDMUNet) -> dict[str, np.ndarray]:
     """The filters that PyTorch's classes keep beside the weights of every change of resolution."""
-    kernel = (np.outer(cfg.filter, cfg.filter) / sum(cfg.filter) ** 2).astype(np.float32)[None, None]
+    kernel = (np.outer(cfg.filter, cfg.filter) / sum(cfg.filter) ** 2).astype(np.float32)[
+        None, None
+    ]
     found = {}
     for row in _rows(cfg):
         head, _, end = row.name.rpartition(".")
@@ -112,7 +155,8 @@ def constants(cfg: EDMUNet) -> dict[str, np.ndarray]:
 
 
 def read(config: dict[str, Any], folder: Path) -> EDMUNet:
-    where, name = folder / "config.json", config["_class_name"]
+    where = folder / "config.json"
+    name = config["_class_name"]
     channels = setting(config, "in_channels", where)
     fixed(config, {"out_channels": channels, "decoder_type": "standard"}, where)
     get = lambda key: config.get(key, (SHARED | DEFAULTS[name])[key])
@@ -130,12 +174,18 @@ def read(config: dict[str, Any], folder: Path) -> EDMUNet:
     if name == "DhariwalUNet":
         return DhariwalUNet(**sizes, head_dim=config.get("channels_per_head", 64))
     if get("encoder_type") not in ENCODERS:
-        raise Refused(f"{where}: encoder_type={get('encoder_type')!r} is not supported, expected {' or '.join(map(repr, ENCODERS))}")
+        raise Refused(
+            f"{where}: encoder_type={get('encoder_type')!r} is not supported, expected {' or '.join(map(repr, ENCODERS))}"
+        )
     if get("embedding_type") not in WAVES:
-        raise Refused(f"{where}: embedding_type={get('embedding_type')!r} is not supported, expected {' or '.join(map(repr, WAVES))}")
+        raise Refused(
+            f"{where}: embedding_type={get('embedding_type')!r} is not supported, expected {' or '.join(map(repr, WAVES))}"
+        )
     filter = tuple(get("resample_filter"))
     if filter != filter[::-1] or len(filter) % 2:
-        raise Refused(f"{where}: resample_filter={list(filter)} is not supported, expected an even number of mirrored weights")
+        raise Refused(
+            f"{where}: resample_filter={list(filter)} is not supported, expected an even number of mirrored weights"
+        )
     return SongUNet(
         **sizes,
         waves=get("embedding_type"),

@@ -1,4 +1,6 @@
-"""`Gemma2ForCausalLM` of transformers, and `Gemma2Model`, the same without a head: SANA's text encoder."""
+"""`Gemma2ForCausalLM` of transformers, and `Gemma2Model`, the same without a head: SANA's text
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,26 @@ NORMS = {  # ours -> theirs
 
 def table(cfg: Gemma2, base: str = "model.") -> tuple[Row, ...]:
     shared = (row for row in llama.table(cfg) if not row.path.startswith("blocks/norm_"))
-    norms = (Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight") for ours, theirs in NORMS.items())
-    return tuple(Row(row.path, base + row.name.removeprefix("model."), row.layout) for row in (*shared, *norms))
+    norms = (
+        Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight")
+        for ours, theirs in NORMS.items()
+    )
+    return tuple(
+        Row(row.path, base + row.name.removeprefix("model."), row.layout)
+        for row in (*shared, *norms)
+    )
 
 
 def read(config: dict[str, Any], folder: Path, *, make: type[Gemma2]) -> Gemma2:
     where = folder / "config.json"
     fixed(config, FIXED, where)
-    depth, found = config.get("num_hidden_layers", 0), sizes({"head_dim": 256, "rms_norm_eps": 1e-6} | config, SIZES, where)
+    depth = config.get("num_hidden_layers", 0)
+    found = sizes({"head_dim": 256, "rms_norm_eps": 1e-6} | config, SIZES, where)
     kinds = config.get("layer_types") or []
     if not set(kinds) <= {"sliding_attention", "full_attention"} or len(kinds) not in (0, depth):
-        raise Refused(f"{where}: layer_types={kinds}, expected {depth} of sliding_attention and full_attention")
+        raise Refused(
+            f"{where}: layer_types={kinds}, expected {depth} of sliding_attention and full_attention"
+        )
     lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_activation")
     longest = min(found["window"], config.get("max_position_embeddings", found["window"]))
     return make(
@@ -88,5 +99,13 @@ def _family(name: str, make: type[Gemma2], base: str, call: str, **more) -> Fami
     )
 
 
-FAMILY = _family("Gemma2ForCausalLM", Gemma2, "model.", "model.generate(tokens, max_new_tokens=64)", tied=TIED)
-TEXT = _family("Gemma2Model", Gemma2Text, "", "model(tokens, attention_mask=mask)[0]", renamed=((r"^model\.", ""),))
+FAMILY = _family(
+    "Gemma2ForCausalLM", Gemma2, "model.", "model.generate(tokens, max_new_tokens=64)", tied=TIED
+)
+TEXT = _family(
+    "Gemma2Model",
+    Gemma2Text,
+    "",
+    "model(tokens, attention_mask=mask)[0]",
+    renamed=((r"^model\.", ""),),
+)

@@ -1,6 +1,9 @@
-"""`LlamaForCausalLM` of transformers (Llama 1 to 3, SmolLM, TinyLlama and others of the same graph), and the two that
-differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5) and `Qwen3ForCausalLM`. The language side of
-`Qwen2_5_VLForConditionalGeneration` is read as a text encoder."""
+"""`LlamaForCausalLM` of transformers (Llama 1 to 3, SmolLM, TinyLlama and others of the same
+graph), and the two that
+differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5) and
+`Qwen3ForCausalLM`. The language side of `Qwen2_5_VLForConditionalGeneration` is read as a text
+encoder.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,9 @@ def table(cfg: LM) -> tuple[Row, ...]:
     if isinstance(cfg, Qwen2):
         rows += tuple(Row(f"blocks/to_{x}/bias", f"{layer}self_attn.{x}_proj.bias") for x in "qkv")
     if isinstance(cfg, Qwen3):
-        rows += tuple(Row(f"blocks/norm_{x}/scale", f"{layer}self_attn.{x}_norm.weight") for x in "qk")
+        rows += tuple(
+            Row(f"blocks/norm_{x}/scale", f"{layer}self_attn.{x}_norm.weight") for x in "qk"
+        )
     return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
 
 
@@ -71,8 +76,12 @@ def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
 
 
 def read_vl(config: dict[str, Any], folder: Path) -> Qwen2Text:
-    """The language side of a model of text and images, whose rotary positions have three axes that are one on text."""
-    config = config | (config.get("text_config") or {}) | {"tie_word_embeddings": True}  # there is no head
+    """The language side of a model of text and images, whose rotary positions have three axes that
+    are one on text.
+    """
+    config = (
+        config | (config.get("text_config") or {}) | {"tie_word_embeddings": True}
+    )  # there is no head
     rope = config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) == "mrope":
         config["rope_scaling"] = None
@@ -80,7 +89,9 @@ def read_vl(config: dict[str, Any], folder: Path) -> Qwen2Text:
 
 
 def read_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Special tokens: from generation_config.json where there is one, since that is what stops generation."""
+    """Special tokens: from generation_config.json where there is one, since that is what stops
+    generation.
+    """
     generation = folder / "generation_config.json"
     given = read_json(generation) if generation.exists() else {}
     check({key: value for key, value in given.items() if key.endswith("_token_id")}, generation)
@@ -103,20 +114,30 @@ def write_ids(cfg: LM) -> dict[str, Any]:
 
 
 def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` of older files.
+    """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and
+    `rope_scaling` of older files.
 
-    Raises Refused for another `rope_type`, and where both stand and differ: versions of transformers obey one or the other.
+    Raises Refused for another `rope_type`, and where both stand and differ: versions of
+    transformers obey one or the other.
     """
-    stated = [_rope(config, key, where) for key in ("rope_scaling", "rope_parameters") if config.get(key)]
+    stated = [
+        _rope(config, key, where) for key in ("rope_scaling", "rope_parameters") if config.get(key)
+    ]
     rope = stated[-1] if stated else _rope(config, "rope_scaling", where)
     if stated and stated[0] != rope:
         key = next(key for key in sorted(stated[0] | rope) if stated[0].get(key) != rope.get(key))
         values = (shown(repr(values.get(key))) for values in (stated[0], rope))
-        raise Refused(f"{where}: rope_scaling and rope_parameters differ ({key}={' and '.join(values)}), expected one of them")
+        raise Refused(
+            f"{where}: rope_scaling and rope_parameters differ ({key}={' and '.join(values)}), expected one of them"
+        )
     if rope["rope_type"] == "default":
         return {"rope_theta": rope["rope_theta"]}
-    names = {"rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
-             "rope_original": "original_max_position_embeddings"}  # fmt: skip
+    names = {
+        "rope_factor": "factor",
+        "rope_low": "low_freq_factor",
+        "rope_high": "high_freq_factor",
+        "rope_original": "original_max_position_embeddings",
+    }
     return {"rope_theta": rope["rope_theta"], **sizes(rope, names, where)}
 
 
@@ -125,7 +146,9 @@ def _rope(config: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
     given = config.get(key) or {}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise Refused(f"{where}: rope_type={shown(repr(kind))} is not supported, expected 'default' or 'llama3'")
+        raise Refused(
+            f"{where}: rope_type={shown(repr(kind))} is not supported, expected 'default' or 'llama3'"
+        )
     rest = {name: value for name, value in given.items() if name != "type"}
     return {"rope_theta": config.get("rope_theta", 10000.0), **rest, "rope_type": kind}
 
@@ -183,5 +206,9 @@ QWEN2 = _family("Qwen2ForCausalLM", Qwen2)
 QWEN3 = _family("Qwen3ForCausalLM", Qwen3)
 _TEXT = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text)
 QWEN_VL = dataclasses.replace(  # the head is no part of ours
-    _TEXT, read=read_vl, ignored=(*_TEXT.ignored, r"visual\..*", r"lm_head\.weight"), tied=(), part="its language side"
+    _TEXT,
+    read=read_vl,
+    ignored=(*_TEXT.ignored, r"visual\..*", r"lm_head\.weight"),
+    tied=(),
+    part="its language side",
 )

@@ -1,8 +1,8 @@
 """`LPIPS` of the package `lpips` (arXiv:1801.03924), net "vgg".
 
-The package keeps its weights in two files, the heads' beside torchvision's VGG-16; `convert` gives the command that writes
-both into a folder, `print(convert(Path("LPIPS/vgg.pth")))` that for LPIPS: `model.safetensors` under the names that they have
-inside the class, and `config.json`.
+The package keeps its weights in two files, the heads' beside torchvision's VGG-16; `convert` gives
+the command that writes both into a folder, `print(convert(Path("LPIPS/vgg.pth")))` that for LPIPS:
+`model.safetensors` under the names that they have inside the class, and `config.json`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,20 @@ from typing import Any
 from jaxdistill.interop.tables import CONV, Family, Layout, Row, fixed, linear, literal, shell
 from jaxdistill.models.vision.lpips import LPIPS
 
-HEAD = Layout(lambda w: w.reshape(-1), lambda w: w.reshape(1, -1, 1, 1))  # a 1x1 convolution to one channel
+HEAD = Layout(
+    lambda w: w.reshape(-1), lambda w: w.reshape(1, -1, 1, 1)
+)  # a 1x1 convolution to one channel
 NET = {"_class_name": "LPIPS", "pnet_type": "vgg", "lpips": True}
 
 
 def convert(pickled: Path) -> str:
-    """The command that makes a folder of the installed package's weights; it needs `pip install lpips`."""
+    """The command that makes a folder of the installed package's weights; it needs `pip install
+    lpips`.
+    """
     folder = pickled.parent
-    out, weights, config = map(literal, (folder, folder / "model.safetensors", folder / "config.json"))
+    out, weights, config = map(
+        literal, (folder, folder / "model.safetensors", folder / "config.json")
+    )
     return shell(
         "import json, os, lpips; from safetensors.torch import save_file; "
         f"os.makedirs({out}, exist_ok=True); "
@@ -31,7 +37,9 @@ def convert(pickled: Path) -> str:
 
 
 def table(cfg: LPIPS) -> tuple[Row, ...]:
-    rows, number = [], 0  # of the layer in torchvision's list, where activations and pools count
+    # of the layer in torchvision's list, where activations and pools count
+    rows = []
+    number = 0
     for i, layers in enumerate(cfg.layers):
         for j in range(layers):
             rows += linear(f"levels/{i}/{j}", f"net.slice{i + 1}.{number}", CONV)

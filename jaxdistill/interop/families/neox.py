@@ -59,7 +59,9 @@ def read(config: dict[str, Any], folder: Path) -> NeoX:
 def write(cfg: NeoX) -> dict[str, dict[str, Any]]:
     """config.json and generation_config.json, in the keys that transformers 4 and 5 both read."""
     if cfg.rope_factor != 1.0:
-        raise Refused(f"{FAMILY.name}: rope_factor={cfg.rope_factor} cannot be written, expected 1.0")
+        raise Refused(
+            f"{FAMILY.name}: rope_factor={cfg.rope_factor} cannot be written, expected 1.0"
+        )
     config = {
         "architectures": [FAMILY.name],
         "model_type": "gpt_neox",
@@ -87,6 +89,8 @@ FAMILY = Family(
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     ),
     tied=(("embed_out.weight", "gpt_neox.embed_in.weight"),),
-    renamed=((r"^lm_head\.", "embed_out."),),  # transformers 5 calls it so in memory, and embed_out in files
+    renamed=(
+        (r"^lm_head\.", "embed_out."),
+    ),  # transformers 5 calls it so in memory, and embed_out in files
     free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )

@@ -10,16 +10,27 @@ from jaxdistill.interop.tables import Family, Row, fixed, linear, setting
 from jaxdistill.models.denoisers.qwen_image import QwenImage
 
 FIXED = {"guidance_embeds": False, "use_additional_t_cond": False, "use_layer3d_rope": False}
-STREAMS = {  # ours -> (prefix of modulation and MLP, then q, k, v, out, norms of q and k inside `attn`)
+# ours -> (prefix of modulation and MLP, then q, k, v, out, norms of q and k inside `attn`)
+STREAMS = {
     "image": ("img", "to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k"),
-    "text": ("txt", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k"),
+    "text": (
+        "txt",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "norm_added_q",
+        "norm_added_k",
+    ),
 }
 
 
 def table(cfg: QwenImage) -> tuple[Row, ...]:
     def stream(ours: str, prefix: str, *names: str) -> tuple[Row, ...]:
-        path, block = f"blocks/{ours}", "transformer_blocks.{i}."
-        maps, norms = zip(("to_q", "to_k", "to_v", "to_out"), names), zip(("norm_q", "norm_k"), names[4:])
+        path = f"blocks/{ours}"
+        block = "transformer_blocks.{i}."
+        maps = zip(("to_q", "to_k", "to_v", "to_out"), names)
+        norms = zip(("norm_q", "norm_k"), names[4:])
         return (
             *linear(f"{path}/modulation", f"{block}{prefix}_mod.1"),
             *(row for our, name in maps for row in linear(f"{path}/{our}", f"{block}attn.{name}")),
@@ -44,11 +55,17 @@ def read(config: dict[str, Any], folder: Path) -> QwenImage:
     where = folder / "config.json"
     fixed(config, FIXED, where)
     get = lambda key: setting(config, key, where)
-    patch, channels, axes = get("patch_size"), get("out_channels"), tuple(get("axes_dims_rope"))
+    patch = get("patch_size")
+    channels = get("out_channels")
+    axes = tuple(get("axes_dims_rope"))
     if not channels or patch**2 * channels != get("in_channels"):
-        raise Refused(f"{where}: in_channels={get('in_channels')} is not supported, expected patch_size^2 out_channels")
+        raise Refused(
+            f"{where}: in_channels={get('in_channels')} is not supported, expected patch_size^2 out_channels"
+        )
     if sum(axes) != get("attention_head_dim"):
-        raise Refused(f"{where}: attention_head_dim={get('attention_head_dim')} is not supported, expected {sum(axes)}, the sum of {axes}")
+        raise Refused(
+            f"{where}: attention_head_dim={get('attention_head_dim')} is not supported, expected {sum(axes)}, the sum of {axes}"
+        )
     return QwenImage(
         patch=patch,
         channels=channels,
@@ -78,5 +95,11 @@ def write(cfg: QwenImage) -> dict[str, dict[str, Any]]:
 
 
 FAMILY = Family(
-    name="QwenImageTransformer2DModel", library="diffusers", config=QwenImage, read=read, write=write, table=table, free=("zero_cond_t",)
+    name="QwenImageTransformer2DModel",
+    library="diffusers",
+    config=QwenImage,
+    read=read,
+    write=write,
+    table=table,
+    free=("zero_cond_t",),
 )

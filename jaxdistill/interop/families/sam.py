@@ -1,4 +1,6 @@
-"""`SamVisionModel` and the image encoder of `SamModel` of transformers: Segment Anything (arXiv:2304.02643)."""
+"""`SamVisionModel` and the image encoder of `SamModel` of transformers: Segment Anything
+(arXiv:2304.02643).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import lookup
-from jaxdistill.interop.tables import CONV, POINT, Family, Row, fixed, linear, norm, patches, setting, sizes
+from jaxdistill.interop.tables import (
+    CONV,
+    POINT,
+    Family,
+    Row,
+    fixed,
+    linear,
+    norm,
+    patches,
+    setting,
+    sizes,
+)
 from jaxdistill.models.layers import ACTIVATIONS
 from jaxdistill.models.vision.sam import SamVision
 
@@ -39,7 +52,8 @@ def table(cfg: SamVision) -> tuple[Row, ...]:
         *norm("norm_2", base + "neck.layer_norm2"),
     ]
     for i in range(cfg.depth):
-        ours, theirs = f"layers/{i}", f"{base}layers.{i}"
+        ours = f"layers/{i}"
+        theirs = f"{base}layers.{i}"
         rows += [
             *norm(f"{ours}/norm_attention", f"{theirs}.layer_norm1"),
             *linear(f"{ours}/to_qkv", f"{theirs}.attn.qkv"),
@@ -67,11 +81,27 @@ def read_whole(config: dict[str, Any], folder: Path) -> SamVision:
 
 
 def write(cfg: SamVision) -> dict[str, dict[str, Any]]:
-    found = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()} | {"global_attn_indexes": list(cfg.whole)}
-    return {"config.json": {"architectures": ["SamVisionModel"], "model_type": "sam_vision_model", **found, **ALWAYS}}
+    found = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()} | {
+        "global_attn_indexes": list(cfg.whole)
+    }
+    return {
+        "config.json": {
+            "architectures": ["SamVisionModel"],
+            "model_type": "sam_vision_model",
+            **found,
+            **ALWAYS,
+        }
+    }
 
 
-FAMILY = Family(name="SamVisionModel", library="transformers", config=SamVision, read=read, write=write, table=table)
+FAMILY = Family(
+    name="SamVisionModel",
+    library="transformers",
+    config=SamVision,
+    read=read,
+    write=write,
+    table=table,
+)
 WHOLE = dataclasses.replace(
     FAMILY,
     name="SamModel",

@@ -1,4 +1,6 @@
-"""`SanaTransformer2DModel` of diffusers: SANA, SANA 1.5 and SANA-Sprint (arXiv:2410.10629, 2501.18427, 2503.09641)."""
+"""`SanaTransformer2DModel` of diffusers: SANA, SANA 1.5 and SANA-Sprint (arXiv:2410.10629,
+2501.18427, 2503.09641).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import CONV, POINT, Family, Row, fixed, linear, patches, setting, sizes
+from jaxdistill.interop.tables import (
+    CONV,
+    POINT,
+    Family,
+    Row,
+    fixed,
+    linear,
+    patches,
+    setting,
+    sizes,
+)
 from jaxdistill.models.denoisers.sana import Sana
 
 FIXED = {"attention_bias": False, "norm_elementwise_affine": False, "dropout": 0.0}
@@ -31,19 +43,29 @@ ADDED = {  # keys that files written before them lack, with the value which they
 
 
 def table(cfg: Sana) -> tuple[Row, ...]:
-    block, time = "transformer_blocks.{i}.", "time_embed." if cfg.guidance else "time_embed.emb."
+    block = "transformer_blocks.{i}."
+    time = "time_embed." if cfg.guidance else "time_embed.emb."
 
     def attention(name: str, bias: bool) -> tuple[Row, ...]:
-        ours, theirs = f"blocks/{name}", block + name
+        ours = f"blocks/{name}"
+        theirs = block + name
         norms = ("norm_q", "norm_k") if cfg.qk_norm else ()
         return (
-            *(row for part in ("to_q", "to_k", "to_v") for row in linear(f"{ours}/{part}", f"{theirs}.{part}", bias=bias)),
+            *(
+                row
+                for part in ("to_q", "to_k", "to_v")
+                for row in linear(f"{ours}/{part}", f"{theirs}.{part}", bias=bias)
+            ),
             *linear(f"{ours}/to_out", f"{theirs}.to_out.0"),
             *(Row(f"{ours}/{part}/scale", f"{theirs}.{part}.weight") for part in norms),
         )
 
     def mapper(ours: str, theirs: str) -> tuple[Row, ...]:
-        return tuple(row for part in ("linear_1", "linear_2") for row in linear(f"{ours}/{part}", f"{theirs}.{part}"))
+        return tuple(
+            row
+            for part in ("linear_1", "linear_2")
+            for row in linear(f"{ours}/{part}", f"{theirs}.{part}")
+        )
 
     return (
         *linear("patch_embed", "patch_embed.proj", patches(cfg.patch)),
@@ -71,14 +93,22 @@ def read(config: dict[str, Any], folder: Path) -> Sana:
     dim = get("num_attention_heads") * get("attention_head_dim")
     across = get("num_cross_attention_heads") * get("cross_attention_head_dim")
     if across != dim:
-        raise Refused(f"{where}: num_cross_attention_heads * cross_attention_head_dim = {across} is not supported, expected {dim}")
+        raise Refused(
+            f"{where}: num_cross_attention_heads * cross_attention_head_dim = {across} is not supported, expected {dim}"
+        )
     fixed(config, {"cross_attention_dim": dim}, where)
     if (config.get("out_channels") or get("in_channels")) != get("in_channels"):
-        raise Refused(f"{where}: out_channels={config['out_channels']} is not supported, expected in_channels={get('in_channels')}")
+        raise Refused(
+            f"{where}: out_channels={config['out_channels']} is not supported, expected in_channels={get('in_channels')}"
+        )
     if config.get("qk_norm") not in (None, NORM):
-        raise Refused(f"{where}: qk_norm={config['qk_norm']!r} is not supported, expected None or {NORM!r}")
+        raise Refused(
+            f"{where}: qk_norm={config['qk_norm']!r} is not supported, expected None or {NORM!r}"
+        )
     added = {ours: config.get(*theirs) for ours, theirs in ADDED.items()}
-    return Sana(dim=dim, qk_norm=config.get("qk_norm") == NORM, **sizes(config, NAMES, where), **added)
+    return Sana(
+        dim=dim, qk_norm=config.get("qk_norm") == NORM, **sizes(config, NAMES, where), **added
+    )
 
 
 def write(cfg: Sana) -> dict[str, dict[str, Any]]:

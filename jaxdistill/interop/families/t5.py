@@ -1,4 +1,6 @@
-"""`T5ForConditionalGeneration`, `T5EncoderModel` and `UMT5EncoderModel` of transformers: T5, T5 1.1, Flan-T5 and UMT5."""
+"""`T5ForConditionalGeneration`, `T5EncoderModel` and `UMT5EncoderModel` of transformers: T5, T5
+1.1, Flan-T5 and UMT5.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,17 @@ SIZES = {
     "heads": "num_heads",
     "head_dim": "d_kv",
 }
-DEFAULTS = {"buckets": ("relative_attention_num_buckets", 32), "distance": ("relative_attention_max_distance", 128),
-            "norm_eps": ("layer_norm_epsilon", 1e-6)}  # fmt: skip
+DEFAULTS = {
+    "buckets": ("relative_attention_num_buckets", 32),
+    "distance": ("relative_attention_max_distance", 128),
+    "norm_eps": ("layer_norm_epsilon", 1e-6),
+}
 GATED = {"relu": False, "gated-gelu": True}  # feed_forward_proj
-COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")  # of the embedding; the last if tied
+COPIES = (
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)  # of the embedding; the last if tied
 TYPES = {T5: "t5", T5Encoder: "t5", UMT5Encoder: "umt5"}  # model_type
 
 
@@ -29,34 +38,46 @@ def table(cfg: T5Encoder) -> tuple[Row, ...]:
     rows = (Row("embed/embedding", "shared.weight"), *_side("encoder", cfg, 1))
     if not isinstance(cfg, T5):
         return rows
-    rows += _side("decoder", cfg, 2) + _attention("decoder/blocks/cross", "decoder.block.{i}.layer.1.", "EncDecAttention")
+    rows += _side("decoder", cfg, 2) + _attention(
+        "decoder/blocks/cross", "decoder.block.{i}.layer.1.", "EncDecAttention"
+    )
     return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
 
 
 def _side(side: str, cfg: T5Encoder, last: int) -> tuple[Row, ...]:
     """Rows of encoder or decoder, whose MLP is number `last` of a layer's parts."""
-    layer, mlp = side + ".block.{i}.", f"{side}.block.{{i}}.layer.{last}."
+    layer = side + ".block.{i}."
+    mlp = f"{side}.block.{{i}}.layer.{last}."
     table = "layer.0.SelfAttention.relative_attention_bias.weight"
     maps = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if cfg.gated else {"up": "wi", "down": "wo"}
     return (
-        Row(f"{side}/position/embedding", f"{side}.block.0.{table}") if cfg.shared_bias
+        Row(f"{side}/position/embedding", f"{side}.block.0.{table}")
+        if cfg.shared_bias
         else Row(f"{side}/blocks/position/embedding", layer + table),
         *_attention(f"{side}/blocks/attention", layer + "layer.0.", "SelfAttention"),
         Row(f"{side}/blocks/norm_mlp/scale", mlp + "layer_norm.weight"),
-        *(Row(f"{side}/blocks/{ours}/kernel", f"{mlp}DenseReluDense.{theirs}.weight", LINEAR) for ours, theirs in maps.items()),
+        *(
+            Row(f"{side}/blocks/{ours}/kernel", f"{mlp}DenseReluDense.{theirs}.weight", LINEAR)
+            for ours, theirs in maps.items()
+        ),
         Row(f"{side}/norm/scale", f"{side}.final_layer_norm.weight"),
-    )  # fmt: skip
+    )
 
 
 def _attention(path: str, layer: str, name: str) -> tuple[Row, ...]:
     maps = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}
-    rows = tuple(Row(f"{path}/{ours}/kernel", f"{layer}{name}.{theirs}.weight", LINEAR) for ours, theirs in maps.items())
+    rows = tuple(
+        Row(f"{path}/{ours}/kernel", f"{layer}{name}.{theirs}.weight", LINEAR)
+        for ours, theirs in maps.items()
+    )
     return (Row(f"{path}/norm/scale", layer + "layer_norm.weight"), *rows)
 
 
 def read(config: dict[str, Any], folder: Path, *, make: type[T5Encoder]) -> T5Encoder:
-    """Sizes from config.json. That the head is tied is what `scale_decoder_outputs` says since transformers 5, which sets
-    `tie_word_embeddings` to true in every file; before, the latter."""
+    """Sizes from config.json. That the head is tied is what `scale_decoder_outputs` says since
+    transformers 5, which sets
+    `tie_word_embeddings` to true in every file; before, the latter.
+    """
     where = folder / "config.json"
     found = sizes(config, SIZES, where)
     found |= {ours: config.get(theirs, default) for ours, (theirs, default) in DEFAULTS.items()}
@@ -66,12 +87,19 @@ def read(config: dict[str, Any], folder: Path, *, make: type[T5Encoder]) -> T5En
         found["depth_decoder"] = config.get("num_decoder_layers") or 0
         found["tied"] = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         found["start"] = config.get("decoder_start_token_id") or 0
-    eos, pad = config.get("eos_token_id", 1), config.get("pad_token_id", 0)
-    return make(**found, eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,), pad=-1 if pad is None else pad)
+    eos = config.get("eos_token_id", 1)
+    pad = config.get("pad_token_id", 0)
+    return make(
+        **found,
+        eos=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        pad=-1 if pad is None else pad,
+    )
 
 
 def write(cfg: T5Encoder, *, name: str) -> dict[str, dict[str, Any]]:
-    """config.json, and generation_config.json of what generates, in the keys that transformers 4 and 5 both read."""
+    """config.json, and generation_config.json of what generates, in the keys that transformers 4
+    and 5 both read.
+    """
     ids = {
         "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0] if cfg.eos else None,
         "pad_token_id": None if cfg.pad < 0 else cfg.pad,
@@ -89,7 +117,11 @@ def write(cfg: T5Encoder, *, name: str) -> dict[str, dict[str, Any]]:
     if not isinstance(cfg, T5):
         return {"config.json": config}
     ids["decoder_start_token_id"] = cfg.start
-    config |= {"num_decoder_layers": cfg.depth_decoder or cfg.depth, "tie_word_embeddings": cfg.tied, **ids}
+    config |= {
+        "num_decoder_layers": cfg.depth_decoder or cfg.depth,
+        "tie_word_embeddings": cfg.tied,
+        **ids,
+    }
     return {"config.json": config, "generation_config.json": ids}
 
 

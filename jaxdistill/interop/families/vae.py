@@ -19,18 +19,32 @@ def table(cfg: VAE) -> tuple[Row, ...]:
 
 def _rows(cfg: VAE) -> Iterator[Row]:
     last = len(cfg.widths) - 1
-    for half, widths, count, way in (("encoder", cfg.widths, cfg.layers, "down"), ("decoder", cfg.widths[::-1], cfg.layers + 1, "up")):
+    for half, widths, count, way in (
+        ("encoder", cfg.widths, cfg.layers, "down"),
+        ("decoder", cfg.widths[::-1], cfg.layers + 1, "up"),
+    ):
         yield from linear(f"{half}/conv_in", f"{half}.conv_in", CONV)
         for i, width in enumerate(widths):
             for j in range(count):
                 before = widths[max(i - 1, 0)] if j == 0 else width
-                yield from resnet(f"{half}/levels/{i}/resnets/{j}", f"{half}.{way}_blocks.{i}.resnets.{j}", before, width, emb=False)
+                yield from resnet(
+                    f"{half}/levels/{i}/resnets/{j}",
+                    f"{half}.{way}_blocks.{i}.resnets.{j}",
+                    before,
+                    width,
+                    emb=False,
+                )
             if i < last:
-                yield from linear(f"{half}/levels/{i}/resample/conv", f"{half}.{way}_blocks.{i}.{way}samplers.0.conv", CONV)
+                yield from linear(
+                    f"{half}/levels/{i}/resample/conv",
+                    f"{half}.{way}_blocks.{i}.{way}samplers.0.conv",
+                    CONV,
+                )
         yield from resnet(f"{half}/mid/before", f"{half}.mid_block.resnets.0", 1, 1, emb=False)
         yield from resnet(f"{half}/mid/after", f"{half}.mid_block.resnets.1", 1, 1, emb=False)
         if cfg.attention:
-            ours, theirs = f"{half}/mid/attention", f"{half}.mid_block.attentions.0"
+            ours = f"{half}/mid/attention"
+            theirs = f"{half}.mid_block.attentions.0"
             yield from norm(f"{ours}/norm", f"{theirs}.group_norm")
             for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
                 yield from linear(f"{ours}/to_{part}", f"{theirs}.{name}")
@@ -44,8 +58,12 @@ def _rows(cfg: VAE) -> Iterator[Row]:
 
 def read(config: dict[str, Any], folder: Path) -> VAE:
     where = folder / "config.json"
-    widths, channels = setting(config, "block_out_channels", where), setting(config, "in_channels", where)
-    kinds = {"down_block_types": ["DownEncoderBlock2D"] * len(widths), "up_block_types": ["UpDecoderBlock2D"] * len(widths)}
+    widths = setting(config, "block_out_channels", where)
+    channels = setting(config, "in_channels", where)
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+    }
     fixed(config, FIXED | kinds | {"out_channels": channels}, where)
     return VAE(
         size=config.get("sample_size") or 32,
@@ -79,7 +97,8 @@ def write(cfg: VAE) -> dict[str, dict[str, Any]]:
         "use_post_quant_conv": cfg.post_quant,
         "scaling_factor": cfg.scale,
         "shift_factor": cfg.shift or None,
-        "force_upcast": True,  # a hint to pipelines in float16, where the large activations of SDXL's overflow
+        # a hint to pipelines in float16, where the large activations of SDXL's overflow
+        "force_upcast": True,
         **FIXED,
     }
     return {"config.json": config}

@@ -1,4 +1,6 @@
-"""`AutoencoderKLWan` and `AutoencoderKLQwenImage` of diffusers: the autoencoders of Wan 2.1 (also 2.2 A14B) and Qwen-Image."""
+"""`AutoencoderKLWan` and `AutoencoderKLQwenImage` of diffusers: the autoencoders of Wan 2.1 (also
+2.2 A14B) and Qwen-Image.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,13 @@ from jaxdistill.interop.tables import CONV, POINT, Family, Layout, Row, fixed, l
 from jaxdistill.models.autoencoders.vae_wan import QwenImageVAE, WanVAE
 
 FIXED = {"attn_scales": [], "dropout": 0.0}
-WAN = {"is_residual": False, "patch_size": None}  # what the autoencoder of Wan 2.2 TI2V 5B has, and ours not
-GAINS = {n: Layout(lambda w: w.reshape(-1), lambda w, n=n: w.reshape(-1, *[1] * n)) for n in (2, 3)}  # [C 1 ...] <-> [C]
+WAN = {
+    "is_residual": False,
+    "patch_size": None,
+}  # what the autoencoder of Wan 2.2 TI2V 5B has, and ours not
+GAINS = {
+    n: Layout(lambda w: w.reshape(-1), lambda w, n=n: w.reshape(-1, *[1] * n)) for n in (2, 3)
+}  # [C 1 ...] <-> [C]
 
 
 def table(cfg: WanVAE) -> tuple[Row, ...]:
@@ -23,11 +30,15 @@ def _rows(cfg: WanVAE) -> Iterator[Row]:
     last = len(cfg.multiples) - 1
     now = 1
     yield from linear("encoder/conv_in", "encoder.conv_in", CONV)
-    place = 0  # in PyTorch's encoder, the blocks and changes of resolution of all levels stand in one list
+    # in PyTorch's encoder, the blocks and changes of resolution of all levels stand in one list
+    place = 0
     for i, m in enumerate(cfg.multiples):
         for j in range(cfg.blocks):
-            yield from _block(f"encoder/levels/{i}/blocks/{j}", f"encoder.down_blocks.{place}", shortcut=now != m)
-            now, place = m, place + 1
+            yield from _block(
+                f"encoder/levels/{i}/blocks/{j}", f"encoder.down_blocks.{place}", shortcut=now != m
+            )
+            now = m
+            place = place + 1
         if i < last:
             yield from _move(f"encoder/levels/{i}", f"encoder.down_blocks.{place}", cfg.temporal[i])
             place += 1
@@ -37,10 +48,14 @@ def _rows(cfg: WanVAE) -> Iterator[Row]:
     for i, m in enumerate(cfg.multiples[::-1]):
         for j in range(cfg.blocks + 1):
             name = f"decoder.up_blocks.{i}.resnets.{j}"
-            yield from _block(f"decoder/levels/{i}/blocks/{j}", name, shortcut=now != 2 * m if j == 0 else False)
+            yield from _block(
+                f"decoder/levels/{i}/blocks/{j}", name, shortcut=now != 2 * m if j == 0 else False
+            )
         now = m
         if i < last:
-            yield from _move(f"decoder/levels/{i}", f"decoder.up_blocks.{i}.upsamplers.0", cfg.temporal[::-1][i])
+            yield from _move(
+                f"decoder/levels/{i}", f"decoder.up_blocks.{i}.upsamplers.0", cfg.temporal[::-1][i]
+            )
     yield from _ends("decoder")
     yield from linear("quant", "quant_conv", CONV)
     yield from linear("post_quant", "post_quant_conv", CONV)
@@ -64,7 +79,9 @@ def _ends(half: str) -> Iterator[Row]:
     """The middle, and what follows the last level or leads to the latents."""
     for i, ours in enumerate(("before", "after")):
         yield from _block(f"{half}/mid/{ours}", f"{half}.mid_block.resnets.{i}")
-    yield Row(f"{half}/mid/attention/norm/scale", f"{half}.mid_block.attentions.0.norm.gamma", GAINS[2])
+    yield Row(
+        f"{half}/mid/attention/norm/scale", f"{half}.mid_block.attentions.0.norm.gamma", GAINS[2]
+    )
     yield from linear(f"{half}/mid/attention/qkv", f"{half}.mid_block.attentions.0.to_qkv", POINT)
     yield from linear(f"{half}/mid/attention/proj", f"{half}.mid_block.attentions.0.proj", POINT)
     yield Row(f"{half}/norm_out/scale", f"{half}.norm_out.gamma", GAINS[3])
@@ -86,13 +103,20 @@ def _sizes(config: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def read(config: dict[str, Any], folder: Path) -> WanVAE:
-    where, channels = folder / "config.json", config.get("in_channels", 3)
+    where = folder / "config.json"
+    channels = config.get("in_channels", 3)
     fixed(config, WAN | {"out_channels": channels}, where)
-    return WanVAE(**_sizes(config, where), channels=channels, decoder_width=config.get("decoder_base_dim") or 0)
+    return WanVAE(
+        **_sizes(config, where),
+        channels=channels,
+        decoder_width=config.get("decoder_base_dim") or 0,
+    )
 
 
 def read_qwen(config: dict[str, Any], folder: Path) -> QwenImageVAE:
-    return QwenImageVAE(**_sizes(config, folder / "config.json"), channels=config.get("input_channels", 3))
+    return QwenImageVAE(
+        **_sizes(config, folder / "config.json"), channels=config.get("input_channels", 3)
+    )
 
 
 def write(cfg: WanVAE) -> dict[str, dict[str, Any]]:
@@ -108,7 +132,9 @@ def write(cfg: WanVAE) -> dict[str, dict[str, Any]]:
     }
     if isinstance(cfg, QwenImageVAE):
         if cfg.decoder_width:
-            raise Refused(f"{QWEN.name} has one width for both halves, not decoder_width={cfg.decoder_width}")
+            raise Refused(
+                f"{QWEN.name} has one width for both halves, not decoder_width={cfg.decoder_width}"
+            )
         return {"config.json": {"_class_name": QWEN.name, **config, "input_channels": cfg.channels}}
     own = {
         "decoder_base_dim": cfg.decoder_width or None,
@@ -121,5 +147,14 @@ def write(cfg: WanVAE) -> dict[str, dict[str, Any]]:
     return {"config.json": {"_class_name": FAMILY.name, **config, **own}}
 
 
-FAMILY = Family(name="AutoencoderKLWan", library="diffusers", config=WanVAE, read=read, write=write, table=table)
-QWEN = Family(name="AutoencoderKLQwenImage", library="diffusers", config=QwenImageVAE, read=read_qwen, write=write, table=table)
+FAMILY = Family(
+    name="AutoencoderKLWan", library="diffusers", config=WanVAE, read=read, write=write, table=table
+)
+QWEN = Family(
+    name="AutoencoderKLQwenImage",
+    library="diffusers",
+    config=QwenImageVAE,
+    read=read_qwen,
+    write=write,
+    table=table,
+)

@@ -28,7 +28,8 @@ SIZES = {
 
 def table(cfg: ViT) -> tuple[Row, ...]:
     base = "" if type(cfg) is ViT else "vit."
-    embed, layer = base + "embeddings.", base + "encoder.layer.{i}."
+    embed = base + "embeddings."
+    layer = base + "encoder.layer.{i}."
     rows = (
         Row("token", embed + "cls_token"),
         Row("positions", embed + "position_embeddings"),
@@ -43,7 +44,14 @@ def table(cfg: ViT) -> tuple[Row, ...]:
         *linear("blocks/down", layer + "output.dense"),
         *norm("norm", base + "layernorm"),
     )
-    return (*rows, *(linear("classifier", "classifier") if isinstance(cfg, ViTClassifier) else linear("pooler", "pooler.dense")))
+    return (
+        *rows,
+        *(
+            linear("classifier", "classifier")
+            if isinstance(cfg, ViTClassifier)
+            else linear("pooler", "pooler.dense")
+        ),
+    )
 
 
 def read(config: dict[str, Any], folder: Path, *, make: type[ViT]) -> ViT:
@@ -57,17 +65,26 @@ def read(config: dict[str, Any], folder: Path, *, make: type[ViT]) -> ViT:
         found["classes"] = len(config.get("id2label", range(2)))
     else:
         fixed(config, {"pooler_act": "tanh"}, where)
-        fixed(config, {"pooler_output_size": config.get("pooler_output_size") and found["dim"]}, where)
+        fixed(
+            config, {"pooler_output_size": config.get("pooler_output_size") and found["dim"]}, where
+        )
     lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
     return make(**found)
 
 
 def write(cfg: ViT, *, name: str) -> dict[str, dict[str, Any]]:
     """config.json; classes are called LABEL_0, LABEL_1, ..., since ours have no names."""
-    config = {"architectures": [name], "model_type": "vit", **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()}}
+    config = {
+        "architectures": [name],
+        "model_type": "vit",
+        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
+    }
     if isinstance(cfg, ViTClassifier):
         labels = [f"LABEL_{i}" for i in range(cfg.classes)]
-        config |= {"id2label": {str(i): label for i, label in enumerate(labels)}, "label2id": {label: i for i, label in enumerate(labels)}}
+        config |= {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
     return {"config.json": config}
 
 
@@ -76,11 +93,15 @@ def _family(name: str, make: type[ViT]) -> Family:
         name=name,
         library="transformers",
         config=make,
-        kinds={key: either(kind, several(kind, 2, 2)) for key, kind in (("image_size", SIDE), ("patch_size", PATCH))},
+        kinds={
+            key: either(kind, several(kind, 2, 2))
+            for key, kind in (("image_size", SIDE), ("patch_size", PATCH))
+        },
         read=functools.partial(read, make=make),
         write=functools.partial(write, name=name),
         table=table,
     )
 
 
-FAMILY, CLASSIFIER = _family("ViTModel", ViT), _family("ViTForImageClassification", ViTClassifier)
+FAMILY = _family("ViTModel", ViT)
+CLASSIFIER = _family("ViTForImageClassification", ViTClassifier)

@@ -15,24 +15,33 @@ FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
 
 
 def experts(pipeline: str | Path) -> tuple[Path, Path, float]:
-    """The two networks of a Wan 2.2 14B pipeline: (folder for t >= boundary, folder for t < boundary, boundary).
+    """The two networks of a Wan 2.2 14B pipeline: (folder for t >= boundary, folder for t <
+    boundary, boundary).
 
-    `interop.load` reads each folder. The boundary is a time of the flow, in 0..1 (0.875 for text, 0.9 for images in the
-    released pipelines). Raises Refused where the pipeline has one network only: load its `transformer` folder.
+    `interop.load` reads each folder. The boundary is a time of the flow, in 0..1 (0.875 for text,
+    0.9 for images in the
+    released pipelines). Raises Refused where the pipeline has one network only: load its
+    `transformer` folder.
     """
     index = Path(pipeline) / "model_index.json"
     config = read_json(index)
     boundary = config.get("boundary_ratio")
-    if boundary is None or not all((config.get(name) or [None])[-1] == FAMILY.name for name in ("transformer", "transformer_2")):
-        raise Refused(f"{index}: expected boundary_ratio, and a {FAMILY.name} as transformer and as transformer_2")
+    if boundary is None or not all(
+        (config.get(name) or [None])[-1] == FAMILY.name for name in ("transformer", "transformer_2")
+    ):
+        raise Refused(
+            f"{index}: expected boundary_ratio, and a {FAMILY.name} as transformer and as transformer_2"
+        )
     return index.with_name("transformer"), index.with_name("transformer_2"), float(boundary)
 
 
 def table(cfg: Wan) -> tuple[Row, ...]:
-    block, embed = "blocks.{i}.", "condition_embedder."
+    block = "blocks.{i}."
+    embed = "condition_embedder."
 
     def attention(ours: str, theirs: str) -> tuple[Row, ...]:
-        ours, theirs = f"blocks/{ours}", block + theirs
+        ours = f"blocks/{ours}"
+        theirs = block + theirs
         return (
             *linear(f"{ours}/to_q", f"{theirs}.to_q"),
             *linear(f"{ours}/to_k", f"{theirs}.to_k"),
@@ -78,14 +87,20 @@ def read(config: dict[str, Any], folder: Path) -> Wan:
     where = folder / "config.json"
     fixed(config, FIXED, where)
     get = lambda key: setting(config, key, where)
-    heads, channels, vision = get("num_attention_heads"), get("in_channels"), config.get("image_dim") or 0
-    dim, out, added = heads * get("attention_head_dim"), config.get("out_channels") or channels, config.get("added_kv_proj_dim")
+    heads = get("num_attention_heads")
+    channels = get("in_channels")
+    vision = config.get("image_dim") or 0
+    dim = heads * get("attention_head_dim")
+    out = config.get("out_channels") or channels
+    added = config.get("added_kv_proj_dim")
     if added != (dim if vision else None):
         raise Refused(
             f"{where}: added_kv_proj_dim={added} is not supported with image_dim={vision or None}, expected {dim if vision else None}"
         )
     if out > channels:
-        raise Refused(f"{where}: out_channels={out} is not supported, expected at most in_channels={channels}")
+        raise Refused(
+            f"{where}: out_channels={out} is not supported, expected at most in_channels={channels}"
+        )
     return Wan(
         patch=tuple(get("patch_size")),
         channels=out,

@@ -1,4 +1,6 @@
-"""DMD - One-step Diffusion with Distribution Matching Distillation (arXiv:2311.18828), and the gradient that others take from it."""
+"""DMD - One-step Diffusion with Distribution Matching Distillation (arXiv:2311.18828), and the
+gradient that others take from it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from jaxdistill.samplers import ode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Normalised(DiffInstruct):
-    """Diff-Instruct with DMD's gradient, which does not depend on the scale of a sample's error (eq. 8)."""
+    """Diff-Instruct with DMD's gradient, which does not depend on the scale of a sample's error
+    (eq. 8).
+    """
 
     def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
         return score.dmd_gradient(x0, real.x0, fake.x0)
@@ -26,10 +30,14 @@ class Normalised(DiffInstruct):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DMD(Normalised):
-    """Distribution matching, and regression on stored pairs of noise and the teacher's sample, by squared error: see PerceptualDMD."""
+    """Distribution matching, and regression on stored pairs of noise and the teacher's sample, by
+    squared error: see PerceptualDMD.
+    """
 
     regression_weight: float = 0.25  # the paper's, of LPIPS; 0: none
-    batches: int = 400  # of pairs, each of data.batch_size; the paper's 100k (CIFAR-10), 25k (ImageNet)
+    batches: int = (
+        400  # of pairs, each of data.batch_size; the paper's 100k (CIFAR-10), 25k (ImageNet)
+    )
     solver: str = "heun"  # euler | heun | ddim | dpmpp_2m: what makes the pairs
     solver_steps: int = 18
 
@@ -38,11 +46,19 @@ class DMD(Normalised):
 
     def pairs(self, net: Nets, ctx: Ctx) -> Batch:
         """The batch, and with it the teacher's sample of some noise under the same conditions."""
-        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
+        cond = ctx.batch.get("cond")
+        null = ctx.batch.get("null_cond")
         noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape, ctx.batch["x"].dtype)
         denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
-        x = ode.solve(self.solver, self.process, denoise, self.process.start(noise), self.solver_steps)
-        return {**ctx.batch, "pair_noise": noise, "pair_x": x, **({} if cond is None else {"pair_cond": cond})}
+        x = ode.solve(
+            self.solver, self.process, denoise, self.process.start(noise), self.solver_steps
+        )
+        return {
+            **ctx.batch,
+            "pair_noise": noise,
+            "pair_x": x,
+            **({} if cond is None else {"pair_cond": cond}),
+        }
 
     def distance(self, net: Nets, made: Array, wanted: Array) -> Array:
         """Of samples [B ...] -> [B]."""
@@ -52,17 +68,25 @@ class DMD(Normalised):
         out = super().student_loss(net, ctx)
         if not self.regression_weight:
             return out
-        noise, t = self.initial(ctx.batch["pair_noise"]), jnp.full(ctx.batch["pair_x"].shape[:1], self.student_times[0])
+        noise = self.initial(ctx.batch["pair_noise"])
+        t = jnp.full(ctx.batch["pair_x"].shape[:1], self.student_times[0])
         made = net.student(self.process.start(noise), t, ctx.batch.get("pair_cond")).x0
         regression = jnp.mean(self.distance(net, made, ctx.batch["pair_x"]))  # eq. 9
-        return Out(out.loss + self.regression_weight * regression, {**out.metrics, "regression": regression})
+        return Out(
+            out.loss + self.regression_weight * regression,
+            {**out.metrics, "regression": regression},
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerceptualDMD(DMD):
-    """The paper's regression, by LPIPS: the frozen role `perceptual` is a distance of pictures in -1..1, (a, b) -> [B]."""
+    """The paper's regression, by LPIPS: the frozen role `perceptual` is a distance of pictures in
+    -1..1, (a, b) -> [B].
+    """
 
-    preprocess: Preprocess = Preprocess(size=224)  # of both. Uncertain: the size is that of consistency models' code
+    preprocess: Preprocess = Preprocess(
+        size=224
+    )  # of both. Uncertain: the size is that of consistency models' code
 
     frozen = ("teacher", "perceptual")
 

@@ -1,4 +1,5 @@
-"""The one-step methods that Uni-Instruct (arXiv:2505.20755, table 1) is a common form of, each by the piece that makes it.
+"""The one-step methods that Uni-Instruct (arXiv:2505.20755, table 1) is a common form of, each by
+the piece that makes it.
 
 | method | gradient of the student | here |
 |---|---|---|
@@ -43,7 +44,9 @@ class FDistill(DMD2):
 
     def weigh(self, net: Nets, ctx: Ctx, xt: Array, t: Array) -> Array:
         """h(r) over its batch mean, [B]."""
-        return fdivergence.f_weight(self.divergence, self.logits(net, xt, t, ctx.batch.get("cond")), *self.ratio_range)
+        return fdivergence.f_weight(
+            self.divergence, self.logits(net, xt, t, ctx.batch.get("cond")), *self.ratio_range
+        )
 
     def match(self, net, ctx, x0):
         xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
@@ -54,7 +57,9 @@ class FDistill(DMD2):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BinnedFDistill(FDistill):
-    """As released: ratios over their running mean in the bin of their time, so that no noise level outweighs the others."""
+    """As released: ratios over their running mean in the bin of their time, so that no noise level
+    outweighs the others.
+    """
 
     ratio_range: tuple[float, float] = (0.1, 20.0)
     bins: int = 10  # equal parts of the process
@@ -65,16 +70,21 @@ class BinnedFDistill(FDistill):
 
     def means(self, logits: Array, t: Array, ctx: Ctx) -> tuple[Array, Array]:
         """(mean ratios by bin [bins], those of the samples' bins [B])."""
-        r, ends = fdivergence.f_ratio(logits, *self.ratio_range), (self.process.t_min, self.process.t_max)
+        r = fdivergence.f_ratio(logits, *self.ratio_range)
+        ends = (self.process.t_min, self.process.t_max)
         return fdivergence.binned_means(ctx.memory["ratio_means"], r, t, *ends, self.bin_rate)
 
     def weigh(self, net, ctx, xt, t):
         logits = self.logits(net, xt, t, ctx.batch.get("cond"))
-        return fdivergence.f_weight(self.divergence, logits, *self.ratio_range, scale=self.means(logits, t, ctx)[1] + 1e-6)
+        return fdivergence.f_weight(
+            self.divergence, logits, *self.ratio_range, scale=self.means(logits, t, ctx)[1] + 1e-6
+        )
 
     def student_loss(self, net, ctx):
         out = super().student_loss(net, ctx)
-        xt, t, _ = self.diffuse(self.generate(net, ctx), self.match_times, ctx, "match")  # the same draws, found equal by XLA
+        xt, t, _ = self.diffuse(
+            self.generate(net, ctx), self.match_times, ctx, "match"
+        )  # the same draws, found equal by XLA
         means, _ = self.means(self.logits(net, xt, t, ctx.batch.get("cond")), t, ctx)
         return out._replace(memory={**out.memory, "ratio_means": means})
 
@@ -86,19 +96,37 @@ class SDS(ScoreDistillation, DiffInstruct):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDS(SDS):
-    """Delta denoising: less the gradient of a reference, batch["ref"] [B ...] under its own condition batch["ref_cond"]."""
+    """Delta denoising: less the gradient of a reference, batch["ref"] [B ...] under its own
+    condition batch["ref_cond"].
+    """
 
     def match(self, net, ctx, x0):
         xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
-        ref, null = ctx.batch["ref"], ctx.batch.get("null_cond")
-        held = guided(net.teacher, self.process.add_noise(ref, eps, t), t, ctx.batch.get("ref_cond"), null, self.guidance)
+        ref = ctx.batch["ref"]
+        null = ctx.batch.get("null_cond")
+        held = guided(
+            net.teacher,
+            self.process.add_noise(ref, eps, t),
+            t,
+            ctx.batch.get("ref_cond"),
+            null,
+            self.guidance,
+        )
         own = self.direction(x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t)
-        return score.gradient_surrogate(x0, own - self.direction(ref, held, self.added(ref, eps, t), t)), xt, t
+        return (
+            score.gradient_surrogate(
+                x0, own - self.direction(ref, held, self.added(ref, eps, t), t)
+            ),
+            xt,
+            t,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RedDiff(SDS):
-    """An inverse problem: SDS as the prior, and |A(x0) - y|^2 with y = batch["measured"]; override `measure`, which is A."""
+    """An inverse problem: SDS as the prior, and |A(x0) - y|^2 with y = batch["measured"]; override
+    `measure`, which is A.
+    """
 
     fidelity_weight: float = 1.0
 
@@ -107,14 +135,21 @@ class RedDiff(SDS):
 
     def match(self, net, ctx, x0):
         prior, xt, t = super().match(net, ctx, x0)
-        return prior + self.fidelity_weight * jnp.mean((self.measure(x0) - ctx.batch["measured"]) ** 2), xt, t
+        return (
+            prior
+            + self.fidelity_weight * jnp.mean((self.measure(x0) - ctx.batch["measured"]) ** 2),
+            xt,
+            t,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiD(EDMDiffInstruct):
-    """Score identity distillation. alpha = 1/2 is the exact gradient of the Fisher divergence, halved; the paper's is 1.2.
+    """Score identity distillation. alpha = 1/2 is the exact gradient of the Fisher divergence,
+    halved; the paper's is 1.2.
 
-    The student's loss is a sum over dimensions, as in the code, the fake score's a mean where that has a sum: its Adam's eps
+    The student's loss is a sum over dimensions, as in the code, the fake score's a mean where that
+    has a sum: its Adam's eps
     (1e-8 there) is to be divided by their number.
     """
 
@@ -129,15 +164,24 @@ class SiD(EDMDiffInstruct):
 
     def match(self, net, ctx, x0):
         xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
-        return jnp.mean(self.identity(x0, self.real(net, xt, t, ctx).x0, self.fake(net, xt, t, ctx).x0)), xt, t
+        return (
+            jnp.mean(
+                self.identity(x0, self.real(net, xt, t, ctx).x0, self.fake(net, xt, t, ctx).x0)
+            ),
+            xt,
+            t,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SIM(SiD):
-    """Score implicit matching under the pseudo-Huber distance; the sampling law is held, hence no further term."""
+    """Score implicit matching under the pseudo-Huber distance; the sampling law is held, hence no
+    further term.
+    """
 
     alpha: float = dataclasses.field(default=1.0, init=False)  # not a field of this one
-    huber: float = 1e-2  # c of sqrt(|.|^2 + c^2) - c, in units of the data, times the root of the number of dimensions
+    # c of sqrt(|.|^2 + c^2) - c, in units of the data, times the root of the number of dimensions
+    huber: float = 1e-2
 
     def identity(self, x0, real, fake):
         return self.scale * score.sim_loss(x0, real, fake, self.huber * (x0[0].size ** 0.5))
@@ -145,7 +189,9 @@ class SIM(SiD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiDA(UniInstruct):
-    """Score identity with alpha, and Uni-Instruct's GAN; no ratio enters. alpha = 1 is Uni-Instruct's reverse KL."""
+    """Score identity with alpha, and Uni-Instruct's GAN; no ratio enters. alpha = 1 is
+    Uni-Instruct's reverse KL.
+    """
 
     divergence: str = dataclasses.field(default="reverse_kl", init=False)  # not a field of this one
     alpha: float = 1.2  # as SiD's; Uni-Instruct's code has 1

@@ -1,4 +1,6 @@
-"""A few-step generator cut into phases: which expert takes which steps, and which teacher judges it at which noise."""
+"""A few-step generator cut into phases: which expert takes which steps, and which teacher judges it
+at which noise.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from jaxdistill.samplers.fewstep import falling
 
 
 class Part(NamedTuple):
-    """A range low..high of noise levels, the teacher that serves it, and the fake score that a phase keeps for it."""
+    """A range low..high of noise levels, the teacher that serves it, and the fake score that a
+    phase keeps for it.
+    """
 
     fake: str
     teacher: str
@@ -34,10 +38,14 @@ class Phases:
 
     def __post_init__(self):
         if not self.sizes or min(self.sizes) < 1 or sum(self.sizes) != len(self.times):
-            raise Refused(f"method.phase_steps={self.sizes}: expected positive numbers whose sum is {len(self.times)}, the number of steps")
+            raise Refused(
+                f"method.phase_steps={self.sizes}: expected positive numbers whose sum is {len(self.times)}, the number of steps"
+            )
         for name, times in (("student_times", self.times), ("teacher_bounds", self.bounds)):
             if not falling(times, self.top):
-                raise Refused(f"method.{name}={times}: expected falling times, at most {self.top} and above 0")
+                raise Refused(
+                    f"method.{name}={times}: expected falling times, at most {self.top} and above 0"
+                )
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -55,13 +63,18 @@ class Phases:
         return last - self.sizes[k], last, (*self.times, 0.0)[last]
 
     def parts(self, k: int) -> tuple[Part, ...]:
-        """What lies above the end of phase k, noisiest first, down to the teacher that serves the phase's own last step."""
+        """What lies above the end of phase k, noisiest first, down to the teacher that serves the
+        phase's own last step.
+        """
         first, last, s = self.span(k)
         start = self.top if self.nested else self.times[first]
         own = sum(b >= (self.times[last - 1] + s) / 2 for b in self.bounds)
         edges = (self.top, *self.bounds, s)
         names = [f"fake{k}_{j}" for j in range(own + 1)] if own else [f"fake{k}"]
-        every = [Part(name, self.teachers[j], max(edges[j + 1], s), min(edges[j], start)) for j, name in enumerate(names)]
+        every = [
+            Part(name, self.teachers[j], max(edges[j + 1], s), min(edges[j], start))
+            for j, name in enumerate(names)
+        ]
         return tuple(part for part in every if part.low < part.high)
 
     def trained(self, phase: int) -> tuple[int, ...]:
@@ -72,14 +85,21 @@ class Phases:
         """Role that is in training -> teacher that it starts from."""
         made = {}
         for k in self.trained(phase):
-            made |= {self.experts[k]: self.parts(k)[-1].teacher, **{part.fake: part.teacher for part in self.parts(k)}}
+            made |= {
+                self.experts[k]: self.parts(k)[-1].teacher,
+                **{part.fake: part.teacher for part in self.parts(k)},
+            }
         return made
 
     def lengths(self, steps: int, shares: tuple[float, ...]) -> list[int]:
-        """`steps` by phase, in these shares; equal ones where there are none. Raises Refused where their number is another."""
+        """`steps` by phase, in these shares; equal ones where there are none. Raises Refused where
+        their number is another.
+        """
         shares = shares or (1.0,) * len(self.sizes)
         if len(shares) != len(self.sizes) or min(shares) <= 0:
-            raise Refused(f"method.shares={shares}: expected {len(self.sizes)} positive numbers, one for each phase")
+            raise Refused(
+                f"method.shares={shares}: expected {len(self.sizes)} positive numbers, one for each phase"
+            )
         ends = [round(steps * sum(shares[:k]) / sum(shares)) for k in range(len(shares) + 1)]
         return [b - a for a, b in zip(ends, ends[1:])]
 
@@ -91,16 +111,30 @@ class Phases:
     def generator(self, net: Nets, phases: int | None = None) -> Callable:
         """The experts of all phases, or the first ones, as one denoiser for batches of one time.
 
-        An expert that is not there yet is still its teacher. The bounds lie between steps, where rounding cannot reach them.
+        An expert that is not there yet is still its teacher. The bounds lie between steps, where
+        rounding cannot reach them.
         """
         named = enumerate(self.experts[:phases])
-        found = [getattr(net, name, None) or getattr(net, self.parts(k)[-1].teacher) for k, name in named]
-        bounds = [(self.times[self.span(k)[1] - 1] + self.times[self.span(k)[1]]) / 2 for k in range(len(found) - 1)]
+        found = [
+            getattr(net, name, None) or getattr(net, self.parts(k)[-1].teacher) for k, name in named
+        ]
+        bounds = [
+            (self.times[self.span(k)[1] - 1] + self.times[self.span(k)[1]]) / 2
+            for k in range(len(found) - 1)
+        ]
         return by_time(found, bounds, shared=True)
 
 
-def couple(decay: float, expert: str, fake: str, weights: Mapping[str, Params], step) -> dict[str, Params]:
-    """What may follow an expert's update: fake <- decay fake + (1 - decay) expert. Raises Refused where only one has adapters."""
+def couple(
+    decay: float, expert: str, fake: str, weights: Mapping[str, Params], step
+) -> dict[str, Params]:
+    """What may follow an expert's update: fake <- decay fake + (1 - decay) expert. Raises Refused
+    where only one has adapters.
+    """
     if jax.tree.structure(weights[expert]) != jax.tree.structure(weights[fake]):
-        raise Refused(f"method.coupling={decay}: expected {expert} and {fake} to have the same weights; one of them is an adapter")
-    return {fake: jax.tree.map(lambda f, g: decay * f + (1 - decay) * g, weights[fake], weights[expert])}
+        raise Refused(
+            f"method.coupling={decay}: expected {expert} and {fake} to have the same weights; one of them is an adapter"
+        )
+    return {
+        fake: jax.tree.map(lambda f, g: decay * f + (1 - decay) * g, weights[fake], weights[expert])
+    }

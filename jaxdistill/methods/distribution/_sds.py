@@ -1,4 +1,6 @@
-"""Score distillation sampling (arXiv:2209.14988): what a host of the Diff-Instruct family is without its fake score."""
+"""Score distillation sampling (arXiv:2209.14988): what a host of the Diff-Instruct family is
+without its fake score.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from jaxdistill.objectives import score
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreDistillation:
-    """The noise that was added stands for the fake score. It comes before the host among a class's bases."""
+    """The noise that was added stands for the fake score. It comes before the host among a class's
+    bases.
+    """
 
     # of the fake score, hence no fields of these; its guidance is one that they do not read
     critic_steps: int = dataclasses.field(default=1, init=False)

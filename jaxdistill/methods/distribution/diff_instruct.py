@@ -1,8 +1,10 @@
-"""Diff-Instruct - A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models (arXiv:2305.18455).
+"""Diff-Instruct - A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models
+(arXiv:2305.18455).
 
-A one-step student's samples are noised and pushed along the difference of two scores: the frozen teacher's, and that of
-a `fake` network trained online on the student's own samples. In expectation that is the gradient of the Kullback-Leibler
-divergence between the two noised laws, integrated over noise levels. All distribution-matching methods build on it.
+A one-step student's samples are noised and pushed along the difference of two scores: the frozen
+teacher's, and that of a `fake` network trained online on the student's own samples. In expectation
+that is the gradient of the Kullback-Leibler divergence between the two noised laws, integrated over
+noise levels. All distribution-matching methods build on it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class DiffInstruct(FewStep):
     # student_times: one entry, one step; more, the chain of a few-step student
     match_times: Uniform = Uniform(low=0.02, high=0.98)  # of the distribution-matching gradient
     fake_times: Uniform = Uniform()  # of the fake score's own loss
-    fake_target: str = "v"  # v | flow | vp (Stable Diffusion 2.1) | eps (Stable Diffusion) | x0 | edm (ImageNet)
+    fake_target: str = (
+        "v"  # v | flow | vp (Stable Diffusion 2.1) | eps (Stable Diffusion) | x0 | edm (ImageNet)
+    )
     fake_dropout: float = 0.0  # share of samples on which the fake score learns the null condition
     critic_steps: int = 1  # critic updates per student update
     guidance: float = 1.0  # classifier-free, of the real score
@@ -40,15 +44,24 @@ class DiffInstruct(FewStep):
     def turns(self) -> tuple[Turn, ...]:
         return (
             Turn(("fake",), self.critic_loss, gather=self.simulate),
-            Turn(("student",), self.student_loss, when=lambda step: step % self.critic_steps == 0, gather=self.simulate),
+            Turn(
+                ("student",),
+                self.student_loss,
+                when=lambda step: step % self.critic_steps == 0,
+                gather=self.simulate,
+            ),
         )
 
     def simulate(self, net: Nets, ctx: Ctx) -> Batch:
-        """Backward simulation (DMD2, section 4.5): the student's own chain up to a step that the whole batch shares."""
+        """Backward simulation (DMD2, section 4.5): the student's own chain up to a step that the
+        whole batch shares.
+        """
         noise = self.initial(jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape))
         index = jax.random.randint(ctx.key("index"), (), 0, len(self.student_times))
         denoise = lambda x, t: net.student(x, t, ctx.batch.get("cond"))
-        xt, t = simulate(self.process, denoise, noise, jnp.array(self.student_times), ctx.key("chain"), index)
+        xt, t = simulate(
+            self.process, denoise, noise, jnp.array(self.student_times), ctx.key("chain"), index
+        )
         return {**ctx.batch, "xt": xt, "t": t}
 
     def generate(self, net: Nets, ctx: Ctx) -> Array:
@@ -63,14 +76,20 @@ class DiffInstruct(FewStep):
 
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """The score to move towards."""
-        return guided(net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance)
+        return guided(
+            net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance
+        )
 
     def fake(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """The score to move away from: that of the student's own samples."""
-        return guided(net.fake, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.fake_guidance)
+        return guided(
+            net.fake, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.fake_guidance
+        )
 
     def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
-        """Gradient of the student's samples, to be descended; here w_t = (sigma / alpha)^2 (eq. 3.6)."""
+        """Gradient of the student's samples, to be descended; here w_t = (sigma / alpha)^2 (eq.
+        3.6).
+        """
         return score.diff_instruct_gradient(real.x0, fake.x0)
 
     def match(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, Array, Array]:
@@ -88,13 +107,19 @@ class DiffInstruct(FewStep):
         cond = ctx.batch.get("cond")
         if not self.fake_dropout:
             return cond
-        keep = jax.random.uniform(ctx.key("fake_drop"), ctx.batch["x"].shape[:1]) >= self.fake_dropout
+        keep = (
+            jax.random.uniform(ctx.key("fake_drop"), ctx.batch["x"].shape[:1]) >= self.fake_dropout
+        )
         return drop_condition(cond, ctx.batch.get("null_cond"), keep)
 
     def denoise(self, net: Nets, ctx: Ctx, x0: Array) -> Array:
         """The fake score's loss on the student's samples (eq. 3.7)."""
         xt, t, eps = self.diffuse(x0, self.fake_times, ctx, "fake")
-        return jnp.mean(denoising_error(self.process, net.fake(xt, t, self.fake_cond(ctx)), x0, eps, t, self.fake_target))
+        return jnp.mean(
+            denoising_error(
+                self.process, net.fake(xt, t, self.fake_cond(ctx)), x0, eps, t, self.fake_target
+            )
+        )
 
     def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
         loss = self.denoise(net, ctx, jax.lax.stop_gradient(self.generate(net, ctx)))
@@ -102,9 +127,11 @@ class DiffInstruct(FewStep):
 
 
 class FromLevel:
-    """Before a method of this family among a class's bases: a sample starts from noise of the level that the student is told.
+    """Before a method of this family among a class's bases: a sample starts from noise of the level
+    that the student is told.
 
-    That is x0 = G(sigma z, sigma), sigma that of the first student time, where EDM's process would start from sigma_max z.
+    That is x0 = G(sigma z, sigma), sigma that of the first student time, where EDM's process would
+    start from sigma_max z.
     """
 
     def initial(self, noise: Array) -> Array:
@@ -114,14 +141,18 @@ class FromLevel:
     def check_times(self) -> None:
         """Any level will do, a process's last one or none of its own."""
         if not falling(self.student_times, math.inf):
-            raise Refused(f"method.student_times={self.student_times}: expected falling times above 0")
+            raise Refused(
+                f"method.student_times={self.student_times}: expected falling times above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EDMDiffInstruct(FromLevel, DiffInstruct):
-    """As released, for EDM's networks: one law of noise levels for the gradient and the fake score, EDM's weights for the latter.
+    """As released, for EDM's networks: one law of noise levels for the gradient and the fake score,
+    EDM's weights for the latter.
 
-    Both losses are means over dimensions, the code's sums: Adam steps as the code's does where its eps (1e-8 there) is divided
+    Both losses are means over dimensions, the code's sums: Adam steps as the code's does where its
+    eps (1e-8 there) is divided
     by the number of dimensions.
     """
 

@@ -1,7 +1,10 @@
-"""Masked-token prediction, as BERT is pretrained (arXiv:1810.04805, section 3.1): what an encoder is before it is distilled.
+"""Masked-token prediction, as BERT is pretrained (arXiv:1810.04805, section 3.1): what an encoder
+is before it is distilled.
 
-Of the real tokens 15 % are to be guessed: 80 % of these are replaced by the mask token, 10 % by any token, and 10 % stay.
-Departure: one matrix (the role `head`, discarded) makes the guesses; BERT's next-sentence task is left out.
+Of the real tokens 15 % are to be guessed: 80 % of these are replaced by the mask token, 10 % by any
+token, and 10 % stay.
+Departure: one matrix (the role `head`, discarded) makes the guesses; BERT's next-sentence task is
+left out.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLM(Method):
-    """The student is an encoder (models/language/bert.py) of any kind; batches have tokens int [B T] and mask bool [B T]."""
+    """The student is an encoder (models/language/bert.py) of any kind; batches have tokens int [B
+    T] and mask bool [B T].
+    """
 
     mask_token: int
     vocab: int  # tokens that may stand in for another: 0 .. vocab - 1
@@ -31,7 +36,11 @@ class MaskedLM(Method):
     ema = ()
 
     def __post_init__(self):
-        if not 0 < self.rate <= 1 or min(self.masked, self.random) < 0 or self.masked + self.random > 1:
+        if (
+            not 0 < self.rate <= 1
+            or min(self.masked, self.random) < 0
+            or self.masked + self.random > 1
+        ):
             given = f"method.rate={self.rate}, masked={self.masked}, random={self.random}"
             raise Refused(f"{given}: expected shares, the last two at most 1 together")
 
@@ -50,6 +59,11 @@ class MaskedLM(Method):
         """(what the network is shown int [B T], which tokens it has to guess bool [B T])."""
         which, how, other = jax.random.split(key, 3)
         chosen = (jax.random.uniform(which, tokens.shape) < self.rate) & (real > 0)
-        u, drawn = jax.random.uniform(how, tokens.shape), jax.random.randint(other, tokens.shape, 0, self.vocab, tokens.dtype)
-        replaced = jnp.where(u < self.masked, self.mask_token, jnp.where(u < self.masked + self.random, drawn, tokens))
+        u = jax.random.uniform(how, tokens.shape)
+        drawn = jax.random.randint(other, tokens.shape, 0, self.vocab, tokens.dtype)
+        replaced = jnp.where(
+            u < self.masked,
+            self.mask_token,
+            jnp.where(u < self.masked + self.random, drawn, tokens),
+        )
         return jnp.where(chosen, replaced, tokens), chosen

@@ -1,11 +1,14 @@
-"""Recursive Meta-Distillation (arXiv:2601.13100): generations of students, each held to the base teacher.
+"""Recursive Meta-Distillation (arXiv:2601.13100): generations of students, each held to the base
+teacher.
 
-A generation learns from a meta-teacher: a share gamma of the base teacher, the rest of the students before it. With
-gamma > 0 its divergence from the base teacher shrinks by 1 - gamma each generation, down to a floor of what a student
-cannot fit (eps / gamma); with gamma = 0 (born-again networks) nothing pulls it back, and errors add up.
+A generation learns from a meta-teacher: a share gamma of the base teacher, the rest of the students
+before it. With gamma > 0 its divergence from the base teacher shrinks by 1 - gamma each generation,
+down to a floor of what a student cannot fit (eps / gamma); with gamma = 0 (born-again networks)
+nothing pulls it back, and errors add up.
 
-The first generation learns from the base teacher alone. The paper names axioms and no algorithm; operators, the window
-and the default gamma are those of the specification, tests of the axioms are in objectives/pooling.py.
+The first generation learns from the base teacher alone. The paper names axioms and no algorithm;
+operators, the window and the default gamma are those of the specification, tests of the axioms are
+in objectives/pooling.py.
 """
 
 from __future__ import annotations
@@ -26,11 +29,17 @@ from jaxdistill.surgery.ensemble import gather, split
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecursiveMeta(KD):
     generations: int = 5  # after the first, S_0
-    gamma: tuple[float, ...] = (0.3,)  # the base's share in each generation, the last one for all later; 0.3 to 0.5, 1: plain KD
+    gamma: tuple[float, ...] = (
+        0.3,
+    )  # the base's share in each generation, the last one for all later; 0.3 to 0.5, 1: plain KD
     pool: str = "linear"  # linear: probabilities are mixed | geometric: logits
-    history: tuple[float, ...] = (1.0,)  # weights of the last students, newest first; the window W is their number
+    history: tuple[float, ...] = (
+        1.0,
+    )  # weights of the last students, newest first; the window W is their number
     restart: bool = True  # each student from fresh weights rather than from the one before
-    teachers: tuple[float, ...] = (1.0,)  # weights of several base teachers: roles teacher, teacher1, teacher2, ...
+    teachers: tuple[float, ...] = (
+        1.0,
+    )  # weights of several base teachers: roles teacher, teacher1, teacher2, ...
     teacher_pool: str = "linear"  # how these are made one
     generation: int = 0  # which one a stage trains; set by `stages`
 
@@ -38,11 +47,16 @@ class RecursiveMeta(KD):
 
     def __post_init__(self):
         super().__post_init__()
-        lookup(POOLS, self.pool, "method.pool"), lookup(POOLS, self.teacher_pool, "method.teacher_pool")
+        (
+            lookup(POOLS, self.pool, "method.pool"),
+            lookup(POOLS, self.teacher_pool, "method.teacher_pool"),
+        )
         if not self.gamma or not all(0 <= g <= 1 for g in self.gamma):
             raise Refused(f"method.gamma={self.gamma}: expected shares from 0 to 1")
         if not self.history or min(self.history) < 0 or not self.history[0] > 0:
-            raise Refused(f"method.history={self.history}: expected weights that are not negative, the newest student's above 0")
+            raise Refused(
+                f"method.history={self.history}: expected weights that are not negative, the newest student's above 0"
+            )
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -53,10 +67,14 @@ class RecursiveMeta(KD):
         count = self.generations + 1
         lengths = [(steps + i) // count for i in reversed(range(count))]
         make = lambda g: dataclasses.replace(self, generation=g)
-        return tuple(Stage(make(g), lengths[g], surgery=self.promote if g else None) for g in range(count))
+        return tuple(
+            Stage(make(g), lengths[g], surgery=self.promote if g else None) for g in range(count)
+        )
 
     def promote(self, nets, params, batch):
-        """Surgery: the last student joins the teacher, as (base, newest, ..., oldest of the window)."""
+        """Surgery: the last student joins the teacher, as (base, newest, ..., oldest of the
+        window).
+        """
         base, *before = split(nets["teacher"], params["teacher"])
         window = [(nets["student"], params["student"]), *before][: len(self.history)]
         net, weights = gather([base, *window])
@@ -68,7 +86,8 @@ class RecursiveMeta(KD):
         """D(sg[M_g] || S), and the divergence from the base teacher itself."""
         run = lambda call: call(ctx.batch["tokens"], **context(ctx.batch))
         first, *students = run(net.teacher) if self.generation else (run(net.teacher),)
-        student, law = run(net.student), jax.nn.log_softmax
+        student = run(net.student)
+        law = jax.nn.log_softmax
         others = [run(getattr(net, role)) for role in self.frozen[1:]]
         student, first, *rest = common(student, first, *others, *students)
         others, students = rest[: len(others)], rest[len(others) :]

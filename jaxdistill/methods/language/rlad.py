@@ -1,8 +1,9 @@
 """RLAD - Reinforcement-aware knowledge distillation (arXiv:2602.22495).
 
-A KL to the teacher beside a reward pulls the student whether or not that helps. Here the teacher enters GRPO's ratio
-instead (trust-region ratio distillation, TRRD): what the student is compared to is a geometric mixture of the policy that
-wrote and the teacher, so that the advantage keeps the direction and the teacher only moves the centre of the clipping.
+A KL to the teacher beside a reward pulls the student whether or not that helps. Here the teacher
+enters GRPO's ratio instead (trust-region ratio distillation, TRRD): what the student is compared to
+is a geometric mixture of the policy that wrote and the teacher, so that the advantage keeps the
+direction and the teacher only moves the centre of the clipping.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from jaxdistill.objectives import policy
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLAD(GRPO):
-    """alpha = 1 is GRPO, alpha = 0 compares to the teacher alone, as the equations and the ablation have it (a sentence of
-    the paper says the reverse). How the clamp differentiates, the reference's weight and `updates` are not in the paper."""
+    """alpha = 1 is GRPO, alpha = 0 compares to the teacher alone, as the equations and the ablation
+    have it (a sentence of
+    the paper says the reverse). How the clamp differentiates, the reference's weight and `updates`
+    are not in the paper.
+    """
 
     alpha: float = 0.5  # exponent of the old policy in the mixture; the teacher's is 1 - alpha
     limit: Limit = 1.0  # of |log q / p|, nats; inf: no clamp, which is unstable
-    clamp: str = "literal"  # literal: no gradient through log q / p outside the limit | straight_through: as if inside
+    # literal: no gradient through log q / p outside the limit | straight_through: as if inside
+    clamp: str = "literal"
     updates: int = 4  # with 1 the old policy's part of the ratio is inert
     clip_high: float = 0.28
     kl_weight: float = 0.0  # of the KL to a reference policy
@@ -38,7 +43,9 @@ class RLAD(GRPO):
         return ("teacher", *super().frozen)
 
     def log_ratio(self, log_q: Array, batch: Batch) -> Array:
-        """alpha log q / old + (1 - alpha) clamp(log q / p): the anchor old^alpha p^(1 - alpha) is not renormalised."""
+        """alpha log q / old + (1 - alpha) clamp(log q / p): the anchor old^alpha p^(1 - alpha) is
+        not renormalised.
+        """
         to_teacher = policy.CLAMPS[self.clamp](log_q - batch["log_teacher"], self.limit)
         return self.alpha * super().log_ratio(log_q, batch) + (1 - self.alpha) * to_teacher
 

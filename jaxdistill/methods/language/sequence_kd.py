@@ -1,9 +1,11 @@
-"""Sequence-level knowledge distillation (arXiv:1606.07947): the student is trained on what the teacher writes.
+"""Sequence-level knowledge distillation (arXiv:1606.07947): the student is trained on what the
+teacher writes.
 
-Matching a teacher word by word on given text leaves out how it goes on from its own words. Here the responses of every
-batch are the teacher's, and the student learns them by cross-entropy. The paper decodes with a beam, an approximation of
-the mode; here the teacher decodes greedily (`sample_temperature` 0), or samples, which in expectation is forward KL between
-laws of whole responses.
+Matching a teacher word by word on given text leaves out how it goes on from its own words. Here the
+responses of every batch are the teacher's, and the student learns them by cross-entropy. The paper
+decodes with a beam, an approximation of the mode; here the teacher decodes greedily
+(`sample_temperature` 0), or samples, which in expectation is forward KL between laws of whole
+responses.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: next-token cross-entropy on the data's own text. It trains teachers, and it is the baseline
-that distillation has to beat.
+"""Supervised fine-tuning: next-token cross-entropy on the data's own text. It trains teachers, and
+it is the baseline that distillation has to beat.
 
 Tokens that `mask` marks as targets count alike, over the whole batch.
 """
@@ -17,7 +17,8 @@ from jaxdistill.objectives.divergence import chunked_likelihood, cross_entropy, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFT(Method):
-    chunk: int = 0  # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
+    # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
+    chunk: int = 0
 
     inits = {"student": None}
     frozen = ()
@@ -38,9 +39,15 @@ class SFT(Method):
         return Out(total, {"accuracy": right}, count=count)
 
     def each(self, net: Nets, batch: Batch) -> tuple[Array, Array, Array]:
-        """Of the token after each: -log q, whether it is the likeliest, and whether it is a target, [B T] each."""
+        """Of the token after each: -log q, whether it is the likeliest, and whether it is a target,
+        [B T] each.
+        """
         labels, mask = targets(batch)
-        out = net.student(batch["tokens"], **({"hidden_only": True} if self.chunk else {}), **context(batch))
+        out = net.student(
+            batch["tokens"], **({"hidden_only": True} if self.chunk else {}), **context(batch)
+        )
         if self.chunk:
-            return *chunked_likelihood(out, net.student(method="head"), labels, chunk=self.chunk), mask
+            return *chunked_likelihood(
+                out, net.student(method="head"), labels, chunk=self.chunk
+            ), mask
         return cross_entropy(out, labels), out.argmax(-1) == labels, mask

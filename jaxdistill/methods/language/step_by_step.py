@@ -1,7 +1,10 @@
-"""Distilling Step-by-Step (arXiv:2305.02301): a teacher's reasons are a second task, not an input and not part of the answer.
+"""Distilling Step-by-Step (arXiv:2305.02301): a teacher's reasons are a second task, not an input
+and not part of the answer.
 
-A large model, asked once, has given a rationale and a label for every input (data/rationales.py). The student learns
-both from one set of weights, told apart by a prefix: so the answer needs neither the teacher nor the rationale.
+A large model, asked once, has given a rationale and a label for every input (data/rationales.py).
+The student learns
+both from one set of weights, told apart by a prefix: so the answer needs neither the teacher nor
+the rationale.
 """
 
 from __future__ import annotations
@@ -19,10 +22,14 @@ EXPLAIN = "explain_"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepByStep(SFT):
-    """Batches: a document of each row that ends in the label (tokens, mask, ...), and one that ends in the rationale
-    (explain_tokens, explain_mask, ...). Another architecture overrides `nll`."""
+    """Batches: a document of each row that ends in the label (tokens, mask, ...), and one that ends
+    in the rationale
+    (explain_tokens, explain_mask, ...). Another architecture overrides `nll`.
+    """
 
-    alpha: float = 0.5  # weight of the label; 1 - alpha that of the rationale. The paper's lambda is (1 - alpha) / alpha
+    # weight of the label; 1 - alpha that of the rationale. The paper's lambda is (1 - alpha) /
+    # alpha
+    alpha: float = 0.5
 
     def __post_init__(self):
         super().__post_init__()
@@ -35,10 +42,15 @@ class StepByStep(SFT):
 
     def count(self, net: Nets, ctx: Ctx) -> Batch:
         """The batch with the numbers of target tokens of both tasks."""
-        return _whole.counted(ctx.batch, {"label": targets(ctx.batch)[1], "rationale": targets(explained(ctx.batch))[1]})
+        return _whole.counted(
+            ctx.batch,
+            {"label": targets(ctx.batch)[1], "rationale": targets(explained(ctx.batch))[1]},
+        )
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        """alpha L_label + (1 - alpha) L_rationale, each the mean over its own target tokens in the batch."""
+        """alpha L_label + (1 - alpha) L_rationale, each the mean over its own target tokens in the
+        batch.
+        """
         label = _whole.mean(ctx.batch, "label", *self.nll(net, ctx.batch))
         rationale = _whole.mean(ctx.batch, "rationale", *self.nll(net, explained(ctx.batch)))
         loss = self.alpha * label + (1 - self.alpha) * rationale

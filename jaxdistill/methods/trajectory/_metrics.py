@@ -1,4 +1,6 @@
-"""Consistency distillation and training (arXiv:2303.01469) by the paper's other distances, LPIPS and squared error."""
+"""Consistency distillation and training (arXiv:2303.01469) by the paper's other distances, LPIPS
+and squared error.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,15 @@ class Squared:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perceptual:
-    """LPIPS, the paper's best: the frozen role `perceptual` is a distance of pictures in -1..1, (a, b) -> [B], through which the
-    gradient flows to the student's. It comes before the method among a class's bases."""
+    """LPIPS, the paper's best: the frozen role `perceptual` is a distance of pictures in -1..1, (a,
+    b) -> [B], through which the
+    gradient flows to the student's. It comes before the method among a class's bases.
+    """
 
     huber: float = dataclasses.field(default=0.0, init=False)  # not a field of these
-    preprocess: Preprocess = Preprocess(size=224, filter="linear")  # of both; the code's below 256 pixels, where it has none
+    preprocess: Preprocess = Preprocess(
+        size=224, filter="linear"
+    )  # of both; the code's below 256 pixels, where it has none
 
     def distance(self, net: Nets, made: Array, held: Array) -> Array:
         return net.perceptual(self.preprocess(made), self.preprocess(held))

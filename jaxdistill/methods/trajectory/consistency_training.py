@@ -1,8 +1,9 @@
-"""Consistency training without a teacher, improved: iCT (arXiv:2310.14189) and ECT (arXiv:2406.14548).
+"""Consistency training without a teacher, improved: iCT (arXiv:2310.14189) and ECT
+(arXiv:2406.14548).
 
-Both drop the averaged target network and weigh a pair of times by 1 / (t - r). iCT trains from scratch on a grid that
-doubles; ECT tunes a pretrained diffusion network, letting r grow from the data towards t. Networks here have no dropout,
-which both papers share between the two points.
+Both drop the averaged target network and weigh a pair of times by 1 / (t - r). iCT trains from
+scratch on a grid that doubles; ECT tunes a pretrained diffusion network, letting r grow from the
+data towards t. Networks here have no dropout, which both papers share between the two points.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class ICT(GrowingGrid):
     count = staticmethod(consistency.ict_levels)
 
     def logits(self, levels):
-        return jnp.log(consistency.ict_probs(jnp.exp(-self.process.lam(levels)), self.mean, self.std))
+        return jnp.log(
+            consistency.ict_probs(jnp.exp(-self.process.lam(levels)), self.mean, self.std)
+        )
 
     def weight(self, t, r):
         return 1 / (t - r)
@@ -37,7 +40,9 @@ class ICT(GrowingGrid):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ECT(DiscreteConsistency):
-    """r = t max(0, 1 - n(t) / q^(stage + 1)) grows with the stages; at r = 0 it is diffusion training."""
+    """r = t max(0, 1 - n(t) / q^(stage + 1)) grows with the stages; at r = 0 it is diffusion
+    training.
+    """
 
     times: Uniform = LogNormalSNR(mean=-1.1, std=2.0)
     stage_steps: int = 50_000  # steps between stages

@@ -1,7 +1,9 @@
-"""Flow matching and diffusion training (arXiv:2210.02747; EDM, arXiv:2206.00364; VP, arXiv:2006.11239): the teacher.
+"""Flow matching and diffusion training (arXiv:2210.02747; EDM, arXiv:2206.00364; VP,
+arXiv:2006.11239): the teacher.
 
-A network is regressed on the velocity of straight paths from data to noise. With another process, law of times and
-target it is EDM or DDPM training. The label is dropped now and then, so that guidance has an unconditional branch.
+A network is regressed on the velocity of straight paths from data to noise. With another process,
+law of times and target it is EDM or DDPM training. The label is dropped now and then, so that
+guidance has an unconditional branch.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class FlowMatching(Method):
         return (Turn(("student",), self.loss),)
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        x0, n = ctx.batch["x"], ctx.batch["x"].shape[0]
+        x0 = ctx.batch["x"]
+        n = ctx.batch["x"].shape[0]
         t = self.times.draw(self.process, ctx.key("t"), n)
         eps = jax.random.normal(ctx.key("eps"), x0.shape)
         keep = jax.random.uniform(ctx.key("drop"), (n,)) >= self.label_dropout

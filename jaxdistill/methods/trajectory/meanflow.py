@@ -1,8 +1,11 @@
-"""MeanFlow (arXiv:2505.13447): a network u(x_t, r, t) of the average velocity from r to t, which one step integrates.
+"""MeanFlow (arXiv:2505.13447): a network u(x_t, r, t) of the average velocity from r to t, which
+one step integrates.
 
-(t - r) u = int_r^t v dtau, differentiated along the path, gives the identity u = v - (t - r) du/dt, whose right side is
-the target: one JVP, no integral, no curriculum. With r = t it is flow matching, which most of the batch trains. The
-velocity v is that of the data's own straight path, that with guidance folded in, or a teacher's.
+(t - r) u = int_r^t v dtau, differentiated along the path, gives the identity u = v - (t - r) du/dt,
+whose right side is
+the target: one JVP, no integral, no curriculum. With r = t it is flow matching, which most of the
+batch trains. The velocity v is that of the data's own straight path, that with guidance folded in,
+or a teacher's.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from jaxdistill.samplers.fewstep import jump
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AverageVelocity(Method):
-    """What all average-velocity students share. The student's model needs second_time=True, and this process as its own."""
+    """What all average-velocity students share. The student's model needs second_time=True, and
+    this process as its own.
+    """
 
     process: Process = Flow()
 
@@ -46,12 +51,17 @@ class AverageVelocity(Method):
         return self.process.grid(1)[:1]
 
     def exported(self, net, params):
-        """A DiT for one step from pure noise, its second time folded in; other networks as they are."""
+        """A DiT for one step from pure noise, its second time folded in; other networks as they
+        are.
+        """
         if not getattr(net.config, "second_time", False) or not isinstance(net.config, DiT):
             return net, params
         fed = {}  # the times as the module is fed them
         net.wrap(lambda x, t, cond, *, r: (fed.update(t=t[0], r=r[0]), x)[1])(
-            jnp.zeros((1, 1)), jnp.full(1, self.process.t_max), None, r=jnp.full(1, self.process.t_min)
+            jnp.zeros((1, 1)),
+            jnp.full(1, self.process.t_max),
+            None,
+            r=jnp.full(1, self.process.t_min),
         )
         return fold_gap(net, params, **fed)
 
@@ -69,15 +79,21 @@ class MeanFlow(AverageVelocity):
     def interval(self, ctx: Ctx, n: int) -> tuple[Array, Array]:
         """(t, r) [n] with r <= t; r = t for a fixed part of the batch."""
         a, b = (self.times.draw(self.process, ctx.key(name), n) for name in ("t", "r"))
-        t, r = jnp.maximum(a, b), jnp.minimum(a, b)
+        t = jnp.maximum(a, b)
+        r = jnp.minimum(a, b)
         return t, jnp.where(jnp.arange(n) < round(self.flow_share * n), t, r)
 
-    def velocity(self, net: Nets, ctx: Ctx, xt: Array, t: Array, v: Array) -> tuple[Array, Array | None]:
-        """(velocity at x_t, the condition that it belongs to), from the velocity `v` of the sample's own path."""
+    def velocity(
+        self, net: Nets, ctx: Ctx, xt: Array, t: Array, v: Array
+    ) -> tuple[Array, Array | None]:
+        """(velocity at x_t, the condition that it belongs to), from the velocity `v` of the
+        sample's own path.
+        """
         return v, ctx.batch.get("cond")
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        x0, n = ctx.batch["x"], ctx.batch["x"].shape[0]
+        x0 = ctx.batch["x"]
+        n = ctx.batch["x"].shape[0]
         t, r = self.interval(ctx, n)
         eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
         xt = self.process.add_noise(x0, eps, t)
@@ -97,25 +113,33 @@ class MeanFlow(AverageVelocity):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidedMeanFlow(MeanFlow):
-    """Training from data with classifier-free guidance folded into the velocity (section 4.2): one evaluation a step.
+    """Training from data with classifier-free guidance folded into the velocity (section 4.2): one
+    evaluation a step.
 
-    v becomes omega v + (1 - omega - kappa) u(x, t, t | null) + kappa u(x, t, t | cond): effective scale omega / (1 - kappa).
+    v becomes omega v + (1 - omega - kappa) u(x, t, t | null) + kappa u(x, t, t | cond): effective
+    scale omega / (1 - kappa).
     """
 
     omega: float = 1.0  # the paper's 0.2 (XL/2), 1.0 (B/2)
     kappa: float = 0.5  # 0.92, 0.5
-    guidance_times: tuple[float, float] = (0.0, 1.0)  # where it applies; the paper's (0, 0.75) for XL/2
+    guidance_times: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # where it applies; the paper's (0, 0.75) for XL/2
     label_dropout: float = 0.1  # share of samples trained on the null condition, without guidance
 
     def velocity(self, net, ctx, xt, t, v):
         dropped = jnp.sum(jax.random.uniform(ctx.key("drop"), t.shape) < self.label_dropout)
         keep = jnp.arange(len(t)) >= dropped  # the first rows, where r = t, as in the code
-        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
+        cond = ctx.batch.get("cond")
+        null = ctx.batch.get("null_cond")
         at = lambda c: net.student(xt, t, c, r=t).v
         mixed = self.omega * v + (1 - self.omega - self.kappa) * at(null) + self.kappa * at(cond)
         low, high = self.guidance_times
         guide = keep & (t >= low) & (t <= high)
-        return jax.lax.stop_gradient(jnp.where(expand(guide, v), mixed, v)), drop_condition(cond, null, keep)
+        return jax.lax.stop_gradient(jnp.where(expand(guide, v), mixed, v)), drop_condition(
+            cond, null, keep
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,5 +152,6 @@ class MeanFlowDistillation(MeanFlow):
     frozen = ("teacher",)
 
     def velocity(self, net, ctx, xt, t, v):
-        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
+        cond = ctx.batch.get("cond")
+        null = ctx.batch.get("null_cond")
         return guided(net.teacher, xt, t, cond, null, self.guidance).v, cond

@@ -1,8 +1,10 @@
-"""Rectified flow (arXiv:2209.03003): a flow retrained on its own pairs of noise and sample, whose paths get straighter.
+"""Rectified flow (arXiv:2209.03003): a flow retrained on its own pairs of noise and sample, whose
+paths get straighter.
 
-The teacher's ODE carries noise to samples; these pairs are stored, and the student is regressed on the straight lines
-between them. Each further round takes its pairs from the last student. The law of the samples stays, and a straight
-flow needs one step. InstaFlow (arXiv:2309.06380) then distils: the same pairs, at t = 1 alone.
+The teacher's ODE carries noise to samples; these pairs are stored, and the student is regressed on
+the straight lines between them. Each further round takes its pairs from the last student. The law
+of the samples stays, and a straight flow needs one step. InstaFlow (arXiv:2309.06380) then distils:
+the same pairs, at t = 1 alone.
 """
 
 from __future__ import annotations
@@ -40,19 +42,28 @@ class Reflow(Method):
     def stages(self, steps):
         """One for each round, equally long."""
         lengths = [(steps + i) // self.rounds for i in reversed(range(self.rounds))]
-        make = lambda i: functools.partial(self.pairs, *(("student", 1.0) if i else ("teacher", self.guidance)))
-        return tuple(Stage(self, length, collect=Collect(make(i), self.batches)) for i, length in enumerate(lengths))
+        make = lambda i: functools.partial(
+            self.pairs, *(("student", 1.0) if i else ("teacher", self.guidance))
+        )
+        return tuple(
+            Stage(self, length, collect=Collect(make(i), self.batches))
+            for i, length in enumerate(lengths)
+        )
 
     def pairs(self, role: str, guidance: float, net: Nets, ctx: Ctx) -> Batch:
         """The batch with its noise, and the sample that the network called `role` makes of it."""
-        cond, null = ctx.batch.get("cond"), ctx.batch.get("null_cond")
+        cond = ctx.batch.get("cond")
+        null = ctx.batch.get("null_cond")
         noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape, ctx.batch["x"].dtype)
         denoise = lambda x, t: guided(getattr(net, role), x, t, cond, null, guidance)
-        x = ode.solve(self.solver, self.process, denoise, self.process.start(noise), self.solver_steps)
+        x = ode.solve(
+            self.solver, self.process, denoise, self.process.start(noise), self.solver_steps
+        )
         return {**ctx.batch, "noise": noise, "x": x}
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        x0, eps = ctx.batch["x"], ctx.batch["noise"]
+        x0 = ctx.batch["x"]
+        eps = ctx.batch["noise"]
         t = self.times.draw(self.process, ctx.key("t"), x0.shape[0])
         pred = net.student(self.process.add_noise(x0, eps, t), t, ctx.batch.get("cond"))
         return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v")))  # eq. 1
@@ -61,11 +72,20 @@ class Reflow(Method):
         return ode.chain_times("euler", self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
-        return ode.solve("euler", self.process, lambda x, t: net(x, t, cond), self.process.start(noise), steps, key)
+        return ode.solve(
+            "euler",
+            self.process,
+            lambda x, t: net(x, t, cond),
+            self.process.start(noise),
+            steps,
+            key,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distil(Reflow):
-    """One-step distillation of a straightened flow (section 2.2): t is 1, where the velocity's error is the sample's."""
+    """One-step distillation of a straightened flow (section 2.2): t is 1, where the velocity's
+    error is the sample's.
+    """
 
     times: Uniform = Uniform(low=1.0)

@@ -1,8 +1,10 @@
 """sCM - Simplified, stabilised and scaled continuous-time consistency models (arXiv:2410.11081).
 
-The consistency function f(x, t) = cos t x - sin t sigma_d F(x, t) is constant along the probability-flow ODE, so its
-total derivative, one JVP, is the error: F is pushed along the tangent g = cos t df/dt, normalised, and warmed up from
-plain velocity regression. Any network serves: F = velocity / sigma_d of its prediction, read in the trigonometric process.
+The consistency function f(x, t) = cos t x - sin t sigma_d F(x, t) is constant along the
+probability-flow ODE, so its
+total derivative, one JVP, is the error: F is pushed along the tangent g = cos t df/dt, normalised,
+and warmed up from plain velocity regression. Any network serves: F = velocity / sigma_d of its
+prediction, read in the trigonometric process.
 """
 
 from __future__ import annotations
@@ -29,9 +31,14 @@ class SCT(FewStep):
 
     process: Trig = Trig(sigma_data=0.5)
     times: Uniform = LogNormalSNR(mean=-1.0, std=1.4)  # of sigma_d tan t
-    tangent_warmup: Natural = 10_000  # steps over which the tangent's second part grows to its full weight
+    tangent_warmup: Natural = (
+        10_000  # steps over which the tangent's second part grows to its full weight
+    )
     tangent_c: float = 0.1  # in g / (rms(g) + c)
-    student_times: tuple[float, ...] = (math.pi / 2, 1.1)  # that samples are made at, as many as steps are asked for
+    student_times: tuple[float, ...] = (
+        math.pi / 2,
+        1.1,
+    )  # that samples are made at, as many as steps are asked for
     derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)
 
     inits = {"student": None, "weight": None}
@@ -40,7 +47,9 @@ class SCT(FewStep):
     def __post_init__(self):
         super().__post_init__()
         if self.tangent_warmup < 1:
-            raise Refused(f"method.tangent_warmup={self.tangent_warmup}: expected a positive integer")
+            raise Refused(
+                f"method.tangent_warmup={self.tangent_warmup}: expected a positive integer"
+            )
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -51,17 +60,22 @@ class SCT(FewStep):
         return v
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        x0, cond = ctx.batch["x"], ctx.batch.get("cond")
+        x0 = ctx.batch["x"]
+        cond = ctx.batch.get("cond")
         t = self.times.draw(self.process, ctx.key("t"), x0.shape[0])
         eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
         xt = self.process.add_noise(x0, eps, t)
         v = self.velocity(net, ctx, xt, t, self.process.velocity(x0, eps, t))
 
-        sd, warm = self.process.sigma_data, jnp.minimum(1.0, ctx.step / self.tangent_warmup)
-        cos, sin = jnp.cos(expand(t, xt)), jnp.sin(expand(t, xt))
+        sd = self.process.sigma_data
+        warm = jnp.minimum(1.0, ctx.step / self.tangent_warmup)
+        cos = jnp.cos(expand(t, xt))
+        sin = jnp.sin(expand(t, xt))
         student = lambda x, t: net.student(x, t, cond).v / sd
         derivative = lookup(DERIVATIVES, self.derivative, "derivative")
-        f, df = derivative(student, (xt, t), (cos * sin * v, jnp.cos(t) * jnp.sin(t)))  # df = cos t sin t dF/dt
+        f, df = derivative(
+            student, (xt, t), (cos * sin * v, jnp.cos(t) * jnp.sin(t))
+        )  # df = cos t sin t dF/dt
         g = -(cos**2) * (sd * f - v) - warm * (cos * sin * xt + sd * df)  # algorithm 1
         g = consistency.normalise_tangent(g, self.tangent_c)
 
@@ -81,4 +95,6 @@ class SCM(SCT):
     frozen = ("teacher",)
 
     def velocity(self, net, ctx, xt, t, v):
-        return guided(net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance).v
+        return guided(
+            net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance
+        ).v

@@ -1,10 +1,13 @@
-"""TwinFlow - Realizing One-step Generation on Large Models with Self-adversarial Flows (arXiv:2512.05150).
+"""TwinFlow - Realizing One-step Generation on Large Models with Self-adversarial Flows
+(arXiv:2512.05150).
 
-Times are extended to [-1, 1]: what the network says at t < 0 is the velocity of a twin flow that ends in its own one-step
-samples, so that one set of weights holds generator, real score and fake score. One-step samples are pushed along the
-difference of the two velocities, which is the gradient of distribution matching. RCGM (rcgm.py) trains the real branch.
+Times are extended to [-1, 1]: what the network says at t < 0 is the velocity of a twin flow that
+ends in its own one-step samples, so that one set of weights holds generator, real score and fake
+score. One-step samples are pushed along the difference of the two velocities, which is the gradient
+of distribution matching. RCGM (rcgm.py) trains the real branch.
 
-A quarter of the rows trains the twin, and the one-step rows carry the push. Departures: RCGM's; rows dealt in turn, not in blocks.
+A quarter of the rows trains the twin, and the one-step rows carry the push. Departures: RCGM's;
+rows dealt in turn, not in blocks.
 """
 
 from __future__ import annotations
@@ -25,9 +28,16 @@ from jaxdistill.objectives.consistency import clip_tangent
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwinFlow(RCGM):
-    """From scratch or from flow-matching weights (the student's `init`), with an averaged F^-: kappa between 0 and 1."""
+    """From scratch or from flow-matching weights (the student's `init`), with an averaged F^-:
+    kappa between 0 and 1.
+    """
 
-    rows: tuple[str, ...] = ("e2e", "mul", "any", "adv")  # equal shares; the paper's lambda, near 1/3, is that of e2e and adv
+    rows: tuple[str, ...] = (
+        "e2e",
+        "mul",
+        "any",
+        "adv",
+    )  # equal shares; the paper's lambda, near 1/3, is that of e2e and adv
     rectify_weight: float = 0.5  # of the push; the paper's .5, .75 for OpenUni
     rectify_clip: Limit = 1.0  # of every component of the push
 
@@ -52,7 +62,9 @@ class TwinFlow(RCGM):
         return self.distance(F, self.process.velocity(x_f, eps, t))
 
     def push(self, net: Nets, x_f: Array, cond, ctx: Ctx) -> Array:
-        """dv, the real velocity minus the twin's at noised own samples: live weights, without gradient."""
+        """dv, the real velocity minus the twin's at noised own samples: live weights, without
+        gradient.
+        """
         t = self.times.draw(self.process, ctx.key("push_t"), x_f.shape[0])
         eps = jax.random.normal(ctx.key("push_eps"), x_f.shape, x_f.dtype)
         xt = self.process.add_noise(jax.lax.stop_gradient(x_f), eps, t)
@@ -60,24 +72,35 @@ class TwinFlow(RCGM):
         return jax.lax.stop_gradient(at(t) - at(-t))
 
     def rectify(self, F: Array, dv: Array) -> Array:
-        """L_rectify of F = F(z, 1, 0), [B]. F enters the sample with the sign -1, hence the score's direction is -dv."""
+        """L_rectify of F = F(z, 1, 0), [B]. F enters the sample with the sign -1, hence the score's
+        direction is -dv.
+        """
         return self.distance(F, jax.lax.stop_gradient(F + clip_tangent(dv, self.rectify_clip)))
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        x, kind = ctx.batch["x"], self.layout(ctx.batch["x"].shape[0])
+        x = ctx.batch["x"]
+        kind = self.layout(ctx.batch["x"].shape[0])
         t, r = self.interval(ctx, len(kind))
         eps = jax.random.normal(ctx.key("eps"), x.shape, x.dtype)
-        real, adv = np.flatnonzero(kind != "adv"), np.flatnonzero(kind == "adv")
+        real = np.flatnonzero(kind != "adv")
+        adv = np.flatnonzero(kind == "adv")
         take = lambda rows: jax.tree.map(lambda v: v[rows], dict(ctx.batch))
         error, F, _ = self.base(net, self.data(net, take(real), ctx), eps[real], t[real], r[real])
-        loss, metrics = jnp.sum(error) / len(kind), {"base": jnp.mean(error)}
+        loss = jnp.sum(error) / len(kind)
+        metrics = {"base": jnp.mean(error)}
         if len(adv):
             batch = take(adv)
-            error = self.twin(net, self.own(net, batch, ctx.key("own")), batch.get("cond"), eps[adv], t[adv])
-            loss, metrics["twin"] = loss + jnp.sum(error) / len(kind), jnp.mean(error)
+            error = self.twin(
+                net, self.own(net, batch, ctx.key("own")), batch.get("cond"), eps[adv], t[adv]
+            )
+            loss = loss + jnp.sum(error) / len(kind)
+            metrics["twin"] = jnp.mean(error)
         if self.rectify_weight and "e2e" in self.rows:
-            rows, F = np.flatnonzero(kind == "e2e"), F[np.flatnonzero(kind[real] == "e2e")]
-            dv = self.push(net, eps[rows] - F, take(rows).get("cond"), ctx)  # at t = 1 the state is its noise
+            rows = np.flatnonzero(kind == "e2e")
+            F = F[np.flatnonzero(kind[real] == "e2e")]
+            dv = self.push(
+                net, eps[rows] - F, take(rows).get("cond"), ctx
+            )  # at t = 1 the state is its noise
             loss = loss + self.rectify_weight * jnp.mean(self.rectify(F, dv))
             metrics["push"] = jnp.mean(jnp.abs(dv))  # falls as the two flows meet
         return Out(loss, metrics)
@@ -85,8 +108,11 @@ class TwinFlow(RCGM):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullTwinFlow(TwinFlow):
-    """The tutorial: every term on every row, of squared errors and weight 1, the push unclipped, the twin on the base's noise
-    and times, another row's condition as the null. A gradient that is not finite stops the run, where the tutorial's is 0."""
+    """The tutorial: every term on every row, of squared errors and weight 1, the push unclipped,
+    the twin on the base's noise
+    and times, another row's condition as the null. A gradient that is not finite stops the run,
+    where the tutorial's is 0.
+    """
 
     rows: tuple[str, ...] = ("any",)
     barron_alpha: float = 2.0
@@ -98,23 +124,35 @@ class FullTwinFlow(TwinFlow):
         return jnp.ones_like(t)
 
     def loss(self, net, ctx):
-        n, cond = ctx.batch["x"].shape[0], ctx.batch.get("cond")
-        batch = {**ctx.batch, "null_cond": jax.tree.map(lambda c: jax.random.permutation(ctx.key("null"), c), cond)}
+        n = ctx.batch["x"].shape[0]
+        cond = ctx.batch.get("cond")
+        batch = {
+            **ctx.batch,
+            "null_cond": jax.tree.map(lambda c: jax.random.permutation(ctx.key("null"), c), cond),
+        }
         t, r = self.interval(ctx, n)
         eps = jax.random.normal(ctx.key("eps"), batch["x"].shape, batch["x"].dtype)
         base, _, v = self.base(net, batch, eps, t, r)
-        flow = self.distance(net.student(self.process.add_noise(batch["x"], eps, t), t, cond, r=t).v, jax.lax.stop_gradient(v))
+        flow = self.distance(
+            net.student(self.process.add_noise(batch["x"], eps, t), t, cond, r=t).v,
+            jax.lax.stop_gradient(v),
+        )
         F = self.one_step(net, eps, cond)
         whole = self.distance(F, self.consistent(net, batch, F, eps, v, jnp.ones(n), jnp.zeros(n)))
         x_f = jax.lax.stop_gradient(eps - F)
-        twin, dv = self.twin(net, x_f, cond, eps, t), self.push(net, x_f, cond, ctx)
+        twin = self.twin(net, x_f, cond, eps, t)
+        dv = self.push(net, x_f, cond, ctx)
         loss = jnp.mean(base + flow + whole + twin + self.rectify_weight * self.rectify(F, dv))
-        return Out(loss, {"base": jnp.mean(base), "twin": jnp.mean(twin), "push": jnp.mean(jnp.abs(dv))})
+        return Out(
+            loss, {"base": jnp.mean(base), "twin": jnp.mean(twin), "push": jnp.mean(jnp.abs(dv))}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TunedTwinFlow(TwinFlow):
-    """The student starts from a frozen base, as adapters on it where memory is short (Qwen-Image, with `target="student"`)."""
+    """The student starts from a frozen base, as adapters on it where memory is short (Qwen-Image,
+    with `target="student"`).
+    """
 
     inits = {"student": "teacher"}
     frozen = ("teacher",)

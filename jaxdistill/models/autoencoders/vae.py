@@ -1,7 +1,8 @@
-"""The image autoencoder of latent diffusion (arXiv:2112.10752) with the weights of diffusers' `AutoencoderKL`.
+"""The image autoencoder of latent diffusion (arXiv:2112.10752) with the weights of diffusers'
+`AutoencoderKL`.
 
-ResNet levels on the way down to latents of a diagonal Gaussian, ResNet levels on the way up, each with a middle of one
-attention head over all pixels.
+ResNet levels on the way down to latents of a diagonal Gaussian, ResNet levels on the way up, each
+with a middle of one attention head over all pixels.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from jaxdistill.models.layers import as_program, attention, conv, dense, group_n
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAE:
-    """Sizes. Defaults are a toy's. Stable Diffusion 1 and 2: size 512, latents 4, widths 128 256 512 512, groups 32, scale
-    0.18215; SDXL: size 1024, scale 0.13025; Stable Diffusion 3 and FLUX.1: latents 16, scale 1.5305 and 0.3611, shift
-    0.0609 and 0.1159, quant False."""
+    """Sizes. Defaults are a toy's. Stable Diffusion 1 and 2: size 512, latents 4, widths 128 256
+    512 512, groups 32, scale
+    0.18215; SDXL: size 1024, scale 0.13025; Stable Diffusion 3 and FLUX.1: latents 16, scale 1.5305
+    and 0.3611, shift
+    0.0609 and 0.1159, quant False.
+    """
 
     size: int = 16  # images are [size, size, channels] in training; others work
     channels: int = 3
@@ -54,7 +58,9 @@ class PixelAttention(nnx.Module):
     def __init__(self, cfg: VAE, dim: int, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
         self.norm = group_norm(dim, cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
-        self.to_q, self.to_k, self.to_v = (dense(dim, dim, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3))
+        self.to_q, self.to_k, self.to_v = (
+            dense(dim, dim, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3)
+        )
         self.to_out = dense(dim, dim, ("heads", "embed"), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
@@ -65,9 +71,13 @@ class PixelAttention(nnx.Module):
 class Level(nnx.Module):
     """`count` ResNet blocks from i to o channels, then a change of resolution."""
 
-    def __init__(self, cfg: VAE, i: int, o: int, count: int, resample: nnx.Module | None, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: VAE, i: int, o: int, count: int, resample: nnx.Module | None, rngs: nnx.Rngs
+    ):
         self.remat = cfg.remat
-        make = lambda i: ResBlock(i, o, groups=cfg.groups, eps=1e-6, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+        make = lambda i: ResBlock(
+            i, o, groups=cfg.groups, eps=1e-6, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
+        )
         self.resnets = nnx.List([make(i if j == 0 else o) for j in range(count)])
         if resample:
             self.resample = resample
@@ -80,26 +90,37 @@ class Level(nnx.Module):
 
 class Middle(nnx.Module):
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
-        self.remat, dim = cfg.remat, cfg.widths[-1]
-        make = lambda: ResBlock(dim, dim, groups=cfg.groups, eps=1e-6, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
-        self.before, self.after = make(), make()
+        self.remat = cfg.remat
+        dim = cfg.widths[-1]
+        make = lambda: ResBlock(
+            dim, dim, groups=cfg.groups, eps=1e-6, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
+        )
+        self.before = make()
+        self.after = make()
         if cfg.attention:
             self.attention = PixelAttention(cfg, dim, rngs)
 
     def __call__(self, x: Array) -> Array:
         x = as_program(self.before, self.remat)(x)
-        return as_program(self.after, self.remat)(self.attention(x) if hasattr(self, "attention") else x)
+        return as_program(self.after, self.remat)(
+            self.attention(x) if hasattr(self, "attention") else x
+        )
 
 
 class Encoder(nnx.Module):
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
-        w, dtype = cfg.widths, jnp.dtype(cfg.dtype)
+        w = cfg.widths
+        dtype = jnp.dtype(cfg.dtype)
         shrink = lambda i: Down(w[i], low=0, rngs=rngs, dtype=dtype) if i < len(w) - 1 else None
         self.conv_in = conv(cfg.channels, w[0], (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
-        self.levels = nnx.List([Level(cfg, w[max(i - 1, 0)], w[i], cfg.layers, shrink(i), rngs) for i in range(len(w))])
+        self.levels = nnx.List(
+            [Level(cfg, w[max(i - 1, 0)], w[i], cfg.layers, shrink(i), rngs) for i in range(len(w))]
+        )
         self.mid = Middle(cfg, rngs)
         self.norm_out = group_norm(w[-1], cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
-        self.conv_out = conv(w[-1], 2 * cfg.latents, (3, 3), ("embed", None), rngs=rngs, dtype=dtype)
+        self.conv_out = conv(
+            w[-1], 2 * cfg.latents, (3, 3), ("embed", None), rngs=rngs, dtype=dtype
+        )
 
     def __call__(self, x: Array) -> Array:
         x = constrain(self.conv_in(x), "batch", None, None, None)
@@ -110,11 +131,17 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
-        w, dtype = cfg.widths[::-1], jnp.dtype(cfg.dtype)
+        w = cfg.widths[::-1]
+        dtype = jnp.dtype(cfg.dtype)
         grow = lambda i: Up(w[i], rngs=rngs, dtype=dtype) if i < len(w) - 1 else None
         self.conv_in = conv(cfg.latents, w[0], (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
         self.mid = Middle(cfg, rngs)
-        self.levels = nnx.List([Level(cfg, w[max(i - 1, 0)], w[i], cfg.layers + 1, grow(i), rngs) for i in range(len(w))])
+        self.levels = nnx.List(
+            [
+                Level(cfg, w[max(i - 1, 0)], w[i], cfg.layers + 1, grow(i), rngs)
+                for i in range(len(w))
+            ]
+        )
         self.norm_out = group_norm(w[-1], cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
         self.conv_out = conv(w[-1], cfg.channels, (3, 3), ("embed", None), rngs=rngs, dtype=dtype)
 
@@ -127,8 +154,10 @@ class Decoder(nnx.Module):
 
 class VAEModule(nnx.Module):
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-        self.encoder, self.decoder = Encoder(cfg, rngs), Decoder(cfg, rngs)
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.encoder = Encoder(cfg, rngs)
+        self.decoder = Decoder(cfg, rngs)
         point = lambda n: conv(n, n, (1, 1), (None, None), rngs=rngs, dtype=self.dtype)
         if cfg.quant:
             self.quant = point(2 * cfg.latents)
@@ -140,7 +169,9 @@ class VAEModule(nnx.Module):
         return self.decode(self.encode(x)[0]).astype(x.dtype)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Images [B H W C] in -1 to 1 -> mean and standard deviation of z, each [B h w latents], float32."""
+        """Images [B H W C] in -1 to 1 -> mean and standard deviation of z, each [B h w latents],
+        float32.
+        """
         h = self.encoder(x.astype(self.dtype))
         h = self.quant(h) if self.cfg.quant else h
         mean, log_var = jnp.split(h.astype(jnp.float32), 2, -1)

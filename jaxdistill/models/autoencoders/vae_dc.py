@@ -1,9 +1,10 @@
-"""The deep-compression autoencoder (DC-AE, arXiv:2410.10733) of SANA (arXiv:2410.10629), with the weights of diffusers'
-`AutoencoderDC`.
+"""The deep-compression autoencoder (DC-AE, arXiv:2410.10733) of SANA (arXiv:2410.10629), with the
+weights of diffusers' `AutoencoderDC`.
 
-Residual convolution blocks at the high resolutions, EfficientViT blocks (linear attention at several scales, then a gated
-convolution, arXiv:2205.14756) at the low ones. Every change of resolution learns the difference to a shortcut without weights
-that moves pixels to channels and averages, or duplicates channels and moves them to pixels. The code is deterministic.
+Residual convolution blocks at the high resolutions, EfficientViT blocks (linear attention at
+several scales, then a gated convolution, arXiv:2205.14756) at the low ones. Every change of
+resolution learns the difference to a shortcut without weights that moves pixels to channels and
+averages, or duplicates channels and moves them to pixels. The code is deterministic.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from jaxdistill.models.layers import ACTIVATIONS, ZEROS, GatedConv, as_program, 
 EPS = 1e-5  # of every norm
 EXPAND = 4  # hidden channels of a gated convolution, in widths
 ACTS = {name: ACTIVATIONS[name] for name in ("gelu", "relu", "silu")}  # diffusers' names
-SHRINKS, GROWS = ("conv", "pixel_unshuffle"), ("interpolate", "pixel_shuffle")
+SHRINKS = ("conv", "pixel_unshuffle")
+GROWS = ("interpolate", "pixel_shuffle")
 
 
 class LevelSizes(NamedTuple):
@@ -40,24 +42,42 @@ class LevelSizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DCAE:
-    """Sizes. Defaults are a toy's. SANA's f32c32: latents 32, head_dim 32, widths 128 256 512 512 1024 1024 and attention in
-    the last three levels with scales (5,) in both halves, encoder_layers 2 2 2 3 3 3, decoder_layers 3 in each level,
-    decoder_acts silu; the rest as here. Tuples give the levels from the pixels on; resolution halves from each to the next."""
+    """Sizes. Defaults are a toy's. SANA's f32c32: latents 32, head_dim 32, widths 128 256 512 512
+    1024 1024 and attention in
+    the last three levels with scales (5,) in both halves, encoder_layers 2 2 2 3 3 3,
+    decoder_layers 3 in each level,
+    decoder_acts silu; the rest as here. Tuples give the levels from the pixels on; resolution
+    halves from each to the next.
+    """
 
     channels: int = 3
     latents: int = 4  # channels of z, at 1 / 2^(levels - 1) of the resolution
     head_dim: int = 8  # channels of an attention head
     encoder_widths: tuple[int, ...] = (8, 16)  # channels
-    encoder_layers: tuple[int, ...] = (1, 1)  # blocks; 0, of the first level only: pixels go to the second level at once
-    encoder_attention: tuple[bool, ...] = (False, True)  # EfficientViT blocks, else residual convolution blocks
-    encoder_scales: tuple[tuple[int, ...], ...] = ((), (5,))  # attention adds queries, keys and values of neighbourhoods this wide
+    encoder_layers: tuple[int, ...] = (
+        1,
+        1,
+    )  # blocks; 0, of the first level only: pixels go to the second level at once
+    encoder_attention: tuple[bool, ...] = (
+        False,
+        True,
+    )  # EfficientViT blocks, else residual convolution blocks
+    encoder_scales: tuple[tuple[int, ...], ...] = (
+        (),
+        (5,),
+    )  # attention adds queries, keys and values of neighbourhoods this wide
     decoder_widths: tuple[int, ...] = (8, 16)
     decoder_layers: tuple[int, ...] = (1, 1)
     decoder_attention: tuple[bool, ...] = (False, True)
     decoder_scales: tuple[tuple[int, ...], ...] = ((), (5,))
-    decoder_acts: tuple[str, ...] = ("silu", "silu")  # gelu | relu | silu, of convolution blocks; the encoder's have silu
+    decoder_acts: tuple[str, ...] = (
+        "silu",
+        "silu",
+    )  # gelu | relu | silu, of convolution blocks; the encoder's have silu
     shrink: str = "conv"  # of stride 2 | pixel_unshuffle after the convolution
-    grow: str = "interpolate"  # to the nearest pixel before the convolution | pixel_shuffle after it
+    grow: str = (
+        "interpolate"  # to the nearest pixel before the convolution | pixel_shuffle after it
+    )
     shortcut_out: bool = True  # averages of the encoder's last channels are added to z
     shortcut_in: bool = True  # duplicates of z's channels are added to the decoder's first
     act_out: str = "relu"  # before the decoder's last convolution
@@ -78,13 +98,20 @@ class DCAE:
         return DCAEModule(self, rngs)
 
     def levels(self, half: str) -> list[LevelSizes]:
-        """The levels of "encoder" or "decoder", from the pixels on. Raises Refused where their numbers differ."""
+        """The levels of "encoder" or "decoder", from the pixels on. Raises Refused where their
+        numbers differ.
+        """
         count = len(self.encoder_widths)
-        given = {name: getattr(self, f"{half}_{name}") for name in ("widths", "layers", "attention", "scales")}
+        given = {
+            name: getattr(self, f"{half}_{name}")
+            for name in ("widths", "layers", "attention", "scales")
+        }
         given["acts"] = self.decoder_acts if half == "decoder" else ("silu",) * count
         for name, levels in given.items():
             if len(levels) != count:
-                raise Refused(f"model: {half}_{name}={levels}, expected one for each of the {count} levels of encoder_widths")
+                raise Refused(
+                    f"model: {half}_{name}={levels}, expected one for each of the {count} levels of encoder_widths"
+                )
         return [LevelSizes(*level) for level in zip(*given.values())]
 
 
@@ -93,7 +120,8 @@ class Norm(nnx.Module):
 
     def __init__(self, dim: int, rngs: nnx.Rngs):
         make = lambda init: nnx.Param(nnx.with_partitioning(init, (None,))(rngs.params(), (dim,)))
-        self.scale, self.bias = make(nnx.initializers.ones_init()), make(ZEROS)
+        self.scale = make(nnx.initializers.ones_init())
+        self.bias = make(ZEROS)
 
     def __call__(self, x: Array) -> Array:
         h = x.astype(jnp.float32)
@@ -111,47 +139,71 @@ class ResBlock(nnx.Module):
         self.norm = Norm(dim, rngs)
 
     def __call__(self, x: Array) -> Array:
-        return constrain(x + self.norm(self.conv2(self.act(self.conv1(x)))), "batch", None, None, None)
+        return constrain(
+            x + self.norm(self.conv2(self.act(self.conv1(x)))), "batch", None, None, None
+        )
 
 
 def quadratic_attention(q: Array, k: Array, v: Array) -> Array:
-    """`linear_attention` through all scores, in O(N^2 K), in v's dtype but for the float32 division."""
+    """`linear_attention` through all scores, in O(N^2 K), in v's dtype but for the float32
+    division.
+    """
     scores = jnp.einsum("btgk,bsgk->bgts", q, k, preferred_element_type=jnp.float32)
     scores = scores / (scores.sum(-1, keepdims=True) + TINY)
     return jnp.einsum("bgts,bsgd->btgd", scores.astype(v.dtype), v)
 
 
 class Scale(nnx.Module):
-    """Queries, keys and values [B H W 3D] of neighbourhoods: a depthwise convolution, then a matrix for each K channels."""
+    """Queries, keys and values [B H W 3D] of neighbourhoods: a depthwise convolution, then a matrix
+    for each K channels.
+    """
 
     def __init__(self, dim: int, head_dim: int, size: int, rngs: nnx.Rngs, dtype):
         if size % 2 == 0:
             raise Refused(f"model: attention scale {size}, expected an odd number of pixels")
         matrices = nnx.initializers.lecun_normal(batch_axis=0)
-        self.depth = conv(3 * dim, 3 * dim, (size, size), (None, "heads"), rngs=rngs, groups=3 * dim, bias=False, dtype=dtype)
+        self.depth = conv(
+            3 * dim,
+            3 * dim,
+            (size, size),
+            (None, "heads"),
+            rngs=rngs,
+            groups=3 * dim,
+            bias=False,
+            dtype=dtype,
+        )
         self.point = nnx.Param(
-            nnx.with_partitioning(matrices, ("heads", None, None))(rngs.params(), (3 * dim // head_dim, head_dim, head_dim))
+            nnx.with_partitioning(matrices, ("heads", None, None))(
+                rngs.params(), (3 * dim // head_dim, head_dim, head_dim)
+            )
         )
 
     def __call__(self, qkv: Array) -> Array:
         x = self.depth(qkv)
         groups = x.reshape(*x.shape[:-1], *self.point.shape[:2])
-        return jnp.einsum("bhwgi,gio->bhwgo", groups, self.point[...].astype(x.dtype)).reshape(x.shape)
+        return jnp.einsum("bhwgi,gio->bhwgo", groups, self.point[...].astype(x.dtype)).reshape(
+            x.shape
+        )
 
 
 class Attention(nnx.Module):
-    """ReLU attention over all pixels, at the scale of a pixel and those of `sizes`, as a residual branch of [B H W C].
+    """ReLU attention over all pixels, at the scale of a pixel and those of `sizes`, as a residual
+    branch of [B H W C].
 
-    As released, the channels of to_q, to_k and to_v and then of every scale stand in one row that is cut into heads of K
+    As released, the channels of to_q, to_k and to_v and then of every scale stand in one row that
+    is cut into heads of K
     queries, K keys and K values: what `to_q` makes becomes keys and values of some heads too.
     """
 
     def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
         inner = dim // head_dim * head_dim
         if not inner:
-            raise Refused(f"model: width {dim} of a level with attention, expected at least head_dim={head_dim}")
+            raise Refused(
+                f"model: width {dim} of a level with attention, expected at least head_dim={head_dim}"
+            )
         make = lambda i, o, names: dense(i, o, names, rngs=rngs, bias=False, dtype=dtype)
-        self.head_dim, self.norm_out = head_dim, Norm(dim, rngs)
+        self.head_dim = head_dim
+        self.norm_out = Norm(dim, rngs)
         self.to_q, self.to_k, self.to_v = (make(dim, inner, ("embed", "heads")) for _ in range(3))
         self.scales = nnx.List([Scale(inner, head_dim, size, rngs, dtype) for size in sizes])
         self.to_out = make(inner * (1 + len(sizes)), dim, ("heads", "embed"))
@@ -159,8 +211,12 @@ class Attention(nnx.Module):
     def __call__(self, x: Array) -> Array:
         qkv = jnp.concatenate([self.to_q(x), self.to_k(x), self.to_v(x)], -1)
         qkv = jnp.concatenate([qkv, *(scale(qkv) for scale in self.scales)], -1)
-        q, k, v = jnp.split(rearrange(qkv, "b h w (g c) -> b (h w) g c", c=3 * self.head_dim), 3, -1)
-        attend = linear_attention if x.shape[1] * x.shape[2] > self.head_dim else quadratic_attention
+        q, k, v = jnp.split(
+            rearrange(qkv, "b h w (g c) -> b (h w) g c", c=3 * self.head_dim), 3, -1
+        )
+        attend = (
+            linear_attention if x.shape[1] * x.shape[2] > self.head_dim else quadratic_attention
+        )
         out = attend(nnx.relu(q), nnx.relu(k), v).astype(x.dtype)
         return x + self.norm_out(self.to_out(out.reshape(*x.shape[:-1], -1)))
 
@@ -180,7 +236,8 @@ class EfficientViTBlock(nnx.Module):
     """Attention over all pixels, then a gated convolution."""
 
     def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
-        self.attention, self.gated = Attention(dim, head_dim, sizes, rngs, dtype), GatedBranch(dim, rngs, dtype)
+        self.attention = Attention(dim, head_dim, sizes, rngs, dtype)
+        self.gated = GatedBranch(dim, rngs, dtype)
 
     def __call__(self, x: Array) -> Array:
         return self.gated(self.attention(x))
@@ -212,16 +269,28 @@ def divides(small: int, large: int, what: str) -> None:
 
 
 class Down(nnx.Module):
-    """[B 2H 2W i] -> [B H W o]: a 3x3 convolution, and averages of the pixels if there is a shortcut."""
+    """[B 2H 2W i] -> [B H W o]: a 3x3 convolution, and averages of the pixels if there is a
+    shortcut.
+    """
 
     def __init__(self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True):
-        self.out, self.shortcut, self.unshuffle = o, shortcut, cfg.shrink == "pixel_unshuffle"
+        self.out = o
+        self.shortcut = shortcut
+        self.unshuffle = cfg.shrink == "pixel_unshuffle"
         if shortcut:
             divides(o, 4 * i, "averages on the way down")
         if self.unshuffle:
             divides(4, o, "pixel_unshuffle")
         size, stride = (o // 4, 1) if self.unshuffle else (o, 2)
-        self.conv = conv(i, size, (3, 3), rngs=rngs, strides=stride, padding=[(1, 1)] * 2, dtype=jnp.dtype(cfg.dtype))
+        self.conv = conv(
+            i,
+            size,
+            (3, 3),
+            rngs=rngs,
+            strides=stride,
+            padding=[(1, 1)] * 2,
+            dtype=jnp.dtype(cfg.dtype),
+        )
 
     def __call__(self, x: Array) -> Array:
         h = pixels_to_channels(self.conv(x)) if self.unshuffle else self.conv(x)
@@ -229,24 +298,37 @@ class Down(nnx.Module):
 
 
 class Up(nnx.Module):
-    """[B H W i] -> [B 2H 2W o]: a 3x3 convolution, and duplicates of the channels if there is a shortcut."""
+    """[B H W i] -> [B 2H 2W o]: a 3x3 convolution, and duplicates of the channels if there is a
+    shortcut.
+    """
 
     def __init__(self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True):
-        self.out, self.shortcut, self.shuffle = o, shortcut, cfg.grow == "pixel_shuffle"
+        self.out = o
+        self.shortcut = shortcut
+        self.shuffle = cfg.grow == "pixel_shuffle"
         if shortcut:
             divides(i, 4 * o, "duplicates on the way up")
-        self.conv = conv(i, 4 * o if self.shuffle else o, (3, 3), rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+        self.conv = conv(
+            i, 4 * o if self.shuffle else o, (3, 3), rngs=rngs, dtype=jnp.dtype(cfg.dtype)
+        )
 
     def __call__(self, x: Array) -> Array:
-        h = channels_to_pixels(self.conv(x)) if self.shuffle else self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+        h = (
+            channels_to_pixels(self.conv(x))
+            if self.shuffle
+            else self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+        )
         return h + channels_to_pixels(duplicate(x, 4 * self.out)) if self.shortcut else h
 
 
 class Level(nnx.Module):
-    """Blocks of one width, and what leads to the next level of the encoder or from it in the decoder."""
+    """Blocks of one width, and what leads to the next level of the encoder or from it in the
+    decoder.
+    """
 
     def __init__(self, cfg: DCAE, sizes: LevelSizes, resample: Down | Up | None, rngs: nnx.Rngs):
-        self.remat, dtype = cfg.remat, jnp.dtype(cfg.dtype)
+        self.remat = cfg.remat
+        dtype = jnp.dtype(cfg.dtype)
         if sizes.attention:
             make = lambda: EfficientViTBlock(sizes.width, cfg.head_dim, sizes.scales, rngs, dtype)
         else:
@@ -262,22 +344,38 @@ class Level(nnx.Module):
 
 
 def first(levels: list[LevelSizes]) -> LevelSizes:
-    """The level of highest resolution that has blocks. Raises Refused where it is not the first or the second."""
+    """The level of highest resolution that has blocks. Raises Refused where it is not the first or
+    the second.
+    """
     if not all(level.layers for level in levels[1:]) or not (levels[0].layers or levels[1:]):
-        raise Refused(f"model: layers={tuple(level.layers for level in levels)}: only the first of several levels may be empty")
+        raise Refused(
+            f"model: layers={tuple(level.layers for level in levels)}: only the first of several levels may be empty"
+        )
     return levels[0] if levels[0].layers else levels[1]
 
 
 class Encoder(nnx.Module):
     def __init__(self, cfg: DCAE, rngs: nnx.Rngs):
-        levels, dtype = cfg.levels("encoder"), jnp.dtype(cfg.dtype)
-        self.cfg, start, last = cfg, first(levels), levels[-1].width
+        levels = cfg.levels("encoder")
+        dtype = jnp.dtype(cfg.dtype)
+        self.cfg = cfg
+        start = first(levels)
+        last = levels[-1].width
         if levels[0].layers:
-            self.conv_in = conv(cfg.channels, start.width, (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
+            self.conv_in = conv(
+                cfg.channels, start.width, (3, 3), (None, "embed"), rngs=rngs, dtype=dtype
+            )
         else:
             self.conv_in = Down(cfg, cfg.channels, start.width, rngs, shortcut=False)
-        down = lambda one, after: Down(cfg, one.width, after.width, rngs) if after and one.layers else None
-        self.levels = nnx.List([Level(cfg, one, down(one, after), rngs) for one, after in zip(levels, [*levels[1:], None])])
+        down = lambda one, after: (
+            Down(cfg, one.width, after.width, rngs) if after and one.layers else None
+        )
+        self.levels = nnx.List(
+            [
+                Level(cfg, one, down(one, after), rngs)
+                for one, after in zip(levels, [*levels[1:], None])
+            ]
+        )
         self.conv_out = conv(last, cfg.latents, (3, 3), ("embed", None), rngs=rngs, dtype=dtype)
         if cfg.shortcut_out:
             divides(cfg.latents, last, "averages for z")
@@ -287,21 +385,38 @@ class Encoder(nnx.Module):
         for level in self.levels:
             x = level(x)
             x = level.resample(x) if hasattr(level, "resample") else x
-        return self.conv_out(x) + average(x, self.cfg.latents) if self.cfg.shortcut_out else self.conv_out(x)
+        return (
+            self.conv_out(x) + average(x, self.cfg.latents)
+            if self.cfg.shortcut_out
+            else self.conv_out(x)
+        )
 
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: DCAE, rngs: nnx.Rngs):
-        levels, dtype = cfg.levels("decoder"), jnp.dtype(cfg.dtype)
-        self.cfg, start, last = cfg, first(levels), levels[-1].width
+        levels = cfg.levels("decoder")
+        dtype = jnp.dtype(cfg.dtype)
+        self.cfg = cfg
+        start = first(levels)
+        last = levels[-1].width
         self.conv_in = conv(cfg.latents, last, (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
         if cfg.shortcut_in:
             divides(cfg.latents, last, "duplicates of z")
-        up = lambda one, before: Up(cfg, before.width, one.width, rngs) if before and one.layers else None
-        self.levels = nnx.List([Level(cfg, one, up(one, before), rngs) for one, before in zip(levels, [*levels[1:], None])])
-        self.norm_out, self.act = Norm(start.width, rngs), lookup(ACTS, cfg.act_out, "model: act_out")
+        up = lambda one, before: (
+            Up(cfg, before.width, one.width, rngs) if before and one.layers else None
+        )
+        self.levels = nnx.List(
+            [
+                Level(cfg, one, up(one, before), rngs)
+                for one, before in zip(levels, [*levels[1:], None])
+            ]
+        )
+        self.norm_out = Norm(start.width, rngs)
+        self.act = lookup(ACTS, cfg.act_out, "model: act_out")
         if levels[0].layers:
-            self.conv_out = conv(start.width, cfg.channels, (3, 3), ("embed", None), rngs=rngs, dtype=dtype)
+            self.conv_out = conv(
+                start.width, cfg.channels, (3, 3), ("embed", None), rngs=rngs, dtype=dtype
+            )
         else:
             self.conv_out = Up(cfg, start.width, cfg.channels, rngs, shortcut=False)
 
@@ -318,16 +433,20 @@ class DCAEModule(nnx.Module):
     def __init__(self, cfg: DCAE, rngs: nnx.Rngs):
         for name, known in (("shrink", SHRINKS), ("grow", GROWS)):
             lookup(dict.fromkeys(known), getattr(cfg, name), f"model: {name}")
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-        self.encoder, self.decoder = Encoder(cfg, rngs), Decoder(cfg, rngs)
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.encoder = Encoder(cfg, rngs)
+        self.decoder = Decoder(cfg, rngs)
 
     def __call__(self, x: Array) -> Array:
         """The reconstruction of x [B H W C]."""
         return self.decode(self.encode(x)[0]).astype(x.dtype)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Images [B H W C] in -1 to 1 -> z and, as other autoencoders have one, its standard deviation, which is 0; each
-        [B h w latents], float32. Raises Refused where the resolution does not divide."""
+        """Images [B H W C] in -1 to 1 -> z and, as other autoencoders have one, its standard
+        deviation, which is 0; each
+        [B h w latents], float32. Raises Refused where the resolution does not divide.
+        """
         pixels = 2 ** (len(self.cfg.encoder_widths) - 1)
         if any(n % pixels for n in x.shape[1:3]):
             raise Refused(f"x {list(x.shape)}: height and width must be multiples of {pixels}")

@@ -1,8 +1,9 @@
-"""The video autoencoder of Wan 2.1 (arXiv:2503.20314), and Qwen-Image's fine-tuned from it, with the weights of diffusers'
-`AutoencoderKLWan` and `AutoencoderKLQwenImage`.
+"""The video autoencoder of Wan 2.1 (arXiv:2503.20314), and Qwen-Image's fine-tuned from it, with
+the weights of diffusers' `AutoencoderKLWan` and `AutoencoderKLQwenImage`.
 
-Every convolution along time looks back only, and the first frame has a latent of its own, so that pictures are videos of one
-frame. A clip is encoded and decoded at once; PyTorch goes through it piece by piece with caches, to the same result.
+Every convolution along time looks back only, and the first frame has a latent of its own, so that
+pictures are videos of one frame. A clip is encoded and decoded at once; PyTorch goes through it
+piece by piece with caches, to the same result.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ EPS = 1e-24  # of the norms, which divide by the norm itself unless it is 0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanVAE:
-    """Sizes. Defaults are a toy's. Wan 2.1 (also 2.2 A14B) and Qwen-Image: width 96, multiples 1 2 4 4, blocks 2, temporal False
-    True True, latents 16, with the mean and std of their config.json."""
+    """Sizes. Defaults are a toy's. Wan 2.1 (also 2.2 A14B) and Qwen-Image: width 96, multiples 1 2
+    4 4, blocks 2, temporal False
+    True True, latents 16, with the mean and std of their config.json.
+    """
 
     channels: int = 3
     latents: int = 4  # channels of z, at 1 / 2^(levels - 1) of the resolution
@@ -34,7 +37,9 @@ class WanVAE:
     decoder_width: int = 0  # 0: as the encoder's
     multiples: tuple[int, ...] = (1, 2)  # of width: channels of the levels
     blocks: Depth = 1  # residual blocks of a level of the encoder; one more in the decoder
-    temporal: tuple[bool, ...] = (True,)  # which changes of resolution, from the pixels on, change the number of frames too
+    temporal: tuple[bool, ...] = (
+        True,
+    )  # which changes of resolution, from the pixels on, change the number of frames too
     mean: tuple[float, ...] = (0.0,) * 4  # denoisers work on (z - mean) / std
     std: tuple[float, ...] = (1.0,) * 4
     dtype: Dtype = "float32"  # arithmetic; weights are float32
@@ -55,19 +60,35 @@ class QwenImageVAE(WanVAE):
 
 
 class Causal(nnx.Conv):
-    """A convolution of [B T H W C] that sees no later frame: k - 1 empty frames before the first, none after the last."""
+    """A convolution of [B T H W C] that sees no later frame: k - 1 empty frames before the first,
+    none after the last.
+    """
 
     def __call__(self, x: Array) -> Array:
         kernel, bias = (w.astype(self.dtype) for w in (self.kernel[...], self.bias[...]))
         kernel = kernel[-1:] if x.shape[1] == 1 else kernel  # of empty frames nothing comes
         pads = [(kernel.shape[0] - 1, 0), *((n // 2, n // 2) for n in kernel.shape[1:3])]
         return (
-            jax.lax.conv_general_dilated(x.astype(self.dtype), kernel, (1, 1, 1), pads, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+            jax.lax.conv_general_dilated(
+                x.astype(self.dtype),
+                kernel,
+                (1, 1, 1),
+                pads,
+                dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            )
             + bias
         )
 
 
-def causal(i: int, o: int, rngs: nnx.Rngs, dtype, *, size: tuple[int, int, int] = (3, 3, 3), names=("embed", "mlp")) -> Causal:
+def causal(
+    i: int,
+    o: int,
+    rngs: nnx.Rngs,
+    dtype,
+    *,
+    size: tuple[int, int, int] = (3, 3, 3),
+    names=("embed", "mlp"),
+) -> Causal:
     return conv(i, o, size, names, rngs=rngs, dtype=dtype, kind=Causal)
 
 
@@ -76,13 +97,21 @@ class ResBlock(nnx.Module):
 
     def __init__(self, i: int, o: int, rngs: nnx.Rngs, dtype):
         self.norm1, self.norm2 = (rms_norm(n, rngs=rngs, eps=EPS, dtype=dtype) for n in (i, o))
-        self.conv1, self.conv2 = causal(i, o, rngs, dtype), causal(o, o, rngs, dtype, names=("mlp", "embed"))
+        self.conv1 = causal(i, o, rngs, dtype)
+        self.conv2 = causal(o, o, rngs, dtype, names=("mlp", "embed"))
         if i != o:
             self.shortcut = causal(i, o, rngs, dtype, size=(1, 1, 1))
 
     def __call__(self, x: Array) -> Array:
         h = self.conv2(nnx.silu(self.norm2(self.conv1(nnx.silu(self.norm1(x))))))
-        return constrain((self.shortcut(x) if hasattr(self, "shortcut") else x) + h, "batch", None, None, None, None)
+        return constrain(
+            (self.shortcut(x) if hasattr(self, "shortcut") else x) + h,
+            "batch",
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class PixelAttention(nnx.Module):
@@ -94,7 +123,9 @@ class PixelAttention(nnx.Module):
         self.proj = dense(dim, dim, ("heads", "embed"), rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Array) -> Array:
-        q, k, v = jnp.split(rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c"), 3, -1)
+        q, k, v = jnp.split(
+            rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c"), 3, -1
+        )
         return x + self.proj(attention(q, k, v)).reshape(x.shape)
 
 
@@ -105,9 +136,20 @@ class Middle(nnx.Module):
 
 
 class Level(nnx.Module):
-    """Residual blocks from i to o channels, then a change of resolution, with `time` of the frames' number too."""
+    """Residual blocks from i to o channels, then a change of resolution, with `time` of the frames'
+    number too.
+    """
 
-    def __init__(self, i: int, o: int, count: int, resample: Down | Up | None, time: nnx.Conv | None, rngs: nnx.Rngs, dtype):
+    def __init__(
+        self,
+        i: int,
+        o: int,
+        count: int,
+        resample: Down | Up | None,
+        time: nnx.Conv | None,
+        rngs: nnx.Rngs,
+        dtype,
+    ):
         self.blocks = nnx.List([ResBlock(i if j == 0 else o, o, rngs, dtype) for j in range(count)])
         if resample is not None:
             self.resample = resample
@@ -115,28 +157,56 @@ class Level(nnx.Module):
             self.time = time
 
     def move(self, x: Array) -> Array:
-        """x [B T H W C] at half or twice the resolution. 1 + 2 n frames become 1 + n on the way down, and n of the 1 + n frames
-        two each on the way up: the first stays alone."""
-        spatial = lambda x: rearrange(self.resample(rearrange(x, "b t h w c -> (b t) h w c")), "(b t) h w c -> b t h w c", b=x.shape[0])
-        temporal, several = hasattr(self, "time"), x.shape[1] > 1
+        """x [B T H W C] at half or twice the resolution. 1 + 2 n frames become 1 + n on the way
+        down, and n of the 1 + n frames
+        two each on the way up: the first stays alone.
+        """
+        spatial = lambda x: rearrange(
+            self.resample(rearrange(x, "b t h w c -> (b t) h w c")),
+            "(b t) h w c -> b t h w c",
+            b=x.shape[0],
+        )
+        temporal = hasattr(self, "time")
+        several = x.shape[1] > 1
         if isinstance(self.resample, Down):
             x = spatial(x)
             return jnp.concatenate([x[:, :1], self.time(x)], 1) if temporal and several else x
         if temporal and several:  # the first frame is not seen by those after it
-            x = jnp.concatenate([x[:, :1], rearrange(self.time(x[:, 1:]), "b t h w (s c) -> b (t s) h w c", s=2)], 1)
+            x = jnp.concatenate(
+                [x[:, :1], rearrange(self.time(x[:, 1:]), "b t h w (s c) -> b (t s) h w c", s=2)], 1
+            )
         return spatial(x)
 
 
 class Encoder(nnx.Module):
     def __init__(self, cfg: WanVAE, rngs: nnx.Rngs):
-        w, last, dtype = [cfg.width * m for m in (1, *cfg.multiples)], len(cfg.multiples) - 1, jnp.dtype(cfg.dtype)
-        self.remat, self.conv_in = cfg.remat, causal(cfg.channels, w[0], rngs, dtype, names=(None, "embed"))
+        w = [cfg.width * m for m in (1, *cfg.multiples)]
+        last = len(cfg.multiples) - 1
+        dtype = jnp.dtype(cfg.dtype)
+        self.remat = cfg.remat
+        self.conv_in = causal(cfg.channels, w[0], rngs, dtype, names=(None, "embed"))
         levels = []
         for i in range(last + 1):
-            o, moves = w[i + 1], i < last
-            time = conv(o, o, (3, 1, 1), rngs=rngs, strides=(2, 1, 1), padding="VALID", dtype=dtype) if moves and cfg.temporal[i] else None
-            levels.append(Level(w[i], o, cfg.blocks, Down(o, low=0, rngs=rngs, dtype=dtype) if moves else None, time, rngs, dtype))
-        self.levels, self.mid = nnx.List(levels), Middle(w[-1], rngs, dtype)
+            o = w[i + 1]
+            moves = i < last
+            time = (
+                conv(o, o, (3, 1, 1), rngs=rngs, strides=(2, 1, 1), padding="VALID", dtype=dtype)
+                if moves and cfg.temporal[i]
+                else None
+            )
+            levels.append(
+                Level(
+                    w[i],
+                    o,
+                    cfg.blocks,
+                    Down(o, low=0, rngs=rngs, dtype=dtype) if moves else None,
+                    time,
+                    rngs,
+                    dtype,
+                )
+            )
+        self.levels = nnx.List(levels)
+        self.mid = Middle(w[-1], rngs, dtype)
         self.norm_out = rms_norm(w[-1], rngs=rngs, eps=EPS, dtype=dtype)
         self.conv_out = causal(w[-1], 2 * cfg.latents, rngs, dtype, names=("embed", None))
 
@@ -147,15 +217,22 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, cfg: WanVAE, rngs: nnx.Rngs):
-        width, last, dtype = cfg.decoder_width or cfg.width, len(cfg.multiples) - 1, jnp.dtype(cfg.dtype)
-        w, temporal = [width * m for m in cfg.multiples[::-1]], cfg.temporal[::-1]
-        self.remat, self.conv_in = cfg.remat, causal(cfg.latents, w[0], rngs, dtype, names=(None, "embed"))
-        self.mid, levels = Middle(w[0], rngs, dtype), []
+        width = cfg.decoder_width or cfg.width
+        last = len(cfg.multiples) - 1
+        dtype = jnp.dtype(cfg.dtype)
+        w = [width * m for m in cfg.multiples[::-1]]
+        temporal = cfg.temporal[::-1]
+        self.remat = cfg.remat
+        self.conv_in = causal(cfg.latents, w[0], rngs, dtype, names=(None, "embed"))
+        self.mid = Middle(w[0], rngs, dtype)
+        levels = []
         for i, o in enumerate(w):
             moves = i < last  # to half of the channels
             time = causal(o, 2 * o, rngs, dtype, size=(3, 1, 1)) if moves and temporal[i] else None
             resample = Up(o, o // 2, rngs=rngs, dtype=dtype) if moves else None
-            levels.append(Level(w[i - 1] // 2 if i else w[0], o, cfg.blocks + 1, resample, time, rngs, dtype))
+            levels.append(
+                Level(w[i - 1] // 2 if i else w[0], o, cfg.blocks + 1, resample, time, rngs, dtype)
+            )
         self.levels = nnx.List(levels)
         self.norm_out = rms_norm(w[-1], rngs=rngs, eps=EPS, dtype=dtype)
         self.conv_out = causal(w[-1], cfg.channels, rngs, dtype, names=("embed", None))
@@ -180,40 +257,56 @@ def walk(levels: nnx.List, x: Array, remat: str) -> Array:
 class WanVAEModule(nnx.Module):
     def __init__(self, cfg: WanVAE, rngs: nnx.Rngs):
         if len(cfg.temporal) != len(cfg.multiples) - 1:
-            raise Refused(f"model: temporal={cfg.temporal}, expected one for each of the {len(cfg.multiples) - 1} changes of resolution")
+            raise Refused(
+                f"model: temporal={cfg.temporal}, expected one for each of the {len(cfg.multiples) - 1} changes of resolution"
+            )
         if not len(cfg.mean) == len(cfg.std) == cfg.latents:
-            raise Refused(f"model: {len(cfg.mean)} means and {len(cfg.std)} stds, expected {cfg.latents} each, one a latent channel")
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-        self.encoder, self.decoder = Encoder(cfg, rngs), Decoder(cfg, rngs)
+            raise Refused(
+                f"model: {len(cfg.mean)} means and {len(cfg.std)} stds, expected {cfg.latents} each, one a latent channel"
+            )
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
+        self.encoder = Encoder(cfg, rngs)
+        self.decoder = Decoder(cfg, rngs)
         point = lambda n: causal(n, n, rngs, self.dtype, size=(1, 1, 1), names=(None, None))
-        self.quant, self.post_quant = point(2 * cfg.latents), point(cfg.latents)
+        self.quant = point(2 * cfg.latents)
+        self.post_quant = point(cfg.latents)
 
     def __call__(self, x: Array) -> Array:
         """The reconstruction of x [B T H W C] from the mean of its latents."""
         return self.decode(self.encode(x)[0]).astype(x.dtype)
 
     def encode(self, x: Array) -> tuple[Array, Array]:
-        """Videos [B T H W C] in -1 to 1 -> mean and standard deviation of z, each [B t h w latents], float32.
+        """Videos [B T H W C] in -1 to 1 -> mean and standard deviation of z, each [B t h w
+        latents], float32.
 
-        T = 1 + 2^n (t - 1), n the number of temporal changes. Pictures [B H W C] give [B h w latents]. Raises Refused on
+        T = 1 + 2^n (t - 1), n the number of temporal changes. Pictures [B H W C] give [B h w
+        latents]. Raises Refused on
         another number of frames and where the resolution does not divide.
         """
         if x.ndim == 4:
             mean, std = self.encode(x[:, None])
             return mean[:, 0], std[:, 0]
-        frames, pixels = 2 ** sum(self.cfg.temporal), 2 ** len(self.cfg.temporal)
+        frames = 2 ** sum(self.cfg.temporal)
+        pixels = 2 ** len(self.cfg.temporal)
         if (x.shape[1] - 1) % frames:
             raise Refused(f"x {list(x.shape)}: expected 1 + a multiple of {frames} frames")
         if any(n % pixels for n in x.shape[2:4]):
             raise Refused(f"x {list(x.shape)}: height and width must be multiples of {pixels}")
-        mean, log_var = jnp.split(self.quant(self.encoder(x.astype(self.dtype))).astype(jnp.float32), 2, -1)
+        mean, log_var = jnp.split(
+            self.quant(self.encoder(x.astype(self.dtype))).astype(jnp.float32), 2, -1
+        )
         return mean, jnp.exp(0.5 * jnp.clip(log_var, -30.0, 20.0))
 
     def decode(self, z: Array) -> Array:
-        """z [B t h w latents] -> videos [B T H W C], clipped to -1 to 1, float32; z [B h w latents] -> pictures [B H W C]."""
+        """z [B t h w latents] -> videos [B T H W C], clipped to -1 to 1, float32; z [B h w latents]
+        -> pictures [B H W C].
+        """
         if z.ndim == 4:
             return self.decode(z[:, None])[:, 0]
-        return jnp.clip(self.decoder(self.post_quant(z.astype(self.dtype))).astype(jnp.float32), -1.0, 1.0)
+        return jnp.clip(
+            self.decoder(self.post_quant(z.astype(self.dtype))).astype(jnp.float32), -1.0, 1.0
+        )
 
     def normalise(self, z: Array) -> Array:
         """What a denoiser is trained on: z with mean 0 and standard deviation 1 in each channel."""

@@ -1,4 +1,6 @@
-"""Networks for points in a plane: a denoiser for toy distillation, with feature taps and a second time."""
+"""Networks for points in a plane: a denoiser for toy distillation, with feature taps and a second
+time.
+"""
 
 from __future__ import annotations
 
@@ -41,22 +43,39 @@ def _waves(t: Array) -> Array:
 
 class MLPModule(nnx.Module):
     def __init__(self, cfg: MLP, rngs: nnx.Rngs):
-        self.cfg, w = cfg, cfg.width
-        make = lambda i, o, names, **kw: dense(i, o, names, rngs=rngs, dtype=jnp.dtype(cfg.dtype), **kw)
+        self.cfg = cfg
+        w = cfg.width
+        make = lambda i, o, names, **kw: dense(
+            i, o, names, rngs=rngs, dtype=jnp.dtype(cfg.dtype), **kw
+        )
         self.inp = make(cfg.dim + 8, w, (None, "embed"))
         if cfg.classes:
-            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, std=0.5, names=("index", "embed"))
+            self.label_embed = embedding(
+                cfg.classes + 1, w, rngs=rngs, std=0.5, names=("index", "embed")
+            )
         if cfg.second_time:
             self.gap_embed = make(8, w, (None, "embed"), init=ZEROS)
         self.up = nnx.List([make(w, 2 * w, ("embed", "mlp")) for _ in range(cfg.depth)])
         self.down = nnx.List([make(2 * w, w, ("mlp", "embed")) for _ in range(cfg.depth)])
         self.out = make(w, cfg.dim, ("embed", None))
 
-    def __call__(self, x: Array, t: Array, cond: Array | None = None, *, r: Array | None = None, features: tuple[int, ...] = ()):
-        """x [B dim], t [B], cond int [B] -> raw [B dim]; with `features`, (raw, states [B 1 width] after those layers)."""
+    def __call__(
+        self,
+        x: Array,
+        t: Array,
+        cond: Array | None = None,
+        *,
+        r: Array | None = None,
+        features: tuple[int, ...] = (),
+    ):
+        """x [B dim], t [B], cond int [B] -> raw [B dim]; with `features`, (raw, states [B 1 width]
+        after those layers).
+        """
         h = self.inp(jnp.concatenate([x, _waves(t)], -1))
         if self.cfg.classes:
-            h = h + lookup(self.label_embed, jnp.full(x.shape[:1], self.cfg.classes) if cond is None else cond)
+            h = h + lookup(
+                self.label_embed, jnp.full(x.shape[:1], self.cfg.classes) if cond is None else cond
+            )
         if r is not None:
             h = h + self.gap_embed(_waves(t - r))
         feats = []

@@ -1,7 +1,9 @@
-"""BERT (arXiv:1810.04805): a bidirectional encoder with layer norms after each residual sum and learned positions.
+"""BERT (arXiv:1810.04805): a bidirectional encoder with layer norms after each residual sum and
+learned positions.
 
-Weights are those of transformers' `BertModel`, `BertForMaskedLM` and `BertForSequenceClassification`, layers stacked.
-The three share the paths of their encoder, so that a classifier starts from a pretrained encoder leaf by leaf.
+Weights are those of transformers' `BertModel`, `BertForMaskedLM` and
+`BertForSequenceClassification`, layers stacked. The three share the paths of their encoder, so that
+a classifier starts from a pretrained encoder leaf by leaf.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from jaxdistill.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bert:
-    """Sizes of the encoder with its pooler. Defaults are a toy's; BERT-base is vocab 30522, dim 768, mlp 3072, heads 12,
-    depth 12, max_length 512."""
+    """Sizes of the encoder with its pooler. Defaults are a toy's; BERT-base is vocab 30522, dim
+    768, mlp 3072, heads 12,
+    depth 12, max_length 512.
+    """
 
     vocab: int = 64
     dim: int = 64
@@ -79,14 +83,17 @@ class BertClassifier(Bert):
 
 class Block(nnx.Module):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
-        d, dtype = cfg.dim, jnp.dtype(cfg.dtype)
+        d = cfg.dim
+        dtype = jnp.dtype(cfg.dtype)
         make = lambda i, o, *names: dense(i, o, names, rngs=rngs, init=cfg.normal, dtype=dtype)
         self.to_q, self.to_k, self.to_v = (make(d, d, "embed", "heads") for _ in range(3))
         self.to_out = make(d, d, "heads", "embed")
         self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
-        self.up, self.down = make(d, cfg.mlp, "embed", "mlp"), make(cfg.mlp, d, "mlp", "embed")
+        self.up = make(d, cfg.mlp, "embed", "mlp")
+        self.down = make(cfg.mlp, d, "mlp", "embed")
         self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
-        self.heads, self.activation = cfg.heads, lookup_name(ACTIVATIONS, cfg.activation, "activation")
+        self.heads = cfg.heads
+        self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
 
     def __call__(self, x: Array, mask: Array | None) -> Array:
         """x [B T D], mask bool [B 1 1 T] -> [B T D]."""
@@ -98,50 +105,93 @@ class Block(nnx.Module):
     def scores(self, x: Array) -> Array:
         """Attention's logits float32 [B H T T] (query, key) on x [B T D], no mask applied."""
         q, k = (split_heads(f(x), self.heads) for f in (self.to_q, self.to_k))
-        return jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        return (
+            jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+            * q.shape[-1] ** -0.5
+        )
 
 
 class Encoder(nnx.Module):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         if cfg.dim % cfg.heads:
             raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}")
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
-        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed"))
+        self.embed_position = embedding(
+            cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed")
+        )
         self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=("index", "embed"))
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
 
-    def encode(self, tokens: Array, types: Array | None, mask: Array | None, features: tuple[int, ...], scores: tuple[int, ...]):
-        """(states [B T D], extras): the extras are what `features` and `scores` ask for, in this order."""
-        cfg, length = self.cfg, tokens.shape[1]
+    def encode(
+        self,
+        tokens: Array,
+        types: Array | None,
+        mask: Array | None,
+        features: tuple[int, ...],
+        scores: tuple[int, ...],
+    ):
+        """(states [B T D], extras): the extras are what `features` and `scores` ask for, in this
+        order.
+        """
+        cfg = self.cfg
+        length = tokens.shape[1]
         if length > cfg.max_length:
             raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
         if any(not 0 <= i < cfg.depth for i in scores):
             raise Refused(f"scores={scores}: layers are numbered 0 to {cfg.depth - 1}")
         types = jnp.zeros_like(tokens) if types is None else types
-        x = lookup(self.embed, tokens) + lookup(self.embed_type, types) + self.embed_position.embedding[:length]
+        x = (
+            lookup(self.embed, tokens)
+            + lookup(self.embed_type, types)
+            + self.embed_position.embedding[:length]
+        )
         first = constrain(self.norm(x), "batch", "seq", None)
         keys = None if mask is None else mask[:, None, None, :].astype(bool)
         taps = tuple(sorted({*features, *(i - 1 for i in scores if i)}))
-        x, _, states = scan_layers(lambda x, block: (block(x, keys), None), first, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        x, _, states = scan_layers(
+            lambda x, block: (block(x, keys), None),
+            first,
+            self.blocks,
+            cfg.depth,
+            remat=cfg.remat,
+            taps=taps,
+        )
         after = {-1: first, **dict(zip(taps, states))}
-        found = tuple(jax.tree.map(lambda w: w[i], self.blocks).scores(after[i - 1]) for i in scores)
-        return x, ((tuple(after[i] for i in features),) if features else ()) + ((found,) if scores else ())
+        found = tuple(
+            jax.tree.map(lambda w: w[i], self.blocks).scores(after[i - 1]) for i in scores
+        )
+        return x, ((tuple(after[i] for i in features),) if features else ()) + (
+            (found,) if scores else ()
+        )
 
 
 class BertModule(Encoder):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.pooler = dense(cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype)
+        self.pooler = dense(
+            cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype
+        )
 
-    def __call__(self, tokens: Array, *, types: Array | None = None, mask: Array | None = None, features: tuple[int, ...] = (),
-                 scores: tuple[int, ...] = ()):  # fmt: skip
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        types: Array | None = None,
+        mask: Array | None = None,
+        features: tuple[int, ...] = (),
+        scores: tuple[int, ...] = (),
+    ):
         """tokens int [B T] -> states [B T D].
 
-        types int [B T] defaults to 0, mask bool [B T] is False on padding, wherever it stands. With `features`, the
-        states [B T D] after those blocks are appended; with `scores`, the logits float32 [B H T T] (query, key) of
-        those blocks' attention before masking, computed again from the block's input so that the others keep none.
+        types int [B T] defaults to 0, mask bool [B T] is False on padding, wherever it stands. With
+        `features`, the
+        states [B T D] after those blocks are appended; with `scores`, the logits float32 [B H T T]
+        (query, key) of
+        those blocks' attention before masking, computed again from the block's input so that the
+        others keep none.
         """
         x, extras = self.encode(tokens, types, mask, features, scores)
         return (x, *extras) if extras else x
@@ -154,13 +204,24 @@ class BertModule(Encoder):
 class MaskedBertModule(Encoder):
     def __init__(self, cfg: MaskedBert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.transform = dense(cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype)
+        self.transform = dense(
+            cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype
+        )
         self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.bias = nnx.Param(nnx.with_partitioning(ZEROS, ("vocab",))(rngs.params(), (cfg.vocab,)))
 
-    def __call__(self, tokens: Array, *, types: Array | None = None, mask: Array | None = None, features: tuple[int, ...] = (),
-                 scores: tuple[int, ...] = ()):  # fmt: skip
-        """tokens int [B T] -> logits float32 [B T V]: position t guesses token t. Other arguments as in BertModule."""
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        types: Array | None = None,
+        mask: Array | None = None,
+        features: tuple[int, ...] = (),
+        scores: tuple[int, ...] = (),
+    ):
+        """tokens int [B T] -> logits float32 [B T V]: position t guesses token t. Other arguments
+        as in BertModule.
+        """
         x, extras = self.encode(tokens, types, mask, features, scores)
         x = self.norm_out(ACTIVATIONS[self.cfg.activation](self.transform(x)))
         table = self.embed.embedding[...].astype(self.dtype)
@@ -174,8 +235,15 @@ class BertClassifierModule(BertModule):
         super().__init__(cfg, rngs)
         self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=cfg.normal)
 
-    def __call__(self, tokens: Array, *, types: Array | None = None, mask: Array | None = None, features: tuple[int, ...] = (),
-                 scores: tuple[int, ...] = ()):  # fmt: skip
+    def __call__(
+        self,
+        tokens: Array,
+        *,
+        types: Array | None = None,
+        mask: Array | None = None,
+        features: tuple[int, ...] = (),
+        scores: tuple[int, ...] = (),
+    ):
         """tokens int [B T] -> logits float32 [B C]. Other arguments as in BertModule."""
         x, extras = self.encode(tokens, types, mask, features, scores)
         logits = self.classifier(self.pool(x).astype(jnp.float32))

@@ -1,8 +1,9 @@
-"""Gemma 2 (arXiv:2408.00118): Llama's decoder with norms on both sides of each branch, GeGLU, and scores and logits that tanh
-keeps within bounds.
+"""Gemma 2 (arXiv:2408.00118): Llama's decoder with norms on both sides of each branch, GeGLU, and
+scores and logits that tanh keeps within bounds.
 
-Weights are those of transformers' `Gemma2ForCausalLM`, and of `Gemma2Model`, SANA's text encoder; layers stacked. Every second
-layer of the released models attends to a window only; here a sequence is at most as long as the window, where both are equal.
+Weights are those of transformers' `Gemma2ForCausalLM`, and of `Gemma2Model`, SANA's text encoder;
+layers stacked. Every second layer of the released models attends to a window only; here a sequence
+is at most as long as the window, where both are equal.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from jaxdistill.models.layers import ACTIVATIONS, ZEROS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma2(LM):
-    """Gemma-2-2B is vocab 256000, dim 2304, mlp 9216, heads 8, kv_heads 4, head_dim 256, depth 26, max_length and window 4096,
-    query_scale 256, cap 50, logit_cap 30."""
+    """Gemma-2-2B is vocab 256000, dim 2304, mlp 9216, heads 8, kv_heads 4, head_dim 256, depth 26,
+    max_length and window 4096,
+    query_scale 256, cap 50, logit_cap 30.
+    """
 
     tied: bool = True
     window: int = 2048  # tokens that every second layer attends to; max_length is at most as long
@@ -41,7 +44,9 @@ class Gemma2(LM):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma2Text(Gemma2):
-    """The decoder as an encoder of prompts: its call gives the normed states [B T D] in place of logits."""
+    """The decoder as an encoder of prompts: its call gives the normed states [B T D] in place of
+    logits.
+    """
 
     def __call__(self, rngs: nnx.Rngs) -> Gemma2TextModule:
         return Gemma2TextModule(self, rngs)
@@ -52,7 +57,8 @@ class CentredNorm(nnx.Module):
 
     def __init__(self, dim: int, eps: float, dtype, rngs: nnx.Rngs):
         self.scale = nnx.Param(nnx.with_partitioning(ZEROS, (None,))(rngs.params(), (dim,)))
-        self.eps, self.dtype = eps, dtype
+        self.eps = eps
+        self.dtype = dtype
 
     def __call__(self, x: Array) -> Array:
         h = x.astype(jnp.float32)
@@ -64,9 +70,13 @@ class Gemma2Block(Block):
     def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         make = lambda: CentredNorm(cfg.dim, cfg.norm_eps, jnp.dtype(cfg.dtype), rngs)
-        self.norm_attention, self.norm_attention_out, self.norm_mlp, self.norm_mlp_out = (make() for _ in range(4))
+        self.norm_attention, self.norm_attention_out, self.norm_mlp, self.norm_mlp_out = (
+            make() for _ in range(4)
+        )
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
-        self.stretch = (cfg.head_size / cfg.query_scale) ** 0.5  # attention divides by the root of a head's size
+        self.stretch = (
+            cfg.head_size / cfg.query_scale
+        ) ** 0.5  # attention divides by the root of a head's size
 
     def project(self, h: Array) -> tuple[Array, Array, Array]:
         q, k, v = super().project(h)
@@ -86,7 +96,9 @@ class Gemma2Block(Block):
 class Gemma2Module(LMModule):
     def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
         if cfg.max_length > cfg.window:
-            raise Refused(f"model: max_length={cfg.max_length} is more than window={cfg.window} tokens, which half of the layers see")
+            raise Refused(
+                f"model: max_length={cfg.max_length} is more than window={cfg.window} tokens, which half of the layers see"
+            )
         super().__init__(cfg, rngs)
         self.norm = CentredNorm(cfg.dim, cfg.norm_eps, self.dtype, rngs)
 
@@ -95,13 +107,16 @@ class Gemma2Module(LMModule):
         return x * jnp.asarray(self.cfg.dim**0.5, self.dtype), waves
 
     def _logits(self, x: Array) -> Array:
-        cap, logits = self.cfg.logit_cap, super()._logits(x)
+        cap = self.cfg.logit_cap
+        logits = super()._logits(x)
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def head(self) -> Array:
         """Raises Refused where logits are capped: they are then no linear map of the states."""
         if self.cfg.logit_cap:
-            raise Refused(f"model: logits are capped at {self.cfg.logit_cap} and cannot be made in chunks; set method.chunk=0")
+            raise Refused(
+                f"model: logits are capped at {self.cfg.logit_cap} and cannot be made in chunks; set method.chunk=0"
+            )
         return super().head()
 
 

@@ -1,7 +1,9 @@
-"""The Llama family (arXiv:2302.13971, 2407.21783): a decoder of RMS norms, rotary positions, grouped queries and SwiGLU.
+"""The Llama family (arXiv:2302.13971, 2407.21783): a decoder of RMS norms, rotary positions,
+grouped queries and SwiGLU.
 
-Weights are those of transformers' `LlamaForCausalLM`, layers stacked. Rotary positions act through their differences
-only, so that padding on the left and packing of several documents need a mask, not positions of their own.
+Weights are those of transformers' `LlamaForCausalLM`, layers stacked. Rotary positions act through
+their differences only, so that padding on the left and packing of several documents need a mask,
+not positions of their own.
 """
 
 from __future__ import annotations
@@ -39,8 +41,10 @@ from jaxdistill.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LM:
-    """Sizes. Defaults are a toy's; Llama-3.2-1B is vocab 128256, dim 2048, mlp 8192, heads 32, kv_heads 8, depth 16,
-    rope_theta 5e5, rope_factor 32, norm_eps 1e-5, tied."""
+    """Sizes. Defaults are a toy's; Llama-3.2-1B is vocab 128256, dim 2048, mlp 8192, heads 32,
+    kv_heads 8, depth 16,
+    rope_theta 5e5, rope_factor 32, norm_eps 1e-5, tied.
+    """
 
     vocab: int = 64
     dim: int = 64
@@ -57,7 +61,9 @@ class LM:
     norm_eps: float = 1e-6
     tied: bool = False  # the output head is the embedding table
     max_length: int = 2048  # tokens
-    bos: int = -1  # token that begins a text; -1: none. With eos and pad not used by the network, but by who samples from it
+    # token that begins a text; -1: none. With eos and pad not used by the network, but by who
+    # samples from it
+    bos: int = -1
     eos: tuple[int, ...] = ()  # tokens that end a text
     pad: int = -1  # filler; -1: none
     dtype: Dtype = "float32"  # arithmetic; weights are float32
@@ -91,9 +97,12 @@ def gated(gate: Array, up: Array) -> Array:
 
 class Block(nnx.Module):
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
-        d, size, dtype = cfg.dim, cfg.head_size, jnp.dtype(cfg.dtype)
+        d = cfg.dim
+        size = cfg.head_size
+        dtype = jnp.dtype(cfg.dtype)
         make = functools.partial(dense, rngs=rngs, bias=False, dtype=dtype)
-        self.heads, self.kv_heads = cfg.heads, cfg.kv_heads or cfg.heads
+        self.heads = cfg.heads
+        self.kv_heads = cfg.kv_heads or cfg.heads
         self.norm_attention = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.to_q = make(d, self.heads * size, ("embed", "heads"))
         self.to_k = make(d, self.kv_heads * size, ("embed", "heads"))
@@ -106,10 +115,16 @@ class Block(nnx.Module):
 
     def project(self, h: Array) -> tuple[Array, Array, Array]:
         """Queries [B T H K], keys and values [B T G K] of the normed states, before rotation."""
-        return split_heads(self.to_q(h), self.heads), split_heads(self.to_k(h), self.kv_heads), split_heads(self.to_v(h), self.kv_heads)
+        return (
+            split_heads(self.to_q(h), self.heads),
+            split_heads(self.to_k(h), self.kv_heads),
+            split_heads(self.to_v(h), self.kv_heads),
+        )
 
     def mix(self, x: Array, waves: tuple[Array, Array], attend):
-        """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x, extra)."""
+        """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x,
+        extra).
+        """
         q, k, v = self.project(self.norm_attention(x))
         mixed, extra = attend(rotate(q, waves), rotate(k, waves), v)
         return self.branch(x, mixed.reshape(*x.shape[:2], -1)), extra
@@ -142,8 +157,11 @@ class LMModule(nnx.Module):
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
         kv_heads = cfg.kv_heads or cfg.heads
         if cfg.heads % kv_heads or (not cfg.head_dim and cfg.dim % cfg.heads):
-            raise Refused(f"model: heads={cfg.heads} must be a multiple of kv_heads={kv_heads} and divide dim={cfg.dim}")
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
+            raise Refused(
+                f"model: heads={cfg.heads} must be a multiple of kv_heads={kv_heads} and divide dim={cfg.dim}"
+            )
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
         self.blocks = stack(cfg.block, cfg.depth, rngs)
         self.norm = rms_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
@@ -163,16 +181,21 @@ class LMModule(nnx.Module):
     ):
         """tokens int [B T] -> logits float32 [B T V]: position t predicts token t + 1.
 
-        mask bool [B T] is False on padding, segments int [B T] differs between packed documents, positions int [T] or
-        [B T] defaults to 0, 1, ... With `cache` (see `init_cache`) the tokens follow those it holds, and the result is
-        (logits, cache); `features` appends the states [B T D] after those blocks. `hidden_only` gives the final
+        mask bool [B T] is False on padding, segments int [B T] differs between packed documents,
+        positions int [T] or
+        [B T] defaults to 0, 1, ... With `cache` (see `init_cache`) the tokens follow those it
+        holds, and the result is
+        (logits, cache); `features` appends the states [B T D] after those blocks. `hidden_only`
+        gives the final
         normed states [B T D] in place of logits, for losses that project onto `head()` in chunks.
         """
         x, waves = self._enter(tokens, positions, cache)
         if cache is None:
             attend = _full(mask, segments, self.cfg.cap)
             layer = lambda x, block: block(x, waves, attend)
-            x, _, feats = scan_layers(layer, x, self.blocks, self.cfg.depth, remat=self.cfg.remat, taps=features)
+            x, _, feats = scan_layers(
+                layer, x, self.blocks, self.cfg.depth, remat=self.cfg.remat, taps=features
+            )
         else:
             if segments is not None:
                 raise Refused("segments: a cache holds one document a row")
@@ -182,10 +205,20 @@ class LMModule(nnx.Module):
         extras = (() if cache is None else (cache,)) + ((feats,) if features else ())
         return (out, *extras) if extras else out
 
-    def probe(self, read, tokens: Array, *, positions: Array | None = None, segments: Array | None = None, mask: Array | None = None):
-        """What `read(before, neurons, after)` makes of every block, stacked over layers, for surgery and analysis.
+    def probe(
+        self,
+        read,
+        tokens: Array,
+        *,
+        positions: Array | None = None,
+        segments: Array | None = None,
+        mask: Array | None = None,
+    ):
+        """What `read(before, neurons, after)` makes of every block, stacked over layers, for
+        surgery and analysis.
 
-        `before` and `after` are the states [B T D] around a block, `neurons` its MLP's activations [B T mlp].
+        `before` and `after` are the states [B T D] around a block, `neurons` its MLP's activations
+        [B T mlp].
         """
         x, waves = self._enter(tokens, positions, None)
         attend = _full(mask, segments, self.cfg.cap)
@@ -224,7 +257,9 @@ class LMModule(nnx.Module):
             return block(x, waves, attend), None
 
         how = dict(remat=self.cfg.remat, taps=features)
-        x, stores, states = scan_stores(layer, x, cache["layers"] or self.blocks, cache["stores"], self.cfg.depth, **how)
+        x, stores, states = scan_stores(
+            layer, x, cache["layers"] or self.blocks, cache["stores"], self.cfg.depth, **how
+        )
         return x, {**cache, "stores": stores, "valid": valid, "length": start + new}, states
 
     def _logits(self, x: Array) -> Array:
@@ -236,20 +271,29 @@ class LMModule(nnx.Module):
         return self._unembedding()
 
     def _unembedding(self) -> Array:
-        return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(self.dtype)
+        return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(
+            self.dtype
+        )
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool [B S], length int32 [], and
+        """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool
+        [B S], length int32 [], and
         the layers as decoding reads them (`unstacked`).
 
         Writing past its end is not checked: `length` is known to the running program only.
         """
         cfg = self.cfg
         shape = (batch, cfg.kv_heads or cfg.heads, length, cfg.head_size)
-        zeros = lambda *n: constrain(jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None)
+        zeros = lambda *n: constrain(
+            jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None
+        )
         stores = empty_stores(cfg.depth, lambda *n: (zeros(*n), zeros(*n)))
-        return {"stores": stores, "valid": jnp.zeros((batch, length), bool), "length": jnp.zeros((), jnp.int32),
-                "layers": unstacked(self.blocks, cfg.depth)}  # fmt: skip
+        return {
+            "stores": stores,
+            "valid": jnp.zeros((batch, length), bool),
+            "length": jnp.zeros((), jnp.int32),
+            "layers": unstacked(self.blocks, cfg.depth),
+        }
 
 
 def context(batch: Batch) -> dict[str, Array]:
@@ -260,14 +304,17 @@ def context(batch: Batch) -> dict[str, Array]:
 def following(x: Array, fill: int = 0) -> Array:
     """What comes after each token: x [B T] moved one to the left, `fill` at the end.
 
-    Losses compare logits [B T V] to labels of the same length. To cut the last position off the logits would copy them,
+    Losses compare logits [B T V] to labels of the same length. To cut the last position off the
+    logits would copy them,
     and leave a length that no tile divides.
     """
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
 
 
 def targets(batch: Batch) -> tuple[Array, Array]:
-    """(the token after each, int [B T]; whether it is a target, bool [B T], never at the end of a row)."""
+    """(the token after each, int [B T]; whether it is a target, bool [B T], never at the end of a
+    row).
+    """
     return following(batch["tokens"]), following(batch["mask"]) > 0
 
 
@@ -276,10 +323,13 @@ MULTIPLE = 8  # that a table's length is padded to, at least
 
 
 def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
-    """For methods that compare models token by token: raises Refused where a network's tokenizer cannot be the student's.
+    """For methods that compare models token by token: raises Refused where a network's tokenizer
+    cannot be the student's.
 
-    `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out. Tables of one tokenizer
-    may be padded to different lengths (Qwen2.5: 152,064 and 151,936): what is compared, and written, are the ids that
+    `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out.
+    Tables of one tokenizer
+    may be padded to different lengths (Qwen2.5: 152,064 and 151,936): what is compared, and
+    written, are the ids that
     all have (`objectives.divergence.common`, `common_vocabulary`).
     """
     sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
@@ -293,8 +343,13 @@ def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
 
 
 def common_vocabulary(nets: Nets | Mapping[str, Any]) -> int:
-    """How many ids every language model has among these networks, bound or not; 0 where no vocabulary is known."""
-    configs = [getattr(net, "config", None) for net in (nets if isinstance(nets, Mapping) else vars(nets)).values()]
+    """How many ids every language model has among these networks, bound or not; 0 where no
+    vocabulary is known.
+    """
+    configs = [
+        getattr(net, "config", None)
+        for net in (nets if isinstance(nets, Mapping) else vars(nets)).values()
+    ]
     return min((config.vocab for config in configs if hasattr(config, "vocab")), default=0)
 
 
@@ -305,7 +360,9 @@ def _full(mask: Array | None, segments: Array | None, cap: float):
 
 
 def visible(mask: Array | None, segments: Array | None) -> Array | None:
-    """Attention mask [B 1 T T or 1] beside the causal one: no padding, nothing of other documents. None: all visible."""
+    """Attention mask [B 1 T T or 1] beside the causal one: no padding, nothing of other documents.
+    None: all visible.
+    """
     keys = None if mask is None else mask[:, None, None, :].astype(bool)
     if segments is None:
         return keys
@@ -314,7 +371,9 @@ def visible(mask: Array | None, segments: Array | None) -> Array | None:
 
 
 def frequencies(cfg: LM) -> np.ndarray:
-    """Radians a token [K / 2], float32, of the K rotary channels: theta^(-2i / K), long wavelengths stretched as in Llama 3.1."""
+    """Radians a token [K / 2], float32, of the K rotary channels: theta^(-2i / K), long wavelengths
+    stretched as in Llama 3.1.
+    """
     freqs = cfg.rope_theta ** (-np.arange(0, cfg.rotary, 2) / cfg.rotary)
     turns = cfg.rope_original * freqs / (2 * np.pi)  # within the original context
     kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)

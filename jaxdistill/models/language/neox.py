@@ -1,7 +1,8 @@
-"""GPT-NeoX (arXiv:2204.06745) and Pythia (2304.01373): attention and MLP side by side on one residual stream, layer norms,
-biases, and rotary positions on a part of each head.
+"""GPT-NeoX (arXiv:2204.06745) and Pythia (2304.01373): attention and MLP side by side on one
+residual stream, layer norms, biases, and rotary positions on a part of each head.
 
-Weights are those of transformers' `GPTNeoXForCausalLM`, layers stacked; queries, keys and values stay one matrix.
+Weights are those of transformers' `GPTNeoXForCausalLM`, layers stacked; queries, keys and values
+stay one matrix.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from jaxdistill.models.layers import ACTIVATIONS, dense, layer_norm, rotate, spl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeoX(LM):
-    """Pythia-70m is vocab 50304, dim 512, mlp 2048, heads 8, depth 6; GPT-NeoX-20B is vocab 50432, dim 6144, mlp 24576, heads 64,
-    depth 44, activation gelu_fast. Neither kv_heads nor head_dim are used."""
+    """Pythia-70m is vocab 50304, dim 512, mlp 2048, heads 8, depth 6; GPT-NeoX-20B is vocab 50432,
+    dim 6144, mlp 24576, heads 64,
+    depth 44, activation gelu_fast. Neither kv_heads nor head_dim are used.
+    """
 
     norm_eps: float = 1e-5
     rotary_share: float = 0.25  # of a head's channels that turn with the position
-    parallel: bool = True  # attention and MLP read the same state; False: the MLP reads what attention has written
+    # attention and MLP read the same state; False: the MLP reads what attention has written
+    parallel: bool = True
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
 
     @property
@@ -41,21 +45,29 @@ class NeoX(LM):
 
 class Block(nnx.Module):
     def __init__(self, cfg: NeoX, rngs: nnx.Rngs):
-        d, dtype = cfg.dim, jnp.dtype(cfg.dtype)
+        d = cfg.dim
+        dtype = jnp.dtype(cfg.dtype)
         make = lambda i, o, *names: dense(i, o, names, rngs=rngs, dtype=dtype)
-        self.heads, self.rotary, self.parallel = cfg.heads, cfg.rotary, cfg.parallel
+        self.heads = cfg.heads
+        self.rotary = cfg.rotary
+        self.parallel = cfg.parallel
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
-        self.norm_attention, self.norm_mlp = (layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype) for _ in range(2))
+        self.norm_attention, self.norm_mlp = (
+            layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype) for _ in range(2)
+        )
         self.to_qkv = make(d, 3 * d, "embed", "heads")  # head by head: a query, its key, its value
         self.to_out = make(d, d, "heads", "embed")
-        self.up, self.down = make(d, cfg.mlp, "embed", "mlp"), make(cfg.mlp, d, "mlp", "embed")
+        self.up = make(d, cfg.mlp, "embed", "mlp")
+        self.down = make(cfg.mlp, d, "mlp", "embed")
 
     def turn(self, x: Array, waves: tuple[Array, Array]) -> Array:
         """Rotary positions on the first channels of [B T H K]."""
         return jnp.concatenate([rotate(x[..., : self.rotary], waves), x[..., self.rotary :]], -1)
 
     def run(self, x: Array, waves: tuple[Array, Array], attend):
-        """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp]); see models/language/lm.py."""
+        """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp]);
+        see models/language/lm.py.
+        """
         q, k, v = jnp.split(split_heads(self.to_qkv(self.norm_attention(x)), self.heads), 3, -1)
         mixed, extra = attend(self.turn(q, waves), self.turn(k, waves), v)
         mid = x + self.to_out(mixed.reshape(x.shape))
@@ -69,8 +81,12 @@ class Block(nnx.Module):
 class NeoXModule(LMModule):
     def __init__(self, cfg: NeoX, rngs: nnx.Rngs):
         if cfg.kv_heads or cfg.head_dim:
-            raise Refused(f"model: kv_heads={cfg.kv_heads}, head_dim={cfg.head_dim}: NeoX has heads={cfg.heads} of dim / heads, expected 0")
+            raise Refused(
+                f"model: kv_heads={cfg.kv_heads}, head_dim={cfg.head_dim}: NeoX has heads={cfg.heads} of dim / heads, expected 0"
+            )
         if cfg.rotary % 2 or not cfg.rotary:
-            raise Refused(f"model: {cfg.rotary} of a head's {cfg.head_size} channels turn (rotary_share={cfg.rotary_share}), not pairs")
+            raise Refused(
+                f"model: {cfg.rotary} of a head's {cfg.head_size} channels turn (rotary_share={cfg.rotary_share}), not pairs"
+            )
         super().__init__(cfg, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)

@@ -1,7 +1,9 @@
-"""CLIP's two towers (arXiv:2103.00020): a causal text encoder and an image encoder, pre-norm blocks as in ViT.
+"""CLIP's two towers (arXiv:2103.00020): a causal text encoder and an image encoder, pre-norm blocks
+as in ViT.
 
-Weights are those of transformers' `CLIPTextModel`, `CLIPVisionModel` and their `WithProjection` variants, layers stacked. A
-tower with a projection shares the paths of the one without, so that each loads the other's encoder leaf by leaf.
+Weights are those of transformers' `CLIPTextModel`, `CLIPVisionModel` and their `WithProjection`
+variants, layers stacked. A tower with a projection shares the paths of the one without, so that
+each loads the other's encoder leaf by leaf.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from jaxdistill.models.vision.vit import NORMAL, Block, check_sizes, embed_patch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipText:
-    """Sizes of the text tower. Defaults are a toy's; CLIP-L/14 (Stable Diffusion 1, SDXL's first) is vocab 49408, dim 768,
-    mlp 3072, heads 12, depth 12, max_length 77; OpenCLIP bigG/14 (SDXL's second) dim 1280, mlp 5120, heads 20, depth 32,
-    activation gelu, with a projection of 1280."""
+    """Sizes of the text tower. Defaults are a toy's; CLIP-L/14 (Stable Diffusion 1, SDXL's first)
+    is vocab 49408, dim 768,
+    mlp 3072, heads 12, depth 12, max_length 77; OpenCLIP bigG/14 (SDXL's second) dim 1280, mlp
+    5120, heads 20, depth 32,
+    activation gelu, with a projection of 1280.
+    """
 
     vocab: int = 64
     dim: int = 64
@@ -33,7 +38,9 @@ class ClipText:
     eos: Natural = 63  # the token whose state is the text's summary
     activation: str = "quick_gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-5
-    projection: int = 64  # length of a summary that texts and images share; of no effect without a projection
+    projection: int = (
+        64  # length of a summary that texts and images share; of no effect without a projection
+    )
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
     bias = True  # of queries, keys and values: ViT's field
@@ -52,8 +59,11 @@ class ClipTextProjected(ClipText):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipVision:
-    """Sizes of the image tower. Defaults are a toy's; ViT-L/14 is size 224, patch 14, dim 1024, mlp 4096, heads 16, depth 24,
-    projection 768; ViT-H/14 (Wan 2.1's) dim 1280, mlp 5120, depth 32, activation gelu, projection 1024."""
+    """Sizes of the image tower. Defaults are a toy's; ViT-L/14 is size 224, patch 14, dim 1024, mlp
+    4096, heads 16, depth 24,
+    projection 768; ViT-H/14 (Wan 2.1's) dim 1280, mlp 5120, depth 32, activation gelu, projection
+    1024.
+    """
 
     size: int = 8  # images are [size, size, channels]
     patch: int = 2
@@ -82,38 +92,61 @@ class ClipVisionProjected(ClipVision):
 
 
 def _project(cfg: ClipText | ClipVision, rngs: nnx.Rngs) -> nnx.Linear:
-    return dense(cfg.dim, cfg.projection, ("embed", None), rngs=rngs, init=NORMAL, bias=False, dtype=jnp.dtype(cfg.dtype))
+    return dense(
+        cfg.dim,
+        cfg.projection,
+        ("embed", None),
+        rngs=rngs,
+        init=NORMAL,
+        bias=False,
+        dtype=jnp.dtype(cfg.dtype),
+    )
 
 
 class ClipTextModule(nnx.Module):
     def __init__(self, cfg: ClipText, rngs: nnx.Rngs):
         if cfg.dim % cfg.heads:
             raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}")
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
-        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed"))
+        self.embed_position = embedding(
+            cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed")
+        )
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
     def __call__(self, tokens: Array, *, mask: Array | None = None, features: tuple[int, ...] = ()):
-        """tokens int [B T] -> states [B T D] after the last norm; with `features`, (states, states after those blocks, not normed).
+        """tokens int [B T] -> states [B T D] after the last norm; with `features`, (states, states
+        after those blocks, not normed).
 
-        mask bool [B T] is False on padding; the released pipelines give none and let the text attend to its padding.
+        mask bool [B T] is False on padding; the released pipelines give none and let the text
+        attend to its padding.
         Raises Refused on more than max_length tokens.
         """
-        cfg, length = self.cfg, tokens.shape[1]
+        cfg = self.cfg
+        length = tokens.shape[1]
         if length > cfg.max_length:
             raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
         x = (lookup(self.embed, tokens) + self.embed_position.embedding[:length]).astype(self.dtype)
         keys = None if mask is None else mask[:, None, None, :].astype(bool)
         body = lambda x, block: (block(x, mask=keys, causal=True), None)
-        x, _, feats = scan_layers(body, constrain(x, "batch", "seq", None), self.blocks, cfg.depth, remat=cfg.remat, taps=features)
+        x, _, feats = scan_layers(
+            body,
+            constrain(x, "batch", "seq", None),
+            self.blocks,
+            cfg.depth,
+            remat=cfg.remat,
+            taps=features,
+        )
         return (self.norm(x), feats) if features else self.norm(x)
 
     def pool(self, states: Array, tokens: Array) -> Array:
-        """A text's summary [B D]: the state of its first `eos` token, states [B T D], tokens int [B T].
+        """A text's summary [B D]: the state of its first `eos` token, states [B T D], tokens int [B
+        T].
 
-        With eos = 2, as the first released configurations say wrongly, it is the state of the largest token.
+        With eos = 2, as the first released configurations say wrongly, it is the state of the
+        largest token.
         """
         last = jnp.argmax(tokens if self.cfg.eos == 2 else tokens == self.cfg.eos, -1)
         return jnp.take_along_axis(states, last[:, None, None], 1)[:, 0]
@@ -132,29 +165,53 @@ class ClipTextProjectedModule(ClipTextModule):
 class ClipVisionModule(nnx.Module):
     def __init__(self, cfg: ClipVision, rngs: nnx.Rngs):
         check_sizes(cfg)
-        self.cfg, self.dtype = cfg, jnp.dtype(cfg.dtype)
-        table = lambda *shape: nnx.Param(nnx.with_partitioning(NORMAL, (*["index"] * (len(shape) - 1), "embed"))(rngs.params(), shape))
-        self.patch_embed = dense(
-            cfg.patch**2 * cfg.channels, cfg.dim, (None, "embed"), rngs=rngs, init=NORMAL, bias=False, dtype=self.dtype
+        self.cfg = cfg
+        self.dtype = jnp.dtype(cfg.dtype)
+        table = lambda *shape: nnx.Param(
+            nnx.with_partitioning(NORMAL, (*["index"] * (len(shape) - 1), "embed"))(
+                rngs.params(), shape
+            )
         )
-        self.token, self.positions = table(cfg.dim), table(1 + (cfg.size // cfg.patch) ** 2, cfg.dim)
+        self.patch_embed = dense(
+            cfg.patch**2 * cfg.channels,
+            cfg.dim,
+            (None, "embed"),
+            rngs=rngs,
+            init=NORMAL,
+            bias=False,
+            dtype=self.dtype,
+        )
+        self.token = table(cfg.dim)
+        self.positions = table(1 + (cfg.size // cfg.patch) ** 2, cfg.dim)
         self.norm_in = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
     def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
-        """x [B H W C] -> states [B 1 + N D], the class token first, not normed; with `features`, (states, states after those blocks).
+        """x [B H W C] -> states [B 1 + N D], the class token first, not normed; with `features`,
+        (states, states after those blocks).
 
         Raises Refused on images of another size.
         """
         cfg = self.cfg
-        h = self.norm_in(embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x))
+        h = self.norm_in(
+            embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
+        )
         body = lambda h, block: (block(h), None)
-        h, _, feats = scan_layers(body, constrain(h, "batch", "seq", None), self.blocks, cfg.depth, remat=cfg.remat, taps=features)
+        h, _, feats = scan_layers(
+            body,
+            constrain(h, "batch", "seq", None),
+            self.blocks,
+            cfg.depth,
+            remat=cfg.remat,
+            taps=features,
+        )
         return (h, feats) if features else h
 
     def pool(self, states: Array) -> Array:
-        """An image's summary [B D]: its class token's state after the last norm, states [B 1 + N D]."""
+        """An image's summary [B D]: its class token's state after the last norm, states [B 1 + N
+        D].
+        """
         return self.norm_out(states[:, 0])
 
 

@@ -1,7 +1,9 @@
-"""Frozen networks that judge samples: random features with taps, rewards, and the decoder of what needs none.
+"""Frozen networks that judge samples: random features with taps, rewards, and the decoder of what
+needs none.
 
-Features called `(x, features=taps) -> (last state, states after those layers [B N C])`. Weights are He-normal, biases
-N(0, 1), both as they were drawn: a role of init="random" keeps them. Any pretrained network with taps takes their place.
+Features called `(x, features=taps) -> (last state, states after those layers [B N C])`. Weights are
+He-normal, biases N(0, 1), both as they were drawn: a role of init="random" keeps them. Any
+pretrained network with taps takes their place.
 """
 
 from __future__ import annotations
@@ -36,13 +38,18 @@ class PointFeatures:
 
 class PointFeaturesModule(nnx.Module):
     def __init__(self, cfg: PointFeatures, rngs: nnx.Rngs):
-        self.scale, sizes, named = cfg.scale, [cfg.dim] + [cfg.width] * cfg.depth, nnx.with_partitioning
-        make = lambda i, o: nnx.Linear(i, o, rngs=rngs, kernel_init=named(HE, (None, "mlp")), bias_init=named(UNIT, ("mlp",)))
+        self.scale = cfg.scale
+        sizes = [cfg.dim] + [cfg.width] * cfg.depth
+        named = nnx.with_partitioning
+        make = lambda i, o: nnx.Linear(
+            i, o, rngs=rngs, kernel_init=named(HE, (None, "mlp")), bias_init=named(UNIT, ("mlp",))
+        )
         self.layers = nnx.List([make(i, o) for i, o in zip(sizes, sizes[1:])])
 
     def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
         """x [B dim] -> (last state [B 1 width], states after the layers in `features`)."""
-        h, states = self.scale * x, []
+        h = self.scale * x
+        states = []
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None)
             states.append(h[:, None])
@@ -51,7 +58,9 @@ class PointFeaturesModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvFeatures:
-    """Random ReLU convolutions over images [B H W channels] in -1 to 1; each halves the resolution, the first more."""
+    """Random ReLU convolutions over images [B H W channels] in -1 to 1; each halves the resolution,
+    the first more.
+    """
 
     channels: int = 3
     widths: tuple[int, ...] = (64, 128, 256, 512)
@@ -64,17 +73,34 @@ class ConvFeatures:
 
 class ConvFeaturesModule(nnx.Module):
     def __init__(self, cfg: ConvFeatures, rngs: nnx.Rngs):
-        named, sizes, self.dtype = nnx.with_partitioning, [cfg.channels, *cfg.widths], jnp.dtype(cfg.dtype)
+        named = nnx.with_partitioning
+        sizes = [cfg.channels, *cfg.widths]
+        self.dtype = jnp.dtype(cfg.dtype)
 
         def make(i, o, stride):
-            kernel, bias = named(HE, (None, None, None, "mlp")), named(UNIT, ("mlp",))
-            return nnx.Conv(i, o, (max(stride, 3),) * 2, stride, rngs=rngs, dtype=self.dtype, kernel_init=kernel, bias_init=bias)
+            kernel = named(HE, (None, None, None, "mlp"))
+            bias = named(UNIT, ("mlp",))
+            return nnx.Conv(
+                i,
+                o,
+                (max(stride, 3),) * 2,
+                stride,
+                rngs=rngs,
+                dtype=self.dtype,
+                kernel_init=kernel,
+                bias_init=bias,
+            )
 
-        self.layers = nnx.List([make(i, o, 2 if n else cfg.patch) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))])
+        self.layers = nnx.List(
+            [make(i, o, 2 if n else cfg.patch) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))]
+        )
 
     def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
-        """x [B H W C] -> (last state [B h w width], states [B N width] after the layers in `features`)."""
-        h, states = x.astype(self.dtype), []
+        """x [B H W C] -> (last state [B h w width], states [B N width] after the layers in
+        `features`).
+        """
+        h = x.astype(self.dtype)
+        states = []
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
             states.append(h)
@@ -83,7 +109,9 @@ class ConvFeaturesModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentReward:
-    """A scalar of noisy latents [B H W channels] and their time: a convolutional trunk, its mean, and a hidden layer."""
+    """A scalar of noisy latents [B H W channels] and their time: a convolutional trunk, its mean,
+    and a hidden layer.
+    """
 
     trunk: ConvFeatures = ConvFeatures(channels=4, patch=2)
     time_scale: float = 1000.0
@@ -94,8 +122,10 @@ class LatentReward:
 
 class LatentRewardModule(nnx.Module):
     def __init__(self, cfg: LatentReward, rngs: nnx.Rngs):
-        width, self.time_scale = cfg.trunk.widths[-1], cfg.time_scale
-        self.trunk, self.time = cfg.trunk(rngs), dense(32, width, (None, "mlp"), rngs=rngs)
+        width = cfg.trunk.widths[-1]
+        self.time_scale = cfg.time_scale
+        self.trunk = cfg.trunk(rngs)
+        self.time = dense(32, width, (None, "mlp"), rngs=rngs)
         self.out = dense(width, 1, ("mlp", None), rngs=rngs)
 
     def __call__(self, x: Array, t: Array, cond=None) -> Array:
@@ -125,7 +155,9 @@ class IdentityModule(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """A reward on points, noisy or not: the cosine of the angle to a direction, smoothed at the origin. No weights."""
+    """A reward on points, noisy or not: the cosine of the angle to a direction, smoothed at the
+    origin. No weights.
+    """
 
     angle: float = 0.0  # of the direction, radians
     core: float = 0.1  # radius within which it fades
@@ -136,7 +168,8 @@ class Direction:
 
 class DirectionModule(nnx.Module):
     def __init__(self, cfg: Direction):
-        self.angle, self.core = cfg.angle, cfg.core
+        self.angle = cfg.angle
+        self.core = cfg.core
 
     def __call__(self, x: Array, t: Array, cond: Array | None = None) -> Array:
         """x [B 2], t [B] -> [B] in -1 to 1."""

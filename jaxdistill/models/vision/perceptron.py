@@ -1,4 +1,6 @@
-"""A multi-layer perceptron that classifies: the student and teacher of small experiments with labels."""
+"""A multi-layer perceptron that classifies: the student and teacher of small experiments with
+labels.
+"""
 
 from __future__ import annotations
 
@@ -44,5 +46,7 @@ class PerceptronModule(nnx.Module):
 
     def norms(self) -> Array:
         """Sum of the weight arrays' L2 norms, not squared; at an array of zeros its gradient is 0."""
-        squares = [jnp.sum(w**2) for w in jax.tree.leaves(nnx.to_pure_dict(nnx.state(self, nnx.Param)))]
+        squares = [
+            jnp.sum(w**2) for w in jax.tree.leaves(nnx.to_pure_dict(nnx.state(self, nnx.Param)))
+        ]
         return sum(jnp.sqrt(jnp.maximum(s, 1e-12)) for s in squares)

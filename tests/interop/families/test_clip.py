@@ -1,4 +1,6 @@
-"""CLIP's towers against transformers': states, hidden states, summaries; the same weights, both ways."""
+"""CLIP's towers against transformers': states, hidden states, summaries; the same weights, both
+ways.
+"""
 
 import json
 
@@ -11,27 +13,52 @@ from safetensors.numpy import load_file, save_file
 from jaxdistill import interop
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.models.vision.clip import ClipText, ClipTextProjected, ClipVision, ClipVisionProjected
+from jaxdistill.models.vision.clip import (
+    ClipText,
+    ClipTextProjected,
+    ClipVision,
+    ClipVisionProjected,
+)
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
 
-BODY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, projection_dim=24)
+BODY = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    projection_dim=24,
+)
 TEXT = BODY | dict(vocab_size=61, max_position_embeddings=12, eos_token_id=60, bos_token_id=59)
 VISION = BODY | dict(image_size=12, patch_size=4)
-TEXTS = {"CLIPTextModel": (ClipText, {}), "CLIPTextModelWithProjection": (ClipTextProjected, {"hidden_act": "gelu"})}
-VISIONS = {"CLIPVisionModel": (ClipVision, {}), "CLIPVisionModelWithProjection": (ClipVisionProjected, {"hidden_act": "gelu"})}
+TEXTS = {
+    "CLIPTextModel": (ClipText, {}),
+    "CLIPTextModelWithProjection": (ClipTextProjected, {"hidden_act": "gelu"}),
+}
+VISIONS = {
+    "CLIPVisionModel": (ClipVision, {}),
+    "CLIPVisionModelWithProjection": (ClipVisionProjected, {"hidden_act": "gelu"}),
+}
 LENGTHS = np.array([12, 8, 3])
 
 
 def build(name, **changes):
     """A random model of weights and biases that all matter."""
     torch.manual_seed(0)
-    config, sizes = (transformers.CLIPTextConfig, TEXT) if "Text" in name else (transformers.CLIPVisionConfig, VISION)
-    model = getattr(transformers, name)(config(**sizes | changes, attn_implementation="eager")).eval()
+    config, sizes = (
+        (transformers.CLIPTextConfig, TEXT)
+        if "Text" in name
+        else (transformers.CLIPVisionConfig, VISION)
+    )
+    model = getattr(transformers, name)(
+        config(**sizes | changes, attn_implementation="eager")
+    ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(std=0.3).add_(float("norm" in name and name.endswith("weight")))  # attention far from uniform
+            weight.normal_(std=0.3).add_(
+                float("norm" in name and name.endswith("weight"))
+            )  # attention far from uniform
     return model
 
 
@@ -40,7 +67,13 @@ def loaded(name, cls, changes, folder):
     model.save_pretrained(folder)
     net, params = interop.load(folder)
     assert type(net.config) is cls
-    return model, folder, net, params, jax.jit(lambda *a, **k: net.apply(params, *a, **k, features=(0, 1)))
+    return (
+        model,
+        folder,
+        net,
+        params,
+        jax.jit(lambda *a, **k: net.apply(params, *a, **k, features=(0, 1))),
+    )
 
 
 @pytest.fixture(scope="module", params=TEXTS)
@@ -56,7 +89,8 @@ def vision(request, tmp_path_factory):
 
 def sentences():
     """tokens [3 12] that end with eos at other places, and the mask of what is before and at it."""
-    tokens, mask = np.random.default_rng(0).integers(0, 59, (3, 12)), np.arange(12) < LENGTHS[:, None]
+    tokens = np.random.default_rng(0).integers(0, 59, (3, 12))
+    mask = np.arange(12) < LENGTHS[:, None]
     tokens[np.arange(3), LENGTHS - 1] = 60
     return np.where(mask, tokens, 60), mask  # padded with eos, as CLIP's tokenizer does
 
@@ -73,7 +107,9 @@ def test_texts_agree(text, padded, agree):
     agree("states", states, theirs.last_hidden_state, where)
     for found, layer in zip(feats, (1, 2), strict=True):
         agree("hidden states", found, theirs.hidden_states[layer], where)
-    pooled = theirs.text_embeds if isinstance(net.config, ClipTextProjected) else theirs.pooler_output
+    pooled = (
+        theirs.text_embeds if isinstance(net.config, ClipTextProjected) else theirs.pooler_output
+    )
     agree("summary", net.apply(params, states, tokens, method="pool"), pooled)
 
 
@@ -103,7 +139,9 @@ def test_images_agree(vision, agree):
     agree("states", states, theirs.last_hidden_state)
     for found, layer in zip(feats, (1, 2), strict=True):
         agree("hidden states", found, theirs.hidden_states[layer])
-    pooled = theirs.image_embeds if isinstance(net.config, ClipVisionProjected) else theirs.pooler_output
+    pooled = (
+        theirs.image_embeds if isinstance(net.config, ClipVisionProjected) else theirs.pooler_output
+    )
     agree("summary", net.apply(params, states, method="pool"), pooled)
 
 
@@ -131,43 +169,75 @@ def test_files_with_and_without_the_prefix(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("text_model."): value for name, value in tensors.items()}
     for stored in (bare, {f"text_model.{name}": value for name, value in bare.items()}):
-        save_file(stored | {"text_model.embeddings.position_ids": np.arange(12)[None]}, tmp_path / "model.safetensors")
+        save_file(
+            stored | {"text_model.embeddings.position_ids": np.arange(12)[None]},
+            tmp_path / "model.safetensors",
+        )
         jax.tree.map(np.testing.assert_array_equal, interop.load(tmp_path)[1], expected)
 
 
 def test_towers_in_a_joint_model(tmp_path):
-    """`CLIPModel`'s folder, as CLIP is published, gives either tower to a net of its kind: summaries are its embeddings."""
+    """`CLIPModel`'s folder, as CLIP is published, gives either tower to a net of its kind:
+    summaries are its embeddings.
+    """
     torch.manual_seed(0)
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
     joint = transformers.CLIPModel(config).eval()
     joint.save_pretrained(tmp_path)
-    x, tokens = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype("f4"), sentences()[0]
+    x = np.random.default_rng(0).standard_normal((2, 12, 12, 3)).astype("f4")
+    tokens = sentences()[0]
     with torch.no_grad():
         theirs = joint(torch.tensor(tokens), torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
     net, params = interop.load(tmp_path)  # the image tower, where nothing says which
-    assert type(net.config) is ClipVisionProjected and interop.family_of(net) is interop.families.clip.VISION_PROJECTED
+    assert (
+        type(net.config) is ClipVisionProjected
+        and interop.family_of(net) is interop.families.clip.VISION_PROJECTED
+    )
     unit = lambda e: e / np.linalg.norm(e, axis=-1, keepdims=True)
-    call = lambda net, params, x, *more: unit(net.apply(params, net.apply(params, x), *more, method="pool"))
+    call = lambda net, params, x, *more: unit(
+        net.apply(params, net.apply(params, x), *more, method="pool")
+    )
     np.testing.assert_allclose(call(net, params, x), unit(theirs.image_embeds.numpy()), atol=1e-5)
     sizes = dict(vocab=61, max_length=12, eos=60, dim=32, mlp=48, depth=3, heads=4, projection=24)
     text = make_net(ClipTextProjected(**sizes), config=ClipTextProjected(**sizes))
     params = interop.load_into(tmp_path, text, text.shapes)
-    np.testing.assert_allclose(call(text, params, tokens, tokens), unit(theirs.text_embeds.numpy()), atol=1e-5)
+    np.testing.assert_allclose(
+        call(text, params, tokens, tokens), unit(theirs.text_embeds.numpy()), atol=1e-5
+    )
     with pytest.raises(Refused, match="holds a CLIPModel, expected a ClipVision"):
         interop.load_into(tmp_path, make_net(ClipVision(), config=ClipVision()), {})
 
 
 def test_released_sizes():
-    """Against transformers' own classes on the meta device; CLIP-L/14's towers are Stable Diffusion 1's and Wan-style vision's."""
-    body = dict(num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_size=768, projection_dim=768)
-    image = dict(num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, hidden_size=1024, patch_size=14, projection_dim=768)
+    """Against transformers' own classes on the meta device; CLIP-L/14's towers are Stable Diffusion
+    1's and Wan-style vision's.
+    """
+    body = dict(
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        hidden_size=768,
+        projection_dim=768,
+    )
+    image = dict(
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        hidden_size=1024,
+        patch_size=14,
+        projection_dim=768,
+    )
     with torch.device("meta"):
         texts = transformers.CLIPTextModel(transformers.CLIPTextConfig(**body))
         images = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**image))
     sizes = dict(dim=768, mlp=3072, heads=12, depth=12)
     ours = make_net(ClipText(vocab=49408, max_length=77, **sizes)).size
     assert ours == sum(p.numel() for p in texts.parameters()) == 123_060_480
-    ours = make_net(ClipVisionProjected(size=224, patch=14, dim=1024, mlp=4096, heads=16, depth=24, projection=768)).size
+    ours = make_net(
+        ClipVisionProjected(
+            size=224, patch=14, dim=1024, mlp=4096, heads=16, depth=24, projection=768
+        )
+    ).size
     assert ours == sum(p.numel() for p in images.parameters())
 
 
@@ -189,9 +259,11 @@ def test_refusals(tmp_path):
 
 
 def test_gradients_flow_through_both_towers():
-    text, image = make_net(ClipTextProjected(depth=2)), make_net(ClipVisionProjected(depth=2, remat="full"))
+    text = make_net(ClipTextProjected(depth=2))
+    image = make_net(ClipVisionProjected(depth=2, remat="full"))
     params = text.init(jax.random.key(0)), image.init(jax.random.key(1))
-    tokens, x = jnp.array([[3, 5, 63, 63]]), np.random.default_rng(0).standard_normal((1, 8, 8, 3)).astype("f4")
+    tokens = jnp.array([[3, 5, 63, 63]])
+    x = np.random.default_rng(0).standard_normal((1, 8, 8, 3)).astype("f4")
 
     def score(params):
         a = text.apply(params[0], text.apply(params[0], tokens), tokens, method="pool")

@@ -11,7 +11,15 @@ from jaxdistill.core.types import Refused
 torch = pytest.importorskip("torch", reason="torch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 
-SIZES = dict(num_attention_heads=2, attention_head_dim=8, in_channels=3, num_layers=3, sample_size=8, patch_size=2, num_embeds_ada_norm=5)
+SIZES = dict(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=3,
+    num_layers=3,
+    sample_size=8,
+    patch_size=2,
+    num_embeds_ada_norm=5,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +42,9 @@ def test_outputs_agree(folder, size, agree):
     path, model = folder
     net, params = interop.load(path)
     rng = np.random.default_rng(0)
-    x, t, label = rng.standard_normal((4, size, size, 3)).astype("f4"), np.array([0.0, 3.5, 500.0, 999.0], "f4"), np.array([0, 4, 5, 2])
+    x = rng.standard_normal((4, size, size, 3)).astype("f4")
+    t = np.array([0.0, 3.5, 500.0, 999.0], "f4")
+    label = np.array([0, 4, 5, 2])
     ours = net.apply(params, jnp.asarray(x), jnp.asarray(t), jnp.asarray(label))
     if size != SIZES["sample_size"]:  # diffusers fixes the position table at construction
         model = diffusers.DiTTransformer2DModel(**{**SIZES, "sample_size": size}).eval()
@@ -46,7 +56,9 @@ def test_outputs_agree(folder, size, agree):
         np.testing.assert_allclose(sincos_2d(16, size // 2, size // 2, size // 2), table, atol=1e-6)
         return
     with torch.no_grad():
-        theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t), torch.from_numpy(label)).sample.numpy()
+        theirs = model(
+            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t), torch.from_numpy(label)
+        ).sample.numpy()
     agree("DiT", ours, theirs.transpose(0, 2, 3, 1))
 
 
@@ -54,7 +66,9 @@ def test_round_trip_is_exact(folder, tmp_path):
     path, model = folder
     net, params = interop.load(path)
     interop.save(tmp_path / "out", net, params)
-    again, info = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = diffusers.DiTTransformer2DModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, again.state_dict()[name]), name

@@ -1,4 +1,6 @@
-"""EDM's U-Nets against a reference written from the architectures' definition: the same outputs, the same weights, both ways."""
+"""EDM's U-Nets against a reference written from the architectures' definition: the same outputs,
+the same weights, both ways.
+"""
 
 import dataclasses
 import json
@@ -21,31 +23,89 @@ from jaxdistill.models.denoisers.edm import DhariwalUNet, SongUNet, resample
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 F = torch.nn.functional
 
-SONG = dict(_class_name="SongUNet", img_resolution=16, in_channels=3, out_channels=3, model_channels=8, channel_mult=[1, 2, 2],
-            num_blocks=2, attn_resolutions=[8])  # fmt: skip
+SONG = dict(
+    _class_name="SongUNet",
+    img_resolution=16,
+    in_channels=3,
+    out_channels=3,
+    model_channels=8,
+    channel_mult=[1, 2, 2],
+    num_blocks=2,
+    attn_resolutions=[8],
+)
 ADM = dict(SONG, _class_name="DhariwalUNet", model_channels=16, num_blocks=1, channels_per_head=8)
 VARIANTS = {
     "ddpmpp": dict(SONG, label_dim=3, augment_dim=4, dropout=0.13),
-    "ncsnpp": dict(SONG, num_blocks=1, embedding_type="fourier", channel_mult_noise=2, encoder_type="residual",
-                   resample_filter=[1, 3, 3, 1]),
+    "ncsnpp": dict(
+        SONG,
+        num_blocks=1,
+        embedding_type="fourier",
+        channel_mult_noise=2,
+        encoder_type="residual",
+        resample_filter=[1, 3, 3, 1],
+    ),
     "adm": dict(ADM, label_dim=3, augment_dim=4),
-}  # fmt: skip
+}
 RELEASED = {  # arXiv:2206.00364, table 7; the same counts from the repository's own classes
-    "cifar10": (SongUNet(size=32, width=128, multiples=(2, 2, 2), blocks=4, attention=(16,), augment_dim=9, classes=10), 55_735_299),
-    "ffhq64": (SongUNet(size=64, width=128, multiples=(1, 2, 2, 2), blocks=4, attention=(16,), augment_dim=9), 61_805_571),
-    "ffhq64_ncsnpp": (SongUNet(size=64, width=128, multiples=(1, 2, 2, 2), blocks=4, attention=(16,), augment_dim=9, waves="fourier",
-                               noise_multiple=2, residual=True, filter=(1, 3, 3, 1)), 62_761_219),
-    "imagenet64": (DhariwalUNet(size=64, width=192, multiples=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_dim=64, classes=1000),
-                   295_899_267),
-}  # fmt: skip
+    "cifar10": (
+        SongUNet(
+            size=32,
+            width=128,
+            multiples=(2, 2, 2),
+            blocks=4,
+            attention=(16,),
+            augment_dim=9,
+            classes=10,
+        ),
+        55_735_299,
+    ),
+    "ffhq64": (
+        SongUNet(
+            size=64, width=128, multiples=(1, 2, 2, 2), blocks=4, attention=(16,), augment_dim=9
+        ),
+        61_805_571,
+    ),
+    "ffhq64_ncsnpp": (
+        SongUNet(
+            size=64,
+            width=128,
+            multiples=(1, 2, 2, 2),
+            blocks=4,
+            attention=(16,),
+            augment_dim=9,
+            waves="fourier",
+            noise_multiple=2,
+            residual=True,
+            filter=(1, 3, 3, 1),
+        ),
+        62_761_219,
+    ),
+    "imagenet64": (
+        DhariwalUNet(
+            size=64,
+            width=192,
+            multiples=(1, 2, 3, 4),
+            blocks=3,
+            attention=(32, 16, 8),
+            head_dim=64,
+            classes=1000,
+        ),
+        295_899_267,
+    ),
+}
 
 
 class Reference:
-    """The networks in PyTorch as functions of named weights; one that is met for the first time is drawn on `device`."""
+    """The networks in PyTorch as functions of named weights; one that is met for the first time is
+    drawn on `device`.
+    """
 
     def __init__(self, config, device="cpu"):
-        self.c, self.device, self.weights = config, device, {}
-        self.song, self.draw = config["_class_name"] == "SongUNet", torch.Generator().manual_seed(0)
+        self.c = config
+        self.device = device
+        self.weights = {}
+        self.song = config["_class_name"] == "SongUNet"
+        self.draw = torch.Generator().manual_seed(0)
         self.filter = config.get("resample_filter", [1, 1])
 
     def get(self, name, *shape, mean=0.0, std=None):
@@ -53,27 +113,43 @@ class Reference:
         if name not in self.weights:
             std = math.prod(shape[1:]) ** -0.5 if std is None else std
             self.weights[name] = (
-                torch.empty(shape, device="meta") if self.device == "meta" else mean + std * torch.randn(shape, generator=self.draw)
+                torch.empty(shape, device="meta")
+                if self.device == "meta"
+                else mean + std * torch.randn(shape, generator=self.draw)
             )
         return self.weights[name]
 
     def linear(self, x, name, o, bias=True):
-        return F.linear(x, self.get(f"{name}.weight", o, x.shape[1]), self.get(f"{name}.bias", o, std=0.1) if bias else None)
+        return F.linear(
+            x,
+            self.get(f"{name}.weight", o, x.shape[1]),
+            self.get(f"{name}.bias", o, std=0.1) if bias else None,
+        )
 
     def conv(self, x, name, o, k=3, pad=None):
-        weight, bias = self.get(f"{name}.weight", o, x.shape[1], k, k), self.get(f"{name}.bias", o, std=0.1)
+        weight = self.get(f"{name}.weight", o, x.shape[1], k, k)
+        bias = self.get(f"{name}.bias", o, std=0.1)
         return F.conv2d(x, weight, bias, padding=k // 2 if pad is None else pad)
 
     def norm(self, x, name):
         n = x.shape[1]
-        return F.group_norm(x, min(32, n // 4), self.get(f"{name}.weight", n, mean=1.0, std=0.1), self.get(f"{name}.bias", n, std=0.1),
-                            1e-6 if self.song else 1e-5)  # fmt: skip
+        return F.group_norm(
+            x,
+            min(32, n // 4),
+            self.get(f"{name}.weight", n, mean=1.0, std=0.1),
+            self.get(f"{name}.bias", n, std=0.1),
+            1e-6 if self.song else 1e-5,
+        )
 
     def move(self, x, name, way, pad=None):
         """Resampled by a filter that the class stores under `name`."""
-        f = torch.outer(*[torch.tensor(self.filter, dtype=torch.float32)] * 2) / sum(self.filter) ** 2
+        f = (
+            torch.outer(*[torch.tensor(self.filter, dtype=torch.float32)] * 2)
+            / sum(self.filter) ** 2
+        )
         self.weights.setdefault(f"model.{name}.resample_filter", f[None, None].to(self.device))
-        n, f = x.shape[1], f.to(self.device).expand(x.shape[1], 1, -1, -1)
+        n = x.shape[1]
+        f = f.to(self.device).expand(x.shape[1], 1, -1, -1)
         pad = (len(self.filter) - 1) // 2 if pad is None else pad
         return (
             F.conv_transpose2d(x, 4 * f, stride=2, padding=pad, groups=n)
@@ -82,7 +158,8 @@ class Reference:
         )
 
     def block(self, x, name, o, emb, way="", attend=False):
-        i, damp = x.shape[1], math.sqrt(0.5) if self.song else 1.0
+        i = x.shape[1]
+        damp = math.sqrt(0.5) if self.song else 1.0
         h = F.silu(self.norm(x, f"{name}.norm0"))
         h = self.conv(self.move(h, f"{name}.conv0", way) if way else h, f"{name}.conv0", o)
         a = self.linear(emb, f"{name}.affine", o if self.song else 2 * o)[:, :, None, None]
@@ -99,30 +176,50 @@ class Reference:
             h = self.conv(self.norm(x, f"{name}.norm2"), f"{name}.qkv", 3 * o, 1)
             q, k, v = h.reshape(len(x), heads, o // heads, 3, -1).unbind(3)
             w = torch.softmax(torch.einsum("bhcq,bhck->bhqk", q, k) / math.sqrt(o // heads), -1)
-            x = (x + self.conv(torch.einsum("bhqk,bhck->bhcq", w, v).reshape(x.shape), f"{name}.proj", o, 1)) * damp
+            x = (
+                x
+                + self.conv(
+                    torch.einsum("bhqk,bhck->bhcq", w, v).reshape(x.shape), f"{name}.proj", o, 1
+                )
+            ) * damp
         return x
 
     def embed(self, t, label, augment):
-        c, width = self.c, self.c["model_channels"]
-        noise, emb = width * c.get("channel_mult_noise", 1), 4 * width
+        c = self.c
+        width = self.c["model_channels"]
+        noise = width * c.get("channel_mult_noise", 1)
+        emb = 4 * width
         half = noise // 2
         if c.get("embedding_type") == "fourier":
             args = 2 * math.pi * t[:, None] * self.get("map_noise.freqs", half, std=16.0)
         else:
-            args = t[:, None] * 10000.0 ** (-torch.arange(half, device=self.device) / (half - self.song))
+            args = t[:, None] * 10000.0 ** (
+                -torch.arange(half, device=self.device) / (half - self.song)
+            )
         h = torch.cat([args.sin(), args.cos()] if self.song else [args.cos(), args.sin()], 1)
         if label is not None and self.song:
             h = h + self.linear(label * math.sqrt(label.shape[1]), "map_label", noise)
         if augment is not None:
             h = h + self.linear(augment, "map_augment", noise, bias=False)
         h = self.linear(F.silu(self.linear(h, "map_layer0", emb)), "map_layer1", emb)
-        return F.silu(h if label is None or self.song else h + self.linear(label, "map_label", emb, bias=False))
+        return F.silu(
+            h
+            if label is None or self.song
+            else h + self.linear(label, "map_label", emb, bias=False)
+        )
 
     def __call__(self, x, t, label=None, augment=None):
         """(F, states after the levels of the way down, the middle and the levels of the way up)."""
-        c, width, mults, blocks = self.c, self.c["model_channels"], self.c["channel_mult"], self.c["num_blocks"]
-        emb, states, image = self.embed(t, label, augment), [], x
-        at = lambda half, level: f"{half}.{c['img_resolution'] >> level}x{c['img_resolution'] >> level}_"
+        c = self.c
+        width = self.c["model_channels"]
+        mults = self.c["channel_mult"]
+        blocks = self.c["num_blocks"]
+        emb = self.embed(t, label, augment)
+        states = []
+        image = x
+        at = lambda half, level: (
+            f"{half}.{c['img_resolution'] >> level}x{c['img_resolution'] >> level}_"
+        )
         attends = lambda level: c["img_resolution"] >> level in c["attn_resolutions"]
         x = self.conv(x, at("enc", 0) + "conv", width if self.song else width * mults[0])
         held = [x]
@@ -130,8 +227,11 @@ class Reference:
             if i:
                 x = self.block(x, at("enc", i) + "down", x.shape[1], emb, "down")
                 if c.get("encoder_type") == "residual":
-                    name, pad = at("enc", i) + "aux_residual", 1 + (len(self.filter) - 1) // 2
-                    image = self.move(self.conv(image, name, x.shape[1], pad=pad), name, "down", pad=0)
+                    name = at("enc", i) + "aux_residual"
+                    pad = 1 + (len(self.filter) - 1) // 2
+                    image = self.move(
+                        self.conv(image, name, x.shape[1], pad=pad), name, "down", pad=0
+                    )
                     x = image = (x + image) / math.sqrt(2)
                 held.append(x)
             for j in range(blocks):
@@ -146,28 +246,51 @@ class Reference:
             x = self.block(x, at("dec", i) + "up", x.shape[1], emb, "up") if i < last else x
             for j in range(blocks + 1):
                 attend = attends(i) and (not self.song or j == blocks)
-                x = self.block(torch.cat([x, held.pop()], 1), at("dec", i) + f"block{j}", mults[i] * width, emb, attend=attend)
+                x = self.block(
+                    torch.cat([x, held.pop()], 1),
+                    at("dec", i) + f"block{j}",
+                    mults[i] * width,
+                    emb,
+                    attend=attend,
+                )
             states.append(x)
         out = at("dec", 0) + "aux_" if self.song else "out_"
-        return self.conv(F.silu(self.norm(x, out + "norm")), out + "conv", c["out_channels"]), states
+        return self.conv(
+            F.silu(self.norm(x, out + "norm")), out + "conv", c["out_channels"]
+        ), states
 
 
 def inputs(config, rows=16, cols=16):
     """x, t = ln(sigma) / 4, labels (of each class and none) and the augmentation."""
     rng = np.random.default_rng(0)
-    x, t = rng.standard_normal((4, rows, cols, 3)).astype("f4"), np.log([0.002, 0.5, 3.0, 80.0]).astype("f4") / 4
+    x = rng.standard_normal((4, rows, cols, 3)).astype("f4")
+    t = np.log([0.002, 0.5, 3.0, 80.0]).astype("f4") / 4
     cond = {"label": np.arange(4)} if config.get("label_dim") else {}
-    return x, t, cond | ({"augment": rng.standard_normal((4, config["augment_dim"])).astype("f4")} if config.get("augment_dim") else {})
+    return (
+        x,
+        t,
+        cond
+        | (
+            {"augment": rng.standard_normal((4, config["augment_dim"])).astype("f4")}
+            if config.get("augment_dim")
+            else {}
+        ),
+    )
 
 
 def theirs(model, x, t, cond):
     one_hot = torch.cat([torch.eye(3), torch.zeros(1, 3)])  # label 3 is the null one
     with torch.no_grad():
         out, states = model(
-            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t),
-            one_hot[cond["label"]] if "label" in cond else torch.zeros(len(x), 3) if model.c.get("label_dim") else None,
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
+            torch.from_numpy(t),
+            one_hot[cond["label"]]
+            if "label" in cond
+            else torch.zeros(len(x), 3)
+            if model.c.get("label_dim")
+            else None,
             torch.from_numpy(cond["augment"]) if "augment" in cond else None,
-        )  # fmt: skip
+        )
     return out.permute(0, 2, 3, 1), [s.flatten(2).transpose(1, 2) for s in states]
 
 
@@ -181,7 +304,14 @@ def pair(request, tmp_path_factory):
     save_file({name: w.numpy() for name, w in model.weights.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     net, params = interop.load(folder)
-    return request.param, model, folder, net, params, jax.jit(lambda *a: net.apply(params, *a, features=tuple(range(7))))
+    return (
+        request.param,
+        model,
+        folder,
+        net,
+        params,
+        jax.jit(lambda *a: net.apply(params, *a, features=tuple(range(7)))),
+    )
 
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 20)])
@@ -202,7 +332,9 @@ def test_null_label_and_forms_of_the_condition(pair, agree):
     agree(f"{name} no condition", call(x, t, None)[0], expected)
     if "label" in cond:
         label = cond["label"]
-        same = lambda a, b: np.testing.assert_allclose(call(x, t, a)[0], call(x, t, b)[0], atol=1e-5)  # two programs: float32 sums
+        same = lambda a, b: np.testing.assert_allclose(
+            call(x, t, a)[0], call(x, t, b)[0], atol=1e-5
+        )  # two programs: float32 sums
         same(np.full(4, 3), None)
         same(label, {"label": label})
         same(jax.nn.one_hot(label, 3), label)
@@ -215,11 +347,17 @@ def test_as_a_denoiser(pair, agree):
     name, model, _, net, params, _ = pair
     x, t, cond = inputs(model.c)
     sigma = np.exp(4 * t)
-    denoise = Denoiser(param=EDMPrecond(), native=EDM()).wrap(lambda *a, **kw: net.apply(params, *a, **kw), EDM())
+    denoise = Denoiser(param=EDMPrecond(), native=EDM()).wrap(
+        lambda *a, **kw: net.apply(params, *a, **kw), EDM()
+    )
     pred = jax.jit(lambda *a: denoise(*a, features=(2,)))(x, sigma, cond)
     s = sigma[:, None, None, None]
     raw, states = theirs(model, (x / np.sqrt(s**2 + 0.25)).astype("f4"), t, cond)
-    agree(f"{name} D", pred.x0, 0.25 / (s**2 + 0.25) * x + s * 0.5 / np.sqrt(s**2 + 0.25) * raw.numpy())
+    agree(
+        f"{name} D",
+        pred.x0,
+        0.25 / (s**2 + 0.25) * x + s * 0.5 / np.sqrt(s**2 + 0.25) * raw.numpy(),
+    )
     agree(f"{name} bottleneck", pred.feats[0], states[2])
 
 
@@ -231,7 +369,9 @@ def test_round_trip_is_exact(pair, tmp_path):
     for name, weight in model.weights.items():
         np.testing.assert_array_equal(again[name], weight.numpy(), err_msg=name)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {key: value for key, value in model.c.items() if config.get(key) != value}.keys() <= {"dropout"}
+    assert {key: value for key, value in model.c.items() if config.get(key) != value}.keys() <= {
+        "dropout"
+    }
     assert interop.describe(tmp_path / "out") == net.config
 
 
@@ -240,8 +380,11 @@ def test_bfloat16(pair, halves):
     halves(folder)
     small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
     x, t, cond = inputs(model.c)
-    found, expected = jax.jit(small.apply)(params, x, t, cond), call(x, t, cond)[0]
-    assert found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()  # 2^-8 a rounding, some tens of them
+    found = jax.jit(small.apply)(params, x, t, cond)
+    expected = call(x, t, cond)[0]
+    assert (
+        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+    )  # 2^-8 a rounding, some tens of them
 
 
 def test_rematerialised_gradients_are_the_same():
@@ -250,7 +393,13 @@ def test_rematerialised_gradients_are_the_same():
     params = jax.tree.map(lambda w: w + 0.1, params)
     x, t, _ = inputs({}, 4, 4)
     grads = [
-        jax.jit(jax.grad(lambda p: jnp.mean(make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t) ** 2)))(params)
+        jax.jit(
+            jax.grad(
+                lambda p: jnp.mean(
+                    make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t) ** 2
+                )
+            )
+        )(params)
         for remat in ("none", "full")
     ]
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
@@ -267,7 +416,9 @@ def test_random_frequencies_are_never_trained():
 
 
 @pytest.mark.parametrize(
-    "cfg", [SongUNet(classes=2, augment_dim=2), DhariwalUNet(classes=2, augment_dim=2)], ids=lambda cfg: type(cfg).__name__
+    "cfg",
+    [SongUNet(classes=2, augment_dim=2), DhariwalUNet(classes=2, augment_dim=2)],
+    ids=lambda cfg: type(cfg).__name__,
 )
 def test_fresh_weights(cfg):
     """The paper's: branches and the output begin at zero or near it."""
@@ -276,18 +427,23 @@ def test_fresh_weights(cfg):
     x, t, _ = inputs({}, 8, 8)
     assert np.abs(jax.jit(net.apply)(params, x, t, np.zeros(4, int))).max() <= 1e-3
     weights = paths(params)
-    assert np.abs(weights["down/0/blocks/0/conv1/kernel"]).max() <= 1e-5 * (isinstance(cfg, SongUNet))
+    assert np.abs(weights["down/0/blocks/0/conv1/kernel"]).max() <= 1e-5 * (
+        isinstance(cfg, SongUNet)
+    )
     assert np.abs(weights["down/0/blocks/0/conv0/kernel"]).std() > 0.01
 
 
 @pytest.mark.parametrize("filter", [(1, 1), (1, 3, 3, 1), (1, 2, 2, 1)])
 def test_resampling(filter):
     x = np.random.default_rng(0).standard_normal((2, 6, 4, 5)).astype("f4")
-    down, up = resample(x, "down", filter), resample(x, "up", filter)
+    down = resample(x, "down", filter)
+    up = resample(x, "up", filter)
     assert down.shape == (2, 3, 2, 5) and up.shape == (2, 12, 8, 5)
     dot = lambda a, b: float(np.sum(np.asarray(a, "f8") * np.asarray(b, "f8")))
     y = np.random.default_rng(1).standard_normal(up.shape).astype("f4")
-    np.testing.assert_allclose(dot(up, y), 4 * dot(x, resample(y, "down", filter)), rtol=1e-4)  # adjoint, up to the gain of 4
+    np.testing.assert_allclose(
+        dot(up, y), 4 * dot(x, resample(y, "down", filter)), rtol=1e-4
+    )  # adjoint, up to the gain of 4
     np.testing.assert_allclose(resample(np.ones_like(x), "up", filter)[:, 2:-2, 2:-2], 1, rtol=1e-6)
 
 
@@ -297,12 +453,19 @@ def test_released_sizes(name):
     model = Reference(interop.families.edm.write(cfg)["config.json"], "meta")
     empty = lambda *shape: torch.empty(shape, device="meta")
     model(
-        empty(1, 3, cfg.size, cfg.size), empty(1), empty(1, cfg.classes) if cfg.classes else None, empty(1, 9) if cfg.augment_dim else None
+        empty(1, 3, cfg.size, cfg.size),
+        empty(1),
+        empty(1, cfg.classes) if cfg.classes else None,
+        empty(1, 9) if cfg.augment_dim else None,
     )
     net = make_net(cfg, config=cfg)
     leaves = paths(net.shapes)
     family = interop.family_of(net)
-    ours = {name: row.torch_shape(leaves[row.path].shape) for row in family.table(cfg) for name in row.names(leaves[row.path].shape)}
+    ours = {
+        name: row.torch_shape(leaves[row.path].shape)
+        for row in family.table(cfg)
+        for name in row.names(leaves[row.path].shape)
+    }
     ours |= {name: array.shape for name, array in interop.families.edm.constants(cfg).items()}
     assert ours == {name: tuple(w.shape) for name, w in model.weights.items()}
     assert {row.path for row in family.table(cfg)} == leaves.keys()
@@ -312,7 +475,10 @@ def test_released_sizes(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder_type": "skip"}, "encoder_type='skip' is not supported, expected 'standard' or 'residual'"),
+        (
+            {"encoder_type": "skip"},
+            "encoder_type='skip' is not supported, expected 'standard' or 'residual'",
+        ),
         ({"decoder_type": "skip"}, "decoder_type='skip' is not supported, expected 'standard'"),
         ({"out_channels": 6}, "out_channels=6 is not supported, expected 3"),
         ({"resample_filter": [1, 2]}, "resample_filter=.* is not supported"),
@@ -327,8 +493,16 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_missing_arguments_have_the_defaults_of_the_class(tmp_path):
     """ADM of ImageNet-64 names two arguments besides the sizes of the data."""
-    given = {"_class_name": "DhariwalUNet", "img_resolution": 64, "in_channels": 3, "out_channels": 3, "label_dim": 1000}
-    (tmp_path / "config.json").write_text(json.dumps(given | {"model_channels": 192, "channel_mult": [1, 2, 3, 4]}))
+    given = {
+        "_class_name": "DhariwalUNet",
+        "img_resolution": 64,
+        "in_channels": 3,
+        "out_channels": 3,
+        "label_dim": 1000,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(given | {"model_channels": 192, "channel_mult": [1, 2, 3, 4]})
+    )
     assert interop.describe(tmp_path) == RELEASED["imagenet64"][0]
 
 
@@ -336,7 +510,10 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
     file = tmp_path / "edm-cifar10-32x32-cond-vp.pkl"
     file.write_bytes(b"\x80\x05never opened")
     for place in (tmp_path, file):
-        with pytest.raises(Refused, match=r"cond-vp.pkl is pickled and is not opened; convert it with: python -c .*\[\"ema\"\]") as error:
+        with pytest.raises(
+            Refused,
+            match=r"cond-vp.pkl is pickled and is not opened; convert it with: python -c .*\[\"ema\"\]",
+        ) as error:
             interop.load(place)
     command = shlex.split(str(error.value).split("convert it with: ")[1])[2]
     compile(command, "command", "exec")
@@ -349,13 +526,19 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(SongUNet(classes=2))
     call = lambda size, cond, features=(): jax.eval_shape(
-        lambda: net.apply(net.shapes, jnp.ones((1, size, size, 3)), jnp.ones(1), cond, features=features)
+        lambda: net.apply(
+            net.shapes, jnp.ones((1, size, size, 3)), jnp.ones(1), cond, features=features
+        )
     )
     with pytest.raises(Refused, match="x: 5 by 5 pixels, expected multiples of 2"):
         call(5, None)
-    with pytest.raises(Refused, match=r"features=\(5,\): levels are numbered 0 to 4, 2 is the middle"):
+    with pytest.raises(
+        Refused, match=r"features=\(5,\): levels are numbered 0 to 4, 2 is the middle"
+    ):
         call(4, None, (5,))
-    with pytest.raises(Refused, match="cond: 'augment' is not read by this network, expected label"):
+    with pytest.raises(
+        Refused, match="cond: 'augment' is not read by this network, expected label"
+    ):
         call(4, {"augment": jnp.ones((1, 9))})
     with pytest.raises(Refused, match="expected 'positional' or 'fourier'"):
         make_net(SongUNet(waves="square"))

@@ -1,4 +1,6 @@
-"""LPIPS against its formula on torch's layers under the package's names; a distance; the same weights both ways."""
+"""LPIPS against its formula on torch's layers under the package's names; a distance; the same
+weights both ways.
+"""
 
 import json
 
@@ -26,11 +28,20 @@ def stored(tmp_path_factory):
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    weights, i = {"scaling_layer.shift": torch.zeros(1, 3, 1, 1), "scaling_layer.scale": torch.ones(1, 3, 1, 1)}, 3
+    weights = {
+        "scaling_layer.shift": torch.zeros(1, 3, 1, 1),
+        "scaling_layer.scale": torch.ones(1, 3, 1, 1),
+    }
+    i = 3
     for name, width in zip(NAMES, (8, 8, 12, 16, 16), strict=True):
-        weights |= {f"{name}.weight": torch.randn(width, i, 3, 3) / i**0.5 / 3, f"{name}.bias": 0.3 * torch.randn(width)}
+        weights |= {
+            f"{name}.weight": torch.randn(width, i, 3, 3) / i**0.5 / 3,
+            f"{name}.bias": 0.3 * torch.randn(width),
+        }
         i = width
-    weights |= {f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1) for n, width in enumerate(CFG.widths)}
+    weights |= {
+        f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1) for n, width in enumerate(CFG.widths)
+    }
     folder = tmp_path_factory.mktemp("lpips")
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(lpips.write(CFG)["config.json"]))
@@ -38,16 +49,30 @@ def stored(tmp_path_factory):
 
 
 def theirs(weights, a, b):
-    """Section 3 of the paper: unit features in the channels, squared differences times the heads, means over pixels, the sum."""
-    F, total = torch.nn.functional, 0.0
-    feats = [(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) - torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-             / torch.tensor([0.458, 0.448, 0.450])[:, None, None] for x in (a, b)]  # fmt: skip
+    """Section 3 of the paper: unit features in the channels, squared differences times the heads,
+    means over pixels, the sum.
+    """
+    F = torch.nn.functional
+    total = 0.0
+    feats = [
+        (
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+            - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+        )
+        / torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+        for x in (a, b)
+    ]
     for n, names in enumerate((NAMES[:2], NAMES[2:3], NAMES[3:])):
         feats = [F.max_pool2d(f, 2) if n else f for f in feats]
         for name in names:
-            feats = [F.relu(F.conv2d(f, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1)) for f in feats]
+            feats = [
+                F.relu(F.conv2d(f, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1))
+                for f in feats
+            ]
         units = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in feats]
-        total = total + F.conv2d((units[0] - units[1]) ** 2, weights[f"lin{n}.model.1.weight"]).mean((1, 2, 3))
+        total = total + F.conv2d(
+            (units[0] - units[1]) ** 2, weights[f"lin{n}.model.1.weight"]
+        ).mean((1, 2, 3))
     return total
 
 
@@ -62,7 +87,8 @@ def test_it_is_a_distance(stored):
     d = jax.jit(lambda a, b: net.apply(params, a, b))
     np.testing.assert_array_equal(d(A, A), np.zeros(3))
     np.testing.assert_allclose(d(A, B), d(B, A), rtol=1e-6)
-    near, far = d(A, A + 0.01 * B), d(A, A + 0.1 * B)
+    near = d(A, A + 0.01 * B)
+    far = d(A, A + 0.1 * B)
     assert np.all(near > 0) and np.all(near < far)
 
 
@@ -88,8 +114,14 @@ def test_round_trip(stored, tmp_path):
 
 def test_vgg_16s_sizes_and_names():
     net = make_net(LPIPS())
-    assert net.size == 14_714_688 + 64 + 128 + 256 + 512 + 512  # torchvision's vgg16().features, and the heads
-    names = [row.name for row in lpips.table(LPIPS()) if row.name.endswith("weight") and row.name.startswith("net")]
+    assert (
+        net.size == 14_714_688 + 64 + 128 + 256 + 512 + 512
+    )  # torchvision's vgg16().features, and the heads
+    names = [
+        row.name
+        for row in lpips.table(LPIPS())
+        if row.name.endswith("weight") and row.name.startswith("net")
+    ]
     slices = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
     assert names == [f"net.slice{i}.{n}.weight" for i, numbers in slices.items() for n in numbers]
     assert lpips.read({"_class_name": "LPIPS", "pnet_type": "vgg"}, lpips.Path("x")) == LPIPS()
@@ -102,5 +134,8 @@ def test_refusals(tmp_path):
         lpips.read({"pnet_type": "alex"}, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "LPIPS", "pnet_type": "vgg"}))
     (tmp_path / "vgg.pth").write_bytes(b"")
-    with pytest.raises(Refused, match=r"vgg.pth is pickled and is not opened; convert it with: python -c .*lpips.LPIPS"):
+    with pytest.raises(
+        Refused,
+        match=r"vgg.pth is pickled and is not opened; convert it with: python -c .*lpips.LPIPS",
+    ):
         interop.load(tmp_path)

@@ -1,4 +1,6 @@
-"""SAM's image encoder against transformers': states, hidden states, the same weights both ways, and the program of its scores."""
+"""SAM's image encoder against transformers': states, hidden states, the same weights both ways, and
+the program of its scores.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +16,31 @@ from jaxdistill.models.vision.sam import Layer, SamVision
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
 
-SIZES = dict(image_size=28, patch_size=4, hidden_size=32, mlp_dim=48, num_attention_heads=4, num_hidden_layers=3, window_size=3,
-             global_attn_indexes=[1], output_channels=16, num_pos_feats=8)  # fmt: skip
+SIZES = dict(
+    image_size=28,
+    patch_size=4,
+    hidden_size=32,
+    mlp_dim=48,
+    num_attention_heads=4,
+    num_hidden_layers=3,
+    window_size=3,
+    global_attn_indexes=[1],
+    output_channels=16,
+    num_pos_feats=8,
+)
 X = np.random.default_rng(0).standard_normal((2, 28, 28, 3)).astype("f4")
 
 
 @pytest.fixture(scope="module")
 def encoder(imported):
-    """(torch model, its folder, our net and params): windows of 3 over 7 x 7 patches, so that the last ones are padded."""
+    """(torch model, its folder, our net and params): windows of 3 over 7 x 7 patches, so that the
+    last ones are padded.
+    """
     torch.manual_seed(0)
     config = transformers.SamVisionConfig(**SIZES, initializer_range=0.2)
-    return imported(transformers.SamVisionModel._from_config(config, attn_implementation="eager"), std=0.3)
+    return imported(
+        transformers.SamVisionModel._from_config(config, attn_implementation="eager"), std=0.3
+    )
 
 
 def test_states_agree(encoder, agree):
@@ -46,26 +62,62 @@ def test_round_trip(encoder, returns, halves):
 
 
 def test_the_encoder_in_a_whole_model(encoder, tmp_path):
-    """`SamModel`'s folder, as released, gives the encoder that is in it; what is left of it is not weights of ours."""
+    """`SamModel`'s folder, as released, gives the encoder that is in it; what is left of it is not
+    weights of ours.
+    """
     torch.manual_seed(1)
     config = transformers.SamConfig(
         vision_config=SIZES,
         prompt_encoder_config=dict(hidden_size=16, image_size=28, patch_size=4),
-        mask_decoder_config=dict(hidden_size=16, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16),
+        mask_decoder_config=dict(
+            hidden_size=16, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16
+        ),
     )
     whole = transformers.SamModel(config).eval()
     whole.save_pretrained(tmp_path)
     net, params = interop.load(tmp_path)
     assert net.config == encoder[2].config and interop.family_of(net) is sam.FAMILY
-    expected = whole.vision_encoder(torch.from_numpy(X.transpose(0, 3, 1, 2).copy())).last_hidden_state.detach().numpy()
-    np.testing.assert_allclose(net.apply(params, X), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4 * expected.std())
+    expected = (
+        whole.vision_encoder(torch.from_numpy(X.transpose(0, 3, 1, 2).copy()))
+        .last_hidden_state.detach()
+        .numpy()
+    )
+    np.testing.assert_allclose(
+        net.apply(params, X), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4 * expected.std()
+    )
 
 
 def test_released_sizes(covers):
     """ViT-B and ViT-H against transformers' own class on the meta device."""
-    base = SamVision(size=1024, patch=16, dim=768, mlp=3072, heads=12, depth=12, window=14, whole=(2, 5, 8, 11), neck=256)
-    huge = SamVision(size=1024, patch=16, dim=1280, mlp=5120, heads=16, depth=32, window=14, whole=(7, 15, 23, 31), neck=256)
-    kinds = dict(hidden_size=1280, num_attention_heads=16, num_hidden_layers=32, mlp_dim=5120, global_attn_indexes=[7, 15, 23, 31])
+    base = SamVision(
+        size=1024,
+        patch=16,
+        dim=768,
+        mlp=3072,
+        heads=12,
+        depth=12,
+        window=14,
+        whole=(2, 5, 8, 11),
+        neck=256,
+    )
+    huge = SamVision(
+        size=1024,
+        patch=16,
+        dim=1280,
+        mlp=5120,
+        heads=16,
+        depth=32,
+        window=14,
+        whole=(7, 15, 23, 31),
+        neck=256,
+    )
+    kinds = dict(
+        hidden_size=1280,
+        num_attention_heads=16,
+        num_hidden_layers=32,
+        mlp_dim=5120,
+        global_attn_indexes=[7, 15, 23, 31],
+    )
     for ours, theirs, count in ((base, {}, 89_670_912), (huge, kinds, 637_026_048)):
         with torch.device("meta"):
             model = transformers.SamVisionModel(transformers.SamVisionConfig(**theirs))
@@ -73,17 +125,26 @@ def test_released_sizes(covers):
 
 
 def test_scores_have_terms_of_rows_and_columns():
-    """Against softmax(q k / sqrt(K) + q rows[y - y'] + q columns[x - x']) written out, for every pair of places."""
-    cfg, rng = SamVision(dim=6, heads=2), np.random.default_rng(0)
+    """Against softmax(q k / sqrt(K) + q rows[y - y'] + q columns[x - x']) written out, for every
+    pair of places.
+    """
+    cfg = SamVision(dim=6, heads=2)
+    rng = np.random.default_rng(0)
     net = make_net(lambda rngs: Layer(cfg, 3, rngs))
-    params = {**net.init(jax.random.key(0)), **{name: jnp.asarray(rng.standard_normal((5, 3)), "f4") for name in ("rows", "columns")}}
-    rows, columns, h = params["rows"], params["columns"], rng.standard_normal((9, 6)).astype("f4")
+    params = {
+        **net.init(jax.random.key(0)),
+        **{name: jnp.asarray(rng.standard_normal((5, 3)), "f4") for name in ("rows", "columns")},
+    }
+    rows = params["rows"]
+    columns = params["columns"]
+    h = rng.standard_normal((9, 6)).astype("f4")
     q, k, v = np.split(h @ np.asarray(params["to_qkv"]["kernel"]), 3, -1)
     out = np.zeros((9, 6))
     for head in range(2):
         part = slice(3 * head, 3 * head + 3)
         for i in range(9):
-            up, left = i // 3 - np.arange(9) // 3 + 2, i % 3 - np.arange(9) % 3 + 2
+            up = i // 3 - np.arange(9) // 3 + 2
+            left = i % 3 - np.arange(9) % 3 + 2
             scores = (k[:, part] / 3**0.5 + rows[up] + columns[left]) @ q[i, part]
             weights = np.exp(scores - scores.max())
             out[i, part] = weights @ v[:, part] / weights.sum()
@@ -121,6 +182,9 @@ def test_refusals(tmp_path):
         make_net(SamVision(heads=3))
     config = sam.write(SamVision())["config.json"]
     assert sam.read(config | {"mlp_dim": None, "mlp_ratio": 3.0}, tmp_path).mlp == 96
-    for change, message in (({"use_rel_pos": False}, "use_rel_pos=False is not supported"), ({"hidden_act": "gelu_10"}, "hidden_act=")):
+    for change, message in (
+        ({"use_rel_pos": False}, "use_rel_pos=False is not supported"),
+        ({"hidden_act": "gelu_10"}, "hidden_act="),
+    ):
         with pytest.raises(Refused, match=message):
             sam.read(config | change, tmp_path)

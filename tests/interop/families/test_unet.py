@@ -1,4 +1,6 @@
-"""The U-Net against diffusers' `UNet2DConditionModel`: the same outputs, the same weights, both ways."""
+"""The U-Net against diffusers' `UNet2DConditionModel`: the same outputs, the same weights, both
+ways.
+"""
 
 import dataclasses
 import json
@@ -16,34 +18,68 @@ from jaxdistill.models.denoisers.unet import UNet
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
 
-CROSS, PLAIN = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D"), ("DownBlock2D", "UpBlock2D")
+CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+PLAIN = ("DownBlock2D", "UpBlock2D")
 
 
 def levels(*kinds):
-    return {"down_block_types": tuple(down for down, _ in kinds), "up_block_types": tuple(up for _, up in reversed(kinds))}
+    return {
+        "down_block_types": tuple(down for down, _ in kinds),
+        "up_block_types": tuple(up for _, up in reversed(kinds)),
+    }
 
 
 COMMON = dict(sample_size=8, norm_num_groups=4, cross_attention_dim=12, layers_per_block=1)
-# fmt: off
 VARIANTS = {  # the released models' structures, small
-    "sd1": dict(**levels(CROSS, PLAIN), block_out_channels=(8, 16), attention_head_dim=2, layers_per_block=2),
-    "sd2": dict(**levels(CROSS, PLAIN), block_out_channels=(8, 16), attention_head_dim=(2, 4), use_linear_projection=True,
-                upcast_attention=True, time_cond_proj_dim=6),
-    "sdxl": dict(**levels(PLAIN, CROSS, CROSS), block_out_channels=(8, 8, 16), attention_head_dim=(1, 2, 4), use_linear_projection=True,
-                 transformer_layers_per_block=[1, 2, 3], addition_embed_type="text_time", addition_time_embed_dim=4,
-                 projection_class_embeddings_input_dim=34),
-    "inpaint_small": dict(**levels(CROSS, CROSS), block_out_channels=(8, 16), attention_head_dim=2, in_channels=9, mid_block_type=None),
+    "sd1": dict(
+        **levels(CROSS, PLAIN), block_out_channels=(8, 16), attention_head_dim=2, layers_per_block=2
+    ),
+    "sd2": dict(
+        **levels(CROSS, PLAIN),
+        block_out_channels=(8, 16),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        upcast_attention=True,
+        time_cond_proj_dim=6,
+    ),
+    "sdxl": dict(
+        **levels(PLAIN, CROSS, CROSS),
+        block_out_channels=(8, 8, 16),
+        attention_head_dim=(1, 2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=[1, 2, 3],
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=34,
+    ),
+    "inpaint_small": dict(
+        **levels(CROSS, CROSS),
+        block_out_channels=(8, 16),
+        attention_head_dim=2,
+        in_channels=9,
+        mid_block_type=None,
+    ),
 }
-# fmt: on
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, imported):
-    """(name, torch model, its folder, our net and params, our jitted call with the last block on the way down and the middle)."""
+    """(name, torch model, its folder, our net and params, our jitted call with the last block on
+    the way down and the middle).
+    """
     torch.manual_seed(0)
-    model, folder, net, params = imported(diffusers.UNet2DConditionModel(**COMMON | VARIANTS[request.param]))
+    model, folder, net, params = imported(
+        diffusers.UNet2DConditionModel(**COMMON | VARIANTS[request.param])
+    )
     count = len(net.config.widths)
-    return request.param, model, folder, net, params, jax.jit(lambda *a: net.apply(params, *a, features=(0, count)))
+    return (
+        request.param,
+        model,
+        folder,
+        net,
+        params,
+        jax.jit(lambda *a: net.apply(params, *a, features=(0, count))),
+    )
 
 
 def inputs(cfg, rows, cols):
@@ -54,7 +90,9 @@ def inputs(cfg, rows, cols):
     if cfg.pooled_dim:
         cond |= {
             "pooled": draw(3, cfg.pooled_dim),
-            "size": np.array([[1024, 1024, 0, 0, 1024, 1024], [512, 700, 3, 9, 768, 1344], [8] * 6], "f4"),
+            "size": np.array(
+                [[1024, 1024, 0, 0, 1024, 1024], [512, 700, 3, 9, 768, 1344], [8] * 6], "f4"
+            ),
         }
     if cfg.guidance_dim:
         cond["guidance"] = np.array([0.0, 2.0, 7.5], "f4")
@@ -113,7 +151,13 @@ def test_rematerialised_gradients_are_the_same():
     params = make_net(cfg).init(jax.random.key(0))
     x, t, cond = inputs(cfg, 4, 4)
     grads = [
-        jax.jit(jax.grad(lambda p: jnp.mean(make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t, cond) ** 2)))(params)
+        jax.jit(
+            jax.grad(
+                lambda p: jnp.mean(
+                    make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t, cond) ** 2
+                )
+            )
+        )(params)
         for remat in ("none", "full")
     ]
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
@@ -121,12 +165,44 @@ def test_rematerialised_gradients_are_the_same():
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads[0]))
 
 
-RELEASED = {  # sizes and their numbers of weights: arXiv:2112.10752's repository and arXiv:2307.01952, table 1, say 860M, 865M and 2.6B
-    "sd15": (dict(size=64, widths=(320, 640, 1280, 1280), depths=(1, 1, 1, 0), heads=(8,) * 4, text_dim=768, matrices=False), 859_520_964),
-    "sd21": (dict(size=96, widths=(320, 640, 1280, 1280), depths=(1, 1, 1, 0), heads=(5, 10, 20, 20), text_dim=1024), 865_910_724),
-    "sdxl": (dict(size=128, widths=(320, 640, 1280), depths=(0, 2, 10), mid_depth=10, heads=(5, 10, 20), text_dim=2048, pooled_dim=1280,
-                  size_dim=256), 2_567_463_684),
-}  # fmt: skip
+# sizes and their numbers of weights: arXiv:2112.10752's repository and arXiv:2307.01952, table 1,
+# say 860M, 865M and 2.6B
+RELEASED = {
+    "sd15": (
+        dict(
+            size=64,
+            widths=(320, 640, 1280, 1280),
+            depths=(1, 1, 1, 0),
+            heads=(8,) * 4,
+            text_dim=768,
+            matrices=False,
+        ),
+        859_520_964,
+    ),
+    "sd21": (
+        dict(
+            size=96,
+            widths=(320, 640, 1280, 1280),
+            depths=(1, 1, 1, 0),
+            heads=(5, 10, 20, 20),
+            text_dim=1024,
+        ),
+        865_910_724,
+    ),
+    "sdxl": (
+        dict(
+            size=128,
+            widths=(320, 640, 1280),
+            depths=(0, 2, 10),
+            mid_depth=10,
+            heads=(5, 10, 20),
+            text_dim=2048,
+            pooled_dim=1280,
+            size_dim=256,
+        ),
+        2_567_463_684,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -134,21 +210,41 @@ def test_released_sizes(name, covers):
     sizes, count = RELEASED[name]
     cfg = UNet(**sizes, groups=32)
     with torch.device("meta"):
-        model = diffusers.UNet2DConditionModel.from_config(interop.families.unet.write(cfg)["config.json"])
+        model = diffusers.UNet2DConditionModel.from_config(
+            interop.families.unet.write(cfg)["config.json"]
+        )
     covers(cfg, model, count, interop.families.unet.FAMILY)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported, expected None"),
-        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift='scale_shift' is not supported, expected 'default'"),
+        (
+            {"class_embed_type": "timestep"},
+            "class_embed_type='timestep' is not supported, expected None",
+        ),
+        (
+            {"resnet_time_scale_shift": "scale_shift"},
+            "resnet_time_scale_shift='scale_shift' is not supported, expected 'default'",
+        ),
         ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types=.* is not supported"),
-        ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "down_block_types=.* is not supported"),
+        (
+            {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
+            "down_block_types=.* is not supported",
+        ),
         ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D' is not supported"),
-        ({"addition_embed_type": "image"}, "addition_embed_type='image' is not supported, expected 'text_time' or null"),
-        ({"transformer_layers_per_block": [[1, 2], 1]}, "transformer_layers_per_block=.* is not supported"),
-        ({"layers_per_block": [1, 2]}, "layers_per_block=.* is not supported, expected the same at every level"),
+        (
+            {"addition_embed_type": "image"},
+            "addition_embed_type='image' is not supported, expected 'text_time' or null",
+        ),
+        (
+            {"transformer_layers_per_block": [[1, 2], 1]},
+            "transformer_layers_per_block=.* is not supported",
+        ),
+        (
+            {"layers_per_block": [1, 2]},
+            "layers_per_block=.* is not supported, expected the same at every level",
+        ),
         ({"in_channels": 3}, "out_channels=4 is more than in_channels=3"),
     ],
 )
@@ -164,14 +260,18 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(UNet(pooled_dim=4, size_dim=4))
     call = lambda size, cond, features=(): jax.eval_shape(
-        lambda: net.apply(net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, features=features)
+        lambda: net.apply(
+            net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, features=features
+        )
     )
     text = {"text": jnp.ones((1, 2, 32)), "pooled": jnp.ones((1, 4))}
     with pytest.raises(Refused, match="cond: no 'size' among"):
         call(4, text)
     with pytest.raises(Refused, match="x: 5 by 5 latents, expected multiples of 2"):
         call(5, text | {"size": jnp.ones((1, 6))})
-    with pytest.raises(Refused, match=r"features=\(5,\): blocks are numbered 0 to 4, 2 is the middle"):
+    with pytest.raises(
+        Refused, match=r"features=\(5,\): blocks are numbered 0 to 4, 2 is the middle"
+    ):
         call(4, text | {"size": jnp.ones((1, 6))}, (5,))
     with pytest.raises(Refused, match="different numbers of levels"):
         make_net(UNet(heads=(1,)))

@@ -1,4 +1,6 @@
-"""The autoencoder against diffusers' `AutoencoderKL`: the same latents and images, the same weights, both ways."""
+"""The autoencoder against diffusers' `AutoencoderKL`: the same latents and images, the same
+weights, both ways.
+"""
 
 import json
 
@@ -18,7 +20,13 @@ diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs d
 
 VARIANTS = {
     "sd": dict(latent_channels=4, scaling_factor=0.18215),
-    "flux": dict(latent_channels=6, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+    "flux": dict(
+        latent_channels=6,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
     "plain_middle": dict(latent_channels=4, mid_block_add_attention=False, layers_per_block=2),
 }
 
@@ -27,8 +35,16 @@ VARIANTS = {
 def pair(request, imported):
     """(name, torch model, its folder, our net and params)."""
     torch.manual_seed(0)
-    levels = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 16))
-    model, folder, net, params = imported(diffusers.AutoencoderKL(**levels, norm_num_groups=4, sample_size=16, **VARIANTS[request.param]))
+    levels = dict(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+    )
+    model, folder, net, params = imported(
+        diffusers.AutoencoderKL(
+            **levels, norm_num_groups=4, sample_size=16, **VARIANTS[request.param]
+        )
+    )
     return request.param, model, folder, net, params
 
 
@@ -42,7 +58,9 @@ def test_latents_and_images_agree(pair, agree, size):
     mean, std = jax.jit(lambda x: net.apply(params, x, method="encode"))(x)
     agree(f"{name} {size} mean", mean, latent.mean.permute(0, 2, 3, 1))
     agree(f"{name} {size} std", std, latent.std.permute(0, 2, 3, 1))
-    ours = jax.jit(lambda z: net.apply(params, z, method="decode"))(latent.mean.permute(0, 2, 3, 1).numpy())
+    ours = jax.jit(lambda z: net.apply(params, z, method="decode"))(
+        latent.mean.permute(0, 2, 3, 1).numpy()
+    )
     agree(f"{name} {size} image", ours, image.permute(0, 2, 3, 1))
 
 
@@ -94,7 +112,10 @@ def test_released_size(covers):
     ("change", "message"),
     [
         ({"latents_mean": [0.0]}, r"latents_mean=\[0.0\] is not supported, expected None"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types=.* is not supported"),
+        (
+            {"down_block_types": ["AttnDownEncoderBlock2D"] * 2},
+            "down_block_types=.* is not supported",
+        ),
         ({"out_channels": 4}, "out_channels=4 is not supported, expected 3"),
     ],
 )
@@ -105,6 +126,8 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(Refused, match=message):
         interop.describe(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "latent_channels"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "latent_channels"})
+    )
     with pytest.raises(Refused, match="latent_channels is missing"):
         interop.describe(tmp_path)

@@ -1,5 +1,6 @@
-"""The video autoencoder against diffusers' `AutoencoderKLWan` and `AutoencoderKLQwenImage`: the same latents and videos, the same
-weights, both ways."""
+"""The video autoencoder against diffusers' `AutoencoderKLWan` and `AutoencoderKLQwenImage`: the
+same latents and videos, the same weights, both ways.
+"""
 
 import dataclasses
 import json
@@ -18,7 +19,12 @@ torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (ex
 diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
 
 SIZES = dict(
-    base_dim=8, z_dim=4, dim_mult=[1, 2, 2], num_res_blocks=1, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 3.0]
+    base_dim=8,
+    z_dim=4,
+    dim_mult=[1, 2, 2],
+    num_res_blocks=1,
+    latents_mean=[0.1, -0.2, 0.3, 0.0],
+    latents_std=[1.0, 2.0, 0.5, 3.0],
 )
 VARIANTS = {
     "wan": ("AutoencoderKLWan", dict(temperal_downsample=[True, True], decoder_base_dim=16)),
@@ -32,7 +38,10 @@ def pair(request, imported):
     torch.manual_seed(0)
     cls, change = VARIANTS[request.param]
     model, folder, net, params = imported(getattr(diffusers, cls)(**SIZES | change), 0.05)
-    encode, decode = (jax.jit(lambda x, method=method: net.apply(params, x, method=method)) for method in ("encode", "decode"))
+    encode, decode = (
+        jax.jit(lambda x, method=method: net.apply(params, x, method=method))
+        for method in ("encode", "decode")
+    )
     return request.param, model, folder, net, params, encode, decode
 
 
@@ -74,8 +83,15 @@ def test_round_trip_is_exact(pair, returns):
     _, model, _, net, params, _, _ = pair
     again = returns(type(model), model, net, params)
     same = lambda a: tuple(a) if isinstance(a, list) else a
-    computed = {"scale_factor_temporal", "scale_factor_spatial"}  # of the sizes; diffusers' defaults are those of Wan 2.1
-    assert all(same(again.config[key]) == same(value) for key, value in model.config.items() if key[0] != "_" and key not in computed)
+    computed = {
+        "scale_factor_temporal",
+        "scale_factor_spatial",
+    }  # of the sizes; diffusers' defaults are those of Wan 2.1
+    assert all(
+        same(again.config[key]) == same(value)
+        for key, value in model.config.items()
+        if key[0] != "_" and key not in computed
+    )
     z = torch.randn(1, 4, 2, 2, 2)
     with torch.no_grad():
         assert torch.equal(model.decode(z).sample, again.decode(z).sample)
@@ -86,8 +102,11 @@ def test_bfloat16(pair, halves):
     halves(folder)
     small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
     x = draw(2, 5, 8, 8, 3)
-    found, expected = jax.jit(lambda x: small.apply(params, x, method="encode")[0])(x), encode(x)[0]
-    assert found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()  # 2^-8 a rounding, some tens of them
+    found = jax.jit(lambda x: small.apply(params, x, method="encode")[0])(x)
+    expected = encode(x)[0]
+    assert (
+        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+    )  # 2^-8 a rounding, some tens of them
 
 
 def test_normalise_and_back():
@@ -104,7 +123,11 @@ def test_rematerialised_gradients_are_the_same():
     params = make_net(cfg).init(jax.random.key(0))
     x = draw(1, 3, 4, 4, 3)
     grads = [
-        jax.jit(jax.grad(lambda p: jnp.mean(make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x) ** 2)))(params)
+        jax.jit(
+            jax.grad(
+                lambda p: jnp.mean(make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x) ** 2)
+            )
+        )(params)
         for remat in ("none", "full")
     ]
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
@@ -112,16 +135,30 @@ def test_rematerialised_gradients_are_the_same():
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[0]))
 
 
-@pytest.mark.parametrize(("cls", "family"), [(WanVAE, interop.families.vae_wan.FAMILY), (QwenImageVAE, interop.families.vae_wan.QWEN)])
+@pytest.mark.parametrize(
+    ("cls", "family"),
+    [(WanVAE, interop.families.vae_wan.FAMILY), (QwenImageVAE, interop.families.vae_wan.QWEN)],
+)
 def test_released_sizes(covers, cls, family):
     with torch.device("meta"):
         model = getattr(diffusers, family.name)()
     given = model.config
-    cfg = cls(width=96, multiples=(1, 2, 4, 4), blocks=2, temporal=(False, True, True), latents=16, mean=tuple(given["latents_mean"]),
-              std=tuple(given["latents_std"]))  # fmt: skip
+    cfg = cls(
+        width=96,
+        multiples=(1, 2, 4, 4),
+        blocks=2,
+        temporal=(False, True, True),
+        latents=16,
+        mean=tuple(given["latents_mean"]),
+        std=tuple(given["latents_std"]),
+    )
     covers(cfg, model, 126_892_531, family)
     same = lambda a: list(a) if isinstance(a, tuple) else a
-    written = {key: value for key, value in family.write(cfg)["config.json"].items() if key != "_class_name"}
+    written = {
+        key: value
+        for key, value in family.write(cfg)["config.json"].items()
+        if key != "_class_name"
+    }
     assert written == {key: same(given[key]) for key in written}
 
 
@@ -145,7 +182,9 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(WanVAE())
-    call = lambda *shape: jax.eval_shape(lambda p: net.apply(p, jnp.ones(shape), method="encode"), net.shapes)
+    call = lambda *shape: jax.eval_shape(
+        lambda p: net.apply(p, jnp.ones(shape), method="encode"), net.shapes
+    )
     with pytest.raises(Refused, match=r"x \[1, 4, 4, 4, 3\]: expected 1 \+ a multiple of 2 frames"):
         call(1, 4, 4, 4, 3)
     with pytest.raises(Refused, match="height and width must be multiples of 2"):

@@ -1,4 +1,6 @@
-"""ViT against transformers' `ViTModel` and `ViTForImageClassification`: the same outputs, the same weights, both ways."""
+"""ViT against transformers' `ViTModel` and `ViTForImageClassification`: the same outputs, the same
+weights, both ways.
+"""
 
 import json
 
@@ -15,24 +17,48 @@ from jaxdistill.models.vision.vit import ViT, ViTClassifier
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
 transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
 
-SIZES = dict(image_size=12, patch_size=4, num_channels=3, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
-CLASSES = {"ViTModel": (ViT, {}), "ViTForImageClassification": (ViTClassifier, {"num_labels": 5, "qkv_bias": False})}
+SIZES = dict(
+    image_size=12,
+    patch_size=4,
+    num_channels=3,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+)
+CLASSES = {
+    "ViTModel": (ViT, {}),
+    "ViTForImageClassification": (ViTClassifier, {"num_labels": 5, "qkv_bias": False}),
+}
 
 
 @pytest.fixture(scope="module", params=CLASSES)
 def pair(request, tmp_path_factory):
-    """(name, torch model, its folder, our net and params, our jitted call with features of the first and the last block)."""
+    """(name, torch model, its folder, our net and params, our jitted call with features of the
+    first and the last block).
+    """
     torch.manual_seed(0)
     cls, change = CLASSES[request.param]
-    model = getattr(transformers, request.param)(transformers.ViTConfig(**SIZES | change, attn_implementation="eager")).eval()
+    model = getattr(transformers, request.param)(
+        transformers.ViTConfig(**SIZES | change, attn_implementation="eager")
+    ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(std=0.3).add_(float("norm" in name and name.endswith("weight")))  # attention far from uniform
+            weight.normal_(std=0.3).add_(
+                float("norm" in name and name.endswith("weight"))
+            )  # attention far from uniform
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     net, params = interop.load(folder)
     assert type(net.config) is cls
-    return request.param, model, folder, net, params, jax.jit(lambda x: net.apply(params, x, features=(0, 2)))
+    return (
+        request.param,
+        model,
+        folder,
+        net,
+        params,
+        jax.jit(lambda x: net.apply(params, x, features=(0, 2))),
+    )
 
 
 def test_outputs_agree(pair, agree):
@@ -63,7 +89,10 @@ def test_released_size():
     """ViT-B/16 has 86 M weights (arXiv:2010.11929, table 1)."""
     sizes = dict(size=224, patch=16, channels=3, dim=768, mlp=3072, heads=12, depth=12)
     with torch.device("meta"):
-        theirs = [transformers.ViTModel(transformers.ViTConfig()), transformers.ViTForImageClassification(transformers.ViTConfig())]
+        theirs = [
+            transformers.ViTModel(transformers.ViTConfig()),
+            transformers.ViTForImageClassification(transformers.ViTConfig()),
+        ]
     for cfg, model in zip((ViT(**sizes), ViTClassifier(**sizes, classes=2)), theirs, strict=True):
         assert make_net(cfg).size == sum(p.numel() for p in model.parameters())
     assert make_net(ViTClassifier(**sizes, classes=1000)).size == 86_567_656
@@ -99,7 +128,9 @@ def test_refusals():
 def test_rematerialised_gradients_are_the_same():
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1)).astype("f4")
     params = make_net(ViTClassifier(depth=2)).init(jax.random.key(0))
-    loss = lambda remat: lambda p: jnp.mean((make_net(ViTClassifier(depth=2, remat=remat)).apply(p, x) - 1) ** 2)
+    loss = lambda remat: (
+        lambda p: jnp.mean((make_net(ViTClassifier(depth=2, remat=remat)).apply(p, x) - 1) ** 2)
+    )
     first, second = (jax.jit(jax.grad(loss(remat)))(params) for remat in ("none", "full"))
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(first))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), first, second)

@@ -1,4 +1,6 @@
-"""DisBack: a path from the teacher to the student's own law, recorded, and walked back as the host's real score."""
+"""DisBack: a path from the teacher to the student's own law, recorded, and walked back as the
+host's real score.
+"""
 
 import dataclasses
 import functools
@@ -42,15 +44,24 @@ def apart(key):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def follow(method, steps, members=1, lr=1e-2, **start):
-    """(state before, state after, metrics of each step) of the engine's own step; the path starts as teachers."""
-    nets = {role: {"disc": DISC, "path": bank(ONE, members)}.get(role, ONE) for role in (*method.inits, *method.frozen)}
+    """(state before, state after, metrics of each step) of the engine's own step; the path starts
+    as teachers.
+    """
+    nets = {
+        role: {"disc": DISC, "path": bank(ONE, members)}.get(role, ONE)
+        for role in (*method.inits, *method.frozen)
+    }
     start = {"teacher": apart(7), **start}
     start.setdefault("path", start["teacher"])
-    states, metrics = first_steps(method, nets, optax.sgd(lr), {r: p for r, p in start.items() if r in nets}, BATCH, steps)
+    states, metrics = first_steps(
+        method, nets, optax.sgd(lr), {r: p for r, p in start.items() if r in nets}, BATCH, steps
+    )
     return states[0], states[-1], metrics
 
 
@@ -69,23 +80,36 @@ def test_without_checkpoints_it_is_its_host(method, host):
     _, ours, losses = follow(method, 5, fake=apart(8))
     _, theirs, others = follow(host, 5, fake=apart(8))
     for role in theirs.params:
-        for a, b in zip(jax.tree.leaves(ours.params[role]), jax.tree.leaves(theirs.params[role]), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(ours.params[role]), jax.tree.leaves(theirs.params[role]), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     for mine, wanted in zip(losses, others, strict=True):
-        assert mine.keys() == wanted.keys() and ("student/loss" in mine) == (mine is losses[0] or mine is losses[2] or mine is losses[4])
+        assert mine.keys() == wanted.keys() and ("student/loss" in mine) == (
+            mine is losses[0] or mine is losses[2] or mine is losses[4]
+        )
         for name in wanted:
             np.testing.assert_allclose(mine[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def affine_path(gaussian, context, mu, spread, m, small, steps=2000, lr=0.02):
-    """Weights (w, b) of an affine denoiser at one time, from the teacher's optimum by descent of stage 1's own loss."""
-    process, n = Flow(), 20_000
+    """Weights (w, b) of an affine denoiser at one time, from the teacher's optimum by descent of
+    stage 1's own loss.
+    """
+    process = Flow()
+    n = 20_000
     a, s = process.alpha_sigma(AT)
-    teacher, student = gaussian(process, mu, spread**0.5), gaussian(process, m, small**0.5)
+    teacher = gaussian(process, mu, spread**0.5)
+    student = gaussian(process, m, small**0.5)
     z = jax.random.normal(jax.random.key(5), (n // 2, 1))
-    ctx = context(jnp.zeros((n, 1)), xt=jnp.concatenate([z, -z]), t=jnp.ones(n))  # the sample's mean is m exactly
+    ctx = context(
+        jnp.zeros((n, 1)), xt=jnp.concatenate([z, -z]), t=jnp.ones(n)
+    )  # the sample's mean is m exactly
     host = DisBackDiffInstruct(fake_times=FIXED, fake_target="x0")
-    net = SimpleNamespace(student=lambda x, t, cond=None: process.from_x0(student.mean + student.std * x, x, t), teacher=teacher.denoise)
+    net = SimpleNamespace(
+        student=lambda x, t, cond=None: process.from_x0(student.mean + student.std * x, x, t),
+        teacher=teacher.denoise,
+    )
     (turn,) = Recording(host=host, every=1).turns
 
     def loss(w):
@@ -100,27 +124,44 @@ def affine_path(gaussian, context, mu, spread, m, small, steps=2000, lr=0.02):
         return w - lr * grad, (w, value)
 
     _, (ws, values) = jax.lax.scan(body, first, None, steps)
-    x = a * (student.mean + student.std * ctx.batch["xt"]) + s * jax.random.normal(jax.random.key(6), (n, 1))
+    x = a * (student.mean + student.std * ctx.batch["xt"]) + s * jax.random.normal(
+        jax.random.key(6), (n, 1)
+    )
     best = jnp.array([gain(small), m * (1 - a * gain(small))])
     fisher = jax.vmap(lambda w: jnp.mean(((w - best)[0] * x + (w - best)[1]) ** 2))(ws[::10])
     return ws, values, ws[:, 1] / (1 - a * ws[:, 0]), fisher, best
 
 
-@pytest.mark.parametrize(("mu", "spread", "m", "small"), [(3.0, 1.0, 0.0, 0.05), (0.0, 1.0, 3.0, 1.0), (-2.0, 1.0, 1.0, 0.3)])
-def test_the_path_of_a_gaussian_leads_from_the_teacher_to_the_student(x64, gaussian, context, mu, spread, m, small):
-    """Loss and distance to the student's score fall, and the mean that the denoiser implies moves, all monotonically."""
-    ws, losses, means, fisher, best = jax.jit(lambda: affine_path(gaussian, context, mu, spread, m, small))()
+@pytest.mark.parametrize(
+    ("mu", "spread", "m", "small"),
+    [(3.0, 1.0, 0.0, 0.05), (0.0, 1.0, 3.0, 1.0), (-2.0, 1.0, 1.0, 0.3)],
+)
+def test_the_path_of_a_gaussian_leads_from_the_teacher_to_the_student(
+    x64, gaussian, context, mu, spread, m, small
+):
+    """Loss and distance to the student's score fall, and the mean that the denoiser implies moves,
+    all monotonically.
+    """
+    ws, losses, means, fisher, best = jax.jit(
+        lambda: affine_path(gaussian, context, mu, spread, m, small)
+    )()
     assert jnp.all(jnp.diff(losses) <= 1e-12)
     np.testing.assert_allclose(means[0], mu, atol=1e-12)
-    assert jnp.all(jnp.diff(means) * np.sign(m - mu) >= -1e-3)  # sampling moves the optimum by as much
-    np.testing.assert_allclose(ws[-1], best, atol=0.08)  # five standard deviations of the fit to so many draws
+    assert jnp.all(
+        jnp.diff(means) * np.sign(m - mu) >= -1e-3
+    )  # sampling moves the optimum by as much
+    np.testing.assert_allclose(
+        ws[-1], best, atol=0.08
+    )  # five standard deviations of the fit to so many draws
     np.testing.assert_allclose(means[-1], m, atol=0.1)
     falling = fisher[fisher > 1e-2 * fisher[0]]
     assert len(falling) > 3 and jnp.all(jnp.diff(falling) < 0) and fisher[-1] < 1e-2 * fisher[0]
 
 
 def test_recording():
-    """Theta stands still; member i is the fake score after i I_1 updates; the loss on fixed draws falls along the path."""
+    """Theta stands still; member i is the fake score after i I_1 updates; the loss on fixed draws
+    falls along the path.
+    """
     host = DisBackDiffInstruct(checkpoints=3, record_every=4)
     method = host.stages(100)[0].method
     before, after, _ = follow(method, 12, members=4, lr=0.05)
@@ -135,9 +176,15 @@ def test_recording():
 
     @jax.jit
     def loss(fake):
-        net = SimpleNamespace(student=ONE.bind("student", before.params), fake=ONE.bind("fake", {"fake": fake}))
+        net = SimpleNamespace(
+            student=ONE.bind("student", before.params), fake=ONE.bind("fake", {"fake": fake})
+        )
         draw = lambda key: dataclasses.replace(ctx, rng=key)
-        one = lambda key: host.critic_loss(net, dataclasses.replace(draw(key), batch=host.simulate(net, draw(key)))).loss
+        one = lambda key: (
+            host.critic_loss(
+                net, dataclasses.replace(draw(key), batch=host.simulate(net, draw(key)))
+            ).loss
+        )
         return jnp.mean(jax.vmap(one)(jax.random.split(ctx.rng, 64)))
 
     values = [float(loss(member(after, i))) for i in range(4)]
@@ -151,9 +198,13 @@ def test_a_path_of_another_size_is_refused():
 
 @pytest.mark.parametrize(("n", "interval"), [(10, 1000), (5, 7), (1, 3), (0, 3)])
 def test_the_pointer_walks_the_whole_path(n, interval):
-    """N - 1 for the first I_2 iterations, then one less at each multiple, 0 from (N - 1) I_2 on; as the loop counts it."""
+    """N - 1 for the first I_2 iterations, then one less at each multiple, 0 from (N - 1) I_2 on; as
+    the loop counts it.
+    """
     method = DisBackDiffInstruct(checkpoints=n, interval=interval)
-    target, p, wanted = jax.jit(jax.vmap(method.target)), max(n - 1, 0), []
+    target = jax.jit(jax.vmap(method.target))
+    p = max(n - 1, 0)
+    wanted = []
     for i in range(n * interval + 20):
         if i > 0 and i % interval == 0:
             p = max(p - 1, 0)
@@ -167,20 +218,33 @@ def test_stages_share_the_steps():
     method = DisBack(checkpoints=10, record_every=100)
     recording, backtracking = method.stages(5000)
     assert (recording.steps, backtracking.steps) == (1000, 4000) and backtracking.method is method
-    assert set(recording.method.inits) == {"student", "fake", "disc", "path"} and recording.method.frozen == ("teacher",)
+    assert set(recording.method.inits) == {
+        "student",
+        "fake",
+        "disc",
+        "path",
+    } and recording.method.frozen == ("teacher",)
     assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == ("teacher", "path")
     assert [s.steps for s in method.stages(300)] == [300, 0]
-    assert DisBack().critic_steps == 5 and DisBack().gan_weight == 5e-3  # the host's fields keep the host's values
+    assert (
+        DisBack().critic_steps == 5 and DisBack().gan_weight == 5e-3
+    )  # the host's fields keep the host's values
 
 
 def test_backtracking_moves_two_roles_and_compiles_once(compilations):
-    """While the pointer goes 2, 1, 0 the path keeps its bits, and each pattern of turns stays one program."""
+    """While the pointer goes 2, 1, 0 the path keeps its bits, and each pattern of turns stays one
+    program.
+    """
     path = jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 4))
     path = jax.tree.map(lambda w: w + 0.05, path)
     method = DisBackDiffInstruct(checkpoints=3, interval=2, critic_steps=2)
-    before, after, metrics = follow(method, 8, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
+    before, after, metrics = follow(
+        method, 8, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path)
+    )
     assert same(before.frozen, after.frozen) and set(after.params) == {"student", "fake"}
-    assert not same(before.params["student"], after.params["student"]) and not same(before.params["fake"], after.params["fake"])
+    assert not same(before.params["student"], after.params["student"]) and not same(
+        before.params["fake"], after.params["fake"]
+    )
     assert compilations["train_step"] == 2
     later = dataclasses.replace(method, interval=100)
     _, _, others = follow(later, 4, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
@@ -189,31 +253,55 @@ def test_backtracking_moves_two_roles_and_compiles_once(compilations):
 
 def test_no_gradient_where_target_and_fake_score_are_one():
     """The fake score starts as the last network; were that the target too, nothing would move."""
-    path = jax.tree.map(lambda w: w + 0.05, jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 3)))
+    path = jax.tree.map(
+        lambda w: w + 0.05, jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 3))
+    )
     params = {"student": apart(1), "fake": jax.tree.map(lambda w: w[1], path), "path": path}
     method = DisBackDiffInstruct(checkpoints=2)  # its first target is member 1
     net = lambda student: SimpleNamespace(
-        student=ONE.bind("student", {"student": student}), fake=ONE.bind("fake", params), path=bank(ONE, 3).bind("path", params)
+        student=ONE.bind("student", {"student": student}),
+        fake=ONE.bind("fake", params),
+        path=bank(ONE, 3).bind("path", params),
     )
-    ctx = loop.Ctx({**BATCH, "xt": BATCH["x"], "t": jnp.ones(16)}, jax.random.key(0), jnp.int32(0), {})
-    size = jax.jit(lambda student, step: optax.tree.norm(jax.grad(
-        lambda p: method.student_loss(net(p), dataclasses.replace(ctx, step=step)).loss)(student)))  # fmt: skip
-    assert size(params["student"], jnp.int32(0)) < 1e-6 < 1e-3 < size(params["student"], jnp.int32(method.interval))
+    ctx = loop.Ctx(
+        {**BATCH, "xt": BATCH["x"], "t": jnp.ones(16)}, jax.random.key(0), jnp.int32(0), {}
+    )
+    size = jax.jit(
+        lambda student, step: optax.tree.norm(
+            jax.grad(
+                lambda p: method.student_loss(net(p), dataclasses.replace(ctx, step=step)).loss
+            )(student)
+        )
+    )
+    assert (
+        size(params["student"], jnp.int32(0))
+        < 1e-6
+        < 1e-3
+        < size(params["student"], jnp.int32(method.interval))
+    )
 
 
 def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(x64, gaussian, context):
-    """Equal variances, exact fake score, student converged to the last target: |grad| = c |m_{i+1} - m_i|."""
-    means, std, process = jnp.array([0.7, 0.5, 0.1, -0.2]), 0.4, Flow()
+    """Equal variances, exact fake score, student converged to the last target: |grad| = c |m_{i+1}
+    - m_i|.
+    """
+    means = jnp.array([0.7, 0.5, 0.1, -0.2])
+    std = 0.4
+    process = Flow()
     a, s = process.alpha_sigma(AT)
     c = s**2 / (a**2 * std**2 + s**2)
     method = DisBackDiffInstruct(checkpoints=4, interval=10, match_times=FIXED)
-    ctx = context(jnp.zeros((2000, 1)), xt=jax.random.normal(jax.random.key(0), (2000, 1)), t=jnp.ones(2000))
+    ctx = context(
+        jnp.zeros((2000, 1)), xt=jax.random.normal(jax.random.key(0), (2000, 1)), t=jnp.ones(2000)
+    )
 
     def grad(step):
         index = method.target(step)
         here = means[jnp.minimum(index + 1, 3)]
         net = SimpleNamespace(fake=gaussian(process, here, std).denoise)
-        net.path = lambda x, t, cond=None, *, member: gaussian(process, means[member], std).denoise(x, t)
+        net.path = lambda x, t, cond=None, *, member: gaussian(process, means[member], std).denoise(
+            x, t
+        )
 
         def loss(m):
             net.student = lambda x, t, cond=None: process.from_x0(here + m + std * x, x, t)
@@ -226,18 +314,29 @@ def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(x64, gaussia
     np.testing.assert_allclose(-found.sum() / c, 0.7 - -0.2, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("guided_targets", "scales"), [(1_000_000, [2.5, 2.5, 2.5]), (1, [1.0, 1.0, 2.5])])
+@pytest.mark.parametrize(
+    ("guided_targets", "scales"), [(1_000_000, [2.5, 2.5, 2.5]), (1, [1.0, 1.0, 2.5])]
+)
 def test_which_targets_are_guided(x64, gaussian, context, guided_targets, scales):
     """Conditional mean 1, null mean 0: guidance w makes the mean w."""
-    plain, n = gaussian(Flow(), 0.0, 0.5), 8
+    plain = gaussian(Flow(), 0.0, 0.5)
+    n = 8
 
     def path(x, t, cond, member):
         pred = plain.denoise(x, t)
         return dataclasses.replace(pred, x0=pred.x0 + cond[:, None])
 
-    method = DisBackDiffInstruct(checkpoints=3, interval=10, guidance=2.5, guided_targets=guided_targets)
-    xt, t = jnp.zeros((n, 1)), jnp.full(n, AT)
-    read = lambda step: method.real(SimpleNamespace(path=path), xt, t, context(xt, step, cond=jnp.ones(n), null_cond=jnp.zeros(n)))
+    method = DisBackDiffInstruct(
+        checkpoints=3, interval=10, guidance=2.5, guided_targets=guided_targets
+    )
+    xt = jnp.zeros((n, 1))
+    t = jnp.full(n, AT)
+    read = lambda step: method.real(
+        SimpleNamespace(path=path),
+        xt,
+        t,
+        context(xt, step, cond=jnp.ones(n), null_cond=jnp.zeros(n)),
+    )
     for step, scale in zip((0, 10, 20), scales, strict=True):
         np.testing.assert_allclose(read(step).x0 - plain.denoise(xt, t).x0, scale, rtol=1e-12)
 
@@ -251,7 +350,13 @@ def tiny():
         tensorboard=False,
         mesh=MeshShape(data=1, fsdp=1, tensor=1),
         data=spec("data.mixtures:Mixture", batch_size=8, labelled=False),
-        method=spec("methods.distribution.disback:DisBackDiffInstruct", checkpoints=2, record_every=4, interval=4, critic_steps=2),
+        method=spec(
+            "methods.distribution.disback:DisBackDiffInstruct",
+            checkpoints=2,
+            record_every=4,
+            interval=4,
+            critic_steps=2,
+        ),
         roles=dict(
             teacher=Role(**net, init="random"),
             path=Role(init="teacher", bank=3),
@@ -262,7 +367,9 @@ def tiny():
 
 
 def test_a_run_goes_on_from_its_recorded_path(tmp_path):
-    """The path is a result of stage 1, and frozen in stage 2: not in its checkpoints, the same bits after resumption."""
+    """The path is a result of stage 1, and frozen in stage 2: not in its checkpoints, the same bits
+    after resumption.
+    """
     loop.run(tiny(), tmp_path / "whole", progress=False)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for gone in ("report.json", "stages/1", "checkpoints/step_20"):
@@ -275,5 +382,8 @@ def test_a_run_goes_on_from_its_recorded_path(tmp_path):
         assert same(whole.params[role], again.params[role]), role
     assert same(jax.tree.map(lambda w: w[0], whole.params["path"]), whole.params["teacher"])
     assert not same(jax.tree.map(lambda w: w[2], whole.params["path"]), whole.params["teacher"])
-    steps = [json.loads(line)["step"] for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(set(steps)) and steps[-1] == 20

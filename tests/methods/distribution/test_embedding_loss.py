@@ -1,4 +1,6 @@
-"""Embedding loss: its hosts unchanged at weight 0, its weight from two gradient norms, its networks and batches."""
+"""Embedding loss: its hosts unchanged at weight 0, its weight from two gradient norms, its networks
+and batches.
+"""
 
 import dataclasses
 import functools
@@ -23,7 +25,11 @@ from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
 from tools.first_steps import first_steps
 
-HOSTS = {"diff_instruct": DiffInstruct(critic_steps=2), "dmd2": DMD2(critic_steps=1), "consistency": Consistency(levels=5)}
+HOSTS = {
+    "diff_instruct": DiffInstruct(critic_steps=2),
+    "dmd2": DMD2(critic_steps=1),
+    "consistency": Consistency(levels=5),
+}
 POINTS = dict(archs=("mlp",), nets=1)
 
 
@@ -37,7 +43,10 @@ def trained():
     @functools.cache
     def run(method):
         nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
-        start = {"teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))), "fake": mlp.init(jax.random.key(8))}
+        start = {
+            "teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))),
+            "fake": mlp.init(jax.random.key(8)),
+        }
         states, rows = first_steps(method, nets, optax.sgd(1e-2), start, batch, 6)
         return states[-1], rows
 
@@ -46,9 +55,14 @@ def trained():
 
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_weight_zero_is_the_host(trained, host):
-    (ours, rows), (alone, others) = trained(EmbeddingLoss(host=host, weight=0.0, **POINTS)), trained(host)
+    (ours, rows), (alone, others) = (
+        trained(EmbeddingLoss(host=host, weight=0.0, **POINTS)),
+        trained(host),
+    )
     for role in alone.params:
-        for a, b in zip(jax.tree.leaves(ours.params[role]), jax.tree.leaves(alone.params[role]), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(ours.params[role]), jax.tree.leaves(alone.params[role]), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     for mine, theirs in zip(rows, others, strict=True):
         for name, value in theirs.items():
@@ -61,12 +75,19 @@ def test_calibrates_without_the_loss_and_moves_the_student_after(trained, host):
     others = trained(host)[1]
     student = [i for i, row in enumerate(others) if "student/loss" in row]
     for i in student[:2]:
-        np.testing.assert_allclose(rows[i]["student/grad_norm"], others[i]["student/grad_norm"], rtol=2e-5)
+        np.testing.assert_allclose(
+            rows[i]["student/grad_norm"], others[i]["student/grad_norm"], rtol=2e-5
+        )
         assert rows[i]["measured/host"] > 0 and rows[i]["measured/embedding"] > 0
     assert "measured/host" not in rows[student[2]]
-    assert abs(rows[student[2]]["student/grad_norm"] / others[student[2]]["student/grad_norm"] - 1) > 1e-3
+    assert (
+        abs(rows[student[2]]["student/grad_norm"] / others[student[2]]["student/grad_norm"] - 1)
+        > 1e-3
+    )
     sums = ours.memory["embedding_norms"]
-    np.testing.assert_allclose(sums[0], sum(rows[i]["measured/host"] for i in student[:2]), rtol=1e-5)
+    np.testing.assert_allclose(
+        sums[0], sum(rows[i]["measured/host"] for i in student[:2]), rtol=1e-5
+    )
     assert sums[2] == 2
 
 
@@ -89,7 +110,8 @@ def gathered(context, method, n=32, **batch):
 def test_norms_are_those_of_the_gradients_in_the_samples(context):
     """Diff-Instruct's is .3 / numel everywhere; the weight makes the loss's own .3 of it."""
     method = EmbeddingLoss(host=DiffInstruct(), **POINTS)
-    ctx, net = gathered(context, method), networks()
+    ctx = gathered(context, method)
+    net = networks()
     assert [turn.moves for turn in method.turns] == [("fake",), ("student",), ()]
     out = method.turns[2].loss(net, ctx)
     np.testing.assert_allclose(out.metrics["host"], 0.3 / 64**0.5, rtol=1e-5)
@@ -97,7 +119,9 @@ def test_norms_are_those_of_the_gradients_in_the_samples(context):
 
     def moved(method, ctx):
         def loss(move):
-            shifted = SimpleNamespace(**{**vars(net), "student": lambda x, t, cond=None: Flow().from_x0(x + move, x, t)})
+            shifted = SimpleNamespace(
+                **{**vars(net), "student": lambda x, t, cond=None: Flow().from_x0(x + move, x, t)}
+            )
             return method.turns[1].loss(shifted, ctx).loss
 
         return jax.grad(loss)(jnp.zeros((32, 2)))
@@ -106,7 +130,9 @@ def test_norms_are_those_of_the_gradients_in_the_samples(context):
     np.testing.assert_allclose(jnp.linalg.norm(added), 0.3 * out.metrics["host"], rtol=1e-4)
     early = dataclasses.replace(later, step=jnp.asarray(9))
     np.testing.assert_allclose(moved(method, early), 0.3 / 64, rtol=1e-5)
-    absolute = moved(dataclasses.replace(method, calibration=0, weight=2.0), later) - moved(dataclasses.replace(method, weight=0.0), later)
+    absolute = moved(dataclasses.replace(method, calibration=0, weight=2.0), later) - moved(
+        dataclasses.replace(method, weight=0.0), later
+    )
     np.testing.assert_allclose(jnp.linalg.norm(absolute), 2.0 * out.metrics["embedding"], rtol=1e-4)
 
 
@@ -115,13 +141,16 @@ def test_real_samples_get_no_gradient(context):
     ctx = gathered(context, method)
     psi = method.networks(ctx)[0]
     at = lambda real: dataclasses.replace(ctx, batch={**ctx.batch, "real_x": real})
-    grad = jax.grad(lambda real: method.embedding(psi, at(real), ctx.batch["xt"]))(ctx.batch["real_x"])
+    grad = jax.grad(lambda real: method.embedding(psi, at(real), ctx.batch["xt"]))(
+        ctx.batch["real_x"]
+    )
     np.testing.assert_array_equal(grad, 0.0)
 
 
 def test_networks_are_redrawn_every_so_many_updates(context):
     method = EmbeddingLoss(host=DiffInstruct(), redraw=3, **POINTS)
-    memory, keys = method.memory(), []
+    memory = method.memory()
+    keys = []
     for seed in range(7):
         ctx = dataclasses.replace(context(jnp.zeros((2, 2)), seed=seed), memory=memory)
         key, own = method.networks(ctx)
@@ -133,7 +162,11 @@ def test_networks_are_redrawn_every_so_many_updates(context):
 def test_more_real_samples_than_generated_ones(context):
     method = EmbeddingLoss(host=DiffInstruct(), real_per_fake=4, **POINTS)
     ctx = gathered(context, method)
-    assert ctx.batch["xt"].shape == (8, 2) and ctx.batch["x"].shape == (8, 2) and ctx.batch["real_x"].shape == (32, 2)
+    assert (
+        ctx.batch["xt"].shape == (8, 2)
+        and ctx.batch["x"].shape == (8, 2)
+        and ctx.batch["real_x"].shape == (32, 2)
+    )
     assert np.isfinite(method.turns[1].loss(networks(), ctx).loss)
 
 
@@ -152,10 +185,21 @@ def test_labels_join(context):
 
 @pytest.mark.parametrize(("kernel", "estimator", "blocks"), [("rbf", "u", 2), ("linear", "v", 1)])
 def test_images_through_every_kind_of_network(context, kernel, estimator, blocks):
-    method = EmbeddingLoss(host=DiffInstruct(), archs=("plain-2", "convnet-2"), nets=2, kernel=kernel, estimator=estimator, blocks=blocks)
+    method = EmbeddingLoss(
+        host=DiffInstruct(),
+        archs=("plain-2", "convnet-2"),
+        nets=2,
+        kernel=kernel,
+        estimator=estimator,
+        blocks=blocks,
+    )
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     ctx = dataclasses.replace(context(x), memory=method.memory(), batch={"x": x, "real_x": x})
-    value = jax.jit(lambda x0: jax.value_and_grad(lambda x0: method.embedding(method.networks(ctx)[0], ctx, x0))(x0))
+    value = jax.jit(
+        lambda x0: jax.value_and_grad(
+            lambda x0: method.embedding(method.networks(ctx)[0], ctx, x0)
+        )(x0)
+    )
     at_real, grad = value(x)
     assert np.all(np.isfinite(grad))
     if estimator == "v":
@@ -168,14 +212,33 @@ def test_everything_else_is_the_hosts():
     host = Reflow(rounds=2, batches=3)
     method = EmbeddingLoss(host=host, **POINTS)
     first, second = method.stages(10)
-    assert isinstance(first.method, EmbeddingLoss) and first.method.host is host and second.collect.batches == 3
-    assert (method.inits, method.frozen, method.ema, method.process) == (host.inits, host.frozen, host.ema, host.process)
+    assert (
+        isinstance(first.method, EmbeddingLoss)
+        and first.method.host is host
+        and second.collect.batches == 3
+    )
+    assert (method.inits, method.frozen, method.ema, method.process) == (
+        host.inits,
+        host.frozen,
+        host.ema,
+        host.process,
+    )
     net = SimpleNamespace(student=len)
-    assert method.generator(net) is len and method.controller() is None and method.exported(1, {}) == (1, {})
-    np.testing.assert_array_equal(EmbeddingLoss(host=DMD2(student_times=(0.9, 0.4))).sampling_times(1), jnp.array([0.9]))
+    assert (
+        method.generator(net) is len
+        and method.controller() is None
+        and method.exported(1, {}) == (1, {})
+    )
+    np.testing.assert_array_equal(
+        EmbeddingLoss(host=DMD2(student_times=(0.9, 0.4))).sampling_times(1), jnp.array([0.9])
+    )
 
 
 def test_a_config_names_its_host():
     name = "methods.distribution.embedding_loss:EmbeddingLoss"
-    config = build.spec(name, host=build.spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=3), weight=0.1)
+    config = build.spec(
+        name,
+        host=build.spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=3),
+        weight=0.1,
+    )
     assert build.build(config) == EmbeddingLoss(host=DiffInstruct(critic_steps=3), weight=0.1)

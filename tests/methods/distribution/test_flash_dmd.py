@@ -1,4 +1,6 @@
-"""Flash-DMD: which call each loss trains, the fake score's own training, and DMD2 as the neutral setting."""
+"""Flash-DMD: which call each loss trains, the fake score's own training, and DMD2 as the neutral
+setting.
+"""
 
 import dataclasses
 import functools
@@ -28,7 +30,9 @@ N = 32
 def stepwise(p):
     """A student with a parameter for each step: x0 = x_t / 2 + p[step]."""
     times = jnp.array(STEPS)
-    return lambda x, t, cond=None: Flow().from_x0(x / 2 + p[jnp.argmin(jnp.abs(t[:, None] - times), 1)][:, None], x, t)
+    return lambda x, t, cond=None: Flow().from_x0(
+        x / 2 + p[jnp.argmin(jnp.abs(t[:, None] - times), 1)][:, None], x, t
+    )
 
 
 def decoder(x, method):
@@ -37,16 +41,29 @@ def decoder(x, method):
 
 @pytest.fixture
 def nets(gaussian):
-    """A stepwise student under exact scores, and a discriminator of two heads, as functions of their weights."""
-    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.6)
+    """A stepwise student under exact scores, and a discriminator of two heads, as functions of
+    their weights.
+    """
+    real = gaussian(Flow(), 0.7, 0.4)
+    fake = gaussian(Flow(), -0.2, 0.6)
     features = lambda x, features: (x, tuple(jnp.sin((i + 1) * x)[:, None] for i in features))
 
     def make(p=jnp.zeros(4), heads=jnp.ones(2), shift=0.0):
         disc = lambda feats: jnp.stack([jnp.sum(f, (1, 2)) * h for f, h in zip(feats, heads)], -1)
         moved = lambda x, t, cond=None: (
-            (pred := fake.denoise(x, t)) and dataclasses.replace(pred, x0=pred.x0 + shift, eps=pred.eps - shift, v=pred.v + shift)
+            (pred := fake.denoise(x, t))
+            and dataclasses.replace(
+                pred, x0=pred.x0 + shift, eps=pred.eps - shift, v=pred.v + shift
+            )
         )
-        return SimpleNamespace(student=stepwise(p), teacher=real.denoise, fake=moved, decoder=decoder, features=features, disc=disc)
+        return SimpleNamespace(
+            student=stepwise(p),
+            teacher=real.denoise,
+            fake=moved,
+            decoder=decoder,
+            features=features,
+            disc=disc,
+        )
 
     return make
 
@@ -57,20 +74,26 @@ def gather(method, net, ctx):
 
 @pytest.mark.parametrize("term, own", [("match", (0, 1)), ("gan", (2, 3))])
 def test_each_loss_trains_its_own_steps(x64, nets, context, term, own):
-    """The gradient in the parameter of a step, against finite differences, over draws that reach every step."""
+    """The gradient in the parameter of a step, against finite differences, over draws that reach
+    every step.
+    """
     method = FlashDMD(taps=(0, 1), match_weight=term == "match", gan_weight=term == "gan")
     base = context(jnp.zeros((N, 2)))
     at = lambda key, batch: dataclasses.replace(base, rng=key, batch=batch)
     walk = jax.jit(lambda key, p: method.walk(nets(p), at(key, base.batch)))
     loss = jax.jit(lambda p, key, batch: method.student_loss(nets(p), at(key, batch)).loss)
     slope = jax.jit(jax.grad(loss))
-    p, total = jnp.array([0.1, -0.2, 0.3, 0.05]), np.zeros(4)
+    p = jnp.array([0.1, -0.2, 0.3, 0.05])
+    total = np.zeros(4)
     for seed in range(6):
         key = jax.random.key(seed)
         batch = walk(key, p)
         got = np.asarray(slope(p, key, batch))
         if term == "gan":  # the other loss is a surrogate, whose value is not its integral
-            difference = [(loss(p + h, key, batch) - loss(p - h, key, batch)) / 2e-5 for h in 1e-5 * jnp.eye(4)]
+            difference = [
+                (loss(p + h, key, batch) - loss(p - h, key, batch)) / 2e-5
+                for h in 1e-5 * jnp.eye(4)
+            ]
             np.testing.assert_allclose(got, difference, atol=1e-9)
         total += np.abs(got)
     assert all((total[i] > 1e-3) == (i in own) for i in range(4)), total
@@ -78,8 +101,12 @@ def test_each_loss_trains_its_own_steps(x64, nets, context, term, own):
 
 
 def test_the_states_of_both_calls(x64, nets, context):
-    """x_t is a state of the student's chain at a noisy step; x_low the end of that chain, noised to a clean step."""
-    method, seen, low = FlashDMD(), set(), set()
+    """x_t is a state of the student's chain at a noisy step; x_low the end of that chain, noised to
+    a clean step.
+    """
+    method = FlashDMD()
+    seen = set()
+    low = set()
     ctx = context(jnp.zeros((2000, 2)))
     walk = jax.jit(lambda key: method.walk(nets(), dataclasses.replace(ctx, rng=key)))
     for seed in range(8):
@@ -94,11 +121,15 @@ def test_the_states_of_both_calls(x64, nets, context):
     for t in STEPS[2:]:
         rows = np.asarray(batch["t_low"] == t)
         got = np.asarray(batch["x_low"])[rows].var()
-        np.testing.assert_allclose(got, (1 - t) ** 2 * var / 4 + t**2, rtol=5 * (2 / rows.sum() / 2) ** 0.5)
+        np.testing.assert_allclose(
+            got, (1 - t) ** 2 * var / 4 + t**2, rtol=5 * (2 / rows.sum() / 2) ** 0.5
+        )
 
 
 def test_nothing_reaches_the_student_through_its_chain(x64, nets, context):
-    """The chain is gathered: what the clean call starts from is a constant, and decoder and features pass the gradient on."""
+    """The chain is gathered: what the clean call starts from is a constant, and decoder and
+    features pass the gradient on.
+    """
     method = FlashDMD(taps=(0,), match_weight=0.0, gan_weight=1.0)
     ctx = gather(method, nets(), context(jnp.zeros((N, 2))))
     got = jax.grad(lambda p: method.student_loss(nets(p), ctx).loss)(jnp.zeros(4))
@@ -107,7 +138,9 @@ def test_nothing_reaches_the_student_through_its_chain(x64, nets, context):
     logit = jnp.sum(jnp.sin(image), -1)
     by_hand = -jax.nn.sigmoid(-logit) * jnp.sum(jnp.cos(image) * jnp.cos(x0 / 2) / 2, -1) / N
     for i, t in enumerate(STEPS):
-        np.testing.assert_allclose(got[i], jnp.sum(jnp.where(ctx.batch["t_low"] == t, by_hand, 0.0)), atol=1e-12)
+        np.testing.assert_allclose(
+            got[i], jnp.sum(jnp.where(ctx.batch["t_low"] == t, by_hand, 0.0)), atol=1e-12
+        )
 
 
 def test_fake_loss_trains_the_fake_score_alone(x64, nets, context):
@@ -125,13 +158,17 @@ def test_discriminator_loss_trains_the_heads_alone(x64, nets, context):
     loss = lambda p, heads: method.disc_loss(nets(p, heads), ctx).loss
     student, heads = jax.grad(loss, argnums=(0, 1))(jnp.zeros(4), jnp.ones(2))
     assert not student.any() and np.all(np.abs(heads) > 1e-4)
-    np.testing.assert_allclose(loss(jnp.zeros(4), jnp.zeros(2)), 2 * np.log(2), rtol=1e-12)  # D = 1/2 everywhere
+    np.testing.assert_allclose(
+        loss(jnp.zeros(4), jnp.zeros(2)), 2 * np.log(2), rtol=1e-12
+    )  # D = 1/2 everywhere
 
 
 def test_real_images_are_their_own_where_the_data_has_them(x64, nets, context):
     method = FlashDMD(taps=(0,), match_weight=0.0)
     plain = gather(method, nets(), context(jnp.full((N, 2), 0.3)))
-    beside = dataclasses.replace(plain, batch={**plain.batch, "x": jnp.zeros((N, 2)), "image": jnp.full((N, 2), 0.3)})
+    beside = dataclasses.replace(
+        plain, batch={**plain.batch, "x": jnp.zeros((N, 2)), "image": jnp.full((N, 2), 0.3)}
+    )
     assert method.disc_loss(nets(), plain).loss == method.disc_loss(nets(), beside).loss
 
 
@@ -149,16 +186,23 @@ def test_equal_scores_leave_the_student_alone(x64, nets, context):
 
 @pytest.mark.parametrize("lam", [1.0, 0.0, 0.9])
 def test_injection(x64, lam):
-    """n updates on a fixed theta leave psi - theta = lam^n (psi_0 - theta): at 1 nothing moves, at 0 theta is copied."""
+    """n updates on a fixed theta leave psi - theta = lam^n (psi_0 - theta): at 1 nothing moves, at
+    0 theta is copied.
+    """
     rng = np.random.default_rng(0)
     psi, theta = ({"a": {"kernel": jnp.asarray(rng.standard_normal((3, 2)))}} for _ in range(2))
-    now, method = psi, FlashDMD(injection=lam)
+    now = psi
+    method = FlashDMD(injection=lam)
     for n in range(1, 6):
         now = method.inject({"fake": now, "student": theta}, jnp.int32(n))["fake"]
         want = theta["a"]["kernel"] + lam**n * (psi["a"]["kernel"] - theta["a"]["kernel"])
-        np.testing.assert_allclose(now["a"]["kernel"], want, rtol=0 if lam in (0, 1) else 1e-13, atol=1e-15)
+        np.testing.assert_allclose(
+            now["a"]["kernel"], want, rtol=0 if lam in (0, 1) else 1e-13, atol=1e-15
+        )
     with pytest.raises(Refused, match="same model"):
-        method.inject({"fake": {"a": {"kernel": jnp.zeros((2, 2))}}, "student": theta}, jnp.int32(0))
+        method.inject(
+            {"fake": {"a": {"kernel": jnp.zeros((2, 2))}}, "student": theta}, jnp.int32(0)
+        )
 
 
 def test_turns_and_their_steps():
@@ -178,7 +222,9 @@ def test_steps_outside_the_chain_are_refused():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neutral(FlashDMD):
-    """Both losses at every step on one x0, no injection, and the head on the fake score's features of a noised sample."""
+    """Both losses at every step on one x0, no injection, and the head on the fake score's features
+    of a noised sample.
+    """
 
     match_steps: tuple[int, ...] = (0, 1, 2, 3)
     injection: float = 1.0
@@ -192,13 +238,17 @@ class Neutral(FlashDMD):
         return (Turn(("fake", "disc"), self.both_critics, gather=self.simulate), super().turns[2])
 
     def both_critics(self, net, ctx):
-        return Out(self.critic_loss(net, ctx).loss + self.disc_weight * self.disc_loss(net, ctx).loss)
+        return Out(
+            self.critic_loss(net, ctx).loss + self.disc_weight * self.disc_loss(net, ctx).loss
+        )
 
     def refine(self, net, ctx):
         return self.generate(net, ctx)
 
     def logits(self, net, image, ctx):
-        xt, t, _ = self.diffuse(image, self.match_times, ctx, "real" if image is ctx.batch["x"] else "match")
+        xt, t, _ = self.diffuse(
+            image, self.match_times, ctx, "real" if image is ctx.batch["x"] else "match"
+        )
         return net.disc(net.fake(xt, t, None, features=self.taps).feats, t, None)
 
 
@@ -210,7 +260,11 @@ def trained():
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
     def run(method, disc, steps=6, tx=optax.sgd(1e-2)):
-        other = {"disc": make_net(disc), "decoder": make_net(Identity()), "features": make_net(PointFeatures(width=8))}
+        other = {
+            "disc": make_net(disc),
+            "decoder": make_net(Identity()),
+            "features": make_net(PointFeatures(width=8)),
+        }
         nets = {role: other.get(role, mlp) for role in (*method.inits, *method.frozen)}
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
         start["teacher"] = jax.tree.map(lambda w: w + 0.05, start["teacher"])
@@ -229,7 +283,10 @@ def close(a, b, atol):
 def test_the_neutral_setting_is_dmd2(trained):
     settings = dict(student_times=STEPS, critic_steps=5, gan_weight=0.5, disc_weight=0.5)
     disc = Discriminator(dim=8, width=8)
-    (_, ours, losses), (_, host, others) = trained(Neutral(**settings), disc), trained(DMD2(**settings), disc)
+    (_, ours, losses), (_, host, others) = (
+        trained(Neutral(**settings), disc),
+        trained(DMD2(**settings), disc),
+    )
     for role in ("student", "fake", "disc"):
         close(ours.params[role], host.params[role], 1e-6)
     for mine, theirs in zip(losses, others, strict=True):
@@ -240,10 +297,14 @@ def test_the_neutral_setting_is_dmd2(trained):
 
 
 def test_injection_follows_the_students_update(trained):
-    """With a fake score that does not move by itself it is the mean of its old weights and the student's new ones."""
+    """With a fake score that does not move by itself it is the mean of its old weights and the
+    student's new ones.
+    """
     method = FlashDMD(injection=0.9)
     before, after, _ = trained(method, Heads(dims=(8, 8, 8), width=8), steps=1, tx=optax.sgd(0.0))
-    want = jax.tree.map(lambda psi, theta: 0.9 * psi + 0.1 * theta, before.params["fake"], after.params["student"])
+    want = jax.tree.map(
+        lambda psi, theta: 0.9 * psi + 0.1 * theta, before.params["fake"], after.params["student"]
+    )
     close(after.params["fake"], want, 1e-7)
 
 
@@ -252,5 +313,10 @@ def test_frozen_networks_get_no_updates_and_the_rest_moves(trained):
     close(before.frozen, after.frozen, 0)
     assert jax.tree.leaves(before.frozen["features"])
     for role in ("student", "fake", "disc"):
-        assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])))
+        assert any(
+            not np.array_equal(a, b)
+            for a, b in zip(
+                jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])
+            )
+        )
     assert all(np.isfinite(v) for loss in losses for v in loss.values())

@@ -33,8 +33,11 @@ def explored(method, context, theta=0.0, seed=0, **kw):
 
 
 def test_the_pair_is_the_best_and_the_worst_of_the_next_states(x64, context):
-    """Winner and loser are states at the next time, alpha x0 + sigma eps with fresh noise; with two candidates all there are."""
-    method, starts = FlashDMDRL(candidates=2), set()
+    """Winner and loser are states at the next time, alpha x0 + sigma eps with fresh noise; with two
+    candidates all there are.
+    """
+    method = FlashDMDRL(candidates=2)
+    starts = set()
     for seed in range(6):
         batch = explored(method, context, seed=seed).batch
         at = method.student_times.index(float(batch["t"][0]))
@@ -43,8 +46,13 @@ def test_the_pair_is_the_best_and_the_worst_of_the_next_states(x64, context):
         assert np.all(batch["winner"][:, 0] > batch["loser"][:, 0]) and batch["apart"].all()
         alpha, sigma = Flow().alpha_sigma(batch["r"][0])
         eps = (jnp.stack([batch["winner"], batch["loser"]]) - alpha * batch["xt"] / 2) / sigma
-        assert abs(float(eps.mean())) < 4 / (4 * N) ** 0.5 and abs(float(eps.std()) - 1) < 4 / (8 * N) ** 0.5
-        np.testing.assert_allclose(batch["reward"], (batch["winner"] + batch["loser"])[:, 0] / 2, rtol=1e-12)
+        assert (
+            abs(float(eps.mean())) < 4 / (4 * N) ** 0.5
+            and abs(float(eps.std()) - 1) < 4 / (8 * N) ** 0.5
+        )
+        np.testing.assert_allclose(
+            batch["reward"], (batch["winner"] + batch["loser"])[:, 0] / 2, rtol=1e-12
+        )
     assert starts == {0, 1}
 
 
@@ -55,28 +63,39 @@ def test_at_the_reference_the_loss_is_log_two_and_its_slope_that_of_the_closed_f
     np.testing.assert_allclose(loss(0.0), np.log(2), rtol=1e-12)
     alpha, sigma = Flow().alpha_sigma(ctx.batch["r"])
     gap = jnp.sum(ctx.batch["winner"] - ctx.batch["loser"], -1)
-    np.testing.assert_allclose(jax.grad(loss)(0.0), -0.7 / 2 * jnp.mean(alpha * gap / sigma**2), rtol=1e-12)
+    np.testing.assert_allclose(
+        jax.grad(loss)(0.0), -0.7 / 2 * jnp.mean(alpha * gap / sigma**2), rtol=1e-12
+    )
     mean = FlashDMDRL(beta=0.7, margin="mean")
-    slope = jax.grad(lambda theta: (out := mean.preference_loss(nets(theta), ctx)).loss / out.count)(0.0)
+    slope = jax.grad(
+        lambda theta: (out := mean.preference_loss(nets(theta), ctx)).loss / out.count
+    )(0.0)
     np.testing.assert_allclose(slope, -0.7 / 2 * jnp.mean(alpha * gap) / 2, rtol=1e-12)
 
 
 def test_ties_are_left_out(x64, context):
-    """Half of the pairs have equal rewards: loss and count are those of the other half; with none left both are 0."""
-    method, upper = FlashDMDRL(), jnp.arange(N) < N // 2
+    """Half of the pairs have equal rewards: loss and count are those of the other half; with none
+    left both are 0.
+    """
+    method = FlashDMDRL()
+    upper = jnp.arange(N) < N // 2
     some = explored(method, context, reward=lambda x, t, cond: jnp.where(upper, x[:, 0], 1.0))
     every = explored(method, context)
     out, whole = (method.preference_loss(nets(0.3), ctx) for ctx in (some, every))
     half = dataclasses.replace(every, batch={k: v[: N // 2] for k, v in every.batch.items()})
     np.testing.assert_allclose(out.loss, method.preference_loss(nets(0.3), half).loss, rtol=1e-12)
     assert out.count == N // 2 and whole.count == N
-    none = method.preference_loss(nets(0.3), explored(method, context, reward=lambda x, t, cond: jnp.ones(N)))
+    none = method.preference_loss(
+        nets(0.3), explored(method, context, reward=lambda x, t, cond: jnp.ones(N))
+    )
     assert none.loss == 0 and none.count == 0
 
 
 def test_only_the_student_is_trained_by_preferences(x64, context):
     ctx = explored(FlashDMDRL(), context)
-    loss = lambda theta, reference: FlashDMDRL().preference_loss(nets(theta, reference=reference), ctx).loss
+    loss = lambda theta, reference: (
+        FlashDMDRL().preference_loss(nets(theta, reference=reference), ctx).loss
+    )
     student, reference = jax.grad(loss, argnums=(0, 1))(0.0, 0.0)
     assert abs(student) > 1e-3 and reference == 0
 
@@ -86,7 +105,11 @@ def test_five_preference_updates_to_one_of_distillation(ttur):
     method = FlashDMDRL(critic_steps=ttur)
     fake, disc, student, explore = method.turns
     at = lambda turn: [i % (5 + ttur) for i in range(3 * (5 + ttur)) if turn.when(i)]
-    assert at(explore) == 3 * [0, 1, 2, 3, 4] and explore.moves == ("student",) and explore.after is None
+    assert (
+        at(explore) == 3 * [0, 1, 2, 3, 4]
+        and explore.moves == ("student",)
+        and explore.after is None
+    )
     assert at(disc) == at(student) == 3 * [5] and student.after is not None
     assert at(fake) == 3 * list(range(5, 5 + ttur))
 
@@ -94,7 +117,11 @@ def test_five_preference_updates_to_one_of_distillation(ttur):
 def test_stages_share_the_steps():
     first, joint = FlashDMDRL(gan_weight=0.25, rl_share=2 / 3).stages(300)
     assert (first.steps, joint.steps) == (100, 200) and first.surgery is None
-    assert type(first.method) is FlashDMD and first.method.gan_weight == 0.25 and "reference" not in first.method.frozen
+    assert (
+        type(first.method) is FlashDMD
+        and first.method.gan_weight == 0.25
+        and "reference" not in first.method.frozen
+    )
 
 
 def test_explorations_that_leave_the_chain_are_refused():
@@ -108,8 +135,12 @@ def small(steps=12):
     config = importlib.import_module("configs.toy.flash_dmd_rl").get_config()
     with config.unlocked():
         config.claim = ConfigDict()
-    config.steps, config.runs.start.steps, config.evaluation.samples = steps, 3, 200
-    config.tensorboard, config.data.batch_size, config.runs.start.data.batch_size = False, 8, 8
+    config.steps = steps
+    config.runs.start.steps = 3
+    config.evaluation.samples = 200
+    config.tensorboard = False
+    config.data.batch_size = 8
+    config.runs.start.data.batch_size = 8
     return config
 
 
@@ -128,8 +159,14 @@ def test_the_reference_is_the_first_stages_student(ran):
     with sharding.use(experiment.mesh, experiment.settings.rules):
         shapes = {"student": trained.nets["student"].shapes}
         first, last = (load_params(workdir / "stages" / str(i), shapes)["student"] for i in (0, 1))
-    equal = lambda a, b: all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-    assert equal(trained.params["reference"], first) and equal(trained.params["student"], last) and not equal(first, last)
+    equal = lambda a, b: all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    assert (
+        equal(trained.params["reference"], first)
+        and equal(trained.params["student"], last)
+        and not equal(first, last)
+    )
 
 
 def test_random_weights_of_a_frozen_role_follow_the_seed(tmp_path):
@@ -142,7 +179,9 @@ def test_random_weights_of_a_frozen_role_follow_the_seed(tmp_path):
         assert experiment._load("decoder") == {} and experiment._load("reward") == {}
         return jax.device_get(experiment._load("features"))
 
-    one, again, other = drawn(0), drawn(0), drawn(1)
+    one = drawn(0)
+    again = drawn(0)
+    other = drawn(1)
     for a, b, c in zip(*(jax.tree.leaves(w) for w in (one, again, other)), strict=True):
         assert np.array_equal(a, b) and not np.array_equal(a, c)
 

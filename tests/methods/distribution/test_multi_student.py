@@ -29,36 +29,63 @@ from jaxdistill.objectives.partition import Consecutive
 from jaxdistill.objectives.pixels import Preprocess
 from tools.first_steps import first_steps
 
-CLASSES, K, N = 8, 4, 32
+CLASSES = 8
+K = 4
+N = 32
 DATA = Mixture(batch_size=N, modes=CLASSES)
-ONE = make_net(MLP(width=8, depth=2, classes=CLASSES), wrap=functools.partial(Denoiser().wrap, process=Flow()))
+ONE = make_net(
+    MLP(width=8, depth=2, classes=CLASSES), wrap=functools.partial(Denoiser().wrap, process=Flow())
+)
 DISC = make_net(Discriminator(features=1, dim=8, width=8, classes=CLASSES))
 TEACHER = DATA.net(Flow())
 CELLS = Consecutive(cells=K, classes=CLASSES)
-HOSTS = {"dm": DMD(), "adm": DMD2(critic_steps=2, gan_weight=0.1), "tsm": TSM(times=Uniform(), target="v")}
+HOSTS = {
+    "dm": DMD(),
+    "adm": DMD2(critic_steps=2, gan_weight=0.1),
+    "tsm": TSM(times=Uniform(), target="v"),
+}
 
 
 def batch(pairs=True, seed=0):
     rng = np.random.default_rng(seed)
     made = {k: jnp.asarray(v) for k, v in DATA.draw(rng, N).items()}
-    made["cond"] = jnp.asarray(rng.permutation(np.arange(N) % CLASSES), jnp.int32)  # every cell has its share
-    noise = {"pair_noise": jnp.asarray(rng.standard_normal((N, 2)), jnp.float32), "pair_x": made["x"][::-1], "pair_cond": made["cond"]}
+    made["cond"] = jnp.asarray(
+        rng.permutation(np.arange(N) % CLASSES), jnp.int32
+    )  # every cell has its share
+    noise = {
+        "pair_noise": jnp.asarray(rng.standard_normal((N, 2)), jnp.float32),
+        "pair_x": made["x"][::-1],
+        "pair_cond": made["cond"],
+    }
     return {**made, **(noise if pairs else {})}
 
 
 def weights(members, role, key):
     """Weights away from zero for one network, the same for each member of a bank."""
-    single = jax.tree.map(lambda w: w + 0.05, (DISC if role == "disc" else ONE).init(jax.random.key(key)))
+    single = jax.tree.map(
+        lambda w: w + 0.05, (DISC if role == "disc" else ONE).init(jax.random.key(key))
+    )
     return bank(DISC if role == "disc" else ONE, members).adopt(single) if members else single
 
 
 def follow(method, steps=5, members=0, data=None, optimizer=None):
     """(weights before, state after, metrics by step) of the engine's own step."""
     grow = lambda net: bank(net, members) if members else net
-    nets = {"teacher": TEACHER, **{role: grow(DISC if role == "disc" else ONE) for role in method.inits}}
-    txs = {role: optimizer.make(steps, bank=bool(members)) if optimizer else optax.sgd(1e-2) for role in method.inits}
-    start = {"teacher": {}, **{role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)}}
-    states, metrics = first_steps(method, nets, txs, start, batch() if data is None else data, steps)
+    nets = {
+        "teacher": TEACHER,
+        **{role: grow(DISC if role == "disc" else ONE) for role in method.inits},
+    }
+    txs = {
+        role: optimizer.make(steps, bank=bool(members)) if optimizer else optax.sgd(1e-2)
+        for role in method.inits
+    }
+    start = {
+        "teacher": {},
+        **{role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)},
+    }
+    states, metrics = first_steps(
+        method, nets, txs, start, batch() if data is None else data, steps
+    )
     return states[0].params, states[-1], metrics
 
 
@@ -67,7 +94,9 @@ def member(params, k):
 
 
 def same(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def close(a, b, **tolerance):
@@ -78,14 +107,21 @@ def close(a, b, **tolerance):
 @pytest.mark.parametrize("name", HOSTS)
 def test_one_member_is_the_host_step_by_step(name):
     """Clipping by norm included."""
-    host, optimizer = HOSTS[name], Optimizer(algorithm="sgd", lr=1e-2, clip=0.05)
+    host = HOSTS[name]
+    optimizer = Optimizer(algorithm="sgd", lr=1e-2, clip=0.05)
     _, alone, theirs = follow(host, optimizer=optimizer)
-    _, banked, ours = follow(Members(host=host, partition=Consecutive(cells=1, classes=CLASSES)), members=1, optimizer=optimizer)
+    _, banked, ours = follow(
+        Members(host=host, partition=Consecutive(cells=1, classes=CLASSES)),
+        members=1,
+        optimizer=optimizer,
+    )
     for role in host.inits:
         close(member(banked.params[role], 0), alone.params[role], rtol=1e-6, atol=1e-6)
         close(member(banked.ema["student"], 0), alone.ema["student"], rtol=1e-6, atol=1e-6)
     for mine, wanted in zip(ours, theirs, strict=True):
-        assert mine.keys() - wanted.keys() == {f"{name.split('/')[0]}/diverged" for name in wanted if name.endswith("/loss")}
+        assert mine.keys() - wanted.keys() == {
+            f"{name.split('/')[0]}/diverged" for name in wanted if name.endswith("/loss")
+        }
         for key in wanted:
             np.testing.assert_allclose(mine[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
     assert any(m["student/grad_norm"] > 0.05 for m in theirs if "student/grad_norm" in m)
@@ -110,15 +146,24 @@ def test_a_member_depends_on_its_own_cell_alone(four):
     _, other, _ = four(data=changed(mine, lambda x: x + 1.0))
     for role in one.params:
         for k in range(K):
-            assert same(member(one.params[role], k), member(other.params[role], k)) == (k != 1), (role, k)
+            assert same(member(one.params[role], k), member(other.params[role], k)) == (k != 1), (
+                role,
+                k,
+            )
             assert not same(member(one.params[role], k), member(before[role], k))
-    assert not same(member(one.params["student"], 0), member(one.params["student"], 2))  # they started as one
+    assert not same(
+        member(one.params["student"], 0), member(one.params["student"], 2)
+    )  # they started as one
 
 
 def test_a_diverging_member_stands_still_and_the_rest_go_on(four):
-    """Not a number in cell 2's data: the run's numbers stay finite, its critics keep their weights, others their bits."""
+    """Not a number in cell 2's data: the run's numbers stay finite, its critics keep their weights,
+    others their bits.
+    """
     _, sound, _ = four()
-    before, hurt, metrics = four(data=changed(CELLS.assign(batch()["cond"]) == 2, lambda x: jnp.nan * x))
+    before, hurt, metrics = four(
+        data=changed(CELLS.assign(batch()["cond"]) == 2, lambda x: jnp.nan * x)
+    )
     assert all(np.isfinite(v) for m in metrics for v in m.values())
     assert [m["fake/diverged"] for m in metrics] == [1.0, 1.0, 1.0]
     for role in sound.params:
@@ -140,7 +185,12 @@ def test_an_absent_cell_stands_still():
     data = {**data, "cond": jnp.where(CELLS.assign(data["cond"]) == 3, 0, data["cond"])}
     before, after, metrics = follow(Members(host=HOSTS["dm"], partition=CELLS), 2, K, data=data)
     for role in before:
-        assert [same(member(before[role], k), member(after.params[role], k)) for k in range(K)] == [False, False, False, True]
+        assert [same(member(before[role], k), member(after.params[role], k)) for k in range(K)] == [
+            False,
+            False,
+            False,
+            True,
+        ]
     assert metrics[0]["student/diverged"] == 0
 
 
@@ -165,22 +215,31 @@ def test_conditions_are_of_the_cell_but_pairs_of_all():
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
     nets.student = nets.fake = bank(ONE, K).bind("student", {"student": weights(K, "student", 1)})
     data = batch()
-    dealt = jax.jit(lambda: method.turns[1].gather(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})))()
+    dealt = jax.jit(
+        lambda: method.turns[1].gather(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
+    )()
     np.testing.assert_array_equal(CELLS.assign(dealt["cond"]), np.repeat(np.arange(K), N // K))
     for row in dealt["pair_cond"].reshape(K, -1):
         assert len(np.unique(CELLS.assign(row))) > 1
     for name in ("pair_noise", "pair_x", "pair_cond"):
         np.testing.assert_array_equal(dealt[name], data[name])
-    assert dealt["xt"].shape == (N, 2) and len(np.unique(dealt["xt"][:, 0])) == N  # members draw apart
+    assert (
+        dealt["xt"].shape == (N, 2) and len(np.unique(dealt["xt"][:, 0])) == N
+    )  # members draw apart
 
 
 def test_pairs_are_the_teachers_samples():
     """The stored sample lies where the teacher's ODE ends: within its condition's mode."""
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
-    made = jax.jit(lambda b: DMD(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {})))(batch(pairs=False))
+    made = jax.jit(
+        lambda b: DMD(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {}))
+    )(batch(pairs=False))
     _, means, stds = DATA.law
     np.testing.assert_array_equal(made["pair_cond"], batch()["cond"])
-    assert np.all(np.linalg.norm(made["pair_x"] - means[made["pair_cond"]], axis=1) < 5 * stds[made["pair_cond"]])
+    assert np.all(
+        np.linalg.norm(made["pair_x"] - means[made["pair_cond"]], axis=1)
+        < 5 * stds[made["pair_cond"]]
+    )
     assert abs(float(made["pair_noise"].std()) - 1) < 4 / (2 * 2 * N) ** 0.5
 
 
@@ -189,27 +248,43 @@ def test_regression_is_an_extra_term():
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
     nets.student = nets.fake = ONE.bind("student", {"student": weights(0, "student", 1)})
     data = {**batch(), "xt": jax.random.normal(jax.random.key(3), (N, 2)), "t": jnp.ones(N)}
-    loss = lambda w, data=data: DMD(regression_weight=w).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
+    loss = lambda w, data=data: DMD(regression_weight=w).student_loss(
+        nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})
+    )
     plain = loss(0.0, {k: v for k, v in data.items() if not k.startswith("pair_")})
     full = loss(0.25)
     made = nets.student(data["pair_noise"], jnp.ones(N), data["pair_cond"]).x0
-    np.testing.assert_allclose(full.metrics["regression"], np.mean((made - data["pair_x"]) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        full.metrics["regression"], np.mean((made - data["pair_x"]) ** 2), rtol=1e-5
+    )
     np.testing.assert_allclose(full.loss - plain.loss, 0.25 * full.metrics["regression"], rtol=1e-4)
 
 
 def test_the_distance_of_a_frozen_network():
-    """Regression by `perceptual`, of both sides preprocessed, here sum |2 a - 2 b|; the role is frozen in every stage that has it."""
+    """Regression by `perceptual`, of both sides preprocessed, here sum |2 a - 2 b|; the role is
+    frozen in every stage that has it.
+    """
     nets = SimpleNamespace(perceptual=lambda a, b: jnp.sum(jnp.abs(a - b), -1))
     host = PerceptualDMD(preprocess=Preprocess(std=(0.25,)))
-    a, b = jnp.array([[1.0, 2.0], [0.0, 1.0]]), jnp.zeros((2, 2))
+    a = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    b = jnp.zeros((2, 2))
     np.testing.assert_allclose(host.distance(nets, a, b), [6.0, 2.0], rtol=1e-6)
     method = MultiStudent(partition=CELLS, dm=host)
-    assert method.frozen == ("teacher", "perceptual") and [s.method.frozen for s in method.stages(10)] == [method.frozen, ("teacher",)]
+    assert method.frozen == ("teacher", "perceptual") and [
+        s.method.frozen for s in method.stages(10)
+    ] == [method.frozen, ("teacher",)]
 
 
 def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
-    """K = C: under member k's conditions the teacher is the exact denoiser of mode k alone, whatever the label says."""
-    data = {**batch(), "cond": jnp.full(N, 5), "xt": jax.random.normal(jax.random.key(3), (N, 2)), "t": jnp.ones(N)}
+    """K = C: under member k's conditions the teacher is the exact denoiser of mode k alone,
+    whatever the label says.
+    """
+    data = {
+        **batch(),
+        "cond": jnp.full(N, 5),
+        "xt": jax.random.normal(jax.random.key(3), (N, 2)),
+        "t": jnp.ones(N),
+    }
     params = weights(0, "student", 1)
     _, means, stds = DATA.law
 
@@ -219,11 +294,17 @@ def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
         return Flow().from_x0(means[5] + gain * (x - a * means[5]), x, t)
 
     def grad(teacher):
-        nets = SimpleNamespace(teacher=teacher, fake=ONE.bind("fake", {"fake": weights(0, "fake", 2)}))
+        nets = SimpleNamespace(
+            teacher=teacher, fake=ONE.bind("fake", {"fake": weights(0, "fake", 2)})
+        )
 
         def loss(p):
             nets.student = ONE.bind("student", {"student": p})
-            return DMD(regression_weight=0.0).student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})).loss
+            return (
+                DMD(regression_weight=0.0)
+                .student_loss(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
+                .loss
+            )
 
         return jax.jit(jax.grad(loss))(params)
 
@@ -234,8 +315,11 @@ def test_the_router_runs_each_sample_through_its_own_student():
     method = MultiStudent(partition=CELLS)
     params = jax.vmap(ONE.init)(jax.random.split(jax.random.key(0), K))
     params = jax.tree.map(lambda w: w + 0.05, params)
-    net = method.generator(SimpleNamespace(student=bank(ONE, K).bind("student", {"student": params})))
-    noise, cond = jax.random.normal(jax.random.key(1), (N, 2)), batch()["cond"]
+    net = method.generator(
+        SimpleNamespace(student=bank(ONE, K).bind("student", {"student": params}))
+    )
+    noise = jax.random.normal(jax.random.key(1), (N, 2))
+    cond = batch()["cond"]
     made = jax.jit(lambda: method.sample(net, noise, cond, jax.random.key(2), 1))()
     cell = CELLS.assign(cond)
     for k in range(K):
@@ -246,13 +330,18 @@ def test_the_router_runs_each_sample_through_its_own_student():
 
 @pytest.mark.parametrize("target", ["v", "edm"])
 def test_teacher_matching_vanishes_at_the_teacher(x64, gaussian, context, target):
-    """Value and gradient are 0 there, whatever the data; plain denoising keeps the data's own variance."""
+    """Value and gradient are 0 there, whatever the data; plain denoising keeps the data's own
+    variance.
+    """
     process = EDM() if target == "edm" else Flow()
-    teacher, method = gaussian(process, 0.7, 0.4), TSM(process=process, target=target)
+    teacher = gaussian(process, 0.7, 0.4)
+    method = TSM(process=process, target=target)
     ctx = context(teacher.draw(512))
 
     def loss(w, teacher=teacher):
-        student = lambda x, t, cond=None: process.from_x0(teacher.denoise(x, t).x0 * (1 + w[0]) + w[1], x, t)
+        student = lambda x, t, cond=None: process.from_x0(
+            teacher.denoise(x, t).x0 * (1 + w[0]) + w[1], x, t
+        )
         return method.loss(SimpleNamespace(student=student, teacher=teacher.denoise), ctx).loss
 
     value, grad = jax.value_and_grad(loss)(jnp.zeros(2))
@@ -261,24 +350,37 @@ def test_teacher_matching_vanishes_at_the_teacher(x64, gaussian, context, target
 
 
 def test_teacher_matching_is_denoising_only_for_the_exact_teacher(x64, gaussian, context):
-    """Gradients agree in expectation where the teacher is the data's posterior mean, and differ where it is another law's."""
-    process, n, law = Flow(), 100_000, gaussian(Flow(), 0.7, 0.4)
+    """Gradients agree in expectation where the teacher is the data's posterior mean, and differ
+    where it is another law's.
+    """
+    process = Flow()
+    n = 100_000
+    law = gaussian(Flow(), 0.7, 0.4)
     method = TSM(times=Uniform(low=0.2, high=0.8), target="v")
     ctx = context(law.draw(n, dim=1))
 
     def grads(teacher):
         student = lambda w: lambda x, t, cond=None: process.from_v(w[0] * x + w[1], x, t)
-        matching = lambda w: method.loss(SimpleNamespace(student=student(w), teacher=teacher.denoise), ctx).loss
+        matching = lambda w: (
+            method.loss(SimpleNamespace(student=student(w), teacher=teacher.denoise), ctx).loss
+        )
 
         def denoising(w):
-            x0, t = ctx.batch["x"], method.times.draw(process, ctx.key("t"), n)
+            x0 = ctx.batch["x"]
+            t = method.times.draw(process, ctx.key("t"), n)
             eps = jax.random.normal(ctx.key("eps"), x0.shape)
-            return jnp.mean(denoising_error(process, student(w)(process.add_noise(x0, eps, t), t), x0, eps, t, "v"))
+            return jnp.mean(
+                denoising_error(
+                    process, student(w)(process.add_noise(x0, eps, t), t), x0, eps, t, "v"
+                )
+            )
 
         return jnp.stack([jax.grad(loss)(jnp.array([0.3, 0.1])) for loss in (matching, denoising)])
 
     exact, wrong = jax.jit(lambda: (grads(law), grads(gaussian(process, -0.3, 0.4))))()
-    np.testing.assert_allclose(exact[0], exact[1], atol=5 * 2 / n**0.5)  # both are means of n terms of order 1
+    np.testing.assert_allclose(
+        exact[0], exact[1], atol=5 * 2 / n**0.5
+    )  # both are means of n terms of order 1
     assert jnp.abs(wrong[0] - wrong[1]).max() > 0.1
 
 
@@ -287,11 +389,23 @@ def test_stages_by_shares():
     tsm, dm, adm = method.stages(50)
     assert (tsm.steps, dm.steps, adm.steps) == (10, 20, 20)
     assert tsm.collect is None and adm.collect is None and dm.collect.batches == 1000
-    assert [set(s.method.inits) for s in (tsm, dm, adm)] == [{"student"}, {"student", "fake"}, {"student", "fake", "disc"}]
+    assert [set(s.method.inits) for s in (tsm, dm, adm)] == [
+        {"student"},
+        {"student", "fake"},
+        {"student", "fake", "disc"},
+    ]
     assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == ("teacher",)
-    only = MultiStudent(partition=CELLS, shares=(0.0, 1.0, 0.0), dm=DMD(critic_steps=5, regression_weight=0.0))
-    assert len(only.stages(10)) == 1 and only.stages(10)[0].collect is None and set(only.inits) == {"student", "fake"}
-    assert len(MultiStudent().stages(10)) == 2 and MultiStudent().partition.assign(jnp.asarray([0, 249, 250, 999])).tolist() == [0, 0, 1, 3]
+    only = MultiStudent(
+        partition=CELLS, shares=(0.0, 1.0, 0.0), dm=DMD(critic_steps=5, regression_weight=0.0)
+    )
+    assert (
+        len(only.stages(10)) == 1
+        and only.stages(10)[0].collect is None
+        and set(only.inits) == {"student", "fake"}
+    )
+    assert len(MultiStudent().stages(10)) == 2 and MultiStudent().partition.assign(
+        jnp.asarray([0, 249, 250, 999])
+    ).tolist() == [0, 0, 1, 3]
 
 
 @pytest.mark.parametrize("shares", [(1.0, 0.0, 0.0), (1.0, 1.0), (0.0, -1.0, 2.0)])
@@ -304,4 +418,6 @@ def test_hosts_of_different_processes_are_refused():
     with pytest.raises(Refused, match="different processes"):
         MultiStudent(dm=DMD(process=EDM()))
     assert MultiStudent(dm=DMD(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
-    assert dataclasses.replace(MultiStudent(), shares=(0.0, 1.0, 0.0)).sampling_times(1).tolist() == [1.0]
+    assert dataclasses.replace(MultiStudent(), shares=(0.0, 1.0, 0.0)).sampling_times(
+        1
+    ).tolist() == [1.0]

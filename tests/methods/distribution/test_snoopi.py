@@ -27,7 +27,8 @@ from jaxdistill.models.vision.judges import Identity
 from jaxdistill.objectives.pixels import CLIP, Preprocess
 from tools.first_steps import first_steps
 
-CLASSES, N = 3, 8
+CLASSES = 3
+N = 8
 WRAP = functools.partial(Denoiser().wrap, process=Flow())
 MLPS = make_net(MLP(width=8, depth=1, classes=CLASSES), wrap=WRAP)
 LABELS = {"cond": jnp.arange(N) % CLASSES, "null_cond": jnp.full(N, CLASSES)}
@@ -52,8 +53,14 @@ X0 = jax.random.normal(jax.random.key(9), (N, 2))
 
 def start(b=0.0):
     """First weights by role; the adapters' second factor is `b` throughout."""
-    params = {role: NETS[role].init(jax.random.key(i)) for i, role in enumerate(("student", "teacher", "fake", *FIXED))}
-    return {**params, "fake": {path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()}}
+    params = {
+        role: NETS[role].init(jax.random.key(i))
+        for i, role in enumerate(("student", "teacher", "fake", *FIXED))
+    }
+    return {
+        **params,
+        "fake": {path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()},
+    }
 
 
 KEY = jax.random.key(3)
@@ -66,20 +73,25 @@ def matching(method, params):
 
 
 def constant(k, fake=None):
-    return PGSB(guidance=Constant(scale=k), fake_guidance=Constant(scale=k if fake is None else fake))
+    return PGSB(
+        guidance=Constant(scale=k), fake_guidance=Constant(scale=k if fake is None else fake)
+    )
 
 
 def run(method, params, steps=5):
     """(weights, losses) of five engine steps by plain gradient descent."""
     nets = {role: NETS[role] for role in (*method.inits, *method.frozen)}
-    batch, start = {"x": jnp.zeros((N, 2)), **LABELS, **TEXTS}, {role: params[role] for role in nets}
+    batch = {"x": jnp.zeros((N, 2)), **LABELS, **TEXTS}
+    start = {role: params[role] for role in nets}
     states, losses = first_steps(method, nets, optax.sgd(1e-1), start, batch, steps)
     return states[-1].params, losses
 
 
 def follows(ours, host):
     """Weights, and the host's losses."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours[0], host[0])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours[0], host[0]
+    )
     for mine, theirs in zip(ours[1], host[1], strict=True):
         for name in ("student/match", "fake/denoise", "student/denoise"):
             if name in theirs:
@@ -88,11 +100,16 @@ def follows(ours, host):
 
 def test_equal_ends_are_swiftbrush(context):
     """kmin = kmax = C: the same gradient bit for bit; five steps with the same losses and weights."""
-    params, c = start(0.3), 2.7
+    params = start(0.3)
+    c = 2.7
     law = Random(low=c, high=c)
-    ours, host = PGSB(guidance=law, fake_guidance=law), SwiftBrush(guidance=c, fake_guidance=c)
-    net, ctx = bind(NETS, params), context(jnp.zeros((N, 2)), **LABELS)
-    gradient = lambda method: jax.grad(lambda x: method.match(net, ctx, x)[0])(X0)  # operation by operation: nothing is reordered
+    ours = PGSB(guidance=law, fake_guidance=law)
+    host = SwiftBrush(guidance=c, fake_guidance=c)
+    net = bind(NETS, params)
+    ctx = context(jnp.zeros((N, 2)), **LABELS)
+    gradient = lambda method: jax.grad(lambda x: method.match(net, ctx, x)[0])(
+        X0
+    )  # operation by operation: nothing is reordered
     np.testing.assert_array_equal(gradient(ours), gradient(host))
     follows(run(ours, params), run(host, params))
 
@@ -102,25 +119,37 @@ def test_gradient_is_affine_in_the_scale():
     params, (a, b), n = start(0.3), (0.5, 4.0), 16
     grid = a + (b - a) * (np.arange(n) + 0.5) / n
     at = jax.jit(jax.vmap(lambda k: matching(constant(k), params)))
-    g, middle = np.asarray(at(grid), np.float64), at(np.array([(a + b) / 2]))[0]
+    g = np.asarray(at(grid), np.float64)
+    middle = at(np.array([(a + b) / 2]))[0]
     np.testing.assert_allclose(g.mean(0), middle, rtol=1e-4, atol=1e-6)
-    net, ctx = bind(NETS, params), Ctx(LABELS, KEY, 0, {})
+    net = bind(NETS, params)
+    ctx = Ctx(LABELS, KEY, 0, {})
     xt, t, _ = PGSB().diffuse(X0, PGSB().match_times, ctx, "match")
-    gap = lambda role: getattr(net, role)(xt, t, LABELS["cond"]).eps - getattr(net, role)(xt, t, LABELS["null_cond"]).eps
+    gap = lambda role: (
+        getattr(net, role)(xt, t, LABELS["cond"]).eps
+        - getattr(net, role)(xt, t, LABELS["null_cond"]).eps
+    )
     slope = np.asarray(t[:, None] ** 2 * (gap("teacher") - gap("fake")))
-    np.testing.assert_allclose(g.var(0), (b - a) ** 2 / 12 * (1 - 1 / n**2) * slope**2, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        g.var(0), (b - a) ** 2 / 12 * (1 - 1 / n**2) * slope**2, rtol=1e-3, atol=1e-6
+    )
 
 
 def test_both_networks_see_the_same_scale(context):
-    """From the ratio of guided to plain answers; it is one for the batch, and another at another step."""
+    """From the ratio of guided to plain answers; it is one for the batch, and another at another
+    step.
+    """
 
     def labelled(x, t, cond):
         return Flow().from_eps(jnp.where((cond == CLASSES)[:, None], 0.0, 1.0) + 0 * x, x, t)
 
-    net, scales = SimpleNamespace(teacher=labelled, fake=labelled), []
+    net = SimpleNamespace(teacher=labelled, fake=labelled)
+    scales = []
     for seed in range(20):
         ctx = context(jnp.zeros((N, 2)), seed=seed, **LABELS)
-        real, fake = (read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (PGSB().real, PGSB().fake))
+        real, fake = (
+            read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (PGSB().real, PGSB().fake)
+        )
         np.testing.assert_array_equal(real, fake)
         assert len(np.unique(real)) == 1 and 0.5 <= real[0, 0] <= 4
         scales.append(float(real[0, 0]))
@@ -136,7 +165,7 @@ def test_fresh_adapters_leave_the_student_alone(context):
     net = bind(NETS, start())
     gradient = lambda method, seed: jax.grad(
         lambda x: method.match(net, context(jnp.zeros((N, 2)), seed=seed, **LABELS), x)[0]
-    )(X0)  # fmt: skip
+    )(X0)
     assert not any(np.any(gradient(PGSB(), seed)) for seed in range(3))
     assert np.any(gradient(PGSB(fake_guidance=Constant(scale=4.5)), 0))
 
@@ -149,7 +178,9 @@ def test_the_adapters_never_see_the_scale(context):
         return Flow().from_v(x, x, t)
 
     method = PGSB(fake_dropout=0.0)
-    method.denoise(SimpleNamespace(fake=fake), context(jnp.zeros((N, 2)), t=jnp.ones(N), **LABELS), X0)
+    method.denoise(
+        SimpleNamespace(fake=fake), context(jnp.zeros((N, 2)), t=jnp.ones(N), **LABELS), X0
+    )
     assert len(calls) == 1
     np.testing.assert_array_equal(calls[0], LABELS["cond"])
 
@@ -158,13 +189,17 @@ def clip_gradient(method, x0, step, context):
     """Gradient of the samples through the CLIP term alone."""
     ctx = context(jnp.zeros_like(x0), step=step, text_embed=jnp.ones_like(x0))
     still = lambda x, t, cond=None: Flow().from_eps(0 * x, x, t)
-    net = SimpleNamespace(teacher=still, fake=still, decoder=lambda x, method: x, judge=lambda x, method="": x)
+    net = SimpleNamespace(
+        teacher=still, fake=still, decoder=lambda x, method: x, judge=lambda x, method="": x
+    )
     loss = lambda x: method.student_terms(net, ctx, x)[0]
     return jax.grad(loss)(x0), method.student_terms(net, ctx, x0)[1]["clip"]
 
 
 def test_clip_is_clamped_for_each_sample(context):
-    """cos of (1, 0), (1, 1), (-1, -1), (0, -1) with (1, 1): .707, 1, -1, -.707; tau .37 asks no more of the first two."""
+    """cos of (1, 0), (1, 1), (-1, -1), (0, -1) with (1, 1): .707, 1, -1, -.707; tau .37 asks no
+    more of the first two.
+    """
     x0 = jnp.array([[1.0, 0.0], [1.0, 1.0], [-1.0, -1.0], [0.0, -1.0]])
     method = PLAIN(clip_weight=0.1, clip_steps=100)
     grad, clip = clip_gradient(method, x0, 0, context)
@@ -177,7 +212,8 @@ def test_clip_is_clamped_for_each_sample(context):
 
 @pytest.mark.parametrize(("step", "left"), [(0, 1.0), (25, 0.75), (100, 0.0), (1000, 0.0)])
 def test_clip_decays_to_nothing(context, step, left):
-    x0, method = jnp.array([[0.0, -1.0]]), PLAIN(clip_steps=100)
+    x0 = jnp.array([[0.0, -1.0]])
+    method = PLAIN(clip_steps=100)
     at, first = (clip_gradient(method, x0, s, context)[0] for s in (step, 0))
     np.testing.assert_allclose(at, left * first, rtol=1e-6)
 
@@ -185,13 +221,21 @@ def test_clip_decays_to_nothing(context, step, left):
 def test_without_clip_it_follows_its_host():
     params = start(0.3)
     assert ClippedPGSB().guidance == PGSB().guidance and ClippedNasaT().nasa == NasaT().nasa
-    assert ClippedPGSB.frozen == ClippedNasaT.frozen == ("teacher", "decoder", "judge") and ClippedNasaT().preprocess == CLIP
+    assert (
+        ClippedPGSB.frozen == ClippedNasaT.frozen == ("teacher", "decoder", "judge")
+        and ClippedNasaT().preprocess == CLIP
+    )
     follows(run(PLAIN(clip_weight=0.0), params), run(PGSB(), params))
-    moved, plain = run(PLAIN(clip_weight=10.0), params)[0], run(PGSB(), params)[0]
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(moved["student"]), jax.tree.leaves(plain["student"])))
+    moved = run(PLAIN(clip_weight=10.0), params)[0]
+    plain = run(PGSB(), params)[0]
+    assert any(
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(moved["student"]), jax.tree.leaves(plain["student"]))
+    )
 
 
-TEXT, WORDS = 6, 4
+TEXT = 6
+WORDS = 4
 
 
 def prompts(n=N, seed=0):
@@ -212,7 +256,8 @@ def recorder(seen):
 
 def test_who_sees_the_negative_prompt(context):
     """The student in its attention, the teacher in its guidance, the fake score nowhere."""
-    method, batch = NasaT(fake_dropout=0.0), prompts()
+    method = NasaT(fake_dropout=0.0)
+    batch = prompts()
     seen = {role: [] for role in ("student", "teacher", "fake")}
     net = SimpleNamespace(**{role: recorder(calls) for role, calls in seen.items()})
     ctx = context(jnp.zeros((N, 2)), **batch)
@@ -222,7 +267,11 @@ def test_who_sees_the_negative_prompt(context):
         np.testing.assert_array_equal(cond["text"], batch["cond"]["text"])
         np.testing.assert_array_equal(cond["negative"], batch["negative_cond"]["text"])
         np.testing.assert_array_equal(cond["negative_mask"], batch["negative_cond"]["mask"])
-        assert cond["nasa"].shape == (N,) and len(np.unique(cond["nasa"])) == 1 and 0 < cond["nasa"][0] < 1
+        assert (
+            cond["nasa"].shape == (N,)
+            and len(np.unique(cond["nasa"])) == 1
+            and 0 < cond["nasa"][0] < 1
+        )
     pair = lambda role, other: np.concatenate([batch["cond"]["text"], batch[other]["text"]])
     np.testing.assert_array_equal(seen["teacher"][0]["text"], pair("teacher", "negative_cond"))
     guided, alone = seen["fake"]
@@ -235,7 +284,8 @@ def test_who_sees_the_negative_prompt(context):
 
 def test_nasa_at_every_step_of_a_chain(context):
     seen = []
-    method, ctx = NasaT(student_times=(1.0, 0.5)), context(jnp.zeros((N, 2)), **prompts())
+    method = NasaT(student_times=(1.0, 0.5))
+    ctx = context(jnp.zeros((N, 2)), **prompts())
     method.simulate(SimpleNamespace(student=recorder(seen)), ctx)  # its loop is traced, not run
     assert seen and all("nasa" in cond for cond in seen)
 
@@ -243,7 +293,11 @@ def test_nasa_at_every_step_of_a_chain(context):
 def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
     batch = prompts()
     batch["negative_cond"] = batch["null_cond"]
-    net = lambda gain: lambda x, t, cond: Flow().from_v(gain * x + jnp.mean(cond["text"] * cond["mask"][..., None], (1, 2))[:, None], x, t)
+    net = lambda gain: (
+        lambda x, t, cond: Flow().from_v(
+            gain * x + jnp.mean(cond["text"] * cond["mask"][..., None], (1, 2))[:, None], x, t
+        )
+    )
     nets = SimpleNamespace(student=net(0.1), teacher=net(0.2), fake=net(0.3))
     ctx = context(jnp.zeros((N, 2)), **batch)
     losses = []
@@ -254,20 +308,52 @@ def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
 
 
 def test_trains_a_unet():
-    """Two steps of all of it: adapters on queries and values of a U-Net with text, NASA, CLIP; only student and adapters move."""
-    unet = make_net(UNet(size=4, channels=2, widths=(8,), layers=1, depths=(1,), heads=(2,), text_dim=TEXT, groups=4), wrap=WRAP)
+    """Two steps of all of it: adapters on queries and values of a U-Net with text, NASA, CLIP; only
+    student and adapters move.
+    """
+    unet = make_net(
+        UNet(
+            size=4,
+            channels=2,
+            widths=(8,),
+            layers=1,
+            depths=(1,),
+            heads=(2,),
+            text_dim=TEXT,
+            groups=4,
+        ),
+        wrap=WRAP,
+    )
     fake = adapt(unet, base="teacher", rank=2, alpha=4.0, targets=r".*attn[12]/to_[qv]/kernel")
-    judge = make_net(ClipVisionProjected(size=6, channels=2, dim=8, mlp=8, heads=2, depth=1, projection=5))
-    nets = {"student": unet, "teacher": unet, "fake": fake, "decoder": make_net(Identity()), "judge": judge}
+    judge = make_net(
+        ClipVisionProjected(size=6, channels=2, dim=8, mlp=8, heads=2, depth=1, projection=5)
+    )
+    nets = {
+        "student": unet,
+        "teacher": unet,
+        "fake": fake,
+        "decoder": make_net(Identity()),
+        "judge": judge,
+    }
     method = ClippedNasaT(shape=(4, 4, 2), preprocess=Preprocess(size=6))
-    start = {"teacher": unet.init(jax.random.key(7)), "decoder": {}, "judge": judge.init(jax.random.key(6))}
+    start = {
+        "teacher": unet.init(jax.random.key(7)),
+        "decoder": {},
+        "judge": judge.init(jax.random.key(6)),
+    }
     batch = {**prompts(n=4), "text_embed": jax.random.normal(jax.random.key(5), (4, 5))}
     states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 2)
     assert metrics[-1]["student/clip"] > 0
     assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
     assert metrics[-1]["student/grad_norm"] > 0 and metrics[-1]["fake/grad_norm"] > 0
-    before, after = states[0], states[-1]
+    before = states[0]
+    after = states[-1]
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
-    assert {path.split("/")[-3] + "/" + path.split("/")[-2] for path in fake.shapes} == {f"attn{i}/to_{m}" for i in (1, 2) for m in "qv"}
-    moved = lambda role: any(np.any(a != b) for a, b in zip(jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])))
+    assert {path.split("/")[-3] + "/" + path.split("/")[-2] for path in fake.shapes} == {
+        f"attn{i}/to_{m}" for i in (1, 2) for m in "qv"
+    }
+    moved = lambda role: any(
+        np.any(a != b)
+        for a, b in zip(jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role]))
+    )
     assert moved("student") and moved("fake")

@@ -1,4 +1,6 @@
-"""Uni-Instruct on one-dimensional Gaussians by quadrature: the three terms, the code's weights, the schedule, and its relatives."""
+"""Uni-Instruct on one-dimensional Gaussians by quadrature: the three terms, the code's weights, the
+schedule, and its relatives.
+"""
 
 import dataclasses
 import functools
@@ -19,13 +21,21 @@ from jaxdistill.methods.distribution import _family as family
 from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.distribution.uni_instruct import ExactUniInstruct, SharedUniInstruct, UniInstruct
+from jaxdistill.methods.distribution.uni_instruct import (
+    ExactUniInstruct,
+    SharedUniInstruct,
+    UniInstruct,
+)
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.objectives import fdivergence, score
 from tools.first_steps import first_steps
 
-M, C, ALPHA, SIGMA = 0.4, 0.6, 0.8, 0.7  # x_0 = M + C z, x_t = ALPHA x_0 + SIGMA eps
+# x_0 = M + C z, x_t = ALPHA x_0 + SIGMA eps
+M = 0.4
+C = 0.6
+ALPHA = 0.8
+SIGMA = 0.7
 OPEN = dict(ratio_range=(1e-200, 1e200), reverse_until=0)
 
 
@@ -42,7 +52,9 @@ def log_density(x, mean, var):
 
 
 def networks(process, q_var, m=M, c=C):
-    """Exact teacher of q_t = N(0, q_var) (already noised), exact fake score and discriminator of the student's law."""
+    """Exact teacher of q_t = N(0, q_var) (already noised), exact fake score and discriminator of
+    the student's law.
+    """
 
     def denoised(x, t, mean, var, **kw):
         a, s = process.alpha_sigma(expand(t, x))
@@ -55,8 +67,13 @@ def networks(process, q_var, m=M, c=C):
     q = lambda x, t: q_var(expand(t, x)) if callable(q_var) else q_var
     return SimpleNamespace(
         teacher=lambda x, t, cond=None: denoised(x, t, 0.0, q(x, t)),
-        fake=lambda x, t, cond=None, features=(): denoised(x, t, *spread(x, t), feats=((x, expand(t, x)),)),
-        disc=lambda feats, t, cond: (log_density(feats[0][0], 0.0, q(*feats[0])) - log_density(feats[0][0], *spread(*feats[0])))[:, 0],
+        fake=lambda x, t, cond=None, features=(): denoised(
+            x, t, *spread(x, t), feats=((x, expand(t, x)),)
+        ),
+        disc=lambda feats, t, cond: (
+            log_density(feats[0][0], 0.0, q(*feats[0]))
+            - log_density(feats[0][0], *spread(*feats[0]))
+        )[:, 0],
     )
 
 
@@ -88,7 +105,8 @@ def objective(kind, q_var):
     x, w = np.polynomial.hermite_e.hermegauss(200)
 
     def value(m, c):
-        mean, var = ALPHA * m, (ALPHA * c) ** 2 + SIGMA**2
+        mean = ALPHA * m
+        var = (ALPHA * c) ** 2 + SIGMA**2
         xt = mean + jnp.sqrt(var) * x
         r = jnp.exp(log_density(xt, 0.0, q_var) - log_density(xt, mean, var))
         d = -(xt - mean) / var + xt / q_var
@@ -151,33 +169,53 @@ def test_equal_laws_leave_the_student_alone(x64, make, kind):
     var = (ALPHA * C) ** 2 + SIGMA**2
     named = {} if make is family.SiDA else {"divergence": kind}  # SiDA has one of its own
     method = make(process=Scaled(), **named, **OPEN)
-    np.testing.assert_allclose(gradient(method, networks(Scaled(), var, m=0.0), m=0.0), 0.0, atol=1e-10)
+    np.testing.assert_allclose(
+        gradient(method, networks(Scaled(), var, m=0.0), m=0.0), 0.0, atol=1e-10
+    )
 
 
 def test_code_weights(x64):
-    """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving along, r and omega held."""
+    """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving
+    along, r and omega held.
+    """
     method = UniInstruct(process=Scaled(), divergence="chi2", **OPEN)
     net, (z, eps, _) = networks(Scaled(), 1.0), grid(6)
-    t, ctx = jnp.full(len(z), SIGMA), Ctx({}, jax.random.key(0), jnp.asarray(0), {})
+    t = jnp.full(len(z), SIGMA)
+    ctx = Ctx({}, jax.random.key(0), jnp.asarray(0), {})
     at = lambda x0: method.process.add_noise(x0, jnp.asarray(eps), t)
     x0 = M + C * z
 
     def loss(x0):
         xt = at(x0)
-        return jnp.sum(method.expansion(net, ctx, x0, xt, t, net.teacher(xt, t), *method.judge(net, xt, t, ctx)))
+        return jnp.sum(
+            method.expansion(
+                net, ctx, x0, xt, t, net.teacher(xt, t), *method.judge(net, xt, t, ctx)
+            )
+        )
 
-    real, fake, r = net.teacher(at(x0), t).x0, net.fake(at(x0), t).x0, jnp.exp(net.disc(net.fake(at(x0), t).feats, t, None))[:, None]
-    omega, phi, psi = 1 / np.abs(x0 - real), 1 - SIGMA**2 / 1.0, 1 - SIGMA**2 / ((ALPHA * C) ** 2 + SIGMA**2)  # dD/dx_0
+    real = net.teacher(at(x0), t).x0
+    fake = net.fake(at(x0), t).x0
+    r = jnp.exp(net.disc(net.fake(at(x0), t).feats, t, None))[:, None]
+    # dD/dx_0
+    omega = 1 / np.abs(x0 - real)
+    phi = 1 - SIGMA**2 / 1.0
+    psi = 1 - SIGMA**2 / ((ALPHA * C) ** 2 + SIGMA**2)
     sim = omega * ((phi - psi) * (fake - x0) + (real - fake) * (psi - 1))
-    np.testing.assert_allclose(jax.grad(loss)(x0), 2 * r**2 * sim + 4 * r**2 * (fake - real) * np.abs(fake - real), rtol=1e-9)
+    np.testing.assert_allclose(
+        jax.grad(loss)(x0),
+        2 * r**2 * sim + 4 * r**2 * (fake - real) * np.abs(fake - real),
+        rtol=1e-9,
+    )
 
 
 def test_score_identity(x64):
     """E[d (s_p - cond. score)] = 0: the score projection that the SIM term rests on."""
     net, (z, eps, w) = networks(Scaled(), 1.69), grid()
-    t, x0 = jnp.full(len(z), SIGMA), M + C * z
+    t = jnp.full(len(z), SIGMA)
+    x0 = M + C * z
     xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
-    real, fake = net.teacher(xt, t).x0, net.fake(xt, t).x0
+    real = net.teacher(xt, t).x0
+    fake = net.fake(xt, t).x0
     mean = jnp.sum(w[:, None] * (fake - real) * (fake - x0))
     np.testing.assert_allclose(mean, 0.0, atol=1e-12)
 
@@ -187,7 +225,9 @@ def test_reverse_kl_first_then_the_divergence():
     critics, student = method.turns
     assert critics.moves == ("fake", "disc") and all(critics.when(s) for s in range(9))
     assert [s for s in range(9) if student.when(s)] == [3, 4, 5, 6, 7, 8]
-    assert [s for s in range(9) if dataclasses.replace(method, critic_steps=2).turns[1].when(s)] == [4, 6, 8]
+    assert [
+        s for s in range(9) if dataclasses.replace(method, critic_steps=2).turns[1].when(s)
+    ] == [4, 6, 8]
     r = jnp.array([0.5, 3.0])
     early, late = (method.weights(r, jnp.asarray(s)) for s in (4, 5))
     np.testing.assert_array_equal(jnp.stack(early), [[1, 1], [0, 0], [1, 1]])
@@ -199,15 +239,21 @@ def test_the_chain_starts_at_the_first_student_time(context):
     seen = []
     student = lambda x, t, cond=None: (seen.append((x, t)), EDM().from_x0(x, x, t))[1]
     batch = UniInstruct().simulate(SimpleNamespace(student=student), ctx)
-    np.testing.assert_allclose(batch["xt"], 2.5 * jax.random.normal(ctx.key("noise"), (500, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        batch["xt"], 2.5 * jax.random.normal(ctx.key("noise"), (500, 2)), rtol=1e-6
+    )
     assert np.all(batch["t"] == 2.5)
     noise = jax.random.normal(jax.random.key(0), (4, 2))
-    np.testing.assert_allclose(UniInstruct().sample(student, noise, None, jax.random.key(0), 1), 2.5 * noise, rtol=1e-6)
+    np.testing.assert_allclose(
+        UniInstruct().sample(student, noise, None, jax.random.key(0), 1), 2.5 * noise, rtol=1e-6
+    )
     assert np.all(seen[-1][1] == 2.5)
 
 
 def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
-    """.01 numel omega softplus(-clip(logit)), the softplus before the mean over the map; its gradient stops at the clip."""
+    """.01 numel omega softplus(-clip(logit)), the softplus before the mean over the map; its
+    gradient stops at the clip.
+    """
     map_ = lambda x: jnp.stack([x.sum(1), 40.0 + x.sum(1), -x.sum(1)], 1)
     net = SimpleNamespace(
         student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
@@ -219,7 +265,14 @@ def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
     x = jax.random.normal(jax.random.key(3), (5, 4))
     out = method.student_loss(net, context(x, xt=x, t=jnp.ones(5)))
     xt = method.diffuse(x, method.match_times, context(x), "match")[0]
-    want = 0.01 * 4 * np.mean(np.mean(np.logaddexp(0, -np.clip(map_(xt), -10, 10)), 1) / np.mean(np.abs(x - 0.5 * xt), 1))
+    want = (
+        0.01
+        * 4
+        * np.mean(
+            np.mean(np.logaddexp(0, -np.clip(map_(xt), -10, 10)), 1)
+            / np.mean(np.abs(x - 0.5 * xt), 1)
+        )
+    )
     np.testing.assert_allclose(out.loss, want, rtol=1e-9)  # equal scores: nothing but the GAN
 
 
@@ -234,24 +287,33 @@ def adversarial_networks():
 
 
 def test_the_students_gan_waits_for_the_divergence(x64, context):
-    """Between `critic_only` and `reverse_until` the student's loss is 100 L_SIM alone; from there on the GAN's term is added."""
-    net, x = adversarial_networks(), jax.random.normal(jax.random.key(3), (6, 4))
-    at = lambda step, **kw: UniInstruct(divergence="reverse_kl", critic_only=2, reverse_until=5, **kw).student_loss(
-        net, context(x, step=step, xt=x, t=jnp.ones(6))
-    )
+    """Between `critic_only` and `reverse_until` the student's loss is 100 L_SIM alone; from there
+    on the GAN's term is added.
+    """
+    net = adversarial_networks()
+    x = jax.random.normal(jax.random.key(3), (6, 4))
+    at = lambda step, **kw: UniInstruct(
+        divergence="reverse_kl", critic_only=2, reverse_until=5, **kw
+    ).student_loss(net, context(x, step=step, xt=x, t=jnp.ones(6)))
     for step in (2, 4):
         np.testing.assert_array_equal(at(step).loss, at(step, gan_weight=0.0).loss)
         np.testing.assert_array_equal(at(step).loss, 100 * at(step).metrics["match"])
     out = at(5)
-    np.testing.assert_allclose(out.loss, 100 * out.metrics["match"] + 0.01 * 4 * out.metrics["gan"], rtol=1e-12)
+    np.testing.assert_allclose(
+        out.loss, 100 * out.metrics["match"] + 0.01 * 4 * out.metrics["gan"], rtol=1e-12
+    )
     assert abs(out.loss - at(4).loss) > 1e-3
 
 
 def test_the_discriminators_loss_is_that_of_the_code(x64, context):
-    """The mean of lambda times half the batch's cross-entropies, the mean over logits of the batch; lambda = (s^2 + .25) / (.5 s)^2.
-    Its gradient is far from that of the mean of products."""
-    net, n = adversarial_networks(), 64
-    method, keys = UniInstruct(), jax.random.split(jax.random.key(4), 2)
+    """The mean of lambda times half the batch's cross-entropies, the mean over logits of the batch;
+    lambda = (s^2 + .25) / (.5 s)^2.
+    Its gradient is far from that of the mean of products.
+    """
+    net = adversarial_networks()
+    n = 64
+    method = UniInstruct()
+    keys = jax.random.split(jax.random.key(4), 2)
     z, x = (jax.random.normal(key, (n, 4)) for key in keys)
     ctx = context(x, xt=2.5 * z, t=jnp.full(n, 2.5))
     x0 = 2.5 * z
@@ -275,20 +337,27 @@ def test_the_discriminators_loss_is_that_of_the_code(x64, context):
 
 
 def test_discriminator_settles_at_the_log_ratio(x64, context):
-    """At logit = log q - log p the critics' loss has no slope but sampling noise, with the EDM weight on every noise level."""
-    n, method = 40_000, UniInstruct(fake_times=LogNormalSNR(mean=0.0, std=0.5))
+    """At logit = log q - log p the critics' loss has no slope but sampling noise, with the EDM
+    weight on every noise level.
+    """
+    n = 40_000
+    method = UniInstruct(fake_times=LogNormalSNR(mean=0.0, std=0.5))
     q_var = lambda s: 0.9 + s**2
     net = networks(EDM(), q_var)
-    best, z = net.disc, jax.random.normal(jax.random.key(2), (2, n, 1))
+    best = net.disc
+    z = jax.random.normal(jax.random.key(2), (2, n, 1))
     net.student = lambda x, t, cond=None: EDM().from_x0(M + C * x, x, t)
     ctx = context(0.9**0.5 * z[1], xt=z[0], t=jnp.ones(n))
 
     def loss(move):
-        net.disc = lambda feats, t, cond: best(feats, t, cond) + move[0] + move[1] * feats[0][0][:, 0]
+        net.disc = lambda feats, t, cond: (
+            best(feats, t, cond) + move[0] + move[1] * feats[0][0][:, 0]
+        )
         return method.critic_loss(net, ctx).metrics["gan"]
 
     slopes = jax.jit(jax.grad(loss))
-    at, away = slopes(jnp.zeros(2)), slopes(jnp.array([0.5, 0.5]))
+    at = slopes(jnp.zeros(2))
+    away = slopes(jnp.array([0.5, 0.5]))
     assert jnp.all(jnp.abs(at) < 0.1 * jnp.abs(away)), (at, away)
 
 
@@ -304,7 +373,10 @@ def trained():
     def run(method, lr=None):
         nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
         txs = {role: optax.sgd((lr or {}).get(role, 1e-4)) for role in method.inits}
-        start = {"teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))), "fake": mlp.init(jax.random.key(8))}
+        start = {
+            "teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))),
+            "fake": mlp.init(jax.random.key(8)),
+        }
         states, losses = first_steps(method, nets, txs, start, batch)
         return states[-1].params, losses
 
@@ -317,9 +389,17 @@ def same(a, b, rtol=1e-5):
 
 
 def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
-    """Both GAN weights 0: draw for draw SiD with alpha = 1, whose fake loss is a mean where this one's is a sum over 2 dimensions."""
-    ours, losses = trained(UniInstruct(divergence="reverse_kl", gan_weight=0.0, disc_weight=0.0, critic_only=2, reverse_until=3))
-    assert compilations["train_step"] == 2  # the schedule costs one program for the critics alone, none for the change of divergence
+    """Both GAN weights 0: draw for draw SiD with alpha = 1, whose fake loss is a mean where this
+    one's is a sum over 2 dimensions.
+    """
+    ours, losses = trained(
+        UniInstruct(
+            divergence="reverse_kl", gan_weight=0.0, disc_weight=0.0, critic_only=2, reverse_until=3
+        )
+    )
+    assert (
+        compilations["train_step"] == 2
+    )  # the schedule costs one program for the critics alone, none for the change of divergence
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Later(family.SiD):
@@ -334,46 +414,74 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
     for mine, theirs in zip(losses, others, strict=True):
         np.testing.assert_allclose(mine["fake/denoise"], 2 * theirs["fake/denoise"], rtol=1e-5)
         if "student/match" in theirs:
-            np.testing.assert_allclose(100 * mine["student/match"], theirs["student/match"], rtol=1e-5)
+            np.testing.assert_allclose(
+                100 * mine["student/match"], theirs["student/match"], rtol=1e-5
+            )
 
 
 def test_every_part_trains(trained):
     """The GAN, the divergence and the shared discriminator each move the student elsewhere."""
     settings = dict(critic_only=0, reverse_until=0)
     base = trained(UniInstruct(divergence="reverse_kl", **settings))[0]["student"]
-    for other in (UniInstruct(divergence="reverse_kl", gan_weight=0.0, **settings), UniInstruct(divergence="chi2", **settings),
-                  SharedUniInstruct(divergence="reverse_kl", **settings)):  # fmt: skip
+    for other in (
+        UniInstruct(divergence="reverse_kl", gan_weight=0.0, **settings),
+        UniInstruct(divergence="chi2", **settings),
+        SharedUniInstruct(divergence="reverse_kl", **settings),
+    ):
         params, losses = trained(other)
         assert all(np.isfinite(v) for row in losses for v in row.values())
-        assert max(np.abs(a - b).max() for a, b in zip(jax.tree.leaves(params["student"]), jax.tree.leaves(base), strict=True)) > 1e-6
+        assert (
+            max(
+                np.abs(a - b).max()
+                for a, b in zip(
+                    jax.tree.leaves(params["student"]), jax.tree.leaves(base), strict=True
+                )
+            )
+            > 1e-6
+        )
 
 
-MODES, STD = np.array([-2.0, 2.0]), 0.5
+MODES = np.array([-2.0, 2.0])
+STD = 0.5
 
 
 def fitted(kind):
-    """(mean, std) of a single Gaussian fitted to a bimodal target by the exact gradient of the expansion, ratios exact."""
+    """(mean, std) of a single Gaussian fitted to a bimodal target by the exact gradient of the
+    expansion, ratios exact.
+    """
     method = ExactUniInstruct(divergence=kind, ratio_range=(1e-12, 1e12), reverse_until=0)
     x, w = np.polynomial.hermite_e.hermegauss(8)
-    across = np.linspace(-5, 5, 81)  # resolves the edge between the modes, where Gauss-Hermite nodes would not
+    across = np.linspace(
+        -5, 5, 81
+    )  # resolves the edge between the modes, where Gauss-Hermite nodes would not
     share = np.exp(-(across**2) / 2) / np.exp(-(across**2) / 2).sum()
     u, lengths = np.polynomial.legendre.leggauss(16)
-    low, high = np.log(0.05), np.log(60.0)
-    sigmas, lengths = np.exp((u + 1) * (high - low) / 2 + low), lengths * (high - low) / 2
+    low = np.log(0.05)
+    high = np.log(60.0)
+    sigmas = np.exp((u + 1) * (high - low) / 2 + low)
+    lengths = lengths * (high - low) / 2
     z, eps, t = (a.reshape(-1) for a in np.meshgrid(across, x, sigmas, indexing="ij"))
     weights = jnp.asarray(np.einsum("i,j,k->ijk", share, w / w.sum(), lengths * sigmas).reshape(-1))
-    z, eps, t = jnp.asarray(z)[:, None], jnp.asarray(eps)[:, None], jnp.asarray(t)
+    z = jnp.asarray(z)[:, None]
+    eps = jnp.asarray(eps)[:, None]
+    t = jnp.asarray(t)
 
     def log_q(x, t):
-        return jax.nn.logsumexp(log_density(x, MODES, STD**2 + expand(t, x) ** 2), axis=-1)[..., None] - np.log(2)
+        return jax.nn.logsumexp(log_density(x, MODES, STD**2 + expand(t, x) ** 2), axis=-1)[
+            ..., None
+        ] - np.log(2)
 
     def slope(theta):
         held = jax.lax.stop_gradient(theta)
         net = networks(EDM(), 1.0, held[0], jnp.exp(held[1]))
         p = lambda x, t: log_density(x, held[0], jnp.exp(2 * held[1]) + expand(t, x) ** 2)
         score_q = lambda x, t: jax.grad(lambda x: jnp.sum(log_q(x, t)))(x)
-        net.teacher = lambda x, t, cond=None: EDM().from_x0(x + expand(t, x) ** 2 * score_q(x, t), x, t)
-        net.disc = lambda feats, t, cond: (log_q(feats[0][0], feats[0][1][:, 0]) - p(feats[0][0], feats[0][1][:, 0]))[:, 0]
+        net.teacher = lambda x, t, cond=None: EDM().from_x0(
+            x + expand(t, x) ** 2 * score_q(x, t), x, t
+        )
+        net.disc = lambda feats, t, cond: (
+            log_q(feats[0][0], feats[0][1][:, 0]) - p(feats[0][0], feats[0][1][:, 0])
+        )[:, 0]
         ctx = Ctx({}, jax.random.key(0), jnp.asarray(0), {})
         x0 = theta[0] + jnp.exp(theta[1]) * z
         xt = x0 + expand(t, x0) * eps
@@ -393,7 +501,9 @@ def fitted(kind):
 
 
 def test_a_student_of_too_little_capacity_covers_under_forward_and_picks_under_reverse_kl(x64):
-    """Best single Gaussians for modes at +-2 with std .5: mean 0, std sqrt(4.25) (forward), mean +-2, std .5 (reverse)."""
+    """Best single Gaussians for modes at +-2 with std .5: mean 0, std sqrt(4.25) (forward), mean
+    +-2, std .5 (reverse).
+    """
     data_std = 4.25**0.5
     mean, std = fitted("forward_kl")
     assert std >= 0.8 * data_std and abs(mean) < 0.2, (mean, std)
@@ -402,15 +512,22 @@ def test_a_student_of_too_little_capacity_covers_under_forward_and_picks_under_r
 
 
 def test_sid_at_half_alpha_is_half_the_exact_gradient(x64):
-    """2 (D_phi - D_psi)(D_psi - x0) + |D_phi - D_psi|^2, over sigma^4, is dJ/dtheta of reverse KL for unequal variances."""
+    """2 (D_phi - D_psi)(D_psi - x0) + |D_phi - D_psi|^2, over sigma^4, is dJ/dtheta of reverse KL
+    for unequal variances.
+    """
     net, (z, eps, w) = networks(Scaled(), 1.69), grid()
-    t, unit = jnp.full(len(z), SIGMA), ALPHA**2 / SIGMA**4
+    t = jnp.full(len(z), SIGMA)
+    unit = ALPHA**2 / SIGMA**4
 
     def loss(m, c):
         x0 = m + c * z
         xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
-        real, fake = net.teacher(xt, t).x0, net.fake(xt, t).x0
-        plain = score.sid_loss(x0, real, fake, alpha=0.5, scale=1.0) / score.inverse_distance(x0, real)[:, 0]
+        real = net.teacher(xt, t).x0
+        fake = net.fake(xt, t).x0
+        plain = (
+            score.sid_loss(x0, real, fake, alpha=0.5, scale=1.0)
+            / score.inverse_distance(x0, real)[:, 0]
+        )
         return 2 * unit * jnp.sum(w * plain)
 
     np.testing.assert_allclose(jax.grad(loss, (0, 1))(M, C), TABLE[1][3], atol=6e-7)
@@ -418,7 +535,8 @@ def test_sid_at_half_alpha_is_half_the_exact_gradient(x64):
 
 def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
     net, (z, eps, w) = networks(Scaled(), 1.69), grid()
-    method, t = family.SIM(process=Scaled(), huber=0.3, scale=1.0), jnp.full(len(z), SIGMA)
+    method = family.SIM(process=Scaled(), huber=0.3, scale=1.0)
+    t = jnp.full(len(z), SIGMA)
     held = Scaled().add_noise(M + C * z, jnp.asarray(eps), t)
 
     def loss(m, c):
@@ -430,21 +548,29 @@ def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
         gap = networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
         return jnp.sum(w * jnp.sqrt(gap[:, 0] ** 2 + 0.3**2))
 
-    np.testing.assert_allclose(jax.grad(loss, (0, 1))(M, C), jax.grad(distance, (0, 1))(M, C), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(loss, (0, 1))(M, C), jax.grad(distance, (0, 1))(M, C), rtol=1e-6
+    )
 
 
 @pytest.fixture
 def plain(x64, gaussian, context):
     """(nets, ctx, x0, x_t, t) on rectified flow at t = .6, with gradients of `match` to look at."""
-    real, fake = gaussian(Flow(), 0.7, 0.4), gaussian(Flow(), -0.2, 0.6)
+    real = gaussian(Flow(), 0.7, 0.4)
+    fake = gaussian(Flow(), -0.2, 0.6)
     x0 = jax.random.normal(jax.random.key(0), (64, 1))
     net = SimpleNamespace(
-        teacher=real.denoise, fake=lambda x, t, cond=None, features=(): dataclasses.replace(fake.denoise(x, t), feats=(x,))
+        teacher=real.denoise,
+        fake=lambda x, t, cond=None, features=(): dataclasses.replace(
+            fake.denoise(x, t), feats=(x,)
+        ),
     )
     net.disc = lambda feats, t, cond: 2 * feats[0][:, 0]
     net.reward = lambda x, cond: jnp.sin(x).sum(1)
     ctx = context(jnp.zeros((64, 1)), ref=x0 + 1.0, measured=x0 - 0.5)
-    xt, t, _ = DiffInstruct(match_times=Uniform(low=0.6, high=0.6)).diffuse(x0, Uniform(low=0.6, high=0.6), ctx, "match")
+    xt, t, _ = DiffInstruct(match_times=Uniform(low=0.6, high=0.6)).diffuse(
+        x0, Uniform(low=0.6, high=0.6), ctx, "match"
+    )
     return net, ctx, x0, real.denoise(xt, t).x0, fake.denoise(xt, t).x0, xt
 
 
@@ -460,25 +586,38 @@ def test_f_distill(plain):
     _, _, x0, real, fake, xt = plain
     h = np.exp(2 * xt[:, :1]) / (1 + np.exp(2 * xt[:, :1]))
     want = h / h.mean() * (fake - real) / np.abs(x0 - real)
-    np.testing.assert_allclose(pulled(family.FDistill(divergence="js", **AT), plain), want, rtol=1e-10)
+    np.testing.assert_allclose(
+        pulled(family.FDistill(divergence="js", **AT), plain), want, rtol=1e-10
+    )
     reverse = pulled(family.FDistill(divergence="reverse_kl", **AT), plain)
     np.testing.assert_allclose(reverse, pulled(DMD2(**AT), plain), rtol=1e-10)
 
 
 def test_f_distill_with_clipped_ratios_over_their_bins(plain):
-    """All times are .6, the seventh of ten bins of [0, 1], whose mean moves half the way to the batch's; then as above."""
+    """All times are .6, the seventh of ten bins of [0, 1], whose mean moves half the way to the
+    batch's; then as above.
+    """
     net, ctx, x0, real, fake, xt = plain
     net.student = lambda x, t, cond=None: Flow().from_x0(x, x, t)
     r = np.clip(np.exp(2 * xt[:, :1]), 0.5, 2.0)
-    np.testing.assert_array_equal(pulled(family.FDistill(**AT), plain), pulled(family.FDistill(ratio_range=(0.0, np.inf), **AT), plain))
+    np.testing.assert_array_equal(
+        pulled(family.FDistill(**AT), plain),
+        pulled(family.FDistill(ratio_range=(0.0, np.inf), **AT), plain),
+    )
     clipped = r / (1 + r) / np.mean(r / (1 + r)) * (fake - real) / np.abs(x0 - real)
-    np.testing.assert_allclose(pulled(family.FDistill(ratio_range=(0.5, 2.0), **AT), plain), clipped, rtol=1e-10)
+    np.testing.assert_allclose(
+        pulled(family.FDistill(ratio_range=(0.5, 2.0), **AT), plain), clipped, rtol=1e-10
+    )
 
     method = family.BinnedFDistill(ratio_range=(0.5, 2.0), bin_rate=0.5, **AT)
-    held = dataclasses.replace(ctx, memory=method.memory(), batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))})
+    held = dataclasses.replace(
+        ctx, memory=method.memory(), batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))}
+    )
     mean = 0.5 + 0.5 * np.sum(r) / (len(r) + 1e-6)
     scaled = r / (mean + 1e-6)
-    want = scaled / (1 + scaled) / np.mean(scaled / (1 + scaled)) * (fake - real) / np.abs(x0 - real)
+    want = (
+        scaled / (1 + scaled) / np.mean(scaled / (1 + scaled)) * (fake - real) / np.abs(x0 - real)
+    )
     np.testing.assert_allclose(pulled(method, (net, held, x0)), want, rtol=1e-9)
     memory = method.student_loss(net, held).memory["ratio_means"]
     np.testing.assert_allclose(memory, np.where(np.arange(10) == 6, mean, 1.0), rtol=1e-12)
@@ -487,19 +626,31 @@ def test_f_distill_with_clipped_ratios_over_their_bins(plain):
 def test_score_distillation_and_its_delta(plain):
     net, ctx, x0, real = plain[:4]
     np.testing.assert_allclose(pulled(family.SDS(**AT), plain), x0 - real, rtol=1e-10)
-    slope = 0.4 * 0.16 / (0.16 * 0.16 + 0.36)  # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
+    slope = (
+        0.4 * 0.16 / (0.16 * 0.16 + 0.36)
+    )  # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
     np.testing.assert_allclose(pulled(family.DDS(**AT), plain), -(1 - 0.4 * slope), rtol=1e-9)
     still = dataclasses.replace(ctx, batch={**ctx.batch, "ref": x0})
     np.testing.assert_allclose(pulled(family.DDS(**AT), (net, still, x0)), 0.0, atol=1e-12)
-    assert family.SDS().turns[0].moves == ("student",) and len(family.SDS().turns) == 1 and "fake" not in family.SDS().inits
+    assert (
+        family.SDS().turns[0].moves == ("student",)
+        and len(family.SDS().turns) == 1
+        and "fake" not in family.SDS().inits
+    )
 
 
 def test_red_diff_adds_fidelity(plain):
     x0, real = plain[2:4]
-    np.testing.assert_allclose(pulled(family.RedDiff(fidelity_weight=0.3, **AT), plain), x0 - real + 0.3 * 2 * 0.5, rtol=1e-10)
+    np.testing.assert_allclose(
+        pulled(family.RedDiff(fidelity_weight=0.3, **AT), plain),
+        x0 - real + 0.3 * 2 * 0.5,
+        rtol=1e-10,
+    )
 
 
-@pytest.mark.parametrize(("make", "base"), [(family.DIPlusPlus, DiffInstruct), (family.DIStar, family.SIM)])
+@pytest.mark.parametrize(
+    ("make", "base"), [(family.DIPlusPlus, DiffInstruct), (family.DIStar, family.SIM)]
+)
 def test_rewards_are_climbed(plain, make, base):
     gap = pulled(make(reward_weight=0.2, **AT), plain) - pulled(base(**AT), plain)
     np.testing.assert_allclose(gap, -0.2 * np.cos(plain[2]), rtol=1e-9)
@@ -512,10 +663,13 @@ def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
     g = gaussian(Flow(), 0.7, 0.4)
     method = DMD(regression_weight=0.5, solver_steps=64, **AT)
     made = method.pairs(net, ctx)
-    np.testing.assert_allclose(made["pair_x"], 0.7 + 0.4 * made["pair_noise"], atol=2e-3)  # Heun's error at 64 steps
+    np.testing.assert_allclose(
+        made["pair_x"], 0.7 + 0.4 * made["pair_noise"], atol=2e-3
+    )  # Heun's error at 64 steps
     np.testing.assert_allclose(pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12)
     net.student = lambda x, t, cond=None: Flow().from_x0(x + 0.1, x, t)
-    noise, x = made["pair_noise"], made["pair_x"]
+    noise = made["pair_noise"]
+    x = made["pair_x"]
     out = method.student_loss(net, context(x, pair_noise=noise, pair_x=x, xt=noise, t=jnp.ones(64)))
     regression = np.mean((noise + 0.1 - x) ** 2)
     np.testing.assert_allclose(out.loss, out.metrics["match"] + 0.5 * regression, rtol=1e-9)

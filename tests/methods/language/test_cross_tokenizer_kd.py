@@ -25,13 +25,20 @@ NETS = {
     "student": make_net(LM(vocab=3, dim=8, mlp=8, heads=2, depth=1, tied=True)),
 }
 RNG = np.random.default_rng(0)
-PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for role, net in NETS.items()}
+PARAMS = {
+    role: jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+    )
+    for role, net in NETS.items()
+}
 CTX = Ctx(BATCH, jax.random.key(0), 0, {})
 
 
 def value(method, nets=NETS, params=PARAMS, batch=BATCH):
     """(Out, gradient in the student's weights)"""
-    out = lambda p: method.loss(bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {}))
+    out = lambda p: method.loss(
+        bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
+    )
     return jax.jit(lambda p: (out(p), jax.grad(lambda p: out(p).loss)(p)))(params["student"])
 
 
@@ -39,9 +46,13 @@ def test_spans_by_hand():
     """Sums over each block's two symbols, then the two-outcome KL at tau = 1."""
     out, _ = value(CrossTokenizerKD(temperature=1.0))
     law = lambda role, name: jax.nn.log_softmax(NETS[role].apply(PARAMS[role], BATCH[name]))[:, :-1]
-    own = lambda role, name: jnp.take_along_axis(law(role, name), BATCH[name][:, 1:, None], -1)[..., 0]
-    log_p, log_q = own("teacher", "teacher_tokens"), own("student", "tokens")[:, 1:].reshape(6, 4, 2).sum(-1)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    own = lambda role, name: jnp.take_along_axis(law(role, name), BATCH[name][:, 1:, None], -1)[
+        ..., 0
+    ]
+    log_p = own("teacher", "teacher_tokens")
+    log_q = own("student", "tokens")[:, 1:].reshape(6, 4, 2).sum(-1)
+    p = jnp.exp(log_p)
+    q = jnp.exp(log_q)
     wanted = p * (log_p - log_q) + (1 - p) * (jnp.log1p(-p) - jnp.log1p(-q))
     np.testing.assert_allclose(out.loss, wanted.sum(), rtol=1e-4)
     assert out.count == 6 * 8 and out.metrics["divergence"][1] == 6 * 4
@@ -49,9 +60,15 @@ def test_spans_by_hand():
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
 def test_the_same_law_in_two_tokenizers_is_no_divergence(temperature):
-    """The exact law symbol by symbol and in blocks: equal on every span, to rounding of log-probabilities of order 10."""
+    """The exact law symbol by symbol and in blocks: equal on every span, to rounding of
+    log-probabilities of order 10.
+    """
     chain = lambda seed: Markov(vocab=3, branch=2, length=10, seed=seed).logits
-    loss = lambda seed: CrossTokenizerKD(temperature=temperature).loss(SimpleNamespace(teacher=DATA.logits, student=chain(seed)), CTX).loss
+    loss = lambda seed: (
+        CrossTokenizerKD(temperature=temperature)
+        .loss(SimpleNamespace(teacher=DATA.logits, student=chain(seed)), CTX)
+        .loss
+    )
     assert abs(loss(0)) <= 1e-3 * loss(1) and loss(1) > 1
 
 
@@ -59,16 +76,29 @@ def same_tokenizer():
     """Teacher and student with one tokenizer: every token is a span."""
     batch = {k: v for k, v in BATCH.items() if not k.startswith("teacher_")}
     span = jnp.where(batch["mask"] > 0, jnp.arange(10), -1)
-    batch |= {"span": span, "teacher_span": span, "teacher_tokens": batch["tokens"], "teacher_mask": batch["mask"]}
+    batch |= {
+        "span": span,
+        "teacher_span": span,
+        "teacher_tokens": batch["tokens"],
+        "teacher_mask": batch["mask"],
+    }
     return {"teacher": NETS["student"], "student": NETS["student"]}, batch
 
 
 @pytest.mark.parametrize(
-    "method", [CrossTokenizerKD(), CrossTokenizerKD(temperature=1.0, kind="jsd"), ULD(hard_weight=0.0), SpanULD(hard_weight=0.0)]
+    "method",
+    [
+        CrossTokenizerKD(),
+        CrossTokenizerKD(temperature=1.0, kind="jsd"),
+        ULD(hard_weight=0.0),
+        SpanULD(hard_weight=0.0),
+    ],
 )
 def test_nothing_to_learn_from_an_equal_teacher(method):
     nets, batch = same_tokenizer()
-    out, grad = value(method, nets, {"teacher": PARAMS["student"], "student": PARAMS["student"]}, batch)
+    out, grad = value(
+        method, nets, {"teacher": PARAMS["student"], "student": PARAMS["student"]}, batch
+    )
     assert abs(out.loss) <= 1e-4
     if not isinstance(method, ULD):  # which has a kink there
         assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grad)) <= 1e-3
@@ -77,9 +107,16 @@ def test_nothing_to_learn_from_an_equal_teacher(method):
 def test_tokens_as_spans_say_less_than_whole_laws():
     nets, batch = same_tokenizer()
     other = jax.tree.map(lambda w: 2 * w[::-1], PARAMS["student"])
-    out, _ = value(CrossTokenizerKD(temperature=1.0), nets, {"teacher": other, "student": PARAMS["student"]}, batch)
+    out, _ = value(
+        CrossTokenizerKD(temperature=1.0),
+        nets,
+        {"teacher": other, "student": PARAMS["student"]},
+        batch,
+    )
     law = lambda params: NETS["student"].apply(params, batch["tokens"])
-    full = jnp.where(batch["mask"][:, 1:] > 0, forward_kl(law(other), law(PARAMS["student"]))[:, :-1], 0).sum()
+    full = jnp.where(
+        batch["mask"][:, 1:] > 0, forward_kl(law(other), law(PARAMS["student"]))[:, :-1], 0
+    ).sum()
     assert 0 < out.loss < full
 
 
@@ -97,17 +134,24 @@ def test_hard_labels_alone_are_fine_tuning(method):
     out, grad = value(method(hard_weight=1.0))
     plain, expected = value(SFT())
     np.testing.assert_allclose(out.loss, plain.loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grad, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grad, expected
+    )
 
 
 def test_uld_pairs_targets_by_their_number_and_by_their_text():
     """Rows with as many pairs each: 48 targets times the mean over 24 pairs."""
     law = lambda role, name: NETS[role].apply(PARAMS[role], BATCH[name])[:, :-1]
-    theirs, ours = law("teacher", "teacher_tokens"), law("student", "tokens")
+    theirs = law("teacher", "teacher_tokens")
+    ours = law("student", "tokens")
     out, _ = value(ULD(hard_weight=0.0))  # targets: teacher's 1-4, student's 2-9
-    np.testing.assert_allclose(out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1:5]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1:5]).mean(), rtol=1e-5
+    )
     out, _ = value(SpanULD(hard_weight=0.0))  # blocks begin at symbols 2, 4, 6, 8
-    np.testing.assert_allclose(out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1::2]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1::2]).mean(), rtol=1e-5
+    )
     assert out.metrics["divergence"][1] == 24 and out.count == 48
 
 
@@ -124,7 +168,9 @@ SPACED = {
 
 
 def chunk_log_probs(logits, tokens, span, mask, space):
-    """In NumPy: log-probability of every span's tokens, and of a token of `space` after it where the text goes on."""
+    """In NumPy: log-probability of every span's tokens, and of a token of `space` after it where
+    the text goes on.
+    """
     law = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     out = np.zeros((len(law), 4))
     for row, number, t in np.ndindex(len(law), 4, tokens.shape[1]):
@@ -138,19 +184,28 @@ def chunk_log_probs(logits, tokens, span, mask, space):
 
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_a_word_ends_where_white_space_follows(x64, chunk):
-    """ALM's binary cross-entropy at tau = 100 with the white space appended, in float64: its value is that of the divergence and
-    the teacher's own entropy."""
-    rng, tau = np.random.default_rng(4), 100.0
-    theirs, ours = rng.standard_normal((2, 6, 5)), rng.standard_normal((2, 8, 3))
+    """ALM's binary cross-entropy at tau = 100 with the white space appended, in float64: its value
+    is that of the divergence and
+    the teacher's own entropy.
+    """
+    rng = np.random.default_rng(4)
+    tau = 100.0
+    theirs = rng.standard_normal((2, 6, 5))
+    ours = rng.standard_normal((2, 8, 3))
     out = {k: np.asarray(v) for k, v in SPACED.items()}
-    log_p = chunk_log_probs(theirs, *(out[f"teacher_{k}"] for k in ("tokens", "span", "mask")), [1, 3])
+    log_p = chunk_log_probs(
+        theirs, *(out[f"teacher_{k}"] for k in ("tokens", "span", "mask")), [1, 3]
+    )
     log_q = chunk_log_probs(ours, *(out[k] for k in ("tokens", "span", "mask")), [0])
-    p, q = np.exp(log_p / tau), np.exp(log_q / tau)
+    p = np.exp(log_p / tau)
+    q = np.exp(log_q / tau)
     official = -(p * np.log(q) + (1 - p) * np.log1p(-q)).sum()
     entropy = -(p * np.log(p) + (1 - p) * np.log1p(-p)).sum()
 
     def model(logits):
-        return lambda *args, method="__call__", **_: jnp.eye(logits.shape[-1]) if method == "head" else jnp.asarray(logits)
+        return lambda *args, method="__call__", **_: (
+            jnp.eye(logits.shape[-1]) if method == "head" else jnp.asarray(logits)
+        )
 
     nets = SimpleNamespace(teacher=model(theirs), student=model(ours))
     loss = SpacedKD(chunk=chunk).loss(nets, Ctx(SPACED, jax.random.key(0), 0, {})).loss
@@ -161,18 +216,25 @@ def test_a_word_ends_where_white_space_follows(x64, chunk):
 
 
 def test_white_space_has_to_be_known():
-    with pytest.raises(Refused, match=r"Blocks does not say which tokens begin with a space; expected data\.space=True"):
+    with pytest.raises(
+        Refused,
+        match=r"Blocks does not say which tokens begin with a space; expected data\.space=True",
+    ):
         SpacedKD().check(NETS, DATA)
 
 
 def uld(teacher, student, teacher_mask, mask, labels):
-    """The authors' loss in NumPy: cross-entropy over all targets, and 1.5 times the mean over rows of the mean over a row's
-    pairs of the distance of sorted probabilities."""
+    """The authors' loss in NumPy: cross-entropy over all targets, and 1.5 times the mean over rows
+    of the mean over a row's
+    pairs of the distance of sorted probabilities.
+    """
     softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-    p, q = softmax(teacher), softmax(student)
+    p = softmax(teacher)
+    q = softmax(student)
     rows = []
     for i in range(len(q)):
-        first, second = p[i, :-1][teacher_mask[i, 1:] > 0], q[i, :-1][mask[i, 1:] > 0]
+        first = p[i, :-1][teacher_mask[i, 1:] > 0]
+        second = q[i, :-1][mask[i, 1:] > 0]
         pairs = min(len(first), len(second))
         a, b = (np.sort(law[:pairs], -1)[:, ::-1] for law in (first, second))
         rows.append(np.abs(a - np.pad(b, ((0, 0), (0, a.shape[-1] - b.shape[-1])))).sum(-1).mean())
@@ -183,29 +245,48 @@ def uld(teacher, student, teacher_mask, mask, labels):
 def test_uld_is_the_mean_over_pairs(x64):
     """Rows of different lengths, the teacher's shorter in one and longer in the other, in float64."""
     rng = np.random.default_rng(3)
-    theirs, ours = rng.standard_normal((3, 6, 9)), rng.standard_normal((3, 10, 4))
-    masks = {"teacher_mask": np.arange(6) >= np.array([[2], [1], [4]]), "mask": np.arange(10) >= np.array([[3], [8], [5]])}
+    theirs = rng.standard_normal((3, 6, 9))
+    ours = rng.standard_normal((3, 10, 4))
+    masks = {
+        "teacher_mask": np.arange(6) >= np.array([[2], [1], [4]]),
+        "mask": np.arange(10) >= np.array([[3], [8], [5]]),
+    }
     tokens = rng.integers(0, 4, (3, 10))
-    batch = {k: jnp.asarray(v, jnp.float32) for k, v in masks.items()} | {"tokens": jnp.asarray(tokens)}
+    batch = {k: jnp.asarray(v, jnp.float32) for k, v in masks.items()} | {
+        "tokens": jnp.asarray(tokens)
+    }
     batch["teacher_tokens"] = jnp.zeros((3, 6), jnp.int32)
     method = ULD()
 
     def mean(logits):
-        nets = SimpleNamespace(teacher=lambda *_, **__: jnp.asarray(theirs), student=lambda *_, **__: logits)
+        nets = SimpleNamespace(
+            teacher=lambda *_, **__: jnp.asarray(theirs), student=lambda *_, **__: logits
+        )
         out = method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
         return out.loss / out.count / method.hard_weight
 
     wanted = uld(theirs, ours, masks["teacher_mask"], masks["mask"], tokens)
     np.testing.assert_allclose(mean(jnp.asarray(ours)), wanted, rtol=1e-12)
-    grad, step = jax.grad(mean)(jnp.asarray(ours)), np.zeros_like(ours)
+    grad = jax.grad(mean)(jnp.asarray(ours))
+    step = np.zeros_like(ours)
     step[1, 7, 2] = 1e-6
-    slope = [uld(theirs, ours + sign * step, masks["teacher_mask"], masks["mask"], tokens) for sign in (1, -1)]
+    slope = [
+        uld(theirs, ours + sign * step, masks["teacher_mask"], masks["mask"], tokens)
+        for sign in (1, -1)
+    ]
     np.testing.assert_allclose(grad[1, 7, 2], (slope[0] - slope[1]) / 2e-6, rtol=1e-7)
 
 
 def test_uld_ignores_names_of_tokens():
-    renamed = {**NETS, "teacher": fixed_net(lambda tokens, **_: NETS["teacher"].apply(PARAMS["teacher"], tokens)[..., ::-1])}
-    np.testing.assert_allclose(value(ULD(), renamed, {**PARAMS, "teacher": {}})[0].loss, value(ULD())[0].loss, rtol=1e-6)
+    renamed = {
+        **NETS,
+        "teacher": fixed_net(
+            lambda tokens, **_: NETS["teacher"].apply(PARAMS["teacher"], tokens)[..., ::-1]
+        ),
+    }
+    np.testing.assert_allclose(
+        value(ULD(), renamed, {**PARAMS, "teacher": {}})[0].loss, value(ULD())[0].loss, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("method", [CrossTokenizerKD(), ULD(), SpanULD()])

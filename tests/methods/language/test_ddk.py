@@ -17,15 +17,22 @@ from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
-NETS = {"teacher": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)), "student": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1))}
+NETS = {
+    "teacher": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)),
+    "student": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)),
+}
 PARAMS = {role: net.init(jax.random.key(i)) for i, (role, net) in enumerate(NETS.items())}
-DATA = Chains(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2)
+DATA = Chains(
+    vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2
+)
 METHOD = DDK(domains=2, interval=3, measures=2)
 BATCHES = [DATA.batch(i, slice(None)) for i in range(5)]
 
 
 def loss(method, params=PARAMS, batch=BATCHES[2]):
-    run = lambda params: method.turns[0].loss(bind(NETS, params), Ctx(batch, jax.random.key(0), 0, {}))
+    run = lambda params: method.turns[0].loss(
+        bind(NETS, params), Ctx(batch, jax.random.key(0), 0, {})
+    )
     return jax.jit(run)(params)
 
 
@@ -38,14 +45,20 @@ def test_turns_are_those_of_the_schedule():
 @pytest.fixture(scope="module")
 def ran():
     """Two measurements with three training steps between: [(state before, metrics)], final state."""
-    states, metrics = first_steps(METHOD, NETS, optax.adam(1e-2), PARAMS, [BATCHES[i % 5] for i in range(7)], 7)
+    states, metrics = first_steps(
+        METHOD, NETS, optax.adam(1e-2), PARAMS, [BATCHES[i % 5] for i in range(7)], 7
+    )
     return list(zip(states, metrics)), states[-1]
 
 
 def test_micro_batches_measure_the_same(ran):
-    states, metrics = first_steps(METHOD, NETS, optax.adam(1e-2), PARAMS, BATCHES[:2], 2, accumulate=2)
+    states, metrics = first_steps(
+        METHOD, NETS, optax.adam(1e-2), PARAMS, BATCHES[:2], 2, accumulate=2
+    )
     for i in range(2):
-        np.testing.assert_allclose(metrics[1][f"measured/ratio{i}"], ran[0][1][1][f"measured/ratio{i}"], rtol=1e-6)
+        np.testing.assert_allclose(
+            metrics[1][f"measured/ratio{i}"], ran[0][1][1][f"measured/ratio{i}"], rtol=1e-6
+        )
     np.testing.assert_allclose(states[-1].memory["teacher"], ran[1].memory["teacher"], rtol=1e-6)
 
 
@@ -56,7 +69,10 @@ def ratios(student):
         logits = jax.nn.log_softmax(NETS[role].apply(params, tokens)[:, :-1])
         return jnp.exp(-jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], -1)))
 
-    return [float(perplexity("student", student, d) / perplexity("teacher", PARAMS["teacher"], d)) for d in range(2)]
+    return [
+        float(perplexity("student", student, d) / perplexity("teacher", PARAMS["teacher"], d))
+        for d in range(2)
+    ]
 
 
 def test_measured_ratios_are_those_of_the_whole_validation_sets(ran):
@@ -65,7 +81,11 @@ def test_measured_ratios_are_those_of_the_whole_validation_sets(ran):
     assert reported == [1, 6]
     for i in reported:
         before, metrics = log[i]
-        np.testing.assert_allclose([metrics[f"measured/ratio{d}"] for d in range(2)], ratios(before.params["student"]), rtol=1e-5)
+        np.testing.assert_allclose(
+            [metrics[f"measured/ratio{d}"] for d in range(2)],
+            ratios(before.params["student"]),
+            rtol=1e-5,
+        )
 
 
 def test_measuring_moves_nothing_and_remembers_the_teacher(ran):
@@ -80,11 +100,15 @@ def test_measuring_moves_nothing_and_remembers_the_teacher(ran):
 
 
 def test_loss_is_cross_entropy_and_a_little_kl():
-    out, kd, sft = loss(METHOD), loss(KD()), loss(SFT())
+    out = loss(METHOD)
+    kd = loss(KD())
+    sft = loss(SFT())
     np.testing.assert_allclose(out.loss, sft.loss + 0.2 * kd.loss, rtol=1e-6)
     assert out.count == kd.count == 40
     warm = loss(DDK(domains=2, temperature=2.0))  # no T^2
-    np.testing.assert_allclose(warm.loss, sft.loss + 0.2 * loss(KD(temperature=2.0)).loss / 4, rtol=1e-6)
+    np.testing.assert_allclose(
+        warm.loss, sft.loss + 0.2 * loss(KD(temperature=2.0)).loss / 4, rtol=1e-6
+    )
 
 
 def test_without_gamma_it_is_continued_pretraining():
@@ -96,7 +120,9 @@ def test_without_gamma_it_is_continued_pretraining():
         if isinstance(method, DDK):
             first = state.params["student"], metrics["student/loss"]
     np.testing.assert_allclose(first[1], metrics["student/loss"], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first[0], state.params["student"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first[0], state.params["student"]
+    )
 
 
 def test_an_equal_teacher_has_ratios_of_one():
@@ -123,7 +149,11 @@ def test_controller():
     twin.restore(mixture.state())
     hints = mixture.update(metrics(1.0, 1.0))
     np.testing.assert_allclose(hints["weights"], 0.5 * np.array([1, np.e]) / (1 + np.e) + 0.25)
-    assert twin.update(metrics(1.0, 1.0)) == hints and twin.state() == mixture.state() and mixture.measured == 2
+    assert (
+        twin.update(metrics(1.0, 1.0)) == hints
+        and twin.state() == mixture.state()
+        and mixture.measured == 2
+    )
     eager = DDK(domains=2, use_r0=True).controller().update(metrics(1.0, 2.0))
     np.testing.assert_allclose(eager["weights"], np.array([1, np.e]) / (1 + np.e))
 
@@ -143,7 +173,10 @@ def test_refusals():
         (dict(interval=4), r"method.interval=3: the data \(Chains\) has 4, expected the same"),
         (dict(interval=0), r"method.interval=3: the data \(Chains\) has 0, expected the same"),
         (dict(measures=1), r"method.measures=2: the data \(Chains\) has 1, expected the same"),
-        (dict(branches=(2, 2, 3), batch_size=9), r"method.domains=2: the data \(Chains\) has 3, expected the same"),
+        (
+            dict(branches=(2, 2, 3), batch_size=9),
+            r"method.domains=2: the data \(Chains\) has 3, expected the same",
+        ),
     ],
 )
 def test_data_of_another_schedule_is_refused(fields, message):
@@ -153,8 +186,13 @@ def test_data_of_another_schedule_is_refused(fields, message):
 
 
 def test_no_method_trains_on_held_out_batches():
-    """Where the data has held-out batches and the method moves a role at one, they are refused; data without them is not."""
-    with pytest.raises(Refused, match=r"data.interval=3, data.measures=2: SFT would train student on the held-out rows of step 0"):
+    """Where the data has held-out batches and the method moves a role at one, they are refused;
+    data without them is not.
+    """
+    with pytest.raises(
+        Refused,
+        match=r"data.interval=3, data.measures=2: SFT would train student on the held-out rows of step 0",
+    ):
         DATA.check_method(SFT())
     with pytest.raises(Refused, match="DDK would train student on the held-out rows of step 5"):
         DATA.check_method(DDK(domains=2, interval=4, measures=2))

@@ -18,21 +18,35 @@ from tools.first_steps import first_steps
 SIZES = dict(vocab=8, heads=2, max_length=16, classes=2)
 TEACHER = make_net(BertClassifier(dim=8, mlp=8, depth=4, **SIZES))
 SMALL = make_net(BertClassifier(dim=4, mlp=8, depth=2, **SIZES))
-NETS = {"pretrained": TEACHER, "teacher": TEACHER, "student": SMALL, "projection": make_net(Projection(inputs=4, outputs=8))}
+NETS = {
+    "pretrained": TEACHER,
+    "teacher": TEACHER,
+    "student": SMALL,
+    "projection": make_net(Projection(inputs=4, outputs=8)),
+}
 
 
 def weights(net, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+    )
 
 
 PARAMS = {role: weights(net, i) for i, (role, net) in enumerate(NETS.items())}
-BATCH = {k: jnp.asarray(v) for k, v in Patterns(vocab=8, length=8, batch_size=4).batch(0, slice(None)).items()}
+BATCH = {
+    k: jnp.asarray(v)
+    for k, v in Patterns(vocab=8, length=8, batch_size=4).batch(0, slice(None)).items()
+}
 BATCH["mask"] = BATCH["mask"].at[1, 6:].set(False)
 METHOD = ErnieTiny(student_depth=2, teacher_depth=4)
 STAGE = {name: part.method for name, part in zip(METHOD.plan, METHOD.stages(100))}
 TWINS = {**NETS, "student": TEACHER, "projection": make_net(Projection(inputs=8, outputs=8))}
-TWIN_PARAMS = {**PARAMS, "student": PARAMS["teacher"], "projection": {"map": {"kernel": jnp.eye(8)}}}
+TWIN_PARAMS = {
+    **PARAMS,
+    "student": PARAMS["teacher"],
+    "projection": {"map": {"kernel": jnp.eye(8)}},
+}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -51,8 +65,18 @@ def size(tree):
 def test_one_ingredient_changes_at_a_time():
     chain = [STAGES[name] for name in METHOD.plan]
     assert [sum(a != b for a, b in zip(x, y)) for x, y in zip(chain, chain[1:])] == [1, 1, 1]
-    assert [STAGE[name].frozen for name in METHOD.plan] == [("pretrained",), ("teacher",), ("teacher",), ("teacher",)]
-    assert METHOD.frozen == ("pretrained", "teacher") and [p.steps for p in METHOD.stages(100)] == [60, 6, 17, 17]
+    assert [STAGE[name].frozen for name in METHOD.plan] == [
+        ("pretrained",),
+        ("teacher",),
+        ("teacher",),
+        ("teacher",),
+    ]
+    assert METHOD.frozen == ("pretrained", "teacher") and [p.steps for p in METHOD.stages(100)] == [
+        60,
+        6,
+        17,
+        17,
+    ]
 
 
 def test_a_twin_has_nothing_to_learn():
@@ -61,15 +85,23 @@ def test_a_twin_has_nothing_to_learn():
     assert out.metrics["hidden"] <= 1e-10 and abs(out.metrics["attention"]) <= 1e-5
     logits = TEACHER.apply(PARAMS["teacher"], BATCH["tokens"], mask=BATCH["mask"])
     law = jax.nn.softmax(logits)
-    np.testing.assert_allclose(out.metrics["soft"], -jnp.mean(jnp.sum(law * jnp.log(law), -1)), rtol=1e-5)  # the entropy
+    np.testing.assert_allclose(
+        out.metrics["soft"], -jnp.mean(jnp.sum(law * jnp.log(law), -1)), rtol=1e-5
+    )  # the entropy
     latent = ErnieTiny(student_depth=4, teacher_depth=4, stage="TAD")
     assert size(gradient(latent, TWIN_PARAMS, True)["student"]) <= 1e-5
 
 
 def test_without_labels_the_last_stage_is_the_third():
-    plain = ErnieTiny(student_depth=2, teacher_depth=4, stage="TSD", soft_weight=0.0, hard_weight=0.0)
+    plain = ErnieTiny(
+        student_depth=2, teacher_depth=4, stage="TSD", soft_weight=0.0, hard_weight=0.0
+    )
     np.testing.assert_allclose(loss(plain).loss, loss(STAGE["TAD"]).loss, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(plain)["student"], gradient(STAGE["TAD"])["student"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        gradient(plain)["student"],
+        gradient(STAGE["TAD"])["student"],
+    )
 
 
 def test_latent_losses_never_touch_the_classifier():
@@ -78,20 +110,29 @@ def test_latent_losses_never_touch_the_classifier():
     both = gradient(STAGE["TSD"])
     assert size(head(both)) > 0
     labels = lambda p: loss(STAGE["TSD"], p).metrics["soft"] + loss(STAGE["TSD"], p).metrics["hard"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), head(both), head(jax.grad(labels)(PARAMS)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        head(both),
+        head(jax.grad(labels)(PARAMS)),
+    )
 
 
 def test_teachers_and_labels_of_general_text_get_no_gradient():
     for method in STAGE.values():
         grads = gradient(method)
-        assert size(grads["teacher"]) == size(grads["pretrained"]) == 0 and size(grads["projection"]) > 0
+        assert (
+            size(grads["teacher"]) == size(grads["pretrained"]) == 0
+            and size(grads["projection"]) > 0
+        )
     unlabelled = {k: v for k, v in BATCH.items() if k in ("general_tokens", "general_mask")}
     assert loss(STAGE["GD"], PARAMS, unlabelled).loss == loss(STAGE["GD"]).loss
 
 
 def test_stages_read_their_own_teacher_and_text():
     plain = {name: float(loss(STAGE[name]).loss) for name in METHOD.plan}
-    changed = lambda name, **other: abs(float(loss(STAGE[name], {**PARAMS, **other}).loss) / plain[name] - 1) > 1e-5  # not rounding
+    changed = lambda name, **other: (
+        abs(float(loss(STAGE[name], {**PARAMS, **other}).loss) / plain[name] - 1) > 1e-5
+    )  # not rounding
     new = weights(TEACHER, 9)
     assert [changed(name, pretrained=new) for name in METHOD.plan] == [True, False, False, False]
     assert [changed(name, teacher=new) for name in METHOD.plan] == [False, True, True, True]
@@ -106,37 +147,60 @@ def test_stages_read_their_own_teacher_and_text():
 
 def test_padding_is_invisible():
     pad = {"tokens": 0, "mask": False}
-    wide = {k: jnp.pad(v, ((0, 0), (0, 3)), constant_values=pad[k]) if k in pad else v for k, v in BATCH.items()}
-    a, b = loss(STAGE["TSD"]), loss(STAGE["TSD"], PARAMS, wide)
+    wide = {
+        k: jnp.pad(v, ((0, 0), (0, 3)), constant_values=pad[k]) if k in pad else v
+        for k, v in BATCH.items()
+    }
+    a = loss(STAGE["TSD"])
+    b = loss(STAGE["TSD"], PARAMS, wide)
     for name in ("hidden", "attention", "soft", "hard"):
         np.testing.assert_allclose(a.metrics[name], b.metrics[name], rtol=1e-4, atol=1e-6)
 
 
 def test_micro_batches_do_not_move_the_update():
-    uneven = {**BATCH, "mask": BATCH["mask"].at[1::2, 3:].set(False), "general_mask": BATCH["general_mask"].at[::2, 4:].set(False)}
+    uneven = {
+        **BATCH,
+        "mask": BATCH["mask"].at[1::2, 3:].set(False),
+        "general_mask": BATCH["general_mask"].at[::2, 4:].set(False),
+    }
     start = {role: PARAMS[role] for role in ("teacher", "student", "projection")}
-    runs = [first_steps(STAGE["TSD"], NETS, optax.sgd(0.1), start, uneven, 1, accumulate=n) for n in (1, 2)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *(states[-1].params for states, _ in runs))
+    runs = [
+        first_steps(STAGE["TSD"], NETS, optax.sgd(0.1), start, uneven, 1, accumulate=n)
+        for n in (1, 2)
+    ]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        *(states[-1].params for states, _ in runs),
+    )
     for name, value in runs[0][1][0].items():
         np.testing.assert_allclose(runs[1][1][0][name], value, rtol=1e-4, err_msg=name)
 
 
 def test_soft_labels_differ_from_kl_by_the_entropy():
-    teacher, student = (NETS[r].apply(PARAMS[r], BATCH["tokens"], mask=BATCH["mask"]) for r in ("teacher", "student"))
-    p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
+    teacher, student = (
+        NETS[r].apply(PARAMS[r], BATCH["tokens"], mask=BATCH["mask"])
+        for r in ("teacher", "student")
+    )
+    p = jax.nn.softmax(teacher)
+    q = jax.nn.softmax(student)
     kl = jnp.mean(jnp.sum(p * jnp.log(p / q), -1))
     entropy = -jnp.mean(jnp.sum(p * jnp.log(p), -1))
-    np.testing.assert_allclose(loss(STAGE["TSD"]).metrics["soft"] - entropy, kl, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        loss(STAGE["TSD"]).metrics["soft"] - entropy, kl, rtol=1e-3, atol=1e-5
+    )
     assert kl >= 0
 
 
 def test_student_and_projection_go_on():
     """A stage starts from exactly the weights that the one before ended with, and moves both roles."""
-    params, nets = PARAMS, NETS
+    params = PARAMS
+    nets = NETS
     for method in (STAGE["GD"], STAGE["GED"]):
         start = {role: params[role] for role in (*method.frozen, "student", "projection")}
         (first, last), _ = first_steps(method, nets, optax.adam(1e-2), start, BATCH, 1)
-        jax.tree.map(np.testing.assert_array_equal, first.params, {r: params[r] for r in first.params})
+        jax.tree.map(
+            np.testing.assert_array_equal, first.params, {r: params[r] for r in first.params}
+        )
         moved = last.params
         assert all(size(jax.tree.map(jnp.subtract, moved[r], params[r])) > 0 for r in moved)
         params = {**params, **moved}
@@ -144,20 +208,25 @@ def test_student_and_projection_go_on():
 
 def test_fine_tuning_is_cross_entropy():
     logits = SMALL.apply(PARAMS["student"], BATCH["tokens"], mask=BATCH["mask"])
-    expected = -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), BATCH["label"][:, None], 1))
+    expected = -jnp.mean(
+        jnp.take_along_axis(jax.nn.log_softmax(logits), BATCH["label"][:, None], 1)
+    )
     np.testing.assert_allclose(loss(FineTune()).loss, expected, rtol=1e-5)
     np.testing.assert_allclose(loss(STAGE["TSD"]).metrics["hard"], expected, rtol=1e-5)
 
 
 def test_data(check_rows=8):
     data = Patterns(vocab=8, length=8, batch_size=check_rows, size=5)
-    one, two = data.batch(0, slice(None)), data.batch(0, slice(4, 8))
+    one = data.batch(0, slice(None))
+    two = data.batch(0, slice(4, 8))
     for name in one:
         np.testing.assert_array_equal(one[name][4:], two[name])
     assert len({row.tobytes() for row in one["tokens"]}) == 5  # labelled texts go round
     held = data.evaluation(40)
     has = lambda row, p: any((row[i : i + 3] == p).all() for i in range(6))
-    assert all(has(row, [[3, 1, 2], [2, 1, 3]][label]) for row, label in zip(held["tokens"], held["label"]))
+    assert all(
+        has(row, [[3, 1, 2], [2, 1, 3]][label]) for row, label in zip(held["tokens"], held["label"])
+    )
     assert held["domain"].sum() == 20
 
 

@@ -29,8 +29,13 @@ from jaxdistill.methods.language.universalner import UniversalNER
 from jaxdistill.objectives.schedule import Cosine, Linear
 
 RNG = np.random.default_rng(0)
-VOCAB, ROWS, LENGTH = 6, 3, 8
-TABLES = {role: RNG.standard_normal((VOCAB, VOCAB)) for role in ("student", "teacher", "teacher1", "old", "reference")}
+VOCAB = 6
+ROWS = 3
+LENGTH = 8
+TABLES = {
+    role: RNG.standard_normal((VOCAB, VOCAB))
+    for role in ("student", "teacher", "teacher1", "old", "reference")
+}
 TOKENS = RNG.integers(0, VOCAB, (2, ROWS, LENGTH))
 MASK = np.tile(np.float32(np.arange(LENGTH) > 1), (ROWS, 1))
 SPAN = np.where(MASK > 0, np.arange(LENGTH), -1)
@@ -61,7 +66,10 @@ METHODS = {
             SpanULD,
         )
     },
-    **{cls.__name__: cls() for cls in (EnsembleKD, EnsembleGKD, RoutedKD, RoutedGKD, PruneThenDistil)},
+    **{
+        cls.__name__: cls()
+        for cls in (EnsembleKD, EnsembleGKD, RoutedKD, RoutedGKD, PruneThenDistil)
+    },
     "DDK": DDK(domains=2, interval=3),
     **{cls.__name__: cls() for cls in (SFT, SequenceKD, StepByStep, UniversalNER)},
     **{cls.__name__: cls(group=3) for cls in (GRPO, RLAD, KDRL)},
@@ -105,7 +113,9 @@ def seen(monkeypatch):
 
 
 def networks(asked):
-    """Models that look up their next-token logits by the last token; hidden states are those logits."""
+    """Models that look up their next-token logits by the last token; hidden states are those
+    logits.
+    """
 
     def model(role):
         def call(tokens=None, *, method="__call__", hidden_only=False, features=(), **_):
@@ -123,7 +133,8 @@ def networks(asked):
 def behaviour(method, seen):
     """The patterns of its turns, their losses, and what was asked for on the way."""
     seen.clear()
-    nets, out = networks(seen), []
+    nets = networks(seen)
+    out = []
     for turn in method.turns:
         if not turn.moves:
             continue
@@ -136,7 +147,8 @@ def behaviour(method, seen):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_inherited_field_acts_or_is_refused(name, seen):
-    method, unread = METHODS[name], []
+    method = METHODS[name]
+    unread = []
     for field in (f.name for f in dataclasses.fields(method) if f.name in AWAY):
         away = AWAY[field] if getattr(method, field) != AWAY[field] else "forward_kl"  # of kind
         needs = {} if name == "StoredKD" else NEEDS.get(field, {})  # its store has a top_k
@@ -168,14 +180,19 @@ def test_fields_without_a_meaning_are_refused(name, field):
 
 
 def test_the_students_own_text_has_no_label(seen):
-    """The hard term is on batches of the data alone; on others the divergence keeps its whole weight."""
-    plain, mixed = GKD(), GKD(hard_weight=0.25)
+    """The hard term is on batches of the data alone; on others the divergence keeps its whole
+    weight.
+    """
+    plain = GKD()
+    mixed = GKD(hard_weight=0.25)
     (own, given), _ = behaviour(mixed, seen)
     (own_plain, given_plain), _ = behaviour(plain, seen)
     hard = behaviour(KD(hard_weight=1.0), seen)[0][0][1]
     assert own == own_plain
     np.testing.assert_allclose(given[1], 0.75 * given_plain[1] + 0.25 * hard, rtol=1e-6)
-    with pytest.raises(Refused, match=r"method\.hard_weight=0\.25: expected 0 where method\.on_policy=1"):
+    with pytest.raises(
+        Refused, match=r"method\.hard_weight=0\.25: expected 0 where method\.on_policy=1"
+    ):
         GKD(hard_weight=0.25, on_policy=1.0)
 
 
@@ -206,12 +223,18 @@ def test_schedules_reach_every_loss(seen):
         weighted = cls(hard_weight=ramp(0.0, 1.0))
         np.testing.assert_allclose(loss(weighted, 5), loss(cls(hard_weight=0.5), 5), rtol=1e-6)
         if cls is not StoredKD:
-            np.testing.assert_allclose(loss(cls(temperature=ramp(3.0, 1.0)), 5), loss(cls(temperature=2.0), 5), rtol=1e-5)
+            np.testing.assert_allclose(
+                loss(cls(temperature=ramp(3.0, 1.0)), 5), loss(cls(temperature=2.0), 5), rtol=1e-5
+            )
     for cls in (GKD, EnsembleGKD, RoutedGKD, TSDKD):
         for step, beta in ((0, 0.0), (5, 0.4), (10, 0.8)):
-            np.testing.assert_allclose(loss(cls(beta=ramp(0.0, 0.8)), step), loss(cls(beta=beta), step), rtol=1e-5)
+            np.testing.assert_allclose(
+                loss(cls(beta=ramp(0.0, 0.8)), step), loss(cls(beta=beta), step), rtol=1e-5
+            )
     cosine = KD(kind="jsd", params={"beta": Cosine(start=1.0, end=0.0, steps=8)})
-    np.testing.assert_allclose(loss(cosine, 2), loss(KD(kind="jsd", params={"beta": 0.8535533905932737}), 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(cosine, 2), loss(KD(kind="jsd", params={"beta": 0.8535533905932737}), 2), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,4 +283,6 @@ def test_policy_gradients_need_samples(cls, temperature):
         match=r"method\.sample_temperature=.*: expected a number above 0: .* learns from samples",
     ):
         cls(sample_temperature=temperature)
-    assert SequenceKD(sample_temperature=0.0) and GKD(sample_temperature=0.0)  # greedy text can be learned
+    assert SequenceKD(sample_temperature=0.0) and GKD(
+        sample_temperature=0.0
+    )  # greedy text can be learned

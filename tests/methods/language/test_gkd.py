@@ -24,7 +24,12 @@ NETS = {
     "teacher": make_net(LM(vocab=7, dim=12, mlp=16, heads=2, depth=2)),
     "student": make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1)),
 }
-PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for role, net in NETS.items()}
+PARAMS = {
+    role: jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+    )
+    for role, net in NETS.items()
+}
 PROMPT_MASK = jnp.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]], bool)
 BATCH = {
     "tokens": jnp.asarray(RNG.integers(0, 7, (3, 8)), jnp.int32),
@@ -70,16 +75,25 @@ def greedy():
 
 def test_the_student_writes_after_the_prompt(greedy):
     net = functools.partial(NETS["student"].apply, PARAMS["student"])
-    tokens, _ = jax.jit(lambda: generate(net, BATCH["prompt"], 8, jax.random.key(0), prompt_mask=PROMPT_MASK, temperature=0.0))()
+    tokens, _ = jax.jit(
+        lambda: generate(
+            net, BATCH["prompt"], 8, jax.random.key(0), prompt_mask=PROMPT_MASK, temperature=0.0
+        )
+    )()
     np.testing.assert_array_equal(greedy["tokens"], tokens)
     np.testing.assert_array_equal(greedy["mask"], BATCH["mask"])
     np.testing.assert_array_equal(greedy["segments"], BATCH["segments"])
-    np.testing.assert_array_equal(greedy["positions"], [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4, 5]])
+    np.testing.assert_array_equal(
+        greedy["positions"],
+        [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4, 5]],
+    )
 
 
 def test_its_argmax_is_what_the_loss_sees(greedy):
     """The full pass of the loss and the cached pass of the rollout agree on the student."""
-    logits = jax.jit(lambda p: NETS["student"].apply(p, greedy["tokens"], **context(greedy)))(PARAMS["student"])
+    logits = jax.jit(lambda p: NETS["student"].apply(p, greedy["tokens"], **context(greedy)))(
+        PARAMS["student"]
+    )
     np.testing.assert_array_equal(jnp.argmax(logits, -1)[:, 2:-1], greedy["tokens"][:, 3:])
 
 
@@ -89,7 +103,9 @@ def test_nothing_counts_after_eos(greedy):
     for row in range(3):
         written = np.asarray(greedy["tokens"][row, 3:])
         stop = 3 + int(np.argmax(written == eos)) if eos in written else 7
-        np.testing.assert_array_equal(batch["tokens"][row, : stop + 1], greedy["tokens"][row, : stop + 1])
+        np.testing.assert_array_equal(
+            batch["tokens"][row, : stop + 1], greedy["tokens"][row, : stop + 1]
+        )
         assert (batch["tokens"][row, stop + 1 :] == 6).all()
         for name in ("mask", "segments"):
             assert not batch[name][row, stop + 1 :].any() and batch[name][row, 3 : stop + 1].all()
@@ -110,19 +126,27 @@ def train(method, steps, tx):
 
 
 def test_no_gradient_through_sampling():
-    """One step of plain descent on a written batch moves the student by the gradient on that batch as given text."""
+    """One step of plain descent on a written batch moves the student by the gradient on that batch
+    as given text.
+    """
     method = GKD(on_policy=1.0)
     state, _ = train(method, 1, optax.sgd(1.0))
     ctx = Ctx(BATCH, jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0), 0, {})
 
     def gradient(params):
         batch = method.rollout(bind(NETS, params), ctx)
-        loss = lambda p: method.loss(bind(NETS, {**params, "student": p}), Ctx(batch, ctx.rng, 0, {}))
+        loss = lambda p: method.loss(
+            bind(NETS, {**params, "student": p}), Ctx(batch, ctx.rng, 0, {})
+        )
         grads = jax.grad(lambda p: loss(p).loss)(params["student"])
         return jax.tree.map(lambda g: g / loss(params["student"]).count, grads)
 
     expected = jax.tree.map(jnp.subtract, PARAMS["student"], jax.jit(gradient)(PARAMS))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params["student"], expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        state.params["student"],
+        expected,
+    )
 
 
 def test_five_steps_of_both_kinds(compilations):
@@ -130,14 +154,23 @@ def test_five_steps_of_both_kinds(compilations):
     assert {GKD(on_policy=0.5).writes(i) for i in range(5)} == {True, False}
     assert compilations["train_step"] == 2 and np.isfinite(losses).all()
     jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], PARAMS["teacher"])
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(state.params["student"]), jax.tree.leaves(PARAMS["student"])))
+    assert any(
+        (a != b).any()
+        for a, b in zip(
+            jax.tree.leaves(state.params["student"]), jax.tree.leaves(PARAMS["student"])
+        )
+    )
 
 
 def test_without_its_own_writing_it_is_kd():
     a, losses = train(GKD(on_policy=0.0, beta=0.3), 3, optax.sgd(0.1))
     b, others = train(KD(kind="jsd", params={"beta": 0.3}), 3, optax.sgd(0.1))
     np.testing.assert_allclose(losses, others, rtol=1e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a.params["student"], b.params["student"])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        a.params["student"],
+        b.params["student"],
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,10 +180,15 @@ class Outer(Method):
 
 @pytest.mark.parametrize("eos", [(), (3,), (-1,)])
 def test_it_stops_at_the_datas_end_token_by_default(eos, tmp_path):
-    """Also where it is the host of another method; a method that names tokens keeps them, and data without one changes nothing."""
-    make = lambda data, method: Experiment(experiment(data=data, method=method, roles={}), tmp_path).method
+    """Also where it is the host of another method; a method that names tokens keeps them, and data
+    without one changes nothing.
+    """
+    make = lambda data, method: (
+        Experiment(experiment(data=data, method=method, roles={}), tmp_path).method
+    )
     gkd = spec("methods.language.gkd:GKD", eos=eos, pad=0)
-    carry, markov = spec("data.language:Carry"), spec("data.language:Markov")
+    carry = spec("data.language:Carry")
+    markov = spec("data.language:Markov")
     assert (make(carry, gkd).eos, make(carry, gkd).pad) == (eos or (12,), 0 if eos else 13)
     (tmp_path / "a.jsonl").write_text("")
     made = make(spec("data.text:PackedJson", path=str(tmp_path / "a.jsonl")), gkd)

@@ -41,7 +41,9 @@ def test_sum_of_divergences_at_targets(kind):
 
 def test_parameters_reach_the_kind():
     each = divergence.skew_kl(P, Q, alpha=0.4)[:, :-1]
-    np.testing.assert_allclose(loss(KD(kind="skew_kl", params={"alpha": 0.4})).loss, each[TARGETS].sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        loss(KD(kind="skew_kl", params={"alpha": 0.4})).loss, each[TARGETS].sum(), rtol=1e-6
+    )
 
 
 def test_gradient_in_the_students_logits():
@@ -51,14 +53,19 @@ def test_gradient_in_the_students_logits():
     assert not grad[:, -1].any()
 
 
-@pytest.mark.parametrize("kind", sorted(divergence.KINDS.keys() - {"total_variation"}))  # which has a kink there
+@pytest.mark.parametrize(
+    "kind", sorted(divergence.KINDS.keys() - {"total_variation"})
+)  # which has a kink there
 def test_nothing_to_learn_from_an_equal_teacher(kind):
-    value, grad = jax.value_and_grad(lambda z: loss(KD(kind=kind), teacher=P + 3, student=z).loss)(P)
+    value, grad = jax.value_and_grad(lambda z: loss(KD(kind=kind), teacher=P + 3, student=z).loss)(
+        P
+    )
     assert abs(value) <= 1e-5 and jnp.abs(grad).max() <= 1e-5
 
 
 def test_hard_labels_alone_are_fine_tuning():
-    hard, plain = loss(KD(hard_weight=1.0)), loss(SFT())
+    hard = loss(KD(hard_weight=1.0))
+    plain = loss(SFT())
     np.testing.assert_allclose(hard.loss, plain.loss, rtol=1e-6)
     np.testing.assert_allclose(hard.metrics["cross_entropy"], plain.loss, rtol=1e-6)
     assert not jax.grad(lambda p: loss(KD(hard_weight=1.0), teacher=p).loss)(P).any()
@@ -85,7 +92,10 @@ def test_documents_of_a_row_are_passed_on():
     )
     KD().turns[0].loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
     for role in ("teacher", "student"):
-        assert seen[role]["segments"] is batch["segments"] and seen[role]["positions"] is batch["positions"]
+        assert (
+            seen[role]["segments"] is batch["segments"]
+            and seen[role]["positions"] is batch["positions"]
+        )
 
 
 TEACHER = make_net(LM(vocab=7, dim=12, mlp=16, heads=2, depth=2))
@@ -94,33 +104,51 @@ STUDENT = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1, tied=True))
 
 def weights(net, seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+    )
 
 
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_chunks_change_nothing(hard_weight):
-    teacher, student = weights(TEACHER, 0), weights(STUDENT, 1)
+    teacher = weights(TEACHER, 0)
+    student = weights(STUDENT, 1)
 
     def value(method):
-        run = lambda p: method.loss(bind({"teacher": TEACHER, "student": STUDENT}, {"teacher": teacher, "student": p}), ctx).loss
+        run = lambda p: (
+            method.loss(
+                bind({"teacher": TEACHER, "student": STUDENT}, {"teacher": teacher, "student": p}),
+                ctx,
+            ).loss
+        )
         return jax.jit(jax.value_and_grad(run))(student)
 
     ctx = Ctx(BATCH, jax.random.key(0), 0, {})
     whole = KD(kind="jsd", temperature=1.5, hard_weight=hard_weight)
-    for got, want in zip(jax.tree.leaves(value(dataclasses.replace(whole, chunk=3))), jax.tree.leaves(value(whole))):
+    for got, want in zip(
+        jax.tree.leaves(value(dataclasses.replace(whole, chunk=3))), jax.tree.leaves(value(whole))
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def train(method, batches, accumulate=1, lr=1e-2):
-    nets, start = {"teacher": TEACHER, "student": STUDENT}, {"teacher": weights(TEACHER, 0), "student": weights(STUDENT, 1)}
-    states, metrics = first_steps(method, nets, optax.adam(lr), start, batches, len(batches), accumulate=accumulate)
+    nets = {"teacher": TEACHER, "student": STUDENT}
+    start = {"teacher": weights(TEACHER, 0), "student": weights(STUDENT, 1)}
+    states, metrics = first_steps(
+        method, nets, optax.adam(lr), start, batches, len(batches), accumulate=accumulate
+    )
     return states[-1], metrics[-1], [row["student/loss"] for row in metrics]
 
 
 def test_five_steps():
     state, metrics, losses = train(KD(kind="jsd"), [BATCH] * 5)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
-    assert metrics.keys() == {"student/loss", "student/divergence", "student/cross_entropy", "student/grad_norm"}
+    assert metrics.keys() == {
+        "student/loss",
+        "student/divergence",
+        "student/cross_entropy",
+        "student/grad_norm",
+    }
     jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], weights(TEACHER, 0))
 
 

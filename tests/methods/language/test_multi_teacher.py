@@ -17,10 +17,16 @@ from jaxdistill.methods.language.multi_teacher import EnsembleGKD, EnsembleKD, R
 from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
-LARGE, SMALL = make_net(LM(vocab=5, dim=12, mlp=16, heads=2, depth=2)), make_net(LM(vocab=5, dim=8, mlp=8, heads=2, depth=1))
+LARGE = make_net(LM(vocab=5, dim=12, mlp=16, heads=2, depth=2))
+SMALL = make_net(LM(vocab=5, dim=8, mlp=8, heads=2, depth=1))
 NETS = {"teacher": LARGE, "teacher1": SMALL, "student": SMALL}
 RNG = np.random.default_rng(0)
-PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for role, net in NETS.items()}
+PARAMS = {
+    role: jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+    )
+    for role, net in NETS.items()
+}
 DATA = Chains(vocab=5, length=6, branches=(2, 3), size=40, held=8, batch_size=8)
 BATCH = {k: jnp.asarray(v) for k, v in DATA.batch(0, slice(None)).items()}
 
@@ -28,12 +34,17 @@ BATCH = {k: jnp.asarray(v) for k, v in DATA.batch(0, slice(None)).items()}
 def alone(number):
     """Nets and weights with one of the teachers as the only one."""
     role = ("teacher", "teacher1")[number]
-    return {"teacher": NETS[role], "student": SMALL}, {"teacher": PARAMS[role], "student": PARAMS["student"]}
+    return {"teacher": NETS[role], "student": SMALL}, {
+        "teacher": PARAMS[role],
+        "student": PARAMS["student"],
+    }
 
 
 def value(method, nets=NETS, params=PARAMS, batch=BATCH):
     """(Out, gradient in the student's weights)"""
-    out = lambda p: method.loss(bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {}))
+    out = lambda p: method.loss(
+        bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
+    )
     return jax.jit(lambda p: (out(p), jax.grad(lambda p: out(p).loss)(p)))(params["student"])
 
 
@@ -64,18 +75,28 @@ def test_so_are_the_steps_that_follow():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_target_is_the_mixture_of_tempered_laws(temperature):
-    laws = [jax.nn.softmax(NETS[r].apply(PARAMS[r], BATCH["tokens"]) / temperature) for r in ("teacher", "teacher1")]
+    laws = [
+        jax.nn.softmax(NETS[r].apply(PARAMS[r], BATCH["tokens"]) / temperature)
+        for r in ("teacher", "teacher1")
+    ]
     p = (0.3 * laws[0] + 0.7 * laws[1])[:, :-1]
-    log_q = jax.nn.log_softmax(SMALL.apply(PARAMS["student"], BATCH["tokens"]) / temperature)[:, :-1]
+    log_q = jax.nn.log_softmax(SMALL.apply(PARAMS["student"], BATCH["tokens"]) / temperature)[
+        :, :-1
+    ]
     each = temperature**2 * (p * (jnp.log(p) - log_q)).sum(-1)
     out, _ = value(EnsembleKD(weights=(0.3, 0.7), temperature=temperature))
-    np.testing.assert_allclose(out.loss, jnp.where(BATCH["mask"][:, 1:] > 0, each, 0).sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        out.loss, jnp.where(BATCH["mask"][:, 1:] > 0, each, 0).sum(), rtol=1e-5
+    )
 
 
 def test_equal_teachers_are_one():
-    nets, params = {**NETS, "teacher1": LARGE}, {**PARAMS, "teacher1": PARAMS["teacher"]}
+    nets = {**NETS, "teacher1": LARGE}
+    params = {**PARAMS, "teacher1": PARAMS["teacher"]}
     for pool in ("linear", "geometric"):
-        close(value(EnsembleKD(weights=(0.5, 0.5), pool=pool), nets, params), value(KD(), *alone(0)))
+        close(
+            value(EnsembleKD(weights=(0.5, 0.5), pool=pool), nets, params), value(KD(), *alone(0))
+        )
 
 
 def test_gradient_of_forward_kl_is_linear_in_the_teachers():
@@ -93,7 +114,10 @@ def test_rows_learn_from_the_teacher_of_their_domain(more):
     for number in (0, 1):
         rows = {k: v[BATCH["domain"] == number] for k, v in BATCH.items()}
         parts.append(value(KD(**OPTIONS, **more), *alone(number), rows))
-    close((out.loss, out.count, out.metrics), jax.tree.map(lambda a, b: a + b, *[(o.loss, o.count, o.metrics) for o, _ in parts]))
+    close(
+        (out.loss, out.count, out.metrics),
+        jax.tree.map(lambda a, b: a + b, *[(o.loss, o.count, o.metrics) for o, _ in parts]),
+    )
     close(grad, jax.tree.map(lambda a, b: a + b, parts[0][1], parts[1][1]))
     swapped = {**BATCH, "domain": 1 - BATCH["domain"]}
     close(value(dataclasses.replace(routed, routes=(1, 0)), batch=swapped), (out, grad))
@@ -121,7 +145,9 @@ def test_on_given_text_it_is_the_same_divergence_without_sampling(cls, given):
 
 @pytest.mark.parametrize("cls", [EnsembleGKD, RoutedGKD])
 def test_several_teachers_grade_what_the_student_writes(cls):
-    """The batch of its own text keeps the prompts' domains, and the loss on it is that on given text."""
+    """The batch of its own text keeps the prompts' domains, and the loss on it is that on given
+    text.
+    """
     method = cls(on_policy=1.0, prompt_length=2, sample_temperature=0.0)
     nets = bind(NETS, PARAMS)
     written = jax.jit(lambda: method.turns[0].gather(nets, Ctx(BATCH, jax.random.key(0), 0, {})))()
@@ -138,7 +164,8 @@ def test_several_teachers_grade_what_the_student_writes(cls):
 
 
 def test_one_teacher_of_several_is_gkd():
-    method, gkd = EnsembleGKD(weights=(1.0, 0.0), beta=0.8), GKD(beta=0.8)
+    method = EnsembleGKD(weights=(1.0, 0.0), beta=0.8)
+    gkd = GKD(beta=0.8)
     close(value(method), value(gkd, *alone(0)))
     assert [method.writes(i) for i in range(20)] == [gkd.writes(i) for i in range(20)]
 
@@ -161,5 +188,7 @@ def test_refusals():
         RoutedKD(routes=(0,)).check({"teacher": LARGE, "student": SMALL}, DATA)
     other = make_net(config := LM(vocab=6, dim=8, mlp=8, heads=2, depth=1), config=config)
     known = make_net(config := LM(vocab=5, dim=8, mlp=8, heads=2, depth=1), config=config)
-    with pytest.raises(Refused, match=r"config.roles.teacher1: a vocabulary of 6 tokens, the student's has 5"):
+    with pytest.raises(
+        Refused, match=r"config.roles.teacher1: a vocabulary of 6 tokens, the student's has 5"
+    ):
         EnsembleKD().check({"teacher": known, "teacher1": other, "student": known}, DATA)

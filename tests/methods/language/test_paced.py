@@ -39,7 +39,8 @@ def loss(method, student=Q, teacher=P, batch=BATCH):
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_weights_multiply_the_responses_mean_divergence(kind):
-    method, mask = Paced(kind=kind), BATCH["mask"][:, 1:] > 0
+    method = Paced(kind=kind)
+    mask = BATCH["mask"][:, 1:] > 0
     each = lambda z: sequence_mean(token_divergence(kind, P, z)[:, :-1], mask)
     out = loss(method)
     np.testing.assert_allclose(out.loss, jnp.sum(BATCH["weight"] * each(Q)), rtol=1e-6)
@@ -47,12 +48,16 @@ def test_weights_multiply_the_responses_mean_divergence(kind):
     rows = jax.jacobian(each)(Q)
     grad = jax.grad(lambda z: loss(method, z).loss)(Q)
     np.testing.assert_allclose(grad, jnp.einsum("b,bxyz->xyz", BATCH["weight"], rows), atol=1e-6)
-    assert not jax.grad(lambda w: loss(method, batch={**BATCH, "weight": w}).loss)(BATCH["weight"]).any()
+    assert not jax.grad(lambda w: loss(method, batch={**BATCH, "weight": w}).loss)(
+        BATCH["weight"]
+    ).any()
 
 
 def test_weights_are_capped():
     capped = loss(Paced(most=1.0)).loss
-    np.testing.assert_allclose(capped, loss(Paced(), batch={**BATCH, "weight": jnp.array([0.5, 1.0, 0.0])}).loss, rtol=1e-6)
+    np.testing.assert_allclose(
+        capped, loss(Paced(), batch={**BATCH, "weight": jnp.array([0.5, 1.0, 0.0])}).loss, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
@@ -65,7 +70,8 @@ def test_a_solved_choice_gives_no_signal():
     """Two tokens, a teacher that is certain: the forward KL's gradient in the logit is q - 1."""
     z = jnp.linspace(-6, 12, 10)
     student = lambda z: jnp.stack([z, 0 * z], -1)[:, None].repeat(2, 1)
-    teacher, batch = student(jnp.full(10, 80.0)), {"tokens": jnp.zeros((10, 2), int), "mask": jnp.ones((10, 2))}
+    teacher = student(jnp.full(10, 80.0))
+    batch = {"tokens": jnp.zeros((10, 2), int), "mask": jnp.ones((10, 2))}
     grad = jax.grad(lambda z: loss(Paced(), student(z), teacher, batch).loss)(z)
     np.testing.assert_allclose(-grad, 1 - jax.nn.sigmoid(z), atol=1e-6)
 
@@ -78,16 +84,23 @@ def test_equal_lengths_and_weights_are_plain_distillation():
 
 def test_stages():
     first, second = Paced(batches=7).stages(11)
-    assert (first.steps, second.steps) == (6, 5) and first.collect.batches == second.collect.batches == 7
+    assert (first.steps, second.steps) == (
+        6,
+        5,
+    ) and first.collect.batches == second.collect.batches == 7
     assert (first.method.kind, first.method.reference) == ("forward_kl", "teacher")
     assert (second.method.kind, second.method.reference) == ("reverse_kl", "student")
-    assert [t.when(0) for t in first.method.turns] == [False, True] and [t.when(0) for t in second.method.turns] == [True, False]
+    assert [t.when(0) for t in first.method.turns] == [False, True] and [
+        t.when(0) for t in second.method.turns
+    ] == [True, False]
     one = Paced(kinds=("jsd",), references=("dataset",), beta=0.9).stages(4)
     assert len(one) == 1 and one[0].method.options == {"beta": 0.9}
 
 
 def fixed(*rows):
-    """A model that writes these rows, whatever it is asked: one for each prompt, which is its number."""
+    """A model that writes these rows, whatever it is asked: one for each prompt, which is its
+    number.
+    """
     table = jnp.asarray(rows)
 
     def net(tokens, *_, cache=None, method="__call__", **__):
@@ -111,7 +124,11 @@ def coin(tokens, *_, cache=None, method="__call__", **__):
     """Writes 3 or 4 with equal chance, then 6."""
     if method == "init_cache":
         return {"at": jnp.int32(0)}
-    law = jnp.where(cache["at"] == 0, jnp.log(jnp.array([1e-9, 1e-9, 1e-9, 0.5, 0.5, 1e-9, 1e-9])), 40.0 * jax.nn.one_hot(6, 7))
+    law = jnp.where(
+        cache["at"] == 0,
+        jnp.log(jnp.array([1e-9, 1e-9, 1e-9, 0.5, 0.5, 1e-9, 1e-9])),
+        40.0 * jax.nn.one_hot(6, 7),
+    )
     return jnp.broadcast_to(law, (len(tokens), 1, 7)), {"at": cache["at"] + 1}
 
 
@@ -133,23 +150,34 @@ def test_what_is_measured(reference):
 
 def pool(folder, worth):
     grads = np.random.default_rng(1).standard_normal(len(worth))
-    arrayrecord.write(folder / "a.arrayrecord", ({"worth": np.float32(w), "grad": np.float32(g)} for w, g in zip(worth, grads)))
+    arrayrecord.write(
+        folder / "a.arrayrecord",
+        ({"worth": np.float32(w), "grad": np.float32(g)} for w, g in zip(worth, grads)),
+    )
     return grads
 
 
 @pytest.mark.parametrize("memory", [1 << 30, 0])
 def test_a_pool_is_filtered_and_weighted(tmp_path, memory):
-    """Over the kept records the mean weight is 1, and the expected gradient is that of the whole pool with its own mean."""
+    """Over the kept records the mean weight is 1, and the expected gradient is that of the whole
+    pool with its own mean.
+    """
     worth = np.array([0.0, 0.25, 0.1, 0.0, 0.0, 0.05, 0.2, 0.0])
     grads = pool(tmp_path, worth)
     data = arrayrecord.stored(tmp_path, batch_size=4, seed=0, memory=memory)
     batch = next(data.loader())
-    np.testing.assert_allclose(np.sort(batch["weight"]), np.sort(worth[worth > 0] / worth[worth > 0].mean()), rtol=1e-6)
+    np.testing.assert_allclose(
+        np.sort(batch["weight"]), np.sort(worth[worth > 0] / worth[worth > 0].mean()), rtol=1e-6
+    )
     np.testing.assert_allclose(batch["weight"].mean(), 1, rtol=1e-6)
-    np.testing.assert_allclose(np.mean(batch["weight"] * batch["grad"]), np.mean(worth / worth.mean() * grads), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.mean(batch["weight"] * batch["grad"]), np.mean(worth / worth.mean() * grads), rtol=1e-5
+    )
     (tmp_path / "scaled").mkdir()
     pool(tmp_path / "scaled", 7 * worth)
-    again = next(arrayrecord.stored(tmp_path / "scaled", batch_size=4, seed=0, memory=memory).loader())
+    again = next(
+        arrayrecord.stored(tmp_path / "scaled", batch_size=4, seed=0, memory=memory).loader()
+    )
     np.testing.assert_allclose(again["weight"], batch["weight"], rtol=1e-6)
     assert data.spec()["weight"].shape == (4,)
 
@@ -159,11 +187,20 @@ def test_a_pool_without_worth_is_uniform(tmp_path, monkeypatch):
     monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
     pool(tmp_path, np.zeros(8))
     batch = next(arrayrecord.stored(tmp_path, batch_size=8, seed=0).loader())
-    assert (batch["weight"] == 1).all() and len(lines) == 1 and "no record is worth anything" in lines[0]
+    assert (
+        (batch["weight"] == 1).all()
+        and len(lines) == 1
+        and "no record is worth anything" in lines[0]
+    )
 
 
 NETS = dict.fromkeys(("teacher", "student"), make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1)))
-PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for role, net in NETS.items()}
+PARAMS = {
+    role: jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+    )
+    for role, net in NETS.items()
+}
 
 
 def train(method, batch, steps=5):
@@ -174,16 +211,23 @@ def train(method, batch, steps=5):
 def test_uniform_weights_follow_the_host():
     """GKD on its own writing, where all responses are equally long."""
     batch = {"tokens": BATCH["tokens"], "mask": BATCH["mask"], "prompt": BATCH["tokens"][:, :2]}
-    paced, gkd = train(Paced(kind="jsd", reference="student"), batch), train(GKD(on_policy=1.0), batch)
+    paced = train(Paced(kind="jsd", reference="student"), batch)
+    gkd = train(GKD(on_policy=1.0), batch)
     np.testing.assert_allclose(paced[0], gkd[0], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), paced[1], gkd[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), paced[1], gkd[1]
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_chunks_change_nothing(kind):
     whole = Paced(kind=kind)
-    run = lambda m: jax.jit(lambda: m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss)()
-    np.testing.assert_allclose(run(dataclasses.replace(whole, chunk=3)), run(whole), rtol=1e-6, atol=1e-6)
+    run = lambda m: jax.jit(
+        lambda: m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss
+    )()
+    np.testing.assert_allclose(
+        run(dataclasses.replace(whole, chunk=3)), run(whole), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_exponents_0_keep_every_problem():
@@ -193,20 +237,32 @@ def test_exponents_0_keep_every_problem():
 
 
 def test_the_end_of_a_response_is_learnt_and_nothing_after_it():
-    """A student that writes one token and the end, on rows with room for three: two targets a row, the end among them."""
-    data = {"tokens": jnp.zeros((3, 5), int), "mask": jnp.ones((3, 5)), "prompt": jnp.zeros((3, 2), int)}
-    method, nets = Paced(reference="student", kind="reverse_kl", eos=(6,)), SimpleNamespace(student=coin)
+    """A student that writes one token and the end, on rows with room for three: two targets a row,
+    the end among them.
+    """
+    data = {
+        "tokens": jnp.zeros((3, 5), int),
+        "mask": jnp.ones((3, 5)),
+        "prompt": jnp.zeros((3, 2), int),
+    }
+    method = Paced(reference="student", kind="reverse_kl", eos=(6,))
+    nets = SimpleNamespace(student=coin)
     batch = method.rollout(nets, Ctx(data, jax.random.key(0), 0, {}))
     np.testing.assert_array_equal(batch["mask"], [[0, 0, 1, 1, 0]] * 3)
     each = lambda z: token_divergence("reverse_kl", P[:, :5], z)[:, 1:3].mean(1)
-    np.testing.assert_allclose(loss(method, Q[:, :5], P[:, :5], batch).loss, each(Q[:, :5]).sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        loss(method, Q[:, :5], P[:, :5], batch).loss, each(Q[:, :5]).sum(), rtol=1e-6
+    )
 
 
 def test_a_student_without_weights_is_measured_as_it_begins():
     surgery = Paced().stages(2)[0].surgery
     _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
     assert jax.tree.map(jnp.shape, params["student"]) == jax.tree.map(jnp.shape, PARAMS["student"])
-    assert surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"] and Paced().stages(2)[1].surgery is None
+    assert (
+        surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"]
+        and Paced().stages(2)[1].surgery is None
+    )
 
 
 def test_refusals():
@@ -216,7 +272,9 @@ def test_refusals():
         Paced(references=("techer", "student"))
     with pytest.raises(Refused, match=r"a=-1"):
         Paced(a=-1.0)
-    with pytest.raises(Refused, match="expected 'student', for a teacher that has read the solution"):
+    with pytest.raises(
+        Refused, match="expected 'student', for a teacher that has read the solution"
+    ):
         SelfPaced(references=("dataset",))
 
 
@@ -230,11 +288,17 @@ SOLVED = {  # prompts of 2 and 1 tokens, solutions of 2, 1 and 0, responses of 1
     "answer": jnp.array([[1, 2, 5, 6, 0], [0, 4, 6, 0, 0], [2, 5, 1, 1, 1]]),
     "answer_mask": jnp.array([[0.0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]),
 }
-SEEN = [([1, 2, 5, 6, 1, 2], [3]), ([4, 6, 4], [5, 1, 6]), ([2, 5], [3, 6])]  # what the teacher reads, and the response
+SEEN = [
+    ([1, 2, 5, 6, 1, 2], [3]),
+    ([4, 6, 4], [5, 1, 6]),
+    ([2, 5], [3, 6]),
+]  # what the teacher reads, and the response
 
 
 def counting(tokens, segments, positions, **_):
-    """A network whose answer at a token depends on its position and on the order of all that is visible before it."""
+    """A network whose answer at a token depends on its position and on the order of all that is
+    visible before it.
+    """
     real = segments > 0
     step = lambda state, x: (jnp.where(x[1], 0.7 * state + jnp.sin(1.0 + x[0]), state),) * 2
     _, states = jax.lax.scan(step, jnp.zeros(len(tokens)), (tokens.T, real.T))
@@ -244,24 +308,36 @@ def counting(tokens, segments, positions, **_):
 @pytest.mark.parametrize("kind", ["counting", "attention"])
 def test_responses_keep_their_places_after_the_solution(kind):
     """At every target the teacher's law is that of the tokens in a row, without padding."""
-    net = counting if kind == "counting" else lambda tokens, **how: NETS["teacher"].apply(PARAMS["teacher"], tokens, **how)
+    net = (
+        counting
+        if kind == "counting"
+        else lambda tokens, **how: NETS["teacher"].apply(PARAMS["teacher"], tokens, **how)
+    )
     shown = solved_first(SOLVED)
     logits = net(shown["tokens"], **context(shown))[:, -5:]
     for row, (before, response) in enumerate(SEEN):
         tokens = jnp.array([before + response])
-        plain = net(tokens, segments=jnp.ones_like(tokens), positions=jnp.arange(tokens.shape[1])[None])[0]
-        np.testing.assert_allclose(logits[row, 1 : 1 + len(response)], plain[len(before) - 1 : -1], rtol=1e-5, atol=1e-5)
+        plain = net(
+            tokens, segments=jnp.ones_like(tokens), positions=jnp.arange(tokens.shape[1])[None]
+        )[0]
+        np.testing.assert_allclose(
+            logits[row, 1 : 1 + len(response)], plain[len(before) - 1 : -1], rtol=1e-5, atol=1e-5
+        )
     np.testing.assert_array_equal(shown["mask"][:, -5:], SOLVED["mask"])
     assert not shown["mask"][:, :-5].any()
 
 
 def test_the_solution_is_the_datas_own():
-    """Before and after the student has written over it; without prompts of its own a row opens with one."""
+    """Before and after the student has written over it; without prompts of its own a row opens with
+    one.
+    """
     data = {"tokens": SOLVED["answer"], "mask": SOLVED["answer_mask"]}
     written = respond(coin, data, jax.random.key(0), prompt_length=2)
     for batch in (data, written):
         shown = solved_first(batch, 2)
-        np.testing.assert_array_equal(shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2])  # T + P = 7 columns, one of them padding
+        np.testing.assert_array_equal(
+            shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2]
+        )  # T + P = 7 columns, one of them padding
         np.testing.assert_array_equal(shown["prompt_mask"][:, 0], [False] * 3)
         np.testing.assert_array_equal(shown["prompt_mask"].sum(1), [6, 5, 2])
         np.testing.assert_array_equal(shown["tokens"][:, 7:], batch["tokens"][:, 2:])
@@ -270,7 +346,9 @@ def test_the_solution_is_the_datas_own():
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_without_a_solution_the_teacher_is_the_plain_one(chunk):
     nothing = {**SOLVED, "answer_mask": jnp.zeros((3, 5)), "weight": BATCH["weight"]}
-    run = lambda method, batch: method.loss(bind(NETS, PARAMS), Ctx(batch, jax.random.key(0), 0, {})).loss
+    run = lambda method, batch: (
+        method.loss(bind(NETS, PARAMS), Ctx(batch, jax.random.key(0), 0, {})).loss
+    )
     plain = run(Paced(kind="reverse_kl", chunk=chunk), nothing)
     np.testing.assert_allclose(run(SelfPaced(chunk=chunk), nothing), plain, rtol=1e-5)
     assert abs(run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]}) - plain) > 1e-3
@@ -292,7 +370,11 @@ def test_a_student_that_needs_no_solution_learns_nothing(kind):
 
 def test_schedules_reach_the_loss_of_self_distillation():
     value = lambda beta: (
-        SelfPaced(kind="jsd", beta=beta).loss(bind(NETS, PARAMS), Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {})).loss
+        SelfPaced(kind="jsd", beta=beta)
+        .loss(
+            bind(NETS, PARAMS), Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {})
+        )
+        .loss
     )
     np.testing.assert_allclose(value(Linear(start=0.0, end=0.8, steps=10)), value(0.4), rtol=1e-6)
 
@@ -310,12 +392,23 @@ def test_the_probe_is_of_each_problems_own_gradient(method):
     """By hand: one gradient of the unweighted loss after another, binned by pass rate."""
     twice = {k: jnp.concatenate([v, v]) for k, v in SOLVED.items()}
     tokens = twice["tokens"].at[3:, 2].set(4)
-    batch = {**twice, "tokens": tokens, "pass_rate": jnp.array([0.0, 0.1, 0.5, 0.6, 0.5, 1.0]), "weight": jnp.arange(6.0)}
+    batch = {
+        **twice,
+        "tokens": tokens,
+        "pass_rate": jnp.array([0.0, 0.1, 0.5, 0.6, 0.5, 1.0]),
+        "weight": jnp.arange(6.0),
+    }
 
     def gradient(i):
         row = {k: v[i : i + 1] for k, v in batch.items() if k != "weight"}
-        value = lambda w: method.loss(bind(NETS, {**PARAMS, "student": w}), Ctx(row, jax.random.key(0), 0, {})).loss
-        return jnp.concatenate([x.ravel() for x in jax.tree.leaves(jax.grad(value)(PARAMS["student"]))])
+        value = lambda w: (
+            method.loss(
+                bind(NETS, {**PARAMS, "student": w}), Ctx(row, jax.random.key(0), 0, {})
+            ).loss
+        )
+        return jnp.concatenate(
+            [x.ravel() for x in jax.tree.leaves(jax.grad(value)(PARAMS["student"]))]
+        )
 
     every = [gradient(i) for i in range(6)]
     snr, count = jax.jit(lambda p: method.snr(NETS, p, batch, bins=4))(PARAMS)

@@ -1,4 +1,6 @@
-"""Real data through the real loaders into training: what is learned from each is more than how often its tokens occur."""
+"""Real data through the real loaders into training: what is learned from each is more than how
+often its tokens occur.
+"""
 
 import json
 
@@ -19,31 +21,58 @@ def lines(file, rows):
 
 
 def shakespeare(shared, folder):
-    return spec("data.text:Text", path=str(shared / "tinyshakespeare" / "input.txt"), length=128, batch_size=16), "sft:SFT"
+    return spec(
+        "data.text:Text",
+        path=str(shared / "tinyshakespeare" / "input.txt"),
+        length=128,
+        batch_size=16,
+    ), "sft:SFT"
 
 
 def gsm8k(shared, folder):
-    data = dict(path=str(shared / "gsm8k"), prompt_key="question", response_key="answer", length=512, batch_size=4)
+    data = dict(
+        path=str(shared / "gsm8k"),
+        prompt_key="question",
+        response_key="answer",
+        length=512,
+        batch_size=4,
+    )
     return spec("data.text:PackedJson", **data), "sft:SFT"
 
 
 def svamp(shared, folder):
     sizes = dict(prompt_length=344, label_length=32, rationale_length=136)
-    return spec("data.rationales:SVAMP", path=str(shared / "svamp"), batch_size=4, **sizes), "step_by_step:StepByStep"
+    return spec(
+        "data.rationales:SVAMP", path=str(shared / "svamp"), batch_size=4, **sizes
+    ), "step_by_step:StepByStep"
 
 
 def wnut17(shared, folder):
     for split, name in (("train", "emerging.dev.conll"), ("test", "emerging.test.annotated")):
-        rows = [{"text": text, "entities": pairs} for text, pairs in ner.conll(shared / "wnut17" / name) if pairs]
+        rows = [
+            {"text": text, "entities": pairs}
+            for text, pairs in ner.conll(shared / "wnut17" / name)
+            if pairs
+        ]
         lines(folder / f"{split}.jsonl", rows)
-    return spec("data.ner:Conversations", path=str(folder), length=512, batch_size=4), "universalner:UniversalNER"
+    return spec(
+        "data.ner:Conversations", path=str(folder), length=512, batch_size=4
+    ), "universalner:UniversalNER"
 
 
 @pytest.mark.parametrize("source", [shakespeare, gsm8k, svamp, wnut17])
 def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_data, tmp_path):
     """Against the law of the training targets' frequencies, one added to each so that none is zero."""
     data, method = source(shared_data, tmp_path)
-    network = spec("models.language.lm:LM", vocab=ByteTokenizer.vocab, dim=64, mlp=128, heads=4, depth=2, max_length=512)
+    network = spec(
+        "models.language.lm:LM",
+        vocab=ByteTokenizer.vocab,
+        dim=64,
+        mlp=128,
+        heads=4,
+        depth=2,
+        max_length=512,
+    )
     config = experiment(
         steps=20,
         mesh=spec("core.sharding:MeshShape", fsdp=1),
@@ -53,7 +82,8 @@ def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_
         evaluation=spec("evals.text:TextEval", samples=32, batch=32),
     )
     (row,) = loop.run(config, tmp_path / "run")["models"]
-    loader, targets = build(data), lambda rows: rows["tokens"][rows["mask"] > 0]
+    loader = build(data)
+    targets = lambda rows: rows["tokens"][rows["mask"] > 0]
     counts = 1 + np.bincount(targets(loader.arrays("train")), minlength=ByteTokenizer.vocab)
     nll = -np.log(counts / counts.sum())[targets(loader.evaluation(32))]
     assert row["perplexity"] < np.exp(nll.mean())

@@ -15,15 +15,26 @@ from jaxdistill.models.language.lm import LM
 from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
-NETS = {role: make_net(LM(vocab=7, dim=dim, mlp=8, heads=2, depth=1)) for role, dim in (("teacher", 12), ("teacher1", 8), ("student", 8))}
-PARAMS = {role: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for role, net in NETS.items()}
+NETS = {
+    role: make_net(LM(vocab=7, dim=dim, mlp=8, heads=2, depth=1))
+    for role, dim in (("teacher", 12), ("teacher1", 8), ("student", 8))
+}
+PARAMS = {
+    role: jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+    )
+    for role, net in NETS.items()
+}
 BATCH = {"tokens": jnp.asarray(RNG.integers(0, 7, (3, 6))), "mask": jnp.ones((3, 6))}
-LAW = {role: jax.nn.log_softmax(net.apply(PARAMS[role], BATCH["tokens"])) for role, net in NETS.items()}
+LAW = {
+    role: jax.nn.log_softmax(net.apply(PARAMS[role], BATCH["tokens"])) for role, net in NETS.items()
+}
 KL = lambda p, q: float(jnp.sum((jnp.exp(p) * (p - q))[:, :-1]))
 
 
 def promoted(method, times=1):
-    nets, params = NETS, PARAMS
+    nets = NETS
+    params = PARAMS
     for _ in range(times):
         nets, params = method.promote(nets, {**params, "student": PARAMS["student"]}, BATCH)
     return nets, params
@@ -69,7 +80,8 @@ def test_alone_the_base_makes_it_kd(generation):
         states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH)
         return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
-    mine, theirs = train(method, nets, params), train(KD(), NETS, PARAMS)
+    mine = train(method, nets, params)
+    theirs = train(KD(), NETS, PARAMS)
     np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine[1], theirs[1])
 
@@ -79,10 +91,15 @@ def test_window_keeps_the_newest_students():
     nets, params = promoted(method, 3)
     assert len(nets["teacher"].members) == 3 and set(params["teacher"]) == {"0", "1", "2"}
     marked = [jax.tree.map(lambda w, k=k: w + k, PARAMS["student"]) for k in range(3)]
-    nets, params = NETS, PARAMS
+    nets = NETS
+    params = PARAMS
     for student in marked:
         nets, params = method.promote(nets, {**params, "student": student}, BATCH)
-    jax.tree.map(np.testing.assert_array_equal, params["teacher"], {"0": PARAMS["teacher"], "1": marked[2], "2": marked[1]})
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params["teacher"],
+        {"0": PARAMS["teacher"], "1": marked[2], "2": marked[1]},
+    )
     assert "student" not in params  # fresh weights
     assert "student" in dataclasses.replace(method, restart=False).promote(NETS, PARAMS, BATCH)[1]
 
@@ -94,7 +111,9 @@ def test_schedule_of_the_anchor():
     for s in method.stages(50)[1:]:
         nets, params = promoted(s.method)
         out = loss(s.method, nets, {**params, "student": PARAMS["student"]})
-        used += [g for g in (0.5, 0.2) if np.isclose(out.loss, KL(mixed(g), LAW["student"]), rtol=1e-4)]
+        used += [
+            g for g in (0.5, 0.2) if np.isclose(out.loss, KL(mixed(g), LAW["student"]), rtol=1e-4)
+        ]
     assert used == [0.5, 0.2, 0.2, 0.2]
     assert [s.steps for s in method.stages(52)] == [11, 11, 10, 10, 10]
 

@@ -12,7 +12,10 @@ from jaxdistill.models.vision.perceptron import Perceptron
 from jaxdistill.objectives.ridge import best_alpha
 
 NET = make_net(Perceptron(width=8))
-MODELS = {role: NET.init(jax.random.key(i)) for i, role in enumerate(("student", "teacher", "first", "pure"))}
+MODELS = {
+    role: NET.init(jax.random.key(i))
+    for i, role in enumerate(("student", "teacher", "first", "pure"))
+}
 NETS = dict.fromkeys(MODELS, NET)
 BATCH = LabelledDigits(batch_size=20, heldout=0.5).batch(0, slice(None))
 FIT = 1 - BATCH["heldout"]
@@ -21,7 +24,9 @@ LABELS = jax.nn.one_hot(BATCH["cond"], 10)
 
 
 def loss(method, batch=BATCH, params=MODELS, memory=None):
-    run = lambda params: method.loss(bind(NETS, params), Ctx(batch, jax.random.key(0), 0, memory or method.memory()))
+    run = lambda params: method.loss(
+        bind(NETS, params), Ctx(batch, jax.random.key(0), 0, memory or method.memory())
+    )
     return jax.jit(run)(params)
 
 
@@ -37,9 +42,13 @@ def test_loss_is_a_mix_of_two_errors():
     for alpha in (0.0, 0.3, 1.0):
         method = SelfDistillation(alpha=alpha, penalty=0.0)
         out = loss(method, told(method))
-        np.testing.assert_allclose(out.loss, alpha * error(LABELS) + (1 - alpha) * error(LAW["teacher"]), rtol=1e-5)
+        np.testing.assert_allclose(
+            out.loss, alpha * error(LABELS) + (1 - alpha) * error(LAW["teacher"]), rtol=1e-5
+        )
         assert out.count == FIT.sum() == 10
-    np.testing.assert_allclose(loss(SelfDistillation(penalty=0.0)).loss, error(LABELS), rtol=1e-6)  # the first has no teacher
+    np.testing.assert_allclose(
+        loss(SelfDistillation(penalty=0.0)).loss, error(LABELS), rtol=1e-6
+    )  # the first has no teacher
 
 
 def test_gradient_is_that_of_the_mixed_target():
@@ -48,12 +57,19 @@ def test_gradient_is_that_of_the_mixed_target():
     grad = jax.grad(lambda p: loss(method, batch, {**MODELS, "student": p}).loss)(MODELS["student"])
     mixed = 0.3 * LABELS + 0.7 * batch["soft"]
     law = lambda p: jax.nn.softmax(NET.apply(p, BATCH["x"]))
-    expected = jax.grad(lambda p: jnp.sum(jnp.mean((law(p) - mixed) ** 2, -1) * FIT))(MODELS["student"])
+    expected = jax.grad(lambda p: jnp.sum(jnp.mean((law(p) - mixed) ** 2, -1) * FIT))(
+        MODELS["student"]
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad, expected)
 
 
 def test_held_out_samples_are_not_fitted():
-    other = {**BATCH, "cond": np.where(BATCH["heldout"] > 0, (BATCH["cond"] + 1) % 10, BATCH["cond"]).astype(np.int32)}
+    other = {
+        **BATCH,
+        "cond": np.where(BATCH["heldout"] > 0, (BATCH["cond"] + 1) % 10, BATCH["cond"]).astype(
+            np.int32
+        ),
+    }
     method = SelfDistillation()
     assert loss(method, other).loss == loss(method).loss
 
@@ -62,7 +78,9 @@ def test_penalty_is_the_sum_of_plain_norms():
     free, bound = (loss(SelfDistillation(penalty=p)) for p in (0.0, 0.1))
     norms = sum(float(jnp.linalg.norm(w)) for w in jax.tree.leaves(MODELS["student"]))
     np.testing.assert_allclose((bound.loss - free.loss) / 10, 0.1 * norms, rtol=1e-4)
-    grad = jax.grad(lambda p: loss(SelfDistillation(), params={**MODELS, "student": p}).loss)(MODELS["student"])
+    grad = jax.grad(lambda p: loss(SelfDistillation(), params={**MODELS, "student": p}).loss)(
+        MODELS["student"]
+    )
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))  # biases begin at 0
 
 
@@ -73,7 +91,9 @@ def test_alpha_is_estimated_on_held_out_samples():
     expected = float(np.clip(best_alpha(LABELS[rows], LAW["first"][rows], LAW["pure"][rows]), 0, 1))
     out = loss(method, batch)
     np.testing.assert_allclose(out.metrics["alpha"][0], expected, rtol=1e-5)
-    np.testing.assert_allclose(out.loss, expected * error(LABELS) + (1 - expected) * error(LAW["teacher"]), rtol=1e-5)
+    np.testing.assert_allclose(
+        out.loss, expected * error(LABELS) + (1 - expected) * error(LAW["teacher"]), rtol=1e-5
+    )
     again = loss(method, batch, memory=out.memory)  # sums over batches
     np.testing.assert_allclose(again.memory["above"], 2 * out.memory["above"], rtol=1e-6)
     np.testing.assert_allclose(again.metrics["alpha"][0], expected, rtol=1e-5)
@@ -81,13 +101,24 @@ def test_alpha_is_estimated_on_held_out_samples():
 
 def test_rounds():
     plain = SelfDistillation(rounds=3).stages(31)
-    assert [s.steps for s in plain] == [11, 10, 10] and plain[0].surgery is None and plain[0].collect is None
+    assert (
+        [s.steps for s in plain] == [11, 10, 10]
+        and plain[0].surgery is None
+        and plain[0].collect is None
+    )
     nets, params = plain[1].surgery({"student": NET}, {"student": MODELS["student"]}, BATCH)
-    assert set(params) == {"teacher"} and params["teacher"] is MODELS["student"] and set(nets) == {"student", "teacher"}
+    assert (
+        set(params) == {"teacher"}
+        and params["teacher"] is MODELS["student"]
+        and set(nets) == {"student", "teacher"}
+    )
     chosen = EstimatedAlpha(rounds=3).stages(50)
     assert [getattr(s.method, "alpha", None) for s in chosen[1::2]] == [0.0, 0.0]
-    assert [type(s.method) for s in chosen] == [EstimatedAlpha, SelfDistillation] * 2 + [EstimatedAlpha]
-    nets, params = {"student": NET}, {}
+    assert [type(s.method) for s in chosen] == [EstimatedAlpha, SelfDistillation] * 2 + [
+        EstimatedAlpha
+    ]
+    nets = {"student": NET}
+    params = {}
     held = []
     for stage, model in zip(chosen, ({"mark": i} for i in range(5))):
         if stage.surgery:
@@ -104,7 +135,8 @@ def test_rounds():
 
 def test_digits_with_wrong_labels():
     data = LabelledDigits(size=1000, noise=0.15, heldout=0.2, batch_size=10)
-    noisy, clean = data.arrays("train"), LabelledDigits(size=1000, noise=0.0).arrays("train")
+    noisy = data.arrays("train")
+    clean = LabelledDigits(size=1000, noise=0.0).arrays("train")
     wrong = np.mean(noisy["cond"] != clean["cond"])
     assert abs(wrong - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 1000) and noisy["heldout"].sum() == 200
     assert (noisy["x"] == clean["x"]).all() and len(data.arrays("test")["x"]) == 797

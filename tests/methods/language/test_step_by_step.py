@@ -53,20 +53,36 @@ def test_micro_batches_do_not_move_the_update():
     """Each term is a mean over the whole batch's tokens, however unevenly these fall on its halves."""
     uneven = {k: v.at[1::2, -4:].set(False) if k.endswith("mask") else v for k, v in BATCH.items()}
     uneven["mask"] = uneven["mask"].at[3].set(False)
-    runs = [first_steps(StepByStep(alpha=0.3), {"student": NET}, optax.sgd(1.0), PARAMS, uneven, 1, accumulate=n) for n in (1, 2)]
+    runs = [
+        first_steps(
+            StepByStep(alpha=0.3), {"student": NET}, optax.sgd(1.0), PARAMS, uneven, 1, accumulate=n
+        )
+        for n in (1, 2)
+    ]
     (one, _), (two, _) = ([states[-1].params, metrics] for states, metrics in runs)
     close(one, two, atol=2e-6)
     for name, value in runs[0][1][0].items():
         np.testing.assert_allclose(runs[1][1][0][name], value, rtol=1e-5, err_msg=name)
-    halves = [gradient(StepByStep(alpha=0.3), {k: v[i::2] for k, v in uneven.items()}) for i in range(2)]
-    mean = jax.tree.map(lambda w, a, b: w - (a + b) / 2, PARAMS, *halves)  # what a mean of means would be
-    assert max(float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(one))) > 1e-3
+    halves = [
+        gradient(StepByStep(alpha=0.3), {k: v[i::2] for k, v in uneven.items()}) for i in range(2)
+    ]
+    mean = jax.tree.map(
+        lambda w, a, b: w - (a + b) / 2, PARAMS, *halves
+    )  # what a mean of means would be
+    assert (
+        max(
+            float(jnp.abs(a - b).max()) for a, b in zip(jax.tree.leaves(mean), jax.tree.leaves(one))
+        )
+        > 1e-3
+    )
 
 
 def test_weights_are_shared_by_two_tasks():
     both, label, rationale = (gradient(StepByStep(alpha=a)) for a in (0.3, 1.0, 0.0))
     close(both, jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, label, rationale), atol=1e-6)
-    paper = jax.tree.map(lambda a, b: a + 0.7 / 0.3 * b, label, rationale)  # L_label + lambda L_rationale
+    paper = jax.tree.map(
+        lambda a, b: a + 0.7 / 0.3 * b, label, rationale
+    )  # L_label + lambda L_rationale
     close(jax.tree.map(lambda g: g / 0.3, both), paper, atol=1e-5)
 
 
@@ -74,19 +90,30 @@ def test_each_loss_sees_its_own_target():
     out = loss(StepByStep()).metrics
     apart = lambda other, name: abs(float(loss(StepByStep(), other).metrics[name] / out[name]) - 1)
     other = {**BATCH, "explain_tokens": BATCH["explain_tokens"].at[:, 6:9].add(1) % 10}
-    assert apart(other, "label") < 1e-6 and apart(other, "rationale") > 1e-4  # rounding of float32, and more than that
+    assert (
+        apart(other, "label") < 1e-6 and apart(other, "rationale") > 1e-4
+    )  # rounding of float32, and more than that
     other = {**BATCH, "tokens": BATCH["tokens"].at[:, 6].add(1) % 10}
     assert apart(other, "rationale") < 1e-6 and apart(other, "label") > 1e-4
 
 
 def test_padding_and_longer_reasons_leave_the_rest_alone():
-    widen = lambda v: jnp.pad(v, ((0, 0), (0, 3)), constant_values=14 if v is BATCH["tokens"] or v is BATCH["explain_tokens"] else 0)
+    widen = lambda v: jnp.pad(
+        v,
+        ((0, 0), (0, 3)),
+        constant_values=14 if v is BATCH["tokens"] or v is BATCH["explain_tokens"] else 0,
+    )
     wide = {k: v if k.startswith("prompt") else widen(v) for k, v in BATCH.items()}
-    out, padded = loss(StepByStep()), loss(StepByStep(), wide)
+    out = loss(StepByStep())
+    padded = loss(StepByStep(), wide)
     for name in ("label", "rationale"):
         np.testing.assert_allclose(padded.metrics[name], out.metrics[name], rtol=1e-5)
-    twice = {k: jnp.concatenate([v, v]) if k.startswith("explain_") else v for k, v in BATCH.items()}
-    np.testing.assert_allclose(loss(StepByStep(), twice).loss, out.loss, rtol=1e-5)  # means, whatever the number of targets
+    twice = {
+        k: jnp.concatenate([v, v]) if k.startswith("explain_") else v for k, v in BATCH.items()
+    }
+    np.testing.assert_allclose(
+        loss(StepByStep(), twice).loss, out.loss, rtol=1e-5
+    )  # means, whatever the number of targets
 
 
 def test_rows_without_reasons_count_for_the_label_alone():
@@ -97,13 +124,24 @@ def test_rows_without_reasons_count_for_the_label_alone():
 
 @pytest.mark.slow
 def test_a_trained_student_answers_in_one_token():
-    method, data = StepByStep(), Sums(size=50, batch_size=50, wrong=0.0)
+    method = StepByStep()
+    data = Sums(size=50, batch_size=50, wrong=0.0)
     net = make_net(LM(vocab=15, dim=32, mlp=64, heads=2, depth=1))
     batches = [data.batch(i, slice(None)) for i in range(300)]
     states, _ = first_steps(method, {"student": net}, optax.adam(3e-3), {}, batches, len(batches))
     call = functools.partial(net.apply, states[-1].params["student"])
-    _, alive = generate(call, jnp.asarray(data.arrays("train")["prompt"]), 12, jax.random.key(0), temperature=0.0, eos=13, pad=14)
-    assert (np.asarray(alive).sum(1) - 6 == 2).mean() > 0.95  # the digit and the end: no rationale is written
+    _, alive = generate(
+        call,
+        jnp.asarray(data.arrays("train")["prompt"]),
+        12,
+        jax.random.key(0),
+        temperature=0.0,
+        eos=13,
+        pad=14,
+    )
+    assert (
+        np.asarray(alive).sum(1) - 6 == 2
+    ).mean() > 0.95  # the digit and the end: no rationale is written
 
 
 def test_refused():

@@ -35,15 +35,19 @@ def loss(method, student=Q, teacher=P, batch=BATCH):
 
 def test_without_its_components_it_is_gkd():
     for beta in (0.5, 0.9, 1.0):
-        a, b = loss(dataclasses.replace(PLAIN, beta=beta)), loss(GKD(beta=beta))
+        a = loss(dataclasses.replace(PLAIN, beta=beta))
+        b = loss(GKD(beta=beta))
         np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
         assert a.count == b.count == 6
 
 
 def test_the_three_terms():
-    """By hand, in float64: the opener is one token a row here, and the uncertain ones are the batch's most uncertain."""
+    """By hand, in float64: the opener is one token a row here, and the uncertain ones are the
+    batch's most uncertain.
+    """
     method = TSDKD(candidates=3, share=0.2)
-    p, q = np.asarray(P, np.float64)[:, :-1], np.asarray(Q, np.float64)[:, :-1]
+    p = np.asarray(P, np.float64)[:, :-1]
+    q = np.asarray(Q, np.float64)[:, :-1]
     law = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     h = lambda z: -(law(z) * np.log(law(z))).sum(-1)
     gate = 1 / (1 + np.exp(h(p) - h(q)))
@@ -64,7 +68,9 @@ def test_laws_are_matched_on_the_opener_only_where_asked():
     a, b = (loss(dataclasses.replace(PLAIN, direct_on=where)) for where in ("all", "opener"))
     h = np.where(MASK, entropy(Q)[:, :-1], 0)
     opening = MASK & (np.cumsum(h, 1) - h < 0.09999 * h.sum(1, keepdims=True))
-    np.testing.assert_allclose(b.loss, np.asarray(jsd(P, Q, beta=0.9))[:, :-1][opening].sum(), rtol=1e-5)
+    np.testing.assert_allclose(
+        b.loss, np.asarray(jsd(P, Q, beta=0.9))[:, :-1][opening].sum(), rtol=1e-5
+    )
     assert a.count == b.count and b.loss < a.loss
 
 
@@ -73,7 +79,9 @@ def test_the_gate_has_no_gradient():
     method = dataclasses.replace(PLAIN, gate_temperature=1.0)
     gate = jax.nn.sigmoid(entropy(Q) - entropy(P))[:, :-1]
     plain = lambda z: jnp.sum(jnp.where(MASK, gate * jsd(P, z, beta=0.9)[:, :-1], 0))
-    np.testing.assert_allclose(jax.grad(lambda z: loss(method, z).loss)(Q), jax.grad(plain)(Q), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(lambda z: loss(method, z).loss)(Q), jax.grad(plain)(Q), atol=1e-6
+    )
 
 
 def test_entropy_of_certain_and_ignorant_students():
@@ -85,7 +93,12 @@ def test_entropy_of_certain_and_ignorant_students():
 
 
 def test_one_candidate_teaches_nothing_and_the_rest_gets_no_gradient():
-    term = lambda k: lambda z: loss(dataclasses.replace(PLAIN, ranking_weight=1.0, candidates=k), z).loss - loss(PLAIN, z).loss
+    term = lambda k: (
+        lambda z: (
+            loss(dataclasses.replace(PLAIN, ranking_weight=1.0, candidates=k), z).loss
+            - loss(PLAIN, z).loss
+        )
+    )
     value, grad = jax.value_and_grad(term(1))(Q)
     assert value == 0 and jnp.abs(grad).max() <= 1e-6
     grad = jax.grad(term(3))(Q)
@@ -94,9 +107,14 @@ def test_one_candidate_teaches_nothing_and_the_rest_gets_no_gradient():
 
 
 def test_padding_changes_nothing():
-    wild = lambda z: jnp.where(jnp.asarray(BATCH["mask"]).at[:, 1].set(1)[..., None] > 0, z, 5.0).at[1, 3:].set(-3.0)
+    wild = lambda z: (
+        jnp.where(jnp.asarray(BATCH["mask"]).at[:, 1].set(1)[..., None] > 0, z, 5.0)
+        .at[1, 3:]
+        .set(-3.0)
+    )
     value = jax.value_and_grad(lambda z, t: loss(TSDKD(), z, t).loss)
-    a, b = value(Q, P), value(wild(Q), wild(P))
+    a = value(Q, P)
+    b = value(wild(Q), wild(P))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     assert not a[1][1, 3:].any() and not b[1][1, 3:].any()  # position t predicts token t + 1
 
@@ -113,16 +131,22 @@ NETS = {
     "teacher": make_net(LM(vocab=7, dim=12, mlp=16, heads=2, depth=2)),
     "student": make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1)),
 }
-PARAMS = {r: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes) for r, net in NETS.items()}
+PARAMS = {
+    r: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes)
+    for r, net in NETS.items()
+}
 
 
 def train(method, steps=5):
-    states, metrics = first_steps(method, NETS, optax.sgd(0.1), PARAMS, {**BATCH, "prompt": BATCH["tokens"][:, :2]}, steps)
+    states, metrics = first_steps(
+        method, NETS, optax.sgd(0.1), PARAMS, {**BATCH, "prompt": BATCH["tokens"][:, :2]}, steps
+    )
     return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
 
 def test_five_steps_follow_gkd_without_the_components():
-    a, b = train(PLAIN), train(GKD(beta=0.9, on_policy=1.0))
+    a = train(PLAIN)
+    b = train(GKD(beta=0.9, on_policy=1.0))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a[1], b[1])
 

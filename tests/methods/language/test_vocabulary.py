@@ -1,5 +1,7 @@
-"""Methods that compare tokens say in one line that teacher and student have different vocabularies, before anything runs; where
-only the padding of their tables differs, they compare and write the ids that both have."""
+"""Methods that compare tokens say in one line that teacher and student have different vocabularies,
+before anything runs; where only the padding of their tables differs, they compare and write the ids
+that both have.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -36,9 +38,17 @@ METHODS = {
 
 
 def config(method, **roles):
-    sizes = lambda vocab: Role(model=spec("models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1), init="fresh")
-    return experiment(steps=1, mesh=MeshShape(fsdp=1), data=spec("data.language:Markov", vocab=12),
-                      method=METHODS[method], roles={"teacher": Role(init="exact"), "student": sizes(13), **roles})  # fmt: skip
+    sizes = lambda vocab: Role(
+        model=spec("models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1),
+        init="fresh",
+    )
+    return experiment(
+        steps=1,
+        mesh=MeshShape(fsdp=1),
+        data=spec("data.language:Markov", vocab=12),
+        method=METHODS[method],
+        roles={"teacher": Role(init="exact"), "student": sizes(13), **roles},
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,8 +68,18 @@ def test_runs_inside_are_not_trained_first(tmp_path):
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     inner = module.get_config("language")
-    roles = dict(teacher=Role(init="@first"), student=Role(model=spec("models.language.lm:LM", vocab=99), init="fresh"))
-    made = experiment(steps=1, mesh=module.spec_mesh(), data=inner.data, method=METHODS["KD"], runs={"first": inner}, roles=roles)
+    roles = dict(
+        teacher=Role(init="@first"),
+        student=Role(model=spec("models.language.lm:LM", vocab=99), init="fresh"),
+    )
+    made = experiment(
+        steps=1,
+        mesh=module.spec_mesh(),
+        data=inner.data,
+        method=METHODS["KD"],
+        runs={"first": inner},
+        roles=roles,
+    )
     with pytest.raises(Refused, match="a vocabulary of 16 tokens, the student's has 99"):
         loop.run(made, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -72,13 +92,17 @@ def models(**vocab):
     """Random networks, by role, with tables of these lengths."""
     made = {role: LM(vocab=size, **SIZES) for role, size in vocab.items()}
     nets = {role: make_net(config, config=config) for role, config in made.items()}
-    params = {role: jax.tree.map(lambda w: 3 * w, net.init(jax.random.key(i))) for i, (role, net) in enumerate(nets.items())}
+    params = {
+        role: jax.tree.map(lambda w: 3 * w, net.init(jax.random.key(i)))
+        for i, (role, net) in enumerate(nets.items())
+    }
     return nets, params
 
 
 def cut(params, vocab):
     """The weights without the padding of the table and of the head."""
-    table, head = params["embed"]["embedding"][:vocab], params["unembed"]["kernel"][:, :vocab]
+    table = params["embed"]["embedding"][:vocab]
+    head = params["unembed"]["kernel"][:, :vocab]
     return {**params, "embed": {"embedding": table}, "unembed": {"kernel": head}}
 
 
@@ -93,7 +117,10 @@ def test_padding_is_no_other_vocabulary(low, high):
 def test_another_vocabulary_is_refused(low, high):
     sizes = lambda size: SimpleNamespace(config=SimpleNamespace(vocab=size))
     for teacher, student in ((low, high), (high, low)):
-        with pytest.raises(Refused, match=f"config.roles.teacher: a vocabulary of {teacher} tokens, the student's has {student}; KD "):
+        with pytest.raises(
+            Refused,
+            match=f"config.roles.teacher: a vocabulary of {teacher} tokens, the student's has {student}; KD ",
+        ):
             KD().check({"teacher": sizes(teacher), "student": sizes(student)}, None)
 
 
@@ -125,9 +152,16 @@ def test_tables_of_different_lengths_are_cut_to_the_common_ids(method, longer):
         run = lambda p: method.loss(bind(nets, {**params, "student": p}), ctx).loss
         return jax.jit(jax.value_and_grad(run))(params["student"])
 
-    (padded, grads), (wanted, plain_grads) = value(nets, params), value(plain, {role: cut(p, 12) for role, p in params.items()})
+    (padded, grads), (wanted, plain_grads) = (
+        value(nets, params),
+        value(plain, {role: cut(p, 12) for role, p in params.items()}),
+    )
     np.testing.assert_allclose(padded, wanted, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), cut(grads, 12), plain_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        cut(grads, 12),
+        plain_grads,
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,20 +180,32 @@ def test_padding_is_never_written(writer, method):
     batch = {"tokens": tokens, "mask": jnp.ones((2, 40))}
 
     def call(*args, method="__call__", cache=None, **how):
-        out = nets[writer].apply(params[writer], *args, method=method, **({} if cache is None else {"cache": cache}), **how)
+        out = nets[writer].apply(
+            params[writer],
+            *args,
+            method=method,
+            **({} if cache is None else {"cache": cache}),
+            **how,
+        )
         if method != "__call__" or cache is None:
             return out
         return out[0].at[..., 12:].add(50.0), out[1]
 
     call.config = nets[writer].config
     bound = SimpleNamespace(**{**vars(bind(nets, params)), writer: call})
-    written = jax.jit(lambda: method.rollout(bound, Ctx(batch, jax.random.key(0), jnp.int32(0), {})))()
-    assert (written["tokens"] < 12).all() and len(set(np.asarray(written["tokens"][:, 2:]).ravel().tolist())) > 3
+    written = jax.jit(
+        lambda: method.rollout(bound, Ctx(batch, jax.random.key(0), jnp.int32(0), {}))
+    )()
+    assert (written["tokens"] < 12).all() and len(
+        set(np.asarray(written["tokens"][:, 2:]).ravel().tolist())
+    ) > 3
 
 
 def test_a_run_with_padded_tables(tmp_path):
     """Distilled, evaluated and written with: teacher 32 rows, student 24, of 20 tokens."""
-    model = lambda vocab: spec("models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12)
+    model = lambda vocab: spec(
+        "models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12
+    )
     made = experiment(
         steps=2,
         tensorboard=False,
@@ -170,4 +216,6 @@ def test_a_run_with_padded_tables(tmp_path):
         evaluation=spec("evals.text:TextEval", samples=4, batch=4),
     )
     rows = {row["name"]: row for row in loop.run(made, tmp_path / "run", progress=False)["models"]}
-    assert np.isfinite([rows["student"][name] for name in ("perplexity", "kl", "rollout_reverse_kl")]).all()
+    assert np.isfinite(
+        [rows["student"][name] for name in ("perplexity", "kl", "rollout_reverse_kl")]
+    ).all()

@@ -1,4 +1,6 @@
-"""RCGM: the recursive target in closed form, its limits, guidance, rows, sampling (arXiv:2512.05150)."""
+"""RCGM: the recursive target in closed form, its limits, guidance, rows, sampling
+(arXiv:2512.05150).
+"""
 
 from types import SimpleNamespace
 
@@ -32,9 +34,15 @@ def nets(call, **more):
 
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_residual_of_the_exact_average_velocity(x64, gaussian, order):
-    """Data N(.7, .4^2), x_t = 1.3, t = .8, r = .2, v the marginal velocity: O(Delta), and the same for every N."""
-    g, x, t, r = gaussian(), jnp.full((1, 1), 1.3), jnp.full(1, 0.8), jnp.full(1, 0.2)
-    F, v = g.average(x, t, r=r).v, g.denoise(x, t).v
+    """Data N(.7, .4^2), x_t = 1.3, t = .8, r = .2, v the marginal velocity: O(Delta), and the same
+    for every N.
+    """
+    g = gaussian()
+    x = jnp.full((1, 1), 1.3)
+    t = jnp.full(1, 0.8)
+    r = jnp.full(1, 0.2)
+    F = g.average(x, t, r=r).v
+    v = g.denoise(x, t).v
     xi = []
     for delta in (0.01, 0.005, 0.0025):
         method = RCGM(order=order, delta=delta)
@@ -44,10 +52,14 @@ def test_residual_of_the_exact_average_velocity(x64, gaussian, order):
 
 @pytest.mark.parametrize("order", [1, 2, 3, 7])
 def test_rollout_of_a_constant_velocity(x64, order):
-    """D = v (t_m - r), so that the residual of any F is ((t - r) F - (t_m - r) v) / Delta - v, and of F = v it is 0."""
+    """D = v (t_m - r), so that the residual of any F is ((t - r) F - (t_m - r) v) / Delta - v, and
+    of F = v it is 0.
+    """
     v = jnp.array([[0.3, -1.1], [0.4, 0.2]])
     method = RCGM(order=order, clip=np.inf)
-    x, t, r = jnp.ones((2, 2)), jnp.array([0.8, 0.5]), jnp.array([0.1, 0.2])
+    x = jnp.ones((2, 2))
+    t = jnp.array([0.8, 0.5])
+    r = jnp.array([0.1, 0.2])
     net = nets(lambda x, t, cond=None, *, r: Pred(v, v, v, v))
     F = 0.7 * v + 0.1
     middle = (t - 0.01)[:, None]
@@ -57,10 +69,15 @@ def test_rollout_of_a_constant_velocity(x64, order):
 
 
 def test_near_the_boundary_it_is_flow_matching(x64, gaussian):
-    """r from t to t - Delta, r = t included: the target is v, whatever F^- says; clipped where F is farther than 1 from it."""
-    g, method = gaussian(), RCGM()
-    x, t = g.draw(4), jnp.full(4, 0.5)
-    F, v = jnp.zeros((4, 2)), jnp.full((4, 2), 0.3)
+    """r from t to t - Delta, r = t included: the target is v, whatever F^- says; clipped where F is
+    farther than 1 from it.
+    """
+    g = gaussian()
+    method = RCGM()
+    x = g.draw(4)
+    t = jnp.full(4, 0.5)
+    F = jnp.zeros((4, 2))
+    v = jnp.full((4, 2), 0.3)
     wild = nets(lambda x, t, cond=None, *, r: Pred(x, x, 1e3 * x, x))
     for gap in (0.0, 0.004, 0.0099):
         np.testing.assert_allclose(method.consistent(wild, {}, F, x, v, t, t - gap), v, atol=1e-12)
@@ -75,14 +92,18 @@ def test_the_step_follows_the_guided_velocity_all_the_way(x64):
         seen.append(x)
         return Pred(x, x, 0 * x, x)
 
-    x, v, t = jnp.ones((2, 1)), jnp.array([[2.0], [-3.0]]), jnp.array([0.5, 0.5])
+    x = jnp.ones((2, 1))
+    v = jnp.array([[2.0], [-3.0]])
+    t = jnp.array([0.5, 0.5])
     with jax.disable_jit():
         RCGM(order=1).consistent(nets(spy), {}, v, x, v, t, jnp.array([0.1, 0.499]))
     np.testing.assert_allclose(seen[0], x - 0.01 * v)
 
 
 def test_order_zero_without_consistency_is_flow_matching(x64, gaussian, context):
-    """Rows "mul" at ratio 0 have r = t and the constant weight 1 + tan(72 degrees): the same draws, the same loss times 4.078."""
+    """Rows "mul" at ratio 0 have r = t and the constant weight 1 + tan(72 degrees): the same draws,
+    the same loss times 4.078.
+    """
     method = RCGM(order=0, enhance=0.0, ratio=0.0, rows=("mul",), **PLAIN)
     ctx = context(gaussian().draw(16))
     call = jax.tree_util.Partial(student, W * np.array([1, 1, 0, 1]))
@@ -93,16 +114,20 @@ def test_order_zero_without_consistency_is_flow_matching(x64, gaussian, context)
 
 def test_gradient_is_that_of_a_weighted_regression_on_the_target(x64, gaussian, context):
     """Nothing comes through the rollout, the target or the live network that makes them."""
-    n, method = 9, RCGM(enhance=0.0, target="student", **PLAIN)
+    n = 9
+    method = RCGM(enhance=0.0, target="student", **PLAIN)
     ctx = context(gaussian().draw(n))
     t, r = method.interval(ctx, n)
     eps = jax.random.normal(ctx.key("eps"), (n, 2))
-    xt, v = (1 - t)[:, None] * ctx.batch["x"] + t[:, None] * eps, eps - ctx.batch["x"]
+    xt = (1 - t)[:, None] * ctx.batch["x"] + t[:, None] * eps
+    v = eps - ctx.batch["x"]
     F = lambda w: student(w, xt, t, r=r).v
     target = method.consistent(nets(jax.tree_util.Partial(student, W)), {}, F(W), xt, v, t, r)
     weight = 1 + np.tan((1 - (t - r)) * np.pi / 2.5)
     want = jnp.einsum("n,nd,ndw->w", weight, F(W) - target, jax.jacobian(F)(jnp.asarray(W))) / n
-    grad = jax.grad(lambda w: method.loss(nets(jax.tree_util.Partial(student, w)), ctx).loss)(jnp.asarray(W))
+    grad = jax.grad(lambda w: method.loss(nets(jax.tree_util.Partial(student, w)), ctx).loss)(
+        jnp.asarray(W)
+    )
     np.testing.assert_allclose(grad, want, rtol=1e-9)
 
 
@@ -112,7 +137,13 @@ def test_no_gradient_reaches_the_averaged_network(gaussian, context):
     def loss(w, held):
         return (
             RCGM()
-            .loss(SimpleNamespace(student=jax.tree_util.Partial(student, w), ema_student=jax.tree_util.Partial(student, held)), ctx)
+            .loss(
+                SimpleNamespace(
+                    student=jax.tree_util.Partial(student, w),
+                    ema_student=jax.tree_util.Partial(student, held),
+                ),
+                ctx,
+            )
             .loss
         )
 
@@ -122,25 +153,38 @@ def test_no_gradient_reaches_the_averaged_network(gaussian, context):
 
 def test_guidance(x64, gaussian, context):
     """v + .5 (v_c - v_null) of the averaged network strictly inside the interval: not at t = 1."""
-    x, t, v = gaussian().draw(5), jnp.array([0.0, 0.2, 0.5, 0.8, 1.0]), jnp.ones((5, 2))
+    x = gaussian().draw(5)
+    t = jnp.array([0.0, 0.2, 0.5, 0.8, 1.0])
+    v = jnp.ones((5, 2))
     batch = {"x": x, "cond": jnp.full(5, 3.0), "null_cond": jnp.full(5, 1.0)}
     net = SimpleNamespace(student=None, ema_student=jax.tree_util.Partial(student, W))
     inside = lambda *rows: np.isin(np.arange(5), rows)[:, None]
-    np.testing.assert_allclose(RCGM().velocity(net, batch, x, t, v), v + np.where(inside(1, 2, 3), 0.5 * 2 * x, 0.0), rtol=1e-13)
+    np.testing.assert_allclose(
+        RCGM().velocity(net, batch, x, t, v),
+        v + np.where(inside(1, 2, 3), 0.5 * 2 * x, 0.0),
+        rtol=1e-13,
+    )
     some = RCGM(enhance=0.8, enhance_times=(0.2, 0.8))
-    np.testing.assert_allclose(some.velocity(net, batch, x, t, v), v + np.where(inside(2), 0.8 * 2 * x, 0.0), rtol=1e-13)
+    np.testing.assert_allclose(
+        some.velocity(net, batch, x, t, v), v + np.where(inside(2), 0.8 * 2 * x, 0.0), rtol=1e-13
+    )
     np.testing.assert_array_equal(RCGM(enhance=0.0).velocity(None, batch, x, t, v), v)
 
 
 def test_rows(context):
-    method, n = RCGM(ratio=0.6), 3000
+    method = RCGM(ratio=0.6)
+    n = 3000
     t, r = (np.asarray(a) for a in method.interval(context(jnp.zeros((n, 2))), n))
     e2e, near, far = (np.arange(n) % 3 == i for i in range(3))
     assert (t[e2e] == 1).all() and (r[e2e] == 0).all()
     share = (t - r) / t
     assert (share[near] < 0.05 + 1e-4).all() and share[near].max() > 0.045
-    assert (share[far] < 0.6 + 1e-4).all() and share[far].max() > 0.55 and (share[~e2e] > -1e-4).all()
-    np.testing.assert_array_equal(RCGM(rows=("any", "any", "e2e")).layout(5), ["any", "any", "e2e", "any", "any"])
+    assert (
+        (share[far] < 0.6 + 1e-4).all() and share[far].max() > 0.55 and (share[~e2e] > -1e-4).all()
+    )
+    np.testing.assert_array_equal(
+        RCGM(rows=("any", "any", "e2e")).layout(5), ["any", "any", "e2e", "any", "any"]
+    )
 
 
 def test_bad_input_is_refused():
@@ -155,7 +199,13 @@ def test_bad_input_is_refused():
 
 
 @pytest.mark.parametrize(
-    "how", [dict(), dict(style="any", fresh=0.0), dict(style="mul", fresh=0.0, warp=(1.17, 0.8, 1.1), gaps=(0.0, 0.0))], ids=str
+    "how",
+    [
+        dict(),
+        dict(style="any", fresh=0.0),
+        dict(style="mul", fresh=0.0, warp=(1.17, 0.8, 1.1), gaps=(0.0, 0.0)),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_sampling_one_data_point(x64, how, steps):
@@ -168,9 +218,12 @@ def test_sampling_one_data_point(x64, how, steps):
 
 
 def test_one_step_starts_at_pure_noise(x64, gaussian):
-    g, noise = gaussian(), jax.random.normal(jax.random.key(0), (6, 2))
+    g = gaussian()
+    noise = jax.random.normal(jax.random.key(0), (6, 2))
     one = RCGM().sample(g.average, noise, None, jax.random.key(1), 1)
-    np.testing.assert_allclose(one, noise - g.average(noise, jnp.ones(6), r=jnp.zeros(6)).v, atol=1e-13)
+    np.testing.assert_allclose(
+        one, noise - g.average(noise, jnp.ones(6), r=jnp.zeros(6)).v, atol=1e-13
+    )
     exact = jump(g.average, noise, jnp.array([1.0, 0.3, 0.0]))
     np.testing.assert_allclose(one, exact, atol=1e-13)
 

@@ -23,7 +23,9 @@ def lm():
 def draw(cfg):
     """Weights large enough that every part matters, tokens [3 9]."""
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net(cfg).shapes)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net(cfg).shapes
+    )
     return params, jnp.asarray(rng.integers(0, cfg.vocab, (3, 9)))
 
 
@@ -34,7 +36,11 @@ def net(cfg):
 
 @functools.cache
 def program(cfg, features, hidden_only):
-    return jax.jit(lambda params, tokens, arrays: net(cfg).apply(params, tokens, features=features, hidden_only=hidden_only, **arrays))
+    return jax.jit(
+        lambda params, tokens, arrays: net(cfg).apply(
+            params, tokens, features=features, hidden_only=hidden_only, **arrays
+        )
+    )
 
 
 def run(params, tokens, *, cfg=CFG, features=(), hidden_only=False, **arrays):
@@ -56,12 +62,16 @@ def test_shapes_axes_and_dtypes(lm):
     half = net(dataclasses.replace(CFG, dtype="bfloat16"))
     assert {w.dtype for w in jax.tree.leaves(half.shapes)} == {jnp.dtype("float32")}
     assert jax.eval_shape(half.apply, params, tokens).dtype == jnp.float32
-    assert jax.eval_shape(lambda *a: half.apply(*a, hidden_only=True), params, tokens).dtype == jnp.bfloat16
+    assert (
+        jax.eval_shape(lambda *a: half.apply(*a, hidden_only=True), params, tokens).dtype
+        == jnp.bfloat16
+    )
 
 
 def test_no_token_sees_the_future(lm):
     params, tokens = lm
-    a, b = run(params, tokens), run(params, tokens.at[:, 5].add(1) % CFG.vocab)
+    a = run(params, tokens)
+    b = run(params, tokens.at[:, 5].add(1) % CFG.vocab)
     close(a[:, :5], b[:, :5])
     assert (jnp.abs(a - b)[:, 5:].max((0, 2)) > 0.01).all()
 
@@ -101,7 +111,9 @@ def test_grouped_queries_equal_repeated_keys_and_values(lm):
     params, tokens = lm
     full = dataclasses.replace(CFG, kv_heads=4)
     repeat = lambda w: w.reshape(3, 16, 2, 6).repeat(2, 2).reshape(3, 16, 24)
-    blocks = params["blocks"] | {name: {"kernel": repeat(params["blocks"][name]["kernel"])} for name in ("to_k", "to_v")}
+    blocks = params["blocks"] | {
+        name: {"kernel": repeat(params["blocks"][name]["kernel"])} for name in ("to_k", "to_v")
+    }
     close(run(params | {"blocks": blocks}, tokens, cfg=full), run(params, tokens))
 
 
@@ -110,7 +122,8 @@ def test_hidden_times_head_is_logits(tied):
     cfg = dataclasses.replace(CFG, tied=tied)
     params, tokens = draw(cfg)
     assert ("unembed" in params) is not tied
-    hidden, head = run(params, tokens, cfg=cfg, hidden_only=True), net(cfg).apply(params, method="head")
+    hidden = run(params, tokens, cfg=cfg, hidden_only=True)
+    head = net(cfg).apply(params, method="head")
     assert head.shape == (16, 31)
     close(hidden @ head, run(params, tokens, cfg=cfg))
 
@@ -136,9 +149,12 @@ def test_cached_steps_equal_the_full_pass(tied, short, monkeypatch):
     cfg = dataclasses.replace(CFG, tied=tied)
     params, tokens = draw(cfg)
     mask = jnp.arange(9) >= jnp.array([0, 2, 3])[:, None]
-    cache, out = net(cfg).apply(params, 3, 12, method="init_cache"), []
+    cache = net(cfg).apply(params, 3, 12, method="init_cache")
+    out = []
     for low, high in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
-        logits, cache = run(params, tokens[:, low:high], cfg=cfg, mask=mask[:, low:high], cache=cache)
+        logits, cache = run(
+            params, tokens[:, low:high], cfg=cfg, mask=mask[:, low:high], cache=cache
+        )
         out.append(logits)
     seen = np.asarray(mask)
     close(jnp.concatenate(out, 1)[seen], run(params, tokens, cfg=cfg, mask=mask)[seen])
@@ -147,7 +163,10 @@ def test_cached_steps_equal_the_full_pass(tied, short, monkeypatch):
 
 
 def test_what_follows_and_where_it_is_a_target():
-    batch = {"tokens": jnp.array([[5, 6, 7], [8, 9, 3]]), "mask": jnp.array([[1.0, 0, 1], [0, 1, 1]])}
+    batch = {
+        "tokens": jnp.array([[5, 6, 7], [8, 9, 3]]),
+        "mask": jnp.array([[1.0, 0, 1], [0, 1, 1]]),
+    }
     labels, mask = targets(batch)
     assert labels.tolist() == [[6, 7, 0], [9, 3, 0]]
     assert mask.tolist() == [[False, True, False], [True, True, False]]
@@ -182,7 +201,9 @@ def test_remat_leaves_gradients_alone(lm, gradient):
 def test_jvp_is_the_transpose_of_the_gradient(lm, gradient):
     params, tokens = lm
     tangent = jax.tree.map(jnp.cos, params)
-    _, forward = jax.jit(lambda p, t: jax.jvp(lambda p: loss(CFG, p, tokens), (p,), (t,)))(params, tangent)
+    _, forward = jax.jit(lambda p, t: jax.jvp(lambda p: loss(CFG, p, tokens), (p,), (t,)))(
+        params, tangent
+    )
     terms = jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, tangent)))
     assert abs(forward - terms.sum()) <= TOL * jnp.abs(terms).sum()
 
@@ -202,7 +223,11 @@ def test_stretched_frequencies():
     np.testing.assert_array_equal(stretched[turns > 4], freqs[turns > 4])
     np.testing.assert_allclose(stretched[turns < 1], freqs[turns < 1] / 8, rtol=1e-6)
     between = (turns > 1) & (turns < 4)
-    assert between.any() and (stretched[between] < freqs[between]).all() and (stretched[between] > freqs[between] / 8).all()
+    assert (
+        between.any()
+        and (stretched[between] < freqs[between]).all()
+        and (stretched[between] > freqs[between] / 8).all()
+    )
 
 
 def test_refusals(lm):
@@ -212,4 +237,6 @@ def test_refusals(lm):
     with pytest.raises(Refused, match="9 in a sequence, max_length=8"):
         run(params, tokens, cfg=dataclasses.replace(CFG, max_length=8))
     with pytest.raises(Refused, match="segments"):
-        run(params, tokens, segments=tokens, cache=net(CFG).apply(params, 3, 9, method="init_cache"))
+        run(
+            params, tokens, segments=tokens, cache=net(CFG).apply(params, 3, 9, method="init_cache")
+        )

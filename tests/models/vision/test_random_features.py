@@ -16,10 +16,15 @@ SMALL = lambda name: dataclasses.replace(arch(name), width=8)
 
 
 def test_one_layer_is_the_arc_cosine_kernel():
-    """He-normal, no biases: E<psi(x), psi(y)> = (2 / d) |x||y| (sin a + (pi - a) cos a) / 2 pi, to O(1 / sqrt(width))."""
-    width, key = 200_000, jax.random.key(0)
+    """He-normal, no biases: E<psi(x), psi(y)> = (2 / d) |x||y| (sin a + (pi - a) cos a) / 2 pi, to
+    O(1 / sqrt(width)).
+    """
+    width = 200_000
+    key = jax.random.key(0)
     x, y = jax.random.normal(jax.random.key(1), (2, 3))
-    net = random_feature_net(key, Arch(depth=1, width=width, convolutional=False, normalised=False), bias=0.0)
+    net = random_feature_net(
+        key, Arch(depth=1, width=width, convolutional=False, normalised=False), bias=0.0
+    )
     (feats,) = net(jnp.stack([x, y]))
     norms = jnp.linalg.norm(x) * jnp.linalg.norm(y)
     angle = jnp.arccos(x @ y / norms)
@@ -29,9 +34,13 @@ def test_one_layer_is_the_arc_cosine_kernel():
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_samples_do_not_mix_and_the_key_decides(name):
-    x, net = jax.random.normal(jax.random.key(0), (4, 8, 8, 3)), random_feature_net(jax.random.key(1), SMALL(name))
-    whole, alone = jax.jit(net)(x), jax.jit(net)(x[1:2])
-    assert len(whole) == arch(name).depth and all(np.all(np.isfinite(f)) and f.std() > 1e-3 for f in whole)
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    net = random_feature_net(jax.random.key(1), SMALL(name))
+    whole = jax.jit(net)(x)
+    alone = jax.jit(net)(x[1:2])
+    assert len(whole) == arch(name).depth and all(
+        np.all(np.isfinite(f)) and f.std() > 1e-3 for f in whole
+    )
     for a, b in zip(whole, alone, strict=True):
         np.testing.assert_allclose(a[1:2], b, rtol=1e-4, atol=1e-5)
     other = jax.jit(random_feature_net(jax.random.key(2), SMALL(name)))(x)
@@ -40,7 +49,9 @@ def test_samples_do_not_mix_and_the_key_decides(name):
 
 @pytest.mark.parametrize(("name", "sees"), [("convnet-2", False), ("plain-2", True), ("mlp", True)])
 def test_normalised_first_layers_do_not_see_scale_and_mean(name, sees):
-    """Why the pool needs a network without normalisation. Padding shows a mean at the border, hence a scale alone."""
+    """Why the pool needs a network without normalisation. Padding shows a mean at the border, hence
+    a scale alone.
+    """
     x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     net = jax.jit(random_feature_net(jax.random.key(1), SMALL(name)))
     assert (not np.allclose(net(x)[-1], net(3.0 * x)[-1], atol=1e-3)) == sees
@@ -53,18 +64,25 @@ def el(net, x, y):
 def test_covariances_are_seen_by_a_nonlinear_network_only():
     """Two laws of equal mean: EL > 0 with the MLP, 0 up to noise with a linear map."""
     n = 20_000
-    x, y = (jax.random.normal(jax.random.key(i), (n, 2)) * s for i, s in ((0, jnp.array([1.0, 1.0])), (1, jnp.array([1.6, 0.4]))))
+    x, y = (
+        jax.random.normal(jax.random.key(i), (n, 2)) * s
+        for i, s in ((0, jnp.array([1.0, 1.0])), (1, jnp.array([1.6, 0.4])))
+    )
     w = jax.random.normal(jax.random.key(3), (2, 256)) / 16
     noise = abs(float(mmd.mmd2(x @ w, y @ w)))
     assert el(random_feature_net(jax.random.key(2), arch("mlp")), x, y) > 10 * max(noise, 2 / n)
 
 
 def test_biases_see_what_homogeneous_networks_cannot():
-    """The unit circle against radius .5 or 1.5: equal E|x|, both isotropic. Blind without biases, seen with N(0, 1) ones."""
-    n, angle = 200_000, jax.random.uniform(jax.random.key(0), (2, 200_000), maxval=2 * jnp.pi)
+    """The unit circle against radius .5 or 1.5: equal E|x|, both isotropic. Blind without biases,
+    seen with N(0, 1) ones.
+    """
+    n = 200_000
+    angle = jax.random.uniform(jax.random.key(0), (2, 200_000), maxval=2 * jnp.pi)
     circle = lambda a: jnp.stack([jnp.cos(a), jnp.sin(a)], 1)
     radius = jnp.where(jax.random.bernoulli(jax.random.key(1), shape=(n, 1)), 0.5, 1.5)
-    x, y = circle(angle[0]), radius * circle(angle[1])
+    x = circle(angle[0])
+    y = radius * circle(angle[1])
     kind = dataclasses.replace(arch("mlp"), width=128)
     blind = el(random_feature_net(jax.random.key(2), kind, bias=0.0), x, y)
     seen = el(random_feature_net(jax.random.key(2), kind), x, y)
@@ -77,7 +95,9 @@ def test_labels_make_it_a_joint_law(name):
     n = 512
     label = jnp.arange(n) % 2
     shape = (n, 2) if name == "mlp" else (n, 4, 4, 1)
-    x = jax.random.normal(jax.random.key(0), shape) * 0.3 + jnp.where(label == 0, -1.0, 1.0).reshape(-1, *[1] * (len(shape) - 1))
+    x = jax.random.normal(jax.random.key(0), shape) * 0.3 + jnp.where(
+        label == 0, -1.0, 1.0
+    ).reshape(-1, *[1] * (len(shape) - 1))
     net = jax.jit(random_feature_net(jax.random.key(1), SMALL(name)))
     plain = mmd.mmd2(net(x)[-1], net(x[::-1])[-1], "linear", "v")
     joint = mmd.mmd2(net(x, label)[-1], net(x, 1 - label)[-1], "linear", "v")

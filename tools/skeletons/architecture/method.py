@@ -1,7 +1,7 @@
 """My method (arXiv:2601.00000).
 
-The idea in three sentences. As it stands, the student is the teacher without some of its layers, and is trained on the teacher's
-logits. Departures from the paper are stated here.
+The idea in three sentences. As it stands, the student is the teacher without some of its layers,
+and is trained on the teacher's logits. Departures from the paper are stated here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ class MyMethod(KD):
         return (Stage(self, steps, surgery=self.cut),)
 
     def cut(self, nets, params, batch):
-        """Surgery (section 1): what `prune` does belongs into surgery/, where another method may use it."""
+        """Surgery (section 1): what `prune` does belongs into surgery/, where another method may
+        use it.
+        """
         net, weights = prune(nets["teacher"], params["teacher"], batch, depth=self.depth, mlp=0)
         return {**nets, "student": net}, {**params, "student": weights}

@@ -3,8 +3,8 @@
     python -m launch.train --config=configs/recipes/my_method.py --workdir=DIR --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
 
-The folders are those of `LlamaForCausalLM`. The paper's constants, hardware, hours and figures stand here, and what departs from
-them.
+The folders are those of `LlamaForCausalLM`. The paper's constants, hardware, hours and figures
+stand here, and what departs from them.
 """
 
 from configs.recipes.kd import distil

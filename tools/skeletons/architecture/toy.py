@@ -1,9 +1,11 @@
-"""My method (arXiv:2601.00000) on a synthetic language: half of a trained model's layers, then distillation.
+"""My method (arXiv:2601.00000) on a synthetic language: half of a trained model's layers, then
+distillation.
 
     python -m launch.train --config=configs/toy/my_method.py --workdir=runs/toy_my_method
 
-2 CPU cores, how many minutes, teacher included. The claim: what the paper claims, at small scale; as it stands, after the same
-steps the student has a lower perplexity than a network of its size trained from scratch (`baseline`).
+2 CPU cores, how many minutes, teacher included. The claim: what the paper claims, at small scale;
+as it stands, after the same steps the student has a lower perplexity than a network of its size
+trained from scratch (`baseline`).
 """
 
 from configs.toy.kd import DATA
@@ -21,5 +23,7 @@ def get_config():
         method=spec("methods.architecture.my_method:MyMethod", depth=2),
         roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
         evaluation=spec("evals.text:TextEval"),
-        claim=dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98),
+        claim=dict(
+            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+        ),
     )

@@ -20,7 +20,9 @@ def gradient(method, real, fake, context):
 
     def loss(mean):
         student = lambda x, t, cond=None: real.process.from_x0(mean + 0.4 * x, x, t)
-        return method.student_loss(SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise), ctx).loss
+        return method.student_loss(
+            SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise), ctx
+        ).loss
 
     return jax.grad(loss)(0.0)
 
@@ -35,7 +37,9 @@ def test_the_gradient_is_weighted_by_the_noise_level(x64, gaussian, context):
     at = lambda method: gradient(method, gaussian(), gaussian(mean=-0.2), context)
     plain = at(DiffInstruct(match_times=times))
     np.testing.assert_allclose(at(MyMethod(match_times=times, power=0.0)), plain, rtol=1e-12)
-    np.testing.assert_allclose(at(MyMethod(match_times=times, power=2.0)), AT**2 * plain, rtol=1e-12)
+    np.testing.assert_allclose(
+        at(MyMethod(match_times=times, power=2.0)), AT**2 * plain, rtol=1e-12
+    )
 
 
 def test_three_steps(three_steps):

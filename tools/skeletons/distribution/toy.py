@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/toy/my_method.py --workdir=runs/toy_my_method
 
-2 CPU cores, how many minutes. The claim: what the paper claims, at small scale; as it stands, at one step the student's energy
-distance is at most a tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
+2 CPU cores, how many minutes. The claim: what the paper claims, at small scale; as it stands, at
+one step the student's energy distance is at most a tenth of the teacher's at one step.
+`--config.data.seed=N` makes another mixture.
 """
 
 from jaxdistill.core.build import Role, experiment, spec
@@ -27,9 +28,16 @@ def get_config():
                 optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
-            fake=Role(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), init="fresh", optimizer=Optimizer(lr=1e-3, b1=0.0)),
+            fake=Role(
+                model=spec("models.denoisers.mlp:MLP"),
+                denoiser=Denoiser(),
+                init="fresh",
+                optimizer=Optimizer(lr=1e-3, b1=0.0),
+            ),
         ),
         evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
-        claim=dict(metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1),
+        claim=dict(
+            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+        ),
         checkpoint_every=1000,
     )

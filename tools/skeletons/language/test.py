@@ -25,12 +25,17 @@ def loss(method, student=STUDENT):
 
 
 def test_a_student_with_the_teachers_laws_has_no_loss():
-    value, gradient = jax.value_and_grad(lambda logits: loss(MyMethod(), logits).loss)(TEACHER + 3.0)
+    value, gradient = jax.value_and_grad(lambda logits: loss(MyMethod(), logits).loss)(
+        TEACHER + 3.0
+    )
     assert abs(value) < 1e-5 and abs(gradient).max() < 1e-5 and loss(MyMethod()).loss > 1e-2
 
 
 def test_only_targets_count():
     out = loss(MyMethod())
-    laws, log_laws = jax.nn.softmax(TEACHER), jax.nn.log_softmax(TEACHER) - jax.nn.log_softmax(STUDENT)
-    np.testing.assert_allclose(out.loss, jnp.sum(laws * log_laws, -1)[:, :-1][TARGETS].sum(), rtol=1e-5)
+    laws = jax.nn.softmax(TEACHER)
+    log_laws = jax.nn.log_softmax(TEACHER) - jax.nn.log_softmax(STUDENT)
+    np.testing.assert_allclose(
+        out.loss, jnp.sum(laws * log_laws, -1)[:, :-1][TARGETS].sum(), rtol=1e-5
+    )
     assert out.count == TARGETS.sum() == 5

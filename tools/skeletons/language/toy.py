@@ -2,8 +2,9 @@
 
     python -m launch.train --config=configs/toy/my_method.py --workdir=runs/toy_my_method
 
-2 CPU cores, how many minutes. The claim: what the paper claims, at small scale; as it stands, after the same steps the student has
-a lower held-out perplexity than one that sees the tokens alone (`baseline`). `--config.data.seed=N` makes another language.
+2 CPU cores, how many minutes. The claim: what the paper claims, at small scale; as it stands, after
+the same steps the student has a lower held-out perplexity than one that sees the tokens alone
+(`baseline`). `--config.data.seed=N` makes another language.
 """
 
 from configs.toy.kd import DATA, STUDENT, baseline
@@ -20,5 +21,7 @@ def get_config():
         method=spec("methods.language.my_method:MyMethod"),
         roles=dict(teacher=Role(init="exact"), student=STUDENT),
         evaluation=spec("evals.text:TextEval"),
-        claim=dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98),
+        claim=dict(
+            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+        ),
     )

@@ -10,13 +10,21 @@ from jaxdistill.methods.trajectory.my_method import MyMethod
 
 
 def test_a_student_that_is_the_trajectorys_end_has_no_loss(x64, gaussian, context):
-    g, method = gaussian(), MyMethod(solver_steps=100)
-    at = lambda student: method.loss(SimpleNamespace(teacher=g.denoise, student=student), context(jnp.zeros((64, 2)))).loss
-    assert at(g.consistent) < 1e-6 < 1e-2 < at(g.denoise)  # 100 steps of Heun's are not the whole way
+    g = gaussian()
+    method = MyMethod(solver_steps=100)
+    at = lambda student: (
+        method.loss(
+            SimpleNamespace(teacher=g.denoise, student=student), context(jnp.zeros((64, 2)))
+        ).loss
+    )
+    assert (
+        at(g.consistent) < 1e-6 < 1e-2 < at(g.denoise)
+    )  # 100 steps of Heun's are not the whole way
 
 
 def test_what_is_trained_is_what_samples(x64, gaussian, context):
-    g, noise = gaussian(), jax.random.normal(jax.random.key(3), (50, 2))
+    g = gaussian()
+    noise = jax.random.normal(jax.random.key(3), (50, 2))
     x = MyMethod().sample(g.consistent, noise, None, jax.random.key(0), 1)
     np.testing.assert_allclose(x, 0.7 + 0.4 * noise, atol=1e-12)
 
