@@ -19,6 +19,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jaxdistill.core.build import current_field, resolve
 from jaxdistill.core.types import Refused, nearest
 from jaxdistill.run.host import keep_freed_memory, listen
 from jaxdistill.run.records import local, read_config
@@ -119,8 +120,7 @@ def join(distributed: bool) -> None:
     `launch.local_cluster` says through the environment who they are (JAXDISTILL_COORDINATOR,
     _PROCESSES, _PROCESS);
     with `distributed`, JAX finds out by itself on Cloud TPU, GKE and Slurm. Raises Refused where it
-    finds nothing to join, OSError
-    where the others do not come.
+    finds nothing to join, OSError where the others do not come.
     """
     import jax
 
@@ -257,7 +257,8 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     *parents, last = path.split(".")
     node = config
     walked = "config"
-    for name in [*parents, last]:
+    for given in [*parents, last]:
+        name = _current(node, given)
         if not isinstance(node, ConfigDict) or name not in node:
             keys = list(node) if isinstance(node, ConfigDict) else []
             raise Refused(
@@ -268,7 +269,14 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         walked = f"{walked}.{name}"
     if isinstance(node, ConfigDict):
         raise Refused(f"--config.{path}: is a group; its keys are {', '.join(node)}")
-    parent[last] = _read(path, text, node)
+    parent[name] = _read(path, text, node)
+
+
+def _current(node: Any, key: str) -> str:
+    """The name today of the key `key` of a config's group."""
+    if not isinstance(node, ConfigDict) or key in node or not isinstance(node.get("name"), str):
+        return key
+    return current_field(resolve(node["name"]), key)
 
 
 def _read(path: str, text: str, old: Any) -> Any:

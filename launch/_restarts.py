@@ -50,12 +50,11 @@ def _count(workdir: Path) -> int:
 @contextlib.contextmanager
 def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None]:
     """Around a run that a launcher starts again. Raises Refused where it has failed at `most`
-    restarts one after another without a
-    new checkpoint, stage or batch of stored data; 0: no bound.
+    restarts one after another without a new checkpoint, stage or batch of stored data; 0: no bound.
 
     `join` joins the run's other processes: all look before it, and the first counts after it. That
-    a run was asked to stop is no
-    failure. The first start is none of the restarts, and makes no folder.
+    a run was asked to stop is no failure. The first start is none of the restarts, and makes no
+    folder.
     """
     if not most:
         join()

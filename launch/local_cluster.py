@@ -58,8 +58,7 @@ def cluster(argv: list[str]) -> None:
 
 def watch(processes: list[subprocess.Popen], timeout: float) -> int:
     """Waits for all; the exit code is 0 where all ended so, 2 where one refused its input, 75 where
-    they stopped with work left, else
-    1.
+    they stopped with work left, else 1.
     """
     forward = lambda number, frame: [
         p.send_signal(signal.SIGTERM) for p in processes if p.poll() is None

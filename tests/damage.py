@@ -255,8 +255,7 @@ def _listen(event: str, args: tuple) -> None:
 @contextlib.contextmanager
 def quiet(folder: Path) -> Iterator[None]:
     """AssertionError where the block unpickles a class, starts a process, reads from the terminal
-    or connects to anything, or
-    where a file under `folder` is another than before.
+    or connects to anything, or where a file under `folder` is another than before.
     """
     if not hasattr(quiet, "hook"):
         quiet.hook = True

@@ -162,8 +162,7 @@ def test_mutated_configs_are_accepted_or_refused_in_one_line(originals, tmp_path
 
 def test_every_config_is_accepted_as_it_stands(originals):
     """But those that start from runs or read files that are given by hand, are for another number
-    of devices, or need
-    more rows than the small files have.
+    of devices, or need more rows than the small files have.
     """
     others = {
         "digits.suite",

@@ -302,8 +302,8 @@ def divergences(
     kind: str = "forward_kl",
 ) -> dict:
     """The chunked divergence of `tokens` tokens against the plain one, each as a compiled value and
-    gradient in the student's
-    states and head. Temporaries in bytes; differences over the largest of the plain ones.
+    gradient in the student's states and head. Temporaries in bytes; differences over the largest of
+    the plain ones.
     """
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)

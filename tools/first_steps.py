@@ -27,9 +27,8 @@ def first_steps(
     step reports, on the host.
 
     txs: an optax transformation for each role that moves, or one for all; start: first weights of
-    the roles that do not begin as
-    the method says; batch: one for all steps, or a list; how: what else `make_train_step` takes.
-    Keys are 0 and 1.
+    the roles that do not begin as the method says; batch: one for all steps, or a list; how: what
+    else `make_train_step` takes. Keys are 0 and 1.
     """
     txs = txs if isinstance(txs, dict) else dict.fromkeys(method.inits, txs)
     state = init_state(method, nets, txs, jax.random.key(0), start)

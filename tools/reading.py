@@ -100,7 +100,9 @@ def takes_arrays(function: ast.FunctionDef) -> bool:
 def has_shapes(function: ast.FunctionDef) -> bool:
     """Whether every array of the signature has a typed shape."""
     for annotation in annotations(function):
-        plain = re.sub(r"\b\w+\[(Array|np\.ndarray|ArrayLike|Array \| np\.ndarray), *'[^']*'\]", "", annotation)
+        plain = re.sub(
+            r"\b\w+\[(Array|np\.ndarray|ArrayLike|Array \| np\.ndarray), *'[^']*'\]", "", annotation
+        )
         if re.search(r"\bArray\b", plain):
             return False
     return True
@@ -147,7 +149,11 @@ def reading(argv):
         figures = folder_figures(tree / name)
         print(name, ", ".join(f"{key} {value}" for key, value in figures.items()), sep=": ")
     for name in SHAPED:
-        functions = [f for _, text in sources(tree / "jaxdistill" / name) for f in public_functions(ast.parse(text))]
+        functions = [
+            f
+            for _, text in sources(tree / "jaxdistill" / name)
+            for f in public_functions(ast.parse(text))
+        ]
         arrays = [f for f in functions if takes_arrays(f)]
         shaped = sum(has_shapes(f) for f in arrays)
         print(f"{name}: {shaped} of {len(arrays)} public functions of arrays have typed shapes")

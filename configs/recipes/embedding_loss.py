@@ -6,10 +6,10 @@ DDPM++.
 
 CIFAR10 and TEACHER as in configs/recipes/uni_instruct.py, whose reverse KL is the host (score
 identity with a GAN). The paper: FID 1.380 at one step with its best distribution-matching host,
-1.475 unconditional, in up to 80 % fewer iterations. Its
-networks, weight and batch sizes are not published: two random networks a step from the pool below,
-weight .3 of the host's gradient, two real samples per generated one, labels inside the networks.
-Batch 256 (512 real), Adam 1e-5. Departures: as there.
+1.475 unconditional, in up to 80 % fewer iterations. Its networks, weight and batch sizes are not
+published: two random networks a step from the pool below, weight .3 of the host's gradient, two
+real samples per generated one, labels inside the networks. Batch 256 (512 real), Adam 1e-5.
+Departures: as there.
 """
 
 from configs.recipes.uni_instruct import roles

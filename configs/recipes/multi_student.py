@@ -10,10 +10,10 @@ package's weights, as interop/families/lpips.py says.
 
 The paper: DM on 32 samples for each student, FID 2.37 (2.62 one student of DMD), then ADM with
 DMD2's constants, 1.20 (1.28); students of 42 % fewer parameters 2.88 with score matching and 11.67
-without; K = 1, 2, 4, 8 after 20 k steps 2.60, 2.49,
-2.37, 2.32. TSM runs at the same rate. The final runs' lengths are not known: 20 k steps of DM are
-the ablations', the rest is a guess. Departures: the paper's small students have 71 and 42 % fewer
-parameters; members see batches of one size in all stages.
+without; K = 1, 2, 4, 8 after 20 k steps 2.60, 2.49, 2.37, 2.32. TSM runs at the same rate. The
+final runs' lengths are not known: 20 k steps of DM are the ablations', the rest is a guess.
+Departures: the paper's small students have 71 and 42 % fewer parameters; members see batches of one
+size in all stages.
 
 Memory: four generators at rest; four fake scores and discriminators only in training.
 """

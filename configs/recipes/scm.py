@@ -7,9 +7,9 @@ TEACHER is a run of configs/recipes/flow_matching.py with
 --config.roles.student.denoiser.param.time_scale=1.0: the paper needs a time embedding with a small
 derivative, and 1000 t has none. The paper's constants: batch 2048, tau of mean -1 and std 1.4,
 tangent warm-up over 10 k steps, c = .1, Adam with b2 .99, guided teacher, power-function EMA, two
-steps at pi/2 and
-1.1. Departures: backbone, latents of unit variance (sigma_data 1), plain layer norms where the
-paper has pixel and double normalisation, one guidance scale where it draws one, learning rate.
+steps at pi/2 and 1.1. Departures: backbone, latents of unit variance (sigma_data 1), plain layer
+norms where the paper has pixel and double normalisation, one guidance scale where it draws one,
+learning rate.
 """
 
 from configs.recipes.flow_matching import XL2

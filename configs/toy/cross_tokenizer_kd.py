@@ -9,11 +9,10 @@ The claim: a student that sees how probable the teacher finds each pair has a lo
 perplexity than one that sees the tokens alone (`baseline`), for as many steps on the same rows.
 
 It depends on how scarce the text is. Perplexity on seed 0, each side trained by itself, student
-against baseline (teacher
-4.00): 400 rows 10.97 and 19.03; 2,000 rows (`--config.data.size=2000`) 4.575 and 4.638; new rows
-all the time (`size=0`) 4.553 and 4.536, where the claim does not hold. With 400 rows also:
-temperature 1 12.41, hard_weight 0.5 12.96, SpanULD 20.16, which is worse than no teacher (2,000
-rows: 7.071). Other seeds have not been measured.
+against baseline (teacher 4.00): 400 rows 10.97 and 19.03; 2,000 rows (`--config.data.size=2000`)
+4.575 and 4.638; new rows all the time (`size=0`) 4.553 and 4.536, where the claim does not hold.
+With 400 rows also: temperature 1 12.41, hard_weight 0.5 12.96, SpanULD 20.16, which is worse than
+no teacher (2,000 rows: 7.071). Other seeds have not been measured.
 """
 
 from configs.toy.kd import STUDENT

@@ -3,12 +3,12 @@
     python -m launch.train --config=configs/toy/paced.py --workdir=runs/toy_paced
 
 2 CPU cores, about three minutes. Student and teacher start from supervised training on the sums,
-the student's cut short. The
-claim: after the same updates, greedy `accuracy` on sums that were kept back is higher than that of
-distillation with equal weights (`baseline`: exponents 0), and no more than that. Leaving out every
-problem with pass rate 0 or 1 is a large part of the difference, and the shape of the kernel in
-between is not told apart here; the mean divergence from the teacher on held-out sums, which has the
-problems that the student does not solve in it, is not lower (seed 0: 0.64 against 0.51).
+the student's cut short. The claim: after the same updates, greedy `accuracy` on sums that were kept
+back is higher than that of distillation with equal weights (`baseline`: exponents 0), and no more
+than that. Leaving out every problem with pass rate 0 or 1 is a large part of the difference, and
+the shape of the kernel in between is not told apart here; the mean divergence from the teacher on
+held-out sums, which has the problems that the student does not solve in it, is not lower (seed 0:
+0.64 against 0.51).
 
 The claim holds on seeds 0 to 2, and on 7 of 13 pairs (seed, data.seed) that nobody had looked at
 before (on 10 it is higher at all):

@@ -4,15 +4,14 @@ in one.
     python -m launch.train --config=configs/toy/phased_dmd.py --workdir=runs/toy_phased_dmd
 
 2 CPU cores, 2 to 3 minutes. `baseline` is the same method with a single phase, which is DMD with
-stochastic gradient
-truncation: as many updates from the same pretrained network, matched at x0 only. The claim:
-half-way, at t = .5 where the first expert ends, the energy distance of the state to the exact law
-there (`state_energy`) is at most a fifth of the baseline's. Measured by seed (0, 1, 2): .00004,
-.00021, -.00012 against .0090, .0217, .0113. The energy distance of the final
-samples is lower too, but by less: .0023, .0018, .0029 against .0040, .0025, .0032 (ratios .58, .72,
-.91); both find all modes. `--config.data.seed=N` makes another mixture; `:four` gives each step a
-phase; `--config.method.nested=false` has disjoint intervals; `--config.method.weight=kl` is the
-paper's weight, `--config.method.fake_clamp=inf` the plain loss of the fake scores,
+stochastic gradient truncation: as many updates from the same pretrained network, matched at x0
+only. The claim: half-way, at t = .5 where the first expert ends, the energy distance of the state
+to the exact law there (`state_energy`) is at most a fifth of the baseline's. Measured by seed (0,
+1, 2): .00004, .00021, -.00012 against .0090, .0217, .0113. The energy distance of the final samples
+is lower too, but by less: .0023, .0018, .0029 against .0040, .0025, .0032 (ratios .58, .72, .91);
+both find all modes. `--config.data.seed=N` makes another mixture; `:four` gives each step a phase;
+`--config.method.nested=false` has disjoint intervals; `--config.method.weight=kl` is the paper's
+weight, `--config.method.fake_clamp=inf` the plain loss of the fake scores,
 `--config.method.coupling=0.97` ties these to the experts.
 """
 

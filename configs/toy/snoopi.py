@@ -5,15 +5,14 @@ drawn anew at every step.
 
 2 CPU cores; the teacher is trained first, in workdir/teacher, and the baseline with a teacher of
 its own. The claim: under each label the student's energy distance is no larger than that of a
-student trained with a fixed scale of 7.5. Measured on
-seeds 0, 1, 2: .0093, .0069, .0060 against .0684, .0246, .0104. `:nasa` trains a student of
-captioned pictures instead; its claim: a negative prompt of a colour in its attention (alpha = 1)
-leaves at most three tenths of the samples in that colour which come without it. It holds on two
-seeds of three: .016 against .238 (seed 0), .363 against .461 (1), .136 against .562 (2). Half as
-strong (alpha = 0.5): .062, .392, .270. The shape asked for comes about as often (.919, .899, .897
-without; .868, .920, .857 with), and the samples lie a quarter to a third further from valid
-pictures (.224, .238, .212 without; .278, .314, .287 with; extrapolated outputs .417, .373, .352, at
-twice the calls, with .215, .421, .533 unwanted).
+student trained with a fixed scale of 7.5. Measured on seeds 0, 1, 2: .0093, .0069, .0060 against
+.0684, .0246, .0104. `:nasa` trains a student of captioned pictures instead; its claim: a negative
+prompt of a colour in its attention (alpha = 1) leaves at most three tenths of the samples in that
+colour which come without it. It holds on two seeds of three: .016 against .238 (seed 0), .363
+against .461 (1), .136 against .562 (2). Half as strong (alpha = 0.5): .062, .392, .270. The shape
+asked for comes about as often (.919, .899, .897 without; .868, .920, .857 with), and the samples
+lie a quarter to a third further from valid pictures (.224, .238, .212 without; .278, .314, .287
+with; extrapolated outputs .417, .373, .352, at twice the calls, with .215, .421, .533 unwanted).
 """
 
 from configs.toy import swiftbrush

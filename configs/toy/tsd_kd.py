@@ -3,11 +3,10 @@
     python -m launch.train --config=configs/toy/tsd_kd.py --workdir=runs/toy_tsd_kd
 
 2 CPU cores, about two minutes. Student and teacher start from supervised training on the sums, the
-student's cut short. The
-claim: after the same steps, greedy `accuracy` on sums that were kept back is not below that of GKD
-with the same divergence (`baseline`). It does not hold: .283 against .330, .123 against .125, .225
-against .318 on seeds 0 to 2. `--config.method.ranking_weight=0`, `gate_temperature=0` and
-`entropy_weight=0` are the ablations.
+student's cut short. The claim: after the same steps, greedy `accuracy` on sums that were kept back
+is not below that of GKD with the same divergence (`baseline`). It does not hold: .283 against .330,
+.123 against .125, .225 against .318 on seeds 0 to 2. `--config.method.ranking_weight=0`,
+`gate_temperature=0` and `entropy_weight=0` are the ablations.
 """
 
 from jaxdistill.core.build import Role, experiment, spec

@@ -29,7 +29,7 @@ class Bank(Net):
         """Every member from a key of its own."""
         return jax.vmap(self.one.init)(jax.random.split(key, self.members))
 
-    def adopt(self, params: Params) -> Params:
+    def from_source(self, params: Params) -> Params:
         """One network's weights for every member; a bank's own as they are."""
         single = jax.tree.map(lambda w, s: w.ndim < len(s.shape), params, self.shapes)
         if not any(jax.tree.leaves(single)):
@@ -40,7 +40,7 @@ class Bank(Net):
     def source(self) -> Net:
         return self.one.source
 
-    def sound(self, grads: Params) -> Params:
+    def sanitise(self, grads: Params) -> Params:
         """Zero for a member whose gradient is not finite: it stands still, the others go on."""
         each = lambda reduce, g: reduce(g.reshape(self.members, -1), axis=1)
         finite = jnp.all(
@@ -52,8 +52,7 @@ class Bank(Net):
 
     def bind(self, role: str, params: Any):
         """As every network's; with it `members`, their stacked `weights`, and `alone(weights of one
-        member, *inputs)`: what a
-        loss that runs members side by side maps over.
+        member, *inputs)`: what a loss that runs members side by side maps over.
         """
         call = super().bind(role, params)
         call.members = self.members
@@ -66,8 +65,7 @@ class Bank(Net):
         computing row k.
 
         A scalar `member` (traced or not) is that network alone; an array [B] routes each sample to
-        its own, at the cost
-        of running every member on the whole batch.
+        its own, at the cost of running every member on the whole batch.
         """
         if member is None:
             return jax.vmap(lambda p, *a: self.one.apply(p, *a, **kwargs))(params, *args)

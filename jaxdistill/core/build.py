@@ -83,6 +83,16 @@ class Run:
 
 NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+WINGS = {
+    "denoisers": ("dit", "unet", "edm", "sana", "wan", "qwen_image", "mlp"),
+    "language": ("lm", "qwen", "gemma", "neox", "t5", "bert"),
+    "autoencoders": ("vae", "vae_dc", "vae_wan"),
+    "vision": ("vit", "clip", "sam", "lpips", "perceptron", "random_features", "judges"),
+}
+MOVED = {  # file as configs of version 0.1 name it -> file today
+    f"models.{file}": f"models.{wing}.{file}" for wing, files in WINGS.items() for file in files
+}
+
 
 def resolve(name: str) -> Any:
     """The class behind "package.file:Class", looked up below `jaxdistill` first. Raises Refused."""
@@ -90,7 +100,7 @@ def resolve(name: str) -> Any:
         raise Refused(
             f"name={fields.shown(name)}: expected the name of a class as 'package.file:Class'"
         )
-    file, _, cls = name.partition(":")
+    file, _, cls = current_name(name).partition(":")
     for module in (f"jaxdistill.{file}", file):
         try:
             found = importlib.import_module(module)
@@ -104,6 +114,35 @@ def resolve(name: str) -> Any:
         raise Refused(f"name={name!r}: {module} has no class {cls!r}{nearest(cls, classes)}")
     path = file.replace(".", "/")
     raise Refused(f"name={name!r}: no file jaxdistill/{path}.py, and no module {file!r}")
+
+
+def current_name(name: str) -> str:
+    """ "package.file:Class" where the class is today: files have moved since configs were written."""
+    file, colon, cls = name.partition(":")
+    return f"{MOVED.get(file, file)}{colon}{cls}"
+
+
+def current_field(cls: type, field: str) -> str:
+    """A field's name today. A class lists its renamed fields, old name -> new one, in `renamed`."""
+    for base in cls.__mro__:
+        if field in vars(base).get("renamed", {}):
+            return base.renamed[field]
+    return field
+
+
+def current(config: Any) -> Any:
+    """Plain config data of an earlier version under the names of today: files and fields."""
+    if not isinstance(config, Mapping):
+        return config
+    given = {key: current(value) for key, value in config.items()}
+    name = given.get("name")
+    if not isinstance(name, str):
+        return given
+    given["name"] = current_name(name)
+    cls = _known(given["name"])
+    if not dataclasses.is_dataclass(cls):
+        return given
+    return {current_field(cls, key): value for key, value in given.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -156,9 +195,13 @@ def completed(config: Any) -> Any:
 
     A class that is not there any more is left as it is.
     """
+    return _completed(current(config))
+
+
+def _completed(config: Any) -> Any:
     if not isinstance(config, Mapping):
         return config
-    given = {key: completed(value) for key, value in config.items()}
+    given = {key: _completed(value) for key, value in config.items()}
     if not isinstance(given.get("name"), str):
         return given
     cls = _known(given["name"])
@@ -230,6 +273,7 @@ def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
 
     Raises Refused on a field that is unknown, missing, of another type or out of range.
     """
+    values = {current_field(cls, key): value for key, value in values.items()}
     try:
         _check_fields(cls, name, values)
         return cls(**{key: fields.coerced(cls, key, value) for key, value in values.items()})
@@ -273,10 +317,8 @@ def experiment(
     claim: dict(metric, model, baseline, better "lower" | "higher", ratio): what the final
     evaluation is held against;
     runs: name -> a whole config of its own, trained first in `workdir/<name>` if a role starts from
-    it ("@name") or the
-    claim names it (a baseline).
-    Their seed, data.seed and data.path are this config's, and stay so when these are changed.
-    Returned locked: a misspelt key is an error.
+    it ("@name") or the claim names it (a baseline). Their seed, data.seed and data.path are this
+    config's, and stay so when these are changed. Returned locked: a misspelt key is an error.
     """
     top = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
     top = _plain(made(Run, "config", top, "config"))

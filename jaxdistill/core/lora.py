@@ -19,7 +19,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_matrix, is_spec, path_name, paths, resting, restore, scoped
+from jaxdistill.core.net import (
+    Net,
+    is_matrix,
+    is_spec,
+    materialise,
+    path_name,
+    paths,
+    resting,
+    scoped,
+)
 from jaxdistill.core.optim import check_range
 from jaxdistill.core.types import Params, Refused
 
@@ -55,8 +64,7 @@ class Adapter(Net):
 
 def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:
     """`base`, as the role whose weights those of `role` are adapters of. `roles` are the configs of
-    all. Raises Refused where there is
-    no such role, or it has adapters itself.
+    all. Raises Refused where there is no such role, or it has adapters itself.
     """
     others = [name for name, other in roles.items() if name != role and not other.lora.rank]
     if base not in others:
@@ -130,7 +138,7 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
         pair = adapter.get(path_name(path))
         if pair is None:
             return w
-        w = restore(w)
+        w = materialise(w)
         return w + (scale * pair["a"] @ pair["b"]).astype(w.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=resting)

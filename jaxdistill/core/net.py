@@ -46,9 +46,8 @@ class Net:
     """`init(key) -> params` and `apply(params, *inputs)` over plain dicts; NNX stays inside.
 
     `shapes` holds ShapeDtypeStruct leaves and `axes` PartitionSpec leaves of logical names, both in
-    the structure of
-    the params. `wrap` turns the module's call into another one (a raw denoiser output into a
-    `Pred`, say).
+    the structure of the params. `wrap` turns the module's call into another one (a raw denoiser
+    output into a `Pred`, say).
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
@@ -69,7 +68,7 @@ class Net:
         call = getattr(_awake(nnx.merge(self.graphdef, params)), method)
         return (self.wrap(call) if method == "__call__" else call)(*args, **kwargs)
 
-    def adopt(self, params: Params) -> Params:
+    def from_source(self, params: Params) -> Params:
         """Weights that came from elsewhere, as this network's first ones."""
         return params
 
@@ -78,7 +77,7 @@ class Net:
         """The network whose weights are loaded from a folder, to be adopted by this one."""
         return self
 
-    def sound(self, grads: Params) -> Params:
+    def sanitise(self, grads: Params) -> Params:
         """What the optimiser gets of these gradients."""
         return grads
 
@@ -99,7 +98,7 @@ def resting(leaf: Any) -> bool:
     return hasattr(leaf, "qvalue")
 
 
-def restore(tree: Any) -> Any:
+def materialise(tree: Any) -> Any:
     """Weights as arithmetic takes them: in device memory, dequantised. What is so already stays the
     same array.
     """
@@ -132,7 +131,7 @@ def _awake(module: nnx.Module) -> nnx.Module:
                 isinstance(variable, nnx.Variable)
                 and (variable.get_metadata().get("out_sharding") or (None,))[0] != "layers"
             ):
-                variable.set_value(restore(variable.get_value()))
+                variable.set_value(materialise(variable.get_value()))
     return module
 
 
@@ -151,9 +150,8 @@ def scoped(role: str, call: Callable, config: Any = None) -> Callable:
 
 class _Stream(nnx.RngStream):
     """nnx's stream with a count that is replaced, not updated in place: an update asks a traced
-    count for its sharding, and the
-    message that it has none searches the whole program so far, which makes building quadratic in
-    the number of weights.
+    count for its sharding, and the message that it has none searches the whole program so far,
+    which makes building quadratic in the number of weights.
     """
 
     def __call__(self) -> Array:
@@ -182,8 +180,7 @@ def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any
     """Traces `build` for shapes and axis names; nothing is allocated.
 
     Raises ValueError where a weight's rank and number of axis names differ (an unnamed stacking
-    axis would shift
-    every name).
+    axis would shift every name).
     """
     try:
         graphdef, shapes, axes = _described(build, jax.config.jax_enable_x64)
@@ -234,9 +231,8 @@ def is_matrix(names: PartitionSpec) -> bool:
 
 def decays(names: PartitionSpec) -> bool:
     """Whether weight decay acts on a weight with these logical names: on matrices, token tables
-    among them (they are the output's matrix
-    too where the two are tied), but not on what is looked up by another index: labels, positions,
-    types ("index").
+    among them (they are the output's matrix too where the two are tied), but not on what is looked
+    up by another index: labels, positions, types ("index").
     """
     return is_matrix(names) and "index" not in names
 

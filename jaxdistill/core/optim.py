@@ -81,9 +81,8 @@ class Optimizer:
     """One role's optimiser. Steps are the role's own updates, not engine steps.
 
     What is shown here is what acts, not optax's defaults (lion's paper: b2=.99; rmsprop's b2 is the
-    decay of its squares). Raises
-    Refused for a value out of range, and for a field that is set though it does not act on the
-    algorithm or schedule.
+    decay of its squares). Raises Refused for a value out of range, and for a field that is set
+    though it does not act on the algorithm or schedule.
     """
 
     # a name of ALGORITHMS; adam, nadam and adamax are the same with and without a final w
@@ -158,8 +157,7 @@ class Optimizer:
         it never is.
 
         Members of a `bank` are clipped each by its own norm. `axes` are the logical names of its
-        weights (`Net.axes`), which say
-        what decays.
+        weights (`Net.axes`), which say what decays.
         """
         if steps == 0:
             return optax.identity()
@@ -223,8 +221,7 @@ def clip_by_member_norm(limit: float) -> optax.GradientTransformation:
 
 def decayed(params: Params, axes: Params | None = None) -> Params:
     """Which weights decay, bool for each: by their logical names (core/net.py `decays`). Where
-    these are not known, everything of
-    two dimensions or more but biases, norm scales and gains.
+    these are not known, everything of two dimensions or more but biases, norm scales and gains.
     """
     named = lambda path: path_name(path).split("/")[-1] not in ("bias", "scale", "gain")
     by_shape = lambda path, w: jnp.ndim(w) >= 2 and named(path)
@@ -240,8 +237,7 @@ class Ema:
     """Exponential average with constant decay; `k` is the number of updates so far, from 1.
 
     With `warmup` the decay is min(decay, (1 + k) / (10 + k)), so that early averages forget the
-    initial weights. This class and
-    those below raise Refused for a field out of range.
+    initial weights. This class and those below raise Refused for a field out of range.
     """
 
     rate: float = 0.999

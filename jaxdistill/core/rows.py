@@ -26,8 +26,8 @@ def project(x: Array, kernel: Array, dtype=None) -> Array:
     """x [... D] times kernel [D V] -> [... V], in `dtype` (None: theirs).
 
     On one device with all leading axes as one: else XLA's CPU programs copy the whole [... V]
-    gradient, transposed, to make
-    the kernel's. On a mesh two of these may be sharded, which one axis cannot be.
+    gradient, transposed, to make the kernel's. On a mesh two of these may be sharded, which one
+    axis cannot be.
     """
     rows = x.reshape(-1, x.shape[-1]) if mesh_in_use() is None else x
     return jnp.matmul(rows, kernel, preferred_element_type=dtype).reshape(
@@ -39,10 +39,8 @@ def by_rows(fn: Callable[..., Array], *arrays: Array) -> Array:
     """fn([... V], ..) -> [...], where every row's value comes from that row alone.
 
     Large arrays on one CPU go through a few rows at a time, and the backward pass makes them anew
-    from the arrays and what `keep`
-    has named: fn's temporaries stay in the cache, where XLA's CPU programs would write each of them
-    out whole. Elsewhere, and
-    on a mesh, it is fn(*arrays).
+    from the arrays and what `keep` has named: fn's temporaries stay in the cache, where XLA's CPU
+    programs would write each of them out whole. Elsewhere, and on a mesh, it is fn(*arrays).
     """
     first = arrays[0]
     if mesh_in_use() is not None or first.size <= SMALL:

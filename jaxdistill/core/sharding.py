@@ -34,8 +34,7 @@ class MeshShape:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
     """Logical axis -> mesh axis. Default: FSDP on `embed`, over the devices that share a sample's
-    tokens too; tensor parallel on
-    `mlp`, `heads`, `vocab`.
+    tokens too; tensor parallel on `mlp`, `heads`, `vocab`.
     """
 
     batch: Axes = ("data", "fsdp")
@@ -136,8 +135,8 @@ def constrain(x, *names):
 
 def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):
     """`fn` as a program of each device on its own shards, for kernels that the compiler cannot
-    split; None where a named
-    axis does not divide its dimension, or leaves a sequence that is no multiple of `tile`.
+    split; None where a named axis does not divide its dimension, or leaves a sequence that is no
+    multiple of `tile`.
 
     `inputs` and `output` are logical names of every dimension. Without a mesh it is `fn` itself.
     """
@@ -167,8 +166,7 @@ def _ways(mesh, axis) -> int:
 
 def _divides(mesh, spec: P, shape: tuple[int, ...]) -> P:
     """`spec` without the mesh axes that do not divide their dimension (a 10-class table over 4
-    devices stays whole); of
-    several for one dimension the last go first.
+    devices stays whole); of several for one dimension the last go first.
     """
 
     def most(size: int, axis):

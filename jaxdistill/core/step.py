@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdistill.core.net import Net, restore
+from jaxdistill.core.net import Net, materialise
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Batch, Ctx, Means, Method, Nets, Params, Refused, State, Turn
@@ -20,8 +20,7 @@ def init_state(
     method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params], inits=None
 ) -> State:
     """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or
-    fresh, as `inits`
-    (by default the method's) says.
+    fresh, as `inits` (by default the method's) says.
 
     Pure, to be jitted with the state's shardings. Every tree owns its buffers, because they get
     donated.
@@ -29,9 +28,9 @@ def init_state(
     params = {}
     for i, (role, source) in enumerate((inits or method.inits).items()):
         if role in start:
-            init = nets[role].adopt(restore(start[role]))
+            init = nets[role].from_source(materialise(start[role]))
         elif source is not None and not nets[role].adapts:
-            given = nets[role].adopt(restore({**start, **params}[source]))
+            given = nets[role].from_source(materialise({**start, **params}[source]))
             init = overlay(nets[role].init(jax.random.fold_in(key, i)), given, role, source)
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
@@ -52,7 +51,9 @@ def frozen_weights(
     method: Method, nets: Mapping[str, Net], start: Mapping[str, Params]
 ) -> dict[str, Params]:
     """role -> what a state holds of each frozen role, in buffers of its own."""
-    return {role: jax.tree.map(jnp.copy, nets[role].adopt(start[role])) for role in method.frozen}
+    return {
+        role: jax.tree.map(jnp.copy, nets[role].from_source(start[role])) for role in method.frozen
+    }
 
 
 def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
@@ -116,7 +117,7 @@ def take_turn(
             differentiate, moving, batch, rng, state.memory, accumulate
         )
     grads = {
-        role: nets[role].sound(g)
+        role: nets[role].sanitise(g)
         for role, g in jax.tree.map(lambda g: g / _nonzero(count), grads).items()
     }
 
@@ -187,9 +188,8 @@ def make_train_step(
     counts that they are over.
 
     The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is
-    static, so that
-    every pattern is a program of its own. Raises Refused on an average in `emas` whose decay a turn
-    gives.
+    static, so that every pattern is a program of its own. Raises Refused on an average in `emas`
+    whose decay a turn gives.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}

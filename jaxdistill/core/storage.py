@@ -1,7 +1,7 @@
 """How a frozen role's weights rest: in eight bits, or in the host's memory (a combinator Net ->
 Net).
 
-Arithmetic sees what `net.restore` makes of them: stacked layers one at a time, inside the scan over
+Arithmetic sees what `net.materialise` makes of them: stacked layers one at a time, inside the scan over
 them, everything else when the network is called. So a large teacher never stands in device memory
 whole and in floating point.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_matrix, is_spec, resting, restore
+from jaxdistill.core.net import Net, is_matrix, is_spec, materialise, resting
 from jaxdistill.core.types import Params, Refused
 
 
@@ -28,14 +28,14 @@ class Quantized(Net):
     plain: Net | None = None
 
     def init(self, key):
-        return self.adopt(self.plain.init(key))
+        return self.from_source(self.plain.init(key))
 
-    def adopt(self, params: Params) -> Params:
+    def from_source(self, params: Params) -> Params:
         """Float weights as they will rest; quantised ones as they are."""
         params = (
             params
             if any(map(resting, jax.tree.leaves(params, is_leaf=resting)))
-            else self.plain.adopt(params)
+            else self.plain.from_source(params)
         )
         return _map(
             lambda w, names: w if resting(w) or not is_matrix(names) else _quantize(w, names),
@@ -59,7 +59,7 @@ def quantized(net: Net, kind: str) -> Quantized:
     wrapped = Quantized(
         net.build, net.graphdef, {}, {}, net.wrap, net.config, net.adapts, plain=net
     )
-    shapes = jax.eval_shape(wrapped.adopt, net.shapes)
+    shapes = jax.eval_shape(wrapped.from_source, net.shapes)
     axes = _map(_axes, net.axes, shapes)
     return dataclasses.replace(wrapped, shapes=shapes, axes=axes)
 
@@ -76,7 +76,7 @@ def _kept(names: P) -> tuple[int, ...]:
 def _quantize(w, names: P):
     import qwix
 
-    return qwix.quantize(restore(w), jnp.int8, channelwise_axes=_kept(names))
+    return qwix.quantize(materialise(w), jnp.int8, channelwise_axes=_kept(names))
 
 
 def _axes(names: P, w):

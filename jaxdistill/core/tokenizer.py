@@ -13,12 +13,9 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
     """The tokenizer of `transformers` in a folder; `options` are those of its `from_pretrained`.
 
     From local files alone, and without running code that comes with them: a folder with code of its
-    own is refused
-    before transformers sees it, so that nobody is asked. Sampling of tokens (BPE dropout, of
-    Unigram the ways to cut a
-    text) is off: the same text always has the same tokens. Raises Refused there, and where the
-    folder holds no tokenizer
-    or a damaged one.
+    own is refused before transformers sees it, so that nobody is asked. Sampling of tokens (BPE
+    dropout, of Unigram the ways to cut a text) is off: the same text always has the same tokens.
+    Raises Refused there, and where the folder holds no tokenizer or a damaged one.
     """
     if not folder.is_dir():
         raise Refused(f"tokenizer={folder}: no such folder")

@@ -78,9 +78,8 @@ def named_key(key: Array, name: str) -> Array:
 @jax.tree_util.register_pytree_node_class
 class Means(dict):
     """What a step reports: name -> mean, float32 []. `counts` has, by name, how many valid tokens
-    or samples the mean is over (float32
-    []), where the loss counts them: means over several steps weigh each token alike. The others
-    count by step.
+    or samples the mean is over (float32 []), where the loss counts them: means over several steps
+    weigh each token alike. The others count by step.
     """
 
     def __init__(self, means: Mapping[str, Array], counts: Mapping[str, Array]):
@@ -131,10 +130,9 @@ class Out(NamedTuple):
     """What a loss returns.
 
     Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over
-    `count` valid
-    tokens or samples, and the engine divides by the global count: over all micro-batches and all
-    shards. A loss that
-    adds up means over different counts needs the whole batch's, which a `gather` can put into it.
+    `count` valid tokens or samples, and the engine divides by the global count: over all
+    micro-batches and all shards. A loss that adds up means over different counts needs the whole
+    batch's, which a `gather` can put into it.
     """
 
     loss: Array
@@ -157,15 +155,11 @@ class Turn:
     A turn that moves nothing measures: its metrics are named `measured/...`, and it may write to
     the memory.
     `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs
-    first, without
-    gradient, on the whole batch, and returns the batch that `loss` will see (roll-outs, teacher
-    trajectories).
-    `after(weights, step)` follows the update: from every role's weights (under the names that
-    losses know) it makes new
-    ones of some trained roles (couplings between networks, recordings), and returns these by role.
-    `decay(k)`, where there
-    is one, is the weight of the old average at a role's update number k, from 1, in place of the
-    config's.
+    first, without gradient, on the whole batch, and returns the batch that `loss` will see
+    (roll-outs, teacher trajectories). `after(weights, step)` follows the update: from every role's
+    weights (under the names that losses know) it makes new ones of some trained roles (couplings
+    between networks, recordings), and returns these by role. `decay(k)`, where there is one, is the
+    weight of the old average at a role's update number k, from 1, in place of the config's.
     """
 
     moves: tuple[str, ...]
@@ -182,8 +176,7 @@ class Collect:
     without gradient.
 
     The arrays (batch axis first) become records in the run's folder, and the stage reads these
-    instead of the data
-    set, shuffled. A resumed run makes only what is missing.
+    instead of the data set, shuffled. A resumed run makes only what is missing.
     """
 
     make: Callable[[Nets, Ctx], Batch]
@@ -195,10 +188,8 @@ class Stage:
     """A training run inside a multi-stage method: surgery, then collection of data, then steps.
 
     `surgery(nets, params, batch) -> (nets, params)` rewrites networks and weights before it: a
-    stage hands its
-    result (averaged weights where a role has them) to the next one's surgery. It must be
-    deterministic, because a
-    resumed run calls it again.
+    stage hands its result (averaged weights where a role has them) to the next one's surgery. It
+    must be deterministic, because a resumed run calls it again.
     """
 
     method: Method
@@ -280,8 +271,7 @@ class Controller:
 
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
         """Called with each logging interval's mean metrics (over its tokens or samples, where the
-        loss counts them; else over its
-        steps); returns hints that the data pipeline receives.
+        loss counts them; else over its steps); returns hints that the data pipeline receives.
         """
         return {}
 

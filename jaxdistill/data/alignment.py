@@ -18,10 +18,9 @@ def spans(
     side, [n] and [m].
 
     Spans are numbered from 0 and are the finest pieces that are whole tokens on both sides: one
-    ends wherever tokens of
-    both sides do, with `ends` at these byte positions only. -1 on tokens of no bytes (special
-    ones), and after the last
-    common end, where one side is cut short. Raises Refused on negative numbers.
+    ends wherever tokens of both sides do, with `ends` at these byte positions only. -1 on tokens of
+    no bytes (special ones), and after the last common end, where one side is cut short. Raises
+    Refused on negative numbers.
     """
     sides = [np.asarray(side, np.int64).reshape(-1) for side in (first, second)]
     if min((int(side.min()) for side in sides if len(side)), default=0) < 0:
@@ -41,8 +40,7 @@ def covered(codec: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
     """(token ids, bytes of `text` that each stands for), int32 [n] each.
 
     A blank that a tokenizer puts before every text counts nothing. Raises Refused where the tokens
-    do not add up to the
-    text (a tokenizer that changes it: lower case, unknown tokens).
+    do not add up to the text (a tokenizer that changes it: lower case, unknown tokens).
     """
     tokens = codec.encode(text)
     lengths = np.asarray(codec.lengths(tokens), np.int32)
@@ -66,8 +64,7 @@ def word_ends(text: str) -> np.ndarray:
 
 def begins_with_space(codec: Tokenizer) -> np.ndarray:
     """Which ids begin with white space or are special, uint8 [ceil(vocab / 8)], eight to a byte
-    (`numpy.packbits`): after which
-    text a word has ended.
+    (`numpy.packbits`): after which text a word has ended.
     """
     texts = codec.texts()
     sizes = codec.lengths(np.arange(codec.vocab))
@@ -92,11 +89,9 @@ class Covers:
     on tokenisation bias).
 
     A model that has read "Hel" as a token knows that "lo" does not follow, for "Hello" is one
-    token: its law after a piece
-    of text leaves out what would have been cut otherwise. `of(piece)` are these continuations, with
-    the unigram
-    probability of the token that has each. Raises Refused on a tokenizer that puts a blank before
-    every text.
+    token: its law after a piece of text leaves out what would have been cut otherwise. `of(piece)`
+    are these continuations, with the unigram probability of the token that has each. Raises Refused
+    on a tokenizer that puts a blank before every text.
     """
 
     def __init__(self, codec: Tokenizer, probabilities: np.ndarray):
@@ -135,10 +130,9 @@ class Covers:
 
 def bias(first: Covers, second: Covers, tokens: tuple[int, int]) -> float:
     """By how much the laws of two sides differ after text whose last tokens are these ids: the
-    larger probability of what the
-    one leaves out and the other does not, each by its own unigrams. Special tokens have none; other
-    tokens of white space
-    alone, and bytes that are no characters, count as 1.
+    larger probability of what the one leaves out and the other does not, each by its own unigrams.
+    Special tokens have none; other tokens of white space alone, and bytes that are no characters,
+    count as 1.
     """
     pieces = [covers.texts[token] for covers, token in zip((first, second), tokens)]
     sizes = [

@@ -28,8 +28,7 @@ class ArrayRecords(Records):
     """The keys, shapes and dtypes that `write` was given.
 
     `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation.
-    Raises Refused, naming it,
-    on a damaged file or record, and on a record unlike the first.
+    Raises Refused, naming it, on a damaged file or record, and on a record unlike the first.
     """
 
     heldout: float = 0.02  # share kept for evaluation where there are no test* files
@@ -72,9 +71,8 @@ class ArrayRecords(Records):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightedRecords(ArrayRecords):
     """Records with a number `worth`, drawn evenly: those that are worth nothing are left out, and
-    the others come with
-    `weight`, their worth over the mean of those that are kept. Where none is worth anything all
-    have weight 1.
+    the others come with `weight`, their worth over the mean of those that are kept. Where none is
+    worth anything all have weight 1.
     """
 
     @functools.cached_property
@@ -220,8 +218,8 @@ def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
     returns their number.
 
     An existing file is replaced at the end, in one move: a reader never sees half of one. Raises
-    Refused on an example
-    unlike the first, on arrays of objects or strings, and where there are none.
+    Refused on an example unlike the first, on arrays of objects or strings, and where there are
+    none.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,9 +27,8 @@ class Dataset:
     """Base of all data sets; its fields are the keys of `config.data`.
 
     Global batch number i is the same set of samples whatever the number of processes; process p of
-    n takes its share
-    of the rows. Subclasses override `batch` (vectorised, data in memory or generated), or derive
-    from `Records`.
+    n takes its share of the rows. Subclasses override `batch` (vectorised, data in memory or
+    generated), or derive from `Records`.
     """
 
     batch_size: int = 128  # samples per step over all processes
@@ -50,9 +49,8 @@ class Dataset:
 
     def check(self, test: bool = True) -> None:
         """Raises Refused where there is no first training sample or, where `test`, no held-out one;
-        asked before anything
-        runs or is written. Sets that are read record by record are opened, and one record of each
-        split is read.
+        asked before anything runs or is written. Sets that are read record by record are opened,
+        and one record of each split is read.
         """
         self.spec()
         if test:
@@ -303,8 +301,7 @@ def contents(file: Path, largest: int = LARGEST) -> bytes:
 
 def regular(file: Path) -> int:
     """The size of a regular file (links are followed), bytes. Raises Refused on devices and pipes,
-    which may have no end, on
-    folders, and where it cannot be looked at.
+    which may have no end, on folders, and where it cannot be looked at.
     """
     try:
         about = file.stat()

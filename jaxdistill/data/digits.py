@@ -32,10 +32,8 @@ class Digits(InMemory):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledDigits(InMemory):
     """x float32 [8, 8, 1] in [-1, 1], cond int32 the label, heldout float32: `size` training
-    samples, of which a share of
-    labels is wrong and another share (`heldout` 1) is there to be predicted and not fitted; the
-    other samples, with right
-    labels, are the test.
+    samples, of which a share of labels is wrong and another share (`heldout` 1) is there to be
+    predicted and not fitted; the other samples, with right labels, are the test.
     """
 
     size: int = 400  # training samples

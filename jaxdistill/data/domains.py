@@ -48,8 +48,8 @@ class Domains(Dataset):
     rows never trained on).
 
     Of every interval + measures batches the first `measures` are held-out rows, the same each time
-    and as many of each
-    domain; those that follow are drawn with the probabilities `weights`. Subclasses give `parts`.
+    and as many of each domain; those that follow are drawn with the probabilities `weights`.
+    Subclasses give `parts`.
     """
 
     weights: tuple[

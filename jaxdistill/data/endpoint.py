@@ -96,8 +96,7 @@ class Endpoint:
         """{"text", "prompt_tokens", "completion_tokens"} of one answer.
 
         Raises Refused where the server refuses the request, sends it elsewhere or answers without
-        end, ConnectionError where
-        all attempts have failed.
+        end, ConnectionError where all attempts have failed.
         """
         key = self._key()
         request = self._request(messages, key)
@@ -411,10 +410,9 @@ def ask_all(
     {"id", "text", ...} at once.
 
     Run again after an interruption it asks what is missing and no id twice. Returns the bill of the
-    whole file: requests,
-    prompt_tokens, completion_tokens, cost. The first error stops it, and what was answered stays.
-    Raises Refused before the
-    first request where `file` holds something else, or where one id has two questions.
+    whole file: requests, prompt_tokens, completion_tokens, cost. The first error stops it, and what
+    was answered stays. Raises Refused before the first request where `file` holds something else,
+    or where one id has two questions.
     """
     if workers < 1:
         raise Refused(f"workers={workers}: expected at least 1")

@@ -25,8 +25,7 @@ class IDX(InMemory):
     """x float32 [H, W, 1] in [-1, 1]; cond int32 label; null_cond the number of classes.
 
     Folder `path` holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-... for
-    evaluation, each as it is
-    or with ".gz". Raises Refused on a missing, truncated or other file.
+    evaluation, each as it is or with ".gz". Raises Refused on a missing, truncated or other file.
     """
 
     size: int = 0  # pixels a side after padding with black (-1); 0: as stored
@@ -105,8 +104,7 @@ def read(file: Path, axes: int) -> np.ndarray:
 
 def _gunzip(file: Path, raw: bytes, most: int) -> bytes:
     """The first `most` bytes that a gzip file holds; of a truncated one, what is left. Refused
-    where it is none, or its
-    checksum is wrong.
+    where it is none, or its checksum is wrong.
     """
     data = b""
     try:

@@ -105,8 +105,7 @@ class Images(Records):
     """x float32 [size, size, 3] in [-1, 1]; cond int32 label; null_cond the number of classes.
 
     Records are (name, encoded image, label). The middle square is cut out and resized. Raises
-    Refused, naming the file
-    or row, where an image cannot be decoded.
+    Refused, naming the file or row, where an image cannot be decoded.
     """
 
     size: int = 32  # pixels a side
@@ -150,8 +149,7 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
     It stands upright, as EXIF says; what is transparent lies on white; of several pictures (an
     animation) it is the first.
     Raises Refused, with `name`, where the image is damaged, is none of FORMATS, has more than 8
-    bits a channel, or more than
-    BYTES or PIXELS.
+    bits a channel, or more than BYTES or PIXELS.
     """
     if len(data) > BYTES:
         raise Refused(f"{name}: {len(data):,} bytes, expected at most {BYTES:,}")
@@ -371,8 +369,8 @@ class Shard(Sequence):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageFolder(Images):
     """Images in path/train/CLASS/ and path/test/CLASS/, or in path/CLASS/ alone; classes in the
-    order of their names. Every
-    image is read, or one that cannot be is refused: see `_listed` and `_check_beside`.
+    order of their names. Every image is read, or one that cannot be is refused: see `_listed` and
+    `_check_beside`.
 
     Without a test folder a share is held out by a hash of each image's name, so that new images
     move no old ones.
@@ -414,9 +412,8 @@ class ImageFolder(Images):
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _listed(self, root: Path) -> list[tuple[Path, int]]:
         """(file, label) of every picture. Raises Refused where one would be left out: beside the
-        class folders, deeper in
-        them, or of a format that is not read; and where a class has none. Other files are counted
-        in the log.
+        class folders, deeper in them, or of a format that is not read; and where a class has none.
+        Other files are counted in the log.
         """
         labels = {name: label for label, name in enumerate(self.names)}
         folders = [(root / name, lookup(labels, name, f"{root}: class")) for name in _folders(root)]
@@ -521,8 +518,8 @@ def _check_loose(root: Path) -> None:
 
 def _check_beside(path: Path, test: Path | None) -> None:
     """Raises Refused on images beside the folders "train" and "test" of `path`, and where held-out
-    ones are in a folder of
-    another name than "test". With a test folder, further held-out ones are named in the log.
+    ones are in a folder of another name than "test". With a test folder, further held-out ones are
+    named in the log.
     """
     _check_loose(path)
     for folder in _seen(path):

@@ -23,10 +23,8 @@ class Markov(Dataset):
     start.
 
     After each pair of symbols (each symbol, where `order` is 1) `branch` successors, drawn from
-    `seed`, share the probability
-    1 - smoothing, and all symbols share the rest evenly, so that every log probability is finite.
-    mask is 1 but on the first
-    token.
+    `seed`, share the probability 1 - smoothing, and all symbols share the rest evenly, so that
+    every log probability is finite. mask is 1 but on the first token.
     """
 
     vocab: int = 32  # the table has vocab^3 entries
@@ -66,7 +64,7 @@ class Markov(Dataset):
         return every(successors), every(weights / weights.sum(-1, keepdims=True))
 
     @functools.cached_property
-    def law(self) -> tuple[np.ndarray, np.ndarray]:
+    def transitions(self) -> tuple[np.ndarray, np.ndarray]:
         """(pairs [V, V], next [V, V, V]) in float64: stationary law of two neighbours, and of what
         follows them.
         """
@@ -84,13 +82,12 @@ class Markov(Dataset):
     @functools.cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where a uniform number changes its choice, of the first pair [V^2 - 1] and of the likely
-        successors
-        [branch - 1, V^2]; and those successors [V^2 branch].
+        successors [branch - 1, V^2]; and those successors [V^2 branch].
         """
         successors, shares = self.likely
         steps = self.smoothing + (1 - self.smoothing) * shares.cumsum(-1)[..., :-1]
         return (
-            self.law[0].ravel().cumsum()[:-1],
+            self.transitions[0].ravel().cumsum()[:-1],
             steps.reshape(self.vocab**2, -1).T.copy(),
             successors.ravel(),
         )
@@ -127,14 +124,14 @@ class Markov(Dataset):
         """Nats per token, given the two before it: the least cross-entropy that a model can reach
         on later tokens.
         """
-        pairs, table = self.law
+        pairs, table = self.transitions
         return float(-np.einsum("ab,abc,abc->", pairs, table, np.log(table)))
 
     def log_probs(self, tokens: np.ndarray) -> np.ndarray:
         """Exact log probability of each token given those before it: float64 [B, T] of int [B, T],
         T >= 2.
         """
-        pairs, table = self.law
+        pairs, table = self.transitions
         first = tokens[:, 0]
         second = tokens[:, 1]
         start = [pairs.sum(1)[first], (pairs / pairs.sum(1, keepdims=True))[first, second]]
@@ -151,7 +148,7 @@ class Markov(Dataset):
         """Log law of the token after each position. A language model's other arguments change
         nothing here.
         """
-        pairs, table = self.law
+        pairs, table = self.transitions
         after_one = jnp.asarray(np.log(pairs / pairs.sum(1, keepdims=True)), jnp.float32)
         after_two = jnp.asarray(np.log(table), jnp.float32)
         return jnp.concatenate(
@@ -164,11 +161,9 @@ class Carry(Dataset):
     """Additions "a+b=c;" in columns of fixed width, all with leading zeros: 3 digits + 4 tokens.
 
     tokens int32 and mask float32 [length], 1 on c and ";"; prompt int32 and prompt_mask bool [2
-    digits + 2]: what stands
-    before c. Ids 0-9 are the digits, 10 "+", 11 "=", 12 ";" (ends the text), 13 pads. Of all pairs,
-    those whose number
-    10^digits a + b leaves the remainder `seed` modulo 17 are kept for evaluation and never trained
-    on.
+    digits + 2]: what stands before c. Ids 0-9 are the digits, 10 "+", 11 "=", 12 ";" (ends the
+    text), 13 pads. Of all pairs, those whose number 10^digits a + b leaves the remainder `seed`
+    modulo 17 are kept for evaluation and never trained on.
     """
 
     digits: int = 3  # of a and b; c has one more
@@ -291,9 +286,8 @@ class JunkCarry(Carry):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recall(Dataset):
     """Questions whose answers follow no rule, to be learnt by heart: tokens int32 and mask float32
-    [2 + answer], 1 on the
-    answer; prompt int32 and prompt_mask bool [2], the question's number in two digits to the base
-    `symbols`.
+    [2 + answer], 1 on the answer; prompt int32 and prompt_mask bool [2], the question's number in
+    two digits to the base `symbols`.
 
     Evaluation asks the questions that are trained on.
     """

@@ -22,9 +22,8 @@ ABOUT = "store.json"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredLogits(ArrayRecords):
     """The keys of the data set that was read, and the teacher's law of the token after each
-    position: teacher_ids int32
-    [T k], the likeliest tokens first, teacher_log_probs [T k], and teacher_log_tail [T], the log
-    mass of all others.
+    position: teacher_ids int32 [T k], the likeliest tokens first, teacher_log_probs [T k], and
+    teacher_log_tail [T], the log mass of all others.
 
     `path` is the store's folder. Raises Refused where it is no store, or one that is not complete.
     """

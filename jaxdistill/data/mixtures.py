@@ -23,9 +23,8 @@ class Mixture(Dataset):
     null_cond the number of these.
 
     Weights, means and isotropic standard deviations are drawn from `seed`: means by repeated draws
-    from the ball of
-    `radius` at least `gap` standard deviations apart (as far as they fit), weights uneven within a
-    factor of two.
+    from the ball of `radius` at least `gap` standard deviations apart (as far as they fit), weights
+    uneven within a factor of two.
     """
 
     batch_size: int = 256
@@ -42,7 +41,7 @@ class Mixture(Dataset):
     labelled: bool = True  # without labels, teacher and students are those of the whole mixture
 
     @functools.cached_property
-    def law(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def components(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(weights [K], means [K, dim], stds [K]), float32."""
         rng = np.random.default_rng([self.seed, self.dim, self.modes])
         means = []
@@ -61,7 +60,7 @@ class Mixture(Dataset):
     def labels(self) -> np.ndarray:
         """The label of each mode, int32 [modes]."""
         rank = (
-            np.argsort(np.argsort(np.arctan2(*self.law[1].T[1::-1])))
+            np.argsort(np.argsort(np.arctan2(*self.components[1].T[1::-1])))
             if self.classes
             else np.arange(self.modes)
         )
@@ -87,11 +86,11 @@ class Mixture(Dataset):
     @property
     def teacher_law(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The law that `net` is the denoiser of."""
-        return self.law
+        return self.components
 
     def draw(self, rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
         """`n` samples from the law."""
-        weights, means, stds = self.law
+        weights, means, stds = self.components
         mode = rng.choice(
             self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64)
         )
@@ -144,5 +143,5 @@ class Blurred(Mixture):
 
     @property
     def teacher_law(self):
-        weights, means, stds = self.law
+        weights, means, stds = self.components
         return weights, means, np.sqrt(stds**2 + np.float32(self.blur) ** 2)

@@ -43,8 +43,7 @@ def ask(passage: str, kind: str = "type") -> list[dict[str, str]]:
 
 def parse_entities(text: str) -> list[Pair] | None:
     """(entity, type) pairs of a teacher's reply: a JSON list of pairs, or of objects with "entity"
-    and "type"; None where
-    there is none, or where an item is neither.
+    and "type"; None where there is none, or where an item is neither.
     """
     start = text.find("[")
     end = text.rfind("]")
@@ -251,9 +250,8 @@ def conll(file: str | Path) -> list[tuple[str, list[Pair]]]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversations(JsonLines):
     """JSON lines {"text": passage, "entities": [[entity, type], ...]} as conversations: tokens,
-    segments, positions int32
-    and mask float32 [length], padded on the right. Those that are longer are left out, since
-    answers would be cut.
+    segments, positions int32 and mask float32 [length], padded on the right. Those that are longer
+    are left out, since answers would be cut.
     """
 
     length: int = 1024  # tokens
@@ -339,11 +337,9 @@ class Slots(InMemory):
     question for one type.
 
     A row is the sentence, "?", the type: then the entity words of that type in their order and the
-    end. The teacher that
-    labels the training sentences misses or misnames each entity with probability `noise`, and lists
-    only types that it
-    sees; `negatives` adds questions for others. Evaluation asks for every type of every sentence,
-    and its labels are right.
+    end. The teacher that labels the training sentences misses or misnames each entity with
+    probability `noise`, and lists only types that it sees; `negatives` adds questions for others.
+    Evaluation asks for every type of every sentence, and its labels are right.
     """
 
     size: int = 3000  # training sentences

@@ -14,10 +14,8 @@ from jaxdistill.data.language import Markov
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Patterns(Dataset):
     """tokens int32, mask bool [length], label int32: which of two rare patterns (a b c, or c b a) a
-    text of the first
-    language has; `size` of them for training. general_tokens, general_mask: endless text of all
-    `languages` (first-order
-    Markov chains over one vocabulary).
+    text of the first language has; `size` of them for training. general_tokens, general_mask:
+    endless text of all `languages` (first-order Markov chains over one vocabulary).
 
     Evaluation: half in the first language, half in the second (domain int32 0, 1).
     """

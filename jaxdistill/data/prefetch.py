@@ -17,12 +17,10 @@ class DevicePrefetch:
     batches ahead.
 
     `state` is `loader.get_state()` right after that batch: saved with what the step has consumed,
-    it resumes there,
-    whatever was read ahead. Both `next(loader)` and `put` run in the thread, where the caller's
-    context managers (a
-    mesh, a default device) do not hold. What they raise, the end of the loader included, is raised
-    again here.
-    Leaving the `with` block, or `close()`, ends the thread after the batch that it is working on.
+    it resumes there, whatever was read ahead. Both `next(loader)` and `put` run in the thread,
+    where the caller's context managers (a mesh, a default device) do not hold. What they raise, the
+    end of the loader included, is raised again here. Leaving the `with` block, or `close()`, ends
+    the thread after the batch that it is working on.
     """
 
     def __init__(self, loader: Iterator, put: Callable[[Any], Any], depth: int = 2):

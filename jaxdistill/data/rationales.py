@@ -139,8 +139,8 @@ def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, st
     gold the data's own equation.
 
     `labels`: "gt", gold ones, or "llm", the teacher's; test labels are always gold. Rows whose
-    rationale cannot be parsed
-    are left out. Raises Refused where a file is missing, or where they do not belong together.
+    rationale cannot be parsed are left out. Raises Refused where a file is missing, or where they
+    do not belong together.
     """
     folder = Path(folder)
     teachers = lookup({"gt": False, "llm": True}, labels, "data.labels")
@@ -173,10 +173,9 @@ class Rationales(JsonLines):
     row padded.
 
     The answer has the arrays of `data.text:PaddedJson`, [prompt_length + label_length]; the reasons
-    have those that a loss
-    needs under explain_tokens, explain_mask, ... [prompt_length + rationale_length]. Rows whose
-    prompt is too long are left
-    out; targets lose their end. A row without a rationale has no explain targets.
+    have those that a loss needs under explain_tokens, explain_mask, ... [prompt_length +
+    rationale_length]. Rows whose prompt is too long are left out; targets lose their end. A row
+    without a rationale has no explain targets.
     """
 
     input_key: str = "input"
@@ -243,8 +242,8 @@ class Rationales(JsonLines):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SVAMP(Rationales):
     """Arithmetic word problems (arXiv:2103.07191), their equations, and the reasons that PaLM 540B
-    gave (see `svamp`): `path` is
-    the folder of the released files. No prompt is longer than 344 bytes, no equation than 32.
+    gave (see `svamp`): `path` is the folder of the released files. No prompt is longer than 344
+    bytes, no equation than 32.
     """
 
     # what the student learns to answer: "gt", the data's equations | "llm", those of the teacher
@@ -260,8 +259,7 @@ class SVAMP(Rationales):
 
     def correct(self, tokens: np.ndarray) -> np.ndarray:
         """Whether what is written after each test problem, int [n, prompt_length + label_length],
-        has the value of the data's
-        equation: bool [n].
+        has the value of the data's equation: bool [n].
         """
         codec, (end,) = self.codec, self.eos
         told = [
@@ -290,10 +288,9 @@ class Sums(InMemory):
     -> "1" because "021".
 
     A row is prefix, digits, "=": then the answer, or (explain_tokens) the rationale, and the end.
-    Ids 0-9 are the digits,
-    10 asks for the answer, 11 for the rationale, 12 "=", 13 ends, 14 pads. In a share `wrong` of
-    the training rationales
-    one digit is wrong. Test: 1,000 lists that are never trained on.
+    Ids 0-9 are the digits, 10 asks for the answer, 11 for the rationale, 12 "=", 13 ends, 14 pads.
+    In a share `wrong` of the training rationales one digit is wrong. Test: 1,000 lists that are
+    never trained on.
     """
 
     size: int = 400  # training lists

@@ -20,9 +20,8 @@ from jaxdistill.diffusion.process import Pred, expand
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rings(Mixture):
     """Each mode is a circle around its mean, its radius the mode's `std`, blurred by a Gaussian: by
-    `thickness` radii in the
-    samples, by `blur` radii in the exact denoiser. With equal numbers that is the denoiser of the
-    samples' own law.
+    `thickness` radii in the samples, by `blur` radii in the exact denoiser. With equal numbers that
+    is the denoiser of the samples' own law.
 
     Raises Refused in other than two dimensions.
     """
@@ -40,7 +39,7 @@ class Rings(Mixture):
             )
 
     def draw(self, rng, n):
-        weights, means, radii = self.law
+        weights, means, radii = self.components
         mode = rng.choice(
             self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64)
         )
@@ -56,7 +55,8 @@ class Rings(Mixture):
         radius a rho plus N(0, v I).
         """
         log_w, means, radii = (
-            jnp.asarray(a, x.dtype) for a in (np.log(self.law[0].astype(np.float64)), *self.law[1:])
+            jnp.asarray(a, x.dtype)
+            for a in (np.log(self.components[0].astype(np.float64)), *self.components[1:])
         )
         a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
         own = (self.blur * radii) ** 2

@@ -24,9 +24,8 @@ WORDS = ("<s>", *SHAPES, *COLOURS)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes(Dataset):
     """x float32 [6, 6, 3] in -1 to 1: a shape of one colour on black, at one of nine places. cond:
-    text float32 [3, dim], the
-    embeddings of "<s>", shape and colour, and mask bool [3], False for a colour that is not told.
-    null_cond: "<s>" alone.
+    text float32 [3, dim], the embeddings of "<s>", shape and colour, and mask bool [3], False for a
+    colour that is not told. null_cond: "<s>" alone.
 
     `label` int32 [2] is the number of the shape, and of the colour in the picture.
     """

@@ -16,8 +16,8 @@ from jaxdistill.data.base import Dataset
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Synthetic(Dataset):
     """`arrays` says what one sample holds: name -> "normal 32 32 4" (float32 of that shape),
-    "integers 1000 128" (int32 below
-    1000, shape [128]) or "constant 1000" (int32; with a shape after the value where it has one).
+    "integers 1000 128" (int32 below 1000, shape [128]) or "constant 1000" (int32; with a shape
+    after the value where it has one).
 
     A stroke makes a group: "cond/text" is the key "text" of "cond". Raises Refused on another
     description.

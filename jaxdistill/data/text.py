@@ -30,8 +30,7 @@ class Text(InMemory):
     whose lines end in "\\n" (as "\\r\\n" and "\\r" are read too).
 
     Neighbouring windows share one token, so that in an epoch every token but the first is a target
-    exactly once (up to
-    the rest at the end that fills no window). The end of the file is held out.
+    exactly once (up to the rest at the end that fills no window). The end of the file is held out.
     """
 
     tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
@@ -75,8 +74,7 @@ class JsonLines(InMemory):
     A document is bos (where the tokenizer has one), prompt, `between`, response, eos; the response
     and eos are targets.
     Prompts are never cut: those that leave no room for a target are left out, and responses that
-    are too long lose
-    their end; both are counted in the log.
+    are too long lose their end; both are counted in the log.
     """
 
     tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
@@ -166,8 +164,7 @@ class PackedJson(JsonLines):
     row, none split.
 
     Packed once, longest first, each into the fullest row that still has room (best-fit decreasing);
-    what is shuffled
-    anew in each epoch is the rows.
+    what is shuffled anew in each epoch is the rows.
     """
 
     length: int = 512  # tokens
@@ -206,10 +203,8 @@ class PaddedJson(JsonLines):
     own.
 
     prompt int32 [prompt_length], padded on the left, and prompt_mask bool, False on padding;
-    tokens, segments,
-    positions int32 and mask float32 [prompt_length + response_length]: the same prompt and the
-    response, padded on
-    the right.
+    tokens, segments, positions int32 and mask float32 [prompt_length + response_length]: the same
+    prompt and the response, padded on the right.
     """
 
     prompt_length: int = 256  # tokens
@@ -282,8 +277,7 @@ def _file(folder: Path, split: str) -> Path | None:
 
 def _read_text(file: Path) -> str:
     """A file's text, without a byte order mark, its lines ended by "\\n" however the file ends
-    them. Raises Refused on what
-    is not UTF-8.
+    them. Raises Refused on what is not UTF-8.
     """
     if file.is_dir():
         raise Refused(f"data.path={file}: a folder, expected a text file")

@@ -61,12 +61,10 @@ class ByteTokenizer:
 
 class StoredTokenizer:
     """A tokenizer folder of `transformers`, read without network and without code of its own. Where
-    it has no pad token,
-    eos pads.
+    it has no pad token, eos pads.
 
     Raises Refused where the folder holds no tokenizer, or one without an end-of-text token or that
-    begins every text with
-    several tokens.
+    begins every text with several tokens.
     """
 
     def __init__(self, folder: Path):
@@ -156,9 +154,8 @@ class StoredTokenizer:
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
         """Of every id: byte-level pieces have a letter for each byte; SentencePiece's have "\u2581"
-        for a blank and "<0x0A>" for
-        single bytes; added tokens are the text itself; marks of where words go on or end are no
-        text.
+        for a blank and "<0x0A>" for single bytes; added tokens are the text itself; marks of where
+        words go on or end are no text.
         """
         pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
         added = self.inner.added_tokens_decoder
@@ -243,8 +240,8 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def stored_as(name: str, *, begins: bool) -> Path | dict[str, Any]:
     """What `transformers` loads the tokenizer called `name` from: its folder, or JSON objects by
-    file name. `begins` says
-    whether texts begin with the token for that; of a folder its own settings do.
+    file name. `begins` says whether texts begin with the token for that; of a folder its own
+    settings do.
     """
     return byte_files(begins=begins) if name == "byte" else Path(name).expanduser()
 
@@ -287,8 +284,7 @@ def _files(
     letters: str, special: Mapping[str, int], split: Any, decoder: Any, first: Mapping[str, int]
 ) -> dict[str, Any]:
     """tokenizer.json of the library `tokenizers`: byte-pair encoding without pairs, so that every
-    letter is its own token; the
-    tokens `first` come before each text.
+    letter is its own token; the tokens `first` come before each text.
     """
     flags = {
         "single_word": False,

@@ -143,9 +143,8 @@ class AlignedJson(PaddedJson):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks(Markov):
     """A second-order chain (data.language) that the student reads symbol by symbol and the teacher
-    in blocks of two, block
-    (a, b) being its token vocab a + b. The first block is context; each later one is a span. `net`
-    is the exact teacher.
+    in blocks of two, block (a, b) being its token vocab a + b. The first block is context; each
+    later one is a span. `net` is the exact teacher.
     """
 
     size: int = 0  # rows that training draws from, again and again; 0: new ones all the time
@@ -199,7 +198,7 @@ class Blocks(Markov):
         return fixed_net(self.logits)
 
     def logits(self, tokens: Array, **_) -> Array:
-        table = jnp.asarray(np.log(self.law[1]), jnp.float32)
+        table = jnp.asarray(np.log(self.transitions[1]), jnp.float32)
         a, b = jnp.divmod(tokens, self.vocab)
         return (table[a, b][..., None] + table[b]).reshape(
             *tokens.shape, -1

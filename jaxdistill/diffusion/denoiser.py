@@ -25,36 +25,36 @@ class Velocity:
         """What the network is fed for (x_t, t)."""
         return x, self.time_scale * t
 
-    def pred(self, process: Process, raw: Array, x: Array, t: Array, feats=()) -> Pred:
+    def pred(self, process: Process, raw: Array, x: Array, t: Array, features=()) -> Pred:
         """What its output says."""
-        return process.from_v(raw, x, t, raw, feats)
+        return process.from_v(raw, x, t, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(Velocity):
     """The output is x0."""
 
-    def pred(self, process, raw, x, t, feats=()):
-        return process.from_x0(raw, x, t, raw, feats)
+    def pred(self, process, raw, x, t, features=()):
+        return process.from_x0(raw, x, t, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise(Velocity):
     """The output is eps."""
 
-    def pred(self, process, raw, x, t, feats=()):
-        return process.from_eps(raw, x, t, raw, feats)
+    def pred(self, process, raw, x, t, features=()):
+        return process.from_eps(raw, x, t, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VPVelocity(Velocity):
     """The output is alpha eps - sigma x0, on a variance preserving process."""
 
-    def pred(self, process, raw, x, t, feats=()):
+    def pred(self, process, raw, x, t, features=()):
         a, s, da, ds = process.coefs(expand(t, x))
         x0 = a * x - s * raw
         eps = s * x + a * raw
-        return Pred(x0, eps, da * x0 + ds * eps, raw, feats)
+        return Pred(x0, eps, da * x0 + ds * eps, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +69,12 @@ class EDMPrecond(Velocity):
         c_in = 1 / jnp.sqrt(expand(t, x) ** 2 + self.sigma_data**2)
         return c_in * x, jnp.log(t) / 4
 
-    def pred(self, process, raw, x, t, feats=()):
+    def pred(self, process, raw, x, t, features=()):
         s = expand(t, x)
         sd = self.sigma_data
         c_skip = sd**2 / (s**2 + sd**2)
         c_out = s * sd / jnp.sqrt(s**2 + sd**2)
-        return process.from_x0(c_skip * x + c_out * raw, x, t, raw, feats)
+        return process.from_x0(c_skip * x + c_out * raw, x, t, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,13 +83,13 @@ class ConsistencyPrecond(EDMPrecond):
     (arXiv:2303.01469, appendix C).
     """
 
-    def pred(self, process, raw, x, t, feats=()):
+    def pred(self, process, raw, x, t, features=()):
         s = expand(t, x)
         sd = self.sigma_data
         gap = expand(t, x) - process.t_min
         c_skip = sd**2 / (gap**2 + sd**2)
         c_out = gap * sd / jnp.sqrt(s**2 + sd**2)
-        return process.from_x0(c_skip * x + c_out * raw, x, t, raw, feats)
+        return process.from_x0(c_skip * x + c_out * raw, x, t, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,24 +99,22 @@ class TrigPrecond(Velocity):
     def inputs(self, process: Trig, x, t):
         return x / process.sigma_data, self.time_scale * t
 
-    def pred(self, process, raw, x, t, feats=()):
-        return process.from_v(process.sigma_data * raw, x, t, raw, feats)
+    def pred(self, process, raw, x, t, features=()):
+        return process.from_v(process.sigma_data * raw, x, t, raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Denoiser:
     """How a network is read: its parameterisation and the process it was trained on.
 
-    `wrap(call, process)` turns `(x, t, cond, **kw) -> raw | (raw, feats)` into `(x, t, cond, **kw)
+    `wrap(call, process)` turns `(x, t, cond, **kw) -> raw | (raw, features)` into `(x, t, cond, **kw)
     -> Pred` for a
     caller who works in `process`. Where the two processes differ, the network is queried at the
-    time of equal
-    signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0 and eps are read
-    unchanged. Beyond
-    the ends of its own process it is queried at the end.
-    A second time `r` (average-velocity networks) is warped like `t`. Times may be negative, the
-    twins of |t| (TwinFlow,
-    arXiv:2512.05150): the network is fed their sign, and everything else is computed at |t|.
+    time of equal signal-to-noise ratio on the rescaled sample (schedule equivalence), and its x0
+    and eps are read unchanged. Beyond the ends of its own process it is queried at the end. A
+    second time `r` (average-velocity networks) is warped like `t`. Times may be negative, the twins
+    of |t| (TwinFlow, arXiv:2512.05150): the network is fed their sign, and everything else is
+    computed at |t|.
     """
 
     param: Velocity = Velocity()
@@ -154,8 +152,8 @@ class Denoiser:
                 r_in = self.param.inputs(self.native, xn, rn)[1]
                 t_in, kw = (t_in - self.fold * r_in, kw) if self.fold else (t_in, {**kw, "r": r_in})
             out = call(x_in, t_in, cond, **kw)
-            raw, feats = out if isinstance(out, tuple) else (out, ())
-            pred = self.param.pred(self.native, raw, xn, magnitude(tn), feats)
+            raw, features = out if isinstance(out, tuple) else (out, ())
+            pred = self.param.pred(self.native, raw, xn, magnitude(tn), features)
             if process == self.native:
                 return pred
             _, _, da, ds = process.coefs(expand(magnitude(t), x))
@@ -169,10 +167,8 @@ def by_time(nets: Sequence[Callable], bounds: Sequence[float], *, shared: bool =
     and >= bounds[1], and so on.
 
     `bounds`, one fewer than networks, fall. With times of its own for each sample, every network
-    runs on the whole batch
-    and each sample takes its expert's answer. With `shared` the batch has one time, and only its
-    expert runs. Raises Refused
-    where the bounds do not fit.
+    runs on the whole batch and each sample takes its expert's answer. With `shared` the batch has
+    one time, and only its expert runs. Raises Refused where the bounds do not fit.
     """
     if len(bounds) != len(nets) - 1 or any(b >= a for a, b in zip(bounds, bounds[1:])):
         raise Refused(

@@ -40,7 +40,7 @@ class Pred:
     eps: Array
     v: Array  # generic velocity dx_t/dt = alpha' x0 + sigma' eps
     raw: Array  # the network's own output
-    feats: tuple[Array, ...] = ()  # feature taps, where asked for
+    features: tuple[Array, ...] = ()  # feature taps, where asked for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,24 +128,24 @@ class Process:
         ratio, sigma = self.kernel(expand(t, xt), expand(r, xt))
         return ratio * xt + sigma * noise
 
-    def from_x0(self, x0: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
+    def from_x0(self, x0: Array, xt: Array, t: Array, raw=None, features=()) -> Pred:
         """Completes a prediction of x0 (singular where sigma = 0)."""
         a, s, da, ds = self.coefs(expand(t, xt))
         eps = (xt - a * x0) / s
-        return Pred(x0, eps, da * x0 + ds * eps, x0 if raw is None else raw, feats)
+        return Pred(x0, eps, da * x0 + ds * eps, x0 if raw is None else raw, features)
 
-    def from_eps(self, eps: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
+    def from_eps(self, eps: Array, xt: Array, t: Array, raw=None, features=()) -> Pred:
         """Completes a prediction of eps (singular where alpha = 0)."""
         a, s, da, ds = self.coefs(expand(t, xt))
         x0 = (xt - s * eps) / a
-        return Pred(x0, eps, da * x0 + ds * eps, eps if raw is None else raw, feats)
+        return Pred(x0, eps, da * x0 + ds * eps, eps if raw is None else raw, features)
 
-    def from_v(self, v: Array, xt: Array, t: Array, raw=None, feats=()) -> Pred:
+    def from_v(self, v: Array, xt: Array, t: Array, raw=None, features=()) -> Pred:
         """Completes a generic velocity: solves [a s; a' s'] [x0 eps] = [x_t v]."""
         a, s, da, ds = self.coefs(expand(t, xt))
         det = a * ds - s * da
         return Pred(
-            (ds * xt - s * v) / det, (a * v - da * xt) / det, v, v if raw is None else raw, feats
+            (ds * xt - s * v) / det, (a * v - da * xt) / det, v, v if raw is None else raw, features
         )
 
 

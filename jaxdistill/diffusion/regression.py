@@ -25,11 +25,9 @@ def denoising_error(
     v: velocity dx_t/dt (flow matching); flow: eps - x0, the velocity of a straight path whatever
     the process's time; vp:
     alpha eps - sigma x0, the "v" of variance preserving processes (progressive distillation,
-    arXiv:2202.00512), there
-    SNR + 1 times the error of x0 and the error of a `VPVelocity` network's output; eps: DDPM; x0:
-    data; edm: x0 weighted with
-    1/sigma^2 + 1/sigma_data^2, sigma relative to alpha (EDM, arXiv:2206.00364; DMD2 on ImageNet).
-    Raises Refused on another target.
+    arXiv:2202.00512), there SNR + 1 times the error of x0 and the error of a `VPVelocity` network's
+    output; eps: DDPM; x0: data; edm: x0 weighted with 1/sigma^2 + 1/sigma_data^2, sigma relative to
+    alpha (EDM, arXiv:2206.00364; DMD2 on ImageNet). Raises Refused on another target.
     """
     if target == "v":
         error = pred.v - process.velocity(x0, eps, t)
@@ -58,11 +56,9 @@ def interval_targets(
     from x_s alone; and sigma_{t|s}.
 
     Given x_t their means are those of the true x_0 and noise (Phased DMD, arXiv:2510.27684: score
-    matching within
-    subintervals), so that regression on them learns the score at t of a law of which only samples
-    at s are known. At
-    s = 0 they are x_s and eps. `s`, `t` [B] or scalar. Both grow as 1 / sigma_{t|s} for t -> s: its
-    square is held above `floor`.
+    matching within subintervals), so that regression on them learns the score at t of a law of
+    which only samples at s are known. At s = 0 they are x_s and eps. `s`, `t` [B] or scalar. Both
+    grow as 1 / sigma_{t|s} for t -> s: its square is held above `floor`.
     """
     s = expand(jnp.asarray(s), xs)
     t = expand(jnp.asarray(t), xs)
@@ -88,8 +84,7 @@ def interval_error(
     """Error of a denoiser at x_t on `interval_targets`, times min(1, clamp sigma_{t|s}^2): [B].
 
     With the target "flow" that is the paper's min(1 / sigma_{t|s}^2, 10) |sigma_{t|s} v -
-    sigma_{t|s} u|^2, mean over dimensions; an
-    infinite clamp leaves the plain error.
+    sigma_{t|s} u|^2, mean over dimensions; an infinite clamp leaves the plain error.
     """
     x0, noise, sigma = interval_targets(process, xs, eps, s, t)
     weight = jnp.minimum(1.0, clamp * sigma.reshape(sigma.shape[:1]) ** 2)

@@ -31,9 +31,8 @@ def central_difference(
     fn: Callable, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
     """The same by a central difference, for networks whose kernels have no JVP: two more
-    evaluations, relative error
-    about eps^(2/3) for tangents of order 1. The step is eps^(1/3); times may leave their range by
-    as much.
+    evaluations, relative error about eps^(2/3) for tangents of order 1. The step is eps^(1/3);
+    times may leave their range by as much.
     """
     step = float(jnp.finfo(primals[0].dtype).eps) ** (1 / 3)
     move = lambda sign: fn(*(p + sign * step * d for p, d in zip(primals, tangents)))

@@ -19,8 +19,7 @@ from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainEval(Evaluation):
     """Rows for teacher and student on a `data.domains:Domains`: held-out perplexity of each domain
-    and over all, and
-    the largest and mean ratio to the teacher's (`max_ratio`, `mean_ratio`).
+    and over all, and the largest and mean ratio to the teacher's (`max_ratio`, `mean_ratio`).
     """
 
     samples: int = 1000

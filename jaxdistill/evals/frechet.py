@@ -23,8 +23,7 @@ def from_statistics(
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
     The last trace is the sum of the singular values of C1^(1/2) C2^(1/2), which are the roots of
-    the eigenvalues of
-    C1^(1/2) C2 C1^(1/2); singular covariances need no regulariser.
+    the eigenvalues of C1^(1/2) C2 C1^(1/2); singular covariances need no regulariser.
     """
     cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
     return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross)

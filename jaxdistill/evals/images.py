@@ -24,8 +24,7 @@ FEWEST = 4  # samples that have three neighbours each
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageEval(SampleEval):
     """features: "classifier" (a small network trained on the data's own labels, cached), "pixels",
-    or the path of an
-    Inception weights file (.safetensors), for the conventional FID features.
+    or the path of an Inception weights file (.safetensors), for the conventional FID features.
     """
 
     features: str = "classifier"

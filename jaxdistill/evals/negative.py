@@ -20,14 +20,11 @@ from jaxdistill.evals.samples import SampleEval
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NegativeEval(SampleEval):
     """For `data.shapes:Shapes`, under captions that leave the colour open. Rows besides teacher and
-    student: `nasa`, the student
-    with a negative prompt in its attention, at each strength; `blend`, its output extrapolated away
-    from that under the
-    unwanted prompt, as guidance would.
+    student: `nasa`, the student with a negative prompt in its attention, at each strength; `blend`,
+    its output extrapolated away from that under the unwanted prompt, as guidance would.
 
     `unwanted`: share of samples of that colour; `accuracy`: of the shape asked for; `stray`: root
-    mean square distance of a
-    pixel from the nearest valid picture.
+    mean square distance of a pixel from the nearest valid picture.
     """
 
     samples: int = 1000

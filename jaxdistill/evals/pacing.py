@@ -25,13 +25,11 @@ class PacedEval(TextEval):
     """`TextEval` with two monitors of PACED (arXiv:2603.11178) in the student's row.
 
     Of `general`: general_perplexity; forgetting, nats a token that the student has lost there since
-    its first weights; and where
-    that data set can tell right answers, general_accuracy and accuracy_lost, that of the first
-    weights minus it. A student
-    that began with random weights has nothing to forget, hence only the first of each.
-    Of `problems`: snr_0, snr_1, ..., signal to noise of the gradients of training problems by pass
-    rate, in `bins` equal parts
-    of [0, 1]; parts with fewer than two problems are left out.
+    its first weights; and where that data set can tell right answers, general_accuracy and
+    accuracy_lost, that of the first weights minus it. A student that began with random weights has
+    nothing to forget, hence only the first of each. Of `problems`: snr_0, snr_1, ..., signal to
+    noise of the gradients of training problems by pass rate, in `bins` equal parts of [0, 1]; parts
+    with fewer than two problems are left out.
     """
 
     # spec(...) of a data set in the student's tokens, whose held-out samples it should not forget

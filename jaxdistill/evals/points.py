@@ -36,10 +36,10 @@ class PointEval(SampleEval):
         return {
             "energy": energy_distance(x, real["x"]),
             "sliced_w2": sliced_wasserstein(x, real["x"]),
-            "modes_hit": modes.modes_hit(x, data.law),
-            "mode_kl": modes.mode_kl(x, data.law),
-            "quality": modes.quality(x, data.law),
-            "stray": 1 - modes.quality(x, data.law, radius=4.0),
+            "modes_hit": modes.modes_hit(x, data.components),
+            "mode_kl": modes.mode_kl(x, data.components),
+            "quality": modes.quality(x, data.components),
+            "stray": 1 - modes.quality(x, data.components, radius=4.0),
         }
 
     def picture(self, x, real):
@@ -62,23 +62,24 @@ class PointEval(SampleEval):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextureEval(PointEval):
     """For modes with a shape (`data.rings:Rings`): with the energy distance between the offsets
-    within modes, all modes
-    laid over each other. In the energy distance of the whole law a shape is drowned by the modes'
-    shares.
+    within modes, all modes laid over each other. In the energy distance of the whole law a shape is
+    drowned by the modes' shares.
     """
 
     metrics = (*PointEval.metrics, "texture")
 
     def score(self, x, real, data):
-        texture = energy_distance(modes.offsets(x, data.law), modes.offsets(real["x"], data.law))
+        texture = energy_distance(
+            modes.offsets(x, data.components), modes.offsets(real["x"], data.components)
+        )
         return {**super().score(x, real, data), "texture": texture}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainEval(PointEval):
     """For students with a deterministic chain, also `state_energy`: the energy distance between
-    what their steps bring to the
-    time `state`, one of the method's student_times, and the noised data.
+    what their steps bring to the time `state`, one of the method's student_times, and the noised
+    data.
     """
 
     state: float = 0.5
@@ -128,8 +129,8 @@ class DirectionEval(TextureEval):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledPointEval(PointEval):
     """For points made under labels: with the mean over labels of the energy distance to that
-    label's data, `class_energy`,
-    and of the standard deviation over the data's, `class_std` (1: as wide; 0: collapsed).
+    label's data, `class_energy`, and of the standard deviation over the data's, `class_std` (1: as
+    wide; 0: collapsed).
     """
 
     metrics = (*PointEval.metrics, "class_energy", "class_std")

@@ -22,12 +22,10 @@ from jaxdistill.samplers.text import generate
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEval(Evaluation):
     """Rows for teacher and student: perplexity of held-out targets; KL to the teacher on them and
-    on the student's own
-    continuations (their difference is the exposure gap), in both directions; share of greedy
-    answers that are right, where the data set can
-    tell (`data.correct`). A teacher with a tokenizer of its own (data.two_tokenizers) is scored on
-    its own tokens, its
-    perplexity per token of the student's; laws are then not compared.
+    on the student's own continuations (their difference is the exposure gap), in both directions;
+    share of greedy answers that are right, where the data set can tell (`data.correct`). A teacher
+    with a tokenizer of its own (data.two_tokenizers) is scored on its own tokens, its perplexity
+    per token of the student's; laws are then not compared.
     """
 
     samples: int = 512

@@ -126,10 +126,8 @@ def load_into(folder: str | Path, net: Net, abstract: Params) -> Params:
     (ShapeDtypeStructs).
 
     Leaf by leaf and shard by shard: each process reads the bytes of its own shards only. Raises
-    Refused on an
-    unsupported class or setting, a network other than `net`, a missing or unexpected key, another
-    shape, and on files
-    that are truncated or pickled.
+    Refused on an unsupported class or setting, a network other than `net`, a missing or unexpected
+    key, another shape, and on files that are truncated or pickled.
     """
     folder = Path(folder)
     family, config = _describe(folder, net)
@@ -160,14 +158,11 @@ def save(
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Writes a folder that PyTorch loads: configuration, weights in their own dtypes, `card` as its
-    README.md, and files of other
-    things by name: JSON objects, or paths of what is copied.
+    README.md, and files of other things by name: JSON objects, or paths of what is copied.
 
     The folder appears when it is complete, and replaces an earlier export as a whole. Every leaf
-    must be addressable
-    from this process. Raises Refused where no family has this net, or not all of its weights, and
-    where something else than an
-    export is at `folder` (`folder.replaceable`).
+    must be addressable from this process. Raises Refused where no family has this net, or not all
+    of its weights, and where something else than an export is at `folder` (`folder.replaceable`).
     """
     folder = Path(folder)
     family = family_of(net)

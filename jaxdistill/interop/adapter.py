@@ -34,14 +34,11 @@ def save_adapter(
     are not written.
 
     For transformers: adapter_config.json and adapter_model.safetensors (arXiv:2106.09685's A and B
-    with alpha), `source` being
-    where the base is. For diffusers: pytorch_lora_weights.safetensors under the component's name,
-    alpha / rank folded into
-    B, and a config.json that names the class. `card` and `beside` are as for `interop.save`. The
-    folder appears when it is
-    complete. Raises Refused where no family has the base, its library puts no adapter on it, or a
-    weight that is adapted has no
-    matrix of its own in PyTorch.
+    with alpha), `source` being where the base is. For diffusers: pytorch_lora_weights.safetensors
+    under the component's name, alpha / rank folded into B, and a config.json that names the class.
+    `card` and `beside` are as for `interop.save`. The folder appears when it is complete. Raises
+    Refused where no family has the base, its library puts no adapter on it, or a weight that is
+    adapted has no matrix of its own in PyTorch.
     """
     folder, family = Path(folder), _family(folder, base)
     rows = {row.path: row for row in family.table(base.config)}

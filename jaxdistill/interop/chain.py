@@ -24,9 +24,8 @@ PREDICTIONS = {
 
 def chain(method, denoiser, steps: int) -> np.ndarray:
     """The student's chain in the network's own coordinates, float64 [steps, 6]: at each time, what
-    the network is fed as its
-    time, the scale of its input, the p and q of x0 = p x + q output, and the state's alpha and
-    sigma.
+    the network is fed as its time, the scale of its input, the p and q of x0 = p x + q output, and
+    the state's alpha and sigma.
 
     Raises Refused where `method.sample` is no chain of x0 at fixed times.
     """
@@ -80,10 +79,9 @@ def scheduler(method, denoiser, steps: int) -> Scheduler:
     evaluations.
 
     FlowMatchEulerDiscreteScheduler for velocities of rectified flow. For eps and v of DDPM,
-    LCMScheduler where there is one step
-    or fresh noise between steps, cut behind the first time, so that it begins there by itself
-    (SDXL's one-step students at
-    index 399); else EulerDiscreteScheduler, which is DDIM. Raises Refused where there is none.
+    LCMScheduler where there is one step or fresh noise between steps, cut behind the first time, so
+    that it begins there by itself (SDXL's one-step students at index 399); else
+    EulerDiscreteScheduler, which is DDIM. Raises Refused where there is none.
     """
     fed, *_, sigma = chain(method, denoiser, steps).T
     param = denoiser.param

@@ -40,10 +40,9 @@ def replaceable(target: Path) -> Path:
     Writes nothing.
 
     The name is free, an empty folder, or a folder that an export wrote and that holds nothing else.
-    Raises Refused where it is
-    not, and where nothing could be written: a run, another model, foreign or changed files, a link,
-    a name that is too long, a
-    folder that is read-only, the working folder or one above it.
+    Raises Refused where it is not, and where nothing could be written: a run, another model,
+    foreign or changed files, a link, a name that is too long, a folder that is read-only, the
+    working folder or one above it.
     """
     with _in_one_line(target):
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(target)):
@@ -102,8 +101,7 @@ def _check_folder(target: Path, place: Path) -> None:
 
 def written(target: Path, place: Path) -> list[str]:
     """The files and folders in the export at `place`, relative, what is in a folder after it; none
-    in an empty one. Raises
-    Refused, naming `target`, where anything else is there too.
+    in an empty one. Raises Refused, naming `target`, where anything else is there too.
     """
     if not any(place.iterdir()):
         return []
@@ -216,11 +214,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     nothing half-written.
 
     An earlier export at `target` is replaced; until the new one is in its place the old one is
-    there, or beside it as
-    `.<name>.old-<id>`, from where the next export takes it back. What processes that were killed
-    left beside it is removed.
-    Raises Refused as `replaceable` does, at the start and again before the old one goes, and where
-    the disk cannot be written.
+    there, or beside it as `.<name>.old-<id>`, from where the next export takes it back. What
+    processes that were killed left beside it is removed. Raises Refused as `replaceable` does, at
+    the start and again before the old one goes, and where the disk cannot be written.
     """
     place = replaceable(target)
     with _in_one_line(target):
@@ -273,8 +269,7 @@ def _remove(folder: Path, names: list[str]) -> None:
 
 def _tidy(place: Path) -> None:
     """Ends what processes that were killed left beside `place`: half-written folders go, an export
-    that was moved aside comes
-    back where none has taken its place. Only what is ours is touched.
+    that was moved aside comes back where none has taken its place. Only what is ours is touched.
     """
     fresh = _beside(place, "new", "")
     moved = _beside(place, "old", "")

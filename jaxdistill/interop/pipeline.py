@@ -170,7 +170,7 @@ class Pipeline:
         name: str,
         *args: Any,
         method: str = "__call__",
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         **arrays: Any,
     ) -> Any:
         """A method of a part, compiled once."""
@@ -184,10 +184,8 @@ class Pipeline:
             raise Refused(
                 f"{self.folder}: a tokenizer gives token {args[0].max()}, expected one below {net.config.vocab}, the words of {name}"
             )
-        call = functools.partial(
-            net.apply, method=method, **({"features": features} if features else {})
-        )
-        return self._program((name, method, features), call)(params, *args, **arrays)
+        call = functools.partial(net.apply, method=method, **({"taps": taps} if taps else {}))
+        return self._program((name, method, taps), call)(params, *args, **arrays)
 
     def sample(
         self, cond, null, noise: Array, times: Array, key: Array, renoises: bool, guidance: float
@@ -275,13 +273,10 @@ class Pipeline:
         """Pixels uint8 [B H W 3], or [B F H W 3] of videos, one for each prompt.
 
         The chain of few-step students (samplers/fewstep.py): x0 at each of `times` of
-        `self.process`, then fresh noise
-        (`renoises`) or its own predicted noise (DDIM). `noise`, unit Gaussian of shape `latents`
-        and drawn from `key` where not
-        given, is the first state as it stands, as in diffusers. With `guidance` w above 1, twice
-        the evaluations:
-        null + w (cond - null), null from the `negative` prompt. Raises Refused where sizes do not
-        fit.
+        `self.process`, then fresh noise (`renoises`) or its own predicted noise (DDIM). `noise`,
+        unit Gaussian of shape `latents` and drawn from `key` where not given, is the first state as
+        it stands, as in diffusers. With `guidance` w above 1, twice the evaluations: null + w (cond
+        - null), null from the `negative` prompt. Raises Refused where sizes do not fit.
         """
         key = jax.random.key(0) if key is None else key
         prompts = list(prompts)
@@ -347,8 +342,8 @@ class StableDiffusionXL(Pipeline):
         for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
             config = self.parts[name][0].config
             tokens, _ = tokenize(self.folder / tokenizer, both, config.max_length)
-            states, feats = self.run(name, tokens, features=(config.depth - 2,))
-            parts.append(feats[0])
+            states, features = self.run(name, tokens, taps=(config.depth - 2,))
+            parts.append(features[0])
         pooled = self.run(name, states, tokens, method="pool")
         zeros = self.index.get("force_zeros_for_empty_prompt")
         given = np.array([True] * len(prompts) + [bool(p) or not zeros for p in negatives])[:, None]

@@ -62,10 +62,8 @@ def read_folder(folder: Path, stem: str, *, index_first: bool = False) -> dict[s
     Where a folder holds both, the file counts, as in transformers; with `index_first` the index, as
     in diffusers.
     Raises Refused on a missing, truncated or malformed file, an index that is malformed, leads out
-    of the folder or
-    names a tensor where it is not, and a tensor that two files hold with different values; KeyError
-    where the folder
-    holds neither.
+    of the folder or names a tensor where it is not, and a tensor that two files hold with different
+    values; KeyError where the folder holds neither.
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"

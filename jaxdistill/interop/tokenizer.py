@@ -53,9 +53,8 @@ def with_special_tokens(config: Any, data: Any) -> Any:
 
 def tokenizer_files(experiment: Any, role: str) -> Mapping[str, Any]:
     """The tokenizer of a role's ids by file name, JSON objects or paths: that of the data, else
-    that of the folder from which the
-    role's weights come, through roles and runs; of fresh weights the teacher's. Empty where there
-    is none.
+    that of the folder from which the role's weights come, through roles and runs; of fresh weights
+    the teacher's. Empty where there is none.
     """
     found = experiment.data.texts.tokenizer_files()
     if isinstance(found, Path):

@@ -43,9 +43,8 @@ def attention(
     S] True = attend -> [B T H V].
 
     Scores are `scale` (None: K^-1/2) times the products, plus `bias` [B or 1, H or 1, T, S]; with
-    `cap` they are
-    squashed to -cap..cap by tanh; they and the softmax are float32. A row that may attend to
-    nothing is undefined (finite).
+    `cap` they are squashed to -cap..cap by tanh; they and the softmax are float32. A row that may
+    attend to nothing is undefined (finite).
     """
     queries = q.shape[1]
     keys = k.shape[1]
@@ -119,8 +118,7 @@ def plain(
 
 def linear_attention(q: Array, k: Array, v: Array) -> Array:
     """q [B T H K], k and v [B S H K], q and k at least 0 -> sum_s (q_t k_s) v_s / sum_s (q_t k_s)
-    [B T H K], float32, in
-    O((T + S) K^2) by way of sum_s k_s v_s.
+    [B T H K], float32, in O((T + S) K^2) by way of sum_s k_s v_s.
     """
     sums = lambda formula, *x: jnp.einsum(formula, *x, precision="highest")
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
@@ -139,9 +137,8 @@ class Negative(NamedTuple):
 
 def negative_prompt(cond: Mapping[str, Array]) -> Negative | None:
     """The negative prompt of a condition: "negative" [B L E], "negative_mask" bool [B L] (optional)
-    and "nasa", the strength,
-    a scalar or [B], which may be traced. None where there is none. Raises Refused on one without
-    the other.
+    and "nasa", the strength, a scalar or [B], which may be traced. None where there is none. Raises
+    Refused on one without the other.
     """
     given = [key for key in ("negative", "nasa") if key in cond]
     if not given:
@@ -167,9 +164,8 @@ def nasa(
     scale: float | None = None,
 ) -> Array:
     """Z+ - alpha Z-: attention to a prompt less alpha times that of the same queries to a negative
-    one, for each head and before
-    the output projection (NASA, arXiv:2412.02687). Shapes as in `attention`; the prompts may differ
-    in length.
+    one, for each head and before the output projection (NASA, arXiv:2412.02687). Shapes as in
+    `attention`; the prompts may differ in length.
 
     alpha broadcasts against [B T H K]. Nothing is normalised: at equal prompts it is (1 - alpha)
     Z+.
@@ -272,8 +268,7 @@ def blockwise(
     not T x S.
 
     Differentiable in every mode. The running maximum that keeps exponentials finite cancels from
-    the result, hence
-    carries no derivative.
+    the result, hence carries no derivative.
     """
     (batch, queries, heads, size), (keys, groups) = q.shape, k.shape[1:3]
     rows = min(block, queries)

@@ -49,16 +49,16 @@ class DiscriminatorModule(nnx.Module):
                 cfg.classes + 1, cfg.width, rngs=rngs, names=("index", "mlp")
             )
 
-    def __call__(self, feats: tuple[Array, ...], t: Array, cond: Array | None = None) -> Array:
-        """feats: taps [B N dim]; t [B] -> logits [B], float32."""
+    def __call__(self, features: tuple[Array, ...], t: Array, cond: Array | None = None) -> Array:
+        """features: taps [B N dim]; t [B] -> logits [B], float32."""
         c = self.time(fourier(1000.0 * t, 32))
         if self.cfg.classes and cond is not None:
             c = c + lookup(self.label_embed, cond)
         total = 0.0
-        for f, tokens, pooled, logit in zip(feats, self.tokens, self.pooled, self.logits):
+        for f, tokens, pooled, logit in zip(features, self.tokens, self.pooled, self.logits):
             h = nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6)) + c[:, None]).mean(1)
             total = total + logit(nnx.silu(pooled(h)))[:, 0]
-        return total / len(feats)
+        return total / len(features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,18 +82,18 @@ class HeadsModule(nnx.Module):
         )
         self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in cfg.dims])
 
-    def __call__(self, feats: tuple[Array, ...]) -> Array:
-        """feats: taps [B N dim] -> logits [B heads], float32. Raises Refused where there are more
+    def __call__(self, features: tuple[Array, ...]) -> Array:
+        """features: taps [B N dim] -> logits [B heads], float32. Raises Refused where there are more
         or fewer taps than heads.
         """
-        if len(feats) != len(self.logits):
+        if len(features) != len(self.logits):
             raise Refused(
-                f"taps: {len(feats)} of them for the {len(self.logits)} heads of model.dims"
+                f"taps: {len(features)} of them for the {len(self.logits)} heads of model.dims"
             )
         pool = lambda f, tokens: nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6))).mean(1)
         states = [
             nnx.silu(pooled(pool(f, tokens)))
-            for f, tokens, pooled in zip(feats, self.tokens, self.pooled)
+            for f, tokens, pooled in zip(features, self.tokens, self.pooled)
         ]
         return jnp.concatenate([logit(h) for h, logit in zip(states, self.logits)], -1)
 

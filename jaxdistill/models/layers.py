@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdistill.core.net import in_forward_mode, restore
+from jaxdistill.core.net import in_forward_mode, materialise
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain, mesh_in_use, rules_in_use
 from jaxdistill.core.types import Array, Refused
@@ -122,8 +122,7 @@ def conv(
     those of its last two axes.
 
     `padding` is "SAME", "VALID", or (low, high) of every spatial axis (PyTorch's padding p is [(p,
-    p)] * len(size)); `kind` is
-    nnx.Conv or a subclass.
+    p)] * len(size)); `kind` is nnx.Conv or a subclass.
     """
     named = nnx.with_partitioning
     lead = (None,) * len(size)
@@ -153,8 +152,8 @@ def embedding(
     count: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02, names=("vocab", "embed")
 ) -> nnx.Param:
     """A table [count, dim] of N(0, std^2). Its first axis is "vocab" where tokens are looked up,
-    "index" where anything else is (labels,
-    positions, types): such a table stays whole there, and weight decay spares it.
+    "index" where anything else is (labels, positions, types): such a table stays whole there, and
+    weight decay spares it.
     """
     return nnx.Embed(
         count,
@@ -166,8 +165,7 @@ def embedding(
 
 def lookup(table: nnx.Embed, index: Array) -> Array:
     """Rows of the table. It is gathered over its second axis first: a gather from a table that is
-    sharded on both
-    makes XLA rematerialise it whole.
+    sharded on both makes XLA rematerialise it whole.
     """
     return jnp.take(constrain(table.embedding[...], "vocab", None), index, axis=0)
 
@@ -182,21 +180,20 @@ def fourier(t: Array, dim: int, *, max_period: float = 10000.0, shift: float = 1
     return jnp.concatenate([jnp.cos(args), jnp.sin(args)], -1)
 
 
-def rotate(x: Array, waves: tuple[Array, Array]) -> Array:
-    """Rotary positions on x [B T H K], waves (cosines, sines) [B or 1, T, 1, K / 2]: channel i
-    turns with channel i + K / 2
-    (transformers' convention). Float32 inside.
+def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
+    """Rotary positions on x [B T H K], rotary (cosines, sines) [B or 1, T, 1, K / 2]: channel i
+    turns with channel i + K / 2 (transformers' convention). Float32 inside.
     """
-    cos, sin = waves
+    cos, sin = rotary
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def rotate_pairs(x: Array, waves: tuple[Array, Array]) -> Array:
+def rotate_pairs(x: Array, rotary: tuple[Array, Array]) -> Array:
     """Rotary positions on x [B T H K] where channel 2i turns with channel 2i + 1 (RoFormer's and
     most video models').
     """
-    cos, sin = waves
+    cos, sin = rotary
     a, b = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
     return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
 
@@ -225,13 +222,12 @@ def scan_layers(
     `remat`.
 
     Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan,
-    nothing else is stored. A short
-    stack on one device is unrolled where it rematerialises nothing and the sequences of x [B T ..]
-    are short: that saves writing
-    what each layer keeps into a common array, but XLA keeps the scores of attention then.
+    nothing else is stored. A short stack on one device is unrolled where it rematerialises nothing
+    and the sequences of x [B T ..] are short: that saves writing what each layer keeps into a
+    common array, but XLA keeps the scores of attention then.
     """
     policy = lookup_name(REMAT, remat, "remat")
-    awake = lambda x, layer: body(x, restore(layer))
+    awake = lambda x, layer: body(x, materialise(layer))
     each = awake if policy is None else jax.checkpoint(awake, policy=policy, prevent_cse=False)
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     check_taps(taps, depth)
@@ -250,7 +246,7 @@ def scan_layers(
     return x, ys, tuple(after[tap] for tap in taps)
 
 
-def check_taps(taps: Sequence[int], depth: int, what: str = "features") -> None:
+def check_taps(taps: Sequence[int], depth: int, what: str = "taps") -> None:
     """Raises Refused where one of the layers called `what` is not among `depth`."""
     if any(not 0 <= tap < depth for tap in taps):
         raise Refused(f"{what}={tuple(taps)}: layers are numbered 0 to {depth - 1}")
@@ -270,8 +266,7 @@ def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
 
 def unstacked(layers: Any, depth: int) -> list[Any]:
     """Each layer's weights by themselves where `scan_stores` walks, for a cache to keep: sliced
-    once, not for every token. Empty
-    where it scans.
+    once, not for every token. Empty where it scans.
     """
     return (
         [jax.tree.map(lambda w: w[i], layers) for i in range(depth)] if 1 < depth <= SHORT else []
@@ -280,9 +275,8 @@ def unstacked(layers: Any, depth: int) -> list[Any]:
 
 def remember(store: tuple[Array, ...], i: Array, start: Array, parts: tuple[Array, ...]):
     """Layer i's new keys and values [B T G K] written into its store, [B G S K] or [layers B G S
-    K], from slot `start` on: (the
-    store, all that the layer holds [B S G K]). Slots are innermost but channels, as decoding reads
-    them.
+    K], from slot `start` on: (the store, all that the layer holds [B S G K]). Slots are innermost
+    but channels, as decoding reads them.
     """
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     common = store[0].ndim == 5
@@ -303,10 +297,8 @@ def scan_stores(
     taps: Sequence[int] = (),
 ):
     """`scan_layers` over layers that each keep something: body((x, store), (layer, i)) -> ((x,
-    store), None), where layer i is
-    number i of those that share `store`. Layers with a store each, stacked or `unstacked`, are
-    walked, not scanned, and nothing
-    is rematerialised.
+    store), None), where layer i is number i of those that share `store`. Layers with a store each,
+    stacked or `unstacked`, are walked, not scanned, and nothing is rematerialised.
 
     Returns (x, stores, states after the taps).
     """
@@ -321,7 +313,7 @@ def scan_stores(
     for i, (layer, store) in enumerate(
         zip(layers if isinstance(layers, list) else unstacked(layers, depth), stores)
     ):
-        (x, store), _ = body((x, store), (restore(layer), i))
+        (x, store), _ = body((x, store), (materialise(layer), i))
         kept.append(store)
         after.append(x)
     return x, tuple(kept), tuple(after[tap] for tap in taps)
@@ -343,9 +335,8 @@ def as_program(block: nnx.Module, remat: str) -> Callable:
     cannot be scanned.
 
     Blocks of one kind share it. It is traced and differentiated once for all of them, and for all
-    calls of their networks: a
-    U-Net has dozens of blocks, and a step may call three U-Nets five times. XLA sees what it would
-    have seen.
+    calls of their networks: a U-Net has dozens of blocks, and a step may call three U-Nets five
+    times. XLA sees what it would have seen.
     """
     lookup_name(REMAT, remat, "remat")
     graphdef, weights = nnx.split(block)
@@ -381,8 +372,7 @@ class Mapper(nnx.Module):
 
 class GatedConv(nnx.Module):
     """To 2 H channels, SiLU, depthwise 3x3 convolution, one half times SiLU of the other, back from
-    H: on [B H W C] (SANA's
-    GLUMBConv, arXiv:2410.10629).
+    H: on [B H W C] (SANA's GLUMBConv, arXiv:2410.10629).
     """
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, init=LECUN, dtype=None):
@@ -408,8 +398,8 @@ def axial_waves(
     of a head by positions[i].
 
     Returns (cosines, sines) [1, N, 1, sum(dims) / 2], N the product of the axes' lengths. The
-    angles are float64 and made
-    on the host, one small table for each axis; the program broadcasts them.
+    angles are float64 and made on the host, one small table for each axis; the program broadcasts
+    them.
     """
     grid = tuple(len(p) for p in positions)
     angles = [np.outer(p, theta ** -(np.arange(0, d, 2) / d)) for p, d in zip(positions, dims)]

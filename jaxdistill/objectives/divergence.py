@@ -142,8 +142,7 @@ def common(*logits: Array) -> tuple[Array, ...]:
     V on.
 
     Models of one tokenizer have tables padded to different lengths (Qwen2.5: 152,064 rows of 7B,
-    151,936 of 0.5B): what lies
-    beyond the shorter is padding. That the tokenizer is one is for
+    151,936 of 0.5B): what lies beyond the shorter is padding. That the tokenizer is one is for
     `models.language.lm.same_vocabulary` to say.
     """
     least = min(z.shape[-1] for z in logits)
@@ -162,8 +161,7 @@ def token_divergence(
     gradients keep their scale.
 
     Logits [..., V] -> [...], of tables of different lengths over their `common` ids; `params` are
-    the kind's own (beta,
-    alpha, mass). Raises Refused on an unknown kind.
+    the kind's own (beta, alpha, mass). Raises Refused on an unknown kind.
     """
     teacher, student = common(teacher, student)
     kind = lookup(KINDS, kind, "kind")
@@ -244,11 +242,9 @@ def topk_divergence(
     together.
 
     `ids`, `log_probs` [..., k] and `log_tail` [...] come from `topk_log_probs` at the same
-    temperature; `student` are
-    logits [..., V]. A KL is never negative, and never above that of the full laws (data
-    processing). Without `log_tail`
-    (None) both laws are those of the k tokens alone, renormalised, and what the student gives to
-    others is not seen.
+    temperature; `student` are logits [..., V]. A KL is never negative, and never above that of the
+    full laws (data processing). Without `log_tail` (None) both laws are those of the k tokens
+    alone, renormalised, and what the student gives to others is not seen.
     """
     log_q = _log_softmax(_wide(student) / temperature)
     if log_tail is None:
@@ -278,8 +274,7 @@ def restricted_divergence(
     other (SUPPORTS, TAILS).
 
     Which tokens these are is a constant. The teacher's support suits the forward KL, whose summands
-    it weighs, and the
-    student's the reverse. Raises Refused unless 0 < k < V.
+    it weighs, and the student's the reverse. Raises Refused unless 0 < k < V.
     """
     teacher, student = common(teacher, student)
     if support == "teacher":
@@ -306,13 +301,10 @@ def chunked_divergence(
     chunk] lives at a time.
 
     Hidden [..., D] and head [D, V] of either model, D its own; returns [...]. A first pass over the
-    vocabulary gives both
-    normalisers, a second the divergence; the backward projects again. A chunk takes every n-th
-    column, so that a
-    vocabulary split over devices stays where it is. Heads of different lengths are compared on
-    their `common` ids. Raises
-    Refused on an unknown kind, and one that is no sum over tokens (adaptive_kl, which sorts the
-    vocabulary).
+    vocabulary gives both normalisers, a second the divergence; the backward projects again. A chunk
+    takes every n-th column, so that a vocabulary split over devices stays where it is. Heads of
+    different lengths are compared on their `common` ids. Raises Refused on an unknown kind, and one
+    that is no sum over tokens (adaptive_kl, which sorts the vocabulary).
     """
     summand = getattr(lookup(KINDS, kind, "kind"), "summand", None)
     if summand is None:
@@ -369,9 +361,8 @@ def chunked_likelihood(
     hidden: Array, head: Array, labels: Array, *, chunk: int
 ) -> tuple[Array, Array]:
     """(-log softmax(hidden @ head)[label], whether the label is the likeliest token), [...] each,
-    without logits over the whole
-    vocabulary; [..., D], [D, V], int [...]. The first has a gradient. Of equal logits the lower id
-    is the likeliest.
+    without logits over the whole vocabulary; [..., D], [D, V], int [...]. The first has a gradient.
+    Of equal logits the lower id is the likeliest.
     """
     nll = chunked_cross_entropy(hidden, head, labels, chunk=chunk)
     hidden, head = jax.lax.stop_gradient((hidden, head))

@@ -51,8 +51,8 @@ def attention_transfer(teacher: Array, student: Array) -> Array:
     (arXiv:1612.03928, times beta = 1e3).
 
     Channels may differ in number. The larger map is average-pooled to the smaller one's size;
-    raises Refused where that
-    does not divide it. Invariant to the order of channels and to positive scale.
+    raises Refused where that does not divide it. Invariant to the order of channels and to positive
+    scale.
     """
     t, s = _pair(teacher, student)
     size = tuple(min(a, b) for a, b in zip(t.shape[1:3], s.shape[1:3]))
@@ -78,8 +78,7 @@ def rkd_distance(teacher: Array, student: Array) -> Array:
     weight 25).
 
     [B D] and [B D'] -> scalar, the mean over all B^2 entries as in the authors' code. Invariant to
-    rotation, translation
-    and scale of either side.
+    rotation, translation and scale of either side.
     """
 
     def relations(f):

@@ -46,12 +46,10 @@ def signal_to_noise_by_bin(
     of [0, 1], their number [bins]).
 
     gradient: of one problem, a row of `problems` [N ...]; one is held at a time, beside a sum for
-    each bin. Of n problems
-    `signal_to_noise` is 1 / n even where there is no signal, which would raise the bins of few:
-    both of its parts are
-    corrected, (n - 1) / n of it minus 1 / n, so that it scatters around 0 there. A bin of fewer
-    than two problems is NaN.
-    Float32: where gradients agree to d of their length, the result is good to 1e-7 / d^2.
+    each bin. Of n problems `signal_to_noise` is 1 / n even where there is no signal, which would
+    raise the bins of few: both of its parts are corrected, (n - 1) / n of it minus 1 / n, so that
+    it scatters around 0 there. A bin of fewer than two problems is NaN. Float32: where gradients
+    agree to d of their length, the result is good to 1e-7 / d^2.
     """
     place = jnp.clip((rate * bins).astype(jnp.int32), 0, bins - 1)
 

@@ -38,8 +38,8 @@ class Partition:
         has any).
 
         Of a cell with too many rows the last ones are left out, of one with too few some are
-        repeated. One cell gets the batch
-        as it is. Raises Refused where B is no multiple of `cells`.
+        repeated. One cell gets the batch as it is. Raises Refused where B is no multiple of
+        `cells`.
         """
         cell = self.assign(batch["cond"])
         share, left = divmod(cell.shape[0], self.cells)

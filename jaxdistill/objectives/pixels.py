@@ -23,8 +23,7 @@ def decoded(decoder: Callable, x0: Array) -> Array:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """Pictures in -1..1 for a network that wants them at its own size, less `mean` and over `std`
-    of pixels in 0..1. As it stands
-    it changes nothing. Differentiable.
+    of pixels in 0..1. As it stands it changes nothing. Differentiable.
     """
 
     mean: tuple[float, ...] = (0.5,)  # of each channel, or of all

@@ -18,10 +18,8 @@ def group_advantages(reward: Array, group: int, *, eps: float = 1e-6, ddof: int 
     """(r - mean) / (std + eps) within each `group` successive rewards [B] (GRPO, arXiv:2402.03300).
 
     std^2 is the sum of squares over group - ddof: 0 the population's, 1 the sample's, which the
-    paper leaves open; TRL has
-    ddof 1 and eps 1e-4. Exactly 0 where all rewards of a group are equal: they are counted from the
-    group's first, so
-    that nothing is rounded.
+    paper leaves open; TRL has ddof 1 and eps 1e-4. Exactly 0 where all rewards of a group are
+    equal: they are counted from the group's first, so that nothing is rounded.
     """
     r = reward.reshape(-1, group)
     r = r - r[:, :1]

@@ -3,8 +3,8 @@ arXiv:2601.09165).
 
 Laws are log-probabilities [..., V] in a sequence; weights [n] lie on the simplex. Linear pooling
 mixes probabilities, geometric pooling mixes logits. An operator that keeps a share gamma of a base
-teacher in every generation's target
-contracts towards that teacher: KL(P*||S_g) <= (1 - gamma)^g KL(P*||S_0).
+teacher in every generation's target contracts towards that teacher: KL(P*||S_g) <= (1 - gamma)^g
+KL(P*||S_0).
 """
 
 from __future__ import annotations
@@ -69,13 +69,10 @@ def violated(
     list where it breaks none.
 
     law: a probability vector; positive: of positive laws a positive one; between: every outcome's
-    probability lies between
-    its inputs' (geometric: up to one common factor), and equal inputs give themselves; continuous:
-    a change of the inputs
-    by d changes the result by at most 50 d; anchored: swapping the base for another moves the
-    result with it;
-    equivariant: renaming outcomes renames the result's; `tempered`: raising the inputs to 1/T
-    raises the result to it.
+    probability lies between its inputs' (geometric: up to one common factor), and equal inputs give
+    themselves; continuous: a change of the inputs by d changes the result by at most 50 d;
+    anchored: swapping the base for another moves the result with it; equivariant: renaming outcomes
+    renames the result's; `tempered`: raising the inputs to 1/T raises the result to it.
     """
     rng = np.random.default_rng(seed)
     broken = set()

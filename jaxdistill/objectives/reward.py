@@ -1,9 +1,8 @@
 """Verifiable rewards: what a response is worth, checked against the data's answer.
 
 A reward is a callable dataclass, batch -> (score float32 [B], failed float32 [B]), of a batch as
-`samplers.text.respond`
-makes it: tokens and mask [B T] of the response, answer and answer_mask [B T] of the data's own.
-`failed` is 1 where the sample could not be judged; its score is then 0.
+`samplers.text.respond` makes it: tokens and mask [B T] of the response, answer and answer_mask [B
+T] of the data's own. `failed` is 1 where the sample could not be judged; its score is then 0.
 """
 
 from __future__ import annotations
@@ -66,11 +65,9 @@ class Verified:
     processes of its own.
 
     With a `tokenizer` its arguments are texts, else lists of token ids. A sample on which it
-    raises, crashes, returns no
-    finite number or takes longer than `timeout` has failed: score 0, counted and logged, and
-    training goes on. Raises
-    Refused where there is no such function, or where its file cannot be imported within `start`
-    seconds.
+    raises, crashes, returns no finite number or takes longer than `timeout` has failed: score 0,
+    counted and logged, and training goes on. Raises Refused where there is no such function, or
+    where its file cannot be imported within `start` seconds.
     """
 
     function: str = (

@@ -87,8 +87,8 @@ def filters(d: Array, lam: float, alphas: Sequence[float]) -> list[Array]:
 
 def best_alpha(target: Array, labels: Array, pure: Array) -> Array:
     """argmin |alpha labels + (1 - alpha) pure - target|^2, unclipped (eq. 7): `labels` and `pure`
-    are what the models
-    fitted to the labels alone and to the last step alone say where `target` is known.
+    are what the models fitted to the labels alone and to the last step alone say where `target` is
+    known.
     """
     return jnp.divide(*best_alpha_sums(target, labels, pure))
 

@@ -37,8 +37,7 @@ class Schedule:
 
     def progress(self, share: Array) -> Array:
         """How much of the way from start to end is gone after this share of the steps: [] -> [], 0
-        at
-        0 and 1 at 1.
+        at 0 and 1 at 1.
         """
         raise NotImplementedError
 

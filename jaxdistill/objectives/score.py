@@ -83,9 +83,8 @@ def sid_loss(
     """Score identity distillation (SiD), summed over dimensions: [B ...] -> [B].
 
     scale (D_phi - D_psi)((D_phi - x0) - alpha (D_phi - D_psi)) / sg[mean|x0 - D_phi|]. The gradient
-    flows through x0 and
-    both denoisers' inputs. The value turns negative for alpha > 1 and measures nothing: watch the
-    gradient.
+    flows through x0 and both denoisers' inputs. The value turns negative for alpha > 1 and measures
+    nothing: watch the gradient.
     """
     gap = real_x0 - fake_x0
     weight = scale * inverse_distance(x0, real_x0)
@@ -97,9 +96,8 @@ def sim_loss(x0: Array, real_x0: Array, fake_x0: Array, c: float) -> Array:
     denoisers: [B ...] -> [B].
 
     gap . (D_psi - x0) / sqrt(|gap|^2 + c^2) with gap = D_phi - D_psi, summed over dimensions; the
-    gradient flows through x0
-    and both denoisers' inputs, the quotient included. For c -> inf, c times it is SiD's at alpha =
-    1 without its weight.
+    gradient flows through x0 and both denoisers' inputs, the quotient included. For c -> inf, c
+    times it is SiD's at alpha = 1 without its weight.
     """
     gap = real_x0 - fake_x0
     dims = range(1, x0.ndim)

@@ -28,8 +28,7 @@ def span_sum(values: Array, span: Array, count: int) -> tuple[Array, Array]:
 
 def ends(span: Array, following: Array) -> Array:
     """Which tokens are the last of their span with more of the text to come, bool [B T]: span int
-    and following, whether the next
-    token is one of the text's, bool [B T].
+    and following, whether the next token is one of the text's, bool [B T].
     """
     after = jnp.pad(span[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
     return (span >= 0) & (after != span) & following
@@ -50,8 +49,8 @@ def event_divergence(
     log-probabilities [...] -> [...].
 
     For tau -> inf the forward KL becomes x log(x / y) - x + y, x = -log p, y = -log q, which is as
-    sensitive to improbable
-    events as to probable ones. Probabilities above 1 - 1e-7 (float32) count as that.
+    sensitive to improbable events as to probable ones. Probabilities above 1 - 1e-7 (float32) count
+    as that.
     """
 
     def law(log):

@@ -52,9 +52,8 @@ def number(text: str) -> Decimal | Fraction | None:
     """The last number of a text, exactly; None where there is none.
 
     Signs of thousands go, signs of percent and of currencies count for nothing, 1/2 and LaTeX's
-    \frac{1}{2} are a half, 1.5e3
-    and 1.5 x 10^3 are 1500. A minus belongs to what follows it unless a number or a word ends right
-    before it: "3-5" ends in 5.
+    \frac{1}{2} are a half, 1.5e3 and 1.5 x 10^3 are 1500. A minus belongs to what follows it unless
+    a number or a word ends right before it: "3-5" ends in 5.
     """
     text = FRACTION.sub(r"\1/\2", text)
     last = collections.deque(NUMBER.finditer(text), maxlen=1)

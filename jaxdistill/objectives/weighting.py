@@ -63,8 +63,7 @@ def adaptive(loss: Array, c: float = 1e-2, p: float = 1.0) -> Array:
 
 def barron(loss: Array, alpha: float = 1.0, c: float = 1e-3) -> Array:
     """sg[(L / ((c^2 + 1e-8) |alpha - 2|) + 1)^(alpha / 2 - 1)] / c, a weight for mean squared
-    errors L [B] (TwinFlow,
-    arXiv:2512.05150, after Barron's robust loss, arXiv:1701.03077).
+    errors L [B] (TwinFlow, arXiv:2512.05150, after Barron's robust loss, arXiv:1701.03077).
 
     For L >> c^2 and alpha = 1 the weighted loss has the gradient of 2 sqrt(L); for alpha = 2 the
     weight is 1 / c.
@@ -76,7 +75,6 @@ def barron(loss: Array, alpha: float = 1.0, c: float = 1e-3) -> Array:
 
 def gap(t: Array, r: Array) -> Array:
     """1 + tan(72 degrees x (1 - (|t| - |r|))), of average velocities between flow times: 1 for the
-    whole way, 4.08 at |r| = |t|
-    (TwinFlow, arXiv:2512.05150).
+    whole way, 4.08 at |r| = |t| (TwinFlow, arXiv:2512.05150).
     """
     return 1 + jnp.tan((1 - (jnp.abs(t) - jnp.abs(r))) * (jnp.pi / 2.5))

@@ -30,8 +30,7 @@ def check(experiment: Experiment) -> None:
     it.
 
     Raises Refused, in one line that names the key of the config, where a value is of another type
-    or
-    out of range, a source does not exist, data, networks, method and evaluation do not fit each
+    or out of range, a source does not exist, data, networks, method and evaluation do not fit each
     other, or the claim names what the evaluation does not give.
     """
     _check(experiment, set())

@@ -2,9 +2,8 @@
 
 Beside the arrays each holds a checksum of every one of them, and one of its own record, so that a
 changed bit is noticed too. What is not known to be damage (a read error, a lack of memory or of
-permission) is raised, and nothing is moved. What looks
-like damage is read once more first: a file that a network's disk did not find may be there the next
-moment.
+permission) is raised, and nothing is moved. What looks like damage is read once more first: a file
+that a network's disk did not find may be there the next moment.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxdistill.core.net import paths, restore
+from jaxdistill.core.net import materialise, paths
 from jaxdistill.core.types import Array, Params, Refused, State
 
 # How tensorstore says that bytes are missing or wrong: the status before its message, or the
@@ -82,8 +81,8 @@ def checksum(x: Array) -> Array:
     place.
 
     Exact in any order of the sum, hence the same however the array is sharded. One changed word
-    always changes it, since an odd
-    factor is invertible modulo 2^32; several at once do not with probability 2^-32.
+    always changes it, since an odd factor is invertible modulo 2^32; several at once do not with
+    probability 2^-32.
     """
     words = _words(x)
     place = jnp.zeros(words.shape, jnp.uint32)
@@ -92,7 +91,7 @@ def checksum(x: Array) -> Array:
     return jnp.sum(words * (place * jnp.uint32(0x9E3779B1) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-_checksums = jax.jit(lambda tree: jax.tree.map(checksum, restore(tree)))
+_checksums = jax.jit(lambda tree: jax.tree.map(checksum, materialise(tree)))
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -289,11 +288,9 @@ class Checkpoints:
         """(step, state, host record) of the newest sound checkpoint; None where there is none.
 
         `abstract` holds ShapeDtypeStructs with shardings; its frozen roles are handed through. A
-        damaged checkpoint is
-        moved to `damaged/` with a warning. Raises Refused where the weights are those of another
-        architecture, or where it is not
-        known why a checkpoint cannot be read, and OSError or MemoryError where the machine cannot
-        read it: nothing is moved then.
+        damaged checkpoint is moved to `damaged/` with a warning. Raises Refused where the weights
+        are those of another architecture, or where it is not known why a checkpoint cannot be read,
+        and OSError or MemoryError where the machine cannot read it: nothing is moved then.
         """
         while (found := self.host()) is not None:
             step, host = found
@@ -368,8 +365,7 @@ def load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]:
     wrote.
 
     Each process reads its own shards. Raises Refused where a weight is missing, has another shape
-    or is damaged, and OSError where
-    the machine cannot read it.
+    or is damaged, and OSError where the machine cannot read it.
     """
     folder = Path(folder).absolute()
     if not folder.exists():

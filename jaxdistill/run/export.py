@@ -31,8 +31,8 @@ from jaxdistill.run.report import columns, markdown_table, number, read
 
 def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> None:
     """Raises Refused where `export` to `folder` would, before any weight is read: where nothing can
-    be written there, the run
-    has not finished, or a network has no PyTorch class or no adapter that leaves as one.
+    be written there, the run has not finished, or a network has no PyTorch class or no adapter that
+    leaves as one.
     """
     replaceable(folder)
     read(experiment.workdir)
@@ -55,15 +55,13 @@ def _check_adapts(role: str, net: Net) -> None:
 
 def export(trained, folder: Path, *, adapter: bool = False) -> None:
     """Writes the student, adapters folded in; where the method has several experts, each into
-    `folder/<role>`, and the members
-    of a bank each into a folder of its number. With `adapter`, the adapters alone, as
-    `save_adapter` does.
+    `folder/<role>`, and the members of a bank each into a folder of its number. With `adapter`, the
+    adapters alone, as `save_adapter` does.
 
     A denoiser of diffusers has `scheduler/scheduler_config.json` beside it, where one of its
-    schedulers steps as `method.sample`
-    does; a language model the data's end token, and its tokenizer where there is one. The folder
-    appears when all of it is
-    complete, in the place of an earlier export alone. Raises Refused as `check` does.
+    schedulers steps as `method.sample` does; a language model the data's end token, and its
+    tokenizer where there is one. The folder appears when all of it is complete, in the place of an
+    earlier export alone. Raises Refused as `check` does.
     """
     experiment = trained.experiment
     roles = trained.experiment.method.exports

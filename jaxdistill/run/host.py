@@ -26,10 +26,9 @@ def keep_freed_memory() -> bool:
     """Lets glibc keep what is freed, where JAX_PLATFORMS says cpu; returns whether it does.
 
     A program on CPU allocates all its temporaries at every step and frees them again. By default
-    glibc maps such blocks
-    anew each time, and the kernel clears every page: a third of the processor time of a small
-    training. It takes hold only
-    before JAX has started its backend, whose threads have arenas of their own from then on.
+    glibc maps such blocks anew each time, and the kernel clears every page: a third of the
+    processor time of a small training. It takes hold only before JAX has started its backend, whose
+    threads have arenas of their own from then on.
     """
     if os.environ.get("JAX_PLATFORMS") != "cpu":
         return False
@@ -79,8 +78,8 @@ def check_writable(folder: Path) -> None:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Makes `folder` and holds it, until its end or the process's, with a lock on `folder/.lock`;
-    of a run's processes the first
-    does. Raises Refused where it is held already, or cannot be made or written to.
+    of a run's processes the first does. Raises Refused where it is held already, or cannot be made
+    or written to.
     """
     if jax.process_index():
         yield

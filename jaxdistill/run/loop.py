@@ -55,14 +55,12 @@ def run(
     of report.json.
 
     The runs in `config.runs` come first, in `workdir/<name>`; one that is the same as another
-    becomes a link to it. `known`
-    has the folders of finished runs that may be linked to, by `identity` of their configs; what
-    this run finishes joins them.
-    Raises Refused on bad input, where `workdir` is of another config, damaged or not to be written
-    to, and where another process
+    becomes a link to it. `known` has the folders of finished runs that may be linked to, by
+    `identity` of their configs; what this run finishes joins them. Raises Refused on bad input,
+    where `workdir` is of another config, damaged or not to be written to, and where another process
     runs in it; metrics.NonFinite where a loss stops being a number, Stopped after SIGTERM or
-    Ctrl-C, OSError where the machine
-    fails (a full disk, a read error); in all cases the last good checkpoint stays.
+    Ctrl-C, OSError where the machine fails (a full disk, a read error); in all cases the last good
+    checkpoint stays.
     """
     experiment = Experiment(config, records.local(workdir, "--workdir"))
     check(experiment)
@@ -167,9 +165,8 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
 
 def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
     """A finished run's networks and weights, by its own config or one that is changed in what does
-    not matter to them (where data and
-    teachers lie today, how to evaluate). Raises Refused where it has not finished, is damaged, or
-    its config.json was changed.
+    not matter to them (where data and teachers lie today, how to evaluate). Raises Refused where it
+    has not finished, is damaged, or its config.json was changed.
     """
     workdir = records.local(workdir, "--workdir")
     if config is None or (workdir / "config.json").exists():

@@ -28,8 +28,7 @@ class NonFinite(RuntimeError):
 
 def read(path: Path, *, clock: bool = False) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that was cut short is left out. Raises Refused
-    where another one is damaged, or has
-    no seconds where `clock` is asked for.
+    where another one is damaged, or has no seconds where `clock` is asked for.
     """
     return records.read_lines(Path(path), clock=clock)
 
@@ -111,8 +110,7 @@ class Pending:
 
     def flush(self) -> dict[str, float]:
         """Means since the last flush, over all tokens or samples where these were counted and over
-        steps elsewhere. Raises NonFinite,
-        naming turn, role and step.
+        steps elsewhere. Raises NonFinite, naming turn, role and step.
         """
         sums: dict[str, tuple[float, float]] = {}
         values = jax.device_get([m for _, m in self._steps])

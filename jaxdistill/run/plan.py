@@ -126,8 +126,7 @@ def shorten(config: ConfigDict) -> None:
 
 def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
     """Compiles every turn pattern of the first stage for the slice called `name`; without `whole`,
-    up to the first that does
-    not fit. Raises Refused on bad input.
+    up to the first that does not fit. Raises Refused on bad input.
     """
     devices, kind = topology(name)
     experiment = Experiment(config, Path("unused"), devices)
@@ -223,8 +222,7 @@ def gpus(config: ConfigDict, name: str) -> Plan:
     compiling.
 
     Temporaries are unknown; traffic between chips is FSDP's: weights gathered for every pass that
-    reads them (one for a
-    frozen role, two for a moving one), gradients scattered once.
+    reads them (one for a frozen role, two for a moving one), gradients scattered once.
     """
     kind_name, _, shape = name.partition(":")
     kind = chip(kind_name)
@@ -298,16 +296,12 @@ class _Described:
 
 def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tuple[dict, str]]:
     """Plans of mesh shapes x remat policies x accumulations x places of frozen weights, the
-    likeliest first; those refused as
-    (change, reason).
+    likeliest first; those refused as (change, reason).
 
     A candidate whose state alone is too large is not compiled, nor one that splits finer than the
-    first that fits, or
-    offloads where that did not: what fits needs neither more tensor parallelism nor the host. Where
-    one does not fit, none is
-    tried that accumulates or rematerialises less, nor the host where it is short of more than the
-    frozen weights. At most
-    `most` are compiled.
+    first that fits, or offloads where that did not: what fits needs neither more tensor parallelism
+    nor the host. Where one does not fit, none is tried that accumulates or rematerialises less, nor
+    the host where it is short of more than the frozen weights. At most `most` are compiled.
     """
     devices, kind = topology(name)
     done = 0
@@ -369,8 +363,7 @@ def _short(error: jax.errors.JaxRuntimeError) -> float:
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
     """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen
-    weights on the device before
-    the host, the accumulation and the remat that hold least first.
+    weights on the device before the host, the accumulation and the remat that hold least first.
     """
     frozen = build.build(config.method).frozen
     powers = [2**i for i in range(int(math.log2(devices)) + 1)]

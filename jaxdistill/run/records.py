@@ -18,7 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import Run, completed
+from jaxdistill.core.build import Run, completed, current
 from jaxdistill.core.types import Refused, one_line
 
 FREE = (
@@ -122,7 +122,7 @@ def _brief(value: Any) -> str:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`. Raises Refused where there is none, or it is no whole
+    """The config of the run in `workdir`, under today's names of files and fields. Raises Refused where there is none, or it is no whole
     config.
     """
     file = workdir / "config.json"
@@ -131,7 +131,7 @@ def read_config(workdir: Path) -> ConfigDict:
     found = parse(read_text(file), str(file))
     _check_config(found, str(file))
     try:
-        return ConfigDict(found)
+        return ConfigDict(current(found))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(f"{file}: is no config ({_brief(str(error))})") from error
 
@@ -197,8 +197,7 @@ def read_lines(file: Path, *, clock: bool = False) -> list[dict[str, Any]]:
     short is left out.
 
     Raises Refused, which names the line, where another one is no record: an object with a step and,
-    where `clock` is asked for, the
-    seconds.
+    where `clock` is asked for, the seconds.
     """
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     while lines and not lines[-1].strip():
@@ -238,9 +237,8 @@ def difference(
     there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = FREE
 ) -> str:
     """Where two configs (as JSON) are of different runs: the first such key and both values, as a
-    part of a sentence; "" where
-    nowhere. Keys of the top level in `free` may differ, and fields that a class has gained since
-    are at their defaults.
+    part of a sentence; "" where nowhere. Keys of the top level in `free` may differ, and fields
+    that a class has gained since are at their defaults.
     """
     there = flat(completed(there))
     here = flat(completed(here))
@@ -271,8 +269,7 @@ def check_result(workdir: Path, config: ConfigDict, free: tuple[str, ...] = FREE
 
 def stages(workdir: Path) -> list[Path]:
     """The results of the stages that are done, in order. Raises Refused where one is missing before
-    the last, or a result is no
-    folder.
+    the last, or a result is no folder.
     """
     folder = workdir / "stages"
     if not folder.exists():

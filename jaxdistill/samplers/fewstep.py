@@ -53,9 +53,8 @@ def simulate(
     which may be traced.
 
     From one time to the next it re-noises its x0 with fresh noise; or takes the step of a `solver`
-    of samplers/ode.py without
-    memory, in which case `key` is not read. "ddim" is Euler's on rectified flow, whatever the
-    shift.
+    of samplers/ode.py without memory, in which case `key` is not read. "ddim" is Euler's on
+    rectified flow, whatever the shift.
     """
 
     def body(i, x):
@@ -107,14 +106,11 @@ def jump(
     or [N + 1, B], flow time.
 
     `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t. The `style` says
-    what r is (UCGM,
-    arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t (the flow's
-    ODE). A share `fresh` of the
-    variance of the next state's noise is drawn anew (1 is `renoise`), and from the third step on
-    its x0 and noise go beyond
-    what is predicted by `extrapolate` times their change since the last step; a state at 0 is a
-    sample, and is as predicted.
-    Raises Refused on an unknown style.
+    what r is (UCGM, arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t
+    (the flow's ODE). A share `fresh` of the variance of the next state's noise is drawn anew (1 is
+    `renoise`), and from the third step on its x0 and noise go beyond what is predicted by
+    `extrapolate` times their change since the last step; a state at 0 is a sample, and is as
+    predicted. Raises Refused on an unknown style.
     """
     aim = lookup(AIMS, style, "style")
 
@@ -146,10 +142,9 @@ def warped_times(
     warp: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Array:
     """UCGM's grid, [steps + 1] from 1 - k(gaps[0]) down to 0: even in k^-1(1 - t), k(u) = (1 - (1 -
-    u^a)^b)^c for warp (a, b, c)
-    (Kumaraswamy's law; 1, 1, 1 is no warp). The last jump to 0 is made from 1 - k(1 - gaps[1]), for
-    gaps[1] = 0 from a step
-    like the others. Raises Refused where there is no step, or a gap is none.
+    u^a)^b)^c for warp (a, b, c) (Kumaraswamy's law; 1, 1, 1 is no warp). The last jump to 0 is made
+    from 1 - k(1 - gaps[1]), for gaps[1] = 0 from a step like the others. Raises Refused where there
+    is no step, or a gap is none.
     """
     first, last = gaps
     if steps < 1 or not (first >= 0 and last >= 0 and first + last < 1):

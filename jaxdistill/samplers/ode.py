@@ -61,8 +61,7 @@ def euler(denoise, x, memory, t, s, key, at):
 
 def heun(denoise, x, memory, t, s, key, at):
     """Second order: Euler, then the mean of both slopes. Two evaluations a step, 2N - 1 in all: the
-    last step is
-    plain Euler, since eps is singular at sigma = 0.
+    last step is plain Euler, since eps is singular at sigma = 0.
     """
     slope = denoise(x, t).v
     ahead = x + expand(s - t, x) * slope
@@ -152,8 +151,7 @@ def chain_times(name: str, process: Process, steps: int, grid: Array | None = No
     """The times [steps] at which a solver asks the network, where it only re-noises x0 with its own
     eps from one to the next:
     "ddim", and on rectified flow "euler"; on the process's grid, or another one [steps + 1]. Raises
-    Refused on the others,
-    and where the last state is not x0.
+    Refused on the others, and where the last state is not x0.
     """
     if name != "ddim" and (name != "euler" or process != Flow()):
         raise Refused(f"solver={name}: more than a chain of x0 at fixed times")

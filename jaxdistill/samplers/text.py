@@ -32,12 +32,10 @@ def generate(
     """Continues `prompt` int [B P] to (tokens int [B length], mask bool [B length]).
 
     `net` is a bound language model; `prompt_mask` [B P] is False on padding, which stands on the
-    left. The mask is
-    True on prompt and continuation, its `eos` (one token or several) included; what follows is
-    `pad` and False.
-    `temperature`, `top_k` and `top_p` are those of `pick`; ids from `vocab` on (0: none) are never
-    written. Raises Refused
-    where `length` leaves nothing to write.
+    left. The mask is True on prompt and continuation, its `eos` (one token or several) included;
+    what follows is `pad` and False. `temperature`, `top_k` and `top_p` are those of `pick`; ids
+    from `vocab` on (0: none) are never written. Raises Refused where `length` leaves nothing to
+    write.
     """
     batch, start = prompt.shape
     if length <= start:
@@ -79,9 +77,8 @@ def answer(
     length], mask bool [B length]).
 
     `net` is the bound network, `source_mask` [B S] is False on padding, `start` the token that each
-    text begins with,
-    which is left out of what is returned; `how` are the other arguments of `generate`, whose mask
-    this is.
+    text begins with, which is left out of what is returned; `how` are the other arguments of
+    `generate`, whose mask this is.
     """
     states = net(source, mask=source_mask, method="encode")
 
@@ -103,9 +100,8 @@ def pick(
     it.
 
     temperature 0 is the argmax. `top_k` (0: all) keeps the k likeliest tokens; of these, `top_p`
-    keeps the fewest
-    whose mass reaches it (nucleus sampling, arXiv:1904.09751). Of equal logits the lower index
-    comes first.
+    keeps the fewest whose mass reaches it (nucleus sampling, arXiv:1904.09751). Of equal logits the
+    lower index comes first.
     """
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise Refused(
@@ -152,12 +148,10 @@ def respond(
     """`batch` with what `net` writes after its prompts in the places where it has the responses.
 
     Each row comes `copies` times, one after the other. tokens int, mask float32 (1 on what was
-    written), segments and
-    positions int32 [B T] are new; answer and answer_mask keep the data's own tokens and where
-    they are a response, and group int32 [B] is the
-    row's number in `batch`. Data without "prompt" opens with `prompt_length` tokens of one; `how`
-    goes to `generate`.
-    Raises Refused where there is neither.
+    written), segments and positions int32 [B T] are new; answer and answer_mask keep the data's own
+    tokens and where they are a response, and group int32 [B] is the row's number in `batch`. Data
+    without "prompt" opens with `prompt_length` tokens of one; `how` goes to `generate`. Raises
+    Refused where there is neither.
     """
     if "prompt" not in batch and not prompt_length:
         raise Refused(

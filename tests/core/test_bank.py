@@ -63,10 +63,10 @@ def test_gradients_stay_with_their_member(made):
 def test_adopts_one_network_for_all_and_a_bank_as_it_is(made):
     one, three, params, _, _ = made
     single = one.init(jax.random.key(3))
-    adopted = three.adopt(single)
+    adopted = three.from_source(single)
     for w, s in zip(jax.tree.leaves(adopted), jax.tree.leaves(single), strict=True):
         assert all(np.array_equal(w[k], s) for k in range(3))
-    assert three.adopt(params) is params
+    assert three.from_source(params) is params
 
 
 def test_members_can_be_mapped_over(made):
@@ -85,6 +85,6 @@ def test_gradients_that_are_no_numbers_stop_their_member_alone(made):
     _, three, params, _, _ = made
     hurt = jax.tree.map(lambda w: jnp.ones_like(w), params)
     hurt["inp"]["bias"] = hurt["inp"]["bias"].at[1, 0].set(jnp.inf)
-    for w in jax.tree.leaves(three.sound(hurt)):
+    for w in jax.tree.leaves(three.sanitise(hurt)):
         assert not w[1].any() and (w[0] == 1).all() and (w[2] == 1).all()
-    assert three.one.sound(hurt) is hurt
+    assert three.one.sanitise(hurt) is hurt

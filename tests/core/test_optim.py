@@ -330,8 +330,8 @@ def test_averages_out_of_range_are_refused(make):
 
 def families():
     """Every model of the library by name, with what its defaults leave out."""
-    for info in pkgutil.iter_modules(models.__path__):
-        module = importlib.import_module(f"jaxdistill.models.{info.name}")
+    for info in pkgutil.walk_packages(models.__path__, "jaxdistill.models."):
+        module = importlib.import_module(info.name)
         for name, cls in vars(module).items():
             if (
                 dataclasses.is_dataclass(cls)

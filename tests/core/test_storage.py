@@ -13,7 +13,7 @@ import pytest
 from jaxdistill.core import build, sharding
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.lora import adapt
-from jaxdistill.core.net import make_net, paths, resting, restore
+from jaxdistill.core.net import make_net, materialise, paths, resting
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Refused
@@ -35,7 +35,7 @@ def nets():
         lambda w: w + 0.02 * jax.random.normal(next(noise), w.shape), params
     )  # no layer is zero
     packed = quantized(plain, "int8")
-    return plain, params, packed, packed.adopt(params)
+    return plain, params, packed, packed.from_source(params)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_every_weight_is_within_half_a_step(nets):
             tuple(range(1, w.ndim - 1)) if path.startswith("blocks") else tuple(range(w.ndim - 1))
         )
         bound = jnp.max(jnp.abs(w), axis, keepdims=True) / 254
-        assert np.all(np.abs(w - restore(packed)) <= bound * (1 + 1e-4))
+        assert np.all(np.abs(w - materialise(packed)) <= bound * (1 + 1e-4))
 
 
 def test_matrices_are_packed_and_vectors_are_not(nets):
@@ -91,7 +91,7 @@ def test_output_is_that_of_the_rounded_weights(nets, inputs):
     beforehand.
     """
     plain, params, packed, held = nets
-    rounded = jax.jit(plain.apply)(restore(held), *inputs)
+    rounded = jax.jit(plain.apply)(materialise(held), *inputs)
     np.testing.assert_allclose(jax.jit(packed.apply)(held, *inputs), rounded, rtol=1e-5, atol=1e-5)
     exact = jax.jit(plain.apply)(params, *inputs)
     assert 0 < np.abs(rounded - exact).max() < 0.05 * np.std(exact)
@@ -101,7 +101,7 @@ def test_gradient_reaches_the_input(nets, inputs):
     _, _, packed, held = nets
     x, t, cond = inputs
     grad = jax.jit(jax.grad(lambda x: packed.apply(held, x, t, cond).sum()))(x)
-    plain = jax.jit(jax.grad(lambda x: nets[0].apply(restore(held), x, t, cond).sum()))(x)
+    plain = jax.jit(jax.grad(lambda x: nets[0].apply(materialise(held), x, t, cond).sum()))(x)
     np.testing.assert_allclose(grad, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_adapters_on_a_packed_base(nets, inputs):
     adapter = jax.tree.map(lambda w: w + 0.1, net.init(jax.random.key(3)))
     out = [
         jax.jit(net.apply)({"base": base, "adapter": adapter}, *inputs)
-        for base in (held, restore(held))
+        for base in (held, materialise(held))
     ]
     np.testing.assert_allclose(*out, rtol=1e-5, atol=1e-5)
 

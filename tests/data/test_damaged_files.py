@@ -253,8 +253,7 @@ def read(data: Dataset) -> None:
 
 def damaged(folder: Path, reader: str, seed: int) -> tuple[str, str | None]:
     """(what was done, the refusal or None) of one damaged set. AssertionError where it is not
-    refused in one line that names the
-    file or its folder; every other exception passes through.
+    refused in one line that names the file or its folder; every other exception passes through.
     """
     rng = np.random.default_rng([seed, *reader.encode()])
     files, data = READERS[reader](folder)

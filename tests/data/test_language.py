@@ -17,7 +17,7 @@ def sequences(length: int) -> np.ndarray:
 
 def test_markov_law_is_a_law_and_stationary():
     for data in (TINY, Markov(), Markov(vocab=16, branch=1, smoothing=0.01), Markov(order=1)):
-        pairs, table = data.law
+        pairs, table = data.components
         np.testing.assert_allclose(table.sum(-1), 1, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.einsum("ab,abc->bc", pairs, table), pairs, rtol=0, atol=1e-11)
         assert abs(pairs.sum() - 1) < 1e-12 and table.min() >= data.smoothing / data.vocab * (
@@ -27,7 +27,7 @@ def test_markov_law_is_a_law_and_stationary():
 
 
 def test_a_first_order_chain_forgets_all_but_the_last_symbol():
-    pairs, table = Markov(order=1).law
+    pairs, table = Markov(order=1).transitions
     assert (table == table[0]).all() and not (table == table[:, :1]).all()
     np.testing.assert_allclose(pairs, pairs.sum(1)[:, None] * table[0], rtol=0, atol=1e-11)
 
@@ -53,7 +53,7 @@ def test_markov_entropy_limits():
 
 def test_markov_samples_follow_the_law_at_every_position():
     tokens = next(TINY.loader())["tokens"]
-    pairs, table = TINY.law
+    pairs, table = TINY.transitions
     n = len(tokens)
     for t in range(5):
         frequency = np.bincount(tokens[:, t] * 3 + tokens[:, t + 1], minlength=9) / n
@@ -87,7 +87,7 @@ def test_markov_batches():
         64,
     )
     assert (batch["mask"] == (np.arange(64) > 0)).all() and batch["mask"].dtype == np.float32
-    assert not (Markov(seed=1).law[1] == Markov().law[1]).all()
+    assert not (Markov(seed=1).transitions[1] == Markov().law[1]).all()
     test = Markov().evaluation(5)["tokens"]
     assert (test == Markov().evaluation(5)["tokens"]).all() and not (
         test[:3] == batch["tokens"]

@@ -1,4 +1,4 @@
-"""The mixture's law, its samples, and its exact denoiser (00-foundations, section 4)."""
+"""The mixture's components, its samples, and its exact denoiser (00-foundations, section 4)."""
 
 import dataclasses
 
@@ -15,7 +15,9 @@ PROCESSES = [Flow(), Flow(shift=3.0), VP(), CosineVP(), Trig(), EDM()]
 
 def log_density(data, process, x, t, modes):
     """log p_t(x) of one x [D] at scalar t over the modes listed, from the definition."""
-    weights, means, stds = (jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.law)
+    weights, means, stds = (
+        jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.components
+    )
     a, s = process.alpha_sigma(t)
     var = (a * stds) ** 2 + s**2
     logs = (
@@ -54,7 +56,7 @@ def test_posterior_mean_by_quadrature(x64):
     data = Mixture(seed=3, dim=1, modes=3)
     process = Flow()
     grid = jnp.linspace(-3, 3, 20_001)
-    weights, means, stds = (np.asarray(a, np.float64) for a in data.law)
+    weights, means, stds = (np.asarray(a, np.float64) for a in data.components)
     prior = sum(
         w / s * np.exp(-((grid - m[0]) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds)
     )
@@ -74,7 +76,7 @@ def test_denoiser_is_exact_at_both_ends():
     np.testing.assert_allclose(clean.x0, x, atol=4 * np.finfo(np.float32).eps)
     np.testing.assert_array_equal(clean.eps, 0.0)
     noise = data.denoise(Flow(), x, jnp.ones(5))
-    weights, means, _ = data.law
+    weights, means, _ = data.components
     np.testing.assert_allclose(noise.x0, jnp.broadcast_to(weights @ means, x.shape), atol=1e-6)
     np.testing.assert_allclose(noise.eps, x, rtol=1e-6)
 
@@ -94,24 +96,24 @@ def test_net_is_the_denoiser_without_weights():
 @pytest.mark.parametrize("seed", range(5))
 def test_law_is_as_described(seed):
     data = Mixture(seed=seed, dim=2, modes=6)
-    weights, means, stds = data.law
+    weights, means, stds = data.components
     assert weights.shape == (6,) and means.shape == (6, 2) and stds.shape == (6,)
-    assert all(a.dtype == np.float32 for a in data.law)
+    assert all(a.dtype == np.float32 for a in data.components)
     np.testing.assert_allclose(weights.sum(), 1.0, rtol=1e-6)
     assert weights.max() <= 2 * weights.min()
     assert np.all(np.linalg.norm(means, axis=1) <= 1.0 + 1e-6)
     assert np.all(np.abs(stds / data.std - 1) <= 0.25 + 1e-6)
     gaps = np.linalg.norm(means[:, None] - means, axis=-1)[np.triu_indices(6, 1)]
     assert gaps.min() > 3 * data.std  # 5 asked for, less where the ball is full
-    again = Mixture(seed=seed, dim=2, modes=6).law
-    assert all(np.array_equal(a, b) for a, b in zip(data.law, again))
-    assert not np.array_equal(Mixture(seed=seed + 1).law[1], means)
+    again = Mixture(seed=seed, dim=2, modes=6).components
+    assert all(np.array_equal(a, b) for a, b in zip(data.components, again))
+    assert not np.array_equal(Mixture(seed=seed + 1).components[1], means)
 
 
 def test_samples_have_the_laws_moments():
     data = Mixture(seed=1)
     n = 20_000
-    weights, means, stds = data.law
+    weights, means, stds = data.components
     drawn = data.evaluation(n)
     assert drawn["x"].dtype == np.float32 and drawn["cond"].dtype == np.int32
     np.testing.assert_array_equal(drawn["null_cond"], data.modes)
@@ -146,7 +148,7 @@ def test_classes_are_sectors_of_modes(x64):
     """The points stay; a class's denoiser is that of its modes alone, with their weights."""
     data = Mixture(seed=2, modes=6, classes=2, batch_size=64)
     assert data.labels.dtype == np.int32 and np.bincount(data.labels).tolist() == [3, 3]
-    angle = np.arctan2(data.law[1][:, 1], data.law[1][:, 0])
+    angle = np.arctan2(data.components[1][:, 1], data.components[1][:, 0])
     assert angle[data.labels == 0].max() < angle[data.labels == 1].min()
     plain = dataclasses.replace(data, classes=0)
     mine = data.batch(0, slice(None))

@@ -16,7 +16,9 @@ def log_density(data, process, x, t, modes):
     """log p_t(x) of one x [2]: each blurred ring as 400 Gaussians, which is exact to rounding for a
     blur of 0.75 radii.
     """
-    weights, means, radii = (jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.law)
+    weights, means, radii = (
+        jnp.asarray(a, jnp.float64)[jnp.asarray(modes)] for a in data.components
+    )
     angle = jnp.arange(400) * (2 * jnp.pi / 400)
     a, s = process.alpha_sigma(t)
     var = (a * data.blur * radii) ** 2 + s**2
@@ -53,7 +55,7 @@ def test_score_is_the_gradient_of_the_blurred_log_density(x64, process):
 def test_samples_lie_on_their_rings():
     data = Rings(seed=1, labelled=True)
     n = 20_000
-    weights, means, radii = data.law
+    weights, means, radii = data.components
     drawn = data.evaluation(n)
     mode = drawn["cond"]
     assert drawn["x"].dtype == np.float32 and mode.dtype == np.int32
@@ -70,7 +72,7 @@ def test_samples_lie_on_their_rings():
 
 def test_the_denoiser_is_finite_at_a_rings_centre():
     data = Rings(seed=0)
-    means = jnp.asarray(data.law[1])
+    means = jnp.asarray(data.components[1])
     t = jnp.full(8, 0.3)
     run = lambda x: data.denoise(Flow(), x, t, jnp.arange(8)).x0
     np.testing.assert_allclose(run(0.7 * means), means, atol=1e-5)

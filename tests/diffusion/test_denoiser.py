@@ -163,7 +163,7 @@ def test_features_and_raw_output_pass_through():
     pred = Denoiser().wrap(lambda x, t, cond: (3 * x, (tap,)), Flow())(
         jnp.ones((2, 1)), jnp.full(2, 0.5)
     )
-    assert pred.feats[0] is tap
+    assert pred.features[0] is tap
     np.testing.assert_array_equal(pred.raw, 3.0)
 
 

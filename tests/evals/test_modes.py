@@ -25,23 +25,23 @@ def at(*counts, offset=0.0):
 def test_the_law_itself_scores_best():
     data = Mixture(seed=3)
     x = data.evaluation(5000)["x"]
-    assert modes.modes_hit(x, data.law) == 1.0
+    assert modes.modes_hit(x, data.components) == 1.0
     # 2 n KL is chi-squared with 5 degrees of freedom: below its 99.9 % quantile, 20.5
-    assert 0 <= modes.mode_kl(x, data.law) < 20.5 / 10_000
+    assert 0 <= modes.mode_kl(x, data.components) < 20.5 / 10_000
     inside = 1 - np.exp(-4.5)
     np.testing.assert_allclose(
-        modes.quality(x, data.law), inside, atol=4 * np.sqrt(inside * (1 - inside) / 5000)
+        modes.quality(x, data.components), inside, atol=4 * np.sqrt(inside * (1 - inside) / 5000)
     )
 
 
 def test_assignment_agrees_with_the_labels_it_was_drawn_from():
     data = Mixture(seed=4)
     drawn = data.evaluation(2000)
-    mode, distance = modes.assign(drawn["x"], data.law)
+    mode, distance = modes.assign(drawn["x"], data.components)
     # modes are 5 mean standard deviations apart or more, if they fit: at most 2 Phi(-5 / 2 / 1.25)
     # = 4.6 % are ambiguous
     assert np.mean(mode == drawn["cond"]) > 0.954
-    own = np.linalg.norm(drawn["x"] - data.law[1][mode], axis=1) / data.law[2][mode]
+    own = np.linalg.norm(drawn["x"] - data.components[1][mode], axis=1) / data.components[2][mode]
     np.testing.assert_allclose(distance, own, rtol=1e-3)
 
 

@@ -17,8 +17,7 @@ VALID = jnp.asarray(pictures())
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A student that draws the shape asked for, in red or blue by its noise, and in red where it is
-    told to; a negative prompt of
-    full strength turns red to blue.
+    told to; a negative prompt of full strength turns red to blue.
     """
 
     params: dict

@@ -53,8 +53,8 @@ def table():
 
 
 def centred(data, cond, width):
-    """Points of each label's law, `width` times as wide."""
-    _, means, stds = data.law
+    """Points of each label's components, `width` times as wide."""
+    _, means, stds = data.components
     return means[cond] + width * stds[cond, None] * np.random.default_rng(2).standard_normal(
         (len(cond), 2)
     )

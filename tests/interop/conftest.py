@@ -31,8 +31,7 @@ def agree(record_property):
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     """imported(model, std=0.1) -> (PyTorch's model, its folder, our net, params): every weight is
-    moved away from 0 and 1, then
-    the model is saved and loaded here.
+    moved away from 0 and 1, then the model is saved and loaded here.
     """
 
     def take(model, std=0.1):
@@ -71,8 +70,7 @@ def returns(tmp_path):
 @pytest.fixture
 def covers():
     """covers(config, model, count): at its true size the net has `count` weights, with the names
-    and shapes of `model` (on
-    torch's meta device).
+    and shapes of `model` (on torch's meta device).
     """
 
     def check(cfg, model, count, family):

@@ -48,7 +48,7 @@ HOME = {"llama", "t5", "dit", "wan"}  # stored in several files
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def sanitise(tmp_path_factory):
     """name -> a folder that loads."""
     home = tmp_path_factory.mktemp("sound")
     for name, cfg in MODELS.items():

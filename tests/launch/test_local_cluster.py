@@ -180,8 +180,7 @@ def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
 
 def test_another_number_of_processes_goes_on(tmp_path):
     """Saved by two processes with two devices each, resumed by one with one: no step repeated, no
-    sample skipped or seen
-    twice (the sums of their numbers tell), the same weights.
+    sample skipped or seen twice (the sums of their numbers tell), the same weights.
     """
     run = tmp_path / "run"
     how = dict(variant="counted", steps=40, checkpoint_every=10, log_every=1)

@@ -178,8 +178,7 @@ def test_which_path_is_taken(monkeypatch):
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_kernel_on_a_gpu(length, size, causal):
     """bfloat16 through cuDNN against plain attention in float32 of the same numbers: values and
-    gradients to a few roundings of
-    bfloat16 (2^-8), relative to the largest.
+    gradients to a few roundings of bfloat16 (2^-8), relative to the largest.
     """
     q, k, v, w = (draw(2, length, 4, size, seed=i).astype(jnp.bfloat16) for i in range(4))
 

@@ -24,7 +24,7 @@ def traced(net, tokens, shape=MeshShape(fsdp=1)):
     """Gradient of a sum over logits and the states after layers 0 and 2, for one device or several."""
 
     def total(params, tokens):
-        logits, states = net.apply(params, tokens, features=(0, 2))
+        logits, states = net.apply(params, tokens, taps=(0, 2))
         return jnp.mean(logits**2) + sum(jnp.mean(s) for s in states)
 
     with sharding.use(sharding.make_mesh(shape)):
@@ -59,9 +59,8 @@ def test_what_rematerialises_is_never_unrolled():
 
 def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
     """The network has 14 blocks of seven kinds and is called twice. Kinds: without attention, at
-    two resolutions; the same with a
-    wider input; with attention; a change of resolution, down and up. Other rules, another mesh or
-    forward mode: all anew.
+    two resolutions; the same with a wider input; with attention; a change of resolution, down and
+    up. Other rules, another mesh or forward mode: all anew.
     """
     seen = []
     call = edm.Block.__call__

@@ -23,8 +23,7 @@ def test_as_it_stands_nothing_changes():
 @pytest.mark.parametrize("size", [96, 224, 512])
 def test_clips_processor(size):
     """PIL rounds to whole steps of 255 after each of two passes: half a step, times 1.25 (the sum
-    of a cubic's absolute weights)
-    in the second pass, and half a step more.
+    of a cubic's absolute weights) in the second pass, and half a step more.
     """
     transformers = pytest.importorskip("transformers", reason="CLIP's processor is transformers'")
     pytest.importorskip("torch", reason="transformers' processors need torch (extra [torch])")

@@ -309,8 +309,7 @@ def test_a_sampler_that_is_no_chain_is_not_made_one():
 @pytest.mark.parametrize("call", [dit.FAMILY.call, ""])
 def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
     """Heun's method is no chain of x0: the card says where it is, and how the network is loaded. Of
-    a family without Python for
-    one evaluation too.
+    a family without Python for one evaluation too.
     """
     monkeypatch.setattr(Student, "family", dataclasses.replace(dit.FAMILY, call=call))
     student = Role(**NET, init="fresh")

@@ -341,8 +341,8 @@ def test_runs_inside_a_run_share_its_seed(tmp_path):
 
 def test_runs_that_are_the_same_are_trained_once(tmp_path):
     """Inside one another, in a run that goes on after a part of it, and where the caller knows of a
-    finished one; a folder that is
-    there already, and a config with another value, are left to themselves.
+    finished one; a folder that is there already, and a config with another value, are left to
+    themselves.
     """
     from_first = lambda **rest: flow(runs=dict(first=flow(**rest)), role=dict(init="@first"))
     claim = dict(
@@ -557,8 +557,7 @@ def test_a_disk_that_is_really_full(small_disk):
 
 def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
     """While a run inside another is evaluated: it ends, the next is not begun; after the training:
-    not evaluated; the bits are the
-    same in the end.
+    not evaluated; the bits are the same in the end.
     """
     outer = lambda: flow(runs=dict(first=flow()), role=dict(init="@first"))
     loop.run(outer(), tmp_path / "whole", progress=False)

@@ -110,9 +110,8 @@ def test_exact_for_a_single_point(x64, process, solver, steps):
 )
 def test_every_solver_stays_finite_and_approaches_the_exact_flow(process, solver, fall):
     """In float32, to both ends of the process. From 8 to 40 steps errors tend to 1/5 (first order)
-    or 1/25 (second) of
-    what they were. Uniform times are a grid that 2M's last step, endless in lambda, does not like:
-    it only must not get worse.
+    or 1/25 (second) of what they were. Uniform times are a grid that 2M's last step, endless in
+    lambda, does not like: it only must not get worse.
     """
     _, s = process.alpha_sigma(jnp.float32(process.t_max))
     x = jnp.asarray([[START], [-0.4]], jnp.float32) * s

@@ -36,7 +36,7 @@ def logits(net, params):
 
 def test_influence_is_one_minus_the_cosine_of_states(params):
     influence, _ = importance(NET, params, BATCH)
-    _, states = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], features=(0, 1, 2, 3)))(params)
+    _, states = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3)))(params)
     states = [np.asarray(params["embed"]["embedding"])[BATCH["tokens"]], *map(np.asarray, states)]
     for i, (a, b) in enumerate(zip(states, states[1:])):
         cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)

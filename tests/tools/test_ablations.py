@@ -40,8 +40,7 @@ def report(value: float):
 
 def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeypatch):
     """DisBack's toy with a shorter path may link to what its own run finished, and not to another
-    seed's; the page says on how many
-    seeds it was worse.
+    seed's; the page says on how many seeds it was worse.
     """
     seen = []
 

@@ -62,8 +62,7 @@ def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
 
 def test_the_plan_of_xl2_is_the_published_network():
     """DiT-XL/2 has 675 M weights and 118.6 billion multiply-adds a sample (arXiv:2212.09748, table
-    1); the teacher goes over
-    a batch of 32 once in a step of sCM, and forward alone.
+    1); the teacher goes over a batch of 32 once in a step of sCM, and forward alone.
     """
     config = dit_xl2.get_config("scm")
     experiment = Experiment(config, "unused")

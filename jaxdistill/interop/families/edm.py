@@ -84,7 +84,7 @@ def table(cfg: EDMUNet) -> tuple[Row, ...]:
 def _rows(cfg: EDMUNet) -> Iterator[Row]:
     song = isinstance(cfg, SongUNet)
     top = len(cfg.multiples) - 1
-    if song and cfg.waves == "fourier":
+    if song and cfg.time_embedding == "fourier":
         yield Row("frequencies", "model.map_noise.freqs")
     if cfg.classes:
         yield from linear("label", "model.map_label", bias=song)
@@ -188,7 +188,7 @@ def read(config: dict[str, Any], folder: Path) -> EDMUNet:
         )
     return SongUNet(
         **sizes,
-        waves=get("embedding_type"),
+        time_embedding=get("embedding_type"),
         noise_multiple=get("channel_mult_noise"),
         residual=get("encoder_type") == "residual",
         filter=filter,
@@ -211,7 +211,7 @@ def write(cfg: EDMUNet) -> dict[str, dict[str, Any]]:
     }
     if isinstance(cfg, SongUNet):
         config |= {
-            "embedding_type": cfg.waves,
+            "embedding_type": cfg.time_embedding,
             "channel_mult_noise": cfg.noise_multiple,
             "encoder_type": "residual" if cfg.residual else "standard",
             "decoder_type": "standard",

@@ -1,8 +1,7 @@
 """`LlamaForCausalLM` of transformers (Llama 1 to 3, SmolLM, TinyLlama and others of the same
-graph), and the two that
-differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and 2.5) and
-`Qwen3ForCausalLM`. The language side of `Qwen2_5_VLForConditionalGeneration` is read as a text
-encoder.
+graph), and the two that differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and
+2.5) and `Qwen3ForCausalLM`. The language side of `Qwen2_5_VLForConditionalGeneration` is read as a
+text encoder.
 """
 
 from __future__ import annotations

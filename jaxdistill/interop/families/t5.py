@@ -75,8 +75,7 @@ def _attention(path: str, layer: str, name: str) -> tuple[Row, ...]:
 
 def read(config: dict[str, Any], folder: Path, *, make: type[T5Encoder]) -> T5Encoder:
     """Sizes from config.json. That the head is tied is what `scale_decoder_outputs` says since
-    transformers 5, which sets
-    `tie_word_embeddings` to true in every file; before, the latter.
+    transformers 5, which sets `tie_word_embeddings` to true in every file; before, the latter.
     """
     where = folder / "config.json"
     found = sizes(config, SIZES, where)

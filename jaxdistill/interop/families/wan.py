@@ -19,9 +19,8 @@ def experts(pipeline: str | Path) -> tuple[Path, Path, float]:
     boundary, boundary).
 
     `interop.load` reads each folder. The boundary is a time of the flow, in 0..1 (0.875 for text,
-    0.9 for images in the
-    released pipelines). Raises Refused where the pipeline has one network only: load its
-    `transformer` folder.
+    0.9 for images in the released pipelines). Raises Refused where the pipeline has one network
+    only: load its `transformer` folder.
     """
     index = Path(pipeline) / "model_index.json"
     config = read_json(index)

@@ -61,7 +61,7 @@ class PruneThenDistil(KD):
         if not self.student_layers:
             return super().loss(net, ctx)
         run = lambda call, layers: call(
-            ctx.batch["tokens"], hidden_only=self.chunk > 0, features=layers, **context(ctx.batch)
+            ctx.batch["tokens"], hidden_only=self.chunk > 0, taps=layers, **context(ctx.batch)
         )
         teacher, wanted = run(net.teacher, self.teacher_layers)
         student, states = run(net.student, self.student_layers)

@@ -149,8 +149,7 @@ class SiD(EDMDiffInstruct):
     halved; the paper's is 1.2.
 
     The student's loss is a sum over dimensions, as in the code, the fake score's a mean where that
-    has a sum: its Adam's eps
-    (1e-8 there) is to be divided by their number.
+    has a sum: its Adam's eps (1e-8 there) is to be divided by their number.
     """
 
     student_times: tuple[float, ...] = (2.5,)

@@ -152,8 +152,7 @@ class EDMDiffInstruct(FromLevel, DiffInstruct):
     EDM's weights for the latter.
 
     Both losses are means over dimensions, the code's sums: Adam steps as the code's does where its
-    eps (1e-8 there) is divided
-    by the number of dimensions.
+    eps (1e-8 there) is divided by the number of dimensions.
     """
 
     process: Process = EDM()

@@ -2,10 +2,9 @@
 (DisBack, arXiv:2408.15991).
 
 A one-step student starts far from its teacher's law, where the teacher's score is unreliable. First
-a copy of the teacher is
-degraded: it learns the law of the untouched student, and weights along the way are recorded. Then
-the student is distilled as by its host, with the recorded networks as targets, from the last one
-back to the teacher; the fake score starts as the last.
+a copy of the teacher is degraded: it learns the law of the untouched student, and weights along the
+way are recorded. Then the student is distilled as by its host, with the recorded networks as
+targets, from the last one back to the teacher; the fake score starts as the last.
 
 Departures: in an engine step the critics move before the student and on draws of their own, as in
 the host. The released loop moves its target once, and its stage 2 takes over a trained fake score;

@@ -38,7 +38,7 @@ class DMD2(Normalised):
         return (dataclasses.replace(critics, moves=("fake", "disc")), student)
 
     def logits(self, net: Nets, xt: Array, t: Array, cond) -> Array:
-        return net.disc(net.fake(xt, t, cond, features=self.taps).feats, t, cond)
+        return net.disc(net.fake(xt, t, cond, taps=self.taps).features, t, cond)
 
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
         match, xt, t = self.match(net, ctx, self.generate(net, ctx))

@@ -29,8 +29,8 @@ from jaxdistill.samplers.fewstep import chain
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlashDMD(Normalised):
     """Batches: x (what the student makes: only its shape is read, unless it is also what `features`
-    look at), image (real
-    samples as `decoder` makes them, where it does). The decoder has `denormalise` and `decode`.
+    look at), image (real samples as `decoder` makes them, where it does). The decoder has
+    `denormalise` and `decode`.
     """
 
     student_times: tuple[float, ...] = (0.999, 0.749, 0.499, 0.249)  # the paper's, of 1000
@@ -115,7 +115,7 @@ class FlashDMD(Normalised):
 
     def logits(self, net: Nets, image: Array, ctx: Ctx) -> Array:
         """One logit a head, [B heads]."""
-        return net.disc(net.features(self.preprocess(image), features=self.taps)[1])
+        return net.disc(net.features(self.preprocess(image), taps=self.taps)[1])
 
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
         match = self.match(net, ctx, self.generate(net, ctx))[0]

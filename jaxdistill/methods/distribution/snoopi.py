@@ -55,8 +55,7 @@ class PGSB(SwiftBrush):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NasaT(PGSB):
     """Training with negative prompts, batch["negative_cond"] (as null_cond): in the teacher's
-    guidance, and in the student's
-    attention. The fake score never sees one.
+    guidance, and in the student's attention. The fake score never sees one.
     """
 
     nasa: Scale = Random(
@@ -90,10 +89,9 @@ class NasaT(PGSB):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clipped:
     """The clamped CLIP loss of SwiftBrush v2 (arXiv:2408.14176), for the student of the method that
-    it is mixed into. Batches hold
-    the prompts' embeddings too, text_embed [B E]; those of the samples are made by the frozen role
-    `judge`, an image tower with
-    a projection, from what `decoder` makes of them.
+    it is mixed into. Batches hold the prompts' embeddings too, text_embed [B E]; those of the
+    samples are made by the frozen role `judge`, an image tower with a projection, from what
+    `decoder` makes of them.
     """
 
     clip_weight: float = 0.1

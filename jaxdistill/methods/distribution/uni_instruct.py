@@ -66,11 +66,11 @@ class UniInstruct(FromLevel, DMD2):
         """The fake score and the discriminator's logits [B ...], from one pass through the fake
         network.
         """
-        pred = net.fake(xt, t, ctx.batch.get("cond"), features=self.taps)
-        return pred, self.logits_of(net, pred.feats, t, ctx)
+        pred = net.fake(xt, t, ctx.batch.get("cond"), taps=self.taps)
+        return pred, self.logits_of(net, pred.features, t, ctx)
 
-    def logits_of(self, net: Nets, feats: tuple[Array, ...], t: Array, ctx: Ctx) -> Array:
-        return net.disc(feats, self.process.angle(t), ctx.batch.get("cond"))
+    def logits_of(self, net: Nets, features: tuple[Array, ...], t: Array, ctx: Ctx) -> Array:
+        return net.disc(features, self.process.angle(t), ctx.batch.get("cond"))
 
     def ratio(self, logits: Array) -> Array:
         """r = p_real / p_fake at x_t, [B]."""
@@ -147,8 +147,8 @@ class SharedUniInstruct(UniInstruct):
 
     inits = {"student": "teacher", "fake": "teacher"}
 
-    def logits_of(self, net, feats, t, ctx):
-        maps = [jnp.mean(f.astype(jnp.float32), -1) for f in feats]
+    def logits_of(self, net, features, t, ctx):
+        maps = [jnp.mean(f.astype(jnp.float32), -1) for f in features]
         return jnp.concatenate([m.reshape(m.shape[0], -1) for m in maps], 1)
 
 

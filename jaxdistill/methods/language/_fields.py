@@ -16,8 +16,7 @@ from jaxdistill.objectives.schedule import bounds, settled
 
 def refuse_unused(method: Any) -> None:
     """Raises Refused where one of `method.unused`, inherited fields that this class does not read,
-    is
-    not as it was.
+    is not as it was.
     """
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)

@@ -76,12 +76,10 @@ def solved_first(batch: Batch, prompt_length: int = 0) -> Batch:
     then the problem and the response.
 
     The solution is what `answer_mask` marks of `answer` (`samplers.text.respond`), or `mask` of the
-    tokens where nothing has been
-    written. tokens, segments and positions int32, mask float32 [B 2T], prompt int32 and prompt_mask
-    bool [B T+P] are as
-    in `data.text:PaddedJson`, padding on the left: the last T columns belong to those of `batch`,
-    from the prompt's last token on.
-    A row without a solution has nothing before its problem.
+    tokens where nothing has been written. tokens, segments and positions int32, mask float32 [B
+    2T], prompt int32 and prompt_mask bool [B T+P] are as in `data.text:PaddedJson`, padding on the
+    left: the last T columns belong to those of `batch`, from the prompt's last token on. A row
+    without a solution has nothing before its problem.
     """
     tokens = batch["tokens"]
     answer = batch.get("answer", batch["tokens"])

@@ -16,8 +16,7 @@ PREFIX = "whole_"
 
 def counted(batch: Batch, masks: Mapping[str, Array]) -> Batch:
     """The whole batch with how often each mask holds in it, and how many rows it has, in every row:
-    whole_<name>, float32 [B]. What
-    a `Turn.gather` returns.
+    whole_<name>, float32 [B]. What a `Turn.gather` returns.
     """
     rows = len(next(iter(masks.values())))
     counts = {name: jnp.sum(mask.astype(jnp.float32)) for name, mask in masks.items()} | {
@@ -38,8 +37,7 @@ def mean(batch: Batch, name: str, total: Array, count: Array) -> Array:
 
 def share(batch: Batch) -> Array | float:
     """Which part of the whole batch these rows are: the `Out.count` of such a loss, and the factor
-    of means over rows. 1 where
-    nothing was gathered.
+    of means over rows. 1 where nothing was gathered.
     """
     rows = batch.get(PREFIX + "rows")
     return 1.0 if rows is None else len(rows) / rows[0]

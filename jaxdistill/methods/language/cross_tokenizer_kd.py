@@ -2,9 +2,9 @@
 text (ALM, arXiv:2503.20083), and universal logit distillation (ULD, arXiv:2402.12030).
 
 Where teacher and student cut a text differently their next-token laws are over different things.
-Pieces that are whole
-tokens on both sides are not: their probabilities, products over their tokens, are matched on the
-data's text. ULD, which needs no alignment, matches the sorted probabilities of next-token laws.
+Pieces that are whole tokens on both sides are not: their probabilities, products over their tokens,
+are matched on the data's text. ULD, which needs no alignment, matches the sorted probabilities of
+next-token laws.
 
 Departures: divergences are multiplied by tau and summed over the batch's spans, then divided by the
 student's target tokens, as in `KD`, so that gradients keep their scale. Spans are the finest common
@@ -105,11 +105,9 @@ class CrossTokenizerKD(KD):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpacedKD(CrossTokenizerKD):
     """ALM's "append_space": a span's event is its text, and after it a token that begins with white
-    space or is special. So a
-    word that could go on is told from one that ends, which a span's tokens alone do not say where
-    the two sides cut words
-    differently. Spans at the end of a text stay as they are. On data with "space"
-    (data.two_tokenizers, space=True).
+    space or is special. So a word that could go on is told from one that ends, which a span's
+    tokens alone do not say where the two sides cut words differently. Spans at the end of a text
+    stay as they are. On data with "space" (data.two_tokenizers, space=True).
     """
 
     def check(self, nets, data) -> None:
@@ -134,10 +132,8 @@ class SpacedKD(CrossTokenizerKD):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ULD(CrossTokenizerKD):
     """ULD as published: the i-th target of the student's tokens with the i-th of the teacher's, up
-    to the shorter; the mean over
-    each row's pairs and then over rows that have any, beside the mean of cross-entropy over tokens.
-    With micro-batches, of
-    each of these.
+    to the shorter; the mean over each row's pairs and then over rows that have any, beside the mean
+    of cross-entropy over tokens. With micro-batches, of each of these.
     """
 
     temperature: float | Schedule = 1.0  # of both softmaxes

@@ -142,7 +142,7 @@ class ErnieTiny(Method):
         mine = tuple(range(self.student_depth))
         theirs = attention.layer_map(self.student_depth, self.teacher_depth)
         run = lambda call, layers: call(
-            batch["tokens"], mask=batch["mask"], features=layers, scores=layers
+            batch["tokens"], mask=batch["mask"], taps=layers, scores=layers
         )
         wanted = jax.lax.stop_gradient(run(getattr(net, part.teacher), theirs))
         student = run(net.student, mine)

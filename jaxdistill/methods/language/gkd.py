@@ -22,8 +22,7 @@ from jaxdistill.objectives.schedule import Schedule, bounds
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GKD(KD, Writing):
     """`hard_weight` is of the batches that the data wrote: on the student's own text, which has no
-    label but itself, the loss is
-    the divergence alone.
+    label but itself, the loss is the divergence alone.
     """
 
     kind: str = "jsd"

@@ -26,9 +26,8 @@ from jaxdistill.objectives.reward import Exact
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPO(Writing):
     """A step takes data.batch_size prompts and moves the student once. The policy that writes, role
-    `old`, is the student
-    as it was after the last of every `updates` steps: these are the mini-batches of one large
-    roll-out.
+    `old`, is the student as it was after the last of every `updates` steps: these are the
+    mini-batches of one large roll-out.
     """
 
     reward: Any = Exact()  # of objectives.reward

@@ -118,8 +118,7 @@ class KD(Method):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredKD(KD):
     """The teacher is a store of its likeliest tokens (tools/store_logits.py), read by
-    data.logits:StoredLogits: KD with the
-    `top_k` and `temperature` that it was made with.
+    data.logits:StoredLogits: KD with the `top_k` and `temperature` that it was made with.
     """
 
     frozen = ()

@@ -2,9 +2,8 @@
 Network, arXiv:1503.02531).
 
 An ensemble is better than its members and too dear to serve; its averaged law can be taught to one
-network. Specialists
-are each better on a domain of their own: on text whose domain is known the student learns from the
-one that knows it.
+network. Specialists are each better on a domain of their own: on text whose domain is known the
+student learns from the one that knows it.
 
 Both also on what the student writes itself, as GKD (arXiv:2306.13649) has it: EnsembleGKD and
 RoutedGKD.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.fields import Limit
-from jaxdistill.core.net import Net, restore
+from jaxdistill.core.net import Net, materialise
 from jaxdistill.core.types import Array, Batch, Collect, Ctx, Nets, Out, Params, Refused, Stage
 from jaxdistill.methods.language._fields import changing
 from jaxdistill.methods.language._rollout import solved_first
@@ -33,8 +33,7 @@ class Paced(GKD):
     """Every stage measures its pool of problems anew, leaves out those of weight 0
     (data.arrayrecord.stored) and trains on
     the rest. Stage lengths, K, the references and that pass rates stay fixed within a stage are
-    readings of the abstract
-    and of surveys, not the paper's text.
+    readings of the abstract and of surveys, not the paper's text.
     """
 
     reward: Any = Exact()  # of objectives.reward: the verifier
@@ -142,8 +141,8 @@ class Paced(GKD):
         self, nets: dict[str, Net], params: dict[str, Params], batch: Batch, bins: int = 5
     ) -> tuple[Array, Array]:
         """(signal to noise [bins] of the problems' unweighted gradients by their pass rate,
-        problems in each bin [bins]), of a
-        batch that `measure` has made, with the responses that the loss is of.
+        problems in each bin [bins]), of a batch that `measure` has made, with the responses that
+        the loss is of.
         """
 
         def loss(weights, row):
@@ -164,9 +163,8 @@ class Paced(GKD):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfPaced(Paced):
     """On-policy self-distillation: the teacher is the model as it was, shown the data's own
-    solution of a problem before it is
-    asked how the student's response to the same problem goes on. The student starts from it, and
-    never sees a solution.
+    solution of a problem before it is asked how the student's response to the same problem goes on.
+    The student starts from it, and never sees a solution.
     """
 
     kinds: tuple[str, ...] = ("reverse_kl",)  # Qwen2.5-Math-7B-Instruct
@@ -185,7 +183,7 @@ class SelfPaced(Paced):
 
     def begin(self, nets, params, batch):
         """Surgery: a student without weights of its own begins as the teacher."""
-        own = {} if nets["student"].adapts else {"student": restore(params["teacher"])}
+        own = {} if nets["student"].adapts else {"student": materialise(params["teacher"])}
         return super().begin(nets, {**own, **params}, batch)
 
     @changing

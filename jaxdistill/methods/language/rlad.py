@@ -19,9 +19,8 @@ from jaxdistill.objectives import policy
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RLAD(GRPO):
     """alpha = 1 is GRPO, alpha = 0 compares to the teacher alone, as the equations and the ablation
-    have it (a sentence of
-    the paper says the reverse). How the clamp differentiates, the reference's weight and `updates`
-    are not in the paper.
+    have it (a sentence of the paper says the reverse). How the clamp differentiates, the
+    reference's weight and `updates` are not in the paper.
     """
 
     alpha: float = 0.5  # exponent of the old policy in the mixture; the teacher's is 1 - alpha

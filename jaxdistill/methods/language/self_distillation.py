@@ -106,10 +106,9 @@ class SelfDistillation(Method):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EstimatedAlpha(SelfDistillation):
     """Chooses alpha in every round (eq. 7): a first student is fitted to the teacher alone (g), the
-    very first model (f1)
-    stands for labels alone; on the held-out samples, over all batches seen so far, alpha = <u - g,
-    f1 - g> / |f1 - g|^2,
-    clipped to [0, 1]. One more training a round in place of a grid.
+    very first model (f1) stands for labels alone; on the held-out samples, over all batches seen so
+    far, alpha = <u - g, f1 - g> / |f1 - g|^2, clipped to [0, 1]. One more training a round in place
+    of a grid.
     """
 
     def stages(self, steps):

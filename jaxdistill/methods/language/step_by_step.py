@@ -2,9 +2,8 @@
 and not part of the answer.
 
 A large model, asked once, has given a rationale and a label for every input (data/rationales.py).
-The student learns
-both from one set of weights, told apart by a prefix: so the answer needs neither the teacher nor
-the rationale.
+The student learns both from one set of weights, told apart by a prefix: so the answer needs neither
+the teacher nor the rationale.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ EXPLAIN = "explain_"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepByStep(SFT):
     """Batches: a document of each row that ends in the label (tokens, mask, ...), and one that ends
-    in the rationale
-    (explain_tokens, explain_mask, ...). Another architecture overrides `nll`.
+    in the rationale (explain_tokens, explain_mask, ...). Another architecture overrides `nll`.
     """
 
     # weight of the label; 1 - alpha that of the rationale. The paper's lambda is (1 - alpha) /

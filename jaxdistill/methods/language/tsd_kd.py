@@ -27,8 +27,8 @@ class TSDKD(GKD):
     `direct_on` all: GKD.
 
     The opener is taken from each response and the uncertain tokens from the batch, as the paper has
-    the one and its code
-    the other; with micro-batches, from each of these. The end-of-text token counts.
+    the one and its code the other; with micro-batches, from each of these. The end-of-text token
+    counts.
     """
 
     beta: float = 0.9  # of the JSD
@@ -97,8 +97,7 @@ class TSDKD(GKD):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Released(TSDKD):
     """As the authors' code ranks: normalised over the items so far, which is the likelihood of the
-    reversed ranking and
-    lowers the teacher's favourite.
+    reversed ranking and lowers the teacher's favourite.
     """
 
     def ranking(self, scores: Array) -> Array:

@@ -29,8 +29,7 @@ class UniversalNER(SFT):
 
     def answer(self, net: Callable, prompt: np.ndarray, eos: int) -> np.ndarray:
         """What a bound student answers, greedily, to the conversation `prompt` int [P]
-        (data.ner.encode): int [n], without
-        the end sign.
+        (data.ner.encode): int [n], without the end sign.
         """
         length = len(prompt) + self.answer_length
         tokens, alive = generate(

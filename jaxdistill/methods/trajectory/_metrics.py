@@ -26,8 +26,8 @@ class Squared:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perceptual:
     """LPIPS, the paper's best: the frozen role `perceptual` is a distance of pictures in -1..1, (a,
-    b) -> [B], through which the
-    gradient flows to the student's. It comes before the method among a class's bases.
+    b) -> [B], through which the gradient flows to the student's. It comes before the method among a
+    class's bases.
     """
 
     huber: float = dataclasses.field(default=0.0, init=False)  # not a field of these

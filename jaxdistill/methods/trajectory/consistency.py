@@ -133,8 +133,7 @@ class CT(GrowingGrid):
     """Consistency training: from s0 to s1 + 1 levels, their intervals equally likely.
 
     The decay of the target's average grows along, in place of the config's. Samples are made by
-    this average too, where the
-    paper keeps a second one of rate .9999.
+    this average too, where the paper keeps a second one of rate .9999.
     """
 
     s1: int = 150  # CIFAR-10's; 200 (ImageNet-64), 150 (LSUN)

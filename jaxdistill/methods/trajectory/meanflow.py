@@ -2,10 +2,9 @@
 one step integrates.
 
 (t - r) u = int_r^t v dtau, differentiated along the path, gives the identity u = v - (t - r) du/dt,
-whose right side is
-the target: one JVP, no integral, no curriculum. With r = t it is flow matching, which most of the
-batch trains. The velocity v is that of the data's own straight path, that with guidance folded in,
-or a teacher's.
+whose right side is the target: one JVP, no integral, no curriculum. With r = t it is flow matching,
+which most of the batch trains. The velocity v is that of the data's own straight path, that with
+guidance folded in, or a teacher's.
 """
 
 from __future__ import annotations

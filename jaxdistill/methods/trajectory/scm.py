@@ -1,10 +1,9 @@
 """sCM - Simplified, stabilised and scaled continuous-time consistency models (arXiv:2410.11081).
 
 The consistency function f(x, t) = cos t x - sin t sigma_d F(x, t) is constant along the
-probability-flow ODE, so its
-total derivative, one JVP, is the error: F is pushed along the tangent g = cos t df/dt, normalised,
-and warmed up from plain velocity regression. Any network serves: F = velocity / sigma_d of its
-prediction, read in the trigonometric process.
+probability-flow ODE, so its total derivative, one JVP, is the error: F is pushed along the tangent
+g = cos t df/dt, normalised, and warmed up from plain velocity regression. Any network serves: F =
+velocity / sigma_d of its prediction, read in the trigonometric process.
 """
 
 from __future__ import annotations

@@ -109,9 +109,8 @@ class TwinFlow(RCGM):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FullTwinFlow(TwinFlow):
     """The tutorial: every term on every row, of squared errors and weight 1, the push unclipped,
-    the twin on the base's noise
-    and times, another row's condition as the null. A gradient that is not finite stops the run,
-    where the tutorial's is 0.
+    the twin on the base's noise and times, another row's condition as the null. A gradient that is
+    not finite stops the run, where the tutorial's is 0.
     """
 
     rows: tuple[str, ...] = ("any",)

@@ -23,10 +23,8 @@ from jaxdistill.models.layers import as_program, attention, conv, dense, group_n
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAE:
     """Sizes. Defaults are a toy's. Stable Diffusion 1 and 2: size 512, latents 4, widths 128 256
-    512 512, groups 32, scale
-    0.18215; SDXL: size 1024, scale 0.13025; Stable Diffusion 3 and FLUX.1: latents 16, scale 1.5305
-    and 0.3611, shift
-    0.0609 and 0.1159, quant False.
+    512 512, groups 32, scale 0.18215; SDXL: size 1024, scale 0.13025; Stable Diffusion 3 and
+    FLUX.1: latents 16, scale 1.5305 and 0.3611, shift 0.0609 and 0.1159, quant False.
     """
 
     size: int = 16  # images are [size, size, channels] in training; others work

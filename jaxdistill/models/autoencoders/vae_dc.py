@@ -43,11 +43,9 @@ class LevelSizes(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DCAE:
     """Sizes. Defaults are a toy's. SANA's f32c32: latents 32, head_dim 32, widths 128 256 512 512
-    1024 1024 and attention in
-    the last three levels with scales (5,) in both halves, encoder_layers 2 2 2 3 3 3,
-    decoder_layers 3 in each level,
-    decoder_acts silu; the rest as here. Tuples give the levels from the pixels on; resolution
-    halves from each to the next.
+    1024 1024 and attention in the last three levels with scales (5,) in both halves, encoder_layers
+    2 2 2 3 3 3, decoder_layers 3 in each level, decoder_acts silu; the rest as here. Tuples give
+    the levels from the pixels on; resolution halves from each to the next.
     """
 
     channels: int = 3
@@ -191,8 +189,8 @@ class Attention(nnx.Module):
     branch of [B H W C].
 
     As released, the channels of to_q, to_k and to_v and then of every scale stand in one row that
-    is cut into heads of K
-    queries, K keys and K values: what `to_q` makes becomes keys and values of some heads too.
+    is cut into heads of K queries, K keys and K values: what `to_q` makes becomes keys and values
+    of some heads too.
     """
 
     def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
@@ -444,8 +442,8 @@ class DCAEModule(nnx.Module):
 
     def encode(self, x: Array) -> tuple[Array, Array]:
         """Images [B H W C] in -1 to 1 -> z and, as other autoencoders have one, its standard
-        deviation, which is 0; each
-        [B h w latents], float32. Raises Refused where the resolution does not divide.
+        deviation, which is 0; each [B h w latents], float32. Raises Refused where the resolution
+        does not divide.
         """
         pixels = 2 ** (len(self.cfg.encoder_widths) - 1)
         if any(n % pixels for n in x.shape[1:3]):

@@ -27,8 +27,7 @@ EPS = 1e-24  # of the norms, which divide by the norm itself unless it is 0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WanVAE:
     """Sizes. Defaults are a toy's. Wan 2.1 (also 2.2 A14B) and Qwen-Image: width 96, multiples 1 2
-    4 4, blocks 2, temporal False
-    True True, latents 16, with the mean and std of their config.json.
+    4 4, blocks 2, temporal False True True, latents 16, with the mean and std of their config.json.
     """
 
     channels: int = 3
@@ -158,8 +157,7 @@ class Level(nnx.Module):
 
     def move(self, x: Array) -> Array:
         """x [B T H W C] at half or twice the resolution. 1 + 2 n frames become 1 + n on the way
-        down, and n of the 1 + n frames
-        two each on the way up: the first stays alone.
+        down, and n of the 1 + n frames two each on the way up: the first stays alone.
         """
         spatial = lambda x: rearrange(
             self.resample(rearrange(x, "b t h w c -> (b t) h w c")),
@@ -281,8 +279,8 @@ class WanVAEModule(nnx.Module):
         latents], float32.
 
         T = 1 + 2^n (t - 1), n the number of temporal changes. Pictures [B H W C] give [B h w
-        latents]. Raises Refused on
-        another number of frames and where the resolution does not divide.
+        latents]. Raises Refused on another number of frames and where the resolution does not
+        divide.
         """
         if x.ndim == 4:
             mean, std = self.encode(x[:, None])

@@ -146,11 +146,11 @@ class DiTModule(nnx.Module):
         cond: Array | None = None,
         *,
         r: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
     ):
         """x [B H W C], t [B], cond int [B] (None: the null label) -> raw [B H W C] in x's dtype.
 
-        With `features`, (raw, states [B N D] after those blocks).
+        With `taps`, (raw, states [B N D] after those blocks).
         """
         cfg = self.cfg
         patch = self.cfg.patch
@@ -166,26 +166,26 @@ class DiTModule(nnx.Module):
             self.dtype
         )
         h = constrain(h, "batch", "seq", None)
-        h, _, feats = scan_layers(
+        h, _, features = scan_layers(
             lambda h, block: (block(h, c), None),
             h,
             self.blocks,
             cfg.depth,
             remat=cfg.remat,
-            taps=features,
+            taps=taps,
         )
         shift, scale = jnp.split(self.modulation_out(c)[:, None], 2, -1)
         h = self.proj_out(plain_norm(h, 1e-6) * (1 + scale) + shift)
         out = rearrange(h, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=patch, q=patch)[
             ..., : cfg.channels
         ].astype(x.dtype)
-        return (out, feats) if features else out
+        return (out, features) if taps else out
 
 
 def fold_gap(net: Net, params: Params, t: Array, r: Array) -> tuple[Net, Params]:
     """The network of one time that equals a `second_time` one at the times t, r (scalars, as the
-    module is fed them): the gap's
-    embedding moves into every row of the label table. Exact, and for these times only.
+    module is fed them): the gap's embedding moves into every row of the label table. Exact, and for
+    these times only.
     """
     gap = nnx.merge(net.graphdef, params).gap_embed(jnp.reshape(jnp.float32(t - r), (1,)))[0]
     cfg = dataclasses.replace(net.config, second_time=False)

@@ -2,10 +2,9 @@
 (DDPM++ and NCSN++, arXiv:2011.13456) and `DhariwalUNet` (ADM, arXiv:2105.05233).
 
 Levels of residual blocks, some with attention over the pixels; every state of the way down is
-concatenated on the way up. These
-are the raw networks F: the preconditioning is `diffusion.denoiser.EDMPrecond`, which feeds them
-c_in x and t = ln(sigma) / 4. Neither dropout nor label dropout is built in; biases of fresh weights
-are zero.
+concatenated on the way up. These are the raw networks F: the preconditioning is
+`diffusion.denoiser.EDMPrecond`, which feeds them c_in x and t = ln(sigma) / 4. Neither dropout nor
+label dropout is built in; biases of fresh weights are zero.
 """
 
 from __future__ import annotations
@@ -90,18 +89,18 @@ class EDMUNet:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SongUNet(EDMUNet):
     """Defaults are a toy's. EDM's DDPM++ of CIFAR-10: size 32, width 128, multiples 2 2 2, blocks
-    4, attention 16, augment_dim 9,
-    classes 10 (or 0); of FFHQ and AFHQv2: size 64, multiples 1 2 2 2. Its NCSN++ beside these:
-    waves "fourier",
-    noise_multiple 2, residual True, filter 1 3 3 1.
+    4, attention 16, augment_dim 9, classes 10 (or 0); of FFHQ and AFHQv2: size 64, multiples 1 2 2
+    2. Its NCSN++ beside these: time_embedding "fourier", noise_multiple 2, residual True, filter 1
+    3 3 1.
     """
 
     # features of the time: positional | fourier (random frequencies, stored and never trained)
-    waves: str = "positional"
+    time_embedding: str = "positional"
     noise_multiple: int = 1  # the features of the time have noise_multiple * width channels
     residual: bool = False  # x, shrunk, is added to the state at each level on the way down
     filter: tuple[int, ...] = (1, 1)
 
+    renamed = {"waves": "time_embedding"}
     eps = 1e-6
     adaptive = False
     damping = math.sqrt(0.5)
@@ -121,8 +120,7 @@ class SongUNet(EDMUNet):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DhariwalUNet(EDMUNet):
     """Defaults are a toy's. EDM's ADM of ImageNet-64: size 64, width 192, multiples 1 2 3 4, blocks
-    3, attention 32 16 8,
-    head_dim 64, classes 1000.
+    3, attention 32 16 8, head_dim 64, classes 1000.
     """
 
     head_dim: int = 8  # channels of an attention head; 64 in every released network
@@ -305,17 +303,15 @@ class EDMModule(nnx.Module):
             now, cfg.channels, (3, 3), ("embed", None), rngs=rngs, init=last, dtype=self.dtype
         )
 
-    def __call__(self, x: Array, t: Array, cond=None, *, features: tuple[int, ...] = ()):
+    def __call__(self, x: Array, t: Array, cond=None, *, taps: tuple[int, ...] = ()):
         """x [B H W C] (c_in x), t [B] (ln(sigma) / 4) -> raw F [B H W C] in x's dtype; H and W
         multiples of 2^(levels - 1).
 
         cond: labels, int [B] (`classes` is the null one) or weights of the classes [B classes];
-        None: the null one; or a
-        dict with any of "label" and "augment" [B augment_dim]. An unconditional network ignores
-        labels. With `features`,
-        (raw, states [B N D] after those levels): 0, 1, ... on the way down, the last of which is
-        the bottleneck, then the
-        middle, then the way up. Raises Refused where x, cond or features do not fit.
+        None: the null one; or a dict with any of "label" and "augment" [B augment_dim]. An
+        unconditional network ignores labels. With `taps`, (raw, states [B N D] after those levels):
+        0, 1, ... on the way down, the last of which is the bottleneck, then the middle, then the
+        way up. Raises Refused where x, cond or taps do not fit.
         """
         cfg = self.cfg
         levels = len(self.cfg.multiples)
@@ -323,9 +319,9 @@ class EDMModule(nnx.Module):
             raise Refused(
                 f"x: {x.shape[1]} by {x.shape[2]} pixels, expected multiples of {2 ** (levels - 1)}"
             )
-        if any(not 0 <= tap <= 2 * levels for tap in features):
+        if any(not 0 <= tap <= 2 * levels for tap in taps):
             raise Refused(
-                f"features={tuple(features)}: levels are numbered 0 to {2 * levels}, {levels} is the middle"
+                f"taps={tuple(taps)}: levels are numbered 0 to {2 * levels}, {levels} is the middle"
             )
         emb = self.embed(t, *self._condition(cond, t.shape[0]))
         run = lambda block, h: as_program(block, cfg.remat)(h, emb)
@@ -353,8 +349,8 @@ class EDMModule(nnx.Module):
             states.append(h)
         out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
         return (
-            (out, tuple(rearrange(states[tap], "b h w c -> b (h w) c") for tap in features))
-            if features
+            (out, tuple(rearrange(states[tap], "b h w c -> b (h w) c") for tap in taps))
+            if taps
             else out
         )
 
@@ -386,13 +382,15 @@ class EDMModule(nnx.Module):
 
 class SongModule(EDMModule):
     def __init__(self, cfg: SongUNet, rngs: nnx.Rngs):
-        if cfg.waves not in ("positional", "fourier"):
-            raise Refused(f"model: waves={cfg.waves!r}, expected 'positional' or 'fourier'")
+        if cfg.time_embedding not in ("positional", "fourier"):
+            raise Refused(
+                f"model: time_embedding={cfg.time_embedding!r}, expected 'positional' or 'fourier'"
+            )
         super().__init__(cfg, rngs, first=cfg.width)
         noise = cfg.noise_multiple * cfg.width
         init = cfg.inits()[0]
         make = lambda i, o, names, bias=True: dense(i, o, names, rngs=rngs, init=init, bias=bias)
-        if cfg.waves == "fourier":
+        if cfg.time_embedding == "fourier":
             self.frequencies = nnx.Param(
                 nnx.with_partitioning(nnx.initializers.normal(16.0), (None,))(
                     rngs.params(), (noise // 2,)
@@ -408,7 +406,7 @@ class SongModule(EDMModule):
     def embed(self, t, label, augment):
         cfg = self.cfg
         noise = self.cfg.noise_multiple * self.cfg.width
-        if cfg.waves == "fourier":
+        if cfg.time_embedding == "fourier":
             args = (
                 t.astype(jnp.float32)[:, None]
                 * (2 * math.pi)

@@ -66,9 +66,9 @@ class MLPModule(nnx.Module):
         cond: Array | None = None,
         *,
         r: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
     ):
-        """x [B dim], t [B], cond int [B] -> raw [B dim]; with `features`, (raw, states [B 1 width]
+        """x [B dim], t [B], cond int [B] -> raw [B dim]; with `taps`, (raw, states [B 1 width]
         after those layers).
         """
         h = self.inp(jnp.concatenate([x, _waves(t)], -1))
@@ -78,9 +78,9 @@ class MLPModule(nnx.Module):
             )
         if r is not None:
             h = h + self.gap_embed(_waves(t - r))
-        feats = []
+        features = []
         for up, down in zip(self.up, self.down):
             h = constrain(h + down(nnx.silu(up(h))), "batch", None)
-            feats.append(h[:, None])
+            features.append(h[:, None])
         out = self.out(h).astype(x.dtype)
-        return (out, tuple(feats[i] for i in features)) if features else out
+        return (out, tuple(features[i] for i in taps)) if taps else out

@@ -40,8 +40,7 @@ EPS = 1e-6  # of every norm
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenImage:
     """Sizes. Defaults are a toy's. Qwen-Image and its editing networks, 20B: channels 16, heads 24,
-    axes 16 56 56, depth 60,
-    text_dim 3584; Qwen-Image-Edit-2511 also clean_pictures True.
+    axes 16 56 56, depth 60, text_dim 3584; Qwen-Image-Edit-2511 also clean_pictures True.
     """
 
     patch: int = 2
@@ -95,11 +94,11 @@ class Stream(nnx.Module):
         return jnp.split(m, 6, -1)
 
     def qkv(
-        self, x: Array, shift: Array, scale: Array, waves: tuple[Array, Array]
+        self, x: Array, shift: Array, scale: Array, rotary: tuple[Array, Array]
     ) -> tuple[Array, Array, Array]:
         h = modulate(x, shift, scale, EPS)
         q, k, v = (split_heads(f(h), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        return rotate_pairs(self.norm_q(q), waves), rotate_pairs(self.norm_k(k), waves), v
+        return rotate_pairs(self.norm_q(q), rotary), rotate_pairs(self.norm_k(k), rotary), v
 
     def leave(
         self, x: Array, out: Array, gate1: Array, shift2: Array, scale2: Array, gate2: Array
@@ -121,17 +120,17 @@ class Block(nnx.Module):
         x: Array,
         text: Array,
         time: Array,
-        waves: tuple,
+        rotary: tuple,
         mask: Array | None,
         lengths: tuple[int, ...],
     ):
-        """x [B N D], text [B L D], time [B M D], waves of (text, x), mask [B 1 1 L + N] -> (x,
+        """x [B N D], text [B L D], time [B M D], rotary factors of (text, x), mask [B 1 1 L + N] -> (x,
         text).
         """
         shift1, scale1, *rest = self.image.modulations(time, lengths)
         text_shift1, text_scale1, *text_rest = self.text.modulations(time[:, :1], text.shape[1:2])
-        ours = self.image.qkv(x, shift1, scale1, waves[1])
-        theirs = self.text.qkv(text, text_shift1, text_scale1, waves[0])
+        ours = self.image.qkv(x, shift1, scale1, rotary[1])
+        theirs = self.text.qkv(text, text_shift1, text_scale1, rotary[0])
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(theirs, ours))
         out = attention(q, k, v, mask=mask)
         n = text.shape[1]
@@ -153,15 +152,14 @@ class QwenImageModule(nnx.Module):
         self.modulation_out = make(d, 2 * d, ("embed", "mlp"))
         self.proj_out = make(d, pixels, ("embed", None))
 
-    def __call__(self, x: Array, t: Array, cond: dict, *, features: tuple[int, ...] = ()):
-        """x [B H W C] -> raw [B H W C] in x's dtype; with `features`, (raw, states [B N D] of x's
+    def __call__(self, x: Array, t: Array, cond: dict, *, taps: tuple[int, ...] = ()):
+        """x [B H W C] -> raw [B H W C] in x's dtype; with `taps`, (raw, states [B N D] of x's
         patches after those blocks).
 
         t [B], in 0..1000. cond: "text" [B L text_dim]; "mask" bool [B L] (optional), whose False
-        tokens are attended to by
-        nobody; "image" (optional), latents of a picture to edit [B H' W' C], or a tuple of these.
-        Raises Refused where the
-        text is missing or a picture does not fit the patches.
+        tokens are attended to by nobody; "image" (optional), latents of a picture to edit [B H' W'
+        C], or a tuple of these. Raises Refused where the text is missing or a picture does not fit
+        the patches.
         """
         cfg = self.cfg
         p = self.cfg.patch
@@ -196,21 +194,21 @@ class QwenImageModule(nnx.Module):
         n = grids[0][0] * grids[0][1]
         lengths = (n, h.shape[1] - n) if cfg.clean_pictures and len(grids) > 1 else (h.shape[1],)
         times = jnp.concatenate([time, embed(jnp.zeros_like(t))], 1) if len(lengths) > 1 else time
-        waves = positions(cfg.axes, grids, text.shape[1])
-        body = lambda both, block: (block(*both, times, waves, mask, lengths), None)
-        (h, _), _, feats = scan_layers(
-            body, (h, text), self.blocks, cfg.depth, remat=cfg.remat, taps=features
+        rotary = positions(cfg.axes, grids, text.shape[1])
+        body = lambda both, block: (block(*both, times, rotary, mask, lengths), None)
+        (h, _), _, features = scan_layers(
+            body, (h, text), self.blocks, cfg.depth, remat=cfg.remat, taps=taps
         )
         scale, shift = jnp.split(self.modulation_out(time), 2, -1)
         h = self.proj_out(modulate(h[:, :n], shift, scale, EPS))
         out = rearrange(h, "b (i j) (c p q) -> b (i p) (j q) c", i=grids[0][0], p=p, q=p).astype(
             x.dtype
         )
-        return (out, tuple(image[:, :n] for image, _ in feats)) if features else out
+        return (out, tuple(image[:, :n] for image, _ in features)) if taps else out
 
 
 def positions(axes: tuple[int, int, int], grids: list[tuple[int, int]], length: int) -> tuple:
-    """Rotary waves of (`length` text tokens, the patches of all pictures in order)."""
+    """Rotary factors (cosines, sines) of (`length` text tokens, the patches of all pictures in order)."""
     middle = lambda n: np.arange(n) - (n - n // 2)
     pictures = [
         axial_waves([np.array([i]), middle(rows), middle(cols)], axes)
@@ -220,5 +218,5 @@ def positions(axes: tuple[int, int, int], grids: list[tuple[int, int]], length: 
     text = [
         axial_waves([edge + np.arange(length)], [d]) for d in axes
     ]  # the same position along all three
-    join = lambda waves, axis: tuple(jnp.concatenate(parts, axis) for parts in zip(*waves))
+    join = lambda rotary, axis: tuple(jnp.concatenate(parts, axis) for parts in zip(*rotary))
     return join(text, -1), join(pictures, 1)

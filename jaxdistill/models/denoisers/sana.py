@@ -41,11 +41,9 @@ EPS = 1e-5  # of the norms of queries, keys and text
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sana:
     """Sizes. Defaults are a toy's. All released networks: channels 32, patch 1, text_dim 2304.
-    0.6B: dim 1152, heads 36,
-    cross_heads 16, depth 28; 1.6B: dim 2240, heads 70, cross_heads 20, depth 20; 1.5 4.8B: the
-    same, depth 60, qk_norm True;
-    Sprint: the sizes of 0.6B or 1.6B, qk_norm and guidance True. 2K and 4K: interpolation 1 and 2,
-    size 64 and 128.
+    0.6B: dim 1152, heads 36, cross_heads 16, depth 28; 1.6B: dim 2240, heads 70, cross_heads 20,
+    depth 20; 1.5 4.8B: the same, depth 60, qk_norm True; Sprint: the sizes of 0.6B or 1.6B, qk_norm
+    and guidance True. 2K and 4K: interpolation 1 and 2, size 64 and 128.
     """
 
     # latents of a side that the positions were made for; without them a number for PyTorch's
@@ -185,18 +183,14 @@ class SanaModule(nnx.Module):
         self.table = table(2, d, rngs)
         self.proj_out = make(d, pixels, ("embed", None))
 
-    def __call__(
-        self, x: Array, t: Array, cond: dict[str, Array], *, features: tuple[int, ...] = ()
-    ):
-        """x [B H W C] -> raw [B H W C] in x's dtype; with `features`, (raw, states [B N D] after
+    def __call__(self, x: Array, t: Array, cond: dict[str, Array], *, taps: tuple[int, ...] = ()):
+        """x [B H W C] -> raw [B H W C] in x's dtype; with `taps`, (raw, states [B N D] after
         those blocks).
 
         t [B], in 0..1000 (Sprint: the flow's time, in 0..1). cond: "text" [B L text_dim]; "mask"
-        bool [B L] (optional), whose
-        False tokens are attended to by nobody; "guidance" [B], the guidance scale, where the sizes
-        say so; a negative prompt as
-        in `negative_prompt`. Raises Refused where a condition is missing or x does not fit the
-        patches.
+        bool [B L] (optional), whose False tokens are attended to by nobody; "guidance" [B], the
+        guidance scale, where the sizes say so; a negative prompt as in `negative_prompt`. Raises
+        Refused where a condition is missing or x does not fit the patches.
         """
         cfg = self.cfg
         p = self.cfg.patch
@@ -228,10 +222,10 @@ class SanaModule(nnx.Module):
         if negative is not None:
             negative = negative._replace(states=self._text(negative.states))
         body = lambda h, block: (block(h, time, text, mask, grid, negative), None)
-        h, _, feats = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=features)
+        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
         h = self.proj_out(modulate(h, *jnp.split(emb[:, None] + self.table[...], 2, 1), 1e-6))
         out = rearrange(h, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=p, q=p).astype(x.dtype)
-        return (out, feats) if features else out
+        return (out, features) if taps else out
 
     def _text(self, text: Array) -> Array:
         """[B L E] -> [B L D]."""

@@ -38,11 +38,9 @@ from jaxdistill.models.layers import (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNet:
     """Sizes. Defaults are a toy's. Stable Diffusion 1.5: size 64, widths 320 640 1280 1280, depths
-    1 1 1 0, mid_depth 1,
-    heads 8, text_dim 768, groups 32, matrices False. 2.1: heads 5 10 20 20, text_dim 1024, matrices
-    True. SDXL: size 128,
-    widths 320 640 1280, depths 0 2 10, mid_depth 10, heads 5 10 20, text_dim 2048, pooled_dim 1280,
-    size_dim 256.
+    1 1 1 0, mid_depth 1, heads 8, text_dim 768, groups 32, matrices False. 2.1: heads 5 10 20 20,
+    text_dim 1024, matrices True. SDXL: size 128, widths 320 640 1280, depths 0 2 10, mid_depth 10,
+    heads 5 10 20, text_dim 2048, pooled_dim 1280, size_dim 256.
     """
 
     size: int = 8  # latents are [size, size, channels] in training; others work
@@ -258,20 +256,16 @@ class UNetModule(nnx.Module):
             w[0], cfg.channels, (3, 3), ("embed", None), rngs=rngs, dtype=self.dtype
         )
 
-    def __call__(
-        self, x: Array, t: Array, cond: dict[str, Array], *, features: tuple[int, ...] = ()
-    ):
+    def __call__(self, x: Array, t: Array, cond: dict[str, Array], *, taps: tuple[int, ...] = ()):
         """x [B H W C], t [B] (0 to 999) -> raw [B H W C] in x's dtype; H and W multiples of
         2^(levels - 1).
 
         cond: "text" [B L text_dim], "mask" bool [B L] (optional); where the sizes say so, "image"
-        [B H W image_channels],
-        "pooled" [B pooled_dim] and "size" [B 6] (pixels: original height and width, crop's top and
-        left, target height
-        and width), "guidance" [B] (guidance scale - 1, LCM's w); a negative prompt, where wanted,
-        as in `negative_prompt`. With
-        `features`, (raw, states [B N D] after those blocks): 0, 1, ... on the way down, then the
-        middle, then the way up.
+        [B H W image_channels], "pooled" [B pooled_dim] and "size" [B 6] (pixels: original height
+        and width, crop's top and left, target height and width), "guidance" [B] (guidance scale -
+        1, LCM's w); a negative prompt, where wanted, as in `negative_prompt`. With `taps`, (raw,
+        states [B N D] after those blocks): 0, 1, ... on the way down, then the middle, then the way
+        up.
         """
         cfg = self.cfg
         levels = len(self.cfg.widths)
@@ -280,9 +274,9 @@ class UNetModule(nnx.Module):
             raise Refused(
                 f"x: {x.shape[1]} by {x.shape[2]} latents, expected multiples of {2 ** (levels - 1)}"
             )
-        if any(not 0 <= tap <= 2 * levels for tap in features):
+        if any(not 0 <= tap <= 2 * levels for tap in taps):
             raise Refused(
-                f"features={tuple(features)}: blocks are numbered 0 to {2 * levels}, {levels} is the middle"
+                f"taps={tuple(taps)}: blocks are numbered 0 to {2 * levels}, {levels} is the middle"
             )
         self._check(cond)
         emb = self._embed(t, cond)
@@ -307,8 +301,8 @@ class UNetModule(nnx.Module):
             states.append(h)
         out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
         return (
-            (out, tuple(rearrange(states[tap], "b h w c -> b (h w) c") for tap in features))
-            if features
+            (out, tuple(rearrange(states[tap], "b h w c -> b (h w) c") for tap in taps))
+            if taps
             else out
         )
 

@@ -44,8 +44,8 @@ class Wan:
     """Sizes. Defaults are a toy's. Wan 2.1 T2V 1.3B: channels 16, dim 1536, mlp 8960, heads 12,
     depth 30, text_dim 4096;
     14B, and each expert of 2.2 A14B: dim 5120, mlp 13824, heads 40, depth 40; I2V: image_channels
-    20, and in 2.1 vision_dim
-    1280; 2.2 TI2V 5B: channels 48, dim 3072, mlp 14336, heads 24, depth 30.
+    20, and in 2.1 vision_dim 1280; 2.2 TI2V 5B: channels 48, dim 3072, mlp 14336, heads 24, depth
+    30.
     """
 
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
         self,
         x: Array,
         source: Array,
-        waves: tuple[Array, Array] | None = None,
+        rotary: tuple[Array, Array] | None = None,
         vision: Array | None = None,
         negative: Negative | None = None,
     ) -> Array:
@@ -104,9 +104,9 @@ class Attention(nnx.Module):
         k = self.norm_k(self.to_k(source))
         v = self.to_v(source)
         q, k, v = (split_heads(h, self.heads) for h in (q, k, v))
-        if waves is not None:
-            q = rotate_pairs(q, waves)
-            k = rotate_pairs(k, waves)
+        if rotary is not None:
+            q = rotate_pairs(q, rotary)
+            k = rotate_pairs(k, rotary)
         if negative is None:
             out = attention(q, k, v)
         else:
@@ -137,10 +137,10 @@ class Block(nnx.Module):
         time: Array,
         text: Array,
         vision: Array | None,
-        waves: tuple[Array, Array],
+        rotary: tuple[Array, Array],
         negative: Negative | None = None,
     ) -> Array:
-        """x [B N D]; time [B M 6 D] float32; text [B L D]; vision [B V D]; waves of the patches'
+        """x [B N D]; time [B M 6 D] float32; text [B L D]; vision [B V D]; rotary of the patches'
         positions.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = runs(time + self.table[...], x)
@@ -148,7 +148,7 @@ class Block(nnx.Module):
             (x.astype(jnp.float32) + h * gate).astype(x.dtype), "batch", "seq", None
         )
         h = modulate(x, shift1, scale1, self.eps)
-        x = add(self.attn1(h, h, waves), gate1)
+        x = add(self.attn1(h, h, rotary), gate1)
         x = x + self.attn2(self.norm(x), text, vision=vision, negative=negative)
         h = nnx.gelu(self.up(modulate(x, shift2, scale2, self.eps)), approximate=True)
         return add(self.down(h), gate2)
@@ -196,21 +196,16 @@ class WanModule(nnx.Module):
         self.table = table(2, d, rngs)
         self.proj_out = make(d, math.prod(cfg.patch) * cfg.channels, ("embed", None))
 
-    def __call__(
-        self, x: Array, t: Array, cond: dict[str, Array], *, features: tuple[int, ...] = ()
-    ):
-        """x [B T H W C] -> raw [B T H W C] in x's dtype; with `features`, (raw, states [B N D]
+    def __call__(self, x: Array, t: Array, cond: dict[str, Array], *, taps: tuple[int, ...] = ()):
+        """x [B T H W C] -> raw [B T H W C] in x's dtype; with `taps`, (raw, states [B N D]
         after those blocks).
 
         t [B], in 0..1000; or [B M], one for each of M equal runs of patches: of each latent frame
-        where M = T (Wan 2.2 5B
-        holds given frames at time 0), of each patch where M = N. cond: "text" [B L text_dim];
-        "mask" bool [B L], whose False
-        tokens are set to zero but attended to, as in training (L = 512); "image" [B T H W
-        image_channels]; "vision"
-        [B V vision_dim]; a negative prompt as in `negative_prompt`, masked as the text is. Raises
-        Refused where a condition is
-        missing or x does not fit the patches.
+        where M = T (Wan 2.2 5B holds given frames at time 0), of each patch where M = N. cond:
+        "text" [B L text_dim]; "mask" bool [B L], whose False tokens are set to zero but attended
+        to, as in training (L = 512); "image" [B T H W image_channels]; "vision" [B V vision_dim]; a
+        negative prompt as in `negative_prompt`, masked as the text is. Raises Refused where a
+        condition is missing or x does not fit the patches.
         """
         cfg = self.cfg
         size = dict(zip("pqr", self.cfg.patch))
@@ -249,15 +244,15 @@ class WanModule(nnx.Module):
                 states=self._text(negative.states, cond.get("negative_mask")), mask=None
             )
         vision = self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
-        waves = positions(cfg.dim // cfg.heads, grid)
-        body = lambda h, block: (block(h, time, text, vision, waves, negative), None)
-        h, _, feats = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=features)
+        rotary = positions(cfg.dim // cfg.heads, grid)
+        body = lambda h, block: (block(h, time, text, vision, rotary, negative), None)
+        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
         h = modulate(h, *runs(emb[:, :, None] + self.table[...], h), cfg.norm_eps)
         sizes = dict(zip("tij", grid)) | size
         out = rearrange(
             self.proj_out(h), "b (t i j) (p q r c) -> b (t p) (i q) (j r) c", **sizes
         ).astype(x.dtype)
-        return (out, feats) if features else out
+        return (out, features) if taps else out
 
     def _text(self, text: Array, mask: Array | None) -> Array:
         """[B L E] -> [B L D], with zeros in the place of masked tokens."""
@@ -277,8 +272,7 @@ def table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
 
 def runs(time: Array, x: Array) -> list[Array]:
     """time [B M K D] -> K arrays that broadcast against x [B N D]: [B 1 D] where M = 1, else [B N
-    D], each of M constant on
-    a run of N / M patches.
+    D], each of M constant on a run of N / M patches.
     """
     b, m, _, d = time.shape
     n = x.shape[1] // m
@@ -289,7 +283,7 @@ def runs(time: Array, x: Array) -> list[Array]:
 
 
 def positions(head_dim: int, grid: list[int]) -> tuple[Array, Array]:
-    """Rotary waves of a grid of (frames, rows, columns): rows and columns take 2 floor(K / 6)
+    """Rotary factors (cosines, sines) of a grid of (frames, rows, columns): rows and columns take 2 floor(K / 6)
     channels each, frames the rest.
     """
     side = 2 * (head_dim // 6)

@@ -36,8 +36,7 @@ from jaxdistill.models.layers import (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bert:
     """Sizes of the encoder with its pooler. Defaults are a toy's; BERT-base is vocab 30522, dim
-    768, mlp 3072, heads 12,
-    depth 12, max_length 512.
+    768, mlp 3072, heads 12, depth 12, max_length 512.
     """
 
     vocab: int = 64
@@ -130,10 +129,10 @@ class Encoder(nnx.Module):
         tokens: Array,
         types: Array | None,
         mask: Array | None,
-        features: tuple[int, ...],
+        taps: tuple[int, ...],
         scores: tuple[int, ...],
     ):
-        """(states [B T D], extras): the extras are what `features` and `scores` ask for, in this
+        """(states [B T D], extras): the extras are what `taps` and `scores` ask for, in this
         order.
         """
         cfg = self.cfg
@@ -150,22 +149,20 @@ class Encoder(nnx.Module):
         )
         first = constrain(self.norm(x), "batch", "seq", None)
         keys = None if mask is None else mask[:, None, None, :].astype(bool)
-        taps = tuple(sorted({*features, *(i - 1 for i in scores if i)}))
+        layers = tuple(sorted({*taps, *(i - 1 for i in scores if i)}))
         x, _, states = scan_layers(
             lambda x, block: (block(x, keys), None),
             first,
             self.blocks,
             cfg.depth,
             remat=cfg.remat,
-            taps=taps,
+            taps=layers,
         )
-        after = {-1: first, **dict(zip(taps, states))}
+        after = {-1: first, **dict(zip(layers, states))}
         found = tuple(
             jax.tree.map(lambda w: w[i], self.blocks).scores(after[i - 1]) for i in scores
         )
-        return x, ((tuple(after[i] for i in features),) if features else ()) + (
-            (found,) if scores else ()
-        )
+        return x, ((tuple(after[i] for i in taps),) if taps else ()) + ((found,) if scores else ())
 
 
 class BertModule(Encoder):
@@ -181,19 +178,17 @@ class BertModule(Encoder):
         *,
         types: Array | None = None,
         mask: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
     ):
         """tokens int [B T] -> states [B T D].
 
         types int [B T] defaults to 0, mask bool [B T] is False on padding, wherever it stands. With
-        `features`, the
-        states [B T D] after those blocks are appended; with `scores`, the logits float32 [B H T T]
-        (query, key) of
-        those blocks' attention before masking, computed again from the block's input so that the
-        others keep none.
+        `taps`, the states [B T D] after those blocks are appended; with `scores`, the logits
+        float32 [B H T T] (query, key) of those blocks' attention before masking, computed again
+        from the block's input so that the others keep none.
         """
-        x, extras = self.encode(tokens, types, mask, features, scores)
+        x, extras = self.encode(tokens, types, mask, taps, scores)
         return (x, *extras) if extras else x
 
     def pool(self, states: Array) -> Array:
@@ -216,13 +211,13 @@ class MaskedBertModule(Encoder):
         *,
         types: Array | None = None,
         mask: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
     ):
         """tokens int [B T] -> logits float32 [B T V]: position t guesses token t. Other arguments
         as in BertModule.
         """
-        x, extras = self.encode(tokens, types, mask, features, scores)
+        x, extras = self.encode(tokens, types, mask, taps, scores)
         x = self.norm_out(ACTIVATIONS[self.cfg.activation](self.transform(x)))
         table = self.embed.embedding[...].astype(self.dtype)
         logits = project(x, table.T, jnp.float32) + self.bias[...]
@@ -241,10 +236,10 @@ class BertClassifierModule(BertModule):
         *,
         types: Array | None = None,
         mask: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
     ):
         """tokens int [B T] -> logits float32 [B C]. Other arguments as in BertModule."""
-        x, extras = self.encode(tokens, types, mask, features, scores)
+        x, extras = self.encode(tokens, types, mask, taps, scores)
         logits = self.classifier(self.pool(x).astype(jnp.float32))
         return (logits, *extras) if extras else logits

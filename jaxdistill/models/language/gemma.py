@@ -24,8 +24,7 @@ from jaxdistill.models.layers import ACTIVATIONS, ZEROS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma2(LM):
     """Gemma-2-2B is vocab 256000, dim 2304, mlp 9216, heads 8, kv_heads 4, head_dim 256, depth 26,
-    max_length and window 4096,
-    query_scale 256, cap 50, logit_cap 30.
+    max_length and window 4096, query_scale 256, cap 50, logit_cap 30.
     """
 
     tied: bool = True
@@ -103,8 +102,8 @@ class Gemma2Module(LMModule):
         self.norm = CentredNorm(cfg.dim, cfg.norm_eps, self.dtype, rngs)
 
     def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Array] | None):
-        x, waves = super()._enter(tokens, positions, cache)
-        return x * jnp.asarray(self.cfg.dim**0.5, self.dtype), waves
+        x, rotary = super()._enter(tokens, positions, cache)
+        return x * jnp.asarray(self.cfg.dim**0.5, self.dtype), rotary
 
     def _logits(self, x: Array) -> Array:
         cap = self.cfg.logit_cap

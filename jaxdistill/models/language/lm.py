@@ -42,8 +42,7 @@ from jaxdistill.models.layers import (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LM:
     """Sizes. Defaults are a toy's; Llama-3.2-1B is vocab 128256, dim 2048, mlp 8192, heads 32,
-    kv_heads 8, depth 16,
-    rope_theta 5e5, rope_factor 32, norm_eps 1e-5, tied.
+    kv_heads 8, depth 16, rope_theta 5e5, rope_factor 32, norm_eps 1e-5, tied.
     """
 
     vocab: int = 64
@@ -121,12 +120,12 @@ class Block(nnx.Module):
             split_heads(self.to_v(h), self.kv_heads),
         )
 
-    def mix(self, x: Array, waves: tuple[Array, Array], attend):
+    def mix(self, x: Array, rotary: tuple[Array, Array], attend):
         """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x,
         extra).
         """
         q, k, v = self.project(self.norm_attention(x))
-        mixed, extra = attend(rotate(q, waves), rotate(k, waves), v)
+        mixed, extra = attend(rotate(q, rotary), rotate(k, rotary), v)
         return self.branch(x, mixed.reshape(*x.shape[:2], -1)), extra
 
     def branch(self, x: Array, mixed: Array) -> Array:
@@ -142,15 +141,15 @@ class Block(nnx.Module):
         """The block's output [B T D]."""
         return constrain(x + self.down(neurons), "batch", "seq", None)
 
-    def run(self, x: Array, waves: tuple[Array, Array], attend):
+    def run(self, x: Array, rotary: tuple[Array, Array], attend):
         """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp])."""
-        x, extra = self.mix(x, waves, attend)
+        x, extra = self.mix(x, rotary, attend)
         neurons = self.neurons(x)
         return self.feed(x, neurons), extra, neurons
 
-    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
+    def __call__(self, x: Array, rotary: tuple[Array, Array], attend):
         """Returns (x, extra) as `run` does."""
-        return self.run(x, waves, attend)[:2]
+        return self.run(x, rotary, attend)[:2]
 
 
 class LMModule(nnx.Module):
@@ -176,33 +175,31 @@ class LMModule(nnx.Module):
         segments: Array | None = None,
         mask: Array | None = None,
         cache: dict[str, Array] | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         hidden_only: bool = False,
     ):
         """tokens int [B T] -> logits float32 [B T V]: position t predicts token t + 1.
 
         mask bool [B T] is False on padding, segments int [B T] differs between packed documents,
-        positions int [T] or
-        [B T] defaults to 0, 1, ... With `cache` (see `init_cache`) the tokens follow those it
-        holds, and the result is
-        (logits, cache); `features` appends the states [B T D] after those blocks. `hidden_only`
-        gives the final
-        normed states [B T D] in place of logits, for losses that project onto `head()` in chunks.
+        positions int [T] or [B T] defaults to 0, 1, ... With `cache` (see `init_cache`) the tokens
+        follow those it holds, and the result is (logits, cache); `taps` appends the states [B T D]
+        after those blocks. `hidden_only` gives the final normed states [B T D] in place of logits,
+        for losses that project onto `head()` in chunks.
         """
-        x, waves = self._enter(tokens, positions, cache)
+        x, rotary = self._enter(tokens, positions, cache)
         if cache is None:
             attend = _full(mask, segments, self.cfg.cap)
-            layer = lambda x, block: block(x, waves, attend)
-            x, _, feats = scan_layers(
-                layer, x, self.blocks, self.cfg.depth, remat=self.cfg.remat, taps=features
+            layer = lambda x, block: block(x, rotary, attend)
+            x, _, features = scan_layers(
+                layer, x, self.blocks, self.cfg.depth, remat=self.cfg.remat, taps=taps
             )
         else:
             if segments is not None:
                 raise Refused("segments: a cache holds one document a row")
-            x, cache, feats = self._continue(x, waves, mask, cache, features)
+            x, cache, features = self._continue(x, rotary, mask, cache, taps)
         x = self.norm(x)
         out = x if hidden_only else self._logits(x)
-        extras = (() if cache is None else (cache,)) + ((feats,) if features else ())
+        extras = (() if cache is None else (cache,)) + ((features,) if taps else ())
         return (out, *extras) if extras else out
 
     def probe(
@@ -220,11 +217,11 @@ class LMModule(nnx.Module):
         `before` and `after` are the states [B T D] around a block, `neurons` its MLP's activations
         [B T mlp].
         """
-        x, waves = self._enter(tokens, positions, None)
+        x, rotary = self._enter(tokens, positions, None)
         attend = _full(mask, segments, self.cfg.cap)
 
         def layer(x, block):
-            after, _, neurons = block.run(x, waves, attend)
+            after, _, neurons = block.run(x, rotary, attend)
             return after, read(x, neurons, after)
 
         return scan_layers(layer, x, self.blocks, self.cfg.depth)[1]
@@ -240,7 +237,7 @@ class LMModule(nnx.Module):
         x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
         return x, (jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :])
 
-    def _continue(self, x, waves, mask, cache, features):
+    def _continue(self, x, rotary, mask, cache, taps):
         """The layers over new tokens, whose keys and values are written into the cache in place."""
         batch, new, slots, start = *x.shape[:2], cache["valid"].shape[1], cache["length"]
         mask = jnp.ones((batch, new), bool) if mask is None else mask.astype(bool)
@@ -254,9 +251,9 @@ class LMModule(nnx.Module):
                 kept, (k, v) = remember(store, i, start, (k, v))
                 return attention(q, k, v, mask=seen, cap=self.cfg.cap), kept
 
-            return block(x, waves, attend), None
+            return block(x, rotary, attend), None
 
-        how = dict(remat=self.cfg.remat, taps=features)
+        how = dict(remat=self.cfg.remat, taps=taps)
         x, stores, states = scan_stores(
             layer, x, cache["layers"] or self.blocks, cache["stores"], self.cfg.depth, **how
         )
@@ -277,8 +274,7 @@ class LMModule(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> dict[str, Array]:
         """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool
-        [B S], length int32 [], and
-        the layers as decoding reads them (`unstacked`).
+        [B S], length int32 [], and the layers as decoding reads them (`unstacked`).
 
         Writing past its end is not checked: `length` is known to the running program only.
         """
@@ -305,8 +301,7 @@ def following(x: Array, fill: int = 0) -> Array:
     """What comes after each token: x [B T] moved one to the left, `fill` at the end.
 
     Losses compare logits [B T V] to labels of the same length. To cut the last position off the
-    logits would copy them,
-    and leave a length that no tile divides.
+    logits would copy them, and leave a length that no tile divides.
     """
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
 
@@ -327,10 +322,9 @@ def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
     cannot be the student's.
 
     `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out.
-    Tables of one tokenizer
-    may be padded to different lengths (Qwen2.5: 152,064 and 151,936): what is compared, and
-    written, are the ids that
-    all have (`objectives.divergence.common`, `common_vocabulary`).
+    Tables of one tokenizer may be padded to different lengths (Qwen2.5: 152,064 and 151,936): what
+    is compared, and written, are the ids that all have (`objectives.divergence.common`,
+    `common_vocabulary`).
     """
     sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
     for role, size in sizes.items():

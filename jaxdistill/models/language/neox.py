@@ -22,8 +22,8 @@ from jaxdistill.models.layers import ACTIVATIONS, dense, layer_norm, rotate, spl
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeoX(LM):
     """Pythia-70m is vocab 50304, dim 512, mlp 2048, heads 8, depth 6; GPT-NeoX-20B is vocab 50432,
-    dim 6144, mlp 24576, heads 64,
-    depth 44, activation gelu_fast. Neither kv_heads nor head_dim are used.
+    dim 6144, mlp 24576, heads 64, depth 44, activation gelu_fast. Neither kv_heads nor head_dim are
+    used.
     """
 
     norm_eps: float = 1e-5
@@ -60,22 +60,22 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, "embed", "mlp")
         self.down = make(cfg.mlp, d, "mlp", "embed")
 
-    def turn(self, x: Array, waves: tuple[Array, Array]) -> Array:
+    def turn(self, x: Array, rotary: tuple[Array, Array]) -> Array:
         """Rotary positions on the first channels of [B T H K]."""
-        return jnp.concatenate([rotate(x[..., : self.rotary], waves), x[..., self.rotary :]], -1)
+        return jnp.concatenate([rotate(x[..., : self.rotary], rotary), x[..., self.rotary :]], -1)
 
-    def run(self, x: Array, waves: tuple[Array, Array], attend):
+    def run(self, x: Array, rotary: tuple[Array, Array], attend):
         """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp]);
         see models/language/lm.py.
         """
         q, k, v = jnp.split(split_heads(self.to_qkv(self.norm_attention(x)), self.heads), 3, -1)
-        mixed, extra = attend(self.turn(q, waves), self.turn(k, waves), v)
+        mixed, extra = attend(self.turn(q, rotary), self.turn(k, rotary), v)
         mid = x + self.to_out(mixed.reshape(x.shape))
         neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
         return constrain(mid + self.down(neurons), "batch", "seq", None), extra, neurons
 
-    def __call__(self, x: Array, waves: tuple[Array, Array], attend):
-        return self.run(x, waves, attend)[:2]
+    def __call__(self, x: Array, rotary: tuple[Array, Array], attend):
+        return self.run(x, rotary, attend)[:2]
 
 
 class NeoXModule(LMModule):

@@ -20,8 +20,7 @@ from jaxdistill.models.layers import dense, rms_norm
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2(LM):
     """Queries, keys and values have a bias. Qwen2.5-0.5B is vocab 151936, dim 896, mlp 4864, heads
-    14, kv_heads 2, depth 24,
-    rope_theta 1e6, max_length 32768, tied.
+    14, kv_heads 2, depth 24, rope_theta 1e6, max_length 32768, tied.
     """
 
     def block(self, rngs: nnx.Rngs) -> Block:
@@ -31,8 +30,7 @@ class Qwen2(LM):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen3(LM):
     """Queries and keys are normed before they turn. Qwen3-0.6B is vocab 151936, dim 1024, mlp 3072,
-    heads 16, kv_heads 8,
-    head_dim 128, depth 28, rope_theta 1e6, max_length 40960, tied.
+    heads 16, kv_heads 8, head_dim 128, depth 28, rope_theta 1e6, max_length 40960, tied.
     """
 
     def block(self, rngs: nnx.Rngs) -> Block:
@@ -42,9 +40,8 @@ class Qwen3(LM):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Qwen2Text(Qwen2):
     """Qwen2.5-VL's language side as an encoder of prompts (Qwen-Image's): its call gives the normed
-    states [B T D] in place of
-    logits. On text alone the three axes of its rotary positions are one. 7B is dim 3584, mlp 18944,
-    heads 28, kv_heads 4, depth 28.
+    states [B T D] in place of logits. On text alone the three axes of its rotary positions are one.
+    7B is dim 3584, mlp 18944, heads 28, kv_heads 4, depth 28.
     """
 
     tied: bool = True  # there is no head

@@ -40,8 +40,7 @@ from jaxdistill.models.layers import (
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Encoder:
     """Sizes of an encoder alone, such as a text-to-image model's tower. Defaults are a toy's; T5
-    1.1's XXL is vocab 32128,
-    dim 4096, mlp 10240, heads 64, head_dim 64, depth 24, gated.
+    1.1's XXL is vocab 32128, dim 4096, mlp 10240, heads 64, head_dim 64, depth 24, gated.
     """
 
     shared_bias: ClassVar[bool] = True  # one table of position biases for all layers
@@ -70,8 +69,7 @@ class T5Encoder:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UMT5Encoder(T5Encoder):
     """Every layer has position biases of its own. UMT5-XXL is vocab 256384, dim 4096, mlp 10240,
-    heads 64, head_dim 64,
-    depth 24, gated.
+    heads 64, head_dim 64, depth 24, gated.
     """
 
     shared_bias: ClassVar[bool] = False
@@ -179,15 +177,15 @@ class T5EncoderModule(nnx.Module):
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs, std=1.0)
         self.encoder = Stack(cfg, Block, cfg.depth, rngs)
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None, features: tuple[int, ...] = ()):
+    def __call__(self, tokens: Array, *, mask: Array | None = None, taps: tuple[int, ...] = ()):
         """tokens int [B S] -> normed states [B S D].
 
-        mask bool [B S] is False on padding, wherever it stands. With `features`, (states, states
+        mask bool [B S] is False on padding, wherever it stands. With `taps`, (states, states
         after those blocks).
         """
-        return self.encode(tokens, mask=mask, features=features)
+        return self.encode(tokens, mask=mask, taps=taps)
 
-    def encode(self, tokens: Array, *, mask: Array | None = None, features: tuple[int, ...] = ()):
+    def encode(self, tokens: Array, *, mask: Array | None = None, taps: tuple[int, ...] = ()):
         """The encoder's states, as `T5EncoderModule.__call__` gives them."""
         cfg = self.cfg
         length = jnp.arange(tokens.shape[1])
@@ -212,10 +210,10 @@ class T5EncoderModule(nnx.Module):
             self.encoder.blocks,
             cfg.depth,
             remat=cfg.remat,
-            taps=features,
+            taps=taps,
         )
         x = self.encoder.norm(x)
-        return (x, states) if features else x
+        return (x, states) if taps else x
 
     def _embed(self, tokens: Array) -> Array:
         return constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
@@ -239,18 +237,16 @@ class T5Module(T5EncoderModule):
         *,
         source_mask: Array | None = None,
         mask: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         hidden_only: bool = False,
     ):
         """source int [B S], tokens int [B T] -> logits float32 [B T V]: position t predicts what
         follows tokens[t].
 
         `tokens` are the decoder's inputs, which begin with `cfg.start` (`shifted` makes them from
-        targets). The masks
-        bool [B S] and [B T] are False on padding; `features` appends the states [B T D] after those
-        blocks of the
-        decoder; `hidden_only` gives the final states [B T D] that `head()` projects, in place of
-        logits.
+        targets). The masks bool [B S] and [B T] are False on padding; `taps` appends the states [B
+        T D] after those blocks of the decoder; `hidden_only` gives the final states [B T D] that
+        `head()` projects, in place of logits.
         """
         states = self.encode(source, mask=source_mask)
         seen = jnp.ones(source.shape, bool) if source_mask is None else source_mask.astype(bool)
@@ -258,7 +254,7 @@ class T5Module(T5EncoderModule):
             tokens,
             cache={"source": states, "source_valid": seen},
             mask=mask,
-            features=features,
+            taps=taps,
             hidden_only=hidden_only,
         )
 
@@ -268,7 +264,7 @@ class T5Module(T5EncoderModule):
         *,
         cache: dict[str, Array],
         mask: Array | None = None,
-        features: tuple[int, ...] = (),
+        taps: tuple[int, ...] = (),
         hidden_only: bool = False,
     ):
         """As `__call__`, on tokens int [B T] that follow those that `cache` (see `init_cache`)
@@ -305,8 +301,8 @@ class T5Module(T5EncoderModule):
 
         stores, layers = (cache["stores"], cache["layers"]) if growing else (((),), ())
         layers = layers or (self.decoder.blocks, cache["source_pairs"] if growing else ())
-        x, stores, taps = scan_stores(
-            layer, self._embed(tokens), layers, stores, self.depth, remat=cfg.remat, taps=features
+        x, stores, found = scan_stores(
+            layer, self._embed(tokens), layers, stores, self.depth, remat=cfg.remat, taps=taps
         )
         x = self.decoder.norm(x)
         x = x * cfg.dim**-0.5 if cfg.tied else x
@@ -314,17 +310,16 @@ class T5Module(T5EncoderModule):
         extras = (
             ({**cache, "stores": stores, "valid": valid, "length": start + new},) if growing else ()
         )
-        extras += (taps,) if features else ()
+        extras += (found,) if taps else ()
         return (out, *extras) if extras else out
 
     def init_cache(
         self, states: Array, length: int, *, source_mask: Array | None = None
     ) -> dict[str, Array]:
         """What `decode` needs to write `length` tokens a row about encoded states [B S D]: keys and
-        values of the source, a
-        pair of [L B S H K] (where layers are walked: one of [B S H K] with each of `layers`), and
-        empty stores of the text
-        [B H length K], valid bool [B length], length int32 [].
+        values of the source, a pair of [L B S H K] (where layers are walked: one of [B S H K] with
+        each of `layers`), and empty stores of the text [B H length K], valid bool [B length],
+        length int32 [].
         """
         cfg = self.cfg
         batch = states.shape[0]
@@ -371,8 +366,8 @@ def bucket(apart: Array, buckets: int, distance: int, *, both: bool) -> Array:
     """The bucket int of key position - query position, int of any shape (T5, section 2.1).
 
     Of the buckets (with `both`, one half for keys ahead; without, keys ahead are in bucket 0), half
-    are for distances
-    0, 1, ..., the others grow geometrically up to `distance`, beyond which all are in the last.
+    are for distances 0, 1, ..., the others grow geometrically up to `distance`, beyond which all
+    are in the last.
     """
     count = buckets // 2 if both else buckets
     exact = count // 2

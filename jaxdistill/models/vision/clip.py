@@ -23,10 +23,8 @@ from jaxdistill.models.vision.vit import NORMAL, Block, check_sizes, embed_patch
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipText:
     """Sizes of the text tower. Defaults are a toy's; CLIP-L/14 (Stable Diffusion 1, SDXL's first)
-    is vocab 49408, dim 768,
-    mlp 3072, heads 12, depth 12, max_length 77; OpenCLIP bigG/14 (SDXL's second) dim 1280, mlp
-    5120, heads 20, depth 32,
-    activation gelu, with a projection of 1280.
+    is vocab 49408, dim 768, mlp 3072, heads 12, depth 12, max_length 77; OpenCLIP bigG/14 (SDXL's
+    second) dim 1280, mlp 5120, heads 20, depth 32, activation gelu, with a projection of 1280.
     """
 
     vocab: int = 64
@@ -60,9 +58,8 @@ class ClipTextProjected(ClipText):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipVision:
     """Sizes of the image tower. Defaults are a toy's; ViT-L/14 is size 224, patch 14, dim 1024, mlp
-    4096, heads 16, depth 24,
-    projection 768; ViT-H/14 (Wan 2.1's) dim 1280, mlp 5120, depth 32, activation gelu, projection
-    1024.
+    4096, heads 16, depth 24, projection 768; ViT-H/14 (Wan 2.1's) dim 1280, mlp 5120, depth 32,
+    activation gelu, projection 1024.
     """
 
     size: int = 8  # images are [size, size, channels]
@@ -116,8 +113,8 @@ class ClipTextModule(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None, features: tuple[int, ...] = ()):
-        """tokens int [B T] -> states [B T D] after the last norm; with `features`, (states, states
+    def __call__(self, tokens: Array, *, mask: Array | None = None, taps: tuple[int, ...] = ()):
+        """tokens int [B T] -> states [B T D] after the last norm; with `taps`, (states, states
         after those blocks, not normed).
 
         mask bool [B T] is False on padding; the released pipelines give none and let the text
@@ -131,15 +128,15 @@ class ClipTextModule(nnx.Module):
         x = (lookup(self.embed, tokens) + self.embed_position.embedding[:length]).astype(self.dtype)
         keys = None if mask is None else mask[:, None, None, :].astype(bool)
         body = lambda x, block: (block(x, mask=keys, causal=True), None)
-        x, _, feats = scan_layers(
+        x, _, features = scan_layers(
             body,
             constrain(x, "batch", "seq", None),
             self.blocks,
             cfg.depth,
             remat=cfg.remat,
-            taps=features,
+            taps=taps,
         )
-        return (self.norm(x), feats) if features else self.norm(x)
+        return (self.norm(x), features) if taps else self.norm(x)
 
     def pool(self, states: Array, tokens: Array) -> Array:
         """A text's summary [B D]: the state of its first `eos` token, states [B T D], tokens int [B
@@ -187,8 +184,8 @@ class ClipVisionModule(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
-        """x [B H W C] -> states [B 1 + N D], the class token first, not normed; with `features`,
+    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
+        """x [B H W C] -> states [B 1 + N D], the class token first, not normed; with `taps`,
         (states, states after those blocks).
 
         Raises Refused on images of another size.
@@ -198,15 +195,15 @@ class ClipVisionModule(nnx.Module):
             embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
         )
         body = lambda h, block: (block(h), None)
-        h, _, feats = scan_layers(
+        h, _, features = scan_layers(
             body,
             constrain(h, "batch", "seq", None),
             self.blocks,
             cfg.depth,
             remat=cfg.remat,
-            taps=features,
+            taps=taps,
         )
-        return (h, feats) if features else h
+        return (h, features) if taps else h
 
     def pool(self, states: Array) -> Array:
         """An image's summary [B D]: its class token's state after the last norm, states [B 1 + N

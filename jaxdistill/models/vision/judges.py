@@ -1,7 +1,7 @@
 """Frozen networks that judge samples: random features with taps, rewards, and the decoder of what
 needs none.
 
-Features called `(x, features=taps) -> (last state, states after those layers [B N C])`. Weights are
+Features called `(x, taps=taps) -> (last state, states after those layers [B N C])`. Weights are
 He-normal, biases N(0, 1), both as they were drawn: a role of init="random" keeps them. Any
 pretrained network with taps takes their place.
 """
@@ -46,14 +46,14 @@ class PointFeaturesModule(nnx.Module):
         )
         self.layers = nnx.List([make(i, o) for i, o in zip(sizes, sizes[1:])])
 
-    def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
-        """x [B dim] -> (last state [B 1 width], states after the layers in `features`)."""
+    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
+        """x [B dim] -> (last state [B 1 width], states after the layers in `taps`)."""
         h = self.scale * x
         states = []
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None)
             states.append(h[:, None])
-        return states[-1], tuple(states[i] for i in features)
+        return states[-1], tuple(states[i] for i in taps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,16 +95,16 @@ class ConvFeaturesModule(nnx.Module):
             [make(i, o, 2 if n else cfg.patch) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))]
         )
 
-    def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
+    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
         """x [B H W C] -> (last state [B h w width], states [B N width] after the layers in
-        `features`).
+        `taps`).
         """
         h = x.astype(self.dtype)
         states = []
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
             states.append(h)
-        return h, tuple(rearrange(states[i], "b h w c -> b (h w) c") for i in features)
+        return h, tuple(rearrange(states[i], "b h w c -> b (h w) c") for i in taps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -53,13 +53,12 @@ def random_feature_net(key: Array, arch: Arch, *, bias: float = 1.0) -> Features
     from `key` where it is called.
 
     `label` int [B] joins the first layer by a random vector N(0, 1) for each class: psi then
-    compares joint laws. `bias` is
-    the standard deviation of the biases.
+    compares joint laws. `bias` is the standard deviation of the biases.
     """
 
     def psi(x: Array, label: Array | None = None) -> tuple[Array, ...]:
         h = x.astype(jnp.float32)
-        feats = []
+        features = []
         if not arch.convolutional:
             h = h.reshape(len(h), -1)
         for i in range(arch.depth):
@@ -70,8 +69,8 @@ def random_feature_net(key: Array, arch: Arch, *, bias: float = 1.0) -> Features
                 else 0.0
             )
             h = _block(at, h, arch, bias, joined)
-            feats.append(h.reshape(len(h), -1))
-        return tuple(f / f.shape[1] ** 0.5 for f in feats)
+            features.append(h.reshape(len(h), -1))
+        return tuple(f / f.shape[1] ** 0.5 for f in features)
 
     return psi
 

@@ -35,10 +35,9 @@ from jaxdistill.models.vision.vit import NORMAL, check_sizes, cut_patches
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamVision:
     """Sizes of the encoder. Defaults are a toy's; ViT-B is size 1024, patch 16, dim 768, mlp 3072,
-    heads 12, depth 12, window 14,
-    whole (2, 5, 8, 11), neck 256; ViT-L dim 1024, mlp 4096, heads 16, depth 24, whole (5, 11, 17,
-    23); ViT-H dim 1280, mlp 5120,
-    heads 16, depth 32, whole (7, 15, 23, 31).
+    heads 12, depth 12, window 14, whole (2, 5, 8, 11), neck 256; ViT-L dim 1024, mlp 4096, heads
+    16, depth 24, whole (5, 11, 17, 23); ViT-H dim 1280, mlp 5120, heads 16, depth 32, whole (7, 15,
+    23, 31).
     """
 
     size: int = 8  # images are [size, size, channels]
@@ -106,8 +105,7 @@ class Layer(nnx.Module):
         where the key is at (y', x').
 
         Both terms are products of the query with what depends on the key's place alone, so that
-        they are S + S more channels of
-        query and key, and any program for attention serves.
+        they are S + S more channels of query and key, and any program for attention serves.
         """
         s = self.span
         q, k, v = rearrange(
@@ -151,16 +149,15 @@ class SamVisionModule(nnx.Module):
         )
         self.norm_1, self.norm_2 = (layer_norm(cfg.neck, eps=1e-6, **make) for _ in range(2))
 
-    def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
-        """x [B H W C] -> states behind the neck [B h w N]; with `features`, (states, states [B h w,
+    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
+        """x [B H W C] -> states behind the neck [B h w N]; with `taps`, (states, states [B h w,
         D] after those layers).
 
         Pixels are in units of standard deviations, as `objectives.pixels.Preprocess` gives them.
-        Raises Refused on images of
-        another size.
+        Raises Refused on images of another size.
         """
         cfg = self.cfg
-        check_taps(features, cfg.depth)
+        check_taps(taps, cfg.depth)
         h = constrain(
             self.patch_embed(cut_patches(cfg, x)) + self.positions[...].astype(self.dtype),
             "batch",
@@ -174,7 +171,5 @@ class SamVisionModule(nnx.Module):
             after.append(h)
         out = self.norm_2(self.neck_2(self.norm_1(self.neck_1(h))))
         return (
-            (out, tuple(rearrange(after[i], "b y x d -> b (y x) d") for i in features))
-            if features
-            else out
+            (out, tuple(rearrange(after[i], "b y x d -> b (y x) d") for i in taps)) if taps else out
         )

@@ -36,8 +36,8 @@ NORMAL = nnx.initializers.truncated_normal(0.02)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViT:
     """Sizes of the encoder with its pooler. Defaults are a toy's; ViT-B/16 is size 224, patch 16,
-    channels 3, dim 768, mlp 3072,
-    heads 12, depth 12; ViT-L/16 dim 1024, mlp 4096, heads 16, depth 24.
+    channels 3, dim 768, mlp 3072, heads 12, depth 12; ViT-L/16 dim 1024, mlp 4096, heads 16, depth
+    24.
     """
 
     size: int = 8  # images are [size, size, channels]
@@ -152,20 +152,20 @@ class Encoder(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def encode(self, x: Array, features: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """(states [B 1 + N D] after the last norm, states after the blocks that `features` lists)."""
+    def encode(self, x: Array, taps: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
+        """(states [B 1 + N D] after the last norm, states after the blocks that `taps` lists)."""
         cfg = self.cfg
         h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
         body = lambda h, block: (block(h), None)
-        h, _, feats = scan_layers(
+        h, _, features = scan_layers(
             body,
             constrain(h, "batch", "seq", None),
             self.blocks,
             cfg.depth,
             remat=cfg.remat,
-            taps=features,
+            taps=taps,
         )
-        return self.norm(h), feats
+        return self.norm(h), features
 
 
 class ViTModule(Encoder):
@@ -175,14 +175,14 @@ class ViTModule(Encoder):
             cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=NORMAL, dtype=self.dtype
         )
 
-    def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
-        """x [B H W C] -> states [B 1 + N D], the class token first; with `features`, (states,
+    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
+        """x [B H W C] -> states [B 1 + N D], the class token first; with `taps`, (states,
         states after those blocks).
 
         Raises Refused on images of another size.
         """
-        states, feats = self.encode(x, features)
-        return (states, feats) if features else states
+        states, features = self.encode(x, taps)
+        return (states, features) if taps else states
 
     def pool(self, states: Array) -> Array:
         """An image's summary [B D] from its class token's state, states [B 1 + N D]."""
@@ -194,8 +194,8 @@ class ViTClassifierModule(Encoder):
         super().__init__(cfg, rngs)
         self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=ZEROS)
 
-    def __call__(self, x: Array, *, features: tuple[int, ...] = ()):
+    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
         """x [B H W C] -> logits float32 [B classes]. Otherwise as ViTModule."""
-        states, feats = self.encode(x, features)
+        states, features = self.encode(x, taps)
         logits = self.classifier(states[:, 0].astype(jnp.float32))
-        return (logits, feats) if features else logits
+        return (logits, features) if taps else logits

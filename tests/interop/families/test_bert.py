@@ -60,7 +60,7 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda *a, **k: net.apply(params, *a, **k, features=(0, 2), scores=(0, 2))),
+        jax.jit(lambda *a, **k: net.apply(params, *a, **k, taps=(0, 2), scores=(0, 2))),
     )
 
 

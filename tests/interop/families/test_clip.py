@@ -72,7 +72,7 @@ def loaded(name, cls, changes, folder):
         folder,
         net,
         params,
-        jax.jit(lambda *a, **k: net.apply(params, *a, **k, features=(0, 1))),
+        jax.jit(lambda *a, **k: net.apply(params, *a, **k, taps=(0, 1))),
     )
 
 
@@ -102,10 +102,10 @@ def test_texts_agree(text, padded, agree):
     with torch.no_grad():
         given = {"attention_mask": torch.tensor(mask.astype(np.int64))} if padded else {}
         theirs = model(torch.tensor(tokens), output_hidden_states=True, **given)
-    states, feats = call(tokens, **({"mask": mask} if padded else {}))
+    states, features = call(tokens, **({"mask": mask} if padded else {}))
     where = mask[..., None] if padded else True
     agree("states", states, theirs.last_hidden_state, where)
-    for found, layer in zip(feats, (1, 2), strict=True):
+    for found, layer in zip(features, (1, 2), strict=True):
         agree("hidden states", found, theirs.hidden_states[layer], where)
     pooled = (
         theirs.text_embeds if isinstance(net.config, ClipTextProjected) else theirs.pooler_output
@@ -135,9 +135,9 @@ def test_images_agree(vision, agree):
     x = np.random.default_rng(0).standard_normal((3, 12, 12, 3)).astype("f4")
     with torch.no_grad():
         theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
-    states, feats = call(x)
+    states, features = call(x)
     agree("states", states, theirs.last_hidden_state)
-    for found, layer in zip(feats, (1, 2), strict=True):
+    for found, layer in zip(features, (1, 2), strict=True):
         agree("hidden states", found, theirs.hidden_states[layer])
     pooled = (
         theirs.image_embeds if isinstance(net.config, ClipVisionProjected) else theirs.pooler_output

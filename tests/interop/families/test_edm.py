@@ -73,7 +73,7 @@ RELEASED = {  # arXiv:2206.00364, table 7; the same counts from the repository's
             blocks=4,
             attention=(16,),
             augment_dim=9,
-            waves="fourier",
+            time_embedding="fourier",
             noise_multiple=2,
             residual=True,
             filter=(1, 3, 3, 1),
@@ -310,7 +310,7 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda *a: net.apply(params, *a, features=tuple(range(7)))),
+        jax.jit(lambda *a: net.apply(params, *a, taps=tuple(range(7)))),
     )
 
 
@@ -318,10 +318,10 @@ def pair(request, tmp_path_factory):
 def test_outputs_and_features_agree(pair, agree, size):
     name, model, _, _, _, call = pair
     x, t, cond = inputs(model.c, *size)
-    ours, feats = call(x, t, cond)
+    ours, features = call(x, t, cond)
     expected, states = theirs(model, x, t, cond)
     agree(f"{name} {size}", ours, expected)
-    for i, (found, state) in enumerate(zip(feats, states, strict=True)):
+    for i, (found, state) in enumerate(zip(features, states, strict=True)):
         agree(f"{name} {size} level {i}", found, state)
 
 
@@ -350,7 +350,7 @@ def test_as_a_denoiser(pair, agree):
     denoise = Denoiser(param=EDMPrecond(), native=EDM()).wrap(
         lambda *a, **kw: net.apply(params, *a, **kw), EDM()
     )
-    pred = jax.jit(lambda *a: denoise(*a, features=(2,)))(x, sigma, cond)
+    pred = jax.jit(lambda *a: denoise(*a, taps=(2,)))(x, sigma, cond)
     s = sigma[:, None, None, None]
     raw, states = theirs(model, (x / np.sqrt(s**2 + 0.25)).astype("f4"), t, cond)
     agree(
@@ -358,7 +358,7 @@ def test_as_a_denoiser(pair, agree):
         pred.x0,
         0.25 / (s**2 + 0.25) * x + s * 0.5 / np.sqrt(s**2 + 0.25) * raw.numpy(),
     )
-    agree(f"{name} bottleneck", pred.feats[0], states[2])
+    agree(f"{name} bottleneck", pred.features[0], states[2])
 
 
 def test_round_trip_is_exact(pair, tmp_path):
@@ -408,7 +408,9 @@ def test_rematerialised_gradients_are_the_same():
 
 
 def test_random_frequencies_are_never_trained():
-    net = make_net(SongUNet(size=4, width=8, multiples=(1,), attention=(), waves="fourier"))
+    net = make_net(
+        SongUNet(size=4, width=8, multiples=(1,), attention=(), time_embedding="fourier")
+    )
     params = jax.tree.map(lambda w: w + 0.1, net.init(jax.random.key(0)))
     x, t, _ = inputs({}, 4, 4)
     grads = paths(jax.jit(jax.grad(lambda p: jnp.mean(net.apply(p, x, t) ** 2)))(params))
@@ -525,22 +527,18 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
 
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(SongUNet(classes=2))
-    call = lambda size, cond, features=(): jax.eval_shape(
-        lambda: net.apply(
-            net.shapes, jnp.ones((1, size, size, 3)), jnp.ones(1), cond, features=features
-        )
+    call = lambda size, cond, taps=(): jax.eval_shape(
+        lambda: net.apply(net.shapes, jnp.ones((1, size, size, 3)), jnp.ones(1), cond, taps=taps)
     )
     with pytest.raises(Refused, match="x: 5 by 5 pixels, expected multiples of 2"):
         call(5, None)
-    with pytest.raises(
-        Refused, match=r"features=\(5,\): levels are numbered 0 to 4, 2 is the middle"
-    ):
+    with pytest.raises(Refused, match=r"taps=\(5,\): levels are numbered 0 to 4, 2 is the middle"):
         call(4, None, (5,))
     with pytest.raises(
         Refused, match="cond: 'augment' is not read by this network, expected label"
     ):
         call(4, {"augment": jnp.ones((1, 9))})
     with pytest.raises(Refused, match="expected 'positional' or 'fourier'"):
-        make_net(SongUNet(waves="square"))
+        make_net(SongUNet(time_embedding="square"))
     with pytest.raises(Refused, match="expected multiples of head_dim=5"):
         make_net(DhariwalUNet(head_dim=5))

@@ -81,7 +81,7 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask, features=(0, 2))),
+        jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask, taps=(0, 2))),
     )
 
 

@@ -54,7 +54,7 @@ def theirs(weights, a, b):
     """
     F = torch.nn.functional
     total = 0.0
-    feats = [
+    features = [
         (
             torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
             - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
@@ -63,13 +63,13 @@ def theirs(weights, a, b):
         for x in (a, b)
     ]
     for n, names in enumerate((NAMES[:2], NAMES[2:3], NAMES[3:])):
-        feats = [F.max_pool2d(f, 2) if n else f for f in feats]
+        features = [F.max_pool2d(f, 2) if n else f for f in features]
         for name in names:
-            feats = [
+            features = [
                 F.relu(F.conv2d(f, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1))
-                for f in feats
+                for f in features
             ]
-        units = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in feats]
+        units = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in features]
         total = total + F.conv2d(
             (units[0] - units[1]) ** 2, weights[f"lin{n}.model.1.weight"]
         ).mean((1, 2, 3))

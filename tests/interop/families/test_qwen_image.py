@@ -50,7 +50,7 @@ def pair(request, imported):
         folder,
         net,
         params,
-        jax.jit(lambda *a: net.apply(params, *a, features=(0, 2))),
+        jax.jit(lambda *a: net.apply(params, *a, taps=(0, 2))),
     )
 
 
@@ -101,10 +101,10 @@ def test_outputs_and_features_agree(pair, agree, size, masked):
     x, cond = inputs(*size)
     cond = cond if masked else {"text": cond["text"]}
     for t in TIMES:
-        ours, feats = call(x, np.array(t, "f4"), cond)
+        ours, features = call(x, np.array(t, "f4"), cond)
         theirs, states = reference(model, x, np.array(t, "f4"), cond)
         agree(f"{name} {size} mask={masked} t={t[1]:g}", ours, theirs)
-        for found, state in zip(feats, states, strict=True):
+        for found, state in zip(features, states, strict=True):
             agree(f"{name} {size} t={t[1]:g} features", found, state)
 
 
@@ -212,8 +212,8 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(QwenImage())
-    call = lambda shape, cond, features=(): jax.eval_shape(
-        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, features=features), net.shapes
+    call = lambda shape, cond, taps=(): jax.eval_shape(
+        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps), net.shapes
     )
     text = {"text": jnp.ones((1, 5, 32))}
     with pytest.raises(Refused, match="'text' is missing; it has mask"):
@@ -222,7 +222,7 @@ def test_refuses_inputs_that_do_not_fit():
         call((1, 5, 4, 4), text)
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 4, 4, 4), text | {"image": jnp.ones((1, 4, 3, 4))})
-    with pytest.raises(Refused, match=r"features=\(2,\): layers are numbered 0 to 1"):
+    with pytest.raises(Refused, match=r"taps=\(2,\): layers are numbered 0 to 1"):
         call((1, 4, 4, 4), text, (2,))
 
 
@@ -241,11 +241,11 @@ def test_forward_at_full_size_traces():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     x = shape(1, 166, 166, 16)
     text = shape(1, 1024, 3584)
-    raw, feats = jax.eval_shape(
-        lambda p, x, t, text: net.apply(p, x, t, {"text": text}, features=(30,)),
+    raw, features = jax.eval_shape(
+        lambda p, x, t, text: net.apply(p, x, t, {"text": text}, taps=(30,)),
         net.shapes,
         x,
         shape(1),
         text,
     )
-    assert raw == x and feats[0].shape == (1, 6889, 3072) and feats[0].dtype == jnp.bfloat16
+    assert raw == x and features[0].shape == (1, 6889, 3072) and features[0].dtype == jnp.bfloat16

@@ -47,9 +47,9 @@ def test_states_agree(encoder, agree):
     model, _, net, params = encoder
     with torch.no_grad():
         theirs = model(torch.from_numpy(X.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
-    states, feats = jax.jit(lambda p: net.apply(p, X, features=(0, 1, 2)))(params)
+    states, features = jax.jit(lambda p: net.apply(p, X, taps=(0, 1, 2)))(params)
     agree("states", states, theirs.last_hidden_state.permute(0, 2, 3, 1))
-    for found, hidden in zip(feats, theirs.hidden_states[-3:], strict=True):
+    for found, hidden in zip(features, theirs.hidden_states[-3:], strict=True):
         agree("hidden states", found, hidden.flatten(1, 2))
 
 
@@ -156,7 +156,7 @@ def test_a_window_sees_itself_alone():
     net = make_net(SamVision(size=12, depth=1, whole=()))  # 6 x 6 patches, four windows
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 12, 12, 3))
-    call = jax.jit(lambda x: net.apply(params, x, features=(0,))[1][0].reshape(6, 6, -1))
+    call = jax.jit(lambda x: net.apply(params, x, taps=(0,))[1][0].reshape(6, 6, -1))
     moved = np.abs(call(x.at[0, 0, 0].add(1.0)) - call(x)).max(-1) > 0
     assert moved[:3, :3].all() and not moved[3:].any() and not moved[:, 3:].any()
 
@@ -165,7 +165,7 @@ def test_gradients_reach_every_weight():
     net = make_net(SamVision(remat="full"))
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
-    loss = lambda p: jnp.sum(net.apply(p, x, features=(0, 1))[0] ** 3)
+    loss = lambda p: jnp.sum(net.apply(p, x, taps=(0, 1))[0] ** 3)
     for path, grad in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(params)):
         assert jnp.isfinite(grad).all() and jnp.any(grad), path
 
@@ -174,8 +174,8 @@ def test_refusals(tmp_path):
     net = make_net(SamVision())
     with pytest.raises(Refused, match=r"x \[1, 8, 10, 3\]: expected images of \[8, 8, 3\]"):
         jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 10, 3))), net.shapes)
-    with pytest.raises(Refused, match=r"features=\(2,\): layers are numbered 0 to 1"):
-        jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 8, 3)), features=(2,)), net.shapes)
+    with pytest.raises(Refused, match=r"taps=\(2,\): layers are numbered 0 to 1"):
+        jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 8, 3)), taps=(2,)), net.shapes)
     with pytest.raises(Refused, match=r"model.whole=\(2,\): layers are numbered 0 to 1"):
         make_net(SamVision(whole=(2,)))
     with pytest.raises(Refused, match="heads=3 must divide dim=32"):

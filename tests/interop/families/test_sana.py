@@ -63,7 +63,7 @@ def pair(request, imported):
         folder,
         net,
         params,
-        jax.jit(lambda *a: net.apply(params, *a, features=(0, 2))),
+        jax.jit(lambda *a: net.apply(params, *a, taps=(0, 2))),
     )
 
 
@@ -109,19 +109,18 @@ def test_outputs_and_features_agree(pair, agree, grid, masked):
     if not masked:
         cond.pop("mask")
     for t in TIMES:
-        ours, feats = call(x, np.array(t, "f4"), cond)
+        ours, features = call(x, np.array(t, "f4"), cond)
         with torch.no_grad():
             theirs, states = reference(model, channels_first(x), t, cond)
         agree(f"{name} {grid} mask={masked} t={t[0]:g}", ours, channels_last(theirs))
-        for found, state in zip(feats, states, strict=True):
+        for found, state in zip(features, states, strict=True):
             agree(f"{name} {grid} mask={masked} t={t[0]:g} features", found, state)
 
 
 def test_rematerialised_gradients_agree(pair, agree):
     """Of the mean square of the output, with respect to x and one weight of each block; at small
-    times, whose features both sides
-    round alike (those of t = 1000 differ by 1e-4, which weights of this size make 5e-4 of a
-    gradient).
+    times, whose features both sides round alike (those of t = 1000 differ by 1e-4, which weights of
+    this size make 5e-4 of a gradient).
     """
     name, model, _, net, params, _ = pair
     x, cond = inputs(net.config, *GRID)
@@ -326,8 +325,8 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(Sana(patch=2))
-    call = lambda shape, cond, net=net, features=(): jax.eval_shape(
-        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, features=features), net.shapes
+    call = lambda shape, cond, net=net, taps=(): jax.eval_shape(
+        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps), net.shapes
     )
     text = {"text": jnp.ones((1, 5, 16))}
     with pytest.raises(Refused, match="'text' is missing; it has mask"):
@@ -340,8 +339,8 @@ def test_refuses_inputs_that_do_not_fit():
         call((1, 4, 4, 4), text, make_net(Sana(guidance=True)))
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 4, 5, 4), text)
-    with pytest.raises(Refused, match=r"features=\(2,\): layers are numbered 0 to 1"):
-        call((1, 4, 4, 4), text, features=(2,))
+    with pytest.raises(Refused, match=r"taps=\(2,\): layers are numbered 0 to 1"):
+        call((1, 4, 4, 4), text, taps=(2,))
 
 
 def test_forward_at_full_size_traces():
@@ -351,11 +350,11 @@ def test_forward_at_full_size_traces():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     x = shape(1, 128, 128, 32)
     text = shape(1, 300, 2304)
-    raw, feats = jax.eval_shape(
-        lambda p, x, t, text: net.apply(p, x, t, {"text": text}, features=(10,)),
+    raw, features = jax.eval_shape(
+        lambda p, x, t, text: net.apply(p, x, t, {"text": text}, taps=(10,)),
         net.shapes,
         x,
         shape(1),
         text,
     )
-    assert raw == x and feats[0].shape == (1, 16384, 2240) and feats[0].dtype == jnp.bfloat16
+    assert raw == x and features[0].shape == (1, 16384, 2240) and features[0].dtype == jnp.bfloat16

@@ -80,7 +80,7 @@ def loaded(model, folder):
         folder,
         net,
         params,
-        jax.jit(lambda *a, **k: net.apply(params, *a, **k, features=(0, 1))),
+        jax.jit(lambda *a, **k: net.apply(params, *a, **k, taps=(0, 1))),
     )
 
 
@@ -166,7 +166,7 @@ def test_cached_steps_equal_the_full_pass(pair):
     parts = []
     step = jax.jit(
         lambda tokens, mask, cache: net.apply(
-            params, tokens, mask=mask, cache=cache, features=(0, 1), method="decode"
+            params, tokens, mask=mask, cache=cache, taps=(0, 1), method="decode"
         )
     )
     for low in range(0, 14, 7):

@@ -78,7 +78,7 @@ def pair(request, imported):
         folder,
         net,
         params,
-        jax.jit(lambda *a: net.apply(params, *a, features=(0, count))),
+        jax.jit(lambda *a: net.apply(params, *a, taps=(0, count))),
     )
 
 
@@ -126,10 +126,10 @@ def test_outputs_and_features_agree(pair, agree, size, masked):
     name, model, _, net, _, call = pair
     x, t, cond = inputs(net.config, *size)
     cond = cond if masked else {k: v for k, v in cond.items() if k != "mask"}
-    ours, feats = call(x, t, cond)
+    ours, features = call(x, t, cond)
     theirs, states = reference(model, net.config, x, t, cond)
     agree(f"{name} {size} mask={masked}", ours, theirs)
-    for found, state in zip(feats, states):
+    for found, state in zip(features, states):
         agree(f"{name} {size} features", found, state)
     assert name == "inpaint_small" or len(states) == 2
 
@@ -259,19 +259,15 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(UNet(pooled_dim=4, size_dim=4))
-    call = lambda size, cond, features=(): jax.eval_shape(
-        lambda: net.apply(
-            net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, features=features
-        )
+    call = lambda size, cond, taps=(): jax.eval_shape(
+        lambda: net.apply(net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, taps=taps)
     )
     text = {"text": jnp.ones((1, 2, 32)), "pooled": jnp.ones((1, 4))}
     with pytest.raises(Refused, match="cond: no 'size' among"):
         call(4, text)
     with pytest.raises(Refused, match="x: 5 by 5 latents, expected multiples of 2"):
         call(5, text | {"size": jnp.ones((1, 6))})
-    with pytest.raises(
-        Refused, match=r"features=\(5,\): blocks are numbered 0 to 4, 2 is the middle"
-    ):
+    with pytest.raises(Refused, match=r"taps=\(5,\): blocks are numbered 0 to 4, 2 is the middle"):
         call(4, text | {"size": jnp.ones((1, 6))}, (5,))
     with pytest.raises(Refused, match="different numbers of levels"):
         make_net(UNet(heads=(1,)))

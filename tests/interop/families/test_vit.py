@@ -57,7 +57,7 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda x: net.apply(params, x, features=(0, 2))),
+        jax.jit(lambda x: net.apply(params, x, taps=(0, 2))),
     )
 
 
@@ -66,9 +66,9 @@ def test_outputs_agree(pair, agree):
     x = np.random.default_rng(0).standard_normal((3, 12, 12, 3)).astype("f4")
     with torch.no_grad():
         theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
-    ours, feats = call(x)
+    ours, features = call(x)
     agree(name, ours, theirs[0])
-    for found, layer in zip(feats, (1, 3), strict=True):
+    for found, layer in zip(features, (1, 3), strict=True):
         agree(f"{name} features", found, theirs.hidden_states[layer])
     if name == "ViTModel":
         agree(f"{name} pooled", net.apply(params, ours, method="pool"), theirs.pooler_output)

@@ -124,10 +124,12 @@ def test_features(pair):
     _, _, net, params, call = pair
     x, cond = inputs(net.config, SHAPES[0])
     t = np.array([10.0, 900.0], "f4")
-    raw, feats = jax.jit(lambda x, t, cond: net.apply(params, x, t, cond, features=(0, 2)))(
+    raw, features = jax.jit(lambda x, t, cond: net.apply(params, x, t, cond, taps=(0, 2)))(
         x, t, cond
     )
-    assert [f.shape for f in feats] == [(2, 18, 28)] * 2 and np.abs(feats[0] - feats[1]).max() > 0.1
+    assert [f.shape for f in features] == [(2, 18, 28)] * 2 and np.abs(
+        features[0] - features[1]
+    ).max() > 0.1
     np.testing.assert_allclose(raw, call(x, t, cond), atol=1e-5)
 
 
@@ -267,11 +269,11 @@ def test_forward_at_full_size_traces():
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     x = shape(1, 21, 60, 104, 16)
     text = shape(1, 512, 4096)
-    raw, feats = jax.eval_shape(
-        lambda p, x, t, text: net.apply(p, x, t, {"text": text}, features=(20,)),
+    raw, features = jax.eval_shape(
+        lambda p, x, t, text: net.apply(p, x, t, {"text": text}, taps=(20,)),
         net.shapes,
         x,
         shape(1),
         text,
     )
-    assert raw == x and feats[0].shape == (1, 32760, 5120) and feats[0].dtype == jnp.bfloat16
+    assert raw == x and features[0].shape == (1, 32760, 5120) and features[0].dtype == jnp.bfloat16

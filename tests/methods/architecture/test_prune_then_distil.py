@@ -65,7 +65,7 @@ def test_hidden_states_are_matched_by_the_map_at_targets():
     nets, params = cut(method)
     out = loss(method, nets, params)
     states = lambda role, layers: jax.jit(
-        lambda p: nets[role].apply(p, BATCH["tokens"], features=layers)[1]
+        lambda p: nets[role].apply(p, BATCH["tokens"], taps=layers)[1]
     )(params[role])
     per_token = (
         sum(

@@ -70,9 +70,8 @@ def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussia
 
 def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
     """The code: sums over dimensions, means over samples. Theirs are ours times the dimensions, and
-    Adam's steps at its eps equal
-    ours at the recipe's rule, eps over the dimensions; at its own eps ours would be far off where
-    gradients are small.
+    Adam's steps at its eps equal ours at the recipe's rule, eps over the dimensions; at its own eps
+    ours would be far off where gradients are small.
     """
     g = gaussian(EDM(), 0.7, 0.4)
     dims = 5

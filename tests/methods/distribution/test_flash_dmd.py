@@ -46,10 +46,12 @@ def nets(gaussian):
     """
     real = gaussian(Flow(), 0.7, 0.4)
     fake = gaussian(Flow(), -0.2, 0.6)
-    features = lambda x, features: (x, tuple(jnp.sin((i + 1) * x)[:, None] for i in features))
+    features = lambda x, taps: (x, tuple(jnp.sin((i + 1) * x)[:, None] for i in taps))
 
     def make(p=jnp.zeros(4), heads=jnp.ones(2), shift=0.0):
-        disc = lambda feats: jnp.stack([jnp.sum(f, (1, 2)) * h for f, h in zip(feats, heads)], -1)
+        disc = lambda features: jnp.stack(
+            [jnp.sum(f, (1, 2)) * h for f, h in zip(features, heads)], -1
+        )
         moved = lambda x, t, cond=None: (
             (pred := fake.denoise(x, t))
             and dataclasses.replace(
@@ -249,7 +251,7 @@ class Neutral(FlashDMD):
         xt, t, _ = self.diffuse(
             image, self.match_times, ctx, "real" if image is ctx.batch["x"] else "match"
         )
-        return net.disc(net.fake(xt, t, None, features=self.taps).feats, t, None)
+        return net.disc(net.fake(xt, t, None, taps=self.taps).features, t, None)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def weights(members, role, key):
     single = jax.tree.map(
         lambda w: w + 0.05, (DISC if role == "disc" else ONE).init(jax.random.key(key))
     )
-    return bank(DISC if role == "disc" else ONE, members).adopt(single) if members else single
+    return bank(DISC if role == "disc" else ONE, members).from_source(single) if members else single
 
 
 def follow(method, steps=5, members=0, data=None, optimizer=None):
@@ -234,7 +234,7 @@ def test_pairs_are_the_teachers_samples():
     made = jax.jit(
         lambda b: DMD(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {}))
     )(batch(pairs=False))
-    _, means, stds = DATA.law
+    _, means, stds = DATA.components
     np.testing.assert_array_equal(made["pair_cond"], batch()["cond"])
     assert np.all(
         np.linalg.norm(made["pair_x"] - means[made["pair_cond"]], axis=1)
@@ -286,7 +286,7 @@ def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
         "t": jnp.ones(N),
     }
     params = weights(0, "student", 1)
-    _, means, stds = DATA.law
+    _, means, stds = DATA.components
 
     def alone(x, t, cond=None):
         a, s = Flow().alpha_sigma(t[:, None])

@@ -67,12 +67,12 @@ def networks(process, q_var, m=M, c=C):
     q = lambda x, t: q_var(expand(t, x)) if callable(q_var) else q_var
     return SimpleNamespace(
         teacher=lambda x, t, cond=None: denoised(x, t, 0.0, q(x, t)),
-        fake=lambda x, t, cond=None, features=(): denoised(
-            x, t, *spread(x, t), feats=((x, expand(t, x)),)
+        fake=lambda x, t, cond=None, taps=(): denoised(
+            x, t, *spread(x, t), features=((x, expand(t, x)),)
         ),
-        disc=lambda feats, t, cond: (
-            log_density(feats[0][0], 0.0, q(*feats[0]))
-            - log_density(feats[0][0], *spread(*feats[0]))
+        disc=lambda features, t, cond: (
+            log_density(features[0][0], 0.0, q(*features[0]))
+            - log_density(features[0][0], *spread(*features[0]))
         )[:, 0],
     )
 
@@ -195,7 +195,7 @@ def test_code_weights(x64):
 
     real = net.teacher(at(x0), t).x0
     fake = net.fake(at(x0), t).x0
-    r = jnp.exp(net.disc(net.fake(at(x0), t).feats, t, None))[:, None]
+    r = jnp.exp(net.disc(net.fake(at(x0), t).features, t, None))[:, None]
     # dD/dx_0
     omega = 1 / np.abs(x0 - real)
     phi = 1 - SIGMA**2 / 1.0
@@ -258,8 +258,8 @@ def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
     net = SimpleNamespace(
         student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
         teacher=lambda x, t, cond=None: EDM().from_x0(0.5 * x, x, t),
-        fake=lambda x, t, cond=None, features=(): EDM().from_x0(0.5 * x, x, t, feats=(x,)),
-        disc=lambda feats, t, cond: map_(feats[0]),
+        fake=lambda x, t, cond=None, taps=(): EDM().from_x0(0.5 * x, x, t, features=(x,)),
+        disc=lambda features, t, cond: map_(features[0]),
     )
     method = UniInstruct(match_times=Uniform(low=1e-9, high=1e-9), reverse_until=0)
     x = jax.random.normal(jax.random.key(3), (5, 4))
@@ -281,8 +281,8 @@ def adversarial_networks():
     return SimpleNamespace(
         student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
         teacher=lambda x, t, cond=None: EDM().from_x0(0.5 * x, x, t),
-        fake=lambda x, t, cond=None, features=(): EDM().from_x0(0.7 * x, x, t, feats=(x,)),
-        disc=lambda feats, t, cond: map_(feats[0]),
+        fake=lambda x, t, cond=None, taps=(): EDM().from_x0(0.7 * x, x, t, features=(x,)),
+        disc=lambda features, t, cond: map_(features[0]),
     )
 
 
@@ -350,8 +350,8 @@ def test_discriminator_settles_at_the_log_ratio(x64, context):
     ctx = context(0.9**0.5 * z[1], xt=z[0], t=jnp.ones(n))
 
     def loss(move):
-        net.disc = lambda feats, t, cond: (
-            best(feats, t, cond) + move[0] + move[1] * feats[0][0][:, 0]
+        net.disc = lambda features, t, cond: (
+            best(features, t, cond) + move[0] + move[1] * features[0][0][:, 0]
         )
         return method.critic_loss(net, ctx).metrics["gan"]
 
@@ -479,8 +479,8 @@ def fitted(kind):
         net.teacher = lambda x, t, cond=None: EDM().from_x0(
             x + expand(t, x) ** 2 * score_q(x, t), x, t
         )
-        net.disc = lambda feats, t, cond: (
-            log_q(feats[0][0], feats[0][1][:, 0]) - p(feats[0][0], feats[0][1][:, 0])
+        net.disc = lambda features, t, cond: (
+            log_q(features[0][0], features[0][1][:, 0]) - p(features[0][0], features[0][1][:, 0])
         )[:, 0]
         ctx = Ctx({}, jax.random.key(0), jnp.asarray(0), {})
         x0 = theta[0] + jnp.exp(theta[1]) * z
@@ -561,11 +561,11 @@ def plain(x64, gaussian, context):
     x0 = jax.random.normal(jax.random.key(0), (64, 1))
     net = SimpleNamespace(
         teacher=real.denoise,
-        fake=lambda x, t, cond=None, features=(): dataclasses.replace(
-            fake.denoise(x, t), feats=(x,)
+        fake=lambda x, t, cond=None, taps=(): dataclasses.replace(
+            fake.denoise(x, t), features=(x,)
         ),
     )
-    net.disc = lambda feats, t, cond: 2 * feats[0][:, 0]
+    net.disc = lambda features, t, cond: 2 * features[0][:, 0]
     net.reward = lambda x, cond: jnp.sin(x).sum(1)
     ctx = context(jnp.zeros((64, 1)), ref=x0 + 1.0, measured=x0 - 0.5)
     xt, t, _ = DiffInstruct(match_times=Uniform(low=0.6, high=0.6)).diffuse(

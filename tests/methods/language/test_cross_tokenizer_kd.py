@@ -185,8 +185,7 @@ def chunk_log_probs(logits, tokens, span, mask, space):
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_a_word_ends_where_white_space_follows(x64, chunk):
     """ALM's binary cross-entropy at tau = 100 with the white space appended, in float64: its value
-    is that of the divergence and
-    the teacher's own entropy.
+    is that of the divergence and the teacher's own entropy.
     """
     rng = np.random.default_rng(4)
     tau = 100.0
@@ -225,8 +224,7 @@ def test_white_space_has_to_be_known():
 
 def uld(teacher, student, teacher_mask, mask, labels):
     """The authors' loss in NumPy: cross-entropy over all targets, and 1.5 times the mean over rows
-    of the mean over a row's
-    pairs of the distance of sorted probabilities.
+    of the mean over a row's pairs of the distance of sorted probabilities.
     """
     softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     p = softmax(teacher)

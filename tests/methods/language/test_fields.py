@@ -118,7 +118,7 @@ def networks(asked):
     """
 
     def model(role):
-        def call(tokens=None, *, method="__call__", hidden_only=False, features=(), **_):
+        def call(tokens=None, *, method="__call__", hidden_only=False, taps=(), **_):
             if method == "head":
                 return jnp.eye(VOCAB)
             if hidden_only:

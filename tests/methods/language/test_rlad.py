@@ -198,9 +198,8 @@ def test_kdrl_is_grpo_with_the_kl_to_the_teacher(record):
 
 def tabular(method, seeds=3, steps=120):
     """Exact probability that all tokens are right, mean over prompts and seeds, of a policy that is
-    a table
-    [prompt, position, token] under plain ascent; the teacher is right at 0.9 to 0.97 a token, the
-    reward asks for three of six.
+    a table [prompt, position, token] under plain ascent; the teacher is right at 0.9 to 0.97 a
+    token, the reward asks for three of six.
     """
     pick = lambda log_p, tokens: jnp.take_along_axis(
         jnp.broadcast_to(log_p[:, None], (8, 8, 6, 8)), tokens[..., None], -1

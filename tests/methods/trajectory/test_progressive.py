@@ -61,8 +61,7 @@ def test_the_target_makes_two_steps_in_one(x64, gaussian, context, process):
 @pytest.mark.parametrize("process", [Flow(), EDM()], ids=lambda p: type(p).__name__)
 def test_students_are_trained_at_the_times_that_they_sample_at(x64, gaussian, context, process):
     """Every stage asks its student where its own sampler does, and its teacher where that one's
-    does; the first teacher is the
-    process's sampler of so many steps.
+    does; the first teacher is the process's sampler of so many steps.
     """
     g = gaussian(process)
     first = Progressive(process=process, teacher_steps=8)

@@ -35,16 +35,16 @@ def net(cfg):
 
 
 @functools.cache
-def program(cfg, features, hidden_only):
+def program(cfg, taps, hidden_only):
     return jax.jit(
         lambda params, tokens, arrays: net(cfg).apply(
-            params, tokens, features=features, hidden_only=hidden_only, **arrays
+            params, tokens, taps=taps, hidden_only=hidden_only, **arrays
         )
     )
 
 
-def run(params, tokens, *, cfg=CFG, features=(), hidden_only=False, **arrays):
-    return program(cfg, features, hidden_only)(params, tokens, arrays)
+def run(params, tokens, *, cfg=CFG, taps=(), hidden_only=False, **arrays):
+    return program(cfg, taps, hidden_only)(params, tokens, arrays)
 
 
 def close(a, b, tol=TOL):
@@ -130,7 +130,7 @@ def test_hidden_times_head_is_logits(tied):
 
 def test_features_are_the_states_after_blocks(lm):
     params, tokens = lm
-    logits, (first, last) = run(params, tokens, features=(0, 2))
+    logits, (first, last) = run(params, tokens, taps=(0, 2))
     close(logits, run(params, tokens))
     one = dataclasses.replace(CFG, depth=1)
     shallow = params | {"blocks": jax.tree.map(lambda w: w[:1], params["blocks"])}
@@ -176,9 +176,9 @@ def test_what_follows_and_where_it_is_a_target():
 def test_features_through_the_cache(lm):
     params, tokens = lm
     cache = net(CFG).apply(params, 3, 9, method="init_cache")
-    logits, _, feats = run(params, tokens, cache=cache, features=(0, 2))
-    expected, states = run(params, tokens, features=(0, 2))
-    for a, b in zip((logits, *feats), (expected, *states)):
+    logits, _, features = run(params, tokens, cache=cache, taps=(0, 2))
+    expected, states = run(params, tokens, taps=(0, 2))
+    for a, b in zip((logits, *features), (expected, *states)):
         close(a, b)
 
 

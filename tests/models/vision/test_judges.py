@@ -21,7 +21,7 @@ def test_points_pass_random_relu_layers():
     net = make_net(PointFeatures(width=400, depth=2, scale=3.0))
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (50, 2))
-    last, taps = jax.jit(lambda p, x: net.apply(p, x, features=(0, 1)))(params, x)
+    last, taps = jax.jit(lambda p, x: net.apply(p, x, taps=(0, 1)))(params, x)
     h = 3.0 * x
     for i in range(2):
         layer = params["layers"][i]
@@ -40,7 +40,7 @@ def test_images_give_taps_of_their_pixels():
     net = make_net(ConvFeatures(widths=(8, 16), patch=4))
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
-    last, (first, second) = jax.jit(lambda p, x: net.apply(p, x, features=(0, 1)))(params, x)
+    last, (first, second) = jax.jit(lambda p, x: net.apply(p, x, taps=(0, 1)))(params, x)
     assert first.shape == (2, 24, 8) and second.shape == (2, 6, 16) and last.shape == (2, 2, 3, 16)
     patch = (
         np.einsum("hwc,hwco->o", x[0, :4, :4], params["layers"][0]["kernel"])
@@ -52,15 +52,15 @@ def test_images_give_taps_of_their_pixels():
 def test_each_head_sees_its_tap_and_no_other():
     net = make_net(Heads(dims=(4, 6), width=8))
     params = net.init(jax.random.key(0))
-    feats = [jax.random.normal(jax.random.key(i), (3, 5, dim)) for i, dim in enumerate((4, 6))]
+    features = [jax.random.normal(jax.random.key(i), (3, 5, dim)) for i, dim in enumerate((4, 6))]
     run = jax.jit(net.apply)
-    logits = run(params, feats)
+    logits = run(params, features)
     assert logits.shape == (3, 2) and logits.dtype == jnp.float32
-    other = run(params, [feats[0], feats[1][::-1]])
+    other = run(params, [features[0], features[1][::-1]])
     np.testing.assert_array_equal(other[:, 0], logits[:, 0])
     assert np.all(np.abs(other[::2, 1] - logits[::2, 1]) > 1e-5)
     with pytest.raises(Refused, match="1 of them for the 2 heads"):
-        net.apply(params, feats[:1])
+        net.apply(params, features[:1])
 
 
 def test_networks_without_weights():

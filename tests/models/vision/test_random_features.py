@@ -25,11 +25,11 @@ def test_one_layer_is_the_arc_cosine_kernel():
     net = random_feature_net(
         key, Arch(depth=1, width=width, convolutional=False, normalised=False), bias=0.0
     )
-    (feats,) = net(jnp.stack([x, y]))
+    (features,) = net(jnp.stack([x, y]))
     norms = jnp.linalg.norm(x) * jnp.linalg.norm(y)
     angle = jnp.arccos(x @ y / norms)
     want = 2 / 3 * norms * (jnp.sin(angle) + (jnp.pi - angle) * jnp.cos(angle)) / (2 * jnp.pi)
-    np.testing.assert_allclose(feats[0] @ feats[1], want, atol=4 * float(norms) / width**0.5)
+    np.testing.assert_allclose(features[0] @ features[1], want, atol=4 * float(norms) / width**0.5)
 
 
 @pytest.mark.parametrize("name", IMAGES)
