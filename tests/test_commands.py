@@ -25,6 +25,10 @@ from jaxdistill.core.types import Refused
 from jaxdistill.data import arrayrecord
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.denoisers.unet import UNet
 from jaxdistill.run import loop
 from launch import _command, evaluate, export, sample, train
 
@@ -372,7 +376,7 @@ def through(workdir, data, model, capsys, **evaluation):
         mesh=MeshShape(data=1, fsdp=1),
         tensorboard=False,
         data=data,
-        method=spec("methods.trajectory.flow_matching:FlowMatching", solver="ddim"),
+        method=FlowMatching(solver="ddim"),
         roles=dict(student=Role(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)))),
         evaluation=spec(samples=6, batch=6, **evaluation),
     )
@@ -409,8 +413,7 @@ def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys
         if name.split(":")[0] in ("images", "arrayrecord", "synthetic")
         else (1, 3 if write else 10)
     )
-    model = spec(
-        "models.denoisers.dit:DiT",
+    model = DiT(
         size=8,
         patch=4,
         channels=channels,
@@ -439,8 +442,7 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
         )
         for split in ("train", "test"):
             arrayrecord.write(tmp_path / f"{split}.arrayrecord", (one() for _ in range(6)))
-    model = spec(
-        "models.denoisers.unet:UNet",
+    model = UNet(
         size=6,
         channels=3,
         widths=(8, 8),
@@ -461,7 +463,7 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", POINTS)
 def test_points_do_too_as_far_as_pytorch_has_a_class(name, tmp_path, capsys):
-    model = spec("models.denoisers.mlp:MLP", dim=2, width=8, depth=1, classes=8)
+    model = MLP(dim=2, width=8, depth=1, classes=8)
     data = spec(f"data.{name}", batch_size=4)
     saved = through(tmp_path / "run", data, model, capsys, name="evals.points:PointEval")
     assert saved["x"].shape == (6, 2) and saved["cond"].shape == (6,)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core import build, sharding
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Refused
 from jaxdistill.run import loop, plan
 from jaxdistill.run.experiment import Experiment
@@ -72,7 +73,7 @@ def test_an_unknown_variant_is_refused(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_lowers_for_tpu(name, stand_ins, lowers_for_tpu):
     config = load(name, stand_ins)
-    config.mesh = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2)
+    config.mesh = build.plain(MeshShape(data=2, fsdp=2, tensor=2))
     plan.shorten(config)
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):

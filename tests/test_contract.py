@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core import build, sharding
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.step import bound
 from jaxdistill.core.types import Method
 from jaxdistill.run import loop
@@ -34,7 +35,7 @@ class Setup:
 
     def __init__(self, name: str, shape: sharding.MeshShape, config=None):
         config = config or toy(name)
-        config.mesh = build.spec("core.sharding:MeshShape", **dataclasses.asdict(shape))
+        config.mesh = build.plain(MeshShape(**dataclasses.asdict(shape)))
         self.experiment = Experiment(config, Path("unused"))
         with self.context():
             stage = self.experiment.method.stages(self.experiment.settings.steps)[0]

@@ -18,7 +18,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core import build, sharding
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Refused
+from jaxdistill.methods.language.kd import KD
 from jaxdistill.run import chips, hlo, loop, plan
 from jaxdistill.run.experiment import Experiment
 from tools import bench
@@ -60,7 +62,7 @@ def live():
     """
     config = importlib.import_module("configs.digits.dmd2").get_config()
     config.steps = 10
-    config.mesh = build.spec("core.sharding:MeshShape", data=1, fsdp=2, tensor=2)
+    config.mesh = build.plain(MeshShape(data=1, fsdp=2, tensor=2))
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
@@ -185,7 +187,7 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     """Frozen weights go to the host only where that could make up for what is short, as the
     compiler says it.
     """
-    config = bench.language(build.spec("methods.language.kd:KD"))
+    config = bench.language(KD())
     said = "Ran out of memory on HBM, the total memory required for HLO temporaries ({}G) exceeds available HBM (15.75G)."
 
     def places(needed):

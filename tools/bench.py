@@ -35,11 +35,21 @@ import numpy as np
 import optax
 
 from jaxdistill.core import build, sharding
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Ctx, lookup
 from jaxdistill.data.prefetch import DevicePrefetch
+from jaxdistill.data.synthetic import Synthetic
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.methods.trajectory.meanflow import MeanFlow
+from jaxdistill.methods.trajectory.scm import SCM
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.heads import Discriminator, TimeWeight
+from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives import divergence
 from jaxdistill.run import chips, loop, plan
 from jaxdistill.run.experiment import Experiment
@@ -47,7 +57,7 @@ from jaxdistill.run.report import text_table
 from launch._command import arguments, load_config, main, output, whole
 
 DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
-LM = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
+LLAMA = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
 
 
 def diffusion(method, **roles):
@@ -55,7 +65,7 @@ def diffusion(method, **roles):
     4.
     """
     arrays = dict(x="normal 16 16 4", cond="integers 10", null_cond="constant 10")
-    model = spec("models.denoisers.dit:DiT", **DIT, second_time="meanflow" in method.name)
+    model = DiT(**DIT, second_time="meanflow" in type(method).__module__)
     net = dict(
         model=model,
         denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
@@ -68,7 +78,7 @@ def diffusion(method, **roles):
     }
     return experiment(
         steps=100,
-        data=spec("data.synthetic:Synthetic", batch_size=32, arrays=arrays),
+        data=Synthetic(batch_size=32, arrays=arrays),
         method=method,
         roles=every,
     )
@@ -78,13 +88,13 @@ def language(method, vocab=512):
     """A case on a Llama of depth 4, width 128: 8 rows of 32 prompt tokens and 128 more."""
     arrays = dict(tokens=f"integers {vocab} 160", mask="constant 1 160")
     net = dict(
-        model=spec("models.language.lm:LM", vocab=vocab, **LM),
+        model=LM(vocab=vocab, **LLAMA),
         init="fresh",
         optimizer=Optimizer(lr=1e-4),
     )
     return experiment(
         steps=100,
-        data=spec("data.synthetic:Synthetic", batch_size=8, arrays=arrays),
+        data=Synthetic(batch_size=8, arrays=arrays),
         method=method,
         roles=dict(teacher=Role(**net), student=Role(**net)),
     )
@@ -93,30 +103,28 @@ def language(method, vocab=512):
 def digits():
     config = load_config("configs/digits/dmd2.py")
     with config.unlocked():
-        config.roles.teacher.model = spec("models.denoisers.dit:DiT")
-        config.roles.teacher.denoiser = build.spec(
-            "diffusion.denoiser:Denoiser", param=Velocity(time_scale=1000.0)
-        )
+        config.roles.teacher.model = build.plain(DiT())
+        config.roles.teacher.denoiser = build.plain(Denoiser(param=Velocity(time_scale=1000.0)))
         config.roles.teacher.init = "fresh"
     return config
 
 
 CASES = {
     "digits_dmd2": digits,
-    "meanflow": lambda: diffusion(spec("methods.trajectory.meanflow:MeanFlow")),
+    "meanflow": lambda: diffusion(MeanFlow()),
     "scm": lambda: diffusion(
-        spec("methods.trajectory.scm:SCM"),
+        SCM(),
         teacher=None,
-        weight=Role(model=spec("models.heads:TimeWeight")),
+        weight=Role(model=TimeWeight()),
     ),
     "dmd2": lambda: diffusion(
-        spec("methods.distribution.dmd2:DMD2"),
+        DMD2(),
         teacher=None,
         fake=None,
-        disc=Role(model=spec("models.heads:Discriminator", dim=128, classes=10)),
+        disc=Role(model=Discriminator(dim=128, classes=10)),
     ),
-    "gkd": lambda: language(spec("methods.language.gkd:GKD", on_policy=1.0, prompt_length=32)),
-    "kd": lambda: language(spec("methods.language.kd:KD")),
+    "gkd": lambda: language(GKD(on_policy=1.0, prompt_length=32)),
+    "kd": lambda: language(KD()),
 }
 
 
@@ -127,7 +135,7 @@ class Case:
 
     def __init__(self, config):
         with config.unlocked():
-            config.mesh = build.spec("core.sharding:MeshShape", data=1, fsdp=1, tensor=1)
+            config.mesh = build.plain(MeshShape(data=1, fsdp=1, tensor=1))
         experiment = Experiment(config, Path("unused"))
         self.experiment = experiment
         method = experiment.method

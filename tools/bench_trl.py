@@ -22,8 +22,8 @@ import numpy as np
 
 from jaxdistill import interop
 from jaxdistill.core import sharding
-from jaxdistill.core.build import spec
 from jaxdistill.core.types import Refused
+from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.run.report import text_table
 
 PROMPT = 32  # tokens
@@ -131,8 +131,7 @@ def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_00
         for name, on_policy in (("on-policy", 1.0), ("off-policy", 0.0)):
             case = Case(
                 language(
-                    spec(
-                        "methods.language.gkd:GKD",
+                    GKD(
                         beta=0.5,
                         on_policy=on_policy,
                         prompt_length=PROMPT,

@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxdistill.core import build
+from jaxdistill.data.synthetic import Synthetic
 
 
 def write(folder: Path) -> dict[str, Path]:
@@ -118,8 +119,8 @@ def load(name: str, files: dict[str, Path]) -> ConfigDict:
     if not hasattr(module, "RECORD"):
         return at_hand(config, files)
     with config.unlocked():
-        config.data = build.spec(
-            "data.synthetic:Synthetic", batch_size=config.data.batch_size, arrays=module.RECORD
+        config.data = build.plain(
+            Synthetic(batch_size=config.data.batch_size, arrays=module.RECORD)
         )
     return config
 

@@ -11,16 +11,20 @@ distance at 1 step below 1.5 x the teacher's at 50, and below 0.4 x the teacher'
 """
 
 from configs.digits import teacher
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.digits import Digits
+from jaxdistill.evals.images import ImageEval
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.models.heads import Discriminator
 
 
 def get_config():
     return experiment(
         steps=1200,
         runs=dict(teacher=teacher.get_config()),
-        data=spec("data.digits:Digits", batch_size=64),
-        method=spec("methods.distribution.dmd2:DMD2", guidance=1.05, gan_weight=3e-2, taps=(1,)),
+        data=Digits(batch_size=64),
+        method=DMD2(guidance=1.05, gan_weight=3e-2, taps=(1,)),
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(
@@ -28,11 +32,11 @@ def get_config():
             ),
             fake=Role(optimizer=Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)),
             disc=Role(
-                model=spec("models.heads:Discriminator", dim=64, classes=10),
+                model=Discriminator(dim=64, classes=10),
                 optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99),
             ),
         ),
-        evaluation=spec("evals.images:ImageEval", student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=ImageEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
             metric="frechet", model="student@1", baseline="teacher@1", better="lower", ratio=0.4
         ),

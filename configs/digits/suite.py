@@ -12,17 +12,39 @@ how often, and the constants that its paper fixes.
 
 import dataclasses
 
-from jaxdistill.core.build import Lora, Role, build, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.digits import Digits
 from jaxdistill.diffusion.guidance import Random
+from jaxdistill.evals.images import ImageEval
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.disback import DisBack
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.embedding_loss import EmbeddingLoss
+from jaxdistill.methods.distribution.flash_dmd import FlashDMD
+from jaxdistill.methods.distribution.multi_student import MultiStudent
+from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
+from jaxdistill.methods.distribution.snoopi import PGSB
+from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
+from jaxdistill.methods.trajectory.consistency import Consistency
+from jaxdistill.methods.trajectory.meanflow import MeanFlowDistillation
+from jaxdistill.methods.trajectory.progressive import Progressive
+from jaxdistill.methods.trajectory.reflow import Reflow
+from jaxdistill.methods.trajectory.scm import SCM
+from jaxdistill.methods.trajectory.twinflow import TunedTwinFlow
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.heads import Discriminator, Heads, TimeWeight
+from jaxdistill.models.vision.judges import ConvFeatures, Identity
+from jaxdistill.objectives.partition import Consecutive
 
 UPDATES = 400  # of the student
 STUDENT = Role(optimizer=Optimizer(lr=2e-4, b2=0.99, warmup=20), ema=Ema(rate=0.98))
 GENERATOR = Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20)
 ADVERSARY = Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)
 DISC = Role(
-    model=spec("models.heads:Discriminator", dim=64, classes=10),
+    model=Discriminator(dim=64, classes=10),
     optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99),
 )
 FOUR = (0.999, 0.749, 0.499, 0.249)  # times of a student that renoises
@@ -30,11 +52,11 @@ ONE = ("uni_instruct",)  # made for one step, and no more
 CRITICS = 5  # updates of the fake score to one of the student
 
 
-def matching(name, *, critics=CRITICS, roles={}, **fields):
+def matching(cls, *, critics=CRITICS, roles={}, **fields):
     """Distribution matching: a fake score beside the student, `critics` steps of the engine to an
     update of the student.
     """
-    method = spec(f"methods.distribution.{name}", critic_steps=critics, **fields)
+    method = cls(critic_steps=critics, **fields)
     return (
         method,
         critics,
@@ -46,9 +68,9 @@ def matching(name, *, critics=CRITICS, roles={}, **fields):
     )
 
 
-def trajectory(name, *, student=STUDENT, roles={}, **fields):
+def trajectory(cls, *, student=STUDENT, roles={}, **fields):
     """Consistency along trajectories: every step of the engine updates the student."""
-    return spec(f"methods.trajectory.{name}", **fields), 1, {"student": student, **roles}
+    return cls(**fields), 1, {"student": student, **roles}
 
 
 def two_times():
@@ -57,7 +79,7 @@ def two_times():
 
     role = teacher.get_config().roles.student
     return Role(
-        model=spec("models.denoisers.dit:DiT", second_time=True),
+        model=DiT(second_time=True),
         denoiser=role.denoiser,
         init="teacher",
         optimizer=STUDENT.optimizer,
@@ -67,32 +89,28 @@ def two_times():
 
 def phased():
     """Two experts of two steps each; the phases share the student's updates."""
-    method = spec(
-        "methods.distribution.phased_dmd:PhasedDMD", critic_steps=CRITICS, student_times=FOUR
-    )
+    method = PhasedDMD(critic_steps=CRITICS, student_times=FOUR)
     role = lambda name: (
         Role(optimizer=ADVERSARY) if name.startswith("fake") else Role(optimizer=GENERATOR)
     )
-    return method, CRITICS, {name: role(name) for name in build(method).inits}
+    return method, CRITICS, {name: role(name) for name in method.inits}
 
 
 def flash():
     """The GAN on random convolutions of the pixels."""
     return matching(
-        "flash_dmd:FlashDMD",
+        FlashDMD,
         critics=1,
         student_times=FOUR,
         gan_weight=3e-2,
         taps=(0, 1),
         roles=dict(
-            decoder=Role(model=spec("models.vision.judges:Identity")),
+            decoder=Role(model=Identity()),
             features=Role(
-                model=spec(
-                    "models.vision.judges:ConvFeatures", channels=1, widths=(64, 128), patch=1
-                ),
+                model=ConvFeatures(channels=1, widths=(64, 128), patch=1),
                 init="random",
             ),
-            disc=Role(model=spec("models.heads:Heads", dims=(64, 128)), optimizer=DISC.optimizer),
+            disc=Role(model=Heads(dims=(64, 128)), optimizer=DISC.optimizer),
         ),
     )
 
@@ -105,16 +123,14 @@ def lora(name, **fields):
 
 def two_students():
     """Two students, of five labels each, on half of the batch each."""
-    host = spec(
-        "methods.distribution.dmd2:DMD2",
+    host = DMD2(
         critic_steps=CRITICS,
         gan_weight=3e-2,
         taps=(1,),
         student_times=FOUR,
     )
-    partition = spec("objectives.partition:Consecutive", cells=2, classes=10)
-    method = spec(
-        "methods.distribution.multi_student:MultiStudent",
+    partition = Consecutive(cells=2, classes=10)
+    method = MultiStudent(
         partition=partition,
         adm=host,
         shares=(0.0, 0.0, 1.0),
@@ -133,27 +149,25 @@ def two_students():
 
 def embedding():
     """Diff-Instruct's student also meets real data, in the features of random networks."""
-    host, steps, roles = matching("diff_instruct:DiffInstruct", student_times=FOUR)
+    host, steps, roles = matching(DiffInstruct, student_times=FOUR)
     archs = ("convnet-2", "plain-3")
     return (
-        spec("methods.distribution.embedding_loss:EmbeddingLoss", host=host, archs=archs),
+        EmbeddingLoss(host=host, archs=archs),
         steps,
         roles,
     )
 
 
 VARIANTS = {
-    "swiftbrush": lambda: lora(
-        "swiftbrush:SwiftBrush", guidance=1.0, fake_guidance=1.0, student_times=FOUR
-    ),
+    "swiftbrush": lambda: lora(SwiftBrush, guidance=1.0, fake_guidance=1.0, student_times=FOUR),
     "snoopi": lambda: lora(
-        "snoopi:PGSB",
+        PGSB,
         guidance=Random(low=0.5, high=2.0),
         fake_guidance=Random(low=0.5, high=2.0),
         student_times=FOUR,
     ),
     "disback": lambda: matching(
-        "disback:DisBack",
+        DisBack,
         checkpoints=4,
         record_every=20,
         interval=100,
@@ -163,7 +177,7 @@ VARIANTS = {
         roles=dict(disc=DISC, path=Role(init="teacher", bank=5)),
     ),
     "uni_instruct": lambda: matching(
-        "uni_instruct:UniInstruct",
+        UniInstruct,
         critic_only=100,
         reverse_until=500,
         taps=(1,),
@@ -171,31 +185,25 @@ VARIANTS = {
     ),
     "embedding_loss": embedding,
     "multi_student": two_students,
-    "diff_instruct": lambda: matching("diff_instruct:DiffInstruct", student_times=FOUR),
+    "diff_instruct": lambda: matching(DiffInstruct, student_times=FOUR),
     "dmd2": lambda: matching(
-        "dmd2:DMD2", student_times=FOUR, gan_weight=3e-2, taps=(1,), roles=dict(disc=DISC)
+        DMD2, student_times=FOUR, gan_weight=3e-2, taps=(1,), roles=dict(disc=DISC)
     ),
     "phased_dmd": phased,
     "flash_dmd": flash,
-    "twinflow": lambda: trajectory("twinflow:TunedTwinFlow", enhance=0.0, student=two_times()),
+    "twinflow": lambda: trajectory(TunedTwinFlow, enhance=0.0, student=two_times()),
     "consistency": lambda: trajectory(
-        "consistency:Consistency", levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)
+        Consistency, levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)
     ),
     "scm": lambda: trajectory(
-        "scm:SCM",
+        SCM,
         tangent_warmup=200,
         student_times=(1.5707963, 1.2490458, 0.7853982, 0.3217506),
-        roles=dict(
-            weight=Role(
-                model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-4, b2=0.99)
-            )
-        ),
+        roles=dict(weight=Role(model=TimeWeight(), optimizer=Optimizer(lr=1e-4, b2=0.99))),
     ),
-    "meanflow": lambda: trajectory(
-        "meanflow:MeanFlowDistillation", flow_share=0.5, student=two_times()
-    ),
-    "progressive": lambda: trajectory("progressive:Progressive", teacher_steps=32),
-    "reflow": lambda: trajectory("reflow:Reflow", batches=60, solver_steps=25),
+    "meanflow": lambda: trajectory(MeanFlowDistillation, flow_share=0.5, student=two_times()),
+    "progressive": lambda: trajectory(Progressive, teacher_steps=32),
+    "reflow": lambda: trajectory(Reflow, batches=60, solver_steps=25),
 }
 
 
@@ -203,11 +211,10 @@ def get_config(method="dmd2"):
     chosen, steps, roles = lookup(VARIANTS, method, "variant")()
     return experiment(
         steps=UPDATES * steps,
-        data=spec("data.digits:Digits", batch_size=64),
+        data=Digits(batch_size=64),
         method=chosen,
         roles={"teacher": Role(init="runs/digits/teacher_0"), **roles},
-        evaluation=spec(
-            "evals.images:ImageEval",
+        evaluation=ImageEval(
             student_steps=(1,) if method in ONE else (1, 2, 4),
             teacher_steps=(),
         ),

@@ -6,24 +6,28 @@
 near 9 at 1.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.digits import Digits
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.evals.images import ImageEval
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=1000,
-        data=spec("data.digits:Digits", batch_size=128),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Digits(batch_size=128),
+        method=FlowMatching(),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.dit:DiT"),
+                model=DiT(),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=50),
                 ema=Ema(rate=0.995),
             ),
         ),
-        evaluation=spec("evals.images:ImageEval", student_steps=(50, 1)),
+        evaluation=ImageEval(student_steps=(50, 1)),
         checkpoint_every=500,
     )

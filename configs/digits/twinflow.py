@@ -11,10 +11,14 @@ step, labels at chance (9 % against 12 %), seed 0.
 """
 
 from configs.digits import teacher
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer, RampEma
 from jaxdistill.core.types import lookup
+from jaxdistill.data.digits import Digits
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.evals.images import ImageEval
+from jaxdistill.methods.trajectory.twinflow import TunedTwinFlow
+from jaxdistill.models.denoisers.dit import DiT
 
 VARIANTS = {  # method's fields, steps
     "": ({}, 700),
@@ -27,18 +31,18 @@ def get_config(variant=""):
     return experiment(
         steps=steps,
         runs=dict(teacher=teacher.get_config()),
-        data=spec("data.digits:Digits", batch_size=64),
-        method=spec("methods.trajectory.twinflow:TunedTwinFlow", enhance=0.0, **fields),
+        data=Digits(batch_size=64),
+        method=TunedTwinFlow(enhance=0.0, **fields),
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(
-                model=spec("models.denoisers.dit:DiT", second_time=True),
+                model=DiT(second_time=True),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 init="teacher",
                 optimizer=Optimizer(lr=5e-4, b2=0.99, schedule="cosine", warmup=20),
                 ema=RampEma(rate=0.99),
             ),
         ),
-        evaluation=spec("evals.images:ImageEval", student_steps=(1, 2, 4), teacher_steps=(50, 1)),
+        evaluation=ImageEval(student_steps=(1, 2, 4), teacher_steps=(50, 1)),
         checkpoint_every=500,
     )

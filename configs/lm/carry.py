@@ -7,9 +7,13 @@ quarter of its size, for 300.
 from.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.language import Carry
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.language.lm import LM
 
 SIZES = {
     "teacher": dict(dim=64, mlp=128, heads=4, depth=2),
@@ -19,7 +23,7 @@ STEPS = {"teacher": 2000, "start": 300}
 
 
 def data(prompts: int = 64):
-    return spec("data.language:Carry", digits=2, batch_size=prompts)
+    return Carry(digits=2, batch_size=prompts)
 
 
 def get_config(variant="teacher"):
@@ -27,13 +31,13 @@ def get_config(variant="teacher"):
     return experiment(
         steps=STEPS[variant],
         data=data(),
-        method=spec("methods.language.sft:SFT"),
+        method=SFT(),
         roles=dict(
             student=Role(
-                model=spec("models.language.lm:LM", vocab=14, max_length=10, **sizes),
+                model=LM(vocab=14, max_length=10, **sizes),
                 optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
             )
         ),
-        evaluation=spec("evals.text:TextEval", samples=588),
+        evaluation=TextEval(samples=588),
         checkpoint_every=400,
     )

@@ -11,8 +11,13 @@ this one from nothing, so that both sides see equally many batches. Seed 0: teac
 5.75, baseline 5.88; seed 1 with the same teacher: 5.78 and 5.92.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.text import Text
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.language.lm import LM
 
 STEPS = 1000
 DATA = dict(length=96, batch_size=32)
@@ -22,17 +27,17 @@ OPTIMIZER = Optimizer(lr=2e-3, schedule="cosine", warmup=30, final=0.1, weight_d
 
 
 def network(sizes: dict):
-    return spec("models.language.lm:LM", vocab=259, max_length=96, **sizes)
+    return LM(vocab=259, max_length=96, **sizes)
 
 
 def train(steps: int, sizes: dict):
     """Ordinary training of one network on the text."""
     return experiment(
         steps=steps,
-        data=spec("data.text:Text", **DATA),
-        method=spec("methods.language.sft:SFT"),
+        data=Text(**DATA),
+        method=SFT(),
         roles=dict(student=Role(model=network(sizes), optimizer=OPTIMIZER)),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
     )
 
 
@@ -40,12 +45,12 @@ def get_config():
     return experiment(
         steps=STEPS,
         runs=dict(teacher=train(1200, TEACHER), baseline=train(STEPS, STUDENT)),
-        data=spec("data.text:Text", **DATA),
-        method=spec("methods.language.gkd:GKD", beta=0.0, on_policy=0.2, prompt_length=16),
+        data=Text(**DATA),
+        method=GKD(beta=0.0, on_policy=0.2, prompt_length=16),
         roles=dict(
             teacher=Role(init="@teacher"), student=Role(model=network(STUDENT), optimizer=OPTIMIZER)
         ),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
         claim=dict(
             metric="perplexity", model="student", baseline="baseline", better="lower", ratio=1.0
         ),

@@ -15,9 +15,19 @@ lose .2.
 """
 
 from configs.lm import carry
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.methods.language.grpo import GRPO
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.methods.language.paced import Paced
+from jaxdistill.methods.language.rlad import RLAD
+from jaxdistill.methods.language.sequence_kd import SequenceKD
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.methods.language.tsd_kd import TSDKD
+from jaxdistill.objectives.reward import Exact
 
 STEPS = 1000
 ROWS = 64  # responses that a step learns from
@@ -26,21 +36,21 @@ GROUP = 8  # of them to a prompt, where a reward ranks them
 
 def methods(**writing):
     """name -> what makes its config; `writing` are the fields of methods that write text."""
-    language = lambda name, **fields: lambda: spec(f"methods.language.{name}", **fields)
-    reinforced = dict(reward=spec("objectives.reward:Exact"), group=GROUP, updates=4, **writing)
+    language = lambda cls, **fields: lambda: cls(**fields)
+    reinforced = dict(reward=Exact(), group=GROUP, updates=4, **writing)
     return {
-        "sft": language("sft:SFT"),
-        "sequence_kd": language("sequence_kd:SequenceKD", **writing),
-        "forward_kl": language("kd:KD", kind="forward_kl"),
-        "reverse_kl": language("kd:KD", kind="reverse_kl"),
-        "jsd": language("kd:KD", kind="jsd"),
-        "gkd": language("gkd:GKD", beta=0.9, on_policy=1.0, **writing),
+        "sft": language(SFT),
+        "sequence_kd": language(SequenceKD, **writing),
+        "forward_kl": language(KD, kind="forward_kl"),
+        "reverse_kl": language(KD, kind="reverse_kl"),
+        "jsd": language(KD, kind="jsd"),
+        "gkd": language(GKD, beta=0.9, on_policy=1.0, **writing),
         "tsd_kd": language(
-            "tsd_kd:TSDKD", candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing
+            TSDKD, candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing
         ),
-        "paced": language("paced:Paced", batches=100, **writing),
-        "grpo": language("grpo:GRPO", **reinforced),
-        "rlad": language("rlad:RLAD", clamp="straight_through", **reinforced),
+        "paced": language(Paced, batches=100, **writing),
+        "grpo": language(GRPO, **reinforced),
+        "rlad": language(RLAD, clamp="straight_through", **reinforced),
     }
 
 
@@ -63,7 +73,7 @@ def get_config(method="gkd"):
         data=carry.data(ROWS // GROUP if method in REINFORCED else ROWS),
         method=chosen,
         roles=roles,
-        evaluation=spec("evals.text:TextEval", samples=588),
+        evaluation=TextEval(samples=588),
         checkpoint_every=STEPS,
         log_every=50,
     )

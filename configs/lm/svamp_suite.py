@@ -11,35 +11,38 @@ wrong. The same for all: a byte-level Llama of 0.14 M weights from nothing, 8 pr
 steps.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.rationales import SVAMP
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.methods.language.step_by_step import StepByStep
+from jaxdistill.models.language.lm import LM
 
 STEPS = 400
 VARIANTS = {  # name -> method, labels
-    "labels": ("sft:SFT", "gt"),
-    "step_by_step": ("step_by_step:StepByStep", "gt"),
-    "palm_labels": ("sft:SFT", "llm"),
-    "palm_step_by_step": ("step_by_step:StepByStep", "llm"),
+    "labels": (SFT, "gt"),
+    "step_by_step": (StepByStep, "gt"),
+    "palm_labels": (SFT, "llm"),
+    "palm_step_by_step": (StepByStep, "llm"),
 }
 
 
-def get_config(method="step_by_step"):
-    name, labels = lookup(VARIANTS, method, "variant")
-    model = spec(
-        "models.language.lm:LM", vocab=259, dim=64, mlp=192, heads=4, depth=2, max_length=576
-    )
+def get_config(variant="step_by_step"):
+    method, labels = lookup(VARIANTS, variant, "variant")
+    model = LM(vocab=259, dim=64, mlp=192, heads=4, depth=2, max_length=576)
     return experiment(
         steps=STEPS,
-        data=spec("data.rationales:SVAMP", labels=labels, rationale_length=224, batch_size=8),
-        method=spec(f"methods.language.{name}"),
+        data=SVAMP(labels=labels, rationale_length=224, batch_size=8),
+        method=method(),
         roles=dict(
             student=Role(
                 model=model,
                 optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=20, weight_decay=0.1),
             )
         ),
-        evaluation=spec("evals.text:TextEval", samples=198, batch=66),
+        evaluation=TextEval(samples=198, batch=66),
         checkpoint_every=STEPS,
         log_every=20,
     )

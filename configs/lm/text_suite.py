@@ -13,9 +13,11 @@ the methods that need a reward are in configs/lm/suite.py alone.
 
 from configs.lm.gkd_shakespeare import STUDENT, TEACHER, train
 from configs.lm.suite import REINFORCED, methods
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.text import Text
+from jaxdistill.evals.text import TextEval
 
 STEPS = 400
 # a step's, in bytes
@@ -36,13 +38,13 @@ def get_config(method="gkd"):
     teacher = dict(teacher=Role(init="runs/text/teacher_0")) if method != "sft" else {}
     return experiment(
         steps=STEPS,
-        data=spec("data.text:Text", length=LENGTH, batch_size=ROWS),
+        data=Text(length=LENGTH, batch_size=ROWS),
         method=variant(),
         roles=dict(
             student=Role(init="runs/text/start_0", optimizer=Optimizer(lr=1e-3, warmup=10)),
             **teacher,
         ),
-        evaluation=spec("evals.text:TextEval", prompt_length=PROMPT),
+        evaluation=TextEval(prompt_length=PROMPT),
         checkpoint_every=STEPS,
         log_every=50,
     )

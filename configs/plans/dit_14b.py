@@ -10,7 +10,7 @@ fake score, everything rematerialised.
 """
 
 from configs.plans.released import FLOW, dmd2
-from jaxdistill.core.build import spec
+from jaxdistill.models.denoisers.dit import DiT
 
 SIZES = dict(
     size=512,
@@ -27,4 +27,4 @@ SAMPLE = dict(x="normal 256 512 16", cond="integers 1000", null_cond="constant 1
 
 
 def get_config():
-    return dmd2(spec("models.denoisers.dit:DiT", **SIZES), SAMPLE, FLOW, 5120, 20, 64, classes=1000)
+    return dmd2(DiT(**SIZES), SAMPLE, FLOW, 5120, 20, 64, classes=1000)

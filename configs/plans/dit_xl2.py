@@ -9,8 +9,9 @@ one GPU of 80 GB holds.
 """
 
 from configs.recipes import dmd2, scm
-from jaxdistill.core.build import spec
+from jaxdistill.core.build import plain
 from jaxdistill.core.types import lookup
+from jaxdistill.data.synthetic import Synthetic
 
 LATENTS = dict(x="normal 32 32 4", cond="integers 1000", null_cond="constant 1000")
 
@@ -18,7 +19,7 @@ LATENTS = dict(x="normal 32 32 4", cond="integers 1000", null_cond="constant 100
 def get_config(name: str = "dmd2"):
     config = lookup({"dmd2": dmd2, "scm": scm}, name, "variant").get_config()
     with config.unlocked():
-        config.data = spec("data.synthetic:Synthetic", batch_size=32, arrays=LATENTS)
+        config.data = plain(Synthetic(batch_size=32, arrays=LATENTS))
         config.roles.teacher.init = "fresh"
         config.roles.teacher.model.dtype = "bfloat16"
         config.steps = 100

@@ -16,11 +16,19 @@ from configs.recipes.phased_dmd import RECORD as VIDEO
 from configs.recipes.phased_dmd import WAN14B
 from configs.recipes.twinflow import QWEN
 from configs.recipes.twinflow import RECORD as PICTURE
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import lookup
+from jaxdistill.data.synthetic import Synthetic
 from jaxdistill.diffusion.denoiser import Denoiser, Noise, Velocity
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.models.denoisers.qwen_image import QwenImage
+from jaxdistill.models.denoisers.unet import UNet
+from jaxdistill.models.denoisers.wan import Wan
+from jaxdistill.models.heads import Discriminator
+from jaxdistill.models.language.qwen import Qwen3
 
 WAN1_3B = {**WAN14B, "dim": 1536, "mlp": 8960, "heads": 12, "depth": 30}
 QWEN3 = dict(
@@ -46,14 +54,14 @@ def dmd2(model, arrays, denoiser, dim, tap, chips, classes=0, **method):
     return experiment(
         steps=10_000,
         mesh=MeshShape(fsdp=-1),
-        data=spec("data.synthetic:Synthetic", batch_size=chips, arrays=arrays),
-        method=spec("methods.distribution.dmd2:DMD2", taps=(tap,), **method),
+        data=Synthetic(batch_size=chips, arrays=arrays),
+        method=DMD2(taps=(tap,), **method),
         roles=dict(
             teacher=Role(model=model, denoiser=denoiser, param_dtype="bfloat16"),
             student=Role(init="teacher", optimizer=optimizer, ema=Ema(rate=0.999)),
             fake=Role(init="teacher", optimizer=optimizer),
             disc=Role(
-                model=spec("models.heads:Discriminator", dim=dim, width=512, classes=classes),
+                model=Discriminator(dim=dim, width=512, classes=classes),
                 optimizer=optimizer,
             ),
         ),
@@ -64,18 +72,15 @@ def kd():
     return experiment(
         steps=10_000,
         mesh=MeshShape(fsdp=-1),
-        data=spec(
-            "data.synthetic:Synthetic",
+        data=Synthetic(
             batch_size=32,
             arrays=dict(tokens="integers 151936 4096", mask="constant 1 4096"),
         ),
-        method=spec("methods.language.kd:KD", chunk=18992),
+        method=KD(chunk=18992),
         roles=dict(
-            teacher=Role(
-                model=spec("models.language.qwen:Qwen3", **QWEN3_32B), param_dtype="bfloat16"
-            ),
+            teacher=Role(model=Qwen3(**QWEN3_32B), param_dtype="bfloat16"),
             student=Role(
-                model=spec("models.language.qwen:Qwen3", **QWEN3_8B),
+                model=Qwen3(**QWEN3_8B),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-5, b2=0.95, weight_decay=0.1),
             ),
@@ -87,14 +92,10 @@ FLOW = Denoiser(param=Velocity(time_scale=1000.0))
 SDXL_METHOD = dict(process=PROCESS, guidance=4.0)
 EPS = Denoiser(param=Noise(time_scale=999.0), native=PROCESS)
 PLANS = {
-    "wan_1_3b": lambda: dmd2(
-        spec("models.denoisers.wan:Wan", **WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0
-    ),
-    "wan_14b": lambda: dmd2(
-        spec("models.denoisers.wan:Wan", **WAN14B), VIDEO, FLOW, 5120, 20, 64, guidance=4.0
-    ),
+    "wan_1_3b": lambda: dmd2(Wan(**WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0),
+    "wan_14b": lambda: dmd2(Wan(**WAN14B), VIDEO, FLOW, 5120, 20, 64, guidance=4.0),
     "qwen_image": lambda: dmd2(
-        spec("models.denoisers.qwen_image:QwenImage", **QWEN),
+        QwenImage(**QWEN),
         PICTURE,
         FLOW,
         3072,
@@ -103,7 +104,7 @@ PLANS = {
         guidance=4.0,
     ),
     "sdxl": lambda: dmd2(
-        spec("models.denoisers.unet:UNet", **SDXL),
+        UNet(**SDXL),
         {"x": "normal 128 128 4", **TEXT},
         EPS,
         1280,

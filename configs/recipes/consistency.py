@@ -13,17 +13,19 @@ CM keeps another of rate .999943 for sampling.
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.trajectory.consistency import Consistency
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=600_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=2048),
-        method=spec(
-            "methods.trajectory.consistency:Consistency",
+        data=ArrayRecords(batch_size=2048),
+        method=Consistency(
             solver="ddim",
             levels=51,
             guidance=1.5,
@@ -32,7 +34,7 @@ def get_config():
         ),
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2),
+                model=DiT(**XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 param_dtype="bfloat16",
             ),

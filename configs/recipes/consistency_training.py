@@ -11,23 +11,25 @@ n(t) / q^(stage + 1)) is applied to t in [0, 1]; learning rate; no dropout.
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.trajectory.consistency_training import ECT
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=100_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=128),
-        method=spec(
-            "methods.trajectory.consistency_training:ECT",
+        data=ArrayRecords(batch_size=128),
+        method=ECT(
             stage_steps=12_500,
             student_times=(1.0, 0.5),
         ),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2),
+                model=DiT(**XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(algorithm="radam", lr=1e-4),
                 ema=Ema(rate=0.9999),

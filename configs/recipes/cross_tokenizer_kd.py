@@ -14,7 +14,10 @@ The folders are those of `LlamaForCausalLM` and `Qwen2ForCausalLM`. Spans end at
 """
 
 from configs.recipes.kd import distil
-from jaxdistill.core.build import spec
+from jaxdistill.core.build import Role, plain
+from jaxdistill.data.two_tokenizers import AlignedJson
+from jaxdistill.methods.language.cross_tokenizer_kd import CrossTokenizerKD
+from jaxdistill.models.language.qwen import Qwen2
 
 QWEN_7B = dict(
     vocab=152064,
@@ -32,18 +35,18 @@ QWEN_7B = dict(
 
 
 def get_config():
-    data = spec(
-        "data.two_tokenizers:AlignedJson",
+    data = AlignedJson(
         prompt_length=512,
         response_length=512,
         batch_size=64,
         ends="words",
     )
-    config = distil(spec("methods.language.cross_tokenizer_kd:CrossTokenizerKD", chunk=16032), data)
+    config = distil(CrossTokenizerKD(chunk=16032), data)
     with config.unlocked():
-        config.roles.teacher = spec(
-            "core.build:Role",
-            model=spec("models.language.qwen:Qwen2", **QWEN_7B),
-            param_dtype="bfloat16",
+        config.roles.teacher = plain(
+            Role(
+                model=Qwen2(**QWEN_7B),
+                param_dtype="bfloat16",
+            )
         )
     return config

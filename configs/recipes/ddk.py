@@ -14,8 +14,12 @@ Departures: the families; sample documents in place of running text.
 """
 
 from configs.recipes.kd import LLAMA_1B, LLAMA_8B
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.domains import Folders
+from jaxdistill.data.text import PackedJson
+from jaxdistill.methods.language.ddk import DDK
+from jaxdistill.models.language.lm import LM
 
 INTERVAL = 1000
 MEASURES = 40
@@ -26,24 +30,22 @@ def get_config():
         steps=30 * (INTERVAL + MEASURES),
         accumulate=5,
         log_every=MEASURES,
-        data=spec(
-            "data.domains:Folders",
-            each=spec("data.text:PackedJson", length=4096),
+        data=Folders(
+            each=PackedJson(length=4096),
             interval=INTERVAL,
             measures=MEASURES,
             batch_size=120,
         ),
-        method=spec(
-            "methods.language.ddk:DDK",
+        method=DDK(
             domains=10,
             interval=INTERVAL,
             measures=MEASURES,
             chunk=16032,
         ),
         roles=dict(
-            teacher=Role(model=spec("models.language.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
+            teacher=Role(model=LM(**LLAMA_8B), param_dtype="bfloat16"),
             student=Role(
-                model=spec("models.language.lm:LM", **LLAMA_1B),
+                model=LM(**LLAMA_1B),
                 optimizer=Optimizer(lr=3e-5, schedule="cosine", warmup=1000, final=0.1),
             ),
         ),

@@ -14,8 +14,10 @@ Adam's eps of 1e-8 is as many times smaller, which makes its steps equal.
 import dataclasses
 
 from configs.recipes.uni_instruct import ADAM, TEACHER
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import HalfLifeEma
+from jaxdistill.data.images import ParquetImages
+from jaxdistill.methods.distribution.diff_instruct import EDMDiffInstruct
 
 MEANS = dataclasses.replace(ADAM, eps=1e-8 / (32 * 32 * 3))
 
@@ -23,8 +25,8 @@ MEANS = dataclasses.replace(ADAM, eps=1e-8 / (32 * 32 * 3))
 def get_config():
     return experiment(
         steps=1_562_500,
-        data=spec("data.images:ParquetImages", batch_size=128),
-        method=spec("methods.distribution.diff_instruct:EDMDiffInstruct"),
+        data=ParquetImages(batch_size=128),
+        method=EDMDiffInstruct(),
         roles=dict(
             teacher=TEACHER,
             student=Role(

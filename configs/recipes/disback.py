@@ -18,15 +18,18 @@ the discriminator are the bottleneck's, pooled.
 """
 
 from configs.recipes.flash_dmd import PROCESS, SDXL
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import GroupedRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Noise
+from jaxdistill.methods.distribution.disback import DisBack
+from jaxdistill.models.denoisers.unet import UNet
+from jaxdistill.models.heads import Discriminator
 
 
 def get_config():
     optimizer = Optimizer(lr=5e-7, weight_decay=0.01, clip=10.0)
-    method = spec(
-        "methods.distribution.disback:DisBack",
+    method = DisBack(
         process=PROCESS,
         student_times=(399 / 999,),
         fake_target="eps",
@@ -35,11 +38,11 @@ def get_config():
     )
     return experiment(
         steps=50_000,
-        data=spec("data.arrayrecord:GroupedRecords", batch_size=64),
+        data=GroupedRecords(batch_size=64),
         method=method,
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.unet:UNet", **SDXL),
+                model=UNet(**SDXL),
                 denoiser=Denoiser(param=Noise(time_scale=999.0), native=PROCESS),
                 param_dtype="bfloat16",
             ),
@@ -48,9 +51,7 @@ def get_config():
                 optimizer=optimizer, ema=Ema(rate=0.0, warmup=False)
             ),  # the paper names no average
             fake=Role(optimizer=optimizer),
-            disc=Role(
-                model=spec("models.heads:Discriminator", dim=1280, width=512), optimizer=optimizer
-            ),
+            disc=Role(model=Discriminator(dim=1280, width=512), optimizer=optimizer),
         ),
         checkpoint_every=1000,
         log_every=50,

@@ -13,11 +13,15 @@ Departure: the discriminator sees pooled features, at the gradient's times, wher
 convolutions and all times.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.diffusion.times import Karras
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.models.denoisers.edm import DhariwalUNet
+from jaxdistill.models.heads import Discriminator
 
 RECORD = {"x": "normal 64 64 3", "cond": "integers 1000", "null_cond": "constant 1000"}
 ADM = dict(
@@ -32,7 +36,7 @@ ADM = dict(
     remat="full",
 )
 TEACHER = Role(
-    model=spec("models.denoisers.edm:DhariwalUNet", **ADM),
+    model=DhariwalUNet(**ADM),
     denoiser=Denoiser(param=EDMPrecond(), native=EDM()),
     param_dtype="bfloat16",
 )
@@ -49,14 +53,14 @@ MATCH = dict(
 def get_config():
     return experiment(
         steps=200_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=288),
-        method=spec("methods.distribution.dmd2:DMD2", taps=(4,), **MATCH),
+        data=ArrayRecords(batch_size=288),
+        method=DMD2(taps=(4,), **MATCH),
         roles=dict(
             teacher=TEACHER,
             student=Role(optimizer=ADAMW, ema=Ema(rate=0.0, warmup=False)),
             fake=Role(optimizer=ADAMW),
             disc=Role(
-                model=spec("models.heads:Discriminator", dim=768, width=512, classes=1000),
+                model=Discriminator(dim=768, width=512, classes=1000),
                 optimizer=ADAMW,
             ),
         ),

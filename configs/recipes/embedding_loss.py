@@ -13,16 +13,18 @@ Departures: as there.
 """
 
 from configs.recipes.uni_instruct import roles
-from jaxdistill.core.build import experiment, spec
+from jaxdistill.core.build import experiment
+from jaxdistill.data.images import ParquetImages
+from jaxdistill.methods.distribution.embedding_loss import EmbeddingLoss
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 
 
 def get_config():
-    host = spec("methods.distribution.uni_instruct:UniInstruct", divergence="reverse_kl", taps=(2,))
+    host = UniInstruct(divergence="reverse_kl", taps=(2,))
     return experiment(
         steps=400_000,
-        data=spec("data.images:ParquetImages", batch_size=512, flip=True),
-        method=spec(
-            "methods.distribution.embedding_loss:EmbeddingLoss",
+        data=ParquetImages(batch_size=512, flip=True),
+        method=EmbeddingLoss(
             host=host,
             real_per_fake=2,
             labelled=True,

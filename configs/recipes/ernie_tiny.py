@@ -11,31 +11,31 @@ Departures: synthetic text stands in for the corpus and the task (replace `data`
 same fields).
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.patterns import Patterns
+from jaxdistill.methods.language.ernie_tiny import ErnieTiny
+from jaxdistill.models.heads import Projection
+from jaxdistill.models.language.bert import BertClassifier
 
 BERT = dict(vocab=30522, heads=12, max_length=512, classes=2, dtype="bfloat16")
 OPTIMIZER = Optimizer(lr=1e-4, schedule="linear", warmup=20_000, weight_decay=0.01)
 
 
 def get_config():
-    base = spec("models.language.bert:BertClassifier", dim=768, mlp=3072, depth=12, **BERT)
+    base = BertClassifier(dim=768, mlp=3072, depth=12, **BERT)
     return experiment(
         steps=200_000,
-        data=spec("data.patterns:Patterns", length=128, batch_size=256),
-        method=spec("methods.language.ernie_tiny:ErnieTiny", student_depth=4, teacher_depth=12),
+        data=Patterns(length=128, batch_size=256),
+        method=ErnieTiny(student_depth=4, teacher_depth=12),
         roles=dict(
             pretrained=Role(model=base, param_dtype="bfloat16"),
             teacher=Role(model=base, param_dtype="bfloat16"),
             student=Role(
-                model=spec(
-                    "models.language.bert:BertClassifier", dim=312, mlp=1200, depth=4, **BERT
-                ),
+                model=BertClassifier(dim=312, mlp=1200, depth=4, **BERT),
                 optimizer=OPTIMIZER,
             ),
-            projection=Role(
-                model=spec("models.heads:Projection", inputs=312, outputs=768), optimizer=OPTIMIZER
-            ),
+            projection=Role(model=Projection(inputs=312, outputs=768), optimizer=OPTIMIZER),
         ),
         checkpoint_every=5000,
     )

@@ -19,11 +19,19 @@ are the size of SAM, the layers that have heads (here those that see the whole i
 of heads and reward.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.arrayrecord import GroupedRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Noise
 from jaxdistill.diffusion.process import DDPM
+from jaxdistill.methods.distribution.flash_dmd import FlashDMD
+from jaxdistill.methods.distribution.flash_dmd_rl import FlashDMDRL
+from jaxdistill.models.autoencoders.vae import VAE
+from jaxdistill.models.denoisers.unet import UNet
+from jaxdistill.models.heads import Heads
+from jaxdistill.models.vision.judges import LatentReward
+from jaxdistill.models.vision.sam import SamVision
 from jaxdistill.objectives.pixels import SAM
 
 SDXL = dict(
@@ -39,7 +47,7 @@ SDXL = dict(
     dtype="bfloat16",
     remat="full",
 )
-VAE = dict(
+SDXL_VAE = dict(
     size=1024,
     widths=(128, 256, 512, 512),
     layers=2,
@@ -77,11 +85,10 @@ def get_config(variant=""):
         taps=SAM_B["whole"],
         preprocess=SAM,
     )
-    method = spec("methods.distribution.flash_dmd:FlashDMD", **common)
+    method = FlashDMD(**common)
     more = {}
     if refine:
-        method = spec(
-            "methods.distribution.flash_dmd_rl:FlashDMDRL",
+        method = FlashDMDRL(
             rl_share=2 / 3,
             margin="mean",
             beta=5000.0,
@@ -89,29 +96,25 @@ def get_config(variant=""):
         )
         more = dict(
             reference=Role(init="student"),
-            reward=Role(model=spec("models.vision.judges:LatentReward")),
+            reward=Role(model=LatentReward()),
         )
     return experiment(
         steps=3000 if refine else 1000,
-        data=spec("data.arrayrecord:GroupedRecords", batch_size=64),
+        data=GroupedRecords(batch_size=64),
         method=method,
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.unet:UNet", **SDXL),
+                model=UNet(**SDXL),
                 denoiser=Denoiser(param=Noise(time_scale=999.0), native=PROCESS),
                 param_dtype="bfloat16",
             ),
-            decoder=Role(model=spec("models.autoencoders.vae:VAE", **VAE), param_dtype="bfloat16"),
-            features=Role(
-                model=spec("models.vision.sam:SamVision", **SAM_B), param_dtype="bfloat16"
-            ),
+            decoder=Role(model=VAE(**SDXL_VAE), param_dtype="bfloat16"),
+            features=Role(model=SamVision(**SAM_B), param_dtype="bfloat16"),
             student=Role(
                 optimizer=optimizer, ema=Ema(rate=0.0, warmup=False)
             ),  # the paper names no average
             fake=Role(optimizer=optimizer),
-            disc=Role(
-                model=spec("models.heads:Heads", dims=(768,) * 4, width=256), optimizer=optimizer
-            ),
+            disc=Role(model=Heads(dims=(768,) * 4, width=256), optimizer=optimizer),
             **more,
         ),
         checkpoint_every=500,

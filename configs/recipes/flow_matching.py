@@ -9,10 +9,13 @@ guidance and 2.06 with scale 1.5 (SDE).
 Hardware: a v5p-128 slice holds it with room; days at 7 M steps.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.dit import DiT
 
 XL2 = dict(
     size=32,
@@ -30,13 +33,11 @@ XL2 = dict(
 def get_config():
     return experiment(
         steps=7_000_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
-        method=spec(
-            "methods.trajectory.flow_matching:FlowMatching", times=Uniform(), solver="heun"
-        ),
+        data=ArrayRecords(batch_size=256),
+        method=FlowMatching(times=Uniform(), solver="heun"),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2),
+                model=DiT(**XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(lr=1e-4),
                 ema=Ema(rate=0.9999),

@@ -10,10 +10,8 @@ task, temperature 1.
 """
 
 from configs.recipes.kd import PROMPTS, distil
-from jaxdistill.core.build import spec
+from jaxdistill.methods.language.gkd import GKD
 
 
 def get_config():
-    return distil(
-        spec("methods.language.gkd:GKD", beta=0.5, on_policy=0.5, eos=(128001, 128009)), PROMPTS
-    )
+    return distil(GKD(beta=0.5, on_policy=0.5, eos=(128001, 128009)), PROMPTS)

@@ -12,9 +12,13 @@ reward model. Without `:verified` it is token by token, in the program: a verifi
 cannot be compiled for a TPU from elsewhere.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.text import PaddedJson
+from jaxdistill.methods.language.grpo import GRPO
+from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.reward import Exact, Verified
 
 DEEPSEEK_7B = dict(
     vocab=102400,
@@ -30,17 +34,14 @@ DEEPSEEK_7B = dict(
 
 def reward(variant: str, function: str = "last_number"):
     """Of the variant "verified", a function on the host; else tokens are compared."""
-    verified = spec(
-        "objectives.reward:Verified", function=f"objectives.verifiers:{function}", tokenizer="byte"
-    )
-    return lookup({"": spec("objectives.reward:Exact"), "verified": verified}, variant, "variant")
+    verified = Verified(function=f"objectives.verifiers:{function}", tokenizer="byte")
+    return lookup({"": Exact(), "verified": verified}, variant, "variant")
 
 
 def improve(method, student, *, prompts, prompt_length, response_length, steps, **roles):
     return experiment(
         steps=steps,
-        data=spec(
-            "data.text:PaddedJson",
+        data=PaddedJson(
             prompt_length=prompt_length,
             response_length=response_length,
             batch_size=prompts,
@@ -57,18 +58,17 @@ def improve(method, student, *, prompts, prompt_length, response_length, steps, 
 
 def get_config(variant=""):
     return improve(
-        spec(
-            "methods.language.grpo:GRPO",
+        GRPO(
             reward=reward(variant),
             group=64,
             eos=(100001,),
             pad=100001,
             chunk=12800,
         ),
-        spec("models.language.lm:LM", **DEEPSEEK_7B),
+        LM(**DEEPSEEK_7B),
         prompts=16,
         prompt_length=512,
         response_length=1024,
         steps=2000,
-        reference=Role(param_dtype="bfloat16", model=spec("models.language.lm:LM", **DEEPSEEK_7B)),
+        reference=Role(param_dtype="bfloat16", model=LM(**DEEPSEEK_7B)),
     )

@@ -10,8 +10,11 @@ published figure is claimed. For several students of one teacher `tools/store_lo
 data once and `StoredKD` trains on what it kept.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.text import PackedJson, PaddedJson
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.models.language.lm import LM
 
 LLAMA3 = dict(
     vocab=128256,
@@ -25,10 +28,8 @@ LLAMA_8B = dict(dim=4096, mlp=14336, heads=32, kv_heads=8, depth=32, **LLAMA3)
 LLAMA_1B = dict(
     dim=2048, mlp=8192, heads=32, kv_heads=8, head_dim=64, depth=16, tied=True, **LLAMA3
 )
-PACKED = spec("data.text:PackedJson", length=4096, batch_size=64)
-PROMPTS = spec(
-    "data.text:PaddedJson", prompt_length=512, response_length=512, batch_size=64
-)  # for those that write
+PACKED = PackedJson(length=4096, batch_size=64)
+PROMPTS = PaddedJson(prompt_length=512, response_length=512, batch_size=64)  # for those that write
 
 
 def distil(method, data=PACKED, **role):
@@ -38,9 +39,9 @@ def distil(method, data=PACKED, **role):
         data=data,
         method=method,
         roles=dict(
-            teacher=Role(model=spec("models.language.lm:LM", **LLAMA_8B), param_dtype="bfloat16"),
+            teacher=Role(model=LM(**LLAMA_8B), param_dtype="bfloat16"),
             student=Role(
-                model=spec("models.language.lm:LM", **LLAMA_1B),
+                model=LM(**LLAMA_1B),
                 optimizer=Optimizer(
                     lr=1e-5, b2=0.95, weight_decay=0.1, schedule="cosine", warmup=200, final=0.1
                 ),
@@ -52,4 +53,4 @@ def distil(method, data=PACKED, **role):
 
 
 def get_config():
-    return distil(spec("methods.language.kd:KD", chunk=16032))
+    return distil(KD(chunk=16032))

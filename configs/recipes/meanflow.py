@@ -11,17 +11,19 @@ taken. Departure: the embedding of t - r starts at zero.
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.methods.trajectory.meanflow import GuidedMeanFlow
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=1_200_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
-        method=spec(
-            "methods.trajectory.meanflow:GuidedMeanFlow",
+        data=ArrayRecords(batch_size=256),
+        method=GuidedMeanFlow(
             omega=0.2,
             kappa=0.92,
             guidance_times=(0.0, 0.75),
@@ -29,9 +31,7 @@ def get_config():
         ),
         roles=dict(
             student=Role(
-                model=spec(
-                    "models.denoisers.dit:DiT", **{**XL2, "dtype": "float32"}, second_time=True
-                ),
+                model=DiT(**{**XL2, "dtype": "float32"}, second_time=True),
                 denoiser=Denoiser(),
                 optimizer=Optimizer(lr=1e-4, b2=0.95, clip=0.0),
                 ema=Ema(rate=0.9999),

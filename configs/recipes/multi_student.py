@@ -20,13 +20,17 @@ Memory: four generators at rest; four fake scores and discriminators only in tra
 
 from configs.recipes.dmd2 import ADAMW, ADM, MATCH, TEACHER
 from configs.recipes.dmd2 import RECORD as RECORD
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.types import lookup
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.methods.distribution._dmd import PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.distribution.multi_student import TSM
+from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
+from jaxdistill.models.denoisers.edm import DhariwalUNet
+from jaxdistill.models.heads import Discriminator
+from jaxdistill.models.vision.lpips import LPIPS
 from jaxdistill.objectives.partition import Consecutive
 
 WIDTHS = {"": 192, "medium": 144, "small": 96}  # heads of 48 and of 32 channels
@@ -37,32 +41,29 @@ SHARE = 32
 
 def get_config(variant=""):
     width = lookup(WIDTHS, variant, "variant")
-    method = spec(
-        "methods.distribution.multi_student:MultiStudent",
+    method = MultiStudent(
         partition=Consecutive(cells=CELLS, classes=1000),
         tsm=TSM(process=EDM()),
         dm=PerceptualDMD(batches=200, solver_steps=256, **MATCH),
         adm=DMD2(taps=(4,), **MATCH),
         shares=(50.0, 20.0, 200.0) if variant else (0.0, 20.0, 200.0),
     )
-    model = spec(
-        "models.denoisers.edm:DhariwalUNet", **{**ADM, "width": width, "head_dim": width // 3}
-    )
+    model = DhariwalUNet(**{**ADM, "width": width, "head_dim": width // 3})
     small = dict(model=model, denoiser=TEACHER.denoiser, init="fresh") if variant else {}
     return experiment(
         steps=270_000 if variant else 220_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=CELLS * SHARE),
+        data=ArrayRecords(batch_size=CELLS * SHARE),
         method=method,
         roles=dict(
             teacher=TEACHER,
             perceptual=Role(
-                model=spec("models.vision.lpips:LPIPS", dtype="bfloat16", remat="full"),
+                model=LPIPS(dtype="bfloat16", remat="full"),
                 param_dtype="bfloat16",
             ),
             student=Role(**small, bank=CELLS, optimizer=ADAMW, ema=Ema(rate=0.999)),
             fake=Role(init="student" if variant else "", bank=CELLS, optimizer=ADAMW),
             disc=Role(
-                model=spec("models.heads:Discriminator", dim=4 * width, width=512, classes=1000),
+                model=Discriminator(dim=4 * width, width=512, classes=1000),
                 bank=CELLS,
                 optimizer=ADAMW,
             ),

@@ -12,21 +12,22 @@ order of their names that of the teachers; `method.routes` for another assignmen
 """
 
 from configs.recipes.kd import LLAMA_8B, distil
-from jaxdistill.core.build import spec
+from jaxdistill.core.build import Role, plain
+from jaxdistill.data.domains import Folders
+from jaxdistill.data.text import PackedJson
+from jaxdistill.methods.language.multi_teacher import RoutedKD
+from jaxdistill.models.language.lm import LM
 
 
 def get_config():
-    data = spec(
-        "data.domains:Folders", each=spec("data.text:PackedJson", length=4096), batch_size=64
-    )
-    config = distil(
-        spec("methods.language.multi_teacher:RoutedKD", routes=(0, 1, 2), chunk=16032), data
-    )
+    data = Folders(each=PackedJson(length=4096), batch_size=64)
+    config = distil(RoutedKD(routes=(0, 1, 2), chunk=16032), data)
     with config.unlocked():
         for role in ("teacher1", "teacher2"):
-            config.roles[role] = spec(
-                "core.build:Role",
-                model=spec("models.language.lm:LM", **LLAMA_8B),
-                param_dtype="bfloat16",
+            config.roles[role] = plain(
+                Role(
+                    model=LM(**LLAMA_8B),
+                    param_dtype="bfloat16",
+                )
             )
     return config

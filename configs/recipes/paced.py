@@ -20,9 +20,12 @@ prompts and responses are not in it; the verifier runs on the host.
 from configs.recipes.grpo import reward
 from configs.recipes.rlad import QWEN3, QWEN3_8B
 from configs.recipes.tsd_kd import QWEN25
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.text import PaddedJson
+from jaxdistill.methods.language.paced import Paced, SelfPaced
+from jaxdistill.models.language.qwen import Qwen2, Qwen3
 
 LONG = dict(max_length=16384)
 QWEN3_14B = dict(dim=5120, mlp=17408, heads=40, depth=40, **QWEN3)
@@ -43,8 +46,7 @@ def distil(method, teacher, student, *, prompt_length, response_length, stages):
     return experiment(
         steps=stages * POOL,
         accumulate=16,
-        data=spec(
-            "data.text:PaddedJson",
+        data=PaddedJson(
             prompt_length=prompt_length,
             response_length=response_length,
             batch_size=256,
@@ -61,13 +63,9 @@ def distil(method, teacher, student, *, prompt_length, response_length, stages):
 def get_config(variant=""):
     lookup(dict.fromkeys(("", "verified", "self")), variant, "variant")
     if variant == "self":
-        model = spec("models.language.qwen:Qwen2", **QWEN25_MATH_7B)
-        method = spec(
-            "methods.language.paced:SelfPaced", reward=reward("verified"), chunk=19008, **WRITING
-        )
+        model = Qwen2(**QWEN25_MATH_7B)
+        method = SelfPaced(reward=reward("verified"), chunk=19008, **WRITING)
         return distil(method, model, model, prompt_length=512, response_length=1536, stages=1)
-    method = spec("methods.language.paced:Paced", reward=reward(variant), chunk=18992, **WRITING)
-    teacher, student = (
-        spec("models.language.qwen:Qwen3", **{**size, **LONG}) for size in (QWEN3_14B, QWEN3_8B)
-    )
+    method = Paced(reward=reward(variant), chunk=18992, **WRITING)
+    teacher, student = (Qwen3(**{**size, **LONG}) for size in (QWEN3_14B, QWEN3_8B))
     return distil(method, teacher, student, prompt_length=2048, response_length=8192, stages=2)

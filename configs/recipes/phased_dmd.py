@@ -19,11 +19,14 @@ not say how long; its figures show 100 to 400 generator updates for the second p
 Departures: decay 0.01 and gradient norm 1 are the released trainer's.
 """
 
-from jaxdistill.core.build import Lora, Role, build, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.process import Flow
+from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
+from jaxdistill.models.denoisers.wan import Wan
 
 WAN14B = dict(
     channels=16,
@@ -43,12 +46,9 @@ RECORD = {
 
 PAPER = dict(process=Flow(shift=5.0), guidance=4.0)
 METHODS = {
-    "": spec(
-        "methods.distribution.phased_dmd:PhasedDMD", teacher_bounds=(0.875 / 1.5,), **PAPER
-    ),  # .875 after a shift of 5
-    "wan21": spec("methods.distribution.phased_dmd:PhasedDMD", **PAPER),
-    "released": spec(
-        "methods.distribution.phased_dmd:InterleavedPhasedDMD",
+    "": PhasedDMD(teacher_bounds=(0.875 / 1.5,), **PAPER),  # .875 after a shift of 5
+    "wan21": PhasedDMD(**PAPER),
+    "released": InterleavedPhasedDMD(
         process=Flow(shift=7.0),
         teacher_bounds=(0.5,),
         guidance=4.0,
@@ -58,9 +58,9 @@ METHODS = {
 
 
 def get_config(variant=""):
-    method = build(lookup(METHODS, variant, "variant"))
+    method = lookup(METHODS, variant, "variant")
     wan = Role(
-        model=spec("models.denoisers.wan:Wan", **WAN14B),
+        model=Wan(**WAN14B),
         denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
         param_dtype="bfloat16",
     )
@@ -72,7 +72,7 @@ def get_config(variant=""):
     updates = 4000 if variant == "released" else 800  # of generators, over both phases
     return experiment(
         steps=updates * method.critic_steps,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=64),
+        data=ArrayRecords(batch_size=64),
         method=METHODS[variant],
         roles={
             **dict.fromkeys(method.plan.teachers, wan),

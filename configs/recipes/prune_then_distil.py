@@ -9,14 +9,13 @@ Departure: their width pruning also drops attention heads and embedding channels
 """
 
 from configs.recipes.kd import distil
-from jaxdistill.core.build import Role, spec
+from jaxdistill.core.build import Role, plain
+from jaxdistill.methods.architecture.prune_then_distil import PruneThenDistil
 
 
 def get_config():
-    config = distil(
-        spec("methods.architecture.prune_then_distil:PruneThenDistil", depth=16, chunk=16032)
-    )
+    config = distil(PruneThenDistil(depth=16, chunk=16032))
     with config.unlocked():
-        config.roles.student = spec("core.build:Role", optimizer=Role().optimizer)
+        config.roles.student = plain(Role(optimizer=Role().optimizer))
         config.roles.student.optimizer.lr = 1e-4
     return config

@@ -10,19 +10,22 @@ scratch, hence longer, slower averages, and no guidance (no null condition is le
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer, RampEma
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.trajectory.rcgm import RCGM
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=1_200_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
-        method=spec("methods.trajectory.rcgm:RCGM", enhance=0.0),
+        data=ArrayRecords(batch_size=256),
+        method=RCGM(enhance=0.0),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2, second_time=True),
+                model=DiT(**XL2, second_time=True),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 optimizer=Optimizer(algorithm="radam", lr=1e-4, b2=0.95),
                 ema=RampEma(rate=0.999),

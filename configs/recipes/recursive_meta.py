@@ -9,13 +9,12 @@ the one before's weights.
 """
 
 from configs.recipes.kd import distil
-from jaxdistill.core.build import spec
+from jaxdistill.methods.language.recursive_meta import RecursiveMeta
 
 
 def get_config():
     config = distil(
-        spec(
-            "methods.language.recursive_meta:RecursiveMeta",
+        RecursiveMeta(
             generations=3,
             gamma=(0.5,),
             restart=False,

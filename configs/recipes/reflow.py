@@ -11,19 +11,22 @@ own: --config.roles.teacher.init=DIR.
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.trajectory.reflow import Reflow
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=500_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
-        method=spec("methods.trajectory.reflow:Reflow", batches=15_625, guidance=1.5),
+        data=ArrayRecords(batch_size=256),
+        method=Reflow(batches=15_625, guidance=1.5),
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2),
+                model=DiT(**XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 param_dtype="bfloat16",
             ),

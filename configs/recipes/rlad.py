@@ -10,7 +10,9 @@ Departure: the verifier compares texts (without `:verified` tokens).
 """
 
 from configs.recipes.grpo import improve, reward
-from jaxdistill.core.build import Role, spec
+from jaxdistill.core.build import Role
+from jaxdistill.methods.language.rlad import RLAD
+from jaxdistill.models.language.qwen import Qwen3
 
 QWEN3 = dict(
     vocab=151936,
@@ -27,8 +29,7 @@ QWEN3_8B = dict(dim=4096, mlp=12288, heads=32, depth=36, **QWEN3)
 
 def get_config(variant=""):
     return improve(
-        spec(
-            "methods.language.rlad:RLAD",
+        RLAD(
             reward=reward(variant, "exact_text"),
             group=8,
             updates=4,
@@ -36,10 +37,10 @@ def get_config(variant=""):
             pad=151643,
             chunk=18992,
         ),
-        spec("models.language.qwen:Qwen3", **QWEN3_1B7),
+        Qwen3(**QWEN3_1B7),
         prompts=32,
         prompt_length=512,
         response_length=1536,
         steps=1000,
-        teacher=Role(param_dtype="bfloat16", model=spec("models.language.qwen:Qwen3", **QWEN3_8B)),
+        teacher=Role(param_dtype="bfloat16", model=Qwen3(**QWEN3_8B)),
     )

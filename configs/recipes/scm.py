@@ -13,25 +13,29 @@ learning rate.
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer, PowerEma
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Trig
+from jaxdistill.methods.trajectory.scm import SCM
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.heads import TimeWeight
 
 
 def get_config():
     optimizer = Optimizer(lr=1e-4, b2=0.99, eps=1e-11, warmup=1000)
     return experiment(
         steps=200_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=2048),
-        method=spec("methods.trajectory.scm:SCM", process=Trig(sigma_data=1.0), guidance=1.5),
+        data=ArrayRecords(batch_size=2048),
+        method=SCM(process=Trig(sigma_data=1.0), guidance=1.5),
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.dit:DiT", **{**XL2, "dtype": "float32"}),
+                model=DiT(**{**XL2, "dtype": "float32"}),
                 denoiser=Denoiser(),
             ),
             student=Role(optimizer=optimizer, ema=PowerEma(sigma_rel=0.05)),
-            weight=Role(model=spec("models.heads:TimeWeight"), optimizer=optimizer),
+            weight=Role(model=TimeWeight(), optimizer=optimizer),
         ),
         checkpoint_every=5_000,
         log_every=100,

@@ -8,21 +8,21 @@ The paper: ResNets on CIFAR-10, alpha 0.6, five rounds of 75 epochs counting the
 of the ResNet on images, until that family lands; no augmentation.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
+from jaxdistill.methods.language.self_distillation import SelfDistillation
+from jaxdistill.models.vision.perceptron import Perceptron
 
 
 def get_config():
     return experiment(
         steps=5 * 75 * 3125,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=16),
-        method=spec(
-            "methods.language.self_distillation:SelfDistillation", alpha=0.6, rounds=5, batches=3125
-        ),
+        data=ArrayRecords(batch_size=16),
+        method=SelfDistillation(alpha=0.6, rounds=5, batches=3125),
         roles=dict(
             student=Role(
-                model=spec(
-                    "models.vision.perceptron:Perceptron",
+                model=Perceptron(
                     inputs=4096,
                     width=6144,
                     layers=4,

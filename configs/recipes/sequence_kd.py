@@ -10,10 +10,8 @@ in every step.
 """
 
 from configs.recipes.kd import PROMPTS, distil
-from jaxdistill.core.build import spec
+from jaxdistill.methods.language.sequence_kd import SequenceKD
 
 
 def get_config():
-    return distil(
-        spec("methods.language.sequence_kd:SequenceKD", eos=(128001, 128009), chunk=16032), PROMPTS
-    )
+    return distil(SequenceKD(eos=(128001, 128009), chunk=16032), PROMPTS)

@@ -19,19 +19,22 @@ the student at 1e-6. HPSv2 of SD 1.5: 27.02 with PG-SB, 27.46 with NASA-T and NA
 """
 
 from configs.recipes.swiftbrush import COMMON, PROCESS, SD21, distil
-from jaxdistill.core.build import Role, spec
+from jaxdistill.core.build import Role
 from jaxdistill.core.types import lookup
+from jaxdistill.methods.distribution.snoopi import ClippedNasaT, ClippedPGSB
+from jaxdistill.models.autoencoders.vae import VAE
+from jaxdistill.models.vision.clip import ClipVisionProjected
 
 SD15 = dict(**COMMON, heads=(8, 8, 8, 8), text_dim=768, matrices=False)
 RECORD = {f"{group}/text": "normal 77 768" for group in ("cond", "null_cond", "negative_cond")} | {
     "text_embed": "normal 768"
 }
 VARIANTS = {
-    "": ("ClippedNasaT", SD15, 60_000),
-    "pgsb": ("ClippedPGSB", SD15, 60_000),
-    "sd21": ("ClippedNasaT", SD21, 40_000),
+    "": (ClippedNasaT, SD15, 60_000),
+    "pgsb": (ClippedPGSB, SD15, 60_000),
+    "sd21": (ClippedNasaT, SD21, 40_000),
 }
-VAE = dict(
+SD_VAE = dict(
     size=512,
     widths=(128, 256, 512, 512),
     layers=2,
@@ -56,8 +59,7 @@ CLIP_L = dict(
 def get_config(variant=""):
     method, unet, steps = lookup(VARIANTS, variant, "variant")
     return distil(
-        spec(
-            f"methods.distribution.snoopi:{method}",
+        method(
             process=PROCESS,
             shape=(64, 64, 4),
             clip_steps=steps,
@@ -65,8 +67,6 @@ def get_config(variant=""):
         unet,
         128.0,
         steps,
-        decoder=Role(model=spec("models.autoencoders.vae:VAE", **VAE), param_dtype="bfloat16"),
-        judge=Role(
-            model=spec("models.vision.clip:ClipVisionProjected", **CLIP_L), param_dtype="bfloat16"
-        ),
+        decoder=Role(model=VAE(**SD_VAE), param_dtype="bfloat16"),
+        judge=Role(model=ClipVisionProjected(**CLIP_L), param_dtype="bfloat16"),
     )

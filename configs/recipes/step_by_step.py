@@ -10,19 +10,22 @@ Departures: a decoder alone, with the loss on the target.
 """
 
 from configs.recipes.kd import LLAMA_1B
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.rationales import Rationales
+from jaxdistill.methods.language.step_by_step import StepByStep
+from jaxdistill.models.language.lm import LM
 
 
 def get_config():
     return experiment(
         steps=10_000,
         accumulate=2,
-        data=spec("data.rationales:Rationales", batch_size=64, between="\n"),
-        method=spec("methods.language.step_by_step:StepByStep", chunk=16032),
+        data=Rationales(batch_size=64, between="\n"),
+        method=StepByStep(chunk=16032),
         roles=dict(
             student=Role(
-                model=spec("models.language.lm:LM", **LLAMA_1B),
+                model=LM(**LLAMA_1B),
                 optimizer=Optimizer(lr=5e-5, schedule="linear"),
             )
         ),

@@ -13,10 +13,13 @@ adapters of rank 64 and alpha 108 on queries and values at 1e-3, the student at 
 the teacher's best, 25 steps at scale 3, 9.60 and .32).
 """
 
-from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment
 from jaxdistill.core.optim import CopyEma, Optimizer
+from jaxdistill.data.arrayrecord import GroupedRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Noise
 from jaxdistill.diffusion.process import DDPM
+from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
+from jaxdistill.models.denoisers.unet import UNet
 
 COMMON = dict(
     size=64,
@@ -35,11 +38,11 @@ def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
     """The recipe that SNOOPI shares: adapters on the queries and values of both kinds of attention."""
     return experiment(
         steps=steps,
-        data=spec("data.arrayrecord:GroupedRecords", batch_size=64),
+        data=GroupedRecords(batch_size=64),
         method=method,
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.unet:UNet", **unet),
+                model=UNet(**unet),
                 denoiser=Denoiser(param=Noise(time_scale=999.0), native=PROCESS),
                 param_dtype="bfloat16",
             ),
@@ -59,7 +62,7 @@ def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
 
 def get_config():
     return distil(
-        spec("methods.distribution.swiftbrush:SwiftBrush", process=PROCESS, shape=(64, 64, 4)),
+        SwiftBrush(process=PROCESS, shape=(64, 64, 4)),
         SD21,
         108.0,
         65_000,

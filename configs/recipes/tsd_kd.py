@@ -11,8 +11,11 @@ prompts. The teacher's table is padded to 152064 rows and the student's to 15193
 have are compared.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.text import PaddedJson
+from jaxdistill.methods.language.tsd_kd import TSDKD
+from jaxdistill.models.language.qwen import Qwen2
 
 QWEN25 = dict(rope_theta=1e6, max_length=4096, dtype="bfloat16", remat="full")
 QWEN25_14B = dict(
@@ -27,14 +30,12 @@ def get_config():
     return experiment(
         steps=6000,
         accumulate=4,
-        data=spec("data.text:PaddedJson", prompt_length=896, response_length=128, batch_size=128),
-        method=spec("methods.language.tsd_kd:TSDKD", eos=(151643, 151645), pad=151643),
+        data=PaddedJson(prompt_length=896, response_length=128, batch_size=128),
+        method=TSDKD(eos=(151643, 151645), pad=151643),
         roles=dict(
-            teacher=Role(
-                param_dtype="bfloat16", model=spec("models.language.qwen:Qwen2", **QWEN25_14B)
-            ),
+            teacher=Role(param_dtype="bfloat16", model=Qwen2(**QWEN25_14B)),
             student=Role(
-                model=spec("models.language.qwen:Qwen2", **QWEN25_1B5),
+                model=Qwen2(**QWEN25_1B5),
                 optimizer=Optimizer(lr=5e-6, schedule="cosine", warmup=600),
             ),
         ),

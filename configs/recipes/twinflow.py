@@ -14,10 +14,13 @@ evaluations .87, 88.3, .62. `:imagefree` trains on own samples, with the base's 
 Guidance .8 is that of the released configs; the length of texts is our own.
 """
 
-from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment
 from jaxdistill.core.optim import Optimizer, RampEma
 from jaxdistill.core.types import lookup
+from jaxdistill.data.arrayrecord import GroupedRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.trajectory.twinflow import ImageFreeTwinFlow, TunedTwinFlow
+from jaxdistill.models.denoisers.qwen_image import QwenImage
 
 QWEN = dict(
     channels=16,
@@ -34,19 +37,19 @@ RECORD = {
     **{f"{c}/{k}": v for c in ("cond", "null_cond") for k, v in CONDITION.items()},
 }
 METHODS = {
-    "": spec("methods.trajectory.twinflow:TunedTwinFlow", target="student", enhance=0.8),
-    "imagefree": spec("methods.trajectory.twinflow:ImageFreeTwinFlow"),
+    "": TunedTwinFlow(target="student", enhance=0.8),
+    "imagefree": ImageFreeTwinFlow(),
 }
 
 
 def get_config(variant=""):
     return experiment(
         steps=7_000,
-        data=spec("data.arrayrecord:GroupedRecords", batch_size=64),
+        data=GroupedRecords(batch_size=64),
         method=lookup(METHODS, variant, "variant"),
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.qwen_image:QwenImage", **QWEN),
+                model=QwenImage(**QWEN),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0), fold=0.5),
                 param_dtype="bfloat16",
             ),

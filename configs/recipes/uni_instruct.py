@@ -14,10 +14,14 @@ Departures: no dropout (.13) and no augmentation of the critics' batches (.12).
 
 import dataclasses
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import HalfLifeEma, Optimizer
+from jaxdistill.data.images import ParquetImages
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
+from jaxdistill.models.denoisers.edm import SongUNet
+from jaxdistill.models.heads import Discriminator
 
 NET = dict(
     size=32,
@@ -30,7 +34,7 @@ NET = dict(
     dtype="bfloat16",
 )
 TEACHER = Role(
-    model=spec("models.denoisers.edm:SongUNet", **NET),
+    model=SongUNet(**NET),
     denoiser=Denoiser(param=EDMPrecond(), native=EDM()),
     param_dtype="bfloat16",
 )
@@ -44,7 +48,7 @@ def roles():
         student=Role(optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
         fake=Role(optimizer=critic),
         disc=Role(
-            model=spec("models.heads:Discriminator", dim=256, width=256, classes=10),
+            model=Discriminator(dim=256, width=256, classes=10),
             optimizer=critic,
         ),
     )
@@ -53,8 +57,8 @@ def roles():
 def get_config():
     return experiment(
         steps=1_171_875,
-        data=spec("data.images:ParquetImages", batch_size=256, flip=True),
-        method=spec("methods.distribution.uni_instruct:UniInstruct", divergence="jkl", taps=(2,)),
+        data=ParquetImages(batch_size=256, flip=True),
+        method=UniInstruct(divergence="jkl", taps=(2,)),
         roles=roles(),
         checkpoint_every=5_000,
         log_every=100,

@@ -11,8 +11,11 @@ Published zero-shot F1 over 43 sets: 41.7 (7B), teacher 34.9. Departure: the fam
 """
 
 from configs.recipes.kd import LLAMA_8B
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.ner import Conversations
+from jaxdistill.methods.language.universalner import UniversalNER
+from jaxdistill.models.language.lm import LM
 
 STEPS = 3 * 45_889 * 98 // 100 // 256
 
@@ -21,11 +24,11 @@ def get_config():
     return experiment(
         steps=STEPS,
         accumulate=4,
-        data=spec("data.ner:Conversations", batch_size=256),
-        method=spec("methods.language.universalner:UniversalNER", chunk=16032),
+        data=Conversations(batch_size=256),
+        method=UniversalNER(chunk=16032),
         roles=dict(
             student=Role(
-                model=spec("models.language.lm:LM", **LLAMA_8B),
+                model=LM(**LLAMA_8B),
                 optimizer=Optimizer(lr=2e-5, schedule="cosine", warmup=STEPS // 25),
             )
         ),

@@ -7,13 +7,18 @@ tenth of that of the same network trained by flow matching (`flow`), at one step
 `--config.data.seed=N` makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.consistency_training import ICT
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.mlp import MLP
 
-DATA = spec("data.mixtures:Mixture", seed=0, labelled=False)
+DATA = Mixture(seed=0, labelled=False)
 STUDENT = Role(
-    model=spec("models.denoisers.mlp:MLP"),
+    model=MLP(),
     denoiser=Denoiser(),
     optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
     ema=Ema(rate=0.995),
@@ -25,9 +30,9 @@ def flow():
     return experiment(
         steps=2000,
         data=DATA,
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        method=FlowMatching(),
         roles=dict(student=STUDENT),
-        evaluation=spec("evals.points:PointEval", student_steps=(50, 2, 1)),
+        evaluation=PointEval(student_steps=(50, 2, 1)),
     )
 
 
@@ -36,15 +41,14 @@ def get_config():
         steps=6000,
         runs=dict(flow=flow()),
         data=DATA,
-        method=spec(
-            "methods.trajectory.consistency_training:ICT",
+        method=ICT(
             total=6000,
             s1=160,
             huber=0.03,
             student_times=(1.0, 0.5),
         ),
         roles=dict(student=STUDENT),
-        evaluation=spec("evals.points:PointEval", student_steps=(1, 2)),
+        evaluation=PointEval(student_steps=(1, 2)),
         claim=dict(
             metric="energy", model="student@1", baseline="flow@1", better="lower", ratio=0.1
         ),

@@ -16,7 +16,11 @@ no teacher (2,000 rows: 7.071). Other seeds have not been measured.
 """
 
 from configs.toy.kd import STUDENT
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
+from jaxdistill.data.two_tokenizers import Blocks
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.cross_tokenizer_kd import CrossTokenizerKD
+from jaxdistill.methods.language.sft import SFT
 
 DATA = dict(vocab=24, length=48, batch_size=32, size=400)
 
@@ -25,18 +29,18 @@ def train(method, runs=None, claim=None, **roles):
     return experiment(
         steps=400,
         runs=runs or {},
-        data=spec("data.two_tokenizers:Blocks", **DATA),
+        data=Blocks(**DATA),
         method=method,
         roles=dict(student=STUDENT, **roles),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
         claim=claim,
     )
 
 
 def get_config():
     return train(
-        spec("methods.language.cross_tokenizer_kd:CrossTokenizerKD"),
-        dict(baseline=train(spec("methods.language.sft:SFT"))),
+        CrossTokenizerKD(),
+        dict(baseline=train(SFT())),
         dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98),
         teacher=Role(init="exact"),
     )

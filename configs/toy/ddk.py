@@ -10,14 +10,19 @@ domains is lower than with uniform data and the same loss (`baseline`: smoothing
 and train on equally many rows.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.domains import Chains
+from jaxdistill.evals.domains import DomainEval
+from jaxdistill.methods.language.ddk import DDK
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.language.lm import LM
 
 INTERVAL = 24
 REFRESHES = 20
 MEASURES = 4
 DATA = dict(vocab=12, length=32, branches=(2, 2, 2, 3, 4), batch_size=40)
-EVAL = spec("evals.domains:DomainEval", samples=2000)
+EVAL = DomainEval(samples=2000)
 OPTIMIZER = Optimizer(lr=2e-3, schedule="cosine", warmup=20)
 
 
@@ -25,11 +30,11 @@ def train(steps: int, weights: tuple[float, ...] = (), **sizes):
     """Ordinary training of one network on the domains."""
     return experiment(
         steps=steps,
-        data=spec("data.domains:Chains", weights=weights, **DATA),
-        method=spec("methods.language.sft:SFT"),
+        data=Chains(weights=weights, **DATA),
+        method=SFT(),
         roles=dict(
             student=Role(
-                model=spec("models.language.lm:LM", vocab=12, heads=4, max_length=32, **sizes),
+                model=LM(vocab=12, heads=4, max_length=32, **sizes),
                 optimizer=OPTIMIZER,
             )
         ),
@@ -46,9 +51,8 @@ def distil(smoothing: float, runs=None, **rest):
             start=train(300, (0.42, 0.42, 0.06, 0.05, 0.05), dim=32, mlp=64, depth=2),
             **(runs or {}),
         ),
-        data=spec("data.domains:Chains", interval=INTERVAL, measures=MEASURES, **DATA),
-        method=spec(
-            "methods.language.ddk:DDK",
+        data=Chains(interval=INTERVAL, measures=MEASURES, **DATA),
+        method=DDK(
             domains=5,
             interval=INTERVAL,
             measures=MEASURES,

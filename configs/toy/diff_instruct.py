@@ -7,33 +7,37 @@ the law, from scratch.
 tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.models.denoisers.mlp import MLP
 
 
 def get_config():
     return experiment(
         steps=4000,
-        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=5),
+        data=Mixture(seed=0, labelled=False),
+        method=DiffInstruct(critic_steps=5),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
             fake=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
         ),

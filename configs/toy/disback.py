@@ -15,30 +15,34 @@ of the checkpoints. `--config.method.record_every=20 --config.method.interval=10
 path: energy .0041 (seed 0).
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.disback import DisBackDiffInstruct
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "no path: the host alone": ("claim.model=baseline@1",),
     "a shorter path (not in the paper)": ("method.record_every=20", "method.interval=100"),
 }
-DATA = spec("data.mixtures:Mixture", seed=0, modes=8, std=0.05, labelled=False)
-EVALUATION = spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1))
+DATA = Mixture(seed=0, modes=8, std=0.05, labelled=False)
+EVALUATION = PointEval(student_steps=(1,), teacher_steps=(50, 1))
 
 
 def pretrain():
     """The teacher: what it says off its data's support is what it happened to learn."""
     student = Role(
-        model=spec("models.denoisers.mlp:MLP", width=96, depth=2),
+        model=MLP(width=96, depth=2),
         denoiser=Denoiser(),
         optimizer=Optimizer(lr=2e-3, schedule="cosine"),
         ema=Ema(rate=0.99),
     )
-    method = spec(
-        "methods.trajectory.flow_matching:FlowMatching", times=Uniform(), label_dropout=0.0
-    )
+    method = FlowMatching(times=Uniform(), label_dropout=0.0)
     return experiment(steps=3000, data=DATA, method=method, roles=dict(student=student))
 
 
@@ -63,9 +67,8 @@ def distil(method, runs=None, roles=None, **rest):
 
 
 def get_config():
-    host = spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=5)
-    disback = spec(
-        "methods.distribution.disback:DisBackDiffInstruct",
+    host = DiffInstruct(critic_steps=5)
+    disback = DisBackDiffInstruct(
         checkpoints=5,
         record_every=100,
         interval=300,

@@ -8,37 +8,42 @@ tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture
 `--config.method.gan_weight=0` leaves the GAN out.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.heads import Discriminator
 
 
 def get_config():
     return experiment(
         steps=4000,
-        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec("methods.distribution.dmd2:DMD2", gan_weight=1e-3),
+        data=Mixture(seed=0, labelled=False),
+        method=DMD2(gan_weight=1e-3),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
             fake=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
             disc=Role(
-                model=spec("models.heads:Discriminator", features=1, dim=128),
+                model=Discriminator(features=1, dim=128),
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
         ),

@@ -16,9 +16,14 @@ keeps one set of random networks; `--config.method.kernel=rbf`, `--config.method
 paper's other ablations; `--config.data.seed=N` makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Blurred
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.embedding_loss import EmbeddingLoss
+from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "no embedding loss: the host alone": ("method.weight=0",),
@@ -29,13 +34,12 @@ ABLATIONS = {
 
 
 def get_config():
-    net = dict(model=spec("models.denoisers.mlp:MLP"), denoiser=Denoiser(), init="fresh")
-    host = spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=5)
+    net = dict(model=MLP(), denoiser=Denoiser(), init="fresh")
+    host = DiffInstruct(critic_steps=5)
     return experiment(
         steps=4000,
-        data=spec("data.mixtures:Blurred", seed=0, labelled=False, blur=0.4),
-        method=spec(
-            "methods.distribution.embedding_loss:EmbeddingLoss",
+        data=Blurred(seed=0, labelled=False, blur=0.4),
+        method=EmbeddingLoss(
             host=host,
             weight=10.0,
             archs=("mlp",),
@@ -48,7 +52,7 @@ def get_config():
             ),
             fake=Role(**net, optimizer=Optimizer(lr=1e-3, b1=0.0)),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@99", better="lower", ratio=0.77
         ),

@@ -11,8 +11,14 @@ after as many steps of training on the labels alone (`baseline`). Measured on se
 .668 against .542, .528, .560. `:GD,TSD` names other stages.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.patterns import Patterns
+from jaxdistill.evals.labels import TextLabelEval
+from jaxdistill.methods.language.ernie_tiny import ErnieTiny, FineTune
+from jaxdistill.methods.language.masked_lm import MaskedLM
+from jaxdistill.models.heads import Projection
+from jaxdistill.models.language.bert import BertClassifier
 
 STEPS = 1200
 ABLATIONS = {
@@ -20,19 +26,19 @@ ABLATIONS = {
     "no general-enhanced stage": (":GD,TAD,TSD",),
     "no task-adaptive stage": (":GD,GED,TSD",),
 }
-DATA = spec("data.patterns:Patterns", batch_size=32)
-EVAL = spec("evals.labels:TextLabelEval")
+DATA = Patterns(batch_size=32)
+EVAL = TextLabelEval()
 OPTIMIZER = Optimizer(lr=1e-3, schedule="linear", warmup=50)
 VOCAB = 12  # and the mask token
 BERT = dict(vocab=VOCAB + 1, heads=4, max_length=16, init_std=0.1)
 FAST = Optimizer(lr=2e-3, schedule="cosine", warmup=200)
-TEACHER = spec("models.language.bert:BertClassifier", dim=64, mlp=128, depth=4, **BERT)
-STUDENT = spec("models.language.bert:BertClassifier", dim=32, mlp=64, depth=2, **BERT)
+TEACHER = BertClassifier(dim=64, mlp=128, depth=4, **BERT)
+STUDENT = BertClassifier(dim=32, mlp=64, depth=2, **BERT)
 
 
 def trained(
     steps: int,
-    method=spec("methods.language.ernie_tiny:FineTune"),
+    method=FineTune(),
     data=DATA,
     runs=None,
     evaluation=EVAL,
@@ -48,13 +54,11 @@ def get_config(variant=""):
     plan = tuple(variant.split(",")) if variant else ("GD", "GED", "TAD", "TSD")
     pretrained = trained(
         750,
-        spec(
-            "methods.language.masked_lm:MaskedLM", mask_token=VOCAB, vocab=VOCAB, prefix="general_"
-        ),
-        spec("data.patterns:Patterns", batch_size=64),
+        MaskedLM(mask_token=VOCAB, vocab=VOCAB, prefix="general_"),
+        Patterns(batch_size=64),
         evaluation=None,
         student=Role(model=TEACHER, optimizer=FAST),
-        head=Role(model=spec("models.heads:Projection", inputs=64, outputs=VOCAB), optimizer=FAST),
+        head=Role(model=Projection(inputs=64, outputs=VOCAB), optimizer=FAST),
     )
     return experiment(
         steps=STEPS,
@@ -68,8 +72,7 @@ def get_config(variant=""):
             baseline=trained(STEPS, student=Role(model=STUDENT, optimizer=OPTIMIZER)),
         ),
         data=DATA,
-        method=spec(
-            "methods.language.ernie_tiny:ErnieTiny",
+        method=ErnieTiny(
             student_depth=2,
             teacher_depth=4,
             plan=plan,
@@ -79,9 +82,7 @@ def get_config(variant=""):
             pretrained=Role(init="@pretrained"),
             teacher=Role(init="@teacher"),
             student=Role(model=STUDENT, optimizer=OPTIMIZER),
-            projection=Role(
-                model=spec("models.heads:Projection", inputs=32, outputs=64), optimizer=OPTIMIZER
-            ),
+            projection=Role(model=Projection(inputs=32, outputs=64), optimizer=OPTIMIZER),
         ),
         evaluation=EVAL,
         claim=dict(

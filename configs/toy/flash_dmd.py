@@ -18,9 +18,17 @@ last steps: at 5000 engine steps and a weight of 0.003 it measured 0.009 at two 
 and 0.089.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.rings import Rings
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import TextureEval
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.flash_dmd import FlashDMD
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.heads import Discriminator, Heads
+from jaxdistill.models.vision.judges import Identity, PointFeatures
 
 ABLATIONS = {
     "no GAN": ("method.gan_weight=0",),
@@ -36,8 +44,8 @@ TIMES = (
 UPDATES = 1500  # of the student, in both runs
 GAN = 0.01  # its weight, in both
 RINGS = dict(seed=0, labelled=False, batch_size=128)
-DATA = spec("data.rings:Rings", **RINGS)
-EVALUATION = spec("evals.points:TextureEval", samples=4000, student_steps=(4,), teacher_steps=(50,))
+DATA = Rings(**RINGS)
+EVALUATION = TextureEval(samples=4000, student_steps=(4,), teacher_steps=(50,))
 STUDENT = Role(
     init="@start", optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.995)
 )
@@ -51,11 +59,11 @@ def start():
     """
     return experiment(
         steps=2000,
-        data=spec("data.rings:Rings", thickness=0.75, **RINGS),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Rings(thickness=0.75, **RINGS),
+        method=FlowMatching(),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 optimizer=Optimizer(lr=1e-3, schedule="cosine"),
             )
@@ -71,14 +79,12 @@ def dmd2():
         steps=5 * UPDATES,
         runs=dict(start=start()),
         data=DATA,
-        method=spec(
-            "methods.distribution.dmd2:DMD2", student_times=TIMES, critic_steps=5, gan_weight=GAN
-        ),
+        method=DMD2(student_times=TIMES, critic_steps=5, gan_weight=GAN),
         roles=dict(
             teacher=Role(init="exact"),
             student=STUDENT,
             fake=FAKE,
-            disc=Role(model=spec("models.heads:Discriminator", dim=128), optimizer=CRITIC),
+            disc=Role(model=Discriminator(dim=128), optimizer=CRITIC),
         ),
         evaluation=EVALUATION,
         checkpoint_every=5000,
@@ -90,16 +96,14 @@ def get_config():
         steps=UPDATES,
         runs=dict(start=start(), dmd2=dmd2()),
         data=DATA,
-        method=spec("methods.distribution.flash_dmd:FlashDMD", student_times=TIMES, gan_weight=GAN),
+        method=FlashDMD(student_times=TIMES, gan_weight=GAN),
         roles=dict(
             teacher=Role(init="exact"),
-            decoder=Role(model=spec("models.vision.judges:Identity")),
-            features=Role(
-                model=spec("models.vision.judges:PointFeatures", scale=4.0), init="random"
-            ),
+            decoder=Role(model=Identity()),
+            features=Role(model=PointFeatures(scale=4.0), init="random"),
             student=STUDENT,
             fake=FAKE,
-            disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),
+            disc=Role(model=Heads(dims=(128, 128, 128)), optimizer=CRITIC),
         ),
         evaluation=EVALUATION,
         claim=dict(

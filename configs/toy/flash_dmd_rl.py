@@ -16,7 +16,11 @@ updates alone run away from the data (1.3, 1.8, 3.7).
 """
 
 from configs.toy.flash_dmd import CRITIC, DATA, FAKE, GAN, STUDENT, TIMES, start
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
+from jaxdistill.evals.points import DirectionEval
+from jaxdistill.methods.distribution.flash_dmd_rl import FlashDMDRL
+from jaxdistill.models.heads import Heads
+from jaxdistill.models.vision.judges import Direction, Identity, PointFeatures
 
 
 def stages(steps: int, **method):
@@ -24,27 +28,22 @@ def stages(steps: int, **method):
     return dict(
         steps=steps,
         data=DATA,
-        method=spec(
-            "methods.distribution.flash_dmd_rl:FlashDMDRL",
+        method=FlashDMDRL(
             student_times=TIMES,
             gan_weight=GAN,
             **method,
         ),
         roles=dict(
             teacher=Role(init="exact"),
-            decoder=Role(model=spec("models.vision.judges:Identity")),
-            features=Role(
-                model=spec("models.vision.judges:PointFeatures", scale=4.0), init="random"
-            ),
+            decoder=Role(model=Identity()),
+            features=Role(model=PointFeatures(scale=4.0), init="random"),
             reference=Role(init="student"),
-            reward=Role(model=spec("models.vision.judges:Direction")),
+            reward=Role(model=Direction()),
             student=STUDENT,
             fake=FAKE,
-            disc=Role(model=spec("models.heads:Heads", dims=(128, 128, 128)), optimizer=CRITIC),
+            disc=Role(model=Heads(dims=(128, 128, 128)), optimizer=CRITIC),
         ),
-        evaluation=spec(
-            "evals.points:DirectionEval", samples=4000, student_steps=(4,), teacher_steps=(50,)
-        ),
+        evaluation=DirectionEval(samples=4000, student_steps=(4,), teacher_steps=(50,)),
     )
 
 

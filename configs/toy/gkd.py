@@ -11,20 +11,26 @@ text (`baseline`).
 """
 
 from configs.toy.kd import DATA
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.language import Markov
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.language.lm import LM
 
-LM = spec("models.language.lm:LM", vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48)
+STUDENT = LM(vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48)
 OPTIMIZER = Optimizer(lr=3e-3, schedule="cosine", warmup=20)
 
 
 def start():
     return experiment(
         steps=300,
-        data=spec("data.language:Markov", **DATA),
-        method=spec("methods.language.sft:SFT"),
-        roles=dict(student=Role(model=LM, optimizer=OPTIMIZER)),
-        evaluation=spec("evals.text:TextEval", prompt_length=8),
+        data=Markov(**DATA),
+        method=SFT(),
+        roles=dict(student=Role(model=STUDENT, optimizer=OPTIMIZER)),
+        evaluation=TextEval(prompt_length=8),
     )
 
 
@@ -32,18 +38,18 @@ def distil(method, runs=None, **rest):
     return experiment(
         steps=400,
         runs=dict(start=start(), **(runs or {})),
-        data=spec("data.language:Markov", **DATA),
+        data=Markov(**DATA),
         method=method,
         roles=dict(teacher=Role(init="exact"), student=Role(init="@start", optimizer=OPTIMIZER)),
-        evaluation=spec("evals.text:TextEval", prompt_length=8),
+        evaluation=TextEval(prompt_length=8),
         **rest,
     )
 
 
 def get_config():
     return distil(
-        spec("methods.language.gkd:GKD", beta=0.9, on_policy=1.0, prompt_length=8),
-        dict(baseline=distil(spec("methods.language.kd:KD"))),
+        GKD(beta=0.9, on_policy=1.0, prompt_length=8),
+        dict(baseline=distil(KD())),
         claim=dict(
             metric="rollout_reverse_kl",
             model="student",

@@ -9,21 +9,27 @@ right, never the answer.
 2: 1, .69, .94 against .5, .25, .25.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.language import Recall
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.grpo import GRPO
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.reward import Share
 
 
 def train(steps: int):
     """Supervised training on the answers."""
-    model = spec("models.language.lm:LM", vocab=8, dim=64, mlp=128, heads=4, depth=2, max_length=8)
+    model = LM(vocab=8, dim=64, mlp=128, heads=4, depth=2, max_length=8)
     return experiment(
         steps=steps,
-        data=spec("data.language:Recall", batch_size=64),
-        method=spec("methods.language.sft:SFT"),
+        data=Recall(batch_size=64),
+        method=SFT(),
         roles=dict(
             student=Role(model=model, optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20))
         ),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
     )
 
 
@@ -36,19 +42,18 @@ def improve(method, *, lr=1e-3, runs=None, roles=None, **rest):
     return experiment(
         steps=400,
         runs=dict(start=train(12), **(runs or {})),
-        data=spec("data.language:Recall", batch_size=16),
+        data=Recall(batch_size=16),
         method=method,
         roles={**own, **(roles or {})},
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
         **rest,
     )
 
 
 def get_config():
     return improve(
-        spec(
-            "methods.language.grpo:GRPO",
-            reward=spec("objectives.reward:Share"),
+        GRPO(
+            reward=Share(),
             group=32,
             updates=4,
         ),

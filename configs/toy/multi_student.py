@@ -14,14 +14,18 @@ exact; all networks have width 24.
 matching out.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.evals.points import LabelledPointEval
 from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.distribution.multi_student import TSM
+from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.heads import Discriminator
 from jaxdistill.objectives.partition import Consecutive, Shuffled
 
 ABLATIONS = {
@@ -35,8 +39,7 @@ SHARE = 64
 
 def distil(cells: int, kind=Consecutive, runs=None, **rest):
     """`cells` students, each on batches of SHARE."""
-    method = spec(
-        "methods.distribution.multi_student:MultiStudent",
+    method = MultiStudent(
         partition=kind(cells=cells, classes=CLASSES),
         tsm=TSM(times=Uniform(), target="v"),
         dm=DMD(batches=100, solver_steps=16),
@@ -45,8 +48,7 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
     )
     return experiment(
         steps=5000,
-        data=spec(
-            "data.mixtures:Mixture",
+        data=Mixture(
             batch_size=SHARE * cells,
             modes=4 * CLASSES,
             std=0.04,
@@ -56,7 +58,7 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.denoisers.mlp:MLP", width=WIDTH, depth=2, classes=CLASSES),
+                model=MLP(width=WIDTH, depth=2, classes=CLASSES),
                 denoiser=Denoiser(),
                 init="fresh",
                 bank=cells,
@@ -65,13 +67,12 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
             ),
             fake=Role(init="student", bank=cells, optimizer=Optimizer(lr=2e-3, b1=0.0)),
             disc=Role(
-                model=spec("models.heads:Discriminator", dim=WIDTH, width=WIDTH, classes=CLASSES),
+                model=Discriminator(dim=WIDTH, width=WIDTH, classes=CLASSES),
                 bank=cells,
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),
-        evaluation=spec(
-            "evals.points:LabelledPointEval",
+        evaluation=LabelledPointEval(
             samples=4000,
             student_steps=(1,),
             teacher_steps=(50, 1),

@@ -10,24 +10,29 @@ perplexity, over both languages, than one that learns from the mixture of both t
 seed 1: 3.680 against 4.902.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.domains import Chains
+from jaxdistill.evals.domains import DomainEval
+from jaxdistill.methods.language.multi_teacher import EnsembleKD, RoutedKD
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.models.language.lm import LM
 
 DATA = dict(vocab=12, length=32, branches=(2, 4), batch_size=32)
 OPTIMIZER = Optimizer(lr=3e-3, schedule="cosine", warmup=20)
-EVAL = spec("evals.domains:DomainEval", samples=1000)
+EVAL = DomainEval(samples=1000)
 
 
 def network(**sizes):
-    return spec("models.language.lm:LM", vocab=12, heads=4, max_length=32, **sizes)
+    return LM(vocab=12, heads=4, max_length=32, **sizes)
 
 
 def specialist(*weights: float):
     """Ordinary training of a teacher on one of the languages."""
     return experiment(
         steps=300,
-        data=spec("data.domains:Chains", weights=weights, **DATA),
-        method=spec("methods.language.sft:SFT"),
+        data=Chains(weights=weights, **DATA),
+        method=SFT(),
         roles=dict(student=Role(model=network(dim=64, mlp=128, depth=2), optimizer=OPTIMIZER)),
         evaluation=EVAL,
     )
@@ -37,7 +42,7 @@ def distil(method, runs=None, **rest):
     return experiment(
         steps=400,
         runs=dict(first=specialist(1.0, 0.0), second=specialist(0.0, 1.0), **(runs or {})),
-        data=spec("data.domains:Chains", **DATA),
+        data=Chains(**DATA),
         method=method,
         roles=dict(
             teacher=Role(init="@first"),
@@ -51,8 +56,8 @@ def distil(method, runs=None, **rest):
 
 def get_config():
     return distil(
-        spec("methods.language.multi_teacher:RoutedKD"),
-        dict(baseline=distil(spec("methods.language.multi_teacher:EnsembleKD"))),
+        RoutedKD(),
+        dict(baseline=distil(EnsembleKD())),
         claim=dict(
             metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.95
         ),

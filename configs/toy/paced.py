@@ -41,13 +41,14 @@ steadier, and the toy is left as it is.
 """
 
 from configs.toy.tsd_kd import WRITING, distil
-from jaxdistill.core.build import spec
+from jaxdistill.data.language import JunkCarry
+from jaxdistill.methods.language.paced import Paced
 
 
 def paced(runs=None, claim=None, **exponents):
     return distil(
-        spec("methods.language.paced:Paced", batches=300, **exponents, **WRITING),
-        spec("data.language:JunkCarry", digits=2, batch_size=32),
+        Paced(batches=300, **exponents, **WRITING),
+        JunkCarry(digits=2, batch_size=32),
         steps=300,
         runs=runs,
         claim=claim,

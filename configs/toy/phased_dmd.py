@@ -15,35 +15,38 @@ weight, `--config.method.fake_clamp=inf` the plain loss of the fake scores,
 `--config.method.coupling=0.97` ties these to the experts.
 """
 
-from jaxdistill.core.build import Role, build, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.evals.points import ChainEval
+from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "disjoint intervals": ("method.nested=false", "claim.metric=energy"),
     "four phases (better in the paper)": (":four", "claim.metric=energy"),
 }
-DATA = spec("data.mixtures:Mixture", seed=0, labelled=False)
+DATA = Mixture(seed=0, labelled=False)
 
 
 def pretrain():
     """The network that experts and fake scores start from."""
     student = Role(
-        model=spec("models.denoisers.mlp:MLP", width=96, depth=2),
+        model=MLP(width=96, depth=2),
         denoiser=Denoiser(),
         optimizer=Optimizer(lr=2e-3, schedule="cosine"),
         ema=Ema(rate=0.99),
     )
-    method = spec(
-        "methods.trajectory.flow_matching:FlowMatching", times=Uniform(), label_dropout=0.0
-    )
+    method = FlowMatching(times=Uniform(), label_dropout=0.0)
     return experiment(steps=3000, data=DATA, method=method, roles=dict(student=student))
 
 
 def distil(*phase_steps: int, runs=None, **rest):
-    method = spec("methods.distribution.phased_dmd:PhasedDMD", phase_steps=phase_steps)
+    method = PhasedDMD(phase_steps=phase_steps)
     rate = lambda role: 1e-3 if role.startswith("fake") else 2e-4
     optimizer = lambda role: Optimizer(
         lr=rate(role), b1=0.0, schedule="constant" if role.startswith("fake") else "cosine"
@@ -54,11 +57,10 @@ def distil(*phase_steps: int, runs=None, **rest):
         method=method,
         roles=dict(
             teacher=Role(init="exact"),
-            **{r: Role(init="@base", optimizer=optimizer(r)) for r in build(method).inits},
+            **{r: Role(init="@base", optimizer=optimizer(r)) for r in method.inits},
         ),
         runs=dict(base=pretrain(), **(runs or {})),
-        evaluation=spec(
-            "evals.points:ChainEval",
+        evaluation=ChainEval(
             state=0.5,
             student_steps=(4,),
             teacher_steps=(50, 4),

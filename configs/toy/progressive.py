@@ -7,29 +7,31 @@ halved five times.
 tenth of the teacher's at one step. `--config.data.seed=N` makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.progressive import Progressive
+from jaxdistill.models.denoisers.mlp import MLP
 
 
 def get_config():
     return experiment(
         steps=6000,
-        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec("methods.trajectory.progressive:Progressive", teacher_steps=32),
+        data=Mixture(seed=0, labelled=False),
+        method=Progressive(teacher_steps=32),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
                 ema=Ema(rate=0.995),
             ),
         ),
-        evaluation=spec(
-            "evals.points:PointEval", student_steps=(1,), teacher_steps=(32, 1), solver="ddim"
-        ),
+        evaluation=PointEval(student_steps=(1,), teacher_steps=(32, 1), solver="ddim"),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
         ),

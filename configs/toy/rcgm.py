@@ -10,13 +10,18 @@ four steps 0.0088, 0.0030, 0.0038. `--config.data.seed=N` makes another mixture;
 no averaged network.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer, RampEma
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.methods.trajectory.rcgm import RCGM
+from jaxdistill.models.denoisers.mlp import MLP
 
-DATA = spec("data.mixtures:Mixture", seed=0, labelled=False)
+DATA = Mixture(seed=0, labelled=False)
 STUDENT = Role(
-    model=spec("models.denoisers.mlp:MLP", second_time=True),
+    model=MLP(second_time=True),
     denoiser=Denoiser(),
     optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
     ema=RampEma(rate=0.99),
@@ -28,9 +33,9 @@ def flow():
     return experiment(
         steps=2000,
         data=DATA,
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        method=FlowMatching(),
         roles=dict(student=STUDENT),
-        evaluation=spec("evals.points:PointEval", student_steps=(50, 4, 1)),
+        evaluation=PointEval(student_steps=(50, 4, 1)),
     )
 
 
@@ -39,9 +44,9 @@ def get_config():
         steps=4000,
         runs=dict(flow=flow()),
         data=DATA,
-        method=spec("methods.trajectory.rcgm:RCGM", enhance=0.0),
+        method=RCGM(enhance=0.0),
         roles=dict(student=STUDENT),
-        evaluation=spec("evals.points:PointEval", student_steps=(1, 2, 4)),
+        evaluation=PointEval(student_steps=(1, 2, 4)),
         claim=dict(
             metric="energy", model="student@1", baseline="flow@1", better="lower", ratio=0.1
         ),

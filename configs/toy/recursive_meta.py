@@ -9,12 +9,16 @@ generation keeps 0.3 of the teacher as its target than where each learns from th
 (`baseline`: gamma 0).
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.data.language import Markov
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.recursive_meta import RecursiveMeta
+from jaxdistill.models.language.lm import LM
 
 DATA = dict(vocab=12, length=32, batch_size=32)
 STUDENT = Role(
-    model=spec("models.language.lm:LM", vocab=12, dim=32, mlp=64, heads=4, depth=2, max_length=32),
+    model=LM(vocab=12, dim=32, mlp=64, heads=4, depth=2, max_length=32),
     optimizer=Optimizer(lr=4e-3, schedule="cosine", warmup=10),
 )
 
@@ -23,10 +27,10 @@ def distil(gamma: float, runs=None, **rest):
     return experiment(
         steps=1500,
         runs=runs or {},
-        data=spec("data.language:Markov", **DATA),
-        method=spec("methods.language.recursive_meta:RecursiveMeta", gamma=(gamma,), generations=5),
+        data=Markov(**DATA),
+        method=RecursiveMeta(gamma=(gamma,), generations=5),
         roles=dict(teacher=Role(init="exact"), student=STUDENT),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
         **rest,
     )
 

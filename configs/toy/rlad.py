@@ -7,17 +7,18 @@ reward, the greedy `accuracy` is at least 1.3 times that of GRPO (`baseline`), w
 """
 
 from configs.toy.grpo import improve, train
-from jaxdistill.core.build import Role, spec
+from jaxdistill.core.build import Role
+from jaxdistill.methods.language.grpo import GRPO
+from jaxdistill.methods.language.rlad import RLAD
+from jaxdistill.objectives.reward import Share
 
-METHOD = dict(reward=spec("objectives.reward:Share"), updates=4, clip_high=0.28, kl_weight=0.0)
+METHOD = dict(reward=Share(), updates=4, clip_high=0.28, kl_weight=0.0)
 
 
 def get_config():
     return improve(
-        spec("methods.language.rlad:RLAD", clamp="straight_through", **METHOD),
-        runs=dict(
-            teacher=train(40), baseline=improve(spec("methods.language.grpo:GRPO", **METHOD))
-        ),
+        RLAD(clamp="straight_through", **METHOD),
+        runs=dict(teacher=train(40), baseline=improve(GRPO(**METHOD))),
         roles=dict(teacher=Role(init="@teacher")),
         claim=dict(
             metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3

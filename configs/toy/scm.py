@@ -8,30 +8,33 @@ process. The weight is slow: an exact teacher leaves next to no error at small t
 would blow up. `--config.data.seed=N` makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.scm import SCM
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.heads import TimeWeight
 
 
 def get_config():
     return experiment(
         steps=6000,
-        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec("methods.trajectory.scm:SCM", tangent_warmup=1000),
+        data=Mixture(seed=0, labelled=False),
+        method=SCM(tangent_warmup=1000),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-3, b2=0.99, schedule="cosine"),
                 ema=Ema(rate=0.995),
             ),
-            weight=Role(
-                model=spec("models.heads:TimeWeight"), optimizer=Optimizer(lr=1e-4, b2=0.99)
-            ),
+            weight=Role(model=TimeWeight(), optimizer=Optimizer(lr=1e-4, b2=0.99)),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1, 2), teacher_steps=(50, 2, 1)),
+        evaluation=PointEval(student_steps=(1, 2), teacher_steps=(50, 2, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
         ),

@@ -14,18 +14,20 @@ weights and labels, and without labels after the first round (`:pure`) .905, .97
 says is tested where it is exact, on the kernel (tests/objectives/test_ridge.py).
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.digits import LabelledDigits
+from jaxdistill.evals.labels import LabelEval
+from jaxdistill.methods.language.self_distillation import EstimatedAlpha, SelfDistillation
+from jaxdistill.models.vision.perceptron import Perceptron
 
 ROUND = 400
-STUDENT = Role(
-    model=spec("models.vision.perceptron:Perceptron", width=64), optimizer=Optimizer(lr=3e-3)
-)
+STUDENT = Role(model=Perceptron(width=64), optimizer=Optimizer(lr=3e-3))
 
 
 def distil(
-    method: str = "SelfDistillation",
+    method: type[SelfDistillation] = SelfDistillation,
     rounds: int = 5,
     runs=None,
     heldout: float = 0.0,
@@ -36,12 +38,10 @@ def distil(
     return experiment(
         steps=ROUND * (stages or rounds),
         runs=runs or {},
-        data=spec("data.digits:LabelledDigits", batch_size=40, heldout=heldout),
-        method=spec(
-            f"methods.language.self_distillation:{method}", rounds=rounds, batches=10, **fields
-        ),
+        data=LabelledDigits(batch_size=40, heldout=heldout),
+        method=method(rounds=rounds, batches=10, **fields),
         roles=dict(student=STUDENT),
-        evaluation=spec("evals.labels:LabelEval"),
+        evaluation=LabelEval(),
         claim=claim,
     )
 
@@ -53,6 +53,6 @@ def get_config(variant=""):
     variants = {
         "": dict(alpha=0.3, **against),
         "pure": dict(alpha=0.0, **against),
-        "estimated": dict(method="EstimatedAlpha", rounds=3, heldout=0.2, stages=5),
+        "estimated": dict(method=EstimatedAlpha, rounds=3, heldout=0.2, stages=5),
     }
     return distil(**lookup(variants, variant, "variant"))

@@ -11,12 +11,12 @@ against .113, .074, .098: it does not hold on seed 1, whose teacher is right on 
 """
 
 from configs.toy.tsd_kd import WRITING, distil, train
-from jaxdistill.core.build import spec
+from jaxdistill.methods.language.sequence_kd import SequenceKD
 
 
 def get_config():
     return distil(
-        spec("methods.language.sequence_kd:SequenceKD", **WRITING),
+        SequenceKD(**WRITING),
         runs=dict(baseline=train(200)),
         claim=dict(
             metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3

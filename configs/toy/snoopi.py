@@ -16,10 +16,16 @@ with; extrapolated outputs .417, .373, .352, at twice the calls, with .215, .421
 """
 
 from configs.toy import swiftbrush
-from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment
 from jaxdistill.core.optim import CopyEma, Ema, Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.shapes import Shapes
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.evals.negative import NegativeEval
+from jaxdistill.methods.distribution.snoopi import PGSB
+from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.unet import UNet
 
 FIXED = 7.5  # the scale of guidance of the baseline
 ABLATIONS = {
@@ -39,10 +45,10 @@ def shapes(method, roles, runs=None, steps=1500, **rest):
     return experiment(
         steps=steps,
         runs=runs or {},
-        data=spec("data.shapes:Shapes", seed=0, batch_size=64),
+        data=Shapes(seed=0, batch_size=64),
         method=method,
         roles=roles,
-        evaluation=spec("evals.negative:NegativeEval", student_steps=(1,), teacher_steps=(25,)),
+        evaluation=NegativeEval(student_steps=(1,), teacher_steps=(25,)),
         checkpoint_every=1500,
         **rest,
     )
@@ -50,8 +56,7 @@ def shapes(method, roles, runs=None, steps=1500, **rest):
 
 def nasa():
     """A student of captioned pictures, and what a negative prompt does to it at inference."""
-    model = spec(
-        "models.denoisers.unet:UNet",
+    model = UNet(
         size=6,
         channels=3,
         widths=(24, 48),
@@ -61,7 +66,7 @@ def nasa():
         text_dim=16,
     )
     teacher = shapes(
-        spec("methods.trajectory.flow_matching:FlowMatching"),
+        FlowMatching(),
         dict(
             student=Role(
                 model=model,
@@ -72,7 +77,7 @@ def nasa():
         ),
     )
     return shapes(
-        spec("methods.distribution.snoopi:PGSB"),
+        PGSB(),
         dict(
             teacher=Role(init="@teacher"),
             student=Role(optimizer=Optimizer(lr=2e-4, schedule="cosine"), ema=CopyEma()),
@@ -87,9 +92,9 @@ def nasa():
 
 
 def pgsb():
-    fixed = spec("methods.distribution.swiftbrush:SwiftBrush", guidance=FIXED, fake_guidance=FIXED)
+    fixed = SwiftBrush(guidance=FIXED, fake_guidance=FIXED)
     return swiftbrush.distil(
-        spec("methods.distribution.snoopi:PGSB"),
+        PGSB(),
         runs=dict(fixed=swiftbrush.distil(fixed, roles=dict(fake=swiftbrush.fake()))),
         roles=dict(fake=swiftbrush.fake()),
         claim=dict(

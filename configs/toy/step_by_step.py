@@ -14,21 +14,25 @@ learned in 1,500 steps) .076 against .545, with `--config.method.alpha=0.8` .461
 0 each). The paper's gain is that of a language model that was trained before.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.rationales import Sums
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.sft import SFT
+from jaxdistill.methods.language.step_by_step import StepByStep
+from jaxdistill.models.language.lm import LM
 
 
 def train(method, runs=None, joined=False, **rest):
     return experiment(
         steps=1500,
         runs=runs or {},
-        data=spec("data.rationales:Sums", size=800, batch_size=64, joined=joined),
+        data=Sums(size=800, batch_size=64, joined=joined),
         method=method,
         roles=dict(
             student=Role(
-                model=spec(
-                    "models.language.lm:LM",
+                model=LM(
                     vocab=15,
                     dim=64,
                     mlp=128,
@@ -39,7 +43,7 @@ def train(method, runs=None, joined=False, **rest):
                 optimizer=Optimizer(lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.1),
             )
         ),
-        evaluation=spec("evals.text:TextEval", samples=1000, batch=1000),
+        evaluation=TextEval(samples=1000, batch=1000),
         **rest,
     )
 
@@ -49,10 +53,10 @@ def get_config(variant=""):
     tokens.
     """
     if lookup({"": False, "joined": True}, variant, "variant"):
-        return train(spec("methods.language.sft:SFT"), joined=True)
+        return train(SFT(), joined=True)
     return train(
-        spec("methods.language.step_by_step:StepByStep"),
-        dict(baseline=train(spec("methods.language.sft:SFT"))),
+        StepByStep(),
+        dict(baseline=train(SFT())),
         claim=dict(
             metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.05
         ),

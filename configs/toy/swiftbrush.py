@@ -11,33 +11,37 @@ score distillation (SDS, without the fake score), which collapses. Measured on s
 `--config.method.fake_guidance=1` DMD's guidance.
 """
 
-from jaxdistill.core.build import Lora, Role, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment
 from jaxdistill.core.optim import CopyEma, Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import LabelledPointEval
+from jaxdistill.methods.distribution.swiftbrush import SDS, SwiftBrush
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "full weights for the fake score (not in the paper)": ("roles.fake.lora.rank=0",),
     "no guidance of the fake score, DMD's choice (not in the paper)": ("method.fake_guidance=1.0",),
 }
 DATA = dict(seed=0, batch_size=256)
-EVAL = "evals.points:LabelledPointEval"
 
 
 def train():
     """The teacher, by flow matching; label 6 is the null condition."""
     return experiment(
         steps=3000,
-        data=spec("data.mixtures:Mixture", **DATA),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Mixture(**DATA),
+        method=FlowMatching(),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.mlp:MLP", classes=6),
+                model=MLP(classes=6),
                 denoiser=Denoiser(),
                 optimizer=Optimizer(lr=2e-3, schedule="cosine"),
                 ema=Ema(rate=0.995),
             )
         ),
-        evaluation=spec(EVAL, student_steps=(50, 1)),
+        evaluation=LabelledPointEval(student_steps=(50, 1)),
         checkpoint_every=3000,
     )
 
@@ -46,14 +50,14 @@ def distil(method, runs=None, roles=None, **rest):
     return experiment(
         steps=4000,
         runs=dict(teacher=train(), **(runs or {})),
-        data=spec("data.mixtures:Mixture", **DATA),
+        data=Mixture(**DATA),
         method=method,
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(optimizer=Optimizer(lr=3e-4, schedule="cosine"), ema=CopyEma()),
             **(roles or {}),
         ),
-        evaluation=spec(EVAL, student_steps=(1,), teacher_steps=(50, 1), guidance=1.0),
+        evaluation=LabelledPointEval(student_steps=(1,), teacher_steps=(50, 1), guidance=1.0),
         checkpoint_every=2000,
         **rest,
     )
@@ -68,8 +72,8 @@ def fake(rank=8):
 
 def get_config():
     return distil(
-        spec("methods.distribution.swiftbrush:SwiftBrush"),
-        runs=dict(sds=distil(spec("methods.distribution.swiftbrush:SDS"))),
+        SwiftBrush(),
+        runs=dict(sds=distil(SDS())),
         roles=dict(fake=fake()),
         claim=dict(
             metric="class_energy", model="student@1", baseline="sds@1", better="lower", ratio=0.2

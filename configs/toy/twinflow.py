@@ -13,18 +13,23 @@ flow, which is what the push matches. `--config.method.rectify_weight=0` leaves 
 the run diverged (cosine schedule, seed 0).
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer, RampEma
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.rcgm import RCGM
+from jaxdistill.methods.trajectory.twinflow import TwinFlow
+from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "no push (rectification)": ("method.rectify_weight=0",),
     "no negative times": ('method.rows=("e2e","mul","any")',),
 }
-DATA = spec("data.mixtures:Mixture", seed=0, labelled=False, modes=8, radius=2.0, std=0.15)
-EVALUATION = spec("evals.points:PointEval", samples=10_000, student_steps=(1, 2, 4))
+DATA = Mixture(seed=0, labelled=False, modes=8, radius=2.0, std=0.15)
+EVALUATION = PointEval(samples=10_000, student_steps=(1, 2, 4))
 STUDENT = Role(
-    model=spec("models.denoisers.mlp:MLP", second_time=True),
+    model=MLP(second_time=True),
     denoiser=Denoiser(),
     optimizer=Optimizer(lr=1e-3, b2=0.99),
     ema=RampEma(rate=0.99),
@@ -36,7 +41,7 @@ def rcgm():
     return experiment(
         steps=7000,
         data=DATA,
-        method=spec("methods.trajectory.rcgm:RCGM", enhance=0.0),
+        method=RCGM(enhance=0.0),
         roles=dict(student=STUDENT),
         evaluation=EVALUATION,
         checkpoint_every=5000,
@@ -48,7 +53,7 @@ def get_config():
         steps=5000,
         runs=dict(rcgm=rcgm()),
         data=DATA,
-        method=spec("methods.trajectory.twinflow:TwinFlow", enhance=0.0),
+        method=TwinFlow(enhance=0.0),
         roles=dict(student=STUDENT),
         evaluation=EVALUATION,
         claim=dict(

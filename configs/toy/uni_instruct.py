@@ -10,10 +10,15 @@ reverse_kl, jkl, chi2, js; `--config.method.gan_weight=0` leaves the GAN out; `-
 makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.heads import Discriminator
 
 ABLATIONS = {
     "no GAN": ("method.gan_weight=0",),
@@ -25,15 +30,14 @@ ABLATIONS = {
 
 def get_config():
     net = dict(
-        model=spec("models.denoisers.mlp:MLP"),
+        model=MLP(),
         denoiser=Denoiser(param=EDMPrecond(), native=EDM()),
         init="fresh",
     )
     return experiment(
         steps=4000,
-        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec(
-            "methods.distribution.uni_instruct:UniInstruct",
+        data=Mixture(seed=0, labelled=False),
+        method=UniInstruct(
             critic_steps=2,
             critic_only=200,
             reverse_until=2000,
@@ -45,11 +49,11 @@ def get_config():
             ),
             fake=Role(**net, optimizer=Optimizer(lr=1e-3, b1=0.0)),
             disc=Role(
-                model=spec("models.heads:Discriminator", features=1, dim=128),
+                model=Discriminator(features=1, dim=128),
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
         ),

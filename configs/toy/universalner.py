@@ -9,21 +9,24 @@ strict micro-F1 is higher where absent types were asked for too, drawn by freque
 same steps without (`baseline`), where a student always finds something.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
+from jaxdistill.data.ner import Slots
+from jaxdistill.evals.ner import NerEval
+from jaxdistill.methods.language.universalner import UniversalNER
+from jaxdistill.models.language.lm import LM
 
 
 def train(negatives: str, runs=None, **rest):
     return experiment(
         steps=1200,
         runs=runs or {},
-        data=spec("data.ner:Slots", negatives=negatives, batch_size=64),
-        method=spec("methods.language.universalner:UniversalNER"),
+        data=Slots(negatives=negatives, batch_size=64),
+        method=UniversalNER(),
         roles=dict(
             student=Role(
-                model=spec(
-                    "models.language.lm:LM",
+                model=LM(
                     vocab=107,
                     dim=64,
                     mlp=128,
@@ -34,7 +37,7 @@ def train(negatives: str, runs=None, **rest):
                 optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=50),
             )
         ),
-        evaluation=spec("evals.ner:NerEval", samples=1200, batch=1200),
+        evaluation=NerEval(samples=1200, batch=1200),
         **rest,
     )
 

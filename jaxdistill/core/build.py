@@ -145,19 +145,25 @@ def current(config: Any) -> Any:
     return {current_field(cls, key): value for key, value in given.items()}
 
 
-def _plain(value: Any) -> Any:
-    """A field's value as config data; dataclasses become dicts with their class under `name`."""
+def plain(value: Any) -> Any:
+    """An object of a dataclass as config data: its fields, and its class under `name`.
+
+    Objects in its fields become config data too; other values stay as they are.
+    Raises Refused on a value of another type, or out of its field's range.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        path = f"{type(value).__module__}:{type(value).__qualname__}".removeprefix("jaxdistill.")
+        cls = type(value)
+        path = f"{cls.__module__}:{cls.__qualname__}".removeprefix("jaxdistill.")
         given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-        plain = {name: _plain(part) for name, part in given.items()}
-        return ConfigDict({"name": path, **plain}, convert_dict=False)
+        _check_fields(cls, path, given)
+        held = {name: plain(fields.coerced(cls, name, part)) for name, part in given.items()}
+        return ConfigDict({"name": path, **held}, convert_dict=False)
     if value is None:
         return ConfigDict()
     if isinstance(value, ConfigDict):
         return value.copy_and_resolve_references()
     if isinstance(value, Mapping):
-        return ConfigDict({k: _plain(v) for k, v in value.items()})
+        return ConfigDict({k: plain(v) for k, v in value.items()})
     return value
 
 
@@ -167,7 +173,7 @@ def spec(name: str, **values: Any) -> ConfigDict:
     Raises Refused on an unknown field, and on a value of another type or out of range.
     """
     made = {k: build(v) if _is_spec(v) else v for k, v in values.items()}
-    return _plain(
+    return plain(
         _construct(name, made, "")
     )  # the class checks what it will be given, not its config
 
@@ -209,7 +215,7 @@ def _completed(config: Any) -> Any:
         return given
     fresh = {f.name: f.default for f in dataclasses.fields(cls) if f.init and f.name not in given}
     known = {name: value for name, value in fresh.items() if value is not dataclasses.MISSING}
-    return {**given, **{name: _jsonable(_plain(value)) for name, value in known.items()}}
+    return {**given, **{name: _jsonable(plain(value)) for name, value in known.items()}}
 
 
 def _known(name: str) -> Any:
@@ -321,7 +327,7 @@ def experiment(
     config's, and stay so when these are changed. Returned locked: a misspelt key is an error.
     """
     top = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
-    top = _plain(made(Run, "config", top, "config"))
+    top = plain(made(Run, "config", top, "config"))
     del top["name"]
     parts = dict(
         method=method,
@@ -331,7 +337,7 @@ def experiment(
         runs=dict(runs),
         roles=dict(roles),
     )
-    config = ConfigDict({**top, **{k: _plain(v) for k, v in parts.items()}})
+    config = ConfigDict({**top, **{k: plain(v) for k, v in parts.items()}})
     _share(config)
     return config.lock()
 

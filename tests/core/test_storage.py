@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core import build, sharding
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core import sharding
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.lora import adapt
 from jaxdistill.core.net import make_net, materialise, paths, resting
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Refused
+from jaxdistill.data.digits import Digits
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.evals.images import ImageEval
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.models.denoisers.dit import DiT
 from jaxdistill.run import loop
 from jaxdistill.run.experiment import Experiment
@@ -144,13 +149,13 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
 
 def config(**teacher):
     model = dict(
-        model=spec("models.denoisers.dit:DiT", size=8, patch=4, dim=16, depth=2, heads=2),
+        model=DiT(size=8, patch=4, dim=16, depth=2, heads=2),
         denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
     )
     flow = experiment(
         steps=3,
-        data=spec("data.digits:Digits", batch_size=8),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Digits(batch_size=8),
+        method=FlowMatching(),
         roles=dict(student=Role(**model, init="fresh")),
         checkpoint_every=3,
         tensorboard=False,
@@ -158,17 +163,15 @@ def config(**teacher):
     return experiment(
         steps=4,
         runs=dict(teacher=flow),
-        data=spec("data.digits:Digits", batch_size=8),
-        method=spec("methods.distribution.diff_instruct:DiffInstruct"),
+        data=Digits(batch_size=8),
+        method=DiffInstruct(),
         roles=dict(
             teacher=Role(init="@teacher", **teacher), student=Role(optimizer=Optimizer(lr=1e-3))
         ),
-        evaluation=spec(
-            "evals.images:ImageEval", samples=20, batch=20, student_steps=(1,), teacher_steps=(2,)
-        ),
+        evaluation=ImageEval(samples=20, batch=20, student_steps=(1,), teacher_steps=(2,)),
         checkpoint_every=2,
         tensorboard=False,
-        mesh=build.spec("core.sharding:MeshShape", fsdp=1),
+        mesh=MeshShape(fsdp=1),
     )
 
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.core.build import build, spec
 from jaxdistill.core.types import Refused
+from jaxdistill.data.synthetic import Synthetic
 
 ARRAYS = {
     "x": "normal 4 4 2",
@@ -20,7 +20,7 @@ ARRAYS = {
 
 
 def make(**kw):
-    return build(spec("data.synthetic:Synthetic", arrays=ARRAYS, batch_size=6, **kw))
+    return Synthetic(arrays=ARRAYS, batch_size=6, **kw)
 
 
 def test_shapes_dtypes_and_ranges():
@@ -54,4 +54,4 @@ def test_same_seed_same_batches_and_no_batch_twice():
 @pytest.mark.parametrize("text", ["normals 3", "integers", "normal a", "constant"])
 def test_another_description_is_refused(text):
     with pytest.raises(Refused, match=r"data\.arrays\.x="):
-        build(spec("data.synthetic:Synthetic", arrays={"x": text})).batch(0, slice(None))
+        Synthetic(arrays={"x": text}).batch(0, slice(None))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxdistill.core.build import build, spec
+from jaxdistill.data.digits import Digits
+from jaxdistill.data.idx import IDX
 from jaxdistill.evals import classifier
 
 
@@ -21,7 +22,7 @@ def accuracy(data) -> float:
 
 
 def test_reads_digits(tmp_path):
-    data = build(spec("data.digits:Digits"))
+    data = Digits()
     assert accuracy(data) > 0.95  # a linear model reaches it
     before = classifier.trained_on(data).weights[0]
     classifier.trained_on.cache_clear()
@@ -30,6 +31,4 @@ def test_reads_digits(tmp_path):
 
 
 def test_reads_mnist(shared_data):
-    assert (
-        accuracy(build(spec("data.idx:IDX", path=str(shared_data / "mnist")))) > 0.92
-    )  # what a linear model reaches
+    assert accuracy(IDX(path=str(shared_data / "mnist"))) > 0.92  # what a linear model reaches

@@ -5,6 +5,8 @@ import re
 import pytest
 
 from jaxdistill.core.types import Refused
+from jaxdistill.data.digits import Digits
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from launch._command import load_config, override
 
 MISTAKES = {
@@ -57,11 +59,11 @@ def test_a_file_that_is_not_there_names_a_near_one_and_walks_no_disk(tmp_path, m
 
 @pytest.mark.parametrize("text", ["-" * 20_000 + "1", "[" * 20_000, "(" * 500])
 def test_a_value_that_cannot_be_parsed_is_refused(text):
-    from jaxdistill.core.build import experiment, spec
+    from jaxdistill.core.build import experiment
 
     config = experiment(
-        data=spec("data.digits:Digits"),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Digits(),
+        method=FlowMatching(),
         roles={},
     )
     with pytest.raises(Refused) as refusal:

@@ -11,8 +11,13 @@ import pytest
 
 from jaxdistill.core import sharding
 from jaxdistill.core.net import forward_mode
+from jaxdistill.core.sharding import MeshShape
+from jaxdistill.data.synthetic import Synthetic
+from jaxdistill.methods.trajectory.scm import SCT
 from jaxdistill.models import attention as module
 from jaxdistill.models.attention import attention, blockwise, plain, splash
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.heads import TimeWeight
 
 B = 2
 T = 70
@@ -283,13 +288,12 @@ def test_an_scm_step_at_16k_tokens(record_property):
     """
     from pathlib import Path
 
-    from jaxdistill.core import build, sharding
-    from jaxdistill.core.build import Role, experiment, spec
+    from jaxdistill.core import sharding
+    from jaxdistill.core.build import Role, experiment
     from jaxdistill.diffusion.denoiser import Denoiser, Velocity
     from jaxdistill.run import loop
 
-    model = spec(
-        "models.denoisers.dit:DiT",
+    model = DiT(
         size=128,
         patch=1,
         channels=4,
@@ -302,10 +306,10 @@ def test_an_scm_step_at_16k_tokens(record_property):
     net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh")
     config = experiment(
         steps=1,
-        data=spec("data.synthetic:Synthetic", batch_size=1, arrays=arrays),
-        method=spec("methods.trajectory.scm:SCT"),
-        roles=dict(student=Role(**net), weight=Role(model=spec("models.heads:TimeWeight"))),
-        mesh=build.spec("core.sharding:MeshShape", fsdp=1),
+        data=Synthetic(batch_size=1, arrays=arrays),
+        method=SCT(),
+        roles=dict(student=Role(**net), weight=Role(model=TimeWeight())),
+        mesh=MeshShape(fsdp=1),
     )
     made = loop.Experiment(config, Path("unused"))
     with sharding.use(made.mesh, made.settings.rules):

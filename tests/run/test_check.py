@@ -16,8 +16,11 @@ from jaxdistill.core import build
 from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Ema, Optimizer
 from jaxdistill.core.types import Refused
+from jaxdistill.data.digits import Digits
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.dit import DiT
 from jaxdistill.run import loop
 from jaxdistill.run.check import check, rows
 from jaxdistill.run.experiment import Experiment
@@ -158,8 +161,8 @@ def labelled(classes: dict, count: int = 3):
         ema=Ema(rate=0.1),
         optimizer=Optimizer(lr=0.3),
     )
-    method = spec("methods.trajectory.flow_matching:FlowMatching", label_dropout=1.0)
-    data = spec("data.mixtures:Mixture", modes=count, batch_size=8)
+    method = FlowMatching(label_dropout=1.0)
+    data = Mixture(modes=count, batch_size=8)
     return experiment(
         steps=4,
         tensorboard=False,
@@ -307,12 +310,12 @@ def test_a_folders_config_imports_nothing_by_being_compared(tmp_path, monkeypatc
 def test_a_network_of_another_size_is_refused(tmp_path):
     """It would be taken, with positions in between."""
     role = Role(
-        model=spec("models.denoisers.dit:DiT", size=4, dim=16, depth=1, heads=2),
+        model=DiT(size=4, dim=16, depth=1, heads=2),
         denoiser=Denoiser(),
     )
     config = experiment(
-        data=spec("data.digits:Digits"),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Digits(),
+        method=FlowMatching(),
         roles={"student": role},
     )
     with pytest.raises(
@@ -324,4 +327,4 @@ def test_a_network_of_another_size_is_refused(tmp_path):
 
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(Refused, match=r"dim=30: expected a multiple of heads=4"):
-        spec("models.denoisers.dit:DiT", dim=30, heads=4)
+        DiT(dim=30, heads=4)

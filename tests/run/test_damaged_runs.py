@@ -16,9 +16,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.sharding import MeshShape
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.run import loop, metrics
 from jaxdistill.run.checkpoint import Checkpoints
 
@@ -38,15 +42,11 @@ def config():
         log_every=2,
         checkpoint_every=2,
         tensorboard=False,
-        data=spec("data.mixtures:Mixture", batch_size=16),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Mixture(batch_size=16),
+        method=FlowMatching(),
         mesh=MeshShape(data=1, fsdp=1, tensor=1),
-        roles=dict(
-            student=Role(
-                model=spec("models.denoisers.mlp:MLP", width=16, depth=1), denoiser=Denoiser()
-            )
-        ),
-        evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)),
+        roles=dict(student=Role(model=MLP(width=16, depth=1), denoiser=Denoiser())),
+        evaluation=PointEval(samples=100, student_steps=(2,)),
     )
 
 

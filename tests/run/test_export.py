@@ -17,6 +17,11 @@ from jaxdistill import interop
 from jaxdistill.core.build import Lora, Role, build, experiment, spec
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
+from jaxdistill.data.digits import Digits
+from jaxdistill.data.language import Carry, Markov
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.data.synthetic import Synthetic
+from jaxdistill.data.text import PackedJson, PaddedJson
 from jaxdistill.data.tokenizers import byte_files
 from jaxdistill.diffusion.denoiser import (
     Denoiser,
@@ -32,23 +37,30 @@ from jaxdistill.interop.families import dit
 from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.safetensors import write_json
 from jaxdistill.interop.tokenizer import with_special_tokens
+from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, EDMDiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.multi_student import MultiStudent
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
+from jaxdistill.methods.language.kd import KD
+from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.methods.trajectory.meanflow import MeanFlow
 from jaxdistill.methods.trajectory.progressive import Progressive
 from jaxdistill.methods.trajectory.reflow import Reflow
 from jaxdistill.methods.trajectory.scm import SCM
+from jaxdistill.models.denoisers.dit import DiT
+from jaxdistill.models.denoisers.unet import UNet
+from jaxdistill.models.language.lm import LM
+from jaxdistill.models.vision.perceptron import Perceptron
+from jaxdistill.objectives.partition import Consecutive
 from jaxdistill.run.experiment import Experiment
 from jaxdistill.run.export import Student, check, export
 from jaxdistill.run.loop import Trained
 
 NET = dict(
-    model=spec(
-        "models.denoisers.dit:DiT", size=4, patch=2, channels=1, dim=16, depth=2, heads=2, classes=4
-    ),
+    model=DiT(size=4, patch=2, channels=1, dim=16, depth=2, heads=2, classes=4),
     denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
 )
 
@@ -69,15 +81,14 @@ def reported(rows: list, **config) -> dict:
 @pytest.mark.parametrize("members", [0, 2])
 def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     role = Role(**NET, init="fresh", bank=members)
-    method = spec(
-        "methods.distribution.multi_student:MultiStudent",
-        partition=spec("objectives.partition:Consecutive", cells=2, classes=4),
+    method = MultiStudent(
+        partition=Consecutive(cells=2, classes=4),
         shares=(0.0, 1.0, 0.0),
     )
     if not members:
-        method = spec("methods.distribution.diff_instruct:DiffInstruct")
+        method = DiffInstruct()
     config = experiment(
-        data=spec("data.digits:Digits"),
+        data=Digits(),
         method=method,
         roles=dict(teacher=Role(**NET), student=role, fake=role),
     )
@@ -314,8 +325,8 @@ def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
     monkeypatch.setattr(Student, "family", dataclasses.replace(dit.FAMILY, call=call))
     student = Role(**NET, init="fresh")
     config = experiment(
-        data=spec("data.digits:Digits"),
-        method=spec("methods.trajectory.flow_matching:FlowMatching", solver="heun"),
+        data=Digits(),
+        method=FlowMatching(solver="heun"),
         roles=dict(student=student),
     )
     card = exported(config, tmp_path)[1]
@@ -326,12 +337,10 @@ def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
 
 
 def test_each_expert_leaves_with_the_scheduler_of_the_whole_chain(tmp_path):
-    method = spec(
-        "methods.distribution.phased_dmd:PhasedDMD", process=Flow(shift=5.0), phase_steps=(2, 2)
-    )
+    method = PhasedDMD(process=Flow(shift=5.0), phase_steps=(2, 2))
     net = {**NET, "model": {**NET["model"], "classes": 10}}
     config = experiment(
-        data=spec("data.digits:Digits"),
+        data=Digits(),
         method=method,
         roles=dict(
             teacher=Role(**net, init="fresh"), **{role: Role() for role in build(method).inits}
@@ -389,8 +398,7 @@ def run_card(card, torch, monkeypatch, folder, base=""):
     )
 
 
-UNET = spec(
-    "models.denoisers.unet:UNet",
+UNET = UNet(
     size=8,
     channels=1,
     widths=(8, 8),
@@ -418,8 +426,8 @@ def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
         else Role(lora=Lora(rank=2, targets=r".*attn[12]/to_[qkv]/kernel"))
     )
     config = experiment(
-        data=spec("data.digits:Digits"),
-        method=spec("methods.distribution.diff_instruct:DiffInstruct"),
+        data=Digits(),
+        method=DiffInstruct(),
         roles=dict(teacher=teacher, student=student, fake=student),
     )
     trained, card = exported(config, tmp_path, ("teacher", "student"), adapter=leaves == "adapter")
@@ -447,8 +455,8 @@ def test_a_class_without_adapters_leaves_merged_only(tmp_path):
         fake=Role(lora=Lora(rank=2)),
     )
     config = experiment(
-        data=spec("data.digits:Digits"),
-        method=spec("methods.distribution.diff_instruct:DiffInstruct"),
+        data=Digits(),
+        method=DiffInstruct(),
         roles=roles,
     )
     with pytest.raises(
@@ -480,8 +488,8 @@ def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkey
         init="fresh",
     )
     config = experiment(
-        data=spec("data.digits:Digits"),
-        method=spec("methods.distribution.diff_instruct:EDMDiffInstruct"),
+        data=Digits(),
+        method=EDMDiffInstruct(),
         roles=dict(teacher=role, student=role, fake=role),
     )
     trained, card = exported(config, tmp_path)
@@ -526,7 +534,7 @@ def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkey
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
 
 
-TINY = spec("models.language.lm:LM", vocab=259, dim=16, mlp=16, heads=2, depth=1, max_length=32)
+TINY = LM(vocab=259, dim=16, mlp=16, heads=2, depth=1, max_length=32)
 
 
 @pytest.fixture
@@ -553,9 +561,7 @@ def tokenizer(tmp_path):
 def language(data, student=TINY, **roles):
     """The config of an ordinary training on `data`."""
     student = student if isinstance(student, Role) else Role(model=student, init="fresh")
-    return experiment(
-        data=data, method=spec("methods.language.sft:SFT"), roles=dict(student=student, **roles)
-    )
+    return experiment(data=data, method=SFT(), roles=dict(student=student, **roles))
 
 
 def in_transformers(out):
@@ -574,7 +580,7 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     """transformers stops where the network is made to say the end token, and not before; its ids
     are those of training.
     """
-    data = spec("data.text:PackedJson", length=32, batch_size=4, path=prompts)
+    data = PackedJson(length=32, batch_size=4, path=prompts)
     trained, card = exported(language(data), tmp_path)
     model, tokenizer, generation = in_transformers(tmp_path / "out")
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (
@@ -614,8 +620,7 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
 
 
 def test_a_stored_tokenizer_goes_along_without_its_code(prompts, tokenizer, tmp_path):
-    data = spec(
-        "data.text:PaddedJson",
+    data = PaddedJson(
         prompt_length=16,
         response_length=16,
         batch_size=4,
@@ -639,8 +644,7 @@ def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tm
     for file in tokenizer.glob("[t,c]*.j*"):
         if file.name != "config.json":
             (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    data = spec(
-        "data.synthetic:Synthetic",
+    data = Synthetic(
         batch_size=4,
         arrays={"tokens": "integers 259 16", "mask": "constant 1 16"},
     )
@@ -648,7 +652,7 @@ def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tm
     _, found, generation = in_transformers(tmp_path / "out")
     assert generation["eos_token_id"] == [258, 7] and found.eos_token_id == 258
     fresh = language(data, TINY)
-    fresh.method = spec("methods.language.kd:KD")
+    fresh.method = build.plain(KD())
     with fresh.unlocked():
         fresh.roles.teacher = language(data, Role(init=str(tmp_path / "base"))).roles.student
     exported(fresh, tmp_path / "kd")
@@ -657,9 +661,7 @@ def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tm
 
 def test_ids_without_text_are_described(tmp_path):
     _, card = exported(
-        language(
-            spec("data.language:Markov", vocab=24, length=16, batch_size=4), {**TINY, "vocab": 24}
-        ),
+        language(Markov(vocab=24, length=16, batch_size=4), {**TINY, "vocab": 24}),
         tmp_path,
     )
     assert not list((tmp_path / "out").glob("tokenizer*"))
@@ -675,7 +677,7 @@ def test_ids_without_text_are_described(tmp_path):
 
 def test_characters_are_a_tokenizer(tmp_path):
     trained, _ = exported(
-        language(spec("data.language:Carry", digits=1, batch_size=4), {**TINY, "vocab": 14}),
+        language(Carry(digits=1, batch_size=4), {**TINY, "vocab": 14}),
         tmp_path,
     )
     _, tokenizer, generation = in_transformers(tmp_path / "out")
@@ -706,8 +708,8 @@ def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(prompt
     pytest.importorskip("peft", reason="peft is not installed")
     base = Role(model=TINY, init="fresh")
     config = experiment(
-        data=spec("data.text:PackedJson", length=32, batch_size=4, path=prompts),
-        method=spec("methods.language.kd:KD"),
+        data=PackedJson(length=32, batch_size=4, path=prompts),
+        method=KD(),
         roles=dict(
             teacher=base, student=Role(lora=Lora(base="teacher", rank=2, targets=r".*to_q/kernel"))
         ),
@@ -733,9 +735,9 @@ def test_what_cannot_be_exported_is_refused_before_a_weight_is_read(case, tmp_pa
     role = Role(**NET, init="fresh")
     student = Role(lora=Lora(rank=2)) if case == "matrix" else role
     if case == "no class":
-        student = role = Role(model=spec("models.vision.perceptron:Perceptron"), init="fresh")
-    data = spec("data.mixtures:Mixture") if case == "no class" else spec("data.digits:Digits")
-    method = spec("methods.distribution.diff_instruct:DiffInstruct")
+        student = role = Role(model=Perceptron(), init="fresh")
+    data = Mixture() if case == "no class" else Digits()
+    method = DiffInstruct()
     built = Experiment(
         experiment(
             data=data, method=method, roles=dict(teacher=role, student=student, fake=student)

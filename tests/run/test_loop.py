@@ -21,9 +21,14 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import spec
+from jaxdistill.core.build import plain, spec
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import Refused
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
+from jaxdistill.methods.trajectory.progressive import Progressive
+from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.run import loop, metrics
 from jaxdistill.run.checkpoint import load_params
 from jaxdistill.run.experiment import Experiment
@@ -248,7 +253,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 
 def flow(**rest):
     """Four steps of flow matching."""
-    from jaxdistill.core.build import Role, experiment, spec
+    from jaxdistill.core.build import Role, experiment
     from jaxdistill.diffusion.denoiser import Denoiser
 
     return experiment(
@@ -256,17 +261,17 @@ def flow(**rest):
         log_every=2,
         checkpoint_every=4,
         tensorboard=False,
-        data=spec("data.mixtures:Mixture", batch_size=16),
-        method=spec("methods.trajectory.flow_matching:FlowMatching"),
+        data=Mixture(batch_size=16),
+        method=FlowMatching(),
         mesh=load_tiny().spec_mesh(),
         roles=dict(
             student=Role(
-                model=spec("models.denoisers.mlp:MLP", width=16, depth=1),
+                model=MLP(width=16, depth=1),
                 denoiser=Denoiser(),
                 **rest.pop("role", {}),
             )
         ),
-        evaluation=spec("evals.points:PointEval", samples=100, student_steps=(2,)),
+        evaluation=PointEval(samples=100, student_steps=(2,)),
         **rest,
     )
 
@@ -382,11 +387,10 @@ def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_pat
     """Progressive distillation's last teacher is a student; reported, loaded and scored again is
     the teacher of the run.
     """
-    from jaxdistill.core.build import spec
 
     made = get_config()
     with made.unlocked():
-        made.method = spec("methods.trajectory.progressive:Progressive", teacher_steps=4)
+        made.method = plain(Progressive(teacher_steps=4))
         made.roles = {role: made.roles[role] for role in ("teacher", "student")}
     report = loop.run(made, tmp_path, progress=False)
     energies = lambda report, name: [
@@ -594,11 +598,10 @@ def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
 
 def test_results_of_stages_that_are_gone(tmp_path):
     """One in the middle, the first ones while a later checkpoint is there, one too many."""
-    from jaxdistill.core.build import spec
 
     made = get_config()
     with made.unlocked():
-        made.method = spec("methods.trajectory.progressive:Progressive", teacher_steps=4)
+        made.method = plain(Progressive(teacher_steps=4))
         made.roles = {role: made.roles[role] for role in ("teacher", "student")}
     loop.run(made, tmp_path, progress=False)
     run = lambda: loop.run(made, tmp_path, progress=False)

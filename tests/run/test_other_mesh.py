@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core import build
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.run import loop, metrics
 from jaxdistill.run.checkpoint import Checkpoints
 from tests.run.tiny import get_config
@@ -22,7 +23,7 @@ def config(devices: int):
     made = get_config("counted")
     made.steps = STEPS
     made.log_every = 1
-    made.mesh = build.spec("core.sharding:MeshShape", **SHAPES[devices])
+    made.mesh = build.plain(MeshShape(**SHAPES[devices]))
     return made
 
 

@@ -5,13 +5,15 @@ import re
 
 import pytest
 
-from jaxdistill.core.build import experiment, spec
+from jaxdistill.core.build import experiment
 from jaxdistill.core.types import Refused
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.run import metrics, records, report
 
 CONFIG = experiment(
-    method=spec("methods.trajectory.flow_matching:FlowMatching"),
-    data=spec("data.mixtures:Mixture"),
+    method=FlowMatching(),
+    data=Mixture(),
     roles={},
 )
 CLAIM = dict(

@@ -3,9 +3,18 @@
 import sys
 from pathlib import Path
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.language import Markov
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.language.gkd import GKD
+from jaxdistill.models.denoisers.mlp import MLP
+from jaxdistill.models.heads import Discriminator
+from jaxdistill.models.language.lm import LM
+from tests.run.counting import Counted, Numbered
 
 
 def get_config(variant=""):
@@ -22,47 +31,37 @@ def get_config(variant=""):
         mesh=spec_mesh(),
     )
     if variant == "language":
-        sizes = dict(
-            model=spec(
-                "models.language.lm:LM", vocab=16, dim=16, mlp=32, heads=2, depth=1, max_length=16
-            )
-        )
+        sizes = dict(model=LM(vocab=16, dim=16, mlp=32, heads=2, depth=1, max_length=16))
         return experiment(
             **common,
-            data=spec("data.language:Markov", vocab=16, length=12, batch_size=16),
-            method=spec("methods.language.gkd:GKD", on_policy=0.5, prompt_length=4),
+            data=Markov(vocab=16, length=12, batch_size=16),
+            method=GKD(on_policy=0.5, prompt_length=4),
             roles=dict(
                 teacher=Role(init="exact"), student=Role(**sizes, optimizer=Optimizer(lr=1e-3))
             ),
         )
     net = dict(
-        model=spec("models.denoisers.mlp:MLP", width=16, depth=1),
+        model=MLP(width=16, depth=1),
         denoiser=Denoiser(),
         init="fresh",
         optimizer=Optimizer(lr=1e-3),
     )
     counted = variant == "counted"
     judged = dict(
-        evaluation=spec("evals.points:PointEval", samples=200, batch=200, teacher_steps=(2, 1)),
+        evaluation=PointEval(samples=200, batch=200, teacher_steps=(2, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=100.0
         ),
     )
     return experiment(
         **common,
-        data=spec("tests.run.counting:Numbered", batch_size=16)
-        if counted
-        else spec("data.mixtures:Mixture", batch_size=16),
-        method=spec(
-            "tests.run.counting:Counted" if counted else "methods.distribution.dmd2:DMD2",
-            critic_steps=2,
-            taps=(0,),
-        ),
+        data=Numbered(batch_size=16) if counted else Mixture(batch_size=16),
+        method=(Counted if counted else DMD2)(critic_steps=2, taps=(0,)),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(**net, ema=Ema(rate=0.9)),
             fake=Role(**net),
-            disc=Role(model=spec("models.heads:Discriminator", dim=16, width=8)),
+            disc=Role(model=Discriminator(dim=16, width=8)),
         ),
         **({} if variant in ("bare", "counted") else judged),
     )

@@ -19,7 +19,9 @@ from jaxdistill.core import build
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
+from jaxdistill.data.language import Markov
 from jaxdistill.data.logits import StoredLogits
+from jaxdistill.evals.text import TextEval
 from jaxdistill.methods.language.kd import KD, StoredKD
 from jaxdistill.models.language.lm import LM
 from jaxdistill.run import loop
@@ -237,9 +239,9 @@ def test_sets_without_end(tmp_path):
 def test_a_run_that_learns_from_it(place, whole, tmp_path):
     config = _command.load_config(str(place / "config.py"))
     with config.unlocked():
-        config.data = build.spec("data.logits:StoredLogits", path=str(whole), batch_size=4)
-        config.method = build.spec("methods.language.kd:StoredKD", hard_weight=0.1)
-        config.evaluation = build.spec("evals.text:TextEval", samples=4, batch=4, prompt_length=2)
+        config.data = build.plain(StoredLogits(path=str(whole), batch_size=4))
+        config.method = build.plain(StoredKD(hard_weight=0.1))
+        config.evaluation = build.plain(TextEval(samples=4, batch=4, prompt_length=2))
     report = loop.run(config, tmp_path / "run", progress=False)
     assert [r["name"] for r in report["models"]] == ["student"] and report["models"][0][
         "perplexity"
@@ -260,7 +262,7 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
     with pytest.raises(Refused, match="expected the student's 300"):
         loop.run(other, tmp_path / "other", progress=False)
     with other.unlocked():
-        other.data = build.spec("data.language:Markov")
+        other.data = build.plain(Markov())
     with pytest.raises(Refused, match="Markov holds no teacher"):
         loop.run(other, tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()

@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from jaxdistill.core import build, sharding
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Refused
 from jaxdistill.run import loop
 from jaxdistill.run.checkpoint import save_params
@@ -58,9 +59,7 @@ def test_every_variant_traces(name, variant, shared, files):
         assert Path(where).is_dir()
         config.roles[role].init = where
     assert not any(role.init.startswith("runs/") for role in config.roles.values())
-    config.mesh = build.spec(
-        "core.sharding:MeshShape", **dataclasses.asdict(sharding.MeshShape(fsdp=1))
-    )
+    config.mesh = build.plain(MeshShape(**dataclasses.asdict(sharding.MeshShape(fsdp=1))))
     experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)

@@ -15,11 +15,12 @@ import optax
 import pytest
 
 from jaxdistill.core.bank import bank
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.net import make_net
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.types import Refused
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.diffusion.times import Uniform
@@ -342,16 +343,15 @@ def test_which_targets_are_guided(x64, gaussian, context, guided_targets, scales
 
 
 def tiny():
-    net = dict(model=spec("models.denoisers.mlp:MLP", width=8, depth=1), denoiser=Denoiser())
+    net = dict(model=MLP(width=8, depth=1), denoiser=Denoiser())
     return experiment(
         steps=20,
         checkpoint_every=7,
         log_every=5,
         tensorboard=False,
         mesh=MeshShape(data=1, fsdp=1, tensor=1),
-        data=spec("data.mixtures:Mixture", batch_size=8, labelled=False),
-        method=spec(
-            "methods.distribution.disback:DisBackDiffInstruct",
+        data=Mixture(batch_size=8, labelled=False),
+        method=DisBackDiffInstruct(
             checkpoints=2,
             record_every=4,
             interval=4,

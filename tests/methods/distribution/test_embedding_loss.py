@@ -238,7 +238,7 @@ def test_a_config_names_its_host():
     name = "methods.distribution.embedding_loss:EmbeddingLoss"
     config = build.spec(
         name,
-        host=build.spec("methods.distribution.diff_instruct:DiffInstruct", critic_steps=3),
+        host=DiffInstruct(critic_steps=3),
         weight=0.1,
     )
     assert build.build(config) == EmbeddingLoss(host=DiffInstruct(critic_steps=3), weight=0.1)

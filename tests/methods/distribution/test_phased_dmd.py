@@ -17,13 +17,18 @@ import pytest
 from configs.recipes import phased_dmd as recipe
 from jaxdistill.core import build, lora, sharding
 from jaxdistill.core.net import make_net
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.step import bind, bound
 from jaxdistill.core.types import Refused
+from jaxdistill.data.mixtures import Mixture
+from jaxdistill.data.synthetic import Synthetic
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.diffusion.times import Uniform
+from jaxdistill.evals.points import PointEval
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
+from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.objectives import score
 from jaxdistill.run import loop
@@ -564,25 +569,23 @@ def test_trains_in_every_phase(three_steps, k):
 
 
 def tiny():
-    net = dict(model=build.spec("models.denoisers.mlp:MLP", width=8, depth=1), denoiser=Denoiser())
-    data = build.spec("data.mixtures:Mixture", batch_size=16, labelled=False)
+    net = dict(model=MLP(width=8, depth=1), denoiser=Denoiser())
+    data = Mixture(batch_size=16, labelled=False)
     common = dict(data=data, tensorboard=False, log_every=5)
     base = build.experiment(
         **common,
         steps=5,
-        method=build.spec("methods.trajectory.flow_matching:FlowMatching"),
+        method=FlowMatching(),
         roles=dict(student=build.Role(**net)),
     )
-    method = build.spec("methods.distribution.phased_dmd:PhasedDMD", critic_steps=2)
+    method = PhasedDMD(critic_steps=2)
     return build.experiment(
         **common,
         steps=8,
         method=method,
         roles=dict(teacher=build.Role(init="@base")),
         runs=dict(base=base),
-        evaluation=build.spec(
-            "evals.points:PointEval", samples=100, batch=100, student_steps=(4,), teacher_steps=(4,)
-        ),
+        evaluation=PointEval(samples=100, batch=100, student_steps=(4,), teacher_steps=(4,)),
         eval_every=2,
     )
 
@@ -620,7 +623,7 @@ def lowered(config, lowers_for_tpu):
     """Every program of every stage lowers for TPU; role -> number of weights of what moves, by
     stage.
     """
-    config.mesh = build.spec("core.sharding:MeshShape", data=2, fsdp=2, tensor=2)
+    config.mesh = build.plain(MeshShape(data=2, fsdp=2, tensor=2))
     config.steps = 2 * 2 * config.method.critic_steps
     run = Experiment(config, Path("unused"))
     moved = []
@@ -658,7 +661,7 @@ def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant, low
         },
     }
     with config.unlocked():
-        config.data = build.spec("data.synthetic:Synthetic", batch_size=8, arrays=record)
+        config.data = build.plain(Synthetic(batch_size=8, arrays=record))
     for role in config.roles:
         if "teacher" in role:
             config.roles[role].model.update(small)

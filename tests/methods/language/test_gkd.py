@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core.build import build, experiment, spec
+from jaxdistill.core.build import build, experiment
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Method, Refused
+from jaxdistill.data.language import Carry, Markov
+from jaxdistill.data.text import PackedJson
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.language.lm import LM, context
@@ -186,12 +188,12 @@ def test_it_stops_at_the_datas_end_token_by_default(eos, tmp_path):
     make = lambda data, method: (
         Experiment(experiment(data=data, method=method, roles={}), tmp_path).method
     )
-    gkd = spec("methods.language.gkd:GKD", eos=eos, pad=0)
-    carry = spec("data.language:Carry")
-    markov = spec("data.language:Markov")
+    gkd = GKD(eos=eos, pad=0)
+    carry = Carry()
+    markov = Markov()
     assert (make(carry, gkd).eos, make(carry, gkd).pad) == (eos or (12,), 0 if eos else 13)
     (tmp_path / "a.jsonl").write_text("")
-    made = make(spec("data.text:PackedJson", path=str(tmp_path / "a.jsonl")), gkd)
+    made = make(PackedJson(path=str(tmp_path / "a.jsonl")), gkd)
     assert (made.eos, made.pad) == (eos or (258,), 0 if eos else 256)
     assert make(markov, gkd) == build(gkd)
     inside = stopping(Outer(inner=build(gkd)), lambda: build(carry))

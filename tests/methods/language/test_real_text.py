@@ -9,8 +9,14 @@ import pytest
 
 from jaxdistill.core.build import Role, build, experiment, spec
 from jaxdistill.core.optim import Optimizer
+from jaxdistill.core.sharding import MeshShape
 from jaxdistill.data import ner
+from jaxdistill.data.ner import Conversations
+from jaxdistill.data.rationales import SVAMP
+from jaxdistill.data.text import PackedJson, Text
 from jaxdistill.data.tokenizers import ByteTokenizer
+from jaxdistill.evals.text import TextEval
+from jaxdistill.models.language.lm import LM
 from jaxdistill.run import loop
 
 pytestmark = pytest.mark.shared_data
@@ -21,8 +27,7 @@ def lines(file, rows):
 
 
 def shakespeare(shared, folder):
-    return spec(
-        "data.text:Text",
+    return Text(
         path=str(shared / "tinyshakespeare" / "input.txt"),
         length=128,
         batch_size=16,
@@ -37,14 +42,12 @@ def gsm8k(shared, folder):
         length=512,
         batch_size=4,
     )
-    return spec("data.text:PackedJson", **data), "sft:SFT"
+    return PackedJson(**data), "sft:SFT"
 
 
 def svamp(shared, folder):
     sizes = dict(prompt_length=344, label_length=32, rationale_length=136)
-    return spec(
-        "data.rationales:SVAMP", path=str(shared / "svamp"), batch_size=4, **sizes
-    ), "step_by_step:StepByStep"
+    return SVAMP(path=str(shared / "svamp"), batch_size=4, **sizes), "step_by_step:StepByStep"
 
 
 def wnut17(shared, folder):
@@ -55,17 +58,14 @@ def wnut17(shared, folder):
             if pairs
         ]
         lines(folder / f"{split}.jsonl", rows)
-    return spec(
-        "data.ner:Conversations", path=str(folder), length=512, batch_size=4
-    ), "universalner:UniversalNER"
+    return Conversations(path=str(folder), length=512, batch_size=4), "universalner:UniversalNER"
 
 
 @pytest.mark.parametrize("source", [shakespeare, gsm8k, svamp, wnut17])
 def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_data, tmp_path):
     """Against the law of the training targets' frequencies, one added to each so that none is zero."""
     data, method = source(shared_data, tmp_path)
-    network = spec(
-        "models.language.lm:LM",
+    network = LM(
         vocab=ByteTokenizer.vocab,
         dim=64,
         mlp=128,
@@ -75,11 +75,11 @@ def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_
     )
     config = experiment(
         steps=20,
-        mesh=spec("core.sharding:MeshShape", fsdp=1),
+        mesh=MeshShape(fsdp=1),
         data=data,
         method=spec(f"methods.language.{method}"),
         roles=dict(student=Role(model=network, optimizer=Optimizer(lr=3e-3, warmup=5))),
-        evaluation=spec("evals.text:TextEval", samples=32, batch=32),
+        evaluation=TextEval(samples=32, batch=32),
     )
     (row,) = loop.run(config, tmp_path / "run")["models"]
     loader = build(data)

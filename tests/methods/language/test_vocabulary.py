@@ -12,14 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.net import make_net
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
+from jaxdistill.data.language import Markov
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.architecture.prune_then_distil import PruneThenDistil
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.multi_teacher import EnsembleKD, RoutedKD
+from jaxdistill.methods.language.paced import Paced
 from jaxdistill.methods.language.recursive_meta import RecursiveMeta
 from jaxdistill.methods.language.rlad import RLAD
 from jaxdistill.methods.language.sequence_kd import SequenceKD
@@ -28,24 +32,24 @@ from jaxdistill.models.language.lm import LM
 from jaxdistill.run import loop
 
 METHODS = {
-    "KD": spec("methods.language.kd:KD"),
-    "GKD": spec("methods.language.gkd:GKD", prompt_length=4),
-    "TSDKD": spec("methods.language.tsd_kd:TSDKD", prompt_length=4),
-    "Paced": spec("methods.language.paced:Paced", prompt_length=4),
-    "PruneThenDistil": spec("methods.architecture.prune_then_distil:PruneThenDistil"),
-    "RLAD": spec("methods.language.rlad:RLAD", prompt_length=4),
+    "KD": KD(),
+    "GKD": GKD(prompt_length=4),
+    "TSDKD": TSDKD(prompt_length=4),
+    "Paced": Paced(prompt_length=4),
+    "PruneThenDistil": PruneThenDistil(),
+    "RLAD": RLAD(prompt_length=4),
 }
 
 
 def config(method, **roles):
     sizes = lambda vocab: Role(
-        model=spec("models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1),
+        model=LM(vocab=vocab, dim=8, mlp=8, heads=2, depth=1),
         init="fresh",
     )
     return experiment(
         steps=1,
         mesh=MeshShape(fsdp=1),
-        data=spec("data.language:Markov", vocab=12),
+        data=Markov(vocab=12),
         method=METHODS[method],
         roles={"teacher": Role(init="exact"), "student": sizes(13), **roles},
     )
@@ -70,7 +74,7 @@ def test_runs_inside_are_not_trained_first(tmp_path):
     inner = module.get_config("language")
     roles = dict(
         teacher=Role(init="@first"),
-        student=Role(model=spec("models.language.lm:LM", vocab=99), init="fresh"),
+        student=Role(model=LM(vocab=99), init="fresh"),
     )
     made = experiment(
         steps=1,
@@ -203,17 +207,15 @@ def test_padding_is_never_written(writer, method):
 
 def test_a_run_with_padded_tables(tmp_path):
     """Distilled, evaluated and written with: teacher 32 rows, student 24, of 20 tokens."""
-    model = lambda vocab: spec(
-        "models.language.lm:LM", vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12
-    )
+    model = lambda vocab: LM(vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12)
     made = experiment(
         steps=2,
         tensorboard=False,
         mesh=MeshShape(fsdp=1),
-        data=spec("data.language:Markov", vocab=20, length=12, batch_size=4, order=1),
-        method=spec("methods.language.gkd:GKD", prompt_length=4),
+        data=Markov(vocab=20, length=12, batch_size=4, order=1),
+        method=GKD(prompt_length=4),
         roles=dict(teacher=Role(model=model(32), init="random"), student=Role(model=model(24))),
-        evaluation=spec("evals.text:TextEval", samples=4, batch=4),
+        evaluation=TextEval(samples=4, batch=4),
     )
     rows = {row["name"]: row for row in loop.run(made, tmp_path / "run", progress=False)["models"]}
     assert np.isfinite(

@@ -8,12 +8,13 @@ stand here, and what departs from them.
 """
 
 from configs.recipes.kd import distil
-from jaxdistill.core.build import Role, spec
+from jaxdistill.core.build import Role, plain
+from jaxdistill.methods.architecture.my_method import MyMethod
 
 
 def get_config():
-    config = distil(spec("methods.architecture.my_method:MyMethod", depth=16, chunk=16032))
+    config = distil(MyMethod(depth=16, chunk=16032))
     with config.unlocked():
-        config.roles.student = spec("core.build:Role", optimizer=Role().optimizer)
+        config.roles.student = plain(Role(optimizer=Role().optimizer))
         config.roles.student.optimizer.lr = 1e-4
     return config

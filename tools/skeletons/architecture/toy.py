@@ -10,7 +10,10 @@ trained from scratch (`baseline`).
 
 from configs.toy.kd import DATA
 from configs.toy.prune_then_distil import OPTIMIZER, train
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
+from jaxdistill.data.language import Markov
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.architecture.my_method import MyMethod
 
 ABLATIONS = {"three of four layers": ("method.depth=3",)}
 
@@ -19,10 +22,10 @@ def get_config():
     return experiment(
         steps=200,
         runs=dict(teacher=train(800, depth=4, mlp=128), baseline=train(200, depth=2, mlp=128)),
-        data=spec("data.language:Markov", **DATA),
-        method=spec("methods.architecture.my_method:MyMethod", depth=2),
+        data=Markov(**DATA),
+        method=MyMethod(depth=2),
         roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
         claim=dict(
             metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
         ),

@@ -8,21 +8,22 @@ constants, hardware, hours and figures stand here, and what departs from them.
 """
 
 from configs.recipes.flow_matching import XL2
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
+from jaxdistill.methods.distribution.my_method import MyMethod
+from jaxdistill.models.denoisers.dit import DiT
 
 
 def get_config():
     return experiment(
         steps=100_000,
-        data=spec("data.arrayrecord:ArrayRecords", batch_size=256),
-        method=spec(
-            "methods.distribution.my_method:MyMethod", guidance=1.5, critic_steps=5, power=1.0
-        ),
+        data=ArrayRecords(batch_size=256),
+        method=MyMethod(guidance=1.5, critic_steps=5, power=1.0),
         roles=dict(
             teacher=Role(
-                model=spec("models.denoisers.dit:DiT", **XL2),
+                model=DiT(**XL2),
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 param_dtype="bfloat16",
             ),

@@ -9,8 +9,8 @@ stand here, and what departs from them.
 """
 
 from configs.recipes.kd import distil
-from jaxdistill.core.build import spec
+from jaxdistill.methods.language.my_method import MyMethod
 
 
 def get_config():
-    return distil(spec("methods.language.my_method:MyMethod"))
+    return distil(MyMethod())

@@ -8,7 +8,10 @@ the same steps the student has a lower held-out perplexity than one that sees th
 """
 
 from configs.toy.kd import DATA, STUDENT, baseline
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
+from jaxdistill.data.language import Markov
+from jaxdistill.evals.text import TextEval
+from jaxdistill.methods.language.my_method import MyMethod
 
 ABLATIONS = {"twice the temperature": ("method.temperature=2.0",)}
 
@@ -17,10 +20,10 @@ def get_config():
     return experiment(
         steps=400,
         runs=dict(baseline=baseline(400)),
-        data=spec("data.language:Markov", **DATA),
-        method=spec("methods.language.my_method:MyMethod"),
+        data=Markov(**DATA),
+        method=MyMethod(),
         roles=dict(teacher=Role(init="exact"), student=STUDENT),
-        evaluation=spec("evals.text:TextEval"),
+        evaluation=TextEval(),
         claim=dict(
             metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
         ),

@@ -7,9 +7,13 @@ one step the student's energy distance is at most a tenth of the teacher's at on
 `--config.data.seed=N` makes another mixture.
 """
 
-from jaxdistill.core.build import Role, experiment, spec
+from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Ema, Optimizer
+from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
+from jaxdistill.evals.points import PointEval
+from jaxdistill.methods.trajectory.my_method import MyMethod
+from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {"two steps of the solver": ("method.solver_steps=2",)}
 
@@ -17,19 +21,19 @@ ABLATIONS = {"two steps of the solver": ("method.solver_steps=2",)}
 def get_config():
     return experiment(
         steps=2000,
-        data=spec("data.mixtures:Mixture", seed=0, labelled=False),
-        method=spec("methods.trajectory.my_method:MyMethod"),
+        data=Mixture(seed=0, labelled=False),
+        method=MyMethod(),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                model=spec("models.denoisers.mlp:MLP"),
+                model=MLP(),
                 denoiser=Denoiser(),
                 init="fresh",
                 optimizer=Optimizer(lr=1e-3, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
         ),
-        evaluation=spec("evals.points:PointEval", student_steps=(1,), teacher_steps=(50, 1)),
+        evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
             metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
         ),
