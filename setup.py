@@ -18,6 +18,7 @@ CORE = [
     "grain>=0.2.13",
     "transformers>=5",
     "einops>=0.8",
+    "jaxtyping>=0.3.2",
 ]
 PICTURES_AND_DATA = [
     "numpy",
@@ -76,6 +77,7 @@ setup(
         "video": ["av>=13"],
         "wandb": ["wandb"],
         "dev": [
+            "beartype>=0.20",
             "av>=13",
             "qwix>=0.1.8",
             "pytest",

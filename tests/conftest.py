@@ -26,6 +26,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 import pytest
 
+from tests import typed
+
+typed.install()
+
 
 def pytest_collection_modifyitems(items):
     """Tests of the whole library first: their files take minutes each, and the last of them would

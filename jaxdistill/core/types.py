@@ -11,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
+import numpy as np
 
-Array = jax.Array
+Array = jax.Array | np.ndarray  # functions take both; what they compute is jax's
 Params = dict[str, Any]  # nested plain dict of arrays; the only weight format in the library
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]  # name -> scalar, or (sum, count) where a metric has a count of its own
@@ -198,6 +199,18 @@ class Stage:
     collect: Collect | None = None
 
 
+def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
+    """How many of `steps` each stage gets, with the sum `steps`.
+
+    `shares`: the number of stages, equally long (the first ones longer by one where they cannot
+    be), or the relative length of each.
+    """
+    if isinstance(shares, int):
+        return tuple((steps + i) // shares for i in reversed(range(shares)))
+    ends = [round(steps * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+    return tuple(end - start for start, end in zip([0, *ends], ends))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of all methods. Override `turns`; the rest has defaults."""
@@ -214,9 +227,25 @@ class Method:
         "student",
     )  # roles that make up the trained generator: where several, each leaves in a folder of its own
 
+    needs = {}  # batch key -> its typed shape (core/needs.py); what else a batch has, it may use
+
     @property
     def turns(self) -> tuple[Turn, ...]:
+        """The updates of a step, in order: here one of the student, by `loss`."""
+        return (Turn(("student",), self.loss),)
+
+    def loss(self, net: Nets, ctx: Ctx) -> Out:
+        """What the student's turn descends, where `turns` is not overridden."""
         raise NotImplementedError
+
+    @property
+    def cycle(self) -> int:
+        """Steps in which every turn is taken, the student's once."""
+        return 1
+
+    def settled(self) -> Method:
+        """The method with the turns that it takes most of the time: without its first phase."""
+        return self
 
     def memory(self) -> dict[str, Any]:
         """Initial content of State.memory."""
