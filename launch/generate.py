@@ -69,7 +69,8 @@ def generate(argv: list[str]) -> None:
 
     if not falling(given, 1.0):
         raise Refused(
-            f"--times={values['times']}: expected falling times above 0 and up to 1, as in 1.0,0.75,0.5,0.25"
+            f"--times={values['times']}: expected falling times above 0 and up to 1, as in"
+            " 1.0,0.75,0.5,0.25"
         )
     made = pipeline.load(values["pipeline"], student=values["student"], dtype=values["dtype"])
     times = given or made.times(steps, size, frames)

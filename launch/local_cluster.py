@@ -25,7 +25,8 @@ from launch._command import STOPPED, arguments, main, whole
 def cluster(argv: list[str]) -> None:
     if not argv or not argv[0].isdigit() or int(argv[0]) < 1:
         raise Refused(
-            "local_cluster: expected the number of processes first, as in: local_cluster 2 -- --config=FILE --workdir=DIR"
+            "local_cluster: expected the number of processes first, as in: local_cluster 2 --"
+            " --config=FILE --workdir=DIR"
         )
     cut = argv.index("--") if "--" in argv else len(argv)
     values, _ = arguments(argv[1:cut], {"devices": "1", "timeout": "60", "dry_run": False})
@@ -82,7 +83,8 @@ def watch(processes: list[subprocess.Popen], timeout: float) -> int:
         )
         if codes[i] != 2:
             print(
-                f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were ended; "
+                f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others"
+                " were ended; "
                 "run the same command again to go on from the last checkpoint",
                 file=sys.stderr,
             )

@@ -44,7 +44,8 @@ def sample(argv: list[str]) -> None:
     if hasattr(evaluation, "texts"):
         if given or steps:
             raise Refused(
-                f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are printed"
+                f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are"
+                " printed"
             )
         for line in lookup(evaluation.texts(trained, n), role, "--role"):
             print(line, end="\n---\n")
@@ -70,7 +71,8 @@ def sample(argv: list[str]) -> None:
         out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {})
     )
     print(
-        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {out.with_suffix('.npz')}"
+        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out},"
+        f" {out.with_suffix('.npz')}"
     )
 
 

@@ -58,7 +58,8 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
     todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
     if not todo:
         raise Refused(
-            f"--ablations --only={','.join(toys)}: no ABLATIONS in configs/toy/{next(iter(toys))}.py"
+            f"--ablations --only={','.join(toys)}: no ABLATIONS in"
+            f" configs/toy/{next(iter(toys))}.py"
         )
     for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
         path = toys[name]

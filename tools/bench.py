@@ -378,7 +378,8 @@ def bench(argv):
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
             if values["alone"]:
                 print(
-                    f"{name} on {case.experiment.mesh.devices.flat[0].device_kind}, {case.experiment.data.batch_size} samples a step"
+                    f"{name} on {case.experiment.mesh.devices.flat[0].device_kind},"
+                    f" {case.experiment.data.batch_size} samples a step"
                 )
                 print(text_table(alone(case, steps, rounds, values["trace"])), flush=True)
                 continue

@@ -87,10 +87,12 @@ def bench_generate(argv: list[str]) -> None:
     per_token = [1e6 * statistics.median(column) / args.new for column in zip(*pairs)]
     ratio = statistics.median(b / a for a, b in pairs)
     print(
-        f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch}, {args.new} tokens, {args.rounds} rounds"
+        f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch},"
+        f" {args.new} tokens, {args.rounds} rounds"
     )
     print(
-        f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token: {ratio:.1f} times as fast"
+        f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token:"
+        f" {ratio:.1f} times as fast"
     )
     print(f"{100 * same:.1f} % of the tokens agree")
 

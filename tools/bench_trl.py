@@ -43,7 +43,8 @@ def modules():
             from trl import GKDConfig, GKDTrainer  # before TRL 1.0
     except ImportError as error:
         raise Refused(
-            f"--trl: needs torch, transformers and trl ({error}); pip install 'jaxdistill[torch]' trl"
+            f"--trl: needs torch, transformers and trl ({error}); pip install 'jaxdistill[torch]'"
+            " trl"
         ) from error
     return torch, transformers, datasets, GKDConfig, GKDTrainer
 

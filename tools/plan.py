@@ -87,7 +87,8 @@ def tried(candidates):
             last = found
             continue
         print(
-            f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a chip, step >= {found.seconds:.3g} s",
+            f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a"
+            f" chip, step >= {found.seconds:.3g} s",
             flush=True,
         )
         yield found
@@ -110,7 +111,8 @@ def show(planner, plan) -> None:
     for p in plan.patterns:
         binds, key = planner.advice(plan, p)
         print(
-            f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB, model flops {p.model_flops:.4g}, "
+            f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB,"
+            f" model flops {p.model_flops:.4g}, "
             f"compiled in {p.seconds:.0f} s"
         )
         print(
@@ -118,7 +120,8 @@ def show(planner, plan) -> None:
             + (", ".join(f"{kind} {gib(n)} GiB" for kind, n in sorted(p.sent.items())) or "nothing")
         )
         print(
-            f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect {p.network:.4g} s; "
+            f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect"
+            f" {p.network:.4g} s; "
             f"model-flops utilisation at most {100 * p.utilisation:.0f} %"
         )
         print(f"  binds: {binds}; moved by {key}")

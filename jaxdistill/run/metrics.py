@@ -64,7 +64,8 @@ class Writer:
                 import wandb as client
             except ImportError as error:
                 raise Refused(
-                    f"config.wandb={wandb!r}: wandb is not installed; pip install 'jaxdistill[wandb]'"
+                    f"config.wandb={wandb!r}: wandb is not installed; pip install"
+                    " 'jaxdistill[wandb]'"
                 ) from error
             self._wandb = client.init(
                 project=wandb,

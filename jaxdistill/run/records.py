@@ -58,7 +58,8 @@ def local(place: str | Path, what: str) -> Path:
         raise Refused(f"{what}={place}: no such user")
     if found := SCHEME.match(str(place)):
         raise Refused(
-            f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine (mount the bucket, with gcsfuse "
+            f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine"
+            " (mount the bucket, with gcsfuse "
             "or Mountpoint for S3, and give the folder)"
         )
     try:
@@ -106,7 +107,8 @@ def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, A
             or not _holds(value)
         ):
             raise Refused(
-                f"{where}: {key} is {_brief(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}"
+                f"{where}: {key} is {_brief(value)}, expected"
+                f" {' or '.join(kind.__name__ for kind in kinds)}"
             )
     return found
 
@@ -173,7 +175,8 @@ def read_report(workdir: Path) -> dict[str, Any]:
     name = check_keys(found["config"]["method"], {"name": str}, f"{file}: config.method")["name"]
     if found["method"] != name:
         raise Refused(
-            f"{file}: method is {_brief(found['method'])}, expected that of its config, {_brief(name)}"
+            f"{file}: method is {_brief(found['method'])}, expected that of its config,"
+            f" {_brief(name)}"
         )
     for i, row in enumerate(found["models"]):
         check_keys(row, {"name": str, "nfe": int}, f"{file}: models[{i}]")
