@@ -1,7 +1,8 @@
 """Any config as N processes of this machine, joined as the hosts of a cluster are: gloo collectives
 between CPUs.
 
-python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE --workdir=DIR [--config.key=value ...]
+python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE \\
+    --workdir=DIR [--config.key=value ...]
 
 What follows the dashes are the arguments of launch.train. Each process has `devices` simulated
 devices. SIGTERM and Ctrl-C reach every process, which save and end with 75, and so does this

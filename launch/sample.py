@@ -1,6 +1,7 @@
 """Draws from a finished run's student: a grid as PNG and the arrays beside it, or text.
 
-python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] [--out=FILE.png]
+python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] \\
+    [--out=FILE.png]
 """
 
 from jaxdistill.core.types import Refused, lookup, nearest

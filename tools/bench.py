@@ -1,7 +1,8 @@
 """Step time of a config against a hand-written step of the same networks and losses, in pairs, in
 one process.
 
-python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all] [--config=FILE] [--steps=30]
+python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all] \\
+    [--config=FILE] [--steps=30]
     [--rounds=7] [--trace=DIR] [--trl] [--alone]
 
 A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's

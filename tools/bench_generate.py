@@ -1,7 +1,8 @@
 """Times cached generation against transformers' `generate` on the same weights, greedy, one token
 at a time.
 
-python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--prompt=16] [--new=64] [--rounds=5]
+python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--prompt=16] [--new=64] \\
+    [--rounds=5]
 
 Prints the time per token of both, the median of paired ratios, and whether the texts are the same.
 Needs the extra [torch]; compilation is not counted, and both run on what they find

@@ -1,6 +1,7 @@
 """What a config costs on a TPU slice or on GPU nodes, without them.
 
-python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] [--json=FILE]
+python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] \\
+    [--json=FILE]
     [--config.key=value ...]
 
 Compiles every pattern of turns for the slice with the real TPU compiler (pip install

@@ -2,10 +2,10 @@
 
 python tools/reading.py [--tree=FOLDER]
 
-FOLDER is a checkout (by default this one). Prints, for the library, its configs, commands, tools and tests: lines of code, tokens
-a line, lines over 100 characters, tuple assignments, lambdas with a name; and over the library: public functions whose shapes
-are typed, and the longest functions. Over the configs: strings that name classes.
-"""
+FOLDER is a checkout (by default this one). Prints, for the library, its configs, commands, tools
+and tests: lines of code, tokens a line, lines over 100 characters, tuple assignments, lambdas with
+a name; and over the library: public functions whose shapes are typed, and the longest functions.
+Over the configs: strings that name classes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Reads a data set once with a teacher and stores its likeliest next tokens, so that many students
 can do without it.
 
-python tools/store_logits.py --config=FILE --out=FOLDER [--teacher=DIR] [--top_k=64] [--temperature=1.0] [--dtype=float16]
+python tools/store_logits.py --config=FILE --out=FOLDER [--teacher=DIR] [--top_k=64] \\
+    [--temperature=1.0] [--dtype=float16]
     [--splits=train,test] [--rows=0] [--test_rows=0] [--file_batches=16] [--workdir=DIR]
     [--config.data.path=... ...]
 

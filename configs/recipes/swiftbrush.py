@@ -1,7 +1,8 @@
 """SwiftBrush (arXiv:2312.05239) of Stable Diffusion 2.1 base at 512 pixels: one step, from prompts
 alone.
 
-    python -m launch.train --config=configs/recipes/swiftbrush.py --workdir=DIR --config.data.path=PROMPTS \\
+    python -m launch.train --config=configs/recipes/swiftbrush.py --workdir=DIR \\
+        --config.data.path=PROMPTS \\
         --config.roles.teacher.init=SD21/unet
 
 SD21 is the published model's folder. PROMPTS is a folder of *.arrayrecord
