@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.core import sharding
-from tests.test_contract import EIGHT, ONE, Setup, toy
+from tests.toys import EIGHT, ONE, first_stage, toy
 
 
 def five_steps(name: str, shape: sharding.MeshShape):
@@ -17,15 +17,12 @@ def five_steps(name: str, shape: sharding.MeshShape):
         role.optimizer.lr = 1e-3
         role.optimizer.schedule = "constant"
         role.optimizer.warmup = 0
-    setup = Setup(name, shape, config)
-    with setup.context():
-        state = setup.state()
-        first = jax.device_get(state.params)
-        for i in range(5):
-            state, _ = setup.programs.step(
-                state, setup.batch, jax.random.key(1), setup.programs.active_at(i)
-            )
-        return first, jax.device_get(state.params)
+    run = first_stage(name, shape, config)
+    state = run.init()
+    first = jax.device_get(state.params)
+    for i in range(5):
+        state, _ = run.step(state, run.programs.active_at(i))
+    return first, jax.device_get(state.params)
 
 
 @pytest.mark.parametrize("name", [pytest.param("dmd2", marks=pytest.mark.slow), "scm", "gkd"])
