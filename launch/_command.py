@@ -227,7 +227,7 @@ def load_config(name: str) -> ConfigDict:
 
 
 def _near(path: str) -> str:
-    """The config whose name is nearest to one that is not there, beside it or among the checkout's."""
+    """The existing config whose name is nearest, in the same folder or in the checkout."""
     shown = lambda file: str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
     beside = Path(path).parent.glob("*.py") if Path(path).parent.is_dir() else ()
     names = [*map(str, beside), *map(shown, (ROOT / "configs").rglob("[!_]*.py"))]

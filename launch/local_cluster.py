@@ -35,12 +35,13 @@ def cluster(argv: list[str]) -> None:
     devices = whole(values, "devices", 1)
     timeout = whole(values, "timeout", 1)
     command = [sys.executable, "-m", "launch.train", *argv[cut + 1 :]]
+    given = os.environ.get("XLA_FLAGS", "").split()
     common = {
         "JAX_PLATFORMS": "cpu",
         "JAXDISTILL_COORDINATOR": f"127.0.0.1:{_free_port()}",
         "JAXDISTILL_PROCESSES": str(count),
         "JAXDISTILL_HEARTBEAT": str(timeout),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip(),
+        "XLA_FLAGS": " ".join([*given, f"--xla_force_host_platform_device_count={devices}"]),
     }
     each = [{**common, "JAXDISTILL_PROCESS": str(i)} for i in range(count)]
     if values["dry_run"]:

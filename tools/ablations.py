@@ -26,8 +26,8 @@ from tools.suites import keep
 OUT = Path(__file__).parents[1] / "docs/results/ablations.json"
 PAGE = """# Ablations of the toys, measured
 
-`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config (`configs/toy`); values are those of
-the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data)
+`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config
+(`configs/toy`); values are those of the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data)
 in turn. The papers have every change for the worse, but where its name says otherwise. Worse is
 the number of seeds on which it was so here.
 

@@ -81,7 +81,10 @@ def tried(candidates):
     last = None
     for change, found in candidates:
         mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
-        what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'} frozen={change['place']}"
+        what = (
+            f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'}"
+            f" frozen={change['place']}"
+        )
         if isinstance(found, str):
             if found != last:  # one line for all that are refused alike
                 print(f"{what}: {found}", flush=True)

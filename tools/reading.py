@@ -74,7 +74,7 @@ def is_named_lambda(node: ast.AST) -> bool:
 
 
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Functions of a module and methods of its public classes, without a leading underscore, and `__call__`."""
+    """Public functions of a module, and public methods (with `__call__`) of its public classes."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node

@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 TOYS = {p.stem: p for p in sorted((ROOT / "configs/toy").glob("[!_]*.py"))}
 HEAD = """# Toy claims, measured
 
-`python tools/reproduce.py` writes this page. Each line is one run: a method's toy config (`configs/toy`) with this seed of
-weights and this seed of the mixture or language. Value and baseline are the two sides of the claim
+`python tools/reproduce.py` writes this page. Each line is one run: a method's toy config
+(`configs/toy`) with this seed of weights and this seed of the mixture or language. Value and baseline are the two sides of the claim
 that the config states.
 
 """

@@ -36,7 +36,7 @@ RECORD = {f"{group}/text": "normal 77 1024" for group in ("cond", "null_cond")}
 
 
 def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
-    """The recipe that SNOOPI shares: adapters on the queries and values of both kinds of attention."""
+    """The recipe that SNOOPI shares: adapters on queries and values of all attention layers."""
     return experiment(
         steps=steps,
         data=GroupedRecords(batch_size=64),

@@ -185,7 +185,7 @@ class Experiment:
         return f"{self.where}.roles.{role}"
 
     def source(self, role: str) -> str:
-        """Where the role's first weights come from: the config's `init`, or what the method says."""
+        """Where the role's first weights come from: the config's `init`, or else the method's."""
         return self.roles[role].init or self.method.inits.get(role) or "fresh"
 
     @functools.cached_property

@@ -199,7 +199,7 @@ def _check_folder(config: ConfigDict, workdir: Path) -> None:
 
 
 def _result(experiment: Experiment, stages: tuple[Stage, ...], done: int) -> Trained:
-    """Networks and weights after `done` stages: warm starts, then each stage's surgery and result."""
+    """Networks and weights after `done` stages."""
     params = experiment.warm_starts()
     nets = dict(experiment.nets)
     for i, stage in enumerate(stages[:done]):

@@ -32,7 +32,7 @@ PARTS = ("params", "opt", "ema", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """One pattern of turns, compiled; seconds are lower bounds, each as if the others cost nothing."""
+    """A compiled pattern of turns. Each of its seconds is a bound as if the others were free."""
 
     turns: str
     temporaries: int  # bytes a chip
@@ -425,7 +425,8 @@ def advice(plan: Plan, pattern: Pattern) -> tuple[str, str]:
     )[1]
     return longest, {
         "compute": "roles.<role>.model.remat (less is computed again), or a larger slice",
-        "HBM bandwidth": "data.batch_size up, model.dtype=bfloat16, roles.<role>.model.remat (less is stored)",
+        "HBM bandwidth": "data.batch_size up, model.dtype=bfloat16, roles.<role>.model.remat (less"
+        " is stored)",
         "interconnect": "data.batch_size up, mesh.tensor down, mesh.fsdp against mesh.data",
     }[longest]
 

@@ -124,8 +124,9 @@ def _brief(value: Any) -> str:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`, under today's names of files and fields. Raises Refused where there is none, or it is no whole
-    config.
+    """The config of the run in `workdir`, with today's names of files and fields.
+
+    Raises Refused where there is none, or a part of it is missing.
     """
     file = workdir / "config.json"
     if not file.exists():
@@ -190,7 +191,7 @@ def read_report(workdir: Path) -> dict[str, Any]:
 
 
 def _check_range(value: float, least: int, where: str) -> None:
-    """Raises Refused, which begins with `where`, where a number is less than `least` or not finite."""
+    """Raises Refused where a number is less than `least` or not finite."""
     if not least <= value < math.inf:
         raise Refused(f"{where} is {_brief(value)}, expected {least} or more")
 

@@ -135,7 +135,7 @@ def _save(folder: Path, pictures: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def read(workdir: Path) -> dict[str, Any]:
-    """A finished run's report.json. Raises Refused where there is none, or a part of it is missing."""
+    """The report.json of a finished run. Raises Refused where it is missing or incomplete."""
     return records.read_report(Path(workdir))
 
 

@@ -13,7 +13,7 @@ from jaxdistill.run.host import heard
 
 
 class Stopped(Exception):
-    """The run was asked to stop by `reason` (SIGTERM, SIGINT). It has saved; run it again to go on."""
+    """The run was asked to stop by `reason` (SIGTERM, SIGINT). It saved; run it again to go on."""
 
     def __init__(self, reason: signal.Signals, done: str):
         super().__init__(f"{reason.name}: {done}; run again to go on")

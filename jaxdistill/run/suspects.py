@@ -63,7 +63,7 @@ def _bad_entries(data: Dataset, step: int) -> list[str]:
 def _warm_starts(
     experiment: Experiment, index: int, trained: tuple[str, ...]
 ) -> Mapping[str, Params]:
-    """The first weights of trained roles, of the first stage only: later ones start from results."""
+    """The first weights of trained roles. Stages after the first start from results: none."""
     if index:
         return {}
     return {role: w for role, w in experiment.warm_starts().items() if role in trained}
