@@ -29,7 +29,7 @@ class PointEval(SampleEval):
     batch: int = 2000
     solver: Solver = "heun"
 
-    needs = ("law",)
+    needs = ("components",)
     metrics = ("energy", "sliced_w2", "modes_hit", "mode_kl", "quality", "stray")
 
     def score(self, x, real, data):
