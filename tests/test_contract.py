@@ -44,7 +44,9 @@ def cases(quick):
 @pytest.fixture(scope="module", params=cases(TOYS))
 def ran(request):
     """[(stage, its steps)]"""
-    yield [(run, run.steps()) for run in stages_of(*request.param)]
+    runs = stages_of(*request.param)
+    assert runs, "no stage of another structure than the first"
+    yield [(run, run.steps()) for run in runs]
     jax.clear_caches()
 
 

@@ -34,9 +34,15 @@ def toy(name: str) -> ConfigDict:
 
 @functools.cache
 def staged() -> list[str]:
-    """Toys whose method overrides `stages`."""
-    methods = {name: build.resolve(toy(name).method.name) for name in TOYS}
-    return [name for name, method in methods.items() if method.stages is not Method.stages]
+    """Toys of several stages."""
+    found = []
+    for name in TOYS:
+        config = toy(name)
+        if build.resolve(config.method.name).stages is not Method.stages:
+            method = Experiment(config, Path("unused")).method
+            if len(method.stages(config.steps)) > 1:
+                found.append(name)
+    return found
 
 
 def experiment_on(config: ConfigDict, shape: MeshShape) -> Experiment:

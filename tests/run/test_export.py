@@ -459,7 +459,8 @@ def test_a_class_without_adapters_leaves_merged_only(tmp_path):
     )
     with pytest.raises(
         Refused,
-        match="diffusers puts no adapter on DiTTransformer2DModel; export without --adapter, merged",
+        match="diffusers puts no adapter on DiTTransformer2DModel; "
+        "export without --adapter, merged",
     ):
         exported(config, tmp_path, ("teacher", "student"), adapter=True)
     assert not (tmp_path / "out").exists()
@@ -663,10 +664,11 @@ def test_ids_without_text_are_described(tmp_path):
         tmp_path,
     )
     assert not list((tmp_path / "out").glob("tokenizer*"))
-    assert (
-        "No tokenizer goes with it: its tokens are ids of `jaxdistill.data.language:Markov`. tokens int32 [length]"
-        in card
+    said = (
+        "No tokenizer goes with it: its tokens are ids of `jaxdistill.data.language:Markov`. "
+        "tokens int32 [length]"
     )
+    assert said in card
     assert (
         json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
         is None
@@ -691,7 +693,7 @@ def test_characters_are_a_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("eos", [(), (258,), (7, 258), (2,)])
 def test_whose_special_tokens(eos):
-    """Those of the student's own configuration where it has the data's end token; else the data's."""
+    """The student's own where its configuration has the data's end token; else the data's."""
     data = types.SimpleNamespace(codec=types.SimpleNamespace(eos=258, bos=None, pad=256))
     found = with_special_tokens(dataclasses.replace(TINY, eos=eos, bos=1), data)
     assert found.eos == (eos if 258 in eos else (258,))
