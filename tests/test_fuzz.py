@@ -65,7 +65,7 @@ def configs(folder: Path) -> dict[str, dict]:
         config = load(name, files)
         with config.unlocked():
             for role in build.build(config.method).frozen:
-                given = config.roles.get(role, build._plain(build.Role()))
+                given = config.roles.get(role, build.plain(build.Role()))
                 config.roles[role] = given
                 given.init = given.init or "random"
         try:

@@ -26,9 +26,10 @@ from tools.suites import keep
 OUT = Path(__file__).parents[1] / "docs/results/ablations.json"
 PAGE = """# Ablations of the toys, measured
 
-`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config (`configs/toy`); values are those of
-the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data) in turn. The papers have every
-change for the worse, but where its name says otherwise. Worse is the number of seeds on which it was so here.
+`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config
+(`configs/toy`); values are those of the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data)
+in turn. The papers have every change for the worse, but where its name says otherwise. Worse is
+the number of seeds on which it was so here.
 
 """
 
@@ -58,7 +59,8 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
     todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
     if not todo:
         raise Refused(
-            f"--ablations --only={','.join(toys)}: no ABLATIONS in configs/toy/{next(iter(toys))}.py"
+            f"--ablations --only={','.join(toys)}: no ABLATIONS in"
+            f" configs/toy/{next(iter(toys))}.py"
         )
     for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
         path = toys[name]

@@ -47,10 +47,11 @@ EFFORT = (
 )  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
 PAGE = """# Recipes, compiled for TPU slices
 
-`python tools/recipes.py` writes this page: every recipe's train step at its true sizes, weights over `fsdp`, compiled by the TPU
-compiler on a CPU (libtpu, effort {effort:g}). GiB are those of one chip: at the peak of the largest pattern of turns, of its state
-by role, and of its temporaries. Seconds of a step are lower bounds, each as if the others cost nothing; MFU is what the largest
-of them leaves of the chips' peak. Samples a step are the config's batch.
+`python tools/recipes.py` writes this page: every recipe's train step at its true sizes, weights
+over `fsdp`, compiled by the TPU compiler on a CPU (libtpu, effort {effort:g}). GiB are those of one chip: at the peak of the
+largest pattern of turns, of its state by role, and of its temporaries. Seconds of a step are lower
+bounds, each as if the others cost nothing; MFU is what the largest of them leaves of the chips'
+peak. Samples a step are the config's batch.
 
 """
 

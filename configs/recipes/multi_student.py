@@ -1,7 +1,8 @@
 """MSD (arXiv:2410.23274) on ImageNet-64: four one-step students of EDM's network, each for 250
 classes.
 
-    python -m launch.train --config=configs/recipes/multi_student.py --workdir=DIR --config.data.path=IMAGES \\
+    python -m launch.train --config=configs/recipes/multi_student.py --workdir=DIR \\
+        --config.data.path=IMAGES \\
         --config.roles.teacher.init=TEACHER --config.roles.perceptual.init=LPIPS
 
 Variants: `:small` has students of 75 % fewer parameters (width 96), `:medium` of 44 % (width 144),

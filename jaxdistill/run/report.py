@@ -135,7 +135,7 @@ def _save(folder: Path, pictures: Mapping[str, Any], prefix: str = "") -> None:
 
 
 def read(workdir: Path) -> dict[str, Any]:
-    """A finished run's report.json. Raises Refused where there is none, or a part of it is missing."""
+    """The report.json of a finished run. Raises Refused where it is missing or incomplete."""
     return records.read_report(Path(workdir))
 
 
@@ -145,7 +145,8 @@ def summary(result: Mapping[str, Any], workdir: Path) -> str:
     if stated := result["claim"]:
         sign = "<=" if stated["better"] == "lower" else ">="
         lines.append(
-            f"claim: {stated['metric']} of {stated['model']} {sign} {stated['bound']} x {stated['against']}: "
+            f"claim: {stated['metric']} of {stated['model']} {sign} {stated['bound']} x"
+            f" {stated['against']}: "
             f"{number(stated['value'])} against {number(stated['baseline'])}: "
             f"{'holds' if stated['holds'] else 'does not hold'}"
         )
@@ -183,7 +184,8 @@ def _find(rows, model: str, metric: str) -> float:
         if row["name"] == name and (not nfe or str(row["nfe"]) == nfe):
             return row[metric]
     raise Refused(
-        f"config.claim: no row {model!r} in the evaluation; rows are {', '.join(r['name'] + '@' + str(r['nfe']) for r in rows)}"
+        f"config.claim: no row {model!r} in the evaluation; rows are"
+        f" {', '.join(r['name'] + '@' + str(r['nfe']) for r in rows)}"
     )
 
 

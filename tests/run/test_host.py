@@ -65,7 +65,7 @@ def test_a_signal_that_others_swallow_is_remembered():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         assert host.heard() is signal.SIGTERM
-        with loop._signals() as stop:
+        with stop.signals() as stop:
             assert stop.is_set() and stop.reason is signal.SIGTERM
         host.listen()
         assert host.heard() is None
