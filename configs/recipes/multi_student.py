@@ -26,7 +26,7 @@ from jaxdistill.core.optim import Ema
 from jaxdistill.core.types import lookup
 from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.process import EDM
-from jaxdistill.methods.distribution._dmd import PerceptualDMD
+from jaxdistill.methods.distribution.dmd import PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
 from jaxdistill.models.denoisers.edm import DhariwalUNet

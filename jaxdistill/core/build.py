@@ -87,6 +87,22 @@ WINGS = {
 }
 MOVED = {  # file in configs of version 0.1 -> file today
     f"models.{file}": f"models.{wing}.{file}" for wing, files in WINGS.items() for file in files
+} | {"methods.distribution._dmd": "methods.distribution.dmd"}
+MOVED_CLASSES = {  # "file:Class" of a file whose classes went to several files -> file today
+    f"methods.distribution._family:{cls}": f"methods.distribution.{file}"
+    for cls, file in {
+        "BinnedFDistill": "f_distill",
+        "DDS": "sds",
+        "DIPlusPlus": "di_plus_plus",
+        "DIStar": "di_star",
+        "FDistill": "f_distill",
+        "NormalisedUniInstruct": "uni_instruct",
+        "RedDiff": "sds",
+        "SDS": "sds",
+        "SIM": "sim",
+        "SiD": "sid",
+        "SiDA": "sida",
+    }.items()
 }
 
 
@@ -115,7 +131,8 @@ def resolve(name: str) -> Any:
 def current_name(name: str) -> str:
     """The "package.file:Class" of today for a name in an older config."""
     file, colon, cls = name.partition(":")
-    return f"{MOVED.get(file, file)}{colon}{cls}"
+    file = MOVED_CLASSES.get(name) or MOVED.get(file, file)
+    return f"{file}{colon}{cls}"
 
 
 def current_field(cls: type, field: str) -> str:

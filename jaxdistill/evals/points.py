@@ -127,6 +127,24 @@ class DirectionEval(TextureEval):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RegretEval(DirectionEval):
+    """With `regret`, how far the samples' reward is from the best: the mean of (1 - cosine) / 2, of
+    1 for a sample farther than `radius` standard deviations from every mode. A reward counts on the
+    data's modes alone.
+    """
+
+    radius: float = 4.0
+
+    metrics = (*DirectionEval.metrics, "regret")
+
+    def score(self, x, real, data):
+        cosine = np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)
+        _, distance = modes.assign(x, data.components)
+        regret = np.where(distance <= self.radius, (1 - cosine) / 2, 1.0)
+        return {**super().score(x, real, data), "regret": float(np.mean(regret))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledPointEval(PointEval):
     """For points made under labels: with the mean over labels of the energy distance to that
     label's data, `class_energy`, and of the standard deviation over the data's, `class_std` (1: as
