@@ -16,6 +16,7 @@ import numpy as np
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.build import located
+from jaxdistill.core.needs import check_needs
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.diffusion.process import Pred
@@ -77,12 +78,15 @@ def _check_data(experiment: Experiment) -> None:
     try:
         experiment.data.check(test=experiment.evaluation is not None)
         experiment.data.check_method(experiment.method)
+        given = experiment.data.spec()
     except Refused as error:
         raise located(where, error) from error
     except MISFITS as error:
         raise Refused(
             f"{where} ({experiment.config.data.name}) makes no samples: {_reason(error)}"
         ) from error
+    method = experiment.method
+    check_needs(given, method.needs, type(method).__name__, where)
     if experiment.evaluation is None:
         return
     try:
