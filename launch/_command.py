@@ -1,4 +1,4 @@
-"""What the commands share: arguments, configs from files, one clear line for bad input, exit codes."""
+"""What the commands share: arguments, configs from files, refusals in one line, exit codes."""
 
 from __future__ import annotations
 

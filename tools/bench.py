@@ -38,7 +38,7 @@ from jaxdistill.core.types import lookup
 from jaxdistill.data.prefetch import DevicePrefetch
 from jaxdistill.objectives import divergence
 from jaxdistill.run import chips, plan
-from jaxdistill.run.report import text_table
+from jaxdistill.run.table import text_table
 from launch._command import arguments, main, output, whole
 from tools.bench_cases import CASES, Case
 

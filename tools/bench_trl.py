@@ -26,7 +26,7 @@ from jaxdistill import interop
 from jaxdistill.core import sharding
 from jaxdistill.core.types import Refused
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.run.report import text_table
+from jaxdistill.run.table import text_table
 from tools.bench_cases import Case, language
 
 PROMPT = 32  # tokens

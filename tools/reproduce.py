@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from jaxdistill.core.types import Refused, lookup
 from jaxdistill.run.checkpoint import write_json
-from jaxdistill.run.report import markdown_table, number
+from jaxdistill.run.table import markdown_table, number
 from launch._command import arguments, main
 from tools import ablations, suites
 
@@ -32,8 +32,8 @@ TOYS = {p.stem: p for p in sorted((ROOT / "configs/toy").glob("[!_]*.py"))}
 HEAD = """# Toy claims, measured
 
 `python tools/reproduce.py` writes this page. Each line is one run: a method's toy config
-(`configs/toy`) with this seed of weights and this seed of the mixture or language. Value and baseline are the two sides of the claim
-that the config states.
+(`configs/toy`) with this seed of weights and this seed of the mixture or language. Value and
+baseline are the two sides of the claim that the config states.
 
 """
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from jaxdistill.core.types import lookup
 from jaxdistill.run import metrics
 from jaxdistill.run.checkpoint import write_json
-from jaxdistill.run.report import markdown_table, number
+from jaxdistill.run.table import markdown_table, number
 from launch._command import load_config, main, no_command
 
 ROOT = Path(__file__).parents[1]

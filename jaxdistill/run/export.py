@@ -26,7 +26,8 @@ from jaxdistill.interop.folder import replaceable, whole_folder
 from jaxdistill.interop.tables import Family, literal
 from jaxdistill.interop.tokenizer import tokenizer_files, with_special_tokens
 from jaxdistill.run.experiment import Experiment
-from jaxdistill.run.report import columns, markdown_table, number, read
+from jaxdistill.run.report import read
+from jaxdistill.run.table import columns, markdown_table, number
 
 
 def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> None:

@@ -27,6 +27,7 @@ from jaxdistill.run.fit import Fit
 from jaxdistill.run.host import alone, check_writable
 from jaxdistill.run.programs import abstract_programs
 from jaxdistill.run.stop import Stopped, signals
+from jaxdistill.run.table import text_table
 
 
 def run(
@@ -290,5 +291,5 @@ def _dry_run(experiment: Experiment) -> dict[str, Any]:
                 f"turns {name}: compiled; {memory.temp_size_in_bytes / 2**20:.1f} MiB temporaries, "
                 f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments on each device"
             )
-        print(report.text_table([{"role": role, **row} for role, row in table.items()]))
+        print(text_table([{"role": role, **row} for role, row in table.items()]))
         return {"roles": table}

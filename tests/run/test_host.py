@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jaxdistill.run import host, loop
+from jaxdistill.run import host, stop
 
 SCRIPT = """
 import ctypes, resource, sys
@@ -67,8 +67,8 @@ def test_a_signal_that_others_swallow_is_remembered():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         assert host.heard() is signal.SIGTERM
-        with stop.signals() as stop:
-            assert stop.is_set() and stop.reason is signal.SIGTERM
+        with stop.signals() as asked:
+            assert asked.is_set() and asked.reason is signal.SIGTERM
         host.listen()
         assert host.heard() is None
     finally:
