@@ -115,7 +115,8 @@ def _curves(workdir: Path) -> bytes:
                 axis.plot(*zip(*points), label=_plain(metric), linewidth=1)
         axis.set(title=_plain(role), xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.lines:
+            axis.legend(fontsize=7)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     pyplot.close(figure)
