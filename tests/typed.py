@@ -3,7 +3,11 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-PACKAGES = ()  # whose annotations are checked at every call
+PACKAGES = (  # whose annotations are checked at every call
+    "jaxdistill.diffusion",
+    "jaxdistill.objectives",
+    "jaxdistill.samplers",
+)
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 

@@ -394,7 +394,7 @@ def test_negative_times_reach_the_network_and_nothing_else(t):
 
 
 def test_negative_times_are_warped_by_their_size():
-    """A network of another process sees the sign, and the state of the same signal-to-noise ratio."""
+    """A network of another process is given the sign, and the state of equal signal-to-noise."""
     seen = {}
     call = lambda x, t, cond: (seen.setdefault(float(t[0]) > 0, (x, t)), x)[1]
     wrapped = Denoiser(native=Flow(shift=3.0)).wrap(call, Flow())
