@@ -34,7 +34,8 @@ def _check(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None
     for name, need in needs.items():
         if name not in given:
             others = [key for key in given if key not in needs]
-            raise Refused(f"{where}: {who} needs {name!r} {_shown(need)}{_instead(name, others)}")
+            instead = _instead(name, others)
+            raise Refused(f"{where}: {who} needs {name!r} {_shown(need)} in a batch{instead}")
         if isinstance(need, Mapping):
             if not isinstance(given[name], Mapping):
                 raise Refused(f"{where}: {name!r} is one array, {who} needs {', '.join(need)}")
@@ -72,10 +73,10 @@ def check_condition(given: Any, condition: Condition | None, who: str, where: st
     """Raises Refused where a condition is not what a network reads.
 
     Args:
-      given: arrays or Specs: one, a mapping of these by name, or None. An entry may be a tuple.
-      condition: what the network reads; None: nothing, and then everything is accepted.
-      who: the network, as messages name it.
-      where: what gives the condition, as messages name it.
+        given: arrays or Specs: one, a mapping of these by name, or None. An entry may be a tuple.
+        condition: what the network reads; None: nothing, and then everything is accepted.
+        who: the network, as messages name it.
+        where: what gives the condition, as messages name it.
     """
     if condition is None:
         return

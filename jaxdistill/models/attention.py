@@ -48,14 +48,14 @@ def attention(
     """Attention of grouped queries; a query that may attend to nothing gives a finite result.
 
     Args:
-      q: queries, of a multiple of G heads.
-      k: keys.
-      v: values.
-      mask: True where a query attends to a key.
-      causal: whether query t attends to the keys 0 to t only.
-      bias: added to the scores.
-      scale: of the products of queries and keys; None: K^-1/2.
-      cap: where not 0, scores s become cap tanh(s / cap).
+        q: queries, of a multiple of G heads.
+        k: keys.
+        v: values.
+        mask: True where a query attends to a key.
+        causal: whether query t attends to the keys 0 to t only.
+        bias: added to the scores.
+        scale: of the products of queries and keys; None: K^-1/2.
+        cap: where not 0, scores s become cap tanh(s / cap).
 
     Scores and softmax are float32.
     """
@@ -166,11 +166,11 @@ def negative_prompt(cond: Mapping[str, Any]) -> Negative | None:
     """The negative prompt of a condition; None where it has none.
 
     Args:
-      cond: may hold "negative" [B L E], "negative_mask" bool [B L] and "nasa", the strength of the
-        negative prompt: a scalar or [B], which may be traced. "negative_mask" is optional.
+        cond: may hold "negative" [B L E], "negative_mask" bool [B L] and "nasa", the strength of
+          the negative prompt: a scalar or [B], which may be traced. "negative_mask" is optional.
 
     Raises:
-      Refused: on one of "negative" and "nasa" without the other.
+        Refused: on one of "negative" and "nasa" without the other.
     """
     given = [key for key in ("negative", "nasa") if key in cond]
     if not given:

@@ -62,9 +62,9 @@ class DiscriminatorModule(nnx.Module):
         """Logits, in float32.
 
         Args:
-          features: of each tapped layer.
-          t: the time of the samples that they were computed from.
-          cond: labels; ignored by a network without classes.
+            features: of each tapped layer.
+            t: the time of the samples that they were computed from.
+            cond: labels; ignored by a network without classes.
         """
         c = self.time(fourier(1000.0 * t, 32))
         if self.cfg.classes and cond is not None:
@@ -103,7 +103,7 @@ class HeadsModule(nnx.Module):
         """Logits of the features of each tapped layer, in float32.
 
         Raises:
-          Refused: where there are more or fewer layers than heads.
+            Refused: where there are more or fewer layers than heads.
         """
         if len(features) != len(self.logits):
             raise Refused(

@@ -118,13 +118,13 @@ def conv(
     """A convolution over the spatial axes of [B ... C] with kernel [*size, i / groups, o].
 
     Args:
-      i: channels of the input.
-      o: channels of the output.
-      size: of the kernel along each spatial axis.
-      names: logical names of the kernel's last two axes.
-      padding: "SAME", "VALID", or (low, high) of every spatial axis. PyTorch's padding p is
-        [(p, p)] * len(size).
-      kind: nnx.Conv or a subclass.
+        i: channels of the input.
+        o: channels of the output.
+        size: of the kernel along each spatial axis.
+        names: logical names of the kernel's last two axes.
+        padding: "SAME", "VALID", or (low, high) of every spatial axis. PyTorch's padding p is
+          [(p, p)] * len(size).
+        kind: nnx.Conv or a subclass.
     """
     named = nnx.with_partitioning
     spatial = (None,) * len(size)
@@ -269,7 +269,7 @@ def scan_layers(
     attention.
 
     Returns:
-      x after the last layer; the y of all layers, stacked; x after each layer of `taps`.
+        x after the last layer; the y of all layers, stacked; x after each layer of `taps`.
     """
     policy = lookup_name(REMAT, remat, "remat")
     check_taps(taps, depth)
@@ -340,13 +340,13 @@ def append_to_store(
     Slots are the innermost axis but the channels, as decoding reads them.
 
     Args:
-      store: the layer's own, or one that layers share.
-      i: the layer's number among those that share the store.
-      start: the slot of the first new token.
-      parts: the new keys and values.
+        store: the layer's own, or one that layers share.
+        i: the layer's number among those that share the store.
+        start: the slot of the first new token.
+        parts: the new keys and values.
 
     Returns:
-      The store, and all that it holds of the layer.
+        The store, and all that it holds of the layer.
     """
     shared = store[0].ndim == 5
     offsets = (0, 0, start, 0)
@@ -377,17 +377,17 @@ def scan_stores(
     Layers with a store each are a loop, not a scan, and nothing is rematerialised.
 
     Args:
-      body: ((x, store), (layer, i)) -> ((x, store), None), layer i the i-th of those that share
-        the store.
-      x: the input of the first layer.
-      layers: stacked, or the list of `unstacked`.
-      stores: those of `empty_stores`.
-      depth: number of layers.
-      remat: as in `scan_layers`.
-      taps: as in `scan_layers`.
+        body: ((x, store), (layer, i)) -> ((x, store), None), layer i the i-th of those that share
+          the store.
+        x: the input of the first layer.
+        layers: stacked, or the list of `unstacked`.
+        stores: those of `empty_stores`.
+        depth: number of layers.
+        remat: as in `scan_layers`.
+        taps: as in `scan_layers`.
 
     Returns:
-      x after the last layer, the stores, x after each layer of `taps`.
+        x after the last layer, the stores, x after each layer of `taps`.
     """
     if len(stores) == 1:
         numbered = (layers, jnp.arange(depth))
@@ -493,7 +493,7 @@ def axial_rotary(
     host, one small table an axis; the program broadcasts them.
 
     Returns:
-      Cosines and sines [1, N, 1, sum(dims) / 2], N the product of the axes' lengths.
+        Cosines and sines [1, N, 1, sum(dims) / 2], N the product of the axes' lengths.
     """
     grid = tuple(len(p) for p in positions)
     angles = []

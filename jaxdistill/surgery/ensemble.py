@@ -34,7 +34,7 @@ def gather(pairs: Sequence[tuple[Net, Params]]) -> tuple[Ensemble, Params]:
     """The ensemble of these networks, with its weights.
 
     Raises:
-      Refused: on adapters, whose weights are not all their own.
+        Refused: on adapters, whose weights are not all their own.
     """
     for net, _ in pairs:
         if net.adapts:

@@ -25,10 +25,10 @@ def importance(
     """The influence of each layer and the importance of each of its neurons, in float32.
 
     Args:
-      net: a language model.
-      params: its weights.
-      batch: "tokens" int [B T], and "segments" int [B T] (optional), 0 on padding, which does not
-        count.
+        net: a language model.
+        params: its weights.
+        batch: "tokens" int [B T], and "segments" int [B T] (optional), 0 on padding, which does not
+          count.
     """
     tokens = batch["tokens"]
     real = batch["segments"] > 0 if "segments" in batch else jnp.ones(tokens.shape, bool)
@@ -79,7 +79,7 @@ def prune(
     Both stay in their old order and are ranked once, on the complete model; 0 keeps all.
 
     Raises:
-      Refused: where more is asked for than there is.
+        Refused: where more is asked for than there is.
     """
     for name, asked in (("depth", depth), ("mlp", mlp)):
         there = getattr(net.config, name)

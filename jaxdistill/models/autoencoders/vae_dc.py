@@ -95,7 +95,7 @@ class DCAE:
         """The levels of "encoder" or "decoder", from the pixels on.
 
         Raises:
-          Refused: where the fields have different numbers of levels.
+            Refused: where the fields have different numbers of levels.
         """
         count = len(self.encoder_widths)
         names = ("widths", "layers", "attention", "scales")
@@ -346,7 +346,7 @@ def first(levels: list[LevelSizes]) -> LevelSizes:
     """The level of highest resolution that has blocks.
 
     Raises:
-      Refused: where it is not the first or the second.
+        Refused: where it is not the first or the second.
     """
     if not all(level.layers for level in levels[1:]) or not (levels[0].layers or levels[1:]):
         layers = tuple(level.layers for level in levels)
@@ -445,7 +445,7 @@ class DCAEModule(nnx.Module):
         Both are float32.
 
         Raises:
-          Refused: where the resolution does not divide.
+            Refused: where the resolution does not divide.
         """
         pixels = 2 ** (len(self.cfg.encoder_widths) - 1)
         if any(n % pixels for n in x.shape[1:3]):

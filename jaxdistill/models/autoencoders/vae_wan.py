@@ -295,7 +295,7 @@ class WanVAEModule(nnx.Module):
         T = 1 + 2^n (t - 1), where n is the number of temporal changes; pictures have no axis T.
 
         Raises:
-          Refused: on another number of frames, and where the resolution does not divide.
+            Refused: on another number of frames, and where the resolution does not divide.
         """
         if x.ndim == 4:
             mean, std = self.encode(x[:, None])

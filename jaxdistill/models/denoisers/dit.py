@@ -153,11 +153,11 @@ class DiTModule(nnx.Module):
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
         Args:
-          x: noisy samples.
-          t: their times.
-          cond: labels; None: the null label.
-          r: second time, of a `second_time` network.
-          taps: indices of blocks.
+            x: noisy samples.
+            t: their times.
+            cond: labels; None: the null label.
+            r: second time, of a `second_time` network.
+            taps: indices of blocks.
         """
         cfg = self.cfg
         rows = x.shape[1] // cfg.patch

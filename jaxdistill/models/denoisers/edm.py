@@ -169,10 +169,10 @@ def resample(
     """x at half ("down") or twice ("up") the resolution.
 
     Args:
-      x: activations or pictures.
-      way: "down" or "up".
-      filter: separable and symmetric; it is normalised.
-      pad: zeros around x on the way down; None: those that keep the result centred.
+        x: activations or pictures.
+        way: "down" or "up".
+        filter: separable and symmetric; it is normalised.
+        pad: zeros around x on the way down; None: those that keep the result centred.
     """
     n = len(filter)
     channels = x.shape[-1]
@@ -362,16 +362,17 @@ class EDMModule(nnx.Module):
         """The raw prediction F in x's dtype; with `taps`, (raw, features [B N D] of those levels).
 
         Args:
-          x: c_in times the noisy samples; H and W are multiples of 2^(levels - 1).
-          t: ln(sigma) / 4.
-          cond: labels, int [B] (`classes` is the null one), or weights of the classes [B classes];
-            None: the null label; or a dict with any of "label" and "augment" [B augment_dim]. An
-            unconditional network ignores labels.
-          taps: 0, 1, ... on the way down, the last of which is the bottleneck, then the middle,
-            then the way up.
+            x: c_in times the noisy samples; H and W are multiples of 2^(levels - 1).
+            t: ln(sigma) / 4.
+            cond: labels, int [B] (`classes` is the null one), or weights of the classes [B
+              classes];
+              None: the null label; or a dict with any of "label" and "augment" [B augment_dim]. An
+              unconditional network ignores labels.
+            taps: 0, 1, ... on the way down, the last of which is the bottleneck, then the middle,
+              then the way up.
 
         Raises:
-          Refused: where x, cond or taps are not this.
+            Refused: where x, cond or taps are not this.
         """
         self._check(x, taps)
         label, augment = self._condition(cond, t.shape[0])
@@ -472,9 +473,9 @@ class EDMModule(nnx.Module):
         """What the blocks read, after its SiLU, in float32.
 
         Args:
-          t: times.
-          label: weights of the classes.
-          augment: parameters of the augmentation.
+            t: times.
+            label: weights of the classes.
+            augment: parameters of the augmentation.
         """
         raise NotImplementedError
 

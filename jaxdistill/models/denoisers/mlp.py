@@ -73,11 +73,11 @@ class MLPModule(nnx.Module):
         """The raw prediction; with `taps`, (raw, features [B 1 width] of those layers).
 
         Args:
-          x: noisy samples.
-          t: their times.
-          cond: labels; None: the null label. A network without classes ignores them.
-          r: second time, of a `second_time` network.
-          taps: indices of layers.
+            x: noisy samples.
+            t: their times.
+            cond: labels; None: the null label. A network without classes ignores them.
+            r: second time, of a `second_time` network.
+            taps: indices of layers.
         """
         h = self.inp(jnp.concatenate([x, _time_features(t)], -1))
         if self.cfg.classes:

@@ -159,12 +159,12 @@ class Block(nnx.Module):
         """(x, text); the text has the first time.
 
         Args:
-          x: patches of the pictures.
-          text: tokens of the text.
-          time: after its SiLU, one for each run of patches.
-          rotary: of (text, patches).
-          mask: of text and patches, in this order.
-          lengths: of the runs of patches.
+            x: patches of the pictures.
+            text: tokens of the text.
+            time: after its SiLU, one for each run of patches.
+            rotary: of (text, patches).
+            mask: of text and patches, in this order.
+            lengths: of the runs of patches.
         """
         n = text.shape[1]
         shift, scale, *rest = self.image.modulations(time, lengths)
@@ -203,15 +203,15 @@ class QwenImageModule(nnx.Module):
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
         Args:
-          x: noisy latents; the features are those of their patches.
-          t: times in 0..1000.
-          cond: "text" [B L text_dim]; "mask" bool [B L] (optional), False on tokens that nobody
-            attends to; "image" (optional): latents of a picture to edit, of any height and width,
-            or a tuple of these.
-          taps: indices of blocks.
+            x: noisy latents; the features are those of their patches.
+            t: times in 0..1000.
+            cond: "text" [B L text_dim]; "mask" bool [B L] (optional), False on tokens that nobody
+              attends to; "image" (optional): latents of a picture to edit, of any height and width,
+              or a tuple of these.
+            taps: indices of blocks.
 
         Raises:
-          Refused: where the condition is not this, or a picture does not fit the patches.
+            Refused: where the condition is not this, or a picture does not fit the patches.
         """
         cfg = self.cfg
         check_condition(cond, cfg.condition, "QwenImage")

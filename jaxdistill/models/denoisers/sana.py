@@ -221,15 +221,15 @@ class SanaModule(nnx.Module):
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
         Args:
-          x: noisy latents.
-          t: times in 0..1000 (Sprint: the flow's, in 0..1).
-          cond: "text" [B L text_dim]; "mask" bool [B L] (optional), False on tokens that nobody
-            attends to; "guidance" [B], the guidance scale, of a network with `guidance`; a negative
-            prompt as in `negative_prompt`.
-          taps: indices of blocks.
+            x: noisy latents.
+            t: times in 0..1000 (Sprint: the flow's, in 0..1).
+            cond: "text" [B L text_dim]; "mask" bool [B L] (optional), False on tokens that nobody
+              attends to; "guidance" [B], the guidance scale, of a network with `guidance`; a
+              negative prompt as in `negative_prompt`.
+            taps: indices of blocks.
 
         Raises:
-          Refused: where the condition is not this, or x does not fit the patches.
+            Refused: where the condition is not this, or x does not fit the patches.
         """
         cfg = self.cfg
         check_condition(cond, cfg.condition, "Sana")

@@ -294,16 +294,17 @@ class UNetModule(nnx.Module):
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those levels).
 
         Args:
-          x: noisy latents; H and W are multiples of 2^(levels - 1).
-          t: times in 0 to 999.
-          cond: "text" [B L text_dim]; "mask" bool [B L] (optional); a negative prompt as in
-            `negative_prompt`; and of a network that reads them "image" [B H W image_channels],
-            "pooled" [B pooled_dim], "size" [B 6] (pixels: original height and width, the crop's top
-            and left, target height and width) and "guidance" [B] (guidance scale - 1, LCM's w).
-          taps: 0, 1, ... on the way down, then the middle, then the way up.
+            x: noisy latents; H and W are multiples of 2^(levels - 1).
+            t: times in 0 to 999.
+            cond: "text" [B L text_dim]; "mask" bool [B L] (optional); a negative prompt as in
+              `negative_prompt`; and of a network that reads them "image" [B H W image_channels],
+              "pooled" [B pooled_dim], "size" [B 6] (pixels: original height and width, the crop's
+              top and left, target height and width) and "guidance" [B] (guidance scale - 1, LCM's
+              w).
+            taps: 0, 1, ... on the way down, then the middle, then the way up.
 
         Raises:
-          Refused: where x, the condition or the taps are not this.
+            Refused: where x, the condition or the taps are not this.
         """
         cfg = self.cfg
         self._check(x, taps)

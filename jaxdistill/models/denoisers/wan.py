@@ -123,11 +123,11 @@ class Attention(nnx.Module):
         """x attends to `source`.
 
         Args:
-          x: queries.
-          source: keys and values.
-          rotary: positions of x and `source`.
-          vision: keys and values of a second softmax, whose result is added.
-          negative: a prompt whose attention is subtracted.
+            x: queries.
+            source: keys and values.
+            rotary: positions of x and `source`.
+            vision: keys and values of a second softmax, whose result is added.
+            negative: a prompt whose attention is subtracted.
         """
         q = split_heads(self.norm_q(self.to_q(x)), self.heads)
         k = split_heads(self.norm_k(self.to_k(source)), self.heads)
@@ -233,18 +233,18 @@ class WanModule(nnx.Module):
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
         Args:
-          x: noisy video latents.
-          t: times in 0..1000, one a sample, or one for each of M equal runs of patches: of each
-            latent frame where M = T (Wan 2.2 5B keeps given frames at time 0), of each patch where
-            M = N.
-          cond: "text" [B L text_dim]; "mask" bool [B L] (optional), whose False tokens are set to
-            zero but attended to, as in training (L = 512); "image" [B T H W image_channels];
-            "vision" [B S vision_dim]; a negative prompt as in `negative_prompt`, masked as the text
-            is.
-          taps: indices of blocks.
+            x: noisy video latents.
+            t: times in 0..1000, one a sample, or one for each of M equal runs of patches: of each
+              latent frame where M = T (Wan 2.2 5B keeps given frames at time 0), of each patch
+              where M = N.
+            cond: "text" [B L text_dim]; "mask" bool [B L] (optional), whose False tokens are set to
+              zero but attended to, as in training (L = 512); "image" [B T H W image_channels];
+              "vision" [B S vision_dim]; a negative prompt as in `negative_prompt`, masked as the
+              text is.
+            taps: indices of blocks.
 
         Raises:
-          Refused: where the condition is not this, or x or t do not fit the patches.
+            Refused: where the condition is not this, or x or t do not fit the patches.
         """
         cfg = self.cfg
         check_condition(cond, cfg.condition, "Wan")

@@ -187,20 +187,20 @@ class BertModule(Encoder):
         """The features of the last block.
 
         Args:
-          tokens: of texts.
-          types: kinds of the tokens; None: 0.
-          mask: False on padding, wherever it stands.
-          taps: indices of blocks.
-          scores: indices of blocks.
+            tokens: of texts.
+            types: kinds of the tokens; None: 0.
+            mask: False on padding, wherever it stands.
+            taps: indices of blocks.
+            scores: indices of blocks.
 
         Returns:
-          The features; with `taps` or `scores` a tuple of them, the features [B T D] of the blocks
-          `taps`, and the scores of attention [B H T T] (query, key) of the blocks `scores`, in
-          float32 and before masking. They are computed again from the block's input, so that other
-          blocks keep none.
+            The features; with `taps` or `scores` a tuple of them, the features [B T D] of the
+            blocks `taps`, and the scores of attention [B H T T] (query, key) of the blocks
+            `scores`, in float32 and before masking. They are computed again from the block's input,
+            so that other blocks keep none.
 
         Raises:
-          Refused: on more than max_length tokens, and on blocks that there are not.
+            Refused: on more than max_length tokens, and on blocks that there are not.
         """
         x, extras = self.encode(tokens, types, mask, taps, scores)
         return (x, *extras) if extras else x

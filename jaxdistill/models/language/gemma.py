@@ -124,7 +124,7 @@ class Gemma2Module(LMModule):
         """The unembedding matrix.
 
         Raises:
-          Refused: where logits are capped, and so are no linear map of the activations.
+            Refused: where logits are capped, and so are no linear map of the activations.
         """
         if self.cfg.logit_cap:
             raise Refused(

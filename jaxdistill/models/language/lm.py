@@ -196,21 +196,21 @@ class LMModule(nnx.Module):
         """Logits [B T V] in float32: position t predicts token t + 1.
 
         Args:
-          tokens: of texts, or what follows them.
-          positions: of the tokens; None: 0, 1, ... behind those of the cache.
-          segments: a number for each of the documents packed into a sequence.
-          mask: False on padding.
-          cache: of `init_cache`, with what precedes the tokens.
-          taps: indices of blocks.
-          hidden_only: gives the final normed activations [B T D] in place of logits, for losses
-            that project onto `head()` in chunks.
+            tokens: of texts, or what follows them.
+            positions: of the tokens; None: 0, 1, ... behind those of the cache.
+            segments: a number for each of the documents packed into a sequence.
+            mask: False on padding.
+            cache: of `init_cache`, with what precedes the tokens.
+            taps: indices of blocks.
+            hidden_only: gives the final normed activations [B T D] in place of logits, for losses
+              that project onto `head()` in chunks.
 
         Returns:
-          The logits; with `cache` or `taps` a tuple of them, the new cache, and the features
-          [B T D] of those blocks.
+            The logits; with `cache` or `taps` a tuple of them, the new cache, and the features
+            [B T D] of those blocks.
 
         Raises:
-          Refused: on more than max_length tokens, and on segments with a cache.
+            Refused: on more than max_length tokens, and on segments with a cache.
         """
         cfg = self.cfg
         x, rotary = self._enter(tokens, positions, cache)
@@ -312,8 +312,8 @@ class LMModule(nnx.Module):
         Writing past its end is not checked: only the running program knows the length so far.
 
         Returns:
-          "stores" of keys and values [B G S K], "valid" bool [B S], "length" int32 [], and "layers"
-          as decoding reads them (`unstacked`).
+            "stores" of keys and values [B G S K], "valid" bool [B S], "length" int32 [], and
+            "layers" as decoding reads them (`unstacked`).
         """
         cfg = self.cfg
         shape = (batch, cfg.kv_heads or cfg.heads, length, cfg.head_size)
@@ -366,11 +366,11 @@ def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
     `common_vocabulary`).
 
     Args:
-      method: the method that compares them.
-      nets: networks (core.net.Net) by role; those without a vocabulary are left out.
+        method: the method that compares them.
+        nets: networks (core.net.Net) by role; those without a vocabulary are left out.
 
     Raises:
-      Refused: where a vocabulary is neither the student's nor a padding of it.
+        Refused: where a vocabulary is neither the student's nor a padding of it.
     """
     sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
     for role, size in sizes.items():

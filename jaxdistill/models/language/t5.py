@@ -252,15 +252,15 @@ class T5Module(T5EncoderModule):
         """Logits [B T V] in float32: position t predicts what follows tokens[t].
 
         Args:
-          source: tokens of the encoder.
-          tokens: inputs of the decoder, which begin with `cfg.start` (`shifted` makes them from
-            targets).
-          source_mask: False on padding.
-          mask: False on padding.
-          taps: indices of blocks of the decoder; with them the result is (logits, features [B T D]
-            of those blocks).
-          hidden_only: gives the final activations [B T D] that `head()` projects, in place of
-            logits.
+            source: tokens of the encoder.
+            tokens: inputs of the decoder, which begin with `cfg.start` (`shifted` makes them from
+              targets).
+            source_mask: False on padding.
+            mask: False on padding.
+            taps: indices of blocks of the decoder; with them the result is (logits, features [B T
+              D] of those blocks).
+            hidden_only: gives the final activations [B T D] that `head()` projects, in place of
+              logits.
         """
         encoded = self.encode(source, mask=source_mask)
         cache = {"source": encoded, "source_valid": valid_tokens(source, source_mask)}
@@ -353,9 +353,10 @@ class T5Module(T5EncoderModule):
         """An empty cache of `decode` for `length` tokens a sequence about encoded sources.
 
         Returns:
-          "source_pairs": keys and values of the sources, a pair of [layers B S H K]; where each
-          layer has a store, they are a pair of [B S H K] with each of "layers". "source_valid" bool
-          [B S]; "stores" of the text [B H length K]; "valid" bool [B length]; "length" int32 [].
+            "source_pairs": keys and values of the sources, a pair of [layers B S H K]; where each
+            layer has a store, they are a pair of [B S H K] with each of "layers". "source_valid"
+            bool [B S]; "stores" of the text [B H length K]; "valid" bool [B length]; "length" int32
+            [].
         """
         cfg = self.cfg
         batch = encoded.shape[0]
@@ -409,10 +410,10 @@ def bucket(apart: Int[Array, "*B"], buckets: int, distance: int, *, both: bool) 
     `distance`, beyond which all distances are in the last.
 
     Args:
-      apart: key position less query position.
-      buckets: their number.
-      distance: from which on all are in the last bucket.
-      both: whether keys ahead have one half of the buckets; if not, they are in bucket 0.
+        apart: key position less query position.
+        buckets: their number.
+        distance: from which on all are in the last bucket.
+        both: whether keys ahead have one half of the buckets; if not, they are in bucket 0.
     """
     count = buckets // 2 if both else buckets
     exact = count // 2

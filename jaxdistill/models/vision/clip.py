@@ -131,7 +131,7 @@ class ClipTextModule(nnx.Module):
         padding.
 
         Raises:
-          Refused: on more than max_length tokens.
+            Refused: on more than max_length tokens.
         """
         cfg = self.cfg
         length = tokens.shape[1]
@@ -193,7 +193,7 @@ class ClipVisionModule(nnx.Module):
         """The class token and the patches, not normed; with `taps`, (these, features of blocks).
 
         Raises:
-          Refused: on images of another size.
+            Refused: on images of another size.
         """
         cfg = self.cfg
         h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)

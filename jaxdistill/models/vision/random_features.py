@@ -56,9 +56,9 @@ def random_feature_net(key: Key[Array, ""], arch: Arch, *, bias: float = 1.0) ->
     of their class to the first layer: psi then compares joint distributions.
 
     Args:
-      key: of the weights.
-      arch: kind of network.
-      bias: standard deviation of the biases.
+        key: of the weights.
+        arch: kind of network.
+        bias: standard deviation of the biases.
     """
 
     def psi(

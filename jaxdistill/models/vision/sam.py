@@ -163,7 +163,7 @@ class SamVisionModule(nnx.Module):
         Pixels are in units of standard deviations, as `objectives.pixels.Preprocess` gives them.
 
         Raises:
-          Refused: on images of another size, and on layers that there are not.
+            Refused: on images of another size, and on layers that there are not.
         """
         cfg = self.cfg
         check_taps(taps, cfg.depth)

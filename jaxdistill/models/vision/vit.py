@@ -117,7 +117,7 @@ def cut_patches(cfg: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]
     """Patches of pictures in cfg.dtype; their channels are (row, column, channel).
 
     Raises:
-      Refused: on images of another size than cfg's.
+        Refused: on images of another size than cfg's.
     """
     if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
         raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
@@ -135,7 +135,7 @@ def embed_patches(
     """A token and the patches by rows, each plus its position.
 
     Raises:
-      Refused: on images of another size than cfg's.
+        Refused: on images of another size than cfg's.
     """
     dtype = jnp.dtype(cfg.dtype)
     h = rearrange(cut_patches(cfg, x), "b i j p -> b (i j) p")
@@ -183,7 +183,7 @@ class ViTModule(Encoder):
         """The class token and the patches by rows; with `taps`, (these, features of those blocks).
 
         Raises:
-          Refused: on images of another size.
+            Refused: on images of another size.
         """
         tokens, features = self.encode(x, taps)
         return (tokens, features) if taps else tokens

@@ -57,7 +57,11 @@ REFUSED = {
         {"text": TEXT, "image": (floats(4, 8, 8, 4), floats(4, 8, 8, 3))},
         r"'image' is float32 \[4, 8, 8, 3\], X needs float \[B _ _ 4\]",
     ),
-    "missing": (Sana(), {"texts": TEXT}, r"X needs 'text' float \[B L 16\]; did you mean 'texts'"),
+    "missing": (
+        Sana(),
+        {"texts": TEXT},
+        r"X needs 'text' float \[B L 16\] .*; did you mean 'texts'",
+    ),
     "unread": (Sana(), {"text": TEXT, "guidance": floats(4)}, "'guidance' is not read by X"),
 }
 
