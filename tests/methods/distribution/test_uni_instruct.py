@@ -53,7 +53,7 @@ def log_density(x, mean, var):
 
 def networks(process, q_var, m=M, c=C):
     """Exact teacher of q_t = N(0, q_var) (already noised), exact fake score and discriminator of
-    the student's law.
+    the student's distribution.
     """
 
     def denoised(x, t, mean, var, **kw):
@@ -86,7 +86,7 @@ def grid(n=72):
 
 
 def gradient(method, net, sigma=SIGMA, m=M, c=C):
-    """d/dm, d/dc of the weighted mean of `method.expansion`, its networks held."""
+    """d/dm, d/dc of the weighted mean of `method.expansion`, with constant networks."""
     z, eps, w = grid()
     t = jnp.full(len(z), sigma)
     ctx = Ctx({"x": z}, jax.random.key(0), jnp.asarray(0), {})
@@ -145,7 +145,7 @@ def test_three_terms_are_the_gradient(x64, kind, scale, q_var, values):
 
 
 def test_single_terms(x64):
-    """T_SIM alone is the whole gradient for forward KL only."""
+    """T_SIM alone is the complete gradient for forward KL only."""
     net = networks(Scaled(), 1.69)
     term = lambda kind, *kept: gradient(exact(kind, kept), net) / SIGMA
     np.testing.assert_allclose(term("forward_kl", 1, 0, 0), TABLE[0][3], atol=6e-7)
@@ -176,7 +176,7 @@ def test_equal_laws_leave_the_student_alone(x64, make, kind):
 
 def test_code_weights(x64):
     """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving
-    along, r and omega held.
+    along, r and omega constant.
     """
     method = UniInstruct(process=Scaled(), divergence="chi2", **OPEN)
     net, (z, eps, _) = networks(Scaled(), 1.0), grid(6)
@@ -472,9 +472,9 @@ def fitted(kind):
         ] - np.log(2)
 
     def slope(theta):
-        held = jax.lax.stop_gradient(theta)
-        net = networks(EDM(), 1.0, held[0], jnp.exp(held[1]))
-        p = lambda x, t: log_density(x, held[0], jnp.exp(2 * held[1]) + expand(t, x) ** 2)
+        fixed = jax.lax.stop_gradient(theta)
+        net = networks(EDM(), 1.0, fixed[0], jnp.exp(fixed[1]))
+        p = lambda x, t: log_density(x, fixed[0], jnp.exp(2 * fixed[1]) + expand(t, x) ** 2)
         score_q = lambda x, t: jax.grad(lambda x: jnp.sum(log_q(x, t)))(x)
         net.teacher = lambda x, t, cond=None: EDM().from_x0(
             x + expand(t, x) ** 2 * score_q(x, t), x, t
@@ -537,7 +537,7 @@ def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
     net, (z, eps, w) = networks(Scaled(), 1.69), grid()
     method = family.SIM(process=Scaled(), huber=0.3, scale=1.0)
     t = jnp.full(len(z), SIGMA)
-    held = Scaled().add_noise(M + C * z, jnp.asarray(eps), t)
+    fixed = Scaled().add_noise(M + C * z, jnp.asarray(eps), t)
 
     def loss(m, c):
         x0 = m + c * z
@@ -545,7 +545,7 @@ def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
         return jnp.sum(w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0))
 
     def distance(m, c):
-        gap = networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
+        gap = networks(Scaled(), 1.69, m, c).fake(fixed, t).x0 - net.teacher(fixed, t).x0
         return jnp.sum(w * jnp.sqrt(gap[:, 0] ** 2 + 0.3**2))
 
     np.testing.assert_allclose(
@@ -610,7 +610,7 @@ def test_f_distill_with_clipped_ratios_over_their_bins(plain):
     )
 
     method = family.BinnedFDistill(ratio_range=(0.5, 2.0), bin_rate=0.5, **AT)
-    held = dataclasses.replace(
+    fixed = dataclasses.replace(
         ctx, memory=method.memory(), batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))}
     )
     mean = 0.5 + 0.5 * np.sum(r) / (len(r) + 1e-6)
@@ -618,8 +618,8 @@ def test_f_distill_with_clipped_ratios_over_their_bins(plain):
     want = (
         scaled / (1 + scaled) / np.mean(scaled / (1 + scaled)) * (fake - real) / np.abs(x0 - real)
     )
-    np.testing.assert_allclose(pulled(method, (net, held, x0)), want, rtol=1e-9)
-    memory = method.student_loss(net, held).memory["ratio_means"]
+    np.testing.assert_allclose(pulled(method, (net, fixed, x0)), want, rtol=1e-9)
+    memory = method.student_loss(net, fixed).memory["ratio_means"]
     np.testing.assert_allclose(memory, np.where(np.arange(10) == 6, mean, 1.0), rtol=1e-12)
 
 
