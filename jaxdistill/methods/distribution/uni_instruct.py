@@ -5,8 +5,8 @@ An f-divergence at t = 0 is an integral over noise levels of E[h(r) |s_fake - s_
 p_real / p_fake. Its gradient combines that of score identity methods (SIM), differentiated through
 both denoisers, with that of Diff-Instruct (DI). The divergence f sets the weights of the two from
 r, which a discriminator on the fake network's features estimates. Training has three phases: the
-critics alone, then reverse KL, then the chosen divergence. Earlier methods are special cases
-(`_family.py`).
+critics alone, then reverse KL, then the chosen divergence. Earlier methods are special cases (table
+in `diff_instruct.py`).
 
 Departures: r is exp(logit), where the authors' code takes r from the value of the generator's loss;
 |d| in the DI term is the norm of each sample, in the code that of the batch. As in the code, the
@@ -159,6 +159,15 @@ class SharedUniInstruct(UniInstruct):
             channel_mean = jnp.mean(feature.astype(jnp.float32), -1)
             logits.append(channel_mean.reshape(channel_mean.shape[0], -1))
         return jnp.concatenate(logits, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalisedUniInstruct(UniInstruct):
+    """Ratios over their batch mean."""
+
+    def ratio(self, logits: Array) -> Array:
+        r = super().ratio(logits)
+        return r / jnp.mean(r)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
