@@ -71,7 +71,7 @@ class Members(Hosted):
         """The batch, ordered by cell, as F(D, V_k) of the paper; then what the host gathers."""
         pairs = {key: v for key, v in ctx.batch.items() if key.startswith("pair_")}
         samples = {key: v for key, v in ctx.batch.items() if key not in pairs}
-        samples, present = self.partition.deal(samples)
+        samples, present = self.partition.split(samples)
         batch = {**samples, **pairs}
         if gather is not None:
             stacked = self.side_by_side(gather, net, dataclasses.replace(ctx, batch=batch))
