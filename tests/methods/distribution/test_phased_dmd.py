@@ -646,7 +646,9 @@ def lowered(config, lowers_for_tpu):
     return moved
 
 
-@pytest.mark.parametrize("variant", ["", "wan21", "released"])
+@pytest.mark.parametrize(
+    "variant", ["", *(pytest.param(name, marks=pytest.mark.full) for name in ("wan21", "released"))]
+)
 def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant, lowers_for_tpu):
     """Adapters on the teacher of their range and full fake scores, or full weights, on
     text-conditioned video latents.
