@@ -20,7 +20,7 @@ ALLOWED = {  # folder -> folders of this package that it may import
     "interop": {"core", "models", "diffusion", "samplers", "interop"},
     "run": {"core", "data", "diffusion", "evals", "interop", "run"},
 }
-CORE_FOR_METHODS = {"types", "fields", "net", "rows"}  # no jit, mesh, optimiser or checkpoint
+CORE_FOR_METHODS = {"types", "fields", "needs", "net", "rows"}  # no jit, mesh, optimiser or checkpoint
 MACHINERY = {"optax", "orbax", "grain", "ml_collections", "torch"}
 
 
