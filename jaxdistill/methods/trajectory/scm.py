@@ -28,7 +28,7 @@ from jaxdistill.objectives import consistency
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SCT(FewStep):
-    """Consistency training: dx/dt is the velocity of the sample's own path. No teacher."""
+    """Consistency training, without a teacher: dx/dt is the velocity of the sample's own path."""
 
     process: Trig = Trig(sigma_data=0.5)
     # distribution of t, by sigma_d tan t
@@ -37,7 +37,7 @@ class SCT(FewStep):
     tangent_warmup: Natural = 10_000
     # c of the normalised tangent g / (rms(g) + c)
     tangent_c: float = 0.1
-    # times of sampling, falling; of them the first as many as steps are asked for
+    # times of sampling, falling; N steps use the first N
     student_times: tuple[float, ...] = (math.pi / 2, 1.1)
     # jvp | central, for networks whose kernels have no JVP
     derivative: str = "jvp"
