@@ -17,7 +17,7 @@ Table = dict[
 class Evaluation:
     """Base of all evaluations; its fields are the keys of `config.evaluation`."""
 
-    needs: ClassVar[tuple[str, ...]] = ()  # what the data set must have: "law", "gold", ...
+    needs: ClassVar[tuple[str, ...]] = ()  # what the data set must have: "components", "gold", ...
 
     def check(self, data: Any) -> None:
         """Raises Refused where this data set cannot be evaluated so; asked before anything runs."""

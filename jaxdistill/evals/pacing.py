@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill.core.sharding import whole
+from jaxdistill.core.sharding import gathered
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Batch, Ctx, Refused
 from jaxdistill.data.base import Dataset
@@ -116,7 +116,7 @@ class PacedEval(TextEval):
         key = jax.random.key(self.seed)
         count = math.ceil(self.problems / trained.experiment.data.batch_size)
         parts = [
-            whole(made(trained.params, next(batches), jax.random.fold_in(key, i)))
+            gathered(made(trained.params, next(batches), jax.random.fold_in(key, i)))
             for i in range(count)
         ]
         problems = {
@@ -124,7 +124,7 @@ class PacedEval(TextEval):
             for name in parts[0]
         }
         probe = jax.jit(lambda params, batch: method.snr(trained.nets, params, batch, self.bins)[0])
-        found = whole(probe(trained.params, problems))
+        found = gathered(probe(trained.params, problems))
         return {f"snr_{i}": float(value) for i, value in enumerate(found) if np.isfinite(value)}
 
 

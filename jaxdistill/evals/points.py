@@ -29,7 +29,7 @@ class PointEval(SampleEval):
     batch: int = 2000
     solver: Solver = "heun"
 
-    needs = ("law",)
+    needs = ("components",)
     metrics = ("energy", "sliced_w2", "modes_hit", "mode_kl", "quality", "stray")
 
     def score(self, x, real, data):
@@ -124,6 +124,24 @@ class DirectionEval(TextureEval):
             **super().score(x, real, data),
             "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle))),
         }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegretEval(DirectionEval):
+    """With `regret`, how far the samples' reward is from the best: the mean of (1 - cosine) / 2, of
+    1 for a sample farther than `radius` standard deviations from every mode. A reward counts on the
+    data's modes alone.
+    """
+
+    radius: float = 4.0
+
+    metrics = (*DirectionEval.metrics, "regret")
+
+    def score(self, x, real, data):
+        cosine = np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)
+        _, distance = modes.assign(x, data.components)
+        regret = np.where(distance <= self.radius, (1 - cosine) / 2, 1.0)
+        return {**super().score(x, real, data), "regret": float(np.mean(regret))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

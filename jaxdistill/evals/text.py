@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from jaxdistill.core.sharding import whole
+from jaxdistill.core.sharding import gathered
 from jaxdistill.core.types import Refused
 from jaxdistill.evals.base import Evaluation
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
@@ -144,8 +144,8 @@ class TextEval(Evaluation):
             if i or len(prompts) <= self.batch:
                 seconds = seconds + time.perf_counter() - started
                 made = made + out[:, prompts.shape[1] :].size
-            tokens.append(whole(out))
-            alive.append(whole(valid))
+            tokens.append(gathered(out))
+            alive.append(gathered(valid))
         mask = np.concatenate(alive).astype(np.float32) * (np.arange(length) >= prompts.shape[1])
         return {"tokens": np.concatenate(tokens), "mask": mask}, made / seconds
 
@@ -177,6 +177,6 @@ def _total(
     totals: dict[str, np.ndarray] = {}
     for low in range(0, len(rows["tokens"]), batch):
         part = {k: v[low : low + batch] for k, v in rows.items()}
-        for name, pair in whole(score(params, part)).items():
+        for name, pair in gathered(score(params, part)).items():
             totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
     return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
