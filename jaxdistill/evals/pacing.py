@@ -134,7 +134,7 @@ def _measured(method: Any, nets: Any, params: Any, batch: Batch, key: jax.Array)
     """
     ctx = Ctx(batch, key, np.int32(0), {})
     made = method.measure(bind(nets, params), ctx)
-    if not method.writes(0):
+    if not method.is_on_policy(0):
         return made
     return method.rollout(bind(nets, params), dataclasses.replace(ctx, batch=made))
 
