@@ -116,14 +116,10 @@ def set_effort(effort: float) -> None:
 
 
 def shorten(config: ConfigDict) -> None:
-    """Changes `config` to as few steps as show every pattern of turns."""
-    for method in (config.method, config.method.get("host", {})):
-        if "critic_only" in method:
-            method.critic_only = 0
-    config.steps = min(
-        config.steps,
-        2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0),
-    )
+    """Changes `config` to two cycles of turns, without those of the first phase alone."""
+    method = build.build(config.method, "config.method").settled()
+    config.method = build.plain(method)
+    config.steps = min(config.steps, 2 * method.cycle)
 
 
 def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
