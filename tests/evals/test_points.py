@@ -17,6 +17,7 @@ from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
 @dataclasses.dataclass
 class Trained:
     experiment: Any
+    nets: Any
     params: Any
     spread: float
 
@@ -37,7 +38,7 @@ def test_the_state_of_an_exact_chain_has_the_noised_law(spread, low, high):
     times = tuple(np.linspace(1, 0, 129)[:-1].tolist())
     method = PhasedDMD(student_times=times, phase_steps=(64, 64))
     trained = Trained(
-        SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch), {}, spread
+        SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch), {}, {}, spread
     )
     (row,) = ChainEval(samples=2000, student_steps=(128,)).rows(trained)
     assert low < row["state_energy"] < high and "energy" in row

@@ -12,6 +12,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.data.language import Markov
 from jaxdistill.evals.text import TextEval
 from jaxdistill.models.language.lm import LM
+from jaxdistill.run.experiment import Trained
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def trained():
     small = LM(vocab=7, dim=16, mlp=32, heads=2, depth=2)
     nets = {"teacher": data.net(), "student": make_net(small, config=small)}
     params = {role: net.init(jax.random.key(0)) for role, net in nets.items()}
-    return SimpleNamespace(experiment=SimpleNamespace(data=data), nets=nets, params=params)
+    return Trained(SimpleNamespace(data=data), nets, params)
 
 
 def by_hand(trained, role, held):
