@@ -31,6 +31,7 @@ def sample(argv: list[str]) -> None:
     import numpy as np
 
     from jaxdistill.core.net import paths
+    from jaxdistill.evals.text import TextEval
     from jaxdistill.run import loop
 
     trained = loop.load(workdir, config)
@@ -41,7 +42,7 @@ def sample(argv: list[str]) -> None:
     if role not in trained.params:
         raise Refused(f"--role={role}{nearest(role, trained.params)}")
     evaluation = dataclasses.replace(evaluation, seed=seed)
-    if hasattr(evaluation, "texts"):
+    if isinstance(evaluation, TextEval):
         if given or steps:
             raise Refused(
                 f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are printed"
