@@ -1,7 +1,8 @@
 """Methods on the digits under one set of conditions: `--config=configs/digits/suite.py:METHOD`,
 each name below.
 
-    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/digits/dmd2_0 --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/digits/dmd2_0 \\
+        --config.roles.teacher.init=TEACHER
     python tools/reproduce.py --suite=digits        # all of them on seeds 0, 1, 2, and the table
 
 TEACHER is a run of configs/digits/teacher.py. The same for all: that teacher, the student's network

@@ -1,7 +1,8 @@
 """Phased DMD (arXiv:2510.27684) of Wan 2.2 T2V A14B, whose teacher is two experts, into four steps
 in two phases.
 
-    python -m launch.train --config=configs/recipes/phased_dmd.py --workdir=DIR --config.data.path=PROMPTS \\
+    python -m launch.train --config=configs/recipes/phased_dmd.py --workdir=DIR \\
+        --config.data.path=PROMPTS \\
         --config.roles.teacher0.init=PIPELINE/transformer
         --config.roles.teacher.init=PIPELINE/transformer_2
 

@@ -1,7 +1,8 @@
 """TwinFlow (arXiv:2512.05150) of Qwen-Image, 20 B: adapters on the frozen base, for one to four
 evaluations at 1024 pixels.
 
-    python -m launch.train --config=configs/recipes/twinflow.py --workdir=DIR --config.data.path=RECORDS \\
+    python -m launch.train --config=configs/recipes/twinflow.py --workdir=DIR \\
+        --config.data.path=RECORDS \\
         --config.roles.teacher.init=PIPELINE/transformer
 
 PIPELINE is Qwen-Image's diffusers folder. RECORDS are those of `data.arrayrecord:GroupedRecords`: x

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxdistill.core.net import Net
-from jaxdistill.core.sharding import whole
+from jaxdistill.core.sharding import gathered
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Batch, Ctx, Nets, Params, Refused
 from jaxdistill.data.abilities import ChecksAnswers
@@ -132,7 +132,7 @@ class PacedEval(TextEval):
         parts = []
         for i in range(math.ceil(self.problems / experiment.data.batch_size)):
             batch = made(trained.params, next(batches), jax.random.fold_in(key, i))
-            parts.append(whole(batch))
+            parts.append(gathered(batch))
         problems = {}
         for name in parts[0]:
             problems[name] = np.concatenate([part[name] for part in parts])[: self.problems]
@@ -141,7 +141,7 @@ class PacedEval(TextEval):
         def probe(params, batch):
             return method.snr(trained.nets, params, batch, self.bins)[0]
 
-        found = whole(probe(trained.params, problems))
+        found = gathered(probe(trained.params, problems))
         return {f"snr_{i}": float(value) for i, value in enumerate(found) if np.isfinite(value)}
 
 

@@ -135,6 +135,25 @@ class DirectionEval(TextureEval):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RegretEval(DirectionEval):
+    """`DirectionEval` with the mean regret, which counts a reward on the data's modes alone.
+
+    The regret of a sample is (1 - cosine) / 2, the reward that it lacks to the best. It is 1 for a
+    sample farther than `radius` standard deviations from its mode's mean.
+    """
+
+    radius: float = 4.0
+
+    metrics = (*DirectionEval.metrics, "regret")
+
+    def score(self, x, real, data):
+        cosine = np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle)
+        _, distance = modes.assign(x, data.components)
+        regret = np.where(distance <= self.radius, (1 - cosine) / 2, 1.0)
+        return {**super().score(x, real, data), "regret": float(np.mean(regret))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledPointEval(PointEval):
     """`PointEval` for points made under labels.
 

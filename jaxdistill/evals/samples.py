@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxdistill.core.fields import Count, Real
-from jaxdistill.core.sharding import whole
+from jaxdistill.core.sharding import gathered
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.evals.base import Evaluation, Trained
@@ -106,7 +106,7 @@ class SampleEval(Evaluation):
             if i or len(real["x"]) <= self.batch:
                 seconds = seconds + time.perf_counter() - started
                 made = made + len(x)
-            out.append(whole(x))
+            out.append(gathered(x))
         return np.concatenate(out), made / seconds
 
     def nfe(self, role: str, steps: int) -> int:

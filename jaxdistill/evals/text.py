@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxdistill.core.net import Net
-from jaxdistill.core.sharding import whole
+from jaxdistill.core.sharding import gathered
 from jaxdistill.core.types import Params, Refused
 from jaxdistill.data.abilities import ChecksAnswers, HasTokenizer, WritesText, text_end
 from jaxdistill.data.base import Dataset
@@ -178,8 +178,8 @@ class TextEval(Evaluation):
             if i or len(prompts) <= self.batch:
                 seconds = seconds + time.perf_counter() - started
                 made = made + out[:, prompts.shape[1] :].size
-            tokens.append(whole(out))
-            written.append(whole(valid))
+            tokens.append(gathered(out))
+            written.append(gathered(valid))
         after_prompt = np.arange(length) >= prompts.shape[1]
         mask = np.concatenate(written).astype(np.float32) * after_prompt
         return {"tokens": np.concatenate(tokens), "mask": mask}, made / seconds
@@ -243,6 +243,6 @@ def _total(
     totals: dict[str, np.ndarray] = {}
     for low in range(0, len(samples["tokens"]), batch):
         part = {k: v[low : low + batch] for k, v in samples.items()}
-        for name, pair in whole(score(params, part)).items():
+        for name, pair in gathered(score(params, part)).items():
             totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
     return {name: (float(total), float(count)) for name, (total, count) in totals.items()}

@@ -146,7 +146,8 @@ class Experiment:
         for name in given:
             if name not in wanted:
                 raise Refused(
-                    f"{self.where}.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}"
+                    f"{self.where}.roles.{name}: {self.config.method.name} has no such"
+                    f" role{nearest(name, wanted)}"
                 )
         roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
         for name, role in roles.items():
@@ -166,15 +167,18 @@ class Experiment:
             )
         if role.model is not None and not callable(role.model):
             raise Refused(
-                f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of sizes)"
+                f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of"
+                " sizes)"
             )
         if role.denoiser is not None and not isinstance(role.denoiser, Denoiser):
             raise Refused(
-                f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected diffusion.denoiser:Denoiser"
+                f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected"
+                " diffusion.denoiser:Denoiser"
             )
         if not callable(getattr(role.ema, "decay", None)):
             raise Refused(
-                f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as core.optim:Ema"
+                f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as"
+                " core.optim:Ema"
             )
         return role
 
@@ -182,7 +186,7 @@ class Experiment:
         return f"{self.where}.roles.{role}"
 
     def source(self, role: str) -> str:
-        """Where the role's first weights come from: the config's `init`, or what the method says."""
+        """Where the role's first weights come from: the config's `init`, or else the method's."""
         return self.roles[role].init or self.method.inits.get(role) or "fresh"
 
     @functools.cached_property
@@ -198,7 +202,8 @@ class Experiment:
         while (source := self.source(seen[-1])) in self.roles:
             if source in seen:
                 raise Refused(
-                    f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at the end"
+                    f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at"
+                    " the end"
                 )
             seen.append(source)
 
@@ -290,7 +295,8 @@ class Experiment:
             where = f"{self.where}.runs.{name}"
             if not NAME.fullmatch(name) or name in records.RESERVED:
                 raise Refused(
-                    f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that no run uses itself"
+                    f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that"
+                    " no run uses itself"
                 )
             if not isinstance(config, ConfigDict):
                 raise Refused(f"{where}={shown(config)}: expected a config")
@@ -380,7 +386,8 @@ class Experiment:
         if source == "fresh":
             if role in self.method.frozen:
                 raise Refused(
-                    f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)"
+                    f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a"
+                    " folder, @run, exact or random)"
                 )
             return None
         if source in self.roles:
@@ -429,7 +436,7 @@ def stopping(method: Method, data: Callable[[], Any]) -> Method:
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
     """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
-    placed = sharding.resting_in(
+    placed = sharding.in_memory(
         place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes), net.axes
     )
     kind = lambda s: jnp.dtype(dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype

@@ -32,7 +32,7 @@ PARTS = ("params", "opt", "ema", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """One pattern of turns, compiled; seconds are lower bounds, each as if the others cost nothing."""
+    """A compiled pattern of turns. Each of its seconds is a bound as if the others were free."""
 
     turns: str
     temporaries: int  # bytes a chip
@@ -85,7 +85,8 @@ def topology(name: str) -> tuple[list[Any], Chip]:
     kind, _, shape = name.partition(":")
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape) or chip(kind).node:
         raise Refused(
-            f"--topology={name}: expected a TPU slice such as v5e:4x4 or v5p:4x4x8 (or GPUs such as h100:8x4)"
+            f"--topology={name}: expected a TPU slice such as v5e:4x4 or v5p:4x4x8 (or GPUs such"
+            " as h100:8x4)"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -95,7 +96,8 @@ def topology(name: str) -> tuple[list[Any], Chip]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
         raise Refused(
-            f"--topology={name}: {str(error).splitlines()[0][:160]} (pip install 'jaxdistill[tpu]' brings the compiler)"
+            f"--topology={name}: {str(error).splitlines()[0][:160]} (pip install"
+            " 'jaxdistill[tpu]' brings the compiler)"
         ) from error
     return list(found.devices), chip(kind)
 
@@ -409,7 +411,8 @@ def advice(plan: Plan, pattern: Pattern) -> tuple[str, str]:
         if plan.state > 0.6 * plan.hbm:
             return (
                 "HBM: state",
-                "mesh.fsdp up, roles.<frozen>.param_dtype=bfloat16, roles.<role>.lora.rank, or a larger slice",
+                "mesh.fsdp up, roles.<frozen>.param_dtype=bfloat16, roles.<role>.lora.rank, or a"
+                " larger slice",
             )
         return (
             "HBM: temporaries",
@@ -422,7 +425,8 @@ def advice(plan: Plan, pattern: Pattern) -> tuple[str, str]:
     )[1]
     return longest, {
         "compute": "roles.<role>.model.remat (less is computed again), or a larger slice",
-        "HBM bandwidth": "data.batch_size up, model.dtype=bfloat16, roles.<role>.model.remat (less is stored)",
+        "HBM bandwidth": "data.batch_size up, model.dtype=bfloat16, roles.<role>.model.remat (less"
+        " is stored)",
         "interconnect": "data.batch_size up, mesh.tensor down, mesh.fsdp against mesh.data",
     }[longest]
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.process import Flow
-from jaxdistill.evals.points import ChainEval, LabelledPointEval
+from jaxdistill.evals.points import ChainEval, LabelledPointEval, RegretEval
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
 
 
@@ -74,3 +74,19 @@ def test_collapse_and_swapped_labels_show(table):
     assert narrow["class_std"] == pytest.approx(0.05, rel=0.1) and narrow["class_energy"] > 0.02
     swapped = score(other["x"])  # the right law as a whole, under labels of its own
     assert abs(swapped["energy"]) < 0.01 < 0.3 < swapped["class_energy"]
+
+
+def test_regret_is_the_lost_reward_and_counts_on_modes_alone():
+    """(1 - cosine) / 2 of samples at modes, 1 of the others, whatever their direction."""
+    real = DATA.evaluation(500)
+    means = np.asarray(DATA.components[1])
+    angle = 0.7
+    evaluation = RegretEval(angle=angle)
+    cosine = np.cos(np.arctan2(means[:, 1], means[:, 0]) - angle)
+    at_modes = evaluation.score(means, real, DATA)
+    np.testing.assert_allclose(at_modes["regret"], np.mean((1 - cosine) / 2), rtol=1e-5)
+    far = 50.0 * np.array([[np.cos(angle), np.sin(angle)]] * len(means), np.float32)
+    away = evaluation.score(far, real, DATA)
+    assert away["regret"] == 1.0 and away["reward"] > 0.999
+    half = evaluation.score(np.concatenate([means, far]), real, DATA)["regret"]
+    np.testing.assert_allclose(half, (at_modes["regret"] + 1.0) / 2, rtol=1e-5)

@@ -5,6 +5,23 @@ A one-step student's samples are noised and pushed along the difference of two s
 teacher's, and that of a `fake` network trained online on the student's own samples. In expectation
 that is the gradient of the Kullback-Leibler divergence between the two noised laws, integrated over
 noise levels. All distribution-matching methods build on it.
+
+Uni-Instruct (arXiv:2505.20755, table 1) is a common form of the one-step methods; each differs from
+this one in a single piece:
+
+| method | gradient of the student | here |
+|---|---|---|
+| Diff-Instruct | w_t d . dx_t, d = s_fake - s_real | `DiffInstruct` |
+| VSD (arXiv:2305.16213), SwiftBrush | the same, the fake score an adapter | roles.fake.lora |
+| SDS, DDS, RED-diff | s_fake of the sample itself, or of a reference | sds.py |
+| DMD | normalised, and a regression on pairs | dmd.py |
+| DMD2 | normalised, and a GAN | dmd2.py |
+| f-distill | that of DMD2 times h(r), r = p_real / p_fake | f_distill.py |
+| SiD | score identity | sid.py |
+| SiDA | score identity, and a GAN | sida.py |
+| SIM | score identity of any distance | sim.py |
+| DI++, DI* | that of Diff-Instruct or of SIM, and a reward | di_plus_plus.py, di_star.py |
+| Uni-Instruct | Diff-Instruct's and SIM's, weighted by f and r, and a GAN | uni_instruct.py |
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Turn
-from jaxdistill.methods.distribution._dmd import Normalised
+from jaxdistill.methods.distribution.dmd import Normalised
 from jaxdistill.objectives import gan
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn
-from jaxdistill.methods.distribution._dmd import Normalised
+from jaxdistill.methods.distribution.dmd import Normalised
 from jaxdistill.objectives import gan
 from jaxdistill.objectives.pixels import Preprocess, decoded
 from jaxdistill.samplers.fewstep import chain

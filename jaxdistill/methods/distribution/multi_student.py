@@ -23,9 +23,9 @@ from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
 from jaxdistill.methods._hosted import Delegating
-from jaxdistill.methods.distribution._dmd import DMD
 from jaxdistill.methods.distribution._members import Members
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.dmd import DMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.objectives.partition import Consecutive, Partition
 

@@ -22,8 +22,8 @@ from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.diffusion.process import Pred, expand
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
 from jaxdistill.diffusion.times import Uniform
-from jaxdistill.methods.distribution._sds import ScoreDistillation
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
+from jaxdistill.methods.distribution.sds import ScoreDistillation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ An f-divergence at t = 0 is an integral over noise levels of E[h(r) |s_fake - s_
 / p_fake. Its gradient combines that of score identity methods (SIM), differentiated through both
 denoisers, with that of Diff-Instruct (DI); f sets their weights, in which r is what a discriminator
 on the fake network's features says. Critics alone move first, then reverse KL, then the chosen
-divergence. Earlier methods are special cases (`_family.py`).
+divergence. Earlier methods are special cases (table in `diff_instruct.py`).
 
 Departures: r is exp(logit), where the authors' code takes r from the generator's loss value; |d| in
 the DI term is each sample's norm, the code's the batch's. The factor 2 of the exact SIM term, |d|^2
@@ -150,6 +150,15 @@ class SharedUniInstruct(UniInstruct):
     def logits_of(self, net, features, t, ctx):
         maps = [jnp.mean(f.astype(jnp.float32), -1) for f in features]
         return jnp.concatenate([m.reshape(m.shape[0], -1) for m in maps], 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalisedUniInstruct(UniInstruct):
+    """Ratios over their batch mean."""
+
+    def ratio(self, logits: Array) -> Array:
+        r = super().ratio(logits)
+        return r / jnp.mean(r)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import EDM, Flow
 from jaxdistill.diffusion.regression import denoising_error
 from jaxdistill.diffusion.times import Uniform
-from jaxdistill.methods.distribution._dmd import DMD, PerceptualDMD
 from jaxdistill.methods.distribution._members import Members
+from jaxdistill.methods.distribution.dmd import DMD, PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
 from jaxdistill.models.denoisers.mlp import MLP

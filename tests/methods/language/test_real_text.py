@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxdistill.core.build import Role, build, experiment, spec
+from jaxdistill.core.build import Role, experiment, spec
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.data import ner
@@ -82,7 +82,7 @@ def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_
         evaluation=TextEval(samples=32, batch=32),
     )
     (row,) = loop.run(config, tmp_path / "run")["models"]
-    loader = build(data)
+    loader = data
     targets = lambda rows: rows["tokens"][rows["mask"] > 0]
     counts = 1 + np.bincount(targets(loader.arrays("train")), minlength=ByteTokenizer.vocab)
     nll = -np.log(counts / counts.sum())[targets(loader.evaluation(32))]
