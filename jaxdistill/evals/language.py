@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.objectives.divergence import masked_sum, token_divergence
 
+Number = float | np.floating
 
-def perplexity(nll: float, count: float) -> float:
+
+def perplexity(nll: Number, count: Number) -> float:
     """exp(nll / count), where `nll` is the sum of -log q over `count` tokens, in nats."""
     return float(np.exp(nll / count))
 
@@ -20,7 +22,7 @@ def perplexity(nll: float, count: float) -> float:
 def token_kl(
     teacher: Float[Array, "B T V"],
     student: Float[Array, "B T V"],
-    mask: Bool[Array, "B T"],
+    mask: Shaped[Array, "B T"],
     kind: str = "forward_kl",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of a divergence between the logits of two models over the tokens of a mask.
@@ -38,7 +40,7 @@ def token_kl(
 
 
 def top1_agreement(
-    teacher: Float[Array, "B T V"], student: Float[Array, "B T V"], mask: Bool[Array, "B T"]
+    teacher: Float[Array, "B T V"], student: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """How many tokens of a mask have the same most likely prediction, by the logits of two models.
 

@@ -56,7 +56,7 @@ def test_blocks_of_rows_give_the_whole():
     x = modes([30, 7])
     y = modes([25], seed=1)
     whole = np.sqrt(((x[:, None] - y) ** 2).sum(-1))
-    parts = list(distances.blocks(x, y, rows=10))
+    parts = list(distances.blocks(x, y, size=10))
     assert [len(p) for p in parts] == [10, 10, 10, 7]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9)
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdistill.core.build import spec
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.data.language import Carry, Markov
@@ -121,8 +122,8 @@ def test_refusals():
         Refused, match=r"evaluation\.problems=-1: expected an integer of at least 0"
     ):
         PacedEval(problems=-1)
-    with pytest.raises(Refused, match=r"evaluation\.general='text': expected a Dataset"):
-        PacedEval(general="text")
+    with pytest.raises(Refused, match=r"general='text': expected a Dataset"):
+        spec("evals.pacing:PacedEval", general="text")
     with pytest.raises(Refused, match=r"evaluation\.general: 20 tokens, the training data has 14"):
         PacedEval(general=Markov(vocab=20)).check(Carry())
     with pytest.raises(Refused, match="SFT has no pass rates"):

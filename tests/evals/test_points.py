@@ -78,15 +78,16 @@ def test_collapse_and_swapped_labels_show(table):
 
 def test_regret_is_the_lost_reward_and_counts_on_modes_alone():
     """(1 - cosine) / 2 of samples at modes, 1 of the others, whatever their direction."""
-    real = DATA.evaluation(500)
+    real = DATA.evaluation(500)["x"]
     means = np.asarray(DATA.components[1])
     angle = 0.7
     evaluation = RegretEval(angle=angle)
     cosine = np.cos(np.arctan2(means[:, 1], means[:, 0]) - angle)
-    at_modes = evaluation.score(means, real, DATA)
+    score = lambda x: evaluation.score(x, {"x": real[: len(x)]}, DATA)
+    at_modes = score(means)
     np.testing.assert_allclose(at_modes["regret"], np.mean((1 - cosine) / 2), rtol=1e-5)
     far = 50.0 * np.array([[np.cos(angle), np.sin(angle)]] * len(means), np.float32)
-    away = evaluation.score(far, real, DATA)
+    away = score(far)
     assert away["regret"] == 1.0 and away["reward"] > 0.999
-    half = evaluation.score(np.concatenate([means, far]), real, DATA)["regret"]
+    half = score(np.concatenate([means, far]))["regret"]
     np.testing.assert_allclose(half, (at_modes["regret"] + 1.0) / 2, rtol=1e-5)
