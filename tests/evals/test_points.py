@@ -31,7 +31,7 @@ DATA = Mixture(labelled=False)
 
 
 @pytest.mark.parametrize(("spread", "low", "high"), [(1.0, -2e-3, 4e-3), (1.5, 1e-2, np.inf)])
-def test_the_state_of_an_exact_chain_has_the_noised_law(spread, low, high):
+def test_the_state_of_an_exact_chain_has_the_noised_distribution(spread, low, high):
     """64 Euler steps with the exact velocity reach p_.5 to their error of first order; a wrong
     field does not.
     """
@@ -72,7 +72,7 @@ def test_collapse_and_swapped_labels_show(table):
     data, real, score, other = table
     narrow = score(centred(data, real["cond"], 0.05))
     assert narrow["class_std"] == pytest.approx(0.05, rel=0.1) and narrow["class_energy"] > 0.02
-    swapped = score(other["x"])  # the right law as a whole, under labels of its own
+    swapped = score(other["x"])  # the right distribution overall, under labels of its own
     assert abs(swapped["energy"]) < 0.01 < 0.3 < swapped["class_energy"]
 
 
