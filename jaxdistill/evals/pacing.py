@@ -28,7 +28,7 @@ class MeasuresPassRates(Protocol):
     def measure(self, net: Nets, ctx: Ctx) -> Batch:
         """The batch with pass rates."""
 
-    def writes(self, step: int) -> bool:
+    def is_on_policy(self, step: int) -> bool:
         """Whether the student learns from its own responses at a step."""
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
@@ -154,7 +154,7 @@ def _measured(
     """
     ctx = Ctx(batch, key, np.int32(0), {})
     made = method.measure(bind(nets, params), ctx)
-    if not method.writes(0):
+    if not method.is_on_policy(0):
         return made
     return method.rollout(bind(nets, params), dataclasses.replace(ctx, batch=made))
 
