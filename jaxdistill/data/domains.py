@@ -101,8 +101,8 @@ class Domains(Dataset):
                 if moved:
                     raise Refused(
                         f"data.interval={self.interval}, data.measures={self.measures}: "
-                        f"{type(method).__name__} would train {moved[0]} on the held-out samples of step "
-                        f"{step}; expected 0, or the method's own interval and measures"
+                        f"{type(method).__name__} would train {moved[0]} on the held-out samples "
+                        f"of step {step}; expected 0, or the method's own interval and measures"
                     )
 
     @property
