@@ -10,11 +10,7 @@ def _too_early(number: int, frame: object) -> None:
     os._exit(75)
 
 
-if (
-    sys.argv[:1] == ["-m"]
-    # what Python has there while it looks for the module that it shall run: not where a program imports
-    # us
-):
-    signal.signal(
-        signal.SIGINT, _too_early
-    )  # until `_command.main` listens: the imports take seconds
+# Under `python -m` sys.argv begins with "-m" until the module runs. Imports then take seconds, in
+# which nothing has begun; `_command.main` listens afterwards. Programs that import us keep theirs.
+if sys.argv[:1] == ["-m"]:
+    signal.signal(signal.SIGINT, _too_early)

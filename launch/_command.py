@@ -1,4 +1,4 @@
-"""What the commands share: arguments, configs from files, one clear line for bad input, exit codes."""
+"""What the commands share: arguments, configs from files, refusals in one line, exit codes."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
     except MemoryError as error:
         _end(
             1,
-            f"failed: out of memory{f' ({error})' if str(error) else ''}; the last good checkpoint is kept",
+            f"failed: out of memory{f' ({error})' if str(error) else ''}; the last good"
+            " checkpoint is kept",
         )
     except KeyboardInterrupt:
         _end(STOPPED, "interrupted; nothing saved since the last checkpoint, run again to go on")
@@ -110,7 +111,8 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 def no_command(argv: list[str]) -> None:
     """What a file of tools/ does that others import."""
     raise Refused(
-        f"{Path(sys.argv[0]).name}: no command of its own, others import it; --help says what it holds"
+        f"{Path(sys.argv[0]).name}: no command of its own, others import it; --help says what it"
+        " holds"
     )
 
 
@@ -137,7 +139,8 @@ def join(distributed: bool) -> None:
             jax.distributed.initialize()
         except ValueError as error:  # JAX found no coordinator
             raise Refused(
-                "--distributed: found no TPU slice, no job of GKE and none of Slurm to join; several processes of one machine "
+                "--distributed: found no TPU slice, no job of GKE and none of Slurm to join;"
+                " several processes of one machine "
                 "are started by launch.local_cluster"
             ) from error
         except RuntimeError as error:  # the others did not come
@@ -217,13 +220,14 @@ def load_config(name: str) -> ConfigDict:
         made = module.get_config(variant) if variant else module.get_config()
     if not isinstance(made, ConfigDict):
         raise Refused(
-            f"--config={path}: get_config() returns {type(made).__name__}, expected core.build.experiment(...)"
+            f"--config={path}: get_config() returns {type(made).__name__}, expected"
+            " core.build.experiment(...)"
         )
     return made
 
 
 def _near(path: str) -> str:
-    """The config whose name is nearest to one that is not there, beside it or among the checkout's."""
+    """The existing config whose name is nearest, in the same folder or in the checkout."""
     shown = lambda file: str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
     beside = Path(path).parent.glob("*.py") if Path(path).parent.is_dir() else ()
     names = [*map(str, beside), *map(shown, (ROOT / "configs").rglob("[!_]*.py"))]
@@ -262,7 +266,8 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         if not isinstance(node, ConfigDict) or name not in node:
             keys = list(node) if isinstance(node, ConfigDict) else []
             raise Refused(
-                f"--config.{path}: {walked} has no key {name!r}{nearest(name, keys) if keys else ''}"
+                f"--config.{path}: {walked} has no key"
+                f" {name!r}{nearest(name, keys) if keys else ''}"
             )
         parent = node
         node = node[name]
@@ -301,7 +306,8 @@ def _read(path: str, text: str, old: Any) -> Any:
         value = kind(float(v) if inner is float and type(v) is int else v for v in value)
         if inner and any(type(v) is not inner for v in value):
             raise Refused(
-                f"--config.{path}={text}: expected {kind.__name__} of {inner.__name__}, as in {old!r}"
+                f"--config.{path}={text}: expected {kind.__name__} of {inner.__name__}, as in"
+                f" {old!r}"
             )
         return value
     if type(value) is not kind:
@@ -375,7 +381,8 @@ def output(
         raise Refused(f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}")
     if not folder and ((path.is_dir() and "" not in suffixes) or text.endswith(("/", "."))):
         raise Refused(
-            f"--{key}={shown}: is a folder, expected a file such as {shown.rstrip('/.')}/out{''.join(suffixes[:1])}"
+            f"--{key}={shown}: is a folder, expected a file such as"
+            f" {shown.rstrip('/.')}/out{''.join(suffixes[:1])}"
         )
     if folder and path.exists() and not path.is_dir():
         raise Refused(f"--{key}={shown}: is a file, expected a folder")

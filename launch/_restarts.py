@@ -63,7 +63,8 @@ def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None
     count = _count(workdir)
     if count >= most:
         raise Refused(
-            f"{workdir}: {count} restarts without a new checkpoint; see why it fails, remove {FILE} there, and start it again"
+            f"{workdir}: {count} restarts without a new checkpoint; see why it fails, remove"
+            f" {FILE} there, and start it again"
         )
     join()
     import jax

@@ -1,7 +1,8 @@
 """Prompts to pictures or videos, by a pipeline in diffusers' layout, with a distilled student in
 its denoiser's place.
 
-python -m launch.generate --pipeline=DIR --prompt=TEXT [--student=EXPORT] [--steps=4 | --times=1.0,0.75,0.5,0.25] [--ddim]
+python -m launch.generate --pipeline=DIR --prompt=TEXT [--student=EXPORT] [--steps=4 | \\
+    --times=1.0,0.75,0.5,0.25] [--ddim]
     [--guidance=1.0] [--negative=TEXT] [--n=1] [--seed=0] [--size=1024x1024] [--frames=1] [--fps=16]
     [--dtype=bfloat16] [--out=FILE]
 
@@ -69,7 +70,8 @@ def generate(argv: list[str]) -> None:
 
     if not falling(given, 1.0):
         raise Refused(
-            f"--times={values['times']}: expected falling times above 0 and up to 1, as in 1.0,0.75,0.5,0.25"
+            f"--times={values['times']}: expected falling times above 0 and up to 1, as in"
+            " 1.0,0.75,0.5,0.25"
         )
     made = pipeline.load(values["pipeline"], student=values["student"], dtype=values["dtype"])
     times = given or made.times(steps, size, frames)

@@ -1,7 +1,8 @@
 """Any config as N processes of this machine, joined as the hosts of a cluster are: gloo collectives
 between CPUs.
 
-python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE --workdir=DIR [--config.key=value ...]
+python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE \\
+    --workdir=DIR [--config.key=value ...]
 
 What follows the dashes are the arguments of launch.train. Each process has `devices` simulated
 devices. SIGTERM and Ctrl-C reach every process, which save and end with 75, and so does this
@@ -25,7 +26,8 @@ from launch._command import STOPPED, arguments, main, whole
 def cluster(argv: list[str]) -> None:
     if not argv or not argv[0].isdigit() or int(argv[0]) < 1:
         raise Refused(
-            "local_cluster: expected the number of processes first, as in: local_cluster 2 -- --config=FILE --workdir=DIR"
+            "local_cluster: expected the number of processes first, as in: local_cluster 2 --"
+            " --config=FILE --workdir=DIR"
         )
     cut = argv.index("--") if "--" in argv else len(argv)
     values, _ = arguments(argv[1:cut], {"devices": "1", "timeout": "60", "dry_run": False})
@@ -33,12 +35,13 @@ def cluster(argv: list[str]) -> None:
     devices = whole(values, "devices", 1)
     timeout = whole(values, "timeout", 1)
     command = [sys.executable, "-m", "launch.train", *argv[cut + 1 :]]
+    given = os.environ.get("XLA_FLAGS", "").split()
     common = {
         "JAX_PLATFORMS": "cpu",
         "JAXDISTILL_COORDINATOR": f"127.0.0.1:{_free_port()}",
         "JAXDISTILL_PROCESSES": str(count),
         "JAXDISTILL_HEARTBEAT": str(timeout),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip(),
+        "XLA_FLAGS": " ".join([*given, f"--xla_force_host_platform_device_count={devices}"]),
     }
     each = [{**common, "JAXDISTILL_PROCESS": str(i)} for i in range(count)]
     if values["dry_run"]:
@@ -82,7 +85,8 @@ def watch(processes: list[subprocess.Popen], timeout: float) -> int:
         )
         if codes[i] != 2:
             print(
-                f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were ended; "
+                f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others"
+                " were ended; "
                 "run the same command again to go on from the last checkpoint",
                 file=sys.stderr,
             )

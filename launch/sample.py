@@ -1,6 +1,7 @@
 """Draws from a finished run's student: a grid as PNG and the arrays beside it, or text.
 
-python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] [--out=FILE.png]
+python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] \\
+    [--out=FILE.png]
 """
 
 from jaxdistill.core.types import Refused, lookup, nearest
@@ -31,6 +32,7 @@ def sample(argv: list[str]) -> None:
     import numpy as np
 
     from jaxdistill.core.net import paths
+    from jaxdistill.evals.text import TextEval
     from jaxdistill.run import loop
 
     trained = loop.load(workdir, config)
@@ -41,10 +43,11 @@ def sample(argv: list[str]) -> None:
     if role not in trained.params:
         raise Refused(f"--role={role}{nearest(role, trained.params)}")
     evaluation = dataclasses.replace(evaluation, seed=seed)
-    if hasattr(evaluation, "texts"):
+    if isinstance(evaluation, TextEval):
         if given or steps:
             raise Refused(
-                f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are printed"
+                f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are"
+                " printed"
             )
         for line in lookup(evaluation.texts(trained, n), role, "--role"):
             print(line, end="\n---\n")
@@ -70,7 +73,8 @@ def sample(argv: list[str]) -> None:
         out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {})
     )
     print(
-        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {out.with_suffix('.npz')}"
+        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out},"
+        f" {out.with_suffix('.npz')}"
     )
 
 

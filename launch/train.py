@@ -1,6 +1,7 @@
 """Trains what a config describes, or goes on where it stopped.
 
-python -m launch.train --config=FILE[:variant] --workdir=DIR [--dry_run] [--distributed] [--restarts=N] [--config.key=value ...]
+python -m launch.train --config=FILE[:variant] --workdir=DIR [--dry_run] [--distributed] \\
+    [--restarts=N] [--config.key=value ...]
 
 With --distributed it is one process of several, on a TPU pod, GKE or Slurm; the work folder is then
 shared between them. Where something starts this command again whenever it fails, --restarts=N ends

@@ -224,7 +224,7 @@ def outcome(call: Callable[[], Any], *names: str) -> str | None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file under a folder with the hash of its bytes, every folder and link with what it is."""
+    """Every file under a folder with the hash of its bytes; of folders and links, what they are."""
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = (

@@ -139,11 +139,12 @@ def test_parses_tuples_layouts_and_known_trip_counts():
 }
 ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[8,128]{1,0} parameter(0)
-  %w = (s32[], bf16[8,128]{1,0}) while(%a), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %w = (s32[], bf16[8,128]{1,0}) while(%a), condition=%c, body=%body, BACKEND
   ROOT %r = bf16[8,128]{1,0} get-tuple-element(%w), index=1
 }
 """
-    moved = hlo.moved(text)
+    count = 'backend_config={"known_trip_count":{"n":"5"}}'
+    moved = hlo.moved(text.replace("BACKEND", count))
     assert moved.sent == {"all-gather": 5 * 2048 * 3}
     assert moved.memory == 5 * (2048 + 8192)
 
@@ -188,7 +189,10 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     compiler says it.
     """
     config = bench.language(KD())
-    said = "Ran out of memory on HBM, the total memory required for HLO temporaries ({}G) exceeds available HBM (15.75G)."
+    said = (
+        "Ran out of memory on HBM, the total memory required for HLO temporaries ({}G) "
+        "exceeds available HBM (15.75G)."
+    )
 
     def places(needed):
         tried = []
@@ -213,7 +217,7 @@ def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, mon
     plan.shorten(config)
     devices, kind = plan.topology("v5e:2x2")
     monkeypatch.setattr(plan, "topology", lambda name: (devices, dataclasses.replace(kind, hbm=1)))
-    found = plan.compile_for(config, "v5e:2x2", whole=False)
+    found = plan.compile_for(config, "v5e:2x2", every=False)
     assert [p.turns for p in found.patterns] == [
         "0+1"
     ] and not found.fits  # not the critics' own steps

@@ -3,7 +3,8 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-PACKAGES = ("jaxdistill.models", "jaxdistill.surgery")  # whose annotations are checked at every call
+# whose annotations are checked at every call
+PACKAGES = ("jaxdistill.evals", "jaxdistill.models", "jaxdistill.surgery")
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 

@@ -20,15 +20,17 @@ from tqdm import tqdm
 
 from jaxdistill.core.types import Refused
 from jaxdistill.run import loop, report
+from jaxdistill.run.table import markdown_table, number
 from launch._command import arguments, main, no_command
 from tools.suites import keep
 
 OUT = Path(__file__).parents[1] / "docs/results/ablations.json"
 PAGE = """# Ablations of the toys, measured
 
-`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config (`configs/toy`); values are those of
-the toy's claim, as the config stands and with the change, for each pair of seeds (weights, data) in turn. The papers have every
-change for the worse, but where its name says otherwise. Worse is the number of seeds on which it was so here.
+`python tools/reproduce.py --ablations` writes this page. Each line is one change to a toy config
+(`configs/toy`); values are those of the toy's claim, as the config stands and with the change, for
+each pair of seeds (weights, data) in turn. The papers have every change for the worse, but where
+its name says otherwise. Worse is the number of seeds on which it was so here.
 
 """
 
@@ -58,7 +60,8 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
     todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
     if not todo:
         raise Refused(
-            f"--ablations --only={','.join(toys)}: no ABLATIONS in configs/toy/{next(iter(toys))}.py"
+            f"--ablations --only={','.join(toys)}: no ABLATIONS in"
+            f" configs/toy/{next(iter(toys))}.py"
         )
     for name, (seed, data_seed) in tqdm(todo, desc="ablations", unit="toy"):
         path = toys[name]
@@ -99,7 +102,7 @@ def table(rows: list[dict]) -> str:
     lines = []
     for (name, change), mine in groups.items():
         sign = {"lower": 1, "higher": -1}[mine[0]["better"]]
-        each = lambda key, mine=mine: ", ".join(report.number(row[key]) for row in mine)
+        each = lambda key, mine=mine: ", ".join(number(row[key]) for row in mine)
         worse = sum(sign * (row["changed_value"] - row["value"]) > 0 for row in mine)
         lines.append(
             [
@@ -113,7 +116,7 @@ def table(rows: list[dict]) -> str:
             ]
         )
     head = ("method", "change", "config", "metric", "as it stands", "changed", "worse")
-    return report.markdown_table(head, lines)
+    return markdown_table(head, lines)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Step time of a config against a hand-written step of the same networks and losses, in pairs, in
 one process.
 
-python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all] [--config=FILE] [--steps=30]
-    [--rounds=7] [--trace=DIR] [--trl] [--alone]
+python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all]
+    [--config=FILE] [--steps=30] [--rounds=7] [--trace=DIR] [--trl] [--alone]
 
 A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's
 milliseconds a step, of the ratio engine / hand-written, and its range, with the time to compile
@@ -32,189 +32,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxdistill.core import build, sharding
-from jaxdistill.core.build import Role, experiment
-from jaxdistill.core.optim import Optimizer
-from jaxdistill.core.sharding import MeshShape
-from jaxdistill.core.types import Ctx, lookup
+from jaxdistill.core import sharding
+from jaxdistill.core.types import lookup
 from jaxdistill.data.prefetch import DevicePrefetch
-from jaxdistill.data.synthetic import Synthetic
-from jaxdistill.diffusion.denoiser import Denoiser, Velocity
-from jaxdistill.methods.distribution.dmd2 import DMD2
-from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.methods.language.kd import KD
-from jaxdistill.methods.trajectory.meanflow import MeanFlow
-from jaxdistill.methods.trajectory.scm import SCM
-from jaxdistill.models.denoisers.dit import DiT
-from jaxdistill.models.heads import Discriminator, TimeWeight
-from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives import divergence
-from jaxdistill.run import chips, loop, plan
-from jaxdistill.run.experiment import Experiment
-from jaxdistill.run.report import text_table
-from launch._command import arguments, load_config, main, output, whole
-
-DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
-LLAMA = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
-
-
-def diffusion(method, **roles):
-    """A case on 16 x 16 x 4 samples, batch 32, float32: DiT of depth 4, width 128, 4 heads, patch
-    4.
-    """
-    arrays = dict(x="normal 16 16 4", cond="integers 10", null_cond="constant 10")
-    model = DiT(**DIT, second_time="meanflow" in type(method).__module__)
-    net = dict(
-        model=model,
-        denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
-        init="fresh",
-        optimizer=Optimizer(lr=1e-4),
-    )
-    every = {
-        "student": Role(**net),
-        **{k: Role(**net) if v is None else v for k, v in roles.items()},
-    }
-    return experiment(
-        steps=100,
-        data=Synthetic(batch_size=32, arrays=arrays),
-        method=method,
-        roles=every,
-    )
-
-
-def language(method, vocab=512):
-    """A case on a Llama of depth 4, width 128: 8 rows of 32 prompt tokens and 128 more."""
-    arrays = dict(tokens=f"integers {vocab} 160", mask="constant 1 160")
-    net = dict(
-        model=LM(vocab=vocab, **LLAMA),
-        init="fresh",
-        optimizer=Optimizer(lr=1e-4),
-    )
-    return experiment(
-        steps=100,
-        data=Synthetic(batch_size=8, arrays=arrays),
-        method=method,
-        roles=dict(teacher=Role(**net), student=Role(**net)),
-    )
-
-
-def digits():
-    config = load_config("configs/digits/dmd2.py")
-    with config.unlocked():
-        config.roles.teacher.model = build.plain(DiT())
-        config.roles.teacher.denoiser = build.plain(Denoiser(param=Velocity(time_scale=1000.0)))
-        config.roles.teacher.init = "fresh"
-    return config
-
-
-CASES = {
-    "digits_dmd2": digits,
-    "meanflow": lambda: diffusion(MeanFlow()),
-    "scm": lambda: diffusion(
-        SCM(),
-        teacher=None,
-        weight=Role(model=TimeWeight()),
-    ),
-    "dmd2": lambda: diffusion(
-        DMD2(),
-        teacher=None,
-        fake=None,
-        disc=Role(model=Discriminator(dim=128, classes=10)),
-    ),
-    "gkd": lambda: language(GKD(on_policy=1.0, prompt_length=32)),
-    "kd": lambda: language(KD()),
-}
-
-
-class Case:
-    """Two sides of one config: `engine(i)` and `hand(i)` run step i and return something to wait
-    for.
-    """
-
-    def __init__(self, config):
-        with config.unlocked():
-            config.mesh = build.plain(MeshShape(data=1, fsdp=1, tensor=1))
-        experiment = Experiment(config, Path("unused"))
-        self.experiment = experiment
-        method = experiment.method
-        nets = experiment.nets
-        key = jax.random.key(0)
-        start = {
-            role: nets[role].init(jax.random.fold_in(key, 9 + i))
-            for i, role in enumerate(nets)
-            if role in method.frozen
-        }
-        stage = method.stages(experiment.settings.steps)[0]
-        self.programs = loop.make_programs(experiment, nets, stage, start, experiment.data.spec())
-        self.state = self.programs.init(key, start)
-        self.rng = jax.random.key(1)
-        self.put = sharding.put_batch(experiment.mesh, experiment.settings.rules)
-        self.batch = self.put(experiment.data.batch(0, slice(None)))
-        self.method = method
-        self.nets = nets
-
-    def prepare_hand(self):
-        """The other side's own weights and optimiser states."""
-        experiment = self.experiment
-        method = self.method
-        self.params, self.frozen = jax.tree.map(jnp.copy, (self.state.params, self.state.frozen))
-        self.txs = {
-            role: experiment.roles[role].optimizer.make(1000, axes=self.nets[role].axes)
-            for role in method.inits
-        }
-        self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
-        self.ema = {role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema}
-        self.memory = method.memory()
-        self.by_hand = jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
-
-    def engine(self, i, batch=None):
-        self.state, metrics = self.programs.step(
-            self.state, self.batch if batch is None else batch, self.rng, self.programs.active_at(i)
-        )
-        return metrics
-
-    def hand(self, i):
-        active = tuple(n for n, turn in enumerate(self.method.turns) if turn.when(i))
-        self.params, self.opt, self.ema, loss = self.by_hand(
-            self.params, self.opt, self.ema, self.batch, jnp.int32(i), active
-        )
-        return loss
-
-    def _step(self, params, opt, ema, batch, i, active):
-        """The step as one would write it for this method alone: no counts, norms, memory or
-        metrics.
-        """
-        rng = jax.random.fold_in(self.rng, i)
-        loss = 0.0
-        for n in active:
-            turn = self.method.turns[n]
-            key = jax.random.fold_in(rng, n)
-            every = {**self.frozen, **params, **{f"ema_{role}": w for role, w in ema.items()}}
-            seen = (
-                batch
-                if turn.gather is None
-                else turn.gather(loop.bind(self.nets, every), Ctx(batch, key, i, self.memory))
-            )
-
-            def objective(moving, every=every, seen=seen, key=key, turn=turn):
-                out = turn.loss(
-                    loop.bind(self.nets, {**every, **moving}),
-                    Ctx(jax.lax.stop_gradient(seen), key, i, self.memory),
-                )
-                return out.loss / (1 if out.count is None else out.count)
-
-            loss, grads = jax.value_and_grad(objective)({role: params[role] for role in turn.moves})
-            params = dict(params)
-            opt = dict(opt)
-            ema = dict(ema)
-            for role in turn.moves:
-                updates, opt[role] = self.txs[role].update(grads[role], opt[role], params[role])
-                params[role] = optax.apply_updates(params[role], updates)
-                if role in ema:
-                    ema[role] = optax.incremental_update(params[role], ema[role], 0.01)
-        return params, opt, ema, loss
+from jaxdistill.run import chips, plan
+from jaxdistill.run.table import text_table
+from launch._command import arguments, main, output, whole
+from tools.bench_cases import CASES, Case
 
 
 def timed(run, steps: int) -> float:
@@ -359,7 +185,7 @@ def bench(argv):
     rounds = whole(values, "rounds", 1)
     output(values, "trace", folder=True)
     if values["trl"]:
-        from tools import bench_trl
+        from tools import bench_trl  # reads torch, which is large
 
         return bench_trl.compare(steps, rounds)
     names = [*CASES, "divergence"] if values["case"] == "all" else [values["case"]]
@@ -377,9 +203,8 @@ def bench(argv):
         case = Case(make())
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
             if values["alone"]:
-                print(
-                    f"{name} on {case.experiment.mesh.devices.flat[0].device_kind}, {case.experiment.data.batch_size} samples a step"
-                )
+                kind = case.experiment.mesh.devices.flat[0].device_kind
+                print(f"{name} on {kind}, {case.experiment.data.batch_size} samples a step")
                 print(text_table(alone(case, steps, rounds, values["trace"])), flush=True)
                 continue
             rows.append({"case": name, **measure(case, steps, rounds, values["trace"])})

@@ -1,7 +1,8 @@
 """Times cached generation against transformers' `generate` on the same weights, greedy, one token
 at a time.
 
-python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--prompt=16] [--new=64] [--rounds=5]
+python tools/bench_generate.py [--dim=256] [--depth=6] [--batch=8] [--prompt=16] [--new=64] \\
+    [--rounds=5]
 
 Prints the time per token of both, the median of paired ratios, and whether the texts are the same.
 Needs the extra [torch]; compilation is not counted, and both run on what they find
@@ -87,10 +88,12 @@ def bench_generate(argv: list[str]) -> None:
     per_token = [1e6 * statistics.median(column) / args.new for column in zip(*pairs)]
     ratio = statistics.median(b / a for a, b in pairs)
     print(
-        f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch}, {args.new} tokens, {args.rounds} rounds"
+        f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch},"
+        f" {args.new} tokens, {args.rounds} rounds"
     )
     print(
-        f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token: {ratio:.1f} times as fast"
+        f"jaxdistill {per_token[0]:.0f} us a token, transformers {per_token[1]:.0f} us a token:"
+        f" {ratio:.1f} times as fast"
     )
     print(f"{100 * same:.1f} % of the tokens agree")
 

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import jax
 import numpy as np
 
@@ -24,13 +26,14 @@ from jaxdistill import interop
 from jaxdistill.core import sharding
 from jaxdistill.core.types import Refused
 from jaxdistill.methods.language.gkd import GKD
-from jaxdistill.run.report import text_table
+from jaxdistill.run.table import text_table
+from tools.bench_cases import Case, language
 
 PROMPT = 32  # tokens
 
 
 def modules():
-    """(torch, transformers, datasets, GKDConfig, GKDTrainer). Raises Refused where one is missing."""
+    """(torch, transformers, datasets, GKDConfig, GKDTrainer). Raises Refused without one."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         import datasets
@@ -43,7 +46,8 @@ def modules():
             from trl import GKDConfig, GKDTrainer  # before TRL 1.0
     except ImportError as error:
         raise Refused(
-            f"--trl: needs torch, transformers and trl ({error}); pip install 'jaxdistill[torch]' trl"
+            f"--trl: needs torch, transformers and trl ({error}); "
+            "pip install 'jaxdistill[torch]' trl"
         ) from error
     return torch, transformers, datasets, GKDConfig, GKDTrainer
 
@@ -123,8 +127,6 @@ def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_00
     """Prints and returns a row for each vocabulary and kind of step. Raises Refused where TRL is
     missing.
     """
-    from tools.bench import Case, language
-
     modules()
     rows = []
     for vocab in vocabularies:

@@ -28,10 +28,8 @@ def rows() -> list[str]:
         "|---|---|---|---|",
     ]
     for file in sorted((ROOT / "jaxdistill/methods").rglob("[!_]*.py")):
-        head = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
-        number = re.search(
-            r"arXiv:(\d{4}\.\d{5})", ast.get_docstring(ast.parse(file.read_text())) or ""
-        )
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+        number = re.search(r"arXiv:(\d{4}\.\d{5})", text)
         paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
         mine = [row for row in measured if row["method"] == file.stem]
         sign = {"lower": "≤", "higher": "≥"}
@@ -43,10 +41,18 @@ def rows() -> list[str]:
         )
         holds = f"{sum(row['holds'] for row in mine)} of {len(mine)}" if mine else ""
         link = f"[`{file.stem}`]({file.relative_to(ROOT)})"
-        title = head.split("arXiv")[0].rstrip(" .:,(")
+        title = _title(text).rstrip(" .:,(")
         title += ")" * (title.count("(") - title.count(")"))
         out.append(f"| {link} {title} | {paper} | {claim} | {holds} |")
     return out
+
+
+def _title(text: str) -> str:
+    """What a docstring says before its first "arXiv", in its first paragraph; else its first
+    sentence.
+    """
+    head = " ".join(text.split("\n\n")[0].split())
+    return head.split("arXiv")[0] if "arXiv" in head else head.split(". ")[0]
 
 
 def docs_table(argv: list[str]) -> None:

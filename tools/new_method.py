@@ -61,13 +61,15 @@ def checked(argv: list[str]) -> list[str]:
     if flags or len(argv) != len(NAMES):
         found = f"unknown argument {flags[0]}" if flags else f"found {len(argv)} arguments"
         raise Refused(
-            f"{found}; expected {' '.join(NAMES)}, as in: trajectory my_method MyMethod 'My method' 2601.00000"
+            f"{found}; expected {' '.join(NAMES)}, as in: trajectory my_method MyMethod 'My"
+            " method' 2601.00000"
         )
     family, name, cls, title, paper = argv
     lookup(SKELETONS, family, "FAMILY")
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", name) or keyword.iskeyword(name):
         raise Refused(
-            f"NAME={name[:80]!r}: expected a module's name of small letters, digits and _, as in my_method"
+            f"NAME={name[:80]!r}: expected a module's name of small letters, digits and _, as in"
+            " my_method"
         )
     if not re.fullmatch(r"[A-Z][A-Za-z0-9]{0,60}", cls) or keyword.iskeyword(cls):
         raise Refused(
@@ -77,7 +79,8 @@ def checked(argv: list[str]) -> list[str]:
         re.search(rf"\b{cls}\b", skeleton(family, part).replace("MyMethod", "")) for part in PLACES
     ):
         raise Refused(
-            f"ClassName={cls}: the skeleton of {family} has something of that name; expected another"
+            f"ClassName={cls}: the skeleton of {family} has something of that name; expected"
+            " another"
         )
     if (
         not re.fullmatch(r"[^\\\"]{1,90}", title)
@@ -85,7 +88,8 @@ def checked(argv: list[str]) -> list[str]:
         or title != title.strip()
     ):
         raise Refused(
-            f"Title={title[:80]!r}: expected one line of at most 90 characters without quotation marks and backslashes"
+            f"Title={title[:80]!r}: expected one line of at most 90 characters without quotation"
+            " marks and backslashes"
         )
     if not re.fullmatch(r"[0-9]{4}\.[0-9]{5}", paper):
         raise Refused(f"arXiv-id={paper[:80]!r}: expected one as 2601.00000")

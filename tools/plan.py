@@ -1,6 +1,7 @@
 """What a config costs on a TPU slice or on GPU nodes, without them.
 
-python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] [--json=FILE]
+python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] \\
+    [--json=FILE]
     [--config.key=value ...]
 
 Compiles every pattern of turns for the slice with the real TPU compiler (pip install
@@ -80,14 +81,18 @@ def tried(candidates):
     last = None
     for change, found in candidates:
         mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
-        what = f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'} frozen={change['place']}"
+        what = (
+            f"{mesh} accumulate={change['accumulate']} remat={change['remat'] or '-'}"
+            f" frozen={change['place']}"
+        )
         if isinstance(found, str):
             if found != last:  # one line for all that are refused alike
                 print(f"{what}: {found}", flush=True)
             last = found
             continue
         print(
-            f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a chip, step >= {found.seconds:.3g} s",
+            f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a"
+            f" chip, step >= {found.seconds:.3g} s",
             flush=True,
         )
         yield found
@@ -110,7 +115,8 @@ def show(planner, plan) -> None:
     for p in plan.patterns:
         binds, key = planner.advice(plan, p)
         print(
-            f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB, model flops {p.model_flops:.4g}, "
+            f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB,"
+            f" model flops {p.model_flops:.4g}, "
             f"compiled in {p.seconds:.0f} s"
         )
         print(
@@ -118,7 +124,8 @@ def show(planner, plan) -> None:
             + (", ".join(f"{kind} {gib(n)} GiB" for kind, n in sorted(p.sent.items())) or "nothing")
         )
         print(
-            f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect {p.network:.4g} s; "
+            f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect"
+            f" {p.network:.4g} s; "
             f"model-flops utilisation at most {100 * p.utilisation:.0f} %"
         )
         print(f"  binds: {binds}; moved by {key}")

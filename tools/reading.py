@@ -2,10 +2,10 @@
 
 python tools/reading.py [--tree=FOLDER]
 
-FOLDER is a checkout (by default this one). Prints, for the library, its configs, commands, tools and tests: lines of code, tokens
-a line, lines over 100 characters, tuple assignments, lambdas with a name; and over the library: public functions whose shapes
-are typed, and the longest functions. Over the configs: strings that name classes.
-"""
+FOLDER is a checkout (by default this one). Prints, for the library, its configs, commands, tools
+and tests: lines of code, tokens a line, lines over 100 characters, tuple assignments, lambdas with
+a name; and over the library: public functions whose shapes are typed, and the longest functions.
+Over the configs: strings that name classes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def is_named_lambda(node: ast.AST) -> bool:
 
 
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """Functions of a module and methods of its public classes, without a leading underscore, and `__call__`."""
+    """Public functions of a module, and public methods (with `__call__`) of its public classes."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
             yield node

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from jaxdistill.core.types import Refused, lookup
 from jaxdistill.run.checkpoint import write_json
-from jaxdistill.run.report import markdown_table
+from jaxdistill.run.table import markdown_table
 from launch._command import arguments, main
 from tools import stand_ins
 
@@ -42,15 +42,15 @@ SLICES = {
     "phased_dmd": "v5p:2x4x4",
 }  # where batch, caches or weights ask for another
 TENSOR = {"grpo": 2, "sequence_kd": 4}  # ways that weights and caches are split over beside fsdp
-EFFORT = (
-    -1.0
-)  # of the compiler's search for tiles: what a program holds and moves hardly depends on it
+# Of the compiler's search for tiles. What a program holds and moves hardly depends on it.
+EFFORT = -1.0
 PAGE = """# Recipes, compiled for TPU slices
 
-`python tools/recipes.py` writes this page: every recipe's train step at its true sizes, weights over `fsdp`, compiled by the TPU
-compiler on a CPU (libtpu, effort {effort:g}). GiB are those of one chip: at the peak of the largest pattern of turns, of its state
-by role, and of its temporaries. Seconds of a step are lower bounds, each as if the others cost nothing; MFU is what the largest
-of them leaves of the chips' peak. Samples a step are the config's batch.
+`python tools/recipes.py` writes this page: every recipe's train step at its true sizes, weights
+over `fsdp`, compiled by the TPU compiler on a CPU (libtpu, effort {effort:g}). GiB are those of one
+chip: at the peak of the largest pattern of turns, of its state by role, and of its temporaries.
+Seconds of a step are lower bounds, each as if the others cost nothing; MFU is what the largest of
+them leaves of the chips' peak. Samples a step are the config's batch.
 
 """
 

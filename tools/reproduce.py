@@ -1,9 +1,12 @@
 """Runs the toy configs on several seeds and writes the table of what their claims measured; or a
 suite's fair table.
 
-python tools/reproduce.py [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] [--workdir=runs/reproduce]
-python tools/reproduce.py --ablations [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] [--workdir=runs/reproduce]
-python tools/reproduce.py --suite=digits [--only=dmd2,scm] [--seeds=0,1,2] [--workdir=runs/digits] [--config.key=value ...]
+python tools/reproduce.py [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] \\
+    [--workdir=runs/reproduce]
+python tools/reproduce.py --ablations [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] \\
+    [--workdir=runs/reproduce]
+python tools/reproduce.py --suite=digits [--only=dmd2,scm] [--seeds=0,1,2] \\
+    [--workdir=runs/digits] [--config.key=value ...]
 
 Run i takes config.seed and config.data.seed from the i-th of each list. Finished runs are read
 back, so it may be stopped and run again. The results are runs/reproduce/results.json and
@@ -20,7 +23,7 @@ from tqdm import tqdm
 
 from jaxdistill.core.types import Refused, lookup
 from jaxdistill.run.checkpoint import write_json
-from jaxdistill.run.report import markdown_table, number
+from jaxdistill.run.table import markdown_table, number
 from launch._command import arguments, main
 from tools import ablations, suites
 
@@ -28,8 +31,9 @@ ROOT = Path(__file__).parents[1]
 TOYS = {p.stem: p for p in sorted((ROOT / "configs/toy").glob("[!_]*.py"))}
 HEAD = """# Toy claims, measured
 
-`python tools/reproduce.py` writes this page. Each line is one run: a method's toy config (`configs/toy`) with this seed of
-weights and this seed of the mixture or language. Value and baseline are the two sides of the claim that the config states.
+`python tools/reproduce.py` writes this page. Each line is one run: a method's toy config
+(`configs/toy`) with this seed of weights and this seed of the mixture or language. Value and
+baseline are the two sides of the claim that the config states.
 
 """
 

@@ -108,14 +108,20 @@ def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:
     return config
 
 
+def config_of(name: str) -> ConfigDict:
+    """configs/<name>, as in recipes.dmd2 or recipes.dmd2:variant."""
+    name, _, variant = name.partition(":")
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config(variant) if variant else module.get_config()
+
+
 def load(name: str, files: dict[str, Path]) -> ConfigDict:
-    """configs/<name>, as in recipes.dmd2 or recipes.dmd2:variant, without its data.
+    """`config_of(name)` without its data.
 
     A module's RECORD says what a sample holds where it is too large to be written.
     """
-    name, _, variant = name.partition(":")
-    module = importlib.import_module(f"configs.{name}")
-    config = module.get_config(variant) if variant else module.get_config()
+    config = config_of(name)
+    module = importlib.import_module(f"configs.{name.partition(':')[0]}")
     if not hasattr(module, "RECORD"):
         return at_hand(config, files)
     with config.unlocked():

@@ -1,7 +1,8 @@
 """Reads a data set once with a teacher and stores its likeliest next tokens, so that many students
 can do without it.
 
-python tools/store_logits.py --config=FILE --out=FOLDER [--teacher=DIR] [--top_k=64] [--temperature=1.0] [--dtype=float16]
+python tools/store_logits.py --config=FILE --out=FOLDER [--teacher=DIR] [--top_k=64] \\
+    [--temperature=1.0] [--dtype=float16]
     [--splits=train,test] [--rows=0] [--test_rows=0] [--file_batches=16] [--workdir=DIR]
     [--config.data.path=... ...]
 
@@ -149,7 +150,8 @@ def store(argv):
     reader = Reader(config, workdir, teacher=values["teacher"])
     if reader.roles["teacher"].init.startswith("@") and not values["workdir"]:
         raise Refused(
-            f"--workdir=DIR is needed: the teacher is the run {reader.roles['teacher'].init} inside one"
+            f"--workdir=DIR is needed: the teacher is the run {reader.roles['teacher'].init}"
+            " inside one"
         )
     net = reader.nets["teacher"]
     data = reader.data
@@ -230,7 +232,7 @@ def write(reader: Reader, read, params, splits, folder: Path, size: int, group: 
     def told(rows, low: int, high: int):
         nonlocal tokens
         for part, law in laws(rows, low, high):
-            law = sharding.local_rows(law)
+            law = sharding.local_samples(law)
             for i, row in enumerate(part):
                 yield {**row, **{k: v[i] for k, v in law.items()}}
             tokens += sum(len(row["tokens"]) for row in part)
@@ -242,7 +244,8 @@ def write(reader: Reader, read, params, splits, folder: Path, size: int, group: 
     seconds = time.perf_counter() - started
     megabytes = sum(f.stat().st_size for f, *_ in files) / 1e6
     print(
-        f"{folder}: {total:,} rows, {megabytes:,.1f} MB; {tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} a second"
+        f"{folder}: {total:,} rows, {megabytes:,.1f} MB; {tokens:,} tokens in {seconds:,.1f} s,"
+        f" {tokens / seconds:,.0f} a second"
     )
 
 

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
+from jaxdistill.core.build import build, current
 from jaxdistill.core.types import lookup
 from jaxdistill.run import metrics
 from jaxdistill.run.checkpoint import write_json
-from jaxdistill.run.report import markdown_table, number
+from jaxdistill.run.table import markdown_table, number
 from launch._command import load_config, main, no_command
 
 ROOT = Path(__file__).parents[1]
@@ -60,16 +61,19 @@ SUITES = {
         metrics=("frechet", "precision", "recall", "diversity", "accuracy"),
         chart="frechet",
         clock="dmd2",
-        about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the same number of student updates for
-every method. Fréchet distance in the features of a small classifier (lower is better), precision and recall of its
-manifold, mean distance of two samples of one label (diversity), share of samples that an independent classifier
-reads as the label asked for (accuracy). Distribution matching trains a student for four steps at once here (`uni_instruct`
-for one) and five updates of its critics to one of the student, so that its updates cost more. Progressive distillation was
-made for one step, and is scored at more too. Seconds are those of steps: the pairs that `reflow` lets its teacher write
-beforehand are not counted. Peak memory is the process's, compilation included. sCM's paper asks for a slow embedding of the
-time, and this teacher reads 1000 t: with more steps its student gets worse. From one that reads t
-(`--config.roles.student.denoiser.param.time_scale=1.0`, seed 0, .421 at 50 steps) sCM comes to 1.17 at one step in 400 updates,
-and to .485 in equal seconds. `uni_instruct` was measured before its GAN waited for the divergence (`reverse_until`).""",
+        about="""8x8 digits, a class-conditional DiT of 0.33 M weights as teacher and student, the
+same number of student updates for every method. Fréchet distance in the features of a small
+classifier (lower is better), precision and recall of its manifold, mean distance of two samples of
+one label (diversity), share of samples that an independent classifier reads as the label asked for
+(accuracy). Distribution matching trains a student for four steps at once here (`uni_instruct` for
+one) and five updates of its critics to one of the student, so that its updates cost more.
+Progressive distillation was made for one step, and is scored at more too. Seconds are those of
+steps: the pairs that `reflow` lets its teacher write beforehand are not counted. Peak memory is
+the process's, compilation included. sCM's paper asks for a slow embedding of the time, and this
+teacher reads 1000 t: with more steps its student gets worse. From one that reads t
+(`--config.roles.student.denoiser.param.time_scale=1.0`, seed 0, .421 at 50 steps) sCM comes to
+1.17 at one step in 400 updates, and to .485 in equal seconds. `uni_instruct` was measured before
+its GAN waited for the divergence (`reverse_until`).""",
     ),
     "lm": Suite(
         title="Distillation methods on additions",
@@ -79,13 +83,15 @@ and to .485 in equal seconds. `uni_instruct` was measured before its GAN waited 
         chart="perplexity",
         clock="gkd",
         tokens=64 * 10,
-        about="""Two-digit additions, a Llama of 64 channels that was trained for 2,000 steps as teacher, one of 32 trained for 300 as
-the start of every student; 64 responses a step, 1,000 steps. Held-out perplexity of the right answers, KL
-divergence from the teacher on them in both directions, share of sums that are right when the student decodes greedily
-(accuracy; it is not what `grpo` and `rlad` train, the share of right samples). `sft` and `grpo` have no teacher. `grpo` and
-`rlad` write eight answers to each of eight prompts, see a reward of 1 for a right one, make four updates of each batch, and
-have a learning rate of 3e-4 where the others have 1e-3. Seconds are those of steps: answers that `sequence_kd` and `paced` let
-the networks write beforehand are not counted.""",
+        about="""Two-digit additions, a Llama of 64 channels that was trained for 2,000 steps as
+teacher, one of 32 trained for 300 as the start of every student; 64 responses a step, 1,000 steps.
+Held-out perplexity of the right answers, KL divergence from the teacher on them in both
+directions, share of sums that are right when the student decodes greedily (accuracy; it is not
+what `grpo` and `rlad` train, the share of right samples). `sft` and `grpo` have no teacher. `grpo`
+and `rlad` write eight answers to each of eight prompts, see a reward of 1 for a right one, make
+four updates of each batch, and have a learning rate of 3e-4 where the others have 1e-3. Seconds
+are those of steps: answers that `sequence_kd` and `paced` let the networks write beforehand are
+not counted.""",
     ),
     "svamp": Suite(
         title="Reasons of a large model on arithmetic word problems",
@@ -94,11 +100,12 @@ the networks write beforehand are not counted.""",
         metrics=("perplexity", "accuracy"),
         chart="perplexity",
         clock="step_by_step",
-        about="""SVAMP and the rationales of PaLM 540B, in bytes; a Llama of 0.14 M weights from nothing, 8 problems a step, 400 steps.
-Held-out perplexity of the data's equations, and the share of problems where the equation that the student writes has the
-right value (accuracy). `labels` and `step_by_step` learn the data's equations, `palm_labels` and `palm_step_by_step` the
-teacher's: three quarters are right, and all are written in another way, so that their perplexity on the data's says nothing.
-The file is `--config.data.path`.""",
+        about="""SVAMP and the rationales of PaLM 540B, in bytes; a Llama of 0.14 M weights from
+nothing, 8 problems a step, 400 steps. Held-out perplexity of the data's equations, and the share
+of problems where the equation that the student writes has the right value (accuracy). `labels` and
+`step_by_step` learn the data's equations, `palm_labels` and `palm_step_by_step` the teacher's:
+three quarters are right, and all are written in another way, so that their perplexity on the
+data's says nothing. The file is `--config.data.path`.""",
     ),
     "text": Suite(
         title="Distillation methods on tiny Shakespeare",
@@ -111,10 +118,12 @@ The file is `--config.data.path`.""",
         chart="perplexity",
         clock="gkd",
         tokens=16 * 64,
-        about="""A byte-level Llama of 1.0 M weights that was trained for 800 steps as teacher, one of 0.12 M trained for 300 as the
-start of every student; 16 rows of 64 bytes a step, 400 steps. Held-out perplexity of a byte, KL divergence from the teacher
-on held-out text and on what the student goes on with itself (rollout), in both directions. The file is
-`--config.data.path`, here tiny Shakespeare (1.1 MB). Nothing can be right or wrong here: `paced`, `grpo` and `rlad` are left out.""",
+        about="""A byte-level Llama of 1.0 M weights that was trained for 800 steps as teacher, one
+of 0.12 M trained for 300 as the start of every student; 16 rows of 64 bytes a step, 400 steps.
+Held-out perplexity of a byte, KL divergence from the teacher on held-out text and on what the
+student goes on with itself (rollout), in both directions. The file is `--config.data.path`, here
+tiny Shakespeare (1.1 MB). Nothing can be right or wrong here: `paced`, `grpo` and `rlad` are left
+out.""",
     ),
 }
 
@@ -214,12 +223,6 @@ def _train(
     write_json(folder / "process.json", {"peak_bytes": usage.ru_maxrss * 1024})
 
 
-def updates_every(method: dict) -> int:
-    """Steps of the engine to an update of the student, from a method's config."""
-    inner = [v for k in ("host", "adm") if isinstance(v := method.get(k), dict)]
-    return updates_every(inner[0]) if inner else method.get("critic_steps", 1)
-
-
 def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
     """One for each finished run: method, seed, its models, updates of the student, seconds for one,
     peak memory.
@@ -229,7 +232,7 @@ def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
         speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
-        every = updates_every(report["config"]["method"])
+        every = build(current(report["config"]["method"])).cycle
         yield {
             "method": method,
             "seed": int(seed),

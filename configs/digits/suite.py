@@ -1,7 +1,8 @@
 """Methods on the digits under one set of conditions: `--config=configs/digits/suite.py:METHOD`,
 each name below.
 
-    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/digits/dmd2_0 --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/digits/suite.py:dmd2 --workdir=runs/digits/dmd2_0 \\
+        --config.roles.teacher.init=TEACHER
     python tools/reproduce.py --suite=digits        # all of them on seeds 0, 1, 2, and the table
 
 TEACHER is a run of configs/digits/teacher.py. The same for all: that teacher, the student's network
@@ -191,7 +192,7 @@ VARIANTS = {
     ),
     "phased_dmd": phased,
     "flash_dmd": flash,
-    "twinflow": lambda: trajectory(TunedTwinFlow, enhance=0.0, student=two_times()),
+    "twinflow": lambda: trajectory(TunedTwinFlow, training_guidance=0.0, student=two_times()),
     "consistency": lambda: trajectory(
         Consistency, levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)
     ),

@@ -1,7 +1,8 @@
 """GKD (arXiv:2306.13649) on a plain-text file at --config.data.path: a byte-level Llama into one of
 a ninth of its size.
 
-    python -m launch.train --config=configs/lm/gkd_shakespeare.py --workdir=runs/gkd_shakespeare --config.data.path=FILE
+    python -m launch.train --config=configs/lm/gkd_shakespeare.py --workdir=runs/gkd_shakespeare \\
+        --config.data.path=FILE
 
 2 CPU cores, under half an hour with a file of 1 MB (tiny Shakespeare). The claim: the student has a
 lower held-out perplexity than the same network trained on the same text without a teacher

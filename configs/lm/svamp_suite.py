@@ -1,8 +1,10 @@
 """Arithmetic word problems with and without a large model's reasons:
 `--config=configs/lm/svamp_suite.py:METHOD`, each name below.
 
-    python -m launch.train --config=configs/lm/svamp_suite.py:step_by_step --workdir=runs/svamp/step_by_step_0 --config.data.path=FOLDER
-    python tools/reproduce.py --suite=svamp --config.data.path=FOLDER    # all of them on seeds 0, 1, 2, and the table
+    python -m launch.train --config=configs/lm/svamp_suite.py:step_by_step \\
+        --workdir=runs/svamp/step_by_step_0 --config.data.path=FOLDER
+    # all of them on seeds 0, 1, 2, and the table
+    python tools/reproduce.py --suite=svamp --config.data.path=FOLDER
 
 FOLDER holds SVAMP and PaLM 540B's reasons as released with distilling step-by-step
 (arXiv:2305.02301): 787 problems to learn from, 198 to be asked. `labels` and `step_by_step` learn

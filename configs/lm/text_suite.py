@@ -1,9 +1,11 @@
 """Language methods on the bytes of a plain-text file: `--config=configs/lm/text_suite.py:METHOD`,
 each name below.
 
-    python -m launch.train --config=configs/lm/text_suite.py:gkd --workdir=runs/text/gkd_0 --config.data.path=FILE \\
+    python -m launch.train --config=configs/lm/text_suite.py:gkd --workdir=runs/text/gkd_0 \\
+        --config.data.path=FILE \\
         --config.roles.teacher.init=TEACHER --config.roles.student.init=START
-    python tools/reproduce.py --suite=text --config.data.path=FILE      # all of them on seeds 0, 1, 2, and the table
+    # all of them on seeds 0, 1, 2, and the table
+    python tools/reproduce.py --suite=text --config.data.path=FILE
 
 TEACHER and START are runs of this file's variants `teacher` and `start`: byte-level Llamas of 1.0 M
 and 0.12 M weights, trained for 800 and 300 steps. The same for all: both of these, 16 rows of 64

@@ -1,7 +1,8 @@
 """DMD2 (arXiv:2405.14867) on MNIST, from the standard IDX files in --config.data.path: 50 steps
 into one.
 
-    python -m launch.train --config=configs/mnist/dmd2.py --workdir=runs/mnist_dmd2 --config.data.path=DIR
+    python -m launch.train --config=configs/mnist/dmd2.py --workdir=runs/mnist_dmd2 \\
+        --config.data.path=DIR
 
 24 minutes on 2 CPU cores; trains the teacher first, in workdir/teacher. Fréchet distances are in
 the features of a small classifier of the training images (evals/classifier.py). Seed 0: student

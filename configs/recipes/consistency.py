@@ -1,7 +1,8 @@
 """Latent consistency distillation (arXiv:2303.01469, arXiv:2310.04378) of a DiT-XL/2 on 256 px
 ImageNet latents.
 
-    python -m launch.train --config=configs/recipes/consistency.py --workdir=DIR --config.data.path=LATENTS \\
+    python -m launch.train --config=configs/recipes/consistency.py --workdir=DIR \\
+        --config.data.path=LATENTS \\
         --config.roles.teacher.init=TEACHER
 
 TEACHER is a run of configs/recipes/flow_matching.py, or a folder of diffusers'

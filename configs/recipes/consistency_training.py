@@ -1,7 +1,8 @@
 """ECT (arXiv:2406.14548): easy consistency tuning of a pretrained DiT-XL/2, in place of the paper's
 EDM2 U-Net.
 
-    python -m launch.train --config=configs/recipes/consistency_training.py --workdir=DIR --config.data.path=LATENTS \\
+    python -m launch.train --config=configs/recipes/consistency_training.py --workdir=DIR \\
+        --config.data.path=LATENTS \\
         --config.roles.student.init=PRETRAINED
 
 PRETRAINED as TEACHER in configs/recipes/consistency.py. The paper's constants: batch 128, 100 k

@@ -1,7 +1,8 @@
 """Distillation across tokenizers (arXiv:2503.20083, arXiv:2402.12030): Qwen2.5 7B into Llama 3.2
 1B.
 
-    python -m launch.train --config=configs/recipes/cross_tokenizer_kd.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/cross_tokenizer_kd.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.data.teacher_tokenizer=QWEN \\
         --config.roles.teacher.init=QWEN_7B --config.roles.student.init=LLAMA_1B
 

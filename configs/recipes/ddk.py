@@ -1,7 +1,8 @@
 """DDK (arXiv:2407.16154): domain weights from perplexity ratios, Llama 3.1 8B into 3.2 1B in place
 of Qwen1.5 14B into 1.8B.
 
-    python -m launch.train --config=configs/recipes/ddk.py --workdir=DIR --config.data.path=DOMAINS \\
+    python -m launch.train --config=configs/recipes/ddk.py --workdir=DIR \\
+        --config.data.path=DOMAINS \\
         --config.data.each.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
         --config.roles.student.init=LLAMA_1B
 

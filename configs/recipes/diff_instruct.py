@@ -1,6 +1,7 @@
 r"""Diff-Instruct (arXiv:2305.18455), class-conditional CIFAR-10 on EDM's DDPM++.
 
-    python -m launch.train --config=configs/recipes/diff_instruct.py --workdir=DIR --config.data.path=CIFAR10 \
+    python -m launch.train --config=configs/recipes/diff_instruct.py --workdir=DIR \
+        --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
 
 CIFAR10 and TEACHER as in configs/recipes/uni_instruct.py; of the data the labels are read. The

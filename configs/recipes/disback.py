@@ -1,6 +1,7 @@
 """DisBack (arXiv:2408.15991) of Stable Diffusion XL at 1024 pixels into one step.
 
-    python -m launch.train --config=configs/recipes/disback.py --workdir=DIR --config.data.path=RECORDS \\
+    python -m launch.train --config=configs/recipes/disback.py --workdir=DIR \\
+        --config.data.path=RECORDS \\
         --config.roles.teacher.init=SDXL/unet
 
 SDXL and RECORDS are those of configs/recipes/flash_dmd.py, without `image`; x is read, by the

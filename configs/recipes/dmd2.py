@@ -1,6 +1,7 @@
 """DMD2 (arXiv:2405.14867) on class-conditional ImageNet-64: EDM's network into one step.
 
-    python -m launch.train --config=configs/recipes/dmd2.py --workdir=DIR --config.data.path=IMAGES --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/recipes/dmd2.py --workdir=DIR \\
+        --config.data.path=IMAGES --config.roles.teacher.init=TEACHER
 
 TEACHER is EDM's edm-imagenet-64x64-cond-adm, converted as interop/families/edm.py says; IMAGES is a
 folder of *.arrayrecord with x float32 [64, 64, 3] in [-1, 1], cond and null_cond (= 1000). The

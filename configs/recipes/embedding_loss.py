@@ -1,7 +1,8 @@
 r"""Embedding loss (arXiv:2604.22379) beside a SiDA-like host on class-conditional CIFAR-10, on EDM's
 DDPM++.
 
-    python -m launch.train --config=configs/recipes/embedding_loss.py --workdir=DIR --config.data.path=CIFAR10 \
+    python -m launch.train --config=configs/recipes/embedding_loss.py --workdir=DIR \
+        --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
 
 CIFAR10 and TEACHER as in configs/recipes/uni_instruct.py, whose reverse KL is the host (score

@@ -1,7 +1,8 @@
 """Flash-DMD (arXiv:2511.20549) of Stable Diffusion XL at 1024 pixels: four steps, 1000 updates of
 the student.
 
-    python -m launch.train --config=configs/recipes/flash_dmd.py --workdir=DIR --config.data.path=RECORDS \\
+    python -m launch.train --config=configs/recipes/flash_dmd.py --workdir=DIR \\
+        --config.data.path=RECORDS \\
         --config.roles.teacher.init=SDXL/unet --config.roles.decoder.init=SDXL/vae
         --config.roles.features.init=SAM
 

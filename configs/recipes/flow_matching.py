@@ -1,7 +1,8 @@
 """SiT-XL/2 (arXiv:2401.08740): flow matching on 256 px ImageNet latents (32x32x4), the teacher of
 latent distillation.
 
-    python -m launch.train --config=configs/recipes/flow_matching.py --workdir=DIR --config.data.path=LATENTS
+    python -m launch.train --config=configs/recipes/flow_matching.py --workdir=DIR \\
+        --config.data.path=LATENTS
 
 LATENTS is a folder of *.arrayrecord with x float32 [32, 32, 4], cond and null_cond (= 1000). The
 paper: batch 256, AdamW 1e-4 without decay, uniform times, EMA 0.9999, 7 M steps, FID 8.3 without

@@ -1,7 +1,8 @@
 """GKD (arXiv:2306.13649): on-policy distillation, Llama 3.1 8B into 3.2 1B in place of the paper's
 T5-XL into T5-small.
 
-    python -m launch.train --config=configs/recipes/gkd.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/gkd.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
         --config.roles.student.init=LLAMA_1B
 

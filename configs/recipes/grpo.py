@@ -1,7 +1,8 @@
 """GRPO (arXiv:2402.03300) at the size of DeepSeekMath 7B: questions with an answer that ends in a
 number.
 
-    python -m launch.train --config=configs/recipes/grpo.py:verified --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/grpo.py:verified --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=MODEL --config.method.reward.tokenizer=MODEL \\
         --config.roles.student.init=MODEL --config.roles.reference.init=MODEL
 

@@ -1,7 +1,8 @@
 """Word-level knowledge distillation (arXiv:1503.02531, arXiv:1606.07947) at the size of Llama 3.1
 8B into 3.2 1B.
 
-    python -m launch.train --config=configs/recipes/kd.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/kd.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
         --config.roles.student.init=LLAMA_1B
 

@@ -1,7 +1,8 @@
 """MeanFlow (arXiv:2505.13447) from scratch, DiT-XL/2 on 256 px ImageNet latents (32x32x4): the
 paper's MF-XL/2.
 
-    python -m launch.train --config=configs/recipes/meanflow.py --workdir=DIR --config.data.path=LATENTS
+    python -m launch.train --config=configs/recipes/meanflow.py --workdir=DIR \\
+        --config.data.path=LATENTS
 
 LATENTS as in configs/recipes/flow_matching.py. The paper's constants: batch 256, 240 epochs (1.2 M
 steps), Adam 1e-4 with b2 .95, EMA .9999, t and r logit-normal (-.4, 1), r = t for 75 %, weight 1 /

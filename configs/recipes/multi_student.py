@@ -1,7 +1,8 @@
 """MSD (arXiv:2410.23274) on ImageNet-64: four one-step students of EDM's network, each for 250
 classes.
 
-    python -m launch.train --config=configs/recipes/multi_student.py --workdir=DIR --config.data.path=IMAGES \\
+    python -m launch.train --config=configs/recipes/multi_student.py --workdir=DIR \\
+        --config.data.path=IMAGES \\
         --config.roles.teacher.init=TEACHER --config.roles.perceptual.init=LPIPS
 
 Variants: `:small` has students of 75 % fewer parameters (width 96), `:medium` of 44 % (width 144),
@@ -25,7 +26,7 @@ from jaxdistill.core.optim import Ema
 from jaxdistill.core.types import lookup
 from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.process import EDM
-from jaxdistill.methods.distribution._dmd import PerceptualDMD
+from jaxdistill.methods.distribution.dmd import PerceptualDMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
 from jaxdistill.models.denoisers.edm import DhariwalUNet

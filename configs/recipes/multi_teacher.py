@@ -1,7 +1,8 @@
 """Specialists of Llama 3.1 8B, each on a domain of its own, into one Llama 3.2 1B
 (arXiv:1503.02531, section 5).
 
-    python -m launch.train --config=configs/recipes/multi_teacher.py --workdir=DIR --config.data.path=DOMAINS \\
+    python -m launch.train --config=configs/recipes/multi_teacher.py --workdir=DIR \\
+        --config.data.path=DOMAINS \\
         --config.data.each.tokenizer=LLAMA --config.roles.student.init=LLAMA_1B
         --config.roles.teacher.init=FIRST \\
         --config.roles.teacher1.init=SECOND --config.roles.teacher2.init=THIRD

@@ -1,6 +1,7 @@
 """PACED (arXiv:2603.11178), Qwen3 14B into 8B on competition mathematics.
 
-    python -m launch.train --config=configs/recipes/paced.py:verified --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/paced.py:verified --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=QWEN --config.method.reward.tokenizer=QWEN \\
         --config.roles.student.init=QWEN_8B --config.roles.teacher.init=QWEN_14B
 

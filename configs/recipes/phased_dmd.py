@@ -1,7 +1,8 @@
 """Phased DMD (arXiv:2510.27684) of Wan 2.2 T2V A14B, whose teacher is two experts, into four steps
 in two phases.
 
-    python -m launch.train --config=configs/recipes/phased_dmd.py --workdir=DIR --config.data.path=PROMPTS \\
+    python -m launch.train --config=configs/recipes/phased_dmd.py --workdir=DIR \\
+        --config.data.path=PROMPTS \\
         --config.roles.teacher0.init=PIPELINE/transformer
         --config.roles.teacher.init=PIPELINE/transformer_2
 
@@ -27,6 +28,7 @@ from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
 from jaxdistill.models.denoisers.wan import Wan
+from jaxdistill.samplers.phases import teacher_roles
 
 WAN14B = dict(
     channels=16,
@@ -75,7 +77,7 @@ def get_config(variant=""):
         data=ArrayRecords(batch_size=64),
         method=METHODS[variant],
         roles={
-            **dict.fromkeys(method.plan.teachers, wan),
+            **dict.fromkeys(teacher_roles(method.teacher_bounds), wan),
             **{
                 role: expert(role) if role in method.exports else Role(optimizer=optimizer(4e-7))
                 for role in method.inits

@@ -1,7 +1,8 @@
 """Progressive distillation (arXiv:2202.00512) of a latent DiT-XL/2, 1024 steps to one in ten
 halvings.
 
-    python -m launch.train --config=configs/recipes/progressive.py --workdir=DIR --config.data.path=LATENTS \\
+    python -m launch.train --config=configs/recipes/progressive.py --workdir=DIR \\
+        --config.data.path=LATENTS \\
         --config.roles.teacher.init=TEACHER
 
 TEACHER as in configs/recipes/consistency.py. The paper's ImageNet-64 constants: batch 2048, 50 k

@@ -1,7 +1,8 @@
 """Minitron (arXiv:2407.14679) at the size of Llama 3.1 8B into 4B: half of the layers, or narrower
 MLPs, then KD on logits.
 
-    python -m launch.train --config=configs/recipes/prune_then_distil.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/prune_then_distil.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
 
 The report of Llama-3.1-Minitron-4B: depth 32 -> 16, 94 B tokens, forward KL on logits alone.

@@ -1,6 +1,7 @@
 """Recursive Meta-Distillation (arXiv:2601.13100) at the size of Llama 3.1 8B into 3.2 1B.
 
-    python -m launch.train --config=configs/recipes/recursive_meta.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/recursive_meta.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
         --config.roles.student.init=LLAMA_1B
 

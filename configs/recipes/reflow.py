@@ -1,7 +1,8 @@
 """2-rectified flow (arXiv:2209.03003) on a latent DiT-XL/2, in place of the paper's NCSN++ on
 CIFAR-10.
 
-    python -m launch.train --config=configs/recipes/reflow.py --workdir=DIR --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/recipes/reflow.py --workdir=DIR \\
+        --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
 
 TEACHER as in configs/recipes/consistency.py; LATENTS gives the labels. 4 M pairs (262 GB as
 float32) are made first, in DIR/data. The paper: pairs by RK45, uniform times, EMA .9999.

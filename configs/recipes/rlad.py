@@ -1,6 +1,7 @@
 """RLAD (arXiv:2602.22495), logic puzzles at 2048 tokens: Qwen3 8B into 1.7B.
 
-    python -m launch.train --config=configs/recipes/rlad.py:verified --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/rlad.py:verified --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=QWEN --config.method.reward.tokenizer=QWEN \\
         --config.roles.student.init=QWEN_1.7B --config.roles.teacher.init=QWEN_8B
 

@@ -1,7 +1,8 @@
 """sCD (arXiv:2410.11081): continuous-time consistency distillation of a latent DiT-XL/2, in place
 of the paper's EDM2 U-Net.
 
-    python -m launch.train --config=configs/recipes/scm.py --workdir=DIR --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
+    python -m launch.train --config=configs/recipes/scm.py --workdir=DIR \\
+        --config.data.path=LATENTS --config.roles.teacher.init=TEACHER
 
 TEACHER is a run of configs/recipes/flow_matching.py with
 --config.roles.student.denoiser.param.time_scale=1.0: the paper needs a time embedding with a small

@@ -1,7 +1,8 @@
 """Self-distillation with labels (arXiv:2102.13088) at the settings of the paper's code, on stored
 records.
 
-    python -m launch.train --config=configs/recipes/self_distillation.py --workdir=DIR --config.data.path=RECORDS
+    python -m launch.train --config=configs/recipes/self_distillation.py --workdir=DIR \\
+        --config.data.path=RECORDS
 
 The paper: ResNets on CIFAR-10, alpha 0.6, five rounds of 75 epochs counting the first, Adam at
 1e-4, batch 16, penalty 1e-4. Departures: a perceptron of 1.4e8 weights on 32x32x4 latents in place

@@ -1,7 +1,8 @@
 """Sequence-level distillation (arXiv:1606.07947), Llama 3.1 8B into 3.2 1B in place of the paper's
 LSTM translators.
 
-    python -m launch.train --config=configs/recipes/sequence_kd.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/sequence_kd.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
         --config.roles.student.init=LLAMA_1B
 

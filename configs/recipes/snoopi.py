@@ -1,7 +1,8 @@
 """SNOOPI (arXiv:2412.02687) of Stable Diffusion 1.5 at 512 pixels: one step, from prompts alone,
 with NASA-T.
 
-    python -m launch.train --config=configs/recipes/snoopi.py --workdir=DIR --config.data.path=PROMPTS \\
+    python -m launch.train --config=configs/recipes/snoopi.py --workdir=DIR \\
+        --config.data.path=PROMPTS \\
         --config.roles.teacher.init=SD15/unet --config.roles.decoder.init=SD15/vae
         --config.roles.judge.init=CLIP
 

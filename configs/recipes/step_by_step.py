@@ -1,7 +1,8 @@
 """Distilling Step-by-Step (arXiv:2305.02301) on JSON lines of input, label and rationale: Llama 3.2
 1B in place of T5-Large.
 
-    python -m launch.train --config=configs/recipes/step_by_step.py --workdir=DIR --config.data.path=FOLDER \\
+    python -m launch.train --config=configs/recipes/step_by_step.py --workdir=DIR \\
+        --config.data.path=FOLDER \\
         --config.data.tokenizer=LLAMA --config.roles.student.init=LLAMA_1B
 
 `jaxdistill.data.rationales.svamp` makes such rows of SVAMP. The paper: T5 v1.1, AdamW 5e-5 with

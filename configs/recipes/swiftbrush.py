@@ -1,7 +1,8 @@
 """SwiftBrush (arXiv:2312.05239) of Stable Diffusion 2.1 base at 512 pixels: one step, from prompts
 alone.
 
-    python -m launch.train --config=configs/recipes/swiftbrush.py --workdir=DIR --config.data.path=PROMPTS \\
+    python -m launch.train --config=configs/recipes/swiftbrush.py --workdir=DIR \\
+        --config.data.path=PROMPTS \\
         --config.roles.teacher.init=SD21/unet
 
 SD21 is the published model's folder. PROMPTS is a folder of *.arrayrecord
@@ -35,7 +36,7 @@ RECORD = {f"{group}/text": "normal 77 1024" for group in ("cond", "null_cond")}
 
 
 def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
-    """The recipe that SNOOPI shares: adapters on the queries and values of both kinds of attention."""
+    """The recipe that SNOOPI shares: adapters on queries and values of all attention layers."""
     return experiment(
         steps=steps,
         data=GroupedRecords(batch_size=64),

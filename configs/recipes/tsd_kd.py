@@ -1,6 +1,7 @@
 """TSD-KD (arXiv:2603.13260), Qwen2.5 14B into 1.5B on prompts of UltraInteract.
 
-    python -m launch.train --config=configs/recipes/tsd_kd.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/tsd_kd.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=QWEN --config.roles.student.init=QWEN_1.5B
         --config.roles.teacher.init=QWEN_14B
 

@@ -1,7 +1,8 @@
 """TwinFlow (arXiv:2512.05150) of Qwen-Image, 20 B: adapters on the frozen base, for one to four
 evaluations at 1024 pixels.
 
-    python -m launch.train --config=configs/recipes/twinflow.py --workdir=DIR --config.data.path=RECORDS \\
+    python -m launch.train --config=configs/recipes/twinflow.py --workdir=DIR \\
+        --config.data.path=RECORDS \\
         --config.roles.teacher.init=PIPELINE/transformer
 
 PIPELINE is Qwen-Image's diffusers folder. RECORDS are those of `data.arrayrecord:GroupedRecords`: x
@@ -37,7 +38,7 @@ RECORD = {
     **{f"{c}/{k}": v for c in ("cond", "null_cond") for k, v in CONDITION.items()},
 }
 METHODS = {
-    "": TunedTwinFlow(target="student", enhance=0.8),
+    "": TunedTwinFlow(target_network="student", training_guidance=0.8),
     "imagefree": ImageFreeTwinFlow(),
 }
 

@@ -1,6 +1,7 @@
 r"""Uni-Instruct (arXiv:2505.20755), its class-conditional CIFAR-10 recipe on EDM's DDPM++.
 
-    python -m launch.train --config=configs/recipes/uni_instruct.py --workdir=DIR --config.data.path=CIFAR10 \
+    python -m launch.train --config=configs/recipes/uni_instruct.py --workdir=DIR \
+        --config.data.path=CIFAR10 \
         --config.roles.teacher.init=TEACHER
 
 CIFAR10 is a folder of Hugging Face's parquet files; TEACHER is EDM's edm-cifar10-32x32-cond-vp,

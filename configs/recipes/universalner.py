@@ -1,7 +1,8 @@
 """UniversalNER (arXiv:2308.03279): Llama 3.1 8B in place of LLaMA 7B, tuned on a teacher's answers
 about 45,889 passages.
 
-    python -m launch.train --config=configs/recipes/universalner.py --workdir=DIR --config.data.path=entities.jsonl \\
+    python -m launch.train --config=configs/recipes/universalner.py --workdir=DIR \\
+        --config.data.path=entities.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.student.init=LLAMA_8B
 
 The rows come from `jaxdistill.data.endpoint.ask_all` with `jaxdistill.data.ner.ask`, and

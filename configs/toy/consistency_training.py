@@ -1,6 +1,7 @@
 """iCT (arXiv:2310.14189) on a Gaussian mixture: consistency training from data, without a teacher.
 
-    python -m launch.train --config=configs/toy/consistency_training.py --workdir=runs/toy_consistency_training
+    python -m launch.train --config=configs/toy/consistency_training.py \\
+        --workdir=runs/toy_consistency_training
 
 2 CPU cores, about 2 minutes. The claim: at one step the student's energy distance is at most a
 tenth of that of the same network trained by flow matching (`flow`), at one step.

@@ -1,7 +1,8 @@
 """Distillation across tokenizers (arXiv:2503.20083) on a synthetic language with an exact teacher
 that reads two symbols at a time.
 
-    python -m launch.train --config=configs/toy/cross_tokenizer_kd.py --workdir=runs/toy_cross_tokenizer_kd
+    python -m launch.train --config=configs/toy/cross_tokenizer_kd.py \\
+        --workdir=runs/toy_cross_tokenizer_kd
 
 2 CPU cores, about two minutes. The teacher's tokens are pairs of the student's, 576 of them; 400
 rows are read about 32 times.

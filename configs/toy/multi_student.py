@@ -21,7 +21,7 @@ from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.evals.points import LabelledPointEval
-from jaxdistill.methods.distribution._dmd import DMD
+from jaxdistill.methods.distribution.dmd import DMD
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import TSM, MultiStudent
 from jaxdistill.models.denoisers.mlp import MLP

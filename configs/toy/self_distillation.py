@@ -1,7 +1,8 @@
 """Self-distillation with labels (arXiv:2102.13088) on scikit-learn's digits, 15 % of the training
 labels wrong.
 
-    python -m launch.train --config=configs/toy/self_distillation.py --workdir=runs/toy_self_distillation
+    python -m launch.train --config=configs/toy/self_distillation.py \\
+        --workdir=runs/toy_self_distillation
 
 2 CPU cores, under two minutes. Five models one after another from 400 samples. The claim: with
 labels at weight 0.3 the softmax of the last one is nearer to the right labels of the other 1,397

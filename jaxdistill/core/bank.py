@@ -1,8 +1,7 @@
-"""Several networks of one kind as a combinator Net -> Net: their weights are stacked on a leading
-axis called `bank`.
+"""Several networks of one kind as one Net, their weights stacked on a leading axis `bank`.
 
-A bank of students is trained in one program (or spread over a mesh axis, by `Rules.bank`), and a
-stored path of teachers is walked without compiling again.
+A bank of students trains in one program, and `Rules.bank` may spread it over a mesh axis. A bank
+can also store checkpoints of a teacher, which one program reads in turn.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core.net import Net, is_spec, scoped
-from jaxdistill.core.types import Params
+from jaxdistill.core.types import Array, Params
 
 
 @dataclasses.dataclass(frozen=True)
 class Bank(Net):
-    """`members` copies of the network `one`, each with weights of its own."""
+    """`members` networks like `one`, each with weights of its own."""
 
     one: Net | None = None
     members: int = 0
 
     def init(self, key):
-        """Every member from a key of its own."""
+        """Fresh weights, each member from a key of its own."""
         return jax.vmap(self.one.init)(jax.random.split(key, self.members))
 
     def from_source(self, params: Params) -> Params:
-        """One network's weights for every member; a bank's own as they are."""
+        """The weights of one network, repeated for every member; those of a bank unchanged."""
         single = jax.tree.map(lambda w, s: w.ndim < len(s.shape), params, self.shapes)
         if not any(jax.tree.leaves(single)):
             return params
@@ -41,18 +40,23 @@ class Bank(Net):
         return self.one.source
 
     def sanitise(self, grads: Params) -> Params:
-        """Zero for a member whose gradient is not finite: it stands still, the others go on."""
-        each = lambda reduce, g: reduce(g.reshape(self.members, -1), axis=1)
-        finite = jnp.all(
-            jnp.stack([each(jnp.all, jnp.isfinite(g)) for g in jax.tree.leaves(grads)]), axis=0
-        )
-        return jax.tree.map(
-            lambda g: jnp.where(finite.reshape(-1, *[1] * (g.ndim - 1)), g, 0.0), grads
-        )
+        """Gradients with zeros for members that have a non-finite one; the others train on."""
+
+        def all_finite(g: Array) -> Array:
+            return jnp.all(jnp.isfinite(g).reshape(self.members, -1), axis=1)
+
+        finite = jnp.all(jnp.stack([all_finite(g) for g in jax.tree.leaves(grads)]), axis=0)
+
+        def keep(g: Array) -> Array:
+            mask = finite.reshape(-1, *[1] * (g.ndim - 1))
+            return jnp.where(mask, g, 0.0)
+
+        return jax.tree.map(keep, grads)
 
     def bind(self, role: str, params: Any):
-        """As every network's; with it `members`, their stacked `weights`, and `alone(weights of one
-        member, *inputs)`: what a loss that runs members side by side maps over.
+        """The bound callable, with `members`, `weights` (stacked) and `alone(weights, *inputs)`.
+
+        `alone` runs one member; a loss that runs members side by side maps over it.
         """
         call = super().bind(role, params)
         call.members = self.members
@@ -61,11 +65,11 @@ class Bank(Net):
         return call
 
     def apply(self, params: Params, *args, member: Any = None, **kwargs) -> Any:
-        """Without `member`, inputs and result have a leading bank axis [K B ...], member k
-        computing row k.
+        """The outputs of members.
 
-        A scalar `member` (traced or not) is that network alone; an array [B] routes each sample to
-        its own, at the cost of running every member on the whole batch.
+        Without `member`, inputs and outputs are [K B ...], and member k gets inputs[k]. With a
+        scalar `member` that network alone runs. With an array [B] each sample gets the output of
+        its own member, and every member runs on the full batch.
         """
         if member is None:
             return jax.vmap(lambda p, *a: self.one.apply(p, *a, **kwargs))(params, *args)
@@ -76,9 +80,7 @@ class Bank(Net):
 
 
 def bank(net: Net, size: int) -> Bank:
-    """`size` members of `net`'s kind. Frozen roles and warm starts give every member the same
-    weights.
-    """
+    """A bank of `size` members like `net`. Weights from elsewhere are the same for all members."""
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), net.shapes)
     axes = jax.tree.map(lambda names: P("bank", *names), net.axes, is_leaf=is_spec)
     return Bank(net.build, net.graphdef, shapes, axes, net.wrap, net.config, one=net, members=size)

@@ -1,5 +1,7 @@
-"""Config <-> objects. There is no registry: "file:Class" below `jaxdistill` (or in any package) is
-its own entry, and the keys of its config are the fields of its dataclass.
+"""From objects to configs and back.
+
+There is no registry: a class is named "package.file:Class" (below `jaxdistill`, or in any package),
+and the keys of its config are the fields of its dataclass.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from jaxdistill.core.types import Refused, nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adaptation: the role's weights are adapters on another role's frozen ones."""
+    """Low-rank adaptation: the role's weights adapt the frozen weights of another role."""
 
     rank: int = 0  # 0: the role has full weights
     alpha: float = 0.0  # scale is alpha / rank; 0: alpha = rank
@@ -33,52 +35,46 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
-    """What the config says of one network. An empty model or denoiser is that of the role it is
-    copied from.
-    """
+    """The config of one network."""
 
-    model: Any = None  # spec(...) of a model's dataclass
-    denoiser: Any = (
-        None  # spec(...) of a diffusion.denoiser:Denoiser, for networks that predict from (x_t, t)
-    )
-    # "": as the method says | fresh | random (frozen) | exact (the data's law) | a role | @run | a
-    # run's or exported folder
+    # The dataclass of a model. None: that of the role which the weights come from.
+    model: Any = None
+    # A diffusion.denoiser.Denoiser, for networks that predict from (x_t, t). None: as for `model`.
+    denoiser: Any = None
+    # Where the first weights come from. "": as the method says; "fresh": newly initialised;
+    # "random": newly initialised and frozen; "exact": the data's own distribution; the name of a
+    # role; "@name", a run in `runs`; the folder of a run or of an exported model.
     init: str = ""
-    param_dtype: fields.Dtype = (
-        "float32"  # what a frozen role is stored in; roles that move are float32
-    )
-    quantize: Literal["", "int8"] = (
-        # int8: a frozen role's matrices in eight bits, a scale for each output channel (extra
-        # [int8])
-        ""
-    )
-    place: Literal["device", "host"] = (
-        "device"  # where a frozen role's weights rest; each layer is fetched when it is needed
-    )
+    # Storage of a frozen role. Roles that are trained are float32.
+    param_dtype: fields.Dtype = "float32"
+    # "int8": the matrices of a frozen role in eight bits, one scale an output channel (needs the
+    # extra [int8]).
+    quantize: Literal["", "int8"] = ""
+    # The memory that holds the weights of a frozen role; each layer is fetched when it is used.
+    place: Literal["device", "host"] = "device"
     optimizer: Optimizer = Optimizer()
     ema: Any = Ema()
     rules: Rules = Rules()
     lora: Lora = Lora()
-    # members, where the role is a bank of networks of this kind (core/bank.py); 0: one network
-    bank: int = 0
+    bank: int = 0  # members, if the role is a bank of networks (core/bank.py); 0: one network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """The top level of every config."""
 
-    seed: int = 0  # weights and training randomness; the data has a seed of its own
+    seed: int = 0  # of weights and training; the data has its own
     steps: fields.Steps = 1000  # engine steps over all stages
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = 1  # micro-batches a step
     log_every: int = 20
     sample_every: int = 0  # steps between sample grids; 0: only at the end
     eval_every: int = 0  # steps between evaluations; 0: only at the end
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints
     tensorboard: bool = True
-    wandb: str = ""  # project; needs the extra [wandb]
+    wandb: str = ""  # name of the project; needs the extra [wandb]
     mesh: MeshShape = MeshShape()
-    rules: Rules = Rules()  # of activations and batches; a role's own rules place its weights
+    rules: Rules = Rules()  # of activations and batches; weights have their role's rules
 
 
 NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -89,8 +85,24 @@ WINGS = {
     "autoencoders": ("vae", "vae_dc", "vae_wan"),
     "vision": ("vit", "clip", "sam", "lpips", "perceptron", "random_features", "judges"),
 }
-MOVED = {  # file as configs of version 0.1 name it -> file today
+MOVED = {  # file in configs of version 0.1 -> file today
     f"models.{file}": f"models.{wing}.{file}" for wing, files in WINGS.items() for file in files
+} | {"methods.distribution._dmd": "methods.distribution.dmd"}
+MOVED_CLASSES = {  # "file:Class" of a file whose classes went to several files -> file today
+    f"methods.distribution._family:{cls}": f"methods.distribution.{file}"
+    for cls, file in {
+        "BinnedFDistill": "f_distill",
+        "DDS": "sds",
+        "DIPlusPlus": "di_plus_plus",
+        "DIStar": "di_star",
+        "FDistill": "f_distill",
+        "NormalisedUniInstruct": "uni_instruct",
+        "RedDiff": "sds",
+        "SDS": "sds",
+        "SIM": "sim",
+        "SiD": "sid",
+        "SiDA": "sida",
+    }.items()
 }
 
 
@@ -117,13 +129,14 @@ def resolve(name: str) -> Any:
 
 
 def current_name(name: str) -> str:
-    """ "package.file:Class" where the class is today: files have moved since configs were written."""
+    """The "package.file:Class" of today for a name in an older config."""
     file, colon, cls = name.partition(":")
-    return f"{MOVED.get(file, file)}{colon}{cls}"
+    file = MOVED_CLASSES.get(name) or MOVED.get(file, file)
+    return f"{file}{colon}{cls}"
 
 
 def current_field(cls: type, field: str) -> str:
-    """A field's name today. A class lists its renamed fields, old name -> new one, in `renamed`."""
+    """A field's name today. A class lists its renamed fields in `renamed`: old name -> new name."""
     for base in cls.__mro__:
         if field in vars(base).get("renamed", {}):
             return base.renamed[field]
@@ -131,7 +144,7 @@ def current_field(cls: type, field: str) -> str:
 
 
 def current(config: Any) -> Any:
-    """Plain config data of an earlier version under the names of today: files and fields."""
+    """Plain config data of an earlier version with today's names of files and fields."""
     if not isinstance(config, Mapping):
         return config
     given = {key: current(value) for key, value in config.items()}
@@ -168,38 +181,33 @@ def plain(value: Any) -> Any:
 
 
 def spec(name: str, **values: Any) -> ConfigDict:
-    """The config of one class: all its fields with their defaults, some replaced.
+    """The config of the class called "package.file:Class": all its fields, some replaced.
 
-    Raises Refused on an unknown field, and on a value of another type or out of range.
+    Where the class is at hand, `plain(Class(...))` gives the same. Raises Refused on an unknown
+    field, and on a value of another type or out of range.
     """
-    made = {k: build(v) if _is_spec(v) else v for k, v in values.items()}
-    return plain(
-        _construct(name, made, "")
-    )  # the class checks what it will be given, not its config
+    objects = {key: build(value) if _is_spec(value) else value for key, value in values.items()}
+    return plain(_construct(name, objects, ""))
 
 
 def build(config: Mapping[str, Any], where: str = "") -> Any:
-    """The object that a `spec` describes, nested ones included.
+    """The object that config data describes, with the objects in its fields.
 
-    `where` is the config's place as messages name it ("config.roles.student"). Raises Refused on an
+    `where` is the place of the data in messages ("config.roles.student"). Raises Refused on an
     unknown field, and on a value of another type or out of range.
     """
-    if not isinstance(config, (Mapping, ConfigDict)) or "name" not in config:
-        found = (
-            fields.shown(config)
-            if not isinstance(config, (Mapping, ConfigDict))
-            else "without a name"
-        )
+    if not _is_spec(config):
+        group = isinstance(config, (Mapping, ConfigDict))
+        found = "without a name" if group else fields.shown(config)
         raise Refused(f"{where or 'spec'} is {found}: expected a group with the name of a class")
-    made = {k: _object(v, _below(where, k)) for k, v in config.items() if k != "name"}
-    return _construct(config["name"], made, where)
+    values = {k: _object(v, _below(where, k)) for k, v in config.items() if k != "name"}
+    return _construct(config["name"], values, where)
 
 
 def completed(config: Any) -> Any:
-    """Plain config data with the fields that its classes have gained since it was written, at their
-    defaults.
+    """Plain config data of an earlier version with today's names and all of today's fields.
 
-    A class that is not there any more is left as it is.
+    New fields get their defaults. A class that no longer exists is left as it is.
     """
     return _completed(current(config))
 
@@ -219,8 +227,9 @@ def _completed(config: Any) -> Any:
 
 
 def _known(name: str) -> Any:
-    """The class of a config without importing anything but the library; None where that does not
-    have it.
+    """The class of that name in the library or in a loaded module, else None.
+
+    No other module is imported, since the name may come from a file of others.
     """
     file, _, cls = name.partition(":")
     loaded = sys.modules.get(file)
@@ -253,7 +262,7 @@ def _object(value: Any, where: str) -> Any:
 
 
 def located(where: str, error: Refused) -> Refused:
-    """The refusal with the place in the config that it speaks of in front."""
+    """The refusal with its place in the config in front of the message."""
     text = str(error)
     last = where.rpartition(".")[2]
     if not where or text.startswith("config"):
@@ -288,18 +297,13 @@ def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _check_fields(cls: type, name: str, values: Mapping[str, Any]) -> None:
-    """Raises Refused where a field is unknown, missing, or of another type or range than the class
-    says.
-    """
+    """Raises Refused on a field that is unknown, missing, of another type or out of range."""
     known = [f for f in dataclasses.fields(cls) if f.init]
     names = [f.name for f in known]
     for key in values:
         if key not in names:
             raise Refused(f"{name} has no field {key!r}{nearest(str(key), names)}")
-    no_default = lambda f: (
-        f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    )
-    missing = [f.name for f in known if f.name not in values and no_default(f)]
+    missing = [f.name for f in known if f.name not in values and _required(f)]
     if missing:
         raise Refused(f"{name} needs {', '.join(missing)}")
     for key, value in values.items():
@@ -307,27 +311,40 @@ def _check_fields(cls: type, name: str, values: Mapping[str, Any]) -> None:
             raise Refused(f"{key}={fields.shown(value)}: {problem}")
 
 
+def _required(field: dataclasses.Field) -> bool:
+    given = (field.default, field.default_factory)
+    return all(default is dataclasses.MISSING for default in given)
+
+
 def experiment(
     *,
-    method: Mapping,
-    data: Mapping,
+    method: Any,
+    data: Any,
     roles: Mapping[str, Role],
-    evaluation: Mapping | None = None,
-    claim: Mapping | None = None,
-    runs: Mapping[str, Mapping] = {},
+    evaluation: Any = None,
+    claim: Mapping[str, Any] | None = None,
+    runs: Mapping[str, ConfigDict] = {},
     **run: Any,
 ) -> ConfigDict:
-    """A whole config: `Run`'s fields at the top, and below it
+    """A complete config. It is locked: a misspelt key is an error.
 
-    method, data, evaluation: `spec(...)`; roles: name -> Role;
-    claim: dict(metric, model, baseline, better "lower" | "higher", ratio): what the final
-    evaluation is held against;
-    runs: name -> a whole config of its own, trained first in `workdir/<name>` if a role starts from
-    it ("@name") or the claim names it (a baseline). Their seed, data.seed and data.path are this
-    config's, and stay so when these are changed. Returned locked: a misspelt key is an error.
+    Args:
+      method: a core.types.Method.
+      data: a data.base.Dataset.
+      roles: name of each network -> its Role.
+      evaluation: an evaluation of `jaxdistill.evals`.
+      claim: what the final evaluation is compared with: metric, model, baseline, better ("lower" or
+        "higher") and ratio.
+      runs: name -> a complete config. It is trained first, in `workdir/<name>`, if a role starts
+        from it ("@name") or the claim names it (a baseline). Its seed, data.seed and data.path are
+        those of this config, also when these are changed later.
+      run: fields of `Run`, at the top level of the config.
+
+    Raises:
+      Refused: a field is unknown, of another type or out of range.
     """
-    top = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
-    top = plain(made(Run, "config", top, "config"))
+    given = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
+    top = plain(made(Run, "config", given, "config"))
     del top["name"]
     parts = dict(
         method=method,
@@ -343,7 +360,7 @@ def experiment(
 
 
 def _share(config: ConfigDict) -> None:
-    """Makes seed, data.seed and data.path of the runs inside references to this config's."""
+    """Makes seed, data.seed and data.path of inner runs references to those of this config."""
     for inner in config.runs.values():
         inner.seed = config.get_ref("seed")
         for key in ("seed", "path"):
@@ -352,11 +369,13 @@ def _share(config: ConfigDict) -> None:
 
 
 def run_settings(config: ConfigDict, where: str = "config") -> Run:
-    """The top level of a config as an object. Raises Refused on a value of another type or out of
-    range.
+    """The top level of a config as an object.
+
+    Raises Refused on a field that is missing, of another type or out of range.
     """
-    missing = [f.name for f in dataclasses.fields(Run) if f.name not in config]
+    names = [f.name for f in dataclasses.fields(Run)]
+    missing = [name for name in names if name not in config]
     if missing:
         raise Refused(f"{where}.{missing[0]} is missing")
-    given = {f.name: config[f.name] for f in dataclasses.fields(Run)}
-    return made(Run, where, {k: _object(v, _below(where, k)) for k, v in given.items()}, where)
+    values = {name: _object(config[name], _below(where, name)) for name in names}
+    return made(Run, where, values, where)

@@ -1,8 +1,7 @@
-"""What the fields of a config's dataclasses may hold: Python's types, and ranges where a type is
-too wide.
+"""What the fields of a config's dataclasses may hold: types, and ranges of numbers.
 
-`problem` holds a value against the annotation of its field. A class says more than its types in
-`__post_init__`, which raises `Refused`.
+`problem` compares a value with the annotation of its field. What involves several fields is checked
+by the class itself, in `__post_init__`, which raises `Refused`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ LARGEST = 2**31 - 1  # of an int that names no range: what indexes an axis
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`, both included; `low` itself is not where `above` is set."""
+    """Numbers from `low` to `high`, both included; with `above`, `low` is excluded."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -38,15 +37,17 @@ class Range:
         return (self.low < value if self.above else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
-        show = lambda number: f"{number:,}" if isinstance(number, int) else f"{number:g}"
-        low = f"above {show(self.low)}" if self.above else f"of at least {show(self.low)}"
-        low = "" if math.isinf(self.low) else f" {low}"
-        high = (
-            ""
-            if math.isinf(self.high) or self.high == LARGEST
-            else f" and at most {show(self.high)}"
-        )
-        return low + high
+        text = ""
+        if not math.isinf(self.low):
+            relation = "above" if self.above else "of at least"
+            text += f" {relation} {_number(self.low)}"
+        if not math.isinf(self.high) and self.high != LARGEST:
+            text += f" and at most {_number(self.high)}"
+        return text
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 Count = Annotated[int, Range(1, LARGEST)]
@@ -64,16 +65,16 @@ Remat = Literal["none", "full", "dots", "dots_no_batch"]  # what a forward pass 
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """Field -> its annotation, with what `Annotated` adds to it."""
+    """Field -> its annotation, with the ranges that `Annotated` adds."""
     found = typing.get_type_hints(cls, include_extras=True)
     return {f.name: _with_sign(found[f.name], f.default) for f in dataclasses.fields(cls)}
 
 
 def _with_sign(hint: Any, default: Any) -> Any:
-    """An int that names no range is a count where its default is one: it keeps the default's sign.
+    """The annotation of an int without a range, with the range that its default implies.
 
-    Default 1 or more: at least 1. Default 0: at least 0. Default -1: at least -1, which stands for
-    "none".
+    A default of 1 or more means at least 1, a default of 0 at least 0, and a default of -1 at least
+    -1, which stands for "none".
     """
     if hint is not int or not isinstance(default, int) or isinstance(default, bool):
         return hint
@@ -91,31 +92,32 @@ def problem(cls: type, field: str, value: Any) -> str:
 
 
 def coerced(cls: type, field: str, value: Any) -> Any:
-    """A whole number for a field of floats as a float; every other value as it is."""
+    """An integer in a field of floats as a float; every other value unchanged."""
     hint = hints(cls)[field]
     base = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     return float(value) if base is float and type(value) is int else value
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it, of bounded length and on one line."""
+    """A config value as a message quotes it: short, on one line."""
     plain = value.to_dict() if hasattr(value, "to_dict") else value
     return " ".join(reprlib.repr(plain).split())
 
 
 def _problem(hint: Any, value: Any, bounded: bool = False) -> str:
-    """`bounded`: a range says the rest, whether an infinity is a number among it."""
+    """What is wrong with a value of this annotation; "" where nothing is.
+
+    `bounded`: a range is checked as well, and says whether an infinity is allowed.
+    """
     origin = typing.get_origin(hint)
     inner = typing.get_args(hint)
     if origin is Annotated:
         return _problem(inner[0], value, bounded=True) or _outside(inner, value)
     if origin in (typing.Union, types.UnionType):
         found = [_problem(one, value) for one in inner]
-        return (
-            ""
-            if "" in found
-            else " or ".join([found[0], *(f.removeprefix("expected ") for f in found[1:])])
-        )
+        if "" in found:
+            return ""
+        return " or ".join([found[0], *(f.removeprefix("expected ") for f in found[1:])])
     if origin is Literal:
         return "" if value in inner and type(value) in map(type, inner) else _one_of(inner, value)
     if origin is tuple:
@@ -174,11 +176,8 @@ def _problem_of_class(hint: type, value: Any, bounded: bool) -> str:
     if hint is bool:
         return "" if isinstance(value, bool) else "expected true or false"
     if hint is int:
-        return (
-            ""
-            if isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            else "expected an integer"
-        )
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        return "" if whole else "expected an integer"
     if hint is float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             return "expected a number"

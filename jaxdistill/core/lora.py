@@ -1,9 +1,8 @@
-"""Low-rank adaptation as a combinator Net -> Net: the role's weights are small, the base belongs to
-another role.
+"""Low-rank adaptation (arXiv:2106.09685): a Net whose weights adapt those of another role.
 
-W + (alpha / rank) A B on every matched matrix (arXiv:2106.09685); B starts at zero, so that the
-adapted network starts as its base. Several roles may adapt the same frozen one: teacher, student
-and fake score of a large model share it.
+A matched matrix W becomes W + (alpha / rank) A B. B starts at zero, so that the adapted network
+starts as its base. Several roles may adapt the same frozen base: teacher, student and fake score of
+a large model share it.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from jaxdistill.core.net import (
     Net,
     is_matrix,
+    is_quantized,
     is_spec,
     materialise,
     path_name,
     paths,
-    resting,
     scoped,
 )
 from jaxdistill.core.optim import check_range
@@ -53,9 +52,8 @@ class Adapter(Net):
         return fresh
 
     def apply(self, params, *args, method: str = "__call__", **kwargs):
-        return super().apply(
-            merge(params["base"], params["adapter"], self.scale), *args, method=method, **kwargs
-        )
+        merged = merge(params["base"], params["adapter"], self.scale)
+        return super().apply(merged, *args, method=method, **kwargs)
 
     def bind(self, role, params):
         own = {"base": params[self.adapts], "adapter": params[role]}
@@ -63,32 +61,36 @@ class Adapter(Net):
 
 
 def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:
-    """`base`, as the role whose weights those of `role` are adapters of. `roles` are the configs of
-    all. Raises Refused where there is no such role, or it has adapters itself.
+    """`base`, if the role `role` can adapt its weights.
+
+    Args:
+      roles: name -> config of every role.
+
+    Raises:
+      Refused: `base` is no role, the role itself, or has adapters too.
     """
     others = [name for name, other in roles.items() if name != role and not other.lora.rank]
-    if base not in others:
-        why = (
-            "the role itself"
-            if base == role
-            else "no such role"
-            if base not in roles
-            else "it has adapters too"
-        )
-        raise Refused(
-            f"lora.base={base!r}: {why}; expected one with full weights: {', '.join(others) or 'none'}"
-        )
-    return base
+    if base in others:
+        return base
+    if base == role:
+        why = "the role itself"
+    elif base not in roles:
+        why = "no such role"
+    else:
+        why = "it has adapters too"
+    names = ", ".join(others) or "none"
+    raise Refused(f"lora.base={base!r}: {why}; expected one with full weights: {names}")
 
 
 def adapt(
     net: Net, *, base: str, rank: int, alpha: float = 0.0, targets: str = r".*kernel"
 ) -> Adapter:
-    """`net` with adapters of `rank` on the matrices whose path matches `targets`; its other weights
-    are those of role `base`.
+    """`net` with adapters of `rank` on the matrices whose path matches `targets`.
 
-    Raises Refused where nothing matches, `targets` is no regular expression, or a size is out of
-    range.
+    All other weights are those of the role `base`.
+
+    Raises:
+      Refused: nothing matches, `targets` is no regular expression, or a size is out of range.
     """
     check_range("lora.rank", rank, "a positive integer", lambda v: v >= 1, kind=numbers.Integral)
     check_range("lora.alpha", alpha, "0 (for the rank) or a number above it", lambda v: v >= 0)
@@ -102,9 +104,8 @@ def adapt(
     axes = {}
     names_of = paths(net.axes, is_leaf=is_spec)
     for path, shape in paths(net.shapes).items():
-        if not wanted.fullmatch(path) or not (
-            is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2
-        ):
+        matrix = is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2
+        if not matrix or not wanted.fullmatch(path):
             continue
         *lead, i, o = shape.shape
         *names, ni, no = names_of[path] or (None,) * len(shape.shape)
@@ -112,13 +113,10 @@ def adapt(
         shapes[path] = {"a": like(i, rank), "b": like(rank, o)}
         axes[path] = {"a": P(*names, ni, None), "b": P(*names, None, no)}
     if not shapes:
-        held = list(paths(net.shapes))
-        some = (
-            f"its weights are {', '.join(held[:6])}{', ...' * (len(held) > 6)}"
-            if held
-            else "it has no weights"
+        raise Refused(
+            f"lora.targets={targets!r} matches no matrix of lora.base={base!r}:"
+            f" {_listed(list(paths(net.shapes)))}"
         )
-        raise Refused(f"lora.targets={targets!r} matches no matrix of lora.base={base!r}: {some}")
     return Adapter(
         net.build,
         net.graphdef,
@@ -131,8 +129,15 @@ def adapt(
     )
 
 
+def _listed(names: list[str], most: int = 6) -> str:
+    if not names:
+        return "it has no weights"
+    more = ", ..." if len(names) > most else ""
+    return f"its weights are {', '.join(names[:most])}{more}"
+
+
 def merge(base: Params, adapter: Params, scale: float) -> Params:
-    """The base's tree with the adapters folded in: what is exported."""
+    """The weights of the base with the adapters added, as they are exported."""
 
     def leaf(path, w):
         pair = adapter.get(path_name(path))
@@ -141,4 +146,4 @@ def merge(base: Params, adapter: Params, scale: float) -> Params:
         w = materialise(w)
         return w + (scale * pair["a"] @ pair["b"]).astype(w.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=resting)
+    return jax.tree_util.tree_map_with_path(leaf, base, is_leaf=is_quantized)

@@ -1,4 +1,4 @@
-"""A network as two pure functions over a plain dict of weights."""
+"""A network as two pure functions, `init` and `apply`, over a nested dict of weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ _FORWARD: ContextVar[bool] = ContextVar("forward_mode", default=False)
 
 @contextlib.contextmanager
 def forward_mode():
-    """What is traced inside gets differentiated forward: layers take programs that have such a
-    derivative (attention).
+    """Context for functions that are differentiated forward (`jax.jvp`).
+
+    Layers then choose programs that have a forward derivative, which fused attention lacks.
     """
     token = _FORWARD.set(True)
     try:
@@ -37,26 +38,22 @@ def in_forward_mode() -> bool:
     return _FORWARD.get()
 
 
-def identity(call):
+def identity(call: Callable) -> Callable:
+    """`call` itself: the default of `Net.wrap`."""
     return call
 
 
 @dataclasses.dataclass(frozen=True)
 class Net:
-    """`init(key) -> params` and `apply(params, *inputs)` over plain dicts; NNX stays inside.
-
-    `shapes` holds ShapeDtypeStruct leaves and `axes` PartitionSpec leaves of logical names, both in
-    the structure of the params. `wrap` turns the module's call into another one (a raw denoiser
-    output into a `Pred`, say).
-    """
+    """`init(key) -> params` and `apply(params, *inputs)`; the NNX module stays inside."""
 
     build: Callable[[nnx.Rngs], nnx.Module]
     graphdef: nnx.GraphDef
-    shapes: Params
-    axes: Params
-    wrap: Callable[[Callable], Callable] = identity
-    config: Any = None  # the model's dataclass, where the net came from one
-    adapts: str = ""  # the role whose frozen weights these are adapters of
+    shapes: Params  # jax.ShapeDtypeStruct of each weight
+    axes: Params  # PartitionSpec of logical axis names of each weight
+    wrap: Callable[[Callable], Callable] = identity  # around the call: raw output -> Pred, say
+    config: Any = None  # the model's dataclass, if the network was made from one
+    adapts: str = ""  # the role that owns the base weights, if these weights are adapters
 
     def init(self, key: Array) -> Params:
         """Fresh weights, drawn from `key`."""
@@ -64,27 +61,28 @@ class Net:
             return nnx.to_pure_dict(nnx.state(self.build(_rngs(key)), nnx.Param))
 
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
-        """Calls the module's `method` with these weights."""
-        call = getattr(_awake(nnx.merge(self.graphdef, params)), method)
-        return (self.wrap(call) if method == "__call__" else call)(*args, **kwargs)
+        """The output of the module's `method` with these weights."""
+        module = _materialised(nnx.merge(self.graphdef, params))
+        call = getattr(module, method)
+        if method == "__call__":
+            call = self.wrap(call)
+        return call(*args, **kwargs)
 
     def from_source(self, params: Params) -> Params:
-        """Weights that came from elsewhere, as this network's first ones."""
+        """Weights of `source` in the form that this network keeps them (stacked, quantised)."""
         return params
 
     @property
     def source(self) -> Net:
-        """The network whose weights are loaded from a folder, to be adopted by this one."""
+        """The network whose weights a folder holds; `from_source` converts them."""
         return self
 
     def sanitise(self, grads: Params) -> Params:
-        """What the optimiser gets of these gradients."""
+        """Gradients as the optimiser gets them. Bank zeroes those of non-finite members."""
         return grads
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
-        """The callable that a loss sees as `nets.<role>`; its operations carry the role's name in
-        profiles.
-        """
+        """The callable that a loss knows as `nets.<role>`, named after the role in profiles."""
         return scoped(role, functools.partial(self.apply, params[role]), self.config)
 
     @property
@@ -93,52 +91,51 @@ class Net:
         return sum(math.prod(s.shape) for s in jax.tree.leaves(self.shapes))
 
 
-def resting(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> bool:
     """Whether a weight is quantised (a `qwix.QArray`)."""
     return hasattr(leaf, "qvalue")
 
 
 def materialise(tree: Any) -> Any:
-    """Weights as arithmetic takes them: in device memory, dequantised. What is so already stays the
-    same array.
-    """
-    place = lambda w: jax.device_put(w, jax.memory.Space.Device) if _on_host(w) else w
+    """Weights in device memory and in floating point. Others are returned as they are."""
 
-    def one(w):
-        if not resting(w):
-            return place(w)
+    def on_device(w: Any) -> Any:
+        return jax.device_put(w, jax.memory.Space.Device) if _on_host(w) else w
+
+    def leaf(w: Any) -> Any:
+        if not is_quantized(w):
+            return on_device(w)
         import qwix
 
-        return qwix.dequantize(jax.tree.map(place, w))
+        return qwix.dequantize(jax.tree.map(on_device, w))
 
-    return jax.tree.map(one, tree, is_leaf=resting)
+    return jax.tree.map(leaf, tree, is_leaf=is_quantized)
 
 
 def _on_host(w: Any) -> bool:
-    return (
-        getattr(getattr(w, "aval", None), "memory_space", jax.memory.Space.Device)
-        == jax.memory.Space.Host
-    )
+    aval = getattr(w, "aval", None)
+    return getattr(aval, "memory_space", jax.memory.Space.Device) == jax.memory.Space.Host
 
 
-def _awake(module: nnx.Module) -> nnx.Module:
-    """`module` with every weight restored but those of stacked layers, whose scan restores them one
-    by one.
+def _materialised(module: nnx.Module) -> nnx.Module:
+    """`module` with all weights materialised but those of stacked layers.
+
+    These are materialised one layer at a time by the scan over layers.
     """
-    if any(resting(w) or _on_host(w) for w in jax.tree.leaves(module, is_leaf=resting)):
-        for _, variable in nnx.iter_graph(module):
-            if (
-                isinstance(variable, nnx.Variable)
-                and (variable.get_metadata().get("out_sharding") or (None,))[0] != "layers"
-            ):
-                variable.set_value(materialise(variable.get_value()))
+    weights = jax.tree.leaves(module, is_leaf=is_quantized)
+    if not any(is_quantized(w) or _on_host(w) for w in weights):
+        return module
+    for _, variable in nnx.iter_graph(module):
+        if not isinstance(variable, nnx.Variable):
+            continue
+        names = variable.get_metadata().get("out_sharding") or (None,)
+        if names[0] != "layers":
+            variable.set_value(materialise(variable.get_value()))
     return module
 
 
 def scoped(role: str, call: Callable, config: Any = None) -> Callable:
-    """`call` with its operations named after the role in profiles and compiled programs, and the
-    model's dataclass as `.config`.
-    """
+    """`call` with the role's name on its operations (in profiles), and `config` as an attribute."""
 
     def named(*args, **kwargs):
         with jax.named_scope(f"role={role}"):
@@ -149,9 +146,10 @@ def scoped(role: str, call: Callable, config: Any = None) -> Callable:
 
 
 class _Stream(nnx.RngStream):
-    """nnx's stream with a count that is replaced, not updated in place: an update asks a traced
-    count for its sharding, and the message that it has none searches the whole program so far,
-    which makes building quadratic in the number of weights.
+    """nnx's stream of random keys with a counter that is replaced, not updated in place.
+
+    An update in place asks the traced counter for its sharding. The error that it has none searches
+    the complete program so far, which makes building quadratic in the number of weights.
     """
 
     def __call__(self) -> Array:
@@ -177,10 +175,9 @@ def _described(
 
 
 def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any = None) -> Net:
-    """Traces `build` for shapes and axis names; nothing is allocated.
+    """The Net of the module that `build` makes. It is only traced: nothing is allocated.
 
-    Raises ValueError where a weight's rank and number of axis names differ (an unnamed stacking
-    axis would shift every name).
+    Raises ValueError where a weight's rank and its number of axis names differ.
     """
     try:
         graphdef, shapes, axes = _described(build, jax.config.jax_enable_x64)
@@ -223,16 +220,15 @@ def is_spec(leaf: Any) -> bool:
 
 
 def is_matrix(names: PartitionSpec) -> bool:
-    """Whether a weight with these logical names has two dimensions or more of its own, besides
-    those it is stacked along.
-    """
+    """Whether a weight with these axis names has two dimensions or more, stacking axes apart."""
     return len([n for n in names if n not in ("layers", "bank")]) >= 2
 
 
 def decays(names: PartitionSpec) -> bool:
-    """Whether weight decay acts on a weight with these logical names: on matrices, token tables
-    among them (they are the output's matrix too where the two are tied), but not on what is looked
-    up by another index: labels, positions, types ("index").
+    """Whether weight decay acts on a weight with these logical axis names.
+
+    It acts on matrices, among them token tables (which may be tied to the output's matrix), but not
+    on tables of labels, positions or types, whose first axis is "index".
     """
     return is_matrix(names) and "index" not in names
 

@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules and weight averages, one dataclass each, built from config."""
+"""Optimisers, learning-rate schedules and weight averages: one dataclass each."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from jaxdistill.core.types import Array, Params, Refused, lookup
 SCHEDULES = ("constant", "cosine", "linear")
 LARGEST = float(np.finfo(np.float32).max)
 LARGEST_INT = 2**31 - 1  # updates are counted in int32
-SMALLEST = float(np.finfo(np.float32).tiny)  # what is below becomes 0 on most chips
+SMALLEST = float(np.finfo(np.float32).tiny)  # smaller numbers become 0 on most chips
 
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """An optax optimiser, and which of its parameters our fields are."""
+    """An optax optimiser, and the names of its parameters."""
 
     make: Callable[..., optax.GradientTransformation]
-    takes: Mapping[str, str]  # our field -> its parameter; a field that is not named does not act
-    # own: `weight_decay` and `mask` are parameters | decoupled: joins the update, times lr |
-    # gradient: joins the gradient
+    takes: Mapping[str, str]  # field of Optimizer -> parameter; other fields have no effect
+    # How weights decay. "own": by its parameters `weight_decay` and `mask`. "decoupled": added to
+    # the update, times lr. "gradient": added to the gradient.
     decay: str
 
 
 MOMENTS = {"b1": "b1", "b2": "b2", "eps": "eps"}
 
-# All elementwise: one that has a norm over a whole weight (LAMB, LARS) would take it over all
-# layers and members stacked in it.
+# All of these are elementwise. LAMB and LARS take norms over a weight, which here would include all
+# layers and bank members that are stacked in it.
 ALGORITHMS = {
     "adamw": Algorithm(optax.adamw, MOMENTS, "own"),
     "adam": Algorithm(optax.adamw, MOMENTS, "own"),
@@ -69,43 +69,40 @@ def check_range(
 
 
 def in_float32(value: float) -> float:
-    """`value` as arithmetic in float32 sees it: rounded, and 0 where it is below the smallest
-    normal number.
-    """
+    """`value` rounded to float32, with 0 in place of subnormal numbers."""
     rounded = float(np.float32(value))
     return rounded if abs(rounded) >= SMALLEST else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """One role's optimiser. Steps are the role's own updates, not engine steps.
+    """The optimiser of one role. Its steps are the role's updates, not the engine's steps.
 
-    What is shown here is what acts, not optax's defaults (lion's paper: b2=.99; rmsprop's b2 is the
-    decay of its squares). Raises Refused for a value out of range, and for a field that is set
-    though it does not act on the algorithm or schedule.
+    These defaults are used, never optax's own: lion's paper has b2=.99, for instance. Raises
+    Refused on a value out of range, and on a field that is set without effect on the algorithm or
+    the schedule.
     """
 
-    # a name of ALGORITHMS; adam, nadam and adamax are the same with and without a final w
-    algorithm: str = "adamw"
+    algorithm: str = "adamw"  # a name in ALGORITHMS; "adam" is "adamw"
     lr: float = 1e-4
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float = 0.999  # of rmsprop: the decay of its squares
     eps: float = 1e-8
     momentum: float = 0.0  # of sgd
-    # on matrices only (core/net.py `decays`). Decoupled, times lr; sgd's joins the gradient before
-    # momentum
+    # On matrices only (core/net.py `decays`): decoupled and times lr. That of sgd is added to the
+    # gradient before momentum.
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm; 0 switches clipping off
-    clip_value: float = 0.0  # largest entry, before the norm is clipped; 0 switches it off
-    schedule: str = "constant"  # constant | cosine | linear: the shape after warm-up
+    clip_value: float = 0.0  # of each gradient entry, before the norm is clipped; 0 for none
+    schedule: str = "constant"  # constant | cosine | linear, after the warm-up
     warmup: int = 0  # updates of linear warm-up, from lr / warmup
     decay_steps: int = 0  # updates after which cosine and linear reach `final`; 0: the run's length
     final: float = 0.0  # fraction of lr at the end of cosine and linear
 
     def __post_init__(self):
-        check = lambda name, *rule, **kind: check_range(
-            f"optimizer.{name}", getattr(self, name), *rule, **kind
-        )
+        def check(name: str, *rule: Any, **kind: Any) -> None:
+            check_range(f"optimizer.{name}", getattr(self, name), *rule, **kind)
+
         for name in ("lr", "eps"):
             check(name, "a number above 0", lambda v: v > 0)
         for name in ("b1", "b2", "momentum"):
@@ -127,7 +124,8 @@ class Optimizer:
         self._acts("schedule", ("decay_steps", "final"), lambda name: ["cosine", "linear"], shaped)
         if 0 < self.decay_steps <= self.warmup:
             raise Refused(
-                f"optimizer.decay_steps={self.decay_steps}: expected 0, or more than optimizer.warmup={self.warmup}"
+                f"optimizer.decay_steps={self.decay_steps}: expected 0,"
+                f" or more than optimizer.warmup={self.warmup}"
             )
 
     def _name(self, field: str) -> str:
@@ -139,42 +137,46 @@ class Optimizer:
     def _acts(
         self, choice: str, names: tuple[str, ...], where: Callable[[str], list[str]], acting: Any
     ) -> None:
-        """Raises Refused where one of the fields `names` is set and not among `acting`; `where`
-        lists the choices that it acts on.
+        """Raises Refused where one of the fields `names` is set but has no effect.
+
+        `acting` are the fields that have one under the present `choice`; `where` lists the choices
+        under which a field has one.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in names and field.name not in acting and value != field.default:
                 raise Refused(
-                    f"optimizer.{field.name}={value} does not act on optimizer.{choice}={getattr(self, choice)}: "
-                    f"expected {field.default} there, or one of {', '.join(where(field.name))}"
+                    f"optimizer.{field.name}={value} does not act on"
+                    f" optimizer.{choice}={getattr(self, choice)}:"
+                    f" expected {field.default} there, or one of {', '.join(where(field.name))}"
                 )
 
     def make(
         self, steps: int, *, bank: bool = False, axes: Params | None = None
     ) -> optax.GradientTransformation:
-        """The optax transformation for a role that is updated `steps` times: without moments where
-        it never is.
+        """The optax transformation for a role with `steps` updates; 0 updates need no state.
 
-        Members of a `bank` are clipped each by its own norm. `axes` are the logical names of its
-        weights (`Net.axes`), which say what decays.
+        Args:
+          bank: the role is a bank of networks; each member is clipped by its own norm.
+          axes: logical axis names of the weights (`Net.axes`), which say what decays.
         """
         if steps == 0:
             return optax.identity()
-        clip = clip_by_member_norm if bank else optax.clip_by_global_norm
-        chain = [optax.clip(self.clip_value)] * bool(self.clip_value) + [clip(self.clip)] * bool(
-            self.clip
-        )
-        return optax.chain(
-            *chain, self._core(self.learning_rate(steps), functools.partial(decayed, axes=axes))
-        )
+        chain = []
+        if self.clip_value:
+            chain.append(optax.clip(self.clip_value))
+        if self.clip:
+            clip = clip_by_member_norm if bank else optax.clip_by_global_norm
+            chain.append(clip(self.clip))
+        mask = functools.partial(decayed, axes=axes)
+        return optax.chain(*chain, self._core(self.learning_rate(steps), mask))
 
     def _core(self, lr: optax.Schedule, mask: Callable) -> optax.GradientTransformation:
         """From clipped gradients to updates."""
         algorithm = ALGORITHMS[self.algorithm]
         decay = self.weight_decay
         given = {theirs: getattr(self, ours) for ours, theirs in algorithm.takes.items()}
-        if not given.get("momentum", 1):  # 0 for optax is a buffer that nothing remembers
+        if given.get("momentum") == 0:  # optax would allocate a buffer for a momentum of 0
             given["momentum"] = None
         if algorithm.decay == "own":
             return algorithm.make(lr, **given, weight_decay=decay, mask=mask)
@@ -182,7 +184,7 @@ class Optimizer:
             return algorithm.make(lr, **given)
         if algorithm.decay == "gradient":
             return optax.chain(optax.add_decayed_weights(decay, mask), algorithm.make(lr, **given))
-        # of lr = 1 the update is already negative
+        # the update with lr = 1 has its sign changed already
         return optax.chain(
             algorithm.make(1.0, **given),
             optax.add_decayed_weights(-decay, mask),
@@ -190,6 +192,7 @@ class Optimizer:
         )
 
     def learning_rate(self, steps: int) -> optax.Schedule:
+        """The learning rate as a function of the role's update number, from 0."""
         end = max((self.decay_steps or steps) - self.warmup, 1)
         if self.schedule == "constant":
             main = optax.constant_schedule(self.lr)
@@ -204,9 +207,7 @@ class Optimizer:
 
 
 def clip_by_member_norm(limit: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` for weights stacked on a leading axis: each member by the norm of
-    its own.
-    """
+    """`optax.clip_by_global_norm` for stacked weights: each member has its own norm."""
 
     def update(updates, state, params=None):
         squares = [
@@ -220,24 +221,31 @@ def clip_by_member_norm(limit: float) -> optax.GradientTransformation:
 
 
 def decayed(params: Params, axes: Params | None = None) -> Params:
-    """Which weights decay, bool for each: by their logical names (core/net.py `decays`). Where
-    these are not known, everything of two dimensions or more but biases, norm scales and gains.
+    """Whether weight decay acts, as a tree of bool like `params`.
+
+    The logical axis names decide (core/net.py `decays`). Weights without names decay if they have
+    two dimensions or more, except biases, norm scales and gains.
     """
-    named = lambda path: path_name(path).split("/")[-1] not in ("bias", "scale", "gain")
-    by_shape = lambda path, w: jnp.ndim(w) >= 2 and named(path)
+
+    def by_shape(path: tuple, w: Any) -> bool:
+        vector = path_name(path).split("/")[-1] in ("bias", "scale", "gain")
+        return jnp.ndim(w) >= 2 and not vector
+
+    def by_names(path: tuple, w: Any, names: Any) -> bool:
+        return decays(names) if len(names) else by_shape(path, w)
+
     if axes is None:
         return jax.tree_util.tree_map_with_path(by_shape, params)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, w, names: decays(names) if len(names) else by_shape(path, w), params, axes
-    )
+    return jax.tree_util.tree_map_with_path(by_names, params, axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ema:
-    """Exponential average with constant decay; `k` is the number of updates so far, from 1.
+    """Exponential average of weights with a constant decay.
 
-    With `warmup` the decay is min(decay, (1 + k) / (10 + k)), so that early averages forget the
-    initial weights. This class and those below raise Refused for a field out of range.
+    With `warmup` the decay at update k, k >= 1, is min(rate, (1 + k) / (10 + k)), so that early
+    averages forget the initial weights. This class and those below raise Refused on a field out of
+    range.
     """
 
     rate: float = 0.999
@@ -258,9 +266,7 @@ def check_rate(rate: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CopyEma:
-    """Diffusers' schedule: the first update copies the weights, later ones decay by min(rate, k /
-    (9 + k)).
-    """
+    """The schedule of diffusers: update 1 copies the weights, then decay min(rate, k / (9 + k))."""
 
     rate: float = 0.9999
 
@@ -274,13 +280,9 @@ class CopyEma:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PowerEma:
-    """Power-function average (EDM2, arXiv:2312.02696): weights proportional to t^gamma; decay (1 -
-    1/k)^(gamma + 1).
-    """
+    """Power-function average (EDM2, arXiv:2312.02696): decay (1 - 1/k)^(gamma + 1)."""
 
-    sigma_rel: float = (
-        0.05  # relative width of the averaging window; at .288 all weights count alike
-    )
+    sigma_rel: float = 0.05  # relative width of the averaging window; .288 is a plain mean
 
     def __post_init__(self):
         check_range("ema.sigma_rel", self.sigma_rel, "0.001 to 0.288", lambda v: 1e-3 <= v <= 0.288)
@@ -291,7 +293,7 @@ class PowerEma:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfLifeEma:
-    """Half-life in samples seen, with ramp-up (EDM): half-life min(half_life, ramp * samples)."""
+    """The average of EDM: its half-life in samples is min(half_life, ramp * samples so far)."""
 
     half_life: float = 500_000.0  # samples
     batch: int = 256  # samples per update
@@ -308,8 +310,9 @@ class HalfLifeEma:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RampEma:
-    """Decay that climbs from 0 to `rate` by d <- d + (1 - d)(rate - d) / 2 at each update
-    (TwinFlow, arXiv:2512.05150).
+    """A decay that rises from 0 to `rate`: d <- d + (1 - d)(rate - d) / 2 at each update.
+
+    Source: TwinFlow (arXiv:2512.05150).
     """
 
     rate: float = 0.99
@@ -318,14 +321,15 @@ class RampEma:
         check_rate(self.rate)
 
     def decay(self, k: Array) -> Array:
-        climb = ramp(self.rate)
-        return jnp.asarray(climb)[jnp.minimum(k, len(climb) - 1)]
+        decays = ramp(self.rate)
+        return jnp.asarray(decays)[jnp.minimum(k, len(decays) - 1)]
 
 
 @functools.cache
 def ramp(rate: float) -> np.ndarray:
-    """The decays of `RampEma` from update 0 until 0.1 % of 1 - rate is left, then `rate` itself;
-    float32.
+    """The decays of `RampEma` from update 0, float32.
+
+    They end with `rate` once the difference from it is below 0.1 % of 1 - rate.
     """
     decays = [0.0]
     while rate - decays[-1] > 1e-3 * (1 - rate):
@@ -335,8 +339,9 @@ def ramp(rate: float) -> np.ndarray:
 
 @functools.cache
 def power_gamma(sigma_rel: float) -> float:
-    """The exponent whose profile has relative width `sigma_rel` (EDM2, appendix C): .05 -> 16.97,
-    .10 -> 6.94.
+    """The exponent gamma of a profile with relative width `sigma_rel` (EDM2, appendix C).
+
+    .05 gives 16.97, and .10 gives 6.94.
     """
     t = sigma_rel**-2
     return float(max(r.real for r in np.roots([1, 7, 16 - t, 12 - t]) if abs(r.imag) < 1e-9))

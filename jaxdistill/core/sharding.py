@@ -1,4 +1,4 @@
-"""Logical axis names -> mesh axes. The only file that knows the mesh."""
+"""From logical axis names to mesh axes. The only file that knows the device mesh."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jaxdistill.core.net import is_matrix, is_spec
 from jaxdistill.core.types import Refused, State, nearest
 
 AXES = ("data", "fsdp", "sequence", "tensor")
-Axes = str | tuple[str, ...]  # a mesh axis, several, or "": none
+Axes = str | tuple[str, ...]  # one mesh axis, several, or none ("")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshShape:
-    """Devices along each mesh axis; -1 (at most once) takes what is left."""
+    """Number of devices along each mesh axis; one of them may be -1, for all remaining devices."""
 
     data: int = 1
     fsdp: int = -1
@@ -33,8 +33,10 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Logical axis -> mesh axis. Default: FSDP on `embed`, over the devices that share a sample's
-    tokens too; tensor parallel on `mlp`, `heads`, `vocab`.
+    """Logical axis -> mesh axes.
+
+    The default is FSDP on `embed`, also over the devices of the sequence axis, and tensor
+    parallelism on `mlp`, `heads` and `vocab`.
     """
 
     batch: Axes = ("data", "fsdp")
@@ -53,28 +55,27 @@ class Rules:
                 if axis and axis not in AXES:
                     raise Refused(f"rules.{field.name}={axis!r}: no mesh axis{nearest(axis, AXES)}")
 
-    # rows of small tables that are looked up (labels, positions); a constant: they stay whole
+    # Rows of small lookup tables (labels, positions): always replicated.
     index = ""
 
     def spec(self, names) -> P:
-        """The PartitionSpec of an array whose dimensions have these logical names (None:
-        replicated).
-        """
-        return P(*[None if n is None else (getattr(self, n) or None) for n in names])
+        """The PartitionSpec of an array with these logical axis names; None is replicated."""
+        return P(*[None if name is None else (getattr(self, name) or None) for name in names])
 
 
 _RULES: ContextVar[Rules] = ContextVar("rules", default=Rules())
 
 
 def shape_of(shape: MeshShape) -> list[int]:
+    """The sizes in the order of AXES."""
     return [getattr(shape, axis) for axis in AXES]
 
 
 def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
-    """A mesh over all devices, or the given ones; a smaller shape takes the first of them, in a
-    single process.
+    """A mesh over all devices, or over the given ones.
 
-    Raises Refused where there are too few, or where -1 leaves some over.
+    In a single process a smaller shape takes the first devices. Raises Refused where there are too
+    few devices, or where -1 leaves a remainder.
     """
     devices = jax.devices() if devices is None else devices
     sizes = shape_of(shape)
@@ -83,24 +84,21 @@ def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
     known = math.prod(s for s in sizes if s != -1)
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     needed = math.prod(sizes)
-    if (
-        needed > len(devices)
-        or not needed
-        or (needed < len(devices) and (-1 in shape_of(shape) or jax.process_count() > 1))
-    ):
-        raise Refused(
-            f"mesh={dict(zip(AXES, shape_of(shape)))} does not fit the {len(devices)} devices there are"
-        )
+    all_needed = -1 in shape_of(shape) or jax.process_count() > 1
+    too_few = needed < len(devices) and all_needed
+    if needed > len(devices) or needed == 0 or too_few:
+        given = dict(zip(AXES, shape_of(shape)))
+        raise Refused(f"mesh={given} does not fit the {len(devices)} devices there are")
     devices = devices[:needed]
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = Rules()):
-    """Makes `mesh` and `rules` those of `constrain` and of every program built inside.
+    """Context in which `constrain`, and every program that is built, use `mesh` and `rules`.
 
-    A mesh of devices that are only described (a TPU slice to compile for) enters by its shape:
-    nothing can run on it.
+    Of devices that exist only as a description (a TPU slice to compile for) the shape of the mesh
+    is used; nothing can run on it.
     """
     token = _RULES.set(rules)
     here = mesh.devices.flat[0].platform == jax.default_backend()
@@ -112,21 +110,20 @@ def use(mesh: Mesh, rules: Rules = Rules()):
 
 
 def rules_in_use() -> Rules:
-    """Those of `constrain`."""
+    """The rules of the innermost `use`."""
     return _RULES.get()
 
 
 def mesh_in_use():
-    """The mesh that programs built here are split over; None where they are for one device."""
+    """The mesh of the innermost `use`; None without one, or where it has one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def constrain(x, *names):
-    """Pins an activation's layout by logical names; a no-op outside `use(mesh)`, so that models run
-    anywhere.
+    """The activation `x` with the sharding of these logical axis names; `x` without a mesh.
 
-    An axis that does not divide its dimension is left out.
+    Mesh axes that do not divide their dimension are left out.
     """
     if (mesh := mesh_in_use()) is None:
         return x
@@ -134,11 +131,13 @@ def constrain(x, *names):
 
 
 def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):
-    """`fn` as a program of each device on its own shards, for kernels that the compiler cannot
-    split; None where a named axis does not divide its dimension, or leaves a sequence that is no
-    multiple of `tile`.
+    """`fn` run by each device on its own shards, for kernels that the compiler cannot partition.
 
-    `inputs` and `output` are logical names of every dimension. Without a mesh it is `fn` itself.
+    Returns None where a mesh axis does not divide its dimension, or where a device's part of a
+    sequence is no multiple of `tile`. Without a mesh this is `fn`.
+
+    Args:
+      inputs, output: logical axis names of every dimension.
     """
     if (mesh := mesh_in_use()) is None:
         return fn
@@ -146,27 +145,29 @@ def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, ti
     for names, spec, x in zip(inputs, specs, arrays):
         if _divides(mesh, spec, x.shape) != spec:
             return None
-        if (
-            "seq" in names
-            and x.shape[names.index("seq")] // _ways(mesh, spec[names.index("seq")]) % tile
-        ):
-            return None
+        if "seq" in names:
+            axis = names.index("seq")
+            length = x.shape[axis] // _ways(mesh, spec[axis])
+            if length % tile:
+                return None
     return jax.shard_map(
         fn, mesh=mesh, in_specs=tuple(specs), out_specs=rules_in_use().spec(output), check_vma=False
     )
 
 
 def _ways(mesh, axis) -> int:
-    return (
-        1
-        if axis is None
-        else math.prod(mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis))
-    )
+    """Number of shards along one dimension."""
+    if axis is None:
+        return 1
+    axes = (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[a] for a in axes)
 
 
 def _divides(mesh, spec: P, shape: tuple[int, ...]) -> P:
-    """`spec` without the mesh axes that do not divide their dimension (a 10-class table over 4
-    devices stays whole); of several for one dimension the last go first.
+    """`spec` without the mesh axes that do not divide their dimension.
+
+    A table of 10 classes over 4 devices stays replicated, say. Of several axes on one dimension the
+    last ones are left out first.
     """
 
     def most(size: int, axis):
@@ -178,59 +179,57 @@ def _divides(mesh, spec: P, shape: tuple[int, ...]) -> P:
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = Rules()) -> NamedSharding:
-    """Samples over the batch axes, every other dimension whole."""
+    """Samples split over the batch axes; no other dimension is split."""
     return NamedSharding(mesh, rules.spec(("batch",)))
 
 
 def put_batch(mesh: Mesh, rules: Rules = Rules()):
-    """A function from this process's rows of a batch (numpy) to global arrays on the mesh."""
+    """A function from this process's samples of a batch (numpy) to global arrays on the mesh."""
     where = batch_sharding(mesh, rules)
     return lambda batch: jax.tree.map(
         lambda v: jax.make_array_from_process_local_data(where, v), batch
     )
 
 
-def local_rows(batch: dict) -> dict:
-    """This process's rows of global arrays that are sharded along their first axis, as numpy."""
+def local_samples(batch: dict) -> dict:
+    """This process's samples of global arrays that are sharded along their first axis, as numpy."""
 
-    def rows(x) -> np.ndarray:
+    def samples(x: jax.Array) -> np.ndarray:
         shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
         return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
-    return jax.tree.map(rows, batch)
+    return jax.tree.map(samples, batch)
 
 
-def whole(tree):
-    """Arrays of any sharding as numpy, on every process alike: what is spread over processes is
-    gathered.
-    """
-    local = lambda x: x.is_fully_addressable or x.is_fully_replicated
-    fetch = lambda x: (
-        np.asarray(x)
-        if not isinstance(x, jax.Array) or local(x)
-        else multihost_utils.process_allgather(x, tiled=True)
-    )
+def gathered(tree):
+    """Arrays of any sharding as numpy, complete on every process."""
+
+    def fetch(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
     return jax.tree.map(fetch, tree)
 
 
 def check_batch(mesh: Mesh, rules: Rules, size: int, accumulate: int = 1) -> None:
-    """Raises Refused unless `size` samples split over micro-batches, the mesh's batch axes and the
-    processes.
-    """
+    """Raises Refused unless `size` samples divide over micro-batches and the mesh's batch axes."""
     ways = math.prod(mesh.shape[a] for a in rules.batch)
     if size % (ways * accumulate):
+        axes = "x".join(rules.batch)
         raise Refused(
-            f"data.batch_size={size} is not divisible by {ways} (mesh {'x'.join(rules.batch)}) x {accumulate} (accumulate)"
+            f"data.batch_size={size} is not divisible by"
+            f" {ways} (mesh {axes}) x {accumulate} (accumulate)"
         )
 
 
 def param_shardings(mesh: Mesh, rules: Rules, axes):
-    """Tree of NamedSharding with the structure of a net's params."""
+    """The shardings of a network's weights, as a tree like them."""
     return jax.tree.map(lambda names: NamedSharding(mesh, rules.spec(names)), axes, is_leaf=is_spec)
 
 
 def fits(shardings, shapes):
-    """Drops the mesh axes that do not divide their dimension."""
+    """The shardings without the mesh axes that do not divide their dimension."""
     return jax.tree.map(
         lambda s, shape: NamedSharding(s.mesh, _divides(s.mesh, s.spec, shape.shape)),
         shardings,
@@ -238,9 +237,10 @@ def fits(shardings, shapes):
     )
 
 
-def resting_in(place: str, shardings, axes):
-    """The same shardings, those of matrices in the memory called `place` ("device" | "host");
-    vectors stay on the device.
+def in_memory(place: str, shardings, axes):
+    """The shardings with matrices in the memory of `place` ("device" or "host").
+
+    Vectors stay in device memory.
     """
     if place == "device":
         return shardings
@@ -254,10 +254,11 @@ def resting_in(place: str, shardings, axes):
 def state_shardings(
     mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State, places: dict[str, str] = {}
 ) -> State:
-    """Tree of NamedSharding with the structure of the state; optimiser moments follow their
-    weights. `places` of frozen roles.
+    """The shardings of a state, as a tree like it; optimiser moments have those of their weights.
+
+    `places` says in which memory the weights of frozen roles stay.
     """
-    whole = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
 
     def role(name: str, shapes):
         return fits(param_shardings(mesh, rules[name], nets[name].axes), shapes)
@@ -269,18 +270,18 @@ def state_shardings(
             follow,
             abstract.opt[name],
             role(name, abstract.params[name]),
-            transform_non_params=lambda _: whole,
+            transform_non_params=lambda _: replicated,
         )
 
     return State(
-        step=whole,
-        count=jax.tree.map(lambda _: whole, abstract.count),
+        step=replicated,
+        count=jax.tree.map(lambda _: replicated, abstract.count),
         params={r: role(r, p) for r, p in abstract.params.items()},
         opt={r: opt(r) for r in abstract.opt},
         ema={r: role(r, p) for r, p in abstract.ema.items()},
         frozen={
-            r: resting_in(places.get(r, "device"), role(r, p), nets[r].axes)
+            r: in_memory(places.get(r, "device"), role(r, p), nets[r].axes)
             for r, p in abstract.frozen.items()
         },
-        memory=jax.tree.map(lambda _: whole, abstract.memory),
+        memory=jax.tree.map(lambda _: replicated, abstract.memory),
     )

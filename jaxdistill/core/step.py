@@ -13,17 +13,35 @@ import optax
 from jaxdistill.core.net import Net, materialise
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.sharding import constrain
-from jaxdistill.core.types import Batch, Ctx, Means, Method, Nets, Params, Refused, State, Turn
+from jaxdistill.core.types import (
+    Array,
+    Batch,
+    Ctx,
+    Means,
+    Method,
+    Nets,
+    Params,
+    Refused,
+    State,
+    Turn,
+)
 
 
 def init_state(
-    method: Method, nets: Mapping[str, Net], txs, key, start: Mapping[str, Params], inits=None
+    method: Method,
+    nets: Mapping[str, Net],
+    txs: Mapping[str, optax.GradientTransformation],
+    key: Array,
+    start: Mapping[str, Params],
+    inits: Mapping[str, str | None] | None = None,
 ) -> State:
-    """Initial state. `start` holds the frozen roles and the warm starts; the rest is copied or
-    fresh, as `inits` (by default the method's) says.
+    """The state before the first step. Pure, to be jitted with the state's shardings.
 
-    Pure, to be jitted with the state's shardings. Every tree owns its buffers, because they get
-    donated.
+    Every tree of the state has buffers of its own, because the train step donates them.
+
+    Args:
+      start: weights of the frozen roles and of the roles with a warm start.
+      inits: role -> the role that it is copied from, or None; by default the method's.
     """
     params = {}
     for i, (role, source) in enumerate((inits or method.inits).items()):
@@ -50,173 +68,217 @@ def init_state(
 def frozen_weights(
     method: Method, nets: Mapping[str, Net], start: Mapping[str, Params]
 ) -> dict[str, Params]:
-    """role -> what a state holds of each frozen role, in buffers of its own."""
-    return {
-        role: jax.tree.map(jnp.copy, nets[role].from_source(start[role])) for role in method.frozen
-    }
+    """Frozen role -> its weights in the form that its network keeps them, in new buffers."""
+    kept = {role: nets[role].from_source(start[role]) for role in method.frozen}
+    return jax.tree.map(jnp.copy, kept)
 
 
 def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
-    """`source` copied into `fresh`; weights that only `fresh` has keep their initialisation.
+    """`fresh` with the weights of `source`; what only `fresh` has keeps its initial values.
 
-    Raises Refused where `source` has a weight that `fresh` lacks, or one of another shape.
+    Raises Refused where `source` has a weight that `fresh` lacks, or one of another shape. The
+    message calls them `role` and `name`.
     """
+    merged = dict(fresh)
     for key, value in source.items():
         where = f"{role} <- {name}: {key}"
         if key not in fresh:
             raise Refused(f"{where}: no such weight in {role}")
         if isinstance(value, dict):
-            overlay(fresh[key], value, role, f"{name}/{key}")
+            merged[key] = overlay(fresh[key], value, role, f"{name}/{key}")
         elif value.shape != fresh[key].shape:
             raise Refused(f"{where}: shape {value.shape}, expected {fresh[key].shape}")
-    merge = lambda new, old: {
-        k: merge(v, old[k]) if isinstance(v, dict) and k in old else old.get(k, v)
-        for k, v in new.items()
-    }
-    return merge(fresh, source)
+        else:
+            merged[key] = value
+    return merged
 
 
 def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
-    """role -> network with its weights bound; `ema_student` runs the student's averaged weights."""
-    return SimpleNamespace(
-        **{role: nets[role.removeprefix("ema_")].bind(role, params) for role in params}
-    )
+    """Role -> its network with weights bound. "ema_student" is the student's network."""
+    roles = {role: nets[role.removeprefix("ema_")].bind(role, params) for role in params}
+    return SimpleNamespace(**roles)
 
 
 def bound(nets: Mapping[str, Net], state: State) -> dict[str, Params]:
-    """Every role's weights under the name that losses know it by."""
-    return {**state.frozen, **state.params, **{f"ema_{role}": p for role, p in state.ema.items()}}
+    """All weights of a state by the name under which losses know them."""
+    averages = {f"ema_{role}": weights for role, weights in state.ema.items()}
+    return {**state.frozen, **state.params, **averages}
 
 
 def take_turn(
-    turn: Turn, nets, txs, emas: Mapping[str, Ema], accumulate: int, state: State, batch: Batch, rng
+    turn: Turn,
+    nets: Mapping[str, Net],
+    txs: Mapping[str, optax.GradientTransformation],
+    emas: Mapping[str, Ema],
+    accumulate: int,
+    state: State,
+    batch: Batch,
+    rng: Array,
 ) -> tuple[State, Means]:
-    """One optimiser update of `turn.moves`: gather, differentiate, normalise by the global count,
-    move, average.
+    """One optimiser update of `turn.moves`.
+
+    The order: gather the batch, differentiate, divide by the global count, update, average,
+    `turn.after`.
     """
-    rest = bound(nets, state)
+    weights = bound(nets, state)
     if turn.gather:
         ctx = Ctx(batch, rng, state.step, state.memory)
-        batch = jax.lax.stop_gradient(turn.gather(bind(nets, rest), ctx))
+        batch = jax.lax.stop_gradient(turn.gather(bind(nets, weights), ctx))
 
-    def objective(moving, batch, rng, memory):
-        out = turn.loss(bind(nets, {**rest, **moving}), Ctx(batch, rng, state.step, memory))
-        own = None if out.count is None else jnp.asarray(out.count, jnp.float32)
-        sums = {
-            k: v if isinstance(v, tuple) else (v, own)
-            for k, v in {"loss": out.loss, **out.metrics}.items()
-        }
-        return out.loss, (sums, jnp.float32(1) if own is None else own, {**memory, **out.memory})
+    def objective(moving: dict[str, Params], batch: Batch, rng: Array, memory: Mapping[str, Any]):
+        """(loss, (sums, count, memory)), the loss being a sum over `count`."""
+        out = turn.loss(bind(nets, {**weights, **moving}), Ctx(batch, rng, state.step, memory))
+        count = None if out.count is None else jnp.asarray(out.count, jnp.float32)
+        sums = {}
+        for name, value in {"loss": out.loss, **out.metrics}.items():
+            sums[name] = value if isinstance(value, tuple) else (value, count)
+        total = jnp.float32(1) if count is None else count
+        return out.loss, (sums, total, {**memory, **out.memory})
 
-    differentiate = jax.grad(objective, has_aux=True)
     moving = {role: state.params[role] for role in turn.moves}
+    differentiate = jax.grad(objective, has_aux=True)
     if accumulate == 1:
         grads, (sums, count, memory) = differentiate(moving, batch, rng, state.memory)
     else:
         grads, (sums, count, memory) = _accumulate(
             differentiate, moving, batch, rng, state.memory, accumulate
         )
-    grads = {
-        role: nets[role].sanitise(g)
-        for role, g in jax.tree.map(lambda g: g / _nonzero(count), grads).items()
-    }
+    grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
+    grads = {role: nets[role].sanitise(g) for role, g in grads.items()}
 
+    first = turn.moves[0] if turn.moves else "measured"
+    metrics = {}
+    counts = {}
+    for name, (total, own) in sums.items():
+        metrics[f"{first}/{name}"] = total / _nonzero(count if own is None else own)
+        if own is not None:
+            counts[f"{first}/{name}"] = own
+    for role in turn.moves:
+        metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
+    state = _update(turn, txs, emas, state.replace(memory=memory), grads)
+    if turn.after:
+        changed = turn.after(bound(nets, state), state.step)
+        state = state.replace(params={**state.params, **changed})
+    return state, Means(metrics, counts)
+
+
+def _update(
+    turn: Turn,
+    txs: Mapping[str, optax.GradientTransformation],
+    emas: Mapping[str, Ema],
+    state: State,
+    grads: Mapping[str, Params],
+) -> State:
+    """The state after the optimisers' updates of `turn.moves` and of their averages."""
     params = dict(state.params)
     opt = dict(state.opt)
     ema = dict(state.ema)
-    counts = dict(state.count)
-    sums = {f"{turn.moves[0] if turn.moves else 'measured'}/{k}": pair for k, pair in sums.items()}
-    metrics = {
-        name: total / _nonzero(count if n is None else n) for name, (total, n) in sums.items()
-    }
+    count = dict(state.count)
     for role in turn.moves:
         updates, opt[role] = txs[role].update(grads[role], opt[role], params[role])
         params[role] = optax.apply_updates(params[role], updates)
-        counts[role] = counts[role] + 1
-        metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
+        count[role] = count[role] + 1
         if role in ema:
             decay = turn.decay or emas[role].decay
-            ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - decay(counts[role]))
-    state = state.replace(params=params, opt=opt, ema=ema, count=counts, memory=memory)
-    if turn.after:
-        state = state.replace(params={**params, **turn.after(bound(nets, state), state.step)})
-    return state, Means(metrics, {name: n for name, (_, n) in sums.items() if n is not None})
+            ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - decay(count[role]))
+    return state.replace(params=params, opt=opt, ema=ema, count=count)
 
 
-def _nonzero(count):
+def _nonzero(count: Array) -> Array:
     return jnp.where(count == 0, 1.0, count)
 
 
-def _accumulate(differentiate, moving, batch, rng, memory, n: int):
-    """Sums gradients, losses and counts over `n` micro-batches; each takes every n-th sample, so
-    shards stay put.
-    """
-    split = lambda x: constrain(
-        x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1), None, "batch"
-    )
-    add = lambda a, b: jax.tree.map(jnp.add, a, b)
+def _accumulate(
+    differentiate: Callable,
+    moving: Mapping[str, Params],
+    batch: Batch,
+    rng: Array,
+    memory: Mapping[str, Any],
+    n: int,
+):
+    """Sums of gradients, metrics and counts over `n` micro-batches, one after the other.
 
-    def one(carry, inp):
-        i, micro = inp
-        grads, (sums, count, memory) = differentiate(
-            moving, micro, jax.random.fold_in(rng, i), carry[1]
-        )
-        return (add(carry[0], (grads, sums, count)), memory), None
+    Each micro-batch takes every n-th sample, so that no sample leaves its device.
+    """
+
+    def split(x: Array) -> Array:
+        micro = x.reshape(x.shape[0] // n, n, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(micro, None, "batch")
+
+    def add(a, b):
+        return jax.tree.map(jnp.add, a, b)
+
+    def one(carry, inputs):
+        total, memory = carry
+        i, micro = inputs
+        key = jax.random.fold_in(rng, i)
+        grads, (sums, count, memory) = differentiate(moving, micro, key, memory)
+        return (add(total, (grads, sums, count)), memory), None
 
     micro = jax.tree.map(split, batch)
-    first = jax.eval_shape(differentiate, moving, jax.tree.map(lambda x: x[0], micro), rng, memory)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1][0], first[1][1])
-    )
-    ((grads, sums, count), memory), _ = jax.lax.scan(one, (zeros, memory), (jnp.arange(n), micro))
+    one_micro = jax.tree.map(lambda x: x[0], micro)
+    grads, (sums, count, _) = jax.eval_shape(differentiate, moving, one_micro, rng, memory)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums, count))
+    (total, memory), _ = jax.lax.scan(one, (zeros, memory), (jnp.arange(n), micro))
+    grads, sums, count = total
     return grads, (sums, count, memory)
 
 
 def make_train_step(
     method: Method,
     nets: Mapping[str, Net],
-    txs,
+    txs: Mapping[str, optax.GradientTransformation],
     *,
     emas: Mapping[str, Ema] = {},
     accumulate: int = 1,
     shardings: Any = None,
 ) -> tuple[Callable, Callable[[int], tuple[int, ...]]]:
-    """Returns `train_step(state, batch, rng, active) -> (state, metrics)` and `active_at(step) ->
-    active`.
+    """The train step, and the function that says which turns a step takes.
 
-    Metrics are `Means`: a dict of scalars named `role/name`, the means of this step, with the
-    counts that they are over.
+    Args:
+      emas: role -> how its weights are averaged.
+      accumulate: micro-batches a step.
+      shardings: of the state; None leaves them to the compiler.
 
-    The step is pure, jitted and donates its state; `active` (the indices of the turns to take) is
-    static, so that every pattern is a program of its own. Raises Refused on an average in `emas`
-    whose decay a turn gives.
+    Returns:
+      `train_step(state, batch, rng, active) -> (state, metrics)`, pure, jitted, donating its state.
+      Metrics are named `role/name`. `active`, the indices of the turns, is static: each
+      combination is a program of its own.
+      `active_at(step) -> active`.
+
+    Raises:
+      Refused: `emas` has an average of a role whose decay a turn gives.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}
-    for role in {role for turn in turns if turn.decay for role in turn.moves if role in emas}:
+    own_decay = {role for turn in turns if turn.decay for role in turn.moves if role in emas}
+    for role in own_decay:
         if emas[role] != Ema():
             raise Refused(
-                f"config.roles.{role}.ema={emas[role]}: {type(method).__name__} has a decay of its own; expected none here"
+                f"config.roles.{role}.ema={emas[role]}: {type(method).__name__} has a decay of its"
+                " own; expected none here"
             )
 
-    def train_step(state: State, batch: Batch, rng, active: tuple[int, ...]) -> tuple[State, Means]:
+    def train_step(
+        state: State, batch: Batch, rng: Array, active: tuple[int, ...]
+    ) -> tuple[State, Means]:
         rng = jax.random.fold_in(rng, state.step)
         metrics = {}
         counts = {}
         for n, i in enumerate(active):
-            if n:  # one after the other: a turn that starts early only holds memory
+            if n > 0:  # the next turn starts after this one, or both would hold their memory
                 state, batch = jax.lax.optimization_barrier((state, batch))
             with jax.named_scope(f"turn={i}"):
                 key = jax.random.fold_in(rng, i)
                 state, new = take_turn(turns[i], nets, txs, emas, accumulate, state, batch, key)
-            counts = {name: n for name, n in counts.items() if name not in new} | new.counts
+            counts = {name: count for name, count in counts.items() if name not in new}
+            counts |= new.counts
             metrics |= new
         return state.replace(step=state.step + 1), Means(metrics, counts)
 
-    jitted = jax.jit(
-        train_step,
-        static_argnums=3,
-        donate_argnums=0,
-        out_shardings=None if shardings is None else (shardings, None),
-    )
-    return jitted, lambda step: tuple(i for i, turn in enumerate(turns) if turn.when(step))
+    def active_at(step: int) -> tuple[int, ...]:
+        return tuple(i for i, turn in enumerate(turns) if turn.when(step))
+
+    out_shardings = None if shardings is None else (shardings, None)
+    jitted = jax.jit(train_step, static_argnums=3, donate_argnums=0, out_shardings=out_shardings)
+    return jitted, active_at

@@ -1,9 +1,8 @@
-"""How a frozen role's weights rest: in eight bits, or in the host's memory (a combinator Net ->
-Net).
+"""Frozen weights in eight bits.
 
-Arithmetic sees what `net.materialise` makes of them: stacked layers one at a time, inside the scan over
-them, everything else when the network is called. So a large teacher never stands in device memory
-whole and in floating point.
+`core.net.materialise` turns them into floating point: stacked layers one at a time, inside the scan
+over layers, and the others when the network is called. So the device memory never holds all weights
+of a large teacher in floating point.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.net import Net, is_matrix, is_spec, materialise, resting
+from jaxdistill.core.net import Net, is_matrix, is_quantized, is_spec, materialise
 from jaxdistill.core.types import Params, Refused
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized(Net):
-    """A Net whose matrices are int8 with one float scale for each output channel (and layer):
-    `qwix.QArray` leaves.
-    """
+    """A Net with int8 matrices (`qwix.QArray` leaves), one scale an output channel and layer."""
 
     plain: Net | None = None
 
@@ -31,17 +28,16 @@ class Quantized(Net):
         return self.from_source(self.plain.init(key))
 
     def from_source(self, params: Params) -> Params:
-        """Float weights as they will rest; quantised ones as they are."""
-        params = (
-            params
-            if any(map(resting, jax.tree.leaves(params, is_leaf=resting)))
-            else self.plain.from_source(params)
-        )
-        return _map(
-            lambda w, names: w if resting(w) or not is_matrix(names) else _quantize(w, names),
-            params,
-            self.plain.axes,
-        )
+        """Weights with quantised matrices; those that are quantised already stay the same."""
+        if not any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+            params = self.plain.from_source(params)
+
+        def leaf(w: Any, names: P) -> Any:
+            if is_quantized(w) or not is_matrix(names):
+                return w
+            return _quantize(w, names)
+
+        return _map(leaf, params, self.plain.axes)
 
     @property
     def source(self) -> Net:
@@ -49,7 +45,10 @@ class Quantized(Net):
 
 
 def quantized(net: Net, kind: str) -> Quantized:
-    """`net` with its matrices in `kind`. Raises Refused on another kind than int8, or without qwix."""
+    """`net` with its matrices in `kind`.
+
+    Raises Refused where `kind` is not int8, or qwix is not installed.
+    """
     if kind != "int8":
         raise Refused(f"role.quantize={kind!r}: expected 'int8' or ''")
     try:
@@ -65,11 +64,11 @@ def quantized(net: Net, kind: str) -> Quantized:
 
 
 def _map(f, *trees) -> Any:
-    return jax.tree.map(f, *trees, is_leaf=lambda x: resting(x) or is_spec(x))
+    return jax.tree.map(f, *trees, is_leaf=lambda x: is_quantized(x) or is_spec(x))
 
 
 def _kept(names: P) -> tuple[int, ...]:
-    """Dimensions with a scale of their own: the stacking ones and the output channel."""
+    """Axes along which scales differ: the stacking axes and the output channels."""
     return (*(i for i, n in enumerate(names) if n in ("layers", "bank")), len(names) - 1)
 
 
@@ -80,8 +79,8 @@ def _quantize(w, names: P):
 
 
 def _axes(names: P, w):
-    """The logical names of a leaf's parts."""
-    if not resting(w):
+    """The logical axis names of a leaf's parts: values and scales."""
+    if not is_quantized(w):
         return names
     kept = _kept(names)
     return dataclasses.replace(

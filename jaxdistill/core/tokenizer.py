@@ -10,12 +10,17 @@ from jaxdistill.core.types import Refused, one_line
 
 
 def stored_tokenizer(folder: Path, **options: Any) -> Any:
-    """The tokenizer of `transformers` in a folder; `options` are those of its `from_pretrained`.
+    """The tokenizer of `transformers` in a folder.
 
-    From local files alone, and without running code that comes with them: a folder with code of its
-    own is refused before transformers sees it, so that nobody is asked. Sampling of tokens (BPE
-    dropout, of Unigram the ways to cut a text) is off: the same text always has the same tokens.
-    Raises Refused there, and where the folder holds no tokenizer or a damaged one.
+    It is read from local files only. A folder with code of its own is refused before transformers
+    sees it, so that the code is never run. Random tokenisation (BPE dropout, Unigram sampling) is
+    switched off: the same text always has the same tokens.
+
+    Args:
+      options: keyword arguments of `AutoTokenizer.from_pretrained`.
+
+    Raises:
+      Refused: the folder is missing, holds no tokenizer or a damaged one, or brings code.
     """
     if not folder.is_dir():
         raise Refused(f"tokenizer={folder}: no such folder")
@@ -40,9 +45,7 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
 
 
 def _check_code(file: Path) -> None:
-    """Raises Refused where a configuration names code that makes the tokenizer, or is no
-    configuration.
-    """
+    """Raises Refused where a configuration names code for the tokenizer, or is damaged."""
     if not file.exists():
         return
     try:
@@ -58,6 +61,6 @@ def _check_code(file: Path) -> None:
         code = None
     if code:
         raise Refused(
-            f"{file}: the tokenizer is code of its own (auto_map: {one_line(code)}), which is never run; "
-            "expected a tokenizer class of transformers"
+            f"{file}: the tokenizer is code of its own (auto_map: {one_line(code)}), which is never"
+            " run; expected a tokenizer class of transformers"
         )

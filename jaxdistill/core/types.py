@@ -19,19 +19,18 @@ import flax.struct
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray  # functions take both; what they compute is jax's
-Params = dict[str, Any]  # nested plain dict of arrays; the only weight format in the library
+Array = jax.Array | np.ndarray  # arguments may be either; results are jax.Array
+Params = dict[str, Any]  # nested dict of arrays; the only format of weights in the library
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]  # name -> scalar, or (sum, count) where a metric has a count of its own
-Nets = SimpleNamespace  # role -> callable with its weights already bound
+Nets = SimpleNamespace  # role -> network as a callable with its weights bound
 
 
 class Refused(ValueError):
-    """Bad input. The message is one printable line (what, where, what was expected); commands exit
-    with code 2.
+    """Bad input; commands print the message and exit with code 2.
 
-    Line ends in it become blanks, and characters that cannot be printed U+FFFD: names in files hold
-    both.
+    The message is one line: what, where, and what was expected. Line breaks in it become blanks,
+    and characters that cannot be printed become U+FFFD, since names in files may hold both.
     """
 
     def __init__(self, message: object):
@@ -44,43 +43,48 @@ def printable(text: str) -> str:
 
 
 def one_line(value: object, most: int = 300) -> str:
-    """The first line of what others say (an exception, a name in a file), printable and cut: a part
-    of a refusal.
+    """A foreign text (an exception, a name in a file) as part of a `Refused` message.
+
+    Returns its first line, printable, with at most `most` characters; the name of its type where
+    the text is empty.
     """
-    first = (str(value).strip().splitlines() or [type(value).__name__])[0]
+    lines = str(value).strip().splitlines()
+    first = lines[0] if lines else type(value).__name__
     return printable(first)[:most]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message: "; did you mean 'x'?", or the list of names where none is near. Unnamed
-    ones ("") are left out.
+    """The end of a message about an unknown name: "; did you mean 'x'?".
+
+    Where no name is near it lists all of them. Empty names are left out.
     """
-    names = sorted(filter(None, names))
-    close = difflib.get_close_matches(name, names, 1)
-    return (
-        f"; did you mean {close[0]!r}?"
-        if close
-        else f"; expected {'one of ' * (len(names) > 1)}{', '.join(names)}"
-    )
+    known = sorted(filter(None, names))
+    close = difflib.get_close_matches(name, known, 1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    one_of = "one of " if len(known) > 1 else ""
+    return f"; expected {one_of}{', '.join(known)}"
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """table[name]. Raises Refused, naming the nearest key, where there is none."""
+    """table[name]. Raises Refused with the nearest key where there is none."""
     if name not in table:
-        raise Refused(f"{what}={name!r}: {nearest(name, table)[2:]}")
+        raise Refused(f"{what}={name!r}: {nearest(name, table).removeprefix('; ')}")
     return table[name]
 
 
 def named_key(key: Array, name: str) -> Array:
-    """The key that belongs to a name."""
+    """The random key of a name: `key` folded with the CRC-32 of the name."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 @jax.tree_util.register_pytree_node_class
 class Means(dict):
-    """What a step reports: name -> mean, float32 []. `counts` has, by name, how many valid tokens
-    or samples the mean is over (float32 []), where the loss counts them: means over several steps
-    weigh each token alike. The others count by step.
+    """The metrics of one step: name -> mean, float32 [].
+
+    `counts` holds the number of valid tokens or samples behind a mean (float32 []), for the
+    metrics whose loss counts them. Averages over several steps weigh these means by their counts,
+    and all others equally.
     """
 
     def __init__(self, means: Mapping[str, Array], counts: Mapping[str, Array]):
@@ -90,32 +94,33 @@ class Means(dict):
     def tree_flatten(self):
         names = tuple(sorted(self))
         counted = tuple(sorted(self.counts))
-        return ([self[name] for name in names], [self.counts[name] for name in counted]), (
-            names,
-            counted,
-        )
+        means = [self[name] for name in names]
+        counts = [self.counts[name] for name in counted]
+        return (means, counts), (names, counted)
 
     @classmethod
-    def tree_unflatten(cls, names, values):
-        return cls(*(zip(keys, held) for keys, held in zip(names, values)))
+    def tree_unflatten(cls, keys, children):
+        names, counted = keys
+        means, counts = children
+        return cls(zip(names, means), zip(counted, counts))
 
 
 @flax.struct.dataclass
 class State:
-    """Everything that changes during training, plus the frozen nets that ride along."""
+    """Everything that changes during training, and the frozen networks beside it."""
 
     step: Array  # int32 []: engine steps done
-    count: dict[str, Array]  # role -> int32 []: optimiser updates that the role has had
-    params: dict[str, Params]  # roles that move, in float32
+    count: dict[str, Array]  # role -> int32 []: optimiser updates of the role so far
+    params: dict[str, Params]  # trained roles, float32
     opt: dict[str, Any]  # role -> optax state
-    ema: dict[str, Params]  # role -> averaged params
-    frozen: dict[str, Params]  # roles that never move; not checkpointed
-    memory: dict[str, Any]  # what a method remembers: histograms, queues, running statistics
+    ema: dict[str, Params]  # role -> averaged weights
+    frozen: dict[str, Params]  # roles that are never trained; not checkpointed
+    memory: dict[str, Any]  # a method's own state: histograms, queues, running statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class Ctx:
-    """What a loss may look at besides the networks."""
+    """The input of a loss besides the networks."""
 
     batch: Batch
     rng: Array
@@ -123,22 +128,22 @@ class Ctx:
     memory: Mapping[str, Any]
 
     def key(self, name: str) -> Array:
-        """A key that depends on the name only, so that adding a draw never shifts another one."""
+        """The random key of a name. It depends on nothing else, so new draws shift no others."""
         return named_key(self.rng, name)
 
 
 class Out(NamedTuple):
-    """What a loss returns.
+    """The result of a loss.
 
-    Without `count`, loss and metrics are means over the (micro-)batch. With it they are sums over
-    `count` valid tokens or samples, and the engine divides by the global count: over all
-    micro-batches and all shards. A loss that adds up means over different counts needs the whole
-    batch's, which a `gather` can put into it.
+    Without `count`, loss and metrics are means over the (micro-)batch. With `count` they are sums
+    over that many valid tokens or samples, and the engine divides them by the global count, over
+    all micro-batches and all shards. A loss that adds means over different counts needs the counts
+    of the whole batch, which a turn's `gather` can put into the batch.
     """
 
     loss: Array
     metrics: Metrics = {}
-    memory: dict[str, Any] = {}  # replaces the same keys of State.memory
+    memory: dict[str, Any] = {}  # new values of these keys of State.memory
     count: Array | None = None
 
 
@@ -146,38 +151,41 @@ LossFn = Callable[[Nets, Ctx], Out]
 
 
 def always(step: int) -> bool:
+    """True at every step."""
     return True
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Update `moves` by descending `loss`, at the steps where `when(step)` holds.
+    """One optimiser update of the roles in `moves` on `loss`.
 
-    A turn that moves nothing measures: its metrics are named `measured/...`, and it may write to
-    the memory.
-    `when` is asked on the host: each pattern of active turns is its own XLA program. `gather` runs
-    first, without gradient, on the whole batch, and returns the batch that `loss` will see
-    (roll-outs, teacher trajectories). `after(weights, step)` follows the update: from every role's
-    weights (under the names that losses know) it makes new ones of some trained roles (couplings
-    between networks, recordings), and returns these by role. `decay(k)`, where there is one, is the
-    weight of the old average at a role's update number k, from 1, in place of the config's.
+    A turn without moving roles only measures: its metrics are named `measured/...`, and it may
+    write to the memory.
     """
 
     moves: tuple[str, ...]
     loss: LossFn
+    # The steps at which the turn is taken. Asked on the host: each combination of active turns is
+    # an XLA program of its own.
     when: Callable[[int], bool] = always
+    # Runs before the loss on the whole batch, without gradient, and returns the batch that the loss
+    # gets: roll-outs, teacher trajectories.
     gather: Callable[[Nets, Ctx], Batch] | None = None
+    # Runs after the update on all roles' weights, named as for losses (`ema_student`), and returns
+    # new weights of some trained roles: couplings between networks, recordings.
     after: Callable[[Mapping[str, Params], Array], Mapping[str, Params]] | None = None
+    # decay(k): the weight of the old average at the role's k-th update, k >= 1, in place of the
+    # decay in the config.
     decay: Callable[[Array], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Collect:
-    """Data that is made before a stage and stored: `batches` calls of `make(nets, ctx) -> batch`,
-    without gradient.
+    """Data that is generated and stored before a stage.
 
-    The arrays (batch axis first) become records in the run's folder, and the stage reads these
-    instead of the data set, shuffled. A resumed run makes only what is missing.
+    `batches` calls of `make(nets, ctx) -> batch`, without gradient, give arrays with the batch axis
+    first. Their samples are stored in the run's folder, and the stage trains on them, shuffled, in
+    place of the data set. A resumed run generates only what is missing.
     """
 
     make: Callable[[Nets, Ctx], Batch]
@@ -186,11 +194,11 @@ class Collect:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A training run inside a multi-stage method: surgery, then collection of data, then steps.
+    """One training run of a multi-stage method: surgery, then collection of data, then steps.
 
-    `surgery(nets, params, batch) -> (nets, params)` rewrites networks and weights before it: a
-    stage hands its result (averaged weights where a role has them) to the next one's surgery. It
-    must be deterministic, because a resumed run calls it again.
+    `surgery(nets, params, batch) -> (nets, params)` changes networks and weights before the stage.
+    It gets the result of the stage before (averaged weights of roles that have an average). It must
+    be deterministic, because a resumed run calls it again.
     """
 
     method: Method
@@ -200,10 +208,10 @@ class Stage:
 
 
 def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
-    """How many of `steps` each stage gets, with the sum `steps`.
+    """Lengths of stages with the sum `steps`.
 
-    `shares`: the number of stages, equally long (the first ones longer by one where they cannot
-    be), or the relative length of each.
+    `shares` is the number of stages of equal length (the first ones are longer by one where
+    `steps` is no multiple), or the relative length of each stage.
     """
     if isinstance(shares, int):
         return tuple((steps + i) // shares for i in reversed(range(shares)))
@@ -213,38 +221,38 @@ def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. Override `turns`; the rest has defaults."""
+    """Base of all methods. A method overrides `loss` or `turns`; everything else has a default."""
 
-    inits = {
-        "student": "teacher"
-    }  # trained role -> role it is copied from, or None for fresh weights
+    # Trained role -> the role whose weights it starts from, or None for fresh weights.
+    inits = {"student": "teacher"}
+    # Roles whose weights never change.
     frozen = ("teacher",)
-    ema = ("student",)  # roles with averaged weights, bound as `ema_<role>`
-    # whether `sample` goes from one of its times to the next with fresh noise, or with its own
-    # predicted noise (DDIM)
+    # Roles with averaged weights; losses see them as `ema_<role>`.
+    ema = ("student",)
+    # How `sample` goes from one time to the next: with fresh noise, or with the predicted noise
+    # (DDIM).
     renoises = True
-    exports = (
-        "student",
-    )  # roles that make up the trained generator: where several, each leaves in a folder of its own
-
-    needs = {}  # batch key -> its typed shape (core/needs.py); what else a batch has, it may use
+    # Roles that make up the trained generator. Each of several is exported to its own folder.
+    exports = ("student",)
+    # Batch key -> its typed shape (core/needs.py). A batch may hold more.
+    needs = {}
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The updates of a step, in order: here one of the student, by `loss`."""
+        """The updates of a step, in order. By default the student is updated on `loss`."""
         return (Turn(("student",), self.loss),)
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        """What the student's turn descends, where `turns` is not overridden."""
+        """The loss of the default turn."""
         raise NotImplementedError
 
     @property
     def cycle(self) -> int:
-        """Steps in which every turn is taken, the student's once."""
+        """Engine steps that take every turn at least once and update the student once."""
         return 1
 
     def settled(self) -> Method:
-        """The method with the turns that it takes most of the time: without its first phase."""
+        """This method without turns that are only taken at the beginning (critics alone, say)."""
         return self
 
     def memory(self) -> dict[str, Any]:
@@ -252,12 +260,13 @@ class Method:
         return {}
 
     def check(self, nets: Mapping[str, Any], data: Any) -> None:
-        """Raises Refused where these networks (role -> core.net.Net) or this data set do not fit;
-        asked before anything runs.
+        """Raises Refused where networks (role -> core.net.Net) or data set do not fit the method.
+
+        Called before anything is trained or written.
         """
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
-        """How `steps` engine steps are spent."""
+        """The training runs that `steps` engine steps are divided into."""
         return (Stage(self, steps),)
 
     def controller(self) -> Controller | None:
@@ -265,48 +274,52 @@ class Method:
         return None
 
     def exported(self, net: Any, params: Params) -> tuple[Any, Params]:
-        """A role of `exports` as it leaves for PyTorch: (net, params)."""
+        """Network and weights of an exported role, as PyTorch gets them."""
         return net, params
 
     def generator(self, net: Nets) -> Callable:
-        """The trained generator that `sample` takes; experts by time or by condition are routed
-        here.
-        """
+        """The network that `sample` calls. Methods with several experts route between them here."""
         return net.student
 
     def initial(self, noise: Array) -> Array:
-        """Unit Gaussian noise as `sample` is given it; `process.start` makes a state at t_max of
-        it.
+        """The noise that sampling starts from, given unit Gaussian noise.
+
+        `Process.start` scales it to a state at t_max.
         """
         return noise
 
     def sampling_times(self, steps: int) -> Array:
-        """Where `sample` asks the network, falling [steps]. Raises Refused where `sample` is no
-        such chain.
+        """The times at which `sample` calls the network, falling, [steps].
+
+        Raises Refused where `sample` does more than predict x0 at fixed times.
         """
-        raise Refused(
-            f"{type(self).__name__}: its sampler is more than a chain of x0 at fixed times"
-        )
+        name = type(self).__name__
+        raise Refused(f"{name}: its sampler is more than a chain of x0 at fixed times")
 
     def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
-        """Samples of a trained `net` (from `generator`) at `steps` network evaluations, from unit
-        Gaussian noise.
+        """Samples of the trained generator, with `steps` network evaluations each.
+
+        Args:
+          net: what `generator` returns.
+          noise: unit Gaussian, in the shape of the samples.
         """
         raise NotImplementedError
 
 
 class Controller:
-    """Host-side state that steers the data. `state`/`restore` make it part of every checkpoint."""
+    """Host-side state of a method that steers the data. It is part of every checkpoint."""
 
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
-        """Called with each logging interval's mean metrics (over its tokens or samples, where the
-        loss counts them; else over its steps); returns hints that the data pipeline receives.
+        """Called at each logging interval; returns hints for the data pipeline.
+
+        `metrics` are means over the interval: over its tokens or samples where the loss counts
+        them, else over its steps.
         """
         return {}
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable."""
+        """What a checkpoint stores; JSON-serialisable."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        pass
+        """Takes back what `state` returned."""

@@ -16,6 +16,7 @@ import numpy as np
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.build import located
+from jaxdistill.core.needs import check_needs
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.diffusion.process import Pred
@@ -77,12 +78,15 @@ def _check_data(experiment: Experiment) -> None:
     try:
         experiment.data.check(test=experiment.evaluation is not None)
         experiment.data.check_method(experiment.method)
+        given = experiment.data.spec()
     except Refused as error:
         raise located(where, error) from error
     except MISFITS as error:
         raise Refused(
             f"{where} ({experiment.config.data.name}) makes no samples: {_reason(error)}"
         ) from error
+    method = experiment.method
+    check_needs(given, method.needs, type(method).__name__, where)
     if experiment.evaluation is None:
         return
     try:
@@ -98,7 +102,8 @@ def _check_labels(experiment: Experiment) -> None:
     for role, size in sizes.items():
         if size != sizes[first]:
             raise Refused(
-                f"{experiment.where}.roles.{role}.model.classes={size}: {experiment.where}.roles.{first} "
+                f"{experiment.where}.roles.{role}.model.classes={size}:"
+                f" {experiment.where}.roles.{first} "
                 f"has {sizes[first]}, expected one number of classes for all networks"
             )
     count = experiment.data.label_count
@@ -144,7 +149,8 @@ def _check_sources(experiment: Experiment) -> None:
             raise experiment.unknown(role, source)
         if source == "fresh" and role in experiment.method.frozen and experiment.nets[role].shapes:
             raise Refused(
-                f"{experiment.where}.roles.{role}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)"
+                f"{experiment.where}.roles.{role}.init is empty: a frozen role needs weights (a"
+                " run, a folder, @run, exact or random)"
             )
 
 
@@ -168,7 +174,8 @@ def _check_calls(experiment: Experiment) -> None:
         _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
         if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
             raise Refused(
-                f"{where} ({_name(net)}) answers {list(pred.x0.shape)} to {experiment.where}.data.x "
+                f"{where} ({_name(net)}) answers {list(pred.x0.shape)} to"
+                f" {experiment.where}.data.x "
                 f"{list(batch['x'].shape)}, expected the same shape"
             )
 
@@ -180,7 +187,8 @@ def _check_size(where: str, net: Net, config: str, grid: tuple[int, ...]) -> Non
     size = getattr(net.config, "size", None)
     if isinstance(size, int) and len(grid) >= 2 and size not in grid[-2:]:
         raise Refused(
-            f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))}, expected {max(grid[-2:])}"
+            f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))},"
+            f" expected {max(grid[-2:])}"
         )
 
 
@@ -191,7 +199,8 @@ def _check_programs(experiment: Experiment) -> None:
     params = {}
     networks = ", ".join(f"{role} {_name(net)}" for role, net in nets.items())
     with _fitting(
-        f"{experiment.where}.method ({method}) does not run on {_shapes(experiment.data.spec())} with {networks}"
+        f"{experiment.where}.method ({method}) does not run on {_shapes(experiment.data.spec())}"
+        f" with {networks}"
     ):
         for programs, found in abstract_stages(experiment):
             nets = found
@@ -232,7 +241,8 @@ def _check_claim(experiment: Experiment) -> None:
             )
         if not any(fnmatch.fnmatchcase(claim.metric, name) for name in metrics):
             raise Refused(
-                f"{where}.metric={claim.metric!r}: no metric of {wanted}{nearest(claim.metric, metrics)}"
+                f"{where}.metric={claim.metric!r}: no metric of"
+                f" {wanted}{nearest(claim.metric, metrics)}"
             )
 
 

@@ -327,7 +327,8 @@ class Checkpoints:
         for path in sorted(saved.keys() | expected.keys()):
             if saved.get(path) != expected.get(path):
                 raise Refused(
-                    f"{self.folder}: checkpoint {step} is of another architecture: {path} is {saved.get(path, 'absent')}, "
+                    f"{self.folder}: checkpoint {step} is of another architecture: {path} is"
+                    f" {saved.get(path, 'absent')}, "
                     f"expected {expected.get(path, 'absent')}"
                 )
 

@@ -27,6 +27,7 @@ from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Method, Params, Refused, named_key, nearest, one_line
+from jaxdistill.data.abilities import HasExactTeacher, text_end
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.evals.base import Evaluation
@@ -145,7 +146,8 @@ class Experiment:
         for name in given:
             if name not in wanted:
                 raise Refused(
-                    f"{self.where}.roles.{name}: {self.config.method.name} has no such role{nearest(name, wanted)}"
+                    f"{self.where}.roles.{name}: {self.config.method.name} has no such"
+                    f" role{nearest(name, wanted)}"
                 )
         roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
         for name, role in roles.items():
@@ -165,15 +167,18 @@ class Experiment:
             )
         if role.model is not None and not callable(role.model):
             raise Refused(
-                f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of sizes)"
+                f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of"
+                " sizes)"
             )
         if role.denoiser is not None and not isinstance(role.denoiser, Denoiser):
             raise Refused(
-                f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected diffusion.denoiser:Denoiser"
+                f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected"
+                " diffusion.denoiser:Denoiser"
             )
         if not callable(getattr(role.ema, "decay", None)):
             raise Refused(
-                f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as core.optim:Ema"
+                f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as"
+                " core.optim:Ema"
             )
         return role
 
@@ -181,7 +186,7 @@ class Experiment:
         return f"{self.where}.roles.{role}"
 
     def source(self, role: str) -> str:
-        """Where the role's first weights come from: the config's `init`, or what the method says."""
+        """Where the role's first weights come from: the config's `init`, or else the method's."""
         return self.roles[role].init or self.method.inits.get(role) or "fresh"
 
     @functools.cached_property
@@ -197,7 +202,8 @@ class Experiment:
         while (source := self.source(seen[-1])) in self.roles:
             if source in seen:
                 raise Refused(
-                    f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at the end"
+                    f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at"
+                    " the end"
                 )
             seen.append(source)
 
@@ -205,7 +211,7 @@ class Experiment:
         cfg = self.roles[role]
         process = getattr(self.method, "process", None)
         if cfg.init == "exact":
-            if not hasattr(self.data, "net"):
+            if not isinstance(self.data, HasExactTeacher):
                 raise Refused(
                     f"{self._of(role)}.init=exact: {self.config.data.name} knows no exact law"
                 )
@@ -289,7 +295,8 @@ class Experiment:
             where = f"{self.where}.runs.{name}"
             if not NAME.fullmatch(name) or name in records.RESERVED:
                 raise Refused(
-                    f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that no run uses itself"
+                    f"{self.where}.runs has {shown(name)}: expected a plain name of a folder that"
+                    " no run uses itself"
                 )
             if not isinstance(config, ConfigDict):
                 raise Refused(f"{where}={shown(config)}: expected a config")
@@ -379,7 +386,8 @@ class Experiment:
         if source == "fresh":
             if role in self.method.frozen:
                 raise Refused(
-                    f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a folder, @run, exact or random)"
+                    f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a"
+                    " folder, @run, exact or random)"
                 )
             return None
         if source in self.roles:
@@ -419,15 +427,16 @@ def stopping(method: Method, data: Callable[[], Any]) -> Method:
         value = getattr(method, field.name)
         if isinstance(value, Method) and (inner := stopping(value, data)) is not value:
             new[field.name] = inner
-    if getattr(method, "eos", None) == () and hasattr(data(), "eos"):
-        end = data().eos
-        new |= {"eos": tuple(end) if isinstance(end, (tuple, list)) else (end,), "pad": data().pad}
+    if getattr(method, "eos", None) == ():
+        eos, pad = text_end(data())
+        if eos:
+            new |= {"eos": eos, "pad": pad}
     return dataclasses.replace(method, **new) if new else method
 
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
     """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
-    placed = sharding.resting_in(
+    placed = sharding.in_memory(
         place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes), net.axes
     )
     kind = lambda s: jnp.dtype(dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype

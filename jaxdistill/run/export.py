@@ -26,7 +26,8 @@ from jaxdistill.interop.folder import replaceable, whole_folder
 from jaxdistill.interop.tables import Family, literal
 from jaxdistill.interop.tokenizer import tokenizer_files, with_special_tokens
 from jaxdistill.run.experiment import Experiment
-from jaxdistill.run.report import columns, markdown_table, number, read
+from jaxdistill.run.report import read
+from jaxdistill.run.table import columns, markdown_table, number
 
 
 def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> None:
@@ -362,7 +363,8 @@ NFE: {self.steps}.
         if "encoder_hidden_states" not in self.family.call:
             return ""
         return (
-            f"\n\nOr in a pipeline of diffusers, `DiffusionPipeline.from_pretrained(..., {self.family.component}=model, "
+            "\n\nOr in a pipeline of diffusers, `DiffusionPipeline.from_pretrained(...,"
+            f" {self.family.component}=model, "
             f"scheduler=scheduler)`, called with `{found.times}, guidance_scale=1.0`."
         )
 
@@ -373,14 +375,16 @@ NFE: {self.steps}.
         again = "x = alpha * x0 + sigma * " + ("torch.randn_like(x0)" if renoises else "eps")
         return [
             self._given(),
-            "# the network's time and the scale of its input; x0 = p x + q output; the state's alpha and sigma",
+            "# the network's time and the scale of its input; x0 = p x + q output; the state's"
+            " alpha and sigma",
             f"steps = [\n    {table},\n]",
             f"x = {first:.7g} * {self._noise()}",
             "with torch.no_grad():",
             "    for i, (t, scale, p, q, alpha, sigma) in enumerate(steps):",
             "        if i:",
             f"            {again}",
-            f"        x0 = p * x + q * {self.family.call.format(x='scale * x', t='torch.full((len(x),), float(t))')}",
+            "        x0 = p * x + q *"
+            f" {self.family.call.format(x='scale * x', t='torch.full((len(x),), float(t))')}",
             *([] if renoises else ["        eps = (x - alpha * x0) / sigma"]),
         ]
 

@@ -64,7 +64,8 @@ class Writer:
                 import wandb as client
             except ImportError as error:
                 raise Refused(
-                    f"config.wandb={wandb!r}: wandb is not installed; pip install 'jaxdistill[wandb]'"
+                    f"config.wandb={wandb!r}: wandb is not installed; pip install"
+                    " 'jaxdistill[wandb]'"
                 ) from error
             self._wandb = client.init(
                 project=wandb,
@@ -133,11 +134,12 @@ class Pending:
             if (role in turn.moves if turn.moves else role == "measured")
         ]
         moves = ", ".join(self._turns[mine[0]].moves) if mine else ""
-        return f"turn {' or '.join(map(str, mine))} ({moves or 'moves nothing'}): {name} of role {role!r}"
+        turns = " or ".join(map(str, mine))
+        return f"turn {turns} ({moves or 'moves nothing'}): {name} of role {role!r}"
 
 
 def bar(items: Sequence, title: str, unit: str, enabled: bool = True, done: int = 0) -> tqdm:
-    """A bar with time left over `items`, on stderr; rewritten rarely where stderr is no terminal."""
+    """A progress bar over `items` on stderr, with the time left. Files get few lines of it."""
     quiet = not enabled or jax.process_index() != 0
     interval = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(

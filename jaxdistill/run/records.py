@@ -58,7 +58,8 @@ def local(place: str | Path, what: str) -> Path:
         raise Refused(f"{what}={place}: no such user")
     if found := SCHEME.match(str(place)):
         raise Refused(
-            f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine (mount the bucket, with gcsfuse "
+            f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine"
+            " (mount the bucket, with gcsfuse "
             "or Mountpoint for S3, and give the folder)"
         )
     try:
@@ -106,7 +107,8 @@ def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, A
             or not _holds(value)
         ):
             raise Refused(
-                f"{where}: {key} is {_brief(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}"
+                f"{where}: {key} is {_brief(value)}, expected"
+                f" {' or '.join(kind.__name__ for kind in kinds)}"
             )
     return found
 
@@ -122,8 +124,9 @@ def _brief(value: Any) -> str:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`, under today's names of files and fields. Raises Refused where there is none, or it is no whole
-    config.
+    """The config of the run in `workdir`, with today's names of files and fields.
+
+    Raises Refused where there is none, or a part of it is missing.
     """
     file = workdir / "config.json"
     if not file.exists():
@@ -173,7 +176,8 @@ def read_report(workdir: Path) -> dict[str, Any]:
     name = check_keys(found["config"]["method"], {"name": str}, f"{file}: config.method")["name"]
     if found["method"] != name:
         raise Refused(
-            f"{file}: method is {_brief(found['method'])}, expected that of its config, {_brief(name)}"
+            f"{file}: method is {_brief(found['method'])}, expected that of its config,"
+            f" {_brief(name)}"
         )
     for i, row in enumerate(found["models"]):
         check_keys(row, {"name": str, "nfe": int}, f"{file}: models[{i}]")
@@ -187,7 +191,7 @@ def read_report(workdir: Path) -> dict[str, Any]:
 
 
 def _check_range(value: float, least: int, where: str) -> None:
-    """Raises Refused, which begins with `where`, where a number is less than `least` or not finite."""
+    """Raises Refused where a number is less than `least` or not finite."""
     if not least <= value < math.inf:
         raise Refused(f"{where} is {_brief(value)}, expected {least} or more")
 

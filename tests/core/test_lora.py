@@ -13,47 +13,53 @@ from jaxdistill.core.types import Refused
 from jaxdistill.models.denoisers.dit import DiT
 
 BASE = make_net(DiT(dim=16, heads=2, depth=2))
-WEIGHTS = BASE.init(jax.random.key(0))
 X = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
 T = jnp.array([1.0, 2.0])
 
 
 def perturbed(params):
-    keys = jax.random.split(jax.random.key(2), len(jax.tree.leaves(params)))
-    return jax.tree.unflatten(
-        jax.tree.structure(params),
-        [w + 0.1 * jax.random.normal(k, w.shape) for k, w in zip(keys, jax.tree.leaves(params))],
-    )
+    """Weights away from where they start, which is 0 for some."""
+    rng = np.random.default_rng(2)
+    return jax.tree.map(lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32), params)
 
 
-WEIGHTS = perturbed(WEIGHTS)
+def fresh(net, seed=3):
+    return jax.jit(net.init)(jax.random.key(seed))
+
+
+WEIGHTS = perturbed(fresh(BASE, 0))
+
+
+def run(nets, **params):
+    """The bound networks' outputs on X and T by role, as one program."""
+
+    @jax.jit
+    def outputs(params):
+        bound = bind(nets, params)
+        return {role: getattr(bound, role)(X, T) for role in params}
+
+    return outputs({"teacher": WEIGHTS, **params})
 
 
 def test_starts_as_its_base_and_folds_in_exactly():
     net = adapt(BASE, base="teacher", rank=3)
-    fresh = net.init(jax.random.key(3))
-    nets = {"teacher": BASE, "student": net}
-    bound = bind(nets, {"teacher": WEIGHTS, "student": fresh})
-    np.testing.assert_array_equal(bound.student(X, T), bound.teacher(X, T))
-    moved = perturbed(fresh)
-    full = merge(WEIGHTS, moved, net.scale)
-    np.testing.assert_allclose(
-        BASE.apply(full, X, T),
-        bind(nets, {"teacher": WEIGHTS, "student": moved}).student(X, T),
-        rtol=1e-6,
-    )
-    assert not np.allclose(BASE.apply(full, X, T), BASE.apply(WEIGHTS, X, T))
+    start = fresh(net)
+    nets = {"teacher": BASE, "student": net, "full": BASE}
+    found = run(nets, student=start)
+    np.testing.assert_array_equal(found["student"], found["teacher"])
+    moved = perturbed(start)
+    found = run(nets, student=moved, full=merge(WEIGHTS, moved, net.scale))
+    np.testing.assert_allclose(found["full"], found["student"], rtol=1e-6)
+    assert not np.allclose(found["full"], found["teacher"])
 
 
 def test_rank_of_the_change_and_scale():
     net = adapt(BASE, base="teacher", rank=2, alpha=6.0, targets=r"blocks/to_q/kernel")
     assert list(net.shapes) == ["blocks/to_q/kernel"]
-    moved = perturbed(net.init(jax.random.key(3)))
-    change = (
-        merge(WEIGHTS, moved, net.scale)["blocks"]["to_q"]["kernel"]
-        - WEIGHTS["blocks"]["to_q"]["kernel"]
-    )
-    assert all(np.linalg.matrix_rank(np.asarray(layer), tol=1e-4) == 2 for layer in change)
+    moved = perturbed(fresh(net))
+    of_q = lambda weights: np.asarray(weights["blocks"]["to_q"]["kernel"])
+    change = of_q(merge(WEIGHTS, moved, net.scale)) - of_q(WEIGHTS)
+    assert all(np.linalg.matrix_rank(layer, tol=1e-4) == 2 for layer in change)
     pair = moved["blocks/to_q/kernel"]
     np.testing.assert_allclose(change, 3.0 * pair["a"] @ pair["b"], rtol=1e-4, atol=1e-5)
 
@@ -62,16 +68,13 @@ def test_several_roles_share_one_base():
     """Gradients reach each adapter alone, and the base not at all."""
     net = adapt(BASE, base="teacher", rank=2)
     nets = {"teacher": BASE, "student": net, "fake": net}
-    params = {
-        "student": perturbed(net.init(jax.random.key(3))),
-        "fake": perturbed(net.init(jax.random.key(4))),
-    }
+    params = {"student": perturbed(fresh(net, 3)), "fake": perturbed(fresh(net, 4))}
 
     def loss(moving):
-        nets_ = bind(nets, {"teacher": WEIGHTS, **params, **moving})
-        return jnp.sum(nets_.student(X, T) ** 2) + jnp.sum(nets_.fake(X, T))
+        bound = bind(nets, {"teacher": WEIGHTS, **params, **moving})
+        return jnp.sum(bound.student(X, T) ** 2) + jnp.sum(bound.fake(X, T))
 
-    gradient = jax.grad(loss)({"student": params["student"]})
+    gradient = jax.jit(jax.grad(loss))({"student": params["student"]})
     assert set(gradient) == {"student"}
     assert all(g.any() for g in jax.tree.leaves(gradient))
 

@@ -195,11 +195,11 @@ def test_every_field_acts_or_is_refused(algorithm, field):
     try:
         changed = long_run(**{**plain, field: CHANGED[field]})
     except Refused as error:
-        assert field in ("b1", "b2", "eps", "momentum") and "\n" not in str(error)
-        assert (
-            f"optimizer.{field}={CHANGED[field]} does not act on optimizer.algorithm={algorithm}: expected"
-            in str(error)
-        )
+        said = str(error)
+        assert field in ("b1", "b2", "eps", "momentum")
+        assert "\n" not in said
+        assert f"optimizer.{field}={CHANGED[field]} does not act on " in said
+        assert f"optimizer.algorithm={algorithm}: expected" in said
     else:
         assert not same(changed, long_run(**plain))
 
@@ -212,7 +212,7 @@ def test_a_refusal_names_where_the_field_acts():
         Optimizer(momentum=0.9)
     with pytest.raises(
         Refused,
-        match=r"optimizer\.final=0\.1 does not act .*constant: expected 0\.0 there, or one of cosine, linear$",
+        match=r"optimizer\.final=0\.1 does not act .*: expected 0\.0 there, or .* cosine, linear$",
     ):
         Optimizer(final=0.1)
 

@@ -13,7 +13,7 @@ import pytest
 from jaxdistill.core import sharding
 from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.lora import adapt
-from jaxdistill.core.net import make_net, materialise, paths, resting
+from jaxdistill.core.net import is_quantized, make_net, materialise, paths
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.storage import quantized
@@ -58,9 +58,9 @@ def test_every_weight_is_within_half_a_step(nets):
     """
     _, params, _, held = nets
     for (path, w), packed in zip(
-        paths(params).items(), jax.tree.leaves(held, is_leaf=resting), strict=True
+        paths(params).items(), jax.tree.leaves(held, is_leaf=is_quantized), strict=True
     ):
-        if not resting(packed):
+        if not is_quantized(packed):
             np.testing.assert_array_equal(w, packed)
             continue
         assert packed.qvalue.dtype == jnp.int8 and packed.qvalue.shape == w.shape
@@ -75,7 +75,7 @@ def test_matrices_are_packed_and_vectors_are_not(nets):
     for path, w in paths(nets[1]).items():
         vector = w.ndim - path.startswith("blocks") < 2
         leaf = functools.reduce(lambda tree, key: tree[key], path.split("/"), nets[3])
-        assert resting(leaf) != vector, path
+        assert is_quantized(leaf) != vector, path
 
 
 def test_shapes_and_axes_are_those_of_what_is_held(nets):
@@ -125,7 +125,7 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
     """The traced program sees the blocks in host memory and copies one layer at a time."""
     plain, params, _, _ = nets
     mesh = sharding.make_mesh(sharding.MeshShape(fsdp=1))
-    where = sharding.resting_in(
+    where = sharding.in_memory(
         "host",
         sharding.fits(sharding.param_shardings(mesh, sharding.Rules(), plain.axes), plain.shapes),
         plain.axes,

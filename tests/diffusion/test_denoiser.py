@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 class Gaussian(Mixture):
     """N(.7, .4^2), in float64."""
 
-    law = (np.array([1.0]), np.array([[0.7]]), np.array([0.4]))
+    components = (np.array([1.0]), np.array([[0.7]]), np.array([0.4]))
 
 
 TEACHER = Gaussian(dim=1, modes=1)

@@ -72,7 +72,11 @@ def test_a_relative_config_is_one_of_the_current_folder_or_of_the_checkout(tmp_p
     monkeypatch.chdir(tmp_path)
     assert _command.load_config("configs/toy/dmd2.py").steps
     (tmp_path / "configs/toy").mkdir(parents=True)
-    mine = "from ml_collections import ConfigDict\n\ndef get_config():\n    return ConfigDict({'mine': 1})\n"
+    mine = """from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({'mine': 1})
+"""
     (tmp_path / "configs/toy/dmd2.py").write_text(mine)
     assert "mine" in _command.load_config("configs/toy/dmd2.py")
     with pytest.raises(
@@ -149,7 +153,10 @@ def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path):
         failing(workdir, 2)
     refused = Refused("")
     failing(workdir, 2, refused)
-    said = f"^{workdir}: 2 restarts without a new checkpoint; see why it fails, remove restarts.json there"
+    said = (
+        f"^{workdir}: 2 restarts without a new checkpoint; see why it fails, "
+        "remove restarts.json there"
+    )
     with (
         pytest.raises(Refused, match=said),
         _restarts.bounded(workdir, 2, lambda: pytest.fail("joined the others")),

@@ -25,11 +25,13 @@ MISTAKES = {
         r"get_config\(\) returns NoneType, expected core\.build\.experiment",
     ),
     "an unknown field": (
-        "from jaxdistill.core.build import spec\ndef get_config():\n    return spec('core.optim:Ema', raet=0.9)\n",
+        "from jaxdistill.core.build import spec\n"
+        "def get_config():\n    return spec('core.optim:Ema', raet=0.9)\n",
         r"c\.py: core\.optim:Ema has no field 'raet'; did you mean 'rate'",
     ),
     "a value": (
-        "from jaxdistill.core.build import spec\ndef get_config():\n    return spec('core.optim:Ema', rate='x')\n",
+        "from jaxdistill.core.build import spec\n"
+        "def get_config():\n    return spec('core.optim:Ema', rate='x')\n",
         r"c\.py: rate='x': expected a number",
     ),
     "no argument": (

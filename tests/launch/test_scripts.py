@@ -1,4 +1,6 @@
-"""The launch scripts: shellcheck clean, dry runs that show what would run, one line for bad input."""
+"""The launch scripts: shellcheck clean, dry runs that show what would run, one line for bad
+input.
+"""
 
 import os
 import shutil
@@ -124,7 +126,8 @@ def remote_line(tmp_path, old: bool):
     home = tmp_path / "home"
     log = tmp_path / "log"
     home.mkdir()
-    stand_in = f'printf "#!/bin/sh\\necho $n \\"\\$@\\" >> {log}\\n" > "$last/bin/$n"; chmod +x "$last/bin/$n"'
+    script = f'printf "#!/bin/sh\\necho $n \\"\\$@\\" >> {log}\\n" > "$last/bin/$n"'
+    stand_in = f'{script}; chmod +x "$last/bin/$n"'
     made = f'mkdir -p "$last/bin"; for n in pip python; do {stand_in}; done'
     python = f"""echo "$(basename $0) $*" >> {log}
 [ "$1" = -c ] && exit {int(old)}
@@ -135,7 +138,8 @@ if [ "$2" = venv ] || [ "$3" = venv ]; then {made}; fi"""
         program(tmp_path / "bin", name, "exit 127")
     gcloud = """case "$*" in
 *" scp "*) cp "$5" "$HOME/jaxdistill.tar.gz" ;;
-*) for word in "$@"; do [[ $word = --command=* ]] && cd "$HOME" && bash -c "${word#--command=}"; done ;;
+*) cd "$HOME"
+for word in "$@"; do [[ $word = --command=* ]] && bash -c "${word#--command=}"; done ;;
 esac"""
     program(tmp_path / "bin", "gcloud", gcloud)
     program(tmp_path / "bin", "flock", 'shift 4; exec "$@"')

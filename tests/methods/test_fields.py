@@ -14,8 +14,7 @@ import pytest
 
 from jaxdistill.core import build
 from jaxdistill.core.types import Method, Refused
-from jaxdistill.methods.distribution import _family, swiftbrush
-from jaxdistill.methods.distribution._sds import ScoreDistillation
+from jaxdistill.methods.distribution import di_star, sds, sid, sida, sim, swiftbrush
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("trajectory", "distribution")
@@ -81,13 +80,13 @@ def reads(cls) -> set[str]:
 )
 def test_every_field_is_read(cls):
     idle = {field.name for field in dataclasses.fields(cls) if field.init} - reads(cls)
-    if issubclass(cls, ScoreDistillation):
+    if issubclass(cls, sds.ScoreDistillation):
         idle -= {"fake_guidance"}  # taken, so that it may be given its host's guidance
     assert not idle, f"{cls.__name__} accepts {sorted(idle)} and does nothing with them"
 
 
 def test_a_field_that_nothing_reaches_is_found():
-    class Idle(_family.SiD):
+    class Idle(sid.SiD):
         def identity(self, x0, real, fake):
             return x0
 
@@ -97,12 +96,12 @@ def test_a_field_that_nothing_reaches_is_found():
 @pytest.mark.parametrize(
     "cls, field",
     [
-        (_family.SDS, "fake_times"),
-        (_family.DDS, "critic_steps"),
+        (sds.SDS, "fake_times"),
+        (sds.DDS, "critic_steps"),
         (swiftbrush.SDS, "fake_dropout"),
-        (_family.SIM, "alpha"),
-        (_family.DIStar, "alpha"),
-        (_family.SiDA, "divergence"),
+        (sim.SIM, "alpha"),
+        (di_star.DIStar, "alpha"),
+        (sida.SiDA, "divergence"),
     ],
     ids=lambda v: getattr(v, "__name__", v),
 )

@@ -205,10 +205,11 @@ def test_a_batch_has_the_networks_null_label():
 
 
 def test_labels_beyond_the_networks_table_are_refused(tmp_path):
-    with pytest.raises(
-        Refused,
-        match=r"config\.data has labels 0 to 5, config\.roles\.student\.model\.classes=4: expected at least 6",
-    ):
+    text = (
+        r"config\.data has labels 0 to 5, config\.roles\.student\.model\.classes=4: "
+        "expected at least 6"
+    )
+    with pytest.raises(Refused, match=text):
         check(Experiment(labelled({"student": 4}, count=6), tmp_path))
 
 
@@ -239,7 +240,10 @@ def test_the_table_is_what_the_evaluation_gives(tmp_path):
 
 def test_a_method_that_does_not_trace_is_refused_with_its_line(tmp_path):
     config = changed(tiny.get_config(), {"roles.disc.model.dim": 5})
-    text = r"config\.method \(methods\.distribution\.dmd2:DMD2\) does not run on .*disc Discriminator.*\.py:\d+\)"
+    text = (
+        r"config\.method \(methods\.distribution\.dmd2:DMD2\) does not run on "
+        r".*disc Discriminator.*\.py:\d+\)"
+    )
     with pytest.raises(Refused, match=text):
         check(Experiment(config, tmp_path))
 

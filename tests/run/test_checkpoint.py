@@ -1,4 +1,4 @@
-"""A checkpoint gives back what was saved, or says that it is damaged and gives the one before it."""
+"""A checkpoint gives back what was saved, or says that it is damaged and gives the previous one."""
 
 import errno
 import functools

@@ -141,7 +141,9 @@ def _same(found, wanted, how):
 
 
 def records(whole, rng, number):
-    """config.json, report.json or metrics.jsonl: every command reads what was written, or refuses."""
+    """config.json, report.json and metrics.jsonl: every command reads what was written, or refuses
+    it.
+    """
     copy = fresh(whole, number)
     file = copy / ("config.json", "report.json", "metrics.jsonl")[number % 3]
     how = mutated(rng, [file], lambda file: file.suffix == ".json")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import interop
-from jaxdistill.core.build import Lora, Role, build, experiment, spec
+from jaxdistill.core.build import Lora, Role, experiment, plain, spec
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.data.digits import Digits
@@ -338,15 +338,13 @@ def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
 
 def test_each_expert_leaves_with_the_scheduler_of_the_whole_chain(tmp_path):
     method = PhasedDMD(process=Flow(shift=5.0), phase_steps=(2, 2))
-    net = {**NET, "model": {**NET["model"], "classes": 10}}
+    net = {**NET, "model": dataclasses.replace(NET["model"], classes=10)}
     config = experiment(
         data=Digits(),
         method=method,
-        roles=dict(
-            teacher=Role(**net, init="fresh"), **{role: Role() for role in build(method).inits}
-        ),
+        roles=dict(teacher=Role(**net, init="fresh"), **{role: Role() for role in method.inits}),
     )
-    trained, cards = exported(config, tmp_path, build(method).exports, nfe=4)
+    trained, cards = exported(config, tmp_path, method.exports, nfe=4)
     for role in trained.experiment.method.exports:
         config = json.loads((tmp_path / "out" / role / SCHEDULER).read_text())
         assert (config["_class_name"], config["shift"]) == ("FlowMatchEulerDiscreteScheduler", 5.0)
@@ -461,7 +459,8 @@ def test_a_class_without_adapters_leaves_merged_only(tmp_path):
     )
     with pytest.raises(
         Refused,
-        match="diffusers puts no adapter on DiTTransformer2DModel; export without --adapter, merged",
+        match="diffusers puts no adapter on DiTTransformer2DModel; "
+        "export without --adapter, merged",
     ):
         exported(config, tmp_path, ("teacher", "student"), adapter=True)
     assert not (tmp_path / "out").exists()
@@ -636,8 +635,8 @@ def test_a_stored_tokenizer_goes_along_without_its_code(prompts, tokenizer, tmp_
 
 def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tmp_path):
     """Where the data has none: then the special tokens are that folder's too."""
-    own = {**TINY, "eos": (258, 7), "bos": 257, "pad": 256}
-    net = make_net(build(own), config=build(own))
+    own = dataclasses.replace(TINY, eos=(258, 7), bos=257, pad=256)
+    net = make_net(own, config=own)
     with pytest.raises(Refused):  # what is there is no export
         interop.save(tokenizer, net, net.init(jax.random.key(0)))
     interop.save(tmp_path / "base", net, net.init(jax.random.key(0)))
@@ -652,7 +651,7 @@ def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tm
     _, found, generation = in_transformers(tmp_path / "out")
     assert generation["eos_token_id"] == [258, 7] and found.eos_token_id == 258
     fresh = language(data, TINY)
-    fresh.method = build.plain(KD())
+    fresh.method = plain(KD())
     with fresh.unlocked():
         fresh.roles.teacher = language(data, Role(init=str(tmp_path / "base"))).roles.student
     exported(fresh, tmp_path / "kd")
@@ -661,14 +660,15 @@ def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tm
 
 def test_ids_without_text_are_described(tmp_path):
     _, card = exported(
-        language(Markov(vocab=24, length=16, batch_size=4), {**TINY, "vocab": 24}),
+        language(Markov(vocab=24, length=16, batch_size=4), dataclasses.replace(TINY, vocab=24)),
         tmp_path,
     )
     assert not list((tmp_path / "out").glob("tokenizer*"))
-    assert (
-        "No tokenizer goes with it: its tokens are ids of `jaxdistill.data.language:Markov`. tokens int32 [length]"
-        in card
+    said = (
+        "No tokenizer goes with it: its tokens are ids of `jaxdistill.data.language:Markov`. "
+        "tokens int32 [length]"
     )
+    assert said in card
     assert (
         json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
         is None
@@ -677,7 +677,7 @@ def test_ids_without_text_are_described(tmp_path):
 
 def test_characters_are_a_tokenizer(tmp_path):
     trained, _ = exported(
-        language(Carry(digits=1, batch_size=4), {**TINY, "vocab": 14}),
+        language(Carry(digits=1, batch_size=4), dataclasses.replace(TINY, vocab=14)),
         tmp_path,
     )
     _, tokenizer, generation = in_transformers(tmp_path / "out")
@@ -693,12 +693,12 @@ def test_characters_are_a_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("eos", [(), (258,), (7, 258), (2,)])
 def test_whose_special_tokens(eos):
-    """Those of the student's own configuration where it has the data's end token; else the data's."""
+    """The student's own where its configuration has the data's end token; else the data's."""
     data = types.SimpleNamespace(codec=types.SimpleNamespace(eos=258, bos=None, pad=256))
-    found = with_special_tokens(build({**TINY, "eos": eos, "bos": 1}), data)
+    found = with_special_tokens(dataclasses.replace(TINY, eos=eos, bos=1), data)
     assert found.eos == (eos if 258 in eos else (258,))
     assert (found.bos, found.pad) == ((1, 256) if 258 in eos else (-1, 256))
-    assert with_special_tokens(build(TINY), types.SimpleNamespace()) == build(TINY)
+    assert with_special_tokens(TINY, types.SimpleNamespace()) == TINY
 
 
 @pytest.mark.filterwarnings(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jaxdistill.run import host, loop
+from jaxdistill.run import host, stop
 
 SCRIPT = """
 import ctypes, resource, sys
@@ -17,8 +17,10 @@ from jaxdistill.run import host
 if len(sys.argv) > 1 and not host.keep_freed_memory():
     raise SystemExit(7)
 libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 def step():
     block = libc.malloc(2**26)
@@ -65,8 +67,8 @@ def test_a_signal_that_others_swallow_is_remembered():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         assert host.heard() is signal.SIGTERM
-        with loop._signals() as stop:
-            assert stop.is_set() and stop.reason is signal.SIGTERM
+        with stop.signals() as asked:
+            assert asked.is_set() and asked.reason is signal.SIGTERM
         host.listen()
         assert host.heard() is None
     finally:

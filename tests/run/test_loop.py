@@ -158,7 +158,7 @@ def wait_for_step(workdir, step, process, seconds=240):
 
 
 def test_kill_and_resume_is_bit_equal(tmp_path):
-    """kill -9 at a random moment, and SIGTERM, against a run left alone: the same bits in the end."""
+    """kill -9 at a random moment, and SIGTERM, against a run left alone: the same final bits."""
     steps = 2000
     kill = random.Random().randrange(5, 300)
     killed = tmp_path / "killed"
@@ -287,7 +287,8 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
     fails(
         "hot",
         hot,
-        r"at step \d; its batch and .* finite: suspects are roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$",
+        r"at step \d; its batch and .* finite: suspects are "
+        r"roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$",
     )
     with monkeypatch.context() as patch:
         nan = lambda self: {
@@ -462,7 +463,8 @@ def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
     ):
         with pytest.raises(
             Refused,
-            match=r"report.json is of another config: seed is 0 there, 7 here; config.json was changed",
+            match=r"report.json is of another config: seed is 0 there, 7 here; "
+            "config.json was changed",
         ):
             command()
     (workdir / "config.json").write_text(
@@ -547,9 +549,11 @@ def test_a_disk_that_is_really_full(small_disk):
     message = process.communicate(timeout=240)[1]
     said = [line for line in message.splitlines() if line.startswith("failed: ")]
     assert process.returncode == 1, message
-    assert said == [
-        f"failed: {small_disk}/run/checkpoints: cannot be written (No space left on device); the last good checkpoint is kept"
-    ]
+    expected = (
+        f"failed: {small_disk}/run/checkpoints: cannot be written (No space left on device); "
+        "the last good checkpoint is kept"
+    )
+    assert said == [expected]
     assert "Traceback" not in message
     assert sorted(
         p.name for p in (small_disk / "run/checkpoints").glob("step_*") if p.name[5:].isdigit()

@@ -42,7 +42,8 @@ def workdir(tmp_path):
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     (tmp_path / "metrics.jsonl").write_text(
-        '{"step": 1, "seconds": 0.5, "a/loss": null}\n{"step": 2, "seconds": 1, "a/loss": 1e300}\n{"st'
+        '{"step": 1, "seconds": 0.5, "a/loss": null}\n'
+        '{"step": 2, "seconds": 1, "a/loss": 1e300}\n{"st'
     )
     return tmp_path
 

@@ -4,12 +4,14 @@ import html.parser
 
 from PIL import Image
 
-from jaxdistill.run.report import _html, markdown_table
+from jaxdistill.run.page import page
+from jaxdistill.run.table import markdown_table
 
 EVIL = "<script>alert('x')</script>\"&"
 
 
-def test_values_of_configs_are_text():
+def test_values_of_configs_are_text(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
     rows = [{"name": EVIL, "nfe": 1, EVIL: 0.5}, {"name": "student", "nfe": EVIL}]
     claim = dict(
         metric=EVIL,
@@ -29,7 +31,7 @@ def test_values_of_configs_are_text():
         models=rows,
         claim=claim,
     )
-    page = _html(result, {EVIL: Image.new("L", (2, 2))}, b"png")
+    text = page(result, {EVIL: Image.new("L", (2, 2))}, tmp_path)
     tags = []
     texts = []
     alts = []
@@ -43,7 +45,7 @@ def test_values_of_configs_are_text():
         def handle_data(self, data):
             texts.append(data)
 
-    Reader().feed(page)
+    Reader().feed(text)
     assert "script" not in tags and alts == [EVIL, "losses"]
     whole = "".join(texts)
     assert f"seed {EVIL}" in whole and f"Claim: {EVIL} of {EVIL}" in whole and "bound" not in whole

@@ -28,7 +28,7 @@ every = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.key
 
 
 class Gaussian(Mixture):
-    law = (np.array([1.0]), np.array([[MEAN]]), np.array([STD]))
+    components = (np.array([1.0]), np.array([[MEAN]]), np.array([STD]))
 
 
 def denoiser(process):

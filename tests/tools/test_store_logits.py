@@ -36,8 +36,14 @@ from jaxdistill.core.sharding import MeshShape
 
 def get_config():
     student = Role(model=spec("models.language.lm:LM", vocab=259, dim=8, mlp=8, heads=2, depth=1))
-    return experiment(steps=3, tensorboard=False, mesh=MeshShape(data=1, fsdp=1), data=spec("data.text:Text", length=12, batch_size=4),
-                      method=spec("methods.language.sft:SFT"), roles=dict(student=student))
+    return experiment(
+        steps=3,
+        tensorboard=False,
+        mesh=MeshShape(data=1, fsdp=1),
+        data=spec("data.text:Text", length=12, batch_size=4),
+        method=spec("methods.language.sft:SFT"),
+        roles=dict(student=student),
+    )
 """
 
 
@@ -249,7 +255,8 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
     for change, said in [
         (
             {"temperature": 2.0},
-            "of 259 tokens at temperature 1.0, expected the student's 259 at method.temperature=2.0",
+            "of 259 tokens at temperature 1.0, "
+            "expected the student's 259 at method.temperature=2.0",
         ),
         ({"top_k": 3}, "the store has said what it keeps"),
     ]:

@@ -14,9 +14,9 @@ from configs.recipes import diff_instruct
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.diffusion.process import EDM, Flow, Trig
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
-from jaxdistill.methods.distribution import _family as family
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, EDMDiffInstruct
 from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.sid import SiD
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 
 AT = 0.6
@@ -56,8 +56,8 @@ def test_gradient_in_the_mean_is_that_of_the_kl(x64, gaussian, context):
 
 
 def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussian, context):
-    """alpha = 1, at noise level .8 of the law that gradient and fake score share: sigma^2 (m_g -
-    m_r) / (s^2 + sigma^2).
+    """alpha = 1, at noise level .8, which gradient and fake score share: sigma^2 (m_g - m_r) / (s^2
+    + sigma^2).
     """
     real = gaussian(EDM(), 0.7, 0.4)
     fake = gaussian(EDM(), -0.2, 0.4)
@@ -127,7 +127,7 @@ def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
     )
 
 
-@pytest.mark.parametrize("make", [EDMDiffInstruct, family.SiD, UniInstruct])
+@pytest.mark.parametrize("make", [EDMDiffInstruct, SiD, UniInstruct])
 def test_starts_from_noise_of_the_level_that_the_student_is_told(context, make):
     """x0 = G(sigma z, sigma), in training and in sampling."""
     method = make(student_times=(1.5,))

@@ -15,78 +15,36 @@ import pytest
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Ctx
 from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
-from jaxdistill.diffusion.process import EDM, Flow, Process, expand
+from jaxdistill.diffusion.process import EDM, expand
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
-from jaxdistill.methods.distribution import _family as family
-from jaxdistill.methods.distribution._dmd import DMD
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
-from jaxdistill.methods.distribution.dmd2 import DMD2
+from jaxdistill.methods.distribution.sid import SiD
+from jaxdistill.methods.distribution.sida import SiDA
 from jaxdistill.methods.distribution.uni_instruct import (
     ExactUniInstruct,
+    NormalisedUniInstruct,
     SharedUniInstruct,
     UniInstruct,
 )
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
-from jaxdistill.objectives import fdivergence, score
+from jaxdistill.objectives import fdivergence
+from tests.methods.distribution.gaussians import (
+    ALPHA,
+    SIGMA,
+    C,
+    M,
+    Scaled,
+    grid,
+    log_density,
+    networks,
+)
 from tools.first_steps import first_steps
 
-# x_0 = M + C z, x_t = ALPHA x_0 + SIGMA eps
-M = 0.4
-C = 0.6
-ALPHA = 0.8
-SIGMA = 0.7
 OPEN = dict(ratio_range=(1e-200, 1e200), reverse_until=0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaled(Process):
-    """(ALPHA, t): g^2 / 2 = t."""
-
-    def alpha_sigma(self, t):
-        return jnp.full_like(t, ALPHA), t
-
-
-def log_density(x, mean, var):
-    return -0.5 * (x - mean) ** 2 / var - 0.5 * jnp.log(2 * jnp.pi * var)
-
-
-def networks(process, q_var, m=M, c=C):
-    """Exact teacher of q_t = N(0, q_var) (already noised), exact fake score and discriminator of
-    the student's law.
-    """
-
-    def denoised(x, t, mean, var, **kw):
-        a, s = process.alpha_sigma(expand(t, x))
-        return process.from_x0((x - s**2 * (x - mean) / var) / a, x, t, **kw)
-
-    def spread(x, t):
-        a, s = process.alpha_sigma(expand(t, x))
-        return a * m, (a * c) ** 2 + s**2
-
-    q = lambda x, t: q_var(expand(t, x)) if callable(q_var) else q_var
-    return SimpleNamespace(
-        teacher=lambda x, t, cond=None: denoised(x, t, 0.0, q(x, t)),
-        fake=lambda x, t, cond=None, taps=(): denoised(
-            x, t, *spread(x, t), features=((x, expand(t, x)),)
-        ),
-        disc=lambda features, t, cond: (
-            log_density(features[0][0], 0.0, q(*features[0]))
-            - log_density(features[0][0], *spread(*features[0]))
-        )[:, 0],
-    )
-
-
-@functools.cache
-def grid(n=72):
-    """(z [n^2 1], eps, weights [n^2]) of two independent normal variables."""
-    x, w = np.polynomial.hermite_e.hermegauss(n)
-    z, eps = (a.reshape(-1, 1) for a in np.meshgrid(x, x))
-    return z, eps, np.outer(w, w).reshape(-1) / w.sum() ** 2
-
-
 def gradient(method, net, sigma=SIGMA, m=M, c=C):
-    """d/dm, d/dc of the weighted mean of `method.expansion`, its networks held."""
+    """d/dm, d/dc of the weighted mean of `method.expansion`, with constant networks."""
     z, eps, w = grid()
     t = jnp.full(len(z), sigma)
     ctx = Ctx({"x": z}, jax.random.key(0), jnp.asarray(0), {})
@@ -145,7 +103,7 @@ def test_three_terms_are_the_gradient(x64, kind, scale, q_var, values):
 
 
 def test_single_terms(x64):
-    """T_SIM alone is the whole gradient for forward KL only."""
+    """T_SIM alone is the complete gradient for forward KL only."""
     net = networks(Scaled(), 1.69)
     term = lambda kind, *kept: gradient(exact(kind, kept), net) / SIGMA
     np.testing.assert_allclose(term("forward_kl", 1, 0, 0), TABLE[0][3], atol=6e-7)
@@ -163,11 +121,11 @@ def test_detaching_the_ratio_changes_the_gradient(x64):
     np.testing.assert_allclose(got, (0.986558, -3.051113), atol=6e-7)
 
 
-@pytest.mark.parametrize("make", [UniInstruct, ExactUniInstruct, family.SiDA])
+@pytest.mark.parametrize("make", [UniInstruct, ExactUniInstruct, SiDA])
 @pytest.mark.parametrize("kind", ["jkl", "chi2"])
 def test_equal_laws_leave_the_student_alone(x64, make, kind):
     var = (ALPHA * C) ** 2 + SIGMA**2
-    named = {} if make is family.SiDA else {"divergence": kind}  # SiDA has one of its own
+    named = {} if make is SiDA else {"divergence": kind}  # SiDA has one of its own
     method = make(process=Scaled(), **named, **OPEN)
     np.testing.assert_allclose(
         gradient(method, networks(Scaled(), var, m=0.0), m=0.0), 0.0, atol=1e-10
@@ -176,7 +134,7 @@ def test_equal_laws_leave_the_student_alone(x64, make, kind):
 
 def test_code_weights(x64):
     """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving
-    along, r and omega held.
+    along, r and omega constant.
     """
     method = UniInstruct(process=Scaled(), divergence="chi2", **OPEN)
     net, (z, eps, _) = networks(Scaled(), 1.0), grid(6)
@@ -402,7 +360,7 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
     )  # the schedule costs one program for the critics alone, none for the change of divergence
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Later(family.SiD):
+    class Later(SiD):
         @property
         def turns(self):
             critics, student = super().turns
@@ -472,9 +430,9 @@ def fitted(kind):
         ] - np.log(2)
 
     def slope(theta):
-        held = jax.lax.stop_gradient(theta)
-        net = networks(EDM(), 1.0, held[0], jnp.exp(held[1]))
-        p = lambda x, t: log_density(x, held[0], jnp.exp(2 * held[1]) + expand(t, x) ** 2)
+        fixed = jax.lax.stop_gradient(theta)
+        net = networks(EDM(), 1.0, fixed[0], jnp.exp(fixed[1]))
+        p = lambda x, t: log_density(x, fixed[0], jnp.exp(2 * fixed[1]) + expand(t, x) ** 2)
         score_q = lambda x, t: jax.grad(lambda x: jnp.sum(log_q(x, t)))(x)
         net.teacher = lambda x, t, cond=None: EDM().from_x0(
             x + expand(t, x) ** 2 * score_q(x, t), x, t
@@ -511,173 +469,7 @@ def test_a_student_of_too_little_capacity_covers_under_forward_and_picks_under_r
     assert std <= 0.5 * data_std and abs(mean - 2) < 0.2, (mean, std)
 
 
-def test_sid_at_half_alpha_is_half_the_exact_gradient(x64):
-    """2 (D_phi - D_psi)(D_psi - x0) + |D_phi - D_psi|^2, over sigma^4, is dJ/dtheta of reverse KL
-    for unequal variances.
-    """
-    net, (z, eps, w) = networks(Scaled(), 1.69), grid()
-    t = jnp.full(len(z), SIGMA)
-    unit = ALPHA**2 / SIGMA**4
-
-    def loss(m, c):
-        x0 = m + c * z
-        xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
-        real = net.teacher(xt, t).x0
-        fake = net.fake(xt, t).x0
-        plain = (
-            score.sid_loss(x0, real, fake, alpha=0.5, scale=1.0)
-            / score.inverse_distance(x0, real)[:, 0]
-        )
-        return 2 * unit * jnp.sum(w * plain)
-
-    np.testing.assert_allclose(jax.grad(loss, (0, 1))(M, C), TABLE[1][3], atol=6e-7)
-
-
-def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
-    net, (z, eps, w) = networks(Scaled(), 1.69), grid()
-    method = family.SIM(process=Scaled(), huber=0.3, scale=1.0)
-    t = jnp.full(len(z), SIGMA)
-    held = Scaled().add_noise(M + C * z, jnp.asarray(eps), t)
-
-    def loss(m, c):
-        x0 = m + c * z
-        xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
-        return jnp.sum(w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0))
-
-    def distance(m, c):
-        gap = networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
-        return jnp.sum(w * jnp.sqrt(gap[:, 0] ** 2 + 0.3**2))
-
-    np.testing.assert_allclose(
-        jax.grad(loss, (0, 1))(M, C), jax.grad(distance, (0, 1))(M, C), rtol=1e-6
-    )
-
-
-@pytest.fixture
-def plain(x64, gaussian, context):
-    """(nets, ctx, x0, x_t, t) on rectified flow at t = .6, with gradients of `match` to look at."""
-    real = gaussian(Flow(), 0.7, 0.4)
-    fake = gaussian(Flow(), -0.2, 0.6)
-    x0 = jax.random.normal(jax.random.key(0), (64, 1))
-    net = SimpleNamespace(
-        teacher=real.denoise,
-        fake=lambda x, t, cond=None, taps=(): dataclasses.replace(
-            fake.denoise(x, t), features=(x,)
-        ),
-    )
-    net.disc = lambda features, t, cond: 2 * features[0][:, 0]
-    net.reward = lambda x, cond: jnp.sin(x).sum(1)
-    ctx = context(jnp.zeros((64, 1)), ref=x0 + 1.0, measured=x0 - 0.5)
-    xt, t, _ = DiffInstruct(match_times=Uniform(low=0.6, high=0.6)).diffuse(
-        x0, Uniform(low=0.6, high=0.6), ctx, "match"
-    )
-    return net, ctx, x0, real.denoise(xt, t).x0, fake.denoise(xt, t).x0, xt
-
-
-AT = dict(process=Flow(), match_times=Uniform(low=0.6, high=0.6), student_times=(1.0,))
-
-
-def pulled(method, plain):
-    net, ctx, x0 = plain[:3]
-    return jax.grad(lambda x: method.match(net, ctx, x)[0])(x0) * x0.size
-
-
-def test_f_distill(plain):
-    _, _, x0, real, fake, xt = plain
-    h = np.exp(2 * xt[:, :1]) / (1 + np.exp(2 * xt[:, :1]))
-    want = h / h.mean() * (fake - real) / np.abs(x0 - real)
-    np.testing.assert_allclose(
-        pulled(family.FDistill(divergence="js", **AT), plain), want, rtol=1e-10
-    )
-    reverse = pulled(family.FDistill(divergence="reverse_kl", **AT), plain)
-    np.testing.assert_allclose(reverse, pulled(DMD2(**AT), plain), rtol=1e-10)
-
-
-def test_f_distill_with_clipped_ratios_over_their_bins(plain):
-    """All times are .6, the seventh of ten bins of [0, 1], whose mean moves half the way to the
-    batch's; then as above.
-    """
-    net, ctx, x0, real, fake, xt = plain
-    net.student = lambda x, t, cond=None: Flow().from_x0(x, x, t)
-    r = np.clip(np.exp(2 * xt[:, :1]), 0.5, 2.0)
-    np.testing.assert_array_equal(
-        pulled(family.FDistill(**AT), plain),
-        pulled(family.FDistill(ratio_range=(0.0, np.inf), **AT), plain),
-    )
-    clipped = r / (1 + r) / np.mean(r / (1 + r)) * (fake - real) / np.abs(x0 - real)
-    np.testing.assert_allclose(
-        pulled(family.FDistill(ratio_range=(0.5, 2.0), **AT), plain), clipped, rtol=1e-10
-    )
-
-    method = family.BinnedFDistill(ratio_range=(0.5, 2.0), bin_rate=0.5, **AT)
-    held = dataclasses.replace(
-        ctx, memory=method.memory(), batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))}
-    )
-    mean = 0.5 + 0.5 * np.sum(r) / (len(r) + 1e-6)
-    scaled = r / (mean + 1e-6)
-    want = (
-        scaled / (1 + scaled) / np.mean(scaled / (1 + scaled)) * (fake - real) / np.abs(x0 - real)
-    )
-    np.testing.assert_allclose(pulled(method, (net, held, x0)), want, rtol=1e-9)
-    memory = method.student_loss(net, held).memory["ratio_means"]
-    np.testing.assert_allclose(memory, np.where(np.arange(10) == 6, mean, 1.0), rtol=1e-12)
-
-
-def test_score_distillation_and_its_delta(plain):
-    net, ctx, x0, real = plain[:4]
-    np.testing.assert_allclose(pulled(family.SDS(**AT), plain), x0 - real, rtol=1e-10)
-    slope = (
-        0.4 * 0.16 / (0.16 * 0.16 + 0.36)
-    )  # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
-    np.testing.assert_allclose(pulled(family.DDS(**AT), plain), -(1 - 0.4 * slope), rtol=1e-9)
-    still = dataclasses.replace(ctx, batch={**ctx.batch, "ref": x0})
-    np.testing.assert_allclose(pulled(family.DDS(**AT), (net, still, x0)), 0.0, atol=1e-12)
-    assert (
-        family.SDS().turns[0].moves == ("student",)
-        and len(family.SDS().turns) == 1
-        and "fake" not in family.SDS().inits
-    )
-
-
-def test_red_diff_adds_fidelity(plain):
-    x0, real = plain[2:4]
-    np.testing.assert_allclose(
-        pulled(family.RedDiff(fidelity_weight=0.3, **AT), plain),
-        x0 - real + 0.3 * 2 * 0.5,
-        rtol=1e-10,
-    )
-
-
-@pytest.mark.parametrize(
-    ("make", "base"), [(family.DIPlusPlus, DiffInstruct), (family.DIStar, family.SIM)]
-)
-def test_rewards_are_climbed(plain, make, base):
-    gap = pulled(make(reward_weight=0.2, **AT), plain) - pulled(base(**AT), plain)
-    np.testing.assert_allclose(gap, -0.2 * np.cos(plain[2]), rtol=1e-9)
-    assert make().frozen == ("teacher", "reward")
-
-
-def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
-    """The pairs are those of the teacher's flow; the gradient is DMD2's and the squared error's."""
-    net, ctx, *_ = plain
-    g = gaussian(Flow(), 0.7, 0.4)
-    method = DMD(regression_weight=0.5, solver_steps=64, **AT)
-    made = method.pairs(net, ctx)
-    np.testing.assert_allclose(
-        made["pair_x"], 0.7 + 0.4 * made["pair_noise"], atol=2e-3
-    )  # Heun's error at 64 steps
-    np.testing.assert_allclose(pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12)
-    net.student = lambda x, t, cond=None: Flow().from_x0(x + 0.1, x, t)
-    noise = made["pair_noise"]
-    x = made["pair_x"]
-    out = method.student_loss(net, context(x, pair_noise=noise, pair_x=x, xt=noise, t=jnp.ones(64)))
-    regression = np.mean((noise + 0.1 - x) ** 2)
-    np.testing.assert_allclose(out.loss, out.metrics["match"] + 0.5 * regression, rtol=1e-9)
-    (stage,) = method.stages(10)
-    assert stage.collect.batches == method.batches and g.std == 0.4
-
-
 def test_normalised_ratios_have_mean_one():
-    r = family.NormalisedUniInstruct().ratio(jnp.array([-1.0, 0.0, 2.0]))
+    r = NormalisedUniInstruct().ratio(jnp.array([-1.0, 0.0, 2.0]))
     np.testing.assert_allclose(r.mean(), 1.0, rtol=1e-6)
     np.testing.assert_allclose(r[2] / r[1], np.exp(2), rtol=1e-5)

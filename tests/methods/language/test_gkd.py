@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill.core.build import build, experiment
+from jaxdistill.core.build import experiment
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Method, Refused
@@ -153,7 +153,7 @@ def test_no_gradient_through_sampling():
 
 def test_five_steps_of_both_kinds(compilations):
     state, losses = train(GKD(on_policy=0.5), 5, optax.adam(1e-2))
-    assert {GKD(on_policy=0.5).writes(i) for i in range(5)} == {True, False}
+    assert {GKD(on_policy=0.5).is_on_policy(i) for i in range(5)} == {True, False}
     assert compilations["train_step"] == 2 and np.isfinite(losses).all()
     jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], PARAMS["teacher"])
     assert any(
@@ -195,6 +195,6 @@ def test_it_stops_at_the_datas_end_token_by_default(eos, tmp_path):
     (tmp_path / "a.jsonl").write_text("")
     made = make(PackedJson(path=str(tmp_path / "a.jsonl")), gkd)
     assert (made.eos, made.pad) == (eos or (258,), 0 if eos else 256)
-    assert make(markov, gkd) == build(gkd)
-    inside = stopping(Outer(inner=build(gkd)), lambda: build(carry))
+    assert make(markov, gkd) == gkd
+    inside = stopping(Outer(inner=gkd), lambda: carry)
     assert inside.inner.eos == (eos or (12,)) and type(inside) is Outer

@@ -1,6 +1,7 @@
 """My method (arXiv:2601.00000) at the size of Llama 3.1 8B: half of the layers, then KD on logits.
 
-    python -m launch.train --config=configs/recipes/my_method.py --workdir=DIR --config.data.path=train.jsonl \\
+    python -m launch.train --config=configs/recipes/my_method.py --workdir=DIR \\
+        --config.data.path=train.jsonl \\
         --config.data.tokenizer=LLAMA --config.roles.teacher.init=LLAMA_8B
 
 The folders are those of `LlamaForCausalLM`. The paper's constants, hardware, hours and figures

@@ -1,6 +1,7 @@
 """My method (arXiv:2601.00000) of a DiT-XL/2 on 256 px ImageNet latents.
 
-    python -m launch.train --config=configs/recipes/my_method.py --workdir=DIR --config.data.path=LATENTS \\
+    python -m launch.train --config=configs/recipes/my_method.py --workdir=DIR \\
+        --config.data.path=LATENTS \\
         --config.roles.teacher.init=TEACHER
 
 TEACHER is a run of configs/recipes/flow_matching.py, LATENTS are that recipe's. The paper's

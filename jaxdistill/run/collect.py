@@ -1,0 +1,65 @@
+"""Data that a stage generates before its first step, stored in the run's folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.core import sharding
+from jaxdistill.core.step import bind
+from jaxdistill.core.types import Batch, Ctx, Params, Stage
+from jaxdistill.data import arrayrecord
+from jaxdistill.data.base import Dataset
+from jaxdistill.data.prefetch import DevicePrefetch
+from jaxdistill.run import metrics
+from jaxdistill.run.experiment import Trained
+from jaxdistill.run.feed import process
+from jaxdistill.run.stop import Stopped
+
+
+def collected(
+    trained: Trained, stage: Stage, index: int, stop: threading.Event, progress: bool
+) -> Dataset:
+    """The data set of a stage: the experiment's, or what `stage.collect` generates.
+
+    Generated batches are stored in data/<index>, one file each; those that are there are kept.
+    Raises Stopped where the run was asked to stop.
+    """
+    experiment = trained.experiment
+    if stage.collect is None:
+        return experiment.data
+    folder = experiment.workdir / "data" / str(index)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    @jax.jit
+    def make(params: Mapping[str, Params], batch: Batch, rng: Any) -> Batch:
+        ctx = Ctx(batch, rng, jnp.int32(0), {})
+        return stage.collect.make(bind(trained.nets, params), ctx)
+
+    count = stage.collect.batches
+    title = f"{experiment.workdir.name} data"
+    key = jax.random.key(experiment.settings.seed)
+    loader = experiment.data.loader(process())
+    with DevicePrefetch(loader, experiment.put_batch()) as batches:
+        for i in metrics.bar(range(count), title, "batch", progress):
+            batch, _ = next(batches)
+            file = folder / f"batch{i:06d}_{jax.process_index()}.arrayrecord"
+            if not file.exists():
+                made = make(trained.params, batch, jax.random.fold_in(key, i))
+                arrayrecord.write(file, _samples(sharding.local_samples(made)))
+            if stop.is_set():
+                raise Stopped(stop.reason, f"stored {i + 1} of {count} batches in {folder}")
+    data = experiment.data
+    return arrayrecord.stored(folder, batch_size=data.batch_size, seed=data.seed)
+
+
+def _samples(batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """The samples of a batch, one after the other."""
+    size = len(next(iter(batch.values())))
+    for n in range(size):
+        yield {name: values[n] for name, values in batch.items()}
