@@ -43,7 +43,7 @@ class DiscriminatorModule(nnx.Module):
         self.cfg = cfg
         w = cfg.width
 
-        def layers(i: int, o: int, names: tuple) -> nnx.List:
+        def layers(i: int, o: int, names: tuple):
             return nnx.List([dense(i, o, names, rngs=rngs) for _ in range(cfg.taps)])
 
         self.tokens = layers(cfg.dim, w, ("embed", "mlp"))
@@ -92,7 +92,7 @@ class HeadsModule(nnx.Module):
     def __init__(self, cfg: Heads, rngs: nnx.Rngs):
         w = cfg.width
 
-        def layers(sizes: list[tuple[int, int]], names: tuple) -> nnx.List:
+        def layers(sizes: list[tuple[int, int]], names: tuple):
             return nnx.List([dense(i, o, names, rngs=rngs) for i, o in sizes])
 
         self.tokens = layers([(dim, w) for dim in cfg.dims], ("embed", "mlp"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -251,7 +252,7 @@ def run_middle(mid: Middle, x: Float[Array, "B T H W C"], remat: str) -> Float[A
 
 
 def run_levels(
-    levels: nnx.List, x: Float[Array, "B _ _ _ i"], remat: str
+    levels: Sequence[Level], x: Float[Array, "B _ _ _ i"], remat: str
 ) -> Float[Array, "B _ _ _ o"]:
     """The output of the last level, residual blocks rematerialised by the policy `remat`."""
     for level in levels:
