@@ -112,6 +112,10 @@ class MultiStudent(Delegating):
             needs |= host.needs
         return needs
 
+    @property
+    def cycle(self) -> int:
+        return self.adm.cycle
+
     def settled(self) -> Method:
         dm = self.dm.settled()
         return dataclasses.replace(self, dm=dm, adm=self.adm.settled())
