@@ -3,7 +3,7 @@
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-PACKAGES = ()  # whose annotations are checked at every call
+PACKAGES = ("jaxdistill.evals",)  # whose annotations are checked at every call
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 

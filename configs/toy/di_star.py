@@ -32,7 +32,7 @@ def distil(reward_weight, **rest):
 
 def get_config():
     return distil(
-        1.0,
+        15.0,
         runs=dict(unrewarded=distil(0.0)),
         claim=dict(
             metric="regret", model="student@1", baseline="unrewarded@1", better="lower", ratio=0.6

@@ -17,14 +17,14 @@ from jaxdistill.evals.points import PointEval
 from jaxdistill.methods.distribution.sida import SiDA
 from jaxdistill.models.heads import Discriminator
 
-ABLATIONS = {"no GAN: SiD": ("method.gan_weight=0",), "alpha 1": ("method.alpha=1.0",)}
+ABLATIONS = {"no GAN: SiD": ("method.gan_weight=0",), "alpha 1.2": ("method.alpha=1.2",)}
 
 
 def get_config():
     return experiment(
         steps=4000,
         data=Blurred(seed=0, labelled=False, blur=0.4),
-        method=SiDA(critic_steps=2, reverse_until=500, gan_weight=10.0),
+        method=SiDA(critic_steps=2, reverse_until=500, gan_weight=0.1, alpha=1.0),
         roles=dict(
             teacher=Role(init="exact"),
             student=STUDENT,

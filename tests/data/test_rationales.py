@@ -26,8 +26,8 @@ def test_prompt_ends_where_the_teacher_begins():
     shots = [("How many?", "1 + 2 is 3.", "(1 + 2)"), ("And?", "No more.", "(0)")]
     prompt = few_shot(shots, "Now?", lambda label: f"The answer is {label}.")
     assert (
-        prompt
-        == "Q: How many?\nA: 1 + 2 is 3. The answer is (1 + 2).\n\nQ: And?\nA: No more. The answer is (0).\n\nQ: Now?\nA:"
+        prompt == "Q: How many?\nA: 1 + 2 is 3. The answer is (1 + 2).\n\n"
+        "Q: And?\nA: No more. The answer is (0).\n\nQ: Now?\nA:"
     )
     reply = prompt.split("A:")[1]
     assert parse_equation(reply) == Told(" 1 + 2 is 3.", "(1 + 2)", True)

@@ -23,7 +23,7 @@ NETS = {
 }
 PARAMS = {role: net.init(jax.random.key(i)) for i, (role, net) in enumerate(NETS.items())}
 DATA = Chains(
-    vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2
+    vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8, interval=3, measures=2
 )
 METHOD = DDK(domains=2, interval=3, measures=2)
 BATCHES = [DATA.batch(i, slice(None)) for i in range(5)]
@@ -191,12 +191,12 @@ def test_no_method_trains_on_held_out_batches():
     data without them is not.
     """
     given = r"data.interval=3, data.measures=2"
-    refused = f"{given}: SFT would train student on the held-out rows of step 0"
+    refused = f"{given}: SFT would train student on the held-out samples of step 0"
     with pytest.raises(Refused, match=refused):
         DATA.check_method(SFT())
-    with pytest.raises(Refused, match="KD would train student on the held-out rows of step 0"):
+    with pytest.raises(Refused, match="KD would train student on the held-out samples of step 0"):
         DATA.check_method(KD())
-    with pytest.raises(Refused, match="DDK would train student on the held-out rows of step 5"):
+    with pytest.raises(Refused, match="DDK would train student on the held-out samples of step 5"):
         DATA.check_method(DDK(domains=2, interval=4, measures=2))
     dataclasses.replace(DATA, interval=0).check_method(SFT())
     DATA.check_method(METHOD)

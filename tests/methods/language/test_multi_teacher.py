@@ -28,7 +28,7 @@ PARAMS = {
     )
     for role, net in NETS.items()
 }
-DATA = Chains(vocab=5, length=6, branches=(2, 3), size=40, held=8, batch_size=8)
+DATA = Chains(vocab=5, length=6, branches=(2, 3), size=40, held_out=8, batch_size=8)
 BATCH = {k: jnp.asarray(v) for k, v in DATA.batch(0, slice(None)).items()}
 
 
