@@ -32,6 +32,7 @@ def sample(argv: list[str]) -> None:
     import numpy as np
 
     from jaxdistill.core.net import paths
+    from jaxdistill.evals.text import TextEval
     from jaxdistill.run import loop
 
     trained = loop.load(workdir, config)
@@ -42,7 +43,7 @@ def sample(argv: list[str]) -> None:
     if role not in trained.params:
         raise Refused(f"--role={role}{nearest(role, trained.params)}")
     evaluation = dataclasses.replace(evaluation, seed=seed)
-    if hasattr(evaluation, "texts"):
+    if isinstance(evaluation, TextEval):
         if given or steps:
             raise Refused(
                 f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are"

@@ -217,7 +217,7 @@ def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, mon
     plan.shorten(config)
     devices, kind = plan.topology("v5e:2x2")
     monkeypatch.setattr(plan, "topology", lambda name: (devices, dataclasses.replace(kind, hbm=1)))
-    found = plan.compile_for(config, "v5e:2x2", whole=False)
+    found = plan.compile_for(config, "v5e:2x2", every=False)
     assert [p.turns for p in found.patterns] == [
         "0+1"
     ] and not found.fits  # not the critics' own steps

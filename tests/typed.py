@@ -5,8 +5,11 @@ from jaxtyping import install_import_hook
 
 PACKAGES = (  # whose annotations are checked at every call
     "jaxdistill.diffusion",
+    "jaxdistill.evals",
+    "jaxdistill.models",
     "jaxdistill.objectives",
     "jaxdistill.samplers",
+    "jaxdistill.surgery",
 )
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float

@@ -34,7 +34,7 @@ class Partition:
         """How many of these conditions each cell has."""
         return jnp.bincount(self.assign(cond), length=self.cells)
 
-    def deal(self, batch: Batch) -> tuple[Batch, Bool[Array, " K"]]:
+    def split(self, batch: Batch) -> tuple[Batch, Bool[Array, " K"]]:
         """A batch in which each cell has B / cells samples in turn, and which cells had any before.
 
         Where a cell has too many samples, the last ones are left out; where it has too few, some

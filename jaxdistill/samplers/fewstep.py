@@ -41,12 +41,15 @@ def renoise(
     noise: Float[Array, "B ..."],
     times: Shaped[Array, " N"],
     key: Key[Array, ""],
+    solver: str = "",
 ) -> Float[Array, "B ..."]:
     """Consistency and DMD2 sampling: x0 at each of `times`, renoised to the next with fresh noise.
 
+    With a `solver` its step leads to the next time instead, as in `simulate`.
+
     The chain starts from unit Gaussian `noise`, which stands for a state at times[0].
     """
-    xt, t = simulate(process, net, noise, times, key, len(times) - 1)
+    xt, t = simulate(process, net, noise, times, key, len(times) - 1, solver)
     return net(xt, t).x0
 
 

@@ -82,7 +82,7 @@ def test_same_conditions():
             "data": config.data.to_dict(),
             "evaluation": evaluation,
             "lr": config.roles.student.optimizer.lr,
-            "updates": config.steps / suites.updates_every(config.method.to_dict()),
+            "updates": config.steps / build.build(config.method).cycle,
         }
 
     expected = stated(load_config(f"{file}:dmd2"))
