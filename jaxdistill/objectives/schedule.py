@@ -111,18 +111,6 @@ def follows_schedules(
     return at_step
 
 
-def follows_schedules(
-    loss: Callable[[Any, Nets, Ctx], Out],
-) -> Callable[[Any, Nets, Ctx], Out]:
-    """A method's loss that sees the numbers of its schedules at the current step."""
-
-    @functools.wraps(loss)
-    def at_step(self: Any, net: Nets, ctx: Ctx) -> Out:
-        return loss(settled(self, ctx.step), net, ctx)
-
-    return at_step
-
-
 def bounds(value: float | Schedule) -> tuple[float, float]:
     """(least, largest) number that a field will hold: a schedule stays between its ends."""
     ends = (value.start, value.end) if isinstance(value, Schedule) else (value, value)
