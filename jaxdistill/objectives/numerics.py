@@ -15,8 +15,8 @@ def wide(x: Shaped[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def teacher_and_student(
-    teacher: Shaped[Array, "*B"], student: Shaped[Array, "*B"]
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    teacher: Shaped[Array, "*T"], student: Shaped[Array, "*S"]
+) -> tuple[Float[Array, "*T"], Float[Array, "*S"]]:
     """Both in float32 or wider, the teacher's under stop_gradient."""
     return jax.lax.stop_gradient(wide(teacher)), wide(student)
 
