@@ -226,19 +226,17 @@ def common(*logits: Shaped[Array, "... _"]) -> tuple[Shaped[Array, "... V"], ...
 
 
 def token_divergence(
-    divergence: Divergence | str,
+    divergence: Divergence,
     teacher: Shaped[Array, "*B V"],
     student: Shaped[Array, "*B W"],
     *,
     temperature: float | Array = 1.0,
-    **parameters: Any,
 ) -> Float[Array, "*B"]:
     """T^2 D(softmax(teacher / T), softmax(student / T)) of every token, from logits.
 
     The factor keeps the scale of the gradients. Vocabularies of different sizes are compared on
     their `common` ids.
     """
-    divergence = named(divergence, parameters)
     teacher, student = common(teacher, student)
 
     def at_temperature(*logits: Array) -> Array:
@@ -288,14 +286,13 @@ def topk_log_probs(
 
 
 def topk_divergence(
-    divergence: Divergence | str,
+    divergence: Divergence,
     ids: Int[Array, "*B k"],
     log_probs: Shaped[Array, "*B k"],
     log_tail: Shaped[Array, "*B"] | None,
     student: Shaped[Array, "*B V"],
     *,
     temperature: float | Array = 1.0,
-    **parameters: Any,
 ) -> Float[Array, "*B"]:
     """`token_divergence` over k + 1 outcomes: the teacher's k tokens, and all others together.
 
@@ -307,7 +304,6 @@ def topk_divergence(
         the probability that the student gives to other tokens has no effect.
       student: logits.
     """
-    divergence = named(divergence, parameters)
     log_q = _log_softmax(wide(student) / temperature)
     log_p = wide(log_probs)
     if log_tail is None:
@@ -327,7 +323,7 @@ TAILS = ("bucket", "dropped")
 
 
 def restricted_divergence(
-    divergence: Divergence | str,
+    divergence: Divergence,
     teacher: Shaped[Array, "*B V"],
     student: Shaped[Array, "*B W"],
     k: int,
@@ -335,7 +331,6 @@ def restricted_divergence(
     support: Support = "teacher",
     tail: Tail = "bucket",
     temperature: float | Array = 1.0,
-    **parameters: Any,
 ) -> Float[Array, "*B"]:
     """`topk_divergence` of logits on the k likeliest tokens of the teacher or of the student.
 
@@ -345,7 +340,6 @@ def restricted_divergence(
     Raises:
       Refused: unless 0 < k < V.
     """
-    divergence = named(divergence, parameters)
     teacher, student = common(teacher, student)
     if support == "teacher":
         ids, kept, rest = topk_log_probs(teacher, k, temperature=temperature)
@@ -358,7 +352,7 @@ def restricted_divergence(
 
 
 def chunked_divergence(
-    divergence: Divergence | str,
+    divergence: Divergence,
     teacher_hidden: Shaped[Array, "*B D"],
     teacher_head: Shaped[Array, "D V"],
     student_hidden: Shaped[Array, "*B E"],
@@ -366,7 +360,6 @@ def chunked_divergence(
     *,
     chunk: int,
     temperature: float | Array = 1.0,
-    **parameters: Any,
 ) -> Float[Array, "*B"]:
     """`token_divergence` of hidden @ head that never holds more than `chunk` logits of a token.
 
@@ -378,7 +371,6 @@ def chunked_divergence(
     Raises:
       Refused: on a divergence that is no `Sum` (`AdaptiveKL` sorts the vocabulary).
     """
-    divergence = named(divergence, parameters)
     if not isinstance(divergence, Sum):
         sums = [cls.__name__ for cls in NAMES.values() if issubclass(cls, Sum)]
         name = type(divergence).__name__
@@ -581,28 +573,3 @@ def _log_norm(
 
     parts = jax.lax.scan(_recompute(part), None, (real, columns))[1]
     return jax.nn.logsumexp(parts, 0)
-
-
-# Until the last caller passes divergences in place of their names.
-KINDS = NAMES
-SUMS = {name: cls for name, cls in NAMES.items() if issubclass(cls, Sum)}
-forward_kl = ForwardKL()
-reverse_kl = ReverseKL()
-total_variation = TotalVariation()
-
-
-def jsd(teacher: Array, student: Array, beta: float = 0.5) -> Array:
-    return JensenShannon(beta=beta)(teacher, student)
-
-
-def skew_kl(teacher: Array, student: Array, alpha: float = 0.1) -> Array:
-    return SkewKL(alpha=alpha)(teacher, student)
-
-
-def named(divergence: Divergence | str, parameters: Mapping[str, Any]) -> Divergence:
-    if isinstance(divergence, Divergence):
-        return divergence
-    made = lookup(NAMES, divergence, "kind")()
-    for name, value in parameters.items():
-        object.__setattr__(made, name, value)
-    return made

@@ -7,8 +7,6 @@ listed, but that of the event "this span comes next" can: it has two outcomes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
@@ -51,12 +49,11 @@ def unpacked(bits: UInt8[Array, " N"], count: int) -> Bool[Array, " {count}"]:
 
 
 def event_divergence(
-    divergence: Divergence | str,
+    divergence: Divergence,
     log_p: Float[Array, "*B"],
     log_q: Float[Array, "*B"],
     *,
     temperature: float | Array = 1.0,
-    **parameters: Any,
 ) -> Float[Array, "*B"]:
     """tau D((p^(1/tau), 1 - p^(1/tau)), (q^(1/tau), 1 - q^(1/tau))) from log-probabilities.
 
@@ -69,6 +66,4 @@ def event_divergence(
         log = jnp.minimum(log / temperature, -jnp.finfo(log.dtype).eps)
         return jnp.stack([log, jnp.log(-jnp.expm1(log))], -1)
 
-    return temperature * token_divergence(
-        divergence, outcomes(log_p), outcomes(log_q), **parameters
-    )
+    return temperature * token_divergence(divergence, outcomes(log_p), outcomes(log_q))
