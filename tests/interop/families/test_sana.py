@@ -333,7 +333,7 @@ def test_refuses_inputs_that_do_not_fit():
         call((1, 4, 4, 4), {"mask": jnp.ones((1, 5), bool)})
     with pytest.raises(Refused, match="'guidance' is not read by Sana; it has guidance, text"):
         call((1, 4, 4, 4), text | {"guidance": jnp.ones(1)})
-    with pytest.raises(Refused, match=r"Sana needs 'guidance' number \[B\] .* it has nothing else"):
+    with pytest.raises(Refused, match=r"Sana needs 'guidance' number \[B\] .* it has text"):
         call((1, 4, 4, 4), text, make_net(Sana(guidance=True)))
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 4, 5, 4), text)
