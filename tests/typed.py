@@ -5,7 +5,8 @@ tests run.
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-PACKAGES = ("jaxdistill.evals",)  # whose annotations are checked at every call
+# whose annotations are checked at every call
+PACKAGES = ("jaxdistill.evals", "jaxdistill.models", "jaxdistill.surgery")
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 

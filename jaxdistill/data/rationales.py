@@ -20,7 +20,7 @@ from jaxdistill.data.base import InMemory, held_out
 from jaxdistill.data.text import JsonLines, _field, _file, _objects, _text, pad_documents
 
 
-class Told(NamedTuple):
+class Parsed(NamedTuple):
     """The content of a teacher's answer.
 
     Where it cannot be parsed, `valid` is False and both texts are a space, as in the paper's code.
@@ -31,7 +31,7 @@ class Told(NamedTuple):
     valid: bool
 
 
-NOTHING = Told(" ", " ", False)
+UNPARSED = Parsed(" ", " ", False)
 
 
 def few_shot(
@@ -44,28 +44,30 @@ def few_shot(
         question: the question without an answer.
         ending: label -> the sentence that the parser of the task looks for.
     """
-    told = "".join(f"Q: {x}\nA: {rationale} {ending(label)}\n\n" for x, rationale, label in shots)
-    return f"{told}Q: {question}\nA:"
+    prompt = ""
+    for text, rationale, label in shots:
+        prompt += f"Q: {text}\nA: {rationale} {ending(label)}\n\n"
+    return f"{prompt}Q: {question}\nA:"
 
 
-def parse_choice(text: str) -> Told:
+def parse_choice(text: str) -> Parsed:
     """ "R. So the answer is (b) dog." -> ("R.", "dog"). Text after a further "Q:" is ignored."""
     rationale, found, tail = text.split("Q:")[0].rstrip().partition("So the answer is")
     match = re.match(r"\s*\([a-z]\)\s*(.+?)\.?$", tail, re.DOTALL)
-    return Told(rationale.rstrip(), match.group(1), True) if found and match else NOTHING
+    return Parsed(rationale.rstrip(), match.group(1), True) if found and match else UNPARSED
 
 
-def parse_equation(text: str) -> Told:
+def parse_equation(text: str) -> Parsed:
     """ "R. The answer is (1 + 2)." -> ("R.", "(1 + 2)"). Text after a further "Q:" is ignored."""
     rationale, found, tail = text.split("Q:")[0].rstrip().partition("The answer is")
     if not found:
-        return NOTHING
+        return UNPARSED
     for line in tail.split("\n"):
         low = line.find("(")
         high = line.rfind(")")
         if 0 <= low < high:
-            return Told(rationale.rstrip(), line[low : high + 1], True)
-    return NOTHING
+            return Parsed(rationale.rstrip(), line[low : high + 1], True)
+    return UNPARSED
 
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}  # of the operators
@@ -174,10 +176,10 @@ def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, st
             raise Refused(f"{folder}: {len(texts)} rationales for {len(problems)} rows of {split}")
         out[split] = []
         for (problem, gold), text in zip(problems, texts):
-            told = parse_equation(text)
-            if told.valid:
-                label = told.label if use_teacher and split == "train" else gold
-                record = {"input": problem, "gold": gold, "rationale": told.rationale}
+            parsed = parse_equation(text)
+            if parsed.valid:
+                label = parsed.label if use_teacher and split == "train" else gold
+                record = {"input": problem, "gold": gold, "rationale": parsed.rationale}
                 out[split].append({**record, "label": label})
     return out
 
@@ -205,18 +207,18 @@ class Rationales(JsonLines):
     rationale_length: int = 256
 
     def arrays(self, split):
-        told = self.told(split)
+        records = self.records(split)
         predict = []
         explain = []
-        for problem, label, rationale in told:
-            predict_prompt = self.asked(self.predict_prefix + problem)
-            explain_prompt = self.asked(self.explain_prefix + problem)
+        for problem, label, rationale in records:
+            predict_prompt = self.prompt_tokens(self.predict_prefix + problem)
+            explain_prompt = self.prompt_tokens(self.explain_prefix + problem)
             if max(len(predict_prompt), len(explain_prompt)) <= self.prompt_length:
                 predict.append((predict_prompt, self._response(label, self.label_length)))
                 explain.append((explain_prompt, self._response(rationale, self.rationale_length)))
-        if told and not predict:
+        if records and not predict:
             raise Refused(
-                f"data.path={self.path}: all {len(told)} prompts are longer than "
+                f"data.path={self.path}: all {len(records)} prompts are longer than "
                 f"{self.prompt_length} tokens"
             )
         width = self.prompt_length
@@ -235,7 +237,7 @@ class Rationales(JsonLines):
     def prompt_text(self, question):
         return super().prompt_text(self.predict_prefix + question)
 
-    def told(self, split: str) -> list[tuple[str, str, str]]:
+    def records(self, split: str) -> list[tuple[str, str, str]]:
         """(input, label, rationale) of every sample."""
         path = self.existing()
         file = _file(path, split) if path.is_dir() else path
@@ -271,7 +273,7 @@ class SVAMP(Rationales):
     prompt_length: int = 344
     label_length: int = 32
 
-    def told(self, split):
+    def records(self, split):
         records = svamp(self.existing(), self.labels)[split]
         return [(record["input"], record["label"], record["rationale"]) for record in records]
 
@@ -302,8 +304,8 @@ class SVAMP(Rationales):
         """
         documents = []
         labels = []
-        for problem, label, _ in self.told("test"):
-            prompt = self.asked(self.predict_prefix + problem)
+        for problem, label, _ in self.records("test"):
+            prompt = self.prompt_tokens(self.predict_prefix + problem)
             if len(prompt) <= self.prompt_length:
                 documents.append((prompt, np.int32([])))
                 labels.append(label)

@@ -147,7 +147,7 @@ class JsonLines(InMemory):
     def prompt_text(self, question):
         return question + self.between
 
-    def asked(self, question: str) -> np.ndarray:
+    def prompt_tokens(self, question: str) -> np.ndarray:
         """The tokens before the response, int32 [n]: bos, prompt and `between`."""
         bos = np.int32([] if self.codec.bos is None else [self.codec.bos])
         return np.concatenate([bos, self.codec.encode(question + self.between)])
@@ -167,7 +167,7 @@ class JsonLines(InMemory):
         cut = 0
         samples = self.samples(split)
         for question, answer in samples:
-            prompt = self.asked(question)
+            prompt = self.prompt_tokens(question)
             if len(prompt) > prompt_room:
                 continue
             response = np.append(self.codec.encode(answer), np.int32(self.codec.eos))

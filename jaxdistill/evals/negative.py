@@ -67,7 +67,7 @@ class NegativeEval(SampleEval):
         """The number of the unwanted colour."""
         return list(COLOURS).index(self.colour)
 
-    def asked(self, data: Any) -> tuple[dict, dict]:
+    def captioned(self, data: Any) -> tuple[dict, dict]:
         """Held-out samples under captions without colour, and with the unwanted colour."""
         real = data.evaluation(self.samples)
         shape = real["label"][:, 0]
@@ -79,7 +79,7 @@ class NegativeEval(SampleEval):
 
     def rows(self, trained: Trained) -> list[dict[str, Any]]:
         data = trained.experiment.data
-        real, unwanted = self.asked(data)
+        real, unwanted = self.captioned(data)
         plain = {}
         rows = []
 

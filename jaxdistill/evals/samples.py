@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdistill.core.fields import Count, Real
 from jaxdistill.core.sharding import gathered
@@ -17,6 +18,8 @@ from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.evals.base import Evaluation, Trained
 from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Solver
+
+Samples = Mapping[str, Any]  # arrays [B ...], or groups of such, under the keys of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,17 @@ class SampleEval(Evaluation):
         metrics = (*self.metrics, "samples_per_second")
         return {f"{role}@{self.nfe(role, steps)}": metrics for role, steps in self.models(roles)}
 
-    def score(self, x: np.ndarray, real: dict[str, np.ndarray], data: Any) -> dict[str, float]:
-        """Metrics of samples x [B ...], which were made under the conditions real["cond"]."""
+    def score(self, x: Shaped[np.ndarray, "B ..."], real: Samples, data: Any) -> dict[str, float]:
+        """Metrics of samples that were made under the conditions of real samples.
+
+        Args:
+            x: the samples.
+            real: the held-out samples; "x" are the data, "cond" their conditions.
+            data: the data set.
+        """
         raise NotImplementedError
 
-    def picture(self, x: np.ndarray, real: dict[str, np.ndarray]) -> Any:
+    def picture(self, x: Shaped[np.ndarray, "B ..."], real: Samples) -> Any:
         """A PIL image of the first samples."""
         raise NotImplementedError
 
@@ -90,7 +99,7 @@ class SampleEval(Evaluation):
         return draw
 
     def generate(
-        self, trained: Trained, role: str, steps: int, real: dict[str, np.ndarray]
+        self, trained: Trained, role: str, steps: int, real: Samples
     ) -> tuple[np.ndarray, float]:
         """Samples under the conditions of `real`, and how many a second after compilation."""
         draw = jax.jit(self.drawing(trained, role, steps))

@@ -593,9 +593,8 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 258
     codec = trained.experiment.data.codec
     text = "héllo  wörld\n日本 <|x|>"
-    assert (
-        tokenizer(text)["input_ids"] == trained.experiment.data.asked(text[:-1] + ">")[:-1].tolist()
-    )  # begins, and "\n" is `between`
+    expected = trained.experiment.data.prompt_tokens(text[:-1] + ">")[:-1]
+    assert tokenizer(text)["input_ids"] == expected.tolist()  # begins, and "\n" is `between`
     assert tokenizer.decode(codec.encode(text)) == text and (
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,

@@ -271,7 +271,7 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
         loop.run(other, tmp_path / "other", progress=False)
     with other.unlocked():
         other.data = build.plain(Markov())
-    with pytest.raises(Refused, match="Markov holds no teacher"):
+    with pytest.raises(Refused, match=r"config.data: StoredKD needs 'teacher_ids'"):
         loop.run(other, tmp_path / "other", progress=False)
     assert not (tmp_path / "other").exists()
 

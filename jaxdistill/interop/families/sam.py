@@ -33,7 +33,7 @@ SIZES = {
     "heads": "num_attention_heads",
     "depth": "num_hidden_layers",
     "window": "window_size",
-    "whole": "global_attn_indexes",
+    "global_layers": "global_attn_indexes",
     "neck": "output_channels",
     "activation": "hidden_act",
     "norm_eps": "layer_norm_eps",
@@ -73,7 +73,7 @@ def read(config: dict[str, Any], folder: Path) -> SamVision:
     usual = round(setting(config, "hidden_size", where) * config.get("mlp_ratio", 4.0))
     found = sizes(config | {"mlp_dim": config.get("mlp_dim") or usual}, SIZES, where)
     lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
-    return SamVision(**{**found, "whole": tuple(found["whole"])})
+    return SamVision(**{**found, "global_layers": tuple(found["global_layers"])})
 
 
 def read_whole(config: dict[str, Any], folder: Path) -> SamVision:
@@ -82,7 +82,7 @@ def read_whole(config: dict[str, Any], folder: Path) -> SamVision:
 
 def write(cfg: SamVision) -> dict[str, dict[str, Any]]:
     found = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()} | {
-        "global_attn_indexes": list(cfg.whole)
+        "global_attn_indexes": list(cfg.global_layers)
     }
     return {
         "config.json": {

@@ -78,7 +78,10 @@ class DDK(KD):
 
     @property
     def cycle(self) -> int:
-        """A measurement, and one update of the student."""
+        """A measurement and one update of the student.
+
+        Later measurements have turns of their own, which only leave out the teacher.
+        """
         return self.measures + 1
 
     @property

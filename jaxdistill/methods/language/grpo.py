@@ -96,8 +96,8 @@ class GRPO(Writing):
         choose = lambda student, old: jnp.where(last, student, old)
         return {"old": jax.tree.map(choose, weights["student"], weights["old"])}
 
-    def log_ratio(self, log_q: Float[Array, "B N"], batch: Batch) -> Float[Array, "B N"]:
-        """log of the ratio that is clipped, N = T - 1 tokens."""
+    def log_ratio(self, log_q: Float[Array, "*N"], batch: Batch) -> Float[Array, "*N"]:
+        """log of the ratio that is clipped."""
         return log_q - batch["log_old"]
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:

@@ -156,11 +156,8 @@ class StoredKD(KD):
             raise Refused(f"method.temperature: a schedule, {expected}")
 
     def check(self, nets, data) -> None:
-        """Raises Refused where the store is missing or has another temperature or vocabulary."""
-        store = getattr(data, "store", None)
-        if store is None:
-            found = f"data: {type(data).__name__} holds no teacher"
-            raise Refused(f"{found}; expected data.logits:StoredLogits (tools/store_logits.py)")
+        """Raises Refused where the store has another temperature or vocabulary."""
+        store = data.store
         vocab = getattr(nets["student"].config, "vocab", store["vocab"])
         if (vocab, self.temperature) != (store["vocab"], store["temperature"]):
             stored = f"of {store['vocab']} tokens at temperature {store['temperature']}"

@@ -35,7 +35,7 @@ from tools.first_steps import first_steps
 AT = 0.6
 FIXED = Uniform(low=AT, high=AT)
 ONE = make_net(MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow()))
-DISC = make_net(Discriminator(features=1, dim=8, width=8))
+DISC = make_net(Discriminator(taps=1, dim=8, width=8))
 BATCH = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
 

@@ -37,7 +37,7 @@ POINTS = dict(archs=("mlp",), nets=1)
 def trained():
     """State and metrics of the first six steps, by method."""
     mlp = make_net(MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow()))
-    disc = make_net(Discriminator(features=1, dim=8, width=8))
+    disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2)) + 1.0}
 
     @functools.cache

@@ -38,7 +38,7 @@ DATA = Mixture(batch_size=N, modes=CLASSES)
 ONE = make_net(
     MLP(width=8, depth=2, classes=CLASSES), wrap=functools.partial(Denoiser().wrap, process=Flow())
 )
-DISC = make_net(Discriminator(features=1, dim=8, width=8, classes=CLASSES))
+DISC = make_net(Discriminator(taps=1, dim=8, width=8, classes=CLASSES))
 TEACHER = DATA.net(Flow())
 CELLS = Consecutive(cells=K, classes=CLASSES)
 HOSTS = {
