@@ -78,6 +78,7 @@ def reported(rows: list, **config) -> dict:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("members", [0, 2])
 def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     role = Role(**NET, init="fresh", bank=members)
@@ -234,6 +235,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers with numpy 2
@@ -409,6 +411,7 @@ UNET = UNet(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("leaves", ["whole", "merged", "adapter"])
 def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
     """Stable Diffusion's U-Net, small, a student of eps on DDPM: its card's code gives what the
