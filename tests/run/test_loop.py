@@ -293,7 +293,7 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
         r"roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$",
     )
     with monkeypatch.context() as patch:
-        nan = lambda self: {
+        nan = lambda self, roles=None: {
             "student": jax.tree.map(
                 lambda s: jnp.full(s.shape, np.nan), self.nets["student"].shapes
             )
