@@ -8,7 +8,12 @@ from jaxtyping import install_import_hook
 # whose annotations are checked at every call
 PACKAGES = ("jaxdistill.evals", "jaxdistill.models", "jaxdistill.surgery")
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+
+
+def checked(function):
+    """Adds the checks, but to constructors: core/fields.py checks fields, and JSON holds lists."""
+    return function if function.__name__ == "__init__" else _checked(function)
 
 
 def install() -> None:
