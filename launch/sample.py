@@ -32,6 +32,7 @@ def sample(argv: list[str]) -> None:
     import numpy as np
 
     from jaxdistill.core.net import paths
+    from jaxdistill.evals.text import TextEval
     from jaxdistill.run import loop
     from jaxdistill.run.experiment import Experiment
 
@@ -45,7 +46,7 @@ def sample(argv: list[str]) -> None:
     trained = loop.load(workdir, config, roles=roles)
     evaluation = trained.experiment.evaluation
     evaluation = dataclasses.replace(evaluation, seed=seed)
-    if hasattr(evaluation, "texts"):
+    if isinstance(evaluation, TextEval):
         if given or steps:
             raise Refused(
                 f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are"

@@ -104,7 +104,7 @@ def mutated(config: dict, rng: random.Random) -> tuple[dict, str]:
 
 
 def names_its_key(message: str, key: str) -> bool:
-    """Whether a refusal speaks of the key, or of the group that it stands in."""
+    """Whether a refusal names the key or the group that contains it."""
     groups, _, last = key.rpartition(".")
     if last.removesuffix("x") in message:
         return True
@@ -112,7 +112,7 @@ def names_its_key(message: str, key: str) -> bool:
 
 
 def attempt(config: dict, key: str, trace: bool = False) -> str:
-    """ "accepted" or "refused"."""
+    """Checks a mutated config: "accepted" or "refused"."""
     made = Experiment(ConfigDict(config).lock(), Path("unused"))
     try:
         check_values(made)

@@ -1,13 +1,16 @@
-"""Typed shapes are checked while the tests run: `Float[Array, "B D"]` of public functions."""
+"""Shapes in the signatures of public functions, as in `Float[Array, "B D"]`, are checked while the
+tests run.
+"""
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-PACKAGES = ()  # whose annotations are checked at every call
+# whose annotations are checked at every call
+PACKAGES = ("jaxdistill.evals", "jaxdistill.models", "jaxdistill.surgery")
 
 checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 
 
 def install() -> None:
-    """To be called before the first import of the library."""
+    """Installs the checks; has to be called before the library is imported for the first time."""
     install_import_hook(list(PACKAGES), "tests.typed.checked")

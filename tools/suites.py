@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
+from jaxdistill.core.build import build, current
 from jaxdistill.core.types import lookup
 from jaxdistill.run import metrics
 from jaxdistill.run.checkpoint import write_json
@@ -222,12 +223,6 @@ def _train(
     write_json(folder / "process.json", {"peak_bytes": usage.ru_maxrss * 1024})
 
 
-def updates_every(method: dict) -> int:
-    """Steps of the engine to an update of the student, from a method's config."""
-    inner = [v for k in ("host", "adm") if isinstance(v := method.get(k), dict)]
-    return updates_every(inner[0]) if inner else method.get("critic_steps", 1)
-
-
 def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
     """One for each finished run: method, seed, its models, updates of the student, seconds for one,
     peak memory.
@@ -237,7 +232,7 @@ def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
         speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
-        every = updates_every(report["config"]["method"])
+        every = build(current(report["config"]["method"])).cycle
         yield {
             "method": method,
             "seed": int(seed),

@@ -192,7 +192,7 @@ VARIANTS = {
     ),
     "phased_dmd": phased,
     "flash_dmd": flash,
-    "twinflow": lambda: trajectory(TunedTwinFlow, enhance=0.0, student=two_times()),
+    "twinflow": lambda: trajectory(TunedTwinFlow, training_guidance=0.0, student=two_times()),
     "consistency": lambda: trajectory(
         Consistency, levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)
     ),

@@ -22,7 +22,7 @@ from jaxdistill.models.denoisers.dit import DiT
 
 VARIANTS = {  # method's fields, steps
     "": ({}, 700),
-    "rcgm": (dict(rows=("e2e", "mul", "any"), rectify_weight=0.0), 800),
+    "rcgm": (dict(objectives=("e2e", "mul", "any"), rectify_weight=0.0), 800),
 }
 
 
@@ -32,7 +32,7 @@ def get_config(variant=""):
         steps=steps,
         runs=dict(teacher=teacher.get_config()),
         data=Digits(batch_size=64),
-        method=TunedTwinFlow(enhance=0.0, **fields),
+        method=TunedTwinFlow(training_guidance=0.0, **fields),
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(

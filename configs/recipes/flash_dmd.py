@@ -65,7 +65,7 @@ SAM_B = dict(
     heads=12,
     depth=12,
     window=14,
-    whole=(2, 5, 8, 11),
+    global_layers=(2, 5, 8, 11),
     neck=256,
     dtype="bfloat16",
     remat="full",
@@ -83,7 +83,7 @@ def get_config(variant=""):
         fake_target="eps",
         guidance=8.0,
         gan_weight=5e-3,
-        taps=SAM_B["whole"],
+        taps=SAM_B["global_layers"],
         preprocess=SAM,
     )
     method = FlashDMD(**common)

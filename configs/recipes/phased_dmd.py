@@ -28,6 +28,7 @@ from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
 from jaxdistill.models.denoisers.wan import Wan
+from jaxdistill.samplers.phases import teacher_roles
 
 WAN14B = dict(
     channels=16,
@@ -76,7 +77,7 @@ def get_config(variant=""):
         data=ArrayRecords(batch_size=64),
         method=METHODS[variant],
         roles={
-            **dict.fromkeys(method.plan.teachers, wan),
+            **dict.fromkeys(teacher_roles(method.teacher_bounds), wan),
             **{
                 role: expert(role) if role in method.exports else Role(optimizer=optimizer(4e-7))
                 for role in method.inits

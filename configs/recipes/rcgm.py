@@ -22,7 +22,7 @@ def get_config():
     return experiment(
         steps=1_200_000,
         data=ArrayRecords(batch_size=256),
-        method=RCGM(enhance=0.0),
+        method=RCGM(training_guidance=0.0),
         roles=dict(
             student=Role(
                 model=DiT(**XL2, second_time=True),

@@ -38,7 +38,7 @@ RECORD = {
     **{f"{c}/{k}": v for c in ("cond", "null_cond") for k, v in CONDITION.items()},
 }
 METHODS = {
-    "": TunedTwinFlow(target="student", enhance=0.8),
+    "": TunedTwinFlow(target_network="student", training_guidance=0.8),
     "imagefree": ImageFreeTwinFlow(),
 }
 

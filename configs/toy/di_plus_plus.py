@@ -8,6 +8,14 @@ included. The reward is the cosine of the angle to a direction; `regret` is (1 -
 for a sample farther than four standard deviations from every mode, so that what leaves the data
 gains nothing. The claim: the one-step student's regret is at most 0.6 of that without the reward.
 `--config.data.seed=N` makes another mixture.
+
+It holds on one of three: measured on seeds 0, 1, 2 (seed and data.seed) .917, .833, .058 against
+.720, .549, .398. The mean cosine rises on all of them, .56, .88, .94 against -.11, .24, .38. On the
+first two, however, no mode lies in the direction (the nearest ones' cosines are .84 and .94, on
+seed 2 it is 1), and most samples leave the modes for the gap between them: `stray` is .85, .80, .04
+against .26, .26, .21. The weight was chosen on seed 12, which has a mode there: .269 against .677.
+A weight of 0.02 (`--config.method.reward_weight=0.02`) gave .309 against .552 on seed 10 and .354
+against .565 on seed 11, with `stray` .21 and .19 against .26 and .21.
 """
 
 from jaxdistill.core.build import Role, experiment

@@ -39,7 +39,7 @@ def get_config():
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
             disc=Role(
-                model=Discriminator(features=1, dim=128),
+                model=Discriminator(taps=1, dim=128),
                 optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),

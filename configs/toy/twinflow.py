@@ -24,7 +24,7 @@ from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "no push (rectification)": ("method.rectify_weight=0",),
-    "no negative times": ('method.rows=("e2e","mul","any")',),
+    "no negative times": ('method.objectives=("e2e","mul","any")',),
 }
 DATA = Mixture(seed=0, labelled=False, modes=8, radius=2.0, std=0.15)
 EVALUATION = PointEval(samples=10_000, student_steps=(1, 2, 4))
@@ -41,7 +41,7 @@ def rcgm():
     return experiment(
         steps=7000,
         data=DATA,
-        method=RCGM(enhance=0.0),
+        method=RCGM(training_guidance=0.0),
         roles=dict(student=STUDENT),
         evaluation=EVALUATION,
         checkpoint_every=5000,
@@ -53,7 +53,7 @@ def get_config():
         steps=5000,
         runs=dict(rcgm=rcgm()),
         data=DATA,
-        method=TwinFlow(enhance=0.0),
+        method=TwinFlow(training_guidance=0.0),
         roles=dict(student=STUDENT),
         evaluation=EVALUATION,
         claim=dict(

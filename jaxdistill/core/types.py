@@ -254,7 +254,7 @@ class Method:
 
     @property
     def cycle(self) -> int:
-        """Engine steps after which the turns repeat; the student is updated once in them."""
+        """Engine steps that take every turn at least once and update the student once."""
         return 1
 
     def settled(self) -> Method:

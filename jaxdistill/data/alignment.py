@@ -1,4 +1,4 @@
-"""Two tokenisations of one text, brought together by the bytes that their tokens stand for."""
+"""Alignment of two tokenizations of one text by the bytes that their tokens stand for."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from jaxdistill.data.tokenizers import Tokenizer
 def spans(
     first: Sequence[int], second: Sequence[int], *, ends: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which span each token belongs to: int32 [n] and [m], from the bytes of each token of either
-    side, [n] and [m].
+    """Which span each token belongs to.
 
-    Spans are numbered from 0 and are the finest pieces that are whole tokens on both sides: one
-    ends wherever tokens of both sides do, with `ends` at these byte positions only. -1 on tokens of
-    no bytes (special ones), and after the last common end, where one side is cut short. Raises
-    Refused on negative numbers.
+    A span is the shortest piece of text that consists of complete tokens on both sides: one ends
+    wherever tokens of both sides end.
+
+    Args:
+        first: bytes of each token of one side [n].
+        second: bytes of each token of the other side [m].
+        ends: byte positions where spans may end; None: anywhere.
+
+    Returns:
+        The span of each token, numbered from 0: int32 [n] and [m]. It is -1 on tokens of no bytes
+        (special ones), and after the last common end, where one side is cut short.
+
+    Raises:
+        Refused: on negative numbers of bytes.
     """
     sides = [np.asarray(side, np.int64).reshape(-1) for side in (first, second)]
     if min((int(side.min()) for side in sides if len(side)), default=0) < 0:
@@ -29,53 +38,64 @@ def spans(
     common = np.intersect1d(*(stop[side > 0] for stop, side in zip(stops, sides)))
     if ends is not None:
         common = np.intersect1d(common, ends)
-    at = [np.searchsorted(common, stop) for stop in stops]
-    return tuple(
-        np.where((side > 0) & (i < len(common)), i, -1).astype(np.int32)
-        for side, i in zip(sides, at)
-    )
+    numbers = []
+    for side, stop in zip(sides, stops):
+        number = np.searchsorted(common, stop)
+        inside = (side > 0) & (number < len(common))
+        numbers.append(np.where(inside, number, -1).astype(np.int32))
+    return tuple(numbers)
 
 
 def covered(codec: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids, bytes of `text` that each stands for), int32 [n] each.
+    """The tokens of a text, and the bytes of the text that each stands for: int32 [n] each.
 
-    A blank that a tokenizer puts before every text counts nothing. Raises Refused where the tokens
-    do not add up to the text (a tokenizer that changes it: lower case, unknown tokens).
+    A space that a tokenizer puts before every text is not counted.
+
+    Raises:
+        Refused: where the tokens do not add up to the text, since the tokenizer changes it (lower
+            case, unknown tokens).
     """
     tokens = codec.encode(text)
     lengths = np.asarray(codec.lengths(tokens), np.int32)
-    spare = int(lengths.sum()) - len(text.encode())
+    size = len(text.encode())
+    spare = int(lengths.sum()) - size
     if spare == 1 and lengths[0] > 0:
         lengths[0] -= 1
     elif spare:
         raise Refused(
-            f"tokenizer: its tokens stand for {lengths.sum()} bytes of a text of {len(text.encode())}: {text[:40]!r}"
+            f"tokenizer: its tokens stand for {lengths.sum()} bytes of a text of {size}: "
+            f"{text[:40]!r}"
         )
     return tokens, lengths
 
 
 def word_ends(text: str) -> np.ndarray:
-    """Byte positions in `text` before white space: where tokenizers that split words end a token
-    whatever follows.
+    """Byte positions in `text` before white space.
+
+    Tokenizers that split words end a token there, whatever follows.
     """
-    blank = [i for i, c in enumerate(text) if c.isspace() and i]
-    return np.cumsum([0, *(len(c.encode()) for c in text)])[blank]
+    spaces = [i for i, c in enumerate(text) if c.isspace() and i]
+    starts = np.cumsum([0, *(len(c.encode()) for c in text)])
+    return starts[spaces]
 
 
 def begins_with_space(codec: Tokenizer) -> np.ndarray:
-    """Which ids begin with white space or are special, uint8 [ceil(vocab / 8)], eight to a byte
-    (`numpy.packbits`): after which text a word has ended.
+    """Which ids begin with white space or are special: those before which a word has ended.
+
+    Returns:
+        uint8 [ceil(vocab / 8)], eight ids to a byte (`numpy.packbits`).
     """
     texts = codec.texts()
     sizes = codec.lengths(np.arange(codec.vocab))
-    return np.packbits(
-        [text[:1].isspace() if text else size == 0 for text, size in zip(texts, sizes)]
-    )
+    begins = [text[:1].isspace() if text else size == 0 for text, size in zip(texts, sizes)]
+    return np.packbits(begins)
 
 
 def unigram(codec: Tokenizer, texts: Iterable[str], smoothing: float = 1e-9) -> np.ndarray:
-    """Share of every id in these texts, float64 [vocab], `smoothing` of all tokens added to each
-    (ALM's 1e-9).
+    """Share of every id in these texts, float64 [vocab].
+
+    Args:
+        smoothing: added to the count of each id, as a share of all tokens; ALM's value.
     """
     counts = np.zeros(codec.vocab)
     for text in texts:
@@ -85,13 +105,17 @@ def unigram(codec: Tokenizer, texts: Iterable[str], smoothing: float = 1e-9) -> 
 
 
 class Covers:
-    """How a tokenizer could have gone on instead of ending a token (ALM, arXiv:2503.20083, appendix
-    on tokenisation bias).
+    """The continuations that a tokenizer excludes by ending a token: tokenization bias.
 
-    A model that has read "Hel" as a token knows that "lo" does not follow, for "Hello" is one
-    token: its law after a piece of text leaves out what would have been cut otherwise. `of(piece)`
-    are these continuations, with the unigram probability of the token that has each. Raises Refused
-    on a tokenizer that puts a blank before every text.
+    A model that has read the token "Hel" knows that "lo" does not follow, since "Hello" is one
+    token. `of(piece)` gives such continuations of a piece of text, each with the unigram
+    probability of the token that would have contained it.
+
+    Raises:
+        Refused: on a tokenizer that puts a space before every text.
+
+    Source:
+        ALM, arXiv:2503.20083, appendix on tokenization bias.
     """
 
     def __init__(self, codec: Tokenizer, probabilities: np.ndarray):
@@ -106,33 +130,37 @@ class Covers:
         self.found: dict[str, Mapping[str, float]] = {}
 
     def of(self, piece: str) -> Mapping[str, float]:
-        """Continuations of `piece` that some valid tokenisation reaches by a token which begins
-        inside it and ends beyond.
-        """
+        """The continuations of `piece` inside a token that begins in it and ends beyond it."""
         if piece not in self.found:
             self.found[piece] = dict(self._search(piece))
         return self.found[piece]
 
     def _search(self, piece: str) -> Iterable[tuple[str, float]]:
         for start in range(len(piece)):
+            head = piece[:start]
             rest = piece[start:]
-            before = self.codec.encode(piece[:start]).tolist()
-            for at in range(bisect.bisect_left(self.ordered, (rest,)), len(self.ordered)):
+            before = self.codec.encode(head).tolist()
+            first = bisect.bisect_left(self.ordered, (rest,))
+            for at in range(first, len(self.ordered)):
                 text, i = self.ordered[at]
                 if not text.startswith(rest):
                     break
-                if len(text) > len(rest) and self.codec.encode(piece[:start] + text).tolist() == [
-                    *before,
-                    i,
-                ]:
+                if len(text) == len(rest):
+                    continue
+                # The tokenizer must indeed cut the text before this token.
+                if self.codec.encode(head + text).tolist() == [*before, i]:
                     yield text[len(rest) :], float(self.probabilities[i])
 
 
 def bias(first: Covers, second: Covers, tokens: tuple[int, int]) -> float:
-    """By how much the laws of two sides differ after text whose last tokens are these ids: the
-    larger probability of what the one leaves out and the other does not, each by its own unigrams.
-    Special tokens have none; other tokens of white space alone, and bytes that are no characters,
-    count as 1.
+    """How much the tokenization bias of two sides differs after a text.
+
+    It is the probability of the continuations that one side excludes and the other does not, by its
+    own unigrams; the larger one of both sides. It is 0 after special tokens, and 1 after tokens of
+    white space alone or of bytes that are no characters.
+
+    Args:
+        tokens: the last token of the text on either side.
     """
     pieces = [covers.texts[token] for covers, token in zip((first, second), tokens)]
     sizes = [

@@ -1,5 +1,6 @@
-"""Dicts of arrays in ArrayRecord files: stored trajectories, teacher logits, latents. Written whole
-or not at all.
+"""Dicts of arrays in ArrayRecord files: stored trajectories, teacher logits, latents.
+
+A file is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ArrayRecords(Records):
-    """The keys, shapes and dtypes that `write` was given.
+    """Stored samples, with the keys, shapes and dtypes that `write` was given.
 
-    `path` is a file, or a folder of *.arrayrecord of which those called test* are for evaluation.
-    Raises Refused, naming it, on a damaged file or record, and on a record unlike the first.
+    `path` is a file, or a folder of *.arrayrecord, of which those called test* are held out. Raises
+    Refused on a damaged file or record, and on a record whose layout is not that of the first; the
+    message names the record.
     """
 
     heldout: float = 0.02  # share kept for evaluation where there are no test* files
@@ -42,8 +44,8 @@ class ArrayRecords(Records):
             raise Refused(f"data.path={self.path}: no *.arrayrecord to train on")
         if test:
             return Joined([RecordFile(file) for file in (train if split == "train" else test)])
-        rows = Joined([RecordFile(file) for file in train])
-        return Subset(rows, held_out(len(rows), self.heldout, split))
+        records = Joined([RecordFile(file) for file in train])
+        return Subset(records, held_out(len(records), self.heldout, split))
 
     def example(self, record):
         name, data = record
@@ -51,16 +53,14 @@ class ArrayRecords(Records):
         where, expected = self.first
         for key in sorted(found.keys() | expected.keys()):
             if found.get(key) != expected.get(key):
-                this, that = (
-                    f"{k[key][0]} {list(k[key][1])}" if key in k else "missing"
-                    for k in (found, expected)
-                )
+                this = _shown(found.get(key))
+                that = _shown(expected.get(key))
                 raise Refused(f"{name}: {one_line(key)!r} is {this}, and {that} in {where}")
         return arrays
 
     @functools.cached_property
     def first(self) -> tuple[str, Layout]:
-        """(name, layout) of the first record to train on; all others have the same layout."""
+        """(name, layout) of the first training record; all records must have its layout."""
         records = ArrayRecords.source(self, "train")
         if not len(records):
             raise self.lacking("train")
@@ -70,14 +70,16 @@ class ArrayRecords(Records):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightedRecords(ArrayRecords):
-    """Records with a number `worth`, drawn evenly: those that are worth nothing are left out, and
-    the others come with `weight`, their worth over the mean of those that are kept. Where none is
-    worth anything all have weight 1.
+    """Records with a number `worth`, which weights their losses.
+
+    Training records of worth 0 or less are left out. The others are drawn evenly, and have
+    `weight`: their worth over the mean worth of those that are kept. Where no record is worth more
+    than 0, all are kept with weight 1.
     """
 
     @functools.cached_property
     def worth(self) -> np.ndarray:
-        """float64 [N] of all training records, from one pass over them."""
+        """The worth of all training records, from one pass over them: float64 [records]."""
         source = super().source("train")
         return np.array([self._worth(source[i]) for i in range(len(source))])
 
@@ -89,7 +91,7 @@ class WeightedRecords(ArrayRecords):
 
     @functools.cached_property
     def mean(self) -> float:
-        """Of those above 0; 0 where there are none."""
+        """The mean worth of the records above 0; 0 where there are none."""
         if not (self.worth > 0).any():
             logging.warning(
                 "%s: no record is worth anything; all are used, with equal weights", self.path
@@ -98,63 +100,63 @@ class WeightedRecords(ArrayRecords):
         return float(self.worth[self.worth > 0].mean())
 
     def source(self, split):
-        rows = super().source(split)
-        return (
-            Subset(rows, np.flatnonzero(self.worth > 0)) if split == "train" and self.mean else rows
-        )
+        records = super().source(split)
+        if split != "train" or not self.mean:
+            return records
+        return Subset(records, np.flatnonzero(self.worth > 0))
 
     def example(self, record):
         example = super().example(record)
-        return {**example, "weight": np.float32(example["worth"] / self.mean if self.mean else 1.0)}
+        weight = example["worth"] / self.mean if self.mean else 1.0
+        return {**example, "weight": np.float32(weight)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupedRecords(ArrayRecords):
-    """Records with groups of arrays: "cond/text" is the key "text" of "cond", as in
-    `data.synthetic`. Arrays of uint8 are
-    pixels, and come as float32 in [-1, 1].
+    """Records with groups of arrays: "cond/text" is the key "text" of "cond".
+
+    Arrays of uint8 are pixels, and become float32 in [-1, 1].
     """
 
     def example(self, record):
         out: dict = {}
         for name, array in super().example(record).items():
             *groups, last = name.split("/")
-            place = out
+            inner = out
             for group in groups:
-                place = place.setdefault(group, {})
-                if not isinstance(place, dict):
+                inner = inner.setdefault(group, {})
+                if not isinstance(inner, dict):
                     raise Refused(f"{record[0]}: {group!r} is an array, and a group in {name!r}")
-            place[last] = np.float32(array) / 127.5 - 1 if array.dtype == np.uint8 else array
+            inner[last] = np.float32(array) / 127.5 - 1 if array.dtype == np.uint8 else array
         return out
 
     def evaluation(self, n):
         source = self._opened("test")
-        return jax.tree.map(
-            lambda *v: np.stack(v),
-            *(self.example(source[int(i)]) for i in self.chosen(len(source), n)),
-        )
+        examples = [self.example(source[int(i)]) for i in self.chosen(len(source), n)]
+        return jax.tree.map(lambda *v: np.stack(v), *examples)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedRecords(InMemory):
-    """`ArrayRecords`, read into memory at the start: for what is small and read many times."""
+    """`ArrayRecords` read into memory at the start, for small files that are read many times."""
 
     heldout: float = 0.02
-    weighted: bool = False  # as WeightedRecords
+    weighted: bool = False  # whether to read them as WeightedRecords
 
     def arrays(self, split):
-        records = (WeightedRecords if self.weighted else ArrayRecords)(
-            path=self.path, heldout=self.heldout
-        )
+        kind = WeightedRecords if self.weighted else ArrayRecords
+        records = kind(path=self.path, heldout=self.heldout)
         examples = records.examples(split)
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
 def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -> Dataset:
-    """All records below `folder` as training data, in memory where they take less than `memory`
-    bytes.
+    """All records in a folder as training data.
 
-    Records that say what they are `worth` are weighted by it (`WeightedRecords`).
+    Records with a number `worth` are weighted by it (`WeightedRecords`).
+
+    Args:
+        memory: bytes below which the records are read into memory.
     """
     common = dict(path=str(folder), batch_size=batch_size, seed=seed, heldout=0.0)
     every = ArrayRecords(**common)
@@ -165,8 +167,10 @@ def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -
 
 
 def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
-    """(arrays, their layout) of a record that `write` stored. Raises Refused, with `name`, on
-    anything else.
+    """The arrays of a record that `write` stored, and their layout.
+
+    Raises:
+        Refused: on anything else; the message begins with `name`.
     """
     try:
         arrays = msgpack_restore(data)
@@ -181,18 +185,22 @@ def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
 
 def _described(key: Any, array: Any) -> tuple[str, tuple[int, ...]]:
     """(dtype, shape). Raises TypeError on anything but an array of numbers under a name."""
-    if (
-        not isinstance(key, str)
-        or not isinstance(array, (np.ndarray, np.generic))
-        or array.dtype.kind in "OSUMm"
-        or array.dtype.char == "V"
-    ):
+    named_array = isinstance(key, str) and isinstance(array, (np.ndarray, np.generic))
+    if not named_array or array.dtype.kind in "OSUMm" or array.dtype.char == "V":
         raise TypeError(f"{str(key)[:40]!r} is {type(array).__name__}, no array of numbers")
     return array.dtype.name, array.shape
 
 
+def _shown(described: tuple[str, tuple[int, ...]] | None) -> str:
+    """A dtype and shape in words."""
+    if described is None:
+        return "missing"
+    dtype, shape = described
+    return f"{dtype} {list(shape)}"
+
+
 class RecordFile(Sequence):
-    """One ArrayRecord file: (name, bytes) by record."""
+    """One ArrayRecord file as a sequence of (name, bytes)."""
 
     def __init__(self, file: Path):
         size = regular(file)
@@ -214,21 +222,24 @@ class RecordFile(Sequence):
 
 
 def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
-    """Stores `examples`, dicts of arrays with equal keys, shapes and dtypes, one record each;
-    returns their number.
+    """Stores dicts of arrays with equal keys, shapes and dtypes, one record each.
 
-    An existing file is replaced at the end, in one move: a reader never sees half of one. Raises
-    Refused on an example unlike the first, on arrays of objects or strings, and where there are
-    none.
+    An existing file is replaced at the end, in one move, so that no reader sees half of a file.
+
+    Returns:
+        The number of records.
+
+    Raises:
+        Refused: on an example whose layout is not that of the first, on arrays of objects or
+            strings, and where there are no examples.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     layout = None
     count = 0
-    writer = ArrayRecordWriter(
-        str(temporary), "group_size:1"
-    )  # a record is read without its neighbours
+    # Groups of one, so that a record is read without its neighbours.
+    writer = ArrayRecordWriter(str(temporary), "group_size:1")
     try:
         for example in examples:
             arrays = {k: np.asarray(v) for k, v in example.items()}

@@ -1,5 +1,7 @@
-"""What every data set is: endless batches from a position that can be saved, the same for any
-number of processes.
+"""The base of all data sets: endless batches from a position that can be saved.
+
+The batches do not depend on the number of processes that share them. Abilities that only some data
+sets have are in `data.abilities`.
 """
 
 from __future__ import annotations
@@ -9,17 +11,31 @@ import functools
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import grain
 import jax
 import numpy as np
 
-from jaxdistill.core.fields import Natural
+from jaxdistill.core.fields import Count, Natural, Range, problem, shown
 from jaxdistill.core.types import Method, Refused
 
-ENDLESS = 1 << 40
-LARGEST = 1 << 34  # bytes of a file that is read whole
+ENDLESS = 1 << 40  # batches: more than any run takes
+LARGEST = 1 << 34  # bytes of a file that is read at once
+
+
+def check_fields(config: Any, where: str) -> None:
+    """Raises Refused where a field of a dataclass does not fit its annotation.
+
+    Args:
+        config: an object of a dataclass whose annotations are those of `core.fields`.
+        where: how the message names it, such as "data".
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        expected = problem(type(config), field.name, value)
+        if expected:
+            raise Refused(f"{where}.{field.name}={shown(value)}: {expected}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,30 +43,28 @@ class Dataset:
     """Base of all data sets; its fields are the keys of `config.data`.
 
     Global batch number i is the same set of samples whatever the number of processes; process p of
-    n takes its share of the rows. Subclasses override `batch` (vectorised, data in memory or
-    generated), or derive from `Records`.
+    n takes its share of them. Subclasses override `batch` (for samples in memory, or made on the
+    fly), or derive from `Records`.
     """
 
-    batch_size: int = 128  # samples per step over all processes
-    seed: int = 0  # which mixture or language is made, or the order that a stored set is read in
-    path: str = ""  # file or folder, for the sets that read one
+    batch_size: Count = 128  # samples per step over all processes
+    # which mixture or language is made, or the order in which stored samples are read
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    path: str = ""  # file or folder, of the data sets that read one
+
+    # Number of classes, where samples have labels and it is known; labels are below it.
+    classes: ClassVar[int | None] = None
+    # Share of the stored samples that is held out, where a data set splits one store in two.
+    heldout: ClassVar[float | None] = None
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise Refused(f"data.batch_size={self.batch_size}: expected a positive integer")
-        if not 0 <= self.seed < 1 << 32:
-            raise Refused(f"data.seed={self.seed}: expected 0 to 2^32 - 1")
-
-    def at_least(self, least: int, *names: str) -> None:
-        """Raises Refused where one of these fields is less."""
-        for name in names:
-            if not getattr(self, name) >= least:
-                raise Refused(f"data.{name}={getattr(self, name)}: expected {least} or more")
+        check_fields(self, "data")
 
     def check(self, test: bool = True) -> None:
-        """Raises Refused where there is no first training sample or, where `test`, no held-out one;
-        asked before anything runs or is written. Sets that are read record by record are opened,
-        and one record of each split is read.
+        """Raises Refused where there is no training sample or, where `test`, no held-out one.
+
+        Called before anything runs or is written. Data sets that are read record by record open
+        their files, and read one record of each split.
         """
         self.spec()
         if test:
@@ -61,42 +75,51 @@ class Dataset:
 
     @property
     def vocab_size(self) -> int | None:
-        """Token ids are below it; None where the batches have no tokens, or where nobody knows."""
-        return getattr(self, "vocab", None)
+        """Token ids are below it; None where batches have no tokens or the number is not known."""
+        return None
 
     @property
     def teacher_vocab_size(self) -> int | None:
-        """The same of what a teacher reads that has a tokenizer of its own."""
+        """`vocab_size` of the tokens that the teacher reads, which may have its own tokenizer."""
         return self.vocab_size
 
     @property
     def label_count(self) -> int | None:
-        """Class labels are below it; None where there are none, or where nobody knows."""
-        return getattr(self, "classes", None)
+        """Class labels are below it; None where there are no labels or the number is not known."""
+        return self.classes
 
-    def batch(self, index: int, rows: slice) -> dict[str, np.ndarray]:
-        """Rows `rows` of global batch `index`; keys "x" / "tokens", "cond", "null_cond", "mask",
-        ...
+    def batch(self, index: int, samples: slice) -> dict[str, np.ndarray]:
+        """The part `samples` of global batch `index`.
+
+        Returns:
+            Arrays [B ...] under the keys "x" or "tokens", "cond", "null_cond", "mask", ...
         """
         raise NotImplementedError
 
     def loader(self, shard: tuple[int, int] = (0, 1)) -> grain.DatasetIterator:
-        """Endless iterator over this process's rows, `shard = (process, processes)`.
+        """Endless iterator over one process's part of every batch.
 
-        `get_state()` is a small JSON value that does not depend on the number of processes.
+        Its `get_state()` is a small JSON value that does not depend on the number of processes.
+
+        Args:
+            shard: (number of the process, number of processes).
         """
-        rows = self.rows(shard)
-        ds = grain.MapDataset.range(ENDLESS).map(lambda i: self.batch(int(i), rows))
-        return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
+        samples = self.own_samples(shard)
+        batches = grain.MapDataset.range(ENDLESS).map(lambda i: self.batch(int(i), samples))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(batches.to_iter_dataset(options))
 
-    def rows(self, shard: tuple[int, int]) -> slice:
-        """The rows of a global batch that belong to `shard`. Raises Refused where processes cannot
-        share it evenly.
+    def own_samples(self, shard: tuple[int, int]) -> slice:
+        """The samples of a global batch that one process takes.
+
+        Raises:
+            Refused: where the processes cannot share the batch evenly.
         """
         process, processes = shard
         if self.batch_size % processes:
             raise Refused(
-                f"data.batch_size={self.batch_size}: expected a multiple of the {processes} processes"
+                f"data.batch_size={self.batch_size}: expected a multiple of the {processes} "
+                "processes"
             )
         share = self.batch_size // processes
         return slice(process * share, (process + 1) * share)
@@ -106,24 +129,38 @@ class Dataset:
         raise NotImplementedError
 
     def examples(self, split: str) -> Sequence[dict[str, np.ndarray]]:
-        """Every sample of "train" or "test", without batch axis, in an order that stays. Raises
-        Refused where there is no last one.
+        """Every sample of "train" or "test", without batch axis, always in the same order.
+
+        Raises:
+            Refused: where the data set makes samples without end.
         """
         raise Refused(
-            f"data: {type(self).__name__} makes samples without end, so that their number has to be given"
+            f"data: {type(self).__name__} makes samples without end, so that their number has to "
+            "be given"
         )
 
     def one_sample(self) -> dict[str, np.ndarray]:
-        """One training sample, without batch axis. Raises Refused where there is none."""
-        rows = self.batch(0, slice(0, 1))
-        if not all(len(v) for v in jax.tree.leaves(rows)):
+        """One training sample, without batch axis; it is read once.
+
+        Raises:
+            Refused: where there is none.
+        """
+        return dict(self._sample)
+
+    @functools.cached_property
+    def _sample(self) -> dict[str, np.ndarray]:
+        batch = self.batch(0, slice(0, 1))
+        if not all(len(v) for v in jax.tree.leaves(batch)):
             raise self.lacking("train")
-        return jax.tree.map(lambda v: v[0], rows)
+        return jax.tree.map(lambda v: v[0], batch)
 
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and dtypes of a global batch."""
-        shape = lambda v: jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype)
-        return jax.tree.map(shape, self.one_sample())
+
+        def batched(v):
+            return jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype)
+
+        return jax.tree.map(batched, self.one_sample())
 
     def steer(self, hints: Mapping[str, Any]) -> Dataset:
         """This data set with the fields that a controller asks for."""
@@ -131,112 +168,120 @@ class Dataset:
 
     @property
     def texts(self) -> Dataset:
-        """The data set whose vocabulary its tokens are of: itself, or the one that it is made of."""
+        """The data set that says what the tokens mean: itself, or the one it is made from."""
         return self
 
     def tokenizer_files(self) -> Path | dict[str, Any]:
-        """What turns text into its tokens: a folder of `transformers`, or JSON objects by file
-        name; empty where nothing does.
+        """The tokenizer of its tokens: a folder of `transformers`, or JSON objects by file name.
+
+        Empty where the tokens are not made from text.
         """
         return {}
 
     def prompt_text(self, question: str) -> str:
-        """All that a student reads before it answers."""
+        """The full text that a student reads before it answers."""
         return question
 
     def chosen(self, size: int, n: int) -> np.ndarray:
-        """Which of `size` held-out samples `evaluation(n)` takes: a fixed random choice, since
-        files may be sorted.
+        """Which of `size` held-out samples `evaluation(n)` takes.
+
+        A fixed random choice, since stored samples may be sorted.
         """
-        return np.sort(_order(0, size, 0)[:n])
+        return np.sort(shuffled(0, size, 0)[:n])
 
     def existing(self) -> Path:
-        """`path` as a Path. Raises Refused where it is empty or missing."""
+        """`path` as a Path.
+
+        Raises:
+            Refused: where it is empty, missing or cannot be looked at.
+        """
         if not self.path:
             raise Refused(
-                f"data.path is empty: {type(self).__name__} reads files; give --config.data.path=..."
+                f"data.path is empty: {type(self).__name__} reads files; "
+                "give --config.data.path=..."
             )
         try:
             path = Path(self.path).expanduser()
             path.stat()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Refused(f"data.path={self.path}: no such file or folder") from error
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # no permission, a name too long, no such user, a zero byte
-            raise Refused(
-                f"data.path={self.path!r}: {getattr(error, 'strerror', None) or error}"
-            ) from error
+        except OSError as error:  # no permission, or a name that is too long
+            raise Refused(f"data.path={self.path!r}: {error.strerror or error}") from error
+        except (RuntimeError, ValueError) as error:  # no such user; a zero byte
+            raise Refused(f"data.path={self.path!r}: {error}") from error
         return path
 
     def lacking(self, split: str) -> Refused:
-        """What to raise where `split` has no samples."""
-        share = getattr(self, "heldout", None)
-        hint = (
-            ""
-            if share is None
-            else f"; data.heldout={share} is the share that is kept for evaluation"
-        )
+        """The refusal of a `split` without samples."""
+        hint = ""
+        if self.heldout is not None:
+            hint = f"; data.heldout={self.heldout} is the share that is kept for evaluation"
         return Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples{hint}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InMemory(Dataset):
-    """A set that fits in memory: subclasses give `arrays(split)`; shuffled anew each epoch, no
-    sample left out.
+    """A data set that fits in memory; subclasses give `arrays(split)`.
+
+    It is shuffled anew in every epoch, and no sample is left out.
     """
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
         """All samples of "train" or "test", equally long along axis 0."""
         raise NotImplementedError
 
-    def batch(self, index, rows):
+    def batch(self, index, samples):
         arrays = self._cached("train")
-        size = len(next(iter(arrays.values())))
-        at = index * self.batch_size + np.arange(self.batch_size)[rows]
-        pick = np.array([_order(self.seed, size, int(p // size))[p % size] for p in at])
-        return {k: v[pick] for k, v in arrays.items()}
+        positions = index * self.batch_size + np.arange(self.batch_size)[samples]
+        picked = at_positions(self.seed, _length(arrays), positions)
+        return {k: v[picked] for k, v in arrays.items()}
 
     def evaluation(self, n):
         arrays = self._cached("test")
-        pick = self.chosen(len(next(iter(arrays.values()))), n)
-        return {k: v[pick] for k, v in arrays.items()}
+        picked = self.chosen(_length(arrays), n)
+        return {k: v[picked] for k, v in arrays.items()}
 
     def examples(self, split):
         arrays = self._cached(split)
-        return Derived(
-            range(len(next(iter(arrays.values())))), lambda i: {k: v[i] for k, v in arrays.items()}
-        )
+        return Derived(range(_length(arrays)), lambda i: {k: v[i] for k, v in arrays.items()})
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _cached(self, split: str):
         arrays = self.arrays(split)
-        if not len(next(iter(arrays.values()))):
+        if not _length(arrays):
             raise self.lacking(split)
         return arrays
 
 
+def _length(arrays: Mapping[str, np.ndarray]) -> int:
+    """The number of samples."""
+    return len(next(iter(arrays.values())))
+
+
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, size: int, epoch: int) -> np.ndarray:
+def shuffled(seed: int, size: int, epoch: int) -> np.ndarray:
+    """The order of `size` samples in one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def at_positions(seed: int, size: int, positions: np.ndarray) -> np.ndarray:
+    """Which of `size` samples stand at these positions of the endless shuffled stream."""
+    return np.array([shuffled(seed, size, int(p // size))[p % size] for p in positions])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Records(Dataset):
-    """A set read record by record: subclasses give `source(split)` (random access) and
-    `example(record)`.
+    """A data set read record by record; subclasses give `source(split)` and `example(record)`.
 
-    Shuffled anew each epoch, no record left out; `augment` is random in (seed, position in the
-    stream) alone.
+    It is shuffled anew in every epoch, and no record is left out. `augment` is random in (seed,
+    position in the stream) alone.
     """
 
-    threads: Natural = 4  # reading and decoding
+    threads: Natural = 4  # for reading and decoding
     shuffle: bool = True
 
     def source(self, split: str):
-        """Random-access records: `len(source)`, `source[i]`."""
+        """Records with random access: `len(source)`, `source[i]`."""
         raise NotImplementedError
 
     def example(self, record: Any) -> dict[str, np.ndarray]:
@@ -246,27 +291,20 @@ class Records(Dataset):
     def augment(
         self, example: dict[str, np.ndarray], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        """`example` as training sees it, with the random changes of this pass; evaluation leaves it
-        alone.
-        """
+        """`example` with the random changes of training; held-out samples are not augmented."""
         return example
 
     def loader(self, shard=(0, 1)):
         process, processes = shard
-        rows = self.rows(shard)
-        ds = grain.MapDataset.source(self._opened("train")).seed(self.seed)
-        ds = (
-            (ds.shuffle() if self.shuffle else ds)
-            .repeat(None)
-            .map(self.example)
-            .random_map(self.augment)
-        )
-        ds = ds[process::processes].batch(rows.stop - rows.start, drop_remainder=True)
-        return iter(
-            ds.to_iter_dataset(
-                grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
-            )
-        )
+        own = self.own_samples(shard)
+        records = grain.MapDataset.source(self._opened("train")).seed(self.seed)
+        if self.shuffle:
+            records = records.shuffle()
+        examples = records.repeat(None).map(self.example).random_map(self.augment)
+        mine = examples[process::processes]
+        batches = mine.batch(own.stop - own.start, drop_remainder=True)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        return iter(batches.to_iter_dataset(options))
 
     def evaluation(self, n):
         source = self._opened("test")
@@ -276,7 +314,8 @@ class Records(Dataset):
     def examples(self, split):
         return Derived(self._opened(split), self.example)
 
-    def one_sample(self):
+    @functools.cached_property
+    def _sample(self):
         return self.example(self._opened("train")[0])
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
@@ -288,7 +327,11 @@ class Records(Dataset):
 
 
 def contents(file: Path, largest: int = LARGEST) -> bytes:
-    """The bytes of a file. Raises Refused as `regular` does, and on more than `largest` bytes."""
+    """The bytes of a file.
+
+    Raises:
+        Refused: as `regular` does, and where the file has more than `largest` bytes.
+    """
     size = regular(file)
     if size > largest:
         raise Refused(f"{file}: {size:,} bytes, expected at most {largest:,}")
@@ -300,8 +343,11 @@ def contents(file: Path, largest: int = LARGEST) -> bytes:
 
 
 def regular(file: Path) -> int:
-    """The size of a regular file (links are followed), bytes. Raises Refused on devices and pipes,
-    which may have no end, on folders, and where it cannot be looked at.
+    """The size of a regular file in bytes; links are followed.
+
+    Raises:
+        Refused: on devices and pipes, which may have no end, on folders, and where the file cannot
+            be looked at.
     """
     try:
         about = file.stat()
@@ -342,7 +388,7 @@ class Subset(Sequence):
 
 
 class Derived(Sequence):
-    """`make(item)` of each item of `source`, when it is asked for."""
+    """`make(item)` of each item of `source`, made on access."""
 
     def __init__(self, source: Sequence, make: Callable[[Any], Any]):
         self.source = source
@@ -356,16 +402,18 @@ class Derived(Sequence):
 
 
 def held_out(size: int, share: float, split: str) -> np.ndarray:
-    """Indices of `split` ("train" or "test") where a fixed random `share` of `size` samples is kept
-    for evaluation.
-    """
-    order = _order(0, size, 0)
+    """Indices of `split` ("train" or "test"), of which a fixed random `share` is held out."""
+    order = shuffled(0, size, 0)
     cut = round(size * check_share(share))
     return np.sort(order[:cut] if split == "test" else order[cut:])
 
 
 def check_share(heldout: float) -> float:
-    """The share itself. Raises Refused outside [0, 1)."""
+    """The share itself.
+
+    Raises:
+        Refused: outside [0, 1).
+    """
     if not 0 <= heldout < 1:
         raise Refused(f"data.heldout={heldout}: expected a share from 0 to below 1")
     return heldout

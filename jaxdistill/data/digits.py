@@ -1,6 +1,4 @@
-"""scikit-learn's 8x8 digits: 1,797 grey images inside its wheel, so that the first run needs no
-download.
-"""
+"""scikit-learn's 8x8 digits: 1,797 grey images that come with the package."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from jaxdistill.data.base import InMemory, check_share
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Digits(InMemory):
-    """x float32 [8, 8, 1] in [-1, 1]; cond int32 label 0-9; null_cond 10.
+    """x float32 [B 8 8 1] in [-1, 1]; cond int32 [B], the digit; null_cond 10.
 
-    The set is small, and what is measured is how well a model has learnt its law: "train" and
-    "test" are all of it.
+    All images are both the training and the held-out samples: the set is small, and what is
+    measured is how well a model has learnt its distribution.
     """
 
     classes = 10
@@ -31,9 +29,11 @@ class Digits(InMemory):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledDigits(InMemory):
-    """x float32 [8, 8, 1] in [-1, 1], cond int32 the label, heldout float32: `size` training
-    samples, of which a share of labels is wrong and another share (`heldout` 1) is there to be
-    predicted and not fitted; the other samples, with right labels, are the test.
+    """Digits of which some training labels are wrong, and some are not to be fitted.
+
+    x float32 [B 8 8 1] in [-1, 1]; cond int32 [B], the label; heldout float32 [B], 1 on training
+    samples that a method predicts but does not fit. All digits beyond the first `size` are held
+    out, with right labels.
     """
 
     size: int = 400  # training samples
@@ -48,15 +48,14 @@ class LabelledDigits(InMemory):
         order = rng.permutation(len(data.target))
         pick = order[: self.size] if split == "train" else order[self.size :]
         label = data.target[pick].astype(np.int32)
-        held = np.zeros(len(pick), np.float32)
+        heldout = np.zeros(len(pick), np.float32)
         if split == "train":
             wrong = rng.random(len(pick)) < self.noise
-            label = np.where(wrong, (label + rng.integers(1, 10, len(pick))) % 10, label).astype(
-                np.int32
-            )
-            held[: round(self.size * check_share(self.heldout))] = 1
+            other = (label + rng.integers(1, 10, len(pick))) % 10
+            label = np.where(wrong, other, label).astype(np.int32)
+            heldout[: round(self.size * check_share(self.heldout))] = 1
         return {
             "x": (data.images[pick].astype(np.float32) / 8.0 - 1.0)[..., None],
             "cond": label,
-            "heldout": held,
+            "heldout": heldout,
         }

@@ -1,9 +1,9 @@
-"""Teachers behind an HTTP endpoint that speaks OpenAI's chat completions: retries, a rate limit,
-resumption, a bill.
+"""Teachers behind an HTTP endpoint with OpenAI's chat completions.
 
-The server is not trusted: no redirect is followed, an answer has a bound in bytes and in seconds,
-nothing that it sends is unpacked, and what it says in an error becomes one short line without the
-key.
+Requests are retried and limited in their rate; interrupted work is resumed; costs are counted.
+
+The server is not trusted: redirects are not followed, an answer is limited in bytes and seconds,
+its content is never decompressed, and its error messages become one short line without the key.
 """
 
 from __future__ import annotations
@@ -37,44 +37,45 @@ from jaxdistill.core.types import Refused
 Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
 
 SHOWN = 400  # characters of an error's line, what a server says included
-WINDOW = 8  # characters in a row that are recognised as the key's
-AGAIN = (408, 409, 429)  # statuses below 500 that are worth a further attempt
+WINDOW = 8  # length of the parts of the key that are recognised
+AGAIN = (408, 409, 429)  # statuses below 500 after which a request is retried
 COUNTS = ("prompt_tokens", "completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """Where to ask and how. `clock` and `sleep` are there for tests. Raises Refused on a field out
-    of range.
+    """A server and the settings of its requests.
+
+    Raises Refused on a field out of range.
     """
 
-    url: str  # up to and without /chat/completions
+    url: str  # without /chat/completions at the end
     model: str
-    key_variable: str = (
-        "OPENAI_API_KEY"  # environment variable that holds the key; sent where it is set
-    )
+    key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; may be unset
     temperature: float = 0.0
     max_tokens: int = 1024
-    # seconds that a whole request may take, from its connection to the last byte of its answer
+    # Seconds of a complete request, from its connection to the last byte of its answer.
     timeout: float = 120.0
-    max_bytes: int = 16 * 2**20  # of an answer, its headers included
-    # after the first attempt, on 408, 409, 429, 5xx, broken connections and answers that are none
+    max_bytes: int = 16 * 2**20  # of an answer, headers included
+    # Attempts after the first, on the statuses 408, 409, 429 and 5xx, on broken connections, and on
+    # answers that cannot be read.
     retries: Natural = 6
-    # seconds before the first retry, doubled for each further one, unless the server names a time
+    # Seconds before the first retry, doubled for each further one, unless the server gives a time.
     backoff: float = 1.0
-    max_wait: float = 300.0  # seconds before a retry, whatever the server names
-    per_minute: float = 0.0  # requests a minute at most; 0: no limit
+    max_wait: float = 300.0  # the most seconds before a retry, also where the server gives a time
+    per_minute: float = 0.0  # the most requests a minute; 0: no limit
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million tokens of answers
+    # For tests.
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self):
-        if not re.fullmatch(
-            r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable
-        ):  # which may be the key itself: it is not repeated
+        # The value may be the key itself, and is not repeated in the message.
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
             raise Refused(
-                "endpoint.key_variable: expected the name of an environment variable, as OPENAI_API_KEY"
+                "endpoint.key_variable: expected the name of an environment variable, "
+                "as OPENAI_API_KEY"
             )
         _check_url(self.url)
         least = {
@@ -84,19 +85,23 @@ class Endpoint:
             "retries": 0,
             "backoff": 0.0,
             "max_wait": 0.0,
+            "per_minute": 0.0,
+            "price_in": 0.0,
+            "price_out": 0.0,
         }
-        for name, low in {**least, "per_minute": 0.0, "price_in": 0.0, "price_out": 0.0}.items():
-            value = getattr(self, name)
+        for name, low in least.items():
+            value = vars(self)[name]
             if not isinstance(value, (int, float)) or not low <= value < math.inf:
                 raise Refused(f"endpoint.{name}={value!r}: expected a number of at least {low:g}")
         if not isinstance(self.timeout, (int, float)) or not 0 < self.timeout < math.inf:
             raise Refused(f"endpoint.timeout={self.timeout!r}: expected seconds above 0")
 
     def chat(self, messages: Messages) -> dict[str, Any]:
-        """{"text", "prompt_tokens", "completion_tokens"} of one answer.
+        """One answer: {"text", "prompt_tokens", "completion_tokens"}.
 
-        Raises Refused where the server refuses the request, sends it elsewhere or answers without
-        end, ConnectionError where all attempts have failed.
+        Raises:
+            Refused: where the server refuses the request, redirects it, or answers without end.
+            ConnectionError: where all attempts have failed.
         """
         key = self._key()
         request = self._request(messages, key)
@@ -113,8 +118,10 @@ class Endpoint:
         raise ConnectionError(_line(f"{self.url}: {attempts}", key))
 
     def _key(self) -> str:
-        """The key, white space around it aside; "" where there is none. Raises Refused, which does
-        not repeat it.
+        """The key without white space around it; "" where there is none.
+
+        Raises:
+            Refused: where it cannot be a key; the message does not repeat it.
         """
         key = os.environ.get(self.key_variable, "").strip()
         if not all("!" <= c <= "~" for c in key):
@@ -143,7 +150,7 @@ class Endpoint:
         return urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data, headers)
 
     def _attempt(self, request: urllib.request.Request, key: str) -> dict[str, Any]:
-        """One exchange. Raises Refused, or _Failed where a further one may help."""
+        """One attempt. Raises Refused, or _Failed where another attempt may succeed."""
         try:
             with _opener(self.max_bytes).open(request, timeout=self.timeout) as reply:
                 status = reply.status
@@ -156,12 +163,8 @@ class Endpoint:
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise _Failed(f"{type(error).__name__}: {error}") from None
         if 300 <= status < 400:
-            raise Refused(
-                _line(
-                    f"{self.url}: HTTP {status}: sent on to {self._host(headers)}, not followed",
-                    key,
-                )
-            )
+            what = f"sent on to {self._host(headers)}, not followed"
+            raise Refused(_line(f"{self.url}: HTTP {status}: {what}", key))
         said = _line(body.decode(errors="replace"), key)
         if status >= 500 or status in AGAIN:
             raise _Failed(f"HTTP {status}: {said}", _seconds(headers.get("Retry-After", "")))
@@ -172,22 +175,21 @@ class Endpoint:
         except Refused:
             raise
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            kind = f"HTTP {status}, {headers.get('Content-Type', 'no type')}, {headers.get('Content-Encoding', 'not packed')}"
-            raise _Failed(
-                f"{type(error).__name__}: {error} in an answer ({kind}): {said}"
-            ) from None
+            content = headers.get("Content-Type", "no type")
+            encoding = headers.get("Content-Encoding", "not packed")
+            where = f"an answer (HTTP {status}, {content}, {encoding})"
+            raise _Failed(f"{type(error).__name__}: {error} in {where}: {said}") from None
 
     def _host(self, headers: http.client.HTTPMessage) -> str:
         """The host that a redirect names."""
         try:
-            return (
-                urllib.parse.urlsplit(urllib.parse.urljoin(self.url, headers["Location"])).hostname
-                or "nowhere"
-            )
+            target = urllib.parse.urljoin(self.url, headers["Location"])
+            return urllib.parse.urlsplit(target).hostname or "nowhere"
         except (ValueError, TypeError):
             return "nowhere"
 
     def _answer(self, body: bytes, key: str) -> dict[str, Any]:
+        """The text and the counts in the body of an answer."""
         reply = json.loads(body)
         error = reply.get("error") if isinstance(reply, dict) and "choices" not in reply else None
         code = error.get("code") if isinstance(error, dict) else None
@@ -199,15 +201,15 @@ class Endpoint:
         return {"text": text, **self._counts(reply.get("usage"), key)}
 
     def _counts(self, usage: Any, key: str) -> dict[str, int]:
-        """Tokens that an answer has used; 0 where the server does not say, or, with a warning,
-        where it says no count.
+        """Tokens that an answer has used; 0 where the server does not say.
+
+        Where the server says something that is no count, it is 0 with a warning: the answer has
+        been paid for, and is kept.
         """
         said = usage if isinstance(usage, dict) else {}
         counts = {name: said[name] if _is_count(said.get(name)) else 0 for name in COUNTS}
-        sound = usage is None or (
-            usage is said and all(said.get(name) in (None, count) for name, count in counts.items())
-        )
-        if not sound:  # the answer has been paid for: it is kept
+        as_said = all(said.get(name) in (None, count) for name, count in counts.items())
+        if usage is not None and not (usage is said and as_said):
             logging.warning(
                 "%s", _line(f"{self.url}: usage {usage!r} has no counts: 0 in the bill", key)
             )
@@ -215,9 +217,7 @@ class Endpoint:
 
 
 class _Failed(Exception):
-    """An attempt that another may follow; `wait`: seconds that the server asks for, None where it
-    does not.
-    """
+    """An attempt that may be repeated, after `wait` seconds where the server gives a time."""
 
     def __init__(self, what: str, wait: float | None = None):
         super().__init__(what)
@@ -229,7 +229,7 @@ class _TooLong(Exception):
 
 
 class _Reader(io.RawIOBase):
-    """What a socket receives, until a time and up to a number of bytes."""
+    """The bytes that a socket receives, up to a point in time and a number of bytes."""
 
     def __init__(self, sock: Any, until: float, most: int):
         self.sock = sock
@@ -254,7 +254,7 @@ class _Reader(io.RawIOBase):
 
 
 class _Socket:
-    """A connected socket as http.client uses it, with one deadline for all that goes through it."""
+    """A connected socket as http.client uses it, with one deadline for the complete exchange."""
 
     def __init__(self, sock: Any, until: float, most: int):
         self.sock = sock
@@ -275,8 +275,9 @@ class _Socket:
 
 
 class _Bounded:
-    """Before a connection of http.client: its `timeout` is that of the whole exchange, and `most`
-    its bytes.
+    """Mixin for connections of http.client, with limits of the complete exchange.
+
+    `timeout` are its seconds, and `most` its bytes.
     """
 
     most = 0
@@ -296,7 +297,7 @@ class _Https(_Bounded, http.client.HTTPSConnection):
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    """Opens http and https. Every status is an answer: none is followed, none raised."""
+    """Opens http and https; every status is an answer, which is neither followed nor raised."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -315,7 +316,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 def _opener(most: int) -> urllib.request.OpenerDirector:
-    """http and https, through the environment's proxy where it names one, and nothing else."""
+    """An opener for http and https alone, through the environment's proxy where there is one."""
     opener = urllib.request.OpenerDirector()
     opener.add_handler(urllib.request.ProxyHandler())
     opener.add_handler(_Handler(most))
@@ -331,7 +332,7 @@ def _left(until: float) -> float:
 
 
 def _body(reply: http.client.HTTPResponse) -> bytes:
-    """All of it; of an error its beginning, as much as came."""
+    """The body of an answer; for an error, as much of its beginning as can be read."""
     if reply.status < 300:
         return b"".join(iter(functools.partial(reply.read, 65536), b""))
     text = bytearray()
@@ -349,8 +350,9 @@ def _line(text: str, key: str) -> str:
 
 
 def _redacted(text: str, key: str) -> str:
-    """`text` with [key] in place of each run of characters of the key, as it is or as JSON, Python
-    or a URL write it.
+    """`text` with "[key]" in the place of parts of the key.
+
+    The key is recognised as it is, and as JSON, Python or a URL write it.
     """
     if not key:
         return text
@@ -365,8 +367,11 @@ def _redacted(text: str, key: str) -> str:
 
 
 def _seconds(text: str) -> float | None:
-    """Retry-After, seconds or a date (RFC 9110, section 10.2.3), in seconds; None where it says
-    nothing that can be waited for.
+    """Seconds from a header Retry-After, which holds seconds or a date.
+
+    None where it holds neither, or a date that has passed.
+
+    Source: RFC 9110, section 10.2.3.
     """
     if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text.strip()):
         return float(text)
@@ -383,16 +388,17 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_url(url: str) -> None:
-    """Raises Refused where `url` is not http(s)://host[:port][/path]; a password in it is not
-    repeated.
+    """Raises Refused where `url` is not http(s)://host[:port][/path].
+
+    The message does not repeat a password in it.
     """
     expected = "expected http(s)://host[:port][/path]"
     try:
         parts = urllib.parse.urlsplit(url)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        sound = False
-    if not sound or not all("!" <= c <= "~" for c in url):
+        valid = False
+    if not valid or not all("!" <= c <= "~" for c in url):
         raise Refused(f"endpoint.url={url.rpartition('@')[2]!r}: {expected}")
     if parts.username is not None or parts.query or parts.fragment:
         raise Refused(
@@ -406,13 +412,22 @@ def ask_all(
     file: str | Path,
     workers: int = 8,
 ) -> dict[str, float]:
-    """Asks every (id, messages) whose id `file` does not have yet; each answer becomes a JSON line
-    {"id", "text", ...} at once.
+    """Asks every question whose id `file` does not have yet.
 
-    Run again after an interruption it asks what is missing and no id twice. Returns the bill of the
-    whole file: requests, prompt_tokens, completion_tokens, cost. The first error stops it, and what
-    was answered stays. Raises Refused before the first request where `file` holds something else,
-    or where one id has two questions.
+    Each answer is appended at once as a JSON line {"id", "text", ...}. The first error stops the
+    work, and answers so far stay; a further call asks the missing questions, and none twice.
+
+    Args:
+        questions: (id, messages) of each.
+        file: where the answers are.
+        workers: requests at the same time.
+
+    Returns:
+        The bill of the complete file: requests, prompt_tokens, completion_tokens, cost.
+
+    Raises:
+        Refused: before the first request, where `file` holds something else, or where one id has
+            two questions.
     """
     if workers < 1:
         raise Refused(f"workers={workers}: expected at least 1")
@@ -422,8 +437,8 @@ def ask_all(
     answered = {record["id"] for record in read(file)}
     fresh = _fresh(questions, answered)
 
-    def turn() -> None:
-        """Waits until the rate limit lets the next request go."""
+    def wait_for_rate() -> None:
+        """Waits until the rate limit allows the next request."""
         if endpoint.per_minute:
             with lock:
                 now = endpoint.clock()
@@ -439,7 +454,7 @@ def ask_all(
             if stop.is_set():
                 return
             try:
-                turn()
+                wait_for_rate()
                 record = {"id": item[0], **endpoint.chat(item[1])}
                 with lock:
                     out.write(json.dumps(record) + "\n")
@@ -452,12 +467,12 @@ def ask_all(
             for job in [pool.submit(work, item) for item in fresh.items()]:
                 job.result()
         finally:
-            stop.set()  # an interruption, too, asks nothing more
+            stop.set()  # after an interruption, too, no more is asked
     return bill(endpoint, file)
 
 
 def _fresh(questions: Iterable[tuple[str, Messages]], answered: set[str]) -> dict[str, Messages]:
-    """The questions without an answer, by id. Raises Refused."""
+    """The questions without an answer, by id. Raises Refused where an id has two."""
     fresh: dict[str, Messages] = {}
     for name, messages in questions:
         if not isinstance(name, str):
@@ -470,7 +485,7 @@ def _fresh(questions: Iterable[tuple[str, Messages]], answered: set[str]) -> dic
 
 
 def _appending(file: Path) -> io.TextIOBase:
-    """`file`, open for more lines. Raises Refused."""
+    """`file`, opened to append lines. Raises Refused where that cannot be done."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return file.open("a", encoding="ascii")
@@ -479,29 +494,28 @@ def _appending(file: Path) -> io.TextIOBase:
 
 
 def read(file: str | Path) -> list[dict[str, Any]]:
-    """The answers in a file. A last line that was cut off is removed from it, so that what follows
-    is whole.
+    """The answers in a file.
 
-    Raises Refused, naming the line, where another is no answer; the file is then left as it is.
+    A last line that was cut off is removed from the file, so that the next line can follow.
+
+    Raises:
+        Refused: where another line is no answer; the message names it. The file then stays as it
+            is.
     """
     file = Path(file)
     try:
         data = file.read_bytes() if file.exists() else b""
         *lines, last = data.split(b"\n")
         if last and _parsed(last) is None and not _began(last):
-            raise Refused(
-                f"{file}: line {len(lines) + 1} is no answer; expected a JSON object with id, text and counts"
-            )
+            raise _no_answer(file, len(lines) + 1)
         records = []
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             if (record := _parsed(line)) is None:
-                raise Refused(
-                    f"{file}: line {number} is no answer; expected a JSON object with id, text and counts"
-                )
+                raise _no_answer(file, number)
             records.append(record)
-        if last and (record := _parsed(last)) is not None:  # whole but for its end
+        if last and (record := _parsed(last)) is not None:  # complete but for its line end
             records.append(record)
             with file.open("ab") as out:
                 out.write(b"\n")
@@ -514,19 +528,27 @@ def read(file: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def _no_answer(file: Path, line: int) -> Refused:
+    """The refusal of a line that is no answer."""
+    expected = "expected a JSON object with id, text and counts"
+    return Refused(f"{file}: line {line} is no answer; {expected}")
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A record, or None where the line holds none."""
+    """The record in a line; None where it holds none."""
     try:
         record = json.loads(line)
-        whole = all(isinstance(record[name], str) for name in ("id", "text"))
+        texts = all(isinstance(record[name], str) for name in ("id", "text"))
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    return record if whole and all(_is_count(record.get(name)) for name in COUNTS) else None
+    counts = all(_is_count(record.get(name)) for name in COUNTS) if texts else False
+    return record if counts else None
 
 
 def _began(line: bytes) -> bool:
-    """Whether a line may be the beginning of a record; a crash of the machine may leave zeros at
-    its end.
+    """Whether a line may be the beginning of a record.
+
+    A crash of the machine may leave zeros at its end.
     """
     head = b'{"id": "'
     text = line.rstrip(b"\0")
@@ -534,10 +556,10 @@ def _began(line: bytes) -> bool:
 
 
 def bill(endpoint: Endpoint, file: str | Path) -> dict[str, float]:
-    """What the answers in `file` have used, and cost at the endpoint's prices."""
+    """Requests and tokens of the answers in `file`, and their cost at the endpoint's prices."""
     records = read(file)
     used = {name: sum(record[name] for record in records) for name in COUNTS}
-    cost = (
-        used["prompt_tokens"] * endpoint.price_in + used["completion_tokens"] * endpoint.price_out
-    ) / 1e6
+    price = used["prompt_tokens"] * endpoint.price_in
+    price += used["completion_tokens"] * endpoint.price_out
+    cost = price / 1e6
     return {"requests": len(records), **used, "cost": cost}

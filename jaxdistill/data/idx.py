@@ -1,5 +1,6 @@
-"""MNIST and its relatives in their own format (yann.lecun.com/exdb/mnist): IDX files, plain or
-gzipped.
+"""MNIST and similar data sets in their own format, IDX files, plain or gzipped.
+
+Source: yann.lecun.com/exdb/mnist.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from jaxdistill.core.types import Refused
 from jaxdistill.data.base import InMemory, contents
 
 PREFIX = {"train": "train", "test": "t10k"}
-DENSEST = 1032  # bytes that deflate can make of one
+DENSEST = 1032  # the most bytes that deflate can pack into one
 UNSIGNED_BYTES = 0x08  # the header's code for the element type
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IDX(InMemory):
-    """x float32 [H, W, 1] in [-1, 1]; cond int32 label; null_cond the number of classes.
+    """x float32 [B H W 1] in [-1, 1]; cond int32 [B], the label; null_cond the number of classes.
 
-    Folder `path` holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-... for
-    evaluation, each as it is or with ".gz". Raises Refused on a missing, truncated or other file.
+    The folder `path` holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and the held-out
+    t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each plain or with ".gz". Raises Refused
+    where a file is missing, truncated or of another format.
     """
 
     size: int = 0  # pixels a side after padding with black (-1); 0: as stored
@@ -41,21 +43,24 @@ class IDX(InMemory):
         labels = self._read(split, "labels", 1)
         if len(images) != len(labels):
             raise Refused(
-                f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and {len(labels)} labels"
+                f"data.path={self.path}: {PREFIX[split]} has {len(images)} images and "
+                f"{len(labels)} labels"
             )
         if labels.max() >= classes:
             raise Refused(
-                f"data.path={self.path}: {PREFIX[split]} has label {labels.max()}, the training set 0 to {classes - 1}"
+                f"data.path={self.path}: {PREFIX[split]} has label {labels.max()}, "
+                f"the training set 0 to {classes - 1}"
             )
         if self.size:
             images = np.pad(images, [(0, 0), *map(self._margins, images.shape[1:])])
         x = images.astype(np.float32)
-        x /= 127.5  # in place: the set fits in memory, though perhaps not three times
+        x /= 127.5  # in place, since several copies may not fit in memory
         x -= 1.0
         label = labels.astype(np.int32)
         return {"x": x[..., None], "cond": label, "null_cond": np.full_like(label, classes)}
 
     def _margins(self, side: int) -> tuple[int, int]:
+        """Pixels of padding before and after a side."""
         room = self.size - side
         if room < 0:
             raise Refused(
@@ -75,7 +80,8 @@ class IDX(InMemory):
 def read(file: Path, axes: int) -> np.ndarray:
     """The uint8 array with `axes` axes in an IDX file, gzipped where its name ends in ".gz".
 
-    Raises Refused where header and length do not agree with that.
+    Raises:
+        Refused: where header or length say something else.
     """
     raw = contents(file)
     start = 4 + 4 * axes
@@ -85,7 +91,8 @@ def read(file: Path, axes: int) -> np.ndarray:
     expected = bytes([0, 0, UNSIGNED_BYTES, axes])
     if head[:4] != expected:
         raise Refused(
-            f"{file}: begins with 0x{head[:4].hex()}, expected 0x{expected.hex()} (unsigned bytes, {axes} axes)"
+            f"{file}: begins with 0x{head[:4].hex()}, expected 0x{expected.hex()} "
+            f"(unsigned bytes, {axes} axes)"
         )
     shape = np.frombuffer(head, ">u4", axes, 4).tolist()
     size = start + math.prod(shape)
@@ -103,8 +110,10 @@ def read(file: Path, axes: int) -> np.ndarray:
 
 
 def _gunzip(file: Path, raw: bytes, most: int) -> bytes:
-    """The first `most` bytes that a gzip file holds; of a truncated one, what is left. Refused
-    where it is none, or its checksum is wrong.
+    """The first `most` bytes that a gzip file holds; fewer where it is truncated.
+
+    Raises:
+        Refused: where it is no gzip file, or its checksum is wrong.
     """
     data = b""
     try:

@@ -1,4 +1,4 @@
-"""What a teacher said of a data set, stored once (tools/store_logits.py) and read many times."""
+"""A teacher's log-probabilities on a data set, stored once by tools/store_logits.py."""
 
 from __future__ import annotations
 
@@ -21,41 +21,45 @@ ABOUT = "store.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredLogits(ArrayRecords):
-    """The keys of the data set that was read, and the teacher's law of the token after each
-    position: teacher_ids int32 [T k], the likeliest tokens first, teacher_log_probs [T k], and
-    teacher_log_tail [T], the log mass of all others.
+    """The samples of another data set with its teacher's distribution of the next token.
 
-    `path` is the store's folder. Raises Refused where it is no store, or one that is not complete.
+    teacher_ids int32 [B T K] are the likeliest tokens after each position, the likeliest first;
+    teacher_log_probs [B T K] are their log-probabilities, and teacher_log_tail [B T] is the
+    log-probability of all other tokens together. The other keys are those of the data set that was
+    read.
+
+    `path` is the store's folder. Raises Refused where it is no store, or is not complete.
     """
 
     @functools.cached_property
     def store(self) -> dict[str, Any]:
-        """What the store was made with: teacher, data, top_k, temperature, dtype, vocab, and its
-        splits' numbers of files.
+        """The store's description.
+
+        It holds teacher, data, top_k, temperature, dtype and vocab, and the number of samples and
+        of files of each split.
         """
         folder = self.existing()
         about = read_about(folder)
         if about is None:
             raise Refused(
-                f"data.path={self.path}: no {ABOUT}, expected a folder that tools/store_logits.py made"
+                f"data.path={self.path}: no {ABOUT}, expected a folder that "
+                "tools/store_logits.py made"
             )
         _check_about(about, folder / ABOUT)
         there = {file.name for file in folder.iterdir()}
         for split, files in about["files"].items():
-            made = sum(
-                store_file(folder, split, i).name in there for i in range(min(files, len(there)))
-            )
+            expected = [store_file(folder, split, i) for i in range(min(files, len(there)))]
+            made = sum(file.name in there for file in expected)
             if made < files:
                 raise Refused(
-                    f"data.path={self.path}: {made} of {files} {split} files; tools/store_logits.py goes on where it stopped"
+                    f"data.path={self.path}: {made} of {files} {split} files; "
+                    "tools/store_logits.py goes on where it stopped"
                 )
         return about
 
     @property
     def vocab_size(self):
-        """Of the data that was read, where its tokenizer is still there, else of the teacher's
-        table.
-        """
+        """That of the data that was read, or the teacher's where its tokenizer is missing."""
         try:
             return self.texts.vocab_size or self.store["vocab"]
         except Refused:
@@ -63,14 +67,14 @@ class StoredLogits(ArrayRecords):
 
     @functools.cached_property
     def texts(self):
+        """The data set that was read."""
         return build(ConfigDict(self.store["data"]))
 
     def source(self, split):
-        rows = self.store["rows"]
+        counts = self.store["rows"]
         records = super().source(split)
-        stored = (
-            rows.get(split) if rows.get("test") else None
-        )  # else a share of the training rows is held out
+        # Without test samples a share of the training samples is held out.
+        stored = counts.get(split) if counts.get("test") else None
         if stored is not None and len(records) != stored:
             raise Refused(
                 f"data.path={self.path}: {len(records)} {split} rows, {ABOUT} says {stored}"
@@ -79,10 +83,9 @@ class StoredLogits(ArrayRecords):
 
     def example(self, record):
         """Raises Refused on a record that is not of this store's sizes."""
-        example, (top_k, vocab) = (
-            super().example(record),
-            (self.store["top_k"], self.store["vocab"]),
-        )
+        example = super().example(record)
+        top_k = self.store["top_k"]
+        vocab = self.store["vocab"]
         length = np.shape(example.get("tokens"))
         expected = {
             "tokens": length[:1],
@@ -94,7 +97,8 @@ class StoredLogits(ArrayRecords):
             if key not in example or example[key].shape != shape:
                 found = list(example[key].shape) if key in example else "missing"
                 raise Refused(
-                    f"{record[0]}: {key} is {found}, expected {list(shape) or '[length]'} in a store of {top_k} tokens a place"
+                    f"{record[0]}: {key} is {found}, expected {list(shape) or '[length]'} in a "
+                    f"store of {top_k} tokens a place"
                 )
         ids = example["teacher_ids"]
         if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < vocab):
@@ -105,7 +109,7 @@ class StoredLogits(ArrayRecords):
 
 
 def store_file(folder: Path, split: str, index: int) -> Path:
-    """Where the store's file number `index` of a split is."""
+    """The path of file number `index` of a split."""
     return folder / f"{split}-{index:05d}.arrayrecord"
 
 
@@ -123,22 +127,27 @@ def _check_about(about: Any, file: Path) -> None:
     """Raises Refused where the description lacks what reading needs."""
     if not isinstance(about, dict):
         raise Refused(f"{file}: expected a JSON object, found {str(about)[:40]!r}")
-    count = lambda n: isinstance(n, int) and not isinstance(n, bool) and n >= 0
-    counts = lambda d: (
-        isinstance(d, dict)
-        and "train" in d
-        and d.keys() <= {"train", "test"}
-        and all(map(count, d.values()))
-    )
     tests = {
-        "data": lambda d: isinstance(d, dict),
-        "top_k": count,
-        "vocab": count,
-        "rows": counts,
-        "files": counts,
+        "data": lambda value: isinstance(value, dict),
+        "top_k": _is_count,
+        "vocab": _is_count,
+        "rows": _are_counts,
+        "files": _are_counts,
     }
     for key, fits in tests.items():
         if not fits(about.get(key)):
             raise Refused(
-                f"{file}: {key!r} is {str(about.get(key))[:40]!r}, expected what tools/store_logits.py writes"
+                f"{file}: {key!r} is {str(about.get(key))[:40]!r}, expected what "
+                "tools/store_logits.py writes"
             )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_counts(value: Any) -> bool:
+    """Whether a value is a count for "train", and perhaps one for "test"."""
+    if not isinstance(value, dict) or "train" not in value or value.keys() - {"train", "test"}:
+        return False
+    return all(map(_is_count, value.values()))

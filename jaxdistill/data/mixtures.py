@@ -16,15 +16,19 @@ from jaxdistill.core.types import Array
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 
+Components = tuple[np.ndarray, np.ndarray, np.ndarray]  # weights [K], means [K D], stds [K]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture(Dataset):
-    """x float32 [dim]; where `labelled`, cond int32 the mode it was drawn from or its class,
-    null_cond the number of these.
+    """Points x float32 [B dim] from an isotropic Gaussian mixture.
 
-    Weights, means and isotropic standard deviations are drawn from `seed`: means by repeated draws
-    from the ball of `radius` at least `gap` standard deviations apart (as far as they fit), weights
-    uneven within a factor of two.
+    Where `labelled`, cond int32 [B] is the mode that the point was drawn from, or its class;
+    null_cond is the number of labels.
+
+    Weights, means and standard deviations are drawn from `seed`. Means are drawn from the ball of
+    `radius` until they are at least `gap` standard deviations apart, as far as they fit. Weights
+    differ within a factor of two.
     """
 
     batch_size: int = 256
@@ -33,16 +37,14 @@ class Mixture(Dataset):
     radius: Positive = 1.0
     std: Positive = 0.08  # mean standard deviation; each mode's is within 25 % of it
     gap: NonNegative = 5.0
-    classes: Annotated[int, Range(0, 4096)] = (
-        # a label for each sector of about modes / classes neighbours, counted around the origin; 0:
-        # for each mode
-        0
-    )
-    labelled: bool = True  # without labels, teacher and students are those of the whole mixture
+    # Number of labels: each stands for a sector of about modes / classes neighbours, counted around
+    # the origin. 0: a label for each mode.
+    classes: Annotated[int, Range(0, 4096)] = 0
+    labelled: bool = True  # without labels, teacher and students are those of the full mixture
 
     @functools.cached_property
-    def components(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(weights [K], means [K, dim], stds [K]), float32."""
+    def components(self) -> Components:
+        """(weights [K], means [K D], standard deviations [K]) of the modes, float32."""
         rng = np.random.default_rng([self.seed, self.dim, self.modes])
         means = []
         gap = self.gap * self.std
@@ -54,94 +56,96 @@ class Mixture(Dataset):
             gap *= 0.998
         weights = rng.uniform(1, 2, self.modes)
         stds = self.std * rng.uniform(0.75, 1.25, self.modes)
-        return tuple(np.asarray(a, np.float32) for a in (weights / weights.sum(), means, stds))
+        parts = (weights / weights.sum(), means, stds)
+        return tuple(np.asarray(part, np.float32) for part in parts)
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """The label of each mode, int32 [modes]."""
-        rank = (
-            np.argsort(np.argsort(np.arctan2(*self.components[1].T[1::-1])))
-            if self.classes
-            else np.arange(self.modes)
-        )
-        return (rank * (self.classes or self.modes) // self.modes).astype(np.int32)
+        """The label of each mode, int32 [K]."""
+        if not self.classes:
+            return np.arange(self.modes).astype(np.int32)
+        _, means, _ = self.components
+        angle = np.arctan2(*means.T[1::-1])
+        rank = np.argsort(np.argsort(angle))
+        return (rank * self.classes // self.modes).astype(np.int32)
 
     @property
     def label_count(self):
         return (self.classes or self.modes) if self.labelled else None
 
     def conditions(self, mode: np.ndarray) -> dict[str, np.ndarray]:
-        """The labels of samples that were drawn from these modes; nothing where there are none."""
+        """The labels of samples from these modes int [B]; empty where there are none."""
+        if not self.labelled:
+            return {}
         cond = self.labels[mode]
-        return (
-            {"cond": cond, "null_cond": np.full_like(cond, self.classes or self.modes)}
-            if self.labelled
-            else {}
-        )
+        return {"cond": cond, "null_cond": np.full_like(cond, self.classes or self.modes)}
 
     def hidden(self, cond: Array) -> Array:
-        """Which modes a condition excludes, bool [B modes]; the null condition none."""
-        return (cond[:, None] != self.labels) & (cond[:, None] < (self.classes or self.modes))
+        """Which modes the labels [B] exclude, bool [B K]; the null label excludes none."""
+        other = cond[:, None] != self.labels
+        return other & (cond[:, None] < (self.classes or self.modes))
 
     @property
-    def teacher_law(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The law that `net` is the denoiser of."""
+    def teacher_components(self) -> Components:
+        """The mixture whose exact denoiser the teacher is."""
         return self.components
 
+    def drawn_modes(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """The modes of `n` samples, drawn by their weights: int [n]."""
+        weights, _, _ = self.components
+        # Normalised in float64, which `choice` asks for.
+        shares = weights / weights.sum(dtype=np.float64).astype(np.float64)
+        return rng.choice(self.modes, n, p=shares)
+
     def draw(self, rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
-        """`n` samples from the law."""
-        weights, means, stds = self.components
-        mode = rng.choice(
-            self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64)
-        )
-        x = means[mode] + stds[mode, None] * rng.standard_normal((n, self.dim)).astype(np.float32)
+        """`n` samples with their labels."""
+        _, means, stds = self.components
+        mode = self.drawn_modes(rng, n)
+        noise = rng.standard_normal((n, self.dim)).astype(np.float32)
+        x = means[mode] + stds[mode, None] * noise
         return {"x": x.astype(np.float32), **self.conditions(mode)}
 
-    def batch(self, index, rows):
-        return {
-            k: v[rows]
-            for k, v in self.draw(
-                np.random.default_rng([self.seed, 1, index]), self.batch_size
-            ).items()
-        }
+    def batch(self, index, samples):
+        drawn = self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size)
+        return {k: v[samples] for k, v in drawn.items()}
 
     def evaluation(self, n):
         return self.draw(np.random.default_rng([self.seed, 2]), n)
 
     def net(self, process: Process = Flow()) -> Net:
-        """The exact denoiser as a network without weights: (x, t, cond) -> Pred. `cond` K, or None:
-        unconditional.
+        """The exact denoiser, a network without weights: (x, t, cond) -> Pred.
+
+        `cond` is int [B], or None for the full mixture.
         """
         return fixed_net(functools.partial(self.denoise, process), config=self)
 
     def denoise(self, process: Process, x: Array, t: Array, cond: Array | None = None, **_) -> Pred:
-        """Exact E[x0 | x_t]: responsibilities times the modes' own posterior means (00-foundations,
-        section 4).
-        """
-        weights, means, stds = self.teacher_law
-        log_w, means, stds = (
-            jnp.asarray(a, x.dtype) for a in (np.log(weights.astype(np.float64)), means, stds)
-        )
+        """Exact E[x0 | x_t]: the modes' posterior means, weighted by their responsibilities."""
+        weights, means, stds = self.teacher_components
+        log_w = jnp.asarray(np.log(weights.astype(np.float64)), x.dtype)
+        means = jnp.asarray(means, x.dtype)
+        stds = jnp.asarray(stds, x.dtype)
         a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
-        spread = (a * stds) ** 2 + s**2  # [B K]
+        variance = (a * stds) ** 2 + s**2  # [B K]
         offset = x[:, None] - a[..., None] * means  # [B K D]
-        logits = log_w - 0.5 * jnp.sum(offset**2, -1) / spread - 0.5 * self.dim * jnp.log(spread)
+        square = jnp.sum(offset**2, -1)
+        logits = log_w - 0.5 * square / variance - 0.5 * self.dim * jnp.log(variance)
         if cond is not None:
             logits = jnp.where(self.hidden(cond), -jnp.inf, logits)
         w = jax.nn.softmax(logits)[..., None]
-        x0 = jnp.sum(w * (means + (a * stds**2 / spread)[..., None] * offset), 1)
-        eps = jnp.sum(w * (s / spread)[..., None] * offset, 1)  # exact at sigma = 0 too
+        x0 = jnp.sum(w * (means + (a * stds**2 / variance)[..., None] * offset), 1)
+        eps = jnp.sum(w * (s / variance)[..., None] * offset, 1)  # exact at sigma = 0 too
         v = da * x0 + ds * eps
         return Pred(x0, eps, v, v)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blurred(Mixture):
-    """Its teacher is that of the data convolved with N(0, blur^2): exact, but slightly wrong."""
+    """A mixture whose teacher is that of the data convolved with N(0, blur^2), hence wrong."""
 
     blur: float = 0.08
 
     @property
-    def teacher_law(self):
+    def teacher_components(self):
         weights, means, stds = self.components
         return weights, means, np.sqrt(stds**2 + np.float32(self.blur) ** 2)

@@ -1,9 +1,11 @@
-"""Named entities of any type from a teacher that answers in text, as conversations for a student
-(arXiv:2308.03279).
+"""Named entities of any type: a teacher's answers in text become conversations for a student.
 
-passages -> `ask` -> the teacher (data/endpoint.py) -> `parse_entities`, `cleaned` -> rows {"text",
-"entities"} -> `conversation` -> tokens. A conversation asks for one type at a time; types that a
-passage lacks are asked for too, and answered by an empty list.
+The steps are those of UniversalNER (arXiv:2308.03279):
+  1. `ask` makes a question about a passage, which a teacher answers (data/endpoint.py).
+  2. `parse_entities` and `cleaned` read the answer; `labelled` does so for many passages.
+  3. `conversation` asks for one type at a time, also for types that the passage lacks, which are
+     answered by an empty list.
+  4. `encode` makes tokens from a conversation.
 """
 
 from __future__ import annotations
@@ -21,29 +23,38 @@ from absl import logging
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.data.base import InMemory, held_out
-from jaxdistill.data.text import JsonLines, _field, _file, _objects, _read_text, pad_rows
+from jaxdistill.data.text import JsonLines, _field, _file, _objects, _read_text, pad_documents
 from jaxdistill.data.tokenizers import Tokenizer
 
-Pair = tuple[str, str]
+Pair = tuple[str, str]  # (entity, type), or (user, assistant)
 SYSTEM = "A virtual assistant answers questions from a user based on the provided text."
 CATCH_ALL = {"none", "na", "n/a", "misc", "miscellaneous", "else", "other", "others", "unknown"}
 
 
 def ask(passage: str, kind: str = "type") -> list[dict[str, str]]:
-    """Messages that make a teacher list a passage's entities, with types in its own words (our
-    wording).
+    """Messages that make a teacher list a passage's entities, with types in its own words.
 
-    `kind`: "type", or "one-sentence definition of its type" for the paper's variant, whose types
-    are short sentences.
+    The wording is not the paper's.
+
+    Args:
+        kind: "type", or "one-sentence definition of its type" for the paper's variant, whose types
+            are short sentences.
     """
-    wanted = f'List every named entity in the passage below together with its {kind}. Reply with a JSON list of pairs ["entity", "{kind}"]'
-    wanted += " and nothing else; copy entities exactly as they are written."
+    wanted = (
+        f"List every named entity in the passage below together with its {kind}. "
+        f'Reply with a JSON list of pairs ["entity", "{kind}"] and nothing else; '
+        "copy entities exactly as they are written."
+    )
     return [{"role": "user", "content": f"{wanted}\n\nPassage: {passage}"}]
 
 
 def parse_entities(text: str) -> list[Pair] | None:
-    """(entity, type) pairs of a teacher's reply: a JSON list of pairs, or of objects with "entity"
-    and "type"; None where there is none, or where an item is neither.
+    """(entity, type) pairs of a teacher's reply.
+
+    The reply holds a JSON list of pairs, or of objects with "entity" and "type".
+
+    Returns:
+        The pairs; None where there is no such list.
     """
     start = text.find("[")
     end = text.rfind("]")
@@ -53,48 +64,60 @@ def parse_entities(text: str) -> list[Pair] | None:
         return None
     if not isinstance(items, list):
         return None
-    pairs = [
-        (i.get("entity"), i.get("type"))
-        if isinstance(i, dict)
-        else tuple(i)
-        if isinstance(i, list)
-        else ()
-        for i in items
-    ]
-    return pairs if all(len(p) == 2 and all(isinstance(s, str) for s in p) for p in pairs) else None
+    pairs = []
+    for item in items:
+        if isinstance(item, dict):
+            item = [item.get("entity"), item.get("type")]
+        if not isinstance(item, list) or len(item) != 2:
+            return None
+        if not all(isinstance(text, str) for text in item):
+            return None
+        pairs.append(tuple(item))
+    return pairs
 
 
 def cleaned(passage: str, pairs: Sequence[Pair]) -> list[Pair]:
-    """Without catch-all types, entities outside ASCII (taken for not English), and what the passage
-    does not contain;
-    types in lower case; each pair once.
+    """The pairs that can be used, each once, with types in lower case.
+
+    Left out are catch-all types, entities outside ASCII (taken for not English), and entities that
+    the passage does not contain.
     """
-    kept = [(entity.strip(), kind.strip().lower()) for entity, kind in pairs]
-    good = lambda e, k: e and k and k not in CATCH_ALL and e.isascii() and e in passage
-    return list(dict.fromkeys((e, k) for e, k in kept if good(e, k)))
+    kept = []
+    for entity, kind in pairs:
+        entity = entity.strip()
+        kind = kind.strip().lower()
+        named = kind and kind not in CATCH_ALL
+        if entity and named and entity.isascii() and entity in passage:
+            kept.append((entity, kind))
+    return list(dict.fromkeys(kept))
 
 
 def labelled(
     passages: Mapping[str, str], replies: Iterable[Mapping[str, str]]
 ) -> list[dict[str, object]]:
-    """Rows {"text", "entities"} for `Conversations` from a teacher's replies {"id", "text"}; what
-    cannot be parsed is left out.
+    """Samples {"text", "entities"} for `Conversations`, from a teacher's replies.
+
+    Replies that cannot be parsed are left out.
+
+    Args:
+        passages: id -> passage.
+        replies: {"id", "text"} of each reply.
     """
-    told = [
-        (passages[reply["id"]], parse_entities(reply["text"]))
-        for reply in replies
-        if reply["id"] in passages
-    ]
-    return [
-        {"text": text, "entities": [list(pair) for pair in cleaned(text, pairs)]}
-        for text, pairs in told
-        if pairs is not None
-    ]
+    out = []
+    for reply in replies:
+        if reply["id"] not in passages:
+            continue
+        passage = passages[reply["id"]]
+        pairs = parse_entities(reply["text"])
+        if pairs is not None:
+            entities = [list(pair) for pair in cleaned(passage, pairs)]
+            out.append({"text": passage, "entities": entities})
+    return out
 
 
-def frequencies(rows: Iterable[Sequence[Pair]]) -> Counter:
-    """Type -> mentions in the whole data set, equal mentions in a passage counted once."""
-    return Counter(kind for pairs in rows for _, kind in set(pairs))
+def frequencies(samples: Iterable[Sequence[Pair]]) -> Counter:
+    """Type -> mentions in all samples; equal mentions in a passage count once."""
+    return Counter(kind for pairs in samples for _, kind in set(pairs))
 
 
 def absent(
@@ -104,21 +127,24 @@ def absent(
     rng: np.random.Generator,
     how: str = "frequency",
 ) -> list[str]:
-    """Up to `n` types that are not `positive`, without replacement; `how`: frequency | uniform |
-    none.
+    """Up to `n` types that are not `positive`, drawn without replacement.
+
+    Args:
+        positive: types of the passage.
+        counts: type -> mentions.
+        how: "frequency" (by mentions), "uniform" or "none".
     """
     if how not in ("frequency", "uniform", "none"):
         raise Refused(f"negatives={how!r}: expected frequency, uniform or none")
     others = sorted(counts.keys() - set(positive))
     if how == "none" or not others:
         return []
-    weights = np.array([counts[kind] if how == "frequency" else 1 for kind in others], np.float64)
-    return [
-        others[i]
-        for i in rng.choice(
-            len(others), min(n, len(others)), replace=False, p=weights / weights.sum()
-        )
-    ]
+    weights = np.ones(len(others))
+    if how == "frequency":
+        weights = np.array([counts[kind] for kind in others], np.float64)
+    size = min(n, len(others))
+    drawn = rng.choice(len(others), size, replace=False, p=weights / weights.sum())
+    return [others[i] for i in drawn]
 
 
 def conversation(
@@ -127,20 +153,21 @@ def conversation(
     rng: np.random.Generator | None = None,
     source: str = "",
 ) -> list[Pair]:
-    """(user, assistant) turns: the text with an acknowledgement, then a question for each type,
-    shuffled by `rng`.
+    """(user, assistant) turns: the text with an acknowledgement, then a question for each type.
 
-    `source` names the data set, for supervised data whose definitions conflict; none when asked
-    about new text.
+    Args:
+        answers: type -> its entities.
+        rng: shuffles the questions; None: they keep their order.
+        source: name of the data set, for supervised data whose definitions conflict; empty for new
+            text.
     """
-    first = (
-        f"Text: {passage}" + (f"\nDataset: {source}" if source else ""),
-        "I've read this text.",
-    )
-    asked = [
-        (f"What describes {kind} in the text?", json.dumps(list(found)))
-        for kind, found in answers.items()
-    ]
+    text = f"Text: {passage}"
+    if source:
+        text += f"\nDataset: {source}"
+    first = (text, "I've read this text.")
+    asked = []
+    for kind, found in answers.items():
+        asked.append((f"What describes {kind} in the text?", json.dumps(list(found))))
     order = range(len(asked)) if rng is None else rng.permutation(len(asked))
     return [first, *(asked[i] for i in order)]
 
@@ -151,55 +178,62 @@ def together(
     rng: np.random.Generator | None = None,
     source: str = "",
 ) -> list[Pair]:
-    """The all-in-one variant: one question for every type (our wording), answered by a JSON object
-    of their lists.
+    """The all-in-one variant of `conversation`: one question for all types.
+
+    The answer is a JSON object of lists. The wording is not the paper's.
     """
-    kinds = (
-        list(answers) if rng is None else [list(answers)[i] for i in rng.permutation(len(answers))]
-    )
+    kinds = list(answers)
+    if rng is not None:
+        kinds = [kinds[i] for i in rng.permutation(len(kinds))]
     question = f"What describes each of these in the text: {', '.join(kinds)}?"
-    return [
-        conversation(passage, {}, source=source)[0],
-        (question, json.dumps({kind: list(answers[kind]) for kind in kinds})),
-    ]
+    answer = json.dumps({kind: list(answers[kind]) for kind in kinds})
+    return [*conversation(passage, {}, source=source), (question, answer)]
 
 
 FORMS = {"type": conversation, "all": together}
 
 
 def pieces(turns: Sequence[Pair], train_ack: bool = False) -> list[tuple[str, bool]]:
-    """(text, is it a target?) of a conversation; the end sign that follows each answer is the
-    tokenizer's, here "" with it.
+    """A conversation as (text, whether it is a target); end tokens are left out.
+
+    Args:
+        train_ack: whether the acknowledgement is a target too.
     """
     out = [(f"{SYSTEM} ", False)]
     for i, (user, assistant) in enumerate(turns):
-        out += [(f"USER: {user} ", False), ("ASSISTANT: ", False), (assistant, i > 0 or train_ack)]
+        out.append((f"USER: {user} ", False))
+        out.append(("ASSISTANT: ", False))
+        out.append((assistant, i > 0 or train_ack))
     return out
 
 
 def encode(
     turns: Sequence[Pair], codec: Tokenizer, train_ack: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [T], targets float32 [T]): pieces one by one, each answer followed by the end
-    sign, which is one too.
+    """The tokens of a conversation, piece by piece.
 
-    The last answer may be "" (to be written): then no end sign follows it.
+    The end token follows each answer, and is a target where the answer is one. It is left out after
+    an answer "", which is yet to be written.
+
+    Returns:
+        tokens int32 [T], and targets float32 [T].
     """
     tokens = [np.int32([] if codec.bos is None else [codec.bos])]
     mask = [np.zeros(0 if codec.bos is None else 1)]
-    parts = pieces(turns, train_ack)
-    for i, (text, target) in enumerate(parts):
-        ends = i > 0 and i % 3 == 0 and text
-        part = np.append(codec.encode(text), np.int32([codec.eos] if ends else []))
-        tokens.append(part), mask.append(np.full(len(part), float(target)))
+    for i, (text, target) in enumerate(pieces(turns, train_ack)):
+        is_answer = i > 0 and i % 3 == 0
+        end = [codec.eos] if is_answer and text else []
+        part = np.append(codec.encode(text), np.int32(end))
+        tokens.append(part)
+        mask.append(np.full(len(part), float(target)))
     return np.concatenate(tokens).astype(np.int32), np.concatenate(mask).astype(np.float32)
 
 
 def parse_answer(text: str) -> list[str]:
-    """Entities in a student's answer, normalised, each once; a malformed answer has none.
+    """The entities in a student's answer, normalised, each once.
 
-    The answer must start with a list, which ends at the first "]" of the line; its elements are
-    strings or lists of these.
+    The answer must start with a JSON list of strings, or of lists of these; it ends at the first
+    "]" of the line. Any other answer has no entities.
     """
     match = re.match(r"\[.*?\]", text.strip())
     try:
@@ -207,9 +241,9 @@ def parse_answer(text: str) -> list[str]:
     except json.JSONDecodeError:
         return []
     flat = [s for item in found for s in (item if isinstance(item, list) else [item])]
-    return (
-        list(dict.fromkeys(map(normalise, flat))) if all(isinstance(s, str) for s in flat) else []
-    )
+    if not all(isinstance(s, str) for s in flat):
+        return []
+    return list(dict.fromkeys(map(normalise, flat)))
 
 
 def normalise(text: str) -> str:
@@ -219,8 +253,12 @@ def normalise(text: str) -> str:
 
 
 def conll(file: str | Path) -> list[tuple[str, list[Pair]]]:
-    """(passage, (entity, type) pairs) of two-column BIO text, words joined by blanks. Raises
-    Refused on another tag.
+    """(passage, its (entity, type) pairs) from a two-column file of words with BIO tags.
+
+    Words are joined by spaces.
+
+    Raises:
+        Refused: on another tag.
     """
     out = []
     words = []
@@ -249,17 +287,19 @@ def conll(file: str | Path) -> list[tuple[str, list[Pair]]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversations(JsonLines):
-    """JSON lines {"text": passage, "entities": [[entity, type], ...]} as conversations: tokens,
-    segments, positions int32 and mask float32 [length], padded on the right. Those that are longer
-    are left out, since answers would be cut.
+    """JSON lines {"text": passage, "entities": [[entity, type], ...]} as conversations.
+
+    tokens, segments, positions int32 and mask float32 [B length], padded on the right.
+    Conversations that are longer are left out, since their answers would be cut.
     """
 
     length: int = 1024  # tokens
     heldout: float = 0.02  # the paper's code: a 98 / 2 split
-    negatives: str = (
-        "frequency"  # types asked for that a passage lacks: frequency | uniform | none; drawn once
-    )
-    # of them in a passage; 0: as many as it has types, at least one (not stated in the paper)
+    # How the types are drawn that are asked for though the passage lacks them: frequency, uniform
+    # or none. They are drawn once.
+    negatives: str = "frequency"
+    # Number of such types for a passage; 0: as many as it has types, at least one (not stated in
+    # the paper).
     n_neg: int = 0
     train_ack: bool = False  # whether the acknowledgement is a target too, as in the paper's code
     form: str = "type"  # type: a question for each type | all: one for all of them
@@ -269,36 +309,42 @@ class Conversations(JsonLines):
         return question
 
     def passages(self, split: str) -> list[tuple[str, list[Pair]]]:
-        """(text, (entity, type) pairs) of every row. Raises Refused, naming the row, on a bad one."""
+        """(text, its (entity, type) pairs) of every sample.
+
+        Raises:
+            Refused: on a sample that cannot be read; the message names it.
+        """
         path = self.existing()
         file = path if path.is_file() else _file(path, split)
         if file is None:
             raise Refused(f"data.path={self.path}: no {split}.jsonl or {split}.json")
-        rows = []
+        samples = []
         for where, item in _objects(file):
             text = _field(item, "text", where)
             found = item.get("entities")
             pairs = parse_entities(json.dumps(found)) if isinstance(found, list) else None
             if pairs is None:
                 raise Refused(f"{where}: expected a list of [entity, type] under 'entities'")
-            rows.append((text, pairs))
-        return (
-            [rows[i] for i in held_out(len(rows), self.heldout, split)] if path.is_file() else rows
-        )
+            samples.append((text, pairs))
+        if not path.is_file():
+            return samples
+        return [samples[i] for i in held_out(len(samples), self.heldout, split)]
 
     def conversations(self, split: str) -> list[list[Pair]]:
-        """Every passage's turns, with its negatives and in its order of questions."""
-        rows = self.passages(split)
+        """The turns of every passage, with its negative types and its order of questions."""
+        passages = self.passages(split)
         rng = np.random.default_rng([self.seed, 4])
         counts = frequencies(pairs for _, pairs in self.passages("train"))
+        write = lookup(FORMS, self.form, "data.form")
         out = []
-        for text, pairs in rows:
+        for text, pairs in passages:
             answers: dict[str, list[str]] = {}
             for entity, kind in pairs:
                 answers.setdefault(kind, []).append(entity)
-            more = absent(answers, counts, self.n_neg or max(1, len(answers)), rng, self.negatives)
-            write = lookup(FORMS, self.form, "data.form")
-            out.append(write(text, {**answers, **{kind: [] for kind in more}}, rng, self.source))
+            size = self.n_neg or max(1, len(answers))
+            for kind in absent(answers, counts, size, rng, self.negatives):
+                answers[kind] = []
+            out.append(write(text, answers, rng, self.source))
         return out
 
     def arrays(self, split):
@@ -313,33 +359,33 @@ class Conversations(JsonLines):
         )
         if coded and not kept:
             raise Refused(
-                f"data.path={self.path}: all {len(coded)} conversations are longer than {self.length} tokens"
+                f"data.path={self.path}: all {len(coded)} conversations are longer than "
+                f"{self.length} tokens"
             )
         shape = (len(kept), self.length)
         out = {
             "tokens": np.full(shape, self.codec.pad, np.int32),
             "mask": np.zeros(shape, np.float32),
-        }
-        out |= {
             "segments": np.zeros(shape, np.int32),
             "positions": np.tile(np.arange(self.length, dtype=np.int32), (len(kept), 1)),
         }
-        for r, (tokens, mask) in enumerate(kept):
-            out["tokens"][r, : len(tokens)] = tokens
-            out["mask"][r, : len(tokens)] = mask
-            out["segments"][r, : len(tokens)] = 1
+        for i, (tokens, mask) in enumerate(kept):
+            out["tokens"][i, : len(tokens)] = tokens
+            out["mask"][i, : len(tokens)] = mask
+            out["segments"][i, : len(tokens)] = 1
         return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slots(InMemory):
-    """Sentences of filler words with entity words of `types` types, frequent ones first (Zipf); a
-    question for one type.
+    """A synthetic language of filler words and entity words, with questions for one type.
 
-    A row is the sentence, "?", the type: then the entity words of that type in their order and the
-    end. The teacher that labels the training sentences misses or misnames each entity with
-    probability `noise`, and lists only types that it sees; `negatives` adds questions for others.
-    Evaluation asks for every type of every sentence, and its labels are right.
+    A sample is a sentence, "?" and a type; the answer is the entity words of that type in their
+    order, and the end token. Types are frequent by Zipf's law.
+
+    The teacher that labels the training sentences misses or misnames each entity with probability
+    `noise`. It lists only types that it sees; `negatives` adds questions for other types. Held-out
+    samples ask for every type of every sentence, and their labels are right.
     """
 
     size: int = 3000  # training sentences
@@ -351,36 +397,33 @@ class Slots(InMemory):
     noise: float = 0.08
     negatives: str = "frequency"
 
-    # the end, padding, "?"
     eos = 0
     pad = 1
-    mark = 2
+    mark = 2  # "?"
+
+    @property
+    def vocab_size(self):
+        return self.vocab
 
     @property
     def vocab(self) -> int:
+        """Special tokens, types, entity words and fillers."""
         return 3 + self.types + self.types * self.words + self.fillers
 
     def kind(self, word: Array) -> Array:
-        """The type of a word, by position below the first entity word's id; outside [0, types) it
-        is no entity.
-        """
+        """The type of a word; outside [0, types) the word is no entity."""
         return (word - 3 - self.types) // self.words
 
     def sentences(self, split: str) -> np.ndarray:
+        """The sentences of a split, int [sentences, length]."""
         rng = np.random.default_rng([self.seed, split == "test"])
-        n = 300 if split == "test" else self.size
-        law = 1 / np.arange(1, self.types + 1)
-        entity = (
-            3
-            + self.types
-            + rng.choice(self.types, (n, self.length), p=law / law.sum()) * self.words
-        )
-        filler = 3 + self.types * (1 + self.words) + rng.integers(0, self.fillers, (n, self.length))
-        return np.where(
-            rng.random((n, self.length)) < self.rate,
-            entity + rng.integers(0, self.words, (n, self.length)),
-            filler,
-        )
+        shape = (300 if split == "test" else self.size, self.length)
+        zipf = 1 / np.arange(1, self.types + 1)
+        kind = rng.choice(self.types, shape, p=zipf / zipf.sum())
+        filler = 3 + self.types * (1 + self.words) + rng.integers(0, self.fillers, shape)
+        is_entity = rng.random(shape) < self.rate
+        entity = 3 + self.types + kind * self.words + rng.integers(0, self.words, shape)
+        return np.where(is_entity, entity, filler)
 
     def arrays(self, split):
         sentences = self.sentences(split)
@@ -388,53 +431,49 @@ class Slots(InMemory):
         kinds = self.kind(sentences)
         told = np.where((kinds >= 0) & (kinds < self.types), kinds, -1)
         if split == "train":
-            off = (told >= 0) & (rng.random(told.shape) < self.noise)
-            told = np.where(
-                off,
-                np.where(rng.random(told.shape) < 0.5, -1, rng.integers(0, self.types, told.shape)),
-                told,
-            )
+            wrong = (told >= 0) & (rng.random(told.shape) < self.noise)
+            missed = rng.random(told.shape) < 0.5
+            other = rng.integers(0, self.types, told.shape)
+            told = np.where(wrong, np.where(missed, -1, other), told)
         counts = Counter({str(k): int((told == k).sum()) for k in range(self.types)})
-        rows = []
+        documents = []
         for words, labels in zip(sentences, told):
             seen = sorted(set(labels[labels >= 0].tolist()))
-            if split == "test":
-                asked = range(self.types)
-            else:
-                asked = seen + [
-                    int(k)
-                    for k in absent(map(str, seen), counts, max(1, len(seen)), rng, self.negatives)
-                ]
-            rows += [
-                (np.int32([*words, self.mark, 3 + k]), np.int32([*words[labels == k], self.eos]))
-                for k in asked
-            ]
-        return pad_rows(rows, self.length + 2, 2 * self.length + 3, self.pad)
+            asked = range(self.types)
+            if split == "train":
+                more = absent(map(str, seen), counts, max(1, len(seen)), rng, self.negatives)
+                asked = [*seen, *map(int, more)]
+            for k in asked:
+                prompt = np.int32([*words, self.mark, 3 + k])
+                response = np.int32([*words[labels == k], self.eos])
+                documents.append((prompt, response))
+        return pad_documents(documents, self.length + 2, 2 * self.length + 3, self.pad)
 
     def evaluation(self, n):
-        """Whole sentences, every type asked for."""
-        return {k: v[: n // self.types * self.types] for k, v in self._cached("test").items()}
+        """Up to `n` held-out samples: all questions about each sentence."""
+        size = n // self.types * self.types
+        return {k: v[:size] for k, v in self._cached("test").items()}
 
     def gold(self, tokens: np.ndarray) -> list[list[str]]:
-        """The right answer to each row's question, as words."""
-        return [
-            [str(w) for w in row[: self.length] if self.kind(w) == row[self.length + 1] - 3]
-            for row in tokens
-        ]
+        """The right answer to the question of each sample [B T], as words."""
+        out = []
+        for sample in tokens:
+            kind = sample[self.length + 1] - 3
+            out.append([str(w) for w in sample[: self.length] if self.kind(w) == kind])
+        return out
 
     def answers(self, tokens: np.ndarray) -> list[list[str]]:
-        """What each row answers, as words."""
-        tails = [row[self.length + 2 :].tolist() for row in tokens]
-        return [
-            [str(w) for w in (tail[: tail.index(self.eos)] if self.eos in tail else tail)]
-            for tail in tails
-        ]
+        """The answer of each sample [B T], as words."""
+        out = []
+        for sample in tokens:
+            words = sample[self.length + 2 :].tolist()
+            if self.eos in words:
+                words = words[: words.index(self.eos)]
+            out.append([str(w) for w in words])
+        return out
 
     def correct(self, tokens: np.ndarray) -> np.ndarray:
-        """Whether each row's answer is exactly right: bool [n]."""
-        return np.array(
-            [
-                a == b
-                for a, b in zip(self.answers(np.asarray(tokens)), self.gold(np.asarray(tokens)))
-            ]
-        )
+        """Whether the answer of each sample [B T] is exactly right: bool [B]."""
+        tokens = np.asarray(tokens)
+        pairs = zip(self.answers(tokens), self.gold(tokens))
+        return np.array([answer == gold for answer, gold in pairs])

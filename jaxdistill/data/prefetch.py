@@ -1,6 +1,4 @@
-"""Batches on the device before they are asked for: one thread reads and copies while the last step
-still runs.
-"""
+"""Prefetch: a thread reads batches and copies them to the device while a step runs."""
 
 from __future__ import annotations
 
@@ -13,14 +11,20 @@ from jaxdistill.core.types import Refused
 
 
 class DevicePrefetch:
-    """Yields `(put(batch), state)` for every batch of `loader`, in its order, read at most `depth`
-    batches ahead.
+    """Yields `(put(batch), state)` for every batch of `loader`, in order.
 
-    `state` is `loader.get_state()` right after that batch: saved with what the step has consumed,
-    it resumes there, whatever was read ahead. Both `next(loader)` and `put` run in the thread,
-    where the caller's context managers (a mesh, a default device) do not hold. What they raise, the
-    end of the loader included, is raised again here. Leaving the `with` block, or `close()`, ends
-    the thread after the batch that it is working on.
+    `state` is `loader.get_state()` right after the batch. Saved with the step that consumes the
+    batch, it resumes there, even where more batches have been read.
+
+    `next(loader)` and `put` run in the thread, where the caller's context managers (a mesh, a
+    default device) have no effect. Their exceptions, the end of the loader included, are raised
+    again by `next`. Leaving the `with` block, or `close()`, ends the thread after its current
+    batch.
+
+    Args:
+        loader: an iterator with `get_state`.
+        put: from a batch of the loader to one on the device.
+        depth: the most batches that are read ahead.
     """
 
     def __init__(self, loader: Iterator, put: Callable[[Any], Any], depth: int = 2):
@@ -42,7 +46,7 @@ class DevicePrefetch:
                 if self._closed.is_set():
                     return
                 self._ready.put((self._put(next(self._loader)), self._loader.get_state()))
-        except BaseException as error:  # the consumer decides what to do about it
+        except BaseException as error:  # raised again in the consumer's thread
             self._ready.put(error)
 
     def __iter__(self):
@@ -58,7 +62,7 @@ class DevicePrefetch:
         raise self._end
 
     def close(self):
-        """Ends the thread and drops what it has read ahead; further calls of `next` find no batch."""
+        """Ends the thread and drops the batches that were read ahead; `next` finds no more."""
         self._closed.set()
         self._slots.release()
         self._thread.join()

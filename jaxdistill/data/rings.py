@@ -1,6 +1,4 @@
-"""Modes with a texture: thin rings, and the exact denoiser of the same rings blurred, which has
-lost it.
-"""
+"""Modes with a texture: thin rings, and the exact denoiser of blurred rings without it."""
 
 from __future__ import annotations
 
@@ -19,52 +17,49 @@ from jaxdistill.diffusion.process import Pred, expand
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rings(Mixture):
-    """Each mode is a circle around its mean, its radius the mode's `std`, blurred by a Gaussian: by
-    `thickness` radii in the samples, by `blur` radii in the exact denoiser. With equal numbers that
-    is the denoiser of the samples' own law.
+    """A mixture of rings in two dimensions.
 
-    Raises Refused in other than two dimensions.
+    Each mode is a circle around its mean, with the mode's `std` as radius, blurred by a Gaussian.
+    The Gaussian's standard deviation is `thickness` radii in the samples and `blur` radii in the
+    exact denoiser; where both are equal, the denoiser is that of the samples' own distribution.
     """
 
     modes: Annotated[int, Range(1, 4096)] = 8
     std: Positive = 0.15  # mean radius; each mode's is within 25 % of it
-    thickness: float = 0.08
-    blur: float = 0.75  # from 0.71 on a blurred ring has no hole
+    thickness: Positive = 0.08
+    blur: Positive = 0.75  # from 0.71 on a blurred ring has no hole
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dim != 2 or min(self.thickness, self.blur) <= 0:
-            raise Refused(
-                f"data: dim={self.dim}, thickness={self.thickness}, blur={self.blur}: expected 2 and numbers above 0"
-            )
+        if self.dim != 2:
+            raise Refused(f"data.dim={self.dim}: expected 2, since rings lie in a plane")
 
     def draw(self, rng, n):
-        weights, means, radii = self.components
-        mode = rng.choice(
-            self.modes, n, p=weights / weights.sum(dtype=np.float64).astype(np.float64)
-        )
+        _, means, radii = self.components
+        mode = self.drawn_modes(rng, n)
         angle = rng.uniform(0, 2 * np.pi, n)
-        offset = np.stack([np.cos(angle), np.sin(angle)], 1) + self.thickness * rng.standard_normal(
-            (n, 2)
-        )
+        circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+        offset = circle + self.thickness * rng.standard_normal((n, 2))
         x = means[mode] + radii[mode, None] * offset
         return {"x": x.astype(np.float32), **self.conditions(mode)}
 
     def denoise(self, process, x, t, cond=None, **_):
-        """Exact E[x0 | x_t] of the blurred rings: x_t - a m is a von Mises-weighted circle of
-        radius a rho plus N(0, v I).
+        """Exact E[x0 | x_t] of the blurred rings.
+
+        Given the mode, x_t - a m is a point on a circle of radius a rho plus N(0, v I); the
+        posterior of its angle is a von Mises distribution.
         """
-        log_w, means, radii = (
-            jnp.asarray(a, x.dtype)
-            for a in (np.log(self.components[0].astype(np.float64)), *self.components[1:])
-        )
+        weights, means, radii = self.components
+        log_w = jnp.asarray(np.log(weights.astype(np.float64)), x.dtype)
+        means = jnp.asarray(means, x.dtype)
+        radii = jnp.asarray(radii, x.dtype)
         a, s, da, ds = process.coefs(expand(t, x))  # [B 1]
         own = (self.blur * radii) ** 2
         v = a**2 * own + s**2  # [B K]
         offset = x[:, None] - a[..., None] * means  # [B K 2]
         r = jnp.sqrt(jnp.sum(offset**2, -1) + 1e-20)
         kappa = a * radii * r / v
-        # times exp(-kappa)
+        # Bessel functions times exp(-kappa).
         i0 = jax.scipy.special.i0e(kappa)
         i1 = jax.scipy.special.i1e(kappa)
         logits = log_w - jnp.log(v) - (r - a * radii) ** 2 / (2 * v) + jnp.log(i0)
@@ -75,5 +70,5 @@ class Rings(Mixture):
         rest = (offset - a[..., None] * on_circle) / v[..., None]
         x0 = jnp.sum(w * (means + on_circle + (a * own)[..., None] * rest), 1)
         eps = jnp.sum(w * s[..., None] * rest, 1)
-        vel = da * x0 + ds * eps
-        return Pred(x0, eps, vel, vel)
+        velocity = da * x0 + ds * eps
+        return Pred(x0, eps, velocity, velocity)

@@ -1,6 +1,4 @@
-"""Random arrays in the shape of a data set that is elsewhere: to plan, compile and time a recipe
-without its data.
-"""
+"""Random arrays in the shape of another data set, to plan, compile and time a recipe without it."""
 
 from __future__ import annotations
 
@@ -15,14 +13,14 @@ from jaxdistill.data.base import Dataset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Synthetic(Dataset):
-    """`arrays` says what one sample holds: name -> "normal 32 32 4" (float32 of that shape),
-    "integers 1000 128" (int32 below 1000, shape [128]) or "constant 1000" (int32; with a shape
-    after the value where it has one).
+    """Random arrays, described one by one in `arrays`.
 
-    A stroke makes a group: "cond/text" is the key "text" of "cond". Raises Refused on another
-    description.
+    Raises Refused, when a batch is made, on a description that is none of those below.
     """
 
+    # Name -> what one sample holds: "normal 32 32 4" is float32 [32 32 4]; "integers 1000 128" is
+    # int32 [128] below 1000; "constant 1000" is int32 of that value, and a shape may follow it. A
+    # slash makes a group: "cond/text" is the key "text" of "cond".
     arrays: Mapping[str, str] | None = None
 
     @property
@@ -34,14 +32,14 @@ class Synthetic(Dataset):
         return self._below("cond")
 
     def _below(self, name: str) -> int | None:
-        """What the integers of an array are below; None where it has none."""
+        """The bound of an array's integers; None where it holds no integers."""
         kind, *numbers = (self.arrays or {}).get(name, "").split() or [""]
-        return (
-            int(numbers[0]) if kind == "integers" and numbers and numbers[0].isdecimal() else None
-        )
+        if kind != "integers" or not numbers or not numbers[0].isdecimal():
+            return None
+        return int(numbers[0])
 
-    def batch(self, index, rows):
-        share = np.arange(self.batch_size)[rows]
+    def batch(self, index, samples):
+        share = np.arange(self.batch_size)[samples]
         return self._draw(len(share), np.random.default_rng([self.seed, index, int(share[0])]))
 
     def evaluation(self, n):
@@ -51,10 +49,10 @@ class Synthetic(Dataset):
         out: dict = {}
         for name, text in (self.arrays or {}).items():
             *groups, last = name.split("/")
-            place = out
+            inner = out
             for group in groups:
-                place = place.setdefault(group, {})
-            place[last] = self._array(name, text, n, rng)
+                inner = inner.setdefault(group, {})
+            inner[last] = self._array(name, text, n, rng)
         return out
 
     def _array(self, name: str, text: str, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -70,5 +68,6 @@ class Synthetic(Dataset):
         except (ValueError, IndexError):
             pass
         raise Refused(
-            f"data.arrays.{name}={text!r}: expected 'normal SHAPE', 'integers BELOW [SHAPE]' or 'constant VALUE [SHAPE]'"
+            f"data.arrays.{name}={text!r}: expected 'normal SHAPE', 'integers BELOW [SHAPE]' or "
+            "'constant VALUE [SHAPE]'"
         )

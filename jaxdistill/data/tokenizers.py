@@ -1,4 +1,4 @@
-"""Text <-> token ids: bytes as they are, or a tokenizer that `transformers` stored in a folder."""
+"""Tokenizers: the bytes of a text, or a tokenizer that `transformers` stored in a folder."""
 
 from __future__ import annotations
 
@@ -14,28 +14,33 @@ import numpy as np
 from jaxdistill.core.tokenizer import stored_tokenizer
 from jaxdistill.core.types import Refused, one_line
 
+SPACE = "\u2581"  # SentencePiece's sign for a space
+BROKEN = "\ufffd"  # what decoding puts in the place of bytes that are no characters
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's piece for a single byte
+
 
 class Tokenizer(Protocol):
-    """What the data sets and evaluations ask of a tokenizer."""
+    """What data sets and evaluations need of a tokenizer."""
 
     vocab: int  # ids are below it
-    pad: int  # fills rows up; never looked at
-    bos: int | None  # what every document begins with, where the tokenizer has it so
-    eos: int  # what every document ends with
+    pad: int  # fills samples up
+    bos: int | None  # begins every document; None where the tokenizer has no such token
+    eos: int  # ends every document
 
     def encode(self, text: str) -> np.ndarray:
-        """int32 [n], without special tokens."""
+        """The tokens of a text, without special tokens: int32 [n]."""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of any ids; special tokens are left out, and broken characters become U+FFFD."""
+        """The text of token ids.
+
+        Special tokens are left out, and incomplete characters become U+FFFD.
+        """
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
-        """How many bytes of text each token stands for, int32 [n]; 0 of special tokens."""
+        """How many bytes of text each token stands for, int32 [n]; 0 for special tokens."""
 
     def texts(self) -> list[str | None]:
-        """What every id stands for; None of special tokens, and of bytes that are no whole
-        characters.
-        """
+        """The text of every id; None for special tokens and for parts of characters."""
 
 
 class ByteTokenizer:
@@ -60,11 +65,14 @@ class ByteTokenizer:
 
 
 class StoredTokenizer:
-    """A tokenizer folder of `transformers`, read without network and without code of its own. Where
-    it has no pad token, eos pads.
+    """A tokenizer folder of `transformers`.
 
-    Raises Refused where the folder holds no tokenizer, or one without an end-of-text token or that
-    begins every text with several tokens.
+    It is read without network, and code in the folder is never run. Where it has no padding token,
+    eos pads.
+
+    Raises:
+        Refused: where the folder holds no tokenizer, one without an end-of-text token, or one that
+            begins every text with several tokens.
     """
 
     def __init__(self, folder: Path):
@@ -72,7 +80,7 @@ class StoredTokenizer:
         if self.inner.eos_token_id is None:
             raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
         self.folder = folder
-        # ids may leave gaps
+        # The ids may leave gaps.
         self.vocab = 1 + max(self.inner.get_vocab().values())
         self.eos = self.inner.eos_token_id
         self.pad = self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
@@ -80,69 +88,79 @@ class StoredTokenizer:
         if len(begin) > 1:
             names = " ".join(map(str, self.inner.convert_ids_to_tokens(begin)))
             raise Refused(
-                f"tokenizer={folder}: begins every text with {len(begin)} tokens ({one_line(names)}), expected one or none"
+                f"tokenizer={folder}: begins every text with {len(begin)} tokens "
+                f"({one_line(names)}), expected one or none"
             )
         self.bos = begin[0] if begin else None
 
     def _begin(self) -> list[int]:
-        """The ids that texts begin with: seen on the first text whose own tokens are in one place
-        among them.
+        """The ids that every text begins with.
+
+        They are those before the tokens of a text, which are found where these tokens stand in one
+        place only.
         """
         for text in ("a", *itertools.islice(self.inner.get_vocab(), 1000)):
             try:
-                alone, whole = (
-                    self.inner(text, add_special_tokens=special)["input_ids"]
-                    for special in (False, True)
-                )
-            except (
-                Exception
-            ):  # the tokenizers library has no class of its own for a text without known tokens
+                plain = self.inner(text, add_special_tokens=False)["input_ids"]
+                full = self.inner(text, add_special_tokens=True)["input_ids"]
+            except Exception:  # the library raises this of a text without known tokens
                 continue
-            places = [i for i in range(len(whole)) if alone and whole[i : i + len(alone)] == alone]
+            places = []
+            for i in range(len(full)):
+                if plain and full[i : i + len(plain)] == plain:
+                    places.append(i)
             if len(places) == 1:
-                return whole[: places[0]]
+                return full[: places[0]]
         return []
 
     def encode(self, text):
-        """Raises Refused where the tokenizer has no token for a part of the text, not even an
-        unknown one.
+        """The tokens of a text, without special tokens: int32 [n].
+
+        Raises:
+            Refused: where the tokenizer has no token for a part of the text, not even an unknown
+                one.
         """
         try:
             out = self.inner(text, add_special_tokens=False, return_offsets_mapping=self._drops)
         except MemoryError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # the library has no class of its own
             raise Refused(
                 f"tokenizer={self.folder}: cannot encode {text[:40]!r} ({one_line(error)})"
             ) from error
         if self._drops:
-            self._check_whole(text, out["offset_mapping"])
+            self._check_complete(text, out["offset_mapping"])
         return np.asarray(out["input_ids"], np.int32)
 
     @functools.cached_property
     def _drops(self) -> bool:
-        """Whether characters without a token vanish: BPE that has no unknown token and does not go
-        back to bytes.
+        """Whether characters without a token are dropped.
+
+        This is so for BPE that has no unknown token and does not fall back to bytes.
         """
-        backend = getattr(self.inner, "backend_tokenizer", None)
-        if (
-            backend is None
-            or type(backend.model).__name__ != "BPE"
-            or backend.model.unk_token
-            or backend.model.byte_fallback
-        ):
+        backend = self._backend
+        if backend is None or type(backend.model).__name__ != "BPE":
+            return False
+        if backend.model.unk_token or backend.model.byte_fallback:
             return False
         return "ByteLevel" not in f"{backend.normalizer!r} {backend.pre_tokenizer!r}"
 
-    def _check_whole(self, text: str, places: Sequence[tuple[int, int]]) -> None:
-        """Raises Refused where characters of `text`, blanks apart, are in none of the `places`."""
+    @property
+    def _backend(self) -> Any:
+        """The tokenizer of the library `tokenizers`; None of one that is written in Python."""
+        return getattr(self.inner, "backend_tokenizer", None)
+
+    def _check_complete(self, text: str, places: Sequence[tuple[int, int]]) -> None:
+        """Raises Refused where a character, other than white space, is in none of the `places`."""
         seen = np.zeros(len(text), bool)
         for start, stop in places:
             seen[start:stop] = True
         for at in np.flatnonzero(~seen):
             if not text[at].isspace():
+                around = text[max(0, at - 20) : at + 20]
                 raise Refused(
-                    f"tokenizer={self.folder}: no token, not even an unknown one, for a part of {text[max(0, at - 20) : at + 20]!r}"
+                    f"tokenizer={self.folder}: no token, not even an unknown one, for a part of "
+                    f"{around!r}"
                 )
 
     def decode(self, tokens):
@@ -153,50 +171,49 @@ class StoredTokenizer:
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
-        """Of every id: byte-level pieces have a letter for each byte; SentencePiece's have "\u2581"
-        for a blank and "<0x0A>" for single bytes; added tokens are the text itself; marks of where
-        words go on or end are no text.
-        """
+        """How many bytes of text every id stands for, int32 [vocab]."""
         pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
-        added = self.inner.added_tokens_decoder
-        special = self._special
-        by_letter = "ByteLevel" in self.inner.backend_tokenizer.to_str()
-        letters = lambda piece: (
-            len(piece) if by_letter else len(piece.replace("\u2581", " ").encode())
-        )
-        size = lambda piece: letters(self._unmarked(piece))
-        count = lambda i, piece: (
-            0
-            if i in special or piece is None
-            else len(piece.encode())
-            if i in added
-            else size(piece)
-        )
-        single = re.compile("<0x[0-9A-F]{2}>")
-        return np.int32(
-            [
-                1 if piece and not by_letter and single.fullmatch(piece) else count(i, piece)
-                for i, piece in enumerate(pieces)
-            ]
-        )
+        return np.int32([self._size(i, piece) for i, piece in enumerate(pieces)])
 
-    @property
+    def _size(self, i: int, piece: str | None) -> int:
+        """How many bytes of text an id stands for, from its piece of the vocabulary.
+
+        A byte-level piece has a letter for each byte. A piece of SentencePiece has "\u2581" for a
+        space, and "<0x0A>" for a single byte. An added token is the text itself. Marks of where
+        words continue or end are no text.
+        """
+        if piece and not self._is_byte_level and BYTE.fullmatch(piece):
+            return 1
+        if piece is None or i in self._special:
+            return 0
+        if i in self._added:
+            return len(piece.encode())
+        plain = self._unmarked(piece)
+        return len(plain) if self._is_byte_level else len(plain.replace(SPACE, " ").encode())
+
+    @functools.cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in self.inner.backend_tokenizer.to_str()
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, Any]:
+        """The ids of tokens that were added to the vocabulary, whose text is never split."""
+        return self.inner.added_tokens_decoder
+
+    @functools.cached_property
     def _special(self) -> set[int]:
         return {*self.inner.all_special_ids, *([] if self.bos is None else [self.bos])}
 
     @functools.cached_property
     def _marks(self) -> tuple[str, str]:
-        """What the vocabulary writes before pieces that go on with a word ("##"), and after those
-        that end one ("</w>").
-        """
-        model = getattr(getattr(self.inner, "backend_tokenizer", None), "model", None)
-        return tuple(
-            getattr(model, name, None) or ""
-            for name in ("continuing_subword_prefix", "end_of_word_suffix")
-        )
+        """Marks in the vocabulary: before pieces that continue a word ("##"), after its end."""
+        model = getattr(self._backend, "model", None)
+        before = getattr(model, "continuing_subword_prefix", None)
+        after = getattr(model, "end_of_word_suffix", None)
+        return before or "", after or ""
 
     def _unmarked(self, piece: str) -> str:
-        """A piece without these marks; one that is nothing else is the text itself."""
+        """A piece without the marks of `_marks`; a piece that is only a mark is text."""
         before, after = self._marks
         return piece.removeprefix(before).removesuffix(after) or piece
 
@@ -204,30 +221,35 @@ class StoredTokenizer:
         return self._bytes[np.asarray(tokens)]
 
     def texts(self):
-        special = self._special
-        by_letter = "ByteLevel" in self.inner.backend_tokenizer.to_str()
-        if by_letter:
-            found = self.inner.batch_decode(
-                [[i] for i in range(self.vocab)], clean_up_tokenization_spaces=False
-            )
+        if self._is_byte_level:
+            every = [[i] for i in range(self.vocab)]
+            found = self.inner.batch_decode(every, clean_up_tokenization_spaces=False)
         else:
             pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
-            single = lambda piece: (
-                chr(int(piece[3:5], 16)) if int(piece[3:5], 16) < 128 else "\ufffd"
-            )
-            found = [
-                single(p)
-                if re.fullmatch("<0x[0-9A-F]{2}>", p or "")
-                else (p or "\ufffd").replace("\u2581", " ")
-                for p in pieces
-            ]
-        added = self.inner.added_tokens_decoder
-        found = [text if i in added else self._unmarked(text) for i, text in enumerate(found)]
-        return [None if i in special or "\ufffd" in text else text for i, text in enumerate(found)]
+            found = [_piece_text(piece) for piece in pieces]
+        texts = []
+        for i, text in enumerate(found):
+            plain = text if i in self._added else self._unmarked(text)
+            texts.append(None if i in self._special or BROKEN in plain else plain)
+        return texts
+
+
+def _piece_text(piece: str | None) -> str:
+    """The text of a piece of SentencePiece."""
+    if not piece:
+        return BROKEN
+    if BYTE.fullmatch(piece):
+        value = int(piece[3:5], 16)
+        return chr(value) if value < 128 else BROKEN
+    return piece.replace(SPACE, " ")
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: "byte", or a folder. Raises Refused on anything else."""
+    """The tokenizer called `name`: "byte", or a folder.
+
+    Raises:
+        Refused: on any other name.
+    """
     if name == "byte":
         return ByteTokenizer()
     folder = Path(name).expanduser()
@@ -239,16 +261,22 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def stored_as(name: str, *, begins: bool) -> Path | dict[str, Any]:
-    """What `transformers` loads the tokenizer called `name` from: its folder, or JSON objects by
-    file name. `begins` says whether texts begin with the token for that; of a folder its own
-    settings do.
+    """The files from which `transformers` loads the tokenizer called `name`.
+
+    Args:
+        name: "byte", or a folder.
+        begins: for "byte", whether texts begin with bos; a folder's own settings say it.
+
+    Returns:
+        The folder, or JSON objects by file name.
     """
     return byte_files(begins=begins) if name == "byte" else Path(name).expanduser()
 
 
 def byte_files(*, begins: bool) -> dict[str, Any]:
-    """`ByteTokenizer` for `PreTrainedTokenizerFast`. The three tokens that are no bytes are not
-    made of text, but of their names.
+    """The files of `ByteTokenizer` for `PreTrainedTokenizerFast`.
+
+    Its three special tokens are written by their names, such as "<|end|>".
     """
     codec = ByteTokenizer
     special = {"<|begin|>": codec.bos, "<|end|>": codec.eos, "<|pad|>": codec.pad}
@@ -259,32 +287,40 @@ def byte_files(*, begins: bool) -> dict[str, Any]:
         "use_regex": False,
     }
     first = {"<|begin|>": codec.bos} if begins else {}
-    return _files(_byte_letters(), special, split, split, first) | _settings(
-        bos="<|begin|>", eos="<|end|>", pad="<|pad|>"
-    )
+    files = _files(_byte_letters(), special, split, split, first)
+    return files | _settings(bos="<|begin|>", eos="<|end|>", pad="<|pad|>")
 
 
 def characters(alphabet: str, special: Mapping[str, int], *, eos: str, pad: str) -> dict[str, Any]:
-    """For `PreTrainedTokenizerFast`, of ids that stand for a character each, in the alphabet's
-    order.
-    """
-    return _files(alphabet, special, None, {"type": "Fuse"}, {}) | _settings(eos=eos, pad=pad)
+    """Files for `PreTrainedTokenizerFast` where each id is a character, in the alphabet's order."""
+    files = _files(alphabet, special, None, {"type": "Fuse"}, {})
+    return files | _settings(eos=eos, pad=pad)
 
 
 def _settings(**special: str) -> dict[str, Any]:
-    named = {f"{kind}_token": token for kind, token in special.items()}
-    how = {
+    """tokenizer_config.json with these special tokens."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{kind}_token": token for kind, token in special.items()},
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    return {"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **named, **how}}
+    return {"tokenizer_config.json": settings}
 
 
 def _files(
     letters: str, special: Mapping[str, int], split: Any, decoder: Any, first: Mapping[str, int]
 ) -> dict[str, Any]:
-    """tokenizer.json of the library `tokenizers`: byte-pair encoding without pairs, so that every
-    letter is its own token; the tokens `first` come before each text.
+    """tokenizer.json of the library `tokenizers`, where every letter is a token.
+
+    It is byte-pair encoding without pairs.
+
+    Args:
+        letters: the letters, by id.
+        special: special token -> id.
+        split: the library's pre-tokenizer.
+        decoder: the library's decoder.
+        first: the special tokens before each text, with their ids.
     """
     flags = {
         "single_word": False,
@@ -305,7 +341,7 @@ def _files(
         "vocab": {letter: i for i, letter in enumerate(letters)} | dict(special),
         "merges": [],
     }
-    whole = {
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -316,13 +352,14 @@ def _files(
         "decoder": decoder,
         "model": model,
     }
-    return {"tokenizer.json": whole}
+    return {"tokenizer.json": content}
 
 
 def _template(first: Mapping[str, int]) -> dict[str, Any]:
-    """Puts tokens before each text."""
+    """The library's post-processor that puts tokens before each text."""
     tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
-    a, b = ({"Sequence": {"id": name, "type_id": kind}} for kind, name in enumerate("AB"))
+    a = {"Sequence": {"id": "A", "type_id": 0}}
+    b = {"Sequence": {"id": "B", "type_id": 1}}
     known = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in first.items()}
     return {
         "type": "TemplateProcessing",
@@ -333,8 +370,9 @@ def _template(first: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _byte_letters() -> str:
-    """The letter of each byte in byte-level vocabularies, since GPT-2's: itself where it is
-    printable, else one from 256 on.
+    """The letter that stands for each byte in byte-level vocabularies, as in GPT-2's.
+
+    A printable byte is its own character; the others are characters from 256 on.
     """
     printable = [
         *range(ord("!"), ord("~") + 1),

@@ -1,9 +1,8 @@
-"""Text as two networks read it that have different tokenizers: the teacher's tokens beside the
-student's, and which of them stand for the same bytes.
+"""Text for a student and a teacher that have different tokenizers.
 
-Beside the student's arrays stand the teacher's under teacher_tokens, teacher_mask, ... and on both
-sides `span` int32, the number of the piece of text that a token is a part of (data.alignment), -1
-on what is no target or has no counterpart.
+A batch has the student's arrays, and the teacher's under teacher_tokens, teacher_mask, ... Both
+sides have `span` int32: the number of the span of text that a token belongs to (data.alignment). It
+is -1 on tokens that are no targets or have no counterpart on the other side.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.core.fields import Share
 from jaxdistill.core.net import Net, fixed_net
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.data.alignment import (
@@ -27,64 +28,66 @@ from jaxdistill.data.alignment import (
     word_ends,
 )
 from jaxdistill.data.language import Markov
-from jaxdistill.data.text import PaddedJson, pad_rows
+from jaxdistill.data.text import Document, PaddedJson, pad_documents
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer
+
+# Token ids of a prompt and of its response, and the bytes of each token of the response.
+Sized = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlignedJson(PaddedJson):
-    """Prompts with responses: the arrays of `data.text:PaddedJson` of both sides. The ends of text
-    are a span of their own.
+    """Prompts with responses: the arrays of `data.text:PaddedJson`, of both sides.
+
+    The end-of-text tokens of both sides are a span of their own.
     """
 
     teacher_tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
     teacher_prompt_length: int = 0  # tokens; 0: as many as the student's
     teacher_response_length: int = 0
-    # where spans may end: any | unbiased, where the two sides' laws differ little | words, before
-    # white space alone
-    ends: str = "any"
-    # of unbiased: the most that the one side leaves out of its law and the other does not; ALM's
-    # 1e-4
-    bias: float = 1e-4
-    # whether batches say which tokens begin with white space: space uint8 [ceil(vocab / 8)], of
-    # both sides
+    # Where spans may end. any: wherever tokens of both sides end; unbiased: where moreover the
+    # tokenization bias of the two sides differs little; words: before white space alone.
+    ends: Literal["any", "unbiased", "words"] = "any"
+    # For "unbiased": the most probability that the one side excludes and the other does not; ALM's
+    # value.
+    bias: Share = 1e-4
+    # Whether batches say which tokens begin with white space: space uint8 [ceil(vocab / 8)], of
+    # both sides.
     space: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.ends not in ("any", "unbiased", "words"):
-            raise Refused(f"data.ends={self.ends!r}: expected any, unbiased or words")
-        if not 0 <= self.bias <= 1:
-            raise Refused(f"data.bias={self.bias}: expected 0 to 1")
 
     @functools.cached_property
     def teacher_codec(self) -> Tokenizer:
+        """The teacher's tokenizer."""
         return load_tokenizer(self.teacher_tokenizer)
 
     @functools.cached_property
     def covers(self) -> tuple[Covers, Covers]:
-        """Of student and teacher, with unigrams of the training responses."""
+        """`Covers` of student and teacher, with unigrams of the training responses."""
         answers = [answer for _, answer in self.samples("train")]
-        return tuple(
-            Covers(codec, unigram(codec, answers)) for codec in (self.codec, self.teacher_codec)
-        )
+        student = Covers(self.codec, unigram(self.codec, answers))
+        teacher = Covers(self.teacher_codec, unigram(self.teacher_codec, answers))
+        return student, teacher
 
-    def stops(self, answer: str, both) -> Sequence[int] | None:
-        """Byte positions of a response where spans may end; None: anywhere."""
+    def stops(self, answer: str, both: Sequence[Sized]) -> Sequence[int] | None:
+        """Byte positions of a response where spans may end; None: anywhere.
+
+        Args:
+            both: the response as `document` returns it, of student and teacher.
+        """
         if self.ends == "any":
             return None
         size = len(answer.encode())
         if self.ends == "words":
             return [*word_ends(answer), size, size + 1]
-        last = [
-            dict(zip(np.cumsum(lengths).tolist(), tokens.tolist())) for _, tokens, lengths in both
-        ]
-        common = sorted(last[0].keys() & last[1].keys())
-        return [
-            at
-            for at in common
-            if at > size or bias(*self.covers, (last[0][at], last[1][at])) <= self.bias
-        ]
+        last = []  # of both sides: byte position -> the token that ends there
+        for _, tokens, lengths in both:
+            last.append(dict(zip(np.cumsum(lengths).tolist(), tokens.tolist())))
+        found = []
+        for at in sorted(last[0].keys() & last[1].keys()):
+            tokens = (last[0][at], last[1][at])
+            if at > size or bias(*self.covers, tokens) <= self.bias:
+                found.append(at)
+        return found
 
     @property
     def teacher_vocab_size(self):
@@ -92,9 +95,10 @@ class AlignedJson(PaddedJson):
 
     @property
     def rooms(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(prompt, response) lengths of the student and of the teacher."""
-        own = (self.prompt_length, self.response_length)
-        return own, (self.teacher_prompt_length or own[0], self.teacher_response_length or own[1])
+        """The most tokens of (prompt, response), of the student and of the teacher."""
+        prompt = self.teacher_prompt_length or self.prompt_length
+        response = self.teacher_response_length or self.response_length
+        return (self.prompt_length, self.response_length), (prompt, response)
 
     def arrays(self, split):
         samples = self.samples(split)
@@ -103,56 +107,71 @@ class AlignedJson(PaddedJson):
         numbers = ([], [])
         for question, answer in samples:
             both = [self.document(codec, rooms, question, answer) for codec, rooms in sides]
-            if all(len(prompt) <= rooms[0] for (prompt, _, _), (_, rooms) in zip(both, sides)):
-                found = spans(*(lengths for _, _, lengths in both), ends=self.stops(answer, both))
-                for side in (0, 1):
-                    documents[side].append(both[side][:2])
-                    numbers[side].append(found[side])
+            fits = [len(both[side][0]) <= self.rooms[side][0] for side in (0, 1)]
+            if not all(fits):
+                continue
+            lengths = [found[2] for found in both]
+            numbered = spans(*lengths, ends=self.stops(answer, both))
+            for side in (0, 1):
+                documents[side].append(both[side][:2])
+                numbers[side].append(numbered[side])
         if samples and not documents[0]:
             raise Refused(
-                f"data.path={self.path}: no prompt fits, of {self.rooms[0][0]} tokens and the teacher's {self.rooms[1][0]}"
+                f"data.path={self.path}: no prompt fits, of {self.rooms[0][0]} tokens and the "
+                f"teacher's {self.rooms[1][0]}"
             )
-        out = {}
-        for prefix, (codec, (width, room)), docs, numbered in zip(
-            ("", "teacher_"), sides, documents, numbers
-        ):
-            rows = pad_rows(docs, width, width + room, codec.pad)
-            rows["span"] = np.full(rows["tokens"].shape, -1, np.int32)
-            for row, number in zip(rows["span"], numbered):
-                row[width : width + len(number)] = number
-            if self.space:
-                rows["space"] = np.tile(begins_with_space(codec), (len(docs), 1))
-            out |= {prefix + k: v for k, v in rows.items()}
+        student, teacher = (
+            self._side(*sides[side], documents[side], numbers[side]) for side in (0, 1)
+        )
+        return {**student, **{f"teacher_{k}": v for k, v in teacher.items()}}
+
+    def _side(
+        self,
+        codec: Tokenizer,
+        rooms: tuple[int, int],
+        documents: Sequence[Document],
+        numbers: Sequence[np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        """The arrays of one side, from the spans' `numbers` of the tokens of each response."""
+        width, room = rooms
+        out = pad_documents(documents, width, width + room, codec.pad)
+        span = np.full(out["tokens"].shape, -1, np.int32)
+        for sample, number in enumerate(numbers):
+            span[sample, width : width + len(number)] = number
+        out["span"] = span
+        if self.space:
+            out["space"] = np.tile(begins_with_space(codec), (len(documents), 1))
         return out
 
-    def document(self, codec: Tokenizer, rooms: tuple[int, int], question: str, answer: str):
-        """(prompt, response, bytes of each token of the response, 1 of the end), the response cut
-        to its room.
+    def document(
+        self, codec: Tokenizer, rooms: tuple[int, int], question: str, answer: str
+    ) -> Sized:
+        """A sample as one side reads it, its response cut to its room.
+
+        Returns:
+            Prompt int32 [n], response int32 [m], and the bytes that each token of the response
+            stands for [m]; 1 for the end of the text.
         """
         bos = np.int32([] if codec.bos is None else [codec.bos])
         tokens, lengths = covered(codec, answer)
         response = np.append(tokens, np.int32(codec.eos))
         lengths = np.append(lengths, np.int32(1))
-        return (
-            np.concatenate([bos, codec.encode(question + self.between)]),
-            response[: rooms[1]],
-            lengths[: rooms[1]],
-        )
+        prompt = np.concatenate([bos, codec.encode(question + self.between)])
+        return prompt, response[: rooms[1]], lengths[: rooms[1]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Blocks(Markov):
-    """A second-order chain (data.language) that the student reads symbol by symbol and the teacher
-    in blocks of two, block (a, b) being its token vocab a + b. The first block is context; each
-    later one is a span. `net` is the exact teacher.
+    """A second-order chain (data.language) whose teacher reads two symbols at a time.
+
+    The student reads symbol by symbol. The teacher reads blocks: block (a, b) is its token
+    vocab a + b. The first block is context; each later one is a span. `net` is the exact teacher.
     """
 
-    size: int = 0  # rows that training draws from, again and again; 0: new ones all the time
+    size: int = 0  # samples that training draws from, again and again; 0: always new ones
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size < 0:
-            raise Refused(f"data.size={self.size}: expected 0 or more rows")
         if self.length % 2 or self.length < 4:
             raise Refused(
                 f"data.length={self.length}: expected an even number of at least 4 tokens"
@@ -164,42 +183,37 @@ class Blocks(Markov):
 
     @functools.cached_property
     def kept(self) -> dict[str, np.ndarray]:
-        """The rows of a set of `size`."""
-        return self.walk(np.random.default_rng([self.seed, 5]).random((self.size, self.length)))
+        """The `size` samples that training draws from."""
+        u = np.random.default_rng([self.seed, 5]).random((self.size, self.length))
+        return self.sequences(u)
 
-    def batch(self, index, rows):
+    def batch(self, index, samples):
         if not self.size:
-            return super().batch(index, rows)
-        pick = np.random.default_rng([self.seed, 6, index]).integers(
-            self.size, size=self.batch_size
-        )[rows]
-        return {k: v[pick] for k, v in self.kept.items()}
+            return super().batch(index, samples)
+        rng = np.random.default_rng([self.seed, 6, index])
+        picked = rng.integers(self.size, size=self.batch_size)[samples]
+        return {k: v[picked] for k, v in self.kept.items()}
 
-    def walk(self, u):
-        tokens = super().walk(u)["tokens"]
-        rows = len(tokens)
+    def sequences(self, u):
+        tokens = super().sequences(u)["tokens"]
         blocks = tokens[:, ::2] * self.vocab + tokens[:, 1::2]
+        by_symbol, by_block = spans(np.ones(self.length), np.full(self.length // 2, 2))
         out = {}
-        for prefix, side, number in zip(
-            ("", "teacher_"),
-            (tokens, blocks),
-            spans(np.ones(self.length), np.full(self.length // 2, 2)),
-        ):
+        for prefix, side, number in (("", tokens, by_symbol), ("teacher_", blocks, by_block)):
             target = number > 0
-            out |= {
-                f"{prefix}tokens": side,
-                f"{prefix}mask": np.tile(np.float32(target), (rows, 1)),
-                f"{prefix}span": np.tile(np.where(target, number, -1), (rows, 1)),
-            }
+            repeat = (len(tokens), 1)
+            out[f"{prefix}tokens"] = side
+            out[f"{prefix}mask"] = np.tile(np.float32(target), repeat)
+            out[f"{prefix}span"] = np.tile(np.where(target, number, -1), repeat)
         return out
 
     def net(self) -> Net:
-        """Blocks [B T / 2] -> logits float32 [B T / 2, V^2] of the next block."""
+        """The exact teacher: blocks [B T/2] -> logits float32 [B T/2 V^2] of the next block."""
         return fixed_net(self.logits)
 
     def logits(self, tokens: Array, **_) -> Array:
+        """log p(c d | a b) = log p(c | a b) + log p(d | b c), for every block (c, d)."""
         table = jnp.asarray(np.log(self.transitions[1]), jnp.float32)
         a, b = jnp.divmod(tokens, self.vocab)
-        return (table[a, b][..., None] + table[b]).reshape(
-            *tokens.shape, -1
-        )  # log p(c | a b) + log p(d | b c)
+        both = table[a, b][..., None] + table[b]
+        return both.reshape(*tokens.shape, -1)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.evals.base import Evaluation
+from jaxdistill.data.abilities import HasDomains
+from jaxdistill.evals.base import Evaluation, Trained, judged
 from jaxdistill.evals.language import perplexity
 from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import cross_entropy, masked_sum
@@ -18,55 +19,64 @@ from jaxdistill.objectives.divergence import cross_entropy, masked_sum
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainEval(Evaluation):
-    """Rows for teacher and student on a `data.domains:Domains`: held-out perplexity of each domain
-    and over all, and the largest and mean ratio to the teacher's (`max_ratio`, `mean_ratio`).
+    """Held-out perplexity of teacher and student on each domain and over all.
+
+    Where there is a teacher, also the largest and the mean ratio to its perplexities, `max_ratio`
+    and `mean_ratio`.
     """
 
     samples: int = 1000
     batch: int = 100
 
-    needs = ("parts",)
+    needs = (HasDomains,)
 
     def table(self, roles, data):
-        metrics = (
-            "perplexity",
-            "max_ratio",
-            "mean_ratio",
-            *(f"perplexity_{name}" for name in data.parts),
-        )
-        return {f"{role}@1": metrics for role in ("teacher", "student") if role in roles}
+        each = tuple(f"perplexity_{name}" for name in data.parts)
+        metrics = ("perplexity", "max_ratio", "mean_ratio", *each)
+        return {f"{role}@1": metrics for role in judged(roles)}
 
-    def rows(self, trained) -> list[dict[str, Any]]:
-        """[{"name", "nfe" (per token), metric: value, ...}]"""
-        held = trained.experiment.data.evaluation(self.samples)
-        names = list(trained.experiment.data.parts)
-        sums = {
-            role: self.tally(trained, role, held, len(names))
-            for role in ("teacher", "student")
-            if role in trained.params
-        }
+    def rows(self, trained: Trained) -> list[dict[str, Any]]:
+        """The table; `nfe` counts evaluations per token."""
+        data = trained.experiment.data
+        held_out = data.evaluation(self.samples)
+        names = list(data.parts)
+        sums = {}
+        for role in judged(trained.params):
+            sums[role] = self.tally(trained, role, held_out, len(names))
         rows = []
         for role, (nll, count) in sums.items():
-            each = np.array([perplexity(*pair) for pair in zip(nll, count)])
+            each = _perplexities(nll, count)
             row = {"name": role, "nfe": 1, "perplexity": perplexity(nll.sum(), count.sum())}
             row |= {f"perplexity_{name}": float(value) for name, value in zip(names, each)}
             if "teacher" in sums:
-                ratio = each / [perplexity(*pair) for pair in zip(*sums["teacher"])]
+                ratio = each / _perplexities(*sums["teacher"])
                 row |= {"max_ratio": float(ratio.max()), "mean_ratio": float(ratio.mean())}
             rows.append(row)
         return rows
 
-    def tally(self, trained, role: str, held: dict[str, np.ndarray], domains: int) -> np.ndarray:
-        """(sums of -log q [N], numbers of target tokens [N]) of the domains."""
+    def tally(
+        self, trained: Trained, role: str, held_out: dict[str, np.ndarray], domains: int
+    ) -> np.ndarray:
+        """Sums of -log q and numbers of target tokens of every domain: [2 domains]."""
 
         @jax.jit
         def score(params, batch):
-            call = functools.partial(trained.nets[role].apply, params)
+            net = functools.partial(trained.nets[role].apply, params)
             labels, mask = targets(batch)
-            each = cross_entropy(call(batch["tokens"], **context(batch)), labels)
-            mine = lambda i: masked_sum(each, mask & (batch["domain"] == i)[:, None])
-            return jnp.array([mine(i) for i in range(domains)]).T
+            nll = cross_entropy(net(batch["tokens"], **context(batch)), labels)
+            sums = []
+            for domain in range(domains):
+                inside = (batch["domain"] == domain)[:, None]
+                sums.append(masked_sum(nll, mask & inside))
+            return jnp.array(sums).T
 
-        parts = range(0, len(held["tokens"]), self.batch)
-        take = lambda low: {k: jnp.asarray(v[low : low + self.batch]) for k, v in held.items()}
-        return sum(np.asarray(score(trained.params[role], take(low)), np.float64) for low in parts)
+        total = 0
+        for low in range(0, len(held_out["tokens"]), self.batch):
+            part = {k: jnp.asarray(v[low : low + self.batch]) for k, v in held_out.items()}
+            total = total + np.asarray(score(trained.params[role], part), np.float64)
+        return total
+
+
+def _perplexities(nll: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The perplexity of each domain."""
+    return np.array([perplexity(*pair) for pair in zip(nll, count)])

@@ -1,9 +1,8 @@
-"""Inception-V3's pool features, as every published FID uses them: TensorFlow's 2015 network in
-pytorch-fid's layout.
+"""Inception-V3's pool features, as every published FID uses them.
 
-The weights are the user's own file: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, saved
-again as safetensors. The network differs from torchvision's in its pooling branches: averages leave
-the padding out, and the last block's is a maximum.
+The network is TensorFlow's of 2015 in pytorch-fid's layout. It differs from torchvision's in its
+pooling branches: averages leave the padding out, and the last block takes a maximum. The user gives
+the weights: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`, saved again as safetensors.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
 from safetensors import safe_open
 
 from jaxdistill.core.types import Array, Refused
@@ -24,11 +24,12 @@ SIZE = 299  # pixels that images are resized to
 EPS = 1e-3  # of the batch norms
 
 
-def forward(conv: Callable, x: Array) -> Array:
-    """Images [n h w 3] in [-1, 1] -> [n 2048], the mean over positions of the last block.
+def forward(conv: Callable, x: Float[Array, "B H W 3"]) -> Float[Array, "B 2048"]:
+    """The mean over positions of the last block, of images in [-1, 1].
 
-    `conv(name, x, channels, kernel, stride, padding)` is a convolution with its batch norm and
-    rectifier.
+    Args:
+        conv: (name, x, channels, kernel, stride, padding) -> a convolution with its batch norm and
+            rectifier.
     """
 
     def same(name, x, channels, *kernel):
@@ -38,7 +39,7 @@ def forward(conv: Callable, x: Array) -> Array:
         return conv(name, x, channels, (3, 3), 2, "VALID")
 
     def chain(name, x, *layers):
-        """Convolutions name_1, name_2, ... of (channels, *kernel)."""
+        """Convolutions name_1, name_2, ..., each of (channels, *kernel)."""
         for i, layer in enumerate(layers, 1):
             x = same(f"{name}_{i}", x, *layer)
         return x
@@ -77,9 +78,11 @@ def forward(conv: Callable, x: Array) -> Array:
         )
 
     def block_e(name, x, pool):
-        fork = lambda stem, x: _join(
-            same(f"{name}.{stem}a", x, 384, 1, 3), same(f"{name}.{stem}b", x, 384, 3, 1)
-        )
+        def fork(stem, x):
+            across = same(f"{name}.{stem}a", x, 384, 1, 3)
+            down = same(f"{name}.{stem}b", x, 384, 3, 1)
+            return _join(across, down)
+
         return _join(
             same(f"{name}.branch1x1", x, 320),
             fork("branch3x3_2", same(f"{name}.branch3x3_1", x, 384)),
@@ -115,22 +118,24 @@ def _max(x: Array, stride: int, padding: str) -> Array:
 
 
 def _average(x: Array) -> Array:
-    """3 x 3 means at stride 1 over what lies inside the image."""
-    total = lambda a: jax.lax.reduce_window(a, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    """3 x 3 means at stride 1 over the pixels inside the image."""
+
+    def total(a):
+        return jax.lax.reduce_window(a, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Every convolution's kernel, (out, in, height, width)."""
+    """Name of every convolution -> shape of its kernel, (out, in, height, width)."""
     found = {}
 
     def conv(name, x, channels, kernel, stride, padding):
         found[name] = (channels, x.shape[-1], *kernel)
         return _convolve(x, jnp.zeros(found[name]), stride, padding)
 
-    jax.eval_shape(
-        lambda x: forward(conv, x), jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    )
+    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    jax.eval_shape(lambda x: forward(conv, x), image)
     return found
 
 
@@ -141,14 +146,17 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: str) -> Array:
 
 
 def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Convolution -> (kernel, bias) with the batch norm folded in, float32.
+    """Name of every convolution -> (kernel, bias) with the batch norm folded in, float32.
 
-    Raises Refused where the file or a key is missing, is no safetensors file, or has another shape.
+    Raises:
+        Refused: where the file is missing or is no safetensors file, and where an array in it is
+            missing or has another shape.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise Refused(
-            f"{path}: no such file; expected pytorch-fid's Inception weights as .safetensors ({CONVERT})"
+            f"{path}: no such file; expected pytorch-fid's Inception weights as .safetensors "
+            f"({CONVERT})"
         )
     try:
         file = safe_open(path, framework="numpy")
@@ -169,19 +177,24 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
         folded = {}
         for name, shape in shapes().items():
-            gain, shift, mean, var = (
-                tensor(f"{name}.bn.{k}", shape[:1])
-                for k in ("weight", "bias", "running_mean", "running_var")
-            )
-            gain = gain / np.sqrt(var + EPS)
+            channels = shape[:1]
+            weight = tensor(f"{name}.bn.weight", channels)
+            shift = tensor(f"{name}.bn.bias", channels)
+            mean = tensor(f"{name}.bn.running_mean", channels)
+            var = tensor(f"{name}.bn.running_var", channels)
+            gain = weight / np.sqrt(var + EPS)
             kernel = tensor(f"{name}.conv.weight", shape) * gain[:, None, None, None]
-            folded[name] = (kernel.astype(np.float32), (shift - gain * mean).astype(np.float32))
+            bias = shift - gain * mean
+            folded[name] = (kernel.astype(np.float32), bias.astype(np.float32))
         return folded
 
 
-def pool_features(weights: dict[str, tuple[Array, Array]], x: Array) -> Array:
-    """Images [n h w 1 or 3] in [-1, 1] -> [n 2048] float32, after bilinear resizing to 299 x 299
-    without antialiasing.
+def pool_features(
+    weights: dict[str, tuple[Array, Array]], x: Shaped[Array, "B H W C"]
+) -> Float[Array, "B 2048"]:
+    """Features of images of 1 or 3 channels in [-1, 1].
+
+    The images are resized to 299 x 299, bilinear and without antialiasing.
     """
 
     def conv(name, x, channels, kernel, stride, padding):
@@ -193,8 +206,13 @@ def pool_features(weights: dict[str, tuple[Array, Array]], x: Array) -> Array:
 
 
 def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
-    """The feature extractor of an evaluation: images [n h w 1 or 3] in [-1, 1] -> float32 [n 2048].
-    Raises Refused as `read`.
+    """The feature extractor of an evaluation, from numpy arrays to numpy arrays.
+
+    Returns:
+        Images [B H W C] of 1 or 3 channels in [-1, 1] -> features float32 [B 2048].
+
+    Raises:
+        Refused: as `read`.
     """
     weights = read(path)
     run = jax.jit(pool_features)
@@ -204,9 +222,9 @@ def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
         parts = []
         for i in range(0, len(x), size):
             part = x[i : i + size]
-            padded = np.concatenate(
-                [part, np.repeat(part[-1:], size - len(part), 0)]
-            )  # one program for all batches
+            # The last batch is filled up, so that one program serves all.
+            filling = np.repeat(part[-1:], size - len(part), 0)
+            padded = np.concatenate([part, filling])
             parts.append(np.asarray(run(weights, padded))[: len(part)])
         return np.concatenate(parts)
 

@@ -1,4 +1,4 @@
-"""Figures of language models from arrays and strings; models and data are the caller's."""
+"""Metrics of language models, computed from arrays and strings."""
 
 from __future__ import annotations
 
@@ -6,70 +6,92 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Shaped
 
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.objectives.divergence import masked_sum, token_divergence
 
+Number = float | np.floating
 
-def perplexity(nll: float, count: float) -> float:
-    """exp(nll / count), `nll` the sum of -log q over `count` tokens, in nats."""
+
+def perplexity(nll: Number, count: Number) -> float:
+    """exp(nll / count), where `nll` is the sum of -log q over `count` tokens, in nats."""
     return float(np.exp(nll / count))
 
 
 def token_kl(
-    teacher: Array, student: Array, mask: Array, kind: str = "forward_kl"
-) -> tuple[Array, Array]:
-    """(sum, count) over tokens of the divergence from logits [B T V] where `mask` [B T] holds; KL(p
-    || q) by default.
+    teacher: Float[Array, "B T V"],
+    student: Float[Array, "B T V"],
+    mask: Shaped[Array, "B T"],
+    kind: str = "forward_kl",
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sum of a divergence between the logits of two models over the tokens of a mask.
 
-    On held-out text and on the student's own roll-outs its difference is the exposure gap.
+    Measured on held-out text and on the student's own continuations, the difference is the exposure
+    gap.
+
+    Args:
+        kind: a key of objectives.divergence.KINDS.
+
+    Returns:
+        The sum, and the number of tokens.
     """
     return masked_sum(token_divergence(kind, teacher, student), mask)
 
 
-def top1_agreement(teacher: Array, student: Array, mask: Array) -> tuple[Array, Array]:
-    """(sum, count) of tokens whose most likely prediction is the same, from logits [B T V] where
-    `mask` [B T] holds.
+def top1_agreement(
+    teacher: Float[Array, "B T V"], student: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How many tokens of a mask have the same most likely prediction, by the logits of two models.
+
+    Returns:
+        Their number, and the number of tokens.
     """
-    return masked_sum(
-        (jnp.argmax(teacher, -1) == jnp.argmax(student, -1)).astype(jnp.float32), mask
-    )
+    same = jnp.argmax(teacher, -1) == jnp.argmax(student, -1)
+    return masked_sum(same.astype(jnp.float32), mask)
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions equal to their reference, white space aside (runs count as one, ends not
-    at all).
+    """Share of predictions that are equal to their reference.
+
+    Runs of white space count as one space; white space at the ends does not count.
     """
     pairs = _pairs(predictions, references)
     return float(np.mean([a.split() == b.split() for a, b in pairs]))
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of the longest common subsequence of words in lower case (Lin, 2004); 0 for a pair
-    with nothing in common.
+    """Mean F1 of the longest common subsequence of words in lower case.
+
+    Source:
+        Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004.
     """
+    scores = []
+    for prediction, reference in _pairs(predictions, references):
+        a = prediction.lower().split()
+        b = reference.lower().split()
+        common = _longest_common(a, b)
+        scores.append(2 * common / (len(a) + len(b)) if common else 0.0)
+    return float(np.mean(scores))
 
-    def f1(a: list[str], b: list[str]) -> float:
-        row = [0] * (len(b) + 1)
-        for word in a:
-            diagonal = 0
-            for j, other in enumerate(b, 1):
-                diagonal, row[j] = (
-                    row[j],
-                    diagonal + 1 if word == other else max(row[j], row[j - 1]),
-                )
-        return 2 * row[-1] / (len(a) + len(b)) if row[-1] else 0.0
 
-    return float(
-        np.mean(
-            [f1(a.lower().split(), b.lower().split()) for a, b in _pairs(predictions, references)]
-        )
-    )
+def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    lengths = [0] * (len(b) + 1)  # of the words of `a` so far and the first j words of `b`
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b, 1):
+            before = lengths[j]
+            lengths[j] = diagonal + 1 if word == other else max(before, lengths[j - 1])
+            diagonal = before
+    return lengths[-1]
 
 
 def _pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    """Predictions with their references. Raises Refused unless there is one for each."""
     if not predictions or len(predictions) != len(references):
         raise Refused(
-            f"{len(predictions)} predictions for {len(references)} references: expected one for each, and at least one"
+            f"{len(predictions)} predictions for {len(references)} references: "
+            "expected one for each, and at least one"
         )
     return list(zip(predictions, references))

@@ -1,31 +1,39 @@
-"""Entities found against entities wanted: counts pooled over all questions (arXiv:2308.03279)."""
+"""Scores of named entities: counts pooled over all questions (arXiv:2308.03279)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
+from jaxdistill.data.abilities import ListsEntities
 from jaxdistill.evals.text import TextEval
 
-TINY = 1e-10  # in the paper's code: a perfect score is 1 - O(1e-10), and that of nothing 0
+# Of the paper's code, against division by 0: a perfect score is 1 - O(1e-10).
+TINY = 1e-10
 
 
 def strict_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Micro precision, recall and f1 of exactly equal entities, one list for each question;
-    duplicates count once.
+    """Micro-averaged precision, recall and f1 of exactly equal entities.
+
+    Args:
+        wanted: the right entities of each question; duplicates count once.
+        found: the entities of each answer.
     """
-    pairs = [(set(w), set(f)) for w, f in zip(wanted, found, strict=True)]
-    return _scores(
-        sum(len(w & f) for w, f in pairs),
-        sum(len(f) for _, f in pairs),
-        sum(len(w) for w, _ in pairs),
-    )
+    hits = 0
+    of_found = 0
+    of_wanted = 0
+    for w, f in zip(wanted, found, strict=True):
+        hits += len(set(w) & set(f))
+        of_found += len(set(f))
+        of_wanted += len(set(w))
+    return _scores(hits, of_found, of_wanted)
 
 
 def partial_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """As `strict_f1`, and half a hit for what shares a word: each found entity with at most one
-    wanted, equal ones first.
+    """`strict_f1` where entities that share a word count as half a hit.
+
+    Equal entities are matched first; then each entity that is left in the answer with at most one
+    of those that are left in the question.
     """
     hits = 0.0
     of_found = 0
@@ -33,41 +41,38 @@ def partial_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) 
     for w, f in zip(wanted, found, strict=True):
         w = list(dict.fromkeys(w))
         f = list(dict.fromkeys(f))
-        of_found = of_found + len(f)
-        of_wanted = of_wanted + len(w)
-        left = [e for e in w if e not in f]
-        rest = [e for e in f if e not in w]
-        hits += len(w) - len(left)
-        for entity in rest:
-            if match := next((e for e in left if set(e.split()) & set(entity.split())), None):
-                left.remove(match)
+        of_found += len(f)
+        of_wanted += len(w)
+        missed = [entity for entity in w if entity not in f]
+        hits += len(w) - len(missed)
+        for entity in f:
+            if entity in w:
+                continue
+            words = set(entity.split())
+            match = next((other for other in missed if words & set(other.split())), None)
+            if match is not None:
+                missed.remove(match)
                 hits += 0.5
     return _scores(hits, of_found, of_wanted)
 
 
 def _scores(hits: float, found: int, wanted: int) -> dict[str, float]:
+    """Precision, recall and f1 from counts."""
     precision = hits / (found + TINY)
     recall = hits / (wanted + TINY)
-    return {
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall + TINY),
-    }
+    f1 = 2 * precision * recall / (precision + recall + TINY)
+    return {"precision": precision, "recall": recall, "f1": f1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NerEval(TextEval):
-    """A language model's rows with strict micro scores of its greedy answers, for data that knows
-    `gold` and `answers`.
-    """
+    """`TextEval` with `strict_f1` of the answers, for data that asks for lists of entities."""
 
-    needs = ("gold", "answers")
+    needs = (ListsEntities,)
     metrics = (*TextEval.metrics, "precision", "recall", "f1")
 
-    def _row(self, trained, role: str, held) -> dict[str, Any]:
-        own, _ = self.write(trained, role, held)
-        data = trained.experiment.data
-        return {
-            **super()._row(trained, role, held),
-            **strict_f1(data.gold(own["tokens"]), data.answers(own["tokens"])),
-        }
+    def scores(self, models, role, held_out):
+        own, _ = self.continuations(models, role, held_out)
+        wanted = models.data.gold(own["tokens"])
+        found = models.data.answers(own["tokens"])
+        return {**super().scores(models, role, held_out), **strict_f1(wanted, found)}

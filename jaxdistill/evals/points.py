@@ -1,5 +1,6 @@
-"""Evaluation of generators of points whose law is known: distances between laws, and what became of
-the modes.
+"""Evaluation of generators of points whose distribution is known.
+
+Distances between distributions, and how the modes are covered.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jaxdistill.core.types import Refused
+from jaxdistill.data.abilities import HasModes
 from jaxdistill.evals import modes
 from jaxdistill.evals.kernels import energy_distance
 from jaxdistill.evals.samples import SampleEval
@@ -24,12 +26,15 @@ from jaxdistill.samplers.ode import Solver
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PointEval(SampleEval):
-    """For `data.mixtures:Mixture`; the solver is Heun's by default, since the teacher is exact."""
+    """Distances from the data and coverage of its modes, for `data.mixtures:Mixture`.
+
+    `stray` is the share of samples more than 4 standard deviations from their mode's mean.
+    """
 
     batch: int = 2000
-    solver: Solver = "heun"
+    solver: Solver = "heun"  # of the teacher, which is exact
 
-    needs = ("components",)
+    needs = (HasModes,)
     metrics = ("energy", "sliced_w2", "modes_hit", "mode_kl", "quality", "stray")
 
     def score(self, x, real, data):
@@ -43,7 +48,7 @@ class PointEval(SampleEval):
         }
 
     def picture(self, x, real):
-        """A scatter plot of the first two dimensions, data in grey below."""
+        """A scatter plot of the first two dimensions, over the data in grey."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -61,28 +66,30 @@ class PointEval(SampleEval):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextureEval(PointEval):
-    """For modes with a shape (`data.rings:Rings`): with the energy distance between the offsets
-    within modes, all modes laid over each other. In the energy distance of the whole law a shape is
-    drowned by the modes' shares.
+    """`PointEval` for modes with a shape (`data.rings:Rings`).
+
+    `texture` is the energy distance between the offsets of samples and data from their modes'
+    means, all modes together. In the energy distance of the full distribution the shares of the
+    modes hide a shape.
     """
 
     metrics = (*PointEval.metrics, "texture")
 
     def score(self, x, real, data):
-        texture = energy_distance(
-            modes.offsets(x, data.components), modes.offsets(real["x"], data.components)
-        )
-        return {**super().score(x, real, data), "texture": texture}
+        own = modes.offsets(x, data.components)
+        wanted = modes.offsets(real["x"], data.components)
+        return {**super().score(x, real, data), "texture": energy_distance(own, wanted)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChainEval(PointEval):
-    """For students with a deterministic chain, also `state_energy`: the energy distance between
-    what their steps bring to the time `state`, one of the method's student_times, and the noised
-    data.
+    """`PointEval` for students with a deterministic chain.
+
+    `state_energy` is the energy distance between the student's samples at the time `state` of its
+    chain and the noised data.
     """
 
-    state: float = 0.5
+    state: float = 0.5  # one of the method's student_times
 
     metrics = (*PointEval.metrics, "state_energy")
 
@@ -95,24 +102,26 @@ class ChainEval(PointEval):
 
         @jax.jit
         def reach(params):
-            net = functools.partial(
-                method.generator(dataclasses.replace(trained, params=params).bound()),
-                cond=real.get("cond"),
-            )
-            return simulate(method.process, net, noise, times, jax.random.key(0), index, "ddim")[0]
+            nets = dataclasses.replace(trained, params=params).bound()
+            net = functools.partial(method.generator(nets), cond=real.get("cond"))
+            key = jax.random.key(0)
+            return simulate(method.process, net, noise, times, key, index, "ddim")[0]
 
-        want = method.process.add_noise(real["x"], eps, jnp.asarray(self.state))
-        found = energy_distance(np.asarray(reach(trained.params)), np.asarray(want))
-        return [
-            {**row, "state_energy": found} if row["name"] == "student" else row
-            for row in super().rows(trained)
-        ]
+        wanted = method.process.add_noise(real["x"], eps, jnp.asarray(self.state))
+        found = energy_distance(np.asarray(reach(trained.params)), np.asarray(wanted))
+        rows = super().rows(trained)
+        for row in rows:
+            if row["name"] == "student":
+                row["state_energy"] = found
+        return rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DirectionEval(TextureEval):
-    """With the mean cosine of the angle to a direction, which a reward may ask for
-    (`models.vision.judges:Direction`).
+    """`TextureEval` with the mean reward of points in a direction.
+
+    The reward is the cosine of the angle between point and direction, as of
+    `models.vision.judges:Direction`.
     """
 
     angle: float = 0.0  # of the direction, radians
@@ -120,17 +129,17 @@ class DirectionEval(TextureEval):
     metrics = (*TextureEval.metrics, "reward")
 
     def score(self, x, real, data):
-        return {
-            **super().score(x, real, data),
-            "reward": float(np.mean(np.cos(np.arctan2(x[:, 1], x[:, 0]) - self.angle))),
-        }
+        angles = np.arctan2(x[:, 1], x[:, 0])
+        reward = float(np.mean(np.cos(angles - self.angle)))
+        return {**super().score(x, real, data), "reward": reward}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegretEval(DirectionEval):
-    """With `regret`, how far the samples' reward is from the best: the mean of (1 - cosine) / 2, of
-    1 for a sample farther than `radius` standard deviations from every mode. A reward counts on the
-    data's modes alone.
+    """`DirectionEval` with the mean regret, which counts a reward on the data's modes alone.
+
+    The regret of a sample is (1 - cosine) / 2, the reward that it lacks to the best. It is 1 for a
+    sample farther than `radius` standard deviations from its mode's mean.
     """
 
     radius: float = 4.0
@@ -146,9 +155,10 @@ class RegretEval(DirectionEval):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelledPointEval(PointEval):
-    """For points made under labels: with the mean over labels of the energy distance to that
-    label's data, `class_energy`, and of the standard deviation over the data's, `class_std` (1: as
-    wide; 0: collapsed).
+    """`PointEval` for points made under labels.
+
+    `class_energy` is the mean over labels of the energy distance to that label's data; `class_std`
+    that of the standard deviation over the data's (1: as wide; 0: collapsed).
     """
 
     metrics = (*PointEval.metrics, "class_energy", "class_std")
@@ -159,14 +169,19 @@ class LabelledPointEval(PointEval):
             raise Refused("evaluation: LabelledPointEval needs labels `cond`, the data has none")
 
     def score(self, x, real, data):
-        each = [real["cond"] == label for label in np.unique(real["cond"])]
-        spread = lambda points: float(np.sqrt(points.var(0).sum()))
+        energy = []
+        width = []
+        for label in np.unique(real["cond"]):
+            mine = real["cond"] == label
+            energy.append(energy_distance(x[mine], real["x"][mine]))
+            width.append(_spread(x[mine]) / _spread(real["x"][mine]))
         return {
             **super().score(x, real, data),
-            "class_energy": float(
-                np.mean([energy_distance(x[mine], real["x"][mine]) for mine in each])
-            ),
-            "class_std": float(
-                np.mean([spread(x[mine]) / spread(real["x"][mine]) for mine in each])
-            ),
+            "class_energy": float(np.mean(energy)),
+            "class_std": float(np.mean(width)),
         }
+
+
+def _spread(points: np.ndarray) -> float:
+    """Root of the total variance of points [B D]."""
+    return float(np.sqrt(points.var(0).sum()))

@@ -1,30 +1,32 @@
-"""Evaluation of generators: rows of a table, one for each network and number of steps, and grids to
-look at.
-"""
+"""Evaluation of generators: a table row for each network and number of steps, and pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdistill.core.fields import Count, Real
 from jaxdistill.core.sharding import gathered
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import guided
-from jaxdistill.evals.base import Evaluation
+from jaxdistill.evals.base import Evaluation, Trained
 from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Solver
+
+Samples = Mapping[str, Any]  # arrays [B ...], or groups of such, under the keys of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleEval(Evaluation):
-    """Draws from the student by its method's own sampler, and from the teacher by a solver;
-    subclasses score them.
+    """Samples the student by its method's own sampler, and the teacher by a solver.
+
+    Subclasses score the samples.
     """
 
     samples: int = 2000
@@ -39,31 +41,42 @@ class SampleEval(Evaluation):
 
     def check(self, data):
         super().check(data)
-        if "x" not in data.one_sample():
+        first = data.one_sample()
+        if "x" not in first:
             raise Refused(
-                f"evaluation: {type(self).__name__} needs samples `x`, the data has {', '.join(data.one_sample())}"
+                f"evaluation: {type(self).__name__} needs samples `x`, "
+                f"the data has {', '.join(first)}"
             )
 
     def table(self, roles, data):
         metrics = (*self.metrics, "samples_per_second")
         return {f"{role}@{self.nfe(role, steps)}": metrics for role, steps in self.models(roles)}
 
-    def score(self, x: np.ndarray, real: dict[str, np.ndarray], data: Any) -> dict[str, float]:
-        """Metrics of samples x [n ...] made under real["cond"]."""
+    def score(self, x: Shaped[np.ndarray, "B ..."], real: Samples, data: Any) -> dict[str, float]:
+        """Metrics of samples that were made under the conditions of real samples.
+
+        Args:
+            x: the samples.
+            real: the held-out samples; "x" are the data, "cond" their conditions.
+            data: the data set.
+        """
         raise NotImplementedError
 
-    def picture(self, x: np.ndarray, real: dict[str, np.ndarray]) -> Any:
+    def picture(self, x: Shaped[np.ndarray, "B ..."], real: Samples) -> Any:
         """A PIL image of the first samples."""
         raise NotImplementedError
 
     def models(self, roles: Collection[str]) -> list[tuple[str, int]]:
         """(role, steps) of every row."""
-        rows = [("teacher", n) for n in self.teacher_steps] if "teacher" in roles else []
-        return rows + [("student", n) for n in self.student_steps]
+        teacher = [("teacher", n) for n in self.teacher_steps] if "teacher" in roles else []
+        return teacher + [("student", n) for n in self.student_steps]
 
-    def drawing(self, trained, role: str, steps: int) -> Callable[..., jax.Array]:
-        """(weights by role, batch of data, number of the batch) -> samples x, of the batch's shape
-        and conditions.
+    def drawing(self, trained: Trained, role: str, steps: int) -> Callable[..., jax.Array]:
+        """The function that samples a network, to be jitted.
+
+        Returns:
+            (weights by role, batch of data, number of the batch) -> samples x, with the shape and
+            the conditions of the batch.
         """
         method = trained.experiment.method
         process = method.process
@@ -76,15 +89,19 @@ class SampleEval(Evaluation):
             null = part.get("null_cond")
             if role == "student":
                 return method.sample(method.generator(nets), noise, cond, key, steps)
-            denoise = lambda x, t: guided(getattr(nets, role), x, t, cond, null, self.guidance)
+            net = vars(nets)[role]
+
+            def denoise(x, t):
+                return guided(net, x, t, cond, null, self.guidance)
+
             return ode.solve(self.solver, process, denoise, process.start(noise), steps, key)
 
         return draw
 
     def generate(
-        self, trained, role: str, steps: int, real: dict[str, np.ndarray]
+        self, trained: Trained, role: str, steps: int, real: Samples
     ) -> tuple[np.ndarray, float]:
-        """(samples, samples per second after compilation)."""
+        """Samples under the conditions of `real`, and how many a second after compilation."""
         draw = jax.jit(self.drawing(trained, role, steps))
         real = trained.experiment.conditioned(real)
         out = []
@@ -94,6 +111,7 @@ class SampleEval(Evaluation):
             part = jax.tree.map(lambda v: v[low : low + self.batch], real)
             started = time.perf_counter()
             x = jax.block_until_ready(draw(trained.params, part, np.int32(i)))
+            # The first batch includes compilation; it counts where it is the only one.
             if i or len(real["x"]) <= self.batch:
                 seconds = seconds + time.perf_counter() - started
                 made = made + len(x)
@@ -101,31 +119,23 @@ class SampleEval(Evaluation):
         return np.concatenate(out), made / seconds
 
     def nfe(self, role: str, steps: int) -> int:
-        """Network evaluations of `steps` steps."""
+        """Network evaluations of a chain of `steps` steps."""
         if role == "student":
             return steps
-        return (2 * steps - 1 if self.solver == "heun" else steps) * (
-            1 if self.guidance == 1.0 else 2
-        )
+        evaluations = 2 * steps - 1 if self.solver == "heun" else steps
+        return evaluations if self.guidance == 1.0 else 2 * evaluations
 
-    def rows(self, trained) -> list[dict[str, Any]]:
-        """[{"name", "nfe", metric: value, ..., "samples_per_second"}]"""
+    def rows(self, trained: Trained) -> list[dict[str, Any]]:
         data = trained.experiment.data
         rows = []
         real = data.evaluation(self.samples)
         for role, steps in self.models(trained.params):
             x, speed = self.generate(trained, role, steps, real)
-            rows.append(
-                {
-                    "name": role,
-                    "nfe": self.nfe(role, steps),
-                    **self.score(x, real, data),
-                    "samples_per_second": speed,
-                }
-            )
+            row = {"name": role, "nfe": self.nfe(role, steps), **self.score(x, real, data)}
+            rows.append({**row, "samples_per_second": speed})
         return rows
 
-    def pictures(self, trained) -> dict[str, Any]:
+    def pictures(self, trained: Trained) -> dict[str, Any]:
         """Title -> PIL image; the data first."""
         real = trained.experiment.data.evaluation(100)
         views = {"data": self.picture(real["x"], real)}

@@ -1,26 +1,29 @@
-"""Small networks on top of others: discriminator heads on feature taps, and a scalar function of
-time.
-"""
+"""Small networks on top of others: discriminators on features, a function of time, a projection."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
+from jaxdistill.core.needs import Condition, Spec
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import ZEROS, dense, embedding, fourier, lookup, plain_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Discriminator:
-    """One head for each feature tap, conditioned on time and label; the logit is their mean."""
+    """One head for each tapped layer, conditioned on time and label; the logit is their mean."""
 
-    features: int = 1  # number of taps
-    dim: int = 64  # channels of a tap
+    taps: int = 1  # number of tapped layers
+    dim: int = 64  # channels of their features
     width: int = 64
-    classes: int = 0  # 0: not conditioned on a label
+    classes: int = 0  # label `classes` is the null condition; 0: not conditioned on a label
+
+    renamed = {"features": "taps"}
 
     def __call__(self, rngs: nnx.Rngs) -> DiscriminatorModule:
         return DiscriminatorModule(self, rngs)
@@ -30,42 +33,55 @@ class Discriminator:
         """The label that stands for none; None where the network takes no label."""
         return self.classes or None
 
+    @property
+    def condition(self) -> Condition | None:
+        return Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+
 
 class DiscriminatorModule(nnx.Module):
     def __init__(self, cfg: Discriminator, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.tokens = nnx.List(
-            [dense(cfg.dim, cfg.width, ("embed", "mlp"), rngs=rngs) for _ in range(cfg.features)]
-        )
-        self.pooled = nnx.List(
-            [dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in range(cfg.features)]
-        )
-        self.logits = nnx.List(
-            [dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in range(cfg.features)]
-        )
-        self.time = dense(32, cfg.width, (None, "mlp"), rngs=rngs)
-        if cfg.classes:
-            self.label_embed = embedding(
-                cfg.classes + 1, cfg.width, rngs=rngs, names=("index", "mlp")
-            )
+        w = cfg.width
 
-    def __call__(self, features: tuple[Array, ...], t: Array, cond: Array | None = None) -> Array:
-        """features: taps [B N dim]; t [B] -> logits [B], float32."""
+        def layers(i: int, o: int, names: tuple):
+            return nnx.List([dense(i, o, names, rngs=rngs) for _ in range(cfg.taps)])
+
+        self.tokens = layers(cfg.dim, w, ("embed", "mlp"))
+        self.pooled = layers(w, w, ("mlp", "embed"))
+        self.logits = layers(w, 1, ("embed", None))
+        self.time = dense(32, w, (None, "mlp"), rngs=rngs)
+        if cfg.classes:
+            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, names=("index", "mlp"))
+
+    def __call__(
+        self,
+        features: Sequence[Float[Array, "B _ D"]],
+        t: Float[Array, " B"],
+        cond: Int[Array, " B"] | None = None,
+    ) -> Float[Array, " B"]:
+        """Logits, in float32.
+
+        Args:
+            features: of each tapped layer.
+            t: the time of the samples that they were computed from.
+            cond: labels; ignored by a network without classes.
+        """
         c = self.time(fourier(1000.0 * t, 32))
         if self.cfg.classes and cond is not None:
             c = c + lookup(self.label_embed, cond)
         total = 0.0
         for f, tokens, pooled, logit in zip(features, self.tokens, self.pooled, self.logits):
-            h = nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6)) + c[:, None]).mean(1)
+            h = tokens(plain_norm(f.astype(jnp.float32), 1e-6)) + c[:, None]
+            h = nnx.silu(h).mean(1)
             total = total + logit(nnx.silu(pooled(h)))[:, 0]
         return total / len(features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Heads:
-    """One head for each feature tap, each with a logit of its own."""
+    """One head for each tapped layer, each with a logit of its own."""
 
-    dims: tuple[int, ...] = (64,)  # channels of the taps
+    dims: tuple[int, ...] = (64,)  # channels of the features of each tapped layer
     width: int = 64
 
     def __call__(self, rngs: nnx.Rngs) -> HeadsModule:
@@ -74,28 +90,30 @@ class Heads:
 
 class HeadsModule(nnx.Module):
     def __init__(self, cfg: Heads, rngs: nnx.Rngs):
-        self.tokens = nnx.List(
-            [dense(dim, cfg.width, ("embed", "mlp"), rngs=rngs) for dim in cfg.dims]
-        )
-        self.pooled = nnx.List(
-            [dense(cfg.width, cfg.width, ("mlp", "embed"), rngs=rngs) for _ in cfg.dims]
-        )
-        self.logits = nnx.List([dense(cfg.width, 1, ("embed", None), rngs=rngs) for _ in cfg.dims])
+        w = cfg.width
 
-    def __call__(self, features: tuple[Array, ...]) -> Array:
-        """features: taps [B N dim] -> logits [B heads], float32. Raises Refused where there are more
-        or fewer taps than heads.
+        def layers(sizes: list[tuple[int, int]], names: tuple):
+            return nnx.List([dense(i, o, names, rngs=rngs) for i, o in sizes])
+
+        self.tokens = layers([(dim, w) for dim in cfg.dims], ("embed", "mlp"))
+        self.pooled = layers([(w, w) for _ in cfg.dims], ("mlp", "embed"))
+        self.logits = layers([(w, 1) for _ in cfg.dims], ("embed", None))
+
+    def __call__(self, features: Sequence[Float[Array, "B _ _"]]) -> Float[Array, "B heads"]:
+        """Logits of the features of each tapped layer, in float32.
+
+        Raises:
+            Refused: where there are more or fewer layers than heads.
         """
         if len(features) != len(self.logits):
             raise Refused(
                 f"taps: {len(features)} of them for the {len(self.logits)} heads of model.dims"
             )
-        pool = lambda f, tokens: nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6))).mean(1)
-        states = [
-            nnx.silu(pooled(pool(f, tokens)))
-            for f, tokens, pooled in zip(features, self.tokens, self.pooled)
-        ]
-        return jnp.concatenate([logit(h) for h, logit in zip(states, self.logits)], -1)
+        logits = []
+        for f, tokens, pooled, logit in zip(features, self.tokens, self.pooled, self.logits):
+            h = nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6))).mean(1)
+            logits.append(logit(nnx.silu(pooled(h))))
+        return jnp.concatenate(logits, -1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,15 +131,15 @@ class TimeWeightModule(nnx.Module):
         self.width = cfg.width
         self.out = dense(cfg.width, 1, (None, None), rngs=rngs, init=ZEROS)
 
-    def __call__(self, t: Array) -> Array:
-        """t [B] -> [B]."""
+    def __call__(self, t: Float[Array, " B"]) -> Float[Array, " B"]:
         return self.out(fourier(t, self.width, max_period=100.0))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A learned linear map without bias from a student's width to its teacher's, N(0, 0.02^2) at
-    the start.
+    """A learnt linear map without bias from a student's width to its teacher's.
+
+    It is N(0, 0.02^2) at the start.
     """
 
     inputs: int = 64
@@ -133,15 +151,9 @@ class Projection:
 
 class ProjectionModule(nnx.Module):
     def __init__(self, cfg: Projection, rngs: nnx.Rngs):
-        self.map = dense(
-            cfg.inputs,
-            cfg.outputs,
-            ("embed", None),
-            rngs=rngs,
-            bias=False,
-            init=nnx.initializers.normal(0.02),
-        )
+        init = nnx.initializers.normal(0.02)
+        names = ("embed", None)
+        self.map = dense(cfg.inputs, cfg.outputs, names, rngs=rngs, bias=False, init=init)
 
-    def __call__(self, x: Array) -> Array:
-        """x [... inputs] -> [... outputs]."""
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
         return self.map(x)

@@ -1,6 +1,4 @@
-"""What the model families share: dense layers with named axes, norms, embeddings, attention,
-stacked layers.
-"""
+"""What the model families share: layers with named axes, norms, embeddings, positions, stacks."""
 
 from __future__ import annotations
 
@@ -11,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
+from jaxtyping import Bool, Float, Int, Integer, Num, Shaped
 
 from jaxdistill.core.net import in_forward_mode, materialise
 from jaxdistill.core.rows import project
@@ -24,7 +24,8 @@ XAVIER = nnx.initializers.xavier_uniform()
 LECUN = nnx.initializers.lecun_normal()
 ZEROS = nnx.initializers.zeros_init()
 
-REMAT: dict[str, Any] = {  # name in the config -> what the forward pass keeps for the backward pass
+# name in a config -> what the forward pass keeps for the backward pass
+REMAT: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -35,8 +36,9 @@ REMAT: dict[str, Any] = {  # name in the config -> what the forward pass keeps f
 def dense(
     i: int, o: int, names: tuple, *, rngs: nnx.Rngs, bias: bool = True, init=LECUN, dtype=None
 ) -> nnx.Linear:
-    """A linear map whose kernel [i, o] carries two logical axis names; float32 weights, `dtype`
-    arithmetic.
+    """A linear map whose kernel [i, o] has two logical axis names.
+
+    Weights are float32; `dtype` is that of the arithmetic.
     """
     named = nnx.with_partitioning
     return nnx.Linear(
@@ -52,9 +54,7 @@ def dense(
 
 
 def _project(x: Array, kernel: Array, *_, **__) -> Array:
-    """`project` where nnx calls for a dot_general: always over the last axis of x and the first of
-    the kernel.
-    """
+    """`project` as nnx calls a dot_general: over the last axis of x and the kernel's first."""
     return project(x, kernel)
 
 
@@ -67,11 +67,11 @@ def rms_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None) -> nnx.
 def layer_norm(
     dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5, bias: bool = True, dtype=None
 ) -> nnx.LayerNorm:
-    """Layer norm over the last axis with a gain, and a bias unless told otherwise; statistics in
-    float32.
+    """Layer norm over the last axis with a gain, and with a bias where `bias`.
+
+    Statistics are float32.
     """
     named = nnx.with_partitioning
-    ones = named(nnx.initializers.ones_init(), (None,))
     return nnx.LayerNorm(
         dim,
         epsilon=eps,
@@ -79,7 +79,7 @@ def layer_norm(
         use_bias=bias,
         rngs=rngs,
         dtype=dtype,
-        scale_init=ones,
+        scale_init=named(nnx.initializers.ones_init(), (None,)),
         bias_init=named(ZEROS, (None,)),
     )
 
@@ -87,18 +87,15 @@ def layer_norm(
 def group_norm(
     dim: int, groups: int, *, rngs: nnx.Rngs, eps: float = 1e-5, dtype=None
 ) -> nnx.GroupNorm:
-    """Group norm over the channels (last axis) of [B ... C] with gain and bias; statistics in
-    float32.
-    """
+    """Group norm over the channels of [B ... C] with gain and bias, statistics in float32."""
     named = nnx.with_partitioning
-    ones = named(nnx.initializers.ones_init(), (None,))
     return nnx.GroupNorm(
         dim,
         num_groups=groups,
         epsilon=eps,
         rngs=rngs,
         dtype=dtype,
-        scale_init=ones,
+        scale_init=named(nnx.initializers.ones_init(), (None,)),
         bias_init=named(ZEROS, (None,)),
     )
 
@@ -118,14 +115,19 @@ def conv(
     dtype=None,
     kind: type = nnx.Conv,
 ) -> nnx.Conv:
-    """A convolution over the spatial axes of [B ... C], kernel [*size, i / groups, o]; `names` are
-    those of its last two axes.
+    """A convolution over the spatial axes of [B ... C] with kernel [*size, i / groups, o].
 
-    `padding` is "SAME", "VALID", or (low, high) of every spatial axis (PyTorch's padding p is [(p,
-    p)] * len(size)); `kind` is nnx.Conv or a subclass.
+    Args:
+        i: channels of the input.
+        o: channels of the output.
+        size: of the kernel along each spatial axis.
+        names: logical names of the kernel's last two axes.
+        padding: "SAME", "VALID", or (low, high) of every spatial axis. PyTorch's padding p is
+          [(p, p)] * len(size).
+        kind: nnx.Conv or a subclass.
     """
     named = nnx.with_partitioning
-    lead = (None,) * len(size)
+    spatial = (None,) * len(size)
     return kind(
         i,
         o,
@@ -136,77 +138,118 @@ def conv(
         use_bias=bias,
         rngs=rngs,
         dtype=dtype,
-        kernel_init=named(init, (*lead, *names)),
+        kernel_init=named(init, (*spatial, *names)),
         bias_init=named(ZEROS, names[1:]),
     )
 
 
-def plain_norm(x: Array, eps: float) -> Array:
+def plain_norm(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
     """Layer norm over the last axis without gain or bias, statistics in float32."""
     h = x.astype(jnp.float32)
     h = h - h.mean(-1, keepdims=True)
-    return (h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + eps)).astype(x.dtype)
+    variance = jnp.mean(h**2, -1, keepdims=True)
+    return (h * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 def embedding(
     count: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02, names=("vocab", "embed")
-) -> nnx.Param:
-    """A table [count, dim] of N(0, std^2). Its first axis is "vocab" where tokens are looked up,
-    "index" where anything else is (labels, positions, types): such a table stays whole there, and
-    weight decay spares it.
+) -> nnx.Embed:
+    """A table [count, dim] of N(0, std^2).
+
+    Its first axis is named "vocab" where tokens are looked up, "index" where anything else is
+    (labels, positions, types): a table of the latter kind is replicated along that axis, and weight
+    decay leaves it out.
     """
-    return nnx.Embed(
-        count,
-        dim,
-        rngs=rngs,
-        embedding_init=nnx.with_partitioning(nnx.initializers.normal(std), names),
-    )
+    init = nnx.with_partitioning(nnx.initializers.normal(std), names)
+    return nnx.Embed(count, dim, rngs=rngs, embedding_init=init)
 
 
-def lookup(table: nnx.Embed, index: Array) -> Array:
-    """Rows of the table. It is gathered over its second axis first: a gather from a table that is
-    sharded on both makes XLA rematerialise it whole.
+def lookup(table: nnx.Embed, index: Integer[Array, "*B"]) -> Float[Array, "*B D"]:
+    """Rows of the table.
+
+    The table's second axis is gathered first: a look-up in a table that is sharded along both axes
+    makes XLA rematerialise all of it.
     """
     return jnp.take(constrain(table.embedding[...], "vocab", None), index, axis=0)
 
 
-def fourier(t: Array, dim: int, *, max_period: float = 10000.0, shift: float = 1.0) -> Array:
-    """Sinusoidal features [B, dim] of t [B]: cosines, then sines, of frequencies max_period^(-i /
-    (dim/2 - shift)).
+def fourier(
+    t: Num[Array, " B"], dim: int, *, max_period: float = 10000.0, shift: float = 1.0
+) -> Float[Array, "B D"]:
+    """Sinusoidal features of a time: `dim` / 2 cosines, then as many sines.
+
+    The frequencies are max_period^(-i / (dim/2 - shift)).
     """
     half = dim // 2
-    freqs = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - shift))
-    args = t.astype(jnp.float32)[:, None] * freqs
-    return jnp.concatenate([jnp.cos(args), jnp.sin(args)], -1)
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half) / (half - shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
-    """Rotary positions on x [B T H K], rotary (cosines, sines) [B or 1, T, 1, K / 2]: channel i
-    turns with channel i + K / 2 (transformers' convention). Float32 inside.
-    """
+Rotary = tuple[Float[Array, "... _ 1 _"], Float[Array, "... _ 1 _"]]  # cosines, sines [.. T 1 K/2]
+
+
+def rotate(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
+    """Rotary positions, channel i with channel i + K / 2 (transformers' convention), in float32."""
     cos, sin = rotary
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    return rotated.astype(x.dtype)
 
 
-def rotate_pairs(x: Array, rotary: tuple[Array, Array]) -> Array:
-    """Rotary positions on x [B T H K] where channel 2i turns with channel 2i + 1 (RoFormer's and
-    most video models').
-    """
+def rotate_pairs(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
+    """Rotary positions, channel 2i with channel 2i + 1 (RoFormer's and most video models')."""
     cos, sin = rotary
-    a, b = jnp.moveaxis(x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2), -1, 0)
-    return jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape).astype(x.dtype)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = jnp.moveaxis(pairs, -1, 0)
+    rotated = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def split_heads(x: Array, heads: int) -> Array:
-    """[B T H*K] -> [B T H K]."""
+def split_heads(x: Float[Array, "*B D"], heads: int) -> Float[Array, "*B {heads} K"]:
+    """The channels cut into `heads` heads of K = D / `heads` channels."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
+    """The inverse of `split_heads`."""
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def add_gated(
+    x: Float[Array, "B N D"], branch: Float[Array, "B N D"], gate: Float[Array, "#B #N D"]
+) -> Float[Array, "B N D"]:
+    """x + gate branch in float32, returned in x's dtype."""
+    return (x.astype(jnp.float32) + branch * gate).astype(x.dtype)
+
+
+def patchify(x: Float[Array, "B H W C"], patch: int) -> Float[Array, "B N D"]:
+    """Squares of `patch` pixels a side as tokens, by rows; channels are (row, column, channel)."""
+    return rearrange(x, "b (i p) (j q) c -> b (i j) (p q c)", p=patch, q=patch)
+
+
+def unpatchify(
+    tokens: Float[Array, "B N D"], rows: int, patch: int
+) -> Float[Array, "B {rows*patch} W C"]:
+    """The inverse of `patchify` for a picture of `rows` patches from top to bottom."""
+    return rearrange(tokens, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=patch, q=patch)
+
+
+def key_mask(mask: Shaped[Array, "B S"] | None) -> Bool[Array, "B 1 1 S"] | None:
+    """A padding mask (True on tokens) as `attention` takes it, one for all heads and queries."""
+    return None if mask is None else mask[:, None, None, :].astype(bool)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` layers as one module whose weights have a leading axis called `layers`."""
     named = nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers")
     return nnx.vmap(named)(rngs.split(depth))
+
+
+# Stacks of up to so many layers are unrolled, and have a store a layer: a scan copies each layer's
+# part out of a common array and back.
+SHORT = 8
+SCORES = 2**19  # scores of a head over the batch up to which stacks are unrolled: 2 MiB in float32
 
 
 def scan_layers(
@@ -217,33 +260,47 @@ def scan_layers(
     *,
     remat: str = "none",
     taps: Sequence[int] = (),
-):
-    """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy called
-    `remat`.
+) -> tuple[Any, Any, tuple]:
+    """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy `remat`.
 
-    Returns (x, ys stacked, states after the layers listed in `taps`); a tap splits the scan,
-    nothing else is stored. A short stack on one device is unrolled where it rematerialises nothing
-    and the sequences of x [B T ..] are short: that saves writing what each layer keeps into a
-    common array, but XLA keeps the scores of attention then.
+    The scan is split at each tap, and nothing else of a layer is stored. A short stack on one
+    device is unrolled where it rematerialises nothing and the sequences of x [B T ..] are short.
+    This saves writing what each layer keeps into a common array, but XLA then keeps the scores of
+    attention.
+
+    Returns:
+        x after the last layer; the y of all layers, stacked; x after each layer of `taps`.
     """
     policy = lookup_name(REMAT, remat, "remat")
-    awake = lambda x, layer: body(x, materialise(layer))
-    each = awake if policy is None else jax.checkpoint(awake, policy=policy, prevent_cse=False)
-    bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     check_taps(taps, depth)
-    after = {}
+
+    def apply_layer(x, layer):
+        return body(x, materialise(layer))
+
+    if policy is not None:
+        apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
+    unrolled = policy is None and depth <= SHORT and _few_scores(x) and mesh_in_use() is None
+    bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
+    features = {}
     ys = []
-    rows, tokens = (*jax.tree.leaves(x)[0].shape, 1)[:2]
-    walked = (
-        policy is None and depth <= SHORT and rows * tokens**2 <= SCORES and mesh_in_use() is None
-    )
     for low, high in zip(bounds, bounds[1:]):
-        part = layers if (low, high) == (0, depth) else jax.tree.map(lambda w: w[low:high], layers)
-        x, y = jax.lax.scan(each, x, part, unroll=high - low if walked else 1)
-        after[high - 1] = x
+        part = layers
+        if (low, high) != (0, depth):
+            part = jax.tree.map(lambda w: w[low:high], layers)
+        x, y = jax.lax.scan(apply_layer, x, part, unroll=high - low if unrolled else 1)
+        features[high - 1] = x
         ys.append(y)
-    ys = ys[0] if len(ys) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
-    return x, ys, tuple(after[tap] for tap in taps)
+    if len(ys) == 1:
+        stacked = ys[0]
+    else:
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
+    return x, stacked, tuple(features[tap] for tap in taps)
+
+
+def _few_scores(x: Any) -> bool:
+    """Whether attention of sequences x [B T ..] to themselves has at most SCORES scores a head."""
+    batch, tokens = (*jax.tree.leaves(x)[0].shape, 1)[:2]
+    return batch * tokens**2 <= SCORES
 
 
 def check_taps(taps: Sequence[int], depth: int, what: str = "taps") -> None:
@@ -252,38 +309,57 @@ def check_taps(taps: Sequence[int], depth: int, what: str = "taps") -> None:
         raise Refused(f"{what}={tuple(taps)}: layers are numbered 0 to {depth - 1}")
 
 
-# layers: up to so many have a store each, since a scan copies a layer's part out of a common one
-SHORT = 8
-SCORES = 2**19  # of a head, over the batch: 2 MiB in float32
-
-
 def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
-    """What `scan_stores` fills: `zeros()` makes a layer's store, `zeros(n)` one of n layers, which
-    share a program.
+    """The stores that `scan_stores` fills, one a layer in a short stack, else one for all layers.
+
+    `zeros()` makes the store of a layer, `zeros(n)` that of n layers.
     """
-    return tuple(zeros() for _ in range(depth)) if depth <= SHORT else (zeros(depth),)
+    if depth <= SHORT:
+        return tuple(zeros() for _ in range(depth))
+    return (zeros(depth),)
 
 
 def unstacked(layers: Any, depth: int) -> list[Any]:
-    """Each layer's weights by themselves where `scan_stores` walks, for a cache to keep: sliced
-    once, not for every token. Empty where it scans.
+    """Each layer's weights by themselves where `scan_stores` is a loop; empty where it is a scan.
+
+    A cache keeps them, so that they are sliced once and not for every token.
     """
-    return (
-        [jax.tree.map(lambda w: w[i], layers) for i in range(depth)] if 1 < depth <= SHORT else []
-    )
+    if not 1 < depth <= SHORT:
+        return []
+    return [jax.tree.map(lambda w: w[i], layers) for i in range(depth)]
 
 
-def remember(store: tuple[Array, ...], i: Array, start: Array, parts: tuple[Array, ...]):
-    """Layer i's new keys and values [B T G K] written into its store, [B G S K] or [layers B G S
-    K], from slot `start` on: (the store, all that the layer holds [B S G K]). Slots are innermost
-    but channels, as decoding reads them.
+def append_to_store(
+    store: tuple[Float[Array, "*layers B G S K"], ...],
+    i: Int[Array, ""] | int,
+    start: Int[Array, ""] | int,
+    parts: tuple[Float[Array, "B T G K"], ...],
+) -> tuple[tuple[Float[Array, "*layers B G S K"], ...], tuple[Float[Array, "B S G K"], ...]]:
+    """Writes new keys and values of layer i into its store, from slot `start` on.
+
+    Slots are the innermost axis but the channels, as decoding reads them.
+
+    Args:
+        store: the layer's own, or one that layers share.
+        i: the layer's number among those that share the store.
+        start: the slot of the first new token.
+        parts: the new keys and values.
+
+    Returns:
+        The store, and all that it holds of the layer.
     """
-    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-    common = store[0].ndim == 5
-    at = ((i,) if common else ()) + (0, 0, start, 0)
-    new = [heads_first(part)[None] if common else heads_first(part) for part in parts]
-    store = tuple(jax.lax.dynamic_update_slice(old, part, at) for old, part in zip(store, new))
-    return store, tuple(heads_first(kept[i] if common else kept) for kept in store)
+    shared = store[0].ndim == 5
+    offsets = (0, 0, start, 0)
+    if shared:
+        offsets = (i, *offsets)
+    written = []
+    complete = []
+    for old, part in zip(store, parts):
+        new = jnp.swapaxes(part, 1, 2)
+        kept = jax.lax.dynamic_update_slice(old, new[None] if shared else new, offsets)
+        written.append(kept)
+        complete.append(jnp.swapaxes(kept[i] if shared else kept, 1, 2))
+    return tuple(written), tuple(complete)
 
 
 def scan_stores(
@@ -295,28 +371,39 @@ def scan_stores(
     *,
     remat: str = "none",
     taps: Sequence[int] = (),
-):
-    """`scan_layers` over layers that each keep something: body((x, store), (layer, i)) -> ((x,
-    store), None), where layer i is number i of those that share `store`. Layers with a store each,
-    stacked or `unstacked`, are walked, not scanned, and nothing is rematerialised.
+) -> tuple[Any, tuple, tuple]:
+    """`scan_layers` over layers that each keep a store.
 
-    Returns (x, stores, states after the taps).
+    Layers with a store each are a loop, not a scan, and nothing is rematerialised.
+
+    Args:
+        body: ((x, store), (layer, i)) -> ((x, store), None), layer i the i-th of those that share
+          the store.
+        x: the input of the first layer.
+        layers: stacked, or the list of `unstacked`.
+        stores: those of `empty_stores`.
+        depth: number of layers.
+        remat: as in `scan_layers`.
+        taps: as in `scan_layers`.
+
+    Returns:
+        x after the last layer, the stores, x after each layer of `taps`.
     """
     if len(stores) == 1:
-        (x, store), _, states = scan_layers(
-            body, (x, stores[0]), (layers, jnp.arange(depth)), depth, remat=remat, taps=taps
-        )
-        return x, (store,), tuple(state for state, _ in states)
+        numbered = (layers, jnp.arange(depth))
+        carry = (x, stores[0])
+        carry, _, tapped = scan_layers(body, carry, numbered, depth, remat=remat, taps=taps)
+        return carry[0], (carry[1],), tuple(x for x, _ in tapped)
     check_taps(taps, depth)
+    if not isinstance(layers, list):
+        layers = unstacked(layers, depth)
     kept = []
-    after = []
-    for i, (layer, store) in enumerate(
-        zip(layers if isinstance(layers, list) else unstacked(layers, depth), stores)
-    ):
+    features = []
+    for i, (layer, store) in enumerate(zip(layers, stores)):
         (x, store), _ = body((x, store), (materialise(layer), i))
         kept.append(store)
-        after.append(x)
-    return x, tuple(kept), tuple(after[tap] for tap in taps)
+        features.append(x)
+    return x, tuple(kept), tuple(features[tap] for tap in taps)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
@@ -331,103 +418,116 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
 
 
 def as_program(block: nnx.Module, remat: str) -> Callable:
-    """`block` as a program of its own, rematerialised by the policy called `remat`: for layers that
-    cannot be scanned.
+    """`block` as a jitted program, rematerialised by the policy `remat`: for unlike layers.
 
-    Blocks of one kind share it. It is traced and differentiated once for all of them, and for all
-    calls of their networks: a U-Net has dozens of blocks, and a step may call three U-Nets five
-    times. XLA sees what it would have seen.
+    Blocks of one kind share the program. It is traced and differentiated once for all of them, and
+    for all calls of their networks: a U-Net has dozens of blocks, and a step may call three U-Nets
+    five times. The compiled program is the same as without.
     """
     lookup_name(REMAT, remat, "remat")
     graphdef, weights = nnx.split(block)
-    return functools.partial(_program(graphdef, remat, rules_in_use(), in_forward_mode()), weights)
+    program = _program(graphdef, remat, rules_in_use(), in_forward_mode())
+    return functools.partial(program, weights)
 
 
 @functools.lru_cache(1024)
 def _program(graphdef: nnx.GraphDef, remat: str, *_) -> Callable:
-    """The rest is what a trace depends on besides its arguments."""
-    call = lambda weights, *args: nnx.merge(graphdef, weights)(*args)
+    """The other arguments are what a trace depends on besides its inputs."""
+
+    def call(weights, *args):
+        return nnx.merge(graphdef, weights)(*args)
+
     return jax.jit(call if remat == "none" else jax.checkpoint(call, policy=REMAT[remat]))
 
 
-def modulate(x: Array, shift: Array, scale: Array, eps: float) -> Array:
-    """Layer norm without gain or bias, then scale and shift (each [B 1 or N, D]), in float32;
-    returned in x's dtype.
-    """
-    return (plain_norm(x.astype(jnp.float32), eps) * (1 + scale) + shift).astype(x.dtype)
+def modulate(
+    x: Float[Array, "B N D"],
+    shift: Float[Array, "#B #N D"],
+    scale: Float[Array, "#B #N D"],
+    eps: float,
+) -> Float[Array, "B N D"]:
+    """Layer norm without gain or bias, then scale and shift: in float32, returned in x's dtype."""
+    normed = plain_norm(x.astype(jnp.float32), eps)
+    return (normed * (1 + scale) + shift).astype(x.dtype)
 
 
-class Mapper(nnx.Module):
-    """Linear, SiLU, linear, in float32: from the features of a time or a pooled condition [B i] to
-    an embedding [B o].
-    """
+class EmbeddingMLP(nnx.Module):
+    """Linear, SiLU, linear, in float32: an embedding of a time's features or a pooled condition."""
 
     def __init__(self, i: int, o: int, rngs: nnx.Rngs):
         self.linear_1 = dense(i, o, (None, "embed"), rngs=rngs)
         self.linear_2 = dense(o, o, ("embed", "mlp"), rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B C"]) -> Float[Array, "B D"]:
         return self.linear_2(nnx.silu(self.linear_1(x.astype(jnp.float32))))
 
 
 class GatedConv(nnx.Module):
-    """To 2 H channels, SiLU, depthwise 3x3 convolution, one half times SiLU of the other, back from
-    H: on [B H W C] (SANA's GLUMBConv, arXiv:2410.10629).
+    """The MLP of SANA, GLUMBConv: a gated linear unit behind a depthwise 3x3 convolution.
+
+    To 2 `hidden` channels, SiLU, the convolution, one half times SiLU of the other, back from
+    `hidden` channels.
+
+    Source: arXiv:2410.10629.
     """
 
     def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, init=LECUN, dtype=None):
-        self.up = dense(
-            dim, 2 * hidden, ("embed", "mlp"), rngs=rngs, init=init, dtype=dtype
-        )  # values, then gates
-        self.depth = conv(
-            2 * hidden, 2 * hidden, (3, 3), (None, "mlp"), rngs=rngs, groups=2 * hidden, dtype=dtype
-        )
-        self.down = dense(
-            hidden, dim, ("mlp", "embed"), rngs=rngs, bias=False, init=init, dtype=dtype
-        )
+        make = functools.partial(dense, rngs=rngs, init=init, dtype=dtype)
+        wide = 2 * hidden  # values, then gates
+        self.up = make(dim, wide, ("embed", "mlp"))
+        self.depth = conv(wide, wide, (3, 3), (None, "mlp"), rngs=rngs, groups=wide, dtype=dtype)
+        self.down = make(hidden, dim, ("mlp", "embed"), bias=False)
 
-    def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(self.depth(nnx.silu(self.up(x))), 2, -1)
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        h = self.depth(nnx.silu(self.up(x)))
+        value, gate = jnp.split(h, 2, -1)
         return self.down(value * nnx.silu(gate))
 
 
-def axial_waves(
+def axial_rotary(
     positions: Sequence[np.ndarray], dims: Sequence[int], *, theta: float = 10000.0
-) -> tuple[Array, Array]:
-    """Waves of `rotate_pairs` for a grid, the first axis outermost: axis i turns dims[i] channels
-    of a head by positions[i].
+) -> Rotary:
+    """Factors of `rotate_pairs` for a grid, its first axis outermost.
 
-    Returns (cosines, sines) [1, N, 1, sum(dims) / 2], N the product of the axes' lengths. The
-    angles are float64 and made on the host, one small table for each axis; the program broadcasts
-    them.
+    Axis i turns dims[i] channels of a head by positions[i]. The angles are float64 and made on the
+    host, one small table an axis; the program broadcasts them.
+
+    Returns:
+        Cosines and sines [1, N, 1, sum(dims) / 2], N the product of the axes' lengths.
     """
     grid = tuple(len(p) for p in positions)
-    angles = [np.outer(p, theta ** -(np.arange(0, d, 2) / d)) for p, d in zip(positions, dims)]
+    angles = []
+    for indices, dim in zip(positions, dims):
+        frequencies = theta ** -(np.arange(0, dim, 2) / dim)
+        angles.append(np.outer(indices, frequencies))
 
     def spread(axis: int, table: np.ndarray) -> Array:
-        shape = [len(table) if i == axis else 1 for i in range(len(grid))]
-        return jnp.broadcast_to(
-            jnp.asarray(table, jnp.float32).reshape(*shape, -1), (*grid, table.shape[1])
-        )
+        shape = [1] * len(grid)
+        shape[axis] = len(table)
+        table32 = jnp.asarray(table, jnp.float32).reshape(*shape, -1)
+        return jnp.broadcast_to(table32, (*grid, table.shape[1]))
 
-    wave = lambda f: jnp.concatenate([spread(i, f(a)) for i, a in enumerate(angles)], -1).reshape(
-        1, -1, 1, sum(dims) // 2
-    )
-    return wave(np.cos), wave(np.sin)
+    def factors(f: Callable[[np.ndarray], np.ndarray]) -> Array:
+        parts = [spread(axis, f(table)) for axis, table in enumerate(angles)]
+        return jnp.concatenate(parts, -1).reshape(1, -1, 1, sum(dims) // 2)
+
+    return factors(np.cos), factors(np.sin)
 
 
-def sincos_2d(dim: int, rows: int, cols: int, base: float) -> Array:
-    """Fixed position table [rows * cols, dim]: first half of the channels for columns, second half
-    for rows, each 0 to `base`.
+def sincos_2d(dim: int, rows: int, cols: int, base: float) -> Float[Array, "N D"]:
+    """Fixed sinusoidal positions of a grid, by rows.
 
-    Put together inside the program: at 32 k tokens a constant would take gigabytes of it.
+    The first half of the channels is for columns, the second for rows; each position is in 0 to
+    `base`. The table is made inside the program: at 32 k tokens a constant would take gigabytes.
     """
-    freqs = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-    wave = lambda n: np.outer(np.arange(n) * base / n, freqs)
-    one = lambda n: jnp.asarray(np.concatenate([np.sin(wave(n)), np.cos(wave(n))], 1), jnp.float32)
-    spread = lambda table, axis: jnp.broadcast_to(
-        jnp.expand_dims(table, axis), (rows, cols, dim // 2)
-    )
-    return jnp.concatenate([spread(one(cols), 0), spread(one(rows), 1)], -1).reshape(
-        rows * cols, dim
-    )
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+
+    def axis_table(n: int) -> Array:
+        angles = np.outer(np.arange(n) * base / n, frequencies)
+        table = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+        return jnp.asarray(table, jnp.float32)
+
+    shape = (rows, cols, dim // 2)
+    of_columns = jnp.broadcast_to(axis_table(cols)[None], shape)
+    of_rows = jnp.broadcast_to(axis_table(rows)[:, None], shape)
+    return jnp.concatenate([of_columns, of_rows], -1).reshape(rows * cols, dim)

@@ -33,7 +33,7 @@ class Partition:
         """How many of these conditions each cell has, int32 [cells]."""
         return jnp.bincount(self.assign(cond), length=self.cells)
 
-    def deal(self, batch: Batch) -> tuple[Batch, Array]:
+    def split(self, batch: Batch) -> tuple[Batch, Array]:
         """(rows [B ...] of which the k-th B / cells are of cell k, bool [cells]: whether the batch
         has any).
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Refused
+from jaxdistill.core.types import Array, Ctx, Nets, Out, Refused
 
 Fields = TypeVar("Fields")
 
@@ -83,6 +84,18 @@ def settled(fields: Fields, step: int | Array) -> Fields:
     for name, value in changing.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def follows_schedules(
+    loss: Callable[[Any, Nets, Ctx], Out],
+) -> Callable[[Any, Nets, Ctx], Out]:
+    """A method's loss that sees the numbers of its schedules at the current step."""
+
+    @functools.wraps(loss)
+    def at_step(self: Any, net: Nets, ctx: Ctx) -> Out:
+        return loss(settled(self, ctx.step), net, ctx)
+
+    return at_step
 
 
 def bounds(value: float | Schedule) -> tuple[float, float]:

@@ -27,6 +27,7 @@ from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.storage import quantized
 from jaxdistill.core.types import Method, Params, Refused, named_key, nearest, one_line
+from jaxdistill.data.abilities import HasExactTeacher, text_end
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.evals.base import Evaluation
@@ -210,7 +211,7 @@ class Experiment:
         cfg = self.roles[role]
         process = getattr(self.method, "process", None)
         if cfg.init == "exact":
-            if not hasattr(self.data, "net"):
+            if not isinstance(self.data, HasExactTeacher):
                 raise Refused(
                     f"{self._of(role)}.init=exact: {self.config.data.name} knows no exact law"
                 )
@@ -434,9 +435,10 @@ def stopping(method: Method, data: Callable[[], Any]) -> Method:
         value = getattr(method, field.name)
         if isinstance(value, Method) and (inner := stopping(value, data)) is not value:
             new[field.name] = inner
-    if getattr(method, "eos", None) == () and hasattr(data(), "eos"):
-        end = data().eos
-        new |= {"eos": tuple(end) if isinstance(end, (tuple, list)) else (end,), "pad": data().pad}
+    if getattr(method, "eos", None) == ():
+        eos, pad = text_end(data())
+        if eos:
+            new |= {"eos": eos, "pad": pad}
     return dataclasses.replace(method, **new) if new else method
 
 

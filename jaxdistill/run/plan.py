@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ from jaxdistill.core.types import Refused
 from jaxdistill.run import flops, hlo, loop
 from jaxdistill.run.chips import CHIPS, Chip, chip
 from jaxdistill.run.experiment import Experiment
+from jaxdistill.run.programs import Programs
 
 PARTS = ("params", "opt", "ema", "frozen")
 
@@ -116,115 +117,106 @@ def set_effort(effort: float) -> None:
 
 
 def shorten(config: ConfigDict) -> None:
-    """Changes `config` to as few steps as show every pattern of turns."""
-    for method in (config.method, config.method.get("host", {})):
-        if "critic_only" in method:
-            method.critic_only = 0
-    config.steps = min(
-        config.steps,
-        2 * max(1, config.method.get("critic_steps", 1)) + config.method.get("measures", 0),
-    )
+    """Changes `config` to two cycles of turns, without those of the first phase alone."""
+    method = build.build(config.method, "config.method").settled()
+    config.method = build.plain(method)
+    config.steps = min(config.steps, 2 * method.cycle)
 
 
-def compile_for(config: ConfigDict, name: str, whole: bool = True) -> Plan:
-    """Compiles every turn pattern of the first stage for the slice called `name`; without `whole`,
-    up to the first that does not fit. Raises Refused on bad input.
+def compile_for(config: ConfigDict, name: str, every: bool = True) -> Plan:
+    """Compiles the turn patterns of the first stage for the slice called `name`.
+
+    Without `every` it ends at the first pattern that does not fit. Raises Refused on bad input.
     """
     devices, kind = topology(name)
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
-        key = jax.eval_shape(lambda: jax.random.key(0))
         patterns = []
         for active in programs.patterns:
-            started = time.time()
-            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-            compiled = traced.lower().compile()
-            work = flops.count(traced.jaxpr.jaxpr, recomputed=True)
-            patterns.append(
-                _pattern(
-                    active,
-                    programs.patterns[active],
-                    work,
-                    compiled,
-                    kind,
-                    len(devices),
-                    time.time() - started,
-                )
-            )
-            if not whole and patterns[-1].peak > kind.hbm:
+            patterns.append(_compiled(programs, active, kind, len(devices)))
+            if not every and patterns[-1].peak > kind.hbm:
                 break
-    shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
     return Plan(
-        name,
-        len(devices),
-        shape,
-        by_role(programs.abstract, nets),
-        _bytes(programs.batch),
-        _bytes(programs.abstract, "host"),
-        tuple(patterns),
-        kind.hbm,
+        topology=name,
+        chips=len(devices),
+        mesh=_split_axes(experiment.mesh),
+        by_role=by_role(programs.abstract, nets),
+        batch=_bytes(programs.batch),
+        host=_bytes(programs.abstract, "host"),
+        patterns=tuple(patterns),
+        hbm=kind.hbm,
     )
 
 
-def peak(compiled) -> int:
-    """Bytes of a device that a compiled program takes: arguments, results that are no donated
-    argument, temporaries.
+def peak(compiled: Any) -> int:
+    """Bytes of a device that a compiled program needs.
+
+    These are its arguments, the results that take the place of no donated argument, and its
+    temporaries.
     """
-    held = compiled.memory_analysis()
-    return (
-        held.argument_size_in_bytes
-        + held.output_size_in_bytes
-        - held.alias_size_in_bytes
-        + held.temp_size_in_bytes
-    )
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
-def _pattern(
-    active, by_role: dict, work: dict, compiled, kind: Chip, chips: int, seconds: float
-) -> Pattern:
+def _compiled(programs: Programs, active: tuple[int, ...], kind: Chip, chips: int) -> Pattern:
+    """A pattern of turns, compiled."""
+    started = time.time()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+    compiled = traced.lower().compile()
+    seconds = time.time() - started
+    work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
     moved = hlo.moved(compiled.as_text())
-    model = sum(by_role.values())
+    model_flops = sum(programs.patterns[active].values())
+    peak_flops = chips * kind.flops
     bounds = (
-        sum(work.values()) / (chips * kind.flops),
+        work / peak_flops,
         moved.memory / kind.bandwidth,
         sum(moved.sent.values()) / kind.links,
     )
     return Pattern(
-        "+".join(map(str, active)),
-        compiled.memory_analysis().temp_size_in_bytes,
-        peak(compiled),
-        model,
-        *bounds,
-        moved.sent,
-        model / (chips * kind.flops) / max(*bounds, 1e-30),
-        seconds,
+        turns="+".join(map(str, active)),
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        peak=peak(compiled),
+        model_flops=model_flops,
+        compute=bounds[0],
+        memory=bounds[1],
+        network=bounds[2],
+        sent=moved.sent,
+        utilisation=model_flops / peak_flops / max(*bounds, 1e-30),
+        seconds=seconds,
     )
 
 
 def by_role(state, nets) -> dict[str, dict[str, int]]:
-    """role -> part of the state -> bytes in each chip's memory, of an abstract state with its
-    shardings.
-    """
-    return {
-        role: {part: _bytes(getattr(state, part).get(role, {})) for part in PARTS} for role in nets
-    }
+    """role -> part of an abstract state -> bytes of it in each chip's memory."""
+
+    def parts(role: str) -> dict[str, int]:
+        return {part: _bytes(getattr(state, part).get(role, {})) for part in PARTS}
+
+    return {role: parts(role) for role in nets}
 
 
-def _bytes(tree, memory: str = "device") -> int:
-    shard = lambda s: (
-        math.prod(s.sharding.shard_shape(s.shape) if s.sharding else s.shape) * s.dtype.itemsize
-    )
-    kind = lambda s: "host" if s.sharding and s.sharding.memory_kind == "pinned_host" else "device"
-    return sum(shard(leaf) for leaf in jax.tree.leaves(tree) if kind(leaf) == memory)
+def _bytes(tree: Any, memory: Literal["device", "host"] = "device") -> int:
+    """Bytes a chip of abstract arrays that are stored in `memory`."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        where = leaf.sharding
+        on_host = bool(where) and where.memory_kind == "pinned_host"
+        if on_host == (memory == "host"):
+            shape = where.shard_shape(leaf.shape) if where else leaf.shape
+            total += math.prod(shape) * leaf.dtype.itemsize
+    return total
 
 
 def gpus(config: ConfigDict, name: str) -> Plan:
-    """The same for GPU nodes such as "h100:8x4" (8 a node, 4 nodes), from constants, without
-    compiling.
+    """A plan for GPU nodes such as "h100:8x4" (8 a node, 4 nodes), from constants.
 
-    Temporaries are unknown; traffic between chips is FSDP's: weights gathered for every pass that
-    reads them (one for a frozen role, two for a moving one), gradients scattered once.
+    Nothing is compiled, so temporaries are unknown. Traffic between chips is that of FSDP: a
+    frozen role's weights are gathered once, those of a moving role twice, and its gradients are
+    scattered once. Raises Refused on bad input.
     """
     kind_name, _, shape = name.partition(":")
     kind = chip(kind_name)
@@ -232,58 +224,80 @@ def gpus(config: ConfigDict, name: str) -> Plan:
         raise Refused(f"--topology={name}: expected GPUs a node x nodes, such as h100:8x4")
     node, nodes = (int(n) for n in shape.split("x"))
     devices = [_Described(i, kind.kinds[0]) for i in range(node * nodes)]
+    links = kind.links if nodes == 1 else kind.network
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
         held = by_role(programs.abstract, nets)
-        links = kind.links if nodes == 1 else kind.network
-        ways = experiment.mesh.shape["fsdp"]
+        turns = experiment.method.stages(experiment.settings.steps)[0].method.turns
         patterns = []
-        for active, model in programs.patterns.items():
-            turns = [
-                experiment.method.stages(experiment.settings.steps)[0].method.turns[i]
-                for i in active
-            ]
-            moving = {role for turn in turns for role in turn.moves}
-            whole = {
-                role: (parts["params"] + parts["frozen"]) * ways
-                for role, parts in held.items()
-                if model.get(role)
-            }
-            gathered = (
-                sum(size * (2 if role in moving else 1) for role, size in whole.items())
-                * (ways - 1)
-                / ways
-            )
-            sent = {
-                "all-gather": gathered,
-                "reduce-scatter": sum(whole.get(role, 0) for role in moving) * (ways - 1) / ways,
-            }
-            key = jax.eval_shape(lambda: jax.random.key(0))
-            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-            work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
-            bounds = (
-                work / (len(devices) * kind.flops),
-                sum(whole.values()) * 2 / kind.bandwidth,
-                sum(sent.values()) / links,
-            )
-            use = sum(model.values()) / (len(devices) * kind.flops) / max(*bounds, 1e-30)
+        for active in programs.patterns:
+            moving = {role for i in active for role in turns[i].moves}
             patterns.append(
-                Pattern(
-                    "+".join(map(str, active)),
-                    0,
-                    sum(sum(p.values()) for p in held.values()) + _bytes(programs.batch),
-                    sum(model.values()),
-                    *bounds,
-                    sent,
-                    use,
-                    0.0,
-                )
+                _estimated(programs, active, moving, held, experiment.mesh, kind, links)
             )
-    shape = {axis: size for axis, size in experiment.mesh.shape.items() if size > 1}
     return Plan(
-        name, len(devices), shape, held, _bytes(programs.batch), 0, tuple(patterns), kind.hbm
+        topology=name,
+        chips=len(devices),
+        mesh=_split_axes(experiment.mesh),
+        by_role=held,
+        batch=_bytes(programs.batch),
+        host=0,
+        patterns=tuple(patterns),
+        hbm=kind.hbm,
     )
+
+
+def _estimated(
+    programs: Programs,
+    active: tuple[int, ...],
+    moving: set[str],
+    held: dict[str, dict[str, int]],
+    mesh: jax.sharding.Mesh,
+    kind: Chip,
+    links: float,
+) -> Pattern:
+    """A pattern of turns from constants; `links` is the bandwidth between chips."""
+    ways = mesh.shape["fsdp"]
+    model = programs.patterns[active]
+    weights = {
+        role: (parts["params"] + parts["frozen"]) * ways
+        for role, parts in held.items()
+        if model.get(role)
+    }
+    reads = sum(size * (2 if role in moving else 1) for role, size in weights.items())
+    scattered = sum(weights.get(role, 0) for role in moving)
+    sent = {
+        "all-gather": reads * (ways - 1) / ways,
+        "reduce-scatter": scattered * (ways - 1) / ways,
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+    work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
+    peak_flops = mesh.size * kind.flops
+    bounds = (
+        work / peak_flops,
+        sum(weights.values()) * 2 / kind.bandwidth,
+        sum(sent.values()) / links,
+    )
+    model_flops = sum(model.values())
+    state = sum(sum(parts.values()) for parts in held.values())
+    return Pattern(
+        turns="+".join(map(str, active)),
+        temporaries=0,
+        peak=state + _bytes(programs.batch),
+        model_flops=model_flops,
+        compute=bounds[0],
+        memory=bounds[1],
+        network=bounds[2],
+        sent=sent,
+        utilisation=model_flops / peak_flops / max(*bounds, 1e-30),
+        seconds=0.0,
+    )
+
+
+def _split_axes(mesh: jax.sharding.Mesh) -> dict[str, int]:
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,76 +310,113 @@ class _Described:
     process_index: int = 0
 
 
-def search(config: ConfigDict, name: str, most: int = 12) -> Iterator[Plan | tuple[dict, str]]:
-    """Plans of mesh shapes x remat policies x accumulations x places of frozen weights, the
-    likeliest first; those refused as (change, reason).
+def search(
+    config: ConfigDict, name: str, most: int = 12
+) -> Iterator[tuple[dict[str, Any], Plan | str]]:
+    """Tries mesh shapes, rematerialisation, accumulation and places of frozen weights.
 
-    A candidate whose state alone is too large is not compiled, nor one that splits finer than the
-    first that fits, or offloads where that did not: what fits needs neither more tensor parallelism
-    nor the host. Where one does not fit, none is tried that accumulates or rematerialises less, nor
-    the host where it is short of more than the frozen weights. At most `most` are compiled.
+    Yields (change, plan or reason of refusal), the likeliest candidates first; at most `most` are
+    compiled. These are not compiled:
+    - a candidate whose state alone is too large;
+    - one with more tensor parallelism than the first that fits, or with frozen weights on the host
+      where that has them on the device;
+    - one that accumulates or rematerialises less than another that does not fit;
+    - one with weights on the host where more is missing than the frozen weights take.
     """
     devices, kind = topology(name)
-    done = 0
-    enough = None
-    hopeless = []
+    tried = Tried()
+    compiled = 0
     for change in candidates(config, len(devices)):
-        accumulate = change["accumulate"]
-        remat = change["remat"]
-        rest = {k: change[k] for k in ("mesh", "place")}
-        finer = (change["mesh"]["tensor"] * change["mesh"]["sequence"], change["place"])
-        refused = any(
-            rest == other and accumulate <= n and how in (remat, "full")
-            for other, n, how in hopeless
-        )
-        if done >= most or refused or (enough and (finer[0] > enough[0] or finer[1] > enough[1])):
+        if compiled >= most or tried.rules_out(change):
             continue
-        tried = changed(config, change)
-        short = 0.0
+        candidate = changed(config, change)
+        missing = 0.0
+        frozen = 0
         try:
-            experiment = Experiment(tried, Path("unused"), devices)
-            with sharding.use(experiment.mesh, experiment.settings.rules):
-                programs, nets = loop.abstract_programs(experiment)
-            held = by_role(programs.abstract, nets)
+            held = _state_bytes(candidate, devices)
             state = sum(sum(parts.values()) for parts in held.values())
             frozen = sum(parts["frozen"] for parts in held.values())
             if state > 0.9 * kind.hbm:
                 found = f"state of {state / 2**30:.1f} GiB a chip"
             else:
-                done += 1
-                found = compile_for(tried, name, whole=False)
-                short = found.peak - found.hbm
+                compiled += 1
+                found = compile_for(candidate, name, every=False)
+                missing = found.peak - found.hbm
         except Refused as error:
             found = str(error)
         except jax.errors.JaxRuntimeError as error:
             found = too_large(error)
-            short = _short(error)
+            missing = _missing(error)
         if isinstance(found, Plan) and found.fits:
-            enough = enough or finer
+            tried.fits(change)
         else:
-            hopeless.append((rest, accumulate, remat))
-        if short > 0 and short > frozen:
-            hopeless.append(({**rest, "place": "host"}, accumulate, remat))
+            tried.fails(change)
+        if missing > 0 and missing > frozen:
+            tried.fails({**change, "place": "host"})
         yield change, found
 
 
+def _state_bytes(config: ConfigDict, devices: list[Any]) -> dict[str, dict[str, int]]:
+    experiment = Experiment(config, Path("unused"), devices)
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        programs, nets = loop.abstract_programs(experiment)
+    return by_role(programs.abstract, nets)
+
+
+class Tried:
+    """What the candidates of a search say of those that follow."""
+
+    def __init__(self):
+        self._enough: tuple[int, str] | None = None  # the first that fits
+        self._failed: list[dict[str, Any]] = []
+
+    def fits(self, change: dict[str, Any]) -> None:
+        """Notes a candidate that fits."""
+        if self._enough is None:
+            self._enough = self._cost(change)
+
+    def fails(self, change: dict[str, Any]) -> None:
+        """Notes a candidate that does not fit."""
+        self._failed.append(change)
+
+    def rules_out(self, change: dict[str, Any]) -> bool:
+        """Whether a candidate need not be compiled."""
+        if any(self._needs_more(change, failed) for failed in self._failed):
+            return True
+        if self._enough is None:
+            return False
+        ways, place = self._cost(change)
+        return ways > self._enough[0] or place > self._enough[1]
+
+    def _cost(self, change: dict[str, Any]) -> tuple[int, str]:
+        mesh = change["mesh"]
+        return mesh["tensor"] * mesh["sequence"], change["place"]
+
+    def _needs_more(self, change: dict[str, Any], failed: dict[str, Any]) -> bool:
+        """Whether `change` needs at least the memory of `failed`."""
+        same = all(change[key] == failed[key] for key in ("mesh", "place"))
+        fewer = change["accumulate"] <= failed["accumulate"]
+        return same and fewer and failed["remat"] in (change["remat"], "full")
+
+
 def too_large(error: jax.errors.JaxRuntimeError) -> str:
-    """What the compiler says of a program that exceeds HBM: by how much."""
+    """The compiler's line on a program that does not fit: by how much it exceeds HBM."""
     said = [line.strip() for line in str(error).splitlines()]
     return next((line for line in said if re.search("exceed|used", line, re.I)), str(error)[:160])
 
 
-def _short(error: jax.errors.JaxRuntimeError) -> float:
-    """Bytes by which the temporaries of a program that does not fit exceed HBM; 0 where the
-    compiler does not say.
-    """
+def _missing(error: jax.errors.JaxRuntimeError) -> float:
+    """Bytes that a program needs beyond HBM; 0 where the compiler does not say."""
     said = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
     return (float(said[1]) - float(said[2])) * 2**30 if said else 0.0
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
-    """Config changes to try: FSDP alone, then with growing tensor and sequence parallelism; frozen
-    weights on the device before the host, the accumulation and the remat that hold least first.
+    """Changes of a config to try.
+
+    FSDP alone comes first, then tensor and sequence parallelism in growing numbers. Frozen weights
+    are on the device before they are on the host. The accumulation and rematerialisation with the
+    least memory come first.
     """
     frozen = build.build(config.method).frozen
     powers = [2**i for i in range(int(math.log2(devices)) + 1)]
@@ -375,18 +426,13 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
     )
     has_remat = any("remat" in (role.get("model") or {}) for role in config.roles.values())
     policies = ("full", "dots_no_batch") if has_remat else ("",)
-    places = (
-        ("device", "host")
-        if any(role.get("model") and name in frozen for name, role in config.roles.items())
-        else ("device",)
-    )
+    large = any(role.get("model") and name in frozen for name, role in config.roles.items())
+    places = ("device", "host") if large else ("device",)
     for (tensor, sequence), place in itertools.product(splits, places):
-        rows = devices // (tensor * sequence)
-        mesh = dict(data=1, fsdp=rows, sequence=sequence, tensor=tensor)
-        whole = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (rows * n) == 0] or [
-            1
-        ]  # refused, with the reason
-        for accumulate, remat in itertools.product(whole, policies):
+        fsdp = devices // (tensor * sequence)
+        mesh = dict(data=1, fsdp=fsdp, sequence=sequence, tensor=tensor)
+        steps = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (fsdp * n) == 0]
+        for accumulate, remat in itertools.product(steps or [1], policies):
             yield {"mesh": mesh, "accumulate": accumulate, "remat": remat, "place": place}
 
 
@@ -406,7 +452,7 @@ def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:
 
 
 def advice(plan: Plan, pattern: Pattern) -> tuple[str, str]:
-    """(what binds, which config key moves it)."""
+    """(the resource that limits a pattern, the config keys that change it)."""
     if pattern.peak > plan.hbm:
         if plan.state > 0.6 * plan.hbm:
             return (

@@ -1,11 +1,12 @@
-"""A stage's compiled parts, still lazy: from shapes to shardings to jitted functions. No weight and
-no data is needed.
+"""The programs of a stage: its abstract state with shardings, and jitted functions.
+
+No weight and no data is needed. Nothing is compiled before a function is called.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,24 +16,22 @@ from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.net import Net
 from jaxdistill.core.step import bind, init_state, make_train_step
-from jaxdistill.core.types import Ctx, Params, Stage, State
+from jaxdistill.core.types import Ctx, Params, Stage, State, Turn
 from jaxdistill.run import flops
 from jaxdistill.run.experiment import Experiment
 
 
 @dataclasses.dataclass
 class Programs:
-    """A stage's compiled parts, still lazy: abstract state with shardings, init, step, and its mean
-    model flops.
-    """
+    """The programs of a stage, not compiled yet."""
 
-    abstract: State
-    init: Any
-    step: Any
-    active_at: Any
+    abstract: State  # ShapeDtypeStructs with shardings
+    init: Callable  # (key, start) -> the first State
+    step: Callable  # (state, batch, rng, active) -> (state, metrics)
+    active_at: Callable[[int], tuple[int, ...]]  # step -> indices of the turns that it takes
     flops: float  # model flops of a mean step
     patterns: dict[tuple[int, ...], dict[str, float]]  # active turns -> model flops by role
-    batch: dict[str, jax.ShapeDtypeStruct]  # global shapes with their shardings
+    batch: dict[str, jax.ShapeDtypeStruct]  # global shapes with shardings
 
 
 def make_programs(
@@ -42,52 +41,66 @@ def make_programs(
     start: Mapping[str, Any],
     batch: Mapping[str, Any],
 ) -> Programs:
-    """Shapes, then shardings, then jitted functions; `start` and `batch` may hold arrays or
-    ShapeDtypeStructs.
+    """The programs of a stage. Needs `sharding.use`.
+
+    Args:
+      start: role -> first weights, as for `init_state`; arrays or ShapeDtypeStructs.
+      batch: arrays or ShapeDtypeStructs.
     """
     method = stage.method
     settings = experiment.settings
     roles = experiment.roles
     turns = method.turns
-    taken = [tuple(i for i, t in enumerate(turns) if t.when(s)) for s in range(stage.steps)]
-    updates = {
-        role: sum(sum(role in turns[i].moves for i in active) for active in taken)
-        for role in method.inits
-    }
-    make = lambda role, net: roles[role].optimizer.make(
-        updates[role], bank=isinstance(net, Bank), axes=net.axes
-    )
-    txs = {role: make(role, nets[role]) for role in method.inits}
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    taken = [_active(turns, step) for step in range(stage.steps)]
+    txs = {}
+    for role in method.inits:
+        updates = sum(turns[i].moves.count(role) for active in taken for i in active)
+        net = nets[role]
+        optimizer = roles[role].optimizer
+        txs[role] = optimizer.make(updates, bank=isinstance(net, Bank), axes=net.axes)
     inits = {role: experiment.inits.get(role, source) for role, source in method.inits.items()}
-    build_state = lambda key, start: init_state(method, nets, txs, key, start, inits)
+
+    def build_state(key, start):
+        return init_state(method, nets, txs, key, start, inits)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = jax.eval_shape(build_state, key, start)
-    rules, places = ({r: getattr(roles[r], part) for r in roles} for part in ("rules", "place"))
-    where = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)
-    abstract = jax.tree.map(
-        lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), abstract, where
-    )
+    rules = {name: role.rules for name, role in roles.items()}
+    places = {name: role.place for name, role in roles.items()}
+    shardings = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)
+    abstract = jax.tree.map(_with_sharding, abstract, shardings)
     step, active_at = make_train_step(
         method,
         nets,
         txs,
-        emas={r: roles[r].ema for r in method.ema},
+        emas={role: roles[role].ema for role in method.ema},
         accumulate=settings.accumulate,
-        shardings=where,
+        shardings=shardings,
     )
-    rows = sharding.batch_sharding(experiment.mesh, settings.rules)
-    placed = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows), dict(batch)
-    )
-    # traced once: the first call of the step finds the same trace
-    patterns = {
-        active: flops.count(step.trace(abstract, placed, key, active).jaxpr.jaxpr)
-        for active in dict.fromkeys(taken)
-    }
-    mean = sum(sum(patterns[active].values()) for active in taken) / max(len(taken), 1)
+    of_batch = sharding.batch_sharding(experiment.mesh, settings.rules)
+    placed = jax.tree.map(lambda s: _with_sharding(s, of_batch), dict(batch))
+    patterns = {}
+    for active in dict.fromkeys(taken):
+        traced = step.trace(abstract, placed, key, active)  # the first call finds this trace
+        patterns[active] = flops.count(traced.jaxpr.jaxpr)
+    total = sum(sum(patterns[active].values()) for active in taken)
     return Programs(
-        abstract, jax.jit(build_state, out_shardings=where), step, active_at, mean, patterns, placed
+        abstract=abstract,
+        init=jax.jit(build_state, out_shardings=shardings),
+        step=step,
+        active_at=active_at,
+        flops=total / max(len(taken), 1),
+        patterns=patterns,
+        batch=placed,
     )
+
+
+def _active(turns: tuple[Turn, ...], step: int) -> tuple[int, ...]:
+    return tuple(i for i, turn in enumerate(turns) if turn.when(step))
+
+
+def _with_sharding(shape: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
 def abstract_stages(experiment: Experiment) -> Iterator[tuple[Programs, dict[str, Net]]]:
@@ -113,25 +126,26 @@ def abstract_stages(experiment: Experiment) -> Iterator[tuple[Programs, dict[str
 def _abstract_start(
     experiment: Experiment, stage: Stage, nets: dict[str, Net], params: dict[str, Params]
 ):
-    """(networks, weights, batch) that a stage begins with, as shapes: after its surgery, of its
-    collected data.
+    """Networks, shapes of weights and of a batch at the beginning of a stage.
+
+    Surgery and collection of data are traced.
     """
-    fresh = {}
+    after = {}
     spec = experiment.data.spec()
 
     def operate(params):
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(spec))
-        found, weights = (
-            (nets, params) if stage.surgery is None else stage.surgery(nets, params, zeros)
-        )
-        fresh.update(found)
-        if stage.collect is None:
-            return dict(weights), zeros
-        ctx = Ctx(zeros, jax.random.key(0), jnp.int32(0), {})
-        return dict(weights), stage.collect.make(bind(found, weights), ctx)
+        batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(spec))
+        found, weights = nets, params
+        if stage.surgery is not None:
+            found, weights = stage.surgery(nets, params, batch)
+        after.update(found)  # networks are no arrays, so they leave the trace this way
+        if stage.collect is not None:
+            ctx = Ctx(batch, jax.random.key(0), jnp.int32(0), {})
+            batch = stage.collect.make(bind(found, weights), ctx)
+        return dict(weights), batch
 
     params, batch = jax.eval_shape(operate, params)
-    return fresh, params, batch
+    return after, params, batch
 
 
 def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]:

@@ -30,13 +30,15 @@ def first_times(times: tuple[float, ...], steps: int) -> Array:
     return jnp.array(times[:steps])
 
 
-def renoise(process: Process, net: Denoise, noise: Array, times: Array, key: Array) -> Array:
+def renoise(
+    process: Process, net: Denoise, noise: Array, times: Array, key: Array, solver: str = ""
+) -> Array:
     """Consistency / DMD2 sampling: predict x0 at each of `times` [N], re-noise it with fresh noise
-    to the next.
+    to the next, or take the step of a `solver` there (see `simulate`).
 
     `noise` [B ...] is unit Gaussian; the chain starts from pure noise, seen as a state at times[0].
     """
-    xt, t = simulate(process, net, noise, times, key, len(times) - 1)
+    xt, t = simulate(process, net, noise, times, key, len(times) - 1, solver)
     return net(xt, t).x0
 
 

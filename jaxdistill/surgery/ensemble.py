@@ -1,51 +1,51 @@
-"""Several networks bound as one role, so that a stage's teacher may be made of what earlier stages
-left.
-"""
+"""Several networks bound as one role: a stage's teacher made of what earlier stages trained."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
+from jaxtyping import Key
+
 from jaxdistill.core.net import Net
-from jaxdistill.core.types import Params, Refused
+from jaxdistill.core.types import Array, Params, Refused
 
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble(Net):
-    """Called as its `members` are, it gives the tuple of their outputs. Its weights are theirs
-    under "0", "1", ...
+    """Called as its `members` are, it gives the tuple of their outputs.
+
+    Its weights are theirs under "0", "1", ...
     """
 
     members: tuple[Net, ...] = ()
 
-    def init(self, key):
+    def init(self, key: Key[Array, ""]) -> Params:
         return {str(i): net.init(key) for i, net in enumerate(self.members)}
 
     def apply(self, params: Params, *args, **kwargs) -> tuple:
-        return tuple(
-            net.apply(params[str(i)], *args, **kwargs) for i, net in enumerate(self.members)
-        )
+        outputs = []
+        for i, net in enumerate(self.members):
+            outputs.append(net.apply(params[str(i)], *args, **kwargs))
+        return tuple(outputs)
 
 
 def gather(pairs: Sequence[tuple[Net, Params]]) -> tuple[Ensemble, Params]:
-    """(network, weights) of an ensemble of these. Raises Refused on adapters, whose weights are not
-    their own.
+    """The ensemble of these networks, with its weights.
+
+    Raises:
+        Refused: on adapters, whose weights are not all their own.
     """
     for net, _ in pairs:
         if net.adapts:
             raise Refused(
                 f"lora: adapters of {net.adapts!r} cannot join an ensemble; train full weights"
             )
-    named = lambda part: {str(i): part(*pair) for i, pair in enumerate(pairs)}
-    ensemble = Ensemble(
-        None,
-        None,
-        named(lambda net, _: net.shapes),
-        named(lambda net, _: net.axes),
-        members=tuple(net for net, _ in pairs),
-    )
-    return ensemble, named(lambda _, params: params)
+    members = tuple(net for net, _ in pairs)
+    shapes = {str(i): net.shapes for i, net in enumerate(members)}
+    axes = {str(i): net.axes for i, net in enumerate(members)}
+    params = {str(i): params for i, (_, params) in enumerate(pairs)}
+    return Ensemble(None, None, shapes, axes, members=members), params
 
 
 def split(net: Net, params: Params) -> list[tuple[Net, Params]]:

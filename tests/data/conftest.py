@@ -13,11 +13,11 @@ def take(loader, n: int) -> list[dict]:
 
 
 def identities(batch: dict) -> list[bytes]:
-    """Each row of a batch as bytes, all keys together."""
-    rows = len(next(iter(batch.values())))
+    """Each sample of a batch as bytes, all keys together."""
+    size = len(next(iter(batch.values())))
     return [
         b"|".join(np.ascontiguousarray(batch[k][i]).tobytes() for k in sorted(batch))
-        for i in range(rows)
+        for i in range(size)
     ]
 
 
@@ -38,7 +38,7 @@ def gathered(data, processes: int, start, n: int) -> tuple[list[list[bytes]], di
 
 @pytest.fixture
 def check_stream():
-    """Deterministic, resumable in the middle, and the same global batches for 1, 2 and 4 processes."""
+    """Deterministic, resumable in the middle, the same global batches for 1, 2 and 4 processes."""
 
     def check(data, n: int = 4):
         expected, end = gathered(data, 1, None, n)

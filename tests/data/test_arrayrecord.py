@@ -192,7 +192,7 @@ def test_a_share_that_leaves_no_record_is_refused_at_the_start(tmp_path):
         kind(path=str(tmp_path), heldout=0.2).check()
         with pytest.raises(
             Refused,
-            match=f"{kind.__name__ if kind is ArrayRecords else 'ArrayRecords'} has no test samples; data.heldout=0.0",
+            match=r"ArrayRecords has no test samples; data.heldout=0.0",
         ):
             kind(path=str(tmp_path), heldout=0.0).check()
     with pytest.raises(Refused, match="has no train samples"):

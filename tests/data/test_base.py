@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import data
+from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Refused
 from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out
 from jaxdistill.data.language import Markov
@@ -16,7 +17,7 @@ from jaxdistill.data.language import Markov
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Numbers(InMemory):
     batch_size: int = 4
-    size: int = 10
+    size: Natural = 10
 
     def arrays(self, split):
         return {"x": np.arange(self.size if split == "train" else 100)}
@@ -25,7 +26,7 @@ class Numbers(InMemory):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lines(Records):
     batch_size: int = 4
-    size: int = 10
+    size: Natural = 10
     noise: bool = False
 
     def source(self, split):
@@ -108,7 +109,7 @@ def test_joined_and_subset():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Numbers(batch_size=0), "data.batch_size=0: expected a positive integer"),
+        (lambda: Numbers(batch_size=0), "data.batch_size=0: expected an integer of at least 1"),
         (lambda: Numbers(seed=-1), "data.seed=-1"),
         (
             lambda: Numbers(batch_size=6).loader((0, 4)),

@@ -8,7 +8,7 @@ from jaxdistill.data.domains import Chains, Folders, Mixer
 from jaxdistill.data.language import Markov
 from jaxdistill.data.text import PackedJson, Text
 
-TINY = Chains(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8)
+TINY = Chains(vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8)
 
 
 def take(data, n):
@@ -37,7 +37,14 @@ def test_a_short_domain_goes_round():
 
 def test_measurements_are_the_same_held_out_rows():
     data = Chains(
-        vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2
+        vocab=4,
+        length=6,
+        branches=(2, 3),
+        size=50,
+        held_out=20,
+        batch_size=8,
+        interval=3,
+        measures=2,
     )
     batches = take(data, 12)
     assert [bool(b["heldout"].all()) for b in batches] == [True, True, False, False, False] * 2 + [
@@ -83,7 +90,7 @@ def test_stream(check_stream):
             length=6,
             branches=(2, 3),
             size=50,
-            held=20,
+            held_out=20,
             batch_size=8,
             interval=3,
             measures=1,
@@ -109,15 +116,12 @@ def test_natural_proportions_of_folders(tmp_path):
             dict(weights=(0.5, 0.6)),
             r"data.weights=\(0.5, 0.6\): expected a probability for each of chain0, chain1",
         ),
-        (
-            dict(interval=-1),
-            r"data.interval=-1, data.measures=1: expected 0 or more, and 1 or more",
-        ),
-        (dict(interval=2, measures=0), r"data.interval=2, data.measures=0"),
+        (dict(interval=-1), r"data.interval=-1: expected an integer of at least 0"),
+        (dict(interval=2, measures=0), r"data.measures=0: expected an integer of at least 1"),
         (dict(weights=(1.0,)), r"data.weights=\(1.0,\)"),
         (
             dict(interval=3, measures=6),
-            r"data.measures=6: a domain has only 20 held-out rows, 24 are asked for",
+            r"data.measures=6: a domain has only 20 held-out samples, 24 are asked for",
         ),
         (
             dict(interval=3, batch_size=7),
@@ -130,7 +134,7 @@ def test_refused(fields, message):
         take(
             Chains(
                 **{
-                    **dict(vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8),
+                    **dict(vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8),
                     **fields,
                 }
             ),
@@ -141,38 +145,45 @@ def test_refused(fields, message):
 def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
     TINY.check()
     Chains(
-        vocab=4, length=6, branches=(2, 3), size=50, held=9, batch_size=8, interval=3, measures=2
+        vocab=4,
+        length=6,
+        branches=(2, 3),
+        size=50,
+        held_out=9,
+        batch_size=8,
+        interval=3,
+        measures=2,
     ).check()
-    with pytest.raises(Refused, match=r"a domain has only 7 held-out rows, 8 are asked for"):
+    with pytest.raises(Refused, match=r"a domain has only 7 held-out samples, 8 are asked for"):
         Chains(
             vocab=4,
             length=6,
             branches=(2, 3),
             size=50,
-            held=7,
+            held_out=7,
             batch_size=8,
             interval=3,
             measures=2,
         ).check()
     with pytest.raises(
-        Refused, match=r"the domain 'chain0' has 8 held-out rows, expected 9 or more"
+        Refused, match=r"the domain 'chain0' has 8 held-out samples, expected 9 or more"
     ):
         Chains(
             vocab=4,
             length=6,
             branches=(2, 3),
             size=50,
-            held=8,
+            held_out=8,
             batch_size=8,
             interval=3,
             measures=2,
         ).check()
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    with pytest.raises(Refused, match=r"the domain 'a.jsonl' has no training rows"):
+    with pytest.raises(Refused, match=r"the domain 'a.jsonl' has no training samples"):
         Folders(path=str(tmp_path), each=PackedJson(length=9, heldout=0.9)).check()
     with pytest.raises(
         Refused,
-        match=r"1 held-out rows are asked for, expected at least one of each of chain0, chain1",
+        match=r"1 held-out samples are asked for, expected at least one of each of chain0, chain1",
     ):
         TINY.evaluation(1)
     with pytest.raises(

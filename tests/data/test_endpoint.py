@@ -18,7 +18,7 @@ from jaxdistill.data.endpoint import Endpoint, ask_all, bill, read
 
 
 class Server(ThreadingHTTPServer):
-    """Answers every question with its own text in capitals, after the statuses that `script` lists."""
+    """Answers each question with its text in capitals, after the statuses that `script` lists."""
 
     daemon_threads = True
 
@@ -170,7 +170,10 @@ def test_rate_limit_spaces_requests(server, tmp_path):
     assert waits == [2.0, 2.0, 2.0]
 
 
-OK = b'{"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": 1, "completion_tokens": 2}}'
+OK = (
+    b'{"choices": [{"message": {"content": "A"}}], '
+    b'"usage": {"prompt_tokens": 1, "completion_tokens": 2}}'
+)
 KEY = 'sk-test-1"2\\3/abcdefghijklmnop'
 
 
@@ -634,7 +637,8 @@ def test_a_file_with_another_line_is_refused_and_left_alone(text, line, server, 
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(
         Refused,
-        match=f"out.jsonl: line {line} is no answer; expected a JSON object with id, text and counts",
+        match=f"out.jsonl: line {line} is no answer; "
+        "expected a JSON object with id, text and counts",
     ):
         ask_all(endpoint, [("b", say("y"))], file)
     assert file.read_bytes() == text.encode("latin-1") and server.seen == []

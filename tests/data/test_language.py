@@ -17,7 +17,7 @@ def sequences(length: int) -> np.ndarray:
 
 def test_markov_law_is_a_law_and_stationary():
     for data in (TINY, Markov(), Markov(vocab=16, branch=1, smoothing=0.01), Markov(order=1)):
-        pairs, table = data.components
+        pairs, table = data.transitions
         np.testing.assert_allclose(table.sum(-1), 1, rtol=0, atol=1e-12)
         np.testing.assert_allclose(np.einsum("ab,abc->bc", pairs, table), pairs, rtol=0, atol=1e-11)
         assert abs(pairs.sum() - 1) < 1e-12 and table.min() >= data.smoothing / data.vocab * (
@@ -87,7 +87,7 @@ def test_markov_batches():
         64,
     )
     assert (batch["mask"] == (np.arange(64) > 0)).all() and batch["mask"].dtype == np.float32
-    assert not (Markov(seed=1).transitions[1] == Markov().law[1]).all()
+    assert not (Markov(seed=1).transitions[1] == Markov().transitions[1]).all()
     test = Markov().evaluation(5)["tokens"]
     assert (test == Markov().evaluation(5)["tokens"]).all() and not (
         test[:3] == batch["tokens"]
@@ -148,9 +148,15 @@ def test_carry_checks_every_token_of_the_answer():
     ("make", "message"),
     [
         (lambda: Markov(branch=33), r"data.branch=33: expected 1 to 32"),
-        (lambda: Markov(length=1), r"data.length=1: expected at least 2"),
-        (lambda: Markov(smoothing=0.0), r"data.smoothing=0.0: expected 0.001 to 1"),
-        (lambda: Carry(digits=9), r"data.digits=9: expected 1 to 8"),
+        (lambda: Markov(length=1), r"data.length=1: expected an integer of at least 2"),
+        (
+            lambda: Markov(smoothing=0.0),
+            r"data.smoothing=0.0: expected a finite number of at least 0.001 and at most 1",
+        ),
+        (
+            lambda: Carry(digits=9),
+            r"data.digits=9: expected an integer of at least 1 and at most 8",
+        ),
         (lambda: Carry(digits=0), r"data.digits=0"),
         (lambda: Markov(batch_size=-1), r"data.batch_size=-1"),
     ],

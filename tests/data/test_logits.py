@@ -67,7 +67,8 @@ def test_a_sound_store(tmp_path):
     [
         (
             dict(vocab=20),
-            r"train-0000\d.arrayrecord record \d: teacher_ids are not 0 to 19, the teacher's vocabulary",
+            r"train-0000\d.arrayrecord record \d: teacher_ids are not 0 to 19, "
+            "the teacher's vocabulary",
         ),
         (
             dict(top_k=4),

@@ -69,7 +69,7 @@ def test_posterior_mean_by_quadrature(x64):
 
 
 def test_denoiser_is_exact_at_both_ends():
-    """At t = 0 it is the identity, at pure noise the law's mean; float32, no 0 / 0."""
+    """At t = 0 it is the identity, at pure noise the distribution's mean; float32, no 0 / 0."""
     data = Mixture(seed=4)
     x = jnp.asarray(data.evaluation(5)["x"])
     clean = data.denoise(Flow(), x, jnp.zeros(5))
@@ -169,7 +169,7 @@ def test_classes_are_sectors_of_modes(x64):
 
 
 def test_blurred_teacher_is_off_by_that_much_noise(x64):
-    """Same samples; on EDM its score at sigma is the exact law's at sqrt(sigma^2 + blur^2)."""
+    """Same samples; on EDM its score at sigma is the exact one at sqrt(sigma^2 + blur^2)."""
     data = Blurred(seed=3, blur=0.1)
     exact = Mixture(seed=3)
     np.testing.assert_array_equal(data.batch(0, slice(None))["x"], exact.batch(0, slice(None))["x"])
@@ -180,4 +180,4 @@ def test_blurred_teacher_is_off_by_that_much_noise(x64):
     theirs = exact.denoise(EDM(), x, wider)
     np.testing.assert_allclose(
         ours.eps / t[:, None], theirs.eps / wider[:, None], rtol=1e-5
-    )  # the blurred law is in float32
+    )  # the blurred distribution is in float32

@@ -8,11 +8,11 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.data.rationales import (
-    NOTHING,
     SVAMP,
+    UNPARSED,
+    Parsed,
     Rationales,
     Sums,
-    Told,
     arithmetic,
     few_shot,
     parse_choice,
@@ -26,34 +26,38 @@ def test_prompt_ends_where_the_teacher_begins():
     shots = [("How many?", "1 + 2 is 3.", "(1 + 2)"), ("And?", "No more.", "(0)")]
     prompt = few_shot(shots, "Now?", lambda label: f"The answer is {label}.")
     assert (
-        prompt
-        == "Q: How many?\nA: 1 + 2 is 3. The answer is (1 + 2).\n\nQ: And?\nA: No more. The answer is (0).\n\nQ: Now?\nA:"
+        prompt == "Q: How many?\nA: 1 + 2 is 3. The answer is (1 + 2).\n\n"
+        "Q: And?\nA: No more. The answer is (0).\n\nQ: Now?\nA:"
     )
     reply = prompt.split("A:")[1]
-    assert parse_equation(reply) == Told(" 1 + 2 is 3.", "(1 + 2)", True)
+    assert parse_equation(reply) == Parsed(" 1 + 2 is 3.", "(1 + 2)", True)
 
 
 @pytest.mark.parametrize(
     ("parse", "text", "expected"),
     [
-        (parse_choice, "R. So the answer is (b) dog.", Told("R.", "dog", True)),
+        (parse_choice, "R. So the answer is (b) dog.", Parsed("R.", "dog", True)),
         (
             parse_choice,
             "R. So the answer is (b) dog.\n\nQ: What? So the answer is (c) cat.",
-            Told("R.", "dog", True),
+            Parsed("R.", "dog", True),
         ),
-        (parse_choice, "R. So the answer is (b) St. Louis", Told("R.", "St. Louis", True)),
-        (parse_choice, "R. The answer is (b) dog.", NOTHING),
-        (parse_choice, "R. So the answer is dog.", NOTHING),
+        (parse_choice, "R. So the answer is (b) St. Louis", Parsed("R.", "St. Louis", True)),
+        (parse_choice, "R. The answer is (b) dog.", UNPARSED),
+        (parse_choice, "R. So the answer is dog.", UNPARSED),
         (
             parse_equation,
             "R. The answer is (84 / 2).\n\nQ: There are 120",
-            Told("R.", "(84 / 2)", True),
+            Parsed("R.", "(84 / 2)", True),
         ),
-        (parse_equation, "R. The answer is ((1 + 2) * (3)).", Told("R.", "((1 + 2) * (3))", True)),
-        (parse_equation, "R. The answer is 42.", NOTHING),
-        (parse_equation, "R. The answer is ) 1 (\n(2) (3) .", Told("R.", "(2) (3)", True)),
-        (parse_equation, "Q: The answer is (1).", NOTHING),
+        (
+            parse_equation,
+            "R. The answer is ((1 + 2) * (3)).",
+            Parsed("R.", "((1 + 2) * (3))", True),
+        ),
+        (parse_equation, "R. The answer is 42.", UNPARSED),
+        (parse_equation, "R. The answer is ) 1 (\n(2) (3) .", Parsed("R.", "(2) (3)", True)),
+        (parse_equation, "Q: The answer is (1).", UNPARSED),
     ],
 )
 def test_parsers(parse, text, expected):
@@ -289,7 +293,7 @@ def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check
     other = held["tokens"].copy()
     other[:, 344:] = np.roll(other[:, 344:], 1, 0)
     right = gold.correct(other)
-    rows = {row[0]: row[1] for row in gold.told("test")}
+    rows = {row[0]: row[1] for row in gold.records("test")}
     problems = [gold.codec.decode(row[:344]).removeprefix("predict: ") for row in held["tokens"]]
     values = [arithmetic(rows[problem]) for problem in problems]
     assert (

@@ -1,4 +1,4 @@
-"""Rings: sharp samples, and the exact denoiser of the blurred law against sums over the circle."""
+"""Rings: sharp samples, and the blurred exact denoiser against sums over the circle."""
 
 import dataclasses
 

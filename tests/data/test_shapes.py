@@ -54,5 +54,7 @@ def test_all_pictures_differ():
 
 
 def test_refuses_shares_outside_0_to_1():
-    with pytest.raises(Refused, match=r"data.untold=1.5: expected a share"):
+    with pytest.raises(
+        Refused, match=r"data.untold=1.5: expected a finite number of at least 0 and at most 1"
+    ):
         Shapes(untold=1.5)

@@ -28,7 +28,7 @@ TEXT = {
     "slots": (Slots(size=50), 3 + 12 + 72 + 20),
     "sums": (Sums(), 15),
     "patterns": (Patterns(size=50), 12),
-    "chains": (Chains(vocab=7, length=8, branches=(2, 3), size=30, held=10), 7),
+    "chains": (Chains(vocab=7, length=8, branches=(2, 3), size=30, held_out=10), 7),
     "blocks": (Blocks(vocab=5, length=8, branch=2), 5),
     "synthetic": (Synthetic(arrays={"tokens": "integers 90 12", "mask": "constant 1 12"}), 90),
 }
@@ -100,11 +100,19 @@ def test_a_split_without_samples_is_refused_at_the_start(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (ImageFolder, dict(size=0), "data.size=0: expected 1 or more"),
-        (ParquetImages, dict(threads=-1), "data.threads=-1: expected 1 or more"),
-        (PackedJson, dict(length=1), "data.length=1: expected 2 or more"),
-        (PaddedJson, dict(response_length=-3), "data.response_length=-3: expected 1 or more"),
-        (Rationales, dict(label_length=0), "data.label_length=0: expected 1 or more"),
+        (ImageFolder, dict(size=0), "data.size=0: expected an integer of at least 1"),
+        (ParquetImages, dict(threads=-1), "data.threads=-1: expected an integer of at least 1"),
+        (PackedJson, dict(length=1), "data.length=1: expected an integer of at least 2"),
+        (
+            PaddedJson,
+            dict(response_length=-3),
+            "data.response_length=-3: expected an integer of at least 1",
+        ),
+        (
+            Rationales,
+            dict(label_length=0),
+            "data.label_length=0: expected an integer of at least 1",
+        ),
     ],
 )
 def test_sizes_that_hold_nothing(kind, fields, message):

@@ -82,7 +82,9 @@ def test_spans_end_where_the_sides_differ_little(data):
             inside = rows["span"][r] >= 0
             pairs = set(zip(rows["span"][r][inside].tolist(), finest["span"][r][inside].tolist()))
             assert len(pairs) == len({fine for _, fine in pairs})  # pieces are merged, none is cut
-    with pytest.raises(Refused, match=r"data\.bias=2: expected 0 to 1"):
+    with pytest.raises(
+        Refused, match=r"data\.bias=2: expected a finite number of at least 0 and at most 1"
+    ):
         dataclasses.replace(data, bias=2)
 
 

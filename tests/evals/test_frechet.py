@@ -56,8 +56,9 @@ def test_samples_use_the_unbiased_covariance_and_one_dimension_works():
 
 
 def test_bias_falls_like_one_over_n():
-    """Two draws of one law: the mean term alone is 2 D / n; all of it is of that order, and halves
-    with 2 n.
+    """For two draws of one distribution the mean's term is 2 D / n.
+
+    The full distance is of that order, and halves with 2 n.
     """
     rng = np.random.default_rng(3)
     dim = 8

@@ -1,4 +1,4 @@
-"""Precision, recall, density, coverage on sets whose balls are known (00-foundations, section 12)."""
+"""Precision, recall, density and coverage on sets whose balls are known."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_dropped_mode_lowers_recall_and_coverage_only():
 
 
 def test_points_on_a_line_by_hand():
-    """Reals 0, 1, 3 with k = 1: reach 1, 1, 2. Fakes 0.5 (balls of 0 and 1), 2.5 (of 3), 6 (none)."""
+    """Reals 0, 1, 3 reach 1, 1, 2 (k = 1). Fakes .5 (balls of 0 and 1), 2.5 (of 3), 6 (none)."""
     real = np.array([[0.0], [1.0], [3.0]])
     fake = np.array([[0.5], [2.5], [6.0]])
     np.testing.assert_allclose(manifold.radii(real, 1), [1, 1, 2])
@@ -56,7 +56,7 @@ def test_blocks_of_rows_give_the_whole():
     x = modes([30, 7])
     y = modes([25], seed=1)
     whole = np.sqrt(((x[:, None] - y) ** 2).sum(-1))
-    parts = list(distances.blocks(x, y, rows=10))
+    parts = list(distances.blocks(x, y, size=10))
     assert [len(p) for p in parts] == [10, 10, 10, 7]
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-9)
 

@@ -66,14 +66,15 @@ def test_only_samples_within_three_sigma_are_good_or_hit():
 
 
 def test_offsets_lay_the_modes_over_each_other():
-    """Of the law itself they are unit Gaussian, whatever the modes' places, widths and shares."""
+    """They are unit Gaussian for the mixture itself, whatever its places, widths and shares."""
     x = at(3, 2, 4, offset=1.5)
     np.testing.assert_allclose(modes.offsets(x, LAW), np.tile([1.5, 0.0], (9, 1)), atol=1e-12)
 
 
 def test_texture_sees_what_the_energy_distance_of_the_whole_does_not():
-    """Rings against rings blurred by half of their radius, which moves the whole law by next to
-    nothing.
+    """Rings against rings blurred by half of their radius.
+
+    The energy distance of the full distributions is next to nothing.
     """
     data = Rings(seed=0)
     blurred = dataclasses.replace(data, thickness=0.5).evaluation(2000)

@@ -22,6 +22,7 @@ class Trained:
 
     params: dict
     experiment: SimpleNamespace
+    nets: dict
 
     def bound(self):
         return None
@@ -42,7 +43,7 @@ def sample(net, noise, cond, key, steps):
 def rows():
     method = SimpleNamespace(process=None, sample=sample, generator=lambda nets: None)
     trained = Trained(
-        {}, SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch)
+        {}, SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch), {}
     )
     table = NegativeEval(samples=400, teacher_steps=(), strengths=(0.25, 1.0)).rows(trained)
     return {row["name"]: row for row in table}
@@ -66,7 +67,7 @@ def test_unwanted_and_stray(rows):
 
 
 def test_extrapolation_blends(rows):
-    """Where the plain sample is not red it leaves the valid pictures; where it is red it stays red."""
+    """Samples that are not red leave the valid pictures; those that are red stay red."""
     assert (
         rows["blend"]["stray"] > 0.01 and rows["blend"]["unwanted"] == rows["student"]["unwanted"]
     )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdistill.core.build import spec
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.data.language import Carry, Markov
@@ -16,6 +17,7 @@ from jaxdistill.evals.text import TextEval
 from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
+from jaxdistill.run.experiment import Trained
 
 SMALL = LM(vocab=14, dim=8, mlp=8, heads=2, depth=1)
 NET = make_net(SMALL, config=SMALL)
@@ -32,7 +34,8 @@ def trained(method, first, source="fresh"):
         warm_starts=lambda: first,
         source=lambda _: source,
     )
-    return SimpleNamespace(experiment=experiment, nets=dict.fromkeys(WEIGHTS, NET), params=WEIGHTS)
+    nets = dict.fromkeys(WEIGHTS, NET)
+    return Trained(experiment, nets, WEIGHTS)
 
 
 def student(evaluation, run):
@@ -116,11 +119,11 @@ def test_nothing_asked_is_the_plain_evaluation():
 
 def test_refusals():
     with pytest.raises(
-        Refused, match=r"evaluation\.problems=-1, bins=5: expected at least 0 and 1"
+        Refused, match=r"evaluation\.problems=-1: expected an integer of at least 0"
     ):
         PacedEval(problems=-1)
-    with pytest.raises(Refused, match=r"evaluation\.general=str: expected a data set"):
-        PacedEval(general="text")
+    with pytest.raises(Refused, match=r"general='text': expected a Dataset"):
+        spec("evals.pacing:PacedEval", general="text")
     with pytest.raises(Refused, match=r"evaluation\.general: 20 tokens, the training data has 14"):
         PacedEval(general=Markov(vocab=20)).check(Carry())
     with pytest.raises(Refused, match="SFT has no pass rates"):

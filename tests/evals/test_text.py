@@ -1,6 +1,4 @@
-"""The text evaluation with a teacher at hand: its figures are those of the laws on the held-out
-tokens, computed one by one.
-"""
+"""The text evaluation: its metrics are those of teacher and student, computed by hand."""
 
 from types import SimpleNamespace
 
@@ -12,6 +10,7 @@ from jaxdistill.core.net import make_net
 from jaxdistill.data.language import Markov
 from jaxdistill.evals.text import TextEval
 from jaxdistill.models.language.lm import LM
+from jaxdistill.run.experiment import Trained
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +19,11 @@ def trained():
     small = LM(vocab=7, dim=16, mlp=32, heads=2, depth=2)
     nets = {"teacher": data.net(), "student": make_net(small, config=small)}
     params = {role: net.init(jax.random.key(0)) for role, net in nets.items()}
-    return SimpleNamespace(experiment=SimpleNamespace(data=data), nets=nets, params=params)
+    return Trained(SimpleNamespace(data=data), nets, params)
 
 
 def by_hand(trained, role, held):
-    """(log laws [B T-1 V] of teacher and role before every target, the targets [B T-1])."""
+    """(log-probabilities [B T-1 V] of teacher and role at every target, the targets [B T-1])."""
     logits = lambda role: np.asarray(
         trained.nets[role].apply(trained.params[role], held["tokens"]), np.float64
     )[:, :-1]
@@ -50,7 +49,7 @@ def test_rows_of_a_live_teacher_and_a_student(trained):
             expected, rel=1e-5, abs=1e-6
         )  # float32 sums of 24 x 11 tokens
     assert teacher["kl"] == pytest.approx(0, abs=1e-6) and teacher["agreement"] == 1
-    assert "rollout_kl" not in teacher  # an exact law has no cache to write with
+    assert "rollout_kl" not in teacher  # an exact teacher has no cache to write with
 
 
 def test_what_the_student_goes_on_with_is_scored_on_those_tokens_alone(trained):

@@ -1,15 +1,19 @@
-"""What wraps a host says everything that it does not override as the host does, whatever `Method`
-comes to have.
+"""Wrappers of a host: every member of `Method` that they do not override is the host's, also those
+that are added to `Method` later.
 """
 
 import pytest
 
 from jaxdistill.core.types import Method
+from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods._hosted import Delegating, Hosted
 from jaxdistill.methods.distribution._members import Members
 from jaxdistill.methods.distribution.disback import Recording
+from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.embedding_loss import EmbeddingLoss
 from jaxdistill.methods.distribution.multi_student import MultiStudent
+from jaxdistill.methods.distribution.snoopi import PGSB, ClippedPGSB
+from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 from jaxdistill.objectives.partition import Consecutive
 
 NAMES = sorted(name for name in vars(Method) if not name.startswith("_"))
@@ -20,10 +24,10 @@ Probe = type(
 )
 PROBE = Probe()
 WRAPPERS = {  # with what each overrides
-    Hosted(host=PROBE): {"stages"},
-    EmbeddingLoss(host=PROBE): {"stages", "turns", "memory"},
-    Members(host=PROBE, partition=Consecutive(cells=1, classes=2)): {"stages", "turns"},
-    Recording(host=PROBE, every=1): {"stages", "turns", "inits", "frozen", "ema"},
+    Hosted(host=PROBE): {"stages", "settled"},
+    EmbeddingLoss(host=PROBE): {"stages", "settled", "turns", "memory", "needs"},
+    Members(host=PROBE, partition=Consecutive(cells=1, classes=2)): {"stages", "settled", "turns"},
+    Recording(host=PROBE, every=1): {"stages", "settled", "turns", "inits", "frozen", "ema"},
 }
 
 
@@ -54,7 +58,7 @@ def test_several_hosts_share_a_sampler():
     method = MultiStudent(tsm=Checking(), dm=Checking(), adm=Checking(), shares=(1.0, 1.0, 1.0))
     method.check({}, "data")
     assert asked == [({}, "data")] * 3
-    own = {"check", "stages", "generator", "inits", "frozen"}
+    own = {"check", "stages", "settled", "generator", "inits", "frozen", "needs"}
     alone = MultiStudent(tsm=PROBE, dm=PROBE, adm=PROBE, shares=(0.0, 0.0, 1.0))
     for name in {*NAMES, "process"} - own:
         assert getattr(alone, name) is getattr(PROBE, name), name
@@ -72,3 +76,30 @@ def test_a_host_refuses_what_does_not_fit():
 def test_what_nobody_has_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing"):
         Hosted(host=Method()).nothing  # noqa: B018
+
+
+def test_a_settled_wrapper_wraps_the_settled_host():
+    class Slow(Method):
+        def settled(self):
+            return PROBE
+
+    assert EmbeddingLoss(host=Slow()).settled() == EmbeddingLoss(host=PROBE)
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        EmbeddingLoss(host=UniInstruct(critic_steps=3)),
+        MultiStudent(adm=UniInstruct(critic_steps=3), shares=(0.0, 0.0, 1.0)),
+    ],
+    ids=kind,
+)
+def test_a_wrappers_first_phase_and_cycle_are_its_hosts(wrapper):
+    assert wrapper.cycle == 3 and wrapper.host.critic_only == 391
+    assert wrapper.settled().host == UniInstruct(critic_steps=3, critic_only=0)
+
+
+def test_a_wrapper_needs_what_its_hosts_need():
+    assert set(EmbeddingLoss(host=PGSB(shape=(2,))).needs) == {"x"}
+    assert set(EmbeddingLoss(host=DMD2(), labelled=True).needs) == {"x", "cond"}
+    assert set(MultiStudent(dm=ClippedPGSB(process=Flow())).needs) == {"x", "text_embed"}

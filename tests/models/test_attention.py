@@ -37,13 +37,13 @@ def qkv():
 
 
 def masks():
-    rows = jax.random.bernoulli(jax.random.key(3), 0.6, (B, H, T, S)).at[..., 0].set(True)
+    scores = jax.random.bernoulli(jax.random.key(3), 0.6, (B, H, T, S)).at[..., 0].set(True)
     padding = (jnp.arange(S) < jnp.array([S, 30])[:, None])[:, None, None]
     return {
         "none": {},
         "padding": {"mask": padding},
-        "any": {"mask": rows},
-        "shared": {"mask": rows[:1, :1]},
+        "any": {"mask": scores},
+        "shared": {"mask": scores[:1, :1]},
     }
 
 
@@ -214,8 +214,9 @@ def test_tpu_gets_the_pallas_kernel_and_its_gradient():
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
-    """Interpreted, float32: 200 tokens are no tiles, and rows of 200, 77 and 1 count; values and
-    gradients where they do.
+    """Values and gradients at the tokens that count, by the interpreter in float32.
+
+    200 tokens do not fill tiles; 200, 77 and 1 of them count in the three samples.
     """
     monkeypatch.setattr(module, "INTERPRET", True)
     q, k, v = (jax.random.normal(jax.random.key(i), (3, 200, 2, 16)) for i in range(3))
@@ -283,8 +284,9 @@ def test_the_kernel_runs_per_shard(causal):
 
 @pytest.mark.slow
 def test_an_scm_step_at_16k_tokens(record_property):
-    """A whole sCM step, forward mode and reverse over it, on a DiT of 128 x 128 patches: never an N
-    x N matrix (1 GiB a head).
+    """A complete sCM step, forward mode and reverse over it, on a DiT of 128 x 128 patches.
+
+    It never holds an N x N matrix (1 GiB a head).
     """
     from pathlib import Path
 

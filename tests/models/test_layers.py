@@ -21,11 +21,11 @@ def network(depth: int, **more):
 
 
 def traced(net, tokens, shape=MeshShape(fsdp=1)):
-    """Gradient of a sum over logits and the states after layers 0 and 2, for one device or several."""
+    """Gradient of a sum over logits and features of layers 0 and 2, for one device or several."""
 
     def total(params, tokens):
-        logits, states = net.apply(params, tokens, taps=(0, 2))
-        return jnp.mean(logits**2) + sum(jnp.mean(s) for s in states)
+        logits, features = net.apply(params, tokens, taps=(0, 2))
+        return jnp.mean(logits**2) + sum(jnp.mean(s) for s in features)
 
     with sharding.use(sharding.make_mesh(shape)):
         return jax.jit(jax.grad(total)).trace(net.shapes, tokens)
@@ -98,5 +98,5 @@ def test_layers_of_long_sequences_keep_no_scores(tokens):
         .compile()
         .memory_analysis()
     )
-    held = [taken(depth).temp_size_in_bytes for depth in (3, 7)]
-    assert held[1] - held[0] < 4 * scores / 2
+    bytes_by_depth = [taken(depth).temp_size_in_bytes for depth in (3, 7)]
+    assert bytes_by_depth[1] - bytes_by_depth[0] < 4 * scores / 2

@@ -84,7 +84,7 @@ def test_nearest_centres_find_separate_clusters():
 def test_dealing_gives_every_cell_its_own_rows():
     part = Consecutive(cells=4, classes=8)
     cond = jnp.asarray([0, 7, 1, 1, 0, 2, 3, 6, 0, 5, 1, 7])
-    batch, present = jax.jit(part.deal)({"cond": cond, "x": jnp.arange(12.0)})
+    batch, present = jax.jit(part.split)({"cond": cond, "x": jnp.arange(12.0)})
     np.testing.assert_array_equal(part.assign(batch["cond"]), np.repeat(np.arange(4), 3))
     assert present.all() and np.array_equal(cond[batch["x"].astype(int)], batch["cond"])
     np.testing.assert_array_equal(
@@ -94,7 +94,7 @@ def test_dealing_gives_every_cell_its_own_rows():
 
 def test_one_cell_gets_the_batch_as_it_is():
     cond = jnp.asarray([3, 0, 2])
-    batch, present = Consecutive(cells=1, classes=4).deal({"cond": cond, "x": jnp.arange(3.0)})
+    batch, present = Consecutive(cells=1, classes=4).split({"cond": cond, "x": jnp.arange(3.0)})
     assert (
         np.array_equal(batch["x"], jnp.arange(3.0))
         and np.array_equal(batch["cond"], cond)
@@ -103,7 +103,7 @@ def test_one_cell_gets_the_batch_as_it_is():
 
 
 def test_an_absent_cell_is_reported():
-    _, present = Consecutive(cells=2, classes=4).deal({"cond": jnp.asarray([3, 2, 3, 2])})
+    _, present = Consecutive(cells=2, classes=4).split({"cond": jnp.asarray([3, 2, 3, 2])})
     assert present.tolist() == [False, True]
 
 
@@ -114,7 +114,7 @@ def test_an_absent_cell_is_reported():
         (lambda: Quadrant(cells=6), "power of two"),
         (lambda: Nearest(cells=2, centres=((0.0,),)), "expected 2"),
         (
-            lambda: Consecutive(cells=2).deal({"cond": jnp.arange(5)}),
+            lambda: Consecutive(cells=2).split({"cond": jnp.arange(5)}),
             "multiple of partition.cells=2",
         ),
     ],

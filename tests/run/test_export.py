@@ -88,6 +88,7 @@ def reported(rows: list, **config) -> dict:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("members", [0, 2])
 def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     role = Role(**NET, init="fresh", bank=members)
@@ -288,6 +289,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers with numpy 2
@@ -463,6 +465,7 @@ UNET = UNet(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("leaves", ["whole", "merged", "adapter"])
 def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
     """Stable Diffusion's U-Net, small, a student of eps on DDPM: its card's code gives what the
@@ -644,9 +647,8 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 258
     codec = trained.experiment.data.codec
     text = "héllo  wörld\n日本 <|x|>"
-    assert (
-        tokenizer(text)["input_ids"] == trained.experiment.data.asked(text[:-1] + ">")[:-1].tolist()
-    )  # begins, and "\n" is `between`
+    expected = trained.experiment.data.prompt_tokens(text[:-1] + ">")[:-1]
+    assert tokenizer(text)["input_ids"] == expected.tolist()  # begins, and "\n" is `between`
     assert tokenizer.decode(codec.encode(text)) == text and (
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,

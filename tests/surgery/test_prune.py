@@ -34,11 +34,12 @@ def logits(net, params):
     return jax.jit(lambda p: net.apply(p, BATCH["tokens"]))(params)
 
 
-def test_influence_is_one_minus_the_cosine_of_states(params):
+def test_influence_is_one_minus_the_cosine_of_features(params):
     influence, _ = importance(NET, params, BATCH)
-    _, states = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3)))(params)
-    states = [np.asarray(params["embed"]["embedding"])[BATCH["tokens"]], *map(np.asarray, states)]
-    for i, (a, b) in enumerate(zip(states, states[1:])):
+    _, features = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3)))(params)
+    embedded = np.asarray(params["embed"]["embedding"])[BATCH["tokens"]]
+    features = [embedded, *map(np.asarray, features)]
+    for i, (a, b) in enumerate(zip(features, features[1:])):
         cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
         np.testing.assert_allclose(influence[i], 1 - cosine.mean(), atol=1e-5)
 
@@ -107,8 +108,8 @@ def test_what_is_kept_is_bit_for_bit_what_it_was(params):
     net, small = keep_neurons(NET, params, neurons)
     for layer in range(4):
         for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
-            whole, kept = (np.asarray(p["blocks"][name]["kernel"])[layer] for p in (params, small))
-            np.testing.assert_array_equal(kept, whole.take(neurons[layer], axis))
+            before, kept = (np.asarray(p["blocks"][name]["kernel"])[layer] for p in (params, small))
+            np.testing.assert_array_equal(kept, before.take(neurons[layer], axis))
     assert {k: v.shape for k, v in paths(small).items()} == {
         k: v.shape for k, v in paths(net.shapes).items()
     }

@@ -21,7 +21,7 @@ KEYS = (
     same("heads", "num_attention_heads"),
     same("depth", "num_hidden_layers"),
     same("window", "window_size"),
-    listed("whole", "global_attn_indexes"),
+    listed("global_layers", "global_attn_indexes"),
     same("neck", "output_channels"),
     activation("hidden_act"),
     same("norm_eps", "layer_norm_eps"),

@@ -1,20 +1,22 @@
 """Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation
 (DisBack, arXiv:2408.15991).
 
-A one-step student starts far from its teacher's law, where the teacher's score is unreliable. First
-a copy of the teacher is degraded: it learns the law of the untouched student, and weights along the
-way are recorded. Then the student is distilled as by its host, with the recorded networks as
-targets, from the last one back to the teacher; the fake score starts as the last.
+The samples of an untrained one-step student are far from its teacher's distribution, where the
+teacher's score is unreliable. First, a copy of the teacher is degraded: it learns the distribution
+of the untrained student's samples, and its weights are recorded along the way. Then the student is
+distilled as by a host method, with the recorded networks as its teachers, from the last one back to
+the original teacher; the fake score starts as the last one.
 
-Departures: in an engine step the critics move before the student and on draws of their own, as in
-the host. The released loop moves its target once, and its stage 2 takes over a trained fake score;
-here as in the paper the whole path is walked, from s_N.
+Departures: in an engine step the critics are updated before the student and on draws of their own,
+as in the host. The released loop changes its target once, and its second stage goes on with a
+trained fake score; here, as in the paper, the targets are all recorded networks, from s_N on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +31,14 @@ from jaxdistill.methods.distribution.dmd2 import DMD2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recording(Hosted):
-    """Stage 1, degradation (algorithm 1): the host's critics learn the frozen student's law, and
-    `path` follows the fake score.
+    """Stage 1, degradation (algorithm 1): the host's critics learn the distribution of the frozen
+    student's samples, and the fake score is recorded in `path`.
 
-    Member 0 of the path is the teacher, member i the fake score after `every` i updates. A
-    discriminator is trained along.
+    `path` is a bank of networks: member 0 is the teacher, member i the fake score after i times
+    `every` updates. A discriminator of the host is trained as well.
     """
 
-    every: int
+    every: int  # updates of the fake score from one record to the next
 
     frozen = ("teacher",)
     ema = ()
@@ -47,84 +49,86 @@ class Recording(Hosted):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return (dataclasses.replace(self.host.turns[0], after=self.record),)
+        critics = self.host.turns[0]
+        return (dataclasses.replace(critics, after=self.record),)
 
-    def record(self, weights, step: Array) -> dict[str, Params]:
-        """Writes the fake score over the member that its interval ends with. Raises Refused where
-        the path has other weights.
+    def record(self, weights: Mapping[str, Params], step: Array) -> dict[str, Params]:
+        """Overwrites the member at which the present interval ends by the current fake score.
+
+        Raises Refused where the path is not a bank of networks like the fake score.
         """
         path = weights["path"]
         fake = weights["fake"]
-        shapes = jax.tree.map(lambda w: (self.host.checkpoints + 1, *w.shape), fake)
+        members = self.host.checkpoints + 1
+        shapes = jax.tree.map(lambda w: (members, *w.shape), fake)
         if jax.tree.map(jnp.shape, path) != shapes:
-            raise Refused(
-                f"roles.path: expected a bank of method.checkpoints + 1 = {self.host.checkpoints + 1} networks like roles.fake"
-            )
-        return {"path": jax.tree.map(lambda p, w: p.at[step // self.every + 1].set(w), path, fake)}
+            expected = f"method.checkpoints + 1 = {members} networks like roles.fake"
+            raise Refused(f"roles.path: expected a bank of {expected}")
+        member = step // self.every + 1
+        return {"path": jax.tree.map(lambda bank, w: bank.at[member].set(w), path, fake)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backtracking:
-    """What DisBack adds to a host, a method of the Diff-Instruct family; it comes before the host
-    among a class's bases.
-    """
+    """Mixed into a host of the Diff-Instruct family, in front of it: DisBack on that host."""
 
-    # N, recorded networks; the role `path` is a bank of N + 1. The paper's SDXL script: about 10
+    # N, the number of recorded networks; the role `path` is a bank of N + 1. About 10 in the
+    # paper's SDXL script.
     checkpoints: int = 10
-    record_every: int = 100  # I_1, updates of the fake score between two of them; the paper's 100
-    # I_2, updates of the fake score for each target; the paper's 1000, that is 200 of the student
+    record_every: int = 100  # I_1, updates of the fake score between two records; the paper's 100
+    # I_2, updates of the fake score for each target; the paper's 1000, or 200 of the student.
     interval: int = 1000
-    # uncertain: the released code guides every target, though the recorded ones have learnt the
-    # conditional branch alone
-    guided_targets: int = (
-        1_000_000  # targets below this index are guided; 1: the original teacher alone
-    )
+    # Targets below this index in the path are guided; 1: the original teacher only. Uncertain: the
+    # released code guides every target, though the recorded networks have learnt the conditional
+    # branch alone.
+    guided_targets: int = 1_000_000
 
     frozen = ("teacher", "path")
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
-        """Recording, as long as N I_1 or all there is; then the host, in what is left. Without
-        checkpoints the host alone.
+        """Recording for N I_1 steps, or as many as there are; then the host. Without checkpoints
+        the host alone.
         """
         recording = min(self.checkpoints * self.record_every, steps)
         if not recording:
             return (Stage(self, steps, surgery=undegraded),)
-        return Stage(Recording(host=self, every=self.record_every), recording), Stage(
-            self, steps - recording
-        )
+        degradation = Recording(host=self, every=self.record_every)
+        return (Stage(degradation, recording), Stage(self, steps - recording))
 
     def target(self, step: Array) -> Array:
-        """Index in the path of the real score at a step of stage 2, which is one update of the fake
-        score: N - 1 down to 0.
+        """Index in the path of the real score at a step of stage 2, from N - 1 down to 0.
+
+        A step is one update of the fake score.
         """
         return jnp.maximum(self.checkpoints - 1 - step // self.interval, 0)
 
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
-        """The host's real score, by the network that the path has reached (algorithm 2)."""
+        """The prediction of the path's network that is the target at this step (algorithm 2)."""
         index = self.target(ctx.step)
         scale = self.guidance
         if scale != 1.0 and self.guided_targets < self.checkpoints:
             scale = jnp.where(index < self.guided_targets, scale, 1.0)
-        member = functools.partial(net.path, member=index)
-        return guided(member, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), scale)
+        target = functools.partial(net.path, member=index)
+        cond = ctx.batch.get("cond")
+        return guided(target, xt, t, cond, ctx.batch.get("null_cond"), scale)
 
 
 def undegraded(nets, params, batch):
-    """Surgery: a path of the teacher alone."""
+    """Surgery: a path whose only network is the teacher."""
     return nets, {**params, "path": params["teacher"]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DisBack(Backtracking, DMD2):
-    """On DMD2: the released code, for SDXL with guidance 8 and GAN weights 5e-3 and 1e-2."""
+    """On DMD2, as in the released code: for SDXL with guidance 8, GAN weights 5e-3 and 1e-2."""
 
     gan_weight: float = 5e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DisBackDiffInstruct(Backtracking, DiffInstruct):
-    """On Diff-Instruct, which needs no data: what the paper compares with. Five updates of the fake
-    score to one of the student.
+    """On Diff-Instruct, which the paper compares with: without data, and with five updates of the
+    fake score per student update.
     """
 
     critic_steps: int = 5

@@ -1,172 +1,194 @@
-"""Efficient Diffusion Distillation via Embedding Loss (arXiv:2604.22379): a term that any host
-method takes along.
+"""Efficient Diffusion Distillation via Embedding Loss (arXiv:2604.22379): a term that joins the
+student's loss of any host method.
 
 The student's samples and real data are embedded by networks with random weights, drawn anew at
-every step, and the maximum mean discrepancy of the two embedded batches joins the host's loss.
-Nothing more is trained, no pairs are stored, and real data lets the student pass its teacher. The
-samples are those that the host's own loss makes: the x0 of its student's last call.
+every step, and the maximum mean discrepancy (MMD) of the two embedded batches is added to the
+host's loss. No discriminator is trained, no pairs are generated, and real data let the student
+surpass its teacher. The samples are those that the host's loss makes: the last x0 that its student
+predicts.
 
-Kernel, networks, weight and batch sizes are not published: the defaults are those of data-set
-condensation by random networks, and each is a field. A label joins the first layer of a random
-network rather than its features, because a linear kernel on concatenated features compares nothing
-jointly.
+The paper's kernel, networks, weight and batch sizes are not published. The defaults are those of
+data-set condensation by random networks, and each of them is a field. A label joins the first layer
+of a random network rather than its features: a linear kernel on features with the label's embedding
+concatenated would compare samples and labels separately.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
 from jaxdistill.core.fields import Natural
+from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Turn
-from jaxdistill.methods._hosted import Hosted, tap
+from jaxdistill.methods._hosted import Hosted, record_samples
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.models.vision.random_features import arch, random_feature_net
 from jaxdistill.objectives.augment import Paired
 from jaxdistill.objectives.mmd import mmd2
 
+SEARCHED = 1 << 20  # steps that are searched for a turn's first updates
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingLoss(Hosted):
-    host: Method = (
-        DMD2()
-    )  # any whose student's loss reads the x0 of a prediction, shaped like the data
-    # norm of the loss's gradient in the samples, relative to the host's at the start; 0: the host
+    # Any method whose student's loss reads the x0 of a prediction, shaped like the data.
+    host: Method = DMD2()
+    # Norm of the embedding loss's gradient in the samples, relative to that of the host's loss at
+    # the start of training; 0: the host alone.
     weight: float = 0.3
-    # student updates that those norms are averaged over, without the loss; 0: `weight` is absolute
+    # Student updates over which the two norms are averaged. The embedding loss joins after them.
+    # 0: no calibration, `weight` multiplies the embedding loss itself.
     calibration: Natural = 10
-    archs: tuple[str, ...] = (
-        "convnet-2",
-        "convnet-3",
-        "convnet-4",
-        "resnet",
-        "plain-3",
-    )  # drawn from; points take ("mlp",)
+    # Architectures that each random network is drawn from; ("mlp",) for points.
+    archs: tuple[str, ...] = ("convnet-2", "convnet-3", "convnet-4", "resnet", "plain-3")
     nets: int = 2  # random networks per step
-    blocks: int = 1  # of each, from the last, whose features are compared
-    redraw: int = (
-        1  # student updates between new networks; a fixed network leaves a null space to overfit
-    )
-    kernel: str = "linear"  # linear | rbf
-    estimator: str = "u"  # u | v; the biased V-statistic narrows the samples a little
-    real_per_fake: int = (
-        1  # real samples per generated one: the host then sees every n-th of the batch
-    )
-    labelled: bool = False  # compares joint laws of sample and cond
-    augment: Paired = Paired()
+    blocks: int = 1  # last blocks of each network whose features are compared
+    # Student updates between new networks. A student overfits the null space of a fixed network.
+    redraw: int = 1
+    kernel: str = "linear"  # of the MMD: linear | rbf
+    estimator: str = "u"  # u: unbiased | v: biased, narrows the samples a little
+    # Real samples per generated one. The host then sees every n-th sample of the batch.
+    real_per_fake: int = 1
+    labelled: bool = False  # compares the joint distributions of samples and labels `cond`
+    augment: Paired = Paired()  # the same random augmentation of real and generated samples
+
+    @property
+    def needs(self):
+        own = {"x": Float[Spec, "B *shape"]}
+        if self.labelled:
+            own["cond"] = Int[Spec, " B"]
+        return {**self.host.needs, **own}
+
+    @property
+    def calibrates(self) -> bool:
+        return bool(self.calibration and self.weight)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The host's, then one for each that moves the student, which measures while the weight is
-        found.
+        """The host's turns, with the embedding loss in those that move the student.
+
+        During calibration each of the latter has a second turn that measures the gradients.
         """
-        turns = [self.joined(turn) if self.makers(turn) else turn for turn in self.host.turns]
-        turns = [
-            dataclasses.replace(turn, gather=self.gathering(given))
-            for turn, given in zip(turns, self.host.turns)
-        ]
-        measured = [self.measuring(turn) for turn in self.host.turns if self.makers(turn)]
-        return (*turns, *(measured if self.calibration and self.weight else []))
+        turns = []
+        measuring = []
+        for turn in self.host.turns:
+            gather = functools.partial(self.gather, turn)
+            if not self.sampling_roles(turn):
+                turns.append(dataclasses.replace(turn, gather=gather))
+                continue
+            loss = functools.partial(self.student_loss, turn)
+            turns.append(dataclasses.replace(turn, loss=loss, gather=gather))
+            if self.calibrates:
+                loss = functools.partial(self.measure_norms, turn)
+                when = functools.partial(self.is_calibrating, turn)
+                measuring.append(Turn((), loss, when=when, gather=gather))
+        return (*turns, *measuring)
 
-    def first(self, turn: Turn) -> list[int]:
-        """The first `calibration` steps of a turn."""
-        return list(itertools.islice(filter(turn.when, range(1 << 20)), self.calibration))
+    def calibration_steps(self, turn: Turn) -> list[int]:
+        """The steps of a turn's first `calibration` updates."""
+        taken = filter(turn.when, range(SEARCHED))
+        return list(itertools.islice(taken, self.calibration))
 
-    def joined(self, turn: Turn) -> Turn:
-        """The host's turn with the embedding loss added after calibration."""
+    def is_calibrating(self, turn: Turn, step: int) -> bool:
+        return turn.when(step) and step in self.calibration_steps(turn)
 
-        def loss(net: Nets, ctx: Ctx) -> Out:
-            tapped, seen = tap(net, self.makers(turn))
-            out, (psi, memory) = turn.loss(tapped, ctx), self.networks(ctx)
-            value = self.embedding(psi, ctx, seen[-1])
-            host, own, _ = ctx.memory["embedding_norms"]
-            scale = self.weight * (host / jnp.maximum(own, 1e-12) if self.calibration else 1.0)
-            late = ctx.step > self.first(turn)[-1] if self.calibration and self.weight else True
-            added = jnp.where(late, scale, 0.0) * value * (1 if out.count is None else out.count)
-            return out._replace(
-                loss=out.loss + added,
-                metrics={**out.metrics, "embedding": value},
-                memory={**out.memory, **memory},
-            )
+    def gather(self, turn: Turn, net: Nets, ctx: Ctx) -> Batch:
+        """The host's batch, and the real samples that its student's samples are compared with."""
+        batch = jax.tree.map(lambda x: x[:: self.real_per_fake], dict(ctx.batch))
+        if turn.gather:
+            batch = turn.gather(net, dataclasses.replace(ctx, batch=batch))
+        real = {f"real_{key}": ctx.batch[key] for key in ("x", "cond") if key in ctx.batch}
+        return {**batch, **real}
 
-        return dataclasses.replace(turn, loss=loss)
-
-    def measuring(self, turn: Turn) -> Turn:
-        """Sums the norms of both gradients in the samples over the first updates."""
-
-        def loss(net: Nets, ctx: Ctx) -> Out:
-            def host(move):
-                tapped, seen = tap(net, self.makers(turn), move)
-                out = turn.loss(tapped, ctx)
-                return out.loss / (1 if out.count is None else out.count), seen[-1]
-
-            grad, x0 = jax.grad(host, has_aux=True)(jnp.zeros_like(ctx.batch["x"]))
-            own = jax.grad(lambda x: self.embedding(self.networks(ctx)[0], ctx, x))(x0)
-            norms = jnp.stack([jnp.linalg.norm(grad), jnp.linalg.norm(own), jnp.ones(())])
-            return Out(
-                jnp.zeros(()),
-                {"host": norms[0], "embedding": norms[1]},
-                {"embedding_norms": ctx.memory["embedding_norms"] + norms},
-            )
-
-        when = lambda step: turn.when(step) and step in self.first(turn)
-        return dataclasses.replace(
-            turn, moves=(), loss=loss, when=when, gather=self.gathering(turn), after=None
+    def student_loss(self, turn: Turn, net: Nets, ctx: Ctx) -> Out:
+        """The host's loss plus the embedding loss of the same samples."""
+        recorded, samples = record_samples(net, self.sampling_roles(turn))
+        out = turn.loss(recorded, ctx)
+        psi, memory = self.draw_networks(ctx)
+        embedding = self.embedding_loss(psi, ctx, samples[-1])
+        count = 1 if out.count is None else out.count
+        return out._replace(
+            loss=out.loss + self.scale(turn, ctx) * embedding * count,
+            metrics={**out.metrics, "embedding": embedding},
+            memory={**out.memory, **memory},
         )
 
-    def gathering(self, turn: Turn):
-        def gather(net: Nets, ctx: Ctx) -> Batch:
-            """The host's batch, and the real samples that it is compared with."""
-            part = dataclasses.replace(
-                ctx, batch=jax.tree.map(lambda x: x[:: self.real_per_fake], dict(ctx.batch))
-            )
-            batch = turn.gather(net, part) if turn.gather else part.batch
-            return {**batch, **{f"real_{k}": ctx.batch[k] for k in ("x", "cond") if k in ctx.batch}}
+    def scale(self, turn: Turn, ctx: Ctx) -> Array | float:
+        """The factor of the embedding loss: 0 until its weight is calibrated."""
+        if not self.calibrates:
+            return self.weight
+        host, own, _ = ctx.memory["embedding_norms"]
+        calibrated = ctx.step > self.calibration_steps(turn)[-1]
+        return jnp.where(calibrated, self.weight * (host / jnp.maximum(own, 1e-12)), 0.0)
 
-        return gather
+    def measure_norms(self, turn: Turn, net: Nets, ctx: Ctx) -> Out:
+        """Adds up the norms of both losses' gradients in the samples, in the memory."""
 
-    def networks(self, ctx: Ctx) -> tuple[Array, dict]:
-        """(The key that the current random networks are drawn from, what to remember of it.)"""
-        held = ctx.memory["embedding_key"]
+        def host_loss(shift: Array) -> tuple[Array, Array]:
+            recorded, samples = record_samples(net, self.sampling_roles(turn), shift)
+            out = turn.loss(recorded, ctx)
+            count = 1 if out.count is None else out.count
+            return out.loss / count, samples[-1]
+
+        no_shift = jnp.zeros_like(ctx.batch["x"])
+        host_gradient, x0 = jax.grad(host_loss, has_aux=True)(no_shift)
+        psi, _ = self.draw_networks(ctx)
+        own_gradient = jax.grad(lambda x: self.embedding_loss(psi, ctx, x))(x0)
+        host = jnp.linalg.norm(host_gradient)
+        own = jnp.linalg.norm(own_gradient)
+        sums = ctx.memory["embedding_norms"] + jnp.stack([host, own, jnp.ones(())])
+        metrics = {"host": host, "embedding": own}
+        return Out(jnp.zeros(()), metrics, {"embedding_norms": sums})
+
+    def draw_networks(self, ctx: Ctx) -> tuple[Array, dict[str, Array]]:
+        """(psi, memory): the key data that all random networks are drawn from.
+
+        It is drawn anew every `redraw` updates.
+        """
         age = ctx.memory["embedding_age"]
-        key = jnp.where(age >= self.redraw, jax.random.key_data(ctx.key("psi")), held)
-        return key, {
-            "embedding_key": key,
-            "embedding_age": jnp.where(age >= self.redraw, 1, age + 1),
-        }
+        outdated = age >= self.redraw
+        new = jax.random.key_data(ctx.key("psi"))
+        psi = jnp.where(outdated, new, ctx.memory["embedding_key"])
+        return psi, {"embedding_key": psi, "embedding_age": jnp.where(outdated, 1, age + 1)}
 
-    def embedding(self, psi: Array, ctx: Ctx, x0: Array) -> Array:
-        """MMD^2 between real samples and x0, the mean over random networks and their blocks."""
+    def embedding_loss(self, psi: Array, ctx: Ctx, x0: Array) -> Array:
+        """E_psi MMD^2(psi(real), psi(x0)): the mean over random networks."""
         key = jax.random.wrap_key_data(psi)
-        labels = (None, None)
-        real, fake = self.augment(
-            ctx.key("augment"), jax.lax.stop_gradient(ctx.batch["real_x"]), x0
-        )
-        if self.labelled:
-            labels = ctx.batch["real_cond"], ctx.batch["cond"]
-
-        def one(i, name):
-            net = random_feature_net(jax.random.fold_in(key, i), arch(name))
-            pairs = [*zip(net(real, labels[0]), net(fake, labels[1]))][-self.blocks :]
-            return sum(mmd2(a, b, self.kernel, self.estimator) for a, b in pairs) / len(pairs)
-
-        pick = jax.random.randint(
-            jax.random.fold_in(key, self.nets), (self.nets,), 0, len(self.archs)
-        )
-        values = [
-            jax.lax.switch(pick[i], [lambda i=i, name=name: one(i, name) for name in self.archs])
-            for i in range(self.nets)
-        ]
+        real = jax.lax.stop_gradient(ctx.batch["real_x"])
+        real, fake = self.augment(ctx.key("augment"), real, x0)
+        arch_key = jax.random.fold_in(key, self.nets)
+        drawn = jax.random.randint(arch_key, (self.nets,), 0, len(self.archs))
+        values = []
+        for i in range(self.nets):
+            key_i = jax.random.fold_in(key, i)
+            compare = functools.partial(self.discrepancy, key_i, ctx, real, fake)
+            branches = [functools.partial(compare, name) for name in self.archs]
+            values.append(jax.lax.switch(drawn[i], branches))
         return sum(values) / self.nets
 
+    def discrepancy(self, key: Array, ctx: Ctx, real: Array, fake: Array, name: str) -> Array:
+        """MMD^2 under one random network of architecture `name`, the mean over its last blocks."""
+        network = random_feature_net(key, arch(name))
+        real_label = ctx.batch["real_cond"] if self.labelled else None
+        fake_label = ctx.batch["cond"] if self.labelled else None
+        real_features = network(real, real_label)[-self.blocks :]
+        fake_features = network(fake, fake_label)[-self.blocks :]
+        values = []
+        for a, b in zip(real_features, fake_features):
+            values.append(mmd2(a, b, self.kernel, self.estimator))
+        return sum(values) / len(values)
+
     def memory(self):
-        data = jnp.zeros_like(jax.random.key_data(jax.random.key(0)))
+        """The norms' sums (host's, own, number of updates), and the key of the networks."""
         own = {
             "embedding_norms": jnp.zeros(3),
-            "embedding_key": data,
+            "embedding_key": jnp.zeros_like(jax.random.key_data(jax.random.key(0))),
             "embedding_age": jnp.int32(self.redraw),
         }
         return {**self.host.memory(), **own}

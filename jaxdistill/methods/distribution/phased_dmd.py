@@ -1,15 +1,15 @@
 """Phased DMD - Few-step Distribution Matching Distillation via Score Matching within Subintervals
 (arXiv:2510.27684).
 
-The trajectory is cut at noise levels 1 > s_1 > ... > s_K = 0, and an expert of its own carries
-samples to each: expert k is trained by distribution matching at s_k, not at x0, so that no phase
-collapses to a one-step generator. Times of matching reach from s_k to 1 (reverse nested intervals);
-the fake score there learns from samples at s_k alone, through targets that are unbiased above it.
-In a phase of several steps a random one gets the gradient, from a deterministic roll-out.
+The sampling trajectory is cut at times 1 = t_0 > t_1 > ... > t_K = 0. Expert k carries samples from
+t_{k-1} to s = t_k and is trained by distribution matching at s, not at 0, so that no phase
+degenerates to a one-step generator. Its samples x_s are renoised to times between s and 1 (reverse
+nested intervals); the fake score learns there from x_s alone, by targets that are unbiased for
+every t > s. In a phase of several steps the gradient flows through one of them, drawn at random.
 
-Departures: the noise ranges of a teacher of several experts take turns at the generator's gradient,
-as in the released trainer, where the paper draws one time from all; that trainer's diversity and
-real-data losses are left out.
+Departures: where the teacher has several experts, their intervals take turns at the generator's
+gradient, as in the released trainer; the paper draws one time from all of them. The released
+trainer's diversity and real-data losses are left out.
 """
 
 from __future__ import annotations
@@ -21,223 +21,242 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.fields import Limit
-from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Stage, Turn, lookup
+from jaxdistill.core.types import (
+    Array,
+    Batch,
+    Ctx,
+    Nets,
+    Out,
+    Refused,
+    Stage,
+    Turn,
+    lookup,
+    stage_lengths,
+)
 from jaxdistill.diffusion.process import expand
 from jaxdistill.diffusion.regression import interval_error
 from jaxdistill.diffusion.times import Uniform
-from jaxdistill.methods.distribution._phases import Part, Phases, couple
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.objectives import score
 from jaxdistill.samplers.fewstep import simulate
+from jaxdistill.samplers.phases import (
+    Interval,
+    Phase,
+    cut,
+    routed,
+    sources,
+    teacher_roles,
+    without_fakes,
+)
+from jaxdistill.surgery.mix import mix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhasedDMD(DiffInstruct):
-    # all times are those before the process's shift: 5 (Wan) and 3 (Qwen-Image) in the paper, 7 in
-    # the released configs
+    """The paper's training: one phase after the other, each of them a stage.
+
+    All times are those before the process's shift, which is 5 (Wan) and 3 (Qwen-Image) in the
+    paper and 7 in the released configs.
+    """
+
     student_times: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
-    phase_steps: tuple[int, ...] = (
-        2,
-        2,
-    )  # how many of student_times each phase owns; also the paper's: (1, 1, 1, 1)
-    shares: tuple[
-        float, ...
-    ] = ()  # of the run's steps, by phase; empty: equal (the paper does not state them)
-    teacher_bounds: tuple[
-        float, ...
-    ] = ()  # falling times between the teacher's experts; Wan 2.2's .875 is .5 before a shift of 7
-    match_times: Uniform = Uniform(
-        low=0.02, high=0.98
-    )  # within a phase's times; low: kept above the lower end (released code)
-    fake_times: Uniform = Uniform(low=0.02, high=0.98)
-    fake_target: str = "flow"  # what the fake score's error is measured in: eps - x0
-    # that error's weight is min(1, clamp sigma_{t|s}^2); inf: plain mean square (released code)
+    # Sampling steps of each phase; the paper also has (1, 1, 1, 1).
+    phase_steps: tuple[int, ...] = (2, 2)
+    # Relative lengths of the stages; empty: equal ones. The paper does not state them.
+    shares: tuple[float, ...] = ()
+    # Falling times between the teacher's experts; Wan 2.2's .875 is .5 before a shift of 7.
+    teacher_bounds: tuple[float, ...] = ()
+    # Times of the generator's loss within an interval, where they stay `low` above its lower end
+    # (released code).
+    match_times: Uniform = Uniform(low=0.02, high=0.98)
+    fake_times: Uniform = Uniform(low=0.02, high=0.98)  # the same for the fake scores' loss
+    fake_target: str = "flow"  # what the fake scores' error is measured in: eps - x0
+    # The weight of that error is min(1, fake_clamp sigma_{t|s}^2); inf: 1, the released code's.
     fake_clamp: Limit = 10.0
-    critic_steps: int = 5  # updates of the fake scores after each of the generator
-    # normalised: DMD's (released code) | kl: the gradient of the KL at s_k (the paper's w)
+    critic_steps: int = 5  # updates of the fake scores after each update of the generator
+    # normalised: DMD's gradient (released code); kl: that of the KL divergence (the paper's w).
     weight: str = "normalised"
-    # d of fake <- d fake + (1 - d) expert after the expert's update (IDA); released code .97, 1:
-    # none
+    # d in fake <- d fake + (1 - d) expert after an update of the expert (IDA); 1: off. The released
+    # code's .97.
     coupling: float = 1.0
-    # matching reaches from s_k to 1; False: to where the phase begins (disjoint intervals, the
-    # paper's worse ones)
+    # Intervals reach from s to 1; False: to the phase's first step, the disjoint intervals that the
+    # paper finds worse.
     nested: bool = True
-    phase: int = -1  # in training; `stages` sets it. -1: all
+    phase: int = -1  # index of the phase that is trained, set by `stages`; -1: all phases
 
     ema = ()
+    renoises = False
 
-    plan = property(
-        lambda self: Phases(
+    def __post_init__(self):
+        super().__post_init__()
+        lookup({"normalised": 0, "kl": 1}, self.weight, "method.weight")
+        count = len(self.phases)
+        if self.shares and (len(self.shares) != count or min(self.shares) <= 0):
+            expected = f"expected {count} positive numbers, one for each phase"
+            raise Refused(f"method.shares={self.shares}: {expected}")
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All phases, noisiest first."""
+        return cut(
             self.student_times,
             self.phase_steps,
             self.teacher_bounds,
             self.process.t_max,
             self.nested,
         )
-    )
-    inits = property(lambda self: self.plan.roles(self.phase))
-    frozen = property(lambda self: self.plan.teachers + self.plan.experts[: max(self.phase, 0)])
-    renoises = False
-    exports = property(lambda self: self.plan.experts)
-    generator = lambda self, net: self.plan.generator(net)
-    turns = property(
-        lambda self: tuple(
-            turn for k in self.plan.trained(self.phase) for turn in self.phase_turns(k)
-        )
-    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        lookup(dict.fromkeys(("normalised", "kl")), self.weight, "method.weight")
-        self.plan.lengths(len(self.phase_steps), self.shares)
+    @property
+    def current(self) -> Phase:
+        """The phase that is trained."""
+        return self.phases[self.phase]
+
+    @property
+    def by_phase(self):
+        """The method of each phase, by itself."""
+        return [dataclasses.replace(self, phase=k) for k in range(len(self.phases))]
+
+    @property
+    def inits(self):
+        """Experts and fake scores start as the teacher of their noise."""
+        return sources(self.phases if self.phase < 0 else [self.current])
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        return tuple(phase.expert for phase in self.phases)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The teacher, and the experts of earlier phases."""
+        return teacher_roles(self.teacher_bounds) + self.exports[: max(self.phase, 0)]
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
-        """A stage for each phase, its fake scores fresh from the teacher; earlier experts stay as
-        they are, earlier fakes go.
-        """
-        method = lambda k: dataclasses.replace(self, phase=k)
-        lengths = self.plan.lengths(steps, self.shares)
-        return tuple(
-            Stage(method(k), n, surgery=functools.partial(self.plan.retire, k) if k else None)
-            for k, n in enumerate(lengths)
-        )
+        """A stage for each phase, whose fake scores start anew from the teacher."""
+        lengths = stage_lengths(steps, self.shares or (1.0,) * len(self.phases))
+        stages = []
+        for method, length in zip(self.by_phase, lengths):
+            surgery = method.drop_earlier_fakes if method.phase else None
+            stages.append(Stage(method, length, surgery))
+        return tuple(stages)
 
-    def now(self, step: int) -> tuple[int, int]:
-        """(phase in training, number of its generator update)."""
+    def drop_earlier_fakes(self, nets, params, batch):
+        """Surgery: without the fake scores of earlier phases."""
+        return nets, without_fakes(params, self.phases[: self.phase])
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The expert's, one for each interval; then that of all fake scores."""
+        if self.phase < 0:
+            return tuple(turn for method in self.by_phase for turn in method.turns)
+        phase = self.current
+        turns = []
+        for interval in phase.intervals:
+            expert = Turn(
+                (phase.expert,),
+                functools.partial(self.student_loss, interval=interval),
+                when=functools.partial(self.expert_moves, interval),
+                gather=self.truncated_rollout,
+                after=self.couple
+                if self.coupling < 1 and interval == phase.intervals[-1]
+                else None,
+            )
+            turns.append(expert)
+        is_trained = lambda step: self.scheduled(step)[0] == self.phase
+        fakes = Turn(phase.fakes, self.critic_loss, when=is_trained, gather=self.complete_rollout)
+        return (*turns, fakes)
+
+    def scheduled(self, step: int) -> tuple[int, int]:
+        """(index of the phase in training, number of its expert's update)."""
         return self.phase, step // self.critic_steps
 
-    def phase_turns(self, k: int) -> list[Turn]:
-        """The expert, by one of the noise ranges in turn; then all fake scores of the phase."""
-        parts = self.plan.parts(k)
-        use = functools.partial
-        expert = self.plan.experts[k]
-        mine = lambda step, j: (
-            step % self.critic_steps == 0
-            and self.now(step)[0] == k
-            and self.now(step)[1] % len(parts) == j
-        )
-        after = lambda part: (
-            use(couple, self.coupling, expert, part.fake)
-            if self.coupling < 1 and part == parts[-1]
-            else None
-        )
-        generator = [
-            Turn(
-                (expert,),
-                use(self.student_loss, k=k, part=part),
-                use(mine, j=j),
-                use(self.truncated, k=k),
-                after(part),
-            )
-            for j, part in enumerate(parts)
-        ]
-        fakes = tuple(part.fake for part in parts)
-        return [
-            *generator,
-            Turn(
-                fakes,
-                use(self.critic_loss, k=k),
-                lambda step: self.now(step)[0] == k,
-                use(self.complete, k=k),
-            ),
-        ]
+    def expert_moves(self, interval: Interval, step: int) -> bool:
+        """At one step in `critic_steps`, where the phase's intervals take turns."""
+        phase, update = self.scheduled(step)
+        intervals = self.current.intervals
+        is_in_turn = phase == self.phase and intervals[update % len(intervals)] == interval
+        return is_in_turn and step % self.critic_steps == 0
 
-    def chain(self, net: Nets, ctx: Ctx, k: int, index: Array | int) -> tuple[Array, Array]:
-        """Euler roll-out of the experts to step `index`; the last time is the end of phase k."""
-        _, last, s = self.plan.span(k)
+    def couple(self, weights, step):
+        """fake <- d fake + (1 - d) expert (IDA)."""
+        return mix(weights, self.current.fakes[-1], self.current.expert, self.coupling)
+
+    def generator(self, net: Nets):
+        return routed(net, self.phases)
+
+    def rollout(self, net: Nets, ctx: Ctx, index) -> tuple[Array, Array]:
+        """(x_t, t) of the experts' Euler roll-out at sampling step `index`.
+
+        Step `last` of the phase is its end.
+        """
         noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
-        denoise = functools.partial(self.plan.generator(net, k + 1), cond=ctx.batch.get("cond"))
-        return simulate(
-            self.process,
-            denoise,
-            noise,
-            jnp.array((*self.student_times[:last], s)),
-            ctx.key("chain"),
-            index,
-            "ddim",
-        )
+        experts = routed(net, self.phases[: self.phase + 1])
+        denoise = functools.partial(experts, cond=ctx.batch.get("cond"))
+        times = jnp.array(self.current.times)
+        return simulate(self.process, denoise, noise, times, ctx.key("chain"), index, "ddim")
 
-    def truncated(self, net: Nets, ctx: Ctx, k: int) -> Batch:
-        """The generator's input, at a step of the phase that the whole batch shares."""
-        xt, t = self.chain(
-            net, ctx, k, jax.random.randint(ctx.key("index"), (), *self.plan.span(k)[:2])
-        )
+    def truncated_rollout(self, net: Nets, ctx: Ctx) -> Batch:
+        """The expert's input: x_t at a random step of the phase, the same for all samples."""
+        index = jax.random.randint(ctx.key("index"), (), self.current.first, self.current.last)
+        xt, t = self.rollout(net, ctx, index)
         return {**ctx.batch, "xt": xt, "t": t}
 
-    def complete(self, net: Nets, ctx: Ctx, k: int) -> Batch:
-        """The fake scores' data: x_s after all steps of experts 1..k."""
-        return {**ctx.batch, "xs": self.chain(net, ctx, k, self.plan.span(k)[1])[0]}
+    def complete_rollout(self, net: Nets, ctx: Ctx) -> Batch:
+        """The fake scores' data: x_s after all steps of the phase."""
+        xs, _ = self.rollout(net, ctx, self.current.last)
+        return {**ctx.batch, "xs": xs}
 
-    def lift(
-        self, xs: Array, s: Array, part: Part, times: Uniform, ctx: Ctx, name: str
-    ) -> tuple[Array, Array, Array]:
-        """(x_t, t, eps) re-noised from x_s, to a time of each sample's own in a range above s."""
-        t = times.within(self.process, part.low, part.high).draw(
-            self.process, ctx.key(name + "_t"), xs.shape[0]
-        )
-        eps = jax.random.normal(ctx.key(name + "_eps"), xs.shape)
-        return self.process.transition(xs, eps, s, t), t, eps
+    def renoise(self, xs: Array, interval: Interval, times: Uniform, ctx: Ctx, name: str):
+        """(x_t, t, eps): samples at s renoised, each to a time of its own in the interval."""
+        inside = times.within(self.process, interval.low, interval.high)
+        t, eps = self.draw_noise(xs, inside, ctx, name)
+        return self.process.transition(xs, eps, jnp.asarray(self.current.end), t), t, eps
 
-    def student_loss(self, net: Nets, ctx: Ctx, k: int, part: Part) -> Out:
-        mine = Nets(teacher=getattr(net, part.teacher), fake=getattr(net, part.fake))
-        pred = getattr(net, self.plan.experts[k])(
-            ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond")
-        )  # the only call with a gradient
-        s = jnp.asarray(self.plan.span(k)[2])
-        xs = self.process.add_noise(pred.x0, pred.eps, s)  # Euler's jump
-        xt, t, _ = self.lift(xs, s, part, self.match_times, ctx, "match")
-        real = self.real(mine, xt, t, ctx)
-        fake = self.fake(mine, xt, t, ctx)
+    def student_loss(self, net: Nets, ctx: Ctx, interval: Interval) -> Out:
+        """Distribution matching at the phase's end s, by the scores of one interval."""
+        expert = getattr(net, self.current.expert)
+        pred = expert(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond"))
+        s = jnp.asarray(self.current.end)
+        xs = self.process.add_noise(pred.x0, pred.eps, s)  # Euler's step from t to s
+        xt, t, _ = self.renoise(xs, interval, self.match_times, ctx, "match")
+        real = self.real(interval.scores(net), xt, t, ctx)
+        fake = self.fake(interval.scores(net), xt, t, ctx)
         if self.weight == "kl":
-            (a, sigma), (ratio, _) = (
-                self.process.alpha_sigma(expand(t, xt)),
-                self.process.kernel(s, expand(t, xt)),
-            )
-            loss = score.gradient_surrogate(
-                xs, score.kl_gradient(real.x0, fake.x0, a, sigma, ratio)
-            )
+            t = expand(t, xt)
+            alpha, sigma = self.process.alpha_sigma(t)
+            alpha_ts, _ = self.process.kernel(s, t)
+            gradient = score.kl_gradient(real.x0, fake.x0, alpha, sigma, alpha_ts)
+            loss = score.gradient_surrogate(xs, gradient)
         else:
-            loss = score.gradient_surrogate(
-                pred.x0, score.dmd_gradient(pred.x0, real.x0, fake.x0, floor=1e-4)
-            )
+            gradient = score.dmd_gradient(pred.x0, real.x0, fake.x0, floor=1e-4)
+            loss = score.gradient_surrogate(pred.x0, gradient)
         return Out(loss, {"match": loss})
 
-    def critic_loss(self, net: Nets, ctx: Ctx, k: int) -> Out:
-        """Score matching within subintervals, for each range."""
+    def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
+        """Score matching within subintervals, summed over the intervals."""
+        xs = ctx.batch["xs"]
+        s = jnp.asarray(self.current.end)
         loss = 0.0
-        s = jnp.asarray(self.plan.span(k)[2])
-        for j, part in enumerate(self.plan.parts(k)):
-            xt, t, eps = self.lift(ctx.batch["xs"], s, part, self.fake_times, ctx, f"fake{j or ''}")
-            pred = getattr(net, part.fake)(xt, t, self.fake_cond(ctx))
-            loss += jnp.mean(
-                interval_error(
-                    self.process,
-                    pred,
-                    ctx.batch["xs"],
-                    eps,
-                    s,
-                    t,
-                    self.fake_target,
-                    self.fake_clamp,
-                )
+        for j, interval in enumerate(self.current.intervals):
+            name = f"fake{j}" if j else "fake"
+            xt, t, eps = self.renoise(xs, interval, self.fake_times, ctx, name)
+            pred = getattr(net, interval.fake)(xt, t, self.fake_cond(ctx))
+            error = interval_error(
+                self.process, pred, xs, eps, s, t, self.fake_target, self.fake_clamp
             )
+            loss += jnp.mean(error)
         return Out(loss, {"denoise": loss})
-
-    def sample(self, net, noise, cond, key, steps):
-        denoise = functools.partial(net, cond=cond)
-        times = self.sampling_times(steps)
-        xt, t = simulate(self.process, denoise, noise, times, key, steps - 1, "ddim")
-        return denoise(xt, t).x0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InterleavedPhasedDMD(PhasedDMD):
-    """The released trainer: phases take turns, a generator update each, and all experts and fake
-    scores live side by side.
+    """The released trainer: all experts and fake scores side by side, in a single stage.
+
+    Phases take turns, for one update of the expert and `critic_steps` of the fake scores each.
     """
 
     def stages(self, steps):
         return (Stage(self, steps),)
 
-    def now(self, step):
-        return divmod(step // self.critic_steps, len(self.phase_steps))[::-1]
+    def scheduled(self, step):
+        update, phase = divmod(step // self.critic_steps, len(self.phases))
+        return phase, update

@@ -1,23 +1,26 @@
 """SNOOPI: Supercharged One-step Diffusion Distillation with Proper Guidance (arXiv:2412.02687).
 
-SwiftBrush's one scale of guidance is unstable across backbones: PG-SB draws it anew at every
-iteration, the same for teacher and fake score, which broadens both laws. Negative prompts, which
-guidance cannot bring to a one-step student, act inside its cross-attention (NASA,
-`models.attention.nasa`): at inference alone, on any student whose condition carries one
-(`diffusion.guidance.negated`), or in training as well (NASA-T). A clamped CLIP loss of SwiftBrush
-v2 may join the student's.
+SwiftBrush's fixed scale of guidance is unstable across backbones. PG-SB draws the scale at every
+iteration, the same for teacher and fake score, which broadens both distributions. Negative prompts,
+which classifier-free guidance cannot bring to a one-step student, act inside its cross-attention
+(NASA, `models.attention.nasa`): at inference only, on any student whose condition carries one
+(`diffusion.guidance.negated`), or in training as well (NASA-T). A clamped CLIP loss, that of
+SwiftBrush v2, may join the student's loss.
 
-Departures: SwiftBrush's. The best strengths at inference: .1 SD 1.5, .2 SD 2.1, .5 PixArt-alpha
-(NASA-T: 1).
+Departures: those of SwiftBrush. The best NASA strengths at inference are .1 (SD 1.5), .2 (SD 2.1)
+and .5 (PixArt-alpha), with NASA-T 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Batch, Ctx, Nets
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.guidance import Random, Scale, negated
@@ -29,20 +32,21 @@ from jaxdistill.objectives.pixels import CLIP, Preprocess, decoded
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PGSB(SwiftBrush):
-    """SwiftBrush with a law of the scale k. Both laws see one draw: where they are equal, so are
-    the scales.
+    """SwiftBrush with a random scale k of guidance.
+
+    Teacher and fake score use the same draw: where their two distributions of k are equal, so are
+    their scales.
     """
 
-    guidance: Scale = Random(
-        low=0.5, high=4.0
-    )  # of the real score; the paper's for SD 1.5 and 2.1, (0.5, 3) for PixArt-alpha
-    fake_guidance: Scale = Random(
-        low=0.5, high=4.0
-    )  # of the fake score. FID-2k: fixed 10.7, random 9.0; for the teacher alone 10.8
+    # Of the teacher's score; the paper's for SD 1.5 and 2.1, (0.5, 3) for PixArt-alpha.
+    guidance: Scale = Random(low=0.5, high=4.0)
+    # Of the fake score. The paper's FID-2k: 10.7 with fixed scales, 9.0 with random ones, 10.8 with
+    # random ones of the teacher only.
+    fake_guidance: Scale = Random(low=0.5, high=4.0)
 
-    def scaled(self, denoise, law: Scale, xt: Array, t: Array, ctx: Ctx) -> Pred:
+    def scaled(self, denoise: Callable, scale: Scale, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """eps(x, t, y, k) = (1 - k) eps(x, t, null) + k eps(x, t, y)."""
-        k = law.draw(ctx.key("guidance"), xt.shape[0])
+        k = scale.draw(ctx.key("guidance"), xt.shape[0])
         return guided(denoise, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), k)
 
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
@@ -52,64 +56,74 @@ class PGSB(SwiftBrush):
         return self.scaled(net.fake, self.fake_guidance, xt, t, ctx)
 
 
+def with_batch(ctx: Ctx, **entries) -> Ctx:
+    """The context with some entries of its batch replaced or added."""
+    return dataclasses.replace(ctx, batch={**ctx.batch, **entries})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NasaT(PGSB):
-    """Training with negative prompts, batch["negative_cond"] (as null_cond): in the teacher's
-    guidance, and in the student's attention. The fake score never sees one.
+    """Training with negative prompts: in the teacher's guidance and in the student's attention. The
+    fake score never sees one.
     """
 
-    nasa: Scale = Random(
-        low=0.0, high=1.0
-    )  # alpha in training. Uncertain: U(0, 1), one draw an iteration
+    # alpha, the strength of the negative prompt in training. Uncertain: U(0, 1), drawn at every
+    # iteration.
+    nasa: Scale = Random(low=0.0, high=1.0)
+
+    @property
+    def needs(self):
+        cond = {"text": Float[Spec, "B T D"]}
+        negative = {"text": Float[Spec, "B N D"]}
+        return {**super().needs, "cond": cond, "negative_cond": negative}
 
     def simulate(self, net: Nets, ctx: Ctx) -> Batch:
-        """The chain of the student with NASA at every step."""
+        """Backward simulation of the student with NASA at every step."""
         plain = ctx.batch["cond"]
         alpha = self.nasa.draw(ctx.key("nasa"), jax.tree.leaves(plain)[0].shape[0])
         active = negated(plain, ctx.batch["negative_cond"], alpha)
-        out = super().simulate(net, dataclasses.replace(ctx, batch={**ctx.batch, "cond": active}))
-        return {**out, "cond": plain, "active": active}
+        batch = super().simulate(net, with_batch(ctx, cond=active))
+        return {**batch, "cond": plain, "active": active}
 
     def generate(self, net: Nets, ctx: Ctx) -> Array:
         """f(z, y, y-; alpha)."""
-        return super().generate(
-            net, dataclasses.replace(ctx, batch={**ctx.batch, "cond": ctx.batch["active"]})
-        )
+        return super().generate(net, with_batch(ctx, cond=ctx.batch["active"]))
 
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """(1 - k) eps(x, t, y-) + k eps(x, t, y)."""
-        return super().real(
-            net,
-            xt,
-            t,
-            dataclasses.replace(ctx, batch={**ctx.batch, "null_cond": ctx.batch["negative_cond"]}),
-        )
+        return super().real(net, xt, t, with_batch(ctx, null_cond=ctx.batch["negative_cond"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clipped:
-    """The clamped CLIP loss of SwiftBrush v2 (arXiv:2408.14176), for the student of the method that
-    it is mixed into. Batches hold the prompts' embeddings too, text_embed [B E]; those of the
-    samples are made by the frozen role `judge`, an image tower with a projection, from what
-    `decoder` makes of them.
+    """Mixed into a method above, in front of it: the clamped CLIP loss of SwiftBrush v2
+    (arXiv:2408.14176) in the student's loss.
+
+    Batches also hold `text_embed`, the embeddings of the prompts. The frozen role `judge`, an image
+    tower with a projection, embeds what `decoder` makes of the samples.
     """
 
-    clip_weight: float = 0.1
-    # steps over which the weight falls to 0, on a line; the shape is uncertain. The length of the
-    # run
+    clip_weight: float = 0.1  # at the first step
+    # Steps over which the weight falls linearly to 0: the length of the run. Uncertain: the shape
+    # of the decay.
     clip_steps: int = 60_000
-    clip_tau: float = 0.37  # a cosine above it is enough
+    clip_tau: float = 0.37  # cosine similarity above which the loss is 0
     preprocess: Preprocess = CLIP  # of images for `judge`
 
     frozen = ("teacher", "decoder", "judge")
 
+    @property
+    def needs(self):
+        return {**super().needs, "text_embed": Float[Spec, "B E"]}
+
     def student_terms(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, dict[str, Array]]:
-        loss, parts = super().student_terms(net, ctx, x0)
-        image = net.judge(net.judge(self.preprocess(decoded(net.decoder, x0))), method="pool")
-        apart = cosine_distance(ctx.batch["text_embed"], image)
-        clip = jnp.mean(jax.nn.relu(apart - (1 - self.clip_tau)))  # max(0, tau - cos)
+        loss, terms = super().student_terms(net, ctx, x0)
+        image = self.preprocess(decoded(net.decoder, x0))
+        embedding = net.judge(net.judge(image), method="pool")
+        distance = cosine_distance(ctx.batch["text_embed"], embedding)
+        clip = jnp.mean(jax.nn.relu(distance - (1 - self.clip_tau)))  # max(0, tau - cos)
         weight = self.clip_weight * jnp.maximum(1 - ctx.step / self.clip_steps, 0.0)
-        return loss + weight * clip, {**parts, "clip": clip}
+        return loss + weight * clip, {**terms, "clip": clip}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,4 +133,4 @@ class ClippedPGSB(Clipped, PGSB):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClippedNasaT(Clipped, NasaT):
-    """The paper's whole training."""
+    """The paper's complete training."""

@@ -1,17 +1,18 @@
 """Uni-Instruct - Unified One-Step Diffusion Model Distillation through f-Divergences
 (arXiv:2505.20755).
 
-An f-divergence at t = 0 is an integral over noise levels of E[h(r) |s_fake - s_real|^2], r = p_real
-/ p_fake. Its gradient combines that of score identity methods (SIM), differentiated through both
-denoisers, with that of Diff-Instruct (DI); f sets their weights, in which r is what a discriminator
-on the fake network's features says. Critics alone move first, then reverse KL, then the chosen
-divergence. Earlier methods are special cases (table in `diff_instruct.py`).
+An f-divergence at t = 0 is an integral over noise levels of E[h(r) |s_fake - s_real|^2], with r =
+p_real / p_fake. Its gradient combines that of score identity methods (SIM), differentiated through
+both denoisers, with that of Diff-Instruct (DI). The divergence f sets the weights of the two from
+r, which a discriminator on the fake network's features estimates. Training has three phases: the
+critics alone, then reverse KL, then the chosen divergence. Earlier methods are special cases (table
+in `diff_instruct.py`).
 
-Departures: r is exp(logit), where the authors' code takes r from the generator's loss value; |d| in
-the DI term is each sample's norm, the code's the batch's. The factor 2 of the exact SIM term, |d|^2
-in place of |d|, the third term and the gradient through r are left out as in the code, and in
-`ExactUniInstruct` put back. A head reads the features, as in DMD2; `SharedUniInstruct` has the
-paper's own discriminator without weights.
+Departures: r is exp(logit), where the authors' code takes r from the value of the generator's loss;
+|d| in the DI term is the norm of each sample, in the code that of the batch. As in the code, the
+factor 2 of the exact SIM term, |d|^2 in place of |d|, the third term (FGM) and the gradient through
+r are left out; `ExactUniInstruct` has them. The discriminator is a head on the features, as in
+DMD2; `SharedUniInstruct` has the paper's own, which has no weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill.core.fields import Natural
-from jaxdistill.core.types import Array, Ctx, Nets, Out, Turn
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Turn
 from jaxdistill.diffusion.process import EDM, Pred, Process, expand
 from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
 from jaxdistill.methods.distribution.diff_instruct import FromLevel
@@ -34,38 +35,38 @@ from jaxdistill.objectives import fdivergence, gan, score, weighting
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniInstruct(FromLevel, DMD2):
     process: Process = EDM()
-    student_times: tuple[float, ...] = (2.5,)  # the paper's init_sigma: x = G(2.5 z, 2.5)
-    match_times: Uniform = Karras(high=0.8)  # of the student's loss; sigma .002 to 24.4
-    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)  # of both critics
+    student_times: tuple[float, ...] = (2.5,)  # the paper's init_sigma: x0 = G(2.5 z, 2.5)
+    match_times: Uniform = Karras(high=0.8)  # of the student's loss: sigma from .002 to 24.4
+    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)  # of both critics' losses
     fake_target: str = "edm"
     critic_steps: int = 1  # critic updates per student update
-    divergence: str = (
-        "jkl"  # a row of fdivergence.DIVERGENCES; the paper's best, .4 forward and .6 reverse KL
-    )
+    # A row of fdivergence.DIVERGENCES; the paper's best, .4 forward and .6 reverse KL.
+    divergence: str = "jkl"
     scale: float = 100.0  # of the expansion in the student's loss
-    gan_weight: float = 0.01  # in the student's loss, times the number of dimensions
-    disc_weight: float = 1.0  # in the critics' loss
-    ratio_range: tuple[float, float] = (1e-3, 1e3)  # where r is clipped
-    critic_only: Natural = (
-        391  # steps before the student moves; the paper's 100k images of batch 256
-    )
-    # step up to which the student's loss is reverse KL's SIM term, without the GAN; the paper's
-    # 200k images
+    gan_weight: float = 0.01  # of the GAN in the student's loss, times the number of dimensions
+    disc_weight: float = 1.0  # of the discriminator's term in the critics' loss
+    ratio_range: tuple[float, float] = (1e-3, 1e3)  # that r is clipped to
+    # Steps before the student's first update; the paper's 100k images in batches of 256.
+    critic_only: Natural = 391
+    # Step up to which the student's loss is the SIM term of reverse KL, without the GAN; the
+    # paper's 200k images.
     reverse_until: Natural = 782
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         critics, student = super().turns
+        moves = tuple(role for role in critics.moves if role in self.inits)
         when = lambda step: step >= self.critic_only and student.when(step)
-        critics = dataclasses.replace(
-            critics, moves=tuple(role for role in critics.moves if role in self.inits)
+        return (
+            dataclasses.replace(critics, moves=moves),
+            dataclasses.replace(student, when=when),
         )
-        return critics, dataclasses.replace(student, when=when)
+
+    def settled(self) -> Method:
+        return dataclasses.replace(self, critic_only=0)
 
     def judge(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> tuple[Pred, Array]:
-        """The fake score and the discriminator's logits [B ...], from one pass through the fake
-        network.
-        """
+        """The fake network's prediction and the discriminator's logits [B ...], in one call."""
         pred = net.fake(xt, t, ctx.batch.get("cond"), taps=self.taps)
         return pred, self.logits_of(net, pred.features, t, ctx)
 
@@ -73,18 +74,22 @@ class UniInstruct(FromLevel, DMD2):
         return net.disc(features, self.process.angle(t), ctx.batch.get("cond"))
 
     def ratio(self, logits: Array) -> Array:
-        """r = p_real / p_fake at x_t, [B]."""
+        """r = p_real / p_fake at x_t, [B], a constant."""
+        return jax.lax.stop_gradient(self.clipped_ratio(logits))
+
+    def clipped_ratio(self, logits: Array) -> Array:
         logit = jnp.mean(logits, axis=range(1, logits.ndim))
-        return jax.lax.stop_gradient(fdivergence.ratio(logit, *self.ratio_range))
+        return fdivergence.ratio(logit, *self.ratio_range)
 
     def weights(self, r: Array, step: Array) -> tuple[Array, Array, Array]:
-        """Of the SIM, DI and FGM terms, [B] each; table of section 3."""
+        """Weights of the SIM, DI and FGM terms, [B] each (table of section 3)."""
         early = fdivergence.divergence("reverse_kl")
         late = fdivergence.divergence(self.divergence)
-        return tuple(
-            jnp.where(step < self.reverse_until, getattr(early, k)(r), getattr(late, k)(r))
-            for k in ("h", "di", "fgm")
-        )
+        is_early = step < self.reverse_until
+        sim = jnp.where(is_early, early.h(r), late.h(r))
+        di = jnp.where(is_early, early.di(r), late.di(r))
+        fgm = jnp.where(is_early, early.fgm(r), late.fgm(r))
+        return sim, di, fgm
 
     def expansion(
         self,
@@ -97,59 +102,63 @@ class UniInstruct(FromLevel, DMD2):
         fake: Pred,
         logits: Array,
     ) -> Array:
-        """[B], summed over dimensions: lambda_SIM L_SIM + lambda_DI L_DI."""
+        """lambda_SIM L_SIM + lambda_DI L_DI of each sample, summed over dimensions: [B]."""
         sim, di, _ = self.weights(self.ratio(logits), ctx.step)
         gap = fake.x0 - real.x0
         norm = jnp.sqrt(jnp.sum(gap**2, axis=range(1, gap.ndim), keepdims=True))
-        pulled = score.summed_surrogate(x0, expand(di, gap) * norm * gap)
-        return sim * score.sid_loss(x0, real.x0, fake.x0, alpha=1.0, scale=1.0) + pulled
+        diff_instruct = score.summed_surrogate(x0, expand(di, gap) * norm * gap)
+        identity = score.sid_loss(x0, real.x0, fake.x0, alpha=1.0, scale=1.0)
+        return sim * identity + diff_instruct
 
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
+        """The expansion of the divergence, and after its first phase the GAN."""
         x0 = self.generate(net, ctx)
         xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
-        real, (fake, logits) = self.real(net, xt, t, ctx), self.judge(net, xt, t, ctx)
-        matched = jnp.mean(self.expansion(net, ctx, x0, xt, t, real, fake, logits))
+        real = self.real(net, xt, t, ctx)
+        fake, logits = self.judge(net, xt, t, ctx)
+        match = jnp.mean(self.expansion(net, ctx, x0, xt, t, real, fake, logits))
         omega = score.inverse_distance(x0, real.x0).reshape(-1)
-        adversarial = omega * gan.non_saturating_generator(jnp.clip(logits, -10.0, 10.0))
-        gan_weight = jnp.where(
-            ctx.step < self.reverse_until, 0.0, self.gan_weight * math.prod(x0.shape[1:])
-        )
-        loss = self.scale * matched + gan_weight * jnp.mean(adversarial)
-        return Out(
-            loss,
-            {"match": matched, "gan": jnp.mean(adversarial), "ratio": jnp.mean(self.ratio(logits))},
-        )
+        logits_in_range = jnp.clip(logits, -10.0, 10.0)
+        adversarial = jnp.mean(omega * gan.non_saturating_generator(logits_in_range))
+        dimensions = math.prod(x0.shape[1:])
+        is_early = ctx.step < self.reverse_until
+        gan_weight = jnp.where(is_early, 0.0, self.gan_weight * dimensions)
+        loss = self.scale * match + gan_weight * adversarial
+        ratio = jnp.mean(self.ratio(logits))
+        return Out(loss, {"match": match, "gan": adversarial, "ratio": ratio})
 
     def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
-        """Denoising, summed over dimensions, and the discriminator's loss at the same x_t, its
-        noise shared by real and fake.
+        """Denoising, summed over dimensions, and the discriminator's loss at the same times and
+        noise, which generated and real samples share.
         """
         x0 = jax.lax.stop_gradient(self.generate(net, ctx))
         denoise = math.prod(x0.shape[1:]) * self.denoise(net, ctx, x0)
-        noised = lambda x: self.diffuse(x, self.fake_times, ctx, "fake")[:2]
-        t = noised(x0)[1]
-        fake, real = (self.judge(net, *noised(x), ctx)[1] for x in (x0, ctx.batch["x"]))
+        xt, t, _ = self.diffuse(x0, self.fake_times, ctx, "fake")
+        _, fake = self.judge(net, xt, t, ctx)
+        xt, t, _ = self.diffuse(ctx.batch["x"], self.fake_times, ctx, "fake")
+        _, real = self.judge(net, xt, t, ctx)
         alpha, sigma = self.process.alpha_sigma(t)
-        entropy = 0.5 * jnp.mean(
-            gan.non_saturating_discriminator(real, fake)
-        )  # of the batch, as the code's: it has no weights of its own
+        # The mean over the batch before the weights, as in the code, whose entropy has none.
+        entropy = 0.5 * jnp.mean(gan.non_saturating_discriminator(real, fake))
         adversarial = jnp.mean(weighting.edm(sigma / alpha)) * entropy
-        return Out(
-            denoise + self.disc_weight * adversarial, {"denoise": denoise, "gan": adversarial}
-        )
+        loss = denoise + self.disc_weight * adversarial
+        return Out(loss, {"denoise": denoise, "gan": adversarial})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharedUniInstruct(UniInstruct):
-    """The paper's discriminator: the mean over channels of the fake network's taps is a map of
-    logits; no weights of its own.
+    """The paper's discriminator, without weights of its own: the means over channels of the fake
+    network's features are maps of logits.
     """
 
     inits = {"student": "teacher", "fake": "teacher"}
 
     def logits_of(self, net, features, t, ctx):
-        maps = [jnp.mean(f.astype(jnp.float32), -1) for f in features]
-        return jnp.concatenate([m.reshape(m.shape[0], -1) for m in maps], 1)
+        logits = []
+        for feature in features:
+            channel_mean = jnp.mean(feature.astype(jnp.float32), -1)
+            logits.append(channel_mean.reshape(channel_mean.shape[0], -1))
+        return jnp.concatenate(logits, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,26 +172,28 @@ class NormalisedUniInstruct(UniInstruct):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExactUniInstruct(UniInstruct):
-    """The whole gradient of int g^2/2 E[h(r) |d|^2] dt: all three terms, differentiated through r.
-    Costs a second derivative.
+    """The complete gradient of int g^2/2 E[h(r) |d|^2] dt: all three terms, and the gradient
+    through r. It takes a second derivative.
     """
 
     def ratio(self, logits):
-        return fdivergence.ratio(jnp.mean(logits, axis=range(1, logits.ndim)), *self.ratio_range)
+        return self.clipped_ratio(logits)
 
     def expansion(self, net, ctx, x0, xt, t, real, fake, logits):
         sim, di, fgm = self.weights(self.ratio(logits), ctx.step)
         alpha, sigma, d_alpha, d_sigma = self.process.coefs(expand(t, xt))
-        # a score is unit * D less a term that the networks share
-        unit = alpha / sigma**2
         dims = range(1, xt.ndim)
-        squared = lambda x: jnp.sum(
-            (unit * (self.fake(net, x, t, ctx).x0 - self.real(net, x, t, ctx).x0)) ** 2, axis=dims
-        )
+        # A score is unit * x0 minus a term that the two networks share.
+        unit = alpha / sigma**2
+
+        def squared_gap(x: Array) -> Array:
+            """The sum over the batch of |d|^2 at x_t = x."""
+            gap = unit * (self.fake(net, x, t, ctx).x0 - self.real(net, x, t, ctx).x0)
+            return jnp.sum(jnp.sum(gap**2, axis=dims))
+
         d = unit * (fake.x0 - real.x0)
-        identity = -2 * sim * jnp.sum(d * unit * (fake.x0 - x0), dims)  # T_SIM
-        along = expand(di * jnp.sum(d**2, dims), d) * d + expand(fgm, d) * jax.grad(
-            lambda x: jnp.sum(squared(x))
-        )(xt)  # T_DI + T_FGM
+        t_sim = -2 * sim * jnp.sum(d * unit * (fake.x0 - x0), dims)
+        t_di = expand(di * jnp.sum(d**2, dims), d) * d
+        t_fgm = expand(fgm, d) * jax.grad(squared_gap)(xt)
         half_g2 = (sigma * d_sigma - d_alpha / alpha * sigma**2).reshape(-1)
-        return half_g2 * (identity + score.summed_surrogate(xt, along))
+        return half_g2 * (t_sim + score.summed_surrogate(xt, t_di + t_fgm))

@@ -1,22 +1,26 @@
-"""Fields of language methods: which ones a class has no use for, in what range shares lie, what
-schedules say at a step."""
+"""Fields of language methods: their ranges, and inherited ones that a class does not use."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
-from jaxdistill.core.types import Ctx, Nets, Out, Refused, lookup
+from jaxtyping import Int, Shaped
+
+from jaxdistill.core.needs import Spec
+from jaxdistill.core.types import Refused, lookup
 from jaxdistill.objectives.divergence import SUPPORTS, TAILS
-from jaxdistill.objectives.schedule import bounds, settled
+from jaxdistill.objectives.schedule import bounds
+
+# What methods on text need of a batch; `mask` is above 0 at tokens that are targets.
+TEXT = {"tokens": Int[Spec, "B T"], "mask": Shaped[Spec, "B T"]}
 
 
 def refuse_unused(method: Any) -> None:
-    """Raises Refused where one of `method.unused`, inherited fields that this class does not read,
-    is not as it was.
+    """Raises Refused where a field in `method.unused` does not have its default value.
+
+    `unused` names inherited fields that the class does not read, with the reason.
     """
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
@@ -25,9 +29,11 @@ def refuse_unused(method: Any) -> None:
             raise Refused(f"{given}: expected {field.default!r}, for {method.unused[field.name]}")
 
 
-def check_shares(method: Any) -> None:
-    """Raises Refused on a temperature, a share or a choice of tokens that no divergence on logits
-    has."""
+def check_divergence_fields(method: Any) -> None:
+    """Raises Refused where fields of a divergence on logits are out of range.
+
+    These are temperature, hard_weight, support, tail, top_k and chunk of a `KD`.
+    """
     least, most = bounds(method.temperature)
     if not 0 < least <= most < math.inf:
         raise Refused(f"method.temperature={method.temperature}: expected a number above 0")
@@ -45,11 +51,6 @@ def check_shares(method: Any) -> None:
         raise Refused(f"{given}: expected 0 or more")
 
 
-def changing(loss: Callable[[Any, Nets, Ctx], Out]) -> Callable[[Any, Nets, Ctx], Out]:
-    """A method's loss that sees, in place of schedules, their numbers at the step at hand."""
-
-    @functools.wraps(loss)
-    def at_step(self: Any, net: Nets, ctx: Ctx) -> Out:
-        return loss(settled(self, ctx.step), net, ctx)
-
-    return at_step
+def teacher_roles(count: int) -> tuple[str, ...]:
+    """teacher, teacher1, teacher2, ...: the names of `count` teachers."""
+    return ("teacher", *(f"teacher{i}" for i in range(1, count)))

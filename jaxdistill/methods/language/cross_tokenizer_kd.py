@@ -1,28 +1,33 @@
 """Knowledge distillation across tokenizers: approximate likelihood matching on aligned pieces of
 text (ALM, arXiv:2503.20083), and universal logit distillation (ULD, arXiv:2402.12030).
 
-Where teacher and student cut a text differently their next-token laws are over different things.
-Pieces that are whole tokens on both sides are not: their probabilities, products over their tokens,
-are matched on the data's text. ULD, which needs no alignment, matches the sorted probabilities of
-next-token laws.
+Where teacher and student split a text into different tokens, their next-token distributions are
+over different things. A span is a piece of text that is a number of complete tokens on both sides:
+its two probabilities, products over its tokens, can be compared. ALM matches them on the data's
+text. ULD needs no alignment: it matches the sorted probabilities of next-token distributions.
 
 Departures: divergences are multiplied by tau and summed over the batch's spans, then divided by the
-student's target tokens, as in `KD`, so that gradients keep their scale. Spans are the finest common
-ones: where a token's end depends on what follows (most subword vocabularies), the two sides' laws
-of a fine span differ. As ALM does, the data set can end spans only where that bias is small
-(ends="unbiased"), or at words alone (data.two_tokenizers). No matching of hidden states.
+number of the student's target tokens, as in `KD`, so that gradients keep their scale. Spans are the
+finest common ones. Where a token's end depends on the text that follows (most subword
+vocabularies), the two sides' distributions of a fine span differ; as ALM does, the data set can end
+spans only where that bias is small (ends="unbiased"), or only at words (data.two_tokenizers).
+Hidden states are not matched.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Shaped
 
-from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused
-from jaxdistill.methods.language._fields import changing
+from jaxdistill.core.needs import Spec
+from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out
+from jaxdistill.methods.language._fields import TEXT
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.language.lm import context, following, targets
+from jaxdistill.models.language.lm import following, targets
 from jaxdistill.objectives.divergence import (
     chunked_log_mass,
     log_mass,
@@ -30,149 +35,166 @@ from jaxdistill.objectives.divergence import (
     sequence_mean,
     sorted_distance,
 )
-from jaxdistill.objectives.schedule import Schedule, weighted
+from jaxdistill.objectives.schedule import Schedule, follows_schedules, weighted
 from jaxdistill.objectives.spans import ends, event_divergence, span_sum, unpacked
 
-NEEDS = ("span", "teacher_tokens", "teacher_mask", "teacher_span")
+
+class Side(NamedTuple):
+    """A network with the text in its own tokens."""
+
+    outputs: Array  # logits [B T V]; with `chunk` the final hidden states [B T D]
+    head: Array | None  # with `chunk` the output matrix [D V]
+    batch: Batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossTokenizerKD(KD):
-    """On a data set as data.two_tokenizers makes them."""
+    """ALM, on a data set of data.two_tokenizers."""
 
-    temperature: float | Schedule = (
-        100.0  # tau: spans' probabilities are raised to 1 / tau; ALM's 100
+    # tau: the probabilities of spans are raised to 1 / tau; ALM's 100
+    temperature: float | Schedule = 100.0
+
+    needs = {
+        **TEXT,
+        "span": Int[Spec, "B T"],
+        "teacher_tokens": Int[Spec, "B S"],
+        "teacher_mask": Shaped[Spec, "B S"],
+        "teacher_span": Int[Spec, "B S"],
+    }
+    unused = dict.fromkeys(
+        ("top_k", "support", "tail"), "spans' probabilities need complete distributions"
     )
 
-    unused = dict.fromkeys(("top_k", "support", "tail"), "spans' probabilities need whole laws")
-
     def check(self, nets, data) -> None:
-        missing = [name for name in NEEDS if name not in data.spec()]
-        if missing:
-            raise Refused(
-                f"data: {type(data).__name__} has no {missing[0]}; expected text in both tokenizers, as in data.two_tokenizers"
-            )
+        """Nothing is refused: the vocabularies may differ."""
 
-    @changing
+    @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        batch = ctx.batch
-        theirs = {
-            k.removeprefix("teacher_"): v for k, v in batch.items() if k.startswith("teacher_")
-        }
-        run = lambda call, batch: call(
-            batch["tokens"], hidden_only=self.chunk > 0, **context(batch)
-        )
-        head = lambda call: call(method="head") if self.chunk else None
-        student = (run(net.student, batch), head(net.student), batch)
-        each, where = self.match((run(net.teacher, theirs), head(net.teacher), theirs), student)
-        soft, pairs = masked_sum(each, where)
-        hard, count = masked_sum(self.nll(*student), targets(batch)[1])
-        loss = (1 - self.hard_weight) * self.reduced(each, where, count) + weighted(
-            self.hard_weight, hard
-        )
+        teacher = self.side(net.teacher, teacher_text(ctx.batch))
+        student = self.side(net.student, ctx.batch)
+        each, paired = self.match(teacher, student)
+        soft, pairs = masked_sum(each, paired)
+        hard, count = masked_sum(self.nll(student), targets(ctx.batch)[1])
+        total = self.reduced(each, paired, count)
+        loss = (1 - self.hard_weight) * total + weighted(self.hard_weight, hard)
         return Out(loss, {"divergence": (soft, pairs), "cross_entropy": hard}, count=count)
 
-    def reduced(self, each: Array, where: Array, count: Array) -> Array:
-        """The batch's divergence, to be divided by its `count` of target tokens, from those of the
-        pairs [B N]: their sum.
+    def side(self, call: Callable, batch: Batch) -> Side:
+        head = call(method="head") if self.chunk else None
+        return Side(self.outputs(call, batch), head, batch)
+
+    def reduced(
+        self, each: Float[Array, "B N"], paired: Bool[Array, "B N"], count: Float[Array, ""]
+    ) -> Float[Array, ""]:
+        """The batch's divergence from those of its pairs, times `count`, the target tokens."""
+        return masked_sum(each, paired)[0]
+
+    def nll(self, side: Side) -> Float[Array, "B T"]:
+        """-log q of the token after each."""
+        return self.hard(side.outputs, following(side.batch["tokens"]), side.head)
+
+    def match(self, teacher: Side, student: Side) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+        """(divergence of every pair, whether there is such a pair).
+
+        Here a pair is a span: D = f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau)), where
+        p and q are the probabilities of its text.
         """
-        return masked_sum(each, where)[0]
-
-    def nll(self, out: Array, head: Array | None, batch: Batch) -> Array:
-        """-log of the token after each of a side's own, [B T]."""
-        return self.hard(out, following(batch["tokens"]), head)
-
-    def match(self, teacher, student) -> tuple[Array, Array]:
-        """(divergence of every pair, whether there is one), [B N], from either side's (outputs [B T
-        ...], head, batch).
-
-        Here a pair is a span: f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau)), p and q of
-        the text that it has.
-        """
-        count = min(teacher[2]["span"].shape[1], student[2]["span"].shape[1])
-        (log_p, theirs), (log_q, ours) = (
-            self.likelihoods(side, count) for side in (teacher, student)
-        )
-        return event_divergence(
+        count = min(teacher.batch["span"].shape[1], student.batch["span"].shape[1])
+        log_p, teacher_has = self.likelihoods(teacher, count)
+        log_q, student_has = self.likelihoods(student, count)
+        each = event_divergence(
             self.kind, log_p, log_q, temperature=self.temperature, **self.options
-        ), theirs & ours
+        )
+        return each, teacher_has & student_has
 
-    def likelihoods(self, side, count: int) -> tuple[Array, Array]:
-        """(log-probability of every span's text, whether the row has that span), [B count]."""
-        return span_sum(-self.nll(*side), following(side[2]["span"], -1), count)
+    def likelihoods(self, side: Side, count: int) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+        """(log-probability of every span's text, whether the sample has that span), N = `count`."""
+        return span_sum(-self.nll(side), following(side.batch["span"], -1), count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpacedKD(CrossTokenizerKD):
-    """ALM's "append_space": a span's event is its text, and after it a token that begins with white
-    space or is special. So a word that could go on is told from one that ends, which a span's
-    tokens alone do not say where the two sides cut words differently. Spans at the end of a text
-    stay as they are. On data with "space" (data.two_tokenizers, space=True).
+    """ALM's "append_space": a span counts only if a token with white space in front, or a special
+    one, follows.
+
+    So a word that could go on differs from one that ends, which a span's tokens alone do not tell
+    where the two sides split words differently. Spans at the end of a text stay as they are. The
+    data set needs space=True.
     """
 
-    def check(self, nets, data) -> None:
-        super().check(nets, data)
-        if "space" not in data.spec():
-            raise Refused(
-                f"data: {type(data).__name__} does not say which tokens begin with a space; expected data.space=True"
-            )
+    needs = {**CrossTokenizerKD.needs, "space": Shaped[Spec, "B _"]}
 
-    def likelihoods(self, side, count: int) -> tuple[Array, Array]:
-        (log_q, present), (out, head, batch) = super().likelihoods(side, count), side
-        members = unpacked(batch["space"][0], (out if head is None else head).shape[-1])
-        after = (
-            chunked_log_mass(out, head, members, chunk=self.chunk)
-            if self.chunk
-            else log_mass(out, members)
-        )
+    def likelihoods(self, side, count):
+        log_q, present = super().likelihoods(side, count)
+        outputs, head, batch = side
+        vocab = (outputs if head is None else head).shape[-1]
+        opens_word = unpacked(batch["space"][0], vocab)
+        if self.chunk:
+            after = chunked_log_mass(outputs, head, opens_word, chunk=self.chunk)
+        else:
+            after = log_mass(outputs, opens_word)
         ended = ends(batch["span"], targets(batch)[1])
         return log_q + span_sum(jnp.where(ended, after, 0.0), batch["span"], count)[0], present
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ULD(CrossTokenizerKD):
-    """ULD as published: the i-th target of the student's tokens with the i-th of the teacher's, up
-    to the shorter; the mean over each row's pairs and then over rows that have any, beside the mean
-    of cross-entropy over tokens. With micro-batches, of each of these.
+    """ULD as published: the i-th target token of the student with the i-th of the teacher, up to
+    the shorter side.
+
+    The loss is the mean over each sample's pairs, then over samples that have any, beside the mean
+    of cross-entropy over tokens; with micro-batches it is that of each micro-batch.
     """
 
-    temperature: float | Schedule = 1.0  # of both softmaxes
-    hard_weight: float | Schedule = (
-        0.4  # CE + lambda ULD with the paper's lambda = 1.5, up to a factor
-    )
+    # of both softmaxes
+    temperature: float | Schedule = 1.0
+    # CE + lambda ULD with the paper's lambda = 1.5, up to a factor
+    hard_weight: float | Schedule = 0.4
 
     unused = {
         **CrossTokenizerKD.unused,
         **dict.fromkeys(
-            ("kind", "params", "chunk"), "probabilities are sorted over the whole vocabulary"
+            ("kind", "params", "chunk"), "probabilities are sorted over the complete vocabulary"
         ),
     }
 
-    def reduced(self, each: Array, where: Array, count: Array) -> Array:
-        rows = jnp.sum(jnp.any(where, 1).astype(jnp.float32))
-        return count * jnp.sum(sequence_mean(each, where)) / jnp.maximum(rows, 1.0)
+    def reduced(self, each, paired, count):
+        samples = jnp.sum(jnp.any(paired, 1).astype(jnp.float32))
+        return count * jnp.sum(sequence_mean(each, paired)) / jnp.maximum(samples, 1.0)
 
-    def at(self, batch: Batch) -> Array:
-        """After which tokens the next is compared, bool [B T]."""
+    def compared(self, batch: Batch) -> Bool[Array, "B T"]:
+        """Whether the distribution of the next token is compared."""
         return targets(batch)[1]
 
-    def match(self, teacher, student) -> tuple[Array, Array]:
-        places = [self.at(batch) for _, _, batch in (teacher, student)]
-        count = min(place.shape[1] for place in places)
-        pick = lambda out, place: jnp.take_along_axis(
-            out, jnp.argsort(~place, 1, stable=True)[:, :count, None], 1
-        )
-        laws = [pick(out, place) for (out, _, _), place in zip((teacher, student), places)]
-        least = jnp.minimum(*(place.sum(1) for place in places))
-        return sorted_distance(*laws, temperature=self.temperature), jnp.arange(count) < least[
-            :, None
-        ]
+    def match(self, teacher, student):
+        at_teacher = self.compared(teacher.batch)
+        at_student = self.compared(student.batch)
+        count = min(at_teacher.shape[1], at_student.shape[1])
+        p = first_marked(teacher.outputs, at_teacher, count)
+        q = first_marked(student.outputs, at_student, count)
+        pairs = jnp.minimum(at_teacher.sum(1), at_student.sum(1))
+        each = sorted_distance(p, q, temperature=self.temperature)
+        return each, jnp.arange(count) < pairs[:, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanULD(ULD):
-    """The same where both have read the same text: at the first token of each span."""
+    """ULD at the first token of each span, where both sides have read the same text."""
 
-    def at(self, batch: Batch) -> Array:
-        after = following(batch["span"], -1)
-        return (after >= 0) & (after != batch["span"])
+    def compared(self, batch):
+        span = following(batch["span"], -1)
+        return (span >= 0) & (span != batch["span"])
+
+
+def teacher_text(batch: Batch) -> Batch:
+    """The text in the teacher's tokens, under the names that the student's have."""
+    prefix = "teacher_"
+    return {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+
+
+def first_marked(
+    x: Float[Array, "B T V"], marked: Bool[Array, "B T"], count: int
+) -> Float[Array, "B N V"]:
+    """The first N = `count` marked entries of each sample, unmarked ones after them."""
+    order = jnp.argsort(~marked, 1, stable=True)
+    return jnp.take_along_axis(x, order[:, :count, None], 1)

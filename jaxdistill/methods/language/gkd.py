@@ -1,9 +1,9 @@
 """GKD - On-Policy Distillation of Language Models (arXiv:2306.13649).
 
-A student that is only shown given text meets its own mistakes for the first time when it writes.
-Here a share of the batches is the student's own continuation of the prompts, on which the teacher's
-next-token laws are matched under a generalised Jensen-Shannon divergence. No gradient flows through
-the sampling.
+A student that was only trained on given text meets its own mistakes for the first time when it
+generates. Here a share of the batches has the student's own responses to the prompts; on them the
+student's next-token distributions are matched to the teacher's by a generalised Jensen-Shannon
+divergence. No gradient flows through the sampling.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from jaxdistill.objectives.schedule import Schedule, bounds
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GKD(KD, Writing):
-    """`hard_weight` is of the batches that the data wrote: on the student's own text, which has no
-    label but itself, the loss is the divergence alone.
+    """`hard_weight` applies to batches of the data's own text.
+
+    On the student's responses, which have no other label, the loss is the divergence alone.
     """
 
+    # divergence of the student's distribution from the teacher's: a key of divergence.KINDS
     kind: str = "jsd"
-    beta: float | Schedule = (
-        # of the JSD: towards 0 forward KL, towards 1 reverse KL; the paper's 0.1, 0.5, 0.9, best by
-        # task
-        0.5
-    )
-    on_policy: float = (
-        0.5  # lambda: share of batches that the student writes itself; the paper's 0, 0.5, 1
-    )
+    # beta of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL; the paper's
+    # 0.1, 0.5 and 0.9, the best one depends on the task
+    beta: float | Schedule = 0.5
+    # lambda: share of batches with the student's own responses; the paper's 0, 0.5 and 1
+    on_policy: float = 0.5
 
     unused = {"params": "method.beta is the JSD's"}
 
@@ -42,12 +41,13 @@ class GKD(KD, Writing):
         Writing.__post_init__(self)
         if not 0 <= self.on_policy <= 1:
             raise Refused(f"method.on_policy={self.on_policy}: expected 0 to 1")
-        if not 0 <= bounds(self.beta)[0] <= bounds(self.beta)[1] <= 1:
+        least, most = bounds(self.beta)
+        if not 0 <= least <= most <= 1:
             raise Refused(f"method.beta={self.beta}: expected 0 to 1")
         if self.on_policy == 1 and self.hard_weight != 0:
-            raise Refused(
-                f"method.hard_weight={self.hard_weight}: expected 0 where method.on_policy=1, for no batch has the data's tokens"
-            )
+            given = f"method.hard_weight={self.hard_weight}"
+            reason = "no batch has the data's tokens"
+            raise Refused(f"{given}: expected 0 where method.on_policy=1, for {reason}")
 
     @property
     def options(self):
@@ -56,24 +56,26 @@ class GKD(KD, Writing):
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (
-            Turn(("student",), self.own_loss, when=self.writes, gather=self.rollout),
-            Turn(("student",), self.loss, when=lambda step: not self.writes(step)),
+            Turn(("student",), self.on_policy_loss, when=self.is_on_policy, gather=self.rollout),
+            Turn(("student",), self.loss, when=self.is_off_policy),
         )
 
-    def own_loss(self, net: Nets, ctx: Ctx) -> Out:
-        """The divergence alone, on what the student wrote."""
-        return (dataclasses.replace(self, hard_weight=0.0) if self.hard_weight else self).loss(
-            net, ctx
-        )
+    def is_on_policy(self, step: int) -> bool:
+        """Whether the batch of this step has the student's responses.
 
-    def writes(self, step: int) -> bool:
-        """Whether the student writes the batch of this step: a fixed pseudo-random draw, the same
-        in every run.
+        The draw depends on the step alone, so that it is the same in every run.
         """
         return np.random.default_rng(step).random() < self.on_policy
 
+    def is_off_policy(self, step: int) -> bool:
+        return not self.is_on_policy(step)
+
+    def on_policy_loss(self, net: Nets, ctx: Ctx) -> Out:
+        """The divergence alone."""
+        if not self.hard_weight:
+            return self.loss(net, ctx)
+        return dataclasses.replace(self, hard_weight=0.0).loss(net, ctx)
+
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
-        """Algorithm 1, y ~ p_student(. | x): its continuations, in the places where the data has
-        the responses.
-        """
+        """Algorithm 1: responses y ~ p_student(. | x) in the places of the data's."""
         return self.write(net.student, ctx, "write", vocab=common_vocabulary(net))

@@ -1,115 +1,132 @@
-"""Knowledge distillation on logits (arXiv:1503.02531), word by word on given text
+"""Knowledge distillation on logits (arXiv:1503.02531), token by token on given text
 (arXiv:1606.07947).
 
-At every target token of the data the student's next-token law is drawn to the teacher's, by a
-divergence of choice, and to the data's own token by cross-entropy. Both are sums over the batch's
-target tokens divided by their number.
+At every target token of the data the student's next-token distribution is matched to the teacher's
+by a divergence, and to the data's own token by cross-entropy. The loss is the weighted sum of both
+over the batch's target tokens, divided by their number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn, lookup
-from jaxdistill.methods.language._fields import changing, check_shares, refuse_unused
+from jaxtyping import Float, Int, Shaped
+
+from jaxdistill.core.needs import Spec
+from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, lookup
+from jaxdistill.methods.language._fields import TEXT, check_divergence_fields, refuse_unused
 from jaxdistill.models.language.lm import context, same_vocabulary, targets
 from jaxdistill.objectives import divergence
-from jaxdistill.objectives.schedule import Schedule, weighted
+from jaxdistill.objectives.schedule import Schedule, follows_schedules, weighted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KD(Method):
-    """Temperature, hard_weight and the kind's parameters are numbers or schedules
-    (objectives.schedule).
+    """The student learns from the teacher's logits on the data's text.
+
+    `temperature`, `hard_weight` and the parameters of the divergence are numbers or schedules.
     """
 
-    # divergence of the student's law from the teacher's, a key of objectives.divergence.KINDS
+    # divergence of the student's distribution from the teacher's: a key of divergence.KINDS
     kind: str = "forward_kl"
-    # the kind's own: beta of jsd, alpha of the skew kinds, mass of adaptive_kl; None: their
-    # defaults
+    # its parameters: beta of jsd, alpha of the skew kinds, mass of adaptive_kl; None: the defaults
     params: Any = None
-    temperature: float | Schedule = (
-        1.0  # of both softmaxes; the divergence is multiplied by its square
-    )
-    hard_weight: float | Schedule = (
-        0.0  # of cross-entropy to the data's tokens; the divergence has 1 - hard_weight
-    )
-    top_k: int = 0  # likeliest tokens that are compared one by one; 0: every token
-    support: str = "teacher"  # whose likeliest: teacher | student, which suits the reverse KL
-    # all others are one more outcome (bucket) | left out, both laws renormalised (dropped)
+    # of both softmaxes; the divergence is multiplied by its square, which keeps gradients in scale
+    temperature: float | Schedule = 1.0
+    # weight of the cross-entropy to the data's tokens; that of the divergence is 1 - hard_weight
+    hard_weight: float | Schedule = 0.0
+    # number of the likeliest tokens that are compared one by one; 0: the complete vocabulary
+    top_k: int = 0
+    # whose likeliest tokens these are: teacher | student, which suits the reverse KL
+    support: str = "teacher"
+    # all other tokens: bucket (together one more outcome) | dropped (both are renormalised)
     tail: str = "bucket"
-    # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
+    # columns of the vocabulary that are projected at a time, which only saves memory; 0: all
     chunk: int = 0
 
+    needs = TEXT
     inits = {"student": None}
     ema = ()
-    unused: ClassVar[
-        Mapping[str, str]
-    ] = {}  # inherited fields that this class does not read -> why
+    # fields that a subclass inherits and does not read -> the reason
+    unused: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self):
         refuse_unused(self)
-        check_shares(self)
+        check_divergence_fields(self)
         kind = lookup(divergence.KINDS, self.kind, "method.kind")
         for name in self.options:
             if name not in inspect.signature(kind).parameters:
                 raise Refused(f"method.kind={self.kind!r} has no parameter {name!r}")
         if self.top_k and self.chunk:
-            raise Refused(
-                f"method.top_k={self.top_k} needs whole rows of logits, hence method.chunk=0"
-            )
+            given = f"method.top_k={self.top_k}"
+            raise Refused(f"{given} needs whole rows of logits, hence method.chunk=0")
 
     @property
     def options(self) -> Mapping[str, float]:
         """Parameters of the divergence."""
         return self.params or {}
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss),)
-
     def check(self, nets, data) -> None:
+        """Raises Refused where a teacher's tokenizer cannot be the student's."""
         same_vocabulary(self, nets)
 
-    @changing
+    @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        run = lambda call: call(
-            ctx.batch["tokens"], hidden_only=self.chunk > 0, **context(ctx.batch)
-        )
-        return self.compare(net, run(net.teacher), run(net.student), ctx.batch)
+        teacher = self.outputs(net.teacher, ctx.batch)
+        student = self.outputs(net.student, ctx.batch)
+        return self.compare(net, teacher, student, ctx.batch)
 
-    def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
-        """The loss from both networks' logits [B T V], or with `chunk` from their final states [B T
-        D].
+    def outputs(self, call: Callable, batch: Batch) -> Float[Array, "B T _"]:
+        """A network's logits [B T V]; with `chunk` its final hidden states [B T D]."""
+        return call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))
+
+    def heads(self, net: Nets) -> tuple[Array | None, Array | None]:
+        """With `chunk` the output matrices [D V] of teacher and student, else None."""
+        if not self.chunk:
+            return None, None
+        return net.teacher(method="head"), net.student(method="head")
+
+    def compare(self, net: Nets, teacher: Any, student: Float[Array, "B T _"], batch: Batch) -> Out:
+        """(1 - hard_weight) divergence + hard_weight cross-entropy, summed over target tokens.
+
+        `teacher` and `student` are what `outputs` gives.
         """
         labels, mask = targets(batch)
-        heads = (
-            (net.teacher(method="head"), net.student(method="head")) if self.chunk else (None, None)
-        )
-        soft, _ = divergence.masked_sum(self.soft(teacher, student, *heads), mask)
-        hard, count = divergence.masked_sum(self.hard(student, labels, heads[1]), mask)
+        teacher_head, student_head = self.heads(net)
+        each = self.soft(teacher, student, teacher_head, student_head)
+        soft, _ = divergence.masked_sum(each, mask)
+        each = self.hard(student, labels, student_head)
+        hard, count = divergence.masked_sum(each, mask)
         loss = (1 - self.hard_weight) * soft + weighted(self.hard_weight, hard)
         return Out(loss, {"divergence": soft, "cross_entropy": hard}, count=count)
 
     def soft(
-        self, teacher: Array, student: Array, teacher_head: Array | None, student_head: Array | None
-    ) -> Array:
-        """T^2 D(softmax(teacher / T), softmax(student / T)) of every token, [B T]."""
+        self,
+        teacher: Any,
+        student: Float[Array, "B T _"],
+        teacher_head: Array | None = None,
+        student_head: Array | None = None,
+    ) -> Float[Array, "B T"]:
+        """T^2 D(softmax(teacher / T), softmax(student / T)) of every token."""
         options = {"temperature": self.temperature, **self.options}
         if self.chunk:
             return divergence.chunked_divergence(
                 self.kind, teacher, teacher_head, student, student_head, chunk=self.chunk, **options
             )
         if self.top_k:
-            how = {"support": self.support, "tail": self.tail, **options}
-            return divergence.restricted_divergence(self.kind, teacher, student, self.top_k, **how)
+            restriction = {"support": self.support, "tail": self.tail}
+            return divergence.restricted_divergence(
+                self.kind, teacher, student, self.top_k, **restriction, **options
+            )
         return divergence.token_divergence(self.kind, teacher, student, **options)
 
-    def hard(self, student: Array, labels: Array, head: Array | None) -> Array:
-        """-log q(label) of every token, [B T], at temperature 1."""
+    def hard(
+        self, student: Float[Array, "B T _"], labels: Int[Array, "B T"], head: Array | None
+    ) -> Float[Array, "B T"]:
+        """-log q(label) of every token, at temperature 1."""
         if self.chunk:
             return divergence.chunked_cross_entropy(student, head, labels, chunk=self.chunk)
         return divergence.cross_entropy(student, labels)
@@ -117,42 +134,46 @@ class KD(Method):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredKD(KD):
-    """The teacher is a store of its likeliest tokens (tools/store_logits.py), read by
-    data.logits:StoredLogits: KD with the `top_k` and `temperature` that it was made with.
+    """KD from a file of the teacher's K likeliest tokens at every position, in place of a teacher.
+
+    tools/store_logits.py writes the file, for one `top_k` and one `temperature`, and
+    data.logits:StoredLogits reads it.
     """
 
     frozen = ()
+    needs = {
+        **TEXT,
+        "teacher_ids": Int[Spec, "B T K"],
+        "teacher_log_probs": Shaped[Spec, "B T K"],
+        "teacher_log_tail": Shaped[Spec, "B T"],
+    }
     unused = dict.fromkeys(("top_k", "support", "chunk"), "the store has said what it keeps")
 
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.temperature, Schedule):
-            raise Refused(
-                "method.temperature: a schedule, expected the number that the store was made with"
-            )
+            expected = "expected the number that the store was made with"
+            raise Refused(f"method.temperature: a schedule, {expected}")
 
     def check(self, nets, data) -> None:
-        if not hasattr(data, "store"):
-            raise Refused(
-                f"data: {type(data).__name__} holds no teacher; expected data.logits:StoredLogits (tools/store_logits.py)"
-            )
-        vocab = getattr(nets["student"].config, "vocab", data.store["vocab"])
-        if (vocab, self.temperature) != (data.store["vocab"], data.store["temperature"]):
-            raise Refused(
-                f"data.path={data.path}: of {data.store['vocab']} tokens at temperature {data.store['temperature']}, "
-                f"expected the student's {vocab} at method.temperature={self.temperature}"
-            )
+        """Raises Refused where the store has another temperature or vocabulary."""
+        store = data.store
+        vocab = getattr(nets["student"].config, "vocab", store["vocab"])
+        if (vocab, self.temperature) != (store["vocab"], store["temperature"]):
+            stored = f"of {store['vocab']} tokens at temperature {store['temperature']}"
+            expected = f"the student's {vocab} at method.temperature={self.temperature}"
+            raise Refused(f"data.path={data.path}: {stored}, expected {expected}")
 
-    @changing
+    @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        kept = tuple(ctx.batch[f"teacher_{name}"] for name in ("ids", "log_probs", "log_tail"))
-        return self.compare(
-            net, kept, net.student(ctx.batch["tokens"], **context(ctx.batch)), ctx.batch
-        )
+        batch = ctx.batch
+        teacher = (batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
+        student = self.outputs(net.student, batch)
+        return self.compare(net, teacher, student, batch)
 
-    def soft(self, teacher: tuple[Array, ...], student: Array, *_) -> Array:
-        ids, kept, rest = teacher
-        rest = rest if self.tail == "bucket" else None
-        return divergence.topk_divergence(
-            self.kind, ids, kept, rest, student, temperature=self.temperature, **self.options
-        )
+    def soft(self, teacher, student, teacher_head=None, student_head=None):
+        ids, log_probs, log_tail = teacher
+        if self.tail == "dropped":
+            log_tail = None
+        options = {"temperature": self.temperature, **self.options}
+        return divergence.topk_divergence(self.kind, ids, log_probs, log_tail, student, **options)

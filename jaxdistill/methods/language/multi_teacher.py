@@ -1,12 +1,10 @@
 """Several teachers for one student: ensembles and specialists (Distilling the Knowledge in a Neural
 Network, arXiv:1503.02531).
 
-An ensemble is better than its members and too dear to serve; its averaged law can be taught to one
-network. Specialists are each better on a domain of their own: on text whose domain is known the
-student learns from the one that knows it.
-
-Both also on what the student writes itself, as GKD (arXiv:2306.13649) has it: EnsembleGKD and
-RoutedGKD.
+An ensemble is better than its members and too expensive to serve; its averaged distribution can be
+taught to one network. Specialists are each better on a domain of their own: on text whose domain is
+known the student learns from that domain's specialist. EnsembleGKD and RoutedGKD do both also on
+the student's own responses, as GKD (arXiv:2306.13649) does.
 
 The frozen roles are teacher, teacher1, teacher2, ..., of any sizes and with the student's
 vocabulary.
@@ -18,117 +16,106 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
+from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Ctx, Nets, Out, Refused, lookup
-from jaxdistill.methods.language._fields import changing
+from jaxdistill.methods.language._fields import TEXT, teacher_roles
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.models.language.lm import context
 from jaxdistill.objectives.divergence import common
 from jaxdistill.objectives.pooling import POOLS
-
-
-def roles(count: int) -> tuple[str, ...]:
-    return ("teacher", *(f"teacher{i}" for i in range(1, count)))
+from jaxdistill.objectives.schedule import follows_schedules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnsembleKD(KD):
-    """The target is the teachers' mixture sum_i w_i softmax(z_i / T) (section 3); one that counts
-    nothing is not run.
+    """The target is the mixture of the teachers, sum_i w_i softmax(z_i / T) (section 3).
+
+    A teacher of weight 0 is not run.
     """
 
-    weights: tuple[float, ...] = (0.5, 0.5)  # w, which sum to 1; the paper's are equal
-    # linear: the arithmetic mean of probabilities | geometric: their geometric mean; the paper
-    # names both
+    # w, one for each teacher, with the sum 1; the paper's are equal
+    weights: tuple[float, ...] = (0.5, 0.5)
+    # mean of the teachers' probabilities: linear (arithmetic) | geometric; the paper names both
     pool: str = "linear"
 
-    unused = {"chunk": "a mixture has no final states"}
+    unused = {"chunk": "a mixture has no final hidden states"}
 
     def __post_init__(self):
         super().__post_init__()
         lookup(POOLS, self.pool, "method.pool")
         if not self.weights or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
-            raise Refused(
-                f"method.weights={self.weights}: expected one of each teacher, none negative, that sum to 1"
-            )
+            expected = "one of each teacher, none negative, that sum to 1"
+            raise Refused(f"method.weights={self.weights}: expected {expected}")
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        return roles(len(self.weights))
+        return teacher_roles(len(self.weights))
 
-    @changing
+    @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        run = lambda call: call(ctx.batch["tokens"], **context(ctx.batch))
-        used = [
-            (run(getattr(net, role)), weight)
-            for role, weight in zip(self.frozen, self.weights)
-            if weight
-        ]
-        laws, weights = zip(*used)
-        laws = common(*laws)
-        teacher = laws[0]
-        if len(laws) > 1:
-            teacher = self.temperature * POOLS[self.pool](
-                [jax.nn.log_softmax(z / self.temperature) for z in laws], weights
-            )
-        return self.compare(net, teacher, run(net.student), ctx.batch)
+        used = {role: weight for role, weight in zip(self.frozen, self.weights) if weight}
+        logits = [self.outputs(getattr(net, role), ctx.batch) for role in used]
+        logits = common(*logits)
+        teacher = logits[0]
+        if len(logits) > 1:
+            log_p = [jax.nn.log_softmax(z / self.temperature) for z in logits]
+            teacher = self.temperature * POOLS[self.pool](log_p, tuple(used.values()))
+        student = self.outputs(net.student, ctx.batch)
+        return self.compare(net, teacher, student, ctx.batch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutedKD(KD):
-    """Each row learns from the teacher of its batch["domain"] alone. Every teacher reads the whole
-    batch.
-    """
+    """Each sample learns from the teacher of its domain alone; every teacher reads the batch."""
 
-    routes: tuple[int, ...] = (0, 1)  # the teacher of each domain
+    # number of the teacher of each domain: 0 is `teacher`, 1 `teacher1`, ...
+    routes: tuple[int, ...] = (0, 1)
+
+    needs = {**TEXT, "domain": Int[Spec, " B"]}
 
     def __post_init__(self):
         super().__post_init__()
-        if sorted(set(self.routes)) != list(range(len(set(self.routes)))) or not self.routes:
-            raise Refused(
-                f"method.routes={self.routes}: expected teachers' numbers, each of 0, 1, ... at least once"
-            )
+        teachers = sorted(set(self.routes))
+        if not self.routes or teachers != list(range(len(teachers))):
+            expected = "teachers' numbers, each of 0, 1, ... at least once"
+            raise Refused(f"method.routes={self.routes}: expected {expected}")
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        return roles(max(self.routes) + 1)
+        return teacher_roles(max(self.routes) + 1)
 
     def check(self, nets, data) -> None:
         super().check(nets, data)
-        if "domain" not in data.spec():
-            raise Refused(
-                f"data: {type(data).__name__} has no domain; expected text of several, as in data.domains"
-            )
-        if (count := len(getattr(data, "parts", ()))) > len(self.routes):
-            raise Refused(
-                f"method.routes={self.routes}: the data has {count} domains, expected a teacher for each"
-            )
+        domains = len(getattr(data, "parts", ()))
+        if domains > len(self.routes):
+            found = f"the data has {domains} domains"
+            raise Refused(f"method.routes={self.routes}: {found}, expected a teacher for each")
 
-    @changing
+    @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        """The sum of KD's losses, each over the rows of one teacher."""
+        """The sum of the losses of `KD`, each over the samples of one teacher."""
         batch = ctx.batch
-        which = jnp.asarray(self.routes)[ctx.batch["domain"]]
-        run = lambda call: call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))
-        student = run(net.student)
-        outs = []
+        number = jnp.asarray(self.routes)[batch["domain"]]
+        student = self.outputs(net.student, batch)
+        loss = 0
+        metrics = {"divergence": 0, "cross_entropy": 0}
+        count = 0
         for i, role in enumerate(self.frozen):
-            call = getattr(net, role)
-            rows = {**batch, "mask": batch["mask"] * (which == i)[:, None]}
-            outs.append(
-                self.compare(Nets(teacher=call, student=net.student), run(call), student, rows)
-            )
-        total = lambda values: sum(values[1:], values[0])
-        metrics = {name: total([out.metrics[name] for out in outs]) for name in outs[0].metrics}
-        return Out(
-            total([out.loss for out in outs]), metrics, count=total([out.count for out in outs])
-        )
+            pair = Nets(teacher=getattr(net, role), student=net.student)
+            of_teacher = {**batch, "mask": batch["mask"] * (number == i)[:, None]}
+            teacher = self.outputs(pair.teacher, batch)
+            out = self.compare(pair, teacher, student, of_teacher)
+            loss = loss + out.loss
+            metrics = {name: value + out.metrics[name] for name, value in metrics.items()}
+            count = count + out.count
+        return Out(loss, metrics, count=count)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnsembleGKD(EnsembleKD, GKD):
-    """GKD whose teacher is the mixture, by `weights`, on given text and on the student's own."""
+    """GKD whose teacher is the mixture, on given text and on the student's own responses."""
 
     kind: str = "jsd"
 
@@ -137,9 +124,7 @@ class EnsembleGKD(EnsembleKD, GKD):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutedGKD(RoutedKD, GKD):
-    """GKD whose teacher is the one of the row's domain; what the student writes after a prompt has
-    the prompt's domain.
-    """
+    """GKD whose teacher is that of the sample's domain; a response has its prompt's domain."""
 
     kind: str = "jsd"
 

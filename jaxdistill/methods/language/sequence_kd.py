@@ -1,11 +1,11 @@
-"""Sequence-level knowledge distillation (arXiv:1606.07947): the student is trained on what the
-teacher writes.
-
-Matching a teacher word by word on given text leaves out how it goes on from its own words. Here the
-responses of every batch are the teacher's, and the student learns them by cross-entropy. The paper
-decodes with a beam, an approximation of the mode; here the teacher decodes greedily
-(`sample_temperature` 0), or samples, which in expectation is forward KL between laws of whole
+"""Sequence-level knowledge distillation (arXiv:1606.07947): the student is trained on the teacher's
 responses.
+
+Matching a teacher token by token on given text does not show how it continues its own text. Here
+the responses of every batch are the teacher's, and the student learns them by cross-entropy. The
+paper decodes with a beam, an approximation of the mode; here the teacher decodes greedily
+(`sample_temperature` 0), or samples, which in expectation is the forward KL between distributions
+of complete responses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from jaxdistill.models.language.lm import common_vocabulary, same_vocabulary
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceKD(SFT, Writing):
-    sample_temperature: float = 0.0  # of the teacher's writing; 0: greedy
+    """SFT on the teacher's responses to the data's prompts."""
+
+    # temperature at which the teacher's responses are sampled; 0: greedily
+    sample_temperature: float = 0.0
 
     frozen = ("teacher",)
 
@@ -36,5 +39,5 @@ class SequenceKD(SFT, Writing):
         return (Turn(("student",), self.loss, gather=self.rollout),)
 
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
-        """The teacher's responses in the places where the data has its own."""
+        """The teacher's responses in the places of the data's."""
         return self.write(net.teacher, ctx, "write", vocab=common_vocabulary(net))

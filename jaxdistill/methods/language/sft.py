@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: next-token cross-entropy on the data's own text. It trains teachers, and
-it is the baseline that distillation has to beat.
+"""Supervised fine-tuning: cross-entropy of the next token on the data's own text.
 
-Tokens that `mask` marks as targets count alike, over the whole batch.
+It trains teachers, and it is the baseline that distillation has to beat. All target tokens of a
+batch have the same weight.
 """
 
 from __future__ import annotations
@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
-from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, Turn
+from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused
+from jaxdistill.methods.language._fields import TEXT
 from jaxdistill.models.language.lm import context, targets
 from jaxdistill.objectives.divergence import chunked_likelihood, cross_entropy, masked_sum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFT(Method):
-    # vocabulary columns projected at a time, which saves memory and changes nothing else; 0: all
+    """The student learns the data's target tokens."""
+
+    # columns of the vocabulary that are projected at a time, which only saves memory; 0: all
     chunk: int = 0
 
+    needs = TEXT
     inits = {"student": None}
     frozen = ()
     ema = ()
@@ -28,26 +33,21 @@ class SFT(Method):
         if self.chunk < 0:
             raise Refused(f"method.chunk={self.chunk}: expected 0 or more")
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss),)
-
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        each, likeliest, mask = self.each(net, ctx.batch)
-        total, count = masked_sum(each, mask)
+        nll, likeliest, mask = self.token_losses(net, ctx.batch)
+        total, count = masked_sum(nll, mask)
         right, _ = masked_sum(likeliest.astype(jnp.float32), mask)
         return Out(total, {"accuracy": right}, count=count)
 
-    def each(self, net: Nets, batch: Batch) -> tuple[Array, Array, Array]:
-        """Of the token after each: -log q, whether it is the likeliest, and whether it is a target,
-        [B T] each.
-        """
+    def token_losses(
+        self, net: Nets, batch: Batch
+    ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"], Bool[Array, "B T"]]:
+        """Of the token after each: -log q, whether it is the likeliest, whether it is a target."""
         labels, mask = targets(batch)
-        out = net.student(
-            batch["tokens"], **({"hidden_only": True} if self.chunk else {}), **context(batch)
-        )
         if self.chunk:
-            return *chunked_likelihood(
-                out, net.student(method="head"), labels, chunk=self.chunk
-            ), mask
-        return cross_entropy(out, labels), out.argmax(-1) == labels, mask
+            hidden = net.student(batch["tokens"], hidden_only=True, **context(batch))
+            head = net.student(method="head")
+            nll, likeliest = chunked_likelihood(hidden, head, labels, chunk=self.chunk)
+            return nll, likeliest, mask
+        logits = net.student(batch["tokens"], **context(batch))
+        return cross_entropy(logits, labels), logits.argmax(-1) == labels, mask

@@ -1,33 +1,42 @@
-"""Distilling Step-by-Step (arXiv:2305.02301): a teacher's reasons are a second task, not an input
-and not part of the answer.
+"""Distilling Step-by-Step (arXiv:2305.02301): a teacher's rationales are a second task, neither an
+input nor a part of the answer.
 
-A large model, asked once, has given a rationale and a label for every input (data/rationales.py).
-The student learns both from one set of weights, told apart by a prefix: so the answer needs neither
-the teacher nor the rationale.
+A large model has given, once, a rationale and a label for every input (data/rationales.py). One
+student learns both tasks, told apart by a prefix, so that its answer needs neither the teacher nor
+the rationale.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from jaxtyping import Float, Int, Shaped
+
+from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Refused, Turn
-from jaxdistill.methods.language import _whole
+from jaxdistill.methods.language import _global_counts
+from jaxdistill.methods.language._fields import TEXT
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import targets
 from jaxdistill.objectives.divergence import masked_sum
 
-EXPLAIN = "explain_"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepByStep(SFT):
-    """Batches: a document of each row that ends in the label (tokens, mask, ...), and one that ends
-    in the rationale (explain_tokens, explain_mask, ...). Another architecture overrides `nll`.
+    """A sample is two texts: one ends in the label, the other (explain_...) in the rationale.
+
+    Another architecture overrides `nll`.
     """
 
-    # weight of the label; 1 - alpha that of the rationale. The paper's lambda is (1 - alpha) /
-    # alpha
+    # weight of the label; that of the rationale is 1 - alpha. The paper's lambda is
+    # (1 - alpha) / alpha
     alpha: float = 0.5
+
+    needs = {
+        **TEXT,
+        "explain_tokens": Int[Spec, "B S"],
+        "explain_mask": Shaped[Spec, "B S"],
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,30 +45,32 @@ class StepByStep(SFT):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss, gather=self.count),)
+        return (Turn(("student",), self.loss, gather=self.with_token_counts),)
 
-    def count(self, net: Nets, ctx: Ctx) -> Batch:
+    def with_token_counts(self, net: Nets, ctx: Ctx) -> Batch:
         """The batch with the numbers of target tokens of both tasks."""
-        return _whole.counted(
-            ctx.batch,
-            {"label": targets(ctx.batch)[1], "rationale": targets(explained(ctx.batch))[1]},
-        )
+        _, label = targets(ctx.batch)
+        _, rationale = targets(rationale_text(ctx.batch))
+        return _global_counts.with_counts(ctx.batch, {"label": label, "rationale": rationale})
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        """alpha L_label + (1 - alpha) L_rationale, each the mean over its own target tokens in the
-        batch.
-        """
-        label = _whole.mean(ctx.batch, "label", *self.nll(net, ctx.batch))
-        rationale = _whole.mean(ctx.batch, "rationale", *self.nll(net, explained(ctx.batch)))
+        """alpha L_label + (1 - alpha) L_rationale, each a mean over its own target tokens."""
+        batch = ctx.batch
+        total, count = self.nll(net, batch)
+        label = _global_counts.mean(batch, "label", total, count)
+        total, count = self.nll(net, rationale_text(batch))
+        rationale = _global_counts.mean(batch, "rationale", total, count)
         loss = self.alpha * label + (1 - self.alpha) * rationale
-        return Out(loss, {"label": label, "rationale": rationale}, count=_whole.share(ctx.batch))
+        metrics = {"label": label, "rationale": rationale}
+        return Out(loss, metrics, count=_global_counts.share_of_batch(batch))
 
-    def nll(self, net: Nets, batch: Batch) -> tuple[Array, Array]:
-        """(sum of -log q over the target tokens of these documents, their number)."""
-        each, _, mask = self.each(net, batch)
-        return masked_sum(each, mask)
+    def nll(self, net: Nets, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """(sum of -log q over the target tokens of these texts, their number)."""
+        nll, _, mask = self.token_losses(net, batch)
+        return masked_sum(nll, mask)
 
 
-def explained(batch: Batch) -> Batch:
-    """The documents that end in the rationale."""
-    return {k.removeprefix(EXPLAIN): v for k, v in batch.items() if k.startswith(EXPLAIN)}
+def rationale_text(batch: Batch) -> Batch:
+    """The texts that end in the rationale, under the names of the others."""
+    prefix = "explain_"
+    return {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}

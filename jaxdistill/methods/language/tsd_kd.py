@@ -1,10 +1,11 @@
 """TSD-KD - Token-selective dual knowledge distillation, "Explain in your own words"
 (arXiv:2603.13260).
 
-A small student is not given the teacher's whole law everywhere. At the opener, where most of a
-response's entropy lies, the teacher only ranks the student's own candidates; matching of laws is
-gated, strong where the student is uncertain and the teacher is not; and the student's entropy is
-lowered where it is largest. All on what the student writes.
+A small student is not given the teacher's complete distribution at every token. At the opener, the
+tokens that hold most of a response's entropy, the teacher only ranks the student's own candidates
+(L_ind). The matching of distributions (L_dir) is gated: strong where the student is uncertain and
+the teacher is not. The student's entropy is lowered where it is largest (L_em). All three are on
+the student's own responses.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jaxdistill.core.types import Array, Batch, Nets, Out, Refused
+from jaxdistill.core.types import Array, Out, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.models.language.lm import targets
 from jaxdistill.objectives.divergence import common, masked_sum
@@ -23,23 +25,28 @@ from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TSDKD(GKD):
-    """L = ranking_weight L_ind + L_dir + entropy_weight L_em, all three at 0, no gate and
-    `direct_on` all: GKD.
+    """L = ranking_weight L_ind + L_dir + entropy_weight L_em.
 
-    The opener is taken from each response and the uncertain tokens from the batch, as the paper has
-    the one and its code the other; with micro-batches, from each of these. The end-of-text token
-    counts.
+    With both weights 0, no gate and direct_on="all" it is GKD. The opener is chosen in each
+    response, as in the paper's text, and the uncertain tokens in the batch, as in its code; with
+    micro-batches, in each of these. The end token counts.
     """
 
-    beta: float = 0.9  # of the JSD
-    on_policy: float = 1.0  # lambda
-    share: float = 0.1  # c: of the entropy, in the opener; of the tokens, whose entropy is lowered
-    ranking_weight: float = 0.1  # alpha
-    candidates: int = 10  # k: the student's likeliest tokens, which the teacher ranks
-    gate_temperature: float = 1.0  # tau; not in the paper's text, 1 in its code; 0: no gate
+    # of the JSD
+    beta: float = 0.9
+    # lambda: share of batches with the student's own responses
+    on_policy: float = 1.0
+    # c: of the response's entropy, in the opener; of the batch's tokens, with lowered entropy
+    share: float = 0.1
+    # alpha: weight of L_ind
+    ranking_weight: float = 0.1
+    # k: number of the student's likeliest tokens, which the teacher ranks
+    candidates: int = 10
+    # tau of the gate; not in the paper's text, 1 in its code; 0: no gate
+    gate_temperature: float = 1.0
+    # weight of L_em
     entropy_weight: float = 1.0
-    # all | opener: where laws are matched; the paper's equation and code have all, its figure the
-    # opener
+    # tokens of L_dir: all, as in the paper's equation and code | opener, as in its figure
     direct_on: str = "all"
 
     unused = {**GKD.unused, "hard_weight": "no term has the data's tokens"}
@@ -49,56 +56,54 @@ class TSDKD(GKD):
         if self.direct_on not in ("all", "opener"):
             raise Refused(f"method.direct_on={self.direct_on!r}: expected all or opener")
         if not 0 < self.share <= 1 or self.gate_temperature < 0:
-            raise Refused(
-                f"method.share={self.share}, gate_temperature={self.gate_temperature}: expected (0, 1] and 0 or more"
-            )
+            given = f"method.share={self.share}, gate_temperature={self.gate_temperature}"
+            raise Refused(f"{given}: expected (0, 1] and 0 or more")
         if self.chunk or self.candidates < 1:
-            raise Refused(
-                f"method.chunk={self.chunk}, candidates={self.candidates}: expected 0 (entropies need whole rows) and at least 1"
-            )
+            given = f"method.chunk={self.chunk}, candidates={self.candidates}"
+            raise Refused(f"{given}: expected 0 (entropies need whole rows) and at least 1")
 
-    def compare(self, net: Nets, teacher: Array, student: Array, batch: Batch) -> Out:
+    def compare(self, net, teacher, student, batch) -> Out:
         _, mask = targets(batch)
         teacher, student = common(teacher, student)
-        mine = entropy(student)
-        theirs = entropy(teacher)
-        opening = opener(mine, mask, self.share)
-        uncertain = most_uncertain(mine, mask, self.share)
+        student_entropy = entropy(student)
+        teacher_entropy = entropy(teacher)
+        opening = opener(student_entropy, mask, self.share)
+        uncertain = most_uncertain(student_entropy, mask, self.share)
 
-        gate = (
-            confidence_gate(theirs, mine, self.gate_temperature)
-            if self.gate_temperature
-            else jnp.ones_like(mine)
-        )
-        each = self.soft(teacher, student, None, None)
-        direct, count = masked_sum(
-            each, mask, gate * (opening if self.direct_on == "opener" else 1.0)
-        )
-        ranking = masked_sum(self.ranking(reranked(teacher, student, self.candidates)), opening)
-        least = masked_sum(mine, uncertain)
-        mean = lambda pair: pair[0] / jnp.maximum(pair[1], 1.0)
-        loss = direct + count * (
-            self.ranking_weight * mean(ranking) + self.entropy_weight * mean(least)
-        )
+        gate = jnp.ones_like(student_entropy)
+        if self.gate_temperature:
+            gate = confidence_gate(teacher_entropy, student_entropy, self.gate_temperature)
+        weight = gate * opening if self.direct_on == "opener" else gate
+        l_dir, count = masked_sum(self.soft(teacher, student), mask, weight)
+        ranking = self.ranking_loss(reranked(teacher, student, self.candidates))
+        l_ind, opening_count = masked_sum(ranking, opening)
+        l_em, uncertain_count = masked_sum(student_entropy, uncertain)
+
+        # L_ind and L_em are means over other tokens than `count`, which the engine divides by
+        mean_ind = l_ind / jnp.maximum(opening_count, 1.0)
+        mean_em = l_em / jnp.maximum(uncertain_count, 1.0)
+        means = self.ranking_weight * mean_ind + self.entropy_weight * mean_em
         metrics = {
-            "divergence": direct,
-            "ranking": ranking,
-            "uncertain": least,
+            "divergence": l_dir,
+            "ranking": (l_ind, opening_count),
+            "uncertain": (l_em, uncertain_count),
             "gate": masked_sum(gate, mask),
-            "entropy": masked_sum(mine, mask),
-            "opener": (ranking[1], count),
+            "entropy": masked_sum(student_entropy, mask),
+            "opener": (opening_count, count),
         }
-        return Out(loss, metrics, count=count)
+        return Out(l_dir + count * means, metrics, count=count)
 
-    def ranking(self, scores: Array) -> Array:
+    def ranking_loss(self, scores: Float[Array, "*T K"]) -> Float[Array, "*T"]:
+        """L_ind of the student's scores of its candidates, in the teacher's order."""
         return plackett_luce(scores)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Released(TSDKD):
-    """As the authors' code ranks: normalised over the items so far, which is the likelihood of the
-    reversed ranking and lowers the teacher's favourite.
+    """The ranking loss of the authors' code: normalised over the candidates so far.
+
+    That is the likelihood of the reversed ranking, and it lowers the teacher's favourite.
     """
 
-    def ranking(self, scores: Array) -> Array:
+    def ranking_loss(self, scores):
         return plackett_luce(scores[..., ::-1])

@@ -8,35 +8,36 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Nets
 from jaxdistill.methods.trajectory.consistency import CT, Consistency
 from jaxdistill.objectives.pixels import Preprocess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Squared:
-    """The squared error, a mean over dimensions. It comes before the method among a class's bases."""
+    """The mean squared error. To come before the method among a class's bases."""
 
-    huber: float = dataclasses.field(default=0.0, init=False)  # not a field of these
+    # no field of these classes
+    huber: float = dataclasses.field(default=0.0, init=False)
 
-    def distance(self, net: Nets, made: Array, held: Array) -> Array:
-        return jnp.mean((made - held) ** 2, axis=range(1, made.ndim))
+    def distance(self, net, predicted, target):
+        return jnp.mean((predicted - target) ** 2, axis=range(1, predicted.ndim))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perceptual:
-    """LPIPS, the paper's best: the frozen role `perceptual` is a distance of pictures in -1..1, (a,
-    b) -> [B], through which the gradient flows to the student's. It comes before the method among a
-    class's bases.
+    """LPIPS, the paper's best. To come before the method among a class's bases.
+
+    The frozen role `perceptual` is a distance of pictures in [-1, 1], (a, b) -> [B], through which
+    the gradient flows to the student's.
     """
 
-    huber: float = dataclasses.field(default=0.0, init=False)  # not a field of these
-    preprocess: Preprocess = Preprocess(
-        size=224, filter="linear"
-    )  # of both; the code's below 256 pixels, where it has none
+    # no field of these classes
+    huber: float = dataclasses.field(default=0.0, init=False)
+    # of both pictures; the paper's code does so below 256 pixels, and not at all from there on
+    preprocess: Preprocess = Preprocess(size=224, filter="linear")
 
-    def distance(self, net: Nets, made: Array, held: Array) -> Array:
-        return net.perceptual(self.preprocess(made), self.preprocess(held))
+    def distance(self, net, predicted, target):
+        return net.perceptual(self.preprocess(predicted), self.preprocess(target))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

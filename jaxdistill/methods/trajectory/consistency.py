@@ -2,9 +2,9 @@
 
 f(x, t), the x0 of the network's prediction, is trained to agree at two neighbouring points of one
 ODE trajectory: in distillation the teacher's solver makes the earlier point, in training the same
-noise does. What anchors it is f(x, t_min) = x: built into velocity networks on rectified and
-trigonometric flow and into `ConsistencyPrecond` on EDM; here the targets at t_min are x itself, so
-that any other network learns it.
+noise does. The boundary condition f(x, t_min) = x fixes the solution: it is built into velocity
+networks on rectified and trigonometric flow and into `ConsistencyPrecond` on EDM; here the targets
+at t_min are x itself, so that any other network learns it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
+from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Turn
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import expand
@@ -25,25 +27,22 @@ from jaxdistill.samplers import ode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscreteConsistency(FewStep):
-    """What all share: a subclass says how times are paired, and where the earlier point comes from."""
+    """Base of these methods: a subclass says how times are paired, and makes the earlier point."""
 
     # the distance is sqrt(||.||^2 + c^2) - c with c = huber sqrt(dimension); 0: the norm
     huber: float = 0.00054
 
-    target = "ema_student"  # the network whose f(x_r, r) is the target
+    target_network = "ema_student"  # its f(x_r, r) is the target: ema_student | student
+    needs = {"x": Float[Spec, "B *shape"]}
     inits = {"student": None}
     frozen = ()
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss),)
-
-    def pair(self, ctx: Ctx, n: int) -> tuple[Array, Array]:
-        """The times (t, r) [n] of each sample, r < t."""
+    def pair(self, ctx: Ctx, n: int) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """The times (t, r) of `n` samples, r < t."""
         raise NotImplementedError
 
-    def clean(self, r: Array) -> Array:
-        """Where x_r itself is the target: bool [n]. Here at the boundary t_min."""
+    def is_boundary(self, r: Float[Array, " B"]) -> Bool[Array, " B"]:
+        """Where x_r itself is the target: here at t_min."""
         return r <= self.process.t_min
 
     def earlier(
@@ -52,14 +51,15 @@ class DiscreteConsistency(FewStep):
         """x_r on the trajectory of x_t."""
         return self.process.add_noise(x0, eps, r)
 
-    def weight(self, t: Array, r: Array) -> Array:
+    def weight(self, t: Float[Array, " B"], r: Float[Array, " B"]) -> Float[Array, " B"]:
         return jnp.ones_like(t)
 
-    def distance(self, net: Nets, made: Array, held: Array) -> Array:
-        """Of samples, [B ...] -> [B]; other ones are in _metrics.py."""
-        return consistency.pseudo_huber(
-            made, held, self.huber * math.sqrt(math.prod(made.shape[1:]))
-        )
+    def distance(
+        self, net: Nets, predicted: Float[Array, "B ..."], target: Float[Array, "B ..."]
+    ) -> Float[Array, " B"]:
+        """Other distances are in _metrics.py."""
+        dimension = math.prod(predicted.shape[1:])
+        return consistency.pseudo_huber(predicted, target, self.huber * math.sqrt(dimension))
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         x0 = ctx.batch["x"]
@@ -68,26 +68,32 @@ class DiscreteConsistency(FewStep):
         eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
         xt = self.process.add_noise(x0, eps, t)
         xr = self.earlier(net, ctx, xt, t, r, x0, eps)
-        clean = self.clean(r)
-        held = getattr(net, self.target)(xr, jnp.where(clean, self.process.t_min, r), cond).x0
-        held = jax.lax.stop_gradient(jnp.where(expand(clean, xr), xr, held))  # f(x, t_min) = x
-        distance = self.distance(net, net.student(xt, t, cond).x0, held)
+        boundary = self.is_boundary(r)
+        network = getattr(net, self.target_network)
+        target = network(xr, jnp.where(boundary, self.process.t_min, r), cond).x0
+        target = jnp.where(expand(boundary, xr), xr, target)  # f(x, t_min) = x
+        target = jax.lax.stop_gradient(target)
+        distance = self.distance(net, net.student(xt, t, cond).x0, target)
         return Out(jnp.mean(self.weight(t, r) * distance), {"distance": jnp.mean(distance)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Consistency(DiscreteConsistency):
-    """Consistency distillation: one step of the teacher's solver between neighbours of a fixed
-    grid.
+    """Consistency distillation: the pair are neighbours of a fixed grid, and one step of the
+    teacher's solver goes from the later to the earlier one.
 
     LCM is `solver="ddim"`, a guided teacher, and 51 levels: the 50 steps of 20 that its skipping
     makes of 1000.
     """
 
-    levels: int = 18  # of the grid from t_min to t_max
-    rho: float = 1.0  # levels are even in t^(1/rho); CM's 7 on EDM
-    solver: str = "heun"  # euler | heun | ddim
-    guidance: float = 1.0  # of the teacher
+    # levels of the grid from t_min to t_max; CM's 18
+    levels: int = 18
+    # levels are even in t^(1/rho); CM's 7, on EDM
+    rho: float = 1.0
+    # euler | heun | ddim; CM's heun
+    solver: str = "heun"
+    # guidance scale of the teacher
+    guidance: float = 1.0
 
     inits = {"student": "teacher"}
     frozen = ("teacher",)
@@ -100,19 +106,23 @@ class Consistency(DiscreteConsistency):
 
     def earlier(self, net, ctx, xt, t, r, x0, eps):
         cond = ctx.batch.get("cond")
-        null = ctx.batch.get("null_cond")
-        denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
-        return ode.advance(self.solver, self.process, denoise, xt, t, r)
+        null_cond = ctx.batch.get("null_cond")
+        teacher = lambda x, t: guided(net.teacher, x, t, cond, null_cond, self.guidance)
+        return ode.advance(self.solver, self.process, teacher, xt, t, r)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrowingGrid(DiscreteConsistency):
-    """Training without a teacher, on a grid of s0 levels or so that grows by `count`."""
+    """Training without a teacher, on a grid whose number of levels grows as `count` says."""
 
-    total: int = 400_000  # steps over which the grid grows
+    # steps over which the grid grows
+    total: int = 400_000
+    # intervals at the start
     s0: int = 2
+    # intervals at the end
     s1: int = 150
-    rho: float = 1.0  # levels are even in t^(1/rho); 7 on EDM
+    # levels are even in t^(1/rho); 7 on EDM
+    rho: float = 1.0
 
     count = staticmethod(consistency.ct_levels)
 
@@ -123,8 +133,10 @@ class GrowingGrid(DiscreteConsistency):
         )
         return consistency.neighbours(ctx.key("level"), levels, self.logits(levels), n)
 
-    def logits(self, levels: Array) -> Array:
-        """Of each interval; those after the last level are empty."""
+    def logits(self, levels: Float[Array, " N"]) -> Float[Array, " N-1"]:
+        """Log-probabilities of the intervals, up to a constant; those after the last level are
+        empty.
+        """
         return jnp.where(jnp.diff(levels) > 0, 0.0, -jnp.inf)
 
 
@@ -136,16 +148,17 @@ class CT(GrowingGrid):
     this average too, where the paper keeps a second one of rate .9999.
     """
 
-    s1: int = 150  # CIFAR-10's; 200 (ImageNet-64), 150 (LSUN)
-    # decay of the average over s0 intervals, CIFAR-10's; .95 (the others). 0: roles.student.ema's
+    # intervals at the end; the paper's 150 (CIFAR-10, LSUN), 200 (ImageNet-64)
+    s1: int = 150
+    # decay of the average over s0 intervals; the paper's .9 (CIFAR-10), .95 (the others); 0: that
+    # of roles.student.ema
     mu0: float = 0.9
 
     @property
-    def turns(self):
+    def turns(self) -> tuple[Turn, ...]:
         return (Turn(("student",), self.loss, decay=self.decay if self.mu0 else None),)
 
     def decay(self, k: Array) -> Array:
         """mu at the student's update k, from 1: that of the grid which the update was made on."""
-        return consistency.ct_decay(
-            self.count(k - 1, self.total, self.s0, self.s1), self.s0, self.mu0
-        )
+        count = self.count(k - 1, self.total, self.s0, self.s1)
+        return consistency.ct_decay(count, self.s0, self.mu0)

@@ -1,9 +1,10 @@
 """Consistency training without a teacher, improved: iCT (arXiv:2310.14189) and ECT
 (arXiv:2406.14548).
 
-Both drop the averaged target network and weigh a pair of times by 1 / (t - r). iCT trains from
-scratch on a grid that doubles; ECT tunes a pretrained diffusion network, letting r grow from the
-data towards t. Networks here have no dropout, which both papers share between the two points.
+Both use the network itself in place of an averaged target network, and weigh a pair of times by
+1 / (t - r). iCT trains from scratch on a grid that doubles; ECT tunes a pretrained diffusion
+network, and r grows from 0 towards t. Networks here have no dropout, which both papers share
+between the two points.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from jaxdistill.objectives import consistency
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ICT(GrowingGrid):
-    """Intervals double in number from s0 to s1, and are drawn by the lognormal mass in them."""
+    """Intervals double in number from s0 to s1, and are drawn by their mass under a lognormal
+    distribution.
+    """
 
+    # intervals at the start
     s0: int = 10
+    # intervals at the end
     s1: int = 1280
-    mean: float = -1.1  # of log(sigma / alpha)
+    # mean and standard deviation of log(sigma / alpha)
+    mean: float = -1.1
     std: float = 2.0
 
-    target = "student"
+    target_network = "student"
     count = staticmethod(consistency.ict_levels)
 
     def logits(self, levels):
-        return jnp.log(
-            consistency.ict_probs(jnp.exp(-self.process.lam(levels)), self.mean, self.std)
-        )
+        sigma = jnp.exp(-self.process.lam(levels))
+        return jnp.log(consistency.ict_probs(sigma, self.mean, self.std))
 
     def weight(self, t, r):
         return 1 / (t - r)
@@ -44,18 +49,21 @@ class ECT(DiscreteConsistency):
     training.
     """
 
+    # distribution of t
     times: Uniform = LogNormalSNR(mean=-1.1, std=2.0)
-    stage_steps: int = 50_000  # steps between stages
-    q: float = 2.0  # 256 for short tuning
+    # steps between stages
+    stage_steps: int = 50_000
+    # base of the ratio r / t; 256 for short tuning
+    q: float = 2.0
 
-    target = "student"
+    target_network = "student"
 
     def pair(self, ctx, n):
         t = self.times.draw(self.process, ctx.key("t"), n)
         return t, consistency.ect_time(t, ctx.step // self.stage_steps, self.q)
 
-    def clean(self, r):
-        """At r = 0 alone: above it the network is asked, below t_min too, where t may lie as well."""
+    def is_boundary(self, r):
+        """At r = 0 alone; above it the network is run, also below t_min, where t may lie too."""
         return r <= 0
 
     def weight(self, t, r):

@@ -1,9 +1,9 @@
 """Flow matching and diffusion training (arXiv:2210.02747; EDM, arXiv:2206.00364; VP,
-arXiv:2006.11239): the teacher.
+arXiv:2006.11239): what teachers are trained by.
 
 A network is regressed on the velocity of straight paths from data to noise. With another process,
-law of times and target it is EDM or DDPM training. The label is dropped now and then, so that
-guidance has an unconditional branch.
+another distribution of times and another target it is EDM or DDPM training. The label is dropped
+for some samples, so that guidance has an unconditional branch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Turn
+from jaxdistill.core.needs import Spec
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out
 from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error, drop_condition
 from jaxdistill.diffusion.times import LogitNormal, Uniform
@@ -22,23 +24,26 @@ from jaxdistill.samplers import ode
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMatching(Method):
-    process: Process = Flow()
-    times: Uniform = LogitNormal()  # SD3's law; Uniform() is the first paper's
-    target: str = "v"  # v | flow | vp (networks of VP processes that predict "v") | eps | x0 | edm
-    label_dropout: float = 0.1  # share of samples trained on the null condition
-    solver: str = "euler"  # euler | heun | ddim | dpmpp_2m: what `sample` integrates with
+    """Training from data."""
 
+    process: Process = Flow()
+    # distribution of t: SD3's; Uniform() is the first paper's
+    times: Uniform = LogitNormal()
+    # what is regressed: v | flow | vp (networks of VP processes that predict "v") | eps | x0 | edm
+    target: str = "v"
+    # share of samples that are trained on the null condition
+    label_dropout: float = 0.1
+    # what `sample` integrates with: euler | heun | ddim | dpmpp_2m
+    solver: str = "euler"
+
+    needs = {"x": Float[Spec, "B *shape"]}
     inits = {"student": None}
     frozen = ()
     renoises = False
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss),)
-
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         x0 = ctx.batch["x"]
-        n = ctx.batch["x"].shape[0]
+        n = x0.shape[0]
         t = self.times.draw(self.process, ctx.key("t"), n)
         eps = jax.random.normal(ctx.key("eps"), x0.shape)
         keep = jax.random.uniform(ctx.key("drop"), (n,)) >= self.label_dropout
@@ -50,5 +55,5 @@ class FlowMatching(Method):
         return ode.chain_times(self.solver, self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
-        start = self.process.start(noise)
-        return ode.solve(self.solver, self.process, lambda x, t: net(x, t, cond), start, steps, key)
+        denoise = lambda x, t: net(x, t, cond)
+        return ode.solve(self.solver, self.process, denoise, self.process.start(noise), steps, key)

@@ -1,10 +1,10 @@
 """MeanFlow (arXiv:2505.13447): a network u(x_t, r, t) of the average velocity from r to t, which
 one step integrates.
 
-(t - r) u = int_r^t v dtau, differentiated along the path, gives the identity u = v - (t - r) du/dt,
-whose right side is the target: one JVP, no integral, no curriculum. With r = t it is flow matching,
-which most of the batch trains. The velocity v is that of the data's own straight path, that with
-guidance folded in, or a teacher's.
+(t - r) u = int_r^t v dtau, differentiated along the path, gives the identity u = v - (t - r) du/dt.
+Its right side is the target: one JVP, no integral, no curriculum. With r = t it is flow matching,
+on which most of the batch is trained. The velocity v is that of the data's own straight path, the
+same with guidance folded in, or a teacher's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Refused, Turn, lookup
+from jaxdistill.core.needs import Spec
+from jaxdistill.core.net import Net
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Refused, lookup
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Flow, Process, expand
 from jaxdistill.diffusion.regression import drop_condition
@@ -27,73 +30,79 @@ from jaxdistill.samplers.fewstep import jump
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AverageVelocity(Method):
-    """What all average-velocity students share. The student's model needs second_time=True, and
-    this process as its own.
+    """Base of average-velocity methods.
+
+    The student's model needs second_time=True, and its denoiser this process as its own.
     """
 
     process: Process = Flow()
 
+    needs = {"x": Float[Spec, "B *shape"]}
     inits = {"student": None}
     frozen = ()
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss),)
-
-    def loss(self, net: Nets, ctx: Ctx) -> Out:
-        raise NotImplementedError
-
     def sampling_times(self, steps: int) -> Array:
-        """Of the exported student. Raises Refused for more than the one step that it is folded for."""
+        """Times of the exported student, which is for one step. Raises Refused for more."""
         if steps != 1:
             raise Refused(f"export: an average velocity is exported for one step, not for {steps}")
         return self.process.grid(1)[:1]
 
     def exported(self, net, params):
-        """A DiT for one step from pure noise, its second time folded in; other networks as they
-        are.
+        """A DiT for one step from pure noise, with its second time folded in; other networks as
+        they are.
         """
-        if not getattr(net.config, "second_time", False) or not isinstance(net.config, DiT):
+        if not isinstance(net.config, DiT) or not net.config.second_time:
             return net, params
-        fed = {}  # the times as the module is fed them
-        net.wrap(lambda x, t, cond, *, r: (fed.update(t=t[0], r=r[0]), x)[1])(
-            jnp.zeros((1, 1)),
-            jnp.full(1, self.process.t_max),
-            None,
-            r=jnp.full(1, self.process.t_min),
-        )
-        return fold_gap(net, params, **fed)
+        t, r = module_times(net, self.process.t_max, self.process.t_min)
+        return fold_gap(net, params, t=t, r=r)
+
+
+def module_times(net: Net, t: float, r: float) -> tuple[Array, Array]:
+    """The times t and r as the module inside `net` is given them: its denoiser may change them."""
+    given = []
+
+    def module(x, t, cond, *, r):
+        given.append((t[0], r[0]))
+        return x
+
+    denoise = net.wrap(module)
+    denoise(jnp.zeros((1, 1)), jnp.full(1, t), None, r=jnp.full(1, r))
+    return given[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanFlow(AverageVelocity):
     """Training from data, without guidance."""
 
-    times: Uniform = LogitNormal(mean=-0.4, std=1.0)  # two draws; t is the larger, r the smaller
-    flow_share: float = 0.75  # share of the batch with r = t
-    weight_c: float = 1e-2  # of the weight 1 / (error + c)^p; the paper's 1e-3, its code's 1e-2
-    weight_power: float = 1.0  # p; 0: plain squared error
-    derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)
+    # distribution of two draws; t is the larger, r the smaller
+    times: Uniform = LogitNormal(mean=-0.4, std=1.0)
+    # share of the batch with r = t
+    flow_share: float = 0.75
+    # c of the weight 1 / (error + c)^p; the paper's 1e-3, its code's 1e-2
+    weight_c: float = 1e-2
+    # p; 0: plain squared error
+    weight_power: float = 1.0
+    # jvp | central, for networks whose kernels have no JVP
+    derivative: str = "jvp"
 
-    def interval(self, ctx: Ctx, n: int) -> tuple[Array, Array]:
-        """(t, r) [n] with r <= t; r = t for a fixed part of the batch."""
-        a, b = (self.times.draw(self.process, ctx.key(name), n) for name in ("t", "r"))
+    def interval(self, ctx: Ctx, n: int) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+        """(t, r) of `n` samples, r <= t; r = t for the first ones."""
+        a = self.times.draw(self.process, ctx.key("t"), n)
+        b = self.times.draw(self.process, ctx.key("r"), n)
         t = jnp.maximum(a, b)
         r = jnp.minimum(a, b)
-        return t, jnp.where(jnp.arange(n) < round(self.flow_share * n), t, r)
+        flow = jnp.arange(n) < round(self.flow_share * n)
+        return t, jnp.where(flow, t, r)
 
     def velocity(
         self, net: Nets, ctx: Ctx, xt: Array, t: Array, v: Array
     ) -> tuple[Array, Array | None]:
-        """(velocity at x_t, the condition that it belongs to), from the velocity `v` of the
-        sample's own path.
-        """
+        """(velocity at x_t, its condition), from the velocity `v` of the sample's own path."""
         return v, ctx.batch.get("cond")
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         x0 = ctx.batch["x"]
-        n = ctx.batch["x"].shape[0]
-        t, r = self.interval(ctx, n)
+        t, r = self.interval(ctx, x0.shape[0])
         eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
         xt = self.process.add_noise(x0, eps, t)
         v, cond = self.velocity(net, ctx, xt, t, self.process.velocity(x0, eps, t))
@@ -112,45 +121,48 @@ class MeanFlow(AverageVelocity):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidedMeanFlow(MeanFlow):
-    """Training from data with classifier-free guidance folded into the velocity (section 4.2): one
-    evaluation a step.
+    """Training from data with classifier-free guidance folded into the velocity (section 4.2), so
+    that a sampling step is one evaluation.
 
-    v becomes omega v + (1 - omega - kappa) u(x, t, t | null) + kappa u(x, t, t | cond): effective
-    scale omega / (1 - kappa).
+    v becomes omega v + (1 - omega - kappa) u(x, t, t | null) + kappa u(x, t, t | cond): an
+    effective scale of omega / (1 - kappa).
     """
 
-    omega: float = 1.0  # the paper's 0.2 (XL/2), 1.0 (B/2)
-    kappa: float = 0.5  # 0.92, 0.5
-    guidance_times: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # where it applies; the paper's (0, 0.75) for XL/2
-    label_dropout: float = 0.1  # share of samples trained on the null condition, without guidance
+    # weight of the sample's own velocity; the paper's 0.2 (XL/2), 1.0 (B/2)
+    omega: float = 1.0
+    # weight of the conditional prediction; the paper's 0.92 (XL/2), 0.5 (B/2)
+    kappa: float = 0.5
+    # times with guidance, both ends included; the paper's (0, 0.75) for XL/2
+    guidance_times: tuple[float, float] = (0.0, 1.0)
+    # share of samples that are trained on the null condition, without guidance
+    label_dropout: float = 0.1
 
     def velocity(self, net, ctx, xt, t, v):
         dropped = jnp.sum(jax.random.uniform(ctx.key("drop"), t.shape) < self.label_dropout)
-        keep = jnp.arange(len(t)) >= dropped  # the first rows, where r = t, as in the code
+        keep = jnp.arange(len(t)) >= dropped  # the first samples, where r = t, as in the code
         cond = ctx.batch.get("cond")
-        null = ctx.batch.get("null_cond")
-        at = lambda c: net.student(xt, t, c, r=t).v
-        mixed = self.omega * v + (1 - self.omega - self.kappa) * at(null) + self.kappa * at(cond)
-        low, high = self.guidance_times
-        guide = keep & (t >= low) & (t <= high)
-        return jax.lax.stop_gradient(jnp.where(expand(guide, v), mixed, v)), drop_condition(
-            cond, null, keep
-        )
+        null_cond = ctx.batch.get("null_cond")
+        unconditional = net.student(xt, t, null_cond, r=t).v
+        conditional = net.student(xt, t, cond, r=t).v
+        mixed = self.omega * v + (1 - self.omega - self.kappa) * unconditional
+        mixed = mixed + self.kappa * conditional
+        first, last = self.guidance_times
+        guide = keep & (t >= first) & (t <= last)
+        v = jnp.where(expand(guide, v), mixed, v)
+        return jax.lax.stop_gradient(v), drop_condition(cond, null_cond, keep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanFlowDistillation(MeanFlow):
-    """The velocity is a teacher's, free of the noise of single paths; its guidance is folded in."""
+    """The velocity is a teacher's, without the noise of single paths; its guidance is folded in."""
 
-    guidance: float = 1.0  # of the teacher
+    # guidance scale of the teacher
+    guidance: float = 1.0
 
     inits = {"student": "teacher"}
     frozen = ("teacher",)
 
     def velocity(self, net, ctx, xt, t, v):
         cond = ctx.batch.get("cond")
-        null = ctx.batch.get("null_cond")
-        return guided(net.teacher, xt, t, cond, null, self.guidance).v, cond
+        null_cond = ctx.batch.get("null_cond")
+        return guided(net.teacher, xt, t, cond, null_cond, self.guidance).v, cond

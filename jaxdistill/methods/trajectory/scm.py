@@ -13,8 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxdistill.core.fields import Natural
+from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Refused, Turn, lookup
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Trig, expand
@@ -26,29 +28,29 @@ from jaxdistill.objectives import consistency
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SCT(FewStep):
-    """Consistency training: dx/dt is the velocity of the sample's own path. No teacher."""
+    """Consistency training, without a teacher: dx/dt is the velocity of the sample's own path."""
 
     process: Trig = Trig(sigma_data=0.5)
-    times: Uniform = LogNormalSNR(mean=-1.0, std=1.4)  # of sigma_d tan t
-    tangent_warmup: Natural = (
-        10_000  # steps over which the tangent's second part grows to its full weight
-    )
-    tangent_c: float = 0.1  # in g / (rms(g) + c)
-    student_times: tuple[float, ...] = (
-        math.pi / 2,
-        1.1,
-    )  # that samples are made at, as many as steps are asked for
-    derivative: str = "jvp"  # jvp | central (networks whose kernels have no JVP)
+    # distribution of t, by sigma_d tan t
+    times: Uniform = LogNormalSNR(mean=-1.0, std=1.4)
+    # steps over which the tangent's second part grows to its full weight
+    tangent_warmup: Natural = 10_000
+    # c of the normalised tangent g / (rms(g) + c)
+    tangent_c: float = 0.1
+    # times of sampling, falling; N steps use the first N
+    student_times: tuple[float, ...] = (math.pi / 2, 1.1)
+    # jvp | central, for networks whose kernels have no JVP
+    derivative: str = "jvp"
 
+    needs = {"x": Float[Spec, "B *shape"]}
     inits = {"student": None, "weight": None}
     frozen = ()
 
     def __post_init__(self):
         super().__post_init__()
         if self.tangent_warmup < 1:
-            raise Refused(
-                f"method.tangent_warmup={self.tangent_warmup}: expected a positive integer"
-            )
+            given = f"method.tangent_warmup={self.tangent_warmup}"
+            raise Refused(f"{given}: expected a positive integer")
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -72,28 +74,29 @@ class SCT(FewStep):
         sin = jnp.sin(expand(t, xt))
         student = lambda x, t: net.student(x, t, cond).v / sd
         derivative = lookup(DERIVATIVES, self.derivative, "derivative")
-        f, df = derivative(
-            student, (xt, t), (cos * sin * v, jnp.cos(t) * jnp.sin(t))
-        )  # df = cos t sin t dF/dt
+        direction = (cos * sin * v, jnp.cos(t) * jnp.sin(t))
+        f, df = derivative(student, (xt, t), direction)  # df = cos t sin t dF/dt
         g = -(cos**2) * (sd * f - v) - warm * (cos * sin * xt + sd * df)  # algorithm 1
         g = consistency.normalise_tangent(g, self.tangent_c)
 
         error = consistency.tangent_surrogate(f, g) / math.prod(x0.shape[1:])
         prior = 1 / (sd * jnp.tan(t))
         w = net.weight(t)
-        return Out(jnp.mean(jnp.exp(w) * prior * error - w), {"tangent": jnp.mean(error)})  # eq. 8
+        loss = jnp.mean(jnp.exp(w) * prior * error - w)  # eq. 8
+        return Out(loss, {"tangent": jnp.mean(error)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SCM(SCT):
     """Consistency distillation: dx/dt is the teacher's, guided."""
 
-    guidance: float = 1.0  # of the teacher
+    # guidance scale of the teacher
+    guidance: float = 1.0
 
     inits = {"student": "teacher", "weight": None}
     frozen = ("teacher",)
 
     def velocity(self, net, ctx, xt, t, v):
-        return guided(
-            net.teacher, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), self.guidance
-        ).v
+        cond = ctx.batch.get("cond")
+        null_cond = ctx.batch.get("null_cond")
+        return guided(net.teacher, xt, t, cond, null_cond, self.guidance).v

@@ -1,17 +1,18 @@
-"""The image autoencoder of latent diffusion (arXiv:2112.10752) with the weights of diffusers'
-`AutoencoderKL`.
+"""The image autoencoder of latent diffusion (arXiv:2112.10752), diffusers' `AutoencoderKL`.
 
-ResNet levels on the way down to latents of a diagonal Gaussian, ResNet levels on the way up, each
-with a middle of one attention head over all pixels.
+ResNet levels lead down to latents of a diagonal Gaussian, and ResNet levels lead up again; each
+half has a middle with one attention head over all pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Float
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
@@ -19,12 +20,16 @@ from jaxdistill.core.types import Array
 from jaxdistill.models.blocks import Down, ResBlock, Up
 from jaxdistill.models.layers import as_program, attention, conv, dense, group_norm
 
+EPS = 1e-6  # of every norm
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAE:
-    """Sizes. Defaults are a toy's. Stable Diffusion 1 and 2: size 512, latents 4, widths 128 256
-    512 512, groups 32, scale 0.18215; SDXL: size 1024, scale 0.13025; Stable Diffusion 3 and
-    FLUX.1: latents 16, scale 1.5305 and 0.3611, shift 0.0609 and 0.1159, quant False.
+    """Sizes. Defaults are a toy's.
+
+    Stable Diffusion 1 and 2: size 512, latents 4, widths 128 256 512 512, groups 32, scale 0.18215.
+    SDXL: size 1024, scale 0.13025. Stable Diffusion 3 and FLUX.1: latents 16, scale 1.5305 and
+    0.3611, shift 0.0609 and 0.1159, quant False.
     """
 
     size: int = 16  # images are [size, size, channels] in training; others work
@@ -51,19 +56,29 @@ class VAE:
 
 
 class PixelAttention(nnx.Module):
-    """One attention head over the pixels, as a residual branch of [B H W C]."""
+    """One attention head over the pixels, as a residual branch."""
 
     def __init__(self, cfg: VAE, dim: int, rngs: nnx.Rngs):
-        dtype = jnp.dtype(cfg.dtype)
-        self.norm = group_norm(dim, cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
-        self.to_q, self.to_k, self.to_v = (
-            dense(dim, dim, ("embed", "heads"), rngs=rngs, dtype=dtype) for _ in range(3)
-        )
-        self.to_out = dense(dim, dim, ("heads", "embed"), rngs=rngs, dtype=dtype)
+        make = functools.partial(dense, dim, dim, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+        self.norm = norm(cfg, dim, rngs)
+        self.to_q = make(("embed", "heads"))
+        self.to_k = make(("embed", "heads"))
+        self.to_v = make(("embed", "heads"))
+        self.to_out = make(("heads", "embed"))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         h = rearrange(self.norm(x), "b h w c -> b (h w) 1 c")
-        return x + self.to_out(attention(self.to_q(h), self.to_k(h), self.to_v(h))).reshape(x.shape)
+        out = self.to_out(attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        return x + out.reshape(x.shape)
+
+
+def norm(cfg: VAE, dim: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    return group_norm(dim, cfg.groups, rngs=rngs, eps=EPS, dtype=jnp.dtype(cfg.dtype))
+
+
+def resnet(cfg: VAE, i: int, o: int, rngs: nnx.Rngs) -> ResBlock:
+    """A residual block of the autoencoder from i to o channels."""
+    return ResBlock(i, o, groups=cfg.groups, eps=EPS, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
 
 
 class Level(nnx.Module):
@@ -73,54 +88,52 @@ class Level(nnx.Module):
         self, cfg: VAE, i: int, o: int, count: int, resample: nnx.Module | None, rngs: nnx.Rngs
     ):
         self.remat = cfg.remat
-        make = lambda i: ResBlock(
-            i, o, groups=cfg.groups, eps=1e-6, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
-        )
-        self.resnets = nnx.List([make(i if j == 0 else o) for j in range(count)])
+        ins = [i] + [o] * (count - 1)
+        self.resnets = nnx.List([resnet(cfg, channels, o, rngs) for channels in ins])
         if resample:
             self.resample = resample
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B _ _ i"]) -> Float[Array, "B _ _ o"]:
         for block in self.resnets:
             x = as_program(block, self.remat)(x)
         return self.resample(x) if hasattr(self, "resample") else x
 
 
 class Middle(nnx.Module):
+    """ResNet block, attention over the pixels, ResNet block."""
+
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
         self.remat = cfg.remat
         dim = cfg.widths[-1]
-        make = lambda: ResBlock(
-            dim, dim, groups=cfg.groups, eps=1e-6, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
-        )
-        self.before = make()
-        self.after = make()
+        self.before = resnet(cfg, dim, dim, rngs)
+        self.after = resnet(cfg, dim, dim, rngs)
         if cfg.attention:
             self.attention = PixelAttention(cfg, dim, rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x = as_program(self.before, self.remat)(x)
-        return as_program(self.after, self.remat)(
-            self.attention(x) if hasattr(self, "attention") else x
-        )
+        if hasattr(self, "attention"):
+            x = self.attention(x)
+        return as_program(self.after, self.remat)(x)
 
 
 class Encoder(nnx.Module):
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
         w = cfg.widths
         dtype = jnp.dtype(cfg.dtype)
-        shrink = lambda i: Down(w[i], low=0, rngs=rngs, dtype=dtype) if i < len(w) - 1 else None
-        self.conv_in = conv(cfg.channels, w[0], (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
-        self.levels = nnx.List(
-            [Level(cfg, w[max(i - 1, 0)], w[i], cfg.layers, shrink(i), rngs) for i in range(len(w))]
-        )
+        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=dtype)
+        self.conv_in = convolution(cfg.channels, w[0], names=(None, "embed"))
+        levels = []
+        for i, width in enumerate(w):
+            last = i == len(w) - 1
+            resample = None if last else Down(width, low=0, rngs=rngs, dtype=dtype)
+            levels.append(Level(cfg, w[max(i - 1, 0)], width, cfg.layers, resample, rngs))
+        self.levels = nnx.List(levels)
         self.mid = Middle(cfg, rngs)
-        self.norm_out = group_norm(w[-1], cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
-        self.conv_out = conv(
-            w[-1], 2 * cfg.latents, (3, 3), ("embed", None), rngs=rngs, dtype=dtype
-        )
+        self.norm_out = norm(cfg, w[-1], rngs)
+        self.conv_out = convolution(w[-1], 2 * cfg.latents, names=("embed", None))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w z"]:
         x = constrain(self.conv_in(x), "batch", None, None, None)
         for level in self.levels:
             x = level(x)
@@ -131,19 +144,19 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: VAE, rngs: nnx.Rngs):
         w = cfg.widths[::-1]
         dtype = jnp.dtype(cfg.dtype)
-        grow = lambda i: Up(w[i], rngs=rngs, dtype=dtype) if i < len(w) - 1 else None
-        self.conv_in = conv(cfg.latents, w[0], (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
+        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=dtype)
+        self.conv_in = convolution(cfg.latents, w[0], names=(None, "embed"))
         self.mid = Middle(cfg, rngs)
-        self.levels = nnx.List(
-            [
-                Level(cfg, w[max(i - 1, 0)], w[i], cfg.layers + 1, grow(i), rngs)
-                for i in range(len(w))
-            ]
-        )
-        self.norm_out = group_norm(w[-1], cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
-        self.conv_out = conv(w[-1], cfg.channels, (3, 3), ("embed", None), rngs=rngs, dtype=dtype)
+        levels = []
+        for i, width in enumerate(w):
+            last = i == len(w) - 1
+            resample = None if last else Up(width, rngs=rngs, dtype=dtype)
+            levels.append(Level(cfg, w[max(i - 1, 0)], width, cfg.layers + 1, resample, rngs))
+        self.levels = nnx.List(levels)
+        self.norm_out = norm(cfg, w[-1], rngs)
+        self.conv_out = convolution(w[-1], cfg.channels, names=("embed", None))
 
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Float[Array, "B h w z"]) -> Float[Array, "B H W C"]:
         x = self.mid(constrain(self.conv_in(z), "batch", None, None, None))
         for level in self.levels:
             x = level(x)
@@ -156,34 +169,37 @@ class VAEModule(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
         self.encoder = Encoder(cfg, rngs)
         self.decoder = Decoder(cfg, rngs)
-        point = lambda n: conv(n, n, (1, 1), (None, None), rngs=rngs, dtype=self.dtype)
+        point = functools.partial(conv, names=(None, None), rngs=rngs, dtype=self.dtype)
         if cfg.quant:
-            self.quant = point(2 * cfg.latents)
+            self.quant = point(2 * cfg.latents, 2 * cfg.latents, (1, 1))
         if cfg.post_quant:
-            self.post_quant = point(cfg.latents)
+            self.post_quant = point(cfg.latents, cfg.latents, (1, 1))
 
-    def __call__(self, x: Array) -> Array:
-        """The reconstruction of x [B H W C] from the mean of its latents."""
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """The reconstruction from the mean of the latents."""
         return self.decode(self.encode(x)[0]).astype(x.dtype)
 
-    def encode(self, x: Array) -> tuple[Array, Array]:
-        """Images [B H W C] in -1 to 1 -> mean and standard deviation of z, each [B h w latents],
-        float32.
-        """
+    def encode(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B h w z"], Float[Array, "B h w z"]]:
+        """Mean and standard deviation of the latents of images in -1 to 1, in float32."""
         h = self.encoder(x.astype(self.dtype))
-        h = self.quant(h) if self.cfg.quant else h
+        if self.cfg.quant:
+            h = self.quant(h)
         mean, log_var = jnp.split(h.astype(jnp.float32), 2, -1)
         return mean, jnp.exp(0.5 * jnp.clip(log_var, -30.0, 20.0))
 
-    def decode(self, z: Array) -> Array:
-        """z [B h w latents] -> images [B H W C], float32."""
+    def decode(self, z: Float[Array, "B h w z"]) -> Float[Array, "B H W C"]:
+        """Images of latents, in float32."""
         z = z.astype(self.dtype)
-        return self.decoder(self.post_quant(z) if self.cfg.post_quant else z).astype(jnp.float32)
+        if self.cfg.post_quant:
+            z = self.post_quant(z)
+        return self.decoder(z).astype(jnp.float32)
 
-    def normalise(self, z: Array) -> Array:
-        """What a denoiser is trained on: z shifted and scaled to about unit variance."""
+    def normalise(self, z: Float[Array, "*B z"]) -> Float[Array, "*B z"]:
+        """Latents as denoisers are trained on them: of about unit variance."""
         return (z - self.cfg.shift) * self.cfg.scale
 
-    def denormalise(self, x0: Array) -> Array:
+    def denormalise(self, x0: Float[Array, "*B z"]) -> Float[Array, "*B z"]:
         """The inverse of `normalise`, for `decode`."""
         return x0 / self.cfg.scale + self.cfg.shift

@@ -1,21 +1,24 @@
-"""The deep-compression autoencoder (DC-AE, arXiv:2410.10733) of SANA (arXiv:2410.10629), with the
-weights of diffusers' `AutoencoderDC`.
+"""The deep-compression autoencoder (DC-AE, arXiv:2410.10733) of SANA, diffusers' `AutoencoderDC`.
 
 Residual convolution blocks at the high resolutions, EfficientViT blocks (linear attention at
 several scales, then a gated convolution, arXiv:2205.14756) at the low ones. Every change of
-resolution learns the difference to a shortcut without weights that moves pixels to channels and
-averages, or duplicates channels and moves them to pixels. The code is deterministic.
+resolution learns the difference to a shortcut without weights, which moves pixels to channels and
+averages them, or duplicates channels and moves them to pixels. The code is deterministic.
+
+Source: arXiv:2410.10733; SANA, arXiv:2410.10629.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Float
 
 from jaxdistill.core.fields import Dtype, Remat
 from jaxdistill.core.sharding import constrain
@@ -31,7 +34,7 @@ GROWS = ("interpolate", "pixel_shuffle")
 
 
 class LevelSizes(NamedTuple):
-    """A level of one half."""
+    """Sizes of a level of the encoder or the decoder."""
 
     width: int
     layers: int
@@ -42,40 +45,33 @@ class LevelSizes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DCAE:
-    """Sizes. Defaults are a toy's. SANA's f32c32: latents 32, head_dim 32, widths 128 256 512 512
-    1024 1024 and attention in the last three levels with scales (5,) in both halves, encoder_layers
-    2 2 2 3 3 3, decoder_layers 3 in each level, decoder_acts silu; the rest as here. Tuples give
-    the levels from the pixels on; resolution halves from each to the next.
+    """Sizes. Defaults are a toy's.
+
+    Tuples give the levels from the pixels on; the resolution halves from each to the next. SANA's
+    f32c32: latents 32, head_dim 32, widths 128 256 512 512 1024 1024 and attention in the last
+    three levels with scales (5,) in both halves, encoder_layers 2 2 2 3 3 3, decoder_layers 3 in
+    each level, decoder_acts silu, all else as here.
     """
 
     channels: int = 3
     latents: int = 4  # channels of z, at 1 / 2^(levels - 1) of the resolution
     head_dim: int = 8  # channels of an attention head
     encoder_widths: tuple[int, ...] = (8, 16)  # channels
-    encoder_layers: tuple[int, ...] = (
-        1,
-        1,
-    )  # blocks; 0, of the first level only: pixels go to the second level at once
-    encoder_attention: tuple[bool, ...] = (
-        False,
-        True,
-    )  # EfficientViT blocks, else residual convolution blocks
-    encoder_scales: tuple[tuple[int, ...], ...] = (
-        (),
-        (5,),
-    )  # attention adds queries, keys and values of neighbourhoods this wide
+    # blocks; 0, in the first level only: the pixels enter the second level directly
+    encoder_layers: tuple[int, ...] = (1, 1)
+    # True: EfficientViT blocks; False: residual convolution blocks
+    encoder_attention: tuple[bool, ...] = (False, True)
+    # widths of neighbourhoods whose queries, keys and values attention adds
+    encoder_scales: tuple[tuple[int, ...], ...] = ((), (5,))
     decoder_widths: tuple[int, ...] = (8, 16)
     decoder_layers: tuple[int, ...] = (1, 1)
     decoder_attention: tuple[bool, ...] = (False, True)
     decoder_scales: tuple[tuple[int, ...], ...] = ((), (5,))
-    decoder_acts: tuple[str, ...] = (
-        "silu",
-        "silu",
-    )  # gelu | relu | silu, of convolution blocks; the encoder's have silu
+    # gelu | relu | silu, of convolution blocks; those of the encoder have silu
+    decoder_acts: tuple[str, ...] = ("silu", "silu")
     shrink: str = "conv"  # of stride 2 | pixel_unshuffle after the convolution
-    grow: str = (
-        "interpolate"  # to the nearest pixel before the convolution | pixel_shuffle after it
-    )
+    # interpolate (to the nearest pixel, before the convolution) | pixel_shuffle (after it)
+    grow: str = "interpolate"
     shortcut_out: bool = True  # averages of the encoder's last channels are added to z
     shortcut_in: bool = True  # duplicates of z's channels are added to the decoder's first
     act_out: str = "relu"  # before the decoder's last convolution
@@ -96,19 +92,20 @@ class DCAE:
         return DCAEModule(self, rngs)
 
     def levels(self, half: str) -> list[LevelSizes]:
-        """The levels of "encoder" or "decoder", from the pixels on. Raises Refused where their
-        numbers differ.
+        """The levels of "encoder" or "decoder", from the pixels on.
+
+        Raises:
+            Refused: where the fields have different numbers of levels.
         """
         count = len(self.encoder_widths)
-        given = {
-            name: getattr(self, f"{half}_{name}")
-            for name in ("widths", "layers", "attention", "scales")
-        }
+        names = ("widths", "layers", "attention", "scales")
+        given = {name: getattr(self, f"{half}_{name}") for name in names}
         given["acts"] = self.decoder_acts if half == "decoder" else ("silu",) * count
         for name, levels in given.items():
             if len(levels) != count:
                 raise Refused(
-                    f"model: {half}_{name}={levels}, expected one for each of the {count} levels of encoder_widths"
+                    f"model: {half}_{name}={levels}, "
+                    f"expected one for each of the {count} levels of encoder_widths"
                 )
         return [LevelSizes(*level) for level in zip(*given.values())]
 
@@ -117,18 +114,20 @@ class Norm(nnx.Module):
     """Root-mean-square norm over the channels (last axis) with gain and bias, in float32."""
 
     def __init__(self, dim: int, rngs: nnx.Rngs):
-        make = lambda init: nnx.Param(nnx.with_partitioning(init, (None,))(rngs.params(), (dim,)))
+        def make(init) -> nnx.Param:
+            return nnx.Param(nnx.with_partitioning(init, (None,))(rngs.params(), (dim,)))
+
         self.scale = make(nnx.initializers.ones_init())
         self.bias = make(ZEROS)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + EPS)
         return (h * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class ResBlock(nnx.Module):
-    """3x3 convolution, activation, 3x3 convolution, norm, as a residual branch of [B H W C]."""
+    """3x3 convolution, activation, 3x3 convolution, norm, as a residual branch."""
 
     def __init__(self, dim: int, act: str, rngs: nnx.Rngs, dtype):
         self.act = lookup(ACTS, act, "model: act")
@@ -136,15 +135,17 @@ class ResBlock(nnx.Module):
         self.conv2 = conv(dim, dim, (3, 3), ("mlp", "embed"), rngs=rngs, bias=False, dtype=dtype)
         self.norm = Norm(dim, rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return constrain(
-            x + self.norm(self.conv2(self.act(self.conv1(x)))), "batch", None, None, None
-        )
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        h = self.norm(self.conv2(self.act(self.conv1(x))))
+        return constrain(x + h, "batch", None, None, None)
 
 
-def quadratic_attention(q: Array, k: Array, v: Array) -> Array:
-    """`linear_attention` through all scores, in O(N^2 K), in v's dtype but for the float32
-    division.
+def quadratic_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"]
+) -> Float[Array, "B T H K"]:
+    """`linear_attention` through all scores, in O(T S K).
+
+    The scores are divided in float32; the rest is in v's dtype.
     """
     scores = jnp.einsum("btgk,bsgk->bgts", q, k, preferred_element_type=jnp.float32)
     scores = scores / (scores.sum(-1, keepdims=True) + TINY)
@@ -152,81 +153,80 @@ def quadratic_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 class Scale(nnx.Module):
-    """Queries, keys and values [B H W 3D] of neighbourhoods: a depthwise convolution, then a matrix
-    for each K channels.
+    """Queries, keys and values of neighbourhoods, from those of pixels.
+
+    A depthwise convolution, then a matrix for each group of `head_dim` channels.
     """
 
     def __init__(self, dim: int, head_dim: int, size: int, rngs: nnx.Rngs, dtype):
         if size % 2 == 0:
             raise Refused(f"model: attention scale {size}, expected an odd number of pixels")
         matrices = nnx.initializers.lecun_normal(batch_axis=0)
+        channels = 3 * dim
         self.depth = conv(
-            3 * dim,
-            3 * dim,
+            channels,
+            channels,
             (size, size),
             (None, "heads"),
             rngs=rngs,
-            groups=3 * dim,
+            groups=channels,
             bias=False,
             dtype=dtype,
         )
-        self.point = nnx.Param(
-            nnx.with_partitioning(matrices, ("heads", None, None))(
-                rngs.params(), (3 * dim // head_dim, head_dim, head_dim)
-            )
-        )
+        shape = (channels // head_dim, head_dim, head_dim)
+        named = nnx.with_partitioning(matrices, ("heads", None, None))
+        self.point = nnx.Param(named(rngs.params(), shape))
 
-    def __call__(self, qkv: Array) -> Array:
+    def __call__(self, qkv: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x = self.depth(qkv)
         groups = x.reshape(*x.shape[:-1], *self.point.shape[:2])
-        return jnp.einsum("bhwgi,gio->bhwgo", groups, self.point[...].astype(x.dtype)).reshape(
-            x.shape
-        )
+        matrices = self.point[...].astype(x.dtype)
+        return jnp.einsum("bhwgi,gio->bhwgo", groups, matrices).reshape(x.shape)
 
 
 class Attention(nnx.Module):
-    """ReLU attention over all pixels, at the scale of a pixel and those of `sizes`, as a residual
-    branch of [B H W C].
+    """ReLU attention over all pixels, at the scale of a pixel and those of `sizes`, as a branch.
 
-    As released, the channels of to_q, to_k and to_v and then of every scale stand in one row that
-    is cut into heads of K queries, K keys and K values: what `to_q` makes becomes keys and values
-    of some heads too.
+    As in the released networks, the channels of to_q, to_k and to_v and then of every scale are
+    concatenated and cut into heads of K queries, K keys and K values each: what `to_q` computes
+    becomes keys and values of some heads too.
     """
 
     def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
         inner = dim // head_dim * head_dim
         if not inner:
             raise Refused(
-                f"model: width {dim} of a level with attention, expected at least head_dim={head_dim}"
+                f"model: width {dim} of a level with attention, "
+                f"expected at least head_dim={head_dim}"
             )
-        make = lambda i, o, names: dense(i, o, names, rngs=rngs, bias=False, dtype=dtype)
+        make = functools.partial(dense, rngs=rngs, bias=False, dtype=dtype)
         self.head_dim = head_dim
         self.norm_out = Norm(dim, rngs)
-        self.to_q, self.to_k, self.to_v = (make(dim, inner, ("embed", "heads")) for _ in range(3))
+        self.to_q = make(dim, inner, ("embed", "heads"))
+        self.to_k = make(dim, inner, ("embed", "heads"))
+        self.to_v = make(dim, inner, ("embed", "heads"))
         self.scales = nnx.List([Scale(inner, head_dim, size, rngs, dtype) for size in sizes])
         self.to_out = make(inner * (1 + len(sizes)), dim, ("heads", "embed"))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         qkv = jnp.concatenate([self.to_q(x), self.to_k(x), self.to_v(x)], -1)
         qkv = jnp.concatenate([qkv, *(scale(qkv) for scale in self.scales)], -1)
-        q, k, v = jnp.split(
-            rearrange(qkv, "b h w (g c) -> b (h w) g c", c=3 * self.head_dim), 3, -1
-        )
-        attend = (
-            linear_attention if x.shape[1] * x.shape[2] > self.head_dim else quadratic_attention
-        )
+        heads = rearrange(qkv, "b h w (g c) -> b (h w) g c", c=3 * self.head_dim)
+        q, k, v = jnp.split(heads, 3, -1)
+        many = x.shape[1] * x.shape[2] > self.head_dim
+        attend = linear_attention if many else quadratic_attention
         out = attend(nnx.relu(q), nnx.relu(k), v).astype(x.dtype)
         return x + self.norm_out(self.to_out(out.reshape(*x.shape[:-1], -1)))
 
 
 class GatedBranch(GatedConv):
-    """A gated convolution and a norm, as a residual branch of [B H W C]."""
+    """A gated convolution and a norm, as a residual branch."""
 
     def __init__(self, dim: int, rngs: nnx.Rngs, dtype):
         super().__init__(dim, EXPAND * dim, rngs=rngs, dtype=dtype)
         self.norm = Norm(dim, rngs)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         return constrain(x + self.norm(super().__call__(x)), "batch", None, None, None)
 
 
@@ -237,39 +237,38 @@ class EfficientViTBlock(nnx.Module):
         self.attention = Attention(dim, head_dim, sizes, rngs, dtype)
         self.gated = GatedBranch(dim, rngs, dtype)
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         return self.gated(self.attention(x))
 
 
-def pixels_to_channels(x: Array) -> Array:
-    """[B 2H 2W C] -> [B H W 4C], the channel outermost (PyTorch's pixel_unshuffle)."""
+def pixels_to_channels(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 4*C"]:
+    """Squares of 2x2 pixels as channels, the channel outermost (PyTorch's pixel_unshuffle)."""
     return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
 
 
-def channels_to_pixels(x: Array) -> Array:
-    """[B H W 4C] -> [B 2H 2W C], the inverse of `pixels_to_channels`."""
+def channels_to_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:
+    """The inverse of `pixels_to_channels`."""
     return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
 
 
-def average(x: Array, out: int) -> Array:
-    """[... C] -> [... out], means of C / out neighbouring channels."""
+def average(x: Float[Array, "*B C"], out: int) -> Float[Array, "*B {out}"]:
+    """Means of C / `out` neighbouring channels."""
     return x.reshape(*x.shape[:-1], out, -1).mean(-1)
 
 
-def duplicate(x: Array, out: int) -> Array:
-    """[... C] -> [... out], every channel out / C times in a row."""
+def duplicate(x: Float[Array, "*B C"], out: int) -> Float[Array, "*B {out}"]:
+    """Every channel `out` / C times, one after the other."""
     return jnp.repeat(x, out // x.shape[-1], -1)
 
 
 def divides(small: int, large: int, what: str) -> None:
+    """Raises Refused where `small` channels do not divide `large` ones."""
     if large % small:
         raise Refused(f"model: {what}: {large} channels are not a multiple of {small}")
 
 
 class Down(nnx.Module):
-    """[B 2H 2W i] -> [B H W o]: a 3x3 convolution, and averages of the pixels if there is a
-    shortcut.
-    """
+    """Half the resolution: a 3x3 convolution, and averages of the pixels if there is a shortcut."""
 
     def __init__(self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True):
         self.out = o
@@ -279,26 +278,27 @@ class Down(nnx.Module):
             divides(o, 4 * i, "averages on the way down")
         if self.unshuffle:
             divides(4, o, "pixel_unshuffle")
-        size, stride = (o // 4, 1) if self.unshuffle else (o, 2)
         self.conv = conv(
             i,
-            size,
+            o // 4 if self.unshuffle else o,
             (3, 3),
             rngs=rngs,
-            strides=stride,
+            strides=1 if self.unshuffle else 2,
             padding=[(1, 1)] * 2,
             dtype=jnp.dtype(cfg.dtype),
         )
 
-    def __call__(self, x: Array) -> Array:
-        h = pixels_to_channels(self.conv(x)) if self.unshuffle else self.conv(x)
-        return h + average(pixels_to_channels(x), self.out) if self.shortcut else h
+    def __call__(self, x: Float[Array, "B H W i"]) -> Float[Array, "B H//2 W//2 o"]:
+        h = self.conv(x)
+        if self.unshuffle:
+            h = pixels_to_channels(h)
+        if self.shortcut:
+            h = h + average(pixels_to_channels(x), self.out)
+        return h
 
 
 class Up(nnx.Module):
-    """[B H W i] -> [B 2H 2W o]: a 3x3 convolution, and duplicates of the channels if there is a
-    shortcut.
-    """
+    """Twice the resolution: a 3x3 convolution, and duplicated channels if there is a shortcut."""
 
     def __init__(self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True):
         self.out = o
@@ -306,49 +306,51 @@ class Up(nnx.Module):
         self.shuffle = cfg.grow == "pixel_shuffle"
         if shortcut:
             divides(i, 4 * o, "duplicates on the way up")
-        self.conv = conv(
-            i, 4 * o if self.shuffle else o, (3, 3), rngs=rngs, dtype=jnp.dtype(cfg.dtype)
-        )
+        channels = 4 * o if self.shuffle else o
+        self.conv = conv(i, channels, (3, 3), rngs=rngs, dtype=jnp.dtype(cfg.dtype))
 
-    def __call__(self, x: Array) -> Array:
-        h = (
-            channels_to_pixels(self.conv(x))
-            if self.shuffle
-            else self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
-        )
-        return h + channels_to_pixels(duplicate(x, 4 * self.out)) if self.shortcut else h
+    def __call__(self, x: Float[Array, "B H W i"]) -> Float[Array, "B 2*H 2*W o"]:
+        if self.shuffle:
+            h = channels_to_pixels(self.conv(x))
+        else:
+            h = self.conv(jnp.repeat(jnp.repeat(x, 2, 1), 2, 2))
+        if self.shortcut:
+            h = h + channels_to_pixels(duplicate(x, 4 * self.out))
+        return h
 
 
 class Level(nnx.Module):
-    """Blocks of one width, and what leads to the next level of the encoder or from it in the
-    decoder.
-    """
+    """Blocks of one width, and the change of resolution between this level and the next."""
 
     def __init__(self, cfg: DCAE, sizes: LevelSizes, resample: Down | Up | None, rngs: nnx.Rngs):
         self.remat = cfg.remat
         dtype = jnp.dtype(cfg.dtype)
-        if sizes.attention:
-            make = lambda: EfficientViTBlock(sizes.width, cfg.head_dim, sizes.scales, rngs, dtype)
-        else:
-            make = lambda: ResBlock(sizes.width, sizes.act, rngs, dtype)
-        self.blocks = nnx.List([make() for _ in range(sizes.layers)])
+        blocks = []
+        for _ in range(sizes.layers):
+            if sizes.attention:
+                block = EfficientViTBlock(sizes.width, cfg.head_dim, sizes.scales, rngs, dtype)
+            else:
+                block = ResBlock(sizes.width, sizes.act, rngs, dtype)
+            blocks.append(block)
+        self.blocks = nnx.List(blocks)
         if resample is not None:
             self.resample = resample
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         for block in self.blocks:
             x = as_program(block, self.remat)(x)
         return x
 
 
 def first(levels: list[LevelSizes]) -> LevelSizes:
-    """The level of highest resolution that has blocks. Raises Refused where it is not the first or
-    the second.
+    """The level of highest resolution that has blocks.
+
+    Raises:
+        Refused: where it is not the first or the second.
     """
     if not all(level.layers for level in levels[1:]) or not (levels[0].layers or levels[1:]):
-        raise Refused(
-            f"model: layers={tuple(level.layers for level in levels)}: only the first of several levels may be empty"
-        )
+        layers = tuple(level.layers for level in levels)
+        raise Refused(f"model: layers={layers}: only the first of several levels may be empty")
     return levels[0] if levels[0].layers else levels[1]
 
 
@@ -359,35 +361,30 @@ class Encoder(nnx.Module):
         self.cfg = cfg
         start = first(levels)
         last = levels[-1].width
+        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=dtype)
         if levels[0].layers:
-            self.conv_in = conv(
-                cfg.channels, start.width, (3, 3), (None, "embed"), rngs=rngs, dtype=dtype
-            )
+            self.conv_in = convolution(cfg.channels, start.width, names=(None, "embed"))
         else:
             self.conv_in = Down(cfg, cfg.channels, start.width, rngs, shortcut=False)
-        down = lambda one, after: (
-            Down(cfg, one.width, after.width, rngs) if after and one.layers else None
-        )
-        self.levels = nnx.List(
-            [
-                Level(cfg, one, down(one, after), rngs)
-                for one, after in zip(levels, [*levels[1:], None])
-            ]
-        )
-        self.conv_out = conv(last, cfg.latents, (3, 3), ("embed", None), rngs=rngs, dtype=dtype)
+        made = []
+        for one, after in zip(levels, [*levels[1:], None]):
+            down = None
+            if after and one.layers:
+                down = Down(cfg, one.width, after.width, rngs)
+            made.append(Level(cfg, one, down, rngs))
+        self.levels = nnx.List(made)
+        self.conv_out = convolution(last, cfg.latents, names=("embed", None))
         if cfg.shortcut_out:
             divides(cfg.latents, last, "averages for z")
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w z"]:
         x = constrain(self.conv_in(x), "batch", None, None, None)
         for level in self.levels:
             x = level(x)
-            x = level.resample(x) if hasattr(level, "resample") else x
-        return (
-            self.conv_out(x) + average(x, self.cfg.latents)
-            if self.cfg.shortcut_out
-            else self.conv_out(x)
-        )
+            if hasattr(level, "resample"):
+                x = level.resample(x)
+        z = self.conv_out(x)
+        return z + average(x, self.cfg.latents) if self.cfg.shortcut_out else z
 
 
 class Decoder(nnx.Module):
@@ -397,33 +394,33 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         start = first(levels)
         last = levels[-1].width
-        self.conv_in = conv(cfg.latents, last, (3, 3), (None, "embed"), rngs=rngs, dtype=dtype)
+        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=dtype)
+        self.conv_in = convolution(cfg.latents, last, names=(None, "embed"))
         if cfg.shortcut_in:
             divides(cfg.latents, last, "duplicates of z")
-        up = lambda one, before: (
-            Up(cfg, before.width, one.width, rngs) if before and one.layers else None
-        )
-        self.levels = nnx.List(
-            [
-                Level(cfg, one, up(one, before), rngs)
-                for one, before in zip(levels, [*levels[1:], None])
-            ]
-        )
+        made = []
+        for one, before in zip(levels, [*levels[1:], None]):
+            up = None
+            if before and one.layers:
+                up = Up(cfg, before.width, one.width, rngs)
+            made.append(Level(cfg, one, up, rngs))
+        self.levels = nnx.List(made)
         self.norm_out = Norm(start.width, rngs)
         self.act = lookup(ACTS, cfg.act_out, "model: act_out")
         if levels[0].layers:
-            self.conv_out = conv(
-                start.width, cfg.channels, (3, 3), ("embed", None), rngs=rngs, dtype=dtype
-            )
+            self.conv_out = convolution(start.width, cfg.channels, names=("embed", None))
         else:
             self.conv_out = Up(cfg, start.width, cfg.channels, rngs, shortcut=False)
 
-    def __call__(self, z: Array) -> Array:
+    def __call__(self, z: Float[Array, "B h w z"]) -> Float[Array, "B H W C"]:
         x = self.conv_in(z)
-        x = x + duplicate(z, x.shape[-1]) if self.cfg.shortcut_in else x
+        if self.cfg.shortcut_in:
+            x = x + duplicate(z, x.shape[-1])
         x = constrain(x, "batch", None, None, None)
         for level in list(self.levels)[::-1]:
-            x = level(level.resample(x) if hasattr(level, "resample") else x)
+            if hasattr(level, "resample"):
+                x = level.resample(x)
+            x = level(x)
         return self.conv_out(self.act(self.norm_out(x)))
 
 
@@ -436,14 +433,19 @@ class DCAEModule(nnx.Module):
         self.encoder = Encoder(cfg, rngs)
         self.decoder = Decoder(cfg, rngs)
 
-    def __call__(self, x: Array) -> Array:
-        """The reconstruction of x [B H W C]."""
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """The reconstruction."""
         return self.decode(self.encode(x)[0]).astype(x.dtype)
 
-    def encode(self, x: Array) -> tuple[Array, Array]:
-        """Images [B H W C] in -1 to 1 -> z and, as other autoencoders have one, its standard
-        deviation, which is 0; each [B h w latents], float32. Raises Refused where the resolution
-        does not divide.
+    def encode(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B h w z"], Float[Array, "B h w z"]]:
+        """Latents of images in -1 to 1, and zeros: the standard deviation that others have.
+
+        Both are float32.
+
+        Raises:
+            Refused: where the resolution does not divide.
         """
         pixels = 2 ** (len(self.cfg.encoder_widths) - 1)
         if any(n % pixels for n in x.shape[1:3]):
@@ -451,14 +453,14 @@ class DCAEModule(nnx.Module):
         z = self.encoder(x.astype(self.dtype)).astype(jnp.float32)
         return z, jnp.zeros_like(z)
 
-    def decode(self, z: Array) -> Array:
-        """z [B h w latents] -> images [B H W C], float32."""
+    def decode(self, z: Float[Array, "B h w z"]) -> Float[Array, "B H W C"]:
+        """Images of latents, in float32."""
         return self.decoder(z.astype(self.dtype)).astype(jnp.float32)
 
-    def normalise(self, z: Array) -> Array:
-        """What a denoiser is trained on: z scaled to about unit variance."""
+    def normalise(self, z: Float[Array, "*B z"]) -> Float[Array, "*B z"]:
+        """Latents as denoisers are trained on them: of about unit variance."""
         return z * self.cfg.scale
 
-    def denormalise(self, x0: Array) -> Array:
+    def denormalise(self, x0: Float[Array, "*B z"]) -> Float[Array, "*B z"]:
         """The inverse of `normalise`, for `decode`."""
         return x0 / self.cfg.scale

@@ -1,20 +1,22 @@
-"""DiT, the class-conditional diffusion transformer (arXiv:2212.09748), with diffusers'
-`DiTTransformer2DModel` weights.
+"""DiT, the class-conditional diffusion transformer (arXiv:2212.09748), with diffusers' weights.
 
-Diffusers repeats the time and label embedders in every block; released weights hold the same
-numbers in each, so here they stand once. A second time `r` (average-velocity students) adds its own
-embedder, fed t - r, zero at the start.
+Diffusers' `DiTTransformer2DModel` repeats the time and label embedders in every block; released
+weights are the same in each, so here there is one of them. A second time `r` (students that
+predict an average velocity) adds an embedder of its own, which takes t - r and is zero at the
+start.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
+from jaxtyping import Float, Int, Num
 
 from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
+from jaxdistill.core.needs import Condition, Spec
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Params, Refused
@@ -26,26 +28,31 @@ from jaxdistill.models.layers import (
     embedding,
     fourier,
     lookup,
+    merge_heads,
+    patchify,
     plain_norm,
     scan_layers,
     sincos_2d,
     split_heads,
     stack,
+    unpatchify,
 )
+
+NORMAL = nnx.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiT:
-    """Sizes. Defaults are those of the digits quickstart; DiT-XL/2 is size 32, patch 2, channels 4,
-    dim 1152, depth 28, heads 16.
+    """Sizes. Defaults are those of the digits quickstart.
+
+    DiT-XL/2 is size 32, patch 2, channels 4, dim 1152, depth 28, heads 16.
     """
 
     size: int = 8  # samples are [size, size, channels]
     patch: int = 2
     channels: int = 1
-    out_channels: int = (
-        0  # 0: as many as channels; twice as many where a variance is predicted (and ignored here)
-    )
+    # 0: as many as channels; twice as many where a variance is predicted, which is ignored here
+    out_channels: int = 0
     dim: int = 64
     depth: Depth = 4
     heads: int = 4
@@ -57,7 +64,8 @@ class DiT:
     def __post_init__(self):
         if self.dim % self.heads or self.dim % 4:
             raise Refused(
-                f"dim={self.dim}: expected a multiple of heads={self.heads}, and of 4 for the positions"
+                f"dim={self.dim}: expected a multiple of heads={self.heads}, "
+                "and of 4 for the positions"
             )
 
     def __call__(self, rngs: nnx.Rngs) -> DiTModule:
@@ -68,44 +76,52 @@ class DiT:
         """The label that stands for none; None where the network takes no label."""
         return self.classes
 
+    @property
+    def condition(self) -> Condition:
+        return Condition(array=Int[Spec, " B"], required=False)
+
 
 class TimeEmbed(nnx.Module):
-    def __init__(self, dim: int, rngs: nnx.Rngs, out_init=nnx.initializers.normal(0.02)):
-        self.linear_1 = dense(
-            256, dim, (None, "embed"), rngs=rngs, init=nnx.initializers.normal(0.02)
-        )
+    """Sinusoidal features of a time, linear, SiLU, linear."""
+
+    def __init__(self, dim: int, rngs: nnx.Rngs, out_init=NORMAL):
+        self.linear_1 = dense(256, dim, (None, "embed"), rngs=rngs, init=NORMAL)
         self.linear_2 = dense(dim, dim, ("embed", "mlp"), rngs=rngs, init=out_init)
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Num[Array, " B"]) -> Float[Array, "B D"]:
         return self.linear_2(nnx.silu(self.linear_1(fourier(t, 256))))
 
 
 class Block(nnx.Module):
+    """Self-attention and an MLP, both modulated by the condition (adaLN-Zero)."""
+
     def __init__(self, cfg: DiT, rngs: nnx.Rngs):
         d = cfg.dim
-        dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, names, init=XAVIER: dense(
-            i, o, names, rngs=rngs, init=init, dtype=dtype
-        )
-        self.modulation = make(d, 6 * d, ("embed", "mlp"), ZEROS)
-        self.to_q, self.to_k, self.to_v = (make(d, d, ("embed", "heads")) for _ in range(3))
+        make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=jnp.dtype(cfg.dtype))
+        self.modulation = make(d, 6 * d, ("embed", "mlp"), init=ZEROS)
+        self.to_q = make(d, d, ("embed", "heads"))
+        self.to_k = make(d, d, ("embed", "heads"))
+        self.to_v = make(d, d, ("embed", "heads"))
         self.to_out = make(d, d, ("heads", "embed"))
         self.up = make(d, 4 * d, ("embed", "mlp"))
         self.down = make(4 * d, d, ("mlp", "embed"))
         self.heads = cfg.heads
 
-    def __call__(self, x: Array, cond: Array) -> Array:
-        """x [B N D]; cond [B D], after its SiLU."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
-            self.modulation(cond)[:, None], 6, -1
-        )
+    def __call__(
+        self, x: Float[Array, "B N D"], cond: Float[Array, "B D"]
+    ) -> Float[Array, "B N D"]:
+        """`cond` is given after its SiLU."""
+        modulation = self.modulation(cond)[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, -1)
         h = plain_norm(x, 1e-6) * (1 + scale1) + shift1
-        q, k, v = (split_heads(f(h), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        att = rearrange(attention(q, k, v), "b n h k -> b n (h k)")
-        x = constrain(x + gate1 * self.to_out(att), "batch", "seq", None)
+        q = split_heads(self.to_q(h), self.heads)
+        k = split_heads(self.to_k(h), self.heads)
+        v = split_heads(self.to_v(h), self.heads)
+        attended = self.to_out(merge_heads(attention(q, k, v)))
+        x = constrain(x + gate1 * attended, "batch", "seq", None)
         h = plain_norm(x, 1e-5) * (1 + scale2) + shift2
-        x = x + gate2 * self.down(nnx.gelu(self.up(h), approximate=True))
-        return constrain(x, "batch", "seq", None)
+        h = self.down(nnx.gelu(self.up(h), approximate=True))
+        return constrain(x + gate2 * h, "batch", "seq", None)
 
 
 class DiTModule(nnx.Module):
@@ -114,83 +130,70 @@ class DiTModule(nnx.Module):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
         self.out_channels = cfg.out_channels or cfg.channels
-        self.patch_embed = dense(
-            cfg.patch**2 * cfg.channels,
-            d,
-            (None, "embed"),
-            rngs=rngs,
-            init=XAVIER,
-            dtype=self.dtype,
-        )
+        pixels = cfg.patch**2  # of a patch
+        make = functools.partial(dense, rngs=rngs, dtype=self.dtype)
+        self.patch_embed = make(pixels * cfg.channels, d, (None, "embed"), init=XAVIER)
         self.time_embed = TimeEmbed(d, rngs)
         self.label_embed = embedding(cfg.classes + 1, d, rngs=rngs, names=("index", "embed"))
         if cfg.second_time:
             self.gap_embed = TimeEmbed(d, rngs, out_init=ZEROS)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
-        self.modulation_out = dense(
-            d, 2 * d, ("embed", "mlp"), rngs=rngs, init=ZEROS, dtype=self.dtype
-        )
-        self.proj_out = dense(
-            d,
-            cfg.patch**2 * self.out_channels,
-            ("embed", None),
-            rngs=rngs,
-            init=ZEROS,
-            dtype=self.dtype,
-        )
+        self.modulation_out = make(d, 2 * d, ("embed", "mlp"), init=ZEROS)
+        self.proj_out = make(d, pixels * self.out_channels, ("embed", None), init=ZEROS)
 
     def __call__(
         self,
-        x: Array,
-        t: Array,
-        cond: Array | None = None,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        cond: Int[Array, " B"] | None = None,
         *,
-        r: Array | None = None,
+        r: Num[Array, " B"] | None = None,
         taps: tuple[int, ...] = (),
-    ):
-        """x [B H W C], t [B], cond int [B] (None: the null label) -> raw [B H W C] in x's dtype.
+    ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
+        """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
-        With `taps`, (raw, states [B N D] after those blocks).
+        Args:
+            x: noisy samples.
+            t: their times.
+            cond: labels; None: the null label.
+            r: second time, of a `second_time` network.
+            taps: indices of blocks.
         """
         cfg = self.cfg
-        patch = self.cfg.patch
-        rows = x.shape[1] // patch
-        cols = x.shape[2] // patch
-        cond = jnp.full(x.shape[:1], cfg.classes) if cond is None else cond
-        c = self.time_embed(t) + lookup(self.label_embed, cond)
-        if r is not None:
-            c = c + self.gap_embed(t - r)
-        c = nnx.silu(c).astype(self.dtype)
-        h = rearrange(x.astype(self.dtype), "b (i p) (j q) c -> b (i j) (p q c)", p=patch, q=patch)
-        h = self.patch_embed(h) + sincos_2d(cfg.dim, rows, cols, cfg.size // patch).astype(
-            self.dtype
-        )
-        h = constrain(h, "batch", "seq", None)
-        h, _, features = scan_layers(
-            lambda h, block: (block(h, c), None),
-            h,
-            self.blocks,
-            cfg.depth,
-            remat=cfg.remat,
-            taps=taps,
-        )
+        rows = x.shape[1] // cfg.patch
+        cols = x.shape[2] // cfg.patch
+        c = self._embed(t, cond, r)
+        positions = sincos_2d(cfg.dim, rows, cols, cfg.size // cfg.patch)
+        h = self.patch_embed(patchify(x.astype(self.dtype), cfg.patch))
+        h = constrain(h + positions.astype(self.dtype), "batch", "seq", None)
+        body = lambda h, block: (block(h, c), None)
+        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
         shift, scale = jnp.split(self.modulation_out(c)[:, None], 2, -1)
         h = self.proj_out(plain_norm(h, 1e-6) * (1 + scale) + shift)
-        out = rearrange(h, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=patch, q=patch)[
-            ..., : cfg.channels
-        ].astype(x.dtype)
+        out = unpatchify(h, rows, cfg.patch)[..., : cfg.channels].astype(x.dtype)
         return (out, features) if taps else out
 
+    def _embed(self, t: Array, label: Array | None, r: Array | None) -> Array:
+        """The condition of the blocks [B D] after its SiLU: time, label and gap t - r."""
+        if label is None:
+            label = jnp.full(t.shape, self.cfg.classes)
+        c = self.time_embed(t) + lookup(self.label_embed, label)
+        if r is not None:
+            c = c + self.gap_embed(t - r)
+        return nnx.silu(c).astype(self.dtype)
 
-def fold_gap(net: Net, params: Params, t: Array, r: Array) -> tuple[Net, Params]:
-    """The network of one time that equals a `second_time` one at the times t, r (scalars, as the
-    module is fed them): the gap's embedding moves into every row of the label table. Exact, and for
-    these times only.
+
+def fold_gap(
+    net: Net, params: Params, t: float | Num[Array, ""], r: float | Num[Array, ""]
+) -> tuple[Net, Params]:
+    """The network of one time that equals a `second_time` one at the times t and r.
+
+    The embedding of the gap t - r is added to every row of the label table: exact, for these times
+    only. They are given as the module is: after a denoiser's scaling.
     """
-    gap = nnx.merge(net.graphdef, params).gap_embed(jnp.reshape(jnp.float32(t - r), (1,)))[0]
+    module = nnx.merge(net.graphdef, params)
+    gap = module.gap_embed(jnp.reshape(jnp.float32(t - r), (1,)))[0]
     cfg = dataclasses.replace(net.config, second_time=False)
     labels = {"embedding": params["label_embed"]["embedding"] + gap}
-    return make_net(cfg, wrap=net.wrap, config=cfg), {
-        **{k: v for k, v in params.items() if k != "gap_embed"},
-        "label_embed": labels,
-    }
+    kept = {name: value for name, value in params.items() if name != "gap_embed"}
+    return make_net(cfg, wrap=net.wrap, config=cfg), {**kept, "label_embed": labels}

@@ -1,7 +1,7 @@
-"""The pixel-space U-Nets of EDM (arXiv:2206.00364) with the weights of its repository: `SongUNet`
-(DDPM++ and NCSN++, arXiv:2011.13456) and `DhariwalUNet` (ADM, arXiv:2105.05233).
+"""The pixel-space U-Nets of EDM (arXiv:2206.00364) with the weights of its repository.
 
-Levels of residual blocks, some with attention over the pixels; every state of the way down is
+`SongUNet` is DDPM++ and NCSN++ (arXiv:2011.13456), `DhariwalUNet` is ADM (arXiv:2105.05233). Levels
+of residual blocks, some with attention over the pixels; all activations of the way down are
 concatenated on the way up. These are the raw networks F: the preconditioning is
 `diffusion.denoiser.EDMPrecond`, which feeds them c_in x and t = ln(sigma) / 4. Neither dropout nor
 label dropout is built in; biases of fresh weights are zero.
@@ -10,54 +10,62 @@ label dropout is built in; biases of fresh weights are zero.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Float, Num
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
+from jaxdistill.core.needs import Condition, Spec, check_condition
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import ZEROS, as_program, attention, conv, dense, fourier, group_norm
+from jaxdistill.models.layers import (
+    ZEROS,
+    as_program,
+    attention,
+    conv,
+    dense,
+    fourier,
+    group_norm,
+    merge_heads,
+)
 
-uniform = lambda scale, fan: nnx.initializers.variance_scaling(scale, fan, "uniform")
+
+def uniform(scale: float, fan: str):
+    """The initialiser of variance scale / fan, uniform."""
+    return nnx.initializers.variance_scaling(scale, fan, "uniform")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EDMUNet:
-    """What both have. `attention` lists the resolutions whose blocks attend; the middle always
-    does.
-    """
+    """The sizes that both have."""
 
     size: int = 8  # samples are [size, size, channels]; `attention` is in its terms
     channels: int = 3  # of x and of the output
     classes: int = 0  # labels; label `classes` is the null condition; 0: unconditional
-    augment_dim: int = (
-        0  # channels of cond["augment"], the augmentation's parameters (9 in EDM); 0: not read
-    )
+    # channels of cond["augment"], the parameters of the augmentation (9 in EDM); 0: not read
+    augment_dim: int = 0
     width: int = 16
-    multiples: tuple[int, ...] = (
-        1,
-        2,
-    )  # of width: channels of the levels, each at half the resolution of the one before
+    # channels of the levels in `width`, each level at half the resolution of the one before
+    multiples: tuple[int, ...] = (1, 2)
     blocks: Depth = 1  # residual blocks of a level on the way down; one more on the way up
-    attention: tuple[int, ...] = (4,)
+    attention: tuple[int, ...] = (4,)  # resolutions whose blocks attend; the middle always does
     emb_multiple: int = 4  # the embedding has emb_multiple * width channels
     dtype: Dtype = "float32"  # arithmetic; weights and embedding are float32
     remat: Remat = "none"  # of each block
 
     eps: ClassVar[float]  # of the group norms
-    adaptive: ClassVar[
-        bool
-    ]  # the embedding scales and shifts the second norm, instead of being added before it
+    # True: the embedding scales and shifts the second norm; False: it is added before that norm
+    adaptive: ClassVar[bool]
     damping: ClassVar[float]  # factor on the sum of a block's branch and its shortcut
-    project: ClassVar[
-        bool
-    ]  # blocks that change the resolution have a 1x1 convolution on the shortcut
+    # whether blocks that change the resolution have a 1x1 convolution on the shortcut
+    project: ClassVar[bool]
     all_up: ClassVar[bool]  # every block on the way up attends, not just the last of a level
     filter: ClassVar[tuple[int, ...]] = (1, 1)  # of every change of resolution
 
@@ -70,6 +78,7 @@ class EDMUNet:
         raise NotImplementedError
 
     def attends(self, level: int) -> bool:
+        """Whether the blocks of a level attend."""
         return self.size >> level in self.attention
 
     @property
@@ -78,26 +87,37 @@ class EDMUNet:
         return self.classes or None
 
     @property
+    def condition(self) -> Condition:
+        label = Num[Spec, "B *classes"]  # labels, or weights of the classes
+        optional = {"label": label}
+        if self.augment_dim:
+            optional["augment"] = Num[Spec, f"B {self.augment_dim}"]
+        return Condition(optional=optional, array=label, required=False)
+
+    @property
     def widths(self) -> tuple[int, ...]:
+        """Channels of the levels."""
         return tuple(m * self.width for m in self.multiples)
 
     @property
     def emb(self) -> int:
+        """Channels of the embedding."""
         return self.emb_multiple * self.width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SongUNet(EDMUNet):
-    """Defaults are a toy's. EDM's DDPM++ of CIFAR-10: size 32, width 128, multiples 2 2 2, blocks
-    4, attention 16, augment_dim 9, classes 10 (or 0); of FFHQ and AFHQv2: size 64, multiples 1 2 2
-    2. Its NCSN++ beside these: time_embedding "fourier", noise_multiple 2, residual True, filter 1
-    3 3 1.
+    """Defaults are a toy's.
+
+    EDM's DDPM++ of CIFAR-10: size 32, width 128, multiples 2 2 2, blocks 4, attention 16,
+    augment_dim 9, classes 10 (or 0); of FFHQ and AFHQv2: size 64, multiples 1 2 2 2. Its NCSN++
+    beside these: time_embedding "fourier", noise_multiple 2, residual True, filter 1 3 3 1.
     """
 
     # features of the time: positional | fourier (random frequencies, stored and never trained)
     time_embedding: str = "positional"
     noise_multiple: int = 1  # the features of the time have noise_multiple * width channels
-    residual: bool = False  # x, shrunk, is added to the state at each level on the way down
+    residual: bool = False  # on the way down x, shrunk, is added to the activations of each level
     filter: tuple[int, ...] = (1, 1)
 
     renamed = {"waves": "time_embedding"}
@@ -119,8 +139,10 @@ class SongUNet(EDMUNet):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DhariwalUNet(EDMUNet):
-    """Defaults are a toy's. EDM's ADM of ImageNet-64: size 64, width 192, multiples 1 2 3 4, blocks
-    3, attention 32 16 8, head_dim 64, classes 1000.
+    """Defaults are a toy's.
+
+    EDM's ADM of ImageNet-64: size 64, width 192, multiples 1 2 3 4, blocks 3, attention 32 16 8,
+    head_dim 64, classes 1000.
     """
 
     head_dim: int = 8  # channels of an attention head; 64 in every released network
@@ -141,45 +163,49 @@ class DhariwalUNet(EDMUNet):
         return DhariwalModule(self, rngs)
 
 
-def resample(x: Array, way: str, filter: tuple[int, ...], pad: int | None = None) -> Array:
-    """x [B H W C] at half ("down") or twice ("up") the resolution through the separable, symmetric
-    `filter`, normalised.
+def resample(
+    x: Float[Array, "B H W C"], way: str, filter: tuple[int, ...], pad: int | None = None
+) -> Float[Array, "B _ _ C"]:
+    """x at half ("down") or twice ("up") the resolution.
 
-    `pad`: zeros around x on the way down, by default those that keep the result centred.
+    Args:
+        x: activations or pictures.
+        way: "down" or "up".
+        filter: separable and symmetric; it is normalised.
+        pad: zeros around x on the way down; None: those that keep the result centred.
     """
     n = len(filter)
     channels = x.shape[-1]
+    up = way == "up"
     pad = (n - 1) // 2 if pad is None else pad
-    if (n, pad, filter[0]) == (2, 0, filter[1]):
-        if way == "up":
+    if (n, pad, filter[0]) == (2, 0, filter[1]):  # a box
+        if up:
             return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
         return rearrange(x, "b (h i) (w j) c -> b h w (i j) c", i=2, j=2).mean(3)
-    weights = np.outer(filter, filter) / sum(filter) ** 2 * (4 if way == "up" else 1)
-    kernel = jnp.broadcast_to(jnp.asarray(weights, x.dtype)[:, :, None, None], (n, n, 1, channels))
-    how = (
-        dict(window_strides=(1, 1), lhs_dilation=(2, 2))
-        if way == "up"
-        else dict(window_strides=(2, 2))
-    )
-    pads = [(n - 1 - pad,) * 2 if way == "up" else (pad,) * 2] * 2
+    weights = np.outer(filter, filter) / sum(filter) ** 2 * (4 if up else 1)
+    kernel = jnp.asarray(weights, x.dtype)[:, :, None, None]
     return jax.lax.conv_general_dilated(
         x,
-        kernel,
-        padding=pads,
+        jnp.broadcast_to(kernel, (n, n, 1, channels)),
+        window_strides=(1, 1) if up else (2, 2),
+        padding=[(n - 1 - pad,) * 2 if up else (pad,) * 2] * 2,
+        lhs_dilation=(2, 2) if up else None,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=channels,
-        **how,
     )
 
 
 def norm(cfg: EDMUNet, dim: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Group norm with 32 groups, fewer where a group would have less than four channels."""
-    return group_norm(dim, min(32, dim // 4), rngs=rngs, eps=cfg.eps, dtype=jnp.dtype(cfg.dtype))
+    groups = min(32, dim // 4)
+    return group_norm(dim, groups, rngs=rngs, eps=cfg.eps, dtype=jnp.dtype(cfg.dtype))
 
 
 class Block(nnx.Module):
-    """Norm, SiLU, 3x3 convolution, twice, with the embedding at the second norm; then, with
-    `heads`, attention over the pixels.
+    """A residual block: norm, SiLU, 3x3 convolution, twice, with the embedding at the second norm.
+
+    With `heads`, attention over the pixels follows. `way` is a change of resolution, "down" or
+    "up".
     """
 
     def __init__(
@@ -187,48 +213,58 @@ class Block(nnx.Module):
     ):
         dtype = jnp.dtype(cfg.dtype)
         init, last, attend = cfg.inits()
+        convolution = functools.partial(conv, rngs=rngs, dtype=dtype)
         self.cfg = cfg
         self.heads = heads
         self.way = way
         self.norm0 = norm(cfg, i, rngs)
         self.norm1 = norm(cfg, o, rngs)
-        self.conv0 = conv(i, o, (3, 3), rngs=rngs, init=init, dtype=dtype)
-        self.conv1 = conv(o, o, (3, 3), ("mlp", "embed"), rngs=rngs, init=last, dtype=dtype)
-        self.affine = dense(cfg.emb, o * (1 + cfg.adaptive), ("embed", "mlp"), rngs=rngs, init=init)
+        self.conv0 = convolution(i, o, (3, 3), init=init)
+        self.conv1 = convolution(o, o, (3, 3), ("mlp", "embed"), init=last)
+        affine = 2 * o if cfg.adaptive else o
+        self.affine = dense(cfg.emb, affine, ("embed", "mlp"), rngs=rngs, init=init)
         if i != o or (way and cfg.project):
-            self.skip = conv(i, o, (1, 1), rngs=rngs, init=init, dtype=dtype)
+            self.skip = convolution(i, o, (1, 1), init=init)
         if heads:
+            linear = functools.partial(dense, rngs=rngs, dtype=dtype)
             self.norm2 = norm(cfg, o, rngs)
-            self.qkv = dense(
-                o, 3 * o, ("embed", "heads"), rngs=rngs, init=attend, dtype=dtype
-            )  # of (head, channel, q k or v)
-            self.proj = dense(o, o, ("heads", "embed"), rngs=rngs, init=last, dtype=dtype)
+            # its output channels are (head, channel, one of q k v)
+            self.qkv = linear(o, 3 * o, ("embed", "heads"), init=attend)
+            self.proj = linear(o, o, ("heads", "embed"), init=last)
 
-    def __call__(self, x: Array, emb: Array) -> Array:
-        """x [B H W i], emb [B E] after its SiLU -> [B H' W' o]."""
+    def __call__(
+        self, x: Float[Array, "B H W i"], emb: Float[Array, "B E"]
+    ) -> Float[Array, "B _ _ o"]:
+        """`emb` is given after its SiLU."""
         cfg = self.cfg
-        move = lambda h: resample(h, self.way, cfg.filter) if self.way else h
-        h = self.conv0(move(nnx.silu(self.norm0(x))))
+        h = self.conv0(self._resampled(nnx.silu(self.norm0(x))))
         params = self.affine(emb)[:, None, None].astype(h.dtype)
         if cfg.adaptive:
             scale, shift = jnp.split(params, 2, -1)
             h = nnx.silu(self.norm1(h) * (1 + scale) + shift)
         else:
             h = nnx.silu(self.norm1(h + params))
-        x = move(x)
-        x = (self.conv1(h) + (self.skip(x) if hasattr(self, "skip") else x)) * cfg.damping
+        x = self._resampled(x)
+        shortcut = self.skip(x) if hasattr(self, "skip") else x
+        x = (self.conv1(h) + shortcut) * cfg.damping
         if self.heads:
-            h = rearrange(
-                self.qkv(self.norm2(x)), "b i j (h k s) -> s b (i j) h k", h=self.heads, s=3
-            )
-            h = rearrange(attention(*h), "b n h k -> b n (h k)").reshape(x.shape)
-            x = (self.proj(h) + x) * cfg.damping
+            x = (self._attended(self.norm2(x)) + x) * cfg.damping
         return constrain(x, "batch", None, None, None)
+
+    def _resampled(self, x: Array) -> Array:
+        return resample(x, self.way, self.cfg.filter) if self.way else x
+
+    def _attended(self, x: Array) -> Array:
+        """Attention over the pixels [B H W C]."""
+        qkv = rearrange(self.qkv(x), "b i j (h k s) -> s b (i j) h k", h=self.heads, s=3)
+        out = merge_heads(attention(qkv[0], qkv[1], qkv[2]))
+        return self.proj(out.reshape(x.shape))
 
 
 class Level(nnx.Module):
-    """A change of resolution (`move`), then blocks; on the way down NCSN++ adds the shrunk image
-    (`image`) between.
+    """A change of resolution (`move`), then blocks.
+
+    On the way down NCSN++ adds the shrunk image (`image`) between.
     """
 
     def __init__(
@@ -242,78 +278,118 @@ class Level(nnx.Module):
 
 
 class EDMModule(nnx.Module):
-    """The walk down and up; subclasses embed the time and the condition."""
+    """The way down and up; subclasses embed the time and the condition."""
 
     def __init__(self, cfg: EDMUNet, rngs: nnx.Rngs, first: int):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
         init, last, _ = cfg.inits()
-        w = cfg.widths
-        top = len(cfg.multiples) - 1
-        make = lambda i, o, attend=False, way="": Block(
-            cfg, i, o, rngs, heads=cfg.heads(o) if attend else 0, way=way
+        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=self.dtype)
+        self.conv_in = convolution(cfg.channels, first, names=(None, "embed"), init=init)
+        down, skips = self._way_down(first, rngs)
+        bottom = cfg.widths[-1]
+        self.mid = nnx.List(
+            [self._block(bottom, bottom, rngs, attend=True), self._block(bottom, bottom, rngs)]
         )
-        self.conv_in = conv(
-            cfg.channels, first, (3, 3), (None, "embed"), rngs=rngs, init=init, dtype=self.dtype
-        )
+        up = self._way_up(skips, rngs)
+        self.down = nnx.List(down)
+        self.up = nnx.List(up)
+        self.norm_out = norm(cfg, cfg.widths[0], rngs)
+        self.conv_out = convolution(cfg.widths[0], cfg.channels, names=("embed", None), init=last)
+
+    def _block(
+        self, i: int, o: int, rngs: nnx.Rngs, *, attend: bool = False, way: str = ""
+    ) -> Block:
+        heads = self.cfg.heads(o) if attend else 0
+        return Block(self.cfg, i, o, rngs, heads=heads, way=way)
+
+    def _way_down(self, first: int, rngs: nnx.Rngs) -> tuple[list[Level], list[int]]:
+        """(levels, channels of all activations that are concatenated on the way up)."""
+        cfg = self.cfg
         residual = getattr(cfg, "residual", False)
-        pad = 1 + (len(cfg.filter) - 1) // 2
-        # channels of the state, of the image, of the states that wait for the way up
+        pad = 1 + (len(cfg.filter) - 1) // 2  # of the convolution and of the filter behind it
+        levels = []
         now = first
-        seen = cfg.channels
-        held = [first]
-        down = []
-        up = []
-        for i, width in enumerate(w):
-            move = make(now, now, way="down") if i else None
+        image_channels = cfg.channels
+        skips = [first]
+        for i, width in enumerate(cfg.widths):
+            move = self._block(now, now, rngs, way="down") if i else None
             image = None
-            if i and residual:  # padded for the convolution and for the filter that follows it
+            if i:
+                skips.append(now)
+            if i and residual:
                 image = conv(
-                    seen,
+                    image_channels,
                     now,
                     (3, 3),
                     rngs=rngs,
                     padding=[(pad, pad)] * 2,
-                    init=init,
+                    init=cfg.inits()[0],
                     dtype=self.dtype,
                 )
-                seen = now
-            blocks = [
-                make(now if j == 0 else width, width, cfg.attends(i)) for j in range(cfg.blocks)
-            ]
-            held += [now] * bool(i) + [width] * cfg.blocks
-            down.append(Level(blocks, move, image))
-            now = width
-        self.mid = nnx.List([make(now, now, True), make(now, now)])
-        for i, width in reversed(list(enumerate(w))):
-            move = make(now, now, way="up") if i < top else None
+                image_channels = now
+            blocks = []
+            for _ in range(cfg.blocks):
+                blocks.append(self._block(now, width, rngs, attend=cfg.attends(i)))
+                now = width
+                skips.append(now)
+            levels.append(Level(blocks, move, image))
+        return levels, skips
+
+    def _way_up(self, skips: list[int], rngs: nnx.Rngs) -> list[Level]:
+        cfg = self.cfg
+        levels = []
+        skips = list(skips)
+        now = cfg.widths[-1]
+        for i, width in reversed(list(enumerate(cfg.widths))):
+            move = self._block(now, now, rngs, way="up") if i < len(cfg.widths) - 1 else None
             blocks = []
             for j in range(cfg.blocks + 1):
-                blocks.append(
-                    make(
-                        now + held.pop(), width, cfg.attends(i) and (cfg.all_up or j == cfg.blocks)
-                    )
-                )
+                attend = cfg.attends(i) and (cfg.all_up or j == cfg.blocks)
+                blocks.append(self._block(now + skips.pop(), width, rngs, attend=attend))
                 now = width
-            up.append(Level(blocks, move))
-        self.down = nnx.List(down)
-        self.up = nnx.List(up)
-        self.norm_out = norm(cfg, now, rngs)
-        self.conv_out = conv(
-            now, cfg.channels, (3, 3), ("embed", None), rngs=rngs, init=last, dtype=self.dtype
-        )
+            levels.append(Level(blocks, move))
+        return levels
 
-    def __call__(self, x: Array, t: Array, cond=None, *, taps: tuple[int, ...] = ()):
-        """x [B H W C] (c_in x), t [B] (ln(sigma) / 4) -> raw F [B H W C] in x's dtype; H and W
-        multiples of 2^(levels - 1).
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        cond: Any = None,
+        *,
+        taps: tuple[int, ...] = (),
+    ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
+        """The raw prediction F in x's dtype; with `taps`, (raw, features [B N D] of those levels).
 
-        cond: labels, int [B] (`classes` is the null one) or weights of the classes [B classes];
-        None: the null one; or a dict with any of "label" and "augment" [B augment_dim]. An
-        unconditional network ignores labels. With `taps`, (raw, states [B N D] after those levels):
-        0, 1, ... on the way down, the last of which is the bottleneck, then the middle, then the
-        way up. Raises Refused where x, cond or taps do not fit.
+        Args:
+            x: c_in times the noisy samples; H and W are multiples of 2^(levels - 1).
+            t: ln(sigma) / 4.
+            cond: labels, int [B] (`classes` is the null one), or weights of the classes [B
+              classes];
+              None: the null label; or a dict with any of "label" and "augment" [B augment_dim]. An
+              unconditional network ignores labels.
+            taps: 0, 1, ... on the way down, the last of which is the bottleneck, then the middle,
+              then the way up.
+
+        Raises:
+            Refused: where x, cond or taps are not this.
         """
-        cfg = self.cfg
+        self._check(x, taps)
+        label, augment = self._condition(cond, t.shape[0])
+        emb = self.embed(t, label, augment)
+        image = x.astype(self.dtype)
+        h, skips, features = self._descend(image, emb)
+        for block in self.mid:
+            h = as_program(block, self.cfg.remat)(h, emb)
+        features.append(h)
+        h, features_up = self._ascend(h, skips, emb)
+        features += features_up
+        out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
+        if not taps:
+            return out
+        return out, tuple(rearrange(features[tap], "b h w c -> b (h w) c") for tap in taps)
+
+    def _check(self, x: Array, taps: tuple[int, ...]) -> None:
         levels = len(self.cfg.multiples)
         if any(n % 2 ** (levels - 1) for n in x.shape[1:3]):
             raise Refused(
@@ -323,60 +399,84 @@ class EDMModule(nnx.Module):
             raise Refused(
                 f"taps={tuple(taps)}: levels are numbered 0 to {2 * levels}, {levels} is the middle"
             )
-        emb = self.embed(t, *self._condition(cond, t.shape[0]))
+
+    def _descend(self, image: Array, emb: Array) -> tuple[Array, list, list]:
+        """(output, all activations for the way up, outputs of the levels)."""
+        cfg = self.cfg
         run = lambda block, h: as_program(block, cfg.remat)(h, emb)
-        image = x.astype(self.dtype)
-        states = []
-        held = [h := self.conv_in(image)]
+        h = self.conv_in(image)
+        skips = [h]
+        features = []
         for level in self.down:
             if hasattr(level, "move"):
                 h = run(level.move, h)
                 if hasattr(level, "image"):
-                    h = image = (
-                        h + resample(level.image(image), "down", cfg.filter, pad=0)
-                    ) * math.sqrt(0.5)
-                held.append(h)
+                    shrunk = resample(level.image(image), "down", cfg.filter, pad=0)
+                    h = (h + shrunk) * math.sqrt(0.5)
+                    image = h
+                skips.append(h)
             for block in level.blocks:
-                held.append(h := run(block, h))
-            states.append(h)
-        for block in self.mid:
-            h = run(block, h)
-        states.append(h)
-        for level in self.up:
-            h = run(level.move, h) if hasattr(level, "move") else h
-            for block in level.blocks:
-                h = run(block, jnp.concatenate([h, held.pop()], -1))
-            states.append(h)
-        out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
-        return (
-            (out, tuple(rearrange(states[tap], "b h w c -> b (h w) c") for tap in taps))
-            if taps
-            else out
-        )
+                h = run(block, h)
+                skips.append(h)
+            features.append(h)
+        return h, skips, features
 
-    def _condition(self, cond, batch: int) -> tuple[Array | None, Array | None]:
-        """(weights of the classes [B classes], augmentation [B augment_dim]), None where not read
-        or not given.
+    def _ascend(self, h: Array, skips: list, emb: Array) -> tuple[Array, list]:
+        """(output, outputs of the levels)."""
+        run = lambda block, h: as_program(block, self.cfg.remat)(h, emb)
+        skips = list(skips)
+        features = []
+        for level in self.up:
+            if hasattr(level, "move"):
+                h = run(level.move, h)
+            for block in level.blocks:
+                h = run(block, jnp.concatenate([h, skips.pop()], -1))
+            features.append(h)
+        return h, features
+
+    def _condition(self, cond: Any, batch: int) -> tuple[Array | None, Array | None]:
+        """(weights of the classes [B classes], augmentation [B augment_dim]).
+
+        Each is None where it is not read or not given.
         """
-        given = cond if isinstance(cond, dict) else {} if cond is None else {"label": cond}
+        check_condition(cond, self.cfg.condition, type(self.cfg).__name__)
+        if cond is None:
+            given = {}
+        elif isinstance(cond, dict):
+            given = cond
+        else:
+            given = {"label": cond}
         reads = ["label", "augment"] if self.cfg.augment_dim else ["label"]
         stray = sorted(given.keys() - set(reads))
         if stray:
             raise Refused(
                 f"cond: {stray[0]!r} is not read by this network, expected {' and '.join(reads)}"
             )
-        if not self.cfg.classes:
-            label = None
-        elif "label" not in given:
-            label = jnp.zeros((batch, self.cfg.classes))
-        elif jnp.issubdtype(given["label"].dtype, jnp.integer):
-            label = jax.nn.one_hot(given["label"], self.cfg.classes)  # zeros for the null label
-        else:
-            label = given["label"].astype(jnp.float32)
-        return label, given.get("augment")
+        return self._class_weights(given.get("label"), batch), given.get("augment")
 
-    def embed(self, t: Array, label: Array | None, augment: Array | None) -> Array:
-        """What the blocks read [B E], after its SiLU, float32."""
+    def _class_weights(self, label: Array | None, batch: int) -> Array | None:
+        classes = self.cfg.classes
+        if not classes:
+            return None
+        if label is None:
+            return jnp.zeros((batch, classes))
+        if jnp.issubdtype(label.dtype, jnp.integer):
+            return jax.nn.one_hot(label, classes)  # zeros for the null label
+        return label.astype(jnp.float32)
+
+    def embed(
+        self,
+        t: Num[Array, " B"],
+        label: Float[Array, "B K"] | None,
+        augment: Num[Array, "B A"] | None,
+    ) -> Float[Array, "B E"]:
+        """What the blocks read, after its SiLU, in float32.
+
+        Args:
+            t: times.
+            label: weights of the classes.
+            augment: parameters of the augmentation.
+        """
         raise NotImplementedError
 
 
@@ -388,14 +488,10 @@ class SongModule(EDMModule):
             )
         super().__init__(cfg, rngs, first=cfg.width)
         noise = cfg.noise_multiple * cfg.width
-        init = cfg.inits()[0]
-        make = lambda i, o, names, bias=True: dense(i, o, names, rngs=rngs, init=init, bias=bias)
+        make = functools.partial(dense, rngs=rngs, init=cfg.inits()[0])
         if cfg.time_embedding == "fourier":
-            self.frequencies = nnx.Param(
-                nnx.with_partitioning(nnx.initializers.normal(16.0), (None,))(
-                    rngs.params(), (noise // 2,)
-                )
-            )
+            named = nnx.with_partitioning(nnx.initializers.normal(16.0), (None,))
+            self.frequencies = nnx.Param(named(rngs.params(), (noise // 2,)))
         if cfg.classes:
             self.label = make(cfg.classes, noise, ("index", "embed"))
         if cfg.augment_dim:
@@ -403,50 +499,54 @@ class SongModule(EDMModule):
         self.layer0 = make(noise, cfg.emb, (None, "embed"))
         self.layer1 = make(cfg.emb, cfg.emb, ("embed", "mlp"))
 
-    def embed(self, t, label, augment):
-        cfg = self.cfg
-        noise = self.cfg.noise_multiple * self.cfg.width
-        if cfg.time_embedding == "fourier":
-            args = (
-                t.astype(jnp.float32)[:, None]
-                * (2 * math.pi)
-                * jax.lax.stop_gradient(self.frequencies[...].astype(jnp.float32))
-            )
-            h = jnp.concatenate([jnp.sin(args), jnp.cos(args)], -1)
-        else:
-            h = jnp.roll(fourier(t, noise), noise // 2, -1)  # sines first
+    def embed(
+        self,
+        t: Num[Array, " B"],
+        label: Float[Array, "B K"] | None,
+        augment: Num[Array, "B A"] | None,
+    ) -> Float[Array, "B E"]:
+        h = self._time_features(t)
         if label is not None:
-            h = h + self.label(label * math.sqrt(cfg.classes))
+            h = h + self.label(label * math.sqrt(self.cfg.classes))
         if augment is not None:
             h = h + self.augment(augment.astype(jnp.float32))
         return nnx.silu(self.layer1(nnx.silu(self.layer0(h))))
+
+    def _time_features(self, t: Array) -> Array:
+        """Sines, then cosines."""
+        if self.cfg.time_embedding == "fourier":
+            frequencies = jax.lax.stop_gradient(self.frequencies[...].astype(jnp.float32))
+            angles = t.astype(jnp.float32)[:, None] * (2 * math.pi) * frequencies
+            return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+        channels = self.cfg.noise_multiple * self.cfg.width
+        return jnp.roll(fourier(t, channels), channels // 2, -1)
 
 
 class DhariwalModule(EDMModule):
     def __init__(self, cfg: DhariwalUNet, rngs: nnx.Rngs):
         if any(w % cfg.head_dim for w in cfg.widths):
             raise Refused(
-                f"model: widths {cfg.widths} of the levels, expected multiples of head_dim={cfg.head_dim}"
+                f"model: widths {cfg.widths} of the levels, "
+                f"expected multiples of head_dim={cfg.head_dim}"
             )
         super().__init__(cfg, rngs, first=cfg.widths[0])
         init, last, _ = cfg.inits()
-        self.layer0 = dense(cfg.width, cfg.emb, (None, "embed"), rngs=rngs, init=init)
-        self.layer1 = dense(cfg.emb, cfg.emb, ("embed", "mlp"), rngs=rngs, init=init)
+        make = functools.partial(dense, rngs=rngs)
+        self.layer0 = make(cfg.width, cfg.emb, (None, "embed"), init=init)
+        self.layer1 = make(cfg.emb, cfg.emb, ("embed", "mlp"), init=init)
         if cfg.classes:
-            self.label = dense(
-                cfg.classes,
-                cfg.emb,
-                ("index", "embed"),
-                rngs=rngs,
-                init=nnx.initializers.normal(1.0),
-                bias=False,
-            )
+            unit = nnx.initializers.normal(1.0)
+            self.label = make(cfg.classes, cfg.emb, ("index", "embed"), init=unit, bias=False)
         if cfg.augment_dim:
-            self.augment = dense(
-                cfg.augment_dim, cfg.width, (None, "embed"), rngs=rngs, init=last, bias=False
-            )
+            names = (None, "embed")
+            self.augment = make(cfg.augment_dim, cfg.width, names, init=last, bias=False)
 
-    def embed(self, t, label, augment):
+    def embed(
+        self,
+        t: Num[Array, " B"],
+        label: Float[Array, "B K"] | None,
+        augment: Num[Array, "B A"] | None,
+    ) -> Float[Array, "B E"]:
         h = fourier(t, self.cfg.width, shift=0.0)
         if augment is not None:
             h = h + self.augment(augment.astype(jnp.float32))

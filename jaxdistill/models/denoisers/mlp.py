@@ -1,15 +1,16 @@
-"""Networks for points in a plane: a denoiser for toy distillation, with feature taps and a second
-time.
-"""
+"""A denoiser of points, for toy distillation, with taps and a second time."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Int
 
 from jaxdistill.core.fields import Depth, Dtype
+from jaxdistill.core.needs import Condition, Spec
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array
 from jaxdistill.models.layers import ZEROS, dense, embedding, lookup
@@ -34,25 +35,26 @@ class MLP:
         """The label that stands for none; None where the network takes no label."""
         return self.classes or None
 
+    @property
+    def condition(self) -> Condition | None:
+        return Condition(array=Int[Spec, " B"], required=False) if self.classes else None
 
-def _waves(t: Array) -> Array:
-    """[B, 8]: smooth features of a time in [0, pi/2], with derivatives that stay small."""
-    args = t[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
-    return jnp.concatenate([jnp.sin(args), jnp.cos(args)], -1)
+
+def _time_features(t: Array) -> Array:
+    """[B, 8] of a time [B] in [0, pi/2]: smooth, with small derivatives."""
+    angles = t[:, None] * jnp.array([0.5, 1.0, 2.0, 4.0])
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 
 class MLPModule(nnx.Module):
     def __init__(self, cfg: MLP, rngs: nnx.Rngs):
         self.cfg = cfg
         w = cfg.width
-        make = lambda i, o, names, **kw: dense(
-            i, o, names, rngs=rngs, dtype=jnp.dtype(cfg.dtype), **kw
-        )
+        make = functools.partial(dense, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
         self.inp = make(cfg.dim + 8, w, (None, "embed"))
         if cfg.classes:
-            self.label_embed = embedding(
-                cfg.classes + 1, w, rngs=rngs, std=0.5, names=("index", "embed")
-            )
+            names = ("index", "embed")
+            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, std=0.5, names=names)
         if cfg.second_time:
             self.gap_embed = make(8, w, (None, "embed"), init=ZEROS)
         self.up = nnx.List([make(w, 2 * w, ("embed", "mlp")) for _ in range(cfg.depth)])
@@ -61,23 +63,28 @@ class MLPModule(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        t: Array,
-        cond: Array | None = None,
+        x: Float[Array, "B D"],
+        t: Float[Array, " B"],
+        cond: Int[Array, " B"] | None = None,
         *,
-        r: Array | None = None,
+        r: Float[Array, " B"] | None = None,
         taps: tuple[int, ...] = (),
-    ):
-        """x [B dim], t [B], cond int [B] -> raw [B dim]; with `taps`, (raw, states [B 1 width]
-        after those layers).
+    ) -> Float[Array, "B D"] | tuple[Float[Array, "B D"], tuple]:
+        """The raw prediction; with `taps`, (raw, features [B 1 width] of those layers).
+
+        Args:
+            x: noisy samples.
+            t: their times.
+            cond: labels; None: the null label. A network without classes ignores them.
+            r: second time, of a `second_time` network.
+            taps: indices of layers.
         """
-        h = self.inp(jnp.concatenate([x, _waves(t)], -1))
+        h = self.inp(jnp.concatenate([x, _time_features(t)], -1))
         if self.cfg.classes:
-            h = h + lookup(
-                self.label_embed, jnp.full(x.shape[:1], self.cfg.classes) if cond is None else cond
-            )
+            label = jnp.full(x.shape[:1], self.cfg.classes) if cond is None else cond
+            h = h + lookup(self.label_embed, label)
         if r is not None:
-            h = h + self.gap_embed(_waves(t - r))
+            h = h + self.gap_embed(_time_features(t - r))
         features = []
         for up, down in zip(self.up, self.down):
             h = constrain(h + down(nnx.silu(up(h))), "batch", None)

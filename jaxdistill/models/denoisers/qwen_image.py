@@ -1,31 +1,39 @@
-"""Qwen-Image (arXiv:2508.02324), a text-to-image and editing MMDiT, with the weights of diffusers'
-`QwenImageTransformer2DModel`.
+"""Qwen-Image (arXiv:2508.02324), an MMDiT that makes and edits pictures from text.
+
+Weights are those of diffusers' `QwenImageTransformer2DModel`.
 
 Two streams of tokens, text and 2x2 patches of latents, each with its own weights in every block,
 attend to each other in one softmax. Rows and columns have rotary positions counted from the middle
-of the picture; the text goes on from its edge, along the diagonal. Pictures to edit are further
+of the picture; the text continues from its edge, along the diagonal. Pictures to edit are more
 patches behind those of x. Latents come from `models.autoencoders.vae_wan` with one frame.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Float, Num, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
+from jaxdistill.core.needs import Condition, Spec, check_condition
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import (
     XAVIER,
-    Mapper,
+    EmbeddingMLP,
+    Rotary,
+    add_gated,
     attention,
-    axial_waves,
+    axial_rotary,
     dense,
     fourier,
+    key_mask,
+    merge_heads,
     modulate,
     rms_norm,
     rotate_pairs,
@@ -39,21 +47,20 @@ EPS = 1e-6  # of every norm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenImage:
-    """Sizes. Defaults are a toy's. Qwen-Image and its editing networks, 20B: channels 16, heads 24,
-    axes 16 56 56, depth 60, text_dim 3584; Qwen-Image-Edit-2511 also clean_pictures True.
+    """Sizes. Defaults are a toy's.
+
+    Qwen-Image and its editing networks, 20B: channels 16, heads 24, axes 16 56 56, depth 60,
+    text_dim 3584. Qwen-Image-Edit-2511 has clean_pictures True besides.
     """
 
     patch: int = 2
     channels: int = 4
     heads: int = 2
-    axes: tuple[int, int, int] = (
-        4,
-        6,
-        6,
-    )  # channels of a head that turn with the picture's number, the row and the column
+    # channels of a head that turn with the picture's number, the row and the column
+    axes: tuple[int, int, int] = (4, 6, 6)
     depth: Depth = 2
     text_dim: int = 32  # channels of cond["text"]
-    clean_pictures: bool = False  # patches of cond["image"] are told that they are at time 0
+    clean_pictures: bool = False  # patches of cond["image"] are modulated by time 0
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
 
@@ -64,6 +71,13 @@ class QwenImage:
     def __call__(self, rngs: nnx.Rngs) -> QwenImageModule:
         return QwenImageModule(self, rngs)
 
+    @property
+    def condition(self) -> Condition:
+        return Condition(
+            needs={"text": Float[Spec, f"B L {self.text_dim}"]},
+            optional={"mask": Shaped[Spec, "B L"], "image": Float[Spec, f"B _ _ {self.channels}"]},
+        )
+
 
 class Stream(nnx.Module):
     """A block's weights for one kind of token."""
@@ -71,70 +85,96 @@ class Stream(nnx.Module):
     def __init__(self, cfg: QwenImage, rngs: nnx.Rngs):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, names: dense(i, o, names, rngs=rngs, init=XAVIER, dtype=dtype)
-        scale = lambda: rms_norm(sum(cfg.axes), rngs=rngs, eps=EPS, dtype=dtype)
+        make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=dtype)
         self.heads = cfg.heads
         self.modulation = make(d, 6 * d, ("embed", "mlp"))
-        self.to_q, self.to_k, self.to_v = (make(d, d, ("embed", "heads")) for _ in range(3))
-        self.norm_q = scale()
-        self.norm_k = scale()
+        self.to_q = make(d, d, ("embed", "heads"))
+        self.to_k = make(d, d, ("embed", "heads"))
+        self.to_v = make(d, d, ("embed", "heads"))
+        self.norm_q = rms_norm(sum(cfg.axes), rngs=rngs, eps=EPS, dtype=dtype)
+        self.norm_k = rms_norm(sum(cfg.axes), rngs=rngs, eps=EPS, dtype=dtype)
         self.to_out = make(d, d, ("heads", "embed"))
         self.up = make(d, 4 * d, ("embed", "mlp"))
         self.down = make(4 * d, d, ("mlp", "embed"))
 
-    def modulations(self, time: Array, lengths: tuple[int, ...]) -> list[Array]:
-        """time [B M D], after its SiLU, one for each of M runs of tokens -> six arrays [B 1 or N,
-        D].
+    def modulations(
+        self, time: Float[Array, "B M D"], lengths: tuple[int, ...]
+    ) -> list[Float[Array, "B _ D"]]:
+        """Two times (shift, scale, gate) of the tokens; `time` is given after its SiLU.
+
+        The tokens are M runs of `lengths`, each with a time of its own: the results are [B N D], or
+        [B 1 D] where M is 1.
         """
         m = self.modulation(time)
         if len(lengths) > 1:
-            m = jnp.concatenate(
-                [jnp.repeat(m[:, i : i + 1], n, 1) for i, n in enumerate(lengths)], 1
-            )
+            runs = [jnp.repeat(m[:, i : i + 1], n, 1) for i, n in enumerate(lengths)]
+            m = jnp.concatenate(runs, 1)
         return jnp.split(m, 6, -1)
 
     def qkv(
-        self, x: Array, shift: Array, scale: Array, rotary: tuple[Array, Array]
-    ) -> tuple[Array, Array, Array]:
+        self,
+        x: Float[Array, "B N D"],
+        shift: Float[Array, "B _ D"],
+        scale: Float[Array, "B _ D"],
+        rotary: Rotary,
+    ) -> tuple[Float[Array, "B N H K"], Float[Array, "B N H K"], Float[Array, "B N H K"]]:
+        """Queries, keys and values of the modulated tokens."""
         h = modulate(x, shift, scale, EPS)
-        q, k, v = (split_heads(f(h), self.heads) for f in (self.to_q, self.to_k, self.to_v))
+        q = split_heads(self.to_q(h), self.heads)
+        k = split_heads(self.to_k(h), self.heads)
+        v = split_heads(self.to_v(h), self.heads)
         return rotate_pairs(self.norm_q(q), rotary), rotate_pairs(self.norm_k(k), rotary), v
 
-    def leave(
-        self, x: Array, out: Array, gate1: Array, shift2: Array, scale2: Array, gate2: Array
-    ) -> Array:
-        """x [B N D] after what it attended to, out [B N H K], and after its MLP."""
-        add = lambda x, h, gate: (x.astype(jnp.float32) + h * gate).astype(x.dtype)
-        x = add(x, self.to_out(rearrange(out, "b n h k -> b n (h k)")), gate1)
+    def residual(
+        self,
+        x: Float[Array, "B N D"],
+        attended: Float[Array, "B N H K"],
+        gate1: Float[Array, "B _ D"],
+        shift2: Float[Array, "B _ D"],
+        scale2: Float[Array, "B _ D"],
+        gate2: Float[Array, "B _ D"],
+    ) -> Float[Array, "B N D"]:
+        """x plus the branch of attention, then plus that of the MLP."""
+        x = add_gated(x, self.to_out(merge_heads(attended)), gate1)
         h = nnx.gelu(self.up(modulate(x, shift2, scale2, EPS)), approximate=True)
-        return constrain(add(x, self.down(h), gate2), "batch", "seq", None)
+        return constrain(add_gated(x, self.down(h), gate2), "batch", "seq", None)
 
 
 class Block(nnx.Module):
+    """Joint attention of the tokens of pictures and text."""
+
     def __init__(self, cfg: QwenImage, rngs: nnx.Rngs):
         self.image = Stream(cfg, rngs)
         self.text = Stream(cfg, rngs)
 
     def __call__(
         self,
-        x: Array,
-        text: Array,
-        time: Array,
-        rotary: tuple,
-        mask: Array | None,
+        x: Float[Array, "B N D"],
+        text: Float[Array, "B L D"],
+        time: Float[Array, "B M D"],
+        rotary: tuple[Rotary, Rotary],
+        mask: Shaped[Array, "B 1 1 _"] | None,
         lengths: tuple[int, ...],
-    ):
-        """x [B N D], text [B L D], time [B M D], rotary factors of (text, x), mask [B 1 1 L + N] -> (x,
-        text).
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"]]:
+        """(x, text); the text has the first time.
+
+        Args:
+            x: patches of the pictures.
+            text: tokens of the text.
+            time: after its SiLU, one for each run of patches.
+            rotary: of (text, patches).
+            mask: of text and patches, in this order.
+            lengths: of the runs of patches.
         """
-        shift1, scale1, *rest = self.image.modulations(time, lengths)
-        text_shift1, text_scale1, *text_rest = self.text.modulations(time[:, :1], text.shape[1:2])
-        ours = self.image.qkv(x, shift1, scale1, rotary[1])
-        theirs = self.text.qkv(text, text_shift1, text_scale1, rotary[0])
-        q, k, v = (jnp.concatenate(pair, 1) for pair in zip(theirs, ours))
-        out = attention(q, k, v, mask=mask)
         n = text.shape[1]
-        return self.image.leave(x, out[:, n:], *rest), self.text.leave(text, out[:, :n], *text_rest)
+        shift, scale, *rest = self.image.modulations(time, lengths)
+        text_shift, text_scale, *text_rest = self.text.modulations(time[:, :1], (n,))
+        of_image = self.image.qkv(x, shift, scale, rotary[1])
+        of_text = self.text.qkv(text, text_shift, text_scale, rotary[0])
+        q, k, v = (jnp.concatenate(pair, 1) for pair in zip(of_text, of_image))
+        out = attention(q, k, v, mask=mask)
+        x = self.image.residual(x, out[:, n:], *rest)
+        return x, self.text.residual(text, out[:, :n], *text_rest)
 
 
 class QwenImageModule(nnx.Module):
@@ -143,80 +183,115 @@ class QwenImageModule(nnx.Module):
         pixels = cfg.patch**2 * cfg.channels
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, names: dense(i, o, names, rngs=rngs, init=XAVIER, dtype=self.dtype)
+        make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=self.dtype)
         self.patch_embed = make(pixels, d, (None, "embed"))
-        self.time_embed = Mapper(256, d, rngs)
+        self.time_embed = EmbeddingMLP(256, d, rngs)
         self.text_norm = rms_norm(cfg.text_dim, rngs=rngs, eps=EPS, dtype=self.dtype)
         self.text_embed = make(cfg.text_dim, d, (None, "embed"))
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.modulation_out = make(d, 2 * d, ("embed", "mlp"))
         self.proj_out = make(d, pixels, ("embed", None))
 
-    def __call__(self, x: Array, t: Array, cond: dict, *, taps: tuple[int, ...] = ()):
-        """x [B H W C] -> raw [B H W C] in x's dtype; with `taps`, (raw, states [B N D] of x's
-        patches after those blocks).
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        cond: dict,
+        *,
+        taps: tuple[int, ...] = (),
+    ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
+        """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
-        t [B], in 0..1000. cond: "text" [B L text_dim]; "mask" bool [B L] (optional), whose False
-        tokens are attended to by nobody; "image" (optional), latents of a picture to edit [B H' W'
-        C], or a tuple of these. Raises Refused where the text is missing or a picture does not fit
-        the patches.
+        Args:
+            x: noisy latents; the features are those of their patches.
+            t: times in 0..1000.
+            cond: "text" [B L text_dim]; "mask" bool [B L] (optional), False on tokens that nobody
+              attends to; "image" (optional): latents of a picture to edit, of any height and width,
+              or a tuple of these.
+            taps: indices of blocks.
+
+        Raises:
+            Refused: where the condition is not this, or a picture does not fit the patches.
         """
         cfg = self.cfg
-        p = self.cfg.patch
-        if "text" not in cond:
-            raise Refused(f"cond: 'text' is missing; it has {', '.join(sorted(cond))}")
-        given = cond.get("image", ())
-        pictures = (x, *(given if isinstance(given, tuple | list) else (given,)))
-        if any(n % p for picture in pictures for n in picture.shape[1:3]):
-            raise Refused(
-                f"x {list(x.shape)}: height and width of it and of every cond['image'] must be multiples of {p}"
-            )
-        grids = [(picture.shape[1] // p, picture.shape[2] // p) for picture in pictures]
-        cut = lambda picture: rearrange(
-            picture.astype(self.dtype), "b (i p) (j q) c -> b (i j) (c p q)", p=p, q=p
-        )
-        h = constrain(
-            self.patch_embed(jnp.concatenate([cut(picture) for picture in pictures], 1)),
-            "batch",
-            "seq",
-            None,
-        )
+        check_condition(cond, cfg.condition, "QwenImage")
+        pictures = self._pictures(x, cond)
+        grids = [(p.shape[1] // cfg.patch, p.shape[2] // cfg.patch) for p in pictures]
+        own = grids[0][0] * grids[0][1]  # patches of x
+        h = jnp.concatenate([self._cut(picture) for picture in pictures], 1)
+        h = constrain(self.patch_embed(h), "batch", "seq", None)
         text = self.text_embed(self.text_norm(cond["text"].astype(self.dtype)))
-        mask = None
-        if "mask" in cond:
-            mask = jnp.pad(
-                cond["mask"].astype(bool), ((0, 0), (0, h.shape[1])), constant_values=True
-            )[:, None, None]
-        embed = lambda t: nnx.silu(self.time_embed(fourier(t, 256, shift=0.0))).astype(self.dtype)[
-            :, None
-        ]
-        time = embed(t)
-        n = grids[0][0] * grids[0][1]
-        lengths = (n, h.shape[1] - n) if cfg.clean_pictures and len(grids) > 1 else (h.shape[1],)
-        times = jnp.concatenate([time, embed(jnp.zeros_like(t))], 1) if len(lengths) > 1 else time
+        mask = self._mask(cond, h.shape[1])
+        time = self._time(t)
+        times = time
+        lengths = (h.shape[1],)
+        if cfg.clean_pictures and len(pictures) > 1:
+            times = jnp.concatenate([time, self._time(jnp.zeros_like(t))], 1)
+            lengths = (own, h.shape[1] - own)
         rotary = positions(cfg.axes, grids, text.shape[1])
         body = lambda both, block: (block(*both, times, rotary, mask, lengths), None)
         (h, _), _, features = scan_layers(
             body, (h, text), self.blocks, cfg.depth, remat=cfg.remat, taps=taps
         )
         scale, shift = jnp.split(self.modulation_out(time), 2, -1)
-        h = self.proj_out(modulate(h[:, :n], shift, scale, EPS))
-        out = rearrange(h, "b (i j) (c p q) -> b (i p) (j q) c", i=grids[0][0], p=p, q=p).astype(
-            x.dtype
-        )
-        return (out, tuple(image[:, :n] for image, _ in features)) if taps else out
+        h = self.proj_out(modulate(h[:, :own], shift, scale, EPS))
+        out = self._join(h, grids[0][0]).astype(x.dtype)
+        return (out, tuple(image[:, :own] for image, _ in features)) if taps else out
+
+    def _pictures(self, x: Array, cond: dict) -> tuple[Array, ...]:
+        """x and the pictures to edit."""
+        p = self.cfg.patch
+        given = cond.get("image", ())
+        given = tuple(given) if isinstance(given, tuple | list) else (given,)
+        pictures = (x, *given)
+        if any(n % p for picture in pictures for n in picture.shape[1:3]):
+            raise Refused(
+                f"x {list(x.shape)}: height and width of it and of every cond['image'] "
+                f"must be multiples of {p}"
+            )
+        return pictures
+
+    def _cut(self, picture: Array) -> Array:
+        """[B H W C] -> patches [B N p p C], by rows; their channels are (channel, row, column)."""
+        p = self.cfg.patch
+        return rearrange(picture.astype(self.dtype), "b (i p) (j q) c -> b (i j) (c p q)", p=p, q=p)
+
+    def _join(self, patches: Array, rows: int) -> Array:
+        """The inverse of `_cut` for a picture of `rows` patches from top to bottom."""
+        p = self.cfg.patch
+        return rearrange(patches, "b (i j) (c p q) -> b (i p) (j q) c", i=rows, p=p, q=p)
+
+    def _mask(self, cond: dict, patches: int) -> Array | None:
+        """Attention mask [B 1 1 L + patches]: all patches are attended to."""
+        if "mask" not in cond:
+            return None
+        mask = cond["mask"].astype(bool)
+        return key_mask(jnp.pad(mask, ((0, 0), (0, patches)), constant_values=True))
+
+    def _time(self, t: Array) -> Array:
+        """Embedded times [B 1 D] after the SiLU."""
+        embedded = self.time_embed(fourier(t, 256, shift=0.0))
+        return nnx.silu(embedded).astype(self.dtype)[:, None]
 
 
-def positions(axes: tuple[int, int, int], grids: list[tuple[int, int]], length: int) -> tuple:
-    """Rotary factors (cosines, sines) of (`length` text tokens, the patches of all pictures in order)."""
-    middle = lambda n: np.arange(n) - (n - n // 2)
-    pictures = [
-        axial_waves([np.array([i]), middle(rows), middle(cols)], axes)
-        for i, (rows, cols) in enumerate(grids)
-    ]
+def positions(
+    axes: tuple[int, int, int], grids: list[tuple[int, int]], length: int
+) -> tuple[Rotary, Rotary]:
+    """Rotary factors of `length` text tokens, and of the patches of all pictures in order."""
+    pictures = []
+    for i, (rows, cols) in enumerate(grids):
+        pictures.append(axial_rotary([np.array([i]), _centred(rows), _centred(cols)], axes))
     edge = max(n // 2 for grid in grids for n in grid)
-    text = [
-        axial_waves([edge + np.arange(length)], [d]) for d in axes
-    ]  # the same position along all three
-    join = lambda rotary, axis: tuple(jnp.concatenate(parts, axis) for parts in zip(*rotary))
-    return join(text, -1), join(pictures, 1)
+    diagonal = edge + np.arange(length)  # a token's position along all three axes
+    text = [axial_rotary([diagonal], [d]) for d in axes]
+    return _concatenated(text, -1), _concatenated(pictures, 1)
+
+
+def _centred(n: int) -> np.ndarray:
+    """n positions, counted from the middle."""
+    return np.arange(n) - (n - n // 2)
+
+
+def _concatenated(parts: list[Rotary], axis: int) -> Rotary:
+    cosines, sines = zip(*parts)
+    return jnp.concatenate(cosines, axis), jnp.concatenate(sines, axis)

@@ -1,35 +1,43 @@
-"""Wan, the video diffusion transformer (arXiv:2503.20314), with the weights of diffusers'
-`WanTransformer3DModel`.
+"""Wan, the video diffusion transformer (arXiv:2503.20314), with diffusers' weights.
 
-Video latents are cut into patches; each block attends over all of them with rotary positions along
-time, height and width, then to the text, then applies an MLP. One projection of the time serves all
-blocks, each of which adds a small table of its own to it. Image-to-video networks also read latents
-beside x and, in Wan 2.1, the states of a CLIP image encoder. Wan 2.2 14B is two such networks, one
-for high and one for low noise (`interop.families.wan.experts`).
+They are those of `WanTransformer3DModel`. Video latents are cut into patches; each block attends
+over all of them with rotary positions along time, height and width, then to the text, then applies
+an MLP. One projection of the time serves all blocks; each adds a small table of its own to it.
+Image-to-video networks also read latents beside x and, in Wan 2.1, the features of a CLIP image
+encoder. Wan 2.2 14B is two such networks, one for high and one for low noise
+(`interop.families.wan.experts`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Float, Num, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
+from jaxdistill.core.needs import Condition, Spec, check_condition
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.attention import Negative, nasa, negative_prompt
+from jaxdistill.models.attention import Negative, nasa, negative_needs, negative_prompt
 from jaxdistill.models.layers import (
     XAVIER,
-    Mapper,
+    EmbeddingMLP,
+    Rotary,
+    add_gated,
     attention,
-    axial_waves,
+    axial_rotary,
     dense,
     fourier,
     layer_norm,
+    merge_heads,
     modulate,
     rms_norm,
     rotate_pairs,
@@ -41,18 +49,17 @@ from jaxdistill.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wan:
-    """Sizes. Defaults are a toy's. Wan 2.1 T2V 1.3B: channels 16, dim 1536, mlp 8960, heads 12,
-    depth 30, text_dim 4096;
-    14B, and each expert of 2.2 A14B: dim 5120, mlp 13824, heads 40, depth 40; I2V: image_channels
-    20, and in 2.1 vision_dim 1280; 2.2 TI2V 5B: channels 48, dim 3072, mlp 14336, heads 24, depth
-    30.
+    """Sizes. Defaults are a toy's.
+
+    Wan 2.1 T2V 1.3B: channels 16, dim 1536, mlp 8960, heads 12, depth 30, text_dim 4096. 14B, and
+    each expert of 2.2 A14B: dim 5120, mlp 13824, heads 40, depth 40. I2V: image_channels 20, and in
+    2.1 vision_dim 1280. 2.2 TI2V 5B: channels 48, dim 3072, mlp 14336, heads 24, depth 30.
     """
 
     patch: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns
     channels: int = 4  # of x and of the output
-    image_channels: int = (
-        0  # of cond["image"], concatenated to x (I2V: a mask of 4 channels, then latents)
-    )
+    # channels of cond["image"], concatenated to x (I2V: a mask of 4 channels, then latents)
+    image_channels: int = 0
     dim: int = 48
     mlp: int = 96
     depth: Depth = 2
@@ -69,6 +76,20 @@ class Wan:
     def __call__(self, rngs: nnx.Rngs) -> WanModule:
         return WanModule(self, rngs)
 
+    @property
+    def condition(self) -> Condition:
+        extra = {
+            "image": (self.image_channels, Float[Spec, f"B T H W {self.image_channels}"]),
+            "vision": (self.vision_dim, Float[Spec, f"B S {self.vision_dim}"]),
+        }
+        text = {"text": Float[Spec, f"B L {self.text_dim}"]}
+        read = {name: need for name, (channels, need) in extra.items() if channels}
+        return Condition(
+            needs={**text, **read},
+            optional={"mask": Shaped[Spec, "B L"], **negative_needs(self.text_dim)},
+            unread=tuple(name for name in extra if name not in read),
+        )
+
 
 class Attention(nnx.Module):
     """Attention whose queries and keys pass an RMS norm over all heads together."""
@@ -76,47 +97,55 @@ class Attention(nnx.Module):
     def __init__(self, cfg: Wan, rngs: nnx.Rngs, vision: bool = False):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
-        make = lambda names: dense(d, d, names, rngs=rngs, init=XAVIER, dtype=dtype)
-        scale = lambda: rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        make = functools.partial(dense, d, d, rngs=rngs, init=XAVIER, dtype=dtype)
+        norm = functools.partial(rms_norm, d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.heads = cfg.heads
         self.vision = vision
-        self.to_q, self.to_k, self.to_v = (make(("embed", "heads")) for _ in range(3))
-        self.norm_q = scale()
-        self.norm_k = scale()
+        self.to_q = make(("embed", "heads"))
+        self.to_k = make(("embed", "heads"))
+        self.to_v = make(("embed", "heads"))
+        self.norm_q = norm()
+        self.norm_k = norm()
         self.to_out = make(("heads", "embed"))
         if vision:
             self.to_k_vision = make(("embed", "heads"))
             self.to_v_vision = make(("embed", "heads"))
-            self.norm_k_vision = scale()
+            self.norm_k_vision = norm()
 
     def __call__(
         self,
-        x: Array,
-        source: Array,
-        rotary: tuple[Array, Array] | None = None,
-        vision: Array | None = None,
+        x: Float[Array, "B N D"],
+        source: Float[Array, "B S D"],
+        rotary: Rotary | None = None,
+        vision: Float[Array, "B M D"] | None = None,
         negative: Negative | None = None,
-    ) -> Array:
-        """x [B N D] attends to source [B L D]; with `vision` [B M D] a second softmax over it is
-        added.
+    ) -> Float[Array, "B N D"]:
+        """x attends to `source`.
+
+        Args:
+            x: queries.
+            source: keys and values.
+            rotary: positions of x and `source`.
+            vision: keys and values of a second softmax, whose result is added.
+            negative: a prompt whose attention is subtracted.
         """
-        q = self.norm_q(self.to_q(x))
-        k = self.norm_k(self.to_k(source))
-        v = self.to_v(source)
-        q, k, v = (split_heads(h, self.heads) for h in (q, k, v))
+        q = split_heads(self.norm_q(self.to_q(x)), self.heads)
+        k = split_heads(self.norm_k(self.to_k(source)), self.heads)
+        v = split_heads(self.to_v(source), self.heads)
         if rotary is not None:
             q = rotate_pairs(q, rotary)
             k = rotate_pairs(k, rotary)
         if negative is None:
             out = attention(q, k, v)
         else:
-            other = self.norm_k(self.to_k(negative.states)), self.to_v(negative.states)
-            out = nasa(q, k, v, *(split_heads(h, self.heads) for h in other), negative.alpha)
+            negative_k = split_heads(self.norm_k(self.to_k(negative.tokens)), self.heads)
+            negative_v = split_heads(self.to_v(negative.tokens), self.heads)
+            out = nasa(q, k, v, negative_k, negative_v, negative.alpha)
         if self.vision:
-            k = self.norm_k_vision(self.to_k_vision(vision))
-            v = self.to_v_vision(vision)
-            out = out + attention(q, split_heads(k, self.heads), split_heads(v, self.heads))
-        return self.to_out(rearrange(out, "b n h k -> b n (h k)"))
+            k = split_heads(self.norm_k_vision(self.to_k_vision(vision)), self.heads)
+            v = split_heads(self.to_v_vision(vision), self.heads)
+            out = out + attention(q, k, v)
+        return self.to_out(merge_heads(out))
 
 
 class Block(nnx.Module):
@@ -133,60 +162,57 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Array,
-        time: Array,
-        text: Array,
-        vision: Array | None,
-        rotary: tuple[Array, Array],
+        x: Float[Array, "B N D"],
+        time: Float[Array, "B M 6 D"],
+        text: Float[Array, "B L D"],
+        vision: Float[Array, "B S D"] | None,
+        rotary: Rotary,
         negative: Negative | None = None,
-    ) -> Array:
-        """x [B N D]; time [B M 6 D] float32; text [B L D]; vision [B V D]; rotary of the patches'
-        positions.
-        """
+    ) -> Float[Array, "B N D"]:
+        """x: patches; time: projected, float32, one for each of M runs of patches."""
         shift1, scale1, gate1, shift2, scale2, gate2 = runs(time + self.table[...], x)
-        add = lambda h, gate: constrain(
-            (x.astype(jnp.float32) + h * gate).astype(x.dtype), "batch", "seq", None
-        )
         h = modulate(x, shift1, scale1, self.eps)
-        x = add(self.attn1(h, h, rotary), gate1)
+        h = self.attn1(h, h, rotary)
+        x = constrain(add_gated(x, h, gate1), "batch", "seq", None)
         x = x + self.attn2(self.norm(x), text, vision=vision, negative=negative)
         h = nnx.gelu(self.up(modulate(x, shift2, scale2, self.eps)), approximate=True)
-        return add(self.down(h), gate2)
+        return constrain(add_gated(x, self.down(h), gate2), "batch", "seq", None)
 
 
 class Vision(nnx.Module):
-    """From the states of an image encoder [B N E] to the width of the blocks [B N D]."""
+    """From the features of an image encoder to the width of the blocks."""
 
     def __init__(self, cfg: Wan, rngs: nnx.Rngs):
         e = cfg.vision_dim
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
+        make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=dtype)
         if cfg.vision_length:
-            self.positions = nnx.Param(
-                nnx.with_partitioning(nnx.initializers.normal(0.02), (None, "index", None))(
-                    rngs.params(), (1, cfg.vision_length, e)
-                )
-            )
-        self.norm1, self.norm2 = (layer_norm(n, rngs=rngs, eps=1e-5, dtype=dtype) for n in (e, d))
-        self.linear_1 = dense(e, e, (None, "mlp"), rngs=rngs, init=XAVIER, dtype=dtype)
-        self.linear_2 = dense(e, d, ("mlp", "embed"), rngs=rngs, init=XAVIER, dtype=dtype)
+            init = nnx.initializers.normal(0.02)
+            named = nnx.with_partitioning(init, (None, "index", None))
+            self.positions = nnx.Param(named(rngs.params(), (1, cfg.vision_length, e)))
+        self.norm1 = layer_norm(e, rngs=rngs, eps=1e-5, dtype=dtype)
+        self.norm2 = layer_norm(d, rngs=rngs, eps=1e-5, dtype=dtype)
+        self.linear_1 = make(e, e, (None, "mlp"))
+        self.linear_2 = make(e, d, ("mlp", "embed"))
         self.length = cfg.vision_length
 
-    def __call__(self, x: Array) -> Array:
-        x = x + self.positions[...].astype(x.dtype) if self.length else x
-        return self.norm2(self.linear_2(nnx.gelu(self.linear_1(self.norm1(x)), approximate=False)))
+    def __call__(self, x: Float[Array, "B S E"]) -> Float[Array, "B S D"]:
+        if self.length:
+            x = x + self.positions[...].astype(x.dtype)
+        h = nnx.gelu(self.linear_1(self.norm1(x)), approximate=False)
+        return self.norm2(self.linear_2(h))
 
 
 class WanModule(nnx.Module):
     def __init__(self, cfg: Wan, rngs: nnx.Rngs):
         d = cfg.dim
+        pixels = math.prod(cfg.patch)  # of a patch
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, names: dense(i, o, names, rngs=rngs, init=XAVIER, dtype=self.dtype)
-        self.patch_embed = make(
-            math.prod(cfg.patch) * (cfg.channels + cfg.image_channels), d, (None, "embed")
-        )
-        self.time_embed = Mapper(cfg.time_dim, d, rngs)
+        make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=self.dtype)
+        self.patch_embed = make(pixels * (cfg.channels + cfg.image_channels), d, (None, "embed"))
+        self.time_embed = EmbeddingMLP(cfg.time_dim, d, rngs)
         self.time_proj = dense(d, 6 * d, ("embed", "mlp"), rngs=rngs)
         self.text_1 = make(cfg.text_dim, d, (None, "mlp"))
         self.text_2 = make(d, d, ("mlp", "embed"))
@@ -194,97 +220,122 @@ class WanModule(nnx.Module):
             self.vision = Vision(cfg, rngs)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.table = table(2, d, rngs)
-        self.proj_out = make(d, math.prod(cfg.patch) * cfg.channels, ("embed", None))
+        self.proj_out = make(d, pixels * cfg.channels, ("embed", None))
 
-    def __call__(self, x: Array, t: Array, cond: dict[str, Array], *, taps: tuple[int, ...] = ()):
-        """x [B T H W C] -> raw [B T H W C] in x's dtype; with `taps`, (raw, states [B N D]
-        after those blocks).
+    def __call__(
+        self,
+        x: Float[Array, "B T H W C"],
+        t: Num[Array, " B"] | Num[Array, "B M"],
+        cond: Mapping[str, Any],
+        *,
+        taps: tuple[int, ...] = (),
+    ) -> Float[Array, "B T H W C"] | tuple[Float[Array, "B T H W C"], tuple]:
+        """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
-        t [B], in 0..1000; or [B M], one for each of M equal runs of patches: of each latent frame
-        where M = T (Wan 2.2 5B holds given frames at time 0), of each patch where M = N. cond:
-        "text" [B L text_dim]; "mask" bool [B L], whose False tokens are set to zero but attended
-        to, as in training (L = 512); "image" [B T H W image_channels]; "vision" [B V vision_dim]; a
-        negative prompt as in `negative_prompt`, masked as the text is. Raises Refused where a
-        condition is missing or x does not fit the patches.
+        Args:
+            x: noisy video latents.
+            t: times in 0..1000, one a sample, or one for each of M equal runs of patches: of each
+              latent frame where M = T (Wan 2.2 5B keeps given frames at time 0), of each patch
+              where M = N.
+            cond: "text" [B L text_dim]; "mask" bool [B L] (optional), whose False tokens are set to
+              zero but attended to, as in training (L = 512); "image" [B T H W image_channels];
+              "vision" [B S vision_dim]; a negative prompt as in `negative_prompt`, masked as the
+              text is.
+            taps: indices of blocks.
+
+        Raises:
+            Refused: where the condition is not this, or x or t do not fit the patches.
         """
         cfg = self.cfg
-        size = dict(zip("pqr", self.cfg.patch))
-        for key, needed in {
-            "text": True,
-            "image": cfg.image_channels > 0,
-            "vision": cfg.vision_dim > 0,
-        }.items():
-            if needed != (key in cond):
-                raise Refused(
-                    f"cond: {key!r} is {'missing' if needed else 'not read by this network'}; it has {', '.join(sorted(cond))}"
-                )
+        check_condition(cond, cfg.condition, "Wan")
         if any(n % p for n, p in zip(x.shape[1:4], cfg.patch)):
             raise Refused(
                 f"x {list(x.shape)}: frames, height and width must be multiples of {cfg.patch}"
             )
         grid = [n // p for n, p in zip(x.shape[1:4], cfg.patch)]
-        h = jnp.concatenate([x, cond["image"].astype(x.dtype)], -1) if cfg.image_channels else x
-        h = self.patch_embed(
-            rearrange(h.astype(self.dtype), "b (t p) (i q) (j r) c -> b (t i j) (p q r c)", **size)
-        )
-        h = constrain(h, "batch", "seq", None)
-        t = t[:, None] if t.ndim == 1 else t
-        if h.shape[1] % t.shape[1]:
-            raise Refused(
-                f"t {list(t.shape)}: expected [B] or [B M] with M dividing the {h.shape[1]} patches"
-            )
-        emb = self.time_embed(fourier(t.reshape(-1), cfg.time_dim, shift=0.0)).reshape(
-            *t.shape, cfg.dim
-        )
+        h = self._enter(x, cond)
+        emb = self._embed(t, h.shape[1])
         time = rearrange(self.time_proj(nnx.silu(emb)), "b m (k d) -> b m k d", k=6)
         text = self._text(cond["text"], cond.get("mask"))
-        negative = negative_prompt(cond)
-        if negative is not None:
-            negative = negative._replace(
-                states=self._text(negative.states, cond.get("negative_mask")), mask=None
-            )
+        negative = self._negative(cond)
         vision = self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
         rotary = positions(cfg.dim // cfg.heads, grid)
         body = lambda h, block: (block(h, time, text, vision, rotary, negative), None)
         h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
-        h = modulate(h, *runs(emb[:, :, None] + self.table[...], h), cfg.norm_eps)
-        sizes = dict(zip("tij", grid)) | size
-        out = rearrange(
-            self.proj_out(h), "b (t i j) (p q r c) -> b (t p) (i q) (j r) c", **sizes
-        ).astype(x.dtype)
+        shift, scale = runs(emb[:, :, None] + self.table[...], h)
+        h = self.proj_out(modulate(h, shift, scale, cfg.norm_eps))
+        out = self._join(h, grid).astype(x.dtype)
         return (out, features) if taps else out
+
+    def _enter(self, x: Array, cond: Mapping[str, Any]) -> Array:
+        """Embedded patches [B N D] of x and of the latents beside it."""
+        if self.cfg.image_channels:
+            x = jnp.concatenate([x, cond["image"].astype(x.dtype)], -1)
+        sizes = dict(zip("pqr", self.cfg.patch))
+        cut = "b (t p) (i q) (j r) c -> b (t i j) (p q r c)"
+        h = self.patch_embed(rearrange(x.astype(self.dtype), cut, **sizes))
+        return constrain(h, "batch", "seq", None)
+
+    def _join(self, patches: Array, grid: list[int]) -> Array:
+        """[B N p q r C] -> [B T H W C], N patches of a grid (frames, rows, columns)."""
+        sizes = dict(zip("tij", grid)) | dict(zip("pqr", self.cfg.patch))
+        return rearrange(patches, "b (t i j) (p q r c) -> b (t p) (i q) (j r) c", **sizes)
+
+    def _embed(self, t: Array, patches: int) -> Array:
+        """Embedded times [B M D] of runs of patches."""
+        t = t[:, None] if t.ndim == 1 else t
+        if patches % t.shape[1]:
+            raise Refused(
+                f"t {list(t.shape)}: expected [B] or [B M] with M dividing the {patches} patches"
+            )
+        features = fourier(t.reshape(-1), self.cfg.time_dim, shift=0.0)
+        return self.time_embed(features).reshape(*t.shape, self.cfg.dim)
 
     def _text(self, text: Array, mask: Array | None) -> Array:
         """[B L E] -> [B L D], with zeros in the place of masked tokens."""
         text = text.astype(self.dtype)
-        text = text if mask is None else jnp.where(mask[..., None], text, 0)
+        if mask is not None:
+            text = jnp.where(mask[..., None], text, 0)
         return self.text_2(nnx.gelu(self.text_1(text), approximate=True))
+
+    def _negative(self, cond: Mapping[str, Any]) -> Negative | None:
+        """The embedded negative prompt, masked as the text is."""
+        negative = negative_prompt(cond)
+        if negative is None:
+            return None
+        tokens = self._text(negative.tokens, cond.get("negative_mask"))
+        return negative._replace(tokens=tokens, mask=None)
 
 
 def table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
     """What a layer adds to the projected time: [1 rows D] of N(0, 1 / D)."""
-    return nnx.Param(
-        nnx.with_partitioning(nnx.initializers.normal(dim**-0.5), (None, "index", "embed"))(
-            rngs.params(), (1, rows, dim)
-        )
-    )
+    init = nnx.initializers.normal(dim**-0.5)
+    named = nnx.with_partitioning(init, (None, "index", "embed"))
+    return nnx.Param(named(rngs.params(), (1, rows, dim)))
 
 
-def runs(time: Array, x: Array) -> list[Array]:
-    """time [B M K D] -> K arrays that broadcast against x [B N D]: [B 1 D] where M = 1, else [B N
-    D], each of M constant on a run of N / M patches.
+def runs(time: Float[Array, "B M K D"], x: Float[Array, "B N _"]) -> list[Float[Array, "B _ D"]]:
+    """The K parts of projected times of M runs of N / M patches, to broadcast against patches x.
+
+    Each is [B 1 D] where M is 1, else [B N D], constant on each run.
     """
-    b, m, _, d = time.shape
-    n = x.shape[1] // m
-    spread = lambda c: (
-        c if m == 1 else jnp.broadcast_to(c[:, :, None], (b, m, n, d)).reshape(b, m * n, d)
-    )
-    return [spread(time[:, :, k]) for k in range(time.shape[2])]
+    batch, count, _, dim = time.shape
+    length = x.shape[1] // count
+    parts = [time[:, :, k] for k in range(time.shape[2])]
+    if count == 1:
+        return parts
+    shape = (batch, count, length, dim)
+    return [
+        jnp.broadcast_to(part[:, :, None], shape).reshape(batch, count * length, dim)
+        for part in parts
+    ]
 
 
-def positions(head_dim: int, grid: list[int]) -> tuple[Array, Array]:
-    """Rotary factors (cosines, sines) of a grid of (frames, rows, columns): rows and columns take 2 floor(K / 6)
-    channels each, frames the rest.
+def positions(head_dim: int, grid: list[int]) -> Rotary:
+    """Rotary factors of the patches of a grid (frames, rows, columns).
+
+    Rows and columns take 2 floor(K / 6) of the K channels of a head each, frames the rest.
     """
     side = 2 * (head_dim // 6)
-    return axial_waves([np.arange(n) for n in grid], (head_dim - 2 * side, side, side))
+    axes = [np.arange(n) for n in grid]
+    return axial_rotary(axes, (head_dim - 2 * side, side, side))

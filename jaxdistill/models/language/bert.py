@@ -1,18 +1,19 @@
-"""BERT (arXiv:1810.04805): a bidirectional encoder with layer norms after each residual sum and
-learned positions.
+"""BERT (arXiv:1810.04805): a bidirectional encoder with layer norms after each residual sum.
 
-Weights are those of transformers' `BertModel`, `BertForMaskedLM` and
-`BertForSequenceClassification`, layers stacked. The three share the paths of their encoder, so that
-a classifier starts from a pretrained encoder leaf by leaf.
+Positions are learned. Weights are those of transformers' `BertModel`, `BertForMaskedLM` and
+`BertForSequenceClassification`, layers stacked. The three share the weight paths of their encoder,
+so that a classifier starts from a pretrained encoder weight by weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Bool, Float, Integer, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.rows import project
@@ -25,6 +26,7 @@ from jaxdistill.models.layers import (
     attention,
     dense,
     embedding,
+    key_mask,
     layer_norm,
     lookup,
     scan_layers,
@@ -35,8 +37,9 @@ from jaxdistill.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bert:
-    """Sizes of the encoder with its pooler. Defaults are a toy's; BERT-base is vocab 30522, dim
-    768, mlp 3072, heads 12, depth 12, max_length 512.
+    """Sizes of the encoder with its pooler. Defaults are a toy's.
+
+    BERT-base is vocab 30522, dim 768, mlp 3072, heads 12, depth 12, max_length 512.
     """
 
     vocab: int = 64
@@ -49,7 +52,7 @@ class Bert:
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-12
     init_std: float = 0.02  # of a fresh matrix; sqrt(1 / dim) is about 0.04 at 768 and 0.12 at 64
-    pad: int = 0  # filler; not used by the network, but by who fills batches
+    pad: int = 0  # padding token; data pipelines use it, the network does not
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
 
@@ -64,7 +67,7 @@ class Bert:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedBert(Bert):
-    """The encoder that guesses masked tokens; the output head is the embedding table."""
+    """The encoder that predicts masked tokens; the output head is the embedding table."""
 
     def __call__(self, rngs: nnx.Rngs) -> MaskedBertModule:
         return MaskedBertModule(self, rngs)
@@ -84,30 +87,35 @@ class Block(nnx.Module):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, *names: dense(i, o, names, rngs=rngs, init=cfg.normal, dtype=dtype)
-        self.to_q, self.to_k, self.to_v = (make(d, d, "embed", "heads") for _ in range(3))
-        self.to_out = make(d, d, "heads", "embed")
+        make = functools.partial(dense, rngs=rngs, init=cfg.normal, dtype=dtype)
+        self.to_q = make(d, d, ("embed", "heads"))
+        self.to_k = make(d, d, ("embed", "heads"))
+        self.to_v = make(d, d, ("embed", "heads"))
+        self.to_out = make(d, d, ("heads", "embed"))
         self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
-        self.up = make(d, cfg.mlp, "embed", "mlp")
-        self.down = make(cfg.mlp, d, "mlp", "embed")
+        self.up = make(d, cfg.mlp, ("embed", "mlp"))
+        self.down = make(cfg.mlp, d, ("mlp", "embed"))
         self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.heads = cfg.heads
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
 
-    def __call__(self, x: Array, mask: Array | None) -> Array:
-        """x [B T D], mask bool [B 1 1 T] -> [B T D]."""
-        q, k, v = (split_heads(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        x = self.norm_attention(x + self.to_out(attention(q, k, v, mask=mask).reshape(x.shape)))
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None
+    ) -> Float[Array, "B T D"]:
+        q = split_heads(self.to_q(x), self.heads)
+        k = split_heads(self.to_k(x), self.heads)
+        v = split_heads(self.to_v(x), self.heads)
+        attended = attention(q, k, v, mask=mask).reshape(x.shape)
+        x = self.norm_attention(x + self.to_out(attended))
         x = self.norm_mlp(x + self.down(self.activation(self.up(x))))
         return constrain(x, "batch", "seq", None)
 
-    def scores(self, x: Array) -> Array:
-        """Attention's logits float32 [B H T T] (query, key) on x [B T D], no mask applied."""
-        q, k = (split_heads(f(x), self.heads) for f in (self.to_q, self.to_k))
-        return (
-            jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
-            * q.shape[-1] ** -0.5
-        )
+    def scores(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
+        """The scores of attention (query, key) before any mask, in float32."""
+        q = split_heads(self.to_q(x), self.heads)
+        k = split_heads(self.to_k(x), self.heads)
+        products = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+        return products * q.shape[-1] ** -0.5
 
 
 class Encoder(nnx.Module):
@@ -117,24 +125,21 @@ class Encoder(nnx.Module):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
-        self.embed_position = embedding(
-            cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed")
-        )
-        self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=("index", "embed"))
+        names = ("index", "embed")
+        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=names)
+        self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=names)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
 
     def encode(
         self,
-        tokens: Array,
-        types: Array | None,
-        mask: Array | None,
+        tokens: Integer[Array, "B T"],
+        types: Integer[Array, "B T"] | None,
+        mask: Shaped[Array, "B T"] | None,
         taps: tuple[int, ...],
         scores: tuple[int, ...],
-    ):
-        """(states [B T D], extras): the extras are what `taps` and `scores` ask for, in this
-        order.
-        """
+    ) -> tuple[Float[Array, "B T D"], tuple]:
+        """(last features, extras): features of blocks with `taps`, then scores with `scores`."""
         cfg = self.cfg
         length = tokens.shape[1]
         if length > cfg.max_length:
@@ -142,81 +147,89 @@ class Encoder(nnx.Module):
         if any(not 0 <= i < cfg.depth for i in scores):
             raise Refused(f"scores={scores}: layers are numbered 0 to {cfg.depth - 1}")
         types = jnp.zeros_like(tokens) if types is None else types
-        x = (
-            lookup(self.embed, tokens)
-            + lookup(self.embed_type, types)
-            + self.embed_position.embedding[:length]
-        )
-        first = constrain(self.norm(x), "batch", "seq", None)
-        keys = None if mask is None else mask[:, None, None, :].astype(bool)
+        embedded = lookup(self.embed, tokens) + lookup(self.embed_type, types)
+        embedded = embedded + self.embed_position.embedding[:length]
+        first = constrain(self.norm(embedded), "batch", "seq", None)
+        keys = key_mask(mask)
+        body = lambda x, block: (block(x, keys), None)
         layers = tuple(sorted({*taps, *(i - 1 for i in scores if i)}))
-        x, _, states = scan_layers(
-            lambda x, block: (block(x, keys), None),
-            first,
-            self.blocks,
-            cfg.depth,
-            remat=cfg.remat,
-            taps=layers,
+        x, _, tapped = scan_layers(
+            body, first, self.blocks, cfg.depth, remat=cfg.remat, taps=layers
         )
-        after = {-1: first, **dict(zip(layers, states))}
-        found = tuple(
-            jax.tree.map(lambda w: w[i], self.blocks).scores(after[i - 1]) for i in scores
-        )
-        return x, ((tuple(after[i] for i in taps),) if taps else ()) + ((found,) if scores else ())
+        features = {-1: first, **dict(zip(layers, tapped))}
+        extras = ()
+        if taps:
+            extras = (tuple(features[i] for i in taps),)
+        if scores:
+            found = [self._block(i).scores(features[i - 1]) for i in scores]
+            extras = (*extras, tuple(found))
+        return x, extras
+
+    def _block(self, i: int) -> Block:
+        return jax.tree.map(lambda w: w[i], self.blocks)
 
 
 class BertModule(Encoder):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.pooler = dense(
-            cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype
-        )
+        names = ("embed", None)
+        self.pooler = dense(cfg.dim, cfg.dim, names, rngs=rngs, init=cfg.normal, dtype=self.dtype)
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Integer[Array, "B T"],
         *,
-        types: Array | None = None,
-        mask: Array | None = None,
+        types: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
-    ):
-        """tokens int [B T] -> states [B T D].
+    ) -> Float[Array, "B T D"] | tuple:
+        """The features of the last block.
 
-        types int [B T] defaults to 0, mask bool [B T] is False on padding, wherever it stands. With
-        `taps`, the states [B T D] after those blocks are appended; with `scores`, the logits
-        float32 [B H T T] (query, key) of those blocks' attention before masking, computed again
-        from the block's input so that the others keep none.
+        Args:
+            tokens: of texts.
+            types: kinds of the tokens; None: 0.
+            mask: False on padding, wherever it stands.
+            taps: indices of blocks.
+            scores: indices of blocks.
+
+        Returns:
+            The features; with `taps` or `scores` a tuple of them, the features [B T D] of the
+            blocks `taps`, and the scores of attention [B H T T] (query, key) of the blocks
+            `scores`, in float32 and before masking. They are computed again from the block's input,
+            so that other blocks keep none.
+
+        Raises:
+            Refused: on more than max_length tokens, and on blocks that there are not.
         """
         x, extras = self.encode(tokens, types, mask, taps, scores)
         return (x, *extras) if extras else x
 
-    def pool(self, states: Array) -> Array:
-        """A text's summary [B D] from its first token's state, states [B T D]."""
-        return jnp.tanh(self.pooler(states[:, 0]))
+    def pool(self, features: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """The summary of a text, from the features of its first token."""
+        return jnp.tanh(self.pooler(features[:, 0]))
 
 
 class MaskedBertModule(Encoder):
     def __init__(self, cfg: MaskedBert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.transform = dense(
-            cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=cfg.normal, dtype=self.dtype
-        )
-        self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
-        self.bias = nnx.Param(nnx.with_partitioning(ZEROS, ("vocab",))(rngs.params(), (cfg.vocab,)))
+        d = cfg.dim
+        names = ("embed", None)
+        self.transform = dense(d, d, names, rngs=rngs, init=cfg.normal, dtype=self.dtype)
+        self.norm_out = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        bias = nnx.with_partitioning(ZEROS, ("vocab",))
+        self.bias = nnx.Param(bias(rngs.params(), (cfg.vocab,)))
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Integer[Array, "B T"],
         *,
-        types: Array | None = None,
-        mask: Array | None = None,
+        types: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
-    ):
-        """tokens int [B T] -> logits float32 [B T V]: position t guesses token t. Other arguments
-        as in BertModule.
-        """
+    ) -> Float[Array, "B T V"] | tuple:
+        """Logits in float32: position t predicts token t. Arguments as in BertModule."""
         x, extras = self.encode(tokens, types, mask, taps, scores)
         x = self.norm_out(ACTIVATIONS[self.cfg.activation](self.transform(x)))
         table = self.embed.embedding[...].astype(self.dtype)
@@ -232,14 +245,14 @@ class BertClassifierModule(BertModule):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Integer[Array, "B T"],
         *,
-        types: Array | None = None,
-        mask: Array | None = None,
+        types: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
-    ):
-        """tokens int [B T] -> logits float32 [B C]. Other arguments as in BertModule."""
+    ) -> Float[Array, "B K"] | tuple:
+        """Logits of the classes, in float32. Arguments as in BertModule."""
         x, extras = self.encode(tokens, types, mask, taps, scores)
         logits = self.classifier(self.pool(x).astype(jnp.float32))
         return (logits, *extras) if extras else logits

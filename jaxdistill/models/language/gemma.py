@@ -1,18 +1,20 @@
-"""Gemma 2 (arXiv:2408.00118): Llama's decoder with norms on both sides of each branch, GeGLU, and
-scores and logits that tanh keeps within bounds.
+"""Gemma 2 (arXiv:2408.00118): Llama with norms on both sides of each branch, GeGLU and caps.
 
-Weights are those of transformers' `Gemma2ForCausalLM`, and of `Gemma2Model`, SANA's text encoder;
-layers stacked. Every second layer of the released models attends to a window only; here a sequence
-is at most as long as the window, where both are equal.
+Attention's scores and the logits are capped by tanh. Weights are those of transformers'
+`Gemma2ForCausalLM`, and of `Gemma2Model`, SANA's text encoder; layers stacked. Every second layer
+of the released models attends to a window only; here sequences are at most as long as the window,
+where both are equal.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
@@ -29,7 +31,7 @@ class Gemma2(LM):
 
     tied: bool = True
     window: int = 2048  # tokens that every second layer attends to; max_length is at most as long
-    query_scale: float = 16.0  # scores are divided by its root: Gemma's query_pre_attn_scalar
+    query_scale: float = 16.0  # scores are divided by its root (query_pre_attn_scalar)
     cap: float = 50.0  # of attention's scores; 0: none
     logit_cap: float = 30.0  # of the logits; 0: none
     activation: str = "gelu_pytorch_tanh"  # a key of layers.ACTIVATIONS
@@ -43,8 +45,9 @@ class Gemma2(LM):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gemma2Text(Gemma2):
-    """The decoder as an encoder of prompts: its call gives the normed states [B T D] in place of
-    logits.
+    """The decoder as an encoder of prompts.
+
+    Its call gives the final normed activations [B T D] in place of logits.
     """
 
     def __call__(self, rngs: nnx.Rngs) -> Gemma2TextModule:
@@ -59,7 +62,7 @@ class CentredNorm(nnx.Module):
         self.eps = eps
         self.dtype = dtype
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + self.eps)
         return (h * (1 + self.scale[...])).astype(self.dtype)
@@ -69,26 +72,32 @@ class Gemma2Block(Block):
     def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         make = lambda: CentredNorm(cfg.dim, cfg.norm_eps, jnp.dtype(cfg.dtype), rngs)
-        self.norm_attention, self.norm_attention_out, self.norm_mlp, self.norm_mlp_out = (
-            make() for _ in range(4)
-        )
+        self.norm_attention = make()
+        self.norm_attention_out = make()
+        self.norm_mlp = make()
+        self.norm_mlp_out = make()
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
-        self.stretch = (
-            cfg.head_size / cfg.query_scale
-        ) ** 0.5  # attention divides by the root of a head's size
+        # attention divides the scores by the root of a head's size
+        self.query_factor = (cfg.head_size / cfg.query_scale) ** 0.5
 
-    def project(self, h: Array) -> tuple[Array, Array, Array]:
+    def project(
+        self, h: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
         q, k, v = super().project(h)
-        return self.stretch * q, k, v
+        return self.query_factor * q, k, v
 
-    def branch(self, x: Array, mixed: Array) -> Array:
-        return constrain(x + self.norm_attention_out(self.to_out(mixed)), "batch", "seq", None)
+    def attention_branch(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T E"]
+    ) -> Float[Array, "B T D"]:
+        return constrain(x + self.norm_attention_out(self.to_out(attended)), "batch", "seq", None)
 
-    def neurons(self, x: Array) -> Array:
+    def neurons(self, x: Float[Array, "B T D"]) -> Float[Array, "B T M"]:
         h = self.norm_mlp(x)
         return self.activation(self.gate(h)) * self.up(h)
 
-    def feed(self, x: Array, neurons: Array) -> Array:
+    def mlp_branch(
+        self, x: Float[Array, "B T D"], neurons: Float[Array, "B T M"]
+    ) -> Float[Array, "B T D"]:
         return constrain(x + self.norm_mlp_out(self.down(neurons)), "batch", "seq", None)
 
 
@@ -96,12 +105,13 @@ class Gemma2Module(LMModule):
     def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
         if cfg.max_length > cfg.window:
             raise Refused(
-                f"model: max_length={cfg.max_length} is more than window={cfg.window} tokens, which half of the layers see"
+                f"model: max_length={cfg.max_length} is more than window={cfg.window} tokens, "
+                "which half of the layers see"
             )
         super().__init__(cfg, rngs)
         self.norm = CentredNorm(cfg.dim, cfg.norm_eps, self.dtype, rngs)
 
-    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Array] | None):
+    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None):
         x, rotary = super()._enter(tokens, positions, cache)
         return x * jnp.asarray(self.cfg.dim**0.5, self.dtype), rotary
 
@@ -110,11 +120,16 @@ class Gemma2Module(LMModule):
         logits = super()._logits(x)
         return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def head(self) -> Array:
-        """Raises Refused where logits are capped: they are then no linear map of the states."""
+    def head(self) -> Float[Array, "D V"]:
+        """The unembedding matrix.
+
+        Raises:
+            Refused: where logits are capped, and so are no linear map of the activations.
+        """
         if self.cfg.logit_cap:
             raise Refused(
-                f"model: logits are capped at {self.cfg.logit_cap} and cannot be made in chunks; set method.chunk=0"
+                f"model: logits are capped at {self.cfg.logit_cap} and cannot be made in chunks; "
+                "set method.chunk=0"
             )
         return super().head()
 

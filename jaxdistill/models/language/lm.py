@@ -1,34 +1,36 @@
-"""The Llama family (arXiv:2302.13971, 2407.21783): a decoder of RMS norms, rotary positions,
-grouped queries and SwiGLU.
+"""The Llama family (arXiv:2302.13971, 2407.21783), and what losses read of a batch of tokens.
 
-Weights are those of transformers' `LlamaForCausalLM`, layers stacked. Rotary positions act through
-their differences only, so that padding on the left and packing of several documents need a mask,
-not positions of their own.
+A decoder of RMS norms, rotary positions, grouped queries and SwiGLU. Weights are those of
+transformers' `LlamaForCausalLM`, layers stacked. Rotary positions act through their differences
+only, so padding on the left and packing of several documents need a mask, but no positions.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Bool, Float, Integer, Num, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Nets, Refused
 from jaxdistill.models.layers import (
+    Rotary,
+    append_to_store,
     attention,
     dense,
     embedding,
     empty_stores,
+    key_mask,
     lookup,
-    remember,
     rms_norm,
     rotate,
     scan_layers,
@@ -41,8 +43,10 @@ from jaxdistill.models.layers import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LM:
-    """Sizes. Defaults are a toy's; Llama-3.2-1B is vocab 128256, dim 2048, mlp 8192, heads 32,
-    kv_heads 8, depth 16, rope_theta 5e5, rope_factor 32, norm_eps 1e-5, tied.
+    """Sizes. Defaults are a toy's.
+
+    Llama-3.2-1B is vocab 128256, dim 2048, mlp 8192, heads 32, kv_heads 8, depth 16, rope_theta
+    5e5, rope_factor 32, norm_eps 1e-5, tied.
     """
 
     vocab: int = 64
@@ -55,20 +59,19 @@ class LM:
     rope_theta: float = 10000.0  # longest wavelength / 2 pi, in tokens
     rope_factor: float = 1.0  # Llama 3.1's stretch of long wavelengths; 1: none
     rope_low: float = 1.0  # wavelengths above rope_original / rope_low are stretched in full
-    rope_high: float = 4.0  # those below rope_original / rope_high are left alone
+    rope_high: float = 4.0  # those below rope_original / rope_high are not stretched
     rope_original: int = 8192  # the context before stretching, tokens
     norm_eps: float = 1e-6
     tied: bool = False  # the output head is the embedding table
     max_length: int = 2048  # tokens
-    # token that begins a text; -1: none. With eos and pad not used by the network, but by who
-    # samples from it
-    bos: int = -1
+    # The network does not use the special tokens; sampling and data pipelines do.
+    bos: int = -1  # token that begins a text; -1: none
     eos: tuple[int, ...] = ()  # tokens that end a text
-    pad: int = -1  # filler; -1: none
+    pad: int = -1  # padding token; -1: none
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
 
-    cap = 0.0  # what attention's scores are squashed to; 0: not. Of variants
+    cap = 0.0  # bound of attention's scores, by tanh; 0: none. Variants set it
 
     @property
     def head_size(self) -> int:
@@ -81,7 +84,7 @@ class LM:
         return self.head_size
 
     def block(self, rngs: nnx.Rngs) -> Block:
-        """One layer: what variants replace."""
+        """One layer; variants replace it."""
         return Block(self, rngs)
 
     def __call__(self, rngs: nnx.Rngs) -> LMModule:
@@ -89,12 +92,18 @@ class LM:
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate: Array, up: Array) -> Array:
-    """SwiGLU's product; its backward pass keeps the two operands alone."""
+def gated(gate: Float[Array, "*B M"], up: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
+    """SwiGLU's product; the backward pass keeps its two operands only."""
     return nnx.silu(gate) * up
 
 
 class Block(nnx.Module):
+    """Attention, then an MLP, each a normed residual branch. `attend` computes the attention.
+
+    attend(q, k, v) -> (attended values [B T H K], extra), q [B T H K] and k, v [B T G K] with their
+    positions.
+    """
+
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
         d = cfg.dim
         size = cfg.head_size
@@ -112,44 +121,49 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
-    def project(self, h: Array) -> tuple[Array, Array, Array]:
-        """Queries [B T H K], keys and values [B T G K] of the normed states, before rotation."""
+    def project(
+        self, h: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        """Queries, keys and values of normed activations, before their positions."""
         return (
             split_heads(self.to_q(h), self.heads),
             split_heads(self.to_k(h), self.kv_heads),
             split_heads(self.to_v(h), self.kv_heads),
         )
 
-    def mix(self, x: Array, rotary: tuple[Array, Array], attend):
-        """Attention: x [B T D]; attend(q, k, v) -> (mixed values [B T H K], extra). Returns (x,
-        extra).
-        """
-        q, k, v = self.project(self.norm_attention(x))
-        mixed, extra = attend(rotate(q, rotary), rotate(k, rotary), v)
-        return self.branch(x, mixed.reshape(*x.shape[:2], -1)), extra
+    def attention_branch(
+        self, x: Float[Array, "B T D"], attended: Float[Array, "B T E"]
+    ) -> Float[Array, "B T D"]:
+        """x plus the branch of attention, whose values have their heads merged."""
+        return constrain(x + self.to_out(attended), "batch", "seq", None)
 
-    def branch(self, x: Array, mixed: Array) -> Array:
-        """The states [B T D] with attention's mixed values [B T H * K] on them."""
-        return constrain(x + self.to_out(mixed), "batch", "seq", None)
-
-    def neurons(self, x: Array) -> Array:
-        """SwiGLU's hidden activations [B T mlp], x [B T D] from `mix`."""
+    def neurons(self, x: Float[Array, "B T D"]) -> Float[Array, "B T M"]:
+        """The hidden activations of SwiGLU."""
         h = self.norm_mlp(x)
         return gated(self.gate(h), self.up(h))
 
-    def feed(self, x: Array, neurons: Array) -> Array:
-        """The block's output [B T D]."""
+    def mlp_branch(
+        self, x: Float[Array, "B T D"], neurons: Float[Array, "B T M"]
+    ) -> Float[Array, "B T D"]:
+        """x plus the branch of the MLP: the output of the block."""
         return constrain(x + self.down(neurons), "batch", "seq", None)
 
-    def run(self, x: Array, rotary: tuple[Array, Array], attend):
-        """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp])."""
-        x, extra = self.mix(x, rotary, attend)
+    def run(
+        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
+    ) -> tuple[Float[Array, "B T D"], Any, Float[Array, "B T M"]]:
+        """(the block's output, extra of `attend`, the hidden activations of the MLP)."""
+        q, k, v = self.project(self.norm_attention(x))
+        attended, extra = attend(rotate(q, rotary), rotate(k, rotary), v)
+        x = self.attention_branch(x, attended.reshape(*x.shape[:2], -1))
         neurons = self.neurons(x)
-        return self.feed(x, neurons), extra, neurons
+        return self.mlp_branch(x, neurons), extra, neurons
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], attend):
-        """Returns (x, extra) as `run` does."""
-        return self.run(x, rotary, attend)[:2]
+    def __call__(
+        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """(the block's output, extra of `attend`)."""
+        x, extra, _ = self.run(x, rotary, attend)
+        return x, extra
 
 
 class LMModule(nnx.Module):
@@ -157,7 +171,8 @@ class LMModule(nnx.Module):
         kv_heads = cfg.kv_heads or cfg.heads
         if cfg.heads % kv_heads or (not cfg.head_dim and cfg.dim % cfg.heads):
             raise Refused(
-                f"model: heads={cfg.heads} must be a multiple of kv_heads={kv_heads} and divide dim={cfg.dim}"
+                f"model: heads={cfg.heads} must be a multiple of kv_heads={kv_heads} "
+                f"and divide dim={cfg.dim}"
             )
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
@@ -169,56 +184,68 @@ class LMModule(nnx.Module):
 
     def __call__(
         self,
-        tokens: Array,
+        tokens: Integer[Array, "B T"],
         *,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        mask: Array | None = None,
-        cache: dict[str, Array] | None = None,
+        positions: Integer[Array, "*B T"] | None = None,
+        segments: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
+        cache: dict[str, Any] | None = None,
         taps: tuple[int, ...] = (),
         hidden_only: bool = False,
-    ):
-        """tokens int [B T] -> logits float32 [B T V]: position t predicts token t + 1.
+    ) -> Float[Array, "B T _"] | tuple:
+        """Logits [B T V] in float32: position t predicts token t + 1.
 
-        mask bool [B T] is False on padding, segments int [B T] differs between packed documents,
-        positions int [T] or [B T] defaults to 0, 1, ... With `cache` (see `init_cache`) the tokens
-        follow those it holds, and the result is (logits, cache); `taps` appends the states [B T D]
-        after those blocks. `hidden_only` gives the final normed states [B T D] in place of logits,
-        for losses that project onto `head()` in chunks.
+        Args:
+            tokens: of texts, or what follows them.
+            positions: of the tokens; None: 0, 1, ... behind those of the cache.
+            segments: a number for each of the documents packed into a sequence.
+            mask: False on padding.
+            cache: of `init_cache`, with what precedes the tokens.
+            taps: indices of blocks.
+            hidden_only: gives the final normed activations [B T D] in place of logits, for losses
+              that project onto `head()` in chunks.
+
+        Returns:
+            The logits; with `cache` or `taps` a tuple of them, the new cache, and the features
+            [B T D] of those blocks.
+
+        Raises:
+            Refused: on more than max_length tokens, and on segments with a cache.
         """
+        cfg = self.cfg
         x, rotary = self._enter(tokens, positions, cache)
         if cache is None:
-            attend = _full(mask, segments, self.cfg.cap)
+            attend = _attend_all(mask, segments, cfg.cap)
             layer = lambda x, block: block(x, rotary, attend)
-            x, _, features = scan_layers(
-                layer, x, self.blocks, self.cfg.depth, remat=self.cfg.remat, taps=taps
-            )
+            blocks = self.blocks
+            x, _, features = scan_layers(layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps)
         else:
             if segments is not None:
-                raise Refused("segments: a cache holds one document a row")
+                raise Refused("segments: a cache holds one document a sequence")
             x, cache, features = self._continue(x, rotary, mask, cache, taps)
         x = self.norm(x)
         out = x if hidden_only else self._logits(x)
-        extras = (() if cache is None else (cache,)) + ((features,) if taps else ())
+        extras = () if cache is None else (cache,)
+        if taps:
+            extras = (*extras, features)
         return (out, *extras) if extras else out
 
     def probe(
         self,
-        read,
-        tokens: Array,
+        read: Callable,
+        tokens: Integer[Array, "B T"],
         *,
-        positions: Array | None = None,
-        segments: Array | None = None,
-        mask: Array | None = None,
-    ):
-        """What `read(before, neurons, after)` makes of every block, stacked over layers, for
-        surgery and analysis.
+        positions: Integer[Array, "*B T"] | None = None,
+        segments: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> Any:
+        """The results of `read(before, neurons, after)` of every block, stacked over the blocks.
 
-        `before` and `after` are the states [B T D] around a block, `neurons` its MLP's activations
-        [B T mlp].
+        It serves surgery and analysis. `before` and `after` are the activations [B T D] around a
+        block, `neurons` the hidden activations [B T mlp] of its MLP; the rest as in `__call__`.
         """
         x, rotary = self._enter(tokens, positions, None)
-        attend = _full(mask, segments, self.cfg.cap)
+        attend = _attend_all(mask, segments, self.cfg.cap)
 
         def layer(x, block):
             after, _, neurons = block.run(x, rotary, attend)
@@ -226,64 +253,71 @@ class LMModule(nnx.Module):
 
         return scan_layers(layer, x, self.blocks, self.cfg.depth)[1]
 
-    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Array] | None):
-        """Embedded tokens [B T D] and the (cosines, sines) of their positions."""
+    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None):
+        """Embedded tokens [B T D], and the cosines and sines of their positions."""
         length = tokens.shape[1] if cache is None else cache["valid"].shape[1]
         if length > self.cfg.max_length:
             raise Refused(f"tokens: {length} in a sequence, max_length={self.cfg.max_length}")
         start = 0 if cache is None else cache["length"]
-        positions = start + jnp.arange(tokens.shape[1]) if positions is None else positions
+        if positions is None:
+            positions = start + jnp.arange(tokens.shape[1])
         angles = positions[..., None].astype(jnp.float32) * frequencies(self.cfg)
         x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
-        return x, (jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :])
+        cos = jnp.cos(angles)[..., None, :]
+        sin = jnp.sin(angles)[..., None, :]
+        return x, (cos, sin)
 
     def _continue(self, x, rotary, mask, cache, taps):
         """The layers over new tokens, whose keys and values are written into the cache in place."""
-        batch, new, slots, start = *x.shape[:2], cache["valid"].shape[1], cache["length"]
+        batch, new = x.shape[:2]
+        start = cache["length"]
         mask = jnp.ones((batch, new), bool) if mask is None else mask.astype(bool)
         valid = jax.lax.dynamic_update_slice(cache["valid"], mask, (0, start))
-        seen = (jnp.arange(slots) <= start + jnp.arange(new)[:, None]) & valid[:, None, None, :]
+        slots = jnp.arange(valid.shape[1])
+        seen = (slots <= start + jnp.arange(new)[:, None]) & valid[:, None, None, :]
 
-        def layer(carry, inp):
-            (x, store), (block, i) = carry, inp
+        def layer(carry, inputs):
+            x, store = carry
+            block, i = inputs
 
             def attend(q, k, v):
-                kept, (k, v) = remember(store, i, start, (k, v))
+                kept, (k, v) = append_to_store(store, i, start, (k, v))
                 return attention(q, k, v, mask=seen, cap=self.cfg.cap), kept
 
             return block(x, rotary, attend), None
 
-        how = dict(remat=self.cfg.remat, taps=taps)
-        x, stores, states = scan_stores(
-            layer, x, cache["layers"] or self.blocks, cache["stores"], self.cfg.depth, **how
+        layers = cache["layers"] or self.blocks
+        stores = cache["stores"]
+        x, stores, features = scan_stores(
+            layer, x, layers, stores, self.cfg.depth, remat=self.cfg.remat, taps=taps
         )
-        return x, {**cache, "stores": stores, "valid": valid, "length": start + new}, states
+        return x, {**cache, "stores": stores, "valid": valid, "length": start + new}, features
 
     def _logits(self, x: Array) -> Array:
         logits = project(x, self._unembedding(), jnp.float32)
         return constrain(logits, "batch", "seq", "vocab")
 
-    def head(self) -> Array:
-        """The unembedding matrix [D V], in the arithmetic's dtype."""
+    def head(self) -> Float[Array, "D V"]:
+        """The unembedding matrix, in the arithmetic's dtype."""
         return self._unembedding()
 
     def _unembedding(self) -> Array:
-        return (self.embed.embedding[...].T if self.cfg.tied else self.unembed.kernel[...]).astype(
-            self.dtype
-        )
+        if self.cfg.tied:
+            return self.embed.embedding[...].T.astype(self.dtype)
+        return self.unembed.kernel[...].astype(self.dtype)
 
-    def init_cache(self, batch: int, length: int) -> dict[str, Array]:
-        """An empty cache for `length` tokens a row: stores of keys and values [B G S K], valid bool
-        [B S], length int32 [], and the layers as decoding reads them (`unstacked`).
+    def init_cache(self, batch: int, length: int) -> dict[str, Any]:
+        """An empty cache for `length` tokens of each of `batch` sequences.
 
-        Writing past its end is not checked: `length` is known to the running program only.
+        Writing past its end is not checked: only the running program knows the length so far.
+
+        Returns:
+            "stores" of keys and values [B G S K], "valid" bool [B S], "length" int32 [], and
+            "layers" as decoding reads them (`unstacked`).
         """
         cfg = self.cfg
         shape = (batch, cfg.kv_heads or cfg.heads, length, cfg.head_size)
-        zeros = lambda *n: constrain(
-            jnp.zeros((*n, *shape), self.dtype), *(None for _ in n), "batch", "heads", None, None
-        )
-        stores = empty_stores(cfg.depth, lambda *n: (zeros(*n), zeros(*n)))
+        stores = empty_stores(cfg.depth, functools.partial(zero_store, shape, self.dtype))
         return {
             "stores": stores,
             "valid": jnp.zeros((batch, length), bool),
@@ -292,13 +326,22 @@ class LMModule(nnx.Module):
         }
 
 
-def context(batch: Batch) -> dict[str, Array]:
-    """The arguments of a language model's call that a batch of data holds, beside its tokens."""
+def zero_store(
+    shape: tuple[int, int, int, int], dtype, *layers: int
+) -> tuple[Float[Array, "*layers B G S K"], Float[Array, "*layers B G S K"]]:
+    """Keys and values of zeros [*layers, *shape], where `shape` is [B G S K]."""
+    names = (*(None for _ in layers), "batch", "heads", None, None)
+    make = lambda: constrain(jnp.zeros((*layers, *shape), dtype), *names)
+    return make(), make()
+
+
+def context(batch: Batch) -> dict[str, Integer[Array, "*_"]]:
+    """The arguments of a language model's call that a batch of data holds beside its tokens."""
     return {name: batch[name] for name in ("segments", "positions") if name in batch}
 
 
-def following(x: Array, fill: int = 0) -> Array:
-    """What comes after each token: x [B T] moved one to the left, `fill` at the end.
+def following(x: Shaped[Array, "B T"], fill: int = 0) -> Shaped[Array, "B T"]:
+    """x moved one position to the left: what comes after each token. `fill` is at the end.
 
     Losses compare logits [B T V] to labels of the same length. To cut the last position off the
     logits would copy them, and leave a length that no tile divides.
@@ -306,58 +349,65 @@ def following(x: Array, fill: int = 0) -> Array:
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
 
 
-def targets(batch: Batch) -> tuple[Array, Array]:
-    """(the token after each, int [B T]; whether it is a target, bool [B T], never at the end of a
-    row).
-    """
+def targets(batch: Batch) -> tuple[Integer[Array, "B T"], Bool[Array, "B T"]]:
+    """The token after each token, and whether it is a target: never at the end of a sequence."""
     return following(batch["tokens"]), following(batch["mask"]) > 0
 
 
-PADDING = 1024  # rows of padding are fewer than this, and than the tokens
-MULTIPLE = 8  # that a table's length is padded to, at least
+PADDING = 1024  # a table has fewer rows of padding than this, and than tokens
+MULTIPLE = 8  # padded lengths of tables are multiples of it
 
 
 def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
-    """For methods that compare models token by token: raises Refused where a network's tokenizer
-    cannot be the student's.
+    """Refuses networks whose tokenizer cannot be the student's, for comparisons token by token.
 
-    `nets` are networks (core.net.Net) by role; those whose vocabulary is not known are left out.
-    Tables of one tokenizer may be padded to different lengths (Qwen2.5: 152,064 and 151,936): what
-    is compared, and written, are the ids that all have (`objectives.divergence.common`,
+    Tables of one tokenizer may be padded to different lengths (Qwen2.5: 152,064 and 151,936). The
+    ids that all tables have are what is compared and sampled (`objectives.divergence.common`,
     `common_vocabulary`).
+
+    Args:
+        method: the method that compares them.
+        nets: networks (core.net.Net) by role; those without a vocabulary are left out.
+
+    Raises:
+        Refused: where a vocabulary is neither the student's nor a padding of it.
     """
     sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
     for role, size in sizes.items():
-        low, high = sorted((size, own := sizes.get("student", size)))
+        own = sizes.get("student", size)
+        low, high = sorted((size, own))
         if high > low and (high % MULTIPLE or high - low >= min(low, PADDING)):
             raise Refused(
-                f"config.roles.{role}: a vocabulary of {size} tokens, the student's has {own}; {type(method).__name__} compares tokens, "
-                "expected one tokenizer, its tables padded or not (methods.language.cross_tokenizer_kd does without)"
+                f"config.roles.{role}: a vocabulary of {size} tokens, the student's has {own}; "
+                f"{type(method).__name__} compares tokens, expected one tokenizer, its tables "
+                "padded or not (methods.language.cross_tokenizer_kd does without)"
             )
 
 
 def common_vocabulary(nets: Nets | Mapping[str, Any]) -> int:
-    """How many ids every language model has among these networks, bound or not; 0 where no
-    vocabulary is known.
+    """How many token ids all language models among these networks have; 0: there is none.
+
+    The networks may be bound or not.
     """
-    configs = [
-        getattr(net, "config", None)
-        for net in (nets if isinstance(nets, Mapping) else vars(nets)).values()
-    ]
+    by_role = nets if isinstance(nets, Mapping) else vars(nets)
+    configs = [getattr(net, "config", None) for net in by_role.values()]
     return min((config.vocab for config in configs if hasattr(config, "vocab")), default=0)
 
 
-def _full(mask: Array | None, segments: Array | None, cap: float):
-    """Attention of a whole sequence to itself, for `Block`."""
+def _attend_all(mask: Array | None, segments: Array | None, cap: float) -> Callable:
+    """`Block`'s attention of a complete sequence to itself."""
     seen = visible(mask, segments)
     return lambda q, k, v: (attention(q, k, v, mask=seen, causal=True, cap=cap), None)
 
 
-def visible(mask: Array | None, segments: Array | None) -> Array | None:
-    """Attention mask [B 1 T T or 1] beside the causal one: no padding, nothing of other documents.
-    None: all visible.
+def visible(
+    mask: Shaped[Array, "B T"] | None, segments: Num[Array, "B T"] | None
+) -> Bool[Array, "B 1 #T T"] | None:
+    """The attention mask beside the causal one: no padding, and nothing of other documents.
+
+    None: everything is visible.
     """
-    keys = None if mask is None else mask[:, None, None, :].astype(bool)
+    keys = key_mask(mask)
     if segments is None:
         return keys
     same = segments[:, None, :, None] == segments[:, None, None, :]
@@ -365,10 +415,11 @@ def visible(mask: Array | None, segments: Array | None) -> Array | None:
 
 
 def frequencies(cfg: LM) -> np.ndarray:
-    """Radians a token [K / 2], float32, of the K rotary channels: theta^(-2i / K), long wavelengths
-    stretched as in Llama 3.1.
+    """Radians a token of K rotary channels, float32 [K / 2]: theta^(-2i / K).
+
+    Long wavelengths are stretched as in Llama 3.1.
     """
-    freqs = cfg.rope_theta ** (-np.arange(0, cfg.rotary, 2) / cfg.rotary)
-    turns = cfg.rope_original * freqs / (2 * np.pi)  # within the original context
+    unstretched = cfg.rope_theta ** (-np.arange(0, cfg.rotary, 2) / cfg.rotary)
+    turns = cfg.rope_original * unstretched / (2 * np.pi)  # within the original context
     kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)
-    return np.float32(freqs * (kept + (1 - kept) / cfg.rope_factor))
+    return np.float32(unstretched * (kept + (1 - kept) / cfg.rope_factor))

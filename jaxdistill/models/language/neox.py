@@ -1,34 +1,38 @@
-"""GPT-NeoX (arXiv:2204.06745) and Pythia (2304.01373): attention and MLP side by side on one
-residual stream, layer norms, biases, and rotary positions on a part of each head.
+"""GPT-NeoX (arXiv:2204.06745) and Pythia (2304.01373): attention and MLP in parallel branches.
 
-Weights are those of transformers' `GPTNeoXForCausalLM`, layers stacked; queries, keys and values
-stay one matrix.
+It has layer norms, biases, and rotary positions on a part of each head. Weights are those of
+transformers' `GPTNeoXForCausalLM`, layers stacked; queries, keys and values stay one matrix.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.language.lm import LM, LMModule
-from jaxdistill.models.layers import ACTIVATIONS, dense, layer_norm, rotate, split_heads
+from jaxdistill.models.layers import ACTIVATIONS, Rotary, dense, layer_norm, rotate, split_heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeoX(LM):
-    """Pythia-70m is vocab 50304, dim 512, mlp 2048, heads 8, depth 6; GPT-NeoX-20B is vocab 50432,
-    dim 6144, mlp 24576, heads 64, depth 44, activation gelu_fast. Neither kv_heads nor head_dim are
-    used.
+    """Sizes; neither kv_heads nor head_dim are used.
+
+    Pythia-70m is vocab 50304, dim 512, mlp 2048, heads 8, depth 6. GPT-NeoX-20B is vocab 50432, dim
+    6144, mlp 24576, heads 64, depth 44, activation gelu_fast.
     """
 
     norm_eps: float = 1e-5
     rotary_share: float = 0.25  # of a head's channels that turn with the position
-    # attention and MLP read the same state; False: the MLP reads what attention has written
+    # attention and MLP read the same activations; False: the MLP reads the output of attention
     parallel: bool = True
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
 
@@ -44,49 +48,58 @@ class NeoX(LM):
 
 
 class Block(nnx.Module):
+    """As `lm.Block`."""
+
     def __init__(self, cfg: NeoX, rngs: nnx.Rngs):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, *names: dense(i, o, names, rngs=rngs, dtype=dtype)
+        make = functools.partial(dense, rngs=rngs, dtype=dtype)
         self.heads = cfg.heads
         self.rotary = cfg.rotary
         self.parallel = cfg.parallel
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
-        self.norm_attention, self.norm_mlp = (
-            layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype) for _ in range(2)
-        )
-        self.to_qkv = make(d, 3 * d, "embed", "heads")  # head by head: a query, its key, its value
-        self.to_out = make(d, d, "heads", "embed")
-        self.up = make(d, cfg.mlp, "embed", "mlp")
-        self.down = make(cfg.mlp, d, "mlp", "embed")
+        self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        # its output channels are (head, one of q k v, channel)
+        self.to_qkv = make(d, 3 * d, ("embed", "heads"))
+        self.to_out = make(d, d, ("heads", "embed"))
+        self.up = make(d, cfg.mlp, ("embed", "mlp"))
+        self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
-    def turn(self, x: Array, rotary: tuple[Array, Array]) -> Array:
-        """Rotary positions on the first channels of [B T H K]."""
-        return jnp.concatenate([rotate(x[..., : self.rotary], rotary), x[..., self.rotary :]], -1)
+    def rotate(self, x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
+        """Rotary positions on the first channels of each head."""
+        rotated = rotate(x[..., : self.rotary], rotary)
+        return jnp.concatenate([rotated, x[..., self.rotary :]], -1)
 
-    def run(self, x: Array, rotary: tuple[Array, Array], attend):
-        """Returns (the block's output [B T D], extra of `attend`, the MLP's activations [B T mlp]);
-        see models/language/lm.py.
-        """
-        q, k, v = jnp.split(split_heads(self.to_qkv(self.norm_attention(x)), self.heads), 3, -1)
-        mixed, extra = attend(self.turn(q, rotary), self.turn(k, rotary), v)
-        mid = x + self.to_out(mixed.reshape(x.shape))
+    def run(
+        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
+    ) -> tuple[Float[Array, "B T D"], Any, Float[Array, "B T M"]]:
+        """(the block's output, extra of `attend`, the hidden activations of the MLP)."""
+        qkv = split_heads(self.to_qkv(self.norm_attention(x)), self.heads)
+        q, k, v = jnp.split(qkv, 3, -1)
+        attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
+        mid = x + self.to_out(attended.reshape(x.shape))
         neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
         return constrain(mid + self.down(neurons), "batch", "seq", None), extra, neurons
 
-    def __call__(self, x: Array, rotary: tuple[Array, Array], attend):
-        return self.run(x, rotary, attend)[:2]
+    def __call__(
+        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        x, extra, _ = self.run(x, rotary, attend)
+        return x, extra
 
 
 class NeoXModule(LMModule):
     def __init__(self, cfg: NeoX, rngs: nnx.Rngs):
         if cfg.kv_heads or cfg.head_dim:
             raise Refused(
-                f"model: kv_heads={cfg.kv_heads}, head_dim={cfg.head_dim}: NeoX has heads={cfg.heads} of dim / heads, expected 0"
+                f"model: kv_heads={cfg.kv_heads}, head_dim={cfg.head_dim}: "
+                f"NeoX has heads={cfg.heads} of dim / heads, expected 0"
             )
         if cfg.rotary % 2 or not cfg.rotary:
             raise Refused(
-                f"model: {cfg.rotary} of a head's {cfg.head_size} channels turn (rotary_share={cfg.rotary_share}), not pairs"
+                f"model: {cfg.rotary} of a head's {cfg.head_size} channels turn "
+                f"(rotary_share={cfg.rotary_share}), not pairs"
             )
         super().__init__(cfg, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)

@@ -1,9 +1,8 @@
-"""CLIP's two towers (arXiv:2103.00020): a causal text encoder and an image encoder, pre-norm blocks
-as in ViT.
+"""CLIP's two towers (arXiv:2103.00020): a causal text encoder and an image encoder, as ViT's.
 
 Weights are those of transformers' `CLIPTextModel`, `CLIPVisionModel` and their `WithProjection`
-variants, layers stacked. A tower with a projection shares the paths of the one without, so that
-each loads the other's encoder leaf by leaf.
+variants, layers stacked. A tower with a projection shares the weight paths of the one without, so
+that each loads the other's encoder weight by weight.
 """
 
 from __future__ import annotations
@@ -12,19 +11,30 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Integer, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import dense, embedding, layer_norm, lookup, scan_layers, stack
+from jaxdistill.models.layers import (
+    dense,
+    embedding,
+    key_mask,
+    layer_norm,
+    lookup,
+    scan_layers,
+    stack,
+)
 from jaxdistill.models.vision.vit import NORMAL, Block, check_sizes, embed_patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipText:
-    """Sizes of the text tower. Defaults are a toy's; CLIP-L/14 (Stable Diffusion 1, SDXL's first)
-    is vocab 49408, dim 768, mlp 3072, heads 12, depth 12, max_length 77; OpenCLIP bigG/14 (SDXL's
-    second) dim 1280, mlp 5120, heads 20, depth 32, activation gelu, with a projection of 1280.
+    """Sizes of the text tower. Defaults are a toy's.
+
+    CLIP-L/14 (Stable Diffusion 1, SDXL's first) is vocab 49408, dim 768, mlp 3072, heads 12, depth
+    12, max_length 77; OpenCLIP bigG/14 (SDXL's second) dim 1280, mlp 5120, heads 20, depth 32,
+    activation gelu, with a projection of 1280.
     """
 
     vocab: int = 64
@@ -33,12 +43,11 @@ class ClipText:
     heads: int = 4
     depth: Depth = 4
     max_length: int = 16  # tokens; each position has a learned embedding
-    eos: Natural = 63  # the token whose state is the text's summary
+    eos: Natural = 63  # the token whose features are the text's summary
     activation: str = "quick_gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-5
-    projection: int = (
-        64  # length of a summary that texts and images share; of no effect without a projection
-    )
+    # length of the summaries that texts and images share; only networks with a projection read it
+    projection: int = 64
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
     bias = True  # of queries, keys and values: ViT's field
@@ -57,9 +66,10 @@ class ClipTextProjected(ClipText):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipVision:
-    """Sizes of the image tower. Defaults are a toy's; ViT-L/14 is size 224, patch 14, dim 1024, mlp
-    4096, heads 16, depth 24, projection 768; ViT-H/14 (Wan 2.1's) dim 1280, mlp 5120, depth 32,
-    activation gelu, projection 1024.
+    """Sizes of the image tower. Defaults are a toy's.
+
+    ViT-L/14 is size 224, patch 14, dim 1024, mlp 4096, heads 16, depth 24, projection 768; ViT-H/14
+    (Wan 2.1's) dim 1280, mlp 5120, depth 32, activation gelu, projection 1024.
     """
 
     size: int = 8  # images are [size, size, channels]
@@ -89,15 +99,10 @@ class ClipVisionProjected(ClipVision):
 
 
 def _project(cfg: ClipText | ClipVision, rngs: nnx.Rngs) -> nnx.Linear:
-    return dense(
-        cfg.dim,
-        cfg.projection,
-        ("embed", None),
-        rngs=rngs,
-        init=NORMAL,
-        bias=False,
-        dtype=jnp.dtype(cfg.dtype),
-    )
+    """From the width of a tower to the summaries that texts and images share."""
+    names = ("embed", None)
+    dtype = jnp.dtype(cfg.dtype)
+    return dense(cfg.dim, cfg.projection, names, rngs=rngs, init=NORMAL, bias=False, dtype=dtype)
 
 
 class ClipTextModule(nnx.Module):
@@ -113,40 +118,42 @@ class ClipTextModule(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def __call__(self, tokens: Array, *, mask: Array | None = None, taps: tuple[int, ...] = ()):
-        """tokens int [B T] -> states [B T D] after the last norm; with `taps`, (states, states
-        after those blocks, not normed).
+    def __call__(
+        self,
+        tokens: Integer[Array, "B T"],
+        *,
+        mask: Shaped[Array, "B T"] | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple]:
+        """The normed output; with `taps`, (this, features [B T D] of those blocks, not normed).
 
-        mask bool [B T] is False on padding; the released pipelines give none and let the text
-        attend to its padding.
-        Raises Refused on more than max_length tokens.
+        `mask` is False on padding; the released pipelines give none and let the text attend to its
+        padding.
+
+        Raises:
+            Refused: on more than max_length tokens.
         """
         cfg = self.cfg
         length = tokens.shape[1]
         if length > cfg.max_length:
             raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
-        x = (lookup(self.embed, tokens) + self.embed_position.embedding[:length]).astype(self.dtype)
-        keys = None if mask is None else mask[:, None, None, :].astype(bool)
+        x = lookup(self.embed, tokens) + self.embed_position.embedding[:length]
+        x = constrain(x.astype(self.dtype), "batch", "seq", None)
+        keys = key_mask(mask)
         body = lambda x, block: (block(x, mask=keys, causal=True), None)
-        x, _, features = scan_layers(
-            body,
-            constrain(x, "batch", "seq", None),
-            self.blocks,
-            cfg.depth,
-            remat=cfg.remat,
-            taps=taps,
-        )
+        x, _, features = scan_layers(body, x, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
         return (self.norm(x), features) if taps else self.norm(x)
 
-    def pool(self, states: Array, tokens: Array) -> Array:
-        """A text's summary [B D]: the state of its first `eos` token, states [B T D], tokens int [B
-        T].
+    def pool(
+        self, outputs: Float[Array, "B T D"], tokens: Integer[Array, "B T"]
+    ) -> Float[Array, "B P"]:
+        """The summary of a text: the output at its first `eos` token.
 
-        With eos = 2, as the first released configurations say wrongly, it is the state of the
+        With eos = 2, which the first released configurations give wrongly, it is that at the
         largest token.
         """
         last = jnp.argmax(tokens if self.cfg.eos == 2 else tokens == self.cfg.eos, -1)
-        return jnp.take_along_axis(states, last[:, None, None], 1)[:, 0]
+        return jnp.take_along_axis(outputs, last[:, None, None], 1)[:, 0]
 
 
 class ClipTextProjectedModule(ClipTextModule):
@@ -154,9 +161,11 @@ class ClipTextProjectedModule(ClipTextModule):
         super().__init__(cfg, rngs)
         self.project = _project(cfg, rngs)
 
-    def pool(self, states: Array, tokens: Array) -> Array:
-        """A text's summary [B P], projected. Otherwise as ClipTextModule."""
-        return self.project(super().pool(states, tokens))
+    def pool(
+        self, outputs: Float[Array, "B T D"], tokens: Integer[Array, "B T"]
+    ) -> Float[Array, "B P"]:
+        """The projected summary of a text. Otherwise as ClipTextModule."""
+        return self.project(super().pool(outputs, tokens))
 
 
 class ClipVisionModule(nnx.Module):
@@ -164,52 +173,38 @@ class ClipVisionModule(nnx.Module):
         check_sizes(cfg)
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
-        table = lambda *shape: nnx.Param(
-            nnx.with_partitioning(NORMAL, (*["index"] * (len(shape) - 1), "embed"))(
-                rngs.params(), shape
-            )
-        )
+        d = cfg.dim
+        pixels = cfg.patch**2 * cfg.channels  # numbers in a patch
+        patches = (cfg.size // cfg.patch) ** 2
         self.patch_embed = dense(
-            cfg.patch**2 * cfg.channels,
-            cfg.dim,
-            (None, "embed"),
-            rngs=rngs,
-            init=NORMAL,
-            bias=False,
-            dtype=self.dtype,
+            pixels, d, (None, "embed"), rngs=rngs, init=NORMAL, bias=False, dtype=self.dtype
         )
-        self.token = table(cfg.dim)
-        self.positions = table(1 + (cfg.size // cfg.patch) ** 2, cfg.dim)
+        token = nnx.with_partitioning(NORMAL, ("embed",))
+        table = nnx.with_partitioning(NORMAL, ("index", "embed"))
+        self.token = nnx.Param(token(rngs.params(), (d,)))
+        self.positions = nnx.Param(table(rngs.params(), (1 + patches, d)))
         self.norm_in = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
-        """x [B H W C] -> states [B 1 + N D], the class token first, not normed; with `taps`,
-        (states, states after those blocks).
+    def __call__(
+        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+    ) -> Float[Array, "B N D"] | tuple[Float[Array, "B N D"], tuple]:
+        """The class token and the patches, not normed; with `taps`, (these, features of blocks).
 
-        Raises Refused on images of another size.
+        Raises:
+            Refused: on images of another size.
         """
         cfg = self.cfg
-        h = self.norm_in(
-            embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
-        )
+        h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
+        h = constrain(self.norm_in(h), "batch", "seq", None)
         body = lambda h, block: (block(h), None)
-        h, _, features = scan_layers(
-            body,
-            constrain(h, "batch", "seq", None),
-            self.blocks,
-            cfg.depth,
-            remat=cfg.remat,
-            taps=taps,
-        )
+        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
         return (h, features) if taps else h
 
-    def pool(self, states: Array) -> Array:
-        """An image's summary [B D]: its class token's state after the last norm, states [B 1 + N
-        D].
-        """
-        return self.norm_out(states[:, 0])
+    def pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B P"]:
+        """The summary of an image: its class token after the last norm."""
+        return self.norm_out(tokens[:, 0])
 
 
 class ClipVisionProjectedModule(ClipVisionModule):
@@ -217,6 +212,6 @@ class ClipVisionProjectedModule(ClipVisionModule):
         super().__init__(cfg, rngs)
         self.project = _project(cfg, rngs)
 
-    def pool(self, states: Array) -> Array:
-        """An image's summary [B P], projected. Otherwise as ClipVisionModule."""
-        return self.project(super().pool(states))
+    def pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B P"]:
+        """The projected summary of an image. Otherwise as ClipVisionModule."""
+        return self.project(super().pool(tokens))

@@ -1,18 +1,19 @@
-"""Frozen networks that judge samples: random features with taps, rewards, and the decoder of what
-needs none.
+"""Frozen networks that judge samples: random features, rewards, and the identity as a decoder.
 
-Features called `(x, taps=taps) -> (last state, states after those layers [B N C])`. Weights are
-He-normal, biases N(0, 1), both as they were drawn: a role of init="random" keeps them. Any
-pretrained network with taps takes their place.
+Feature networks are called (x, taps=taps) -> (last features, features [B N C] of those layers).
+Their weights are He-normal and their biases N(0, 1), and a role of init="random" keeps both as
+drawn. Any pretrained network with taps takes their place.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Float, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype
 from jaxdistill.core.sharding import constrain
@@ -30,7 +31,7 @@ class PointFeatures:
     dim: int = 2
     width: int = 128
     depth: Depth = 3
-    scale: float = 1.0  # that points are multiplied by: the larger, the finer the features
+    scale: float = 1.0  # factor on the points: the larger, the finer the features
 
     def __call__(self, rngs: nnx.Rngs) -> PointFeaturesModule:
         return PointFeaturesModule(self, rngs)
@@ -40,26 +41,30 @@ class PointFeaturesModule(nnx.Module):
     def __init__(self, cfg: PointFeatures, rngs: nnx.Rngs):
         self.scale = cfg.scale
         sizes = [cfg.dim] + [cfg.width] * cfg.depth
-        named = nnx.with_partitioning
-        make = lambda i, o: nnx.Linear(
-            i, o, rngs=rngs, kernel_init=named(HE, (None, "mlp")), bias_init=named(UNIT, ("mlp",))
-        )
-        self.layers = nnx.List([make(i, o) for i, o in zip(sizes, sizes[1:])])
+        kernel = nnx.with_partitioning(HE, (None, "mlp"))
+        bias = nnx.with_partitioning(UNIT, ("mlp",))
+        layers = []
+        for i, o in zip(sizes, sizes[1:]):
+            layers.append(nnx.Linear(i, o, rngs=rngs, kernel_init=kernel, bias_init=bias))
+        self.layers = nnx.List(layers)
 
-    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
-        """x [B dim] -> (last state [B 1 width], states after the layers in `taps`)."""
+    def __call__(
+        self, x: Float[Array, "B D"], *, taps: tuple[int, ...] = ()
+    ) -> tuple[Float[Array, "B 1 C"], tuple[Float[Array, "B 1 C"], ...]]:
+        """(features of the last layer, those of the layers in `taps`)."""
         h = self.scale * x
-        states = []
+        features = []
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None)
-            states.append(h[:, None])
-        return states[-1], tuple(states[i] for i in taps)
+            features.append(h[:, None])
+        return features[-1], tuple(features[i] for i in taps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvFeatures:
-    """Random ReLU convolutions over images [B H W channels] in -1 to 1; each halves the resolution,
-    the first more.
+    """Random ReLU convolutions over images [B H W channels] in -1 to 1.
+
+    Each halves the resolution; the first divides it by `patch`.
     """
 
     channels: int = 3
@@ -73,44 +78,41 @@ class ConvFeatures:
 
 class ConvFeaturesModule(nnx.Module):
     def __init__(self, cfg: ConvFeatures, rngs: nnx.Rngs):
-        named = nnx.with_partitioning
         sizes = [cfg.channels, *cfg.widths]
+        strides = [cfg.patch] + [2] * (len(cfg.widths) - 1)
         self.dtype = jnp.dtype(cfg.dtype)
-
-        def make(i, o, stride):
-            kernel = named(HE, (None, None, None, "mlp"))
-            bias = named(UNIT, ("mlp",))
-            return nnx.Conv(
+        layers = []
+        for i, o, stride in zip(sizes, sizes[1:], strides):
+            layer = nnx.Conv(
                 i,
                 o,
                 (max(stride, 3),) * 2,
                 stride,
                 rngs=rngs,
                 dtype=self.dtype,
-                kernel_init=kernel,
-                bias_init=bias,
+                kernel_init=nnx.with_partitioning(HE, (None, None, None, "mlp")),
+                bias_init=nnx.with_partitioning(UNIT, ("mlp",)),
             )
+            layers.append(layer)
+        self.layers = nnx.List(layers)
 
-        self.layers = nnx.List(
-            [make(i, o, 2 if n else cfg.patch) for n, (i, o) in enumerate(zip(sizes, sizes[1:]))]
-        )
-
-    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
-        """x [B H W C] -> (last state [B h w width], states [B N width] after the layers in
-        `taps`).
-        """
+    def __call__(
+        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+    ) -> tuple[Float[Array, "B h w D"], tuple[Float[Array, "B _ _"], ...]]:
+        """(features of the last layer, those of the layers in `taps`, pixels by rows)."""
         h = x.astype(self.dtype)
-        states = []
+        features = []
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
-            states.append(h)
-        return h, tuple(rearrange(states[i], "b h w c -> b (h w) c") for i in taps)
+            features.append(h)
+        return h, tuple(rearrange(features[i], "b h w c -> b (h w) c") for i in taps)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LatentReward:
-    """A scalar of noisy latents [B H W channels] and their time: a convolutional trunk, its mean,
-    and a hidden layer.
+    """A reward of noisy latents and their time.
+
+    A convolutional trunk, the mean over its pixels, the time added, SiLU, and a linear map.
     """
 
     trunk: ConvFeatures = ConvFeatures(channels=4, patch=2)
@@ -128,10 +130,13 @@ class LatentRewardModule(nnx.Module):
         self.time = dense(32, width, (None, "mlp"), rngs=rngs)
         self.out = dense(width, 1, ("mlp", None), rngs=rngs)
 
-    def __call__(self, x: Array, t: Array, cond=None) -> Array:
-        """x [B H W C], t [B] -> [B], float32."""
+    def __call__(
+        self, x: Float[Array, "B H W C"], t: Float[Array, " B"], cond: Any = None
+    ) -> Float[Array, " B"]:
+        """The reward in float32; `cond` is not read."""
         pooled = self.trunk(x)[0].astype(jnp.float32).mean((1, 2))
-        return self.out(nnx.silu(pooled + self.time(fourier(self.time_scale * t, 32))))[:, 0]
+        time = self.time(fourier(self.time_scale * t, 32))
+        return self.out(nnx.silu(pooled + time))[:, 0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,20 +148,21 @@ class Identity:
 
 
 class IdentityModule(nnx.Module):
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
         return x
 
-    def denormalise(self, x0: Array) -> Array:
+    def denormalise(self, x0: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
         return x0
 
-    def decode(self, z: Array) -> Array:
+    def decode(self, z: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
         return z
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Direction:
-    """A reward on points, noisy or not: the cosine of the angle to a direction, smoothed at the
-    origin. No weights.
+    """A reward of points, noisy or not: the cosine of the angle to a direction.
+
+    It is smoothed at the origin, and has no weights.
     """
 
     angle: float = 0.0  # of the direction, radians
@@ -171,7 +177,9 @@ class DirectionModule(nnx.Module):
         self.angle = cfg.angle
         self.core = cfg.core
 
-    def __call__(self, x: Array, t: Array, cond: Array | None = None) -> Array:
-        """x [B 2], t [B] -> [B] in -1 to 1."""
+    def __call__(
+        self, x: Float[Array, "B 2"], t: Float[Array, " B"], cond: Any = None
+    ) -> Float[Array, " B"]:
+        """The reward in -1 to 1; neither `t` nor `cond` is read."""
         along = x[:, 0] * jnp.cos(self.angle) + x[:, 1] * jnp.sin(self.angle)
         return along / jnp.sqrt(jnp.sum(x**2, -1) + self.core**2)

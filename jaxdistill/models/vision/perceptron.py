@@ -1,15 +1,15 @@
-"""A multi-layer perceptron that classifies: the student and teacher of small experiments with
-labels.
-"""
+"""A perceptron that classifies: the student and teacher of small experiments with labels."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float, Num
 
 from jaxdistill.core.fields import Dtype, Range
 from jaxdistill.core.types import Array
@@ -32,21 +32,24 @@ class Perceptron:
 
 class PerceptronModule(nnx.Module):
     def __init__(self, cfg: Perceptron, rngs: nnx.Rngs):
-        make = lambda i, o, names: dense(i, o, names, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+        make = functools.partial(dense, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
         sizes = [cfg.inputs] + [cfg.width] * cfg.layers
-        self.hidden = nnx.List([make(i, o, ("embed", "mlp")) for i, o in zip(sizes, sizes[1:])])
+        pairs = zip(sizes, sizes[1:])
+        self.hidden = nnx.List([make(i, o, ("embed", "mlp")) for i, o in pairs])
         self.out = make(sizes[-1], cfg.classes, ("mlp", None))
 
-    def __call__(self, x: Array) -> Array:
-        """x [B ...] -> logits float32 [B classes]."""
+    def __call__(self, x: Num[Array, "B ..."]) -> Float[Array, "B K"]:
+        """Logits of the classes, in float32."""
         h = x.reshape(len(x), -1)
         for layer in self.hidden:
             h = nnx.relu(layer(h))
         return self.out(h).astype(jnp.float32)
 
-    def norms(self) -> Array:
-        """Sum of the weight arrays' L2 norms, not squared; at an array of zeros its gradient is 0."""
-        squares = [
-            jnp.sum(w**2) for w in jax.tree.leaves(nnx.to_pure_dict(nnx.state(self, nnx.Param)))
-        ]
+    def norms(self) -> Float[Array, ""]:
+        """The sum of the weight arrays' L2 norms, not squared.
+
+        At an array of zeros its gradient is 0.
+        """
+        weights = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        squares = [jnp.sum(w**2) for w in jax.tree.leaves(weights)]
         return sum(jnp.sqrt(jnp.maximum(s, 1e-12)) for s in squares)

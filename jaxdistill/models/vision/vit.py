@@ -1,19 +1,20 @@
-"""ViT (arXiv:2010.11929): an encoder of image patches with a class token, learned positions and
-layer norms before each branch.
+"""ViT (arXiv:2010.11929): an encoder of image patches.
 
-Weights are those of transformers' `ViTModel` and `ViTForImageClassification`, layers stacked. The
-two share the paths of their encoder, so that a classifier starts from a pretrained encoder leaf by
-leaf.
+It has a class token, learned positions and layer norms before each branch. Weights are those of
+transformers' `ViTModel` and `ViTForImageClassification`, layers stacked. The two share the weight
+paths of their encoder, so that a classifier starts from a pretrained encoder weight by weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jaxtyping import Bool, Float
 
 from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.sharding import constrain
@@ -35,9 +36,10 @@ NORMAL = nnx.initializers.truncated_normal(0.02)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViT:
-    """Sizes of the encoder with its pooler. Defaults are a toy's; ViT-B/16 is size 224, patch 16,
-    channels 3, dim 768, mlp 3072, heads 12, depth 12; ViT-L/16 dim 1024, mlp 4096, heads 16, depth
-    24.
+    """Sizes of the encoder with its pooler. Defaults are a toy's.
+
+    ViT-B/16 is size 224, patch 16, channels 3, dim 768, mlp 3072, heads 12, depth 12; ViT-L/16 dim
+    1024, mlp 4096, heads 16, depth 24.
     """
 
     size: int = 8  # images are [size, size, channels]
@@ -73,55 +75,67 @@ class Block(nnx.Module):
     def __init__(self, cfg: Any, rngs: nnx.Rngs):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
-        make = lambda i, o, names, bias=True: dense(
-            i, o, names, rngs=rngs, init=NORMAL, bias=bias, dtype=dtype
-        )
-        self.norm_attention, self.norm_mlp = (
-            layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype) for _ in range(2)
-        )
-        self.to_q, self.to_k, self.to_v = (
-            make(d, d, ("embed", "heads"), cfg.bias) for _ in range(3)
-        )
+        make = functools.partial(dense, rngs=rngs, init=NORMAL, dtype=dtype)
+        self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.to_q = make(d, d, ("embed", "heads"), bias=cfg.bias)
+        self.to_k = make(d, d, ("embed", "heads"), bias=cfg.bias)
+        self.to_v = make(d, d, ("embed", "heads"), bias=cfg.bias)
         self.to_out = make(d, d, ("heads", "embed"))
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
         self.heads = cfg.heads
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
 
-    def __call__(self, x: Array, *, mask: Array | None = None, causal: bool = False) -> Array:
-        """x [B N D], mask bool [B 1 1 N] -> [B N D]."""
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        *,
+        mask: Bool[Array, "B 1 1 N"] | None = None,
+        causal: bool = False,
+    ) -> Float[Array, "B N D"]:
         h = self.norm_attention(x)
-        q, k, v = (split_heads(f(h), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        x = x + self.to_out(attention(q, k, v, mask=mask, causal=causal).reshape(x.shape))
-        return constrain(
-            x + self.down(self.activation(self.up(self.norm_mlp(x)))), "batch", "seq", None
-        )
+        q = split_heads(self.to_q(h), self.heads)
+        k = split_heads(self.to_k(h), self.heads)
+        v = split_heads(self.to_v(h), self.heads)
+        attended = attention(q, k, v, mask=mask, causal=causal)
+        x = x + self.to_out(attended.reshape(x.shape))
+        h = self.down(self.activation(self.up(self.norm_mlp(x))))
+        return constrain(x + h, "batch", "seq", None)
 
 
 def check_sizes(cfg: Any) -> None:
-    """Raises Refused where heads do not divide dim, or patches the image; `cfg` has ViT's fields."""
+    """Raises Refused where heads do not divide dim, or patches the image; `cfg` is like a ViT."""
     if cfg.dim % cfg.heads or cfg.size % cfg.patch:
         raise Refused(
-            f"model: heads={cfg.heads} must divide dim={cfg.dim}, and patch={cfg.patch} size={cfg.size}"
+            f"model: heads={cfg.heads} must divide dim={cfg.dim}, "
+            f"and patch={cfg.patch} size={cfg.size}"
         )
 
 
-def cut_patches(cfg: Any, x: Array) -> Array:
-    """x [B H W C] -> [B H/p W/p, p p C] in cfg.dtype. Raises Refused on images of another size than
-    cfg's.
+def cut_patches(cfg: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    """Patches of pictures in cfg.dtype; their channels are (row, column, channel).
+
+    Raises:
+        Refused: on images of another size than cfg's.
     """
     if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
         raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
-    return rearrange(
-        x.astype(cfg.dtype), "b (i p) (j q) c -> b i j (p q c)", p=cfg.patch, q=cfg.patch
-    )
+    p = cfg.patch
+    return rearrange(x.astype(cfg.dtype), "b (i p) (j q) c -> b i j (p q c)", p=p, q=p)
 
 
-def embed_patches(cfg: Any, project: nnx.Linear, token: Array, positions: Array, x: Array) -> Array:
-    """x [B H W C] -> [B 1 + N D]: a token [D], then the patches by rows, each plus its row of
-    positions [1 + N D].
+def embed_patches(
+    cfg: Any,
+    project: nnx.Linear,
+    token: Float[Array, "... D"],
+    positions: Float[Array, "... M D"],
+    x: Float[Array, "B H W C"],
+) -> Float[Array, "B M D"]:
+    """A token and the patches by rows, each plus its position.
 
-    Raises Refused on images of another size than cfg's.
+    Raises:
+        Refused: on images of another size than cfg's.
     """
     dtype = jnp.dtype(cfg.dtype)
     h = rearrange(cut_patches(cfg, x), "b i j p -> b (i j) p")
@@ -134,59 +148,49 @@ class Encoder(nnx.Module):
         check_sizes(cfg)
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
-        table = lambda rows: nnx.Param(
-            nnx.with_partitioning(NORMAL, (None, "index", "embed"))(
-                rngs.params(), (1, rows, cfg.dim)
-            )
-        )
-        self.patch_embed = dense(
-            cfg.patch**2 * cfg.channels,
-            cfg.dim,
-            (None, "embed"),
-            rngs=rngs,
-            init=NORMAL,
-            dtype=self.dtype,
-        )
-        self.token = table(1)
-        self.positions = table(1 + (cfg.size // cfg.patch) ** 2)
+        d = cfg.dim
+        pixels = cfg.patch**2 * cfg.channels  # numbers in a patch
+        patches = (cfg.size // cfg.patch) ** 2
+        names = (None, "embed")
+        self.patch_embed = dense(pixels, d, names, rngs=rngs, init=NORMAL, dtype=self.dtype)
+        table = nnx.with_partitioning(NORMAL, (None, "index", "embed"))
+        self.token = nnx.Param(table(rngs.params(), (1, 1, d)))
+        self.positions = nnx.Param(table(rngs.params(), (1, 1 + patches, d)))
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def encode(self, x: Array, taps: tuple[int, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """(states [B 1 + N D] after the last norm, states after the blocks that `taps` lists)."""
+    def encode(
+        self, x: Float[Array, "B H W C"], taps: tuple[int, ...]
+    ) -> tuple[Float[Array, "B N D"], tuple[Float[Array, "B N D"], ...]]:
+        """(tokens after the last norm, features of the blocks that `taps` lists)."""
         cfg = self.cfg
         h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
+        h = constrain(h, "batch", "seq", None)
         body = lambda h, block: (block(h), None)
-        h, _, features = scan_layers(
-            body,
-            constrain(h, "batch", "seq", None),
-            self.blocks,
-            cfg.depth,
-            remat=cfg.remat,
-            taps=taps,
-        )
+        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
         return self.norm(h), features
 
 
 class ViTModule(Encoder):
     def __init__(self, cfg: ViT, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.pooler = dense(
-            cfg.dim, cfg.dim, ("embed", None), rngs=rngs, init=NORMAL, dtype=self.dtype
-        )
+        names = ("embed", None)
+        self.pooler = dense(cfg.dim, cfg.dim, names, rngs=rngs, init=NORMAL, dtype=self.dtype)
 
-    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
-        """x [B H W C] -> states [B 1 + N D], the class token first; with `taps`, (states,
-        states after those blocks).
+    def __call__(
+        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+    ) -> Float[Array, "B N D"] | tuple[Float[Array, "B N D"], tuple]:
+        """The class token and the patches by rows; with `taps`, (these, features of those blocks).
 
-        Raises Refused on images of another size.
+        Raises:
+            Refused: on images of another size.
         """
-        states, features = self.encode(x, taps)
-        return (states, features) if taps else states
+        tokens, features = self.encode(x, taps)
+        return (tokens, features) if taps else tokens
 
-    def pool(self, states: Array) -> Array:
-        """An image's summary [B D] from its class token's state, states [B 1 + N D]."""
-        return jnp.tanh(self.pooler(states[:, 0]))
+    def pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B D"]:
+        """The summary of an image, from its class token."""
+        return jnp.tanh(self.pooler(tokens[:, 0]))
 
 
 class ViTClassifierModule(Encoder):
@@ -194,8 +198,10 @@ class ViTClassifierModule(Encoder):
         super().__init__(cfg, rngs)
         self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=ZEROS)
 
-    def __call__(self, x: Array, *, taps: tuple[int, ...] = ()):
-        """x [B H W C] -> logits float32 [B classes]. Otherwise as ViTModule."""
-        states, features = self.encode(x, taps)
-        logits = self.classifier(states[:, 0].astype(jnp.float32))
+    def __call__(
+        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+    ) -> Float[Array, "B K"] | tuple[Float[Array, "B K"], tuple]:
+        """Logits of the classes, in float32. Otherwise as ViTModule."""
+        tokens, features = self.encode(x, taps)
+        logits = self.classifier(tokens[:, 0].astype(jnp.float32))
         return (logits, features) if taps else logits

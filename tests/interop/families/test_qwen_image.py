@@ -203,7 +203,7 @@ def test_refuses_inputs_that_do_not_fit():
         lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps), net.shapes
     )
     text = {"text": jnp.ones((1, 5, 32))}
-    with pytest.raises(Refused, match="'text' is missing; it has mask"):
+    with pytest.raises(Refused, match=r"QwenImage needs 'text' float \[B L 32\] .* it has mask"):
         call((1, 4, 4, 4), {"mask": jnp.ones((1, 5), bool)})
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 5, 4, 4), text)

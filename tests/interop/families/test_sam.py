@@ -97,7 +97,7 @@ def test_released_sizes(covers):
         heads=12,
         depth=12,
         window=14,
-        whole=(2, 5, 8, 11),
+        global_layers=(2, 5, 8, 11),
         neck=256,
     )
     huge = SamVision(
@@ -108,7 +108,7 @@ def test_released_sizes(covers):
         heads=16,
         depth=32,
         window=14,
-        whole=(7, 15, 23, 31),
+        global_layers=(7, 15, 23, 31),
         neck=256,
     )
     kinds = dict(
@@ -153,7 +153,7 @@ def test_scores_have_terms_of_rows_and_columns():
 
 
 def test_a_window_sees_itself_alone():
-    net = make_net(SamVision(size=12, depth=1, whole=()))  # 6 x 6 patches, four windows
+    net = make_net(SamVision(size=12, depth=1, global_layers=()))  # 6 x 6 patches, four windows
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 12, 12, 3))
     call = jax.jit(lambda x: net.apply(params, x, taps=(0,))[1][0].reshape(6, 6, -1))
@@ -176,8 +176,8 @@ def test_refusals(tmp_path):
         jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 10, 3))), net.shapes)
     with pytest.raises(Refused, match=r"taps=\(2,\): layers are numbered 0 to 1"):
         jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 8, 3)), taps=(2,)), net.shapes)
-    with pytest.raises(Refused, match=r"model.whole=\(2,\): layers are numbered 0 to 1"):
-        make_net(SamVision(whole=(2,)))
+    with pytest.raises(Refused, match=r"model.global_layers=\(2,\): layers are numbered 0 to 1"):
+        make_net(SamVision(global_layers=(2,)))
     with pytest.raises(Refused, match="heads=3 must divide dim=32"):
         make_net(SamVision(heads=3))
     config = sam.FAMILY.write(SamVision())["config.json"]

@@ -249,7 +249,7 @@ def test_refuses_inputs_that_do_not_fit():
         lambda: net.apply(net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, taps=taps)
     )
     text = {"text": jnp.ones((1, 2, 32)), "pooled": jnp.ones((1, 4))}
-    with pytest.raises(Refused, match="cond: no 'size' among"):
+    with pytest.raises(Refused, match=r"cond: UNet needs 'size' number \[B 6\]"):
         call(4, text)
     with pytest.raises(Refused, match="x: 5 by 5 latents, expected multiples of 2"):
         call(5, text | {"size": jnp.ones((1, 6))})

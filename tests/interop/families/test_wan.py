@@ -227,9 +227,9 @@ def test_refuses_inputs_that_do_not_fit():
         net.apply, net.shapes, jnp.ones(shape), jnp.ones(t), cond
     )
     text = {"text": jnp.ones((1, 5, 32))}
-    with pytest.raises(Refused, match="'text' is missing"):
+    with pytest.raises(Refused, match=r"Wan needs 'text' float \[B L 32\]"):
         call((1, 2, 4, 4, 4), 1, {"mask": jnp.ones((1, 5), bool)})
-    with pytest.raises(Refused, match="'vision' is not read by this network; it has text, vision"):
+    with pytest.raises(Refused, match="'vision' is not read by Wan; it has text, vision"):
         call((1, 2, 4, 4, 4), 1, text | {"vision": jnp.ones((1, 5, 32))})
     with pytest.raises(Refused, match=r"multiples of \(1, 2, 2\)"):
         call((1, 2, 5, 4, 4), 1, text)

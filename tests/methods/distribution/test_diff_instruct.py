@@ -56,8 +56,8 @@ def test_gradient_in_the_mean_is_that_of_the_kl(x64, gaussian, context):
 
 
 def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussian, context):
-    """alpha = 1, at noise level .8 of the law that gradient and fake score share: sigma^2 (m_g -
-    m_r) / (s^2 + sigma^2).
+    """alpha = 1, at noise level .8, which gradient and fake score share: sigma^2 (m_g - m_r) / (s^2
+    + sigma^2).
     """
     real = gaussian(EDM(), 0.7, 0.4)
     fake = gaussian(EDM(), -0.2, 0.4)

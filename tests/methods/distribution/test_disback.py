@@ -1,5 +1,5 @@
-"""DisBack: a path from the teacher to the student's own law, recorded, and walked back as the
-host's real score.
+"""DisBack: a path from the teacher to the distribution of the student's own samples, recorded, and
+followed back as the host's real score.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from tools.first_steps import first_steps
 AT = 0.6
 FIXED = Uniform(low=AT, high=AT)
 ONE = make_net(MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow()))
-DISC = make_net(Discriminator(features=1, dim=8, width=8))
+DISC = make_net(Discriminator(taps=1, dim=8, width=8))
 BATCH = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
 
@@ -370,18 +370,18 @@ def test_a_run_goes_on_from_its_recorded_path(tmp_path):
     """The path is a result of stage 1, and frozen in stage 2: not in its checkpoints, the same bits
     after resumption.
     """
-    loop.run(tiny(), tmp_path / "whole", progress=False)
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    loop.run(tiny(), tmp_path / "full", progress=False)
+    shutil.copytree(tmp_path / "full", tmp_path / "again")
     for gone in ("report.json", "stages/1", "checkpoints/step_20"):
         path = tmp_path / "again" / gone
         path.unlink() if path.is_file() else shutil.rmtree(path)
     loop.run(tiny(), tmp_path / "again", progress=False)
-    whole, again = (loop.load(tmp_path / name) for name in ("whole", "again"))
-    assert set(whole.params) == {"teacher", "path", "student", "fake"}
-    for role in whole.params:
-        assert same(whole.params[role], again.params[role]), role
-    assert same(jax.tree.map(lambda w: w[0], whole.params["path"]), whole.params["teacher"])
-    assert not same(jax.tree.map(lambda w: w[2], whole.params["path"]), whole.params["teacher"])
+    full, again = (loop.load(tmp_path / name) for name in ("full", "again"))
+    assert set(full.params) == {"teacher", "path", "student", "fake"}
+    for role in full.params:
+        assert same(full.params[role], again.params[role]), role
+    assert same(jax.tree.map(lambda w: w[0], full.params["path"]), full.params["teacher"])
+    assert not same(jax.tree.map(lambda w: w[2], full.params["path"]), full.params["teacher"])
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()

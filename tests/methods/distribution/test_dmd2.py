@@ -94,7 +94,7 @@ def trained():
     """Weights and losses of the first five steps, by method."""
     wrap = functools.partial(Denoiser().wrap, process=Flow())
     mlp = make_net(MLP(width=8, depth=2), wrap=wrap)
-    disc = make_net(Discriminator(features=1, dim=8, width=8))
+    disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
     def run(method):

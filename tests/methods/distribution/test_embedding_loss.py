@@ -37,7 +37,7 @@ POINTS = dict(archs=("mlp",), nets=1)
 def trained():
     """State and metrics of the first six steps, by method."""
     mlp = make_net(MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow()))
-    disc = make_net(Discriminator(features=1, dim=8, width=8))
+    disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2)) + 1.0}
 
     @functools.cache
@@ -139,9 +139,9 @@ def test_norms_are_those_of_the_gradients_in_the_samples(context):
 def test_real_samples_get_no_gradient(context):
     method = EmbeddingLoss(host=DiffInstruct(), **POINTS)
     ctx = gathered(context, method)
-    psi = method.networks(ctx)[0]
+    psi = method.draw_networks(ctx)[0]
     at = lambda real: dataclasses.replace(ctx, batch={**ctx.batch, "real_x": real})
-    grad = jax.grad(lambda real: method.embedding(psi, at(real), ctx.batch["xt"]))(
+    grad = jax.grad(lambda real: method.embedding_loss(psi, at(real), ctx.batch["xt"]))(
         ctx.batch["real_x"]
     )
     np.testing.assert_array_equal(grad, 0.0)
@@ -153,7 +153,7 @@ def test_networks_are_redrawn_every_so_many_updates(context):
     keys = []
     for seed in range(7):
         ctx = dataclasses.replace(context(jnp.zeros((2, 2)), seed=seed), memory=memory)
-        key, own = method.networks(ctx)
+        key, own = method.draw_networks(ctx)
         memory = {**memory, **own}
         keys.append(tuple(np.asarray(key).tolist()))
     assert keys[0] == keys[1] == keys[2] != keys[3] == keys[4] == keys[5] != keys[6] != keys[0]
@@ -171,16 +171,16 @@ def test_more_real_samples_than_generated_ones(context):
 
 
 def test_labels_join(context):
-    """Samples equal in law and told under the wrong labels: 0 unlabelled, above 0 labelled."""
+    """Samples of one distribution under the wrong labels: 0 unlabelled, above 0 labelled."""
     label = jnp.arange(32) % 2
     method = EmbeddingLoss(host=DiffInstruct(), labelled=True, estimator="v", **POINTS)
     ctx = gathered(context, method, cond=label)
     x = jnp.where(label == 0, -1.0, 1.0)[:, None] * jnp.ones((32, 2))
     ctx = dataclasses.replace(ctx, batch={**ctx.batch, "real_x": x, "real_cond": label})
-    psi = method.networks(ctx)[0]
-    assert method.embedding(psi, ctx, -x) > 1e-2
-    assert abs(dataclasses.replace(method, labelled=False).embedding(psi, ctx, -x)) < 1e-6
-    assert abs(method.embedding(psi, ctx, x)) < 1e-6
+    psi = method.draw_networks(ctx)[0]
+    assert method.embedding_loss(psi, ctx, -x) > 1e-2
+    assert abs(dataclasses.replace(method, labelled=False).embedding_loss(psi, ctx, -x)) < 1e-6
+    assert abs(method.embedding_loss(psi, ctx, x)) < 1e-6
 
 
 @pytest.mark.parametrize(("kernel", "estimator", "blocks"), [("rbf", "u", 2), ("linear", "v", 1)])
@@ -197,7 +197,7 @@ def test_images_through_every_kind_of_network(context, kernel, estimator, blocks
     ctx = dataclasses.replace(context(x), memory=method.memory(), batch={"x": x, "real_x": x})
     value = jax.jit(
         lambda x0: jax.value_and_grad(
-            lambda x0: method.embedding(method.networks(ctx)[0], ctx, x0)
+            lambda x0: method.embedding_loss(method.draw_networks(ctx)[0], ctx, x0)
         )(x0)
     )
     at_real, grad = value(x)

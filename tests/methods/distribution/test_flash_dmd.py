@@ -71,7 +71,7 @@ def nets(gaussian):
 
 
 def gather(method, net, ctx):
-    return dataclasses.replace(ctx, batch=method.walk(net, ctx))
+    return dataclasses.replace(ctx, batch=method.rollout(net, ctx))
 
 
 @pytest.mark.parametrize("term, own", [("match", (0, 1)), ("gan", (2, 3))])
@@ -82,14 +82,14 @@ def test_each_loss_trains_its_own_steps(x64, nets, context, term, own):
     method = FlashDMD(taps=(0, 1), match_weight=term == "match", gan_weight=term == "gan")
     base = context(jnp.zeros((N, 2)))
     at = lambda key, batch: dataclasses.replace(base, rng=key, batch=batch)
-    walk = jax.jit(lambda key, p: method.walk(nets(p), at(key, base.batch)))
+    rollout = jax.jit(lambda key, p: method.rollout(nets(p), at(key, base.batch)))
     loss = jax.jit(lambda p, key, batch: method.student_loss(nets(p), at(key, batch)).loss)
     slope = jax.jit(jax.grad(loss))
     p = jnp.array([0.1, -0.2, 0.3, 0.05])
     total = np.zeros(4)
     for seed in range(6):
         key = jax.random.key(seed)
-        batch = walk(key, p)
+        batch = rollout(key, p)
         got = np.asarray(slope(p, key, batch))
         if term == "gan":  # the other loss is a surrogate, whose value is not its integral
             difference = [
@@ -110,9 +110,9 @@ def test_the_states_of_both_calls(x64, nets, context):
     seen = set()
     low = set()
     ctx = context(jnp.zeros((2000, 2)))
-    walk = jax.jit(lambda key: method.walk(nets(), dataclasses.replace(ctx, rng=key)))
+    rollout = jax.jit(lambda key: method.rollout(nets(), dataclasses.replace(ctx, rng=key)))
     for seed in range(8):
-        batch = walk(jax.random.key(seed))
+        batch = rollout(jax.random.key(seed))
         seen |= set(np.asarray(batch["t"]).tolist())
         low |= set(np.asarray(batch["t_low"]).tolist())
         assert len(set(np.asarray(batch["t"]).tolist())) == 1

@@ -81,10 +81,10 @@ def test_ties_are_left_out(x64, context):
     upper = jnp.arange(N) < N // 2
     some = explored(method, context, reward=lambda x, t, cond: jnp.where(upper, x[:, 0], 1.0))
     every = explored(method, context)
-    out, whole = (method.preference_loss(nets(0.3), ctx) for ctx in (some, every))
+    out, full = (method.preference_loss(nets(0.3), ctx) for ctx in (some, every))
     half = dataclasses.replace(every, batch={k: v[: N // 2] for k, v in every.batch.items()})
     np.testing.assert_allclose(out.loss, method.preference_loss(nets(0.3), half).loss, rtol=1e-12)
-    assert out.count == N // 2 and whole.count == N
+    assert out.count == N // 2 and full.count == N
     none = method.preference_loss(
         nets(0.3), explored(method, context, reward=lambda x, t, cond: jnp.ones(N))
     )
@@ -170,7 +170,9 @@ def test_the_reference_is_the_first_stages_student(ran):
 
 
 def test_random_weights_of_a_frozen_role_follow_the_seed(tmp_path):
-    """The same in every run of a seed, others under another; a network without weights needs none."""
+    """Equal in every run of a seed, others under another seed; a network without weights needs
+    none.
+    """
 
     def drawn(seed):
         config = small()

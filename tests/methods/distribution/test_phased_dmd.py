@@ -38,7 +38,7 @@ from jaxdistill.samplers.fewstep import simulate
 from tools.first_steps import first_steps
 
 FOUR = (1.0, 0.75, 0.5, 0.25)
-WHOLE = Uniform(low=0.02, high=0.98)
+ALL_TIMES = Uniform(low=0.02, high=0.98)
 TWO_EXPERTS = dict(process=Flow(shift=7.0), teacher_bounds=(0.5,))
 
 
@@ -47,7 +47,7 @@ def phase(k, **fields):
 
 
 def ranges(method, k):
-    return [(p.fake, p.teacher, p.low, p.high) for p in method.plan.parts(k)]
+    return [(r.fake, r.teacher, r.low, r.high) for r in method.phases[k].intervals]
 
 
 def test_two_phases_of_a_single_teacher():
@@ -79,7 +79,7 @@ def test_disjoint_intervals_end_where_the_phase_begins():
 def test_a_phase_for_each_step():
     method = PhasedDMD(phase_steps=(1, 1, 1, 1))
     assert method.exports == ("expert0", "expert1", "expert2", "student")
-    assert [method.plan.span(k) for k in range(4)] == [
+    assert [(phase.first, phase.last, phase.end) for phase in method.phases] == [
         (0, 1, 0.75),
         (1, 2, 0.5),
         (2, 3, 0.25),
@@ -89,7 +89,7 @@ def test_a_phase_for_each_step():
 
 
 def test_a_teacher_of_two_experts_has_a_fake_score_for_each_range():
-    """Phase k trains k fakes; the generator of each phase starts from the teacher of its own noise."""
+    """Phase k trains k fake scores; its generator starts from the teacher of its own noise."""
     method = PhasedDMD(**TWO_EXPERTS)
     assert ranges(method, 0) == [("fake0", "teacher0", 0.5, 1.0)]
     assert ranges(method, 1) == [
@@ -111,9 +111,9 @@ def test_a_teacher_of_two_experts_has_a_fake_score_for_each_range():
         Flow(shift=5.0).alpha_sigma(jnp.asarray(0.875 / 1.5))[1], 0.875, rtol=1e-6
     )
     four = PhasedDMD(phase_steps=(1, 1, 1, 1), teacher_bounds=(0.5,))
-    assert [[p.teacher for p in four.plan.parts(k)] for k in range(4)] == [["teacher0"]] * 2 + [
-        ["teacher0", "teacher"]
-    ] * 2
+    assert [[interval.teacher for interval in phase.intervals] for phase in four.phases] == [
+        ["teacher0"]
+    ] * 2 + [["teacher0", "teacher"]] * 2
 
 
 def test_grid_and_boundary_after_the_warp():
@@ -150,14 +150,14 @@ def test_a_generator_update_then_five_of_the_fakes():
     assert pattern(phase(1, **TWO_EXPERTS), 1) == [(("student",), ("fake1_0", "fake1_1"))]
 
 
-def test_noise_ranges_take_turns_at_the_generator():
+def test_intervals_take_turns_at_the_generator():
     high, low, _ = phase(1, **TWO_EXPERTS, critic_steps=3).turns
     assert [i for i in range(12) if high.when(i)] == [0, 6] and [
         i for i in range(12) if low.when(i)
     ] == [3, 9]
     assert (
-        high.loss.keywords["part"].teacher == "teacher0"
-        and low.loss.keywords["part"].teacher == "teacher"
+        high.loss.keywords["interval"].teacher == "teacher0"
+        and low.loss.keywords["interval"].teacher == "teacher"
     )
 
 
@@ -212,24 +212,24 @@ def test_roll_outs_are_eulers_through_the_experts(x64, gaussian, context, sizes)
     noise.
     """
     process = Flow(shift=5.0)
-    method = PhasedDMD(process=process, phase_steps=sizes)
+    complete = PhasedDMD(process=process, phase_steps=sizes)
     experts = experts_of(gaussian, process, len(sizes))
-    net = SimpleNamespace(**{name: e.denoise for name, e in zip(method.exports, experts)})
+    net = SimpleNamespace(**{name: e.denoise for name, e in zip(complete.exports, experts)})
     ctx = context(jnp.zeros((6, 2)))
     noise = jax.random.normal(ctx.key("noise"), (6, 2))
-    for k in range(len(sizes)):
-        first, last, _ = method.plan.span(k)
-        xs = method.complete(net, ctx, k)["xs"]
+    for method in complete.by_phase:
+        first, last = method.current.first, method.current.last
+        xs = method.complete_rollout(net, ctx)["xs"]
         np.testing.assert_allclose(
             xs, manual(experts, sizes, process, noise, last, 0.0), rtol=1e-9, atol=1e-10
         )
-        batch = method.truncated(net, ctx, k)
+        batch = method.truncated_rollout(net, ctx)
         index = FOUR.index(float(batch["t"][0]))
         assert first <= index < last and np.ptp(batch["t"]) == 0
         np.testing.assert_allclose(
             batch["xt"], manual(experts, sizes, process, noise, index, 0.0), rtol=1e-9, atol=1e-10
         )
-    out = method.sample(method.generator(net), noise, None, jax.random.key(0), 4)
+    out = complete.sample(complete.generator(net), noise, None, jax.random.key(0), 4)
     np.testing.assert_allclose(
         out, manual(experts, sizes, process, noise, 4, 0.0), rtol=1e-9, atol=1e-10
     )
@@ -239,8 +239,8 @@ def test_the_steps_of_a_phase_are_drawn_alike(context):
     """Uniform over the phase's own steps, one draw for the batch."""
     net = SimpleNamespace(teacher=lambda x, t, cond=None: Flow().from_v(x, x, t))
     at = context(jnp.zeros((3, 2)))
-    method = PhasedDMD()
-    draw = jax.jit(lambda key: method.truncated(net, dataclasses.replace(at, rng=key), 1)["t"])
+    method = phase(1)
+    draw = jax.jit(lambda key: method.truncated_rollout(net, dataclasses.replace(at, rng=key))["t"])
     drawn = np.array([draw(key) for key in jax.random.split(jax.random.key(0), 200)])
     assert np.all(np.ptp(drawn, axis=1) == 0) and set(drawn[:, 0].tolist()) == {0.5, 0.25}
     assert abs(np.mean(drawn[:, 0] == 0.5) - 0.5) < 4 * 0.5 / 200**0.5
@@ -298,25 +298,25 @@ def test_gradient_at_the_end_of_the_phase(x64, gaussian, context, k, weight):
     """
     process = Flow(shift=5.0)
     n = 64
-    method = PhasedDMD(process=process, weight=weight)
-    s = method.plan.span(k)[2]
-    part = method.plan.parts(k)[0]
+    method = phase(k, process=process, weight=weight)
+    s = method.current.end
+    interval = method.current.intervals[0]
     tau = 0.75 - 0.5 * k
     ctx = context(
         jnp.zeros((n, 1)), xt=jax.random.normal(jax.random.key(5), (n, 1)), t=jnp.full(n, tau)
     )
-    grad = jax.grad(lambda m: method.student_loss(scored(gaussian, process, m), ctx, k, part).loss)(
-        0.0
-    )
+    grad = jax.grad(
+        lambda m: method.student_loss(scored(gaussian, process, m), ctx, interval).loss
+    )(0.0)
 
     pred = scored(gaussian, process).student(ctx.batch["xt"], ctx.batch["t"])
     xs = process.add_noise(pred.x0, pred.eps, jnp.asarray(s))
-    xt, t, _ = method.lift(xs, jnp.asarray(s), part, method.match_times, ctx, "match")
+    xt, t, _ = method.renoise(xs, interval, method.match_times, ctx, "match")
     assert np.all((t >= s + 0.02) & (t <= 0.98))
     net = scored(gaussian, process)
     v = lambda pred: pred.eps - pred.x0
     real = net.teacher(xt, t)
-    fake = getattr(net, part.fake)(xt, t)
+    fake = getattr(net, interval.fake)(xt, t)
     (a, sigma), (a_s, s_s), (_, s_tau) = (
         process.alpha_sigma(jnp.asarray(u)) for u in (t[:, None], s, tau)
     )
@@ -340,9 +340,9 @@ def test_equal_scores_leave_the_expert_alone(x64, gaussian, context, weight):
             xt=jax.random.normal(jax.random.key(5), (16, 1)),
             t=jnp.full(16, 0.75),
         )
-        return method.student_loss(net, ctx, 0, method.plan.parts(0)[0]).loss
+        return method.student_loss(net, ctx, method.current.intervals[0]).loss
 
-    method = PhasedDMD(weight=weight)
+    method = phase(0, weight=weight)
     assert jax.grad(loss)(0.0) == 0
 
 
@@ -351,21 +351,21 @@ def test_the_fake_score_learns_the_students_score_from_within(x64, gaussian, con
     both weights.
     """
     process = Flow()
-    law = gaussian(Flow(), -0.2, 0.6)
+    student = gaussian(Flow(), -0.2, 0.6)
     n = 200_000
-    x0 = law.draw(n, 1)
+    x0 = student.draw(n, 1)
     xs = process.add_noise(
         x0, jnp.asarray(np.random.default_rng(1).standard_normal((n, 1))), jnp.asarray(0.5)
     )
     for clamp in (10.0, np.inf):
-        method = PhasedDMD(fake_clamp=clamp, fake_times=Uniform(low=0.1, high=0.98))
+        method = phase(0, fake_clamp=clamp, fake_times=Uniform(low=0.1, high=0.98))
         ctx = context(x0, xs=xs)
 
         def loss(w):
             fake0 = lambda x, t, cond=None: process.from_x0(
-                w[0] * law.denoise(x, t).x0 + w[1], x, t
+                w[0] * student.denoise(x, t).x0 + w[1], x, t
             )
-            return method.critic_loss(SimpleNamespace(fake0=fake0), ctx, 0).loss
+            return method.critic_loss(SimpleNamespace(fake0=fake0), ctx).loss
 
         at = jax.grad(loss)(jnp.array([1.0, 0.0]))
         away = jax.grad(loss)(jnp.array([0.8, 0.2]))
@@ -428,8 +428,8 @@ class SGTS(DiffInstruct):
     roll-outs for the fake score.
     """
 
-    match_times: Uniform = WHOLE
-    fake_times: Uniform = WHOLE
+    match_times: Uniform = ALL_TIMES
+    fake_times: Uniform = ALL_TIMES
 
     @property
     def turns(self):
@@ -502,15 +502,15 @@ def test_no_gradient_leaves_the_phase(context):
     nets = networks(method)
     params = {role: net.init(key_of(role)) for role, net in nets.items()}
     batch = jax.random.normal(jax.random.key(5), (8, 2))
-    for k, t in ((0, 0.75), (1, 0.25)):
-        for part in method.plan.parts(k):
+    for one, t in zip(method.by_phase, (0.75, 0.25)):
+        for interval in one.current.intervals:
             ctx = context(batch, xt=batch, t=jnp.full(8, t))
             grads = jax.jit(
-                jax.grad(lambda params: method.student_loss(bind(nets, params), ctx, k, part).loss)
+                jax.grad(lambda params: one.student_loss(bind(nets, params), ctx, interval).loss)
             )(params)
             assert {
                 role for role, g in grads.items() if any(np.any(w) for w in jax.tree.leaves(g))
-            } == {method.exports[k]}
+            } == {one.current.expert}
 
 
 def test_the_fakes_gradient_stays_with_the_fakes(context):
@@ -518,9 +518,8 @@ def test_the_fakes_gradient_stays_with_the_fakes(context):
     nets = networks(method)
     params = {role: net.init(key_of(role)) for role, net in nets.items()}
     ctx = context(jnp.zeros((8, 2)), xs=jax.random.normal(jax.random.key(5), (8, 2)))
-    grads = jax.jit(jax.grad(lambda params: method.critic_loss(bind(nets, params), ctx, 1).loss))(
-        params
-    )
+    late = method.by_phase[1]
+    grads = jax.jit(jax.grad(lambda params: late.critic_loss(bind(nets, params), ctx).loss))(params)
     assert {role for role, g in grads.items() if any(np.any(w) for w in jax.tree.leaves(g))} == {
         "fake1_0",
         "fake1_1",
@@ -556,10 +555,12 @@ def test_the_fake_follows_the_expert_where_they_are_coupled():
     close(later["fake0"], mix(after["fake0"], later["expert0"]))
     alone = follow(phase(0, **settings), 1)[0]
     assert same(alone[0]["fake0"], alone[1]["fake0"])
-    # with two noise ranges, the fake of the expert's own range
+    # with two intervals, the fake of the expert's own range
     turns = phase(1, coupling=0.97, **TWO_EXPERTS).turns
-    assert turns[0].after is None and turns[1].after.args[1:] == ("student", "fake1_1")
-    with pytest.raises(Refused, match=r"coupling=0.97.*adapter"):
+    assert turns[0].after is None
+    role = {"kernel": np.ones(2)}
+    assert set(turns[1].after({"student": role, "fake1_1": role}, 0)) == {"fake1_1"}
+    with pytest.raises(Refused, match=r"roles.fake0: .*roles.expert0; .*adapters"):
         follow(phase(0, coupling=0.97), 1, adapters=("expert0",))
 
 
@@ -645,7 +646,9 @@ def lowered(config, lowers_for_tpu):
     return moved
 
 
-@pytest.mark.parametrize("variant", ["", "wan21", "released"])
+@pytest.mark.parametrize(
+    "variant", ["", *(pytest.param(name, marks=pytest.mark.full) for name in ("wan21", "released"))]
+)
 def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant, lowers_for_tpu):
     """Adapters on the teacher of their range and full fake scores, or full weights, on
     text-conditioned video latents.

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from jaxdistill.core.lora import adapt
+from jaxdistill.core.needs import check_needs
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
-from jaxdistill.core.types import Ctx
+from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.guidance import Constant, Random, RandomEach
 from jaxdistill.diffusion.process import Flow
@@ -99,11 +100,11 @@ def follows(ours, host):
 
 
 def test_equal_ends_are_swiftbrush(context):
-    """kmin = kmax = C: the same gradient bit for bit; five steps with the same losses and weights."""
+    """kmin = kmax = C: bit-equal gradients, and five steps with the same losses and weights."""
     params = start(0.3)
     c = 2.7
-    law = Random(low=c, high=c)
-    ours = PGSB(guidance=law, fake_guidance=law)
+    scale = Random(low=c, high=c)
+    ours = PGSB(guidance=scale, fake_guidance=scale)
     host = SwiftBrush(guidance=c, fake_guidance=c)
     net = bind(NETS, params)
     ctx = context(jnp.zeros((N, 2)), **LABELS)
@@ -161,7 +162,9 @@ def test_both_networks_see_the_same_scale(context):
 
 
 def test_fresh_adapters_leave_the_student_alone(context):
-    """B = 0: no gradient at any scale, since both share it; one where only the teacher's is random."""
+    """B = 0: no gradient at any scale, since both share it, but one where only the teacher's scale
+    is random.
+    """
     net = bind(NETS, start())
     gradient = lambda method, seed: jax.grad(
         lambda x: method.match(net, context(jnp.zeros((N, 2)), seed=seed, **LABELS), x)[0]
@@ -357,3 +360,17 @@ def test_trains_a_unet():
         for a, b in zip(jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role]))
     )
     assert moved("student") and moved("fake")
+
+
+def test_batches_hold_what_the_losses_read():
+    """Prompts as texts where one may be negative, and their embeddings for the CLIP loss."""
+    assert set(ClippedNasaT(shape=(4, 4, 2)).needs) == {"cond", "negative_cond", "text_embed"}
+    assert set(PGSB().needs) == {"x"} and PGSB(shape=(2,)).needs == {}
+    data = {
+        name: jnp.zeros(shape) for name, shape in [("cond", (4, 7, 3)), ("negative", (4, 5, 3))]
+    }
+    spec = {name: {"text": jax.ShapeDtypeStruct(v.shape, v.dtype)} for name, v in data.items()}
+    needs = NasaT(shape=(2,)).needs
+    check_needs({"cond": spec["cond"], "negative_cond": spec["negative"]}, needs, "NasaT", "data")
+    with pytest.raises(Refused, match="data: NasaT needs 'negative_cond'"):
+        check_needs({"cond": spec["cond"]}, needs, "NasaT", "data")

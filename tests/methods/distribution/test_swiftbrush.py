@@ -95,7 +95,7 @@ def test_fresh_adapters_leave_the_student_alone(context, scale, fake_scale, stil
 @pytest.mark.parametrize(("m", "a"), [(0.9, 0.4), (-0.2, 0.7), (0.5, 0.7), (0.5, 0.3)])
 def test_closed_form_with_a_converged_fake(x64, gaussian, process, m, a):
     """E[g] = sigma^3 alpha (m - mu) / (alpha^2 b^2 + sigma^2), whatever a; g vanishes everywhere
-    only where both laws are equal.
+    only where both distributions are equal.
     """
     mu = 0.5
     b = 0.3

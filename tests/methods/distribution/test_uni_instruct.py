@@ -44,7 +44,7 @@ OPEN = dict(ratio_range=(1e-200, 1e200), reverse_until=0)
 
 
 def gradient(method, net, sigma=SIGMA, m=M, c=C):
-    """d/dm, d/dc of the weighted mean of `method.expansion`, its networks held."""
+    """d/dm, d/dc of the weighted mean of `method.expansion`, with constant networks."""
     z, eps, w = grid()
     t = jnp.full(len(z), sigma)
     ctx = Ctx({"x": z}, jax.random.key(0), jnp.asarray(0), {})
@@ -103,7 +103,7 @@ def test_three_terms_are_the_gradient(x64, kind, scale, q_var, values):
 
 
 def test_single_terms(x64):
-    """T_SIM alone is the whole gradient for forward KL only."""
+    """T_SIM alone is the complete gradient for forward KL only."""
     net = networks(Scaled(), 1.69)
     term = lambda kind, *kept: gradient(exact(kind, kept), net) / SIGMA
     np.testing.assert_allclose(term("forward_kl", 1, 0, 0), TABLE[0][3], atol=6e-7)
@@ -134,7 +134,7 @@ def test_equal_laws_leave_the_student_alone(x64, make, kind):
 
 def test_code_weights(x64):
     """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving
-    along, r and omega held.
+    along, r and omega constant.
     """
     method = UniInstruct(process=Scaled(), divergence="chi2", **OPEN)
     net, (z, eps, _) = networks(Scaled(), 1.0), grid(6)
@@ -325,7 +325,7 @@ def trained():
     process = EDM()
     wrap = functools.partial(Denoiser(param=EDMPrecond(), native=process).wrap, process=process)
     mlp = make_net(MLP(width=8, depth=2), wrap=wrap)
-    disc = make_net(Discriminator(features=1, dim=8, width=8))
+    disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
     def run(method, lr=None):
@@ -430,9 +430,9 @@ def fitted(kind):
         ] - np.log(2)
 
     def slope(theta):
-        held = jax.lax.stop_gradient(theta)
-        net = networks(EDM(), 1.0, held[0], jnp.exp(held[1]))
-        p = lambda x, t: log_density(x, held[0], jnp.exp(2 * held[1]) + expand(t, x) ** 2)
+        fixed = jax.lax.stop_gradient(theta)
+        net = networks(EDM(), 1.0, fixed[0], jnp.exp(fixed[1]))
+        p = lambda x, t: log_density(x, fixed[0], jnp.exp(2 * fixed[1]) + expand(t, x) ** 2)
         score_q = lambda x, t: jax.grad(lambda x: jnp.sum(log_q(x, t)))(x)
         net.teacher = lambda x, t, cond=None: EDM().from_x0(
             x + expand(t, x) ** 2 * score_q(x, t), x, t

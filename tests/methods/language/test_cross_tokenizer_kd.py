@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill.core.needs import check_needs
 from jaxdistill.core.net import fixed_net, make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
@@ -36,24 +38,36 @@ CTX = Ctx(BATCH, jax.random.key(0), 0, {})
 
 def value(method, nets=NETS, params=PARAMS, batch=BATCH):
     """(Out, gradient in the student's weights)"""
-    out = lambda p: method.loss(
-        bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
-    )
-    return jax.jit(lambda p: (out(p), jax.grad(lambda p: out(p).loss)(p)))(params["student"])
+
+    def loss(student):
+        ctx = Ctx(batch, jax.random.key(0), 0, {})
+        out = method.loss(bind(nets, {**params, "student": student}), ctx)
+        return out.loss, out
+
+    grad, out = jax.jit(jax.grad(loss, has_aux=True))(params["student"])
+    return out, grad
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(role, params, tokens):
+    return NETS[role].apply(params, tokens)
 
 
 def test_spans_by_hand():
     """Sums over each block's two symbols, then the two-outcome KL at tau = 1."""
     out, _ = value(CrossTokenizerKD(temperature=1.0))
-    law = lambda role, name: jax.nn.log_softmax(NETS[role].apply(PARAMS[role], BATCH[name]))[:, :-1]
-    own = lambda role, name: jnp.take_along_axis(law(role, name), BATCH[name][:, 1:, None], -1)[
-        ..., 0
-    ]
-    log_p = own("teacher", "teacher_tokens")
-    log_q = own("student", "tokens")[:, 1:].reshape(6, 4, 2).sum(-1)
-    p = jnp.exp(log_p)
-    q = jnp.exp(log_q)
-    wanted = p * (log_p - log_q) + (1 - p) * (jnp.log1p(-p) - jnp.log1p(-q))
+
+    def log_probs(role, name):
+        z = np.asarray(logits(role, PARAMS[role], BATCH[name]), np.float64)[:, :-1]
+        log_q = z - np.log(np.exp(z).sum(-1, keepdims=True))
+        labels = np.asarray(BATCH[name])[:, 1:, None]
+        return np.take_along_axis(log_q, labels, -1)[..., 0]
+
+    log_p = log_probs("teacher", "teacher_tokens")
+    log_q = log_probs("student", "tokens")[:, 1:].reshape(6, 4, 2).sum(-1)
+    p = np.exp(log_p)
+    q = np.exp(log_q)
+    wanted = p * (log_p - log_q) + (1 - p) * (np.log1p(-p) - np.log1p(-q))
     np.testing.assert_allclose(out.loss, wanted.sum(), rtol=1e-4)
     assert out.count == 6 * 8 and out.metrics["divergence"][1] == 6 * 4
 
@@ -63,13 +77,16 @@ def test_the_same_law_in_two_tokenizers_is_no_divergence(temperature):
     """The exact law symbol by symbol and in blocks: equal on every span, to rounding of
     log-probabilities of order 10.
     """
-    chain = lambda seed: Markov(vocab=3, branch=2, length=10, seed=seed).logits
-    loss = lambda seed: (
-        CrossTokenizerKD(temperature=temperature)
-        .loss(SimpleNamespace(teacher=DATA.logits, student=chain(seed)), CTX)
-        .loss
-    )
-    assert abs(loss(0)) <= 1e-3 * loss(1) and loss(1) > 1
+    method = CrossTokenizerKD(temperature=temperature)
+
+    def loss(seed):
+        chain = Markov(vocab=3, branch=2, length=10, seed=seed).logits
+        nets = SimpleNamespace(teacher=DATA.logits, student=chain)
+        return jax.jit(lambda: method.loss(nets, CTX).loss)()
+
+    same = loss(0)
+    other = loss(1)
+    assert abs(same) <= 1e-3 * other and other > 1
 
 
 def same_tokenizer():
@@ -113,10 +130,10 @@ def test_tokens_as_spans_say_less_than_whole_laws():
         {"teacher": other, "student": PARAMS["student"]},
         batch,
     )
-    law = lambda params: NETS["student"].apply(params, batch["tokens"])
-    full = jnp.where(
-        batch["mask"][:, 1:] > 0, forward_kl(law(other), law(PARAMS["student"]))[:, :-1], 0
-    ).sum()
+    p = logits("student", other, batch["tokens"])
+    q = logits("student", PARAMS["student"], batch["tokens"])
+    kl = np.asarray(jax.jit(forward_kl)(p, q))[:, :-1]
+    full = kl[np.asarray(batch["mask"])[:, 1:] > 0].sum()
     assert 0 < out.loss < full
 
 
@@ -141,16 +158,16 @@ def test_hard_labels_alone_are_fine_tuning(method):
 
 def test_uld_pairs_targets_by_their_number_and_by_their_text():
     """Rows with as many pairs each: 48 targets times the mean over 24 pairs."""
-    law = lambda role, name: NETS[role].apply(PARAMS[role], BATCH[name])[:, :-1]
-    theirs = law("teacher", "teacher_tokens")
-    ours = law("student", "tokens")
+    theirs = np.asarray(logits("teacher", PARAMS["teacher"], BATCH["teacher_tokens"]))
+    ours = np.asarray(logits("student", PARAMS["student"], BATCH["tokens"]))
+    distance = jax.jit(sorted_distance)
     out, _ = value(ULD(hard_weight=0.0))  # targets: teacher's 1-4, student's 2-9
     np.testing.assert_allclose(
-        out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1:5]).mean(), rtol=1e-5
+        out.loss, 48 * distance(theirs[:, :4], ours[:, 1:5]).mean(), rtol=1e-5
     )
     out, _ = value(SpanULD(hard_weight=0.0))  # blocks begin at symbols 2, 4, 6, 8
     np.testing.assert_allclose(
-        out.loss, 48 * sorted_distance(theirs[:, :4], ours[:, 1::2]).mean(), rtol=1e-5
+        out.loss, 48 * distance(theirs[:, :4], ours[:, 1:9:2]).mean(), rtol=1e-5
     )
     assert out.metrics["divergence"][1] == 24 and out.count == 48
 
@@ -207,19 +224,19 @@ def test_a_word_ends_where_white_space_follows(x64, chunk):
         )
 
     nets = SimpleNamespace(teacher=model(theirs), student=model(ours))
-    loss = SpacedKD(chunk=chunk).loss(nets, Ctx(SPACED, jax.random.key(0), 0, {})).loss
+    value = lambda method: jax.jit(
+        lambda: method.loss(nets, Ctx(SPACED, jax.random.key(0), 0, {})).loss
+    )()
+    loss = value(SpacedKD(chunk=chunk))
     np.testing.assert_allclose(loss / tau + entropy, official, rtol=1e-12)
     np.testing.assert_allclose(loss / tau, official - entropy, rtol=1e-9)
-    plain = CrossTokenizerKD(chunk=chunk).loss(nets, Ctx(SPACED, jax.random.key(0), 0, {})).loss
+    plain = value(CrossTokenizerKD(chunk=chunk))
     assert abs(plain / loss - 1) > 0.01
 
 
 def test_white_space_has_to_be_known():
-    with pytest.raises(
-        Refused,
-        match=r"Blocks does not say which tokens begin with a space; expected data\.space=True",
-    ):
-        SpacedKD().check(NETS, DATA)
+    with pytest.raises(Refused, match=r"config.data: SpacedKD needs 'space' array"):
+        check_needs(DATA.spec(), SpacedKD.needs, "SpacedKD", "config.data")
 
 
 def uld(teacher, student, teacher_mask, mask, labels):
@@ -241,7 +258,7 @@ def uld(teacher, student, teacher_mask, mask, labels):
 
 
 def test_uld_is_the_mean_over_pairs(x64):
-    """Rows of different lengths, the teacher's shorter in one and longer in the other, in float64."""
+    """Samples of different lengths, the teacher's shorter in one and longer in the other."""
     rng = np.random.default_rng(3)
     theirs = rng.standard_normal((3, 6, 9))
     ours = rng.standard_normal((3, 10, 4))
@@ -264,8 +281,8 @@ def test_uld_is_the_mean_over_pairs(x64):
         return out.loss / out.count / method.hard_weight
 
     wanted = uld(theirs, ours, masks["teacher_mask"], masks["mask"], tokens)
-    np.testing.assert_allclose(mean(jnp.asarray(ours)), wanted, rtol=1e-12)
-    grad = jax.grad(mean)(jnp.asarray(ours))
+    found, grad = jax.jit(jax.value_and_grad(mean))(jnp.asarray(ours))
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
     step = np.zeros_like(ours)
     step[1, 7, 2] = 1e-6
     slope = [
@@ -297,8 +314,10 @@ def test_five_steps(method):
 
 def test_refusals():
     CrossTokenizerKD().check(NETS, DATA)
-    with pytest.raises(Refused, match="Markov has no span; expected text in both tokenizers"):
-        CrossTokenizerKD().check(NETS, Markov())
+    needs = CrossTokenizerKD.needs
+    check_needs(DATA.spec(), needs, "CrossTokenizerKD", "config.data")
+    with pytest.raises(Refused, match=r"config.data: CrossTokenizerKD needs 'span' int \[B T\]"):
+        check_needs(Markov().spec(), needs, "CrossTokenizerKD", "config.data")
     with pytest.raises(Refused, match=r"method.chunk=2: expected 0"):
         ULD(chunk=2)
     with pytest.raises(Refused, match=r"method.top_k=2: expected 0"):

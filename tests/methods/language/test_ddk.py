@@ -23,7 +23,7 @@ NETS = {
 }
 PARAMS = {role: net.init(jax.random.key(i)) for i, (role, net) in enumerate(NETS.items())}
 DATA = Chains(
-    vocab=4, length=6, branches=(2, 3), size=50, held=20, batch_size=8, interval=3, measures=2
+    vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8, interval=3, measures=2
 )
 METHOD = DDK(domains=2, interval=3, measures=2)
 BATCHES = [DATA.batch(i, slice(None)) for i in range(5)]
@@ -44,7 +44,7 @@ def test_turns_are_those_of_the_schedule():
 
 @pytest.fixture(scope="module")
 def ran():
-    """Two measurements with three training steps between: [(state before, metrics)], final state."""
+    """Two measurements, three training steps between: [(state before, metrics)], final state."""
     states, metrics = first_steps(
         METHOD, NETS, optax.adam(1e-2), PARAMS, [BATCHES[i % 5] for i in range(7)], 7
     )
@@ -132,8 +132,9 @@ def test_an_equal_teacher_has_ratios_of_one():
     ctx = lambda memory, i: Ctx(BATCHES[i], jax.random.key(0), 0, memory)
 
     def measure(i, memory):
-        batch = METHOD.measure(True, bind(NETS, params), ctx(memory, i))
-        return METHOD.measured(i == 1, bind(NETS, params), Ctx(batch, jax.random.key(0), 0, memory))
+        batch = METHOD.add_batch(("student", "teacher"), bind(NETS, params), ctx(memory, i))
+        keep = METHOD.report if i == 1 else METHOD.remember
+        return keep(bind(NETS, params), Ctx(batch, jax.random.key(0), 0, memory))
 
     out = measure(1, measure(0, state.memory).memory)
     np.testing.assert_allclose([out.metrics["ratio0"], out.metrics["ratio1"]], 1.0, rtol=1e-6)
@@ -189,12 +190,13 @@ def test_no_method_trains_on_held_out_batches():
     """Where the data has held-out batches and the method moves a role at one, they are refused;
     data without them is not.
     """
-    with pytest.raises(
-        Refused,
-        match=r"data.interval=3, data.measures=2: SFT would train student on the held-out rows of step 0",
-    ):
+    given = r"data.interval=3, data.measures=2"
+    refused = f"{given}: SFT would train student on the held-out samples of step 0"
+    with pytest.raises(Refused, match=refused):
         DATA.check_method(SFT())
-    with pytest.raises(Refused, match="DDK would train student on the held-out rows of step 5"):
+    with pytest.raises(Refused, match="KD would train student on the held-out samples of step 0"):
+        DATA.check_method(KD())
+    with pytest.raises(Refused, match="DDK would train student on the held-out samples of step 5"):
         DATA.check_method(DDK(domains=2, interval=4, measures=2))
     dataclasses.replace(DATA, interval=0).check_method(SFT())
     DATA.check_method(METHOD)

@@ -153,7 +153,7 @@ def test_no_gradient_through_sampling():
 
 def test_five_steps_of_both_kinds(compilations):
     state, losses = train(GKD(on_policy=0.5), 5, optax.adam(1e-2))
-    assert {GKD(on_policy=0.5).writes(i) for i in range(5)} == {True, False}
+    assert {GKD(on_policy=0.5).is_on_policy(i) for i in range(5)} == {True, False}
     assert compilations["train_step"] == 2 and np.isfinite(losses).all()
     jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], PARAMS["teacher"])
     assert any(

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill.core.needs import check_needs
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
@@ -27,7 +28,7 @@ PARAMS = {
     )
     for role, net in NETS.items()
 }
-DATA = Chains(vocab=5, length=6, branches=(2, 3), size=40, held=8, batch_size=8)
+DATA = Chains(vocab=5, length=6, branches=(2, 3), size=40, held_out=8, batch_size=8)
 BATCH = {k: jnp.asarray(v) for k, v in DATA.batch(0, slice(None)).items()}
 
 
@@ -42,10 +43,14 @@ def alone(number):
 
 def value(method, nets=NETS, params=PARAMS, batch=BATCH):
     """(Out, gradient in the student's weights)"""
-    out = lambda p: method.loss(
-        bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
-    )
-    return jax.jit(lambda p: (out(p), jax.grad(lambda p: out(p).loss)(p)))(params["student"])
+
+    def loss(student):
+        ctx = Ctx(batch, jax.random.key(0), 0, {})
+        out = method.loss(bind(nets, {**params, "student": student}), ctx)
+        return out.loss, out
+
+    grad, out = jax.jit(jax.grad(loss, has_aux=True))(params["student"])
+    return out, grad
 
 
 def same(a, b):
@@ -167,7 +172,7 @@ def test_one_teacher_of_several_is_gkd():
     method = EnsembleGKD(weights=(1.0, 0.0), beta=0.8)
     gkd = GKD(beta=0.8)
     close(value(method), value(gkd, *alone(0)))
-    assert [method.writes(i) for i in range(20)] == [gkd.writes(i) for i in range(20)]
+    assert [method.is_on_policy(i) for i in range(20)] == [gkd.is_on_policy(i) for i in range(20)]
 
 
 def test_refusals():
@@ -175,15 +180,16 @@ def test_refusals():
     for bad in ((0.5, 0.6), (1.5, -0.5), ()):
         with pytest.raises(Refused, match=r"method.weights=.*sum to 1"):
             EnsembleKD(weights=bad)
-    with pytest.raises(Refused, match="a mixture has no final states"):
+    with pytest.raises(Refused, match="a mixture has no final hidden states"):
         EnsembleKD(chunk=2)
     with pytest.raises(Refused, match="did you mean 'linear'"):
         EnsembleKD(pool="linaer")
     for bad in ((0, 2), (), (1,)):
         with pytest.raises(Refused, match=r"each of 0, 1, ... at least once"):
             RoutedKD(routes=bad)
-    with pytest.raises(Refused, match="Markov has no domain"):
-        RoutedKD().check(NETS, Markov(vocab=5))
+    check_needs(DATA.spec(), RoutedKD().needs, "RoutedKD", "config.data")
+    with pytest.raises(Refused, match=r"config.data: RoutedKD needs 'domain' int \[B\]"):
+        check_needs(Markov(vocab=5).spec(), RoutedKD().needs, "RoutedKD", "config.data")
     with pytest.raises(Refused, match="the data has 2 domains"):
         RoutedKD(routes=(0,)).check({"teacher": LARGE, "student": SMALL}, DATA)
     other = make_net(config := LM(vocab=6, dim=8, mlp=8, heads=2, depth=1), config=config)

@@ -12,7 +12,6 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data import arrayrecord
-from jaxdistill.methods.language._rollout import solved_first
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.paced import Paced, SelfPaced
@@ -20,6 +19,7 @@ from jaxdistill.models.language.lm import LM, context
 from jaxdistill.objectives.divergence import sequence_mean, token_divergence
 from jaxdistill.objectives.pacing import signal_to_noise
 from jaxdistill.objectives.schedule import Linear
+from jaxdistill.samplers.prompts import solution_first
 from jaxdistill.samplers.text import respond
 from tools.first_steps import first_steps
 
@@ -313,7 +313,7 @@ def test_responses_keep_their_places_after_the_solution(kind):
         if kind == "counting"
         else lambda tokens, **how: NETS["teacher"].apply(PARAMS["teacher"], tokens, **how)
     )
-    shown = solved_first(SOLVED)
+    shown = solution_first(SOLVED)
     logits = net(shown["tokens"], **context(shown))[:, -5:]
     for row, (before, response) in enumerate(SEEN):
         tokens = jnp.array([before + response])
@@ -334,7 +334,7 @@ def test_the_solution_is_the_datas_own():
     data = {"tokens": SOLVED["answer"], "mask": SOLVED["answer_mask"]}
     written = respond(coin, data, jax.random.key(0), prompt_length=2)
     for batch in (data, written):
-        shown = solved_first(batch, 2)
+        shown = solution_first(batch, 2)
         np.testing.assert_array_equal(
             shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2]
         )  # T + P = 7 columns, one of them padding
@@ -357,7 +357,7 @@ def test_without_a_solution_the_teacher_is_the_plain_one(chunk):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_student_that_needs_no_solution_learns_nothing(kind):
     """Its law equals the one of the teacher that reads it."""
-    shown = solved_first(SOLVED)
+    shown = solution_first(SOLVED)
     told = counting(shown["tokens"], **context(shown))
 
     def value(z):
@@ -384,7 +384,7 @@ def test_self_distillation_starts_from_the_teacher():
     _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
     jax.tree.map(np.testing.assert_array_equal, params["student"], PARAMS["teacher"])
     assert surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"]
-    assert SelfPaced.inits == {"student": "teacher"} and SelfPaced().writes(0)
+    assert SelfPaced.inits == {"student": "teacher"} and SelfPaced().is_on_policy(0)
 
 
 @pytest.mark.parametrize("method", [Paced(), SelfPaced()])
@@ -399,18 +399,17 @@ def test_the_probe_is_of_each_problems_own_gradient(method):
         "weight": jnp.arange(6.0),
     }
 
-    def gradient(i):
-        row = {k: v[i : i + 1] for k, v in batch.items() if k != "weight"}
-        value = lambda w: (
-            method.loss(
-                bind(NETS, {**PARAMS, "student": w}), Ctx(row, jax.random.key(0), 0, {})
-            ).loss
-        )
-        return jnp.concatenate(
-            [x.ravel() for x in jax.tree.leaves(jax.grad(value)(PARAMS["student"]))]
-        )
+    @jax.jit
+    def gradient(row):
+        def value(student):
+            bound = bind(NETS, {**PARAMS, "student": student})
+            return method.loss(bound, Ctx(row, jax.random.key(0), 0, {})).loss
 
-    every = [gradient(i) for i in range(6)]
+        parts = jax.tree.leaves(jax.grad(value)(PARAMS["student"]))
+        return jnp.concatenate([x.ravel() for x in parts])
+
+    problem = lambda i: {k: v[i : i + 1] for k, v in batch.items() if k != "weight"}
+    every = [gradient(problem(i)) for i in range(6)]
     snr, count = jax.jit(lambda p: method.snr(NETS, p, batch, bins=4))(PARAMS)
     np.testing.assert_array_equal(count, [2, 0, 3, 1])
     plain = [signal_to_noise(jnp.stack([every[i] for i in bin])) for bin in ([0, 1], [2, 3, 4])]

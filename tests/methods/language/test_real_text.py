@@ -63,7 +63,7 @@ def wnut17(shared, folder):
 
 @pytest.mark.parametrize("source", [shakespeare, gsm8k, svamp, wnut17])
 def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_data, tmp_path):
-    """Against the law of the training targets' frequencies, one added to each so that none is zero."""
+    """Against the frequencies of the training targets, one added to each so that none is zero."""
     data, method = source(shared_data, tmp_path)
     network = LM(
         vocab=ByteTokenizer.vocab,
@@ -82,9 +82,8 @@ def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_
         evaluation=TextEval(samples=32, batch=32),
     )
     (row,) = loop.run(config, tmp_path / "run")["models"]
-    loader = data
     targets = lambda rows: rows["tokens"][rows["mask"] > 0]
-    counts = 1 + np.bincount(targets(loader.arrays("train")), minlength=ByteTokenizer.vocab)
-    nll = -np.log(counts / counts.sum())[targets(loader.evaluation(32))]
+    counts = 1 + np.bincount(targets(data.arrays("train")), minlength=ByteTokenizer.vocab)
+    nll = -np.log(counts / counts.sum())[targets(data.evaluation(32))]
     assert row["perplexity"] < np.exp(nll.mean())
     print(f"{source.__name__}: {row['perplexity']:.2f} against {np.exp(nll.mean()):.2f}")

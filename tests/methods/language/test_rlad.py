@@ -75,7 +75,7 @@ def test_a_teacher_that_is_the_old_policy_changes_nothing(alpha):
 
 
 def test_ratio_at_the_first_inner_step():
-    """q = old: (old / p)^(1 - alpha) within the clamp, and never beyond e^(+-(1 - alpha)); not 1."""
+    """q = old: (old / p)^(1 - alpha) within the clamp, never beyond e^(+-(1 - alpha)); not 1."""
     batch = {"log_old": LOG["old"], "log_teacher": LOG["teacher"]}
     ratio = jnp.exp(RLAD().log_ratio(LOG["old"], batch))
     gap = LOG["old"] - LOG["teacher"]

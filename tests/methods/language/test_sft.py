@@ -92,10 +92,12 @@ def test_chunks_change_nothing():
     batch |= {f"explain_{k}": v[::-1] for k, v in batch.items()}
 
     def value(method):
-        out = lambda p: method.loss(
-            bind({"student": net}, {"student": p}), Ctx(batch, jax.random.key(0), jnp.int32(0), {})
-        )
-        return jax.jit(lambda p: (out(p), jax.grad(lambda p: out(p).loss)(p)))(params)
+        def loss(params):
+            ctx = Ctx(batch, jax.random.key(0), jnp.int32(0), {})
+            out = method.loss(bind({"student": net}, {"student": params}), ctx)
+            return out.loss, out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     for cls in (SFT, SequenceKD, StepByStep, UniversalNER):
         whole = value(cls())

@@ -50,7 +50,7 @@ def test_five_steps_follow_fine_tuning():
 
 
 def test_micro_batches_do_not_move_the_update():
-    """Each term is a mean over the whole batch's tokens, however unevenly these fall on its halves."""
+    """Each term is a mean over the complete batch's tokens, however these fall on its halves."""
     uneven = {k: v.at[1::2, -4:].set(False) if k.endswith("mask") else v for k, v in BATCH.items()}
     uneven["mask"] = uneven["mask"].at[3].set(False)
     runs = [

@@ -23,7 +23,8 @@ PARAMS = {"student": NET.init(jax.random.key(0))}
 def batch(tmp_path_factory):
     path = tmp_path_factory.mktemp("ner") / "a.jsonl"
     path.write_text(
-        '{"text": "Ada ran", "entities": [["Ada", "who"]]}\n{"text": "In Rome", "entities": [["Rome", "where"]]}\n'
+        '{"text": "Ada ran", "entities": [["Ada", "who"]]}\n'
+        '{"text": "In Rome", "entities": [["Rome", "where"]]}\n'
     )
     return Conversations(path=str(path), heldout=0.0, length=320, batch_size=2).batch(
         0, slice(None)

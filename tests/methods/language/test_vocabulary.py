@@ -57,7 +57,8 @@ def config(method, **roles):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_line(method, tmp_path):
-    said = f"config.roles.teacher: a vocabulary of 12 tokens, the student's has 13; {method} compares tokens"
+    said = "config.roles.teacher: a vocabulary of 12 tokens, the student's has 13; "
+    said += f"{method} compares tokens"
     for dry in (True, False):
         with pytest.raises(Refused, match=said) as error:
             loop.run(config(method), tmp_path / "run", dry_run=dry, progress=False)
@@ -121,10 +122,8 @@ def test_padding_is_no_other_vocabulary(low, high):
 def test_another_vocabulary_is_refused(low, high):
     sizes = lambda size: SimpleNamespace(config=SimpleNamespace(vocab=size))
     for teacher, student in ((low, high), (high, low)):
-        with pytest.raises(
-            Refused,
-            match=f"config.roles.teacher: a vocabulary of {teacher} tokens, the student's has {student}; KD ",
-        ):
+        found = f"a vocabulary of {teacher} tokens, the student's has {student}"
+        with pytest.raises(Refused, match=f"config.roles.teacher: {found}; KD "):
             KD().check({"teacher": sizes(teacher), "student": sizes(student)}, None)
 
 

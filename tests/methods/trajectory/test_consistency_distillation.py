@@ -154,7 +154,7 @@ def test_velocity_networks_satisfy_the_boundary(x64, process):
 
 
 def test_times_below_the_process_ask_for_the_data(x64, gaussian, context):
-    """On EDM r = 0 is not a time of the network: it is asked at t_min, and its answer is not used."""
+    """On EDM r = 0 is no time of the network: it is run at t_min, and its output is not used."""
     seen = []
 
     class Clean(CT):
@@ -226,7 +226,7 @@ def test_squared_error(x64, gaussian, context, squared, host):
 
 @pytest.mark.parametrize("make", [PerceptualConsistency, PerceptualCT], ids=["CD", "CT"])
 def test_a_frozen_network_is_the_distance(x64, gaussian, context, make):
-    """The role `perceptual` sees both sides preprocessed; the gradient goes to the student's alone."""
+    """The role `perceptual` sees both sides preprocessed; only the student gets a gradient."""
     g = gaussian()
     ctx = context(gaussian().draw(16), step=3)
     perceptual = lambda a, b: jnp.sum(jnp.sin(a) * a - b**3, -1)

@@ -102,7 +102,7 @@ def test_tuning_on_edm_is_finite_at_the_data(context):
 
 
 def test_below_edms_times_tuning_asks_the_network(x64, gaussian, context):
-    """Data is the target where r is 0. At 0 < r <= t_min it is f(x_r, r), as in the released code."""
+    """The target is data at r = 0, and f(x_r, r) at 0 < r <= t_min, as in the released code."""
 
     class Pairs(ECT):
         def pair(self, ctx, n):

@@ -163,7 +163,7 @@ def test_weight_and_grid(x64, gaussian, context, weight):
 
 
 def test_no_gradient_reaches_the_target(x64, gaussian, context):
-    """The gradient is 2 w (x0 - target) dx0 / dim, though the teacher depends on the same number."""
+    """The gradient is 2 w (x0 - target) dx0 / dim, though the teacher has the same weight."""
     g = gaussian()
     ctx = context(gaussian().draw(16))
     scaled = lambda w: (

@@ -1,4 +1,4 @@
-"""RCGM: the recursive target in closed form, its limits, guidance, rows, sampling
+"""RCGM: the recursive target in closed form, its limits, guidance, objectives, sampling
 (arXiv:2512.05150).
 """
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdistill.core.build import build
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import Flow, Pred, expand
 from jaxdistill.diffusion.times import Uniform
@@ -104,7 +105,7 @@ def test_order_zero_without_consistency_is_flow_matching(x64, gaussian, context)
     """Rows "mul" at ratio 0 have r = t and the constant weight 1 + tan(72 degrees): the same draws,
     the same loss times 4.078.
     """
-    method = RCGM(order=0, enhance=0.0, ratio=0.0, rows=("mul",), **PLAIN)
+    method = RCGM(order=0, training_guidance=0.0, ratio=0.0, objectives=("mul",), **PLAIN)
     ctx = context(gaussian().draw(16))
     call = jax.tree_util.Partial(student, W * np.array([1, 1, 0, 1]))
     flow = FlowMatching(times=Uniform(), label_dropout=0.0)
@@ -115,7 +116,7 @@ def test_order_zero_without_consistency_is_flow_matching(x64, gaussian, context)
 def test_gradient_is_that_of_a_weighted_regression_on_the_target(x64, gaussian, context):
     """Nothing comes through the rollout, the target or the live network that makes them."""
     n = 9
-    method = RCGM(enhance=0.0, target="student", **PLAIN)
+    method = RCGM(training_guidance=0.0, target_network="student", **PLAIN)
     ctx = context(gaussian().draw(n))
     t, r = method.interval(ctx, n)
     eps = jax.random.normal(ctx.key("eps"), (n, 2))
@@ -164,14 +165,14 @@ def test_guidance(x64, gaussian, context):
         v + np.where(inside(1, 2, 3), 0.5 * 2 * x, 0.0),
         rtol=1e-13,
     )
-    some = RCGM(enhance=0.8, enhance_times=(0.2, 0.8))
+    some = RCGM(training_guidance=0.8, guidance_times=(0.2, 0.8))
     np.testing.assert_allclose(
         some.velocity(net, batch, x, t, v), v + np.where(inside(2), 0.8 * 2 * x, 0.0), rtol=1e-13
     )
-    np.testing.assert_array_equal(RCGM(enhance=0.0).velocity(None, batch, x, t, v), v)
+    np.testing.assert_array_equal(RCGM(training_guidance=0.0).velocity(None, batch, x, t, v), v)
 
 
-def test_rows(context):
+def test_objectives(context):
     method = RCGM(ratio=0.6)
     n = 3000
     t, r = (np.asarray(a) for a in method.interval(context(jnp.zeros((n, 2))), n))
@@ -183,19 +184,19 @@ def test_rows(context):
         (share[far] < 0.6 + 1e-4).all() and share[far].max() > 0.55 and (share[~e2e] > -1e-4).all()
     )
     np.testing.assert_array_equal(
-        RCGM(rows=("any", "any", "e2e")).layout(5), ["any", "any", "e2e", "any", "any"]
+        RCGM(objectives=("any", "any", "e2e")).assignment(5), ["any", "any", "e2e", "any", "any"]
     )
 
 
 def test_bad_input_is_refused():
     with pytest.raises(Refused, match="did you mean 'any'"):
-        RCGM(rows=("anyy",))
+        RCGM(objectives=("anyy",))
     with pytest.raises(Refused, match="without shift"):
         RCGM(process=Flow(shift=3.0))
     with pytest.raises(Refused, match="order=0"):
         RCGM(order=0)
     with pytest.raises(Refused, match="at least 3"):
-        RCGM().layout(2)
+        RCGM().assignment(2)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,9 @@ def test_one_step_starts_at_pure_noise(x64, gaussian):
 
 def test_steps_of_the_engine(three_steps):
     three_steps(RCGM(), second_time=True)
-    three_steps(RCGM(target="student", order=1, rows=("e2e", "any")), second_time=True)
+    three_steps(
+        RCGM(target_network="student", order=1, objectives=("e2e", "any")), second_time=True
+    )
 
 
 def test_exports_like_other_average_velocities():
@@ -240,3 +243,14 @@ def test_exports_like_other_average_velocities():
     net = SimpleNamespace(config=None)
     assert RCGM().exported(net, "weights") == (net, "weights")
     assert RCGM.exported is MeanFlow.exported
+
+
+def test_old_names_of_fields_are_read():
+    old = {"rows": ("any",), "enhance": 0.2, "enhance_times": (0.1, 0.9), "target": "student"}
+    new = RCGM(
+        objectives=("any",),
+        training_guidance=0.2,
+        guidance_times=(0.1, 0.9),
+        target_network="student",
+    )
+    assert build({"name": "methods.trajectory.rcgm:RCGM", **old}) == new

@@ -132,7 +132,7 @@ def test_discrete_consistency_tends_to_it(x64, gaussian, context):
 
 
 def test_any_parameterisation_is_the_same_network(x64, gaussian, context):
-    """A flow network and its trigonometric rewriting (SANA-Sprint's transform) have the same loss."""
+    """A flow network and its trigonometric form (SANA-Sprint's transform) have the same loss."""
     g = gaussian(Trig())
     method = SCM(tangent_warmup=WARM)
     sd = 0.5
@@ -154,7 +154,7 @@ def test_any_parameterisation_is_the_same_network(x64, gaussian, context):
 
 
 def test_training_and_distillation_agree_where_the_path_is_the_teacher(x64, gaussian, context):
-    """Data at one point: the path's own velocity is the marginal one, so sCT and sCD are the same."""
+    """Data at one point: the path's own velocity is the marginal one, so sCT equals sCD."""
     g = gaussian(Trig(), mean=0.7, std=0.0)
     ctx = context(g.draw(8), WARM)
     own = SCT(tangent_warmup=WARM).loss(bound(W), ctx).loss
@@ -164,7 +164,7 @@ def test_training_and_distillation_agree_where_the_path_is_the_teacher(x64, gaus
 
 
 def test_adaptive_weight_is_best_at_the_log_error(x64, gaussian, context):
-    """e^w E - w is least at w = -log E: zero gradient in w there, with E the prior-weighted error."""
+    """e^w E - w is least at w = -log E, E the prior-weighted error: zero gradient in w there."""
     g = gaussian(Trig())
     method = SCM(tangent_warmup=WARM)
     ctx = context(g.draw(16), WARM)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill.core.build import build
 from jaxdistill.core.net import make_net
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow, expand
@@ -23,6 +24,7 @@ from jaxdistill.methods.trajectory.twinflow import (
     TwinFlowDistillation,
 )
 from jaxdistill.models.denoisers.mlp import MLP
+from launch._command import load_config, override
 from tools.first_steps import first_steps
 
 PLAIN = dict(barron_alpha=2.0, barron_c=1.0)
@@ -125,17 +127,14 @@ def test_gradients_of_the_whole_loss(x64, gaussian, context):
     targets or the average.
     """
     n = 8
-    method = TwinFlow(enhance=0.0, **PLAIN)
+    method = TwinFlow(training_guidance=0.0, **PLAIN)
     ctx = context(gaussian().draw(n))
-    kind, (t, r), eps = (
-        method.layout(n),
-        method.interval(ctx, n),
-        jax.random.normal(ctx.key("eps"), (n, 2)),
-    )
-    real, adv, e2e = (
-        np.flatnonzero(kind == k) if k != "real" else np.flatnonzero(kind != "adv")
-        for k in ("real", "adv", "e2e")
-    )
+    kind = method.assignment(n)
+    t, r = method.interval(ctx, n)
+    eps = jax.random.normal(ctx.key("eps"), (n, 2))
+    real = np.flatnonzero(kind != "adv")
+    adv = np.flatnonzero(kind == "adv")
+    e2e = np.flatnonzero(kind == "e2e")
     assert list(adv) == [3, 7] and list(e2e) == [0, 4]
     x = ctx.batch["x"]
     const = nets()
@@ -172,7 +171,7 @@ def test_gradients_of_the_whole_loss(x64, gaussian, context):
 
 
 def seen_by(method, ctx, **more):
-    """Every (t, r, cond, rows) that the networks of a loss are called at, by role."""
+    """Every (t, r, cond, x) that the networks of a loss are called at, by role."""
     calls = {}
 
     def spy(role):
@@ -192,7 +191,7 @@ def seen_by(method, ctx, **more):
     return calls
 
 
-def test_twin_rows_get_no_recursion_and_no_guidance(gaussian, context):
+def test_samples_of_the_twin_get_no_recursion_and_no_guidance(gaussian, context):
     ctx = context(
         jnp.asarray(gaussian().draw(8), jnp.float32),
         cond=jnp.arange(8.0),
@@ -204,7 +203,7 @@ def test_twin_rows_get_no_recursion_and_no_guidance(gaussian, context):
         assert len(t) == 6 and (t >= 0).all() and (r <= t).all()
         assert not np.isin(cond, (3.0, 7.0)).any()
     negative = [(t, r, cond) for t, r, cond, _ in calls["student"] if (t < 0).any()]
-    assert len(negative) == 2  # the twin's own rows, and the push's second branch
+    assert len(negative) == 2  # the twin's own samples, and the push's second branch
     for t, r, _ in negative:
         assert (t < 0).all() and (t == r).all()
     assert [sorted(c.tolist()) for *_, c in negative] == [[3.0, 7.0], [0.0, 4.0]]
@@ -213,7 +212,7 @@ def test_twin_rows_get_no_recursion_and_no_guidance(gaussian, context):
 @pytest.mark.parametrize("kappa", ["student", "ema_student"])
 def test_kappa_zero_recurs_through_the_live_network(gaussian, context, kappa):
     ctx = context(jnp.asarray(gaussian().draw(8), jnp.float32))
-    calls = seen_by(TwinFlow(target=kappa, enhance=0.0), ctx)
+    calls = seen_by(TwinFlow(target_network=kappa, training_guidance=0.0), ctx)
     assert ("ema" in calls) == (kappa == "ema_student")
 
 
@@ -261,9 +260,9 @@ def five(method):
     )
 
 
-def test_without_twin_rows_and_push_it_is_rcgm():
+def test_without_twin_and_push_it_is_rcgm():
     host = five(RCGM())
-    alone = five(TwinFlow(rows=RCGM().rows, rectify_weight=0.0))
+    alone = five(TwinFlow(objectives=RCGM().objectives, rectify_weight=0.0))
     np.testing.assert_allclose(alone[0], host[0], rtol=1e-6)
     for a, b in zip(alone[1], host[1], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -271,7 +270,7 @@ def test_without_twin_rows_and_push_it_is_rcgm():
 
 
 def test_the_tutorials_form(x64, gaussian, context):
-    """Five squared errors on every row: recursion, flow, recursion from noise to data, twin, push."""
+    """Squared errors on every sample: recursion, flow, recursion from noise to data, twin, push."""
     n = 4
     method = FullTwinFlow()
     ctx = context(gaussian().draw(n), cond=jnp.arange(4.0))
@@ -302,7 +301,7 @@ def test_the_tutorials_form(x64, gaussian, context):
     [
         TwinFlow(),
         FullTwinFlow(),
-        TunedTwinFlow(target="student"),
+        TunedTwinFlow(target_network="student"),
         TwinFlowDistillation(),
         ImageFreeTwinFlow(),
     ],
@@ -310,3 +309,12 @@ def test_the_tutorials_form(x64, gaussian, context):
 )
 def test_three_steps(three_steps, method):
     three_steps(method, second_time=True)
+
+
+def test_the_guidance_scale_of_the_base_has_its_own_name():
+    """A saved config and the command line may use the old one."""
+    name = "methods.trajectory.twinflow:TwinFlowDistillation"
+    assert build({"name": name, "enhance": 3.0}) == TwinFlowDistillation(guidance=3.0)
+    config = load_config("configs/recipes/twinflow.py:imagefree")
+    override(config, "method.enhance", "2")
+    assert config.method.guidance == 2.0

@@ -177,8 +177,8 @@ def test_features_through_the_cache(lm):
     params, tokens = lm
     cache = net(CFG).apply(params, 3, 9, method="init_cache")
     logits, _, features = run(params, tokens, cache=cache, taps=(0, 2))
-    expected, states = run(params, tokens, taps=(0, 2))
-    for a, b in zip((logits, *features), (expected, *states)):
+    expected, expected_features = run(params, tokens, taps=(0, 2))
+    for a, b in zip((logits, *features), (expected, *expected_features)):
         close(a, b)
 
 

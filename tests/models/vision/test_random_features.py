@@ -1,4 +1,4 @@
-"""Random networks: the kernel that they span, what they can tell apart, and what they must not mix."""
+"""Random networks: their kernel, what they can tell apart, and that samples do not mix."""
 
 import dataclasses
 
@@ -36,15 +36,15 @@ def test_one_layer_is_the_arc_cosine_kernel():
 def test_samples_do_not_mix_and_the_key_decides(name):
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
     net = random_feature_net(jax.random.key(1), SMALL(name))
-    whole = jax.jit(net)(x)
+    complete = jax.jit(net)(x)
     alone = jax.jit(net)(x[1:2])
-    assert len(whole) == arch(name).depth and all(
-        np.all(np.isfinite(f)) and f.std() > 1e-3 for f in whole
+    assert len(complete) == arch(name).depth and all(
+        np.all(np.isfinite(f)) and f.std() > 1e-3 for f in complete
     )
-    for a, b in zip(whole, alone, strict=True):
+    for a, b in zip(complete, alone, strict=True):
         np.testing.assert_allclose(a[1:2], b, rtol=1e-4, atol=1e-5)
     other = jax.jit(random_feature_net(jax.random.key(2), SMALL(name)))(x)
-    assert not np.allclose(whole[-1], other[-1])
+    assert not np.allclose(complete[-1], other[-1])
 
 
 @pytest.mark.parametrize(("name", "sees"), [("convnet-2", False), ("plain-2", True), ("mlp", True)])
@@ -62,7 +62,7 @@ def el(net, x, y):
 
 
 def test_covariances_are_seen_by_a_nonlinear_network_only():
-    """Two laws of equal mean: EL > 0 with the MLP, 0 up to noise with a linear map."""
+    """Two distributions of equal mean: EL > 0 with the MLP, 0 up to noise with a linear map."""
     n = 20_000
     x, y = (
         jax.random.normal(jax.random.key(i), (n, 2)) * s

@@ -15,16 +15,19 @@ from jaxdistill.surgery.prune import prune
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MyMethod(KD):
-    depth: int = 0  # layers kept, 0: all; each field with its role, its unit and the paper's value
+    """Each field has its role, its unit and the paper's value."""
+
+    # layers that are kept; 0: all
+    depth: int = 0
 
     inits = {"student": "teacher"}
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
-        return (Stage(self, steps, surgery=self.cut),)
+        return (Stage(self, steps, surgery=self.prune_teacher),)
 
-    def cut(self, nets, params, batch):
-        """Surgery (section 1): what `prune` does belongs into surgery/, where another method may
-        use it.
+    def prune_teacher(self, nets, params, batch):
+        """Surgery (section 1): the student is the teacher, pruned. What `prune` does belongs into
+        surgery/, where other methods may use it.
         """
         net, weights = prune(nets["teacher"], params["teacher"], batch, depth=self.depth, mlp=0)
         return {**nets, "student": net}, {**params, "student": weights}

@@ -10,8 +10,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from jaxdistill.core.types import Array, Ctx, Method, Nets, Out, Turn
+from jaxdistill.core.needs import Spec
+from jaxdistill.core.types import Array, Ctx, Method, Nets, Out
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.samplers import ode
@@ -20,26 +22,27 @@ from jaxdistill.samplers.fewstep import first_times, renoise
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MyMethod(Method):
-    process: Process = Flow()
-    student_times: tuple[float, ...] = (
-        1.0,
-    )  # that samples are made at, as many as steps are asked for
-    solver: str = "heun"  # euler | heun | ddim | dpmpp_2m
-    solver_steps: int = (
-        8  # of the teacher's trajectory; each field with its role, its unit and the paper's value
-    )
-    guidance: float = 1.0  # of the teacher
+    """Each field has its role, its unit and the paper's value."""
 
-    @property
-    def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss),)
+    process: Process = Flow()
+    # times of sampling, falling; N steps use the first N
+    student_times: tuple[float, ...] = (1.0,)
+    # solver of the teacher's trajectory: euler | heun | ddim | dpmpp_2m
+    solver: str = "heun"
+    # its number of steps
+    solver_steps: int = 8
+    # guidance scale of the teacher
+    guidance: float = 1.0
+
+    needs = {"x": Float[Spec, "B *shape"]}
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         cond = ctx.batch.get("cond")
-        null = ctx.batch.get("null_cond")
-        start = self.process.start(jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape))
-        denoise = lambda x, t: guided(net.teacher, x, t, cond, null, self.guidance)
-        end = ode.solve(self.solver, self.process, denoise, start, self.solver_steps)
+        null_cond = ctx.batch.get("null_cond")
+        noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
+        start = self.process.start(noise)
+        teacher = lambda x, t: guided(net.teacher, x, t, cond, null_cond, self.guidance)
+        end = ode.solve(self.solver, self.process, teacher, start, self.solver_steps)
         t = jnp.full(start.shape[:1], self.process.t_max)
         distance = (net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)) ** 2  # eq. 1
         return Out(jnp.mean(distance))
@@ -48,6 +51,5 @@ class MyMethod(Method):
         return first_times(self.student_times, steps)
 
     def sample(self, net, noise, cond, key, steps):
-        return renoise(
-            self.process, lambda x, t: net(x, t, cond), noise, self.sampling_times(steps), key
-        )
+        denoise = lambda x, t: net(x, t, cond)
+        return renoise(self.process, denoise, noise, self.sampling_times(steps), key)
