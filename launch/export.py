@@ -19,9 +19,13 @@ def export(argv: list[str]) -> None:
     from jaxdistill.run.experiment import Experiment
 
     out = local(values["out"] or workdir / "export", "--out").expanduser()
-    to_folder.check(Experiment(config, workdir), out, adapter=values["adapter"])
+    experiment = Experiment(config, workdir)
+    adapter = values["adapter"]
+    to_folder.check(experiment, out, adapter=adapter)
     report.read(workdir)
-    to_folder.export(loop.load(workdir, config), out, adapter=values["adapter"])
+    roles = to_folder.needed_roles(experiment, adapter=adapter)
+    trained = loop.load(workdir, config, roles=roles)
+    to_folder.export(trained, out, adapter=adapter)
     print(f"exported: {out}")
 
 

@@ -34,14 +34,17 @@ def sample(argv: list[str]) -> None:
     from jaxdistill.core.net import paths
     from jaxdistill.evals.text import TextEval
     from jaxdistill.run import loop
+    from jaxdistill.run.experiment import Experiment
 
-    trained = loop.load(workdir, config)
-    evaluation = trained.experiment.evaluation
+    experiment = Experiment(config, workdir)
     role = values["role"]
-    if evaluation is None:
+    if experiment.evaluation is None:
         raise Refused(f"{workdir}: its config has no evaluation, which knows how to sample")
-    if role not in trained.params:
-        raise Refused(f"--role={role}{nearest(role, trained.params)}")
+    if role not in experiment.roles:
+        raise Refused(f"--role={role}{nearest(role, experiment.roles)}")
+    roles = experiment.with_bases([role, *experiment.method.exports])
+    trained = loop.load(workdir, config, roles=roles)
+    evaluation = trained.experiment.evaluation
     evaluation = dataclasses.replace(evaluation, seed=seed)
     if isinstance(evaluation, TextEval):
         if given or steps:

@@ -1,5 +1,6 @@
-"""Before JAX starts: eight simulated devices on the CPU, quick compilation rather than quick
-programs, and one cache of compiled programs for all workers and the processes that they start.
+"""What all tests share. Before JAX starts: eight simulated devices on the CPU, quick compilation
+rather than quick programs, and one cache of compiled programs for all workers and the processes
+that they start.
 """
 
 import atexit
@@ -69,7 +70,7 @@ def place(parts: tuple[str, ...]) -> int:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real data sets; tests that ask for it are skipped where it is missing."""
+    """The folder of real data sets. A test that needs it is skipped where it is missing."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("JAXDISTILL_DATA", beside))
     if not folder.is_dir():
@@ -79,8 +80,8 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def compilations():
-    """compilations["train_step"]: how many programs of the jitted function of that name were
-    compiled in this test so far.
+    """compilations["train_step"]: how many programs of the jitted function `train_step` this test
+    has compiled so far.
     """
     count = collections.Counter()
 
@@ -95,8 +96,8 @@ def compilations():
 
 @pytest.fixture(scope="session")
 def lowers_for_tpu():
-    """lowers_for_tpu(programs): every pattern of turns becomes a TPU program; the traces are those
-    that counted the flops.
+    """lowers_for_tpu(programs) checks that every pattern of turns becomes a TPU program, from the
+    traces that counted the flops.
     """
 
     def check(programs):
@@ -110,7 +111,7 @@ def lowers_for_tpu():
 
 @pytest.fixture
 def x64():
-    """For the threads of callbacks too, which `jax.enable_x64` does not reach."""
+    """Float64, also in the threads of callbacks, which `jax.enable_x64` does not reach."""
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
@@ -118,6 +119,6 @@ def x64():
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_programs_are_dropped():
-    """Else a worker that goes through the whole suite holds 8 GiB of them."""
+    """A worker that runs the complete suite would hold 8 GiB of them."""
     yield
     jax.clear_caches()

@@ -1,14 +1,13 @@
-"""Seeded damage to files, and what may come of it: a refusal in one line, nothing run, nothing
-written.
+"""Seeded damage to files, and what a reader may do with them: refuse in one line, without running
+or writing anything.
 
-A mutator is `(file, rng) -> str`: it damages the file in place and says how. `DAMAGE` are those of
-any file, `JSON_DAMAGE` those of a JSON file. Of one seed they do the same on every machine.
+A mutator is `(file, rng) -> str`: it damages the file in place and says how. `DAMAGE` lists those
+for any file, `JSON_DAMAGE` those for JSON files. The same seed does the same on every machine.
 
     rng = np.random.default_rng(0)
-    how = damage(file, rng)  # any of DAMAGE, or of JSON_DAMAGE too where the file is JSON
+    how = damage(file, rng)  # one of DAMAGE, or of JSON_DAMAGE too where the file is JSON
     with quiet(folder):  # AssertionError where something was run, asked or written
-        message = outcome(lambda: read(file))  # None where it was accepted, else the one line of
-        the refusal
+        message = outcome(lambda: read(file))  # None where accepted, else the refusal's line
 """
 
 from __future__ import annotations
@@ -157,8 +156,8 @@ def swap_values(file: Path, rng: np.random.Generator) -> str:
 
 
 def wrap(file: Path, rng: np.random.Generator) -> str:
-    """Puts a JSON file's value into a list, text, an object, or deep brackets, or a byte order mark
-    before it.
+    """Puts a JSON file's value into a list, a text, an object or deep brackets, or puts a byte
+    order mark before it.
     """
     text = file.read_text(encoding="utf-8")
     kinds = {
@@ -174,7 +173,7 @@ def wrap(file: Path, rng: np.random.Generator) -> str:
 
 
 def repeat_key(file: Path, rng: np.random.Generator) -> str:
-    """An object of a JSON file has one of its keys twice, with different values."""
+    """Gives an object of a JSON file one of its keys twice, with different values."""
     value = _json(file)
     if not isinstance(value, dict) or not value:
         return replace_value(file, rng)
@@ -196,7 +195,9 @@ JSON_DAMAGE: tuple[Mutator, ...] = (
 
 
 def damage(file: Path, rng: np.random.Generator) -> str:
-    """One mutator at random: of a sound JSON file mostly those of JSON, else those of any file."""
+    """Applies one mutator at random: mostly one for JSON if the file is valid JSON, else one for
+    any file.
+    """
     mutators = (
         JSON_DAMAGE if file.suffix == ".json" and rng.random() < 0.75 and _sound(file) else DAMAGE
     )
@@ -204,10 +205,9 @@ def damage(file: Path, rng: np.random.Generator) -> str:
 
 
 def outcome(call: Callable[[], Any], *names: str) -> str | None:
-    """None where `call` ends well, or the message of its Refused; every other exception passes
-    through.
+    """None if `call` succeeds, or the message of its Refused; every other exception passes through.
 
-    AssertionError where the message is not one short line, or says none of `names`.
+    Raises AssertionError where the message is not one short line, or contains none of `names`.
     """
     try:
         call()
@@ -254,8 +254,8 @@ def _listen(event: str, args: tuple) -> None:
 
 @contextlib.contextmanager
 def quiet(folder: Path) -> Iterator[None]:
-    """AssertionError where the block unpickles a class, starts a process, reads from the terminal
-    or connects to anything, or where a file under `folder` is another than before.
+    """Raises AssertionError where the block unpickles a class, starts a process, reads from the
+    terminal or connects to anything, or changes a file under `folder`.
     """
     if not hasattr(quiet, "hook"):
         quiet.hook = True
@@ -301,5 +301,5 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _inside(value: Any, holder: Any) -> bool:
-    """Whether `holder` is `value` or stands in it."""
+    """Whether `holder` is `value` or is contained in it."""
     return value is holder or any(inner is holder for inner, _ in _places(value))

@@ -1,5 +1,5 @@
-"""The commands as a user meets them: arguments, exit codes, one line for bad input, nothing
-half-written.
+"""The commands as a user meets them: arguments, exit codes, one line for bad input, no partial
+output.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def refused(argv, capsys, command=train.train):
     [
         ([], "--workdir=DIR is needed"),
         (["--workdir=W"], "--config=FILE is needed"),
-        (["--config=configs/toy/dmd3.py", "--workdir=W"], "did you mean 'configs/toy/dmd2.py'"),
+        (["--config=configs/toy/scmm.py", "--workdir=W"], "did you mean 'configs/toy/scm.py'"),
         ([f"{TOY}:gan", "--workdir=W"], "has no variants"),
         (["--config=configs/toy/snoopi.py:nsa", "--workdir=W"], "did you mean 'nasa'"),
         ([TOY, "--workdir=W", "--config.stps=3"], "did you mean 'steps'"),
@@ -130,12 +130,11 @@ def test_overrides_keep_their_types():
     _command.override(config, "method.student_times", "(1, 0.5)")
     _command.override(config, "method.taps", "2")
     _command.override(config, "tensorboard", "false")
-    assert (config.steps, config.method.gan_weight, config.method.student_times) == (
-        12,
-        1.0,
-        (1.0, 0.5),
-    )
-    assert (config.method.taps, config.tensorboard) == ((2,), False)
+    assert config.steps == 12
+    assert config.method.gan_weight == 1.0
+    assert config.method.student_times == (1.0, 0.5)
+    assert config.method.taps == (2,)
+    assert config.tensorboard is False
     with pytest.raises(Refused, match="expected tuple of int"):
         _command.override(config, "method.taps", "('a',)")
 
@@ -253,7 +252,7 @@ def test_a_run_that_has_not_finished_cannot_be_exported(tmp_path, capsys):
     "out", ["RUN", "RUN/teacher", "RUN/stages/9", "RUN/..", "RUN/config.json", "/" + "x" * 300]
 )
 def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
-    """Refused before a weight is read."""
+    """An export into a run's folder is refused before a weight is read."""
     monkeypatch.setattr(loop, "load", lambda *_: pytest.fail("weights were read"))
     files = lambda: {path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()}
     before = files()
@@ -339,38 +338,39 @@ PICTURES = {  # data set -> (its files, its fields)
 CLASSIFIED = ("digits:LabelledDigits",)  # for classifiers: no null condition
 POINTS = ("mixtures:Mixture", "mixtures:Blurred", "rings:Rings")
 TEXT_CONDITIONAL = ("shapes:Shapes", "arrayrecord:GroupedRecords of text")
-TEXTS = {
-    "language",
-    "text",
-    "ner",
-    "rationales",
-    "domains",
-    "logits",
-    "patterns",
-    "two_tokenizers",
-}  # modules
+# modules of texts
+TEXTS = ("domains", "language", "logits", "ner", "patterns", "rationales", "text", "two_tokenizers")
+# one of each kind in the first tier; tests/data has tests of every data set
+QUICK = ("images:ImageFolder", "synthetic:Synthetic", "mixtures:Mixture", "shapes:Shapes")
+
+
+def tiers(names):
+    """Parameters of a test: those that are not QUICK are second tier."""
+    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in names]
+
+
+def data_sets(module) -> set[str]:
+    """The data sets that a module of jaxdistill.data defines: "file:Class"."""
+    found = set()
+    for name, value in vars(module).items():
+        is_class = isinstance(value, type) and issubclass(value, Dataset)
+        if is_class and value.__module__ == module.__name__:
+            found.add(f"{module.__name__.rpartition('.')[2]}:{name}")
+    return found
 
 
 def test_every_data_set_is_of_a_kind_that_is_tried():
-    """Of those that make pictures, latents or points."""
+    """Every data set of pictures, latents or points has a test here."""
     known = {name.split(" ")[0] for name in (*PICTURES, *CLASSIFIED, *POINTS, *TEXT_CONDITIONAL)}
-    modules = [
-        module.name
-        for module in pkgutil.iter_modules([str(ROOT / "jaxdistill" / "data")])
-        if module.name not in TEXTS
-    ]
-    for name in modules:
-        module = importlib.import_module(f"jaxdistill.data.{name}")
-        sets = {
-            f"{name}:{k}"
-            for k, v in vars(module).items()
-            if isinstance(v, type) and issubclass(v, Dataset) and v.__module__ == module.__name__
-        }
-        assert sets - {"base:Dataset", "base:InMemory", "base:Records", "images:Images"} <= known
+    bases = {"base:Dataset", "base:InMemory", "base:Records", "images:Images"}
+    for found in pkgutil.iter_modules([str(ROOT / "jaxdistill" / "data")]):
+        if found.name not in TEXTS:
+            module = importlib.import_module(f"jaxdistill.data.{found.name}")
+            assert data_sets(module) - bases <= known
 
 
 def through(workdir, data, model, capsys, **evaluation):
-    """Trains two steps on a data set, evaluates, samples; returns what is stored."""
+    """Trains two steps on a data set, evaluates and samples. Returns the stored samples."""
     config = experiment(
         steps=2,
         mesh=MeshShape(data=1, fsdp=1),
@@ -388,48 +388,37 @@ def through(workdir, data, model, capsys, **evaluation):
 
 
 def run_the_card(workdir):
-    """x of the card's code."""
+    """The samples `x` that the code of the export's card makes."""
     pytest.importorskip("torch", reason="torch is not installed")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     export.export([f"--workdir={workdir}"])
     card = (workdir / "export" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0]
     scope = {}
-    exec(
-        card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(workdir / "export"))),
-        scope,
-    )
+    exec(code.replace('"."', repr(str(workdir / "export"))), scope)
     return scope["x"]
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", tiers(PICTURES))
 def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys):
     write, fields = PICTURES[name]
     (tmp_path / "data").mkdir()
     if write:
         write(tmp_path / "data")
     data = spec(f"data.{name}", batch_size=4, path=str(tmp_path / "data"), **fields)
-    channels, classes = (
-        (3, 3)
-        if name.split(":")[0] in ("images", "arrayrecord", "synthetic")
-        else (1, 3 if write else 10)
-    )
-    model = DiT(
-        size=8,
-        patch=4,
-        channels=channels,
-        dim=16,
-        depth=1,
-        heads=2,
-        classes=classes,
-    )
+    coloured = name.partition(":")[0] in ("images", "arrayrecord", "synthetic")
+    channels = 3 if coloured else 1
+    classes = 10 if name == "digits:Digits" else 3
+    model = DiT(size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes)
     saved = through(
         tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels"
     )
-    assert saved["x"].shape == (6, 8, 8, channels) and saved["cond"].shape == (6,)
+    assert saved["x"].shape == (6, 8, 8, channels)
+    assert saved["cond"].shape == (6,)
     assert run_the_card(tmp_path / "run").shape == (classes, channels, 8, 8)
 
 
-@pytest.mark.parametrize("name", TEXT_CONDITIONAL)
+@pytest.mark.parametrize("name", tiers(TEXT_CONDITIONAL))
 def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
     """The condition is a group of arrays, and is stored as such beside the samples."""
     fields = dict(dim=6) if name == "shapes:Shapes" else dict(path=str(tmp_path))
@@ -437,11 +426,12 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
         draw = np.random.default_rng(0)
         shapes = {"x": (6, 6, 3), "cond/text": (3, 6), "null_cond/text": (3, 6)}
         mask = {"cond/mask": np.ones(3, bool), "null_cond/mask": np.ones(3, bool)}
-        one = lambda: (
-            mask | {name: draw.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-        )
         for split in ("train", "test"):
-            arrayrecord.write(tmp_path / f"{split}.arrayrecord", (one() for _ in range(6)))
+            samples = []
+            for _ in range(6):
+                drawn = {k: draw.standard_normal(s, np.float32) for k, s in shapes.items()}
+                samples.append({**mask, **drawn})
+            arrayrecord.write(tmp_path / f"{split}.arrayrecord", samples)
     model = UNet(
         size=6,
         channels=3,
@@ -457,17 +447,18 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
     saved = through(
         tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels"
     )
-    assert saved["x"].shape == (6, 6, 6, 3) and saved["cond/text"].shape == (6, 3, 6)
+    assert saved["x"].shape == (6, 6, 6, 3)
+    assert saved["cond/text"].shape == (6, 3, 6)
     assert run_the_card(tmp_path / "run").shape == (2, 3, 6, 6)
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", tiers(POINTS))
 def test_points_do_too_as_far_as_pytorch_has_a_class(name, tmp_path, capsys):
     model = MLP(dim=2, width=8, depth=1, classes=8)
     data = spec(f"data.{name}", batch_size=4)
     saved = through(tmp_path / "run", data, model, capsys, name="evals.points:PointEval")
-    assert saved["x"].shape == (6, 2) and saved["cond"].shape == (6,)
-    assert "no PyTorch class for MLP" in refused(
-        [f"--workdir={tmp_path / 'run'}"], capsys, export.export
-    )
+    assert saved["x"].shape == (6, 2)
+    assert saved["cond"].shape == (6,)
+    said = refused([f"--workdir={tmp_path / 'run'}"], capsys, export.export)
+    assert "no PyTorch class for MLP" in said
     assert not (tmp_path / "run" / "export").exists()

@@ -1,5 +1,6 @@
-"""What holds for every method, checked on its toy config: roles, gradients, compilation, sharding,
-checkpoint, TPU. Every stage is checked whose program differs from those before it.
+"""The contract of every method, checked on its toy config: roles, gradients, compilation, sharding,
+checkpoint, TPU. The first stage is checked, and every later one whose program has another
+structure.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ QUICK_ON_EIGHT = ("dmd2", "gkd", "kd", "scm")
 
 
 def stages_of(name: str, later: bool):
-    """The first stage of a toy, or those after it whose programs have another structure than every
-    stage before them.
+    """The first stage of a toy; or, with `later`, the stages after it whose programs have a
+    structure that no earlier stage has.
     """
     if not later:
         return [first_stage(name)]
@@ -43,7 +44,7 @@ def cases(quick):
 
 @pytest.fixture(scope="module", params=cases(TOYS))
 def ran(request):
-    """[(stage, its steps)]"""
+    """[(stage, its steps)] of the stages of one toy."""
     runs = stages_of(*request.param)
     assert runs, "no stage of another structure than the first"
     yield [(run, run.steps()) for run in runs]
@@ -119,8 +120,8 @@ def test_lowers_for_tpu(ran, lowers_for_tpu):
 
 @pytest.mark.parametrize("ran", cases(QUICK_ON_EIGHT), indirect=True)
 def test_eight_devices_equal_one(ran):
-    """After one step per pattern: every loss, and every weight to what float32 leaves of a step of
-    size lr.
+    """After one step per pattern, every loss is equal, and every weight to what float32 leaves of a
+    step of size lr.
     """
     for run, steps in ran:
         roles = run.experiment.roles
@@ -145,7 +146,7 @@ def test_every_method_has_a_toy_config():
 
 @pytest.mark.parametrize("file", METHODS, ids=lambda p: p.stem)
 def test_method_files_are_short(file):
-    """About 1,700 tokens of Python, docstrings and comments apart, however they are laid out."""
+    """A method file has about 1,700 tokens of Python, docstrings and comments not counted."""
     apart = {
         tokenize.COMMENT,
         tokenize.NL,

@@ -1,5 +1,5 @@
-"""-h and --help of every command, tool and script print what its head says and do nothing; what is
-unknown is one line.
+"""For -h and --help, every command, tool and script prints its docstring or head and does nothing
+else; an unknown argument is refused in one line.
 """
 
 import ast
@@ -44,7 +44,7 @@ def call(monkeypatch, tmp_path, capsys):
 
 
 def tree():
-    """What a command could write over: file -> time of its last change."""
+    """The files that a command could write over, with the time of their last change."""
     own = [ROOT / name for name in ("configs", "docs", "jaxdistill", "launch", "tests", "tools")]
     files = [
         path for folder in own for path in folder.rglob("*") if "__pycache__" not in path.parts
@@ -103,6 +103,7 @@ def test_an_unknown_argument_is_one_line(name, call):
         ("tools/bench.py", "--cas=kd", "case"),
         ("tools/bench_generate.py", "--dims=3", "dim"),
         ("tools/docs_table.py", "--chek", "check"),
+        ("tools/golden.py", "--onyl=kd", "only"),
         ("tools/plan.py", "--topolgy=v5e:4x4", "topology"),
         ("tools/recipes.py", "--onyl=kd", "only"),
         ("tools/reproduce.py", "--seed=1", "seeds"),

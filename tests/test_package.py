@@ -1,4 +1,4 @@
-"""What the package says of itself: one version, a licence, its types."""
+"""The package's metadata: one version, a licence, its types, its dependencies."""
 
 import ast
 import hashlib
@@ -75,7 +75,7 @@ def test_types_leave_with_the_package(stated):
 
 
 def test_what_is_imported_is_declared(stated):
-    """The libraries that the package imports at the top of a file are those that it installs."""
+    """Every library that a file of the package imports at its top is a requirement."""
     names = {
         "sklearn": "scikit-learn",
         "PIL": "pillow",

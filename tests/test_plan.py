@@ -1,5 +1,5 @@
-"""Planning: bytes and traffic against programs that are here, and the real TPU compiler on every
-toy config.
+"""Planning: bytes and traffic compared with programs compiled here, and the TPU compiler on toy
+configs.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ QUICK = (
 
 @pytest.fixture
 def quickly():
-    """The TPU compiler without its search for the best tiles."""
+    """Switches off the TPU compiler's search for the best tiles."""
     plan.set_effort(-1.0)
     yield
     plan.set_effort(0.0)
@@ -58,7 +58,7 @@ def test_every_toy_compiles_for_tpu(quickly, name):
 @pytest.fixture(scope="module")
 def live():
     """The digits DMD2 step on a 2 x 2 mesh of this machine: (plan's bytes of the state, its
-    pattern, the compiled program).
+    programs, the compiled program).
     """
     config = importlib.import_module("configs.digits.dmd2").get_config()
     config.steps = 10
@@ -78,7 +78,7 @@ def test_bytes_of_the_state_are_those_that_the_program_takes(live):
 
 
 def test_the_state_is_donated(live):
-    """No copy of the weights: what the step returns lies where its arguments lay, but for a few
+    """The weights are not copied: results are stored where the arguments were, except a few
     scalars.
     """
     _, _, compiled = live
@@ -185,8 +185,8 @@ def test_search_starts_with_plain_fsdp_and_stays_within_the_chips():
 
 
 def test_search_leaves_out_what_cannot_help(monkeypatch):
-    """Frozen weights go to the host only where that could make up for what is short, as the
-    compiler says it.
+    """Frozen weights go to the host only where their size is enough to make up for the memory that
+    the compiler says is missing.
     """
     config = bench.language(KD())
     said = (
@@ -224,7 +224,7 @@ def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, mon
 
 
 def test_an_interrupted_search_has_what_it_found(capsys):
-    """Of two that fit before the interruption, the faster one."""
+    """The result is the faster one of the two that fit before the interruption."""
     found = lambda seconds: SimpleNamespace(fits=True, peak=2**30, seconds=seconds)
     change = {"mesh": {"fsdp": 4}, "accumulate": 1, "remat": "full", "place": "device"}
 

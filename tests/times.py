@@ -1,9 +1,9 @@
-"""A pytest plugin: which files the tests' time goes to, against tests/times.json.
+"""A pytest plugin: prints which test files take the time, compared with tests/times.json.
 
-After every run it prints the slowest files: their processor seconds (all threads, and the processes
-that they start), and how these compare with the table's, which has them for both tiers of
-tools/test.sh. The machine's speed is divided out: it is the median of the ratios. Nothing fails
-here. `bash tools/test.sh [--all] --write_times` takes the run's figures into the table.
+The figures are processor seconds: those of all threads, and of the processes that a test starts.
+The table holds figures for both tiers of tools/test.sh. The median of the ratios to the table is
+the speed of the machine, and is divided out. Nothing fails here. `bash tools/test.sh [--all]
+--write_times` writes the run's figures into the table.
 """
 
 import collections
@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 
 
 def processor() -> float:
-    """Seconds that this process and its finished children have computed."""
+    """Processor seconds of this process and its finished children so far."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 
@@ -44,7 +44,7 @@ def pytest_collection_finish(session):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """Everything since the report before belongs to this one."""
+    """Attributes to this report the time since the previous one."""
     report = yield
     now = processor()
     report.processor_seconds = now - item.config.stash[LAST]
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def lines(used: dict[str, float], known: dict[str, float]) -> list[str]:
-    """The report: the slowest files of `used`, compared with those of the table."""
+    """The lines of the report: the slowest files of `used`, compared with the table's."""
     ratios = [used[file] / known[file] for file in used if known.get(file, 0) >= 1]
     speed = statistics.median(ratios) if len(ratios) >= ENOUGH else 1.0
     shown = []

@@ -79,7 +79,9 @@ class StageRun:
 
     @property
     def structure(self) -> str:
-        """The traced programs without their numbers: equal for stages that differ in constants."""
+        """The traced programs without their numbers, equal for stages that differ only in
+        constants.
+        """
         key = jax.eval_shape(lambda: jax.random.key(0))
         traced = []
         with self.context():
@@ -128,7 +130,7 @@ def first_stage(name: str, shape: MeshShape = ONE, config: ConfigDict | None = N
 def every_stage(
     name: str, shape: MeshShape = ONE, config: ConfigDict | None = None
 ) -> Iterator[StageRun]:
-    """The stages in order, each from the fresh state of the one before: none is trained."""
+    """The stages in order. None is trained: each starts from the fresh state of the one before."""
     experiment = experiment_on(config or toy(name), shape)
     nets = dict(experiment.nets)
     with sharding.use(experiment.mesh, experiment.settings.rules):

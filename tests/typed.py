@@ -1,4 +1,6 @@
-"""Typed shapes are checked while the tests run: `Float[Array, "B D"]` of public functions."""
+"""Shapes in the signatures of public functions, as in `Float[Array, "B D"]`, are checked while the
+tests run.
+"""
 
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
@@ -12,9 +14,14 @@ PACKAGES = (  # whose annotations are checked at every call
     "jaxdistill.surgery",
 )
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+_checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+
+
+def checked(function):
+    """Adds the checks, but to constructors: core/fields.py checks fields, and JSON holds lists."""
+    return function if function.__name__ == "__init__" else _checked(function)
 
 
 def install() -> None:
-    """To be called before the first import of the library."""
+    """Installs the checks; has to be called before the library is imported for the first time."""
     install_import_hook(list(PACKAGES), "tests.typed.checked")

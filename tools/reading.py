@@ -73,6 +73,14 @@ def is_named_lambda(node: ast.AST) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)
 
 
+def is_assertion(node: ast.AST) -> bool:
+    """`assert`, `pytest.raises` or one of numpy's `assert_...`."""
+    if isinstance(node, ast.Call):
+        called = ast.unparse(node.func)
+        return called == "pytest.raises" or ".testing.assert_" in called
+    return isinstance(node, ast.Assert)
+
+
 def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
     """Public functions of a module, and public methods (with `__call__`) of its public classes."""
     for node in tree.body:
@@ -157,6 +165,9 @@ def reading(argv):
         arrays = [f for f in functions if takes_arrays(f)]
         shaped = sum(has_shapes(f) for f in arrays)
         print(f"{name}: {shaped} of {len(arrays)} public functions of arrays have typed shapes")
+    trees = [ast.parse(text) for _, text in sources(tree / "tests")]
+    assertions = sum(is_assertion(node) for parsed in trees for node in ast.walk(parsed))
+    print(f"tests: {assertions} assertions")
     names = sum(len(CLASS_NAME.findall(text)) for _, text in sources(tree / "configs"))
     print(f"configs: {names} strings that name classes")
     for size, where in longest(tree / "jaxdistill"):

@@ -7,6 +7,12 @@ pairs is for.
 the fake score to one of the student at equal rates, as in the paper; 100 batches of pairs by Heun's
 solver in 18 steps. The claim: with the regression the divergence of the shares of modes from the
 data's, `mode_kl`, is at most 0.7 of that without. `--config.data.seed=N` makes another mixture.
+
+It holds on one of three: measured on seeds 0, 1, 2 (seed and data.seed) .0165, .0150, .0046 against
+.0264, .0202, .0015. The energy distance is smaller with the regression on all of them: .0016,
+.0030, .0033 against .0034, .0050, .0039. Where the fake score follows the student this well, no
+mode is lost without pairs either. The rates were chosen on seed 10: .0032 against .0093, energy
+distances .0023 and .0035.
 """
 
 from jaxdistill.core.build import Role, experiment

@@ -12,11 +12,12 @@ import difflib
 import functools
 import math
 import numbers
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+
+from jaxdistill.core.types import quoted
 
 LARGEST = 2**31 - 1  # of an int that names no range: what indexes an axis
 
@@ -99,9 +100,8 @@ def coerced(cls: type, field: str, value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A config value as a message quotes it: short, on one line."""
-    plain = value.to_dict() if hasattr(value, "to_dict") else value
-    return " ".join(reprlib.repr(plain).split())
+    """A value of a config as a message quotes it."""
+    return quoted(value.to_dict() if hasattr(value, "to_dict") else value)
 
 
 def _problem(hint: Any, value: Any, bounded: bool = False) -> str:

@@ -33,8 +33,7 @@ def check_needs(given: Mapping[str, Any], needs: Needs, who: str, where: str) ->
 def _check(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None:
     for name, need in needs.items():
         if name not in given:
-            others = [key for key in given if key not in needs]
-            instead = _instead(name, others)
+            instead = _instead(name, given, needs)
             raise Refused(f"{where}: {who} needs {name!r} {_shown(need)} in a batch{instead}")
         if isinstance(need, Mapping):
             if not isinstance(given[name], Mapping):
@@ -106,12 +105,13 @@ def _spec(x: Any) -> Spec:
     return Spec(np.shape(x), x.dtype if hasattr(x, "dtype") else np.result_type(x))
 
 
-def _instead(name: str, others: list[str]) -> str:
-    """The end of a message on a name that is missing: what else there is."""
+def _instead(name: str, given: Mapping[str, Any], needs: Needs) -> str:
+    """The end of a message on a name that is missing: what there is."""
+    others = [key for key in given if key not in needs]
     close = difflib.get_close_matches(name, others, 1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; it has {', '.join(sorted(others)) or 'nothing else'}"
+    return f"; it has {', '.join(sorted(given)) or 'nothing'}"
 
 
 def _shown(need: Any) -> str:

@@ -53,6 +53,12 @@ def one_line(value: object, most: int = 300) -> str:
     return printable(first)[:most]
 
 
+def quoted(value: object, most: int = 120) -> str:
+    """A value as a message quotes it: as Python writes it, on one line and cut."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The end of a message about an unknown name: "; did you mean 'x'?".
 

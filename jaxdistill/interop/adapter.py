@@ -1,5 +1,5 @@
-"""A low-rank adapter as the folder that `peft` (transformers) or `load_lora_adapter` and
-`load_lora_weights` (diffusers) read.
+"""Low-rank adapters as folders that PyTorch reads: `peft` of transformers' models,
+`load_lora_adapter` and `load_lora_weights` of diffusers'.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxdistill.core.lora import Adapter
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Params, Refused
 from jaxdistill.interop import family_of
 from jaxdistill.interop.folder import put, whole_folder
-from jaxdistill.interop.safetensors import write_json
+from jaxdistill.interop.safetensors import write_json, write_tensors
 from jaxdistill.interop.tables import Family, Row
 
 
@@ -30,104 +29,114 @@ def save_adapter(
     card: str = "",
     beside: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the adapter of `base` whose weights are `params` ({path: {"a", "b"}}); the base's own
-    are not written.
+    """Writes a low-rank adapter without the weights that it goes on.
 
-    For transformers: adapter_config.json and adapter_model.safetensors (arXiv:2106.09685's A and B
-    with alpha), `source` being where the base is. For diffusers: pytorch_lora_weights.safetensors
-    under the component's name, alpha / rank folded into B, and a config.json that names the class.
-    `card` and `beside` are as for `interop.save`. The folder appears when it is complete. Raises
-    Refused where no family has the base, its library puts no adapter on it, or a weight that is
-    adapted has no matrix of its own in PyTorch.
+    For transformers: adapter_config.json and adapter_model.safetensors, with A, B and alpha of
+    arXiv:2106.09685. For diffusers: pytorch_lora_weights.safetensors under the component's name,
+    alpha / rank folded into B, and a config.json that names the class. The folder appears when it
+    is complete.
+
+    Args:
+        folder: Where to.
+        base: The network that the adapter goes on.
+        adapter: The adapter.
+        params: Its weights, {path in the base: {"a", "b"}}.
+        source: Where the base is, for adapter_config.json.
+        card: As of `interop.save`.
+        beside: As of `interop.save`.
+
+    Raises:
+        Refused: No family has the base; its library puts no adapter on it; or an adapted weight has
+            no matrix of its own in PyTorch.
     """
-    folder, family = Path(folder), _family(folder, base)
+    folder = Path(folder)
+    family = _family(folder, base)
     rows = {row.path: row for row in family.table(base.config)}
+    is_peft = family.library == "transformers"
+    prefix = "base_model.model" if is_peft else family.component
+    scale = 1 if is_peft else adapter.scale
     tensors = {}
     modules = []
-    rank = next(iter(params.values()))["a"].shape[-1]
-    peft = family.library == "transformers"
     for path, pair in params.items():
-        row, (a, b) = rows[path], (np.asarray(pair[k], np.float32) for k in "ab")
+        row = rows[path]
+        a = np.asarray(pair["a"], np.float32)
+        b = np.asarray(pair["b"], np.float32)
+        rank = a.shape[-1]
         for i, name in enumerate(row.names(a.shape)):
             module = name.removesuffix(".weight")
-            down, up = _pair(folder, row, *((a[i], b[i]) if row.stacked else (a, b)))
             modules.append(module)
-            lead = "base_model.model" if peft else family.component
-            tensors[f"{lead}.{module}.lora_A.weight"] = down
-            tensors[f"{lead}.{module}.lora_B.weight"] = up if peft else adapter.scale * up
+            layer = i if row.stacked else slice(None)
+            down, up = _pair(folder, row, a[layer], b[layer])
+            tensors[f"{prefix}.{module}.lora_A.weight"] = down
+            tensors[f"{prefix}.{module}.lora_B.weight"] = scale * up
     with whole_folder(folder) as fresh:
-        if peft:
-            settings = {
+        if is_peft:
+            config = {
                 "peft_type": "LORA",
                 "r": rank,
                 "lora_alpha": adapter.scale * rank,
                 "lora_dropout": 0.0,
                 "bias": "none",
-            }
-            settings |= {
                 "target_modules": modules,
                 "base_model_name_or_path": source,
                 "inference_mode": True,
             }
-            write_json(fresh / "adapter_config.json", settings)
+            write_json(fresh / "adapter_config.json", config)
+            weights = "adapter_model.safetensors"
         else:
             write_json(fresh / "config.json", {"_class_name": family.name, "lora_rank": rank})
+            weights = "pytorch_lora_weights.safetensors"
         for file, value in (beside or {}).items():
             put(fresh / file, value)
-        name = "adapter_model" if peft else "pytorch_lora_weights"
-        save_file(
-            {k: np.ascontiguousarray(v) for k, v in tensors.items()},
-            fresh / f"{name}.safetensors",
-            metadata={"format": "pt"},
-        )
+        write_tensors(fresh / weights, tensors)
         if card:
             (fresh / "README.md").write_text(card, encoding="utf-8")
 
 
 def check_adapter(folder: str | Path, base: Net, adapter: Adapter) -> None:
-    """Raises Refused where `save_adapter` would, whatever the weights are: found on weights that
-    are drawn here.
-    """
+    """Raises Refused where `save_adapter` would for any weights; it is tried on random ones."""
+    folder = Path(folder)
     family = _family(folder, base)
-    draw = np.random.default_rng(0)
     rows = {row.path: row for row in family.table(base.config)}
+    draw = np.random.default_rng(0)
     for path, pair in adapter.shapes.items():
-        rank = min(pair["a"].shape[-1], 2)
-        a = (*pair["a"].shape[:-1], rank)
-        b = (*pair["b"].shape[:-2], rank, pair["b"].shape[-1])
-        one = slice(1, None) if rows[path].stacked else slice(None)
-        _pair(
-            Path(folder),
-            rows[path],
-            *(draw.standard_normal(shape[one], np.float32) for shape in (a, b)),
-        )
+        row = rows[path]
+        *stack, inputs, rank = pair["a"].shape
+        outputs = pair["b"].shape[-1]
+        rank = min(rank, 2)  # which is enough to tell
+        if row.stacked:
+            stack = stack[1:]
+        a = draw.standard_normal((*stack, inputs, rank), np.float32)
+        b = draw.standard_normal((*stack, rank, outputs), np.float32)
+        _pair(folder, row, a, b)
 
 
-def _family(folder: str | Path, base: Net) -> Family:
-    """The base's. Raises Refused where its library puts no adapter on it."""
+def _family(folder: Path, base: Net) -> Family:
+    """The base's family. Raises Refused where its library puts no adapter on it."""
     family = family_of(base)
     if not family.adapters:
         raise Refused(
-            f"{folder}: {family.library} puts no adapter on {family.name}; export without --adapter, merged"
+            f"{folder}: {family.library} puts no adapter on {family.name}; export without "
+            "--adapter, merged"
         )
     return family
 
 
 def _pair(folder: Path, row: Row, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(A [r, in, ...], B [out, r, ...]) of PyTorch for a [i, r], b [r, o] of ours; checked on their
-    product.
+    """A [r in ...] and B [out r ...] of PyTorch for our a [in r] and b [r out].
+
+    Raises Refused where their product is not the change a b of the weight in PyTorch's layout.
     """
     if a.ndim == 2 and row.name.endswith(".weight"):
         down = np.asarray(row.layout.to_torch(a))
         up = b.T.reshape(*b.T.shape, *[1] * (down.ndim - 2))
-        whole = np.asarray(row.layout.to_torch(a @ b))
-        product = (
-            (b.T @ down.reshape(len(down), -1)).reshape(whole.shape)
-            if down.shape[0] == a.shape[1]
-            else np.nan
-        )
-        if np.allclose(product, whole, rtol=1e-4, atol=1e-5 * (np.abs(whole).max() + 1e-30)):
-            return down, up
+        change = np.asarray(row.layout.to_torch(a @ b))
+        if len(down) == a.shape[1]:
+            product = (b.T @ down.reshape(len(down), -1)).reshape(change.shape)
+            tolerance = 1e-5 * (np.abs(change).max() + 1e-30)
+            if np.allclose(product, change, rtol=1e-4, atol=tolerance):
+                return down, up
     raise Refused(
-        f"{folder}: {row.name} is not a matrix of its own in PyTorch; export without --adapter, merged"
+        f"{folder}: {row.name} is not a matrix of its own in PyTorch; export without --adapter, "
+        "merged"
     )

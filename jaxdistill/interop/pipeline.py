@@ -1,9 +1,9 @@
-"""Prompts to pictures and videos: a folder that diffusers calls a pipeline, its networks loaded
-here, a few-step sampler.
+"""Text to pictures and videos by a pipeline folder of diffusers and a few-step sampler.
 
-A text encoder makes the condition, the denoiser (or a distilled student in its place) goes through
-a few times, the autoencoder makes pixels. Classes: Stable Diffusion XL, SANA, Qwen-Image and Wan
-(2.1, and 2.2 with two experts).
+A pipeline has a text encoder, which makes the condition; a denoiser, which the sampler evaluates a
+few times and which a distilled student may replace; and an autoencoder, which makes pixels of
+latents. The folder's networks are loaded here. Supported classes: Stable Diffusion XL, SANA,
+Qwen-Image and Wan (2.1, and 2.2 with two experts).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,22 +23,26 @@ import numpy as np
 from jaxdistill import interop
 from jaxdistill.core.net import Net
 from jaxdistill.core.tokenizer import stored_tokenizer
-from jaxdistill.core.types import Array, Params, Refused, lookup
+from jaxdistill.core.types import Array, Params, Refused, lookup, quoted
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity, by_time, guided
 from jaxdistill.diffusion.process import DDPM, Flow, Process
 from jaxdistill.interop.chain import PREDICTIONS, SCHEDULER
-from jaxdistill.interop.safetensors import read_json, shown
+from jaxdistill.interop.safetensors import read_json
 from jaxdistill.interop.settings import FLAG, LENGTH, WORD, Kind, above, check, maybe, real, whole
 from jaxdistill.samplers import fewstep
 
-QWEN_TEMPLATE = (  # of the released pipeline; its first 34 tokens are not given to the denoiser
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
-    "of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+# The prompt's frame in the released Qwen-Image pipeline. The text encoder reads all of it; the
+# denoiser is not given the features of the first 34 tokens, which are the same for every prompt.
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity,"
+    " text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}"
+    "<|im_end|>\n<|im_start|>assistant\n"
 )
 QWEN_PREFIX = 34
 
-# of rectified flows; with `flow_shift` in place of `shift`, those of other processes that have it
-FLOWS = (
+# Schedulers of diffusers for rectified flow. Those that also serve other processes call the shift
+# of their times `flow_shift`, the others call it `shift`.
+FLOW_SCHEDULERS = (
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
@@ -46,7 +50,8 @@ FLOWS = (
     "DPMSolverMultistepScheduler",
     "DEISMultistepScheduler",
 )
-DIFFUSIONS = (  # of DDPM's times
+# Schedulers of diffusers for DDPM
+DDPM_SCHEDULERS = (
     "DDPMScheduler",
     "DDIMScheduler",
     "LCMScheduler",
@@ -66,7 +71,8 @@ DIFFUSIONS = (  # of DDPM's times
     "DEISMultistepScheduler",
 )
 SHIFT = above(0, 1e6)
-SETTINGS: dict[str, Kind] = {  # of scheduler_config.json
+# What the keys of scheduler_config.json may hold
+SCHEDULER_KINDS: dict[str, Kind] = {
     "_class_name": WORD,
     "prediction_type": maybe(WORD),
     "shift": SHIFT,
@@ -83,179 +89,30 @@ SETTINGS: dict[str, Kind] = {  # of scheduler_config.json
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """`parts` are networks and their weights by diffusers' names of them; made by `load`."""
+    """A pipeline folder and its loaded networks; made by `load`, called on prompts.
+
+    A subclass is a class of pipelines. It says what its networks are called and how a prompt
+    becomes the denoiser's condition.
+    """
 
     folder: Path
-    index: dict[str, Any]  # model_index.json
-    parts: dict[str, tuple[Net, Params]]
-    student: str | Path = ""  # the folder that the denoiser comes from, where it is another
-    _programs: dict[Any, Any] = dataclasses.field(
-        default_factory=dict, repr=False
-    )  # compiled functions by what they do
+    index: dict[str, Any]  # the content of model_index.json
+    parts: dict[str, tuple[Net, Params]]  # networks and their weights by diffusers' names
+    student: str | Path = ""  # the folder of the denoiser where it is not the pipeline's own
+    # compiled functions by what they do
+    _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
+    # Names of the denoisers: where there are two, the first serves times from `boundary_ratio` on
     denoisers = ("transformer",)
+    # Names of the text encoders
     texts = ("text_encoder",)
-    schedulers = FLOWS  # diffusers' classes that go through such times
+    # The schedulers and kinds of prediction whose times and outputs are supported
+    schedulers = FLOW_SCHEDULERS
     predictions = ("flow_prediction",)
-    param = Velocity(time_scale=1000.0)  # how the denoiser is read
-    process: ClassVar[Process] = Flow()  # what it was trained on, and what times mean
-
-    def encode(
-        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
-    ) -> dict[str, Array]:
-        """The denoiser's condition, batched over prompts and behind them negative prompts, for
-        pictures of `size` (height, width).
-        """
-        raise NotImplementedError
-
-    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
-        """The shape of `count` samples of the denoiser. Raises Refused where the size does not
-        divide.
-        """
-        if any(n % self.down for n in size):
-            raise Refused(f"size={size}: expected multiples of {self.down}")
-        if frames != 1:
-            raise Refused(f"frames={frames}: {type(self).__name__} makes pictures, expected 1")
-        return (count, size[0] // self.down, size[1] // self.down, self.vae[0].config.latents)
-
-    def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
-        """Where the sampler asks the denoiser [steps], falling: even steps of the flow, shifted as
-        the scheduler's config says.
-        """
-        config = self.scheduler
-        even = np.linspace(1, 1 / _count(steps), steps)
-        shift = config.get("shift", config.get("flow_shift") or 1.0)
-        if config.get("use_dynamic_shifting"):
-            shift = np.exp(
-                _dynamic(config, size[0] // self.down // 2 * (size[1] // self.down // 2))
-            )
-        times = shift * even / (1 + (shift - 1) * even)
-        if (
-            end := config.get("shift_terminal")
-        ) and steps > 1:  # one step is at 1, which no stretch moves
-            times = 1 - (1 - times) * (1 - end) / (1 - times[-1])
-        return self._falling(times)
-
-    def _falling(self, times: np.ndarray) -> np.ndarray:
-        """`times` again. Raises Refused where they do not fall in 0..1, so that no sampler could
-        step from one to the next.
-        """
-        if not (
-            np.isfinite(times).all()
-            and (np.diff(times) < 0).all()
-            and times[-1] >= 0
-            and times[0] <= 1
-        ):
-            first = ", ".join(f"{t:.4g}" for t in times[:8])
-            raise Refused(
-                f"{self._scheduler_file}: {len(times)} steps have the times {first}, expected falling ones in 0..1"
-            )
-        return times
-
-    def network(self, weights: dict[str, Params]):
-        """`(x, t, cond) -> Pred` in `self.process`, of denoisers' weights by name."""
-        wrap = Denoiser(param=self.param, native=self.process).wrap
-        calls = [
-            wrap(functools.partial(self.parts[name][0].apply, w), self.process)
-            for name, w in weights.items()
-        ]
-        return (
-            calls[0]
-            if len(calls) == 1
-            else by_time(calls, (float(self.index["boundary_ratio"]),), shared=True)
-        )
-
-    def run(
-        self,
-        name: str,
-        *args: Any,
-        method: str = "__call__",
-        taps: tuple[int, ...] = (),
-        **arrays: Any,
-    ) -> Any:
-        """A method of a part, compiled once."""
-        net, params = self.parts[name]
-        if (
-            name in self.texts
-            and isinstance(args[0], np.ndarray)
-            and args[0].size
-            and args[0].max() >= net.config.vocab
-        ):
-            raise Refused(
-                f"{self.folder}: a tokenizer gives token {args[0].max()}, expected one below {net.config.vocab}, the words of {name}"
-            )
-        call = functools.partial(net.apply, method=method, **({"taps": taps} if taps else {}))
-        return self._program((name, method, taps), call)(params, *args, **arrays)
-
-    def sample(
-        self, cond, null, noise: Array, times: Array, key: Array, renoises: bool, guidance: float
-    ) -> Array:
-        """x0 at the end of the chain, compiled once for each kind of it."""
-
-        def run(weights, cond, null, noise, times, key):
-            net = self.network(weights)
-            call = lambda x, t: guided(net, x, t, cond, null, guidance)
-            xt, t = fewstep.simulate(
-                self.process, call, noise, times, key, len(times) - 1, "" if renoises else "ddim"
-            )
-            return call(xt, t).x0
-
-        weights = {name: self.parts[name][1] for name in self.denoisers if name in self.parts}
-        return self._program(("sample", renoises, guidance), run)(
-            weights, cond, null, noise, times, key
-        )
-
-    def decode(self, x0: Array) -> np.ndarray:
-        """Pixels of a denoiser's x0, uint8 [B (F) H W 3]."""
-        net, params = self.vae
-
-        def run(params, x0):
-            x = net.apply(params, net.apply(params, x0, method="denormalise"), method="decode")
-            return jnp.round(jnp.clip(x / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-        return np.asarray(self._program("pixels", run)(params, x0))
-
-    def _program(self, key: Any, function: Callable) -> Callable:
-        if key not in self._programs:
-            self._programs[key] = jax.jit(function)
-        return self._programs[key]
-
-    @property
-    def _scheduler_file(self) -> Path:
-        """scheduler_config.json, of the student where it has its own."""
-        files = [Path(folder) / SCHEDULER for folder in (self.student, self.folder) if folder]
-        return next((file for file in files if file.exists()), files[-1])
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """The scheduler's config. Raises Refused where it is of no class that gives these times, or
-        of values that none has.
-        """
-        config = read_json(self._scheduler_file)
-        file = self._scheduler_file
-        check(config, file, SETTINGS)
-        if "_class_name" in config:
-            lookup(dict.fromkeys(self.schedulers), config["_class_name"], f"{file}: _class_name")
-        if config.get("prediction_type") is not None:
-            lookup(
-                dict.fromkeys(self.predictions),
-                config["prediction_type"],
-                f"{file}: prediction_type",
-            )
-        if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
-            raise Refused(
-                f"{file}: base_image_seq_len and max_image_seq_len are equal, expected two lengths to go between"
-            )
-        return config
-
-    @property
-    def down(self) -> int:
-        """Pixels a side of a latent."""
-        return self.vae[0].config.down
-
-    @property
-    def vae(self) -> tuple[Net, Params]:
-        return self.parts["vae"]
+    # How the denoiser's output is read
+    param = Velocity(time_scale=1000.0)
+    # The process that the denoiser was trained on; all times here are times of it
+    process: ClassVar[Process] = Flow()
 
     def __call__(
         self,
@@ -270,133 +127,366 @@ class Pipeline:
         noise: Array | None = None,
         key: Array | None = None,
     ) -> np.ndarray:
-        """Pixels uint8 [B H W 3], or [B F H W 3] of videos, one for each prompt.
+        """Pictures or videos for prompts, by the sampler of few-step students.
 
-        The chain of few-step students (samplers/fewstep.py): x0 at each of `times` of
-        `self.process`, then fresh noise (`renoises`) or its own predicted noise (DDIM). `noise`,
-        unit Gaussian of shape `latents` and drawn from `key` where not given, is the first state as
-        it stands, as in diffusers. With `guidance` w above 1, twice the evaluations: null + w (cond
-        - null), null from the `negative` prompt. Raises Refused where sizes do not fit.
+        At each time the denoiser predicts x0; the state of the next time is x0 with noise.
+
+        Args:
+            prompts: One text for each sample.
+            times: Falling times of `self.process` at which the denoiser is evaluated.
+            size: Height and width in pixels.
+            frames: Length of a video; 1 for a picture.
+            renoises: Whether the noise between two times is fresh, or the predicted one (DDIM).
+            guidance: Scale w of null + w (cond - null); other than 1, twice the evaluations.
+            negative: The prompt of the null condition.
+            noise: The first state as it stands, of the shape `latents`; None: unit Gaussian, drawn
+                from `key`.
+            key: For all draws; None: key 0.
+
+        Returns:
+            Pixels, uint8 [B H W 3], or [B F H W 3] of videos.
+
+        Raises:
+            Refused: A size or the noise does not fit the networks.
         """
-        key = jax.random.key(0) if key is None else key
         prompts = list(prompts)
+        if key is None:
+            key = jax.random.key(0)
         shape = self.latents(len(prompts), size, frames)
         noise = jax.random.normal(key, shape) if noise is None else jnp.asarray(noise)
         if noise.shape != shape:
             raise Refused(f"noise {list(noise.shape)}: expected {list(shape)}")
+        cond, null = self._conditions(prompts, [negative] if guidance != 1.0 else [], size)
+        times = jnp.asarray(times, jnp.float32)
+        x0 = self.sample(cond, null, noise, times, key, renoises, guidance)
+        return self.decode(x0)
+
+    def _conditions(
+        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
+    ) -> tuple[dict[str, Array], dict[str, Array] | None]:
+        """(condition, null condition) with a sample for each prompt; null is None without negative
+        prompts.
+
+        Equal prompts are encoded once.
+        """
         texts = list(dict.fromkeys(prompts))
-        negatives = [negative] if guidance != 1.0 else []
-        both = self.encode(texts, negatives, size)  # each text once
-        rows = lambda index: jax.tree.map(lambda c: c[np.array(index)], both)
-        cond = rows([texts.index(p) for p in prompts])
-        null = rows([len(texts)] * len(prompts)) if negatives else None
-        return self.decode(
-            self.sample(cond, null, noise, jnp.asarray(times, jnp.float32), key, renoises, guidance)
-        )
+        encoded = self.encode(texts, negatives, size)
+
+        def take(places: list[int]) -> dict[str, Array]:
+            return jax.tree.map(lambda array: array[np.array(places)], encoded)
+
+        cond = take([texts.index(prompt) for prompt in prompts])
+        null = take([len(texts)] * len(prompts)) if negatives else None
+        return cond, null
+
+    def encode(
+        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
+    ) -> dict[str, Array]:
+        """The denoiser's condition for pictures of `size` (height, width), batched over the prompts
+        and, behind them, the negative prompts.
+        """
+        raise NotImplementedError
+
+    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+        """The shape of `count` samples of the denoiser.
+
+        Raises Refused where the size or the number of frames is none that the networks can make.
+        """
+        if any(n % self.down for n in size):
+            raise Refused(f"size={size}: expected multiples of {self.down}")
+        if frames != 1:
+            raise Refused(f"frames={frames}: {type(self).__name__} makes pictures, expected 1")
+        net, _ = self.vae
+        return (count, size[0] // self.down, size[1] // self.down, net.config.latents)
+
+    def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
+        """The times [steps] at which the scheduler's config evaluates the denoiser: even steps of
+        the flow, shifted.
+
+        Raises Refused where they do not fall from at most 1 to at least 0.
+        """
+        config = self.scheduler
+        even = np.linspace(1, 1 / _positive(steps), steps)
+        if config.get("use_dynamic_shifting"):
+            tokens = (size[0] // self.down // 2) * (size[1] // self.down // 2)
+            shift = np.exp(_log_shift(config, tokens))
+        else:
+            shift = config.get("shift", config.get("flow_shift") or 1.0)
+        times = shift * even / (1 + (shift - 1) * even)
+        end = config.get("shift_terminal")
+        if end and steps > 1:  # a single time is 1, which the stretch to `end` leaves where it is
+            times = 1 - (1 - times) * (1 - end) / (1 - times[-1])
+        return self._falling(times)
+
+    def _falling(self, times: np.ndarray) -> np.ndarray:
+        """`times`. Raises Refused where they do not fall within 0..1, so that no sampler could step
+        from one to the next.
+        """
+        falls = np.isfinite(times).all() and (np.diff(times) < 0).all()
+        if not (falls and times[-1] >= 0 and times[0] <= 1):
+            first = ", ".join(f"{t:.4g}" for t in times[:8])
+            raise Refused(
+                f"{self._scheduler_file}: {len(times)} steps have the times {first}, expected "
+                "falling ones in 0..1"
+            )
+        return times
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config.
+
+        Raises Refused where its class or its prediction is not supported, or a value is none that a
+        scheduler can have.
+        """
+        file = self._scheduler_file
+        config = read_json(file)
+        check(config, file, SCHEDULER_KINDS)
+        if "_class_name" in config:
+            names = dict.fromkeys(self.schedulers)
+            lookup(names, config["_class_name"], f"{file}: _class_name")
+        if config.get("prediction_type") is not None:
+            kinds = dict.fromkeys(self.predictions)
+            lookup(kinds, config["prediction_type"], f"{file}: prediction_type")
+        if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
+            raise Refused(
+                f"{file}: base_image_seq_len and max_image_seq_len are equal, expected two lengths "
+                "to go between"
+            )
+        return config
+
+    @property
+    def _scheduler_file(self) -> Path:
+        """The student's scheduler_config.json where it has one, else the pipeline's."""
+        own = self.folder / SCHEDULER
+        if self.student and (Path(self.student) / SCHEDULER).exists():
+            return Path(self.student) / SCHEDULER
+        return own
+
+    @property
+    def vae(self) -> tuple[Net, Params]:
+        """The autoencoder and its weights."""
+        return self.parts["vae"]
+
+    @property
+    def down(self) -> int:
+        """Pixels along a side of a latent."""
+        net, _ = self.vae
+        return net.config.down
+
+    def run(
+        self,
+        name: str,
+        *args: Any,
+        method: str = "__call__",
+        taps: tuple[int, ...] = (),
+        **arrays: Any,
+    ) -> Any:
+        """A method of one of the networks, compiled once.
+
+        Raises Refused where a text encoder is given a token that its vocabulary does not have.
+        """
+        net, params = self.parts[name]
+        if name in self.texts and isinstance(args[0], np.ndarray):
+            self._check_tokens(name, args[0])
+        options = {"taps": taps} if taps else {}
+        call = functools.partial(net.apply, method=method, **options)
+        return self._compiled((name, method, taps), call)(params, *args, **arrays)
+
+    def _check_tokens(self, name: str, tokens: np.ndarray) -> None:
+        net, _ = self.parts[name]
+        if tokens.size and tokens.max() >= net.config.vocab:
+            raise Refused(
+                f"{self.folder}: a tokenizer gives token {tokens.max()}, expected one below "
+                f"{net.config.vocab}, the words of {name}"
+            )
+
+    def network(self, weights: Mapping[str, Params]) -> Callable:
+        """The denoiser, `(x, t, cond) -> Pred` in `self.process`; of two, each serves its times.
+
+        `weights` are those of the denoisers by name.
+        """
+        wrap = Denoiser(param=self.param, native=self.process).wrap
+        experts = []
+        for name, params in weights.items():
+            net, _ = self.parts[name]
+            experts.append(wrap(functools.partial(net.apply, params), self.process))
+        if len(experts) == 1:
+            return experts[0]
+        boundary = float(self.index["boundary_ratio"])
+        return by_time(experts, (boundary,), shared=True)
+
+    def sample(
+        self,
+        cond: dict[str, Array],
+        null: dict[str, Array] | None,
+        noise: Array,
+        times: Array,
+        key: Array,
+        renoises: bool,
+        guidance: float,
+    ) -> Array:
+        """The denoiser's x0 at the last of `times`; arguments as of `__call__`."""
+        solver = "" if renoises else "ddim"
+
+        def run(weights, cond, null, noise, times, key):
+            net = self.network(weights)
+
+            def denoise(x, t):
+                return guided(net, x, t, cond, null, guidance)
+
+            last = len(times) - 1
+            xt, t = fewstep.simulate(self.process, denoise, noise, times, key, last, solver)
+            return denoise(xt, t).x0
+
+        present = [name for name in self.denoisers if name in self.parts]
+        weights = {name: self.parts[name][1] for name in present}
+        program = self._compiled(("sample", renoises, guidance), run)
+        return program(weights, cond, null, noise, times, key)
+
+    def decode(self, x0: Array) -> np.ndarray:
+        """Pixels of the denoiser's x0, uint8 [B (F) H W 3]."""
+        net, params = self.vae
+
+        def run(params, x0):
+            latents = net.apply(params, x0, method="denormalise")
+            x = net.apply(params, latents, method="decode")
+            return jnp.round(jnp.clip(x / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+        return np.asarray(self._compiled("pixels", run)(params, x0))
+
+    def _compiled(self, name: Any, function: Callable) -> Callable:
+        """The compiled function of that name; `function` where there is none yet."""
+        if name not in self._programs:
+            self._programs[name] = jax.jit(function)
+        return self._programs[name]
 
 
-def _count(steps: int) -> int:
-    """`steps` again. Raises Refused below 1."""
+def _positive(steps: int) -> int:
+    """`steps`. Raises Refused where it is no whole number of at least 1."""
     if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise Refused(f"steps={steps}: expected a positive whole number")
     return steps
 
 
-def _dynamic(config: dict[str, Any], tokens: int) -> float:
-    """log of the shift for a number of tokens: linear between two resolutions, as
-    FlowMatchEulerDiscreteScheduler's config says.
+def _log_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The logarithm of the shift for a picture of `tokens` patches: a line through the shifts of
+    two resolutions, as FlowMatchEulerDiscreteScheduler has it.
     """
-    get = lambda key, default: config.get(key, default)
-    slope = (get("max_shift", 1.15) - get("base_shift", 0.5)) / (
-        get("max_image_seq_len", 4096) - get("base_image_seq_len", 256)
-    )
-    return get("base_shift", 0.5) + slope * (tokens - get("base_image_seq_len", 256))
+    low = config.get("base_shift", 0.5)
+    high = config.get("max_shift", 1.15)
+    fewest = config.get("base_image_seq_len", 256)
+    most = config.get("max_image_seq_len", 4096)
+    slope = (high - low) / (most - fewest)
+    return low + slope * (tokens - fewest)
 
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusionXL(Pipeline):
-    """Two CLIP text towers side by side; times are those of DDPM in 0..1, index 999 t."""
+    """Two CLIP text towers side by side; DDPM, where index i of 1000 is the time i / 999."""
 
-    schedulers = DIFFUSIONS
-    predictions = tuple(PREDICTIONS)
     denoisers = ("unet",)
     texts = ("text_encoder", "text_encoder_2")
+    schedulers = DDPM_SCHEDULERS
+    predictions = tuple(PREDICTIONS)
     process = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
 
     @property
     def param(self) -> Velocity:
-        return PREDICTIONS[self.scheduler.get("prediction_type") or "epsilon"](time_scale=999.0)
+        """How the denoiser's output is read, as the scheduler's config says."""
+        kind = self.scheduler.get("prediction_type") or "epsilon"
+        return PREDICTIONS[kind](time_scale=999.0)
 
-    def times(self, steps, size, frames=1):
-        """Even steps from the last index down ("trailing"), which of a one-step student is its
-        time.
+    def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
+        """Even steps down from the last index ("trailing" in diffusers).
+
+        A one-step student's scheduler ends at the student's own index, so that this is its time.
         """
         count = self.scheduler.get("num_train_timesteps", 1000)
-        return self._falling(
-            (np.round(np.arange(count, 0, -count / _count(steps)))[:steps] - 1) / 999
-        )
+        numbers = np.round(np.arange(count, 0, -count / _positive(steps)))[:steps]
+        return self._falling((numbers - 1) / 999)
 
-    def encode(self, prompts, negatives, size):
-        parts = []
-        both = [*prompts, *negatives]
+    def encode(
+        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
+    ) -> dict[str, Array]:
+        """Features of the last layer but one of both towers, the second tower's summary, and the
+        size. An empty negative prompt is zeros where the pipeline's index says so.
+        """
+        texts = [*prompts, *negatives]
+        features = []
         for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
-            config = self.parts[name][0].config
-            tokens, _ = tokenize(self.folder / tokenizer, both, config.max_length)
-            states, features = self.run(name, tokens, taps=(config.depth - 2,))
-            parts.append(features[0])
-        pooled = self.run(name, states, tokens, method="pool")
+            net, _ = self.parts[name]
+            tokens, _ = tokenize(self.folder / tokenizer, texts, net.config.max_length)
+            states, (penultimate,) = self.run(name, tokens, taps=(net.config.depth - 2,))
+            features.append(penultimate)
+        pooled = self.run("text_encoder_2", states, tokens, method="pool")
         zeros = self.index.get("force_zeros_for_empty_prompt")
-        given = np.array([True] * len(prompts) + [bool(p) or not zeros for p in negatives])[:, None]
-        sizes = jnp.tile(jnp.float32([*size, 0, 0, *size]), (len(both), 1))
+        is_given = [True] * len(prompts) + [bool(text) or not zeros for text in negatives]
+        given = np.array(is_given)[:, None]
+        height, width = size
+        # the original size, the corner of the crop, and the size that is asked for
+        sizes = jnp.float32([height, width, 0, 0, height, width])
         return {
-            "text": jnp.concatenate(parts, -1) * given[..., None],
+            "text": jnp.concatenate(features, -1) * given[..., None],
             "pooled": pooled * given,
-            "size": sizes,
+            "size": jnp.tile(sizes, (len(texts), 1)),
         }
 
 
 @dataclasses.dataclass(frozen=True)
 class Sana(Pipeline):
-    """Gemma 2's states of the prompt. The released pipeline has a long instruction before every
-    prompt: give it as `instruction`.
+    """Gemma 2's features of the prompt.
+
+    The released pipeline puts a long instruction before every prompt: give it as `instruction`.
     """
 
     instruction: str = ""
 
-    length = 300
+    length = 300  # tokens that the denoiser is given
 
-    def encode(self, prompts, negatives, size):
-        folder = self.folder / "tokenizer"
-        extra = (
-            tokenize(folder, [self.instruction], None)[0].shape[1] - 2 if self.instruction else 0
-        )
-        rows = [self._states(folder, self.instruction, prompts, self.length + extra)]
-        rows += [self._states(folder, "", negatives, self.length)] if negatives else []
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *rows)
-
-    def _states(
-        self, folder: Path, before: str, prompts: list[str], length: int
+    def encode(
+        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
     ) -> dict[str, Array]:
-        """Of the first token and the last ones, `self.length` in all."""
-        tokens, mask = tokenize(folder, [before + p.lower().strip() for p in prompts], length)
+        """Features of `length` tokens of each text; the instruction stands before the prompts
+        alone.
+        """
+        length = self.length
+        if self.instruction:
+            tokens, _ = tokenize(self.folder / "tokenizer", [self.instruction], None)
+            # as in the released pipeline: the begin token and a blank count once
+            length = self.length + tokens.shape[1] - 2
+        encoded = self._features(self.instruction, prompts, length)
+        if not negatives:
+            return encoded
+        null = self._features("", negatives, self.length)
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), encoded, null)
+
+    def _features(self, before: str, prompts: list[str], length: int) -> dict[str, Array]:
+        """Features of the first token and the last ones of `length`, `self.length` in all, for
+        texts that begin with `before`.
+        """
+        texts = [before + prompt.lower().strip() for prompt in prompts]
+        tokens, mask = tokenize(self.folder / "tokenizer", texts, length)
         kept = np.r_[0, np.arange(length - self.length + 1, length)]
-        return {
-            "text": self.run("text_encoder", tokens, mask=mask)[:, kept],
-            "mask": jnp.asarray(mask[:, kept]),
-        }
+        features = self.run("text_encoder", tokens, mask=mask)
+        return {"text": features[:, kept], "mask": jnp.asarray(mask[:, kept])}
 
 
 @dataclasses.dataclass(frozen=True)
 class QwenImage(Pipeline):
-    """Qwen2.5-VL's states of the prompt in a template, padding set to zero and masked."""
+    """Qwen2.5-VL's features of the prompt in a template."""
 
-    def encode(self, prompts, negatives, size):
-        texts = [QWEN_TEMPLATE.format(p) for p in (*prompts, *negatives)]
-        tokens, mask = tokenize(self.folder / "tokenizer", texts, 1024 + QWEN_PREFIX, longest=True)
-        states = self.run("text_encoder", tokens, mask=mask) * mask[..., None]
-        return {"text": states[:, QWEN_PREFIX:], "mask": jnp.asarray(mask[:, QWEN_PREFIX:])}
+    def encode(
+        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
+    ) -> dict[str, Array]:
+        """Features of the tokens behind the template's prefix; padding is zero and masked."""
+        texts = [QWEN_TEMPLATE.format(prompt) for prompt in (*prompts, *negatives)]
+        longest = 1024 + QWEN_PREFIX
+        tokens, mask = tokenize(self.folder / "tokenizer", texts, longest, to_longest=True)
+        features = self.run("text_encoder", tokens, mask=mask) * mask[..., None]
+        return {"text": features[:, QWEN_PREFIX:], "mask": jnp.asarray(mask[:, QWEN_PREFIX:])}
 
-    def latents(self, count, size, frames):
+    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+        """As of all pipelines, where the denoiser takes patches of two by two latents."""
         if any(n % (2 * self.down) for n in size):
             raise Refused(f"size={size}: expected multiples of {2 * self.down}")
         return super().latents(count, size, frames)
@@ -404,26 +494,34 @@ class QwenImage(Pipeline):
 
 @dataclasses.dataclass(frozen=True)
 class Wan(Pipeline):
-    """UMT5's states of the prompt; latents of videos. With two experts, the first serves times from
-    boundary_ratio on.
+    """UMT5's features of the prompt; latents of videos.
+
+    With two experts, the first serves times from the index's boundary_ratio on.
     """
 
     denoisers = ("transformer", "transformer_2")
 
-    def encode(self, prompts, negatives, size):
-        clean = [
-            re.sub(r"\s+", " ", html.unescape(html.unescape(p))).strip()
-            for p in (*prompts, *negatives)
-        ]
-        tokens, mask = tokenize(self.folder / "tokenizer", clean, 512)
+    def encode(
+        self, prompts: list[str], negatives: list[str], size: tuple[int, int]
+    ) -> dict[str, Array]:
+        """Features of 512 tokens, of texts without HTML's escapes and repeated blanks."""
+        texts = []
+        for prompt in (*prompts, *negatives):
+            plain = html.unescape(html.unescape(prompt))
+            texts.append(re.sub(r"\s+", " ", plain).strip())
+        tokens, mask = tokenize(self.folder / "tokenizer", texts, 512)
         return {"text": self.run("text_encoder", tokens, mask=mask), "mask": jnp.asarray(mask)}
 
-    def latents(self, count, size, frames):
-        step = 2 ** sum(self.vae[0].config.temporal)
-        if frames % step != 1:
-            raise Refused(f"frames={frames}: expected 1 more than a multiple of {step}")
-        shape = super().latents(count, size, 1)
-        return (count, (frames - 1) // step + 1, *shape[1:])
+    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+        """The shape of `count` videos: one latent frame for the first frame, and one for each
+        further group of frames.
+        """
+        net, _ = self.vae
+        group = 2 ** sum(net.config.temporal)
+        if frames % group != 1:
+            raise Refused(f"frames={frames}: expected 1 more than a multiple of {group}")
+        picture = super().latents(count, size, 1)
+        return (count, (frames - 1) // group + 1, *picture[1:])
 
 
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -435,59 +533,89 @@ PIPELINES: dict[str, type[Pipeline]] = {
 
 
 def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32") -> Pipeline:
-    """The pipeline in `folder`, weights in `dtype`; with `student`, an exported folder in place of
-    the denoiser.
+    """The pipeline in `folder`.
 
-    Raises Refused where there is no pipeline, one of another class, or a part that `interop.load`
-    refuses.
+    Args:
+        folder: A pipeline as diffusers stores it.
+        student: An exported folder, loaded in place of the denoiser; one student serves all times.
+        dtype: Of all weights.
+
+    Raises:
+        Refused: `folder` holds no pipeline, or one of another class; a part is missing, or
+            `interop.load` refuses it; the student is a network of another kind.
     """
     folder = Path(folder)
-    index = read_json(folder / "model_index.json")
-    check({"_class_name": index.get("_class_name", "")}, folder / "model_index.json", SETTINGS)
-    cls = lookup(PIPELINES, index.get("_class_name", ""), f"{folder / 'model_index.json'}: class")
-    if student and (found := type(interop.describe(student))) is not (
-        kind := type(interop.describe(folder / cls.denoisers[0]))
-    ):
+    file = folder / "model_index.json"
+    index = read_json(file)
+    name = index.get("_class_name", "")
+    check({"_class_name": name}, file, SCHEDULER_KINDS)
+    kind = lookup(PIPELINES, name, f"{file}: class")
+    if student:
+        _check_student(student, folder / kind.denoisers[0])
+    parts = _load_parts(kind, folder, index, student, dtype)
+    for part in (*kind.texts, kind.denoisers[0], "vae"):
+        if part not in parts:
+            raise Refused(f"{file}: {part} is missing")
+    made = kind(folder, index, parts, student)
+    if all(part in parts for part in kind.denoisers) and len(kind.denoisers) > 1:
+        boundary = {"boundary_ratio": index.get("boundary_ratio")}
+        check(boundary, file, {"boundary_ratio": real(0, 1)})
+    if made._scheduler_file.exists():
+        _ = made.scheduler  # which is checked when it is read
+    return made
+
+
+def _check_student(student: str | Path, denoiser: Path) -> None:
+    """Raises Refused where the student's network is of another class than the denoiser."""
+    found = type(interop.describe(student))
+    expected = type(interop.describe(denoiser))
+    if found is not expected:
         raise Refused(
-            f"student={student}: is a {found.__name__}, expected the {kind.__name__} of {folder / cls.denoisers[0]}"
+            f"student={student}: is a {found.__name__}, expected the {expected.__name__} of "
+            f"{denoiser}"
         )
+
+
+def _load_parts(
+    kind: type[Pipeline], folder: Path, index: dict[str, Any], student: str | Path, dtype: str
+) -> dict[str, tuple[Net, Params]]:
+    """The networks that the index names. Raises Refused where an entry names no class."""
+    first, *others = kind.denoisers
     parts = {}
-    for name in (*cls.texts, *cls.denoisers, "vae"):
-        given = index.get(name) or [None]
-        if not isinstance(given, list):
+    for name in (*kind.texts, first, *others, "vae"):
+        entry = index.get(name) or [None]
+        if not isinstance(entry, list):
             raise Refused(
-                f"{folder / 'model_index.json'}: {name} is {shown(repr(given))}, expected a library and a class"
+                f"{folder / 'model_index.json'}: {name} is {quoted(entry)}, expected a library and "
+                "a class"
             )
-        if given[0] is not None:
-            replaced = student and name == cls.denoisers[0]
-            parts[name] = interop.load(student if replaced else folder / name, dtype)
-    if student and len(cls.denoisers) > 1:
-        parts.pop(cls.denoisers[1], None)  # one student serves all times
-    if missing := [name for name in (*cls.texts, cls.denoisers[0], "vae") if name not in parts]:
-        raise Refused(f"{folder / 'model_index.json'}: {missing[0]} is missing")
-    found = cls(folder, index, parts, student)
-    if len(found.denoisers) > 1 and found.denoisers[1] in parts:
-        check(
-            {"boundary_ratio": index.get("boundary_ratio")},
-            folder / "model_index.json",
-            {"boundary_ratio": real(0, 1)},
-        )
-    if found._scheduler_file.exists():
-        found.scheduler  # noqa: B018 - is checked when it is read
-    return found
+        if entry[0] is None or (student and name in others):
+            continue
+        place = student if student and name == first else folder / name
+        parts[name] = interop.load(place, dtype)
+    return parts
 
 
 def tokenize(
-    folder: Path, texts: Sequence[str], length: int | None, *, longest: bool = False
+    folder: Path, texts: Sequence[str], length: int | None, *, to_longest: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [B L], mask bool [B L]) of a stored tokenizer, padded on the right to `length`
-    or the longest, cut at it.
+    """Texts as ids of a stored tokenizer, padded on the right.
 
-    Raises Refused where the folder holds none, or one that does not pad.
+    Args:
+        folder: The tokenizer's.
+        texts: B texts.
+        length: T, at which texts are cut; None: they are not cut.
+        to_longest: Whether T is the longest text's length instead, where that is smaller.
+
+    Returns:
+        Tokens int32 [B T] and a mask bool [B T], false on padding.
+
+    Raises:
+        Refused: The folder holds no tokenizer, or one that has no pad token.
     """
     given = _tokenizer(folder)(
         list(texts),
-        padding="longest" if longest or length is None else "max_length",
+        padding="longest" if to_longest or length is None else "max_length",
         max_length=length,
         truncation=length is not None,
         return_attention_mask=True,
@@ -497,7 +625,8 @@ def tokenize(
 
 
 @functools.cache
-def _tokenizer(folder: Path):
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, loaded once."""
     found = stored_tokenizer(folder, padding_side="right")
     if found.pad_token_id is None:
         raise Refused(f"tokenizer={folder}: has no pad token, which fills the prompts up")

@@ -1,9 +1,9 @@
-"""What the keys of a model's config.json may hold: one check of all families, before anything is
-computed of them.
+"""What the keys of a model's config.json may hold: one check for all families, before anything is
+computed from the values.
 
-Types are taken as written: 64.0 and "64" are no whole numbers, true is no number. The bounds are
-far beyond every published model, and low enough that nothing is allocated, or counted through, for
-a size that is absurd.
+Types are taken literally: 64.0 and "64" are no whole numbers, true is no number. The bounds are far
+beyond every published model, and low enough that an absurd size allocates nothing and starts no
+long loop.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused
-from jaxdistill.interop.safetensors import shown
+from jaxdistill.core.types import Refused, quoted
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a value may be: in words, and as a test of it."""
+    """What a value may be."""
 
-    words: str
+    words: str  # for messages
     holds: Callable[[Any], bool]
 
 
 def whole(low: int, high: int) -> Kind:
+    """A whole number, both bounds included."""
     return Kind(
-        f"a whole number from {low} to {high}", lambda v: type(v) is int and low <= v <= high
+        f"a whole number from {low} to {high}",
+        lambda v: type(v) is int and low <= v <= high,
     )
 
 
 def real(low: float, high: float) -> Kind:
-    """A finite number; infinity and NaN lie outside of every bound."""
+    """A number, both bounds included; infinities and NaN lie outside of all bounds."""
     return Kind(
-        f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
+        f"a number from {low:g} to {high:g}",
+        lambda v: type(v) in (int, float) and low <= v <= high,
     )
 
 
@@ -47,21 +49,27 @@ def above(low: float, high: float) -> Kind:
 
 
 def either(*kinds: Kind) -> Kind:
+    """A value of any of the kinds."""
     return Kind(
-        " or ".join(kind.words for kind in kinds), lambda v: any(kind.holds(v) for kind in kinds)
+        " or ".join(kind.words for kind in kinds),
+        lambda v: any(kind.holds(v) for kind in kinds),
     )
 
 
 def several(kind: Kind, least: int = 0, most: int = 16) -> Kind:
-    """A list; levels of resolution halve the picture, so that no list is long."""
+    """A list of `least` to `most` values, mostly one for each level of resolution."""
     count = f"{least}" if least == most else f"{least} to {most}"
-    return Kind(
-        f"a list of {count}, each {kind.words}",
-        lambda v: isinstance(v, list) and least <= len(v) <= most and all(map(kind.holds, v)),
-    )
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            return False
+        return all(kind.holds(element) for element in value)
+
+    return Kind(f"a list of {count}, each {kind.words}", holds)
 
 
 def maybe(kind: Kind) -> Kind:
+    """A value of the kind, or null."""
     return either(kind, Kind("null", lambda v: v is None))
 
 
@@ -78,9 +86,8 @@ PATCH = whole(1, 1024)
 TOKEN = whole(-1, 2**31 - 1)  # an id; -1: none, in old files
 EPS = real(0, 1)
 
-KINDS: dict[
-    str, Kind
-] = {  # null stands for a key that is not there; who needs it refuses it (`tables.setting`)
+# Null stands for a missing key, which is refused where it is read (interop/keys.py)
+KINDS: dict[str, Kind] = {
     # transformers: language models
     "vocab_size": COUNT,
     "hidden_size": WIDTH,
@@ -231,12 +238,15 @@ KINDS: dict[
 
 
 def check(
-    config: Mapping[str, Any], where: Path, own: Mapping[str, Kind] = {}, before: str = ""
+    config: Mapping[str, Any], file: Path, own: Mapping[str, Kind] = {}, prefix: str = ""
 ) -> None:
-    """Raises Refused, naming file, key and value, where a key of `KINDS` holds something else;
-    objects inside are checked too.
+    """Raises Refused, naming file, key and value, where a key holds something else than its kind.
 
-    `own` are the kinds of keys that hold something else in this family than elsewhere.
+    Args:
+        config: The content of `file`, or an object inside it.
+        file: For messages.
+        own: Kinds of keys that hold something else in this family than elsewhere.
+        prefix: What stands before the keys in messages, those of the objects around `config`.
     """
     for key, value in config.items():
         kind = own.get(key) or KINDS.get(key)
@@ -244,21 +254,24 @@ def check(
             continue
         if not kind.holds(value):
             raise Refused(
-                f"{where}: {before}{key}={shown(repr(value))} is not supported, expected {kind.words}"
+                f"{file}: {prefix}{key}={quoted(value)} is not supported, expected {kind.words}"
             )
         if isinstance(value, dict) and kind is not OBJECT:
-            check(value, where, own, f"{before}{key}.")
+            check(value, file, own, f"{prefix}{key}.")
 
 
-def check_fields(config: Any, where: Path) -> None:
+TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def check_fields(config: Any, file: Path) -> None:
     """Raises Refused where a field of our dataclass of sizes has another type than it declares."""
-    types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
     for field in dataclasses.fields(config):
+        expected = TYPES.get(field.type, ())
+        if str(field.type).startswith("tuple"):
+            expected = (tuple,)
         value = getattr(config, field.name)
-        expected = types.get(field.type) or (
-            (tuple,) if str(field.type).startswith("tuple") else None
-        )
         if expected and type(value) not in expected:
             raise Refused(
-                f"{where}: {type(config).__name__}.{field.name}={shown(repr(value))}: expected {field.type}"
+                f"{file}: {type(config).__name__}.{field.name}={quoted(value)}: expected "
+                f"{field.type}"
             )

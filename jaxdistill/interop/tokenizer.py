@@ -1,4 +1,4 @@
-"""What goes with a language student besides its weights: the tokens that end a text, and the
+"""What is exported with a language student besides its weights: the tokens that end a text, and the
 tokenizer's files.
 """
 
@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-STORED = (  # what `transformers` keeps a tokenizer in; never code
+# The files that `transformers` keeps a tokenizer in; none of them is code
+STORED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -24,37 +25,39 @@ STORED = (  # what `transformers` keeps a tokenizer in; never code
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+# Those that make no tokenizer without others
+ADDITIONS = {"special_tokens_map.json", "chat_template.jinja", "chat_template.json"}
 
 
 def with_special_tokens(config: Any, data: Any) -> Any:
-    """A language model's configuration with the end token of the data that it was trained on; any
-    other as it is.
+    """A language model's configuration with the end token of its training data.
 
-    Where the configuration has that token among its own, its vocabulary is the data's, and its
-    other special tokens stay.
-    Else those of the data take the place of all of them.
+    A configuration that has this token already has the data's vocabulary, and keeps its special
+    tokens. Any other takes all of the data's. A configuration without end tokens stays as it is.
     """
-    fields = (
-        {field.name for field in dataclasses.fields(config)}
-        if dataclasses.is_dataclass(config)
-        else set()
-    )
     codec = getattr(data, "codec", data)
     end = getattr(codec, "eos", None)
     if end is None or not isinstance(getattr(config, "eos", None), tuple):
         return config
-    new: dict[str, Any] = {"eos": config.eos if end in config.eos else (end,)}
-    if "bos" in fields:  # else the filler begins texts, as T5 has it
-        begin = getattr(codec, "bos", None)
-        new["bos"] = config.bos if end in config.eos else -1 if begin is None else begin
-        new["pad"] = config.pad if end in config.eos and config.pad >= 0 else codec.pad
+    fields = {field.name for field in dataclasses.fields(config)}
+    same_vocabulary = end in config.eos
+    new: dict[str, Any] = {}
+    if not same_vocabulary:
+        new["eos"] = (end,)
+    if "bos" in fields:  # a configuration without it begins texts with the padding token, as T5
+        if not same_vocabulary:
+            begin = getattr(codec, "bos", None)
+            new["bos"] = -1 if begin is None else begin
+        if not same_vocabulary or config.pad < 0:
+            new["pad"] = codec.pad
     return dataclasses.replace(config, **new)
 
 
 def tokenizer_files(experiment: Any, role: str) -> Mapping[str, Any]:
-    """The tokenizer of a role's ids by file name, JSON objects or paths: that of the data, else
-    that of the folder from which the role's weights come, through roles and runs; of fresh weights
-    the teacher's. Empty where there is none.
+    """The tokenizer of a role's ids by file name, JSON objects or paths; empty where there is none.
+
+    It is that of the data; else that of the folder from which the role's weights come, through
+    other roles and runs. For fresh weights it is the teacher's.
     """
     found = experiment.data.texts.tokenizer_files()
     if isinstance(found, Path):
@@ -63,21 +66,25 @@ def tokenizer_files(experiment: Any, role: str) -> Mapping[str, Any]:
 
 
 def _at_the_start(experiment: Any, role: str, seen: tuple[str, ...]) -> Mapping[str, Any]:
+    """The tokenizer of the folder from which a role's weights come; `seen` are the roles on the way
+    to it.
+    """
     source = experiment.source(role)
     if source == "fresh" and "teacher" in experiment.roles and role != "teacher":
         source = "teacher"
     if source in experiment.roles:
-        return {} if source in seen else _at_the_start(experiment, source, (*seen, role))
-    if (run := experiment.run_at(role, source)) is not None:
+        if source in seen:
+            return {}
+        return _at_the_start(experiment, source, (*seen, role))
+    run = experiment.run_at(role, source)
+    if run is not None:
         return tokenizer_files(run, "student")
-    return stored(Path(source)) if (Path(source) / "config.json").is_file() else {}
+    if not (Path(source) / "config.json").is_file():
+        return {}
+    return stored(Path(source))
 
 
 def stored(folder: Path) -> dict[str, Path]:
-    """The tokenizer's files in a folder; where there are none but code, none."""
+    """The files of the tokenizer in a folder, by name; empty where they make none."""
     files = {name: folder / name for name in STORED if (folder / name).is_file()}
-    return (
-        files
-        if files.keys() - {"special_tokens_map.json", "chat_template.jinja", "chat_template.json"}
-        else {}
-    )
+    return files if files.keys() - ADDITIONS else {}

@@ -123,7 +123,7 @@ def ict_probs(
 
 
 def ect_time(
-    t: Float[Array, "*B"],
+    t: float | Float[Array, "*B"],
     stage: int | Shaped[Array, "*K"],
     q: float = 2.0,
     k: float = 8.0,

@@ -16,7 +16,7 @@ import numpy as np
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.build import located
-from jaxdistill.core.needs import check_needs
+from jaxdistill.core.needs import check_condition, check_needs, condition_of
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.diffusion.process import Pred
@@ -155,28 +155,27 @@ def _check_sources(experiment: Experiment) -> None:
 
 
 def _check_calls(experiment: Experiment) -> None:
-    """Every denoiser takes the data's samples and conditions, and answers in their shape."""
+    """Every denoiser takes the samples and conditions of the data, and predicts in their shape."""
     batch = experiment.data.spec()
     if "x" not in batch:
         return
+    data = f"{experiment.where}.data"
+    t = jax.ShapeDtypeStruct(batch["x"].shape[:1], jnp.float32)
     for role, net in experiment.nets.items():
         cfg = experiment.roles[role]
         if cfg.init == "exact" or net.adapts or experiment.described(role)[1] is None:
             continue
         where = f"{experiment.where}.roles.{role}"
-        t = jax.ShapeDtypeStruct(batch["x"].shape[:1], jnp.float32)
-        with _fitting(
-            f"{where} ({_name(net)}) does not take {experiment.where}.data ({_shapes(batch)})"
-        ):
-            pred = jax.eval_shape(
-                _one(net).apply, _one(net).shapes, batch["x"], t, batch.get("cond")
-            )
+        who = f"{where} ({_name(net)})"
+        check_condition(batch.get("cond"), condition_of(net.config), who, f"{data}: cond")
+        call = _one(net).apply
+        with _fitting(f"{who} does not take {data} ({_shapes(batch)})"):
+            pred = jax.eval_shape(call, _one(net).shapes, batch["x"], t, batch.get("cond"))
         _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
         if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
             raise Refused(
-                f"{where} ({_name(net)}) answers {list(pred.x0.shape)} to"
-                f" {experiment.where}.data.x "
-                f"{list(batch['x'].shape)}, expected the same shape"
+                f"{who} answers {list(pred.x0.shape)} to {data}.x"
+                f" {list(batch['x'].shape)}, expected the same shape"
             )
 
 

@@ -10,7 +10,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -367,16 +367,24 @@ class Experiment:
         dtype = cfg.param_dtype if role in self.method.frozen else "float32"
         return abstract_params(self.mesh, cfg.rules, net, dtype, cfg.place)
 
-    def warm_starts(self) -> dict[str, Params]:
+    def warm_starts(self, roles: Collection[str] | None = None) -> dict[str, Params]:
         """role -> weights for every frozen role and every role whose `init` names a place; sharded
         as they arrive.
+
+        `roles`: those whose weights are read; None: all.
         """
         starts = {
             role: self._load(role)
             for role in self.roles
             if role in self.method.frozen or self.roles[role].init
+            if roles is None or role in roles
         }
         return {role: params for role, params in starts.items() if params is not None}
+
+    def with_bases(self, roles: Iterable[str]) -> set[str]:
+        """`roles`, and the roles whose weights their adapters go on."""
+        found = set(roles)
+        return found | {self.nets[role].adapts for role in found if self.nets[role].adapts}
 
     def _load(self, role: str) -> Params | None:
         net = self.nets[role]

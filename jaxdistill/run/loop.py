@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,11 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     metrics.read(
         Path(workdir) / "metrics.jsonl"
     )  # its curves go into the report: refused before the evaluation, not after it
-    trained = load(workdir, config)
+    given = records.read_config(Path(workdir)) if config is None else config
+    experiment = Experiment(given, Path(workdir))
+    method = experiment.method
+    roles = experiment.with_bases([*method.frozen, *method.exports])
+    trained = load(workdir, config, roles=roles)
     reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.runs}
     kept = {
         k: v for k, v in before["config"].items() if k not in records.JUDGED
@@ -150,10 +154,23 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
         return report.write(trained, reports, seconds=before["seconds"], config={**kept, **judged})
 
 
-def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
-    """A finished run's networks and weights, by its own config or one that is changed in what does
-    not matter to them (where data and teachers lie today, how to evaluate). Raises Refused where it
-    has not finished, is damaged, or its config.json was changed.
+def load(
+    workdir: str | Path,
+    config: ConfigDict | None = None,
+    *,
+    roles: Collection[str] | None = None,
+) -> Trained:
+    """A finished run's networks and weights.
+
+    Args:
+        workdir: The run's folder.
+        config: The run's own config (None), or one that is changed in what does not matter to the
+            weights: where data and teachers lie today, how to evaluate.
+        roles: The roles whose weights are read (None: all). A run with a surgery reads all of them,
+            which the surgery takes.
+
+    Raises:
+        Refused: The run has not finished, is damaged, or its config.json was changed.
     """
     workdir = records.local(workdir, "--workdir")
     if config is None or (workdir / "config.json").exists():
@@ -163,7 +180,7 @@ def load(workdir: str | Path, config: ConfigDict | None = None) -> Trained:
     experiment = Experiment(config, workdir)
     stages = _done(experiment)
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        return _as_given(_result(experiment, stages, len(stages)))
+        return _as_given(_result(experiment, stages, len(stages), roles))
 
 
 def _done(experiment: Experiment) -> tuple[Stage, ...]:
@@ -199,14 +216,29 @@ def _check_folder(config: ConfigDict, workdir: Path) -> None:
         raise Refused(f"{workdir} holds a run of another config: {changed}; give another --workdir")
 
 
-def _result(experiment: Experiment, stages: tuple[Stage, ...], done: int) -> Trained:
-    """Networks and weights after `done` stages."""
-    params = experiment.warm_starts()
+def _result(
+    experiment: Experiment,
+    stages: tuple[Stage, ...],
+    done: int,
+    roles: Collection[str] | None = None,
+) -> Trained:
+    """Networks and weights after `done` stages.
+
+    `roles`: those whose weights are read, where no stage has a surgery; None: all.
+    """
+    replaced = {role for stage in stages[:done] for role in stage.method.inits}
+    if any(stage.surgery for stage in stages[:done]):  # which takes the weights of all roles
+        roles = None
+        replaced = set()
+    roles = set(experiment.roles if roles is None else roles)
+    params = experiment.warm_starts(roles - replaced)
     nets = dict(experiment.nets)
     for i, stage in enumerate(stages[:done]):
         nets, params = _prepare(experiment, stage, nets, params)
-        shapes = {role: experiment.abstract(nets[role], role) for role in stage.method.inits}
-        params |= load_params(experiment.workdir / "stages" / str(i), shapes)
+        trained = [role for role in stage.method.inits if role in roles]
+        shapes = {role: experiment.abstract(nets[role], role) for role in trained}
+        if shapes:
+            params |= load_params(experiment.workdir / "stages" / str(i), shapes)
     return Trained(experiment, nets, params)
 
 
@@ -217,7 +249,7 @@ def _as_given(trained: Trained) -> Trained:
     experiment = trained.experiment
     if not any(stage.surgery for stage in experiment.method.stages(experiment.settings.steps)[1:]):
         return trained
-    given = experiment.warm_starts()
+    given = experiment.warm_starts(experiment.method.frozen)
     frozen = [
         role for role in experiment.method.frozen if role in given
     ]  # the others are a surgery's own

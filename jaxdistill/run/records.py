@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jaxdistill.core.build import Run, completed, current
-from jaxdistill.core.types import Refused, one_line
+from jaxdistill.core.types import Refused, one_line, quoted
 
 FREE = (
     "log_every",
@@ -94,7 +94,7 @@ def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, A
     """
     if not isinstance(found, dict):
         raise Refused(
-            f"{where}: is {_brief(found)}, expected an object with the keys {', '.join(wanted)}"
+            f"{where}: is {quoted(found)}, expected an object with the keys {', '.join(wanted)}"
         )
     for key, kinds in wanted.items():
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
@@ -107,7 +107,7 @@ def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, A
             or not _holds(value)
         ):
             raise Refused(
-                f"{where}: {key} is {_brief(value)}, expected"
+                f"{where}: {key} is {quoted(value)}, expected"
                 f" {' or '.join(kind.__name__ for kind in kinds)}"
             )
     return found
@@ -116,11 +116,6 @@ def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, A
 def _holds(value: Any) -> bool:
     """Whether a float can hold this number; true of all that is none."""
     return not isinstance(value, int) or -(2**1023) < value < 2**1023
-
-
-def _brief(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_config(workdir: Path) -> ConfigDict:
@@ -136,7 +131,7 @@ def read_config(workdir: Path) -> ConfigDict:
     try:
         return ConfigDict(current(found))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Refused(f"{file}: is no config ({_brief(str(error))})") from error
+        raise Refused(f"{file}: is no config ({one_line(error, 60)})") from error
 
 
 def _check_config(found: Any, where: str) -> None:
@@ -147,11 +142,11 @@ def _check_config(found: Any, where: str) -> None:
     wanted |= dict.fromkeys(("method", "data", "evaluation", "claim", "roles", "runs"), dict)
     check_keys(found, wanted, where)
     for name, role in found["roles"].items():
-        check_keys(role, {"name": str}, f"{where}: roles.{_brief(name)}")
+        check_keys(role, {"name": str}, f"{where}: roles.{quoted(name)}")
     for key in ("method", "data"):
         check_keys(found[key], {"name": str}, f"{where}: {key}")
     for name, inner in found["runs"].items():
-        _check_config(inner, f"{where}: runs.{_brief(name)}")
+        _check_config(inner, f"{where}: runs.{quoted(name)}")
 
 
 def read_report(workdir: Path) -> dict[str, Any]:
@@ -176,8 +171,8 @@ def read_report(workdir: Path) -> dict[str, Any]:
     name = check_keys(found["config"]["method"], {"name": str}, f"{file}: config.method")["name"]
     if found["method"] != name:
         raise Refused(
-            f"{file}: method is {_brief(found['method'])}, expected that of its config,"
-            f" {_brief(name)}"
+            f"{file}: method is {quoted(found['method'])}, expected that of its config,"
+            f" {quoted(name)}"
         )
     for i, row in enumerate(found["models"]):
         check_keys(row, {"name": str, "nfe": int}, f"{file}: models[{i}]")
@@ -193,7 +188,7 @@ def read_report(workdir: Path) -> dict[str, Any]:
 def _check_range(value: float, least: int, where: str) -> None:
     """Raises Refused where a number is less than `least` or not finite."""
     if not least <= value < math.inf:
-        raise Refused(f"{where} is {_brief(value)}, expected {least} or more")
+        raise Refused(f"{where} is {quoted(value)}, expected {least} or more")
 
 
 def read_lines(file: Path, *, clock: bool = False) -> list[dict[str, Any]]:

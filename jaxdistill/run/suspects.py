@@ -66,7 +66,7 @@ def _warm_starts(
     """The first weights of trained roles. Stages after the first start from results: none."""
     if index:
         return {}
-    return {role: w for role, w in experiment.warm_starts().items() if role in trained}
+    return experiment.warm_starts(trained)
 
 
 def _all_finite(params: Params) -> bool:

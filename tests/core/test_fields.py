@@ -1,6 +1,4 @@
-"""What a field may hold: types, ranges, and that every class of the library says what its fields
-are.
-"""
+"""Types and ranges of config fields, and that every class of the library annotates its fields."""
 
 import dataclasses
 import importlib
@@ -116,7 +114,7 @@ def test_messages_name_the_place_in_the_config(values, text):
 
 
 def test_what_a_class_says_itself_is_located_too():
-    """Refusals of `__post_init__` begin with the field, or with the part's own name."""
+    """A refusal by `__post_init__` starts with the field, or with the name of the part."""
     for text, wanted in (
         ("ema.rate=2: expected less", "config.roles.student.ema.rate=2: expected less"),
         ("rate=2: expected less", "config.roles.student.ema.rate=2: expected less"),
@@ -127,7 +125,9 @@ def test_what_a_class_says_itself_is_located_too():
 
 
 def test_every_dataclass_of_the_library_has_annotations_that_can_be_read():
-    """Else its fields would be taken unseen; and every default fits its own annotation."""
+    """Fields without a readable annotation would not be checked. Every default fits its own
+    annotation.
+    """
     count = 0
     for info in pkgutil.walk_packages(jaxdistill.__path__, "jaxdistill."):
         module = importlib.import_module(info.name)

@@ -34,7 +34,7 @@ from jaxdistill.models.heads import Discriminator
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.972), (0.10, 6.937)])
 def test_power_gamma(width, gamma):
-    """EDM2's table, given to three decimals; and the width formula that it inverts."""
+    """EDM2's table, which has three decimals, and the formula of the width, whose inverse it is."""
     assert power_gamma(width) == pytest.approx(gamma, abs=6e-4)
     g = power_gamma(width)
     assert (g + 1) ** 0.5 / (g + 2) / (g + 3) ** 0.5 == pytest.approx(width, rel=1e-9)
@@ -71,7 +71,7 @@ def test_constant_average_lags_a_ramp_by_its_mean_age():
 
 
 def test_copying_average():
-    """SwiftBrush's: beta_1 = 0, then min(rate, k / (9 + k))."""
+    """SwiftBrush's average: beta_1 = 0, then min(rate, k / (9 + k))."""
     rule = CopyEma(rate=0.9)
     assert [float(rule.decay(k)) for k in (1, 2, 9, 81, 82)] == pytest.approx(
         [0, 2 / 11, 0.5, 0.9, 0.9], rel=1e-6
@@ -161,7 +161,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("algorithm", NAMES)
 def test_only_weight_decay_moves_weights_without_gradient(algorithm):
-    """And this by lr times it, whatever the algorithm makes of gradients: w (1 - .1 * .5)."""
+    """They move by lr times the decay, whatever the algorithm does with gradients: w (1 - 0.05)."""
     zero = [optax.tree.zeros_like(WEIGHTS)]
     assert same(follow(Optimizer(algorithm=algorithm, lr=0.1), zero), WEIGHTS)
     after = follow(Optimizer(algorithm=algorithm, lr=0.1, weight_decay=0.5), zero)
@@ -329,7 +329,7 @@ def test_averages_out_of_range_are_refused(make):
 
 
 def families():
-    """Every model of the library by name, with what its defaults leave out."""
+    """Every model of the library by name, including parts that its defaults leave out."""
     for info in pkgutil.walk_packages(models.__path__, "jaxdistill.models."):
         module = importlib.import_module(info.name)
         for name, cls in vars(module).items():
@@ -366,8 +366,8 @@ TABLES = (
 
 
 def test_what_decays_in_every_family():
-    """Matrices and token tables do; labels, positions, types, relative biases, shifts of a
-    modulation, vectors do not.
+    """Matrices and token tables decay. Labels, positions, types, relative biases, shifts of a
+    modulation and vectors do not.
     """
     seen = set()
     for name, make in families():

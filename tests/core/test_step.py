@@ -20,9 +20,7 @@ NET = make_net(MLP(width=8, depth=1))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counted(Method):
-    """A loss that is a sum over the valid entries of the batch, and a metric with a count of its
-    own.
-    """
+    """A loss that is a sum over the valid entries of the batch, and a metric with its own count."""
 
     inits = {"student": None}
     frozen = ()
@@ -68,8 +66,8 @@ def test_micro_batches_are_normalised_by_the_global_count():
 
 
 def test_the_log_weighs_tokens_alike():
-    """Steps of {1, 1, 1, 2} and {5}: 10 / 5, where the mean of their means is 3.125; over
-    micro-batches too.
+    """Steps of {1, 1, 1, 2} and {5} have the mean 10 / 5, where the mean of their means is 3.125;
+    also with micro-batches.
     """
     batches = [
         {"value": jnp.array(v), "mask": jnp.array(v) > 0}
@@ -111,7 +109,9 @@ def test_a_batch_without_valid_tokens_changes_nothing():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoTurns(Method):
-    """The fake moves at every step, the student at every third; both remember and gather."""
+    """The fake moves at every step, the student at every third; the fake's turn remembers and
+    gathers.
+    """
 
     inits = {"student": "teacher", "fake": "teacher"}
 
@@ -162,7 +162,7 @@ def test_turns_memory_and_gather():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnData(Counted):
-    """A loss on nothing but what the student itself has gathered."""
+    """A loss on nothing but what the student itself has generated."""
 
     @property
     def turns(self):
@@ -197,7 +197,7 @@ def test_average_follows_its_rule():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnDecay(Counted):
-    """A method whose average has a decay of its own."""
+    """A method that sets the decay of its average."""
 
     @property
     def turns(self):
@@ -261,9 +261,7 @@ def test_step_runs_bf16_networks_with_float32_weights():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coupled(Counted):
-    """A second role that no gradient moves: it is pulled half way to the student after every
-    update.
-    """
+    """A second role without gradients: after every update it moves half way to the student."""
 
     inits = {"student": None, "shadow": "student"}
 

@@ -1,4 +1,4 @@
-"""Frozen roles at rest in eight bits or in the host's memory: values, bytes, memory spaces, a whole
+"""Frozen roles stored in eight bits or in host memory: values, bytes, memory spaces, a complete
 run.
 """
 
@@ -54,7 +54,7 @@ def inputs():
 
 def test_every_weight_is_within_half_a_step(nets):
     """Symmetric rounding to 127 levels: |w - w'| <= max |w| / 254, the maximum over a channel of
-    its own layer.
+    one layer.
     """
     _, params, _, held = nets
     for (path, w), packed in zip(

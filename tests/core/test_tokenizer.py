@@ -77,7 +77,7 @@ def test_code_of_a_folder_is_never_run_and_nobody_is_asked(folder, monkeypatch, 
 
 
 def test_damage_is_one_line(folder):
-    """Of every file, whatever transformers and its Rust raise."""
+    """Any damaged file is refused in one line, whatever transformers and its Rust code raise."""
     sound = {file: file.read_bytes() for file in sorted(folder.iterdir())}
     rng = np.random.default_rng(0)
     refused = 0

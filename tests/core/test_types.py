@@ -1,4 +1,4 @@
-"""Refusals are one printable line, whatever the names in them hold."""
+"""A refusal is one printable line, whatever characters the names in it contain."""
 
 from jaxdistill.core.types import Refused, nearest, one_line
 

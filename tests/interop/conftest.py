@@ -1,6 +1,9 @@
-"""What the tests of model families against PyTorch share."""
+"""Fixtures of the tests that compare model families with PyTorch."""
+
+import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -63,6 +66,42 @@ def returns(tmp_path):
         for name, weight in theirs.items():
             assert (ours[name] == weight).all(), name
         return again
+
+    return check
+
+
+def drawn(net, std=0.3):
+    """Weights of a net, drawn in numpy: an initialiser of JAX compiles a program for each shape."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: std * rng.standard_normal(s.shape).astype(s.dtype), net.shapes)
+
+
+@pytest.fixture
+def weights():
+    """weights(net, std=0.3) -> weights drawn in numpy."""
+    return drawn
+
+
+@pytest.fixture
+def rematerialised():
+    """rematerialised(config, *inputs): with and without rematerialisation, the mean square of the
+    output has the same gradients of all weights; returns them.
+    """
+
+    def check(cfg, *inputs):
+        params = drawn(make_net(cfg))
+
+        def gradients(remat):
+            net = make_net(dataclasses.replace(cfg, remat=remat))
+            loss = lambda p: jnp.mean(net.apply(p, *inputs) ** 2)
+            return jax.device_get(jax.jit(jax.grad(loss))(params))
+
+        first = gradients("none")
+        second = gradients("full")
+        scale = max(np.abs(g).max() for g in jax.tree.leaves(first))
+        close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale)
+        jax.tree.map(close, first, second)
+        return first
 
     return check
 

@@ -48,9 +48,9 @@ HOME = {"llama", "t5", "dit", "wan"}  # stored in several files
 
 
 @pytest.fixture(scope="module")
-def sanitise(tmp_path_factory):
+def undamaged(tmp_path_factory):
     """name -> a folder that loads."""
-    home = tmp_path_factory.mktemp("sound")
+    home = tmp_path_factory.mktemp("undamaged")
     for name, cfg in MODELS.items():
         net = make_net(cfg, config=cfg)
         fill = lambda s: jnp.asarray(np.random.default_rng(0).standard_normal(s.shape), s.dtype)
@@ -99,14 +99,14 @@ def damaged(folder, rng):
     return "; ".join(done)
 
 
-def test_a_damaged_folder_loads_or_is_refused_in_one_line(sound, tmp_path, record_property):
+def test_a_damaged_folder_loads_or_is_refused_in_one_line(undamaged, tmp_path, record_property):
     rng = np.random.default_rng(0)
     counts = {"loaded": 0, "refused": 0}
     folder = tmp_path / "model"
     for i in range(FOLDERS):
         name = sorted(MODELS)[i % len(MODELS)]
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(sound / name, folder)
+        shutil.copytree(undamaged / name, folder)
         how = damaged(folder, rng)
         found = []
         try:

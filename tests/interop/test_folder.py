@@ -183,7 +183,8 @@ FOREIGN = {
     an_export_with_a_folder_for_a_file: "config.json is not as it was exported",
     an_edited_export: "config.json is not as it was exported",
     an_export_edited_to_the_same_size: "scheduler/scheduler_config.json is not as it was exported",
-    an_export_of_an_earlier_version: "has no digests, so that an edit would be lost (earlier versions left none); move it away",
+    an_export_of_an_earlier_version: "has no digests, so that an edit would be lost "
+    "(earlier versions left none); move it away",
     an_export_with_a_damaged_list: f"{MARKER} is damaged",
     an_export_with_another_list: f"{MARKER} is damaged",
     an_export_without_a_list: "earlier versions left none",

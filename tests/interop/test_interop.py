@@ -122,7 +122,10 @@ def test_repeated_weights_must_agree(tmp_path):
 
 
 def test_torch_is_not_needed():
-    code = "import sys; import jaxdistill.interop; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    code = (
+        "import sys; import jaxdistill.interop; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -161,7 +164,8 @@ def test_refuses_missing_and_unexpected_keys(folder):
         ),
     )
     refused(
-        r"model.layers.1.mlp.up_proj.weight \[12, 8\] is missing; did you mean 'model.layers.1.mlp.up_proj.weigth'\?",
+        r"model.layers.1.mlp.up_proj.weight \[12, 8\] is missing; "
+        r"did you mean 'model.layers.1.mlp.up_proj.weigth'\?",
         folder,
     )
     edit(
@@ -352,7 +356,8 @@ def test_refuses_weights_that_are_no_plain_floats(folder):
     )
     configure(folder, quantization_config={"quant_method": "fp8"})
     refused(
-        r"config.json: quantization_config=\{'quant_method': 'fp8'\} is not supported, expected None",
+        r"config.json: quantization_config=\{'quant_method': 'fp8'\} is not supported, "
+        "expected None",
         folder,
     )
 

@@ -97,7 +97,7 @@ def test_refuses_damaged_files(file, tmp_path):
     entry = lambda dtype, end: json.dumps(
         {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, end]}}
     ).encode()
-    for dtype, end, message in (("F32", 4, "takes 4 bytes, expected 8"), ("F4", 8, "dtype F4")):
+    for dtype, end, message in (("F32", 4, "takes 4 bytes, expected 8"), ("F4", 8, "dtype 'F4'")):
         head = entry(dtype, end)
         file.write_bytes(len(head).to_bytes(8, "little") + head + bytes(end))
         with pytest.raises(Refused, match=message):
@@ -111,7 +111,7 @@ def test_refuses_damaged_files(file, tmp_path):
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 WRONG = {  # an entry's fault -> (the entry, or what is otherwise in it, and what is said)
     "a list": ([1, 2], r"is \[1, 2\] in the safetensors header"),
-    "text": ("x", "is x in the safetensors header"),
+    "text": ("x", "is 'x' in the safetensors header"),
     "no dtype": ({"dtype": None}, "has dtype None"),
     "dtype a list": ({"dtype": ["F32"]}, r"has dtype \['F32'\]"),
     "dtype a number": ({"dtype": 32}, "has dtype 32"),
@@ -125,7 +125,7 @@ WRONG = {  # an entry's fault -> (the entry, or what is otherwise in it, and wha
     "one offset": ({"data_offsets": [0]}, "data_offsets .* expected two whole numbers"),
     "offset a number": ({"data_offsets": 8}, "data_offsets 8, expected two whole numbers"),
     "shape negative": ({"shape": [-1, -2]}, "shape .* expected at most 32 whole numbers"),
-    "shape text": ({"shape": "2"}, "shape 2, expected at most 32 whole numbers"),
+    "shape text": ({"shape": "2"}, "shape '2', expected at most 32 whole numbers"),
     "shape fractions": ({"shape": [2.0]}, "shape .* expected at most 32 whole numbers"),
     "shape deep": ({"shape": [1] * 33 + [2]}, "shape .* expected at most 32 whole numbers"),
     "shape absurd": (
@@ -276,7 +276,8 @@ def test_an_index_says_the_truth_and_stays_in_its_folder(tmp_path):
     shards(home, {"a": 1}, index={"a": "m1.safetensors"})
     with pytest.raises(
         Refused,
-        match=r"m1.safetensors: is a link to .*outside.safetensors, expected a file inside the folder",
+        match=r"m1.safetensors: is a link to .*outside.safetensors, "
+        "expected a file inside the folder",
     ):
         read_folder(home, "m")
     for file, text in (

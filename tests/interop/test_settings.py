@@ -5,7 +5,7 @@ import pytest
 from jaxdistill import interop
 from jaxdistill.core.types import Refused
 from jaxdistill.interop import settings
-from jaxdistill.interop.tables import setting
+from jaxdistill.interop.keys import setting
 from tests import damage
 
 WHOLE = [family for family in interop.FAMILIES if not family.part]
@@ -109,7 +109,8 @@ def test_special_tokens_of_both_files(tmp_path):
     )
     with pytest.raises(
         Refused,
-        match=r"generation_config.json: eos_token_id=\[2, '3'\] is not supported, expected a whole number",
+        match=r"generation_config.json: eos_token_id=\[2, '3'\] is not supported, "
+        "expected a whole number",
     ):
         interop.describe(tmp_path)
     (tmp_path / "generation_config.json").write_text(

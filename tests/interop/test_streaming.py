@@ -26,14 +26,17 @@ SCRIPT = """
     from jaxdistill.core.net import make_net
 
     def anonymous():  # bytes of this process that are no pages of files
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        for line in open("/proc/self/status"):
+            if line.startswith("RssAnon"):
+                return int(line.split()[1]) * 1024
 
     folder, dtype = sys.argv[1:]
     config = interop.describe(folder)
     net = make_net(config, config=config)
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=4, tensor=2))
     where = sharding.fits(sharding.param_shardings(mesh, sharding.Rules(), net.axes), net.shapes)
-    abstract = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at), net.shapes, where)
+    place = lambda s, at: jax.ShapeDtypeStruct(s.shape, dtype, sharding=at)
+    abstract = jax.tree.map(place, net.shapes, where)
     jax.device_put(0.0)
     before, peak, running = anonymous(), [0], True
 
@@ -51,7 +54,8 @@ SCRIPT = """
     assert all(len(w.sharding.device_set) == 8 for w in leaves)
     held = sum(s.data.nbytes for w in leaves for s in w.addressable_shards)
     last = [float(w.addressable_shards[-1].data[(-1,) * w.ndim]) for w in leaves]
-    print(json.dumps({"beside": peak[0] - before - held, "loaded": sum(w.nbytes for w in leaves), "last": last}))
+    loaded = sum(w.nbytes for w in leaves)
+    print(json.dumps({"beside": peak[0] - before - held, "loaded": loaded, "last": last}))
 """
 
 
@@ -86,7 +90,8 @@ def test_a_large_checkpoint_streams(tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     largest = max(sizes.values())
     print(
-        f"loaded {found['loaded'] / 1e9:.2f} GB, at most {found['beside'] / 1e9:.2f} GB beside; largest tensor {largest / 1e9:.2f} GB"
+        f"loaded {found['loaded'] / 1e9:.2f} GB, at most {found['beside'] / 1e9:.2f} GB beside; "
+        f"largest tensor {largest / 1e9:.2f} GB"
     )
     assert found["loaded"] == sum(sizes.values())
     assert found["beside"] < 1.3 * largest + 1e9

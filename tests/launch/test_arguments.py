@@ -1,4 +1,4 @@
-"""Values of arguments that are none: refused in one line, before anything is loaded or written."""
+"""Invalid values of arguments are refused in one line, before anything is loaded or written."""
 
 import os
 

@@ -1,4 +1,6 @@
-"""Exit codes, where a config is looked up, and a bound on restarts that bring nothing new."""
+"""Exit codes, the folders where a config is looked up, and the limit of restarts without a new
+checkpoint.
+"""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Config files with mistakes of their own: file and line are named, nothing else comes out."""
+"""Config files with mistakes in their own Python: the refusal names file and line, in one line."""
 
 import re
 

@@ -1,5 +1,5 @@
-"""Real processes, joined by gloo: they train what one process trains, lose nothing when one is
-killed, and stop together.
+"""Processes joined by gloo: they train what one process trains, lose nothing when one is killed,
+and stop together.
 """
 
 import json
@@ -53,15 +53,13 @@ def weights(workdir):
     return jax.tree.map(np.asarray, loop.load(workdir).params)
 
 
+def logged(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def largest_difference(a, b) -> float:
-    return max(
-        (
-            np.abs(x - y).max()
-            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-            if x.size
-        ),
-        default=0.0,
-    )
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max((np.abs(x - y).max() for x, y in pairs if x.size), default=0.0)
 
 
 OFTEN = dict(steps=60, checkpoint_every=5, log_every=5)
@@ -75,15 +73,13 @@ def two(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.full
 def test_two_processes_equal_one(two, tmp_path):
     finish(start(tmp_path / "one", 1, 4, **OFTEN))
     assert largest_difference(weights(two), weights(tmp_path / "one")) < 1e-5
-    losses = [
-        [json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()]
-        for d in (two, tmp_path / "one")
-    ]
-    for mine, other in zip(*losses, strict=True):
-        assert mine["step"] == other["step"] and abs(mine["fake/loss"] - other["fake/loss"]) < 1e-4
+    for mine, other in zip(logged(two), logged(tmp_path / "one"), strict=True):
+        assert mine["step"] == other["step"]
+        assert abs(mine["fake/loss"] - other["fake/loss"]) < 1e-4
 
 
 @pytest.mark.slow
@@ -98,14 +94,9 @@ def test_four_processes_equal_one(tmp_path, variant):
 
 
 def newest(workdir) -> int:
-    return max(
-        (
-            int(p.name.removeprefix("step_"))
-            for p in (workdir / "checkpoints").glob("step_*")
-            if p.name[5:].isdigit()
-        ),
-        default=0,
-    )
+    names = [path.name for path in (workdir / "checkpoints").glob("step_*")]
+    steps = [int(name[5:]) for name in names if name[5:].isdigit()]
+    return max(steps, default=0)
 
 
 def wait_for(process, workdir, step: int) -> None:
@@ -116,30 +107,28 @@ def wait_for(process, workdir, step: int) -> None:
 
 
 def kill_one(workdir, rng: random.Random, **run) -> int:
-    """Starts two processes and kills one at a random moment after a new checkpoint: one clear line,
-    exit 1, at once.
+    """Starts two processes and kills one at a random moment after a new checkpoint: the job exits
+    with 1 and one line at once.
 
     Returns the newest checkpoint's step.
     """
     process = start(workdir, 2, 2, **run)
     wait_for(process, workdir, newest(workdir) + 5)
     time.sleep(rng.uniform(0, 0.3))
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(rng.choice(children)), signal.SIGKILL)
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(rng.choice(listed.stdout.split())), signal.SIGKILL)
     killed = time.monotonic()
     _, err = process.communicate(timeout=120)
-    assert (
-        process.returncode == 1 and time.monotonic() - killed < 60
-    )  # the timeout is 10 s; the rest is a busy machine
-    assert "of 2 was lost (killed by SIGKILL)" in err and "run the same command again" in err
+    assert process.returncode == 1
+    assert time.monotonic() - killed < 60  # the timeout is 10 s; the rest is a busy machine
+    assert "of 2 was lost (killed by SIGKILL)" in err
+    assert "run the same command again" in err
     return newest(workdir)
 
 
-def killed_and_whole(killed, whole, kills: int, **run) -> None:
-    """A run killed `kills` times and resumed each time ends with the weights of one that was let
-    alone, bit for bit.
+def check_kills(killed, undisturbed, kills: int, **run) -> None:
+    """A run killed `kills` times and resumed each time ends with the weights of one that was not,
+    bit for bit.
     """
     rng = random.Random(0)
     saved = [0]
@@ -147,24 +136,23 @@ def killed_and_whole(killed, whole, kills: int, **run) -> None:
         saved.append(kill_one(killed, rng, **run))
         assert saved[-1] >= saved[-2] + 5  # nothing is lost but the steps after the last checkpoint
     finish(start(killed, 2, 2, **run))
-    logged = [
-        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert logged == list(range(5, run["steps"] + 1, 5))
-    assert largest_difference(weights(killed), weights(whole)) == 0
+    assert [record["step"] for record in logged(killed)] == list(range(5, run["steps"] + 1, 5))
+    assert largest_difference(weights(killed), weights(undisturbed)) == 0
 
 
+@pytest.mark.full
 def test_a_lost_process_ends_the_job_and_the_rerun_goes_on(two, tmp_path):
-    killed_and_whole(tmp_path / "killed", two, kills=1, **OFTEN)
+    check_kills(tmp_path / "killed", two, kills=1, **OFTEN)
 
 
 @pytest.mark.slow
 def test_twenty_kills(tmp_path):
     run = {**OFTEN, "steps": 400}
-    finish(start(tmp_path / "whole", 2, 2, **run))
-    killed_and_whole(tmp_path / "killed", tmp_path / "whole", kills=20, **run)
+    finish(start(tmp_path / "undisturbed", 2, 2, **run))
+    check_kills(tmp_path / "killed", tmp_path / "undisturbed", kills=20, **run)
 
 
+@pytest.mark.full
 def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
     process = start(tmp_path / "run", 2, 1, steps=3000, checkpoint_every=5)
     wait_for(process, tmp_path / "run", 5)
@@ -172,32 +160,31 @@ def test_sigterm_reaches_all_and_they_save_the_same_step(tmp_path):
     _, err = process.communicate(timeout=200)
     assert process.returncode == 75, err[-2000:]
     assert err.count("SIGTERM: saved step") == 2
-    stopped = {
-        line.split("saved step ")[1].split()[0] for line in err.splitlines() if "saved step" in line
-    }
+    said = [line for line in err.splitlines() if "saved step" in line]
+    stopped = {line.split("saved step ")[1].split()[0] for line in said}
     assert stopped == {str(newest(tmp_path / "run"))}
 
 
+@pytest.mark.full
 def test_another_number_of_processes_goes_on(tmp_path):
-    """Saved by two processes with two devices each, resumed by one with one: no step repeated, no
-    sample skipped or seen twice (the sums of their numbers tell), the same weights.
+    """Saved by two processes with two devices each, resumed by one with one: no step is repeated,
+    no sample is skipped or seen twice, as their sums tell, and the weights are the same.
     """
     run = tmp_path / "run"
     how = dict(variant="counted", steps=40, checkpoint_every=10, log_every=1)
     finish(start(run, 2, 2, **how))
-    read = lambda: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    whole = weights(run)
-    first = read()
-    for name in ("stages", "report.json"):
-        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    expected = weights(run)
+    first = logged(run)
+    shutil.rmtree(run / "stages")
+    (run / "report.json").unlink()
     for step in (30, 40):
         shutil.rmtree(run / "checkpoints" / f"step_{step}")
     finish(start(run, 1, 1, **how))
-    second = read()
+    second = logged(run)
     for key in ("step", "fake/numbers", "fake/squares"):
         assert [record[key] for record in second] == [record[key] for record in first], key
     assert [record["step"] for record in second] == list(range(1, 41))
-    assert largest_difference(weights(run), whole) < 1e-5
+    assert largest_difference(weights(run), expected) < 1e-5
 
 
 def test_dry_run_prints_what_every_process_executes(tmp_path):
@@ -211,17 +198,15 @@ def test_dry_run_prints_what_every_process_executes(tmp_path):
         f"--config={TINY}",
         f"--workdir={tmp_path / 'x'}",
     ]
-    lines = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert len(lines) == 3 and not (tmp_path / "x").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert not (tmp_path / "x").exists()
     for i, line in enumerate(lines):
         words = shlex.split(line)
-        assert (
-            f"JAXDISTILL_PROCESS={i}" in words
-            and "JAXDISTILL_PROCESSES=3" in words
-            and "launch.train" in words
-        )
+        assert f"JAXDISTILL_PROCESS={i}" in words
+        assert "JAXDISTILL_PROCESSES=3" in words
+        assert "launch.train" in words
 
 
 @pytest.mark.parametrize(

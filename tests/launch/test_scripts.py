@@ -99,7 +99,7 @@ def test_jobset_is_yaml_with_the_command_as_given():
 
 
 def program(folder, name, body):
-    """An executable of that name which stands for the real one."""
+    """Writes an executable of that name, to be found in place of the real one."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
     (folder / name).chmod(0o755)
@@ -120,8 +120,8 @@ def test_slurm_requeues_what_a_rerun_can_help(tmp_path, code, requeued, ends):
 
 
 def remote_line(tmp_path, old: bool):
-    """Runs what a worker of a TPU slice is told, with a Python that is too old or not; returns the
-    log of what was called.
+    """Runs the command that a worker of a TPU slice gets, with a Python that is too old or not.
+    Returns the log of the programs that were called.
     """
     home = tmp_path / "home"
     log = tmp_path / "log"

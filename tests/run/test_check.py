@@ -257,6 +257,7 @@ def test_exact_data_may_have_fewer_labels_than_the_network():
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.full
 def test_a_refusal_after_the_check_leaves_the_folder_free(tmp_path):
     """A source that turns out to hold another network: the corrected config may take the same
     folder.

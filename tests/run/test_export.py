@@ -5,6 +5,7 @@ own sampler.
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import types
 
@@ -55,14 +56,23 @@ from jaxdistill.models.denoisers.unet import UNet
 from jaxdistill.models.language.lm import LM
 from jaxdistill.models.vision.perceptron import Perceptron
 from jaxdistill.objectives.partition import Consecutive
+from jaxdistill.run import loop
+from jaxdistill.run.checkpoint import save_params
 from jaxdistill.run.experiment import Experiment
-from jaxdistill.run.export import Student, check, export
+from jaxdistill.run.export import Student, check, export, needed_roles
 from jaxdistill.run.loop import Trained
+from launch import export as command
 
 NET = dict(
     model=DiT(size=4, patch=2, channels=1, dim=16, depth=2, heads=2, classes=4),
     denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
 )
+
+
+def _of(config) -> dict:
+    """The parts of a report.json that are those of its config."""
+    plain = json.loads(config.to_json())
+    return {"config": plain, "method": plain["method"]["name"]}
 
 
 def reported(rows: list, **config) -> dict:
@@ -78,6 +88,7 @@ def reported(rows: list, **config) -> dict:
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("members", [0, 2])
 def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     role = Role(**NET, init="fresh", bank=members)
@@ -109,6 +120,50 @@ def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
             f"student {k}: one of 2 members" in card
         ) == bool(members)
     assert (tmp_path / "out" / "config.json").exists() == (not members)
+
+
+def test_an_export_reads_the_weights_of_the_roles_that_leave(tmp_path):
+    """The teacher's folder is gone."""
+    net = make_net(NET["model"], config=NET["model"])
+    interop.save(tmp_path / "teacher", net, net.init(jax.random.key(1)))
+    config = experiment(
+        data=Digits(),
+        method=DiffInstruct(),
+        roles=dict(
+            teacher=Role(**NET, init=str(tmp_path / "teacher")),
+            student=Role(**NET),
+            fake=Role(**NET),
+        ),
+    )
+    workdir = tmp_path / "run"
+    built = Experiment(config, workdir)
+    params = {"student": net.init(jax.random.key(2)), "fake": net.init(jax.random.key(3))}
+    save_params(workdir / "stages" / "0", params)
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+    report = reported([{"name": "student", "nfe": 1, "energy": 0.5}])
+    write_json(workdir / "report.json", {**report, **_of(config)})
+    assert loop.load(workdir).params.keys() == {"teacher", "student", "fake"}
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(Refused, match="teacher"):
+        loop.load(workdir)
+    assert needed_roles(built) == {"student"}
+    command.export([f"--workdir={workdir}"])
+    _, loaded = interop.load(workdir / "export")
+    jax.tree.map(np.testing.assert_array_equal, loaded, params["student"])
+
+
+def test_a_role_on_an_adapter_needs_its_base(tmp_path):
+    lora = Role(lora=Lora(rank=2))
+    teacher = Role(**NET, init="fresh")
+    config = experiment(
+        data=Digits(),
+        method=DiffInstruct(),
+        roles=dict(teacher=teacher, student=lora, fake=lora),
+    )
+    built = Experiment(config, tmp_path)
+    assert needed_roles(built) == {"student", "teacher"}
+    assert needed_roles(built, adapter=True) == {"student"}
+    assert built.with_bases(["fake"]) == {"fake", "teacher"}
 
 
 # (method, how the network is read, steps): deterministic ones, and renoising ones at one step
@@ -234,6 +289,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers with numpy 2
@@ -409,6 +465,7 @@ UNET = UNet(
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("leaves", ["whole", "merged", "adapter"])
 def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
     """Stable Diffusion's U-Net, small, a student of eps on DDPM: its card's code gives what the

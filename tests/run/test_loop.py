@@ -157,6 +157,7 @@ def wait_for_step(workdir, step, process, seconds=240):
         pytest.fail(process.stderr.read())
 
 
+@pytest.mark.full
 def test_kill_and_resume_is_bit_equal(tmp_path):
     """kill -9 at a random moment, and SIGTERM, against a run left alone: the same final bits."""
     steps = 2000
@@ -237,6 +238,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(unfinished):
     assert newest(unfinished).name.endswith("30")
 
 
+@pytest.mark.full
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     bad = config(steps=40)
     bad.roles.fake.optimizer.lr = 1e30
@@ -291,7 +293,7 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
         r"roles\.student\.optimizer\.lr=1e\+30 and [a-z ]+$",
     )
     with monkeypatch.context() as patch:
-        nan = lambda self: {
+        nan = lambda self, roles=None: {
             "student": jax.tree.map(
                 lambda s: jnp.full(s.shape, np.nan), self.nets["student"].shapes
             )
@@ -345,6 +347,7 @@ def test_runs_inside_a_run_share_its_seed(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_runs_that_are_the_same_are_trained_once(tmp_path):
     """Inside one another, in a run that goes on after a part of it, and where the caller knows of a
     finished one; a folder that is there already, and a config with another value, are left to
@@ -497,6 +500,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(finished, tmp_path, monke
             command()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["metrics", "checkpoint", "report"])
 def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, what):
     """One OSError that names file or folder, and the run goes on from its last checkpoint when
@@ -544,6 +548,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.full
 def test_a_disk_that_is_really_full(small_disk):
     process = start(small_disk / "run", 40)
     message = process.communicate(timeout=240)[1]
@@ -563,6 +568,7 @@ def test_a_disk_that_is_really_full(small_disk):
     assert metrics.read(small_disk / "run/metrics.jsonl")[-1]["step"] == 40
 
 
+@pytest.mark.full
 def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
     """While a run inside another is evaluated: it ends, the next is not begun; after the training:
     not evaluated; the bits are the same in the end.
@@ -600,6 +606,7 @@ def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
     assert equal(weights(run), weights(tmp_path / "whole"))
 
 
+@pytest.mark.full
 def test_results_of_stages_that_are_gone(tmp_path):
     """One in the middle, the first ones while a later checkpoint is there, one too many."""
 

@@ -1,5 +1,5 @@
-"""Ablations: every change builds and changes something; what a change leaves alone is not trained
-again; the table's counts.
+"""Ablations: every change builds and changes something; runs that a change does not affect are not
+trained again; the table counts seeds.
 """
 
 import json
@@ -39,8 +39,8 @@ def report(value: float):
 
 
 def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeypatch):
-    """DisBack's toy with a shorter path may link to what its own run finished, and not to another
-    seed's; the page says on how many seeds it was worse.
+    """DisBack's toy with a shorter path may link to the finished runs of its own seed, not of
+    another. The page states on how many seeds it was worse.
     """
     seen = []
 

@@ -12,8 +12,8 @@ from tools import bench
 
 
 def test_chunked_divergence_takes_a_quarter_of_the_memory_and_gives_the_same():
-    """At a vocabulary of 152 k; what it takes is what the compiler says of the programs, not a
-    measurement of time.
+    """At a vocabulary of 152 k. Memory is what the compiler states of the programs, not a
+    measurement.
     """
     row = bench.divergences(dim=16, tokens=64)
     assert row["vocab"] == 152_064 and row["memory_ratio"] <= 1 / 4, row
@@ -38,8 +38,9 @@ def test_unknown_case():
         bench.bench(["--case=divergense"])
 
 
+@pytest.mark.full
 def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
-    """Utilisation is flops over the seconds and the chip's peak, where the table knows the chip."""
+    """Utilisation is flops over seconds and the chip's peak, where the chip is in the table."""
     case = bench.Case(tiny.get_config("bare"))
     chip = bench.chips.chip("h100")
     for known in (None, chip):
@@ -62,7 +63,7 @@ def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
 
 def test_the_plan_of_xl2_is_the_published_network():
     """DiT-XL/2 has 675 M weights and 118.6 billion multiply-adds a sample (arXiv:2212.09748, table
-    1); the teacher goes over a batch of 32 once in a step of sCM, and forward alone.
+    1). In a step of sCM the teacher runs forward once on a batch of 32.
     """
     config = dit_xl2.get_config("scm")
     experiment = Experiment(config, "unused")

@@ -1,4 +1,4 @@
-"""The table of recipes: its page is what its figures make, and names are checked before anything is
+"""The table of recipes: the page shows the stored figures, and names are checked before anything is
 compiled.
 """
 

@@ -1,5 +1,5 @@
-"""The store of a teacher's likeliest tokens: made once, complete or refused, and as good as the
-teacher itself.
+"""The store of a teacher's most likely tokens: made once, complete or refused, and equivalent to
+the teacher.
 """
 
 import os
@@ -50,7 +50,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with text, a config that reads it, and a teacher as PyTorch's folder."""
+    """A folder with text, a config that reads it, and a teacher as a PyTorch folder."""
     folder = tmp_path_factory.mktemp("store")
     letters = np.random.default_rng(0).integers(97, 105, 700, np.uint8)
     (folder / "text.txt").write_bytes(bytes(letters))
@@ -77,7 +77,7 @@ def arguments(place, out, /, **changes):
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """A store in float32, made without interruption."""
+    """A complete store in float32, made without interruption."""
     store_logits.store(arguments(place, place / "whole", dtype="float32"))
     return place / "whole"
 
@@ -113,6 +113,7 @@ def test_holds_every_row_once_beside_the_teachers_law(place, whole):
     assert data.store["vocab"] == 259 and data.spec()["teacher_ids"].shape == (4, 12, 5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "hard_weight"), [(ForwardKL(), 0.0), (JensenShannon(), 0.5)])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 2.0**-11)])
 def test_learning_from_it_is_learning_from_the_teacher(
@@ -147,8 +148,8 @@ def test_learning_from_it_is_learning_from_the_teacher(
 
 
 def test_rounded_laws_are_laws(place, whole):
-    """Also where rounding to bfloat16 leaves k + 1 masses that do not sum to 1, no divergence is
-    negative.
+    """No divergence is negative, even where k + 1 probabilities rounded to bfloat16 do not sum to
+    1.
     """
     data = StoredLogits(path=str(whole), batch_size=16)
     batch = {k: jnp.asarray(v) for k, v in next(data.loader()).items()}

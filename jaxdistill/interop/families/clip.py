@@ -5,13 +5,11 @@ those in a `CLIPModel`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import lookup
-from jaxdistill.interop.tables import LINEAR, Family, Row, linear, norm, patches, setting, sizes
-from jaxdistill.models.layers import ACTIVATIONS
+from jaxdistill.interop.keys import activation, same, setting
+from jaxdistill.interop.tables import LINEAR, Family, Row, linear, norm, patches
 from jaxdistill.models.vision.clip import (
     ClipText,
     ClipTextProjected,
@@ -19,26 +17,28 @@ from jaxdistill.models.vision.clip import (
     ClipVisionProjected,
 )
 
-SIZES = {
-    "dim": "hidden_size",
-    "mlp": "intermediate_size",
-    "heads": "num_attention_heads",
-    "depth": "num_hidden_layers",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-    "projection": "projection_dim",
-}
-TEXT = SIZES | {
-    "vocab": "vocab_size",
-    "max_length": "max_position_embeddings",
-    "eos": "eos_token_id",
-}
-VISION = SIZES | {"size": "image_size", "patch": "patch_size", "channels": "num_channels"}
-DEFAULTS = {
-    "projection_dim": 512,
-    "layer_norm_eps": 1e-5,
-    "num_channels": 3,
-}  # transformers', which old files leave out
+# Defaults are those of transformers, which old files leave out
+SHARED = (
+    same("dim", "hidden_size"),
+    same("mlp", "intermediate_size"),
+    same("heads", "num_attention_heads"),
+    same("depth", "num_hidden_layers"),
+    activation("hidden_act"),
+    same("norm_eps", "layer_norm_eps", missing=1e-5),
+    same("projection", "projection_dim", missing=512),
+)
+TEXT = (
+    *SHARED,
+    same("vocab", "vocab_size"),
+    same("max_length", "max_position_embeddings"),
+    same("eos", "eos_token_id"),
+)
+VISION = (
+    *SHARED,
+    same("size", "image_size"),
+    same("patch", "patch_size"),
+    same("channels", "num_channels", missing=3),
+)
 
 
 def text_table(cfg: ClipText) -> tuple[Row, ...]:
@@ -58,7 +58,7 @@ def vision_table(cfg: ClipVision) -> tuple[Row, ...]:
             "patch_embed", "vision_model.embeddings.patch_embedding", patches(cfg.patch), bias=False
         ),
         Row("positions", "vision_model.embeddings.position_embedding.weight"),
-        *norm("norm_in", "vision_model.pre_layrnorm"),  # spelt so
+        *norm("norm_in", "vision_model.pre_layrnorm"),  # the spelling of transformers
         *_blocks("vision_model"),
         *norm("norm_out", "vision_model.post_layernorm"),
     )
@@ -69,11 +69,9 @@ def _blocks(base: str) -> tuple[Row, ...]:
     layer = base + ".encoder.layers.{i}."
     return (
         *norm("blocks/norm_attention", layer + "layer_norm1"),
-        *(
-            row
-            for part in "qkv"
-            for row in linear(f"blocks/to_{part}", f"{layer}self_attn.{part}_proj")
-        ),
+        *linear("blocks/to_q", layer + "self_attn.q_proj"),
+        *linear("blocks/to_k", layer + "self_attn.k_proj"),
+        *linear("blocks/to_v", layer + "self_attn.v_proj"),
         *linear("blocks/to_out", layer + "self_attn.out_proj"),
         *norm("blocks/norm_mlp", layer + "layer_norm2"),
         *linear("blocks/up", layer + "mlp.fc1"),
@@ -82,42 +80,30 @@ def _blocks(base: str) -> tuple[Row, ...]:
 
 
 def _projection(cfg: Any, projected: type, name: str) -> tuple[Row, ...]:
-    return (Row("project/kernel", name + ".weight", LINEAR),) if isinstance(cfg, projected) else ()
+    if not isinstance(cfg, projected):
+        return ()
+    return (Row("project/kernel", name + ".weight", LINEAR),)
 
 
-def read(config: dict[str, Any], folder: Path, *, make: type, names: dict[str, str]) -> Any:
-    where = folder / "config.json"
-    found = sizes(DEFAULTS | config, names, where)
-    lookup(ACTIVATIONS, setting(config, "hidden_act", where), f"{where}: hidden_act")
-    return make(**found)
-
-
-def write(cfg: Any, *, name: str, kind: str, names: dict[str, str]) -> dict[str, dict[str, Any]]:
-    return {
-        "config.json": {
-            "architectures": [name],
-            "model_type": kind,
-            **{theirs: getattr(cfg, ours) for ours, theirs in names.items()},
-        }
-    }
-
-
-def _family(name: str, make: type, side: str) -> Family:
-    names, table, own = {
-        "text": (TEXT, text_table, "text_projection"),
-        "vision": (VISION, vision_table, "visual_projection"),
-    }[side]
+def _family(name: str, config: type, side: str) -> Family:
+    if side == "text":
+        keys = TEXT
+        table = text_table
+        projection = "text_projection"
+    else:
+        keys = VISION
+        table = vision_table
+        projection = "visual_projection"
     return Family(
         name=name,
         library="transformers",
-        config=make,
-        read=functools.partial(read, make=make, names=names),
-        write=functools.partial(write, name=name, kind=f"clip_{side}_model", names=names),
+        config=config,
+        model_type=f"clip_{side}_model",
+        keys=keys,
         table=table,
         ignored=(r".*embeddings\.position_ids",),  # a constant that old files store
-        renamed=(
-            (rf"^(?!{side}_model\.|{own}\.)", f"{side}_model."),
-        ),  # transformers 5 saves a tower without its prefix
+        # transformers 5 saves a tower without its prefix
+        renamed=((rf"^(?!{side}_model\.|{projection}\.)", f"{side}_model."),),
     )
 
 
@@ -127,19 +113,18 @@ VISION_TOWER = _family("CLIPVisionModel", ClipVision, "vision")
 VISION_PROJECTED = _family("CLIPVisionModelWithProjection", ClipVisionProjected, "vision")
 
 
-def _joint(tower: Family, side: str, ignored: str) -> Family:
-    """A tower with its projection out of a `CLIPModel`, whose other half is left where it is."""
+def _joint(tower: Family, side: str, other: str) -> Family:
+    """A tower with its projection inside a `CLIPModel`; `other` matches the names of the rest."""
 
-    def read(config: dict[str, Any], folder: Path) -> Any:
-        where = folder / "config.json"
-        shared = {"projection_dim": setting(config, "projection_dim", where)}
-        return tower.read(setting(config, f"{side}_config", where) | shared, folder)
+    def prepare(values: dict[str, Any], file: Path) -> dict[str, Any]:
+        shared = setting(values, "projection_dim", file)
+        return setting(values, f"{side}_config", file) | {"projection_dim": shared}
 
     return dataclasses.replace(
         tower,
         name="CLIPModel",
-        read=read,
-        ignored=(ignored, "logit_scale", *tower.ignored),
+        prepare=prepare,
+        ignored=(other, "logit_scale", *tower.ignored),
         renamed=(),
         part=f"its {side} tower",
     )

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import Family, Row, fixed, linear, patches, setting
+from jaxdistill.interop.keys import Field, Fixed, same
+from jaxdistill.interop.tables import Family, Row, linear, patches
 from jaxdistill.models.denoisers.dit import DiT
 
-FIXED = {
-    "norm_type": "ada_norm_zero",
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-5,
-    "dropout": 0.0,
-}
+KEYS = (
+    same("heads", "num_attention_heads"),
+    Field(
+        field="dim",
+        key="attention_head_dim",
+        read=lambda size, config: size * config["num_attention_heads"],
+        write=lambda ours: ours.dim // ours.heads,
+    ),
+    same("channels", "in_channels"),
+    Field(
+        field="out_channels",
+        key="out_channels",
+        read=lambda count, config: 0 if count == config["in_channels"] else count,
+        write=lambda ours: ours.out_channels or ours.channels,
+        missing=0,
+        null=0,
+    ),
+    same("depth", "num_layers"),
+    same("size", "sample_size"),
+    same("patch", "patch_size"),
+    same("classes", "num_embeds_ada_norm"),
+    Fixed("norm_type", "ada_norm_zero"),
+    Fixed("activation_fn", "gelu-approximate"),
+    Fixed("attention_bias", True),
+    Fixed("norm_elementwise_affine", False),
+    Fixed("norm_eps", 1e-5),
+    Fixed("dropout", 0.0),
+)
 
 
 def table(cfg: DiT) -> tuple[Row, ...]:
@@ -24,7 +42,8 @@ def table(cfg: DiT) -> tuple[Row, ...]:
     embed = block + "norm1.emb."
     if cfg.second_time:
         raise Refused(
-            "DiTTransformer2DModel takes one time; models.denoisers.dit.fold_gap folds the second one in for a single step"
+            "DiTTransformer2DModel takes one time; models.denoisers.dit.fold_gap folds the second "
+            "one in for a single step"
         )
     return (
         Row("patch_embed/kernel", "pos_embed.proj.weight", patches(cfg.patch)),
@@ -48,47 +67,11 @@ def table(cfg: DiT) -> tuple[Row, ...]:
     )
 
 
-def read(config: dict[str, Any], folder: Path) -> DiT:
-    where = folder / "config.json"
-    fixed(config, FIXED, where)
-    get = lambda key: setting(config, key, where)
-    heads = get("num_attention_heads")
-    channels = get("in_channels")
-    out = config.get("out_channels") or channels
-    return DiT(
-        size=get("sample_size"),
-        patch=get("patch_size"),
-        channels=channels,
-        out_channels=0 if out == channels else out,
-        dim=heads * get("attention_head_dim"),
-        depth=get("num_layers"),
-        heads=heads,
-        classes=get("num_embeds_ada_norm"),
-    )
-
-
-def write(cfg: DiT) -> dict[str, dict[str, Any]]:
-    config = {
-        "_class_name": FAMILY.name,
-        "num_attention_heads": cfg.heads,
-        "attention_head_dim": cfg.dim // cfg.heads,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.out_channels or cfg.channels,
-        "num_layers": cfg.depth,
-        "sample_size": cfg.size,
-        "patch_size": cfg.patch,
-        "num_embeds_ada_norm": cfg.classes,
-        **FIXED,
-    }
-    return {"config.json": config}
-
-
 FAMILY = Family(
     name="DiTTransformer2DModel",
     library="diffusers",
     config=DiT,
-    read=read,
-    write=write,
+    keys=KEYS,
     table=table,
     call="model({x}, timestep={t}, class_labels=cond).sample",
     given="cond = torch.arange({classes})",

@@ -1,54 +1,83 @@
 """`SongUNet` and `DhariwalUNet` of EDM's repository (NVlabs/edm), under the names they have inside
 `EDMPrecond`.
 
-EDM publishes pickles of whole Python objects. They are not opened here; `convert` gives the command
-that makes a folder of one: `model.safetensors` with the weights, and `config.json` with the class
-as `_class_name` and the arguments it was built with, each under the name that
-`training/networks.py` has for it. A missing argument has its default there.
+EDM publishes pickled Python objects. They are not opened here; `convert` gives the command that
+makes a folder of one: `model.safetensors` with the weights, and `config.json` with the class as
+`_class_name` and the arguments it was built with, under their names in `training/networks.py`. A
+missing argument has its default there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import (
-    CONV,
-    POINT,
-    Family,
-    Row,
-    fixed,
-    linear,
-    literal,
-    norm,
-    setting,
-    shell,
+from jaxdistill.interop.keys import (
+    OMITTED,
+    Config,
+    Field,
+    Fixed,
+    Implied,
+    Key,
+    listed,
+    one_of,
+    same,
 )
+from jaxdistill.interop.tables import CONV, POINT, Family, Row, linear, literal, norm, shell
 from jaxdistill.models.denoisers.edm import DhariwalUNet, EDMUNet, SongUNet
 
-DEFAULTS = {
-    "SongUNet": {
-        "model_channels": 128,
-        "channel_mult": [1, 2, 2, 2],
-        "num_blocks": 4,
-        "attn_resolutions": [16],
-        "embedding_type": "positional",
-        "channel_mult_noise": 1,
-        "encoder_type": "standard",
-        "resample_filter": [1, 1],
-    },
-    "DhariwalUNet": {
-        "model_channels": 192,
-        "channel_mult": [1, 2, 3, 4],
-        "num_blocks": 3,
-        "attn_resolutions": [32, 16, 8],
-    },
-}
-SHARED = {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 4}
+
+def _mirrored(filter: list[float], config: Config) -> tuple[float, ...]:
+    """The filter of a change of resolution. Raises Refused where it is not symmetric."""
+    if filter != filter[::-1] or len(filter) % 2:
+        raise config.refusal("resample_filter", "an even number of mirrored weights")
+    return tuple(filter)
+
+
+def _shared(width: int, multiples: list[int], blocks: int, attention: list[int]) -> tuple[Key, ...]:
+    """The keys of both classes, with the defaults of one."""
+    return (
+        same("size", "img_resolution"),
+        same("channels", "in_channels"),
+        Implied("out_channels", lambda ours: ours.channels),
+        same("classes", "label_dim", missing=0),
+        same("augment_dim", "augment_dim", missing=0),
+        same("width", "model_channels", missing=width),
+        listed("multiples", "channel_mult", missing=multiples),
+        same("emb_multiple", "channel_mult_emb", missing=4),
+        same("blocks", "num_blocks", missing=blocks),
+        listed("attention", "attn_resolutions", missing=attention),
+    )
+
+
+WAVES = {"positional": "positional", "fourier": "fourier"}
+ENCODERS = {"standard": False, "residual": True}
+SONG_KEYS = (
+    *_shared(width=128, multiples=[1, 2, 2, 2], blocks=4, attention=[16]),
+    one_of("time_embedding", "embedding_type", WAVES, missing="positional"),
+    same("noise_multiple", "channel_mult_noise", missing=1),
+    one_of("residual", "encoder_type", ENCODERS, missing="standard"),
+    Fixed("decoder_type", "standard"),
+    Field(
+        field="filter",
+        key="resample_filter",
+        read=_mirrored,
+        write=lambda ours: list(ours.filter),
+        missing=[1, 1],
+    ),
+)
+DHARIWAL_KEYS = (
+    *_shared(width=192, multiples=[1, 2, 3, 4], blocks=3, attention=[32, 16, 8]),
+    Field(  # written where it is not 64 alone, since PyTorch's class has no such argument
+        field="head_dim",
+        key="channels_per_head",
+        write=lambda ours: OMITTED if ours.head_dim == 64 else ours.head_dim,
+        missing=64,
+    ),
+    Fixed("decoder_type", "standard", is_written=False),
+)
 LOADS = """import json
 from pathlib import Path
 from safetensors.torch import load_file
@@ -56,24 +85,25 @@ from training.networks import {0}  # of github.com/NVlabs/edm
 folder = Path(".")
 settings = json.loads((folder / "config.json").read_text())
 model = {0}(**{{key: value for key, value in settings.items() if key != "_class_name"}}).eval()
-model.load_state_dict({{name.removeprefix("model."): w for name, w in load_file(folder / "model.safetensors").items()}})"""
-ENCODERS = ("standard", "residual")
-WAVES = ("positional", "fourier")
+weights = load_file(folder / "model.safetensors")
+model.load_state_dict({{name.removeprefix("model."): w for name, w in weights.items()}})"""
 
 
 def convert(pickled: Path) -> str:
-    """The command that turns a pickle of EDM into a folder that we read; it runs in a clone of its
-    repository, with torch.
+    """The command that turns a pickle of EDM into a folder that is read here; it runs in a clone of
+    EDM's repository, with torch.
     """
     folder = pickled.with_suffix("")
-    source, out, weights, config = map(
-        literal, (pickled, folder, folder / "model.safetensors", folder / "config.json")
-    )
+    source = literal(pickled)
+    out = literal(folder)
+    weights = literal(folder / "model.safetensors")
+    config = literal(folder / "config.json")
     return shell(
         "import json, os, pickle; from safetensors.torch import save_file; "
         f'net = pickle.load(open({source}, "rb"))["ema"]; os.makedirs({out}, exist_ok=True); '
         f"save_file({{k: v.contiguous() for k, v in net.state_dict().items()}}, {weights}); "
-        f'json.dump({{"_class_name": type(net.model).__name__, **net.model.init_kwargs}}, open({config}, "w"))'
+        'settings = {"_class_name": type(net.model).__name__, **net.model.init_kwargs}; '
+        f'json.dump(settings, open({config}, "w"))'
     )
 
 
@@ -90,8 +120,13 @@ def _rows(cfg: EDMUNet) -> Iterator[Row]:
         yield from linear("label", "model.map_label", bias=song)
     if cfg.augment_dim:
         yield from linear("augment", "model.map_augment", bias=False)
-    yield from (row for i in (0, 1) for row in linear(f"layer{i}", f"model.map_layer{i}"))
-    at = lambda half, level: f"model.{half}.{cfg.size >> level}x{cfg.size >> level}_"
+    yield from linear("layer0", "model.map_layer0")
+    yield from linear("layer1", "model.map_layer1")
+
+    def at(half: str, level: int) -> str:
+        side = cfg.size >> level
+        return f"model.{half}.{side}x{side}_"
+
     yield from linear("conv_in", at("enc", 0) + "conv", CONV)
     now = cfg.width if song else cfg.widths[0]
     for i, width in enumerate(cfg.widths):
@@ -131,104 +166,32 @@ def _block(path: str, name: str, *, skip: bool = False, attend: bool = False) ->
         yield from linear(f"{path}/skip", f"{name}.skip", CONV)
     if attend:
         yield from norm(f"{path}/norm2", f"{name}.norm2")
-        yield from (
-            row
-            for part in ("qkv", "proj")
-            for row in linear(f"{path}/{part}", f"{name}.{part}", POINT)
-        )
+        yield from linear(f"{path}/qkv", f"{name}.qkv", POINT)
+        yield from linear(f"{path}/proj", f"{name}.proj", POINT)
 
 
 def constants(cfg: EDMUNet) -> dict[str, np.ndarray]:
     """The filters that PyTorch's classes keep beside the weights of every change of resolution."""
-    kernel = (np.outer(cfg.filter, cfg.filter) / sum(cfg.filter) ** 2).astype(np.float32)[
-        None, None
-    ]
+    kernel = np.outer(cfg.filter, cfg.filter) / sum(cfg.filter) ** 2
+    kernel = kernel.astype(np.float32)[None, None]
     found = {}
     for row in _rows(cfg):
         head, _, end = row.name.rpartition(".")
         move = head.rpartition(".")[0]
         if end == "weight" and head.endswith(".conv0") and move.endswith(("_down", "_up")):
-            found |= {f"{move}.{part}.resample_filter": kernel for part in ("conv0", "skip")}
+            found[f"{move}.conv0.resample_filter"] = kernel
+            found[f"{move}.skip.resample_filter"] = kernel
         elif end == "weight" and head.endswith("_aux_residual"):
             found[f"{head}.resample_filter"] = kernel
     return found
 
 
-def read(config: dict[str, Any], folder: Path) -> EDMUNet:
-    where = folder / "config.json"
-    name = config["_class_name"]
-    channels = setting(config, "in_channels", where)
-    fixed(config, {"out_channels": channels, "decoder_type": "standard"}, where)
-    get = lambda key: config.get(key, (SHARED | DEFAULTS[name])[key])
-    sizes = dict(
-        size=setting(config, "img_resolution", where),
-        channels=channels,
-        classes=get("label_dim"),
-        augment_dim=get("augment_dim"),
-        width=get("model_channels"),
-        multiples=tuple(get("channel_mult")),
-        emb_multiple=get("channel_mult_emb"),
-        blocks=get("num_blocks"),
-        attention=tuple(get("attn_resolutions")),
-    )
-    if name == "DhariwalUNet":
-        return DhariwalUNet(**sizes, head_dim=config.get("channels_per_head", 64))
-    if get("encoder_type") not in ENCODERS:
-        raise Refused(
-            f"{where}: encoder_type={get('encoder_type')!r} is not supported, expected {' or '.join(map(repr, ENCODERS))}"
-        )
-    if get("embedding_type") not in WAVES:
-        raise Refused(
-            f"{where}: embedding_type={get('embedding_type')!r} is not supported, expected {' or '.join(map(repr, WAVES))}"
-        )
-    filter = tuple(get("resample_filter"))
-    if filter != filter[::-1] or len(filter) % 2:
-        raise Refused(
-            f"{where}: resample_filter={list(filter)} is not supported, expected an even number of mirrored weights"
-        )
-    return SongUNet(
-        **sizes,
-        time_embedding=get("embedding_type"),
-        noise_multiple=get("channel_mult_noise"),
-        residual=get("encoder_type") == "residual",
-        filter=filter,
-    )
-
-
-def write(cfg: EDMUNet) -> dict[str, dict[str, Any]]:
-    config = {
-        "_class_name": type(cfg).__name__,
-        "img_resolution": cfg.size,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.channels,
-        "label_dim": cfg.classes,
-        "augment_dim": cfg.augment_dim,
-        "model_channels": cfg.width,
-        "channel_mult": list(cfg.multiples),
-        "channel_mult_emb": cfg.emb_multiple,
-        "num_blocks": cfg.blocks,
-        "attn_resolutions": list(cfg.attention),
-    }
-    if isinstance(cfg, SongUNet):
-        config |= {
-            "embedding_type": cfg.time_embedding,
-            "channel_mult_noise": cfg.noise_multiple,
-            "encoder_type": "residual" if cfg.residual else "standard",
-            "decoder_type": "standard",
-            "resample_filter": list(cfg.filter),
-        }
-    elif cfg.head_dim != 64:  # PyTorch's class has no such argument
-        config["channels_per_head"] = cfg.head_dim
-    return {"config.json": config}
-
-
-SONG, DHARIWAL = (
-    Family(
+def _family(config: type[EDMUNet], keys: tuple[Key, ...]) -> Family:
+    return Family(
         name=config.__name__,
         library="edm",
         config=config,
-        read=read,
-        write=write,
+        keys=keys,
         table=table,
         ignored=(r".*\.resample_filter",),
         call="model({x}, {t}, cond)",
@@ -238,5 +201,7 @@ SONG, DHARIWAL = (
         constants=constants,
         convert=convert,
     )
-    for config in (SongUNet, DhariwalUNet)
-)
+
+
+SONG = _family(SongUNet, SONG_KEYS)
+DHARIWAL = _family(DhariwalUNet, DHARIWAL_KEYS)

@@ -4,25 +4,62 @@ encoder.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused, lookup
+from jaxdistill.core.types import Refused
 from jaxdistill.interop.families import llama
-from jaxdistill.interop.tables import Family, Row, fixed, sizes
+from jaxdistill.interop.keys import Config, Field, Fixed, Read, Written, activation, optional, same
+from jaxdistill.interop.tables import Family, Row
 from jaxdistill.models.language.gemma import Gemma2, Gemma2Text
-from jaxdistill.models.layers import ACTIVATIONS
 
-SIZES = llama.SIZES | {
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "norm_eps": "rms_norm_eps",
-    "window": "sliding_window",
-    "query_scale": "query_pre_attn_scalar",
-    "activation": "hidden_activation",
-}
-FIXED = {"attention_bias": False, "use_bidirectional_attention": None, "tie_word_embeddings": True}
+
+def _check_layers(config: Config) -> None:
+    """Raises Refused on layers other than those of full attention and of a sliding window."""
+    depth = config.get("num_hidden_layers", 0)
+    kinds = config.get("layer_types") or []
+    known = set(kinds) <= {"sliding_attention", "full_attention"}
+    if not known or len(kinds) not in (0, depth):
+        raise Refused(
+            f"{config.file}: layer_types={kinds}, expected {depth} of sliding_attention and "
+            "full_attention"
+        )
+
+
+def _longest(config: Config) -> int:
+    """Tokens of the longest text for which the window is the complete context."""
+    window = config["sliding_window"]
+    return min(window, config.get("max_position_embeddings", window))
+
+
+KEYS = (
+    Read("", _check_layers),
+    *llama.SIZES,
+    Field(
+        field="kv_heads",
+        key="num_key_value_heads",
+        write=lambda ours: ours.kv_heads or ours.heads,
+    ),
+    Field(
+        field="head_dim",
+        key="head_dim",
+        write=lambda ours: ours.head_size,
+        missing=256,
+    ),
+    same("norm_eps", "rms_norm_eps", missing=1e-6),
+    same("window", "sliding_window"),
+    same("query_scale", "query_pre_attn_scalar"),
+    activation("hidden_activation"),
+    Read("max_length", _longest),
+    Written("max_position_embeddings", lambda ours: ours.max_length),
+    Written("rope_theta", lambda ours: ours.rope_theta),
+    optional("cap", "attn_logit_softcapping", none=0.0),
+    optional("logit_cap", "final_logit_softcapping", none=0.0),
+    Fixed("attention_bias", False),
+    Fixed("use_bidirectional_attention", None),
+    Fixed("tie_word_embeddings", True),
+)
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 NORMS = {  # ours -> theirs
     "norm_attention": "input_layernorm",
@@ -33,68 +70,26 @@ NORMS = {  # ours -> theirs
 
 
 def table(cfg: Gemma2, base: str = "model.") -> tuple[Row, ...]:
-    shared = (row for row in llama.table(cfg) if not row.path.startswith("blocks/norm_"))
-    norms = (
-        Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight")
-        for ours, theirs in NORMS.items()
-    )
-    return tuple(
-        Row(row.path, base + row.name.removeprefix("model."), row.layout)
-        for row in (*shared, *norms)
-    )
+    """Llama's rows with four norms in each layer; `base` stands before PyTorch's names."""
+    rows = [row for row in llama.table(cfg) if not row.path.startswith("blocks/norm_")]
+    for ours, theirs in NORMS.items():
+        rows.append(Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight"))
+    renamed = [dataclasses.replace(r, name=base + r.name.removeprefix("model.")) for r in rows]
+    return tuple(renamed)
 
 
-def read(config: dict[str, Any], folder: Path, *, make: type[Gemma2]) -> Gemma2:
-    where = folder / "config.json"
-    fixed(config, FIXED, where)
-    depth = config.get("num_hidden_layers", 0)
-    found = sizes({"head_dim": 256, "rms_norm_eps": 1e-6} | config, SIZES, where)
-    kinds = config.get("layer_types") or []
-    if not set(kinds) <= {"sliding_attention", "full_attention"} or len(kinds) not in (0, depth):
-        raise Refused(
-            f"{where}: layer_types={kinds}, expected {depth} of sliding_attention and full_attention"
-        )
-    lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_activation")
-    longest = min(found["window"], config.get("max_position_embeddings", found["window"]))
-    return make(
-        **found,
-        **llama.read_rope(config, where),
-        **llama.read_ids(config, folder),
-        max_length=longest,
-        cap=config.get("attn_logit_softcapping") or 0.0,
-        logit_cap=config.get("final_logit_softcapping") or 0.0,
-    )
-
-
-def write(cfg: Gemma2, *, name: str) -> dict[str, dict[str, Any]]:
-    if cfg.rope_factor != 1.0:
-        raise Refused(f"{name}: rope_factor={cfg.rope_factor} cannot be written, expected 1.0")
-    config = {
-        "architectures": [name],
-        "model_type": "gemma2",
-        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
-        "num_key_value_heads": cfg.kv_heads or cfg.heads,
-        "head_dim": cfg.head_size,
-        "max_position_embeddings": cfg.max_length,
-        "rope_theta": cfg.rope_theta,
-        "attn_logit_softcapping": cfg.cap or None,
-        "final_logit_softcapping": cfg.logit_cap or None,
-        **FIXED,
-        **llama.write_ids(cfg),
-    }
-    return {"config.json": config, "generation_config.json": llama.write_ids(cfg)}
-
-
-def _family(name: str, make: type[Gemma2], base: str, call: str, **more) -> Family:
+def _family(name: str, config: type[Gemma2], base: str, call: str, **more: Any) -> Family:
     return Family(
         name=name,
         library="transformers",
-        call=call,
-        config=make,
-        read=functools.partial(read, make=make),
-        write=functools.partial(write, name=name),
+        config=config,
+        model_type="gemma2",
+        keys=KEYS,
+        more_fields=llama.rope_and_tokens,
+        more_files=functools.partial(llama.tokens_of_both_files, name=name),
         table=functools.partial(table, base=base),
-        free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+        free=llama.FREE,
+        call=call,
         **more,
     )
 

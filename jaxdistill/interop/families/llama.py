@@ -1,37 +1,91 @@
-"""`LlamaForCausalLM` of transformers (Llama 1 to 3, SmolLM, TinyLlama and others of the same
-graph), and the two that differ from it in a few weights of the attention: `Qwen2ForCausalLM` (2 and
-2.5) and `Qwen3ForCausalLM`. The language side of `Qwen2_5_VLForConditionalGeneration` is read as a
-text encoder.
+"""`LlamaForCausalLM` of transformers: Llama 1 to 3, SmolLM, TinyLlama and others of the same graph.
+
+`Qwen2ForCausalLM` (2 and 2.5) and `Qwen3ForCausalLM` differ from it in a few weights of the
+attention. The language side of `Qwen2_5_VLForConditionalGeneration` is read as a text encoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused
-from jaxdistill.interop.safetensors import read_json, shown
+from jaxdistill.core.types import Refused, quoted
+from jaxdistill.interop.keys import (
+    Field,
+    Fixed,
+    Key,
+    Written,
+    read_keys,
+    same,
+    setting,
+    token,
+    tokens,
+    write_keys,
+)
+from jaxdistill.interop.safetensors import read_json
 from jaxdistill.interop.settings import check
-from jaxdistill.interop.tables import LINEAR, Family, Row, fixed, sizes
+from jaxdistill.interop.tables import LINEAR, Family, Row
 from jaxdistill.models.language.lm import LM
 from jaxdistill.models.language.qwen import Qwen2, Qwen2Text, Qwen3
 
-SIZES = {
-    "vocab": "vocab_size",
-    "dim": "hidden_size",
-    "mlp": "intermediate_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-}
-FIXED = {  # what our models cannot do otherwise
-    LM: {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    Qwen2: {"hidden_act": "silu", "use_sliding_window": False},
-    Qwen2Text: {"hidden_act": "silu", "use_sliding_window": False},
-    Qwen3: {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
-}
-TYPES = {LM: "llama", Qwen2: "qwen2", Qwen2Text: "qwen2_5_vl", Qwen3: "qwen3"}  # model_type
+SIZES = (
+    same("vocab", "vocab_size"),
+    same("dim", "hidden_size"),
+    same("mlp", "intermediate_size"),
+    same("depth", "num_hidden_layers"),
+    same("heads", "num_attention_heads"),
+)
+# Keys in which two copies of one network may differ
+FREE = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+TOKENS = (
+    token("bos", "bos_token_id", missing=-1),
+    tokens("eos", "eos_token_id", missing=[]),
+    token("pad", "pad_token_id", missing=-1),
+)
+
+
+def _stretching(ours: LM) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json."""
+    if ours.rope_factor == 1.0:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": ours.rope_factor,
+        "low_freq_factor": ours.rope_low,
+        "high_freq_factor": ours.rope_high,
+        "original_max_position_embeddings": ours.rope_original,
+    }
+
+
+KEYS = (
+    *SIZES,
+    Field(
+        field="kv_heads",
+        key="num_key_value_heads",
+        write=lambda ours: ours.kv_heads or ours.heads,
+        missing=0,
+        null=0,
+    ),
+    Field(
+        field="head_dim",
+        key="head_dim",
+        write=lambda ours: ours.head_size,
+        missing=0,
+        null=0,
+    ),
+    same("max_length", "max_position_embeddings", missing=2048),
+    same("norm_eps", "rms_norm_eps", missing=1e-6),
+    Written("rope_theta", lambda ours: ours.rope_theta),
+    Written("rope_scaling", _stretching),
+    same("tied", "tie_word_embeddings", missing=False),
+    Written("initializer_range", 0.02),
+    Written("use_cache", True),
+    Fixed("hidden_act", "silu"),
+)
+LLAMA_KEYS = (*KEYS, Fixed("attention_bias", False), Fixed("mlp_bias", False))
+QWEN2_KEYS = (*KEYS, Fixed("use_sliding_window", False))
+QWEN3_KEYS = (*KEYS, Fixed("attention_bias", False), Fixed("use_sliding_window", False))
 
 
 def table(cfg: LM) -> tuple[Row, ...]:
@@ -50,164 +104,126 @@ def table(cfg: LM) -> tuple[Row, ...]:
         Row("norm/scale", "model.norm.weight"),
     )
     if isinstance(cfg, Qwen2):
-        rows += tuple(Row(f"blocks/to_{x}/bias", f"{layer}self_attn.{x}_proj.bias") for x in "qkv")
+        rows += (
+            Row("blocks/to_q/bias", layer + "self_attn.q_proj.bias"),
+            Row("blocks/to_k/bias", layer + "self_attn.k_proj.bias"),
+            Row("blocks/to_v/bias", layer + "self_attn.v_proj.bias"),
+        )
     if isinstance(cfg, Qwen3):
-        rows += tuple(
-            Row(f"blocks/norm_{x}/scale", f"{layer}self_attn.{x}_norm.weight") for x in "qk"
+        rows += (
+            Row("blocks/norm_q/scale", layer + "self_attn.q_norm.weight"),
+            Row("blocks/norm_k/scale", layer + "self_attn.k_norm.weight"),
         )
     return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
 
 
-def read(config: dict[str, Any], folder: Path, *, make: type[LM] = LM) -> LM:
-    where = folder / "config.json"
-    fixed(config, FIXED[make], where)
-    found = sizes(config, SIZES, where)
-    return make(
-        **found,
-        **read_rope(config, where),
-        **read_ids(config, folder),
-        kv_heads=config.get("num_key_value_heads") or 0,
-        head_dim=config.get("head_dim") or 0,
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
-        max_length=config.get("max_position_embeddings", 2048),
-    )
+def _language_side(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """config.json of the language side of a model of text and images.
 
-
-def read_vl(config: dict[str, Any], folder: Path) -> Qwen2Text:
-    """The language side of a model of text and images, whose rotary positions have three axes that
-    are one on text.
+    Its rotary positions have three axes, which are one on text; it has no head.
     """
-    config = (
-        config | (config.get("text_config") or {}) | {"tie_word_embeddings": True}
-    )  # there is no head
-    rope = config.get("rope_scaling") or {}
+    values = values | (values.get("text_config") or {}) | {"tie_word_embeddings": True}
+    rope = values.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) == "mrope":
-        config["rope_scaling"] = None
-    return read(config, folder, make=Qwen2Text)
+        values["rope_scaling"] = None
+    return values
 
 
-def read_ids(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Special tokens: from generation_config.json where there is one, since that is what stops
+def rope_and_tokens(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Our fields of rotary positions and special tokens.
+
+    The tokens are those of generation_config.json where there is one, since that is what stops
     generation.
     """
     generation = folder / "generation_config.json"
     given = read_json(generation) if generation.exists() else {}
     check({key: value for key, value in given.items() if key.endswith("_token_id")}, generation)
-    ids = {**config, **given}
-    eos = ids.get("eos_token_id")
-    return {
-        "eos": () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        "bos": _or(ids.get("bos_token_id"), -1),
-        "pad": _or(ids.get("pad_token_id"), -1),
-    }
+    found = read_keys(TOKENS, {**values, **given}, folder / "config.json")
+    return read_rope(values, folder / "config.json") | found
 
 
-def write_ids(cfg: LM) -> dict[str, Any]:
-    """Special tokens, in the keys of both files."""
-    return {
-        "bos_token_id": None if cfg.bos < 0 else cfg.bos,
-        "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0] if cfg.eos else None,
-        "pad_token_id": None if cfg.pad < 0 else cfg.pad,
-    }
+def tokens_of_both_files(ours: LM, *, name: str) -> dict[str, dict[str, Any]]:
+    """Special tokens, in the keys of config.json and generation_config.json.
+
+    Raises Refused where the class `name` has no stretched positions and ours are.
+    """
+    if ours.rope_factor != 1.0:
+        raise Refused(f"{name}: rope_factor={ours.rope_factor} cannot be written, expected 1.0")
+    return _both_files(ours)
 
 
-def read_rope(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """Rotary settings, from transformers 5's `rope_parameters` or from `rope_theta` and
-    `rope_scaling` of older files.
+def _both_files(ours: LM) -> dict[str, dict[str, Any]]:
+    found = write_keys(TOKENS, ours)
+    return {"config.json": found, "generation_config.json": found}
 
-    Raises Refused for another `rope_type`, and where both stand and differ: versions of
+
+def read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Our fields of rotary positions, from transformers 5's `rope_parameters` or from `rope_theta`
+    and `rope_scaling` of older files.
+
+    Raises Refused for another `rope_type`, and where both objects are given and differ: versions of
     transformers obey one or the other.
     """
-    stated = [
-        _rope(config, key, where) for key in ("rope_scaling", "rope_parameters") if config.get(key)
-    ]
-    rope = stated[-1] if stated else _rope(config, "rope_scaling", where)
-    if stated and stated[0] != rope:
-        key = next(key for key in sorted(stated[0] | rope) if stated[0].get(key) != rope.get(key))
-        values = (shown(repr(values.get(key))) for values in (stated[0], rope))
-        raise Refused(
-            f"{where}: rope_scaling and rope_parameters differ ({key}={' and '.join(values)}), expected one of them"
-        )
+    objects = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)]
+    stated = [_rope(values, key, file) for key in objects or ["rope_scaling"]]
+    first = stated[0]
+    rope = stated[-1]
+    for key in sorted(first | rope):
+        if first.get(key) != rope.get(key):
+            one = quoted(first.get(key))
+            other = quoted(rope.get(key))
+            raise Refused(
+                f"{file}: rope_scaling and rope_parameters differ ({key}={one} and {other}), "
+                "expected one of them"
+            )
+    found = {"rope_theta": rope["rope_theta"]}
     if rope["rope_type"] == "default":
-        return {"rope_theta": rope["rope_theta"]}
-    names = {
-        "rope_factor": "factor",
-        "rope_low": "low_freq_factor",
-        "rope_high": "high_freq_factor",
-        "rope_original": "original_max_position_embeddings",
+        return found
+    return found | {
+        "rope_factor": setting(rope, "factor", file),
+        "rope_low": setting(rope, "low_freq_factor", file),
+        "rope_high": setting(rope, "high_freq_factor", file),
+        "rope_original": setting(rope, "original_max_position_embeddings", file),
     }
-    return {"rope_theta": rope["rope_theta"], **sizes(rope, names, where)}
 
 
-def _rope(config: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
-    """All that config.json says of rotary positions, were `key` the only object on them."""
-    given = config.get(key) or {}
+def _rope(values: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """What config.json says of rotary positions if `key` is its only object on them."""
+    given = values.get(key) or {}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise Refused(
-            f"{where}: rope_type={shown(repr(kind))} is not supported, expected 'default' or 'llama3'"
+            f"{file}: rope_type={quoted(kind)} is not supported, expected 'default' or 'llama3'"
         )
     rest = {name: value for name, value in given.items() if name != "type"}
-    return {"rope_theta": config.get("rope_theta", 10000.0), **rest, "rope_type": kind}
+    return {"rope_theta": values.get("rope_theta", 10000.0), **rest, "rope_type": kind}
 
 
-def write(cfg: LM, *, name: str) -> dict[str, dict[str, Any]]:
-    """config.json and generation_config.json, in the keys that transformers 4 and 5 both read."""
-    stretched = {
-        "rope_type": "llama3",
-        "factor": cfg.rope_factor,
-        "low_freq_factor": cfg.rope_low,
-        "high_freq_factor": cfg.rope_high,
-        "original_max_position_embeddings": cfg.rope_original,
-    }
-    ids = write_ids(cfg)
-    config = {
-        "architectures": [name],
-        "model_type": TYPES[type(cfg)],
-        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
-        "num_key_value_heads": cfg.kv_heads or cfg.heads,
-        "head_dim": cfg.head_size,
-        "max_position_embeddings": cfg.max_length,
-        "rms_norm_eps": cfg.norm_eps,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": None if cfg.rope_factor == 1.0 else stretched,
-        "tie_word_embeddings": cfg.tied,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        **FIXED[type(cfg)],
-        **ids,
-    }
-    return {"config.json": config, "generation_config.json": ids}
-
-
-def _or(value, default):
-    return default if value is None else value
-
-
-def _family(name: str, make: type[LM]) -> Family:
+def _family(name: str, config: type[LM], model_type: str, keys: tuple[Key, ...]) -> Family:
     return Family(
         name=name,
         library="transformers",
-        call="model.generate(tokens, max_new_tokens=64)",
-        config=make,
-        read=functools.partial(read, make=make),
-        write=functools.partial(write, name=name),
+        config=config,
+        model_type=model_type,
+        keys=keys,
+        more_fields=rope_and_tokens,
+        more_files=_both_files,
         table=table,
-        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # old files' constants
+        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # in old files
         tied=(("lm_head.weight", "model.embed_tokens.weight"),),
-        free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+        free=FREE,
+        call="model.generate(tokens, max_new_tokens=64)",
     )
 
 
-FAMILY = _family("LlamaForCausalLM", LM)
-QWEN2 = _family("Qwen2ForCausalLM", Qwen2)
-QWEN3 = _family("Qwen3ForCausalLM", Qwen3)
-_TEXT = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text)
-QWEN_VL = dataclasses.replace(  # the head is no part of ours
+FAMILY = _family("LlamaForCausalLM", LM, "llama", LLAMA_KEYS)
+QWEN2 = _family("Qwen2ForCausalLM", Qwen2, "qwen2", QWEN2_KEYS)
+QWEN3 = _family("Qwen3ForCausalLM", Qwen3, "qwen3", QWEN3_KEYS)
+_TEXT = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text, "qwen2_5_vl", QWEN2_KEYS)
+QWEN_VL = dataclasses.replace(
     _TEXT,
-    read=read_vl,
-    ignored=(*_TEXT.ignored, r"visual\..*", r"lm_head\.weight"),
+    prepare=_language_side,
+    ignored=(*_TEXT.ignored, r"visual\..*", r"lm_head\.weight"),  # ours has no head
     tied=(),
     part="its language side",
 )

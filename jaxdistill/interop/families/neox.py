@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import Refused, lookup
-from jaxdistill.interop.families.llama import read_ids, read_rope, write_ids
-from jaxdistill.interop.tables import LINEAR, Family, Row, fixed, linear, norm, sizes
+from jaxdistill.interop.families import llama
+from jaxdistill.interop.keys import Fixed, Written, activation, same
+from jaxdistill.interop.tables import LINEAR, Family, Row, linear, norm
 from jaxdistill.models.language.neox import NeoX
-from jaxdistill.models.layers import ACTIVATIONS
 
-SIZES = {
-    "vocab": "vocab_size",
-    "dim": "hidden_size",
-    "mlp": "intermediate_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "max_length": "max_position_embeddings",
-    "norm_eps": "layer_norm_eps",
-    "activation": "hidden_act",
-}
-FIXED = {"attention_bias": True}
+KEYS = (
+    *llama.SIZES,
+    same("max_length", "max_position_embeddings"),
+    same("norm_eps", "layer_norm_eps"),
+    activation("hidden_act"),
+    Written("rotary_emb_base", lambda ours: ours.rope_theta),
+    same("rotary_share", "rotary_pct", missing=0.25),
+    same("parallel", "use_parallel_residual", missing=True),
+    same("tied", "tie_word_embeddings", missing=False),
+    Written("use_cache", True),
+    Fixed("attention_bias", True),
+)
 
 
 def table(cfg: NeoX) -> tuple[Row, ...]:
@@ -39,42 +40,12 @@ def table(cfg: NeoX) -> tuple[Row, ...]:
     return rows if cfg.tied else (*rows, Row("unembed/kernel", "embed_out.weight", LINEAR))
 
 
-def read(config: dict[str, Any], folder: Path) -> NeoX:
-    where = folder / "config.json"
-    fixed(config, FIXED, where)
-    found = sizes(config, SIZES, where)
-    lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
-    rope = config.get("rope_parameters") or {}  # older files have the two keys of their own
-    share = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    return NeoX(
-        **found,
-        **read_rope({"rope_theta": config.get("rotary_emb_base", 10000.0), **config}, where),
-        **read_ids(config, folder),
-        rotary_share=share,
-        parallel=config.get("use_parallel_residual", True),
-        tied=config.get("tie_word_embeddings", False),
-    )
-
-
-def write(cfg: NeoX) -> dict[str, dict[str, Any]]:
-    """config.json and generation_config.json, in the keys that transformers 4 and 5 both read."""
-    if cfg.rope_factor != 1.0:
-        raise Refused(
-            f"{FAMILY.name}: rope_factor={cfg.rope_factor} cannot be written, expected 1.0"
-        )
-    config = {
-        "architectures": [FAMILY.name],
-        "model_type": "gpt_neox",
-        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
-        "rotary_emb_base": cfg.rope_theta,
-        "rotary_pct": cfg.rotary_share,
-        "use_parallel_residual": cfg.parallel,
-        "tie_word_embeddings": cfg.tied,
-        "use_cache": True,
-        **FIXED,
-        **write_ids(cfg),
-    }
-    return {"config.json": config, "generation_config.json": write_ids(cfg)}
+def _prepare(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """config.json with the rotary settings of transformers 5 under the keys of older files."""
+    rope = values.get("rope_parameters") or {}
+    share = rope.get("partial_rotary_factor", values.get("rotary_pct", 0.25))
+    base = values.get("rotary_emb_base", 10000.0)
+    return {"rope_theta": base, **values, "rotary_pct": share}
 
 
 FAMILY = Family(
@@ -82,15 +53,17 @@ FAMILY = Family(
     library="transformers",
     call="model.generate(tokens, max_new_tokens=64)",
     config=NeoX,
-    read=read,
-    write=write,
+    model_type="gpt_neox",
+    keys=KEYS,
+    prepare=_prepare,
+    more_fields=llama.rope_and_tokens,
+    more_files=functools.partial(llama.tokens_of_both_files, name="GPTNeoXForCausalLM"),
     table=table,
-    ignored=(  # constants of old files
+    ignored=(  # constants in old files
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
     ),
     tied=(("embed_out.weight", "gpt_neox.embed_in.weight"),),
-    renamed=(
-        (r"^lm_head\.", "embed_out."),
-    ),  # transformers 5 calls it so in memory, and embed_out in files
-    free=("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
+    # transformers 5 calls the head so in memory, and embed_out in files
+    renamed=((r"^lm_head\.", "embed_out."),),
+    free=llama.FREE,
 )

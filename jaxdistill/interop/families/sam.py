@@ -8,37 +8,27 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxdistill.core.types import lookup
-from jaxdistill.interop.tables import (
-    CONV,
-    POINT,
-    Family,
-    Row,
-    fixed,
-    linear,
-    norm,
-    patches,
-    setting,
-    sizes,
-)
-from jaxdistill.models.layers import ACTIVATIONS
+from jaxdistill.interop.keys import Fixed, activation, listed, same, setting
+from jaxdistill.interop.tables import CONV, POINT, Family, Row, linear, norm, patches
 from jaxdistill.models.vision.sam import SamVision
 
-SIZES = {
-    "size": "image_size",
-    "patch": "patch_size",
-    "channels": "num_channels",
-    "dim": "hidden_size",
-    "mlp": "mlp_dim",
-    "heads": "num_attention_heads",
-    "depth": "num_hidden_layers",
-    "window": "window_size",
-    "global_layers": "global_attn_indexes",
-    "neck": "output_channels",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-}
-ALWAYS = {"use_abs_pos": True, "use_rel_pos": True, "qkv_bias": True}
+KEYS = (
+    same("size", "image_size"),
+    same("patch", "patch_size"),
+    same("channels", "num_channels"),
+    same("dim", "hidden_size"),
+    same("mlp", "mlp_dim"),
+    same("heads", "num_attention_heads"),
+    same("depth", "num_hidden_layers"),
+    same("window", "window_size"),
+    listed("global_layers", "global_attn_indexes"),
+    same("neck", "output_channels"),
+    activation("hidden_act"),
+    same("norm_eps", "layer_norm_eps"),
+    Fixed("use_abs_pos", True),
+    Fixed("use_rel_pos", True),
+    Fixed("qkv_bias", True),
+)
 
 
 def table(cfg: SamVision) -> tuple[Row, ...]:
@@ -67,45 +57,32 @@ def table(cfg: SamVision) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def read(config: dict[str, Any], folder: Path) -> SamVision:
-    where = folder / "config.json"
-    fixed(config, ALWAYS, where)
-    usual = round(setting(config, "hidden_size", where) * config.get("mlp_ratio", 4.0))
-    found = sizes(config | {"mlp_dim": config.get("mlp_dim") or usual}, SIZES, where)
-    lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
-    return SamVision(**{**found, "global_layers": tuple(found["global_layers"])})
+def _prepare(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """config.json with the width of the MLP, which some files state as a multiple of the width."""
+    width = values.get("mlp_dim")
+    if not width:
+        width = round(setting(values, "hidden_size", file) * values.get("mlp_ratio", 4.0))
+    return values | {"mlp_dim": width}
 
 
-def read_whole(config: dict[str, Any], folder: Path) -> SamVision:
-    return read(setting(config, "vision_config", folder / "config.json"), folder)
-
-
-def write(cfg: SamVision) -> dict[str, dict[str, Any]]:
-    found = {theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()} | {
-        "global_attn_indexes": list(cfg.global_layers)
-    }
-    return {
-        "config.json": {
-            "architectures": ["SamVisionModel"],
-            "model_type": "sam_vision_model",
-            **found,
-            **ALWAYS,
-        }
-    }
+def _image_encoder(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """config.json of the image encoder inside a `SamModel`."""
+    return _prepare(setting(values, "vision_config", file), file)
 
 
 FAMILY = Family(
     name="SamVisionModel",
     library="transformers",
     config=SamVision,
-    read=read,
-    write=write,
+    model_type="sam_vision_model",
+    keys=KEYS,
+    prepare=_prepare,
     table=table,
 )
 WHOLE = dataclasses.replace(
     FAMILY,
     name="SamModel",
-    read=read_whole,
+    prepare=_image_encoder,
     ignored=(r"(shared_image_embedding|prompt_encoder|mask_decoder)\..*",),
     part="its image encoder",
 )

@@ -4,42 +4,77 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import (
-    CONV,
-    POINT,
-    Family,
-    Row,
-    fixed,
-    linear,
-    patches,
-    setting,
-    sizes,
+from jaxdistill.interop.keys import (
+    Config,
+    Field,
+    Fixed,
+    Implied,
+    Read,
+    Written,
+    one_of,
+    optional,
+    same,
 )
+from jaxdistill.interop.tables import CONV, POINT, Family, Row, linear, patches
 from jaxdistill.models.denoisers.sana import Sana
 
-FIXED = {"attention_bias": False, "norm_elementwise_affine": False, "dropout": 0.0}
-NORM = "rms_norm_across_heads"
-NAMES = {
-    "size": "sample_size",
-    "patch": "patch_size",
-    "channels": "in_channels",
-    "depth": "num_layers",
-    "heads": "num_attention_heads",
-    "cross_heads": "num_cross_attention_heads",
-    "text_dim": "caption_channels",
-    "mlp_ratio": "mlp_ratio",
-    "norm_eps": "norm_eps",
-}
-ADDED = {  # keys that files written before them lack, with the value which they then have
-    "interpolation": ("interpolation_scale", None),
-    "guidance": ("guidance_embeds", False),
-    "guidance_scale": ("guidance_embeds_scale", 0.1),
-    "time_scale": ("timestep_scale", 1.0),
-}
+
+def _check_cross(config: Config) -> None:
+    """Raises Refused where the heads of the attention to the text are not as wide as the rest."""
+    dim = _dim(config["attention_head_dim"], config)
+    across = config["num_cross_attention_heads"] * config["cross_attention_head_dim"]
+    if across != dim:
+        raise Refused(
+            f"{config.file}: num_cross_attention_heads * cross_attention_head_dim = {across} is "
+            f"not supported, expected {dim}"
+        )
+
+
+def _dim(head: int, config: Config) -> int:
+    """The width of the network for the width of a head."""
+    return config["num_attention_heads"] * head
+
+
+def _check_channels(config: Config) -> None:
+    """Raises Refused where the output has other channels than the input."""
+    channels = config["in_channels"]
+    if (config.get("out_channels") or channels) != channels:
+        raise config.refusal("out_channels", f"in_channels={channels}")
+
+
+QK_NORMS = {None: False, "rms_norm_across_heads": True}
+KEYS = (
+    Read("", _check_cross),
+    Read("", _check_channels),
+    same("size", "sample_size"),
+    same("patch", "patch_size"),
+    same("channels", "in_channels"),
+    same("depth", "num_layers"),
+    same("heads", "num_attention_heads"),
+    same("cross_heads", "num_cross_attention_heads"),
+    same("text_dim", "caption_channels"),
+    same("mlp_ratio", "mlp_ratio"),
+    same("norm_eps", "norm_eps"),
+    # the next four are missing in older files
+    optional("interpolation", "interpolation_scale", none=None),
+    same("guidance", "guidance_embeds", missing=False),
+    same("guidance_scale", "guidance_embeds_scale", missing=0.1),
+    same("time_scale", "timestep_scale", missing=1.0),
+    Written("out_channels", lambda ours: ours.channels),
+    Field(
+        field="dim",
+        key="attention_head_dim",
+        read=_dim,
+        write=lambda ours: ours.dim // ours.heads,
+    ),
+    Written("cross_attention_head_dim", lambda ours: ours.dim // ours.cross_heads),
+    Implied("cross_attention_dim", lambda ours: ours.dim),
+    one_of("qk_norm", "qk_norm", QK_NORMS, missing=None),
+    Fixed("attention_bias", False),
+    Fixed("norm_elementwise_affine", False),
+    Fixed("dropout", 0.0),
+)
 
 
 def table(cfg: Sana) -> tuple[Row, ...]:
@@ -51,26 +86,23 @@ def table(cfg: Sana) -> tuple[Row, ...]:
         theirs = block + name
         norms = ("norm_q", "norm_k") if cfg.qk_norm else ()
         return (
-            *(
-                row
-                for part in ("to_q", "to_k", "to_v")
-                for row in linear(f"{ours}/{part}", f"{theirs}.{part}", bias=bias)
-            ),
+            *linear(f"{ours}/to_q", f"{theirs}.to_q", bias=bias),
+            *linear(f"{ours}/to_k", f"{theirs}.to_k", bias=bias),
+            *linear(f"{ours}/to_v", f"{theirs}.to_v", bias=bias),
             *linear(f"{ours}/to_out", f"{theirs}.to_out.0"),
             *(Row(f"{ours}/{part}/scale", f"{theirs}.{part}.weight") for part in norms),
         )
 
-    def mapper(ours: str, theirs: str) -> tuple[Row, ...]:
-        return tuple(
-            row
-            for part in ("linear_1", "linear_2")
-            for row in linear(f"{ours}/{part}", f"{theirs}.{part}")
+    def embedder(ours: str, theirs: str) -> tuple[Row, ...]:
+        return (
+            *linear(f"{ours}/linear_1", f"{theirs}.linear_1"),
+            *linear(f"{ours}/linear_2", f"{theirs}.linear_2"),
         )
 
     return (
         *linear("patch_embed", "patch_embed.proj", patches(cfg.patch)),
-        *mapper("time_embed", time + "timestep_embedder"),
-        *(mapper("guidance_embed", time + "guidance_embedder") if cfg.guidance else ()),
+        *embedder("time_embed", time + "timestep_embedder"),
+        *(embedder("guidance_embed", time + "guidance_embedder") if cfg.guidance else ()),
         *linear("time_proj", "time_embed.linear"),
         *linear("text_1", "caption_projection.linear_1"),
         *linear("text_2", "caption_projection.linear_2"),
@@ -86,54 +118,16 @@ def table(cfg: Sana) -> tuple[Row, ...]:
     )
 
 
-def read(config: dict[str, Any], folder: Path) -> Sana:
-    where = folder / "config.json"
-    fixed(config, FIXED, where)
-    get = lambda key: setting(config, key, where)
-    dim = get("num_attention_heads") * get("attention_head_dim")
-    across = get("num_cross_attention_heads") * get("cross_attention_head_dim")
-    if across != dim:
-        raise Refused(
-            f"{where}: num_cross_attention_heads * cross_attention_head_dim = {across} is not supported, expected {dim}"
-        )
-    fixed(config, {"cross_attention_dim": dim}, where)
-    if (config.get("out_channels") or get("in_channels")) != get("in_channels"):
-        raise Refused(
-            f"{where}: out_channels={config['out_channels']} is not supported, expected in_channels={get('in_channels')}"
-        )
-    if config.get("qk_norm") not in (None, NORM):
-        raise Refused(
-            f"{where}: qk_norm={config['qk_norm']!r} is not supported, expected None or {NORM!r}"
-        )
-    added = {ours: config.get(*theirs) for ours, theirs in ADDED.items()}
-    return Sana(
-        dim=dim, qk_norm=config.get("qk_norm") == NORM, **sizes(config, NAMES, where), **added
-    )
-
-
-def write(cfg: Sana) -> dict[str, dict[str, Any]]:
-    config = {
-        "_class_name": FAMILY.name,
-        **{theirs: getattr(cfg, ours) for ours, theirs in NAMES.items()},
-        **{theirs: getattr(cfg, ours) for ours, (theirs, _) in ADDED.items()},
-        "out_channels": cfg.channels,
-        "attention_head_dim": cfg.dim // cfg.heads,
-        "cross_attention_head_dim": cfg.dim // cfg.cross_heads,
-        "cross_attention_dim": cfg.dim,
-        "qk_norm": NORM if cfg.qk_norm else None,
-        **FIXED,
-    }
-    return {"config.json": config}
-
-
 FAMILY = Family(
     name="SanaTransformer2DModel",
     library="diffusers",
     config=Sana,
-    read=read,
-    write=write,
+    keys=KEYS,
     table=table,
-    call="model({x}, timestep=model.config.timestep_scale * {t}, encoder_hidden_states=cond, guidance=guidance).sample",
-    given="cond = torch.randn(2, 300, {text_dim})  # in its place, the text encoder's states of the prompts\n"
-    "guidance = 4.5 * model.config.guidance_embeds_scale * torch.ones(2) if model.config.guidance_embeds else None",
+    call="model({x}, timestep=model.config.timestep_scale * {t}, encoder_hidden_states=cond, "
+    "guidance=guidance).sample",
+    given="cond = torch.randn(2, 300, {text_dim})  "
+    "# in its place, the text encoder's states of the prompts\n"
+    "guidance = 4.5 * model.config.guidance_embeds_scale * torch.ones(2) "
+    "if model.config.guidance_embeds else None",
 )

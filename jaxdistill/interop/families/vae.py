@@ -1,16 +1,37 @@
-"""`AutoencoderKL` of diffusers: the image autoencoders of Stable Diffusion 1 to 3, SDXL and FLUX.1."""
+"""`AutoencoderKL` of diffusers: the image autoencoders of Stable Diffusion 1 to 3, SDXL and
+FLUX.1.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from jaxdistill.interop.families.unet import resnet
-from jaxdistill.interop.tables import CONV, Family, Row, fixed, linear, norm, setting
+from jaxdistill.interop.keys import Field, Fixed, Implied, Written, listed, optional, same
+from jaxdistill.interop.tables import CONV, Family, Row, linear, norm
 from jaxdistill.models.autoencoders.vae import VAE
 
-FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+KEYS = (
+    Field(field="size", key="sample_size", missing=32, null=32),
+    same("channels", "in_channels"),
+    Implied("out_channels", lambda ours: ours.channels),
+    same("latents", "latent_channels"),
+    Implied("down_block_types", lambda ours: ["DownEncoderBlock2D"] * len(ours.widths)),
+    Implied("up_block_types", lambda ours: ["UpDecoderBlock2D"] * len(ours.widths)),
+    listed("widths", "block_out_channels"),
+    same("layers", "layers_per_block", missing=1),
+    same("groups", "norm_num_groups", missing=32),
+    same("attention", "mid_block_add_attention", missing=True),
+    same("quant", "use_quant_conv", missing=True),
+    same("post_quant", "use_post_quant_conv", missing=True),
+    same("scale", "scaling_factor", missing=0.18215),
+    optional("shift", "shift_factor", none=0.0),
+    # a hint to pipelines in float16, where the large activations of SDXL's overflow
+    Written("force_upcast", True),
+    Fixed("act_fn", "silu"),
+    Fixed("latents_mean", None),
+    Fixed("latents_std", None),
+)
 
 
 def table(cfg: VAE) -> tuple[Row, ...]:
@@ -56,66 +77,17 @@ def _rows(cfg: VAE) -> Iterator[Row]:
         yield from linear("post_quant", "post_quant_conv", CONV)
 
 
-def read(config: dict[str, Any], folder: Path) -> VAE:
-    where = folder / "config.json"
-    widths = setting(config, "block_out_channels", where)
-    channels = setting(config, "in_channels", where)
-    kinds = {
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-    }
-    fixed(config, FIXED | kinds | {"out_channels": channels}, where)
-    return VAE(
-        size=config.get("sample_size") or 32,
-        channels=channels,
-        latents=setting(config, "latent_channels", where),
-        widths=tuple(widths),
-        layers=config.get("layers_per_block", 1),
-        groups=config.get("norm_num_groups", 32),
-        attention=config.get("mid_block_add_attention", True),
-        quant=config.get("use_quant_conv", True),
-        post_quant=config.get("use_post_quant_conv", True),
-        scale=config.get("scaling_factor", 0.18215),
-        shift=config.get("shift_factor") or 0.0,
-    )
-
-
-def write(cfg: VAE) -> dict[str, dict[str, Any]]:
-    config = {
-        "_class_name": FAMILY.name,
-        "sample_size": cfg.size,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.channels,
-        "latent_channels": cfg.latents,
-        "down_block_types": ["DownEncoderBlock2D"] * len(cfg.widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(cfg.widths),
-        "block_out_channels": list(cfg.widths),
-        "layers_per_block": cfg.layers,
-        "norm_num_groups": cfg.groups,
-        "mid_block_add_attention": cfg.attention,
-        "use_quant_conv": cfg.quant,
-        "use_post_quant_conv": cfg.post_quant,
-        "scaling_factor": cfg.scale,
-        "shift_factor": cfg.shift or None,
-        # a hint to pipelines in float16, where the large activations of SDXL's overflow
-        "force_upcast": True,
-        **FIXED,
-    }
-    return {"config.json": config}
-
-
 FAMILY = Family(
     name="AutoencoderKL",
     library="diffusers",
     config=VAE,
-    read=read,
-    write=write,
+    keys=KEYS,
     table=table,
-    renamed=(
+    renamed=(  # in files of 2022
         (r"\.query\.", ".to_q."),
         (r"\.key\.", ".to_k."),
         (r"\.value\.", ".to_v."),
         (r"\.proj_attn\.", ".to_out.0."),
-    ),  # of 2022
+    ),
     free=("sample_size",),
 )

@@ -5,21 +5,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.tables import CONV, POINT, Family, Layout, Row, fixed, linear, setting
+from jaxdistill.interop.keys import Fixed, Implied, Written, listed, optional, same
+from jaxdistill.interop.tables import CONV, POINT, Family, Layout, Row, linear
 from jaxdistill.models.autoencoders.vae_wan import QwenImageVAE, WanVAE
 
-FIXED = {"attn_scales": [], "dropout": 0.0}
-WAN = {
-    "is_residual": False,
-    "patch_size": None,
-}  # what the autoencoder of Wan 2.2 TI2V 5B has, and ours not
-GAINS = {
-    n: Layout(lambda w: w.reshape(-1), lambda w, n=n: w.reshape(-1, *[1] * n)) for n in (2, 3)
-}  # [C 1 ...] <-> [C]
+SHARED = (
+    same("width", "base_dim"),
+    same("latents", "z_dim"),
+    listed("multiples", "dim_mult"),
+    same("blocks", "num_res_blocks"),
+    listed("temporal", "temperal_downsample"),  # diffusers' spelling
+    listed("mean", "latents_mean"),
+    listed("std", "latents_std"),
+    Fixed("attn_scales", []),
+    Fixed("dropout", 0.0),
+)
+WAN_KEYS = (
+    *SHARED,
+    optional("decoder_width", "decoder_base_dim"),
+    same("channels", "in_channels", missing=3),
+    Implied("out_channels", lambda ours: ours.channels),
+    Written("scale_factor_temporal", lambda ours: 2 ** sum(ours.temporal)),
+    Written("scale_factor_spatial", lambda ours: 2 ** len(ours.temporal)),
+    # parts of the autoencoder of Wan 2.2 TI2V 5B, which ours lacks
+    Fixed("is_residual", False),
+    Fixed("patch_size", None),
+)
+QWEN_KEYS = (*SHARED, same("channels", "input_channels", missing=3))
+
+
+def _gain(axes: int) -> Layout:
+    """The gain of a norm, [C 1 ...] <-> [C], with as many axes of length 1."""
+    return Layout(lambda w: w.reshape(-1), lambda w: w.reshape(-1, *[1] * axes))
+
+
+GAINS = {2: _gain(2), 3: _gain(3)}
 
 
 def table(cfg: WanVAE) -> tuple[Row, ...]:
@@ -27,41 +50,49 @@ def table(cfg: WanVAE) -> tuple[Row, ...]:
 
 
 def _rows(cfg: WanVAE) -> Iterator[Row]:
-    last = len(cfg.multiples) - 1
-    now = 1
-    yield from linear("encoder/conv_in", "encoder.conv_in", CONV)
-    # in PyTorch's encoder, the blocks and changes of resolution of all levels stand in one list
-    place = 0
-    for i, m in enumerate(cfg.multiples):
-        for j in range(cfg.blocks):
-            yield from _block(
-                f"encoder/levels/{i}/blocks/{j}", f"encoder.down_blocks.{place}", shortcut=now != m
-            )
-            now = m
-            place = place + 1
-        if i < last:
-            yield from _move(f"encoder/levels/{i}", f"encoder.down_blocks.{place}", cfg.temporal[i])
-            place += 1
-    yield from _ends("encoder")
-    yield from linear("decoder/conv_in", "decoder.conv_in", CONV)
-    now = 2 * cfg.multiples[-1]
-    for i, m in enumerate(cfg.multiples[::-1]):
-        for j in range(cfg.blocks + 1):
-            name = f"decoder.up_blocks.{i}.resnets.{j}"
-            yield from _block(
-                f"decoder/levels/{i}/blocks/{j}", name, shortcut=now != 2 * m if j == 0 else False
-            )
-        now = m
-        if i < last:
-            yield from _move(
-                f"decoder/levels/{i}", f"decoder.up_blocks.{i}.upsamplers.0", cfg.temporal[::-1][i]
-            )
-    yield from _ends("decoder")
+    yield from _encoder(cfg)
+    yield from _decoder(cfg)
     yield from linear("quant", "quant_conv", CONV)
     yield from linear("post_quant", "post_quant_conv", CONV)
 
 
+def _encoder(cfg: WanVAE) -> Iterator[Row]:
+    last = len(cfg.multiples) - 1
+    yield from linear("encoder/conv_in", "encoder.conv_in", CONV)
+    place = 0  # PyTorch has the blocks and changes of resolution of all levels in one list
+    before = 1
+    for i, multiple in enumerate(cfg.multiples):
+        ours = f"encoder/levels/{i}"
+        for j in range(cfg.blocks):
+            name = f"encoder.down_blocks.{place}"
+            yield from _block(f"{ours}/blocks/{j}", name, shortcut=before != multiple)
+            before = multiple
+            place += 1
+        if i < last:
+            yield from _move(ours, f"encoder.down_blocks.{place}", cfg.temporal[i])
+            place += 1
+    yield from _ends("encoder")
+
+
+def _decoder(cfg: WanVAE) -> Iterator[Row]:
+    last = len(cfg.multiples) - 1
+    temporal = cfg.temporal[::-1]
+    yield from linear("decoder/conv_in", "decoder.conv_in", CONV)
+    inputs = 2 * cfg.multiples[-1]
+    for i, multiple in enumerate(cfg.multiples[::-1]):
+        ours = f"decoder/levels/{i}"
+        theirs = f"decoder.up_blocks.{i}"
+        for j in range(cfg.blocks + 1):
+            shortcut = j == 0 and inputs != 2 * multiple
+            yield from _block(f"{ours}/blocks/{j}", f"{theirs}.resnets.{j}", shortcut)
+        inputs = multiple
+        if i < last:
+            yield from _move(ours, f"{theirs}.upsamplers.0", temporal[i])
+    yield from _ends("decoder")
+
+
 def _block(path: str, name: str, shortcut: bool = False) -> Iterator[Row]:
+    """A residual block."""
     for i in (1, 2):
         yield Row(f"{path}/norm{i}/scale", f"{name}.norm{i}.gamma", GAINS[3])
         yield from linear(f"{path}/conv{i}", f"{name}.conv{i}", CONV)
@@ -70,91 +101,46 @@ def _block(path: str, name: str, shortcut: bool = False) -> Iterator[Row]:
 
 
 def _move(path: str, name: str, temporal: bool) -> Iterator[Row]:
+    """A change of resolution, with `temporal` of the number of frames too."""
     yield from linear(f"{path}/resample/conv", f"{name}.resample.1", CONV)
     if temporal:
         yield from linear(f"{path}/time", f"{name}.time_conv", CONV)
 
 
 def _ends(half: str) -> Iterator[Row]:
-    """The middle, and what follows the last level or leads to the latents."""
-    for i, ours in enumerate(("before", "after")):
-        yield from _block(f"{half}/mid/{ours}", f"{half}.mid_block.resnets.{i}")
-    yield Row(
-        f"{half}/mid/attention/norm/scale", f"{half}.mid_block.attentions.0.norm.gamma", GAINS[2]
-    )
-    yield from linear(f"{half}/mid/attention/qkv", f"{half}.mid_block.attentions.0.to_qkv", POINT)
-    yield from linear(f"{half}/mid/attention/proj", f"{half}.mid_block.attentions.0.proj", POINT)
+    """The middle of a half, and its last norm and convolution."""
+    yield from _block(f"{half}/mid/before", f"{half}.mid_block.resnets.0")
+    yield from _block(f"{half}/mid/after", f"{half}.mid_block.resnets.1")
+    ours = f"{half}/mid/attention"
+    theirs = f"{half}.mid_block.attentions.0"
+    yield Row(f"{ours}/norm/scale", f"{theirs}.norm.gamma", GAINS[2])
+    yield from linear(f"{ours}/qkv", f"{theirs}.to_qkv", POINT)
+    yield from linear(f"{ours}/proj", f"{theirs}.proj", POINT)
     yield Row(f"{half}/norm_out/scale", f"{half}.norm_out.gamma", GAINS[3])
     yield from linear(f"{half}/conv_out", f"{half}.conv_out", CONV)
 
 
-def _sizes(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    get = lambda key: setting(config, key, where)
-    fixed(config, FIXED, where)
-    return dict(
-        latents=get("z_dim"),
-        width=get("base_dim"),
-        multiples=tuple(get("dim_mult")),
-        blocks=get("num_res_blocks"),
-        temporal=tuple(get("temperal_downsample")),
-        mean=tuple(get("latents_mean")),
-        std=tuple(get("latents_std")),
-    )
-
-
-def read(config: dict[str, Any], folder: Path) -> WanVAE:
-    where = folder / "config.json"
-    channels = config.get("in_channels", 3)
-    fixed(config, WAN | {"out_channels": channels}, where)
-    return WanVAE(
-        **_sizes(config, where),
-        channels=channels,
-        decoder_width=config.get("decoder_base_dim") or 0,
-    )
-
-
-def read_qwen(config: dict[str, Any], folder: Path) -> QwenImageVAE:
-    return QwenImageVAE(
-        **_sizes(config, folder / "config.json"), channels=config.get("input_channels", 3)
-    )
-
-
-def write(cfg: WanVAE) -> dict[str, dict[str, Any]]:
-    config = {
-        "base_dim": cfg.width,
-        "z_dim": cfg.latents,
-        "dim_mult": list(cfg.multiples),
-        "num_res_blocks": cfg.blocks,
-        "temperal_downsample": list(cfg.temporal),  # diffusers' spelling
-        "latents_mean": list(cfg.mean),
-        "latents_std": list(cfg.std),
-        **FIXED,
-    }
-    if isinstance(cfg, QwenImageVAE):
-        if cfg.decoder_width:
-            raise Refused(
-                f"{QWEN.name} has one width for both halves, not decoder_width={cfg.decoder_width}"
-            )
-        return {"config.json": {"_class_name": QWEN.name, **config, "input_channels": cfg.channels}}
-    own = {
-        "decoder_base_dim": cfg.decoder_width or None,
-        "in_channels": cfg.channels,
-        "out_channels": cfg.channels,
-        "scale_factor_temporal": 2 ** sum(cfg.temporal),
-        "scale_factor_spatial": 2 ** len(cfg.temporal),
-        **WAN,
-    }
-    return {"config.json": {"_class_name": FAMILY.name, **config, **own}}
+def _one_width(ours: QwenImageVAE) -> dict[str, Any]:
+    """No further files. Raises Refused where the decoder has a width of its own."""
+    if ours.decoder_width:
+        raise Refused(
+            f"{QWEN.name} has one width for both halves, not decoder_width={ours.decoder_width}"
+        )
+    return {}
 
 
 FAMILY = Family(
-    name="AutoencoderKLWan", library="diffusers", config=WanVAE, read=read, write=write, table=table
+    name="AutoencoderKLWan",
+    library="diffusers",
+    config=WanVAE,
+    keys=WAN_KEYS,
+    table=table,
 )
 QWEN = Family(
     name="AutoencoderKLQwenImage",
     library="diffusers",
     config=QwenImageVAE,
-    read=read_qwen,
-    write=write,
+    keys=QWEN_KEYS,
+    more_files=_one_width,
     table=table,
 )

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any
-
-from jaxdistill.core.types import lookup
+from jaxdistill.interop.keys import (
+    Config,
+    Field,
+    Fixed,
+    Key,
+    Read,
+    activation,
+    check_value,
+    labels,
+    same,
+)
 from jaxdistill.interop.settings import PATCH, SIDE, either, several
-from jaxdistill.interop.tables import Family, Row, fixed, linear, norm, patches, sizes
-from jaxdistill.models.layers import ACTIVATIONS
+from jaxdistill.interop.tables import Family, Row, linear, norm, patches
 from jaxdistill.models.vision.vit import ViT, ViTClassifier
 
-SIZES = {
-    "size": "image_size",
-    "patch": "patch_size",
-    "channels": "num_channels",
-    "dim": "hidden_size",
-    "mlp": "intermediate_size",
-    "heads": "num_attention_heads",
-    "depth": "num_hidden_layers",
-    "bias": "qkv_bias",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
+
+def _square(field: str, key: str) -> Field:
+    """A number, or a list of the same number twice. Raises Refused on two numbers."""
+
+    def read(value: int | list[int], config: Config) -> int:
+        if not isinstance(value, list):
+            return value
+        check_value(config.values, key, [value[0]] * 2, config.file)
+        return value[0]
+
+    return Field(field=field, key=key, read=read)
+
+
+def _check_pooler(config: Config) -> None:
+    """Raises Refused where the summary has another width than the features."""
+    if config.get("pooler_output_size"):
+        check_value(config.values, "pooler_output_size", config["hidden_size"], config.file)
+
+
+KEYS = (
+    _square("size", "image_size"),
+    _square("patch", "patch_size"),
+    same("channels", "num_channels"),
+    same("dim", "hidden_size"),
+    same("mlp", "intermediate_size"),
+    same("heads", "num_attention_heads"),
+    same("depth", "num_hidden_layers"),
+    same("bias", "qkv_bias", missing=True),
+    activation("hidden_act"),
+    same("norm_eps", "layer_norm_eps"),
+)
+ENCODER_KEYS = (*KEYS, Fixed("pooler_act", "tanh", is_written=False), Read("", _check_pooler))
+SQUARES = {
+    "image_size": either(SIDE, several(SIDE, 2, 2)),
+    "patch_size": either(PATCH, several(PATCH, 2, 2)),
 }
 
 
@@ -44,64 +73,22 @@ def table(cfg: ViT) -> tuple[Row, ...]:
         *linear("blocks/down", layer + "output.dense"),
         *norm("norm", base + "layernorm"),
     )
-    return (
-        *rows,
-        *(
-            linear("classifier", "classifier")
-            if isinstance(cfg, ViTClassifier)
-            else linear("pooler", "pooler.dense")
-        ),
-    )
-
-
-def read(config: dict[str, Any], folder: Path, *, make: type[ViT]) -> ViT:
-    where = folder / "config.json"
-    found = sizes({"qkv_bias": True} | config, SIZES, where)
-    for key in ("size", "patch"):  # a number, or the same twice
-        first = found[key][0] if isinstance(found[key], list) else found[key]
-        fixed(config, {SIZES[key]: [first] * 2 if isinstance(found[key], list) else first}, where)
-        found[key] = first
-    if make is ViTClassifier:
-        found["classes"] = len(config.get("id2label", range(2)))
-    else:
-        fixed(config, {"pooler_act": "tanh"}, where)
-        fixed(
-            config, {"pooler_output_size": config.get("pooler_output_size") and found["dim"]}, where
-        )
-    lookup(ACTIVATIONS, found["activation"], f"{where}: hidden_act")
-    return make(**found)
-
-
-def write(cfg: ViT, *, name: str) -> dict[str, dict[str, Any]]:
-    """config.json; classes are called LABEL_0, LABEL_1, ..., since ours have no names."""
-    config = {
-        "architectures": [name],
-        "model_type": "vit",
-        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
-    }
     if isinstance(cfg, ViTClassifier):
-        labels = [f"LABEL_{i}" for i in range(cfg.classes)]
-        config |= {
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
-    return {"config.json": config}
+        return (*rows, *linear("classifier", "classifier"))
+    return (*rows, *linear("pooler", "pooler.dense"))
 
 
-def _family(name: str, make: type[ViT]) -> Family:
+def _family(name: str, config: type[ViT], keys: tuple[Key, ...]) -> Family:
     return Family(
         name=name,
         library="transformers",
-        config=make,
-        kinds={
-            key: either(kind, several(kind, 2, 2))
-            for key, kind in (("image_size", SIDE), ("patch_size", PATCH))
-        },
-        read=functools.partial(read, make=make),
-        write=functools.partial(write, name=name),
+        config=config,
+        model_type="vit",
+        keys=keys,
+        kinds=SQUARES,
         table=table,
     )
 
 
-FAMILY = _family("ViTModel", ViT)
-CLASSIFIER = _family("ViTForImageClassification", ViTClassifier)
+FAMILY = _family("ViTModel", ViT, ENCODER_KEYS)
+CLASSIFIER = _family("ViTForImageClassification", ViTClassifier, (*KEYS, *labels()))

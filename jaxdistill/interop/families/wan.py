@@ -3,33 +3,94 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from jaxdistill.core.types import Refused
+from jaxdistill.interop.keys import Config, Field, Fixed, Read, Written, listed, optional, same
 from jaxdistill.interop.safetensors import read_json
 from jaxdistill.interop.settings import PATCH, several
-from jaxdistill.interop.tables import Family, Row, fixed, linear, norm, patches, setting
+from jaxdistill.interop.tables import Family, Row, linear, norm, patches
 from jaxdistill.models.denoisers.wan import Wan
 
-FIXED = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
+
+def _out_channels(count: int | None, config: Config) -> int:
+    """Channels of the output; those of the input beyond them are the condition's."""
+    channels = config["in_channels"]
+    if not count:
+        return channels
+    if count > channels:
+        raise config.refusal("out_channels", f"at most in_channels={channels}")
+    return count
+
+
+def _check_added(config: Config) -> None:
+    """Raises Refused where the maps of image features are not as wide as the others."""
+    vision = config.get("image_dim") or None
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+    added = config.get("added_kv_proj_dim")
+    expected = dim if vision else None
+    if added != expected:
+        raise Refused(
+            f"{config.file}: added_kv_proj_dim={added} is not supported with image_dim={vision}, "
+            f"expected {expected}"
+        )
+
+
+KEYS = (
+    listed("patch", "patch_size"),
+    same("heads", "num_attention_heads"),
+    Field(
+        field="dim",
+        key="attention_head_dim",
+        read=lambda size, config: size * config["num_attention_heads"],
+        write=lambda ours: ours.dim // ours.heads,
+    ),
+    Field(
+        field="image_channels",
+        key="in_channels",
+        read=lambda count, config: count - (config.get("out_channels") or count),
+        write=lambda ours: ours.channels + ours.image_channels,
+    ),
+    Field(field="channels", key="out_channels", read=_out_channels, missing=None, null=None),
+    same("text_dim", "text_dim"),
+    same("time_dim", "freq_dim"),
+    same("mlp", "ffn_dim"),
+    same("depth", "num_layers"),
+    same("norm_eps", "eps"),
+    optional("vision_dim", "image_dim"),
+    Read("", _check_added),
+    Written("added_kv_proj_dim", lambda ours: ours.dim if ours.vision_dim else None),
+    Written("rope_max_seq_len", 1024),  # the length of PyTorch's table; ours has none
+    Field(
+        field="vision_length",
+        key="pos_embed_seq_len",
+        read=lambda length, config: length if config.get("image_dim") else 0,
+        write=lambda ours: ours.vision_length or None,
+        missing=0,
+        null=0,
+    ),
+    Fixed("cross_attn_norm", True),
+    Fixed("qk_norm", "rms_norm_across_heads"),
+)
 
 
 def experts(pipeline: str | Path) -> tuple[Path, Path, float]:
-    """The two networks of a Wan 2.2 14B pipeline: (folder for t >= boundary, folder for t <
-    boundary, boundary).
+    """The folders of the two networks of a Wan 2.2 14B pipeline, for `interop.load`.
 
-    `interop.load` reads each folder. The boundary is a time of the flow, in 0..1 (0.875 for text,
-    0.9 for images in the released pipelines). Raises Refused where the pipeline has one network
-    only: load its `transformer` folder.
+    Returns:
+        The folder for times from the boundary on, that for times below it, and the boundary, a time
+        of the flow in 0..1 (0.875 for text, 0.9 for images in the released pipelines).
+
+    Raises:
+        Refused: The pipeline has one network only, which is in its folder `transformer`.
     """
     index = Path(pipeline) / "model_index.json"
     config = read_json(index)
     boundary = config.get("boundary_ratio")
-    if boundary is None or not all(
-        (config.get(name) or [None])[-1] == FAMILY.name for name in ("transformer", "transformer_2")
-    ):
+    classes = [(config.get(name) or [None])[-1] for name in ("transformer", "transformer_2")]
+    if boundary is None or classes != [FAMILY.name, FAMILY.name]:
         raise Refused(
-            f"{index}: expected boundary_ratio, and a {FAMILY.name} as transformer and as transformer_2"
+            f"{index}: expected boundary_ratio, and a {FAMILY.name} as transformer and as "
+            "transformer_2"
         )
     return index.with_name("transformer"), index.with_name("transformer_2"), float(boundary)
 
@@ -82,71 +143,15 @@ def table(cfg: Wan) -> tuple[Row, ...]:
     return rows
 
 
-def read(config: dict[str, Any], folder: Path) -> Wan:
-    where = folder / "config.json"
-    fixed(config, FIXED, where)
-    get = lambda key: setting(config, key, where)
-    heads = get("num_attention_heads")
-    channels = get("in_channels")
-    vision = config.get("image_dim") or 0
-    dim = heads * get("attention_head_dim")
-    out = config.get("out_channels") or channels
-    added = config.get("added_kv_proj_dim")
-    if added != (dim if vision else None):
-        raise Refused(
-            f"{where}: added_kv_proj_dim={added} is not supported with image_dim={vision or None}, expected {dim if vision else None}"
-        )
-    if out > channels:
-        raise Refused(
-            f"{where}: out_channels={out} is not supported, expected at most in_channels={channels}"
-        )
-    return Wan(
-        patch=tuple(get("patch_size")),
-        channels=out,
-        image_channels=channels - out,
-        dim=dim,
-        mlp=get("ffn_dim"),
-        depth=get("num_layers"),
-        heads=heads,
-        text_dim=get("text_dim"),
-        vision_dim=vision,
-        vision_length=(config.get("pos_embed_seq_len") or 0) if vision else 0,
-        time_dim=get("freq_dim"),
-        norm_eps=get("eps"),
-    )
-
-
-def write(cfg: Wan) -> dict[str, dict[str, Any]]:
-    config = {
-        "_class_name": FAMILY.name,
-        "patch_size": list(cfg.patch),
-        "num_attention_heads": cfg.heads,
-        "attention_head_dim": cfg.dim // cfg.heads,
-        "in_channels": cfg.channels + cfg.image_channels,
-        "out_channels": cfg.channels,
-        "text_dim": cfg.text_dim,
-        "freq_dim": cfg.time_dim,
-        "ffn_dim": cfg.mlp,
-        "num_layers": cfg.depth,
-        "eps": cfg.norm_eps,
-        "image_dim": cfg.vision_dim or None,
-        "added_kv_proj_dim": cfg.dim if cfg.vision_dim else None,
-        "rope_max_seq_len": 1024,  # the length of PyTorch's table; ours has none
-        "pos_embed_seq_len": cfg.vision_length or None,
-        **FIXED,
-    }
-    return {"config.json": config}
-
-
 FAMILY = Family(
     name="WanTransformer3DModel",
     library="diffusers",
     config=Wan,
+    keys=KEYS,
     kinds={"patch_size": several(PATCH, 3, 3)},
-    read=read,
-    write=write,
     table=table,
     call="model({x}, timestep={t}, encoder_hidden_states=cond).sample",
-    given="cond = torch.randn(2, 512, {text_dim})  # in its place, the text encoder's states of the prompts",
+    given="cond = torch.randn(2, 512, {text_dim})  "
+    "# in its place, the text encoder's states of the prompts",
     ignored=(r"blocks\.\d+\.attn2\.norm_added_q\.weight",),  # stored by some files, used by none
 )

@@ -133,10 +133,14 @@ class UniInstruct(FromLevel, DMD2):
         """
         x0 = jax.lax.stop_gradient(self.generate(net, ctx))
         denoise = math.prod(x0.shape[1:]) * self.denoise(net, ctx, x0)
-        xt, t, _ = self.diffuse(x0, self.fake_times, ctx, "fake")
-        _, fake = self.judge(net, xt, t, ctx)
-        xt, t, _ = self.diffuse(ctx.batch["x"], self.fake_times, ctx, "fake")
-        _, real = self.judge(net, xt, t, ctx)
+
+        def noised(x: Array) -> tuple[Array, Array]:
+            xt, t, _ = self.diffuse(x, self.fake_times, ctx, "fake")
+            return xt, t
+
+        _, t = noised(x0)
+        _, fake = self.judge(net, *noised(x0), ctx)
+        _, real = self.judge(net, *noised(ctx.batch["x"]), ctx)
         alpha, sigma = self.process.alpha_sigma(t)
         # The mean over the batch before the weights, as in the code, whose entropy has none.
         entropy = 0.5 * jnp.mean(gan.non_saturating_discriminator(real, fake))

@@ -1,4 +1,6 @@
-"""BERT against transformers: states, pooled states, logits, attention; the same weights, both ways."""
+"""BERT against transformers: features, summaries, logits and attention agree, and so do weights
+both ways.
+"""
 
 import json
 

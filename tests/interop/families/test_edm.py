@@ -387,34 +387,20 @@ def test_bfloat16(pair, halves):
     )  # 2^-8 a rounding, some tens of them
 
 
-def test_rematerialised_gradients_are_the_same():
-    cfg = SongUNet(size=4, width=8, attention=())
-    params = make_net(cfg).init(jax.random.key(0))
-    params = jax.tree.map(lambda w: w + 0.1, params)
+def test_rematerialised_gradients_are_the_same(rematerialised):
     x, t, _ = inputs({}, 4, 4)
-    grads = [
-        jax.jit(
-            jax.grad(
-                lambda p: jnp.mean(
-                    make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t) ** 2
-                )
-            )
-        )(params)
-        for remat in ("none", "full")
-    ]
-    scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads)
-    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads[0]))
+    grads = rematerialised(SongUNet(size=4, width=8, attention=()), x, t)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
-def test_random_frequencies_are_never_trained():
+def test_random_frequencies_are_never_trained(weights):
     net = make_net(
         SongUNet(size=4, width=8, multiples=(1,), attention=(), time_embedding="fourier")
     )
-    params = jax.tree.map(lambda w: w + 0.1, net.init(jax.random.key(0)))
     x, t, _ = inputs({}, 4, 4)
-    grads = paths(jax.jit(jax.grad(lambda p: jnp.mean(net.apply(p, x, t) ** 2)))(params))
-    assert [path for path, g in grads.items() if not jnp.abs(g).max() > 0] == ["frequencies"]
+    loss = lambda p: jnp.mean(net.apply(p, x, t) ** 2)
+    grads = paths(jax.device_get(jax.jit(jax.grad(loss))(weights(net))))
+    assert [path for path, g in grads.items() if not np.abs(g).max() > 0] == ["frequencies"]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +438,8 @@ def test_resampling(filter):
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_sizes(name):
     cfg, count = RELEASED[name]
-    model = Reference(interop.families.edm.write(cfg)["config.json"], "meta")
+    family = interop.family_of(make_net(cfg, config=cfg))
+    model = Reference(family.write(cfg)["config.json"], "meta")
     empty = lambda *shape: torch.empty(shape, device="meta")
     model(
         empty(1, 3, cfg.size, cfg.size),
@@ -514,7 +501,8 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
     for place in (tmp_path, file):
         with pytest.raises(
             Refused,
-            match=r"cond-vp.pkl is pickled and is not opened; convert it with: python -c .*\[\"ema\"\]",
+            match=r"cond-vp.pkl is pickled and is not opened; "
+            r"convert it with: python -c .*\[\"ema\"\]",
         ) as error:
             interop.load(place)
     command = shlex.split(str(error.value).split("convert it with: ")[1])[2]

@@ -286,7 +286,8 @@ def test_encoders_of_prompts(name, tmp_path, agree, returns, halves):
     else:
         with pytest.raises(
             Refused,
-            match="Qwen2Text is its language side of Qwen2_5_VLForConditionalGeneration, which cannot be saved",
+            match="Qwen2Text is its language side of Qwen2_5_VLForConditionalGeneration, "
+            "which cannot be saved",
         ):
             interop.save(tmp_path / "out", net, params)
 

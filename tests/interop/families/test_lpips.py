@@ -3,6 +3,7 @@ weights both ways.
 """
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def stored(tmp_path_factory):
     }
     folder = tmp_path_factory.mktemp("lpips")
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(lpips.write(CFG)["config.json"]))
+    (folder / "config.json").write_text(json.dumps(lpips.FAMILY.write(CFG)["config.json"]))
     return *interop.load(folder), weights
 
 
@@ -124,14 +125,14 @@ def test_vgg_16s_sizes_and_names():
     ]
     slices = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
     assert names == [f"net.slice{i}.{n}.weight" for i, numbers in slices.items() for n in numbers]
-    assert lpips.read({"_class_name": "LPIPS", "pnet_type": "vgg"}, lpips.Path("x")) == LPIPS()
+    assert lpips.FAMILY.read({"_class_name": "LPIPS", "pnet_type": "vgg"}, Path("x")) == LPIPS()
 
 
 def test_refusals(tmp_path):
     with pytest.raises(Refused, match="2 widths and 1 layers"):
         make_net(LPIPS(widths=(8, 8), layers=(1,)))
     with pytest.raises(Refused, match="pnet_type='alex' is not supported, expected 'vgg'"):
-        lpips.read({"pnet_type": "alex"}, tmp_path)
+        lpips.FAMILY.read({"pnet_type": "alex"}, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "LPIPS", "pnet_type": "vgg"}))
     (tmp_path / "vgg.pth").write_bytes(b"")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia against transformers: the same logits and texts, the same weights, both ways."""
+"""GPT-NeoX and Pythia against transformers: logits and texts agree, and so do weights both ways."""
 
 import json
 

@@ -152,23 +152,10 @@ def test_bfloat16(pair, halves):
     )  # 2^-8 a rounding, some tens of them
 
 
-def test_rematerialised_gradients_are_the_same():
-    cfg = QwenImage(channels=3, text_dim=10)
-    params = make_net(cfg).init(jax.random.key(0))
+def test_rematerialised_gradients_are_the_same(rematerialised):
     x, cond = inputs(4, 4)
     t = np.array(TIMES[0], "f4")
-    grads = [
-        jax.jit(
-            jax.grad(
-                lambda p: jnp.mean(
-                    make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t, cond) ** 2
-                )
-            )
-        )(params)
-        for remat in ("none", "full")
-    ]
-    scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads)
+    rematerialised(QwenImage(channels=3, text_dim=10), x, t, cond)
 
 
 def test_released_size(covers):
@@ -179,7 +166,7 @@ def test_released_size(covers):
     covers(cfg, model, 20_430_401_088, interop.families.qwen_image.FAMILY)
     described = {
         key: value
-        for key, value in interop.families.qwen_image.write(cfg)["config.json"].items()
+        for key, value in interop.families.qwen_image.FAMILY.write(cfg)["config.json"].items()
         if key != "_class_name"
     }
     same = lambda a: list(a) if isinstance(a, tuple) else a

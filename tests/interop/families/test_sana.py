@@ -1,4 +1,4 @@
-"""SANA against diffusers' `SanaTransformer2DModel`: the same outputs, the same weights, both ways."""
+"""SANA against diffusers' `SanaTransformer2DModel`: outputs agree, and so do weights both ways."""
 
 import dataclasses
 import json
@@ -218,7 +218,7 @@ def test_forward_and_reverse_derivatives_are_one():
 
 
 def test_linear_attention_is_the_quadratic_form():
-    """Also for values in bfloat16, which it reads exactly, and without ever holding T x S numbers."""
+    """Also for values in bfloat16, which it reads exactly, and without an array of T x S."""
     rng = np.random.default_rng(0)
     q, k, v = (
         np.maximum(rng.standard_normal((2, n, 3, 4)), low).astype("f4")
@@ -287,7 +287,7 @@ def test_released_sizes(covers, change, theirs, count):
     covers(cfg, model, count, interop.families.sana.FAMILY)
     described = {
         key: value
-        for key, value in interop.families.sana.write(cfg)["config.json"].items()
+        for key, value in interop.families.sana.FAMILY.write(cfg)["config.json"].items()
         if key != "_class_name"
     }
     assert described == {key: value for key, value in model.config.items() if key[0] != "_"}
@@ -304,7 +304,8 @@ def test_released_sizes(covers, change, theirs, count):
         ({"dropout": 0.1}, "dropout=0.1 is not supported, expected 0.0"),
         (
             {"cross_attention_head_dim": 6},
-            r"num_cross_attention_heads \* cross_attention_head_dim = 12 is not supported, expected 24",
+            r"num_cross_attention_heads \* cross_attention_head_dim = 12 is not supported, "
+            "expected 24",
         ),
         ({"cross_attention_dim": None}, "cross_attention_dim=None is not supported, expected 24"),
         ({"out_channels": 8}, "out_channels=8 is not supported, expected in_channels=4"),
@@ -333,7 +334,7 @@ def test_refuses_inputs_that_do_not_fit():
         call((1, 4, 4, 4), {"mask": jnp.ones((1, 5), bool)})
     with pytest.raises(Refused, match="'guidance' is not read by Sana; it has guidance, text"):
         call((1, 4, 4, 4), text | {"guidance": jnp.ones(1)})
-    with pytest.raises(Refused, match=r"Sana needs 'guidance' number \[B\] .* it has nothing else"):
+    with pytest.raises(Refused, match=r"Sana needs 'guidance' number \[B\] .* it has text"):
         call((1, 4, 4, 4), text, make_net(Sana(guidance=True)))
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 4, 5, 4), text)

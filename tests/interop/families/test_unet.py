@@ -2,7 +2,6 @@
 ways.
 """
 
-import dataclasses
 import json
 
 import jax
@@ -146,23 +145,10 @@ def test_loads_in_bfloat16(pair, halves):
     halves(pair[2])
 
 
-def test_rematerialised_gradients_are_the_same():
+def test_rematerialised_gradients_are_the_same(rematerialised):
     cfg = UNet(widths=(8,), heads=(2,), groups=4, text_dim=8, depths=(0,), mid_depth=2, layers=1)
-    params = make_net(cfg).init(jax.random.key(0))
-    x, t, cond = inputs(cfg, 4, 4)
-    grads = [
-        jax.jit(
-            jax.grad(
-                lambda p: jnp.mean(
-                    make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x, t, cond) ** 2
-                )
-            )
-        )(params)
-        for remat in ("none", "full")
-    ]
-    scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads)
-    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads[0]))
+    grads = rematerialised(cfg, *inputs(cfg, 4, 4))
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
 # sizes and their numbers of weights: arXiv:2112.10752's repository and arXiv:2307.01952, table 1,
@@ -211,7 +197,7 @@ def test_released_sizes(name, covers):
     cfg = UNet(**sizes, groups=32)
     with torch.device("meta"):
         model = diffusers.UNet2DConditionModel.from_config(
-            interop.families.unet.write(cfg)["config.json"]
+            interop.families.unet.FAMILY.write(cfg)["config.json"]
         )
     covers(cfg, model, count, interop.families.unet.FAMILY)
 
@@ -249,7 +235,7 @@ def test_released_sizes(name, covers):
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
-    config = interop.families.unet.write(UNet())["config.json"]
+    config = interop.families.unet.FAMILY.write(UNet())["config.json"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert interop.describe(tmp_path) == UNet()
     (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -104,7 +104,8 @@ def test_released_size(covers):
     """Stable Diffusion's: 83.7 M weights (the model cards of sd-vae-ft say 83.7M params)."""
     cfg = VAE(size=512, widths=(128, 256, 512, 512), layers=2, groups=32)
     with torch.device("meta"):
-        model = diffusers.AutoencoderKL.from_config(interop.families.vae.write(cfg)["config.json"])
+        written = interop.families.vae.FAMILY.write(cfg)["config.json"]
+        model = diffusers.AutoencoderKL.from_config(written)
     covers(cfg, model, 83_653_863, interop.families.vae.FAMILY)
 
 
@@ -120,7 +121,7 @@ def test_released_size(covers):
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
-    config = interop.families.vae.write(VAE())["config.json"]
+    config = interop.families.vae.FAMILY.write(VAE())["config.json"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert interop.describe(tmp_path) == VAE()
     (tmp_path / "config.json").write_text(json.dumps(config | change))

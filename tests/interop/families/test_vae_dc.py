@@ -306,7 +306,7 @@ def test_released_size(covers, tmp_path):
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
-    config = interop.families.vae_dc.write(DCAE())["config.json"]
+    config = interop.families.vae_dc.FAMILY.write(DCAE())["config.json"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert interop.describe(tmp_path) == DCAE()
     (tmp_path / "config.json").write_text(

@@ -118,21 +118,9 @@ def test_normalise_and_back():
     np.testing.assert_allclose(net.apply(net.shapes, x0, method="denormalise"), z, rtol=1e-6)
 
 
-def test_rematerialised_gradients_are_the_same():
-    cfg = WanVAE()
-    params = make_net(cfg).init(jax.random.key(0))
-    x = draw(1, 3, 4, 4, 3)
-    grads = [
-        jax.jit(
-            jax.grad(
-                lambda p: jnp.mean(make_net(dataclasses.replace(cfg, remat=remat)).apply(p, x) ** 2)
-            )
-        )(params)
-        for remat in ("none", "full")
-    ]
-    scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[0]))
+def test_rematerialised_gradients_are_the_same(rematerialised):
+    grads = rematerialised(WanVAE(), draw(1, 3, 4, 4, 3))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +160,7 @@ def test_released_sizes(covers, cls, family):
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
-    config = interop.families.vae_wan.write(WanVAE())["config.json"]
+    config = interop.families.vae_wan.FAMILY.write(WanVAE())["config.json"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert interop.describe(tmp_path) == WanVAE()
     (tmp_path / "config.json").write_text(json.dumps(config | change))

@@ -125,12 +125,6 @@ def test_refusals():
         make_net(ViT(heads=3))
 
 
-def test_rematerialised_gradients_are_the_same():
+def test_rematerialised_gradients_are_the_same(rematerialised):
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1)).astype("f4")
-    params = make_net(ViTClassifier(depth=2)).init(jax.random.key(0))
-    loss = lambda remat: (
-        lambda p: jnp.mean((make_net(ViTClassifier(depth=2, remat=remat)).apply(p, x) - 1) ** 2)
-    )
-    first, second = (jax.jit(jax.grad(loss(remat)))(params) for remat in ("none", "full"))
-    scale = max(jnp.abs(g).max() for g in jax.tree.leaves(first))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), first, second)
+    rematerialised(ViTClassifier(depth=2), x)

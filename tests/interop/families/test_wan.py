@@ -194,7 +194,7 @@ def test_released_sizes(cfg, size, theirs):
     with torch.device("meta"):
         settings = {
             k: v
-            for k, v in interop.families.wan.write(cfg)["config.json"].items()
+            for k, v in interop.families.wan.FAMILY.write(cfg)["config.json"].items()
             if k != "_class_name"
         }
         model = diffusers.WanTransformer3DModel(**settings)
