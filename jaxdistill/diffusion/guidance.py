@@ -60,7 +60,9 @@ class RandomEach(Random):
 
 
 def negated(
-    cond: Mapping[str, Array], negative: Mapping[str, Array], alpha: float | Shaped[Array, "*B"]
+    cond: Mapping[str, Array] | Array,
+    negative: Mapping[str, Array] | Array,
+    alpha: float | Shaped[Array, "*B"],
 ) -> dict[str, Array | float]:
     """`cond` with the prompt of `negative` as its negative prompt (models.attention.nasa).
 

@@ -7,20 +7,22 @@ student's perplexity over the teacher's in each of K domains; weights lie on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float64, Shaped
 
 from jaxdistill.core.types import Refused
 
+Ratios = Sequence[float] | Shaped[np.ndarray, " K"]
 
-def discrepancy(ratio: Shaped[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
+
+def discrepancy(ratio: Ratios) -> Float64[np.ndarray, " K"]:
     """Domain discrepancy factor (eq. 1): softmax of the ratios."""
     return _softmax(_finite(ratio))
 
 
-def refresh(
-    weights: Shaped[np.ndarray, " K"], ratio: Shaped[np.ndarray, " K"], smoothing: float
-) -> Float64[np.ndarray, " K"]:
+def refresh(weights: Ratios, ratio: Ratios, smoothing: float) -> Float64[np.ndarray, " K"]:
     """Factor smooth updating (eq. 2): smoothing * psi / sum psi + (1 - smoothing) / K.
 
     psi = weights exp(ratio) multiplies the previous weights. With smoothing 0 the weights are
@@ -37,7 +39,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-def _finite(ratio: np.ndarray) -> np.ndarray:
+def _finite(ratio: Ratios) -> np.ndarray:
     ratio = np.asarray(ratio, np.float64)
     if not np.isfinite(ratio).all():
         found = f"perplexity ratios of the domains: {ratio.tolist()}"

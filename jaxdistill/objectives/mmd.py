@@ -8,6 +8,7 @@ distributions, hence may be negative.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def u_statistic(kernel: Kernel, x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]
     It is unbiased.
     """
 
-    def within(a: Array) -> Array:
+    def within(a: Array) -> Any:
         k = kernel(a, a)
         n = len(a)
         return (k.sum() - k.trace()) / float(n * (n - 1))

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, PyTree, Shaped
 
 from jaxdistill.core.types import Array, Batch, Params
 
@@ -45,7 +45,7 @@ def signal_to_noise(gradients: Float[Array, "N D"]) -> Float[Array, ""]:
 
 def signal_to_noise_by_bin(
     gradient: Callable[[Batch], Params],
-    problems: Batch,
+    problems: PyTree[Array],
     rate: Float[Array, " N"],
     bins: int = 5,
 ) -> tuple[Float[Array, " {bins}"], Float[Array, " {bins}"]]:

@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 from jaxdistill.core.types import Array
 
 
-def decoded(decoder: Callable, x0: Shaped[Array, "B ..."]) -> Shaped[Array, "B H W C"]:
+def decoded(decoder: Callable, x0: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
     """Samples of a student as pictures in -1..1.
 
     `decoder` is a role with the methods `denormalise` and `decode`.
@@ -33,7 +33,7 @@ class Preprocess:
     size: int = 0  # pixels a side, by interpolation (antialiased, as PIL's); 0: as they are
     filter: str = "cubic"  # cubic | linear
 
-    def __call__(self, image: Shaped[Array, "B H W C"]) -> Shaped[Array, "B S T C"]:
+    def __call__(self, image: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
         """The pictures as the network takes them, in the same dtype."""
         if self.size:
             shape = (len(image), self.size, self.size, image.shape[-1])

@@ -20,8 +20,11 @@ from jaxdistill.core.types import Array, Refused
 Operator = Callable[[Array, Sequence[Array]], Array]  # (base, students) -> distribution
 
 
+Weights = Sequence[float] | Shaped[np.ndarray, " K"]
+
+
 def linear(
-    distributions: Sequence[Shaped[Array, "*B V"]], weights: Sequence[float]
+    distributions: Sequence[Shaped[Array, "*B V"]], weights: Weights
 ) -> Shaped[Array, "*B V"]:
     """log sum_i w_i p_i, over the distributions whose weight is not 0."""
     weighted = [log_p + np.log(w) for log_p, w in _present(distributions, weights)]
@@ -29,13 +32,13 @@ def linear(
 
 
 def geometric(
-    distributions: Sequence[Shaped[Array, "*B V"]], weights: Sequence[float]
+    distributions: Sequence[Shaped[Array, "*B V"]], weights: Weights
 ) -> Shaped[Array, "*B V"]:
     """log of prod_i p_i^w_i, normalised, over the distributions whose weight is not 0."""
     return jax.nn.log_softmax(sum(log_p * w for log_p, w in _present(distributions, weights)))
 
 
-def _present(distributions: Sequence[Array], weights: Sequence[float]) -> list[tuple[Array, float]]:
+def _present(distributions: Sequence[Array], weights: Weights) -> list[tuple[Array, float]]:
     weights = [float(w) for w in weights]
     fits = len(distributions) == len(weights) and min(weights) >= 0
     if not fits or abs(sum(weights) - 1) > 1e-6:

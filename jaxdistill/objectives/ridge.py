@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Shaped
 
 from jaxdistill.core.types import Array
@@ -39,7 +40,7 @@ def steps(
     kernel: Shaped[Array, "N N"],
     y: Shaped[Array, "N ..."],
     lam: float,
-    alphas: Sequence[float],
+    alphas: Sequence[float] | Shaped[np.ndarray, " K"],
 ) -> list[Shaped[Array, "M ..."]]:
     """f_1, f_2, ... at the points of `cross`, one step after another (eq. 1)."""
     out = []
@@ -56,7 +57,7 @@ def unrolled(
     kernel: Shaped[Array, "N N"],
     y: Shaped[Array, "N ..."],
     lam: float,
-    alphas: Sequence[float],
+    alphas: Sequence[float] | Shaped[np.ndarray, " K"],
 ) -> Shaped[Array, "M ..."]:
     """f_tau for tau = len(alphas) from powers of the smoother, without steps between (eq. 2)."""
     d, v = jnp.linalg.eigh(kernel)
@@ -96,7 +97,7 @@ def limit(
 
 
 def filters(
-    d: Shaped[Array, " N"], lam: float, alphas: Sequence[float]
+    d: Shaped[Array, " N"], lam: float, alphas: Sequence[float] | Shaped[np.ndarray, " K"]
 ) -> list[Shaped[Array, " N"]]:
     """Diagonals of B_1, B_2, ...: the factors of y's coordinates after each step (eq. 5).
 

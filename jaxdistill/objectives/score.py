@@ -77,8 +77,8 @@ def diff_instruct_gradient(
 def kl_gradient(
     real_x0: Shaped[Array, "B ..."],
     fake_x0: Shaped[Array, "B ..."],
-    alpha: Array,
-    sigma: Array,
+    alpha: float | Array,
+    sigma: float | Array,
     ratio: float | Array = 1.0,
 ) -> Shaped[Array, "B ..."]:
     """alpha_{t|s} (s_psi - s_phi) = ratio alpha / sigma^2 (D_psi - D_phi), under stop_gradient.
