@@ -62,7 +62,7 @@ def signal_to_noise_by_bin(
     """
     place = jnp.clip((rate * bins).astype(jnp.int32), 0, bins - 1)
 
-    def add(sums: tuple[Params, Array], row: tuple[Batch, Array]) -> tuple[Any, None]:
+    def add(sums: tuple[Any, Array], row: tuple[Any, Array]) -> tuple[Any, None]:
         total, squares = sums
         problem, i = row
         g = gradient(problem)
