@@ -41,8 +41,7 @@ def clipped_surrogate(
     It has no gradient where A > 0 and r > 1 + high, where A < 0 and r < 1 - low, and where A = 0.
     """
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - low, 1 + high)
-    return -jnp.minimum(ratio * advantage, clipped * advantage)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
 def k1(log_p: Float[Array, "*B"], log_q: Float[Array, "*B"]) -> Float[Array, "*B"]:
