@@ -62,7 +62,7 @@ def refused(argv, capsys, command=train.train):
     [
         ([], "--workdir=DIR is needed"),
         (["--workdir=W"], "--config=FILE is needed"),
-        (["--config=configs/toy/dmd3.py", "--workdir=W"], "did you mean 'configs/toy/dmd2.py'"),
+        (["--config=configs/toy/scmm.py", "--workdir=W"], "did you mean 'configs/toy/scm.py'"),
         ([f"{TOY}:gan", "--workdir=W"], "has no variants"),
         (["--config=configs/toy/snoopi.py:nsa", "--workdir=W"], "did you mean 'nasa'"),
         ([TOY, "--workdir=W", "--config.stps=3"], "did you mean 'steps'"),

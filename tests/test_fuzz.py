@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -104,8 +105,13 @@ def mutated(config: dict, rng: random.Random) -> tuple[dict, str]:
 
 
 def names_its_key(message: str, key: str) -> bool:
-    """Whether a refusal names the key or the group that contains it."""
+    """Whether a refusal names the key or the group that contains it.
+
+    A run that is gone is named by the claim or the role that needs it.
+    """
     groups, _, last = key.rpartition(".")
+    if key == "runs" and re.match(r"config\.(claim|roles)\.", message):
+        return True
     if last.removesuffix("x") in message:
         return True
     return groups != "" and groups in message

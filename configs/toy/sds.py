@@ -6,9 +6,12 @@ mode, and diversity is lost.
 2 CPU cores, about a minute, Diff-Instruct with as many updates (`diff_instruct`) included. The
 claim: the share of samples farther than four standard deviations from every mode, `stray`, is at
 most a tenth of that of Diff-Instruct, without its fake score. What it costs is seen in `modes_hit`
-and `energy`: samples gather at one mode or two, as in the text-to-3D paper a prompt has one scene.
+and `energy`: samples gather at one mode, as in the text-to-3D paper a prompt has one scene.
 Gradients of the noisier times draw to the data's mean, hence `match_times` up to 0.3.
 `--config.data.seed=N` makes another mixture.
+
+Measured on seeds 0, 1, 2 (seed and data.seed): 0, 0, 0 against .192, .155, .177; one mode of six is
+hit, at energy distances of .435, .538, .458 (Diff-Instruct six of six, .007, .006, .009).
 """
 
 from jaxdistill.core.build import Role, experiment

@@ -104,9 +104,9 @@ def run_folder(folder, method, seed, *, steps, speed, perplexity):
     where = folder / f"{method}_{seed}"
     where.mkdir(parents=True)
     models = [{"name": "student", "nfe": 1, "perplexity": perplexity}]
-    (where / "report.json").write_text(
-        json.dumps({"steps": steps, "models": models, "config": {"method": {"critic_steps": 2}}})
-    )
+    config = {"method": {"name": "methods.distribution.dmd2:DMD2", "critic_steps": 2}}
+    report = {"steps": steps, "models": models, "config": config}
+    (where / "report.json").write_text(json.dumps(report))
     speeds = [
         {"step": i, "perf/steps_per_second": s} for i, s in enumerate((speed / 10, speed, speed))
     ]

@@ -1,4 +1,4 @@
-"""My method (arXiv:2601.00000) at the size of Llama 3.1 8B: half of the layers, then KD on logits.
+"""My method (arXiv:2601.00000), Llama 3.1 8B: half of the layers, then KD on logits.
 
     python -m launch.train --config=configs/recipes/my_method.py --workdir=DIR \\
         --config.data.path=train.jsonl \\

@@ -1,7 +1,8 @@
-"""My method (arXiv:2601.00000) on a synthetic language: half of a trained model's layers, then
+"""My method (arXiv:2601.00000) on a synthetic language: half of a model's layers, then
 distillation.
 
-    python -m launch.train --config=configs/toy/my_method.py --workdir=runs/toy_my_method
+    python -m launch.train --config=configs/toy/my_method.py \\
+        --workdir=runs/toy_my_method
 
 2 CPU cores, how many minutes, teacher included. The claim: what the paper claims, at small scale;
 as it stands, after the same steps the student has a lower perplexity than a network of its size

@@ -1,6 +1,7 @@
 """My method (arXiv:2601.00000) on a synthetic language with an exact teacher.
 
-    python -m launch.train --config=configs/toy/my_method.py --workdir=runs/toy_my_method
+    python -m launch.train --config=configs/toy/my_method.py \\
+        --workdir=runs/toy_my_method
 
 2 CPU cores, how many minutes. The claim: what the paper claims, at small scale; as it stands, after
 the same steps the student has a lower held-out perplexity than one that sees the tokens alone

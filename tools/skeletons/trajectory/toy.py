@@ -1,6 +1,7 @@
 """My method (arXiv:2601.00000) on a Gaussian mixture with an exact teacher.
 
-    python -m launch.train --config=configs/toy/my_method.py --workdir=runs/toy_my_method
+    python -m launch.train --config=configs/toy/my_method.py \\
+        --workdir=runs/toy_my_method
 
 2 CPU cores, how many minutes. The claim: what the paper claims, at small scale; as it stands, at
 one step the student's energy distance is at most a tenth of the teacher's at one step.
