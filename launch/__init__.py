@@ -10,7 +10,8 @@ def _too_early(number: int, frame: object) -> None:
     os._exit(75)
 
 
-# Under `python -m` sys.argv begins with "-m" until the module runs. Imports then take seconds, in
-# which nothing has begun; `_command.main` listens afterwards. Programs that import us keep theirs.
+# Under `python -m` sys.argv begins with "-m" until the module runs. This handler serves for the
+# seconds of imports before `_command.main` sets its own. Programs that import this package keep
+# theirs.
 if sys.argv[:1] == ["-m"]:
     signal.signal(signal.SIGINT, _too_early)

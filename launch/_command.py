@@ -1,4 +1,4 @@
-"""What the commands share: arguments, configs from files, refusals in one line, exit codes."""
+"""Shared code of the commands: arguments, configs from files, refusals in one line, exit codes."""
 
 from __future__ import annotations
 
@@ -27,21 +27,25 @@ from jaxdistill.run.records import local, read_config
 
 ROOT = Path(__file__).resolve().parents[1]  # the checkout
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped with work left, run it again
+TRUE = ("1", "true")
+FALSE = ("0", "false")
 
 
 def main(command: Callable[[list[str]], None], usage: str = "") -> None:
-    """Runs a command, or prints `usage` (else its file's docstring) for -h and --help, and exits
-    with
+    """Runs a command and exits, with the reason in one line on stderr. Exit codes:
 
     0   done;
-    2   refused: bad input, or a folder that is of another run or damaged; a rerun would be refused
-    again;
-    75  stopped by SIGTERM or Ctrl-C with work left: the same command goes on from what was saved;
-    1   anything else: a loss that is no number, a full disk, a read error, a lost process. The last
-    good checkpoint stays.
+    2   refused: the input is bad, or a folder is damaged or has another run. The same command
+        would be refused again;
+    75  stopped by SIGTERM or Ctrl-C with work left: the same command resumes what was saved;
+    1   anything else: a loss that is not finite, a full disk, a read error, a lost process. The
+        last good checkpoint stays.
 
-    Whatever the code is, the reason is one line on stderr; with JAXDISTILL_TRACEBACK set, what it
-    came from stands before it.
+    With JAXDISTILL_TRACEBACK set, the cause of a refusal is printed, too.
+
+    Args:
+        command: Takes the arguments of the command line.
+        usage: Printed for -h and --help; empty for the docstring of the command's file.
     """
     if asks_for_help(sys.argv[1:]):
         print((usage or command.__globals__["__doc__"]).strip())
@@ -66,51 +70,49 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
     except OSError as error:
         _end(1, f"failed: {_machine(error)}; the last good checkpoint is kept")
     except MemoryError as error:
-        _end(
-            1,
-            f"failed: out of memory{f' ({error})' if str(error) else ''}; the last good"
-            " checkpoint is kept",
-        )
+        details = f" ({error})" if str(error) else ""
+        _end(1, f"failed: out of memory{details}; the last good checkpoint is kept")
     except KeyboardInterrupt:
         _end(STOPPED, "interrupted; nothing saved since the last checkpoint, run again to go on")
 
 
 def _mute_leftovers() -> None:
-    """Keeps off stderr what orbax and tensorstore leave of reads and writes that waited for one
-    that failed.
+    """Silences messages about reads and writes that waited for one that failed.
+
+    orbax and tensorstore leave such coroutines behind, and Python reports them on stderr.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     usual = sys.unraisablehook
+    muted = ("Event loop is closed", "_read_array", "async_serialize")
 
     def hook(found: Any) -> None:
         text = f"{found.object!r} {found.exc_value!r}"
-        if not any(
-            name in text for name in ("Event loop is closed", "_read_array", "async_serialize")
-        ):
+        if not any(name in text for name in muted):
             usual(found)
 
     sys.unraisablehook = hook
 
 
 def _end(code: int, line: str) -> None:
+    """Exits with `code` and one line on stderr."""
     print(" ".join(line.split()), file=sys.stderr)
     sys.exit(code)
 
 
 def _machine(error: OSError) -> str:
-    """What the operating system said, and of which file."""
+    """The message of the operating system, with the file that it is about."""
     said = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {said}" if error.filename else said
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
-    """Whether -h or --help is among a command's own arguments; those after -- are another's."""
+    """Whether -h or --help is among the arguments before "--"; those after it are not ours."""
     own = argv[: argv.index("--")] if "--" in argv else argv
     return not {"-h", "--help"}.isdisjoint(own)
 
 
 def no_command(argv: list[str]) -> None:
-    """What a file of tools/ does that others import."""
+    """The command of files in tools/ that only others import. Raises Refused."""
     raise Refused(
         f"{Path(sys.argv[0]).name}: no command of its own, others import it; --help says what it"
         " holds"
@@ -118,22 +120,25 @@ def no_command(argv: list[str]) -> None:
 
 
 def join(distributed: bool) -> None:
-    """Joins the other processes of the run, before anything else touches JAX.
+    """Joins the other processes of the run; must come before any other use of JAX.
 
-    `launch.local_cluster` says through the environment who they are (JAXDISTILL_COORDINATOR,
-    _PROCESSES, _PROCESS);
-    with `distributed`, JAX finds out by itself on Cloud TPU, GKE and Slurm. Raises Refused where it
-    finds nothing to join, OSError where the others do not come.
+    `launch.local_cluster` sets JAXDISTILL_COORDINATOR, _PROCESSES, _PROCESS and _HEARTBEAT.
+
+    Args:
+        distributed: Whether JAX looks for the other processes itself, on Cloud TPU, GKE or Slurm.
+
+    Raises:
+        Refused: JAX finds no other processes.
+        OSError: The other processes do not come.
     """
     import jax
 
     if "JAXDISTILL_PROCESS" in os.environ:
-        number = lambda name: int(os.environ[f"JAXDISTILL_{name}"])
         jax.distributed.initialize(
             os.environ["JAXDISTILL_COORDINATOR"],
-            number("PROCESSES"),
-            number("PROCESS"),
-            heartbeat_timeout_seconds=number("HEARTBEAT"),
+            int(os.environ["JAXDISTILL_PROCESSES"]),
+            int(os.environ["JAXDISTILL_PROCESS"]),
+            heartbeat_timeout_seconds=int(os.environ["JAXDISTILL_HEARTBEAT"]),
         )
     elif distributed:
         try:
@@ -141,8 +146,7 @@ def join(distributed: bool) -> None:
         except ValueError as error:  # JAX found no coordinator
             raise Refused(
                 "--distributed: found no TPU slice, no job of GKE and none of Slurm to join;"
-                " several processes of one machine "
-                "are started by launch.local_cluster"
+                " several processes of one machine are started by launch.local_cluster"
             ) from error
         except RuntimeError as error:  # the others did not come
             raise OSError(f"--distributed: {str(error).strip().splitlines()[0]}") from error
@@ -151,12 +155,21 @@ def join(distributed: bool) -> None:
 def arguments(
     argv: Sequence[str], known: Mapping[str, Any]
 ) -> tuple[dict[str, Any], ConfigDict | None]:
-    """`--key=value` or `--key value` for the keys of `known` (defaults; a bool takes no value), and
-    the config.
+    """Parses `--key=value` and `--key value`.
 
-    `--config=FILE[:variant]` calls FILE's get_config; `--config.a.b=value` replaces a value by one
-    of its own type.
-    Raises Refused on anything else.
+    `--config=FILE[:variant]` calls get_config of FILE; `--config.a.b=value` replaces a value of
+    the config by one of the same type.
+
+    Args:
+        argv: The words of the command line.
+        known: Key -> default. The key of a bool needs no value.
+
+    Returns:
+        (key -> value, config): the config of --config, else that of the run in --workdir, else
+        None.
+
+    Raises:
+        Refused: An argument is unknown, has no value or a bad one.
     """
     values = dict(known)
     overrides = {}
@@ -169,9 +182,9 @@ def arguments(
         if not key.startswith("config.") and key not in known:
             raise Refused(f"unknown argument --{key}{nearest(key, known)}")
         if isinstance(known.get(key), bool):
-            if given and value.lower() not in ("0", "false", "1", "true"):
+            if given and value.lower() not in (*TRUE, *FALSE):
                 raise Refused(f"--{key}={value}: expected true or false, or nothing, which is true")
-            values[key] = value.lower() not in ("0", "false")
+            values[key] = value.lower() not in FALSE
             continue
         if not given:
             if not words or words[0].startswith("--"):
@@ -181,11 +194,7 @@ def arguments(
             overrides[key.removeprefix("config.")] = value
         else:
             values[key] = value
-    config = None
-    if values.get("config"):
-        config = load_config(values["config"])
-    elif values.get("workdir") and (local(values["workdir"], "--workdir") / "config.json").exists():
-        config = read_config(local(values["workdir"], "--workdir")).lock()
+    config = _config_of(values)
     if overrides and config is None:
         raise Refused("--config.key=value needs --config=FILE")
     for path, value in overrides.items():
@@ -193,11 +202,24 @@ def arguments(
     return values, config
 
 
-def load_config(name: str) -> ConfigDict:
-    """The config of FILE or FILE:variant; a relative FILE is looked up in the current folder, then
-    in the checkout's.
+def _config_of(values: Mapping[str, Any]) -> ConfigDict | None:
+    """The config of --config, or of the run in --workdir; None where there is neither."""
+    if values.get("config"):
+        return load_config(values["config"])
+    if values.get("workdir"):
+        workdir = local(values["workdir"], "--workdir")
+        if (workdir / "config.json").exists():
+            return read_config(workdir).lock()
+    return None
 
-    Raises Refused where there is no such file or it has no get_config.
+
+def load_config(name: str) -> ConfigDict:
+    """The config of "FILE" or "FILE:variant".
+
+    A relative FILE is looked for in the current folder, then in the checkout.
+
+    Raises:
+        Refused: There is no such file, or it has no get_config.
     """
     local(name, "--config")
     path, _, variant = name.partition(":")
@@ -208,9 +230,8 @@ def load_config(name: str) -> ConfigDict:
     for place in (str(ROOT), os.getcwd()):
         if place not in sys.path:
             sys.path.insert(0, place)
-    module = importlib.util.module_from_spec(
-        spec := importlib.util.spec_from_file_location("config_file", file)
-    )
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
     with _in_file(path, file):
         spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
@@ -228,17 +249,21 @@ def load_config(name: str) -> ConfigDict:
 
 
 def _near(path: str) -> str:
-    """The existing config whose name is nearest, in the same folder or in the checkout."""
-    shown = lambda file: str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else str(file)
-    beside = Path(path).parent.glob("*.py") if Path(path).parent.is_dir() else ()
-    names = [*map(str, beside), *map(shown, (ROOT / "configs").rglob("[!_]*.py"))]
+    """The end of the message about a config file that does not exist: the nearest name.
+
+    Names are those in the same folder and in the checkout.
+    """
+    folder = Path(path).parent
+    beside = folder.glob("*.py") if folder.is_dir() else ()
+    names = [str(file) for file in beside]
+    names += [str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("[!_]*.py")]
     close = difflib.get_close_matches(path, names, 1)
     return f"; did you mean {close[0]!r}?" if close else ", here or in the checkout"
 
 
 @contextlib.contextmanager
 def _in_file(path: str, file: Path) -> Iterator[None]:
-    """Turns what goes wrong in a config's own Python into a refusal that names file and line."""
+    """Makes refusals with file and line of exceptions in the Python code of a config."""
     try:
         yield
     except Refused as error:
@@ -246,35 +271,32 @@ def _in_file(path: str, file: Path) -> Iterator[None]:
     except SyntaxError as error:
         raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
-        ]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [1, *(frame.lineno for frame in frames if frame.filename == str(file))]
         first = (str(error).strip().splitlines() or [""])[0]
-        raise Refused(
-            f"{path}:{lines[-1] if lines else 1}: {type(error).__name__}: {first}"
-        ) from error
+        raise Refused(f"{path}:{lines[-1]}: {type(error).__name__}: {first}") from error
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
-    """Sets `path` (dotted) to `text`, read as a value of the type that stands there. Raises
-    Refused.
+    """Sets the value at the dotted key `path` to `text`, read as a value of the present type.
+
+    Raises:
+        Refused: There is no such key, or the text is not of that type.
     """
     keys_left = path.split(".")
     node = config
-    walked = "config"
+    where = "config"
     while keys_left:
         given = keys_left.pop(0)
         name, *inside = _current(node, given).split(".")
         keys_left = [*inside, *keys_left]
         if not isinstance(node, ConfigDict) or name not in node:
             keys = list(node) if isinstance(node, ConfigDict) else []
-            raise Refused(
-                f"--config.{path}: {walked} has no key"
-                f" {name!r}{nearest(name, keys) if keys else ''}"
-            )
+            near = nearest(name, keys) if keys else ""
+            raise Refused(f"--config.{path}: {where} has no key {name!r}{near}")
         parent = node
         node = node[name]
-        walked = f"{walked}.{name}"
+        where = f"{where}.{name}"
     if isinstance(node, ConfigDict):
         parent[name] = _group(path, parent, given, text)
     elif name == "name" and isinstance(node, str) and text != node:
@@ -309,19 +331,20 @@ def _change_class(path: str, group: ConfigDict, name: str) -> None:
 
 
 def _current(node: Any, key: str) -> str:
-    """The name today of the key `key` of a config's group."""
+    """The new name of a key of a config's group, where the field has been renamed."""
     if not isinstance(node, ConfigDict) or key in node or not isinstance(node.get("name"), str):
         return key
     return current_field(resolve(node["name"]), key)
 
 
 def _read(path: str, text: str, old: Any) -> Any:
+    """`text` as a value of the type of `old`. Raises Refused where it is none."""
     kind = type(old)
     if kind is str:
         return text
     if kind is bool:
-        if text.lower() in ("true", "1", "false", "0"):
-            return text.lower() in ("true", "1")
+        if text.lower() in (*TRUE, *FALSE):
+            return text.lower() in TRUE
         raise Refused(f"--config.{path}={text}: expected true or false")
     try:
         value = ast.literal_eval(text)
@@ -332,22 +355,30 @@ def _read(path: str, text: str, old: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in (tuple, list):
-        value = value if isinstance(value, (tuple, list)) else (value,)
-        inner = type(old[0]) if old else None
-        value = kind(float(v) if inner is float and type(v) is int else v for v in value)
-        if inner and any(type(v) is not inner for v in value):
-            raise Refused(
-                f"--config.{path}={text}: expected {kind.__name__} of {inner.__name__}, as in"
-                f" {old!r}"
-            )
-        return value
+        return _sequence(path, text, value, old)
     if type(value) is not kind:
         raise Refused(f"--config.{path}={text}: expected {kind.__name__}, as in {old!r}")
     return value
 
 
+def _sequence(path: str, text: str, value: Any, old: tuple | list) -> tuple | list:
+    """`value` as a sequence of the types of `old` and its members. Raises Refused."""
+    kind = type(old)
+    members = value if isinstance(value, (tuple, list)) else (value,)
+    if not old:
+        return kind(members)
+    inner = type(old[0])
+    if inner is float:
+        members = [float(v) if type(v) is int else v for v in members]
+    if any(type(v) is not inner for v in members):
+        raise Refused(
+            f"--config.{path}={text}: expected {kind.__name__} of {inner.__name__}, as in {old!r}"
+        )
+    return kind(members)
+
+
 def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[ConfigDict, Path]:
-    """Config and workdir of a command that cannot do without. Raises Refused."""
+    """(config, workdir) of a command that needs both. Raises Refused where one is missing."""
     if not values["workdir"]:
         raise Refused("--workdir=DIR is needed")
     workdir = local(values["workdir"], "--workdir")
@@ -360,44 +391,54 @@ def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1
     """An argument as an integer. Raises Refused outside of `least` to `most`."""
     text = values[key]
     if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
-        large = text.isdecimal() and int(text[:19]) > most
-        raise Refused(
-            f"--{key}={text[:40]}: expected an integer of at least {least}"
-            + f", at most {most}" * large
-        )
+        expected = f"an integer of at least {least}"
+        if text.isdecimal() and int(text[:19]) > most:
+            expected += f", at most {most}"
+        raise Refused(f"--{key}={text[:40]}: expected {expected}")
     return int(text)
 
 
 def decimal(
     values: Mapping[str, Any], key: str, least: float, most: float = math.inf, above: bool = False
 ) -> float:
-    """An argument as a finite number. Raises Refused outside of `least` to `most`, or, with
-    `above`, at `least` itself.
+    """An argument as a finite number.
+
+    Raises:
+        Refused: It is outside of `least` to `most`, or, with `above`, equal to `least`.
     """
     text = values[key]
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or not least <= value <= most or (above and value == least):
-        fits = (
-            f"above {least:g}"
-            if above
-            else f"from {least:g} to {most:g}"
-            if math.isfinite(most)
-            else f"of at least {least:g}"
-        )
-        raise Refused(f"--{key}={text[:40]}: expected a number {fits}")
-    return value
+    in_range = math.isfinite(value) and least <= value <= most
+    if in_range and not (above and value == least):
+        return value
+    if above:
+        wanted = f"above {least:g}"
+    elif math.isfinite(most):
+        wanted = f"from {least:g} to {most:g}"
+    else:
+        wanted = f"of at least {least:g}"
+    raise Refused(f"--{key}={text[:40]}: expected a number {wanted}")
 
 
 def output(
     values: Mapping[str, Any], key: str, suffixes: Sequence[str] = (), folder: bool = False
 ) -> Path | None:
-    """Where an argument says that a file (of one of `suffixes`), or with `folder` files, shall be;
-    None where it says nothing.
+    """The path of an argument that names a file, or a folder, to write; checked before any work.
 
-    Asked before the work begins. Raises Refused where nothing could be written there.
+    Args:
+        values: The arguments.
+        key: The key of this one.
+        suffixes: Those that the file may have; empty for any.
+        folder: Whether it is a folder.
+
+    Returns:
+        The path; None where the argument is empty.
+
+    Raises:
+        Refused: It cannot be written.
     """
     text = values[key]
     if not text:
@@ -405,10 +446,8 @@ def output(
     path = Path(text)
     shown = text[:80]
     local(text, f"--{key}")
-    if (
-        not text.isprintable()
-        or max(len(os.fsencode(part)) for part in path.absolute().parts) > 255
-    ):
+    parts = path.absolute().parts
+    if not text.isprintable() or max(len(os.fsencode(part)) for part in parts) > 255:
         raise Refused(f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}")
     if not folder and ((path.is_dir() and "" not in suffixes) or text.endswith(("/", "."))):
         raise Refused(
@@ -418,14 +457,12 @@ def output(
     if folder and path.exists() and not path.is_dir():
         raise Refused(f"--{key}={shown}: is a file, expected a folder")
     if suffixes and path.suffix not in suffixes:
-        raise Refused(
-            f"--{key}={shown}: expected a name that ends in {' or '.join(filter(None, suffixes))}"
-        )
-    held = next(
-        parent for parent in (path.absolute(), *path.absolute().parents) if os.path.lexists(parent)
-    )
-    if held != path.absolute() and not held.is_dir():
-        raise Refused(f"--{key}={shown}: {held} is no folder")
-    if not os.access(held, os.W_OK):
-        raise Refused(f"--{key}={shown}: {held} cannot be written to")
+        wanted = " or ".join(filter(None, suffixes))
+        raise Refused(f"--{key}={shown}: expected a name that ends in {wanted}")
+    absolute = path.absolute()
+    existing = next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
+    if existing != absolute and not existing.is_dir():
+        raise Refused(f"--{key}={shown}: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise Refused(f"--{key}={shown}: {existing} cannot be written to")
     return path

@@ -1,6 +1,4 @@
-"""A bound on restarts that bring nothing new: Slurm and GKE start a run again where it has failed,
-whatever the reason.
-"""
+"""A bound on restarts without progress: Slurm and GKE restart a failed run, whatever the cause."""
 
 from __future__ import annotations
 
@@ -16,30 +14,28 @@ FILE = "restarts.json"  # in the run's folder: {"progress", "count"}
 
 
 def progress(workdir: Path) -> dict[str, int]:
-    """How far a run and those inside it have come: stages done, the sum of the newest checkpoints'
-    steps, files of stored data.
+    """The progress of a run and the runs inside it.
+
+    Finished stages, the sum of the newest checkpoints' steps, and files of collected data.
     """
     found = {"stages": 0, "steps": 0, "stored": 0}
-    for at, folders, files in os.walk(
-        workdir
-    ):  # which follows no link, and passes over what goes away under it
+    # os.walk follows no links and ignores what is removed meanwhile.
+    for at, folders, files in os.walk(workdir):
         name = os.path.basename(at)
         if name == "checkpoints":
-            found["steps"] += max(
-                (int(f[5:]) for f in folders if f.startswith("step_") and f[5:].isdigit()),
-                default=0,
-            )
+            steps = [f[5:] for f in folders if f.startswith("step_") and f[5:].isdigit()]
+            found["steps"] += max(map(int, steps), default=0)
         if name == "stages":
             found["stages"] += sum(f.isdigit() for f in folders)
         if os.path.basename(os.path.dirname(at)) == "data":
             found["stored"] += len(files)
         if name in ("checkpoints", "stages"):
-            folders.clear()  # what is inside does not matter
+            folders.clear()  # do not go into these
     return found
 
 
 def _count(workdir: Path) -> int:
-    """Restarts since the run last got on; 0 where nothing can be read of them."""
+    """Restarts since the last progress; 0 where the file of restarts is missing or unreadable."""
     try:
         found = json.loads((workdir / FILE).read_text())
         return int(found["count"]) if found["progress"] == progress(workdir) else 0
@@ -49,12 +45,19 @@ def _count(workdir: Path) -> int:
 
 @contextlib.contextmanager
 def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None]:
-    """Around a run that a launcher starts again. Raises Refused where it has failed at `most`
-    restarts one after another without a new checkpoint, stage or batch of stored data; 0: no bound.
+    """A context for a run that a launcher starts again after failures.
 
-    `join` joins the run's other processes: all look before it, and the first counts after it. That
-    a run was asked to stop is no failure. The first start is none of the restarts, and makes no
-    folder.
+    The first start is not a restart and makes no folder. A run that was asked to stop has not
+    failed.
+
+    Args:
+        workdir: The run's folder.
+        most: Restarts in a row without progress; 0 for no bound.
+        join: Joins the other processes of the run. All read the count before it; the first process
+            writes it afterwards.
+
+    Raises:
+        Refused: There were `most` restarts without a new checkpoint, stage or file of data.
     """
     if not most:
         join()

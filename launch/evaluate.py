@@ -1,5 +1,4 @@
-"""Evaluates a finished run again, with other evaluation settings if wanted, and rewrites its
-report.
+"""Evaluates a finished run again, also with other settings, and rewrites its report.
 
 python -m launch.evaluate --workdir=DIR [--config=FILE] [--config.evaluation.key=value ...]
 """

@@ -1,10 +1,9 @@
-"""Writes a finished run's student as a folder that PyTorch (diffusers, transformers) loads, with a
-model card.
+"""Exports a finished run's student as a folder for diffusers or transformers, with a model card.
 
 python -m launch.export --workdir=DIR [--out=DIR/export] [--adapter]
 
-The folder takes the place of an earlier export, and of nothing else. With --adapter, the student of
-a config with `lora` leaves as an adapter for `peft` or diffusers, not folded into its base.
+An earlier export in the folder is replaced; other existing folders are refused. With --adapter, a
+student with `lora` is exported as an adapter for `peft` or diffusers, not merged into its base.
 """
 
 from jaxdistill.run.records import local

@@ -1,14 +1,13 @@
-"""Prompts to pictures or videos, by a pipeline in diffusers' layout, with a distilled student in
-its denoiser's place.
+"""Generates pictures or videos from a prompt, by a pipeline in diffusers' layout and a student.
 
-python -m launch.generate --pipeline=DIR --prompt=TEXT [--student=EXPORT] [--steps=4 | \\
-    --times=1.0,0.75,0.5,0.25] [--ddim]
-    [--guidance=1.0] [--negative=TEXT] [--n=1] [--seed=0] [--size=1024x1024] [--frames=1] [--fps=16]
-    [--dtype=bfloat16] [--out=FILE]
+python -m launch.generate --pipeline=DIR --prompt=TEXT [--student=EXPORT] \\
+    [--steps=4 | --times=1.0,0.75,0.5,0.25] [--ddim] [--guidance=1.0] [--negative=TEXT] \\
+    [--n=1] [--seed=0] [--size=1024x1024] [--frames=1] [--fps=16] [--dtype=bfloat16] [--out=FILE]
 
-Without --times, those of the scheduler's config at --steps, the student's where its folder has one.
-Fresh noise between the times, as few-step students want it; with --ddim the predicted noise, as
-many-step teachers do. Writes a PNG (pictures side by side), or an MP4 for each video.
+The student, an exported folder, takes the place of the pipeline's denoiser. Without --times, those
+of the scheduler's config at --steps are used; a scheduler in the student's folder goes first.
+Between the times fresh noise is added, for few-step students; with --ddim the predicted noise, for
+many-step teachers. Writes a PNG (pictures side by side), or an MP4 for each video.
 """
 
 from pathlib import Path
@@ -57,10 +56,9 @@ def generate(argv: list[str]) -> None:
     out = output(values, "out", ("", ".png", ".mp4"))
     if out is None:
         raise Refused("--out=FILE: expected a name")
-    if out.suffix and out.suffix != (wanted := ".mp4" if frames > 1 else ".png"):
-        raise Refused(
-            f"--out={out}: {'videos' if frames > 1 else 'pictures'} are written as {wanted}"
-        )
+    kind, suffix = ("videos", ".mp4") if frames > 1 else ("pictures", ".png")
+    if out.suffix not in ("", suffix):
+        raise Refused(f"--out={out}: {kind} are written as {suffix}")
     if frames > 1:
         _video_library()
     import jax
@@ -85,13 +83,22 @@ def generate(argv: list[str]) -> None:
         negative=values["negative"],
         key=jax.random.key(seed),
     )
+    shown = ", ".join(f"{t:.3f}" for t in times)
     for file in write(out, x, fps):
-        print(f"{len(times)} steps at {', '.join(f'{t:.3f}' for t in times)}: {file}")
+        print(f"{len(times)} steps at {shown}: {file}")
 
 
 def write(out: Path, x, fps: int) -> list[Path]:
-    """Pictures [B H W 3] side by side in OUT.png, or videos [B F H W 3] each in OUT_<i>.mp4;
-    returns the files.
+    """Writes pictures or videos.
+
+    Args:
+        out: The file's name; its suffix is replaced.
+        x: Pictures, uint8 [B H W 3], written side by side in one PNG; or videos, uint8
+            [B F H W 3], each in an MP4 (OUT_<i>.mp4 where there are several).
+        fps: Frames a second.
+
+    Returns:
+        The files.
     """
     import numpy as np
     from PIL import Image
@@ -99,26 +106,35 @@ def write(out: Path, x, fps: int) -> list[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     if x.ndim == 4 or x.shape[1] == 1:
         file = out.with_suffix(".png")
-        Image.fromarray(np.concatenate(x.reshape(-1, *x.shape[-3:]), 1)).save(file)
+        pictures = x.reshape(-1, *x.shape[-3:])
+        Image.fromarray(np.concatenate(pictures, 1)).save(file)
         return [file]
-    av = _video_library()
     files = []
     for i, frames in enumerate(x):
-        files.append(out.with_name(f"{out.stem}_{i}.mp4" if len(x) > 1 else f"{out.stem}.mp4"))
-        with av.open(str(files[-1]), "w") as container:
-            stream = container.add_stream("mpeg4", rate=fps)
-            stream.height, stream.width, stream.pix_fmt, stream.bit_rate = (
-                *frames.shape[1:3],
-                "yuv420p",
-                8_000_000,
-            )
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+        name = f"{out.stem}_{i}.mp4" if len(x) > 1 else f"{out.stem}.mp4"
+        file = out.with_name(name)
+        files.append(file)
+        _write_video(file, frames, fps)
     return files
 
 
+def _write_video(file: Path, frames, fps: int) -> None:
+    """Writes frames, uint8 [F H W 3], as MP4."""
+    av = _video_library()
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height = frames.shape[1]
+        stream.width = frames.shape[2]
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 8_000_000
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
 def _video_library():
+    """PyAV. Raises Refused where it is not installed."""
     try:
         import av
     except ImportError:
@@ -129,12 +145,13 @@ def _video_library():
 
 
 def _numbers(values: dict, key: str, separator: str, kind: type) -> tuple:
+    """An argument as numbers of one type. Raises Refused."""
+    text = values[key]
     try:
-        return tuple(kind(part) for part in values[key].split(separator) if part)
+        return tuple(kind(part) for part in text.split(separator) if part)
     except ValueError:
-        raise Refused(
-            f"--{key}={values[key]}: expected {kind.__name__}s like {KNOWN[key] or '1.0,0.5'}"
-        ) from None
+        example = KNOWN[key] or "1.0,0.5"
+        raise Refused(f"--{key}={text}: expected {kind.__name__}s like {example}") from None
 
 
 if __name__ == "__main__":

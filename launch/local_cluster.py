@@ -1,14 +1,13 @@
-"""Any config as N processes of this machine, joined as the hosts of a cluster are: gloo collectives
-between CPUs.
+"""Trains a config with N processes on the CPUs of this machine, joined like hosts of a cluster.
 
 python -m launch.local_cluster N [--devices=1] [--timeout=60] [--dry_run] -- --config=FILE \\
     --workdir=DIR [--config.key=value ...]
 
-What follows the dashes are the arguments of launch.train. Each process has `devices` simulated
-devices. SIGTERM and Ctrl-C reach every process, which save and end with 75, and so does this
-command. Where one is lost, the others are ended after `timeout` seconds at most, one line says
-which it was, and the exit code is 1: the same command goes on from the last checkpoint. With
---dry_run it only prints what every process would execute.
+The arguments after "--" are those of launch.train. Each process has --devices simulated devices;
+collectives are gloo's. SIGTERM and Ctrl-C are passed to all processes, which save and exit with 75,
+and so does this command. Where a process is lost, the others are ended after at most --timeout
+seconds, one line says which it was, and the exit code is 1: the same command goes on from the last
+checkpoint. With --dry_run the commands of the processes are only printed.
 """
 
 import os
@@ -48,55 +47,60 @@ def cluster(argv: list[str]) -> None:
         for env in each:
             print(" ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command))
         return
-    sys.exit(
-        watch(
-            [
-                subprocess.Popen(command, env=os.environ | env, start_new_session=True)
-                for env in each
-            ],
-            timeout,
-        )
-    )
+    processes = []
+    for env in each:
+        child = subprocess.Popen(command, env=os.environ | env, start_new_session=True)
+        processes.append(child)
+    sys.exit(watch(processes, timeout))
 
 
 def watch(processes: list[subprocess.Popen], timeout: float) -> int:
-    """Waits for all; the exit code is 0 where all ended so, 2 where one refused its input, 75 where
-    they stopped with work left, else 1.
+    """Waits for all processes.
+
+    Args:
+        processes: The processes.
+        timeout: Seconds that the others have to end after one is lost.
+
+    Returns:
+        The exit code: 0 where it is that of all, 2 where one refused its input, 75 where they
+        stopped with work left, else 1.
     """
-    forward = lambda number, frame: [
-        p.send_signal(signal.SIGTERM) for p in processes if p.poll() is None
-    ]
+
+    def running() -> list[subprocess.Popen]:
+        return [p for p in processes if p.poll() is None]
+
+    def forward(number: int, frame: object) -> None:
+        for p in running():
+            p.send_signal(signal.SIGTERM)
+
     before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
     lost = []
     try:
-        while not lost and any(p.poll() is None for p in processes):
+        while not lost and running():
             time.sleep(0.1)
             lost = [i for i, p in enumerate(processes) if p.poll() not in (None, 0, STOPPED)]
-        _end([p for p in processes if p.poll() is None], timeout)
+        _end(running(), timeout)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     codes = [p.wait() for p in processes]
     for i in lost:
-        how = (
-            f"killed by {signal.Signals(-codes[i]).name}"
-            if codes[i] < 0
-            else f"exit code {codes[i]}"
+        code = codes[i]
+        if code == 2:
+            continue
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        print(
+            f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were"
+            " ended; run the same command again to go on from the last checkpoint",
+            file=sys.stderr,
         )
-        if codes[i] != 2:
-            print(
-                f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others"
-                " were ended; "
-                "run the same command again to go on from the last checkpoint",
-                file=sys.stderr,
-            )
     if 2 in codes:
         return 2
     return 1 if any(code not in (0, STOPPED) for code in codes) else max(codes)
 
 
 def _end(processes: list[subprocess.Popen], timeout: float) -> None:
-    """SIGTERM, and SIGKILL for what still waits for the lost process after `timeout` seconds."""
+    """Sends SIGTERM, and SIGKILL to processes that still run after `timeout` seconds."""
     until = time.time() + timeout
     for p in processes:
         p.terminate()
@@ -108,6 +112,7 @@ def _end(processes: list[subprocess.Popen], timeout: float) -> None:
 
 
 def _free_port() -> int:
+    """A free TCP port of this machine."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Draws from a finished run's student: a grid as PNG and the arrays beside it, or text.
+"""Draws samples from a finished run: a picture of all with their arrays beside it, or text.
 
 python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] \\
     [--out=FILE.png]
@@ -7,20 +7,19 @@ python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=s
 from jaxdistill.core.types import Refused, lookup, nearest
 from launch._command import arguments, main, needed, output, whole
 
+KNOWN = {
+    "config": "",
+    "workdir": "",
+    "n": "100",
+    "steps": "0",
+    "seed": "0",
+    "role": "student",
+    "out": "",
+}
+
 
 def sample(argv: list[str]) -> None:
-    values, config = arguments(
-        argv,
-        {
-            "config": "",
-            "workdir": "",
-            "n": "100",
-            "steps": "0",
-            "seed": "0",
-            "role": "student",
-            "out": "",
-        },
-    )
+    values, config = arguments(argv, KNOWN)
     config, workdir = needed(values, config)
     n = whole(values, "n", 1)
     steps = whole(values, "steps", 0)
@@ -48,37 +47,30 @@ def sample(argv: list[str]) -> None:
     evaluation = dataclasses.replace(evaluation, seed=seed)
     if isinstance(evaluation, TextEval):
         if given or steps:
-            raise Refused(
-                f"--{'out' if given else 'steps'}: goes with samples that are pictures; texts are"
-                " printed"
-            )
+            key = "out" if given else "steps"
+            raise Refused(f"--{key}: goes with samples that are pictures; texts are printed")
         for line in lookup(evaluation.texts(trained, n), role, "--role"):
             print(line, end="\n---\n")
         return
-    first = dict(
-        list(evaluation.models(trained.params))[::-1]
-    )  # role -> the first steps that it is evaluated at
+    evaluated = list(evaluation.models(trained.params))
+    first = dict(reversed(evaluated))  # role -> the first number of steps of its evaluation
     if role not in first and trained.experiment.described(role)[1] is None:
         raise Refused(f"--role={role}: is no denoiser{nearest(role, first)}")
     if role not in first and not steps:
         raise Refused(f"--steps=N is needed: the run's own evaluation does not draw from {role}")
     steps = steps or first[role]
+    # The held-out conditions, repeated where there are fewer than n.
     real = trained.experiment.data.evaluation(n)
-    held = len(real["x"])
-    real = jax.tree.map(
-        lambda v: v[np.arange(n) % held], real
-    )  # the held-out conditions, again where they are fewer
+    index = np.arange(n) % len(real["x"])
+    real = jax.tree.map(lambda v: v[index], real)
     x, _ = evaluation.generate(trained, role, steps, real)
     out = given or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png"
     out.parent.mkdir(parents=True, exist_ok=True)
     evaluation.picture(x, real).save(out)
-    np.savez(
-        out.with_suffix(".npz"), x=x, **paths({"cond": real["cond"]} if "cond" in real else {})
-    )
-    print(
-        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out},"
-        f" {out.with_suffix('.npz')}"
-    )
+    cond = {"cond": real["cond"]} if "cond" in real else {}
+    arrays = out.with_suffix(".npz")
+    np.savez(arrays, x=x, **paths(cond))
+    print(f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {arrays}")
 
 
 if __name__ == "__main__":

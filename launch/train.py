@@ -1,11 +1,11 @@
-"""Trains what a config describes, or goes on where it stopped.
+"""Trains what a config describes, or resumes it.
 
 python -m launch.train --config=FILE[:variant] --workdir=DIR [--dry_run] [--distributed] \\
     [--restarts=N] [--config.key=value ...]
 
-With --distributed it is one process of several, on a TPU pod, GKE or Slurm; the work folder is then
-shared between them. Where something starts this command again whenever it fails, --restarts=N ends
-that: after N restarts without a new checkpoint it is refused.
+With --distributed it is one process of several, on a TPU pod, GKE or Slurm, which share the work
+folder. Under a launcher that restarts this command after failures, --restarts=N is a bound: after N
+restarts without a new checkpoint it is refused.
 Exit codes: 0 done, 2 refused, 75 stopped by SIGTERM or Ctrl-C with work left (the same command goes
 on), 1 anything else.
 """
@@ -13,13 +13,20 @@ on), 1 anything else.
 from launch._command import arguments, join, main, needed, whole
 from launch._restarts import bounded
 
+KNOWN = {
+    "config": "",
+    "workdir": "",
+    "dry_run": False,
+    "distributed": False,
+    "restarts": "0",
+}
+
 
 def train(argv: list[str]) -> None:
-    values, config = arguments(
-        argv, {"config": "", "workdir": "", "dry_run": False, "distributed": False, "restarts": "0"}
-    )
+    values, config = arguments(argv, KNOWN)
     config, workdir = needed(values, config)
-    with bounded(workdir, whole(values, "restarts", 0), lambda: join(values["distributed"])):
+    restarts = whole(values, "restarts", 0)
+    with bounded(workdir, restarts, lambda: join(values["distributed"])):
         import jax
 
         from jaxdistill.run import loop, report

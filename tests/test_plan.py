@@ -23,7 +23,7 @@ from jaxdistill.core.types import Refused
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.run import chips, hlo, loop, plan
 from jaxdistill.run.experiment import Experiment
-from tools import bench
+from tools import bench_cases
 from tools import plan as plan_command
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +188,7 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     """Frozen weights go to the host only where their size is enough to make up for the memory that
     the compiler says is missing.
     """
-    config = bench.language(KD())
+    config = bench_cases.language(KD())
     said = (
         "Ran out of memory on HBM, the total memory required for HLO temporaries ({}G) "
         "exceeds available HBM (15.75G)."
@@ -197,7 +197,7 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     def places(needed):
         tried = []
 
-        def refuse(changed, name, whole):
+        def refuse(changed, name, every):
             tried.append(changed.roles.teacher.place)
             raise jax.errors.JaxRuntimeError(said.format(needed))
 

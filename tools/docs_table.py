@@ -2,7 +2,7 @@
 
 python tools/docs_table.py [--check]
 
-With --check it writes nothing; the exit code is 1 where the README's table is another.
+With --check nothing is written, and the exit code is 1 where the README's table is out of date.
 """
 
 import ast
@@ -21,6 +21,7 @@ END = "<!-- end of methods -->"
 
 
 def rows() -> list[str]:
+    """The lines of the table, a method each."""
     path = ROOT / "docs/results/toy.json"
     measured = json.loads(path.read_text()) if path.exists() else []
     out = [
@@ -31,34 +32,33 @@ def rows() -> list[str]:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
         number = re.search(r"arXiv:(\d{4}\.\d{5})", text)
         paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
-        mine = [row for row in measured if row["method"] == file.stem]
-        sign = {"lower": "≤", "higher": "≥"}
-        ratios = ", ".join(f"{row['ratio']:.3g}" for row in mine)
-        claim = (
-            f"{mine[0]['metric']}: {ratios} {sign[mine[0]['better']]} {mine[0]['bound']:g}"
-            if mine
-            else ""
-        )
-        holds = f"{sum(row['holds'] for row in mine)} of {len(mine)}" if mine else ""
+        claim, holds = _measured([row for row in measured if row["method"] == file.stem])
         link = f"[`{file.stem}`]({file.relative_to(ROOT)})"
-        title = _title(text).rstrip(" .:,(")
-        title += ")" * (title.count("(") - title.count(")"))
-        out.append(f"| {link} {title} | {paper} | {claim} | {holds} |")
+        out.append(f"| {link} {_title(text)} | {paper} | {claim} | {holds} |")
     return out
 
 
+def _measured(seeds: list[dict]) -> tuple[str, str]:
+    """(claim, how often it holds) of a method, from the results of its seeds."""
+    if not seeds:
+        return "", ""
+    first = seeds[0]
+    sign = {"lower": "≤", "higher": "≥"}[first["better"]]
+    ratios = ", ".join(f"{row['ratio']:.3g}" for row in seeds)
+    claim = f"{first['metric']}: {ratios} {sign} {first['bound']:g}"
+    return claim, f"{sum(row['holds'] for row in seeds)} of {len(seeds)}"
+
+
 def _title(text: str) -> str:
-    """What a docstring says before its first "arXiv", in its first paragraph; else its first
-    sentence.
-    """
+    """The title in a docstring: its first paragraph up to "arXiv", or else its first sentence."""
     head = " ".join(text.split("\n\n")[0].split())
-    return head.split("arXiv")[0] if "arXiv" in head else head.split(". ")[0]
+    title = head.split("arXiv")[0] if "arXiv" in head else head.split(". ")[0]
+    title = title.rstrip(" .:,(")
+    still_open = title.count("(") - title.count(")")
+    return title + ")" * still_open
 
 
 def docs_table(argv: list[str]) -> None:
-    """Writes the table; with --check the exit code is 1 where it is another than the README's, and
-    nothing is written.
-    """
     values, _ = arguments(argv, {"check": False})
     readme = ROOT / "README.md"
     text = readme.read_text()

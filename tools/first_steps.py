@@ -1,4 +1,4 @@
-"""The engine's own first steps outside of the loop, for tests of methods and for notebooks."""
+"""First steps of the engine without the loop, for tests of methods and for notebooks."""
 
 from __future__ import annotations
 
@@ -23,25 +23,32 @@ def first_steps(
     steps: int = 5,
     **how: Any,
 ) -> tuple[list[State], list[dict[str, float]]]:
-    """(states, metrics): the state before each of `steps` steps and after the last, and what each
-    step reports, on the host.
+    """Takes steps from key 0, with key 1 in the steps.
 
-    txs: an optax transformation for each role that moves, or one for all; start: first weights of
-    the roles that do not begin as the method says; batch: one for all steps, or a list; how: what
-    else `make_train_step` takes. Keys are 0 and 1.
+    Args:
+        method: The method.
+        nets: Role -> network.
+        txs: An optax transformation for each trained role, or one for all.
+        start: First weights of the roles whose source is not that of the method.
+        batch: One for all steps, or a list.
+        steps: Their number.
+        how: Other arguments of `make_train_step`.
+
+    Returns:
+        (states, metrics) on the host: the state before each step and after the last, and the
+        metrics of each step.
     """
     txs = txs if isinstance(txs, dict) else dict.fromkeys(method.inits, txs)
+    batches = batch if isinstance(batch, list) else [batch] * steps
     state = init_state(method, nets, txs, jax.random.key(0), start)
     step, active_at = make_train_step(method, nets, txs, **how)
     states = [jax.device_get(state)]
-    rows = []
+    reported = []
     for i in range(steps):
-        state, metrics = step(
-            state, batch[i] if isinstance(batch, list) else batch, jax.random.key(1), active_at(i)
-        )
+        state, metrics = step(state, batches[i], jax.random.key(1), active_at(i))
         states.append(jax.device_get(state))
-        rows.append({name: float(value) for name, value in metrics.items()})
-    return states, rows
+        reported.append({name: float(value) for name, value in metrics.items()})
+    return states, reported
 
 
 if __name__ == "__main__":

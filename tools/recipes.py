@@ -1,11 +1,10 @@
-"""What every recipe costs on a TPU slice that holds it, compiled without one:
-docs/results/recipes.md.
+"""Writes docs/results/recipes.md: the cost of every recipe on a TPU slice, compiled without one.
 
 python tools/recipes.py [--only=dmd2,kd] [--topology=v5p:4x4x4]
 
-Each recipe is compiled in a process of its own with data of its records' shapes, and is kept in
-docs/results/recipes.json: stopped and started again, it goes on; those that --only names are
-compiled anew. U-Nets take minutes each.
+Each recipe is compiled in a process of its own, with data of the shapes of its records. Results are
+kept in docs/results/recipes.json: recipes that are in it are compiled again only where --only names
+them. U-Nets take minutes each.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from launch._command import arguments, main
 from tools import stand_ins
 
 ROOT = Path(__file__).parents[1]
-VARIANTS = ("flash_dmd:rl",)  # of methods of their own
-RECIPES = {
-    name: ROOT / "configs/recipes" / f"{name.partition(':')[0]}.py"
-    for name in sorted([*(p.stem for p in (ROOT / "configs/recipes").glob("[!_]*.py")), *VARIANTS])
-}
+FOLDER = ROOT / "configs/recipes"
+VARIANTS = ("flash_dmd:rl",)  # variants of recipes that have a method of their own
+NAMES = sorted([*(path.stem for path in FOLDER.glob("[!_]*.py")), *VARIANTS])
+RECIPES = {name: FOLDER / f"{name.partition(':')[0]}.py" for name in NAMES}
 USUAL = "v5p:2x2x4"
+# Slices of recipes whose batch, caches or weights need another.
 SLICES = {
     "ddk": "v5p:2x2x2",
     "grpo": "v5p:2x4x4",
     "phased_dmd": "v5p:2x4x4",
-}  # where batch, caches or weights ask for another
-TENSOR = {"grpo": 2, "sequence_kd": 4}  # ways that weights and caches are split over beside fsdp
-# Of the compiler's search for tiles. What a program holds and moves hardly depends on it.
+}
+TENSOR = {"grpo": 2, "sequence_kd": 4}  # the size of the mesh axis `tensor` where it is not 1
+# Of the compiler's search for tiles; memory and traffic of a program hardly depend on it.
 EFFORT = -1.0
 PAGE = """# Recipes, compiled for TPU slices
 
@@ -58,7 +57,8 @@ them leaves of the chips' peak. Samples a step are the config's batch.
 def recipes(argv):
     values, _ = arguments(argv, {"only": "", "topology": "", "one": ""})
     if values["one"]:
-        return print(json.dumps(compiled(values["one"], values["topology"])))
+        print(json.dumps(compiled(values["one"], values["topology"])))
+        return
     only = [n for n in values["only"].split(",") if n]
     for name in only:
         lookup(RECIPES, name, "--only")
@@ -80,7 +80,7 @@ def recipes(argv):
 
 
 def compiled(name: str, topology: str) -> dict:
-    """One recipe's plan. Raises Refused where it does not fit."""
+    """The plan of one recipe on a slice, as JSON. Raises Refused where it does not fit."""
     import jax
 
     from jaxdistill.run import plan
@@ -101,25 +101,8 @@ def compiled(name: str, topology: str) -> dict:
 
 
 def page(kept: dict[str, dict]) -> str:
-    gib = lambda n: f"{n / 2**30:.2f}"
-    rows = []
-    for name, plan in sorted(kept.items()):
-        largest = max(plan["patterns"], key=lambda p: p["peak"])
-        state = {role: sum(parts.values()) for role, parts in plan["by_role"].items()}
-        rows.append(
-            [
-                f"[`{name}`](../../configs/recipes/{RECIPES[name].name})",
-                plan["topology"],
-                str(plan["batch_size"]),
-                f"{gib(plan['peak'])} of {plan['hbm'] / 2**30:.0f}",
-                ", ".join(f"{r} {gib(n)}" for r, n in state.items() if n),
-                gib(largest["temporaries"]),
-                f"{largest['model_flops']:.3g}",
-                " / ".join(f"{largest[k]:.2g}" for k in ("compute", "memory", "network")),
-                f"{100 * largest['utilisation']:.0f} %",
-                f"{sum(p['seconds'] for p in plan['patterns']):.0f} s",
-            ]
-        )
+    """The table of plans, in Markdown."""
+    rows = [_line(name, plan) for name, plan in sorted(kept.items())]
     head = (
         "recipe",
         "slice",
@@ -133,6 +116,29 @@ def page(kept: dict[str, dict]) -> str:
         "compiled in",
     )
     return markdown_table(head, rows)
+
+
+def _line(name: str, plan: dict) -> list[str]:
+    """The cells of one recipe. Figures of a step are those of its largest pattern of turns."""
+    largest = max(plan["patterns"], key=lambda p: p["peak"])
+    state = {role: sum(parts.values()) for role, parts in plan["by_role"].items()}
+    compiling = sum(p["seconds"] for p in plan["patterns"])
+    return [
+        f"[`{name}`](../../configs/recipes/{RECIPES[name].name})",
+        plan["topology"],
+        str(plan["batch_size"]),
+        f"{_gib(plan['peak'])} of {plan['hbm'] / 2**30:.0f}",
+        ", ".join(f"{role} {_gib(n)}" for role, n in state.items() if n),
+        _gib(largest["temporaries"]),
+        f"{largest['model_flops']:.3g}",
+        " / ".join(f"{largest[k]:.2g}" for k in ("compute", "memory", "network")),
+        f"{100 * largest['utilisation']:.0f} %",
+        f"{compiling:.0f} s",
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 if __name__ == "__main__":

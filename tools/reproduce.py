@@ -1,5 +1,4 @@
-"""Runs the toy configs on several seeds and writes the table of what their claims measured; or a
-suite's fair table.
+"""Runs the toy configs on several seeds and writes the table of their claims, or a suite's table.
 
 python tools/reproduce.py [--only=dmd2,scm] [--seeds=0,1,2] [--data_seeds=0,1,2] \\
     [--workdir=runs/reproduce]
@@ -8,14 +7,16 @@ python tools/reproduce.py --ablations [--only=dmd2,scm] [--seeds=0,1,2] [--data_
 python tools/reproduce.py --suite=digits [--only=dmd2,scm] [--seeds=0,1,2] \\
     [--workdir=runs/digits] [--config.key=value ...]
 
-Run i takes config.seed and config.data.seed from the i-th of each list. Finished runs are read
-back, so it may be stopped and run again. The results are runs/reproduce/results.json and
-docs/results/toy.md; a suite's (tools/suites.py) are docs/results/<suite>.md, .json and .png, and
-those of the toys with parts changed (tools/ablations.py) docs/results/ablations.md and .json.
+Run i takes config.seed and config.data.seed from the i-th members of both lists. Finished runs are
+not repeated, so that the command may be stopped and run again. Results are written to
+runs/reproduce/results.json and docs/results/toy.md; those of a suite (tools/suites.py) to
+docs/results/<suite>.md, .json and .png; and ablations (tools/ablations.py) to
+docs/results/ablations.md and .json.
 """
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,19 +39,32 @@ baseline are the two sides of the claim that the config states.
 """
 
 
+KEYS = (
+    "method",
+    "seed",
+    "data_seed",
+    "metric",
+    "value",
+    "baseline",
+    "teacher",
+    "ratio",
+    "bound",
+    "holds",
+    "seconds",
+)
+
+
 def suite(values, argv):
-    """Every method of one suite."""
+    """Runs every method of one suite and prints the page."""
     seeds = _seeds(values["seeds"])
+    only = [name for name in values["only"].split(",") if name]
     extra = [word for word in argv if word.startswith("--config.")]
     workdir = Path(values["workdir"] or ROOT / "runs" / values["suite"])
-    print(
-        suites.run(
-            values["suite"], [n for n in values["only"].split(",") if n], seeds, workdir, extra
-        )
-    )
+    print(suites.run(values["suite"], only, seeds, workdir, extra))
 
 
 def _seeds(text: str) -> list[int]:
+    """The integers of a list. Raises Refused."""
     try:
         return [int(s) for s in text.split(",")]
     except ValueError as error:
@@ -71,60 +85,51 @@ def reproduce(argv):
         return suite(values, argv)
     if any(word.startswith("--config.") for word in argv):
         raise Refused("--config.key=value goes with --suite=NAME")
-    values["only"], values["workdir"] = (
-        values["only"] or ",".join(TOYS),
-        values["workdir"] or str(ROOT / "runs/reproduce"),
-    )
-    names = [n for n in values["only"].split(",") if lookup(TOYS, n, "--only")]
+    workdir = Path(values["workdir"] or ROOT / "runs/reproduce")
+    names = values["only"].split(",") if values["only"] else list(TOYS)
+    toys = {name: lookup(TOYS, name, "--only") for name in names}
     seeds = _seeds(values["seeds"])
     data_seeds = _seeds(values["data_seeds"])
     if len(seeds) != len(data_seeds):
         raise Refused("--seeds and --data_seeds: expected two lists of one length, as in 0,1,2")
     pairs = list(zip(seeds, data_seeds))
     if values["ablations"]:
-        return print(ablations.run({n: TOYS[n] for n in names}, pairs, Path(values["workdir"])))
+        print(ablations.run(toys, pairs, workdir))
+        return
+    results = _run_toys(toys, pairs, workdir)
+    write_json(workdir / "results.json", results)
+    kept = suites.keep(ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed")
+    cells = [[_cell(row[key]) for key in KEYS] for row in kept]
+    table = markdown_table([key.replace("_", " ") for key in KEYS], cells)
+    page = ROOT / "docs/results/toy.md"
+    page.write_text(HEAD + table + "\n")
+    print(page)
+
+
+def _run_toys(
+    toys: dict[str, Path], pairs: list[tuple[int, int]], workdir: Path
+) -> list[dict[str, Any]]:
+    """Runs each toy with each pair of seeds; returns a row of results for each run."""
     from jaxdistill.run import loop
 
+    todo = [(name, pair) for name in toys for pair in pairs]
     results = []
-    for name, (seed, data_seed) in tqdm(
-        [(n, p) for n in names for p in pairs], desc="reproduce", unit="run"
-    ):
-        report = loop.run(
-            ablations.toy(TOYS[name], seed, data_seed),
-            Path(values["workdir"]) / f"{name}_{seed}_{data_seed}",
-        )
-        results.append(
-            {
-                "method": name,
-                "seed": seed,
-                "data_seed": data_seed,
-                "seconds": report["seconds"],
-                **report["claim"],
-            }
-        )
-    write_json(Path(values["workdir"]) / "results.json", results)
-    keys = (
-        "method",
-        "seed",
-        "data_seed",
-        "metric",
-        "value",
-        "baseline",
-        "teacher",
-        "ratio",
-        "bound",
-        "holds",
-        "seconds",
-    )
-    every = suites.keep(ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed")
-    cell = lambda v: (
-        "" if v is None else {True: "yes", False: "**no**"}[v] if isinstance(v, bool) else number(v)
-    )
-    table = markdown_table(
-        [k.replace("_", " ") for k in keys], [[cell(row[k]) for k in keys] for row in every]
-    )
-    (ROOT / "docs/results/toy.md").write_text(HEAD + table + "\n")
-    print(ROOT / "docs/results/toy.md")
+    for name, (seed, data_seed) in tqdm(todo, desc="reproduce", unit="run"):
+        config = ablations.toy(toys[name], seed, data_seed)
+        report = loop.run(config, workdir / f"{name}_{seed}_{data_seed}")
+        row = {"method": name, "seed": seed, "data_seed": data_seed}
+        row["seconds"] = report["seconds"]
+        results.append(row | report["claim"])
+    return results
+
+
+def _cell(value: Any) -> str:
+    """A value in the table."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return number(value)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-r"""DMD2 of a 14 B-weight diffusion transformer at 32 k tokens, on random data: what a video model of
-that size costs.
+r"""DMD2 of a 14 B-weight diffusion transformer at 32 k tokens, on random data: what a
+video model of that size costs.
 
     python -m launch.train --config=configs/plans/dit_14b.py --workdir=DIR --dry_run
     python tools/plan.py --config=configs/plans/dit_14b.py --topology=v5p:4x4x4

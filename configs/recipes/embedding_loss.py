@@ -1,5 +1,5 @@
-r"""Embedding loss (arXiv:2604.22379) beside a SiDA-like host on class-conditional CIFAR-10, on EDM's
-DDPM++.
+r"""Embedding loss (arXiv:2604.22379) beside a SiDA-like host on class-conditional CIFAR-10,
+on EDM's DDPM++.
 
     python -m launch.train --config=configs/recipes/embedding_loss.py --workdir=DIR \
         --config.data.path=CIFAR10 \

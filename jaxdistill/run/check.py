@@ -1,4 +1,4 @@
-"""Everything that can be known of a run before its first step, asked before anything is written."""
+"""Checks of a run before its first step and before anything is written."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from jaxdistill.run.programs import abstract_stages
 
 
 def check(experiment: Experiment) -> None:
-    """Builds and traces everything that needs no weights, of this run and of the needed ones inside
-    it.
+    """Builds and traces this run and the needed runs inside it, without weights.
 
-    Raises Refused, in one line that names the key of the config, where a value is of another type
-    or out of range, a source does not exist, data, networks, method and evaluation do not fit each
-    other, or the claim names what the evaluation does not give.
+    Raises:
+        Refused: A value is of another type or out of range; a source does not exist; data,
+            networks, method and evaluation do not fit each other; or the claim names a row or
+            metric that the evaluation does not have. The message names the config's key.
     """
     _check(experiment, set())
 
 
 def _check(experiment: Experiment, seen: set[str]) -> None:
-    """`check`, once for each of several equal configs."""
+    """`check`, tracing only one of several runs with equal configs; `seen` has their JSON."""
     check_values(experiment)
     own = experiment.config.to_json(sort_keys=True)
     if own in seen:
@@ -52,10 +52,14 @@ def _check(experiment: Experiment, seen: set[str]) -> None:
 
 
 def check_values(experiment: Experiment) -> None:
-    """`check` of this run alone and without a trace, in milliseconds: values, sources, sizes,
-    claim.
+    """The checks of this run that need no trace: values, sources, sizes, claim.
+
+    Properties of `experiment` raise Refused when they are first read.
     """
-    _ = experiment.settings, experiment.nets, experiment.evaluation, experiment.runs
+    _ = experiment.settings
+    _ = experiment.nets
+    _ = experiment.evaluation
+    _ = experiment.runs
     for role in experiment.method.inits:
         _check_optimizer(experiment, role)
     _check_data(experiment)
@@ -67,6 +71,7 @@ def check_values(experiment: Experiment) -> None:
 
 
 def _check_optimizer(experiment: Experiment, role: str) -> None:
+    """The optimiser's settings make one."""
     try:
         experiment.roles[role].optimizer.make(1)
     except Refused as error:
@@ -74,6 +79,7 @@ def _check_optimizer(experiment: Experiment, role: str) -> None:
 
 
 def _check_data(experiment: Experiment) -> None:
+    """The data set has samples, and what method and evaluation need of them."""
     where = f"{experiment.where}.data"
     try:
         experiment.data.check(test=experiment.evaluation is not None)
@@ -96,58 +102,58 @@ def _check_data(experiment: Experiment) -> None:
 
 
 def _check_labels(experiment: Experiment) -> None:
-    """Networks under labels have one table size, and the data no label beyond it."""
+    """All networks with labels have the same number of classes, and the data has no more."""
+    where = experiment.where
     sizes = experiment.null_labels
     first = next(iter(sizes), "")
     for role, size in sizes.items():
         if size != sizes[first]:
             raise Refused(
-                f"{experiment.where}.roles.{role}.model.classes={size}:"
-                f" {experiment.where}.roles.{first} "
+                f"{where}.roles.{role}.model.classes={size}: {where}.roles.{first} "
                 f"has {sizes[first]}, expected one number of classes for all networks"
             )
     count = experiment.data.label_count
     if count is None:
-        count = _labels(experiment.data.one_sample())
+        count = _null_label(experiment.data.one_sample())
     for role, size in sizes.items():
         if count is not None and count > size:
             raise Refused(
-                f"{experiment.where}.data has labels 0 to {count - 1}, "
-                f"{experiment.where}.roles.{role}.model.classes={size}: expected at least {count}"
+                f"{where}.data has labels 0 to {count - 1}, "
+                f"{where}.roles.{role}.model.classes={size}: expected at least {count}"
             )
 
 
-def _labels(first: dict) -> int | None:
-    """The label that a sample has for none, beyond all others; None where its conditions are no
-    labels.
-    """
-    null = first.get("null_cond")
+def _null_label(sample: dict) -> int | None:
+    """The null label of a sample, which follows all others; None where it has no labels."""
+    null = sample.get("null_cond")
     if isinstance(null, dict) or null is None or np.ndim(null):
         return None
     return int(null) if np.issubdtype(np.asarray(null).dtype, np.integer) else None
 
 
 def _check_vocabularies(experiment: Experiment) -> None:
-    """No token of the data is beyond a network's table."""
+    """The vocabulary of each network has all tokens of the data."""
+    where = experiment.where
     data = experiment.data
     for role, net in experiment.nets.items():
-        table = getattr(net.config, "vocab", None)
+        vocab = getattr(net.config, "vocab", None)
         size = data.vocab_size if role == "student" else data.teacher_vocab_size
-        if table is not None and size is not None and table < size:
+        if vocab is not None and size is not None and vocab < size:
             raise Refused(
-                f"{experiment.where}.data has {size} tokens, {experiment.where}.roles.{role}: "
-                f"a vocabulary of {table}, expected at least {size}"
+                f"{where}.data has {size} tokens, {where}.roles.{role}: "
+                f"a vocabulary of {vocab}, expected at least {size}"
             )
 
 
 def _check_sources(experiment: Experiment) -> None:
-    """Every folder that a role starts from exists; a frozen role has weights to start from."""
+    """The sources of all roles exist, and each frozen role with weights has a source."""
     for role in experiment.roles:
         source = experiment.source(role)
         known = source in ("fresh", "random", "exact") or source in experiment.roles
         if not known and experiment.run_at(role, source) is None and not os.path.isdir(source):
             raise experiment.unknown(role, source)
-        if source == "fresh" and role in experiment.method.frozen and experiment.nets[role].shapes:
+        is_frozen = role in experiment.method.frozen
+        if source == "fresh" and is_frozen and experiment.nets[role].shapes:
             raise Refused(
                 f"{experiment.where}.roles.{role}.init is empty: a frozen role needs weights (a"
                 " run, a folder, @run, exact or random)"
@@ -155,7 +161,7 @@ def _check_sources(experiment: Experiment) -> None:
 
 
 def _check_calls(experiment: Experiment) -> None:
-    """Every denoiser takes the samples and conditions of the data, and predicts in their shape."""
+    """Each denoiser takes the samples and conditions of the data; predictions have their shape."""
     batch = experiment.data.spec()
     if "x" not in batch:
         return
@@ -168,9 +174,9 @@ def _check_calls(experiment: Experiment) -> None:
         where = f"{experiment.where}.roles.{role}"
         who = f"{where} ({_name(net)})"
         check_condition(batch.get("cond"), condition_of(net.config), who, f"{data}: cond")
-        call = _one(net).apply
+        member = net.one if isinstance(net, Bank) else net
         with _fitting(f"{who} does not take {data} ({_shapes(batch)})"):
-            pred = jax.eval_shape(call, _one(net).shapes, batch["x"], t, batch.get("cond"))
+            pred = jax.eval_shape(member.apply, member.shapes, batch["x"], t, batch.get("cond"))
         _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
         if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
             raise Refused(
@@ -180,29 +186,31 @@ def _check_calls(experiment: Experiment) -> None:
 
 
 def _check_size(where: str, net: Net, config: str, grid: tuple[int, ...]) -> None:
-    """A network of square samples is for those of the data: others would be taken, with positions
-    in between.
+    """The size of a network for square samples is that of the data.
+
+    Such a network takes samples of other sizes, too, with interpolated positions.
     """
     size = getattr(net.config, "size", None)
     if isinstance(size, int) and len(grid) >= 2 and size not in grid[-2:]:
+        shape = " x ".join(map(str, grid))
         raise Refused(
-            f"{where}.model.size={size}: {config}.data.x is {' x '.join(map(str, grid))},"
-            f" expected {max(grid[-2:])}"
+            f"{where}.model.size={size}: {config}.data.x is {shape}, expected {max(grid[-2:])}"
         )
 
 
 def _check_programs(experiment: Experiment) -> None:
-    """Every stage's train step, and every chain that the evaluation samples, can be traced."""
+    """The train steps of all stages, and the samplers of the evaluation, can be traced."""
     method = experiment.config.method.name
     nets = experiment.nets
     params = {}
     networks = ", ".join(f"{role} {_name(net)}" for role, net in nets.items())
-    with _fitting(
+    what = (
         f"{experiment.where}.method ({method}) does not run on {_shapes(experiment.data.spec())}"
         f" with {networks}"
-    ):
-        for programs, found in abstract_stages(experiment):
-            nets = found
+    )
+    with _fitting(what):
+        for programs, stage_nets in abstract_stages(experiment):
+            nets = stage_nets
             state = programs.abstract
             trained = {role: state.ema.get(role, p) for role, p in state.params.items()}
             params = {**params, **state.frozen, **trained}
@@ -211,6 +219,7 @@ def _check_programs(experiment: Experiment) -> None:
 
 
 def _check_sampling(trained: Trained) -> None:
+    """The samplers of the evaluation can be traced."""
     experiment = trained.experiment
     evaluation = experiment.evaluation
     batch = experiment.data.spec()
@@ -221,7 +230,7 @@ def _check_sampling(trained: Trained) -> None:
 
 
 def _check_claim(experiment: Experiment) -> None:
-    """The claim's rows and metric are among those that the evaluation gives."""
+    """The rows and the metric of the claim are among those of the evaluation."""
     claim = experiment.claim
     if claim is None:
         return
@@ -233,7 +242,7 @@ def _check_claim(experiment: Experiment) -> None:
         return
     for key in ("model", "baseline"):
         wanted = getattr(claim, key)
-        metrics = _row(table, wanted)
+        metrics = _metrics_of(table, wanted)
         if metrics is None:
             raise Refused(
                 f"{where}.{key}={wanted!r}: no such row of the evaluation{nearest(wanted, table)}"
@@ -246,14 +255,15 @@ def _check_claim(experiment: Experiment) -> None:
 
 
 def rows(experiment: Experiment) -> Table:
-    """The rows of the final table: the run's own, then the student's of each baseline under its
-    name.
+    """The rows of the final table: those of the run, then the students of its baselines.
+
+    Baselines are runs inside this one that no role starts from; their rows have the run's name.
     """
     table = dict(experiment.evaluation.table(experiment.roles, experiment.data))
-    used = {experiment.source(role).removeprefix("@") for role in experiment.roles}
+    sources = {experiment.source(role).removeprefix("@") for role in experiment.roles}
     for name in experiment.runs:
         inner = experiment.inner[name]
-        if name in used or inner.evaluation is None:
+        if name in sources or inner.evaluation is None:
             continue
         for label, metrics in inner.evaluation.table(inner.roles, inner.data).items():
             row, _, nfe = label.partition("@")
@@ -262,36 +272,35 @@ def rows(experiment: Experiment) -> Table:
     return table
 
 
-def _row(table: Table, wanted: str) -> tuple[str, ...] | None:
+def _metrics_of(table: Table, wanted: str) -> tuple[str, ...] | None:
+    """The metrics of the row "name@nfe", or of the first row of a name; None: no such row."""
     if "@" in wanted:
         return table.get(wanted)
-    return next(
-        (metrics for label, metrics in table.items() if label.partition("@")[0] == wanted), None
-    )
+    for label, metrics in table.items():
+        if label.partition("@")[0] == wanted:
+            return metrics
+    return None
 
 
 @contextmanager
 def _fitting(what: str) -> Iterator[None]:
-    """Turns what a trace says of parts that do not fit into a refusal that begins with `what`."""
+    """Makes refusals, beginning with `what`, of exceptions while parts are traced together."""
     try:
         yield
     except Refused as error:
-        raise error if str(error).startswith("config.") else Refused(f"{what}: {error}") from error
+        if str(error).startswith("config."):
+            raise
+        raise Refused(f"{what}: {error}") from error
     except MISFITS as error:
         raise Refused(f"{what}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
-    """An error's first line, and the last place in a file that is not a library's."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename
-    ]
-    at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    """An exception's type and first line, with the last place outside of installed packages."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "site-packages" not in frame.filename]
+    at = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
     return f"{type(error).__name__}: {one_line(error, 200)}{at}"
-
-
-def _one(net: Net) -> Net:
-    return net.one if isinstance(net, Bank) else net
 
 
 def _name(net: Net) -> str:
@@ -299,6 +308,9 @@ def _name(net: Net) -> str:
 
 
 def _shapes(batch: dict) -> str:
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    name = lambda path: "/".join(str(key.key) for key in path)
-    return ", ".join(f"{name(path)} {leaf.dtype}{list(leaf.shape[1:])}" for path, leaf in leaves)
+    """The arrays of a batch in a message: path, dtype and shape of one sample."""
+    texts = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        name = "/".join(str(key.key) for key in path)
+        texts.append(f"{name} {leaf.dtype}{list(leaf.shape[1:])}")
+    return ", ".join(texts)

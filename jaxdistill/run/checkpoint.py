@@ -1,9 +1,9 @@
-"""Checkpoints through orbax: asynchronous, whole or not at all, and a damaged one is set aside.
+"""Checkpoints through orbax: written asynchronously and atomically; damaged ones are moved away.
 
-Beside the arrays each holds a checksum of every one of them, and one of its own record, so that a
-changed bit is noticed too. What is not known to be damage (a read error, a lack of memory or of
-permission) is raised, and nothing is moved. What looks like damage is read once more first: a file
-that a network's disk did not find may be there the next moment.
+A checkpoint holds a checksum of each of its arrays and one of its host record, so that a changed
+bit is noticed. Errors that are not known to mean damage (a read error, no memory, no permission)
+are raised, and nothing is moved. Files that look damaged are read a second time before they are
+moved, since a network file system may not find a file at first.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ from jax.experimental import multihost_utils
 from jaxdistill.core.net import materialise, paths
 from jaxdistill.core.types import Array, Params, Refused, State
 
-# How tensorstore says that bytes are missing or wrong: the status before its message, or the
+# Tensorstore's messages about missing or wrong bytes: the status before its message, or the
 # decoder's words in it.
 DAMAGE = re.compile(r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error decoding|ZSTD_|Zstd-compressed")
-SYSTEM = re.compile(r"os_error_code='(\d+)'")  # of a call that failed
+# The error number of a system call that failed, in a message of tensorstore.
+SYSTEM = re.compile(r"os_error_code='(\d+)'")
+# Statuses of tensorstore that say nothing about the files.
 OUTSIDE = re.compile(
-    r"^(UNKNOWN|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|DEADLINE_EXCEEDED|INTERNAL)\b"
+    r"^(UNKNOWN|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED"
+    r"|DEADLINE_EXCEEDED|INTERNAL)\b"
 )
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is more than the traceback of an exception that orbax raises, too,
-    and that ends in one line here.
-    """
+    """False for orbax's log of a traceback whose exception it raises, too."""
     return record.exc_info is None or "orbax" not in record.pathname
 
 
@@ -49,72 +50,73 @@ logging.getLogger("absl").addFilter(_is_news)
 
 
 class _Damaged(Exception):
-    """Files that are not as they were written."""
+    """Files differ from what was written."""
 
 
 def _saved(state: State) -> dict[str, Any]:
-    """What a checkpoint holds: everything but the frozen roles, which the start-up loads again."""
+    """The parts of the state in a checkpoint: all but the frozen roles, which have a source."""
     return {k: getattr(state, k) for k in ("step", "count", "params", "opt", "ema", "memory")}
 
 
 def _architecture(state: State) -> dict[str, str]:
+    """Path of each trained weight -> dtype and shape."""
     return {k: f"{v.dtype}{list(v.shape)}" for k, v in paths(state.params).items()}
 
 
 def _words(x: Array) -> Array:
-    """The bits of an array as uint32, 64-bit numbers as two along a last axis."""
+    """The bits of an array as uint32; a 64-bit number gives two along a new last axis."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], -1)
-    if x.dtype == bool or x.dtype.itemsize == 1:
-        return (
-            x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, jnp.uint8)
-        ).astype(jnp.uint32)
+    if x.dtype == bool:
+        return x.astype(jnp.uint8).astype(jnp.uint32)
+    if x.dtype.itemsize == 1:
+        return jax.lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint32)
     if x.dtype.itemsize == 2:
         return jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
 def checksum(x: Array) -> Array:
-    """uint32 []: the sum of an array's 32-bit words, modulo 2^32, each times an odd number of its
-    place.
+    """uint32 []: the sum of an array's 32-bit words modulo 2^32, each times an odd number that
+    depends on its index.
 
-    Exact in any order of the sum, hence the same however the array is sharded. One changed word
-    always changes it, since an odd factor is invertible modulo 2^32; several at once do not with
-    probability 2^-32.
+    The sum is exact in any order, hence the same for every sharding. One changed word always
+    changes it, since an odd factor is invertible modulo 2^32; several changed words leave it as it
+    was with probability 2^-32.
     """
     words = _words(x)
-    place = jnp.zeros(words.shape, jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.sum(words * (place * jnp.uint32(0x9E3779B1) | jnp.uint32(1)), dtype=jnp.uint32)
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    factor = index * jnp.uint32(0x9E3779B1) | jnp.uint32(1)
+    return jnp.sum(words * factor, dtype=jnp.uint32)
 
 
-_checksums = jax.jit(lambda tree: jax.tree.map(checksum, materialise(tree)))
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    return jax.tree.map(checksum, materialise(tree))
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """`checksum` of every leaf, by its path; of several processes each gets all of them."""
-    return {path: int(value) for path, value in paths(jax.device_get(_checksums(tree))).items()}
+    """Path of each leaf -> its `checksum`, on every process."""
+    sums = jax.device_get(_checksums(tree))
+    return {path: int(value) for path, value in paths(sums).items()}
 
 
 def _stamp(record: dict[str, Any]) -> int:
-    """A checksum of a JSON value, whatever the order of its keys."""
+    """A checksum of a JSON value that does not depend on the order of its keys."""
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _brief(error: BaseException) -> str:
-    """The first words of an exception, on one line."""
+    """An exception's first line, with its type where that says more."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
-    text = (
-        text
-        if isinstance(error, (OSError, _Damaged))
-        else f"{type(error).__name__}: {text}"
-        if text
-        else type(error).__name__
-    )
+    if not isinstance(error, (OSError, _Damaged)):
+        name = type(error).__name__
+        text = f"{name}: {text}" if text else name
     return text[:200]
 
 
@@ -125,28 +127,30 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _of_system(error: BaseException) -> OSError | None:
-    """The fault of the machine that an exception reports, as an OSError; None where it reports
-    none.
-    """
+def _system_error(error: BaseException) -> OSError | None:
+    """The failure of the machine that an exception reports; None where it reports none."""
     for e in _chain(error):
         if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
             return e
-        if (found := SYSTEM.search(str(e))) and int(found[1]) != errno.ENOENT:
-            return OSError(int(found[1]), os.strerror(int(found[1])))
+        found = SYSTEM.search(str(e))
+        number = int(found[1]) if found else errno.ENOENT
+        if number != errno.ENOENT:
+            return OSError(number, os.strerror(number))
         if OUTSIDE.match(str(e)):
             return OSError(_brief(e))
     return None
 
 
 def _is_damage(error: BaseException) -> bool:
+    """Whether an exception reports missing or changed files."""
     kinds = (_Damaged, json.JSONDecodeError, UnicodeDecodeError, FileNotFoundError)
     return any(isinstance(e, kinds) or DAMAGE.search(str(e)) for e in _chain(error))
 
 
-def _look_through(folder: Path) -> None:
-    """Opens every file under `folder`. Raises OSError where one cannot be read: what libraries call
-    missing may be that.
+def _read_a_byte_of_each(folder: Path) -> None:
+    """Raises OSError where a file under `folder` cannot be read.
+
+    Libraries report such files as missing, which would be taken for damage.
     """
     failed = []
     for at, _, names in os.walk(folder, onerror=failed.append):
@@ -157,60 +161,80 @@ def _look_through(folder: Path) -> None:
         raise failed[0]
 
 
-def _judge(error: Exception, folder: Path, advice: str) -> None:
-    """Returns where `error`, raised while `folder` was read, is known to mean that its files are
-    damaged.
+def _raise_unless_damage(error: Exception, folder: Path, advice: str) -> None:
+    """Returns where `error`, raised while `folder` was read, means that its files are damaged.
 
-    Raises OSError for a fault of the machine; Refused, which ends with `advice`, where it is not
-    known what the matter is.
+    Args:
+        error: The exception.
+        folder: The folder of a checkpoint or of a stage's result.
+        advice: The end of the message for an unknown cause.
+
+    Raises:
+        OSError: The machine failed.
+        Refused: The cause is unknown.
     """
     if isinstance(error, (Refused, MemoryError)):
         raise error
-    fault = _of_system(error)
-    if fault is None and _is_damage(error):
+    failure = _system_error(error)
+    if failure is None and _is_damage(error):
         try:
-            _look_through(folder)
+            _read_a_byte_of_each(folder)
             return
         except OSError as found:
-            fault = found
-    if fault is not None:
-        text = f"{folder}: cannot be read ({fault.strerror or _brief(fault)}); nothing was changed"
-        raise OSError(fault.errno, text) if fault.errno else OSError(text) from error
-    if isinstance(error, RuntimeError):  # of the device's memory, or of another process
+            failure = found
+    if failure is not None:
+        reason = failure.strerror or _brief(failure)
+        raise _os_error(
+            failure, f"{folder}: cannot be read ({reason}); nothing was changed"
+        ) from error
+    if isinstance(error, RuntimeError):  # no memory on the device, or another process failed
         raise error
     raise Refused(f"{folder}: cannot be read ({_brief(error)}); {advice}") from error
 
 
-def _sound(read: Callable[[], Any], folder: Path, advice: str) -> Any:
-    """What `read` returns. Raises _Damaged where two reads in a row failed on damaged files; else
-    as `_judge` does.
+def _os_error(failure: OSError, text: str) -> OSError:
+    """An OSError with the number of `failure`, where it has one, and another text."""
+    return OSError(failure.errno, text) if failure.errno else OSError(text)
+
+
+def _read_twice(read: Callable[[], Any], folder: Path, advice: str) -> Any:
+    """The result of `read`, called a second time where the files seem damaged.
+
+    Raises:
+        _Damaged: Both calls found damage.
+        OSError, Refused: As `_raise_unless_damage` does.
     """
     try:
         return read()
     except Exception as error:
-        _judge(error, folder, advice)
+        _raise_unless_damage(error, folder, advice)
     try:
         return read()
     except Exception as error:
-        _judge(error, folder, advice)
+        _raise_unless_damage(error, folder, advice)
         raise _Damaged(_brief(error)) from error
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Raises the machine's faults (a full disk) as an OSError of one line that names `folder`."""
+    """Raises failures of the machine (a full disk) as an OSError of one line with `folder`."""
     try:
         yield
     except Exception as error:
-        fault = _of_system(error)
-        if fault is None:
+        failure = _system_error(error)
+        if failure is None:
             raise
-        text = f"{folder}: cannot be written ({fault.strerror or _brief(fault)})"
-        raise OSError(fault.errno, text) if fault.errno else OSError(text) from error
+        reason = failure.strerror or _brief(failure)
+        raise _os_error(failure, f"{folder}: cannot be written ({reason})") from error
 
 
-def _record(folder: Path, items: Mapping[str, Any]) -> dict[str, Any]:
-    """The host's record, where it is as it was written."""
+def _verified_record(folder: Path, items: Mapping[str, Any]) -> dict[str, Any]:
+    """The host record of a checkpoint, without its stamp.
+
+    Raises:
+        Refused: A key is missing.
+        _Damaged: The record differs from what was written.
+    """
     record = items["host"]
     for key in ("architecture", "checksums", "stamp"):
         if not isinstance(record, dict) or key not in record:
@@ -223,12 +247,13 @@ def _record(folder: Path, items: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _arrays(wanted: Mapping[str, int], folder: Path, items: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays, where they have the checksums in `wanted`."""
+def _verified_arrays(
+    wanted: Mapping[str, int], folder: Path, items: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arrays of a checkpoint. Raises _Damaged where their checksums are not `wanted`."""
     found = checksums(items["state"])
-    changed = [
-        path for path in sorted(found.keys() | wanted.keys()) if found.get(path) != wanted.get(path)
-    ]
+    names = sorted(found.keys() | wanted.keys())
+    changed = [path for path in names if found.get(path) != wanted.get(path)]
     if changed:
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise _Damaged(f"{changed[0]}{more}: not as written")
@@ -236,9 +261,7 @@ def _arrays(wanted: Mapping[str, int], folder: Path, items: Mapping[str, Any]) -
 
 
 class Checkpoints:
-    """The checkpoints of one run, by global step, with a JSON record of the host's state beside
-    each.
-    """
+    """The checkpoints of one run, by global step, each with a JSON record of the host's state."""
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = Path(folder).absolute()
@@ -253,19 +276,24 @@ class Checkpoints:
             return ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: State, host: dict[str, Any]) -> None:
-        """Starts writing; returns once the device arrays are copied. `host` must be
-        JSON-serialisable.
+        """Starts to write a checkpoint; returns once the arrays are copied from the device.
 
-        Raises OSError where this or the one before cannot be written; those that are there stay.
+        Args:
+            step: The global step.
+            state: The training state.
+            host: The host's state, of types that JSON has.
+
+        Raises:
+            OSError: This checkpoint or the previous one cannot be written. Older ones stay.
         """
         saved = _saved(state)
         record = {**host, "architecture": _architecture(state), "checksums": checksums(saved)}
         record["stamp"] = _stamp(json.loads(json.dumps(record)))
-        args = ocp.args.Composite(
+        items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved), host=ocp.args.JsonSave(record)
         )
         with _writing(self.folder):
-            self._manager.save(step, args=args, force=True)
+            self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises OSError where it cannot be written."""
@@ -273,66 +301,77 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def host(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, host record) of the newest checkpoint whose record is sound.
+        """(step, host record) of the newest checkpoint with an undamaged record; None: no such.
 
-        Those with a damaged one are set aside. Raises OSError on a read error, Refused where the
-        record is another version's.
+        Checkpoints with a damaged record are moved to `damaged/`, with a warning.
+
+        Raises:
+            OSError: The machine cannot read it.
+            Refused: The record is that of another version of this library.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found = self._read(step, _record, host=ocp.args.JsonRestore())
+            found = self._read(step, _verified_record, host=ocp.args.JsonRestore())
             if found is not None:
                 return step, found
         return None
 
     def restore(self, abstract: State) -> tuple[int, State, dict[str, Any]] | None:
-        """(step, state, host record) of the newest sound checkpoint; None where there is none.
+        """(step, state, host record) of the newest undamaged checkpoint; None: there is none.
 
-        `abstract` holds ShapeDtypeStructs with shardings; its frozen roles are handed through. A
-        damaged checkpoint is moved to `damaged/` with a warning. Raises Refused where the weights
-        are those of another architecture, or where it is not known why a checkpoint cannot be read,
-        and OSError or MemoryError where the machine cannot read it: nothing is moved then.
+        Damaged checkpoints are moved to `damaged/`, with a warning. Where it raises, nothing is
+        moved.
+
+        Args:
+            abstract: ShapeDtypeStructs with shardings. Its frozen roles are those of the result.
+
+        Raises:
+            Refused: The weights are those of another architecture, or the checkpoint cannot be
+                read for an unknown reason.
+            OSError, MemoryError: The machine cannot read it.
         """
-        while (found := self.host()) is not None:
+        found = self.host()
+        while found is not None:
             step, host = found
             self.check_architecture(step, host, abstract)
-            state = self._read(
-                step,
-                functools.partial(_arrays, host["checksums"]),
-                state=ocp.args.StandardRestore(_saved(abstract)),
-            )
+            verify = functools.partial(_verified_arrays, host["checksums"])
+            wanted = ocp.args.StandardRestore(_saved(abstract))
+            state = self._read(step, verify, state=wanted)
             if state is not None:
                 return step, abstract.replace(**state), host
+            found = self.host()
         return None
 
-    def _read(self, step: int, check: Callable[..., Any], **items) -> Any:
-        """What `check` makes of a checkpoint's folder and its items; None where they are damaged,
-        after it was set aside.
-        """
+    def _read(self, step: int, verify: Callable[..., Any], **items) -> Any:
+        """verify(folder, items of the checkpoint); None where they are damaged and moved away."""
         folder = self.folder / f"step_{step}"
-        read = lambda: check(folder, self._manager.restore(step, args=ocp.args.Composite(**items)))
+
+        def read() -> Any:
+            return verify(folder, self._manager.restore(step, args=ocp.args.Composite(**items)))
+
+        advice = "it may be damaged; to go on from the one before, move it away"
         try:
-            return _sound(
-                read, folder, "it may be damaged; to go on from the one before, move it away"
-            )
+            return _read_twice(read, folder, advice)
         except _Damaged as error:
             self._set_aside(step, error)
             return None
 
     def check_architecture(self, step: int, host: Mapping[str, Any], abstract: State) -> None:
-        """Raises Refused where the weights of a checkpoint, by its host record, are not those of
-        `abstract`.
+        """Raises Refused where weights of a checkpoint have other names or shapes than those of
+        `abstract`; `host` is the checkpoint's record.
         """
         saved = host["architecture"]
         expected = _architecture(abstract)
         for path in sorted(saved.keys() | expected.keys()):
-            if saved.get(path) != expected.get(path):
+            have = saved.get(path, "absent")
+            want = expected.get(path, "absent")
+            if have != want:
                 raise Refused(
                     f"{self.folder}: checkpoint {step} is of another architecture: {path} is"
-                    f" {saved.get(path, 'absent')}, "
-                    f"expected {expected.get(path, 'absent')}"
+                    f" {have}, expected {want}"
                 )
 
     def _set_aside(self, step: int, error: Exception) -> None:
+        """Moves a damaged checkpoint to `damaged/`, with a warning."""
         reason = _brief(error)[:120]
         warnings.warn(
             f"{self.folder}: checkpoint {step} is damaged and was moved to damaged/ ({reason})",
@@ -341,8 +380,9 @@ class Checkpoints:
         self._manager.close()
         aside = self.folder.parent / "damaged"
         aside.mkdir(parents=True, exist_ok=True)
-        for entry in self.folder.glob(f"step_{step}") if jax.process_index() == 0 else ():
-            os.replace(entry, aside / f"{entry.name}_{os.getpid()}")
+        if jax.process_index() == 0:
+            for entry in self.folder.glob(f"step_{step}"):
+                os.replace(entry, aside / f"{entry.name}_{os.getpid()}")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set_aside")
         self._manager = self._open()
@@ -353,20 +393,23 @@ class Checkpoints:
 
 
 def save_params(folder: Path, params: dict[str, Params]) -> None:
-    """Writes `{role: params}` to `folder`, whole or not at all."""
+    """Writes `{role: params}` to `folder`, atomically."""
     folder = Path(folder).absolute()
     with _writing(folder), ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(
-            folder, params, force=True, custom_metadata={"checksums": checksums(params)}
-        )
+        metadata = {"checksums": checksums(params)}
+        checkpointer.save(folder, params, force=True, custom_metadata=metadata)
 
 
 def load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]:
-    """Reads the roles in `abstract` (ShapeDtypeStructs with shardings) from what `save_params`
-    wrote.
+    """Reads weights that `save_params` wrote; each process reads its own shards.
 
-    Each process reads its own shards. Raises Refused where a weight is missing, has another shape
-    or is damaged, and OSError where the machine cannot read it.
+    Args:
+        folder: Where they are.
+        abstract: ShapeDtypeStructs with shardings, of the roles to read.
+
+    Raises:
+        Refused: A weight is missing, has another shape or is damaged.
+        OSError: The machine cannot read it.
     """
     folder = Path(folder).absolute()
     if not folder.exists():
@@ -374,7 +417,7 @@ def load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]:
     try:
         return _load_params(folder, abstract)
     except Exception as error:
-        _judge(error, folder, "expected the result of a stage")
+        _raise_unless_damage(error, folder, "expected the result of a stage")
         raise Refused(f"{folder}: is damaged ({_brief(error)})") from error
 
 
@@ -396,17 +439,19 @@ def _load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]
         )
         params = checkpointer.restore(folder, args=restore)
     written = (metadata.custom_metadata or {}).get("checksums")
-    same = {
-        path for path, want in paths(abstract).items() if saved[path].dtype == want.dtype
-    }  # another dtype has other bits
-    for path, found in checksums(params).items() if written else ():
-        if path in same and found != written.get(path):
+    if not written:
+        return params
+    wanted = paths(abstract)
+    for path, found in checksums(params).items():
+        # Weights that were converted to another dtype have other bits.
+        same_dtype = path in wanted and saved[path].dtype == wanted[path].dtype
+        if same_dtype and found != written.get(path):
             raise _Damaged(f"{path}: not as written")
     return params
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all; by one process only."""
+    """Writes JSON atomically, on the first process only."""
     if jax.process_index():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

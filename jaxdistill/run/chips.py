@@ -1,4 +1,4 @@
-"""What accelerators can do: one table, from the vendors' data sheets."""
+"""Peak figures of accelerators, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -9,26 +9,23 @@ from jaxdistill.core.types import lookup
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Per chip: dense bfloat16 flops/s, HBM bytes and bytes/s, and bytes/s that all its links to
-    neighbours send together.
-    """
+    """Peak figures of one chip."""
 
-    kinds: tuple[str, ...]  # how jax names the device (`device_kind`), or the beginning of it
-    flops: float
-    hbm: float
-    bandwidth: float
-    links: float
-    node: int = 0  # GPUs that share NVLink; 0: a torus
-    network: float = 0.0  # bytes/s and GPU between nodes
+    kinds: tuple[str, ...]  # JAX's `device_kind`, or for NVIDIA the beginning of it
+    flops: float  # dense bfloat16 flops/s
+    hbm: float  # bytes of its memory
+    bandwidth: float  # bytes/s of its memory
+    links: float  # bytes/s that all links to neighbours send together, in one direction
+    node: int = 0  # GPUs that share NVLink; 0 for TPUs, which form a torus
+    network: float = 0.0  # bytes/s of each GPU between nodes
 
 
 GIB = 2**30
 T = 1e12
 G = 1e9
 # TPU: cloud.google.com/tpu/docs, a page for each version ("interchip interconnect bandwidth").
-# NVIDIA: data sheets,
+# NVIDIA: data sheets; the network is InfiniBand of 400 Gb/s a GPU, 200 Gb/s with A100.
 CHIPS = {
-    # links in one direction; network: InfiniBand of 400 Gb/s a GPU, 200 Gb/s with A100
     "v4": Chip(("TPU v4",), 275 * T, 32 * GIB, 1228 * G, 300 * G),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197 * T, 16 * GIB, 819 * G, 200 * G),
     "v5p": Chip(("TPU v5", "TPU v5p"), 459 * T, 95 * GIB, 2765 * G, 600 * G),
@@ -40,15 +37,16 @@ CHIPS = {
 
 
 def chip(name: str) -> Chip:
-    """A row of the table. Raises Refused on an unknown name."""
+    """The chip of this name in CHIPS. Raises Refused on an unknown name."""
     return lookup(CHIPS, name, "chip")
 
 
 def of(kind: str) -> Chip | None:
-    """The chip that a `device_kind` names; None for CPUs and chips that the table does not know."""
-    found = [
-        c
-        for c in CHIPS.values()
-        if kind in c.kinds or any(k.startswith("NVIDIA") and kind.startswith(k) for k in c.kinds)
-    ]
-    return found[0] if found else None
+    """The chip of a `device_kind`; None for CPUs and chips that are not in CHIPS."""
+    for found in CHIPS.values():
+        if kind in found.kinds:
+            return found
+        gpus = tuple(name for name in found.kinds if name.startswith("NVIDIA"))
+        if kind.startswith(gpus):
+            return found
+    return None

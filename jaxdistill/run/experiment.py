@@ -1,6 +1,4 @@
-"""What a config stands for: method, data, networks, shardings and where every role's first weights
-come from.
-"""
+"""The objects of a config: method, data, networks, shardings, and each role's first weights."""
 
 from __future__ import annotations
 
@@ -37,24 +35,23 @@ from jaxdistill.run.checkpoint import load_params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What a run's final evaluation is held against: value <= ratio * baseline ("lower"), or >=
-    ("higher").
+    """A paper's statement that the final evaluation of a run is compared to.
 
-    Models are rows of the table, "name" or "name@nfe".
+    value <= ratio * value of the baseline where lower is better, >= where higher is.
     """
 
     metric: str
-    model: str
-    baseline: str
+    model: str  # a row of the table of results: "name" or "name@nfe"
+    baseline: str  # another row
     better: Literal["lower", "higher"]
     ratio: Positive
 
 
-NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
-)  # of a run inside another, which is a folder's
+# The name of a run inside another, which is also the name of its folder.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
-# what arithmetic and lookups raise of parts that do not go together; not what a machine raises
+# Exceptions of networks, data and methods that do not fit each other; failures of the machine are
+# others.
 MISFITS = (
     ArithmeticError,
     AssertionError,
@@ -69,9 +66,9 @@ MISFITS = (
 
 @contextlib.contextmanager
 def refusals(where: str, what: str = "makes no network") -> Iterator[None]:
-    """Puts the place in the config in front of what is refused inside.
+    """Puts `where`, a key of the config, in front of refusals; makes refusals of MISFITS.
 
-    What a network's own arithmetic says of sizes that do not go together is a refusal, too.
+    `what` comes between `where` and the text of such an exception.
     """
     try:
         yield
@@ -83,12 +80,12 @@ def refusals(where: str, what: str = "makes no network") -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A config's objects. Nothing is allocated before `warm_starts`."""
+    """The objects of a config. Weights are allocated by `warm_starts` only."""
 
     config: ConfigDict
     workdir: Path
-    devices: Any = None  # to plan for; None: those that there are
-    where: str = "config"  # how messages name this config; that of a run inside: config.runs.NAME
+    devices: Any = None  # devices to plan for; None: the devices of this machine
+    where: str = "config"  # name of this config in messages; "config.runs.NAME" for a run inside
 
     @functools.cached_property
     def settings(self) -> build.Run:
@@ -109,9 +106,7 @@ class Experiment:
         return self._built("evaluation", Evaluation) if self._group("evaluation") else None
 
     def _group(self, name: str) -> ConfigDict:
-        """A part of the config that holds names and values. Raises Refused where it is missing or
-        none.
-        """
+        """A part of the config that is a mapping. Raises Refused where there is no such part."""
         if name not in self.config:
             raise Refused(f"{self.where}.{name} is missing")
         part = self.config[name]
@@ -122,6 +117,7 @@ class Experiment:
         return part
 
     def _built(self, name: str, kind: type) -> Any:
+        """The object of a part of the config. Raises Refused where it is not of type `kind`."""
         found = build.build(self._group(name), f"{self.where}.{name}")
         if not isinstance(found, kind):
             raise Refused(
@@ -139,7 +135,12 @@ class Experiment:
 
     @functools.cached_property
     def roles(self) -> dict[str, build.Role]:
-        """Every role of the method. Raises Refused where the config names another."""
+        """The settings of each role of the method.
+
+        Raises:
+            Refused: The config names a role that the method does not have, or gives a trained role
+                a setting for frozen ones.
+        """
         with refusals(f"{self.where}.method", "names no roles"):
             wanted = [*self.method.frozen, *self.method.inits]
         given = self._group("roles")
@@ -151,47 +152,52 @@ class Experiment:
                 )
         roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
         for name, role in roles.items():
-            records.local(role.init, f"{self._of(name)}.init")
+            key = self._key(name)
+            records.local(role.init, f"{key}.init")
             if name not in self.method.frozen and (role.quantize or role.place == "host"):
                 frozen = ", ".join(self.method.frozen)
-                raise Refused(
-                    f"{self._of(name)}: quantize and place are for frozen roles ({frozen})"
-                )
+                raise Refused(f"{key}: quantize and place are for frozen roles ({frozen})")
         return roles
 
     def _role(self, name: str) -> build.Role:
-        role = build.build(self.config.roles[name], self._of(name))
+        """The settings of a role in the config. Raises Refused where they are of other types."""
+        key = self._key(name)
+        given = self.config.roles[name]
+        role = build.build(given, key)
         if not isinstance(role, build.Role):
-            raise Refused(
-                f"{self._of(name)}.name={self.config.roles[name].name!r}: expected core.build:Role"
-            )
+            raise Refused(f"{key}.name={given.name!r}: expected core.build:Role")
         if role.model is not None and not callable(role.model):
             raise Refused(
-                f"{self._of(name)}.model={shown(role.model)}: expected a model (a dataclass of"
-                " sizes)"
+                f"{key}.model={shown(role.model)}: expected a model (a dataclass of sizes)"
             )
         if role.denoiser is not None and not isinstance(role.denoiser, Denoiser):
             raise Refused(
-                f"{self._of(name)}.denoiser={shown(role.denoiser)}: expected"
-                " diffusion.denoiser:Denoiser"
+                f"{key}.denoiser={shown(role.denoiser)}: expected diffusion.denoiser:Denoiser"
             )
         if not callable(getattr(role.ema, "decay", None)):
             raise Refused(
-                f"{self._of(name)}.ema={shown(role.ema)}: expected an average, such as"
-                " core.optim:Ema"
+                f"{key}.ema={shown(role.ema)}: expected an average, such as core.optim:Ema"
             )
         return role
 
-    def _of(self, role: str) -> str:
+    def _key(self, role: str) -> str:
+        """The config's key of a role, for messages."""
         return f"{self.where}.roles.{role}"
 
     def source(self, role: str) -> str:
-        """Where the role's first weights come from: the config's `init`, or else the method's."""
+        """The source of a role's first weights: `init` in the config, or else that of the method.
+
+        A role, "@" and the name of a run inside, a folder, "fresh", "random" or "exact".
+        """
         return self.roles[role].init or self.method.inits.get(role) or "fresh"
 
     @functools.cached_property
     def nets(self) -> dict[str, Net]:
-        """role -> network. Raises Refused where a role's model, source or adapters make none."""
+        """Role -> network.
+
+        Raises:
+            Refused: The model, source or adapters of a role are unknown or do not fit.
+        """
         for role in self.roles:
             self._check_chain(role)
         return {role: self._net(role) for role in self.roles}
@@ -199,96 +205,92 @@ class Experiment:
     def _check_chain(self, role: str) -> None:
         """Raises Refused where a role starts from itself."""
         seen = [role]
-        while (source := self.source(seen[-1])) in self.roles:
+        source = self.source(role)
+        while source in self.roles:
             if source in seen:
-                raise Refused(
-                    f"{self._of(role)}.init: {' <- '.join([*seen, source])}, expected weights at"
-                    " the end"
-                )
+                chain = " <- ".join([*seen, source])
+                raise Refused(f"{self._key(role)}.init: {chain}, expected weights at the end")
             seen.append(source)
+            source = self.source(source)
 
     def _net(self, role: str) -> Net:
         cfg = self.roles[role]
+        key = self._key(role)
         process = getattr(self.method, "process", None)
         if cfg.init == "exact":
             if not isinstance(self.data, HasExactTeacher):
-                raise Refused(
-                    f"{self._of(role)}.init=exact: {self.config.data.name} knows no exact law"
-                )
+                raise Refused(f"{key}.init=exact: {self.config.data.name} knows no exact law")
             return self.data.net(process) if process is not None else self.data.net()
         if cfg.lora.rank:
             given = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
-            with refusals(self._of(role)):
+            with refusals(key):
                 base = lora.base_of(role, cfg.lora.base, self.roles)
                 return lora.adapt(self._net(base), **given)
         model, denoiser = self.described(role)
         wrap = {}
         if denoiser is not None and process is not None:
             wrap = {"wrap": functools.partial(denoiser.wrap, process=process)}
-        with refusals(f"{self._of(role)}.model"):
+        with refusals(f"{key}.model"):
             net = make_net(model, config=model, **wrap)
-        net = bank(net, cfg.bank) if cfg.bank else net
-        with refusals(self._of(role)):
+        if cfg.bank:
+            net = bank(net, cfg.bank)
+        with refusals(key):
             return quantized(net, cfg.quantize) if cfg.quantize else net
 
     def described(self, role: str) -> tuple[Any, Any]:
-        """(model, denoiser) of a role; what is empty is that of the role or run that it starts
-        from.
-        """
+        """(model, denoiser) of a role: its own, or else those of its source."""
         cfg = self.roles[role]
         source = self.source(role)
         model = cfg.model
         denoiser = cfg.denoiser
         if model is None or denoiser is None:
-            other = self._described_at(role, source)
-            model = model or other[0]
-            denoiser = denoiser or other[1]
+            source_model, source_denoiser = self._described_source(role, source)
+            model = model or source_model
+            denoiser = denoiser or source_denoiser
         if model is None:
-            raise Refused(f"{self._of(role)}.model is empty, and {source!r} has none to take over")
+            raise Refused(f"{self._key(role)}.model is empty, and {source!r} has none to take over")
         return model, denoiser
 
-    def _described_at(self, role: str, source: str) -> tuple[Any, Any]:
-        """(model, denoiser) of what a role starts from."""
+    def _described_source(self, role: str, source: str) -> tuple[Any, Any]:
+        """(model, denoiser) of the source of a role's weights; None for what it does not have."""
         if source in self.roles and self.roles[source].init != "exact":
             return self.described(source)
         if source in ("fresh", "random", "exact") or source in self.roles:
             return None, None
-        if (run := self.run_at(role, source)) is not None:
+        run = self.run_at(role, source)
+        if run is not None:
             return run.described("student")
         if os.path.exists(Path(source) / "config.json"):
             return interop.describe(source), None
         raise self.unknown(role, source)
 
     def unknown(self, role: str, source: str) -> Refused:
-        """The refusal of a source that is no role, run or folder."""
-        names = [
-            *(name for name in self.roles if name != role),
-            *(f"@{name}" for name in self.inner),
-        ]
+        """The exception for a source that is no role, run or folder."""
+        names = [name for name in self.roles if name != role]
+        names += [f"@{name}" for name in self.inner]
         near = nearest(source, names) if difflib.get_close_matches(source, names, 1) else ""
-        return Refused(f"{self._of(role)}.init={shown(source)}: no such role, run or folder{near}")
+        return Refused(f"{self._key(role)}.init={shown(source)}: no such role, run or folder{near}")
 
     def run_at(self, role: str, source: str) -> Experiment | None:
-        """The run that `source` names: one inside this config ("@name") or a folder; None where it
-        is neither.
-        """
+        """The run that a source names, by "@name" or by its folder; None where it names no run."""
         if source.startswith("@"):
-            if source[1:] not in self.inner:
-                where = f"{self._of(role)}.init={source!r}"
+            name = source[1:]
+            if name not in self.inner:
                 raise Refused(
-                    f"{where}: config.runs has no {source[1:]!r}{nearest(source[1:], self.inner)}"
+                    f"{self._key(role)}.init={source!r}: config.runs has no"
+                    f" {name!r}{nearest(name, self.inner)}"
                 )
-            return self.inner[source[1:]]
-        path = Path(source) / "config.json"
-        if not os.path.exists(path) or not os.path.exists(
-            Path(source) / "stages"
-        ):  # False for a name that is too long, too
+            return self.inner[name]
+        folder = Path(source)
+        file = folder / "config.json"
+        # os.path.exists is False for names that are too long, too; Path.exists raises.
+        if not os.path.exists(file) or not os.path.exists(folder / "stages"):
             return None
-        return Experiment(records.read_config(Path(source)), Path(source), where=str(path))
+        return Experiment(records.read_config(folder), folder, where=str(file))
 
     @functools.cached_property
     def inner(self) -> dict[str, Experiment]:
-        """Every run inside this one, needed or not, by name."""
+        """Name -> run, of all runs inside this one, also of those that are not needed."""
         runs = self._group("runs")
         made = {}
         for name, config in runs.items():
@@ -305,7 +307,7 @@ class Experiment:
 
     @functools.cached_property
     def claim(self) -> Claim | None:
-        """What the evaluation is held against; None where the config claims nothing."""
+        """The claim that the evaluation tests; None where the config has none."""
         given = self._group("claim")
         if not given:
             return None
@@ -313,10 +315,9 @@ class Experiment:
 
     @functools.cached_property
     def runs(self) -> dict[str, ConfigDict]:
-        """The runs inside this one that are needed: a role starts from them, or the claim names
-        them.
-        """
-        named = {self.source(role)[1:] for role in self.roles if self.source(role).startswith("@")}
+        """Name -> config of the needed runs inside this one: sources of roles or in the claim."""
+        sources = [self.source(role) for role in self.roles]
+        named = {source[1:] for source in sources if source.startswith("@")}
         if self.claim is not None:
             claimed = {name.split("@")[0] for name in (self.claim.model, self.claim.baseline)}
             named |= claimed - self.roles.keys()  # "teacher@1" is a row of the role teacher
@@ -324,69 +325,65 @@ class Experiment:
 
     @functools.cached_property
     def inits(self) -> dict[str, str | None]:
-        """Trained role -> role that it is copied from, or None."""
-        return {
-            role: self.source(role) if self.source(role) in self.roles else None
-            for role in self.method.inits
-        }
+        """Trained role -> the role that it is copied from; None where its source is no role."""
+        sources = {role: self.source(role) for role in self.method.inits}
+        return {role: source if source in self.roles else None for role, source in sources.items()}
 
     @functools.cached_property
     def null_labels(self) -> dict[str, int]:
-        """Role -> the label that stands for none, of the networks that take labels."""
+        """Role -> the label for no condition, of the networks that take labels."""
         found = {role: getattr(net.config, "null_label", None) for role, net in self.nets.items()}
         return {role: label for role, label in found.items() if label is not None}
 
     def conditioned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """A batch of numpy arrays whose null label is that of the networks, whatever the data set's
-        number of classes.
+        """A batch of numpy arrays with the null label of the networks in place of the data set's.
 
-        Conditions that are no labels stay as they are.
+        Networks may have more classes than the data set. Conditions that are not labels stay.
         """
         label = next(iter(self.null_labels.values()), None)
         null = batch.get("null_cond")
-        if (
-            label is None
-            or not isinstance(null, np.ndarray)
-            or not np.issubdtype(null.dtype, np.integer)
-        ):
+        has_labels = isinstance(null, np.ndarray) and np.issubdtype(null.dtype, np.integer)
+        if label is None or not has_labels:
             return batch
         return {**batch, "null_cond": np.full_like(null, label)}
 
     def put_batch(self) -> Callable[[Mapping[str, Any]], dict[str, jax.Array]]:
-        """A function from this process's rows of a batch (numpy) to global arrays on the mesh,
-        under the networks' null label.
+        """A function from this process's samples of a batch (numpy) to global arrays on the mesh.
+
+        It makes the batch `conditioned`.
         """
         put = sharding.put_batch(self.mesh, self.settings.rules)
         return lambda batch: put(self.conditioned(batch))
 
     def abstract(self, net: Net, role: str) -> Params:
-        """ShapeDtypeStructs of `net`'s weights as the role's first ones, with dtype, sharding and
-        memory that the config gives it.
-        """
+        """ShapeDtypeStructs of the weights of `net`, with a role's dtype, sharding and memory."""
         cfg = self.roles[role]
         dtype = cfg.param_dtype if role in self.method.frozen else "float32"
         return abstract_params(self.mesh, cfg.rules, net, dtype, cfg.place)
 
     def warm_starts(self, roles: Collection[str] | None = None) -> dict[str, Params]:
-        """role -> weights for every frozen role and every role whose `init` names a place; sharded
-        as they arrive.
+        """Role -> sharded weights, of frozen roles and of those whose `init` in the config names
+        a run or folder.
 
-        `roles`: those whose weights are read; None: all.
+        Args:
+            roles: The roles whose weights are read; None for all.
         """
-        starts = {
-            role: self._load(role)
-            for role in self.roles
-            if role in self.method.frozen or self.roles[role].init
-            if roles is None or role in roles
-        }
-        return {role: params for role, params in starts.items() if params is not None}
+        starts = {}
+        for role, cfg in self.roles.items():
+            wanted = roles is None or role in roles
+            if wanted and (cfg.init or role in self.method.frozen):
+                params = self._load(role)
+                if params is not None:
+                    starts[role] = params
+        return starts
 
     def with_bases(self, roles: Iterable[str]) -> set[str]:
-        """`roles`, and the roles whose weights their adapters go on."""
+        """`roles` with the base roles of those that are adapters."""
         found = set(roles)
         return found | {self.nets[role].adapts for role in found if self.nets[role].adapts}
 
     def _load(self, role: str) -> Params | None:
+        """The first weights of a role; None where it is fresh or copied from another role."""
         net = self.nets[role]
         source = self.source(role)
         if source == "exact" or not net.shapes:
@@ -394,7 +391,7 @@ class Experiment:
         if source == "fresh":
             if role in self.method.frozen:
                 raise Refused(
-                    f"{self._of(role)}.init is empty: a frozen role needs weights (a run, a"
+                    f"{self._key(role)}.init is empty: a frozen role needs weights (a run, a"
                     " folder, @run, exact or random)"
                 )
             return None
@@ -404,8 +401,7 @@ class Experiment:
         abstract = self.abstract(net, role)
         if source == "random":
             key = named_key(jax.random.key(self.settings.seed), role)
-            draw = lambda: jax.tree.map(lambda w, s: w.astype(s.dtype), net.init(key), abstract)
-            return jax.jit(draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+            return _drawn(net, key, abstract)
         if source.startswith("@"):
             return load_result(self.workdir / source[1:], abstract)
         if (Path(source) / "stages").exists():
@@ -413,9 +409,18 @@ class Experiment:
         return interop.load_into(source, net, abstract)
 
 
+def _drawn(net: Net, key: jax.Array, abstract: Params) -> Params:
+    """Random weights of `net`, with the dtypes and shardings of `abstract`."""
+
+    def draw() -> Params:
+        return jax.tree.map(lambda w, s: w.astype(s.dtype), net.init(key), abstract)
+
+    return jax.jit(draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+
+
 @dataclasses.dataclass
 class Trained:
-    """A finished run: networks and weights by role (averaged where a role has an average)."""
+    """Networks and weights by role; the weights are averaged where a role has an average."""
 
     experiment: Experiment
     nets: dict[str, Net]
@@ -427,14 +432,17 @@ class Trained:
 
 
 def stopping(method: Method, data: Callable[[], Any]) -> Method:
-    """Methods that write text and name no token that ends it, also those inside others: they stop
-    at the data's, where it has one.
+    """`method` with the data set's end-of-text token where it generates text and names none.
+
+    The same holds for methods inside it. It stays as it is where the data set has no such token.
     """
     new: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if isinstance(value, Method) and (inner := stopping(value, data)) is not value:
-            new[field.name] = inner
+        if isinstance(value, Method):
+            inner = stopping(value, data)
+            if inner is not value:
+                new[field.name] = inner
     if getattr(method, "eos", None) == ():
         eos, pad = text_end(data())
         if eos:
@@ -444,17 +452,20 @@ def stopping(method: Method, data: Callable[[], Any]) -> Method:
 
 def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
     """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
-    placed = sharding.in_memory(
-        place, sharding.fits(sharding.param_shardings(mesh, rules, net.axes), net.shapes), net.axes
-    )
-    kind = lambda s: jnp.dtype(dtype) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype
-    return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, kind(s), sharding=where), net.shapes, placed
-    )
+    shardings = sharding.param_shardings(mesh, rules, net.axes)
+    shardings = sharding.fits(shardings, net.shapes)
+    shardings = sharding.in_memory(place, shardings, net.axes)
+
+    def described(weight: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+        is_floating = jnp.issubdtype(weight.dtype, jnp.floating)
+        kind = jnp.dtype(dtype) if is_floating else weight.dtype
+        return jax.ShapeDtypeStruct(weight.shape, kind, sharding=where)
+
+    return jax.tree.map(described, net.shapes, shardings)
 
 
 def load_result(workdir: Path, abstract: Params, role: str = "student") -> Params:
-    """A finished run's weights of one role (averaged where it has an average)."""
+    """The weights of one role after the last stage, averaged where it has an average."""
     stages = records.stages(workdir)
     if not stages:
         raise Refused(f"{workdir}: no finished run there (no stages/)")

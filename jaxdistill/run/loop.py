@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdistill.core import sharding
-from jaxdistill.core.types import Refused, Stage
+from jaxdistill.core.types import Refused, Stage, State
 from jaxdistill.run import metrics, records, report
 from jaxdistill.run.check import check
 from jaxdistill.run.checkpoint import Checkpoints, load_params, save_params, write_json
@@ -38,16 +38,29 @@ def run(
     progress: bool = True,
     known: dict[str, Path] | None = None,
 ) -> dict[str, Any]:
-    """Trains what `config` describes in `workdir`, or goes on where it stopped; returns the content
-    of report.json.
+    """Trains what `config` describes, or resumes it.
 
-    The runs in `config.runs` come first, in `workdir/<name>`; one that is the same as another
-    becomes a link to it. `known` has the folders of finished runs that may be linked to, by
-    `identity` of their configs; what this run finishes joins them. Raises Refused on bad input,
-    where `workdir` is of another config, damaged or not to be written to, and where another process
-    runs in it; metrics.NonFinite where a loss stops being a number, Stopped after SIGTERM or
-    Ctrl-C, OSError where the machine fails (a full disk, a read error); in all cases the last good
-    checkpoint stays.
+    The runs in `config.runs` come first, in `workdir/<name>`. Of runs with equal configs one is
+    trained, and the others are links to its folder. The last good checkpoint stays, whatever is
+    raised.
+
+    Args:
+        config: The config.
+        workdir: The run's folder.
+        dry_run: Only compile, and print bytes and operations by role.
+        progress: Whether to show progress bars.
+        known: `identity` of a config -> folder of a finished run, which may be linked to. The runs
+            that are finished here are added.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        Refused: The input is bad; `workdir` is of another config, damaged or cannot be written to;
+            or another process runs in it.
+        metrics.NonFinite: A loss or gradient is not finite.
+        Stopped: SIGTERM or Ctrl-C came.
+        OSError: The machine failed: a full disk, a read error.
     """
     experiment = Experiment(config, records.local(workdir, "--workdir"))
     check(experiment)
@@ -63,10 +76,10 @@ def _run(
     """`run` after all checks that need no folder."""
     config = experiment.config
     workdir = experiment.workdir
-    own = identity(experiment.config)
+    own = identity(config)
     if own in known and not workdir.exists():
         workdir.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process of this run was first
+        with contextlib.suppress(FileExistsError):  # another process of this run made the link
             workdir.symlink_to(os.path.relpath(known[own], workdir.parent))
     _check_folder(config, workdir)
     if (workdir / "report.json").exists():
@@ -74,12 +87,9 @@ def _run(
         _done(experiment)
         known.update(_finished(experiment) | known)
         return report.read(workdir)
-    with alone(workdir), _claimed(workdir):
+    with alone(workdir), _without_config_where_refused(workdir):
         write_json(workdir / "config.json", config.to_dict())
-        before = metrics.read(workdir / "metrics.jsonl", clock=True)[-1:]
-        started = time.time() - sum(
-            record["seconds"] for record in before
-        )  # of the processes that this one goes on from
+        started = time.time() - _seconds_before(workdir)
         reports = {}
         for name in experiment.runs:
             reports[name] = _run(experiment.inner[name], stop, progress, known)
@@ -94,12 +104,19 @@ def _run(
     return result
 
 
+def _seconds_before(workdir: Path) -> float:
+    """Seconds that the earlier processes of a run took, by its last metrics."""
+    last = metrics.read(workdir / "metrics.jsonl", clock=True)[-1:]
+    return sum(record["seconds"] for record in last)
+
+
 @contextlib.contextmanager
-def _claimed(workdir: Path) -> Iterator[None]:
-    """Takes the config away again where the run is refused before it has made anything: a corrected
-    one may follow.
+def _without_config_where_refused(workdir: Path) -> Iterator[None]:
+    """Removes a new config.json where the run is refused before it has made anything.
+
+    A run of a corrected config may then follow in the same folder.
     """
-    fresh = not (workdir / "config.json").exists()
+    is_new = not (workdir / "config.json").exists()
     try:
         yield
     except Refused:
@@ -108,50 +125,56 @@ def _claimed(workdir: Path) -> Iterator[None]:
             *(workdir / "stages").glob("*"),
             *workdir.glob("metrics.jsonl"),
         ]
-        if fresh and not made and jax.process_index() == 0:
+        if is_new and not made and jax.process_index() == 0:
             (workdir / "config.json").unlink(missing_ok=True)
         raise
 
 
 def identity(config: ConfigDict) -> str:
-    """The same for configs of the same values."""
+    """A text that is equal for configs of equal values."""
     return config.to_json(sort_keys=True)
 
 
 def _finished(experiment: Experiment) -> dict[str, Path]:
-    """The folders of a finished run and of those inside it, by `identity`."""
-    inside = [_finished(experiment.inner[name]) for name in experiment.runs]
-    done = (experiment.workdir / "report.json").exists()
-    return {k: v for found in inside for k, v in found.items()} | (
-        {identity(experiment.config): experiment.workdir} if done else {}
-    )
+    """`identity` of the config -> folder, of a run and the runs inside it that have finished."""
+    found = {}
+    for name in experiment.runs:
+        found |= _finished(experiment.inner[name])
+    if (experiment.workdir / "report.json").exists():
+        found[identity(experiment.config)] = experiment.workdir
+    return found
 
 
 def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, Any]:
-    """Scores a finished run again and rewrites its report. Raises Refused where it has not
-    finished, or the folder is read-only.
+    """Evaluates a finished run again and rewrites its report.
+
+    Args:
+        workdir: The run's folder.
+        config: Its config with another evaluation or claim; None for its own.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        Refused: The run has not finished, or the folder is read-only.
     """
     before = report.read(records.local(workdir, "--workdir"))
     check_writable(Path(workdir))
-    metrics.read(
-        Path(workdir) / "metrics.jsonl"
-    )  # its curves go into the report: refused before the evaluation, not after it
+    # The report shows the curves: damaged ones are refused before the evaluation.
+    metrics.read(Path(workdir) / "metrics.jsonl")
     given = records.read_config(Path(workdir)) if config is None else config
     experiment = Experiment(given, Path(workdir))
     method = experiment.method
     roles = experiment.with_bases([*method.frozen, *method.exports])
     trained = load(workdir, config, roles=roles)
-    reports = {name: report.read(Path(workdir) / name) for name in trained.experiment.runs}
-    kept = {
-        k: v for k, v in before["config"].items() if k not in records.JUDGED
-    }  # what was trained stays what it was
-    judged = {
-        k: v
-        for k, v in json.loads(trained.experiment.config.to_json()).items()
-        if k in records.JUDGED
-    }
-    with sharding.use(trained.experiment.mesh, trained.experiment.settings.rules):
-        return report.write(trained, reports, seconds=before["seconds"], config={**kept, **judged})
+    experiment = trained.experiment
+    reports = {name: report.read(Path(workdir) / name) for name in experiment.runs}
+    # The report keeps the config that was trained, but for the evaluation and the claim.
+    now = json.loads(experiment.config.to_json())
+    reported = {k: v for k, v in before["config"].items() if k not in records.JUDGED}
+    reported |= {k: v for k, v in now.items() if k in records.JUDGED}
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        return report.write(trained, reports, seconds=before["seconds"], config=reported)
 
 
 def load(
@@ -164,10 +187,10 @@ def load(
 
     Args:
         workdir: The run's folder.
-        config: The run's own config (None), or one that is changed in what does not matter to the
-            weights: where data and teachers lie today, how to evaluate.
-        roles: The roles whose weights are read (None: all). A run with a surgery reads all of them,
-            which the surgery takes.
+        config: The run's config with changes that do not affect the weights: new places of data
+            and teachers, another evaluation. None for its own.
+        roles: The roles whose weights are read; None for all. Where a stage has a surgery all are
+            read, since the surgery takes them.
 
     Raises:
         Refused: The run has not finished, is damaged, or its config.json was changed.
@@ -184,14 +207,12 @@ def load(
 
 
 def _done(experiment: Experiment) -> tuple[Stage, ...]:
-    """The stages of a run that has a result of each. Raises Refused where it has not."""
+    """The stages of a run, all with a result. Raises Refused where a result is missing."""
     stages = experiment.method.stages(experiment.settings.steps)
     results = records.stages(experiment.workdir)
     if len(results) < len(stages):
-        raise Refused(
-            f"{experiment.workdir / 'stages' / str(len(results))}: no such result; has that run"
-            " finished?"
-        )
+        missing = experiment.workdir / "stages" / str(len(results))
+        raise Refused(f"{missing}: no such result; has that run finished?")
     _check_stages(experiment, results, stages)
     return stages
 
@@ -199,20 +220,21 @@ def _done(experiment: Experiment) -> tuple[Stage, ...]:
 def _check_stages(experiment: Experiment, results: list[Path], stages: tuple[Stage, ...]) -> None:
     """Raises Refused where there are results of more stages than the method has."""
     if len(results) > len(stages):
+        number = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
         raise Refused(
-            f"{results[len(stages)]}: the run's method has {len(stages)}"
-            f" stage{'s' * (len(stages) > 1)}, expected no such result"
+            f"{results[len(stages)]}: the run's method has {number}, expected no such result"
         )
 
 
 def _check_folder(config: ConfigDict, workdir: Path) -> None:
-    """Raises Refused where another config has been run in the folder, or it is none."""
+    """Raises Refused where `workdir` is a file or has a run of another config."""
     if workdir.exists() and not workdir.is_dir():
         raise Refused(f"--workdir={workdir}: is a file")
     if not (workdir / "config.json").exists():
         return
     there = json.loads(records.read_config(workdir).to_json())
-    if changed := records.difference(there, json.loads(config.to_json())):
+    changed = records.difference(there, json.loads(config.to_json()))
+    if changed:
         raise Refused(f"{workdir} holds a run of another config: {changed}; give another --workdir")
 
 
@@ -224,14 +246,19 @@ def _result(
 ) -> Trained:
     """Networks and weights after `done` stages.
 
-    `roles`: those whose weights are read, where no stage has a surgery; None: all.
+    Args:
+        experiment: The run.
+        stages: All its stages.
+        done: The number of those with a result.
+        roles: The roles whose weights are read; None for all. Where a stage has a surgery all are
+            read, since the surgery takes them.
     """
-    replaced = {role for stage in stages[:done] for role in stage.method.inits}
-    if any(stage.surgery for stage in stages[:done]):  # which takes the weights of all roles
+    trained_in_stages = {role for stage in stages[:done] for role in stage.method.inits}
+    if any(stage.surgery for stage in stages[:done]):
         roles = None
-        replaced = set()
+        trained_in_stages = set()  # a surgery takes their first weights, too
     roles = set(experiment.roles if roles is None else roles)
-    params = experiment.warm_starts(roles - replaced)
+    params = experiment.warm_starts(roles - trained_in_stages)
     nets = dict(experiment.nets)
     for i, stage in enumerate(stages[:done]):
         nets, params = _prepare(experiment, stage, nets, params)
@@ -243,33 +270,37 @@ def _result(
 
 
 def _as_given(trained: Trained) -> Trained:
-    """With the frozen roles as the run was given them: a later stage's teacher may be an earlier
-    one's student.
+    """`trained` with the networks and weights that the config gives the frozen roles.
+
+    A surgery may have replaced them: the teacher of a later stage may be an earlier student.
+    Frozen roles that only a surgery makes stay.
     """
     experiment = trained.experiment
-    if not any(stage.surgery for stage in experiment.method.stages(experiment.settings.steps)[1:]):
+    later = experiment.method.stages(experiment.settings.steps)[1:]
+    if not any(stage.surgery for stage in later):
         return trained
     given = experiment.warm_starts(experiment.method.frozen)
-    frozen = [
-        role for role in experiment.method.frozen if role in given
-    ]  # the others are a surgery's own
-    nets = {**trained.nets, **{role: experiment.nets[role] for role in frozen}}
-    return dataclasses.replace(
-        trained, nets=nets, params={**trained.params, **{role: given[role] for role in frozen}}
-    )
+    nets = dict(trained.nets)
+    params = dict(trained.params)
+    for role in experiment.method.frozen:
+        if role in given:
+            nets[role] = experiment.nets[role]
+            params[role] = given[role]
+    return dataclasses.replace(trained, nets=nets, params=params)
 
 
 def _prepare(experiment: Experiment, stage: Stage, nets, params):
-    """The stage's surgery, on the first training batch."""
+    """(networks, weights) after the stage's surgery, which gets the first training batch."""
     if stage.surgery is None:
         return nets, params
-    batch = jax.tree.map(jnp.asarray, experiment.conditioned(next(experiment.data.loader())))
+    first = next(experiment.data.loader())
+    batch = jax.tree.map(jnp.asarray, experiment.conditioned(first))
     nets, params = stage.surgery(nets, params, batch)
     return nets, dict(params)
 
 
 def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Trained:
-    """The result of all stages. A stage whose result is in stages/ is not run again."""
+    """Networks and weights after all stages. Stages with a result in stages/ do not run again."""
     workdir = experiment.workdir
     stages = experiment.method.stages(experiment.settings.steps)
     results = records.stages(workdir)
@@ -286,7 +317,9 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
             data = collected(trained, stage, i, stop, progress)
             offset = sum(before.steps for before in stages[:i])
             given = dataclasses.replace(trained)
-            trained.params = params = {}  # the stage has the only reference, and frees it
+            # The stage gets the only reference to the weights, so that it can free them.
+            params = {}
+            trained.params = {}
             fit = Fit(given, stage, i, offset, data, checkpoints, stop, progress)
             del given
             state = fit.run()
@@ -299,29 +332,31 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
 
 
 def _dry_run(experiment: Experiment) -> dict[str, Any]:
-    """Builds everything, compiles each turn pattern of the first stage, prints bytes and flops per
-    role, and stops.
-    """
+    """Compiles the programs of the first stage; prints and returns bytes and flops by role."""
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = abstract_programs(experiment)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         state = programs.abstract
         table = {}
         for role, net in nets.items():
-            held = [
-                getattr(state, part).get(role, {}) for part in ("params", "opt", "ema", "frozen")
-            ]
-            table[role] = {"parameters": net.size, "bytes": size(held)}
+            table[role] = {"parameters": net.size, "bytes": _bytes_of(state, role)}
         for active, by_role in programs.patterns.items():
             name = "+".join(str(i) for i in active)
             for role in table:
                 table[role][f"flops, turns {name}"] = by_role.get(role, 0.0)
             compiled = programs.step.lower(state, programs.batch, key, active).compile()
             memory = compiled.memory_analysis()
+            temporaries = memory.temp_size_in_bytes / 2**20
+            arguments = memory.argument_size_in_bytes / 2**20
             print(
-                f"turns {name}: compiled; {memory.temp_size_in_bytes / 2**20:.1f} MiB temporaries, "
-                f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments on each device"
+                f"turns {name}: compiled; {temporaries:.1f} MiB temporaries, "
+                f"{arguments:.1f} MiB arguments on each device"
             )
         print(text_table([{"role": role, **row} for role, row in table.items()]))
         return {"roles": table}
+
+
+def _bytes_of(state: State, role: str) -> int:
+    """Bytes of a role's weights, optimiser state and average."""
+    parts = [getattr(state, part).get(role, {}) for part in ("params", "opt", "ema", "frozen")]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))

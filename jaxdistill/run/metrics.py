@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases; and the progress bar."""
+"""Metrics: their files (metrics.jsonl, TensorBoard, Weights & Biases), and the progress bar."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ class NonFinite(RuntimeError):
 
 
 def read(path: Path, *, clock: bool = False) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut short is left out. Raises Refused
-    where another one is damaged, or has no seconds where `clock` is asked for.
+    """The records of a metrics.jsonl, without a last line that was cut short.
+
+    Raises:
+        Refused: Another line is damaged, or, with `clock`, has no seconds.
     """
     return records.read_lines(Path(path), clock=clock)
 
 
 class Writer:
-    """Appends records `{"step", "seconds", "role/name": float}`; a resumed run first drops what
-    came after `step`.
+    """Appends records `{"step", "seconds", "role/name": float}`.
+
+    A resumed run first removes the records of steps after `step`.
     """
 
     def __init__(
@@ -56,31 +59,18 @@ class Writer:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=step + 1 if step else None
-            )
+            purge_step = step + 1 if step else None
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
         if wandb:
-            try:
-                import wandb as client
-            except ImportError as error:
-                raise Refused(
-                    f"config.wandb={wandb!r}: wandb is not installed; pip install"
-                    " 'jaxdistill[wandb]'"
-                ) from error
-            self._wandb = client.init(
-                project=wandb,
-                dir=str(workdir),
-                config=dict(config),
-                resume="allow",
-                id=workdir.name,
-            )
+            self._wandb = _wandb_run(wandb, workdir, config)
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """One record; a value that is not finite is written as null."""
+        """Writes one record, with six digits of each value and null for one that is not finite."""
         if self._file is None:
             return
         record = {"step": step, "seconds": round(self.offset + seconds, 3)}
-        record |= {k: float(f"{v:.6g}") if math.isfinite(v) else None for k, v in values.items()}
+        for name, value in values.items():
+            record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -97,10 +87,25 @@ class Writer:
             self._wandb.finish()
 
 
+def _wandb_run(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:
+    """The Weights & Biases run of `workdir`, new or resumed."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise Refused(
+            f"config.wandb={project!r}: wandb is not installed; pip install 'jaxdistill[wandb]'"
+        ) from error
+    return wandb.init(
+        project=project,
+        dir=str(workdir),
+        config=dict(config),
+        resume="allow",
+        id=workdir.name,
+    )
+
+
 class Pending:
-    """Metrics of steps whose programs may still be running; read back all at once, each step
-    checked.
-    """
+    """Metrics of steps whose programs may still be running; `flush` reads all of them at once."""
 
     def __init__(self, turns: Sequence[Turn]):
         self._turns = turns
@@ -110,36 +115,38 @@ class Pending:
         self._steps.append((step, metrics))
 
     def flush(self) -> dict[str, float]:
-        """Means since the last flush, over all tokens or samples where these were counted and over
-        steps elsewhere. Raises NonFinite, naming turn, role and step.
+        """Means since the last flush, weighted by the counts of tokens or samples where there are.
+
+        Raises:
+            NonFinite: A loss or gradient is not finite; the message names turn, role and step.
         """
         sums: dict[str, tuple[float, float]] = {}
         values = jax.device_get([m for _, m in self._steps])
         for (step, _), metrics in zip(self._steps, values):
             for name, value in metrics.items():
                 if not np.isfinite(value) and name.endswith(("/loss", "/grad_norm")):
-                    raise NonFinite(f"{self._whose(name)} is {value} at step {step}", step)
+                    raise NonFinite(f"{self._described(name)} is {value} at step {step}", step)
                 count = float(metrics.counts.get(name, 1.0))
                 total, number = sums.get(name, (0.0, 0.0))
                 sums[name] = total + float(value) * count, number + count
         self._steps = []
         return {name: total / (number or 1.0) for name, (total, number) in sums.items()}
 
-    def _whose(self, name: str) -> str:
-        """The turn that reports a metric of this name, and its role."""
+    def _described(self, name: str) -> str:
+        """A metric in a message: the turns that report it, the roles they move, name and role."""
         role = name.split("/")[0]
-        mine = [
-            i
-            for i, turn in enumerate(self._turns)
-            if (role in turn.moves if turn.moves else role == "measured")
-        ]
-        moves = ", ".join(self._turns[mine[0]].moves) if mine else ""
-        turns = " or ".join(map(str, mine))
+        reporting = []
+        for i, turn in enumerate(self._turns):
+            reports = role in turn.moves if turn.moves else role == "measured"
+            if reports:
+                reporting.append(i)
+        moves = ", ".join(self._turns[reporting[0]].moves) if reporting else ""
+        turns = " or ".join(map(str, reporting))
         return f"turn {turns} ({moves or 'moves nothing'}): {name} of role {role!r}"
 
 
 def bar(items: Sequence, title: str, unit: str, enabled: bool = True, done: int = 0) -> tqdm:
-    """A progress bar over `items` on stderr, with the time left. Files get few lines of it."""
+    """A progress bar over `items` on stderr, updated seldom where stderr is no terminal."""
     quiet = not enabled or jax.process_index() != 0
     interval = 0.2 if sys.stderr.isatty() else 15.0
     return tqdm(

@@ -1,8 +1,7 @@
-"""What a run's folder says of itself (config.json, report.json, metrics.jsonl, stages/), read in
-one place.
+"""Readers of the files of a run: config.json, report.json, metrics.jsonl, stages/.
 
-Every reader raises Refused with one line that names the file where its content is damaged; what the
-operating system says (no permission, a read error) stays an OSError.
+Each raises Refused, with one line that names the file, where the content is damaged. Errors of the
+operating system (no permission, a read error) stay OSErrors.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from ml_collections import ConfigDict
 from jaxdistill.core.build import Run, completed, current
 from jaxdistill.core.types import Refused, one_line, quoted
 
+# Keys of a config with which a run may be resumed at other values.
 FREE = (
     "log_every",
     "sample_every",
@@ -30,7 +30,8 @@ FREE = (
     "tensorboard",
     "wandb",
     "mesh",
-)  # a run may go on with others
+)
+# Folders that a run makes in its own; no name of a run inside it.
 RESERVED = (
     "stages",
     "checkpoints",
@@ -39,18 +40,22 @@ RESERVED = (
     "data",
     "damaged",
     "export",
-)  # folders of a run's own
-JUDGED = ("evaluation", "claim")  # what `launch.evaluate` may give other values
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
+)
+JUDGED = ("evaluation", "claim")  # keys that `launch.evaluate` may change
+# Of an address; one slash, since pathlib makes one of two.
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 NUMBER = (int, float)
 
 
 def local(place: str | Path, what: str) -> Path:
-    """`place` as a path of this machine, `~` read as the user's folder.
+    """`place` as a path of this machine, with `~` expanded.
 
-    Raises Refused where it is the address of an object store, or anything else with a scheme.
+    Args:
+        place: The path as the user gave it.
+        what: The argument or the config's key that gave it, for the message.
 
-    `what` is the argument or the key of the config that gave it, for the message.
+    Raises:
+        Refused: It is an address with a scheme, as of an object store.
     """
     if "\0" in str(place):
         raise Refused(f"{what}={place}: expected a path, without a zero byte")
@@ -59,8 +64,7 @@ def local(place: str | Path, what: str) -> Path:
     if found := SCHEME.match(str(place)):
         raise Refused(
             f"{what}={place}: {found[1]}:// is not supported, expected a folder of this machine"
-            " (mount the bucket, with gcsfuse "
-            "or Mountpoint for S3, and give the folder)"
+            " (mount the bucket, with gcsfuse or Mountpoint for S3, and give the folder)"
         )
     try:
         return Path(os.path.expanduser(place))
@@ -69,7 +73,7 @@ def local(place: str | Path, what: str) -> Path:
 
 
 def read_text(file: Path) -> str:
-    """A file's text. Raises Refused where it is none in UTF-8."""
+    """A file's text. Raises Refused where it is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -77,7 +81,7 @@ def read_text(file: Path) -> str:
 
 
 def parse(text: str, where: str) -> Any:
-    """JSON. Raises Refused, which begins with `where`, where it is torn."""
+    """The value of a JSON text. Raises Refused, beginning with `where`, where it is not JSON."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -87,41 +91,49 @@ def parse(text: str, where: str) -> Any:
 
 
 def check_keys(found: Any, wanted: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`found`, where it is an object that has every key of `wanted` with a value of that type (or
-    one of a tuple of types).
+    """Checks keys and types of an object of JSON.
 
-    True is no number, and neither is a whole one that no float can hold. Raises Refused.
+    Args:
+        found: The object.
+        wanted: Key -> type of its value, or a tuple of types. A bool is no number, and neither is
+            an integer that is too large for a float.
+        where: The beginning of the message.
+
+    Returns:
+        `found`.
+
+    Raises:
+        Refused: It is no object, or a key is missing or of another type.
     """
     if not isinstance(found, dict):
         raise Refused(
             f"{where}: is {quoted(found)}, expected an object with the keys {', '.join(wanted)}"
         )
     for key, kinds in wanted.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if key not in found:
             raise Refused(f"{where}: has no key {key!r}")
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         value = found[key]
-        if (
-            not isinstance(value, kinds)
-            or (isinstance(value, bool) and bool not in kinds)
-            or not _holds(value)
-        ):
-            raise Refused(
-                f"{where}: {key} is {quoted(value)}, expected"
-                f" {' or '.join(kind.__name__ for kind in kinds)}"
-            )
+        if not _is_of(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise Refused(f"{where}: {key} is {quoted(value)}, expected {expected}")
     return found
 
 
-def _holds(value: Any) -> bool:
-    """Whether a float can hold this number; true of all that is none."""
-    return not isinstance(value, int) or -(2**1023) < value < 2**1023
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value is of one of these types; see `check_keys` for bools and large integers."""
+    if isinstance(value, bool) and bool not in kinds:
+        return False
+    if isinstance(value, int) and not -(2**1023) < value < 2**1023:
+        return False
+    return isinstance(value, kinds)
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`, with today's names of files and fields.
+    """The config of the run in `workdir`, with old names of files and fields replaced by new ones.
 
-    Raises Refused where there is none, or a part of it is missing.
+    Raises:
+        Refused: There is none, or a part of it is missing.
     """
     file = workdir / "config.json"
     if not file.exists():
@@ -135,11 +147,11 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def _check_config(found: Any, where: str) -> None:
-    wanted = {
-        f.name: dict if dataclasses.is_dataclass(f.default) else type(f.default)
-        for f in dataclasses.fields(Run)
-    }
-    wanted |= dict.fromkeys(("method", "data", "evaluation", "claim", "roles", "runs"), dict)
+    """Raises Refused where a key of a config is missing or of another type."""
+    wanted = dict.fromkeys(("method", "data", "evaluation", "claim", "roles", "runs"), dict)
+    for field in dataclasses.fields(Run):
+        is_group = dataclasses.is_dataclass(field.default)
+        wanted[field.name] = dict if is_group else type(field.default)
     check_keys(found, wanted, where)
     for name, role in found["roles"].items():
         check_keys(role, {"name": str}, f"{where}: roles.{quoted(name)}")
@@ -150,8 +162,10 @@ def _check_config(found: Any, where: str) -> None:
 
 
 def read_report(workdir: Path) -> dict[str, Any]:
-    """The report.json of a finished run. Raises Refused where there is none, or a part of it is
-    missing or none that a run writes.
+    """The report.json of a finished run.
+
+    Raises:
+        Refused: There is none, a part of it is missing, or a value is not one that a run writes.
     """
     file = workdir / "report.json"
     if not file.exists():
@@ -192,95 +206,110 @@ def _check_range(value: float, least: int, where: str) -> None:
 
 
 def read_lines(file: Path, *, clock: bool = False) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, none where there is no such file; a last line that was cut
-    short is left out.
+    """The records of a metrics.jsonl, without a last line that was cut short.
 
-    Raises Refused, which names the line, where another one is no record: an object with a step and,
-    where `clock` is asked for, the seconds.
+    Args:
+        file: Its path; there are no records where no such file exists.
+        clock: Whether a record must have seconds, too, besides a step.
+
+    Raises:
+        Refused: Another line is not a record; the message names the line.
     """
     lines = file.read_bytes().split(b"\n") if file.exists() else []
     while lines and not lines[-1].strip():
         lines.pop()
+    wanted = {"step": int}
+    if clock:
+        wanted["seconds"] = NUMBER
     records = []
     for i, line in enumerate(lines, 1):
         where = f"{file}:{i}"
         try:
-            found = parse(line.decode(), where)
-        except UnicodeDecodeError as error:
-            if i < len(lines):
-                raise Refused(f"{where}: is no UTF-8 text (byte {error.start})") from error
-            break
+            found = parse(_decoded(line, where), where)
         except Refused:
             if i < len(lines):
                 raise
             break
-        check_keys(found, {"step": int} | ({"seconds": NUMBER} if clock else {}), where)
+        check_keys(found, wanted, where)
         if clock and not math.isfinite(found["seconds"]):
             raise Refused(f"{where}: seconds is {found['seconds']}, expected a number")
-        records.append(check_keys(found, dict.fromkeys(found, (*NUMBER, type(None))), where))
+        check_keys(found, dict.fromkeys(found, (*NUMBER, type(None))), where)
+        records.append(found)
     return records
 
 
+def _decoded(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise Refused(f"{where}: is no UTF-8 text (byte {error.start})") from error
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Values of a nested mapping under their dotted keys."""
+    """Dotted key -> value of a nested mapping."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    return {
-        k: v
-        for name, sub in tree.items()
-        for k, v in flat(sub, f"{prefix}.{name}" if prefix else name).items()
-    }
+    found = {}
+    for name, child in tree.items():
+        found |= flat(child, f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def difference(
     there: Mapping[str, Any], here: Mapping[str, Any], free: tuple[str, ...] = FREE
 ) -> str:
-    """Where two configs (as JSON) are of different runs: the first such key and both values, as a
-    part of a sentence; "" where nowhere. Keys of the top level in `free` may differ, and fields
-    that a class has gained since are at their defaults.
+    """The first difference between the configs of two runs, as a part of a sentence.
+
+    Args:
+        there: The config of one run, as JSON. Fields that its classes have gained since it was
+            written are at their defaults.
+        here: The config of the other.
+        free: Keys of the top level that may differ.
+
+    Returns:
+        The key and both values; "" where the configs are the same.
     """
     there = flat(completed(there))
     here = flat(completed(here))
-    changed = [
-        k
-        for k in sorted(there.keys() | here.keys())
-        if there.get(k) != here.get(k) and k.split(".")[0] not in free
-    ]
+    compared = [key for key in sorted(there.keys() | here.keys()) if key.split(".")[0] not in free]
+    changed = [key for key in compared if there.get(key) != here.get(key)]
     if not changed:
         return ""
+    first = changed[0]
     more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
-    return f"{changed[0]} is {there.get(changed[0])!r} there, {here.get(changed[0])!r} here{more}"
+    return f"{first} is {there.get(first)!r} there, {here.get(first)!r} here{more}"
 
 
 def check_result(workdir: Path, config: ConfigDict, free: tuple[str, ...] = FREE) -> None:
-    """Raises Refused where `workdir` has a report.json, and that is of another config."""
-    if not (workdir / "report.json").exists():
+    """Raises Refused where the report.json in `workdir`, if there is one, is of another config."""
+    file = workdir / "report.json"
+    if not file.exists():
         return
-    if changed := difference(read_report(workdir)["config"], json.loads(config.to_json()), free):
-        judged = changed.split(".")[0].split(" ")[0] in JUDGED
-        advice = (
-            "launch.evaluate makes it anew"
-            if judged
-            else "config.json was changed after the run; put it back, or give another --workdir"
-        )
-        raise Refused(f"{workdir / 'report.json'} is of another config: {changed}; {advice}")
+    changed = difference(read_report(workdir)["config"], json.loads(config.to_json()), free)
+    if not changed:
+        return
+    advice = "config.json was changed after the run; put it back, or give another --workdir"
+    if re.split("[. ]", changed)[0] in JUDGED:
+        advice = "launch.evaluate makes it anew"
+    raise Refused(f"{file} is of another config: {changed}; {advice}")
 
 
 def stages(workdir: Path) -> list[Path]:
-    """The results of the stages that are done, in order. Raises Refused where one is missing before
-    the last, or a result is no folder.
+    """The folders of the results of the finished stages, in order.
+
+    Raises:
+        Refused: One before the last is missing, or a result is no folder.
     """
     folder = workdir / "stages"
     if not folder.exists():
         return []
     if not folder.is_dir():
         raise Refused(f"{folder}: is a file, expected the folder of the stages' results")
-    numbers = sorted(
-        int(p.name) for p in folder.iterdir() if re.fullmatch(r"0|[1-9][0-9]{0,8}", p.name)
-    )
-    for i, number in enumerate(numbers):
+    names = [entry.name for entry in folder.iterdir()]
+    numbers = [int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,8}", name)]
+    for i, number in enumerate(sorted(numbers)):
         if number != i:
             raise Refused(f"{folder}: stage {number} is there, stage {i} before it is missing")
         if not (folder / str(i)).is_dir():
             raise Refused(f"{folder / str(i)}: is a file, expected a stage's result")
-    return [folder / str(i) for i in numbers]
+    return [folder / str(i) for i in range(len(numbers))]

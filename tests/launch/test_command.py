@@ -83,9 +83,9 @@ def get_config():
     assert "mine" in _command.load_config("configs/toy/dmd2.py")
     with pytest.raises(
         Refused,
-        match=r"--config=configs/toy/dmd3.py: no such file; did you mean 'configs/toy/dmd2.py'",
+        match=r"--config=configs/toy/dmd22.py: no such file; did you mean 'configs/toy/dmd2.py'",
     ):
-        _command.load_config("configs/toy/dmd3.py")
+        _command.load_config("configs/toy/dmd22.py")
 
 
 def test_distributed_without_a_cluster_is_refused():

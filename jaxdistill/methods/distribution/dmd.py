@@ -5,7 +5,7 @@ the frozen teacher's D_phi and D_psi of a `fake` network trained online on the s
 The difference is divided by the teacher's distance from the sample, so that all noise levels pull
 alike:
 
-    grad = (D_psi(x_t) - D_phi(x_t)) / mean |x0 - D_phi(x_t)|                              (eqs. 7, 8)
+    grad = (D_psi(x_t) - D_phi(x_t)) / mean |x0 - D_phi(x_t)|                          (eqs. 7, 8)
 
 The gradient of this divergence alone drops modes; a regression on stored pairs of a noise z and the
 sample that the teacher's ODE makes of it keeps all of them:

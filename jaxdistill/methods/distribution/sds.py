@@ -1,4 +1,5 @@
-"""SDS - Score distillation sampling, of DreamFusion: Text-to-3D using 2D Diffusion (arXiv:2209.14988).
+"""SDS - Score distillation sampling, from DreamFusion: Text-to-3D using 2D Diffusion
+(arXiv:2209.14988).
 
 Whatever makes samples x0, a network or the parameters of one scene, is moved along the teacher's
 error in predicting the noise that was added: Diff-Instruct with the score of the sample itself in

@@ -36,7 +36,7 @@ def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
 
 def test_the_gradient_does_not_depend_on_the_scale_of_the_error(plain):
     """Teacher and fake score twice as far from the sample: the same gradient (eq. 8)."""
-    net, ctx, x0, real, fake, _ = plain
+    _, ctx, x0, real, fake, _ = plain
     got = pulled(Normalised(**AT), plain)
     np.testing.assert_allclose(got, (fake - real) / np.abs(x0 - real), rtol=1e-10)
     far = lambda value: lambda x, t, cond=None: Flow().from_x0(x0 + 2 * (value - x0), x, t)

@@ -74,8 +74,8 @@ def test_a_wide_huber_distance_is_the_squared_one(x64):
 
 
 def test_the_distance_is_in_units_of_the_data(x64):
-    """c grows as the root of the number of dimensions: a sample copied into n of them has n / sqrt(n)
-    times the loss.
+    """c grows as the root of the number of dimensions: a sample copied into n of them has
+    n / sqrt(n) times the loss.
     """
     draw = lambda key: jax.random.normal(jax.random.key(key), (5, 1))
     x0, real, fake = (draw(key) for key in range(3))
