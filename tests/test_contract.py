@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdistill.core.step import bound
+from jaxdistill.core.step import all_weights
 from jaxdistill.core.types import Method
 from jaxdistill.run.checkpoint import Checkpoints
 from tests.toys import EIGHT, ROOT, TOYS, every_stage, first_stage, staged
@@ -66,7 +66,7 @@ def test_exactly_the_declared_roles_move(ran):
             moving = {role for i in active for role in turns[i].moves}
             written = set()
             for follow in [turns[i].after for i in active if turns[i].after]:
-                written |= set(jax.eval_shape(follow, bound(run.nets, before), before.step))
+                written |= set(jax.eval_shape(follow, all_weights(before), before.step))
             for role in before.params.keys() - (written - moving):
                 stood_still = same(before.params[role], after.params[role])
                 assert stood_still == (role not in moving), (run.number, role)

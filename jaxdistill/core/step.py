@@ -43,6 +43,10 @@ def init_state(
       start: weights of the frozen roles and of the roles with a warm start.
       inits: role -> the role that it is copied from, or None; by default the method's.
     """
+    # `materialise` gives floating-point arrays in device memory, and `from_source` converts them to
+    # the form that a role's network has (stacked members, say). A role with adapters (`adapts`)
+    # starts from fresh ones, since its base belongs to another role. A source may be a role that
+    # was initialised before in this loop.
     params = {}
     for i, (role, source) in enumerate((inits or method.inits).items()):
         if role in start:
@@ -68,16 +72,19 @@ def init_state(
 def frozen_weights(
     method: Method, nets: Mapping[str, Net], start: Mapping[str, Params]
 ) -> dict[str, Params]:
-    """Frozen role -> its weights in the form that its network keeps them, in new buffers."""
+    """Frozen role -> its weights in the form of its network (quantised, say), in new buffers."""
     kept = {role: nets[role].from_source(start[role]) for role in method.frozen}
     return jax.tree.map(jnp.copy, kept)
 
 
 def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
-    """`fresh` with the weights of `source`; what only `fresh` has keeps its initial values.
+    """`fresh` with the weights of `source`. Weights that `source` lacks stay as initialised.
 
-    Raises Refused where `source` has a weight that `fresh` lacks, or one of another shape. The
-    message calls them `role` and `name`.
+    Args:
+      role, name: what messages call `fresh` and `source`.
+
+    Raises:
+      Refused: `source` has a weight that `fresh` lacks, or one of another shape.
     """
     merged = dict(fresh)
     for key, value in source.items():
@@ -94,13 +101,16 @@ def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
 
 
 def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
-    """Role -> its network with weights bound. "ema_student" is the student's network."""
+    """Role -> its network with weights bound. "ema_student" is the student's network.
+
+    A network gets the weights of all roles, because adapters need those of their base.
+    """
     roles = {role: nets[role.removeprefix("ema_")].bind(role, params) for role in params}
     return SimpleNamespace(**roles)
 
 
-def bound(nets: Mapping[str, Net], state: State) -> dict[str, Params]:
-    """All weights of a state by the name under which losses know them."""
+def all_weights(state: State) -> dict[str, Params]:
+    """All weights of a state, under the names that losses know: roles, and `ema_<role>`."""
     averages = {f"ema_{role}": weights for role, weights in state.ema.items()}
     return {**state.frozen, **state.params, **averages}
 
@@ -120,20 +130,24 @@ def take_turn(
     The order: gather the batch, differentiate, divide by the global count, update, average,
     `turn.after`.
     """
-    weights = bound(nets, state)
+    weights = all_weights(state)
     if turn.gather:
         ctx = Ctx(batch, rng, state.step, state.memory)
         batch = jax.lax.stop_gradient(turn.gather(bind(nets, weights), ctx))
 
     def objective(moving: dict[str, Params], batch: Batch, rng: Array, memory: Mapping[str, Any]):
-        """(loss, (sums, count, memory)), the loss being a sum over `count`."""
+        """(loss, (sums, count, memory)).
+
+        The loss is to be divided by `count`, which is 1 for a mean. `sums` holds (sum, own count)
+        of each metric; its own count is None if it is the count of the loss.
+        """
         out = turn.loss(bind(nets, {**weights, **moving}), Ctx(batch, rng, state.step, memory))
         count = None if out.count is None else jnp.asarray(out.count, jnp.float32)
         sums = {}
         for name, value in {"loss": out.loss, **out.metrics}.items():
             sums[name] = value if isinstance(value, tuple) else (value, count)
-        total = jnp.float32(1) if count is None else count
-        return out.loss, (sums, total, {**memory, **out.memory})
+        divisor = jnp.float32(1) if count is None else count
+        return out.loss, (sums, divisor, {**memory, **out.memory})
 
     moving = {role: state.params[role] for role in turn.moves}
     differentiate = jax.grad(objective, has_aux=True)
@@ -144,6 +158,7 @@ def take_turn(
             differentiate, moving, batch, rng, state.memory, accumulate
         )
     grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
+    # A bank of networks zeroes the gradients of members that are not finite.
     grads = {role: nets[role].sanitise(g) for role, g in grads.items()}
 
     first = turn.moves[0] if turn.moves else "measured"
@@ -157,7 +172,7 @@ def take_turn(
         metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
     state = _update(turn, txs, emas, state.replace(memory=memory), grads)
     if turn.after:
-        changed = turn.after(bound(nets, state), state.step)
+        changed = turn.after(all_weights(state), state.step)
         state = state.replace(params={**state.params, **changed})
     return state, Means(metrics, counts)
 
@@ -198,7 +213,8 @@ def _accumulate(
 ):
     """Sums of gradients, metrics and counts over `n` micro-batches, one after the other.
 
-    Each micro-batch takes every n-th sample, so that no sample leaves its device.
+    Each micro-batch takes every n-th sample: devices hold contiguous parts of the batch, so that
+    every micro-batch has samples on every device and none is moved.
     """
 
     def split(x: Array) -> Array:
@@ -233,11 +249,11 @@ def make_train_step(
     accumulate: int = 1,
     shardings: Any = None,
 ) -> tuple[Callable, Callable[[int], tuple[int, ...]]]:
-    """The train step, and the function that says which turns a step takes.
+    """The train step, and the function that tells which turns a step takes.
 
     Args:
       emas: role -> how its weights are averaged.
-      accumulate: micro-batches a step.
+      accumulate: micro-batches per step.
       shardings: of the state; None leaves them to the compiler.
 
     Returns:
@@ -247,7 +263,7 @@ def make_train_step(
       `active_at(step) -> active`.
 
     Raises:
-      Refused: `emas` has an average of a role whose decay a turn gives.
+      Refused: the config sets the average of a role whose decay the method sets.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}
@@ -266,11 +282,12 @@ def make_train_step(
         metrics = {}
         counts = {}
         for n, i in enumerate(active):
-            if n > 0:  # the next turn starts after this one, or both would hold their memory
+            if n > 0:  # else XLA may overlap turns, which then need device memory at once
                 state, batch = jax.lax.optimization_barrier((state, batch))
             with jax.named_scope(f"turn={i}"):
                 key = jax.random.fold_in(rng, i)
                 state, new = take_turn(turns[i], nets, txs, emas, accumulate, state, batch, key)
+            # a later metric of the same name replaces the earlier one and its count
             counts = {name: count for name, count in counts.items() if name not in new}
             counts |= new.counts
             metrics |= new

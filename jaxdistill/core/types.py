@@ -1,8 +1,9 @@
-"""The vocabulary of the whole library: six types and one base class.
+"""The types that every method uses.
 
 A *role* is the name of a network ("student", "teacher", "fake", "disc").
-A *turn* is one optimiser update: which roles move, on which loss, at which steps.
-A *stage* is a training run inside a method, with optional surgery before it.
+A *step* (engine step) is one call of the train step. It takes one or more turns.
+A *turn* is one optimiser update: the roles that are trained, their loss, the steps that take it.
+A *stage* is a training run inside a method. *Surgery* may change networks and weights before it.
 A *method* is a frozen dataclass of hyper-parameters that lists its turns.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 Array = jax.Array | np.ndarray  # arguments may be either; results are jax.Array
 Params = dict[str, Any]  # nested dict of arrays; the only format of weights in the library
 Batch = Mapping[str, Array]
-Metrics = dict[str, Any]  # name -> scalar, or (sum, count) where a metric has a count of its own
+Metrics = dict[str, Any]  # name -> scalar, or (sum, count) if a metric has its own count
 Nets = SimpleNamespace  # role -> network as a callable with its weights bound
 
 
@@ -43,7 +44,7 @@ def printable(text: str) -> str:
 
 
 def one_line(value: object, most: int = 300) -> str:
-    """A foreign text (an exception, a name in a file) as part of a `Refused` message.
+    """A text from outside (an exception, a name in a file), shortened for a message.
 
     Returns its first line, printable, with at most `most` characters; the name of its type where
     the text is empty.
@@ -115,7 +116,7 @@ class Means(dict):
 class State:
     """Everything that changes during training, and the frozen networks beside it."""
 
-    step: Array  # int32 []: engine steps done
+    step: Array  # int32 []: engine steps so far
     count: dict[str, Array]  # role -> int32 []: optimiser updates of the role so far
     params: dict[str, Params]  # trained roles, float32
     opt: dict[str, Any]  # role -> optax state
@@ -134,7 +135,7 @@ class Ctx:
     memory: Mapping[str, Any]
 
     def key(self, name: str) -> Array:
-        """The random key of a name. It depends on nothing else, so new draws shift no others."""
+        """The random key of a name. Adding another draw to a loss does not change this one."""
         return named_key(self.rng, name)
 
 
@@ -142,9 +143,12 @@ class Out(NamedTuple):
     """The result of a loss.
 
     Without `count`, loss and metrics are means over the (micro-)batch. With `count` they are sums
-    over that many valid tokens or samples, and the engine divides them by the global count, over
-    all micro-batches and all shards. A loss that adds means over different counts needs the counts
-    of the whole batch, which a turn's `gather` can put into the batch.
+    over that many valid tokens or samples. The engine then divides them by the sum of all counts,
+    over micro-batches and shards. A metric with a count of its own is a pair (sum, count).
+
+    A loss such as mean over tokens + mean over samples has no single count. Its turn's `gather`,
+    which sees the full batch, can add both counts to the batch (as arrays [B], since micro-batches
+    split every entry along its first axis), and the loss divides by them.
     """
 
     loss: Array
@@ -165,20 +169,21 @@ def always(step: int) -> bool:
 class Turn:
     """One optimiser update of the roles in `moves` on `loss`.
 
-    A turn without moving roles only measures: its metrics are named `measured/...`, and it may
-    write to the memory.
+    Metrics are named `<first role of moves>/<name>`. With `moves=()` nothing is trained: the turn
+    measures, its metrics are named `measured/<name>`, and it may write to the memory.
     """
 
     moves: tuple[str, ...]
     loss: LossFn
-    # The steps at which the turn is taken. Asked on the host: each combination of active turns is
-    # an XLA program of its own.
+    # Whether a step takes the turn. Called in Python, outside of jit: each combination of turns is
+    # its own XLA program.
     when: Callable[[int], bool] = always
     # Runs before the loss on the whole batch, without gradient, and returns the batch that the loss
     # gets: roll-outs, teacher trajectories.
     gather: Callable[[Nets, Ctx], Batch] | None = None
-    # Runs after the update on all roles' weights, named as for losses (`ema_student`), and returns
-    # new weights of some trained roles: couplings between networks, recordings.
+    # After the update: (weights of all roles, step) -> new weights of some trained roles. Averages
+    # have the names that losses know (`ema_student`). Optimiser states and averages stay. Used to
+    # mix one network into another, or to keep a copy of old weights.
     after: Callable[[Mapping[str, Params], Array], Mapping[str, Params]] | None = None
     # decay(k): the weight of the old average at the role's k-th update, k >= 1, in place of the
     # decay in the config.
@@ -203,8 +208,9 @@ class Stage:
     """One training run of a multi-stage method: surgery, then collection of data, then steps.
 
     `surgery(nets, params, batch) -> (nets, params)` changes networks and weights before the stage.
-    It gets the result of the stage before (averaged weights of roles that have an average). It must
-    be deterministic, because a resumed run calls it again.
+    `params` has the frozen roles and the results of the previous stage (averaged weights, if a role
+    has an average); `batch` is the first training batch. Surgery must be deterministic, because a
+    resumed run calls it again.
     """
 
     method: Method
@@ -216,8 +222,8 @@ class Stage:
 def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
     """Lengths of stages with the sum `steps`.
 
-    `shares` is the number of stages of equal length (the first ones are longer by one where
-    `steps` is no multiple), or the relative length of each stage.
+    `shares` is the number of equally long stages, or the relative length of each stage. If equal
+    lengths do not divide `steps`, the first stages are longer by one: 10 steps, 3 stages: 4, 3, 3.
     """
     if isinstance(shares, int):
         return tuple((steps + i) // shares for i in reversed(range(shares)))
@@ -227,7 +233,10 @@ def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. A method overrides `loss` or `turns`; everything else has a default."""
+    """Base of all methods. A method overrides `loss` or `turns`; everything else has a default.
+
+    The attributes without a type are no fields of configs: a method's class states them.
+    """
 
     # Trained role -> the role whose weights it starts from, or None for fresh weights.
     inits = {"student": "teacher"}
@@ -235,10 +244,11 @@ class Method:
     frozen = ("teacher",)
     # Roles with averaged weights; losses see them as `ema_<role>`.
     ema = ("student",)
-    # How `sample` goes from one time to the next: with fresh noise, or with the predicted noise
-    # (DDIM).
+    # How `sample` goes from one time to the next. True: with fresh noise; False: with the predicted
+    # noise (DDIM).
     renoises = True
-    # Roles that make up the trained generator. Each of several is exported to its own folder.
+    # Roles that make up the trained generator. If there are several, each is exported to its own
+    # folder.
     exports = ("student",)
     # Batch key -> its typed shape (core/needs.py). A batch may hold more.
     needs = {}
@@ -254,11 +264,11 @@ class Method:
 
     @property
     def cycle(self) -> int:
-        """Engine steps that take every turn at least once and update the student once."""
+        """Length of the repeating schedule of turns, in steps; it updates the student once."""
         return 1
 
     def settled(self) -> Method:
-        """This method without turns that are only taken at the beginning (critics alone, say)."""
+        """This method without its first phase (critics alone, say), for plans and benches."""
         return self
 
     def memory(self) -> dict[str, Any]:
@@ -276,11 +286,11 @@ class Method:
         return (Stage(self, steps),)
 
     def controller(self) -> Controller | None:
-        """The host-side part: data mixtures, pass rates, curricula."""
+        """The part in Python that changes the data during training (mixtures, curricula)."""
         return None
 
     def exported(self, net: Any, params: Params) -> tuple[Any, Params]:
-        """Network and weights of an exported role, as PyTorch gets them."""
+        """Network and weights of a role in the form that is exported."""
         return net, params
 
     def generator(self, net: Nets) -> Callable:
@@ -313,7 +323,7 @@ class Method:
 
 
 class Controller:
-    """Host-side state of a method that steers the data. It is part of every checkpoint."""
+    """State of a method, in Python, that changes the data. It is part of every checkpoint."""
 
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
         """Called at each logging interval; returns hints for the data pipeline.

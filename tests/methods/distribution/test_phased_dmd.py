@@ -18,7 +18,7 @@ from configs.recipes import phased_dmd as recipe
 from jaxdistill.core import build, lora, sharding
 from jaxdistill.core.net import make_net
 from jaxdistill.core.sharding import MeshShape
-from jaxdistill.core.step import bind, bound
+from jaxdistill.core.step import all_weights, bind
 from jaxdistill.core.types import Refused
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.data.synthetic import Synthetic
@@ -407,7 +407,7 @@ def follow(method, steps, adapters=(), alike=()):
         {"x": jax.random.normal(jax.random.key(0), (16, 2))},
         steps,
     )
-    weights = [jax.device_get(bound(nets, state)) for state in states]
+    weights = [jax.device_get(all_weights(state)) for state in states]
     return list(zip(weights, weights[1:], metrics))
 
 
