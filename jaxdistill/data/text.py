@@ -1,6 +1,6 @@
 """Text for language models: windows of running text, and prompts with responses, packed or padded.
 
-The arrays of all data sets here, int32 [B T] but for the mask:
+Arrays of the data sets, int32 [B T] except the mask (`Text` has the first two):
   tokens     token ids; padding is the tokenizer's `pad`.
   mask       float32, 1 where the token is a target, to be predicted from the tokens before it. The
              first token of a window or document is never a target.
@@ -48,6 +48,7 @@ class Text(InMemory):
 
     @functools.cached_property
     def codec(self) -> Tokenizer:
+        """The tokenizer, which encodes and decodes text."""
         return load_tokenizer(self.tokenizer)
 
     @property
@@ -57,10 +58,11 @@ class Text(InMemory):
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """The tokens of the full file, int32 [n]."""
-        return self.codec.encode(_read_text(self.existing()))
+        file = self.existing()  # `path` as a Path, checked
+        return self.codec.encode(_read_text(file))
 
     def tokenizer_files(self):
-        return stored_as(self.tokenizer, begins=False)
+        return stored_as(self.tokenizer, begins=False)  # windows have no bos token
 
     def arrays(self, split):
         heldout = round(len(self.tokens) * check_share(self.heldout))
@@ -84,19 +86,21 @@ class JsonLines(InMemory):
     `path` is a file, of which a fixed random share is held out, or a folder with train.jsonl and
     test.jsonl (or .json).
 
-    A document is: bos (where the tokenizer has one), prompt, `between`, response, eos. The response
+    A document is: bos (if the tokenizer has one), prompt, `between`, response, eos. The response
     and eos are targets. Prompts are never cut: a sample whose prompt is too long is left out. A
-    response that is too long loses its end. The log counts both.
+    response that is too long loses its end, eos included. The log reports the numbers of samples
+    left out and of responses cut.
     """
 
     tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
     prompt_key: str = "prompt"
     response_key: str = "response"
     between: str = "\n"  # text between prompt and response; it belongs to the prompt
-    heldout: float = 0.05  # share of the samples, where there is no test file
+    heldout: float = 0.05  # share of the samples, if there is no test file
 
     @functools.cached_property
     def codec(self) -> Tokenizer:
+        """The tokenizer, which encodes and decodes text."""
         return load_tokenizer(self.tokenizer)
 
     @property
@@ -105,12 +109,12 @@ class JsonLines(InMemory):
 
     @property
     def eos(self) -> tuple[int, ...]:
-        """The token that ends a response."""
+        """The token that ends a response, as a tuple: roll-outs may stop at several tokens."""
         return (self.codec.eos,)
 
     @property
     def pad(self) -> int:
-        """The token that fills samples up."""
+        """The padding token."""
         return self.codec.pad
 
     def samples(self, split: str) -> list[tuple[str, str]]:
@@ -119,7 +123,7 @@ class JsonLines(InMemory):
         Raises:
             Refused: on a sample that cannot be read; the message names file and line.
         """
-        path = self.existing()
+        path = self.existing()  # `path` as a Path, checked
         if path.is_file():
             every = self._pairs(path)
             return [every[i] for i in held_out(len(every), self.heldout, split)]
@@ -145,6 +149,7 @@ class JsonLines(InMemory):
         return stored_as(self.tokenizer, begins=True)
 
     def prompt_text(self, question):
+        """The text before the response: prompt and `between`."""
         return question + self.between
 
     def prompt_tokens(self, question: str) -> np.ndarray:
@@ -155,7 +160,7 @@ class JsonLines(InMemory):
     def documents(
         self, split: str, prompt_room: int, response_room: int, room: int
     ) -> list[Document]:
-        """The documents of a split as token ids.
+        """The documents of a split as token ids; their responses may be cut.
 
         Args:
             split: "train" or "test".
@@ -216,7 +221,7 @@ class PackedJson(JsonLines):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PaddedJson(JsonLines):
-    """One document in each sample, with every response at the same column.
+    """One document in each sample, with all responses starting at the same column.
 
     For students that write their own responses. The arrays are those of `pad_documents`, where
     T = prompt_length + response_length.
@@ -234,7 +239,7 @@ class PaddedJson(JsonLines):
 def pad_documents(
     documents: Sequence[Document], width: int, length: int, pad: int
 ) -> dict[str, np.ndarray]:
-    """One document a sample: the prompt ends and the response starts at column `width`.
+    """One document per sample, with all responses starting at column `width`.
 
     Prompts are padded on the left and responses on the right.
 
@@ -277,7 +282,7 @@ def _place(
     arrays["tokens"][at] = np.concatenate([prompt, response])
     arrays["segments"][at] = number
     arrays["positions"][at] = np.arange(size)
-    # Without a prompt the first token of the response is no target.
+    # Without a prompt the first token of the response is not a target.
     arrays["mask"][at] = np.arange(size) >= max(len(prompt), 1)
 
 
@@ -310,7 +315,7 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def _file(folder: Path, split: str) -> Path | None:
-    """The file of a split in a folder; None where there is none."""
+    """The file of a split in a folder; None if it does not exist."""
     for file in (folder / f"{split}.jsonl", folder / f"{split}.json"):
         if file.is_file():
             return file
@@ -321,7 +326,7 @@ def _read_text(file: Path) -> str:
     """The text of a file, without a byte order mark and with "\\n" at the end of every line.
 
     Raises:
-        Refused: where the file is missing or is not UTF-8.
+        Refused: the file is missing or is not UTF-8.
     """
     if file.is_dir():
         raise Refused(f"data.path={file}: a folder, expected a text file")
@@ -344,9 +349,9 @@ def _read_text(file: Path) -> str:
 
 
 def _objects(file: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line of JSON, or of each item where the file is one JSON list.
+    """(where, value) of each line of JSON, or of each item if the file is one JSON list.
 
-    `where` is what messages call the place: the file with the number of the line or item.
+    `where` is the place in messages: the file with the number of the line or item.
     """
     text = _read_text(file)
     if text.lstrip().startswith("["):
@@ -362,10 +367,16 @@ def _objects(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _loaded(text: str, where: str, file: Path, line: int | None) -> Any:
-    """The value of a text in JSON, which is this line of the file, or all of it (None).
+    """The value of a JSON text.
+
+    Args:
+        text: a line of the file, or the complete file.
+        where: the place in messages.
+        file: the file that `text` is from.
+        line: the line's number; None if `text` is the complete file.
 
     Raises:
-        Refused: where it cannot be read.
+        Refused: `text` is not JSON, or cannot be read.
     """
     try:
         return json.loads(text)
@@ -374,15 +385,15 @@ def _loaded(text: str, where: str, file: Path, line: int | None) -> Any:
         raise Refused(
             f"{file}:{at}: expected JSON ({error.msg} at column {error.colno})"
         ) from error
-    except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+    except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
         raise Refused(f"{where}: JSON that cannot be read ({one_line(error)})") from error
 
 
 def _encodable(item: Any, where: str, source: str) -> Any:
-    """The item itself, which was read from the JSON text `source`.
+    """Returns `item` unchanged; it was read from the JSON text `source`.
 
     Raises:
-        Refused: where a character is half of a surrogate pair, which no encoding can write.
+        Refused: a character is half of a surrogate pair, which no encoding can write.
     """
     if "\\ud" not in source.lower():  # JSON writes such a character by an escape sequence
         return item
@@ -397,7 +408,7 @@ def _encodable(item: Any, where: str, source: str) -> Any:
 
 
 def _field(item: Any, key: str, where: str) -> str:
-    """The text under a key of a JSON object. Raises Refused where there is none."""
+    """The text under a key of a JSON object. Raises Refused if there is none."""
     if not isinstance(item, dict):
         raise Refused(f"{where}: expected a JSON object with {key!r}, found {str(item)[:40]!r}")
     if key not in item:
@@ -407,7 +418,7 @@ def _field(item: Any, key: str, where: str) -> str:
 
 
 def _text(value: Any, where: str, place: str = "") -> str:
-    """The value itself. Raises Refused where it is no text."""
+    """Returns `value` unchanged. Raises Refused if it is not text."""
     if not isinstance(value, str):
         raise Refused(f"{where}: expected text{place}, found {str(value)[:40]!r}")
     return value

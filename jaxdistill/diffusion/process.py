@@ -1,11 +1,12 @@
 """Noising processes x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), and predictions of a denoiser
 about x_t.
 
-A process is a pair (alpha, sigma); derivatives come from forward-mode differentiation. Two
-processes differ by a map of times and a scale, so each also inverts its
-`angle` = atan2(sigma, alpha), which is finite at both ends.
+A process is a pair (alpha, sigma); derivatives come from forward-mode differentiation. The
+states of two processes differ by a map of times and a scale. Each process therefore provides
+`time`, the inverse of its `angle` = atan2(sigma, alpha): equal angles are equal noise levels, which
+maps times between processes. The angle is finite at both ends, unlike the log-SNR.
 
-Times are one for each sample, [B], or a scalar; `expand` gives them the axes of a sample.
+Times are given per sample, [B], or as a scalar; `expand` gives them the axes of a sample.
 """
 
 from __future__ import annotations
@@ -26,17 +27,20 @@ def expand(t: Shaped[Array, "*T"], x: Shaped[Array, "*_"]) -> Shaped[Array, "*T 
 
 
 def magnitude(t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
-    """|t|, with derivative 1 at 0: the noise level of a signed time."""
+    """|t|, with derivative 1 at 0: the noise level of a signed time.
+
+    Times are negative only in TwinFlow, for the flow that ends in the student's own samples.
+    """
     return jnp.where(t < 0, -t, t)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pred:
-    """One prediction in every parameterisation, in the process that the caller works in.
+    """One prediction in every parameterisation, for the process that the caller works in.
 
-    jit removes the fields that are not used. Each is affine in the network's output, hence guidance
-    may extrapolate each of them.
+    jit removes the fields that are not used. All but `features` are affine in the network's output,
+    so guidance may extrapolate any of them.
     """
 
     x0: Array
@@ -48,8 +52,9 @@ class Pred:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """Base of all processes. A subclass gives `alpha_sigma`, and its inverse `time`, on
-    `t_min`..`t_max`.
+    """Base of all processes.
+
+    A subclass gives `alpha_sigma`, and `time`, the inverse of `angle`, on `t_min`..`t_max`.
     """
 
     def alpha_sigma(
@@ -64,7 +69,7 @@ class Process:
 
     @property
     def t_min(self) -> float:
-        """The cleanest time that is sampled from."""
+        """Smallest time at which the network is called."""
         return 0.0
 
     @property
@@ -73,9 +78,10 @@ class Process:
         return 1.0
 
     def grid(self, steps: int) -> Shaped[Array, " {steps}+1"]:
-        """The times at which sampling in `steps` steps usually evaluates the network, and the end.
+        """The usual times of a sampler with `steps` steps, from t_max to the end.
 
-        Here they fall evenly from t_max to t_min.
+        The network is evaluated at all but the last time. In this base class they are evenly spaced
+        from t_max down to t_min.
         """
         return jnp.linspace(self.t_max, self.t_min, steps + 1)
 
@@ -94,7 +100,9 @@ class Process:
     def lam(self, t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
         """Half log-SNR, log(alpha / sigma)."""
         a, s = self.alpha_sigma(t)
-        return jnp.log(jnp.maximum(a, 0.0)) - jnp.log(s)  # cos(pi/2) rounds to less than 0
+        # Rounding may make alpha negative at t_max (cos(pi/2) in float32): lambda is then -inf, not
+        # nan.
+        return jnp.log(jnp.maximum(a, 0.0)) - jnp.log(s)
 
     def time_of_lam(self, lam: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
         """Inverse of `lam`."""
@@ -114,10 +122,10 @@ class Process:
         """Unit Gaussian noise as a state at t_max."""
         return self.add_noise(jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype))
 
-    def starts(self, t: float) -> bool:
-        """Whether a network may be given the result of `start` as a state at time t.
+    def may_start_at(self, t: float) -> bool:
+        """True if a network may be given the result of `start` as a state at time t.
 
-        It may at any time where states have about the same size at all times.
+        This holds for every t in processes whose states have about the same size at all times.
         """
         return True
 
@@ -200,11 +208,12 @@ class Process:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flow(Process):
-    """Rectified flow: (1 - t', t') on [0, 1] with t' = shift t / (1 + (shift - 1) t); t = 1 is
-    noise.
+    """Rectified flow: (1 - t', t') on [0, 1] with t' = shift t / (1 + (shift - 1) t).
+
+    t = 1 is noise.
     """
 
-    # lambda moves by -log(shift). 1: none; SD3 at 1024 pixels: 3; video: 5 to 12
+    # Moves the half log-SNR by -log(shift). 1: no shift; SD3 at 1024 pixels: 3; video: 5 to 12
     shift: float = 1.0
 
     def alpha_sigma(self, t):
@@ -218,8 +227,9 @@ class Flow(Process):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trig(Process):
-    """TrigFlow (sCM, arXiv:2410.11081): (cos t, sigma_data sin t) on [0, pi/2]; velocity =
-    sigma_data F.
+    """TrigFlow (sCM, arXiv:2410.11081): (cos t, sigma_data sin t) on [0, pi/2].
+
+    The velocity is sigma_data F, with F the network of sCM.
     """
 
     sigma_data: float = 0.5
@@ -254,11 +264,12 @@ class EDM(Process):
         """`steps` noise levels from sigma_max to sigma_min, then 0 (eq. 5 with rho = 7)."""
         top = self.sigma_max ** (1 / 7)
         bottom = self.sigma_min ** (1 / 7)
-        share = jnp.arange(steps) / max(steps - 1, 1)
-        return jnp.append((top + share * (bottom - top)) ** 7, 0.0)
+        fraction = jnp.arange(steps) / max(steps - 1, 1)
+        levels = (top + fraction * (bottom - top)) ** 7
+        return jnp.append(levels, 0.0)
 
-    def starts(self, t):
-        """A state has the size of its noise, so t must be within a factor of 2 of sigma_max."""
+    def may_start_at(self, t):
+        """A state has the size of its noise, so t must be at least half of sigma_max."""
         return t >= self.sigma_max / 2
 
     def alpha_sigma(self, t):
@@ -269,7 +280,7 @@ class EDM(Process):
 
 
 class VariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise at every time.
+    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise if the data have unit variance.
 
     Hence sampling starts from unit noise, and not from sigma times such noise, although some
     processes of this kind end at alpha > 0 (Stable Diffusion's at 0.068).
@@ -281,7 +292,7 @@ class VariancePreserving(Process):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VP(VariancePreserving):
-    """Linear beta(t) (score SDE): alpha = exp(-t^2 (b1 - b0) / 4 - t b0 / 2)."""
+    """Linear beta(t) (score SDE): alpha = exp(-t^2 (beta_max - beta_min) / 4 - t beta_min / 2)."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -297,8 +308,10 @@ class VP(VariancePreserving):
     def time(self, angle):
         log_alpha = -0.5 * jnp.log1p(jnp.tan(angle) ** 2)
         slope = self.beta_max - self.beta_min
-        b0 = self.beta_min
-        return -4 * log_alpha / (jnp.sqrt(b0**2 - 4 * slope * log_alpha) + b0)
+        # The positive root t of slope t^2 / 4 + beta_min t / 2 + log_alpha = 0, in the form without
+        # the cancellation of sqrt(...) - beta_min at small t.
+        root = jnp.sqrt(self.beta_min**2 - 4 * slope * log_alpha)
+        return -4 * log_alpha / (root + self.beta_min)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -319,23 +332,28 @@ class CosineVP(VariancePreserving):
     def alpha_sigma(self, t):
         phase = jnp.pi / 2 * (t + self.offset) / (1 + self.offset)
         alpha = jnp.cos(phase) / np.cos(self.first_phase)
-        # 1 - alpha as a product, which keeps its precision near t = 0
-        mean = jnp.sin((phase + self.first_phase) / 2)
-        half_gap = jnp.sin(jnp.pi / 4 * t / (1 + self.offset))
-        rest = 2 * mean * half_gap / np.cos(self.first_phase)
-        return alpha, jnp.sqrt(rest * (1 + alpha))
+        # 1 - alpha from cos(a) - cos(b) = 2 sin((a + b)/2) sin((b - a)/2) with a = first_phase and
+        # b = phase, which keeps its precision near t = 0
+        sin_mean = jnp.sin((phase + self.first_phase) / 2)
+        sin_half_difference = jnp.sin(jnp.pi / 4 * t / (1 + self.offset))
+        one_minus_alpha = 2 * sin_mean * sin_half_difference / np.cos(self.first_phase)
+        return alpha, jnp.sqrt(one_minus_alpha * (1 + alpha))
 
     def time(self, angle):
         cos = np.cos(self.first_phase)
         sin = np.sin(self.first_phase)
+        # cos(phase) = cos(first_phase) cos(angle), hence
+        # sin(phase)^2 = sin(first_phase)^2 + (cos(first_phase) sin(angle))^2.
+        # Unlike arccos, arctan2 of the two is precise at small angles.
         phase = jnp.arctan2(jnp.sqrt(sin**2 + (cos * jnp.sin(angle)) ** 2), cos * jnp.cos(angle))
         return (phase - self.first_phase) * 2 / jnp.pi * (1 + self.offset)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPM(VariancePreserving):
-    """Discrete betas as a process in continuous time: t in [0, 1] is the index (steps - 1) t, with
-    angles interpolated between the indices.
+    """Discrete betas as a process in continuous time.
+
+    Time t in [0, 1] is the index (steps - 1) t; angles are interpolated between the indices.
 
     Defaults are DDPM's linear betas; Stable Diffusion has `scaled=True, beta_min=0.00085,
     beta_max=0.012`.

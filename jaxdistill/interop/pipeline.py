@@ -1,8 +1,8 @@
 """Text to pictures and videos by a pipeline folder of diffusers and a few-step sampler.
 
 A pipeline has a text encoder, which makes the condition; a denoiser, which the sampler evaluates a
-few times and which a distilled student may replace; and an autoencoder, which makes pixels of
-latents. The folder's networks are loaded here. Supported classes: Stable Diffusion XL, SANA,
+few times and which a distilled student may replace; and an autoencoder, which leads from latents
+to pixels. The folder's networks are loaded here. Supported classes: Stable Diffusion XL, SANA,
 Qwen-Image and Wan (2.1, and 2.2 with two experts).
 """
 
@@ -70,8 +70,10 @@ DDPM_SCHEDULERS = (
     "DPMSolverMultistepScheduler",
     "DEISMultistepScheduler",
 )
+FRESH_NOISE = ""  # the solver of samplers.fewstep that renoises x0 with fresh noise
+
 SHIFT = above(0, 1e6)
-# What the keys of scheduler_config.json may hold
+# What the keys of scheduler_config.json may hold; `_class_name` is also one of model_index.json.
 SCHEDULER_KINDS: dict[str, Kind] = {
     "_class_name": WORD,
     "prediction_type": maybe(WORD),
@@ -91,25 +93,25 @@ SCHEDULER_KINDS: dict[str, Kind] = {
 class Pipeline:
     """A pipeline folder and its loaded networks; made by `load`, called on prompts.
 
-    A subclass is a class of pipelines. It says what its networks are called and how a prompt
-    becomes the denoiser's condition.
+    There is one subclass per diffusers pipeline class. It has the names of the networks, and it
+    turns a prompt into the denoiser's condition.
     """
 
     folder: Path
     index: dict[str, Any]  # the content of model_index.json
     parts: dict[str, tuple[Net, Params]]  # networks and their weights by diffusers' names
-    student: str | Path = ""  # the folder of the denoiser where it is not the pipeline's own
-    # compiled functions by what they do
+    student: str | Path = ""  # the folder of the denoiser if it is not the pipeline's own
+    # compiled functions by key
     _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
-    # Names of the denoisers: where there are two, the first serves times from `boundary_ratio` on
+    # Names of the denoisers. If there are two, the first serves times >= boundary_ratio.
     denoisers = ("transformer",)
     # Names of the text encoders
     texts = ("text_encoder",)
     # The schedulers and kinds of prediction whose times and outputs are supported
     schedulers = FLOW_SCHEDULERS
     predictions = ("flow_prediction",)
-    # How the denoiser's output is read
+    # The parameterisation of the denoiser's output
     param = Velocity(time_scale=1000.0)
     # The process that the denoiser was trained on; all times here are times of it
     process: ClassVar[Process] = Flow()
@@ -139,8 +141,8 @@ class Pipeline:
             renoises: Whether the noise between two times is fresh, or the predicted one (DDIM).
             guidance: Scale w of null + w (cond - null); other than 1, twice the evaluations.
             negative: The prompt of the null condition.
-            noise: The first state as it stands, of the shape `latents`; None: unit Gaussian, drawn
-                from `key`.
+            noise: The noise that the sampler starts from, of the shape `latents`, not scaled any
+                more; None: unit Gaussian, drawn from `key`.
             key: For all draws; None: key 0.
 
         Returns:
@@ -164,10 +166,10 @@ class Pipeline:
     def _conditions(
         self, prompts: list[str], negatives: list[str], size: tuple[int, int]
     ) -> tuple[dict[str, Array], dict[str, Array] | None]:
-        """(condition, null condition) with a sample for each prompt; null is None without negative
-        prompts.
+        """(condition, null condition), one sample per prompt.
 
-        Equal prompts are encoded once.
+        Null is None without negative prompts, of which there is at most one. Equal prompts are
+        encoded once.
         """
         texts = list(dict.fromkeys(prompts))
         encoded = self.encode(texts, negatives, size)
@@ -176,21 +178,23 @@ class Pipeline:
             return jax.tree.map(lambda array: array[np.array(places)], encoded)
 
         cond = take([texts.index(prompt) for prompt in prompts])
+        # The one negative prompt comes after the texts.
         null = take([len(texts)] * len(prompts)) if negatives else None
         return cond, null
 
     def encode(
         self, prompts: list[str], negatives: list[str], size: tuple[int, int]
     ) -> dict[str, Array]:
-        """The denoiser's condition for pictures of `size` (height, width), batched over the prompts
-        and, behind them, the negative prompts.
+        """The denoiser's condition for pictures of `size` (height, width).
+
+        The batch has the prompts first, then the negative prompts.
         """
         raise NotImplementedError
 
     def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
         """The shape of `count` samples of the denoiser.
 
-        Raises Refused where the size or the number of frames is none that the networks can make.
+        Raises Refused if the size or the number of frames cannot be made by the networks.
         """
         if any(n % self.down for n in size):
             raise Refused(f"size={size}: expected multiples of {self.down}")
@@ -200,10 +204,9 @@ class Pipeline:
         return (count, size[0] // self.down, size[1] // self.down, net.config.latents)
 
     def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
-        """The times [steps] at which the scheduler's config evaluates the denoiser: even steps of
-        the flow, shifted.
+        """The times [steps] that the scheduler's config prescribes: evenly spaced, then shifted.
 
-        Raises Refused where they do not fall from at most 1 to at least 0.
+        Raises Refused if they are not falling within 0..1.
         """
         config = self.scheduler
         even = np.linspace(1, 1 / _positive(steps), steps)
@@ -214,14 +217,12 @@ class Pipeline:
             shift = config.get("shift", config.get("flow_shift") or 1.0)
         times = shift * even / (1 + (shift - 1) * even)
         end = config.get("shift_terminal")
-        if end and steps > 1:  # a single time is 1, which the stretch to `end` leaves where it is
+        if end and steps > 1:  # a single time is 1: nothing to stretch (and 0/0)
             times = 1 - (1 - times) * (1 - end) / (1 - times[-1])
         return self._falling(times)
 
     def _falling(self, times: np.ndarray) -> np.ndarray:
-        """`times`. Raises Refused where they do not fall within 0..1, so that no sampler could step
-        from one to the next.
-        """
+        """Returns `times` unchanged. Raises Refused if they are not falling within 0..1."""
         falls = np.isfinite(times).all() and (np.diff(times) < 0).all()
         if not (falls and times[-1] >= 0 and times[0] <= 1):
             first = ", ".join(f"{t:.4g}" for t in times[:8])
@@ -235,8 +236,8 @@ class Pipeline:
     def scheduler(self) -> dict[str, Any]:
         """The scheduler's config.
 
-        Raises Refused where its class or its prediction is not supported, or a value is none that a
-        scheduler can have.
+        Raises Refused if its class or its prediction is not supported, or if a value is not one
+        that a scheduler can have.
         """
         file = self._scheduler_file
         config = read_json(file)
@@ -250,13 +251,13 @@ class Pipeline:
         if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
             raise Refused(
                 f"{file}: base_image_seq_len and max_image_seq_len are equal, expected two lengths "
-                "to go between"
+                "to interpolate between"
             )
         return config
 
     @property
     def _scheduler_file(self) -> Path:
-        """The student's scheduler_config.json where it has one, else the pipeline's."""
+        """The student's scheduler_config.json if it has one, else the pipeline's."""
         own = self.folder / SCHEDULER
         if self.student and (Path(self.student) / SCHEDULER).exists():
             return Path(self.student) / SCHEDULER
@@ -269,7 +270,7 @@ class Pipeline:
 
     @property
     def down(self) -> int:
-        """Pixels along a side of a latent."""
+        """Pixels along a side of a picture per latent."""
         net, _ = self.vae
         return net.config.down
 
@@ -281,11 +282,12 @@ class Pipeline:
         taps: tuple[int, ...] = (),
         **arrays: Any,
     ) -> Any:
-        """A method of one of the networks, compiled once.
+        """Calls a method of one network, compiled once.
 
-        Raises Refused where a text encoder is given a token that its vocabulary does not have.
+        Raises Refused if a text encoder is given a token that its vocabulary does not have.
         """
         net, params = self.parts[name]
+        # A numpy array holds tokens; a jax array holds features, for `pool`.
         if name in self.texts and isinstance(args[0], np.ndarray):
             self._check_tokens(name, args[0])
         options = {"taps": taps} if taps else {}
@@ -303,8 +305,10 @@ class Pipeline:
     def network(self, weights: Mapping[str, Params]) -> Callable:
         """The denoiser, `(x, t, cond) -> Pred` in `self.process`; of two, each serves its times.
 
-        `weights` are those of the denoisers by name.
+        Args:
+            weights: The weights of the denoisers by name.
         """
+        # `wrap` makes a denoiser in a process of a network and its parameterisation.
         wrap = Denoiser(param=self.param, native=self.process).wrap
         experts = []
         for name, params in weights.items():
@@ -313,6 +317,7 @@ class Pipeline:
         if len(experts) == 1:
             return experts[0]
         boundary = float(self.index["boundary_ratio"])
+        # All samples have the same time, so only one expert runs.
         return by_time(experts, (boundary,), shared=True)
 
     def sample(
@@ -326,7 +331,7 @@ class Pipeline:
         guidance: float,
     ) -> Array:
         """The denoiser's x0 at the last of `times`; arguments as of `__call__`."""
-        solver = "" if renoises else "ddim"
+        solver = FRESH_NOISE if renoises else "ddim"
 
         def run(weights, cond, null, noise, times, key):
             net = self.network(weights)
@@ -355,22 +360,24 @@ class Pipeline:
         return np.asarray(self._compiled("pixels", run)(params, x0))
 
     def _compiled(self, name: Any, function: Callable) -> Callable:
-        """The compiled function of that name; `function` where there is none yet."""
+        """The program under this name; compiles `function` on the first call under it."""
         if name not in self._programs:
             self._programs[name] = jax.jit(function)
         return self._programs[name]
 
 
 def _positive(steps: int) -> int:
-    """`steps`. Raises Refused where it is no whole number of at least 1."""
+    """Returns `steps` unchanged. Raises Refused if it is not a whole number of at least 1."""
     if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
         raise Refused(f"steps={steps}: expected a positive whole number")
     return steps
 
 
 def _log_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """The logarithm of the shift for a picture of `tokens` patches: a line through the shifts of
-    two resolutions, as FlowMatchEulerDiscreteScheduler has it.
+    """The logarithm of the shift for a picture of `tokens` patches.
+
+    It is a line through the logarithms of the shifts at two resolutions, as in diffusers'
+    FlowMatchEulerDiscreteScheduler.
     """
     low = config.get("base_shift", 0.5)
     high = config.get("max_shift", 1.15)
@@ -382,7 +389,7 @@ def _log_shift(config: Mapping[str, Any], tokens: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class StableDiffusionXL(Pipeline):
-    """Two CLIP text towers side by side; DDPM, where index i of 1000 is the time i / 999."""
+    """Two CLIP text towers side by side; DDPM, whose index i of 1000 is the time i / 999."""
 
     denoisers = ("unet",)
     texts = ("text_encoder", "text_encoder_2")
@@ -392,14 +399,15 @@ class StableDiffusionXL(Pipeline):
 
     @property
     def param(self) -> Velocity:
-        """How the denoiser's output is read, as the scheduler's config says."""
+        """The parameterisation of the denoiser's output, from the scheduler's config."""
         kind = self.scheduler.get("prediction_type") or "epsilon"
         return PREDICTIONS[kind](time_scale=999.0)
 
     def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
-        """Even steps down from the last index ("trailing" in diffusers).
+        """Evenly spaced indices down from the scheduler's last one ("trailing" in diffusers).
 
-        A one-step student's scheduler ends at the student's own index, so that this is its time.
+        The scheduler of a one-step student ends at the index that the student was trained at, so
+        this index is its time.
         """
         count = self.scheduler.get("num_train_timesteps", 1000)
         numbers = np.round(np.arange(count, 0, -count / _positive(steps)))[:steps]
@@ -408,8 +416,10 @@ class StableDiffusionXL(Pipeline):
     def encode(
         self, prompts: list[str], negatives: list[str], size: tuple[int, int]
     ) -> dict[str, Array]:
-        """Features of the last layer but one of both towers, the second tower's summary, and the
-        size. An empty negative prompt is zeros where the pipeline's index says so.
+        """Features of the next to last layer of both towers, the second's pooled output, the size.
+
+        An empty negative prompt is zeros if model_index.json says so
+        (`force_zeros_for_empty_prompt`).
         """
         texts = [*prompts, *negatives]
         features = []
@@ -418,12 +428,13 @@ class StableDiffusionXL(Pipeline):
             tokens, _ = tokenize(self.folder / tokenizer, texts, net.config.max_length)
             states, (penultimate,) = self.run(name, tokens, taps=(net.config.depth - 2,))
             features.append(penultimate)
+        # `states` and `tokens` are those of the second tower, which the loop ends with.
         pooled = self.run("text_encoder_2", states, tokens, method="pool")
         zeros = self.index.get("force_zeros_for_empty_prompt")
         is_given = [True] * len(prompts) + [bool(text) or not zeros for text in negatives]
         given = np.array(is_given)[:, None]
         height, width = size
-        # the original size, the corner of the crop, and the size that is asked for
+        # the original size, the crop's top left corner, and the target size; each (height, width)
         sizes = jnp.float32([height, width, 0, 0, height, width])
         return {
             "text": jnp.concatenate(features, -1) * given[..., None],
@@ -446,13 +457,15 @@ class Sana(Pipeline):
     def encode(
         self, prompts: list[str], negatives: list[str], size: tuple[int, int]
     ) -> dict[str, Array]:
-        """Features of `length` tokens of each text; the instruction stands before the prompts
-        alone.
+        """Features of `length` tokens of each text.
+
+        The instruction is put before the prompts, not before negative prompts.
         """
         length = self.length
         if self.instruction:
             tokens, _ = tokenize(self.folder / "tokenizer", [self.instruction], None)
-            # as in the released pipeline: the begin token and a blank count once
+            # As in the released pipeline: minus 2, because the begin token and a blank are in both
+            # counts.
             length = self.length + tokens.shape[1] - 2
         encoded = self._features(self.instruction, prompts, length)
         if not negatives:
@@ -461,8 +474,9 @@ class Sana(Pipeline):
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), encoded, null)
 
     def _features(self, before: str, prompts: list[str], length: int) -> dict[str, Array]:
-        """Features of the first token and the last ones of `length`, `self.length` in all, for
-        texts that begin with `before`.
+        """Features of texts that begin with `before`, `self.length` tokens of each.
+
+        Of the `length` tokens of a text, the first and the last self.length - 1 are kept.
         """
         texts = [before + prompt.lower().strip() for prompt in prompts]
         tokens, mask = tokenize(self.folder / "tokenizer", texts, length)
@@ -478,7 +492,10 @@ class QwenImage(Pipeline):
     def encode(
         self, prompts: list[str], negatives: list[str], size: tuple[int, int]
     ) -> dict[str, Array]:
-        """Features of the tokens behind the template's prefix; padding is zero and masked."""
+        """Features of the tokens after the template's prefix.
+
+        Features of padding are zero, and masked.
+        """
         texts = [QWEN_TEMPLATE.format(prompt) for prompt in (*prompts, *negatives)]
         longest = 1024 + QWEN_PREFIX
         tokens, mask = tokenize(self.folder / "tokenizer", texts, longest, to_longest=True)
@@ -486,7 +503,7 @@ class QwenImage(Pipeline):
         return {"text": features[:, QWEN_PREFIX:], "mask": jnp.asarray(mask[:, QWEN_PREFIX:])}
 
     def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
-        """As of all pipelines, where the denoiser takes patches of two by two latents."""
+        """As in the base class, with sizes that the denoiser's patches of 2 x 2 latents fill."""
         if any(n % (2 * self.down) for n in size):
             raise Refused(f"size={size}: expected multiples of {2 * self.down}")
         return super().latents(count, size, frames)
@@ -496,7 +513,7 @@ class QwenImage(Pipeline):
 class Wan(Pipeline):
     """UMT5's features of the prompt; latents of videos.
 
-    With two experts, the first serves times from the index's boundary_ratio on.
+    With two experts, the first serves times >= the boundary_ratio of model_index.json.
     """
 
     denoisers = ("transformer", "transformer_2")
@@ -507,6 +524,7 @@ class Wan(Pipeline):
         """Features of 512 tokens, of texts without HTML's escapes and repeated blanks."""
         texts = []
         for prompt in (*prompts, *negatives):
+            # twice, as in the released pipeline: "&amp;lt;" becomes "<"
             plain = html.unescape(html.unescape(prompt))
             texts.append(re.sub(r"\s+", " ", plain).strip())
         tokens, mask = tokenize(self.folder / "tokenizer", texts, 512)
@@ -517,6 +535,7 @@ class Wan(Pipeline):
         further group of frames.
         """
         net, _ = self.vae
+        # `temporal` has a flag per change of resolution: whether it halves the frames too.
         group = 2 ** sum(net.config.temporal)
         if frames % group != 1:
             raise Refused(f"frames={frames}: expected 1 more than a multiple of {group}")
@@ -541,7 +560,7 @@ def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32"
         dtype: Of all weights.
 
     Raises:
-        Refused: `folder` holds no pipeline, or one of another class; a part is missing, or
+        Refused: `folder` holds no pipeline, or its class is not supported; a part is missing, or
             `interop.load` refuses it; the student is a network of another kind.
     """
     folder = Path(folder)
@@ -561,12 +580,12 @@ def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32"
         boundary = {"boundary_ratio": index.get("boundary_ratio")}
         check(boundary, file, {"boundary_ratio": real(0, 1)})
     if made._scheduler_file.exists():
-        _ = made.scheduler  # which is checked when it is read
+        _ = made.scheduler  # reading it checks it
     return made
 
 
 def _check_student(student: str | Path, denoiser: Path) -> None:
-    """Raises Refused where the student's network is of another class than the denoiser."""
+    """Raises Refused if the student's network is of another class than the denoiser."""
     found = type(interop.describe(student))
     expected = type(interop.describe(denoiser))
     if found is not expected:
@@ -579,11 +598,11 @@ def _check_student(student: str | Path, denoiser: Path) -> None:
 def _load_parts(
     kind: type[Pipeline], folder: Path, index: dict[str, Any], student: str | Path, dtype: str
 ) -> dict[str, tuple[Net, Params]]:
-    """The networks that the index names. Raises Refused where an entry names no class."""
+    """The networks that model_index.json names. Raises Refused if an entry names no class."""
     first, *others = kind.denoisers
     parts = {}
     for name in (*kind.texts, first, *others, "vae"):
-        entry = index.get(name) or [None]
+        entry = index.get(name) or [None]  # [null, null] means that the part is absent
         if not isinstance(entry, list):
             raise Refused(
                 f"{folder / 'model_index.json'}: {name} is {quoted(entry)}, expected a library and "
@@ -605,7 +624,7 @@ def tokenize(
         folder: The tokenizer's.
         texts: B texts.
         length: T, at which texts are cut; None: they are not cut.
-        to_longest: Whether T is the longest text's length instead, where that is smaller.
+        to_longest: Whether texts are padded to the longest one instead of to `length`.
 
     Returns:
         Tokens int32 [B T] and a mask bool [B T], false on padding.
@@ -629,5 +648,5 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, loaded once."""
     found = stored_tokenizer(folder, padding_side="right")
     if found.pad_token_id is None:
-        raise Refused(f"tokenizer={folder}: has no pad token, which fills the prompts up")
+        raise Refused(f"tokenizer={folder}: has no pad token, expected one for padding")
     return found

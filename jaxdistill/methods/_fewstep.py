@@ -38,7 +38,7 @@ class FewStep(Method):
         if not falling(times, top):
             expected = f"expected falling times, at most {top} and above 0"
             raise Refused(f"method.student_times={times}: {expected}")
-        if not self.process.starts(times[0]):
+        if not self.process.may_start_at(times[0]):
             expected = f"{self.process} starts at t={top}; expected a first time near it"
             raise Refused(f"method.student_times={times}: {expected}")
 

@@ -1,4 +1,8 @@
-"""What the model families share: layers with named axes, norms, embeddings, positions, stacks."""
+"""What the model families share: layers with named axes, norms, embeddings, positions, stacks.
+
+The *store* of a layer is its cache of keys and values for decoding. Shapes of stores: B samples,
+G key/value heads, S slots (the most tokens that the store can hold), K channels of a head.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,8 @@ def dense(
 ) -> nnx.Linear:
     """A linear map whose kernel [i, o] has two logical axis names.
 
-    Weights are float32; `dtype` is that of the arithmetic.
+    The names are for sharding; core/sharding.py, Rules, lists those that are sharded. Weights are
+    float32; `dtype` is that of the arithmetic.
     """
     named = nnx.with_partitioning
     return nnx.Linear(
@@ -54,7 +59,11 @@ def dense(
 
 
 def _project(x: Array, kernel: Array, *_, **__) -> Array:
-    """`project` as nnx calls a dot_general: over the last axis of x and the kernel's first."""
+    """core.rows.project with the signature of a dot_general, for nnx.Linear.
+
+    The dimension numbers and the precision that nnx passes are ignored: nnx.Linear always contracts
+    the last axis of x with the first axis of the kernel.
+    """
     return project(x, kernel)
 
 
@@ -67,7 +76,7 @@ def rms_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None) -> nnx.
 def layer_norm(
     dim: int, *, rngs: nnx.Rngs, eps: float = 1e-5, bias: bool = True, dtype=None
 ) -> nnx.LayerNorm:
-    """Layer norm over the last axis with a gain, and with a bias where `bias`.
+    """Layer norm over the last axis with a gain, and with a bias if `bias` is set.
 
     Statistics are float32.
     """
@@ -156,9 +165,9 @@ def embedding(
 ) -> nnx.Embed:
     """A table [count, dim] of N(0, std^2).
 
-    Its first axis is named "vocab" where tokens are looked up, "index" where anything else is
-    (labels, positions, types): a table of the latter kind is replicated along that axis, and weight
-    decay leaves it out.
+    Its first axis is named "vocab" if tokens are looked up in it, and "index" for anything else
+    (labels, positions, token types). A table of the latter kind is replicated along that axis, and
+    it is not decayed.
     """
     init = nnx.with_partitioning(nnx.initializers.normal(std), names)
     return nnx.Embed(count, dim, rngs=rngs, embedding_init=init)
@@ -167,8 +176,8 @@ def embedding(
 def lookup(table: nnx.Embed, index: Integer[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of the table.
 
-    The table's second axis is gathered first: a look-up in a table that is sharded along both axes
-    makes XLA rematerialise all of it.
+    The second axis is all-gathered first, because otherwise XLA replicates the complete table for
+    a look-up if the table is sharded along both axes.
     """
     return jnp.take(constrain(table.embedding[...], "vocab", None), index, axis=0)
 
@@ -219,12 +228,18 @@ def merge_heads(x: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
 def add_gated(
     x: Float[Array, "B N D"], branch: Float[Array, "B N D"], gate: Float[Array, "#B #N D"]
 ) -> Float[Array, "B N D"]:
-    """x + gate branch in float32, returned in x's dtype."""
+    """x + gate * branch, returned in x's dtype.
+
+    The product is computed in the dtype to which `gate` and `branch` promote, the sum in float32.
+    """
     return (x.astype(jnp.float32) + branch * gate).astype(x.dtype)
 
 
 def patchify(x: Float[Array, "B H W C"], patch: int) -> Float[Array, "B N D"]:
-    """Squares of `patch` pixels a side as tokens, by rows; channels are (row, column, channel)."""
+    """Squares of `patch` x `patch` pixels as tokens, row by row.
+
+    A token's channels are ordered (row, column, channel), the last one fastest.
+    """
     return rearrange(x, "b (i p) (j q) c -> b (i j) (p q c)", p=patch, q=patch)
 
 
@@ -236,7 +251,7 @@ def unpatchify(
 
 
 def key_mask(mask: Shaped[Array, "B S"] | None) -> Bool[Array, "B 1 1 S"] | None:
-    """A padding mask (True on tokens) as `attention` takes it, one for all heads and queries."""
+    """A padding mask (True on tokens) as `attention` takes it, shared by all heads and queries."""
     return None if mask is None else mask[:, None, None, :].astype(bool)
 
 
@@ -246,10 +261,12 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return nnx.vmap(named)(rngs.split(depth))
 
 
-# Stacks of up to so many layers are unrolled, and have a store a layer: a scan copies each layer's
-# part out of a common array and back.
+# Stacks of up to so many layers are unrolled and have one store per layer. A scan would copy each
+# layer's part out of a common array and back.
 SHORT = 8
-SCORES = 2**19  # scores of a head over the batch up to which stacks are unrolled: 2 MiB in float32
+# A stack is unrolled only while samples * T^2 is at most this: the attention scores of one head
+# over the batch, 2 MiB in float32.
+SCORES = 2**19
 
 
 def scan_layers(
@@ -263,10 +280,10 @@ def scan_layers(
 ) -> tuple[Any, Any, tuple]:
     """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy `remat`.
 
-    The scan is split at each tap, and nothing else of a layer is stored. A short stack on one
-    device is unrolled where it rematerialises nothing and the sequences of x [B T ..] are short.
-    This saves writing what each layer keeps into a common array, but XLA then keeps the scores of
-    attention.
+    The scan is split after each tap, so that x is kept only at the taps. A short stack on one
+    device is unrolled if it rematerialises nothing and the sequences of x [B T ..] are short. Then
+    the residuals of each layer for the backward pass need not be written into a common array, but
+    XLA keeps the attention scores among them.
 
     Returns:
         x after the last layer; the y of all layers, stacked; x after each layer of `taps`.
@@ -298,19 +315,29 @@ def scan_layers(
 
 
 def _few_scores(x: Any) -> bool:
-    """Whether attention of sequences x [B T ..] to themselves has at most SCORES scores a head."""
+    """Whether self-attention over x [B T ..] has at most SCORES scores per head, over the batch."""
+    # x may have the batch axis alone; it then counts as one token per sample.
     batch, tokens = (*jax.tree.leaves(x)[0].shape, 1)[:2]
     return batch * tokens**2 <= SCORES
 
 
 def check_taps(taps: Sequence[int], depth: int, what: str = "taps") -> None:
-    """Raises Refused where one of the layers called `what` is not among `depth`."""
+    """Checks that every number in `taps` is a layer, 0 to `depth` - 1.
+
+    Args:
+        taps: indices of layers.
+        depth: number of layers.
+        what: the name of the option in the message.
+
+    Raises:
+        Refused: a number in `taps` is negative or not below `depth`.
+    """
     if any(not 0 <= tap < depth for tap in taps):
         raise Refused(f"{what}={tuple(taps)}: layers are numbered 0 to {depth - 1}")
 
 
 def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
-    """The stores that `scan_stores` fills, one a layer in a short stack, else one for all layers.
+    """The stores that `scan_stores` fills: one per layer in a short stack, else one for all layers.
 
     `zeros()` makes the store of a layer, `zeros(n)` that of n layers.
     """
@@ -320,10 +347,12 @@ def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def unstacked(layers: Any, depth: int) -> list[Any]:
-    """Each layer's weights by themselves where `scan_stores` is a loop; empty where it is a scan.
+    """Each layer's weights by themselves if `scan_stores` is a loop.
 
-    A cache keeps them, so that they are sliced once and not for every token.
+    Empty if it is a scan: then the weights stay stacked. A decoding cache keeps this list, so that
+    the weights are sliced once and not for every token.
     """
+    # A single layer has one store, without a layer axis, and `scan_stores` runs it as a scan.
     if not 1 < depth <= SHORT:
         return []
     return [jax.tree.map(lambda w: w[i], layers) for i in range(depth)]
@@ -337,16 +366,16 @@ def append_to_store(
 ) -> tuple[tuple[Float[Array, "*layers B G S K"], ...], tuple[Float[Array, "B S G K"], ...]]:
     """Writes new keys and values of layer i into its store, from slot `start` on.
 
-    Slots are the innermost axis but the channels, as decoding reads them.
+    Slots are the next to last axis, the order in which decoding reads them.
 
     Args:
         store: the layer's own, or one that layers share.
-        i: the layer's number among those that share the store.
+        i: the layer's index in a shared store; not used if the store is the layer's own.
         start: the slot of the first new token.
         parts: the new keys and values.
 
     Returns:
-        The store, and all that it holds of the layer.
+        The store, and all keys and values of the layer in it.
     """
     shared = store[0].ndim == 5
     offsets = (0, 0, start, 0)
@@ -374,11 +403,12 @@ def scan_stores(
 ) -> tuple[Any, tuple, tuple]:
     """`scan_layers` over layers that each keep a store.
 
-    Layers with a store each are a loop, not a scan, and nothing is rematerialised.
+    If each of several layers has its own store, they run as an unrolled loop, not as a scan, and
+    nothing is rematerialised.
 
     Args:
-        body: ((x, store), (layer, i)) -> ((x, store), None), layer i the i-th of those that share
-          the store.
+        body: ((x, store), (layer, i)) -> ((x, store), None), where i is the layer's index in the
+          stack, the one that `append_to_store` takes.
         x: the input of the first layer.
         layers: stacked, or the list of `unstacked`.
         stores: those of `empty_stores`.
@@ -418,11 +448,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
 
 
 def as_program(block: nnx.Module, remat: str) -> Callable:
-    """`block` as a jitted program, rematerialised by the policy `remat`: for unlike layers.
+    """`block` as a jitted program, rematerialised by the policy `remat`.
 
-    Blocks of one kind share the program. It is traced and differentiated once for all of them, and
-    for all calls of their networks: a U-Net has dozens of blocks, and a step may call three U-Nets
-    five times. The compiled program is the same as without.
+    This is for networks whose layers differ, so that they cannot be stacked and scanned. Blocks of
+    the same structure share the program: it is traced and differentiated once for all of them, and
+    for all calls of their networks. A U-Net has dozens of blocks, and a step may call three U-Nets
+    five times. The compiled step is the same as without this function.
     """
     lookup_name(REMAT, remat, "remat")
     graphdef, weights = nnx.split(block)
@@ -432,7 +463,11 @@ def as_program(block: nnx.Module, remat: str) -> Callable:
 
 @functools.lru_cache(1024)
 def _program(graphdef: nnx.GraphDef, remat: str, *_) -> Callable:
-    """The other arguments are what a trace depends on besides its inputs."""
+    """The program of all blocks with this graph.
+
+    The other arguments (sharding rules, `in_forward_mode()`) are not read: they are part of the
+    cache key, because a trace depends on them.
+    """
 
     def call(weights, *args):
         return nnx.merge(graphdef, weights)(*args)
@@ -465,8 +500,8 @@ class EmbeddingMLP(nnx.Module):
 class GatedConv(nnx.Module):
     """The MLP of SANA, GLUMBConv: a gated linear unit behind a depthwise 3x3 convolution.
 
-    To 2 `hidden` channels, SiLU, the convolution, one half times SiLU of the other, back from
-    `hidden` channels.
+    A linear map to 2 * `hidden` channels, SiLU and the depthwise convolution; then the first half
+    of the channels times SiLU of the second half; then a linear map from `hidden` channels back.
 
     Source: arXiv:2410.10629.
     """
@@ -475,6 +510,7 @@ class GatedConv(nnx.Module):
         make = functools.partial(dense, rngs=rngs, init=init, dtype=dtype)
         wide = 2 * hidden  # values, then gates
         self.up = make(dim, wide, ("embed", "mlp"))
+        # the depthwise convolution; the attribute's name is a path of weights
         self.depth = conv(wide, wide, (3, 3), (None, "mlp"), rngs=rngs, groups=wide, dtype=dtype)
         self.down = make(hidden, dim, ("mlp", "embed"), bias=False)
 
@@ -489,8 +525,8 @@ def axial_rotary(
 ) -> Rotary:
     """Factors of `rotate_pairs` for a grid, its first axis outermost.
 
-    Axis i turns dims[i] channels of a head by positions[i]. The angles are float64 and made on the
-    host, one small table an axis; the program broadcasts them.
+    Axis i rotates dims[i] channels of a head, by angles proportional to positions[i]. The angles
+    are computed on the host in float64, one small table per axis; the program broadcasts them.
 
     Returns:
         Cosines and sines [1, N, 1, sum(dims) / 2], N the product of the axes' lengths.
@@ -515,10 +551,12 @@ def axial_rotary(
 
 
 def sincos_2d(dim: int, rows: int, cols: int, base: float) -> Float[Array, "N D"]:
-    """Fixed sinusoidal positions of a grid, by rows.
+    """Fixed sinusoidal positions of a grid, row by row.
 
-    The first half of the channels is for columns, the second for rows; each position is in 0 to
-    `base`. The table is made inside the program: at 32 k tokens a constant would take gigabytes.
+    The first half of the channels is for columns, the second for rows. Positions are evenly spaced
+    from 0 to `base`, which is excluded. The tables per axis are constants made on the host; only
+    their broadcast to the grid is part of the program, so that it need not hold all N * D numbers
+    as a constant.
     """
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
 
