@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import inspect
@@ -19,7 +20,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import current_field, resolve
+from jaxdistill.core.build import build, current_field, current_fields, plain, resolve, spec
 from jaxdistill.core.types import Refused, nearest
 from jaxdistill.run.host import keep_freed_memory, listen
 from jaxdistill.run.records import local, read_config
@@ -282,10 +283,13 @@ def override(config: ConfigDict, path: str, text: str) -> None:
     Raises:
         Refused: There is no such key, or the text is not of that type.
     """
+    keys_left = path.split(".")
     node = config
     where = "config"
-    for key in path.split("."):
-        name = _current(node, key)
+    while keys_left:
+        given = keys_left.pop(0)
+        name, *inside = _current(node, given).split(".")
+        keys_left = [*inside, *keys_left]
         if not isinstance(node, ConfigDict) or name not in node:
             keys = list(node) if isinstance(node, ConfigDict) else []
             near = nearest(name, keys) if keys else ""
@@ -294,8 +298,36 @@ def override(config: ConfigDict, path: str, text: str) -> None:
         node = node[name]
         where = f"{where}.{name}"
     if isinstance(node, ConfigDict):
-        raise Refused(f"--config.{path}: is a group; its keys are {', '.join(node)}")
-    parent[name] = _read(path, text, node)
+        parent[name] = _group(path, parent, given, text)
+    elif name == "name" and isinstance(node, str) and text != node:
+        _change_class(path, parent, text)
+    else:
+        parent[name] = _read(path, text, node)
+
+
+def _group(path: str, parent: ConfigDict, key: str, text: str) -> ConfigDict:
+    """The group that `text` stands for, where an earlier version had text in its place."""
+    fields = {}
+    if isinstance(parent.get("name"), str):
+        fields = current_fields(resolve(parent["name"]), {key: text})
+    for value in fields.values():
+        if isinstance(value, Mapping):
+            return plain(build(value)).lock()
+    keys = ", ".join(parent[_current(parent, key)])
+    raise Refused(f"--config.{path}: is a group; its keys are {keys}")
+
+
+def _change_class(path: str, group: ConfigDict, name: str) -> None:
+    """Makes `group` one of another class: fields that both have keep their values."""
+    cls = resolve(name)
+    names = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    fresh = spec(name, **{key: value for key, value in group.items() if key in names})
+    with group.unlocked():
+        for key in set(group) - set(fresh):
+            del group[key]
+        for key in set(fresh) - set(group):
+            group[key] = fresh[key]
+    group["name"] = name
 
 
 def _current(node: Any, key: str) -> str:

@@ -28,7 +28,8 @@ FLOORS = {  # folder -> folders of the library that it stands on, besides itself
     "__init__.py": (),
 }
 PURE = ("methods", "objectives", "diffusion", "samplers")
-CORE_FOR_PURE = ("types", "fields", "net", "needs", "rows")  # no jit, mesh, optimiser or checkpoint
+# no jit, mesh, optimiser or checkpoint
+CORE_FOR_PURE = ("types", "fields", "net", "needs", "rows", "tokenizer")
 MACHINERY = ("optax", "orbax", "grain", "ml_collections", "torch")
 
 

@@ -5,8 +5,14 @@ tests run.
 from beartype import BeartypeConf, beartype
 from jaxtyping import install_import_hook
 
-# whose annotations are checked at every call
-PACKAGES = ("jaxdistill.evals", "jaxdistill.models", "jaxdistill.surgery")
+PACKAGES = (  # whose annotations are checked at every call
+    "jaxdistill.diffusion",
+    "jaxdistill.evals",
+    "jaxdistill.models",
+    "jaxdistill.objectives",
+    "jaxdistill.samplers",
+    "jaxdistill.surgery",
+)
 
 _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 

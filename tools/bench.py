@@ -138,7 +138,7 @@ def divergences(
     dim: int = 64,
     tokens: int = 512,
     chunk: int = 4752,
-    kind: str = "forward_kl",
+    between: divergence.Divergence = divergence.ForwardKL(),
 ) -> dict:
     """The row of the chunked divergence of `tokens` tokens against the plain one.
 
@@ -152,11 +152,11 @@ def divergences(
 
     teacher, student = ((draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2))
 
-    def plain(t, s):  # `token_divergence` would go through the tokens in parts on a CPU
-        return divergence.KINDS[kind](t[0] @ t[1], s[0] @ s[1])
+    def plain(t, s):  # `token_divergence` would take blocks of tokens on a CPU
+        return between(t[0] @ t[1], s[0] @ s[1])
 
     def chunked(t, s):
-        return divergence.chunked_divergence(kind, *t, *s, chunk=chunk)
+        return divergence.chunked_divergence(between, *t, *s, chunk=chunk)
 
     row = {"case": "divergence", "vocab": vocab, "tokens": tokens}
     found = {}

@@ -19,6 +19,7 @@ from jaxdistill.evals.text import TextEval
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.divergence import JensenShannon
 
 STEPS = 1000
 DATA = dict(length=96, batch_size=32)
@@ -47,7 +48,7 @@ def get_config():
         steps=STEPS,
         runs=dict(teacher=train(1200, TEACHER), baseline=train(STEPS, STUDENT)),
         data=Text(**DATA),
-        method=GKD(beta=0.0, on_policy=0.2, prompt_length=16),
+        method=GKD(divergence=JensenShannon(beta=0.0), on_policy=0.2, prompt_length=16),
         roles=dict(
             teacher=Role(init="@teacher"), student=Role(model=network(STUDENT), optimizer=OPTIMIZER)
         ),

@@ -27,6 +27,7 @@ from jaxdistill.methods.language.rlad import RLAD
 from jaxdistill.methods.language.sequence_kd import SequenceKD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.tsd_kd import TSDKD
+from jaxdistill.objectives.divergence import ForwardKL, JensenShannon, ReverseKL
 from jaxdistill.objectives.reward import Exact
 
 STEPS = 1000
@@ -41,10 +42,10 @@ def methods(**writing):
     return {
         "sft": language(SFT),
         "sequence_kd": language(SequenceKD, **writing),
-        "forward_kl": language(KD, kind="forward_kl"),
-        "reverse_kl": language(KD, kind="reverse_kl"),
-        "jsd": language(KD, kind="jsd"),
-        "gkd": language(GKD, beta=0.9, on_policy=1.0, **writing),
+        "forward_kl": language(KD, divergence=ForwardKL()),
+        "reverse_kl": language(KD, divergence=ReverseKL()),
+        "jsd": language(KD, divergence=JensenShannon()),
+        "gkd": language(GKD, divergence=JensenShannon(beta=0.9), on_policy=1.0, **writing),
         "tsd_kd": language(
             TSDKD, candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing
         ),

@@ -15,4 +15,4 @@ from jaxdistill.methods.language.gkd import GKD
 
 
 def get_config():
-    return distil(GKD(beta=0.5, on_policy=0.5, eos=(128001, 128009)), PROMPTS)
+    return distil(GKD(on_policy=0.5, eos=(128001, 128009)), PROMPTS)

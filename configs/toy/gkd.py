@@ -19,6 +19,7 @@ from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.divergence import JensenShannon
 
 STUDENT = LM(vocab=24, dim=24, mlp=48, heads=2, depth=1, max_length=48)
 OPTIMIZER = Optimizer(lr=3e-3, schedule="cosine", warmup=20)
@@ -48,7 +49,7 @@ def distil(method, runs=None, **rest):
 
 def get_config():
     return distil(
-        GKD(beta=0.9, on_policy=1.0, prompt_length=8),
+        GKD(divergence=JensenShannon(beta=0.9), on_policy=1.0, prompt_length=8),
         dict(baseline=distil(KD())),
         claim=dict(
             metric="rollout_reverse_kl",

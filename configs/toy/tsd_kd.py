@@ -17,6 +17,7 @@ from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.tsd_kd import TSDKD
 from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.divergence import JensenShannon
 
 SUMS = dict(digits=2, batch_size=64)
 WRITING = dict(eos=(12,), pad=13)
@@ -59,7 +60,9 @@ def get_config():
             entropy_weight=0.003,
             **WRITING,
         ),
-        runs=dict(baseline=distil(GKD(beta=0.9, on_policy=1.0, **WRITING))),
+        runs=dict(
+            baseline=distil(GKD(divergence=JensenShannon(beta=0.9), on_policy=1.0, **WRITING))
+        ),
         claim=dict(
             metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.0
         ),

@@ -136,15 +136,30 @@ def current_name(name: str) -> str:
 
 
 def current_field(cls: type, field: str) -> str:
-    """A field's name today. A class lists its renamed fields in `renamed`: old name -> new name."""
+    """A field's name today. A class lists its renamed fields in `renamed`: old name -> new name.
+
+    A new name with a dot ("divergence.beta") is a field of the object in a field.
+    """
     for base in cls.__mro__:
         if field in vars(base).get("renamed", {}):
             return base.renamed[field]
     return field
 
 
+def current_fields(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config of `cls` with their names and values of today.
+
+    A class whose fields have changed in more than their names translates them in a class method
+    `upgraded(fields) -> fields`. It is given config data, or objects in place of groups.
+    """
+    upgraded = getattr(cls, "upgraded", dict)
+    return {current_field(cls, key): value for key, value in upgraded(given).items()}
+
+
 def current(config: Any) -> Any:
     """Plain config data of an earlier version with today's names of files and fields."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(current, config))
     if not isinstance(config, Mapping):
         return config
     given = {key: current(value) for key, value in config.items()}
@@ -155,7 +170,7 @@ def current(config: Any) -> Any:
     cls = _known(given["name"])
     if not dataclasses.is_dataclass(cls):
         return given
-    return {current_field(cls, key): value for key, value in given.items()}
+    return current_fields(cls, given)
 
 
 def plain(value: Any) -> Any:
@@ -177,6 +192,8 @@ def plain(value: Any) -> Any:
         return value.copy_and_resolve_references()
     if isinstance(value, Mapping):
         return ConfigDict({k: plain(v) for k, v in value.items()})
+    if isinstance(value, tuple):
+        return tuple(part if part is None else plain(part) for part in value)
     return value
 
 
@@ -186,8 +203,10 @@ def spec(name: str, **values: Any) -> ConfigDict:
     Where the class is at hand, `plain(Class(...))` gives the same. Raises Refused on an unknown
     field, and on a value of another type or out of range.
     """
-    objects = {key: build(value) if _is_spec(value) else value for key, value in values.items()}
-    return plain(_construct(name, objects, ""))
+    cls = _dataclass(name, "")
+    given = current_fields(cls, values)
+    objects = {key: build(value) if _is_spec(value) else value for key, value in given.items()}
+    return plain(made(cls, name, objects, ""))
 
 
 def build(config: Mapping[str, Any], where: str = "") -> Any:
@@ -200,8 +219,10 @@ def build(config: Mapping[str, Any], where: str = "") -> Any:
         group = isinstance(config, (Mapping, ConfigDict))
         found = "without a name" if group else fields.shown(config)
         raise Refused(f"{where or 'spec'} is {found}: expected a group with the name of a class")
-    values = {k: _object(v, _below(where, k)) for k, v in config.items() if k != "name"}
-    return _construct(config["name"], values, where)
+    cls = _dataclass(config["name"], where)
+    given = current_fields(cls, {k: v for k, v in config.items() if k != "name"})
+    values = {k: _object(v, _below(where, k)) for k, v in given.items()}
+    return made(cls, config["name"], values, where)
 
 
 def completed(config: Any) -> Any:
@@ -213,6 +234,8 @@ def completed(config: Any) -> Any:
 
 
 def _completed(config: Any) -> Any:
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(_completed, config))
     if not isinstance(config, Mapping):
         return config
     given = {key: _completed(value) for key, value in config.items()}
@@ -258,7 +281,9 @@ def _object(value: Any, where: str) -> Any:
         return build(value, where)
     if isinstance(value, (Mapping, ConfigDict)):
         return {k: _object(v, _below(where, k)) for k, v in value.items()} or None
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_object(part, where) for part in value)
+    return value
 
 
 def located(where: str, error: Refused) -> Refused:
@@ -273,14 +298,15 @@ def located(where: str, error: Refused) -> Refused:
     return Refused(f"{where}.{text}" if field else f"{where}: {text}")
 
 
-def _construct(name: str, values: Mapping[str, Any], where: str) -> Any:
+def _dataclass(name: str, where: str) -> type:
+    """The dataclass called `name`. Raises Refused where there is none."""
     try:
         cls = resolve(name)
         if not dataclasses.is_dataclass(cls):
             raise Refused(f"name={name!r}: expected a dataclass")
     except Refused as error:
         raise located(where, error) from error
-    return made(cls, name, values, where)
+    return cls
 
 
 def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,29 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
         if getattr(model, name, None):
             setattr(model, name, None)
     return found
+
+
+def decoder(name: str) -> Callable[[Iterable[int]], str]:
+    """A function from token ids to text, for "byte" (bytes of UTF-8) or a tokenizer folder.
+
+    Special tokens are left out, and bytes that are no characters become U+FFFD. Raises Refused
+    where there is no such tokenizer.
+    """
+    if name == "byte":
+        return decoded_bytes
+    tokenizer = stored_tokenizer(Path(name).expanduser())
+    vocab = 1 + max(tokenizer.get_vocab().values())
+
+    def decoded(tokens: Iterable[int]) -> str:
+        known = [token for token in map(int, tokens) if 0 <= token < vocab]
+        return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decoded
+
+
+def decoded_bytes(tokens: Iterable[int]) -> str:
+    """The text whose UTF-8 bytes these are; ids from 256 on are special tokens."""
+    return bytes(token for token in map(int, tokens) if 0 <= token < 256).decode(errors="replace")
 
 
 def _check_code(file: Path) -> None:

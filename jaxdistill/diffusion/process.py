@@ -1,9 +1,11 @@
-"""Noising processes x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), and what a denoiser says
+"""Noising processes x_t = alpha(t) x_0 + sigma(t) eps, eps ~ N(0, I), and predictions of a denoiser
 about x_t.
 
-A process is its pair (alpha, sigma); derivatives come from forward-mode differentiation. Two
-processes differ by a time warp and a scale, so each also inverts its `angle` = atan2(sigma, alpha),
-which is finite at both ends.
+A process is a pair (alpha, sigma); derivatives come from forward-mode differentiation. Two
+processes differ by a map of times and a scale, so each also inverts its
+`angle` = atan2(sigma, alpha), which is finite at both ends.
+
+Times are one for each sample, [B], or a scalar; `expand` gives them the axes of a sample.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float64, Shaped
 
 from jaxdistill.core.types import Array
 
 
-def expand(t: Array, x: Array) -> Array:
-    """Appends axes to `t` [B] until it broadcasts against `x` [B ...]."""
+def expand(t: Shaped[Array, "*T"], x: Shaped[Array, "*_"]) -> Shaped[Array, "*T ..."]:
+    """Appends axes to `t` until it broadcasts against `x`."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
-def magnitude(t: Array) -> Array:
+def magnitude(t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
     """|t|, with derivative 1 at 0: the noise level of a signed time."""
     return jnp.where(t < 0, -t, t)
 
@@ -30,29 +33,32 @@ def magnitude(t: Array) -> Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pred:
-    """One prediction in every parameterisation, in the process that the caller works in; jit drops
-    what is not read.
+    """One prediction in every parameterisation, in the process that the caller works in.
 
-    Every field is affine in the network's output, hence guidance may extrapolate each of them.
+    jit removes the fields that are not used. Each is affine in the network's output, hence guidance
+    may extrapolate each of them.
     """
 
     x0: Array
     eps: Array
     v: Array  # generic velocity dx_t/dt = alpha' x0 + sigma' eps
     raw: Array  # the network's own output
-    features: tuple[Array, ...] = ()  # feature taps, where asked for
+    features: tuple[Array, ...] = ()  # activations of the layers asked for by `taps`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Process:
-    """Base of all schedules. A subclass gives `alpha_sigma` and `time` (from the angle) on
+    """Base of all processes. A subclass gives `alpha_sigma`, and its inverse `time`, on
     `t_min`..`t_max`.
     """
 
-    def alpha_sigma(self, t: Array) -> tuple[Array, Array]:
+    def alpha_sigma(
+        self, t: Shaped[Array, "*T"]
+    ) -> tuple[Shaped[Array, "*T"], Shaped[Array, "*T"]]:
+        """alpha(t) and sigma(t)."""
         raise NotImplementedError
 
-    def time(self, angle: Array) -> Array:
+    def time(self, angle: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
         """Inverse of `angle`."""
         raise NotImplementedError
 
@@ -66,87 +72,130 @@ class Process:
         """Pure noise (or as near as the schedule comes)."""
         return 1.0
 
-    def grid(self, steps: int) -> Array:
-        """The times that sampling in `steps` steps customarily walks through, [steps + 1] from
-        t_max down: here even ones to t_min.
+    def grid(self, steps: int) -> Shaped[Array, " {steps}+1"]:
+        """The times at which sampling in `steps` steps usually evaluates the network, and the end.
+
+        Here they fall evenly from t_max to t_min.
         """
         return jnp.linspace(self.t_max, self.t_min, steps + 1)
 
-    def coefs(self, t: Array) -> tuple[Array, Array, Array, Array]:
+    def coefs(
+        self, t: Shaped[Array, "*T"]
+    ) -> tuple[Shaped[Array, "*T"], Shaped[Array, "*T"], Shaped[Array, "*T"], Shaped[Array, "*T"]]:
         """alpha, sigma, d alpha/dt, d sigma/dt."""
         (a, s), (da, ds) = jax.jvp(self.alpha_sigma, (t,), (jnp.ones_like(t),))
         return a, s, da, ds
 
-    def angle(self, t: Array) -> Array:
+    def angle(self, t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
         """atan2(sigma, alpha) in [0, pi/2], increasing in t."""
         a, s = self.alpha_sigma(t)
         return jnp.arctan2(s, a)
 
-    def lam(self, t: Array) -> Array:
+    def lam(self, t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
         """Half log-SNR, log(alpha / sigma)."""
         a, s = self.alpha_sigma(t)
         return jnp.log(jnp.maximum(a, 0.0)) - jnp.log(s)  # cos(pi/2) rounds to less than 0
 
-    def time_of_lam(self, lam: Array) -> Array:
+    def time_of_lam(self, lam: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
         """Inverse of `lam`."""
         return self.time(jnp.arctan2(jnp.exp(-lam), jnp.ones_like(lam)))
 
-    def add_noise(self, x0: Array, eps: Array, t: Array) -> Array:
-        """x_t for t [B] or scalar."""
+    def add_noise(
+        self,
+        x0: Shaped[Array, "B ..."],
+        eps: Shaped[Array, "B ..."],
+        t: float | Shaped[Array, "*T"],
+    ) -> Shaped[Array, "B ..."]:
+        """x_t = alpha x0 + sigma eps."""
         a, s = self.alpha_sigma(expand(jnp.asarray(t), x0))
         return a * x0 + s * eps
 
-    def start(self, noise: Array) -> Array:
+    def start(self, noise: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
         """Unit Gaussian noise as a state at t_max."""
         return self.add_noise(jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype))
 
     def starts(self, t: float) -> bool:
-        """Whether what `start` makes may be told to a network as a state at t: at any, where states
-        are of one size at all times.
+        """Whether a network may be given the result of `start` as a state at time t.
+
+        It may at any time where states have about the same size at all times.
         """
         return True
 
-    def velocity(self, x0: Array, eps: Array, t: Array) -> Array:
-        """dx_t/dt along a given pair."""
+    def velocity(
+        self, x0: Shaped[Array, "B ..."], eps: Shaped[Array, "B ..."], t: Shaped[Array, "*T"]
+    ) -> Shaped[Array, "B ..."]:
+        """dx_t/dt for fixed x0 and eps."""
         _, _, da, ds = self.coefs(expand(t, x0))
         return da * x0 + ds * eps
 
-    def score(self, pred: Pred, t: Array) -> Array:
+    def score(self, pred: Pred, t: Shaped[Array, "*T"]) -> Shaped[Array, "B ..."]:
         """grad log p_t(x_t) = -eps / sigma."""
         return -pred.eps / self.alpha_sigma(expand(t, pred.eps))[1]
 
-    def kernel(self, t: Array, r: Array) -> tuple[Array, Array]:
-        """(alpha_{r|t}, sigma_{r|t}) of the forward kernel x_r | x_t ~ N(alpha x_t, sigma^2) from t
-        to r > t (more noise).
-        """
-        (a, s), (b, u) = self.alpha_sigma(t), self.alpha_sigma(r)
-        ratio = b / a
-        return ratio, jnp.sqrt(jnp.maximum((u - ratio * s) * (u + ratio * s), 0.0))
+    def kernel(
+        self, t: Shaped[Array, "*T"], r: Shaped[Array, "*R"]
+    ) -> tuple[Shaped[Array, "*_"], Shaped[Array, "*_"]]:
+        """(alpha_{r|t}, sigma_{r|t}) of the forward kernel from t to r > t, towards more noise.
 
-    def transition(self, xt: Array, noise: Array, t: Array, r: Array) -> Array:
-        """x_r | x_t for r > t (more noise): a draw of the forward kernel between two times."""
+        x_r | x_t ~ N(alpha_{r|t} x_t, sigma_{r|t}^2).
+        """
+        alpha_t, sigma_t = self.alpha_sigma(t)
+        alpha_r, sigma_r = self.alpha_sigma(r)
+        ratio = alpha_r / alpha_t
+        variance = (sigma_r - ratio * sigma_t) * (sigma_r + ratio * sigma_t)
+        return ratio, jnp.sqrt(jnp.maximum(variance, 0.0))
+
+    def transition(
+        self,
+        xt: Shaped[Array, "B ..."],
+        noise: Shaped[Array, "B ..."],
+        t: Shaped[Array, "*T"],
+        r: Shaped[Array, "*R"],
+    ) -> Shaped[Array, "B ..."]:
+        """A draw of x_r | x_t for r > t, from the forward kernel."""
         ratio, sigma = self.kernel(expand(t, xt), expand(r, xt))
         return ratio * xt + sigma * noise
 
-    def from_x0(self, x0: Array, xt: Array, t: Array, raw=None, features=()) -> Pred:
-        """Completes a prediction of x0 (singular where sigma = 0)."""
+    def from_x0(
+        self,
+        x0: Shaped[Array, "B ..."],
+        xt: Shaped[Array, "B ..."],
+        t: Shaped[Array, "*T"],
+        raw: Array | None = None,
+        features: tuple[Array, ...] = (),
+    ) -> Pred:
+        """All parameterisations from a prediction of x0; singular where sigma = 0."""
         a, s, da, ds = self.coefs(expand(t, xt))
         eps = (xt - a * x0) / s
         return Pred(x0, eps, da * x0 + ds * eps, x0 if raw is None else raw, features)
 
-    def from_eps(self, eps: Array, xt: Array, t: Array, raw=None, features=()) -> Pred:
-        """Completes a prediction of eps (singular where alpha = 0)."""
+    def from_eps(
+        self,
+        eps: Shaped[Array, "B ..."],
+        xt: Shaped[Array, "B ..."],
+        t: Shaped[Array, "*T"],
+        raw: Array | None = None,
+        features: tuple[Array, ...] = (),
+    ) -> Pred:
+        """All parameterisations from a prediction of eps; singular where alpha = 0."""
         a, s, da, ds = self.coefs(expand(t, xt))
         x0 = (xt - s * eps) / a
         return Pred(x0, eps, da * x0 + ds * eps, eps if raw is None else raw, features)
 
-    def from_v(self, v: Array, xt: Array, t: Array, raw=None, features=()) -> Pred:
-        """Completes a generic velocity: solves [a s; a' s'] [x0 eps] = [x_t v]."""
+    def from_v(
+        self,
+        v: Shaped[Array, "B ..."],
+        xt: Shaped[Array, "B ..."],
+        t: Shaped[Array, "*T"],
+        raw: Array | None = None,
+        features: tuple[Array, ...] = (),
+    ) -> Pred:
+        """All parameterisations from a velocity: solves [a s; a' s'] [x0 eps] = [x_t v]."""
         a, s, da, ds = self.coefs(expand(t, xt))
         det = a * ds - s * da
-        return Pred(
-            (ds * xt - s * v) / det, (a * v - da * xt) / det, v, v if raw is None else raw, features
-        )
+        x0 = (ds * xt - s * v) / det
+        eps = (a * v - da * xt) / det
+        return Pred(x0, eps, v, v if raw is None else raw, features)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +204,8 @@ class Flow(Process):
     noise.
     """
 
-    shift: float = 1.0  # 1 none; 3 for SD3 at 1024 px; 5-12 for video. Moves lambda by -log(shift)
+    # lambda moves by -log(shift). 1: none; SD3 at 1024 pixels: 3; video: 5 to 12
+    shift: float = 1.0
 
     def alpha_sigma(self, t):
         warped = self.shift * t / (1 + (self.shift - 1) * t)
@@ -201,15 +251,14 @@ class EDM(Process):
         return self.sigma_max
 
     def grid(self, steps):
-        """Eq. 5 of the paper with rho = 7: `steps` noise levels from sigma_max to sigma_min, then
-        0.
-        """
+        """`steps` noise levels from sigma_max to sigma_min, then 0 (eq. 5 with rho = 7)."""
         top = self.sigma_max ** (1 / 7)
         bottom = self.sigma_min ** (1 / 7)
-        return jnp.append((top + jnp.arange(steps) / max(steps - 1, 1) * (bottom - top)) ** 7, 0.0)
+        share = jnp.arange(steps) / max(steps - 1, 1)
+        return jnp.append((top + share * (bottom - top)) ** 7, 0.0)
 
     def starts(self, t):
-        """A state's size is that of its noise: within a factor of 2 of sigma_max."""
+        """A state has the size of its noise, so t must be within a factor of 2 of sigma_max."""
         return t >= self.sigma_max / 2
 
     def alpha_sigma(self, t):
@@ -220,11 +269,10 @@ class EDM(Process):
 
 
 class VariancePreserving(Process):
-    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise at every time, hence sampling
-    starts from such noise itself.
+    """alpha^2 + sigma^2 = 1: a state has the norm of unit noise at every time.
 
-    Not from sigma noise, though schedules of this kind may end at alpha > 0 (Stable Diffusion's at
-    .068).
+    Hence sampling starts from unit noise, and not from sigma times such noise, although some
+    processes of this kind end at alpha > 0 (Stable Diffusion's at 0.068).
     """
 
     def start(self, noise):
@@ -271,13 +319,10 @@ class CosineVP(VariancePreserving):
     def alpha_sigma(self, t):
         phase = jnp.pi / 2 * (t + self.offset) / (1 + self.offset)
         alpha = jnp.cos(phase) / np.cos(self.first_phase)
-        # 1 - alpha as a product, which keeps its digits near t = 0
-        rest = (
-            2
-            * jnp.sin((phase + self.first_phase) / 2)
-            * jnp.sin(jnp.pi / 4 * t / (1 + self.offset))
-            / np.cos(self.first_phase)
-        )
+        # 1 - alpha as a product, which keeps its precision near t = 0
+        mean = jnp.sin((phase + self.first_phase) / 2)
+        half_gap = jnp.sin(jnp.pi / 4 * t / (1 + self.offset))
+        rest = 2 * mean * half_gap / np.cos(self.first_phase)
         return alpha, jnp.sqrt(rest * (1 + alpha))
 
     def time(self, angle):
@@ -289,11 +334,11 @@ class CosineVP(VariancePreserving):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DDPM(VariancePreserving):
-    """Discrete betas read as a continuous time: t in [0, 1] is index (steps - 1) t, angles
-    interpolated between.
+    """Discrete betas as a process in continuous time: t in [0, 1] is the index (steps - 1) t, with
+    angles interpolated between the indices.
 
-    Defaults are DDPM's linear betas; Stable Diffusion's are `scaled=True, beta_min=.00085,
-    beta_max=.012`.
+    Defaults are DDPM's linear betas; Stable Diffusion has `scaled=True, beta_min=0.00085,
+    beta_max=0.012`.
     """
 
     beta_min: float = 1e-4
@@ -302,26 +347,22 @@ class DDPM(VariancePreserving):
     scaled: bool = False  # betas linear in their square root
 
     @property
-    def betas(self) -> np.ndarray:
-        """float64 [steps]."""
+    def betas(self) -> Float64[np.ndarray, " {self.steps}"]:
+        """The betas of all steps."""
         power = 0.5 if self.scaled else 1.0
         return np.linspace(self.beta_min**power, self.beta_max**power, self.steps) ** (1 / power)
 
     @property
-    def angles(self) -> np.ndarray:
-        """atan2(sigma, alpha) at each index, float64 [steps]."""
+    def angles(self) -> Float64[np.ndarray, " {self.steps}"]:
+        """atan2(sigma, alpha) at each index."""
         return np.arccos(np.sqrt(np.cumprod(1 - self.betas)))
 
     def alpha_sigma(self, t):
-        angle = jnp.interp(
-            t * (self.steps - 1),
-            jnp.arange(self.steps, dtype=t.dtype),
-            jnp.asarray(self.angles, t.dtype),
-        )
+        indices = jnp.arange(self.steps, dtype=t.dtype)
+        angle = jnp.interp(t * (self.steps - 1), indices, jnp.asarray(self.angles, t.dtype))
         return jnp.cos(angle), jnp.sin(angle)
 
     def time(self, angle):
         table = jnp.asarray(self.angles, angle.dtype)
-        return jnp.interp(angle, table, jnp.arange(self.steps, dtype=angle.dtype)) / (
-            self.steps - 1
-        )
+        indices = jnp.arange(self.steps, dtype=angle.dtype)
+        return jnp.interp(angle, table, indices) / (self.steps - 1)

@@ -1,14 +1,15 @@
-"""The derivative of a network along a direction of its inputs: what continuous-time objectives
+"""The derivative of a network along a direction of its inputs, which continuous-time objectives
 regress on.
 
 For y = fn(x, t, ...) along a path with tangents (dx/dt, 1, ...) it is the total derivative dy/dt
-(MeanFlow arXiv:2505.13447, sCM arXiv:2410.11081). Differentiating the value as well costs a forward
-pass less than a second call.
+(MeanFlow arXiv:2505.13447, sCM arXiv:2410.11081). Value and derivative together cost less than two
+evaluations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +19,30 @@ from jaxdistill.core.types import Array
 
 
 def total_derivative(
-    fn: Callable, primals: tuple[Array, ...], tangents: tuple[Array, ...]
-) -> tuple[Array, Array]:
-    """(fn(*primals), its derivative along `tangents`) by forward-mode differentiation: exact. Give
-    it float32.
+    fn: Callable, primals: tuple[float | Array, ...], tangents: tuple[float | Array, ...]
+) -> tuple[Any, Any]:
+    """(fn(*primals), its derivative along `tangents`) by forward-mode differentiation, exactly.
+
+    The inputs should be float32.
     """
     with forward_mode():
         return jax.jvp(fn, primals, tangents)
 
 
 def central_difference(
-    fn: Callable, primals: tuple[Array, ...], tangents: tuple[Array, ...]
-) -> tuple[Array, Array]:
-    """The same by a central difference, for networks whose kernels have no JVP: two more
-    evaluations, relative error about eps^(2/3) for tangents of order 1. The step is eps^(1/3);
-    times may leave their range by as much.
+    fn: Callable, primals: tuple[float | Array, ...], tangents: tuple[float | Array, ...]
+) -> tuple[Any, Any]:
+    """`total_derivative` by a central difference, for networks whose kernels have no JVP.
+
+    It costs two more evaluations. With its step of eps^(1/3), by which times may leave their range,
+    the relative error is about eps^(2/3) for tangents of order 1.
     """
     step = float(jnp.finfo(primals[0].dtype).eps) ** (1 / 3)
-    move = lambda sign: fn(*(p + sign * step * d for p, d in zip(primals, tangents)))
-    return fn(*primals), (move(1) - move(-1)) / (2 * step)
+
+    def moved(sign: int) -> Any:
+        return fn(*(p + sign * step * d for p, d in zip(primals, tangents)))
+
+    return fn(*primals), (moved(1) - moved(-1)) / (2 * step)
 
 
 DERIVATIVES = {"jvp": total_derivative, "central": central_difference}

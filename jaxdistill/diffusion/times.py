@@ -1,4 +1,4 @@
-"""Laws that training times are drawn from; each is `draw(process, key, n) -> t [n]`."""
+"""Distributions of training times; each is `draw(process, key, n) -> t [n]`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Key
 
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.diffusion.process import Process
@@ -13,26 +14,29 @@ from jaxdistill.diffusion.process import Process
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Uniform over a part of the process, as fractions of its length. Base of all laws."""
+    """Uniform over a part of the process, as shares of its length. Base of all distributions."""
 
     low: float = 0.0
     high: float = 1.0
 
-    def draw(self, process: Process, key: Array, n: int) -> Array:
+    def draw(self, process: Process, key: Key[Array, ""], n: int) -> Float[Array, " {n}"]:
+        """`n` times of the process."""
         t = jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
         return process.t_min + (process.t_max - process.t_min) * t
 
     def within(self, process: Process, low: float, high: float) -> Uniform:
-        """This law on the times low..high: `self.low` of the process's length above `low`, and not
-        above `self.high`.
+        """The distribution restricted to the times low..high.
 
-        On a process with a shift it is the time before the warp that is restricted and drawn.
-        Raises Refused where nothing is left.
+        It begins `self.low` of the process's length above `low`, and does not exceed `self.high`.
+        On a process with a shift, the time before the shift is restricted and drawn.
+
+        Raises:
+          Refused: where nothing is left.
         """
-        part = lambda t: (t - process.t_min) / (process.t_max - process.t_min)
-        inside = dataclasses.replace(
-            self, low=part(low) + self.low, high=min(part(high), self.high)
-        )
+        length = process.t_max - process.t_min
+        first = (low - process.t_min) / length
+        last = (high - process.t_min) / length
+        inside = dataclasses.replace(self, low=first + self.low, high=min(last, self.high))
         if inside.low >= inside.high:
             raise Refused(f"{self} has nothing within the times {low} to {high}")
         return inside
@@ -47,15 +51,15 @@ class LogitNormal(Uniform):
 
     def draw(self, process, key, n):
         t = jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (n,)))
-        return process.t_min + (process.t_max - process.t_min) * (
-            self.low + (self.high - self.low) * t
-        )
+        share = self.low + (self.high - self.low) * t
+        return process.t_min + (process.t_max - process.t_min) * share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogNormalSNR(Uniform):
-    """log(sigma / alpha) ~ N(mean, std^2): EDM (-1.2, 1.2), EDM2 (-0.4, 1.0), ECT (-1.1, 2.0),
-    sCM's tan t (-1.0, 1.4).
+    """log(sigma / alpha) ~ N(mean, std^2).
+
+    EDM (-1.2, 1.2), EDM2 (-0.4, 1.0), ECT (-1.1, 2.0), sCM's tan t (-1.0, 1.4).
     """
 
     mean: float = -1.2
@@ -65,15 +69,15 @@ class LogNormalSNR(Uniform):
         return process.time_of_lam(-(self.mean + self.std * jax.random.normal(key, (n,))))
 
     def within(self, process, low, high):
-        raise Refused(
-            f"{self}: has no bounds; expected Uniform or LogitNormal on a part of the process"
-        )
+        expected = "expected Uniform or LogitNormal on a part of the process"
+        raise Refused(f"{self}: has no bounds; {expected}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Karras(Uniform):
-    """(sigma / alpha)^(1/rho) uniform over a part of EDM's sampling range, 0 its cleanest end;
-    SiD's is low=0, high=0.8.
+    """(sigma / alpha)^(1/rho) uniform over a part of EDM's sampling range, whose cleanest end is 0.
+
+    SiD has low=0, high=0.8.
     """
 
     sigma_min: float = 0.002

@@ -9,7 +9,12 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.objectives.divergence import masked_sum, token_divergence
+from jaxdistill.objectives.divergence import (
+    Divergence,
+    ForwardKL,
+    masked_sum,
+    token_divergence,
+)
 
 Number = float | np.floating
 
@@ -23,7 +28,7 @@ def token_kl(
     teacher: Float[Array, "B T V"],
     student: Float[Array, "B T V"],
     mask: Shaped[Array, "B T"],
-    kind: str = "forward_kl",
+    divergence: Divergence = ForwardKL(),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of a divergence between the logits of two models over the tokens of a mask.
 
@@ -31,12 +36,12 @@ def token_kl(
     gap.
 
     Args:
-        kind: a key of objectives.divergence.KINDS.
+        divergence: of objectives.divergence.
 
     Returns:
         The sum, and the number of tokens.
     """
-    return masked_sum(token_divergence(kind, teacher, student), mask)
+    return masked_sum(token_divergence(divergence, teacher, student), mask)
 
 
 def top1_agreement(

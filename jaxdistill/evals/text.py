@@ -19,7 +19,7 @@ from jaxdistill.data.base import Dataset
 from jaxdistill.evals.base import Evaluation, Trained, judged
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
 from jaxdistill.models.language.lm import common_vocabulary, context, targets
-from jaxdistill.objectives.divergence import cross_entropy, masked_sum
+from jaxdistill.objectives.divergence import ReverseKL, cross_entropy, masked_sum
 from jaxdistill.samplers.text import generate
 
 Samples = dict[str, np.ndarray]  # arrays [B ...] under the keys of a batch
@@ -230,7 +230,7 @@ def _scorer(models: Models, role: str, compared: bool) -> Callable:
             teacher = nets["teacher"].apply(params["teacher"], batch["tokens"], **where)
             sums["kl"] = token_kl(teacher, logits, mask)
             sums["agreement"] = top1_agreement(teacher, logits, mask)
-            sums["reverse_kl"] = token_kl(teacher, logits, mask, "reverse_kl")
+            sums["reverse_kl"] = token_kl(teacher, logits, mask, ReverseKL())
         return sums
 
     return score

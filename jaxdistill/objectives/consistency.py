@@ -1,7 +1,7 @@
 """Consistency training: distances, the tangent surrogate, and discretisation schedules.
 
-CT arXiv:2303.01469, iCT arXiv:2310.14189, ECT arXiv:2406.14548, sCM arXiv:2410.11081.
-00-foundations, section 6. Steps `k` may be traced; totals and sizes are Python ints.
+CT arXiv:2303.01469, iCT arXiv:2310.14189, ECT arXiv:2406.14548, sCM arXiv:2410.11081. Steps `k` may
+be traced; totals and sizes are Python integers.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Key, Shaped
 
 from jaxdistill.core.types import Array
+from jaxdistill.objectives.numerics import sum_per_sample
 
 
-def pseudo_huber(a: Array, b: Array, c: float | Array) -> Array:
-    """sqrt(||a - b||^2 + c^2) - c, the norm over all but the first axis: [B ...] -> [B]. iCT's c is
-    `ict_c(dim)`.
+def pseudo_huber(
+    a: Float[Array, "B ..."], b: Float[Array, "B ..."], c: float | Array
+) -> Float[Array, " B"]:
+    """sqrt(||a - b||^2 + c^2) - c of each sample; iCT's c is `ict_c(dim)`.
 
-    Written without the difference, so that it is exact where ||a - b|| << c; for c = 0 it is the
-    norm.
+    It is computed without the difference, so that it is exact for ||a - b|| << c. For c = 0 it is
+    the norm.
     """
-    square = jnp.sum((a - b) ** 2, axis=range(1, a.ndim))
+    square = sum_per_sample((a - b) ** 2)
     root = jnp.sqrt(jnp.where(square + c**2 > 0, square + c**2, 1.0))
     return square / (root + c)
 
@@ -31,37 +34,39 @@ def ict_c(dim: int) -> float:
     return 0.00054 * math.sqrt(dim)
 
 
-def tangent_surrogate(f: Array, tangent: Array) -> Array:
-    """||f - sg(f + g)||^2 over all but the first axis, [B ...] -> [B]: value ||g||^2, gradient -2 g
-    . df (sCM).
-    """
-    return jnp.sum(
-        (f - jax.lax.stop_gradient(f) - jax.lax.stop_gradient(tangent)) ** 2, axis=range(1, f.ndim)
-    )
+def tangent_surrogate(
+    f: Float[Array, "B ..."], tangent: Float[Array, "B ..."]
+) -> Float[Array, " B"]:
+    """||f - sg(f + g)||^2 of each sample, of value ||g||^2 and gradient -2 g . df (sCM)."""
+    gap = f - jax.lax.stop_gradient(f) - jax.lax.stop_gradient(tangent)
+    return sum_per_sample(gap**2)
 
 
-def normalise_tangent(tangent: Array, c: float = 0.1) -> Array:
-    """g / (||g|| / sqrt(dim) + c) per sample; with the root mean square in place of sCM's norm, c
-    does not depend on size.
+def normalise_tangent(tangent: Float[Array, "B ..."], c: float = 0.1) -> Float[Array, "B ..."]:
+    """g / (||g|| / sqrt(dim) + c) of each sample.
+
+    The root mean square takes the place of sCM's norm, so that c does not depend on the size.
     """
     square = jnp.mean(tangent**2, axis=range(1, tangent.ndim), keepdims=True)
     return tangent / (jnp.sqrt(square) + c)
 
 
-def clip_tangent(tangent: Array, limit: float = 1.0) -> Array:
-    """Every component within [-limit, limit]; sCM's alternative to normalising."""
+def clip_tangent(tangent: Float[Array, "*B"], limit: float = 1.0) -> Float[Array, "*B"]:
+    """Every component clipped to [-limit, limit]: sCM's alternative to normalisation."""
     return jnp.clip(tangent, -limit, limit)
 
 
-def ct_levels(k: Array, total: int, s0: int = 2, s1: int = 150) -> Array:
-    """CT's number of noise levels N(k) at step `k` of `total`, int32: s0 at first, s1 + 1 in the
-    end.
-    """
+def ct_levels(
+    k: int | Shaped[Array, "*K"], total: int, s0: int = 2, s1: int = 150
+) -> Int[Array, "*K"]:
+    """CT's number of noise levels N(k) at step `k` of `total`: from s0 to s1 + 1."""
     square = k / total * ((s1 + 1) ** 2 - s0**2) + s0**2
     return jnp.ceil(jnp.sqrt(square) - 1).astype(jnp.int32) + 1
 
 
-def ct_decay(levels: Array, s0: int = 2, mu0: float = 0.9) -> Array:
+def ct_decay(
+    levels: int | Shaped[Array, "*K"], s0: int = 2, mu0: float = 0.9
+) -> Float[Array, "*K"]:
     """CT's decay mu(k) of the target network at N(k) = `levels`: exp(s0 log(mu0) / (N - 1)).
 
     The released code divides by the number of intervals, where the paper's appendix C has N.
@@ -69,21 +74,27 @@ def ct_decay(levels: Array, s0: int = 2, mu0: float = 0.9) -> Array:
     return jnp.exp(s0 * math.log(mu0) / (levels - 1))
 
 
-def ict_levels(k: Array, total: int, s0: int = 10, s1: int = 1280) -> Array:
-    """iCT's number of noise levels: intervals double from s0 up to s1 in equal shares of `total`
-    steps; int32.
+def ict_levels(
+    k: int | Shaped[Array, "*K"], total: int, s0: int = 10, s1: int = 1280
+) -> Int[Array, "*K"]:
+    """iCT's number of noise levels at step `k` of `total`.
+
+    The number of intervals doubles from s0 to s1, each value for an equal share of the steps.
     """
     share = total // (math.floor(math.log2(s1 // s0)) + 1)
     return jnp.minimum(s0 * 2 ** (jnp.asarray(k, jnp.int32) // share), s1) + 1
 
 
 def noise_levels(
-    n: Array, size: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
-) -> Array:
-    """`n` levels of EDM's grid from sigma_min up to sigma_max, the last repeated until there are
-    `size`: [size].
+    n: int | Int[Array, ""],
+    size: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Float[Array, " {size}"]:
+    """`n` levels of EDM's grid from sigma_min up to sigma_max, the last one repeated up to `size`.
 
-    `n` may be traced (`ct_levels`, `ict_levels`); `size` is the most it can be.
+    `n` may be traced (`ct_levels`, `ict_levels`); `size` is its largest value.
     """
     ramp = jnp.minimum(jnp.arange(size) / (n - 1), 1.0)
     bottom = sigma_min ** (1 / rho)
@@ -91,26 +102,36 @@ def noise_levels(
     return (bottom + ramp * (top - bottom)) ** rho
 
 
-def neighbours(key: Array, levels: Array, logits: Array, n: int) -> tuple[Array, Array]:
-    """(t, r) [n]: the ends of intervals between rising `levels` [N], drawn by `logits` [N - 1]."""
+def neighbours(
+    key: Key[Array, ""], levels: Float[Array, " N"], logits: Float[Array, " N-1"], n: int
+) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
+    """(t, r): upper and lower ends of `n` intervals between rising levels, drawn by `logits`."""
     index = jax.random.categorical(key, logits, shape=(n,))
     return levels[index + 1], levels[index]
 
 
-def ict_probs(levels: Array, mean: float = -1.1, std: float = 2.0) -> Array:
-    """iCT's law of the interval (sigma_i, sigma_{i+1}): mass of the lognormal in it, [size] ->
-    [size - 1], summing to 1.
+def ict_probs(
+    levels: Float[Array, " N"], mean: float = -1.1, std: float = 2.0
+) -> Float[Array, " N-1"]:
+    """iCT's probability of each interval between levels: the mass of a lognormal, normalised.
 
-    Intervals between repeated levels get 0.
+    Intervals between repeated levels have probability 0.
     """
     erf = jax.scipy.special.erf((jnp.log(levels) - mean) / (math.sqrt(2) * std))
     mass = erf[1:] - erf[:-1]
     return mass / jnp.sum(mass)
 
 
-def ect_time(t: Array, stage: Array, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Array:
-    """ECT's second time r < t: t max(0, 1 - n(t) q^-(stage + 1)), n(t) = 1 + k sigmoid(-b t). Early
-    stages have r = 0.
+def ect_time(
+    t: float | Float[Array, "*B"],
+    stage: int | Shaped[Array, "*K"],
+    q: float = 2.0,
+    k: float = 8.0,
+    b: float = 1.0,
+) -> Float[Array, "*B"]:
+    """ECT's second time r < t: t max(0, 1 - n(t) q^-(stage + 1)), n(t) = 1 + k sigmoid(-b t).
+
+    It is 0 at early stages.
     """
     n = 1 + k * jax.nn.sigmoid(-b * t)
     return t * jnp.maximum(0.0, 1 - n / q ** (stage + 1))

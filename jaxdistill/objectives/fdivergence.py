@@ -1,115 +1,259 @@
-"""f-divergences D_f = E_fake f(r), r = p_real / p_fake, f convex, f(1) = 0, and what their
-gradients weigh terms by.
+"""f-divergences D_f = E_fake f(r), r = p_real / p_fake, with f convex and f(1) = 0.
 
-Two forms have gradients. At one noise level, D_f moves samples along h(r) (s_fake - s_real) with h
-= r^2 f'' (f-distill, arXiv:2502.15681). Expanded over noise levels, D_f = int g^2/2 E[h(r) |s_fake
-- s_real|^2] dt + the rest at the end, which has three terms, weighed by h, r^2 h'' and h - r h'
-(Uni-Instruct, arXiv:2505.20755).
+Their gradients weigh terms by functions of r, in two forms. At one noise level, D_f moves samples
+along h(r) (s_fake - s_real) with h = r^2 f'' (f-distill, arXiv:2502.15681). Expanded over noise
+levels, D_f = int g^2/2 E[h(r) |s_fake - s_real|^2] dt + the rest at the end, whose gradient has
+three terms, weighed by h, r^2 h'' and h - r h' (Uni-Instruct, arXiv:2505.20755).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from jaxdistill.core.types import Array, lookup
 
-Weight = Callable[[Array], Array]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FDivergence:
+    """Base of all f-divergences: f and three weights, each a function of r > 0."""
+
+    def f(self, r: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """The convex function that defines the divergence."""
+        raise NotImplementedError
+
+    def h(self, r: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """r^2 f''."""
+        raise NotImplementedError
+
+    def di(self, r: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """r^2 h'': the weight of Uni-Instruct's Diff-Instruct term."""
+        raise NotImplementedError
+
+    def fgm(self, r: Float[Array, "*B"]) -> Float[Array, "*B"]:
+        """h - r h': the weight of Uni-Instruct's third term."""
+        raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """f and the three weights, each a function of r > 0 of any shape."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardKL(FDivergence):
+    """KL(real || fake)."""
 
-    f: Weight
-    h: Weight  # r^2 f''
-    di: Weight  # r^2 h''
-    fgm: Weight  # h - r h'
+    def f(self, r):
+        return r * jnp.log(r)
+
+    def h(self, r):
+        return r
+
+    def di(self, r):
+        return jnp.zeros_like(r)
+
+    def fgm(self, r):
+        return jnp.zeros_like(r)
 
 
-def _blend(*parts: tuple[float, Divergence]) -> Divergence:
-    """The sum of divergences with weights; all parts of one are linear in f."""
-    add = lambda name: lambda r: sum(share * getattr(part, name)(r) for share, part in parts)
-    return Divergence(*(add(field.name) for field in dataclasses.fields(Divergence)))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReverseKL(FDivergence):
+    """KL(fake || real)."""
+
+    def f(self, r):
+        return -jnp.log(r)
+
+    def h(self, r):
+        return jnp.ones_like(r)
+
+    def di(self, r):
+        return jnp.zeros_like(r)
+
+    def fgm(self, r):
+        return jnp.ones_like(r)
 
 
-_FORWARD = Divergence(lambda r: r * jnp.log(r), lambda r: r, jnp.zeros_like, jnp.zeros_like)
-_REVERSE = Divergence(lambda r: -jnp.log(r), jnp.ones_like, jnp.zeros_like, jnp.ones_like)
-DIVERGENCES = {
-    "forward_kl": _FORWARD,
-    "reverse_kl": _REVERSE,
-    "jeffreys": _blend((1.0, _FORWARD), (1.0, _REVERSE)),
-    "jkl": _blend((0.4, _FORWARD), (0.6, _REVERSE)),  # Uni-Instruct's
-    "chi2": Divergence(
-        lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: 4 * r**2, lambda r: -2 * r**2
-    ),
-    "js": Divergence(  # twice the Jensen-Shannon divergence
-        lambda r: r * jnp.log(r) - (1 + r) * jnp.log((1 + r) / 2),
-        lambda r: r / (1 + r),
-        lambda r: -2 * r**2 / (1 + r) ** 3,
-        lambda r: (r / (1 + r)) ** 2,
-    ),
-    "softened_rkl": Divergence(
-        lambda r: (1 + r) * jnp.log((1 + r) / r) - 2 * math.log(2),
-        lambda r: 1 / (1 + r),
-        lambda r: 2 * r**2 / (1 + r) ** 3,
-        lambda r: (1 + 2 * r) / (1 + r) ** 2,
-    ),
-    "hellinger": Divergence(
-        lambda r: 4 * (1 - jnp.sqrt(r)),
-        lambda r: jnp.sqrt(r),
-        lambda r: -jnp.sqrt(r) / 4,
-        lambda r: jnp.sqrt(r) / 2,
-    ),
-    "neyman": Divergence(
-        lambda r: (1 - r) ** 2 / (2 * r), lambda r: 1 / r, lambda r: 2 / r, lambda r: 2 / r
-    ),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Jeffreys(FDivergence):
+    """A weighted sum of the forward KL(real || fake) and the reverse KL(fake || real)."""
+
+    forward: float = 0.4  # Uni-Instruct's best: 0.4 and 0.6; Jeffreys' divergence: 1 and 1
+    reverse: float = 0.6
+
+    def f(self, r):
+        return self.forward * ForwardKL().f(r) + self.reverse * ReverseKL().f(r)
+
+    def h(self, r):
+        return self.forward * ForwardKL().h(r) + self.reverse * ReverseKL().h(r)
+
+    def di(self, r):
+        return self.forward * ForwardKL().di(r) + self.reverse * ReverseKL().di(r)
+
+    def fgm(self, r):
+        return self.forward * ForwardKL().fgm(r) + self.reverse * ReverseKL().fgm(r)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChiSquare(FDivergence):
+    """Pearson's chi-square divergence."""
+
+    def f(self, r):
+        return (r - 1) ** 2
+
+    def h(self, r):
+        return 2 * r**2
+
+    def di(self, r):
+        return 4 * r**2
+
+    def fgm(self, r):
+        return -2 * r**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JensenShannon(FDivergence):
+    """Twice the Jensen-Shannon divergence."""
+
+    def f(self, r):
+        return r * jnp.log(r) - (1 + r) * jnp.log((1 + r) / 2)
+
+    def h(self, r):
+        return r / (1 + r)
+
+    def di(self, r):
+        return -2 * r**2 / (1 + r) ** 3
+
+    def fgm(self, r):
+        return (r / (1 + r)) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftenedReverseKL(FDivergence):
+    """f-distill's softened reverse KL."""
+
+    def f(self, r):
+        return (1 + r) * jnp.log((1 + r) / r) - 2 * math.log(2)
+
+    def h(self, r):
+        return 1 / (1 + r)
+
+    def di(self, r):
+        return 2 * r**2 / (1 + r) ** 3
+
+    def fgm(self, r):
+        return (1 + 2 * r) / (1 + r) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hellinger(FDivergence):
+    """Four times the squared Hellinger distance."""
+
+    def f(self, r):
+        return 4 * (1 - jnp.sqrt(r))
+
+    def h(self, r):
+        return jnp.sqrt(r)
+
+    def di(self, r):
+        return -jnp.sqrt(r) / 4
+
+    def fgm(self, r):
+        return jnp.sqrt(r) / 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Neyman(FDivergence):
+    """Half of Neyman's chi-square divergence."""
+
+    def f(self, r):
+        return (1 - r) ** 2 / (2 * r)
+
+    def h(self, r):
+        return 1 / r
+
+    def di(self, r):
+        return 2 / r
+
+    def fgm(self, r):
+        return 2 / r
+
+
+NAMES = {  # as configs of version 0.1 name them
+    "forward_kl": ForwardKL(),
+    "reverse_kl": ReverseKL(),
+    "jeffreys": Jeffreys(forward=1.0, reverse=1.0),
+    "jkl": Jeffreys(forward=0.4, reverse=0.6),
+    "chi2": ChiSquare(),
+    "js": JensenShannon(),
+    "softened_rkl": SoftenedReverseKL(),
+    "hellinger": Hellinger(),
+    "neyman": Neyman(),
 }
 
 
-def divergence(kind: str) -> Divergence:
-    """A row of DIVERGENCES. Raises Refused on an unknown kind."""
-    return lookup(DIVERGENCES, kind, "divergence")
+def divergence(name: FDivergence | str) -> FDivergence:
+    """The f-divergence that a config names; an object stays as it is.
+
+    Raises:
+      Refused: on a name that is not in NAMES.
+    """
+    if isinstance(name, FDivergence):
+        return name
+    return lookup(NAMES, name, "divergence")
 
 
-def ratio(logit: Array, low: float = 1e-3, high: float = 1e3) -> Array:
-    """r = exp(logit) within [low, high], of a discriminator's estimate of log p_real - log p_fake;
-    differentiable inside.
+def ratio(logit: Float[Array, "*B"], low: float = 1e-3, high: float = 1e3) -> Float[Array, "*B"]:
+    """r = exp(logit) within [low, high], differentiable inside.
+
+    `logit` is a discriminator's estimate of log p_real - log p_fake.
     """
     return jnp.exp(jnp.clip(logit, math.log(low), math.log(high)))
 
 
-def f_ratio(logit: Array, low: float = 0.0, high: float = math.inf) -> Array:
-    """f-distill's r, under stop_gradient: exp of logits clipped to [-10, 10], within [low, high]."""
-    return jnp.clip(jnp.exp(jnp.clip(jax.lax.stop_gradient(logit), -10.0, 10.0)), low, high)
+def f_ratio(
+    logit: Float[Array, "*B"], low: float = 0.0, high: float = math.inf
+) -> Float[Array, "*B"]:
+    """f-distill's r: exp of logits clipped to [-10, 10], within [low, high].
+
+    It is under stop_gradient.
+    """
+    clipped = jnp.clip(jax.lax.stop_gradient(logit), -10.0, 10.0)
+    return jnp.clip(jnp.exp(clipped), low, high)
 
 
 def f_weight(
-    kind: str, logit: Array, low: float = 0.0, high: float = math.inf, scale: Array | float = 1.0
-) -> Array:
-    """h(r / scale) over its batch mean, r of `f_ratio`; [B] -> [B] (f-distill). Raises Refused on
-    an unknown kind.
+    kind: FDivergence | str,
+    logit: Float[Array, " B"],
+    low: float = 0.0,
+    high: float = math.inf,
+    scale: float | Array = 1.0,
+) -> Float[Array, " B"]:
+    """h(r / scale) over its batch mean, with r of `f_ratio` (f-distill).
+
+    Raises:
+      Refused: on an unknown name of a divergence.
     """
     h = divergence(kind).h(f_ratio(logit, low, high) / scale)
     return h / jnp.mean(h)
 
 
 def binned_means(
-    means: Array, r: Array, t: Array, low: float, high: float, rate: float
-) -> tuple[Array, Array]:
-    """(means [bins], moved towards those of r [B] by equal bins of the times t [B] in low..high;
-    each sample's own [B]).
+    means: Float[Array, " K"],
+    r: Float[Array, " B"],
+    t: Float[Array, " B"],
+    low: float,
+    high: float,
+    rate: float,
+) -> tuple[Float[Array, " K"], Float[Array, " B"]]:
+    """Running means of r by K equal bins of the times in low..high, and each sample's own mean.
 
-    A bin keeps `rate` of its old mean, all of it where the batch has no time in it (f-distill's
-    code, with its 1e-6).
+    A bin keeps a share `rate` of its old mean, and all of it where no time of the batch is in it.
+    The 1e-6 is that of f-distill's code.
     """
-    index = jnp.clip(
-        jnp.floor((t - low) / ((high - low) / len(means))).astype(jnp.int32), 0, len(means) - 1
-    )
-    count, total = (jnp.zeros_like(means).at[index].add(value) for value in (jnp.ones_like(r), r))
-    means = jnp.where(count > 0, rate * means + (1 - rate) * total / (count + 1e-6), means)
+    width = (high - low) / len(means)
+    index = jnp.clip(jnp.floor((t - low) / width).astype(jnp.int32), 0, len(means) - 1)
+    count = jnp.zeros_like(means).at[index].add(jnp.ones_like(r))
+    total = jnp.zeros_like(means).at[index].add(r)
+    moved = rate * means + (1 - rate) * total / (count + 1e-6)
+    means = jnp.where(count > 0, moved, means)
     return means, means[index]

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 
 from jaxdistill.core.types import Array, Batch, Refused
 
@@ -25,36 +26,36 @@ class Partition:
         if self.cells < 1:
             raise Refused(f"partition.cells={self.cells}: expected a positive integer")
 
-    def assign(self, cond: Any) -> Array:
-        """The cell of each condition, int32 [B] in 0..cells - 1."""
+    def assign(self, cond: Any) -> Int[Array, " B"]:
+        """The cell of each condition, in 0..cells - 1."""
         raise NotImplementedError
 
-    def sizes(self, cond: Any) -> Array:
-        """How many of these conditions each cell has, int32 [cells]."""
+    def sizes(self, cond: Any) -> Int[Array, " K"]:
+        """How many of these conditions each cell has."""
         return jnp.bincount(self.assign(cond), length=self.cells)
 
-    def split(self, batch: Batch) -> tuple[Batch, Array]:
-        """(rows [B ...] of which the k-th B / cells are of cell k, bool [cells]: whether the batch
-        has any).
+    def split(self, batch: Batch) -> tuple[Batch, Bool[Array, " K"]]:
+        """A batch in which each cell has B / cells samples in turn, and which cells had any before.
 
-        Of a cell with too many rows the last ones are left out, of one with too few some are
-        repeated. One cell gets the batch as it is. Raises Refused where B is no multiple of
-        `cells`.
+        Where a cell has too many samples, the last ones are left out; where it has too few, some
+        are repeated. With one cell the batch stays as it is.
+
+        Raises:
+          Refused: where B is no multiple of `cells`.
         """
         cell = self.assign(batch["cond"])
         share, left = divmod(cell.shape[0], self.cells)
         if left:
-            raise Refused(
-                f"data.batch_size={cell.shape[0]}: expected a multiple of partition.cells={self.cells}"
-            )
+            given = f"data.batch_size={cell.shape[0]}"
+            raise Refused(f"{given}: expected a multiple of partition.cells={self.cells}")
 
-        def rows(k):
-            mine = cell == k
-            return jnp.argsort(~mine, stable=True)[
-                jnp.arange(share) % jnp.maximum(jnp.sum(mine), 1)
-            ]
+        @jax.vmap
+        def samples_of(k: Array) -> Array:
+            own = cell == k
+            own_first = jnp.argsort(~own, stable=True)
+            return own_first[jnp.arange(share) % jnp.maximum(jnp.sum(own), 1)]
 
-        index = jax.vmap(rows)(jnp.arange(self.cells)).reshape(-1)
+        index = samples_of(jnp.arange(self.cells)).reshape(-1)
         return jax.tree.map(lambda v: v[index], dict(batch)), self.sizes(batch["cond"]) > 0
 
 
@@ -75,30 +76,30 @@ class Shuffled(Consecutive):
     seed: int = 0
 
     def assign(self, cond):
-        return super().assign(
-            jnp.asarray(np.random.default_rng(self.seed).permutation(self.classes))[cond]
-        )
+        order = np.random.default_rng(self.seed).permutation(self.classes)
+        return super().assign(jnp.asarray(order)[cond])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Embedded(Partition):
-    """Base of partitions by an embedding [B D]: the condition itself, or its entry `key` where it
-    is a tree.
+    """Base of partitions by an embedding: the condition itself, or its entry `key` where it is a
+    tree.
     """
 
     key: str = "pooled"
 
-    def embedding(self, cond: Any) -> Array:
-        """[B D], float32."""
-        return jnp.asarray(cond[self.key] if isinstance(cond, Mapping) else cond, jnp.float32)
+    def embedding(self, cond: Any) -> Float[Array, "B D"]:
+        """The embedding of each condition, float32."""
+        found = cond[self.key] if isinstance(cond, Mapping) else cond
+        return jnp.asarray(found, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quadrant(Embedded):
-    """The sign pattern along log2(cells) random directions. Without thresholds it does not depend
-    on the embedding's length.
+    """The pattern of signs along log2(cells) random directions.
 
-    Raises Refused where `cells` is no power of two.
+    Without thresholds it does not depend on the length of the embedding. Raises Refused where
+    `cells` is no power of two.
     """
 
     seed: int = 0  # of the directions
@@ -107,44 +108,40 @@ class Quadrant(Embedded):
     def __post_init__(self):
         super().__post_init__()
         if self.cells & (self.cells - 1):
-            raise Refused(
-                f"partition.cells={self.cells}: expected a power of two, a sign for each direction"
-            )
+            expected = "a power of two, a sign for each direction"
+            raise Refused(f"partition.cells={self.cells}: expected {expected}")
 
-    def heights(self, cond: Any) -> Array:
-        """Coordinates along the directions, [B log2(cells)]."""
+    def heights(self, cond: Any) -> Float[Array, "B K"]:
+        """Coordinates of the embeddings along the log2(cells) directions."""
         embedding = self.embedding(cond)
         shape = (self.cells.bit_length() - 1, embedding.shape[-1])
-        return (
-            embedding
-            @ jnp.asarray(
-                np.random.default_rng(self.seed).standard_normal(shape), embedding.dtype
-            ).T
-        )
+        directions = np.random.default_rng(self.seed).standard_normal(shape)
+        return embedding @ jnp.asarray(directions, embedding.dtype).T
 
     def assign(self, cond):
         above = self.heights(cond) > jnp.asarray(self.thresholds or 0.0)
         return jnp.sum(above << jnp.arange(above.shape[-1]), -1, dtype=jnp.int32)
 
     def balanced(self, cond: Any) -> Quadrant:
-        """With the medians over these conditions as thresholds, so that each direction halves them."""
-        return dataclasses.replace(
-            self, thresholds=tuple(float(m) for m in np.median(np.asarray(self.heights(cond)), 0))
-        )
+        """The partition with the medians over these conditions as its thresholds.
+
+        Each direction then halves them.
+        """
+        medians = np.median(np.asarray(self.heights(cond)), 0)
+        return dataclasses.replace(self, thresholds=tuple(float(m) for m in medians))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nearest(Embedded):
-    """The nearest of some centres, those of `kmeans`. Cells may be of very different sizes."""
+    """The nearest of some centres (`kmeans`). Cells may be of very different sizes."""
 
     centres: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
         if len(self.centres) != self.cells:
-            raise Refused(
-                f"partition.centres: {len(self.centres)} of them, expected {self.cells}, one for each cell"
-            )
+            given = f"partition.centres: {len(self.centres)} of them"
+            raise Refused(f"{given}, expected {self.cells}, one for each cell")
 
     def assign(self, cond):
         gap = self.embedding(cond)[:, None] - jnp.asarray(self.centres, jnp.float32)
@@ -152,26 +149,29 @@ class Nearest(Embedded):
 
 
 def kmeans(
-    points: np.ndarray, cells: int, seed: int = 0, rounds: int = 100
+    points: Shaped[np.ndarray, "N D"], cells: int, seed: int = 0, rounds: int = 100
 ) -> tuple[tuple[float, ...], ...]:
-    """Lloyd's algorithm on points [n D] from k-means++'s choice among them; a centre that loses all
-    its points stays.
+    """Centres of Lloyd's algorithm, from k-means++'s choice among the points.
+
+    A centre that loses all its points stays where it is.
     """
     points = np.asarray(points, np.float64)
     rng = np.random.default_rng(seed)
-    gaps = lambda centres: ((points[:, None] - centres) ** 2).sum(-1)  # [n, centres]
+
+    def squared_distances(centres: np.ndarray) -> np.ndarray:
+        return ((points[:, None] - centres) ** 2).sum(-1)  # [N, centres]
+
     centres = points[rng.integers(len(points), size=1)]
     while len(centres) < cells:
-        far = gaps(centres).min(1)
-        centres = np.concatenate([centres, points[rng.choice(len(points), 1, p=far / far.sum())]])
+        far = squared_distances(centres).min(1)
+        chosen = points[rng.choice(len(points), 1, p=far / far.sum())]
+        centres = np.concatenate([centres, chosen])
     for _ in range(rounds):
-        nearest = np.argmin(gaps(centres), 1)
-        moved = np.stack(
-            [
-                points[nearest == k].mean(0) if np.any(nearest == k) else centres[k]
-                for k in range(cells)
-            ]
-        )
+        nearest = np.argmin(squared_distances(centres), 1)
+        moved = centres.copy()
+        for k in range(cells):
+            if np.any(nearest == k):
+                moved[k] = points[nearest == k].mean(0)
         if np.allclose(moved, centres, rtol=0, atol=1e-12):
             break
         centres = moved

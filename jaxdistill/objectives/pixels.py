@@ -1,6 +1,4 @@
-"""Samples as the frozen networks that judge pictures see them: decoded, resized, in units of their
-own.
-"""
+"""Samples as pictures, in the size and the units that frozen networks for pictures take."""
 
 from __future__ import annotations
 
@@ -9,21 +7,25 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Shaped
 
 from jaxdistill.core.types import Array
 
 
-def decoded(decoder: Callable, x0: Array) -> Array:
-    """What a student makes, as pictures in -1..1 [B H W C]; `decoder` is a role with the methods
-    `denormalise` and `decode`.
+def decoded(decoder: Callable, x0: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+    """Samples of a student as pictures in -1..1.
+
+    `decoder` is a role with the methods `denormalise` and `decode`.
     """
     return decoder(decoder(x0, method="denormalise"), method="decode")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """Pictures in -1..1 for a network that wants them at its own size, less `mean` and over `std`
-    of pixels in 0..1. As it stands it changes nothing. Differentiable.
+    """Pictures in -1..1 for a network that takes them at its own size, less `mean` and over `std`
+    of pixels in 0..1.
+
+    With its defaults it changes nothing. It is differentiable.
     """
 
     mean: tuple[float, ...] = (0.5,)  # of each channel, or of all
@@ -31,12 +33,11 @@ class Preprocess:
     size: int = 0  # pixels a side, by interpolation (antialiased, as PIL's); 0: as they are
     filter: str = "cubic"  # cubic | linear
 
-    def __call__(self, image: Array) -> Array:
-        """[B H W C] -> [B size size C] in the same dtype."""
+    def __call__(self, image: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+        """The pictures as the network takes them, in the same dtype."""
         if self.size:
-            image = jax.image.resize(
-                image, (len(image), self.size, self.size, image.shape[-1]), self.filter
-            )
+            shape = (len(image), self.size, self.size, image.shape[-1])
+            image = jax.image.resize(image, shape, self.filter)
         mean = jnp.asarray(self.mean, image.dtype)
         std = jnp.asarray(self.std, image.dtype)
         return image * (0.5 / std) + (0.5 - mean) / std

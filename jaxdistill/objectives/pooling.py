@@ -1,10 +1,9 @@
-"""Several laws made into one, and what such an operator must satisfy (arXiv:2601.13100,
+"""Several distributions made into one, and axioms of such operators (arXiv:2601.13100,
 arXiv:2601.09165).
 
-Laws are log-probabilities [..., V] in a sequence; weights [n] lie on the simplex. Linear pooling
-mixes probabilities, geometric pooling mixes logits. An operator that keeps a share gamma of a base
-teacher in every generation's target contracts towards that teacher: KL(P*||S_g) <= (1 - gamma)^g
-KL(P*||S_0).
+Distributions are log-probabilities; weights lie on the simplex. Linear pooling mixes probabilities,
+geometric pooling mixes logits. An operator that keeps a share gamma of a base teacher in the target
+of every generation contracts towards that teacher: KL(P* || S_g) <= (1 - gamma)^g KL(P* || S_0).
 """
 
 from __future__ import annotations
@@ -14,50 +13,60 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Shaped
 
 from jaxdistill.core.types import Array, Refused
 
-
-def linear(laws: Sequence[Array], weights: Sequence[float]) -> Array:
-    """log sum_i w_i p_i; laws of weight 0 are left out."""
-    return jax.nn.logsumexp(jnp.stack([law + np.log(w) for law, w in _present(laws, weights)]), 0)
+Operator = Callable[[Array, Sequence[Array]], Array]  # (base, students) -> distribution
 
 
-def geometric(laws: Sequence[Array], weights: Sequence[float]) -> Array:
-    """log of prod_i p_i^w_i, normalised; laws of weight 0 are left out."""
-    return jax.nn.log_softmax(sum(law * w for law, w in _present(laws, weights)))
+Weights = Sequence[float] | Shaped[np.ndarray, " K"]
 
 
-def _present(laws, weights):
+def linear(
+    distributions: Sequence[Shaped[Array, "*B V"]], weights: Weights
+) -> Shaped[Array, "*B V"]:
+    """log sum_i w_i p_i, over the distributions whose weight is not 0."""
+    weighted = [log_p + np.log(w) for log_p, w in _present(distributions, weights)]
+    return jax.nn.logsumexp(jnp.stack(weighted), 0)
+
+
+def geometric(
+    distributions: Sequence[Shaped[Array, "*B V"]], weights: Weights
+) -> Shaped[Array, "*B V"]:
+    """log of prod_i p_i^w_i, normalised, over the distributions whose weight is not 0."""
+    return jax.nn.log_softmax(sum(log_p * w for log_p, w in _present(distributions, weights)))
+
+
+def _present(distributions: Sequence[Array], weights: Weights) -> list[tuple[Array, float]]:
     weights = [float(w) for w in weights]
-    if len(laws) != len(weights) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-6:
-        raise Refused(
-            f"weights={tuple(weights)}: expected {len(laws)} that are not negative and sum to 1"
-        )
-    return [(law, w) for law, w in zip(laws, weights) if w]
+    fits = len(distributions) == len(weights) and min(weights) >= 0
+    if not fits or abs(sum(weights) - 1) > 1e-6:
+        expected = f"{len(distributions)} that are not negative and sum to 1"
+        raise Refused(f"weights={tuple(weights)}: expected {expected}")
+    return [(log_p, w) for log_p, w in zip(distributions, weights) if w]
 
 
 POOLS = {"linear": linear, "geometric": geometric}
 
 
-def anchored(
-    pool: Callable, gamma: float, history: Sequence[float] = (1.0,)
-) -> Callable[[Array, Sequence[Array]], Array]:
-    """The meta-teacher operator (base, students, newest first) -> law: share `gamma` for the base,
-    the rest by `history`.
+def anchored(pool: Callable, gamma: float, history: Sequence[float] = (1.0,)) -> Operator:
+    """The meta-teacher operator: a share `gamma` of the base, the rest of the students.
 
-    Of a window that is not full yet the weights are normalised anew.
+    `history` are the relative weights of the students, newest first. While there are fewer students
+    than weights, the weights of those that exist are normalised.
     """
 
     def operator(base: Array, students: Sequence[Array]) -> Array:
-        u = np.array(history[: len(students)], np.float64)
-        return pool([base, *students[: len(u)]], [gamma, *((1 - gamma) * u / u.sum())])
+        relative = np.array(history[: len(students)], np.float64)
+        shares = (1 - gamma) * relative / relative.sum()
+        return pool([base, *students[: len(relative)]], [gamma, *shares])
 
     return operator
 
 
 def violated(
-    operator: Callable[[Array, Sequence[Array]], Array],
+    operator: Operator,
     *,
     students: int = 2,
     vocab: int = 6,
@@ -65,26 +74,25 @@ def violated(
     seed: int = 0,
     atol: float = 1e-5,
 ) -> list[str]:
-    """Names of the axioms that `operator(base, students) -> law` breaks on random laws; an empty
-    list where it breaks none.
+    """Names of the axioms that an operator breaks on random distributions.
 
-    law: a probability vector; positive: of positive laws a positive one; between: every outcome's
-    probability lies between its inputs' (geometric: up to one common factor), and equal inputs give
-    themselves; continuous: a change of the inputs by d changes the result by at most 50 d;
-    anchored: swapping the base for another moves the result with it; equivariant: renaming outcomes
-    renames the result's; `tempered`: raising the inputs to 1/T raises the result to it.
+    - law: the result is a probability vector.
+    - positive: of positive distributions the result is positive.
+    - between: the probability of every outcome lies between those of the inputs (up to one common
+      factor, as geometric pooling has it), and equal inputs are their own result.
+    - continuous: a change of the inputs by d changes the result by at most 50 d.
+    - anchored: where the base is replaced, the result moves in the same direction.
+    - equivariant: a permutation of the outcomes permutes the result.
+    - tempered (only where asked for): inputs to the power 1 / T give the result to that power.
     """
     rng = np.random.default_rng(seed)
-    broken = set()
-    draw = lambda: jnp.log(jnp.asarray(rng.dirichlet(np.ones(vocab)) * 0.98 + 0.02 / vocab))
-    temper = lambda law: jax.nn.log_softmax(law / 2.0)
-    far = lambda a, b: not bool(jnp.max(jnp.abs(a - b)) <= atol)
+    broken: set[str] = set()
     for _ in range(20):
-        base = draw()
-        others = [draw() for _ in range(students)]
-        new = draw()
+        base = _random_distribution(rng, vocab)
+        others = [_random_distribution(rng, vocab) for _ in range(students)]
+        new = _random_distribution(rng, vocab)
         out = operator(base, others)
-        if far(jnp.sum(jnp.exp(out)), 1.0):
+        if _differs(jnp.sum(jnp.exp(out)), 1.0, atol):
             broken.add("law")
         if not bool(jnp.all(jnp.isfinite(out))):
             broken.add("positive")
@@ -92,23 +100,37 @@ def violated(
         stacked = jnp.stack([base, *others])
         above = out - stacked.min(0)
         below = stacked.max(0) - out
-        if bool(above.min() + below.min() < -atol) or far(operator(base, [base] * students), base):
+        outside = bool(above.min() + below.min() < -atol)
+        if outside or _differs(operator(base, [base] * students), base, atol):
             broken.add("between")
-        step = 1e-3
-        near = jax.nn.log_softmax(base + step * jnp.asarray(rng.standard_normal(vocab)))
-        if not bool(
-            jnp.max(jnp.abs(operator(near, others) - out))
-            <= 50 * jnp.max(jnp.abs(near - base)) + atol
-        ):
+        step = 1e-3 * jnp.asarray(rng.standard_normal(vocab))
+        near = jax.nn.log_softmax(base + step)
+        change = jnp.max(jnp.abs(operator(near, others) - out))
+        if not bool(change <= 50 * jnp.max(jnp.abs(near - base)) + atol):
             broken.add("continuous")
+        # monotone: what is likelier for the new base is likelier in the result
         moved = jnp.exp(operator(new, others)) - jnp.exp(out)
-        if not bool(
-            jnp.sum(moved * (new - base)) > atol
-        ):  # monotone: more likely for the new base, more likely in the result
+        if not bool(jnp.sum(moved * (new - base)) > atol):
             broken.add("anchored")
         order = rng.permutation(vocab)
-        if far(operator(base[order], [law[order] for law in others]), out[order]):
+        permuted = operator(base[order], [log_p[order] for log_p in others])
+        if _differs(permuted, out[order], atol):
             broken.add("equivariant")
-        if tempered and far(operator(temper(base), [temper(law) for law in others]), temper(out)):
-            broken.add("tempered")
+        if tempered:
+            cooled = operator(_tempered(base), [_tempered(log_p) for log_p in others])
+            if _differs(cooled, _tempered(out), atol):
+                broken.add("tempered")
     return sorted(broken)
+
+
+def _random_distribution(rng: np.random.Generator, vocab: int) -> Array:
+    p = rng.dirichlet(np.ones(vocab)) * 0.98 + 0.02 / vocab
+    return jnp.log(jnp.asarray(p))
+
+
+def _tempered(log_p: Array) -> Array:
+    return jax.nn.log_softmax(log_p / 2.0)
+
+
+def _differs(a: Array, b: Array | float, atol: float) -> bool:
+    return not bool(jnp.max(jnp.abs(a - b)) <= atol)

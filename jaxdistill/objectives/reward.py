@@ -1,58 +1,62 @@
-"""Verifiable rewards: what a response is worth, checked against the data's answer.
+"""Verifiable rewards: the value of a response, checked against the data's answer.
 
-A reward is a callable dataclass, batch -> (score float32 [B], failed float32 [B]), of a batch as
-`samplers.text.respond` makes it: tokens and mask [B T] of the response, answer and answer_mask [B
-T] of the data's own. `failed` is 1 where the sample could not be judged; its score is then 0.
+A reward is a callable dataclass, batch -> (score, failed), float32 of each sample. The batch is
+that of `samplers.text.respond`: tokens and mask [B T] of the response, answer and answer_mask [B T]
+of the data's own. `failed` is 1 where a sample could not be judged; its score is then 0.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Float32, Shaped
 
+from jaxdistill.core.tokenizer import decoder
 from jaxdistill.core.types import Array, Batch, Refused
 from jaxdistill.objectives import verifiers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exact:
-    """1 where the response is the answer, token by token, its end included; else 0."""
+    """1 where the response equals the answer token by token, its end included; else 0."""
 
-    def __call__(self, batch: Batch) -> tuple[Array, Array]:
-        wanted, here = _hits(batch)
-        score = jnp.all(wanted == here, -1).astype(jnp.float32)
+    def __call__(self, batch: Batch) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        wanted, right = _right_tokens(batch)
+        score = jnp.all(wanted == right, -1).astype(jnp.float32)
         return score, jnp.zeros_like(score)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-    """The share of the answer's tokens that the response has in their places; a dense reward."""
+    """The share of the answer's tokens that the response has in the same places."""
 
-    def __call__(self, batch: Batch) -> tuple[Array, Array]:
-        wanted, here = _hits(batch)
-        score = jnp.sum(wanted & here, -1) / jnp.maximum(jnp.sum(wanted, -1), 1)
+    def __call__(self, batch: Batch) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+        wanted, right = _right_tokens(batch)
+        score = jnp.sum(wanted & right, -1) / jnp.maximum(jnp.sum(wanted, -1), 1)
         return score, jnp.zeros_like(score)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AtLeast(Share):
-    """1 where that share is `least` or more, else 0: right enough."""
+    """1 where `Share` is `least` or more, else 0."""
 
     least: float = 0.5
 
-    def __call__(self, batch: Batch) -> tuple[Array, Array]:
+    def __call__(self, batch):
         score, failed = super().__call__(batch)
         return (score >= self.least).astype(jnp.float32), failed
 
 
-def _hits(batch: Batch) -> tuple[Array, Array]:
-    """(where the answer has a token, where the response has that token or, beyond the answer, one
-    too many), bool [B T].
+def _right_tokens(batch: Batch) -> tuple[Array, Array]:
+    """Where the answer has a token; and where the response has that token or, beyond the answer,
+    one too many; bool [B T].
     """
     wanted = batch["answer_mask"] > 0
     written = batch["mask"] > 0
@@ -61,24 +65,25 @@ def _hits(batch: Batch) -> tuple[Array, Array]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verified:
-    """A Python function on the host: function(prompt, response, answer) -> float or bool, in
-    processes of its own.
+    """The value of a Python function on the host, function(prompt, response, answer) -> float or
+    bool, which is called in processes of its own.
 
-    With a `tokenizer` its arguments are texts, else lists of token ids. A sample on which it
-    raises, crashes, returns no finite number or takes longer than `timeout` has failed: score 0,
-    counted and logged, and training goes on. Raises Refused where there is no such function, or
-    where its file cannot be imported within `start` seconds.
+    With a `tokenizer` its arguments are texts, else lists of token ids. Where it raises, crashes,
+    returns no finite number or takes longer than `timeout`, the sample has failed: its score is 0,
+    the failure is counted and logged, and training continues.
+
+    Raises:
+      Refused: where there is no such function, or its file cannot be imported within `start`
+        seconds.
     """
 
-    function: str = (
-        "objectives.verifiers:last_number"  # "package.file:function", below jaxdistill or anywhere
-    )
+    # "package.file:function", below jaxdistill or in any package; only the processes import it
+    function: str = "objectives.verifiers:last_number"
     tokenizer: str = "byte"  # byte | a folder | "": the function gets token ids
-    timeout: float = 5.0  # seconds a sample
+    timeout: float = 5.0  # seconds for a sample
     workers: int = 4  # processes
-    start: float = (
-        verifiers.START
-    )  # seconds that the import of the function's file may take, tried before anything runs
+    # seconds for the import of the function's file, which is tried before training starts
+    start: float = verifiers.START
 
     def __post_init__(self):
         if not 0 < self.timeout < np.inf or not 0 < self.start < np.inf or self.workers < 1:
@@ -86,52 +91,57 @@ class Verified:
             raise Refused(f"reward: {fields}: expected seconds above 0 and at least 1 worker")
         try:
             verifiers.check(self.function, self.start)
-        except Exception as error:  # whatever the file's import raises
-            said = " ".join(str(error).split())
-            raise Refused(
-                f"reward.function={self.function!r}: {said}; expected 'package.file:function'"
-            ) from error
+        except Exception as error:  # any exception that the import raises
+            reason = " ".join(str(error).split())
+            given = f"reward.function={self.function!r}"
+            raise Refused(f"{given}: {reason}; expected 'package.file:function'") from error
 
     @functools.cached_property
     def pool(self) -> verifiers.Pool:
+        """The processes."""
         return verifiers.Pool(self.function, self.timeout, self.workers, self.start)
 
     @functools.cached_property
-    def decode(self):
-        """list of ids -> what the function gets."""
-        return (
-            verifiers.find("data.tokenizers:load_tokenizer")(self.tokenizer).decode
-            if self.tokenizer
-            else list
-        )
+    def decode(self) -> Callable[[list[int]], Any]:
+        """From token ids to an argument of the function."""
+        return decoder(self.tokenizer) if self.tokenizer else list
 
-    def __call__(self, batch: Batch) -> tuple[Array, Array]:
+    def __call__(self, batch: Batch) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
         names = ("tokens", "mask", "segments", "answer", "answer_mask")
-        one = jax.ShapeDtypeStruct(batch["tokens"].shape[:1], jnp.float32)
-        return jax.pure_callback(self.judge, (one, one), *(batch[name] for name in names))
+        result = jax.ShapeDtypeStruct(batch["tokens"].shape[:1], jnp.float32)
+        arrays = [batch[name] for name in names]
+        return jax.pure_callback(self.judge, (result, result), *arrays)
 
-    def judge(self, tokens, mask, segments, answer, answer_mask) -> tuple[np.ndarray, np.ndarray]:
-        """The same on the host; arrays [B T], segments 0 on padding."""
-        tokens, written, real, answer, wanted = map(
-            np.asarray, (tokens, mask, segments, answer, answer_mask)
-        )
-        prompt = (real > 0) & ~(np.cumsum(written > 0, -1) > 0)
-        pick = lambda rows, where: [
-            self.decode([int(t) for t in row[keep]]) for row, keep in zip(rows, where > 0)
-        ]
-        samples = list(zip(pick(tokens, prompt), pick(tokens, written), pick(answer, wanted)))
-        found = [
-            v if isinstance(v, str) or np.isfinite(v) else f"returned {v}"
-            for v in self.pool.score(samples)
-        ]
-        wrong = [v for v in found if isinstance(v, str)]
-        if wrong:
-            logging.warning(
-                "%s failed on %d of %d samples; the first: %s",
-                self.function,
-                len(wrong),
-                len(found),
-                wrong[0],
-            )
-        failed = np.array([isinstance(v, str) for v in found])
-        return np.float32([0.0 if bad else v for v, bad in zip(found, failed)]), np.float32(failed)
+    def judge(
+        self,
+        tokens: Shaped[Array, "B T"],
+        mask: Shaped[Array, "B T"],
+        segments: Shaped[Array, "B T"],
+        answer: Shaped[Array, "B T"],
+        answer_mask: Shaped[Array, "B T"],
+    ) -> tuple[Float32[np.ndarray, " B"], Float32[np.ndarray, " B"]]:
+        """(score, failed) of arrays on the host; segments are 0 on padding."""
+        written = np.asarray(mask) > 0
+        before_response = np.cumsum(written, -1) == 0
+        prompts = self._decoded(tokens, (np.asarray(segments) > 0) & before_response)
+        responses = self._decoded(tokens, written)
+        answers = self._decoded(answer, np.asarray(answer_mask) > 0)
+        values = self.pool.score(list(zip(prompts, responses, answers)))
+        score = np.zeros(len(values), np.float32)
+        failed = np.zeros(len(values), np.float32)
+        reasons = []
+        for i, value in enumerate(values):
+            if isinstance(value, float) and np.isfinite(value):
+                score[i] = value
+            else:
+                failed[i] = 1.0
+                reasons.append(value if isinstance(value, str) else f"returned {value}")
+        if reasons:
+            message = "%s failed on %d of %d samples; the first: %s"
+            logging.warning(message, self.function, len(reasons), len(values), reasons[0])
+        return score, failed
+
+    def _decoded(self, tokens: Array, where: np.ndarray) -> Sequence[Any]:
+        """The tokens of each sample at the places `where` [B T], decoded."""
+        samples = zip(np.asarray(tokens), where)
+        return [self.decode([int(token) for token in row[kept]]) for row, kept in samples]

@@ -1,7 +1,7 @@
-"""Numbers of a loss that change while it trains: weights, temperatures, the beta of a divergence.
+"""Numbers of a loss that change during training: weights, temperatures, the beta of a divergence.
 
-A field that says "or a schedule" takes any of these in place of a number; `settled` puts in what
-they say at a step.
+A field of type `float | Schedule` takes a schedule in place of a number; `settled` replaces the
+schedules of an object by their numbers at a step.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Shaped
 
 from jaxdistill.core.types import Array, Ctx, Nets, Out, Refused
 
@@ -21,31 +22,32 @@ Fields = TypeVar("Fields")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Base of all: `start` at step 0, `end` from step `steps` on. A subclass gives `progress`."""
+    """Base of all schedules: `start` at step 0, `end` from step `steps` on.
+
+    A subclass gives `progress`.
+    """
 
     start: float
     end: float
-    steps: int  # engine steps of the way
+    steps: int  # engine steps from start to end
 
     def __post_init__(self):
         if self.steps < 1:
             raise Refused(f"{type(self).__name__}: steps={self.steps}, expected a positive integer")
 
-    def __call__(self, step: int | Array) -> Array:
-        """The value at an engine step, float32 (float64 where enabled) []."""
+    def __call__(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
+        """The value at an engine step, float32 (float64 where that is enabled)."""
         share = jnp.clip(jnp.asarray(step, jnp.result_type(float)) / self.steps, 0.0, 1.0)
         return self.start + (self.end - self.start) * self.progress(share)
 
-    def progress(self, share: Array) -> Array:
-        """How much of the way from start to end is gone after this share of the steps: [] -> [], 0
-        at 0 and 1 at 1.
-        """
+    def progress(self, share: Float[Array, ""]) -> Float[Array, ""]:
+        """The share of the way from start to end after this share of the steps: 0 at 0, 1 at 1."""
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):
-    """Evenly."""
+    """From start to end at a constant rate."""
 
     def progress(self, share):
         return share
@@ -53,43 +55,54 @@ class Linear(Schedule):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
-    """(1 - cos(pi share)) / 2: slow at both ends. From 1 to 0, a quarter of the steps leaves
-    (1 + cos(pi / 4)) / 2 = 0.8535534."""
+    """(1 - cos(pi share)) / 2, which is slow at both ends.
+
+    From 1 to 0, (1 + cos(pi / 4)) / 2 = 0.8535534 is left after a quarter of the steps.
+    """
 
     def progress(self, share):
         return 0.5 * (1.0 - jnp.cos(jnp.pi * share))
 
 
 def scheduled(value: Any) -> bool:
-    """Whether a field's value, or an entry of it, is a schedule."""
-    entries = value.values() if isinstance(value, Mapping) else (value,)
-    return any(isinstance(entry, Schedule) for entry in entries)
+    """Whether a field's value is a schedule, or an object or a mapping with one inside."""
+    if isinstance(value, Schedule):
+        return True
+    if isinstance(value, Mapping):
+        return any(scheduled(entry) for entry in value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return any(scheduled(getattr(value, f.name)) for f in dataclasses.fields(value))
+    return False
 
 
 def settled(fields: Fields, step: int | Array) -> Fields:
-    """A dataclass with the numbers of its schedules at `step` in their places, also inside a field
-    that is a mapping.
+    """A dataclass whose schedules are replaced by their numbers at `step`, also inside its fields.
 
-    The same object where it has none; else it is not checked again, for its numbers may belong to a
-    running program.
+    It is the same object where it has no schedule. Otherwise its fields are not checked again,
+    since the numbers may be traced.
     """
-    at = lambda value: value(step) if isinstance(value, Schedule) else value
-    every = lambda mapping: {k: at(v) for k, v in mapping.items()}
-    inside = lambda value: every(value) if isinstance(value, Mapping) else at(value)
-    values = {field.name: getattr(fields, field.name) for field in dataclasses.fields(fields)}
-    changing = {name: inside(value) for name, value in values.items() if scheduled(value)}
-    if not changing:
-        return fields
     made = copy.copy(fields)
-    for name, value in changing.items():
-        object.__setattr__(made, name, value)
-    return made
+    changed = False
+    for field in dataclasses.fields(fields):
+        value = getattr(fields, field.name)
+        if scheduled(value):
+            object.__setattr__(made, field.name, _at(value, step))
+            changed = True
+    return made if changed else fields
+
+
+def _at(value: Any, step: int | Array) -> Any:
+    if isinstance(value, Schedule):
+        return value(step)
+    if isinstance(value, Mapping):
+        return {key: _at(entry, step) for key, entry in value.items()}
+    return settled(value, step) if scheduled(value) else value
 
 
 def follows_schedules(
     loss: Callable[[Any, Nets, Ctx], Out],
 ) -> Callable[[Any, Nets, Ctx], Out]:
-    """A method's loss that sees the numbers of its schedules at the current step."""
+    """A method's loss in which the schedules of `self` are their numbers at the current step."""
 
     @functools.wraps(loss)
     def at_step(self: Any, net: Nets, ctx: Ctx) -> Out:
@@ -99,13 +112,13 @@ def follows_schedules(
 
 
 def bounds(value: float | Schedule) -> tuple[float, float]:
-    """(least, largest) number that a field will hold: a schedule's lie between its ends."""
+    """(least, largest) number that a field will hold: a schedule stays between its ends."""
     ends = (value.start, value.end) if isinstance(value, Schedule) else (value, value)
     return min(ends), max(ends)
 
 
-def weighted(weight: float | Array, term: Array) -> float | Array:
-    """weight * term; exactly 0 for a constant weight of 0, whatever the term is."""
+def weighted(weight: float | Array, term: Shaped[Array, "*B"]) -> Shaped[Array, "*B"] | float:
+    """weight * term; exactly 0 for a constant weight of 0, even where the term is not finite."""
     if isinstance(weight, Array):
         return weight * term
     return weight * term if weight else 0.0

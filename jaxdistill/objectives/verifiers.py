@@ -1,10 +1,9 @@
-"""Verifiers of text, and the child processes that they run in. Standard library only: the children
-import nothing else.
+"""Verifiers of text, and the child processes that they are called in.
 
-A verifier is any function (prompt, response, answer) -> float or bool that a name
-"package.file:function" reaches. It may
-raise, hang or crash: that costs its process, which is replaced, and its sample, which is reported
-as failed.
+This file uses the standard library alone, since it is all that a child process imports before its
+verifier. A verifier is any function (prompt, response, answer) -> float or bool, known by its name
+"package.file:function". It may raise, hang or crash: its process is then replaced, and its sample
+is reported as failed.
 """
 
 from __future__ import annotations
@@ -24,11 +23,12 @@ from fractions import Fraction
 from typing import Any
 
 START = 60.0  # seconds that a child may take to import its verifier
-SHOWN = 200  # characters of what a verifier raises
+SHOWN = 200  # characters of an exception that are reported
 
 NUMBER = re.compile(
     r"""
-    (?P<sign>(?<![\w.)\]}%])[-\u2212\u2013\uff0d\u2011])?+            # of "is -5", but not of "3-5", "(3)-5" or "x-5"
+    # of "is -5", but not of "3-5", "(3)-5" or "x-5"
+    (?P<sign>(?<![\w.)\]}%])[-\u2212\u2013\uff0d\u2011])?+
     (?:\\?[$\u20ac\u00a3\u00a5\u20b9])?+
     (?P<whole>
         \d{1,3}(?:[,_'\u2019\u00a0\u2009\u202f]\d{3}){1,999}+(?!\d)   # 1,234,567
@@ -40,7 +40,8 @@ NUMBER = re.compile(
         /(?P<below>\d++)(?![/\d]|[.,]\d)                              # 1/2, but not 1/2/2024
         | (?P<decimals>\.\d++)?+
           (?:[eE](?P<power>[-+\u2212]?\d++)(?!\w)
-             | [ ]?(?:[x\u00d7*]|\\times|\\cdot)[ ]?10[ ]?(?:\^|\*\*)[ ]?\{?(?P<tens>[-\u2212]?\d++))?+
+             | [ ]?(?:[x\u00d7*]|\\times|\\cdot)
+               [ ]?10[ ]?(?:\^|\*\*)[ ]?\{?(?P<tens>[-\u2212]?\d++))?+
     )
     """,
     re.VERBOSE,
@@ -49,11 +50,11 @@ FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*+)\}\{([^{}]*+)\}")  # of LaTeX
 
 
 def number(text: str) -> Decimal | Fraction | None:
-    """The last number of a text, exactly; None where there is none.
+    """The exact last number of a text, or None.
 
-    Signs of thousands go, signs of percent and of currencies count for nothing, 1/2 and LaTeX's
-    \frac{1}{2} are a half, 1.5e3 and 1.5 x 10^3 are 1500. A minus belongs to what follows it unless
-    a number or a word ends right before it: "3-5" ends in 5.
+    Separators of thousands and signs of percent and currencies are ignored, 1/2 and LaTeX's
+    \frac{1}{2} are a half, 1.5e3 and 1.5 x 10^3 are 1500. A minus sign counts unless a number or a
+    word ends right before it: the last number of "3-5" is 5.
     """
     text = FRACTION.sub(r"\1/\2", text)
     last = collections.deque(NUMBER.finditer(text), maxlen=1)
@@ -64,11 +65,10 @@ def number(text: str) -> Decimal | Fraction | None:
     whole = re.sub(r"\D", "", found["whole"])
     below = found["below"]
     power = (found["power"] or found["tens"] or "0").replace("\u2212", "-")
-    dated = (
-        text[found.start() - 1 : found.start()] == "/" and text[: found.start() - 1][-1:].isdigit()
-    )
+    before = text[: found.start()]
+    is_date = before.endswith("/") and before[-2:-1].isdigit()
     try:
-        if below and dated:
+        if below and is_date:
             return Decimal(below)
         if below and int(below):
             return Fraction(int(sign + whole), int(below))
@@ -78,23 +78,25 @@ def number(text: str) -> Decimal | Fraction | None:
 
 
 def last_number(prompt: str, response: str, answer: str) -> float:
-    """1 where the last number of the response equals the last one of the answer ("#### 1,234" of
-    GSM8K), else 0.
+    """1 where the last number of the response equals that of the answer ("#### 1,234" in GSM8K),
+    else 0.
     """
     found = number(response)
     return float(found is not None and found == number(answer))
 
 
 def exact_text(prompt: str, response: str, answer: str) -> float:
-    """1 where response and answer agree, white space aside (runs count as one, ends not at all),
-    else 0.
+    """1 where response and answer have the same words, whatever the white space between and around
+    them, else 0.
     """
     return float(response.split() == answer.split())
 
 
 def find(name: str) -> Callable:
-    """The function called "package.file:function", looked up below `jaxdistill` first. Raises
-    ValueError.
+    """The function called "package.file:function", looked up below `jaxdistill` first.
+
+    Raises:
+      ValueError: where there is none.
     """
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
         raise ValueError("no name of a function in a file")
@@ -109,22 +111,19 @@ def find(name: str) -> Callable:
         found = getattr(within, function, None)
         if callable(found):
             return found
-        names = [
-            n for n, value in vars(within).items() if callable(value) and not n.startswith("_")
-        ]
-        near = difflib.get_close_matches(function, names, 1)
-        raise ValueError(
-            f"{module} has no function {function!r}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        functions = [n for n, value in vars(within).items() if callable(value)]
+        public = [name for name in functions if not name.startswith("_")]
+        near = difflib.get_close_matches(function, public, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{module} has no function {function!r}{hint}")
     raise ValueError(f"no module {file!r}")
 
 
 def check(name: str, start: float = START) -> None:
-    """Raises ValueError where a child cannot import the function called `name` within `start`
-    seconds.
+    """Raises ValueError where a child process cannot import the function called `name` within
+    `start` seconds.
 
-    It is asked once in a process; the library's own are looked up without a child.
+    Each name is tried once; the library's own functions are looked up without a child process.
     """
     file = name.partition(":")[0]
     if name in _IMPORTED:
@@ -147,18 +146,22 @@ def _exists(module: str) -> bool:
         return False
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An exception in one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:SHOWN]
 
 
 def _serve(name: str, pipe: Any) -> None:
-    """A child's life: import, say so, then answer requests until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    """What a child process does: it imports the verifier, reports that, then answers requests until
+    the pipe closes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     try:
         call = find(name)
     except BaseException as error:
-        pipe.send(str(error) if type(error) is ValueError else f"its import raises {_said(error)}")
+        pipe.send(
+            str(error) if type(error) is ValueError else f"its import raises {_one_line(error)}"
+        )
         return
     pipe.send(None)
     while True:
@@ -168,18 +171,20 @@ def _serve(name: str, pipe: Any) -> None:
             return
         try:
             value = call(*sample)
-            sound = hasattr(
-                value, "__float__"
-            )  # a text has none, even where it could be read as a number
-            answer = float(value) if sound else f"returned {value!r:.{SHOWN}}, no number"
+            # text has no __float__, even where it could be read as a number
+            if hasattr(value, "__float__"):
+                answer = float(value)
+            else:
+                answer = f"returned {value!r:.{SHOWN}}, no number"
         except BaseException as error:
-            answer = _said(error)
+            answer = _one_line(error)
         pipe.send(answer)
 
 
 class _Child:
-    """A process that has imported a verifier. Raises ValueError where it cannot within `start`
-    seconds.
+    """A process that has imported a verifier.
+
+    Raises ValueError where it cannot within `start` seconds.
     """
 
     def __init__(self, name: str, start: float):
@@ -199,7 +204,10 @@ class _Child:
             raise ValueError(wrong)
 
     def read(self, timeout: float) -> float | str | None:
-        """The child's next message. Raises TimeoutError, or EOFError where it died."""
+        """The child's next message.
+
+        Raises TimeoutError, and EOFError where the process has ended.
+        """
         if not self.pipe.poll(timeout):
             raise TimeoutError
         return self.pipe.recv()
@@ -211,8 +219,9 @@ class _Child:
 
 
 class Pool:
-    """Up to `workers` child processes, started when first needed, that score samples with the
-    verifier called `name`.
+    """Up to `workers` child processes that score samples with the verifier called `name`.
+
+    They are started when they are first needed.
     """
 
     def __init__(self, name: str, timeout: float, workers: int, start: float = START):
@@ -226,7 +235,7 @@ class Pool:
             self.idle.put(None)
 
     def score(self, samples: Sequence[tuple]) -> list[float | str]:
-        """For each sample's arguments the verifier's value, or a line that says why there is none."""
+        """The verifier's value for the arguments of each sample, or the cause of a failure."""
         self.broken = ""
         with ThreadPoolExecutor(self.workers) as threads:
             return list(threads.map(self._one, samples))
@@ -234,9 +243,10 @@ class Pool:
     def _one(self, sample: tuple) -> float | str:
         child = self.idle.get()
         try:
-            if child is None and self.broken:  # a further start costs as long as the first
-                return self.broken
-            child = child or _Child(self.name, self.start)
+            if child is None:
+                if self.broken:  # another start would take as long as the first
+                    return self.broken
+                child = _Child(self.name, self.start)
             child.pipe.send(sample)
             return child.read(self.timeout)
         except ValueError as error:
@@ -246,17 +256,16 @@ class Pool:
             if child:
                 child.stop()
             child = None
-            return (
-                f"no answer in {self.timeout:g} s"
-                if isinstance(error, TimeoutError)
-                else "its process died"
-            )
+            if isinstance(error, TimeoutError):
+                return f"no answer in {self.timeout:g} s"
+            return "its process died"
         finally:
             self.idle.put(child)
 
     def close(self) -> None:
         """Ends the processes; the next call starts new ones."""
         for _ in range(self.workers):
-            if child := self.idle.get():
+            child = self.idle.get()
+            if child is not None:
                 child.stop()
             self.idle.put(None)

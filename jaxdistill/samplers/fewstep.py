@@ -1,14 +1,15 @@
-"""Samplers of few-step students: `(net, noise, times, key) -> x0`, `net(x, t[B]) -> Pred` with its
-condition bound.
+"""Samplers of few-step students: `(net, noise, times, key) -> x0`, with `net(x, t[B]) -> Pred` that
+has its condition bound.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Key, Shaped
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.diffusion.process import Process, expand
@@ -18,25 +19,35 @@ from jaxdistill.samplers.ode import Denoise
 
 def falling(times: Sequence[float], top: float) -> bool:
     """Whether `times` fall, all of them above 0 and at most `top`."""
-    return all(0 < t <= top for t in times) and all(a > b for a, b in itertools.pairwise(times))
+    inside = all(0 < t <= top for t in times)
+    return inside and all(a > b for a, b in itertools.pairwise(times))
 
 
-def first_times(times: tuple[float, ...], steps: int) -> Array:
-    """The first `steps` of a student's sampling times, [steps]. Raises Refused where it has fewer."""
+def first_times(times: tuple[float, ...], steps: int) -> Float[Array, " {steps}"]:
+    """The first `steps` of a student's sampling times.
+
+    Raises:
+      Refused: where it has fewer.
+    """
     if not 1 <= steps <= len(times):
-        raise Refused(
-            f"steps={steps}: expected 1 to {len(times)}, since method.student_times={times}"
-        )
+        reason = f"since method.student_times={times}"
+        raise Refused(f"steps={steps}: expected 1 to {len(times)}, {reason}")
     return jnp.array(times[:steps])
 
 
 def renoise(
-    process: Process, net: Denoise, noise: Array, times: Array, key: Array, solver: str = ""
-) -> Array:
-    """Consistency / DMD2 sampling: predict x0 at each of `times` [N], re-noise it with fresh noise
-    to the next, or take the step of a `solver` there (see `simulate`).
+    process: Process,
+    net: Denoise,
+    noise: Float[Array, "B ..."],
+    times: Shaped[Array, " N"],
+    key: Key[Array, ""],
+    solver: str = "",
+) -> Float[Array, "B ..."]:
+    """Consistency and DMD2 sampling: x0 at each of `times`, renoised to the next with fresh noise.
 
-    `noise` [B ...] is unit Gaussian; the chain starts from pure noise, seen as a state at times[0].
+    With a `solver` its step leads to the next time instead, as in `simulate`.
+
+    The chain starts from unit Gaussian `noise`, which stands for a state at times[0].
     """
     xt, t = simulate(process, net, noise, times, key, len(times) - 1, solver)
     return net(xt, t).x0
@@ -45,96 +56,113 @@ def renoise(
 def simulate(
     process: Process,
     net: Denoise,
-    noise: Array,
-    times: Array,
-    key: Array,
-    index: Array | int,
+    noise: Float[Array, "B ..."],
+    times: Shaped[Array, " N"],
+    key: Key[Array, ""],
+    index: int | Int[Array, ""],
     solver: str = "",
-) -> tuple[Array, Array]:
-    """The state (x_t [B ...], t [B]) that a student's chain brings to its step number `index`,
-    which may be traced.
+) -> tuple[Float[Array, "B ..."], Float[Array, " B"]]:
+    """The state (x_t, t) of a student's sampling chain before its step number `index`.
 
-    From one time to the next it re-noises its x0 with fresh noise; or takes the step of a `solver`
-    of samplers/ode.py without memory, in which case `key` is not read. "ddim" is Euler's on
-    rectified flow, whatever the shift.
+    Args:
+      index: may be traced.
+      solver: "" renoises x0 with fresh noise to the next time. Otherwise a step of this solver of
+        samplers/ode.py leads there, one that keeps nothing between steps; `key` is then not used.
+        "ddim" is Euler's method on rectified flow, whatever the shift.
     """
 
-    def body(i, x):
+    def step(i: Array, x: Array) -> Array:
         t = jnp.full(x.shape[:1], times[i])
         if solver:
             return ode.advance(solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1]))
-        return _again(process, net, x, t, times[i + 1], jax.random.fold_in(key, i))
+        return _renoised(process, net, x, t, times[i + 1], jax.random.fold_in(key, i))
 
-    xt = jax.lax.fori_loop(0, index, body, process.start(noise))
+    xt = jax.lax.fori_loop(0, index, step, process.start(noise))
     return xt, jnp.full(noise.shape[:1], times[index])
 
 
-def _again(process: Process, net: Denoise, x: Array, t: Array, r: Array, key: Array) -> Array:
-    """x0 at t [B], re-noised with fresh noise to r."""
+def chain(
+    process: Process,
+    net: Denoise,
+    noise: Float[Array, "B ..."],
+    times: Shaped[Array, " N"],
+    key: Key[Array, ""],
+) -> tuple[Float[Array, "N B ..."], Float[Array, "B ..."]]:
+    """A complete renoising chain: its states at `times`, and its result.
+
+    They are those of `simulate` and `renoise`.
+    """
+
+    def step(x: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        i, t, r = inputs
+        t = jnp.full(x.shape[:1], t)
+        return _renoised(process, net, x, t, r, jax.random.fold_in(key, i)), x
+
+    inputs = (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    last, states = jax.lax.scan(step, process.start(noise), inputs)
+    x0 = net(last, jnp.full(noise.shape[:1], times[-1])).x0
+    return jnp.concatenate([states, last[None]]), x0
+
+
+def _renoised(process: Process, net: Denoise, x: Array, t: Array, r: Array, key: Array) -> Array:
+    """x0 at t [B], renoised with fresh noise to r."""
     return process.add_noise(net(x, t).x0, jax.random.normal(key, x.shape, x.dtype), r)
 
 
-def chain(
-    process: Process, net: Denoise, noise: Array, times: Array, key: Array
-) -> tuple[Array, Array]:
-    """All of a renoising chain: (its states at `times`, [N B ...]; the x0 that it ends with). As
-    `simulate` and `renoise`.
-    """
-
-    def body(x, inp):
-        i, t, r = inp
-        return _again(process, net, x, jnp.full(x.shape[:1], t), r, jax.random.fold_in(key, i)), x
-
-    last, states = jax.lax.scan(
-        body, process.start(noise), (jnp.arange(len(times) - 1), times[:-1], times[1:])
-    )
-    return jnp.concatenate([states, last[None]]), net(last, jnp.full(noise.shape[:1], times[-1])).x0
-
-
-AIMS = {"any": lambda t, s: s, "few": lambda t, s: jnp.zeros_like(t), "mul": lambda t, s: t}
+STYLES = {  # what `jump` gives the network as second time, from the time of the state and the next
+    "any": lambda t, s: s,
+    "few": lambda t, s: jnp.zeros_like(t),
+    "mul": lambda t, s: t,
+}
 
 
 def jump(
-    net,
-    noise: Array,
-    times: Array,
-    key: Array | None = None,
+    net: Callable,
+    noise: Float[Array, "B ..."],
+    times: Shaped[Array, " N"] | Shaped[Array, "N B"],
+    key: Key[Array, ""] | None = None,
     *,
     style: str = "any",
     fresh: float = 0.0,
     extrapolate: float = 0.0,
-) -> Array:
-    """Average-velocity sampling (MeanFlow): x_s = x_t - (t - s) u(x_t, r, t) along `times` [N + 1]
-    or [N + 1, B], flow time.
+) -> Float[Array, "B ..."]:
+    """Average-velocity sampling (MeanFlow): x_s = x_t - (t - s) u(x_t, r, t) along `times`.
 
-    `net(x, t[B], r=r[B]) -> Pred` whose `v` is the average velocity from r to t. The `style` says
-    what r is (UCGM, arXiv:2505.07447): "any" the next time, "few" 0 (consistency sampling), "mul" t
-    (the flow's ODE). A share `fresh` of the variance of the next state's noise is drawn anew (1 is
-    `renoise`), and from the third step on its x0 and noise go beyond what is predicted by
-    `extrapolate` times their change since the last step; a state at 0 is a sample, and is as
-    predicted. Raises Refused on an unknown style.
+    Args:
+      net: `net(x, t[B], r=r[B]) -> Pred`, whose `v` is the average velocity from r to t.
+      times: of the flow, from the first to the last state; one sequence, or one for each sample.
+      style: what r is (UCGM, arXiv:2505.07447): "any" the next time, "few" 0 (consistency
+        sampling), "mul" t (the flow's ODE).
+      fresh: share of the variance of the next state's noise that is drawn anew; 1 is `renoise`.
+      extrapolate: from the third step on, the predicted x0 and noise are extrapolated by this
+        multiple of their change since the last step. A state at time 0 is a sample, and is not
+        extrapolated.
+
+    Raises:
+      Refused: on an unknown style.
     """
-    aim = lookup(AIMS, style, "style")
+    second_time = lookup(STYLES, style, "style")
 
-    def body(carry, inp):
-        x, *last = carry
-        i, t, s = inp
+    def step(carry: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+        x, last_x0, last_eps = carry
+        i, t, s = inputs
         t = jnp.full(x.shape[:1], t)
         s = jnp.full(x.shape[:1], s)
-        pred = net(x, t, r=aim(t, s))
+        pred = net(x, t, r=second_time(t, s))
         if not fresh and not extrapolate:
-            return (x - expand(t - s, x) * pred.v, *last), None
+            return (x - expand(t - s, x) * pred.v, last_x0, last_eps), None
         beyond = expand(jnp.where((i > 1) & (s > 0), extrapolate, 0.0), x)
-        x0, eps = (p + beyond * (p - q) for p, q in zip((pred.x0, pred.eps), last))
+        x0 = pred.x0 + beyond * (pred.x0 - last_x0)
+        eps = pred.eps + beyond * (pred.eps - last_eps)
         if fresh:
-            anew = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-            eps = (1 - fresh) ** 0.5 * eps + fresh**0.5 * anew
-        return ((1 - expand(s, x)) * x0 + expand(s, x) * eps, pred.x0, pred.eps), None
+            new = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
+            eps = (1 - fresh) ** 0.5 * eps + fresh**0.5 * new
+        x = (1 - expand(s, x)) * x0 + expand(s, x) * eps
+        return (x, pred.x0, pred.eps), None
 
     zero = jnp.zeros_like(noise)
-    (x, *_), _ = jax.lax.scan(
-        body, (noise, zero, zero), (jnp.arange(len(times) - 1), times[:-1], times[1:])
-    )
+    inputs = (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    (x, _, _), _ = jax.lax.scan(step, (noise, zero, zero), inputs)
     return x
 
 
@@ -142,17 +170,24 @@ def warped_times(
     steps: int,
     gaps: tuple[float, float] = (0.0, 0.0),
     warp: tuple[float, float, float] = (1.0, 1.0, 1.0),
-) -> Array:
-    """UCGM's grid, [steps + 1] from 1 - k(gaps[0]) down to 0: even in k^-1(1 - t), k(u) = (1 - (1 -
-    u^a)^b)^c for warp (a, b, c) (Kumaraswamy's law; 1, 1, 1 is no warp). The last jump to 0 is made
-    from 1 - k(1 - gaps[1]), for gaps[1] = 0 from a step like the others. Raises Refused where there
-    is no step, or a gap is none.
+) -> Float[Array, " {steps}+1"]:
+    """UCGM's grid, from 1 - k(gaps[0]) down to 0.
+
+    The times are even in k^-1(1 - t).
+
+    Args:
+      gaps: at the first time, and before 0: the last step, to 0, starts from 1 - k(1 - gaps[1]);
+        for gaps[1] = 0 it is a step like the others.
+      warp: (a, b, c) of k(u) = (1 - (1 - u^a)^b)^c (Kumaraswamy's distribution). (1, 1, 1) leaves
+        the times even.
+
+    Raises:
+      Refused: where there is no step, or the gaps leave no time between them.
     """
     first, last = gaps
     if steps < 1 or not (first >= 0 and last >= 0 and first + last < 1):
-        raise Refused(
-            f"steps={steps}, gaps={gaps}: expected at least one step, and gaps of sum below 1"
-        )
+        expected = "expected at least one step, and gaps of sum below 1"
+        raise Refused(f"steps={steps}, gaps={gaps}: {expected}")
     a, b, c = warp
     even = jnp.linspace(first, 1 - last, steps + (last == 0))[:steps]
     return jnp.append(1 - (1 - (1 - even**a) ** b) ** c, 0.0)

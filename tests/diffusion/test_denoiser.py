@@ -3,7 +3,6 @@
 """
 
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -307,15 +306,10 @@ def test_guidance_is_the_score_of_a_power_product():
 def test_guided_networks_see_conditions_of_any_tree():
     cond = {"text": jnp.ones((2, 3)), "label": jnp.ones(2)}
     null = {"text": jnp.zeros((2, 3)), "label": jnp.zeros(2)}
-    net = lambda x, t, cond: types.SimpleNamespace(value=cond["text"].sum(-1) + cond["label"])
-    jax.tree_util.register_pytree_node(
-        types.SimpleNamespace,
-        lambda n: ((n.value,), None),
-        lambda _, c: types.SimpleNamespace(value=c[0]),
-    )
-    np.testing.assert_array_equal(
-        guided(net, jnp.zeros((2, 1)), jnp.zeros(2), cond, null, 2.0).value, 8.0
-    )
+    value = lambda cond: (cond["text"].sum(-1) + cond["label"])[:, None]
+    net = lambda x, t, cond: Flow().from_x0(value(cond), x, t)
+    guess = guided(net, jnp.zeros((2, 1)), jnp.full(2, 0.5), cond, null, 2.0)
+    np.testing.assert_array_equal(guess.x0, 8.0)
 
 
 def experts(data, seen):
@@ -394,7 +388,7 @@ def test_negative_times_reach_the_network_and_nothing_else(t):
 
 
 def test_negative_times_are_warped_by_their_size():
-    """A network of another process sees the sign, and the state of the same signal-to-noise ratio."""
+    """A network of another process is given the sign, and the state of equal signal-to-noise."""
     seen = {}
     call = lambda x, t, cond: (seen.setdefault(float(t[0]) > 0, (x, t)), x)[1]
     wrapped = Denoiser(native=Flow(shift=3.0)).wrap(call, Flow())

@@ -31,7 +31,7 @@ def grid(process, n=257):
 
 
 def inner(process, n=33):
-    """Times whose noise-to-signal ratio is within e^-2.5 and e^2.5, where every process has been."""
+    """Times of noise-to-signal ratios from e^-2.5 to e^2.5, which every process has."""
     return process.time_of_lam(jnp.linspace(2.5, -2.5, n))
 
 

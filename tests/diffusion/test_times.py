@@ -53,7 +53,7 @@ def test_refuses_empty_parts_and_laws_without_bounds():
 
 @pytest.mark.parametrize("process", [EDM(), Flow()], ids=lambda p: type(p).__name__)
 def test_karras_is_uniform_in_the_seventh_root_of_the_noise_to_signal_ratio(process):
-    """SiD's law: from the cleanest .002 to 24.41, where the top fifth of EDM's range is left out."""
+    """SiD's distribution, .002 to 24.41: the top fifth of EDM's range is left out."""
     t = Karras(high=0.8).draw(process, jax.random.key(0), 20_000)
     alpha, sigma = process.alpha_sigma(t)
     u = ((sigma / alpha) ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))

@@ -6,6 +6,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.evals import language
+from jaxdistill.objectives.divergence import ReverseKL
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary():
@@ -20,7 +21,7 @@ def test_token_kl_and_agreement_over_the_mask():
     mask = jnp.asarray([[1, 1, 0]])
     kl, count = language.token_kl(teacher, student, mask)
     np.testing.assert_allclose([kl, count], [np.sum(p * np.log(p / q)), 2], rtol=1e-6)
-    back, _ = language.token_kl(teacher, student, mask, kind="reverse_kl")
+    back, _ = language.token_kl(teacher, student, mask, divergence=ReverseKL())
     np.testing.assert_allclose(back, np.sum(q * np.log(q / p)), rtol=1e-6)
     assert [float(v) for v in language.top1_agreement(teacher, student, mask)] == [1.0, 2.0]
 

@@ -9,8 +9,20 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.objectives import divergence as dv
+from jaxdistill.objectives.schedule import Linear, settled
 
-PARAMS = {"jsd": {"beta": 0.3}, "skew_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}}
+DIVERGENCES = {
+    "forward_kl": dv.ForwardKL(),
+    "reverse_kl": dv.ReverseKL(),
+    "jsd": dv.JensenShannon(beta=0.3),
+    "skew_kl": dv.SkewKL(alpha=0.2),
+    "skew_reverse_kl": dv.SkewReverseKL(alpha=0.2),
+    "total_variation": dv.TotalVariation(),
+    "adaptive_kl": dv.AdaptiveKL(),
+}
+forward_kl = DIVERGENCES["forward_kl"]
+reverse_kl = DIVERGENCES["reverse_kl"]
+adaptive_kl = DIVERGENCES["adaptive_kl"]
 EPS64 = np.finfo(np.float64).eps
 
 
@@ -21,9 +33,7 @@ def pair(seed=0, shape=(4, 7), scale=2.0, dtype=np.float64):
 
 @functools.partial(jax.jit, static_argnums=0)
 def value(kind, teacher, student, temperature=1.0):
-    return dv.token_divergence(
-        kind, teacher, student, temperature=temperature, **PARAMS.get(kind, {})
-    )
+    return dv.token_divergence(DIVERGENCES[kind], teacher, student, temperature=temperature)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -40,7 +50,7 @@ def softmax(z):
     return e / e.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("kind", dv.KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_zero_with_zero_gradient_at_equal_laws(x64, kind):
     teacher, _ = pair()
     student = teacher + 3.0
@@ -50,7 +60,7 @@ def test_zero_with_zero_gradient_at_equal_laws(x64, kind):
         np.testing.assert_allclose(student_grad(kind, teacher, student), 0.0, atol=tol)
 
 
-@pytest.mark.parametrize("kind", dv.KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_positive_one_value_per_token_and_float32_inside(kind):
     teacher, student = pair(1, (2, 3, 11), dtype=jnp.bfloat16)
     out = value(kind, teacher, student)
@@ -109,7 +119,7 @@ def test_adaptive_kl_weighs_by_the_head_gap_under_stop_gradient(x64):
     student = np.log(q)[:, [2, 0, 3, 1]]
     w = (0.3 + 0.1) / (0.3 + 0.1 + 0.1 + 0.3)  # head: tokens of 0.4 and 0.3
     np.testing.assert_allclose(
-        dv.adaptive_kl(teacher, student), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12
+        adaptive_kl(teacher, student), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12
     )
     mixed = w * student_grad("forward_kl", teacher, student) + (1 - w) * student_grad(
         "reverse_kl", teacher, student
@@ -123,51 +133,60 @@ def test_adaptive_head_stops_at_exactly_its_mass(x64):
     q = np.asarray([0.25, 0.25, 0.5])
     w = 0.25 / 0.5
     np.testing.assert_allclose(
-        dv.adaptive_kl(jnp.log(p), jnp.log(q)), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12
+        adaptive_kl(jnp.log(p), jnp.log(q)), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12
     )
 
 
 def test_limits_of_the_mixed_kinds(x64):
     teacher, student = pair(4)
-    fkl = dv.forward_kl(teacher, student)
-    rkl = dv.reverse_kl(teacher, student)
+    fkl = forward_kl(teacher, student)
+    rkl = reverse_kl(teacher, student)
     for got, want in (
-        (dv.jsd(teacher, student, beta=0.0), fkl),
-        (dv.jsd(teacher, student, beta=1.0), rkl),
-        (dv.skew_kl(teacher, student, alpha=0.0), fkl),
-        (dv.skew_reverse_kl(teacher, student, alpha=0.0), rkl),
-        (dv.skew_kl(teacher, student, alpha=1.0), 0 * fkl),
-        (dv.jsd(teacher, student, beta=0.3), dv.jsd(student, teacher, beta=0.7)),
+        (dv.JensenShannon(beta=0.0)(teacher, student), fkl),
+        (dv.JensenShannon(beta=1.0)(teacher, student), rkl),
+        (dv.SkewKL(alpha=0.0)(teacher, student), fkl),
+        (dv.SkewReverseKL(alpha=0.0)(teacher, student), rkl),
+        (dv.SkewKL(alpha=1.0)(teacher, student), 0 * fkl),
+        (
+            dv.JensenShannon(beta=0.3)(teacher, student),
+            dv.JensenShannon(beta=0.7)(student, teacher),
+        ),
     ):
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
     small = 1e-5
-    np.testing.assert_allclose(dv.jsd(teacher, student, beta=small) / small, fkl, rtol=1e-3)
-    np.testing.assert_allclose(dv.jsd(teacher, student, beta=1 - small) / small, rkl, rtol=1e-3)
+    np.testing.assert_allclose(
+        dv.JensenShannon(beta=small)(teacher, student) / small, fkl, rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        dv.JensenShannon(beta=1 - small)(teacher, student) / small, rkl, rtol=1e-3
+    )
 
 
 def test_bounds(x64):
     teacher, student = pair(5, (200, 5), scale=8.0)
-    fkl = dv.forward_kl(teacher, student)
-    assert dv.jsd(teacher, student).max() <= np.log(2)
-    assert dv.skew_kl(teacher, student, alpha=0.1).max() <= -np.log(0.1)
-    assert dv.skew_reverse_kl(teacher, student, alpha=0.1).max() <= -np.log(0.1)
-    assert jnp.all(dv.total_variation(teacher, student) <= jnp.minimum(jnp.sqrt(fkl / 2), 1.0))
+    fkl = forward_kl(teacher, student)
+    assert dv.JensenShannon()(teacher, student).max() <= np.log(2)
+    assert dv.SkewKL(alpha=0.1)(teacher, student).max() <= -np.log(0.1)
+    assert dv.SkewReverseKL(alpha=0.1)(teacher, student).max() <= -np.log(0.1)
+    assert jnp.all(dv.TotalVariation()(teacher, student) <= jnp.minimum(jnp.sqrt(fkl / 2), 1.0))
     disjoint = jnp.asarray([[60.0, 0.0]]), jnp.asarray([[0.0, 60.0]])
-    np.testing.assert_allclose(dv.jsd(*disjoint), np.log(2), rtol=1e-12)
+    np.testing.assert_allclose(dv.JensenShannon()(*disjoint), np.log(2), rtol=1e-12)
 
 
 def test_temperature_keeps_the_gradient_scale(x64):
     teacher, student = pair(6)
     np.testing.assert_allclose(
-        dv.token_divergence("forward_kl", teacher, student, temperature=3.0),
-        9 * dv.forward_kl(teacher / 3, student / 3),
+        dv.token_divergence(dv.ForwardKL(), teacher, student, temperature=3.0),
+        9 * forward_kl(teacher / 3, student / 3),
         rtol=1e-14,
     )
     gap = student - teacher
     limit = jnp.sum((gap - gap.mean(-1, keepdims=True)) ** 2, -1) / (2 * gap.shape[-1])
     for kind in ("forward_kl", "reverse_kl"):
         np.testing.assert_allclose(
-            dv.token_divergence(kind, teacher, student, temperature=1e4), limit, rtol=1e-3
+            dv.token_divergence(DIVERGENCES[kind], teacher, student, temperature=1e4),
+            limit,
+            rtol=1e-3,
         )
 
 
@@ -182,7 +201,7 @@ def test_banned_tokens_are_finite():
         one = lambda kind: jax.value_and_grad(lambda z: value(kind, pad(teacher), pad(z)).sum())(
             student
         )
-        return {kind: one(kind) for kind in dv.KINDS}
+        return {kind: one(kind) for kind in DIVERGENCES}
 
     padded, plain = jax.jit(lambda: (all_kinds(wide), all_kinds(lambda z: z)))()
     # sums of 28 terms of order 1, in another order
@@ -242,7 +261,7 @@ def test_topk_equals_full_with_one_token_in_the_tail(x64, kind):
 
     def total(z):
         kept = dv.topk_log_probs(teacher, teacher.shape[-1] - 1, temperature=2.0)
-        values = dv.topk_divergence(kind, *kept, z, temperature=2.0, **PARAMS.get(kind, {}))
+        values = dv.topk_divergence(DIVERGENCES[kind], *kept, z, temperature=2.0)
         return values.sum(), values
 
     grad, values = jax.jit(jax.grad(total, has_aux=True))(student)
@@ -259,7 +278,7 @@ def test_tail_bucket_grows_to_the_full_kl_from_below(x64):
     for k in (1, 5, 29):
         kept = lambda teacher, k=k: dv.topk_log_probs(teacher, k)
         run = jax.jit(
-            lambda p, q, kept=kept: (kept(p), dv.topk_divergence("forward_kl", *kept(p), q))
+            lambda p, q, kept=kept: (kept(p), dv.topk_divergence(dv.ForwardKL(), *kept(p), q))
         )
         (_, log_p, log_tail), part = jax.tree.map(np.asarray, run(teacher, student))
         np.testing.assert_allclose(np.exp(log_p).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-13)
@@ -274,7 +293,7 @@ def test_renormalised_teacher_is_biased_and_the_tail_bucket_is_not(x64):
     teacher, _ = pair(11, (3, 9))
     ids, log_p, log_tail = jax.jit(lambda z: dv.topk_log_probs(z, 3))(teacher)
     grad = jax.jit(
-        jax.grad(lambda z: dv.topk_divergence("forward_kl", ids, log_p, log_tail, z).sum())
+        jax.grad(lambda z: dv.topk_divergence(dv.ForwardKL(), ids, log_p, log_tail, z).sum())
     )(teacher)
     np.testing.assert_allclose(grad, 0.0, atol=1e-14)
     renormalised = np.full(teacher.shape, -np.inf)
@@ -285,17 +304,16 @@ def test_renormalised_teacher_is_biased_and_the_tail_bucket_is_not(x64):
     assert np.all(np.abs(grad).max(-1) > 0.3 * np.exp(log_tail))
 
 
-@pytest.mark.parametrize("kind", dv.KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_topk_of_every_token_is_the_full_divergence(x64, kind):
     """The tail is empty: values and gradients are finite, and those of the whole laws."""
     teacher, student = pair(15)
     ids = jnp.argsort(-teacher, -1)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(teacher), ids, -1)
     tail = jnp.full(4, -jnp.inf)
-    params = PARAMS.get(kind, {})
 
     def total(z):
-        values = dv.topk_divergence(kind, ids, log_p, tail, z, **params)
+        values = dv.topk_divergence(DIVERGENCES[kind], ids, log_p, tail, z)
         return values.sum(), values
 
     grad, values = jax.grad(total, has_aux=True)(student)
@@ -303,7 +321,7 @@ def test_topk_of_every_token_is_the_full_divergence(x64, kind):
     np.testing.assert_allclose(grad, student_grad(kind, teacher, student), atol=1e-13)
 
 
-@pytest.mark.parametrize("kind", dv.KINDS)
+@pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("whose", ["teacher", "student", "both"])
 def test_topk_with_a_tail_of_no_mass_is_finite(x64, kind, whose):
     """All tokens but three are impossible, to the one model or the other."""
@@ -314,7 +332,7 @@ def test_topk_with_a_tail_of_no_mass_is_finite(x64, kind, whose):
 
     def total(z):
         q = z if whose == "teacher" else banned(z)
-        return dv.topk_divergence(kind, *dv.topk_log_probs(p, 3), q, **PARAMS.get(kind, {})).sum()
+        return dv.topk_divergence(DIVERGENCES[kind], *dv.topk_log_probs(p, 3), q).sum()
 
     got, grad = jax.value_and_grad(total)(student)
     assert np.isfinite(got) and np.isfinite(np.asarray(grad)).all()
@@ -341,11 +359,11 @@ def test_topk_on_the_students_support(x64):
         1 - np.take_along_axis(law, ids, -1).sum(-1, keepdims=True),
         -1,
     )
-    got = dv.restricted_divergence("reverse_kl", teacher, student, 3, support="student")
+    got = dv.restricted_divergence(dv.ReverseKL(), teacher, student, 3, support="student")
     np.testing.assert_allclose(got, kl(rest(q), rest(p)), rtol=1e-11)
-    teachers = dv.restricted_divergence("reverse_kl", teacher, student, 3)
+    teachers = dv.restricted_divergence(dv.ReverseKL(), teacher, student, 3)
     np.testing.assert_array_equal(
-        teachers, dv.topk_divergence("reverse_kl", *dv.topk_log_probs(teacher, 3), student)
+        teachers, dv.topk_divergence(dv.ReverseKL(), *dv.topk_log_probs(teacher, 3), student)
     )
 
 
@@ -356,11 +374,11 @@ def test_renormalised_topk(x64, kind, support):
     teacher, student = pair(18, (5, 9))
     ids = np.argsort(-np.asarray(teacher if support == "teacher" else student), -1)[:, :4]
     pick = lambda z: jnp.take_along_axis(z, ids, -1)
-    options = dict(temperature=2.0, **PARAMS.get(kind, {}))
+    options = dict(temperature=2.0)
 
     def total(z):
         values = dv.restricted_divergence(
-            kind, teacher, z, 4, support=support, tail="dropped", **options
+            DIVERGENCES[kind], teacher, z, 4, support=support, tail="dropped", **options
         )
         return values.sum(), values
 
@@ -378,32 +396,34 @@ def test_tables_of_different_lengths_are_compared_on_the_common_ids(x64, longer)
     teacher, student = pair(19)
     wide = lambda z: jnp.concatenate([z, jnp.full((4, 3), 5.0)], -1)
     p, q = (wide(teacher), student) if longer == "teacher" else (teacher, wide(student))
-    for kind in dv.KINDS:
+    for kind in DIVERGENCES:
         np.testing.assert_array_equal(value(kind, p, q), value(kind, teacher, student))
-    got = dv.restricted_divergence("forward_kl", p, q, 3)
-    np.testing.assert_array_equal(got, dv.restricted_divergence("forward_kl", teacher, student, 3))
+    got = dv.restricted_divergence(dv.ForwardKL(), p, q, 3)
+    np.testing.assert_array_equal(
+        got, dv.restricted_divergence(dv.ForwardKL(), teacher, student, 3)
+    )
     hidden = (teacher, student)
     eye = jnp.eye(7)
     head = jnp.concatenate([eye, jnp.ones((7, 3))], -1)
     heads = (head, eye) if longer == "teacher" else (eye, head)
-    got = dv.chunked_divergence("forward_kl", hidden[0], heads[0], hidden[1], heads[1], chunk=3)
+    got = dv.chunked_divergence(dv.ForwardKL(), hidden[0], heads[0], hidden[1], heads[1], chunk=3)
     np.testing.assert_allclose(got, value("forward_kl", teacher, student), rtol=1e-12)
 
 
 def test_beta_of_a_running_program_is_that_of_a_number(x64):
     """As schedules give it, the limits at 0 and 1 included."""
     teacher, student = pair(20)
-    run = jax.jit(
-        lambda z, beta: (
-            dv.jsd(teacher, z, beta=beta),
-            jax.grad(lambda z: dv.jsd(teacher, z, beta=beta).sum())(z),
-        )
-    )
-    for beta in (0.0, 0.3, 1.0):
-        values, grad = run(student, beta)
-        np.testing.assert_allclose(values, dv.jsd(teacher, student, beta=beta), rtol=1e-13)
-        wanted = jax.grad(lambda z, beta=beta: dv.jsd(teacher, z, beta=beta).sum())(student)
-        np.testing.assert_allclose(grad, wanted, atol=1e-14)
+    ramp = dv.JensenShannon(beta=Linear(start=0.0, end=1.0, steps=10))
+
+    def both(divergence, z):
+        return divergence(teacher, z), jax.grad(lambda z: divergence(teacher, z).sum())(z)
+
+    run = jax.jit(lambda z, step: both(settled(ramp, step), z))
+    for step, beta in ((0, 0.0), (3, 0.3), (10, 1.0)):
+        values, grad = run(student, step)
+        wanted_values, wanted_grad = both(dv.JensenShannon(beta=beta), student)
+        np.testing.assert_allclose(values, wanted_values, rtol=1e-13)
+        np.testing.assert_allclose(grad, wanted_grad, atol=1e-14)
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(np.float32, 1e-6), (np.float64, 1e-12)])
@@ -450,13 +470,13 @@ def test_chunked_equals_plain_for_every_kind():
 
     @jax.jit
     def both(th, tw, sh, sw):
-        kw = lambda kind: dict(temperature=1.5, **PARAMS.get(kind, {}))
         return [
             (
-                dv.chunked_divergence(k, th, tw, sh, sw, chunk=7, **kw(k)),
-                dv.token_divergence(k, th @ tw, sh @ sw, **kw(k)),
+                dv.chunked_divergence(d, th, tw, sh, sw, chunk=7, temperature=1.5),
+                dv.token_divergence(d, th @ tw, sh @ sw, temperature=1.5),
             )
-            for k in dv.SUMS
+            for d in DIVERGENCES.values()
+            if isinstance(d, dv.Sum)
         ]
 
     for got, want in both(*args):
@@ -466,8 +486,10 @@ def test_chunked_equals_plain_for_every_kind():
 @pytest.mark.parametrize(("kind", "chunk"), [("jsd", 7), ("reverse_kl", 23), ("forward_kl", 64)])
 def test_chunked_has_the_plain_gradients(kind, chunk):
     weight = jnp.asarray(np.random.default_rng(13).standard_normal((2, 3)), jnp.float32)
-    chunked = lambda *a: dv.chunked_divergence(kind, *a, chunk=chunk, temperature=1.5)
-    plain = lambda th, tw, sh, sw: dv.token_divergence(kind, th @ tw, sh @ sw, temperature=1.5)
+    chunked = lambda *a: dv.chunked_divergence(DIVERGENCES[kind], *a, chunk=chunk, temperature=1.5)
+    plain = lambda th, tw, sh, sw: dv.token_divergence(
+        DIVERGENCES[kind], th @ tw, sh @ sw, temperature=1.5
+    )
     grads = lambda f: jax.jit(jax.grad(lambda *a: jnp.sum(weight * f(*a)), argnums=(0, 1, 2, 3)))(
         *hidden_and_heads()
     )
@@ -504,14 +526,16 @@ def test_chunked_never_holds_the_vocabulary():
         jnp.ones((batch, dim)),
         jnp.ones((dim, vocab)),
     )
-    f = lambda th, tw, sh, sw: dv.chunked_divergence("jsd", th, tw, sh, sw, chunk=chunk).sum()
+    f = lambda th, tw, sh, sw: dv.chunked_divergence(
+        dv.JensenShannon(), th, tw, sh, sw, chunk=chunk
+    ).sum()
     sizes = lambda jaxpr: [v.aval.size for e in _equations(jaxpr) for v in e.outvars]
     assert max(sizes(jax.make_jaxpr(jax.grad(f, argnums=(2, 3)))(*args).jaxpr)) < batch * vocab
     g = lambda hidden, head: dv.chunked_cross_entropy(
         hidden, head, jnp.zeros(batch, int), chunk=chunk
     ).sum()
     assert max(sizes(jax.make_jaxpr(jax.grad(g, argnums=(0, 1)))(*args[2:]).jaxpr)) < batch * vocab
-    plain = lambda th, tw, sh, sw: dv.token_divergence("jsd", th @ tw, sh @ sw).sum()
+    plain = lambda th, tw, sh, sw: dv.token_divergence(dv.JensenShannon(), th @ tw, sh @ sw).sum()
     assert max(sizes(jax.make_jaxpr(plain)(*args).jaxpr)) == batch * vocab
 
 
@@ -528,7 +552,7 @@ def _equations(jaxpr):
 
 def test_chunked_projects_bfloat16_into_float32():
     args = hidden_and_heads(jnp.bfloat16)
-    run = jax.jit(lambda *a: dv.chunked_divergence("forward_kl", *a, chunk=8))
+    run = jax.jit(lambda *a: dv.chunked_divergence(dv.ForwardKL(), *a, chunk=8))
     out = run(*args)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, run(*(a.astype(jnp.float32) for a in args)), rtol=1e-5)
@@ -547,15 +571,15 @@ def test_masked_sum_ignores_what_is_masked_out():
 
 def test_refusals():
     z = jnp.zeros((2, 5))
-    with pytest.raises(Refused, match=r"kind='forward_k1'.* did you mean 'forward_kl'"):
-        dv.token_divergence("forward_k1", z, z)
+    with pytest.raises(Refused, match=r"divergence='forward_k1'.* did you mean 'forward_kl'"):
+        dv.described("forward_k1")
     with pytest.raises(Refused, match="k=5: expected 1 to 4"):
         dv.topk_log_probs(z, 5)
     head = jnp.zeros((5, 6))
-    with pytest.raises(Refused, match=r"adaptive_kl.* sorts the whole vocabulary"):
-        dv.chunked_divergence("adaptive_kl", z, head, z, head, chunk=2)
+    with pytest.raises(Refused, match=r"AdaptiveKL.* sorts the whole vocabulary"):
+        dv.chunked_divergence(dv.AdaptiveKL(), z, head, z, head, chunk=2)
     with pytest.raises(Refused, match="chunk=0"):
-        dv.chunked_divergence("forward_kl", z, head, z, head, chunk=0)
+        dv.chunked_divergence(dv.ForwardKL(), z, head, z, head, chunk=0)
 
 
 class TestSequenceGradients:
@@ -576,10 +600,10 @@ class TestSequenceGradients:
     def sequence_kl(self, teacher, student):
         (p1, p2), (q1, q2) = self.log_probs(teacher), self.log_probs(student)
         joint = lambda first, rest: (first[:, None] + rest).ravel()
-        return dv.reverse_kl(joint(p1, p2), joint(q1, q2))
+        return reverse_kl(joint(p1, p2), joint(q1, q2))
 
     def estimate(self, student, weights):
-        """Mean over y ~ q of sum_t weight_t grad log q(y_t | y_<t); `weights(a, b) -> (w_1, w_2)`."""
+        """Mean over y ~ q of sum_t weight_t grad log q(y_t | y_<t), of weights() = (w_1, w_2)."""
 
         def objective(student):
             q1, q2 = self.log_probs(student)
@@ -617,7 +641,7 @@ class TestSequenceGradients:
         (p1, p2), (q1, _) = self.log_probs(teacher), self.log_probs(student)
         held = jnp.exp(q1)
         single = jax.jit(
-            jax.grad(lambda s: dv.reverse_kl(p1, s["first"]) + held @ dv.reverse_kl(p2, s["next"]))
+            jax.grad(lambda s: reverse_kl(p1, s["first"]) + held @ reverse_kl(p2, s["next"]))
         )(student)
         _, l2 = self.ratios(teacher, student)
         long = self.estimate(student, lambda: (-l2, 0.0))
@@ -642,9 +666,7 @@ class TestSequenceGradients:
         got = self.estimate(student, lambda: (-l1, -l2))
         prefix = jnp.exp(q1)
         want = jax.jit(
-            jax.grad(
-                lambda s: dv.reverse_kl(p1, s["first"]) + prefix @ dv.reverse_kl(p2, s["next"])
-            )
+            jax.grad(lambda s: reverse_kl(p1, s["first"]) + prefix @ reverse_kl(p2, s["next"]))
         )(student)
         self.close(got, want)
         exact = jax.jit(jax.grad(lambda s: self.sequence_kl(teacher, s)))(student)
@@ -663,6 +685,6 @@ def test_gkd_off_policy_at_small_beta_is_supervised_forward_kl(x64):
         return total / count
 
     run = lambda per_token: jax.jit(jax.value_and_grad(lambda z: loss(z, per_token)))(student)
-    gkd = run(lambda p, q: dv.jsd(p, q, beta=1e-5) / 1e-5)
-    kd = run(dv.forward_kl)
+    gkd = run(lambda p, q: dv.JensenShannon(beta=1e-5)(p, q) / 1e-5)
+    kd = run(forward_kl)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), gkd, kd)

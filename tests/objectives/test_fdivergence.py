@@ -10,7 +10,7 @@ import pytest
 from jaxdistill.core.types import Refused
 from jaxdistill.objectives import fdivergence, gan
 
-KINDS = sorted(fdivergence.DIVERGENCES)
+KINDS = sorted(fdivergence.NAMES)
 EPS64 = np.finfo(np.float64).eps
 
 
@@ -29,7 +29,7 @@ def log_density(x, mean, var):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_of_f(kind):
-    """h = r^2 f'', r^2 h'' and h - r h' by automatic differentiation; f(1) = 0 and h(1) = f''(1)."""
+    """h = r^2 f'', r^2 h'', h - r h' by automatic differentiation; f(1) = 0, h(1) = f''(1)."""
     row = fdivergence.divergence(kind)
     h = lambda r: r**2 * jax.grad(jax.grad(row.f))(r)
     for r in (0.1, 1.0, 7.0):
@@ -110,7 +110,7 @@ def test_gradient_at_one_noise_level(kind):
 
 
 def test_the_best_discriminator_says_the_log_ratio():
-    """The derivative of its loss along a + b x + c x^2 vanishes at log q - log p, and nowhere near."""
+    """The derivative of its loss along a + b x + c x^2 vanishes at log q - log p alone."""
     (z, w), (m, c, var) = normal(160), (0.32, 0.8488, 1.1)
     best = lambda x: log_density(x, 0.0, var) - log_density(x, m, c**2)
 

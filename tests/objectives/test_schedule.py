@@ -63,7 +63,7 @@ def test_schedules_become_their_numbers():
 
 
 def test_a_constant_weight_of_0_is_no_term():
-    assert weighted(0.0, jnp.nan) == 0.0
+    assert weighted(0.0, jnp.float32(jnp.nan)) == 0.0
     assert weighted(0.5, jnp.float32(4)) == 2.0 and weighted(jnp.float32(0), jnp.float32(4)) == 0.0
 
 

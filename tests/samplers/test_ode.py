@@ -225,7 +225,7 @@ def test_unknown_solver_is_refused():
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
 def test_one_step_at_a_time_of_its_own_for_each_sample(x64, solver):
-    """Two samples at two times equal two grids of two steps, of which Heun's last is plain Euler."""
+    """Two samples at two times equal two grids of two steps, Heun's last being Euler's."""
     process = Flow()
     x = jnp.asarray([[1.3], [-0.4]])
     t = jnp.asarray([0.9, 0.5])

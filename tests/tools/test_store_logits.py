@@ -24,6 +24,7 @@ from jaxdistill.data.logits import StoredLogits
 from jaxdistill.evals.text import TextEval
 from jaxdistill.methods.language.kd import KD, StoredKD
 from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.divergence import ForwardKL, JensenShannon
 from jaxdistill.run import loop
 from launch import _command
 from tools import store_logits
@@ -113,7 +114,7 @@ def test_holds_every_row_once_beside_the_teachers_law(place, whole):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "hard_weight"), [("forward_kl", 0.0), ("jsd", 0.5)])
+@pytest.mark.parametrize(("kind", "hard_weight"), [(ForwardKL(), 0.0), (JensenShannon(), 0.5)])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 2.0**-11)])
 def test_learning_from_it_is_learning_from_the_teacher(
     place, whole, dtype, bound, kind, hard_weight
@@ -134,7 +135,7 @@ def test_learning_from_it_is_learning_from_the_teacher(
         )
         return jax.jit(lambda p: (jax.grad(lambda p: bound(p).loss)(p), bound(p)))(student)
 
-    common = dict(kind=kind, hard_weight=hard_weight)
+    common = dict(divergence=kind, hard_weight=hard_weight)
     got_grad, got = run(StoredKD(**common), {"student": STUDENT}, {})
     grad, live = run(
         KD(top_k=5, **common), {"student": STUDENT, "teacher": teacher}, {"teacher": weights}

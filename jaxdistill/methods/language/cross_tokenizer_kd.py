@@ -102,9 +102,7 @@ class CrossTokenizerKD(KD):
         count = min(teacher.batch["span"].shape[1], student.batch["span"].shape[1])
         log_p, teacher_has = self.likelihoods(teacher, count)
         log_q, student_has = self.likelihoods(student, count)
-        each = event_divergence(
-            self.kind, log_p, log_q, temperature=self.temperature, **self.options
-        )
+        each = event_divergence(self.divergence, log_p, log_q, temperature=self.temperature)
         return each, teacher_has & student_has
 
     def likelihoods(self, side: Side, count: int) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
@@ -154,7 +152,7 @@ class ULD(CrossTokenizerKD):
     unused = {
         **CrossTokenizerKD.unused,
         **dict.fromkeys(
-            ("kind", "params", "chunk"), "probabilities are sorted over the complete vocabulary"
+            ("divergence", "chunk"), "probabilities are sorted over the complete vocabulary"
         ),
     }
 

@@ -16,7 +16,7 @@ from jaxdistill.core.types import Batch, Ctx, Nets, Out, Refused, Turn
 from jaxdistill.methods.language._rollout import Writing
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.language.lm import common_vocabulary
-from jaxdistill.objectives.schedule import Schedule, bounds
+from jaxdistill.objectives.divergence import Divergence, JensenShannon
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,32 +26,21 @@ class GKD(KD, Writing):
     On the student's responses, which have no other label, the loss is the divergence alone.
     """
 
-    # divergence of the student's distribution from the teacher's: a key of divergence.KINDS
-    kind: str = "jsd"
-    # beta of the JSD: near 0 it acts like the forward KL, near 1 like the reverse KL; the paper's
-    # 0.1, 0.5 and 0.9, the best one depends on the task
-    beta: float | Schedule = 0.5
+    # of the student's distribution from the teacher's; the paper's beta is 0.1, 0.5 or 0.9, and the
+    # best one depends on the task
+    divergence: Divergence = JensenShannon(beta=0.5)
     # lambda: share of batches with the student's own responses; the paper's 0, 0.5 and 1
     on_policy: float = 0.5
-
-    unused = {"params": "method.beta is the JSD's"}
 
     def __post_init__(self):
         KD.__post_init__(self)
         Writing.__post_init__(self)
         if not 0 <= self.on_policy <= 1:
             raise Refused(f"method.on_policy={self.on_policy}: expected 0 to 1")
-        least, most = bounds(self.beta)
-        if not 0 <= least <= most <= 1:
-            raise Refused(f"method.beta={self.beta}: expected 0 to 1")
         if self.on_policy == 1 and self.hard_weight != 0:
             given = f"method.hard_weight={self.hard_weight}"
             reason = "no batch has the data's tokens"
             raise Refused(f"{given}: expected 0 where method.on_policy=1, for {reason}")
-
-    @property
-    def options(self):
-        return {"beta": self.beta}
 
     @property
     def turns(self) -> tuple[Turn, ...]:

@@ -9,17 +9,17 @@ over the batch's target tokens, divided by their number.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from jaxtyping import Float, Int, Shaped
 
 from jaxdistill.core.needs import Spec
-from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused, lookup
+from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused
 from jaxdistill.methods.language._fields import TEXT, check_divergence_fields, refuse_unused
 from jaxdistill.models.language.lm import context, same_vocabulary, targets
 from jaxdistill.objectives import divergence
+from jaxdistill.objectives.divergence import Divergence, ForwardKL
 from jaxdistill.objectives.schedule import Schedule, follows_schedules, weighted
 
 
@@ -30,10 +30,8 @@ class KD(Method):
     `temperature`, `hard_weight` and the parameters of the divergence are numbers or schedules.
     """
 
-    # divergence of the student's distribution from the teacher's: a key of divergence.KINDS
-    kind: str = "forward_kl"
-    # its parameters: beta of jsd, alpha of the skew kinds, mass of adaptive_kl; None: the defaults
-    params: Any = None
+    # of the student's distribution from the teacher's
+    divergence: Divergence = ForwardKL()
     # of both softmaxes; the divergence is multiplied by its square, which keeps gradients in scale
     temperature: float | Schedule = 1.0
     # weight of the cross-entropy to the data's tokens; that of the divergence is 1 - hard_weight
@@ -52,22 +50,19 @@ class KD(Method):
     ema = ()
     # fields that a subclass inherits and does not read -> the reason
     unused: ClassVar[Mapping[str, str]] = {}
+    renamed: ClassVar[Mapping[str, str]] = {"kind": "divergence", "beta": "divergence.beta"}
 
     def __post_init__(self):
         refuse_unused(self)
         check_divergence_fields(self)
-        kind = lookup(divergence.KINDS, self.kind, "method.kind")
-        for name in self.options:
-            if name not in inspect.signature(kind).parameters:
-                raise Refused(f"method.kind={self.kind!r} has no parameter {name!r}")
         if self.top_k and self.chunk:
             given = f"method.top_k={self.top_k}"
             raise Refused(f"{given} needs whole rows of logits, hence method.chunk=0")
 
-    @property
-    def options(self) -> Mapping[str, float]:
-        """Parameters of the divergence."""
-        return self.params or {}
+    @classmethod
+    def upgraded(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Config fields with `kind`, `params` and `beta` of version 0.1 as a divergence."""
+        return divergence.from_kind(given)
 
     def check(self, nets, data) -> None:
         """Raises Refused where a teacher's tokenizer cannot be the student's."""
@@ -111,17 +106,16 @@ class KD(Method):
         student_head: Array | None = None,
     ) -> Float[Array, "B T"]:
         """T^2 D(softmax(teacher / T), softmax(student / T)) of every token."""
-        options = {"temperature": self.temperature, **self.options}
+        between = self.divergence
+        options: dict[str, Any] = {"temperature": self.temperature}
         if self.chunk:
-            return divergence.chunked_divergence(
-                self.kind, teacher, teacher_head, student, student_head, chunk=self.chunk, **options
-            )
+            sides = (teacher, teacher_head, student, student_head)
+            return divergence.chunked_divergence(between, *sides, chunk=self.chunk, **options)
         if self.top_k:
-            restriction = {"support": self.support, "tail": self.tail}
-            return divergence.restricted_divergence(
-                self.kind, teacher, student, self.top_k, **restriction, **options
-            )
-        return divergence.token_divergence(self.kind, teacher, student, **options)
+            options |= {"support": self.support, "tail": self.tail}
+            k = self.top_k
+            return divergence.restricted_divergence(between, teacher, student, k, **options)
+        return divergence.token_divergence(between, teacher, student, **options)
 
     def hard(
         self, student: Float[Array, "B T _"], labels: Int[Array, "B T"], head: Array | None
@@ -175,5 +169,6 @@ class StoredKD(KD):
         ids, log_probs, log_tail = teacher
         if self.tail == "dropped":
             log_tail = None
-        options = {"temperature": self.temperature, **self.options}
-        return divergence.topk_divergence(self.kind, ids, log_probs, log_tail, student, **options)
+        kept = (ids, log_probs, log_tail)
+        heat = self.temperature
+        return divergence.topk_divergence(self.divergence, *kept, student, temperature=heat)

@@ -23,7 +23,7 @@ from jaxdistill.core.types import Ctx, Nets, Out, Refused, lookup
 from jaxdistill.methods.language._fields import TEXT, teacher_roles
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
-from jaxdistill.objectives.divergence import common
+from jaxdistill.objectives.divergence import Divergence, JensenShannon, common
 from jaxdistill.objectives.pooling import POOLS
 from jaxdistill.objectives.schedule import follows_schedules
 
@@ -117,15 +117,11 @@ class RoutedKD(KD):
 class EnsembleGKD(EnsembleKD, GKD):
     """GKD whose teacher is the mixture, on given text and on the student's own responses."""
 
-    kind: str = "jsd"
-
-    unused = {**EnsembleKD.unused, **GKD.unused}
+    divergence: Divergence = JensenShannon(beta=0.5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoutedGKD(RoutedKD, GKD):
     """GKD whose teacher is that of the sample's domain; a response has its prompt's domain."""
 
-    kind: str = "jsd"
-
-    unused = GKD.unused
+    divergence: Divergence = JensenShannon(beta=0.5)

@@ -34,7 +34,13 @@ from jaxdistill.core.types import (
 )
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.models.language.lm import common_vocabulary, targets
-from jaxdistill.objectives.divergence import sequence_mean
+from jaxdistill.objectives.divergence import (
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    from_kinds,
+    sequence_mean,
+)
 from jaxdistill.objectives.pacing import beta_kernel, signal_to_noise_by_bin
 from jaxdistill.objectives.reward import Exact
 from jaxdistill.objectives.schedule import follows_schedules
@@ -64,13 +70,14 @@ class Paced(GKD):
     # upper limit of a weight; the mean of the weights is 1
     most: Limit = float("inf")
     # divergence of each stage
-    kinds: tuple[str, ...] = ("forward_kl", "reverse_kl")
+    divergences: tuple[Divergence, ...] = (ForwardKL(), ReverseKL())
     # who writes the responses of each stage: teacher | student | dataset
     references: tuple[str, ...] = ("teacher", "student")
     # divergence and writer of the stage at hand; `stages` sets them
-    kind: str = "forward_kl"
+    divergence: Divergence = ForwardKL()
     reference: str = "teacher"
 
+    renamed = {**GKD.renamed, "kinds": "divergences"}
     unused = {
         "hard_weight": "no term has the data's tokens",
         "on_policy": "method.references say who writes",
@@ -78,8 +85,8 @@ class Paced(GKD):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.kinds) != len(self.references) or not self.kinds:
-            given = f"method.kinds={self.kinds} and method.references={self.references}"
+        if len(self.divergences) != len(self.references) or not self.divergences:
+            given = f"method.divergences={self.divergences}, method.references={self.references}"
             raise Refused(f"{given}: expected one of each for every stage")
         for name in (*self.references, self.reference):
             if name not in REFERENCES:
@@ -88,9 +95,10 @@ class Paced(GKD):
             given = f"method.attempts={self.attempts}, a={self.a}, b={self.b}"
             raise Refused(f"{given}: expected at least 1, 0 and 0")
 
-    @property
-    def options(self):
-        return super().options if self.kind == "jsd" else self.params or {}
+    @classmethod
+    def upgraded(cls, given):
+        """Also `kinds` of version 0.1, whose "jsd" had the method's `beta`, as divergences."""
+        return super().upgraded(from_kinds(given))
 
     def is_on_policy(self, step: int) -> bool:
         return self.reference == "student"
@@ -98,8 +106,9 @@ class Paced(GKD):
     def stages(self, steps: int) -> tuple[Stage, ...]:
         """One for each divergence, equally long."""
         stages = []
-        for i, length in enumerate(stage_lengths(steps, len(self.kinds))):
-            method = dataclasses.replace(self, kind=self.kinds[i], reference=self.references[i])
+        for i, length in enumerate(stage_lengths(steps, len(self.divergences))):
+            own = {"divergence": self.divergences[i], "reference": self.references[i]}
+            method = dataclasses.replace(self, **own)
             surgery = None if i else self.initialise_student
             collect = Collect(method.measure, self.batches)
             stages.append(Stage(method, length, surgery=surgery, collect=collect))
@@ -177,9 +186,9 @@ class SelfPaced(Paced):
     """
 
     # the paper's, for Qwen2.5-Math-7B-Instruct
-    kinds: tuple[str, ...] = ("reverse_kl",)
+    divergences: tuple[Divergence, ...] = (ReverseKL(),)
     references: tuple[str, ...] = ("student",)
-    kind: str = "reverse_kl"
+    divergence: Divergence = ReverseKL()
     reference: str = "student"
 
     inits = {"student": "teacher"}

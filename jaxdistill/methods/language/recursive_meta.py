@@ -21,7 +21,7 @@ from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage, lookup, stage_
 from jaxdistill.methods.language._fields import teacher_roles
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.language.lm import targets
-from jaxdistill.objectives.divergence import common, forward_kl, masked_sum
+from jaxdistill.objectives.divergence import ForwardKL, common, masked_sum
 from jaxdistill.objectives.pooling import POOLS, anchored
 from jaxdistill.objectives.schedule import follows_schedules
 from jaxdistill.surgery.ensemble import gather, split
@@ -101,5 +101,5 @@ class RecursiveMeta(KD):
             gamma = self.gamma[min(self.generation, len(self.gamma)) - 1]
             meta = anchored(POOLS[self.pool], gamma, self.history)(base, log_students)
         out = self.compare(net, meta, student, batch)
-        base_kl, _ = masked_sum(forward_kl(base, student), targets(batch)[1])
+        base_kl, _ = masked_sum(ForwardKL()(base, student), targets(batch)[1])
         return out._replace(metrics={**out.metrics, "base_kl": base_kl})

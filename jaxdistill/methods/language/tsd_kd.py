@@ -18,7 +18,7 @@ from jaxtyping import Float
 from jaxdistill.core.types import Array, Out, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.models.language.lm import targets
-from jaxdistill.objectives.divergence import common, masked_sum
+from jaxdistill.objectives.divergence import Divergence, JensenShannon, common, masked_sum
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncertain, opener
 
@@ -32,8 +32,8 @@ class TSDKD(GKD):
     micro-batches, in each of these. The end token counts.
     """
 
-    # of the JSD
-    beta: float = 0.9
+    # of the student's distribution from the teacher's
+    divergence: Divergence = JensenShannon(beta=0.9)
     # lambda: share of batches with the student's own responses
     on_policy: float = 1.0
     # c: of the response's entropy, in the opener; of the batch's tokens, with lowered entropy
@@ -49,7 +49,7 @@ class TSDKD(GKD):
     # tokens of L_dir: all, as in the paper's equation and code | opener, as in its figure
     direct_on: str = "all"
 
-    unused = {**GKD.unused, "hard_weight": "no term has the data's tokens"}
+    unused = {"hard_weight": "no term has the data's tokens"}
 
     def __post_init__(self):
         super().__post_init__()

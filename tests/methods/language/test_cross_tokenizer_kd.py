@@ -17,7 +17,7 @@ from jaxdistill.data.two_tokenizers import Blocks
 from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD, SpacedKD, SpanULD
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
-from jaxdistill.objectives.divergence import forward_kl, sorted_distance
+from jaxdistill.objectives.divergence import ForwardKL, JensenShannon, sorted_distance
 from tools.first_steps import first_steps
 
 DATA = Blocks(vocab=3, branch=2, length=10, batch_size=6)
@@ -106,7 +106,7 @@ def same_tokenizer():
     "method",
     [
         CrossTokenizerKD(),
-        CrossTokenizerKD(temperature=1.0, kind="jsd"),
+        CrossTokenizerKD(temperature=1.0, divergence=JensenShannon()),
         ULD(hard_weight=0.0),
         SpanULD(hard_weight=0.0),
     ],
@@ -132,7 +132,7 @@ def test_tokens_as_spans_say_less_than_whole_laws():
     )
     p = logits("student", other, batch["tokens"])
     q = logits("student", PARAMS["student"], batch["tokens"])
-    kl = np.asarray(jax.jit(forward_kl)(p, q))[:, :-1]
+    kl = np.asarray(jax.jit(ForwardKL())(p, q))[:, :-1]
     full = kl[np.asarray(batch["mask"])[:, 1:] > 0].sum()
     assert 0 < out.loss < full
 

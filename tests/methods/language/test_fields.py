@@ -26,6 +26,7 @@ from jaxdistill.methods.language.sft import SFT
 from jaxdistill.methods.language.step_by_step import StepByStep
 from jaxdistill.methods.language.tsd_kd import TSDKD, Released
 from jaxdistill.methods.language.universalner import UniversalNER
+from jaxdistill.objectives.divergence import ForwardKL, JensenShannon, ReverseKL
 from jaxdistill.objectives.schedule import Cosine, Linear
 
 RNG = np.random.default_rng(0)
@@ -75,15 +76,13 @@ METHODS = {
     **{cls.__name__: cls(group=3) for cls in (GRPO, RLAD, KDRL)},
 }
 AWAY = {
-    "kind": "reverse_kl",
-    "params": {"alpha": 0.3},
+    "divergence": ReverseKL(),
     "temperature": 3.0,
     "hard_weight": 0.3,
     "top_k": 2,
     "support": "student",
     "tail": "dropped",
     "chunk": 4,
-    "beta": 0.2,
     "on_policy": 0.25,
     "sample_temperature": 0.6,
     "prompt_length": 3,
@@ -93,8 +92,6 @@ AWAY = {
 NEEDS = {  # what gives a field a meaning
     "support": {"top_k": 2},
     "tail": {"top_k": 2},
-    "params": {"kind": "skew_kl"},
-    "beta": {"kind": "jsd"},
 }
 
 
@@ -150,7 +147,7 @@ def test_every_inherited_field_acts_or_is_refused(name, seen):
     method = METHODS[name]
     unread = []
     for field in (f.name for f in dataclasses.fields(method) if f.name in AWAY):
-        away = AWAY[field] if getattr(method, field) != AWAY[field] else "forward_kl"  # of kind
+        away = AWAY[field] if getattr(method, field) != AWAY[field] else ForwardKL()
         needs = {} if name == "StoredKD" else NEEDS.get(field, {})  # its store has a top_k
         try:
             before = dataclasses.replace(method, **needs)
@@ -170,8 +167,7 @@ def test_every_inherited_field_acts_or_is_refused(name, seen):
         ("Paced", "hard_weight"),
         ("DDK", "hard_weight"),
         ("Paced", "on_policy"),
-        ("GKD", "params"),
-        ("ULD", "kind"),
+        ("ULD", "divergence"),
     ],
 )
 def test_fields_without_a_meaning_are_refused(name, field):
@@ -229,11 +225,15 @@ def test_schedules_reach_every_loss(seen):
     for cls in (GKD, EnsembleGKD, RoutedGKD, TSDKD):
         for step, beta in ((0, 0.0), (5, 0.4), (10, 0.8)):
             np.testing.assert_allclose(
-                loss(cls(beta=ramp(0.0, 0.8)), step), loss(cls(beta=beta), step), rtol=1e-5
+                loss(cls(divergence=JensenShannon(beta=ramp(0.0, 0.8))), step),
+                loss(cls(divergence=JensenShannon(beta=beta)), step),
+                rtol=1e-5,
             )
-    cosine = KD(kind="jsd", params={"beta": Cosine(start=1.0, end=0.0, steps=8)})
+    cosine = KD(divergence=JensenShannon(beta=Cosine(start=1.0, end=0.0, steps=8)))
     np.testing.assert_allclose(
-        loss(cosine, 2), loss(KD(kind="jsd", params={"beta": 0.8535533905932737}), 2), rtol=1e-5
+        loss(cosine, 2),
+        loss(KD(divergence=JensenShannon(beta=0.8535533905932737)), 2),
+        rtol=1e-5,
     )
 
 
@@ -256,7 +256,7 @@ def test_schedules_reach_every_loss(seen):
             lambda: KD(support="student"),
             r"method\.support='student', method\.tail='bucket': need method\.top_k above 0",
         ),
-        (lambda: GKD(beta=1.5), r"method\.beta=1\.5: expected 0 to 1"),
+        (lambda: GKD(divergence=JensenShannon(beta=1.5)), r"beta=1\.5: expected 0 to 1"),
         (lambda: GKD(on_policy=-0.1), r"method\.on_policy=-0\.1: expected 0 to 1"),
         (
             lambda: GKD(sample_temperature=-1.0),

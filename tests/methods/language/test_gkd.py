@@ -17,6 +17,7 @@ from jaxdistill.data.text import PackedJson
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.language.lm import LM, context
+from jaxdistill.objectives.divergence import ForwardKL, JensenShannon, ReverseKL
 from jaxdistill.run.experiment import Experiment, stopping
 from jaxdistill.samplers.text import generate
 from tools.first_steps import first_steps
@@ -48,9 +49,11 @@ def test_limits_are_forward_and_reverse_kl(beta):
         p, q = (jnp.asarray(np.random.default_rng(i).standard_normal((3, 8, 7))) for i in range(2))
         nets = SimpleNamespace(teacher=lambda tokens, **_: p, student=lambda tokens, **_: q)
         loss = lambda method: float(method.loss(nets, Ctx(BATCH, jax.random.key(0), 0, {})).loss)
-        expected = loss(KD(kind="reverse_kl" if beta > 0.5 else "forward_kl"))
+        expected = loss(KD(divergence=ReverseKL() if beta > 0.5 else ForwardKL()))
         scale = 1.0 if beta in (0, 1) else min(beta, 1 - beta)
-        np.testing.assert_allclose(loss(GKD(beta=beta)) / scale, expected, rtol=1e-4)
+        np.testing.assert_allclose(
+            loss(GKD(divergence=JensenShannon(beta=beta))) / scale, expected, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -165,8 +168,8 @@ def test_five_steps_of_both_kinds(compilations):
 
 
 def test_without_its_own_writing_it_is_kd():
-    a, losses = train(GKD(on_policy=0.0, beta=0.3), 3, optax.sgd(0.1))
-    b, others = train(KD(kind="jsd", params={"beta": 0.3}), 3, optax.sgd(0.1))
+    a, losses = train(GKD(on_policy=0.0, divergence=JensenShannon(beta=0.3)), 3, optax.sgd(0.1))
+    b, others = train(KD(divergence=JensenShannon(beta=0.3)), 3, optax.sgd(0.1))
     np.testing.assert_allclose(losses, others, rtol=1e-6)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxdistill.core.build import build
 from jaxdistill.core.net import make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
@@ -31,18 +32,18 @@ def loss(method, teacher=P, student=Q, batch=BATCH):
     return method.turns[0].loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
 
 
-@pytest.mark.parametrize("kind", sorted(divergence.KINDS))
+@pytest.mark.parametrize("kind", sorted(divergence.NAMES))
 def test_sum_of_divergences_at_targets(kind):
-    out = loss(KD(kind=kind, temperature=2.0))
-    each = divergence.token_divergence(kind, P, Q, temperature=2.0)[:, :-1]
+    out = loss(KD(divergence=divergence.NAMES[kind](), temperature=2.0))
+    each = divergence.token_divergence(divergence.NAMES[kind](), P, Q, temperature=2.0)[:, :-1]
     np.testing.assert_allclose(out.loss, each[TARGETS].sum(), rtol=1e-6)
     assert out.count == 5 and out.metrics["divergence"] == out.loss
 
 
 def test_parameters_reach_the_kind():
-    each = divergence.skew_kl(P, Q, alpha=0.4)[:, :-1]
+    each = divergence.SkewKL(alpha=0.4)(P, Q)[:, :-1]
     np.testing.assert_allclose(
-        loss(KD(kind="skew_kl", params={"alpha": 0.4})).loss, each[TARGETS].sum(), rtol=1e-6
+        loss(KD(divergence=divergence.SkewKL(alpha=0.4))).loss, each[TARGETS].sum(), rtol=1e-6
     )
 
 
@@ -54,12 +55,12 @@ def test_gradient_in_the_students_logits():
 
 
 @pytest.mark.parametrize(
-    "kind", sorted(divergence.KINDS.keys() - {"total_variation"})
+    "kind", sorted(divergence.NAMES.keys() - {"total_variation"})
 )  # which has a kink there
 def test_nothing_to_learn_from_an_equal_teacher(kind):
-    value, grad = jax.value_and_grad(lambda z: loss(KD(kind=kind), teacher=P + 3, student=z).loss)(
-        P
-    )
+    value, grad = jax.value_and_grad(
+        lambda z: loss(KD(divergence=divergence.NAMES[kind]()), teacher=P + 3, student=z).loss
+    )(P)
     assert abs(value) <= 1e-5 and jnp.abs(grad).max() <= 1e-5
 
 
@@ -124,7 +125,7 @@ def test_chunks_change_nothing(hard_weight):
         return jax.jit(jax.value_and_grad(run))(student)
 
     ctx = Ctx(BATCH, jax.random.key(0), 0, {})
-    whole = KD(kind="jsd", temperature=1.5, hard_weight=hard_weight)
+    whole = KD(divergence=divergence.JensenShannon(), temperature=1.5, hard_weight=hard_weight)
     for got, want in zip(
         jax.tree.leaves(value(dataclasses.replace(whole, chunk=3))), jax.tree.leaves(value(whole))
     ):
@@ -141,7 +142,7 @@ def train(method, batches, accumulate=1, lr=1e-2):
 
 
 def test_five_steps():
-    state, metrics, losses = train(KD(kind="jsd"), [BATCH] * 5)
+    state, metrics, losses = train(KD(divergence=divergence.JensenShannon()), [BATCH] * 5)
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
     assert metrics.keys() == {
         "student/loss",
@@ -163,9 +164,10 @@ def test_micro_batches_are_pooled_by_their_tokens():
 
 
 def test_refusals():
-    with pytest.raises(Refused, match=r"method.kind='forward_l': did you mean 'forward_kl'\?"):
-        KD(kind="forward_l")
-    with pytest.raises(Refused, match=r"method.kind='forward_kl' has no parameter 'beta'"):
-        KD(params={"beta": 0.5})
+    with pytest.raises(Refused, match=r"divergence='forward_l': did you mean 'forward_kl'\?"):
+        KD.upgraded({"kind": "forward_l"})
+    old = {"name": "methods.language.kd:KD", "kind": "forward_kl", "params": {"beta": 0.5}}
+    with pytest.raises(Refused, match=r"ForwardKL has no field 'beta'"):
+        build(old)
     with pytest.raises(Refused, match="top_k=3 needs whole rows"):
         KD(top_k=3, chunk=2)

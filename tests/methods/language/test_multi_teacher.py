@@ -16,6 +16,7 @@ from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.multi_teacher import EnsembleGKD, EnsembleKD, RoutedGKD, RoutedKD
 from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.divergence import JensenShannon
 from tools.first_steps import first_steps
 
 LARGE = make_net(LM(vocab=5, dim=12, mlp=16, heads=2, depth=2))
@@ -61,7 +62,7 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), a, b)
 
 
-OPTIONS = dict(kind="jsd", temperature=2.0, hard_weight=0.25)
+OPTIONS = dict(divergence=JensenShannon(), temperature=2.0, hard_weight=0.25)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -143,9 +144,9 @@ def test_two_domains_may_share_a_teacher():
 
 @pytest.mark.parametrize(("cls", "given"), [(EnsembleGKD, EnsembleKD), (RoutedGKD, RoutedKD)])
 def test_on_given_text_it_is_the_same_divergence_without_sampling(cls, given):
-    method = cls(on_policy=0.0, beta=0.3)
+    method = cls(on_policy=0.0, divergence=JensenShannon(beta=0.3))
     assert not any(method.turns[0].when(step) for step in range(50))
-    close(value(method), value(given(kind="jsd", params={"beta": 0.3})))
+    close(value(method), value(given(divergence=JensenShannon(beta=0.3))))
 
 
 @pytest.mark.parametrize("cls", [EnsembleGKD, RoutedGKD])
@@ -163,14 +164,14 @@ def test_several_teachers_grade_what_the_student_writes(cls):
     out = method.turns[0].loss(nets, Ctx(written, jax.random.key(0), 0, {}))
     base = EnsembleKD if cls is EnsembleGKD else RoutedKD
     same = {k: written[k] for k in ("tokens", "mask", "segments", "positions", "domain")}
-    close(out, value(base(kind="jsd", params={"beta": 0.5}), batch=same)[0])
+    close(out, value(base(divergence=JensenShannon(beta=0.5)), batch=same)[0])
     with pytest.raises(Refused, match=r"method\.sample_temperature=-1"):
         cls(sample_temperature=-1.0)
 
 
 def test_one_teacher_of_several_is_gkd():
-    method = EnsembleGKD(weights=(1.0, 0.0), beta=0.8)
-    gkd = GKD(beta=0.8)
+    method = EnsembleGKD(weights=(1.0, 0.0), divergence=JensenShannon(beta=0.8))
+    gkd = GKD(divergence=JensenShannon(beta=0.8))
     close(value(method), value(gkd, *alone(0)))
     assert [method.is_on_policy(i) for i in range(20)] == [gkd.is_on_policy(i) for i in range(20)]
 

@@ -16,7 +16,13 @@ from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.models.language.lm import LM, context
-from jaxdistill.objectives.divergence import sequence_mean, token_divergence
+from jaxdistill.objectives.divergence import (
+    ForwardKL,
+    JensenShannon,
+    ReverseKL,
+    sequence_mean,
+    token_divergence,
+)
 from jaxdistill.objectives.pacing import signal_to_noise
 from jaxdistill.objectives.schedule import Linear
 from jaxdistill.samplers.prompts import solution_first
@@ -37,9 +43,9 @@ def loss(method, student=Q, teacher=P, batch=BATCH):
     return method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", [ForwardKL(), ReverseKL(), JensenShannon()])
 def test_weights_multiply_the_responses_mean_divergence(kind):
-    method = Paced(kind=kind)
+    method = Paced(divergence=kind)
     mask = BATCH["mask"][:, 1:] > 0
     each = lambda z: sequence_mean(token_divergence(kind, P, z)[:, :-1], mask)
     out = loss(method)
@@ -60,9 +66,9 @@ def test_weights_are_capped():
     )
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("kind", [ForwardKL(), ReverseKL()])
 def test_nothing_to_learn_from_an_equal_teacher(kind):
-    value, grad = jax.value_and_grad(lambda z: loss(Paced(kind=kind), z, P + 2).loss)(P)
+    value, grad = jax.value_and_grad(lambda z: loss(Paced(divergence=kind), z, P + 2).loss)(P)
     assert abs(value) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
 
 
@@ -88,13 +94,13 @@ def test_stages():
         6,
         5,
     ) and first.collect.batches == second.collect.batches == 7
-    assert (first.method.kind, first.method.reference) == ("forward_kl", "teacher")
-    assert (second.method.kind, second.method.reference) == ("reverse_kl", "student")
+    assert (first.method.divergence, first.method.reference) == (ForwardKL(), "teacher")
+    assert (second.method.divergence, second.method.reference) == (ReverseKL(), "student")
     assert [t.when(0) for t in first.method.turns] == [False, True] and [
         t.when(0) for t in second.method.turns
     ] == [True, False]
-    one = Paced(kinds=("jsd",), references=("dataset",), beta=0.9).stages(4)
-    assert len(one) == 1 and one[0].method.options == {"beta": 0.9}
+    one = Paced(divergences=(JensenShannon(beta=0.9),), references=("dataset",)).stages(4)
+    assert len(one) == 1 and one[0].method.divergence == JensenShannon(beta=0.9)
 
 
 def fixed(*rows):
@@ -211,7 +217,7 @@ def train(method, batch, steps=5):
 def test_uniform_weights_follow_the_host():
     """GKD on its own writing, where all responses are equally long."""
     batch = {"tokens": BATCH["tokens"], "mask": BATCH["mask"], "prompt": BATCH["tokens"][:, :2]}
-    paced = train(Paced(kind="jsd", reference="student"), batch)
+    paced = train(Paced(divergence=JensenShannon(), reference="student"), batch)
     gkd = train(GKD(on_policy=1.0), batch)
     np.testing.assert_allclose(paced[0], gkd[0], rtol=1e-6)
     jax.tree.map(
@@ -219,9 +225,9 @@ def test_uniform_weights_follow_the_host():
     )
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", [ForwardKL(), ReverseKL(), JensenShannon()])
 def test_chunks_change_nothing(kind):
-    whole = Paced(kind=kind)
+    whole = Paced(divergence=kind)
     run = lambda m: jax.jit(
         lambda: m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss
     )()
@@ -245,11 +251,11 @@ def test_the_end_of_a_response_is_learnt_and_nothing_after_it():
         "mask": jnp.ones((3, 5)),
         "prompt": jnp.zeros((3, 2), int),
     }
-    method = Paced(reference="student", kind="reverse_kl", eos=(6,))
+    method = Paced(reference="student", divergence=ReverseKL(), eos=(6,))
     nets = SimpleNamespace(student=coin)
     batch = method.rollout(nets, Ctx(data, jax.random.key(0), 0, {}))
     np.testing.assert_array_equal(batch["mask"], [[0, 0, 1, 1, 0]] * 3)
-    each = lambda z: token_divergence("reverse_kl", P[:, :5], z)[:, 1:3].mean(1)
+    each = lambda z: token_divergence(ReverseKL(), P[:, :5], z)[:, 1:3].mean(1)
     np.testing.assert_allclose(
         loss(method, Q[:, :5], P[:, :5], batch).loss, each(Q[:, :5]).sum(), rtol=1e-6
     )
@@ -267,7 +273,7 @@ def test_a_student_without_weights_is_measured_as_it_begins():
 
 def test_refusals():
     with pytest.raises(Refused, match="one of each for every stage"):
-        Paced(kinds=("jsd",))
+        Paced(divergences=(JensenShannon(),))
     with pytest.raises(Refused, match="'techer', expected teacher, student or dataset"):
         Paced(references=("techer", "student"))
     with pytest.raises(Refused, match=r"a=-1"):
@@ -349,12 +355,12 @@ def test_without_a_solution_the_teacher_is_the_plain_one(chunk):
     run = lambda method, batch: (
         method.loss(bind(NETS, PARAMS), Ctx(batch, jax.random.key(0), 0, {})).loss
     )
-    plain = run(Paced(kind="reverse_kl", chunk=chunk), nothing)
+    plain = run(Paced(divergence=ReverseKL(), chunk=chunk), nothing)
     np.testing.assert_allclose(run(SelfPaced(chunk=chunk), nothing), plain, rtol=1e-5)
     assert abs(run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]}) - plain) > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("kind", [ForwardKL(), ReverseKL(), JensenShannon()])
 def test_a_student_that_needs_no_solution_learns_nothing(kind):
     """Its law equals the one of the teacher that reads it."""
     shown = solution_first(SOLVED)
@@ -362,7 +368,7 @@ def test_a_student_that_needs_no_solution_learns_nothing(kind):
 
     def value(z):
         nets = SimpleNamespace(teacher=lambda tokens, **_: told, student=lambda tokens, **_: z)
-        return SelfPaced(kind=kind).loss(nets, Ctx(SOLVED, jax.random.key(0), 0, {})).loss
+        return SelfPaced(divergence=kind).loss(nets, Ctx(SOLVED, jax.random.key(0), 0, {})).loss
 
     loss, grad = jax.value_and_grad(value)(told[:, -5:])
     assert abs(loss) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
@@ -370,7 +376,7 @@ def test_a_student_that_needs_no_solution_learns_nothing(kind):
 
 def test_schedules_reach_the_loss_of_self_distillation():
     value = lambda beta: (
-        SelfPaced(kind="jsd", beta=beta)
+        SelfPaced(divergence=JensenShannon(beta=beta))
         .loss(
             bind(NETS, PARAMS), Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {})
         )

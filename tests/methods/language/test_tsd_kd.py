@@ -13,7 +13,7 @@ from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.tsd_kd import TSDKD, Released
 from jaxdistill.models.language.lm import LM
-from jaxdistill.objectives.divergence import jsd
+from jaxdistill.objectives.divergence import JensenShannon
 from jaxdistill.objectives.ranking import plackett_luce, reranked
 from jaxdistill.objectives.selection import entropy
 from tools.first_steps import first_steps
@@ -35,8 +35,8 @@ def loss(method, student=Q, teacher=P, batch=BATCH):
 
 def test_without_its_components_it_is_gkd():
     for beta in (0.5, 0.9, 1.0):
-        a = loss(dataclasses.replace(PLAIN, beta=beta))
-        b = loss(GKD(beta=beta))
+        a = loss(dataclasses.replace(PLAIN, divergence=JensenShannon(beta=beta)))
+        b = loss(GKD(divergence=JensenShannon(beta=beta)))
         np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
         assert a.count == b.count == 6
 
@@ -51,7 +51,7 @@ def test_the_three_terms():
     law = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
     h = lambda z: -(law(z) * np.log(law(z))).sum(-1)
     gate = 1 / (1 + np.exp(h(p) - h(q)))
-    direct = (np.asarray(jsd(P, Q, beta=0.9))[:, :-1] * gate)[MASK].mean()
+    direct = (np.asarray(JensenShannon(beta=0.9)(P, Q))[:, :-1] * gate)[MASK].mean()
     before = np.cumsum(np.where(MASK, h(q), 0), 1) - np.where(MASK, h(q), 0)
     opening = MASK & (before < 0.19999 * np.where(MASK, h(q), 0).sum(1, keepdims=True))
     ranking = np.asarray(plackett_luce(reranked(P, Q, 3)))[:, :-1][opening].mean()
@@ -69,7 +69,7 @@ def test_laws_are_matched_on_the_opener_only_where_asked():
     h = np.where(MASK, entropy(Q)[:, :-1], 0)
     opening = MASK & (np.cumsum(h, 1) - h < 0.09999 * h.sum(1, keepdims=True))
     np.testing.assert_allclose(
-        b.loss, np.asarray(jsd(P, Q, beta=0.9))[:, :-1][opening].sum(), rtol=1e-5
+        b.loss, np.asarray(JensenShannon(beta=0.9)(P, Q))[:, :-1][opening].sum(), rtol=1e-5
     )
     assert a.count == b.count and b.loss < a.loss
 
@@ -78,7 +78,7 @@ def test_the_gate_has_no_gradient():
     """The gradient is that of the JSD with the gate as a constant."""
     method = dataclasses.replace(PLAIN, gate_temperature=1.0)
     gate = jax.nn.sigmoid(entropy(Q) - entropy(P))[:, :-1]
-    plain = lambda z: jnp.sum(jnp.where(MASK, gate * jsd(P, z, beta=0.9)[:, :-1], 0))
+    plain = lambda z: jnp.sum(jnp.where(MASK, gate * JensenShannon(beta=0.9)(P, z)[:, :-1], 0))
     np.testing.assert_allclose(
         jax.grad(lambda z: loss(method, z).loss)(Q), jax.grad(plain)(Q), atol=1e-6
     )
@@ -148,7 +148,7 @@ def train(method, steps=5):
 
 def test_five_steps_follow_gkd_without_the_components():
     a = train(PLAIN)
-    b = train(GKD(beta=0.9, on_policy=1.0))
+    b = train(GKD(divergence=JensenShannon(beta=0.9), on_policy=1.0))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a[1], b[1])
 

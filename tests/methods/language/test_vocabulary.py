@@ -29,6 +29,7 @@ from jaxdistill.methods.language.rlad import RLAD
 from jaxdistill.methods.language.sequence_kd import SequenceKD
 from jaxdistill.methods.language.tsd_kd import TSDKD
 from jaxdistill.models.language.lm import LM
+from jaxdistill.objectives.divergence import JensenShannon
 from jaxdistill.run import loop
 
 METHODS = {
@@ -132,7 +133,7 @@ def test_another_vocabulary_is_refused(low, high):
     "method",
     [
         KD(),
-        KD(kind="jsd", top_k=3),
+        KD(divergence=JensenShannon(), top_k=3),
         KD(chunk=5),
         GKD(),
         TSDKD(candidates=3),

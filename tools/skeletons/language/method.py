@@ -13,15 +13,15 @@ from jaxtyping import Int, Shaped
 from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Ctx, Method, Nets, Out
 from jaxdistill.models.language.lm import context, same_vocabulary, targets
-from jaxdistill.objectives.divergence import masked_sum, token_divergence
+from jaxdistill.objectives.divergence import Divergence, ForwardKL, masked_sum, token_divergence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MyMethod(Method):
     """Each field has its role, its unit and the paper's value."""
 
-    # divergence, a key of objectives.divergence.KINDS
-    kind: str = "forward_kl"
+    # of the student's distribution from the teacher's
+    divergence: Divergence = ForwardKL()
     # of both softmaxes
     temperature: float = 1.0
 
@@ -38,6 +38,6 @@ class MyMethod(Method):
         teacher = net.teacher(tokens, **context(ctx.batch))
         student = net.student(tokens, **context(ctx.batch))
         # eq. 1
-        each = token_divergence(self.kind, teacher, student, temperature=self.temperature)
+        each = token_divergence(self.divergence, teacher, student, temperature=self.temperature)
         total, count = masked_sum(each, mask)
         return Out(total, {"divergence": total}, count=count)
