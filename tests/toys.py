@@ -19,8 +19,8 @@ from jaxdistill.core import build, sharding
 from jaxdistill.core.sharding import MeshShape
 from jaxdistill.core.step import bind
 from jaxdistill.core.types import Batch, Ctx, Method, Params, Stage
-from jaxdistill.run import loop
 from jaxdistill.run.experiment import Experiment
+from jaxdistill.run.programs import Programs, make_programs
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
@@ -66,10 +66,10 @@ class StageRun:
         return self.stage.method
 
     @functools.cached_property
-    def programs(self) -> loop.Programs:
+    def programs(self) -> Programs:
         spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.batch.items()}
         with self.context():
-            return loop.make_programs(self.experiment, self.nets, self.stage, self.start, spec)
+            return make_programs(self.experiment, self.nets, self.stage, self.start, spec)
 
     @functools.cached_property
     def placed(self) -> dict[str, jax.Array]:

@@ -1,23 +1,22 @@
-"""Step time of a config against a hand-written step of the same networks and losses, in pairs, in
-one process.
+"""Times the steps of a config against hand-written steps of the same networks and losses.
 
 python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all]
     [--config=FILE] [--steps=30] [--rounds=7] [--trace=DIR] [--trl] [--alone]
 
-A round runs `steps` steps of each side, in turn; printed are the median over rounds of the engine's
-milliseconds a step, of the ratio engine / hand-written, and its range, with the time to compile
-apart. `data` is the ratio with batches from the config's loader to the same step on one batch that
-stays on the device: near 1 where the input pipeline is hidden. With --trace the engine's last round
-is written for TensorBoard's profiler.
+Both sides run in one process. A round runs --steps steps of each, in turn. Printed are, over the
+rounds, the median milliseconds of an engine's step, the median and the range of the ratio engine /
+hand-written, and the time to compile. `data` is the ratio of the engine's step with batches from
+the config's loader to that on one batch that stays on the device; it is near 1 where loading
+overlaps with the steps. With --trace the engine's last round is written for TensorBoard's profiler.
 
---alone times the engine by itself, every pattern of turns apart, and prints what it does with the
-machine: model flops, the share of the chip's peak that they are (model-flops utilisation;
-run/chips.py), and bytes at the peak, as the compiler plans them and as the device counts them.
+--alone times the engine only, each pattern of turns by itself, and prints model flops, their ratio
+to the chip's peak (model-flops utilisation; run/chips.py), and bytes at the peak, planned by the
+compiler and counted by the device:
 JAX_PLATFORMS=cuda python tools/bench.py --alone --config=configs/plans/dit_xl2.py:dmd2
 
-`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, all logits
-at once: the bytes that value and gradient take beside arguments and results, and how far they
-differ. --trl times GKD's steps, on- and off-policy, against TRL's (bench_trl.py).
+`divergence` compares the chunked divergence at a vocabulary of 152 k to the plain one, which has
+all logits at once: temporary bytes of value and gradient, and the differences of both. --trl times
+the steps of GKD, on- and off-policy, against TRL's (bench_trl.py).
 """
 
 import os
@@ -44,7 +43,7 @@ from tools.bench_cases import CASES, Case
 
 
 def timed(run, steps: int) -> float:
-    """Seconds of a step."""
+    """Seconds of one of `steps` calls run(i)."""
     started = time.perf_counter()
     for i in range(steps):
         out = run(i)
@@ -53,13 +52,12 @@ def timed(run, steps: int) -> float:
 
 
 def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
-    """A row for every pattern of turns; bytes are those of one device, and flops of all."""
+    """A row for each pattern of turns; bytes are those of one device, flops those of all."""
     mesh = case.experiment.mesh
     programs = case.programs
     device = mesh.devices.flat[0]
     rows = []
     chip = chips.of(device.device_kind)
-    counted = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
     for active, by_role in programs.patterns.items():
         started = time.perf_counter()
         compiled = programs.step.lower(case.state, case.batch, case.rng, active).compile()
@@ -74,58 +72,65 @@ def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
         if trace:
             with jax.profiler.trace(trace):
                 timed(step, steps)
-        middle = statistics.median(seconds)
-        work = sum(by_role.values())
-        rows.append(
-            {
-                "turns": "+".join(map(str, active)),
-                "ms": 1e3 * middle,
-                "lowest": 1e3 * min(seconds),
-                "highest": 1e3 * max(seconds),
-                "samples/s": case.experiment.data.batch_size / middle,
-                "model_Tflop": work / 1e12,
-                "Tflop/s": work / middle / 1e12,
-                **({"mfu_%": 100 * work / middle / (chip.flops * mesh.size)} if chip else {}),
-                "planned_GiB": plan.peak(compiled) / 2**30,
-                **({"peak_GiB": counted() / 2**30} if counted() else {}),
-                "compile_s": compiling,
-            }
-        )
+        median = statistics.median(seconds)
+        flops = sum(by_role.values())
+        row = {
+            "turns": "+".join(map(str, active)),
+            "ms": 1e3 * median,
+            "lowest": 1e3 * min(seconds),
+            "highest": 1e3 * max(seconds),
+            "samples/s": case.experiment.data.batch_size / median,
+            "model_Tflop": flops / 1e12,
+            "Tflop/s": flops / median / 1e12,
+        }
+        if chip:
+            row["mfu_%"] = 100 * flops / median / (chip.flops * mesh.size)
+        row["planned_GiB"] = plan.peak(compiled) / 2**30
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        if peak:
+            row["peak_GiB"] = peak / 2**30
+        row["compile_s"] = compiling
+        rows.append(row)
     return rows
 
 
 def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
+    """The row of a case: the engine against the hand-written step."""
     case.prepare_hand()
-    compiling = []
-    for side in (case.engine, case.hand):
-        started = time.perf_counter()
-        for i in range(steps):  # meets every pattern of turns
-            jax.block_until_ready(side(i))
-        compiling.append(time.perf_counter() - started)
-    engine = []
-    hand = []
-    fed = []
+    compiling = _compiling_seconds(case.engine, steps)
+    _compiling_seconds(case.hand, steps)
+    seconds = {"engine": [], "hand": [], "loaded": []}
+    sides = {"hand": case.hand, "engine": case.engine}
     for n in range(rounds):
-        order = [(engine, case.engine), (hand, case.hand)]
-        for kept, side in order if n % 2 else order[::-1]:
-            kept.append(timed(side, steps))
+        order = ("engine", "hand") if n % 2 else ("hand", "engine")
+        for name in order:
+            seconds[name].append(timed(sides[name], steps))
         with DevicePrefetch(case.experiment.data.loader(), case.put) as batches:
             next(batches)
-            fed.append(timed(lambda i: case.engine(i, next(batches)[0]), steps))
+            loaded = timed(lambda i: case.engine(i, next(batches)[0]), steps)
+            seconds["loaded"].append(loaded)
     if trace:
         with jax.profiler.trace(trace):
             timed(case.engine, steps)
-    ratios = [a / b for a, b in zip(engine, hand)]
-    data = [a / b for a, b in zip(fed, engine)]
+    ratios = [a / b for a, b in zip(seconds["engine"], seconds["hand"])]
+    data = [a / b for a, b in zip(seconds["loaded"], seconds["engine"])]
     return {
-        "engine_ms": 1e3 * statistics.median(engine),
-        "hand_ms": 1e3 * statistics.median(hand),
+        "engine_ms": 1e3 * statistics.median(seconds["engine"]),
+        "hand_ms": 1e3 * statistics.median(seconds["hand"]),
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
         "data": statistics.median(data),
-        "first_steps_s": compiling[0],
+        "first_steps_s": compiling,
     }
+
+
+def _compiling_seconds(side, steps: int) -> float:
+    """Seconds of the first steps of one side, which compile each pattern of turns."""
+    started = time.perf_counter()
+    for i in range(steps):
+        jax.block_until_ready(side(i))
+    return time.perf_counter() - started
 
 
 def divergences(
@@ -135,65 +140,72 @@ def divergences(
     chunk: int = 4752,
     between: divergence.Divergence = divergence.ForwardKL(),
 ) -> dict:
-    """The chunked divergence of `tokens` tokens against the plain one, each as a compiled value and
-    gradient in the student's states and head. Temporaries in bytes; differences over the largest of
-    the plain ones.
+    """The row of the chunked divergence of `tokens` tokens against the plain one.
+
+    Each is compiled with its gradient in the student's features and output matrix. Differences are
+    relative to the largest value of the plain one.
     """
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
     teacher, student = ((draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2))
-    sides = {
-        # `token_divergence` would take blocks of rows on a CPU
-        "plain": lambda t, s: between(t[0] @ t[1], s[0] @ s[1]),
-        "chunked": lambda t, s: divergence.chunked_divergence(between, *t, *s, chunk=chunk),
-    }
+
+    def plain(t, s):  # `token_divergence` would take blocks of tokens on a CPU
+        return between(t[0] @ t[1], s[0] @ s[1])
+
+    def chunked(t, s):
+        return divergence.chunked_divergence(between, *t, *s, chunk=chunk)
+
     row = {"case": "divergence", "vocab": vocab, "tokens": tokens}
     found = {}
-    for name, side in sides.items():
+    for name, side in (("plain", plain), ("chunked", chunked)):
 
         def summed(student, teacher, side=side):
             each = side(teacher, student)
             return jnp.sum(each), each
 
-        compiled = (
-            jax.jit(jax.value_and_grad(summed, has_aux=True)).lower(student, teacher).compile()
-        )
+        gradient = jax.jit(jax.value_and_grad(summed, has_aux=True))
+        compiled = gradient.lower(student, teacher).compile()
         row[f"{name}_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         (_, each), grads = compiled(student, teacher)
         found[name] = (each, *grads)
     row["memory_ratio"] = row["chunked_bytes"] / row["plain_bytes"]
-    apart = [
-        float(jnp.abs(a - b).max() / jnp.abs(b).max())
-        for a, b in zip(found["chunked"], found["plain"])
-    ]
+    apart = []
+    for a, b in zip(found["chunked"], found["plain"]):
+        apart.append(float(jnp.abs(a - b).max() / jnp.abs(b).max()))
     return {**row, "value_apart": apart[0], "gradient_apart": max(apart[1:])}
 
 
+KNOWN = {
+    "case": "digits_dmd2",
+    "config": "",
+    "steps": "30",
+    "rounds": "7",
+    "trace": "",
+    "trl": False,
+    "alone": False,
+}
+
+
 def bench(argv):
-    known = {
-        "case": "digits_dmd2",
-        "config": "",
-        "steps": "30",
-        "rounds": "7",
-        "trace": "",
-        "trl": False,
-        "alone": False,
-    }
-    values, config = arguments(argv, known)
+    values, config = arguments(argv, KNOWN)
     steps = whole(values, "steps", 1)
     rounds = whole(values, "rounds", 1)
     output(values, "trace", folder=True)
     if values["trl"]:
-        from tools import bench_trl  # reads torch, which is large
+        from tools import bench_trl  # imports torch, which is large
 
-        return bench_trl.compare(steps, rounds)
-    names = [*CASES, "divergence"] if values["case"] == "all" else [values["case"]]
+        bench_trl.compare(steps, rounds)
+        return
     every = {**CASES, "divergence": None}
-    cases = (
-        {"config": lambda: config}
-        if config is not None
-        else {name: lookup(every, name, "--case") for name in names}
-    )
+    if config is not None:
+        cases = {"config": lambda: config}
+    elif values["case"] == "all":
+        cases = every
+    else:
+        cases = {values["case"]: lookup(every, values["case"], "--case")}
     rows = []
     for name, make in cases.items():
         if make is None:

@@ -1,4 +1,4 @@
-"""What the benches time: configs of small networks, and for each a step written by hand."""
+"""Cases of the benchmarks: configs of small networks, each with a hand-written step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxdistill.core import build, sharding
 from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.sharding import MeshShape
+from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx
 from jaxdistill.data.synthetic import Synthetic
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
@@ -26,8 +27,8 @@ from jaxdistill.methods.trajectory.scm import SCM
 from jaxdistill.models.denoisers.dit import DiT
 from jaxdistill.models.heads import Discriminator, TimeWeight
 from jaxdistill.models.language.lm import LM
-from jaxdistill.run import loop
 from jaxdistill.run.experiment import Experiment
+from jaxdistill.run.programs import make_programs
 from launch._command import load_config, main, no_command
 
 DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
@@ -35,8 +36,9 @@ LLAMA = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
 
 
 def diffusion(method, **roles):
-    """A case on 16 x 16 x 4 samples, batch 32, float32: DiT of depth 4, width 128, 4 heads, patch
-    4.
+    """A config with 32 samples of 16 x 16 x 4 and DiTs in float32.
+
+    `roles` are those besides the student; None stands for a network like the student's.
     """
     arrays = dict(x="normal 16 16 4", cond="integers 10", null_cond="constant 10")
     model = DiT(**DIT, second_time="meanflow" in type(method).__module__)
@@ -46,20 +48,19 @@ def diffusion(method, **roles):
         init="fresh",
         optimizer=Optimizer(lr=1e-4),
     )
-    every = {
-        "student": Role(**net),
-        **{k: Role(**net) if v is None else v for k, v in roles.items()},
-    }
+    settings = {"student": Role(**net)}
+    for name, role in roles.items():
+        settings[name] = Role(**net) if role is None else role
     return experiment(
         steps=100,
         data=Synthetic(batch_size=32, arrays=arrays),
         method=method,
-        roles=every,
+        roles=settings,
     )
 
 
 def language(method, vocab=512):
-    """A case on a Llama of depth 4, width 128: 8 rows of 32 prompt tokens and 128 more."""
+    """A config with 8 texts of 160 tokens and Llamas."""
     arrays = dict(tokens=f"integers {vocab} 160", mask="constant 1 160")
     net = dict(
         model=LM(vocab=vocab, **LLAMA),
@@ -75,6 +76,7 @@ def language(method, vocab=512):
 
 
 def digits():
+    """The config of DMD2 on digits, with a random teacher."""
     config = load_config("configs/digits/dmd2.py")
     with config.unlocked():
         config.roles.teacher.model = build.plain(DiT())
@@ -83,29 +85,27 @@ def digits():
     return config
 
 
+def scm():
+    return diffusion(SCM(), teacher=None, weight=Role(model=TimeWeight()))
+
+
+def dmd2():
+    disc = Role(model=Discriminator(dim=128, classes=10))
+    return diffusion(DMD2(), teacher=None, fake=None, disc=disc)
+
+
 CASES = {
     "digits_dmd2": digits,
     "meanflow": lambda: diffusion(MeanFlow()),
-    "scm": lambda: diffusion(
-        SCM(),
-        teacher=None,
-        weight=Role(model=TimeWeight()),
-    ),
-    "dmd2": lambda: diffusion(
-        DMD2(),
-        teacher=None,
-        fake=None,
-        disc=Role(model=Discriminator(dim=128, classes=10)),
-    ),
+    "scm": scm,
+    "dmd2": dmd2,
     "gkd": lambda: language(GKD(on_policy=1.0, prompt_length=32)),
     "kd": lambda: language(KD()),
 }
 
 
 class Case:
-    """Two sides of one config: `engine(i)` and `hand(i)` run step i and return something to wait
-    for.
-    """
+    """Two sides of one config: `engine(i)` and `hand(i)` take step i and return its results."""
 
     def __init__(self, config):
         with config.unlocked():
@@ -115,13 +115,12 @@ class Case:
         method = experiment.method
         nets = experiment.nets
         key = jax.random.key(0)
-        start = {
-            role: nets[role].init(jax.random.fold_in(key, 9 + i))
-            for i, role in enumerate(nets)
-            if role in method.frozen
-        }
+        start = {}
+        for i, role in enumerate(nets):
+            if role in method.frozen:
+                start[role] = nets[role].init(jax.random.fold_in(key, 9 + i))
         stage = method.stages(experiment.settings.steps)[0]
-        self.programs = loop.make_programs(experiment, nets, stage, start, experiment.data.spec())
+        self.programs = make_programs(experiment, nets, stage, start, experiment.data.spec())
         self.state = self.programs.init(key, start)
         self.rng = jax.random.key(1)
         self.put = sharding.put_batch(experiment.mesh, experiment.settings.rules)
@@ -130,23 +129,23 @@ class Case:
         self.nets = nets
 
     def prepare_hand(self):
-        """The other side's own weights and optimiser states."""
-        experiment = self.experiment
+        """Makes the weights and optimiser states of the hand-written side."""
         method = self.method
-        self.params, self.frozen = jax.tree.map(jnp.copy, (self.state.params, self.state.frozen))
-        self.txs = {
-            role: experiment.roles[role].optimizer.make(1000, axes=self.nets[role].axes)
-            for role in method.inits
-        }
+        self.params = jax.tree.map(jnp.copy, self.state.params)
+        self.frozen = jax.tree.map(jnp.copy, self.state.frozen)
+        self.txs = {}
+        for role in method.inits:
+            optimizer = self.experiment.roles[role].optimizer
+            self.txs[role] = optimizer.make(1000, axes=self.nets[role].axes)
         self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
         self.ema = {role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema}
         self.memory = method.memory()
         self.by_hand = jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
 
     def engine(self, i, batch=None):
-        self.state, metrics = self.programs.step(
-            self.state, self.batch if batch is None else batch, self.rng, self.programs.active_at(i)
-        )
+        batch = self.batch if batch is None else batch
+        active = self.programs.active_at(i)
+        self.state, metrics = self.programs.step(self.state, batch, self.rng, active)
         return metrics
 
     def hand(self, i):
@@ -157,26 +156,21 @@ class Case:
         return loss
 
     def _step(self, params, opt, ema, batch, i, active):
-        """The step as one would write it for this method alone: no counts, norms, memory or
-        metrics.
-        """
+        """A step without counts, norms, changes of memory and metrics."""
         rng = jax.random.fold_in(self.rng, i)
         loss = 0.0
         for n in active:
             turn = self.method.turns[n]
             key = jax.random.fold_in(rng, n)
-            every = {**self.frozen, **params, **{f"ema_{role}": w for role, w in ema.items()}}
-            seen = (
-                batch
-                if turn.gather is None
-                else turn.gather(loop.bind(self.nets, every), Ctx(batch, key, i, self.memory))
-            )
+            weights = {**self.frozen, **params, **{f"ema_{role}": w for role, w in ema.items()}}
+            gathered = batch
+            if turn.gather is not None:
+                ctx = Ctx(batch, key, i, self.memory)
+                gathered = turn.gather(bind(self.nets, weights), ctx)
+            ctx = Ctx(jax.lax.stop_gradient(gathered), key, i, self.memory)
 
-            def objective(moving, every=every, seen=seen, key=key, turn=turn):
-                out = turn.loss(
-                    loop.bind(self.nets, {**every, **moving}),
-                    Ctx(jax.lax.stop_gradient(seen), key, i, self.memory),
-                )
+            def objective(moving, weights=weights, ctx=ctx, turn=turn):
+                out = turn.loss(bind(self.nets, {**weights, **moving}), ctx)
                 return out.loss / (1 if out.count is None else out.count)
 
             loss, grads = jax.value_and_grad(objective)({role: params[role] for role in turn.moves})

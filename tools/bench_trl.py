@@ -1,11 +1,10 @@
-"""GKD's step against TRL's `GKDTrainer` on the same Llama, batch and lengths: `python
-tools/bench.py --trl` runs it.
+"""Times steps of GKD against TRL's `GKDTrainer`: python tools/bench.py --trl.
 
-8 rows of 32 prompt tokens and 128 more, depth 4, width 128, at vocabularies of 512 and 32 k;
-on-policy (the student writes the 128 tokens within the step) and off-policy. Both sides take a
-whole step: roll-out, both networks, JSD with beta 0.5, gradient, clipping, AdamW. The rounds are
-paired; compilation is not counted. `loss_apart` is the relative difference of both sides' losses on
-the same weights and text. Needs torch, transformers and trl.
+Both train the same Llama (depth 4, width 128) on the same batch of 8 texts of 32 prompt tokens and
+128 more, at vocabularies of 512 and 32 k, on-policy (the student generates the 128 tokens in the
+step) and off-policy. A step has the roll-out, both networks, JSD with beta 0.5, gradient, clipping
+and AdamW. Both sides run in each round; compilation is not counted. `loss_apart` is the relative
+difference of the losses on the same weights and text. Needs torch, transformers and trl.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def modules():
 
 
 class Theirs:
-    """TRL's trainer on the weights of one of our cases."""
+    """TRL's trainer, with the weights and the batch of a case."""
 
     def __init__(self, case, on_policy: float, folder: Path):
         torch, transformers, datasets, GKDConfig, GKDTrainer = modules()
@@ -93,9 +92,9 @@ class Theirs:
             processing_class=self._tokenizer(transformers),
         )
         self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1  # what its own loop sets
+        self.trainer.current_gradient_accumulation_steps = 1  # set by TRL's own loop
         for settings in (self.trainer.generation_config, self.trainer.model.generation_config):
-            settings.eos_token_id = None  # every row is written to its end, on both sides
+            settings.eos_token_id = None  # both sides generate full-length texts
         self.torch = torch
         ids = torch.tensor(tokens, dtype=torch.long)
         labels = ids.clone()
@@ -113,7 +112,7 @@ class Theirs:
         )
 
     def step(self) -> float:
-        """One optimiser step; the loss before it."""
+        """Takes one optimiser step; returns the loss before it."""
         trainer = self.trainer
         trainer.model.train()
         loss = trainer.training_step(trainer.model, dict(self.batch))
@@ -124,56 +123,61 @@ class Theirs:
 
 
 def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_000)) -> list[dict]:
-    """Prints and returns a row for each vocabulary and kind of step. Raises Refused where TRL is
-    missing.
+    """Prints and returns a row for each vocabulary and kind of step.
+
+    Raises:
+        Refused: TRL is not installed.
     """
     modules()
     rows = []
     for vocab in vocabularies:
         for name, on_policy in (("on-policy", 1.0), ("off-policy", 0.0)):
-            case = Case(
-                language(
-                    GKD(
-                        beta=0.5,
-                        on_policy=on_policy,
-                        prompt_length=PROMPT,
-                    ),
-                    vocab,
-                )
-            )
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                sharding.use(case.experiment.mesh, case.experiment.settings.rules),
-            ):
-                theirs = Theirs(case, on_policy, Path(folder))
-                first = float(jax.device_get(case.engine(0)["student/loss"])), theirs.step()
-                times = ([], [])
-                for n in range(rounds):
-                    sides = [
-                        (times[0], lambda: jax.block_until_ready(case.engine(1))),
-                        (times[1], theirs.step),
-                    ]
-                    for kept, side in sides if n % 2 else sides[::-1]:
-                        started = time.perf_counter()
-                        for _ in range(steps):
-                            side()
-                        kept.append((time.perf_counter() - started) / steps)
-            ratios = [b / a for a, b in zip(*times)]
-            rows.append(
-                {
-                    "vocab": vocab,
-                    "step": name,
-                    "jaxdistill_ms": 1e3 * statistics.median(times[0]),
-                    "trl_ms": 1e3 * statistics.median(times[1]),
-                    "trl/jaxdistill": statistics.median(ratios),
-                    "lowest": min(ratios),
-                    "highest": max(ratios),
-                    "loss_apart": abs(first[0] / first[1] - 1),
-                }
-            )
-            print(text_table(rows[-1:]), flush=True)
+            method = GKD(beta=0.5, on_policy=on_policy, prompt_length=PROMPT)
+            case = Case(language(method, vocab))
+            row = {"vocab": vocab, "step": name, **_measured(case, on_policy, steps, rounds)}
+            rows.append(row)
+            print(text_table([row]), flush=True)
     print(f"\n{text_table(rows)}")
     return rows
+
+
+def _measured(case: Case, on_policy: float, steps: int, rounds: int) -> dict:
+    """Times of both sides, and the relative difference of their first losses."""
+    experiment = case.experiment
+
+    def step():
+        jax.block_until_ready(case.engine(1))
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        sharding.use(experiment.mesh, experiment.settings.rules),
+    ):
+        theirs = Theirs(case, on_policy, Path(folder))
+        loss = float(jax.device_get(case.engine(0)["student/loss"]))
+        their_loss = theirs.step()
+        sides = {"jaxdistill": step, "trl": theirs.step}
+        seconds = {"jaxdistill": [], "trl": []}
+        for n in range(rounds):
+            order = ("jaxdistill", "trl") if n % 2 else ("trl", "jaxdistill")
+            for name in order:
+                seconds[name].append(_seconds(sides[name], steps))
+    ratios = [b / a for a, b in zip(seconds["jaxdistill"], seconds["trl"])]
+    return {
+        "jaxdistill_ms": 1e3 * statistics.median(seconds["jaxdistill"]),
+        "trl_ms": 1e3 * statistics.median(seconds["trl"]),
+        "trl/jaxdistill": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "loss_apart": abs(loss / their_loss - 1),
+    }
+
+
+def _seconds(step, steps: int) -> float:
+    """Seconds of one of `steps` steps."""
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - started) / steps
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What every recipe makes, as text: tests/golden/<recipe>.txt.
+"""Writes tests/golden/<recipe>.txt, descriptions of what the recipes make.
 
 python tools/golden.py [--only=dmd2,kd]
 
-A file holds the recipe's config, a line for each weight of each role (path, shape, dtype, logical
-axes, initialiser; of trained roles also whether weight decay acts and the factor of the learning
-rate), and the bytes of the state at the first stage, over all devices. Nothing is allocated.
-tests/test_golden.py compares: a default that changes shows as a difference in these files.
+A file has the recipe's config, a line for each weight of each role (path, shape, dtype, logical
+axes, initialiser; of trained roles also whether weight decay applies and the factor of the learning
+rate), and the bytes of the state at the first stage, over all devices. No weights are allocated.
+tests/test_golden.py compares the files, so that a changed default shows as a difference.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def file_of(recipe: str) -> Path:
 
 
 def text_of(recipe: str, files: Mapping[str, Path]) -> str:
-    """What the golden file of a recipe should hold; `files` are those of `stand_ins.write`."""
+    """The text of the golden file of a recipe; `files` are those of `stand_ins.write`."""
     experiment = Experiment(stand_ins.load(f"recipes.{recipe}", files), Path("unused"))
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     experiment.__dict__["mesh"] = mesh
@@ -76,7 +76,7 @@ def text_of(recipe: str, files: Mapping[str, Path]) -> str:
 
 
 def config_lines(recipe: str) -> Iterator[str]:
-    """The recipe's config as its file makes it, with its own data: "dotted.key = value", sorted."""
+    """The recipe's config with its own data: lines "dotted.key = value", sorted."""
     config = stand_ins.config_of(f"recipes.{recipe}")
     yield "# config"
     for key, value in sorted(dotted(json.loads(config.to_json()))):
@@ -109,16 +109,17 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
         optimisers[role] = roles[role].optimizer.make(
             int(updated), bank=isinstance(nets[role], Bank), axes=nets[role].axes
         )
-    inits = {
-        role: experiment.inits.get(role, source) for role, source in stage.method.inits.items()
-    }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    make = lambda key, start: init_state(stage.method, nets, optimisers, key, start, inits)
-    return nets, jax.eval_shape(make, key, start)
+    inits = {role: experiment.inits.get(role, init) for role, init in stage.method.inits.items()}
+
+    def make(start: Mapping[str, Any]) -> State:
+        key = jax.random.key(0)
+        return init_state(stage.method, nets, optimisers, key, start, inits)
+
+    return nets, jax.eval_shape(make, start)
 
 
 def weight_lines(experiment: Experiment, nets: Mapping[str, Net], state: State) -> Iterator[str]:
-    """A block for each role; one whose lines are those of an earlier role names it instead."""
+    """A block for each role; where an earlier role has the same lines, its name instead."""
     written = {}
     for role, net in nets.items():
         trained = role in state.params
@@ -136,12 +137,12 @@ def weight_lines(experiment: Experiment, nets: Mapping[str, Net], state: State) 
         yield ""
 
 
-def lines_of(net: Net, held: Any, trained: bool) -> Iterator[str]:
+def lines_of(net: Net, weights: Any, trained: bool) -> Iterator[str]:
     """A line for each weight of one role."""
     names = paths(net.axes, is_leaf=is_spec)
     drawn = paths(initialisers(net))
-    decay = paths(decayed(held, net.axes)) if trained else {}
-    for path, weight in sorted(paths(held).items()):
+    decay = paths(decayed(weights, net.axes)) if trained else {}
+    for path, weight in sorted(paths(weights).items()):
         shape = list(weight.shape)
         axes = ", ".join(str(name) for name in names.get(path) or ())
         line = f"{path}  {shape} {weight.dtype} ({axes})  {drawn.get(path, 'derived')}"
@@ -151,6 +152,7 @@ def lines_of(net: Net, held: Any, trained: bool) -> Iterator[str]:
 
 
 def byte_lines(nets: Mapping[str, Net], state: State) -> Iterator[str]:
+    """A line for each role: the bytes of its weights, optimiser state and average."""
     yield "# bytes of the state"
     for role in nets:
         sizes = []
@@ -161,8 +163,8 @@ def byte_lines(nets: Mapping[str, Net], state: State) -> Iterator[str]:
         yield f"{role}: {', '.join(sizes)}"
 
 
-# Initialisers, read off the traced program of `net.init`: what is followed through it is constants,
-# draws from a distribution times a constant plus a constant, and None for everything else.
+# Initialisers are found in the traced program of `net.init`. A value in it is known as a constant
+# or as a draw from a distribution times a constant plus a constant; None stands for all others.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +197,8 @@ CONSTANTS = {
     "log": math.log,
     "square": lambda x: x * x,
 }
-SAME = {  # operations that place values elsewhere, or say where they are stored
+# Operations that change the place or the storage of values only.
+SAME = {
     "broadcast_in_dim",
     "concatenate",
     "convert_element_type",
@@ -214,7 +217,7 @@ DISTRIBUTIONS = ("_truncated_normal", "_normal", "_uniform", "_orthogonal")
 
 
 def initialisers(net: Net) -> Any:
-    """How each weight is drawn, in the structure of the weights: "truncated_normal * 0.0361"."""
+    """The initialisers in the structure of the weights, such as "truncated_normal * 0.0361"."""
     try:
         return _initialisers(net)
     except TypeError:  # not hashable
@@ -231,11 +234,14 @@ def _initialisers(net: Net) -> Any:
 
 
 def followed(closed: ClosedJaxpr, inputs: Sequence[Draw | None]) -> list[Draw | None]:
-    """What the outputs of a traced program are, from what its inputs are."""
+    """The outputs of a traced program as draws or constants, from its inputs."""
     jaxpr = closed.jaxpr
     known = dict(zip(jaxpr.invars, inputs))
     known |= zip(jaxpr.constvars, map(table, closed.consts))
-    read = lambda v: table(v.val) if isinstance(v, Literal) else known.get(v)
+
+    def read(variable: Any) -> Draw | None:
+        return table(variable.val) if isinstance(variable, Literal) else known.get(variable)
+
     for equation in jaxpr.eqns:
         given = [read(v) for v in equation.invars]
         known |= zip(equation.outvars, results(equation, given))
@@ -243,7 +249,7 @@ def followed(closed: ClosedJaxpr, inputs: Sequence[Draw | None]) -> list[Draw | 
 
 
 def table(value: Any) -> Draw | None:
-    """An array that is part of the program: a constant where all entries are equal."""
+    """An array in the program: a constant where all entries are equal, else its mean and spread."""
     array = np.asarray(value) if np.ndim(value) == 0 or hasattr(value, "shape") else None
     if array is None or array.dtype.kind not in "biuf" or not array.size:
         return None
@@ -253,7 +259,7 @@ def table(value: Any) -> Draw | None:
 
 
 def results(equation: Any, given: list[Draw | None]) -> list[Draw | None]:
-    """What the outputs of one equation are."""
+    """The outputs of one equation as draws or constants, from its inputs."""
     name = equation.primitive.name
     if name in SAME and None not in given and len(set(given)) == 1:
         return [given[0]]
@@ -273,7 +279,7 @@ def results(equation: Any, given: list[Draw | None]) -> list[Draw | None]:
 
 
 def distribution(name: str, limits: Sequence[Draw | None]) -> Draw:
-    """A draw; uniform and truncated distributions say their limits."""
+    """A draw from a distribution; the names of uniform and truncated ones have their limits."""
     bounds = ", ".join("?" if limit is None else f"{limit.shift:.4g}" for limit in limits)
     return Draw(f"{name}({bounds})" if bounds else name, 1.0)
 

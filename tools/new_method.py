@@ -3,9 +3,9 @@
 python tools/new_method.py FAMILY NAME ClassName "Title" arXiv-id
 
 FAMILY is a folder of tools/skeletons: trajectory, distribution, language or architecture. NAME is
-the module's, as in my_method, ClassName that of its class, as in MyMethod. Nothing that exists is
-replaced. What has to be filled in: the paper's idea, its equations, its constants, its claim, and
-the specification's checks.
+the name of the module, as in my_method, and ClassName that of its class, as in MyMethod. Existing
+files are not replaced. To fill in: the paper's idea, equations, constants and claim, and the checks
+of the specification.
 """
 
 import contextlib
@@ -20,13 +20,11 @@ from jaxdistill.core.types import Refused, lookup
 from launch._command import main
 
 ROOT = Path(__file__).parents[1]
-SKELETONS = {
-    folder.name: folder
-    for folder in sorted((ROOT / "tools/skeletons").iterdir())
-    if folder.is_dir()
-}
+FOLDERS = sorted(path for path in (ROOT / "tools/skeletons").iterdir() if path.is_dir())
+SKELETONS = {folder.name: folder for folder in FOLDERS}
 NAMES = ("FAMILY", "NAME", "ClassName", "Title", "arXiv-id")
-PLACES = {  # a skeleton's file -> where it goes
+# File of a skeleton -> the new file.
+PLACES = {
     "method.py": "jaxdistill/methods/{family}/{name}.py",
     "toy.py": "configs/toy/{name}.py",
     "test.py": "tests/methods/{family}/test_{name}.py",
@@ -35,14 +33,14 @@ PLACES = {  # a skeleton's file -> where it goes
 
 
 def new_method(argv: list[str]) -> None:
-    """Prints the files that it writes. Raises Refused before it writes any."""
+    """Writes the files and prints their names. Raises Refused before it writes any."""
     family, name, cls, title, paper = checked(argv)
     words = {"my_method": name, "MyMethod": cls, "My method": title, "2601.00000": paper}
-    fill = lambda text: re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], text)
-    files = {
-        ROOT / place.format(family=family, name=name): fill(skeleton(family, part))
-        for part, place in PLACES.items()
-    }
+    placeholder = re.compile("|".join(map(re.escape, words)))
+    files = {}
+    for part, place in PLACES.items():
+        path = ROOT / place.format(family=family, name=name)
+        files[path] = placeholder.sub(lambda found: words[found[0]], skeleton(family, part))
     for path in files:
         if path.exists() or path.is_symlink():
             raise Refused(f"NAME={name}: {path.relative_to(ROOT)} exists; expected another name")
@@ -52,11 +50,12 @@ def new_method(argv: list[str]) -> None:
 
 
 def skeleton(family: str, part: str) -> str:
+    """The text of a file of a skeleton."""
     return (SKELETONS[family] / part).read_text(encoding="utf-8")
 
 
 def checked(argv: list[str]) -> list[str]:
-    """The five arguments. Raises Refused."""
+    """The five arguments. Raises Refused where one is missing or bad."""
     flags = [word for word in argv if word.startswith("-")]
     if flags or len(argv) != len(NAMES):
         found = f"unknown argument {flags[0]}" if flags else f"found {len(argv)} arguments"
@@ -75,18 +74,14 @@ def checked(argv: list[str]) -> list[str]:
         raise Refused(
             f"ClassName={cls[:80]!r}: expected a class's name of letters and digits, as in MyMethod"
         )
-    if any(
-        re.search(rf"\b{cls}\b", skeleton(family, part).replace("MyMethod", "")) for part in PLACES
-    ):
+    texts = [skeleton(family, part).replace("MyMethod", "") for part in PLACES]
+    if any(re.search(rf"\b{cls}\b", text) for text in texts):
         raise Refused(
             f"ClassName={cls}: the skeleton of {family} has something of that name; expected"
             " another"
         )
-    if (
-        not re.fullmatch(r"[^\\\"]{1,90}", title)
-        or not title.isprintable()
-        or title != title.strip()
-    ):
+    is_one_line = title.isprintable() and title == title.strip()
+    if not is_one_line or not re.fullmatch(r"[^\\\"]{1,90}", title):
         raise Refused(
             f"Title={title[:80]!r}: expected one line of at most 90 characters without quotation"
             " marks and backslashes"
@@ -97,7 +92,7 @@ def checked(argv: list[str]) -> list[str]:
 
 
 def write(files: dict[Path, str]) -> None:
-    """All of the files, or none. Raises Refused."""
+    """Writes all of the files, or none. Raises Refused where one cannot be written."""
     made: list[Path] = []
     try:
         for path, text in files.items():

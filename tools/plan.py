@@ -1,16 +1,16 @@
-"""What a config costs on a TPU slice or on GPU nodes, without them.
+"""Estimates the cost of a config on a TPU slice or on GPU nodes, without having them.
 
 python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] \\
     [--json=FILE]
     [--config.key=value ...]
 
-Compiles every pattern of turns for the slice with the real TPU compiler (pip install
-'jaxdistill[tpu]') and prints whether it fits, bytes a chip by role, temporaries, flops, bytes of
-each collective, the roofline, and what binds. With --search it tries mesh shapes,
-rematerialisation, accumulation and frozen weights on the host, at most --most=12 compilations, and
-ends with the best that fits, on Ctrl-C too. --effort=-1 compiles convolutions (U-Nets) about eight
-times as fast: the compiler spends less on the search for their tiles. GPU nodes (h100:8x4) come
-from constants. Exit code 0 where it fits, 1 where it does not.
+Compiles each pattern of turns with the TPU compiler (pip install 'jaxdistill[tpu]'). Prints whether
+it fits, bytes of a chip by role, temporaries, flops, bytes of each collective, lower bounds of the
+step time, and the largest of them. With --search it tries mesh shapes, rematerialisation,
+accumulation and frozen weights in host memory, with at most --most compilations, and prints the
+fastest plan that fits, also after Ctrl-C. --effort=-1 compiles convolutions (U-Nets) about eight
+times as fast, since the compiler searches less for their tiles. Plans for GPU nodes (h100:8x4) are
+computed from constants. Exit code 0 where it fits, 1 where it does not.
 """
 
 import dataclasses
@@ -25,12 +25,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from jaxdistill.core.types import Refused
 from launch._command import arguments, decimal, main, output, whole
 
+KNOWN = {
+    "config": "",
+    "topology": "",
+    "search": False,
+    "json": "",
+    "most": "12",
+    "effort": "0",
+}
+
 
 def plan(argv):
-    values, config = arguments(
-        argv,
-        {"config": "", "topology": "", "search": False, "json": "", "most": "12", "effort": "0"},
-    )
+    values, config = arguments(argv, KNOWN)
     if config is None:
         raise Refused("--config=FILE is needed")
     if not values["topology"]:
@@ -66,6 +72,7 @@ def plan(argv):
 
 
 def search(planner, config, name, most):
+    """The fastest plan that fits; None where none does."""
     best = None
     try:
         for found in tried(planner.search(config, name, most)):
@@ -77,7 +84,10 @@ def search(planner, config, name, most):
 
 
 def tried(candidates):
-    """The plans among the candidates; a line is printed for each of these."""
+    """The plans among the candidates; others are the reasons why there is none.
+
+    A line is printed for each plan, and for each reason that is not that of the candidate before.
+    """
     last = None
     for change, found in candidates:
         mesh = " ".join(f"mesh.{axis}={n}" for axis, n in change["mesh"].items())
@@ -86,49 +96,51 @@ def tried(candidates):
             f" frozen={change['place']}"
         )
         if isinstance(found, str):
-            if found != last:  # one line for all that are refused alike
+            if found != last:
                 print(f"{what}: {found}", flush=True)
             last = found
             continue
-        print(
-            f"{what}: {'fits' if found.fits else 'does not fit'}, {found.peak / 2**30:.1f} GiB a"
-            f" chip, step >= {found.seconds:.3g} s",
-            flush=True,
-        )
+        fits = "fits" if found.fits else "does not fit"
+        size = f"{found.peak / 2**30:.1f} GiB a chip"
+        print(f"{what}: {fits}, {size}, step >= {found.seconds:.3g} s", flush=True)
         yield found
 
 
 def show(planner, plan) -> None:
-    gib = lambda n: f"{n / 2**30:.3f}"
+    """Prints a plan: a table of bytes by role, then each pattern of turns."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in plan.mesh.items()) or "1 chip"
+    fits = "fits" if plan.fits else "DOES NOT FIT"
     print(
-        f"{plan.topology}: {plan.chips} chips, {mesh}; {'fits' if plan.fits else 'DOES NOT FIT'}: "
-        f"{gib(plan.peak)} of {gib(plan.hbm)} GiB a chip at the peak"
+        f"{plan.topology}: {plan.chips} chips, {mesh}; {fits}: "
+        f"{_gib(plan.peak)} of {_gib(plan.hbm)} GiB a chip at the peak"
     )
     print(f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS))
     for role, parts in plan.by_role.items():
-        print(f"{role:<14}" + "".join(f"{gib(parts[part]):>10}" for part in planner.PARTS))
+        print(f"{role:<14}" + "".join(f"{_gib(parts[part]):>10}" for part in planner.PARTS))
+    print(f"{'batch':<14}{_gib(plan.batch):>10}")
+    if plan.host:
+        print(f"{'on the host':<14}{_gib(plan.host):>10}")
+    for pattern in plan.patterns:
+        _show_pattern(pattern, *planner.advice(plan, pattern))
+
+
+def _show_pattern(p, binds: str, key: str) -> None:
+    """Prints a pattern of turns, its largest lower bound and the config's key that changes it."""
+    sent = ", ".join(f"{kind} {_gib(n)} GiB" for kind, n in sorted(p.sent.items()))
     print(
-        f"{'batch':<14}{gib(plan.batch):>10}"
-        + (f"\n{'on the host':<14}{gib(plan.host):>10}" if plan.host else "")
+        f"\nturns {p.turns}: temporaries {_gib(p.temporaries)} GiB, peak {_gib(p.peak)} GiB,"
+        f" model flops {p.model_flops:.4g}, compiled in {p.seconds:.0f} s"
     )
-    for p in plan.patterns:
-        binds, key = planner.advice(plan, p)
-        print(
-            f"\nturns {p.turns}: temporaries {gib(p.temporaries)} GiB, peak {gib(p.peak)} GiB,"
-            f" model flops {p.model_flops:.4g}, "
-            f"compiled in {p.seconds:.0f} s"
-        )
-        print(
-            "  sent a chip: "
-            + (", ".join(f"{kind} {gib(n)} GiB" for kind, n in sorted(p.sent.items())) or "nothing")
-        )
-        print(
-            f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect"
-            f" {p.network:.4g} s; "
-            f"model-flops utilisation at most {100 * p.utilisation:.0f} %"
-        )
-        print(f"  binds: {binds}; moved by {key}")
+    print(f"  sent a chip: {sent or 'nothing'}")
+    print(
+        f"  at least: compute {p.compute:.4g} s, HBM {p.memory:.4g} s, interconnect"
+        f" {p.network:.4g} s; model-flops utilisation at most {100 * p.utilisation:.0f} %"
+    )
+    print(f"  binds: {binds}; moved by {key}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""How the source reads, in figures.
+"""Prints figures of how the source reads.
 
 python tools/reading.py [--tree=FOLDER]
 
-FOLDER is a checkout (by default this one). Prints, for the library, its configs, commands, tools
-and tests: lines of code, tokens a line, lines over 100 characters, tuple assignments, lambdas with
-a name; and over the library: public functions whose shapes are typed, and the longest functions.
-Over the configs: strings that name classes."""
+FOLDER is a checkout (by default this one). For the library, its configs, commands, tools and tests:
+lines of code, tokens a line, lines over 100 characters, tuple assignments, named lambdas. For the
+library: public functions with typed shapes, and the longest functions. For the tests: assertions.
+For the configs: strings that name classes.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from launch._command import arguments, main  # noqa: E402
 
 FOLDERS = ("jaxdistill", "configs", "launch", "tools", "tests")
 SHAPED = ("objectives", "diffusion", "samplers", "models", "evals")
+# Tokens that are not code.
 LAYOUT = {
     tokenize.NL,
     tokenize.NEWLINE,
@@ -44,7 +46,7 @@ def sources(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def tokens_per_line(text: str) -> tuple[int, int]:
-    """(tokens, lines that hold any): comments, docstrings and layout do not count."""
+    """(tokens, lines with tokens), without comments, docstrings and layout."""
     docstrings = set()
     for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
@@ -70,6 +72,7 @@ def is_tuple_assignment(node: ast.AST) -> bool:
 
 
 def is_named_lambda(node: ast.AST) -> bool:
+    """`f = lambda x: ...`"""
     return isinstance(node, ast.Assign) and isinstance(node.value, ast.Lambda)
 
 
@@ -94,6 +97,7 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 
 def annotations(function: ast.FunctionDef) -> list[str]:
+    """The annotations of arguments and result, as text."""
     arguments_ = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
     given = [a.annotation for a in arguments_ if a.annotation is not None]
     if function.returns is not None:
@@ -102,6 +106,7 @@ def annotations(function: ast.FunctionDef) -> list[str]:
 
 
 def takes_arrays(function: ast.FunctionDef) -> bool:
+    """Whether an argument or the result is annotated as an array."""
     return any(re.search(rf"\b({'|'.join(ARRAYS)})\b", a) for a in annotations(function))
 
 
@@ -117,15 +122,16 @@ def has_shapes(function: ast.FunctionDef) -> bool:
 
 
 def folder_figures(folder: Path) -> dict[str, float]:
+    """Name -> value of the figures of one folder."""
     tokens = 0
     lines = 0
     wide = 0
     tuples = 0
     lambdas = 0
     for _, text in sources(folder):
-        more, held = tokens_per_line(text)
-        tokens += more
-        lines += held
+        file_tokens, file_lines = tokens_per_line(text)
+        tokens += file_tokens
+        lines += file_lines
         wide += sum(len(line) > 100 for line in text.splitlines())
         for node in ast.walk(ast.parse(text)):
             tuples += is_tuple_assignment(node)
@@ -157,16 +163,15 @@ def reading(argv):
         figures = folder_figures(tree / name)
         print(name, ", ".join(f"{key} {value}" for key, value in figures.items()), sep=": ")
     for name in SHAPED:
-        functions = [
-            f
-            for _, text in sources(tree / "jaxdistill" / name)
-            for f in public_functions(ast.parse(text))
-        ]
+        functions = []
+        for _, text in sources(tree / "jaxdistill" / name):
+            functions += public_functions(ast.parse(text))
         arrays = [f for f in functions if takes_arrays(f)]
         shaped = sum(has_shapes(f) for f in arrays)
         print(f"{name}: {shaped} of {len(arrays)} public functions of arrays have typed shapes")
-    trees = [ast.parse(text) for _, text in sources(tree / "tests")]
-    assertions = sum(is_assertion(node) for parsed in trees for node in ast.walk(parsed))
+    assertions = 0
+    for _, text in sources(tree / "tests"):
+        assertions += sum(map(is_assertion, ast.walk(ast.parse(text))))
     print(f"tests: {assertions} assertions")
     names = sum(len(CLASS_NAME.findall(text)) for _, text in sources(tree / "configs"))
     print(f"configs: {names} strings that name classes")

@@ -1,11 +1,11 @@
-"""Fair tables: every method of a suite config under the same conditions, on several seeds, in
-processes of their own.
+"""Comparisons of methods under the same conditions, on several seeds.
 
-A suite is a config file whose variants are the methods (`configs/digits/suite.py:dmd2`) and a
-config that trains the teacher that all share. Each run is a process, so that its peak memory is its
-own. Every method trains twice: for the same number of student updates, and for the seconds that one
-of them, the clock, took for those. Finished runs are kept: a suite may be stopped and started
-again, and the page is written from whatever has finished, here or in its last JSON file.
+A suite is a config file whose variants are the methods (`configs/digits/suite.py:dmd2`), and
+configs of the runs that all share (a teacher). Each run is a process, so that its peak memory can
+be measured. Every method is trained twice: for an equal number of student updates, and for the
+seconds that one method, the clock, took for these. Finished runs are not repeated, so that a suite
+may be stopped and started again. The page has all finished runs, those of the earlier JSON file
+included.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Suite:
 
     title: str
     config: str  # a file with VARIANTS
-    shared: dict[
-        str, str
-    ]  # run that all start from -> its config; the configs call it runs/<suite>/<run>_0
-    metrics: tuple[str, ...]  # columns, of report.json's rows
-    chart: str  # the metric that is drawn, against seconds for an update of the student
-    clock: str  # the method whose seconds all get in the second table
-    about: str
-    tokens: int = 0  # rows times their length, in an update; 0: no text
+    # Name -> config of the runs that all start from; the suite's configs refer to them as
+    # runs/<suite>/<name>_0.
+    shared: dict[str, str]
+    metrics: tuple[str, ...]  # columns: metrics of the models in report.json
+    chart: str  # the metric of the chart, against seconds of a student update
+    clock: str  # the method whose seconds all methods get in the second table
+    about: str  # text on the page
+    tokens: int = 0  # tokens in an update: samples times their length; 0 for no text
 
 
 SUITES = {
@@ -129,47 +129,55 @@ out.""",
 
 
 def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list[str]) -> Path:
-    """Trains what is missing, writes docs/results/<name>.json, .md and .png; returns the page.
-    Raises Refused.
+    """Makes the missing runs and writes docs/results/<name>.json, .md and .png.
+
+    Args:
+        name: The suite.
+        only: The methods to run; empty for all.
+        seeds: The seeds.
+        workdir: The folder of the runs.
+        extra: Overrides for all runs: --config.key=value.
+
+    Returns:
+        The page.
+
+    Raises:
+        Refused: The suite or a method is unknown.
     """
     suite = lookup(SUITES, name, "--suite")
     variants = list(importlib.import_module(module(suite.config)).VARIANTS)
     for method in only:
         lookup(dict.fromkeys(variants), method, "--only")
     chosen = only or variants
-    passes = ((False, [*suite.shared, *chosen]), (True, [m for m in chosen if m != suite.clock]))
-    todo = [
-        (seed, method, timed) for seed in seeds for timed, methods in passes for method in methods
-    ]
+    todo = []
+    for seed in seeds:
+        todo += [(seed, method, False) for method in (*suite.shared, *chosen)]
+        todo += [(seed, method, True) for method in chosen if method != suite.clock]
     for seed, method, timed in tqdm(todo, desc=name, unit="run"):
         if not timed:
             _train(suite, name, method, seed, workdir, workdir, extra)
-        elif steps := _steps_in_time(suite, method, seed, workdir):
-            _train(
-                suite,
-                name,
-                method,
-                seed,
-                workdir,
-                workdir / "timed",
-                [*extra, f"--config.steps={steps}"],
-            )
-    return write(name, workdir, {m: variants.index(m) for m in variants})
+            continue
+        steps = _steps_in_time(suite, method, seed, workdir)
+        if steps:
+            overrides = [*extra, f"--config.steps={steps}"]
+            _train(suite, name, method, seed, workdir, workdir / "timed", overrides)
+    return write(name, workdir, {method: i for i, method in enumerate(variants)})
 
 
 def _steps_in_time(suite: Suite, method: str, seed: int, workdir: Path) -> int:
-    """Steps of the engine that take `method` the seconds of the clock's run, whole updates of the
-    student; 0: not known.
+    """Engine steps of `method` in the seconds of the clock's run; 0: not known.
+
+    They are a multiple of the steps of one student update.
     """
     runs = {r["method"]: r for r in rows(workdir) if r["seed"] == seed}
     if not {method, suite.clock} <= runs.keys():
         return 0
-    mine = runs[method]
+    own = runs[method]
     clock = runs[suite.clock]
-    updates = clock["updates"] * clock["update_seconds"] / mine["update_seconds"]
-    if math.isnan(updates) or not mine["updates"]:  # too short to have been timed
+    updates = clock["updates"] * clock["update_seconds"] / own["update_seconds"]
+    if math.isnan(updates) or not own["updates"]:  # a run too short to be timed
         return 0
-    return max(1, round(updates)) * (mine["steps"] // mine["updates"])
+    return max(1, round(updates)) * (own["steps"] // own["updates"])
 
 
 def module(config: str) -> str:
@@ -178,19 +186,22 @@ def module(config: str) -> str:
 
 
 def starts(suite: Suite, config, name: str, workdir: Path, seed: int) -> list[str]:
-    """Overrides that give every role its shared run of this seed."""
+    """Overrides that replace the shared runs in a config by those of this seed."""
     runs = {f"runs/{name}/{run}_0": workdir / f"{run}_{seed}" for run in suite.shared}
+    inits = {role: cfg.init for role, cfg in config.roles.items()}
     return [
-        f"--config.roles.{role}.init={runs[cfg.init]}"
-        for role, cfg in config.roles.items()
-        if cfg.init in runs
+        f"--config.roles.{role}.init={runs[init]}" for role, init in inits.items() if init in runs
     ]
 
 
 def _train(
     suite: Suite, name: str, method: str, seed: int, workdir: Path, folder: Path, extra: list[str]
 ) -> None:
-    """One run into `folder`, from the shared runs in `workdir`."""
+    """Trains one run in a folder of `folder`, from the shared runs in `workdir`.
+
+    process.json, with the peak memory, is written when it has finished. Of a failure the last line
+    of its log is printed.
+    """
     folder = folder / f"{method}_{seed}"
     if (folder / "process.json").exists():
         return
@@ -214,65 +225,67 @@ def _train(
             child.wait()
             raise
     if os.waitstatus_to_exitcode(status) != 0:
-        last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-        print(
-            f"{method}, seed {seed}: failed, see {folder / 'log.txt'}: {''.join(last)}",
-            file=sys.stderr,
-        )
+        log = folder / "log.txt"
+        last = "".join(log.read_text().strip().splitlines()[-1:])
+        print(f"{method}, seed {seed}: failed, see {log}: {last}", file=sys.stderr)
         return
     write_json(folder / "process.json", {"peak_bytes": usage.ru_maxrss * 1024})
 
 
 def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
-    """One for each finished run: method, seed, its models, updates of the student, seconds for one,
-    peak memory.
-    """
+    """A row for each finished run: method, seed, models, student updates, seconds, memory."""
     for file in sorted(workdir.glob("*_[0-9]*/process.json")):
         method, _, seed = file.parent.name.rpartition("_")
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
         speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
-        every = build(current(report["config"]["method"])).cycle
+        cycle = build(current(report["config"]["method"])).cycle
         yield {
             "method": method,
             "seed": int(seed),
             "timed": timed,
             "models": report["models"],
             "steps": report["steps"],
-            "updates": report["steps"] // every,
-            "update_seconds": every / statistics.median(speeds) if speeds else float("nan"),
+            "updates": report["steps"] // cycle,
+            "update_seconds": cycle / statistics.median(speeds) if speeds else float("nan"),
             "peak_bytes": json.loads(file.read_text())["peak_bytes"],
         }
 
 
 def keep(file: Path, new: list[dict], *keys: str) -> list[dict]:
-    """Puts the new rows into `file`, a table's, in the places of those with the same `keys`;
-    returns all, sorted by these.
+    """Adds rows to the list in a JSON file.
+
+    Args:
+        file: The file, which need not exist.
+        new: The rows. They replace old ones with the same values of `keys`.
+        keys: The keys that name a row.
+
+    Returns:
+        All rows, sorted by `keys`.
     """
-    key = lambda row: tuple(row[k] for k in keys)
     old = json.loads(file.read_text()) if file.exists() else []
-    every = [
-        row
-        for _, row in sorted(
-            ({key(row): row for row in old} | {key(row): row for row in new}).items()
-        )
-    ]
-    write_json(file, every)
-    return every
+    by_key = {tuple(row[key] for key in keys): row for row in (*old, *new)}
+    kept = [by_key[key] for key in sorted(by_key)]
+    write_json(file, kept)
+    return kept
 
 
 def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
-    """The page, the chart and the numbers behind both."""
+    """Writes the page, the chart and the JSON file of a suite.
+
+    Args:
+        name: The suite.
+        workdir: The folder of the runs.
+        order: Method -> its place in the tables.
+
+    Returns:
+        The page.
+    """
     suite = SUITES[name]
     out = OUT / name
     OUT.mkdir(parents=True, exist_ok=True)
-    found = keep(
-        out.with_suffix(".json"),
-        [*rows(workdir), *rows(workdir / "timed", timed=True)],
-        "timed",
-        "method",
-        "seed",
-    )
+    new = [*rows(workdir), *rows(workdir / "timed", timed=True)]
+    found = keep(out.with_suffix(".json"), new, "timed", "method", "seed")
     _chart(suite, [r for r in found if not r["timed"]], out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]
     students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
@@ -289,86 +302,81 @@ def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     parts += _tables("Equal updates", suite, teachers, equal, most)
     if len(timed) > len({r["seed"] for r in timed}):
         parts += _tables(f"Equal seconds, those of `{suite.clock}`", suite, teachers, timed, most)
-    head = (f"at {most} NFE" if most > 1 else "run", *suite.metrics, "seeds")
-    shared = {run: [r for r in found if r["method"] == run] for run in suite.shared}
-    if shared:
-        table = [
-            [*_scores(name, _at(runs, most), suite), str(len(runs))]
-            for name, runs in shared.items()
-        ]
+    if suite.shared:
+        head = (f"at {most} NFE" if most > 1 else "run", *suite.metrics, "seeds")
+        table = []
+        for shared in suite.shared:
+            runs = [r for r in found if r["method"] == shared]
+            table.append([*_scores(shared, _at(runs, most), suite), str(len(runs))])
         parts += ["## What all share", markdown_table(head, table)]
     out.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
     return out.with_suffix(".md")
 
 
 def _at(runs: list[dict], nfe: int) -> list[dict]:
-    """Their students' scores at so many calls of the network."""
-    return [m for r in runs for m in r["models"] if m["nfe"] == nfe and m["name"] == "student"]
+    """The scores of the students of `runs` at `nfe` calls of the network."""
+    models = [model for run in runs for model in run["models"]]
+    return [m for m in models if m["nfe"] == nfe and m["name"] == "student"]
 
 
 def _tables(
     title: str, suite: Suite, teachers: list[dict], students: list[dict], most: int
 ) -> list[str]:
-    """One for each number of calls of the network; the teacher's row where it takes fewer than its
-    most.
+    """Headings and tables, one for each number of calls of the network (NFE).
+
+    Where the NFE are fewer than `most`, the teacher's largest, the table has a row for the teacher.
     """
-    steps = sorted({m["nfe"] for r in students for m in r["models"] if m["name"] == "student"})
-    costs = (
-        "updates",
-        "seconds an update",
-        *(["tokens a second"] if suite.tokens else []),
-        "peak MiB",
-        "seeds",
-    )
+    models = [model for run in students for model in run["models"]]
+    steps = sorted({m["nfe"] for m in models if m["name"] == "student"})
+    speed = ["tokens a second"] if suite.tokens else []
+    costs = ("updates", "seconds an update", *speed, "peak MiB", "seeds")
+    methods = list(dict.fromkeys(run["method"] for run in students))
     parts = []
     for nfe in steps:
         table = []
         if nfe < most and _at(teachers, nfe):
-            table.append(
-                _scores("teacher", _at(teachers, nfe), suite)
-                + [""] * (len(costs) - 1)
-                + [str(len(teachers))]
-            )
-        for method in dict.fromkeys(r["method"] for r in students):
+            blanks = [""] * (len(costs) - 1)
+            scores = _scores("teacher", _at(teachers, nfe), suite)
+            table.append([*scores, *blanks, str(len(teachers))])
+        for method in methods:
             runs = [r for r in students if r["method"] == method and _at([r], nfe)]
             if runs:
                 table.append(_scores(method, _at(runs, nfe), suite) + _costs(runs, suite))
-        parts += [
-            f"## {title}" + (f", {nfe} NFE" if len(steps) > 1 else ""),
-            markdown_table(("method", *suite.metrics, *costs), table),
-        ]
+        heading = f"## {title}, {nfe} NFE" if len(steps) > 1 else f"## {title}"
+        parts += [heading, markdown_table(("method", *suite.metrics, *costs), table)]
     return parts
 
 
 def _scores(method: str, models: list[dict], suite: Suite) -> list[str]:
+    """The first cells of a row: the method and its metrics."""
     return [method, *(_spread([m[k] for m in models if k in m]) for k in suite.metrics)]
 
 
 def _costs(runs: list[dict], suite: Suite) -> list[str]:
-    seconds = [r["update_seconds"] for r in runs]
-    return [
-        _spread([r["updates"] for r in runs]),
-        _spread(seconds),
-        *([_spread([suite.tokens / s for s in seconds])] if suite.tokens else []),
-        _spread([r["peak_bytes"] / 2**20 for r in runs]),
-        str(len(runs)),
-    ]
+    """The last cells of a row: updates, their seconds, tokens a second, memory, number of seeds."""
+    seconds = [run["update_seconds"] for run in runs]
+    cells = [_spread([run["updates"] for run in runs]), _spread(seconds)]
+    if suite.tokens:
+        cells.append(_spread([suite.tokens / s for s in seconds]))
+    cells.append(_spread([run["peak_bytes"] / 2**20 for run in runs]))
+    cells.append(str(len(runs)))
+    return cells
 
 
 def _spread(values: list[float]) -> str:
+    """The mean, and the range where the values differ."""
     if not values:
         return ""
     mean = number(float(statistics.mean(values)))
-    return (
-        mean
-        if len(set(values)) == 1
-        else f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
-    )
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ({number(float(min(values)))} to {number(float(max(values)))})"
 
 
 def _chart(suite: Suite, found: list[dict], file: Path) -> None:
-    """The chart's metric (samplers: at the fewest NFE) against seconds an update, a point for each
-    run, both axes logarithmic.
+    """Draws the chart: the suite's metric against seconds of an update, a point for each run.
+
+    Metrics of samplers are those at the fewest NFE. Both axes are logarithmic.
     """
     import matplotlib
 
@@ -376,36 +384,28 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    marks = zip(
-        itertools.cycle("osD^vP*X"), itertools.cycle(pyplot.get_cmap("tab10").colors)
-    )  # 40 pairs before one comes again
-    for method, (marker, color) in zip(
-        dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared), marks
-    ):
-        mine = [r for r in found if r["method"] == method]
-        points = [
-            (
-                r["update_seconds"],
-                next(m[suite.chart] for m in r["models"] if m["name"] == "student"),
-            )
-            for r in mine
-        ]
+    # 40 different pairs of marker and colour.
+    markers = itertools.cycle("osD^vP*X")
+    colors = itertools.cycle(pyplot.get_cmap("tab10").colors)
+    methods = dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared)
+    for method, marker, color in zip(methods, markers, colors):
+        points = []
+        for run in found:
+            if run["method"] == method:
+                student = next(m for m in run["models"] if m["name"] == "student")
+                points.append((run["update_seconds"], student[suite.chart]))
         axis.scatter(*zip(*points), s=36, marker=marker, color=color, label=method)
-    steps = len({m["nfe"] for r in found for m in r["models"]}) > 1
-    teacher = [
-        max(r["models"], key=lambda m: m["nfe"])[suite.chart]
-        for r in found
-        if r["method"] == "teacher"
-    ]
+    has_steps = len({m["nfe"] for r in found for m in r["models"]}) > 1
+    teacher = []
+    for run in found:
+        if run["method"] == "teacher":
+            model = max(run["models"], key=lambda m: m["nfe"])
+            teacher.append(model[suite.chart])
     if teacher:
-        axis.axhline(
-            statistics.mean(teacher),
-            color="0.6",
-            linestyle="--",
-            label="teacher at its most steps" if steps else "teacher",
-        )
+        label = "teacher at its most steps" if has_steps else "teacher"
+        axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label=label)
     figure.legend(loc="outside right upper", frameon=False)
-    name = f"{suite.chart} at the fewest NFE" if steps else suite.chart
+    name = f"{suite.chart} at the fewest NFE" if has_steps else suite.chart
     axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=name)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

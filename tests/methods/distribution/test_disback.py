@@ -19,7 +19,7 @@ from jaxdistill.core.build import Role, experiment
 from jaxdistill.core.net import make_net
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.sharding import MeshShape
-from jaxdistill.core.types import Refused
+from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.mixtures import Mixture
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
@@ -173,7 +173,7 @@ def test_recording():
     assert same(member(after, 0), before.frozen["teacher"])
     assert same(member(after, 3), after.params["fake"])
     assert same(member(after, 2), shorter.params["fake"])
-    ctx = loop.Ctx(BATCH, jax.random.key(3), jnp.int32(0), {})
+    ctx = Ctx(BATCH, jax.random.key(3), jnp.int32(0), {})
 
     @jax.jit
     def loss(fake):
@@ -264,9 +264,7 @@ def test_no_gradient_where_target_and_fake_score_are_one():
         fake=ONE.bind("fake", params),
         path=bank(ONE, 3).bind("path", params),
     )
-    ctx = loop.Ctx(
-        {**BATCH, "xt": BATCH["x"], "t": jnp.ones(16)}, jax.random.key(0), jnp.int32(0), {}
-    )
+    ctx = Ctx({**BATCH, "xt": BATCH["x"], "t": jnp.ones(16)}, jax.random.key(0), jnp.int32(0), {})
     size = jax.jit(
         lambda student, step: optax.tree.norm(
             jax.grad(

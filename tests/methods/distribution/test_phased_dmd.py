@@ -34,6 +34,7 @@ from jaxdistill.objectives import score
 from jaxdistill.run import loop
 from jaxdistill.run.checkpoint import load_params
 from jaxdistill.run.experiment import Experiment, abstract_params
+from jaxdistill.run.programs import make_programs
 from jaxdistill.samplers.fewstep import simulate
 from tools.first_steps import first_steps
 
@@ -635,7 +636,7 @@ def lowered(config, lowers_for_tpu):
         }
         for stage in run.method.stages(config.steps):
             mine = {role: start[role] for role in stage.method.frozen}
-            programs = loop.make_programs(run, run.nets, stage, mine, run.data.spec())
+            programs = make_programs(run, run.nets, stage, mine, run.data.spec())
             lowers_for_tpu(programs)
             moved.append(
                 {
