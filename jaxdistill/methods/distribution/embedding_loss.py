@@ -123,7 +123,7 @@ class EmbeddingLoss(Hosted):
         count = 1 if out.count is None else out.count
         return out._replace(
             loss=out.loss + self.scale(turn, ctx) * embedding * count,
-            metrics={**out.metrics, "embedding": embedding},
+            metrics={**out.metrics, "embedding": embedding * count},
             memory={**out.memory, **memory},
         )
 
