@@ -260,7 +260,7 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
             "of 259 tokens at temperature 1.0, "
             "expected the student's 259 at method.temperature=2.0",
         ),
-        ({"top_k": 3}, "the store has said what it keeps"),
+        ({"top_k": 3}, "it was fixed when the file of logits was written"),
     ]:
         other = config.copy_and_resolve_references()
         other.method.update(change)

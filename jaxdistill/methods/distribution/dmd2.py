@@ -2,8 +2,9 @@
 
 The student's samples are pushed along the difference of two scores: that of the frozen teacher, and
 that of a fake score, a network trained online on the student's own samples. A discriminator on the
-fake score's features tells the samples from real data. Both critics are updated at every step, the
-student at every fifth. A student of several steps is trained on states of its own sampling chain.
+fake score's features tells the samples from real data. The fake score and the discriminator, the
+critics, are updated at every step, the student at every fifth. A multi-step student is trained on
+noisy states of its own sampler (backward simulation), not on noised data.
 """
 
 from __future__ import annotations
@@ -20,22 +21,29 @@ from jaxdistill.objectives import gan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DMD2(Normalised):
-    """Inherited fields: the paper's four student_times are .999, .749, .499 and .249, and its
-    fake_target is eps (Stable Diffusion) or edm (ImageNet).
+    """Distribution matching with DMD's normalised gradient, plus a GAN loss on noised samples.
+
+    Values of the paper for inherited fields: student_times=(.999, .749, .499, .249) for four steps;
+    fake_target, the quantity in which the fake score's error is measured, is "eps" (noise
+    prediction) for Stable Diffusion and "edm" (EDM's weighting) for ImageNet.
     """
 
-    critic_steps: int = 5  # critic updates per student update; the paper's 10 for SD 1.5
-    guidance: float = 1.0  # of the teacher's score; the paper's 1.75 (SD 1.5), 8 (SDXL)
-    # Of the adversarial term in the student's loss; the paper's 1e-3 (SD 1.5), 3e-3 (ImageNet),
-    # 5e-3 (SDXL).
+    critic_steps: int = 5  # critic updates per student update; the paper uses 10 for SD 1.5
+    # Guidance scale of the teacher's score; the paper uses 1.75 (SD 1.5) and 8 (SDXL).
+    guidance: float = 1.0
+    # Weight of the adversarial term in the student's loss; the paper uses 1e-3 (SD 1.5),
+    # 3e-3 (ImageNet) and 5e-3 (SDXL).
     gan_weight: float = 3e-3
-    disc_weight: float = 1e-2  # of the discriminator's term in the critics' loss
-    taps: tuple[int, ...] = (1,)  # layers of the fake score whose features it sees
+    disc_weight: float = 1e-2  # weight of the discriminator's loss in the critics' loss
+    # Layers of the fake score's network, numbered from 0, whose features the discriminator reads.
+    taps: tuple[int, ...] = (1,)
 
     inits = {"student": "teacher", "fake": "teacher", "disc": None}
 
     @property
     def turns(self) -> tuple[Turn, ...]:
+        # The base class has two turns: the critic's at every step, and the student's at every
+        # critic_steps-th step. Here the first also updates the discriminator.
         critics, student = super().turns
         return (dataclasses.replace(critics, moves=("fake", "disc")), student)
 
@@ -54,14 +62,19 @@ class DMD2(Normalised):
         return Out(loss, {"match": match, "gan": adversarial})
 
     def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
-        """Denoising of the student's samples, and the discriminator's loss on noised samples."""
+        """Denoising of the student's samples, and the discriminator's loss on noised samples.
+
+        "match" and "real" name the random keys that times and noise are drawn from: generated and
+        real samples have independent draws. Keys also differ between turns, so "match" here is
+        not the draw of the student's loss, only one from the same distribution.
+        """
         x0 = jax.lax.stop_gradient(self.generate(net, ctx))
         cond = ctx.batch.get("cond")
         denoise = self.denoise(net, ctx, x0)
         xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
-        fake = self.logits(net, xt, t, cond)
+        fake_logits = self.logits(net, xt, t, cond)
         xt, t, _ = self.diffuse(ctx.batch["x"], self.match_times, ctx, "real")
-        real = self.logits(net, xt, t, cond)
-        adversarial = jnp.mean(gan.non_saturating_discriminator(real, fake))
+        real_logits = self.logits(net, xt, t, cond)
+        adversarial = jnp.mean(gan.non_saturating_discriminator(real_logits, fake_logits))
         loss = denoise + self.disc_weight * adversarial
         return Out(loss, {"denoise": denoise, "gan": adversarial})

@@ -1,5 +1,5 @@
-"""Efficient Diffusion Distillation via Embedding Loss (arXiv:2604.22379): a term that joins the
-student's loss of any host method.
+"""Efficient Diffusion Distillation via Embedding Loss (arXiv:2604.22379): a term that is
+added to the student's loss of any host method.
 
 The student's samples and real data are embedded by networks with random weights, drawn anew at
 every step, and the maximum mean discrepancy (MMD) of the two embedded batches is added to the
@@ -8,9 +8,9 @@ surpass its teacher. The samples are those that the host's loss makes: the last 
 predicts.
 
 The paper's kernel, networks, weight and batch sizes are not published. The defaults are those of
-data-set condensation by random networks, and each of them is a field. A label joins the first layer
-of a random network rather than its features: a linear kernel on features with the label's embedding
-concatenated would compare samples and labels separately.
+data-set condensation by random networks, and each of them is a field. A label is an input of the
+first layer of a random network, not concatenated to its features: a linear kernel on concatenated
+features would compare samples and labels separately.
 """
 
 from __future__ import annotations
@@ -32,31 +32,36 @@ from jaxdistill.models.vision.random_features import arch, random_feature_net
 from jaxdistill.objectives.augment import Paired
 from jaxdistill.objectives.mmd import mmd2
 
-SEARCHED = 1 << 20  # steps that are searched for a turn's first updates
+# The first `calibration` updates of a turn are looked for among so many steps of training.
+SEARCHED = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmbeddingLoss(Hosted):
+    """A host method whose student's loss has the embedding loss added, with a calibrated weight."""
+
     # Any method whose student's loss reads the x0 of a prediction, shaped like the data.
     host: Method = DMD2()
-    # Norm of the embedding loss's gradient in the samples, relative to that of the host's loss at
-    # the start of training; 0: the host alone.
+    # Norm of the embedding loss's gradient with respect to the samples, relative to that of the
+    # host's loss at the start of training; 0: the host alone.
     weight: float = 0.3
-    # Student updates over which the two norms are averaged. The embedding loss joins after them.
+    # Student updates over which the two norms are averaged. The embedding loss is added after
+    # them.
     # 0: no calibration, `weight` multiplies the embedding loss itself.
     calibration: Natural = 10
     # Architectures that each random network is drawn from; ("mlp",) for points.
     archs: tuple[str, ...] = ("convnet-2", "convnet-3", "convnet-4", "resnet", "plain-3")
-    nets: int = 2  # random networks per step
+    nets: int = 2  # number of random networks per step
     blocks: int = 1  # last blocks of each network whose features are compared
-    # Student updates between new networks. A student overfits the null space of a fixed network.
+    # Evaluations of the loss between new networks: student updates, or micro-batches if gradients
+    # are accumulated. With a fixed network, errors that it cannot see would accumulate.
     redraw: int = 1
     kernel: str = "linear"  # of the MMD: linear | rbf
-    estimator: str = "u"  # u: unbiased | v: biased, narrows the samples a little
+    estimator: str = "u"  # u: unbiased | v: biased, lowers the samples' diversity a little
     # Real samples per generated one. The host then sees every n-th sample of the batch.
     real_per_fake: int = 1
     labelled: bool = False  # compares the joint distributions of samples and labels `cond`
-    augment: Paired = Paired()  # the same random augmentation of real and generated samples
+    augment: Paired = Paired()  # one random draw, for all real and generated samples
 
     @property
     def needs(self):
@@ -79,6 +84,7 @@ class EmbeddingLoss(Hosted):
         measuring = []
         for turn in self.host.turns:
             gather = functools.partial(self.gather, turn)
+            # Roles that the turn moves and that make samples; none in a critic's turn.
             if not self.sampling_roles(turn):
                 turns.append(dataclasses.replace(turn, gather=gather))
                 continue
@@ -110,12 +116,14 @@ class EmbeddingLoss(Hosted):
         """The host's loss plus the embedding loss of the same samples."""
         recorded, samples = record_samples(net, self.sampling_roles(turn))
         out = turn.loss(recorded, ctx)
-        psi, memory = self.draw_networks(ctx)
-        embedding = self.embedding_loss(psi, ctx, samples[-1])
+        network_seed, memory = self.draw_networks(ctx)
+        embedding = self.embedding_loss(network_seed, ctx, samples[-1])
+        # The embedding loss is a mean. If the host returns a count, its loss and metrics are sums,
+        # which the engine divides by that count.
         count = 1 if out.count is None else out.count
         return out._replace(
             loss=out.loss + self.scale(turn, ctx) * embedding * count,
-            metrics={**out.metrics, "embedding": embedding},
+            metrics={**out.metrics, "embedding": embedding * count},
             memory={**out.memory, **memory},
         )
 
@@ -123,12 +131,17 @@ class EmbeddingLoss(Hosted):
         """The factor of the embedding loss: 0 until its weight is calibrated."""
         if not self.calibrates:
             return self.weight
+        # Sums of the gradients' norms: of the host's loss, and of the embedding loss.
         host, own, _ = ctx.memory["embedding_norms"]
         calibrated = ctx.step > self.calibration_steps(turn)[-1]
         return jnp.where(calibrated, self.weight * (host / jnp.maximum(own, 1e-12)), 0.0)
 
     def measure_norms(self, turn: Turn, net: Nets, ctx: Ctx) -> Out:
-        """Adds up the norms of both losses' gradients in the samples, in the memory."""
+        """Adds to the memory the norms of both losses' gradients with respect to the samples.
+
+        `record_samples` adds `shift` to every x0 that the student predicts, so that the gradient
+        in `shift` is that in the samples.
+        """
 
         def host_loss(shift: Array) -> tuple[Array, Array]:
             recorded, samples = record_samples(net, self.sampling_roles(turn), shift)
@@ -138,8 +151,8 @@ class EmbeddingLoss(Hosted):
 
         no_shift = jnp.zeros_like(ctx.batch["x"])
         host_gradient, x0 = jax.grad(host_loss, has_aux=True)(no_shift)
-        psi, _ = self.draw_networks(ctx)
-        own_gradient = jax.grad(lambda x: self.embedding_loss(psi, ctx, x))(x0)
+        network_seed, _ = self.draw_networks(ctx)
+        own_gradient = jax.grad(lambda x: self.embedding_loss(network_seed, ctx, x))(x0)
         host = jnp.linalg.norm(host_gradient)
         own = jnp.linalg.norm(own_gradient)
         sums = ctx.memory["embedding_norms"] + jnp.stack([host, own, jnp.ones(())])
@@ -147,21 +160,24 @@ class EmbeddingLoss(Hosted):
         return Out(jnp.zeros(()), metrics, {"embedding_norms": sums})
 
     def draw_networks(self, ctx: Ctx) -> tuple[Array, dict[str, Array]]:
-        """(psi, memory): the key data that all random networks are drawn from.
+        """(network_seed, memory): the key data that all random networks are drawn from.
 
-        It is drawn anew every `redraw` updates.
+        It is drawn anew every `redraw` calls. The memory is passed from one micro-batch to the
+        next, so that with accumulate=n the age counts micro-batches, n per update.
         """
         age = ctx.memory["embedding_age"]
         outdated = age >= self.redraw
         new = jax.random.key_data(ctx.key("psi"))
-        psi = jnp.where(outdated, new, ctx.memory["embedding_key"])
-        return psi, {"embedding_key": psi, "embedding_age": jnp.where(outdated, 1, age + 1)}
+        network_seed = jnp.where(outdated, new, ctx.memory["embedding_key"])
+        age = jnp.where(outdated, 1, age + 1)
+        return network_seed, {"embedding_key": network_seed, "embedding_age": age}
 
-    def embedding_loss(self, psi: Array, ctx: Ctx, x0: Array) -> Array:
+    def embedding_loss(self, network_seed: Array, ctx: Ctx, x0: Array) -> Array:
         """E_psi MMD^2(psi(real), psi(x0)): the mean over random networks."""
-        key = jax.random.wrap_key_data(psi)
+        key = jax.random.wrap_key_data(network_seed)
         real = jax.lax.stop_gradient(ctx.batch["real_x"])
         real, fake = self.augment(ctx.key("augment"), real, x0)
+        # Network i has the key of index i; the architectures have the index after the last network.
         arch_key = jax.random.fold_in(key, self.nets)
         drawn = jax.random.randint(arch_key, (self.nets,), 0, len(self.archs))
         values = []
@@ -185,7 +201,13 @@ class EmbeddingLoss(Hosted):
         return sum(values) / len(values)
 
     def memory(self):
-        """The norms' sums (host's, own, number of updates), and the key of the networks."""
+        """The state of the loss.
+
+        embedding_norms: sums of the gradients' norms of the host's loss and of the embedding loss,
+            and the number of measurements.
+        embedding_key: key data that the current random networks are drawn from.
+        embedding_age: number of calls that have used this key.
+        """
         own = {
             "embedding_norms": jnp.zeros(3),
             "embedding_key": jnp.zeros_like(jax.random.key_data(jax.random.key(0))),

@@ -1,15 +1,24 @@
 """Phased DMD - Few-step Distribution Matching Distillation via Score Matching within Subintervals
 (arXiv:2510.27684).
 
-The sampling trajectory is cut at times 1 = t_0 > t_1 > ... > t_K = 0. Expert k carries samples from
-t_{k-1} to s = t_k and is trained by distribution matching at s, not at 0, so that no phase
-degenerates to a one-step generator. Its samples x_s are renoised to times between s and 1 (reverse
-nested intervals); the fake score learns there from x_s alone, by targets that are unbiased for
+The sampling trajectory is cut at times 1 = t_0 > t_1 > ... > t_K = 0. Phase k is the consecutive
+sampling steps from t_{k-1} to s = t_k; its expert, a network of its own, makes these steps.
+Together the experts are the generator (the student).
+
+An expert is trained by distribution matching of its samples x_s at s. If it had to jump from its
+noise to clean samples instead, matching at 0 would train a one-step generator whenever the jump
+starts at the first step, at a loss of diversity. To be matched, x_s is renoised to times t between
+s and 1 (reverse nested intervals: all reach up to 1). No clean sample x_0 exists there, so the fake
+score regresses the transition kernel from x_s to x_t without x_0; these targets are unbiased for
 every t > s. In a phase of several steps the gradient flows through one of them, drawn at random.
 
-Departures: where the teacher has several experts, their intervals take turns at the generator's
-gradient, as in the released trainer; the paper draws one time from all of them. The released
-trainer's diversity and real-data losses are left out.
+A teacher may consist of experts for ranges of noise levels. The times above s are then split into
+intervals, one per teacher expert that overlaps them, each with its own fake score. Teacher experts
+for less noise than the phase's last step are left out.
+
+Departures: update n of an expert takes the gradient of interval n modulo their number, as in the
+released trainer; the paper draws one time from all of them. The released trainer's diversity and
+real-data losses are left out.
 """
 
 from __future__ import annotations
@@ -66,23 +75,25 @@ class PhasedDMD(DiffInstruct):
     shares: tuple[float, ...] = ()
     # Falling times between the teacher's experts; Wan 2.2's .875 is .5 before a shift of 7.
     teacher_bounds: tuple[float, ...] = ()
-    # Times of the generator's loss within an interval, where they stay `low` above its lower end
-    # (released code).
+    # Times of the generator's loss: t in [lower + low, min(upper, high)] for an interval from lower
+    # to upper, on a process of length 1 (released code).
     match_times: Uniform = Uniform(low=0.02, high=0.98)
     fake_times: Uniform = Uniform(low=0.02, high=0.98)  # the same for the fake scores' loss
-    fake_target: str = "flow"  # what the fake scores' error is measured in: eps - x0
-    # The weight of that error is min(1, fake_clamp sigma_{t|s}^2); inf: 1, the released code's.
+    fake_target: str = "flow"  # quantity in which the fake scores' error is measured: eps - x0
+    # The weight of that error is min(1, fake_clamp sigma_{t|s}^2); inf: weight 1, as in the
+    # released code.
     fake_clamp: Limit = 10.0
     critic_steps: int = 5  # updates of the fake scores after each update of the generator
-    # normalised: DMD's gradient (released code); kl: that of the KL divergence (the paper's w).
+    # Which gradient the generator gets. normalised: DMD's, divided by the teacher's error (released
+    # code); kl: that of the KL divergence (the paper's weight w).
     weight: str = "normalised"
-    # d in fake <- d fake + (1 - d) expert after an update of the expert (IDA); 1: off. The released
-    # code's .97.
+    # c in fake <- c fake + (1 - c) expert after an update of the expert (IDA, implicit distribution
+    # alignment). The released code uses .97; the default 1 turns it off.
     coupling: float = 1.0
-    # Intervals reach from s to 1; False: to the phase's first step, the disjoint intervals that the
-    # paper finds worse.
+    # True: intervals reach from s up to 1. False: up to the time at which the phase starts, hence
+    # disjoint between phases, which the paper finds worse.
     nested: bool = True
-    phase: int = -1  # index of the phase that is trained, set by `stages`; -1: all phases
+    phase: int = -1  # index of the trained phase, set by `stages`; -1: before that, all
 
     ema = ()
     renoises = False
@@ -108,7 +119,7 @@ class PhasedDMD(DiffInstruct):
 
     @property
     def current(self) -> Phase:
-        """The phase that is trained."""
+        """The phase that is trained; only for a method with `phase` set, not -1."""
         return self.phases[self.phase]
 
     @property
@@ -118,7 +129,7 @@ class PhasedDMD(DiffInstruct):
 
     @property
     def inits(self):
-        """Experts and fake scores start as the teacher of their noise."""
+        """Experts and fake scores start as the teacher expert that serves their noise level."""
         return sources(self.phases if self.phase < 0 else [self.current])
 
     @property
@@ -145,20 +156,24 @@ class PhasedDMD(DiffInstruct):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The expert's, one for each interval; then that of all fake scores."""
+        """One turn of the expert per interval, then one turn of all fake scores.
+
+        At most one of the expert's turns is taken at a step.
+        """
         if self.phase < 0:
             return tuple(turn for method in self.by_phase for turn in method.turns)
         phase = self.current
         turns = []
         for interval in phase.intervals:
+            # Only the last interval's fake score is coupled: it starts, like the expert, from the
+            # teacher that serves the noise of the phase's last step.
+            after = self.couple if self.coupling < 1 and interval == phase.intervals[-1] else None
             expert = Turn(
                 (phase.expert,),
                 functools.partial(self.student_loss, interval=interval),
                 when=functools.partial(self.expert_moves, interval),
                 gather=self.truncated_rollout,
-                after=self.couple
-                if self.coupling < 1 and interval == phase.intervals[-1]
-                else None,
+                after=after,
             )
             turns.append(expert)
         is_trained = lambda step: self.scheduled(step)[0] == self.phase
@@ -166,27 +181,28 @@ class PhasedDMD(DiffInstruct):
         return (*turns, fakes)
 
     def scheduled(self, step: int) -> tuple[int, int]:
-        """(index of the phase in training, number of its expert's update)."""
+        """(index of the phase in training, number of its expert's update counted from 0)."""
         return self.phase, step // self.critic_steps
 
     def expert_moves(self, interval: Interval, step: int) -> bool:
-        """At one step in `critic_steps`, where the phase's intervals take turns."""
+        """True at every `critic_steps`-th step of the phase, for the interval whose turn it is."""
         phase, update = self.scheduled(step)
         intervals = self.current.intervals
         is_in_turn = phase == self.phase and intervals[update % len(intervals)] == interval
         return is_in_turn and step % self.critic_steps == 0
 
     def couple(self, weights, step):
-        """fake <- d fake + (1 - d) expert (IDA)."""
+        """fake <- c fake + (1 - c) expert, c = coupling (IDA)."""
         return mix(weights, self.current.fakes[-1], self.current.expert, self.coupling)
 
     def generator(self, net: Nets):
         return routed(net, self.phases)
 
     def rollout(self, net: Nets, ctx: Ctx, index) -> tuple[Array, Array]:
-        """(x_t, t) of the experts' Euler roll-out at sampling step `index`.
+        """(x_t, t) at sampling step `index` of the experts' Euler roll-out.
 
-        Step `last` of the phase is its end.
+        It starts from pure noise at the first step of all and passes through earlier experts.
+        Index `last` of the phase gives x_s, the samples at its end.
         """
         noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
         experts = routed(net, self.phases[: self.phase + 1])
@@ -218,15 +234,19 @@ class PhasedDMD(DiffInstruct):
         s = jnp.asarray(self.current.end)
         xs = self.process.add_noise(pred.x0, pred.eps, s)  # Euler's step from t to s
         xt, t, _ = self.renoise(xs, interval, self.match_times, ctx, "match")
+        # interval.scores(net): the interval's two scores under the roles `teacher` and `fake`.
         real = self.real(interval.scores(net), xt, t, ctx)
         fake = self.fake(interval.scores(net), xt, t, ctx)
         if self.weight == "kl":
             t = expand(t, xt)
             alpha, sigma = self.process.alpha_sigma(t)
             alpha_ts, _ = self.process.kernel(s, t)
+            # The gradient of the divergence at time t with respect to the samples x_s.
             gradient = score.kl_gradient(real.x0, fake.x0, alpha, sigma, alpha_ts)
             loss = score.gradient_surrogate(xs, gradient)
         else:
+            # DMD's gradient compares clean samples, so it is the gradient with respect to pred.x0,
+            # as in the released code, from which the normaliser's floor 1e-4 is, too.
             gradient = score.dmd_gradient(pred.x0, real.x0, fake.x0, floor=1e-4)
             loss = score.gradient_surrogate(pred.x0, gradient)
         return Out(loss, {"match": loss})
@@ -239,6 +259,7 @@ class PhasedDMD(DiffInstruct):
         for j, interval in enumerate(self.current.intervals):
             name = f"fake{j}" if j else "fake"
             xt, t, eps = self.renoise(xs, interval, self.fake_times, ctx, name)
+            # fake_cond: batch["cond"], replaced by the null condition on a share `fake_dropout`.
             pred = getattr(net, interval.fake)(xt, t, self.fake_cond(ctx))
             error = interval_error(
                 self.process, pred, xs, eps, s, t, self.fake_target, self.fake_clamp
@@ -251,7 +272,7 @@ class PhasedDMD(DiffInstruct):
 class InterleavedPhasedDMD(PhasedDMD):
     """The released trainer: all experts and fake scores side by side, in a single stage.
 
-    Phases take turns, for one update of the expert and `critic_steps` of the fake scores each.
+    Phases take turns, each for one update of its expert and `critic_steps` of its fake scores.
     """
 
     def stages(self, steps):

@@ -30,30 +30,35 @@ class KD(Method):
     `temperature`, `hard_weight` and the parameters of the divergence are numbers or schedules.
     """
 
-    # of the student's distribution from the teacher's
+    # Divergence between the teacher's and the student's next-token distributions, an object with
+    # parameters of its own, e.g. ForwardKL(), ReverseKL().
     divergence: Divergence = ForwardKL()
-    # of both softmaxes; the divergence is multiplied by its square, which keeps gradients in scale
+    # Temperature tau of both softmaxes. The divergence is multiplied by tau^2, so that the scale of
+    # its gradients does not depend on tau.
     temperature: float | Schedule = 1.0
-    # weight of the cross-entropy to the data's tokens; that of the divergence is 1 - hard_weight
+    # Weight of the cross-entropy to the data's tokens; the divergence has weight 1 - hard_weight.
     hard_weight: float | Schedule = 0.0
-    # number of the likeliest tokens that are compared one by one; 0: the complete vocabulary
+    # Number of likeliest tokens that are compared one by one; 0: the complete vocabulary.
     top_k: int = 0
-    # whose likeliest tokens these are: teacher | student, which suits the reverse KL
+    # Network whose likeliest tokens these are: teacher | student. Those of the student suit the
+    # reverse KL.
     support: str = "teacher"
-    # all other tokens: bucket (together one more outcome) | dropped (both are renormalised)
+    # All other tokens. bucket: merged into one outcome; dropped: left out, and both distributions
+    # are renormalised.
     tail: str = "bucket"
-    # columns of the vocabulary that are projected at a time, which only saves memory; 0: all
+    # Number of vocabulary entries whose logits are computed at a time, to save memory; the loss is
+    # the same. 0: all at once.
     chunk: int = 0
 
     needs = TEXT
     inits = {"student": None}
     ema = ()
-    # fields that a subclass inherits and does not read -> the reason
+    # Fields that a subclass inherits and does not read -> the reason.
     unused: ClassVar[Mapping[str, str]] = {}
     renamed: ClassVar[Mapping[str, str]] = {"kind": "divergence", "beta": "divergence.beta"}
 
     def __post_init__(self):
-        refuse_unused(self)
+        refuse_unused(self)  # raises Refused if a field without effect is set
         check_divergence_fields(self)
         if self.top_k and self.chunk:
             given = f"method.top_k={self.top_k}"
@@ -65,21 +70,24 @@ class KD(Method):
         return divergence.from_kind(given)
 
     def check(self, nets, data) -> None:
-        """Raises Refused where a teacher's tokenizer cannot be the student's."""
+        """Raises Refused if teacher and student have different vocabularies."""
         same_vocabulary(self, nets)
 
-    @follows_schedules
+    @follows_schedules  # in the body, schedule fields of `self` are their values at ctx.step
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         teacher = self.outputs(net.teacher, ctx.batch)
         student = self.outputs(net.student, ctx.batch)
         return self.compare(net, teacher, student, ctx.batch)
 
     def outputs(self, call: Callable, batch: Batch) -> Float[Array, "B T _"]:
-        """A network's logits [B T V]; with `chunk` its final hidden states [B T D]."""
+        """A network's logits [B T V]; with `chunk` its final hidden states [B T D].
+
+        `context` passes on the batch's `segments` and `positions` (packed sequences), if present.
+        """
         return call(batch["tokens"], hidden_only=self.chunk > 0, **context(batch))
 
     def heads(self, net: Nets) -> tuple[Array | None, Array | None]:
-        """With `chunk` the output matrices [D V] of teacher and student, else None."""
+        """With `chunk` the output matrices [D V] of teacher and student, else two None."""
         if not self.chunk:
             return None, None
         return net.teacher(method="head"), net.student(method="head")
@@ -87,7 +95,8 @@ class KD(Method):
     def compare(self, net: Nets, teacher: Any, student: Float[Array, "B T _"], batch: Batch) -> Out:
         """(1 - hard_weight) divergence + hard_weight cross-entropy, summed over target tokens.
 
-        `teacher` and `student` are what `outputs` gives.
+        `student` is what `outputs` returns. `teacher` is the same for the teacher, or anything else
+        that the class's `soft` accepts.
         """
         labels, mask = targets(batch)
         teacher_head, student_head = self.heads(net)
@@ -95,6 +104,8 @@ class KD(Method):
         soft, _ = divergence.masked_sum(each, mask)
         each = self.hard(student, labels, student_head)
         hard, count = divergence.masked_sum(each, mask)
+        # With hard_weight=0 `weighted` gives exactly 0 even if the cross-entropy is not finite; the
+        # divergence is always in the loss.
         loss = (1 - self.hard_weight) * soft + weighted(self.hard_weight, hard)
         return Out(loss, {"divergence": soft, "cross_entropy": hard}, count=count)
 
@@ -105,7 +116,10 @@ class KD(Method):
         teacher_head: Array | None = None,
         student_head: Array | None = None,
     ) -> Float[Array, "B T"]:
-        """T^2 D(softmax(teacher / T), softmax(student / T)) of every token."""
+        """tau^2 D(softmax(teacher / tau), softmax(student / tau)) at every position.
+
+        Logits at position i predict token i + 1.
+        """
         between = self.divergence
         options: dict[str, Any] = {"temperature": self.temperature}
         if self.chunk:
@@ -120,10 +134,16 @@ class KD(Method):
     def hard(
         self, student: Float[Array, "B T _"], labels: Int[Array, "B T"], head: Array | None
     ) -> Float[Array, "B T"]:
-        """-log q(label) of every token, at temperature 1."""
+        """-log q(label) at every position, at temperature 1.
+
+        The label of position i is token i + 1.
+        """
         if self.chunk:
             return divergence.chunked_cross_entropy(student, head, labels, chunk=self.chunk)
         return divergence.cross_entropy(student, labels)
+
+
+FIXED_BY_FILE = "it was fixed when the file of logits was written"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +161,7 @@ class StoredKD(KD):
         "teacher_log_probs": Shaped[Spec, "B T K"],
         "teacher_log_tail": Shaped[Spec, "B T"],
     }
-    unused = dict.fromkeys(("top_k", "support", "chunk"), "the store has said what it keeps")
+    unused = dict.fromkeys(("top_k", "support", "chunk"), FIXED_BY_FILE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -150,7 +170,7 @@ class StoredKD(KD):
             raise Refused(f"method.temperature: a schedule, {expected}")
 
     def check(self, nets, data) -> None:
-        """Raises Refused where the store has another temperature or vocabulary."""
+        """Raises Refused if the file of logits has another temperature or vocabulary."""
         store = data.store
         vocab = getattr(nets["student"].config, "vocab", store["vocab"])
         if (vocab, self.temperature) != (store["vocab"], store["temperature"]):
@@ -160,6 +180,8 @@ class StoredKD(KD):
 
     @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
+        # What `soft` of this class takes for the teacher: ids and log-probabilities of the K
+        # likeliest tokens, and the log-probability of all others together.
         batch = ctx.batch
         teacher = (batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
         student = self.outputs(net.student, batch)
@@ -170,5 +192,5 @@ class StoredKD(KD):
         if self.tail == "dropped":
             log_tail = None
         kept = (ids, log_probs, log_tail)
-        heat = self.temperature
-        return divergence.topk_divergence(self.divergence, *kept, student, temperature=heat)
+        tau = self.temperature
+        return divergence.topk_divergence(self.divergence, *kept, student, temperature=tau)

@@ -136,6 +136,24 @@ def test_norms_are_those_of_the_gradients_in_the_samples(context):
     np.testing.assert_allclose(jnp.linalg.norm(absolute), 2.0 * out.metrics["embedding"], rtol=1e-4)
 
 
+def test_logged_value_is_a_mean_when_the_host_counts(context):
+    """A host that returns sums and a count has the embedding loss in its metrics as a sum, too."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Counting(DiffInstruct):
+        def student_loss(self, net, ctx):
+            out = super().student_loss(net, ctx)
+            return out._replace(loss=4.0 * out.loss, count=jnp.float32(4.0))
+
+    mean = EmbeddingLoss(host=DiffInstruct(), calibration=0, **POINTS)
+    ctx = gathered(context, mean)
+    expected = mean.turns[1].loss(networks(), ctx)
+    summed = dataclasses.replace(mean, host=Counting()).turns[1].loss(networks(), ctx)
+    np.testing.assert_allclose(summed.loss / summed.count, expected.loss, rtol=1e-6)
+    logged = summed.metrics["embedding"] / summed.count
+    np.testing.assert_allclose(logged, expected.metrics["embedding"], rtol=1e-6)
+
+
 def test_real_samples_get_no_gradient(context):
     method = EmbeddingLoss(host=DiffInstruct(), **POINTS)
     ctx = gathered(context, method)
