@@ -40,7 +40,9 @@ def version() -> str:
     """What `jaxdistill.__version__` says, read without importing the package, whose dependencies
     may be missing.
     """
-    for node in ast.parse((ROOT / "jaxdistill/__init__.py").read_text(encoding="utf-8")).body:
+    for node in ast.parse(
+        (ROOT / "jaxdistill/__init__.py").read_text(encoding="utf-8")
+    ).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__version__":
             return ast.literal_eval(node.value)
     raise SystemExit("jaxdistill/__init__.py: no __version__")

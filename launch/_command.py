@@ -20,7 +20,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import build, current_field, current_fields, plain, resolve, spec
+from jaxdistill.core.build import (
+    build,
+    current_field,
+    current_fields,
+    plain,
+    resolve,
+    spec,
+)
 from jaxdistill.core.types import Refused, nearest
 from jaxdistill.run.host import keep_freed_memory, listen
 from jaxdistill.run.records import local, read_config
@@ -73,7 +80,10 @@ def main(command: Callable[[list[str]], None], usage: str = "") -> None:
         details = f" ({error})" if str(error) else ""
         _end(1, f"failed: out of memory{details}; the last good checkpoint is kept")
     except KeyboardInterrupt:
-        _end(STOPPED, "interrupted; nothing saved since the last checkpoint, run again to go on")
+        _end(
+            STOPPED,
+            "interrupted; nothing saved since the last checkpoint, run again to go on",
+        )
 
 
 def _mute_leftovers() -> None:
@@ -149,7 +159,9 @@ def join(distributed: bool) -> None:
                 " several processes of one machine are started by launch.local_cluster"
             ) from error
         except RuntimeError as error:  # the others did not come
-            raise OSError(f"--distributed: {str(error).strip().splitlines()[0]}") from error
+            raise OSError(
+                f"--distributed: {str(error).strip().splitlines()[0]}"
+            ) from error
 
 
 def arguments(
@@ -183,7 +195,9 @@ def arguments(
             raise Refused(f"unknown argument --{key}{nearest(key, known)}")
         if isinstance(known.get(key), bool):
             if given and value.lower() not in (*TRUE, *FALSE):
-                raise Refused(f"--{key}={value}: expected true or false, or nothing, which is true")
+                raise Refused(
+                    f"--{key}={value}: expected true or false, or nothing, which is true"
+                )
             values[key] = value.lower() not in FALSE
             continue
         if not given:
@@ -237,7 +251,9 @@ def load_config(name: str) -> ConfigDict:
     if not hasattr(module, "get_config"):
         raise Refused(f"--config={path}: defines no get_config()")
     if variant and not inspect.signature(module.get_config).parameters:
-        raise Refused(f"--config={name}: {path} has no variants, expected --config={path}")
+        raise Refused(
+            f"--config={name}: {path} has no variants, expected --config={path}"
+        )
     with _in_file(path, file):
         made = module.get_config(variant) if variant else module.get_config()
     if not isinstance(made, ConfigDict):
@@ -256,7 +272,9 @@ def _near(path: str) -> str:
     folder = Path(path).parent
     beside = folder.glob("*.py") if folder.is_dir() else ()
     names = [str(file) for file in beside]
-    names += [str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("[!_]*.py")]
+    names += [
+        str(file.relative_to(ROOT)) for file in (ROOT / "configs").rglob("[!_]*.py")
+    ]
     close = difflib.get_close_matches(path, names, 1)
     return f"; did you mean {close[0]!r}?" if close else ", here or in the checkout"
 
@@ -272,9 +290,14 @@ def _in_file(path: str, file: Path) -> Iterator[None]:
         raise Refused(f"{path}:{error.lineno}: {error.msg}") from error
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [1, *(frame.lineno for frame in frames if frame.filename == str(file))]
+        lines = [
+            1,
+            *(frame.lineno for frame in frames if frame.filename == str(file)),
+        ]
         first = (str(error).strip().splitlines() or [""])[0]
-        raise Refused(f"{path}:{lines[-1]}: {type(error).__name__}: {first}") from error
+        raise Refused(
+            f"{path}:{lines[-1]}: {type(error).__name__}: {first}"
+        ) from error
 
 
 def override(config: ConfigDict, path: str, text: str) -> None:
@@ -320,7 +343,11 @@ def _group(path: str, parent: ConfigDict, key: str, text: str) -> ConfigDict:
 def _change_class(path: str, group: ConfigDict, name: str) -> None:
     """Makes `group` one of another class: fields that both have keep their values."""
     cls = resolve(name)
-    names = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    names = (
+        {f.name for f in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(cls)
+        else set()
+    )
     fresh = spec(name, **{key: value for key, value in group.items() if key in names})
     with group.unlocked():
         for key in set(group) - set(fresh):
@@ -332,7 +359,11 @@ def _change_class(path: str, group: ConfigDict, name: str) -> None:
 
 def _current(node: Any, key: str) -> str:
     """The new name of a key of a config's group, where the field has been renamed."""
-    if not isinstance(node, ConfigDict) or key in node or not isinstance(node.get("name"), str):
+    if (
+        not isinstance(node, ConfigDict)
+        or key in node
+        or not isinstance(node.get("name"), str)
+    ):
         return key
     return current_field(resolve(node["name"]), key)
 
@@ -357,7 +388,9 @@ def _read(path: str, text: str, old: Any) -> Any:
     if kind in (tuple, list):
         return _sequence(path, text, value, old)
     if type(value) is not kind:
-        raise Refused(f"--config.{path}={text}: expected {kind.__name__}, as in {old!r}")
+        raise Refused(
+            f"--config.{path}={text}: expected {kind.__name__}, as in {old!r}"
+        )
     return value
 
 
@@ -377,7 +410,9 @@ def _sequence(path: str, text: str, value: Any, old: tuple | list) -> tuple | li
     return kind(members)
 
 
-def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[ConfigDict, Path]:
+def needed(
+    values: Mapping[str, Any], config: ConfigDict | None
+) -> tuple[ConfigDict, Path]:
     """(config, workdir) of a command that needs both. Raises Refused where one is missing."""
     if not values["workdir"]:
         raise Refused("--workdir=DIR is needed")
@@ -387,7 +422,9 @@ def needed(values: Mapping[str, Any], config: ConfigDict | None) -> tuple[Config
     return config, workdir
 
 
-def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1) -> int:
+def whole(
+    values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1
+) -> int:
     """An argument as an integer. Raises Refused outside of `least` to `most`."""
     text = values[key]
     if not re.fullmatch(r"-?[0-9]{1,18}", text) or not least <= int(text) <= most:
@@ -399,7 +436,11 @@ def whole(values: Mapping[str, Any], key: str, least: int, most: int = 2**31 - 1
 
 
 def decimal(
-    values: Mapping[str, Any], key: str, least: float, most: float = math.inf, above: bool = False
+    values: Mapping[str, Any],
+    key: str,
+    least: float,
+    most: float = math.inf,
+    above: bool = False,
 ) -> float:
     """An argument as a finite number.
 
@@ -424,7 +465,10 @@ def decimal(
 
 
 def output(
-    values: Mapping[str, Any], key: str, suffixes: Sequence[str] = (), folder: bool = False
+    values: Mapping[str, Any],
+    key: str,
+    suffixes: Sequence[str] = (),
+    folder: bool = False,
 ) -> Path | None:
     """The path of an argument that names a file, or a folder, to write; checked before any work.
 
@@ -448,8 +492,12 @@ def output(
     local(text, f"--{key}")
     parts = path.absolute().parts
     if not text.isprintable() or max(len(os.fsencode(part)) for part in parts) > 255:
-        raise Refused(f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}")
-    if not folder and ((path.is_dir() and "" not in suffixes) or text.endswith(("/", "."))):
+        raise Refused(
+            f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}"
+        )
+    if not folder and (
+        (path.is_dir() and "" not in suffixes) or text.endswith(("/", "."))
+    ):
         raise Refused(
             f"--{key}={shown}: is a folder, expected a file such as"
             f" {shown.rstrip('/.')}/out{''.join(suffixes[:1])}"
@@ -460,7 +508,9 @@ def output(
         wanted = " or ".join(filter(None, suffixes))
         raise Refused(f"--{key}={shown}: expected a name that ends in {wanted}")
     absolute = path.absolute()
-    existing = next(place for place in (absolute, *absolute.parents) if os.path.lexists(place))
+    existing = next(
+        place for place in (absolute, *absolute.parents) if os.path.lexists(place)
+    )
     if existing != absolute and not existing.is_dir():
         raise Refused(f"--{key}={shown}: {existing} is no folder")
     if not os.access(existing, os.W_OK):

@@ -23,7 +23,9 @@ def progress(workdir: Path) -> dict[str, int]:
     for at, folders, files in os.walk(workdir):
         name = os.path.basename(at)
         if name == "checkpoints":
-            steps = [f[5:] for f in folders if f.startswith("step_") and f[5:].isdigit()]
+            steps = [
+                f[5:] for f in folders if f.startswith("step_") and f[5:].isdigit()
+            ]
             found["steps"] += max(map(int, steps), default=0)
         if name == "stages":
             found["stages"] += sum(f.isdigit() for f in folders)
@@ -76,7 +78,9 @@ def bounded(workdir: Path, most: int, join: Callable[[], None]) -> Iterator[None
     from jaxdistill.run.loop import Stopped
 
     if workdir.is_dir():
-        write_json(workdir / FILE, {"progress": progress(workdir), "count": count + 1})
+        write_json(
+            workdir / FILE, {"progress": progress(workdir), "count": count + 1}
+        )
     try:
         yield
     except (Stopped, KeyboardInterrupt):

@@ -11,7 +11,9 @@ from launch._command import arguments, main, needed
 
 
 def export(argv: list[str]) -> None:
-    values, config = arguments(argv, {"config": "", "workdir": "", "out": "", "adapter": False})
+    values, config = arguments(
+        argv, {"config": "", "workdir": "", "out": "", "adapter": False}
+    )
     config, workdir = needed(values, config)
     from jaxdistill.run import export as to_folder
     from jaxdistill.run import loop, report

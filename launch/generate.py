@@ -71,7 +71,9 @@ def generate(argv: list[str]) -> None:
             f"--times={values['times']}: expected falling times above 0 and up to 1, as in"
             " 1.0,0.75,0.5,0.25"
         )
-    made = pipeline.load(values["pipeline"], student=values["student"], dtype=values["dtype"])
+    made = pipeline.load(
+        values["pipeline"], student=values["student"], dtype=values["dtype"]
+    )
     times = given or made.times(steps, size, frames)
     x = made(
         [values["prompt"]] * n,
@@ -151,7 +153,9 @@ def _numbers(values: dict, key: str, separator: str, kind: type) -> tuple:
         return tuple(kind(part) for part in text.split(separator) if part)
     except ValueError:
         example = KNOWN[key] or "1.0,0.5"
-        raise Refused(f"--{key}={text}: expected {kind.__name__}s like {example}") from None
+        raise Refused(
+            f"--{key}={text}: expected {kind.__name__}s like {example}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def cluster(argv: list[str]) -> None:
             " --config=FILE --workdir=DIR"
         )
     cut = argv.index("--") if "--" in argv else len(argv)
-    values, _ = arguments(argv[1:cut], {"devices": "1", "timeout": "60", "dry_run": False})
+    values, _ = arguments(
+        argv[1:cut], {"devices": "1", "timeout": "60", "dry_run": False}
+    )
     count = int(argv[0])
     devices = whole(values, "devices", 1)
     timeout = whole(values, "timeout", 1)
@@ -40,16 +42,23 @@ def cluster(argv: list[str]) -> None:
         "JAXDISTILL_COORDINATOR": f"127.0.0.1:{_free_port()}",
         "JAXDISTILL_PROCESSES": str(count),
         "JAXDISTILL_HEARTBEAT": str(timeout),
-        "XLA_FLAGS": " ".join([*given, f"--xla_force_host_platform_device_count={devices}"]),
+        "XLA_FLAGS": " ".join(
+            [*given, f"--xla_force_host_platform_device_count={devices}"]
+        ),
     }
     each = [{**common, "JAXDISTILL_PROCESS": str(i)} for i in range(count)]
     if values["dry_run"]:
         for env in each:
-            print(" ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()), shlex.join(command))
+            print(
+                " ".join(f"{k}={shlex.quote(v)}" for k, v in env.items()),
+                shlex.join(command),
+            )
         return
     processes = []
     for env in each:
-        child = subprocess.Popen(command, env=os.environ | env, start_new_session=True)
+        child = subprocess.Popen(
+            command, env=os.environ | env, start_new_session=True
+        )
         processes.append(child)
     sys.exit(watch(processes, timeout))
 
@@ -78,7 +87,11 @@ def watch(processes: list[subprocess.Popen], timeout: float) -> int:
     try:
         while not lost and running():
             time.sleep(0.1)
-            lost = [i for i, p in enumerate(processes) if p.poll() not in (None, 0, STOPPED)]
+            lost = [
+                i
+                for i, p in enumerate(processes)
+                if p.poll() not in (None, 0, STOPPED)
+            ]
         _end(running(), timeout)
     finally:
         for number, handler in before.items():
@@ -88,7 +101,11 @@ def watch(processes: list[subprocess.Popen], timeout: float) -> int:
         code = codes[i]
         if code == 2:
             continue
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        how = (
+            f"killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"exit code {code}"
+        )
         print(
             f"local_cluster: process {i} of {len(processes)} was lost ({how}); the others were"
             " ended; run the same command again to go on from the last checkpoint",

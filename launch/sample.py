@@ -38,7 +38,9 @@ def sample(argv: list[str]) -> None:
     experiment = Experiment(config, workdir)
     role = values["role"]
     if experiment.evaluation is None:
-        raise Refused(f"{workdir}: its config has no evaluation, which knows how to sample")
+        raise Refused(
+            f"{workdir}: its config has no evaluation, which knows how to sample"
+        )
     if role not in experiment.roles:
         raise Refused(f"--role={role}{nearest(role, experiment.roles)}")
     roles = experiment.with_bases([role, *experiment.method.exports])
@@ -48,16 +50,22 @@ def sample(argv: list[str]) -> None:
     if isinstance(evaluation, TextEval):
         if given or steps:
             key = "out" if given else "steps"
-            raise Refused(f"--{key}: goes with samples that are pictures; texts are printed")
+            raise Refused(
+                f"--{key}: goes with samples that are pictures; texts are printed"
+            )
         for line in lookup(evaluation.texts(trained, n), role, "--role"):
             print(line, end="\n---\n")
         return
     evaluated = list(evaluation.models(trained.params))
-    first = dict(reversed(evaluated))  # role -> the first number of steps of its evaluation
+    first = dict(
+        reversed(evaluated)
+    )  # role -> the first number of steps of its evaluation
     if role not in first and trained.experiment.described(role)[1] is None:
         raise Refused(f"--role={role}: is no denoiser{nearest(role, first)}")
     if role not in first and not steps:
-        raise Refused(f"--steps=N is needed: the run's own evaluation does not draw from {role}")
+        raise Refused(
+            f"--steps=N is needed: the run's own evaluation does not draw from {role}"
+        )
     steps = steps or first[role]
     # The held-out conditions, repeated where there are fewer than n.
     real = trained.experiment.data.evaluation(n)
@@ -70,7 +78,9 @@ def sample(argv: list[str]) -> None:
     cond = {"cond": real["cond"]} if "cond" in real else {}
     arrays = out.with_suffix(".npz")
     np.savez(arrays, x=x, **paths(cond))
-    print(f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {arrays}")
+    print(
+        f"{len(x)} samples of {role} at {evaluation.nfe(role, steps)} NFE: {out}, {arrays}"
+    )
 
 
 if __name__ == "__main__":

@@ -18,13 +18,19 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
+        "--xla_cpu_use_fusion_emitters=false"
+        if version("jaxlib").startswith("0.10.")
+        else "",
     ]
 )
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxdistill-tests-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
+        prefix="jaxdistill-tests-"
+    )
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
@@ -103,8 +109,13 @@ def lowers_for_tpu():
     def check(programs):
         key = jax.eval_shape(lambda: jax.random.key(0))
         for active in programs.patterns:
-            traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-            assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()[:2000]
+            traced = programs.step.trace(
+                programs.abstract, programs.batch, key, active
+            )
+            assert (
+                "stablehlo"
+                in traced.lower(lowering_platforms=("tpu",)).as_text()[:2000]
+            )
 
     return check
 

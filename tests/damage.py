@@ -69,7 +69,9 @@ def truncate(file: Path, rng: np.random.Generator) -> str:
 def flip(file: Path, rng: np.random.Generator, end: int | None = None) -> str:
     """Flips one bit in each of 1 to 4 bytes, before `end` where it is given."""
     data = bytearray(file.read_bytes())
-    places = rng.integers(0, max(min(end or len(data), len(data)), 1), int(rng.integers(1, 5)))
+    places = rng.integers(
+        0, max(min(end or len(data), len(data)), 1), int(rng.integers(1, 5))
+    )
     for place in places if data else ():
         data[place] ^= 1 << int(rng.integers(0, 8))
     file.write_bytes(data)
@@ -147,7 +149,9 @@ def swap_values(file: Path, rng: np.random.Generator) -> str:
     places = list(_places(value))
     if len(places) < 2:
         return replace_value(file, rng)
-    (a, i), (b, j) = (places[int(n)] for n in rng.choice(len(places), 2, replace=False))
+    (a, i), (b, j) = (
+        places[int(n)] for n in rng.choice(len(places), 2, replace=False)
+    )
     if any(_inside(x[k], y) for x, k, y in ((a, i, b), (b, j, a))):
         return replace_value(file, rng)
     a[i], b[j] = b[j], a[i]
@@ -178,7 +182,9 @@ def repeat_key(file: Path, rng: np.random.Generator) -> str:
     if not isinstance(value, dict) or not value:
         return replace_value(file, rng)
     key = str(rng.choice(sorted(value)))
-    file.write_text(f"{{{json.dumps(key)}: 1, {json.dumps(value)[1:]}", encoding="utf-8")
+    file.write_text(
+        f"{{{json.dumps(key)}: 1, {json.dumps(value)[1:]}", encoding="utf-8"
+    )
     return f"{file.name}: {key} twice"
 
 
@@ -199,7 +205,9 @@ def damage(file: Path, rng: np.random.Generator) -> str:
     any file.
     """
     mutators = (
-        JSON_DAMAGE if file.suffix == ".json" and rng.random() < 0.75 and _sound(file) else DAMAGE
+        JSON_DAMAGE
+        if file.suffix == ".json" and rng.random() < 0.75 and _sound(file)
+        else DAMAGE
     )
     return mutators[int(rng.integers(len(mutators)))](file, rng)
 
@@ -228,9 +236,15 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         kind = (
-            f"link to {path.readlink()}" if path.is_symlink() else "folder" if path.is_dir() else ""
+            f"link to {path.readlink()}"
+            if path.is_symlink()
+            else "folder"
+            if path.is_dir()
+            else ""
         )
-        found[str(path.relative_to(folder))] = kind or hashlib.sha256(path.read_bytes()).hexdigest()
+        found[str(path.relative_to(folder))] = (
+            kind or hashlib.sha256(path.read_bytes()).hexdigest()
+        )
     return found
 
 

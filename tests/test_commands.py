@@ -62,11 +62,20 @@ def refused(argv, capsys, command=train.train):
     [
         ([], "--workdir=DIR is needed"),
         (["--workdir=W"], "--config=FILE is needed"),
-        (["--config=configs/toy/scmm.py", "--workdir=W"], "did you mean 'configs/toy/scm.py'"),
+        (
+            ["--config=configs/toy/scmm.py", "--workdir=W"],
+            "did you mean 'configs/toy/scm.py'",
+        ),
         ([f"{TOY}:gan", "--workdir=W"], "has no variants"),
-        (["--config=configs/toy/snoopi.py:nsa", "--workdir=W"], "did you mean 'nasa'"),
+        (
+            ["--config=configs/toy/snoopi.py:nsa", "--workdir=W"],
+            "did you mean 'nasa'",
+        ),
         ([TOY, "--workdir=W", "--config.stps=3"], "did you mean 'steps'"),
-        ([TOY, "--workdir=W", "--config.method.gan_wieght=3"], "did you mean 'gan_weight'"),
+        (
+            [TOY, "--workdir=W", "--config.method.gan_wieght=3"],
+            "did you mean 'gan_weight'",
+        ),
         ([TOY, "--workdir=W", "--config.steps=many"], "expected int"),
         (
             [TOY, "--workdir=W", "--config.steps=-3"],
@@ -75,11 +84,20 @@ def refused(argv, capsys, command=train.train):
         ([TOY, "--workdir=W", "--config.data.batch_size=100.5"], "expected int"),
         ([TOY, "--workdir=W", "--config.mesh.data=64"], "does not fit the 8 devices"),
         (
-            [TOY, "--workdir=W", "--config.mesh.data=8", "--config.data.batch_size=12"],
+            [
+                TOY,
+                "--workdir=W",
+                "--config.mesh.data=8",
+                "--config.data.batch_size=12",
+            ],
             "not divisible by 8",
         ),
         (
-            [TOY, "--workdir=W", "--config.method.name=methods.distribution.dmd2:DMD"],
+            [
+                TOY,
+                "--workdir=W",
+                "--config.method.name=methods.distribution.dmd2:DMD",
+            ],
             "did you mean 'DMD2'",
         ),
         ([TOY, "--workdir=W", "--config.method"], "needs a value"),
@@ -95,7 +113,11 @@ def refused(argv, capsys, command=train.train):
         ),
         (["--config=configs/mnist/dmd2.py", "--workdir=W"], "data.path is empty"),
         (
-            ["--config=configs/mnist/dmd2.py", "--workdir=W", "--config.data.path=/nowhere"],
+            [
+                "--config=configs/mnist/dmd2.py",
+                "--workdir=W",
+                "--config.data.path=/nowhere",
+            ],
             "data.path=/nowhere: no such",
         ),
     ],
@@ -108,9 +130,13 @@ def test_bad_input(argv, said, capsys, tmp_path):
 
 def test_truncated_data_file(capsys, tmp_path):
     for name in ("train-images", "t10k-images"):
-        (tmp_path / f"{name}-idx3-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00\x00\x09")
+        (tmp_path / f"{name}-idx3-ubyte").write_bytes(
+            b"\x00\x00\x08\x03\x00\x00\x00\x09"
+        )
     for name in ("train-labels", "t10k-labels"):
-        (tmp_path / f"{name}-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01\x00\x00\x00\x09")
+        (tmp_path / f"{name}-idx1-ubyte").write_bytes(
+            b"\x00\x00\x08\x01\x00\x00\x00\x09"
+        )
     said = refused(
         [
             "--config=configs/mnist/dmd2.py",
@@ -171,11 +197,25 @@ def test_evaluate_rewrites_the_report(digits, capsys):
 
 
 def test_sample_writes_a_grid_and_arrays(digits, tmp_path):
-    sample.sample([f"--workdir={digits}", "--n=20", "--seed=3", f"--out={tmp_path / 'grid.png'}"])
+    sample.sample(
+        [
+            f"--workdir={digits}",
+            "--n=20",
+            "--seed=3",
+            f"--out={tmp_path / 'grid.png'}",
+        ]
+    )
     saved = np.load(tmp_path / "grid.npz")
     assert saved["x"].shape == (20, 8, 8, 1)
     assert (tmp_path / "grid.png").stat().st_size > 0
-    sample.sample([f"--workdir={digits}", "--n=20", "--seed=3", f"--out={tmp_path / 'again.png'}"])
+    sample.sample(
+        [
+            f"--workdir={digits}",
+            "--n=20",
+            "--seed=3",
+            f"--out={tmp_path / 'again.png'}",
+        ]
+    )
     np.testing.assert_array_equal(np.load(tmp_path / "again.npz")["x"], saved["x"])
 
 
@@ -185,7 +225,10 @@ def test_sample_writes_a_grid_and_arrays(digits, tmp_path):
         (["--n=0"], "--n=0"),
         (["--role=studnet"], "did you mean 'student'"),
         (["--steps=x"], "--steps"),
-        (["--role=fake"], "--steps=N is needed: the run's own evaluation does not draw from fake"),
+        (
+            ["--role=fake"],
+            "--steps=N is needed: the run's own evaluation does not draw from fake",
+        ),
         (["--role=disc", "--steps=1"], "--role=disc: is no denoiser"),
         (["--out=grid.jpg"], "--out=grid.jpg: expected a name that ends in .png"),
     ],
@@ -203,14 +246,20 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     noise = np.random.default_rng(0).standard_normal((10, 8, 8, 1)).astype("f4")
     label = np.arange(10)
     sampled = trained.experiment.method.sample(
-        trained.bound().student, jnp.asarray(noise), jnp.asarray(label), jax.random.key(0), 1
+        trained.bound().student,
+        jnp.asarray(noise),
+        jnp.asarray(label),
+        jax.random.key(0),
+        1,
     )
     ours = np.asarray(sampled)
     model = diffusers.DiTTransformer2DModel.from_pretrained(out).eval()
     z = torch.from_numpy(noise.transpose(0, 3, 1, 2))
     with torch.no_grad():
         v = model(
-            z, timestep=torch.full((10,), 1000.0), class_labels=torch.from_numpy(label)
+            z,
+            timestep=torch.full((10,), 1000.0),
+            class_labels=torch.from_numpy(label),
         ).sample
     theirs = (z - v).numpy().transpose(0, 2, 3, 1)
     assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
@@ -227,16 +276,24 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     scheduler.set_timesteps(1)
     with torch.no_grad():
         v = model(
-            z, timestep=scheduler.timesteps.expand(10), class_labels=torch.from_numpy(label)
+            z,
+            timestep=scheduler.timesteps.expand(10),
+            class_labels=torch.from_numpy(label),
         ).sample
-    stepped = scheduler.step(v, scheduler.timesteps[0], z).prev_sample.numpy().transpose(0, 2, 3, 1)
+    stepped = (
+        scheduler.step(v, scheduler.timesteps[0], z)
+        .prev_sample.numpy()
+        .transpose(0, 2, 3, 1)
+    )
     assert np.abs(ours - stepped).max() <= 1e-4 * np.abs(theirs).max()
     assert interop.load(out)[0].config == trained.nets["student"].config
 
 
 def test_full_weights_are_no_adapter(digits, tmp_path, capsys):
     said = refused(
-        [f"--workdir={digits}", f"--out={tmp_path / 'out'}", "--adapter"], capsys, export.export
+        [f"--workdir={digits}", f"--out={tmp_path / 'out'}", "--adapter"],
+        capsys,
+        export.export,
     )
     assert "student has full weights, no adapter; export it without --adapter" in said
     assert not (tmp_path / "out").exists()
@@ -249,15 +306,27 @@ def test_a_run_that_has_not_finished_cannot_be_exported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "out", ["RUN", "RUN/teacher", "RUN/stages/9", "RUN/..", "RUN/config.json", "/" + "x" * 300]
+    "out",
+    [
+        "RUN",
+        "RUN/teacher",
+        "RUN/stages/9",
+        "RUN/..",
+        "RUN/config.json",
+        "/" + "x" * 300,
+    ],
 )
 def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
     """An export into a run's folder is refused before a weight is read."""
     monkeypatch.setattr(loop, "load", lambda *_: pytest.fail("weights were read"))
-    files = lambda: {path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()}
+    files = lambda: {
+        path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()
+    }
     before = files()
     refused(
-        [f"--workdir={digits}", f"--out={out.replace('RUN', str(digits))}"], capsys, export.export
+        [f"--workdir={digits}", f"--out={out.replace('RUN', str(digits))}"],
+        capsys,
+        export.export,
     )
     assert files() == before
 
@@ -265,7 +334,9 @@ def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
 def test_an_export_takes_the_place_of_an_export(digits):
     for _ in range(2):
         export.export([f"--workdir={digits}"])
-    assert sorted(path.name for path in digits.iterdir() if path.name.startswith(".")) in (
+    assert sorted(
+        path.name for path in digits.iterdir() if path.name.startswith(".")
+    ) in (
         [],
         [".lock"],
     )
@@ -273,9 +344,9 @@ def test_an_export_takes_the_place_of_an_export(digits):
 
 def png(seed):
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)).save(
-        out, "PNG"
-    )
+    Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    ).save(out, "PNG")
     return out.getvalue()
 
 
@@ -304,7 +375,10 @@ def idx(path):
         pixels = draw.integers(0, 256, (count, 8, 8), np.uint8)
         labels = np.arange(count, dtype=np.uint8) % 3
         for kind, values in (("images-idx3", pixels), ("labels-idx1", labels)):
-            head = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+            head = (
+                bytes([0, 0, 8, values.ndim])
+                + np.array(values.shape, ">u4").tobytes()
+            )
             (path / f"{split}-{kind}-ubyte").write_bytes(head + values.tobytes())
 
 
@@ -329,7 +403,10 @@ PICTURES = {  # data set -> (its files, its fields)
     "images:ParquetImages": (parquet, dict(size=8)),
     "idx:IDX": (idx, {}),
     "arrayrecord:ArrayRecords": (records, {}),
-    "arrayrecord:WeightedRecords": (lambda path: records(path, worth=np.float32(1)), {}),
+    "arrayrecord:WeightedRecords": (
+        lambda path: records(path, worth=np.float32(1)),
+        {},
+    ),
     "arrayrecord:GroupedRecords": (lambda path: records(path, dtype=np.uint8), {}),
     "arrayrecord:LoadedRecords": (records, dict(heldout=0.5)),
     "digits:Digits": (None, {}),
@@ -339,14 +416,30 @@ CLASSIFIED = ("digits:LabelledDigits",)  # for classifiers: no null condition
 POINTS = ("mixtures:Mixture", "mixtures:Blurred", "rings:Rings")
 TEXT_CONDITIONAL = ("shapes:Shapes", "arrayrecord:GroupedRecords of text")
 # modules of texts
-TEXTS = ("domains", "language", "logits", "ner", "patterns", "rationales", "text", "two_tokenizers")
+TEXTS = (
+    "domains",
+    "language",
+    "logits",
+    "ner",
+    "patterns",
+    "rationales",
+    "text",
+    "two_tokenizers",
+)
 # one of each kind in the first tier; tests/data has tests of every data set
-QUICK = ("images:ImageFolder", "synthetic:Synthetic", "mixtures:Mixture", "shapes:Shapes")
+QUICK = (
+    "images:ImageFolder",
+    "synthetic:Synthetic",
+    "mixtures:Mixture",
+    "shapes:Shapes",
+)
 
 
 def tiers(names):
     """Parameters of a test: those that are not QUICK are second tier."""
-    return [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in names]
+    return [
+        pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in names
+    ]
 
 
 def data_sets(module) -> set[str]:
@@ -361,7 +454,10 @@ def data_sets(module) -> set[str]:
 
 def test_every_data_set_is_of_a_kind_that_is_tried():
     """Every data set of pictures, latents or points has a test here."""
-    known = {name.split(" ")[0] for name in (*PICTURES, *CLASSIFIED, *POINTS, *TEXT_CONDITIONAL)}
+    known = {
+        name.split(" ")[0]
+        for name in (*PICTURES, *CLASSIFIED, *POINTS, *TEXT_CONDITIONAL)
+    }
     bases = {"base:Dataset", "base:InMemory", "base:Records", "images:Images"}
     for found in pkgutil.iter_modules([str(ROOT / "jaxdistill" / "data")]):
         if found.name not in TEXTS:
@@ -377,7 +473,11 @@ def through(workdir, data, model, capsys, **evaluation):
         tensorboard=False,
         data=data,
         method=FlowMatching(solver="ddim"),
-        roles=dict(student=Role(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)))),
+        roles=dict(
+            student=Role(
+                model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0))
+            )
+        ),
         evaluation=spec(samples=6, batch=6, **evaluation),
     )
     loop.run(config, workdir, progress=False)
@@ -409,9 +509,16 @@ def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys
     coloured = name.partition(":")[0] in ("images", "arrayrecord", "synthetic")
     channels = 3 if coloured else 1
     classes = 10 if name == "digits:Digits" else 3
-    model = DiT(size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes)
+    model = DiT(
+        size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes
+    )
     saved = through(
-        tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels"
+        tmp_path / "run",
+        data,
+        model,
+        capsys,
+        name="evals.images:ImageEval",
+        features="pixels",
     )
     assert saved["x"].shape == (6, 8, 8, channels)
     assert saved["cond"].shape == (6,)
@@ -429,7 +536,9 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
         for split in ("train", "test"):
             samples = []
             for _ in range(6):
-                drawn = {k: draw.standard_normal(s, np.float32) for k, s in shapes.items()}
+                drawn = {
+                    k: draw.standard_normal(s, np.float32) for k, s in shapes.items()
+                }
                 samples.append({**mask, **drawn})
             arrayrecord.write(tmp_path / f"{split}.arrayrecord", samples)
     model = UNet(
@@ -445,7 +554,12 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
     )
     data = spec(f"data.{name.split(' ')[0]}", batch_size=4, **fields)
     saved = through(
-        tmp_path / "run", data, model, capsys, name="evals.images:ImageEval", features="pixels"
+        tmp_path / "run",
+        data,
+        model,
+        capsys,
+        name="evals.images:ImageEval",
+        features="pixels",
     )
     assert saved["x"].shape == (6, 6, 6, 3)
     assert saved["cond/text"].shape == (6, 3, 6)
@@ -456,7 +570,9 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
 def test_points_do_too_as_far_as_pytorch_has_a_class(name, tmp_path, capsys):
     model = MLP(dim=2, width=8, depth=1, classes=8)
     data = spec(f"data.{name}", batch_size=4)
-    saved = through(tmp_path / "run", data, model, capsys, name="evals.points:PointEval")
+    saved = through(
+        tmp_path / "run", data, model, capsys, name="evals.points:PointEval"
+    )
     assert saved["x"].shape == (6, 2)
     assert saved["cond"].shape == (6,)
     said = refused([f"--workdir={tmp_path / 'run'}"], capsys, export.export)

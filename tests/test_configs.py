@@ -22,11 +22,17 @@ from tools.stand_ins import load, write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(
-    ".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py")
+    ".".join(p.relative_to(CONFIGS).with_suffix("").parts)
+    for p in CONFIGS.rglob("[!_]*.py")
 )
 RECIPES = [f"recipes.{name}" for name in recipes.RECIPES]
 # of a second each; tests/test_golden.py builds every recipe in the first tier
-QUICK = ("recipes.flow_matching", "recipes.kd", "recipes.meanflow", "recipes.prune_then_distil")
+QUICK = (
+    "recipes.flow_matching",
+    "recipes.kd",
+    "recipes.meanflow",
+    "recipes.prune_then_distil",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,10 @@ def stand_ins(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_states_what_it_is(name):
     module = importlib.import_module(f"configs.{name}")
-    assert "python -m launch.train --config=configs/" + name.replace(".", "/") in module.__doc__
+    assert (
+        "python -m launch.train --config=configs/" + name.replace(".", "/")
+        in module.__doc__
+    )
     config = module.get_config()
     assert config.is_locked
     if name.startswith("toy."):
@@ -54,7 +63,9 @@ def test_its_command_names_what_it_has(name):
     the command names.
     """
     module = importlib.import_module(f"configs.{name}")
-    command = module.__doc__.partition("python -m launch.train")[2].partition("\n\n")[0]
+    command = module.__doc__.partition("python -m launch.train")[2].partition("\n\n")[
+        0
+    ]
     variant = re.search(r"\.py:([a-z0-9_]+)", command)
     config = module.get_config(variant[1]) if variant else module.get_config()
     for path in re.findall(r"--config\.([\w.]+)=", command):
@@ -66,14 +77,19 @@ def test_its_command_names_what_it_has(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_variant_is_refused(name):
     made = importlib.import_module(f"configs.{name}").get_config
-    if inspect.signature(made).parameters:  # of the others the command says that they have none
+    if inspect.signature(
+        made
+    ).parameters:  # of the others the command says that they have none
         with pytest.raises(Refused, match="no such"):
             made("no such")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in RECIPES],
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.full)
+        for name in RECIPES
+    ],
 )
 def test_recipe_lowers_for_tpu(name, stand_ins, lowers_for_tpu):
     config = load(name, stand_ins)

@@ -10,7 +10,8 @@ from tests import damage
 
 
 @pytest.mark.parametrize(
-    "mutator", sorted(set(damage.DAMAGE + damage.JSON_DAMAGE), key=lambda f: f.__name__)
+    "mutator",
+    sorted(set(damage.DAMAGE + damage.JSON_DAMAGE), key=lambda f: f.__name__),
 )
 def test_mutators_repeat_by_seed_and_take_any_file_of_their_kind(tmp_path, mutator):
     texts = ["{}", "[]", "1", '{"a": {"b": [1, 2]}, "c": null}'] + (
@@ -21,7 +22,10 @@ def test_mutators_repeat_by_seed_and_take_any_file_of_their_kind(tmp_path, mutat
         for name in ("a.json", "a.json"):
             (tmp_path / name).write_text(text)
             results.append(
-                (mutator(tmp_path / name, np.random.default_rng(3)), (tmp_path / name).read_bytes())
+                (
+                    mutator(tmp_path / name, np.random.default_rng(3)),
+                    (tmp_path / name).read_bytes(),
+                )
             )
         assert results[0] == results[1]
 

@@ -24,7 +24,8 @@ from tools.stand_ins import load, write
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(
-    ".".join(p.relative_to(CONFIGS).with_suffix("").parts) for p in CONFIGS.rglob("[!_]*.py")
+    ".".join(p.relative_to(CONFIGS).with_suffix("").parts)
+    for p in CONFIGS.rglob("[!_]*.py")
 )
 VALUES = [
     -1,
@@ -54,7 +55,10 @@ VALUES = [
     "../..",
     "x" * 300,
 ]
-U_NETS = ("models.denoisers.unet", "models.denoisers.edm")  # their steps take seconds to trace
+U_NETS = (
+    "models.denoisers.unet",
+    "models.denoisers.edm",
+)  # their steps take seconds to trace
 
 
 def configs(folder: Path) -> dict[str, dict]:
@@ -69,7 +73,9 @@ def configs(folder: Path) -> dict[str, dict]:
                 config.roles[role] = given
                 given.init = given.init or "random"
         try:
-            check_values(Experiment(ConfigDict(json.loads(config.to_json())), Path("unused")))
+            check_values(
+                Experiment(ConfigDict(json.loads(config.to_json())), Path("unused"))
+            )
         except Refused:
             continue  # starts from a run that is not there
         found[name] = json.loads(config.to_json())
@@ -146,7 +152,9 @@ def originals(tmp_path_factory):
         yield configs(tmp_path_factory.mktemp("files"))
 
 
-def test_mutated_configs_are_accepted_or_refused_in_one_line(originals, tmp_path, monkeypatch):
+def test_mutated_configs_are_accepted_or_refused_in_one_line(
+    originals, tmp_path, monkeypatch
+):
     """500 mutations over all configs; the train steps of 20 accepted ones are traced."""
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)

@@ -47,7 +47,9 @@ class Model(nnx.Module):
     def __init__(self, rngs):
         make = nnx.initializers
         keys = jax.random.split(rngs(), 3)
-        self.stacked = nnx.Param(jax.vmap(lambda key: make.lecun_normal()(key, (9, 4)))(keys))
+        self.stacked = nnx.Param(
+            jax.vmap(lambda key: make.lecun_normal()(key, (9, 4)))(keys)
+        )
         self.normal = nnx.Param(make.normal(0.02)(rngs(), (5,)))
         self.truncated = nnx.Param(make.truncated_normal(0.02)(rngs(), (5,)))
         self.uniform = nnx.Param(make.xavier_uniform()(rngs(), (2, 4)))
@@ -59,14 +61,17 @@ class Model(nnx.Module):
 
 
 def test_initialisers_are_read_off_the_traced_program():
-    assert golden.initialisers(make_net(Model)) == {
-        "stacked": "truncated_normal(-2, 2) * 0.3789",  # 1 / 3 / .8796, which truncation takes
-        "normal": "normal * 0.02",
-        "truncated": "truncated_normal(-2, 2) * 0.02",
-        "uniform": "uniform(-1, 1) * 1",  # sqrt(6 / (2 + 4))
-        "shifted": "normal * -0.25 + 1",
-        "zeros": "zeros",
-        "ones": "ones",
-        "constant": "constant 0.25",
-        "other": "computed",
-    }
+    assert (
+        golden.initialisers(make_net(Model))
+        == {
+            "stacked": "truncated_normal(-2, 2) * 0.3789",  # 1 / 3 / .8796, which truncation takes
+            "normal": "normal * 0.02",
+            "truncated": "truncated_normal(-2, 2) * 0.02",
+            "uniform": "uniform(-1, 1) * 1",  # sqrt(6 / (2 + 4))
+            "shifted": "normal * -0.25 + 1",
+            "zeros": "zeros",
+            "ones": "ones",
+            "constant": "constant 0.25",
+            "other": "computed",
+        }
+    )

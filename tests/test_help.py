@@ -45,11 +45,21 @@ def call(monkeypatch, tmp_path, capsys):
 
 def tree():
     """The files that a command could write over, with the time of their last change."""
-    own = [ROOT / name for name in ("configs", "docs", "jaxdistill", "launch", "tests", "tools")]
-    files = [
-        path for folder in own for path in folder.rglob("*") if "__pycache__" not in path.parts
+    own = [
+        ROOT / name
+        for name in ("configs", "docs", "jaxdistill", "launch", "tests", "tools")
     ]
-    return {path: path.stat().st_mtime_ns for path in [*files, *ROOT.glob("*.*")] if path.is_file()}
+    files = [
+        path
+        for folder in own
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    ]
+    return {
+        path: path.stat().st_mtime_ns
+        for path in [*files, *ROOT.glob("*.*")]
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("word", ["-h", "--help"])
@@ -81,7 +91,12 @@ def test_help_after_two_dashes_is_anothers():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_argument_is_one_line(name, call):
     before = tree()
-    for word in ("--no_such_argument=1", "--no_such_argument", "-x", "no_such_argument"):
+    for word in (
+        "--no_such_argument=1",
+        "--no_such_argument",
+        "-x",
+        "no_such_argument",
+    ):
         code, out, err = call(name, word)
         assert (
             code == 2
@@ -120,7 +135,9 @@ def test_help_of_scripts_is_their_head(script, tmp_path):
     before = tree()
     outs = []
     for word in ("-h", "--help"):
-        done = subprocess.run(["bash", script, word], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", script, word], cwd=tmp_path, capture_output=True, text=True
+        )
         assert (done.returncode, done.stderr) == (0, "")
         outs.append(done.stdout)
     lines = [
@@ -128,7 +145,9 @@ def test_help_of_scripts_is_their_head(script, tmp_path):
         for line in script.read_text().splitlines()
         if not line.startswith(("#!", "# shellcheck"))
     ]
-    head = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    head = lines[
+        : next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    ]
     assert (
         outs[0]
         == outs[1]

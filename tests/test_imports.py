@@ -12,7 +12,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxdistill"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ABOVE = [file for folder in ("launch", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]
+ABOVE = [
+    file
+    for folder in ("launch", "tools")
+    for file in sorted((ROOT / folder).rglob("*.py"))
+]
 FLOORS = {  # folder -> folders of the library that it stands on, besides itself
     "core": (),
     "objectives": ("core",),
@@ -50,18 +54,26 @@ def broken(file: Path) -> list[str]:
     folder = file.relative_to(PACKAGE).parts[0]
     here = file.relative_to(ROOT)
     if folder not in FLOORS:
-        return [f"{here}: the folder {folder} is on no floor (FLOORS in tests/test_imports.py)"]
+        return [
+            f"{here}: the folder {folder} is on no floor (FLOORS in tests/test_imports.py)"
+        ]
     lines = []
     for name in sorted(imports(file)):
         top, *rest = name.split(".")
         if top in ("launch", "tools", "configs", "tests"):
-            lines.append(f"{here} imports {name}: the library imports nothing that stands on it")
+            lines.append(
+                f"{here} imports {name}: the library imports nothing that stands on it"
+            )
         if top in MACHINERY and folder in PURE:
-            lines.append(f"{here} imports {name}: {folder} knows no machinery, such as {top}")
+            lines.append(
+                f"{here} imports {name}: {folder} knows no machinery, such as {top}"
+            )
         if top != "jaxdistill" or not rest:
             continue
         if rest[0] == "run" and folder != "run":
-            lines.append(f"{here} imports {name}: run is the top floor, nothing imports it")
+            lines.append(
+                f"{here} imports {name}: run is the top floor, nothing imports it"
+            )
         elif rest[0] != folder and rest[0] not in FLOORS[folder]:
             below = ", ".join(FLOORS[folder]) or "nothing of the library"
             lines.append(f"{here} imports {name}: {folder} stands on {below}")
@@ -88,7 +100,10 @@ def graph(files) -> dict[str, set[str]]:
     edges = {}
     for module, file in known.items():
         # "package.module.name" is the module, unless the name is a module itself
-        found = {name if name in known else name.rpartition(".")[0] for name in imports(file)}
+        found = {
+            name if name in known else name.rpartition(".")[0]
+            for name in imports(file)
+        }
         edges[module] = (found & known.keys()) - {module}
     return edges
 
@@ -119,7 +134,9 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
 
 def test_no_circle():
     found = circle(graph([*FILES, *ABOVE]))
-    assert not found, f"a circle of imports: {' -> '.join(found)}; what both need is a third module"
+    assert not found, (
+        f"a circle of imports: {' -> '.join(found)}; what both need is a third module"
+    )
 
 
 def test_a_circle_is_found():
@@ -134,5 +151,11 @@ def test_floors_are_in_order():
 
 def test_only_models_and_the_net_know_nnx():
     for file in FILES:
-        if any(name.startswith("flax.nnx") or name == "flax.nnx" for name in imports(file)):
-            assert file.relative_to(PACKAGE).parts[0] == "models" or file.name == "net.py", file
+        if any(
+            name.startswith("flax.nnx") or name == "flax.nnx"
+            for name in imports(file)
+        ):
+            assert (
+                file.relative_to(PACKAGE).parts[0] == "models"
+                or file.name == "net.py"
+            ), file

@@ -45,14 +45,24 @@ def quickly():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in TOYS]
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in TOYS
+    ],
 )
 def test_every_toy_compiles_for_tpu(quickly, name):
-    pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
+    pytest.importorskip(
+        "libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'"
+    )
     config = importlib.import_module(f"configs.toy.{name}").get_config()
     config.steps = 2 * max(1, config.method.get("critic_steps", 1))
     found = plan.compile_for(config, "v5e:2x2")
-    assert found.fits and found.chips == 4 and all(p.model_flops > 0 for p in found.patterns)
+    assert (
+        found.fits
+        and found.chips == 4
+        and all(p.model_flops > 0 for p in found.patterns)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +77,17 @@ def live():
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        compiled = programs.step.lower(programs.abstract, programs.batch, key, (0, 1)).compile()
+        compiled = programs.step.lower(
+            programs.abstract, programs.batch, key, (0, 1)
+        ).compile()
     return plan.by_role(programs.abstract, nets), programs, compiled
 
 
 def test_bytes_of_the_state_are_those_that_the_program_takes(live):
     by_role, programs, compiled = live
-    expected = sum(sum(parts.values()) for parts in by_role.values()) + plan._bytes(programs.batch)
+    expected = sum(sum(parts.values()) for parts in by_role.values()) + plan._bytes(
+        programs.batch
+    )
     assert abs(compiled.memory_analysis().argument_size_in_bytes / expected - 1) < 0.1
 
 
@@ -92,7 +106,10 @@ def test_traffic_of_a_loop_counts_every_turn():
 
     read = lambda n: (
         hlo.moved(
-            jax.jit(f).lower(jnp.zeros((64, 128)), jnp.zeros((n, 128, 128))).compile().as_text()
+            jax.jit(f)
+            .lower(jnp.zeros((64, 128)), jnp.zeros((n, 128, 128)))
+            .compile()
+            .as_text()
         ).memory
     )
     per_turn = (read(30) - read(10)) / 20
@@ -103,12 +120,17 @@ def test_traffic_of_a_loop_counts_every_turn():
 
 def test_collectives_by_hand():
     mesh = jax.make_mesh(
-        (4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4]
+        (4,),
+        ("x",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:4],
     )
     put = lambda spec: NamedSharding(mesh, spec)
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32, sharding=put(P("x")))
     compile = lambda f, out: (
-        hlo.moved(jax.jit(f, out_shardings=put(out)).lower(x).compile().as_text()).sent
+        hlo.moved(
+            jax.jit(f, out_shardings=put(out)).lower(x).compile().as_text()
+        ).sent
     )
     assert (
         compile(lambda x: x * 2, P())["all-gather"] == 3 * 8 * 1024
@@ -119,14 +141,20 @@ def test_collectives_by_hand():
 @pytest.mark.parametrize(
     "groups, expected",
     [
-        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_0'}", 4),
+        (
+            "mesh['axis_0'=4,'axis_1'=1,'axis_2'=8], device_ids=([8,4]T(1,0)) {'axis_0'}",
+            4,
+        ),
         ("mesh['a'=4,'b'=2] {'a','b'}", 8),
         ("[2,16]<=[32]", 16),
         ("{{0,1,2},{3,4,5}}", 3),
     ],
 )
 def test_chips_in_a_collective(groups, expected):
-    assert hlo._group(f"%x), channel_id=1, replica_groups={groups}, dimensions={{1}}") == expected
+    assert (
+        hlo._group(f"%x), channel_id=1, replica_groups={groups}, dimensions={{1}}")
+        == expected
+    )
 
 
 def test_parses_tuples_layouts_and_known_trip_counts():
@@ -166,7 +194,9 @@ def test_chips_by_name_and_by_kind():
         chips.chip("v5x")
 
 
-@pytest.mark.parametrize("name", ["v5p", "v5p:4", "h100:8x4", "v9:2x2", "v5p:4x4x4x4"])
+@pytest.mark.parametrize(
+    "name", ["v5p", "v5p:4", "h100:8x4", "v9:2x2", "v5p:4x4x4x4"]
+)
 def test_another_topology_is_refused(name):
     with pytest.raises(Refused):
         plan.topology(name)
@@ -177,9 +207,13 @@ def test_search_starts_with_plain_fsdp_and_stays_within_the_chips():
     tried = list(plan.candidates(config, 16))
     assert tried[0]["mesh"] == dict(data=1, fsdp=16, sequence=1, tensor=1)
     first = [
-        c["accumulate"] for c in tried if c["mesh"] == tried[0]["mesh"] and c["place"] == "device"
+        c["accumulate"]
+        for c in tried
+        if c["mesh"] == tried[0]["mesh"] and c["place"] == "device"
     ]
-    assert first == sorted(first, reverse=True) and first[-1] == 1  # what holds least comes first
+    assert (
+        first == sorted(first, reverse=True) and first[-1] == 1
+    )  # what holds least comes first
     assert all(np.prod(list(c["mesh"].values())) == 16 for c in tried)
     assert len({json.dumps(c) for c in tried}) == len(tried)
 
@@ -208,15 +242,21 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     assert places("35.22") == {"device"} and places("15.75") == {"device", "host"}
 
 
-def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, monkeypatch):
-    pytest.importorskip("libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'")
+def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(
+    quickly, monkeypatch
+):
+    pytest.importorskip(
+        "libtpu", reason="no TPU compiler: pip install 'jaxdistill[tpu]'"
+    )
     config = importlib.import_module("configs.toy.dmd2").get_config()
     # not the program of the toy's own test: one from the cache of compiled programs cannot be
     # loaded
     config.data.batch_size = 64
     plan.shorten(config)
     devices, kind = plan.topology("v5e:2x2")
-    monkeypatch.setattr(plan, "topology", lambda name: (devices, dataclasses.replace(kind, hbm=1)))
+    monkeypatch.setattr(
+        plan, "topology", lambda name: (devices, dataclasses.replace(kind, hbm=1))
+    )
     found = plan.compile_for(config, "v5e:2x2", every=False)
     assert [p.turns for p in found.patterns] == [
         "0+1"
@@ -226,7 +266,12 @@ def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(quickly, mon
 def test_an_interrupted_search_has_what_it_found(capsys):
     """The result is the faster one of the two that fit before the interruption."""
     found = lambda seconds: SimpleNamespace(fits=True, peak=2**30, seconds=seconds)
-    change = {"mesh": {"fsdp": 4}, "accumulate": 1, "remat": "full", "place": "device"}
+    change = {
+        "mesh": {"fsdp": 4},
+        "accumulate": 1,
+        "remat": "full",
+        "place": "device",
+    }
 
     def candidates(config, name, most):
         yield change, found(3.0)
@@ -237,22 +282,29 @@ def test_an_interrupted_search_has_what_it_found(capsys):
     best = plan_command.search(SimpleNamespace(search=candidates), None, "v5e:2x2", 4)
     assert (
         best.seconds == 2.0
-        and capsys.readouterr().out.splitlines()[-1] == "interrupted; the best so far:"
+        and capsys.readouterr().out.splitlines()[-1]
+        == "interrupted; the best so far:"
     )
 
 
 def test_command_refuses_and_reports(tmp_path):
     run = lambda *a: subprocess.run(
-        [sys.executable, "tools/plan.py", *a], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tools/plan.py", *a],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert run("--config=configs/toy/dmd2.py").returncode == 2
     refused = run("--config=configs/toy/dmd2.py", "--topology=h100:8x1", "--effort=2")
     assert (
         refused.returncode == 2
-        and refused.stderr.strip() == "refused: --effort=2: expected a number from -1 to 1"
+        and refused.stderr.strip()
+        == "refused: --effort=2: expected a number from -1 to 1"
     )
     done = run(
-        "--config=configs/toy/dmd2.py", "--topology=h100:8x1", f"--json={tmp_path / 'plan.json'}"
+        "--config=configs/toy/dmd2.py",
+        "--topology=h100:8x1",
+        f"--json={tmp_path / 'plan.json'}",
     )
     assert done.returncode == 0, done.stderr
     assert (

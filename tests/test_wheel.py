@@ -21,7 +21,9 @@ for name in sys.argv[2:]:
 
 
 def run(*command, **kwargs):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, **kwargs)
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, **kwargs
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -29,7 +31,9 @@ def run(*command, **kwargs):
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder that the wheel was installed into, built from a copy of what git has here."""
-    source, wheels, target = (tmp_path_factory.mktemp(n) for n in ("source", "wheels", "target"))
+    source, wheels, target = (
+        tmp_path_factory.mktemp(n) for n in ("source", "wheels", "target")
+    )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
     for file in (ROOT / "jaxdistill").rglob("*"):
@@ -39,7 +43,15 @@ def installed(tmp_path_factory):
             copy.write_bytes(file.read_bytes())
     quiet = ("--no-deps", "--quiet", "--disable-pip-version-check")
     pip = ("-m", "pip")
-    run(*pip, "wheel", str(source), "--no-build-isolation", "--wheel-dir", str(wheels), *quiet)
+    run(
+        *pip,
+        "wheel",
+        str(source),
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(wheels),
+        *quiet,
+    )
     (wheel,) = wheels.iterdir()
     run(*pip, "install", str(wheel), "--target", str(target), *quiet)
     return target

@@ -28,7 +28,9 @@ LAST = pytest.StashKey[float]()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--write_times", action="store_true", help="take this run's figures into tests/times.json"
+        "--write_times",
+        action="store_true",
+        help="take this run's figures into tests/times.json",
     )
 
 
@@ -53,7 +55,9 @@ def pytest_runtest_makereport(item):
 
 
 def pytest_runtest_logreport(report):
-    seconds[report.nodeid.partition("::")[0]] += getattr(report, "processor_seconds", 0.0)
+    seconds[report.nodeid.partition("::")[0]] += getattr(
+        report, "processor_seconds", 0.0
+    )
 
 
 def tier(config) -> str:
@@ -86,4 +90,8 @@ def lines(used: dict[str, float], known: dict[str, float]) -> list[str]:
                 line += f"; its budget is {budget}"
         shown.append(line)
     total = f"{sum(used.values()):7.1f}  all {len(used)} files"
-    return [*shown, total] if len(ratios) < ENOUGH else [*shown, f"{total}, speed {speed:.2f}"]
+    return (
+        [*shown, total]
+        if len(ratios) < ENOUGH
+        else [*shown, f"{total}, speed {speed:.2f}"]
+    )

@@ -58,7 +58,9 @@ class StageRun:
     number: int
     stage: Stage
     nets: dict[str, Any]
-    start: dict[str, Params]  # frozen roles, warm starts and the results of earlier stages
+    start: dict[
+        str, Params
+    ]  # frozen roles, warm starts and the results of earlier stages
     batch: Batch  # numpy
 
     @property
@@ -67,9 +69,13 @@ class StageRun:
 
     @functools.cached_property
     def programs(self) -> Programs:
-        spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.batch.items()}
+        spec = {
+            k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self.batch.items()
+        }
         with self.context():
-            return make_programs(self.experiment, self.nets, self.stage, self.start, spec)
+            return make_programs(
+                self.experiment, self.nets, self.stage, self.start, spec
+            )
 
     @functools.cached_property
     def placed(self) -> dict[str, jax.Array]:
@@ -112,7 +118,9 @@ class StageRun:
         for active in self.programs.patterns:
             before = jax.device_get(state)
             state, metrics = self.step(state, active)
-            taken.append((active, before, jax.device_get(state), jax.device_get(metrics)))
+            taken.append(
+                (active, before, jax.device_get(state), jax.device_get(metrics))
+            )
         self.last = state
         return taken
 
@@ -120,10 +128,14 @@ class StageRun:
         """The same stage on another mesh."""
         config = self.experiment.config.copy_and_resolve_references()
         start = jax.device_get(self.start)
-        return dataclasses.replace(self, experiment=experiment_on(config, shape), start=start)
+        return dataclasses.replace(
+            self, experiment=experiment_on(config, shape), start=start
+        )
 
 
-def first_stage(name: str, shape: MeshShape = ONE, config: ConfigDict | None = None) -> StageRun:
+def first_stage(
+    name: str, shape: MeshShape = ONE, config: ConfigDict | None = None
+) -> StageRun:
     return next(every_stage(name, shape, config))
 
 
@@ -135,16 +147,23 @@ def every_stage(
     nets = dict(experiment.nets)
     with sharding.use(experiment.mesh, experiment.settings.rules):
         start = random_start(experiment)
-        for number, stage in enumerate(experiment.method.stages(experiment.settings.steps)):
+        for number, stage in enumerate(
+            experiment.method.stages(experiment.settings.steps)
+        ):
             batch = experiment.data.batch(0, slice(None))
             if stage.surgery is not None:
-                nets, start = stage.surgery(nets, start, jax.tree.map(jnp.asarray, dict(batch)))
+                nets, start = stage.surgery(
+                    nets, start, jax.tree.map(jnp.asarray, dict(batch))
+                )
             if stage.collect is not None:
                 batch = collected(stage, nets, start, batch)
             run = StageRun(experiment, number, stage, dict(nets), dict(start), batch)
             yield run
             state = run.init()
-            result = {role: state.ema.get(role, state.params[role]) for role in stage.method.inits}
+            result = {
+                role: state.ema.get(role, state.params[role])
+                for role in stage.method.inits
+            }
             start = {**start, **state.frozen, **result}
 
 
@@ -166,7 +185,9 @@ def random_start(experiment: Experiment) -> dict[str, Params]:
     return jax.jit(draw)()
 
 
-def collected(stage: Stage, nets: dict, params: dict[str, Params], batch: Batch) -> Batch:
+def collected(
+    stage: Stage, nets: dict, params: dict[str, Params], batch: Batch
+) -> Batch:
     """A batch of the data that the stage makes for itself."""
 
     def make(params, batch):

@@ -40,7 +40,9 @@ def of(path: Path) -> dict[str, tuple[str, ...]]:
     return getattr(module, "ABLATIONS", {})
 
 
-def toy(path: Path, seed: int, data_seed: int, change: Iterable[str] = ()) -> ConfigDict:
+def toy(
+    path: Path, seed: int, data_seed: int, change: Iterable[str] = ()
+) -> ConfigDict:
     """The toy's config with these seeds, and with a change. Raises Refused."""
     words = list(change)
     variant = "".join(word for word in words if word.startswith(":"))
@@ -51,7 +53,9 @@ def toy(path: Path, seed: int, data_seed: int, change: Iterable[str] = ()) -> Co
     return config
 
 
-def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -> Path:
+def run(
+    toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path
+) -> Path:
     """Makes the missing runs and writes docs/results/ablations.json and .md.
 
     Args:
@@ -65,7 +69,9 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
     Raises:
         Refused: No toy has ABLATIONS.
     """
-    todo = [(name, seeds) for name, path in toys.items() if of(path) for seeds in pairs]
+    todo = [
+        (name, seeds) for name, path in toys.items() if of(path) for seeds in pairs
+    ]
     if not todo:
         first = next(iter(toys))
         raise Refused(
@@ -80,7 +86,9 @@ def run(toys: Mapping[str, Path], pairs: list[tuple[int, int]], workdir: Path) -
         for change, words in of(path).items():
             changed = toy(path, seed, data_seed, words)
             folder = workdir / "ablations" / run_name / _slug(change)
-            claim = report.claim({**unchanged.claim, "metric": changed.claim.metric}, models)
+            claim = report.claim(
+                {**unchanged.claim, "metric": changed.claim.metric}, models
+            )
             changed_claim = loop.run(changed, folder, known=known)["claim"]
             row = {
                 "method": name,
@@ -107,7 +115,15 @@ def table(rows: list[dict]) -> str:
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["change"]), []).append(row)
-    head = ("method", "change", "config", "metric", "as it stands", "changed", "worse")
+    head = (
+        "method",
+        "change",
+        "config",
+        "metric",
+        "as it stands",
+        "changed",
+        "worse",
+    )
     return markdown_table(head, [_line(group) for group in groups.values()])
 
 

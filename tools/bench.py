@@ -60,7 +60,9 @@ def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
     chip = chips.of(device.device_kind)
     for active, by_role in programs.patterns.items():
         started = time.perf_counter()
-        compiled = programs.step.lower(case.state, case.batch, case.rng, active).compile()
+        compiled = programs.step.lower(
+            case.state, case.batch, case.rng, active
+        ).compile()
         compiling = time.perf_counter() - started
 
         def step(i, compiled=compiled):
@@ -150,7 +152,9 @@ def divergences(
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-    teacher, student = ((draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2))
+    teacher, student = (
+        (draw(tokens, dim), draw(dim, vocab) / dim**0.5) for _ in range(2)
+    )
 
     def plain(t, s):  # `token_divergence` would take blocks of tokens on a CPU
         return between(t[0] @ t[1], s[0] @ s[1])
@@ -215,10 +219,17 @@ def bench(argv):
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
             if values["alone"]:
                 kind = case.experiment.mesh.devices.flat[0].device_kind
-                print(f"{name} on {kind}, {case.experiment.data.batch_size} samples a step")
-                print(text_table(alone(case, steps, rounds, values["trace"])), flush=True)
+                print(
+                    f"{name} on {kind}, {case.experiment.data.batch_size} samples a step"
+                )
+                print(
+                    text_table(alone(case, steps, rounds, values["trace"])),
+                    flush=True,
+                )
                 continue
-            rows.append({"case": name, **measure(case, steps, rounds, values["trace"])})
+            rows.append(
+                {"case": name, **measure(case, steps, rounds, values["trace"])}
+            )
         print(text_table(rows[-1:]), flush=True)
     if len(rows) > 1:
         print(f"\n{text_table(rows)}")

@@ -80,7 +80,9 @@ def digits():
     config = load_config("configs/digits/dmd2.py")
     with config.unlocked():
         config.roles.teacher.model = build.plain(DiT())
-        config.roles.teacher.denoiser = build.plain(Denoiser(param=Velocity(time_scale=1000.0)))
+        config.roles.teacher.denoiser = build.plain(
+            Denoiser(param=Velocity(time_scale=1000.0))
+        )
         config.roles.teacher.init = "fresh"
     return config
 
@@ -120,7 +122,9 @@ class Case:
             if role in method.frozen:
                 start[role] = nets[role].init(jax.random.fold_in(key, 9 + i))
         stage = method.stages(experiment.settings.steps)[0]
-        self.programs = make_programs(experiment, nets, stage, start, experiment.data.spec())
+        self.programs = make_programs(
+            experiment, nets, stage, start, experiment.data.spec()
+        )
         self.state = self.programs.init(key, start)
         self.rng = jax.random.key(1)
         self.put = sharding.put_batch(experiment.mesh, experiment.settings.rules)
@@ -138,7 +142,9 @@ class Case:
             optimizer = self.experiment.roles[role].optimizer
             self.txs[role] = optimizer.make(1000, axes=self.nets[role].axes)
         self.opt = {role: self.txs[role].init(p) for role, p in self.params.items()}
-        self.ema = {role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema}
+        self.ema = {
+            role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema
+        }
         self.memory = method.memory()
         self.by_hand = jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
 
@@ -162,7 +168,11 @@ class Case:
         for n in active:
             turn = self.method.turns[n]
             key = jax.random.fold_in(rng, n)
-            weights = {**self.frozen, **params, **{f"ema_{role}": w for role, w in ema.items()}}
+            weights = {
+                **self.frozen,
+                **params,
+                **{f"ema_{role}": w for role, w in ema.items()},
+            }
             gathered = batch
             if turn.gather is not None:
                 ctx = Ctx(batch, key, i, self.memory)
@@ -173,15 +183,21 @@ class Case:
                 out = turn.loss(bind(self.nets, {**weights, **moving}), ctx)
                 return out.loss / (1 if out.count is None else out.count)
 
-            loss, grads = jax.value_and_grad(objective)({role: params[role] for role in turn.moves})
+            loss, grads = jax.value_and_grad(objective)(
+                {role: params[role] for role in turn.moves}
+            )
             params = dict(params)
             opt = dict(opt)
             ema = dict(ema)
             for role in turn.moves:
-                updates, opt[role] = self.txs[role].update(grads[role], opt[role], params[role])
+                updates, opt[role] = self.txs[role].update(
+                    grads[role], opt[role], params[role]
+                )
                 params[role] = optax.apply_updates(params[role], updates)
                 if role in ema:
-                    ema[role] = optax.incremental_update(params[role], ema[role], 0.01)
+                    ema[role] = optax.incremental_update(
+                        params[role], ema[role], 0.01
+                    )
         return params, opt, ema, loss
 
 

@@ -34,10 +34,14 @@ def seconds(call) -> float:
 
 
 def bench_generate(argv: list[str]) -> None:
-    values, _ = arguments(argv, {name: str(default) for name, default in KNOWN.items()})
+    values, _ = arguments(
+        argv, {name: str(default) for name, default in KNOWN.items()}
+    )
     args = SimpleNamespace(**{name: whole(values, name, 1) for name in KNOWN})
     if args.dim % 16:
-        raise Refused(f"--dim={args.dim}: expected a multiple of 16, for 8 heads of even width")
+        raise Refused(
+            f"--dim={args.dim}: expected a multiple of 16, for 8 heads of even width"
+        )
     try:
         import torch
         import transformers
@@ -74,7 +78,9 @@ def bench_generate(argv: list[str]) -> None:
     def generated(params, prompt):
         bound = functools.partial(net.apply, params)
         length = args.prompt + args.new
-        tokens, *_ = generate(bound, prompt, length, jax.random.key(0), temperature=0.0)
+        tokens, *_ = generate(
+            bound, prompt, length, jax.random.key(0), temperature=0.0
+        )
         return tokens
 
     inputs = {

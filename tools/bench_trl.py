@@ -57,12 +57,18 @@ class Theirs:
     def __init__(self, case, on_policy: float, folder: Path):
         torch, transformers, datasets, GKDConfig, GKDTrainer = modules()
         transformers.logging.set_verbosity_error()
-        weights = {"teacher": case.state.frozen["teacher"], "student": case.state.params["student"]}
+        weights = {
+            "teacher": case.state.frozen["teacher"],
+            "student": case.state.params["student"],
+        }
         models = {}
         for role, params in weights.items():
             interop.save(folder / role, case.nets[role], params)
             models[role] = transformers.AutoModelForCausalLM.from_pretrained(
-                folder / role, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+                folder / role,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         tokens = np.array(case.batch["tokens"])
         length = tokens.shape[1]
@@ -82,7 +88,9 @@ class Theirs:
             save_strategy="no",
             disable_tqdm=True,
         )
-        rows = datasets.Dataset.from_list([{"input_ids": row.tolist()} for row in tokens])
+        rows = datasets.Dataset.from_list(
+            [{"input_ids": row.tolist()} for row in tokens]
+        )
         self.trainer = GKDTrainer(
             models["student"],
             models["teacher"],
@@ -93,7 +101,10 @@ class Theirs:
         )
         self.trainer.create_optimizer()
         self.trainer.current_gradient_accumulation_steps = 1  # set by TRL's own loop
-        for settings in (self.trainer.generation_config, self.trainer.model.generation_config):
+        for settings in (
+            self.trainer.generation_config,
+            self.trainer.model.generation_config,
+        ):
             settings.eos_token_id = None  # both sides generate full-length texts
         self.torch = torch
         ids = torch.tensor(tokens, dtype=torch.long)
@@ -101,12 +112,17 @@ class Theirs:
         labels[:, 0] = -100
         ones = torch.ones_like(ids)
         self.batch = {"input_ids": ids, "attention_mask": ones, "labels": labels}
-        self.batch |= {"prompts": ids[:, :PROMPT], "prompt_attention_mask": ones[:, :PROMPT]}
+        self.batch |= {
+            "prompts": ids[:, :PROMPT],
+            "prompt_attention_mask": ones[:, :PROMPT],
+        }
 
     def _tokenizer(self, transformers):
         from tokenizers import Tokenizer, models
 
-        inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+        inner = Tokenizer(
+            models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>")
+        )
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=inner, pad_token="<pad>", eos_token="</s>"
         )
@@ -122,7 +138,9 @@ class Theirs:
         return float(loss)
 
 
-def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_000)) -> list[dict]:
+def compare(
+    steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_000)
+) -> list[dict]:
     """Prints and returns a row for each vocabulary and kind of step.
 
     Raises:
@@ -134,7 +152,11 @@ def compare(steps: int, rounds: int, vocabularies: tuple[int, ...] = (512, 32_00
         for name, on_policy in (("on-policy", 1.0), ("off-policy", 0.0)):
             method = GKD(beta=0.5, on_policy=on_policy, prompt_length=PROMPT)
             case = Case(language(method, vocab))
-            row = {"vocab": vocab, "step": name, **_measured(case, on_policy, steps, rounds)}
+            row = {
+                "vocab": vocab,
+                "step": name,
+                **_measured(case, on_policy, steps, rounds),
+            }
             rows.append(row)
             print(text_table([row]), flush=True)
     print(f"\n{text_table(rows)}")

@@ -32,7 +32,9 @@ def rows() -> list[str]:
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
         number = re.search(r"arXiv:(\d{4}\.\d{5})", text)
         paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
-        claim, holds = _measured([row for row in measured if row["method"] == file.stem])
+        claim, holds = _measured(
+            [row for row in measured if row["method"] == file.stem]
+        )
         link = f"[`{file.stem}`]({file.relative_to(ROOT)})"
         out.append(f"| {link} {_title(text)} | {paper} | {claim} | {holds} |")
     return out

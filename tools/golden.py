@@ -66,8 +66,12 @@ def file_of(recipe: str) -> Path:
 
 def text_of(recipe: str, files: Mapping[str, Path]) -> str:
     """The text of the golden file of a recipe; `files` are those of `stand_ins.write`."""
-    experiment = Experiment(stand_ins.load(f"recipes.{recipe}", files), Path("unused"))
-    mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    experiment = Experiment(
+        stand_ins.load(f"recipes.{recipe}", files), Path("unused")
+    )
+    mesh = sharding.make_mesh(
+        sharding.MeshShape(data=1, fsdp=1, tensor=1), jax.devices()[:1]
+    )
     experiment.__dict__["mesh"] = mesh
     with sharding.use(mesh, experiment.settings.rules):
         nets, state = first_state(experiment)
@@ -97,19 +101,28 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
     method = experiment.method
     roles = experiment.roles
     stage = method.stages(experiment.settings.steps)[0]
-    named = [role for role in roles if roles[role].init and role not in experiment.inits]
+    named = [
+        role for role in roles if roles[role].init and role not in experiment.inits
+    ]
     warm = dict.fromkeys([*method.frozen, *named])
     start = {role: experiment.abstract(experiment.nets[role], role) for role in warm}
     uncollected = dataclasses.replace(stage, collect=None)
-    nets, start, _ = programs._abstract_start(experiment, uncollected, experiment.nets, start)
+    nets, start, _ = programs._abstract_start(
+        experiment, uncollected, experiment.nets, start
+    )
     optimisers = {}
     for role in stage.method.inits:
         turns = [turn for turn in stage.method.turns if role in turn.moves]
-        updated = any(turn.when(step) for turn in turns for step in range(stage.steps))
+        updated = any(
+            turn.when(step) for turn in turns for step in range(stage.steps)
+        )
         optimisers[role] = roles[role].optimizer.make(
             int(updated), bank=isinstance(nets[role], Bank), axes=nets[role].axes
         )
-    inits = {role: experiment.inits.get(role, init) for role, init in stage.method.inits.items()}
+    inits = {
+        role: experiment.inits.get(role, init)
+        for role, init in stage.method.inits.items()
+    }
 
     def make(start: Mapping[str, Any]) -> State:
         key = jax.random.key(0)
@@ -118,17 +131,25 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
     return nets, jax.eval_shape(make, start)
 
 
-def weight_lines(experiment: Experiment, nets: Mapping[str, Net], state: State) -> Iterator[str]:
+def weight_lines(
+    experiment: Experiment, nets: Mapping[str, Net], state: State
+) -> Iterator[str]:
     """A block for each role; where an earlier role has the same lines, its name instead."""
     written = {}
     for role, net in nets.items():
         trained = role in state.params
-        frozen = experiment.abstract(net, role) if role not in state.frozen else state.frozen[role]
+        frozen = (
+            experiment.abstract(net, role)
+            if role not in state.frozen
+            else state.frozen[role]
+        )
         kind = "trained" if trained else "frozen"
         if role not in {**state.params, **state.frozen}:
             kind = "of another stage"
         yield f"# {role}: {kind}, from {experiment.source(role)}, {net.size:,} weights"
-        lines = tuple(lines_of(net, state.params[role] if trained else frozen, trained))
+        lines = tuple(
+            lines_of(net, state.params[role] if trained else frozen, trained)
+        )
         if lines in written:
             yield f"as {written[lines]}"
         elif lines:
@@ -145,7 +166,9 @@ def lines_of(net: Net, weights: Any, trained: bool) -> Iterator[str]:
     for path, weight in sorted(paths(weights).items()):
         shape = list(weight.shape)
         axes = ", ".join(str(name) for name in names.get(path) or ())
-        line = f"{path}  {shape} {weight.dtype} ({axes})  {drawn.get(path, 'derived')}"
+        line = (
+            f"{path}  {shape} {weight.dtype} ({axes})  {drawn.get(path, 'derived')}"
+        )
         if trained:
             line += f"  {'decay' if decay[path] else 'no decay'}  lr * {FACTOR}"
         yield line
@@ -177,7 +200,9 @@ class Draw:
 
     def __str__(self) -> str:
         if not self.distribution:
-            return {0.0: "zeros", 1.0: "ones"}.get(self.shift, f"constant {self.shift:.4g}")
+            return {0.0: "zeros", 1.0: "ones"}.get(
+                self.shift, f"constant {self.shift:.4g}"
+            )
         scaled = f"{self.distribution} * {self.scale:.4g}"
         return f"{scaled} + {self.shift:.4g}" if self.shift else scaled
 
@@ -240,7 +265,11 @@ def followed(closed: ClosedJaxpr, inputs: Sequence[Draw | None]) -> list[Draw | 
     known |= zip(jaxpr.constvars, map(table, closed.consts))
 
     def read(variable: Any) -> Draw | None:
-        return table(variable.val) if isinstance(variable, Literal) else known.get(variable)
+        return (
+            table(variable.val)
+            if isinstance(variable, Literal)
+            else known.get(variable)
+        )
 
     for equation in jaxpr.eqns:
         given = [read(v) for v in equation.invars]
@@ -250,12 +279,16 @@ def followed(closed: ClosedJaxpr, inputs: Sequence[Draw | None]) -> list[Draw | 
 
 def table(value: Any) -> Draw | None:
     """An array in the program: a constant where all entries are equal, else its mean and spread."""
-    array = np.asarray(value) if np.ndim(value) == 0 or hasattr(value, "shape") else None
+    array = (
+        np.asarray(value) if np.ndim(value) == 0 or hasattr(value, "shape") else None
+    )
     if array is None or array.dtype.kind not in "biuf" or not array.size:
         return None
     if (array == array.flat[0]).all():
         return Draw(shift=float(array.flat[0]))
-    return Draw(f"table of mean {array.mean():.4g} and deviation {array.std():.4g}", 1.0)
+    return Draw(
+        f"table of mean {array.mean():.4g} and deviation {array.std():.4g}", 1.0
+    )
 
 
 def results(equation: Any, given: list[Draw | None]) -> list[Draw | None]:
@@ -280,7 +313,9 @@ def results(equation: Any, given: list[Draw | None]) -> list[Draw | None]:
 
 def distribution(name: str, limits: Sequence[Draw | None]) -> Draw:
     """A draw from a distribution; the names of uniform and truncated ones have their limits."""
-    bounds = ", ".join("?" if limit is None else f"{limit.shift:.4g}" for limit in limits)
+    bounds = ", ".join(
+        "?" if limit is None else f"{limit.shift:.4g}" for limit in limits
+    )
     return Draw(f"{name}({bounds})" if bounds else name, 1.0)
 
 

@@ -20,7 +20,9 @@ from jaxdistill.core.types import Refused, lookup
 from launch._command import main
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = sorted(path for path in (ROOT / "tools/skeletons").iterdir() if path.is_dir())
+FOLDERS = sorted(
+    path for path in (ROOT / "tools/skeletons").iterdir() if path.is_dir()
+)
 SKELETONS = {folder.name: folder for folder in FOLDERS}
 NAMES = ("FAMILY", "NAME", "ClassName", "Title", "arXiv-id")
 # File of a skeleton -> the new file.
@@ -35,15 +37,24 @@ PLACES = {
 def new_method(argv: list[str]) -> None:
     """Writes the files and prints their names. Raises Refused before it writes any."""
     family, name, cls, title, paper = checked(argv)
-    words = {"my_method": name, "MyMethod": cls, "My method": title, "2601.00000": paper}
+    words = {
+        "my_method": name,
+        "MyMethod": cls,
+        "My method": title,
+        "2601.00000": paper,
+    }
     placeholder = re.compile("|".join(map(re.escape, words)))
     files = {}
     for part, place in PLACES.items():
         path = ROOT / place.format(family=family, name=name)
-        files[path] = placeholder.sub(lambda found: words[found[0]], skeleton(family, part))
+        files[path] = placeholder.sub(
+            lambda found: words[found[0]], skeleton(family, part)
+        )
     for path in files:
         if path.exists() or path.is_symlink():
-            raise Refused(f"NAME={name}: {path.relative_to(ROOT)} exists; expected another name")
+            raise Refused(
+                f"NAME={name}: {path.relative_to(ROOT)} exists; expected another name"
+            )
     write(files)
     for path in files:
         print(path.relative_to(ROOT))
@@ -58,7 +69,11 @@ def checked(argv: list[str]) -> list[str]:
     """The five arguments. Raises Refused where one is missing or bad."""
     flags = [word for word in argv if word.startswith("-")]
     if flags or len(argv) != len(NAMES):
-        found = f"unknown argument {flags[0]}" if flags else f"found {len(argv)} arguments"
+        found = (
+            f"unknown argument {flags[0]}"
+            if flags
+            else f"found {len(argv)} arguments"
+        )
         raise Refused(
             f"{found}; expected {' '.join(NAMES)}, as in: trajectory my_method MyMethod 'My"
             " method' 2601.00000"

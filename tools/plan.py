@@ -40,7 +40,9 @@ def plan(argv):
     if config is None:
         raise Refused("--config=FILE is needed")
     if not values["topology"]:
-        raise Refused("--topology=SLICE is needed, such as v5e:4x4, v5p:4x4x4 or h100:8x4")
+        raise Refused(
+            "--topology=SLICE is needed, such as v5e:4x4, v5p:4x4x4 or h100:8x4"
+        )
     most = whole(values, "most", 1)
     effort = decimal(values, "effort", -1.0, 1.0)
     file = output(values, "json")
@@ -116,7 +118,10 @@ def show(planner, plan) -> None:
     )
     print(f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS))
     for role, parts in plan.by_role.items():
-        print(f"{role:<14}" + "".join(f"{_gib(parts[part]):>10}" for part in planner.PARTS))
+        print(
+            f"{role:<14}"
+            + "".join(f"{_gib(parts[part]):>10}" for part in planner.PARTS)
+        )
     print(f"{'batch':<14}{_gib(plan.batch):>10}")
     if plan.host:
         print(f"{'on the host':<14}{_gib(plan.host):>10}")

@@ -92,13 +92,19 @@ def public_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             for part in node.body:
                 named = isinstance(part, ast.FunctionDef)
-                if named and (not part.name.startswith("_") or part.name == "__call__"):
+                if named and (
+                    not part.name.startswith("_") or part.name == "__call__"
+                ):
                     yield part
 
 
 def annotations(function: ast.FunctionDef) -> list[str]:
     """The annotations of arguments and result, as text."""
-    arguments_ = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    arguments_ = [
+        *function.args.posonlyargs,
+        *function.args.args,
+        *function.args.kwonlyargs,
+    ]
     given = [a.annotation for a in arguments_ if a.annotation is not None]
     if function.returns is not None:
         given.append(function.returns)
@@ -107,14 +113,18 @@ def annotations(function: ast.FunctionDef) -> list[str]:
 
 def takes_arrays(function: ast.FunctionDef) -> bool:
     """Whether an argument or the result is annotated as an array."""
-    return any(re.search(rf"\b({'|'.join(ARRAYS)})\b", a) for a in annotations(function))
+    return any(
+        re.search(rf"\b({'|'.join(ARRAYS)})\b", a) for a in annotations(function)
+    )
 
 
 def has_shapes(function: ast.FunctionDef) -> bool:
     """Whether every array of the signature has a typed shape."""
     for annotation in annotations(function):
         plain = re.sub(
-            r"\b\w+\[(Array|np\.ndarray|ArrayLike|Array \| np\.ndarray), *'[^']*'\]", "", annotation
+            r"\b\w+\[(Array|np\.ndarray|ArrayLike|Array \| np\.ndarray), *'[^']*'\]",
+            "",
+            annotation,
         )
         if re.search(r"\bArray\b", plain):
             return False
@@ -161,19 +171,27 @@ def reading(argv):
     tree = Path(values["tree"])
     for name in FOLDERS:
         figures = folder_figures(tree / name)
-        print(name, ", ".join(f"{key} {value}" for key, value in figures.items()), sep=": ")
+        print(
+            name,
+            ", ".join(f"{key} {value}" for key, value in figures.items()),
+            sep=": ",
+        )
     for name in SHAPED:
         functions = []
         for _, text in sources(tree / "jaxdistill" / name):
             functions += public_functions(ast.parse(text))
         arrays = [f for f in functions if takes_arrays(f)]
         shaped = sum(has_shapes(f) for f in arrays)
-        print(f"{name}: {shaped} of {len(arrays)} public functions of arrays have typed shapes")
+        print(
+            f"{name}: {shaped} of {len(arrays)} public functions of arrays have typed shapes"
+        )
     assertions = 0
     for _, text in sources(tree / "tests"):
         assertions += sum(map(is_assertion, ast.walk(ast.parse(text))))
     print(f"tests: {assertions} assertions")
-    names = sum(len(CLASS_NAME.findall(text)) for _, text in sources(tree / "configs"))
+    names = sum(
+        len(CLASS_NAME.findall(text)) for _, text in sources(tree / "configs")
+    )
     print(f"configs: {names} strings that name classes")
     for size, where in longest(tree / "jaxdistill"):
         print(f"{size} tokens: {where}")

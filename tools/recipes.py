@@ -40,7 +40,10 @@ SLICES = {
     "grpo": "v5p:2x4x4",
     "phased_dmd": "v5p:2x4x4",
 }
-TENSOR = {"grpo": 2, "sequence_kd": 4}  # the size of the mesh axis `tensor` where it is not 1
+TENSOR = {
+    "grpo": 2,
+    "sequence_kd": 4,
+}  # the size of the mesh axis `tensor` where it is not 1
 # Of the compiler's search for tiles; memory and traffic of a program hardly depend on it.
 EFFORT = -1.0
 PAGE = """# Recipes, compiled for TPU slices
@@ -67,15 +70,24 @@ def recipes(argv):
     todo = only or [n for n in RECIPES if n not in kept]
     for name in tqdm(todo, desc="recipes", unit="recipe"):
         topology = values["topology"] or SLICES.get(name, USUAL)
-        command = [sys.executable, __file__, f"--one={name}", f"--topology={topology}"]
+        command = [
+            sys.executable,
+            __file__,
+            f"--one={name}",
+            f"--topology={topology}",
+        ]
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if child.returncode:
-            last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
+            last = child.stderr.strip().splitlines()[-1:] or [
+                f"exit code {child.returncode}"
+            ]
             print(f"{name}: {last[0]}", file=sys.stderr)
             continue
         kept[name] = json.loads(child.stdout.strip().splitlines()[-1])
         write_json(file, dict(sorted(kept.items())))
-        file.with_suffix(".md").write_text(PAGE.format(effort=EFFORT) + page(kept) + "\n")
+        file.with_suffix(".md").write_text(
+            PAGE.format(effort=EFFORT) + page(kept) + "\n"
+        )
     print(file.with_suffix(".md"))
 
 
@@ -90,14 +102,27 @@ def compiled(name: str, topology: str) -> dict:
         config = stand_ins.load(f"recipes.{name}", stand_ins.write(Path(folder)))
         plan.shorten(config)
         with config.unlocked():
-            config.mesh = {**config.mesh, "data": 1, "fsdp": -1, "tensor": TENSOR.get(name, 1)}
+            config.mesh = {
+                **config.mesh,
+                "data": 1,
+                "fsdp": -1,
+                "tensor": TENSOR.get(name, 1),
+            }
         try:
             found = plan.compile_for(config, topology)
         except jax.errors.JaxRuntimeError as error:
-            raise Refused(f"{topology} does not hold it: {plan.too_large(error)}") from error
+            raise Refused(
+                f"{topology} does not hold it: {plan.too_large(error)}"
+            ) from error
     if not found.fits:
-        raise Refused(f"{topology} does not hold it: {found.peak / 2**30:.1f} GiB a chip")
-    return {**dataclasses.asdict(found), "peak": found.peak, "batch_size": config.data.batch_size}
+        raise Refused(
+            f"{topology} does not hold it: {found.peak / 2**30:.1f} GiB a chip"
+        )
+    return {
+        **dataclasses.asdict(found),
+        "peak": found.peak,
+        "batch_size": config.data.batch_size,
+    }
 
 
 def page(kept: dict[str, dict]) -> str:

@@ -68,7 +68,9 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(s) for s in text.split(",")]
     except ValueError as error:
-        raise Refused(f"seeds={text}: expected a list of integers, as in 0,1,2") from error
+        raise Refused(
+            f"seeds={text}: expected a list of integers, as in 0,1,2"
+        ) from error
 
 
 def reproduce(argv):
@@ -80,7 +82,9 @@ def reproduce(argv):
         "data_seeds": "0,1,2",
         "workdir": "",
     }
-    values, _ = arguments([word for word in argv if not word.startswith("--config.")], defaults)
+    values, _ = arguments(
+        [word for word in argv if not word.startswith("--config.")], defaults
+    )
     if values["suite"]:
         return suite(values, argv)
     if any(word.startswith("--config.") for word in argv):
@@ -91,14 +95,18 @@ def reproduce(argv):
     seeds = _seeds(values["seeds"])
     data_seeds = _seeds(values["data_seeds"])
     if len(seeds) != len(data_seeds):
-        raise Refused("--seeds and --data_seeds: expected two lists of one length, as in 0,1,2")
+        raise Refused(
+            "--seeds and --data_seeds: expected two lists of one length, as in 0,1,2"
+        )
     pairs = list(zip(seeds, data_seeds))
     if values["ablations"]:
         print(ablations.run(toys, pairs, workdir))
         return
     results = _run_toys(toys, pairs, workdir)
     write_json(workdir / "results.json", results)
-    kept = suites.keep(ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed")
+    kept = suites.keep(
+        ROOT / "docs/results/toy.json", results, "method", "seed", "data_seed"
+    )
     cells = [[_cell(row[key]) for key in KEYS] for row in kept]
     table = markdown_table([key.replace("_", " ") for key in KEYS], cells)
     page = ROOT / "docs/results/toy.md"

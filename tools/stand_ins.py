@@ -25,7 +25,10 @@ def write(folder: Path) -> dict[str, Path]:
     pairs = [{"prompt": "ab" * i, "response": "cd" * i} for i in range(1, 300)]
     _write_lines(lines, pairs)
     (folder / "text.txt").write_text("To be, or not to be. " * 500)
-    named = {"text": "Ada saw Rome", "entities": [["Ada", "person"], ["Rome", "place"]]}
+    named = {
+        "text": "Ada saw Rome",
+        "entities": [["Ada", "person"], ["Rome", "place"]],
+    }
     _write_lines(folder / "named.jsonl", [named] * 40)
     _write_records(folder)
     _write_domains(folder, lines.read_text())
@@ -110,7 +113,9 @@ def _write_pictures(folder: Path) -> None:
     pictures = [{"bytes": png.getvalue(), "path": None}] * 40
     labels = [i % 10 for i in range(40)]
     folder.mkdir()
-    pq.write_table(pa.table({"img": pictures, "label": labels}), folder / "train-0.parquet")
+    pq.write_table(
+        pa.table({"img": pictures, "label": labels}), folder / "train-0.parquet"
+    )
 
 
 def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:

@@ -68,9 +68,13 @@ class Reader(Experiment):
         given = self.config.roles.get("teacher")
         role = build.build(given) if given else build.Role()
         if self.teacher:
-            role = dataclasses.replace(role, init=self.teacher, model=None, denoiser=None)
+            role = dataclasses.replace(
+                role, init=self.teacher, model=None, denoiser=None
+            )
         if role.init in ("", "fresh"):
-            raise Refused("--teacher=DIR is needed: the config has no teacher with weights")
+            raise Refused(
+                "--teacher=DIR is needed: the config has no teacher with weights"
+            )
         return {"teacher": role}
 
 
@@ -82,7 +86,9 @@ def rows_of(data, split: str, most: int):
     """
     if type(data).examples is not Dataset.examples:
         samples = data.examples(split)
-        return Derived(range(min(most or len(samples), len(samples))), samples.__getitem__)
+        return Derived(
+            range(min(most or len(samples), len(samples))), samples.__getitem__
+        )
     if not most:
         data.examples(split)  # raises Refused
     if split == "test":
@@ -105,7 +111,9 @@ def difference(before, now, name: str = "") -> str:
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return "" if before == now else f"{name} is {before!r} there, {now!r} here"
     for key in sorted(before.keys() | now.keys()):
-        found = difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+        found = difference(
+            before.get(key), now.get(key), f"{name}.{key}" if name else key
+        )
         if found:
             return found
     return ""
@@ -125,7 +133,9 @@ def prepare(folder: Path, about: dict) -> None:
         raise Refused(f"--out={folder}: not empty and no store; give another folder")
     changed = "" if before is None else difference(before, now)
     if changed:
-        raise Refused(f"--out={folder} holds another store: {changed}; give another folder")
+        raise Refused(
+            f"--out={folder} holds another store: {changed}; give another folder"
+        )
     write_json(folder / ABOUT, now)
     for half in folder.glob(".*.arrayrecord.*"):
         half.unlink()
@@ -150,7 +160,9 @@ def store(argv):
     values, config = arguments(argv, KNOWN)
     if not values["out"]:
         raise Refused("--out=FOLDER is needed")
-    config, workdir = needed({**values, "workdir": values["workdir"] or values["out"]}, config)
+    config, workdir = needed(
+        {**values, "workdir": values["workdir"] or values["out"]}, config
+    )
     top_k = whole(values, "top_k", 1)
     group = whole(values, "file_batches", 1)
     most = {"train": whole(values, "rows", 0), "test": whole(values, "test_rows", 0)}
@@ -160,7 +172,9 @@ def store(argv):
     reader = Reader(config, workdir, teacher=values["teacher"])
     source = reader.roles["teacher"].init
     if source.startswith("@") and not values["workdir"]:
-        raise Refused(f"--workdir=DIR is needed: the teacher is the run {source} inside one")
+        raise Refused(
+            f"--workdir=DIR is needed: the teacher is the run {source} inside one"
+        )
     net = reader.nets["teacher"]
     data = reader.data
     size = reader.data.batch_size
@@ -169,7 +183,9 @@ def store(argv):
         splits[split] = rows_of(data, split, lookup(most, split, "--splits"))
     for split, rows in splits.items():
         if not len(rows):
-            raise Refused(f"data: no rows in {split}; expected some, or --splits without it")
+            raise Refused(
+                f"data: no rows in {split}; expected some, or --splits without it"
+            )
     first = next(iter(splits.values()))[0]
     if not {"tokens", "mask"} <= first.keys():
         raise Refused(
@@ -178,7 +194,9 @@ def store(argv):
 
     def read(params, batch):
         logits = net.apply(params, batch["tokens"], **context(batch))
-        ids, log_probs, log_tail = topk_log_probs(logits, top_k, temperature=temperature)
+        ids, log_probs, log_tail = topk_log_probs(
+            logits, top_k, temperature=temperature
+        )
         return {
             "teacher_ids": ids,
             "teacher_log_probs": log_probs.astype(dtype),
@@ -191,25 +209,35 @@ def store(argv):
     with sharding.use(reader.mesh, reader.settings.rules):
         spec = {}
         for key, value in first.items():
-            spec[key] = jax.ShapeDtypeStruct((size, *np.shape(value)), np.asarray(value).dtype)
-        jax.eval_shape(read, net.shapes, spec)  # raises what does not fit before anything is read
+            spec[key] = jax.ShapeDtypeStruct(
+                (size, *np.shape(value)), np.asarray(value).dtype
+            )
+        jax.eval_shape(
+            read, net.shapes, spec
+        )  # raises what does not fit before anything is read
         logits = jax.eval_shape(logits_of, net.shapes, spec)
         about = {
-            "teacher": values["teacher"] or f"{values['config'] or workdir} ({source})",
+            "teacher": values["teacher"]
+            or f"{values['config'] or workdir} ({source})",
             "data": json.loads(config.data.to_json()),
             "top_k": top_k,
             "temperature": temperature,
             "dtype": values["dtype"],
             "vocab": logits.shape[-1],
             "rows": {split: len(rows) for split, rows in splits.items()},
-            "files": {split: -(-len(rows) // (size * group)) for split, rows in splits.items()},
+            "files": {
+                split: -(-len(rows) // (size * group))
+                for split, rows in splits.items()
+            },
         }
         params = reader.warm_starts()["teacher"]
         prepare(out, about)
         write(reader, jax.jit(read), params, splits, out, size, group)
 
 
-def write(reader: Reader, read, params, splits, folder: Path, size: int, group: int) -> None:
+def write(
+    reader: Reader, read, params, splits, folder: Path, size: int, group: int
+) -> None:
     """Makes the missing files, each of `group` batches of `size` samples."""
     put = sharding.put_batch(reader.mesh, reader.settings.rules)
     started = time.perf_counter()
@@ -233,7 +261,9 @@ def write(reader: Reader, read, params, splits, folder: Path, size: int, group: 
         for start in range(low, high, size):
             samples = [rows[i] for i in range(start, min(start + size, high))]
             padded = samples + samples[-1:] * (size - len(samples))
-            batch = {k: np.stack([sample[k] for sample in padded]) for k in samples[0]}
+            batch = {
+                k: np.stack([sample[k] for sample in padded]) for k in samples[0]
+            }
             found = read(params, put(batch))
             if before is not None:
                 yield before

@@ -78,7 +78,10 @@ its GAN waited for the divergence (`reverse_until`).""",
     "lm": Suite(
         title="Distillation methods on additions",
         config="configs/lm/suite.py",
-        shared={"teacher": "configs/lm/carry.py:teacher", "start": "configs/lm/carry.py:start"},
+        shared={
+            "teacher": "configs/lm/carry.py:teacher",
+            "start": "configs/lm/carry.py:start",
+        },
         metrics=("perplexity", "kl", "reverse_kl", "accuracy"),
         chart="perplexity",
         clock="gkd",
@@ -114,7 +117,13 @@ data's says nothing. The file is `--config.data.path`.""",
             "teacher": "configs/lm/text_suite.py:teacher",
             "start": "configs/lm/text_suite.py:start",
         },
-        metrics=("perplexity", "kl", "reverse_kl", "rollout_kl", "rollout_reverse_kl"),
+        metrics=(
+            "perplexity",
+            "kl",
+            "reverse_kl",
+            "rollout_kl",
+            "rollout_reverse_kl",
+        ),
         chart="perplexity",
         clock="gkd",
         tokens=16 * 64,
@@ -128,7 +137,9 @@ out.""",
 }
 
 
-def run(name: str, only: list[str], seeds: list[int], workdir: Path, extra: list[str]) -> Path:
+def run(
+    name: str, only: list[str], seeds: list[int], workdir: Path, extra: list[str]
+) -> Path:
     """Makes the missing runs and writes docs/results/<name>.json, .md and .png.
 
     Args:
@@ -190,12 +201,20 @@ def starts(suite: Suite, config, name: str, workdir: Path, seed: int) -> list[st
     runs = {f"runs/{name}/{run}_0": workdir / f"{run}_{seed}" for run in suite.shared}
     inits = {role: cfg.init for role, cfg in config.roles.items()}
     return [
-        f"--config.roles.{role}.init={runs[init]}" for role, init in inits.items() if init in runs
+        f"--config.roles.{role}.init={runs[init]}"
+        for role, init in inits.items()
+        if init in runs
     ]
 
 
 def _train(
-    suite: Suite, name: str, method: str, seed: int, workdir: Path, folder: Path, extra: list[str]
+    suite: Suite,
+    name: str,
+    method: str,
+    seed: int,
+    workdir: Path,
+    folder: Path,
+    extra: list[str],
 ) -> None:
     """Trains one run in a folder of `folder`, from the shared runs in `workdir`.
 
@@ -238,7 +257,11 @@ def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
         method, _, seed = file.parent.name.rpartition("_")
         report = json.loads((file.parent / "report.json").read_text())
         records = metrics.read(file.parent / "metrics.jsonl")
-        speeds = [r["perf/steps_per_second"] for r in records if "perf/steps_per_second" in r][1:]
+        speeds = [
+            r["perf/steps_per_second"]
+            for r in records
+            if "perf/steps_per_second" in r
+        ][1:]
         cycle = build(current(report["config"]["method"])).cycle
         yield {
             "method": method,
@@ -247,7 +270,9 @@ def rows(workdir: Path, timed: bool = False) -> Iterator[dict]:
             "models": report["models"],
             "steps": report["steps"],
             "updates": report["steps"] // cycle,
-            "update_seconds": cycle / statistics.median(speeds) if speeds else float("nan"),
+            "update_seconds": cycle / statistics.median(speeds)
+            if speeds
+            else float("nan"),
             "peak_bytes": json.loads(file.read_text())["peak_bytes"],
         }
 
@@ -288,7 +313,9 @@ def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     found = keep(out.with_suffix(".json"), new, "timed", "method", "seed")
     _chart(suite, [r for r in found if not r["timed"]], out.with_suffix(".png"))
     teachers = [r for r in found if r["method"] == "teacher"]
-    students = sorted((r for r in found if r["method"] in order), key=lambda r: order[r["method"]])
+    students = sorted(
+        (r for r in found if r["method"] in order), key=lambda r: order[r["method"]]
+    )
     most = max((m["nfe"] for r in teachers for m in r["models"]), default=0)
     equal = [r for r in students if not r["timed"]]
     timed = [r for r in students if r["timed"] or r["method"] == suite.clock]
@@ -301,7 +328,9 @@ def write(name: str, workdir: Path, order: dict[str, int]) -> Path:
     ]
     parts += _tables("Equal updates", suite, teachers, equal, most)
     if len(timed) > len({r["seed"] for r in timed}):
-        parts += _tables(f"Equal seconds, those of `{suite.clock}`", suite, teachers, timed, most)
+        parts += _tables(
+            f"Equal seconds, those of `{suite.clock}`", suite, teachers, timed, most
+        )
     if suite.shared:
         head = (f"at {most} NFE" if most > 1 else "run", *suite.metrics, "seeds")
         table = []
@@ -341,7 +370,9 @@ def _tables(
         for method in methods:
             runs = [r for r in students if r["method"] == method and _at([r], nfe)]
             if runs:
-                table.append(_scores(method, _at(runs, nfe), suite) + _costs(runs, suite))
+                table.append(
+                    _scores(method, _at(runs, nfe), suite) + _costs(runs, suite)
+                )
         heading = f"## {title}, {nfe} NFE" if len(steps) > 1 else f"## {title}"
         parts += [heading, markdown_table(("method", *suite.metrics, *costs), table)]
     return parts
@@ -349,7 +380,10 @@ def _tables(
 
 def _scores(method: str, models: list[dict], suite: Suite) -> list[str]:
     """The first cells of a row: the method and its metrics."""
-    return [method, *(_spread([m[k] for m in models if k in m]) for k in suite.metrics)]
+    return [
+        method,
+        *(_spread([m[k] for m in models if k in m]) for k in suite.metrics),
+    ]
 
 
 def _costs(runs: list[dict], suite: Suite) -> list[str]:
@@ -387,7 +421,9 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
     # 40 different pairs of marker and colour.
     markers = itertools.cycle("osD^vP*X")
     colors = itertools.cycle(pyplot.get_cmap("tab10").colors)
-    methods = dict.fromkeys(r["method"] for r in found if r["method"] not in suite.shared)
+    methods = dict.fromkeys(
+        r["method"] for r in found if r["method"] not in suite.shared
+    )
     for method, marker, color in zip(methods, markers, colors):
         points = []
         for run in found:
@@ -403,10 +439,17 @@ def _chart(suite: Suite, found: list[dict], file: Path) -> None:
             teacher.append(model[suite.chart])
     if teacher:
         label = "teacher at its most steps" if has_steps else "teacher"
-        axis.axhline(statistics.mean(teacher), color="0.6", linestyle="--", label=label)
+        axis.axhline(
+            statistics.mean(teacher), color="0.6", linestyle="--", label=label
+        )
     figure.legend(loc="outside right upper", frameon=False)
     name = f"{suite.chart} at the fewest NFE" if has_steps else suite.chart
-    axis.set(xscale="log", yscale="log", xlabel="seconds for an update of the student", ylabel=name)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="seconds for an update of the student",
+        ylabel=name,
+    )
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
 

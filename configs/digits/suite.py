@@ -92,7 +92,9 @@ def phased():
     """Two experts of two steps each; the phases share the student's updates."""
     method = PhasedDMD(critic_steps=CRITICS, student_times=FOUR)
     role = lambda name: (
-        Role(optimizer=ADVERSARY) if name.startswith("fake") else Role(optimizer=GENERATOR)
+        Role(optimizer=ADVERSARY)
+        if name.startswith("fake")
+        else Role(optimizer=GENERATOR)
     )
     return method, CRITICS, {name: role(name) for name in method.inits}
 
@@ -118,7 +120,9 @@ def flash():
 
 def lora(name, **fields):
     """The fake score is an adapter on the teacher, its first update joint with the student's."""
-    fake = Role(lora=Lora(rank=16, alpha=32.0), optimizer=Optimizer(lr=2e-3, b1=0.0, b2=0.99))
+    fake = Role(
+        lora=Lora(rank=16, alpha=32.0), optimizer=Optimizer(lr=2e-3, b1=0.0, b2=0.99)
+    )
     return matching(name, roles=dict(fake=fake), **fields)
 
 
@@ -160,7 +164,9 @@ def embedding():
 
 
 VARIANTS = {
-    "swiftbrush": lambda: lora(SwiftBrush, guidance=1.0, fake_guidance=1.0, student_times=FOUR),
+    "swiftbrush": lambda: lora(
+        SwiftBrush, guidance=1.0, fake_guidance=1.0, student_times=FOUR
+    ),
     "snoopi": lambda: lora(
         PGSB,
         guidance=Random(low=0.5, high=2.0),
@@ -192,7 +198,9 @@ VARIANTS = {
     ),
     "phased_dmd": phased,
     "flash_dmd": flash,
-    "twinflow": lambda: trajectory(TunedTwinFlow, training_guidance=0.0, student=two_times()),
+    "twinflow": lambda: trajectory(
+        TunedTwinFlow, training_guidance=0.0, student=two_times()
+    ),
     "consistency": lambda: trajectory(
         Consistency, levels=33, huber=0.03, student_times=(1.0, 0.75, 0.5, 0.25)
     ),
@@ -200,9 +208,13 @@ VARIANTS = {
         SCM,
         tangent_warmup=200,
         student_times=(1.5707963, 1.2490458, 0.7853982, 0.3217506),
-        roles=dict(weight=Role(model=TimeWeight(), optimizer=Optimizer(lr=1e-4, b2=0.99))),
+        roles=dict(
+            weight=Role(model=TimeWeight(), optimizer=Optimizer(lr=1e-4, b2=0.99))
+        ),
     ),
-    "meanflow": lambda: trajectory(MeanFlowDistillation, flow_share=0.5, student=two_times()),
+    "meanflow": lambda: trajectory(
+        MeanFlowDistillation, flow_share=0.5, student=two_times()
+    ),
     "progressive": lambda: trajectory(Progressive, teacher_steps=32),
     "reflow": lambda: trajectory(Reflow, batches=60, solver_steps=25),
 }

@@ -25,7 +25,9 @@ STEPS = 1000
 DATA = dict(length=96, batch_size=32)
 TEACHER = dict(dim=144, mlp=384, heads=6, depth=4)
 STUDENT = dict(dim=64, mlp=160, heads=4, depth=2)
-OPTIMIZER = Optimizer(lr=2e-3, schedule="cosine", warmup=30, final=0.1, weight_decay=0.01)
+OPTIMIZER = Optimizer(
+    lr=2e-3, schedule="cosine", warmup=30, final=0.1, weight_decay=0.01
+)
 
 
 def network(sizes: dict):
@@ -48,12 +50,19 @@ def get_config():
         steps=STEPS,
         runs=dict(teacher=train(1200, TEACHER), baseline=train(STEPS, STUDENT)),
         data=Text(**DATA),
-        method=GKD(divergence=JensenShannon(beta=0.0), on_policy=0.2, prompt_length=16),
+        method=GKD(
+            divergence=JensenShannon(beta=0.0), on_policy=0.2, prompt_length=16
+        ),
         roles=dict(
-            teacher=Role(init="@teacher"), student=Role(model=network(STUDENT), optimizer=OPTIMIZER)
+            teacher=Role(init="@teacher"),
+            student=Role(model=network(STUDENT), optimizer=OPTIMIZER),
         ),
         evaluation=TextEval(),
         claim=dict(
-            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=1.0
+            metric="perplexity",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=1.0,
         ),
     )

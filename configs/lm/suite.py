@@ -45,7 +45,9 @@ def methods(**writing):
         "forward_kl": language(KD, divergence=ForwardKL()),
         "reverse_kl": language(KD, divergence=ReverseKL()),
         "jsd": language(KD, divergence=JensenShannon()),
-        "gkd": language(GKD, divergence=JensenShannon(beta=0.9), on_policy=1.0, **writing),
+        "gkd": language(
+            GKD, divergence=JensenShannon(beta=0.9), on_policy=1.0, **writing
+        ),
         "tsd_kd": language(
             TSDKD, candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing
         ),
@@ -65,10 +67,16 @@ OLD = dict(
 def get_config(method="gkd"):
     chosen = lookup(VARIANTS, method, "variant")()
     lr = 3e-4 if method in REINFORCED else 1e-3
-    roles = dict(student=Role(init="runs/lm/start_0", optimizer=Optimizer(lr=lr, warmup=10)))
+    roles = dict(
+        student=Role(init="runs/lm/start_0", optimizer=Optimizer(lr=lr, warmup=10))
+    )
     roles |= OLD if method in REINFORCED else {}
     roles |= dict(reference=Role(init="runs/lm/start_0")) if method == "grpo" else {}
-    roles |= dict(teacher=Role(init="runs/lm/teacher_0")) if method not in ("sft", "grpo") else {}
+    roles |= (
+        dict(teacher=Role(init="runs/lm/teacher_0"))
+        if method not in ("sft", "grpo")
+        else {}
+    )
     return experiment(
         steps=STEPS,
         data=carry.data(ROWS // GROUP if method in REINFORCED else ROWS),

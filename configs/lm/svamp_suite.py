@@ -41,7 +41,9 @@ def get_config(variant="step_by_step"):
         roles=dict(
             student=Role(
                 model=model,
-                optimizer=Optimizer(lr=2e-3, schedule="cosine", warmup=20, weight_decay=0.1),
+                optimizer=Optimizer(
+                    lr=2e-3, schedule="cosine", warmup=20, weight_decay=0.1
+                ),
             )
         ),
         evaluation=TextEval(samples=198, batch=66),

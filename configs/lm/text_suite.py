@@ -27,9 +27,14 @@ ROWS = 16
 LENGTH = 64
 PROMPT = 16  # bytes that a student goes on from
 REWARDED = ("paced", *REINFORCED)
-SHARED = {"teacher": lambda: train(800, TEACHER), "start": lambda: train(300, STUDENT)}
+SHARED = {
+    "teacher": lambda: train(800, TEACHER),
+    "start": lambda: train(300, STUDENT),
+}
 VARIANTS = {
-    name: made for name, made in methods(prompt_length=PROMPT).items() if name not in REWARDED
+    name: made
+    for name, made in methods(prompt_length=PROMPT).items()
+    if name not in REWARDED
 }
 
 
@@ -37,13 +42,17 @@ def get_config(method="gkd"):
     variant = lookup(SHARED | VARIANTS, method, "variant")
     if method in SHARED:
         return variant()
-    teacher = dict(teacher=Role(init="runs/text/teacher_0")) if method != "sft" else {}
+    teacher = (
+        dict(teacher=Role(init="runs/text/teacher_0")) if method != "sft" else {}
+    )
     return experiment(
         steps=STEPS,
         data=Text(length=LENGTH, batch_size=ROWS),
         method=variant(),
         roles=dict(
-            student=Role(init="runs/text/start_0", optimizer=Optimizer(lr=1e-3, warmup=10)),
+            student=Role(
+                init="runs/text/start_0", optimizer=Optimizer(lr=1e-3, warmup=10)
+            ),
             **teacher,
         ),
         evaluation=TextEval(prompt_length=PROMPT),

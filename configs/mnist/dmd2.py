@@ -48,7 +48,8 @@ def get_config():
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(
-                optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20), ema=Ema(rate=0.98)
+                optimizer=Optimizer(lr=2e-4, b1=0.0, b2=0.99, warmup=20),
+                ema=Ema(rate=0.98),
             ),
             fake=Role(optimizer=Optimizer(lr=4e-4, b1=0.0, b2=0.99, warmup=20)),
             disc=Role(
@@ -58,6 +59,10 @@ def get_config():
         ),
         evaluation=ImageEval(student_steps=(1,), teacher_steps=(50, 1), **EVALUATION),
         claim=dict(
-            metric="frechet", model="student@1", baseline="teacher@1", better="lower", ratio=0.4
+            metric="frechet",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=0.4,
         ),
     )

@@ -45,7 +45,9 @@ QWEN3_8B = dict(dim=4096, mlp=12288, heads=32, depth=36, **QWEN3)
 TEXT = {
     f"{c}/{k}": v
     for c in ("cond", "null_cond")
-    for k, v in dict(text="normal 77 2048", pooled="normal 1280", size="normal 6").items()
+    for k, v in dict(
+        text="normal 77 2048", pooled="normal 1280", size="normal 6"
+    ).items()
 }
 
 

@@ -39,7 +39,9 @@ def get_config():
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 param_dtype="bfloat16",
             ),
-            student=Role(optimizer=Optimizer(lr=8e-6), ema=Ema(rate=0.95, warmup=False)),
+            student=Role(
+                optimizer=Optimizer(lr=8e-6), ema=Ema(rate=0.95, warmup=False)
+            ),
         ),
         checkpoint_every=5_000,
         log_every=100,

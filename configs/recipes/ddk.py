@@ -47,7 +47,9 @@ def get_config():
             teacher=Role(model=LM(**LLAMA_8B), param_dtype="bfloat16"),
             student=Role(
                 model=LM(**LLAMA_1B),
-                optimizer=Optimizer(lr=3e-5, schedule="cosine", warmup=1000, final=0.1),
+                optimizer=Optimizer(
+                    lr=3e-5, schedule="cosine", warmup=1000, final=0.1
+                ),
             ),
         ),
         checkpoint_every=INTERVAL + MEASURES,

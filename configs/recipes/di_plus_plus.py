@@ -37,7 +37,9 @@ def get_config():
     return experiment(
         steps=50_000,
         data=GroupedRecords(batch_size=64),
-        method=DIPlusPlus(process=PROCESS, fake_target="eps", guidance=4.5, reward_weight=1.0),
+        method=DIPlusPlus(
+            process=PROCESS, fake_target="eps", guidance=4.5, reward_weight=1.0
+        ),
         roles=dict(
             teacher=Role(
                 model=UNet(**SD15),

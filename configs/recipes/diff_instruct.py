@@ -31,7 +31,8 @@ def get_config():
         roles=dict(
             teacher=TEACHER,
             student=Role(
-                optimizer=MEANS, ema=HalfLifeEma(half_life=500_000.0, batch=128, ramp=0.05)
+                optimizer=MEANS,
+                ema=HalfLifeEma(half_life=500_000.0, batch=128, ramp=0.05),
             ),
             fake=Role(optimizer=MEANS),
         ),

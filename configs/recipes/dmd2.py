@@ -24,7 +24,11 @@ from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.models.denoisers.edm import DhariwalUNet
 from jaxdistill.models.heads import Discriminator
 
-RECORD = {"x": "normal 64 64 3", "cond": "integers 1000", "null_cond": "constant 1000"}
+RECORD = {
+    "x": "normal 64 64 3",
+    "cond": "integers 1000",
+    "null_cond": "constant 1000",
+}
 ADM = dict(
     size=64,
     width=192,

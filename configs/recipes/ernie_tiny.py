@@ -35,7 +35,9 @@ def get_config():
                 model=BertClassifier(dim=312, mlp=1200, depth=4, **BERT),
                 optimizer=OPTIMIZER,
             ),
-            projection=Role(model=Projection(inputs=312, outputs=768), optimizer=OPTIMIZER),
+            projection=Role(
+                model=Projection(inputs=312, outputs=768), optimizer=OPTIMIZER
+            ),
         ),
         checkpoint_every=5000,
     )

@@ -39,7 +39,9 @@ def reward(variant: str, function: str = "last_number"):
     return lookup({"": Exact(), "verified": verified}, variant, "variant")
 
 
-def improve(method, student, *, prompts, prompt_length, response_length, steps, **roles):
+def improve(
+    method, student, *, prompts, prompt_length, response_length, steps, **roles
+):
     return experiment(
         steps=steps,
         data=PaddedJson(
@@ -50,7 +52,9 @@ def improve(method, student, *, prompts, prompt_length, response_length, steps, 
         method=method,
         roles=dict(
             student=Role(model=student, optimizer=Optimizer(lr=1e-6)),
-            old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)),  # it only copies: no moments
+            old=Role(
+                optimizer=Optimizer(algorithm="sgd", clip=0.0)
+            ),  # it only copies: no moments
             **roles,
         ),
         checkpoint_every=50,

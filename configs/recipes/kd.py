@@ -27,10 +27,19 @@ LLAMA3 = dict(
 )
 LLAMA_8B = dict(dim=4096, mlp=14336, heads=32, kv_heads=8, depth=32, **LLAMA3)
 LLAMA_1B = dict(
-    dim=2048, mlp=8192, heads=32, kv_heads=8, head_dim=64, depth=16, tied=True, **LLAMA3
+    dim=2048,
+    mlp=8192,
+    heads=32,
+    kv_heads=8,
+    head_dim=64,
+    depth=16,
+    tied=True,
+    **LLAMA3,
 )
 PACKED = PackedJson(length=4096, batch_size=64)
-PROMPTS = PaddedJson(prompt_length=512, response_length=512, batch_size=64)  # for those that write
+PROMPTS = PaddedJson(
+    prompt_length=512, response_length=512, batch_size=64
+)  # for those that write
 
 
 def distil(method, data=PACKED, **role):
@@ -44,7 +53,12 @@ def distil(method, data=PACKED, **role):
             student=Role(
                 model=LM(**LLAMA_1B),
                 optimizer=Optimizer(
-                    lr=1e-5, b2=0.95, weight_decay=0.1, schedule="cosine", warmup=200, final=0.1
+                    lr=1e-5,
+                    b2=0.95,
+                    weight_decay=0.1,
+                    schedule="cosine",
+                    warmup=200,
+                    final=0.1,
                 ),
                 **role,
             ),

@@ -50,7 +50,9 @@ def get_config(variant=""):
         shares=(50.0, 20.0, 200.0) if variant else (0.0, 20.0, 200.0),
     )
     model = DhariwalUNet(**{**ADM, "width": width, "head_dim": width // 3})
-    small = dict(model=model, denoiser=TEACHER.denoiser, init="fresh") if variant else {}
+    small = (
+        dict(model=model, denoiser=TEACHER.denoiser, init="fresh") if variant else {}
+    )
     return experiment(
         steps=270_000 if variant else 220_000,
         data=ArrayRecords(batch_size=CELLS * SHARE),

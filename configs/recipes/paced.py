@@ -55,7 +55,9 @@ def distil(method, teacher, student, *, prompt_length, response_length, stages):
         method=method,
         roles=dict(
             teacher=Role(param_dtype="bfloat16", model=teacher),
-            student=Role(model=student, optimizer=Optimizer(lr=1e-6, weight_decay=0.1)),
+            student=Role(
+                model=student, optimizer=Optimizer(lr=1e-6, weight_decay=0.1)
+            ),
         ),
         checkpoint_every=20,
     )
@@ -66,7 +68,11 @@ def get_config(variant=""):
     if variant == "self":
         model = Qwen2(**QWEN25_MATH_7B)
         method = SelfPaced(reward=reward("verified"), chunk=19008, **WRITING)
-        return distil(method, model, model, prompt_length=512, response_length=1536, stages=1)
+        return distil(
+            method, model, model, prompt_length=512, response_length=1536, stages=1
+        )
     method = Paced(reward=reward(variant), chunk=18992, **WRITING)
     teacher, student = (Qwen3(**{**size, **LONG}) for size in (QWEN3_14B, QWEN3_8B))
-    return distil(method, teacher, student, prompt_length=2048, response_length=8192, stages=2)
+    return distil(
+        method, teacher, student, prompt_length=2048, response_length=8192, stages=2
+    )

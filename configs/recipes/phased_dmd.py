@@ -68,10 +68,17 @@ def get_config(variant=""):
     )
     optimizer = lambda lr: Optimizer(lr=lr, b1=0.0, weight_decay=0.01, clip=1.0)
     adapter = lambda role: Role(
-        lora=Lora(rank=64, alpha=8.0, base=method.inits[role]), optimizer=optimizer(5e-5)
+        lora=Lora(rank=64, alpha=8.0, base=method.inits[role]),
+        optimizer=optimizer(5e-5),
     )
-    expert = (lambda role: Role(optimizer=optimizer(2e-6))) if variant == "released" else adapter
-    updates = 4000 if variant == "released" else 800  # of generators, over both phases
+    expert = (
+        (lambda role: Role(optimizer=optimizer(2e-6)))
+        if variant == "released"
+        else adapter
+    )
+    updates = (
+        4000 if variant == "released" else 800
+    )  # of generators, over both phases
     return experiment(
         steps=updates * method.critic_steps,
         data=ArrayRecords(batch_size=64),
@@ -79,7 +86,9 @@ def get_config(variant=""):
         roles={
             **dict.fromkeys(teacher_roles(method.teacher_bounds), wan),
             **{
-                role: expert(role) if role in method.exports else Role(optimizer=optimizer(4e-7))
+                role: expert(role)
+                if role in method.exports
+                else Role(optimizer=optimizer(4e-7))
                 for role in method.inits
             },
         },

@@ -31,7 +31,9 @@ def get_config():
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 param_dtype="bfloat16",
             ),
-            student=Role(optimizer=Optimizer(lr=1e-4, schedule="linear"), ema=Ema(rate=0.0)),
+            student=Role(
+                optimizer=Optimizer(lr=1e-4, schedule="linear"), ema=Ema(rate=0.0)
+            ),
         ),
         checkpoint_every=5_000,
         log_every=100,

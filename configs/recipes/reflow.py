@@ -31,7 +31,9 @@ def get_config():
                 denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
                 param_dtype="bfloat16",
             ),
-            student=Role(optimizer=Optimizer(lr=1e-4, warmup=5000), ema=Ema(rate=0.9999)),
+            student=Role(
+                optimizer=Optimizer(lr=1e-4, warmup=5000), ema=Ema(rate=0.9999)
+            ),
         ),
         checkpoint_every=10_000,
         log_every=100,

@@ -27,9 +27,10 @@ from jaxdistill.models.autoencoders.vae import VAE
 from jaxdistill.models.vision.clip import ClipVisionProjected
 
 SD15 = dict(**COMMON, heads=(8, 8, 8, 8), text_dim=768, matrices=False)
-RECORD = {f"{group}/text": "normal 77 768" for group in ("cond", "null_cond", "negative_cond")} | {
-    "text_embed": "normal 768"
-}
+RECORD = {
+    f"{group}/text": "normal 77 768"
+    for group in ("cond", "null_cond", "negative_cond")
+} | {"text_embed": "normal 768"}
 VARIANTS = {
     "": (ClippedNasaT, SD15, 60_000),
     "pgsb": (ClippedPGSB, SD15, 60_000),

@@ -48,7 +48,8 @@ def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
                 param_dtype="bfloat16",
             ),
             student=Role(
-                optimizer=Optimizer(lr=1e-6, weight_decay=weight_decay), ema=CopyEma(rate=0.9999)
+                optimizer=Optimizer(lr=1e-6, weight_decay=weight_decay),
+                ema=CopyEma(rate=0.9999),
             ),
             fake=Role(
                 lora=Lora(rank=64, alpha=alpha, targets=r".*attn[12]/to_[qv]/kernel"),

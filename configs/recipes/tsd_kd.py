@@ -20,10 +20,24 @@ from jaxdistill.models.language.qwen import Qwen2
 
 QWEN25 = dict(rope_theta=1e6, max_length=4096, dtype="bfloat16", remat="full")
 QWEN25_14B = dict(
-    dim=5120, mlp=13824, heads=40, kv_heads=8, depth=48, norm_eps=1e-5, vocab=152064, **QWEN25
+    dim=5120,
+    mlp=13824,
+    heads=40,
+    kv_heads=8,
+    depth=48,
+    norm_eps=1e-5,
+    vocab=152064,
+    **QWEN25,
 )
 QWEN25_1B5 = dict(
-    dim=1536, mlp=8960, heads=12, kv_heads=2, depth=28, tied=True, vocab=151936, **QWEN25
+    dim=1536,
+    mlp=8960,
+    heads=12,
+    kv_heads=2,
+    depth=28,
+    tied=True,
+    vocab=151936,
+    **QWEN25,
 )
 
 

@@ -46,7 +46,9 @@ def roles():
     critic = dataclasses.replace(ADAM, clip_value=1.0)
     return dict(
         teacher=TEACHER,
-        student=Role(optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)),
+        student=Role(
+            optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)
+        ),
         fake=Role(optimizer=critic),
         disc=Role(
             model=Discriminator(dim=256, width=256, classes=10),

@@ -37,7 +37,11 @@ def get_config():
         ),
         evaluation=PointEval(student_steps=(1, 2), teacher_steps=(50, 2, 1)),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+            metric="energy",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=0.1,
         ),
         checkpoint_every=2000,
     )

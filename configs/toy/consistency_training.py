@@ -51,7 +51,11 @@ def get_config():
         roles=dict(student=STUDENT),
         evaluation=PointEval(student_steps=(1, 2)),
         claim=dict(
-            metric="energy", model="student@1", baseline="flow@1", better="lower", ratio=0.1
+            metric="energy",
+            model="student@1",
+            baseline="flow@1",
+            better="lower",
+            ratio=0.1,
         ),
         checkpoint_every=2000,
     )

@@ -42,6 +42,12 @@ def get_config():
     return train(
         CrossTokenizerKD(),
         dict(baseline=train(SFT())),
-        dict(metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98),
+        dict(
+            metric="perplexity",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.98,
+        ),
         teacher=Role(init="exact"),
     )

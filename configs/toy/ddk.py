@@ -58,7 +58,10 @@ def distil(smoothing: float, runs=None, **rest):
             measures=MEASURES,
             smoothing=smoothing,
         ),
-        roles=dict(teacher=Role(init="@teacher"), student=Role(init="@start", optimizer=OPTIMIZER)),
+        roles=dict(
+            teacher=Role(init="@teacher"),
+            student=Role(init="@start", optimizer=OPTIMIZER),
+        ),
         evaluation=EVAL,
         **rest,
     )
@@ -69,6 +72,10 @@ def get_config():
         0.5,
         dict(baseline=distil(0.0)),
         claim=dict(
-            metric="max_ratio", model="student", baseline="baseline", better="lower", ratio=0.98
+            metric="max_ratio",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.98,
         ),
     )

@@ -38,7 +38,9 @@ def distil(reward_weight, **rest):
             teacher=Role(init="exact"),
             reward=Role(model=Direction()),
             student=Role(
-                **net, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+                **net,
+                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+                ema=Ema(rate=0.99),
             ),
             fake=Role(**net, optimizer=Optimizer(lr=1e-3, b1=0.0)),
         ),
@@ -53,6 +55,10 @@ def get_config():
         0.04,
         runs=dict(unrewarded=distil(0.0)),
         claim=dict(
-            metric="regret", model="student@1", baseline="unrewarded@1", better="lower", ratio=0.6
+            metric="regret",
+            model="student@1",
+            baseline="unrewarded@1",
+            better="lower",
+            ratio=0.6,
         ),
     )

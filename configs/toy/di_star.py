@@ -29,7 +29,10 @@ def distil(reward_weight, **rest):
         data=Mixture(seed=0, labelled=False),
         method=DIStar(critic_steps=2, reward_weight=reward_weight),
         roles=dict(
-            teacher=Role(init="exact"), reward=Role(model=Direction()), student=STUDENT, fake=FAKE
+            teacher=Role(init="exact"),
+            reward=Role(model=Direction()),
+            student=STUDENT,
+            fake=FAKE,
         ),
         evaluation=RegretEval(student_steps=(1,), teacher_steps=(50, 1)),
         checkpoint_every=3000,
@@ -42,6 +45,10 @@ def get_config():
         15.0,
         runs=dict(unrewarded=distil(0.0)),
         claim=dict(
-            metric="regret", model="student@1", baseline="unrewarded@1", better="lower", ratio=0.8
+            metric="regret",
+            model="student@1",
+            baseline="unrewarded@1",
+            better="lower",
+            ratio=0.8,
         ),
     )

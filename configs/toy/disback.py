@@ -28,7 +28,10 @@ from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "no path: the host alone": ("claim.model=baseline@1",),
-    "a shorter path (not in the paper)": ("method.record_every=20", "method.interval=100"),
+    "a shorter path (not in the paper)": (
+        "method.record_every=20",
+        "method.interval=100",
+    ),
 }
 DATA = Mixture(seed=0, modes=8, std=0.05, labelled=False)
 EVALUATION = PointEval(student_steps=(1,), teacher_steps=(50, 1))
@@ -43,7 +46,9 @@ def pretrain():
         ema=Ema(rate=0.99),
     )
     method = FlowMatching(times=Uniform(), label_dropout=0.0)
-    return experiment(steps=3000, data=DATA, method=method, roles=dict(student=student))
+    return experiment(
+        steps=3000, data=DATA, method=method, roles=dict(student=student)
+    )
 
 
 def distil(method, runs=None, roles=None, **rest):
@@ -54,7 +59,8 @@ def distil(method, runs=None, roles=None, **rest):
         roles=dict(
             teacher=Role(init="@teacher"),
             student=Role(
-                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+                ema=Ema(rate=0.99),
             ),
             fake=Role(optimizer=Optimizer(lr=1e-3, b1=0.0)),
             **(roles or {}),
@@ -78,6 +84,10 @@ def get_config():
         runs=dict(baseline=distil(host)),
         roles=dict(path=Role(init="teacher", bank=6)),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+            metric="energy",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=0.1,
         ),
     )

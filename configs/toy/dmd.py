@@ -33,7 +33,9 @@ def distil(regression_weight, **rest):
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                **net, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+                **net,
+                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+                ema=Ema(rate=0.99),
             ),
             fake=Role(**net, optimizer=Optimizer(lr=5e-4, b1=0.0)),
         ),
@@ -48,6 +50,10 @@ def get_config():
         0.25,
         runs=dict(unpaired=distil(0.0)),
         claim=dict(
-            metric="mode_kl", model="student@1", baseline="unpaired@1", better="lower", ratio=0.7
+            metric="mode_kl",
+            model="student@1",
+            baseline="unpaired@1",
+            better="lower",
+            ratio=0.7,
         ),
     )

@@ -48,13 +48,19 @@ def get_config():
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                **net, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+                **net,
+                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+                ema=Ema(rate=0.99),
             ),
             fake=Role(**net, optimizer=Optimizer(lr=1e-3, b1=0.0)),
         ),
         evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@99", better="lower", ratio=0.77
+            metric="energy",
+            model="student@1",
+            baseline="teacher@99",
+            better="lower",
+            ratio=0.77,
         ),
         checkpoint_every=1000,
     )

@@ -45,7 +45,12 @@ def trained(
     **roles,
 ):
     return experiment(
-        steps=steps, runs=runs or {}, data=data, method=method, roles=roles, evaluation=evaluation
+        steps=steps,
+        runs=runs or {},
+        data=data,
+        method=method,
+        roles=roles,
+        evaluation=evaluation,
     )
 
 
@@ -82,10 +87,16 @@ def get_config(variant=""):
             pretrained=Role(init="@pretrained"),
             teacher=Role(init="@teacher"),
             student=Role(model=STUDENT, optimizer=OPTIMIZER),
-            projection=Role(model=Projection(inputs=32, outputs=64), optimizer=OPTIMIZER),
+            projection=Role(
+                model=Projection(inputs=32, outputs=64), optimizer=OPTIMIZER
+            ),
         ),
         evaluation=EVAL,
         claim=dict(
-            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.02
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.02,
         ),
     )

@@ -34,15 +34,20 @@ def distil(divergence, **rest):
     return experiment(
         steps=3000,
         data=Mixture(seed=0, labelled=False, modes=16, std=0.05),
-        method=FDistill(divergence=divergence, critic_steps=3, gan_weight=1e-3, disc_weight=1.0),
+        method=FDistill(
+            divergence=divergence, critic_steps=3, gan_weight=1e-3, disc_weight=1.0
+        ),
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                **net, optimizer=Optimizer(lr=1e-3, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+                **net,
+                optimizer=Optimizer(lr=1e-3, b1=0.0, schedule="cosine"),
+                ema=Ema(rate=0.99),
             ),
             fake=Role(**net, optimizer=Optimizer(lr=2e-3, b1=0.0)),
             disc=Role(
-                model=Discriminator(taps=1, dim=WIDTH), optimizer=Optimizer(lr=2e-3, b1=0.0)
+                model=Discriminator(taps=1, dim=WIDTH),
+                optimizer=Optimizer(lr=2e-3, b1=0.0),
             ),
         ),
         evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
@@ -56,6 +61,10 @@ def get_config():
         "js",
         runs=dict(reverse_kl=distil("reverse_kl")),
         claim=dict(
-            metric="mode_kl", model="student@1", baseline="reverse_kl@1", better="lower", ratio=1.0
+            metric="mode_kl",
+            model="student@1",
+            baseline="reverse_kl@1",
+            better="lower",
+            ratio=1.0,
         ),
     )

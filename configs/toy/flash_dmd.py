@@ -33,7 +33,10 @@ from jaxdistill.models.vision.judges import Identity, PointFeatures
 ABLATIONS = {
     "no GAN": ("method.gan_weight=0",),
     "fake score keeps to itself": ("method.injection=1.0",),
-    "both losses at every step": ("method.match_steps=(0,1,2,3)", "method.gan_steps=(0,1,2,3)"),
+    "both losses at every step": (
+        "method.match_steps=(0,1,2,3)",
+        "method.gan_steps=(0,1,2,3)",
+    ),
 }
 TIMES = (
     0.999,
@@ -47,7 +50,9 @@ RINGS = dict(seed=0, labelled=False, batch_size=128)
 DATA = Rings(**RINGS)
 EVALUATION = TextureEval(samples=4000, student_steps=(4,), teacher_steps=(50,))
 STUDENT = Role(
-    init="@start", optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.995)
+    init="@start",
+    optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+    ema=Ema(rate=0.995),
 )
 FAKE = Role(init="@start", optimizer=Optimizer(lr=1e-3, b1=0.0))
 CRITIC = Optimizer(lr=1e-3, b1=0.0)
@@ -107,6 +112,10 @@ def get_config():
         ),
         evaluation=EVALUATION,
         claim=dict(
-            metric="energy", model="student@4", baseline="dmd2@4", better="lower", ratio=1.0
+            metric="energy",
+            model="student@4",
+            baseline="dmd2@4",
+            better="lower",
+            ratio=1.0,
         ),
     )

@@ -43,16 +43,24 @@ def stages(steps: int, **method):
             fake=FAKE,
             disc=Role(model=Heads(dims=(128, 128, 128)), optimizer=CRITIC),
         ),
-        evaluation=DirectionEval(samples=4000, student_steps=(4,), teacher_steps=(50,)),
+        evaluation=DirectionEval(
+            samples=4000, student_steps=(4,), teacher_steps=(50,)
+        ),
     )
 
 
 def get_config():
-    alone = experiment(runs=dict(start=start()), **stages(1800, rl_share=1 / 3, rl_steps=1_000_000))
+    alone = experiment(
+        runs=dict(start=start()), **stages(1800, rl_share=1 / 3, rl_steps=1_000_000)
+    )
     return experiment(
         runs=dict(start=start(), alone=alone),
         claim=dict(
-            metric="energy", model="student@4", baseline="alone@4", better="lower", ratio=0.5
+            metric="energy",
+            model="student@4",
+            baseline="alone@4",
+            better="lower",
+            ratio=0.5,
         ),
         **stages(1800, rl_share=1 / 3),
     )

@@ -41,7 +41,10 @@ def distil(method, runs=None, **rest):
         runs=dict(start=start(), **(runs or {})),
         data=Markov(**DATA),
         method=method,
-        roles=dict(teacher=Role(init="exact"), student=Role(init="@start", optimizer=OPTIMIZER)),
+        roles=dict(
+            teacher=Role(init="exact"),
+            student=Role(init="@start", optimizer=OPTIMIZER),
+        ),
         evaluation=TextEval(prompt_length=8),
         **rest,
     )

@@ -27,7 +27,10 @@ def train(steps: int):
         data=Recall(batch_size=64),
         method=SFT(),
         roles=dict(
-            student=Role(model=model, optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20))
+            student=Role(
+                model=model,
+                optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
+            )
         ),
         evaluation=TextEval(),
     )
@@ -37,7 +40,9 @@ def improve(method, *, lr=1e-3, runs=None, roles=None, **rest):
     """A student from `start`, with 16 prompts a step."""
     own = dict(
         student=Role(init="@start", optimizer=Optimizer(lr=lr, warmup=10)),
-        old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)),  # it only copies: no moments
+        old=Role(
+            optimizer=Optimizer(algorithm="sgd", clip=0.0)
+        ),  # it only copies: no moments
     )
     return experiment(
         steps=400,
@@ -61,6 +66,10 @@ def get_config():
         runs=dict(baseline=train(12)),
         roles=dict(reference=Role(init="@start")),
         claim=dict(
-            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.3,
         ),
     )

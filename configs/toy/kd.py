@@ -43,6 +43,10 @@ def get_config():
         roles=dict(teacher=Role(init="exact"), student=STUDENT),
         evaluation=TextEval(),
         claim=dict(
-            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+            metric="perplexity",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.98,
         ),
     )

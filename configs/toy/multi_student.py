@@ -65,7 +65,9 @@ def distil(cells: int, kind=Consecutive, runs=None, **rest):
                 optimizer=Optimizer(lr=1e-3, b1=0.0, schedule="cosine"),
                 ema=Ema(rate=0.99),
             ),
-            fake=Role(init="student", bank=cells, optimizer=Optimizer(lr=2e-3, b1=0.0)),
+            fake=Role(
+                init="student", bank=cells, optimizer=Optimizer(lr=2e-3, b1=0.0)
+            ),
             disc=Role(
                 model=Discriminator(dim=WIDTH, width=WIDTH, classes=CLASSES),
                 bank=cells,

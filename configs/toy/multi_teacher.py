@@ -33,7 +33,9 @@ def specialist(*weights: float):
         steps=300,
         data=Chains(weights=weights, **DATA),
         method=SFT(),
-        roles=dict(student=Role(model=network(dim=64, mlp=128, depth=2), optimizer=OPTIMIZER)),
+        roles=dict(
+            student=Role(model=network(dim=64, mlp=128, depth=2), optimizer=OPTIMIZER)
+        ),
         evaluation=EVAL,
     )
 
@@ -41,7 +43,9 @@ def specialist(*weights: float):
 def distil(method, runs=None, **rest):
     return experiment(
         steps=400,
-        runs=dict(first=specialist(1.0, 0.0), second=specialist(0.0, 1.0), **(runs or {})),
+        runs=dict(
+            first=specialist(1.0, 0.0), second=specialist(0.0, 1.0), **(runs or {})
+        ),
         data=Chains(**DATA),
         method=method,
         roles=dict(
@@ -59,6 +63,10 @@ def get_config():
         RoutedKD(),
         dict(baseline=distil(EnsembleKD())),
         claim=dict(
-            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.95
+            metric="perplexity",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.95,
         ),
     )

@@ -58,5 +58,11 @@ def paced(runs=None, claim=None, **exponents):
 def get_config():
     return paced(
         dict(baseline=paced(a=0.0, b=0.0)),
-        dict(metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.1),
+        dict(
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.1,
+        ),
     )

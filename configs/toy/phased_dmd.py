@@ -42,14 +42,18 @@ def pretrain():
         ema=Ema(rate=0.99),
     )
     method = FlowMatching(times=Uniform(), label_dropout=0.0)
-    return experiment(steps=3000, data=DATA, method=method, roles=dict(student=student))
+    return experiment(
+        steps=3000, data=DATA, method=method, roles=dict(student=student)
+    )
 
 
 def distil(*phase_steps: int, runs=None, **rest):
     method = PhasedDMD(phase_steps=phase_steps)
     rate = lambda role: 1e-3 if role.startswith("fake") else 2e-4
     optimizer = lambda role: Optimizer(
-        lr=rate(role), b1=0.0, schedule="constant" if role.startswith("fake") else "cosine"
+        lr=rate(role),
+        b1=0.0,
+        schedule="constant" if role.startswith("fake") else "cosine",
     )
     return experiment(
         steps=4000,

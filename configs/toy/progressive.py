@@ -31,9 +31,15 @@ def get_config():
                 ema=Ema(rate=0.995),
             ),
         ),
-        evaluation=PointEval(student_steps=(1,), teacher_steps=(32, 1), solver="ddim"),
+        evaluation=PointEval(
+            student_steps=(1,), teacher_steps=(32, 1), solver="ddim"
+        ),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+            metric="energy",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=0.1,
         ),
         checkpoint_every=2000,
     )

@@ -35,7 +35,9 @@ def train(steps: int, **sizes):
 def get_config():
     return experiment(
         steps=200,
-        runs=dict(teacher=train(800, depth=4, mlp=128), baseline=train(200, depth=2, mlp=64)),
+        runs=dict(
+            teacher=train(800, depth=4, mlp=128), baseline=train(200, depth=2, mlp=64)
+        ),
         data=Markov(**DATA),
         method=PruneThenDistil(
             depth=2,
@@ -46,6 +48,10 @@ def get_config():
         roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
         evaluation=TextEval(),
         claim=dict(
-            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+            metric="perplexity",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.98,
         ),
     )

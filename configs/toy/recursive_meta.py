@@ -39,5 +39,11 @@ def get_config():
     return distil(
         0.3,
         dict(baseline=distil(0.0)),
-        claim=dict(metric="kl", model="student", baseline="baseline", better="lower", ratio=0.85),
+        claim=dict(
+            metric="kl",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.85,
+        ),
     )

@@ -21,6 +21,10 @@ def get_config():
         runs=dict(teacher=train(40), baseline=improve(GRPO(**METHOD))),
         roles=dict(teacher=Role(init="@teacher")),
         claim=dict(
-            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.3,
         ),
     )

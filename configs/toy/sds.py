@@ -29,7 +29,9 @@ NET = dict(model=MLP(), denoiser=Denoiser(), init="fresh")
 
 def distil(method, roles, **rest):
     student = Role(
-        **NET, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+        **NET,
+        optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+        ema=Ema(rate=0.99),
     )
     return experiment(
         steps=2000,

@@ -20,7 +20,10 @@ from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import lookup
 from jaxdistill.data.digits import LabelledDigits
 from jaxdistill.evals.labels import LabelEval
-from jaxdistill.methods.language.self_distillation import EstimatedAlpha, SelfDistillation
+from jaxdistill.methods.language.self_distillation import (
+    EstimatedAlpha,
+    SelfDistillation,
+)
 from jaxdistill.models.vision.perceptron import Perceptron
 
 ROUND = 400
@@ -49,7 +52,13 @@ def distil(
 
 def get_config(variant=""):
     """`variant`: estimated, alpha from held-out samples; pure, no labels after the first round."""
-    claim = dict(metric="brier", model="student", baseline="baseline", better="lower", ratio=0.97)
+    claim = dict(
+        metric="brier",
+        model="student",
+        baseline="baseline",
+        better="lower",
+        ratio=0.97,
+    )
     against = dict(runs=dict(baseline=distil(rounds=1)), claim=claim)
     variants = {
         "": dict(alpha=0.3, **against),

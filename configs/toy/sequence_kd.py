@@ -19,6 +19,10 @@ def get_config():
         SequenceKD(**WRITING),
         runs=dict(baseline=train(200)),
         claim=dict(
-            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.3
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.3,
         ),
     )

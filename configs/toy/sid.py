@@ -22,8 +22,12 @@ ABLATIONS = {
     "exact gradient: alpha 0.5": ("method.alpha=0.5",),
     "alpha 1": ("method.alpha=1.0",),
 }
-NET = dict(model=MLP(), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh")
-STUDENT = Role(**NET, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99))
+NET = dict(
+    model=MLP(), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh"
+)
+STUDENT = Role(
+    **NET, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+)
 FAKE = Role(**NET, optimizer=Optimizer(lr=1e-3, b1=0.0))
 
 
@@ -36,7 +40,11 @@ def distil(method, **rest):
         roles=dict(teacher=Role(init="exact"), student=STUDENT, fake=FAKE),
         evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+            metric="energy",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=0.1,
         ),
         checkpoint_every=4000,
         **rest,

@@ -22,7 +22,10 @@ from jaxdistill.evals.points import PointEval
 from jaxdistill.methods.distribution.sida import SiDA
 from jaxdistill.models.heads import Discriminator
 
-ABLATIONS = {"no GAN: SiD": ("method.gan_weight=0",), "alpha 1": ("method.alpha=1.0",)}
+ABLATIONS = {
+    "no GAN: SiD": ("method.gan_weight=0",),
+    "alpha 1": ("method.alpha=1.0",),
+}
 
 
 def get_config():
@@ -35,12 +38,17 @@ def get_config():
             student=STUDENT,
             fake=FAKE,
             disc=Role(
-                model=Discriminator(taps=1, dim=128), optimizer=Optimizer(lr=1e-3, b1=0.0)
+                model=Discriminator(taps=1, dim=128),
+                optimizer=Optimizer(lr=1e-3, b1=0.0),
             ),
         ),
         evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
-            metric="stray", model="student@1", baseline="teacher@99", better="lower", ratio=0.2
+            metric="stray",
+            model="student@1",
+            baseline="teacher@99",
+            better="lower",
+            ratio=0.2,
         ),
         checkpoint_every=4000,
     )

@@ -80,14 +80,24 @@ def nasa():
         PGSB(),
         dict(
             teacher=Role(init="@teacher"),
-            student=Role(optimizer=Optimizer(lr=2e-4, schedule="cosine"), ema=CopyEma()),
+            student=Role(
+                optimizer=Optimizer(lr=2e-4, schedule="cosine"), ema=CopyEma()
+            ),
             fake=Role(
-                lora=Lora(rank=16, alpha=32.0, targets=r".*(to_.|up|down|proj_.*)/kernel"),
+                lora=Lora(
+                    rank=16, alpha=32.0, targets=r".*(to_.|up|down|proj_.*)/kernel"
+                ),
                 optimizer=Optimizer(lr=2e-3),
             ),
         ),
         runs=dict(teacher=teacher),
-        claim=dict(metric="unwanted", model="nasa1", baseline="student", better="lower", ratio=0.3),
+        claim=dict(
+            metric="unwanted",
+            model="nasa1",
+            baseline="student",
+            better="lower",
+            ratio=0.3,
+        ),
     )
 
 
@@ -98,7 +108,11 @@ def pgsb():
         runs=dict(fixed=swiftbrush.distil(fixed, roles=dict(fake=swiftbrush.fake()))),
         roles=dict(fake=swiftbrush.fake()),
         claim=dict(
-            metric="class_energy", model="student@1", baseline="fixed@1", better="lower", ratio=1.0
+            metric="class_energy",
+            model="student@1",
+            baseline="fixed@1",
+            better="lower",
+            ratio=1.0,
         ),
     )
 

@@ -40,7 +40,9 @@ def train(method, runs=None, joined=False, **rest):
                     depth=2,
                     max_length=16,
                 ),
-                optimizer=Optimizer(lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.1),
+                optimizer=Optimizer(
+                    lr=1e-3, schedule="cosine", warmup=50, weight_decay=0.1
+                ),
             )
         ),
         evaluation=TextEval(samples=1000, batch=1000),
@@ -58,6 +60,10 @@ def get_config(variant=""):
         StepByStep(),
         dict(baseline=train(SFT())),
         claim=dict(
-            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.05
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.05,
         ),
     )

@@ -22,7 +22,9 @@ from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
     "full weights for the fake score (not in the paper)": ("roles.fake.lora.rank=0",),
-    "no guidance of the fake score, DMD's choice (not in the paper)": ("method.fake_guidance=1.0",),
+    "no guidance of the fake score, DMD's choice (not in the paper)": (
+        "method.fake_guidance=1.0",
+    ),
 }
 DATA = dict(seed=0, batch_size=256)
 
@@ -54,10 +56,14 @@ def distil(method, runs=None, roles=None, **rest):
         method=method,
         roles=dict(
             teacher=Role(init="@teacher"),
-            student=Role(optimizer=Optimizer(lr=3e-4, schedule="cosine"), ema=CopyEma()),
+            student=Role(
+                optimizer=Optimizer(lr=3e-4, schedule="cosine"), ema=CopyEma()
+            ),
             **(roles or {}),
         ),
-        evaluation=LabelledPointEval(student_steps=(1,), teacher_steps=(50, 1), guidance=1.0),
+        evaluation=LabelledPointEval(
+            student_steps=(1,), teacher_steps=(50, 1), guidance=1.0
+        ),
         checkpoint_every=2000,
         **rest,
     )
@@ -76,6 +82,10 @@ def get_config():
         runs=dict(sds=distil(SDS())),
         roles=dict(fake=fake()),
         claim=dict(
-            metric="class_energy", model="student@1", baseline="sds@1", better="lower", ratio=0.2
+            metric="class_energy",
+            model="student@1",
+            baseline="sds@1",
+            better="lower",
+            ratio=0.2,
         ),
     )

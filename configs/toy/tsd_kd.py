@@ -31,7 +31,10 @@ def train(steps: int):
         data=Carry(**SUMS),
         method=SFT(),
         roles=dict(
-            student=Role(model=model, optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20))
+            student=Role(
+                model=model,
+                optimizer=Optimizer(lr=3e-3, schedule="cosine", warmup=20),
+            )
         ),
         evaluation=TextEval(),
     )
@@ -61,9 +64,15 @@ def get_config():
             **WRITING,
         ),
         runs=dict(
-            baseline=distil(GKD(divergence=JensenShannon(beta=0.9), on_policy=1.0, **WRITING))
+            baseline=distil(
+                GKD(divergence=JensenShannon(beta=0.9), on_policy=1.0, **WRITING)
+            )
         ),
         claim=dict(
-            metric="accuracy", model="student", baseline="baseline", better="higher", ratio=1.0
+            metric="accuracy",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.0,
         ),
     )

@@ -57,7 +57,11 @@ def get_config():
         roles=dict(student=STUDENT),
         evaluation=EVALUATION,
         claim=dict(
-            metric="energy", model="student@1", baseline="rcgm@1", better="lower", ratio=0.8
+            metric="energy",
+            model="student@1",
+            baseline="rcgm@1",
+            better="lower",
+            ratio=0.8,
         ),
         checkpoint_every=5000,
     )

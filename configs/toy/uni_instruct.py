@@ -45,7 +45,9 @@ def get_config():
         roles=dict(
             teacher=Role(init="exact"),
             student=Role(
-                **net, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+                **net,
+                optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+                ema=Ema(rate=0.99),
             ),
             fake=Role(**net, optimizer=Optimizer(lr=1e-3, b1=0.0)),
             disc=Role(
@@ -55,7 +57,11 @@ def get_config():
         ),
         evaluation=PointEval(student_steps=(1,), teacher_steps=(50, 1)),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=0.1
+            metric="energy",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=0.1,
         ),
         checkpoint_every=1000,
     )

@@ -48,8 +48,16 @@ def get_config(variant=""):
     """
     return train(
         lookup(
-            {"": "frequency", "frequency": "frequency", "uniform": "uniform"}, variant, "variant"
+            {"": "frequency", "frequency": "frequency", "uniform": "uniform"},
+            variant,
+            "variant",
         ),
         dict(baseline=train("none")),
-        claim=dict(metric="f1", model="student", baseline="baseline", better="higher", ratio=1.2),
+        claim=dict(
+            metric="f1",
+            model="student",
+            baseline="baseline",
+            better="higher",
+            ratio=1.2,
+        ),
     )

@@ -33,7 +33,9 @@ class Bank(Net):
         single = jax.tree.map(lambda w, s: w.ndim < len(s.shape), params, self.shapes)
         if not any(jax.tree.leaves(single)):
             return params
-        return jax.tree.map(lambda w: jnp.broadcast_to(w, (self.members, *w.shape)), params)
+        return jax.tree.map(
+            lambda w: jnp.broadcast_to(w, (self.members, *w.shape)), params
+        )
 
     @property
     def source(self) -> Net:
@@ -45,7 +47,9 @@ class Bank(Net):
         def all_finite(g: Array) -> Array:
             return jnp.all(jnp.isfinite(g).reshape(self.members, -1), axis=1)
 
-        finite = jnp.all(jnp.stack([all_finite(g) for g in jax.tree.leaves(grads)]), axis=0)
+        finite = jnp.all(
+            jnp.stack([all_finite(g) for g in jax.tree.leaves(grads)]), axis=0
+        )
 
         def keep(g: Array) -> Array:
             mask = finite.reshape(-1, *[1] * (g.ndim - 1))
@@ -72,15 +76,30 @@ class Bank(Net):
         its own member, and every member runs on the full batch.
         """
         if member is None:
-            return jax.vmap(lambda p, *a: self.one.apply(p, *a, **kwargs))(params, *args)
+            return jax.vmap(lambda p, *a: self.one.apply(p, *a, **kwargs))(
+                params, *args
+            )
         if jnp.ndim(member) == 0:
-            return self.one.apply(jax.tree.map(lambda w: w[member], params), *args, **kwargs)
+            return self.one.apply(
+                jax.tree.map(lambda w: w[member], params), *args, **kwargs
+            )
         every = jax.vmap(lambda p: self.one.apply(p, *args, **kwargs))(params)
         return jax.tree.map(lambda y: y[member, jnp.arange(y.shape[1])], every)
 
 
 def bank(net: Net, size: int) -> Bank:
     """A bank of `size` members like `net`. Weights from elsewhere are the same for all members."""
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), net.shapes)
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), net.shapes
+    )
     axes = jax.tree.map(lambda names: P("bank", *names), net.axes, is_leaf=is_spec)
-    return Bank(net.build, net.graphdef, shapes, axes, net.wrap, net.config, one=net, members=size)
+    return Bank(
+        net.build,
+        net.graphdef,
+        shapes,
+        axes,
+        net.wrap,
+        net.config,
+        one=net,
+        members=size,
+    )

@@ -56,7 +56,8 @@ class Role:
     ema: Any = Ema()
     rules: Rules = Rules()
     lora: Lora = Lora()
-    bank: int = 0  # members, if the role is a bank of networks (core/bank.py); 0: one network
+    # members, if the role is a bank of networks (core/bank.py); 0: one network
+    bank: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,9 @@ class Run:
     tensorboard: bool = True
     wandb: str = ""  # name of the project; needs the extra [wandb]
     mesh: MeshShape = MeshShape()
-    rules: Rules = Rules()  # of activations and batches; weights have their role's rules
+    rules: Rules = (
+        Rules()
+    )  # of activations and batches; weights have their role's rules
 
 
 NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -83,10 +86,20 @@ WINGS = {
     "denoisers": ("dit", "unet", "edm", "sana", "wan", "qwen_image", "mlp"),
     "language": ("lm", "qwen", "gemma", "neox", "t5", "bert"),
     "autoencoders": ("vae", "vae_dc", "vae_wan"),
-    "vision": ("vit", "clip", "sam", "lpips", "perceptron", "random_features", "judges"),
+    "vision": (
+        "vit",
+        "clip",
+        "sam",
+        "lpips",
+        "perceptron",
+        "random_features",
+        "judges",
+    ),
 }
 MOVED = {  # file in configs of version 0.1 -> file today
-    f"models.{file}": f"models.{wing}.{file}" for wing, files in WINGS.items() for file in files
+    f"models.{file}": f"models.{wing}.{file}"
+    for wing, files in WINGS.items()
+    for file in files
 } | {"methods.distribution._dmd": "methods.distribution.dmd"}
 MOVED_CLASSES = {  # "file:Class" of a file whose classes went to several files -> file today
     f"methods.distribution._family:{cls}": f"methods.distribution.{file}"
@@ -117,15 +130,21 @@ def resolve(name: str) -> Any:
         try:
             found = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name and (module == error.name or module.startswith(error.name + ".")):
+            if error.name and (
+                module == error.name or module.startswith(error.name + ".")
+            ):
                 continue
             raise
         if hasattr(found, cls):
             return getattr(found, cls)
         classes = [k for k in vars(found) if k[:1].isupper()]
-        raise Refused(f"name={name!r}: {module} has no class {cls!r}{nearest(cls, classes)}")
+        raise Refused(
+            f"name={name!r}: {module} has no class {cls!r}{nearest(cls, classes)}"
+        )
     path = file.replace(".", "/")
-    raise Refused(f"name={name!r}: no file jaxdistill/{path}.py, and no module {file!r}")
+    raise Refused(
+        f"name={name!r}: no file jaxdistill/{path}.py, and no module {file!r}"
+    )
 
 
 def current_name(name: str) -> str:
@@ -182,9 +201,16 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         cls = type(value)
         path = f"{cls.__module__}:{cls.__qualname__}".removeprefix("jaxdistill.")
-        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        given = {
+            f.name: getattr(value, f.name)
+            for f in dataclasses.fields(value)
+            if f.init
+        }
         _check_fields(cls, path, given)
-        held = {name: plain(fields.coerced(cls, name, part)) for name, part in given.items()}
+        held = {
+            name: plain(fields.coerced(cls, name, part))
+            for name, part in given.items()
+        }
         return ConfigDict({"name": path, **held}, convert_dict=False)
     if value is None:
         return ConfigDict()
@@ -205,7 +231,10 @@ def spec(name: str, **values: Any) -> ConfigDict:
     """
     cls = _dataclass(name, "")
     given = current_fields(cls, values)
-    objects = {key: build(value) if _is_spec(value) else value for key, value in given.items()}
+    objects = {
+        key: build(value) if _is_spec(value) else value
+        for key, value in given.items()
+    }
     return plain(made(cls, name, objects, ""))
 
 
@@ -218,7 +247,9 @@ def build(config: Mapping[str, Any], where: str = "") -> Any:
     if not _is_spec(config):
         group = isinstance(config, (Mapping, ConfigDict))
         found = "without a name" if group else fields.shown(config)
-        raise Refused(f"{where or 'spec'} is {found}: expected a group with the name of a class")
+        raise Refused(
+            f"{where or 'spec'} is {found}: expected a group with the name of a class"
+        )
     cls = _dataclass(config["name"], where)
     given = current_fields(cls, {k: v for k, v in config.items() if k != "name"})
     values = {k: _object(v, _below(where, k)) for k, v in given.items()}
@@ -244,9 +275,20 @@ def _completed(config: Any) -> Any:
     cls = _known(given["name"])
     if not dataclasses.is_dataclass(cls):
         return given
-    fresh = {f.name: f.default for f in dataclasses.fields(cls) if f.init and f.name not in given}
-    known = {name: value for name, value in fresh.items() if value is not dataclasses.MISSING}
-    return {**given, **{name: _jsonable(plain(value)) for name, value in known.items()}}
+    fresh = {
+        f.name: f.default
+        for f in dataclasses.fields(cls)
+        if f.init and f.name not in given
+    }
+    known = {
+        name: value
+        for name, value in fresh.items()
+        if value is not dataclasses.MISSING
+    }
+    return {
+        **given,
+        **{name: _jsonable(plain(value)) for name, value in known.items()},
+    }
 
 
 def _known(name: str) -> Any:
@@ -259,7 +301,9 @@ def _known(name: str) -> Any:
     if loaded is not None:
         return getattr(loaded, cls, None)
     try:
-        return resolve(name) if importlib.util.find_spec(f"jaxdistill.{file}") else None
+        return (
+            resolve(name) if importlib.util.find_spec(f"jaxdistill.{file}") else None
+        )
     except (Refused, ImportError, ValueError):
         return None
 
@@ -317,7 +361,9 @@ def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
     values = {current_field(cls, key): value for key, value in values.items()}
     try:
         _check_fields(cls, name, values)
-        return cls(**{key: fields.coerced(cls, key, value) for key, value in values.items()})
+        return cls(
+            **{key: fields.coerced(cls, key, value) for key, value in values.items()}
+        )
     except Refused as error:
         raise located(where, error) from error
 
@@ -369,7 +415,9 @@ def experiment(
     Raises:
       Refused: a field is unknown, of another type or out of range.
     """
-    given = {key: build(value) if _is_spec(value) else value for key, value in run.items()}
+    given = {
+        key: build(value) if _is_spec(value) else value for key, value in run.items()
+    }
     top = plain(made(Run, "config", given, "config"))
     del top["name"]
     parts = dict(

@@ -35,7 +35,9 @@ class Range:
         """Whether `value` lies in the range; NaN lies in none."""
         if math.isinf(value) and not self.infinite:
             return False
-        return (self.low < value if self.above else self.low <= value) and value <= self.high
+        return (
+            self.low < value if self.above else self.low <= value
+        ) and value <= self.high
 
     def __str__(self) -> str:
         text = ""
@@ -52,23 +54,31 @@ def _number(value: float) -> str:
 
 
 Count = Annotated[int, Range(1, LARGEST)]
-Natural = Annotated[int, Range(0, LARGEST)]  # 0 switches something off, or is a first index
+Natural = Annotated[
+    int, Range(0, LARGEST)
+]  # 0 switches something off, or is a first index
 Depth = Annotated[int, Range(1, 1000)]  # layers that are built one by one
-Steps = Annotated[int, Range(1, 10**7)]  # of the engine: each is asked which turns are active
+Steps = Annotated[
+    int, Range(1, 10**7)
+]  # of the engine: each is asked which turns are active
 Real = Annotated[float, Range()]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Limit = Annotated[float, Range(0, infinite=True)]  # inf: none
 Share = Annotated[float, Range(0, 1)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Remat = Literal["none", "full", "dots", "dots_no_batch"]  # what a forward pass keeps: models.layers
+Remat = Literal[
+    "none", "full", "dots", "dots_no_batch"
+]  # what a forward pass keeps: models.layers
 
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
     """Field -> its annotation, with the ranges that `Annotated` adds."""
     found = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: _with_sign(found[f.name], f.default) for f in dataclasses.fields(cls)}
+    return {
+        f.name: _with_sign(found[f.name], f.default) for f in dataclasses.fields(cls)
+    }
 
 
 def _with_sign(hint: Any, default: Any) -> Any:
@@ -117,9 +127,15 @@ def _problem(hint: Any, value: Any, bounded: bool = False) -> str:
         found = [_problem(one, value) for one in inner]
         if "" in found:
             return ""
-        return " or ".join([found[0], *(f.removeprefix("expected ") for f in found[1:])])
+        return " or ".join(
+            [found[0], *(f.removeprefix("expected ") for f in found[1:])]
+        )
     if origin is Literal:
-        return "" if value in inner and type(value) in map(type, inner) else _one_of(inner, value)
+        return (
+            ""
+            if value in inner and type(value) in map(type, inner)
+            else _one_of(inner, value)
+        )
     if origin is tuple:
         return _problem_of_tuple(inner, value)
     if isinstance(origin, type) and issubclass(origin, collections.abc.Mapping):
@@ -141,13 +157,20 @@ def _outside(inner: tuple, value: Any) -> str:
 
 
 def _noun(hint: Any) -> str:
-    names = {int: "an integer", float: "a finite number", str: "text", bool: "true or false"}
+    names = {
+        int: "an integer",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+    }
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _one_of(choices: tuple, value: Any) -> str:
     *others, last = map(repr, choices)
-    close = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
+    close = (
+        difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
+    )
     near = f"; did you mean {close[0]!r}?" if close else ""
     return f"expected {', '.join(others)}{' or ' if others else ''}{last}{near}"
 
@@ -160,7 +183,9 @@ def _problem_of_tuple(inner: tuple, value: Any) -> str:
     if len(inner) != len(value):
         return f"expected a list of {len(inner)}"
     found = (_problem(one, v) for one, v in zip(inner, value))
-    return next((f.replace("expected ", "expected a list, each ", 1) for f in found if f), "")
+    return next(
+        (f.replace("expected ", "expected a list, each ", 1) for f in found if f), ""
+    )
 
 
 def _problem_of_mapping(inner: tuple, value: Any) -> str:
@@ -168,7 +193,11 @@ def _problem_of_mapping(inner: tuple, value: Any) -> str:
         return ""
     if not isinstance(value, Mapping):
         return "expected a group of names and values"
-    found = ((key, _problem(inner[1], part)) for key, part in value.items()) if inner else ()
+    found = (
+        ((key, _problem(inner[1], part)) for key, part in value.items())
+        if inner
+        else ()
+    )
     return next((f"{key}: {text}" for key, text in found if text), "")
 
 

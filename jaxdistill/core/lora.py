@@ -44,7 +44,9 @@ class Adapter(Net):
     def init(self, key):
         fresh = {}
         for i, (path, pair) in enumerate(self.shapes.items()):
-            a = jax.random.normal(jax.random.fold_in(key, i), pair["a"].shape, pair["a"].dtype)
+            a = jax.random.normal(
+                jax.random.fold_in(key, i), pair["a"].shape, pair["a"].dtype
+            )
             fresh[path] = {
                 "a": a / pair["a"].shape[-2] ** 0.5,
                 "b": jnp.zeros(pair["b"].shape, pair["b"].dtype),
@@ -69,7 +71,9 @@ def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:
     Raises:
       Refused: `base` is no role, the role itself, or has adapters too.
     """
-    others = [name for name, other in roles.items() if name != role and not other.lora.rank]
+    others = [
+        name for name, other in roles.items() if name != role and not other.lora.rank
+    ]
     if base in others:
         return base
     if base == role:
@@ -79,7 +83,9 @@ def base_of(role: str, base: str, roles: Mapping[str, Any]) -> str:
     else:
         why = "it has adapters too"
     names = ", ".join(others) or "none"
-    raise Refused(f"lora.base={base!r}: {why}; expected one with full weights: {names}")
+    raise Refused(
+        f"lora.base={base!r}: {why}; expected one with full weights: {names}"
+    )
 
 
 def adapt(
@@ -92,19 +98,31 @@ def adapt(
     Raises:
       Refused: nothing matches, `targets` is no regular expression, or a size is out of range.
     """
-    check_range("lora.rank", rank, "a positive integer", lambda v: v >= 1, kind=numbers.Integral)
-    check_range("lora.alpha", alpha, "0 (for the rank) or a number above it", lambda v: v >= 0)
+    check_range(
+        "lora.rank",
+        rank,
+        "a positive integer",
+        lambda v: v >= 1,
+        kind=numbers.Integral,
+    )
+    check_range(
+        "lora.alpha", alpha, "0 (for the rank) or a number above it", lambda v: v >= 0
+    )
     if not isinstance(base, str) or not base:
         raise Refused(f"lora.base={base!r}: expected the role that has the weights")
     try:
         wanted = re.compile(targets)
     except (re.error, TypeError) as error:
-        raise Refused(f"lora.targets={targets!r} is no regular expression: {error}") from None
+        raise Refused(
+            f"lora.targets={targets!r} is no regular expression: {error}"
+        ) from None
     shapes = {}
     axes = {}
     names_of = paths(net.axes, is_leaf=is_spec)
     for path, shape in paths(net.shapes).items():
-        matrix = is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2
+        matrix = (
+            is_matrix(names_of[path]) if names_of[path] else len(shape.shape) >= 2
+        )
         if not matrix or not wanted.fullmatch(path):
             continue
         *lead, i, o = shape.shape

@@ -18,7 +18,9 @@ from jaxtyping import jaxtyped
 from jaxdistill.core.types import Refused
 
 Spec = jax.ShapeDtypeStruct
-Needs = Mapping[str, Any]  # name -> a jaxtyping annotation of Spec, or a mapping of such
+Needs = Mapping[
+    str, Any
+]  # name -> a jaxtyping annotation of Spec, or a mapping of such
 
 
 def check_needs(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None:
@@ -34,17 +36,25 @@ def _check(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None
     for name, need in needs.items():
         if name not in given:
             instead = _instead(name, given, needs)
-            raise Refused(f"{where}: {who} needs {name!r} {_shown(need)} in a batch{instead}")
+            raise Refused(
+                f"{where}: {who} needs {name!r} {_shown(need)} in a batch{instead}"
+            )
         if isinstance(need, Mapping):
             if not isinstance(given[name], Mapping):
-                raise Refused(f"{where}: {name!r} is one array, {who} needs {', '.join(need)}")
+                raise Refused(
+                    f"{where}: {name!r} is one array, {who} needs {', '.join(need)}"
+                )
             _check(given[name], need, who, f"{where}[{name!r}]")
             continue
         several = isinstance(given[name], tuple | list)
         for found in given[name] if several else (given[name],):
             if isinstance(found, need):
                 continue
-            had = f"{found.dtype} {list(found.shape)}" if isinstance(found, Spec) else "a group"
+            had = (
+                f"{found.dtype} {list(found.shape)}"
+                if isinstance(found, Spec)
+                else "a group"
+            )
             raise Refused(f"{where}: {name!r} is {had}, {who} needs {_shown(need)}")
 
 
@@ -58,9 +68,12 @@ class Condition:
 
     needs: Needs = dataclasses.field(default_factory=dict)
     optional: Needs = dataclasses.field(default_factory=dict)
-    array: Any = None  # the need of a condition that is one array; None: it must be a mapping
+    # the need of a condition that is one array; None: it must be a mapping
+    array: Any = None
     required: bool = True  # False: the network also runs without a condition
-    unread: tuple[str, ...] = ()  # entries that other sizes of the family read: refused here
+    unread: tuple[
+        str, ...
+    ] = ()  # entries that other sizes of the family read: refused here
 
 
 def condition_of(config: Any) -> Condition | None:
@@ -68,7 +81,9 @@ def condition_of(config: Any) -> Condition | None:
     return getattr(config, "condition", None)
 
 
-def check_condition(given: Any, condition: Condition | None, who: str, where: str = "cond") -> None:
+def check_condition(
+    given: Any, condition: Condition | None, who: str, where: str = "cond"
+) -> None:
     """Raises Refused where a condition is not what a network reads.
 
     Args:
@@ -87,7 +102,9 @@ def check_condition(given: Any, condition: Condition | None, who: str, where: st
     given = jax.tree.map(_spec, given)
     if isinstance(given, Spec):
         if condition.array is None:
-            raise Refused(f"{where} is one array, {who} needs {_shown(condition.needs)}")
+            raise Refused(
+                f"{where} is one array, {who} needs {_shown(condition.needs)}"
+            )
         if not isinstance(given, condition.array):
             had = f"{given.dtype} {list(given.shape)}"
             raise Refused(f"{where} is {had}, {who} needs {_shown(condition.array)}")
@@ -96,7 +113,9 @@ def check_condition(given: Any, condition: Condition | None, who: str, where: st
         if name in given:
             has = ", ".join(sorted(given))
             raise Refused(f"{where}: {name!r} is not read by {who}; it has {has}")
-    optional = {name: need for name, need in condition.optional.items() if name in given}
+    optional = {
+        name: need for name, need in condition.optional.items() if name in given
+    }
     check_needs(given, {**condition.needs, **optional}, who, where)
 
 

@@ -51,9 +51,11 @@ class Net:
     graphdef: nnx.GraphDef
     shapes: Params  # jax.ShapeDtypeStruct of each weight
     axes: Params  # PartitionSpec of logical axis names of each weight
-    wrap: Callable[[Callable], Callable] = identity  # around the call: raw output -> Pred, say
+    # around the call: raw output -> Pred, say
+    wrap: Callable[[Callable], Callable] = identity
     config: Any = None  # the model's dataclass, if the network was made from one
-    adapts: str = ""  # the role that owns the base weights, if these weights are adapters
+    # the role that owns the base weights, if these weights are adapters
+    adapts: str = ""
 
     def init(self, key: Array) -> Params:
         """Fresh weights, drawn from `key`."""
@@ -114,7 +116,10 @@ def materialise(tree: Any) -> Any:
 
 def _on_host(w: Any) -> bool:
     aval = getattr(w, "aval", None)
-    return getattr(aval, "memory_space", jax.memory.Space.Device) == jax.memory.Space.Host
+    return (
+        getattr(aval, "memory_space", jax.memory.Space.Device)
+        == jax.memory.Space.Host
+    )
 
 
 def _materialised(module: nnx.Module) -> nnx.Module:
@@ -170,11 +175,19 @@ def _described(
 ) -> tuple[nnx.GraphDef, Params, Params]:
     """(graphdef, shapes, axes): one trace for all roles of equal networks."""
     with nnx.use_eager_sharding(False):
-        graphdef, state = jax.eval_shape(lambda: nnx.split(build(_rngs(0)), nnx.Param))
-    return graphdef, nnx.to_pure_dict(state), nnx.to_pure_dict(nnx.get_partition_spec(state))
+        graphdef, state = jax.eval_shape(
+            lambda: nnx.split(build(_rngs(0)), nnx.Param)
+        )
+    return (
+        graphdef,
+        nnx.to_pure_dict(state),
+        nnx.to_pure_dict(nnx.get_partition_spec(state)),
+    )
 
 
-def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any = None) -> Net:
+def make_net(
+    build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any = None
+) -> Net:
     """The Net of the module that `build` makes. It is only traced: nothing is allocated.
 
     Raises ValueError where a weight's rank and its number of axis names differ.
@@ -186,7 +199,9 @@ def make_net(build: Callable[[nnx.Rngs], nnx.Module], wrap=identity, config: Any
     for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
         names = functools.reduce(lambda tree, key: tree[key.key], path, axes)
         if len(names) not in (0, len(shape.shape)):
-            raise ValueError(f"{jax.tree_util.keystr(path)} {shape.shape} has axis names {names}")
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} {shape.shape} has axis names {names}"
+            )
     return Net(build, graphdef, shapes, axes, wrap, config)
 
 
@@ -211,7 +226,8 @@ def fixed_net(call: Callable, wrap=identity, config: Any = None) -> Net:
 def cast(params: Params, dtype) -> Params:
     """Floating leaves in `dtype`; integer leaves untouched."""
     return jax.tree.map(
-        lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w, params
+        lambda w: w.astype(dtype) if jnp.issubdtype(w.dtype, jnp.floating) else w,
+        params,
     )
 
 
@@ -235,7 +251,9 @@ def decays(names: PartitionSpec) -> bool:
 
 def path_name(path) -> str:
     """ "a/b/c" of a key path."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return "/".join(
+        str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+    )
 
 
 def paths(tree: Params, is_leaf=None) -> dict[str, Any]:

@@ -27,7 +27,9 @@ class Algorithm:
     """An optax optimiser, and the names of its parameters."""
 
     make: Callable[..., optax.GradientTransformation]
-    takes: Mapping[str, str]  # field of Optimizer -> parameter; other fields have no effect
+    takes: Mapping[
+        str, str
+    ]  # field of Optimizer -> parameter; other fields have no effect
     # How weights decay. "own": by its parameters `weight_decay` and `mask`. "decoupled": added to
     # the update, times lr. "gradient": added to the gradient.
     decay: str
@@ -55,17 +57,27 @@ ALGORITHMS = {
 
 
 def check_range(
-    name: str, value: Any, expected: str, holds: Callable[[Any], bool], kind: type = numbers.Real
+    name: str,
+    value: Any,
+    expected: str,
+    holds: Callable[[Any], bool],
+    kind: type = numbers.Real,
 ) -> None:
     """Raises Refused unless `value` is a `kind` (numbers.Real | numbers.Integral) that float32
     holds, and `holds` says so.
     """
     most = LARGEST_INT if kind is numbers.Integral else LARGEST
-    sound = isinstance(value, kind) and not isinstance(value, bool) and -most <= value <= most
+    sound = (
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and -most <= value <= most
+    )
     if not sound or not holds(value):
         raise Refused(f"{name}={value!r}: expected {expected}")
     if not holds(in_float32(value)):
-        raise Refused(f"{name}={value!r}: is {in_float32(value):g} in float32, expected {expected}")
+        raise Refused(
+            f"{name}={value!r}: is {in_float32(value):g} in float32, expected {expected}"
+        )
 
 
 def in_float32(value: float) -> float:
@@ -93,10 +105,12 @@ class Optimizer:
     # gradient before momentum.
     weight_decay: float = 0.0
     clip: float = 1.0  # global norm; 0 switches clipping off
-    clip_value: float = 0.0  # of each gradient entry, before the norm is clipped; 0 for none
+    # of each gradient entry, before the norm is clipped; 0 for none
+    clip_value: float = 0.0
     schedule: str = "constant"  # constant | cosine | linear, after the warm-up
     warmup: int = 0  # updates of linear warm-up, from lr / warmup
-    decay_steps: int = 0  # updates after which cosine and linear reach `final`; 0: the run's length
+    # updates after which cosine and linear reach `final`; 0: the run's length
+    decay_steps: int = 0
     final: float = 0.0  # fraction of lr at the end of cosine and linear
 
     def __post_init__(self):
@@ -111,8 +125,15 @@ class Optimizer:
             check(name, "0 or a number above it", lambda v: v >= 0)
         check("final", "a fraction from 0 to 1", lambda v: 0 <= v <= 1)
         for name in ("warmup", "decay_steps"):
-            check(name, "0 or a positive integer", lambda v: v >= 0, kind=numbers.Integral)
-        takes = lookup(ALGORITHMS, self._name("algorithm"), "optimizer.algorithm").takes
+            check(
+                name,
+                "0 or a positive integer",
+                lambda v: v >= 0,
+                kind=numbers.Integral,
+            )
+        takes = lookup(
+            ALGORITHMS, self._name("algorithm"), "optimizer.algorithm"
+        ).takes
         self._acts(
             "algorithm",
             ("b1", "b2", "eps", "momentum"),
@@ -121,7 +142,12 @@ class Optimizer:
         )
         lookup(dict.fromkeys(SCHEDULES), self._name("schedule"), "optimizer.schedule")
         shaped = () if self.schedule == "constant" else ("decay_steps", "final")
-        self._acts("schedule", ("decay_steps", "final"), lambda name: ["cosine", "linear"], shaped)
+        self._acts(
+            "schedule",
+            ("decay_steps", "final"),
+            lambda name: ["cosine", "linear"],
+            shaped,
+        )
         if 0 < self.decay_steps <= self.warmup:
             raise Refused(
                 f"optimizer.decay_steps={self.decay_steps}: expected 0,"
@@ -135,7 +161,11 @@ class Optimizer:
         return value
 
     def _acts(
-        self, choice: str, names: tuple[str, ...], where: Callable[[str], list[str]], acting: Any
+        self,
+        choice: str,
+        names: tuple[str, ...],
+        where: Callable[[str], list[str]],
+        acting: Any,
     ) -> None:
         """Raises Refused where one of the fields `names` is set but has no effect.
 
@@ -144,7 +174,11 @@ class Optimizer:
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in names and field.name not in acting and value != field.default:
+            if (
+                field.name in names
+                and field.name not in acting
+                and value != field.default
+            ):
                 raise Refused(
                     f"optimizer.{field.name}={value} does not act on"
                     f" optimizer.{choice}={getattr(self, choice)}:"
@@ -171,19 +205,27 @@ class Optimizer:
         mask = functools.partial(decayed, axes=axes)
         return optax.chain(*chain, self._core(self.learning_rate(steps), mask))
 
-    def _core(self, lr: optax.Schedule, mask: Callable) -> optax.GradientTransformation:
+    def _core(
+        self, lr: optax.Schedule, mask: Callable
+    ) -> optax.GradientTransformation:
         """From clipped gradients to updates."""
         algorithm = ALGORITHMS[self.algorithm]
         decay = self.weight_decay
-        given = {theirs: getattr(self, ours) for ours, theirs in algorithm.takes.items()}
-        if given.get("momentum") == 0:  # optax would allocate a buffer for a momentum of 0
+        given = {
+            theirs: getattr(self, ours) for ours, theirs in algorithm.takes.items()
+        }
+        if (
+            given.get("momentum") == 0
+        ):  # optax would allocate a buffer for a momentum of 0
             given["momentum"] = None
         if algorithm.decay == "own":
             return algorithm.make(lr, **given, weight_decay=decay, mask=mask)
         if not decay:
             return algorithm.make(lr, **given)
         if algorithm.decay == "gradient":
-            return optax.chain(optax.add_decayed_weights(decay, mask), algorithm.make(lr, **given))
+            return optax.chain(
+                optax.add_decayed_weights(decay, mask), algorithm.make(lr, **given)
+            )
         # the update with lr = 1 has its sign changed already
         return optax.chain(
             algorithm.make(1.0, **given),
@@ -211,11 +253,14 @@ def clip_by_member_norm(limit: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         squares = [
-            jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1) for g in jax.tree.leaves(updates)
+            jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1)
+            for g in jax.tree.leaves(updates)
         ]
         norm = jnp.sqrt(sum(squares))
         scale = jnp.where(norm < limit, 1.0, limit / jnp.maximum(norm, limit))
-        return jax.tree.map(lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), updates), state
+        return jax.tree.map(
+            lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), updates
+        ), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -257,7 +302,11 @@ class Ema:
     def decay(self, k: Array) -> Array:
         """Weight of the old average at update `k`."""
         k = jnp.asarray(k, jnp.float32)
-        return jnp.minimum(self.rate, (1 + k) / (10 + k)) if self.warmup else jnp.float32(self.rate)
+        return (
+            jnp.minimum(self.rate, (1 + k) / (10 + k))
+            if self.warmup
+            else jnp.float32(self.rate)
+        )
 
 
 def check_rate(rate: Any) -> None:
@@ -282,13 +331,21 @@ class CopyEma:
 class PowerEma:
     """Power-function average (EDM2, arXiv:2312.02696): decay (1 - 1/k)^(gamma + 1)."""
 
-    sigma_rel: float = 0.05  # relative width of the averaging window; .288 is a plain mean
+    # relative width of the averaging window; .288 is a plain mean
+    sigma_rel: float = 0.05
 
     def __post_init__(self):
-        check_range("ema.sigma_rel", self.sigma_rel, "0.001 to 0.288", lambda v: 1e-3 <= v <= 0.288)
+        check_range(
+            "ema.sigma_rel",
+            self.sigma_rel,
+            "0.001 to 0.288",
+            lambda v: 1e-3 <= v <= 0.288,
+        )
 
     def decay(self, k: Array) -> Array:
-        return (1 - 1 / jnp.asarray(k, jnp.float32)) ** (power_gamma(self.sigma_rel) + 1)
+        return (1 - 1 / jnp.asarray(k, jnp.float32)) ** (
+            power_gamma(self.sigma_rel) + 1
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,10 +358,17 @@ class HalfLifeEma:
 
     def __post_init__(self):
         for name in ("half_life", "batch", "ramp"):
-            check_range(f"ema.{name}", getattr(self, name), "a number above 0", lambda v: v > 0)
+            check_range(
+                f"ema.{name}",
+                getattr(self, name),
+                "a number above 0",
+                lambda v: v > 0,
+            )
 
     def decay(self, k: Array) -> Array:
-        half = jnp.minimum(self.half_life, self.ramp * jnp.asarray(k, jnp.float32) * self.batch)
+        half = jnp.minimum(
+            self.half_life, self.ramp * jnp.asarray(k, jnp.float32) * self.batch
+        )
         return 0.5 ** (self.batch / half)
 
 
@@ -344,4 +408,6 @@ def power_gamma(sigma_rel: float) -> float:
     .05 gives 16.97, and .10 gives 6.94.
     """
     t = sigma_rel**-2
-    return float(max(r.real for r in np.roots([1, 7, 16 - t, 12 - t]) if abs(r.imag) < 1e-9))
+    return float(
+        max(r.real for r in np.roots([1, 7, 16 - t, 12 - t]) if abs(r.imag) < 1e-9)
+    )

@@ -14,7 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxdistill.core.sharding import mesh_in_use
 from jaxdistill.core.types import Array
 
-BLOCK = 2**18  # numbers of an array that `by_rows` works on at a time: 1 MiB, a core's cache
+BLOCK = (
+    2**18
+)  # numbers of an array that `by_rows` works on at a time: 1 MiB, a core's cache
 SMALL = 2**22  # an array of at most so many numbers is worked on at once
 KEPT = "kept of a row"
 
@@ -44,7 +46,9 @@ def by_rows(fn: Callable[..., Array], *arrays: Array) -> Array:
 
     def in_blocks(*arrays: Array) -> Array:
         policy = jax.checkpoint_policies.save_only_these_names(KEPT)
-        block = jax.checkpoint(lambda rows: fn(*rows), prevent_cse=False, policy=policy)
+        block = jax.checkpoint(
+            lambda rows: fn(*rows), prevent_cse=False, policy=policy
+        )
         flat = [x.reshape(-1, x.shape[-1]) for x in arrays]
         size = max(1, BLOCK // first.shape[-1])
         return jax.lax.map(block, flat, batch_size=size).reshape(first.shape[:-1])

@@ -53,14 +53,21 @@ class Rules:
             value = getattr(self, field.name)
             for axis in value if isinstance(value, (tuple, list)) else (value,):
                 if axis and axis not in AXES:
-                    raise Refused(f"rules.{field.name}={axis!r}: no mesh axis{nearest(axis, AXES)}")
+                    raise Refused(
+                        f"rules.{field.name}={axis!r}: no mesh axis{nearest(axis, AXES)}"
+                    )
 
     # Rows of small lookup tables (labels, positions): always replicated.
     index = ""
 
     def spec(self, names) -> P:
         """The PartitionSpec of an array with these logical axis names; None is replicated."""
-        return P(*[None if name is None else (getattr(self, name) or None) for name in names])
+        return P(
+            *[
+                None if name is None else (getattr(self, name) or None)
+                for name in names
+            ]
+        )
 
 
 _RULES: ContextVar[Rules] = ContextVar("rules", default=Rules())
@@ -80,7 +87,9 @@ def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = shape_of(shape)
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise Refused(f"mesh={dict(zip(AXES, sizes))}: axes are positive, and at most one is -1")
+        raise Refused(
+            f"mesh={dict(zip(AXES, sizes))}: axes are positive, and at most one is -1"
+        )
     known = math.prod(s for s in sizes if s != -1)
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     needed = math.prod(sizes)
@@ -88,9 +97,15 @@ def make_mesh(shape: MeshShape = MeshShape(), devices=None) -> Mesh:
     too_few = needed < len(devices) and all_needed
     if needed > len(devices) or needed == 0 or too_few:
         given = dict(zip(AXES, shape_of(shape)))
-        raise Refused(f"mesh={given} does not fit the {len(devices)} devices there are")
+        raise Refused(
+            f"mesh={given} does not fit the {len(devices)} devices there are"
+        )
     devices = devices[:needed]
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(
+        np.asarray(devices).reshape(sizes),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
 
 
 @contextlib.contextmanager
@@ -103,7 +118,11 @@ def use(mesh: Mesh, rules: Rules = Rules()):
     token = _RULES.set(rules)
     here = mesh.devices.flat[0].platform == jax.default_backend()
     try:
-        with jax.set_mesh(mesh) if here else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with (
+            jax.set_mesh(mesh)
+            if here
+            else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+        ):
             yield
     finally:
         _RULES.reset(token)
@@ -127,10 +146,14 @@ def constrain(x, *names):
     """
     if (mesh := mesh_in_use()) is None:
         return x
-    return jax.lax.with_sharding_constraint(x, _divides(mesh, rules_in_use().spec(names), x.shape))
+    return jax.lax.with_sharding_constraint(
+        x, _divides(mesh, rules_in_use().spec(names), x.shape)
+    )
 
 
-def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1):
+def per_shard(
+    fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, tile: int = 1
+):
     """`fn` run by each device on its own shards, for kernels that the compiler cannot partition.
 
     Returns None where a mesh axis does not divide its dimension, or where a device's part of a
@@ -151,7 +174,11 @@ def per_shard(fn, inputs: tuple[tuple, ...], output: tuple, arrays: tuple, *, ti
             if length % tile:
                 return None
     return jax.shard_map(
-        fn, mesh=mesh, in_specs=tuple(specs), out_specs=rules_in_use().spec(output), check_vma=False
+        fn,
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=rules_in_use().spec(output),
+        check_vma=False,
     )
 
 
@@ -205,7 +232,11 @@ def gathered(tree):
     """Arrays of any sharding as numpy, complete on every process."""
 
     def fetch(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        if (
+            not isinstance(x, jax.Array)
+            or x.is_fully_addressable
+            or x.is_fully_replicated
+        ):
             return np.asarray(x)
         return multihost_utils.process_allgather(x, tiled=True)
 
@@ -225,7 +256,9 @@ def check_batch(mesh: Mesh, rules: Rules, size: int, accumulate: int = 1) -> Non
 
 def param_shardings(mesh: Mesh, rules: Rules, axes):
     """The shardings of a network's weights, as a tree like them."""
-    return jax.tree.map(lambda names: NamedSharding(mesh, rules.spec(names)), axes, is_leaf=is_spec)
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, rules.spec(names)), axes, is_leaf=is_spec
+    )
 
 
 def fits(shardings, shapes):
@@ -252,7 +285,12 @@ def in_memory(place: str, shardings, axes):
 
 
 def state_shardings(
-    mesh: Mesh, rules: dict[str, Rules], nets, txs, abstract: State, places: dict[str, str] = {}
+    mesh: Mesh,
+    rules: dict[str, Rules],
+    nets,
+    txs,
+    abstract: State,
+    places: dict[str, str] = {},
 ) -> State:
     """The shardings of a state, as a tree like it; optimiser moments have those of their weights.
 

@@ -53,7 +53,9 @@ def init_state(
             init = nets[role].from_source(materialise(start[role]))
         elif source is not None and not nets[role].adapts:
             given = nets[role].from_source(materialise({**start, **params}[source]))
-            init = overlay(nets[role].init(jax.random.fold_in(key, i)), given, role, source)
+            init = overlay(
+                nets[role].init(jax.random.fold_in(key, i)), given, role, source
+            )
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
         params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)
@@ -94,7 +96,9 @@ def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
         if isinstance(value, dict):
             merged[key] = overlay(fresh[key], value, role, f"{name}/{key}")
         elif value.shape != fresh[key].shape:
-            raise Refused(f"{where}: shape {value.shape}, expected {fresh[key].shape}")
+            raise Refused(
+                f"{where}: shape {value.shape}, expected {fresh[key].shape}"
+            )
         else:
             merged[key] = value
     return merged
@@ -105,7 +109,9 @@ def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
 
     A network gets the weights of all roles, because adapters need those of their base.
     """
-    roles = {role: nets[role.removeprefix("ema_")].bind(role, params) for role in params}
+    roles = {
+        role: nets[role.removeprefix("ema_")].bind(role, params) for role in params
+    }
     return SimpleNamespace(**roles)
 
 
@@ -135,13 +141,17 @@ def take_turn(
         ctx = Ctx(batch, rng, state.step, state.memory)
         batch = jax.lax.stop_gradient(turn.gather(bind(nets, weights), ctx))
 
-    def objective(moving: dict[str, Params], batch: Batch, rng: Array, memory: Mapping[str, Any]):
+    def objective(
+        moving: dict[str, Params], batch: Batch, rng: Array, memory: Mapping[str, Any]
+    ):
         """(loss, (sums, count, memory)).
 
         The loss is to be divided by `count`, which is 1 for a mean. `sums` holds (sum, own count)
         of each metric; its own count is None if it is the count of the loss.
         """
-        out = turn.loss(bind(nets, {**weights, **moving}), Ctx(batch, rng, state.step, memory))
+        out = turn.loss(
+            bind(nets, {**weights, **moving}), Ctx(batch, rng, state.step, memory)
+        )
         count = None if out.count is None else jnp.asarray(out.count, jnp.float32)
         sums = {}
         for name, value in {"loss": out.loss, **out.metrics}.items():
@@ -195,7 +205,9 @@ def _update(
         count[role] = count[role] + 1
         if role in ema:
             decay = turn.decay or emas[role].decay
-            ema[role] = optax.incremental_update(params[role], ema[role], 1.0 - decay(count[role]))
+            ema[role] = optax.incremental_update(
+                params[role], ema[role], 1.0 - decay(count[role])
+            )
     return state.replace(params=params, opt=opt, ema=ema, count=count)
 
 
@@ -233,7 +245,9 @@ def _accumulate(
 
     micro = jax.tree.map(split, batch)
     one_micro = jax.tree.map(lambda x: x[0], micro)
-    grads, (sums, count, _) = jax.eval_shape(differentiate, moving, one_micro, rng, memory)
+    grads, (sums, count, _) = jax.eval_shape(
+        differentiate, moving, one_micro, rng, memory
+    )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums, count))
     (total, memory), _ = jax.lax.scan(one, (zeros, memory), (jnp.arange(n), micro))
     grads, sums, count = total
@@ -267,7 +281,9 @@ def make_train_step(
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}
-    own_decay = {role for turn in turns if turn.decay for role in turn.moves if role in emas}
+    own_decay = {
+        role for turn in turns if turn.decay for role in turn.moves if role in emas
+    }
     for role in own_decay:
         if emas[role] != Ema():
             raise Refused(
@@ -282,13 +298,19 @@ def make_train_step(
         metrics = {}
         counts = {}
         for n, i in enumerate(active):
-            if n > 0:  # else XLA may overlap turns, which then need device memory at once
+            if (
+                n > 0
+            ):  # else XLA may overlap turns, which then need device memory at once
                 state, batch = jax.lax.optimization_barrier((state, batch))
             with jax.named_scope(f"turn={i}"):
                 key = jax.random.fold_in(rng, i)
-                state, new = take_turn(turns[i], nets, txs, emas, accumulate, state, batch, key)
+                state, new = take_turn(
+                    turns[i], nets, txs, emas, accumulate, state, batch, key
+                )
             # a later metric of the same name replaces the earlier one and its count
-            counts = {name: count for name, count in counts.items() if name not in new}
+            counts = {
+                name: count for name, count in counts.items() if name not in new
+            }
             counts |= new.counts
             metrics |= new
         return state.replace(step=state.step + 1), Means(metrics, counts)
@@ -297,5 +319,7 @@ def make_train_step(
         return tuple(i for i, turn in enumerate(turns) if turn.when(step))
 
     out_shardings = None if shardings is None else (shardings, None)
-    jitted = jax.jit(train_step, static_argnums=3, donate_argnums=0, out_shardings=out_shardings)
+    jitted = jax.jit(
+        train_step, static_argnums=3, donate_argnums=0, out_shardings=out_shardings
+    )
     return jitted, active_at

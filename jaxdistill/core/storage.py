@@ -54,7 +54,9 @@ def quantized(net: Net, kind: str) -> Quantized:
     try:
         import qwix  # noqa: F401
     except ImportError as error:
-        raise Refused("role.quantize=int8 needs qwix: pip install 'jaxdistill[int8]'") from error
+        raise Refused(
+            "role.quantize=int8 needs qwix: pip install 'jaxdistill[int8]'"
+        ) from error
     wrapped = Quantized(
         net.build, net.graphdef, {}, {}, net.wrap, net.config, net.adapts, plain=net
     )
@@ -69,7 +71,10 @@ def _map(f, *trees) -> Any:
 
 def _kept(names: P) -> tuple[int, ...]:
     """Axes along which scales differ: the stacking axes and the output channels."""
-    return (*(i for i, n in enumerate(names) if n in ("layers", "bank")), len(names) - 1)
+    return (
+        *(i for i, n in enumerate(names) if n in ("layers", "bank")),
+        len(names) - 1,
+    )
 
 
 def _quantize(w, names: P):
@@ -84,5 +89,7 @@ def _axes(names: P, w):
         return names
     kept = _kept(names)
     return dataclasses.replace(
-        w, qvalue=names, scale=P(*(n if i in kept else None for i, n in enumerate(names)))
+        w,
+        qvalue=names,
+        scale=P(*(n if i in kept else None for i, n in enumerate(names))),
     )

@@ -37,7 +37,9 @@ def stored_tokenizer(folder: Path, **options: Any) -> Any:
         raise
     # the tokenizers' Rust raises bare Exceptions on damage, and panics outside of Exception
     except BaseException as error:
-        raise Refused(f"tokenizer={folder}: not a tokenizer folder ({one_line(error)})") from error
+        raise Refused(
+            f"tokenizer={folder}: not a tokenizer folder ({one_line(error)})"
+        ) from error
     model = getattr(getattr(found, "backend_tokenizer", None), "model", None)
     for name in ("dropout", "alpha", "nbest_size"):  # of BPE, of Unigram
         if getattr(model, name, None):
@@ -58,14 +60,18 @@ def decoder(name: str) -> Callable[[Iterable[int]], str]:
 
     def decoded(tokens: Iterable[int]) -> str:
         known = [token for token in map(int, tokens) if 0 <= token < vocab]
-        return tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return tokenizer.decode(
+            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     return decoded
 
 
 def decoded_bytes(tokens: Iterable[int]) -> str:
     """The text whose UTF-8 bytes these are; ids from 256 on are special tokens."""
-    return bytes(token for token in map(int, tokens) if 0 <= token < 256).decode(errors="replace")
+    return bytes(token for token in map(int, tokens) if 0 <= token < 256).decode(
+        errors="replace"
+    )
 
 
 def _check_code(file: Path) -> None:
@@ -77,7 +83,9 @@ def _check_code(file: Path) -> None:
     except (OSError, ValueError, RecursionError) as error:
         raise Refused(f"{file}: not JSON ({one_line(error)})") from error
     if not isinstance(config, dict):
-        raise Refused(f"{file}: expected a JSON object, found {type(config).__name__}")
+        raise Refused(
+            f"{file}: expected a JSON object, found {type(config).__name__}"
+        )
     code = config.get("auto_map")
     if isinstance(code, dict):
         code = code.get("AutoTokenizer")

@@ -21,9 +21,13 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray  # arguments may be either; results are jax.Array
-Params = dict[str, Any]  # nested dict of arrays; the only format of weights in the library
+Params = dict[
+    str, Any
+]  # nested dict of arrays; the only format of weights in the library
 Batch = Mapping[str, Array]
-Metrics = dict[str, Any]  # name -> scalar, or (sum, count) if a metric has its own count
+Metrics = dict[
+    str, Any
+]  # name -> scalar, or (sum, count) if a metric has its own count
 Nets = SimpleNamespace  # role -> network as a callable with its weights bound
 
 
@@ -122,7 +126,9 @@ class State:
     opt: dict[str, Any]  # role -> optax state
     ema: dict[str, Params]  # role -> averaged weights
     frozen: dict[str, Params]  # roles that are never trained; not checkpointed
-    memory: dict[str, Any]  # a method's own state: histograms, queues, running statistics
+    memory: dict[
+        str, Any
+    ]  # a method's own state: histograms, queues, running statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +233,9 @@ def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
     """
     if isinstance(shares, int):
         return tuple((steps + i) // shares for i in reversed(range(shares)))
-    ends = [round(steps * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))]
+    ends = [
+        round(steps * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))
+    ]
     return tuple(end - start for start, end in zip([0, *ends], ends))
 
 
@@ -310,9 +318,13 @@ class Method:
         Raises Refused where `sample` does more than predict x0 at fixed times.
         """
         name = type(self).__name__
-        raise Refused(f"{name}: its sampler is more than a chain of x0 at fixed times")
+        raise Refused(
+            f"{name}: its sampler is more than a chain of x0 at fixed times"
+        )
 
-    def sample(self, net: Callable, noise: Array, cond: Any, key: Array, steps: int) -> Array:
+    def sample(
+        self, net: Callable, noise: Array, cond: Any, key: Array, steps: int
+    ) -> Array:
         """Samples of the trained generator, with `steps` network evaluations each.
 
         Args:

@@ -28,7 +28,9 @@ class HasExactTeacher(Protocol):
 class HasModes(Protocol):
     """Samples points from a mixture of isotropic Gaussians, or of modes of another shape."""
 
-    components: tuple[np.ndarray, np.ndarray, np.ndarray]  # weights [K], means [K D], stds [K]
+    components: tuple[
+        np.ndarray, np.ndarray, np.ndarray
+    ]  # weights [K], means [K D], stds [K]
 
 
 @runtime_checkable
@@ -86,7 +88,11 @@ class WritesCaptions(Protocol):
     """Pictures of coloured shapes under captions."""
 
     def caption(
-        self, shape: np.ndarray, colour: np.ndarray, told: np.ndarray, shaped: bool = True
+        self,
+        shape: np.ndarray,
+        colour: np.ndarray,
+        told: np.ndarray,
+        shaped: bool = True,
     ) -> dict[str, np.ndarray]:
         """The condition that asks for shapes [B] in colours [B], where the colour is `told` [B]."""
 

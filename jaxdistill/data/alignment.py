@@ -87,11 +87,15 @@ def begins_with_space(codec: Tokenizer) -> np.ndarray:
     """
     texts = codec.texts()
     sizes = codec.lengths(np.arange(codec.vocab))
-    begins = [text[:1].isspace() if text else size == 0 for text, size in zip(texts, sizes)]
+    begins = [
+        text[:1].isspace() if text else size == 0 for text, size in zip(texts, sizes)
+    ]
     return np.packbits(begins)
 
 
-def unigram(codec: Tokenizer, texts: Iterable[str], smoothing: float = 1e-9) -> np.ndarray:
+def unigram(
+    codec: Tokenizer, texts: Iterable[str], smoothing: float = 1e-9
+) -> np.ndarray:
     """Share of every id in these texts, float64 [vocab].
 
     Args:
@@ -174,5 +178,6 @@ def bias(first: Covers, second: Covers, tokens: tuple[int, int]) -> float:
     a = first.of(pieces[0])
     b = second.of(pieces[1])
     return max(
-        sum(p for k, p in a.items() if k not in b), sum(p for k, p in b.items() if k not in a)
+        sum(p for k, p in a.items() if k not in b),
+        sum(p for k, p in b.items() if k not in a),
     )

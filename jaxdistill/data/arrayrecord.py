@@ -15,11 +15,22 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import (
+    ArrayRecordReader,
+    ArrayRecordWriter,
+)
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 from jaxdistill.core.types import Refused, one_line
-from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out, regular
+from jaxdistill.data.base import (
+    Dataset,
+    InMemory,
+    Joined,
+    Records,
+    Subset,
+    held_out,
+    regular,
+)
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (dtype, shape)
 
@@ -38,12 +49,18 @@ class ArrayRecords(Records):
     def source(self, split):
         path = self.existing()
         files = [path] if path.is_file() else sorted(path.glob("*.arrayrecord"))
-        test = [file for file in files if file.name.startswith("test")] if path.is_dir() else []
+        test = (
+            [file for file in files if file.name.startswith("test")]
+            if path.is_dir()
+            else []
+        )
         train = [file for file in files if file not in test]
         if not train:
             raise Refused(f"data.path={self.path}: no *.arrayrecord to train on")
         if test:
-            return Joined([RecordFile(file) for file in (train if split == "train" else test)])
+            return Joined(
+                [RecordFile(file) for file in (train if split == "train" else test)]
+            )
         records = Joined([RecordFile(file) for file in train])
         return Subset(records, held_out(len(records), self.heldout, split))
 
@@ -55,7 +72,9 @@ class ArrayRecords(Records):
             if found.get(key) != expected.get(key):
                 this = _shown(found.get(key))
                 that = _shown(expected.get(key))
-                raise Refused(f"{name}: {one_line(key)!r} is {this}, and {that} in {where}")
+                raise Refused(
+                    f"{name}: {one_line(key)!r} is {this}, and {that} in {where}"
+                )
         return arrays
 
     @functools.cached_property
@@ -86,7 +105,9 @@ class WeightedRecords(ArrayRecords):
     def _worth(self, record: tuple[str, bytes]) -> float:
         value = super().example(record).get("worth")
         if value is None or np.size(value) != 1 or not np.isfinite(value).all():
-            raise Refused(f"{record[0]}: 'worth' is {str(value)[:40]}, expected a finite number")
+            raise Refused(
+                f"{record[0]}: 'worth' is {str(value)[:40]}, expected a finite number"
+            )
         return float(np.reshape(value, ()))
 
     @functools.cached_property
@@ -94,7 +115,8 @@ class WeightedRecords(ArrayRecords):
         """The mean worth of the records above 0; 0 where there are none."""
         if not (self.worth > 0).any():
             logging.warning(
-                "%s: no record is worth anything; all are used, with equal weights", self.path
+                "%s: no record is worth anything; all are used, with equal weights",
+                self.path,
             )
             return 0.0
         return float(self.worth[self.worth > 0].mean())
@@ -126,8 +148,12 @@ class GroupedRecords(ArrayRecords):
             for group in groups:
                 inner = inner.setdefault(group, {})
                 if not isinstance(inner, dict):
-                    raise Refused(f"{record[0]}: {group!r} is an array, and a group in {name!r}")
-            inner[last] = np.float32(array) / 127.5 - 1 if array.dtype == np.uint8 else array
+                    raise Refused(
+                        f"{record[0]}: {group!r} is an array, and a group in {name!r}"
+                    )
+            inner[last] = (
+                np.float32(array) / 127.5 - 1 if array.dtype == np.uint8 else array
+            )
         return out
 
     def evaluation(self, n):
@@ -150,7 +176,9 @@ class LoadedRecords(InMemory):
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
 
-def stored(folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30) -> Dataset:
+def stored(
+    folder: Path, *, batch_size: int, seed: int, memory: int = 1 << 30
+) -> Dataset:
     """All records in a folder as training data.
 
     Records with a number `worth` are weighted by it (`WeightedRecords`).
@@ -187,7 +215,9 @@ def _described(key: Any, array: Any) -> tuple[str, tuple[int, ...]]:
     """(dtype, shape). Raises TypeError on anything but an array of numbers under a name."""
     named_array = isinstance(key, str) and isinstance(array, (np.ndarray, np.generic))
     if not named_array or array.dtype.kind in "OSUMm" or array.dtype.char == "V":
-        raise TypeError(f"{str(key)[:40]!r} is {type(array).__name__}, no array of numbers")
+        raise TypeError(
+            f"{str(key)[:40]!r} is {type(array).__name__}, no array of numbers"
+        )
     return array.dtype.name, array.shape
 
 
@@ -246,9 +276,13 @@ def write(path: str | Path, examples: Iterable[Mapping[str, Any]]) -> int:
             found = {k: (v.dtype.name, v.shape) for k, v in arrays.items()}
             layout = layout or found
             if found != layout:
-                raise Refused(f"{path}: example {count} is {found}, the first one {layout}")
+                raise Refused(
+                    f"{path}: example {count} is {found}, the first one {layout}"
+                )
             if any(v.dtype.kind in "OSUMm" for v in arrays.values()):
-                raise Refused(f"{path}: example {count} is {found}, expected arrays of numbers")
+                raise Refused(
+                    f"{path}: example {count} is {found}, expected arrays of numbers"
+                )
             writer.write(msgpack_serialize(arrays))
             count += 1
         if not count:

@@ -105,7 +105,9 @@ class Dataset:
             shard: (number of the process, number of processes).
         """
         samples = self.own_samples(shard)
-        batches = grain.MapDataset.range(ENDLESS).map(lambda i: self.batch(int(i), samples))
+        batches = grain.MapDataset.range(ENDLESS).map(
+            lambda i: self.batch(int(i), samples)
+        )
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(batches.to_iter_dataset(options))
 
@@ -158,7 +160,9 @@ class Dataset:
         """Shapes and dtypes of a global batch."""
 
         def batched(v):
-            return jax.ShapeDtypeStruct((self.batch_size, *np.shape(v)), np.asarray(v).dtype)
+            return jax.ShapeDtypeStruct(
+                (self.batch_size, *np.shape(v)), np.asarray(v).dtype
+            )
 
         return jax.tree.map(batched, self.one_sample())
 
@@ -206,7 +210,9 @@ class Dataset:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Refused(f"data.path={self.path}: no such file or folder") from error
         except OSError as error:  # no permission, or a name that is too long
-            raise Refused(f"data.path={self.path!r}: {error.strerror or error}") from error
+            raise Refused(
+                f"data.path={self.path!r}: {error.strerror or error}"
+            ) from error
         except (RuntimeError, ValueError) as error:  # no such user; a zero byte
             raise Refused(f"data.path={self.path!r}: {error}") from error
         return path
@@ -216,7 +222,9 @@ class Dataset:
         hint = ""
         if self.heldout is not None:
             hint = f"; data.heldout={self.heldout} is the share that is kept for evaluation"
-        return Refused(f"data.path={self.path}: {type(self).__name__} has no {split} samples{hint}")
+        return Refused(
+            f"data.path={self.path}: {type(self).__name__} has no {split} samples{hint}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,7 +251,9 @@ class InMemory(Dataset):
 
     def examples(self, split):
         arrays = self._cached(split)
-        return Derived(range(_length(arrays)), lambda i: {k: v[i] for k, v in arrays.items()})
+        return Derived(
+            range(_length(arrays)), lambda i: {k: v[i] for k, v in arrays.items()}
+        )
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the instances are frozen and few
     def _cached(self, split: str):
@@ -266,7 +276,9 @@ def shuffled(seed: int, size: int, epoch: int) -> np.ndarray:
 
 def at_positions(seed: int, size: int, positions: np.ndarray) -> np.ndarray:
     """Which of `size` samples stand at these positions of the endless shuffled stream."""
-    return np.array([shuffled(seed, size, int(p // size))[p % size] for p in positions])
+    return np.array(
+        [shuffled(seed, size, int(p // size))[p % size] for p in positions]
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,7 +315,9 @@ class Records(Dataset):
         examples = records.repeat(None).map(self.example).random_map(self.augment)
         mine = examples[process::processes]
         batches = mine.batch(own.stop - own.start, drop_remainder=True)
-        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        options = grain.ReadOptions(
+            num_threads=self.threads, prefetch_buffer_size=2 * self.threads
+        )
         return iter(batches.to_iter_dataset(options))
 
     def evaluation(self, n):
@@ -339,7 +353,9 @@ def contents(file: Path, largest: int = LARGEST) -> bytes:
         with file.open("rb") as stream:
             return stream.read(size)  # a file that grows while it is read ends here
     except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise Refused(
+            f"{file}: cannot be read ({error.strerror or error})"
+        ) from error
 
 
 def regular(file: Path) -> int:
@@ -352,7 +368,9 @@ def regular(file: Path) -> int:
     try:
         about = file.stat()
     except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise Refused(
+            f"{file}: cannot be read ({error.strerror or error})"
+        ) from error
     if not stat.S_ISREG(about.st_mode):
         raise Refused(f"{file}: not a regular file")
     return about.st_size

@@ -45,7 +45,9 @@ class Mixer:
         for d, size in enumerate(self.sizes):
             mine = np.flatnonzero(domain == d)
             positions = taken[d] + np.arange(len(mine))
-            within[mine] = at_positions(self.seed * len(self.sizes) + d, size, positions)
+            within[mine] = at_positions(
+                self.seed * len(self.sizes) + d, size, positions
+            )
             taken[d] += len(mine)
         return domain, within, taken
 
@@ -66,17 +68,23 @@ class Domains(Dataset):
     measures: int = 1  # batches of held-out samples in a measurement
 
     @functools.cached_property
-    def parts(self) -> dict[str, tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]:
+    def parts(
+        self,
+    ) -> dict[str, tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]:
         """Domain -> arrays of its (training, held-out) samples."""
         raise NotImplementedError
 
     @functools.cached_property
     def mixer(self) -> Mixer:
         """The order of the training samples. Raises Refused where a domain has none."""
-        sizes = {name: len(train["tokens"]) for name, (train, _) in self.parts.items()}
+        sizes = {
+            name: len(train["tokens"]) for name, (train, _) in self.parts.items()
+        }
         for name, size in sizes.items():
             if not size:
-                raise Refused(f"data.path={self.path}: the domain {name!r} has no training samples")
+                raise Refused(
+                    f"data.path={self.path}: the domain {name!r} has no training samples"
+                )
         return Mixer(list(sizes.values()), self.seed)
 
     def check(self, test=True):
@@ -97,7 +105,12 @@ class Domains(Dataset):
             return
         for start in (0, self.interval + self.measures):
             for step in range(start, start + self.measures):
-                moved = [role for turn in method.turns if turn.when(step) for role in turn.moves]
+                moved = [
+                    role
+                    for turn in method.turns
+                    if turn.when(step)
+                    for role in turn.moves
+                ]
                 if moved:
                     raise Refused(
                         f"data.interval={self.interval}, data.measures={self.measures}: "
@@ -114,7 +127,11 @@ class Domains(Dataset):
         """
         sizes = np.array(self.mixer.sizes)
         given = np.array(self.weights or sizes / sum(self.mixer.sizes), np.float64)
-        if given.shape != (len(self.parts),) or (given < 0).any() or abs(given.sum() - 1) > 1e-6:
+        if (
+            given.shape != (len(self.parts),)
+            or (given < 0).any()
+            or abs(given.sum() - 1) > 1e-6
+        ):
             raise Refused(
                 f"data.weights={tuple(self.weights)}: expected a probability for each of "
                 f"{', '.join(self.parts)}"
@@ -145,7 +162,11 @@ class Domains(Dataset):
             The samples, and `taken` after the batch.
         """
         # Number of the batch since the last measurement began.
-        since = index % (self.interval + self.measures) if self.interval else self.measures
+        since = (
+            index % (self.interval + self.measures)
+            if self.interval
+            else self.measures
+        )
         if since >= self.measures:
             drawn = self.mixer.draw(index, taken, self.probabilities, self.batch_size)
             domain, within, taken = drawn
@@ -154,7 +175,9 @@ class Domains(Dataset):
         within = np.tile(since * self.share + np.arange(self.share), len(self.parts))
         return self.at(domain[samples], within[samples], 1), list(taken)
 
-    def at(self, domain: np.ndarray, within: np.ndarray, heldout: int) -> dict[str, np.ndarray]:
+    def at(
+        self, domain: np.ndarray, within: np.ndarray, heldout: int
+    ) -> dict[str, np.ndarray]:
         """The samples with the indices `within` [B] in the domains `domain` [B].
 
         Args:
@@ -187,7 +210,10 @@ class Domains(Dataset):
     def evaluation(self, n):
         """Up to n / domains held-out samples of each domain, apart from those of measurements."""
         first = self.share * self.measures if self.interval else 0
-        spare = {name: len(test["tokens"]) - first for name, (_, test) in self.parts.items()}
+        spare = {
+            name: len(test["tokens"]) - first
+            for name, (_, test) in self.parts.items()
+        }
         for name, count in spare.items():
             if count < 1:
                 raise Refused(
@@ -208,7 +234,9 @@ class Domains(Dataset):
         """All samples, domain by domain."""
         heldout = int(split == "test")
         sizes = [len(part[heldout]["tokens"]) for part in self.parts.values()]
-        places = [(domain, i) for domain, size in enumerate(sizes) for i in range(size)]
+        places = [
+            (domain, i) for domain, size in enumerate(sizes) for i in range(size)
+        ]
 
         def example(place):
             domain, within = np.array(place)[:, None]
@@ -272,7 +300,9 @@ class Folders(Domains):
         path = self.existing()
         names = []
         if path.is_dir():
-            names = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
+            names = sorted(
+                p.name for p in path.iterdir() if not p.name.startswith(".")
+            )
         if not names:
             raise Refused(
                 f"data.path={self.path}: expected a folder of files and folders, each a domain"
@@ -312,5 +342,8 @@ class Chains(Domains):
                 seed=self.seed * 101 + i,
                 batch_size=self.size,
             )
-            parts[f"chain{i}"] = (chain.batch(0, slice(None)), chain.evaluation(self.held_out))
+            parts[f"chain{i}"] = (
+                chain.batch(0, slice(None)),
+                chain.evaluation(self.held_out),
+            )
         return parts

@@ -34,7 +34,9 @@ from absl import logging
 from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Refused
 
-Messages = Sequence[Mapping[str, str]]  # {"role": "system" | "user" | "assistant", "content": text}
+Messages = Sequence[
+    Mapping[str, str]
+]  # {"role": "system" | "user" | "assistant", "content": text}
 
 SHOWN = 400  # characters of an error's line, what a server says included
 WINDOW = 8  # length of the parts of the key that are recognised
@@ -51,7 +53,8 @@ class Endpoint:
 
     url: str  # without /chat/completions at the end
     model: str
-    key_variable: str = "OPENAI_API_KEY"  # environment variable with the key; may be unset
+    # environment variable with the key; may be unset
+    key_variable: str = "OPENAI_API_KEY"
     temperature: float = 0.0
     max_tokens: int = 1024
     # Seconds of a complete request, from its connection to the last byte of its answer.
@@ -62,7 +65,8 @@ class Endpoint:
     retries: Natural = 6
     # Seconds before the first retry, doubled for each further one, unless the server gives a time.
     backoff: float = 1.0
-    max_wait: float = 300.0  # the most seconds before a retry, also where the server gives a time
+    # the most seconds before a retry, also where the server gives a time
+    max_wait: float = 300.0
     per_minute: float = 0.0  # the most requests a minute; 0: no limit
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million tokens of answers
@@ -92,9 +96,16 @@ class Endpoint:
         for name, low in least.items():
             value = vars(self)[name]
             if not isinstance(value, (int, float)) or not low <= value < math.inf:
-                raise Refused(f"endpoint.{name}={value!r}: expected a number of at least {low:g}")
-        if not isinstance(self.timeout, (int, float)) or not 0 < self.timeout < math.inf:
-            raise Refused(f"endpoint.timeout={self.timeout!r}: expected seconds above 0")
+                raise Refused(
+                    f"endpoint.{name}={value!r}: expected a number of at least {low:g}"
+                )
+        if (
+            not isinstance(self.timeout, (int, float))
+            or not 0 < self.timeout < math.inf
+        ):
+            raise Refused(
+                f"endpoint.timeout={self.timeout!r}: expected seconds above 0"
+            )
 
     def chat(self, messages: Messages) -> dict[str, Any]:
         """One answer: {"text", "prompt_tokens", "completion_tokens"}.
@@ -112,7 +123,9 @@ class Endpoint:
                 what = str(failed)
                 wait = failed.wait
             if attempt < self.retries:
-                wait = self.backoff * 2.0 ** min(attempt, 60) if wait is None else wait
+                wait = (
+                    self.backoff * 2.0 ** min(attempt, 60) if wait is None else wait
+                )
                 self.sleep(min(wait, self.max_wait))
         attempts = f"{self.retries + 1} attempts failed, the last with {what}"
         raise ConnectionError(_line(f"{self.url}: {attempts}", key))
@@ -147,7 +160,9 @@ class Endpoint:
         headers = {"Content-Type": "application/json"}
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        return urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", data, headers)
+        return urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions", data, headers
+        )
 
     def _attempt(self, request: urllib.request.Request, key: str) -> dict[str, Any]:
         """One attempt. Raises Refused, or _Failed where another attempt may succeed."""
@@ -167,7 +182,9 @@ class Endpoint:
             raise Refused(_line(f"{self.url}: HTTP {status}: {what}", key))
         said = _line(body.decode(errors="replace"), key)
         if status >= 500 or status in AGAIN:
-            raise _Failed(f"HTTP {status}: {said}", _seconds(headers.get("Retry-After", "")))
+            raise _Failed(
+                f"HTTP {status}: {said}", _seconds(headers.get("Retry-After", ""))
+            )
         if status >= 400:
             raise Refused(_line(f"{self.url}: HTTP {status}: {said}", key))
         try:
@@ -178,7 +195,9 @@ class Endpoint:
             content = headers.get("Content-Type", "no type")
             encoding = headers.get("Content-Encoding", "not packed")
             where = f"an answer (HTTP {status}, {content}, {encoding})"
-            raise _Failed(f"{type(error).__name__}: {error} in {where}: {said}") from None
+            raise _Failed(
+                f"{type(error).__name__}: {error} in {where}: {said}"
+            ) from None
 
     def _host(self, headers: http.client.HTTPMessage) -> str:
         """The host that a redirect names."""
@@ -191,10 +210,16 @@ class Endpoint:
     def _answer(self, body: bytes, key: str) -> dict[str, Any]:
         """The text and the counts in the body of an answer."""
         reply = json.loads(body)
-        error = reply.get("error") if isinstance(reply, dict) and "choices" not in reply else None
+        error = (
+            reply.get("error")
+            if isinstance(reply, dict) and "choices" not in reply
+            else None
+        )
         code = error.get("code") if isinstance(error, dict) else None
         if type(code) is int and 400 <= code < 500 and code not in AGAIN:
-            raise Refused(_line(f"{self.url}: HTTP 200 with an error: {json.dumps(error)}", key))
+            raise Refused(
+                _line(f"{self.url}: HTTP 200 with an error: {json.dumps(error)}", key)
+            )
         text = reply["choices"][0]["message"]["content"]
         if not isinstance(text, str):
             raise ValueError("no text")
@@ -207,11 +232,18 @@ class Endpoint:
         been paid for, and is kept.
         """
         said = usage if isinstance(usage, dict) else {}
-        counts = {name: said[name] if _is_count(said.get(name)) else 0 for name in COUNTS}
-        as_said = all(said.get(name) in (None, count) for name, count in counts.items())
+        counts = {
+            name: said[name] if _is_count(said.get(name)) else 0 for name in COUNTS
+        }
+        as_said = all(
+            said.get(name) in (None, count) for name, count in counts.items()
+        )
         if usage is not None and not (usage is said and as_said):
             logging.warning(
-                "%s", _line(f"{self.url}: usage {usage!r} has no counts: 0 in the bill", key)
+                "%s",
+                _line(
+                    f"{self.url}: usage {usage!r} has no counts: 0 in the bill", key
+                ),
             )
         return counts
 
@@ -303,8 +335,12 @@ class _Handler(urllib.request.AbstractHTTPHandler):
         super().__init__()
         self.most = most
 
-    def _open(self, kind: type, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(type(kind.__name__, (kind,), {"most": self.most}), request)
+    def _open(
+        self, kind: type, request: urllib.request.Request
+    ) -> http.client.HTTPResponse:
+        return self.do_open(
+            type(kind.__name__, (kind,), {"most": self.most}), request
+        )
 
     def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
         return self._open(_Http, request)
@@ -336,7 +372,9 @@ def _body(reply: http.client.HTTPResponse) -> bytes:
     if reply.status < 300:
         return b"".join(iter(functools.partial(reply.read, 65536), b""))
     text = bytearray()
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError, _TooLong):
+    with contextlib.suppress(
+        OSError, http.client.HTTPException, ValueError, _TooLong
+    ):
         while len(text) < 20 * SHOWN and (byte := reply.read(1)):
             text += byte
     return bytes(text)
@@ -357,13 +395,24 @@ def _redacted(text: str, key: str) -> str:
     if not key:
         return text
     size = min(len(key), WINDOW)
-    forms = {key, json.dumps(key)[1:-1], repr(key)[1:-1], urllib.parse.quote(key, safe="")}
-    windows = {re.escape(form[i : i + size]) for form in forms for i in range(len(form) - size + 1)}
+    forms = {
+        key,
+        json.dumps(key)[1:-1],
+        repr(key)[1:-1],
+        urllib.parse.quote(key, safe=""),
+    }
+    windows = {
+        re.escape(form[i : i + size])
+        for form in forms
+        for i in range(len(form) - size + 1)
+    }
     hidden = bytearray(len(text))
     for found in re.finditer(f"(?=({'|'.join(windows)}))", text, re.IGNORECASE):
         hidden[found.start() : found.start() + size] = b"\1" * size
     pieces = itertools.groupby(zip(hidden, text), key=lambda pair: pair[0])
-    return "".join("[key]" if secret else "".join(c for _, c in run) for secret, run in pieces)
+    return "".join(
+        "[key]" if secret else "".join(c for _, c in run) for secret, run in pieces
+    )
 
 
 def _seconds(text: str) -> float | None:
@@ -377,7 +426,9 @@ def _seconds(text: str) -> float | None:
         return float(text)
     try:
         date = email.utils.parsedate_to_datetime(text)
-        wait = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - time.time()
+        wait = (
+            date if date.tzinfo else date.replace(tzinfo=UTC)
+        ).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError, IndexError):
         return None
     return wait if wait > 0 else None
@@ -395,7 +446,9 @@ def _check_url(url: str) -> None:
     expected = "expected http(s)://host[:port][/path]"
     try:
         parts = urllib.parse.urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = (
+            parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        )
     except ValueError:
         valid = False
     if not valid or not all("!" <= c <= "~" for c in url):
@@ -471,7 +524,9 @@ def ask_all(
     return bill(endpoint, file)
 
 
-def _fresh(questions: Iterable[tuple[str, Messages]], answered: set[str]) -> dict[str, Messages]:
+def _fresh(
+    questions: Iterable[tuple[str, Messages]], answered: set[str]
+) -> dict[str, Messages]:
     """The questions without an answer, by id. Raises Refused where an id has two."""
     fresh: dict[str, Messages] = {}
     for name, messages in questions:
@@ -515,12 +570,16 @@ def read(file: str | Path) -> list[dict[str, Any]]:
             if (record := _parsed(line)) is None:
                 raise _no_answer(file, number)
             records.append(record)
-        if last and (record := _parsed(last)) is not None:  # complete but for its line end
+        if (
+            last and (record := _parsed(last)) is not None
+        ):  # complete but for its line end
             records.append(record)
             with file.open("ab") as out:
                 out.write(b"\n")
         elif last:
-            logging.warning("%s: line %d was cut off and is removed", file, len(lines) + 1)
+            logging.warning(
+                "%s: line %d was cut off and is removed", file, len(lines) + 1
+            )
             with file.open("r+b") as out:
                 out.truncate(len(data) - len(last))
     except OSError as error:

@@ -57,7 +57,11 @@ class IDX(InMemory):
         x /= 127.5  # in place, since several copies may not fit in memory
         x -= 1.0
         label = labels.astype(np.int32)
-        return {"x": x[..., None], "cond": label, "null_cond": np.full_like(label, classes)}
+        return {
+            "x": x[..., None],
+            "cond": label,
+            "null_cond": np.full_like(label, classes),
+        }
 
     def _margins(self, side: int) -> tuple[int, int]:
         """Pixels of padding before and after a side."""
@@ -87,7 +91,9 @@ def read(file: Path, axes: int) -> np.ndarray:
     start = 4 + 4 * axes
     head = _gunzip(file, raw, start) if file.suffix == ".gz" else raw
     if len(head) < start:
-        raise Refused(f"{file}: expected a header of {start} bytes, found {len(head)} in all")
+        raise Refused(
+            f"{file}: expected a header of {start} bytes, found {len(head)} in all"
+        )
     expected = bytes([0, 0, UNSIGNED_BYTES, axes])
     if head[:4] != expected:
         raise Refused(
@@ -105,7 +111,9 @@ def read(file: Path, axes: int) -> np.ndarray:
     data = _gunzip(file, raw, size + 1) if file.suffix == ".gz" else raw
     if len(data) != size:
         more = "more" if len(data) > size else f"{len(data)}"
-        raise Refused(f"{file}: expected {size} bytes for shape {tuple(shape)}, found {more}")
+        raise Refused(
+            f"{file}: expected {size} bytes for shape {tuple(shape)}, found {more}"
+        )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
 

@@ -23,19 +23,49 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from jaxdistill.core.fields import Count
 from jaxdistill.core.types import Refused, lookup, one_line, printable
-from jaxdistill.data.base import Joined, Records, Subset, check_share, contents, held_out, regular
+from jaxdistill.data.base import (
+    Joined,
+    Records,
+    Subset,
+    check_share,
+    contents,
+    held_out,
+    regular,
+)
 
 COLUMNS = ("image", "img")  # names of the picture column in Hugging Face data sets
 # PIL's names of the formats that are read (JPEG includes MPO); no other decoder is called.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 # Suffixes of these formats.
 SUFFIXES = (
-    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib"),
+    *(
+        ".png",
+        ".apng",
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".webp",
+        ".bmp",
+        ".dib",
+    ),
     *(".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 # Suffixes of images that PIL does not read either.
 UNREAD = (
-    *(".heic", ".heif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"),
+    *(
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".svg",
+        ".raw",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+    ),
     *(".exr", ".hdr"),
 )
 # Suffixes that PIL knows, but that are documents where they lie beside class folders.
@@ -54,7 +84,9 @@ ADAM7 = (
     (0, 1, 1, 2),
 )
 BYTES = 1 << 28  # the largest encoded image
-PIXELS = 1 << 27  # the largest image; decoding needs three copies of four bytes a pixel
+PIXELS = (
+    1 << 27
+)  # the largest image; decoding needs three copies of four bytes a pixel
 LABELS = (1 << 31) - 2  # the last label, so that the number of classes is an int32
 TURNS = {  # EXIF orientation -> the operation that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,7 +121,9 @@ class Images(Records):
     def known(self, label: int, name: str) -> int:
         """The label itself. Raises Refused where the training set has no such class."""
         if not 0 <= label < self.classes:
-            raise Refused(f"{name}: label {label}, the training set has 0 to {self.classes - 1}")
+            raise Refused(
+                f"{name}: label {label}, the training set has 0 to {self.classes - 1}"
+            )
         return label
 
     def example(self, record):
@@ -128,12 +162,16 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
         image.load()
         if image.format == "PNG":
             check_rows(data, name)
-        turn = TURNS.get(orientation(image))  # after loading, since PIL turns TIFF itself
+        turn = TURNS.get(
+            orientation(image)
+        )  # after loading, since PIL turns TIFF itself
         image = flat(image)
     except (Refused, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise Refused(f"{name}: damaged image, or none of {', '.join(FORMATS)}") from error
+        raise Refused(
+            f"{name}: damaged image, or none of {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:  # each of PIL's decoders has exceptions of its own
         raise Refused(f"{name}: damaged image ({one_line(error)})") from error
     image = image if turn is None else image.transpose(turn)
@@ -150,7 +188,9 @@ def check_pixels(image: Image.Image, data: bytes, name: str) -> None:
     """Raises Refused where an opened image has more than PIXELS, or more than 8 bits a channel."""
     width, height = image.size
     if not 0 < width * height <= PIXELS:
-        raise Refused(f"{name}: {width} x {height} pixels, expected at most {PIXELS:,} in all")
+        raise Refused(
+            f"{name}: {width} x {height} pixels, expected at most {PIXELS:,} in all"
+        )
     depth = bits(image, data)
     # PIL reads 16 bits of colour as 8 without a warning.
     if image.mode.startswith(("I", "F")) or depth > 8:
@@ -164,14 +204,18 @@ def check_rows(data: bytes, name: str) -> None:
 
     PIL reads such a file without an error, and leaves the rest black.
     """
-    width, height, depth, colours, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    width, height, depth, colours, _, _, interlaced = struct.unpack(
+        ">IIBBBBB", data[16:29]
+    )
     expected = 0
     for left, top, across, down in ADAM7 if interlaced else ((0, 0, 1, 1),):
         columns = -(-(width - left) // across)
         rows = -(-(height - top) // down)
         if columns > 0 and rows > 0:
             row_bytes = -(-columns * depth * CHANNELS[colours] // 8)
-            expected += rows * (1 + row_bytes)  # the first byte names the row's filter
+            expected += rows * (
+                1 + row_bytes
+            )  # the first byte names the row's filter
     found = 0
     stream = zlib.decompressobj()
     for piece in _png_data(data):
@@ -183,7 +227,9 @@ def check_rows(data: bytes, name: str) -> None:
             return
     found += len(stream.flush())
     if found < expected:
-        raise Refused(f"{name}: truncated image, {found:,} bytes of pixels, expected {expected:,}")
+        raise Refused(
+            f"{name}: truncated image, {found:,} bytes of pixels, expected {expected:,}"
+        )
 
 
 def _png_data(data: bytes, size: int = 1 << 16) -> Iterator[bytes]:
@@ -224,7 +270,9 @@ def orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except MemoryError:
         raise
-    except Exception:  # PIL raises many kinds on damaged EXIF; the picture does not need it
+    except (
+        Exception
+    ):  # PIL raises many kinds on damaged EXIF; the picture does not need it
         return 1
 
 
@@ -233,7 +281,9 @@ def flat(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return Image.alpha_composite(
+        Image.new("RGBA", image.size, "white"), image
+    ).convert("RGB")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,7 +314,9 @@ class ParquetImages(Images):
 
     @functools.cached_property
     def classes(self):
-        labels = np.concatenate([shard.labels for shard in self._shards("train").parts])
+        labels = np.concatenate(
+            [shard.labels for shard in self._shards("train").parts]
+        )
         return 1 + int(labels.max(initial=-1))
 
     def _files(self, split: str) -> list[Path]:
@@ -293,11 +345,21 @@ class Shard(Sequence):
                 image = _image_column(parquet.schema_arrow, label, file)
                 content = parquet.schema_arrow.field(image).type.field("bytes").type
                 number = parquet.schema_arrow.field(label).type
-                batches = list(parquet.iter_batches(1024, columns=[f"{image}.bytes", label]))
+                batches = list(
+                    parquet.iter_batches(1024, columns=[f"{image}.bytes", label])
+                )
         except Refused:
             raise
-        except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
-            raise Refused(f"{file}: damaged parquet file ({one_line(error)})") from error
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            LookupError,
+            OverflowError,
+        ) as error:
+            raise Refused(
+                f"{file}: damaged parquet file ({one_line(error)})"
+            ) from error
         images = [batch.column(image).field("bytes") for batch in batches]
         self.images = pa.chunked_array(images, content)
         labels = pa.chunked_array([batch.column(label) for batch in batches], number)
@@ -332,13 +394,19 @@ def _image_column(schema: pa.Schema, label: str, file: Path) -> str:
         raise Refused(
             f"{file}: no column {' or '.join(COLUMNS)}, found {one_line(', '.join(names))}"
         )
-    lookup({name: None for name in names if name.isprintable()}, label, f"{file}: column")
+    lookup(
+        {name: None for name in names if name.isprintable()}, label, f"{file}: column"
+    )
     kind = schema.field(image).type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-        raise Refused(f"{file}: column {image!r} is {kind}, expected a struct with bytes")
+        raise Refused(
+            f"{file}: column {image!r} is {kind}, expected a struct with bytes"
+        )
     content = kind.field("bytes").type
     if not pa.types.is_binary(content) and not pa.types.is_large_binary(content):
-        raise Refused(f"{file}: column {image!r} is {kind}, expected bytes of the type binary")
+        raise Refused(
+            f"{file}: column {image!r} is {kind}, expected bytes of the type binary"
+        )
     return image
 
 
@@ -382,7 +450,9 @@ class ImageFolder(Images):
         train = path / "train"
         test = path / "test"
         if test.is_dir() and not train.is_dir():
-            raise Refused(f"data.path={self.path}: a test folder, but no train folder")
+            raise Refused(
+                f"data.path={self.path}: a test folder, but no train folder"
+            )
         heldout = test if test.is_dir() else None
         if not train.is_dir():
             return path, heldout
@@ -400,19 +470,31 @@ class ImageFolder(Images):
                 folder inside them, or has a format that is not read; and where a class has none.
         """
         labels = {name: label for label, name in enumerate(self.names)}
-        folders = [(root / name, lookup(labels, name, f"{root}: class")) for name in _folders(root)]
+        folders = [
+            (root / name, lookup(labels, name, f"{root}: class"))
+            for name in _folders(root)
+        ]
         others: Counter[str] = Counter()
         found = [(_pictures(folder, others), label) for folder, label in folders]
         if not any(pictures for pictures, _ in found):
-            raise Refused(f"{root}: no images in its class folders, expected {' '.join(SUFFIXES)}")
+            raise Refused(
+                f"{root}: no images in its class folders, expected {' '.join(SUFFIXES)}"
+            )
         for (folder, _), (pictures, _) in zip(folders, found):
             if not pictures:
-                raise Refused(f"{folder}: no images of this class, expected {' '.join(SUFFIXES)}")
+                raise Refused(
+                    f"{folder}: no images of this class, expected {' '.join(SUFFIXES)}"
+                )
         _check_no_strays(root)
         if others:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(8))
+            kinds = ", ".join(
+                f"{count} {kind}" for kind, count in others.most_common(8)
+            )
             logging.warning(
-                "%s: %d files are no images and are not read (%s)", root, others.total(), kinds
+                "%s: %d files are no images and are not read (%s)",
+                root,
+                others.total(),
+                kinds,
             )
         return [(file, label) for pictures, label in found for file in pictures]
 
@@ -466,7 +548,11 @@ def _is_image(file: Path) -> bool:
     suffix = file.suffix.lower()
     if not suffix:
         return _opens(file)
-    return suffix in SUFFIXES or suffix in UNREAD or suffix in Image.registered_extensions()
+    return (
+        suffix in SUFFIXES
+        or suffix in UNREAD
+        or suffix in Image.registered_extensions()
+    )
 
 
 def _kind(file: Path) -> str:
@@ -561,5 +647,7 @@ def _folders(root: Path) -> list[str]:
 
 def _unit_hash(file: Path) -> float:
     """A number in [0, 1) that depends on class and file name only."""
-    digest = hashlib.blake2b(f"{file.parent.name}/{file.name}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(
+        f"{file.parent.name}/{file.name}".encode(), digest_size=4
+    ).digest()
     return int.from_bytes(digest) / 2**32

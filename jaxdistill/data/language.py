@@ -117,7 +117,10 @@ class Markov(Dataset):
             tokens[t] = np.where(u[t] < self.smoothing, tokens[t], likely)
             context = tokens[t - 1] * self.vocab + tokens[t]
         mask = np.float32(np.arange(self.length) > 0)
-        return {"tokens": np.ascontiguousarray(tokens.T), "mask": np.tile(mask, (u.shape[1], 1))}
+        return {
+            "tokens": np.ascontiguousarray(tokens.T),
+            "mask": np.tile(mask, (u.shape[1], 1)),
+        }
 
     def batch(self, index, samples):
         rng = np.random.default_rng([self.seed, 1, index])
@@ -160,7 +163,9 @@ class Markov(Dataset):
         The other arguments of a language model have no effect.
         """
         pairs, table = self.transitions
-        after_one = jnp.asarray(np.log(pairs / pairs.sum(1, keepdims=True)), jnp.float32)
+        after_one = jnp.asarray(
+            np.log(pairs / pairs.sum(1, keepdims=True)), jnp.float32
+        )
         after_two = jnp.asarray(np.log(table), jnp.float32)
         first = after_one[tokens[:, :1]]
         rest = after_two[tokens[:, :-1], tokens[:, 1:]]
@@ -179,7 +184,8 @@ class Carry(Dataset):
     modulo 17 are held out.
     """
 
-    digits: Annotated[int, Range(1, 8)] = 3  # of a and b; c has one more, and fits into 32 bits
+    # of a and b; c has one more, and fits into 32 bits
+    digits: Annotated[int, Range(1, 8)] = 3
 
     vocab = 14
     plus = 10
@@ -208,7 +214,10 @@ class Carry(Dataset):
         heldout = (total - remainder + 16) // 17
         if split == "test":
             return heldout, lambda i: 17 * i + remainder
-        return total - heldout, lambda i: i // 16 * 17 + i % 16 + (i % 16 >= remainder)
+        return (
+            total - heldout,
+            lambda i: i // 16 * 17 + i % 16 + (i % 16 >= remainder),
+        )
 
     def write(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The samples of the pairs with these numbers [B]."""

@@ -48,7 +48,9 @@ class StoredLogits(ArrayRecords):
         _check_about(about, folder / ABOUT)
         there = {file.name for file in folder.iterdir()}
         for split, files in about["files"].items():
-            expected = [store_file(folder, split, i) for i in range(min(files, len(there)))]
+            expected = [
+                store_file(folder, split, i) for i in range(min(files, len(there)))
+            ]
             made = sum(file.name in there for file in expected)
             if made < files:
                 raise Refused(
@@ -101,7 +103,9 @@ class StoredLogits(ArrayRecords):
                     f"store of {top_k} tokens a place"
                 )
         ids = example["teacher_ids"]
-        if ids.dtype.kind not in "iu" or (ids.size and not 0 <= ids.min() <= ids.max() < vocab):
+        if ids.dtype.kind not in "iu" or (
+            ids.size and not 0 <= ids.min() <= ids.max() < vocab
+        ):
             raise Refused(
                 f"{record[0]}: teacher_ids are not 0 to {vocab - 1}, the teacher's vocabulary"
             )
@@ -148,6 +152,10 @@ def _is_count(value: Any) -> bool:
 
 def _are_counts(value: Any) -> bool:
     """Whether a value is a count for "train", and perhaps one for "test"."""
-    if not isinstance(value, dict) or "train" not in value or value.keys() - {"train", "test"}:
+    if (
+        not isinstance(value, dict)
+        or "train" not in value
+        or value.keys() - {"train", "test"}
+    ):
         return False
     return all(map(_is_count, value.values()))

@@ -16,7 +16,9 @@ from jaxdistill.core.types import Array
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 
-Components = tuple[np.ndarray, np.ndarray, np.ndarray]  # weights [K], means [K D], stds [K]
+Components = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # weights [K], means [K D], stds [K]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Mixture(Dataset):
     # Number of labels: each stands for a sector of about modes / classes neighbours, counted around
     # the origin. 0: a label for each mode.
     classes: Annotated[int, Range(0, 4096)] = 0
-    labelled: bool = True  # without labels, teacher and students are those of the full mixture
+    # without labels, teacher and students are those of the full mixture
+    labelled: bool = True
 
     @functools.cached_property
     def components(self) -> Components:
@@ -78,7 +81,10 @@ class Mixture(Dataset):
         if not self.labelled:
             return {}
         cond = self.labels[mode]
-        return {"cond": cond, "null_cond": np.full_like(cond, self.classes or self.modes)}
+        return {
+            "cond": cond,
+            "null_cond": np.full_like(cond, self.classes or self.modes),
+        }
 
     def hidden(self, cond: Array) -> Array:
         """Which modes the labels [B] exclude, bool [B K]; the null label excludes none."""
@@ -106,7 +112,9 @@ class Mixture(Dataset):
         return {"x": x.astype(np.float32), **self.conditions(mode)}
 
     def batch(self, index, samples):
-        drawn = self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size)
+        drawn = self.draw(
+            np.random.default_rng([self.seed, 1, index]), self.batch_size
+        )
         return {k: v[samples] for k, v in drawn.items()}
 
     def evaluation(self, n):
@@ -119,7 +127,9 @@ class Mixture(Dataset):
         """
         return fixed_net(functools.partial(self.denoise, process), config=self)
 
-    def denoise(self, process: Process, x: Array, t: Array, cond: Array | None = None, **_) -> Pred:
+    def denoise(
+        self, process: Process, x: Array, t: Array, cond: Array | None = None, **_
+    ) -> Pred:
         """Exact E[x0 | x_t]: the modes' posterior means, weighted by their responsibilities."""
         weights, means, stds = self.teacher_components
         log_w = jnp.asarray(np.log(weights.astype(np.float64)), x.dtype)
@@ -134,7 +144,9 @@ class Mixture(Dataset):
             logits = jnp.where(self.hidden(cond), -jnp.inf, logits)
         w = jax.nn.softmax(logits)[..., None]
         x0 = jnp.sum(w * (means + (a * stds**2 / variance)[..., None] * offset), 1)
-        eps = jnp.sum(w * (s / variance)[..., None] * offset, 1)  # exact at sigma = 0 too
+        eps = jnp.sum(
+            w * (s / variance)[..., None] * offset, 1
+        )  # exact at sigma = 0 too
         v = da * x0 + ds * eps
         return Pred(x0, eps, v, v)
 

@@ -23,12 +23,31 @@ from absl import logging
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.data.base import InMemory, held_out
-from jaxdistill.data.text import JsonLines, _field, _file, _objects, _read_text, pad_documents
+from jaxdistill.data.text import (
+    JsonLines,
+    _field,
+    _file,
+    _objects,
+    _read_text,
+    pad_documents,
+)
 from jaxdistill.data.tokenizers import Tokenizer
 
 Pair = tuple[str, str]  # (entity, type), or (user, assistant)
-SYSTEM = "A virtual assistant answers questions from a user based on the provided text."
-CATCH_ALL = {"none", "na", "n/a", "misc", "miscellaneous", "else", "other", "others", "unknown"}
+SYSTEM = (
+    "A virtual assistant answers questions from a user based on the provided text."
+)
+CATCH_ALL = {
+    "none",
+    "na",
+    "n/a",
+    "misc",
+    "miscellaneous",
+    "else",
+    "other",
+    "others",
+    "unknown",
+}
 
 
 def ask(passage: str, kind: str = "type") -> list[dict[str, str]]:
@@ -226,7 +245,9 @@ def encode(
         part = np.append(codec.encode(text), np.int32(end))
         tokens.append(part)
         mask.append(np.full(len(part), float(target)))
-    return np.concatenate(tokens).astype(np.int32), np.concatenate(mask).astype(np.float32)
+    return np.concatenate(tokens).astype(np.int32), np.concatenate(mask).astype(
+        np.float32
+    )
 
 
 def parse_answer(text: str) -> list[str]:
@@ -268,14 +289,18 @@ def conll(file: str | Path) -> list[tuple[str, list[Pair]]]:
         word, _, tag = line.partition("\t")
         if not word.strip():
             if words:
-                out.append((" ".join(words), [(" ".join(w), kind) for w, kind in spans]))
+                out.append(
+                    (" ".join(words), [(" ".join(w), kind) for w, kind in spans])
+                )
             words = []
             spans = []
             inside = False
             continue
         mark, _, kind = tag.strip().partition("-")
         if mark not in ("B", "I", "O") or bool(kind) == (mark == "O"):
-            raise Refused(f"{file}:{number}: tag {tag!r}, expected O, B-type or I-type")
+            raise Refused(
+                f"{file}:{number}: tag {tag!r}, expected O, B-type or I-type"
+            )
         if mark == "B" or (mark == "I" and not inside):
             spans.append(([word], kind))
         elif mark == "I":
@@ -301,7 +326,8 @@ class Conversations(JsonLines):
     # Number of such types for a passage; 0: as many as it has types, at least one (not stated in
     # the paper).
     n_neg: int = 0
-    train_ack: bool = False  # whether the acknowledgement is a target too, as in the paper's code
+    # whether the acknowledgement is a target too, as in the paper's code
+    train_ack: bool = False
     form: str = "type"  # type: a question for each type | all: one for all of them
     source: str = ""  # name of the data set, for the supervised template
 
@@ -322,9 +348,13 @@ class Conversations(JsonLines):
         for where, item in _objects(file):
             text = _field(item, "text", where)
             found = item.get("entities")
-            pairs = parse_entities(json.dumps(found)) if isinstance(found, list) else None
+            pairs = (
+                parse_entities(json.dumps(found)) if isinstance(found, list) else None
+            )
             if pairs is None:
-                raise Refused(f"{where}: expected a list of [entity, type] under 'entities'")
+                raise Refused(
+                    f"{where}: expected a list of [entity, type] under 'entities'"
+                )
             samples.append((text, pairs))
         if not path.is_file():
             return samples
@@ -348,8 +378,13 @@ class Conversations(JsonLines):
         return out
 
     def arrays(self, split):
-        coded = [encode(turns, self.codec, self.train_ack) for turns in self.conversations(split)]
-        kept = [(tokens, mask) for tokens, mask in coded if len(tokens) <= self.length]
+        coded = [
+            encode(turns, self.codec, self.train_ack)
+            for turns in self.conversations(split)
+        ]
+        kept = [
+            (tokens, mask) for tokens, mask in coded if len(tokens) <= self.length
+        ]
         logging.info(
             "%s, %s: %d conversations, %d too long",
             self.path,
@@ -367,7 +402,9 @@ class Conversations(JsonLines):
             "tokens": np.full(shape, self.codec.pad, np.int32),
             "mask": np.zeros(shape, np.float32),
             "segments": np.zeros(shape, np.int32),
-            "positions": np.tile(np.arange(self.length, dtype=np.int32), (len(kept), 1)),
+            "positions": np.tile(
+                np.arange(self.length, dtype=np.int32), (len(kept), 1)
+            ),
         }
         for i, (tokens, mask) in enumerate(kept):
             out["tokens"][i, : len(tokens)] = tokens
@@ -420,9 +457,13 @@ class Slots(InMemory):
         shape = (300 if split == "test" else self.size, self.length)
         zipf = 1 / np.arange(1, self.types + 1)
         kind = rng.choice(self.types, shape, p=zipf / zipf.sum())
-        filler = 3 + self.types * (1 + self.words) + rng.integers(0, self.fillers, shape)
+        filler = (
+            3 + self.types * (1 + self.words) + rng.integers(0, self.fillers, shape)
+        )
         is_entity = rng.random(shape) < self.rate
-        entity = 3 + self.types + kind * self.words + rng.integers(0, self.words, shape)
+        entity = (
+            3 + self.types + kind * self.words + rng.integers(0, self.words, shape)
+        )
         return np.where(is_entity, entity, filler)
 
     def arrays(self, split):
@@ -441,13 +482,17 @@ class Slots(InMemory):
             seen = sorted(set(labels[labels >= 0].tolist()))
             asked = range(self.types)
             if split == "train":
-                more = absent(map(str, seen), counts, max(1, len(seen)), rng, self.negatives)
+                more = absent(
+                    map(str, seen), counts, max(1, len(seen)), rng, self.negatives
+                )
                 asked = [*seen, *map(int, more)]
             for k in asked:
                 prompt = np.int32([*words, self.mark, 3 + k])
                 response = np.int32([*words[labels == k], self.eos])
                 documents.append((prompt, response))
-        return pad_documents(documents, self.length + 2, 2 * self.length + 3, self.pad)
+        return pad_documents(
+            documents, self.length + 2, 2 * self.length + 3, self.pad
+        )
 
     def evaluation(self, n):
         """Up to `n` held-out samples: all questions about each sentence."""
@@ -459,7 +504,9 @@ class Slots(InMemory):
         out = []
         for sample in tokens:
             kind = sample[self.length + 1] - 3
-            out.append([str(w) for w in sample[: self.length] if self.kind(w) == kind])
+            out.append(
+                [str(w) for w in sample[: self.length] if self.kind(w) == kind]
+            )
         return out
 
     def answers(self, tokens: np.ndarray) -> list[list[str]]:

@@ -42,7 +42,9 @@ class Patterns(Dataset):
     def planted(self, language: int, n: int, key: int) -> dict[str, np.ndarray]:
         """`n` texts of a language with a pattern somewhere in each; `key` seeds the draw."""
         rng = np.random.default_rng([self.seed, 5, key])
-        tokens = self.chains[language].sequences(rng.random((n, self.length)))["tokens"]
+        tokens = self.chains[language].sequences(rng.random((n, self.length)))[
+            "tokens"
+        ]
         label = rng.integers(0, 2, n).astype(np.int32)
         at = rng.integers(0, self.length - 2, n)
         pattern = np.array([[3, 1, 2], [2, 1, 3]], np.int32)[label]

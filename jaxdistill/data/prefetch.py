@@ -36,7 +36,9 @@ class DevicePrefetch:
         self._ready = queue.SimpleQueue()
         self._closed = threading.Event()
         self._end = None
-        self._thread = threading.Thread(target=self._work, name="device-prefetch", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, name="device-prefetch", daemon=True
+        )
         self._thread.start()
 
     def _work(self):
@@ -45,7 +47,9 @@ class DevicePrefetch:
                 self._slots.acquire()
                 if self._closed.is_set():
                     return
-                self._ready.put((self._put(next(self._loader)), self._loader.get_state()))
+                self._ready.put(
+                    (self._put(next(self._loader)), self._loader.get_state())
+                )
         except BaseException as error:  # raised again in the consumer's thread
             self._ready.put(error)
 

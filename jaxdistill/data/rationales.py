@@ -17,7 +17,14 @@ import numpy as np
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.data.base import InMemory, held_out
-from jaxdistill.data.text import JsonLines, _field, _file, _objects, _text, pad_documents
+from jaxdistill.data.text import (
+    JsonLines,
+    _field,
+    _file,
+    _objects,
+    _text,
+    pad_documents,
+)
 
 
 class Parsed(NamedTuple):
@@ -52,9 +59,15 @@ def few_shot(
 
 def parse_choice(text: str) -> Parsed:
     """ "R. So the answer is (b) dog." -> ("R.", "dog"). Text after a further "Q:" is ignored."""
-    rationale, found, tail = text.split("Q:")[0].rstrip().partition("So the answer is")
+    rationale, found, tail = (
+        text.split("Q:")[0].rstrip().partition("So the answer is")
+    )
     match = re.match(r"\s*\([a-z]\)\s*(.+?)\.?$", tail, re.DOTALL)
-    return Parsed(rationale.rstrip(), match.group(1), True) if found and match else UNPARSED
+    return (
+        Parsed(rationale.rstrip(), match.group(1), True)
+        if found and match
+        else UNPARSED
+    )
 
 
 def parse_equation(text: str) -> Parsed:
@@ -170,16 +183,28 @@ def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, st
     for split, files in sources.items():
         problems = []
         for where, item in _objects(folder / f"svamp_{split}.json"):
-            problems.append((_field(item, "input", where), _field(item, "label", where)))
-        texts = [_text(text, where) for file in files for where, text in _objects(folder / file)]
+            problems.append(
+                (_field(item, "input", where), _field(item, "label", where))
+            )
+        texts = [
+            _text(text, where)
+            for file in files
+            for where, text in _objects(folder / file)
+        ]
         if len(problems) != len(texts):
-            raise Refused(f"{folder}: {len(texts)} rationales for {len(problems)} rows of {split}")
+            raise Refused(
+                f"{folder}: {len(texts)} rationales for {len(problems)} rows of {split}"
+            )
         out[split] = []
         for (problem, gold), text in zip(problems, texts):
             parsed = parse_equation(text)
             if parsed.valid:
                 label = parsed.label if use_teacher and split == "train" else gold
-                record = {"input": problem, "gold": gold, "rationale": parsed.rationale}
+                record = {
+                    "input": problem,
+                    "gold": gold,
+                    "rationale": parsed.rationale,
+                }
                 out[split].append({**record, "label": label})
     return out
 
@@ -214,8 +239,12 @@ class Rationales(JsonLines):
             predict_prompt = self.prompt_tokens(self.predict_prefix + problem)
             explain_prompt = self.prompt_tokens(self.explain_prefix + problem)
             if max(len(predict_prompt), len(explain_prompt)) <= self.prompt_length:
-                predict.append((predict_prompt, self._response(label, self.label_length)))
-                explain.append((explain_prompt, self._response(rationale, self.rationale_length)))
+                predict.append(
+                    (predict_prompt, self._response(label, self.label_length))
+                )
+                explain.append(
+                    (explain_prompt, self._response(rationale, self.rationale_length))
+                )
         if records and not predict:
             raise Refused(
                 f"data.path={self.path}: all {len(records)} prompts are longer than "
@@ -275,7 +304,10 @@ class SVAMP(Rationales):
 
     def records(self, split):
         records = svamp(self.existing(), self.labels)[split]
-        return [(record["input"], record["label"], record["rationale"]) for record in records]
+        return [
+            (record["input"], record["label"], record["rationale"])
+            for record in records
+        ]
 
     def correct(self, tokens: np.ndarray) -> np.ndarray:
         """Whether the answer to each test problem has the value of the data's equation.
@@ -350,7 +382,9 @@ class Sums(InMemory):
         if split == "train":
             wrong = np.flatnonzero(rng.random(len(lists)) < self.wrong)
             place = rng.integers(0, 3, len(wrong))
-            told[wrong, place] = (told[wrong, place] + rng.integers(1, 10, len(wrong))) % 10
+            told[wrong, place] = (
+                told[wrong, place] + rng.integers(1, 10, len(wrong))
+            ) % 10
         target = np.concatenate([told, answer], 1) if self.joined else answer
         predict = self._documents(self.predict, lists, target)
         explain = self._documents(self.explain, lists, told)

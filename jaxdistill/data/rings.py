@@ -32,7 +32,9 @@ class Rings(Mixture):
     def __post_init__(self):
         super().__post_init__()
         if self.dim != 2:
-            raise Refused(f"data.dim={self.dim}: expected 2, since rings lie in a plane")
+            raise Refused(
+                f"data.dim={self.dim}: expected 2, since rings lie in a plane"
+            )
 
     def draw(self, rng, n):
         _, means, radii = self.components

@@ -43,12 +43,18 @@ class Shapes(Dataset):
         return {
             "x": pictures()[shape, colour, row, column],
             "cond": self.caption(shape, colour, told),
-            "null_cond": self.caption(shape, colour, np.zeros_like(told), shaped=False),
+            "null_cond": self.caption(
+                shape, colour, np.zeros_like(told), shaped=False
+            ),
             "label": np.stack([shape, colour], 1).astype(np.int32),
         }
 
     def caption(
-        self, shape: np.ndarray, colour: np.ndarray, told: np.ndarray, shaped: bool = True
+        self,
+        shape: np.ndarray,
+        colour: np.ndarray,
+        told: np.ndarray,
+        shaped: bool = True,
     ) -> dict[str, np.ndarray]:
         """The caption of shapes [B] in colours [B].
 
@@ -56,13 +62,21 @@ class Shapes(Dataset):
             told: bool [B], whether the caption names the colour.
             shaped: whether it names the shape.
         """
-        words = np.stack([np.zeros_like(shape), 1 + shape, 1 + len(SHAPES) + colour], 1)
+        words = np.stack(
+            [np.zeros_like(shape), 1 + shape, 1 + len(SHAPES) + colour], 1
+        )
         mask = np.stack([np.ones_like(told), np.full_like(told, shaped), told], 1)
-        table = np.random.default_rng(7).standard_normal((len(WORDS), self.dim)).astype(np.float32)
+        table = (
+            np.random.default_rng(7)
+            .standard_normal((len(WORDS), self.dim))
+            .astype(np.float32)
+        )
         return {"text": table[words], "mask": mask}
 
     def batch(self, index, samples):
-        drawn = self.draw(np.random.default_rng([self.seed, 1, index]), self.batch_size)
+        drawn = self.draw(
+            np.random.default_rng([self.seed, 1, index]), self.batch_size
+        )
         return jax.tree.map(lambda v: v[samples], drawn)
 
     def evaluation(self, n):

@@ -40,7 +40,9 @@ class Synthetic(Dataset):
 
     def batch(self, index, samples):
         share = np.arange(self.batch_size)[samples]
-        return self._draw(len(share), np.random.default_rng([self.seed, index, int(share[0])]))
+        return self._draw(
+            len(share), np.random.default_rng([self.seed, index, int(share[0])])
+        )
 
     def evaluation(self, n):
         return self._draw(n, np.random.default_rng([self.seed, 1 << 32]))
@@ -55,7 +57,9 @@ class Synthetic(Dataset):
             inner[last] = self._array(name, text, n, rng)
         return out
 
-    def _array(self, name: str, text: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    def _array(
+        self, name: str, text: str, n: int, rng: np.random.Generator
+    ) -> np.ndarray:
         kind, *numbers = text.split()
         try:
             sizes = [int(number) for number in numbers]

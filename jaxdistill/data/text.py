@@ -28,7 +28,9 @@ from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.data.base import InMemory, check_share, contents, held_out
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer, stored_as
 
-Document = tuple[np.ndarray, np.ndarray]  # token ids int32 of a prompt and of its response
+Document = tuple[
+    np.ndarray, np.ndarray
+]  # token ids int32 of a prompt and of its response
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +234,9 @@ class PaddedJson(JsonLines):
 
     def arrays(self, split):
         length = self.prompt_length + self.response_length
-        documents = self.documents(split, self.prompt_length, self.response_length, length)
+        documents = self.documents(
+            split, self.prompt_length, self.response_length, length
+        )
         return pad_documents(documents, self.prompt_length, length, self.codec.pad)
 
 
@@ -273,7 +277,11 @@ def _padding(samples: int, length: int, pad: int) -> dict[str, np.ndarray]:
 
 
 def _place(
-    arrays: dict[str, np.ndarray], sample: int, start: int, number: int, document: Document
+    arrays: dict[str, np.ndarray],
+    sample: int,
+    start: int,
+    number: int,
+    document: Document,
 ) -> None:
     """Writes a document into a sample from column `start` on, as its segment `number`."""
     prompt, response = document
@@ -385,8 +393,13 @@ def _loaded(text: str, where: str, file: Path, line: int | None) -> Any:
         raise Refused(
             f"{file}:{at}: expected JSON ({error.msg} at column {error.colno})"
         ) from error
-    except (ValueError, RecursionError) as error:  # a number too long, or nesting too deep
-        raise Refused(f"{where}: JSON that cannot be read ({one_line(error)})") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number too long, or nesting too deep
+        raise Refused(
+            f"{where}: JSON that cannot be read ({one_line(error)})"
+        ) from error
 
 
 def _encodable(item: Any, where: str, source: str) -> Any:
@@ -395,7 +408,9 @@ def _encodable(item: Any, where: str, source: str) -> Any:
     Raises:
         Refused: a character is half of a surrogate pair, which no encoding can write.
     """
-    if "\\ud" not in source.lower():  # JSON writes such a character by an escape sequence
+    if (
+        "\\ud" not in source.lower()
+    ):  # JSON writes such a character by an escape sequence
         return item
     try:
         json.dumps(item, ensure_ascii=False).encode()
@@ -410,7 +425,9 @@ def _encodable(item: Any, where: str, source: str) -> Any:
 def _field(item: Any, key: str, where: str) -> str:
     """The text under a key of a JSON object. Raises Refused if there is none."""
     if not isinstance(item, dict):
-        raise Refused(f"{where}: expected a JSON object with {key!r}, found {str(item)[:40]!r}")
+        raise Refused(
+            f"{where}: expected a JSON object with {key!r}, found {str(item)[:40]!r}"
+        )
     if key not in item:
         near = nearest(key, filter(str.isprintable, item)).removeprefix("; ")
         raise Refused(f"{where}: key={key!r}: {one_line(near)}")

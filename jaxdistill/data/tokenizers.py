@@ -24,7 +24,9 @@ class Tokenizer(Protocol):
 
     vocab: int  # ids are below it
     pad: int  # fills samples up
-    bos: int | None  # begins every document; None where the tokenizer has no such token
+    bos: (
+        int | None
+    )  # begins every document; None where the tokenizer has no such token
     eos: int  # ends every document
 
     def encode(self, text: str) -> np.ndarray:
@@ -55,7 +57,9 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, tokens):
-        return bytes(t for t in map(int, tokens) if 0 <= t < 256).decode(errors="replace")
+        return bytes(t for t in map(int, tokens) if 0 <= t < 256).decode(
+            errors="replace"
+        )
 
     def lengths(self, tokens):
         return (np.asarray(tokens) < 256).astype(np.int32)
@@ -83,7 +87,9 @@ class StoredTokenizer:
         # The ids may leave gaps.
         self.vocab = 1 + max(self.inner.get_vocab().values())
         self.eos = self.inner.eos_token_id
-        self.pad = self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
+        self.pad = (
+            self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
+        )
         begin = self._begin()
         if len(begin) > 1:
             names = " ".join(map(str, self.inner.convert_ids_to_tokens(begin)))
@@ -103,7 +109,9 @@ class StoredTokenizer:
             try:
                 plain = self.inner(text, add_special_tokens=False)["input_ids"]
                 full = self.inner(text, add_special_tokens=True)["input_ids"]
-            except Exception:  # the library raises this of a text without known tokens
+            except (
+                Exception
+            ):  # the library raises this of a text without known tokens
                 continue
             places = []
             for i in range(len(full)):
@@ -121,7 +129,9 @@ class StoredTokenizer:
                 one.
         """
         try:
-            out = self.inner(text, add_special_tokens=False, return_offsets_mapping=self._drops)
+            out = self.inner(
+                text, add_special_tokens=False, return_offsets_mapping=self._drops
+            )
         except MemoryError:
             raise
         except Exception as error:  # the library has no class of its own
@@ -189,7 +199,11 @@ class StoredTokenizer:
         if i in self._added:
             return len(piece.encode())
         plain = self._unmarked(piece)
-        return len(plain) if self._is_byte_level else len(plain.replace(SPACE, " ").encode())
+        return (
+            len(plain)
+            if self._is_byte_level
+            else len(plain.replace(SPACE, " ").encode())
+        )
 
     @functools.cached_property
     def _is_byte_level(self) -> bool:
@@ -202,7 +216,10 @@ class StoredTokenizer:
 
     @functools.cached_property
     def _special(self) -> set[int]:
-        return {*self.inner.all_special_ids, *([] if self.bos is None else [self.bos])}
+        return {
+            *self.inner.all_special_ids,
+            *([] if self.bos is None else [self.bos]),
+        }
 
     @functools.cached_property
     def _marks(self) -> tuple[str, str]:
@@ -291,7 +308,9 @@ def byte_files(*, begins: bool) -> dict[str, Any]:
     return files | _settings(bos="<|begin|>", eos="<|end|>", pad="<|pad|>")
 
 
-def characters(alphabet: str, special: Mapping[str, int], *, eos: str, pad: str) -> dict[str, Any]:
+def characters(
+    alphabet: str, special: Mapping[str, int], *, eos: str, pad: str
+) -> dict[str, Any]:
     """Files for `PreTrainedTokenizerFast` where each id is a character, in the alphabet's order."""
     files = _files(alphabet, special, None, {"type": "Fuse"}, {})
     return files | _settings(eos=eos, pad=pad)
@@ -309,7 +328,11 @@ def _settings(**special: str) -> dict[str, Any]:
 
 
 def _files(
-    letters: str, special: Mapping[str, int], split: Any, decoder: Any, first: Mapping[str, int]
+    letters: str,
+    special: Mapping[str, int],
+    split: Any,
+    decoder: Any,
+    first: Mapping[str, int],
 ) -> dict[str, Any]:
     """tokenizer.json of the library `tokenizers`, where every letter is a token.
 
@@ -345,7 +368,9 @@ def _files(
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": token, **flags} for token, i in special.items()],
+        "added_tokens": [
+            {"id": i, "content": token, **flags} for token, i in special.items()
+        ],
         "normalizer": None,
         "pre_tokenizer": split,
         "post_processor": _template(first) if first else None,
@@ -360,7 +385,10 @@ def _template(first: Mapping[str, int]) -> dict[str, Any]:
     tokens = [{"SpecialToken": {"id": token, "type_id": 0}} for token in first]
     a = {"Sequence": {"id": "A", "type_id": 0}}
     b = {"Sequence": {"id": "B", "type_id": 1}}
-    known = {token: {"id": token, "ids": [i], "tokens": [token]} for token, i in first.items()}
+    known = {
+        token: {"id": token, "ids": [i], "tokens": [token]}
+        for token, i in first.items()
+    }
     return {
         "type": "TemplateProcessing",
         "single": [*tokens, a],

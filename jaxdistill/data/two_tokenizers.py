@@ -106,7 +106,10 @@ class AlignedJson(PaddedJson):
         documents = ([], [])
         numbers = ([], [])
         for question, answer in samples:
-            both = [self.document(codec, rooms, question, answer) for codec, rooms in sides]
+            both = [
+                self.document(codec, rooms, question, answer)
+                for codec, rooms in sides
+            ]
             fits = [len(both[side][0]) <= self.rooms[side][0] for side in (0, 1)]
             if not all(fits):
                 continue
@@ -121,7 +124,8 @@ class AlignedJson(PaddedJson):
                 f"teacher's {self.rooms[1][0]}"
             )
         student, teacher = (
-            self._side(*sides[side], documents[side], numbers[side]) for side in (0, 1)
+            self._side(*sides[side], documents[side], numbers[side])
+            for side in (0, 1)
         )
         return {**student, **{f"teacher_{k}": v for k, v in teacher.items()}}
 
@@ -168,7 +172,8 @@ class Blocks(Markov):
     vocab a + b. The first block is context; each later one is a span. `net` is the exact teacher.
     """
 
-    size: int = 0  # samples that training draws from, again and again; 0: always new ones
+    # samples that training draws from, again and again; 0: always new ones
+    size: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -197,9 +202,14 @@ class Blocks(Markov):
     def sequences(self, u):
         tokens = super().sequences(u)["tokens"]
         blocks = tokens[:, ::2] * self.vocab + tokens[:, 1::2]
-        by_symbol, by_block = spans(np.ones(self.length), np.full(self.length // 2, 2))
+        by_symbol, by_block = spans(
+            np.ones(self.length), np.full(self.length // 2, 2)
+        )
         out = {}
-        for prefix, side, number in (("", tokens, by_symbol), ("teacher_", blocks, by_block)):
+        for prefix, side, number in (
+            ("", tokens, by_symbol),
+            ("teacher_", blocks, by_block),
+        ):
             target = number > 0
             repeat = (len(tokens), 1)
             out[f"{prefix}tokens"] = side

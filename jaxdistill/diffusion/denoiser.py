@@ -135,13 +135,19 @@ class Denoiser:
     # 0: the network has an input for r
     fold: float = 0.0
 
-    def own_time(self, process: Process, t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
+    def own_time(
+        self, process: Process, t: Shaped[Array, "*T"]
+    ) -> Shaped[Array, "*T"]:
         """The network's time of equal signal-to-noise ratio as t >= 0 of `process`, within its
         ends.
         """
-        return jnp.clip(self.native.time(process.angle(t)), self.native.t_min, self.native.t_max)
+        return jnp.clip(
+            self.native.time(process.angle(t)), self.native.t_min, self.native.t_max
+        )
 
-    def own_scale(self, process: Process, t: Shaped[Array, "*T"]) -> Shaped[Array, "*T"]:
+    def own_scale(
+        self, process: Process, t: Shaped[Array, "*T"]
+    ) -> Shaped[Array, "*T"]:
         """The factor that makes a state of `process` at t >= 0 one of the network's process at
         `own_time`.
         """
@@ -184,7 +190,9 @@ class Denoiser:
                     kw["r"] = r_in
             out = call(x_in, t_in, cond, **kw)
             raw, features = out if isinstance(out, tuple) else (out, ())
-            pred = self.param.pred(self.native, raw, own_x, magnitude(own_t), features)
+            pred = self.param.pred(
+                self.native, raw, own_x, magnitude(own_t), features
+            )
             if not foreign:
                 return pred
             _, _, da, ds = process.coefs(expand(magnitude(t), x))
@@ -193,7 +201,9 @@ class Denoiser:
         return denoise
 
 
-def by_time(nets: Sequence[Callable], bounds: Sequence[float], *, shared: bool = False) -> Callable:
+def by_time(
+    nets: Sequence[Callable], bounds: Sequence[float], *, shared: bool = False
+) -> Callable:
     """One denoiser of several experts: the first for t >= bounds[0], the second for the times below
     that and >= bounds[1], and so on.
 

@@ -46,7 +46,9 @@ class Random(Scale):
     def draw(self, key, n):
         return jnp.broadcast_to(self.uniform(key, ()), (n,))
 
-    def uniform(self, key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*_"]:
+    def uniform(
+        self, key: Key[Array, ""], shape: tuple[int, ...]
+    ) -> Float[Array, "*_"]:
         """Draws of one scale for each entry of `shape`."""
         return self.low + (self.high - self.low) * jax.random.uniform(key, shape)
 

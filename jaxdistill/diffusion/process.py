@@ -87,7 +87,12 @@ class Process:
 
     def coefs(
         self, t: Shaped[Array, "*T"]
-    ) -> tuple[Shaped[Array, "*T"], Shaped[Array, "*T"], Shaped[Array, "*T"], Shaped[Array, "*T"]]:
+    ) -> tuple[
+        Shaped[Array, "*T"],
+        Shaped[Array, "*T"],
+        Shaped[Array, "*T"],
+        Shaped[Array, "*T"],
+    ]:
         """alpha, sigma, d alpha/dt, d sigma/dt."""
         (a, s), (da, ds) = jax.jvp(self.alpha_sigma, (t,), (jnp.ones_like(t),))
         return a, s, da, ds
@@ -120,7 +125,9 @@ class Process:
 
     def start(self, noise: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
         """Unit Gaussian noise as a state at t_max."""
-        return self.add_noise(jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype))
+        return self.add_noise(
+            jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype)
+        )
 
     def may_start_at(self, t: float) -> bool:
         """True if a network may be given the result of `start` as a state at time t.
@@ -130,7 +137,10 @@ class Process:
         return True
 
     def velocity(
-        self, x0: Shaped[Array, "B ..."], eps: Shaped[Array, "B ..."], t: Shaped[Array, "*T"]
+        self,
+        x0: Shaped[Array, "B ..."],
+        eps: Shaped[Array, "B ..."],
+        t: Shaped[Array, "*T"],
     ) -> Shaped[Array, "B ..."]:
         """dx_t/dt for fixed x0 and eps."""
         _, _, da, ds = self.coefs(expand(t, x0))
@@ -188,7 +198,9 @@ class Process:
         """All parameterisations from a prediction of eps; singular where alpha = 0."""
         a, s, da, ds = self.coefs(expand(t, xt))
         x0 = (xt - s * eps) / a
-        return Pred(x0, eps, da * x0 + ds * eps, eps if raw is None else raw, features)
+        return Pred(
+            x0, eps, da * x0 + ds * eps, eps if raw is None else raw, features
+        )
 
     def from_v(
         self,
@@ -302,7 +314,9 @@ class VP(VariancePreserving):
         return 1e-5
 
     def alpha_sigma(self, t):
-        log_alpha = -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+        log_alpha = (
+            -(t**2) * (self.beta_max - self.beta_min) / 4 - t * self.beta_min / 2
+        )
         return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
 
     def time(self, angle):
@@ -336,7 +350,9 @@ class CosineVP(VariancePreserving):
         # b = phase, which keeps its precision near t = 0
         sin_mean = jnp.sin((phase + self.first_phase) / 2)
         sin_half_difference = jnp.sin(jnp.pi / 4 * t / (1 + self.offset))
-        one_minus_alpha = 2 * sin_mean * sin_half_difference / np.cos(self.first_phase)
+        one_minus_alpha = (
+            2 * sin_mean * sin_half_difference / np.cos(self.first_phase)
+        )
         return alpha, jnp.sqrt(one_minus_alpha * (1 + alpha))
 
     def time(self, angle):
@@ -345,7 +361,9 @@ class CosineVP(VariancePreserving):
         # cos(phase) = cos(first_phase) cos(angle), hence
         # sin(phase)^2 = sin(first_phase)^2 + (cos(first_phase) sin(angle))^2.
         # Unlike arccos, arctan2 of the two is precise at small angles.
-        phase = jnp.arctan2(jnp.sqrt(sin**2 + (cos * jnp.sin(angle)) ** 2), cos * jnp.cos(angle))
+        phase = jnp.arctan2(
+            jnp.sqrt(sin**2 + (cos * jnp.sin(angle)) ** 2), cos * jnp.cos(angle)
+        )
         return (phase - self.first_phase) * 2 / jnp.pi * (1 + self.offset)
 
 
@@ -368,7 +386,9 @@ class DDPM(VariancePreserving):
     def betas(self) -> Float64[np.ndarray, " {self.steps}"]:
         """The betas of all steps."""
         power = 0.5 if self.scaled else 1.0
-        return np.linspace(self.beta_min**power, self.beta_max**power, self.steps) ** (1 / power)
+        return np.linspace(
+            self.beta_min**power, self.beta_max**power, self.steps
+        ) ** (1 / power)
 
     @property
     def angles(self) -> Float64[np.ndarray, " {self.steps}"]:
@@ -377,7 +397,9 @@ class DDPM(VariancePreserving):
 
     def alpha_sigma(self, t):
         indices = jnp.arange(self.steps, dtype=t.dtype)
-        angle = jnp.interp(t * (self.steps - 1), indices, jnp.asarray(self.angles, t.dtype))
+        angle = jnp.interp(
+            t * (self.steps - 1), indices, jnp.asarray(self.angles, t.dtype)
+        )
         return jnp.cos(angle), jnp.sin(angle)
 
     def time(self, angle):

@@ -19,7 +19,9 @@ from jaxdistill.core.types import Array
 
 
 def total_derivative(
-    fn: Callable, primals: tuple[float | Array, ...], tangents: tuple[float | Array, ...]
+    fn: Callable,
+    primals: tuple[float | Array, ...],
+    tangents: tuple[float | Array, ...],
 ) -> tuple[Any, Any]:
     """(fn(*primals), its derivative along `tangents`) by forward-mode differentiation, exactly.
 
@@ -30,7 +32,9 @@ def total_derivative(
 
 
 def central_difference(
-    fn: Callable, primals: tuple[float | Array, ...], tangents: tuple[float | Array, ...]
+    fn: Callable,
+    primals: tuple[float | Array, ...],
+    tangents: tuple[float | Array, ...],
 ) -> tuple[Any, Any]:
     """`total_derivative` by a central difference, for networks whose kernels have no JVP.
 

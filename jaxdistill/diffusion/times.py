@@ -19,7 +19,9 @@ class Uniform:
     low: float = 0.0
     high: float = 1.0
 
-    def draw(self, process: Process, key: Key[Array, ""], n: int) -> Float[Array, " {n}"]:
+    def draw(
+        self, process: Process, key: Key[Array, ""], n: int
+    ) -> Float[Array, " {n}"]:
         """`n` times of the process."""
         t = jax.random.uniform(key, (n,), minval=self.low, maxval=self.high)
         return process.t_min + (process.t_max - process.t_min) * t
@@ -36,7 +38,9 @@ class Uniform:
         length = process.t_max - process.t_min
         first = (low - process.t_min) / length
         last = (high - process.t_min) / length
-        inside = dataclasses.replace(self, low=first + self.low, high=min(last, self.high))
+        inside = dataclasses.replace(
+            self, low=first + self.low, high=min(last, self.high)
+        )
         if inside.low >= inside.high:
             raise Refused(f"{self} has nothing within the times {low} to {high}")
         return inside
@@ -66,7 +70,9 @@ class LogNormalSNR(Uniform):
     std: float = 1.2
 
     def draw(self, process, key, n):
-        return process.time_of_lam(-(self.mean + self.std * jax.random.normal(key, (n,))))
+        return process.time_of_lam(
+            -(self.mean + self.std * jax.random.normal(key, (n,)))
+        )
 
     def within(self, process, low, high):
         expected = "expected Uniform or LogitNormal on a part of the process"

@@ -48,13 +48,19 @@ def trained_on(data: Dataset, n: int = 20_000) -> Classifier:
     with seed 0. It is kept in $JAXDISTILL_CACHE, else ~/.cache/jaxdistill.
     """
     x, label = _first_samples(dataclasses.replace(data, seed=0), n)
-    name = hashlib.sha256(x.tobytes() + label.tobytes() + bytes([EPOCHS])).hexdigest()[:16]
-    folder = Path(os.environ.get("JAXDISTILL_CACHE", "~/.cache/jaxdistill")).expanduser()
+    name = hashlib.sha256(
+        x.tobytes() + label.tobytes() + bytes([EPOCHS])
+    ).hexdigest()[:16]
+    folder = Path(
+        os.environ.get("JAXDISTILL_CACHE", "~/.cache/jaxdistill")
+    ).expanduser()
     file = folder / f"classifier_{name}.npz"
     if file.exists():
         saved = np.load(file)
         return Classifier((saved["w0"], saved["w1"]), (saved["b0"], saved["b1"]))
-    net = MLPClassifier((WIDTH,), max_iter=EPOCHS, tol=0.0, n_iter_no_change=10**6, random_state=0)
+    net = MLPClassifier(
+        (WIDTH,), max_iter=EPOCHS, tol=0.0, n_iter_no_change=10**6, random_state=0
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # training is meant to stop at max_iter
         net.fit(x, label)

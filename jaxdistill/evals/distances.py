@@ -10,7 +10,9 @@ from jaxtyping import Float, Shaped
 from jaxdistill.objectives import mmd
 
 
-def squared(x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]) -> Float[np.ndarray, "N M"]:
+def squared(
+    x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]
+) -> Float[np.ndarray, "N M"]:
     """||x_i - y_j||^2 in float64.
 
     Both sets are centred first, so that a common offset costs no digits.

@@ -50,7 +50,9 @@ def vendi_score(x: Shaped[np.ndarray, "B D"]) -> float:
     x = np.asarray(x, np.float64)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     if not np.all((norm > 0) & np.isfinite(norm)):
-        raise Refused("vendi_score: a feature vector is 0 or not finite and has no direction")
+        raise Refused(
+            "vendi_score: a feature vector is 0 or not finite and has no direction"
+        )
     values = np.linalg.svd(x / norm, compute_uv=False) ** 2 / len(x)
     values = values[values > 0]
     return float(np.exp(-np.sum(values * np.log(values))))

@@ -46,16 +46,29 @@ class DomainEval(Evaluation):
         rows = []
         for role, (nll, count) in sums.items():
             each = _perplexities(nll, count)
-            row = {"name": role, "nfe": 1, "perplexity": perplexity(nll.sum(), count.sum())}
-            row |= {f"perplexity_{name}": float(value) for name, value in zip(names, each)}
+            row = {
+                "name": role,
+                "nfe": 1,
+                "perplexity": perplexity(nll.sum(), count.sum()),
+            }
+            row |= {
+                f"perplexity_{name}": float(value) for name, value in zip(names, each)
+            }
             if "teacher" in sums:
                 ratio = each / _perplexities(*sums["teacher"])
-                row |= {"max_ratio": float(ratio.max()), "mean_ratio": float(ratio.mean())}
+                row |= {
+                    "max_ratio": float(ratio.max()),
+                    "mean_ratio": float(ratio.mean()),
+                }
             rows.append(row)
         return rows
 
     def tally(
-        self, trained: Trained, role: str, held_out: dict[str, np.ndarray], domains: int
+        self,
+        trained: Trained,
+        role: str,
+        held_out: dict[str, np.ndarray],
+        domains: int,
     ) -> np.ndarray:
         """Sums of -log q and numbers of target tokens of every domain: [2 domains]."""
 
@@ -72,7 +85,9 @@ class DomainEval(Evaluation):
 
         total = 0
         for low in range(0, len(held_out["tokens"]), self.batch):
-            part = {k: jnp.asarray(v[low : low + self.batch]) for k, v in held_out.items()}
+            part = {
+                k: jnp.asarray(v[low : low + self.batch]) for k, v in held_out.items()
+            }
             total = total + np.asarray(score(trained.params[role], part), np.float64)
         return total
 

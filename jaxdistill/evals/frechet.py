@@ -37,7 +37,9 @@ def from_statistics(
     roots of the eigenvalues of C1^(1/2) C2 C1^(1/2). Singular covariances need no regulariser.
     """
     cross = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
-    return float(np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross)
+    return float(
+        np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * cross
+    )
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
@@ -46,7 +48,9 @@ def _root(cov: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
 
 
-def frechet_distance(x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]) -> float:
+def frechet_distance(
+    x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]
+) -> float:
     """Fréchet distance between two sets of features.
 
     It is biased upwards by O(D / N): compare values at equal N, and report N.

@@ -64,7 +64,15 @@ def forward(conv: Callable, x: Float[Array, "B H W 3"]) -> Float[Array, "B 2048"
         return _join(
             same(f"{name}.branch1x1", x, 192),
             chain(f"{name}.branch7x7", x, (c,), (c, 1, 7), (192, 7, 1)),
-            chain(f"{name}.branch7x7dbl", x, (c,), (c, 7, 1), (c, 1, 7), (c, 7, 1), (192, 1, 7)),
+            chain(
+                f"{name}.branch7x7dbl",
+                x,
+                (c,),
+                (c, 7, 1),
+                (c, 1, 7),
+                (c, 7, 1),
+                (192, 1, 7),
+            ),
             same(f"{name}.branch_pool", _average(x), 192),
         )
 
@@ -86,7 +94,10 @@ def forward(conv: Callable, x: Float[Array, "B H W 3"]) -> Float[Array, "B 2048"
         return _join(
             same(f"{name}.branch1x1", x, 320),
             fork("branch3x3_2", same(f"{name}.branch3x3_1", x, 384)),
-            fork("branch3x3dbl_3", chain(f"{name}.branch3x3dbl", x, (448,), (384, 3, 3))),
+            fork(
+                "branch3x3dbl_3",
+                chain(f"{name}.branch3x3dbl", x, (448,), (384, 3, 3)),
+            ),
             same(f"{name}.branch_pool", pool(x), 192),
         )
 
@@ -99,7 +110,12 @@ def forward(conv: Callable, x: Float[Array, "B H W 3"]) -> Float[Array, "B 2048"
     x = block_a("Mixed_5c", x, 64)
     x = block_a("Mixed_5d", x, 64)
     x = block_b("Mixed_6a", x)
-    for name, c in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+    for name, c in (
+        ("Mixed_6b", 128),
+        ("Mixed_6c", 160),
+        ("Mixed_6d", 160),
+        ("Mixed_6e", 192),
+    ):
         x = block_c(name, x, c)
     x = block_d("Mixed_7a", x)
     x = block_e("Mixed_7b", x, _average)
@@ -121,7 +137,9 @@ def _average(x: Array) -> Array:
     """3 x 3 means at stride 1 over the pixels inside the image."""
 
     def total(a):
-        return jax.lax.reduce_window(a, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+        return jax.lax.reduce_window(
+            a, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME"
+        )
 
     return total(x) / total(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
 
@@ -141,7 +159,11 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 def _convolve(x: Array, kernel: Array, stride: int, padding: str) -> Array:
     return jax.lax.conv_general_dilated(
-        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "OIHW", "NHWC")
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
     )
 
 
@@ -161,7 +183,9 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         file = safe_open(path, framework="numpy")
     except Exception as error:
-        raise Refused(f"{path}: not a whole safetensors file ({error}); {CONVERT}") from error
+        raise Refused(
+            f"{path}: not a whole safetensors file ({error}); {CONVERT}"
+        ) from error
     with file as weights:
         keys = set(weights.keys())
 
@@ -172,7 +196,9 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 )
             value = weights.get_tensor(key)
             if value.shape != shape:
-                raise Refused(f"{path}: {key} has shape {value.shape}, expected {shape}")
+                raise Refused(
+                    f"{path}: {key} has shape {value.shape}, expected {shape}"
+                )
             return value.astype(np.float64)
 
         folded = {}
@@ -202,7 +228,9 @@ def pool_features(
         return jax.nn.relu(_convolve(x, kernel, stride, padding) + bias)
 
     x = jnp.broadcast_to(x.astype(jnp.float32), (*x.shape[:3], 3))
-    return forward(conv, jax.image.resize(x, (len(x), SIZE, SIZE, 3), "linear", antialias=False))
+    return forward(
+        conv, jax.image.resize(x, (len(x), SIZE, SIZE, 3), "linear", antialias=False)
+    )
 
 
 def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:

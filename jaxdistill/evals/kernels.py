@@ -13,7 +13,9 @@ from jaxdistill.evals import distances
 from jaxdistill.objectives import mmd
 
 
-def median_distance(x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]) -> float:
+def median_distance(
+    x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]
+) -> float:
     """Median distance between different samples of both sets together.
 
     It is computed from the first 1,000 samples of each.
@@ -24,7 +26,9 @@ def median_distance(x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]) 
 
 
 def mmd2(
-    x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"], width: float | None = None
+    x: Shaped[np.ndarray, "N D"],
+    y: Shaped[np.ndarray, "M D"],
+    width: float | None = None,
 ) -> float:
     """MMD^2 under the mean of RBF kernels exp(-d^2 / 2h^2), h = `width` times each of mmd.BANDS.
 
@@ -32,7 +36,9 @@ def mmd2(
         width: by default `median_distance`; fix it to compare several sets with one.
     """
     kernel = mmd.rbf(median_distance(x, y) if width is None else width)
-    return float(mmd.u_statistic(kernel, np.asarray(x, np.float64), np.asarray(y, np.float64)))
+    return float(
+        mmd.u_statistic(kernel, np.asarray(x, np.float64), np.asarray(y, np.float64))
+    )
 
 
 def kid(
@@ -56,7 +62,9 @@ def kid(
         arXiv:1801.01401.
     """
     if size > min(len(x), len(y)):
-        raise Refused(f"kid: size={size}, expected at most {min(len(x), len(y))}, the smaller set")
+        raise Refused(
+            f"kid: size={size}, expected at most {min(len(x), len(y))}, the smaller set"
+        )
     rng = np.random.default_rng(seed)
     x = np.asarray(x, np.float64)
     y = np.asarray(y, np.float64)
@@ -72,7 +80,9 @@ def kid(
     return float(np.mean(values)), float(np.std(values))
 
 
-def energy_distance(x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]) -> float:
+def energy_distance(
+    x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "M D"]
+) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'|, over pairs of different samples."""
 
     def kernel(a, b):

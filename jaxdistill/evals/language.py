@@ -45,7 +45,9 @@ def token_kl(
 
 
 def top1_agreement(
-    teacher: Float[Array, "B T V"], student: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
+    teacher: Float[Array, "B T V"],
+    student: Float[Array, "B T V"],
+    mask: Shaped[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """How many tokens of a mask have the same most likely prediction, by the logits of two models.
 
@@ -82,17 +84,23 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     """The length of the longest common subsequence."""
-    lengths = [0] * (len(b) + 1)  # of the words of `a` so far and the first j words of `b`
+    lengths = [0] * (
+        len(b) + 1
+    )  # of the words of `a` so far and the first j words of `b`
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, 1):
             before = lengths[j]
-            lengths[j] = diagonal + 1 if word == other else max(before, lengths[j - 1])
+            lengths[j] = (
+                diagonal + 1 if word == other else max(before, lengths[j - 1])
+            )
             diagonal = before
     return lengths[-1]
 
 
-def _pairs(predictions: Sequence[str], references: Sequence[str]) -> list[tuple[str, str]]:
+def _pairs(
+    predictions: Sequence[str], references: Sequence[str]
+) -> list[tuple[str, str]]:
     """Predictions with their references. Raises Refused unless there is one for each."""
     if not predictions or len(predictions) != len(references):
         raise Refused(

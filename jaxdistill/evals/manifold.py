@@ -21,7 +21,9 @@ def radii(x: Shaped[np.ndarray, "N D"], k: int) -> Float[np.ndarray, " N"]:
         Refused: unless 0 < k < N.
     """
     if not 0 < k < len(x):
-        raise Refused(f"k={k}: expected 1 to {len(x) - 1}, fewer than the {len(x)} samples")
+        raise Refused(
+            f"k={k}: expected 1 to {len(x) - 1}, fewer than the {len(x)} samples"
+        )
     blocks = distances.blocks(x, x)
     return np.concatenate([np.partition(d, k, axis=1)[:, k] for d in blocks])
 
@@ -29,7 +31,9 @@ def radii(x: Shaped[np.ndarray, "N D"], k: int) -> Float[np.ndarray, " N"]:
 def _balls_around(fake: np.ndarray, real: np.ndarray, k: int) -> np.ndarray:
     """Number of real balls that each fake sample is inside of, [M]."""
     reach = radii(real, k)
-    return np.concatenate([np.sum(d < reach, 1) for d in distances.blocks(fake, real)])
+    return np.concatenate(
+        [np.sum(d < reach, 1) for d in distances.blocks(fake, real)]
+    )
 
 
 def precision_recall(

@@ -24,7 +24,10 @@ def assign(
 
 
 def modes_hit(
-    x: Shaped[np.ndarray, "B D"], components: Components, share: float = 0.01, radius: float = 3.0
+    x: Shaped[np.ndarray, "B D"],
+    components: Components,
+    share: float = 0.01,
+    radius: float = 3.0,
 ) -> float:
     """Share of the modes that are covered.
 
@@ -46,7 +49,9 @@ def mode_kl(x: Shaped[np.ndarray, "B D"], components: Components) -> float:
     return float(np.sum(np.where(share > 0, share * log_ratio, 0.0)))
 
 
-def quality(x: Shaped[np.ndarray, "B D"], components: Components, radius: float = 3.0) -> float:
+def quality(
+    x: Shaped[np.ndarray, "B D"], components: Components, radius: float = 3.0
+) -> float:
     """Share of samples within `radius` standard deviations of their mode's mean.
 
     It is 1 - exp(-radius^2 / 2) for the mixture itself in two dimensions.
@@ -55,7 +60,9 @@ def quality(x: Shaped[np.ndarray, "B D"], components: Components, radius: float 
     return float(np.mean(distance <= radius))
 
 
-def offsets(x: Shaped[np.ndarray, "B D"], components: Components) -> Float[np.ndarray, "B D"]:
+def offsets(
+    x: Shaped[np.ndarray, "B D"], components: Components
+) -> Float[np.ndarray, "B D"]:
     """Each sample's offset from the mean of its most likely mode, in its standard deviations."""
     _, means, stds = components
     mode, _ = assign(x, components)

@@ -92,7 +92,9 @@ class NegativeEval(SampleEval):
             add(role, self.nfe(role, steps), plain[role], speed)
         shape = real["label"][:, 0]
         told = np.ones(self.samples, bool)
-        negative = data.caption(shape, np.full_like(shape, self._colour), told, shaped=False)
+        negative = data.caption(
+            shape, np.full_like(shape, self._colour), told, shaped=False
+        )
         for strength in self.strengths:
             scale = np.full(self.samples, strength, np.float32)
             cond = negated(real["cond"], negative, scale)

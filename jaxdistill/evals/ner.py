@@ -12,7 +12,9 @@ from jaxdistill.evals.text import TextEval
 TINY = 1e-10
 
 
-def strict_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
+def strict_f1(
+    wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
+) -> dict[str, float]:
     """Micro-averaged precision, recall and f1 of exactly equal entities.
 
     Args:
@@ -29,7 +31,9 @@ def strict_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -
     return _scores(hits, of_found, of_wanted)
 
 
-def partial_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
+def partial_f1(
+    wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
+) -> dict[str, float]:
     """`strict_f1` where entities that share a word count as half a hit.
 
     Equal entities are matched first; then each entity that is left in the answer with at most one
@@ -49,7 +53,9 @@ def partial_f1(wanted: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) 
             if entity in w:
                 continue
             words = set(entity.split())
-            match = next((other for other in missed if words & set(other.split())), None)
+            match = next(
+                (other for other in missed if words & set(other.split())), None
+            )
             if match is not None:
                 missed.remove(match)
                 hits += 0.5

@@ -34,7 +34,9 @@ class MeasuresPassRates(Protocol):
     def rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """The batch with the student's own responses."""
 
-    def snr(self, nets: Mapping[str, Net], params: Any, batch: Batch, bins: int) -> tuple:
+    def snr(
+        self, nets: Mapping[str, Net], params: Any, batch: Batch, bins: int
+    ) -> tuple:
         """(signal-to-noise ratio of the gradients by pass rate [bins], ...)."""
 
 
@@ -56,7 +58,8 @@ class PacedEval(TextEval):
 
     # Data set in the student's tokens whose held-out samples the student should not forget.
     general: Dataset | None = None
-    problems: int = 0  # training problems that the student's last stage is asked about; 0: none
+    # training problems that the student's last stage is asked about; 0: none
+    problems: int = 0
     bins: int = 5
 
     def check(self, data):
@@ -76,7 +79,12 @@ class PacedEval(TextEval):
     def table(self, roles, data):
         more: tuple[str, ...] = ()
         if self.general is not None:
-            more += ("general_perplexity", "general_accuracy", "forgetting", "accuracy_lost")
+            more += (
+                "general_perplexity",
+                "general_accuracy",
+                "forgetting",
+                "accuracy_lost",
+            )
         if self.problems > 0:
             more += ("snr_*",)
         table = super().table(roles, data)
@@ -97,7 +105,11 @@ class PacedEval(TextEval):
         if self.general is None:
             return {}
         now = self._general(trained.nets["student"], trained.params["student"])
-        row = {f"general_{name}": now[name] for name in ("perplexity", "accuracy") if name in now}
+        row = {
+            f"general_{name}": now[name]
+            for name in ("perplexity", "accuracy")
+            if name in now
+        }
         first = first_weights(trained)
         if first is None:
             return row
@@ -135,18 +147,28 @@ class PacedEval(TextEval):
             parts.append(gathered(batch))
         problems = {}
         for name in parts[0]:
-            problems[name] = np.concatenate([part[name] for part in parts])[: self.problems]
+            problems[name] = np.concatenate([part[name] for part in parts])[
+                : self.problems
+            ]
 
         @jax.jit
         def probe(params, batch):
             return method.snr(trained.nets, params, batch, self.bins)[0]
 
         found = gathered(probe(trained.params, problems))
-        return {f"snr_{i}": float(value) for i, value in enumerate(found) if np.isfinite(value)}
+        return {
+            f"snr_{i}": float(value)
+            for i, value in enumerate(found)
+            if np.isfinite(value)
+        }
 
 
 def _measured(
-    method: MeasuresPassRates, nets: Mapping[str, Net], params: Any, batch: Any, key: Any
+    method: MeasuresPassRates,
+    nets: Mapping[str, Net],
+    params: Any,
+    batch: Any,
+    key: Any,
 ) -> Any:
     """The batch with pass rates.
 

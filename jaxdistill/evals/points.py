@@ -78,7 +78,10 @@ class TextureEval(PointEval):
     def score(self, x, real, data):
         own = modes.offsets(x, data.components)
         wanted = modes.offsets(real["x"], data.components)
-        return {**super().score(x, real, data), "texture": energy_distance(own, wanted)}
+        return {
+            **super().score(x, real, data),
+            "texture": energy_distance(own, wanted),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,9 @@ class ChainEval(PointEval):
     def rows(self, trained):
         method = trained.experiment.method
         real = trained.experiment.data.evaluation(self.samples)
-        noise, eps = jax.random.normal(jax.random.key(self.seed), (2, *real["x"].shape))
+        noise, eps = jax.random.normal(
+            jax.random.key(self.seed), (2, *real["x"].shape)
+        )
         index = method.student_times.index(self.state)
         times = jnp.array(method.student_times)
 
@@ -166,7 +171,9 @@ class LabelledPointEval(PointEval):
     def check(self, data):
         super().check(data)
         if "cond" not in data.one_sample():
-            raise Refused("evaluation: LabelledPointEval needs labels `cond`, the data has none")
+            raise Refused(
+                "evaluation: LabelledPointEval needs labels `cond`, the data has none"
+            )
 
     def score(self, x, real, data):
         energy = []

@@ -19,7 +19,9 @@ from jaxdistill.evals.base import Evaluation, Trained
 from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Solver
 
-Samples = Mapping[str, Any]  # arrays [B ...], or groups of such, under the keys of a batch
+Samples = Mapping[
+    str, Any
+]  # arrays [B ...], or groups of such, under the keys of a batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,9 +52,14 @@ class SampleEval(Evaluation):
 
     def table(self, roles, data):
         metrics = (*self.metrics, "samples_per_second")
-        return {f"{role}@{self.nfe(role, steps)}": metrics for role, steps in self.models(roles)}
+        return {
+            f"{role}@{self.nfe(role, steps)}": metrics
+            for role, steps in self.models(roles)
+        }
 
-    def score(self, x: Shaped[np.ndarray, "B ..."], real: Samples, data: Any) -> dict[str, float]:
+    def score(
+        self, x: Shaped[np.ndarray, "B ..."], real: Samples, data: Any
+    ) -> dict[str, float]:
         """Metrics of samples that were made under the conditions of real samples.
 
         Args:
@@ -68,10 +75,14 @@ class SampleEval(Evaluation):
 
     def models(self, roles: Collection[str]) -> list[tuple[str, int]]:
         """(role, steps) of every row."""
-        teacher = [("teacher", n) for n in self.teacher_steps] if "teacher" in roles else []
+        teacher = (
+            [("teacher", n) for n in self.teacher_steps] if "teacher" in roles else []
+        )
         return teacher + [("student", n) for n in self.student_steps]
 
-    def drawing(self, trained: Trained, role: str, steps: int) -> Callable[..., jax.Array]:
+    def drawing(
+        self, trained: Trained, role: str, steps: int
+    ) -> Callable[..., jax.Array]:
         """The function that samples a network, to be jitted.
 
         Returns:
@@ -94,7 +105,9 @@ class SampleEval(Evaluation):
             def denoise(x, t):
                 return guided(net, x, t, cond, null, self.guidance)
 
-            return ode.solve(self.solver, process, denoise, process.start(noise), steps, key)
+            return ode.solve(
+                self.solver, process, denoise, process.start(noise), steps, key
+            )
 
         return draw
 
@@ -131,7 +144,11 @@ class SampleEval(Evaluation):
         real = data.evaluation(self.samples)
         for role, steps in self.models(trained.params):
             x, speed = self.generate(trained, role, steps, real)
-            row = {"name": role, "nfe": self.nfe(role, steps), **self.score(x, real, data)}
+            row = {
+                "name": role,
+                "nfe": self.nfe(role, steps),
+                **self.score(x, real, data),
+            }
             rows.append({**row, "samples_per_second": speed})
         return rows
 

@@ -15,7 +15,9 @@ from jaxdistill.evals import distances
 
 def _check_equal_size(x: np.ndarray, y: np.ndarray) -> None:
     if x.shape != y.shape:
-        raise Refused(f"samples {x.shape} and {y.shape}: expected equally many of equal dimension")
+        raise Refused(
+            f"samples {x.shape} and {y.shape}: expected equally many of equal dimension"
+        )
 
 
 def sliced_wasserstein(

@@ -14,7 +14,12 @@ import numpy as np
 from jaxdistill.core.net import Net
 from jaxdistill.core.sharding import gathered
 from jaxdistill.core.types import Params, Refused
-from jaxdistill.data.abilities import ChecksAnswers, HasTokenizer, WritesText, text_end
+from jaxdistill.data.abilities import (
+    ChecksAnswers,
+    HasTokenizer,
+    WritesText,
+    text_end,
+)
 from jaxdistill.data.base import Dataset
 from jaxdistill.evals.base import Evaluation, Trained, judged
 from jaxdistill.evals.language import perplexity, token_kl, top1_agreement
@@ -96,10 +101,14 @@ class TextEval(Evaluation):
         held_out = models.data.evaluation(self.samples)
         rows = []
         for role in judged(trained.params):
-            rows.append({"name": role, "nfe": 1, **self.scores(models, role, held_out)})
+            rows.append(
+                {"name": role, "nfe": 1, **self.scores(models, role, held_out)}
+            )
         return rows
 
-    def scores(self, models: Models, role: str, held_out: Samples) -> dict[str, float]:
+    def scores(
+        self, models: Models, role: str, held_out: Samples
+    ) -> dict[str, float]:
         """The metrics of one network on held-out samples."""
         compared = "teacher" in models.params and "teacher_tokens" not in held_out
         count = held_out["mask"][:, 1:].sum()
@@ -123,12 +132,16 @@ class TextEval(Evaluation):
         row["tokens_per_second"] = speed
         return row
 
-    def write(self, trained: Trained, role: str, held_out: Samples) -> tuple[Samples, float]:
+    def write(
+        self, trained: Trained, role: str, held_out: Samples
+    ) -> tuple[Samples, float]:
         """`continuations` of one network of a run."""
         models = Models(trained.nets, trained.params, trained.experiment.data)
         return self.continuations(models, role, held_out)
 
-    def continuations(self, models: Models, role: str, held_out: Samples) -> tuple[Samples, float]:
+    def continuations(
+        self, models: Models, role: str, held_out: Samples
+    ) -> tuple[Samples, float]:
         """What a network writes after the prompts of held-out samples.
 
         It writes the most likely tokens where answers are checked, else it samples.
@@ -173,7 +186,9 @@ class TextEval(Evaluation):
             prompt = prompts[low : low + self.batch]
             mask = masks[low : low + self.batch]
             started = time.perf_counter()
-            out, valid = jax.block_until_ready(run(models.params[role], prompt, mask, np.int32(i)))
+            out, valid = jax.block_until_ready(
+                run(models.params[role], prompt, mask, np.int32(i))
+            )
             # The first batch includes compilation; it counts where it is the only one.
             if i or len(prompts) <= self.batch:
                 seconds = seconds + time.perf_counter() - started
@@ -189,10 +204,14 @@ class TextEval(Evaluation):
         data = trained.experiment.data
         held_out = data.evaluation(n)
         decode = _decoder(data)
-        roles = ("student",) if "teacher_tokens" in held_out else judged(trained.params)
+        roles = (
+            ("student",) if "teacher_tokens" in held_out else judged(trained.params)
+        )
         found = {}
         for role in roles:
-            if role in trained.params and isinstance(trained.nets[role].config, Layered):
+            if role in trained.params and isinstance(
+                trained.nets[role].config, Layered
+            ):
                 own, _ = self.write(trained, role, held_out)
                 found[role] = [decode(tokens) for tokens in own["tokens"]]
         return found
@@ -210,7 +229,9 @@ def _decoder(data: Dataset) -> Callable[[np.ndarray], str]:
 def _teachers(samples: Samples) -> Samples:
     """The arrays of the teacher's side, under the names of the student's."""
     prefix = "teacher_"
-    return {k.removeprefix(prefix): v for k, v in samples.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v for k, v in samples.items() if k.startswith(prefix)
+    }
 
 
 def _scorer(models: Models, role: str, compared: bool) -> Callable:
@@ -227,7 +248,9 @@ def _scorer(models: Models, role: str, compared: bool) -> Callable:
         logits = nets[role].apply(params[role], batch["tokens"], **where)
         sums = {"nll": masked_sum(cross_entropy(logits, labels), mask)}
         if compared:
-            teacher = nets["teacher"].apply(params["teacher"], batch["tokens"], **where)
+            teacher = nets["teacher"].apply(
+                params["teacher"], batch["tokens"], **where
+            )
             sums["kl"] = token_kl(teacher, logits, mask)
             sums["agreement"] = top1_agreement(teacher, logits, mask)
             sums["reverse_kl"] = token_kl(teacher, logits, mask, ReverseKL())
@@ -245,4 +268,6 @@ def _total(
         part = {k: v[low : low + batch] for k, v in samples.items()}
         for name, pair in gathered(score(params, part)).items():
             totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
-    return {name: (float(total), float(count)) for name, (total, count) in totals.items()}
+    return {
+        name: (float(total), float(count)) for name, (total, count) in totals.items()
+    }

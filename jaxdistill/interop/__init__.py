@@ -118,7 +118,9 @@ def load(folder: str | Path, dtype: str = "float32") -> tuple[Net, Params]:
     Raises Refused as `load_into` does.
     """
     net = _network(Path(folder))
-    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), net.shapes)
+    abstract = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype)), net.shapes
+    )
     return net, load_into(folder, net, abstract)
 
 
@@ -155,7 +157,9 @@ def load_into(folder: str | Path, net: Net, abstract: Params) -> Params:
         leaf = leaves[row.path]
         parts = [tensors[name] for name in row.names(leaf.shape)]
         filled[row.path] = _place(leaf, _reader(row, parts))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [filled[path] for path in leaves])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [filled[path] for path in leaves]
+    )
 
 
 def save(
@@ -232,7 +236,9 @@ def family_of(net: Net) -> Family:
             "the rest"
         )
     supported = dict.fromkeys(family.name for family in FAMILIES)
-    raise Refused(f"export: no PyTorch class for {name}; supported: {', '.join(supported)}")
+    raise Refused(
+        f"export: no PyTorch class for {name}; supported: {', '.join(supported)}"
+    )
 
 
 def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
@@ -249,11 +255,16 @@ def _describe(folder: Path, net: Net | None = None) -> tuple[Family, Any]:
     file = folder / "config.json"
     if not file.exists():
         # EDM publishes pickles without a folder
-        pickles = [folder] if folder.suffix == ".pkl" else sorted(folder.glob("*.pkl"))
+        pickles = (
+            [folder] if folder.suffix == ".pkl" else sorted(folder.glob("*.pkl"))
+        )
         if pickles:
             raise Refused(_pickled(pickles[0], edm.SONG))
     config = read_json(file)
-    by_name = {family.name: [f for f in FAMILIES if f.name == family.name] for family in FAMILIES}
+    by_name = {
+        family.name: [f for f in FAMILIES if f.name == family.name]
+        for family in FAMILIES
+    }
     candidates = lookup(by_name, _class(config, file), f"{file}: class")
     family = candidates[0]
     if net is not None:
@@ -275,7 +286,13 @@ def _network(folder: Path) -> Net:
         return make_net(config, config=config)
     except Refused as error:
         raise Refused(f"{file}: {error}") from error
-    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         # raised by flax's layers, or for shapes that do not fit
         said = one_line(error, 120)
         raise Refused(f"{file}: no {family.name} has these sizes ({said})") from error
@@ -302,7 +319,9 @@ def _no_class(config: Mapping[str, Any], key: str, file: Path) -> Refused:
 def _check_same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
     """Raises Refused where the folder's configuration is not that of `net`."""
     if type(net.config) is not family.config:
-        raise Refused(f"{folder}: holds a {family.name}, expected a {type(net.config).__name__}")
+        raise Refused(
+            f"{folder}: holds a {family.name}, expected a {type(net.config).__name__}"
+        )
     stored = family.write(config)["config.json"]
     ours = family.write(net.config)["config.json"]
     for key in stored:
@@ -319,7 +338,9 @@ def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
     try:
         stored = read_folder(folder, stem, index_first=family.library == "diffusers")
     except KeyError:
-        pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+        pickled = sorted(
+            file.name for file in folder.iterdir() if file.suffix in PICKLED
+        )
         if pickled:
             raise Refused(_pickled(folder / pickled[0], family)) from None
         raise Refused(
@@ -331,7 +352,9 @@ def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
     return found
 
 
-def _without_copies(tensors: dict[str, Tensor], copies: Mapping[str, str]) -> dict[str, Tensor]:
+def _without_copies(
+    tensors: dict[str, Tensor], copies: Mapping[str, str]
+) -> dict[str, Tensor]:
     """`tensors` without second names of one weight, {second name: the table's name}.
 
     The weight is found under the table's name even where only another is stored. Raises Refused
@@ -400,21 +423,27 @@ def _check_names(
         _check_tensor(name, tensors[name], shape)
     if extra:
         more = f" (and {len(extra) - 1} more)" if extra[1:] else ""
-        raise Refused(f"{tensors[extra[0]].file}: unexpected key {shown(extra[0])}{more}")
+        raise Refused(
+            f"{tensors[extra[0]].file}: unexpected key {shown(extra[0])}{more}"
+        )
 
 
 def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raises Refused where a stored weight has another shape, or does not hold floats."""
     data = tensor.data
     if data.shape != shape:
-        raise Refused(f"{tensor.file}: {name} has shape {list(data.shape)}, expected {list(shape)}")
+        raise Refused(
+            f"{tensor.file}: {name} has shape {list(data.shape)}, expected {list(shape)}"
+        )
     if not jnp.issubdtype(data.dtype, jnp.floating):
         raise Refused(
             f"{tensor.file}: {name} has numbers of type {data.dtype.name}, expected plain floats"
         )
 
 
-def _reader(row: Row, tensors: list[Tensor]) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _reader(
+    row: Row, tensors: list[Tensor]
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """A function that reads the part of a leaf that a tuple of slices names.
 
     Raises Refused where the copies of a weight differ.
@@ -430,11 +459,15 @@ def _reader(row: Row, tensors: list[Tensor]) -> Callable[[tuple[slice, ...]], np
     return lambda index: views[0][index]
 
 
-def _place(leaf: jax.ShapeDtypeStruct, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Array:
+def _place(
+    leaf: jax.ShapeDtypeStruct, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> Array:
     """A leaf on its devices, in the dtype and sharding of `leaf`."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        return np.array(read(index), leaf.dtype)  # a copy, since the file may be removed
+        return np.array(
+            read(index), leaf.dtype
+        )  # a copy, since the file may be removed
 
     if leaf.sharding is None:
         return jnp.asarray(part((slice(None),) * len(leaf.shape)))

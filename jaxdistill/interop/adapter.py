@@ -84,7 +84,9 @@ def save_adapter(
             write_json(fresh / "adapter_config.json", config)
             weights = "adapter_model.safetensors"
         else:
-            write_json(fresh / "config.json", {"_class_name": family.name, "lora_rank": rank})
+            write_json(
+                fresh / "config.json", {"_class_name": family.name, "lora_rank": rank}
+            )
             weights = "pytorch_lora_weights.safetensors"
         for file, value in (beside or {}).items():
             put(fresh / file, value)
@@ -122,7 +124,9 @@ def _family(folder: Path, base: Net) -> Family:
     return family
 
 
-def _pair(folder: Path, row: Row, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pair(
+    folder: Path, row: Row, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """A [r in ...] and B [out r ...] of PyTorch for our a [in r] and b [r out].
 
     Raises Refused where their product is not the change a b of the weight in PyTorch's layout.

@@ -51,7 +51,9 @@ def chain(method: Any, denoiser: Denoiser, steps: int) -> np.ndarray:
 def start(method: Any, denoiser: Denoiser, steps: int) -> float:
     """The first state for unit noise, in the network's own coordinates at the first time."""
     state = method.process.start(method.initial(jnp.ones((1, 1))))[0, 0]
-    return float(state * denoiser.own_scale(method.process, method.sampling_times(steps)[0]))
+    return float(
+        state * denoiser.own_scale(method.process, method.sampling_times(steps)[0])
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,9 @@ def scheduler(method: Any, denoiser: Denoiser, steps: int) -> Scheduler:
     sigma = steps_of_chain[:, -1]
     param = denoiser.param
     native = denoiser.native
-    kinds = [kind for kind, prediction in PREDICTIONS.items() if type(param) is prediction]
+    kinds = [
+        kind for kind, prediction in PREDICTIONS.items() if type(param) is prediction
+    ]
     is_flow = type(param) is Velocity and native == Flow()
     if is_flow and param.time_scale == int(param.time_scale):
         shift = getattr(method.process, "shift", 1.0)
@@ -106,7 +110,9 @@ def scheduler(method: Any, denoiser: Denoiser, steps: int) -> Scheduler:
         )
     first = start(method, denoiser, steps)
     if not np.isclose(first, 1, rtol=1e-5):
-        raise Refused(f"no scheduler of diffusers starts from noise of size {first:.7g}")
+        raise Refused(
+            f"no scheduler of diffusers starts from noise of size {first:.7g}"
+        )
     return found
 
 

@@ -28,10 +28,18 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import write_json
 
 MARKER = ".jaxdistill_export.json"
-LARGE = 2**30  # bytes; larger files are known by their size and the time of their last change
-LOCK = ".lock"  # an empty file, locked while a folder is written, and removed at the end
+LARGE = (
+    2**30
+)  # bytes; larger files are known by their size and the time of their last change
+# an empty file, locked while a folder is written, and removed at the end
+LOCK = ".lock"
 RUN = ("stages", "checkpoints", "metrics.jsonl")  # parts of a run's folder
-INSIDE_A_RUN = ("stages", "checkpoints", "data", "tensorboard")  # its folders that it reads again
+INSIDE_A_RUN = (
+    "stages",
+    "checkpoints",
+    "data",
+    "tensorboard",
+)  # its folders that it reads again
 LONGEST = "diffusion_pytorch_model-00001-of-00001.safetensors"  # the longest name in an export
 
 
@@ -46,17 +54,23 @@ def replaceable(target: Path) -> Path:
     """
     with _refusals(target):
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(target)):
-            raise Refused(f"{target}: an export is written to a local folder; copy it from there")
+            raise Refused(
+                f"{target}: an export is written to a local folder; copy it from there"
+            )
         if target.name in ("", ".."):
             raise Refused(f"{target}: expected the name of a folder, as in export")
         place = target.parent.resolve() / target.name
         _check_length(place)
         here = Path.cwd()
         if place in (here, *here.parents):
-            raise Refused(f"{target}: is the working folder or holds it; give another name")
+            raise Refused(
+                f"{target}: is the working folder or holds it; give another name"
+            )
         _check_parents(target, place)
         if place.is_symlink():
-            raise Refused(f"{target}: is a link to {os.readlink(place)}; give a folder")
+            raise Refused(
+                f"{target}: is a link to {os.readlink(place)}; give a folder"
+            )
         if place.exists():
             _check_folder(target, place)
     return place
@@ -86,7 +100,9 @@ def _check_parents(target: Path, place: Path) -> None:
             continue
         run = parent.parent
         if any((run / name).exists() for name in RUN):
-            raise Refused(f"{target}: is inside {parent.name}/ of the run {run}; give another name")
+            raise Refused(
+                f"{target}: is inside {parent.name}/ of the run {run}; give another name"
+            )
     near = _nearest(place.parent)
     if not near.is_dir():
         raise Refused(f"{target}: {near} is a file, expected a folder")
@@ -99,7 +115,9 @@ def _check_folder(target: Path, place: Path) -> None:
     if not place.is_dir():
         raise Refused(f"{target}: is a file, expected a folder or a free name")
     if os.path.ismount(place):
-        raise Refused(f"{target}: is the root of a file system; give a folder inside it")
+        raise Refused(
+            f"{target}: is the root of a file system; give a folder inside it"
+        )
     written(target, place)
 
 
@@ -207,8 +225,12 @@ def _read_list(target: Path, place: Path) -> dict[str, Any]:
 
 def _list(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> entry of all files in a folder except the list itself."""
-    files = [(name, info) for name, info in _content(folder) if stat.S_ISREG(info.st_mode)]
-    return {name: _entry(folder / name, info) for name, info in files if name != MARKER}
+    files = [
+        (name, info) for name, info in _content(folder) if stat.S_ISREG(info.st_mode)
+    ]
+    return {
+        name: _entry(folder / name, info) for name, info in files if name != MARKER
+    }
 
 
 def _write_marker(folder: Path, listed: dict[str, dict[str, Any]] | None) -> None:
@@ -364,7 +386,9 @@ def _refusals(target: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "ymlink loop" not in str(error):
             raise
-        raise Refused(f"{target}: cannot be written: {' '.join(str(error).split())}") from error
+        raise Refused(
+            f"{target}: cannot be written: {' '.join(str(error).split())}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -41,7 +41,9 @@ class Config:
     def refusal(self, key: str, expected: str) -> Refused:
         """The exception for a key whose value our model cannot do."""
         value = quoted(self.values[key])
-        return Refused(f"{self.file}: {key}={value} is not supported, expected {expected}")
+        return Refused(
+            f"{self.file}: {key}={value} is not supported, expected {expected}"
+        )
 
 
 def _as_it_is(value: Any, config: Config) -> Any:
@@ -136,7 +138,9 @@ def optional(field: str, key: str, none: Any = 0) -> Field:
         value = getattr(ours, field)
         return None if value == none else value
 
-    return Field(field=field, key=key, read=read, write=write, missing=none, null=none)
+    return Field(
+        field=field, key=key, read=read, write=write, missing=none, null=none
+    )
 
 
 def listed(field: str, key: str, missing: Any = REFUSED) -> Field:
@@ -150,7 +154,9 @@ def listed(field: str, key: str, missing: Any = REFUSED) -> Field:
     )
 
 
-def named(field: str, key: str, names: Mapping[str, Any], missing: Any = REFUSED) -> Field:
+def named(
+    field: str, key: str, names: Mapping[str, Any], missing: Any = REFUSED
+) -> Field:
     """A field whose values have names in PyTorch; of several names the first is written."""
 
     def read(value: str, config: Config) -> Any:
@@ -158,12 +164,16 @@ def named(field: str, key: str, names: Mapping[str, Any], missing: Any = REFUSED
 
     def write(ours: Any) -> str:
         value = getattr(ours, field)
-        return next((name for name, meaning in names.items() if meaning == value), value)
+        return next(
+            (name for name, meaning in names.items() if meaning == value), value
+        )
 
     return Field(field=field, key=key, read=read, write=write, missing=missing)
 
 
-def one_of(field: str, key: str, values: Mapping[Any, Any], missing: Any = REFUSED) -> Field:
+def one_of(
+    field: str, key: str, values: Mapping[Any, Any], missing: Any = REFUSED
+) -> Field:
     """A field with a few values, {in PyTorch: in ours}; a refusal lists them."""
 
     def read(value: Any, config: Config) -> Any:
@@ -173,7 +183,9 @@ def one_of(field: str, key: str, values: Mapping[Any, Any], missing: Any = REFUS
 
     null = None if None in values else REFUSED
     pair = named(field, key, values)
-    return Field(field=field, key=key, read=read, write=pair.write, missing=missing, null=null)
+    return Field(
+        field=field, key=key, read=read, write=pair.write, missing=missing, null=null
+    )
 
 
 def activation(key: str) -> Field:
@@ -203,7 +215,9 @@ def tokens(field: str, key: str, missing: Any = REFUSED) -> Field:
             return None
         return list(ids) if len(ids) > 1 else ids[0]
 
-    return Field(field=field, key=key, read=read, write=write, missing=missing, null=[])
+    return Field(
+        field=field, key=key, read=read, write=write, missing=missing, null=[]
+    )
 
 
 def labels() -> tuple[Field, Written]:
@@ -230,7 +244,9 @@ def always(values: Mapping[str, Any]) -> tuple[Fixed, ...]:
     return tuple(Fixed(key, value) for key, value in values.items())
 
 
-def read_keys(keys: Iterable[Key], config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+def read_keys(
+    keys: Iterable[Key], config: Mapping[str, Any], file: Path
+) -> dict[str, Any]:
     """Our fields from config.json.
 
     Raises Refused where a key is missing, or has a value that is not supported.
@@ -250,7 +266,9 @@ def read_keys(keys: Iterable[Key], config: Mapping[str, Any], file: Path) -> dic
     return found
 
 
-def check_implied(keys: Iterable[Key], ours: Any, config: Mapping[str, Any], file: Path) -> None:
+def check_implied(
+    keys: Iterable[Key], ours: Any, config: Mapping[str, Any], file: Path
+) -> None:
     """Raises Refused where a key of config.json differs from what our fields imply."""
     for key in keys:
         if isinstance(key, Implied):

@@ -28,7 +28,17 @@ from jaxdistill.diffusion.denoiser import Denoiser, Velocity, by_time, guided
 from jaxdistill.diffusion.process import DDPM, Flow, Process
 from jaxdistill.interop.chain import PREDICTIONS, SCHEDULER
 from jaxdistill.interop.safetensors import read_json
-from jaxdistill.interop.settings import FLAG, LENGTH, WORD, Kind, above, check, maybe, real, whole
+from jaxdistill.interop.settings import (
+    FLAG,
+    LENGTH,
+    WORD,
+    Kind,
+    above,
+    check,
+    maybe,
+    real,
+    whole,
+)
 from jaxdistill.samplers import fewstep
 
 # The prompt's frame in the released Qwen-Image pipeline. The text encoder reads all of it; the
@@ -99,8 +109,11 @@ class Pipeline:
 
     folder: Path
     index: dict[str, Any]  # the content of model_index.json
-    parts: dict[str, tuple[Net, Params]]  # networks and their weights by diffusers' names
-    student: str | Path = ""  # the folder of the denoiser if it is not the pipeline's own
+    parts: dict[
+        str, tuple[Net, Params]
+    ]  # networks and their weights by diffusers' names
+    # the folder of the denoiser if it is not the pipeline's own
+    student: str | Path = ""
     # compiled functions by key
     _programs: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -158,7 +171,9 @@ class Pipeline:
         noise = jax.random.normal(key, shape) if noise is None else jnp.asarray(noise)
         if noise.shape != shape:
             raise Refused(f"noise {list(noise.shape)}: expected {list(shape)}")
-        cond, null = self._conditions(prompts, [negative] if guidance != 1.0 else [], size)
+        cond, null = self._conditions(
+            prompts, [negative] if guidance != 1.0 else [], size
+        )
         times = jnp.asarray(times, jnp.float32)
         x0 = self.sample(cond, null, noise, times, key, renoises, guidance)
         return self.decode(x0)
@@ -191,7 +206,9 @@ class Pipeline:
         """
         raise NotImplementedError
 
-    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+    def latents(
+        self, count: int, size: tuple[int, int], frames: int
+    ) -> tuple[int, ...]:
         """The shape of `count` samples of the denoiser.
 
         Raises Refused if the size or the number of frames cannot be made by the networks.
@@ -199,7 +216,9 @@ class Pipeline:
         if any(n % self.down for n in size):
             raise Refused(f"size={size}: expected multiples of {self.down}")
         if frames != 1:
-            raise Refused(f"frames={frames}: {type(self).__name__} makes pictures, expected 1")
+            raise Refused(
+                f"frames={frames}: {type(self).__name__} makes pictures, expected 1"
+            )
         net, _ = self.vae
         return (count, size[0] // self.down, size[1] // self.down, net.config.latents)
 
@@ -248,7 +267,9 @@ class Pipeline:
         if config.get("prediction_type") is not None:
             kinds = dict.fromkeys(self.predictions)
             lookup(kinds, config["prediction_type"], f"{file}: prediction_type")
-        if config.get("base_image_seq_len", 256) == config.get("max_image_seq_len", 4096):
+        if config.get("base_image_seq_len", 256) == config.get(
+            "max_image_seq_len", 4096
+        ):
             raise Refused(
                 f"{file}: base_image_seq_len and max_image_seq_len are equal, expected two lengths "
                 "to interpolate between"
@@ -340,7 +361,9 @@ class Pipeline:
                 return guided(net, x, t, cond, null, guidance)
 
             last = len(times) - 1
-            xt, t = fewstep.simulate(self.process, denoise, noise, times, key, last, solver)
+            xt, t = fewstep.simulate(
+                self.process, denoise, noise, times, key, last, solver
+            )
             return denoise(xt, t).x0
 
         present = [name for name in self.denoisers if name in self.parts]
@@ -368,7 +391,11 @@ class Pipeline:
 
 def _positive(steps: int) -> int:
     """Returns `steps` unchanged. Raises Refused if it is not a whole number of at least 1."""
-    if not isinstance(steps, int | np.integer) or isinstance(steps, bool) or steps < 1:
+    if (
+        not isinstance(steps, int | np.integer)
+        or isinstance(steps, bool)
+        or steps < 1
+    ):
         raise Refused(f"steps={steps}: expected a positive whole number")
     return steps
 
@@ -423,15 +450,24 @@ class StableDiffusionXL(Pipeline):
         """
         texts = [*prompts, *negatives]
         features = []
-        for name, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        for name, tokenizer in (
+            ("text_encoder", "tokenizer"),
+            ("text_encoder_2", "tokenizer_2"),
+        ):
             net, _ = self.parts[name]
-            tokens, _ = tokenize(self.folder / tokenizer, texts, net.config.max_length)
-            states, (penultimate,) = self.run(name, tokens, taps=(net.config.depth - 2,))
+            tokens, _ = tokenize(
+                self.folder / tokenizer, texts, net.config.max_length
+            )
+            states, (penultimate,) = self.run(
+                name, tokens, taps=(net.config.depth - 2,)
+            )
             features.append(penultimate)
         # `states` and `tokens` are those of the second tower, which the loop ends with.
         pooled = self.run("text_encoder_2", states, tokens, method="pool")
         zeros = self.index.get("force_zeros_for_empty_prompt")
-        is_given = [True] * len(prompts) + [bool(text) or not zeros for text in negatives]
+        is_given = [True] * len(prompts) + [
+            bool(text) or not zeros for text in negatives
+        ]
         given = np.array(is_given)[:, None]
         height, width = size
         # the original size, the crop's top left corner, and the target size; each (height, width)
@@ -473,7 +509,9 @@ class Sana(Pipeline):
         null = self._features("", negatives, self.length)
         return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), encoded, null)
 
-    def _features(self, before: str, prompts: list[str], length: int) -> dict[str, Array]:
+    def _features(
+        self, before: str, prompts: list[str], length: int
+    ) -> dict[str, Array]:
         """Features of texts that begin with `before`, `self.length` tokens of each.
 
         Of the `length` tokens of a text, the first and the last self.length - 1 are kept.
@@ -498,11 +536,18 @@ class QwenImage(Pipeline):
         """
         texts = [QWEN_TEMPLATE.format(prompt) for prompt in (*prompts, *negatives)]
         longest = 1024 + QWEN_PREFIX
-        tokens, mask = tokenize(self.folder / "tokenizer", texts, longest, to_longest=True)
+        tokens, mask = tokenize(
+            self.folder / "tokenizer", texts, longest, to_longest=True
+        )
         features = self.run("text_encoder", tokens, mask=mask) * mask[..., None]
-        return {"text": features[:, QWEN_PREFIX:], "mask": jnp.asarray(mask[:, QWEN_PREFIX:])}
+        return {
+            "text": features[:, QWEN_PREFIX:],
+            "mask": jnp.asarray(mask[:, QWEN_PREFIX:]),
+        }
 
-    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+    def latents(
+        self, count: int, size: tuple[int, int], frames: int
+    ) -> tuple[int, ...]:
         """As in the base class, with sizes that the denoiser's patches of 2 x 2 latents fill."""
         if any(n % (2 * self.down) for n in size):
             raise Refused(f"size={size}: expected multiples of {2 * self.down}")
@@ -528,9 +573,14 @@ class Wan(Pipeline):
             plain = html.unescape(html.unescape(prompt))
             texts.append(re.sub(r"\s+", " ", plain).strip())
         tokens, mask = tokenize(self.folder / "tokenizer", texts, 512)
-        return {"text": self.run("text_encoder", tokens, mask=mask), "mask": jnp.asarray(mask)}
+        return {
+            "text": self.run("text_encoder", tokens, mask=mask),
+            "mask": jnp.asarray(mask),
+        }
 
-    def latents(self, count: int, size: tuple[int, int], frames: int) -> tuple[int, ...]:
+    def latents(
+        self, count: int, size: tuple[int, int], frames: int
+    ) -> tuple[int, ...]:
         """The shape of `count` videos: one latent frame for the first frame, and one for each
         further group of frames.
         """
@@ -538,7 +588,9 @@ class Wan(Pipeline):
         # `temporal` has a flag per change of resolution: whether it halves the frames too.
         group = 2 ** sum(net.config.temporal)
         if frames % group != 1:
-            raise Refused(f"frames={frames}: expected 1 more than a multiple of {group}")
+            raise Refused(
+                f"frames={frames}: expected 1 more than a multiple of {group}"
+            )
         picture = super().latents(count, size, 1)
         return (count, (frames - 1) // group + 1, *picture[1:])
 
@@ -551,7 +603,9 @@ PIPELINES: dict[str, type[Pipeline]] = {
 }
 
 
-def load(folder: str | Path, *, student: str | Path = "", dtype: str = "float32") -> Pipeline:
+def load(
+    folder: str | Path, *, student: str | Path = "", dtype: str = "float32"
+) -> Pipeline:
     """The pipeline in `folder`.
 
     Args:
@@ -596,13 +650,19 @@ def _check_student(student: str | Path, denoiser: Path) -> None:
 
 
 def _load_parts(
-    kind: type[Pipeline], folder: Path, index: dict[str, Any], student: str | Path, dtype: str
+    kind: type[Pipeline],
+    folder: Path,
+    index: dict[str, Any],
+    student: str | Path,
+    dtype: str,
 ) -> dict[str, tuple[Net, Params]]:
     """The networks that model_index.json names. Raises Refused if an entry names no class."""
     first, *others = kind.denoisers
     parts = {}
     for name in (*kind.texts, first, *others, "vae"):
-        entry = index.get(name) or [None]  # [null, null] means that the part is absent
+        entry = index.get(name) or [
+            None
+        ]  # [null, null] means that the part is absent
         if not isinstance(entry, list):
             raise Refused(
                 f"{folder / 'model_index.json'}: {name} is {quoted(entry)}, expected a library and "
@@ -616,7 +676,11 @@ def _load_parts(
 
 
 def tokenize(
-    folder: Path, texts: Sequence[str], length: int | None, *, to_longest: bool = False
+    folder: Path,
+    texts: Sequence[str],
+    length: int | None,
+    *,
+    to_longest: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Texts as ids of a stored tokenizer, padded on the right.
 
@@ -648,5 +712,7 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, loaded once."""
     found = stored_tokenizer(folder, padding_side="right")
     if found.pad_token_id is None:
-        raise Refused(f"tokenizer={folder}: has no pad token, expected one for padding")
+        raise Refused(
+            f"tokenizer={folder}: has no pad token, expected one for padding"
+        )
     return found

@@ -54,7 +54,9 @@ def shown(name: str) -> str:
     return quoted(name) if not name.isprintable() or len(name) > 120 else name
 
 
-def read_folder(folder: Path, stem: str, *, index_first: bool = False) -> dict[str, Tensor]:
+def read_folder(
+    folder: Path, stem: str, *, index_first: bool = False
+) -> dict[str, Tensor]:
     """All tensors of `<stem>.safetensors`, or of the files that its index lists, by name.
 
     Args:
@@ -89,7 +91,9 @@ def read_folder(folder: Path, stem: str, *, index_first: bool = False) -> dict[s
     return found
 
 
-def add(found: dict[str, Tensor], name: str, tensor: Tensor, *, replace: bool = False) -> None:
+def add(
+    found: dict[str, Tensor], name: str, tensor: Tensor, *, replace: bool = False
+) -> None:
     """Puts a tensor into `found`; with `replace` also where there is an equal one of that name.
 
     Raises Refused where one of that name has other values.
@@ -135,7 +139,11 @@ def _is_file_name(file: Any) -> bool:
     """Whether a value is the name of a safetensors file, without a folder."""
     if not isinstance(file, str) or not file.endswith(".safetensors"):
         return False
-    return file.isprintable() and not set(file) & set("/\\") and len(file.encode()) <= 255
+    return (
+        file.isprintable()
+        and not set(file) & set("/\\")
+        and len(file.encode()) <= 255
+    )
 
 
 def _inside(folder: Path, file: str) -> Path:
@@ -146,7 +154,11 @@ def _inside(folder: Path, file: str) -> Path:
     path = folder / file
     real = path.resolve()
     home = folder.resolve()
-    blobs = [parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots"]
+    blobs = [
+        parent.parent / "blobs"
+        for parent in home.parents
+        if parent.name == "snapshots"
+    ]
     if home not in real.parents and real.parent not in blobs:
         raise Refused(
             f"{path}: is a link to {real}, expected a file inside the folder, since the index "
@@ -165,7 +177,9 @@ def read_file(file: Path) -> dict[str, Tensor]:
     with _readable(file):
         size = file.stat().st_size
         if size < 8:
-            raise Refused(f"{file}: truncated, {size} bytes where the header's length takes 8")
+            raise Refused(
+                f"{file}: truncated, {size} bytes where the header's length takes 8"
+            )
         raw = np.memmap(file, mode="r")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     if size < start:
@@ -178,13 +192,18 @@ def read_file(file: Path) -> dict[str, Tensor]:
             f"{LARGEST_HEADER})"
         )
     header = _header(file, raw[8:start].tobytes())
-    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    end = start + max(
+        (entry["data_offsets"][1] for entry in header.values()), default=0
+    )
     if size != end:
         fault = "truncated" if size < end else "too long"
         raise Refused(f"{file}: {fault}, {size} bytes where the header says {end}")
     _check_order(file, header)
     data = raw[start:]
-    return {name: Tensor(file, _view(file, name, entry, data)) for name, entry in header.items()}
+    return {
+        name: Tensor(file, _view(file, name, entry, data))
+        for name, entry in header.items()
+    }
 
 
 def _header(file: Path, text: bytes) -> dict[str, Any]:
@@ -196,7 +215,9 @@ def _header(file: Path, text: bytes) -> dict[str, Any]:
             parse_constant=_no_number,
         )
     except (ValueError, RecursionError) as error:
-        raise Refused(f"{file}: not a safetensors header ({one_line(error, 120)})") from error
+        raise Refused(
+            f"{file}: not a safetensors header ({one_line(error, 120)})"
+        ) from error
     if not isinstance(header, dict):
         raise Refused(
             f"{file}: not a safetensors header ({type(header).__name__}, expected an object)"
@@ -239,11 +260,17 @@ def _check_entry(file: Path, name: str, entry: Any) -> None:
     shape = entry["shape"]
     offsets = entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Refused(f"{where} has dtype {quoted(dtype)}, expected one of {', '.join(DTYPES)}")
+        raise Refused(
+            f"{where} has dtype {quoted(dtype)}, expected one of {', '.join(DTYPES)}"
+        )
     if not _are_numbers(shape, below=2**48) or len(shape) > 32:
-        raise Refused(f"{where} has shape {quoted(shape)}, expected at most 32 whole numbers")
+        raise Refused(
+            f"{where} has shape {quoted(shape)}, expected at most 32 whole numbers"
+        )
     if not _are_numbers(offsets, below=2**63) or len(offsets) != 2:
-        raise Refused(f"{where} has data_offsets {quoted(offsets)}, expected two whole numbers")
+        raise Refused(
+            f"{where} has data_offsets {quoted(offsets)}, expected two whole numbers"
+        )
     low, high = offsets
     expected = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     if high - low != expected:
@@ -262,23 +289,37 @@ def _are_numbers(values: Any, below: int) -> bool:
 
 def _check_order(file: Path, header: Mapping[str, Any]) -> None:
     """Raises Refused where the tensors do not follow each other without gap and overlap."""
-    ranges = sorted((tuple(entry["data_offsets"]), name) for name, entry in header.items())
+    ranges = sorted(
+        (tuple(entry["data_offsets"]), name) for name, entry in header.items()
+    )
     end = 0
     for (low, high), name in ranges:
         if low != end:
-            fault = "overlaps the tensor before it" if low < end else "leaves a gap before it"
-            raise Refused(f"{file}: {shown(name)} begins at byte {low}, expected {end}: {fault}")
+            fault = (
+                "overlaps the tensor before it"
+                if low < end
+                else "leaves a gap before it"
+            )
+            raise Refused(
+                f"{file}: {shown(name)} begins at byte {low}, expected {end}: {fault}"
+            )
         end = high
 
 
-def _view(file: Path, name: str, entry: Mapping[str, Any], data: np.ndarray) -> np.ndarray:
+def _view(
+    file: Path, name: str, entry: Mapping[str, Any], data: np.ndarray
+) -> np.ndarray:
     """A tensor in the bytes behind the header."""
     low, high = entry["data_offsets"]
     shape = entry["shape"]
     try:
         return data[low:high].view(np.dtype(DTYPES[entry["dtype"]])).reshape(shape)
-    except ValueError as error:  # a shape without elements that is too large for numpy
-        raise Refused(f"{file}: {shown(name)} has shape {quoted(shape)} ({error})") from error
+    except (
+        ValueError
+    ) as error:  # a shape without elements that is too large for numpy
+        raise Refused(
+            f"{file}: {shown(name)} has shape {quoted(shape)} ({error})"
+        ) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -292,7 +333,9 @@ def read_json(file: Path) -> dict[str, Any]:
     with _readable(file):
         size = file.stat().st_size
         if size > LARGEST_HEADER:
-            raise Refused(f"{file}: {size} bytes of JSON, expected at most {LARGEST_HEADER}")
+            raise Refused(
+                f"{file}: {size} bytes of JSON, expected at most {LARGEST_HEADER}"
+            )
         raw = file.read_bytes()
     try:
         value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_one_value)
@@ -318,7 +361,9 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Refused(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise Refused(
+            f"{file}: cannot be read ({error.strerror or error})"
+        ) from error
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -368,5 +413,7 @@ def write_folder(
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes one file of tensors, which PyTorch's libraries read."""
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    contiguous = {
+        name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()
+    }
     save_file(contiguous, file, metadata={"format": "pt"})

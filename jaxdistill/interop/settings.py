@@ -238,7 +238,10 @@ KINDS: dict[str, Kind] = {
 
 
 def check(
-    config: Mapping[str, Any], file: Path, own: Mapping[str, Kind] = {}, prefix: str = ""
+    config: Mapping[str, Any],
+    file: Path,
+    own: Mapping[str, Kind] = {},
+    prefix: str = "",
 ) -> None:
     """Raises Refused, naming file, key and value, where a key holds something else than its kind.
 

@@ -44,7 +44,9 @@ def with_special_tokens(config: Any, data: Any) -> Any:
     new: dict[str, Any] = {}
     if not same_vocabulary:
         new["eos"] = (end,)
-    if "bos" in fields:  # a configuration without it begins texts with the padding token, as T5
+    if (
+        "bos" in fields
+    ):  # a configuration without it begins texts with the padding token, as T5
         if not same_vocabulary:
             begin = getattr(codec, "bos", None)
             new["bos"] = -1 if begin is None else begin
@@ -65,7 +67,9 @@ def tokenizer_files(experiment: Any, role: str) -> Mapping[str, Any]:
     return found or _at_the_start(experiment, role, ())
 
 
-def _at_the_start(experiment: Any, role: str, seen: tuple[str, ...]) -> Mapping[str, Any]:
+def _at_the_start(
+    experiment: Any, role: str, seen: tuple[str, ...]
+) -> Mapping[str, Any]:
     """The tokenizer of the folder from which a role's weights come; `seen` are the roles on the way
     to it.
     """

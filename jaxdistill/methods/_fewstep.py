@@ -39,7 +39,9 @@ class FewStep(Method):
             expected = f"expected falling times, at most {top} and above 0"
             raise Refused(f"method.student_times={times}: {expected}")
         if not self.process.may_start_at(times[0]):
-            expected = f"{self.process} starts at t={top}; expected a first time near it"
+            expected = (
+                f"{self.process} starts at t={top}; expected a first time near it"
+            )
             raise Refused(f"method.student_times={times}: {expected}")
 
     def sampling_times(self, steps: int) -> Array:

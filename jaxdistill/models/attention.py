@@ -60,8 +60,12 @@ def attention(
     Scores and softmax are float32.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if bias is not None or cap:  # a bias is as large as the scores that the kernels save
-        return plain(q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap)
+    if (
+        bias is not None or cap
+    ):  # a bias is as large as the scores that the kernels save
+        return plain(
+            q, k, v, mask=mask, causal=causal, bias=bias, scale=scale, cap=cap
+        )
     if in_forward_mode():
         few = q.shape[1] * k.shape[1] <= PLAIN**2
         path = plain if few else blockwise
@@ -115,7 +119,9 @@ def plain(
     def attend(q, k, v, mask, bias):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         q = q.reshape(batch, groups, -1, queries, size)
-        scores = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=score_dtype)
+        scores = jnp.einsum(
+            "bgrtk,bgsk->bgrts", q, k, preferred_element_type=score_dtype
+        )
         scores = scores.reshape(batch, heads, queries, keys) * scale
         if bias is not None:
             scores = scores + bias
@@ -125,7 +131,9 @@ def plain(
         if mask is not None:
             masks.append(mask)
         if masks:
-            scores = jnp.where(functools.reduce(jnp.logical_and, masks), scores, -1e30)
+            scores = jnp.where(
+                functools.reduce(jnp.logical_and, masks), scores, -1e30
+            )
         weights = jax.nn.softmax(scores).astype(v.dtype)
         weights = weights.reshape(batch, groups, -1, queries, keys)
         out = jnp.einsum("bgrts,bgsk->bgrtk", weights, v)
@@ -241,11 +249,17 @@ def splash(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     pad = -length % (TILE if length <= PLAIN else LONG_TILE)
     segments = ()
-    if mask is not None or (pad and not causal):  # causal queries do not see the padding behind
-        segments = (_segments(mask, batch, length, pad),) * 2  # of queries and of keys
+    if mask is not None or (
+        pad and not causal
+    ):  # causal queries do not see the padding behind
+        segments = (
+            _segments(mask, batch, length, pad),
+        ) * 2  # of queries and of keys
 
     def local(q, k, v, *segments):
-        kernel, ids = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], causal, segments)
+        kernel, ids = _splash_kernel(
+            q.shape[1], k.shape[1], q.shape[2], causal, segments
+        )
         scaled = q * jnp.asarray(scale, q.dtype)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (scaled, k, v))
         return jnp.swapaxes(jax.vmap(kernel)(q, k, v, *ids), 1, 2)
@@ -294,7 +308,9 @@ def _splash_kernel(
         block_kv_dq=key_block,
     )
     mask = pallas.MultiHeadMask([head] * heads)
-    kernel = pallas.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=INTERPRET)
+    kernel = pallas.make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=INTERPRET
+    )
     ids = (pallas.SegmentIds(*segments),) if segments else ()
     return kernel, ids
 
@@ -327,11 +343,17 @@ def blockwise(
     scale = size**-0.5 if scale is None else scale
     rows = min(block, queries)
     columns = min(block, keys)
-    grouped = q.astype(jnp.float32).reshape(batch, queries, groups, repeats, size) * scale
+    grouped = (
+        q.astype(jnp.float32).reshape(batch, queries, groups, repeats, size) * scale
+    )
     q_blocks = _blocks(grouped, 1, rows)
     k_blocks = _blocks(k, 1, columns)
     v_blocks = _blocks(v, 1, columns)
-    mask_blocks = None if mask is None else _mask_blocks(mask, keys, groups, repeats, rows, columns)
+    mask_blocks = (
+        None
+        if mask is None
+        else _mask_blocks(mask, keys, groups, repeats, rows, columns)
+    )
 
     visible = functools.partial(_visible, mask_blocks, causal, keys, rows, columns)
 
@@ -342,7 +364,9 @@ def blockwise(
         @jax.checkpoint
         def key_block(softmax, inputs):
             j, k_block, v_block = inputs
-            scores = jnp.einsum("bqgrk,bsgk->bgrqs", q_block, k_block.astype(jnp.float32))
+            scores = jnp.einsum(
+                "bqgrk,bsgk->bgrqs", q_block, k_block.astype(jnp.float32)
+            )
             scores = jnp.where(visible(i, j), scores, -jnp.inf)
             return softmax.with_block(scores, v_block), None
 
@@ -351,7 +375,9 @@ def blockwise(
         softmax, _ = jax.lax.scan(key_block, start, blocks)
         return softmax.mean()
 
-    out = jax.lax.map(query_block, (jnp.arange(len(q_blocks)), q_blocks))  # [blocks B G R rows V]
+    out = jax.lax.map(
+        query_block, (jnp.arange(len(q_blocks)), q_blocks)
+    )  # [blocks B G R rows V]
     channels = v.shape[-1]
     out = jnp.moveaxis(out, 0, 3)
     out = out.reshape(batch, groups, repeats, -1, channels)

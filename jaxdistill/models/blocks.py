@@ -59,7 +59,9 @@ class Down(nnx.Module):
 
     def __init__(self, dim: int, *, low: int = 1, rngs: nnx.Rngs, dtype=None):
         padding = [(low, 1)] * 2
-        self.conv = conv(dim, dim, (3, 3), rngs=rngs, strides=2, padding=padding, dtype=dtype)
+        self.conv = conv(
+            dim, dim, (3, 3), rngs=rngs, strides=2, padding=padding, dtype=dtype
+        )
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
         return self.conv(x)

@@ -11,7 +11,14 @@ from jaxtyping import Float, Int
 
 from jaxdistill.core.needs import Condition, Spec
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.layers import ZEROS, dense, embedding, fourier, lookup, plain_norm
+from jaxdistill.models.layers import (
+    ZEROS,
+    dense,
+    embedding,
+    fourier,
+    lookup,
+    plain_norm,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +28,8 @@ class Discriminator:
     taps: int = 1  # number of tapped layers
     dim: int = 64  # channels of their features
     width: int = 64
-    classes: int = 0  # label `classes` is the null condition; 0: not conditioned on a label
+    # label `classes` is the null condition; 0: not conditioned on a label
+    classes: int = 0
 
     renamed = {"features": "taps"}
 
@@ -35,7 +43,9 @@ class Discriminator:
 
     @property
     def condition(self) -> Condition | None:
-        return Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+        return (
+            Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+        )
 
 
 class DiscriminatorModule(nnx.Module):
@@ -51,7 +61,9 @@ class DiscriminatorModule(nnx.Module):
         self.logits = layers(w, 1, ("embed", None))
         self.time = dense(32, w, (None, "mlp"), rngs=rngs)
         if cfg.classes:
-            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, names=("index", "mlp"))
+            self.label_embed = embedding(
+                cfg.classes + 1, w, rngs=rngs, names=("index", "mlp")
+            )
 
     def __call__(
         self,
@@ -70,7 +82,9 @@ class DiscriminatorModule(nnx.Module):
         if self.cfg.classes and cond is not None:
             c = c + lookup(self.label_embed, cond)
         total = 0.0
-        for f, tokens, pooled, logit in zip(features, self.tokens, self.pooled, self.logits):
+        for f, tokens, pooled, logit in zip(
+            features, self.tokens, self.pooled, self.logits
+        ):
             h = tokens(plain_norm(f.astype(jnp.float32), 1e-6)) + c[:, None]
             h = nnx.silu(h).mean(1)
             total = total + logit(nnx.silu(pooled(h)))[:, 0]
@@ -99,7 +113,9 @@ class HeadsModule(nnx.Module):
         self.pooled = layers([(w, w) for _ in cfg.dims], ("mlp", "embed"))
         self.logits = layers([(w, 1) for _ in cfg.dims], ("embed", None))
 
-    def __call__(self, features: Sequence[Float[Array, "B _ _"]]) -> Float[Array, "B heads"]:
+    def __call__(
+        self, features: Sequence[Float[Array, "B _ _"]]
+    ) -> Float[Array, "B heads"]:
         """Logits of the features of each tapped layer, in float32.
 
         Raises:
@@ -110,7 +126,9 @@ class HeadsModule(nnx.Module):
                 f"taps: {len(features)} of them for the {len(self.logits)} heads of model.dims"
             )
         logits = []
-        for f, tokens, pooled, logit in zip(features, self.tokens, self.pooled, self.logits):
+        for f, tokens, pooled, logit in zip(
+            features, self.tokens, self.pooled, self.logits
+        ):
             h = nnx.silu(tokens(plain_norm(f.astype(jnp.float32), 1e-6))).mean(1)
             logits.append(logit(nnx.silu(pooled(h))))
         return jnp.concatenate(logits, -1)
@@ -153,7 +171,9 @@ class ProjectionModule(nnx.Module):
     def __init__(self, cfg: Projection, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
         names = ("embed", None)
-        self.map = dense(cfg.inputs, cfg.outputs, names, rngs=rngs, bias=False, init=init)
+        self.map = dense(
+            cfg.inputs, cfg.outputs, names, rngs=rngs, bias=False, init=init
+        )
 
     def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B D"]:
         return self.map(x)

@@ -38,7 +38,14 @@ REMAT: dict[str, Any] = {
 
 
 def dense(
-    i: int, o: int, names: tuple, *, rngs: nnx.Rngs, bias: bool = True, init=LECUN, dtype=None
+    i: int,
+    o: int,
+    names: tuple,
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+    init=LECUN,
+    dtype=None,
 ) -> nnx.Linear:
     """A linear map whose kernel [i, o] has two logical axis names.
 
@@ -67,7 +74,9 @@ def _project(x: Array, kernel: Array, *_, **__) -> Array:
     return project(x, kernel)
 
 
-def rms_norm(dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None) -> nnx.RMSNorm:
+def rms_norm(
+    dim: int, *, rngs: nnx.Rngs, eps: float = 1e-6, dtype=None
+) -> nnx.RMSNorm:
     """Root-mean-square norm over the last axis, statistics in float32."""
     ones = nnx.with_partitioning(nnx.initializers.ones_init(), (None,))
     return nnx.RMSNorm(dim, epsilon=eps, rngs=rngs, dtype=dtype, scale_init=ones)
@@ -161,7 +170,12 @@ def plain_norm(x: Float[Array, "*B D"], eps: float) -> Float[Array, "*B D"]:
 
 
 def embedding(
-    count: int, dim: int, *, rngs: nnx.Rngs, std: float = 0.02, names=("vocab", "embed")
+    count: int,
+    dim: int,
+    *,
+    rngs: nnx.Rngs,
+    std: float = 0.02,
+    names=("vocab", "embed"),
 ) -> nnx.Embed:
     """A table [count, dim] of N(0, std^2).
 
@@ -195,7 +209,9 @@ def fourier(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-Rotary = tuple[Float[Array, "... _ 1 _"], Float[Array, "... _ 1 _"]]  # cosines, sines [.. T 1 K/2]
+Rotary = tuple[
+    Float[Array, "... _ 1 _"], Float[Array, "... _ 1 _"]
+]  # cosines, sines [.. T 1 K/2]
 
 
 def rotate(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
@@ -206,7 +222,9 @@ def rotate(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"
     return rotated.astype(x.dtype)
 
 
-def rotate_pairs(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
+def rotate_pairs(
+    x: Float[Array, "B T H K"], rotary: Rotary
+) -> Float[Array, "B T H K"]:
     """Rotary positions, channel 2i with channel 2i + 1 (RoFormer's and most video models')."""
     cos, sin = rotary
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
@@ -226,7 +244,9 @@ def merge_heads(x: Float[Array, "B T H K"]) -> Float[Array, "B T D"]:
 
 
 def add_gated(
-    x: Float[Array, "B N D"], branch: Float[Array, "B N D"], gate: Float[Array, "#B #N D"]
+    x: Float[Array, "B N D"],
+    branch: Float[Array, "B N D"],
+    gate: Float[Array, "#B #N D"],
 ) -> Float[Array, "B N D"]:
     """x + gate * branch, returned in x's dtype.
 
@@ -247,7 +267,9 @@ def unpatchify(
     tokens: Float[Array, "B N D"], rows: int, patch: int
 ) -> Float[Array, "B {rows*patch} W C"]:
     """The inverse of `patchify` for a picture of `rows` patches from top to bottom."""
-    return rearrange(tokens, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=patch, q=patch)
+    return rearrange(
+        tokens, "b (i j) (p q c) -> b (i p) (j q) c", i=rows, p=patch, q=patch
+    )
 
 
 def key_mask(mask: Shaped[Array, "B S"] | None) -> Bool[Array, "B 1 1 S"] | None:
@@ -255,7 +277,9 @@ def key_mask(mask: Shaped[Array, "B S"] | None) -> Bool[Array, "B 1 1 S"] | None
     return None if mask is None else mask[:, None, None, :].astype(bool)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(
+    make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs
+) -> nnx.Module:
     """`depth` layers as one module whose weights have a leading axis called `layers`."""
     named = nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers")
     return nnx.vmap(named)(rngs.split(depth))
@@ -296,7 +320,9 @@ def scan_layers(
 
     if policy is not None:
         apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
-    unrolled = policy is None and depth <= SHORT and _few_scores(x) and mesh_in_use() is None
+    unrolled = (
+        policy is None and depth <= SHORT and _few_scores(x) and mesh_in_use() is None
+    )
     bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     features = {}
     ys = []
@@ -304,7 +330,9 @@ def scan_layers(
         part = layers
         if (low, high) != (0, depth):
             part = jax.tree.map(lambda w: w[low:high], layers)
-        x, y = jax.lax.scan(apply_layer, x, part, unroll=high - low if unrolled else 1)
+        x, y = jax.lax.scan(
+            apply_layer, x, part, unroll=high - low if unrolled else 1
+        )
         features[high - 1] = x
         ys.append(y)
     if len(ys) == 1:
@@ -363,7 +391,9 @@ def append_to_store(
     i: Int[Array, ""] | int,
     start: Int[Array, ""] | int,
     parts: tuple[Float[Array, "B T G K"], ...],
-) -> tuple[tuple[Float[Array, "*layers B G S K"], ...], tuple[Float[Array, "B S G K"], ...]]:
+) -> tuple[
+    tuple[Float[Array, "*layers B G S K"], ...], tuple[Float[Array, "B S G K"], ...]
+]:
     """Writes new keys and values of layer i into its store, from slot `start` on.
 
     Slots are the next to last axis, the order in which decoding reads them.
@@ -385,7 +415,9 @@ def append_to_store(
     complete = []
     for old, part in zip(store, parts):
         new = jnp.swapaxes(part, 1, 2)
-        kept = jax.lax.dynamic_update_slice(old, new[None] if shared else new, offsets)
+        kept = jax.lax.dynamic_update_slice(
+            old, new[None] if shared else new, offsets
+        )
         written.append(kept)
         complete.append(jnp.swapaxes(kept[i] if shared else kept, 1, 2))
     return tuple(written), tuple(complete)
@@ -422,7 +454,9 @@ def scan_stores(
     if len(stores) == 1:
         numbered = (layers, jnp.arange(depth))
         carry = (x, stores[0])
-        carry, _, tapped = scan_layers(body, carry, numbered, depth, remat=remat, taps=taps)
+        carry, _, tapped = scan_layers(
+            body, carry, numbered, depth, remat=remat, taps=taps
+        )
         return carry[0], (carry[1],), tuple(x for x, _ in tapped)
     check_taps(taps, depth)
     if not isinstance(layers, list):
@@ -472,7 +506,9 @@ def _program(graphdef: nnx.GraphDef, remat: str, *_) -> Callable:
     def call(weights, *args):
         return nnx.merge(graphdef, weights)(*args)
 
-    return jax.jit(call if remat == "none" else jax.checkpoint(call, policy=REMAT[remat]))
+    return jax.jit(
+        call if remat == "none" else jax.checkpoint(call, policy=REMAT[remat])
+    )
 
 
 def modulate(
@@ -506,12 +542,16 @@ class GatedConv(nnx.Module):
     Source: arXiv:2410.10629.
     """
 
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, init=LECUN, dtype=None):
+    def __init__(
+        self, dim: int, hidden: int, *, rngs: nnx.Rngs, init=LECUN, dtype=None
+    ):
         make = functools.partial(dense, rngs=rngs, init=init, dtype=dtype)
         wide = 2 * hidden  # values, then gates
         self.up = make(dim, wide, ("embed", "mlp"))
         # the depthwise convolution; the attribute's name is a path of weights
-        self.depth = conv(wide, wide, (3, 3), (None, "mlp"), rngs=rngs, groups=wide, dtype=dtype)
+        self.depth = conv(
+            wide, wide, (3, 3), (None, "mlp"), rngs=rngs, groups=wide, dtype=dtype
+        )
         self.down = make(hidden, dim, ("mlp", "embed"), bias=False)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:

@@ -16,12 +16,16 @@ from jaxdistill.objectives.numerics import teacher_and_student
 
 
 def attention_kl(
-    teacher: Shaped[Array, "B N T S"], student: Shaped[Array, "B M T S"], mask: Shaped[Array, "B S"]
+    teacher: Shaped[Array, "B N T S"],
+    student: Shaped[Array, "B M T S"],
+    mask: Shaped[Array, "B S"],
 ) -> Float[Array, "B T"]:
     """KL(A_teacher || A_student) of the attention over the keys where `mask` holds."""
     t, s = _scores(teacher, student)
     seen = mask[:, None, None, :].astype(bool)
-    masked = -1e30  # finite, so that the gradient is finite where all keys are padding
+    masked = (
+        -1e30
+    )  # finite, so that the gradient is finite where all keys are padding
     log_t = jax.nn.log_softmax(jnp.where(seen, t, masked))
     log_s = jax.nn.log_softmax(jnp.where(seen, s, masked))
     summands = jnp.where(seen, jnp.exp(log_t) * (log_t - log_s), 0.0)
@@ -29,7 +33,9 @@ def attention_kl(
 
 
 def attention_mse(
-    teacher: Shaped[Array, "B N T S"], student: Shaped[Array, "B M T S"], mask: Shaped[Array, "B S"]
+    teacher: Shaped[Array, "B N T S"],
+    student: Shaped[Array, "B M T S"],
+    mask: Shaped[Array, "B S"],
 ) -> Float[Array, "B T"]:
     """Mean squared difference of the scores over the keys where `mask` holds (TinyBERT)."""
     t, s = _scores(teacher, student)
@@ -41,7 +47,9 @@ def attention_mse(
 def _scores(teacher: Array, student: Array) -> tuple[Array, Array]:
     if teacher.shape[1] != student.shape[1]:
         found = f"the student has {student.shape[1]} heads"
-        raise Refused(f"attention: {found}, expected the teacher's {teacher.shape[1]}")
+        raise Refused(
+            f"attention: {found}, expected the teacher's {teacher.shape[1]}"
+        )
     return teacher_and_student(teacher, student)
 
 

@@ -19,7 +19,8 @@ class Paired:
     """One draw for all images of all batches (siamese augmentation, arXiv:2102.08259)."""
 
     flip: float = 0.5  # probability of a mirror image
-    shift: float = 0.125  # largest translation, as a share of the side; pixels moved in are 0
+    # largest translation, as a share of the side; pixels moved in are 0
+    shift: float = 0.125
     brightness: float = 0.2  # largest offset, in units of the data
     contrast: float = 0.2  # largest relative change about each image's mean
 
@@ -38,10 +39,16 @@ class Paired:
 
         x = jnp.where(draw(0) < 2 * self.flip - 1, x[:, :, ::-1], x)
         for axis in (1, 2):
-            pixels = jnp.round(draw(axis) * self.shift * x.shape[axis]).astype(jnp.int32)
+            pixels = jnp.round(draw(axis) * self.shift * x.shape[axis]).astype(
+                jnp.int32
+            )
             x = _translate(x, pixels, axis)
         mean = jnp.mean(x, axis=(1, 2, 3), keepdims=True)
-        return (x - mean) * (1 + self.contrast * draw(3)) + mean + self.brightness * draw(4)
+        return (
+            (x - mean) * (1 + self.contrast * draw(3))
+            + mean
+            + self.brightness * draw(4)
+        )
 
 
 def _translate(x: Array, pixels: Array, axis: int) -> Array:

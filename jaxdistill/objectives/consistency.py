@@ -42,7 +42,9 @@ def tangent_surrogate(
     return sum_per_sample(gap**2)
 
 
-def normalise_tangent(tangent: Float[Array, "B ..."], c: float = 0.1) -> Float[Array, "B ..."]:
+def normalise_tangent(
+    tangent: Float[Array, "B ..."], c: float = 0.1
+) -> Float[Array, "B ..."]:
     """g / (||g|| / sqrt(dim) + c) of each sample.
 
     The root mean square takes the place of sCM's norm, so that c does not depend on the size.
@@ -51,7 +53,9 @@ def normalise_tangent(tangent: Float[Array, "B ..."], c: float = 0.1) -> Float[A
     return tangent / (jnp.sqrt(square) + c)
 
 
-def clip_tangent(tangent: Float[Array, "*B"], limit: float = 1.0) -> Float[Array, "*B"]:
+def clip_tangent(
+    tangent: Float[Array, "*B"], limit: float = 1.0
+) -> Float[Array, "*B"]:
     """Every component clipped to [-limit, limit]: sCM's alternative to normalisation."""
     return jnp.clip(tangent, -limit, limit)
 
@@ -103,7 +107,10 @@ def noise_levels(
 
 
 def neighbours(
-    key: Key[Array, ""], levels: Float[Array, " N"], logits: Float[Array, " N-1"], n: int
+    key: Key[Array, ""],
+    levels: Float[Array, " N"],
+    logits: Float[Array, " N-1"],
+    n: int,
 ) -> tuple[Float[Array, " {n}"], Float[Array, " {n}"]]:
     """(t, r): upper and lower ends of `n` intervals between rising levels, drawn by `logits`."""
     index = jax.random.categorical(key, logits, shape=(n,))

@@ -38,7 +38,9 @@ class Divergence:
         """D(p, q) of every token, from logits."""
         return self.of(_log_softmax(teacher), _log_softmax(student))
 
-    def of(self, log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    def of(
+        self, log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]
+    ) -> Float[Array, "*B"]:
         """D(p, q) of every token, from log-probabilities."""
         raise NotImplementedError
 
@@ -153,7 +155,9 @@ class AdaptiveKL(Divergence):
         total = jnp.sum(gap, -1)
         share = jnp.sum(gap * head, -1) / jnp.where(total > 0, total, 1.0)
         w = jax.lax.stop_gradient(share)
-        return w * jnp.sum(_kl(log_p, log_q), -1) + (1 - w) * jnp.sum(_kl(log_q, log_p), -1)
+        return w * jnp.sum(_kl(log_p, log_q), -1) + (1 - w) * jnp.sum(
+            _kl(log_q, log_p), -1
+        )
 
 
 NAMES = {  # as configs of version 0.1 name them
@@ -315,7 +319,9 @@ def topk_divergence(
     return temperature**2 * token_divergence(divergence, log_p, log_q)
 
 
-Support = Literal["teacher", "student"]  # whose likeliest tokens are compared one by one
+Support = Literal[
+    "teacher", "student"
+]  # whose likeliest tokens are compared one by one
 SUPPORTS = ("teacher", "student")
 # all other tokens are one more outcome, or left out with both distributions renormalised
 Tail = Literal["bucket", "dropped"]
@@ -348,7 +354,9 @@ def restricted_divergence(
         kept, rest = _buckets(_log_softmax(wide(teacher) / temperature), ids)
     if tail == "dropped":
         rest = None
-    return topk_divergence(divergence, ids, kept, rest, student, temperature=temperature)
+    return topk_divergence(
+        divergence, ids, kept, rest, student, temperature=temperature
+    )
 
 
 def chunked_divergence(
@@ -374,7 +382,9 @@ def chunked_divergence(
     if not isinstance(divergence, Sum):
         sums = [cls.__name__ for cls in NAMES.values() if issubclass(cls, Sum)]
         name = type(divergence).__name__
-        raise Refused(f"{name} sorts the whole vocabulary: expected one of {', '.join(sums)}")
+        raise Refused(
+            f"{name} sorts the whole vocabulary: expected one of {', '.join(sums)}"
+        )
     teacher_head, student_head = common(teacher_head, student_head)
     real, teacher_columns = _columns(teacher_head, chunk)
     student_columns = _columns(student_head, chunk)[1]
@@ -389,11 +399,15 @@ def chunked_divergence(
         return total + jnp.sum(jnp.where(real, summands, 0.0), -1), None
 
     zero = jnp.zeros_like(q_norm[..., 0])
-    total, _ = jax.lax.scan(_recompute(add), zero, (real, teacher_columns, student_columns))
+    total, _ = jax.lax.scan(
+        _recompute(add), zero, (real, teacher_columns, student_columns)
+    )
     return temperature**2 * total
 
 
-def cross_entropy(logits: Shaped[Array, "*B V"], labels: Int[Array, "*B"]) -> Float[Array, "*B"]:
+def cross_entropy(
+    logits: Shaped[Array, "*B V"], labels: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
     """-log q(label) of every token."""
     return -jnp.take_along_axis(_log_softmax(logits), labels[..., None], -1)[..., 0]
 
@@ -408,11 +422,15 @@ def chunked_cross_entropy(
     """`cross_entropy` of hidden @ head that never holds more than `chunk` logits of a token."""
     columns = jnp.take(head.T, labels, axis=0)
     precision = jnp.promote_types(hidden.dtype, jnp.float32)
-    label = jnp.einsum("...d,...d->...", hidden, columns, preferred_element_type=precision)
+    label = jnp.einsum(
+        "...d,...d->...", hidden, columns, preferred_element_type=precision
+    )
     return _log_norm(hidden, *_columns(head, chunk)) - label
 
 
-def log_mass(logits: Shaped[Array, "*B V"], members: Bool[Array, " V"]) -> Float[Array, "*B"]:
+def log_mass(
+    logits: Shaped[Array, "*B V"], members: Bool[Array, " V"]
+) -> Float[Array, "*B"]:
     """Log of the probability that softmax(logits) gives to the tokens of `members`.
 
     `members` holds for at least one token.
@@ -430,7 +448,9 @@ def chunked_log_mass(
     """`log_mass` of hidden @ head that never holds more than `chunk` logits of a token."""
     real, columns = _columns(head, chunk)
     inside = _columns(members[None].astype(head.dtype), chunk)[1][:, 0] > 0
-    return _log_norm(hidden, real & inside, columns) - _log_norm(hidden, real, columns)
+    return _log_norm(hidden, real & inside, columns) - _log_norm(
+        hidden, real, columns
+    )
 
 
 def chunked_likelihood(
@@ -449,16 +469,24 @@ def chunked_likelihood(
     real, columns = _columns(head, chunk)
     count = len(real)
 
-    def best(found: tuple[Array, Array], chunk: tuple[Array, ...]) -> tuple[Any, None]:
+    def best(
+        found: tuple[Array, Array], chunk: tuple[Array, ...]
+    ) -> tuple[Any, None]:
         top_logit, top_id = found
         i, real, columns = chunk
         logits = jnp.where(real, _project(hidden, columns), -jnp.inf)
         logit = jnp.max(logits, -1)
         token = jnp.argmax(logits, -1) * count + i  # a chunk has every count-th id
         better = (logit > top_logit) | ((logit == top_logit) & (token < top_id))
-        return (jnp.where(better, logit, top_logit), jnp.where(better, token, top_id)), None
+        return (
+            jnp.where(better, logit, top_logit),
+            jnp.where(better, token, top_id),
+        ), None
 
-    none = (jnp.full(labels.shape, -jnp.inf, nll.dtype), jnp.full(labels.shape, head.shape[-1]))
+    none = (
+        jnp.full(labels.shape, -jnp.inf, nll.dtype),
+        jnp.full(labels.shape, head.shape[-1]),
+    )
     (_, likeliest), _ = jax.lax.scan(best, none, (jnp.arange(count), real, columns))
     return nll, likeliest == labels
 

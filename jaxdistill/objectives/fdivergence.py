@@ -77,7 +77,8 @@ class ReverseKL(FDivergence):
 class Jeffreys(FDivergence):
     """A weighted sum of the forward KL(real || fake) and the reverse KL(fake || real)."""
 
-    forward: float = 0.4  # Uni-Instruct's best: 0.4 and 0.6; Jeffreys' divergence: 1 and 1
+    # Uni-Instruct's best: 0.4 and 0.6; Jeffreys' divergence: 1 and 1
+    forward: float = 0.4
     reverse: float = 0.6
 
     def f(self, r):
@@ -202,7 +203,9 @@ def divergence(name: FDivergence | str) -> FDivergence:
     return lookup(NAMES, name, "divergence")
 
 
-def ratio(logit: Float[Array, "*B"], low: float = 1e-3, high: float = 1e3) -> Float[Array, "*B"]:
+def ratio(
+    logit: Float[Array, "*B"], low: float = 1e-3, high: float = 1e3
+) -> Float[Array, "*B"]:
     """r = exp(logit) within [low, high], differentiable inside.
 
     `logit` is a discriminator's estimate of log p_real - log p_fake.
@@ -251,7 +254,9 @@ def binned_means(
     The 1e-6 is that of f-distill's code.
     """
     width = (high - low) / len(means)
-    index = jnp.clip(jnp.floor((t - low) / width).astype(jnp.int32), 0, len(means) - 1)
+    index = jnp.clip(
+        jnp.floor((t - low) / width).astype(jnp.int32), 0, len(means) - 1
+    )
     count = jnp.zeros_like(means).at[index].add(jnp.ones_like(r))
     total = jnp.zeros_like(means).at[index].add(r)
     moved = rate * means + (1 - rate) * total / (count + 1e-6)

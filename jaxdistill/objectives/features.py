@@ -53,7 +53,9 @@ def attention_transfer(
     return jnp.mean((attention(t) - attention(s)) ** 2, -1)
 
 
-def rkd_distance(teacher: Shaped[Array, "B D"], student: Shaped[Array, "B E"]) -> Float[Array, ""]:
+def rkd_distance(
+    teacher: Shaped[Array, "B D"], student: Shaped[Array, "B E"]
+) -> Float[Array, ""]:
     """Huber loss between matrices of pairwise distances, each divided by its mean (RKD).
 
     It is the mean over all B^2 entries, as in the authors' code, and invariant to rotation,
@@ -72,7 +74,9 @@ def rkd_distance(teacher: Shaped[Array, "B D"], student: Shaped[Array, "B E"]) -
     return jnp.mean(_huber(relations(s) - relations(t)))
 
 
-def rkd_angle(teacher: Shaped[Array, "B D"], student: Shaped[Array, "B E"]) -> Float[Array, ""]:
+def rkd_angle(
+    teacher: Shaped[Array, "B D"], student: Shaped[Array, "B E"]
+) -> Float[Array, ""]:
     """Huber loss between the cosines of the angles at j of all triples (i, j, k) (RKD).
 
     Paper: weight 50.
@@ -116,7 +120,9 @@ def cka(x: Shaped[Array, "B D"], y: Shaped[Array, "B E"]) -> Float[Array, ""]:
     return cross(x, y) / jnp.sqrt(cross(x, x) * cross(y, y))
 
 
-def unbiased_hsic(x: Shaped[Array, "B D"], y: Shaped[Array, "B E"]) -> Float[Array, ""]:
+def unbiased_hsic(
+    x: Shaped[Array, "B D"], y: Shaped[Array, "B E"]
+) -> Float[Array, ""]:
     """Unbiased estimate of HSIC with linear kernels from at least 4 samples.
 
     Its mean is 0 where x and y are independent.
@@ -129,10 +135,14 @@ def unbiased_hsic(x: Shaped[Array, "B D"], y: Shaped[Array, "B E"]) -> Float[Arr
     m = _without_diagonal(_centred(y))
     trace = jnp.sum(k * m)
     sums = jnp.sum(k) * jnp.sum(m) / ((n - 1) * (n - 2))
-    return (trace + sums - 2 / (n - 2) * jnp.sum(k, 0) @ jnp.sum(m, 0)) / (n * (n - 3))
+    return (trace + sums - 2 / (n - 2) * jnp.sum(k, 0) @ jnp.sum(m, 0)) / (
+        n * (n - 3)
+    )
 
 
-def minibatch_cka(x: Shaped[Array, "K B D"], y: Shaped[Array, "K B E"]) -> Float[Array, ""]:
+def minibatch_cka(
+    x: Shaped[Array, "K B D"], y: Shaped[Array, "K B E"]
+) -> Float[Array, ""]:
     """CKA from K batches: a quotient of unbiased HSICs, each averaged over batches before.
 
     Its expectation does not depend on the size of a batch, unlike that of `cka`, which rises to 1

@@ -28,7 +28,9 @@ def non_saturating_discriminator(
 
     The best D is log p_real - log p_fake; for equal distributions its loss is 2 log 2.
     """
-    return mean_per_sample(jax.nn.softplus(-real)) + mean_per_sample(jax.nn.softplus(fake))
+    return mean_per_sample(jax.nn.softplus(-real)) + mean_per_sample(
+        jax.nn.softplus(fake)
+    )
 
 
 def hinge_generator(fake: Float[Array, "B ..."]) -> Float[Array, " B"]:
@@ -40,7 +42,9 @@ def hinge_discriminator(
     real: Float[Array, "B ..."], fake: Float[Array, "B ..."]
 ) -> Float[Array, " B"]:
     """relu(1 - D(real)) + relu(1 + D(fake)) (geometric GAN, arXiv:1705.02894)."""
-    return mean_per_sample(jax.nn.relu(1 - real)) + mean_per_sample(jax.nn.relu(1 + fake))
+    return mean_per_sample(jax.nn.relu(1 - real)) + mean_per_sample(
+        jax.nn.relu(1 + fake)
+    )
 
 
 def relativistic_generator(
@@ -57,7 +61,9 @@ def relativistic_discriminator(
     return mean_per_sample(jax.nn.softplus(fake - real))
 
 
-def r1(logit: Callable[[Array], Array], x: Shaped[Array, "B ..."]) -> Float[Array, " B"]:
+def r1(
+    logit: Callable[[Array], Array], x: Shaped[Array, "B ..."]
+) -> Float[Array, " B"]:
     """||grad_x D(x)||^2 / 2 of real samples (arXiv:1801.04406, eq. 9, gamma = 1)."""
 
     def total(x: Array) -> Array:

@@ -22,7 +22,9 @@ def discrepancy(ratio: Ratios) -> Float64[np.ndarray, " K"]:
     return _softmax(_finite(ratio))
 
 
-def refresh(weights: Ratios, ratio: Ratios, smoothing: float) -> Float64[np.ndarray, " K"]:
+def refresh(
+    weights: Ratios, ratio: Ratios, smoothing: float
+) -> Float64[np.ndarray, " K"]:
     """Factor smooth updating (eq. 2): smoothing * psi / sum psi + (1 - smoothing) / K.
 
     psi = weights exp(ratio) multiplies the previous weights. With smoothing 0 the weights are
@@ -43,5 +45,7 @@ def _finite(ratio: Ratios) -> np.ndarray:
     ratio = np.asarray(ratio, np.float64)
     if not np.isfinite(ratio).all():
         found = f"perplexity ratios of the domains: {ratio.tolist()}"
-        raise Refused(f"{found}, expected finite numbers (has every domain held-out rows?)")
+        raise Refused(
+            f"{found}, expected finite numbers (has every domain held-out rows?)"
+        )
     return ratio

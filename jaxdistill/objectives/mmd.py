@@ -45,12 +45,16 @@ def rbf(width: float | Scalar) -> Kernel:
     def kernel(x: Array, y: Array) -> Array:
         d = squared(x, y)
         xp = d.__array_namespace__()
-        return sum(xp.exp(-d / (2 * (width * band) ** 2)) for band in BANDS) / len(BANDS)
+        return sum(xp.exp(-d / (2 * (width * band) ** 2)) for band in BANDS) / len(
+            BANDS
+        )
 
     return kernel
 
 
-def u_statistic(kernel: Kernel, x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]) -> Scalar:
+def u_statistic(
+    kernel: Kernel, x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]
+) -> Scalar:
     """Mean k(x, x') + mean k(y, y') - 2 mean k(x, y) over pairs of different samples (eq. 3).
 
     It is unbiased.
@@ -64,7 +68,9 @@ def u_statistic(kernel: Kernel, x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]
     return within(x) + within(y) - 2 * kernel(x, y).mean()
 
 
-def v_statistic(kernel: Kernel, x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]) -> Scalar:
+def v_statistic(
+    kernel: Kernel, x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]
+) -> Scalar:
     """`u_statistic` over all pairs: the square of a norm, 0 for equal sets."""
     return kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean()
 

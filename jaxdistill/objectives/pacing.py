@@ -14,7 +14,9 @@ from jaxtyping import Float, PyTree, Shaped
 from jaxdistill.core.types import Array, Batch, Params
 
 
-def beta_kernel(p: Float[Array, "*B"], a: float = 1.0, b: float = 1.0) -> Float[Array, "*B"]:
+def beta_kernel(
+    p: Float[Array, "*B"], a: float = 1.0, b: float = 1.0
+) -> Float[Array, "*B"]:
     """p^a (1 - p)^b with 0^0 = 1.
 
     For a, b > 0 it is 0 where no attempt or every attempt succeeds, and greatest at a / (a + b).
@@ -23,7 +25,9 @@ def beta_kernel(p: Float[Array, "*B"], a: float = 1.0, b: float = 1.0) -> Float[
 
 
 def efficiency(
-    weight: Float[Array, " N"], signal: Float[Array, " N"], variance: Float[Array, " N"]
+    weight: Float[Array, " N"],
+    signal: Float[Array, " N"],
+    variance: Float[Array, " N"],
 ) -> Float[Array, ""]:
     """Signal to noise of a weighted mean of gradients over that of the best weights.
 
@@ -71,7 +75,9 @@ def signal_to_noise_by_bin(
 
     one = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], problems))
     zeros = jax.tree.map(lambda s: jnp.zeros((bins, *s.shape), jnp.float32), one)
-    (total, squares), _ = jax.lax.scan(add, (zeros, jnp.zeros(bins)), (problems, place))
+    (total, squares), _ = jax.lax.scan(
+        add, (zeros, jnp.zeros(bins)), (problems, place)
+    )
     count = jnp.zeros(bins).at[place].add(1.0)
     mean = jax.vmap(_squared_norm)(total) / count**2
     biased = mean / (squares / count - mean)

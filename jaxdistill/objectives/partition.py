@@ -24,7 +24,9 @@ class Partition:
 
     def __post_init__(self):
         if self.cells < 1:
-            raise Refused(f"partition.cells={self.cells}: expected a positive integer")
+            raise Refused(
+                f"partition.cells={self.cells}: expected a positive integer"
+            )
 
     def assign(self, cond: Any) -> Int[Array, " B"]:
         """The cell of each condition, in 0..cells - 1."""
@@ -47,7 +49,9 @@ class Partition:
         share, left = divmod(cell.shape[0], self.cells)
         if left:
             given = f"data.batch_size={cell.shape[0]}"
-            raise Refused(f"{given}: expected a multiple of partition.cells={self.cells}")
+            raise Refused(
+                f"{given}: expected a multiple of partition.cells={self.cells}"
+            )
 
         @jax.vmap
         def samples_of(k: Array) -> Array:
@@ -56,7 +60,9 @@ class Partition:
             return own_first[jnp.arange(share) % jnp.maximum(jnp.sum(own), 1)]
 
         index = samples_of(jnp.arange(self.cells)).reshape(-1)
-        return jax.tree.map(lambda v: v[index], dict(batch)), self.sizes(batch["cond"]) > 0
+        return jax.tree.map(lambda v: v[index], dict(batch)), self.sizes(
+            batch["cond"]
+        ) > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

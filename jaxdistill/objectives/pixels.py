@@ -30,7 +30,8 @@ class Preprocess:
 
     mean: tuple[float, ...] = (0.5,)  # of each channel, or of all
     std: tuple[float, ...] = (0.5,)
-    size: int = 0  # pixels a side, by interpolation (antialiased, as PIL's); 0: as they are
+    # pixels a side, by interpolation (antialiased, as PIL's); 0: as they are
+    size: int = 0
     filter: str = "cubic"  # cubic | linear
 
     def __call__(self, image: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
@@ -44,6 +45,10 @@ class Preprocess:
 
 
 CLIP = Preprocess(
-    mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711), size=224
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+    size=224,
 )
-SAM = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # at 1024 pixels
+SAM = Preprocess(
+    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)  # at 1024 pixels

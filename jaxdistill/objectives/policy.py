@@ -34,14 +34,19 @@ def group_advantages(
 
 
 def clipped_surrogate(
-    log_ratio: Float[Array, "*B"], advantage: Float[Array, "*A"], low: float, high: float
+    log_ratio: Float[Array, "*B"],
+    advantage: Float[Array, "*A"],
+    low: float,
+    high: float,
 ) -> Float[Array, "*B"]:
     """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(log_ratio) (PPO, arXiv:1707.06347).
 
     It has no gradient where A > 0 and r > 1 + high, where A < 0 and r < 1 - low, and where A = 0.
     """
     ratio = jnp.exp(log_ratio)
-    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
+    return -jnp.minimum(
+        ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage
+    )
 
 
 def k1(log_p: Float[Array, "*B"], log_q: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -17,7 +17,9 @@ from jaxtyping import Shaped
 
 from jaxdistill.core.types import Array, Refused
 
-Operator = Callable[[Array, Sequence[Array]], Array]  # (base, students) -> distribution
+Operator = Callable[
+    [Array, Sequence[Array]], Array
+]  # (base, students) -> distribution
 
 
 Weights = Sequence[float] | Shaped[np.ndarray, " K"]
@@ -35,10 +37,14 @@ def geometric(
     distributions: Sequence[Shaped[Array, "*B V"]], weights: Weights
 ) -> Shaped[Array, "*B V"]:
     """log of prod_i p_i^w_i, normalised, over the distributions whose weight is not 0."""
-    return jax.nn.log_softmax(sum(log_p * w for log_p, w in _present(distributions, weights)))
+    return jax.nn.log_softmax(
+        sum(log_p * w for log_p, w in _present(distributions, weights))
+    )
 
 
-def _present(distributions: Sequence[Array], weights: Weights) -> list[tuple[Array, float]]:
+def _present(
+    distributions: Sequence[Array], weights: Weights
+) -> list[tuple[Array, float]]:
     weights = [float(w) for w in weights]
     fits = len(distributions) == len(weights) and min(weights) >= 0
     if not fits or abs(sum(weights) - 1) > 1e-6:
@@ -50,7 +56,9 @@ def _present(distributions: Sequence[Array], weights: Weights) -> list[tuple[Arr
 POOLS = {"linear": linear, "geometric": geometric}
 
 
-def anchored(pool: Callable, gamma: float, history: Sequence[float] = (1.0,)) -> Operator:
+def anchored(
+    pool: Callable, gamma: float, history: Sequence[float] = (1.0,)
+) -> Operator:
     """The meta-teacher operator: a share `gamma` of the base, the rest of the students.
 
     `history` are the relative weights of the students, newest first. While there are fewer students

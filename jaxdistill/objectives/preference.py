@@ -40,7 +40,11 @@ def mean_margin(
 
     It is half the difference of Diffusion-DPO's mean squared errors, whose beta is 5000.
     """
-    return summed_margin(mean, reference, winner, loser, sigma) * sigma**2 / winner[0].size
+    return (
+        summed_margin(mean, reference, winner, loser, sigma)
+        * sigma**2
+        / winner[0].size
+    )
 
 
 MARGINS = {"sum": summed_margin, "mean": mean_margin}
@@ -68,5 +72,7 @@ def dpo_transition_loss(
     Raises:
       Refused: on another margin.
     """
-    scaled = beta * lookup(MARGINS, margin, "margin")(mean, reference, winner, loser, sigma)
+    scaled = beta * lookup(MARGINS, margin, "margin")(
+        mean, reference, winner, loser, sigma
+    )
     return dpo(scaled), scaled

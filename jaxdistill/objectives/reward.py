@@ -27,7 +27,9 @@ from jaxdistill.objectives import verifiers
 class Exact:
     """1 where the response equals the answer token by token, its end included; else 0."""
 
-    def __call__(self, batch: Batch) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+    def __call__(
+        self, batch: Batch
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
         wanted, right = _right_tokens(batch)
         score = jnp.all(wanted == right, -1).astype(jnp.float32)
         return score, jnp.zeros_like(score)
@@ -37,7 +39,9 @@ class Exact:
 class Share:
     """The share of the answer's tokens that the response has in the same places."""
 
-    def __call__(self, batch: Batch) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+    def __call__(
+        self, batch: Batch
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
         wanted, right = _right_tokens(batch)
         score = jnp.sum(wanted & right, -1) / jnp.maximum(jnp.sum(wanted, -1), 1)
         return score, jnp.zeros_like(score)
@@ -86,15 +90,25 @@ class Verified:
     start: float = verifiers.START
 
     def __post_init__(self):
-        if not 0 < self.timeout < np.inf or not 0 < self.start < np.inf or self.workers < 1:
-            fields = f"timeout={self.timeout}, start={self.start}, workers={self.workers}"
-            raise Refused(f"reward: {fields}: expected seconds above 0 and at least 1 worker")
+        if (
+            not 0 < self.timeout < np.inf
+            or not 0 < self.start < np.inf
+            or self.workers < 1
+        ):
+            fields = (
+                f"timeout={self.timeout}, start={self.start}, workers={self.workers}"
+            )
+            raise Refused(
+                f"reward: {fields}: expected seconds above 0 and at least 1 worker"
+            )
         try:
             verifiers.check(self.function, self.start)
         except Exception as error:  # any exception that the import raises
             reason = " ".join(str(error).split())
             given = f"reward.function={self.function!r}"
-            raise Refused(f"{given}: {reason}; expected 'package.file:function'") from error
+            raise Refused(
+                f"{given}: {reason}; expected 'package.file:function'"
+            ) from error
 
     @functools.cached_property
     def pool(self) -> verifiers.Pool:
@@ -106,7 +120,9 @@ class Verified:
         """From token ids to an argument of the function."""
         return decoder(self.tokenizer) if self.tokenizer else list
 
-    def __call__(self, batch: Batch) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
+    def __call__(
+        self, batch: Batch
+    ) -> tuple[Float32[Array, " B"], Float32[Array, " B"]]:
         names = ("tokens", "mask", "segments", "answer", "answer_mask")
         result = jax.ShapeDtypeStruct(batch["tokens"].shape[:1], jnp.float32)
         arrays = [batch[name] for name in names]
@@ -135,13 +151,19 @@ class Verified:
                 score[i] = value
             else:
                 failed[i] = 1.0
-                reasons.append(value if isinstance(value, str) else f"returned {value}")
+                reasons.append(
+                    value if isinstance(value, str) else f"returned {value}"
+                )
         if reasons:
             message = "%s failed on %d of %d samples; the first: %s"
-            logging.warning(message, self.function, len(reasons), len(values), reasons[0])
+            logging.warning(
+                message, self.function, len(reasons), len(values), reasons[0]
+            )
         return score, failed
 
     def _decoded(self, tokens: Array, where: np.ndarray) -> Sequence[Any]:
         """The tokens of each sample at the places `where` [B T], decoded."""
         samples = zip(np.asarray(tokens), where)
-        return [self.decode([int(token) for token in row[kept]]) for row, kept in samples]
+        return [
+            self.decode([int(token) for token in row[kept]]) for row, kept in samples
+        ]

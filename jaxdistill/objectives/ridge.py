@@ -19,7 +19,9 @@ from jaxtyping import Shaped
 from jaxdistill.core.types import Array
 
 
-def rbf(x: Shaped[Array, " M"], z: Shaped[Array, " N"], gamma: float) -> Shaped[Array, "M N"]:
+def rbf(
+    x: Shaped[Array, " M"], z: Shaped[Array, " N"], gamma: float
+) -> Shaped[Array, "M N"]:
     """exp(-gamma (x_i - z_j)^2) of points on a line."""
     return jnp.exp(-gamma * (x[:, None] - z[None]) ** 2)
 
@@ -74,7 +76,11 @@ def unrolled(
 
 
 def constant(
-    kernel: Shaped[Array, "N N"], y: Shaped[Array, "N ..."], lam: float, alpha: float, tau: int
+    kernel: Shaped[Array, "N N"],
+    y: Shaped[Array, "N ..."],
+    lam: float,
+    alpha: float,
+    tau: int,
 ) -> Shaped[Array, "N ..."]:
     """y_tau for one alpha at all steps: y_inf + ((1 - alpha) S)^tau (y - y_inf) (eq. 3)."""
     end = limit(kernel, kernel, y, lam, alpha)
@@ -97,7 +103,9 @@ def limit(
 
 
 def filters(
-    d: Shaped[Array, " N"], lam: float, alphas: Sequence[float] | Shaped[np.ndarray, " K"]
+    d: Shaped[Array, " N"],
+    lam: float,
+    alphas: Sequence[float] | Shaped[np.ndarray, " K"],
 ) -> list[Shaped[Array, " N"]]:
     """Diagonals of B_1, B_2, ...: the factors of y's coordinates after each step (eq. 5).
 
@@ -111,7 +119,9 @@ def filters(
 
 
 def best_alpha(
-    target: Shaped[Array, "*B"], labels: Shaped[Array, "*B"], pure: Shaped[Array, "*B"]
+    target: Shaped[Array, "*B"],
+    labels: Shaped[Array, "*B"],
+    pure: Shaped[Array, "*B"],
 ) -> Shaped[Array, ""]:
     """argmin |alpha labels + (1 - alpha) pure - target|^2, unclipped (eq. 7).
 
@@ -123,7 +133,9 @@ def best_alpha(
 
 
 def best_alpha_sums(
-    target: Shaped[Array, "*B"], labels: Shaped[Array, "*B"], pure: Shaped[Array, "*B"]
+    target: Shaped[Array, "*B"],
+    labels: Shaped[Array, "*B"],
+    pure: Shaped[Array, "*B"],
 ) -> tuple[Shaped[Array, ""], Shaped[Array, ""]]:
     """Numerator and denominator of `best_alpha`, each of which may be summed over batches."""
     gap = labels - pure

@@ -33,11 +33,15 @@ class Schedule:
 
     def __post_init__(self):
         if self.steps < 1:
-            raise Refused(f"{type(self).__name__}: steps={self.steps}, expected a positive integer")
+            raise Refused(
+                f"{type(self).__name__}: steps={self.steps}, expected a positive integer"
+            )
 
     def __call__(self, step: int | Int[Array, ""]) -> Float[Array, ""]:
         """The value at an engine step, float32 (float64 where that is enabled)."""
-        share = jnp.clip(jnp.asarray(step, jnp.result_type(float)) / self.steps, 0.0, 1.0)
+        share = jnp.clip(
+            jnp.asarray(step, jnp.result_type(float)) / self.steps, 0.0, 1.0
+        )
         return self.start + (self.end - self.start) * self.progress(share)
 
     def progress(self, share: Float[Array, ""]) -> Float[Array, ""]:
@@ -71,7 +75,9 @@ def scheduled(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(scheduled(entry) for entry in value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any(scheduled(getattr(value, f.name)) for f in dataclasses.fields(value))
+        return any(
+            scheduled(getattr(value, f.name)) for f in dataclasses.fields(value)
+        )
     return False
 
 
@@ -117,7 +123,9 @@ def bounds(value: float | Schedule) -> tuple[float, float]:
     return min(ends), max(ends)
 
 
-def weighted(weight: float | Array, term: Shaped[Array, "*B"]) -> Shaped[Array, "*B"] | float:
+def weighted(
+    weight: float | Array, term: Shaped[Array, "*B"]
+) -> Shaped[Array, "*B"] | float:
     """weight * term; exactly 0 for a constant weight of 0, even where the term is not finite."""
     if isinstance(weight, Array):
         return weight * term

@@ -33,7 +33,9 @@ def span_sum(
     return total, add(inside.astype(jnp.int32), where) > 0
 
 
-def ends(span: Int[Array, "B T"], following: Bool[Array, "B T"]) -> Bool[Array, "B T"]:
+def ends(
+    span: Int[Array, "B T"], following: Bool[Array, "B T"]
+) -> Bool[Array, "B T"]:
     """Which tokens are the last of their span with more of the text after it.
 
     `following` says whether the next token belongs to the text.
@@ -66,4 +68,6 @@ def event_divergence(
         log = jnp.minimum(log / temperature, -jnp.finfo(log.dtype).eps)
         return jnp.stack([log, jnp.log(-jnp.expm1(log))], -1)
 
-    return temperature * token_divergence(divergence, outcomes(log_p), outcomes(log_q))
+    return temperature * token_divergence(
+        divergence, outcomes(log_p), outcomes(log_q)
+    )

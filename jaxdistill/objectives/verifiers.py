@@ -72,8 +72,13 @@ def number(text: str) -> Decimal | Fraction | None:
             return Decimal(below)
         if below and int(below):
             return Fraction(int(sign + whole), int(below))
-        return Decimal(below or f"{sign}{whole or 0}{found['decimals'] or ''}e{power}")
-    except (ArithmeticError, ValueError):  # more digits, or a larger exponent, than Python reads
+        return Decimal(
+            below or f"{sign}{whole or 0}{found['decimals'] or ''}e{power}"
+        )
+    except (
+        ArithmeticError,
+        ValueError,
+    ):  # more digits, or a larger exponent, than Python reads
         return None
 
 
@@ -105,7 +110,9 @@ def find(name: str) -> Callable:
         try:
             within = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            if error.name and (module == error.name or module.startswith(error.name + ".")):
+            if error.name and (
+                module == error.name or module.startswith(error.name + ".")
+            ):
                 continue
             raise
         found = getattr(within, function, None)
@@ -160,7 +167,9 @@ def _serve(name: str, pipe: Any) -> None:
         call = find(name)
     except BaseException as error:
         pipe.send(
-            str(error) if type(error) is ValueError else f"its import raises {_one_line(error)}"
+            str(error)
+            if type(error) is ValueError
+            else f"its import raises {_one_line(error)}"
         )
         return
     pipe.send(None)

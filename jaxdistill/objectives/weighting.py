@@ -32,14 +32,18 @@ def velocity(
     return (d_alpha - alpha * d_sigma / sigma) ** 2
 
 
-def vp_velocity(alpha: Float[Array, "*B"], sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def vp_velocity(
+    alpha: Float[Array, "*B"], sigma: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
     """SNR + 1 = 1 / sigma^2: the unit loss on alpha eps - sigma x0, variance preserving
     (arXiv:2202.00512).
     """
     return snr(alpha, sigma) + 1
 
 
-def truncated_snr(alpha: Float[Array, "*B"], sigma: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def truncated_snr(
+    alpha: Float[Array, "*B"], sigma: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
     """max(SNR, 1) (progressive distillation, arXiv:2202.00512)."""
     return jnp.maximum(snr(alpha, sigma), 1.0)
 
@@ -58,7 +62,9 @@ def edm(sigma: Float[Array, "*B"], sigma_data: float = 0.5) -> Float[Array, "*B"
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def uncertainty(loss: Float[Array, "*B"], log_var: Float[Array, "*B"]) -> Float[Array, "*B"]:
+def uncertainty(
+    loss: Float[Array, "*B"], log_var: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
     """e^-u L + u with a learnt u = `log_var` (EDM2, arXiv:2312.02696).
 
     It is least at u = log E[L], where it is 1 + u.
@@ -66,14 +72,18 @@ def uncertainty(loss: Float[Array, "*B"], log_var: Float[Array, "*B"]) -> Float[
     return jnp.exp(-log_var) * loss + log_var
 
 
-def adaptive(loss: Float[Array, " B"], c: float = 1e-2, p: float = 1.0) -> Float[Array, " B"]:
+def adaptive(
+    loss: Float[Array, " B"], c: float = 1e-2, p: float = 1.0
+) -> Float[Array, " B"]:
     """sg[1 / (L + c)^p], a weight for losses summed over dimensions (MeanFlow,
     arXiv:2505.13447).
     """
     return 1 / (jax.lax.stop_gradient(loss) + c) ** p
 
 
-def barron(loss: Float[Array, " B"], alpha: float = 1.0, c: float = 1e-3) -> Float[Array, " B"]:
+def barron(
+    loss: Float[Array, " B"], alpha: float = 1.0, c: float = 1e-3
+) -> Float[Array, " B"]:
     """sg[(L / ((c^2 + 1e-8) |alpha - 2|) + 1)^(alpha / 2 - 1)] / c, a weight for mean squared
     errors.
 

@@ -150,7 +150,11 @@ def _check_sources(experiment: Experiment) -> None:
     for role in experiment.roles:
         source = experiment.source(role)
         known = source in ("fresh", "random", "exact") or source in experiment.roles
-        if not known and experiment.run_at(role, source) is None and not os.path.isdir(source):
+        if (
+            not known
+            and experiment.run_at(role, source) is None
+            and not os.path.isdir(source)
+        ):
             raise experiment.unknown(role, source)
         is_frozen = role in experiment.method.frozen
         if source == "fresh" and is_frozen and experiment.nets[role].shapes:
@@ -173,10 +177,14 @@ def _check_calls(experiment: Experiment) -> None:
             continue
         where = f"{experiment.where}.roles.{role}"
         who = f"{where} ({_name(net)})"
-        check_condition(batch.get("cond"), condition_of(net.config), who, f"{data}: cond")
+        check_condition(
+            batch.get("cond"), condition_of(net.config), who, f"{data}: cond"
+        )
         member = net.one if isinstance(net, Bank) else net
         with _fitting(f"{who} does not take {data} ({_shapes(batch)})"):
-            pred = jax.eval_shape(member.apply, member.shapes, batch["x"], t, batch.get("cond"))
+            pred = jax.eval_shape(
+                member.apply, member.shapes, batch["x"], t, batch.get("cond")
+            )
         _check_size(where, net, experiment.where, batch["x"].shape[1:-1])
         if isinstance(pred, Pred) and pred.x0.shape != batch["x"].shape:
             raise Refused(
@@ -212,7 +220,9 @@ def _check_programs(experiment: Experiment) -> None:
         for programs, stage_nets in abstract_stages(experiment):
             nets = stage_nets
             state = programs.abstract
-            trained = {role: state.ema.get(role, p) for role, p in state.params.items()}
+            trained = {
+                role: state.ema.get(role, p) for role, p in state.params.items()
+            }
             params = {**params, **state.frozen, **trained}
     if isinstance(experiment.evaluation, SampleEval):
         _check_sampling(Trained(experiment, nets, params))
@@ -224,9 +234,13 @@ def _check_sampling(trained: Trained) -> None:
     evaluation = experiment.evaluation
     batch = experiment.data.spec()
     for role, steps in evaluation.models(trained.params):
-        with _fitting(f"{experiment.where}.evaluation: {role} cannot be sampled at {steps} steps"):
+        with _fitting(
+            f"{experiment.where}.evaluation: {role} cannot be sampled at {steps} steps"
+        ):
             shapes = {r: trained.nets[r].shapes for r in trained.params}
-            jax.eval_shape(evaluation.drawing(trained, role, steps), shapes, batch, jnp.int32(0))
+            jax.eval_shape(
+                evaluation.drawing(trained, role, steps), shapes, batch, jnp.int32(0)
+            )
 
 
 def _check_claim(experiment: Experiment) -> None:

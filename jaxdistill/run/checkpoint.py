@@ -31,7 +31,9 @@ from jaxdistill.core.types import Array, Params, Refused, State
 
 # Tensorstore's messages about missing or wrong bytes: the status before its message, or the
 # decoder's words in it.
-DAMAGE = re.compile(r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error decoding|ZSTD_|Zstd-compressed")
+DAMAGE = re.compile(
+    r"^(DATA_LOSS|OUT_OF_RANGE|NOT_FOUND)\b|Error decoding|ZSTD_|Zstd-compressed"
+)
 # The error number of a system call that failed, in a message of tensorstore.
 SYSTEM = re.compile(r"os_error_code='(\d+)'")
 # Statuses of tensorstore that say nothing about the files.
@@ -55,7 +57,10 @@ class _Damaged(Exception):
 
 def _saved(state: State) -> dict[str, Any]:
     """The parts of the state in a checkpoint: all but the frozen roles, which have a source."""
-    return {k: getattr(state, k) for k in ("step", "count", "params", "opt", "ema", "memory")}
+    return {
+        k: getattr(state, k)
+        for k in ("step", "count", "params", "opt", "ema", "memory")
+    }
 
 
 def _architecture(state: State) -> dict[str, str]:
@@ -89,7 +94,9 @@ def checksum(x: Array) -> Array:
     words = _words(x)
     index = jnp.zeros(words.shape, jnp.uint32)
     for axis, size in enumerate(words.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, words.shape, axis
+        )
     factor = index * jnp.uint32(0x9E3779B1) | jnp.uint32(1)
     return jnp.sum(words * factor, dtype=jnp.uint32)
 
@@ -124,7 +131,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     """An exception and those that it was raised from, the outermost first."""
     while error is not None:
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        error = error.__cause__ or (
+            None if error.__suppress_context__ else error.__context__
+        )
 
 
 def _system_error(error: BaseException) -> OSError | None:
@@ -187,7 +196,9 @@ def _raise_unless_damage(error: Exception, folder: Path, advice: str) -> None:
         raise _os_error(
             failure, f"{folder}: cannot be read ({reason}); nothing was changed"
         ) from error
-    if isinstance(error, RuntimeError):  # no memory on the device, or another process failed
+    if isinstance(
+        error, RuntimeError
+    ):  # no memory on the device, or another process failed
         raise error
     raise Refused(f"{folder}: cannot be read ({_brief(error)}); {advice}") from error
 
@@ -287,7 +298,11 @@ class Checkpoints:
             OSError: This checkpoint or the previous one cannot be written. Older ones stay.
         """
         saved = _saved(state)
-        record = {**host, "architecture": _architecture(state), "checksums": checksums(saved)}
+        record = {
+            **host,
+            "architecture": _architecture(state),
+            "checksums": checksums(saved),
+        }
         record["stamp"] = _stamp(json.loads(json.dumps(record)))
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(saved), host=ocp.args.JsonSave(record)
@@ -346,7 +361,9 @@ class Checkpoints:
         folder = self.folder / f"step_{step}"
 
         def read() -> Any:
-            return verify(folder, self._manager.restore(step, args=ocp.args.Composite(**items)))
+            return verify(
+                folder, self._manager.restore(step, args=ocp.args.Composite(**items))
+            )
 
         advice = "it may be damaged; to go on from the one before, move it away"
         try:
@@ -355,7 +372,9 @@ class Checkpoints:
             self._set_aside(step, error)
             return None
 
-    def check_architecture(self, step: int, host: Mapping[str, Any], abstract: State) -> None:
+    def check_architecture(
+        self, step: int, host: Mapping[str, Any], abstract: State
+    ) -> None:
         """Raises Refused where weights of a checkpoint have other names or shapes than those of
         `abstract`; `host` is the checkpoint's record.
         """
@@ -431,7 +450,9 @@ def _load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]
             have = saved.get(path)
             if have is None or tuple(have.shape) != tuple(want.shape):
                 found = "absent" if have is None else list(have.shape)
-                raise Refused(f"{folder}: {path} is {found}, expected {list(want.shape)}")
+                raise Refused(
+                    f"{folder}: {path} is {found}, expected {list(want.shape)}"
+                )
         restore = ocp.args.PyTreeRestore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

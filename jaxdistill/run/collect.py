@@ -53,7 +53,9 @@ def collected(
                 made = make(trained.params, batch, jax.random.fold_in(key, i))
                 arrayrecord.write(file, _samples(sharding.local_samples(made)))
             if stop.is_set():
-                raise Stopped(stop.reason, f"stored {i + 1} of {count} batches in {folder}")
+                raise Stopped(
+                    stop.reason, f"stored {i + 1} of {count} batches in {folder}"
+                )
     data = experiment.data
     return arrayrecord.stored(folder, batch_size=data.batch_size, seed=data.seed)
 

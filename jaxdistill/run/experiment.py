@@ -24,7 +24,14 @@ from jaxdistill.core.fields import Positive, shown
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.step import bind
 from jaxdistill.core.storage import quantized
-from jaxdistill.core.types import Method, Params, Refused, named_key, nearest, one_line
+from jaxdistill.core.types import (
+    Method,
+    Params,
+    Refused,
+    named_key,
+    nearest,
+    one_line,
+)
 from jaxdistill.data.abilities import HasExactTeacher, text_end
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.denoiser import Denoiser
@@ -103,7 +110,11 @@ class Experiment:
 
     @functools.cached_property
     def evaluation(self) -> Evaluation | None:
-        return self._built("evaluation", Evaluation) if self._group("evaluation") else None
+        return (
+            self._built("evaluation", Evaluation)
+            if self._group("evaluation")
+            else None
+        )
 
     def _group(self, name: str) -> ConfigDict:
         """A part of the config that is a mapping. Raises Refused where there is no such part."""
@@ -150,13 +161,20 @@ class Experiment:
                     f"{self.where}.roles.{name}: {self.config.method.name} has no such"
                     f" role{nearest(name, wanted)}"
                 )
-        roles = {name: self._role(name) if name in given else build.Role() for name in wanted}
+        roles = {
+            name: self._role(name) if name in given else build.Role()
+            for name in wanted
+        }
         for name, role in roles.items():
             key = self._key(name)
             records.local(role.init, f"{key}.init")
-            if name not in self.method.frozen and (role.quantize or role.place == "host"):
+            if name not in self.method.frozen and (
+                role.quantize or role.place == "host"
+            ):
                 frozen = ", ".join(self.method.frozen)
-                raise Refused(f"{key}: quantize and place are for frozen roles ({frozen})")
+                raise Refused(
+                    f"{key}: quantize and place are for frozen roles ({frozen})"
+                )
         return roles
 
     def _role(self, name: str) -> build.Role:
@@ -209,7 +227,9 @@ class Experiment:
         while source in self.roles:
             if source in seen:
                 chain = " <- ".join([*seen, source])
-                raise Refused(f"{self._key(role)}.init: {chain}, expected weights at the end")
+                raise Refused(
+                    f"{self._key(role)}.init: {chain}, expected weights at the end"
+                )
             seen.append(source)
             source = self.source(source)
 
@@ -219,10 +239,14 @@ class Experiment:
         process = getattr(self.method, "process", None)
         if cfg.init == "exact":
             if not isinstance(self.data, HasExactTeacher):
-                raise Refused(f"{key}.init=exact: {self.config.data.name} knows no exact law")
+                raise Refused(
+                    f"{key}.init=exact: {self.config.data.name} knows no exact law"
+                )
             return self.data.net(process) if process is not None else self.data.net()
         if cfg.lora.rank:
-            given = {k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")}
+            given = {
+                k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")
+            }
             with refusals(key):
                 base = lora.base_of(role, cfg.lora.base, self.roles)
                 return lora.adapt(self._net(base), **given)
@@ -248,7 +272,9 @@ class Experiment:
             model = model or source_model
             denoiser = denoiser or source_denoiser
         if model is None:
-            raise Refused(f"{self._key(role)}.model is empty, and {source!r} has none to take over")
+            raise Refused(
+                f"{self._key(role)}.model is empty, and {source!r} has none to take over"
+            )
         return model, denoiser
 
     def _described_source(self, role: str, source: str) -> tuple[Any, Any]:
@@ -268,8 +294,14 @@ class Experiment:
         """The exception for a source that is no role, run or folder."""
         names = [name for name in self.roles if name != role]
         names += [f"@{name}" for name in self.inner]
-        near = nearest(source, names) if difflib.get_close_matches(source, names, 1) else ""
-        return Refused(f"{self._key(role)}.init={shown(source)}: no such role, run or folder{near}")
+        near = (
+            nearest(source, names)
+            if difflib.get_close_matches(source, names, 1)
+            else ""
+        )
+        return Refused(
+            f"{self._key(role)}.init={shown(source)}: no such role, run or folder{near}"
+        )
 
     def run_at(self, role: str, source: str) -> Experiment | None:
         """The run that a source names, by "@name" or by its folder; None where it names no run."""
@@ -319,20 +351,30 @@ class Experiment:
         sources = [self.source(role) for role in self.roles]
         named = {source[1:] for source in sources if source.startswith("@")}
         if self.claim is not None:
-            claimed = {name.split("@")[0] for name in (self.claim.model, self.claim.baseline)}
-            named |= claimed - self.roles.keys()  # "teacher@1" is a row of the role teacher
+            claimed = {
+                name.split("@")[0] for name in (self.claim.model, self.claim.baseline)
+            }
+            named |= (
+                claimed - self.roles.keys()
+            )  # "teacher@1" is a row of the role teacher
         return {name: run.config for name, run in self.inner.items() if name in named}
 
     @functools.cached_property
     def inits(self) -> dict[str, str | None]:
         """Trained role -> the role that it is copied from; None where its source is no role."""
         sources = {role: self.source(role) for role in self.method.inits}
-        return {role: source if source in self.roles else None for role, source in sources.items()}
+        return {
+            role: source if source in self.roles else None
+            for role, source in sources.items()
+        }
 
     @functools.cached_property
     def null_labels(self) -> dict[str, int]:
         """Role -> the label for no condition, of the networks that take labels."""
-        found = {role: getattr(net.config, "null_label", None) for role, net in self.nets.items()}
+        found = {
+            role: getattr(net.config, "null_label", None)
+            for role, net in self.nets.items()
+        }
         return {role: label for role, label in found.items() if label is not None}
 
     def conditioned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -342,7 +384,9 @@ class Experiment:
         """
         label = next(iter(self.null_labels.values()), None)
         null = batch.get("null_cond")
-        has_labels = isinstance(null, np.ndarray) and np.issubdtype(null.dtype, np.integer)
+        has_labels = isinstance(null, np.ndarray) and np.issubdtype(
+            null.dtype, np.integer
+        )
         if label is None or not has_labels:
             return batch
         return {**batch, "null_cond": np.full_like(null, label)}
@@ -380,7 +424,9 @@ class Experiment:
     def with_bases(self, roles: Iterable[str]) -> set[str]:
         """`roles` with the base roles of those that are adapters."""
         found = set(roles)
-        return found | {self.nets[role].adapts for role in found if self.nets[role].adapts}
+        return found | {
+            self.nets[role].adapts for role in found if self.nets[role].adapts
+        }
 
     def _load(self, role: str) -> Params | None:
         """The first weights of a role; None where it is fresh or copied from another role."""
@@ -450,7 +496,9 @@ def stopping(method: Method, data: Callable[[], Any]) -> Method:
     return dataclasses.replace(method, **new) if new else method
 
 
-def abstract_params(mesh, rules, net: Net, dtype: str = "float32", place: str = "device") -> Params:
+def abstract_params(
+    mesh, rules, net: Net, dtype: str = "float32", place: str = "device"
+) -> Params:
     """ShapeDtypeStructs with shardings for a net's weights; floating ones in `dtype`."""
     shardings = sharding.param_shardings(mesh, rules, net.axes)
     shardings = sharding.fits(shardings, net.shapes)

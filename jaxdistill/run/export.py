@@ -61,7 +61,9 @@ def needed_roles(experiment: Experiment, *, adapter: bool = False) -> set[str]:
 
 def _check_adapts(role: str, net: Net) -> None:
     if not net.adapts:
-        raise Refused(f"export: {role} has full weights, no adapter; export it without --adapter")
+        raise Refused(
+            f"export: {role} has full weights, no adapter; export it without --adapter"
+        )
 
 
 def export(trained: Trained, folder: Path, *, adapter: bool = False) -> None:
@@ -96,7 +98,9 @@ def export(trained: Trained, folder: Path, *, adapter: bool = False) -> None:
             write(trained, report, role, place)
 
 
-def _export_adapter(trained: Trained, report: Mapping[str, Any], role: str, folder: Path) -> None:
+def _export_adapter(
+    trained: Trained, report: Mapping[str, Any], role: str, folder: Path
+) -> None:
     """Writes the adapter of a role."""
     experiment = trained.experiment
     net = trained.nets[role]
@@ -119,7 +123,9 @@ def _export_adapter(trained: Trained, report: Mapping[str, Any], role: str, fold
     )
 
 
-def _export_whole(trained: Trained, report: Mapping[str, Any], role: str, folder: Path) -> None:
+def _export_whole(
+    trained: Trained, report: Mapping[str, Any], role: str, folder: Path
+) -> None:
     """Writes all weights of a role."""
     experiment = trained.experiment
     net = trained.nets[role]
@@ -134,14 +140,19 @@ def _export_whole(trained: Trained, report: Mapping[str, Any], role: str, folder
         member = f"{inside}: one of {net.members}" if inside else ""
         loading = _loaded(interop.family_of(one))
         student = Student(experiment, report, role, one, loading, member=member)
-        interop.save(folder / inside, one, weights, card=student.card, beside=student.beside)
+        interop.save(
+            folder / inside, one, weights, card=student.card, beside=student.beside
+        )
 
 
 def _members(net: Net, params: Params) -> list[tuple[str, Net, Params]]:
     """(folder, net, params) of a network, or of each member of a bank."""
     if not isinstance(net, Bank):
         return [("", net, params)]
-    return [(str(k), net.one, jax.tree.map(lambda w: w[k], params)) for k in range(net.members)]
+    return [
+        (str(k), net.one, jax.tree.map(lambda w: w[k], params))
+        for k in range(net.members)
+    ]
 
 
 def _loaded(family: Family) -> list[str]:
@@ -167,7 +178,9 @@ def _adapted(family: Family, source: str) -> list[str]:
             *lines,
             'model = PeftModel.from_pretrained(model, ".").eval()',
         ]
-    how = f'prefix="{family.component}", weight_name="pytorch_lora_weights.safetensors"'
+    how = (
+        f'prefix="{family.component}", weight_name="pytorch_lora_weights.safetensors"'
+    )
     return [*lines, f'model.load_lora_adapter(".", {how})']
 
 
@@ -198,7 +211,9 @@ class Student:
     @property
     def steps(self) -> int:
         """Evaluations at which the run's evaluation samples the student."""
-        counts = [row["nfe"] for row in self.report["models"] if row["name"] == "student"]
+        counts = [
+            row["nfe"] for row in self.report["models"] if row["name"] == "student"
+        ]
         return counts[0] if counts else 1
 
     @functools.cached_property
@@ -216,12 +231,18 @@ class Student:
     def beside(self) -> dict[str, Any]:
         """Files by name: JSON objects, or paths of files that are copied."""
         found = self.scheduler
-        return {SCHEDULER: found.config} if isinstance(found, Scheduler) else dict(self.tokenizer)
+        return (
+            {SCHEDULER: found.config}
+            if isinstance(found, Scheduler)
+            else dict(self.tokenizer)
+        )
 
     @property
     def reads_text(self) -> bool:
         """Whether the network is a language model of transformers."""
-        return self.family.library == "transformers" and hasattr(self.net.config, "vocab")
+        return self.family.library == "transformers" and hasattr(
+            self.net.config, "vocab"
+        )
 
     @functools.cached_property
     def tokenizer(self) -> Mapping[str, Any]:
@@ -234,11 +255,17 @@ class Student:
         method = type(self.experiment.method)
         report = self.report
         about = (sys.modules[method.__module__].__doc__ or "").strip()
-        rows = [row for row in report["models"] if row["name"] in ("student", "teacher")]
+        rows = [
+            row for row in report["models"] if row["name"] in ("student", "teacher")
+        ]
         keys = columns(rows)
-        table = markdown_table(keys, [[number(row.get(k, "")) for k in keys] for row in rows])
+        table = markdown_table(
+            keys, [[number(row.get(k, "")) for k in keys] for row in rows]
+        )
         given = report["config"]
-        config = json.dumps(given, indent=1).replace("`", r"\u0060")  # which would end the fence
+        config = json.dumps(given, indent=1).replace(
+            "`", r"\u0060"
+        )  # which would end the fence
         name = given["method"]["name"]
         return f"""---
 tags: [jaxdistill, distillation, {method.__name__.lower()}]
@@ -276,14 +303,22 @@ NFE: {self.steps}.
         try:
             plan = chain(method, self.denoiser, self.steps)
         except Refused as error:
-            return f"{self._whose}{error}; `{module}` has it.\n\n{_python(self.model)}"
+            return (
+                f"{self._whose}{error}; `{module}` has it.\n\n{_python(self.model)}"
+            )
         found = self.scheduler
         ready = _ready(found) if isinstance(found, Scheduler) else []
         experts = len(method.exports)
         if experts == 1 and call:
             return self._whose + self._sampled(plan, ready, found)
-        why = f"one of {experts} experts" if experts > 1 else f"x0 at {self.steps} times"
-        where = f"{self.role}: {why}; `{module}` says which network serves which time."
+        why = (
+            f"one of {experts} experts"
+            if experts > 1
+            else f"x0 at {self.steps} times"
+        )
+        where = (
+            f"{self.role}: {why}; `{module}` says which network serves which time."
+        )
         return f"{self._whose}{where}\n\n{_python([*self.model, *ready])}"
 
     @property
@@ -302,7 +337,9 @@ NFE: {self.steps}.
             )
         return ""
 
-    def _sampled(self, plan: np.ndarray, ready: list[str], found: Scheduler | str) -> str:
+    def _sampled(
+        self, plan: np.ndarray, ready: list[str], found: Scheduler | str
+    ) -> str:
         """Python that samples by the scheduler that `ready` makes; where there is none, by the
         chain `plan`.
         """
@@ -311,7 +348,9 @@ NFE: {self.steps}.
             return _python(lines) + self._in_a_pipeline(found)
         why = f"Without a scheduler: {found}.\n\n" if found else ""
         first = start(self.experiment.method, self.denoiser, self.steps)
-        return why + _python(["import torch", *self.model, *self._written_out(plan, first)])
+        return why + _python(
+            ["import torch", *self.model, *self._written_out(plan, first)]
+        )
 
     def _text(self) -> str:
         """Python that continues a text; where there is no tokenizer, ids of one, with a sentence on
@@ -325,7 +364,9 @@ NFE: {self.steps}.
         if self.base and generates:
             config = with_special_tokens(self.net.config, data)
             if config != self.net.config:
-                lines.append(f"model.generation_config.eos_token_id = {list(config.eos)}")
+                lines.append(
+                    f"model.generation_config.eos_token_id = {list(config.eos)}"
+                )
         if self.tokenizer:
             prompt = literal(data.prompt_text("PROMPT"))
             lines += [
@@ -346,7 +387,9 @@ NFE: {self.steps}.
         if call:
             lines.append(f"output = {call}")
         if self.tokenizer and generates:
-            lines.append("text = tokenizer.decode(output[0], skip_special_tokens=True)")
+            lines.append(
+                "text = tokenizer.decode(output[0], skip_special_tokens=True)"
+            )
         return words + _python(list(dict.fromkeys(lines)))
 
     def _noise(self) -> str:
@@ -357,7 +400,10 @@ NFE: {self.steps}.
     def _given(self) -> str:
         """Python that makes the condition."""
         config = self.net.config
-        sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        sizes = {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+        }
         return self.family.given.format(**sizes)
 
     def _stepped(self, found: Scheduler) -> list[str]:
@@ -391,7 +437,9 @@ NFE: {self.steps}.
         """Python that samples by the chain `plan`, from a first state of size `first`."""
         rows = [", ".join(f"{value:.7g}" for value in step) for step in plan]
         table = ",\n    ".join(f"({row})" for row in rows)
-        call = self.family.call.format(x="scale * x", t="torch.full((len(x),), float(t))")
+        call = self.family.call.format(
+            x="scale * x", t="torch.full((len(x),), float(t))"
+        )
         renoises = self.experiment.method.renoises
         noise = "torch.randn_like(x0)" if renoises else "eps"
         lines = [
@@ -422,6 +470,8 @@ def _ready(found: Scheduler) -> list[str]:
 
 def _python(lines: list[str]) -> str:
     """Lines as a block of Python, imports first."""
-    imports_first = sorted(lines, key=lambda line: not line.startswith(("import", "from")))
+    imports_first = sorted(
+        lines, key=lambda line: not line.startswith(("import", "from"))
+    )
     code = "\n".join(imports_first)
     return f"```python\n{code}\n```"

@@ -21,7 +21,9 @@ def process() -> tuple[int, int]:
 class Feed:
     """Batches of a stage, whose data set the method's controller may steer."""
 
-    def __init__(self, experiment: Experiment, data: Dataset, controller: Controller | None):
+    def __init__(
+        self, experiment: Experiment, data: Dataset, controller: Controller | None
+    ):
         self.data = data
         self._controller = controller
         self._hints: dict[str, Any] = {}
@@ -53,7 +55,9 @@ class Feed:
 
     def keys(self) -> dict[str, type]:
         """The entries of `state` that are groups, with their types."""
-        return dict.fromkeys(("controller", "hints"), dict) if self._controller else {}
+        return (
+            dict.fromkeys(("controller", "hints"), dict) if self._controller else {}
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores; JSON-serialisable."""

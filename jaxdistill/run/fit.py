@@ -59,9 +59,15 @@ class Fit:
         self.programs = self._programs(data)
         self.step, self.state = self._begin()
         in_state = self.state.frozen.keys() | self.state.params.keys()
-        others = {r: params for r, params in self.trained.params.items() if r not in in_state}
+        others = {
+            r: params
+            for r, params in self.trained.params.items()
+            if r not in in_state
+        }
         self.trained = dataclasses.replace(self.trained, params=others)
-        self.log = Log(self.experiment, stage, self.programs, index, offset, self.step, progress)
+        self.log = Log(
+            self.experiment, stage, self.programs, index, offset, self.step, progress
+        )
 
     def run(self) -> State:
         """The state at the end of the stage. Raises Stopped where the run was asked to stop."""
@@ -80,7 +86,9 @@ class Fit:
 
     def _take_step(self, rng: Array) -> None:
         active = self.programs.active_at(self.step)
-        self.state, values = self.programs.step(self.state, self.feed.next(), rng, active)
+        self.state, values = self.programs.step(
+            self.state, self.feed.next(), rng, active
+        )
         self.step += 1
         self.log.add(self.offset + self.step, values)
 
@@ -98,7 +106,9 @@ class Fit:
             self.saved.save(self.offset + self.step, self.state)
         if stopping and not last:
             self.saved.wait()
-            done = f"saved step {self.offset + self.step} in {self.experiment.workdir}"
+            done = (
+                f"saved step {self.offset + self.step} in {self.experiment.workdir}"
+            )
             raise Stopped(self.stop.reason, done)
 
     def _due(self, every: int) -> bool:
@@ -107,14 +117,18 @@ class Fit:
     def _asked_to_stop(self) -> bool:
         """Whether to save and stop after this step. Several processes agree on it."""
         several = jax.process_count() > 1
-        if several and multihost_utils.reached_preemption_sync_point(self.offset + self.step):
+        if several and multihost_utils.reached_preemption_sync_point(
+            self.offset + self.step
+        ):
             self.stop.reason = signal.SIGTERM
             self.stop.set()
         return self.stop.is_set()
 
     def _programs(self, data: Dataset) -> Programs:
         trained = self.trained
-        return make_programs(self.experiment, trained.nets, self.stage, trained.params, data.spec())
+        return make_programs(
+            self.experiment, trained.nets, self.stage, trained.params, data.spec()
+        )
 
     def _begin(self) -> tuple[int, State]:
         """(steps done, state): from the newest checkpoint of this stage, or new."""
@@ -152,7 +166,9 @@ class Fit:
 
     def _look(self, score: bool) -> None:
         """Draws samples, and scores them where `score` says so."""
-        averaged = {role: self.state.ema.get(role, p) for role, p in self.state.params.items()}
+        averaged = {
+            role: self.state.ema.get(role, p) for role, p in self.state.params.items()
+        }
         params = {**self.trained.params, **self.state.frozen, **averaged}
         view = dataclasses.replace(self.trained, params=params)
         step = self.offset + self.step
@@ -162,7 +178,9 @@ class Fit:
 class Saved:
     """The checkpoints of one stage."""
 
-    def __init__(self, experiment: Experiment, index: int, checkpoints: Checkpoints, feed: Feed):
+    def __init__(
+        self, experiment: Experiment, index: int, checkpoints: Checkpoints, feed: Feed
+    ):
         self._experiment = experiment
         self._index = index
         self._checkpoints = checkpoints
@@ -178,7 +196,9 @@ class Saved:
         """Returns when everything is written."""
         self._checkpoints.wait()
 
-    def restore(self, stage: Stage, trained: Trained, abstract: State) -> tuple[int, State] | None:
+    def restore(
+        self, stage: Stage, trained: Trained, abstract: State
+    ) -> tuple[int, State] | None:
         """(engine step, state) of the newest checkpoint, and the feed at its position.
 
         Returns None where this stage has no checkpoint. Raises Refused where the newest one is of
@@ -214,14 +234,18 @@ class Saved:
         wanted = {"stage": int, "config": dict} | self._feed.keys()
         records.check_keys(host, wanted, str(where))
         here = json.loads(self._experiment.config.to_json())
-        if changed := records.difference(host["config"], here, (*records.FREE, "steps")):
+        if changed := records.difference(
+            host["config"], here, (*records.FREE, "steps")
+        ):
             raise Refused(
                 f"{where} is a checkpoint of another config: {changed};"
                 " move it away, or give another --workdir"
             )
         if host["stage"] > self._index:
             missing = workdir / "stages" / str(self._index)
-            raise Refused(f"{where} is of stage {host['stage']}, but {missing} is missing")
+            raise Refused(
+                f"{where} is of stage {host['stage']}, but {missing} is missing"
+            )
         return host["stage"] == self._index
 
 
@@ -272,7 +296,9 @@ class Log:
         self._bar.set_postfix_str(_losses(means), refresh=False)
         return means
 
-    def write_scores(self, step: int, values: Mapping[str, float], now: float = 0.0) -> None:
+    def write_scores(
+        self, step: int, values: Mapping[str, float], now: float = 0.0
+    ) -> None:
         """Writes metrics of an engine step, at the time `now` (by default the present)."""
         self._writer.write(step, (now or time.time()) - self._started, values)
 
@@ -298,7 +324,9 @@ def _replicated(experiment: Experiment, key: Array) -> Array:
     """A random key as an argument of programs that may span several processes."""
     if jax.process_count() == 1:
         return key
-    everywhere = jax.sharding.NamedSharding(experiment.mesh, jax.sharding.PartitionSpec())
+    everywhere = jax.sharding.NamedSharding(
+        experiment.mesh, jax.sharding.PartitionSpec()
+    )
     return jax.jit(lambda: key, out_shardings=everywhere)()
 
 
@@ -311,4 +339,6 @@ def _title(experiment: Experiment, index: int) -> str:
 def _losses(means: Mapping[str, float]) -> str:
     """The losses in short, for the progress bar."""
     losses = {name: value for name, value in means.items() if name.endswith("/loss")}
-    return " ".join(f"{name.removesuffix('/loss')}={value:.3g}" for name, value in losses.items())
+    return " ".join(
+        f"{name.removesuffix('/loss')}={value:.3g}" for name, value in losses.items()
+    )

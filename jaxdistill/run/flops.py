@@ -32,7 +32,9 @@ def count(jaxpr: jax.core.Jaxpr, *, recomputed: bool = False) -> dict[str, float
     return dict(total)
 
 
-def _add_flops(total: dict[str, float], jaxpr, times: float, role: str, recomputed: bool) -> None:
+def _add_flops(
+    total: dict[str, float], jaxpr, times: float, role: str, recomputed: bool
+) -> None:
     """Adds `times` the operations of `jaxpr` to `total`; `role` is that of its caller."""
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
@@ -47,7 +49,9 @@ def _add_flops(total: dict[str, float], jaxpr, times: float, role: str, recomput
             total[owner] += times * _conv_flops(eqn)
         inner = [part for value in eqn.params.values() for part in _jaxprs(value)]
         if kind == "cond":
-            for name, flops in _largest_branch(inner, times, owner, recomputed).items():
+            for name, flops in _largest_branch(
+                inner, times, owner, recomputed
+            ).items():
                 total[name] += flops
             continue
         repeats = eqn.params.get("length", 1) if kind == "scan" else 1
@@ -55,7 +59,9 @@ def _add_flops(total: dict[str, float], jaxpr, times: float, role: str, recomput
             _add_flops(total, part, times * repeats, owner, recomputed)
 
 
-def _largest_branch(branches: list, times: float, role: str, recomputed: bool) -> dict[str, float]:
+def _largest_branch(
+    branches: list, times: float, role: str, recomputed: bool
+) -> dict[str, float]:
     """The operations of the branch of a conditional that has most of them."""
     counts = []
     for branch in branches:

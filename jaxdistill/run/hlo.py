@@ -80,7 +80,9 @@ Computation = Mapping[str, Op]  # name of an instruction -> instruction
 class Moved:
     """Bytes of one chip in one call of the program."""
 
-    memory: float  # read and written by instructions; values inside a fusion do not count
+    memory: (
+        float  # read and written by instructions; values inside a fusion do not count
+    )
     # Collective -> bytes that leave (or reach) the chip, with ring algorithms.
     sent: dict[str, float]
 
@@ -168,14 +170,20 @@ class _Traffic:
                     self.add(inner, times)
             elif kind in COLLECTIVES:
                 self.sent[kind] += times * _bytes_sent(kind, op, ops)
-            free = kind in FREE or op.opcode == "async-start" or op.opcode.endswith("-done")
+            free = (
+                kind in FREE
+                or op.opcode == "async-start"
+                or op.opcode.endswith("-done")
+            )
             if not free:
                 self.memory += times * _bytes_touched(op, ops, self.computations)
 
 
 def _called(rest: str) -> list[str]:
     """Names of the computations that an instruction calls."""
-    found = re.findall(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", rest)
+    found = re.findall(
+        r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", rest
+    )
     branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
     if branches is not None:
         found += [name.strip().lstrip("%") for name in branches.group(1).split(",")]
@@ -201,7 +209,9 @@ def _trips(op: Op, computations: Mapping[str, Computation]) -> int:
 def _group(rest: str) -> int:
     """The number of chips that take part in one collective."""
     # mesh['a'=4,'b'=2], device_ids=(...) {'a'}
-    over_axes = re.search(r"replica_groups=\w*\[([^\]]*'[^\]]*)\][^{]*\{([^}]*)\}", rest)
+    over_axes = re.search(
+        r"replica_groups=\w*\[([^\]]*'[^\]]*)\][^{]*\{([^}]*)\}", rest
+    )
     if over_axes:
         mesh, axes = over_axes.groups()
         sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
@@ -230,7 +240,9 @@ def _bytes_sent(kind: str, op: Op, ops: Computation) -> float:
     return given * (n - 1) / n
 
 
-def _bytes_touched(op: Op, ops: Computation, computations: Mapping[str, Computation]) -> float:
+def _bytes_touched(
+    op: Op, ops: Computation, computations: Mapping[str, Computation]
+) -> float:
     """Bytes that one instruction reads and writes.
 
     Of an operand that is only sliced, or updated in place, only the slice counts.
@@ -258,7 +270,9 @@ def _bytes_touched(op: Op, ops: Computation, computations: Mapping[str, Computat
         if users and _all_first(users, "dynamic-slice", name):
             size_read = sum(user.bytes for user in users)
         elif users and _all_first(users, "dynamic-update-slice", name):
-            updates = [user.operands[1] for user in users if user.operands[1] in fused]
+            updates = [
+                user.operands[1] for user in users if user.operands[1] in fused
+            ]
             written = sum(fused[update].bytes for update in updates)
             result = result - size_read + written
             size_read = written

@@ -36,7 +36,12 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # a C library without mallopt
         return False
-    wanted = {M_ARENA_MAX: 1, M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26}
+    wanted = {
+        M_ARENA_MAX: 1,
+        M_MMAP_MAX: 0,
+        M_TRIM_THRESHOLD: 2**31 - 1,
+        M_TOP_PAD: 2**26,
+    }
     return all(mallopt(option, value) for option, value in wanted.items())
 
 

@@ -20,7 +20,12 @@ from jaxdistill.core import sharding
 from jaxdistill.core.types import Refused, Stage, State
 from jaxdistill.run import metrics, records, report
 from jaxdistill.run.check import check
-from jaxdistill.run.checkpoint import Checkpoints, load_params, save_params, write_json
+from jaxdistill.run.checkpoint import (
+    Checkpoints,
+    load_params,
+    save_params,
+    write_json,
+)
 from jaxdistill.run.collect import collected
 from jaxdistill.run.experiment import Experiment, Trained
 from jaxdistill.run.fit import Fit
@@ -71,7 +76,10 @@ def run(
 
 
 def _run(
-    experiment: Experiment, stop: threading.Event, progress: bool, known: dict[str, Path]
+    experiment: Experiment,
+    stop: threading.Event,
+    progress: bool,
+    known: dict[str, Path],
 ) -> dict[str, Any]:
     """`run` after all checks that need no folder."""
     config = experiment.config
@@ -79,7 +87,9 @@ def _run(
     own = identity(config)
     if own in known and not workdir.exists():
         workdir.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process of this run made the link
+        with contextlib.suppress(
+            FileExistsError
+        ):  # another process of this run made the link
             workdir.symlink_to(os.path.relpath(known[own], workdir.parent))
     _check_folder(config, workdir)
     if (workdir / "report.json").exists():
@@ -174,7 +184,9 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     reported = {k: v for k, v in before["config"].items() if k not in records.JUDGED}
     reported |= {k: v for k, v in now.items() if k in records.JUDGED}
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        return report.write(trained, reports, seconds=before["seconds"], config=reported)
+        return report.write(
+            trained, reports, seconds=before["seconds"], config=reported
+        )
 
 
 def load(
@@ -217,7 +229,9 @@ def _done(experiment: Experiment) -> tuple[Stage, ...]:
     return stages
 
 
-def _check_stages(experiment: Experiment, results: list[Path], stages: tuple[Stage, ...]) -> None:
+def _check_stages(
+    experiment: Experiment, results: list[Path], stages: tuple[Stage, ...]
+) -> None:
     """Raises Refused where there are results of more stages than the method has."""
     if len(results) > len(stages):
         number = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
@@ -235,7 +249,9 @@ def _check_folder(config: ConfigDict, workdir: Path) -> None:
     there = json.loads(records.read_config(workdir).to_json())
     changed = records.difference(there, json.loads(config.to_json()))
     if changed:
-        raise Refused(f"{workdir} holds a run of another config: {changed}; give another --workdir")
+        raise Refused(
+            f"{workdir} holds a run of another config: {changed}; give another --workdir"
+        )
 
 
 def _result(
@@ -253,7 +269,9 @@ def _result(
         roles: The roles whose weights are read; None for all. Where a stage has a surgery all are
             read, since the surgery takes them.
     """
-    trained_in_stages = {role for stage in stages[:done] for role in stage.method.inits}
+    trained_in_stages = {
+        role for stage in stages[:done] for role in stage.method.inits
+    }
     if any(stage.surgery for stage in stages[:done]):
         roles = None
         trained_in_stages = set()  # a surgery takes their first weights, too
@@ -323,7 +341,9 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
             fit = Fit(given, stage, i, offset, data, checkpoints, stop, progress)
             del given
             state = fit.run()
-            result = {r: state.ema.get(r, state.params[r]) for r in stage.method.inits}
+            result = {
+                r: state.ema.get(r, state.params[r]) for r in stage.method.inits
+            }
             save_params(workdir / "stages" / str(i), result)
             trained.params = {**fit.trained.params, **state.frozen, **result}
     finally:
@@ -344,7 +364,9 @@ def _dry_run(experiment: Experiment) -> dict[str, Any]:
             name = "+".join(str(i) for i in active)
             for role in table:
                 table[role][f"flops, turns {name}"] = by_role.get(role, 0.0)
-            compiled = programs.step.lower(state, programs.batch, key, active).compile()
+            compiled = programs.step.lower(
+                state, programs.batch, key, active
+            ).compile()
             memory = compiled.memory_analysis()
             temporaries = memory.temp_size_in_bytes / 2**20
             arguments = memory.argument_size_in_bytes / 2**20
@@ -358,5 +380,8 @@ def _dry_run(experiment: Experiment) -> dict[str, Any]:
 
 def _bytes_of(state: State, role: str) -> int:
     """Bytes of a role's weights, optimiser state and average."""
-    parts = [getattr(state, part).get(role, {}) for part in ("params", "opt", "ema", "frozen")]
+    parts = [
+        getattr(state, part).get(role, {})
+        for part in ("params", "opt", "ema", "frozen")
+    ]
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))

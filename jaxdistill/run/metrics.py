@@ -42,7 +42,13 @@ class Writer:
     """
 
     def __init__(
-        self, workdir: Path, step: int, *, tensorboard: bool, wandb: str, config: Mapping[str, Any]
+        self,
+        workdir: Path,
+        step: int,
+        *,
+        tensorboard: bool,
+        wandb: str,
+        config: Mapping[str, Any],
     ):
         self._path = workdir / "metrics.jsonl"
         self._board = None
@@ -60,7 +66,9 @@ class Writer:
             from tensorboardX import SummaryWriter
 
             purge_step = step + 1 if step else None
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=purge_step
+            )
         if wandb:
             self._wandb = _wandb_run(wandb, workdir, config)
 
@@ -125,12 +133,16 @@ class Pending:
         for (step, _), metrics in zip(self._steps, values):
             for name, value in metrics.items():
                 if not np.isfinite(value) and name.endswith(("/loss", "/grad_norm")):
-                    raise NonFinite(f"{self._described(name)} is {value} at step {step}", step)
+                    raise NonFinite(
+                        f"{self._described(name)} is {value} at step {step}", step
+                    )
                 count = float(metrics.counts.get(name, 1.0))
                 total, number = sums.get(name, (0.0, 0.0))
                 sums[name] = total + float(value) * count, number + count
         self._steps = []
-        return {name: total / (number or 1.0) for name, (total, number) in sums.items()}
+        return {
+            name: total / (number or 1.0) for name, (total, number) in sums.items()
+        }
 
     def _described(self, name: str) -> str:
         """A metric in a message: the turns that report it, the roles they move, name and role."""
@@ -145,7 +157,9 @@ class Pending:
         return f"turn {turns} ({moves or 'moves nothing'}): {name} of role {role!r}"
 
 
-def bar(items: Sequence, title: str, unit: str, enabled: bool = True, done: int = 0) -> tqdm:
+def bar(
+    items: Sequence, title: str, unit: str, enabled: bool = True, done: int = 0
+) -> tqdm:
     """A progress bar over `items` on stderr, updated seldom where stderr is no terminal."""
     quiet = not enabled or jax.process_index() != 0
     interval = 0.2 if sys.stderr.isatty() else 15.0

@@ -27,7 +27,9 @@ details pre{background:#f6f6f6;padding:1em;overflow:auto;font-size:12px}
 """.replace("\n", "")
 
 
-def page(result: Mapping[str, Any], pictures: Mapping[str, Any], workdir: Path) -> str:
+def page(
+    result: Mapping[str, Any], pictures: Mapping[str, Any], workdir: Path
+) -> str:
     """The page of a finished run. All texts of a config or an evaluation are escaped.
 
     Args:
@@ -77,7 +79,9 @@ def _claim(claim: Mapping[str, Any]) -> str:
         return ""
     sign = "&le;" if claim["better"] == "lower" else "&ge;"
     verdict = "holds" if claim["holds"] else "does not hold"
-    metric, model, against = (escaped(claim[key]) for key in ("metric", "model", "against"))
+    metric, model, against = (
+        escaped(claim[key]) for key in ("metric", "model", "against")
+    )
     bound = html.escape(str(claim["bound"]))
     return (
         f"<p>Claim: {metric} of {model} {sign} {bound} &times; that of {against}:"
@@ -107,7 +111,9 @@ def _curves(workdir: Path) -> bytes:
     curves = _losses(workdir)
     roles = list(dict.fromkeys(name.split("/")[0] for name in curves)) or ["student"]
     size = (5 * len(roles), 3.2)
-    figure, axes = pyplot.subplots(1, len(roles), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(roles), figsize=size, squeeze=False, layout="constrained"
+    )
     for axis, role in zip(axes[0], roles):
         for name, points in curves.items():
             owner, _, metric = name.partition("/")

@@ -43,7 +43,9 @@ class Pattern:
     memory: float  # seconds
     network: float  # seconds
     sent: dict[str, float]  # collective -> bytes a chip
-    utilisation: float  # model flops over what the chips could do in the longest of the three
+    utilisation: (
+        float  # model flops over what the chips could do in the longest of the three
+    )
     seconds: float  # of compilation
 
 
@@ -84,7 +86,10 @@ def topology(name: str) -> tuple[list[Any], Chip]:
     without libtpu.
     """
     kind, _, shape = name.partition(":")
-    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape) or chip(kind).node:
+    if (
+        not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape)
+        or chip(kind).node
+    ):
         raise Refused(
             f"--topology={name}: expected a TPU slice such as v5e:4x4 or v5p:4x4x8 (or GPUs such"
             " as h100:8x4)"
@@ -112,7 +117,8 @@ def set_effort(effort: float) -> None:
         jax.config.update("jax_exec_time_optimization_effort", effort)
     else:
         jax.config.update(
-            "jax_optimization_level", "O1" if effort < 0 else "O3" if effort > 0 else "UNKNOWN"
+            "jax_optimization_level",
+            "O1" if effort < 0 else "O3" if effort > 0 else "UNKNOWN",
         )
 
 
@@ -160,7 +166,9 @@ def peak(compiled: Any) -> int:
     return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
-def _compiled(programs: Programs, active: tuple[int, ...], kind: Chip, chips: int) -> Pattern:
+def _compiled(
+    programs: Programs, active: tuple[int, ...], kind: Chip, chips: int
+) -> Pattern:
     """A pattern of turns, compiled."""
     started = time.time()
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -221,7 +229,9 @@ def gpus(config: ConfigDict, name: str) -> Plan:
     kind_name, _, shape = name.partition(":")
     kind = chip(kind_name)
     if not kind.node or not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", shape):
-        raise Refused(f"--topology={name}: expected GPUs a node x nodes, such as h100:8x4")
+        raise Refused(
+            f"--topology={name}: expected GPUs a node x nodes, such as h100:8x4"
+        )
     node, nodes = (int(n) for n in shape.split("x"))
     devices = [_Described(i, kind.kinds[0]) for i in range(node * nodes)]
     links = kind.links if nodes == 1 else kind.network
@@ -234,7 +244,9 @@ def gpus(config: ConfigDict, name: str) -> Plan:
         for active in programs.patterns:
             moving = {role for i in active for role in turns[i].moves}
             patterns.append(
-                _estimated(programs, active, moving, held, experiment.mesh, kind, links)
+                _estimated(
+                    programs, active, moving, held, experiment.mesh, kind, links
+                )
             )
     return Plan(
         topology=name,
@@ -402,7 +414,10 @@ class Tried:
 def too_large(error: jax.errors.JaxRuntimeError) -> str:
     """The compiler's line on a program that does not fit: by how much it exceeds HBM."""
     said = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in said if re.search("exceed|used", line, re.I)), str(error)[:160])
+    return next(
+        (line for line in said if re.search("exceed|used", line, re.I)),
+        str(error)[:160],
+    )
 
 
 def _missing(error: jax.errors.JaxRuntimeError) -> float:
@@ -424,16 +439,27 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
         ((t, s) for t in powers for s in powers if t * s <= min(devices, 64)),
         key=lambda ts: (ts[0] * ts[1], ts[1]),
     )
-    has_remat = any("remat" in (role.get("model") or {}) for role in config.roles.values())
+    has_remat = any(
+        "remat" in (role.get("model") or {}) for role in config.roles.values()
+    )
     policies = ("full", "dots_no_batch") if has_remat else ("",)
-    large = any(role.get("model") and name in frozen for name, role in config.roles.items())
+    large = any(
+        role.get("model") and name in frozen for name, role in config.roles.items()
+    )
     places = ("device", "host") if large else ("device",)
     for (tensor, sequence), place in itertools.product(splits, places):
         fsdp = devices // (tensor * sequence)
         mesh = dict(data=1, fsdp=fsdp, sequence=sequence, tensor=tensor)
-        steps = [n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (fsdp * n) == 0]
+        steps = [
+            n for n in (16, 8, 4, 2, 1) if config.data.batch_size % (fsdp * n) == 0
+        ]
         for accumulate, remat in itertools.product(steps or [1], policies):
-            yield {"mesh": mesh, "accumulate": accumulate, "remat": remat, "place": place}
+            yield {
+                "mesh": mesh,
+                "accumulate": accumulate,
+                "remat": remat,
+                "place": place,
+            }
 
 
 def changed(config: ConfigDict, change: dict[str, Any]) -> ConfigDict:

@@ -28,9 +28,13 @@ class Programs:
     abstract: State  # ShapeDtypeStructs with shardings
     init: Callable  # (key, start) -> the first State
     step: Callable  # (state, batch, rng, active) -> (state, metrics)
-    active_at: Callable[[int], tuple[int, ...]]  # step -> indices of the turns that it takes
+    active_at: Callable[
+        [int], tuple[int, ...]
+    ]  # step -> indices of the turns that it takes
     flops: float  # model flops of a mean step
-    patterns: dict[tuple[int, ...], dict[str, float]]  # active turns -> model flops by role
+    patterns: dict[
+        tuple[int, ...], dict[str, float]
+    ]  # active turns -> model flops by role
     batch: dict[str, jax.ShapeDtypeStruct]  # global shapes with shardings
 
 
@@ -58,7 +62,10 @@ def make_programs(
         net = nets[role]
         optimizer = roles[role].optimizer
         txs[role] = optimizer.make(updates, bank=isinstance(net, Bank), axes=net.axes)
-    inits = {role: experiment.inits.get(role, source) for role, source in method.inits.items()}
+    inits = {
+        role: experiment.inits.get(role, source)
+        for role, source in method.inits.items()
+    }
 
     def build_state(key, start):
         return init_state(method, nets, txs, key, start, inits)
@@ -67,7 +74,9 @@ def make_programs(
     abstract = jax.eval_shape(build_state, key, start)
     rules = {name: role.rules for name, role in roles.items()}
     places = {name: role.place for name, role in roles.items()}
-    shardings = sharding.state_shardings(experiment.mesh, rules, nets, txs, abstract, places)
+    shardings = sharding.state_shardings(
+        experiment.mesh, rules, nets, txs, abstract, places
+    )
     abstract = jax.tree.map(_with_sharding, abstract, shardings)
     step, active_at = make_train_step(
         method,
@@ -81,7 +90,9 @@ def make_programs(
     placed = jax.tree.map(lambda s: _with_sharding(s, of_batch), dict(batch))
     patterns = {}
     for active in dict.fromkeys(taken):
-        traced = step.trace(abstract, placed, key, active)  # the first call finds this trace
+        traced = step.trace(
+            abstract, placed, key, active
+        )  # the first call finds this trace
         patterns[active] = flops.count(traced.jaxpr.jaxpr)
     total = sum(sum(patterns[active].values()) for active in taken)
     return Programs(
@@ -103,7 +114,9 @@ def _with_sharding(shape: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
 
 
-def abstract_stages(experiment: Experiment) -> Iterator[tuple[Programs, dict[str, Net]]]:
+def abstract_stages(
+    experiment: Experiment,
+) -> Iterator[tuple[Programs, dict[str, Net]]]:
     """Each stage's programs and networks from shapes alone: no weights, no data but one sample.
 
     Needs `sharding.use`. Raises Refused where method, networks and data do not fit each other.
@@ -112,19 +125,29 @@ def abstract_stages(experiment: Experiment) -> Iterator[tuple[Programs, dict[str
     roles = experiment.roles
     nets = dict(experiment.nets)
     method.check(nets, experiment.data)
-    warm = [r for r in roles if r in method.frozen or (roles[r].init and r not in experiment.inits)]
+    warm = [
+        r
+        for r in roles
+        if r in method.frozen or (roles[r].init and r not in experiment.inits)
+    ]
     params = {r: experiment.abstract(nets[r], r) for r in warm}
     for stage in method.stages(experiment.settings.steps):
         nets, params, batch = _abstract_start(experiment, stage, nets, params)
         programs = make_programs(experiment, nets, stage, params, batch)
         yield programs, nets
         state = programs.abstract
-        result = {role: state.ema.get(role, state.params[role]) for role in stage.method.inits}
+        result = {
+            role: state.ema.get(role, state.params[role])
+            for role in stage.method.inits
+        }
         params = {**params, **state.frozen, **result}
 
 
 def _abstract_start(
-    experiment: Experiment, stage: Stage, nets: dict[str, Net], params: dict[str, Params]
+    experiment: Experiment,
+    stage: Stage,
+    nets: dict[str, Net],
+    params: dict[str, Params],
 ):
     """Networks, shapes of weights and of a batch at the beginning of a stage.
 
@@ -138,7 +161,9 @@ def _abstract_start(
         found, weights = nets, params
         if stage.surgery is not None:
             found, weights = stage.surgery(nets, params, batch)
-        after.update(found)  # networks are no arrays, so they leave the trace this way
+        after.update(
+            found
+        )  # networks are no arrays, so they leave the trace this way
         if stage.collect is not None:
             ctx = Ctx(batch, jax.random.key(0), jnp.int32(0), {})
             batch = stage.collect.make(bind(found, weights), ctx)

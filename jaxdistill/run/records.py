@@ -148,7 +148,9 @@ def read_config(workdir: Path) -> ConfigDict:
 
 def _check_config(found: Any, where: str) -> None:
     """Raises Refused where a key of a config is missing or of another type."""
-    wanted = dict.fromkeys(("method", "data", "evaluation", "claim", "roles", "runs"), dict)
+    wanted = dict.fromkeys(
+        ("method", "data", "evaluation", "claim", "roles", "runs"), dict
+    )
     for field in dataclasses.fields(Run):
         is_group = dataclasses.is_dataclass(field.default)
         wanted[field.name] = dict if is_group else type(field.default)
@@ -182,7 +184,9 @@ def read_report(workdir: Path) -> dict[str, Any]:
     _check_range(found["steps"], 1, f"{file}: steps")
     _check_range(found["seconds"], 0, f"{file}: seconds")
     check_keys(found["config"], {"method": dict, "seed": int}, f"{file}: config")
-    name = check_keys(found["config"]["method"], {"name": str}, f"{file}: config.method")["name"]
+    name = check_keys(
+        found["config"]["method"], {"name": str}, f"{file}: config.method"
+    )["name"]
     if found["method"] != name:
         raise Refused(
             f"{file}: method is {quoted(found['method'])}, expected that of its config,"
@@ -191,7 +195,11 @@ def read_report(workdir: Path) -> dict[str, Any]:
     for i, row in enumerate(found["models"]):
         check_keys(row, {"name": str, "nfe": int}, f"{file}: models[{i}]")
         _check_range(row["nfe"], 1, f"{file}: models[{i}]: nfe")
-        check_keys(row, {key: type(value) for key, value in row.items()}, f"{file}: models[{i}]")
+        check_keys(
+            row,
+            {key: type(value) for key, value in row.items()},
+            f"{file}: models[{i}]",
+        )
     if found["claim"]:
         names = dict.fromkeys(("metric", "model", "against", "better"), str)
         values = dict.fromkeys(("value", "baseline", "bound"), NUMBER)
@@ -232,7 +240,9 @@ def read_lines(file: Path, *, clock: bool = False) -> list[dict[str, Any]]:
             break
         check_keys(found, wanted, where)
         if clock and not math.isfinite(found["seconds"]):
-            raise Refused(f"{where}: seconds is {found['seconds']}, expected a number")
+            raise Refused(
+                f"{where}: seconds is {found['seconds']}, expected a number"
+            )
         check_keys(found, dict.fromkeys(found, (*NUMBER, type(None))), where)
         records.append(found)
     return records
@@ -271,7 +281,11 @@ def difference(
     """
     there = flat(completed(there))
     here = flat(completed(here))
-    compared = [key for key in sorted(there.keys() | here.keys()) if key.split(".")[0] not in free]
+    compared = [
+        key
+        for key in sorted(there.keys() | here.keys())
+        if key.split(".")[0] not in free
+    ]
     changed = [key for key in compared if there.get(key) != here.get(key)]
     if not changed:
         return ""
@@ -280,12 +294,16 @@ def difference(
     return f"{first} is {there.get(first)!r} there, {here.get(first)!r} here{more}"
 
 
-def check_result(workdir: Path, config: ConfigDict, free: tuple[str, ...] = FREE) -> None:
+def check_result(
+    workdir: Path, config: ConfigDict, free: tuple[str, ...] = FREE
+) -> None:
     """Raises Refused where the report.json in `workdir`, if there is one, is of another config."""
     file = workdir / "report.json"
     if not file.exists():
         return
-    changed = difference(read_report(workdir)["config"], json.loads(config.to_json()), free)
+    changed = difference(
+        read_report(workdir)["config"], json.loads(config.to_json()), free
+    )
     if not changed:
         return
     advice = "config.json was changed after the run; put it back, or give another --workdir"
@@ -304,12 +322,18 @@ def stages(workdir: Path) -> list[Path]:
     if not folder.exists():
         return []
     if not folder.is_dir():
-        raise Refused(f"{folder}: is a file, expected the folder of the stages' results")
+        raise Refused(
+            f"{folder}: is a file, expected the folder of the stages' results"
+        )
     names = [entry.name for entry in folder.iterdir()]
-    numbers = [int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,8}", name)]
+    numbers = [
+        int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,8}", name)
+    ]
     for i, number in enumerate(sorted(numbers)):
         if number != i:
-            raise Refused(f"{folder}: stage {number} is there, stage {i} before it is missing")
+            raise Refused(
+                f"{folder}: stage {number} is there, stage {i} before it is missing"
+            )
         if not (folder / str(i)).is_dir():
             raise Refused(f"{folder / str(i)}: is a file, expected a stage's result")
     return [folder / str(i) for i in range(len(numbers))]

@@ -26,20 +26,30 @@ def look(trained, step: int, *, score: bool) -> dict[str, float]:
     if evaluation is None:
         return {}
     pictures = evaluation.pictures(trained)
-    students = {title: p for title, p in pictures.items() if title.startswith("student")}
+    students = {
+        title: p for title, p in pictures.items() if title.startswith("student")
+    }
     _save(trained.experiment.workdir / "samples", students, f"step{step:07d}_")
     if not score:
         return {}
     scores = {}
     for row in evaluation.rows(trained):
         if row["name"] == "student":
-            own = {key: value for key, value in row.items() if key not in ("name", "nfe")}
-            scores |= {f"eval/{key}@{row['nfe']}": float(value) for key, value in own.items()}
+            own = {
+                key: value for key, value in row.items() if key not in ("name", "nfe")
+            }
+            scores |= {
+                f"eval/{key}@{row['nfe']}": float(value) for key, value in own.items()
+            }
     return scores
 
 
 def write(
-    trained, reports: Mapping[str, Any], *, seconds: float, config: Mapping[str, Any] | None = None
+    trained,
+    reports: Mapping[str, Any],
+    *,
+    seconds: float,
+    config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a finished run and writes report.json, report.html and samples/.
 
@@ -64,7 +74,11 @@ def write(
     used = {experiment.source(role).removeprefix("@") for role in experiment.roles}
     for name, other in reports.items():
         if name not in used:
-            rows += [{**row, "name": name} for row in other["models"] if row["name"] == "student"]
+            rows += [
+                {**row, "name": name}
+                for row in other["models"]
+                if row["name"] == "student"
+            ]
     result = {
         "config": config,
         "method": config["method"]["name"],
@@ -76,7 +90,9 @@ def write(
     _save(workdir / "samples", pictures)
     if jax.process_index() == 0:
         text = page(result, pictures, workdir)
-        (workdir / "report.html").write_text(text, encoding="utf-8", errors="backslashreplace")
+        (workdir / "report.html").write_text(
+            text, encoding="utf-8", errors="backslashreplace"
+        )
     write_json(workdir / "report.json", result)
     return result
 
@@ -87,7 +103,9 @@ def _save(folder: Path, pictures: Mapping[str, Any], prefix: str = "") -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for title, picture in pictures.items():
-        picture.save(folder / f"{prefix}{title.replace(', ', '_').replace(' ', '')}.png")
+        picture.save(
+            folder / f"{prefix}{title.replace(', ', '_').replace(' ', '')}.png"
+        )
 
 
 def read(workdir: Path) -> dict[str, Any]:
@@ -110,7 +128,9 @@ def summary(result: Mapping[str, Any], workdir: Path) -> str:
     return "\n".join([*lines, f"report: {Path(workdir) / 'report.html'}"])
 
 
-def claim(wanted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def claim(
+    wanted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """The claim of a config with the values of the table, and whether it holds.
 
     It holds if value <= ratio * baseline ("lower") or value >= ratio * baseline ("higher"). The
@@ -121,9 +141,14 @@ def claim(wanted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[
     """
     if not wanted:
         return {}
-    value = {key: _find(rows, wanted[key], wanted["metric"]) for key in ("model", "baseline")}
+    value = {
+        key: _find(rows, wanted[key], wanted["metric"])
+        for key in ("model", "baseline")
+    }
     compare = {"lower": operator.le, "higher": operator.ge}[wanted["better"]]
-    teacher = next((row.get(wanted["metric"]) for row in rows if row["name"] == "teacher"), None)
+    teacher = next(
+        (row.get(wanted["metric"]) for row in rows if row["name"] == "teacher"), None
+    )
     return {
         "metric": wanted["metric"],
         "model": wanted["model"],
@@ -144,4 +169,6 @@ def _find(rows, model: str, metric: str) -> float:
         if row["name"] == name and (not nfe or str(row["nfe"]) == nfe):
             return row[metric]
     names = ", ".join(f"{row['name']}@{row['nfe']}" for row in rows)
-    raise Refused(f"config.claim: no row {model!r} in the evaluation; rows are {names}")
+    raise Refused(
+        f"config.claim: no row {model!r} in the evaluation; rows are {names}"
+    )

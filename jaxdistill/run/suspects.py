@@ -47,7 +47,8 @@ def suspects(
     if found:
         return f"; suspects: {', '.join(found)}"
     rates = [
-        f"roles.{role}.optimizer.lr={experiment.roles[role].optimizer.lr:g}" for role in trained
+        f"roles.{role}.optimizer.lr={experiment.roles[role].optimizer.lr:g}"
+        for role in trained
     ]
     return (
         "; its batch and the first weights are finite: suspects are"

@@ -74,7 +74,9 @@ def simulate(
     def step(i: Array, x: Array) -> Array:
         t = jnp.full(x.shape[:1], times[i])
         if solver:
-            return ode.advance(solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1]))
+            return ode.advance(
+                solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1])
+            )
         return _renoised(process, net, x, t, times[i + 1], jax.random.fold_in(key, i))
 
     xt = jax.lax.fori_loop(0, index, step, process.start(noise))
@@ -104,9 +106,13 @@ def chain(
     return jnp.concatenate([states, last[None]]), x0
 
 
-def _renoised(process: Process, net: Denoise, x: Array, t: Array, r: Array, key: Array) -> Array:
+def _renoised(
+    process: Process, net: Denoise, x: Array, t: Array, r: Array, key: Array
+) -> Array:
     """x0 at t [B], renoised with fresh noise to r."""
-    return process.add_noise(net(x, t).x0, jax.random.normal(key, x.shape, x.dtype), r)
+    return process.add_noise(
+        net(x, t).x0, jax.random.normal(key, x.shape, x.dtype), r
+    )
 
 
 STYLES = {  # what `jump` gives the network as second time, from the time of the state and the next
@@ -143,7 +149,9 @@ def jump(
     """
     second_time = lookup(STYLES, style, "style")
 
-    def step(carry: tuple[Array, ...], inputs: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+    def step(
+        carry: tuple[Array, ...], inputs: tuple[Array, ...]
+    ) -> tuple[tuple[Array, ...], None]:
         x, last_x0, last_eps = carry
         i, t, s = inputs
         t = jnp.full(x.shape[:1], t)

@@ -30,7 +30,9 @@ class At(NamedTuple):
     n: int
 
 
-Step = Callable[[Denoise, Array, Memory, Array, Array, Array, At], tuple[Array, Memory]]
+Step = Callable[
+    [Denoise, Array, Memory, Array, Array, Array, At], tuple[Array, Memory]
+]
 
 
 def sample(
@@ -46,7 +48,9 @@ def sample(
     key = jax.random.key(0) if key is None else key
     n = len(times) - 1
 
-    def body(carry: tuple[Array, Memory], inputs: tuple[Array, ...]) -> tuple[Any, Array | None]:
+    def body(
+        carry: tuple[Array, Memory], inputs: tuple[Array, ...]
+    ) -> tuple[Any, Array | None]:
         i, t, s = inputs
         t = jnp.full(x.shape[:1], t)
         s = jnp.full(x.shape[:1], s)
@@ -94,7 +98,13 @@ def ddim(process: Process, eta: float = 0.0) -> Step:
     """
 
     def step(
-        denoise: Denoise, x: Array, memory: Memory, t: Array, s: Array, key: Array, at: At
+        denoise: Denoise,
+        x: Array,
+        memory: Memory,
+        t: Array,
+        s: Array,
+        key: Array,
+        at: At,
     ) -> tuple[Array, Memory]:
         pred = denoise(x, t)
         alpha_t, sigma_t = process.alpha_sigma(expand(t, x))
@@ -118,7 +128,13 @@ def dpmpp_2m(process: Process) -> Step:
     """
 
     def step(
-        denoise: Denoise, x: Array, memory: Memory, t: Array, s: Array, key: Array, at: At
+        denoise: Denoise,
+        x: Array,
+        memory: Memory,
+        t: Array,
+        s: Array,
+        key: Array,
+        at: At,
     ) -> tuple[Array, Memory]:
         x0 = denoise(x, t).x0
         alpha_t, sigma_t = process.alpha_sigma(expand(t, x))
@@ -163,11 +179,16 @@ def solve(
       Refused: on a name that is not in SOLVERS.
     """
     step = lookup(SOLVERS, name, "solver")(process)
-    return sample(step, denoise, x, process.grid(steps) if grid is None else grid, key)
+    return sample(
+        step, denoise, x, process.grid(steps) if grid is None else grid, key
+    )
 
 
 def chain_times(
-    name: str, process: Process, steps: int, grid: Shaped[Array, " {steps}+1"] | None = None
+    name: str,
+    process: Process,
+    steps: int,
+    grid: Shaped[Array, " {steps}+1"] | None = None,
 ) -> Shaped[Array, " {steps}"]:
     """The times at which a solver evaluates the network, where it only renoises x0 with its own
     eps from one to the next.

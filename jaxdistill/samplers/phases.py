@@ -31,7 +31,9 @@ class Phase(NamedTuple):
     expert: str  # role of the expert
     first: int  # index of its first sampling step
     last: int  # index of its last sampling step, plus 1
-    times: tuple[float, ...]  # of all sampling steps up to its last one, and then `end`
+    times: tuple[
+        float, ...
+    ]  # of all sampling steps up to its last one, and then `end`
     boundary: float  # half-way between the time of its last sampling step and `end`
     intervals: tuple[Interval, ...]  # above `end`, noisiest first
 
@@ -78,7 +80,9 @@ def cut(
     """
     if not sizes or min(sizes) < 1 or sum(sizes) != len(times):
         count = f"{len(times)}, the number of steps"
-        raise Refused(f"method.phase_steps={sizes}: expected positive numbers whose sum is {count}")
+        raise Refused(
+            f"method.phase_steps={sizes}: expected positive numbers whose sum is {count}"
+        )
     if not falling(bounds, top):
         raise Refused(
             f"method.teacher_bounds={bounds}: expected falling times, at most {top} and above 0"
@@ -92,13 +96,20 @@ def cut(
         boundary = (grid[last - 1] + grid[last]) / 2
         start = top if nested else grid[first]
         intervals = _intervals(k, grid[last], start, boundary, bounds, top)
-        phases.append(Phase(expert, first, last, grid[: last + 1], boundary, intervals))
+        phases.append(
+            Phase(expert, first, last, grid[: last + 1], boundary, intervals)
+        )
         first = last
     return tuple(phases)
 
 
 def _intervals(
-    k: int, end: float, start: float, boundary: float, bounds: Sequence[float], top: float
+    k: int,
+    end: float,
+    start: float,
+    boundary: float,
+    bounds: Sequence[float],
+    top: float,
 ) -> tuple[Interval, ...]:
     """The times between `end` and `start`, split between the teacher's experts.
 
@@ -127,7 +138,9 @@ def sources(phases: Iterable[Phase]) -> dict[str, str]:
     return teachers
 
 
-def without_fakes(params: Mapping[str, Params], phases: Iterable[Phase]) -> dict[str, Params]:
+def without_fakes(
+    params: Mapping[str, Params], phases: Iterable[Phase]
+) -> dict[str, Params]:
     """Role -> weights, without the fake scores of these phases."""
     fakes = {role for phase in phases for role in phase.fakes}
     return {role: weights for role, weights in params.items() if role not in fakes}

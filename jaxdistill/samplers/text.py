@@ -44,7 +44,9 @@ def generate(
     """
     batch, start = prompt.shape
     if length <= start:
-        raise Refused(f"generate: length={length} counts the prompt, which has {start} tokens")
+        raise Refused(
+            f"generate: length={length} counts the prompt, which has {start} tokens"
+        )
     if prompt_mask is None:
         mask = jnp.ones(prompt.shape, bool)
     else:
@@ -55,17 +57,23 @@ def generate(
         logits = logits[:, -1]
         if 0 < vocab < logits.shape[-1]:
             logits = logits[:, :vocab]
-        token = pick(logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = pick(
+            logits, numbers, temperature=temperature, top_k=top_k, top_p=top_p
+        )
         token = jnp.where(done, pad, token).astype(prompt.dtype)
         return token, done | jnp.isin(token, stops)
 
-    def step(carry: tuple[Array, Array, Any], numbers: Array) -> tuple[Any, tuple[Array, Array]]:
+    def step(
+        carry: tuple[Array, Array, Any], numbers: Array
+    ) -> tuple[Any, tuple[Array, Array]]:
         token, done, cache = carry
         logits, cache = net(token[:, None], cache=cache)
         token, ended = choose(logits, numbers, done)
         return (token, ended, cache), (token, ~done)
 
-    logits, cache = net(prompt, mask=mask, cache=net(batch, length, method="init_cache"))
+    logits, cache = net(
+        prompt, mask=mask, cache=net(batch, length, method="init_cache")
+    )
     numbers = jax.random.uniform(key, (length - start, 2, batch))
     first, done = choose(logits, numbers[0], jnp.zeros(batch, bool))
     _, (rest, alive) = jax.lax.scan(step, (first, done, cache), numbers[1:])
@@ -190,7 +198,10 @@ def respond(
     if "prompt" not in batch and not prompt_length:
         needed = "so say how many tokens of a sample are one"
         raise Refused(f"method.prompt_length=0: the data has no prompts, {needed}")
-    samples = {**batch, "group": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32)}
+    samples = {
+        **batch,
+        "group": jnp.arange(batch["tokens"].shape[0], dtype=jnp.int32),
+    }
     if copies > 1:
         samples = {k: jnp.repeat(v, copies, 0) for k, v in samples.items()}
     prompt = samples.get("prompt")
@@ -198,7 +209,9 @@ def respond(
         prompt = samples["tokens"][:, :prompt_length]
     length = samples["tokens"].shape[1]
     prompt_mask = samples.get("prompt_mask")
-    tokens, valid = generate(net, prompt, length, key, prompt_mask=prompt_mask, **options)
+    tokens, valid = generate(
+        net, prompt, length, key, prompt_mask=prompt_mask, **options
+    )
     after = jnp.arange(length) >= prompt.shape[1]
     positions = jnp.cumsum(valid, 1, dtype=jnp.int32) - 1
     new = {

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxdistill.core.types import Params, Refused
 
 
-def mix(params: Mapping[str, Params], role: str, other: str, keep: float) -> dict[str, Params]:
+def mix(
+    params: Mapping[str, Params], role: str, other: str, keep: float
+) -> dict[str, Params]:
     """The weights of `role` drawn towards those of `other`: keep * role + (1 - keep) * other.
 
     Args:

@@ -31,11 +31,15 @@ def importance(
           count.
     """
     tokens = batch["tokens"]
-    real = batch["segments"] > 0 if "segments" in batch else jnp.ones(tokens.shape, bool)
+    real = (
+        batch["segments"] > 0 if "segments" in batch else jnp.ones(tokens.shape, bool)
+    )
     real = real.astype(jnp.float32)
 
     def read(before: Array, neurons: Array, after: Array) -> tuple[Array, Array]:
-        before, neurons, after = (a.astype(jnp.float32) for a in (before, neurons, after))
+        before, neurons, after = (
+            a.astype(jnp.float32) for a in (before, neurons, after)
+        )
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         cosine = jnp.sum(before * after, -1) / norms
         influence = 1 - jnp.sum(cosine * real) / real.sum()
@@ -50,13 +54,17 @@ def importance(
     return probe(params)
 
 
-def keep_layers(net: Net, params: Params, layers: Int[Array, " depth"]) -> tuple[Net, Params]:
+def keep_layers(
+    net: Net, params: Params, layers: Int[Array, " depth"]
+) -> tuple[Net, Params]:
     """The model of these layers only, in the given order."""
     blocks = jax.tree.map(lambda w: w[layers], params["blocks"])
     return _resized(net, depth=len(layers)), {**params, "blocks": blocks}
 
 
-def keep_neurons(net: Net, params: Params, neurons: Int[Array, "L mlp"]) -> tuple[Net, Params]:
+def keep_neurons(
+    net: Net, params: Params, neurons: Int[Array, "L mlp"]
+) -> tuple[Net, Params]:
     """The model of these MLP neurons only, chosen for each layer."""
     blocks = params["blocks"]
 
@@ -66,9 +74,16 @@ def keep_neurons(net: Net, params: Params, neurons: Int[Array, "L mlp"]) -> tupl
         return jnp.take_along_axis(w, indices, -1)
 
     kernel = jnp.take_along_axis(blocks["down"]["kernel"], neurons[:, :, None], 1)
-    kept = {name: jax.tree.map(columns, blocks[name]) for name in ("gate", "up") if name in blocks}
+    kept = {
+        name: jax.tree.map(columns, blocks[name])
+        for name in ("gate", "up")
+        if name in blocks
+    }
     kept["down"] = {**blocks["down"], "kernel": kernel}
-    return _resized(net, mlp=neurons.shape[1]), {**params, "blocks": {**blocks, **kept}}
+    return _resized(net, mlp=neurons.shape[1]), {
+        **params,
+        "blocks": {**blocks, **kept},
+    }
 
 
 def prune(
@@ -84,7 +99,9 @@ def prune(
     for name, asked in (("depth", depth), ("mlp", mlp)):
         there = getattr(net.config, name)
         if not 0 <= asked <= there:
-            raise Refused(f"{name}={asked}: the model has {there} to keep from (0 keeps all)")
+            raise Refused(
+                f"{name}={asked}: the model has {there} to keep from (0 keeps all)"
+            )
     influence, neurons = importance(net, params, batch)
     if mlp:
         net, params = keep_neurons(net, params, _highest(neurons, mlp))

@@ -34,19 +34,33 @@ FITS = {
     "discriminator": (Discriminator(classes=2), None),
     "nothing is read": (MLP(), {"anything": LABELS}),
     "text": (UNet(), {"text": TEXT, "mask": Spec((4, 7), jnp.bool_)}),
-    "text and pictures": (QwenImage(), {"text": TEXT, "image": (floats(4, 8, 8, 4),) * 2}),
+    "text and pictures": (
+        QwenImage(),
+        {"text": TEXT, "image": (floats(4, 8, 8, 4),) * 2},
+    ),
     "a negative prompt": (
         Wan(),
         {"text": TEXT, "negative": floats(4, 5, 32), "nasa": floats(4)},
     ),
-    "guidance": (Sana(guidance=True), {"text": floats(4, 7, 16), "guidance": floats(4)}),
+    "guidance": (
+        Sana(guidance=True),
+        {"text": floats(4, 7, 16), "guidance": floats(4)},
+    ),
 }
 
 REFUSED = {
-    "labels are integers": (DiT(), floats(4), r"cond is float32 \[4\], X needs int \[B\]"),
+    "labels are integers": (
+        DiT(),
+        floats(4),
+        r"cond is float32 \[4\], X needs int \[B\]",
+    ),
     "one array": (UNet(), LABELS, r"cond is one array, X needs \(text\)"),
     "none": (Wan(), None, r"cond: there is none, X needs \(text\)"),
-    "width": (UNet(text_dim=24), {"text": TEXT}, r"'text' is float32 \[4, 7, 32\], X needs float "),
+    "width": (
+        UNet(text_dim=24),
+        {"text": TEXT},
+        r"'text' is float32 \[4, 7, 32\], X needs float ",
+    ),
     "batch": (
         UNet(),
         {"text": TEXT, "mask": Spec((3, 7), jnp.bool_)},
@@ -62,7 +76,11 @@ REFUSED = {
         {"texts": TEXT},
         r"X needs 'text' float \[B L 16\] .*; did you mean 'texts'",
     ),
-    "unread": (Sana(), {"text": TEXT, "guidance": floats(4)}, "'guidance' is not read by X"),
+    "unread": (
+        Sana(),
+        {"text": TEXT, "guidance": floats(4)},
+        "'guidance' is not read by X",
+    ),
 }
 
 
@@ -86,7 +104,9 @@ def test_a_language_model_has_none():
 def test_the_network_refuses_what_its_schema_refuses():
     net = make_net(UNet(text_dim=24))
     x = floats(4, 8, 8, 4)
-    with pytest.raises(Refused, match=r"cond: 'text' is float32 \[4, 7, 32\], UNet needs"):
+    with pytest.raises(
+        Refused, match=r"cond: 'text' is float32 \[4, 7, 32\], UNet needs"
+    ):
         jax.eval_shape(net.apply, net.shapes, x, floats(4), {"text": TEXT})
 
 

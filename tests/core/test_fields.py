@@ -79,12 +79,16 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(k, v) for k, values in GOOD.items() for v in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(k, v) for k, values in GOOD.items() for v in values]
+)
 def test_takes(field, value):
     assert fields.problem(Whole, field, value) == ""
 
 
-@pytest.mark.parametrize(("field", "value"), [(k, v) for k, values in BAD.items() for v in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(k, v) for k, values in BAD.items() for v in values]
+)
 def test_refuses_in_one_line(field, value):
     text = fields.problem(Whole, field, value)
     assert text.startswith("expected ")
@@ -96,8 +100,14 @@ def test_a_misspelt_choice_names_the_nearest():
 
 
 def test_an_integer_for_a_number_becomes_one():
-    made = build.made(Whole, "Whole", {"rate": 2, "share": 1, "count": 2}, "config.whole")
-    assert [type(v) for v in (made.rate, made.share, made.count)] == [float, float, int]
+    made = build.made(
+        Whole, "Whole", {"rate": 2, "share": 1, "count": 2}, "config.whole"
+    )
+    assert [type(v) for v in (made.rate, made.share, made.count)] == [
+        float,
+        float,
+        int,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +115,10 @@ def test_an_integer_for_a_number_becomes_one():
     [
         ({"rate": "x"}, r"^config\.whole\.rate='x': expected a number$"),
         ({"part": 3}, r"^config\.whole\.part=3: expected a Part$"),
-        ({"raet": 1}, r"^config\.whole: Whole has no field 'raet'; did you mean 'rate'\?$"),
+        (
+            {"raet": 1},
+            r"^config\.whole: Whole has no field 'raet'; did you mean 'rate'\?$",
+        ),
     ],
 )
 def test_messages_name_the_place_in_the_config(values, text):
@@ -116,7 +129,10 @@ def test_messages_name_the_place_in_the_config(values, text):
 def test_what_a_class_says_itself_is_located_too():
     """A refusal by `__post_init__` starts with the field, or with the name of the part."""
     for text, wanted in (
-        ("ema.rate=2: expected less", "config.roles.student.ema.rate=2: expected less"),
+        (
+            "ema.rate=2: expected less",
+            "config.roles.student.ema.rate=2: expected less",
+        ),
         ("rate=2: expected less", "config.roles.student.ema.rate=2: expected less"),
         ("two of them", "config.roles.student.ema: two of them"),
         ("config.x: there", "config.x: there"),
@@ -141,6 +157,10 @@ def test_every_dataclass_of_the_library_has_annotations_that_can_be_read():
                 for field in dataclasses.fields(cls):
                     if field.default is not dataclasses.MISSING:
                         text = fields._problem(hints[field.name], field.default)
-                        assert not text or cls is fields.Range, (cls, field.name, text)
+                        assert not text or cls is fields.Range, (
+                            cls,
+                            field.name,
+                            text,
+                        )
                         count += 1
     assert count > 500

@@ -20,7 +20,9 @@ T = jnp.array([1.0, 2.0])
 def perturbed(params):
     """Weights away from where they start, which is 0 for some."""
     rng = np.random.default_rng(2)
-    return jax.tree.map(lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32), params)
+    return jax.tree.map(
+        lambda w: w + 0.1 * rng.standard_normal(w.shape, np.float32), params
+    )
 
 
 def fresh(net, seed=3):
@@ -54,14 +56,18 @@ def test_starts_as_its_base_and_folds_in_exactly():
 
 
 def test_rank_of_the_change_and_scale():
-    net = adapt(BASE, base="teacher", rank=2, alpha=6.0, targets=r"blocks/to_q/kernel")
+    net = adapt(
+        BASE, base="teacher", rank=2, alpha=6.0, targets=r"blocks/to_q/kernel"
+    )
     assert list(net.shapes) == ["blocks/to_q/kernel"]
     moved = perturbed(fresh(net))
     of_q = lambda weights: np.asarray(weights["blocks"]["to_q"]["kernel"])
     change = of_q(merge(WEIGHTS, moved, net.scale)) - of_q(WEIGHTS)
     assert all(np.linalg.matrix_rank(layer, tol=1e-4) == 2 for layer in change)
     pair = moved["blocks/to_q/kernel"]
-    np.testing.assert_allclose(change, 3.0 * pair["a"] @ pair["b"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        change, 3.0 * pair["a"] @ pair["b"], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_several_roles_share_one_base():
@@ -124,7 +130,13 @@ def test_stacked_vectors_are_no_matrices():
     ],
 )
 def test_a_base_that_has_no_full_weights_is_refused(base, why):
-    roles = {"teacher": Role(), "student": Role(lora=Lora(rank=2)), "fake": Role(lora=Lora(rank=4))}
-    with pytest.raises(Refused, match=rf"^lora\.base={base!r}: {why}; expected .*: teacher$"):
+    roles = {
+        "teacher": Role(),
+        "student": Role(lora=Lora(rank=2)),
+        "fake": Role(lora=Lora(rank=4)),
+    }
+    with pytest.raises(
+        Refused, match=rf"^lora\.base={base!r}: {why}; expected .*: teacher$"
+    ):
         base_of("student", base, roles)
     assert base_of("student", "teacher", roles) == "teacher"

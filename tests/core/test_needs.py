@@ -36,15 +36,27 @@ def test_what_fits_passes(needs):
 @pytest.mark.parametrize(
     ("needs", "message"),
     [
-        ({"token": Int[Spec, "B T"]}, r"'token' int \[B T\] in a batch; did you mean 'tokens'"),
-        ({"tokens": Float[Spec, "B T"]}, r"'tokens' is int32 \[4, 8\], KD needs float \[B T\]"),
+        (
+            {"token": Int[Spec, "B T"]},
+            r"'token' int \[B T\] in a batch; did you mean 'tokens'",
+        ),
+        (
+            {"tokens": Float[Spec, "B T"]},
+            r"'tokens' is int32 \[4, 8\], KD needs float \[B T\]",
+        ),
         (
             {"tokens": Int[Spec, "B T"], "mask": Shaped[Spec, "B T"]},
             r"'mask' is bool \[4, 7\], KD needs array \[B T\]",
         ),
-        ({"tokens": {"text": Int[Spec, "B T"]}}, "'tokens' is one array, KD needs text"),
+        (
+            {"tokens": {"text": Int[Spec, "B T"]}},
+            "'tokens' is one array, KD needs text",
+        ),
         ({"cond": Int[Spec, " B"]}, r"'cond' is a group, KD needs int \[B\]"),
-        ({"cond": {"pooled": Float[Spec, "B D"]}}, r"data\['cond'\]: KD needs 'pooled'"),
+        (
+            {"cond": {"pooled": Float[Spec, "B D"]}},
+            r"data\['cond'\]: KD needs 'pooled'",
+        ),
     ],
 )
 def test_what_does_not_is_refused_in_one_line(needs, message):

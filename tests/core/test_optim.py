@@ -65,9 +65,9 @@ def test_power_average_starts_at_the_first_weights_and_weighs_by_a_power():
 def test_constant_average_lags_a_ramp_by_its_mean_age():
     n = 5000
     rate = 0.99
-    assert n - run(Ema(rate=rate, warmup=False), np.arange(1, n + 1)) == pytest.approx(
-        rate / (1 - rate), rel=1e-3
-    )
+    assert n - run(
+        Ema(rate=rate, warmup=False), np.arange(1, n + 1)
+    ) == pytest.approx(rate / (1 - rate), rel=1e-3)
 
 
 def test_copying_average():
@@ -95,7 +95,9 @@ def test_schedules():
     assert float(lr(10)) == pytest.approx(1.0)
     assert float(lr(60)) == pytest.approx(0.55)
     assert float(lr(110)) == pytest.approx(0.1)
-    assert float(Optimizer(lr=2.0, schedule="linear").learning_rate(10)(5)) == pytest.approx(1.0)
+    assert float(
+        Optimizer(lr=2.0, schedule="linear").learning_rate(10)(5)
+    ) == pytest.approx(1.0)
 
 
 def test_decay_spares_vectors_by_name():
@@ -130,7 +132,10 @@ NAMES = [
     *("rmsprop", "adagrad", "sgd"),
 ]
 WEIGHTS = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-GRADS = [{"kernel": jnp.full((2, 2), g), "bias": jnp.array([3 * g, g])} for g in (0.5, -1.5, 0.25)]
+GRADS = [
+    {"kernel": jnp.full((2, 2), g), "bias": jnp.array([3 * g, g])}
+    for g in (0.5, -1.5, 0.25)
+]
 RANDOM = np.random.default_rng(0)
 LONG = [  # RAdam begins at the sixth; large and small ones, or signs would be all the same
     jax.tree.map(
@@ -155,7 +160,8 @@ def follow(optimizer, grads=GRADS, weights=WEIGHTS, **how):
 
 def same(a, b):
     return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -221,15 +227,27 @@ def test_a_refusal_names_where_the_field_acts():
     ("optimizer", "theirs"),
     [
         (Optimizer(lr=0.1, clip=0.0), optax.adam(0.1)),
-        (Optimizer(lr=0.1, clip=0.0, algorithm="adam", b1=0.5), optax.adam(0.1, b1=0.5)),
+        (
+            Optimizer(lr=0.1, clip=0.0, algorithm="adam", b1=0.5),
+            optax.adam(0.1, b1=0.5),
+        ),
         (
             Optimizer(lr=0.1, clip=0.0, weight_decay=0.2),
             optax.adamw(0.1, weight_decay=0.2, mask=decayed),
         ),
-        (Optimizer(lr=0.1, clip=0.0, algorithm="radam", b2=0.95), optax.radam(0.1, b2=0.95)),
-        (Optimizer(lr=0.1, clip=0.0, algorithm="lion", b2=0.99), optax.lion(0.1, weight_decay=0.0)),
+        (
+            Optimizer(lr=0.1, clip=0.0, algorithm="radam", b2=0.95),
+            optax.radam(0.1, b2=0.95),
+        ),
+        (
+            Optimizer(lr=0.1, clip=0.0, algorithm="lion", b2=0.99),
+            optax.lion(0.1, weight_decay=0.0),
+        ),
         (Optimizer(lr=0.1, clip=0.0, algorithm="sgd"), optax.sgd(0.1)),
-        (Optimizer(lr=0.1, clip=0.0, algorithm="sgd", momentum=0.9), optax.sgd(0.1, momentum=0.9)),
+        (
+            Optimizer(lr=0.1, clip=0.0, algorithm="sgd", momentum=0.9),
+            optax.sgd(0.1, momentum=0.9),
+        ),
     ],
     ids=lambda v: v.algorithm if isinstance(v, Optimizer) else "",
 )
@@ -243,16 +261,21 @@ def test_algorithms_are_optax_own(optimizer, theirs):
 
 
 def test_decoupled_decay_joins_the_update_times_the_rate_of_the_schedule():
-    optimizer = Optimizer(algorithm="radam", lr=0.1, weight_decay=0.5, schedule="linear", clip=0.0)
+    optimizer = Optimizer(
+        algorithm="radam", lr=0.1, weight_decay=0.5, schedule="linear", clip=0.0
+    )
     plain, decayed_ = (
-        o.make(3) for o in (dataclasses.replace(optimizer, weight_decay=0.0), optimizer)
+        o.make(3)
+        for o in (dataclasses.replace(optimizer, weight_decay=0.0), optimizer)
     )
     states = [plain.init(WEIGHTS), decayed_.init(WEIGHTS)]
     for k, g in enumerate(GRADS):
         without, states[0] = plain.update(g, states[0], WEIGHTS)
         having, states[1] = decayed_.update(g, states[1], WEIGHTS)
         rate = 0.1 * (1 - k / 3)
-        np.testing.assert_allclose(having["kernel"], without["kernel"] - rate * 0.5, rtol=1e-5)
+        np.testing.assert_allclose(
+            having["kernel"], without["kernel"] - rate * 0.5, rtol=1e-5
+        )
         np.testing.assert_allclose(having["bias"], without["bias"], rtol=1e-6)
 
 
@@ -263,7 +286,9 @@ def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
     for g in (0.5, -1.5, 0.25):
         v = 0.9 * v + (g + 0.2 * w)
         w -= 0.1 * v
-    after = follow(Optimizer(algorithm="sgd", lr=0.1, momentum=0.9, weight_decay=0.2, clip=0.0))
+    after = follow(
+        Optimizer(algorithm="sgd", lr=0.1, momentum=0.9, weight_decay=0.2, clip=0.0)
+    )
     np.testing.assert_allclose(after["kernel"], w, rtol=1e-5)
 
 
@@ -272,7 +297,17 @@ def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
     [
         *[
             ("lr", v)
-            for v in (0.0, -1.0, float("nan"), float("inf"), 1e300, 10**400, "fast", None, True)
+            for v in (
+                0.0,
+                -1.0,
+                float("nan"),
+                float("inf"),
+                1e300,
+                10**400,
+                "fast",
+                None,
+                True,
+            )
         ],
         *[(name, v) for name in ("b1", "b2") for v in (-0.1, 1.0, float("nan"))],
         *[
@@ -282,28 +317,48 @@ def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
             ("clip", -1.0),
             ("clip_value", -1.0),
         ],
-        *[("warmup", -1), ("warmup", 1.5), ("decay_steps", -1), ("final", -0.1), ("final", 1.1)],
+        *[
+            ("warmup", -1),
+            ("warmup", 1.5),
+            ("decay_steps", -1),
+            ("final", -0.1),
+            ("final", 1.1),
+        ],
         *[
             ("algorithm", v)
-            for v in ("clip", "chain", "constant_schedule", "scale_by_adam", "lamb", "", 3, None)
+            for v in (
+                "clip",
+                "chain",
+                "constant_schedule",
+                "scale_by_adam",
+                "lamb",
+                "",
+                3,
+                None,
+            )
         ],
         *[("schedule", v) for v in ("cosin", 3)],
     ],
 )
 def test_values_out_of_range_are_refused_in_one_line(field, value):
-    with pytest.raises(Refused, match=rf"^optimizer\.{field}=.*(expected|did you mean)[^\n]*$"):
+    with pytest.raises(
+        Refused, match=rf"^optimizer\.{field}=.*(expected|did you mean)[^\n]*$"
+    ):
         Optimizer(**{field: value})
 
 
 def test_a_decay_that_ends_before_the_warm_up_is_refused():
     with pytest.raises(
-        Refused, match=r"optimizer\.decay_steps=10: expected 0, or more than optimizer\.warmup=10"
+        Refused,
+        match=r"optimizer\.decay_steps=10: expected 0, or more than optimizer\.warmup=10",
     ):
         Optimizer(schedule="cosine", warmup=10, decay_steps=10)
 
 
 def test_the_nearest_name_is_suggested():
-    with pytest.raises(Refused, match=r"optimizer\.algorithm='adamm': did you mean 'adam'"):
+    with pytest.raises(
+        Refused, match=r"optimizer\.algorithm='adamm': did you mean 'adam'"
+    ):
         Optimizer(algorithm="adamm")
 
 
@@ -350,7 +405,11 @@ def families():
     yield "Wan", lambda: Wan(vision_dim=8, vision_length=5)
 
 
-MATRICES = ("kernel", "embed/embedding", "point")  # maps, token tables, SANA's maps of each head
+MATRICES = (
+    "kernel",
+    "embed/embedding",
+    "point",
+)  # maps, token tables, SANA's maps of each head
 TABLES = (
     "label/kernel",
     "label_embed/embedding",
@@ -375,7 +434,9 @@ def test_what_decays_in_every_family():
         mask = paths(decayed(net.shapes, net.axes))
         for path, shape in paths(net.shapes).items():
             table = next((t for t in TABLES if f"/{path}".endswith(f"/{t}")), None)
-            wanted = table is None and any(f"/{path}".endswith(f"/{m}") for m in MATRICES)
+            wanted = table is None and any(
+                f"/{path}".endswith(f"/{m}") for m in MATRICES
+            )
             assert mask[path] == wanted, (name, path, shape.shape)
             seen.add(table)
     assert seen == {None, *TABLES}
@@ -413,7 +474,9 @@ def test_entries_are_clipped_before_the_norm():
     for clip, want in ((0.0, [-1.0, 0.5, 1.0]), (0.75, [-0.5, 0.25, 0.5])):
         tx = Optimizer(algorithm="sgd", lr=1.0, clip=clip, clip_value=1.0).make(1)
         np.testing.assert_allclose(
-            jnp.concatenate(jax.tree.leaves(tx.update(grads, tx.init(grads))[0])), want, rtol=1e-6
+            jnp.concatenate(jax.tree.leaves(tx.update(grads, tx.init(grads))[0])),
+            want,
+            rtol=1e-6,
         )
 
 
@@ -423,7 +486,9 @@ def test_members_of_a_bank_are_clipped_by_their_own_norm():
         "b": jnp.asarray([4.0, 0.4, 0.0]),
     }  # norms 5, 0.5, 0
     clipped, _ = clip_by_member_norm(1.0).update(grads, None)
-    np.testing.assert_allclose(clipped["a"], [[0.6, 0.0], [0.3, 0.0], [0.0, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        clipped["a"], [[0.6, 0.0], [0.3, 0.0], [0.0, 0.0]], rtol=1e-6
+    )
     np.testing.assert_allclose(clipped["b"], [0.8, 0.4, 0.0], rtol=1e-6)
     tx = Optimizer(algorithm="sgd", lr=1.0).make(1, bank=True)
     update, _ = tx.update(grads, tx.init(grads))
@@ -436,13 +501,22 @@ def test_a_role_that_never_moves_has_no_moments():
 
 @pytest.mark.parametrize(
     ("field", "value", "seen"),
-    [("b2", 0.99999999, "1"), ("eps", 1e-60, "0"), ("lr", 1e-320, "0"), ("b1", 1 - 1e-9, "1")],
+    [
+        ("b2", 0.99999999, "1"),
+        ("eps", 1e-60, "0"),
+        ("lr", 1e-320, "0"),
+        ("b1", 1 - 1e-9, "1"),
+    ],
 )
 def test_values_that_float32_rounds_out_of_range_are_refused(field, value, seen):
-    with pytest.raises(Refused, match=rf"optimizer\.{field}=.*: is {seen} in float32, expected "):
+    with pytest.raises(
+        Refused, match=rf"optimizer\.{field}=.*: is {seen} in float32, expected "
+    ):
         Optimizer(**{field: value})
 
 
 def test_updates_are_counted_in_int32():
-    with pytest.raises(Refused, match=r"optimizer\.warmup=10+: expected 0 or a positive integer"):
+    with pytest.raises(
+        Refused, match=r"optimizer\.warmup=10+: expected 0 or a positive integer"
+    ):
         Optimizer(warmup=10**30)

@@ -25,7 +25,9 @@ def derivatives(f, primals, tangents):
         return jax.jvp(f, arguments, tangents)[1]
 
     def gradients(g):
-        return jax.grad(lambda *arguments: jnp.sin(g(*arguments)).sum(), (0, 1))(*primals)
+        return jax.grad(lambda *arguments: jnp.sin(g(*arguments)).sum(), (0, 1))(
+            *primals
+        )
 
     return f(*primals), along(*primals), gradients(f), gradients(along)
 
@@ -87,7 +89,9 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     monkeypatch.setattr(rows, "SMALL", 0)
     monkeypatch.setattr(rows, "BLOCK", 4 * 32)
     assert "scan" in str(jax.make_jaxpr(in_blocks)(x, y))
-    jax.tree.map(close, jax.jit(lambda: derivatives(in_blocks, (x, y), (y, x)))(), expected)
+    jax.tree.map(
+        close, jax.jit(lambda: derivatives(in_blocks, (x, y), (y, x)))(), expected
+    )
     mapped = jax.vmap(in_blocks)(x[:, None], y[:, None])
     jax.tree.map(close, mapped, of_rows(x[:, None], y[:, None]))
     with sharding.use(sharding.make_mesh(MeshShape(fsdp=8))):

@@ -33,10 +33,14 @@ class Counted(Method):
         value = ctx.batch["value"]
         mask = ctx.batch["mask"]
         scale = (
-            sum(jnp.sum(w) for w in jax.tree.leaves(ctx.batch["w"])) if "w" in ctx.batch else 1.0
+            sum(jnp.sum(w) for w in jax.tree.leaves(ctx.batch["w"]))
+            if "w" in ctx.batch
+            else 1.0
         )
         pull = jnp.sum(net.student(jnp.ones((1, 2)), jnp.ones(1)))
-        total = jnp.sum(value * mask) * (1 + pull - jax.lax.stop_gradient(pull)) * scale
+        total = (
+            jnp.sum(value * mask) * (1 + pull - jax.lax.stop_gradient(pull)) * scale
+        )
         return Out(
             total,
             {"seen": (jnp.sum(mask), jnp.float32(1)), "value": jnp.sum(value * mask)},
@@ -62,7 +66,9 @@ def test_micro_batches_are_normalised_by_the_global_count():
         _, metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)
         assert metrics["student/loss"] == 2.5
         assert metrics["student/value"] == 2.5
-        assert metrics["student/seen"] == 4 / accumulate  # a count of one for each micro-batch
+        assert (
+            metrics["student/seen"] == 4 / accumulate
+        )  # a count of one for each micro-batch
 
 
 def test_the_log_weighs_tokens_alike():
@@ -76,17 +82,31 @@ def test_the_log_weighs_tokens_alike():
     for accumulate in (1, 2):
         pending = Pending(Counted().turns)
         for i, batch in enumerate(batches):
-            metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)[1]
-            assert metrics.counts.keys() == {"student/loss", "student/value", "student/seen"}
+            metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)[
+                1
+            ]
+            assert metrics.counts.keys() == {
+                "student/loss",
+                "student/value",
+                "student/seen",
+            }
             pending.add(i, metrics)
         means = pending.flush()
         assert means["student/loss"] == means["student/value"] == 2.0
-        assert means["student/seen"] == 5 / 2 / accumulate  # a count of one for each micro-batch
+        assert (
+            means["student/seen"] == 5 / 2 / accumulate
+        )  # a count of one for each micro-batch
 
 
 def test_means_keep_their_counts_through_programs():
-    means = jax.jit(lambda x: Means({"b": x, "a": 2 * x}, {"a": x + 1}))(jnp.float32(1))
-    assert isinstance(means, Means) and dict(means) == {"a": 2, "b": 1} and means.counts == {"a": 2}
+    means = jax.jit(lambda x: Means({"b": x, "a": 2 * x}, {"a": x + 1}))(
+        jnp.float32(1)
+    )
+    assert (
+        isinstance(means, Means)
+        and dict(means) == {"a": 2, "b": 1}
+        and means.counts == {"a": 2}
+    )
 
 
 def test_gradient_does_not_depend_on_the_micro_batches():
@@ -131,7 +151,11 @@ class TwoTurns(Method):
     def fake_loss(self, net, ctx):
         x = ctx.batch["x"]
         error = net.fake(x, jnp.ones(4)) - net.teacher(x, jnp.ones(4)) - x
-        return Out(jnp.mean(error**2), {"input": jnp.mean(x)}, {"count": ctx.memory["count"] + 1})
+        return Out(
+            jnp.mean(error**2),
+            {"input": jnp.mean(x)},
+            {"count": ctx.memory["count"] + 1},
+        )
 
     def student_loss(self, net, ctx):
         return Out(
@@ -150,13 +174,17 @@ def test_turns_memory_and_gather():
     teacher = NET.init(jax.random.key(3))
     nets = {"student": NET, "teacher": NET, "fake": NET}
     x = jax.random.normal(jax.random.key(4), (4, 2))
-    state, metrics = fit(TwoTurns(), nets, {"x": x}, steps=4, start={"teacher": teacher})
+    state, metrics = fit(
+        TwoTurns(), nets, {"x": x}, steps=4, start={"teacher": teacher}
+    )
     assert int(state.count["fake"]) == 4
     assert int(state.count["student"]) == 2
     assert state.memory["count"] == 4
     assert state.memory["other"] == 1
     assert metrics["fake/input"] != jnp.mean(x)
-    for a, b in zip(jax.tree.leaves(teacher), jax.tree.leaves(state.frozen["teacher"])):
+    for a, b in zip(
+        jax.tree.leaves(teacher), jax.tree.leaves(state.frozen["teacher"])
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -167,7 +195,11 @@ class OwnData(Counted):
     @property
     def turns(self):
         return (
-            Turn(("student",), lambda net, ctx: Out(jnp.sum(ctx.batch["x"])), gather=self.collect),
+            Turn(
+                ("student",),
+                lambda net, ctx: Out(jnp.sum(ctx.batch["x"])),
+                gather=self.collect,
+            ),
         )
 
     def collect(self, net, ctx):
@@ -185,11 +217,17 @@ def test_average_follows_its_rule():
     ema = Ema(rate=0.9, warmup=True)
     path = []
     for steps in range(4):
-        path.append(fit(Counted(), {"student": NET}, batch, steps=steps, emas={"student": ema})[0])
+        path.append(
+            fit(
+                Counted(), {"student": NET}, batch, steps=steps, emas={"student": ema}
+            )[0]
+        )
     average = jax.tree.leaves(path[0].params["student"])[0]
     for k, state in enumerate(path[1:], 1):
         beta = min(0.9, (1 + k) / (10 + k))
-        average = beta * average + (1 - beta) * jax.tree.leaves(state.params["student"])[0]
+        average = (
+            beta * average + (1 - beta) * jax.tree.leaves(state.params["student"])[0]
+        )
         np.testing.assert_allclose(
             jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7
         )
@@ -202,17 +240,21 @@ class OwnDecay(Counted):
     @property
     def turns(self):
         return tuple(
-            dataclasses.replace(turn, decay=lambda k: 1 / (3 + k)) for turn in super().turns
+            dataclasses.replace(turn, decay=lambda k: 1 / (3 + k))
+            for turn in super().turns
         )
 
 
 def test_a_turn_may_give_the_decay():
     batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
-    path = [fit(OwnDecay(), {"student": NET}, batch, steps=steps)[0] for steps in range(4)]
+    path = [
+        fit(OwnDecay(), {"student": NET}, batch, steps=steps)[0] for steps in range(4)
+    ]
     average = jax.tree.leaves(path[0].params["student"])[0]
     for k, state in enumerate(path[1:], 1):
         average = (
-            average / (3 + k) + (2 + k) / (3 + k) * jax.tree.leaves(state.params["student"])[0]
+            average / (3 + k)
+            + (2 + k) / (3 + k) * jax.tree.leaves(state.params["student"])[0]
         )
         np.testing.assert_allclose(
             jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7
@@ -222,7 +264,8 @@ def test_a_turn_may_give_the_decay():
 def test_another_average_beside_it_is_refused():
     batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
     with pytest.raises(
-        Refused, match=r"config\.roles\.student\.ema=.*OwnDecay has a decay of its own"
+        Refused,
+        match=r"config\.roles\.student\.ema=.*OwnDecay has a decay of its own",
     ):
         fit(OwnDecay(), {"student": NET}, batch, emas={"student": Ema(rate=0.5)})
 
@@ -238,19 +281,26 @@ def test_overlay_keeps_what_only_the_copy_has():
     large = make_net(MLP(width=8, depth=1, second_time=True)).init(jax.random.key(1))
     merged = overlay(large, small, "student", "teacher")
     np.testing.assert_array_equal(merged["inp"]["kernel"], small["inp"]["kernel"])
-    np.testing.assert_array_equal(merged["gap_embed"]["kernel"], large["gap_embed"]["kernel"])
+    np.testing.assert_array_equal(
+        merged["gap_embed"]["kernel"], large["gap_embed"]["kernel"]
+    )
     with pytest.raises(Refused, match="no such weight"):
         overlay(small, large, "student", "teacher")
     with pytest.raises(Refused, match="shape"):
         overlay(
-            make_net(MLP(width=4, depth=1)).init(jax.random.key(0)), small, "student", "teacher"
+            make_net(MLP(width=4, depth=1)).init(jax.random.key(0)),
+            small,
+            "student",
+            "teacher",
         )
 
 
 def test_step_runs_bf16_networks_with_float32_weights():
     net = make_net(MLP(width=8, depth=1, dtype="bfloat16"))
     state, _ = fit(
-        Counted(), {"student": net}, {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
+        Counted(),
+        {"student": net},
+        {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))},
     )
     assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(state.params))
     text = jax.make_jaxpr(net.apply)(
@@ -268,7 +318,9 @@ class Coupled(Counted):
     @property
     def turns(self):
         pull = lambda w, step: {
-            "shadow": jax.tree.map(lambda s, p: 0.5 * s + 0.5 * p, w["shadow"], w["student"])
+            "shadow": jax.tree.map(
+                lambda s, p: 0.5 * s + 0.5 * p, w["shadow"], w["student"]
+            )
         }
         return (dataclasses.replace(super().turns[0], after=pull),)
 
@@ -282,7 +334,11 @@ def test_after_an_update_weights_may_be_coupled():
     for shadow, new, old in zip(
         *(
             jax.tree.leaves(t)
-            for t in (first.params["shadow"], first.params["student"], start.params["student"])
+            for t in (
+                first.params["shadow"],
+                first.params["student"],
+                start.params["student"],
+            )
         )
     ):
         np.testing.assert_allclose(shadow, 0.5 * (new + old), rtol=1e-6, atol=1e-7)

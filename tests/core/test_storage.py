@@ -58,14 +58,18 @@ def test_every_weight_is_within_half_a_step(nets):
     """
     _, params, _, held = nets
     for (path, w), packed in zip(
-        paths(params).items(), jax.tree.leaves(held, is_leaf=is_quantized), strict=True
+        paths(params).items(),
+        jax.tree.leaves(held, is_leaf=is_quantized),
+        strict=True,
     ):
         if not is_quantized(packed):
             np.testing.assert_array_equal(w, packed)
             continue
         assert packed.qvalue.dtype == jnp.int8 and packed.qvalue.shape == w.shape
         axis = (
-            tuple(range(1, w.ndim - 1)) if path.startswith("blocks") else tuple(range(w.ndim - 1))
+            tuple(range(1, w.ndim - 1))
+            if path.startswith("blocks")
+            else tuple(range(w.ndim - 1))
         )
         bound = jnp.max(jnp.abs(w), axis, keepdims=True) / 254
         assert np.all(np.abs(w - materialise(packed)) <= bound * (1 + 1e-4))
@@ -97,7 +101,9 @@ def test_output_is_that_of_the_rounded_weights(nets, inputs):
     """
     plain, params, packed, held = nets
     rounded = jax.jit(plain.apply)(materialise(held), *inputs)
-    np.testing.assert_allclose(jax.jit(packed.apply)(held, *inputs), rounded, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(packed.apply)(held, *inputs), rounded, rtol=1e-5, atol=1e-5
+    )
     exact = jax.jit(plain.apply)(params, *inputs)
     assert 0 < np.abs(rounded - exact).max() < 0.05 * np.std(exact)
 
@@ -106,7 +112,9 @@ def test_gradient_reaches_the_input(nets, inputs):
     _, _, packed, held = nets
     x, t, cond = inputs
     grad = jax.jit(jax.grad(lambda x: packed.apply(held, x, t, cond).sum()))(x)
-    plain = jax.jit(jax.grad(lambda x: nets[0].apply(materialise(held), x, t, cond).sum()))(x)
+    plain = jax.jit(
+        jax.grad(lambda x: nets[0].apply(materialise(held), x, t, cond).sum())
+    )(x)
     np.testing.assert_allclose(grad, plain, rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +135,9 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
     mesh = sharding.make_mesh(sharding.MeshShape(fsdp=1))
     where = sharding.in_memory(
         "host",
-        sharding.fits(sharding.param_shardings(mesh, sharding.Rules(), plain.axes), plain.shapes),
+        sharding.fits(
+            sharding.param_shardings(mesh, sharding.Rules(), plain.axes), plain.shapes
+        ),
         plain.axes,
     )
     away = jax.device_put(params, where)
@@ -166,9 +176,12 @@ def config(**teacher):
         data=Digits(batch_size=8),
         method=DiffInstruct(),
         roles=dict(
-            teacher=Role(init="@teacher", **teacher), student=Role(optimizer=Optimizer(lr=1e-3))
+            teacher=Role(init="@teacher", **teacher),
+            student=Role(optimizer=Optimizer(lr=1e-3)),
         ),
-        evaluation=ImageEval(samples=20, batch=20, student_steps=(1,), teacher_steps=(2,)),
+        evaluation=ImageEval(
+            samples=20, batch=20, student_steps=(1,), teacher_steps=(2,)
+        ),
         checkpoint_every=2,
         tensorboard=False,
         mesh=MeshShape(fsdp=1),

@@ -23,7 +23,9 @@ def folder(tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?"))
+    inner = Tokenizer(
+        models.WordLevel({"a": 0, "b": 1, "?": 2, "</s>": 3}, unk_token="?")
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="</s>", unk_token="?"
@@ -32,7 +34,9 @@ def folder(tmp_path):
 
 
 def configure(file, **changes):
-    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes))
+    file.write_text(
+        json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes)
+    )
 
 
 def test_a_sound_folder_loads_with_options(folder):
@@ -46,9 +50,15 @@ def test_a_sound_folder_loads_with_options(folder):
     [
         (
             "tokenizer_config.json",
-            {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"},
+            {
+                "auto_map": {"AutoTokenizer": ["mine.Mine", None]},
+                "tokenizer_class": "Mine",
+            },
         ),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": [None, "mine.Mine"]}},
+        ),
         (
             "tokenizer_config.json",
             {
@@ -56,12 +66,26 @@ def test_a_sound_folder_loads_with_options(folder):
                 "tokenizer_class": "Mine",
             },
         ),
-        ("tokenizer_config.json", {"auto_map": ["mine.Mine", None], "tokenizer_class": "Mine"}),
-        ("config.json", {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "model_type": "mine"}),
-        ("config.json", {"auto_map": {"AutoConfig": "mine.MyConfig"}, "model_type": "mine"}),
+        (
+            "tokenizer_config.json",
+            {"auto_map": ["mine.Mine", None], "tokenizer_class": "Mine"},
+        ),
+        (
+            "config.json",
+            {
+                "auto_map": {"AutoTokenizer": ["mine.Mine", None]},
+                "model_type": "mine",
+            },
+        ),
+        (
+            "config.json",
+            {"auto_map": {"AutoConfig": "mine.MyConfig"}, "model_type": "mine"},
+        ),
     ],
 )
-def test_code_of_a_folder_is_never_run_and_nobody_is_asked(folder, monkeypatch, file, changes):
+def test_code_of_a_folder_is_never_run_and_nobody_is_asked(
+    folder, monkeypatch, file, changes
+):
     asked = []
     monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
     (folder / "mine.py").write_text(CODE.format(str(folder / "ran")))
@@ -87,7 +111,10 @@ def test_damage_is_one_line(folder):
         file = sorted(sound)[i % len(sound)]
         damage.damage(file, rng)
         with damage.quiet(folder):
-            refused += damage.outcome(lambda: stored_tokenizer(folder), str(folder)) is not None
+            refused += (
+                damage.outcome(lambda: stored_tokenizer(folder), str(folder))
+                is not None
+            )
     assert 20 <= refused < 60
 
 
@@ -100,7 +127,9 @@ def test_refuses_what_is_no_folder(folder, tmp_path):
 def test_every_from_pretrained_stays_local_and_runs_no_code():
     found = 0
     for file in (
-        f for part in ("jaxdistill", "launch", "tools") for f in sorted((ROOT / part).rglob("*.py"))
+        f
+        for part in ("jaxdistill", "launch", "tools")
+        for f in sorted((ROOT / part).rglob("*.py"))
     ):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
@@ -108,7 +137,10 @@ def test_every_from_pretrained_stays_local_and_runs_no_code():
                 "from_config",
                 "pipeline",
             ):
-                options = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+                options = {
+                    word.arg: getattr(word.value, "value", None)
+                    for word in node.keywords
+                }
                 place = f"{file.relative_to(ROOT)}:{node.lineno}"
                 assert (
                     options.get("local_files_only") is True

@@ -17,4 +17,6 @@ def test_what_others_say_is_cut_at_its_first_line():
 
 def test_the_nearest_name_is_named():
     assert nearest("studnet", ["student", "teacher"]) == "; did you mean 'student'?"
-    assert nearest("x", ["student", "teacher"]) == "; expected one of student, teacher"
+    assert (
+        nearest("x", ["student", "teacher"]) == "; expected one of student, teacher"
+    )

@@ -85,7 +85,9 @@ def test_the_command_line_takes_old_keys_and_values():
 
 
 def test_another_class_has_its_own_fields():
-    config = ConfigDict({"method": plain(Matched(divergence=JensenShannon(beta=0.9)))}).lock()
+    config = ConfigDict(
+        {"method": plain(Matched(divergence=JensenShannon(beta=0.9)))}
+    ).lock()
     override(config, "method.divergence.name", "objectives.divergence:ReverseKL")
     assert build(config.method).divergence == ReverseKL()
     override(config, "method.divergence.name", "objectives.divergence:SkewKL")

@@ -47,7 +47,10 @@ def check_stream():
         assert again == expected
         for processes in (2, 4):
             batches, state = gathered(data, processes, None, n)
-            assert list(map(sorted, batches)) == list(map(sorted, expected)) and state == end
+            assert (
+                list(map(sorted, batches)) == list(map(sorted, expected))
+                and state == end
+            )
         _, middle = gathered(data, 1, None, n // 2)
         resumed, state = gathered(data, 1, middle, n - n // 2)
         assert resumed == expected[n // 2 :] and state == end
@@ -106,9 +109,9 @@ def folder(tmp_path_factory):
                 single="<s> $A", special_tokens=[("<s>", 0)]
             )
         path = tmp_path_factory.mktemp("tokenizer")
-        PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", **special).save_pretrained(
-            path
-        )
+        PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token="<s>", **special
+        ).save_pretrained(path)
         return path
 
     return make

@@ -23,13 +23,24 @@ from jaxdistill.data.tokenizers import ByteTokenizer, load_tokenizer
 class Merged:
     """Greedy longest match over a few byte strings and every single byte."""
 
-    pieces = [b"the ", b"th", b"he", b"e c", b" and", *(bytes([i]) for i in range(256))]
+    pieces = [
+        b"the ",
+        b"th",
+        b"he",
+        b"e c",
+        b" and",
+        *(bytes([i]) for i in range(256)),
+    ]
 
     def encode(self, text):
         text = text.encode()
         out = []
         while text:
-            out.append(next(i for i, piece in enumerate(self.pieces) if text.startswith(piece)))
+            out.append(
+                next(
+                    i for i, piece in enumerate(self.pieces) if text.startswith(piece)
+                )
+            )
             text = text[len(self.pieces[out[-1]]) :]
         return np.int32(out)
 
@@ -62,8 +73,12 @@ def test_random_splits(seed):
     first, second = spans(a, b)
     assert first.dtype == second.dtype == np.int32
     assert pieces(a, first) == pieces(b, second)  # the same bytes on both sides
-    assert (np.diff(first) >= 0).all() and set(first) == set(second) == set(range(first.max() + 1))
-    assert set().union(*pieces(a, first).values()) == set(range(total))  # nothing is left out
+    assert (np.diff(first) >= 0).all() and set(first) == set(second) == set(
+        range(first.max() + 1)
+    )
+    assert set().union(*pieces(a, first).values()) == set(
+        range(total)
+    )  # nothing is left out
     ends = lambda lengths: set(np.cumsum(lengths).tolist())
     assert first.max() + 1 == len(ends(a) & ends(b))  # none could be finer
     assert all((x == y).all() for x, y in zip(spans(b, a), (second, first)))
@@ -79,7 +94,11 @@ def test_special_tokens_and_cut_ends(seed):
     places = rng.integers(0, len(a) + 1, 3)
     again, other = spans(np.insert(a, places, 0), b)
     zeros = np.insert(a, places, 0) == 0
-    assert (again[zeros] == -1).all() and (again[~zeros] == first).all() and (other == second).all()
+    assert (
+        (again[zeros] == -1).all()
+        and (again[~zeros] == first).all()
+        and (other == second).all()
+    )
     kept = int(rng.integers(0, len(a) + 1))
     cut, short = spans(a[:kept], b)
     whole = np.cumsum(a)[first <= (cut.max() if len(cut) else -1)]
@@ -87,7 +106,8 @@ def test_special_tokens_and_cut_ends(seed):
         len(whole) == 0 or whole.max() <= a[:kept].sum()
     )
     assert all(
-        (pieces(b, short)[number] == pieces(b, second)[number]) for number in pieces(b, short)
+        (pieces(b, short)[number] == pieces(b, second)[number])
+        for number in pieces(b, short)
     )
 
 
@@ -104,7 +124,9 @@ def test_bytes_against_a_merged_vocabulary():
     (_, a), (tokens, b) = covered(ByteTokenizer(), text), covered(Merged(), text)
     assert b.tolist() == [4, 1, 1, 1, 4, 1, 2, 1, 1, 1, 2, 1]
     first, second = spans(a, b)
-    assert second.tolist() == list(range(len(tokens)))  # every merged token is a span of bytes
+    assert second.tolist() == list(
+        range(len(tokens))
+    )  # every merged token is a span of bytes
     assert np.bincount(first).tolist() == b.tolist()
 
 
@@ -113,7 +135,10 @@ def test_only_at_words(folder):
     codec = load_tokenizer(str(folder(bos=False, eos_token="</s>")))
     (_, a), (_, b) = covered(ByteTokenizer(), text), covered(codec, text)
     coarse, _ = spans(a, b, ends=[*word_ends(text), len(text.encode())])
-    said = [bytes(text.encode()[min(p) : max(p) + 1]).decode() for p in pieces(a, coarse).values()]
+    said = [
+        bytes(text.encode()[min(p) : max(p) + 1]).decode()
+        for p in pieces(a, coarse).values()
+    ]
     assert said == ["the", " cat", " and", " the", " dögs", " end"]
     fine, _ = spans(a, b)
     assert fine.max() > coarse.max()
@@ -156,7 +181,11 @@ class Longest:
         while text:
             out.append(
                 max(
-                    (i for i, p in enumerate(self.pieces) if p and text.startswith(p)),
+                    (
+                        i
+                        for i, p in enumerate(self.pieces)
+                        if p and text.startswith(p)
+                    ),
                     key=lambda i: len(self.pieces[i]),
                 )
             )
@@ -188,7 +217,9 @@ def test_what_a_tokenizer_leaves_out_after_a_piece(piece):
                 piece
             ):  # the last token begins inside the piece
                 wanted[more] = 0.1 * tokens[-1] + 0.01
-    assert Covers(WORDS, 0.1 * np.arange(10) + 0.01).of(piece) == pytest.approx(wanted)
+    assert Covers(WORDS, 0.1 * np.arange(10) + 0.01).of(piece) == pytest.approx(
+        wanted
+    )
 
 
 def test_bias_is_what_one_side_leaves_out_and_the_other_does_not():
@@ -218,5 +249,7 @@ def test_a_blank_before_every_text_is_refused():
         def lengths(self, tokens):
             return np.int32([2] * len(tokens))
 
-    with pytest.raises(Refused, match="puts a blank before a text; expected ends=words"):
+    with pytest.raises(
+        Refused, match="puts a blank before a text; expected ends=words"
+    ):
         Covers(Blank("a"), np.ones(1))

@@ -36,16 +36,32 @@ def flip_bytes(data: bytearray) -> bytearray:
 
 @pytest.mark.parametrize(
     "dtype",
-    ["float32", "float64", "float16", "bfloat16", "int32", "uint8", "int64", "bool", "complex64"],
+    [
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "int32",
+        "uint8",
+        "int64",
+        "bool",
+        "complex64",
+    ],
 )
 @pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
 def test_round_trip(tmp_path, dtype, shape):
-    value = np.asarray(np.random.default_rng(0).integers(0, 2, shape), jnp.dtype(dtype))
+    value = np.asarray(
+        np.random.default_rng(0).integers(0, 2, shape), jnp.dtype(dtype)
+    )
     file = tmp_path / "new folder" / "a.arrayrecord"
     assert write(file, [{"a": value, "nested name/b": jnp.ones(2)}]) == 1
     data = ArrayRecords(path=str(file))
     got = data.example(data.source("train")[0])
-    assert got["a"].dtype == value.dtype and got["a"].shape == shape and (got["a"] == value).all()
+    assert (
+        got["a"].dtype == value.dtype
+        and got["a"].shape == shape
+        and (got["a"] == value).all()
+    )
     assert got["nested name/b"].tolist() == [1, 1]
 
 
@@ -57,7 +73,11 @@ def test_stream_over_several_files(tmp_path, check_stream, check_epochs):
     check_stream(data)
     check_epochs(data, 12)
     assert data.evaluation(10)["index"].tolist() == [100, 101, 102]
-    assert data.spec()["logits"].dtype == jnp.bfloat16 and data.spec()["x"].shape == (4, 2, 3)
+    assert data.spec()["logits"].dtype == jnp.bfloat16 and data.spec()["x"].shape == (
+        4,
+        2,
+        3,
+    )
 
 
 def test_share_held_out(tmp_path):
@@ -105,7 +125,12 @@ def test_write_refused(tmp_path, given, message):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b[: len(b) // 2], lambda b: b[:100], lambda b: b"", lambda b: b"junk" * 40_000],
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b[:100],
+        lambda b: b"",
+        lambda b: b"junk" * 40_000,
+    ],
 )
 def test_truncated_or_other_file(tmp_path, damage):
     file = tmp_path / "a.arrayrecord"
@@ -162,12 +187,18 @@ def test_records_of_others(tmp_path):
             msgpack_serialize({"x": {"y": np.zeros(2)}}),
             r"record 1: expected what .* stores \('x' is dict, no array of numbers\)",
         ),
-        (msgpack_serialize({"x": "text"}), r"record 1: expected what .* stores \('x' is str"),
+        (
+            msgpack_serialize({"x": "text"}),
+            r"record 1: expected what .* stores \('x' is str",
+        ),
         (
             msgpack_serialize({1: np.zeros(2)}),
             r"record 1: expected what .* stores \('1' is ndarray",
         ),
-        (msgpack_serialize([np.zeros(2)]), r"record 1: expected what .* stores \('list' object"),
+        (
+            msgpack_serialize([np.zeros(2)]),
+            r"record 1: expected what .* stores \('list' object",
+        ),
         (b"\x01", r"record 1: expected what .* stores \('int' object"),
         (b"", r"record 1: expected what .* stores"),
         (b"\xdf\xff\xff\xff\xff", r"record 1: expected what .* stores"),
@@ -206,14 +237,20 @@ def test_records_without_worth(tmp_path, worth):
         [{"x": np.zeros(2), **({} if worth is None else {"worth": worth})}] * 3,
     )
     with pytest.raises(
-        Refused, match=r"a.arrayrecord record 0: 'worth' is .*, expected a finite number"
+        Refused,
+        match=r"a.arrayrecord record 0: 'worth' is .*, expected a finite number",
     ):
         WeightedRecords(path=str(tmp_path), heldout=0).check(test=False)
 
 
 def test_a_name_that_is_array_and_group(tmp_path):
-    write(tmp_path / "a.arrayrecord", [{"cond": np.zeros(2), "cond/text": np.zeros(2)}] * 3)
-    with pytest.raises(Refused, match=r"record \d: 'cond' is an array, and a group in 'cond/text'"):
+    write(
+        tmp_path / "a.arrayrecord",
+        [{"cond": np.zeros(2), "cond/text": np.zeros(2)}] * 3,
+    )
+    with pytest.raises(
+        Refused, match=r"record \d: 'cond' is an array, and a group in 'cond/text'"
+    ):
         GroupedRecords(path=str(tmp_path), heldout=0).spec()
 
 
@@ -233,7 +270,10 @@ def test_groups_and_pixels(tmp_path):
     levels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 23
 
     def captioned(i):
-        cond = {"cond/text": np.full((4, 2), i, np.float16), "cond/size": np.arange(6)}
+        cond = {
+            "cond/text": np.full((4, 2), i, np.float16),
+            "cond/size": np.arange(6),
+        }
         return {"x": np.full(3, i, np.float32), "image": levels + np.uint8(i), **cond}
 
     write(tmp_path / "train.arrayrecord", [captioned(i) for i in range(6)])
@@ -243,7 +283,12 @@ def test_groups_and_pixels(tmp_path):
     held = data.evaluation(5)
     spec = data.spec()
     for got, n in ((batch, 2), (held, 1), (spec, 2)):
-        assert got["cond"]["text"].shape == (n, 4, 2) and got["cond"]["text"].dtype == np.float16
+        assert (
+            got["cond"]["text"].shape == (n, 4, 2)
+            and got["cond"]["text"].dtype == np.float16
+        )
         assert got["image"].shape == (n, 2, 2, 3) and got["image"].dtype == np.float32
     assert np.array_equal(batch["cond"]["text"][:, 0, 0], batch["x"][:, 0])
-    np.testing.assert_allclose(held["image"][0], (levels + 9) / 127.5 - 1, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        held["image"][0], (levels + 9) / 127.5 - 1, rtol=1e-6, atol=1e-6
+    )

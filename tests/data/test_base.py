@@ -39,12 +39,16 @@ class Lines(Records):
 
     def augment(self, example, rng):
         return (
-            {**example, "y": example["y"] + rng.random(dtype=np.float32)} if self.noise else example
+            {**example, "y": example["y"] + rng.random(dtype=np.float32)}
+            if self.noise
+            else example
         )
 
 
 @pytest.mark.parametrize("kind", [Numbers, Lines])
-@pytest.mark.parametrize("size", [10, 12])  # batches that run over an epoch's end, and that do not
+@pytest.mark.parametrize(
+    "size", [10, 12]
+)  # batches that run over an epoch's end, and that do not
 def test_stream(kind, size, check_stream, check_epochs):
     data = kind(size=size)
     check_stream(data)
@@ -59,7 +63,9 @@ def test_order_of_files_is_kept_on_demand(check_epochs):
 @pytest.mark.parametrize("kind", [Numbers, Lines])
 def test_seed_changes_the_order(kind):
     size = 1000  # equal first batches of 4 by chance: 1 in 10^12
-    first = [next(kind(size=size, seed=seed).loader())["x"].tolist() for seed in (0, 1)]
+    first = [
+        next(kind(size=size, seed=seed).loader())["x"].tolist() for seed in (0, 1)
+    ]
     assert first[0] != first[1]
 
 
@@ -81,12 +87,16 @@ def test_augmentation_depends_on_seed_and_position_alone(check_stream):
 def test_spec_is_that_of_a_global_batch(kind):
     data = kind()
     batch = next(data.loader())
-    assert data.spec() == {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+    assert data.spec() == {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()
+    }
 
 
 def test_evaluation_is_a_fixed_choice_from_the_whole_set():
     some = Numbers().evaluation(20)["x"]
-    assert len(set(some.tolist())) == 20 and some.max() >= 50  # all of the first half: 1 in 10^9
+    assert (
+        len(set(some.tolist())) == 20 and some.max() >= 50
+    )  # all of the first half: 1 in 10^9
     assert (some == Numbers(seed=5).evaluation(20)["x"]).all()
     assert Numbers().evaluation(1000)["x"].tolist() == list(range(100))
     assert len(set(Lines().evaluation(7)["x"].tolist())) == 7
@@ -109,7 +119,10 @@ def test_joined_and_subset():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Numbers(batch_size=0), "data.batch_size=0: expected an integer of at least 1"),
+        (
+            lambda: Numbers(batch_size=0),
+            "data.batch_size=0: expected an integer of at least 1",
+        ),
         (lambda: Numbers(seed=-1), "data.seed=-1"),
         (
             lambda: Numbers(batch_size=6).loader((0, 4)),
@@ -120,7 +133,10 @@ def test_joined_and_subset():
             "data.batch_size=6: expected a multiple of the 4 processes",
         ),
         (lambda: Numbers().existing(), "data.path is empty: Numbers reads files"),
-        (lambda: Numbers(path="/nowhere").existing(), "data.path=/nowhere: no such file or folder"),
+        (
+            lambda: Numbers(path="/nowhere").existing(),
+            "data.path=/nowhere: no such file or folder",
+        ),
         (lambda: held_out(10, 1.0, "test"), "data.heldout=1.0"),
         (lambda: next(Numbers(size=0).loader()), "Numbers has no train samples"),
         (lambda: Lines(size=0).loader(), "Lines has no train samples"),

@@ -24,7 +24,12 @@ from PIL import Image
 
 from jaxdistill.core.types import Refused
 from jaxdistill.data import arrayrecord, ner
-from jaxdistill.data.arrayrecord import ArrayRecords, GroupedRecords, LoadedRecords, WeightedRecords
+from jaxdistill.data.arrayrecord import (
+    ArrayRecords,
+    GroupedRecords,
+    LoadedRecords,
+    WeightedRecords,
+)
 from jaxdistill.data.base import Dataset
 from jaxdistill.data.domains import Folders
 from jaxdistill.data.idx import IDX
@@ -49,7 +54,11 @@ def image(kind: str, i: int = 0) -> bytes:
     picture = Image.fromarray(pixels, "RGBA").convert(
         "RGBA" if kind in ("PNG", "WEBP", "TIFF") else "RGB"
     )
-    picture.save(out, kind, **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}))
+    picture.save(
+        out,
+        kind,
+        **({"exif": exif} if kind in ("PNG", "JPEG", "TIFF", "WEBP") else {}),
+    )
     return out.getvalue()
 
 
@@ -77,9 +86,12 @@ def folder_of_images(folder: Path) -> Made:
 def parquet(folder: Path) -> Made:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     for split in ("train", "test"):
-        rows = pa.array([{"bytes": image("PNG", i), "path": None} for i in range(4)], kind)
+        rows = pa.array(
+            [{"bytes": image("PNG", i), "path": None} for i in range(4)], kind
+        )
         pq.write_table(
-            pa.table({"img": rows, "label": [0, 1, 0, 1]}), folder / f"{split}-0.parquet"
+            pa.table({"img": rows, "label": [0, 1, 0, 1]}),
+            folder / f"{split}-0.parquet",
         )
     return sorted(folder.iterdir()), lambda seed: ParquetImages(
         path=str(folder), size=8, seed=seed, batch_size=4
@@ -129,11 +141,19 @@ def store(folder: Path) -> Made:
 
 
 def idx(folder: Path) -> Made:
-    header = lambda *shape: bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+    header = lambda *shape: (
+        bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+    )
     for name in ("train", "t10k"):
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header(6, 3, 3) + bytes(range(54)))
-        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header(6) + bytes([0, 1, 2, 0, 1, 2]))
-    return sorted(folder.iterdir()), lambda seed: IDX(path=str(folder), seed=seed, **SIZES)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(
+            header(6, 3, 3) + bytes(range(54))
+        )
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(
+            header(6) + bytes([0, 1, 2, 0, 1, 2])
+        )
+    return sorted(folder.iterdir()), lambda seed: IDX(
+        path=str(folder), seed=seed, **SIZES
+    )
 
 
 def zipped(folder: Path) -> Made:
@@ -141,7 +161,9 @@ def zipped(folder: Path) -> Made:
 
     files, data = idx(folder)
     for file in files:
-        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+        file.with_name(f"{file.name}.gz").write_bytes(
+            gzip.compress(file.read_bytes(), mtime=0)
+        )
         file.unlink()
     return sorted(folder.iterdir()), data
 
@@ -153,7 +175,9 @@ def text(folder: Path) -> Made:
     )
 
 
-def samples(name: str, rows: list[dict], make: Callable[..., Dataset]) -> Callable[[Path], Made]:
+def samples(
+    name: str, rows: list[dict], make: Callable[..., Dataset]
+) -> Callable[[Path], Made]:
     """JSON lines in train.jsonl, a JSON list in test.json."""
 
     def made(folder: Path) -> Made:
@@ -161,14 +185,18 @@ def samples(name: str, rows: list[dict], make: Callable[..., Dataset]) -> Callab
             "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         )
         (folder / "test.json").write_text(json.dumps(rows))
-        return sorted(folder.iterdir()), lambda seed: make(path=str(folder), seed=seed, **SIZES)
+        return sorted(folder.iterdir()), lambda seed: make(
+            path=str(folder), seed=seed, **SIZES
+        )
 
     return made
 
 
 def domains(folder: Path) -> Made:
     for name in ("one", "two"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in PAIRS)
+        )
     each = PackedJson(length=24, heldout=0.4)
     return sorted(folder.iterdir()), lambda seed: Folders(
         path=str(folder), each=each, interval=2, seed=seed, **SIZES
@@ -205,7 +233,9 @@ class Tagged(Dataset):
 
 
 def conll(folder: Path) -> Made:
-    (folder / "a.conll").write_text("New\tB-place\nYork\tI-place\nis\tO\n\nit\tO\n" * 4)
+    (folder / "a.conll").write_text(
+        "New\tB-place\nYork\tI-place\nis\tO\n\nit\tO\n" * 4
+    )
     return [folder / "a.conll"], lambda seed: Tagged(
         path=str(folder / "a.conll"), seed=seed, **SIZES
     )
@@ -213,7 +243,9 @@ def conll(folder: Path) -> Made:
 
 PAIRS = [{"prompt": f"p{i}é", "response": f"r{i}\u2028"} for i in range(8)]
 TOLD = [{"input": f"i{i}", "label": f"l{i}", "rationale": f"r{i}"} for i in range(5)]
-NAMED = [{"text": f"a{i} b", "entities": [[f"a{i}", "x"], ["b", "y"]]} for i in range(5)]
+NAMED = [
+    {"text": f"a{i} b", "entities": [[f"a{i}", "x"], ["b", "y"]]} for i in range(5)
+]
 PADDED = dict(prompt_length=16, response_length=16)
 READERS: dict[str, Callable[[Path], Made]] = {
     "images": folder_of_images,
@@ -232,7 +264,9 @@ READERS: dict[str, Callable[[Path], Made]] = {
     "rationales": samples(
         "rationales",
         TOLD,
-        lambda **how: Rationales(prompt_length=20, label_length=8, rationale_length=8, **how),
+        lambda **how: Rationales(
+            prompt_length=20, label_length=8, rationale_length=8, **how
+        ),
     ),
     "conversations": samples(
         "conversations", NAMED, lambda **how: ner.Conversations(length=512, **how)
@@ -258,7 +292,9 @@ def damaged(folder: Path, reader: str, seed: int) -> tuple[str, str | None]:
     rng = np.random.default_rng([seed, *reader.encode()])
     files, data = READERS[reader](folder)
     file = files[int(rng.integers(len(files)))]
-    how = damage.remove(file, rng) if rng.random() < 0.03 else damage.damage(file, rng)
+    how = (
+        damage.remove(file, rng) if rng.random() < 0.03 else damage.damage(file, rng)
+    )
     with damage.quiet(folder):
         return how, damage.outcome(lambda: read(data(seed)), str(folder))
 
@@ -297,7 +333,10 @@ def main(count: int, first: int = 0) -> None:
                     file=sys.stderr,
                 )
     for reader in READERS:
-        print(reader, {kind: found[reader, kind] for kind in ("read", "refused", "failed")})
+        print(
+            reader,
+            {kind: found[reader, kind] for kind in ("read", "refused", "failed")},
+        )
     print(
         {
             kind: sum(n for (_, k), n in found.items() if k == kind)

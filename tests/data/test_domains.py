@@ -32,7 +32,10 @@ def test_a_short_domain_goes_round():
         _, row, taken = mixer.draw(index, taken, [1.0], 5)
         rows += row.tolist()
     assert taken == [25] and set(np.bincount(rows, minlength=10)) == {2, 3}
-    assert sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10)) and rows[:10] != rows[10:20]
+    assert (
+        sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
+        and rows[:10] != rows[10:20]
+    )
 
 
 def test_measurements_are_the_same_held_out_rows():
@@ -47,7 +50,13 @@ def test_measurements_are_the_same_held_out_rows():
         measures=2,
     )
     batches = take(data, 12)
-    assert [bool(b["heldout"].all()) for b in batches] == [True, True, False, False, False] * 2 + [
+    assert [bool(b["heldout"].all()) for b in batches] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ] * 2 + [
         True,
         True,
     ]
@@ -63,7 +72,8 @@ def test_measurements_are_the_same_held_out_rows():
     held = [part[1]["tokens"] for part in data.parts.values()]
     for d, rows in enumerate(held):
         assert (
-            np.concatenate([b["tokens"][b["domain"] == d] for b in batches[:2]]) == rows[:8]
+            np.concatenate([b["tokens"][b["domain"] == d] for b in batches[:2]])
+            == rows[:8]
         ).all()
     assert scored == {row.tobytes() for h in held for row in h[8:]}
 
@@ -78,8 +88,14 @@ def test_steering_changes_what_comes_next_and_nothing_else():
     after.set_state(state)
     batch = next(after)
     assert (batch["domain"] == 1).all() and batch["heldout"].sum() == 0
-    assert after.get_state() == {"index": 4, "taken": [state["taken"][0], state["taken"][1] + 8]}
-    assert steered.evaluation(4)["tokens"].tolist() == TINY.evaluation(4)["tokens"].tolist()
+    assert after.get_state() == {
+        "index": 4,
+        "taken": [state["taken"][0], state["taken"][1] + 8],
+    }
+    assert (
+        steered.evaluation(4)["tokens"].tolist()
+        == TINY.evaluation(4)["tokens"].tolist()
+    )
 
 
 def test_stream(check_stream):
@@ -117,7 +133,10 @@ def test_natural_proportions_of_folders(tmp_path):
             r"data.weights=\(0.5, 0.6\): expected a probability for each of chain0, chain1",
         ),
         (dict(interval=-1), r"data.interval=-1: expected an integer of at least 0"),
-        (dict(interval=2, measures=0), r"data.measures=0: expected an integer of at least 1"),
+        (
+            dict(interval=2, measures=0),
+            r"data.measures=0: expected an integer of at least 1",
+        ),
         (dict(weights=(1.0,)), r"data.weights=\(1.0,\)"),
         (
             dict(interval=3, measures=6),
@@ -134,7 +153,14 @@ def test_refused(fields, message):
         take(
             Chains(
                 **{
-                    **dict(vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8),
+                    **dict(
+                        vocab=4,
+                        length=6,
+                        branches=(2, 3),
+                        size=50,
+                        held_out=20,
+                        batch_size=8,
+                    ),
                     **fields,
                 }
             ),
@@ -154,7 +180,9 @@ def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
         interval=3,
         measures=2,
     ).check()
-    with pytest.raises(Refused, match=r"a domain has only 7 held-out samples, 8 are asked for"):
+    with pytest.raises(
+        Refused, match=r"a domain has only 7 held-out samples, 8 are asked for"
+    ):
         Chains(
             vocab=4,
             length=6,
@@ -166,7 +194,8 @@ def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
             measures=2,
         ).check()
     with pytest.raises(
-        Refused, match=r"the domain 'chain0' has 8 held-out samples, expected 9 or more"
+        Refused,
+        match=r"the domain 'chain0' has 8 held-out samples, expected 9 or more",
     ):
         Chains(
             vocab=4,
@@ -179,7 +208,9 @@ def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
             measures=2,
         ).check()
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}')
-    with pytest.raises(Refused, match=r"the domain 'a.jsonl' has no training samples"):
+    with pytest.raises(
+        Refused, match=r"the domain 'a.jsonl' has no training samples"
+    ):
         Folders(path=str(tmp_path), each=PackedJson(length=9, heldout=0.9)).check()
     with pytest.raises(
         Refused,
@@ -187,7 +218,8 @@ def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
     ):
         TINY.evaluation(1)
     with pytest.raises(
-        Refused, match=r"data.each: Markov, expected a data set that keeps its arrays in memory"
+        Refused,
+        match=r"data.each: Markov, expected a data set that keeps its arrays in memory",
     ):
         Folders(path=str(tmp_path), each=Markov()).check()
 
@@ -195,7 +227,12 @@ def test_check_reads_what_measurements_and_evaluation_need(tmp_path):
 def test_examples_are_every_row_of_every_domain():
     for split, size, heldout in (("train", 50, 0), ("test", 20, 1)):
         rows = TINY.examples(split)
-        assert len(rows) == 2 * size and [row["domain"] for row in rows] == [0] * size + [1] * size
+        assert (
+            len(rows) == 2 * size
+            and [row["domain"] for row in rows] == [0] * size + [1] * size
+        )
         assert all(row["heldout"] == heldout for row in rows)
-        expected = np.concatenate([part[heldout]["tokens"] for part in TINY.parts.values()])
+        expected = np.concatenate(
+            [part[heldout]["tokens"] for part in TINY.parts.values()]
+        )
         np.testing.assert_array_equal([row["tokens"] for row in rows], expected)

@@ -34,12 +34,17 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
         self.server.headers.append(dict(self.headers))
-        status, extra, reply = self.server.script.pop(0) if self.server.script else (200, {}, None)
+        status, extra, reply = (
+            self.server.script.pop(0) if self.server.script else (200, {}, None)
+        )
         text = body["messages"][-1]["content"].upper()
         usage = {"prompt_tokens": len(text), "completion_tokens": 2}
         reply = (
             json.dumps(
-                {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
+                {
+                    "choices": [{"message": {"role": "assistant", "content": text}}],
+                    "usage": usage,
+                }
             )
             if reply is None
             else reply
@@ -95,7 +100,12 @@ def test_request_and_answer(server, endpoint, monkeypatch):
         "completion_tokens": 2,
     }
     assert server.seen == [
-        {"model": "m", "messages": say("hello"), "temperature": 0.0, "max_tokens": 1024}
+        {
+            "model": "m",
+            "messages": say("hello"),
+            "temperature": 0.0,
+            "max_tokens": 1024,
+        }
     ]
     assert "Authorization" not in server.headers[0]
     monkeypatch.setenv("NO_SUCH_KEY", "secret")
@@ -104,14 +114,20 @@ def test_request_and_answer(server, endpoint, monkeypatch):
 
 
 def test_retries_wait_longer_each_time_or_as_told(server, endpoint, waits):
-    server.script = [(500, {}, ""), (429, {"Retry-After": "7"}, ""), (200, {}, "not JSON")]
+    server.script = [
+        (500, {}, ""),
+        (429, {"Retry-After": "7"}, ""),
+        (200, {}, "not JSON"),
+    ]
     assert endpoint.chat(say("a"))["text"] == "A"
     assert waits == [1.0, 7.0, 4.0] and len(server.seen) == 4
 
 
 def test_gives_up(server, endpoint, waits):
     server.script = [(503, {}, "")] * 4
-    with pytest.raises(ConnectionError, match="4 attempts failed, the last with HTTP 503"):
+    with pytest.raises(
+        ConnectionError, match="4 attempts failed, the last with HTTP 503"
+    ):
         endpoint.chat(say("a"))
     assert waits == [1.0, 2.0, 4.0]
 
@@ -125,7 +141,9 @@ def test_what_the_server_refuses_is_not_tried_again(server, endpoint, waits):
 
 def test_an_endpoint_that_is_not_there(waits):
     with pytest.raises(ConnectionError, match="2 attempts failed"):
-        Endpoint(url="http://127.0.0.1:9", model="m", retries=1, sleep=waits.append).chat(say("a"))
+        Endpoint(
+            url="http://127.0.0.1:9", model="m", retries=1, sleep=waits.append
+        ).chat(say("a"))
 
 
 def test_resumes_without_asking_twice(server, endpoint, tmp_path):
@@ -136,11 +154,17 @@ def test_resumes_without_asking_twice(server, endpoint, tmp_path):
     assert len(read(tmp_path / "out.jsonl")) == 5
     with (tmp_path / "out.jsonl").open("a") as file:
         file.write('{"id": "q7", "te')  # killed while writing
-    total = ask_all(endpoint, [*questions, questions[0]], tmp_path / "out.jsonl", workers=4)
+    total = ask_all(
+        endpoint, [*questions, questions[0]], tmp_path / "out.jsonl", workers=4
+    )
     records = read(tmp_path / "out.jsonl")
     assert sorted(r["id"] for r in records) == sorted(name for name, _ in questions)
-    assert {r["id"]: r["text"] for r in records} == {f"q{i}": f"TEXT {i}" for i in range(12)}
-    assert len(server.seen) == 12 + 1  # every question once, and the one that was refused
+    assert {r["id"]: r["text"] for r in records} == {
+        f"q{i}": f"TEXT {i}" for i in range(12)
+    }
+    assert (
+        len(server.seen) == 12 + 1
+    )  # every question once, and the one that was refused
     tokens = sum(len(f"text {i}") for i in range(12))
     assert total == bill(endpoint, tmp_path / "out.jsonl")
     assert total == {
@@ -166,7 +190,12 @@ def test_rate_limit_spaces_requests(server, tmp_path):
         clock=lambda: now[0],
         sleep=sleep,
     )
-    ask_all(limited, [(str(i), say("x")) for i in range(4)], tmp_path / "out.jsonl", workers=1)
+    ask_all(
+        limited,
+        [(str(i), say("x")) for i in range(4)],
+        tmp_path / "out.jsonl",
+        workers=1,
+    )
     assert waits == [2.0, 2.0, 2.0]
 
 
@@ -178,7 +207,10 @@ KEY = 'sk-test-1"2\\3/abcdefghijklmnop'
 
 
 def http(body=b"", status="200 OK", **headers):
-    lines = [f"HTTP/1.1 {status}", *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items())]
+    lines = [
+        f"HTTP/1.1 {status}",
+        *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items()),
+    ]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
@@ -198,7 +230,9 @@ def after(head, then):
 
 
 def reset(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+    )
 
 
 def echo(status, shown=lambda key: key):
@@ -229,21 +263,29 @@ class Faulty:
                 connection, _ = self.listener.accept()
             except OSError:
                 return
-            threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
+            threading.Thread(
+                target=self.answer, args=(connection,), daemon=True
+            ).start()
 
     def answer(self, connection):
         request = b""
         with connection, contextlib.suppress(OSError):
             while b"\r\n\r\n" not in request:
                 request += connection.recv(65536)
-            length = int(request.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            length = int(
+                request.lower()
+                .partition(b"content-length: ")[2]
+                .partition(b"\r\n")[0]
+            )
             while len(request.partition(b"\r\n\r\n")[2]) < length:
                 request += connection.recv(65536)
             self.seen.append(request)
             if isinstance(self.behave, bytes):
                 connection.sendall(self.behave)
             else:
-                self.behave(*(connection, request)[: self.behave.__code__.co_argcount])
+                self.behave(
+                    *(connection, request)[: self.behave.__code__.co_argcount]
+                )
 
 
 @pytest.fixture
@@ -254,8 +296,15 @@ def faulty():
 
 
 def shortly(server, waits, **fields):
-    small = {"timeout": 20.0, "retries": 1, "max_bytes": 20_000, "key_variable": "THE_KEY"}
-    return Endpoint(url=server.url, model="m", sleep=waits.append, **{**small, **fields})
+    small = {
+        "timeout": 20.0,
+        "retries": 1,
+        "max_bytes": 20_000,
+        "key_variable": "THE_KEY",
+    }
+    return Endpoint(
+        url=server.url, model="m", sleep=waits.append, **{**small, **fields}
+    )
 
 
 GZIP = gzip.compress(b" " * 2**24 + OK)
@@ -270,8 +319,16 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
     "no status line": (b"hello\r\n\r\n", ConnectionError, "BadStatusLine"),
     "status without number": (http(OK, "abc"), ConnectionError, "BadStatusLine"),
     "status of six digits": (http(OK, "200000 OK"), ConnectionError, "BadStatusLine"),
-    "binary status line": (b"\x00\xff\x1b[31m\x07\n" * 20, ConnectionError, "BadStatusLine"),
-    "status line without end": (drip(b"H" * 4000, 0), Refused, "max_bytes=20000|LineTooLong"),
+    "binary status line": (
+        b"\x00\xff\x1b[31m\x07\n" * 20,
+        ConnectionError,
+        "BadStatusLine",
+    ),
+    "status line without end": (
+        drip(b"H" * 4000, 0),
+        Refused,
+        "max_bytes=20000|LineTooLong",
+    ),
     "status line that drips": (drip(b"H"), ConnectionError, "timed out|is over"),
     "headers without end": (
         after(b"HTTP/1.1 200 OK\r\n", drip(b"A: b\r\n" * 500, 0)),
@@ -288,7 +345,11 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
         ConnectionError,
         "timed out|is over",
     ),
-    "100 for ever": (drip(b"HTTP/1.1 100 Continue\r\n\r\n"), ConnectionError, "timed out|is over"),
+    "100 for ever": (
+        drip(b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ConnectionError,
+        "timed out|is over",
+    ),
     "body without end": (
         after(http(b'{"'), drip(b"a" * 4000, 0)),
         Refused,
@@ -309,8 +370,16 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
         ConnectionError,
         "timed out|is over",
     ),
-    "body cut off": (http(OK[:20], Content_Length=len(OK)), ConnectionError, "JSONDecodeError"),
-    "negative length": (after(http(Content_Length=-5), drip(b" " * 4000, 0)), Refused, "max_bytes"),
+    "body cut off": (
+        http(OK[:20], Content_Length=len(OK)),
+        ConnectionError,
+        "JSONDecodeError",
+    ),
+    "negative length": (
+        after(http(Content_Length=-5), drip(b" " * 4000, 0)),
+        Refused,
+        "max_bytes",
+    ),
     "chunks of garbage": (
         http(b"zz\r\nhello\r\n", Transfer_Encoding="chunked"),
         ConnectionError,
@@ -322,7 +391,10 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
         "max_bytes|IncompleteRead|ValueError",
     ),
     "chunks without end": (
-        after(http(Transfer_Encoding="chunked"), drip(b"fff\r\n" + b" " * 4095 + b"\r\n", 0)),
+        after(
+            http(Transfer_Encoding="chunked"),
+            drip(b"fff\r\n" + b" " * 4095 + b"\r\n", 0),
+        ),
         Refused,
         "max_bytes",
     ),
@@ -338,13 +410,29 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
     ),
     "nothing": (http(), ConnectionError, "JSONDecodeError"),
     "no content": (http(status="204 No Content"), ConnectionError, "JSONDecodeError"),
-    "not UTF-8": (http(b'{"choices": "\xff\xfe\xff"}'), ConnectionError, "UnicodeDecodeError"),
-    "brackets": (http(b"[" * 19_000), ConnectionError, "RecursionError|JSONDecodeError"),
+    "not UTF-8": (
+        http(b'{"choices": "\xff\xfe\xff"}'),
+        ConnectionError,
+        "UnicodeDecodeError",
+    ),
+    "brackets": (
+        http(b"[" * 19_000),
+        ConnectionError,
+        "RecursionError|JSONDecodeError",
+    ),
     "a list": (http(b"[1, 2]"), ConnectionError, "TypeError"),
     "a number": (http(b"1"), ConnectionError, "TypeError"),
     "no choices": (http(b'{"choices": []}'), ConnectionError, "IndexError"),
-    "choices of another kind": (http(b'{"choices": {"0": 1}}'), ConnectionError, "KeyError"),
-    "no text": (http(b'{"choices": [{"message": {"content": null}}]}'), ConnectionError, "no text"),
+    "choices of another kind": (
+        http(b'{"choices": {"0": 1}}'),
+        ConnectionError,
+        "KeyError",
+    ),
+    "no text": (
+        http(b'{"choices": [{"message": {"content": null}}]}'),
+        ConnectionError,
+        "no text",
+    ),
     "an error that is called 200": (
         http(b'{"error": {"code": 402, "message": "pay\\nfirst"}}'),
         Refused,
@@ -361,7 +449,11 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
         Refused,
         "HTTP 400: so aaa",
     ),
-    "400 that drips": (after(http(b"so", "400 No"), drip(b"a")), Refused, "HTTP 400: soa"),
+    "400 that drips": (
+        after(http(b"so", "400 No"), drip(b"a")),
+        Refused,
+        "HTTP 400: soa",
+    ),
     "300 without a location": (
         http(status="302 Found"),
         Refused,
@@ -381,7 +473,9 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_faulty_server_costs_bounded_time_and_one_line(name, faulty, waits, monkeypatch):
+def test_a_faulty_server_costs_bounded_time_and_one_line(
+    name, faulty, waits, monkeypatch
+):
     monkeypatch.setenv("THE_KEY", KEY)
     faulty.behave, error, says = FAULTS[name]
     slow = "is over" in says or "drips" in name
@@ -389,7 +483,10 @@ def test_a_faulty_server_costs_bounded_time_and_one_line(name, faulty, waits, mo
         shortly(faulty, waits, timeout=0.5 if slow else 20.0).chat(say("a"))
     line = str(caught.value)
     assert line.isprintable() and len(line) <= 410 and line.startswith(faulty.url)
-    assert KEY[:12] not in line and not traceback.format_exception(caught.value, limit=0)[1:]
+    assert (
+        KEY[:12] not in line
+        and not traceback.format_exception(caught.value, limit=0)[1:]
+    )
     assert (
         len(faulty.seen) == (1 if caught.type is Refused else 2)
         and len(waits) == len(faulty.seen) - 1
@@ -404,7 +501,9 @@ def test_the_key_goes_to_no_other_host(status, faulty, waits, monkeypatch):
     faulty.behave = http(
         status=f"{status} There", Location=other.url.replace("127.0.0.1", "localhost")
     )
-    with pytest.raises(Refused, match=f"HTTP {status}: sent on to localhost, not followed"):
+    with pytest.raises(
+        Refused, match=f"HTTP {status}: sent on to localhost, not followed"
+    ):
         shortly(faulty, waits).chat(say("a"))
     assert other.seen == [] and len(faulty.seen) == 1
     other.listener.close()
@@ -460,7 +559,9 @@ def test_white_space_around_the_key_goes(server, endpoint, monkeypatch):
 @pytest.mark.parametrize(
     "key", ["secret\nX-Other: 1", "secret key", "sécret", "secret\x00", "“secret”"]
 )
-def test_a_key_that_is_none_is_refused_without_repeating_it(key, server, endpoint, monkeypatch):
+def test_a_key_that_is_none_is_refused_without_repeating_it(
+    key, server, endpoint, monkeypatch
+):
     with contextlib.suppress(ValueError):  # zeros are no part of an environment
         monkeypatch.setenv("NO_SUCH_KEY", key)
         with pytest.raises(
@@ -474,7 +575,11 @@ def test_a_key_that_is_none_is_refused_without_repeating_it(key, server, endpoin
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("key_variable", "sk-abcdef", "key_variable: expected the name of an environment variable"),
+        (
+            "key_variable",
+            "sk-abcdef",
+            "key_variable: expected the name of an environment variable",
+        ),
         (
             "url",
             "https://me:secret@host/v1",
@@ -489,7 +594,11 @@ def test_a_key_that_is_none_is_refused_without_repeating_it(key, server, endpoin
         ("url", "", "expected http"),
         ("timeout", 0, "timeout=0: expected seconds above 0"),
         ("timeout", float("inf"), "timeout=inf"),
-        ("temperature", float("nan"), "temperature=nan: expected a number of at least 0"),
+        (
+            "temperature",
+            float("nan"),
+            "temperature=nan: expected a number of at least 0",
+        ),
         ("retries", -1, "retries=-1"),
         ("retries", "6", "retries='6': expected a number of at least 0"),
         ("max_tokens", 0, "max_tokens=0: expected a number of at least 1"),
@@ -576,9 +685,13 @@ def test_chunks_and_other_types_of_content_are_read(faulty, waits):
         '{"prompt_tokens": true}',
     ],
 )
-def test_an_answer_whose_counts_are_none_is_kept_and_said(usage, faulty, waits, monkeypatch):
+def test_an_answer_whose_counts_are_none_is_kept_and_said(
+    usage, faulty, waits, monkeypatch
+):
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(
+        logging, "warning", lambda message, *args: lines.append(message % args)
+    )
     faulty.behave = http(
         b'{"choices": [{"message": {"content": "A"}}], "usage": %s}' % usage.encode()
     )
@@ -606,11 +719,17 @@ LINE = '{"id": "a", "text": "A", "prompt_tokens": 1, "completion_tokens": 2}'
         ("", []),
     ],
 )
-def test_a_line_that_was_cut_off_is_asked_again(text, ids, server, endpoint, tmp_path, monkeypatch):
+def test_a_line_that_was_cut_off_is_asked_again(
+    text, ids, server, endpoint, tmp_path, monkeypatch
+):
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(
+        logging, "warning", lambda message, *args: lines.append(message % args)
+    )
     (tmp_path / "out.jsonl").write_text(text)
-    total = ask_all(endpoint, [("a", say("x")), ("b", say("y"))], tmp_path / "out.jsonl")
+    total = ask_all(
+        endpoint, [("a", say("x")), ("b", say("y"))], tmp_path / "out.jsonl"
+    )
     assert sorted(r["id"] for r in read(tmp_path / "out.jsonl")) == ["a", "b"]
     assert len(server.seen) == 2 - len(ids) and total["requests"] == 2
     assert len(lines) == bool(text.strip() and text[-1] not in "\n}") and all(
@@ -627,12 +746,20 @@ def test_a_line_that_was_cut_off_is_asked_again(text, ids, server, endpoint, tmp
         ("[" * 100_000 + "\n", 1),
         ('{"id": "a"}\n', 1),
         ('{"id": 1, "text": "A", "prompt_tokens": 1, "completion_tokens": 2}\n', 1),
-        ('{"id": "a", "text": "A", "prompt_tokens": "1", "completion_tokens": 2}\n', 1),
-        ('{"id": "a", "text": "A", "prompt_tokens": NaN, "completion_tokens": 2}\n', 1),
+        (
+            '{"id": "a", "text": "A", "prompt_tokens": "1", "completion_tokens": 2}\n',
+            1,
+        ),
+        (
+            '{"id": "a", "text": "A", "prompt_tokens": NaN, "completion_tokens": 2}\n',
+            1,
+        ),
         (f"{LINE}\n\xff\xfe\n", 2),
     ],
 )
-def test_a_file_with_another_line_is_refused_and_left_alone(text, line, server, endpoint, tmp_path):
+def test_a_file_with_another_line_is_refused_and_left_alone(
+    text, line, server, endpoint, tmp_path
+):
     file = tmp_path / "out.jsonl"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(
@@ -644,7 +771,9 @@ def test_a_file_with_another_line_is_refused_and_left_alone(text, line, server, 
     assert file.read_bytes() == text.encode("latin-1") and server.seen == []
 
 
-def test_a_file_that_cannot_be_is_refused_before_anything_is_asked(server, endpoint, tmp_path):
+def test_a_file_that_cannot_be_is_refused_before_anything_is_asked(
+    server, endpoint, tmp_path
+):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file/out.jsonl"):
         with pytest.raises(Refused, match=str(path)):
@@ -668,5 +797,12 @@ def test_an_interruption_asks_nothing_more(server, endpoint, tmp_path, monkeypat
     monkeypatch.setattr(concurrent.futures.Future, "result", result)
     slow = dataclasses.replace(endpoint, per_minute=60 / 0.02, sleep=time.sleep)
     with pytest.raises(KeyboardInterrupt):
-        ask_all(slow, [(f"q{i}", say("x")) for i in range(200)], tmp_path / "out.jsonl", workers=1)
-    assert len(server.seen) < 100 and len(read(tmp_path / "out.jsonl")) == len(server.seen)
+        ask_all(
+            slow,
+            [(f"q{i}", say("x")) for i in range(200)],
+            tmp_path / "out.jsonl",
+            workers=1,
+        )
+    assert len(server.seen) < 100 and len(read(tmp_path / "out.jsonl")) == len(
+        server.seen
+    )

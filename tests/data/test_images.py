@@ -42,7 +42,9 @@ def parquet(tmp_path):
     pixels = pictures(16)
     coded = [png(p) for p in pixels]
     shard(tmp_path / "train-00000-of-00002.parquet", coded[:5], [0, 1, 2, 0, 1])
-    shard(tmp_path / "train-00001-of-00002.parquet", coded[5:12], [2, 0, 1, 2, 0, 1, 2])
+    shard(
+        tmp_path / "train-00001-of-00002.parquet", coded[5:12], [2, 0, 1, 2, 0, 1, 2]
+    )
     shard(tmp_path / "test-00000-of-00001.parquet", coded[12:], [0, 1, 2, 0])
     return tmp_path, pixels
 
@@ -69,7 +71,9 @@ def test_decoding_is_exact_where_no_resizing_is_needed():
 
 def test_grey_and_transparent_images_become_rgb():
     grey = pictures(1)[0, ..., 0]
-    np.testing.assert_array_equal(decode(png(grey), 8, ""), unit(grey)[..., None].repeat(3, -1))
+    np.testing.assert_array_equal(
+        decode(png(grey), 8, ""), unit(grey)[..., None].repeat(3, -1)
+    )
     clear = np.concatenate([pictures(1)[0], np.full((8, 8, 1), 255, np.uint8)], -1)
     np.testing.assert_array_equal(decode(png(clear), 8, ""), unit(clear[..., :3]))
 
@@ -101,7 +105,10 @@ def test_pictures_stand_upright(orientation, kind):
     exif[0x0112] = orientation
     how = {"lossless": True} if kind == "WEBP" else {}
     data = saved(
-        Image.fromarray(np.ascontiguousarray(BACK[orientation](wide))), kind, exif=exif, **how
+        Image.fromarray(np.ascontiguousarray(BACK[orientation](wide))),
+        kind,
+        exif=exif,
+        **how,
     )
     np.testing.assert_array_equal(
         np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))), wide
@@ -113,7 +120,8 @@ def test_exif_that_cannot_be_read_says_nothing():
     pixels = pictures(1)[0]
     for exif in (b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0"):
         np.testing.assert_array_equal(
-            decode(saved(Image.fromarray(pixels), "PNG", exif=exif), 8, ""), unit(pixels)
+            decode(saved(Image.fromarray(pixels), "PNG", exif=exif), 8, ""),
+            unit(pixels),
         )
 
 
@@ -122,7 +130,9 @@ def hidden_under(colour: int, kind: str) -> Image.Image:
     seen = np.pad(np.ones((4, 4), bool), 2)
     grey = np.where(seen, 120, colour).astype(np.uint8)
     if kind == "RGBA":
-        return Image.fromarray(np.dstack([grey, grey, grey, np.uint8(seen) * 255]), "RGBA")
+        return Image.fromarray(
+            np.dstack([grey, grey, grey, np.uint8(seen) * 255]), "RGBA"
+        )
     if kind == "LA":
         return Image.fromarray(np.dstack([grey, np.uint8(seen) * 255]), "LA")
     image = Image.fromarray(grey)
@@ -131,16 +141,21 @@ def hidden_under(colour: int, kind: str) -> Image.Image:
         image.putpalette([colour] * 3 + [120] * 3)
     if kind == "RGB":
         image = image.convert("RGB")
-    image.info["transparency"] = {"L": colour, "P": 0, "PA": bytes([0, 255]), "RGB": (colour,) * 3}[
-        kind
-    ]
+    image.info["transparency"] = {
+        "L": colour,
+        "P": 0,
+        "PA": bytes([0, 255]),
+        "RGB": (colour,) * 3,
+    }[kind]
     return image
 
 
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "L", "P", "RGB"])
 @pytest.mark.parametrize("colour", [0, 255, 77])
 def test_what_transparency_hides_is_white(kind, colour):
-    want = np.pad(np.full((4, 4), 120, np.uint8), 2, constant_values=255)[..., None].repeat(3, -1)
+    want = np.pad(np.full((4, 4), 120, np.uint8), 2, constant_values=255)[
+        ..., None
+    ].repeat(3, -1)
     np.testing.assert_array_equal(
         decode(saved(hidden_under(colour, kind), "PNG"), 8, ""), unit(want)
     )
@@ -159,14 +174,25 @@ def sixteen(kind: str) -> bytes:
         return b"P6 2 2 65535\n" + bytes(24)
     if kind == "pgm":
         return b"P5 2 2 1023\n" + bytes(8)
-    colours, words = {"grey": (0, 1), "rgb": (2, 3), "grey alpha": (4, 2), "rgba": (6, 4)}[kind]
+    colours, words = {
+        "grey": (0, 1),
+        "rgb": (2, 3),
+        "grey alpha": (4, 2),
+        "rgba": (6, 4),
+    }[kind]
     chunk = lambda name, data: (
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data))
     )
     header = struct.pack(">IIBBBBB", 8, 8, 16, colours, 0, 0, 0)
     rows = zlib.compress((b"\0" + bytes(16 * words)) * 8)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", rows)
+        + chunk(b"IEND", b"")
     )
 
 
@@ -194,24 +220,38 @@ def written(pixels: np.ndarray, interlaced: bool, lost: int = 0) -> bytes:
     deflated.
     """
     chunk = lambda name, data: (
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        struct.pack(">I", len(data))
+        + name
+        + data
+        + struct.pack(">I", zlib.crc32(name + data))
     )
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, interlaced)
+    header = struct.pack(
+        ">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, interlaced
+    )
     passes = [
         pixels[top::down, left::across]
         for top, left, down, across in (ADAM7 if interlaced else ((0, 0, 1, 1),))
     ]
-    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part if row.size)
+    rows = b"".join(
+        b"\0" + row.tobytes() for part in passes for row in part if row.size
+    )
     coded = zlib.compress(rows[: len(rows) - lost])
     parts = [chunk(b"IDAT", coded[i : i + 50]) for i in range(0, len(coded), 50)]
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(parts) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + b"".join(parts)
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
 @pytest.mark.parametrize("shape", [(8, 8), (3, 3), (1, 1), (13, 13)])
 def test_png_with_fewer_rows_than_its_header(shape, interlaced):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    np.testing.assert_array_equal(decode(written(pixels, interlaced), shape[0], ""), unit(pixels))
+    np.testing.assert_array_equal(
+        decode(written(pixels, interlaced), shape[0], ""), unit(pixels)
+    )
     for lost in (1, 1 + 3 * shape[1]):
         with pytest.raises(Refused, match=r"a: (truncated|damaged) image"):
             decode(written(pixels, interlaced, lost), 8, "a")
@@ -219,17 +259,24 @@ def test_png_with_fewer_rows_than_its_header(shape, interlaced):
 
 def test_png_of_few_bits_is_whole():
     for mode in ("1", "P", "L", "LA", "RGBA"):
-        assert decode(saved(Image.new(mode, (13, 7)), "PNG"), 7, "").shape == (7, 7, 3)
+        assert decode(saved(Image.new(mode, (13, 7)), "PNG"), 7, "").shape == (
+            7,
+            7,
+            3,
+        )
     few = Image.new("P", (13, 7))
     few.putpalette([0, 0, 0, 255, 255, 255])
     for depth in (1, 2, 4):
         np.testing.assert_array_equal(
-            decode(saved(few, "PNG", bits=depth), 7, ""), np.full((7, 7, 3), -1, np.float32)
+            decode(saved(few, "PNG", bits=depth), 7, ""),
+            np.full((7, 7, 3), -1, np.float32),
         )
 
 
 def test_of_an_animation_the_first_picture():
-    first, second = (Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (40, 200))
+    first, second = (
+        Image.fromarray(np.full((8, 8), level, np.uint8)) for level in (40, 200)
+    )
     for kind in ("GIF", "WEBP", "PNG", "TIFF"):
         how = {"lossless": True} if kind == "WEBP" else {}
         data = saved(first, kind, save_all=True, append_images=[second], **how)
@@ -240,10 +287,13 @@ def test_of_an_animation_the_first_picture():
 
 def test_other_modes():
     ink = Image.fromarray(np.zeros((8, 8, 4), np.uint8), "CMYK")
-    np.testing.assert_array_equal(decode(saved(ink, "TIFF"), 8, ""), np.ones((8, 8, 3), np.float32))
+    np.testing.assert_array_equal(
+        decode(saved(ink, "TIFF"), 8, ""), np.ones((8, 8, 3), np.float32)
+    )
     bits = Image.fromarray(np.indices((8, 8)).sum(0) % 2 == 1)
     np.testing.assert_array_equal(
-        decode(saved(bits, "PNG"), 8, "")[..., 0], np.float32(np.indices((8, 8)).sum(0) % 2 * 2 - 1)
+        decode(saved(bits, "PNG"), 8, "")[..., 0],
+        np.float32(np.indices((8, 8)).sum(0) % 2 * 2 - 1),
     )
 
 
@@ -266,7 +316,8 @@ def test_pictures_without_end_are_refused(tmp_path, monkeypatch):
     }.items():
         make(tmp_path / name)
         with pytest.raises(
-            Refused, match=f"{name}: (not a regular file|101 bytes, expected at most 100)"
+            Refused,
+            match=f"{name}: (not a regular file|101 bytes, expected at most 100)",
         ):
             Files([(tmp_path / name, 0)])[0]
 
@@ -289,7 +340,10 @@ def test_parquet_values(parquet):
         batch["cond"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
         and batch["cond"].dtype == np.int32
     )
-    assert batch["null_cond"].tolist() == [3] * 12 and batch["null_cond"].dtype == np.int32
+    assert (
+        batch["null_cond"].tolist() == [3] * 12
+        and batch["null_cond"].dtype == np.int32
+    )
     test = data.evaluation(100)
     np.testing.assert_array_equal(test["x"], unit(pixels[12:]))
 
@@ -305,7 +359,9 @@ def test_epochs(parquet, check_epochs):
 
 def test_flips_are_drawn_per_pass(parquet):
     path, pixels = parquet
-    data = ParquetImages(path=str(path), size=8, batch_size=12, shuffle=False, flip=True)
+    data = ParquetImages(
+        path=str(path), size=8, batch_size=12, shuffle=False, flip=True
+    )
     loader = data.loader()
     x = unit(pixels[:12])
     flipped = []
@@ -331,7 +387,11 @@ def test_parquet_without_test_files_holds_a_share_out(parquet, check_epochs):
     test = check(data.evaluation(100)["x"])
     loader = data.loader()
     train = set().union(*(check(next(loader)["x"]) for _ in range(3)))
-    assert len(test) == 3 and len(train) == 9 and test | train == check(unit(pixels[:12]))
+    assert (
+        len(test) == 3
+        and len(train) == 9
+        and test | train == check(unit(pixels[:12]))
+    )
 
 
 def test_folder_labels_and_split(folder, check_epochs):
@@ -343,21 +403,35 @@ def test_folder_labels_and_split(folder, check_epochs):
     x = [unit(pictures(20, seed=c)) for c in (0, 1)]
     for name, coded, label in [*train, *test]:
         i = int(name[-7:-4])
-        np.testing.assert_array_equal(data.example((name, coded, label))["x"], x[label][i])
+        np.testing.assert_array_equal(
+            data.example((name, coded, label))["x"], x[label][i]
+        )
     check_epochs(data, len(train))
 
 
-def test_held_out_images_stay_when_others_come_or_the_folder_moves(folder, tmp_path_factory):
-    before = {name for name, *_ in ImageFolder(path=str(folder), heldout=0.25).source("test")}
+def test_held_out_images_stay_when_others_come_or_the_folder_moves(
+    folder, tmp_path_factory
+):
+    before = {
+        name
+        for name, *_ in ImageFolder(path=str(folder), heldout=0.25).source("test")
+    }
     moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "set")
-    there = {name for name, *_ in ImageFolder(path=str(moved), heldout=0.25).source("test")}
+    there = {
+        name for name, *_ in ImageFolder(path=str(moved), heldout=0.25).source("test")
+    }
     assert {name[-11:] for name in there} == {name[-11:] for name in before}
     for i in range(20):
         shutil.copy(folder / "cat" / f"{i:03}.png", folder / "cat" / f"new{i:03}.png")
     after = {
-        name for name, *_ in ImageFolder(path=str(folder), heldout=0.25, seed=1).source("test")
+        name
+        for name, *_ in ImageFolder(path=str(folder), heldout=0.25, seed=1).source(
+            "test"
+        )
     }
-    assert before == {name for name in after if "new" not in name} and len(after) > len(before)
+    assert before == {name for name in after if "new" not in name} and len(
+        after
+    ) > len(before)
 
 
 def test_folder_with_a_test_folder(folder, tmp_path_factory):
@@ -385,7 +459,10 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
             lambda p: shard(p / "train-0.parquet", [png(pictures(1)[0])[:90]], [0]),
             "train-0.parquet row 0: damaged image",
         ),
-        (lambda p: shard(p / "train-0.parquet", [None], [0]), "train-0.parquet row 0: no image"),
+        (
+            lambda p: shard(p / "train-0.parquet", [None], [0]),
+            "train-0.parquet row 0: no image",
+        ),
         (
             lambda p: shard(p / "train-0.parquet", [b""], [-1]),
             "train-0.parquet row 0: label -1, the training set has 0 to 2",
@@ -394,7 +471,10 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
             lambda p: shard(p / "train-0.parquet", [b""], [None]),
             "column 'label' is null with 1 empty rows, expected integers",
         ),
-        (lambda p: shard(p / "train-0.parquet", [b""], ["a"]), "column 'label' is string"),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], ["a"]),
+            "column 'label' is string",
+        ),
         (
             lambda p: shard(p / "train-0.parquet", [b""], [0], image="picture"),
             "no column image or img, found picture, label",
@@ -407,16 +487,25 @@ def test_folder_with_a_test_folder(folder, tmp_path_factory):
             lambda p: shard(p / "train-0.parquet", [b""], [1 << 40]),
             "train-0.parquet row 0: label 1099511627776, expected at most",
         ),
-        (lambda p: shard(p / "train-0.parquet", [b""], [[0]]), "column 'label' is list"),
-        (lambda p: (p / "train-0.parquet").mkdir(), "train-0.parquet: not a regular file"),
+        (
+            lambda p: shard(p / "train-0.parquet", [b""], [[0]]),
+            "column 'label' is list",
+        ),
+        (
+            lambda p: (p / "train-0.parquet").mkdir(),
+            "train-0.parquet: not a regular file",
+        ),
         (
             lambda p: pq.write_table(
-                pa.table({"img": [{"bytes": "a"}], "label": [0]}), p / "train-0.parquet"
+                pa.table({"img": [{"bytes": "a"}], "label": [0]}),
+                p / "train-0.parquet",
             ),
             "expected bytes of the type binary",
         ),
         (
-            lambda p: pq.write_table(pa.table({"img": [b""], "label": [0]}), p / "train-0.parquet"),
+            lambda p: pq.write_table(
+                pa.table({"img": [b""], "label": [0]}), p / "train-0.parquet"
+            ),
             "'img' is binary, expected a struct",
         ),
         (
@@ -435,17 +524,33 @@ def test_parquet_refused(parquet, damage, message):
     path, _ = parquet
     damage(path)
     with pytest.raises(Refused, match=message) as refused:
-        next(ParquetImages(path=str(path), size=8, batch_size=16, shuffle=False).loader())
+        next(
+            ParquetImages(
+                path=str(path), size=8, batch_size=16, shuffle=False
+            ).loader()
+        )
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: (p / "cat" / "000.png").write_bytes(b"junk"), "cat/000.png: damaged image"),
-        (lambda p: [shutil.rmtree(p / n) for n in ("cat", "dog")], "expected one folder per class"),
-        (lambda p: [f.unlink() for f in p.glob("*/*.png")], "no images in its class folders"),
-        (lambda p: (p / "dog").rename(p / "test"), "a test folder, but no train folder"),
+        (
+            lambda p: (p / "cat" / "000.png").write_bytes(b"junk"),
+            "cat/000.png: damaged image",
+        ),
+        (
+            lambda p: [shutil.rmtree(p / n) for n in ("cat", "dog")],
+            "expected one folder per class",
+        ),
+        (
+            lambda p: [f.unlink() for f in p.glob("*/*.png")],
+            "no images in its class folders",
+        ),
+        (
+            lambda p: (p / "dog").rename(p / "test"),
+            "a test folder, but no train folder",
+        ),
         (
             lambda p: Image.new("I;16", (8, 8)).save(p / "cat" / "000.png"),
             "cat/000.png: pixels of mode I;16, expected 8 bits a channel",
@@ -455,7 +560,9 @@ def test_parquet_refused(parquet, damage, message):
 def test_folder_refused(folder, damage, message):
     damage(folder)
     with pytest.raises(Refused, match=message):
-        data = ImageFolder(path=str(folder), size=8, batch_size=20, shuffle=False, heldout=0)
+        data = ImageFolder(
+            path=str(folder), size=8, batch_size=20, shuffle=False, heldout=0
+        )
         next(data.loader())
 
 
@@ -467,7 +574,9 @@ def test_folder_refused(folder, damage, message):
             r"dog: no images of this class, expected .png",
         ),
         (
-            lambda p: [f.rename(f.with_suffix(".heic")) for f in (p / "dog").glob("*.png")],
+            lambda p: [
+                f.rename(f.with_suffix(".heic")) for f in (p / "dog").glob("*.png")
+            ],
             r"dog/\d+.heic: an image of a kind that is not read",
         ),
         (
@@ -508,7 +617,8 @@ def put(file):
 def test_no_image_deeper_in_a_class(folder, name):
     put(folder / "dog" / name)
     with pytest.raises(
-        Refused, match=f"dog/{name}: an image in a folder inside the class folder 'dog'"
+        Refused,
+        match=f"dog/{name}: an image in a folder inside the class folder 'dog'",
     ):
         ImageFolder(path=str(folder), size=8).check()
 
@@ -543,11 +653,17 @@ def split(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("bird/a.png", "bird/a.png: an image beside the train folder, expected it in .*train"),
+        (
+            "bird/a.png",
+            "bird/a.png: an image beside the train folder, expected it in .*train",
+        ),
         ("bird/x/a.jp2", "bird/x/a.jp2: an image beside the train folder"),
         ("a.png", "a.png: an image in no class folder"),
         *(
-            (f"{n}/dog/a.png", f"/{n}: images beside the train folder .* expected the name 'test'")
+            (
+                f"{n}/dog/a.png",
+                f"/{n}: images beside the train folder .* expected the name 'test'",
+            )
             for n in ("Test", "val", "validation")
         ),
     ],
@@ -564,7 +680,10 @@ def test_a_further_split_is_named(split, caplog):
         put(split / name / "dog" / "a.png")
     with caplog.at_level("WARNING", logger="absl"):
         assert len(ImageFolder(path=str(split)).source("test")) == 1
-    assert any("/val: its images are not read" in record.getMessage() for record in caplog.records)
+    assert any(
+        "/val: its images are not read" in record.getMessage()
+        for record in caplog.records
+    )
 
 
 @pytest.mark.parametrize("name", [b"dog/\xe9.png", b"\xe9t\xe9/a.png"])
@@ -587,14 +706,17 @@ def test_what_is_no_image_is_counted(folder, caplog):
         data.check()
     assert len(data.source("train")) + len(data.source("test")) == 40
     (line,) = [
-        record.getMessage() for record in caplog.records if "no images" in record.getMessage()
+        record.getMessage()
+        for record in caplog.records
+        if "no images" in record.getMessage()
     ]
     assert "4 files are no images and are not read" in line
     assert all(f"1 {kind}" in line for kind in (".txt", ".json", ".db", "LICENSE"))
 
 
 @pytest.mark.parametrize(
-    "suffix", [".bmp", ".gif", ".tif", ".TIFF", ".jfif", ".webp", ".ppm", ".avif", ".apng"]
+    "suffix",
+    [".bmp", ".gif", ".tif", ".TIFF", ".jfif", ".webp", ".ppm", ".avif", ".apng"],
 )
 def test_suffixes(tmp_path, suffix):
     kind = {".tif": "TIFF", ".tiff": "TIFF", ".jfif": "JPEG", ".apng": "PNG"}.get(
@@ -606,7 +728,9 @@ def test_suffixes(tmp_path, suffix):
             saved(Image.new("RGB", (8, 8), (250, 250, 250)), kind if i else "PNG")
         )
     batch = next(
-        ImageFolder(path=str(tmp_path), size=8, batch_size=2, heldout=0, shuffle=False).loader()
+        ImageFolder(
+            path=str(tmp_path), size=8, batch_size=2, heldout=0, shuffle=False
+        ).loader()
     )
     assert batch["cond"].tolist() == [0, 1] and (batch["x"] > 0.9).all()
 
@@ -616,7 +740,8 @@ def test_parquet_check_looks_at_every_label(parquet):
     ParquetImages(path=str(path), size=8).check()
     shard(path / "test-00001-of-00001.parquet", [png(pictures(1)[0])] * 3, [0, 1, 3])
     with pytest.raises(
-        Refused, match=r"test-00001-of-00001.parquet row 2: label 3, the training set has 0 to 2"
+        Refused,
+        match=r"test-00001-of-00001.parquet row 2: label 3, the training set has 0 to 2",
     ):
         ParquetImages(path=str(path), size=8, seed=1).check()
 

@@ -52,7 +52,9 @@ def test_a_sound_store(tmp_path):
     )
     assert (
         StoredLogits(
-            path=make(tmp_path / "b", data={"name": "data.text:Text", "tokenizer": "/gone"})
+            path=make(
+                tmp_path / "b", data={"name": "data.text:Text", "tokenizer": "/gone"}
+            )
         ).vocab_size
         == 40
     )
@@ -99,10 +101,14 @@ def test_records_of_another_kind(tmp_path):
     make(tmp_path)
     arrayrecord.write(
         store_file(tmp_path, "train", 0),
-        [{k: v for k, v in row.items() if k != "teacher_log_tail"} for row in rows(2)],
+        [
+            {k: v for k, v in row.items() if k != "teacher_log_tail"}
+            for row in rows(2)
+        ],
     )
     with pytest.raises(
-        Refused, match=r"record \d: (teacher_log_tail is missing|'teacher_log_tail' is)"
+        Refused,
+        match=r"record \d: (teacher_log_tail is missing|'teacher_log_tail' is)",
     ):
         StoredLogits(path=str(tmp_path), batch_size=4).check()
         next(StoredLogits(path=str(tmp_path), batch_size=4).loader())
@@ -112,5 +118,7 @@ def test_records_of_another_kind(tmp_path):
 def test_descriptions_that_are_none(tmp_path, text):
     make(tmp_path)
     (tmp_path / ABOUT).write_text(text)
-    with pytest.raises(Refused, match=r"store.json: (expected a JSON object|not JSON)"):
+    with pytest.raises(
+        Refused, match=r"store.json: (expected a JSON object|not JSON)"
+    ):
         StoredLogits(path=str(tmp_path)).check()

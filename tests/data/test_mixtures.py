@@ -28,7 +28,9 @@ def log_density(data, process, x, t, modes):
     return jax.nn.logsumexp(logs)
 
 
-@pytest.mark.parametrize(("process", "dim"), [(Flow(), 1), *((p, 3) for p in PROCESSES)], ids=str)
+@pytest.mark.parametrize(
+    ("process", "dim"), [(Flow(), 1), *((p, 3) for p in PROCESSES)], ids=str
+)
 def test_score_is_the_gradient_of_the_log_density(x64, process, dim):
     data = Mixture(seed=2, dim=dim, modes=4)
     t = process.time_of_lam(jnp.asarray([3.0, 1.0, 0.0, -2.0]))
@@ -39,16 +41,24 @@ def test_score_is_the_gradient_of_the_log_density(x64, process, dim):
     a, s, da, ds = (c[:, None] for c in process.coefs(t))
 
     def check(cond, modes):
-        slope = jax.vmap(jax.grad(lambda x, t: log_density(data, process, x, t, modes)))
+        slope = jax.vmap(
+            jax.grad(lambda x, t: log_density(data, process, x, t, modes))
+        )
         return data.denoise(process, x, t, cond), slope(x, t)
 
-    cases = [(None, [0, 1, 2, 3]), (jnp.full(4, 4), [0, 1, 2, 3]), (jnp.full(4, 2), [2])]
+    cases = [
+        (None, [0, 1, 2, 3]),
+        (jnp.full(4, 4), [0, 1, 2, 3]),
+        (jnp.full(4, 2), [2]),
+    ]
     for pred, slope in jax.jit(lambda: [check(*case) for case in cases])():
         np.testing.assert_allclose(-pred.eps / s, slope, rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(
             a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12
         )  # Tweedie's x0 with it
-        np.testing.assert_allclose(pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_posterior_mean_by_quadrature(x64):
@@ -58,7 +68,8 @@ def test_posterior_mean_by_quadrature(x64):
     grid = jnp.linspace(-3, 3, 20_001)
     weights, means, stds = (np.asarray(a, np.float64) for a in data.components)
     prior = sum(
-        w / s * np.exp(-((grid - m[0]) ** 2) / (2 * s**2)) for w, m, s in zip(weights, means, stds)
+        w / s * np.exp(-((grid - m[0]) ** 2) / (2 * s**2))
+        for w, m, s in zip(weights, means, stds)
     )
     for t, x in ((0.3, 0.4), (0.7, -0.5), (0.95, 1.0)):
         a, s = process.alpha_sigma(jnp.asarray(t))
@@ -77,7 +88,9 @@ def test_denoiser_is_exact_at_both_ends():
     np.testing.assert_array_equal(clean.eps, 0.0)
     noise = data.denoise(Flow(), x, jnp.ones(5))
     weights, means, _ = data.components
-    np.testing.assert_allclose(noise.x0, jnp.broadcast_to(weights @ means, x.shape), atol=1e-6)
+    np.testing.assert_allclose(
+        noise.x0, jnp.broadcast_to(weights @ means, x.shape), atol=1e-6
+    )
     np.testing.assert_allclose(noise.eps, x, rtol=1e-6)
 
 
@@ -121,8 +134,12 @@ def test_samples_have_the_laws_moments():
     np.testing.assert_allclose(share, weights, atol=5 * np.sqrt(0.25 / n))
     for k in range(6):
         mine = drawn["x"][drawn["cond"] == k]
-        np.testing.assert_allclose(mine.mean(0), means[k], atol=5 * stds[k] / np.sqrt(len(mine)))
-        np.testing.assert_allclose(mine.std(0), stds[k], rtol=5 / np.sqrt(2 * len(mine)))
+        np.testing.assert_allclose(
+            mine.mean(0), means[k], atol=5 * stds[k] / np.sqrt(len(mine))
+        )
+        np.testing.assert_allclose(
+            mine.std(0), stds[k], rtol=5 / np.sqrt(2 * len(mine))
+        )
 
 
 def test_batches_are_fixed_by_index_and_seed_and_split_by_rows():
@@ -130,7 +147,9 @@ def test_batches_are_fixed_by_index_and_seed_and_split_by_rows():
     whole = data.batch(3, slice(0, 8))
     halves = [data.batch(3, rows) for rows in (slice(0, 4), slice(4, 8))]
     for key in whole:
-        np.testing.assert_array_equal(np.concatenate([h[key] for h in halves]), whole[key])
+        np.testing.assert_array_equal(
+            np.concatenate([h[key] for h in halves]), whole[key]
+        )
     assert not np.array_equal(data.batch(4, slice(0, 8))["x"], whole["x"])
     np.testing.assert_array_equal(data.evaluation(5)["x"], data.evaluation(5)["x"])
     assert data.spec()["x"].shape == (8, 2) and data.spec()["cond"].dtype == np.int32
@@ -140,14 +159,19 @@ def test_without_labels_the_points_are_the_same():
     data = Mixture(seed=1, batch_size=8)
     plain = dataclasses.replace(data, labelled=False)
     assert set(plain.spec()) == {"x"}
-    np.testing.assert_array_equal(plain.batch(3, slice(None))["x"], data.batch(3, slice(None))["x"])
+    np.testing.assert_array_equal(
+        plain.batch(3, slice(None))["x"], data.batch(3, slice(None))["x"]
+    )
     np.testing.assert_array_equal(plain.evaluation(9)["x"], data.evaluation(9)["x"])
 
 
 def test_classes_are_sectors_of_modes(x64):
     """The points stay; a class's denoiser is that of its modes alone, with their weights."""
     data = Mixture(seed=2, modes=6, classes=2, batch_size=64)
-    assert data.labels.dtype == np.int32 and np.bincount(data.labels).tolist() == [3, 3]
+    assert data.labels.dtype == np.int32 and np.bincount(data.labels).tolist() == [
+        3,
+        3,
+    ]
     angle = np.arctan2(data.components[1][:, 1], data.components[1][:, 0])
     assert angle[data.labels == 0].max() < angle[data.labels == 1].min()
     plain = dataclasses.replace(data, classes=0)
@@ -159,10 +183,17 @@ def test_classes_are_sectors_of_modes(x64):
     x = jnp.asarray(mine["x"][:4], jnp.float64)
     t = jnp.full(4, 0.5)
     slope = jax.vmap(
-        jax.grad(lambda x, t: log_density(data, Flow(), x, t, np.flatnonzero(data.labels == 1)))
+        jax.grad(
+            lambda x, t: log_density(
+                data, Flow(), x, t, np.flatnonzero(data.labels == 1)
+            )
+        )
     )(x, t)
     np.testing.assert_allclose(
-        -data.denoise(Flow(), x, t, jnp.ones(4, int)).eps / 0.5, slope, rtol=1e-9, atol=1e-9
+        -data.denoise(Flow(), x, t, jnp.ones(4, int)).eps / 0.5,
+        slope,
+        rtol=1e-9,
+        atol=1e-9,
     )
     both = data.denoise(Flow(), x, t, jnp.full(4, 2)).x0
     np.testing.assert_array_equal(both, data.denoise(Flow(), x, t).x0)
@@ -172,7 +203,9 @@ def test_blurred_teacher_is_off_by_that_much_noise(x64):
     """Same samples; on EDM its score at sigma is the exact one at sqrt(sigma^2 + blur^2)."""
     data = Blurred(seed=3, blur=0.1)
     exact = Mixture(seed=3)
-    np.testing.assert_array_equal(data.batch(0, slice(None))["x"], exact.batch(0, slice(None))["x"])
+    np.testing.assert_array_equal(
+        data.batch(0, slice(None))["x"], exact.batch(0, slice(None))["x"]
+    )
     x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 2)))
     t = jnp.asarray([0.01, 0.05, 0.1, 0.3, 1.0, 10.0])
     wider = jnp.sqrt(t**2 + 0.01)

@@ -40,7 +40,10 @@ def test_cleaning():
         ("Ada", " "),
         ("Rome ", "city"),
     ]
-    assert ner.cleaned("Ada saw Rome and Москва.", pairs) == [("Ada", "person"), ("Rome", "city")]
+    assert ner.cleaned("Ada saw Rome and Москва.", pairs) == [
+        ("Ada", "person"),
+        ("Rome", "city"),
+    ]
     rows = ner.labelled(
         {"a": "Ada ran", "b": "Bob ran"},
         [{"id": "a", "text": '[["Ada", "person"]]'}, {"id": "b", "text": "sorry"}],
@@ -65,14 +68,18 @@ def test_negatives_follow_the_frequencies():
     drawn = Counter(ner.absent(["x"], counts, 1, rng)[0] for _ in range(n))
     for kind, p in (("z", 0.6), ("y", 0.2), ("w", 0.2)):
         assert abs(drawn[kind] / n - p) < 4 * np.sqrt(p * (1 - p) / n)
-    uniform = Counter(ner.absent(["x"], counts, 1, rng, "uniform")[0] for _ in range(n))
+    uniform = Counter(
+        ner.absent(["x"], counts, 1, rng, "uniform")[0] for _ in range(n)
+    )
     assert (
         all(abs(uniform[kind] / n - 1 / 3) < 4 * np.sqrt(2 / 9 / n) for kind in "zyw")
         and "x" not in uniform
     )
     assert sorted(ner.absent(["x"], counts, 10, rng)) == ["w", "y", "z"]
     assert (
-        ner.absent(["x"], counts, 5, rng, "none") == ner.absent(list("xyzw"), counts, 5, rng) == []
+        ner.absent(["x"], counts, 5, rng, "none")
+        == ner.absent(list("xyzw"), counts, 5, rng)
+        == []
     )
 
 
@@ -81,7 +88,9 @@ def test_questions_are_shuffled_and_stay_with_their_answers():
     assert plain[0] == ("Text: Ada met Bob in Rome", "I've read this text.")
     orders = set()
     for seed in range(20):
-        turns = ner.conversation("Ada met Bob in Rome", ANSWERS, np.random.default_rng(seed))
+        turns = ner.conversation(
+            "Ada met Bob in Rome", ANSWERS, np.random.default_rng(seed)
+        )
         assert turns[0] == plain[0] and Counter(turns) == Counter(plain)
         orders.add(tuple(turns))
     assert len(orders) == 6
@@ -93,10 +102,13 @@ def test_conversation_round_trip():
     turns = ner.conversation("Ada met Bob in Rome", ANSWERS, np.random.default_rng(0))
     tokens, _ = ner.encode(turns, CODEC)
     text = CODEC.decode(tokens)
-    found = re.findall(r"USER: What describes (\w+) in the text\? ASSISTANT: (\[.*?\])", text)
+    found = re.findall(
+        r"USER: What describes (\w+) in the text\? ASSISTANT: (\[.*?\])", text
+    )
     assert {kind: json.loads(answer) for kind, answer in found} == ANSWERS
     assert text.startswith(
-        ner.SYSTEM + " USER: Text: Ada met Bob in Rome ASSISTANT: I've read this text."
+        ner.SYSTEM
+        + " USER: Text: Ada met Bob in Rome ASSISTANT: I've read this text."
     )
 
 
@@ -124,7 +136,9 @@ def test_targets_are_the_answers_and_their_ends():
         len(CODEC.encode(a)) + 1 for _, a in turns[1:]
     )
     assert CODEC.decode(tokens[mask > 0]) == "".join(a for _, a in turns[1:])
-    assert (tokens[mask > 0] == CODEC.eos).sum() == 3 and (tokens == CODEC.eos).sum() == 4
+    assert (tokens[mask > 0] == CODEC.eos).sum() == 3 and (
+        tokens == CODEC.eos
+    ).sum() == 4
     acknowledged = ner.encode(turns, CODEC, train_ack=True)[1]
     assert acknowledged.sum() - mask.sum() == len("I've read this text.") + 1
 
@@ -159,7 +173,9 @@ def test_answers_of_a_student(text, found):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps({"text": t, "entities": e}) + "\n" for t, e in rows))
+    path.write_text(
+        "".join(json.dumps({"text": t, "entities": e}) + "\n" for t, e in rows)
+    )
     return str(path)
 
 
@@ -172,7 +188,9 @@ ROWS = [
 
 def test_conversations_of_a_file(tmp_path):
     path = write(tmp_path / "a.jsonl", ROWS)
-    data = ner.Conversations(path=path, heldout=0.0, length=600, n_neg=2, batch_size=2)
+    data = ner.Conversations(
+        path=path, heldout=0.0, length=600, n_neg=2, batch_size=2
+    )
     for (text, pairs), turns in zip(ROWS, data.conversations("train")):
         answers = {user: json.loads(assistant) for user, assistant in turns[1:]}
         kinds = {kind for _, kind in pairs}
@@ -184,26 +202,39 @@ def test_conversations_of_a_file(tmp_path):
             f" {kind} " in user for kind in kinds for user in negative
         )
     arrays = data.arrays("train")
-    assert arrays["tokens"].shape == (3, 600) and (arrays["mask"] <= (arrays["segments"] > 0)).all()
+    assert (
+        arrays["tokens"].shape == (3, 600)
+        and (arrays["mask"] <= (arrays["segments"] > 0)).all()
+    )
     none = ner.Conversations(path=path, heldout=0.0, negatives="none")
-    assert not any(answer == "[]" for turns in none.conversations("train") for _, answer in turns)
+    assert not any(
+        answer == "[]" for turns in none.conversations("train") for _, answer in turns
+    )
     assert (
         len(
-            ner.Conversations(path=path, heldout=0.0, length=220, negatives="none").arrays("train")[
-                "tokens"
-            ]
+            ner.Conversations(
+                path=path, heldout=0.0, length=220, negatives="none"
+            ).arrays("train")["tokens"]
         )
         < 3
     )  # cut ones left out
-    with pytest.raises(Refused, match="all 3 conversations are longer than 50 tokens"):
+    with pytest.raises(
+        Refused, match="all 3 conversations are longer than 50 tokens"
+    ):
         ner.Conversations(path=path, heldout=0.0, length=50).arrays("train")
     with pytest.raises(Refused, match="negatives='some'"):
         ner.Conversations(path=path, heldout=0.0, negatives="some").arrays("train")
-    with pytest.raises(Refused, match=r"a\.jsonl:4: expected a list of \[entity, type\]"):
-        ner.Conversations(path=write(tmp_path / "a.jsonl", [*ROWS, ("x", ["y"])])).arrays("train")
+    with pytest.raises(
+        Refused, match=r"a\.jsonl:4: expected a list of \[entity, type\]"
+    ):
+        ner.Conversations(
+            path=write(tmp_path / "a.jsonl", [*ROWS, ("x", ["y"])])
+        ).arrays("train")
 
 
-@pytest.mark.parametrize("found", [None, "x", {"a": [["x", "y"]]}, [["x"]], [["x", 3]], [3]])
+@pytest.mark.parametrize(
+    "found", [None, "x", {"a": [["x", "y"]]}, [["x"]], [["x", 3]], [3]]
+)
 def test_entities_that_are_none(tmp_path, found):
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"text": "a b", "entities": [["a", "b"]]})
@@ -211,7 +242,8 @@ def test_entities_that_are_none(tmp_path, found):
         + json.dumps({"text": "x", "entities": found})
     )
     with pytest.raises(
-        Refused, match=r"a.jsonl:2: expected a list of \[entity, type\] under 'entities'"
+        Refused,
+        match=r"a.jsonl:2: expected a list of \[entity, type\] under 'entities'",
     ):
         ner.Conversations(path=str(tmp_path / "a.jsonl")).check()
 
@@ -224,7 +256,9 @@ def test_conll_of_any_system(tmp_path, end, mark):
     want = [("New York\u2028City is", [("New York\u2028City", "place")]), ("it", [])]
     assert ner.conll(tmp_path / "a.conll") == want
     (tmp_path / "b.conll").write_text(text + "x\tC-place\n")
-    with pytest.raises(Refused, match=r"b.conll:6: tag 'C-place', expected O, B-type or I-type"):
+    with pytest.raises(
+        Refused, match=r"b.conll:6: tag 'C-place', expected O, B-type or I-type"
+    ):
         ner.conll(tmp_path / "b.conll")
 
 

@@ -72,7 +72,9 @@ def test_the_end_is_passed_on():
     batches.close()
 
 
-@pytest.mark.parametrize("error", [Refused("file: bad line"), KeyError("x"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [Refused("file: bad line"), KeyError("x"), MemoryError()]
+)
 @pytest.mark.parametrize("where", ["loader", "put"])
 def test_exceptions_keep_their_type_and_their_turn(error, where):
     def put(x):
@@ -91,7 +93,11 @@ def test_exceptions_keep_their_type_and_their_turn(error, where):
 
 
 def running() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name == "device-prefetch"]
+    return [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name == "device-prefetch"
+    ]
 
 
 def test_leaving_early_ends_the_thread():
@@ -106,7 +112,10 @@ def test_leaving_early_ends_the_thread():
 
 
 def test_an_exception_in_the_consumer_ends_the_thread():
-    with pytest.raises(KeyboardInterrupt), DevicePrefetch(Counting(), lambda x: x) as batches:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        DevicePrefetch(Counting(), lambda x: x) as batches,
+    ):
         next(batches)
         raise KeyboardInterrupt
     assert not running()

@@ -42,7 +42,11 @@ def test_prompt_ends_where_the_teacher_begins():
             "R. So the answer is (b) dog.\n\nQ: What? So the answer is (c) cat.",
             Parsed("R.", "dog", True),
         ),
-        (parse_choice, "R. So the answer is (b) St. Louis", Parsed("R.", "St. Louis", True)),
+        (
+            parse_choice,
+            "R. So the answer is (b) St. Louis",
+            Parsed("R.", "St. Louis", True),
+        ),
         (parse_choice, "R. The answer is (b) dog.", UNPARSED),
         (parse_choice, "R. So the answer is dog.", UNPARSED),
         (
@@ -56,7 +60,11 @@ def test_prompt_ends_where_the_teacher_begins():
             Parsed("R.", "((1 + 2) * (3))", True),
         ),
         (parse_equation, "R. The answer is 42.", UNPARSED),
-        (parse_equation, "R. The answer is ) 1 (\n(2) (3) .", Parsed("R.", "(2) (3)", True)),
+        (
+            parse_equation,
+            "R. The answer is ) 1 (\n(2) (3) .",
+            Parsed("R.", "(2) (3)", True),
+        ),
         (parse_equation, "Q: The answer is (1).", UNPARSED),
     ],
 )
@@ -112,7 +120,11 @@ def test_arithmetic_is_that_of_python():
             return rng.choice(["1", "2", "-3", "0.5", "7"])
         parts = f"{equation(depth - 1)} {rng.choice('+-*/')} {equation(depth - 1)}"
         return (
-            f"({parts})" if rng.random() < 0.4 else f"-({parts})" if rng.random() < 0.1 else parts
+            f"({parts})"
+            if rng.random() < 0.4
+            else f"-({parts})"
+            if rng.random() < 0.1
+            else parts
         )
 
     for _ in range(300):
@@ -168,12 +180,19 @@ def test_integers_are_compared_exactly_and_others_nearly():
 
 def write(path, rows):
     path.write_text(
-        "".join(json.dumps(dict(zip(("input", "label", "rationale"), row))) + "\n" for row in rows)
+        "".join(
+            json.dumps(dict(zip(("input", "label", "rationale"), row))) + "\n"
+            for row in rows
+        )
     )
     return str(path)
 
 
-ROWS = [("1+1", "2", "one and one"), ("2+2", "4", "two and two, which is four"), ("3+3", "6", " ")]
+ROWS = [
+    ("1+1", "2", "one and one"),
+    ("2+2", "4", "two and two, which is four"),
+    ("3+3", "6", " "),
+]
 
 
 def test_both_documents_of_a_row_in_one_order(tmp_path):
@@ -197,15 +216,25 @@ def test_both_documents_of_a_row_in_one_order(tmp_path):
             wanted = [*codec.encode(target), codec.eos] if target.strip() else []
             assert tokens[mask].tolist() == wanted
             assert codec.decode(tokens[:16]) == prefix + question
-            assert (arrays[f"{name}segments"][r] > 0).sum() == len(prefix + question) + 1 + len(
-                wanted
-            )  # bos
-    assert arrays["prompt"].shape == (3, 16) and arrays["explain_tokens"].shape == (3, 56)
+            assert (arrays[f"{name}segments"][r] > 0).sum() == len(
+                prefix + question
+            ) + 1 + len(wanted)  # bos
+    assert arrays["prompt"].shape == (3, 16) and arrays["explain_tokens"].shape == (
+        3,
+        56,
+    )
 
 
 def test_prompts_that_are_too_long_are_left_out(tmp_path):
     path = write(tmp_path / "a.jsonl", [*ROWS, ("1" * 30, "x", "y")])
-    assert len(Rationales(path=path, heldout=0.0, prompt_length=16).arrays("train")["tokens"]) == 3
+    assert (
+        len(
+            Rationales(path=path, heldout=0.0, prompt_length=16).arrays("train")[
+                "tokens"
+            ]
+        )
+        == 3
+    )
     with pytest.raises(Refused, match="all 4 prompts are longer than 4 tokens"):
         Rationales(path=path, heldout=0.0, prompt_length=4).arrays("train")
     with pytest.raises(Refused, match="did you mean 'rationale'"):
@@ -226,12 +255,22 @@ def test_sums(joined, check_stream):
     ):
         partial = digits.cumsum()[1:] % 10
         assert explain.tolist() == [11, *digits, 12, *partial, 13]
-        assert tokens.tolist() == [10, *digits, 12, *(partial if joined else ()), partial[-1], 13]
-    assert arrays["mask"].sum(1).tolist() == [5.0 if joined else 2.0] * 300  # one token and the end
+        assert tokens.tolist() == [
+            10,
+            *digits,
+            12,
+            *(partial if joined else ()),
+            partial[-1],
+            13,
+        ]
+    assert (
+        arrays["mask"].sum(1).tolist() == [5.0 if joined else 2.0] * 300
+    )  # one token and the end
     wrong = Sums(size=9000, wrong=0.03).arrays("train")
     share = np.mean(
         (
-            wrong["explain_tokens"] != Sums(size=9000, wrong=0.0).arrays("train")["explain_tokens"]
+            wrong["explain_tokens"]
+            != Sums(size=9000, wrong=0.0).arrays("train")["explain_tokens"]
         ).any(1)
     )
     assert abs(share - 0.03) < 5 * np.sqrt(0.03 * 0.97 / 9000)
@@ -258,7 +297,10 @@ def test_svamp(shared_data):
 def test_gsm8k_answers_split_at_their_marker(shared_data, tmp_path):
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:50]
     rows = [
-        (json.loads(line)["question"], *reversed(json.loads(line)["answer"].split("\n#### ")))
+        (
+            json.loads(line)["question"],
+            *reversed(json.loads(line)["answer"].split("\n#### ")),
+        )
         for line in lines
     ]
     data = Rationales(
@@ -275,7 +317,9 @@ def test_gsm8k_answers_split_at_their_marker(shared_data, tmp_path):
     )
 
 
-def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check_stream):
+def test_svamp_problems_fit_and_their_own_equations_are_right(
+    shared_data, check_stream
+):
     """Nothing is left out; answers count by their value, whichever way they are written, and
     problems by what is asked.
     """
@@ -283,7 +327,11 @@ def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check
         SVAMP(path=str(shared_data / "svamp"), labels=labels, batch_size=16)
         for labels in ("gt", "llm")
     )
-    assert len(gold.arrays("train")["tokens"]) == len(told.arrays("train")["tokens"]) == 787
+    assert (
+        len(gold.arrays("train")["tokens"])
+        == len(told.arrays("train")["tokens"])
+        == 787
+    )
     held = gold.evaluation(1000)
     assert (
         held["tokens"].shape == (198, 344 + 32)
@@ -294,11 +342,17 @@ def test_svamp_problems_fit_and_their_own_equations_are_right(shared_data, check
     other[:, 344:] = np.roll(other[:, 344:], 1, 0)
     right = gold.correct(other)
     rows = {row[0]: row[1] for row in gold.records("test")}
-    problems = [gold.codec.decode(row[:344]).removeprefix("predict: ") for row in held["tokens"]]
+    problems = [
+        gold.codec.decode(row[:344]).removeprefix("predict: ")
+        for row in held["tokens"]
+    ]
     values = [arithmetic(rows[problem]) for problem in problems]
     assert (
         right.tolist()
-        == [abs(a - b) <= 1e-6 * max(1, abs(b)) for a, b in zip(np.roll(values, 1), values)]
+        == [
+            abs(a - b) <= 1e-6 * max(1, abs(b))
+            for a, b in zip(np.roll(values, 1), values)
+        ]
         and right.mean() < 0.2
     )
     junk = held["tokens"].copy()
@@ -326,26 +380,40 @@ def test_answers_are_judged_whatever_pads(tmp_path, folder, pad):
     tokenizer = folder(bos=True, eos_token="</s>", pad_token=pad)
     problems = {"bbb and b": "(1 + 2)", "b and bb": "(2 + 3)", "and": "(3 + 4)"}
     rows = [{"input": problem, "label": label} for problem, label in problems.items()]
-    path = released(tmp_path, rows, [f"Sum. The answer is {label}." for label in problems.values()])
+    path = released(
+        tmp_path,
+        rows,
+        [f"Sum. The answer is {label}." for label in problems.values()],
+    )
     sizes = dict(prompt_length=40, label_length=12, rationale_length=16)
-    data = SVAMP(path=path, tokenizer=str(tokenizer), batch_size=2, predict_prefix="", **sizes)
+    data = SVAMP(
+        path=path, tokenizer=str(tokenizer), batch_size=2, predict_prefix="", **sizes
+    )
     rows = data.arrays("test")
     assert data.correct(rows["tokens"]).all()
-    assert not data.correct(np.concatenate([rows["tokens"][:, :40], rows["tokens"][::-1, 40:]], 1))[
-        [0, 2]
-    ].any()
+    assert not data.correct(
+        np.concatenate([rows["tokens"][:, :40], rows["tokens"][::-1, 40:]], 1)
+    )[[0, 2]].any()
 
 
 @pytest.mark.parametrize(
     ("rows", "texts", "message"),
     [
-        ([{"input": "a"}], ["x"], r"svamp_train.json item 0: key='label': expected input"),
+        (
+            [{"input": "a"}],
+            ["x"],
+            r"svamp_train.json item 0: key='label': expected input",
+        ),
         (
             [{"input": "a", "label": 3}],
             ["x"],
             r"svamp_train.json item 0: expected text under 'label', found '3'",
         ),
-        (["a"], ["x"], r"svamp_train.json item 0: expected a JSON object with 'input'"),
+        (
+            ["a"],
+            ["x"],
+            r"svamp_train.json item 0: expected a JSON object with 'input'",
+        ),
         (
             [{"input": "a", "label": "b"}],
             [3],

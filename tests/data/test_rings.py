@@ -32,7 +32,9 @@ def log_density(data, process, x, t, modes):
     return jax.nn.logsumexp(jnp.log(weights)[:, None] + logs)
 
 
-@pytest.mark.parametrize("process", [Flow(), VP(), EDM()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [Flow(), VP(), EDM()], ids=lambda p: type(p).__name__
+)
 def test_score_is_the_gradient_of_the_blurred_log_density(x64, process):
     data = Rings(seed=2, modes=4)
     every = [0, 1, 2, 3]
@@ -42,14 +44,24 @@ def test_score_is_the_gradient_of_the_blurred_log_density(x64, process):
         * process.alpha_sigma(t)[1][:, None]
     )
     a, s, da, ds = (c[:, None] for c in process.coefs(t))
-    for cond, modes in [(None, every), (jnp.full(4, 4), every), (jnp.full(4, 2), [2])]:
+    for cond, modes in [
+        (None, every),
+        (jnp.full(4, 4), every),
+        (jnp.full(4, 2), [2]),
+    ]:
         pred = data.denoise(process, x, t, cond)
         slope = jax.vmap(
-            jax.grad(lambda x, t, modes=modes: log_density(data, process, x, t, modes))
+            jax.grad(
+                lambda x, t, modes=modes: log_density(data, process, x, t, modes)
+            )
         )(x, t)
         np.testing.assert_allclose(-pred.eps / s, slope, rtol=1e-7, atol=1e-8)
-        np.testing.assert_allclose(a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12)
-        np.testing.assert_allclose(pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12
+        )
+        np.testing.assert_allclose(
+            pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_samples_lie_on_their_rings():
@@ -65,7 +77,9 @@ def test_samples_lie_on_their_rings():
     offset = (drawn["x"] - means[mode]) / radii[mode, None]
     r = np.linalg.norm(offset, axis=1)
     # E r^2 = 1 + 2 b^2; the spread of r is b to first order
-    np.testing.assert_allclose(np.mean(r**2), 1 + 2 * 0.08**2, atol=5 * 2 * 0.08 / np.sqrt(n))
+    np.testing.assert_allclose(
+        np.mean(r**2), 1 + 2 * 0.08**2, atol=5 * 2 * 0.08 / np.sqrt(n)
+    )
     np.testing.assert_allclose(r.std(), 0.08, rtol=0.05)
     np.testing.assert_allclose(offset.mean(0), 0, atol=5 * np.sqrt(0.5 / n))
 
@@ -76,7 +90,9 @@ def test_the_denoiser_is_finite_at_a_rings_centre():
     t = jnp.full(8, 0.3)
     run = lambda x: data.denoise(Flow(), x, t, jnp.arange(8)).x0
     np.testing.assert_allclose(run(0.7 * means), means, atol=1e-5)
-    assert jnp.isfinite(jax.jvp(run, (0.7 * means,), (jnp.ones_like(means),))[1]).all()
+    assert jnp.isfinite(
+        jax.jvp(run, (0.7 * means,), (jnp.ones_like(means),))[1]
+    ).all()
 
 
 def test_other_dimensions_are_refused():

@@ -30,7 +30,10 @@ TEXT = {
     "patterns": (Patterns(size=50), 12),
     "chains": (Chains(vocab=7, length=8, branches=(2, 3), size=30, held_out=10), 7),
     "blocks": (Blocks(vocab=5, length=8, branch=2), 5),
-    "synthetic": (Synthetic(arrays={"tokens": "integers 90 12", "mask": "constant 1 12"}), 90),
+    "synthetic": (
+        Synthetic(arrays={"tokens": "integers 90 12", "mask": "constant 1 12"}),
+        90,
+    ),
 }
 LABELLED = {
     "modes": (Mixture(modes=5), 5),
@@ -54,7 +57,11 @@ def test_ids_are_below_the_size(name):
 def test_labels_are_below_the_count(name):
     data, count = LABELLED[name]
     batch = data.batch(0, slice(None))
-    assert data.label_count == count and batch["cond"].min() >= 0 and batch["cond"].max() < count
+    assert (
+        data.label_count == count
+        and batch["cond"].min() >= 0
+        and batch["cond"].max() < count
+    )
     assert data.vocab_size is None and (
         "null_cond" not in batch or set(batch["null_cond"]) == {count}
     )
@@ -64,12 +71,19 @@ def test_labels_are_below_the_count(name):
 def test_where_there_are_none():
     assert Mixture(labelled=False, classes=2).label_count is None
     assert Shapes().label_count is None and Shapes().vocab_size is None
-    assert Synthetic(arrays={"tokens": "constant 1 12", "cond": "constant 3"}).vocab_size is None
+    assert (
+        Synthetic(arrays={"tokens": "constant 1 12", "cond": "constant 3"}).vocab_size
+        is None
+    )
 
 
 def test_a_teacher_that_reads_other_tokens():
     data = Blocks(vocab=5, length=8, branch=2)
-    assert data.batch(0, slice(None))["teacher_tokens"].max() < data.teacher_vocab_size == 25
+    assert (
+        data.batch(0, slice(None))["teacher_tokens"].max()
+        < data.teacher_vocab_size
+        == 25
+    )
     assert Markov(vocab=6).teacher_vocab_size == 6
 
 
@@ -86,12 +100,19 @@ def test_files(tmp_path):
 def test_a_split_without_samples_is_refused_at_the_start(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(
-        "".join(json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) + "\n" for i in range(9))
+        "".join(
+            json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) + "\n"
+            for i in range(9)
+        )
     )
     data = PackedJson(path=str(file), length=32)
-    assert len(data.samples("train")) == 9 and np.isfinite(data.spec()["tokens"].shape).all()
+    assert (
+        len(data.samples("train")) == 9
+        and np.isfinite(data.spec()["tokens"].shape).all()
+    )
     with pytest.raises(
-        Refused, match=r"a.jsonl: PackedJson has no test samples; data.heldout=0.05 is the share"
+        Refused,
+        match=r"a.jsonl: PackedJson has no test samples; data.heldout=0.05 is the share",
     ):
         data.check()
     data.check(test=False)
@@ -101,8 +122,16 @@ def test_a_split_without_samples_is_refused_at_the_start(tmp_path):
     ("kind", "fields", "message"),
     [
         (ImageFolder, dict(size=0), "data.size=0: expected an integer of at least 1"),
-        (ParquetImages, dict(threads=-1), "data.threads=-1: expected an integer of at least 1"),
-        (PackedJson, dict(length=1), "data.length=1: expected an integer of at least 2"),
+        (
+            ParquetImages,
+            dict(threads=-1),
+            "data.threads=-1: expected an integer of at least 1",
+        ),
+        (
+            PackedJson,
+            dict(length=1),
+            "data.length=1: expected an integer of at least 2",
+        ),
         (
             PaddedJson,
             dict(response_length=-3),

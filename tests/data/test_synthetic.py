@@ -26,7 +26,9 @@ def make(**kw):
 def test_shapes_dtypes_and_ranges():
     batch = make().batch(0, slice(None))
     assert batch["x"].shape == (6, 4, 4, 2) and batch["x"].dtype == np.float32
-    assert batch["cond"]["text"].shape == (6, 7, 3) and batch["cond"]["label"].shape == (6,)
+    assert batch["cond"]["text"].shape == (6, 7, 3) and batch["cond"][
+        "label"
+    ].shape == (6,)
     assert (
         batch["tokens"].shape == (6, 8)
         and batch["tokens"].min() >= 0
@@ -38,12 +40,15 @@ def test_shapes_dtypes_and_ranges():
         and batch["mask"].shape == (6, 8)
     )
     spec = make().spec()
-    assert spec["cond"]["text"].shape == (6, 7, 3) and spec["tokens"].dtype == np.int32
+    assert (
+        spec["cond"]["text"].shape == (6, 7, 3) and spec["tokens"].dtype == np.int32
+    )
 
 
 def test_same_seed_same_batches_and_no_batch_twice():
     same = lambda a, b: all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
     assert same(make().batch(3, slice(None)), make().batch(3, slice(None)))
     assert not same(make().batch(3, slice(None)), make().batch(4, slice(None)))

@@ -15,14 +15,19 @@ def lines(n: int, seed: int = 0) -> list[dict]:
     """Prompts and responses of random letters; their first characters number them."""
     rng = np.random.default_rng(seed)
     word = lambda: "".join(map(chr, rng.integers(97, 123, rng.integers(1, 12))))
-    return [{"prompt": f"{i:02}{word()}", "response": word(), "other": i} for i in range(n)]
+    return [
+        {"prompt": f"{i:02}{word()}", "response": word(), "other": i}
+        for i in range(n)
+    ]
 
 
 @pytest.fixture
 def letters(tmp_path):
     """A text file of 1,000 random letters."""
     file = tmp_path / "letters.txt"
-    file.write_bytes(bytes(np.random.default_rng(0).integers(97, 123, 1000, np.uint8)))
+    file.write_bytes(
+        bytes(np.random.default_rng(0).integers(97, 123, 1000, np.uint8))
+    )
     return file
 
 
@@ -42,9 +47,13 @@ def documents(batch: dict) -> list[tuple[str, str]]:
             tokens = batch["tokens"][r][here]
             mask = batch["mask"][r][here]
             assert batch["positions"][r][here].tolist() == list(range(here.sum()))
-            assert tokens[0] == CODEC.bos and tokens[-1] == CODEC.eos and mask[-1] == 1
+            assert (
+                tokens[0] == CODEC.bos and tokens[-1] == CODEC.eos and mask[-1] == 1
+            )
             assert (np.diff(mask) >= 0).all()
-            found.append((CODEC.decode(tokens[mask == 0]), CODEC.decode(tokens[mask == 1])))
+            found.append(
+                (CODEC.decode(tokens[mask == 0]), CODEC.decode(tokens[mask == 1]))
+            )
     return found
 
 
@@ -74,7 +83,11 @@ def test_text_stream(letters, check_stream, check_epochs):
 
 @pytest.mark.parametrize("kind", [PackedJson, PaddedJson])
 def test_json_stream(jsonl, kind, check_stream, check_epochs):
-    sizes = {"length": 40} if kind is PackedJson else {"prompt_length": 20, "response_length": 16}
+    sizes = (
+        {"length": 40}
+        if kind is PackedJson
+        else {"prompt_length": 20, "response_length": 16}
+    )
     data = kind(path=str(jsonl), batch_size=4, **sizes)
     check_stream(data, 2)
     check_epochs(data, len(data.arrays("train")["tokens"]))
@@ -88,17 +101,27 @@ def test_packed_rows_hold_every_document_once_and_whole(jsonl):
     assert sorted(found["train"] + found["test"]) == sorted(want)
     train = data.arrays("train")
     empty = train["segments"] == 0
-    assert (train["tokens"][empty] == CODEC.pad).all() and (train["mask"][empty] == 0).all()
+    assert (train["tokens"][empty] == CODEC.pad).all() and (
+        train["mask"][empty] == 0
+    ).all()
     assert len(train["tokens"]) < 16, "nothing was packed"
 
 
 def test_long_responses_lose_their_end_and_long_prompts_are_left_out(tmp_path):
     file = tmp_path / "a.jsonl"
     items = [("a" * 3, "b" * 30), ("c" * 18, "d"), ("e" * 17, "f"), ("g" * 19, "h")]
-    file.write_text("\n".join(json.dumps({"prompt": p, "response": r}) for p, r in items))
-    packed = PackedJson(path=str(file), length=20, heldout=0, between="").arrays("train")
+    file.write_text(
+        "\n".join(json.dumps({"prompt": p, "response": r}) for p, r in items)
+    )
+    packed = PackedJson(path=str(file), length=20, heldout=0, between="").arrays(
+        "train"
+    )
     rows = sorted(CODEC.decode(row) for row in packed["tokens"])
-    assert rows == ["aaa" + "b" * 16, "c" * 18 + "d", "e" * 17 + "f"]  # bos takes a place
+    assert rows == [
+        "aaa" + "b" * 16,
+        "c" * 18 + "d",
+        "e" * 17 + "f",
+    ]  # bos takes a place
     assert sorted((packed["tokens"] == CODEC.eos).sum(1)) == [
         0,
         0,
@@ -107,14 +130,19 @@ def test_long_responses_lose_their_end_and_long_prompts_are_left_out(tmp_path):
     padded = PaddedJson(
         path=str(file), prompt_length=18, response_length=2, heldout=0, between=""
     ).arrays("train")
-    assert sorted(CODEC.decode(row) for row in padded["tokens"]) == ["aaabb", "e" * 17 + "f"]
+    assert sorted(CODEC.decode(row) for row in padded["tokens"]) == [
+        "aaabb",
+        "e" * 17 + "f",
+    ]
 
 
 def test_padded_rows(jsonl):
-    out = PaddedJson(path=str(jsonl), prompt_length=20, response_length=14, heldout=0.2).arrays(
-        "train"
-    )
-    assert out["tokens"].shape == (16, 34) and out["prompt"].shape == out["prompt_mask"].shape == (
+    out = PaddedJson(
+        path=str(jsonl), prompt_length=20, response_length=14, heldout=0.2
+    ).arrays("train")
+    assert out["tokens"].shape == (16, 34) and out["prompt"].shape == out[
+        "prompt_mask"
+    ].shape == (
         16,
         20,
     )
@@ -123,7 +151,8 @@ def test_padded_rows(jsonl):
     for r in range(16):
         pads = 20 - out["prompt_mask"][r].sum()
         assert (
-            not out["prompt_mask"][r, :pads].any() and (out["prompt"][r, :pads] == CODEC.pad).all()
+            not out["prompt_mask"][r, :pads].any()
+            and (out["prompt"][r, :pads] == CODEC.pad).all()
         )
         assert (
             out["prompt"][r, pads] == CODEC.bos
@@ -144,7 +173,9 @@ def test_json_list_and_folder(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines(3, seed=1))))
     data = PackedJson(path=str(tmp_path), length=60)
     assert data.samples("train") == [(i["prompt"], i["response"]) for i in lines(6)]
-    assert data.samples("test") == [(i["prompt"], i["response"]) for i in lines(3, seed=1)]
+    assert data.samples("test") == [
+        (i["prompt"], i["response"]) for i in lines(3, seed=1)
+    ]
     (tmp_path / "test.jsonl").unlink()
     halves = PackedJson(path=str(tmp_path), length=60, heldout=0.5)
     assert sorted(halves.samples("train") + halves.samples("test")) == sorted(
@@ -167,8 +198,14 @@ def test_json_list_and_folder(tmp_path):
             '{"prompt": "a", "respones": "b"}',
             r"a.jsonl:1: key='response': did you mean 'respones'\?",
         ),
-        ('{"prompt": "a", "response": 3}', r"a.jsonl:1: expected text under 'response', found '3'"),
-        ('[\n{"prompt": "a", "response": "b"},\n{"prompt": }]', r"a.jsonl:3: expected JSON"),
+        (
+            '{"prompt": "a", "response": 3}',
+            r"a.jsonl:1: expected text under 'response', found '3'",
+        ),
+        (
+            '[\n{"prompt": "a", "response": "b"},\n{"prompt": }]',
+            r"a.jsonl:3: expected JSON",
+        ),
         (
             '[{"prompt": "a", "response": "b"}, {"promt": "a"}]',
             r"a.jsonl item 1: key='prompt': did you mean 'promt'\?",
@@ -181,8 +218,14 @@ def test_json_list_and_folder(tmp_path):
             '{"prompt": "a", "response": ' + "[" * 100_000,
             r"a.jsonl:1: JSON that cannot be read \(maximum recursion depth",
         ),
-        ('["a", "b"]', r"a.jsonl item 0: expected a JSON object with 'prompt', found 'a'"),
-        ('{"prompt": "aaaaaaaaaaaa", "response": "b"}', r"all 1 prompts are longer than 9 tokens"),
+        (
+            '["a", "b"]',
+            r"a.jsonl item 0: expected a JSON object with 'prompt', found 'a'",
+        ),
+        (
+            '{"prompt": "aaaaaaaaaaaa", "response": "b"}',
+            r"all 1 prompts are longer than 9 tokens",
+        ),
         ("\n", "PackedJson has no train samples"),
     ],
 )
@@ -193,7 +236,10 @@ def test_json_refused(tmp_path, content, message):
     assert "\n" not in str(refused.value)
 
 
-ROWS = [{"prompt": "p\u2028q", "response": "r\x85s"}, {"prompt": "b", "response": "c"}]
+ROWS = [
+    {"prompt": "p\u2028q", "response": "r\x85s"},
+    {"prompt": "b", "response": "c"},
+]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 
 
@@ -206,9 +252,13 @@ def test_the_same_samples_however_lines_end(tmp_path, kind, end, mark):
     text = (
         LINES
         if kind == "lines"
-        else json.dumps(ROWS, ensure_ascii=False, indent=2 if kind == "indented" else None)
+        else json.dumps(
+            ROWS, ensure_ascii=False, indent=2 if kind == "indented" else None
+        )
     )
-    (tmp_path / "a.jsonl").write_bytes(mark + text.replace("\n", end).encode() + end.encode())
+    (tmp_path / "a.jsonl").write_bytes(
+        mark + text.replace("\n", end).encode() + end.encode()
+    )
     data = PackedJson(path=str(tmp_path / "a.jsonl"), length=32, heldout=0)
     assert data.samples("train") == [(row["prompt"], row["response"]) for row in ROWS]
 
@@ -224,7 +274,10 @@ def test_running_text_has_one_kind_of_line_end(tmp_path, end, mark):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("ab".encode("utf-16"), "a.txt: begins with the mark of UTF-16, expected UTF-8"),
+        (
+            "ab".encode("utf-16"),
+            "a.txt: begins with the mark of UTF-16, expected UTF-8",
+        ),
         (b"\xfe\xff\0a", "a.txt: begins with the mark of UTF-16"),
         ("ab".encode("utf-16-le"), "a.txt: byte 1 is 0, expected text in UTF-8"),
         ("ab".encode("utf-32-be"), "a.txt: byte 0 is 0"),
@@ -249,8 +302,14 @@ def test_text_without_end_is_refused(tmp_path, path):
     ("line", "where"),
     [
         ('{"prompt": "a \\ud83d b", "response": "c"}', r"a.jsonl:2: \\ud83d is half"),
-        ('{"prompt": "a", "response": "c \\uDE00\\ud83d"}', r"a.jsonl:2: \\ude00 is half"),
-        ('{"prompt": "a", "response": "c", "\\udfff": 1}', r"a.jsonl:2: \\udfff is half"),
+        (
+            '{"prompt": "a", "response": "c \\uDE00\\ud83d"}',
+            r"a.jsonl:2: \\ude00 is half",
+        ),
+        (
+            '{"prompt": "a", "response": "c", "\\udfff": 1}',
+            r"a.jsonl:2: \\udfff is half",
+        ),
     ],
 )
 def test_half_a_surrogate_pair_is_refused(tmp_path, line, where):
@@ -270,7 +329,8 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, line, where):
 
 def test_text_refused(tmp_path, letters):
     with pytest.raises(
-        Refused, match=r"data.length=901: expected 2 to 900, the tokens of .* kept for train"
+        Refused,
+        match=r"data.length=901: expected 2 to 900, the tokens of .* kept for train",
     ):
         Text(path=str(letters), length=901).spec()
     with pytest.raises(Refused, match=r"data.length=12: expected 2 to 0"):
@@ -313,7 +373,10 @@ def test_shakespeare(shared_data):
 @pytest.mark.shared_data
 def test_gsm8k(shared_data):
     data = PackedJson(
-        path=str(shared_data / "gsm8k"), prompt_key="question", response_key="answer", length=2048
+        path=str(shared_data / "gsm8k"),
+        prompt_key="question",
+        response_key="answer",
+        length=2048,
     )
     assert (len(data.samples("train")), len(data.samples("test"))) == (7473, 1319)
     test = data.arrays("test")
@@ -323,7 +386,9 @@ def test_gsm8k(shared_data):
 
 
 @pytest.mark.shared_data
-@pytest.mark.parametrize(("name", "size"), [("svamp_train.json", 800), ("svamp_test.json", 200)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("svamp_train.json", 800), ("svamp_test.json", 200)]
+)
 def test_svamp(shared_data, name, size):
     data = PaddedJson(
         path=str(shared_data / "svamp" / name),

@@ -11,17 +11,24 @@ def test_bytes_round_trip(text):
     tokens = codec.encode(text)
     assert tokens.dtype == np.int32 and tokens.tolist() == list(text.encode())
     assert codec.decode(tokens) == text
-    assert codec.decode([codec.bos, *tokens, codec.eos, codec.pad, codec.pad, -1, 10**6]) == text
+    assert (
+        codec.decode([codec.bos, *tokens, codec.eos, codec.pad, codec.pad, -1, 10**6])
+        == text
+    )
 
 
 def test_bytes_decode_anything():
     codec = ByteTokenizer()
     for seed in range(20):
-        assert isinstance(codec.decode(np.random.default_rng(seed).integers(-5, 300, 50)), str)
+        assert isinstance(
+            codec.decode(np.random.default_rng(seed).integers(-5, 300, 50)), str
+        )
     assert codec.decode("é".encode()[:1]) == "�"
-    assert len({codec.pad, codec.bos, codec.eos}) == 3 and {codec.pad, codec.bos, codec.eos} == set(
-        range(256, codec.vocab)
-    )
+    assert len({codec.pad, codec.bos, codec.eos}) == 3 and {
+        codec.pad,
+        codec.bos,
+        codec.eos,
+    } == set(range(256, codec.vocab))
 
 
 def test_stored_tokenizer(folder):
@@ -33,14 +40,26 @@ def test_stored_tokenizer(folder):
         and len(tokens) < len("the cat 🙂".encode())
         and tokens.max() < codec.vocab
     )
-    assert codec.decode([codec.bos, *tokens, codec.eos, codec.vocab + 5, -1]) == "the cat 🙂"
-    assert (codec.bos, codec.eos, codec.pad) == (0, 1, 1)  # eos pads where there is no pad token
+    assert (
+        codec.decode([codec.bos, *tokens, codec.eos, codec.vocab + 5, -1])
+        == "the cat 🙂"
+    )
+    assert (codec.bos, codec.eos, codec.pad) == (
+        0,
+        1,
+        1,
+    )  # eos pads where there is no pad token
     assert not {codec.bos, codec.eos} & set(tokens.tolist())
 
 
-@pytest.mark.parametrize("text", ["the cat and the dog", "Zürich, 東京 🙂", " \n\t the  end", ""])
+@pytest.mark.parametrize(
+    "text", ["the cat and the dog", "Zürich, 東京 🙂", " \n\t the  end", ""]
+)
 def test_lengths_are_the_bytes_of_the_text(folder, text):
-    for codec in (ByteTokenizer(), load_tokenizer(str(folder(bos=True, eos_token="</s>")))):
+    for codec in (
+        ByteTokenizer(),
+        load_tokenizer(str(folder(bos=True, eos_token="</s>"))),
+    ):
         tokens = codec.encode(text)
         lengths = codec.lengths(tokens)
         assert (
@@ -48,7 +67,13 @@ def test_lengths_are_the_bytes_of_the_text(folder, text):
             and lengths.sum() == len(text.encode())
             and (lengths > 0).all()
         )
-        assert codec.lengths(np.array([codec.bos, codec.eos, codec.pad])).tolist() == [0, 0, 0]
+        assert codec.lengths(
+            np.array([codec.bos, codec.eos, codec.pad])
+        ).tolist() == [
+            0,
+            0,
+            0,
+        ]
         ends = np.cumsum(lengths)
         for i, end in enumerate(
             ends
@@ -106,7 +131,9 @@ def test_bos_only_where_the_tokenizer_puts_it(folder):
 
 
 def test_refused(folder, tmp_path):
-    with pytest.raises(Refused, match="tokenizer='bite': expected 'byte' or a folder"):
+    with pytest.raises(
+        Refused, match="tokenizer='bite': expected 'byte' or a folder"
+    ):
         load_tokenizer("bite")
     with pytest.raises(Refused, match="not a tokenizer folder"):
         load_tokenizer(str(tmp_path))
@@ -148,14 +175,17 @@ def test_small_vocabularies(tmp_path, words, begins):
         eos_token="<e>",
     )
     assert (
-        codec.bos == (vocab["<e>"] if begins else None) and codec.eos == codec.pad == vocab["<e>"]
+        codec.bos == (vocab["<e>"] if begins else None)
+        and codec.eos == codec.pad == vocab["<e>"]
     )
     first = words.split()[0]
     assert codec.encode(f"{first} {first}").tolist() == [0, 0]
     if unknown:
         assert codec.encode("what").tolist() == [vocab["<u>"]]
     else:
-        with pytest.raises(Refused, match=rf"tokenizer={tmp_path}: cannot encode 'what' \(.*UNK"):
+        with pytest.raises(
+            Refused, match=rf"tokenizer={tmp_path}: cannot encode 'what' \(.*UNK"
+        ):
             codec.encode("what")
 
 
@@ -163,17 +193,23 @@ def test_characters_do_not_vanish(tmp_path):
     from tokenizers import models
 
     codec = stored(
-        tmp_path, models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]), eos_token="</s>"
+        tmp_path,
+        models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]),
+        eos_token="</s>",
     )
     assert codec.encode("ab ba").tolist() == [2, 1, 0]
-    with pytest.raises(Refused, match="no token, not even an unknown one, for a part of 'ab cab'"):
+    with pytest.raises(
+        Refused, match="no token, not even an unknown one, for a part of 'ab cab'"
+    ):
         codec.encode("ab cab")
 
 
 def test_ids_with_gaps(tmp_path):
     from tokenizers import models
 
-    codec = stored(tmp_path, models.WordLevel({"a": 0, "b": 7, "</s>": 9}), eos_token="</s>")
+    codec = stored(
+        tmp_path, models.WordLevel({"a": 0, "b": 7, "</s>": 9}), eos_token="</s>"
+    )
     assert codec.vocab == 10 and codec.encode("b a").tolist() == [7, 0]
     assert codec.lengths(np.int32([0, 7, 9])).tolist() == [1, 1, 0]
 
@@ -183,7 +219,9 @@ def test_marks_of_words_are_no_text(tmp_path):
 
     words = stored(
         tmp_path / "a",
-        models.WordPiece({"a": 0, "##b": 1, "##é": 2, "</s>": 3, "?": 4}, unk_token="?"),
+        models.WordPiece(
+            {"a": 0, "##b": 1, "##é": 2, "</s>": 3, "?": 4}, unk_token="?"
+        ),
         eos_token="</s>",
     )
     assert words.lengths(words.encode("abé")).tolist() == [1, 1, 2]
@@ -228,7 +266,9 @@ def test_what_texts_begin_with(tmp_path, template, begin):
     inner.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<e>", 2), ("<b>", 3)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>").save_pretrained(
+        tmp_path
+    )
     if isinstance(begin, str):
         with pytest.raises(Refused) as refused:
             load_tokenizer(str(tmp_path))
@@ -237,4 +277,7 @@ def test_what_texts_begin_with(tmp_path, template, begin):
     codec = load_tokenizer(str(tmp_path))
     assert codec.bos == begin and codec.encode("a b").tolist() == [0, 1]
     if begin is not None:
-        assert codec.lengths(np.int32([begin])).tolist() == [0] and codec.texts()[begin] is None
+        assert (
+            codec.lengths(np.int32([begin])).tolist() == [0]
+            and codec.texts()[begin] is None
+        )

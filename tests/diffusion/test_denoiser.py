@@ -23,7 +23,16 @@ from jaxdistill.diffusion.denoiser import (
     by_time,
     guided,
 )
-from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig, expand, magnitude
+from jaxdistill.diffusion.process import (
+    DDPM,
+    EDM,
+    VP,
+    CosineVP,
+    Flow,
+    Trig,
+    expand,
+    magnitude,
+)
 
 PROCESSES = {
     "flow": Flow(),
@@ -76,9 +85,13 @@ def raw_network(param, native):
 
 
 @pytest.mark.parametrize(
-    "param", [Velocity(), Data(), Noise(time_scale=999.0)], ids=lambda p: type(p).__name__
+    "param",
+    [Velocity(), Data(), Noise(time_scale=999.0)],
+    ids=lambda p: type(p).__name__,
 )
-@pytest.mark.parametrize(("native", "outer"), list(itertools.product(PROCESSES, PROCESSES)))
+@pytest.mark.parametrize(
+    ("native", "outer"), list(itertools.product(PROCESSES, PROCESSES))
+)
 def test_any_teacher_in_any_process_gives_the_same_x0(param, native, outer):
     """A network trained on `native` and queried in `outer` is the exact denoiser of `outer`, in
     every field.
@@ -86,11 +99,17 @@ def test_any_teacher_in_any_process_gives_the_same_x0(param, native, outer):
     inside = PROCESSES[native]
     outside = PROCESSES[outer]
     xt, t = state(outside)
-    got = Denoiser(param=param, native=inside).wrap(raw_network(param, inside), outside)(xt, t)
+    got = Denoiser(param=param, native=inside).wrap(
+        raw_network(param, inside), outside
+    )(xt, t)
     want = TEACHER.denoise(outside, xt, t)
     for name in FIELDS:
         np.testing.assert_allclose(
-            getattr(got, name), getattr(want, name), rtol=1e-10, atol=1e-10, err_msg=name
+            getattr(got, name),
+            getattr(want, name),
+            rtol=1e-10,
+            atol=1e-10,
+            err_msg=name,
         )
 
 
@@ -130,7 +149,10 @@ def test_finite_at_the_ends_of_the_callers_process(native, outer):
         )
         denoise = Denoiser(param=Data(), native=inside).wrap(network, outside)
         pred = denoise(x, jnp.asarray([outside.t_max], jnp.float32))
-        denoise(jnp.asarray([[0.7]], jnp.float32), jnp.asarray([outside.t_min], jnp.float32))
+        denoise(
+            jnp.asarray([[0.7]], jnp.float32),
+            jnp.asarray([outside.t_min], jnp.float32),
+        )
     for t in seen:
         slack = 2 * np.finfo(np.float32).eps * inside.t_max
         assert inside.t_min - slack <= t[0] <= inside.t_max + slack
@@ -179,12 +201,16 @@ def test_edm_preconditioning_has_unit_inputs_and_targets(sigma):
     t = jnp.asarray([sigma])
     c_in = float(param.inputs(EDM(), one, t)[0][0, 0])
     np.testing.assert_allclose(c_in**2 * (sigma**2 + 0.25), 1.0, rtol=1e-13)
-    np.testing.assert_allclose(param.inputs(EDM(), one, t)[1], np.log(sigma) / 4, rtol=1e-13)
+    np.testing.assert_allclose(
+        param.inputs(EDM(), one, t)[1], np.log(sigma) / 4, rtol=1e-13
+    )
     c_skip = float(param.pred(EDM(), 0 * one, one, t).x0[0, 0])
     c_out = float(param.pred(EDM(), one, 0 * one, t).x0[0, 0])
     target = (0.25 * (1 - c_skip) ** 2 + (c_skip * sigma) ** 2) / c_out**2
     np.testing.assert_allclose(target, 1.0, rtol=1e-9)
-    np.testing.assert_allclose(c_out**2 * (sigma**2 + 0.25) / (0.5 * sigma) ** 2, 1.0, rtol=1e-13)
+    np.testing.assert_allclose(
+        c_out**2 * (sigma**2 + 0.25) / (0.5 * sigma) ** 2, 1.0, rtol=1e-13
+    )
 
 
 def test_edm_denoiser_is_the_identity_at_sigma_zero():
@@ -203,7 +229,9 @@ def test_consistency_preconditioning_is_the_identity_at_sigma_min():
     x = jnp.asarray([[1.3, -0.2], [0.4, 2.0]])
     t = np.array([0.5, 20.0])
     sd = 0.5
-    net = Denoiser(param=ConsistencyPrecond(), native=EDM()).wrap(lambda x, t, cond: 5 + x, EDM())
+    net = Denoiser(param=ConsistencyPrecond(), native=EDM()).wrap(
+        lambda x, t, cond: 5 + x, EDM()
+    )
     np.testing.assert_array_equal(net(x, jnp.full(2, 0.002)).x0, x)
     skip = sd**2 / ((t - 0.002) ** 2 + sd**2)
     out = sd * (t - 0.002) / np.sqrt(sd**2 + t**2)
@@ -219,12 +247,18 @@ def test_edm_teacher_queried_from_flow():
         sigma = jnp.exp(4 * c_noise)[:, None]
         x = x_in * jnp.sqrt(sigma**2 + sd**2)
         d = TEACHER.denoise(EDM(), x, sigma[:, 0]).x0
-        return (d - sd**2 / (sigma**2 + sd**2) * x) * jnp.sqrt(sigma**2 + sd**2) / (sigma * sd)
+        return (
+            (d - sd**2 / (sigma**2 + sd**2) * x)
+            * jnp.sqrt(sigma**2 + sd**2)
+            / (sigma * sd)
+        )
 
     for process in (Flow(), VP(), EDM()):
         xt, t = state(process)
         got = Denoiser(param=EDMPrecond(), native=EDM()).wrap(network, process)(xt, t)
-        np.testing.assert_allclose(got.x0, TEACHER.denoise(process, xt, t).x0, rtol=1e-9)
+        np.testing.assert_allclose(
+            got.x0, TEACHER.denoise(process, xt, t).x0, rtol=1e-9
+        )
 
 
 def test_trig_velocity_is_sigma_data_times_the_network():
@@ -238,7 +272,9 @@ def test_trig_velocity_is_sigma_data_times_the_network():
     t = jnp.asarray([0.6])
     pred = param.pred(trig, raw, x, t)
     np.testing.assert_allclose(pred.v, 0.5 * raw, rtol=1e-14)
-    np.testing.assert_allclose(pred.x0, jnp.cos(t) * x - jnp.sin(t) * 0.5 * raw, rtol=1e-13)
+    np.testing.assert_allclose(
+        pred.x0, jnp.cos(t) * x - jnp.sin(t) * 0.5 * raw, rtol=1e-13
+    )
     np.testing.assert_allclose(param.inputs(trig, x, t)[0], x / 0.5, rtol=1e-14)
 
 
@@ -265,7 +301,11 @@ def test_guidance_in_one_call_equals_two(scale):
         c = getattr(with_cond, name)
         u = getattr(without, name)
         np.testing.assert_allclose(
-            getattr(got, name), u + scale * (c - u), rtol=1e-13, atol=1e-13, err_msg=name
+            getattr(got, name),
+            u + scale * (c - u),
+            rtol=1e-13,
+            atol=1e-13,
+            err_msg=name,
         )
 
 
@@ -283,7 +323,12 @@ def test_guidance_calls_once_on_the_double_batch_and_takes_scales_per_sample():
     assert sizes == [12]
     for i in range(6):
         one = guided(
-            net, x[i : i + 1], t[i : i + 1], cond[i : i + 1], null[i : i + 1], float(scales[i])
+            net,
+            x[i : i + 1],
+            t[i : i + 1],
+            cond[i : i + 1],
+            null[i : i + 1],
+            float(scales[i]),
         )
         np.testing.assert_allclose(got.x0[i], one.x0[0], rtol=1e-12, atol=1e-13)
     guided(net, x, t, cond, null, 1.0)
@@ -299,7 +344,9 @@ def test_guidance_is_the_score_of_a_power_product():
     x, t, cond, null = mixture_states(data)
     net = lambda x, t, cond: data.denoise(Flow(), x, t, cond)
     got = Flow().score(guided(net, x, t, cond, null, w), t)
-    want = (1 - w) * Flow().score(net(x, t, null), t) + w * Flow().score(net(x, t, cond), t)
+    want = (1 - w) * Flow().score(net(x, t, null), t) + w * Flow().score(
+        net(x, t, cond), t
+    )
     np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -333,7 +380,9 @@ def test_experts_by_time_of_each_sample():
     nets = experts(data, seen)
     x = mixture_states(data)[0]
     cond = mixture_states(data)[2]
-    t = jnp.asarray([0.95, 0.875, 0.8749, 0.5, 0.3, 0.1])  # at a bound the noisier expert serves
+    t = jnp.asarray(
+        [0.95, 0.875, 0.8749, 0.5, 0.3, 0.1]
+    )  # at a bound the noisier expert serves
     got = jax.jit(by_time(nets, (0.875, 0.5)))(x, t, cond)
     for i, expert in enumerate((0, 0, 1, 1, 2, 2)):
         want = nets[expert](x[i : i + 1], t[i : i + 1], cond[i : i + 1])
@@ -354,7 +403,10 @@ def test_one_time_for_the_batch_runs_its_expert_alone():
         jax.effects_barrier()
         assert seen == [expert]
         np.testing.assert_allclose(
-            got.x0, nets[expert](x, jnp.full(len(x), t), cond).x0, rtol=1e-12, atol=1e-13
+            got.x0,
+            nets[expert](x, jnp.full(len(x), t), cond).x0,
+            rtol=1e-12,
+            atol=1e-13,
         )
 
 
@@ -362,7 +414,9 @@ def test_experts_need_falling_bounds_between_them():
     nets = [lambda x, t, cond=None: x] * 3
     assert by_time(nets[:1], ()) is nets[0]
     for bounds in ((0.5,), (0.3, 0.6), (0.5, 0.5)):
-        with pytest.raises(Refused, match="expected 2 falling times between 3 networks"):
+        with pytest.raises(
+            Refused, match="expected 2 falling times between 3 networks"
+        ):
             by_time(nets, bounds)
 
 
@@ -378,7 +432,9 @@ def test_negative_times_reach_the_network_and_nothing_else(t):
     """
     t = jnp.asarray(t)
     x = jnp.asarray([[1.3, 0.2], [-0.4, 0.7]])
-    got = Denoiser(param=Velocity(time_scale=1000.0)).wrap(signed, Flow())(x, t, r=t / 2)
+    got = Denoiser(param=Velocity(time_scale=1000.0)).wrap(signed, Flow())(
+        x, t, r=t / 2
+    )
     F = signed(x, 1000 * t, r=500 * t)
     size = jnp.abs(t)[:, None]
     np.testing.assert_allclose(got.v, F, rtol=1e-13)
@@ -404,11 +460,15 @@ def test_negative_times_are_warped_by_their_size():
 
 def test_folded_second_time():
     """A network of one time is fed t - r / 2, scaled like t; without r it is fed t."""
-    wrapped = Denoiser(param=Velocity(time_scale=1000.0), fold=0.5).wrap(signed, Flow())
+    wrapped = Denoiser(param=Velocity(time_scale=1000.0), fold=0.5).wrap(
+        signed, Flow()
+    )
     x = jnp.zeros((3, 1))
     t = jnp.asarray([1.0, 0.8, -0.4])
     r = jnp.asarray([0.0, 0.8, -0.4])
-    np.testing.assert_allclose(wrapped(x, t, r=r).v[:, 0], [1000.0, 400.0, -200.0], rtol=1e-12)
+    np.testing.assert_allclose(
+        wrapped(x, t, r=r).v[:, 0], [1000.0, 400.0, -200.0], rtol=1e-12
+    )
     np.testing.assert_allclose(wrapped(x, t).v[:, 0], 1000 * t, rtol=1e-12)
 
 

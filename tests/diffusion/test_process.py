@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Pred, Trig, expand
+from jaxdistill.diffusion.process import (
+    DDPM,
+    EDM,
+    VP,
+    CosineVP,
+    Flow,
+    Pred,
+    Trig,
+    expand,
+)
 
 PROCESSES = {
     "flow": Flow(),
@@ -44,7 +53,9 @@ def test_rectified_flow_ends_exactly():
     eps = draw(2, 3, seed=1)
     np.testing.assert_array_equal(Flow().add_noise(x0, eps, jnp.zeros(2)), x0)
     np.testing.assert_array_equal(Flow().add_noise(x0, eps, jnp.ones(2)), eps)
-    np.testing.assert_array_equal(Flow(shift=3.0).add_noise(x0, eps, jnp.ones(2)), eps)
+    np.testing.assert_array_equal(
+        Flow(shift=3.0).add_noise(x0, eps, jnp.ones(2)), eps
+    )
 
 
 @every
@@ -78,7 +89,9 @@ def test_endpoints(x64, name, clean, noisy):
     Diffusion (sigma_max 14.6).
     """
     process = PROCESSES[name]
-    (a, s), (b, u) = (process.alpha_sigma(jnp.asarray(t)) for t in (process.t_min, process.t_max))
+    (a, s), (b, u) = (
+        process.alpha_sigma(jnp.asarray(t)) for t in (process.t_min, process.t_max)
+    )
     np.testing.assert_allclose(s / a, clean, rtol=0.01)
     np.testing.assert_allclose(
         b / u, 1 / noisy, rtol=0.01, atol=2 * EPS64
@@ -104,7 +117,10 @@ def test_shift_moves_lambda_by_minus_its_logarithm(x64):
     t = jnp.linspace(0.01, 0.99, 9)
     for shift in (3.0, 12.0):
         np.testing.assert_allclose(
-            Flow(shift=shift).lam(t), Flow().lam(t) - np.log(shift), rtol=1e-12, atol=1e-13
+            Flow(shift=shift).lam(t),
+            Flow().lam(t) - np.log(shift),
+            rtol=1e-12,
+            atol=1e-13,
         )
 
 
@@ -116,14 +132,18 @@ def test_time_inverts_angle_and_lambda(x64, process):
     tol = 1e3 * EPS64
     np.testing.assert_allclose(process.time(process.angle(t)), t, rtol=tol, atol=tol)
     t = t[1:-1]
-    np.testing.assert_allclose(process.time_of_lam(process.lam(t)), t, rtol=tol, atol=tol)
+    np.testing.assert_allclose(
+        process.time_of_lam(process.lam(t)), t, rtol=tol, atol=tol
+    )
 
 
 @every
 def test_time_inverts_angle_in_float32(process):
     t = grid(process)
     tol = 100 * EPS32  # 80 of them from EDM's largest ratio, as above
-    np.testing.assert_allclose(process.time(process.angle(t)), t, rtol=tol, atol=4 * EPS32)
+    np.testing.assert_allclose(
+        process.time(process.angle(t)), t, rtol=tol, atol=4 * EPS32
+    )
 
 
 @every
@@ -131,7 +151,10 @@ def test_float32_keeps_sigmas_digits_near_the_clean_end(process):
     t = jnp.linspace(process.t_min, process.t_min + 0.01 * process.t_max, 50)[1:]
     got = [np.asarray(c) for c in process.alpha_sigma(t)]
     with jax.enable_x64(True):
-        want = [np.asarray(c) for c in process.alpha_sigma(jnp.asarray(np.asarray(t), jnp.float64))]
+        want = [
+            np.asarray(c)
+            for c in process.alpha_sigma(jnp.asarray(np.asarray(t), jnp.float64))
+        ]
     np.testing.assert_allclose(got[0], want[0], rtol=8 * EPS32)
     np.testing.assert_allclose(got[1], want[1], rtol=8 * EPS32)
 
@@ -156,9 +179,13 @@ def test_textbook_warps(x64):
     a, s = VP().alpha_sigma(t)
     np.testing.assert_allclose(EDM().time(VP().angle(t)), s / a, rtol=1e-12)
     trig = Trig(sigma_data=0.7)
-    np.testing.assert_allclose(EDM().time(trig.angle(t)), 0.7 * jnp.tan(t), rtol=1e-13)
     np.testing.assert_allclose(
-        Flow().time(trig.angle(t)), 0.7 * jnp.sin(t) / (jnp.cos(t) + 0.7 * jnp.sin(t)), rtol=1e-13
+        EDM().time(trig.angle(t)), 0.7 * jnp.tan(t), rtol=1e-13
+    )
+    np.testing.assert_allclose(
+        Flow().time(trig.angle(t)),
+        0.7 * jnp.sin(t) / (jnp.cos(t) + 0.7 * jnp.sin(t)),
+        rtol=1e-13,
     )
 
 
@@ -173,8 +200,12 @@ def test_coefficients_are_derivatives(x64, process):
     if not isinstance(
         process, DDPM
     ):  # linear between indices: a difference across one is not a derivative
-        np.testing.assert_allclose(da, (above[0] - below[0]) / (2 * h * t), rtol=1e-7, atol=1e-9)
-        np.testing.assert_allclose(ds, (above[1] - below[1]) / (2 * h * t), rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            da, (above[0] - below[0]) / (2 * h * t), rtol=1e-7, atol=1e-9
+        )
+        np.testing.assert_allclose(
+            ds, (above[1] - below[1]) / (2 * h * t), rtol=1e-7, atol=1e-9
+        )
     a, s = process.alpha_sigma(t)
     assert jnp.all(a * ds - s * da > 0)
 
@@ -216,7 +247,10 @@ def test_conversions_round_trip(x64, process):
         rtol=1e-9,
         atol=1e-9,
     )
-    assert process.from_x0(x0, xt, t).raw is x0 and process.from_v(v, xt, t, raw=xt).raw is xt
+    assert (
+        process.from_x0(x0, xt, t).raw is x0
+        and process.from_v(v, xt, t, raw=xt).raw is xt
+    )
 
 
 def test_flow_conversions_by_the_formulas(x64):

@@ -14,14 +14,20 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.denoiser import Denoiser, VPVelocity
 from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig
-from jaxdistill.diffusion.regression import denoising_error, interval_error, interval_targets
+from jaxdistill.diffusion.regression import (
+    denoising_error,
+    interval_error,
+    interval_targets,
+)
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.samplers import ode
 
 POINTS = np.array([-1.0, 0.0, 1.0, 2.0])
 PROCESSES = [Flow(), Flow(shift=5.0), Trig(), EDM()]
 every = pytest.mark.parametrize(
-    "process", PROCESSES, ids=lambda p: type(p).__name__ + str(getattr(p, "shift", ""))
+    "process",
+    PROCESSES,
+    ids=lambda p: type(p).__name__ + str(getattr(p, "shift", "")),
 )
 
 
@@ -48,7 +54,9 @@ def test_conditional_mean_is_the_velocity_in_every_bin(x64):
     eps = rng.standard_normal(n)
     x0, noise, _ = interval_targets(Flow(), jnp.asarray(xs), jnp.asarray(eps), s, t)
     xt = np.asarray(
-        Flow().transition(jnp.asarray(xs), jnp.asarray(eps), jnp.asarray(s), jnp.asarray(t))
+        Flow().transition(
+            jnp.asarray(xs), jnp.asarray(eps), jnp.asarray(s), jnp.asarray(t)
+        )
     )
     target = np.asarray(noise - x0)
     biased = eps - xs
@@ -61,7 +69,9 @@ def test_conditional_mean_is_the_velocity_in_every_bin(x64):
         assert 0.15 < np.mean(biased[inside] - velocity[inside]) < 0.35, i
 
 
-@pytest.mark.parametrize("process", [VP(), CosineVP(), DDPM()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [VP(), CosineVP(), DDPM()], ids=lambda p: type(p).__name__
+)
 def test_the_v_of_variance_preserving_processes(x64, process):
     """alpha eps - sigma x0: what a network of this parameterisation puts out, and (SNR + 1) times
     the error of x0.
@@ -70,11 +80,15 @@ def test_the_v_of_variance_preserving_processes(x64, process):
     eps = draw(6, 2, seed=1)
     raw = draw(6, 2, seed=2)
     t = jnp.linspace(0.2, 0.9, 6)
-    net = Denoiser(param=VPVelocity(), native=process).wrap(lambda x, t, cond: raw, process)
+    net = Denoiser(param=VPVelocity(), native=process).wrap(
+        lambda x, t, cond: raw, process
+    )
     pred = net(process.add_noise(x0, eps, t), t)
     a, s = process.alpha_sigma(t[:, None])
     got = denoising_error(process, pred, x0, eps, t, "vp")
-    np.testing.assert_allclose(got, jnp.mean((raw - (a * eps - s * x0)) ** 2, 1), rtol=1e-9)
+    np.testing.assert_allclose(
+        got, jnp.mean((raw - (a * eps - s * x0)) ** 2, 1), rtol=1e-9
+    )
     snr = (a / s)[:, 0] ** 2
     np.testing.assert_allclose(
         got, (snr + 1) * denoising_error(process, pred, x0, eps, t, "x0"), rtol=1e-9
@@ -105,9 +119,13 @@ def test_the_two_targets_are_of_one_state(x64, process):
     t = jnp.linspace(0.35, 0.95, 6)
     x0, noise, _ = interval_targets(process, xs, eps, s, t)
     xt = process.transition(xs, eps, s, t)
-    np.testing.assert_allclose(process.add_noise(x0, noise, t), xt, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(
+        process.add_noise(x0, noise, t), xt, rtol=1e-11, atol=1e-12
+    )
     if process == Flow():
-        np.testing.assert_allclose(xt - t[:, None] * (noise - x0), x0, rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(
+            xt - t[:, None] * (noise - x0), x0, rtol=1e-11, atol=1e-12
+        )
 
 
 def test_closed_form_of_the_velocity_target(x64):
@@ -117,9 +135,13 @@ def test_closed_form_of_the_velocity_target(x64):
     s = 0.5
     t = jnp.array([0.6, 0.7, 0.8, 0.9])[:, None]
     x0, noise, sigma = interval_targets(Flow(), xs, eps, s, t[:, 0])
-    np.testing.assert_allclose(sigma, jnp.sqrt(t**2 - ((1 - t) / (1 - s)) ** 2 * s**2), rtol=1e-12)
     np.testing.assert_allclose(
-        noise - x0, (t + (1 - t) * s**2 / (1 - s) ** 2) / sigma * eps - xs / (1 - s), rtol=1e-11
+        sigma, jnp.sqrt(t**2 - ((1 - t) / (1 - s)) ** 2 * s**2), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        noise - x0,
+        (t + (1 - t) * s**2 / (1 - s) ** 2) / sigma * eps - xs / (1 - s),
+        rtol=1e-11,
     )
 
 
@@ -132,7 +154,9 @@ def test_scaled_target_stays_finite_next_to_s(x64):
     s = 0.5
     for gap in (1e-4, 1e-6):
         x0, noise, sigma = interval_targets(Flow(), xs, eps, s, s + gap)
-        np.testing.assert_allclose(sigma * (noise - x0), s / (1 - s) * eps, atol=8 * gap**0.5)
+        np.testing.assert_allclose(
+            sigma * (noise - x0), s / (1 - s) * eps, atol=8 * gap**0.5
+        )
     process = Flow()
     pred = Flow().from_x0(xs, xs, jnp.full(4, s))
     error = interval_error(process, pred, xs, eps, s, jnp.full(4, s))
@@ -149,11 +173,16 @@ def test_marginal_of_the_re_noised_state(x64):
     t = 0.8
     xs = (1 - s) * rng.choice(POINTS, n) + s * rng.standard_normal(n)
     xt = Flow().transition(
-        jnp.asarray(xs), jnp.asarray(rng.standard_normal(n)), jnp.asarray(s), jnp.asarray(t)
+        jnp.asarray(xs),
+        jnp.asarray(rng.standard_normal(n)),
+        jnp.asarray(s),
+        jnp.asarray(t),
     )
     want = (1 - t) ** 2 * POINTS.var() + t**2
     np.testing.assert_allclose(np.var(xt), want, rtol=5 * (2 / n) ** 0.5)
-    np.testing.assert_allclose(np.mean(xt), (1 - t) * POINTS.mean(), atol=5 * (want / n) ** 0.5)
+    np.testing.assert_allclose(
+        np.mean(xt), (1 - t) * POINTS.mean(), atol=5 * (want / n) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("clamp", [10.0, np.inf])
@@ -170,7 +199,9 @@ def test_weight_of_the_error(x64, clamp):
     x0, noise, sigma = interval_targets(Flow(), xs, eps, s, t)
     scaled = np.mean((sigma * pred.v - sigma * (noise - x0)) ** 2, 1)
     got = interval_error(Flow(), pred, xs, eps, s, t, "flow", clamp)
-    np.testing.assert_allclose(got, np.clip(1 / sigma[:, 0] ** 2, 0, clamp) * scaled, rtol=1e-10)
+    np.testing.assert_allclose(
+        got, np.clip(1 / sigma[:, 0] ** 2, 0, clamp) * scaled, rtol=1e-10
+    )
     assert np.any(1 / sigma[:, 0] ** 2 > 10) and np.any(1 / sigma[:, 0] ** 2 < 10)
 
 
@@ -204,20 +235,27 @@ def test_a_network_trained_within_the_interval_follows_the_exact_flow():
     n = 1024
     steps = 3000
     net = make_net(
-        MLP(dim=1, width=64, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow())
+        MLP(dim=1, width=64, depth=2),
+        wrap=functools.partial(Denoiser().wrap, process=Flow()),
     )
     process = Flow()
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
     def error(biased, params, key):
         keys = jax.random.split(key, 4)
-        x0 = jnp.asarray(POINTS, jnp.float32)[jax.random.randint(keys[0], (n, 1), 0, 4)]
-        xs = process.add_noise(x0, jax.random.normal(keys[1], x0.shape), jnp.asarray(s))
+        x0 = jnp.asarray(POINTS, jnp.float32)[
+            jax.random.randint(keys[0], (n, 1), 0, 4)
+        ]
+        xs = process.add_noise(
+            x0, jax.random.normal(keys[1], x0.shape), jnp.asarray(s)
+        )
         t = jax.random.uniform(keys[2], (n,), minval=s + 1e-3)
         eps = jax.random.normal(keys[3], x0.shape)
         pred = net.apply(params, process.transition(xs, eps, jnp.asarray(s), t), t)
         return jnp.mean(
-            (pred.v - (eps - xs)) ** 2 if biased else interval_error(process, pred, xs, eps, s, t)
+            (pred.v - (eps - xs)) ** 2
+            if biased
+            else interval_error(process, pred, xs, eps, s, t)
         )
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -228,19 +266,27 @@ def test_a_network_trained_within_the_interval_follows_the_exact_flow():
             return (optax.apply_updates(carry[0], updates), opt), None
 
         return jax.lax.scan(
-            body, (params, tx.init(params)), jax.random.split(jax.random.key(1), steps)
+            body,
+            (params, tx.init(params)),
+            jax.random.split(jax.random.key(1), steps),
         )[0][0]
 
     noise = jax.random.normal(jax.random.key(2), (2000, 1))
     times = jnp.linspace(1.0, s, 51)
     path = jax.jit(
-        lambda params: ode.sample(ode.euler, lambda x, t: net.apply(params, x, t), noise, times)
+        lambda params: ode.sample(
+            ode.euler, lambda x, t: net.apply(params, x, t), noise, times
+        )
     )
     want = np.asarray(noise, np.float64)[:, 0]
     for t, r in zip(np.linspace(1.0, s, 51)[:-1], np.linspace(1.0, s, 51)[1:]):
         want = want + (r - t) * (want - exact_x0(want, t)) / t
     rmse = [
-        np.sqrt(np.mean((path(train(biased, net.init(jax.random.key(0))))[:, 0] - want) ** 2))
+        np.sqrt(
+            np.mean(
+                (path(train(biased, net.init(jax.random.key(0))))[:, 0] - want) ** 2
+            )
+        )
         for biased in (True, False)
     ]
     assert rmse[0] > 5 * rmse[1], rmse

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill.diffusion.tangent import DERIVATIVES, central_difference, total_derivative
+from jaxdistill.diffusion.tangent import (
+    DERIVATIVES,
+    central_difference,
+    total_derivative,
+)
 
 
 def path(t):
@@ -21,7 +25,9 @@ def test_total_derivative_is_the_derivative_along_a_path():
     with jax.enable_x64(True):
         t = jnp.array([0.3, 0.8])
         x, dx = path(t)
-        value, slope = total_derivative(lambda x, t: field(x, t, 3.0), (x, t), (dx, jnp.ones(2)))
+        value, slope = total_derivative(
+            lambda x, t: field(x, t, 3.0), (x, t), (dx, jnp.ones(2))
+        )
         np.testing.assert_array_equal(value, field(x, t, 3.0))
         along = lambda s: field(path(t + s)[0], t + s, 3.0)
         np.testing.assert_allclose(slope, jax.jacfwd(along)(0.0), rtol=1e-13)
@@ -49,7 +55,9 @@ def test_central_difference_in_float32():
     near = central_difference(*args)[1]
     exact = total_derivative(*args)[1]
     assert near.dtype == jnp.float32
-    np.testing.assert_allclose(near, exact, atol=1e3 * float(np.finfo(np.float32).eps) ** (2 / 3))
+    np.testing.assert_allclose(
+        near, exact, atol=1e3 * float(np.finfo(np.float32).eps) ** (2 / 3)
+    )
 
 
 def test_only_the_value_is_differentiated_where_the_slope_is_stopped():

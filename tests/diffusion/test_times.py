@@ -11,7 +11,9 @@ from jaxdistill.diffusion.times import Karras, LogitNormal, LogNormalSNR, Unifor
 
 
 @pytest.mark.parametrize(
-    "process", [Flow(), Flow(shift=5.0), Trig(), EDM()], ids=lambda p: type(p).__name__
+    "process",
+    [Flow(), Flow(shift=5.0), Trig(), EDM()],
+    ids=lambda p: type(p).__name__,
 )
 def test_a_part_is_uniform_before_the_shift(process):
     """Mean and extremes in the process's own time, with the margin of `low` above the lower end and
@@ -56,13 +58,16 @@ def test_karras_is_uniform_in_the_seventh_root_of_the_noise_to_signal_ratio(proc
     """SiD's distribution, .002 to 24.41: the top fifth of EDM's range is left out."""
     t = Karras(high=0.8).draw(process, jax.random.key(0), 20_000)
     alpha, sigma = process.alpha_sigma(t)
-    u = ((sigma / alpha) ** (1 / 7) - 0.002 ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    u = ((sigma / alpha) ** (1 / 7) - 0.002 ** (1 / 7)) / (
+        80 ** (1 / 7) - 0.002 ** (1 / 7)
+    )
     assert float(u.min()) > -1e-4 and float(u.max()) <= 0.8 + 1e-4
     np.testing.assert_allclose(
         (jnp.mean(u), jnp.std(u)), (0.4, 0.8 / 12**0.5), atol=4 * 0.8 / 20_000**0.5
     )
     ends = [
-        Karras(low=at, high=at).draw(process, jax.random.key(0), 1)[0] for at in (0.0, 0.8, 1.0)
+        Karras(low=at, high=at).draw(process, jax.random.key(0), 1)[0]
+        for at in (0.0, 0.8, 1.0)
     ]
     ratios = [float(s / a) for a, s in map(process.alpha_sigma, ends)]
     np.testing.assert_allclose(ratios, [0.002, 24.41, 80.0], rtol=3e-4)

@@ -8,9 +8,13 @@ from jaxdistill.evals import diversity
 
 
 def test_vendi_counts_different_samples():
-    np.testing.assert_allclose(diversity.vendi_score(np.ones((7, 3))), 1.0, rtol=1e-10)
+    np.testing.assert_allclose(
+        diversity.vendi_score(np.ones((7, 3))), 1.0, rtol=1e-10
+    )
     np.testing.assert_allclose(diversity.vendi_score(5 * np.eye(6)), 6.0, rtol=1e-12)
-    np.testing.assert_allclose(diversity.vendi_score(np.repeat(np.eye(4), 3, 0)), 4.0, rtol=1e-12)
+    np.testing.assert_allclose(
+        diversity.vendi_score(np.repeat(np.eye(4), 3, 0)), 4.0, rtol=1e-12
+    )
 
 
 def test_vendi_is_the_entropy_of_the_kernels_eigenvalues():

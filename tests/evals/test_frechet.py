@@ -16,7 +16,9 @@ def covariance(dim, seed):
 def test_shifted_unit_gaussians_are_the_shift_apart():
     a = np.array([1.0, -2.0, 0.5])
     np.testing.assert_allclose(
-        frechet.from_statistics(np.zeros(3), np.eye(3), a, np.eye(3)), a @ a, rtol=1e-13
+        frechet.from_statistics(np.zeros(3), np.eye(3), a, np.eye(3)),
+        a @ a,
+        rtol=1e-13,
     )
 
 
@@ -24,7 +26,9 @@ def test_commuting_diagonals():
     c1 = np.array([1.0, 4.0, 0.0])
     c2 = np.array([9.0, 0.25, 2.0])
     got = frechet.from_statistics(np.zeros(3), np.diag(c1), np.zeros(3), np.diag(c2))
-    np.testing.assert_allclose(got, np.sum((np.sqrt(c1) - np.sqrt(c2)) ** 2), rtol=1e-12)
+    np.testing.assert_allclose(
+        got, np.sum((np.sqrt(c1) - np.sqrt(c2)) ** 2), rtol=1e-12
+    )
 
 
 def test_general_covariances_by_the_matrix_root():
@@ -38,7 +42,9 @@ def test_general_covariances_by_the_matrix_root():
     )
 
 
-@pytest.mark.parametrize("n", [400, 20], ids=["full rank", "fewer samples than dimensions"])
+@pytest.mark.parametrize(
+    "n", [400, 20], ids=["full rank", "fewer samples than dimensions"]
+)
 def test_identical_sets_are_zero_apart(n):
     x = np.random.default_rng(2).standard_normal((n, 50)).astype(np.float32)
     # the trace is 50; rounding of the roots is sqrt(eps) of it in the null space at the worst
@@ -51,7 +57,9 @@ def test_samples_use_the_unbiased_covariance_and_one_dimension_works():
     x = np.array([[0.0], [2.0]])
     y = np.array([[5.0], [9.0]])
     np.testing.assert_allclose(
-        frechet.frechet_distance(x, y), 6.0**2 + (np.sqrt(2) - np.sqrt(8)) ** 2, rtol=1e-13
+        frechet.frechet_distance(x, y),
+        6.0**2 + (np.sqrt(2) - np.sqrt(8)) ** 2,
+        rtol=1e-13,
     )
 
 
@@ -63,7 +71,10 @@ def test_bias_falls_like_one_over_n():
     rng = np.random.default_rng(3)
     dim = 8
     bias = lambda n: np.mean(
-        [frechet.frechet_distance(*rng.standard_normal((2, n, dim))) for _ in range(40)]
+        [
+            frechet.frechet_distance(*rng.standard_normal((2, n, dim)))
+            for _ in range(40)
+        ]
     )
     small = bias(200)
     large = bias(400)

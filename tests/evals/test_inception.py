@@ -16,13 +16,17 @@ def weights():
     rng = np.random.default_rng(0)
     tensors = {}
     for name, shape in inception.shapes().items():
-        tensors[f"{name}.conv.weight"] = rng.standard_normal(shape, np.float32) * np.float32(
-            np.sqrt(2 / np.prod(shape[1:]))
-        )
+        tensors[f"{name}.conv.weight"] = rng.standard_normal(
+            shape, np.float32
+        ) * np.float32(np.sqrt(2 / np.prod(shape[1:])))
         for key in ("weight", "running_var"):
-            tensors[f"{name}.bn.{key}"] = rng.uniform(0.8, 1.2, shape[0]).astype(np.float32)
+            tensors[f"{name}.bn.{key}"] = rng.uniform(0.8, 1.2, shape[0]).astype(
+                np.float32
+            )
         for key in ("bias", "running_mean"):
-            tensors[f"{name}.bn.{key}"] = 0.1 * rng.standard_normal(shape[0], np.float32)
+            tensors[f"{name}.bn.{key}"] = 0.1 * rng.standard_normal(
+                shape[0], np.float32
+            )
     return tensors
 
 
@@ -35,18 +39,27 @@ def path(weights, tmp_path_factory):
 
 def torch_features(weights, x):
     """pytorch-fid's blocks, branch by branch; `x` [n 3 h w] in [-1, 1]."""
-    torch = pytest.importorskip("torch", reason="the reference is built from torch layers")
+    torch = pytest.importorskip(
+        "torch", reason="the reference is built from torch layers"
+    )
     F = torch.nn.functional
     w = {k: torch.from_numpy(v) for k, v in weights.items()}
 
     def conv(name, x, stride=1, padding=0):
         x = F.conv2d(x, w[f"{name}.conv.weight"], stride=stride, padding=padding)
-        stats = (w[f"{name}.bn.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        stats = (
+            w[f"{name}.bn.{k}"]
+            for k in ("running_mean", "running_var", "weight", "bias")
+        )
         return F.relu(F.batch_norm(x, *stats, eps=0.001))
 
     def mixed(name, *branches):
         return torch.cat(
-            [branch(lambda key, *a: conv(f"{name}.{key}", *a)) for branch in branches], 1
+            [
+                branch(lambda key, *a: conv(f"{name}.{key}", *a))
+                for branch in branches
+            ],
+            1,
         )
 
     average = lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
@@ -57,7 +70,12 @@ def torch_features(weights, x):
             name,
             lambda c: c("branch1x1", x),
             lambda c: c("branch5x5_2", c("branch5x5_1", x), 1, 2),
-            lambda c: c("branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1), 1, 1),
+            lambda c: c(
+                "branch3x3dbl_3",
+                c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1),
+                1,
+                1,
+            ),
             lambda c: c("branch_pool", average(x)),
         )
 
@@ -65,7 +83,9 @@ def torch_features(weights, x):
         return mixed(
             name,
             lambda c: c("branch3x3", x, 2),
-            lambda c: c("branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1), 2),
+            lambda c: c(
+                "branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1), 2
+            ),
             lambda c: biggest(x),
         )
 
@@ -87,24 +107,32 @@ def torch_features(weights, x):
         return mixed(
             name,
             lambda c: c("branch3x3_2", c("branch3x3_1", x), 2),
-            lambda c: c("branch7x7x3_4", seven(c, "branch7x7x3", x, 0, (0, 3), (3, 0)), 2),
+            lambda c: c(
+                "branch7x7x3_4", seven(c, "branch7x7x3", x, 0, (0, 3), (3, 0)), 2
+            ),
             lambda c: biggest(x),
         )
 
     def e(name, x, pool):
         def fork(c, stem, x):
-            return torch.cat([c(f"{stem}a", x, 1, (0, 1)), c(f"{stem}b", x, 1, (1, 0))], 1)
+            return torch.cat(
+                [c(f"{stem}a", x, 1, (0, 1)), c(f"{stem}b", x, 1, (1, 0))], 1
+            )
 
         return mixed(
             name,
             lambda c: c("branch1x1", x),
             lambda c: fork(c, "branch3x3_2", c("branch3x3_1", x)),
-            lambda c: fork(c, "branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1)),
+            lambda c: fork(
+                c, "branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1)
+            ),
             lambda c: c("branch_pool", pool(x)),
         )
 
     with torch.no_grad():
-        x = F.interpolate(torch.from_numpy(x), (299, 299), mode="bilinear", align_corners=False)
+        x = F.interpolate(
+            torch.from_numpy(x), (299, 299), mode="bilinear", align_corners=False
+        )
         x = conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, 2))
         x = biggest(conv("Conv2d_2b_3x3", x, 1, 1))
         x = biggest(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x)))
@@ -142,7 +170,9 @@ def test_has_the_94_convolutions_of_pytorch_fid():
 
 
 def test_resizing_is_torchs_in_both_directions():
-    torch = pytest.importorskip("torch", reason="the reference is torch.nn.functional.interpolate")
+    torch = pytest.importorskip(
+        "torch", reason="the reference is torch.nn.functional.interpolate"
+    )
     x = np.random.default_rng(2).uniform(-1, 1, (1, 350, 20, 3)).astype(np.float32)
     want = torch.nn.functional.interpolate(
         torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), (299, 299), mode="bilinear"
@@ -152,7 +182,9 @@ def test_resizing_is_torchs_in_both_directions():
 
 
 def test_average_pool_leaves_the_padding_out():
-    np.testing.assert_allclose(inception._average(jnp.ones((1, 4, 4, 2))), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(
+        inception._average(jnp.ones((1, 4, 4, 2))), 1.0, rtol=1e-6
+    )
 
 
 def test_refusals(weights, tmp_path):
@@ -165,9 +197,12 @@ def test_refusals(weights, tmp_path):
     save_file(first, tmp_path / "part.safetensors")
     with pytest.raises(Refused, match=r"no key 'Conv2d_2a_3x3\.bn\.weight'"):
         inception.load(tmp_path / "part.safetensors")
-    first["Conv2d_1a_3x3.conv.weight"] = first["Conv2d_1a_3x3.conv.weight"][:, :1].copy()
+    first["Conv2d_1a_3x3.conv.weight"] = first["Conv2d_1a_3x3.conv.weight"][
+        :, :1
+    ].copy()
     save_file(first, tmp_path / "shape.safetensors")
     with pytest.raises(
-        Refused, match=r"conv\.weight has shape \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)"
+        Refused,
+        match=r"conv\.weight has shape \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)",
     ):
         inception.load(tmp_path / "shape.safetensors")

@@ -17,9 +17,12 @@ def loops(k, x, y):
     n = len(x)
     m = len(y)
     within = lambda a, n: (
-        sum(k(a[i], a[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+        sum(k(a[i], a[j]) for i in range(n) for j in range(n) if i != j)
+        / (n * (n - 1))
     )
-    return within(x, n) + within(y, m) - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+    return (
+        within(x, n) + within(y, m) - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+    )
 
 
 def test_mmd2_by_definition():
@@ -29,17 +32,24 @@ def test_mmd2_by_definition():
     median = np.median(cdist(both, both)[np.triu_indices(16, 1)])
     np.testing.assert_allclose(kernels.median_distance(x, y), median, rtol=1e-12)
     rbf = lambda a, b: np.mean(
-        [np.exp(-np.sum((a - b) ** 2) / (2 * (median * 2.0**i) ** 2)) for i in range(-2, 3)]
+        [
+            np.exp(-np.sum((a - b) ** 2) / (2 * (median * 2.0**i) ** 2))
+            for i in range(-2, 3)
+        ]
     )
     np.testing.assert_allclose(kernels.mmd2(x, y), loops(rbf, x, y), rtol=1e-11)
-    np.testing.assert_allclose(kernels.mmd2(x, y, width=median), kernels.mmd2(y, x), rtol=1e-12)
+    np.testing.assert_allclose(
+        kernels.mmd2(x, y, width=median), kernels.mmd2(y, x), rtol=1e-12
+    )
 
 
 def test_energy_distance_by_definition():
     x = draw(7)
     y = draw(9, shift=1.0, seed=1)
     np.testing.assert_allclose(
-        kernels.energy_distance(x, y), loops(lambda a, b: -np.linalg.norm(a - b), x, y), rtol=1e-11
+        kernels.energy_distance(x, y),
+        loops(lambda a, b: -np.linalg.norm(a - b), x, y),
+        rtol=1e-11,
     )
 
 
@@ -47,7 +57,9 @@ def test_kid_of_whole_sets_is_the_cubic_kernels_estimate():
     x = draw(8, 3)
     y = draw(8, 3, shift=0.5, seed=1)
     mean, std = kernels.kid(x, y, subsets=3, size=8)
-    np.testing.assert_allclose(mean, loops(lambda a, b: (a @ b / 3 + 1) ** 3, x, y), rtol=1e-11)
+    np.testing.assert_allclose(
+        mean, loops(lambda a, b: (a @ b / 3 + 1) ** 3, x, y), rtol=1e-11
+    )
     np.testing.assert_allclose(std, 0.0, atol=1e-11)
     with pytest.raises(Refused, match="size=1000, expected at most 8"):
         kernels.kid(x, y)
@@ -81,4 +93,6 @@ def test_energy_distance_of_separated_points():
 def test_an_offset_costs_no_digits():
     x = draw(30)
     y = draw(30, shift=0.3, seed=1)
-    np.testing.assert_allclose(kernels.mmd2(x + 1e6, y + 1e6), kernels.mmd2(x, y), rtol=1e-6)
+    np.testing.assert_allclose(
+        kernels.mmd2(x + 1e6, y + 1e6), kernels.mmd2(x, y), rtol=1e-6
+    )

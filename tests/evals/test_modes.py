@@ -18,7 +18,9 @@ LAW = (
 
 def at(*counts, offset=0.0):
     """`counts[k]` samples at `offset` standard deviations of mode k from its mean."""
-    rows = [[LAW[1][k] + [offset * LAW[2][k], 0.0]] * n for k, n in enumerate(counts) if n]
+    rows = [
+        [LAW[1][k] + [offset * LAW[2][k], 0.0]] * n for k, n in enumerate(counts) if n
+    ]
     return np.concatenate(rows)
 
 
@@ -30,7 +32,9 @@ def test_the_law_itself_scores_best():
     assert 0 <= modes.mode_kl(x, data.components) < 20.5 / 10_000
     inside = 1 - np.exp(-4.5)
     np.testing.assert_allclose(
-        modes.quality(x, data.components), inside, atol=4 * np.sqrt(inside * (1 - inside) / 5000)
+        modes.quality(x, data.components),
+        inside,
+        atol=4 * np.sqrt(inside * (1 - inside) / 5000),
     )
 
 
@@ -41,7 +45,10 @@ def test_assignment_agrees_with_the_labels_it_was_drawn_from():
     # modes are 5 mean standard deviations apart or more, if they fit: at most 2 Phi(-5 / 2 / 1.25)
     # = 4.6 % are ambiguous
     assert np.mean(mode == drawn["cond"]) > 0.954
-    own = np.linalg.norm(drawn["x"] - data.components[1][mode], axis=1) / data.components[2][mode]
+    own = (
+        np.linalg.norm(drawn["x"] - data.components[1][mode], axis=1)
+        / data.components[2][mode]
+    )
     np.testing.assert_allclose(distance, own, rtol=1e-3)
 
 
@@ -53,7 +60,9 @@ def test_a_dropped_mode_counts_as_missed_and_costs_its_mass():
 
 
 def test_one_percent_of_a_modes_mass_is_a_hit():
-    assert modes.modes_hit(at(998, 0, 2), LAW) == 2 / 3  # 0.2 % of all is 1 % of mode 2's 20 %
+    assert (
+        modes.modes_hit(at(998, 0, 2), LAW) == 2 / 3
+    )  # 0.2 % of all is 1 % of mode 2's 20 %
     assert modes.modes_hit(at(999, 0, 1), LAW) == 1 / 3
 
 
@@ -68,7 +77,9 @@ def test_only_samples_within_three_sigma_are_good_or_hit():
 def test_offsets_lay_the_modes_over_each_other():
     """They are unit Gaussian for the mixture itself, whatever its places, widths and shares."""
     x = at(3, 2, 4, offset=1.5)
-    np.testing.assert_allclose(modes.offsets(x, LAW), np.tile([1.5, 0.0], (9, 1)), atol=1e-12)
+    np.testing.assert_allclose(
+        modes.offsets(x, LAW), np.tile([1.5, 0.0], (9, 1)), atol=1e-12
+    )
 
 
 def test_texture_sees_what_the_energy_distance_of_the_whole_does_not():
@@ -92,5 +103,7 @@ def test_reward_of_a_direction():
         x, {"x": data.evaluation(40)["x"]}, data
     )["reward"]
     np.testing.assert_allclose(
-        [reward(0.0), reward(np.pi / 4), reward(np.pi)], [0.5, np.sqrt(0.5), -0.5], atol=1e-12
+        [reward(0.0), reward(np.pi / 4), reward(np.pi)],
+        [0.5, np.sqrt(0.5), -0.5],
+        atol=1e-12,
     )

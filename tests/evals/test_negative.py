@@ -29,7 +29,9 @@ class Trained:
 
 
 def sample(net, noise, cond, key, steps):
-    table = DATA.caption(np.arange(4), np.array([0, 1, 2, 0]), np.ones(4, bool))["text"]
+    table = DATA.caption(np.arange(4), np.array([0, 1, 2, 0]), np.ones(4, bool))[
+        "text"
+    ]
     shape = jnp.argmin(jnp.sum((cond["text"][:, 1, None] - table[:, 1]) ** 2, -1), -1)
     red = (noise[:, 0, 0, 0] > 0) | cond["mask"][:, 2]
     x = VALID[shape, jnp.where(red, 0, 2), 1, 1]
@@ -43,9 +45,13 @@ def sample(net, noise, cond, key, steps):
 def rows():
     method = SimpleNamespace(process=None, sample=sample, generator=lambda nets: None)
     trained = Trained(
-        {}, SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch), {}
+        {},
+        SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch),
+        {},
     )
-    table = NegativeEval(samples=400, teacher_steps=(), strengths=(0.25, 1.0)).rows(trained)
+    table = NegativeEval(samples=400, teacher_steps=(), strengths=(0.25, 1.0)).rows(
+        trained
+    )
     return {row["name"]: row for row in table}
 
 
@@ -56,10 +62,12 @@ def test_rows(rows):
 
 
 def test_unwanted_and_stray(rows):
-    assert abs(rows["student"]["unwanted"] - 0.5) < 4 * 0.5 / 400**0.5 and rows["student"][
-        "stray"
-    ] == pytest.approx(0, abs=1e-6)
-    assert rows["nasa1"]["unwanted"] == 0 and rows["nasa1"]["stray"] == pytest.approx(0, abs=1e-6)
+    assert abs(rows["student"]["unwanted"] - 0.5) < 4 * 0.5 / 400**0.5 and rows[
+        "student"
+    ]["stray"] == pytest.approx(0, abs=1e-6)
+    assert rows["nasa1"]["unwanted"] == 0 and rows["nasa1"]["stray"] == pytest.approx(
+        0, abs=1e-6
+    )
     assert (
         rows["nasa0.25"]["unwanted"] == rows["student"]["unwanted"]
         and rows["nasa0.25"]["stray"] > 0.01
@@ -69,7 +77,8 @@ def test_unwanted_and_stray(rows):
 def test_extrapolation_blends(rows):
     """Samples that are not red leave the valid pictures; those that are red stay red."""
     assert (
-        rows["blend"]["stray"] > 0.01 and rows["blend"]["unwanted"] == rows["student"]["unwanted"]
+        rows["blend"]["stray"] > 0.01
+        and rows["blend"]["unwanted"] == rows["student"]["unwanted"]
     )
 
 

@@ -13,20 +13,24 @@ def test_counts_are_pooled_over_questions(score):
         1, abs=1e-8
     )  # empty and empty count for nothing
     assert score([], [])["f1"] == 0
-    assert score([["a", "a"]], [["a", "a", "a"]])["precision"] == pytest.approx(1, abs=1e-8)
-    pooled = score([["a"], []], [["a"], ["x", "y"]])
-    assert pooled["precision"] == pytest.approx(1 / 3) and pooled["recall"] == pytest.approx(
+    assert score([["a", "a"]], [["a", "a", "a"]])["precision"] == pytest.approx(
         1, abs=1e-8
     )
+    pooled = score([["a"], []], [["a"], ["x", "y"]])
+    assert pooled["precision"] == pytest.approx(1 / 3) and pooled[
+        "recall"
+    ] == pytest.approx(1, abs=1e-8)
 
 
 def test_half_a_hit_for_a_shared_word():
     assert strict_f1([["asian"]], [["asian cuisine"]])["f1"] == 0
-    assert partial_f1([["asian"]], [["asian cuisine"]])["f1"] == pytest.approx(0.5, abs=1e-8)
+    assert partial_f1([["asian"]], [["asian cuisine"]])["f1"] == pytest.approx(
+        0.5, abs=1e-8
+    )
     one_each = partial_f1(
         [["new york"]], [["new deal", "new york", "york"]]
     )  # the equal one takes it
-    assert one_each["precision"] == pytest.approx(1 / 3) and one_each["recall"] == pytest.approx(
-        1, abs=1e-8
-    )
+    assert one_each["precision"] == pytest.approx(1 / 3) and one_each[
+        "recall"
+    ] == pytest.approx(1, abs=1e-8)
     assert partial_f1([["a b", "b c"]], [["b"]])["recall"] == pytest.approx(0.25)

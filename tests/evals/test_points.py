@@ -30,7 +30,9 @@ class Trained:
 DATA = Mixture(labelled=False)
 
 
-@pytest.mark.parametrize(("spread", "low", "high"), [(1.0, -2e-3, 4e-3), (1.5, 1e-2, np.inf)])
+@pytest.mark.parametrize(
+    ("spread", "low", "high"), [(1.0, -2e-3, 4e-3), (1.5, 1e-2, np.inf)]
+)
 def test_the_state_of_an_exact_chain_has_the_noised_distribution(spread, low, high):
     """64 Euler steps with the exact velocity reach p_.5 to their error of first order; a wrong
     field does not.
@@ -38,7 +40,10 @@ def test_the_state_of_an_exact_chain_has_the_noised_distribution(spread, low, hi
     times = tuple(np.linspace(1, 0, 129)[:-1].tolist())
     method = PhasedDMD(student_times=times, phase_steps=(64, 64))
     trained = Trained(
-        SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch), {}, {}, spread
+        SimpleNamespace(method=method, data=DATA, conditioned=lambda batch: batch),
+        {},
+        {},
+        spread,
     )
     (row,) = ChainEval(samples=2000, student_steps=(128,)).rows(trained)
     assert low < row["state_energy"] < high and "energy" in row
@@ -56,9 +61,9 @@ def table():
 def centred(data, cond, width):
     """Points of each label's components, `width` times as wide."""
     _, means, stds = data.components
-    return means[cond] + width * stds[cond, None] * np.random.default_rng(2).standard_normal(
-        (len(cond), 2)
-    )
+    return means[cond] + width * stds[cond, None] * np.random.default_rng(
+        2
+    ).standard_normal((len(cond), 2))
 
 
 def test_the_law_itself_scores_nothing(table):
@@ -71,8 +76,13 @@ def test_the_law_itself_scores_nothing(table):
 def test_collapse_and_swapped_labels_show(table):
     data, real, score, other = table
     narrow = score(centred(data, real["cond"], 0.05))
-    assert narrow["class_std"] == pytest.approx(0.05, rel=0.1) and narrow["class_energy"] > 0.02
-    swapped = score(other["x"])  # the right distribution overall, under labels of its own
+    assert (
+        narrow["class_std"] == pytest.approx(0.05, rel=0.1)
+        and narrow["class_energy"] > 0.02
+    )
+    swapped = score(
+        other["x"]
+    )  # the right distribution overall, under labels of its own
     assert abs(swapped["energy"]) < 0.01 < 0.3 < swapped["class_energy"]
 
 
@@ -85,7 +95,9 @@ def test_regret_is_the_lost_reward_and_counts_on_modes_alone():
     cosine = np.cos(np.arctan2(means[:, 1], means[:, 0]) - angle)
     score = lambda x: evaluation.score(x, {"x": real[: len(x)]}, DATA)
     at_modes = score(means)
-    np.testing.assert_allclose(at_modes["regret"], np.mean((1 - cosine) / 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        at_modes["regret"], np.mean((1 - cosine) / 2), rtol=1e-5
+    )
     far = 50.0 * np.array([[np.cos(angle), np.sin(angle)]] * len(means), np.float32)
     away = score(far)
     assert away["regret"] == 1.0 and away["reward"] > 0.999

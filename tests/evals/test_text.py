@@ -27,7 +27,10 @@ def by_hand(trained, role, held):
     logits = lambda role: np.asarray(
         trained.nets[role].apply(trained.params[role], held["tokens"]), np.float64
     )[:, :-1]
-    laws = [z - np.log(np.exp(z).sum(-1, keepdims=True)) for z in map(logits, ("teacher", role))]
+    laws = [
+        z - np.log(np.exp(z).sum(-1, keepdims=True))
+        for z in map(logits, ("teacher", role))
+    ]
     return *laws, held["tokens"][:, 1:]
 
 
@@ -61,5 +64,9 @@ def test_what_the_student_goes_on_with_is_scored_on_those_tokens_alone(trained):
     ).tolist() == [8.0] * 24
     p, q, _ = by_hand(trained, "student", own)
     row = evaluation.rows(trained)[1]
-    expected = [(np.exp(a) * (a - b)).sum(-1)[:, 3:].mean() for a, b in ((p, q), (q, p))]
-    assert [row["rollout_kl"], row["rollout_reverse_kl"]] == pytest.approx(expected, rel=1e-5)
+    expected = [
+        (np.exp(a) * (a - b)).sum(-1)[:, 3:].mean() for a, b in ((p, q), (q, p))
+    ]
+    assert [row["rollout_kl"], row["rollout_reverse_kl"]] == pytest.approx(
+        expected, rel=1e-5
+    )

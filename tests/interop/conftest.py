@@ -21,8 +21,16 @@ def agree(record_property):
 
     def check(name, ours, theirs, where=True):
         ours = np.asarray(ours)
-        theirs = theirs.detach().numpy() if hasattr(theirs, "detach") else np.asarray(theirs)
-        assert ours.shape == theirs.shape and np.isfinite(ours).all() and theirs.std() > 0
+        theirs = (
+            theirs.detach().numpy()
+            if hasattr(theirs, "detach")
+            else np.asarray(theirs)
+        )
+        assert (
+            ours.shape == theirs.shape
+            and np.isfinite(ours).all()
+            and theirs.std() > 0
+        )
         figure = float(np.abs(np.where(where, ours - theirs, 0)).max() / theirs.std())
         record_property(f"max|diff|/std {name}", f"{figure:.1e}")
         print(f"max|diff|/std {name}: {figure:.1e}")
@@ -73,7 +81,9 @@ def returns(tmp_path):
 def drawn(net, std=0.3):
     """Weights of a net, drawn in numpy: an initialiser of JAX compiles a program for each shape."""
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: std * rng.standard_normal(s.shape).astype(s.dtype), net.shapes)
+    return jax.tree.map(
+        lambda s: std * rng.standard_normal(s.shape).astype(s.dtype), net.shapes
+    )
 
 
 @pytest.fixture
@@ -121,7 +131,9 @@ def covers():
             for row in family.table(cfg)
             for name in row.names(leaves[row.path].shape)
         }
-        assert ours == {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        assert ours == {
+            name: tuple(weight.shape) for name, weight in model.state_dict().items()
+        }
         assert {row.path for row in family.table(cfg)} == leaves.keys()
 
     return check
@@ -135,7 +147,9 @@ def halves():
         _, params = interop.load(folder)
         _, half = interop.load(folder, "bfloat16")
         jax.tree.map(
-            lambda a, b: np.testing.assert_array_equal(np.asarray(a).astype(b.dtype), b),
+            lambda a, b: np.testing.assert_array_equal(
+                np.asarray(a).astype(b.dtype), b
+            ),
             params,
             half,
         )

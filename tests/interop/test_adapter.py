@@ -13,9 +13,13 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.adapter import save_adapter
 from jaxdistill.interop.folder import MARKER
 
-torch = pytest.importorskip("torch", reason="PyTorch's side needs torch (extra [torch])")
+torch = pytest.importorskip(
+    "torch", reason="PyTorch's side needs torch (extra [torch])"
+)
 diffusers = pytest.importorskip("diffusers", reason="PyTorch's side needs diffusers")
-transformers = pytest.importorskip("transformers", reason="PyTorch's side needs transformers")
+transformers = pytest.importorskip(
+    "transformers", reason="PyTorch's side needs transformers"
+)
 peft = pytest.importorskip("peft", reason="PyTorch's side needs peft (extra [torch])")
 
 LM = dict(
@@ -64,7 +68,8 @@ def made(model, folder, targets, rank=3, alpha=6.0):
 
 def differs(ours, plain):
     assert (
-        np.abs(np.asarray(ours) - np.asarray(plain)).max() > 0.05 * np.asarray(plain).std()
+        np.abs(np.asarray(ours) - np.asarray(plain)).max()
+        > 0.05 * np.asarray(plain).std()
     )  # the adapter matters
 
 
@@ -74,8 +79,14 @@ def differs(ours, plain):
 @pytest.mark.parametrize("family", ["Qwen2", "GPTNeoX"])
 def test_peft_loads_it(family, tmp_path, agree):
     torch.manual_seed(0)
-    sizes = LM if family == "Qwen2" else {k: v for k, v in LM.items() if k != "num_key_value_heads"}
-    config = getattr(transformers, f"{family}Config")(**sizes, bos_token_id=None, eos_token_id=None)
+    sizes = (
+        LM
+        if family == "Qwen2"
+        else {k: v for k, v in LM.items() if k != "num_key_value_heads"}
+    )
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, bos_token_id=None, eos_token_id=None
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     base, weights, adapter, params = made(
         model, tmp_path / "base", r".*blocks/(to_out|up|down)/kernel"
@@ -90,7 +101,12 @@ def test_peft_loads_it(family, tmp_path, agree):
     )
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [MARKER, *names]
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 6.0
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())[
+            "lora_alpha"
+        ]
+        == 6.0
+    )
     tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
     adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "out")).eval()
     with torch.no_grad():
@@ -107,7 +123,9 @@ def test_peft_loads_it(family, tmp_path, agree):
 @pytest.mark.parametrize("component", ["unet", "transformer"])
 def test_diffusers_loads_it(component, tmp_path, agree):
     torch.manual_seed(0)
-    draw = lambda *shape: np.random.default_rng(len(shape)).standard_normal(shape).astype("f4")
+    draw = lambda *shape: (
+        np.random.default_rng(len(shape)).standard_normal(shape).astype("f4")
+    )
     if component == "unet":  # linear maps, 1x1 convolutions that ours has as matrices
         model = diffusers.UNet2DConditionModel(**UNET).eval()
         x = draw(2, 8, 8, 4)
@@ -121,10 +139,14 @@ def test_diffusers_loads_it(component, tmp_path, agree):
     base, weights, adapter, params = made(model, tmp_path / "base", targets)
     save_adapter(tmp_path / "out", base, adapter, params)
     t = np.array([3, 500])
-    ours = jax.jit(adapter.apply)({"base": weights, "adapter": params}, x, t, {"text": text})
+    ours = jax.jit(adapter.apply)(
+        {"base": weights, "adapter": params}, x, t, {"text": text}
+    )
     differs(ours, jax.jit(base.apply)(weights, x, t, {"text": text}))
     model.load_lora_adapter(
-        str(tmp_path / "out"), prefix=component, weight_name="pytorch_lora_weights.safetensors"
+        str(tmp_path / "out"),
+        prefix=component,
+        weight_name="pytorch_lora_weights.safetensors",
     )
     with torch.no_grad():
         theirs = model(
@@ -137,7 +159,9 @@ def test_diffusers_loads_it(component, tmp_path, agree):
 
 def test_what_is_no_matrix_is_refused(tmp_path):
     torch.manual_seed(0)
-    made_of = made(diffusers.UNet2DConditionModel(**UNET), tmp_path / "base", r".*conv_in/kernel")
+    made_of = made(
+        diffusers.UNet2DConditionModel(**UNET), tmp_path / "base", r".*conv_in/kernel"
+    )
     with pytest.raises(
         Refused,
         match=r"conv_in.weight is not a matrix of its own in PyTorch; export without --adapter",
@@ -154,9 +178,14 @@ def test_an_adapter_replaces_an_adapter_and_nothing_else(tmp_path):
     base, _, adapter, params = made(model, tmp_path / "base", r".*to_q/kernel")
     for scale in (1.0, 2.0):
         save_adapter(
-            tmp_path / "out", base, adapter, jax.tree.map(lambda w, s=scale: s * w, params)
+            tmp_path / "out",
+            base,
+            adapter,
+            jax.tree.map(lambda w, s=scale: s * w, params),
         )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(Refused, match="not empty and not a model folder"):
-        save_adapter(tmp_path / "other", base, adapter, jax.tree.map(jnp.zeros_like, params))
+        save_adapter(
+            tmp_path / "other", base, adapter, jax.tree.map(jnp.zeros_like, params)
+        )

@@ -27,20 +27,33 @@ from jaxdistill.models.vision.clip import ClipText
 from jaxdistill.models.vision.vit import ViT
 from tests import damage
 
-FOLDERS = int(os.environ.get("JAXDISTILL_DAMAGED_FOLDERS", "100"))  # thousands are for by hand
+FOLDERS = int(
+    os.environ.get("JAXDISTILL_DAMAGED_FOLDERS", "100")
+)  # thousands are for by hand
 MODELS = {
     "llama": LM(
-        vocab=13, dim=8, mlp=12, heads=2, depth=2, rope_factor=8.0, rope_original=64, eos=(2, 3)
+        vocab=13,
+        dim=8,
+        mlp=12,
+        heads=2,
+        depth=2,
+        rope_factor=8.0,
+        rope_original=64,
+        eos=(2, 3),
     ),
     "tied": LM(vocab=13, dim=8, mlp=12, heads=2, depth=2, tied=True),
     "gemma": Gemma2(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=2),
     "neox": NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=2),
     "t5": T5(vocab=13, dim=8, mlp=12, heads=2, head_dim=4, depth=2),
-    "bert": BertClassifier(vocab=13, dim=8, mlp=12, heads=2, depth=2, max_length=16, classes=3),
+    "bert": BertClassifier(
+        vocab=13, dim=8, mlp=12, heads=2, depth=2, max_length=16, classes=3
+    ),
     "clip": ClipText(vocab=13, dim=8, mlp=12, heads=2, depth=2, max_length=16),
     "vit": ViT(size=8, patch=4, dim=8, mlp=12, heads=2, depth=2),
     "dit": DiT(size=4, patch=2, channels=2, dim=8, depth=2, heads=2, classes=3),
-    "sana": Sana(size=4, channels=2, dim=8, depth=2, heads=2, cross_heads=2, text_dim=4),
+    "sana": Sana(
+        size=4, channels=2, dim=8, depth=2, heads=2, cross_heads=2, text_dim=4
+    ),
     "wan": Wan(channels=2, dim=24, mlp=12, depth=2, heads=2, text_dim=4, time_dim=4),
     "vae": VAE(size=8, widths=(8, 8), layers=1, groups=4),
 }
@@ -53,7 +66,9 @@ def undamaged(tmp_path_factory):
     home = tmp_path_factory.mktemp("undamaged")
     for name, cfg in MODELS.items():
         net = make_net(cfg, config=cfg)
-        fill = lambda s: jnp.asarray(np.random.default_rng(0).standard_normal(s.shape), s.dtype)
+        fill = lambda s: jnp.asarray(
+            np.random.default_rng(0).standard_normal(s.shape), s.dtype
+        )
         shards = {"max_shard_bytes": net.size * 2} if name in HOME else {}
         interop.save(home / name, net, jax.tree.map(fill, net.shapes), **shards)
         assert (len(list((home / name).glob("*.safetensors"))) > 1) == (name in HOME)
@@ -81,7 +96,9 @@ def damaged(folder, rng):
     for _ in range(int(rng.integers(1, 3))):
         files = sorted(file for file in folder.iterdir() if file.is_file())
         weights = [
-            file for file in files if file.suffix == ".safetensors" and file.stat().st_size >= 8
+            file
+            for file in files
+            if file.suffix == ".safetensors" and file.stat().st_size >= 8
         ]
         kind = rng.random()
         if kind < 0.35 and weights:
@@ -90,16 +107,24 @@ def damaged(folder, rng):
                 continue
             except (ValueError, OverflowError):  # damaged before
                 pass
-        pool = [file for file in files if file.suffix == ".json"] if kind < 0.8 else files
+        pool = (
+            [file for file in files if file.suffix == ".json"]
+            if kind < 0.8
+            else files
+        )
         file = pool[int(rng.integers(len(pool)))] if pool else None
         if file is not None:
             done.append(
-                damage.remove(file, rng) if rng.random() < 0.03 else damage.damage(file, rng)
+                damage.remove(file, rng)
+                if rng.random() < 0.03
+                else damage.damage(file, rng)
             )
     return "; ".join(done)
 
 
-def test_a_damaged_folder_loads_or_is_refused_in_one_line(undamaged, tmp_path, record_property):
+def test_a_damaged_folder_loads_or_is_refused_in_one_line(
+    undamaged, tmp_path, record_property
+):
     rng = np.random.default_rng(0)
     counts = {"loaded": 0, "refused": 0}
     folder = tmp_path / "model"
@@ -112,7 +137,8 @@ def test_a_damaged_folder_loads_or_is_refused_in_one_line(undamaged, tmp_path, r
         try:
             with damage.quiet(tmp_path):
                 message = damage.outcome(
-                    lambda found=found: found.append(interop.load(folder)), str(folder)
+                    lambda found=found: found.append(interop.load(folder)),
+                    str(folder),
                 )
         except BaseException as error:
             error.add_note(f"{i}, {name}: {how}")
@@ -122,7 +148,9 @@ def test_a_damaged_folder_loads_or_is_refused_in_one_line(undamaged, tmp_path, r
             shapes = paths(net.shapes)
             leaves = paths(params)
             assert leaves.keys() == shapes.keys(), how
-            assert all(leaves[path].shape == shapes[path].shape for path in leaves), how
+            assert all(leaves[path].shape == shapes[path].shape for path in leaves), (
+                how
+            )
             assert net.size == sum(math.prod(w.shape) for w in leaves.values()), how
     record_property("damaged folders", json.dumps(counts))
     print("damaged folders:", counts)

@@ -200,7 +200,10 @@ def test_what_no_export_wrote_stays(make, tmp_path):
     make(tmp_path / "out")
     before = everything(tmp_path)
     begun = []
-    for work in (lambda: replaceable(tmp_path / "out"), lambda: export_to(tmp_path / "out", "new")):
+    for work in (
+        lambda: replaceable(tmp_path / "out"),
+        lambda: export_to(tmp_path / "out", "new"),
+    ):
         with pytest.raises(Refused) as error:
             work()
         assert (
@@ -217,7 +220,8 @@ def test_the_working_folder_and_those_above_stay(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     for target in (Path(name), tmp_path / "here", tmp_path):
         with pytest.raises(
-            Refused, match=r"expected the name of a folder|is the working folder or holds it"
+            Refused,
+            match=r"expected the name of a folder|is the working folder or holds it",
         ):
             replaceable(target)
 
@@ -232,7 +236,10 @@ def test_names_that_cannot_be_written(tmp_path, monkeypatch):
         (tmp_path / "file" / "out", "file is a file"),
         (tmp_path / "file" / "inner" / "out", "file is a file"),
         (tmp_path / "run" / "stages" / "7", "is inside stages/ of the run"),
-        (tmp_path / "run" / "checkpoints" / "new" / "export", "is inside checkpoints/ of the run"),
+        (
+            tmp_path / "run" / "checkpoints" / "new" / "export",
+            "is inside checkpoints/ of the run",
+        ),
         (Path("gs://bucket/export"), "local folder"),
     ):
         with pytest.raises(Refused) as error:
@@ -250,14 +257,18 @@ def test_a_long_name_that_the_disk_takes(tmp_path):
     target = tmp_path / ("x" * 250)
     for text in ("1", "2"):
         export_to(target, text)
-    assert (target / "config.json").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
+    assert (target / "config.json").read_text() == "2" and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 def test_links_above_are_followed(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     export_to(tmp_path / "link" / "out")
-    assert (tmp_path / "real" / "out" / MARKER).is_file() and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "out" / MARKER).is_file() and (
+        tmp_path / "link"
+    ).is_symlink()
 
 
 def test_an_export_is_replaced_as_a_whole(tmp_path):
@@ -268,9 +279,15 @@ def test_an_export_is_replaced_as_a_whole(tmp_path):
     (target / "scheduler" / "scheduler_config.json").unlink()
     with whole_folder(target) as fresh:
         (fresh / "model.safetensors").write_bytes(b"12")
-    assert set(everything(tmp_path)) == {"out", f"out/{MARKER}", "out/model.safetensors"}
+    assert set(everything(tmp_path)) == {
+        "out",
+        f"out/{MARKER}",
+        "out/model.safetensors",
+    }
     digest = hashlib.blake2b(b"12").hexdigest()
-    assert json.loads((target / MARKER).read_text())["files"]["model.safetensors"] == {
+    assert json.loads((target / MARKER).read_text())["files"][
+        "model.safetensors"
+    ] == {
         "bytes": 2,
         "blake2b": digest,
     }
@@ -312,13 +329,19 @@ def test_folders_inside_are_part_of_the_whole(tmp_path):
 def test_what_is_put_there_meanwhile_stays(tmp_path):
     target = tmp_path / "out"
     export_to(target, "old")
-    with pytest.raises(Refused, match=r"notes was not written"), whole_folder(target) as fresh:
+    with (
+        pytest.raises(Refused, match=r"notes was not written"),
+        whole_folder(target) as fresh,
+    ):
         (fresh / "config.json").write_text("new")
         (target / "notes").write_text("mine")
     assert (target / "notes").read_text() == "mine" and (
         target / "config.json"
     ).read_text() == "old"
-    with pytest.raises(Refused, match="is a file"), whole_folder(tmp_path / "other") as fresh:
+    with (
+        pytest.raises(Refused, match="is a file"),
+        whole_folder(tmp_path / "other") as fresh,
+    ):
         (tmp_path / "other").write_text("mine")
     assert (tmp_path / "other").read_text() == "mine"
 
@@ -386,15 +409,17 @@ def test_a_killed_export_loses_nothing_and_the_next_one_tidies_up(renames, tmp_p
     )
     assert killed.returncode == -9, killed.stderr
     left = everything(tmp_path)
-    assert sum(content == b"old" for _, content in left.values()) == 2 and len(left) > len(before)
+    assert sum(content == b"old" for _, content in left.values()) == 2 and len(
+        left
+    ) > len(before)
     with contextlib.suppress(ZeroDivisionError), whole_folder(target):
         assert (target / "config.json").read_text() == "old"
         raise ZeroDivisionError
     assert everything(tmp_path) == before
     export_to(target, "newer")
-    assert (target / "config.json").read_text() == "newer" and set(everything(tmp_path)) == set(
-        before
-    )
+    assert (target / "config.json").read_text() == "newer" and set(
+        everything(tmp_path)
+    ) == set(before)
 
 
 def test_who_is_at_work_is_left_alone(tmp_path):
@@ -403,12 +428,16 @@ def test_who_is_at_work_is_left_alone(tmp_path):
         (first / "config.json").write_text("1")
         export_to(target, "2")
         assert (first / "config.json").read_text() == "1"
-    assert (target / "config.json").read_text() == "1" and not (target / folder.LOCK).exists()
+    assert (target / "config.json").read_text() == "1" and not (
+        target / folder.LOCK
+    ).exists()
 
 
 def test_a_full_disk_is_one_line(tmp_path):
     with (
-        pytest.raises(Refused, match=r"out: cannot be written: \[Errno 28\] No space left"),
+        pytest.raises(
+            Refused, match=r"out: cannot be written: \[Errno 28\] No space left"
+        ),
         whole_folder(tmp_path / "out"),
     ):
         raise OSError(28, "No space left on device")

@@ -33,7 +33,9 @@ NET = make_net(CFG, config=CFG)
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), NET.shapes)
+    return jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), NET.shapes
+    )
 
 
 @pytest.fixture
@@ -66,7 +68,12 @@ def test_round_trip_is_bit_exact(folder, params):
     assert net.config == CFG == interop.describe(folder)
     same(found, params)
     assert (folder / "README.md").read_text() == "# A student\n"
-    names = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
+    names = [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert sorted(p.name for p in folder.iterdir()) == [MARKER, *names]
 
 
@@ -88,7 +95,9 @@ def test_saving_again_replaces_the_folder(folder, params):
 def test_load_into_places_every_leaf_in_its_sharding(folder, params):
     mesh = make_mesh()
     place = lambda s, axes: jax.ShapeDtypeStruct(
-        s.shape, jnp.bfloat16, sharding=NamedSharding(mesh, jax.P(*[None] * len(s.shape)))
+        s.shape,
+        jnp.bfloat16,
+        sharding=NamedSharding(mesh, jax.P(*[None] * len(s.shape))),
     )
     found = interop.load_into(folder, NET, jax.tree.map(place, NET.shapes, NET.axes))
     same(found, cast(params, jnp.bfloat16))
@@ -96,7 +105,13 @@ def test_load_into_places_every_leaf_in_its_sharding(folder, params):
 
 
 @pytest.mark.parametrize(
-    "path", ["blocks/to_k/kernel", "blocks/norm_mlp/scale", "embed/embedding", "unembed/kernel"]
+    "path",
+    [
+        "blocks/to_k/kernel",
+        "blocks/norm_mlp/scale",
+        "embed/embedding",
+        "unembed/kernel",
+    ],
 )
 def test_a_shard_is_that_part_of_the_leaf(folder, params, path):
     (row,) = (row for row in interop.families.llama.table(CFG) if row.path == path)
@@ -114,8 +129,13 @@ def test_a_shard_is_that_part_of_the_leaf(folder, params, path):
 def test_repeated_weights_must_agree(tmp_path):
     row = Row("time", "layer.{i}.time", LINEAR, copies=2)
     w = np.arange(6.0).reshape(2, 3)
-    tensors = [interop.Tensor(tmp_path / "x", w), interop.Tensor(tmp_path / "y", w.copy())]
-    np.testing.assert_array_equal(interop._reader(row, tensors)((slice(None),) * 2), w.T)
+    tensors = [
+        interop.Tensor(tmp_path / "x", w),
+        interop.Tensor(tmp_path / "y", w.copy()),
+    ]
+    np.testing.assert_array_equal(
+        interop._reader(row, tensors)((slice(None),) * 2), w.T
+    )
     tensors[1].data[1, 1] = 9
     with pytest.raises(Refused, match=r"y: the copies of layer.\{i\}.time differ"):
         interop._reader(row, tensors)
@@ -145,7 +165,10 @@ def refused(match, folder):
 
 def test_refuses_other_classes(folder, tmp_path):
     configure(folder, architectures=["LlamaForCausalLMX"])
-    refused(r"config.json: class='LlamaForCausalLMX': did you mean 'LlamaForCausalLM'\?", folder)
+    refused(
+        r"config.json: class='LlamaForCausalLMX': did you mean 'LlamaForCausalLM'\?",
+        folder,
+    )
     configure(folder, architectures=["ZebraNet"])
     refused("class='ZebraNet': expected one of .*LlamaForCausalLM", folder)
     configure(folder, architectures=None)
@@ -160,7 +183,11 @@ def test_refuses_missing_and_unexpected_keys(folder):
     edit(
         folder,
         lambda t: t.update(
-            {"model.layers.1.mlp.up_proj.weigth": t.pop("model.layers.1.mlp.up_proj.weight")}
+            {
+                "model.layers.1.mlp.up_proj.weigth": t.pop(
+                    "model.layers.1.mlp.up_proj.weight"
+                )
+            }
         ),
     )
     refused(
@@ -171,10 +198,16 @@ def test_refuses_missing_and_unexpected_keys(folder):
     edit(
         folder,
         lambda t: t.update(
-            {"model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weigth"]}
+            {
+                "model.layers.1.mlp.up_proj.weight": t[
+                    "model.layers.1.mlp.up_proj.weigth"
+                ]
+            }
         ),
     )
-    refused("model.safetensors: unexpected key model.layers.1.mlp.up_proj.weigth", folder)
+    refused(
+        "model.safetensors: unexpected key model.layers.1.mlp.up_proj.weigth", folder
+    )
     edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weigth"))
     interop.load(folder)
     edit(folder, lambda t: t.pop("model.norm.weight"))
@@ -192,15 +225,23 @@ def test_constants_of_old_files_are_ignored(folder, params):
 
 
 def test_refuses_other_shapes(folder):
-    edit(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()}))
-    refused(r"model.safetensors: lm_head.weight has shape \[5, 8\], expected \[13, 8\]", folder)
+    edit(
+        folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()})
+    )
+    refused(
+        r"model.safetensors: lm_head.weight has shape \[5, 8\], expected \[13, 8\]",
+        folder,
+    )
 
 
 def test_refuses_truncated_and_pickled_weights(folder):
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-7])
-    refused(f"truncated, {len(whole) - 7} bytes where the header says {len(whole)}", folder)
+    refused(
+        f"truncated, {len(whole) - 7} bytes where the header says {len(whole)}",
+        folder,
+    )
     file.unlink()
     refused("no model.safetensors and no model.safetensors.index.json", folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
@@ -211,9 +252,17 @@ def test_refuses_truncated_and_pickled_weights(folder):
 
 
 def test_load_into_refuses_another_network(folder):
-    into = lambda cfg: interop.load_into(folder, make_net(cfg, config=cfg), make_net(cfg).shapes)
-    into(dataclasses.replace(CFG, dtype="bfloat16", remat="full", max_length=99, eos=()))
-    with pytest.raises(Refused, match=r"config.json: rope_theta is 10000.0, expected 500.0"):
+    into = lambda cfg: interop.load_into(
+        folder, make_net(cfg, config=cfg), make_net(cfg).shapes
+    )
+    into(
+        dataclasses.replace(
+            CFG, dtype="bfloat16", remat="full", max_length=99, eos=()
+        )
+    )
+    with pytest.raises(
+        Refused, match=r"config.json: rope_theta is 10000.0, expected 500.0"
+    ):
         into(dataclasses.replace(CFG, rope_theta=500.0))
     with pytest.raises(Refused, match="hidden_size is 8, expected 16"):
         into(dataclasses.replace(CFG, dim=16))
@@ -291,14 +340,18 @@ TIES = [  # (a network whose embedding is its head too, the head's name in files
 
 
 @pytest.mark.parametrize(
-    ("cfg", "copy", "name"), TIES, ids=[f"{type(cfg).__name__}-{copy}" for cfg, copy, _ in TIES]
+    ("cfg", "copy", "name"),
+    TIES,
+    ids=[f"{type(cfg).__name__}-{copy}" for cfg, copy, _ in TIES],
 )
 def test_a_tied_weight_may_stand_under_any_of_its_names_and_has_one_value(
     tmp_path, cfg, copy, name
 ):
     net = make_net(cfg, config=cfg)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), net.shapes)
+    params = jax.tree.map(
+        lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), net.shapes
+    )
     interop.save(tmp_path / "model", net, params)
     edit(tmp_path / "model", lambda t: t.update({copy: t[name].copy()}))
     same(interop.load(tmp_path / "model")[1], params)  # both
@@ -314,7 +367,8 @@ def test_a_tied_weight_may_stand_under_any_of_its_names_and_has_one_value(
 
 def test_an_untied_head_is_a_weight_of_its_own(folder, params):
     assert not (
-        np.asarray(params["embed"]["embedding"]) == np.asarray(params["unembed"]["kernel"]).T
+        np.asarray(params["embed"]["embedding"])
+        == np.asarray(params["unembed"]["kernel"]).T
     ).any()
     same(interop.load(folder)[1], params)
     edit(folder, lambda t: t.pop("lm_head.weight"))
@@ -325,14 +379,22 @@ def test_two_names_of_one_tensor_have_one_value(tmp_path):
     cfg = NeoX(vocab=13, dim=16, mlp=12, heads=2, depth=1)
     net = make_net(cfg, config=cfg)
     interop.save(
-        tmp_path / "model", net, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes)
+        tmp_path / "model",
+        net,
+        jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes),
     )
     edit(
-        tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"].copy()})
+        tmp_path / "model",
+        lambda t: t.update({"lm_head.weight": t["embed_out.weight"].copy()}),
     )  # renamed to the other
     interop.load(tmp_path / "model")
-    edit(tmp_path / "model", lambda t: t.update({"lm_head.weight": t["embed_out.weight"] + 1}))
-    refused("embed_out.weight is stored twice with different values", tmp_path / "model")
+    edit(
+        tmp_path / "model",
+        lambda t: t.update({"lm_head.weight": t["embed_out.weight"] + 1}),
+    )
+    refused(
+        "embed_out.weight is stored twice with different values", tmp_path / "model"
+    )
 
 
 def test_refuses_weights_that_are_no_plain_floats(folder):
@@ -347,12 +409,21 @@ def test_refuses_weights_that_are_no_plain_floats(folder):
         "SCB",
         "weight_packed",
     ):
-        edit(folder, lambda t, key=key: t.update({name + key: np.ones(1, np.float32)}))
-        refused(rf"model.safetensors: {name}{key} says that the weights are quantised", folder)
+        edit(
+            folder, lambda t, key=key: t.update({name + key: np.ones(1, np.float32)})
+        )
+        refused(
+            rf"model.safetensors: {name}{key} says that the weights are quantised",
+            folder,
+        )
         edit(folder, lambda t, key=key: t.pop(name + key))
-    edit(folder, lambda t: t.update({name + "weight": t[name + "weight"].astype(np.int8)}))
+    edit(
+        folder,
+        lambda t: t.update({name + "weight": t[name + "weight"].astype(np.int8)}),
+    )
     refused(
-        f"model.safetensors: {name}weight has numbers of type int8, expected plain floats", folder
+        f"model.safetensors: {name}weight has numbers of type int8, expected plain floats",
+        folder,
     )
     configure(folder, quantization_config={"quant_method": "fp8"})
     refused(
@@ -363,10 +434,13 @@ def test_refuses_weights_that_are_no_plain_floats(folder):
 
 
 @pytest.mark.parametrize(
-    "kind", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz]
+    "kind",
+    [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float8_e4m3fnuz, jnp.float8_e5m2fnuz],
 )
 def test_weights_of_eight_bits_load_exactly(folder, kind):
-    rounded = {k: v.astype(kind) for k, v in load_file(folder / "model.safetensors").items()}
+    rounded = {
+        k: v.astype(kind) for k, v in load_file(folder / "model.safetensors").items()
+    }
     code = {
         "e4m3fn": "F8_E4M3",
         "e5m2": "F8_E5M2",
@@ -383,17 +457,23 @@ def test_weights_of_eight_bits_load_exactly(folder, kind):
         }
         data += w.tobytes()
     text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (folder / "model.safetensors").write_bytes(
+        len(text).to_bytes(8, "little") + text + data
+    )
     for dtype in ("float32", "bfloat16"):
         found = interop.load(folder, dtype)[1]
         want = rounded["model.embed_tokens.weight"].astype(np.float32)
-        np.testing.assert_array_equal(np.asarray(found["embed"]["embedding"], np.float32), want)
+        np.testing.assert_array_equal(
+            np.asarray(found["embed"]["embedding"], np.float32), want
+        )
 
 
 def test_refuses_what_is_no_class(folder):
     for value in ("LlamaForCausalLM", [5], {"a": 1}, 7, [["LlamaForCausalLM"]]):
         configure(folder, architectures=value)
-        refused("config.json: architectures is .*, expected the name of a class", folder)
+        refused(
+            "config.json: architectures is .*, expected the name of a class", folder
+        )
     configure(folder, architectures=["LlamaForCausalLM"], _class_name=["X"])
     refused("config.json: _class_name is .*, expected the name of a class", folder)
 

@@ -85,7 +85,10 @@ def test_missing_keys_and_null():
     for values, message in (
         ({"head_dim": 4}, "config.json: num_heads is missing"),
         ({"num_heads": None, "head_dim": 4}, "config.json: num_heads is null"),
-        ({"num_heads": 2, "head_dim": 4, "widths": None}, "config.json: widths is null"),
+        (
+            {"num_heads": 2, "head_dim": 4, "widths": None},
+            "config.json: widths is null",
+        ),
     ):
         with pytest.raises(Refused, match=message):
             read_keys(KEYS, values, FILE)
@@ -94,27 +97,40 @@ def test_missing_keys_and_null():
 def test_values_that_are_not_supported():
     given = {"num_heads": 2, "head_dim": 4}
     for values, message in (
-        ({"act": "gelu"}, "config.json: act='gelu' is not supported, expected 'silu'"),
+        (
+            {"act": "gelu"},
+            "config.json: act='gelu' is not supported, expected 'silu'",
+        ),
         ({"mlp": "gl"}, "config.json: mlp='gl': did you mean 'glu'"),
     ):
         with pytest.raises(Refused, match=message):
             read_keys(KEYS, given | values, FILE)
-    with pytest.raises(Refused, match=r"config.json: total=4 is not supported, expected 3"):
+    with pytest.raises(
+        Refused, match=r"config.json: total=4 is not supported, expected 3"
+    ):
         check_implied(KEYS, Sizes(), {"total": 4}, FILE)
     norms = (one_of("gated", "norm", {None: False, "rms": True}, missing=None),)
-    assert [read_keys(norms, v, FILE) for v in ({}, {"norm": None}, {"norm": "rms"})] == [
+    assert [
+        read_keys(norms, v, FILE) for v in ({}, {"norm": None}, {"norm": "rms"})
+    ] == [
         {"gated": False},
         {"gated": False},
         {"gated": True},
     ]
-    with pytest.raises(Refused, match=r"norm='layer' is not supported, expected None or 'rms'"):
+    with pytest.raises(
+        Refused, match=r"norm='layer' is not supported, expected None or 'rms'"
+    ):
         read_keys(norms, {"norm": "layer"}, FILE)
 
 
 @pytest.mark.parametrize("family", interop.FAMILIES, ids=lambda family: family.name)
 def test_every_key_stands_once_and_every_field_exists(family):
     keys = [key.key for key in family.keys if not isinstance(key, Read)]
-    fields = [key.field for key in family.keys if isinstance(key, Field | Read) and key.field]
+    fields = [
+        key.field
+        for key in family.keys
+        if isinstance(key, Field | Read) and key.field
+    ]
     assert len(set(keys)) == len(keys)
     assert len(set(fields)) == len(fields)
     assert set(fields) <= {field.name for field in dataclasses.fields(family.config)}

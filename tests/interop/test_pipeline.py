@@ -16,9 +16,15 @@ from jaxdistill.interop.chain import SCHEDULER, scheduler
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from launch import generate
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 PROMPTS = ["A red fox  in the snow &amp; ice", "two boats"]
 SIZE = (64, 32)
@@ -29,7 +35,9 @@ def tokenizer(length, bos=True):
     """Bytes, with a token before (256) and one behind (257); 258 pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    words = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {
+    words = {
+        c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    } | {
         "<s>": 256,
         "</s>": 257,
         "<pad>": 258,
@@ -70,7 +78,9 @@ def sdxl():
         bos_token_id=256,
         pad_token_id=258,
     )
-    first = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text, projection_dim=10))
+    first = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(**text, projection_dim=10)
+    )
     second = transformers.CLIPTextModelWithProjection(
         transformers.CLIPTextConfig(**text, projection_dim=10, hidden_act="gelu")
     )
@@ -113,7 +123,9 @@ def sdxl():
         tokenizer_2=tokenizer(77),
         unet=unet,
     )
-    return diffusers.StableDiffusionXLPipeline(**parts, scheduler=scheduler, add_watermarker=False)
+    return diffusers.StableDiffusionXLPipeline(
+        **parts, scheduler=scheduler, add_watermarker=False
+    )
 
 
 def qwen():
@@ -122,7 +134,11 @@ def qwen():
         hidden_size=16,
         vocab_size=259,
         num_key_value_heads=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 2]},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 300.0,
+            "mrope_section": [1, 1, 2],
+        },
     )
     eye = dict(
         depth=1,
@@ -240,10 +256,14 @@ def sana():
         sample_size=8,
     )
     half = dict(
-        block_out_channels=(8, 8, 16), layers_per_block=(1, 1, 1), qkv_multiscales=((), (), (5,))
+        block_out_channels=(8, 8, 16),
+        layers_per_block=(1, 1, 1),
+        qkv_multiscales=((), (), (5,)),
     )
     levels = {
-        f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in half.items()
+        f"{side}_{key}": value
+        for side in ("encoder", "decoder")
+        for key, value in half.items()
     }
     kinds = ("ResBlock", "ResBlock", "EfficientViTBlock")
     vae = diffusers.AutoencoderDC(
@@ -284,7 +304,9 @@ def same(ours, theirs):
     theirs = np.round(np.clip(theirs, 0, 1) * 255)
     assert ours.shape == theirs.shape and ours.dtype == np.uint8 and theirs.std() > 5
     difference = np.abs(ours - theirs)
-    print(f"mean |difference| {difference.mean():.4f} of 255, largest {difference.max():.0f}")
+    print(
+        f"mean |difference| {difference.mean():.4f} of 255, largest {difference.max():.0f}"
+    )
     assert difference.mean() <= 0.05 and difference.max() <= 2
 
 
@@ -301,9 +323,18 @@ def test_stable_diffusion_xl(guidance, tmp_path):
         latents=first(z),
         output_type="np",
     )
-    np.testing.assert_allclose(ours.times(4, SIZE) * 999, theirs.scheduler.timesteps, atol=1e-4)
+    np.testing.assert_allclose(
+        ours.times(4, SIZE) * 999, theirs.scheduler.timesteps, atol=1e-4
+    )
     same(
-        ours(PROMPTS, ours.times(4, SIZE), size=SIZE, renoises=False, guidance=guidance, noise=z),
+        ours(
+            PROMPTS,
+            ours.times(4, SIZE),
+            size=SIZE,
+            renoises=False,
+            guidance=guidance,
+            noise=z,
+        ),
         pictures.images,
     )
 
@@ -324,7 +355,9 @@ def test_a_student_and_its_scheduler_in_diffusers_pipeline(first_index, tmp_path
             tmp_path / "student", subfolder="scheduler"
         ),
     )
-    whole = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline", **parts)
+    whole = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "pipeline", **parts
+    )
     whole.set_progress_bar_config(disable=True)
     z = noise(ours.latents(2, SIZE, 1))
     pictures = whole(
@@ -352,12 +385,18 @@ def test_sana(instruction, tmp_path):
     size = (64, 32)  # pixels; this autoencoder has three levels, the released one six
     z = noise(ours.latents(2, size, 1))
     how = dict(
-        num_inference_steps=4, guidance_scale=2.0, output_type="np", use_resolution_binning=False
+        num_inference_steps=4,
+        guidance_scale=2.0,
+        output_type="np",
+        use_resolution_binning=False,
     )
     how["complex_human_instruction"] = [instruction] if instruction else None
     pictures = theirs(PROMPTS, height=64, width=32, latents=first(z), **how)
     times = np.asarray(theirs.scheduler.sigmas[:-1])
-    same(ours(PROMPTS, times, size=size, renoises=False, guidance=2.0, noise=z), pictures.images)
+    same(
+        ours(PROMPTS, times, size=size, renoises=False, guidance=2.0, noise=z),
+        pictures.images,
+    )
 
 
 def test_qwen_image(tmp_path):
@@ -373,8 +412,13 @@ def test_qwen_image(tmp_path):
         latents=packed,
         output_type="np",
     )
-    np.testing.assert_allclose(ours.times(4, SIZE), theirs.scheduler.sigmas[:-1], atol=1e-6)
-    same(ours(PROMPTS, ours.times(4, SIZE), size=SIZE, renoises=False, noise=z), pictures.images)
+    np.testing.assert_allclose(
+        ours.times(4, SIZE), theirs.scheduler.sigmas[:-1], atol=1e-6
+    )
+    same(
+        ours(PROMPTS, ours.times(4, SIZE), size=SIZE, renoises=False, noise=z),
+        pictures.images,
+    )
 
 
 @pytest.mark.parametrize("second", [False, True])
@@ -395,7 +439,10 @@ def test_wan(second, tmp_path):
     )
     times = np.asarray(theirs.scheduler.sigmas[:-1])
     assert (times < 0.875).any() and (times >= 0.875).any()
-    same(ours(PROMPTS, times, size=SIZE, frames=5, renoises=False, noise=z), videos.frames)
+    same(
+        ours(PROMPTS, times, size=SIZE, frames=5, renoises=False, noise=z),
+        videos.frames,
+    )
 
 
 def test_a_student_takes_the_denoisers_place(tmp_path):
@@ -410,7 +457,8 @@ def test_a_student_takes_the_denoisers_place(tmp_path):
         pipeline.load(tmp_path / "pipeline", student=tmp_path / "pipeline" / "vae")
     z = noise(ours.latents(2, SIZE, 1))
     a, b = (
-        p(PROMPTS, [1.0, 0.5], size=SIZE, noise=z, key=jax.random.key(3)) for p in (ours, other)
+        p(PROMPTS, [1.0, 0.5], size=SIZE, noise=z, key=jax.random.key(3))
+        for p in (ours, other)
     )
     assert a.shape == (2, 1, 64, 32, 3) and (a != b).any()
     again = ours(PROMPTS, [1.0, 0.5], size=SIZE, noise=z, key=jax.random.key(3))
@@ -423,14 +471,18 @@ def test_a_student_takes_the_denoisers_place(tmp_path):
 def test_the_command_writes_a_video_and_a_picture(tmp_path, capsys):
     av = pytest.importorskip("av", reason="videos need PyAV (extra [video])")
     stored(wan, tmp_path / "pipeline")
-    command = [f"--pipeline={tmp_path / 'pipeline'}", f"--out={tmp_path / 'out' / 'fox'}"]
+    command = [
+        f"--pipeline={tmp_path / 'pipeline'}",
+        f"--out={tmp_path / 'out' / 'fox'}",
+    ]
     command += ["--prompt=a fox", "--size=64x32", "--dtype=float32"]
     generate.generate([*command, "--frames=5", "--times=1.0,0.5", "--n=2"])
     for i in range(2):
         with av.open(str(tmp_path / "out" / f"fox_{i}.mp4")) as video:
-            assert [frame.to_ndarray(format="rgb24").shape for frame in video.decode(video=0)] == [
-                (64, 32, 3)
-            ] * 5
+            assert [
+                frame.to_ndarray(format="rgb24").shape
+                for frame in video.decode(video=0)
+            ] == [(64, 32, 3)] * 5
     generate.generate([*command, "--steps=2", "--ddim", "--n=3"])
     with Image.open(tmp_path / "out" / "fox.png") as picture:
         assert picture.size == (96, 64)
@@ -452,14 +504,23 @@ def test_refusals(tmp_path):
     for given, message in (
         (dict(size=(60, 32)), r"size=\(60, 32\): expected multiples of 8"),
         (dict(size=SIZE, frames=4), "frames=4: expected 1 more than a multiple of 4"),
-        (dict(size=SIZE, noise=np.zeros((2, 3))), r"noise \[2, 3\]: expected \[2, 1, 8, 4, 4\]"),
+        (
+            dict(size=SIZE, noise=np.zeros((2, 3))),
+            r"noise \[2, 3\]: expected \[2, 1, 8, 4, 4\]",
+        ),
     ):
         with pytest.raises(Refused, match=message):
             ours(PROMPTS, [1.0], **given)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    (tmp_path / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipelin"}))
-    with pytest.raises(Refused, match=r"class='WanPipelin': did you mean 'WanPipeline'\?"):
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(index | {"_class_name": "WanPipelin"})
+    )
+    with pytest.raises(
+        Refused, match=r"class='WanPipelin': did you mean 'WanPipeline'\?"
+    ):
         pipeline.load(tmp_path)
-    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(index | {"vae": [None, None]})
+    )
     with pytest.raises(Refused, match="vae is missing"):
         pipeline.load(tmp_path)

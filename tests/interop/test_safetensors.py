@@ -8,7 +8,12 @@ from safetensors.numpy import load_file, save_file
 
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.folder import whole_folder
-from jaxdistill.interop.safetensors import read_file, read_folder, read_json, write_folder
+from jaxdistill.interop.safetensors import (
+    read_file,
+    read_folder,
+    read_json,
+    write_folder,
+)
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -82,29 +87,44 @@ def test_refuses_damaged_files(file, tmp_path):
     header = 8 + int.from_bytes(whole[:8], "little")
     for size in (0, 5, header - 3, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(Refused, match=f"x.safetensors: truncated.* {size} bytes") as error:
+        with pytest.raises(
+            Refused, match=f"x.safetensors: truncated.* {size} bytes"
+        ) as error:
             read_file(file)
         assert "\n" not in str(error.value)
     file.write_bytes(whole + b"!")
     with pytest.raises(
-        Refused, match=f"too long, {len(whole) + 1} bytes where the header says {len(whole)}"
+        Refused,
+        match=f"too long, {len(whole) + 1} bytes where the header says {len(whole)}",
     ):
         read_file(file)
-    for text in ("[]", "{", '{"a": 1, "a": 1}', '{"a": NaN}', "[" * 100_000, "\ufeff{}"):
+    for text in (
+        "[]",
+        "{",
+        '{"a": 1, "a": 1}',
+        '{"a": NaN}',
+        "[" * 100_000,
+        "\ufeff{}",
+    ):
         file.write_bytes(len(text).to_bytes(8, "little") + text.encode())
         with pytest.raises(Refused, match="not a safetensors header"):
             read_file(file)
     entry = lambda dtype, end: json.dumps(
         {"a": {"dtype": dtype, "shape": [2], "data_offsets": [0, end]}}
     ).encode()
-    for dtype, end, message in (("F32", 4, "takes 4 bytes, expected 8"), ("F4", 8, "dtype 'F4'")):
+    for dtype, end, message in (
+        ("F32", 4, "takes 4 bytes, expected 8"),
+        ("F4", 8, "dtype 'F4'"),
+    ):
         head = entry(dtype, end)
         file.write_bytes(len(head).to_bytes(8, "little") + head + bytes(end))
         with pytest.raises(Refused, match=message):
             read_file(file)
     file.write_bytes((10**8 + 1).to_bytes(8, "little"))
     os.truncate(file, 10**8 + 9)  # a hole: takes no room on the disk
-    with pytest.raises(Refused, match="100000001 bytes long, expected at most 100000000"):
+    with pytest.raises(
+        Refused, match="100000001 bytes long, expected at most 100000000"
+    ):
         read_file(file)
 
 
@@ -116,18 +136,39 @@ WRONG = {  # an entry's fault -> (the entry, or what is otherwise in it, and wha
     "dtype a list": ({"dtype": ["F32"]}, r"has dtype \['F32'\]"),
     "dtype a number": ({"dtype": 32}, "has dtype 32"),
     "reversed": ({"data_offsets": [8, 0]}, "takes -8 bytes, expected 8"),
-    "negative": ({"data_offsets": [-8, 0]}, "data_offsets .* expected two whole numbers"),
-    "fractions": ({"data_offsets": [0.0, 8.0]}, "data_offsets .* expected two whole numbers"),
+    "negative": (
+        {"data_offsets": [-8, 0]},
+        "data_offsets .* expected two whole numbers",
+    ),
+    "fractions": (
+        {"data_offsets": [0.0, 8.0]},
+        "data_offsets .* expected two whole numbers",
+    ),
     "flags": (
         {"data_offsets": [False, True], "dtype": "U8", "shape": [1]},
         "data_offsets .* expected two whole numbers",
     ),
-    "one offset": ({"data_offsets": [0]}, "data_offsets .* expected two whole numbers"),
-    "offset a number": ({"data_offsets": 8}, "data_offsets 8, expected two whole numbers"),
-    "shape negative": ({"shape": [-1, -2]}, "shape .* expected at most 32 whole numbers"),
+    "one offset": (
+        {"data_offsets": [0]},
+        "data_offsets .* expected two whole numbers",
+    ),
+    "offset a number": (
+        {"data_offsets": 8},
+        "data_offsets 8, expected two whole numbers",
+    ),
+    "shape negative": (
+        {"shape": [-1, -2]},
+        "shape .* expected at most 32 whole numbers",
+    ),
     "shape text": ({"shape": "2"}, "shape '2', expected at most 32 whole numbers"),
-    "shape fractions": ({"shape": [2.0]}, "shape .* expected at most 32 whole numbers"),
-    "shape deep": ({"shape": [1] * 33 + [2]}, "shape .* expected at most 32 whole numbers"),
+    "shape fractions": (
+        {"shape": [2.0]},
+        "shape .* expected at most 32 whole numbers",
+    ),
+    "shape deep": (
+        {"shape": [1] * 33 + [2]},
+        "shape .* expected at most 32 whole numbers",
+    ),
     "shape absurd": (
         {"shape": [10**12, 10**12]},
         "takes 8 bytes, expected 4000000000000000000000000",
@@ -146,15 +187,28 @@ def test_refuses_a_wrong_entry_by_file_and_name(tmp_path, fault):
     put(file, {"a": ENTRY, "b.c": {**ENTRY, "data_offsets": [8, 16]}}, 16)
     assert read_file(file).keys() == {"a", "b.c"}
     sound = {**ENTRY, "data_offsets": [8, 16]}
-    put(file, {"a": ENTRY, "b.c": {**sound, **change} if isinstance(change, dict) else change}, 16)
+    put(
+        file,
+        {
+            "a": ENTRY,
+            "b.c": {**sound, **change} if isinstance(change, dict) else change,
+        },
+        16,
+    )
     with pytest.raises(Refused, match=rf"x\.safetensors: b\.c .*{message}") as error:
         read_file(file)
     assert str(error.value).isprintable()
 
 
 def test_refuses_a_tensor_of_no_elements_that_is_too_large(tmp_path):
-    put(tmp_path / "x", {"a": {**ENTRY, "shape": [0, 2**47, 2**47], "data_offsets": [0, 0]}}, 0)
-    with pytest.raises(Refused, match=r"x: a has shape \[0, 140737488355328, 140737488355328\]"):
+    put(
+        tmp_path / "x",
+        {"a": {**ENTRY, "shape": [0, 2**47, 2**47], "data_offsets": [0, 0]}},
+        0,
+    )
+    with pytest.raises(
+        Refused, match=r"x: a has shape \[0, 140737488355328, 140737488355328\]"
+    ):
         read_file(tmp_path / "x")
 
 
@@ -202,12 +256,22 @@ def test_floats_of_eight_bits_are_read_exactly(tmp_path, kind):
     header = json.dumps(
         {"a": {"dtype": kind, "shape": [16, 16], "data_offsets": [0, 256]}}
     ).encode()
-    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(256)))
+    (tmp_path / "x").write_bytes(
+        len(header).to_bytes(8, "little") + header + bytes(range(256))
+    )
     theirs = torch.arange(256, dtype=torch.uint8).view(
-        getattr(torch, {"E4M3": "float8_e4m3fn"}.get(kind[3:], f"float8_{kind[3:].lower()}"))
+        getattr(
+            torch,
+            {"E4M3": "float8_e4m3fn"}.get(kind[3:], f"float8_{kind[3:].lower()}"),
+        )
     )
     for dtype in (np.float32, jnp.bfloat16):  # both hold every value
-        ours = read_file(tmp_path / "x")["a"].data.astype(dtype).astype(np.float32).reshape(-1)
+        ours = (
+            read_file(tmp_path / "x")["a"]
+            .data.astype(dtype)
+            .astype(np.float32)
+            .reshape(-1)
+        )
         np.testing.assert_array_equal(ours, theirs.float().numpy())
 
 
@@ -219,18 +283,28 @@ def shards(folder, *files, index=None):
             folder / f"m{i}.safetensors",
         )
     weight_map = {
-        name: f"m{i}.safetensors" for i, tensors in enumerate(files) for name in tensors
+        name: f"m{i}.safetensors"
+        for i, tensors in enumerate(files)
+        for name in tensors
     } | (index or {})
-    (folder / "m.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "m.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
 
 
 def test_a_tensor_in_two_files_is_equal_in_both_or_refused(tmp_path):
-    shards(tmp_path, {"a": 1, "b": 2}, {"b": 2, "c": 3}, index={"b": "m0.safetensors"})
+    shards(
+        tmp_path, {"a": 1, "b": 2}, {"b": 2, "c": 3}, index={"b": "m0.safetensors"}
+    )
     found = read_folder(tmp_path, "m")
-    assert {name: w.data[0] for name, w in found.items()} == {"a": 1, "b": 2, "c": 3} and found[
-        "b"
-    ].file.name == "m0.safetensors"
-    shards(tmp_path, {"a": 1, "b": 2}, {"b": 0, "c": 3}, index={"b": "m0.safetensors"})
+    assert {name: w.data[0] for name, w in found.items()} == {
+        "a": 1,
+        "b": 2,
+        "c": 3,
+    } and found["b"].file.name == "m0.safetensors"
+    shards(
+        tmp_path, {"a": 1, "b": 2}, {"b": 0, "c": 3}, index={"b": "m0.safetensors"}
+    )
     with pytest.raises(
         Refused,
         match=r"m0.safetensors and .*m1.safetensors: b is stored twice with different values",
@@ -247,7 +321,8 @@ def test_an_index_says_the_truth_and_stays_in_its_folder(tmp_path):
     save_file({"a": np.zeros(2, np.float32)}, outside)
     shards(home, {"a": 1}, index={"b": "m0.safetensors"})
     with pytest.raises(
-        Refused, match=r"index.json: weight_map puts b into m0.safetensors, which does not hold it"
+        Refused,
+        match=r"index.json: weight_map puts b into m0.safetensors, which does not hold it",
     ):
         read_folder(home, "m")
     for file in (
@@ -307,9 +382,12 @@ def test_a_hub_cache_links_to_its_blobs(tmp_path):
 def test_the_single_file_or_the_index_counts_as_in_the_library_of_the_model(tmp_path):
     shards(tmp_path, {"a": 1}, {"b": 2})
     save_file({"a": np.full(2, 3, np.float32)}, tmp_path / "m.safetensors")
-    assert {name: w.data[0] for name, w in read_folder(tmp_path, "m").items()} == {"a": 3}
+    assert {name: w.data[0] for name, w in read_folder(tmp_path, "m").items()} == {
+        "a": 3
+    }
     assert {
-        name: w.data[0] for name, w in read_folder(tmp_path, "m", index_first=True).items()
+        name: w.data[0]
+        for name, w in read_folder(tmp_path, "m", index_first=True).items()
     } == {"a": 1, "b": 2}
     (tmp_path / "m.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
     for index_first in (False, True):  # whose the weights are is not known
@@ -342,7 +420,8 @@ def test_refuses_a_missing_shard_and_a_malformed_index(tmp_path):
     write(tmp_path, 68)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
-        Refused, match=r"model-00002-of-00002\.safetensors: no such file, though the index lists it"
+        Refused,
+        match=r"model-00002-of-00002\.safetensors: no such file, though the index lists it",
     ):
         read_folder(tmp_path, "model")
     index = tmp_path / "model.safetensors.index.json"

@@ -78,7 +78,11 @@ def test_a_size_of_a_wrong_type_or_absurd_is_refused_by_name(describe, family):
 def test_numbers_lists_and_flags_of_every_key_are_checked(describe, family):
     """A key of a new family that nobody checks fails here."""
     for key, value in family.write(family.config())["config.json"].items():
-        if isinstance(value, int | float | list) and key not in UNREAD and key != "architectures":
+        if (
+            isinstance(value, int | float | list)
+            and key not in UNREAD
+            and key != "architectures"
+        ):
             for wrong in ("ghost", [None], [{"a": 1}], float("nan")):
                 message = describe(family, **{key: wrong})
                 assert message and key in message, (key, wrong, message)
@@ -143,9 +147,13 @@ def test_sizes_that_make_no_network_are_one_line(tmp_path, name, changes):
 def test_groups_that_do_not_divide_are_named(tmp_path):
     family = next(family for family in WHOLE if family.name == "UNet2DConditionModel")
     (tmp_path / "config.json").write_text(
-        json.dumps(family.write(family.config())["config.json"] | {"norm_num_groups": 7})
+        json.dumps(
+            family.write(family.config())["config.json"] | {"norm_num_groups": 7}
+        )
     )
-    with pytest.raises(Refused, match=r"config.json: no UNet2DConditionModel has these sizes"):
+    with pytest.raises(
+        Refused, match=r"config.json: no UNet2DConditionModel has these sizes"
+    ):
         interop.describe(tmp_path)
 
 

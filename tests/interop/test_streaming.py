@@ -83,8 +83,17 @@ def test_a_large_checkpoint_streams(tmp_path):
         lambda name: np.full(shapes[name], number[name] / 8, np.float32),
         10**9,
     )
-    assert 5.5e9 < sum(sizes.values()) < 6.5e9 and len(list(tmp_path.glob("*.safetensors"))) > 4
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path), "float32"]
+    assert (
+        5.5e9 < sum(sizes.values()) < 6.5e9
+        and len(list(tmp_path.glob("*.safetensors"))) > 4
+    )
+    command = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(SCRIPT),
+        str(tmp_path),
+        "float32",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -96,6 +105,7 @@ def test_a_large_checkpoint_streams(tmp_path):
     assert found["loaded"] == sum(sizes.values())
     assert found["beside"] < 1.3 * largest + 1e9
     last = {
-        path: max(number[n] for n in rows[path].names(leaves[path].shape)) / 8 for path in leaves
+        path: max(number[n] for n in rows[path].names(leaves[path].shape)) / 8
+        for path in leaves
     }
     assert found["last"] == [last[path] for path in leaves]

@@ -55,7 +55,9 @@ def test_names_and_shapes_of_stacked_and_repeated_rows():
 def test_old_names_become_those_of_the_table():
     rules = ((r"\.gamma$", ".weight"), (r"^model\.", ""))
     family = Family(name="", library="", config=object, table=None, renamed=rules)
-    assert [family.current(name) for name in ("model.norm.gamma", "gamma.weight")] == [
+    assert [
+        family.current(name) for name in ("model.norm.gamma", "gamma.weight")
+    ] == [
         "norm.weight",
         "gamma.weight",
     ]

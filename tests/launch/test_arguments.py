@@ -32,14 +32,21 @@ from tools import bench, plan
 )
 def test_whole_numbers(text):
     assert whole({"n": "1"}, "n", 1) == 1 and whole({"n": "-3"}, "n", -5) == -3
-    with pytest.raises(Refused, match=r"--n=.*: expected an integer of at least 1") as caught:
+    with pytest.raises(
+        Refused, match=r"--n=.*: expected an integer of at least 1"
+    ) as caught:
         whole({"n": text}, "n", 1)
     assert len(str(caught.value)) < 120
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf", "-0.1", "1.5", "1e400", "0,5"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "nan", "inf", "-inf", "-0.1", "1.5", "1e400", "0,5"]
+)
 def test_decimal_numbers(text):
-    assert decimal({"x": "0.5"}, "x", 0.0, 1.0) == 0.5 and decimal({"x": "0"}, "x", 0.0) == 0.0
+    assert (
+        decimal({"x": "0.5"}, "x", 0.0, 1.0) == 0.5
+        and decimal({"x": "0"}, "x", 0.0) == 0.0
+    )
     with pytest.raises(Refused, match=r"--x=.*: expected a number from 0 to 1"):
         decimal({"x": text}, "x", 0.0, 1.0)
     with pytest.raises(Refused, match="--x=0: expected a number above 0"):
@@ -68,7 +75,13 @@ def test_places_for_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     at = lambda text, *more, **how: output({"out": text}, "out", *more, **how)
     assert at("") is None
-    for text in ("new.png", "file.png", "folder/a.png", "new/deep/a.png", str(tmp_path / "a.png")):
+    for text in (
+        "new.png",
+        "file.png",
+        "folder/a.png",
+        "new/deep/a.png",
+        str(tmp_path / "a.png"),
+    ):
         assert str(at(text, (".png",))) == text
     assert (
         str(at("folder", folder=True)) == "folder"
@@ -90,14 +103,20 @@ def test_places_for_files(tmp_path, monkeypatch):
         with pytest.raises(Refused, match=says) as caught:
             at(text, (".png",))
         assert "\n" not in str(caught.value)
-    with pytest.raises(Refused, match="is a folder, expected a file such as folder/out"):
+    with pytest.raises(
+        Refused, match="is a folder, expected a file such as folder/out"
+    ):
         at("folder")
     with pytest.raises(Refused, match=r"file.png: is a file, expected a folder"):
         at("file.png", folder=True)
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(Refused, match="cannot be written to"):
         at("folder/a.png", (".png",))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.png", "folder", "link"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "file.png",
+        "folder",
+        "link",
+    ]
 
 
 GENERATE = [
@@ -120,7 +139,9 @@ GENERATE = [
 ]
 
 
-@pytest.mark.parametrize(("word", "says"), GENERATE, ids=[word for word, _ in GENERATE])
+@pytest.mark.parametrize(
+    ("word", "says"), GENERATE, ids=[word for word, _ in GENERATE]
+)
 def test_generate(word, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=says):

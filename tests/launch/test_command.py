@@ -35,7 +35,9 @@ ENDS = [  # what a command raises, its exit code, what stands in its one line
     ),
     (OSError("UNAVAILABLE: and\nmore"), 1, "failed: UNAVAILABLE: and more"),
     (
-        PermissionError(errno.EACCES, "checkpoints/step_7: cannot be read (Permission denied)"),
+        PermissionError(
+            errno.EACCES, "checkpoints/step_7: cannot be read (Permission denied)"
+        ),
         1,
         "failed: checkpoints/step_7: cannot be read",
     ),
@@ -45,7 +47,9 @@ ENDS = [  # what a command raises, its exit code, what stands in its one line
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"), ENDS, ids=[f"{type(e).__name__}-{code}" for e, code, _ in ENDS]
+    ("error", "code", "said"),
+    ENDS,
+    ids=[f"{type(e).__name__}-{code}" for e, code, _ in ENDS],
 )
 def test_exit_codes(error, code, said, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
@@ -66,11 +70,17 @@ def test_exit_codes(error, code, said, capsys, monkeypatch):
 def test_sigterm_before_a_run_has_begun_is_75():
     command = "lambda argv: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5))"
     code = f"import os, signal, time\nfrom launch import _command\n_command.main({command})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 75 and done.stderr.startswith("interrupted"), done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 75 and done.stderr.startswith("interrupted"), (
+        done.stderr
+    )
 
 
-def test_a_relative_config_is_one_of_the_current_folder_or_of_the_checkout(tmp_path, monkeypatch):
+def test_a_relative_config_is_one_of_the_current_folder_or_of_the_checkout(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert _command.load_config("configs/toy/dmd2.py").steps
     (tmp_path / "configs/toy").mkdir(parents=True)
@@ -105,26 +115,47 @@ def test_distributed_without_a_cluster_is_refused():
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr[-2000:]
     assert (
-        done.stderr.startswith("refused: --distributed: found no") and done.stderr.count("\n") == 1
+        done.stderr.startswith("refused: --distributed: found no")
+        and done.stderr.count("\n") == 1
     )
 
 
 ADDRESS = "gs://bucket/x"
 PLACES = [
-    (train.train, ["--config=configs/toy/dmd2.py", f"--workdir={ADDRESS}"], "--workdir"),
+    (
+        train.train,
+        ["--config=configs/toy/dmd2.py", f"--workdir={ADDRESS}"],
+        "--workdir",
+    ),
     (train.train, [f"--workdir={ADDRESS}"], "--workdir"),
     (
         train.train,
-        ["--config=configs/toy/dmd2.py", "--workdir=W", f"--config.roles.teacher.init={ADDRESS}"],
+        [
+            "--config=configs/toy/dmd2.py",
+            "--workdir=W",
+            f"--config.roles.teacher.init={ADDRESS}",
+        ],
         "config.roles.teacher.init",
     ),
     (
         train.train,
-        ["--config=configs/mnist/dmd2.py", "--workdir=W", f"--config.data.path={ADDRESS}"],
+        [
+            "--config=configs/mnist/dmd2.py",
+            "--workdir=W",
+            f"--config.data.path={ADDRESS}",
+        ],
         "config.data.path",
     ),
-    (sample.sample, ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"], "--out"),
-    (export.export, ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"], "--out"),
+    (
+        sample.sample,
+        ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"],
+        "--out",
+    ),
+    (
+        export.export,
+        ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"],
+        "--out",
+    ),
     (generate.generate, ["--pipeline=P", "--prompt=p", f"--out={ADDRESS}"], "--out"),
 ]
 
@@ -134,7 +165,9 @@ PLACES = [
     PLACES,
     ids=[f"{c.__name__}{i}" for i, (c, _, _) in enumerate(PLACES)],
 )
-def test_addresses_of_object_stores_are_refused(command, argv, key, tmp_path, monkeypatch):
+def test_addresses_of_object_stores_are_refused(
+    command, argv, key, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=f"^{key}={ADDRESS}: gs:// is not supported"):
         command(argv)
@@ -179,7 +212,9 @@ def test_restarts_without_a_new_checkpoint_come_to_an_end(tmp_path):
         failing(workdir, 2, refused)
 
 
-@pytest.mark.parametrize("stop", [Stopped(signal.SIGTERM, "saved"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "stop", [Stopped(signal.SIGTERM, "saved"), KeyboardInterrupt()]
+)
 def test_a_run_that_was_stopped_has_not_failed(tmp_path, stop):
     for _ in range(5):
         failing(tmp_path, 1, stop)

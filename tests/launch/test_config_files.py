@@ -51,7 +51,9 @@ def test_refuses_in_one_line(name, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_a_file_that_is_not_there_names_a_near_one_and_walks_no_disk(tmp_path, monkeypatch):
+def test_a_file_that_is_not_there_names_a_near_one_and_walks_no_disk(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match=r"--config=/nope\.py: no such file"):
         load_config("/nope.py")

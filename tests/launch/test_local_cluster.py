@@ -54,7 +54,10 @@ def weights(workdir):
 
 
 def logged(workdir) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def largest_difference(a, b) -> float:
@@ -115,12 +118,16 @@ def kill_one(workdir, rng: random.Random, **run) -> int:
     process = start(workdir, 2, 2, **run)
     wait_for(process, workdir, newest(workdir) + 5)
     time.sleep(rng.uniform(0, 0.3))
-    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    )
     os.kill(int(rng.choice(listed.stdout.split())), signal.SIGKILL)
     killed = time.monotonic()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert time.monotonic() - killed < 60  # the timeout is 10 s; the rest is a busy machine
+    assert (
+        time.monotonic() - killed < 60
+    )  # the timeout is 10 s; the rest is a busy machine
     assert "of 2 was lost (killed by SIGKILL)" in err
     assert "run the same command again" in err
     return newest(workdir)
@@ -134,9 +141,13 @@ def check_kills(killed, undisturbed, kills: int, **run) -> None:
     saved = [0]
     for _ in range(kills):
         saved.append(kill_one(killed, rng, **run))
-        assert saved[-1] >= saved[-2] + 5  # nothing is lost but the steps after the last checkpoint
+        assert (
+            saved[-1] >= saved[-2] + 5
+        )  # nothing is lost but the steps after the last checkpoint
     finish(start(killed, 2, 2, **run))
-    assert [record["step"] for record in logged(killed)] == list(range(5, run["steps"] + 1, 5))
+    assert [record["step"] for record in logged(killed)] == list(
+        range(5, run["steps"] + 1, 5)
+    )
     assert largest_difference(weights(killed), weights(undisturbed)) == 0
 
 
@@ -182,7 +193,9 @@ def test_another_number_of_processes_goes_on(tmp_path):
     finish(start(run, 1, 1, **how))
     second = logged(run)
     for key in ("step", "fake/numbers", "fake/squares"):
-        assert [record[key] for record in second] == [record[key] for record in first], key
+        assert [record[key] for record in second] == [
+            record[key] for record in first
+        ], key
     assert [record["step"] for record in second] == list(range(1, 41))
     assert largest_difference(weights(run), expected) < 1e-5
 
@@ -198,7 +211,9 @@ def test_dry_run_prints_what_every_process_executes(tmp_path):
         f"--config={TINY}",
         f"--workdir={tmp_path / 'x'}",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert not (tmp_path / "x").exists()

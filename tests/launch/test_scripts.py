@@ -46,7 +46,9 @@ CASES = {  # script -> (its own arguments, what a dry run must show)
 
 
 def bash(script, *arguments):
-    return subprocess.run(["bash", ROOT / script, *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", ROOT / script, *arguments], capture_output=True, text=True
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
@@ -54,7 +56,10 @@ def test_shellcheck(script):
     tool = shutil.which("shellcheck")
     assert tool, "shellcheck is missing: pip install -e '.[dev]'"
     done = subprocess.run(
-        [tool, "-x", script.relative_to(ROOT)], cwd=ROOT, capture_output=True, text=True
+        [tool, "-x", script.relative_to(ROOT)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
 
@@ -70,7 +75,11 @@ def test_dry_run_shows_every_command(script):
 
 @pytest.mark.parametrize("script", CASES)
 def test_bad_input_is_one_line(script):
-    for arguments in ([], ["--dry_run", *CASES[script][0]], ["--dry_run", *CASES[script][0], "--"]):
+    for arguments in (
+        [],
+        ["--dry_run", *CASES[script][0]],
+        ["--dry_run", *CASES[script][0], "--"],
+    ):
         done = bash(script, *arguments)
         assert (
             done.returncode == 2
@@ -88,9 +97,9 @@ def test_jobset_is_yaml_with_the_command_as_given():
         *TRAIN,
         '--config.name="x"',
     )
-    pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"]["spec"]["template"][
+    pod = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]["template"][
         "spec"
-    ]
+    ]["template"]["spec"]
     assert pod["containers"][0]["command"][-3:] == [
         "--config=a.py",
         "--workdir=/data/my run",
@@ -114,7 +123,9 @@ def test_slurm_requeues_what_a_rerun_can_help(tmp_path, code, requeued, ends):
     program(tmp_path / "bin", "srun", f"exit {code}")
     program(tmp_path / "bin", "scontrol", 'echo "scontrol $*"')
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    done = subprocess.run(["bash", "-c", job], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", job], env=env, capture_output=True, text=True
+    )
     assert done.returncode == ends, done.stderr
     assert ("scontrol requeue 7" in done.stdout) == requeued
 
@@ -199,7 +210,9 @@ def test_a_config_may_be_named_from_any_folder(inside, given, named):
         "--workdir=/x",
     ]
     done = subprocess.run(command, cwd=ROOT / inside, capture_output=True, text=True)
-    assert done.returncode == 0 and f"{named}\\ --workdir=/x" in done.stdout, done.stdout[-300:]
+    assert done.returncode == 0 and f"{named}\\ --workdir=/x" in done.stdout, (
+        done.stdout[-300:]
+    )
 
 
 def test_a_config_that_is_not_copied_is_refused(tmp_path):

@@ -34,7 +34,10 @@ class Gaussian:
 
     def flow(self, x, t, r):
         """x_r on the ODE trajectory through x_t."""
-        (a, _, from_), (b, _, to) = self.spread(expand(t, x)), self.spread(expand(r, x))
+        (a, _, from_), (b, _, to) = (
+            self.spread(expand(t, x)),
+            self.spread(expand(r, x)),
+        )
         return b * self.mean + jnp.sqrt(to / from_) * (x - a * self.mean)
 
     def denoise(self, x, t, cond=None, **kw):
@@ -48,7 +51,9 @@ class Gaussian:
 
     def consistent(self, x, t, cond=None, **kw):
         """The consistency function as x0, with the velocity that says so."""
-        return self.process.from_x0(self.flow(x, t, jnp.full_like(t, self.process.t_min)), x, t)
+        return self.process.from_x0(
+            self.flow(x, t, jnp.full_like(t, self.process.t_min)), x, t
+        )
 
     def average(self, x, t, cond=None, *, r):
         """The average velocity from r to t, and at r = t its limit."""
@@ -59,7 +64,8 @@ class Gaussian:
 
     def draw(self, n, dim=2, seed=0):
         return jnp.asarray(
-            self.mean + self.std * np.random.default_rng(seed).standard_normal((n, dim))
+            self.mean
+            + self.std * np.random.default_rng(seed).standard_normal((n, dim))
         )
 
 
@@ -92,15 +98,21 @@ def three_steps():
             "teacher": mlp(),
             "weight": make_net(TimeWeight(width=8)),
         }
-        nets = {role: nets.get(role) or mlp() for role in (*method.inits, *method.frozen)}
+        nets = {
+            role: nets.get(role) or mlp() for role in (*method.inits, *method.frozen)
+        }
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
         batch = {
-            "x": jnp.asarray(np.random.default_rng(0).standard_normal((8, 2)), jnp.float32),
+            "x": jnp.asarray(
+                np.random.default_rng(0).standard_normal((8, 2)), jnp.float32
+            ),
             **batch,
         }
         states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 3)
         assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
-        before, after = ((state.params, state.frozen) for state in (states[0], states[-1]))
+        before, after = (
+            (state.params, state.frozen) for state in (states[0], states[-1])
+        )
         moved = lambda a, b: any(
             not np.array_equal(x, y)
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)

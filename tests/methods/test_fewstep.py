@@ -24,7 +24,8 @@ FILES = [
     for p in sorted((ROOT / "jaxdistill/methods" / folder).glob("*.py"))
 ]
 MODULES = [
-    importlib.import_module(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in FILES
+    importlib.import_module(".".join(p.relative_to(ROOT).with_suffix("").parts))
+    for p in FILES
 ]
 METHODS = {
     c.__name__: c
@@ -33,24 +34,38 @@ METHODS = {
     if isinstance(c, type) and issubclass(c, Method)
 }
 TIMED = [
-    c for c in METHODS.values() if any(f.name == "student_times" for f in dataclasses.fields(c))
+    c
+    for c in METHODS.values()
+    if any(f.name == "student_times" for f in dataclasses.fields(c))
 ]
-FROM_MAX = [c for c in TIMED if not issubclass(c, FromLevel) and c.__name__ != "FromLevel"]
+FROM_MAX = [
+    c for c in TIMED if not issubclass(c, FromLevel) and c.__name__ != "FromLevel"
+]
 DEFAULT = [
     c
     for c in FROM_MAX
-    if next(f for f in dataclasses.fields(c) if f.name == "student_times").default == ()
+    if next(f for f in dataclasses.fields(c) if f.name == "student_times").default
+    == ()
 ]
 
 
 def test_all_with_times_share_the_check():
-    assert {"Consistency", "CT", "ECT", "DiffInstruct", "DMD", "DMD2", "SwiftBrush", "DisBack"} <= {
-        c.__name__ for c in DEFAULT
-    }
+    assert {
+        "Consistency",
+        "CT",
+        "ECT",
+        "DiffInstruct",
+        "DMD",
+        "DMD2",
+        "SwiftBrush",
+        "DisBack",
+    } <= {c.__name__ for c in DEFAULT}
     assert all(issubclass(c, FewStep) for c in TIMED)
 
 
-@pytest.mark.parametrize("process", [Flow(), VP(), Trig(), EDM()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [Flow(), VP(), Trig(), EDM()], ids=lambda p: type(p).__name__
+)
 @pytest.mark.parametrize("make", DEFAULT, ids=lambda c: c.__name__)
 def test_without_times_a_student_starts_at_t_max(make, process):
     assert make(process=process).student_times == (process.t_max,)
@@ -66,7 +81,9 @@ def test_a_network_is_not_told_that_pure_noise_is_nearly_clean(make):
 
 @pytest.mark.parametrize("times", [(2.5,), (0.5, 0.7), (0.0,), (1.0, -0.5)], ids=str)
 def test_times_fall_within_the_process(times):
-    with pytest.raises(Refused, match=r"expected falling times, at most 1\.0 and above 0"):
+    with pytest.raises(
+        Refused, match=r"expected falling times, at most 1\.0 and above 0"
+    ):
         DiffInstruct(student_times=times)
 
 

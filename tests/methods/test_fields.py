@@ -27,7 +27,9 @@ ENTRIES = {name for name in vars(Method) if not name.startswith("__")} | {
 def methods():
     for folder in FOLDERS:
         for file in sorted((ROOT / "jaxdistill/methods" / folder).glob("*.py")):
-            module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+            module = importlib.import_module(
+                ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            )
             own = [
                 c
                 for c in vars(module).values()
@@ -42,7 +44,10 @@ def members(cls) -> dict[str, ast.AST]:
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     made = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     return made | {
-        target.id: node for node in body if isinstance(node, ast.Assign) for target in node.targets
+        target.id: node
+        for node in body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
     }
 
 
@@ -51,7 +56,9 @@ def reads(cls) -> set[str]:
     engine's calls.
     """
     chain = [
-        members(c) for c in cls.__mro__ if c is cls or c.__module__.startswith("jaxdistill.methods")
+        members(c)
+        for c in cls.__mro__
+        if c is cls or c.__module__.startswith("jaxdistill.methods")
     ]
     of = lambda name: [body[name] for body in chain if name in body]
     todo = [node for name in ENTRIES for node in of(name)[:1]]
@@ -76,13 +83,21 @@ def reads(cls) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "cls", list(methods()), ids=lambda c: f"{c.__module__.rpartition('.')[2]}.{c.__name__}"
+    "cls",
+    list(methods()),
+    ids=lambda c: f"{c.__module__.rpartition('.')[2]}.{c.__name__}",
 )
 def test_every_field_is_read(cls):
-    idle = {field.name for field in dataclasses.fields(cls) if field.init} - reads(cls)
+    idle = {field.name for field in dataclasses.fields(cls) if field.init} - reads(
+        cls
+    )
     if issubclass(cls, sds.ScoreDistillation):
-        idle -= {"fake_guidance"}  # taken, so that it may be given its host's guidance
-    assert not idle, f"{cls.__name__} accepts {sorted(idle)} and does nothing with them"
+        idle -= {
+            "fake_guidance"
+        }  # taken, so that it may be given its host's guidance
+    assert not idle, (
+        f"{cls.__name__} accepts {sorted(idle)} and does nothing with them"
+    )
 
 
 def test_a_field_that_nothing_reaches_is_found():
@@ -90,7 +105,9 @@ def test_a_field_that_nothing_reaches_is_found():
         def identity(self, x0, real, fake):
             return x0
 
-    assert {"alpha", "scale"} <= {field.name for field in dataclasses.fields(Idle)} - reads(Idle)
+    assert {"alpha", "scale"} <= {
+        field.name for field in dataclasses.fields(Idle)
+    } - reads(Idle)
 
 
 @pytest.mark.parametrize(
@@ -107,4 +124,7 @@ def test_a_field_that_nothing_reaches_is_found():
 )
 def test_a_variant_does_not_take_what_it_has_no_use_for(cls, field):
     with pytest.raises(Refused, match=f"has no field '{field}'"):
-        build.spec(f"{cls.__module__.removeprefix('jaxdistill.')}:{cls.__name__}", **{field: None})
+        build.spec(
+            f"{cls.__module__.removeprefix('jaxdistill.')}:{cls.__name__}",
+            **{field: None},
+        )

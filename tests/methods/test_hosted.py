@@ -20,14 +20,29 @@ NAMES = sorted(name for name in vars(Method) if not name.startswith("_"))
 Probe = type(
     "Probe",
     (Method,),
-    {**{name: object() for name in NAMES}, "memory": staticmethod(dict), "process": object()},
+    {
+        **{name: object() for name in NAMES},
+        "memory": staticmethod(dict),
+        "process": object(),
+    },
 )
 PROBE = Probe()
 WRAPPERS = {  # with what each overrides
     Hosted(host=PROBE): {"stages", "settled"},
     EmbeddingLoss(host=PROBE): {"stages", "settled", "turns", "memory", "needs"},
-    Members(host=PROBE, partition=Consecutive(cells=1, classes=2)): {"stages", "settled", "turns"},
-    Recording(host=PROBE, every=1): {"stages", "settled", "turns", "inits", "frozen", "ema"},
+    Members(host=PROBE, partition=Consecutive(cells=1, classes=2)): {
+        "stages",
+        "settled",
+        "turns",
+    },
+    Recording(host=PROBE, every=1): {
+        "stages",
+        "settled",
+        "turns",
+        "inits",
+        "frozen",
+        "ema",
+    },
 }
 
 
@@ -35,13 +50,17 @@ def kind(value) -> str:
     return type(value).__name__
 
 
-@pytest.mark.parametrize(("wrapper", "own"), WRAPPERS.items(), ids=map(kind, WRAPPERS))
+@pytest.mark.parametrize(
+    ("wrapper", "own"), WRAPPERS.items(), ids=map(kind, WRAPPERS)
+)
 def test_every_member_of_a_method_is_the_hosts(wrapper, own):
     for name in {*NAMES, "process"} - own:
         assert getattr(wrapper, name) is getattr(PROBE, name), name
     for name in own:
         assert any(
-            name in vars(cls) for cls in type(wrapper).__mro__ if cls not in (Delegating, Method)
+            name in vars(cls)
+            for cls in type(wrapper).__mro__
+            if cls not in (Delegating, Method)
         ), name
 
 
@@ -55,7 +74,9 @@ def test_several_hosts_share_a_sampler():
         def check(self, nets, data):
             asked.append((nets, data))
 
-    method = MultiStudent(tsm=Checking(), dm=Checking(), adm=Checking(), shares=(1.0, 1.0, 1.0))
+    method = MultiStudent(
+        tsm=Checking(), dm=Checking(), adm=Checking(), shares=(1.0, 1.0, 1.0)
+    )
     method.check({}, "data")
     assert asked == [({}, "data")] * 3
     own = {"check", "stages", "settled", "generator", "inits", "frozen", "needs"}
@@ -102,4 +123,7 @@ def test_a_wrappers_first_phase_and_cycle_are_its_hosts(wrapper):
 def test_a_wrapper_needs_what_its_hosts_need():
     assert set(EmbeddingLoss(host=PGSB(shape=(2,))).needs) == {"x"}
     assert set(EmbeddingLoss(host=DMD2(), labelled=True).needs) == {"x", "cond"}
-    assert set(MultiStudent(dm=ClippedPGSB(process=Flow())).needs) == {"x", "text_embed"}
+    assert set(MultiStudent(dm=ClippedPGSB(process=Flow())).needs) == {
+        "x",
+        "text_embed",
+    }

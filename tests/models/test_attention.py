@@ -37,7 +37,11 @@ def qkv():
 
 
 def masks():
-    scores = jax.random.bernoulli(jax.random.key(3), 0.6, (B, H, T, S)).at[..., 0].set(True)
+    scores = (
+        jax.random.bernoulli(jax.random.key(3), 0.6, (B, H, T, S))
+        .at[..., 0]
+        .set(True)
+    )
     padding = (jnp.arange(S) < jnp.array([S, 30])[:, None])[:, None, None]
     return {
         "none": {},
@@ -60,12 +64,17 @@ def test_blockwise_equals_plain_in_value_and_every_derivative(qkv, kind, block):
         loss = lambda q, k, v: jnp.sum(jnp.sin(f(q, k, v)))
         gradient = jax.grad(loss, (0, 1, 2))(*qkv)
         over = jax.grad(
-            lambda q: jnp.sum(jax.jvp(lambda q: f(q, *qkv[1:]), (q,), tangents[:1])[1] ** 2)
+            lambda q: jnp.sum(
+                jax.jvp(lambda q: f(q, *qkv[1:]), (q,), tangents[:1])[1] ** 2
+            )
         )(qkv[0])
         return value, tangent, gradient, over
 
     for a, b in zip(
-        *(jax.tree.leaves(jax.jit(everything, static_argnums=0)(f)) for f in (ours, reference)),
+        *(
+            jax.tree.leaves(jax.jit(everything, static_argnums=0)(f))
+            for f in (ours, reference)
+        ),
         strict=True,
     ):
         np.testing.assert_allclose(
@@ -75,7 +84,9 @@ def test_blockwise_equals_plain_in_value_and_every_derivative(qkv, kind, block):
 
 @pytest.mark.parametrize("kind", masks())
 def test_the_backward_pass_of_plain_attention_keeps_no_scores(qkv, kind):
-    kept = jax.tree.leaves(jax.vjp(functools.partial(plain, **masks()[kind]), *qkv)[1])
+    kept = jax.tree.leaves(
+        jax.vjp(functools.partial(plain, **masks()[kind]), *qkv)[1]
+    )
     assert kept and all(
         x.size < B * H * T * S for x in kept if x.dtype != bool
     )  # the mask is an argument
@@ -92,7 +103,10 @@ def test_plain_attention_is_the_librarys(qkv, heads):
                 q, k, v, is_causal=causal, scale=0.3, implementation="xla", **how
             )
             np.testing.assert_allclose(
-                plain(q, k, v, causal=causal, scale=0.3, **how), library, rtol=1e-5, atol=1e-5
+                plain(q, k, v, causal=causal, scale=0.3, **how),
+                library,
+                rtol=1e-5,
+                atol=1e-5,
             )  # sums of 50 terms
 
 
@@ -101,13 +115,18 @@ def test_blockwise_is_causal():
     k = draw(1, T, H, K, seed=1)
     v = draw(1, T, H, K, seed=2)
     np.testing.assert_allclose(
-        blockwise(q, k, v, causal=True, block=16), plain(q, k, v, causal=True), rtol=1e-5, atol=1e-5
+        blockwise(q, k, v, causal=True, block=16),
+        plain(q, k, v, causal=True),
+        rtol=1e-5,
+        atol=1e-5,
     )
 
 
 def test_a_row_without_keys_stays_finite(qkv):
     mask = jnp.zeros((1, 1, T, S), bool)
-    grads = jax.grad(lambda q: jnp.sum(blockwise(q, *qkv[1:], mask=mask, block=16)))(qkv[0])
+    grads = jax.grad(lambda q: jnp.sum(blockwise(q, *qkv[1:], mask=mask, block=16)))(
+        qkv[0]
+    )
     assert not grads.any() and not blockwise(*qkv, mask=mask, block=16).any()
 
 
@@ -116,8 +135,12 @@ def test_forward_mode_at_a_thousand_tokens():
     would be left.
     """
     q, k, v, d = (draw(1, 1024, 2, 32, seed=i) for i in range(4))
-    run = lambda f: jax.jit(lambda q, d: jax.jvp(lambda q: f(q, k, v), (q,), (d,)))(q, d)
-    for a, b in zip(run(functools.partial(blockwise, block=256)), run(plain), strict=True):
+    run = lambda f: jax.jit(lambda q, d: jax.jvp(lambda q: f(q, k, v), (q,), (d,)))(
+        q, d
+    )
+    for a, b in zip(
+        run(functools.partial(blockwise, block=256)), run(plain), strict=True
+    ):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
@@ -164,9 +187,15 @@ def test_which_path_is_taken(monkeypatch):
     assert path(x, x, x, mask=jnp.ones((1, 1, 256, 256), bool)) == {"plain"}
     assert path(x, x, x, mask=jnp.ones((1, 1, 1, 256), bool)) == {"splash", "plain"}
     assert path(x, x[:, :128], x[:, :128]) == {"plain"}
-    assert path(*[jnp.zeros((1, 2100, 1, 8), jnp.bfloat16)] * 3) == {"splash", "plain"}
+    assert path(*[jnp.zeros((1, 2100, 1, 8), jnp.bfloat16)] * 3) == {
+        "splash",
+        "plain",
+    }
     assert path(x[:, :100], x[:, :100], x[:, :100]) == {"plain"}
-    assert path(x, x, x) == {"splash", "plain"}  # one for each platform it may be compiled for
+    assert path(x, x, x) == {
+        "splash",
+        "plain",
+    }  # one for each platform it may be compiled for
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert path(x, x, x) == {"splash", "plain", "cudnn"}
     assert path(*[x.astype(jnp.float32)] * 3) == {"splash", "plain"}
@@ -185,19 +214,30 @@ def test_the_kernel_on_a_gpu(length, size, causal):
     """bfloat16 through cuDNN against plain attention in float32 of the same numbers: values and
     gradients to a few roundings of bfloat16 (2^-8), relative to the largest.
     """
-    q, k, v, w = (draw(2, length, 4, size, seed=i).astype(jnp.bfloat16) for i in range(4))
+    q, k, v, w = (
+        draw(2, length, 4, size, seed=i).astype(jnp.bfloat16) for i in range(4)
+    )
 
     def both(path, *x):
         loss = lambda *x: (
-            jnp.sum((out := path(*x, causal=causal)) * w.astype(out.dtype)).astype(jnp.float32),
+            jnp.sum((out := path(*x, causal=causal)) * w.astype(out.dtype)).astype(
+                jnp.float32
+            ),
             out,
         )
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*x)
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
+            *x
+        )
         return (out, *grads)
 
     with jax.default_matmul_precision("highest"):
         exact = both(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
-    assert "cudnn" in jax.jit(functools.partial(attention, causal=causal)).lower(q, k, v).as_text()
+    assert (
+        "cudnn"
+        in jax.jit(functools.partial(attention, causal=causal))
+        .lower(q, k, v)
+        .as_text()
+    )
     for a, b in zip(both(attention, q, k, v), exact, strict=True):
         np.testing.assert_allclose(
             a.astype(jnp.float32), b, atol=4 * 2**-8 * float(jnp.abs(b).max())
@@ -207,7 +247,9 @@ def test_the_kernel_on_a_gpu(length, size, causal):
 def test_tpu_gets_the_pallas_kernel_and_its_gradient():
     x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
     loss = lambda q: jnp.sum(attention(q, q, q, causal=True).astype(jnp.float32))
-    text = jax.export.export(jax.jit(jax.grad(loss)), platforms=["tpu"])(x).mlir_module()
+    text = jax.export.export(jax.jit(jax.grad(loss)), platforms=["tpu"])(
+        x
+    ).mlir_module()
     assert text.count("tpu_custom_call") >= 3  # forward, dq, dkv
 
 
@@ -219,21 +261,31 @@ def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
     200 tokens do not fill tiles; 200, 77 and 1 of them count in the three samples.
     """
     monkeypatch.setattr(module, "INTERPRET", True)
-    q, k, v = (jax.random.normal(jax.random.key(i), (3, 200, 2, 16)) for i in range(3))
+    q, k, v = (
+        jax.random.normal(jax.random.key(i), (3, 200, 2, 16)) for i in range(3)
+    )
     mask = (
-        jnp.arange(200) < jnp.array([200, 77, 1])[:, None] if masked else jnp.ones((3, 200), bool)
+        jnp.arange(200) < jnp.array([200, 77, 1])[:, None]
+        if masked
+        else jnp.ones((3, 200), bool)
     )
     real = mask[..., None, None]
 
     def loss(path):
         out = lambda q, k, v: (
-            path(q, k, v, mask=mask[:, None, None] if masked else None, causal=causal) * real
+            path(q, k, v, mask=mask[:, None, None] if masked else None, causal=causal)
+            * real
         )
         return jax.jit(
-            lambda *x: (out(*x), jax.grad(lambda *x: jnp.sum(out(*x) ** 2), (0, 1, 2))(*x))
+            lambda *x: (
+                out(*x),
+                jax.grad(lambda *x: jnp.sum(out(*x) ** 2), (0, 1, 2))(*x),
+            )
         )
 
-    (ours, grads), (theirs, others) = (loss(path)(q, k, v) for path in (splash, plain))
+    (ours, grads), (theirs, others) = (
+        loss(path)(q, k, v) for path in (splash, plain)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     for a, b in zip(grads, others, strict=True):
         assert jnp.isfinite(a).all()
@@ -247,11 +299,15 @@ def test_values_may_be_narrower_than_keys(path, monkeypatch):
     q = draw(1, 256, 2, 24)
     k = draw(1, 256, 2, 24, seed=1)
     v = draw(1, 256, 2, 16, seed=2)
-    reference = lambda q, k, v: plain(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, 8),)))[..., :16]
+    reference = lambda q, k, v: plain(q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, 8),)))[
+        ..., :16
+    ]
     both = lambda f: jax.jit(
         lambda *x: (f(*x), jax.grad(lambda *x: jnp.sum(f(*x) ** 2), (0, 1, 2))(*x))
     )(q, k, v)
-    for a, b in zip(jax.tree.leaves(both(path)), jax.tree.leaves(both(reference)), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(both(path)), jax.tree.leaves(both(reference)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -260,7 +316,9 @@ def test_the_kernel_runs_per_shard(causal):
     """On a mesh the kernel sees its own rows and heads; here its interpreter-free stand-in is plain
     attention.
     """
-    mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=2, sequence=2, tensor=2))
+    mesh = sharding.make_mesh(
+        sharding.MeshShape(data=1, fsdp=2, sequence=2, tensor=2)
+    )
     x = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
     with sharding.use(mesh):
         text = jax.export.export(
@@ -272,7 +330,9 @@ def test_the_kernel_runs_per_shard(causal):
         masked = lambda q, mask: splash(q, q, q, mask=mask, causal=causal)
         assert (
             "tpu_custom_call"
-            in jax.export.export(jax.jit(masked), platforms=["tpu"])(z, seen).mlir_module()
+            in jax.export.export(jax.jit(masked), platforms=["tpu"])(
+                z, seen
+            ).mlir_module()
         )
         # heads that do not divide: the compiler's own attention
         y = jax.ShapeDtypeStruct((4, 256, 3, 64), jnp.bfloat16)
@@ -305,7 +365,11 @@ def test_an_scm_step_at_16k_tokens(record_property):
         remat="full",
     )
     arrays = dict(x="normal 128 128 4", cond="integers 10", null_cond="constant 10")
-    net = dict(model=model, denoiser=Denoiser(param=Velocity(time_scale=1000.0)), init="fresh")
+    net = dict(
+        model=model,
+        denoiser=Denoiser(param=Velocity(time_scale=1000.0)),
+        init="fresh",
+    )
     config = experiment(
         steps=1,
         data=Synthetic(batch_size=1, arrays=arrays),
@@ -318,7 +382,9 @@ def test_an_scm_step_at_16k_tokens(record_property):
         programs, _ = loop.abstract_programs(made)
         state = programs.init(jax.random.key(0), {})
         batch = sharding.put_batch(made.mesh)(made.data.batch(0, slice(None)))
-        compiled = programs.step.lower(state, batch, jax.random.key(1), (0,)).compile()
+        compiled = programs.step.lower(
+            state, batch, jax.random.key(1), (0,)
+        ).compile()
         temporaries = compiled.memory_analysis().temp_size_in_bytes
         record_property("temporaries_mib", temporaries / 2**20)
         state, metrics = compiled(state, batch, jax.random.key(1))

@@ -54,7 +54,9 @@ def test_short_stacks_are_unrolled_on_one_device_and_nothing_changes(monkeypatch
 
 
 def test_what_rematerialises_is_never_unrolled():
-    assert not unrolled(traced(network(4, remat="full"), jnp.zeros((4, 8), jnp.int32)))
+    assert not unrolled(
+        traced(network(4, remat="full"), jnp.zeros((4, 8), jnp.int32))
+    )
 
 
 def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
@@ -65,10 +67,14 @@ def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
     seen = []
     call = edm.Block.__call__
     monkeypatch.setattr(
-        edm.Block, "__call__", lambda block, *args: (seen.append(block), call(block, *args))[1]
+        edm.Block,
+        "__call__",
+        lambda block, *args: (seen.append(block), call(block, *args))[1],
     )
     layers._program.cache_clear()
-    cfg = edm.SongUNet(size=8, width=32, multiples=(1, 1), blocks=2, attention=(), remat="full")
+    cfg = edm.SongUNet(
+        size=8, width=32, multiples=(1, 1), blocks=2, attention=(), remat="full"
+    )
     net = make_net(cfg)
     x = jnp.zeros((2, 8, 8, 3))
     t = jnp.ones(2)
@@ -76,7 +82,9 @@ def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
     def traces(shape=MeshShape(fsdp=1), rules=Rules()):
         seen.clear()
         with sharding.use(sharding.make_mesh(shape), rules):
-            jax.jit(jax.grad(lambda p: net.apply(p, net.apply(p, x, t), t).sum())).trace(net.shapes)
+            jax.jit(
+                jax.grad(lambda p: net.apply(p, net.apply(p, x, t), t).sum())
+            ).trace(net.shapes)
         return len(seen)
 
     assert [

@@ -27,7 +27,9 @@ K = 4
 
 
 def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return jnp.asarray(
+        np.random.default_rng(seed).standard_normal(shape), jnp.float32
+    )
 
 
 Q = draw(B, T, H, K)
@@ -40,7 +42,9 @@ def test_it_is_the_difference_of_two_attentions():
     """Linear in alpha, for each sample its own; alpha = 0 is the positive prompt alone."""
     z = attention(Q, *POSITIVE)
     away = attention(Q, *NEGATIVE)
-    np.testing.assert_allclose(nasa(Q, *POSITIVE, *NEGATIVE, alphas(0.0)), z, rtol=1e-6)
+    np.testing.assert_allclose(
+        nasa(Q, *POSITIVE, *NEGATIVE, alphas(0.0)), z, rtol=1e-6
+    )
     for alpha in (0.3, 1.0, 2.0):
         change = nasa(Q, *POSITIVE, *NEGATIVE, alphas(alpha)) - nasa(
             Q, *POSITIVE, *NEGATIVE, alphas(0.0)
@@ -57,7 +61,9 @@ def test_it_is_the_difference_of_two_attentions():
 def test_equal_prompts_shrink_and_vanish():
     mask = (jnp.arange(6) < jnp.array([[6], [4]]))[:, None, None]
     z = attention(Q, *POSITIVE, mask=mask)
-    both = lambda alpha: nasa(Q, *POSITIVE, *POSITIVE, alphas(alpha), mask=mask, negative_mask=mask)
+    both = lambda alpha: nasa(
+        Q, *POSITIVE, *POSITIVE, alphas(alpha), mask=mask, negative_mask=mask
+    )
     np.testing.assert_allclose(both(0.4), 0.6 * z, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(both(1.0), jnp.zeros_like(z))
 
@@ -82,7 +88,10 @@ def test_what_is_left_of_shared_tokens():
     w = rearrange(weights[..., x], "b h t -> b t h 1")
     away = attention(Q, *shared)
     np.testing.assert_allclose(
-        nasa(Q, k, v, *shared, alphas(1.0)), w * (v[:, x : x + 1] - away), rtol=1e-4, atol=1e-6
+        nasa(Q, k, v, *shared, alphas(1.0)),
+        w * (v[:, x : x + 1] - away),
+        rtol=1e-4,
+        atol=1e-6,
     )
     faint = nasa(
         jnp.abs(Q), k.at[:, x].set(-30.0), v, *shared, alphas(1.0)
@@ -105,7 +114,11 @@ def test_a_prompt_and_its_strength_come_together():
     found = negative_prompt({"negative": text, "nasa": 0.5})
     assert found.mask is None and found.alpha.shape == (1, 1, 1, 1)
     found = negative_prompt(
-        {"negative": text, "nasa": jnp.ones(B), "negative_mask": jnp.ones((B, 3), bool)}
+        {
+            "negative": text,
+            "nasa": jnp.ones(B),
+            "negative_mask": jnp.ones((B, 3), bool),
+        }
     )
     assert found.mask.shape == (B, 1, 1, 3) and found.alpha.shape == (B, 1, 1, 1)
 
@@ -136,7 +149,9 @@ def test_before_the_output_projection(family):
     x = draw(B, T, dim)
     text = draw(B, 4, source, seed=1)
     other = draw(B, 3, source, seed=2)
-    out = lambda alpha, negative: layer(x, text, negative=Negative(negative, None, alphas(alpha)))
+    out = lambda alpha, negative: layer(
+        x, text, negative=Negative(negative, None, alphas(alpha))
+    )
     heads = lambda h: rearrange(h, "b n (h k) -> b n h k", h=H)
     queries = layer.to_q(x) if family == "unet" else layer.norm_q(layer.to_q(x))
     away = rearrange(
@@ -159,10 +174,14 @@ def moved(net):
     """Its weights, all of them away from their start (biases and output maps begin at zero)."""
     weights = net.init(jax.random.key(0))
     keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(weights))))
-    return jax.tree.map(lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), weights)
+    return jax.tree.map(
+        lambda w: w + 0.1 * jax.random.normal(next(keys), w.shape), weights
+    )
 
 
-SMALL = UNet(size=4, widths=(8, 8), layers=1, depths=(1, 0), heads=(2, 2), text_dim=6, groups=4)
+SMALL = UNet(
+    size=4, widths=(8, 8), layers=1, depths=(1, 0), heads=(2, 2), text_dim=6, groups=4
+)
 VIDEO = Wan(dim=24, mlp=16, heads=2, text_dim=6, time_dim=8)
 IMAGE = Sana(dim=24, text_dim=6)
 UNETS, WANS, SANAS = (make_net(cfg, config=cfg) for cfg in (SMALL, VIDEO, IMAGE))
@@ -183,12 +202,17 @@ def model(request):
         net,
         params,
         x,
-        jax.jit(lambda params, cond: net.apply(params, x, jnp.array([10.0, 900.0]), cond)),
+        jax.jit(
+            lambda params, cond: net.apply(params, x, jnp.array([10.0, 900.0]), cond)
+        ),
     )
 
 
 COND = {"text": draw(B, 5, 6), "mask": jnp.arange(5) < jnp.array([[5], [3]])}
-AWAY = {"negative": draw(B, 3, 6, seed=5), "negative_mask": jnp.arange(3) < jnp.array([[3], [1]])}
+AWAY = {
+    "negative": draw(B, 3, 6, seed=5),
+    "negative_mask": jnp.arange(3) < jnp.array([[3], [1]]),
+}
 
 
 def test_a_whole_network(model, compilations):
@@ -205,7 +229,9 @@ def test_a_whole_network(model, compilations):
     np.testing.assert_array_equal(at(jnp.float32(0.8), negative=other), away)
     before = compilations["<lambda>"]
     each = at(jnp.array([0.0, 0.8]))
-    np.testing.assert_allclose(each, jnp.stack([plain[0], away[1]]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        each, jnp.stack([plain[0], away[1]]), rtol=1e-5, atol=1e-5
+    )
     at(jnp.array([0.3, 0.5]))
     assert compilations["<lambda>"] == before + 1  # another value is no other program
 
@@ -217,9 +243,9 @@ def test_an_exported_student_takes_it_too(model, tmp_path):
     interop.save(tmp_path, net, params)
     again, weights = interop.load(tmp_path)
     assert type(again.config) is type(net.config)
-    found = jax.jit(lambda p, cond: again.apply(p, x, jnp.array([10.0, 900.0]), cond))(
-        weights, cond
-    )
+    found = jax.jit(
+        lambda p, cond: again.apply(p, x, jnp.array([10.0, 900.0]), cond)
+    )(weights, cond)
     np.testing.assert_allclose(found, call(params, cond), rtol=1e-6, atol=1e-6)
 
 
@@ -227,10 +253,17 @@ def test_rematerialised_gradients_are_the_same():
     cond = {**COND, **AWAY, "nasa": jnp.float32(0.5)}
     x = draw(B, 4, 4, 4)
     params = moved(UNETS)
-    nets = [make_net(dataclasses.replace(UNETS.config, remat=remat)) for remat in ("none", "full")]
+    nets = [
+        make_net(dataclasses.replace(UNETS.config, remat=remat))
+        for remat in ("none", "full")
+    ]
     grads = [
-        jax.jit(jax.grad(lambda p, n=n: jnp.mean(n.apply(p, x, jnp.ones(B), cond) ** 2)))(params)
+        jax.jit(
+            jax.grad(lambda p, n=n: jnp.mean(n.apply(p, x, jnp.ones(B), cond) ** 2))
+        )(params)
         for n in nets
     ]
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(grads[0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), *grads
+    )

@@ -62,7 +62,8 @@ def test_colour_changes_mean_and_contrast_within_bounds():
     offset = out.mean((2, 3, 4)) - IMAGE.mean((1, 2, 3))
     stretch = out.std((2, 3, 4)) / IMAGE.std((1, 2, 3))
     assert (
-        0.1 < np.abs(offset).max() <= 0.2 + 1e-5 and 0.15 < np.abs(stretch - 1).max() <= 0.3 + 1e-5
+        0.1 < np.abs(offset).max() <= 0.2 + 1e-5
+        and 0.15 < np.abs(stretch - 1).max() <= 0.3 + 1e-5
     )
     np.testing.assert_allclose(offset, offset[:, :1] * np.ones(3), atol=1e-5)
 

@@ -28,12 +28,16 @@ EPS64 = np.finfo(np.float64).eps
 
 def pair(seed=0, shape=(4, 7), scale=2.0, dtype=np.float64):
     rng = np.random.default_rng(seed)
-    return tuple(jnp.asarray(scale * rng.standard_normal(shape), dtype) for _ in range(2))
+    return tuple(
+        jnp.asarray(scale * rng.standard_normal(shape), dtype) for _ in range(2)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def value(kind, teacher, student, temperature=1.0):
-    return dv.token_divergence(DIVERGENCES[kind], teacher, student, temperature=temperature)
+    return dv.token_divergence(
+        DIVERGENCES[kind], teacher, student, temperature=temperature
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -57,7 +61,9 @@ def test_zero_with_zero_gradient_at_equal_laws(x64, kind):
     tol = 50 * EPS64
     np.testing.assert_allclose(value(kind, teacher, student), 0.0, atol=tol)
     if kind != "total_variation":  # has a kink there
-        np.testing.assert_allclose(student_grad(kind, teacher, student), 0.0, atol=tol)
+        np.testing.assert_allclose(
+            student_grad(kind, teacher, student), 0.0, atol=tol
+        )
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -124,7 +130,9 @@ def test_adaptive_kl_weighs_by_the_head_gap_under_stop_gradient(x64):
     mixed = w * student_grad("forward_kl", teacher, student) + (1 - w) * student_grad(
         "reverse_kl", teacher, student
     )
-    np.testing.assert_allclose(student_grad("adaptive_kl", teacher, student), mixed, atol=1e-14)
+    np.testing.assert_allclose(
+        student_grad("adaptive_kl", teacher, student), mixed, atol=1e-14
+    )
 
 
 def test_adaptive_head_stops_at_exactly_its_mass(x64):
@@ -133,7 +141,9 @@ def test_adaptive_head_stops_at_exactly_its_mass(x64):
     q = np.asarray([0.25, 0.25, 0.5])
     w = 0.25 / 0.5
     np.testing.assert_allclose(
-        adaptive_kl(jnp.log(p), jnp.log(q)), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12
+        adaptive_kl(jnp.log(p), jnp.log(q)),
+        w * kl(p, q) + (1 - w) * kl(q, p),
+        rtol=1e-12,
     )
 
 
@@ -168,7 +178,9 @@ def test_bounds(x64):
     assert dv.JensenShannon()(teacher, student).max() <= np.log(2)
     assert dv.SkewKL(alpha=0.1)(teacher, student).max() <= -np.log(0.1)
     assert dv.SkewReverseKL(alpha=0.1)(teacher, student).max() <= -np.log(0.1)
-    assert jnp.all(dv.TotalVariation()(teacher, student) <= jnp.minimum(jnp.sqrt(fkl / 2), 1.0))
+    assert jnp.all(
+        dv.TotalVariation()(teacher, student) <= jnp.minimum(jnp.sqrt(fkl / 2), 1.0)
+    )
     disjoint = jnp.asarray([[60.0, 0.0]]), jnp.asarray([[0.0, 60.0]])
     np.testing.assert_allclose(dv.JensenShannon()(*disjoint), np.log(2), rtol=1e-12)
 
@@ -181,7 +193,9 @@ def test_temperature_keeps_the_gradient_scale(x64):
         rtol=1e-14,
     )
     gap = student - teacher
-    limit = jnp.sum((gap - gap.mean(-1, keepdims=True)) ** 2, -1) / (2 * gap.shape[-1])
+    limit = jnp.sum((gap - gap.mean(-1, keepdims=True)) ** 2, -1) / (
+        2 * gap.shape[-1]
+    )
     for kind in ("forward_kl", "reverse_kl"):
         np.testing.assert_allclose(
             dv.token_divergence(DIVERGENCES[kind], teacher, student, temperature=1e4),
@@ -198,15 +212,17 @@ def test_banned_tokens_are_finite():
     wide = lambda z: jnp.concatenate([z, jnp.full((4, 2), -jnp.inf)], -1)
 
     def all_kinds(pad):
-        one = lambda kind: jax.value_and_grad(lambda z: value(kind, pad(teacher), pad(z)).sum())(
-            student
-        )
+        one = lambda kind: jax.value_and_grad(
+            lambda z: value(kind, pad(teacher), pad(z)).sum()
+        )(student)
         return {kind: one(kind) for kind in DIVERGENCES}
 
     padded, plain = jax.jit(lambda: (all_kinds(wide), all_kinds(lambda z: z)))()
     # sums of 28 terms of order 1, in another order
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=28 * np.finfo(np.float32).eps),
+        lambda a, b: np.testing.assert_allclose(
+            a, b, atol=28 * np.finfo(np.float32).eps
+        ),
         padded,
         plain,
     )
@@ -224,7 +240,9 @@ def test_joint_chain_rule_of_two_tokens(x64):
     ).ravel()
     for kind, first in (("forward_kl", first_p), ("reverse_kl", first_q)):
         whole = value(kind, joint(first_p, next_p), joint(first_q, next_q))
-        parts = value(kind, first_p, first_q) + jax.nn.softmax(first) @ value(kind, next_p, next_q)
+        parts = value(kind, first_p, first_q) + jax.nn.softmax(first) @ value(
+            kind, next_p, next_q
+        )
         np.testing.assert_allclose(whole, parts, rtol=1e-13)
 
 
@@ -265,7 +283,9 @@ def test_topk_equals_full_with_one_token_in_the_tail(x64, kind):
         return values.sum(), values
 
     grad, values = jax.jit(jax.grad(total, has_aux=True))(student)
-    np.testing.assert_allclose(values, value(kind, teacher, student, temperature=2.0), rtol=1e-12)
+    np.testing.assert_allclose(
+        values, value(kind, teacher, student, temperature=2.0), rtol=1e-12
+    )
     np.testing.assert_allclose(
         grad, student_grad(kind, teacher, student, temperature=2.0), atol=1e-13
     )
@@ -278,10 +298,15 @@ def test_tail_bucket_grows_to_the_full_kl_from_below(x64):
     for k in (1, 5, 29):
         kept = lambda teacher, k=k: dv.topk_log_probs(teacher, k)
         run = jax.jit(
-            lambda p, q, kept=kept: (kept(p), dv.topk_divergence(dv.ForwardKL(), *kept(p), q))
+            lambda p, q, kept=kept: (
+                kept(p),
+                dv.topk_divergence(dv.ForwardKL(), *kept(p), q),
+            )
         )
         (_, log_p, log_tail), part = jax.tree.map(np.asarray, run(teacher, student))
-        np.testing.assert_allclose(np.exp(log_p).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-13)
+        np.testing.assert_allclose(
+            np.exp(log_p).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-13
+        )
         assert np.all(part >= last - 1e-13) and np.all(part <= full + 1e-13)
         last = part
 
@@ -293,13 +318,19 @@ def test_renormalised_teacher_is_biased_and_the_tail_bucket_is_not(x64):
     teacher, _ = pair(11, (3, 9))
     ids, log_p, log_tail = jax.jit(lambda z: dv.topk_log_probs(z, 3))(teacher)
     grad = jax.jit(
-        jax.grad(lambda z: dv.topk_divergence(dv.ForwardKL(), ids, log_p, log_tail, z).sum())
+        jax.grad(
+            lambda z: dv.topk_divergence(
+                dv.ForwardKL(), ids, log_p, log_tail, z
+            ).sum()
+        )
     )(teacher)
     np.testing.assert_allclose(grad, 0.0, atol=1e-14)
     renormalised = np.full(teacher.shape, -np.inf)
     np.put_along_axis(renormalised, np.asarray(ids), np.asarray(log_p), -1)
     grad = student_grad("forward_kl", renormalised, teacher)
-    np.testing.assert_allclose(grad, softmax(teacher) - softmax(renormalised), atol=1e-14)
+    np.testing.assert_allclose(
+        grad, softmax(teacher) - softmax(renormalised), atol=1e-14
+    )
     # the largest kept token gains its share of the tail's mass
     assert np.all(np.abs(grad).max(-1) > 0.3 * np.exp(log_tail))
 
@@ -327,12 +358,16 @@ def test_topk_with_a_tail_of_no_mass_is_finite(x64, kind, whose):
     """All tokens but three are impossible, to the one model or the other."""
     teacher, student = pair(16)
     kept = jnp.argsort(-teacher, -1)[:, :3]
-    banned = lambda z: jnp.where(jnp.any(jnp.arange(7) == kept[..., None], 1), z, -jnp.inf)
+    banned = lambda z: jnp.where(
+        jnp.any(jnp.arange(7) == kept[..., None], 1), z, -jnp.inf
+    )
     p = teacher if whose == "student" else banned(teacher)
 
     def total(z):
         q = z if whose == "teacher" else banned(z)
-        return dv.topk_divergence(DIVERGENCES[kind], *dv.topk_log_probs(p, 3), q).sum()
+        return dv.topk_divergence(
+            DIVERGENCES[kind], *dv.topk_log_probs(p, 3), q
+        ).sum()
 
     got, grad = jax.value_and_grad(total)(student)
     assert np.isfinite(got) and np.isfinite(np.asarray(grad)).all()
@@ -345,7 +380,9 @@ def test_topk_with_a_tail_of_no_mass_is_finite(x64, kind, whose):
             np.asarray(student_grad(kind, pick(teacher), pick(student))),
             -1,
         )
-        np.testing.assert_allclose(got, value(kind, pick(teacher), pick(student)).sum(), rtol=1e-12)
+        np.testing.assert_allclose(
+            got, value(kind, pick(teacher), pick(student)).sum(), rtol=1e-12
+        )
         np.testing.assert_allclose(grad, wanted, atol=1e-13)
 
 
@@ -359,11 +396,14 @@ def test_topk_on_the_students_support(x64):
         1 - np.take_along_axis(law, ids, -1).sum(-1, keepdims=True),
         -1,
     )
-    got = dv.restricted_divergence(dv.ReverseKL(), teacher, student, 3, support="student")
+    got = dv.restricted_divergence(
+        dv.ReverseKL(), teacher, student, 3, support="student"
+    )
     np.testing.assert_allclose(got, kl(rest(q), rest(p)), rtol=1e-11)
     teachers = dv.restricted_divergence(dv.ReverseKL(), teacher, student, 3)
     np.testing.assert_array_equal(
-        teachers, dv.topk_divergence(dv.ReverseKL(), *dv.topk_log_probs(teacher, 3), student)
+        teachers,
+        dv.topk_divergence(dv.ReverseKL(), *dv.topk_log_probs(teacher, 3), student),
     )
 
 
@@ -372,21 +412,34 @@ def test_topk_on_the_students_support(x64):
 def test_renormalised_topk(x64, kind, support):
     """Both laws over the k tokens alone, at a temperature: the softmax of these logits."""
     teacher, student = pair(18, (5, 9))
-    ids = np.argsort(-np.asarray(teacher if support == "teacher" else student), -1)[:, :4]
+    ids = np.argsort(-np.asarray(teacher if support == "teacher" else student), -1)[
+        :, :4
+    ]
     pick = lambda z: jnp.take_along_axis(z, ids, -1)
     options = dict(temperature=2.0)
 
     def total(z):
         values = dv.restricted_divergence(
-            DIVERGENCES[kind], teacher, z, 4, support=support, tail="dropped", **options
+            DIVERGENCES[kind],
+            teacher,
+            z,
+            4,
+            support=support,
+            tail="dropped",
+            **options,
         )
         return values.sum(), values
 
     grad, values = jax.grad(total, has_aux=True)(student)
-    np.testing.assert_allclose(values, value(kind, pick(teacher), pick(student), 2.0), rtol=1e-12)
+    np.testing.assert_allclose(
+        values, value(kind, pick(teacher), pick(student), 2.0), rtol=1e-12
+    )
     wanted = np.zeros(student.shape)
     np.put_along_axis(
-        wanted, ids, np.asarray(student_grad(kind, pick(teacher), pick(student), 2.0)), -1
+        wanted,
+        ids,
+        np.asarray(student_grad(kind, pick(teacher), pick(student), 2.0)),
+        -1,
     )
     np.testing.assert_allclose(grad, wanted, atol=1e-13)
 
@@ -395,9 +448,13 @@ def test_renormalised_topk(x64, kind, support):
 def test_tables_of_different_lengths_are_compared_on_the_common_ids(x64, longer):
     teacher, student = pair(19)
     wide = lambda z: jnp.concatenate([z, jnp.full((4, 3), 5.0)], -1)
-    p, q = (wide(teacher), student) if longer == "teacher" else (teacher, wide(student))
+    p, q = (
+        (wide(teacher), student) if longer == "teacher" else (teacher, wide(student))
+    )
     for kind in DIVERGENCES:
-        np.testing.assert_array_equal(value(kind, p, q), value(kind, teacher, student))
+        np.testing.assert_array_equal(
+            value(kind, p, q), value(kind, teacher, student)
+        )
     got = dv.restricted_divergence(dv.ForwardKL(), p, q, 3)
     np.testing.assert_array_equal(
         got, dv.restricted_divergence(dv.ForwardKL(), teacher, student, 3)
@@ -406,7 +463,9 @@ def test_tables_of_different_lengths_are_compared_on_the_common_ids(x64, longer)
     eye = jnp.eye(7)
     head = jnp.concatenate([eye, jnp.ones((7, 3))], -1)
     heads = (head, eye) if longer == "teacher" else (eye, head)
-    got = dv.chunked_divergence(dv.ForwardKL(), hidden[0], heads[0], hidden[1], heads[1], chunk=3)
+    got = dv.chunked_divergence(
+        dv.ForwardKL(), hidden[0], heads[0], hidden[1], heads[1], chunk=3
+    )
     np.testing.assert_allclose(got, value("forward_kl", teacher, student), rtol=1e-12)
 
 
@@ -416,7 +475,9 @@ def test_beta_of_a_running_program_is_that_of_a_number(x64):
     ramp = dv.JensenShannon(beta=Linear(start=0.0, end=1.0, steps=10))
 
     def both(divergence, z):
-        return divergence(teacher, z), jax.grad(lambda z: divergence(teacher, z).sum())(z)
+        return divergence(teacher, z), jax.grad(
+            lambda z: divergence(teacher, z).sum()
+        )(z)
 
     run = jax.jit(lambda z, step: both(settled(ramp, step), z))
     for step, beta in ((0, 0.0), (3, 0.3), (10, 1.0)):
@@ -432,16 +493,23 @@ def test_chunked_likelihood_equals_plain(x64, dtype, tol, chunk):
     """-log q and its gradients per token, and the argmax, of a vocabulary of 23 in chunks."""
     rng = np.random.default_rng(21)
     hidden, head = (
-        jnp.asarray(0.5 * rng.standard_normal(shape), dtype) for shape in ((4, 5, 6), (6, 23))
+        jnp.asarray(0.5 * rng.standard_normal(shape), dtype)
+        for shape in ((4, 5, 6), (6, 23))
     )
-    labels = jnp.argmax(hidden @ head, -1).at[:, 1:].set(jnp.asarray(rng.integers(0, 23, (4, 4))))
+    labels = (
+        jnp.argmax(hidden @ head, -1)
+        .at[:, 1:]
+        .set(jnp.asarray(rng.integers(0, 23, (4, 4))))
+    )
     plain = lambda h, w: dv.cross_entropy(h @ w, labels)
     parts = lambda h, w: dv.chunked_likelihood(h, w, labels, chunk=chunk)
     nll, likeliest = parts(hidden, head)
     np.testing.assert_allclose(nll, plain(hidden, head), rtol=tol, atol=tol)
     np.testing.assert_array_equal(likeliest, jnp.argmax(hidden @ head, -1) == labels)
     assert likeliest[:, 0].all() and not likeliest.all()
-    grads = lambda f: jax.grad(lambda *a: jnp.mean(f(*a)), argnums=(0, 1))(hidden, head)
+    grads = lambda f: jax.grad(lambda *a: jnp.mean(f(*a)), argnums=(0, 1))(
+        hidden, head
+    )
     for got, want in zip(grads(lambda *a: parts(*a)[0]), grads(plain)):
         np.testing.assert_allclose(got, want, atol=tol)
 
@@ -450,9 +518,9 @@ def test_of_equal_logits_the_lower_id_is_the_likeliest():
     hidden = jnp.ones((1, 2))
     head = jnp.ones((2, 9))
     for label in range(9):
-        assert bool(dv.chunked_likelihood(hidden, head, jnp.asarray([label]), chunk=2)[1][0]) == (
-            label == 0
-        )
+        assert bool(
+            dv.chunked_likelihood(hidden, head, jnp.asarray([label]), chunk=2)[1][0]
+        ) == (label == 0)
 
 
 def hidden_and_heads(dtype=jnp.float32):
@@ -483,16 +551,22 @@ def test_chunked_equals_plain_for_every_kind():
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "chunk"), [("jsd", 7), ("reverse_kl", 23), ("forward_kl", 64)])
+@pytest.mark.parametrize(
+    ("kind", "chunk"), [("jsd", 7), ("reverse_kl", 23), ("forward_kl", 64)]
+)
 def test_chunked_has_the_plain_gradients(kind, chunk):
-    weight = jnp.asarray(np.random.default_rng(13).standard_normal((2, 3)), jnp.float32)
-    chunked = lambda *a: dv.chunked_divergence(DIVERGENCES[kind], *a, chunk=chunk, temperature=1.5)
+    weight = jnp.asarray(
+        np.random.default_rng(13).standard_normal((2, 3)), jnp.float32
+    )
+    chunked = lambda *a: dv.chunked_divergence(
+        DIVERGENCES[kind], *a, chunk=chunk, temperature=1.5
+    )
     plain = lambda th, tw, sh, sw: dv.token_divergence(
         DIVERGENCES[kind], th @ tw, sh @ sw, temperature=1.5
     )
-    grads = lambda f: jax.jit(jax.grad(lambda *a: jnp.sum(weight * f(*a)), argnums=(0, 1, 2, 3)))(
-        *hidden_and_heads()
-    )
+    grads = lambda f: jax.jit(
+        jax.grad(lambda *a: jnp.sum(weight * f(*a)), argnums=(0, 1, 2, 3))
+    )(*hidden_and_heads())
     for got, want in zip(grads(chunked), grads(plain)):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -504,12 +578,18 @@ def test_chunked_cross_entropy_equals_plain(chunk):
     head = jnp.asarray(rng.standard_normal((6, 23)), jnp.float32)
     labels = jnp.asarray([[0, 22, 5], [5, 7, 14]])
     weight = jnp.asarray(rng.standard_normal((2, 3)), jnp.float32)
-    chunked = lambda hidden, head: dv.chunked_cross_entropy(hidden, head, labels, chunk=chunk)
+    chunked = lambda hidden, head: dv.chunked_cross_entropy(
+        hidden, head, labels, chunk=chunk
+    )
     plain = lambda hidden, head: (
-        -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head), labels[..., None], -1)[..., 0]
+        -jnp.take_along_axis(
+            jax.nn.log_softmax(hidden @ head), labels[..., None], -1
+        )[..., 0]
     )
     total = lambda f: lambda *a: (jnp.sum(weight * f(*a)), f(*a))
-    run = lambda f: jax.jit(jax.grad(total(f), argnums=(0, 1), has_aux=True))(hidden, head)
+    run = lambda f: jax.jit(jax.grad(total(f), argnums=(0, 1), has_aux=True))(
+        hidden, head
+    )
     for got, want in zip(jax.tree.leaves(run(chunked)), jax.tree.leaves(run(plain))):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -530,12 +610,20 @@ def test_chunked_never_holds_the_vocabulary():
         dv.JensenShannon(), th, tw, sh, sw, chunk=chunk
     ).sum()
     sizes = lambda jaxpr: [v.aval.size for e in _equations(jaxpr) for v in e.outvars]
-    assert max(sizes(jax.make_jaxpr(jax.grad(f, argnums=(2, 3)))(*args).jaxpr)) < batch * vocab
+    assert (
+        max(sizes(jax.make_jaxpr(jax.grad(f, argnums=(2, 3)))(*args).jaxpr))
+        < batch * vocab
+    )
     g = lambda hidden, head: dv.chunked_cross_entropy(
         hidden, head, jnp.zeros(batch, int), chunk=chunk
     ).sum()
-    assert max(sizes(jax.make_jaxpr(jax.grad(g, argnums=(0, 1)))(*args[2:]).jaxpr)) < batch * vocab
-    plain = lambda th, tw, sh, sw: dv.token_divergence(dv.JensenShannon(), th @ tw, sh @ sw).sum()
+    assert (
+        max(sizes(jax.make_jaxpr(jax.grad(g, argnums=(0, 1)))(*args[2:]).jaxpr))
+        < batch * vocab
+    )
+    plain = lambda th, tw, sh, sw: dv.token_divergence(
+        dv.JensenShannon(), th @ tw, sh @ sw
+    ).sum()
     assert max(sizes(jax.make_jaxpr(plain)(*args).jaxpr)) == batch * vocab
 
 
@@ -543,7 +631,8 @@ def _equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
         for sub in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns")
+            list(eqn.params.values()),
+            is_leaf=lambda p: hasattr(p, "jaxpr") or hasattr(p, "eqns"),
         ):
             inner = getattr(sub, "jaxpr", sub)
             if hasattr(inner, "eqns"):
@@ -555,23 +644,31 @@ def test_chunked_projects_bfloat16_into_float32():
     run = jax.jit(lambda *a: dv.chunked_divergence(dv.ForwardKL(), *a, chunk=8))
     out = run(*args)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, run(*(a.astype(jnp.float32) for a in args)), rtol=1e-5)
+    np.testing.assert_allclose(
+        out, run(*(a.astype(jnp.float32) for a in args)), rtol=1e-5
+    )
 
 
 def test_masked_sum_ignores_what_is_masked_out():
     values = jnp.asarray([[1.0, 2.0, jnp.nan], [jnp.inf, 4.0, 8.0]])
     mask = jnp.asarray([[1, 1, 0], [0, 1, 1]])
     assert [float(v) for v in dv.masked_sum(values, mask)] == [15.0, 4.0]
-    assert [float(v) for v in dv.masked_sum(values, mask, jnp.asarray([[2.0], [1.0]]))] == [
+    assert [
+        float(v) for v in dv.masked_sum(values, mask, jnp.asarray([[2.0], [1.0]]))
+    ] == [
         18.0,
         4.0,
     ]
-    np.testing.assert_array_equal(jax.grad(lambda v: dv.masked_sum(v, mask)[0])(values), mask)
+    np.testing.assert_array_equal(
+        jax.grad(lambda v: dv.masked_sum(v, mask)[0])(values), mask
+    )
 
 
 def test_refusals():
     z = jnp.zeros((2, 5))
-    with pytest.raises(Refused, match=r"divergence='forward_k1'.* did you mean 'forward_kl'"):
+    with pytest.raises(
+        Refused, match=r"divergence='forward_k1'.* did you mean 'forward_kl'"
+    ):
         dv.described("forward_k1")
     with pytest.raises(Refused, match="k=5: expected 1 to 4"):
         dv.topk_log_probs(z, 5)
@@ -629,7 +726,10 @@ class TestSequenceGradients:
         l1, l2 = self.ratios(teacher, student)
         for baseline in (0.0, 1.0):
             self.close(
-                self.estimate(student, lambda b=baseline: (-(l1 + l2 - b), -(l2 - b))), exact
+                self.estimate(
+                    student, lambda b=baseline: (-(l1 + l2 - b), -(l2 - b))
+                ),
+                exact,
             )
 
     def test_minillm_splits_off_the_single_step(self, x64):
@@ -641,7 +741,11 @@ class TestSequenceGradients:
         (p1, p2), (q1, _) = self.log_probs(teacher), self.log_probs(student)
         held = jnp.exp(q1)
         single = jax.jit(
-            jax.grad(lambda s: reverse_kl(p1, s["first"]) + held @ reverse_kl(p2, s["next"]))
+            jax.grad(
+                lambda s: (
+                    reverse_kl(p1, s["first"]) + held @ reverse_kl(p2, s["next"])
+                )
+            )
         )(student)
         _, l2 = self.ratios(teacher, student)
         long = self.estimate(student, lambda: (-l2, 0.0))
@@ -654,7 +758,9 @@ class TestSequenceGradients:
                 hold(q1) * jnp.sum(hold(q2) * (q2 - p2), -1)
             )
 
-        self.close(jax.jit(jax.grad(outside))(student), jax.tree.map(jnp.zeros_like, student))
+        self.close(
+            jax.jit(jax.grad(outside))(student), jax.tree.map(jnp.zeros_like, student)
+        )
 
     def test_per_token_advantage_holds_the_prefix_law_fixed(self, x64):
         """OPD: mean of A_t grad log q is the gradient of sum_t E KL(q || p)(prefix), not of the
@@ -666,7 +772,11 @@ class TestSequenceGradients:
         got = self.estimate(student, lambda: (-l1, -l2))
         prefix = jnp.exp(q1)
         want = jax.jit(
-            jax.grad(lambda s: reverse_kl(p1, s["first"]) + prefix @ reverse_kl(p2, s["next"]))
+            jax.grad(
+                lambda s: (
+                    reverse_kl(p1, s["first"]) + prefix @ reverse_kl(p2, s["next"])
+                )
+            )
         )(student)
         self.close(got, want)
         exact = jax.jit(jax.grad(lambda s: self.sequence_kl(teacher, s)))(student)
@@ -684,7 +794,11 @@ def test_gkd_off_policy_at_small_beta_is_supervised_forward_kl(x64):
         total, count = dv.masked_sum(per_token(teacher, z), mask)
         return total / count
 
-    run = lambda per_token: jax.jit(jax.value_and_grad(lambda z: loss(z, per_token)))(student)
+    run = lambda per_token: jax.jit(jax.value_and_grad(lambda z: loss(z, per_token)))(
+        student
+    )
     gkd = run(lambda p, q: dv.JensenShannon(beta=1e-5)(p, q) / 1e-5)
     kd = run(forward_kl)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), gkd, kd)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), gkd, kd
+    )

@@ -35,14 +35,19 @@ def test_weights_are_those_of_f(kind):
     for r in (0.1, 1.0, 7.0):
         np.testing.assert_allclose(row.h(jnp.asarray(r)), h(r), rtol=1e-10)
         np.testing.assert_allclose(
-            row.di(jnp.asarray(r)), r**2 * jax.grad(jax.grad(h))(r), rtol=1e-9, atol=1e-12
+            row.di(jnp.asarray(r)),
+            r**2 * jax.grad(jax.grad(h))(r),
+            rtol=1e-9,
+            atol=1e-12,
         )
         np.testing.assert_allclose(
             row.fgm(jnp.asarray(r)), h(r) - r * jax.grad(h)(r), rtol=1e-10, atol=1e-12
         )
         assert h(r) > 0
     np.testing.assert_allclose(row.f(jnp.asarray(1.0)), 0.0, atol=4 * EPS64)
-    np.testing.assert_allclose(row.h(jnp.asarray(1.0)), jax.grad(jax.grad(row.f))(1.0), rtol=1e-12)
+    np.testing.assert_allclose(
+        row.h(jnp.asarray(1.0)), jax.grad(jax.grad(row.f))(1.0), rtol=1e-12
+    )
 
 
 def test_mixtures_of_the_two_kl():
@@ -57,7 +62,11 @@ def test_mixtures_of_the_two_kl():
 
 @pytest.mark.parametrize(
     ("kind", "scale", "value"),
-    [("forward_kl", 1, 0.2661067), ("reverse_kl", 1, 0.1605600), ("js", 0.5, 0.0456237)],
+    [
+        ("forward_kl", 1, 0.2661067),
+        ("reverse_kl", 1, 0.1605600),
+        ("js", 0.5, 0.0456237),
+    ],
 )
 def test_expansion_over_noise_levels(kind, scale, value):
     """VE, t = sigma: D_f(q_0 || p_0) = int sigma E_p[h d^2] d sigma + D_f(q_T || p_T) for p_0 =
@@ -96,7 +105,9 @@ def test_gradient_at_one_noise_level(kind):
 
     def value(m, c):
         x = m + c * z
-        return jnp.sum(w * row.f(jnp.exp(log_density(x, 0.0, var) - log_density(x, m, c**2))))
+        return jnp.sum(
+            w * row.f(jnp.exp(log_density(x, 0.0, var) - log_density(x, m, c**2)))
+        )
 
     x = m + c * z
     r = jnp.exp(log_density(x, 0.0, var) - log_density(x, m, c**2))
@@ -117,7 +128,10 @@ def test_the_best_discriminator_says_the_log_ratio():
     def loss(move):
         logit = lambda x: best(x) + move[0] + move[1] * x + move[2] * x**2
         return jnp.sum(
-            w * gan.non_saturating_discriminator(logit(jnp.sqrt(var) * z), logit(m + c * z))
+            w
+            * gan.non_saturating_discriminator(
+                logit(jnp.sqrt(var) * z), logit(m + c * z)
+            )
         )
 
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(3)), 0.0, atol=1e-6)
@@ -161,12 +175,19 @@ def test_ratio_clip_and_bins_are_the_released_codes():
     np.testing.assert_allclose(own, want[index], rtol=1e-12)
     scaled = r / (want[index] + 1e-6)
     h = fdivergence.f_weight("js", jnp.asarray(logit), 0.1, 20, scale=own + 1e-6)
-    np.testing.assert_allclose(h, (1 - 1 / (1 + scaled)) / np.mean(1 - 1 / (1 + scaled)), rtol=1e-9)
+    np.testing.assert_allclose(
+        h, (1 - 1 / (1 + scaled)) / np.mean(1 - 1 / (1 + scaled)), rtol=1e-9
+    )
 
 
 def test_times_at_the_ends_fall_into_the_outer_bins():
     means, own = fdivergence.binned_means(
-        jnp.ones(4), jnp.asarray([2.0, 3.0, 5.0]), jnp.asarray([-1.0, 1.0, 7.0]), 0.0, 1.0, 0.0
+        jnp.ones(4),
+        jnp.asarray([2.0, 3.0, 5.0]),
+        jnp.asarray([-1.0, 1.0, 7.0]),
+        0.0,
+        1.0,
+        0.0,
     )
     np.testing.assert_allclose(means, [2, 1, 1, 4], rtol=1e-6)
     np.testing.assert_allclose(own, [2, 4, 4], rtol=1e-6)
@@ -182,5 +203,7 @@ def test_f_weight_has_batch_mean_one_is_clipped_and_carries_no_gradient():
     np.testing.assert_array_equal(
         jax.grad(lambda z: fdivergence.f_weight("jeffreys", z)[3])(logit), 0.0
     )
-    with pytest.raises(Refused, match=r"divergence='jefreys'.* did you mean 'jeffreys'"):
+    with pytest.raises(
+        Refused, match=r"divergence='jefreys'.* did you mean 'jeffreys'"
+    ):
         fdivergence.f_weight("jefreys", logit)

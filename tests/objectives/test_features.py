@@ -27,11 +27,15 @@ def test_hidden_mse_and_cosine_per_position():
     t = draw(2, 3, 4)
     s = draw(2, 3, 4, seed=1)
     np.testing.assert_allclose(
-        ft.hidden_mse(t, s), np.mean((np.asarray(t) - np.asarray(s)) ** 2, -1), rtol=TOL
+        ft.hidden_mse(t, s),
+        np.mean((np.asarray(t) - np.asarray(s)) ** 2, -1),
+        rtol=TOL,
     )
     norm = lambda x: np.linalg.norm(x, axis=-1)
     np.testing.assert_allclose(
-        ft.cosine_distance(t, s), 1 - np.sum(t * s, -1) / (norm(t) * norm(s)), rtol=TOL
+        ft.cosine_distance(t, s),
+        1 - np.sum(t * s, -1) / (norm(t) * norm(s)),
+        rtol=TOL,
     )
     np.testing.assert_allclose(
         ft.cosine_distance(3 * t, 0.2 * s), ft.cosine_distance(t, s), rtol=TOL
@@ -78,11 +82,15 @@ def test_attention_transfer_ignores_channel_order_number_and_scale():
     want = ft.attention_transfer(t, s)
     assert want.shape == (2,)
     np.testing.assert_allclose(
-        ft.attention_transfer(2 * t[..., ::-1], 0.1 * s[..., [2, 0, 1]]), want, rtol=TOL
+        ft.attention_transfer(2 * t[..., ::-1], 0.1 * s[..., [2, 0, 1]]),
+        want,
+        rtol=TOL,
     )
     q = lambda a: np.sum(np.asarray(a) ** 2, -1).reshape(2, -1)
     unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
-    np.testing.assert_allclose(want, np.mean((unit(q(t)) - unit(q(s))) ** 2, -1), rtol=TOL)
+    np.testing.assert_allclose(
+        want, np.mean((unit(q(t)) - unit(q(s))) ** 2, -1), rtol=TOL
+    )
 
 
 def test_attention_transfer_pools_the_larger_map():
@@ -130,10 +138,14 @@ def test_similarity_preserving_sees_inner_products_only():
     t = draw(5, 2, 2)
     s = draw(5, 6, seed=1)
     want = ft.similarity_preserving(t, s)
-    np.testing.assert_allclose(ft.similarity_preserving(t, 4 * s @ rotation(6)), want, rtol=1e-11)
+    np.testing.assert_allclose(
+        ft.similarity_preserving(t, 4 * s @ rotation(6)), want, rtol=1e-11
+    )
     gram = lambda f: np.asarray(f).reshape(5, -1) @ np.asarray(f).reshape(5, -1).T
     unit = lambda g: g / np.linalg.norm(g, axis=-1, keepdims=True)
-    np.testing.assert_allclose(want, np.sum((unit(gram(t)) - unit(gram(s))) ** 2) / 25, rtol=TOL)
+    np.testing.assert_allclose(
+        want, np.sum((unit(gram(t)) - unit(gram(s))) ** 2) / 25, rtol=TOL
+    )
 
 
 def test_cka_invariances_and_range():
@@ -176,7 +188,9 @@ def test_unbiased_hsic_is_the_u_statistic():
     x = draw(6, 3) + 2
     y = draw(6, 2, seed=1)
     np.testing.assert_allclose(ft.unbiased_hsic(x, y), naive_hsic(x, y), rtol=1e-11)
-    np.testing.assert_allclose(ft.unbiased_hsic(x + 50, y), ft.unbiased_hsic(x, y), rtol=1e-9)
+    np.testing.assert_allclose(
+        ft.unbiased_hsic(x + 50, y), ft.unbiased_hsic(x, y), rtol=1e-9
+    )
 
 
 def test_minibatch_cka_does_not_depend_on_the_batch_size():
@@ -188,4 +202,6 @@ def test_minibatch_cka_does_not_depend_on_the_batch_size():
     biased = float(jnp.mean(jax.vmap(ft.cka)(x, y)))
     # the mean of 400 unbiased estimates, each with a spread of about 1 / n: 3 sigma = 3 / (8 * 20)
     assert abs(ft.minibatch_cka(x, y)) < 3 / 160 < 0.5 < biased
-    np.testing.assert_allclose(ft.minibatch_cka(x, 2 * x @ rotation(16)), 1.0, rtol=1e-10)
+    np.testing.assert_allclose(
+        ft.minibatch_cka(x, 2 * x @ rotation(16)), 1.0, rtol=1e-10
+    )

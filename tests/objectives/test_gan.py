@@ -21,7 +21,9 @@ def test_best_discriminator_logit_is_the_log_ratio():
     zero gradient there.
     """
     x = jnp.linspace(-8, 8, 401)
-    log_density = lambda m, s: -((x - m) ** 2) / (2 * s**2) - np.log(s * np.sqrt(2 * np.pi))
+    log_density = lambda m, s: (
+        -((x - m) ** 2) / (2 * s**2) - np.log(s * np.sqrt(2 * np.pi))
+    )
     log_r = log_density(0.5, 1.0)
     log_f = log_density(-0.4, 0.8)
 
@@ -43,16 +45,25 @@ def test_value_on_equal_laws_is_two_log_two():
     np.testing.assert_allclose(
         gan.non_saturating_discriminator(zero, zero), 2 * np.log(2), rtol=1e-15
     )
-    np.testing.assert_allclose(gan.relativistic_discriminator(zero, zero), np.log(2), rtol=1e-15)
+    np.testing.assert_allclose(
+        gan.relativistic_discriminator(zero, zero), np.log(2), rtol=1e-15
+    )
 
 
 def test_values_and_gradients_by_closed_form():
     real = 2 * draw(64)
     fake = 2 * draw(64, seed=1)
     sigmoid = lambda z: 1 / (1 + np.exp(-np.asarray(z)))
-    grads = lambda f, *a: jax.grad(lambda *a: f(*a).sum(), argnums=tuple(range(len(a))))(*a)
+    grads = lambda f, *a: jax.grad(
+        lambda *a: f(*a).sum(), argnums=tuple(range(len(a)))
+    )(*a)
     cases = [
-        (gan.non_saturating_generator, (fake,), -np.log(sigmoid(fake)), [-sigmoid(-fake)]),
+        (
+            gan.non_saturating_generator,
+            (fake,),
+            -np.log(sigmoid(fake)),
+            [-sigmoid(-fake)],
+        ),
         (
             gan.non_saturating_discriminator,
             (real, fake),
@@ -80,7 +91,9 @@ def test_values_and_gradients_by_closed_form():
         ),
     ]
     for loss, args, value, grad in cases:
-        np.testing.assert_allclose(loss(*args), value, rtol=1e-12, err_msg=loss.__name__)
+        np.testing.assert_allclose(
+            loss(*args), value, rtol=1e-12, err_msg=loss.__name__
+        )
         for got, want in zip(grads(loss, *args), grad):
             np.testing.assert_allclose(got, want, rtol=1e-12, err_msg=loss.__name__)
 
@@ -90,7 +103,10 @@ def test_heads_and_patches_are_averaged_within_a_sample():
     fake = draw(4, 3, 2, seed=1)
     np.testing.assert_allclose(
         gan.hinge_discriminator(real, fake),
-        [np.mean(np.maximum(1 - r, 0) + np.maximum(1 + f, 0)) for r, f in zip(real, fake)],
+        [
+            np.mean(np.maximum(1 - r, 0) + np.maximum(1 + f, 0))
+            for r, f in zip(real, fake)
+        ],
     )
     assert gan.non_saturating_generator(fake).shape == (4,)
 
@@ -123,4 +139,6 @@ def test_perturbed_r1_is_the_squared_slope_along_the_noise():
     noise = jnp.sqrt(dim) * jnp.eye(dim)
     got = gan.perturbed_r1(logit, jnp.broadcast_to(x, (dim, dim)), noise, std)
     np.testing.assert_allclose(got, std**2 * dim * w**2, rtol=1e-9)
-    np.testing.assert_allclose(got.mean(), 2 * std**2 * gan.r1(logit, x)[0], rtol=1e-9)
+    np.testing.assert_allclose(
+        got.mean(), 2 * std**2 * gan.r1(logit, x)[0], rtol=1e-9
+    )

@@ -22,21 +22,29 @@ def test_weights_stay_between_floor_and_ceiling():
         r = refresh(rng.dirichlet(np.ones(n)), 1 + rng.exponential(5, n), a)
         assert abs(r.sum() - 1) <= 1e-12
         assert r.min() >= (1 - a) / n - 1e-15 and r.max() <= a + (1 - a) / n + 1e-15
-    r = refresh(UNIFORM, [1, 1, 1, 1, 1e4], 0.5)  # the bounds are reached, and nothing overflows
+    r = refresh(
+        UNIFORM, [1, 1, 1, 1, 1e4], 0.5
+    )  # the bounds are reached, and nothing overflows
     np.testing.assert_allclose(r, [0.1, 0.1, 0.1, 0.1, 0.6], rtol=1e-12)
 
 
 def test_equal_ratios_contract_to_uniform():
     r = np.array([0.5, 0.2, 0.15, 0.1, 0.05])
-    np.testing.assert_allclose(refresh(r, [3.0] * 5, 0.5) - 0.2, 0.5 * (r - 0.2), atol=1e-15)
+    np.testing.assert_allclose(
+        refresh(r, [3.0] * 5, 0.5) - 0.2, 0.5 * (r - 0.2), atol=1e-15
+    )
     np.testing.assert_allclose(refresh(UNIFORM, [3.0] * 5, 0.5), UNIFORM, atol=1e-15)
 
 
 def test_limits_of_the_smoothing():
-    np.testing.assert_allclose(refresh([0.5, 0.2, 0.1, 0.1, 0.1], RATIOS, 0.0), UNIFORM, rtol=1e-15)
+    np.testing.assert_allclose(
+        refresh([0.5, 0.2, 0.1, 0.1, 0.1], RATIOS, 0.0), UNIFORM, rtol=1e-15
+    )
     pure = iterate(1.0)  # r_0 exp(sum of the ratios)
     np.testing.assert_allclose(
-        pure, np.exp(10 * np.array(RATIOS)) / np.exp(10 * np.array(RATIOS)).sum(), rtol=1e-12
+        pure,
+        np.exp(10 * np.array(RATIOS)) / np.exp(10 * np.array(RATIOS)).sum(),
+        rtol=1e-12,
     )
     assert round(pure[3], 2) == 0.95
 
@@ -46,14 +54,18 @@ def test_fixed_point():
         discrepancy(RATIOS), [0.1696, 0.2290, 0.1389, 0.3091, 0.1535], atol=5e-5
     )
     expected = [0.1622, 0.2073, 0.1457, 0.3317, 0.1531]
-    np.testing.assert_allclose(iterate(0.5, discrepancy(RATIOS), n=100), expected, atol=5e-5)
+    np.testing.assert_allclose(
+        iterate(0.5, discrepancy(RATIOS), n=100), expected, atol=5e-5
+    )
     np.testing.assert_allclose(iterate(0.5, n=100), expected, atol=5e-5)
 
 
 def test_order_and_shift():
     r = refresh(UNIFORM, RATIOS, 0.5)
     assert (np.argsort(r) == np.argsort(RATIOS)).all()
-    np.testing.assert_allclose(refresh(UNIFORM, np.array(RATIOS) + 7, 0.5), r, rtol=1e-12)
+    np.testing.assert_allclose(
+        refresh(UNIFORM, np.array(RATIOS) + 7, 0.5), r, rtol=1e-12
+    )
 
 
 def test_a_domain_without_rows_is_refused():

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def draw(n, dim=3, seed=0, shift=0.0, std=1.0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((n, dim)) * std + shift)
+    return jnp.asarray(
+        np.random.default_rng(seed).standard_normal((n, dim)) * std + shift
+    )
 
 
 DOT = lambda a, b: a @ b.T
@@ -22,16 +24,24 @@ PAIRS = [(kernel, estimator) for kernel in mmd.ESTIMATES for estimator in ("u", 
 def test_linear_shortcuts_are_the_double_sums():
     x = draw(7)
     y = draw(9, seed=1, shift=0.5)
-    np.testing.assert_allclose(mmd.linear_v(x, y), mmd.v_statistic(DOT, x, y), rtol=1e-12)
-    np.testing.assert_allclose(mmd.linear_u(x, y), mmd.u_statistic(DOT, x, y), rtol=1e-12)
+    np.testing.assert_allclose(
+        mmd.linear_v(x, y), mmd.v_statistic(DOT, x, y), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        mmd.linear_u(x, y), mmd.u_statistic(DOT, x, y), rtol=1e-12
+    )
     traces = [np.trace(np.cov(np.asarray(a), rowvar=False)) / len(a) for a in (x, y)]
-    np.testing.assert_allclose(mmd.linear_u(x, y), mmd.linear_v(x, y) - sum(traces), rtol=1e-12)
+    np.testing.assert_allclose(
+        mmd.linear_u(x, y), mmd.linear_v(x, y) - sum(traces), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel", mmd.ESTIMATES)
 def test_equal_sets_have_no_v_statistic_and_no_gradient(kernel):
     x = draw(8)
-    value, grad = jax.jit(jax.value_and_grad(lambda y: mmd.mmd2(x, y, kernel, "v")))(x[::-1])
+    value, grad = jax.jit(jax.value_and_grad(lambda y: mmd.mmd2(x, y, kernel, "v")))(
+        x[::-1]
+    )
     np.testing.assert_allclose(value, 0.0, atol=1e-14)
     np.testing.assert_allclose(grad, 0.0, atol=1e-14)
 
@@ -70,7 +80,9 @@ def test_order_does_not_matter(kernel, estimator):
     x = draw(7)
     y = draw(9, seed=1, shift=0.3)
     mmd2 = jax.jit(lambda x, y: mmd.mmd2(x, y, kernel, estimator))
-    np.testing.assert_allclose(mmd2(x[::-1], np.roll(y, 2, 0)), mmd2(x, y), rtol=1e-10)
+    np.testing.assert_allclose(
+        mmd2(x[::-1], np.roll(y, 2, 0)), mmd2(x, y), rtol=1e-10
+    )
 
 
 def test_random_fourier_features_tend_to_the_rbf_kernel():
@@ -91,7 +103,9 @@ def test_the_width_is_the_median_distance_and_is_held():
     y = draw(6, seed=1, shift=1.0)
     width = mmd.median_distance(np.asarray(x), np.asarray(y))
     got = jax.jit(jax.value_and_grad(lambda y: mmd.mmd2(x, y, "rbf", "u")))(y)
-    want = jax.jit(jax.value_and_grad(lambda y: mmd.u_statistic(mmd.rbf(width), x, y)))(y)
+    want = jax.jit(
+        jax.value_and_grad(lambda y: mmd.u_statistic(mmd.rbf(width), x, y))
+    )(y)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
 
 

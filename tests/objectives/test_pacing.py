@@ -54,7 +54,9 @@ def test_efficiency_is_best_at_signal_over_variance():
         for _ in range(20):
             assert (
                 1 - d**2 - 1e-6
-                <= efficiency(best * (1 + d * jnp.asarray(rng.uniform(-1, 1, 50))), s, v)
+                <= efficiency(
+                    best * (1 + d * jnp.asarray(rng.uniform(-1, 1, 50))), s, v
+                )
                 < 1
             )
 
@@ -86,7 +88,10 @@ def test_signal_to_noise_by_bin_is_that_of_the_problems_in_it():
     np.testing.assert_array_equal(count, [3, 0, 1, 3])
     for i, rows in ((0, slice(0, 3)), (3, slice(4, 7))):
         np.testing.assert_allclose(
-            snr[i], (2 * signal_to_noise(jnp.asarray(g[rows])) - 1) / 3, rtol=1e-4, atol=1e-6
+            snr[i],
+            (2 * signal_to_noise(jnp.asarray(g[rows])) - 1) / 3,
+            rtol=1e-4,
+            atol=1e-6,
         )
     assert np.isnan(snr[1:3]).all()
 
@@ -98,7 +103,9 @@ def test_few_problems_do_not_look_like_signal():
     rng = np.random.default_rng(0)
     rate = jnp.array([0.0] * 3 + [1.0] * 300)
     draws = jnp.asarray(rng.standard_normal((200, 303, 64)), jnp.float32)
-    snr = jax.lax.map(lambda g: signal_to_noise_by_bin(lambda row: row, g, rate, 2)[0], draws)
+    snr = jax.lax.map(
+        lambda g: signal_to_noise_by_bin(lambda row: row, g, rate, 2)[0], draws
+    )
     assert (abs(snr.mean(0)) <= 5 * snr.std(0) / 200**0.5).all()
 
 
@@ -108,6 +115,15 @@ def test_the_probe_sees_a_bell_where_there_is_one():
     """
     rng = np.random.default_rng(0)
     rate = jnp.asarray(rng.random(20_000), jnp.float32)
-    g = rng.standard_normal((20_000, 8)) + 8 * np.asarray(beta_kernel(rate))[:, None] * np.eye(8)[0]
-    snr, _ = signal_to_noise_by_bin(lambda row: row, jnp.asarray(g, jnp.float32), rate, 5)
-    assert snr[2] > snr[1] > 1.5 * snr[0] and snr[2] > snr[3] > 1.5 * snr[4] and snr[0] > 0
+    g = (
+        rng.standard_normal((20_000, 8))
+        + 8 * np.asarray(beta_kernel(rate))[:, None] * np.eye(8)[0]
+    )
+    snr, _ = signal_to_noise_by_bin(
+        lambda row: row, jnp.asarray(g, jnp.float32), rate, 5
+    )
+    assert (
+        snr[2] > snr[1] > 1.5 * snr[0]
+        and snr[2] > snr[3] > 1.5 * snr[4]
+        and snr[0] > 0
+    )

@@ -26,11 +26,15 @@ EMBEDDED = jnp.asarray(RNG.standard_normal((400, 16)) + 1.0, jnp.float32)
 def test_consecutive_blocks_by_the_formula():
     part = Consecutive(cells=4, classes=10)
     np.testing.assert_array_equal(part.sizes(jnp.arange(10)), [3, 2, 3, 2])
-    np.testing.assert_array_equal(part.assign(jnp.arange(10)), [c * 4 // 10 for c in range(10)])
+    np.testing.assert_array_equal(
+        part.assign(jnp.arange(10)), [c * 4 // 10 for c in range(10)]
+    )
 
 
 @pytest.mark.parametrize("kind", [Consecutive, Shuffled])
-@pytest.mark.parametrize(("cells", "classes"), [(1, 7), (4, 10), (4, 1000), (7, 7), (8, 30)])
+@pytest.mark.parametrize(
+    ("cells", "classes"), [(1, 7), (4, 10), (4, 1000), (7, 7), (8, 30)]
+)
 def test_cells_of_labels_are_disjoint_exhaustive_and_equal(kind, cells, classes):
     part = kind(cells=cells, classes=classes)
     cell = np.asarray(part.assign(jnp.arange(classes)))
@@ -55,15 +59,27 @@ def test_a_random_partition_is_another_one_of_equal_sizes():
 def test_quadrants_do_not_depend_on_length_but_thresholds_do():
     part = Quadrant(cells=4)
     cell = part.assign(EMBEDDED)
-    assert set(np.unique(cell)) <= set(range(4)) and part.sizes(EMBEDDED).sum() == len(EMBEDDED)
-    np.testing.assert_array_equal(part.assign({"pooled": 3.0 * EMBEDDED, "text": EMBEDDED}), cell)
+    assert set(np.unique(cell)) <= set(range(4)) and part.sizes(
+        EMBEDDED
+    ).sum() == len(EMBEDDED)
+    np.testing.assert_array_equal(
+        part.assign({"pooled": 3.0 * EMBEDDED, "text": EMBEDDED}), cell
+    )
     np.testing.assert_array_equal(cell & 1, part.heights(EMBEDDED)[:, 0] > 0)
     balanced = part.balanced(EMBEDDED)
     np.testing.assert_array_equal(
-        [np.sum(balanced.assign(EMBEDDED) & 1), np.sum(balanced.assign(EMBEDDED) >> 1)], [200, 200]
+        [
+            np.sum(balanced.assign(EMBEDDED) & 1),
+            np.sum(balanced.assign(EMBEDDED) >> 1),
+        ],
+        [200, 200],
     )
-    assert not np.array_equal(balanced.assign(3.0 * EMBEDDED), balanced.assign(EMBEDDED))
-    scaled = dataclasses.replace(balanced, thresholds=tuple(3.0 * t for t in balanced.thresholds))
+    assert not np.array_equal(
+        balanced.assign(3.0 * EMBEDDED), balanced.assign(EMBEDDED)
+    )
+    scaled = dataclasses.replace(
+        balanced, thresholds=tuple(3.0 * t for t in balanced.thresholds)
+    )
     assert (
         np.mean(scaled.assign(3.0 * EMBEDDED) != balanced.assign(EMBEDDED)) <= 2 / 400
     )  # the two at the medians may round over
@@ -78,15 +94,21 @@ def test_nearest_centres_find_separate_clusters():
     part = Nearest(cells=3, centres=kmeans(points, 3, seed=3))
     cell = np.asarray(part.assign(jnp.asarray(points)))
     assert sorted(part.sizes(jnp.asarray(points)).tolist()) == [20, 30, 50]
-    assert all(len(set(cell[low:high])) == 1 for low, high in ((0, 50), (50, 70), (70, 100)))
+    assert all(
+        len(set(cell[low:high])) == 1 for low, high in ((0, 50), (50, 70), (70, 100))
+    )
 
 
 def test_dealing_gives_every_cell_its_own_rows():
     part = Consecutive(cells=4, classes=8)
     cond = jnp.asarray([0, 7, 1, 1, 0, 2, 3, 6, 0, 5, 1, 7])
     batch, present = jax.jit(part.split)({"cond": cond, "x": jnp.arange(12.0)})
-    np.testing.assert_array_equal(part.assign(batch["cond"]), np.repeat(np.arange(4), 3))
-    assert present.all() and np.array_equal(cond[batch["x"].astype(int)], batch["cond"])
+    np.testing.assert_array_equal(
+        part.assign(batch["cond"]), np.repeat(np.arange(4), 3)
+    )
+    assert present.all() and np.array_equal(
+        cond[batch["x"].astype(int)], batch["cond"]
+    )
     np.testing.assert_array_equal(
         batch["x"], [0, 2, 3, 5, 6, 5, 9, 9, 9, 1, 7, 11]
     )  # in order; what lacks is repeated
@@ -94,7 +116,9 @@ def test_dealing_gives_every_cell_its_own_rows():
 
 def test_one_cell_gets_the_batch_as_it_is():
     cond = jnp.asarray([3, 0, 2])
-    batch, present = Consecutive(cells=1, classes=4).split({"cond": cond, "x": jnp.arange(3.0)})
+    batch, present = Consecutive(cells=1, classes=4).split(
+        {"cond": cond, "x": jnp.arange(3.0)}
+    )
     assert (
         np.array_equal(batch["x"], jnp.arange(3.0))
         and np.array_equal(batch["cond"], cond)
@@ -103,7 +127,9 @@ def test_one_cell_gets_the_batch_as_it_is():
 
 
 def test_an_absent_cell_is_reported():
-    _, present = Consecutive(cells=2, classes=4).split({"cond": jnp.asarray([3, 2, 3, 2])})
+    _, present = Consecutive(cells=2, classes=4).split(
+        {"cond": jnp.asarray([3, 2, 3, 2])}
+    )
     assert present.tolist() == [False, True]
 
 

@@ -25,25 +25,35 @@ def test_clips_processor(size):
     """PIL rounds to whole steps of 255 after each of two passes: half a step, times 1.25 (the sum
     of a cubic's absolute weights) in the second pass, and half a step more.
     """
-    transformers = pytest.importorskip("transformers", reason="CLIP's processor is transformers'")
-    pytest.importorskip("torch", reason="transformers' processors need torch (extra [torch])")
+    transformers = pytest.importorskip(
+        "transformers", reason="CLIP's processor is transformers'"
+    )
+    pytest.importorskip(
+        "torch", reason="transformers' processors need torch (extra [torch])"
+    )
     image = picture(size)
-    theirs = transformers.CLIPImageProcessor()(image, return_tensors="np")["pixel_values"][
-        0
-    ].transpose(1, 2, 0)
+    theirs = transformers.CLIPImageProcessor()(image, return_tensors="np")[
+        "pixel_values"
+    ][0].transpose(1, 2, 0)
     ours = pixels.CLIP(jnp.asarray(image[None], jnp.float32) / 127.5 - 1)[0]
     assert ours.shape == theirs.shape == (224, 224, 3)
-    assert (np.abs(ours - theirs) * np.array(pixels.CLIP.std) * 255).max() <= 1.125 + 1e-3
+    assert (
+        np.abs(ours - theirs) * np.array(pixels.CLIP.std) * 255
+    ).max() <= 1.125 + 1e-3
 
 
 def test_linear_interpolation_is_pytorchs(x64):
-    torch = pytest.importorskip("torch", reason="compares with PyTorch (extra [torch])")
+    torch = pytest.importorskip(
+        "torch", reason="compares with PyTorch (extra [torch])"
+    )
     image = np.random.default_rng(0).standard_normal((2, 32, 32, 3))
     want = torch.nn.functional.interpolate(
         torch.from_numpy(image).permute(0, 3, 1, 2), size=224, mode="bilinear"
     ).permute(0, 2, 3, 1)
     np.testing.assert_allclose(
-        pixels.Preprocess(size=224, filter="linear")(jnp.asarray(image)), want.numpy(), atol=1e-12
+        pixels.Preprocess(size=224, filter="linear")(jnp.asarray(image)),
+        want.numpy(),
+        atol=1e-12,
     )
 
 
@@ -52,9 +62,13 @@ def test_sams_statistics():
     released code has them.
     """
     image = picture(64)
-    want = (image - np.array([123.675, 116.28, 103.53])) / np.array([58.395, 57.12, 57.375])
+    want = (image - np.array([123.675, 116.28, 103.53])) / np.array(
+        [58.395, 57.12, 57.375]
+    )
     np.testing.assert_allclose(
-        pixels.SAM(jnp.asarray(image[None], jnp.float32) / 127.5 - 1)[0], want, atol=1e-5
+        pixels.SAM(jnp.asarray(image[None], jnp.float32) / 127.5 - 1)[0],
+        want,
+        atol=1e-5,
     )
 
 
@@ -66,7 +80,10 @@ def test_gradients_pass_and_dtypes_stay():
 
 
 def test_decoded_scales_back_first():
-    decoder = lambda x, method: {"denormalise": lambda x: x + 1, "decode": lambda x: 10 * x}[
-        method
-    ](x)
-    np.testing.assert_array_equal(pixels.decoded(decoder, jnp.ones(3)), 20 * jnp.ones(3))
+    decoder = lambda x, method: {
+        "denormalise": lambda x: x + 1,
+        "decode": lambda x: 10 * x,
+    }[method](x)
+    np.testing.assert_array_equal(
+        pixels.decoded(decoder, jnp.ones(3)), 20 * jnp.ones(3)
+    )

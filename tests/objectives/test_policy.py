@@ -16,7 +16,9 @@ def test_advantages_have_mean_0_and_std_1_in_each_group():
     np.testing.assert_allclose(a.std(1), 1, atol=1e-5)  # eps / std
     r = np.asarray(reward).reshape(3, 8)
     np.testing.assert_allclose(
-        a, (r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + 1e-6), atol=1e-5
+        a,
+        (r - r.mean(1, keepdims=True)) / (r.std(1, keepdims=True) + 1e-6),
+        atol=1e-5,
     )
 
 
@@ -25,7 +27,9 @@ def test_which_standard_deviation(x64, ddof, eps):
     """The sample's with 1e-4, as TRL divides, and the population's."""
     reward = RNG.random(24)
     r = reward.reshape(3, 8)
-    wanted = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=ddof, keepdims=True) + eps)
+    wanted = (r - r.mean(1, keepdims=True)) / (
+        r.std(1, ddof=ddof, keepdims=True) + eps
+    )
     np.testing.assert_allclose(
         policy.group_advantages(jnp.asarray(reward), 8, eps=eps, ddof=ddof),
         wanted.ravel(),
@@ -60,9 +64,9 @@ def test_where_the_clipped_surrogate_has_a_gradient(ratio, advantage, slope):
     """d/d log q of what is maximised: r A, or nothing beyond the clip on the side that the
     advantage pushes to.
     """
-    grad = jax.grad(lambda x: policy.clipped_surrogate(x, jnp.float32(advantage), LOW, HIGH))(
-        jnp.float32(np.log(ratio))
-    )
+    grad = jax.grad(
+        lambda x: policy.clipped_surrogate(x, jnp.float32(advantage), LOW, HIGH)
+    )(jnp.float32(np.log(ratio)))
     np.testing.assert_allclose(grad, -slope, rtol=1e-6)
 
 
@@ -91,7 +95,8 @@ def expected(kind, laws, tokens_from="q"):
         log_q = jax.nn.log_softmax(z)
         log_p = jax.nn.log_softmax(p)
         return jnp.sum(
-            jax.lax.stop_gradient(jnp.exp(log_q)) * policy.KL_ESTIMATORS[kind](log_p, log_q)
+            jax.lax.stop_gradient(jnp.exp(log_q))
+            * policy.KL_ESTIMATORS[kind](log_p, log_q)
         )
 
     return jax.value_and_grad(value)(q)
@@ -106,8 +111,13 @@ def test_estimators_of_the_kl(laws):
     exact = kl(log_q, log_p)
     for kind in ("k1", "k3"):
         np.testing.assert_allclose(expected(kind, laws)[0], exact, rtol=1e-5)
-    assert (policy.k3(log_p, log_q) >= 0).all() and (policy.k2(log_p, log_q) >= 0).all()
-    near = laws[1] + 1e-2 * (laws[0] - laws[1]), laws[1]  # k2 is right to leading order
+    assert (policy.k3(log_p, log_q) >= 0).all() and (
+        policy.k2(log_p, log_q) >= 0
+    ).all()
+    near = (
+        laws[1] + 1e-2 * (laws[0] - laws[1]),
+        laws[1],
+    )  # k2 is right to leading order
     np.testing.assert_allclose(
         expected("k2", near)[0], kl(log_q, jax.nn.log_softmax(near[0])), rtol=2e-2
     )
@@ -123,7 +133,10 @@ def test_gradients_of_the_estimators(laws):
 
 def test_clamps_agree_in_value_and_differ_in_gradient():
     x = jnp.array([-3.0, -0.5, 0.2, 4.0])
-    for name, slope in (("literal", [0, 1, 1, 0]), ("straight_through", [1, 1, 1, 1])):
+    for name, slope in (
+        ("literal", [0, 1, 1, 0]),
+        ("straight_through", [1, 1, 1, 1]),
+    ):
         clamp = policy.CLAMPS[name]
         np.testing.assert_allclose(clamp(x, 1.0), [-1, -0.5, 0.2, 1], rtol=1e-6)
         np.testing.assert_array_equal(

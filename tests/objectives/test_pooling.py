@@ -17,7 +17,9 @@ def float64():
 
 def law(seed, vocab):
     return jnp.log(
-        jnp.asarray(np.random.default_rng([seed, vocab]).dirichlet(np.ones(vocab)) + 1e-12)
+        jnp.asarray(
+            np.random.default_rng([seed, vocab]).dirichlet(np.ones(vocab)) + 1e-12
+        )
     )
 
 
@@ -41,13 +43,17 @@ def test_contraction(vocab, gamma):
     start = jax.nn.log_softmax(law(1, vocab))
     for name, pool in POOLS.items():
         path = generations(pool, gamma, base, start, 12)
-        forward, reverse = ([f(base, s) for s in path] for f in (kl, lambda p, q: kl(q, p)))
+        forward, reverse = (
+            [f(base, s) for s in path] for f in (kl, lambda p, q: kl(q, p))
+        )
         for before, after in zip(forward, forward[1:]):
             assert after <= (1 - gamma) * before + 1e-14
         for before, after in zip(reverse, reverse[1:]):
             assert after <= (1 - gamma if name == "linear" else 1) * before + 1e-14
         if name == "linear":
-            distance = [float(jnp.sum(jnp.abs(jnp.exp(s) - jnp.exp(base)))) for s in path]
+            distance = [
+                float(jnp.sum(jnp.abs(jnp.exp(s) - jnp.exp(base)))) for s in path
+            ]
             np.testing.assert_allclose(
                 distance, distance[0] * (1 - gamma) ** np.arange(13), rtol=1e-8
             )
@@ -63,9 +69,17 @@ def test_late_generations_contract_quadratically():
     """Ratios of successive KLs fall towards (1 - gamma)^2 = .49, the slower the more outcomes: the
     specification's figures.
     """
-    for vocab, expected, spread in ((2, 0.49, 0.02), (10, 0.55, 0.06), (1000, 0.57, 0.06)):
+    for vocab, expected, spread in (
+        (2, 0.49, 0.02),
+        (10, 0.55, 0.06),
+        (1000, 0.57, 0.06),
+    ):
         path = generations(
-            linear, 0.3, jax.nn.log_softmax(law(4, vocab)), jax.nn.log_softmax(law(5, vocab)), 10
+            linear,
+            0.3,
+            jax.nn.log_softmax(law(4, vocab)),
+            jax.nn.log_softmax(law(5, vocab)),
+            10,
         )
         last = [kl(jax.nn.log_softmax(law(4, vocab)), s) for s in path[-2:]]
         assert last[1] > 1e-10 and abs(last[1] / last[0] - expected) < spread
@@ -74,14 +88,23 @@ def test_late_generations_contract_quadratically():
 @pytest.mark.parametrize("pool", POOLS)
 def test_limits(pool):
     base, start = (jax.nn.log_softmax(law(i, 10)) for i in range(2))
-    np.testing.assert_allclose(generations(POOLS[pool], 1.0, base, start, 1)[1], base, atol=1e-12)
-    np.testing.assert_allclose(generations(POOLS[pool], 0.0, base, start, 5)[5], start, atol=1e-12)
-    np.testing.assert_allclose(anchored(POOLS[pool], 0.3)(base, [base]), base, atol=1e-12)
+    np.testing.assert_allclose(
+        generations(POOLS[pool], 1.0, base, start, 1)[1], base, atol=1e-12
+    )
+    np.testing.assert_allclose(
+        generations(POOLS[pool], 0.0, base, start, 5)[5], start, atol=1e-12
+    )
+    np.testing.assert_allclose(
+        anchored(POOLS[pool], 0.3)(base, [base]), base, atol=1e-12
+    )
 
 
 def test_students_of_any_start_meet():
     base = law(0, 10)
-    a, b = (generations(linear, 0.3, base, jax.nn.log_softmax(law(i, 10)), 10) for i in (1, 2))
+    a, b = (
+        generations(linear, 0.3, base, jax.nn.log_softmax(law(i, 10)), 10)
+        for i in (1, 2)
+    )
     apart = [float(jnp.sum(jnp.abs(jnp.exp(x) - jnp.exp(y)))) for x, y in zip(a, b)]
     np.testing.assert_allclose(apart, apart[0] * 0.7 ** np.arange(11), rtol=1e-8)
 
@@ -112,7 +135,9 @@ def test_error_floor():
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_window_contracts_by_its_worst(window):
     base, start = (jax.nn.log_softmax(law(i, 10)) for i in range(2))
-    path = generations(linear, 0.3, base, start, 12, history=tuple(0.5**h for h in range(window)))
+    path = generations(
+        linear, 0.3, base, start, 12, history=tuple(0.5**h for h in range(window))
+    )
     gaps = [kl(base, s) for s in path]
     for g in range(1, 13):
         assert gaps[g] <= 0.7 * max(gaps[max(0, g - window) : g]) + 1e-14
@@ -124,12 +149,16 @@ def test_axioms_accept_and_reject():
             assert violated(anchored(pool, 0.3, history)) == []
     assert violated(anchored(geometric, 0.3), tempered=True) == []
     assert violated(anchored(linear, 0.3), tempered=True) == ["tempered"]
-    assert violated(lambda base, students: linear(students, [0.5, 0.5])) == ["anchored"]
+    assert violated(lambda base, students: linear(students, [0.5, 0.5])) == [
+        "anchored"
+    ]
     harden = lambda base, students: jnp.log(
         jax.nn.one_hot(jnp.argmax(linear([base, *students], [0.4, 0.3, 0.3])), 6)
     )
     assert "positive" in violated(harden)
-    softly = lambda base, students: jnp.log(0.97 * jnp.exp(harden(base, students)) + 0.005)
+    softly = lambda base, students: jnp.log(
+        0.97 * jnp.exp(harden(base, students)) + 0.005
+    )
     assert {"between"} <= set(violated(softly))
     assert "law" in violated(lambda base, students: base + sum(students))
 
@@ -169,11 +198,15 @@ def test_finite_samples_collapse_without_an_anchor():
             student = (counts + 0.001) / (200 + 10 * 0.001)
         return np.mean(np.sum(base * np.log(base / student), 1))
 
-    none, tenth, third, half = (last(g) for g in (0.0, 0.1, 0.3, 0.5))  # 6.1, .18, .07, .035
+    none, tenth, third, half = (
+        last(g) for g in (0.0, 0.1, 0.3, 0.5)
+    )  # 6.1, .18, .07, .035
     assert none > 20 * third and none > tenth > third > half
     assert 4 < none < 8 and 0.1 < tenth < 0.3 and 0.02 < half < 0.06
 
 
 def test_weights_are_checked():
-    with pytest.raises(Refused, match="expected 2 that are not negative and sum to 1"):
+    with pytest.raises(
+        Refused, match="expected 2 that are not negative and sum to 1"
+    ):
         linear([law(0, 3), law(1, 3)], [0.5, 0.6])

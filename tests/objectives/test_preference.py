@@ -42,7 +42,9 @@ def test_margin_is_the_difference_of_log_ratios(drawn):
         + error(loser, mean)
     )
     np.testing.assert_allclose(
-        preference.mean_margin(mean, reference, winner, loser, sigma), by_hand, rtol=1e-12
+        preference.mean_margin(mean, reference, winner, loser, sigma),
+        by_hand,
+        rtol=1e-12,
     )
 
 
@@ -75,7 +77,9 @@ def test_swapping_winner_and_loser_turns_the_margin(drawn):
 @pytest.mark.parametrize("beta", [1.0, 5000.0])
 def test_value_and_slope(beta):
     h = jnp.asarray([-2.0, 0.0, 1e-4, 0.3])
-    np.testing.assert_allclose(preference.dpo(jnp.zeros(3), beta), np.log(2), rtol=1e-15)
+    np.testing.assert_allclose(
+        preference.dpo(jnp.zeros(3), beta), np.log(2), rtol=1e-15
+    )
     slope = jax.grad(lambda h: preference.dpo(h, beta).sum())(h)
     np.testing.assert_allclose(slope, -beta * jax.nn.sigmoid(-beta * h), rtol=1e-12)
 
@@ -87,7 +91,9 @@ def test_gradient_is_a_multiple_of_the_pairs_difference(drawn, margin):
     loss = lambda *a: preference.dpo_transition_loss(*a, sigma, 2.0, margin)[0].sum()
     grads = jax.grad(loss, argnums=(0, 1, 2, 3))(mean, reference, winner, loser)
     factor = grads[0] / (winner - loser)
-    np.testing.assert_allclose(factor, jnp.broadcast_to(factor[:, :1, :1], SHAPE), rtol=1e-10)
+    np.testing.assert_allclose(
+        factor, jnp.broadcast_to(factor[:, :1, :1], SHAPE), rtol=1e-10
+    )
     assert np.all(factor < 0) and not any(g.any() for g in grads[1:])
 
 

@@ -30,7 +30,12 @@ def batch(tokens, mask):
     ("row", "mask", "exact", "share"),
     [
         ([9, 9, 1, 2, 3, 0], [0, 0, 1, 1, 1, 0], 1, 1),
-        ([9, 9, 1, 2, 3, 7], [0, 0, 1, 1, 1, 0], 1, 1),  # what follows the end is padding
+        (
+            [9, 9, 1, 2, 3, 7],
+            [0, 0, 1, 1, 1, 0],
+            1,
+            1,
+        ),  # what follows the end is padding
         ([9, 9, 1, 2, 3, 7], [0, 0, 1, 1, 1, 1], 0, 1),  # one token too many
         ([9, 9, 1, 8, 3, 0], [0, 0, 1, 1, 1, 0], 0, 2 / 3),
         ([9, 9, 1, 2, 0, 0], [0, 0, 1, 1, 0, 0], 0, 2 / 3),  # one too few
@@ -40,7 +45,11 @@ def batch(tokens, mask):
 def test_exact_and_share(row, mask, exact, share):
     other = [9, 9, 4, 5, 3, 0], [0, 0, 1, 1, 1, 0]
     both = batch([row, other[0]], [mask, other[1]])
-    for reward, value in ((Exact(), exact), (Share(), share), (AtLeast(least=0.6), share >= 0.6)):
+    for reward, value in (
+        (Exact(), exact),
+        (Share(), share),
+        (AtLeast(least=0.6), share >= 0.6),
+    ):
         score, failed = reward(both)
         np.testing.assert_allclose(score, [value, 1], rtol=1e-6)
         assert not failed.any()
@@ -88,7 +97,9 @@ def here(monkeypatch):
     rewards = []
 
     def make(**fields):
-        rewards.append(Verified(function="test_reward:moody", tokenizer="byte", **fields))
+        rewards.append(
+            Verified(function="test_reward:moody", tokenizer="byte", **fields)
+        )
         return rewards[-1]
 
     yield make
@@ -96,9 +107,13 @@ def here(monkeypatch):
         reward.pool.close()
 
 
-def test_a_verifier_that_raises_hangs_or_dies_fails_its_sample_only(here, monkeypatch):
+def test_a_verifier_that_raises_hangs_or_dies_fails_its_sample_only(
+    here, monkeypatch
+):
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(
+        logging, "warning", lambda message, *args: lines.append(message % args)
+    )
     reward = here(timeout=3.0, workers=1)
     score = jax.jit(reward)
     for _ in range(2):  # the processes that took their places answer too
@@ -109,13 +124,16 @@ def test_a_verifier_that_raises_hangs_or_dies_fails_its_sample_only(here, monkey
         np.testing.assert_array_equal(failed, [0, 1, 1, 0, 1, 1, 0, 0])
     assert (
         len(lines) == 2
-        and "test_reward:moody failed on 4 of 8 samples; the first: no answer in 3 s" in lines[0]
+        and "test_reward:moody failed on 4 of 8 samples; the first: no answer in 3 s"
+        in lines[0]
     )
 
 
 def test_what_is_no_number_is_said_in_one_line(here, monkeypatch):
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(
+        logging, "warning", lambda message, *args: lines.append(message % args)
+    )
     reward = here(timeout=60.0, workers=1)
     for response, says in {
         "text": "returned '0.5', no number",
@@ -124,7 +142,9 @@ def test_what_is_no_number_is_said_in_one_line(here, monkeypatch):
         "big": "ValueError: two lines two lines",
         "die": "its process died",
     }.items():
-        np.testing.assert_array_equal(reward(texts("one", response)), [[1, 0], [0, 1]])
+        np.testing.assert_array_equal(
+            reward(texts("one", response)), [[1, 0], [0, 1]]
+        )
         assert lines[-1].startswith(
             f"test_reward:moody failed on 1 of 2 samples; the first: {says}"
         )
@@ -147,11 +167,15 @@ def count(prompt, response, answer):
 
 def test_rows_that_are_spread_over_devices():
     reward = Verified(
-        function="objectives.verifiers:exact_text", tokenizer="byte", workers=1, timeout=60.0
+        function="objectives.verifiers:exact_text",
+        tokenizer="byte",
+        workers=1,
+        timeout=60.0,
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices()), "data")
     rows = jax.device_put(
-        texts(*("5555x5x5")), jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        texts(*("5555x5x5")),
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")),
     )
     value, _ = jax.jit(reward)(rows)
     np.testing.assert_array_equal(value, [1, 1, 1, 1, 0, 1, 0, 1])
@@ -159,7 +183,9 @@ def test_rows_that_are_spread_over_devices():
 
 
 def test_without_a_tokenizer_the_function_gets_ids(here):
-    reward = Verified(function="test_reward:count", tokenizer="", workers=1, timeout=60.0)
+    reward = Verified(
+        function="test_reward:count", tokenizer="", workers=1, timeout=60.0
+    )
     np.testing.assert_allclose(reward(texts("abc"))[0], [0.131])
     reward.pool.close()
 
@@ -172,8 +198,15 @@ def test_refusals():
         Verified(function="nowhere:f")
     with pytest.raises(Refused, match="has no function 'last_numer'"):
         Verified(function="objectives.verifiers:last_numer")
-    for field in ({"timeout": 0}, {"timeout": float("nan")}, {"workers": 0}, {"start": 0.0}):
-        with pytest.raises(Refused, match="expected seconds above 0 and at least 1 worker"):
+    for field in (
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"workers": 0},
+        {"start": 0.0},
+    ):
+        with pytest.raises(
+            Refused, match="expected seconds above 0 and at least 1 worker"
+        ):
             Verified(**field)
 
 
@@ -195,12 +228,16 @@ def test_refusals():
         ("judge = 3", "has no function 'judge'"),
     ],
 )
-def test_a_file_that_cannot_be_imported_is_refused_at_the_start(text, says, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_imported_is_refused_at_the_start(
+    text, says, tmp_path, monkeypatch
+):
     """Nothing of it runs in this process, which would hang or end with it."""
     name = f"verifier_{abs(hash(text))}"
     (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(Refused, match=f"reward.function='{name}:judge': .*{says}") as caught:
+    with pytest.raises(
+        Refused, match=f"reward.function='{name}:judge': .*{says}"
+    ) as caught:
         Verified(function=f"{name}:judge", start=1.0 if "sleep" in text else 60.0)
     assert "\n" not in str(caught.value) and name not in sys.modules
 
@@ -213,7 +250,9 @@ def test_an_import_that_hangs_later_costs_its_time_once(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     started = []
     monkeypatch.setattr(
-        verifiers, "_Child", lambda *a, made=verifiers._Child: started.append(a) or made(*a)
+        verifiers,
+        "_Child",
+        lambda *a, made=verifiers._Child: started.append(a) or made(*a),
     )
     reward = Verified(function="at_times:judge", workers=1, timeout=60.0)
     (tmp_path / "hang").touch()

@@ -37,7 +37,12 @@ def float64():
 def toy():
     x = jnp.linspace(0, 1, 11)
     grid = jnp.linspace(0, 1, 101)
-    return ridge.rbf(grid, x, 80.0), ridge.rbf(x, x, 80.0), jnp.array(Y), jnp.sin(2 * jnp.pi * grid)
+    return (
+        ridge.rbf(grid, x, 80.0),
+        ridge.rbf(x, x, 80.0),
+        jnp.array(Y),
+        jnp.sin(2 * jnp.pi * grid),
+    )
 
 
 def problem(seed=0, n=9, columns=2):
@@ -57,10 +62,14 @@ def test_unrolled_powers_are_the_steps(seed):
     for tau in range(1, 7):
         one_by_one = ridge.steps(cross, kernel, y, 0.7, alphas[:tau])[-1]
         np.testing.assert_allclose(
-            ridge.unrolled(cross, kernel, y, 0.7, alphas[:tau]), one_by_one, atol=1e-10
+            ridge.unrolled(cross, kernel, y, 0.7, alphas[:tau]),
+            one_by_one,
+            atol=1e-10,
         )
         same = ridge.steps(kernel, kernel, y, 0.7, [0.4] * tau)[-1]
-        np.testing.assert_allclose(ridge.constant(kernel, y, 0.7, 0.4, tau), same, atol=1e-10)
+        np.testing.assert_allclose(
+            ridge.constant(kernel, y, 0.7, 0.4, tau), same, atol=1e-10
+        )
 
 
 def test_limit_and_its_rate():
@@ -88,7 +97,9 @@ def test_limits_of_alpha():
         np.testing.assert_allclose(step, ones[0], atol=1e-12)
     zeros = ridge.steps(kernel, kernel, y, 0.7, [0.0] * 300)
     smoother = ridge.fit(kernel, kernel, jnp.eye(9), 0.7)
-    np.testing.assert_allclose(zeros[2], smoother @ smoother @ smoother @ y, atol=1e-10)
+    np.testing.assert_allclose(
+        zeros[2], smoother @ smoother @ smoother @ y, atol=1e-10
+    )
     norms = [float(jnp.linalg.norm(step)) for step in zeros]
     assert (np.diff(norms) < 0).all() and norms[-1] < 0.5 * norms[0]
     assert not ridge.limit(cross, kernel, y, 0.7, 0.0).any()
@@ -98,9 +109,12 @@ def test_limits_of_alpha():
 def test_table_of_the_paper(alpha):
     cross, kernel, y, sine = toy()
     losses = [
-        float(jnp.mean((f - sine) ** 2)) for f in ridge.steps(cross, kernel, y, LAM, [alpha] * 6)
+        float(jnp.mean((f - sine) ** 2))
+        for f in ridge.steps(cross, kernel, y, LAM, [alpha] * 6)
     ]
-    losses.append(float(jnp.mean((ridge.limit(cross, kernel, y, LAM, alpha) - sine) ** 2)))
+    losses.append(
+        float(jnp.mean((ridge.limit(cross, kernel, y, LAM, alpha) - sine) ** 2))
+    )
     np.testing.assert_allclose(losses, TABLE[alpha], atol=5.001e-6)
 
 
@@ -111,7 +125,9 @@ def test_filters_are_the_coordinates():
         found = ridge.filters(d, 0.7, alphas)
         path = ridge.steps(kernel, kernel, y, 0.7, alphas)
         for b, step in zip(found, path):
-            np.testing.assert_allclose((v.T @ step)[:, 0], b * (v.T @ y)[:, 0], atol=1e-10)
+            np.testing.assert_allclose(
+                (v.T @ step)[:, 0], b * (v.T @ y)[:, 0], atol=1e-10
+            )
     bound = ridge.filters(d, 0.7, [0.3] * 400)
     np.testing.assert_allclose(bound[-1], 0.3 * d / (0.3 * d + 0.7), rtol=1e-9)
     for b, after in zip(bound[:20], bound[1:21]):
@@ -126,7 +142,9 @@ def test_the_basis_is_sparsified(alpha):
     assert all((r >= first - 1e-12).all() for r in ratio)
     if alpha:
         np.testing.assert_allclose(
-            ratio[-1], d[1:] / d[:-1] * (alpha * d[:-1] + 0.7) / (alpha * d[1:] + 0.7), rtol=1e-9
+            ratio[-1],
+            d[1:] / d[:-1] * (alpha * d[:-1] + 0.7) / (alpha * d[1:] + 0.7),
+            rtol=1e-9,
         )
     else:
         assert all((b > a).all() for a, b in zip(ratio, ratio[1:]))
@@ -142,7 +160,10 @@ def test_best_alpha_is_the_minimum():
     assert abs(grid[int(np.argmin(losses))] - best) <= 1e-9
     np.testing.assert_allclose(
         best,
-        1 - float(jnp.sum((labels - pure) * (labels - u)) / jnp.sum((labels - pure) ** 2)),
+        1
+        - float(
+            jnp.sum((labels - pure) * (labels - u)) / jnp.sum((labels - pure) ** 2)
+        ),
         atol=1e-12,
     )
 
@@ -161,8 +182,12 @@ def test_best_alphas_of_the_toy():
         chosen.append(min(max(alpha, 0.0), 1.0))
         shown, last = fit(chosen[-1] * y + (1 - chosen[-1]) * last)
         losses.append(float(jnp.mean((shown - sine) ** 2)))
-    np.testing.assert_allclose(chosen, [0, 0.1351, 0.3341, 0.3356, 0.3360], atol=5.1e-5)
-    np.testing.assert_allclose(losses, [0.15076, 0.14876, 0.14916, 0.14937, 0.14948], atol=5.1e-6)
+    np.testing.assert_allclose(
+        chosen, [0, 0.1351, 0.3341, 0.3356, 0.3360], atol=5.1e-5
+    )
+    np.testing.assert_allclose(
+        losses, [0.15076, 0.14876, 0.14916, 0.14937, 0.14948], atol=5.1e-6
+    )
 
 
 def test_two_targets_are_one():

@@ -26,7 +26,9 @@ def test_cosine_at_a_quarter(x64):
     )
     shares = np.linspace(0, 1, 41)
     got = [Cosine(start=3.0, end=-1.0, steps=40)(step) for step in range(41)]
-    np.testing.assert_allclose(got, -1 + 4 * (1 + np.cos(np.pi * shares)) / 2, atol=1e-14)
+    np.testing.assert_allclose(
+        got, -1 + 4 * (1 + np.cos(np.pi * shares)) / 2, atol=1e-14
+    )
 
 
 def test_linear_is_even(x64):
@@ -58,15 +60,27 @@ def test_schedules_become_their_numbers():
     assert settled(plain, 3) is plain and not scheduled(plain.params)
     ramp = Linear(start=0.0, end=1.0, steps=4)
     made = settled(Fields(weight=ramp, params={"beta": ramp, "alpha": 2.0}), 1)
-    assert made.weight == 0.25 and made.params == {"beta": 0.25, "alpha": 2.0} and made.name == "x"
-    assert jax.jit(lambda step: settled(Fields(weight=ramp), step).weight)(jnp.int32(2)) == 0.5
+    assert (
+        made.weight == 0.25
+        and made.params == {"beta": 0.25, "alpha": 2.0}
+        and made.name == "x"
+    )
+    assert (
+        jax.jit(lambda step: settled(Fields(weight=ramp), step).weight)(jnp.int32(2))
+        == 0.5
+    )
 
 
 def test_a_constant_weight_of_0_is_no_term():
     assert weighted(0.0, jnp.float32(jnp.nan)) == 0.0
-    assert weighted(0.5, jnp.float32(4)) == 2.0 and weighted(jnp.float32(0), jnp.float32(4)) == 0.0
+    assert (
+        weighted(0.5, jnp.float32(4)) == 2.0
+        and weighted(jnp.float32(0), jnp.float32(4)) == 0.0
+    )
 
 
 def test_refused():
-    with pytest.raises(Refused, match=r"Cosine: steps=0, expected a positive integer"):
+    with pytest.raises(
+        Refused, match=r"Cosine: steps=0, expected a positive integer"
+    ):
         Cosine(start=0.0, end=1.0, steps=0)

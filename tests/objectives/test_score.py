@@ -39,7 +39,9 @@ def test_surrogate_gradient_is_grad_over_numel():
     value, got = jax.value_and_grad(score.gradient_surrogate)(x, grad)
     np.testing.assert_array_equal(got, grad / np.float32(grad.size))
     np.testing.assert_allclose(value, np.mean(np.asarray(grad) ** 2) / 2, rtol=1e-6)
-    np.testing.assert_array_equal(jax.grad(score.gradient_surrogate, argnums=1)(x, grad), 0.0)
+    np.testing.assert_array_equal(
+        jax.grad(score.gradient_surrogate, argnums=1)(x, grad), 0.0
+    )
     # a gradient far below the sample's rounding survives
     tiny = jax.grad(score.gradient_surrogate)(x + 1e4, jnp.full_like(x, 1e-6))
     np.testing.assert_allclose(tiny, 1e-6 / x.size, rtol=1e-6)
@@ -56,11 +58,15 @@ def test_gap_of_the_denoisers_is_the_gradient_of_the_kl(alpha, sigma):
     fake = denoiser(M_G, alpha, sigma)(xt)
     np.testing.assert_allclose(fake - real, sigma**2 * (M_G - M_R) / var, rtol=1e-12)
     slope = jax.grad(lambda m: alpha**2 * (m - M_R) ** 2 / (2 * var))(M_G)
-    grad = score.diff_instruct_gradient(real, fake, jnp.full((6, 1), (alpha / sigma) ** 2))
+    grad = score.diff_instruct_gradient(
+        real, fake, jnp.full((6, 1), (alpha / sigma) ** 2)
+    )
     np.testing.assert_allclose(grad, slope, rtol=1e-12)
     scores = [-(xt - alpha * m) / var for m in (M_G, M_R)]
     np.testing.assert_allclose(alpha * (scores[0] - scores[1]), slope, rtol=1e-12)
-    np.testing.assert_allclose(score.diff_instruct_gradient(real, fake), fake - real, rtol=0)
+    np.testing.assert_allclose(
+        score.diff_instruct_gradient(real, fake), fake - real, rtol=0
+    )
 
 
 def test_dmd_gradient_divides_by_each_samples_mean_distance():
@@ -70,12 +76,16 @@ def test_dmd_gradient_divides_by_each_samples_mean_distance():
     grad = score.dmd_gradient(x0, real, fake)
     for i in range(len(x0)):
         np.testing.assert_allclose(
-            grad[i], (fake[i] - real[i]) / np.mean(np.abs(x0[i] - real[i])), rtol=1e-12
+            grad[i],
+            (fake[i] - real[i]) / np.mean(np.abs(x0[i] - real[i])),
+            rtol=1e-12,
         )
-    np.testing.assert_allclose(score.dmd_gradient(3 * x0, 3 * real, 3 * fake), grad, rtol=1e-12)
-    flow = jax.grad(lambda x, r, f: score.dmd_gradient(x, r, f).sum(), argnums=(0, 1, 2))(
-        x0, real, fake
+    np.testing.assert_allclose(
+        score.dmd_gradient(3 * x0, 3 * real, 3 * fake), grad, rtol=1e-12
     )
+    flow = jax.grad(
+        lambda x, r, f: score.dmd_gradient(x, r, f).sum(), argnums=(0, 1, 2)
+    )(x0, real, fake)
     assert all(not np.any(g) for g in flow)
 
 
@@ -96,9 +106,9 @@ def test_equal_laws_give_zero(name):
     grads = {
         "dmd": lambda: score.dmd_gradient(x0, d(xt), d(xt)),
         "diff_instruct": lambda: score.diff_instruct_gradient(d(xt), d(xt)),
-        "sid": lambda: jax.grad(lambda x: score.sid_loss(x, d(xt + x - x0), d(xt + x - x0)).sum())(
-            x0
-        ),
+        "sid": lambda: jax.grad(
+            lambda x: score.sid_loss(x, d(xt + x - x0), d(xt + x - x0)).sum()
+        )(x0),
     }
     np.testing.assert_array_equal(grads[name](), 0.0)
 
@@ -117,7 +127,9 @@ def test_sid_gradient_does_not_depend_on_alpha_and_its_value_does(alpha):
 
     def loss(x0):
         xt_of = xt + x0 - jax.lax.stop_gradient(x0)
-        return weight * score.sid_loss(x0, phi(xt_of), psi(xt_of), alpha=alpha, scale=1.0)
+        return weight * score.sid_loss(
+            x0, phi(xt_of), psi(xt_of), alpha=alpha, scale=1.0
+        )
 
     np.testing.assert_allclose(
         jax.grad(lambda x: loss(x).sum())(x0), c**2 * (M_G - M_R), rtol=1e-12
@@ -152,11 +164,16 @@ def test_exact_fake_score_makes_the_loop_converge_exponentially():
             denoiser(M_R, 1.0, sigma)(xt), denoiser(m, 1.0, sigma)(xt)
         )
         m = m - eta * jnp.mean(grad)
-        np.testing.assert_allclose(m - M_R, (2.0 - M_R) * (1 - eta * c) ** (k + 1), rtol=1e-12)
+        np.testing.assert_allclose(
+            m - M_R, (2.0 - M_R) * (1 - eta * c) ** (k + 1), rtol=1e-12
+        )
 
 
 def test_summed_surrogate_gradient_is_grad_for_each_sample():
-    x, grad = (jnp.asarray(np.random.default_rng(s).standard_normal((4, 2, 3))) for s in (0, 1))
+    x, grad = (
+        jnp.asarray(np.random.default_rng(s).standard_normal((4, 2, 3)))
+        for s in (0, 1)
+    )
     assert score.summed_surrogate(x, grad).shape == (4,)
     np.testing.assert_array_equal(
         jax.grad(lambda x: score.summed_surrogate(x, grad)[1])(x),
@@ -175,7 +192,9 @@ def test_dmd_gradient_with_a_floor():
     fake = jnp.full((2, 3), 1e-3)
     x0 = jnp.asarray([[1e-6] * 3, [0.5] * 3])
     np.testing.assert_allclose(
-        score.dmd_gradient(x0, real, fake, floor=1e-4), [[10.0] * 3, [2e-3] * 3], rtol=1e-12
+        score.dmd_gradient(x0, real, fake, floor=1e-4),
+        [[10.0] * 3, [2e-3] * 3],
+        rtol=1e-12,
     )
 
 
@@ -195,7 +214,9 @@ def test_kl_gradient_is_the_difference_of_scores_at_a_sample_between(s):
     np.testing.assert_allclose(got, ratio * (scores[0] - scores[1]), rtol=1e-11)
     velocity = lambda x0: (xt - x0) / t
     weight = (1 - t) * ratio / ((1 - t) * t + t**2)
-    np.testing.assert_allclose(got, weight * (velocity(real) - velocity(fake)), rtol=1e-11)
+    np.testing.assert_allclose(
+        got, weight * (velocity(real) - velocity(fake)), rtol=1e-11
+    )
     for v, true in ((velocity(real), scores[1]), (velocity(fake), scores[0])):
         np.testing.assert_allclose(-(xt + (1 - t) * v) / t, true, rtol=1e-11)
     # d KL_t / d m_g through x_s = (1 - s) m_g + ...: alpha_t = ratio (1 - s)
@@ -213,14 +234,20 @@ def test_sim_loss_tends_to_the_score_identity_and_to_unit_gaps():
     x0, xt = noised()
     psi = denoiser(M_G, 1.0, 0.9)
     phi = denoiser(M_R, 1.0, 0.9)
-    plain = lambda x: jnp.sum((phi(xt + x - x0) - psi(xt + x - x0)) * (psi(xt + x - x0) - x), -1)
+    plain = lambda x: jnp.sum(
+        (phi(xt + x - x0) - psi(xt + x - x0)) * (psi(xt + x - x0) - x), -1
+    )
     huge = lambda x: 1e6 * score.sim_loss(x, phi(xt + x - x0), psi(xt + x - x0), 1e6)
     np.testing.assert_allclose(huge(x0), plain(x0), rtol=1e-10)
     np.testing.assert_allclose(
-        jax.grad(lambda x: huge(x).sum())(x0), jax.grad(lambda x: plain(x).sum())(x0), rtol=1e-10
+        jax.grad(lambda x: huge(x).sum())(x0),
+        jax.grad(lambda x: plain(x).sum())(x0),
+        rtol=1e-10,
     )
     gap = phi(xt) - psi(xt)
     unit = gap / jnp.linalg.norm(gap, axis=-1, keepdims=True)
     np.testing.assert_allclose(
-        score.sim_loss(x0, phi(xt), psi(xt), 1e-9), jnp.sum(unit * (psi(xt) - x0), -1), rtol=1e-12
+        score.sim_loss(x0, phi(xt), psi(xt), 1e-9),
+        jnp.sum(unit * (psi(xt) - x0), -1),
+        rtol=1e-12,
     )

@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncertain, opener
+from jaxdistill.objectives.selection import (
+    confidence_gate,
+    entropy,
+    most_uncertain,
+    opener,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -64,7 +69,9 @@ def test_most_uncertain_tokens_of_the_batch(share):
     h = RNG.random((4, 13)).astype(np.float32)
     mask = RNG.random((4, 13)) < 0.6
     kept = most_uncertain(jnp.asarray(h), jnp.asarray(mask), share)
-    np.testing.assert_array_equal(kept, (h >= np.quantile(h[mask], 1 - share) - 1e-7) & mask)
+    np.testing.assert_array_equal(
+        kept, (h >= np.quantile(h[mask], 1 - share) - 1e-7) & mask
+    )
     np.testing.assert_array_equal(
         most_uncertain(jnp.where(mask, h, 99.0), jnp.asarray(mask), share), kept
     )
@@ -73,6 +80,10 @@ def test_most_uncertain_tokens_of_the_batch(share):
 def test_gate():
     h = jnp.array([0.0, 1.0, 2.0])
     gate = confidence_gate(h, h[::-1], 1.0)
-    assert ((gate > 0) & (gate < 1)).all() and gate[1] == 0.5 and gate[0] > 0.5 > gate[2]
+    assert (
+        ((gate > 0) & (gate < 1)).all() and gate[1] == 0.5 and gate[0] > 0.5 > gate[2]
+    )
     assert not jax.grad(lambda x: confidence_gate(h, x, 1.0).sum())(h).any()
-    np.testing.assert_allclose(confidence_gate(h, h + 1, 0.5), jax.nn.sigmoid(2.0), rtol=1e-6)
+    np.testing.assert_allclose(
+        confidence_gate(h, h + 1, 0.5), jax.nn.sigmoid(2.0), rtol=1e-6
+    )

@@ -24,7 +24,9 @@ def test_sums_of_spans():
     for row in range(4):
         for number in range(5):
             mine = span[row] == number
-            np.testing.assert_allclose(total[row, number], values[row][mine].sum(), atol=1e-6)
+            np.testing.assert_allclose(
+                total[row, number], values[row][mine].sum(), atol=1e-6
+            )
             assert there[row, number] == mine.any()
 
 
@@ -45,11 +47,13 @@ def test_events_are_laws_of_two_outcomes(x64, kind):
         rtol=1e-9,
         atol=1e-12,
     )
-    grad = jax.grad(lambda log: event_divergence(ForwardKL(), jnp.log(p), log).sum())(jnp.log(q))
-    np.testing.assert_allclose(grad, (q - p) / (1 - q), rtol=1e-9)
-    equal = jax.grad(lambda log: event_divergence(kind, jnp.log(p), log, temperature=100.0).sum())(
-        jnp.log(p)
+    grad = jax.grad(lambda log: event_divergence(ForwardKL(), jnp.log(p), log).sum())(
+        jnp.log(q)
     )
+    np.testing.assert_allclose(grad, (q - p) / (1 - q), rtol=1e-9)
+    equal = jax.grad(
+        lambda log: event_divergence(kind, jnp.log(p), log, temperature=100.0).sum()
+    )(jnp.log(p))
     np.testing.assert_allclose(equal, 0.0, atol=1e-9)
 
 
@@ -57,7 +61,10 @@ def test_limit_of_high_temperature(x64):
     x, y = 10 * np.random.default_rng(2).random((2, 20))
     wanted = x * np.log(x / y) - x + y
     np.testing.assert_allclose(
-        event_divergence(ForwardKL(), -x, -y, temperature=1e5), wanted, rtol=1e-3, atol=1e-4
+        event_divergence(ForwardKL(), -x, -y, temperature=1e5),
+        wanted,
+        rtol=1e-3,
+        atol=1e-4,
     )
 
 
@@ -77,7 +84,8 @@ def test_an_event_says_less_than_the_law(x64):
     log_p = jax.nn.log_softmax(teacher)[:, 0]
     log_q = jax.nn.log_softmax(student)[:, 0]
     assert (
-        event_divergence(ForwardKL(), log_p, log_q) <= ForwardKL()(teacher, student) + 1e-12
+        event_divergence(ForwardKL(), log_p, log_q)
+        <= ForwardKL()(teacher, student) + 1e-12
     ).all()
 
 
@@ -85,18 +93,25 @@ def test_sorted_distance(x64):
     rng = np.random.default_rng(4)
     teacher = jnp.asarray(2 * rng.standard_normal((5, 9)))
     student = jnp.asarray(2 * rng.standard_normal((5, 6)))
-    p, q = (-np.sort(-np.asarray(jax.nn.softmax(z / 1.5))) for z in (teacher, student))
+    p, q = (
+        -np.sort(-np.asarray(jax.nn.softmax(z / 1.5))) for z in (teacher, student)
+    )
     wanted = np.abs(p - np.pad(q, [(0, 0), (0, 3)])).sum(-1)
     for a, b in ((teacher, student), (student, teacher)):
-        np.testing.assert_allclose(sorted_distance(a, b, temperature=1.5), wanted, rtol=1e-12)
+        np.testing.assert_allclose(
+            sorted_distance(a, b, temperature=1.5), wanted, rtol=1e-12
+        )
     renamed = teacher[:, rng.permutation(9)]
     np.testing.assert_allclose(sorted_distance(teacher, renamed), 0.0, atol=1e-15)
     np.testing.assert_allclose(
-        sorted_distance(teacher, jnp.pad(renamed, [(0, 0), (0, 4)], constant_values=-jnp.inf)),
+        sorted_distance(
+            teacher, jnp.pad(renamed, [(0, 0), (0, 4)], constant_values=-jnp.inf)
+        ),
         0.0,
         atol=1e-15,
     )
     other = teacher + rng.standard_normal((5, 9))
     assert (
-        sorted_distance(teacher, other) <= 2 * TotalVariation()(teacher, other) + 1e-12
+        sorted_distance(teacher, other)
+        <= 2 * TotalVariation()(teacher, other) + 1e-12
     ).all()  # no renaming is nearer than the sorted one

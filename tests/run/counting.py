@@ -57,7 +57,10 @@ class Counted(DMD2):
     def critic_loss(self, net, ctx):
         out = super().critic_loss(net, ctx)
         number = ctx.batch["number"]
-        sums = {"numbers": (jnp.sum(number), 1.0), "squares": (jnp.sum(number**2), 1.0)}
+        sums = {
+            "numbers": (jnp.sum(number), 1.0),
+            "squares": (jnp.sum(number**2), 1.0),
+        }
         return out._replace(metrics={**out.metrics, **sums})
 
     def controller(self):

@@ -25,7 +25,9 @@ from jaxdistill.run import loop
 from jaxdistill.run.check import check, rows
 from jaxdistill.run.experiment import Experiment
 
-TINY = importlib.util.spec_from_file_location("tiny", Path(__file__).with_name("tiny.py"))
+TINY = importlib.util.spec_from_file_location(
+    "tiny", Path(__file__).with_name("tiny.py")
+)
 tiny = importlib.util.module_from_spec(TINY)
 TINY.loader.exec_module(tiny)
 
@@ -64,7 +66,10 @@ CASES = {
         {"method.name": "methods.distribution.dmd2:DMD3"},
         r"config\.method\.name=.*did you mean 'DMD2'",
     ),
-    "no class": ({"data.name": ""}, r"config\.data\.name='': expected the name of a class"),
+    "no class": (
+        {"data.name": ""},
+        r"config\.data\.name='': expected the name of a class",
+    ),
     "another kind": ({"data.name": "models.denoisers.mlp:MLP"}, r"config\.data"),
     "dtype": (
         {"roles.student.model.dtype": "float23"},
@@ -118,12 +123,18 @@ CASES = {
     ),
     "a direction": ({"claim.better": "smaller"}, r"config\.claim\.better='smaller'"),
     "a ratio": ({"claim.ratio": -1.0}, r"config\.claim\.ratio=-1\.0"),
-    "a claim without evaluation": ({"evaluation": {}}, r"config\.claim: nothing is evaluated"),
+    "a claim without evaluation": (
+        {"evaluation": {}},
+        r"config\.claim: nothing is evaluated",
+    ),
     "an evaluation of other data": (
         {"evaluation": {"name": "evals.text:TextEval"}, "claim": {}},
         r"config\.evaluation.*needs `tokens`",
     ),
-    "a solver": ({"evaluation.solver": "dopri"}, r"config\.evaluation\.solver='dopri'"),
+    "a solver": (
+        {"evaluation.solver": "dopri"},
+        r"config\.evaluation\.solver='dopri'",
+    ),
     "steps": ({"steps": 10**12}, r"config\.steps=1000000000000: expected an integer"),
     "a missing part": ({"mesh": {}}, r"config\.mesh"),
     "a group": ({"roles": 3}, r"config\.roles=3: expected a group"),
@@ -134,19 +145,23 @@ CASES = {
 def test_refuses(name, tmp_path):
     changes, text = CASES[name]
     with pytest.raises(Refused, match=text) as refusal:
-        loop.run(changed(tiny.get_config(), changes), tmp_path / "run", progress=False)
+        loop.run(
+            changed(tiny.get_config(), changes), tmp_path / "run", progress=False
+        )
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_network_of_other_samples_names_both_sides(tmp_path):
     with pytest.raises(
-        Refused, match=r"config\.roles\.(student|fake) \(MLP\).*config\.data \(.*x float32\[2\]\)"
+        Refused,
+        match=r"config\.roles\.(student|fake) \(MLP\).*config\.data \(.*x float32\[2\]\)",
     ):
         check(
             Experiment(
                 changed(
-                    tiny.get_config(), {"roles.student.model.dim": 3, "roles.fake.model.dim": 3}
+                    tiny.get_config(),
+                    {"roles.student.model.dim": 3, "roles.fake.model.dim": 3},
                 ),
                 tmp_path,
             )
@@ -175,15 +190,22 @@ def labelled(classes: dict, count: int = 3):
 def test_the_null_label_is_the_networks(tmp_path):
     """20 classes in the network, 3 in the data, all labels dropped: row 20 moves, and no other."""
     loop.run(labelled({"student": 20}), tmp_path / "run", progress=False)
-    table = np.asarray(loop.load(tmp_path / "run").params["student"]["label_embed"]["embedding"])
+    table = np.asarray(
+        loop.load(tmp_path / "run").params["student"]["label_embed"]["embedding"]
+    )
     fresh = Experiment(labelled({"student": 20}), tmp_path).nets["student"]
     assert table.shape[0] == 21 and fresh.config.null_label == 20
     loop.run(
-        changed(labelled({"student": 20}), {"steps": 1, "roles.student.optimizer.lr": 1e-9}),
+        changed(
+            labelled({"student": 20}),
+            {"steps": 1, "roles.student.optimizer.lr": 1e-9},
+        ),
         tmp_path / "still",
         progress=False,
     )
-    still = np.asarray(loop.load(tmp_path / "still").params["student"]["label_embed"]["embedding"])
+    still = np.asarray(
+        loop.load(tmp_path / "still").params["student"]["label_embed"]["embedding"]
+    )
     assert np.flatnonzero(np.abs(table - still).max(1) > 1e-3).tolist() == [20]
 
 
@@ -224,7 +246,8 @@ def test_networks_of_other_numbers_of_classes_are_refused(tmp_path):
         },
     )
     with pytest.raises(
-        Refused, match=r"config\.roles\.fake\.model\.classes=7: config\.roles\.student has 6"
+        Refused,
+        match=r"config\.roles\.fake\.model\.classes=7: config\.roles\.student has 6",
     ):
         check(Experiment(config, tmp_path))
 
@@ -234,7 +257,10 @@ def test_the_table_is_what_the_evaluation_gives(tmp_path):
     config = tiny.get_config()
     expected = rows(Experiment(config, tmp_path / "run"))
     report = loop.run(config, tmp_path / "run", progress=False)
-    found = {f"{row['name']}@{row['nfe']}": set(row) - {"name", "nfe"} for row in report["models"]}
+    found = {
+        f"{row['name']}@{row['nfe']}": set(row) - {"name", "nfe"}
+        for row in report["models"]
+    }
     assert {name: set(metrics) for name, metrics in expected.items()} == found
 
 
@@ -262,16 +288,28 @@ def test_a_refusal_after_the_check_leaves_the_folder_free(tmp_path):
     """A source that turns out to hold another network: the corrected config may take the same
     folder.
     """
-    loop.run(changed(tiny.get_config("bare"), {"steps": 2}), tmp_path / "first", progress=False)
+    loop.run(
+        changed(tiny.get_config("bare"), {"steps": 2}),
+        tmp_path / "first",
+        progress=False,
+    )
     wide = {
         "steps": 2,
         "roles.student.init": str(tmp_path / "first"),
         "roles.student.model.width": 24,
     }
     with pytest.raises(Refused, match="expected"):
-        loop.run(changed(tiny.get_config("bare"), wide), tmp_path / "second", progress=False)
+        loop.run(
+            changed(tiny.get_config("bare"), wide),
+            tmp_path / "second",
+            progress=False,
+        )
     assert not (tmp_path / "second" / "config.json").exists()
-    loop.run(changed(tiny.get_config("bare"), {"steps": 2}), tmp_path / "second", progress=False)
+    loop.run(
+        changed(tiny.get_config("bare"), {"steps": 2}),
+        tmp_path / "second",
+        progress=False,
+    )
 
 
 def test_a_run_of_before_a_field_came_in_goes_on(tmp_path):
@@ -281,20 +319,30 @@ def test_a_run_of_before_a_field_came_in_goes_on(tmp_path):
     for name in ("config", "report"):
         file = tmp_path / "run" / f"{name}.json"
         held = json.loads(file.read_text())
-        del (held if name == "config" else held["config"])["roles"]["student"]["optimizer"]["eps"]
+        del (held if name == "config" else held["config"])["roles"]["student"][
+            "optimizer"
+        ]["eps"]
         file.write_text(json.dumps(held))
     loop.run(config, tmp_path / "run", progress=False)
-    with pytest.raises(Refused, match=r"roles\.student\.optimizer\.eps is 1e-08 there, 1e-06 here"):
+    with pytest.raises(
+        Refused, match=r"roles\.student\.optimizer\.eps is 1e-08 there, 1e-06 here"
+    ):
         loop.run(
-            changed(config, {"roles.student.optimizer.eps": 1e-6}), tmp_path / "run", progress=False
+            changed(config, {"roles.student.optimizer.eps": 1e-6}),
+            tmp_path / "run",
+            progress=False,
         )
 
 
-@pytest.mark.parametrize("name", ["stages", "checkpoints", "a/b", "", "x" * 300, "a\nb", "-x"])
+@pytest.mark.parametrize(
+    "name", ["stages", "checkpoints", "a/b", "", "x" * 300, "a\nb", "-x"]
+)
 def test_a_run_inside_has_a_plain_name_of_its_own(name, tmp_path):
     config = json.loads(tiny.get_config().to_json())
     config["runs"] = {name: json.loads(tiny.get_config().to_json())}
-    with pytest.raises(Refused, match=r"config\.runs has .*: expected a plain name of a folder"):
+    with pytest.raises(
+        Refused, match=r"config\.runs has .*: expected a plain name of a folder"
+    ):
         loop.run(ConfigDict(config), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

@@ -16,7 +16,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxdistill.core.types import Refused, State
-from jaxdistill.run.checkpoint import Checkpoints, checksum, checksums, load_params, save_params
+from jaxdistill.run.checkpoint import (
+    Checkpoints,
+    checksum,
+    checksums,
+    load_params,
+    save_params,
+)
 
 
 @functools.cache
@@ -68,7 +74,9 @@ def flipped(folder):
         if f.is_file() and f.stat().st_size > 7
     ]
     for file in (
-        f for f in files if "/ocdbt.process_0/d/" in str(f) or str(f).endswith("host/metadata")
+        f
+        for f in files
+        if "/ocdbt.process_0/d/" in str(f) or str(f).endswith("host/metadata")
     ):
         for part in (0.1, 0.5, 0.95):
             copy = folder.parent / "copy" / folder.name
@@ -183,7 +191,9 @@ FAULTS = [  # what reading may raise, which part of the checkpoint is read, what
 
 
 @pytest.mark.parametrize(
-    ("fault", "part", "raised"), FAULTS, ids=[f"{type(f).__name__}-{part}" for f, part, _ in FAULTS]
+    ("fault", "part", "raised"),
+    FAULTS,
+    ids=[f"{type(f).__name__}-{part}" for f, part, _ in FAULTS],
 )
 def test_a_fault_of_the_machine_moves_nothing(two, monkeypatch, fault, part, raised):
     real = ocp.CheckpointManager.restore
@@ -198,7 +208,10 @@ def test_a_fault_of_the_machine_moves_nothing(two, monkeypatch, fault, part, rai
         restored(two)
     message = str(found.value)
     assert "\n" not in message
-    assert raised in (MemoryError, RuntimeError) or f"{two}/step_10: cannot be read" in message
+    assert (
+        raised in (MemoryError, RuntimeError)
+        or f"{two}/step_10: cannot be read" in message
+    )
     assert (
         sorted(p.name for p in two.iterdir()) == ["step_10", "step_5"]
         and not (two.parent / "damaged").exists()
@@ -259,7 +272,16 @@ def test_a_record_of_another_version_is_refused(two, key):
 
 @pytest.mark.parametrize(
     "kind",
-    ["float32", "bfloat16", "float16", "int8", "uint32", "bool", "complex64", "float8_e4m3fn"],
+    [
+        "float32",
+        "bfloat16",
+        "float16",
+        "int8",
+        "uint32",
+        "bool",
+        "complex64",
+        "float8_e4m3fn",
+    ],
 )
 def test_checksum_sees_every_element(kind):
     x = jax.numpy.arange(24).reshape(2, 3, 4)
@@ -271,7 +293,14 @@ def test_checksum_sees_every_element(kind):
     sums = {int(checksum(x))}
     for i in range(24):
         sums.add(
-            int(checksum(x.reshape(-1).at[i].set(x.reshape(-1)[(i + 1) % 24]).reshape(x.shape)))
+            int(
+                checksum(
+                    x.reshape(-1)
+                    .at[i]
+                    .set(x.reshape(-1)[(i + 1) % 24])
+                    .reshape(x.shape)
+                )
+            )
         )
     assert len(sums) == (25 if kind != "bool" else len(sums)) and len(sums) > 1
 
@@ -282,9 +311,14 @@ def test_checksum_is_that_of_its_definition():
     """
     x = np.random.default_rng(0).standard_normal((8, 6)).astype("f4")
     words = x.view("u4").reshape(-1)
-    wanted = sum(int(w) * ((i * 0x9E3779B1) % 2**32 | 1) for i, w in enumerate(words)) % 2**32
+    wanted = (
+        sum(int(w) * ((i * 0x9E3779B1) % 2**32 | 1) for i, w in enumerate(words))
+        % 2**32
+    )
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    parted = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    parted = jax.device_put(
+        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
     assert checksums({"a": x, "b": parted}) == {"a": wanted, "b": wanted}
 
 
@@ -292,7 +326,10 @@ def test_checksum_is_that_of_its_definition():
 def params(tmp_path):
     """The result of a stage, and how it is read."""
     saved = {
-        "student": {"w": jax.numpy.arange(600.0).reshape(20, 30), "b": jax.numpy.ones(3)},
+        "student": {
+            "w": jax.numpy.arange(600.0).reshape(20, 30),
+            "b": jax.numpy.ones(3),
+        },
         "fake": {"w": jax.numpy.zeros(5)},
     }
     save_params(tmp_path / "0", saved)
@@ -331,10 +368,13 @@ def test_a_result_that_cannot_be_read_now_is_not_refused(params, monkeypatch):
     read = params[1]
     fault = OSError(errno.EIO, "Input/output error")
     monkeypatch.setattr(
-        ocp.PyTreeCheckpointer, "restore", lambda *a, **k: (_ for _ in ()).throw(fault)
+        ocp.PyTreeCheckpointer,
+        "restore",
+        lambda *a, **k: (_ for _ in ()).throw(fault),
     )
     with pytest.raises(
-        OSError, match=r"0: cannot be read \(Input/output error\); nothing was changed"
+        OSError,
+        match=r"0: cannot be read \(Input/output error\); nothing was changed",
     ):
         read()
 

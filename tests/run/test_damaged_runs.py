@@ -52,14 +52,17 @@ def config():
 
 def equal(a, b) -> bool:
     return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
 def mutated(rng, files, json_too) -> str:
     """Damages one of the files, or removes it; returns how."""
     file = files[int(rng.integers(len(files)))]
-    kinds = JSON_DAMAGE if json_too(file) and rng.random() < 0.6 else (*DAMAGE, remove)
+    kinds = (
+        JSON_DAMAGE if json_too(file) and rng.random() < 0.6 else (*DAMAGE, remove)
+    )
     return f"{file.parent.name}/{kinds[int(rng.integers(len(kinds)))](file, rng)}"
 
 
@@ -67,7 +70,12 @@ def fresh(whole: Path, number: int) -> Path:
     """A copy of the run, with files in it that are not its own."""
     copy = whole.parent / f"copy{number}"
     shutil.copytree(whole, copy)
-    for place in ("notes.txt", "checkpoints/notes.txt", "stages/notes.txt", "mine/a.txt"):
+    for place in (
+        "notes.txt",
+        "checkpoints/notes.txt",
+        "stages/notes.txt",
+        "mine/a.txt",
+    ):
         (copy / place).parent.mkdir(exist_ok=True)
         (copy / place).write_text("foreign")
     return copy
@@ -83,7 +91,9 @@ def tried(number, how, copy, call, said=()) -> list:
         warnings.simplefilter("always")
         message = outcome(call, str(copy))
     aside = [
-        str(w.message) for w in given if "is damaged and was moved to damaged/" in str(w.message)
+        str(w.message)
+        for w in given
+        if "is damaged and was moved to damaged/" in str(w.message)
     ]
     assert all(line.isprintable() for line in aside), aside
     after = contents(copy)
@@ -133,7 +143,9 @@ def results(whole, rng, number):
         sorted(f for f in (copy / "stages/0").rglob("*") if f.is_file()),
         lambda file: file.name == "_METADATA",
     )
-    return tried(number, how, copy, lambda: _same(loop.load(copy).params, _weights(whole), how))
+    return tried(
+        number, how, copy, lambda: _same(loop.load(copy).params, _weights(whole), how)
+    )
 
 
 def _same(found, wanted, how):

@@ -38,7 +38,10 @@ from jaxdistill.interop.families import dit
 from jaxdistill.interop.folder import MARKER
 from jaxdistill.interop.safetensors import write_json
 from jaxdistill.interop.tokenizer import with_special_tokens
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, EDMDiffInstruct
+from jaxdistill.methods.distribution.diff_instruct import (
+    DiffInstruct,
+    EDMDiffInstruct,
+)
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.multi_student import MultiStudent
 from jaxdistill.methods.distribution.phased_dmd import PhasedDMD
@@ -137,7 +140,10 @@ def test_an_export_reads_the_weights_of_the_roles_that_leave(tmp_path):
     )
     workdir = tmp_path / "run"
     built = Experiment(config, workdir)
-    params = {"student": net.init(jax.random.key(2)), "fake": net.init(jax.random.key(3))}
+    params = {
+        "student": net.init(jax.random.key(2)),
+        "fake": net.init(jax.random.key(3)),
+    }
     save_params(workdir / "stages" / "0", params)
     write_json(workdir / "config.json", json.loads(config.to_json()))
     report = reported([{"name": "student", "nfe": 1, "energy": 0.5}])
@@ -180,7 +186,11 @@ CHAINS = {
         Denoiser(param=EDMPrecond(), native=EDM()),
         5,
     ),
-    "phased": (PhasedDMD(), Denoiser(param=VPVelocity(time_scale=999.0), native=DDPM()), 4),
+    "phased": (
+        PhasedDMD(),
+        Denoiser(param=VPVelocity(time_scale=999.0), native=DDPM()),
+        4,
+    ),
     "dmd2": (
         DMD2(),
         Denoiser(
@@ -213,11 +223,15 @@ def test_the_cards_chain_is_the_methods_sampler(name):
     x = start(method, denoiser, steps) * noise
     x0 = 0.0
     eps = noise
-    for i, (t, scale, p, q, alpha, sigma) in enumerate(chain(method, denoiser, steps)):
+    for i, (t, scale, p, q, alpha, sigma) in enumerate(
+        chain(method, denoiser, steps)
+    ):
         x = alpha * x0 + sigma * eps if i else x
         x0 = p * x + q * raw(scale * x, jnp.full(6, t), None)
         eps = (x - alpha * x0) / sigma
-    np.testing.assert_allclose(x0, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        x0, expected, rtol=2e-4, atol=2e-5 * np.abs(expected).max()
+    )
 
 
 SD = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
@@ -227,7 +241,11 @@ V = Denoiser(param=VPVelocity(time_scale=999.0), native=DDPM())
 FLOW = Denoiser(param=Velocity(time_scale=1000.0))
 # (method, how the network is read, steps), diffusers' class, what set_timesteps is called with
 SCHEDULERS = {
-    "reflow": ((Reflow(), FLOW, 1), "FlowMatchEulerDiscreteScheduler", "num_inference_steps=1"),
+    "reflow": (
+        (Reflow(), FLOW, 1),
+        "FlowMatchEulerDiscreteScheduler",
+        "num_inference_steps=1",
+    ),
     "three steps": (
         (Reflow(), FLOW, 3),
         "FlowMatchEulerDiscreteScheduler",
@@ -254,13 +272,21 @@ SCHEDULERS = {
         "sigmas=[0.6]",
     ),
     "scm": (
-        (SCM(process=Trig(sigma_data=1.0), student_times=(np.pi / 2, 1.1)), Denoiser(), 2),
+        (
+            SCM(process=Trig(sigma_data=1.0), student_times=(np.pi / 2, 1.1)),
+            Denoiser(),
+            2,
+        ),
         "FlowMatchEulerDiscreteScheduler",
         "sigmas=[1, 0.662705]",
     ),
     "dmd2": ((DMD2(process=SD), EPS, 1), "LCMScheduler", "num_inference_steps=1"),
     "from flow": ((DMD2(), EPS, 1), "LCMScheduler", "num_inference_steps=1"),
-    "swiftbrush": ((SwiftBrush(process=DDPM()), V, 1), "LCMScheduler", "num_inference_steps=1"),
+    "swiftbrush": (
+        (SwiftBrush(process=DDPM()), V, 1),
+        "LCMScheduler",
+        "num_inference_steps=1",
+    ),
     "at 399": (
         (DMD2(process=SD, student_times=(399 / 999,)), EPS, 1),
         "LCMScheduler",
@@ -305,7 +331,9 @@ def test_the_scheduler_is_the_methods_sampler(name, tmp_path, monkeypatch):
     raw = lambda x, t, sin, cos: sin(3 * x) + cos(t / 100)[:, None] * x
     key = jax.random.key(0)
     noise = jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)
-    net = denoiser.wrap(lambda x, t, cond: raw(x, t, jnp.sin, jnp.cos), method.process)
+    net = denoiser.wrap(
+        lambda x, t, cond: raw(x, t, jnp.sin, jnp.cos), method.process
+    )
     expected = np.asarray(method.sample(net, noise, None, key, steps))
     found = scheduler(method, denoiser, steps)
     assert (found.name, found.times) == (cls, times)
@@ -315,18 +343,28 @@ def test_the_scheduler_is_the_methods_sampler(name, tmp_path, monkeypatch):
         found.config.items() <= {**stepper.config, "_class_name": cls}.items()
     )  # it knows every one of them
     drawn = iter(
-        torch.tensor(np.asarray(jax.random.normal(jax.random.fold_in(key, i), noise.shape)))
+        torch.tensor(
+            np.asarray(jax.random.normal(jax.random.fold_in(key, i), noise.shape))
+        )
         for i in range(steps)
     )
     monkeypatch.setattr(
-        sys.modules[type(stepper).__module__], "randn_tensor", lambda *args, **kwargs: next(drawn)
+        sys.modules[type(stepper).__module__],
+        "randn_tensor",
+        lambda *args, **kwargs: next(drawn),
     )
     stepper.set_timesteps(**eval(f"dict({times})"))
-    x = torch.tensor(np.asarray(noise)) * (stepper.init_noise_sigma if found.scales else 1.0)
+    x = torch.tensor(np.asarray(noise)) * (
+        stepper.init_noise_sigma if found.scales else 1.0
+    )
     for t in stepper.timesteps:
         seen = stepper.scale_model_input(x, t) if found.scales else x
-        x = stepper.step(raw(seen, t.expand(6).float(), torch.sin, torch.cos), t, x).prev_sample
-    np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        x = stepper.step(
+            raw(seen, t.expand(6).float(), torch.sin, torch.cos), t, x
+        ).prev_sample
+    np.testing.assert_allclose(
+        x.numpy(), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
+    )
 
 
 def test_where_no_scheduler_steps_so_it_says_why():
@@ -339,7 +377,10 @@ def test_where_no_scheduler_steps_so_it_says_why():
             (UniInstruct(process=SD, student_times=(399 / 999,)), EPS, 1),
             "starts from noise of size 0.75757",
         ),
-        ((SCM(), Denoiser(param=TrigPrecond(), native=Trig()), 1), "no scheduler for TrigPrecond"),
+        (
+            (SCM(), Denoiser(param=TrigPrecond(), native=Trig()), 1),
+            "no scheduler for TrigPrecond",
+        ),
         (
             (Reflow(), Denoiser(param=Velocity(time_scale=0.5)), 1),
             "no scheduler for Velocity(time_scale=0.5) on Flow",
@@ -387,9 +428,12 @@ def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
     )
     card = exported(config, tmp_path)[1]
     assert (
-        "more than a chain of x0" in card and "jaxdistill.methods.trajectory.flow_matching" in card
+        "more than a chain of x0" in card
+        and "jaxdistill.methods.trajectory.flow_matching" in card
     )
-    assert 'DiTTransformer2DModel.from_pretrained(".")' in card and "randn" not in card
+    assert (
+        'DiTTransformer2DModel.from_pretrained(".")' in card and "randn" not in card
+    )
 
 
 def test_each_expert_leaves_with_the_scheduler_of_the_whole_chain(tmp_path):
@@ -398,12 +442,18 @@ def test_each_expert_leaves_with_the_scheduler_of_the_whole_chain(tmp_path):
     config = experiment(
         data=Digits(),
         method=method,
-        roles=dict(teacher=Role(**net, init="fresh"), **{role: Role() for role in method.inits}),
+        roles=dict(
+            teacher=Role(**net, init="fresh"),
+            **{role: Role() for role in method.inits},
+        ),
     )
     trained, cards = exported(config, tmp_path, method.exports, nfe=4)
     for role in trained.experiment.method.exports:
         config = json.loads((tmp_path / "out" / role / SCHEDULER).read_text())
-        assert (config["_class_name"], config["shift"]) == ("FlowMatchEulerDiscreteScheduler", 5.0)
+        assert (config["_class_name"], config["shift"]) == (
+            "FlowMatchEulerDiscreteScheduler",
+            5.0,
+        )
         assert f"{role}: one of 2 experts" in cards
     assert cards.count("scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25])") == 2
 
@@ -416,13 +466,16 @@ def exported(config, folder, roles=("student",), nfe=1, **how):
     report = reported([{"name": "student", "nfe": nfe}])
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report))
-    params = {role: built.nets[role].init(jax.random.key(i)) for i, role in enumerate(roles)}
+    params = {
+        role: built.nets[role].init(jax.random.key(i)) for i, role in enumerate(roles)
+    }
     draw = np.random.default_rng(0)
     trained = Trained(
         built,
         built.nets,
         jax.tree.map(
-            lambda w: w + jnp.asarray(0.1 * draw.standard_normal(w.shape), w.dtype), params
+            lambda w: w + jnp.asarray(0.1 * draw.standard_normal(w.shape), w.dtype),
+            params,
         ),
     )
     export(trained, folder / "out", **how)
@@ -436,7 +489,9 @@ def run_card(card, torch, monkeypatch, folder, base=""):
     scope = {}
     drawn = []
     draw = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *shape: drawn.append(draw(*shape)) or drawn[-1])
+    monkeypatch.setattr(
+        torch, "randn", lambda *shape: drawn.append(draw(*shape)) or drawn[-1]
+    )
     exec(
         card.split("```python\n")[1]
         .split("```")[0]
@@ -485,21 +540,40 @@ def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
         method=DiffInstruct(),
         roles=dict(teacher=teacher, student=student, fake=student),
     )
-    trained, card = exported(config, tmp_path, ("teacher", "student"), adapter=leaves == "adapter")
+    trained, card = exported(
+        config, tmp_path, ("teacher", "student"), adapter=leaves == "adapter"
+    )
     assert (
         "scheduler = LCMScheduler" in card
-        and "DiffusionPipeline.from_pretrained(..., unet=model, scheduler=scheduler)" in card
+        and "DiffusionPipeline.from_pretrained(..., unet=model, scheduler=scheduler)"
+        in card
     )
-    interop.save(tmp_path / "base", trained.nets["teacher"], trained.params["teacher"])
-    noise, theirs, text = run_card(card, torch, monkeypatch, tmp_path / "out", tmp_path / "base")
+    interop.save(
+        tmp_path / "base", trained.nets["teacher"], trained.params["teacher"]
+    )
+    noise, theirs, text = run_card(
+        card, torch, monkeypatch, tmp_path / "out", tmp_path / "base"
+    )
     ours = trained.experiment.method.sample(
-        trained.bound().student, jnp.asarray(noise), {"text": text}, jax.random.key(0), 1
+        trained.bound().student,
+        jnp.asarray(noise),
+        {"text": text},
+        jax.random.key(0),
+        1,
     )
     assert (
         np.abs(ours - theirs).max() <= 1e-4 * theirs.std() * 14.6
     )  # x0 = (x - sigma eps) / alpha, alpha 1 / 14.6 at t_max
-    weights = "pytorch_lora_weights" if leaves == "adapter" else "diffusion_pytorch_model"
-    names = [MARKER, "README.md", "config.json", "scheduler", f"{weights}.safetensors"]
+    weights = (
+        "pytorch_lora_weights" if leaves == "adapter" else "diffusion_pytorch_model"
+    )
+    names = [
+        MARKER,
+        "README.md",
+        "config.json",
+        "scheduler",
+        f"{weights}.safetensors",
+    ]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(names)
 
 
@@ -521,10 +595,15 @@ def test_a_class_without_adapters_leaves_merged_only(tmp_path):
     ):
         exported(config, tmp_path, ("teacher", "student"), adapter=True)
     assert not (tmp_path / "out").exists()
-    assert "DiTTransformer2DModel" in exported(config, tmp_path, ("teacher", "student"))[1]
+    assert (
+        "DiTTransformer2DModel"
+        in exported(config, tmp_path, ("teacher", "student"))[1]
+    )
 
 
-def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkeypatch):
+def test_an_edm_students_card_loads_it_in_the_repositorys_class(
+    tmp_path, monkeypatch
+):
     """The class is a stand-in that notes what it is given and answers with our network; the chain
     around it is the card's.
     """
@@ -552,7 +631,9 @@ def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkey
     net, params = interop.load(tmp_path / "out")
 
     class SongUNet(torch.nn.Module):
-        def __init__(self, img_resolution, in_channels, out_channels, model_channels, **rest):
+        def __init__(
+            self, img_resolution, in_channels, out_channels, model_channels, **rest
+        ):
             super().__init__()
             assert (
                 img_resolution,
@@ -564,7 +645,8 @@ def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkey
 
         def load_state_dict(self, weights):
             assert all(
-                name.split(".")[0] in ("enc", "dec", "map_layer0", "map_layer1", "map_label")
+                name.split(".")[0]
+                in ("enc", "dec", "map_layer0", "map_layer1", "map_label")
                 for name in weights
             )
 
@@ -578,10 +660,16 @@ def test_an_edm_students_card_loads_it_in_the_repositorys_class(tmp_path, monkey
             return torch.tensor(np.moveaxis(np.asarray(raw), -1, 1))
 
     monkeypatch.setitem(sys.modules, "training", types.ModuleType("training"))
-    monkeypatch.setitem(sys.modules, "training.networks", types.SimpleNamespace(SongUNet=SongUNet))
+    monkeypatch.setitem(
+        sys.modules, "training.networks", types.SimpleNamespace(SongUNet=SongUNet)
+    )
     noise, theirs, labels = run_card(card, torch, monkeypatch, tmp_path / "out")
     ours = trained.experiment.method.sample(
-        trained.bound().student, jnp.asarray(noise), labels.argmax(1), jax.random.key(0), 1
+        trained.bound().student,
+        jnp.asarray(noise),
+        labels.argmax(1),
+        jax.random.key(0),
+        1,
     )
     assert (
         not (tmp_path / "out" / "scheduler").exists()
@@ -616,13 +704,17 @@ def tokenizer(tmp_path):
 
 def language(data, student=TINY, **roles):
     """The config of an ordinary training on `data`."""
-    student = student if isinstance(student, Role) else Role(model=student, init="fresh")
+    student = (
+        student if isinstance(student, Role) else Role(model=student, init="fresh")
+    )
     return experiment(data=data, method=SFT(), roles=dict(student=student, **roles))
 
 
 def in_transformers(out):
     """(model, tokenizer, generation_config.json) of an exported folder."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed"
+    )
     pytest.importorskip("torch", reason="torch is not installed")
     model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     return (
@@ -639,16 +731,25 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     data = PackedJson(length=32, batch_size=4, path=prompts)
     trained, card = exported(language(data), tmp_path)
     model, tokenizer, generation = in_transformers(tmp_path / "out")
-    assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (
+    assert (
+        generation["bos_token_id"],
+        generation["eos_token_id"],
+        generation["pad_token_id"],
+    ) == (
         257,
         258,
         256,
     )
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 258
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"]
+        == 258
+    )
     codec = trained.experiment.data.codec
     text = "héllo  wörld\n日本 <|x|>"
     expected = trained.experiment.data.prompt_tokens(text[:-1] + ">")[:-1]
-    assert tokenizer(text)["input_ids"] == expected.tolist()  # begins, and "\n" is `between`
+    assert (
+        tokenizer(text)["input_ids"] == expected.tolist()
+    )  # begins, and "\n" is `between`
     assert tokenizer.decode(codec.encode(text)) == text and (
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
@@ -670,7 +771,10 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     ]
     assert 'tokenizer("PROMPT\\n"' in card
     exec(
-        card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(tmp_path / "out"))), {}
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace('"."', repr(str(tmp_path / "out"))),
+        {},
     )
 
 
@@ -684,12 +788,16 @@ def test_a_stored_tokenizer_goes_along_without_its_code(prompts, tokenizer, tmp_
     )
     exported(language(data), tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        assert (tmp_path / "out" / name).read_bytes() == (tokenizer / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (
+            tokenizer / name
+        ).read_bytes()
     assert not list((tmp_path / "out").glob("*.py"))
     assert in_transformers(tmp_path / "out")[2]["eos_token_id"] == 258
 
 
-def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tmp_path):
+def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(
+    tokenizer, tmp_path
+):
     """Where the data has none: then the special tokens are that folder's too."""
     own = dataclasses.replace(TINY, eos=(258, 7), bos=257, pad=256)
     net = make_net(own, config=own)
@@ -709,14 +817,19 @@ def test_the_folder_that_a_student_starts_from_gives_the_tokenizer(tokenizer, tm
     fresh = language(data, TINY)
     fresh.method = plain(KD())
     with fresh.unlocked():
-        fresh.roles.teacher = language(data, Role(init=str(tmp_path / "base"))).roles.student
+        fresh.roles.teacher = language(
+            data, Role(init=str(tmp_path / "base"))
+        ).roles.student
     exported(fresh, tmp_path / "kd")
     assert (tmp_path / "kd" / "out" / "chat_template.jinja").is_file()
 
 
 def test_ids_without_text_are_described(tmp_path):
     _, card = exported(
-        language(Markov(vocab=24, length=16, batch_size=4), dataclasses.replace(TINY, vocab=24)),
+        language(
+            Markov(vocab=24, length=16, batch_size=4),
+            dataclasses.replace(TINY, vocab=24),
+        ),
         tmp_path,
     )
     assert not list((tmp_path / "out").glob("tokenizer*"))
@@ -726,7 +839,9 @@ def test_ids_without_text_are_described(tmp_path):
     )
     assert said in card
     assert (
-        json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+        json.loads((tmp_path / "out" / "generation_config.json").read_text())[
+            "eos_token_id"
+        ]
         is None
     )
 
@@ -739,8 +854,14 @@ def test_characters_are_a_tokenizer(tmp_path):
     _, tokenizer, generation = in_transformers(tmp_path / "out")
     row = trained.experiment.data.evaluation(1)["tokens"][0]
     text = trained.experiment.data.text(row)
-    assert tokenizer(text)["input_ids"] == row.tolist() and tokenizer.decode(row) == text
-    assert (generation["eos_token_id"], generation["pad_token_id"], generation["bos_token_id"]) == (
+    assert (
+        tokenizer(text)["input_ids"] == row.tolist() and tokenizer.decode(row) == text
+    )
+    assert (
+        generation["eos_token_id"],
+        generation["pad_token_id"],
+        generation["bos_token_id"],
+    ) == (
         12,
         13,
         None,
@@ -750,7 +871,9 @@ def test_characters_are_a_tokenizer(tmp_path):
 @pytest.mark.parametrize("eos", [(), (258,), (7, 258), (2,)])
 def test_whose_special_tokens(eos):
     """The student's own where its configuration has the data's end token; else the data's."""
-    data = types.SimpleNamespace(codec=types.SimpleNamespace(eos=258, bos=None, pad=256))
+    data = types.SimpleNamespace(
+        codec=types.SimpleNamespace(eos=258, bos=None, pad=256)
+    )
     found = with_special_tokens(dataclasses.replace(TINY, eos=eos, bos=1), data)
     assert found.eos == (eos if 258 in eos else (258,))
     assert (found.bos, found.pad) == ((1, 256) if 258 in eos else (-1, 256))
@@ -760,14 +883,17 @@ def test_whose_special_tokens(eos):
 @pytest.mark.filterwarnings(
     "ignore:.*is_gradient_checkpointing:FutureWarning"
 )  # peft asks for an attribute of old
-def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(prompts, tmp_path):
+def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(
+    prompts, tmp_path
+):
     pytest.importorskip("peft", reason="peft is not installed")
     base = Role(model=TINY, init="fresh")
     config = experiment(
         data=PackedJson(length=32, batch_size=4, path=prompts),
         method=KD(),
         roles=dict(
-            teacher=base, student=Role(lora=Lora(base="teacher", rank=2, targets=r".*to_q/kernel"))
+            teacher=base,
+            student=Role(lora=Lora(base="teacher", rank=2, targets=r".*to_q/kernel")),
         ),
     )
     trained, card = exported(config, tmp_path, ("teacher", "student"), adapter=True)
@@ -776,7 +902,9 @@ def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(prompt
         "model.generation_config.eos_token_id = [258]" in card
         and (tmp_path / "out" / "tokenizer.json").is_file()
     )
-    interop.save(tmp_path / "base", trained.nets["teacher"], trained.params["teacher"])
+    interop.save(
+        tmp_path / "base", trained.nets["teacher"], trained.params["teacher"]
+    )
     code = card.split("```python\n")[1].split("```")[0]
     exec(
         code.replace('"."', repr(str(tmp_path / "out"))).replace(
@@ -786,7 +914,9 @@ def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(prompt
     )
 
 
-@pytest.mark.parametrize("case", ["run", "no class", "no adapter", "unfinished", "matrix"])
+@pytest.mark.parametrize(
+    "case", ["run", "no class", "no adapter", "unfinished", "matrix"]
+)
 def test_what_cannot_be_exported_is_refused_before_a_weight_is_read(case, tmp_path):
     role = Role(**NET, init="fresh")
     student = Role(lora=Lora(rank=2)) if case == "matrix" else role
@@ -796,7 +926,9 @@ def test_what_cannot_be_exported_is_refused_before_a_weight_is_read(case, tmp_pa
     method = DiffInstruct()
     built = Experiment(
         experiment(
-            data=data, method=method, roles=dict(teacher=role, student=student, fake=student)
+            data=data,
+            method=method,
+            roles=dict(teacher=role, student=student, fake=student),
         ),
         tmp_path,
     )

@@ -42,7 +42,10 @@ PLAIN = {
 
 def pages(*arguments) -> float:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, env=PLAIN
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        env=PLAIN,
     )
     if done.returncode == 7:
         pytest.skip("no glibc here")
@@ -59,7 +62,9 @@ def test_freed_memory_is_given_again():
 
 def test_a_signal_that_others_swallow_is_remembered():
     """A run that begins after it stops at once."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         host.listen()
         assert host.heard() is None

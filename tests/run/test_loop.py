@@ -69,7 +69,8 @@ def weights(workdir):
 
 def equal(a, b):
     return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -85,7 +86,14 @@ def test_leaves_a_run_directory(finished):
     ):
         assert (workdir / name).exists(), name
     assert json.loads((workdir / "report.json").read_text()) == report
-    assert {"config", "method", "steps", "seconds", "models", "claim"} == report.keys()
+    assert {
+        "config",
+        "method",
+        "steps",
+        "seconds",
+        "models",
+        "claim",
+    } == report.keys()
     assert [(r["name"], r["nfe"]) for r in report["models"]] == [
         ("teacher", 3),
         ("teacher", 1),
@@ -129,7 +137,10 @@ def test_a_run_of_another_config_is_refused(finished):
 
 def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
     workdir = tmp_path / "run"
-    with alone(workdir), pytest.raises(Refused, match="another process is at work there"):
+    with (
+        alone(workdir),
+        pytest.raises(Refused, match="another process is at work there"),
+    ):
         loop.run(get_config(), workdir, progress=False)
     assert [p.name for p in workdir.iterdir()] == [".lock"]
     with alone(workdir):  # and it is free again
@@ -137,7 +148,11 @@ def test_a_folder_that_another_process_trains_in_is_refused(tmp_path):
 
 
 def start(workdir, steps=30):
-    env = {**os.environ, "PYTHONPATH": str(TINY.parents[2]), "XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(TINY.parents[2]),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"],
+    }
     return subprocess.Popen(
         [sys.executable, str(TINY), str(workdir), str(steps)],
         env=env,
@@ -191,7 +206,9 @@ def test_kill_and_resume_is_bit_equal(tmp_path):
             (folder / "config.json").write_text(json.dumps({**saved, "steps": final}))
         loop.run(config(steps=final, keep=3), folder, progress=False)
         runs[name] = weights(folder)
-        assert [r["step"] for r in metrics.read(folder / "metrics.jsonl")][-1] == final
+        assert [r["step"] for r in metrics.read(folder / "metrics.jsonl")][
+            -1
+        ] == final
     assert equal(runs["alone"], runs["killed"])
     assert equal(runs["alone"], runs["stopped"])
 
@@ -213,7 +230,9 @@ def truncate(folder):
 
 
 def newest(folder):
-    return max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("_")[-1]))
+    return max(
+        (folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("_")[-1])
+    )
 
 
 @pytest.mark.parametrize("part", ["state", "host", ""])
@@ -232,7 +251,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(unfinished):
     saved["roles"]["student"]["model"]["width"] = 24
     (unfinished / "config.json").write_text(json.dumps(saved))
     with pytest.raises(
-        Refused, match=r"another architecture: student/.* is float32\[.*16.*expected float32\[.*24"
+        Refused,
+        match=r"another architecture: student/.* is float32\[.*16.*expected float32\[.*24",
     ):
         loop.run(changed, unfinished, progress=False)
     assert newest(unfinished).name.endswith("30")
@@ -307,15 +327,22 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
 
     arrays = Numbered.arrays
     row = lambda v: np.arange(len(v)).reshape(-1, *[1] * (v.ndim - 1))
-    without = lambda found: {**found, "x": np.where(row(found["x"]) == 7, np.nan, found["x"])}
-    monkeypatch.setattr(Numbered, "arrays", lambda self, split: without(arrays(self, split)))
+    without = lambda found: {
+        **found,
+        "x": np.where(row(found["x"]) == 7, np.nan, found["x"]),
+    }
+    monkeypatch.setattr(
+        Numbered, "arrays", lambda self, split: without(arrays(self, split))
+    )
     poisoned = flow()
     poisoned.data = spec("tests.run.counting:Numbered", batch_size=16)
     poisoned.log_every = 4
     poisoned.evaluation = ConfigDict()
     poisoned.claim = ConfigDict()
     step = next(
-        i for i, batch in enumerate(Numbered(batch_size=16).loader(), 1) if 7 in batch["number"]
+        i
+        for i, batch in enumerate(Numbered(batch_size=16).loader(), 1)
+        if 7 in batch["number"]
     )
     fails(
         "data",
@@ -341,9 +368,12 @@ def test_runs_inside_a_run_share_its_seed(tmp_path):
     assert outer.runs.first.data.seed == 5
     assert outer.runs.first.seed == 3
     loop.run(outer, tmp_path, progress=False)
-    assert json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"] == 5
+    assert (
+        json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"] == 5
+    )
     assert load_params(
-        tmp_path / "stages/0", {"student": loop.load(tmp_path).experiment.nets["student"].shapes}
+        tmp_path / "stages/0",
+        {"student": loop.load(tmp_path).experiment.nets["student"].shapes},
     )
 
 
@@ -353,14 +383,22 @@ def test_runs_that_are_the_same_are_trained_once(tmp_path):
     finished one; a folder that is there already, and a config with another value, are left to
     themselves.
     """
-    from_first = lambda **rest: flow(runs=dict(first=flow(**rest)), role=dict(init="@first"))
+    from_first = lambda **rest: flow(
+        runs=dict(first=flow(**rest)), role=dict(init="@first")
+    )
     claim = dict(
-        metric="energy", model="student@2", baseline="other@2", better="lower", ratio=100.0
+        metric="energy",
+        model="student@2",
+        baseline="other@2",
+        better="lower",
+        ratio=100.0,
     )
 
     def outer(**rest):
         return flow(
-            runs=dict(first=flow(), other=from_first(**rest)), role=dict(init="@first"), claim=claim
+            runs=dict(first=flow(), other=from_first(**rest)),
+            role=dict(init="@first"),
+            claim=claim,
         )
 
     known = {}
@@ -368,7 +406,11 @@ def test_runs_that_are_the_same_are_trained_once(tmp_path):
     assert (tmp_path / "one/other/first").readlink() == Path("../first") and not (
         tmp_path / "one/first"
     ).is_symlink()
-    assert set(known.values()) == {tmp_path / "one", tmp_path / "one/first", tmp_path / "one/other"}
+    assert set(known.values()) == {
+        tmp_path / "one",
+        tmp_path / "one/first",
+        tmp_path / "one/other",
+    }
     assert loop.load(tmp_path / "one/other").experiment.runs.keys() == {"first"}
 
     loop.run(flow(), tmp_path / "two/first", progress=False)
@@ -417,7 +459,9 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         table["student"]["parameters"]
         == loop.Experiment(get_config(), tmp_path).nets["student"].size
     )
-    assert table["student"]["flops, turns 0+1"] > table["student"]["flops, turns 0"] > 0
+    assert (
+        table["student"]["flops, turns 0+1"] > table["student"]["flops, turns 0"] > 0
+    )
     assert table["teacher"]["parameters"] == 0
 
 
@@ -476,14 +520,20 @@ def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
     changed = get_config()
     changed.evaluation.samples = 7
     with pytest.raises(
-        Refused, match=r"evaluation.samples is 200 there, 7 here; launch.evaluate makes it anew"
+        Refused,
+        match=r"evaluation.samples is 200 there, 7 here; launch.evaluate makes it anew",
     ):
         loop.run(changed, workdir, progress=False)
     loop.evaluate(workdir)
-    assert loop.run(changed, workdir, progress=False)["config"]["evaluation"]["samples"] == 7
+    assert (
+        loop.run(changed, workdir, progress=False)["config"]["evaluation"]["samples"]
+        == 7
+    )
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(finished, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused(
+    finished, tmp_path, monkeypatch
+):
     """Before any training; what the operating system says is named."""
 
     def touch(self, *args, **rest):
@@ -491,12 +541,16 @@ def test_a_folder_that_cannot_be_written_to_is_refused(finished, tmp_path, monke
 
     monkeypatch.setattr(Path, "touch", touch)
     monkeypatch.setattr(loop, "_train", lambda *_: pytest.fail("trained"))
-    monkeypatch.setattr(loop.report, "write", lambda *_, **__: pytest.fail("evaluated"))
+    monkeypatch.setattr(
+        loop.report, "write", lambda *_, **__: pytest.fail("evaluated")
+    )
     for command in (
         lambda: loop.run(get_config(), tmp_path / "run", progress=False),
         lambda: loop.evaluate(finished[0]),
     ):
-        with pytest.raises(Refused, match=r"cannot be written to \(Read-only file system\)"):
+        with pytest.raises(
+            Refused, match=r"cannot be written to \(Read-only file system\)"
+        ):
             command()
 
 
@@ -529,7 +583,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, 
     monkeypatch.undo()
     assert not (tmp_path / "report.json").exists()
     saved = newest(tmp_path).name
-    assert saved == {"metrics": "step_10", "checkpoint": "step_10", "report": "step_30"}[what]
+    assert (
+        saved
+        == {"metrics": "step_10", "checkpoint": "step_10", "report": "step_30"}[what]
+    )
     loop.run(get_config(), tmp_path, progress=False)
     assert equal(weights(tmp_path), weights(finished[0]))
 
@@ -540,7 +597,9 @@ def small_disk(tmp_path):
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", place],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no tmpfs may be mounted here: {mounted.stderr.strip()}")
@@ -561,7 +620,9 @@ def test_a_disk_that_is_really_full(small_disk):
     assert said == [expected]
     assert "Traceback" not in message
     assert sorted(
-        p.name for p in (small_disk / "run/checkpoints").glob("step_*") if p.name[5:].isdigit()
+        p.name
+        for p in (small_disk / "run/checkpoints").glob("step_*")
+        if p.name[5:].isdigit()
     )[-1:]
     subprocess.run(["mount", "-o", "remount,size=9m", small_disk], check=True)
     loop.run(config(steps=40), small_disk / "run", progress=False)
@@ -586,7 +647,9 @@ def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
     run = tmp_path / "run"
     with (
         monkeypatch.context() as patch,
-        pytest.raises(loop.Stopped, match=r"SIGTERM: finished .*/first; run again") as stopped,
+        pytest.raises(
+            loop.Stopped, match=r"SIGTERM: finished .*/first; run again"
+        ) as stopped,
     ):
         patch.setattr(loop.report, "write", signalled(loop.report.write))
         loop.run(outer(), run, progress=False)
@@ -597,7 +660,9 @@ def test_a_signal_between_runs_is_heard(tmp_path, monkeypatch):
     )
     with (
         monkeypatch.context() as patch,
-        pytest.raises(loop.Stopped, match=r"SIGTERM: trained in .*, not yet evaluated"),
+        pytest.raises(
+            loop.Stopped, match=r"SIGTERM: trained in .*, not yet evaluated"
+        ),
     ):
         patch.setattr(loop, "_as_given", signalled(loop._as_given))
         loop.run(outer(), run, progress=False)
@@ -619,17 +684,29 @@ def test_results_of_stages_that_are_gone(tmp_path):
     last = max(int(p.name) for p in (tmp_path / "stages").iterdir())
     assert last > 0
     (tmp_path / "stages/0").rename(tmp_path / "0")
-    for command in (run, lambda: loop.load(tmp_path), lambda: loop.evaluate(tmp_path)):
+    for command in (
+        run,
+        lambda: loop.load(tmp_path),
+        lambda: loop.evaluate(tmp_path),
+    ):
         with pytest.raises(
             Refused, match=r"stages: stage 1 is there, stage 0 before it is missing"
         ):
             command()
     (tmp_path / "stages").rename(tmp_path / "others")
-    for command in (run, lambda: loop.load(tmp_path), lambda: loop.evaluate(tmp_path)):
-        with pytest.raises(Refused, match=r"stages/0: no such result; has that run finished"):
+    for command in (
+        run,
+        lambda: loop.load(tmp_path),
+        lambda: loop.evaluate(tmp_path),
+    ):
+        with pytest.raises(
+            Refused, match=r"stages/0: no such result; has that run finished"
+        ):
             command()
     (tmp_path / "report.json").unlink()
-    with pytest.raises(Refused, match=rf"is of stage {last}, but .*stages/0 is missing"):
+    with pytest.raises(
+        Refused, match=rf"is of stage {last}, but .*stages/0 is missing"
+    ):
         run()
     (tmp_path / "others").rename(tmp_path / "stages")
     shutil.copytree(tmp_path / "0", tmp_path / "stages/0")

@@ -63,7 +63,9 @@ def test_an_epoch_is_every_sample_once(alone):
     assert len(sums) == STEPS
     for start in range(0, STEPS, 5):
         total = np.sum(sums[start : start + 5], axis=0)
-        assert total[0] == 2 * sum(range(40)) and total[1] == 2 * sum(n**2 for n in range(40))
+        assert total[0] == 2 * sum(range(40)) and total[1] == 2 * sum(
+            n**2 for n in range(40)
+        )
 
 
 @pytest.mark.parametrize("before, after", [(8, 1), (1, 8)])
@@ -81,7 +83,10 @@ def test_goes_on_with_another_number_of_devices(alone, before, after, tmp_path):
     loop.run(config(after), workdir, progress=False)
     assert seen(workdir) == seen(alone)  # no sample repeated or skipped
     (state, host), (whole, other) = saved(workdir), saved(alone)
-    assert host["controller"] == other["controller"] and host["controller"]["calls"] == STEPS
+    assert (
+        host["controller"] == other["controller"]
+        and host["controller"]["calls"] == STEPS
+    )
     assert host["data"] == other["data"]
     for part in ("params", "opt", "ema", "count", "memory"):
         for a, b in zip(

@@ -23,8 +23,12 @@ def step(means, counts={}):
 def test_counted_means_weigh_tokens_alike():
     """17 tokens: 16 of mean 1.5 and one of 5 are 29 / 17, where the mean of both steps is 3.25."""
     pending = Pending((MOVES,))
-    pending.add(1, step({"student/loss": 1.5, "student/grad_norm": 1.0}, {"student/loss": 16}))
-    pending.add(2, step({"student/loss": 5.0, "student/grad_norm": 2.0}, {"student/loss": 1}))
+    pending.add(
+        1, step({"student/loss": 1.5, "student/grad_norm": 1.0}, {"student/loss": 16})
+    )
+    pending.add(
+        2, step({"student/loss": 5.0, "student/grad_norm": 2.0}, {"student/loss": 1})
+    )
     means = pending.flush()
     assert means["student/loss"] == pytest.approx(29 / 17, rel=1e-12)
     assert means["student/grad_norm"] == 1.5
@@ -34,10 +38,18 @@ def test_counted_means_weigh_tokens_alike():
 def test_steps_without_a_token_count_for_nothing():
     pending = Pending((MOVES,))
     pending.add(
-        1, step({"student/loss": 0.0, "student/kl": 0.0}, {"student/loss": 0, "student/kl": 0})
+        1,
+        step(
+            {"student/loss": 0.0, "student/kl": 0.0},
+            {"student/loss": 0, "student/kl": 0},
+        ),
     )
     pending.add(
-        2, step({"student/loss": 3.0, "student/kl": 0.0}, {"student/loss": 2, "student/kl": 0})
+        2,
+        step(
+            {"student/loss": 3.0, "student/kl": 0.0},
+            {"student/loss": 2, "student/kl": 0},
+        ),
     )
     assert pending.flush() == {"student/loss": 3.0, "student/kl": 0.0}
 

@@ -59,7 +59,12 @@ def refused(file, call, said):
 def test_what_is_sound_is_read(workdir):
     assert records.read_config(workdir).to_json() == CONFIG.to_json()
     assert report.read(workdir) == REPORT
-    assert [r["step"] for r in metrics.read(workdir / "metrics.jsonl", clock=True)] == [1, 2]
+    assert [
+        r["step"] for r in metrics.read(workdir / "metrics.jsonl", clock=True)
+    ] == [
+        1,
+        2,
+    ]
     assert metrics.read(workdir / "none.jsonl") == []
 
 
@@ -78,15 +83,21 @@ def test_what_is_torn_is_refused(workdir, name, content, said):
     (workdir / name).write_bytes(content)
     refused(
         workdir / name,
-        lambda: {"config.json": records.read_config, "report.json": report.read}[name](workdir),
+        lambda: {"config.json": records.read_config, "report.json": report.read}[
+            name
+        ](workdir),
         said,
     )
 
 
 @pytest.mark.parametrize("key", REPORT)
 def test_a_report_without_a_part_is_refused(workdir, key):
-    (workdir / "report.json").write_text(json.dumps({k: v for k, v in REPORT.items() if k != key}))
-    refused(workdir / "report.json", lambda: report.read(workdir), f"has no key {key!r}")
+    (workdir / "report.json").write_text(
+        json.dumps({k: v for k, v in REPORT.items() if k != key})
+    )
+    refused(
+        workdir / "report.json", lambda: report.read(workdir), f"has no key {key!r}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +149,9 @@ def test_a_config_without_a_part_is_refused(workdir, key):
     for found in (part, {**whole, "runs": {"inner": part}}):
         (workdir / "config.json").write_text(json.dumps(found))
         refused(
-            workdir / "config.json", lambda: records.read_config(workdir), f"has no key {key!r}"
+            workdir / "config.json",
+            lambda: records.read_config(workdir),
+            f"has no key {key!r}",
         )
 
 
@@ -173,7 +186,9 @@ def test_stages_without_a_gap(tmp_path):
     refused(tmp_path / "stages/2", lambda: records.stages(tmp_path), "is a file")
     (tmp_path / "stages/2").unlink()
     (tmp_path / "stages/2").mkdir()
-    (tmp_path / "stages/2.orbax-checkpoint-tmp-7").mkdir()  # what a killed process leaves
+    (
+        tmp_path / "stages/2.orbax-checkpoint-tmp-7"
+    ).mkdir()  # what a killed process leaves
     assert [p.name for p in records.stages(tmp_path)] == ["0", "1", "2", "3"]
 
 
@@ -191,7 +206,8 @@ def test_a_report_of_another_config_is_refused(workdir):
 
 
 @pytest.mark.parametrize(
-    "place", ["gs://bucket/x", "s3://bucket/x", "memory://x", "gs:/bucket/x", "file:///x"]
+    "place",
+    ["gs://bucket/x", "s3://bucket/x", "memory://x", "gs:/bucket/x", "file:///x"],
 )
 def test_addresses_are_no_folders(place):
     with pytest.raises(

@@ -40,7 +40,13 @@ def test_values_of_configs_are_text(tmp_path):
         def handle_starttag(self, tag, attrs):
             tags.append(tag)
             alts.extend(value for name, value in attrs if name == "alt")
-            assert {name for name, _ in attrs} <= {"lang", "charset", "src", "alt", "class"}
+            assert {name for name, _ in attrs} <= {
+                "lang",
+                "charset",
+                "src",
+                "alt",
+                "class",
+            }
 
         def handle_data(self, data):
             texts.append(data)
@@ -48,14 +54,20 @@ def test_values_of_configs_are_text(tmp_path):
     Reader().feed(text)
     assert "script" not in tags and alts == [EVIL, "losses"]
     whole = "".join(texts)
-    assert f"seed {EVIL}" in whole and f"Claim: {EVIL} of {EVIL}" in whole and "bound" not in whole
+    assert (
+        f"seed {EVIL}" in whole
+        and f"Claim: {EVIL} of {EVIL}" in whole
+        and "bound" not in whole
+    )
     assert (
         whole.count("<script>") >= 12
     )  # title, heading, method, seed, claim's six, two cells and a column, caption, config's two
 
 
 def test_cells_of_markdown_are_text():
-    table = markdown_table(["name", "a|b"], [["x | y\n| z", "1\r\n2"], [r"c\|d", "2"]])
+    table = markdown_table(
+        ["name", "a|b"], [["x | y\n| z", "1\r\n2"], [r"c\|d", "2"]]
+    )
     assert table.split("\n") == [
         "| name | a\\|b |",
         "| --- | --- |",

@@ -31,13 +31,16 @@ def get_config(variant=""):
         mesh=spec_mesh(),
     )
     if variant == "language":
-        sizes = dict(model=LM(vocab=16, dim=16, mlp=32, heads=2, depth=1, max_length=16))
+        sizes = dict(
+            model=LM(vocab=16, dim=16, mlp=32, heads=2, depth=1, max_length=16)
+        )
         return experiment(
             **common,
             data=Markov(vocab=16, length=12, batch_size=16),
             method=GKD(on_policy=0.5, prompt_length=4),
             roles=dict(
-                teacher=Role(init="exact"), student=Role(**sizes, optimizer=Optimizer(lr=1e-3))
+                teacher=Role(init="exact"),
+                student=Role(**sizes, optimizer=Optimizer(lr=1e-3)),
             ),
         )
     net = dict(
@@ -50,7 +53,11 @@ def get_config(variant=""):
     judged = dict(
         evaluation=PointEval(samples=200, batch=200, teacher_steps=(2, 1)),
         claim=dict(
-            metric="energy", model="student@1", baseline="teacher@1", better="lower", ratio=100.0
+            metric="energy",
+            model="student@1",
+            baseline="teacher@1",
+            better="lower",
+            ratio=100.0,
         ),
     )
     return experiment(
@@ -73,7 +80,9 @@ def spec_mesh():
     return MeshShape(data=1, fsdp=1, tensor=1)
 
 
-if __name__ == "__main__":  # a run in a process of its own, to be killed: tiny.py WORKDIR STEPS
+if (
+    __name__ == "__main__"
+):  # a run in a process of its own, to be killed: tiny.py WORKDIR STEPS
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from jaxdistill.run import loop
     from launch._command import main

@@ -7,7 +7,14 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import EDM, CosineVP, Flow, Pred, Trig, expand
-from jaxdistill.samplers.fewstep import chain, first_times, jump, renoise, simulate, warped_times
+from jaxdistill.samplers.fewstep import (
+    chain,
+    first_times,
+    jump,
+    renoise,
+    simulate,
+    warped_times,
+)
 
 MEAN = 0.7
 STD = 0.4
@@ -17,8 +24,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def flow_map(process, t, r, x):
-    (a, s), (b, u) = (process.alpha_sigma(expand(jnp.asarray(time), x)) for time in (t, r))
-    return b * MEAN + jnp.sqrt(((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)) * (x - a * MEAN)
+    (a, s), (b, u) = (
+        process.alpha_sigma(expand(jnp.asarray(time), x)) for time in (t, r)
+    )
+    return b * MEAN + jnp.sqrt(((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)) * (
+        x - a * MEAN
+    )
 
 
 def answer(x0):
@@ -42,7 +53,9 @@ def test_exact_consistency_function_keeps_the_law_at_any_number_of_steps(process
     for steps in (1, 2, 3):
         times = jnp.concatenate([jnp.asarray([process.t_max]), middle])[:steps]
         out = renoise(process, net, noise, times, jax.random.key(1))
-        np.testing.assert_allclose(out.mean(), MEAN, atol=5 * STD / np.sqrt(n) + STD * 0.7 / 80)
+        np.testing.assert_allclose(
+            out.mean(), MEAN, atol=5 * STD / np.sqrt(n) + STD * 0.7 / 80
+        )
         np.testing.assert_allclose(out.std(), STD, rtol=5 / np.sqrt(2 * n))
 
 
@@ -54,7 +67,10 @@ def test_renoising_sees_the_times_asked_for_and_forgets_the_noise():
 
     def net(x, t):
         jax.debug.callback(
-            lambda x, t: seen.append((float(np.asarray(t)[0]), np.asarray(x))), x, t, ordered=True
+            lambda x, t: seen.append((float(np.asarray(t)[0]), np.asarray(x))),
+            x,
+            t,
+            ordered=True,
         )
         return answer(jnp.full_like(x, 2.0))
 
@@ -142,7 +158,9 @@ def test_a_deterministic_chain_is_eulers_on_the_warped_grid(shift):
     warped = shift * times / (1 + (shift - 1) * times)
     for index in range(5):
         got, t = jax.jit(
-            lambda i, seed: simulate(process, net, noise, times, jax.random.key(seed), i, "ddim")
+            lambda i, seed: simulate(
+                process, net, noise, times, jax.random.key(seed), i, "ddim"
+            )
         )(index, index)
         np.testing.assert_allclose(got, x, rtol=1e-12, atol=1e-13)
         np.testing.assert_array_equal(t, times[index])
@@ -160,9 +178,15 @@ def test_few_with_all_noise_fresh_is_renoising():
     """The same draws at the same steps as consistency sampling of f(x, t) = x - t u(x, 0, t)."""
     noise = jax.random.normal(jax.random.key(0), (5, 2))
     times = jnp.asarray([1.0, 0.6, 0.3])
-    ours = jump(pure, noise, jnp.append(times, 0.0), jax.random.key(1), style="few", fresh=1.0)
+    ours = jump(
+        pure, noise, jnp.append(times, 0.0), jax.random.key(1), style="few", fresh=1.0
+    )
     theirs = renoise(
-        Flow(), lambda x, t: pure(x, t, jnp.zeros_like(t)), noise, times, jax.random.key(1)
+        Flow(),
+        lambda x, t: pure(x, t, jnp.zeros_like(t)),
+        noise,
+        times,
+        jax.random.key(1),
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
@@ -183,7 +207,9 @@ def test_fresh_share_of_the_noise():
     rho = 0.3
     noise = jax.random.normal(jax.random.key(0), (n, 1))
     pred = pure(noise, jnp.ones(n), jnp.zeros(n))
-    out = jump(pure, noise, jnp.asarray([1.0, s]), jax.random.key(1), style="few", fresh=rho)
+    out = jump(
+        pure, noise, jnp.asarray([1.0, s]), jax.random.key(1), style="few", fresh=rho
+    )
     eps = ((out - (1 - s) * pred.x0) / s - np.sqrt(1 - rho) * pred.eps) / np.sqrt(rho)
     np.testing.assert_allclose(eps.std(), 1.0, rtol=5 / np.sqrt(2 * n))
     assert abs(np.mean(eps * pred.eps)) < 5 * float(pred.eps.std()) / np.sqrt(n)
@@ -200,14 +226,17 @@ def test_extrapolation_starts_at_the_third_step():
         pred = pure(x, t[None], s[None])
         more = k if i == 2 else 0.0
         x0, eps = (
-            p + more * (p - q) for p, q in zip((pred.x0, pred.eps), before or (pred.x0, pred.eps))
+            p + more * (p - q)
+            for p, q in zip((pred.x0, pred.eps), before or (pred.x0, pred.eps))
         )
         before = pred.x0, pred.eps
         x = (1 - s) * x0 + s * eps
     np.testing.assert_allclose(jump(pure, noise, times, extrapolate=k), x, rtol=1e-12)
     plain = jump(pure, noise, times)
     np.testing.assert_allclose(
-        jump(pure, noise, times[:3], extrapolate=k), jump(pure, noise, times[:3]), rtol=1e-12
+        jump(pure, noise, times[:3], extrapolate=k),
+        jump(pure, noise, times[:3]),
+        rtol=1e-12,
     )
     assert jnp.abs(plain - x).max() > 1e-3
 
@@ -261,15 +290,23 @@ def test_one_data_point_is_reached_in_every_style(style, steps, fresh):
 def test_warped_times():
     """Even without a warp; gaps move the first time and the last jump; a warp keeps both ends."""
     np.testing.assert_allclose(warped_times(4), [1, 0.75, 0.5, 0.25, 0], atol=1e-15)
-    np.testing.assert_allclose(warped_times(2, (0.001, 0.6)), [0.999, 0.6, 0], atol=1e-15)
+    np.testing.assert_allclose(
+        warped_times(2, (0.001, 0.6)), [0.999, 0.6, 0], atol=1e-15
+    )
     np.testing.assert_allclose(warped_times(1, (0.001, 0.6)), [0.999, 0], atol=1e-15)
     bent = np.asarray(warped_times(5, warp=(1.17, 0.8, 1.1)))
     assert bent[0] == 1 and bent[-1] == 0 and (np.diff(bent) < 0).all()
-    np.testing.assert_allclose(bent[2], 1 - (1 - (1 - 0.4**1.17) ** 0.8) ** 1.1, rtol=1e-12)
+    np.testing.assert_allclose(
+        bent[2], 1 - (1 - (1 - 0.4**1.17) ** 0.8) ** 1.1, rtol=1e-12
+    )
     np.testing.assert_allclose(
         1 - np.asarray(warped_times(1000, warp=(1.17, 0.8, 1.1)))[-2], 1.0, atol=0.01
     )
-    for bad in (dict(steps=0), dict(steps=2, gaps=(0.5, 0.6)), dict(steps=2, gaps=(-0.1, 0.0))):
+    for bad in (
+        dict(steps=0),
+        dict(steps=2, gaps=(0.5, 0.6)),
+        dict(steps=2, gaps=(-0.1, 0.0)),
+    ):
         with pytest.raises(Refused, match="gaps"):
             warped_times(**bad)
 
@@ -290,6 +327,8 @@ def test_a_whole_chain_has_the_states_and_the_end_of_its_parts():
         np.testing.assert_allclose(
             states[i], simulate(Flow(), net, noise, times, key, i)[0], rtol=1e-13
         )
-    np.testing.assert_allclose(x0, renoise(Flow(), net, noise, times, key), rtol=1e-13)
+    np.testing.assert_allclose(
+        x0, renoise(Flow(), net, noise, times, key), rtol=1e-13
+    )
     states, x0 = chain(Flow(), net, noise, times[:1], key)
     assert states.shape == (1, 5, 2) and np.array_equal(x0, jnp.sin(noise))

@@ -37,13 +37,21 @@ def denoiser(process):
 
 def flow_map(process, t, r, x):
     (a, s), (b, u) = process.alpha_sigma(t), process.alpha_sigma(r)
-    return b * MEAN + jnp.sqrt(((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)) * (x - a * MEAN)
+    return b * MEAN + jnp.sqrt(((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)) * (
+        x - a * MEAN
+    )
 
 
 def errors(step, process, times):
     """|end - exact flow| from START for each grid."""
-    run = jax.jit(lambda ts: ode.sample(step, denoiser(process), jnp.full((1, 1), START), ts)[0, 0])
-    return np.array([abs(run(ts) - flow_map(process, ts[0], ts[-1], START)) for ts in times])
+    run = jax.jit(
+        lambda ts: ode.sample(step, denoiser(process), jnp.full((1, 1), START), ts)[
+            0, 0
+        ]
+    )
+    return np.array(
+        [abs(run(ts) - flow_map(process, ts[0], ts[-1], START)) for ts in times]
+    )
 
 
 def ratios(e):
@@ -67,19 +75,27 @@ def test_ddim_halves_and_2m_quarters_its_error_in_lambda(x64):
     """Uniform half log-SNR on the cosine schedule, t .99 to .01."""
     process = CosineVP()
     ends = [process.lam(jnp.asarray(t)) for t in (0.99, 0.01)]
-    times = [process.time_of_lam(jnp.linspace(*ends, n + 1)) for n in (16, 32, 64, 128)]
+    times = [
+        process.time_of_lam(jnp.linspace(*ends, n + 1)) for n in (16, 32, 64, 128)
+    ]
     ddim = ratios(errors(ode.ddim(process), process, times))
     assert np.all(np.diff(ddim) > 0) and np.all(np.abs(ddim - 2) < [0.07, 0.04, 0.02])
     np.testing.assert_allclose(
-        ratios(errors(ode.dpmpp_2m(process), process, times)), [3.62, 3.91, 3.98], rtol=0.02
+        ratios(errors(ode.dpmpp_2m(process), process, times)),
+        [3.62, 3.91, 3.98],
+        rtol=0.02,
     )
 
 
 def test_ddim_is_euler_for_rectified_flow_and_for_edm(x64):
-    for process, times in ((Flow(), jnp.linspace(1.0, 0.0, 6)), (EDM(), EDM().grid(6))):
+    for process, times in (
+        (Flow(), jnp.linspace(1.0, 0.0, 6)),
+        (EDM(), EDM().grid(6)),
+    ):
         x = jnp.asarray([[1.3], [-0.4]]) * times[0]
         euler, ddim = (
-            ode.sample(step, denoiser(process), x, times) for step in (ode.euler, ode.ddim(process))
+            ode.sample(step, denoiser(process), x, times)
+            for step in (ode.euler, ode.ddim(process))
         )
         np.testing.assert_allclose(ddim, euler, rtol=1e-12)
 
@@ -97,18 +113,26 @@ def test_exact_for_a_single_point(x64, process, solver, steps):
     (a, s), (b, u) = process.alpha_sigma(times[0]), process.alpha_sigma(times[-1])
     eps = 1.3
     got = ode.sample(
-        ode.SOLVERS[solver](process), denoise, jnp.full((1, 1), a * point + s * eps), times
+        ode.SOLVERS[solver](process),
+        denoise,
+        jnp.full((1, 1), a * point + s * eps),
+        times,
     )
     np.testing.assert_allclose(got, b * point + u * eps, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(
-    ("solver", "fall"), [("euler", 0.3), ("ddim", 0.3), ("heun", 0.1), ("dpmpp_2m", 1.0)]
+    ("solver", "fall"),
+    [("euler", 0.3), ("ddim", 0.3), ("heun", 0.1), ("dpmpp_2m", 1.0)],
 )
 @pytest.mark.parametrize(
-    "process", [Flow(), Trig(), EDM(), VP(), CosineVP()], ids=lambda p: type(p).__name__
+    "process",
+    [Flow(), Trig(), EDM(), VP(), CosineVP()],
+    ids=lambda p: type(p).__name__,
 )
-def test_every_solver_stays_finite_and_approaches_the_exact_flow(process, solver, fall):
+def test_every_solver_stays_finite_and_approaches_the_exact_flow(
+    process, solver, fall
+):
     """In float32, to both ends of the process. From 8 to 40 steps errors tend to 1/5 (first order)
     or 1/25 (second) of what they were. Uniform times are a grid that 2M's last step, endless in
     lambda, does not like: it only must not get worse.
@@ -116,19 +140,27 @@ def test_every_solver_stays_finite_and_approaches_the_exact_flow(process, solver
     _, s = process.alpha_sigma(jnp.float32(process.t_max))
     x = jnp.asarray([[START], [-0.4]], jnp.float32) * s
     times = process.grid
-    want = flow_map(process, jnp.float32(process.t_max), jnp.float32(process.t_min), x)
-    run = jax.jit(lambda ts: ode.sample(ode.SOLVERS[solver](process), denoiser(process), x, ts))
+    want = flow_map(
+        process, jnp.float32(process.t_max), jnp.float32(process.t_min), x
+    )
+    run = jax.jit(
+        lambda ts: ode.sample(ode.SOLVERS[solver](process), denoiser(process), x, ts)
+    )
     few, many = (float(jnp.abs(run(times(n)) - want).max()) for n in (8, 40))
     assert many < fall * few
 
 
-@pytest.mark.parametrize(("step", "order"), [(ode.euler, 1), (ode.heun, 2)], ids=["euler", "heun"])
+@pytest.mark.parametrize(
+    ("step", "order"), [(ode.euler, 1), (ode.heun, 2)], ids=["euler", "heun"]
+)
 def test_reversing_the_grid_returns_to_the_start(x64, step, order):
     run = jax.jit(lambda x, times: ode.sample(step, denoiser(Flow()), x, times))
 
     def round_trip(n):
         times = jnp.linspace(0.95, 0.05, n + 1)
-        return abs(float(run(run(jnp.full((1, 1), START), times), times[::-1])[0, 0]) - START)
+        return abs(
+            float(run(run(jnp.full((1, 1), START), times), times[::-1])[0, 0]) - START
+        )
 
     gap = [round_trip(n) for n in (10, 40, 160)]
     np.testing.assert_allclose(
@@ -143,11 +175,19 @@ def test_stochastic_ddim_is_the_ddpm_posterior(x64):
     n = 100_000
     t = jnp.asarray(0.6)
     s = jnp.asarray(0.4)
-    (a_t, s_t), (a_s, s_s) = ([float(c) for c in process.alpha_sigma(u)] for u in (t, s))
+    (a_t, s_t), (a_s, s_s) = (
+        [float(c) for c in process.alpha_sigma(u)] for u in (t, s)
+    )
     denoise = lambda x, t: process.from_x0(jnp.full_like(x, point), x, t)
     x = jnp.full((n, 1), 0.9)
     out = np.asarray(
-        ode.sample(ode.ddim(process, eta=1.0), denoise, x, jnp.stack([t, s]), jax.random.key(1))
+        ode.sample(
+            ode.ddim(process, eta=1.0),
+            denoise,
+            x,
+            jnp.stack([t, s]),
+            jax.random.key(1),
+        )
     )
     step_var = s_t**2 - (a_t / a_s * s_s) ** 2  # of x_t | x_s
     var = s_s**2 * step_var / s_t**2
@@ -164,9 +204,13 @@ def test_stochastic_ddim_keeps_the_marginal(x64):
     n = 100_000
     times = jnp.asarray([0.8, 0.5, 0.3])
     denoise = lambda x, t: process.from_x0(jnp.zeros_like(x), x, t)
-    x = process.alpha_sigma(times[0])[1] * jax.random.normal(jax.random.key(0), (n, 1))
+    x = process.alpha_sigma(times[0])[1] * jax.random.normal(
+        jax.random.key(0), (n, 1)
+    )
     for eta in (0.0, 0.5, 1.0):
-        out = ode.sample(ode.ddim(process, eta=eta), denoise, x, times, jax.random.key(1))
+        out = ode.sample(
+            ode.ddim(process, eta=eta), denoise, x, times, jax.random.key(1)
+        )
         np.testing.assert_allclose(
             out.var(), process.alpha_sigma(times[-1])[1] ** 2, rtol=5 * np.sqrt(2 / n)
         )
@@ -179,7 +223,9 @@ def test_heun_evaluates_twice_but_once_at_the_last_step(x64):
         jax.debug.callback(lambda t: seen.append(float(t)), t[0], ordered=True)
         return denoiser(Flow())(x, t)
 
-    ode.sample(ode.heun, denoise, jnp.ones((1, 1)), jnp.linspace(1.0, 0.0, 4)).block_until_ready()
+    ode.sample(
+        ode.heun, denoise, jnp.ones((1, 1)), jnp.linspace(1.0, 0.0, 4)
+    ).block_until_ready()
     jax.effects_barrier()
     np.testing.assert_allclose(seen, [1, 2 / 3, 2 / 3, 1 / 3, 1 / 3], rtol=1e-12)
 
@@ -187,7 +233,9 @@ def test_heun_evaluates_twice_but_once_at_the_last_step(x64):
 def test_karras_grid_of_eight():
     times = EDM().grid(8)
     np.testing.assert_allclose(
-        times, [80, 34.992, 13.699, 4.637, 1.287, 0.2675, 0.0352, 0.002, 0.0], rtol=2e-3
+        times,
+        [80, 34.992, 13.699, 4.637, 1.287, 0.2675, 0.0352, 0.002, 0.0],
+        rtol=2e-3,
     )
     np.testing.assert_allclose(EDM().grid(1), [80.0, 0.0], rtol=1e-5)
 
@@ -234,7 +282,11 @@ def test_one_step_at_a_time_of_its_own_for_each_sample(x64, solver):
     for i in range(2):
         grid = jnp.asarray([t[i], s[i], s[i] / 2])
         alone = ode.sample(
-            ode.SOLVERS[solver](process), denoiser(process), x[i : i + 1], grid, trajectory=True
+            ode.SOLVERS[solver](process),
+            denoiser(process),
+            x[i : i + 1],
+            grid,
+            trajectory=True,
         )[1]
         np.testing.assert_allclose(both[i], alone[0], rtol=1e-13)
 
@@ -246,7 +298,9 @@ def test_straightness_of_a_gaussian_flow(x64):
     The trapezoid's and Heun's error is of order h^2; a flow along straight lines has none.
     """
     spread = lambda t: (1 - t) ** 2 + t**2
-    flow = lambda x, t: Flow().from_v((2 * t - 1)[:, None] / spread(t)[:, None] * x, x, t)
+    flow = lambda x, t: Flow().from_v(
+        (2 * t - 1)[:, None] / spread(t)[:, None] * x, x, t
+    )
     x = jnp.asarray([[1.3, 0.5], [-0.4, 2.0]])
     times = jnp.linspace(1, 0, 65)
     want = (2 - np.pi / 2) * jnp.mean(jnp.sum(x**2, 1))

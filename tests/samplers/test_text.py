@@ -27,7 +27,11 @@ def lm():
 
 def counter(tokens, *_, mask=None, cache=None, method="__call__"):
     """A model that is sure that token n + 1 follows n, of 8."""
-    return {} if method == "init_cache" else (20.0 * jax.nn.one_hot((tokens + 1) % 8, 8), cache)
+    return (
+        {}
+        if method == "init_cache"
+        else (20.0 * jax.nn.one_hot((tokens + 1) % 8, 8), cache)
+    )
 
 
 def test_greedy_writes_the_argmax_of_the_full_pass(lm):
@@ -47,7 +51,12 @@ def test_padded_prompts_continue_like_bare_ones(lm):
     mask = jnp.arange(5) >= jnp.array(pads)[:, None]
     write = jax.jit(
         lambda prompt, mask: generate(
-            net, prompt, 5 + prompt.shape[1], jax.random.key(0), prompt_mask=mask, temperature=0.0
+            net,
+            prompt,
+            5 + prompt.shape[1],
+            jax.random.key(0),
+            prompt_mask=mask,
+            temperature=0.0,
         )
     )
     tokens, valid = write(jnp.where(mask, prompt, 9), mask)
@@ -67,8 +76,14 @@ def test_same_key_same_text(lm):
 @pytest.mark.parametrize("eos", [5, (5, 7), np.array([5])])
 def test_nothing_follows_eos(eos):
     prompt = jnp.array([[0, 1], [3, 4], [5, 6]])
-    tokens, mask = generate(counter, prompt, 8, jax.random.key(0), temperature=0.0, eos=eos, pad=9)
-    second = [5, 6, 7, 9, 9, 9, 9, 9] if isinstance(eos, tuple) else [5, 6, 7, 0, 1, 2, 3, 4]
+    tokens, mask = generate(
+        counter, prompt, 8, jax.random.key(0), temperature=0.0, eos=eos, pad=9
+    )
+    second = (
+        [5, 6, 7, 9, 9, 9, 9, 9]
+        if isinstance(eos, tuple)
+        else [5, 6, 7, 0, 1, 2, 3, 4]
+    )
     np.testing.assert_array_equal(
         tokens, [[0, 1, 2, 3, 4, 5, 9, 9], [3, 4, 5, 9, 9, 9, 9, 9], second]
     )
@@ -76,7 +91,9 @@ def test_nothing_follows_eos(eos):
 
 
 def test_without_eos_every_token_counts():
-    tokens, mask = generate(counter, jnp.array([[0]]), 9, jax.random.key(0), temperature=0.0)
+    tokens, mask = generate(
+        counter, jnp.array([[0]]), 9, jax.random.key(0), temperature=0.0
+    )
     np.testing.assert_array_equal(tokens[0], np.arange(9) % 8)
     assert mask.all()
 
@@ -90,9 +107,9 @@ N = 20_000
 
 
 def frequencies(**kwargs):
-    drawn = jax.jit(lambda key: draw(jnp.broadcast_to(LOGITS, (N, 5)), key, **kwargs))(
-        jax.random.key(0)
-    )
+    drawn = jax.jit(
+        lambda key: draw(jnp.broadcast_to(LOGITS, (N, 5)), key, **kwargs)
+    )(jax.random.key(0))
     return np.bincount(np.asarray(drawn), minlength=5) / N
 
 
@@ -106,7 +123,10 @@ def frequencies(**kwargs):
         ({"top_p": 0.3}, [1]),
         ({"top_p": 0.6}, [1, 3]),
         ({"top_p": 0.7}, [1, 3, 4]),
-        ({"top_k": 2, "top_p": 0.6}, [1]),  # of the two kept, 0.4 / 0.65 = 0.615 reaches it alone
+        (
+            {"top_k": 2, "top_p": 0.6},
+            [1],
+        ),  # of the two kept, 0.4 / 0.65 = 0.615 reaches it alone
         ({"top_k": 2, "top_p": 0.62}, [1, 3]),
     ],
 )
@@ -127,7 +147,9 @@ def test_every_law_is_drawn_from(size):
     logits = np.random.default_rng(size).standard_normal(size).astype(np.float32)
     logits[np.arange(size) % 3 == 1] = -np.inf
     law = np.exp(logits) / np.exp(logits).sum()
-    some = jax.jit(lambda key: draw(jnp.broadcast_to(jnp.asarray(logits), (N, size)), key))
+    some = jax.jit(
+        lambda key: draw(jnp.broadcast_to(jnp.asarray(logits), (N, size)), key)
+    )
     drawn = np.concatenate([some(jax.random.key(i)) for i in range(40)])
     rows = 40 * N
     counts = np.bincount(np.asarray(drawn), minlength=size)
@@ -141,13 +163,17 @@ def test_every_law_is_drawn_from(size):
 @pytest.mark.parametrize("number", [0.0, 1.0 - 2.0**-23])
 def test_extreme_numbers_stay_inside(number):
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 0.0, -jnp.inf, -jnp.inf]])
-    assert int(pick(logits, jnp.full((2, 1), number, jnp.float32))[0]) == (1 if number == 0 else 3)
+    assert int(pick(logits, jnp.full((2, 1), number, jnp.float32))[0]) == (
+        1 if number == 0 else 3
+    )
 
 
 def test_temperature_sharpens():
     law = np.exp(2 * np.asarray(LOGITS))
     law /= law.sum()
-    assert (np.abs(frequencies(temperature=0.5) - law) <= 5 * np.sqrt(law * (1 - law) / N)).all()
+    assert (
+        np.abs(frequencies(temperature=0.5) - law) <= 5 * np.sqrt(law * (1 - law) / N)
+    ).all()
     assert frequencies(temperature=0.0)[1] == 1.0
 
 
@@ -170,17 +196,34 @@ def test_responses_take_the_places_of_the_datas():
         "mask": jnp.array([[0.0, 1, 1, 1, 0], [0, 1, 1, 1, 1]]),
     }
     out = respond(
-        counter, batch, jax.random.key(0), copies=2, prompt_length=2, temperature=0.0, eos=5, pad=9
+        counter,
+        batch,
+        jax.random.key(0),
+        copies=2,
+        prompt_length=2,
+        temperature=0.0,
+        eos=5,
+        pad=9,
     )
-    np.testing.assert_array_equal(out["tokens"], [[0, 1, 2, 3, 4]] * 2 + [[3, 4, 5, 9, 9]] * 2)
-    np.testing.assert_array_equal(out["mask"], [[0, 0, 1, 1, 1]] * 2 + [[0, 0, 1, 0, 0]] * 2)
-    np.testing.assert_array_equal(out["segments"], [[1, 1, 1, 1, 1]] * 2 + [[1, 1, 1, 0, 0]] * 2)
+    np.testing.assert_array_equal(
+        out["tokens"], [[0, 1, 2, 3, 4]] * 2 + [[3, 4, 5, 9, 9]] * 2
+    )
+    np.testing.assert_array_equal(
+        out["mask"], [[0, 0, 1, 1, 1]] * 2 + [[0, 0, 1, 0, 0]] * 2
+    )
+    np.testing.assert_array_equal(
+        out["segments"], [[1, 1, 1, 1, 1]] * 2 + [[1, 1, 1, 0, 0]] * 2
+    )
     np.testing.assert_array_equal(out["group"], [0, 0, 1, 1])
     np.testing.assert_array_equal(out["answer"], jnp.repeat(batch["tokens"], 2, 0))
-    np.testing.assert_array_equal(out["answer_mask"], [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2)
+    np.testing.assert_array_equal(
+        out["answer_mask"], [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2
+    )
     again = respond(counter, out, jax.random.key(0), prompt_length=2, temperature=0.0)
     np.testing.assert_array_equal(
         again["answer"], out["answer"]
     )  # the data's own, not the last response
-    with pytest.raises(Refused, match=r"method.prompt_length=0: the data has no prompts"):
+    with pytest.raises(
+        Refused, match=r"method.prompt_length=0: the data has no prompts"
+    ):
         respond(counter, batch, jax.random.key(0))

@@ -21,7 +21,11 @@ def test_shares_of_both(keep, kernel, b):
     np.testing.assert_array_equal(mixed["fake"]["b"], b)
 
 
-@pytest.mark.parametrize("other", [{"b": STUDENT["b"]}, {**STUDENT, "b": jnp.zeros(2)}])
+@pytest.mark.parametrize(
+    "other", [{"b": STUDENT["b"]}, {**STUDENT, "b": jnp.zeros(2)}]
+)
 def test_other_weights_are_refused(other):
-    with pytest.raises(Refused, match=r"^roles.fake: .* roles.student; expected the same model"):
+    with pytest.raises(
+        Refused, match=r"^roles.fake: .* roles.student; expected the same model"
+    ):
         mix({"fake": FAKE, "student": other}, "fake", "student", 0.9)

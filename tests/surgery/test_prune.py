@@ -26,7 +26,10 @@ def params():
 
 def edit(params, **changes):
     """Blocks with some kernels passed through functions."""
-    blocks = {name: {"kernel": f(params["blocks"][name]["kernel"])} for name, f in changes.items()}
+    blocks = {
+        name: {"kernel": f(params["blocks"][name]["kernel"])}
+        for name, f in changes.items()
+    }
     return {**params, "blocks": {**params["blocks"], **blocks}}
 
 
@@ -36,23 +39,35 @@ def logits(net, params):
 
 def test_influence_is_one_minus_the_cosine_of_features(params):
     influence, _ = importance(NET, params, BATCH)
-    _, features = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3)))(params)
+    _, features = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3)))(
+        params
+    )
     embedded = np.asarray(params["embed"]["embedding"])[BATCH["tokens"]]
     features = [embedded, *map(np.asarray, features)]
     for i, (a, b) in enumerate(zip(features, features[1:])):
-        cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+        cosine = (
+            (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+        )
         np.testing.assert_allclose(influence[i], 1 - cosine.mean(), atol=1e-5)
 
 
 def test_neurons_by_hand_in_the_first_layer(params):
-    still = edit(params, to_out=jnp.zeros_like)  # then the first MLP sees the embedding
+    still = edit(
+        params, to_out=jnp.zeros_like
+    )  # then the first MLP sees the embedding
     x = np.asarray(params["embed"]["embedding"])[BATCH["tokens"]]
     first = jax.tree.map(lambda w: np.asarray(w[0]), params["blocks"])
-    h = x / np.sqrt((x**2).mean(-1, keepdims=True) + CFG.norm_eps) * first["norm_mlp"]["scale"]
+    h = (
+        x
+        / np.sqrt((x**2).mean(-1, keepdims=True) + CFG.norm_eps)
+        * first["norm_mlp"]["scale"]
+    )
     gate = h @ first["gate"]["kernel"]
     up = h @ first["up"]["kernel"]
     expected = np.sqrt((np.abs(gate / (1 + np.exp(-gate)) * up).mean(1) ** 2).sum(0))
-    np.testing.assert_allclose(importance(NET, still, BATCH)[1][0], expected, rtol=1e-4)
+    np.testing.assert_allclose(
+        importance(NET, still, BATCH)[1][0], expected, rtol=1e-4
+    )
 
 
 def test_padding_does_not_count(params):
@@ -65,7 +80,9 @@ def test_padding_does_not_count(params):
 
 
 def test_a_layer_that_does_nothing_goes_first(params):
-    idle = edit(params, to_out=lambda w: w.at[2].set(0), down=lambda w: w.at[2].set(0))
+    idle = edit(
+        params, to_out=lambda w: w.at[2].set(0), down=lambda w: w.at[2].set(0)
+    )
     assert abs(importance(NET, idle, BATCH)[0][2]) <= 1e-6
     net, small = prune(NET, idle, BATCH, depth=3)
     assert net.config == dataclasses.replace(CFG, depth=3)
@@ -89,11 +106,15 @@ def test_neurons_of_an_mlp_without_a_gate():
     params = jax.tree.map(
         lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
     )
-    kept = jnp.sort(jnp.stack([jnp.asarray(rng.permutation(12)[:7]) for _ in range(2)]), -1)
+    kept = jnp.sort(
+        jnp.stack([jnp.asarray(rng.permutation(12)[:7]) for _ in range(2)]), -1
+    )
     read = jnp.zeros((2, 12, 1)).at[jnp.arange(2)[:, None], kept].set(1.0)
     params["blocks"]["down"]["kernel"] *= read
     small, found = keep_neurons(net, params, kept)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(lambda s: s.shape, small.shapes)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(
+        lambda s: s.shape, small.shapes
+    )
     np.testing.assert_allclose(logits(small, found), logits(net, params), atol=1e-5)
 
 
@@ -108,7 +129,10 @@ def test_what_is_kept_is_bit_for_bit_what_it_was(params):
     net, small = keep_neurons(NET, params, neurons)
     for layer in range(4):
         for name, axis in (("gate", 1), ("up", 1), ("down", 0)):
-            before, kept = (np.asarray(p["blocks"][name]["kernel"])[layer] for p in (params, small))
+            before, kept = (
+                np.asarray(p["blocks"][name]["kernel"])[layer]
+                for p in (params, small)
+            )
             np.testing.assert_array_equal(kept, before.take(neurons[layer], axis))
     assert {k: v.shape for k, v in paths(small).items()} == {
         k: v.shape for k, v in paths(net.shapes).items()
@@ -120,7 +144,9 @@ def test_both_at_once_rank_the_whole_model(params):
     net, small = prune(NET, params, BATCH, depth=2, mlp=5)
     layers = np.sort(np.argsort(-np.asarray(influence))[:2])
     columns = np.sort(np.argsort(-np.asarray(neurons))[:, :5])
-    expected = keep_layers(*keep_neurons(NET, params, jnp.asarray(columns)), jnp.asarray(layers))
+    expected = keep_layers(
+        *keep_neurons(NET, params, jnp.asarray(columns)), jnp.asarray(layers)
+    )
     assert net.config == expected[0].config
     jax.tree.map(np.testing.assert_array_equal, small, expected[1])
 

@@ -12,15 +12,22 @@ from jaxdistill.run.experiment import Experiment
 from tools import ablations
 from tools.reproduce import TOYS
 
-CHANGES = [(name, change) for name, path in TOYS.items() for change in ablations.of(path)]
+CHANGES = [
+    (name, change) for name, path in TOYS.items() for change in ablations.of(path)
+]
 
 
 @pytest.mark.parametrize("name, change", CHANGES)
 def test_every_change_builds(name, change, tmp_path):
     plain, other = (
-        ablations.toy(TOYS[name], 1, 2, words) for words in ((), ablations.of(TOYS[name])[change])
+        ablations.toy(TOYS[name], 1, 2, words)
+        for words in ((), ablations.of(TOYS[name])[change])
     )
-    assert other.seed == 1 and other.data.seed == 2 and other.claim.better == plain.claim.better
+    assert (
+        other.seed == 1
+        and other.data.seed == 2
+        and other.claim.better == plain.claim.better
+    )
     assert other.to_json() != plain.to_json()
     method = Experiment(other, tmp_path).method
     roles = Experiment(other, tmp_path).roles
@@ -34,7 +41,12 @@ def report(value: float):
     ]
     return {
         "models": rows,
-        "claim": {"metric": "energy", "better": "lower", "value": value, "ratio": value / 2.0},
+        "claim": {
+            "metric": "energy",
+            "better": "lower",
+            "value": value,
+            "ratio": value / 2.0,
+        },
     }
 
 
@@ -55,9 +67,16 @@ def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeyp
     monkeypatch.setattr(
         ablations, "of", lambda path: {"a shorter path": ("method.record_every=20",)}
     )
-    page = ablations.run({"disback": TOYS["disback"]}, [(0, 0), (1, 1)], tmp_path / "runs")
+    page = ablations.run(
+        {"disback": TOYS["disback"]}, [(0, 0), (1, 1)], tmp_path / "runs"
+    )
     own = [tmp_path / "runs" / f"disback_{seed}_{seed}" for seed in (0, 1)]
-    assert seen == [(False, 0, []), (True, 0, [own[0]]), (False, 1, []), (True, 1, [own[1]])]
+    assert seen == [
+        (False, 0, []),
+        (True, 0, [own[0]]),
+        (False, 1, []),
+        (True, 1, [own[1]]),
+    ]
     rows = json.loads((tmp_path / "ablations.json").read_text())
     assert [(r["seed"], r["value"], r["changed_value"]) for r in rows] == [
         (0, 0.2, 0.1),
@@ -73,5 +92,7 @@ def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeyp
 
 
 def test_a_toy_whose_config_names_no_changes_is_refused(tmp_path):
-    with pytest.raises(Refused, match=r"--only=kd: no ABLATIONS in configs/toy/kd.py"):
+    with pytest.raises(
+        Refused, match=r"--only=kd: no ABLATIONS in configs/toy/kd.py"
+    ):
         ablations.run({"kd": TOYS["kd"]}, [(0, 0)], tmp_path)

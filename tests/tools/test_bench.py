@@ -49,7 +49,10 @@ def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
             rows = bench.alone(case, steps=2, rounds=3, trace="")
         assert [row["turns"] for row in rows] == ["0+1", "0"]
         for row, by_role in zip(rows, case.programs.patterns.values(), strict=True):
-            assert row["lowest"] <= row["ms"] <= row["highest"] and row["planned_GiB"] > 0
+            assert (
+                row["lowest"] <= row["ms"] <= row["highest"]
+                and row["planned_GiB"] > 0
+            )
             assert row["model_Tflop"] == sum(by_role.values()) / 1e12 > 0
             if known:
                 assert row["mfu_%"] == pytest.approx(

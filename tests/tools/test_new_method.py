@@ -43,13 +43,17 @@ def test_every_family_of_methods_has_a_skeleton():
     }
     assert folders == set(FAMILIES)
     for family in FAMILIES:
-        assert {p.name for p in new_method.SKELETONS[family].glob("*.py")} == set(new_method.PLACES)
+        assert {p.name for p in new_method.SKELETONS[family].glob("*.py")} == set(
+            new_method.PLACES
+        )
 
 
 def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
     """Toys, tests and ruff of all families, in a copy of the project and a process of its own."""
     for part in ("jaxdistill", "configs", "tools", "launch"):
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shared = ("conftest.py", "typed.py", "times.py", "methods/conftest.py")
     for file in ("pyproject.toml", *(f"tests/{name}" for name in shared)):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,13 @@ def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(new_method, "ROOT", tmp_path)
     for family in FAMILIES:
         new_method.new_method(
-            [family, f"new_{family}", f"New{family.title()}", f"A method, {family}'s", "2601.12345"]
+            [
+                family,
+                f"new_{family}",
+                f"New{family.title()}",
+                f"A method, {family}'s",
+                "2601.12345",
+            ]
         )
     written = [tmp_path / line for line in capsys.readouterr().out.split()]
     assert len(written) == len(set(written)) == len(FAMILIES) * len(new_method.PLACES)
@@ -67,7 +77,9 @@ def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
         for word in ("my_method", "MyMethod", "My method", "2601.00000"):
             assert word not in text
     (tmp_path / "tests/test_toys.py").write_text(TOYS.format(families=FAMILIES))
-    tests = [str(path) for path in written if "tests" in path.parts] + ["tests/test_toys.py"]
+    tests = [str(path) for path in written if "tests" in path.parts] + [
+        "tests/test_toys.py"
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=tmp_path,
@@ -80,7 +92,10 @@ def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
     assert ruff, "ruff is missing: pip install -e '.[dev]'"
     for command in (["check"], ["format", "--check"]):
         done = subprocess.run(
-            [ruff, *command, "--no-cache", *written], cwd=tmp_path, capture_output=True, text=True
+            [ruff, *command, "--no-cache", *written],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stdout
 
@@ -116,7 +131,11 @@ GOOD = ["language", "some_method", "SomeMethod", "Some method", "2601.12345"]
         (2, "someMethod", "ClassName="),
         (2, "Some Method", "ClassName="),
         (2, "True", "ClassName="),
-        (2, "Method", "ClassName=Method: the skeleton of language has something of that name"),
+        (
+            2,
+            "Method",
+            "ClassName=Method: the skeleton of language has something of that name",
+        ),
         (2, "Some\n", "ClassName="),
         (3, 'Some """ method', "Title="),
         (3, "Some\nmethod", "Title="),
@@ -125,7 +144,11 @@ GOOD = ["language", "some_method", "SomeMethod", "Some method", "2601.12345"]
         (3, " ", "Title="),
         (4, "2601.1234", "arXiv-id="),
         (4, "arXiv:2601.12345", "arXiv-id="),
-        (4, "--force", "unknown argument --force; expected FAMILY NAME ClassName Title arXiv-id"),
+        (
+            4,
+            "--force",
+            "unknown argument --force; expected FAMILY NAME ClassName Title arXiv-id",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(root, place, word, says):
@@ -144,12 +167,18 @@ def test_the_number_of_arguments(root, argv):
 
 @pytest.mark.parametrize("part", new_method.PLACES)
 def test_nothing_that_exists_is_replaced(root, part):
-    there = root / new_method.PLACES[part].format(family="language", name="some_method")
+    there = root / new_method.PLACES[part].format(
+        family="language", name="some_method"
+    )
     there.parent.mkdir(parents=True)
     there.write_text("mine")
-    with pytest.raises(Refused, match=f"NAME=some_method: {there.relative_to(root)} exists"):
+    with pytest.raises(
+        Refused, match=f"NAME=some_method: {there.relative_to(root)} exists"
+    ):
         new_method.new_method(GOOD)
-    assert [p for p in root.rglob("*") if p.is_file()] == [there] and there.read_text() == "mine"
+    assert [p for p in root.rglob("*") if p.is_file()] == [
+        there
+    ] and there.read_text() == "mine"
 
 
 def test_a_folder_that_takes_no_files_leaves_none(root):

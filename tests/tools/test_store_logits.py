@@ -55,10 +55,13 @@ def place(tmp_path_factory):
     letters = np.random.default_rng(0).integers(97, 105, 700, np.uint8)
     (folder / "text.txt").write_bytes(bytes(letters))
     (folder / "config.py").write_text(CONFIG)
-    teacher = make_net(config := LM(vocab=259, dim=12, mlp=16, heads=2, depth=1), config=config)
+    teacher = make_net(
+        config := LM(vocab=259, dim=12, mlp=16, heads=2, depth=1), config=config
+    )
     rng = np.random.default_rng(1)
     weights = jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), teacher.shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        teacher.shapes,
     )
     interop.save(folder / "teacher", teacher, weights)
     return folder
@@ -100,22 +103,41 @@ def test_holds_every_row_once_beside_the_teachers_law(place, whole):
         rows = text.examples(split)
         stored = data.examples(split)
         assert len(stored) == len(rows) > 4
-        np.testing.assert_array_equal([r["tokens"] for r in stored], [r["tokens"] for r in rows])
-        np.testing.assert_array_equal([r["mask"] for r in stored], [r["mask"] for r in rows])
+        np.testing.assert_array_equal(
+            [r["tokens"] for r in stored], [r["tokens"] for r in rows]
+        )
+        np.testing.assert_array_equal(
+            [r["mask"] for r in stored], [r["mask"] for r in rows]
+        )
         tokens = np.stack([row["tokens"] for row in rows])
         law = np.asarray(jax.nn.log_softmax(jax.jit(net.apply)(params, tokens)))
         ids, log_probs, log_tail = (
-            np.stack([r[f"teacher_{k}"] for r in stored]) for k in ("ids", "log_probs", "log_tail")
+            np.stack([r[f"teacher_{k}"] for r in stored])
+            for k in ("ids", "log_probs", "log_tail")
         )
-        np.testing.assert_array_equal(np.sort(ids), np.sort(np.argsort(-law)[..., :5]))
-        np.testing.assert_allclose(log_probs, np.take_along_axis(law, ids, -1), atol=1e-5)
-        np.testing.assert_allclose(np.exp(log_probs).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-5)
-    assert data.store["vocab"] == 259 and data.spec()["teacher_ids"].shape == (4, 12, 5)
+        np.testing.assert_array_equal(
+            np.sort(ids), np.sort(np.argsort(-law)[..., :5])
+        )
+        np.testing.assert_allclose(
+            log_probs, np.take_along_axis(law, ids, -1), atol=1e-5
+        )
+        np.testing.assert_allclose(
+            np.exp(log_probs).sum(-1) + np.exp(log_tail), 1.0, rtol=1e-5
+        )
+    assert data.store["vocab"] == 259 and data.spec()["teacher_ids"].shape == (
+        4,
+        12,
+        5,
+    )
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "hard_weight"), [(ForwardKL(), 0.0), (JensenShannon(), 0.5)])
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float16", 2.0**-11)])
+@pytest.mark.parametrize(
+    ("kind", "hard_weight"), [(ForwardKL(), 0.0), (JensenShannon(), 0.5)]
+)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("float32", 1e-5), ("float16", 2.0**-11)]
+)
 def test_learning_from_it_is_learning_from_the_teacher(
     place, whole, dtype, bound, kind, hard_weight
 ):
@@ -133,18 +155,24 @@ def test_learning_from_it_is_learning_from_the_teacher(
         bound = lambda p: method.loss(
             bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
         )
-        return jax.jit(lambda p: (jax.grad(lambda p: bound(p).loss)(p), bound(p)))(student)
+        return jax.jit(lambda p: (jax.grad(lambda p: bound(p).loss)(p), bound(p)))(
+            student
+        )
 
     common = dict(divergence=kind, hard_weight=hard_weight)
     got_grad, got = run(StoredKD(**common), {"student": STUDENT}, {})
     grad, live = run(
-        KD(top_k=5, **common), {"student": STUDENT, "teacher": teacher}, {"teacher": weights}
+        KD(top_k=5, **common),
+        {"student": STUDENT, "teacher": teacher},
+        {"teacher": weights},
     )
     assert got.count == live.count and got.metrics["divergence"] >= 0
     scale = bound * 10 * float(live.count)  # log-probabilities reach -10
     np.testing.assert_allclose(got.loss, live.loss, atol=scale)
     for a, b in zip(jax.tree.leaves(got_grad), jax.tree.leaves(grad)):
-        np.testing.assert_allclose(a, b, atol=scale * max(1.0, float(jnp.abs(b).max())))
+        np.testing.assert_allclose(
+            a, b, atol=scale * max(1.0, float(jnp.abs(b).max()))
+        )
 
 
 def test_rounded_laws_are_laws(place, whole):
@@ -167,12 +195,17 @@ def test_rounded_laws_are_laws(place, whole):
     )
 
 
-def test_a_killed_call_goes_on_without_making_anything_twice(place, whole, tmp_path, capsys):
+def test_a_killed_call_goes_on_without_making_anything_twice(
+    place, whole, tmp_path, capsys
+):
     out = tmp_path / "killed"
     argv = arguments(place, tmp_path / "killed", dtype="float32")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *argv], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SLOW, *argv],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.DEVNULL,
     )
     until = time.time() + 120
     while (
@@ -185,15 +218,23 @@ def test_a_killed_call_goes_on_without_making_anything_twice(place, whole, tmp_p
     child.wait()
     made = {f.name: f.stat().st_mtime_ns for f in out.glob("*.arrayrecord")}
     assert 3 <= len(made) < len(contents(whole)) - 1
-    with pytest.raises(Refused, match=r"\d of 8 train files; tools/store_logits.py goes on"):
+    with pytest.raises(
+        Refused, match=r"\d of 8 train files; tools/store_logits.py goes on"
+    ):
         StoredLogits(path=str(out)).loader()
     (out / ".train-00005.arrayrecord.99").write_bytes(b"half")
     store_logits.store(argv)
-    assert all((out / name).stat().st_mtime_ns == before for name, before in made.items())
+    assert all(
+        (out / name).stat().st_mtime_ns == before for name, before in made.items()
+    )
     assert contents(out).keys() == contents(whole).keys()
     for split in ("train", "test"):
-        again, expected = (StoredLogits(path=str(f)).examples(split) for f in (out, whole))
-        np.testing.assert_array_equal([r["tokens"] for r in again], [r["tokens"] for r in expected])
+        again, expected = (
+            StoredLogits(path=str(f)).examples(split) for f in (out, whole)
+        )
+        np.testing.assert_array_equal(
+            [r["tokens"] for r in again], [r["tokens"] for r in expected]
+        )
         np.testing.assert_allclose(
             [r["teacher_log_probs"] for r in again],
             [r["teacher_log_probs"] for r in expected],
@@ -233,14 +274,20 @@ def test_sets_without_end(tmp_path):
     exact = build.build(_command.load_config("configs/toy/kd.py").data)
     rows = np.stack([r["tokens"] for r in data.examples("train")])
     np.testing.assert_array_equal(
-        rows, np.concatenate([exact.batch(i, slice(None))["tokens"] for i in range(3)])[:70]
+        rows,
+        np.concatenate([exact.batch(i, slice(None))["tokens"] for i in range(3)])[
+            :70
+        ],
     )
     np.testing.assert_array_equal(
-        np.stack([r["tokens"] for r in data.examples("test")]), exact.evaluation(9)["tokens"]
+        np.stack([r["tokens"] for r in data.examples("test")]),
+        exact.evaluation(9)["tokens"],
     )
     law = jax.nn.log_softmax(exact.net().apply({}, rows[:1]) / 2)
     np.testing.assert_allclose(
-        data.examples("train")[0]["teacher_log_probs"][:, 0], law.max(-1)[0], rtol=2.0**-10
+        data.examples("train")[0]["teacher_log_probs"][:, 0],
+        law.max(-1)[0],
+        rtol=2.0**-10,
     )
 
 
@@ -251,9 +298,9 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
         config.method = build.plain(StoredKD(hard_weight=0.1))
         config.evaluation = build.plain(TextEval(samples=4, batch=4, prompt_length=2))
     report = loop.run(config, tmp_path / "run", progress=False)
-    assert [r["name"] for r in report["models"]] == ["student"] and report["models"][0][
-        "perplexity"
-    ] > 1
+    assert [r["name"] for r in report["models"]] == ["student"] and report["models"][
+        0
+    ]["perplexity"] > 1
     for change, said in [
         (
             {"temperature": 2.0},
@@ -291,7 +338,10 @@ REFUSALS = [
     ({"splits": ""}, "--splits=''"),
     ({"file_batches": 0}, "--file_batches=0"),
     ({"out": "BELOW"}, "text.txt is no folder"),
-    ({"out": "gs://bucket/store"}, "gs:// is not supported, expected a folder of this machine"),
+    (
+        {"out": "gs://bucket/store"},
+        "gs:// is not supported, expected a folder of this machine",
+    ),
     ({"teacher": "PLACE"}, "store"),
     ({"splits": "train,tests"}, "did you mean 'test'"),
     ({"rows": "many"}, "--rows=many"),
@@ -310,8 +360,12 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), REFUSALS, ids=[said for _, said in REFUSALS])
-def test_bad_input_is_one_line(place, whole, tmp_path, capsys, monkeypatch, changes, said):
+@pytest.mark.parametrize(
+    ("changes", "said"), REFUSALS, ids=[said for _, said in REFUSALS]
+)
+def test_bad_input_is_one_line(
+    place, whole, tmp_path, capsys, monkeypatch, changes, said
+):
     before = contents(whole)
     names = {
         "WHOLE": whole,
@@ -338,7 +392,11 @@ def test_bad_input_is_one_line(place, whole, tmp_path, capsys, monkeypatch, chan
 def test_sets_without_end_say_so(tmp_path):
     with pytest.raises(Refused, match="Markov makes samples without end"):
         store_logits.store(
-            ["--config=configs/toy/kd.py", f"--out={tmp_path / 'out'}", "--config.mesh.fsdp=1"]
+            [
+                "--config=configs/toy/kd.py",
+                f"--out={tmp_path / 'out'}",
+                "--config.mesh.fsdp=1",
+            ]
         )
 
 
@@ -354,7 +412,9 @@ def test_pictures_are_refused(tmp_path):
         )
 
 
-@pytest.mark.parametrize(("text", "said"), [(None, "no store.json"), ("{", "store.json: not JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"), [(None, "no store.json"), ("{", "store.json: not JSON")]
+)
 def test_other_folders_are_no_stores(tmp_path, text, said):
     if text is not None:
         (tmp_path / "store.json").write_text(text)

@@ -26,7 +26,9 @@ VARIANTS = {
 }
 # the first of each suite in the first tier
 CASES = [
-    pytest.param(name, variant, marks=() if variant == variants[0] else pytest.mark.full)
+    pytest.param(
+        name, variant, marks=() if variant == variants[0] else pytest.mark.full
+    )
     for name, variants in VARIANTS.items()
     for variant in variants
 ]
@@ -48,7 +50,10 @@ def shared(tmp_path_factory, files):
             net = Experiment(made, where).nets["student"]
             where.mkdir(parents=True)
             (where / "config.json").write_text(made.to_json())
-            save_params(where / "stages" / "0", {"student": jax.jit(net.init)(jax.random.key(0))})
+            save_params(
+                where / "stages" / "0",
+                {"student": jax.jit(net.init)(jax.random.key(0))},
+            )
     return folder
 
 
@@ -108,9 +113,12 @@ def run_folder(folder, method, seed, *, steps, speed, perplexity):
     report = {"steps": steps, "models": models, "config": config}
     (where / "report.json").write_text(json.dumps(report))
     speeds = [
-        {"step": i, "perf/steps_per_second": s} for i, s in enumerate((speed / 10, speed, speed))
+        {"step": i, "perf/steps_per_second": s}
+        for i, s in enumerate((speed / 10, speed, speed))
     ]
-    (where / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in speeds))
+    (where / "metrics.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in speeds)
+    )
     (where / "process.json").write_text('{"peak_bytes": 1048576}')
 
 
@@ -130,24 +138,37 @@ def test_seconds_of_the_clock(tmp_path, monkeypatch):
     run_folder(tmp_path / "timed", "sft", 0, steps=800, speed=20, perplexity=2.5)
     text = suites.write("lm", tmp_path, {"sft": 0, "gkd": 1}).read_text()
     equal, timed = text.split("## Equal seconds, those of `gkd`")
-    assert "| sft | 3 |" in equal and "| sft | 2.5 |" in timed and "| gkd | 2 |" in timed
-    assert f"| 200 | 0.1 | {suite.tokens / 0.1:,.0f} |" in equal and "| 400 |" in timed
-    again = suites.write("lm", tmp_path / "elsewhere", {"sft": 0, "gkd": 1}).read_text()
+    assert (
+        "| sft | 3 |" in equal and "| sft | 2.5 |" in timed and "| gkd | 2 |" in timed
+    )
+    assert (
+        f"| 200 | 0.1 | {suite.tokens / 0.1:,.0f} |" in equal and "| 400 |" in timed
+    )
+    again = suites.write(
+        "lm", tmp_path / "elsewhere", {"sft": 0, "gkd": 1}
+    ).read_text()
     assert again == text  # rows of earlier calls are kept
 
 
 @pytest.mark.slow
 def test_a_suite_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "OUT", tmp_path / "results")
-    page = suites.run("lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"])
+    page = suites.run(
+        "lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"]
+    )
     text = page.read_text()
     assert "| sft |" in text and "| forward_kl |" in text and "| teacher |" in text
     assert "## Equal seconds" not in text  # nobody ran the clock's method
     found = json.loads(page.with_suffix(".json").read_text())
     assert {r["method"] for r in found} == {"teacher", "start", "sft", "forward_kl"}
     assert (
-        all(r["peak_bytes"] > 1e8 for r in found) and page.with_suffix(".png").stat().st_size > 5000
+        all(r["peak_bytes"] > 1e8 for r in found)
+        and page.with_suffix(".png").stat().st_size > 5000
     )
     before = {p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")}
-    suites.run("lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"])
-    assert before == {p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")}
+    suites.run(
+        "lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"]
+    )
+    assert before == {
+        p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")
+    }

@@ -70,7 +70,10 @@ def _family(name: str, config: type[Bert], *ignored: str) -> Family:
         model_type="bert",
         keys=(*KEYS, *labels()) if config is BertClassifier else KEYS,
         table=table,
-        ignored=(r"(bert\.)?embeddings\.position_ids", *ignored),  # a constant in old files
+        ignored=(
+            r"(bert\.)?embeddings\.position_ids",
+            *ignored,
+        ),  # a constant in old files
         renamed=(
             (r"LayerNorm\.gamma$", "LayerNorm.weight"),
             (r"LayerNorm\.beta$", "LayerNorm.bias"),
@@ -83,7 +86,12 @@ def _family(name: str, config: type[Bert], *ignored: str) -> Family:
 FAMILY = _family("BertModel", Bert)
 # the released files hold both heads of pretraining
 MASKED = dataclasses.replace(
-    _family("BertForMaskedLM", MaskedBert, r"bert\.pooler\..*", r"cls\.seq_relationship\..*"),
+    _family(
+        "BertForMaskedLM",
+        MaskedBert,
+        r"bert\.pooler\..*",
+        r"cls\.seq_relationship\..*",
+    ),
     tied=TIED,
 )
 CLASSIFIER = _family("BertForSequenceClassification", BertClassifier)

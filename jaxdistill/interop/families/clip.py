@@ -44,7 +44,10 @@ VISION = (
 def text_table(cfg: ClipText) -> tuple[Row, ...]:
     rows = (
         Row("embed/embedding", "text_model.embeddings.token_embedding.weight"),
-        Row("embed_position/embedding", "text_model.embeddings.position_embedding.weight"),
+        Row(
+            "embed_position/embedding",
+            "text_model.embeddings.position_embedding.weight",
+        ),
         *_blocks("text_model"),
         *norm("norm", "text_model.final_layer_norm"),
     )
@@ -55,7 +58,10 @@ def vision_table(cfg: ClipVision) -> tuple[Row, ...]:
     rows = (
         Row("token", "vision_model.embeddings.class_embedding"),
         *linear(
-            "patch_embed", "vision_model.embeddings.patch_embedding", patches(cfg.patch), bias=False
+            "patch_embed",
+            "vision_model.embeddings.patch_embedding",
+            patches(cfg.patch),
+            bias=False,
         ),
         Row("positions", "vision_model.embeddings.position_embedding.weight"),
         *norm("norm_in", "vision_model.pre_layrnorm"),  # the spelling of transformers
@@ -110,7 +116,9 @@ def _family(name: str, config: type, side: str) -> Family:
 TEXT_TOWER = _family("CLIPTextModel", ClipText, "text")
 TEXT_PROJECTED = _family("CLIPTextModelWithProjection", ClipTextProjected, "text")
 VISION_TOWER = _family("CLIPVisionModel", ClipVision, "vision")
-VISION_PROJECTED = _family("CLIPVisionModelWithProjection", ClipVisionProjected, "vision")
+VISION_PROJECTED = _family(
+    "CLIPVisionModelWithProjection", ClipVisionProjected, "vision"
+)
 
 
 def _joint(tower: Family, side: str, other: str) -> Family:

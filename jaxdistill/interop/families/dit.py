@@ -48,8 +48,16 @@ def table(cfg: DiT) -> tuple[Row, ...]:
     return (
         Row("patch_embed/kernel", "pos_embed.proj.weight", patches(cfg.patch)),
         Row("patch_embed/bias", "pos_embed.proj.bias"),
-        *linear("time_embed/linear_1", embed + "timestep_embedder.linear_1", copies=cfg.depth),
-        *linear("time_embed/linear_2", embed + "timestep_embedder.linear_2", copies=cfg.depth),
+        *linear(
+            "time_embed/linear_1",
+            embed + "timestep_embedder.linear_1",
+            copies=cfg.depth,
+        ),
+        *linear(
+            "time_embed/linear_2",
+            embed + "timestep_embedder.linear_2",
+            copies=cfg.depth,
+        ),
         Row(
             "label_embed/embedding",
             embed + "class_embedder.embedding_table.weight",

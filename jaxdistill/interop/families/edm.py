@@ -25,7 +25,16 @@ from jaxdistill.interop.keys import (
     one_of,
     same,
 )
-from jaxdistill.interop.tables import CONV, POINT, Family, Row, linear, literal, norm, shell
+from jaxdistill.interop.tables import (
+    CONV,
+    POINT,
+    Family,
+    Row,
+    linear,
+    literal,
+    norm,
+    shell,
+)
 from jaxdistill.models.denoisers.edm import DhariwalUNet, EDMUNet, SongUNet
 
 
@@ -36,7 +45,9 @@ def _mirrored(filter: list[float], config: Config) -> tuple[float, ...]:
     return tuple(filter)
 
 
-def _shared(width: int, multiples: list[int], blocks: int, attention: list[int]) -> tuple[Key, ...]:
+def _shared(
+    width: int, multiples: list[int], blocks: int, attention: list[int]
+) -> tuple[Key, ...]:
     """The keys of both classes, with the defaults of one."""
     return (
         same("size", "img_resolution"),
@@ -131,9 +142,13 @@ def _rows(cfg: EDMUNet) -> Iterator[Row]:
     now = cfg.width if song else cfg.widths[0]
     for i, width in enumerate(cfg.widths):
         if i:
-            yield from _block(f"down/{i}/move", at("enc", i) + "down", skip=cfg.project)
+            yield from _block(
+                f"down/{i}/move", at("enc", i) + "down", skip=cfg.project
+            )
             if song and cfg.residual:
-                yield from linear(f"down/{i}/image", at("enc", i) + "aux_residual", CONV)
+                yield from linear(
+                    f"down/{i}/image", at("enc", i) + "aux_residual", CONV
+                )
         for j in range(cfg.blocks):
             yield from _block(
                 f"down/{i}/blocks/{j}",
@@ -146,18 +161,25 @@ def _rows(cfg: EDMUNet) -> Iterator[Row]:
         yield from _block(f"mid/{j}", at("dec", top) + f"in{j}", attend=j == 0)
     for place, i in enumerate(reversed(range(top + 1))):
         if place:
-            yield from _block(f"up/{place}/move", at("dec", i) + "up", skip=cfg.project)
+            yield from _block(
+                f"up/{place}/move", at("dec", i) + "up", skip=cfg.project
+            )
         for j in range(cfg.blocks + 1):
             attend = cfg.attends(i) and (cfg.all_up or j == cfg.blocks)
             yield from _block(
-                f"up/{place}/blocks/{j}", at("dec", i) + f"block{j}", skip=True, attend=attend
+                f"up/{place}/blocks/{j}",
+                at("dec", i) + f"block{j}",
+                skip=True,
+                attend=attend,
             )
     out = at("dec", 0) + "aux_" if song else "model.out_"
     yield from norm("norm_out", out + "norm")
     yield from linear("conv_out", out + "conv", CONV)
 
 
-def _block(path: str, name: str, *, skip: bool = False, attend: bool = False) -> Iterator[Row]:
+def _block(
+    path: str, name: str, *, skip: bool = False, attend: bool = False
+) -> Iterator[Row]:
     for i in (0, 1):
         yield from norm(f"{path}/norm{i}", f"{name}.norm{i}")
         yield from linear(f"{path}/conv{i}", f"{name}.conv{i}", CONV)
@@ -178,7 +200,11 @@ def constants(cfg: EDMUNet) -> dict[str, np.ndarray]:
     for row in _rows(cfg):
         head, _, end = row.name.rpartition(".")
         move = head.rpartition(".")[0]
-        if end == "weight" and head.endswith(".conv0") and move.endswith(("_down", "_up")):
+        if (
+            end == "weight"
+            and head.endswith(".conv0")
+            and move.endswith(("_down", "_up"))
+        ):
             found[f"{move}.conv0.resample_filter"] = kernel
             found[f"{move}.skip.resample_filter"] = kernel
         elif end == "weight" and head.endswith("_aux_residual"):

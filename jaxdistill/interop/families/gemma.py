@@ -10,7 +10,16 @@ from typing import Any
 
 from jaxdistill.core.types import Refused
 from jaxdistill.interop.families import llama
-from jaxdistill.interop.keys import Config, Field, Fixed, Read, Written, activation, optional, same
+from jaxdistill.interop.keys import (
+    Config,
+    Field,
+    Fixed,
+    Read,
+    Written,
+    activation,
+    optional,
+    same,
+)
 from jaxdistill.interop.tables import Family, Row
 from jaxdistill.models.language.gemma import Gemma2, Gemma2Text
 
@@ -71,14 +80,23 @@ NORMS = {  # ours -> theirs
 
 def table(cfg: Gemma2, base: str = "model.") -> tuple[Row, ...]:
     """Llama's rows with four norms in each layer; `base` stands before PyTorch's names."""
-    rows = [row for row in llama.table(cfg) if not row.path.startswith("blocks/norm_")]
+    rows = [
+        row for row in llama.table(cfg) if not row.path.startswith("blocks/norm_")
+    ]
     for ours, theirs in NORMS.items():
-        rows.append(Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight"))
-    renamed = [dataclasses.replace(r, name=base + r.name.removeprefix("model.")) for r in rows]
+        rows.append(
+            Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight")
+        )
+    renamed = [
+        dataclasses.replace(r, name=base + r.name.removeprefix("model."))
+        for r in rows
+    ]
     return tuple(renamed)
 
 
-def _family(name: str, config: type[Gemma2], base: str, call: str, **more: Any) -> Family:
+def _family(
+    name: str, config: type[Gemma2], base: str, call: str, **more: Any
+) -> Family:
     return Family(
         name=name,
         library="transformers",
@@ -95,7 +113,11 @@ def _family(name: str, config: type[Gemma2], base: str, call: str, **more: Any) 
 
 
 FAMILY = _family(
-    "Gemma2ForCausalLM", Gemma2, "model.", "model.generate(tokens, max_new_tokens=64)", tied=TIED
+    "Gemma2ForCausalLM",
+    Gemma2,
+    "model.",
+    "model.generate(tokens, max_new_tokens=64)",
+    tied=TIED,
 )
 TEXT = _family(
     "Gemma2Model",

@@ -85,7 +85,11 @@ KEYS = (
 )
 LLAMA_KEYS = (*KEYS, Fixed("attention_bias", False), Fixed("mlp_bias", False))
 QWEN2_KEYS = (*KEYS, Fixed("use_sliding_window", False))
-QWEN3_KEYS = (*KEYS, Fixed("attention_bias", False), Fixed("use_sliding_window", False))
+QWEN3_KEYS = (
+    *KEYS,
+    Fixed("attention_bias", False),
+    Fixed("use_sliding_window", False),
+)
 
 
 def table(cfg: LM) -> tuple[Row, ...]:
@@ -114,7 +118,9 @@ def table(cfg: LM) -> tuple[Row, ...]:
             Row("blocks/norm_q/scale", layer + "self_attn.q_norm.weight"),
             Row("blocks/norm_k/scale", layer + "self_attn.k_norm.weight"),
         )
-    return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+    return (
+        rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+    )
 
 
 def _language_side(values: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -122,7 +128,9 @@ def _language_side(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
     Its rotary positions have three axes, which are one on text; it has no head.
     """
-    values = values | (values.get("text_config") or {}) | {"tie_word_embeddings": True}
+    values = (
+        values | (values.get("text_config") or {}) | {"tie_word_embeddings": True}
+    )
     rope = values.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) == "mrope":
         values["rope_scaling"] = None
@@ -137,7 +145,10 @@ def rope_and_tokens(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """
     generation = folder / "generation_config.json"
     given = read_json(generation) if generation.exists() else {}
-    check({key: value for key, value in given.items() if key.endswith("_token_id")}, generation)
+    check(
+        {key: value for key, value in given.items() if key.endswith("_token_id")},
+        generation,
+    )
     found = read_keys(TOKENS, {**values, **given}, folder / "config.json")
     return read_rope(values, folder / "config.json") | found
 
@@ -148,7 +159,9 @@ def tokens_of_both_files(ours: LM, *, name: str) -> dict[str, dict[str, Any]]:
     Raises Refused where the class `name` has no stretched positions and ours are.
     """
     if ours.rope_factor != 1.0:
-        raise Refused(f"{name}: rope_factor={ours.rope_factor} cannot be written, expected 1.0")
+        raise Refused(
+            f"{name}: rope_factor={ours.rope_factor} cannot be written, expected 1.0"
+        )
     return _both_files(ours)
 
 
@@ -196,10 +209,16 @@ def _rope(values: dict[str, Any], key: str, file: Path) -> dict[str, Any]:
             f"{file}: rope_type={quoted(kind)} is not supported, expected 'default' or 'llama3'"
         )
     rest = {name: value for name, value in given.items() if name != "type"}
-    return {"rope_theta": values.get("rope_theta", 10000.0), **rest, "rope_type": kind}
+    return {
+        "rope_theta": values.get("rope_theta", 10000.0),
+        **rest,
+        "rope_type": kind,
+    }
 
 
-def _family(name: str, config: type[LM], model_type: str, keys: tuple[Key, ...]) -> Family:
+def _family(
+    name: str, config: type[LM], model_type: str, keys: tuple[Key, ...]
+) -> Family:
     return Family(
         name=name,
         library="transformers",
@@ -209,7 +228,9 @@ def _family(name: str, config: type[LM], model_type: str, keys: tuple[Key, ...])
         more_fields=rope_and_tokens,
         more_files=_both_files,
         table=table,
-        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),  # in old files
+        ignored=(
+            r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        ),  # in old files
         tied=(("lm_head.weight", "model.embed_tokens.weight"),),
         free=FREE,
         call="model.generate(tokens, max_new_tokens=64)",
@@ -219,7 +240,9 @@ def _family(name: str, config: type[LM], model_type: str, keys: tuple[Key, ...])
 FAMILY = _family("LlamaForCausalLM", LM, "llama", LLAMA_KEYS)
 QWEN2 = _family("Qwen2ForCausalLM", Qwen2, "qwen2", QWEN2_KEYS)
 QWEN3 = _family("Qwen3ForCausalLM", Qwen3, "qwen3", QWEN3_KEYS)
-_TEXT = _family("Qwen2_5_VLForConditionalGeneration", Qwen2Text, "qwen2_5_vl", QWEN2_KEYS)
+_TEXT = _family(
+    "Qwen2_5_VLForConditionalGeneration", Qwen2Text, "qwen2_5_vl", QWEN2_KEYS
+)
 QWEN_VL = dataclasses.replace(
     _TEXT,
     prepare=_language_side,

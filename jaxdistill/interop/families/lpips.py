@@ -10,7 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxdistill.interop.keys import Fixed, listed
-from jaxdistill.interop.tables import CONV, Family, Layout, Row, linear, literal, shell
+from jaxdistill.interop.tables import (
+    CONV,
+    Family,
+    Layout,
+    Row,
+    linear,
+    literal,
+    shell,
+)
 from jaxdistill.models.vision.lpips import LPIPS
 
 # A 1x1 convolution to one channel, which is a vector of ours
@@ -43,7 +51,8 @@ def convert(pickled: Path) -> str:
 
 def table(cfg: LPIPS) -> tuple[Row, ...]:
     rows = []
-    number = 0  # of the layer in torchvision's list, where activations and pools count
+    # of the layer in torchvision's list, where activations and pools count
+    number = 0
     for i, layers in enumerate(cfg.layers):
         for j in range(layers):
             rows += linear(f"levels/{i}/{j}", f"net.slice{i + 1}.{number}", CONV)
@@ -59,6 +68,9 @@ FAMILY = Family(
     config=LPIPS,
     keys=KEYS,
     table=table,
-    ignored=(r"scaling_layer\..*", r"lins\..*"),  # constants, and the heads a second time
+    ignored=(
+        r"scaling_layer\..*",
+        r"lins\..*",
+    ),  # constants, and the heads a second time
     convert=convert,
 )

@@ -37,7 +37,11 @@ def table(cfg: NeoX) -> tuple[Row, ...]:
         *linear("blocks/down", layer + "mlp.dense_4h_to_h"),
         *norm("norm", "gpt_neox.final_layer_norm"),
     )
-    return rows if cfg.tied else (*rows, Row("unembed/kernel", "embed_out.weight", LINEAR))
+    return (
+        rows
+        if cfg.tied
+        else (*rows, Row("unembed/kernel", "embed_out.weight", LINEAR))
+    )
 
 
 def _prepare(values: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -57,7 +61,9 @@ FAMILY = Family(
     keys=KEYS,
     prepare=_prepare,
     more_fields=llama.rope_and_tokens,
-    more_files=functools.partial(llama.tokens_of_both_files, name="GPTNeoXForCausalLM"),
+    more_files=functools.partial(
+        llama.tokens_of_both_files, name="GPTNeoXForCausalLM"
+    ),
     table=table,
     ignored=(  # constants in old files
         r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",

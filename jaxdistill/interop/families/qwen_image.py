@@ -51,7 +51,9 @@ def _stream(path: str, prefix: str, names: tuple[str, ...]) -> tuple[Row, ...]:
     of q and k inside the attention.
     """
     block = "transformer_blocks.{i}."
-    to_q, to_k, to_v, to_out, norm_q, norm_k = (f"{block}attn.{name}" for name in names)
+    to_q, to_k, to_v, to_out, norm_q, norm_k = (
+        f"{block}attn.{name}" for name in names
+    )
     return (
         *linear(f"{path}/modulation", f"{block}{prefix}_mod.1"),
         *linear(f"{path}/to_q", to_q),
@@ -66,7 +68,14 @@ def _stream(path: str, prefix: str, names: tuple[str, ...]) -> tuple[Row, ...]:
 
 
 PICTURES = ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")
-TEXTS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k")
+TEXTS = (
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "norm_added_q",
+    "norm_added_k",
+)
 
 
 def table(cfg: QwenImage) -> tuple[Row, ...]:

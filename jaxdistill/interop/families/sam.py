@@ -61,7 +61,9 @@ def _prepare(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """config.json with the width of the MLP, which some files state as a multiple of the width."""
     width = values.get("mlp_dim")
     if not width:
-        width = round(setting(values, "hidden_size", file) * values.get("mlp_ratio", 4.0))
+        width = round(
+            setting(values, "hidden_size", file) * values.get("mlp_ratio", 4.0)
+        )
     return values | {"mlp_dim": width}
 
 

@@ -90,7 +90,10 @@ def table(cfg: Sana) -> tuple[Row, ...]:
             *linear(f"{ours}/to_k", f"{theirs}.to_k", bias=bias),
             *linear(f"{ours}/to_v", f"{theirs}.to_v", bias=bias),
             *linear(f"{ours}/to_out", f"{theirs}.to_out.0"),
-            *(Row(f"{ours}/{part}/scale", f"{theirs}.{part}.weight") for part in norms),
+            *(
+                Row(f"{ours}/{part}/scale", f"{theirs}.{part}.weight")
+                for part in norms
+            ),
         )
 
     def embedder(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -102,7 +105,11 @@ def table(cfg: Sana) -> tuple[Row, ...]:
     return (
         *linear("patch_embed", "patch_embed.proj", patches(cfg.patch)),
         *embedder("time_embed", time + "timestep_embedder"),
-        *(embedder("guidance_embed", time + "guidance_embedder") if cfg.guidance else ()),
+        *(
+            embedder("guidance_embed", time + "guidance_embedder")
+            if cfg.guidance
+            else ()
+        ),
         *linear("time_proj", "time_embed.linear"),
         *linear("text_1", "caption_projection.linear_1"),
         *linear("text_2", "caption_projection.linear_2"),

@@ -54,7 +54,9 @@ def _tied(config: Config) -> bool:
     transformers 5 says so in `scale_decoder_outputs` and sets `tie_word_embeddings` to true in
     every file; transformers 4 says so in the latter.
     """
-    return config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
+    return config.get(
+        "scale_decoder_outputs", config.get("tie_word_embeddings", True)
+    )
 
 
 START = Field(field="start", key="decoder_start_token_id", missing=0, null=0)
@@ -83,9 +85,13 @@ def table(cfg: T5Encoder) -> tuple[Row, ...]:
     rows = (Row("embed/embedding", "shared.weight"), *_side("encoder", cfg, 1))
     if not isinstance(cfg, T5):
         return rows
-    cross = _attention("decoder/blocks/cross", "decoder.block.{i}.layer.1.", "EncDecAttention")
+    cross = _attention(
+        "decoder/blocks/cross", "decoder.block.{i}.layer.1.", "EncDecAttention"
+    )
     rows += _side("decoder", cfg, 2) + cross
-    return rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+    return (
+        rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+    )
 
 
 def _side(side: str, cfg: T5Encoder, last: int) -> tuple[Row, ...]:
@@ -102,7 +108,11 @@ def _side(side: str, cfg: T5Encoder, last: int) -> tuple[Row, ...]:
     else:
         maps = {"up": "wi", "down": "wo"}
     kernels = [
-        Row(f"{side}/blocks/{ours}/kernel", f"{mlp}DenseReluDense.{theirs}.weight", LINEAR)
+        Row(
+            f"{side}/blocks/{ours}/kernel",
+            f"{mlp}DenseReluDense.{theirs}.weight",
+            LINEAR,
+        )
         for ours, theirs in maps.items()
     ]
     return (
@@ -128,8 +138,13 @@ def _generation(ours: T5) -> dict[str, dict[str, Any]]:
 
 
 # A table that the first T5 files hold and nothing reads
-UNREAD = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-DECODER = (r"decoder\.embed_tokens\.weight", r"lm_head\.weight")  # in files of the full model
+UNREAD = (
+    r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
+)
+DECODER = (
+    r"decoder\.embed_tokens\.weight",
+    r"lm_head\.weight",
+)  # in files of the full model
 FAMILY = Family(
     name="T5ForConditionalGeneration",
     library="transformers",

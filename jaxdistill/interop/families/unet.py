@@ -25,7 +25,10 @@ from jaxdistill.interop.tables import CONV, LINEAR, POINT, Family, Row, linear, 
 from jaxdistill.models.denoisers.unet import UNet
 
 CROSS = "CrossAttnDownBlock2D"  # a level with transformers
-KINDS = {CROSS: "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}  # on the way down and up
+KINDS = {
+    CROSS: "CrossAttnUpBlock2D",
+    "DownBlock2D": "UpBlock2D",
+}  # on the way down and up
 MIDDLES = ("UNetMidBlock2DCrossAttn", None)
 ADDED = ("text_time", None)  # what `addition_embed_type` may be
 
@@ -104,7 +107,9 @@ def _image_channels(count: int, config: Config) -> int:
     """Channels of the input beyond those of the output."""
     out = config["out_channels"]
     if count < out:
-        raise Refused(f"{config.file}: out_channels={out} is more than in_channels={count}")
+        raise Refused(
+            f"{config.file}: out_channels={out} is more than in_channels={count}"
+        )
     return count - out
 
 
@@ -163,7 +168,9 @@ KEYS = (
     same("groups", "norm_num_groups", missing=32),
     same("matrices", "use_linear_projection", missing=False),
     Written("upcast_attention", True),  # scores and softmax in float32, as ours are
-    Written("addition_embed_type", lambda ours: "text_time" if ours.pooled_dim else None),
+    Written(
+        "addition_embed_type", lambda ours: "text_time" if ours.pooled_dim else None
+    ),
     Read("size_dim", _size_dim),
     Written("addition_time_embed_dim", lambda ours: ours.size_dim or None),
     Read("pooled_dim", _pooled_dim),
@@ -215,7 +222,11 @@ def resnet(path: str, name: str, i: int, o: int, emb: bool) -> tuple[Row, ...]:
         *norm(f"{path}/norm2", f"{name}.norm2"),
         *linear(f"{path}/conv2", f"{name}.conv2", CONV),
         *(linear(f"{path}/emb", f"{name}.time_emb_proj") if emb else ()),
-        *(linear(f"{path}/shortcut", f"{name}.conv_shortcut", CONV) if i != o else ()),
+        *(
+            linear(f"{path}/shortcut", f"{name}.conv_shortcut", CONV)
+            if i != o
+            else ()
+        ),
     )
 
 
@@ -265,21 +276,29 @@ def _rows(cfg: UNet) -> Iterator[Row]:
     before = cfg.widths[0]
     for i, width in enumerate(cfg.widths):
         inputs = [before] + [width] * (cfg.layers - 1)
-        yield from _level(cfg, f"down/{i}", f"down_blocks.{i}", inputs, width, cfg.depths[i])
+        yield from _level(
+            cfg, f"down/{i}", f"down_blocks.{i}", inputs, width, cfg.depths[i]
+        )
         if i < last:
             name = f"down_blocks.{i}.downsamplers.0.conv"
             yield from linear(f"down/{i}/resample/conv", name, CONV)
         before = width
     if cfg.mid_depth:
         yield from resnet("mid/before", "mid_block.resnets.0", 1, 1, True)
-        yield from transformer("mid/attention", "mid_block.attentions.0", cfg.matrices)
+        yield from transformer(
+            "mid/attention", "mid_block.attentions.0", cfg.matrices
+        )
         yield from resnet("mid/after", "mid_block.resnets.1", 1, 1, True)
     for i, width in enumerate(reversed(cfg.widths)):
         # the concatenated inputs never have the block's width: each block has a shortcut
         inputs = [0] * (cfg.layers + 1)
-        yield from _level(cfg, f"up/{i}", f"up_blocks.{i}", inputs, width, cfg.depths[last - i])
+        yield from _level(
+            cfg, f"up/{i}", f"up_blocks.{i}", inputs, width, cfg.depths[last - i]
+        )
         if i < last:
-            yield from linear(f"up/{i}/resample/conv", f"up_blocks.{i}.upsamplers.0.conv", CONV)
+            yield from linear(
+                f"up/{i}/resample/conv", f"up_blocks.{i}.upsamplers.0.conv", CONV
+            )
     yield from norm("norm_out", "conv_norm_out")
     yield from linear("conv_out", "conv_out", CONV)
 
@@ -289,9 +308,13 @@ def _level(
 ) -> Iterator[Row]:
     """The blocks of a level, from `inputs` to `out` channels, and its transformers."""
     for i, width in enumerate(inputs):
-        yield from resnet(f"{path}/resnets/{i}", f"{name}.resnets.{i}", width, out, True)
+        yield from resnet(
+            f"{path}/resnets/{i}", f"{name}.resnets.{i}", width, out, True
+        )
         if depth:
-            yield from transformer(f"{path}/attentions/{i}", f"{name}.attentions.{i}", cfg.matrices)
+            yield from transformer(
+                f"{path}/attentions/{i}", f"{name}.attentions.{i}", cfg.matrices
+            )
 
 
 FAMILY = Family(

@@ -7,7 +7,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jaxdistill.interop.families.unet import resnet
-from jaxdistill.interop.keys import Field, Fixed, Implied, Written, listed, optional, same
+from jaxdistill.interop.keys import (
+    Field,
+    Fixed,
+    Implied,
+    Written,
+    listed,
+    optional,
+    same,
+)
 from jaxdistill.interop.tables import CONV, Family, Row, linear, norm
 from jaxdistill.models.autoencoders.vae import VAE
 
@@ -16,7 +24,9 @@ KEYS = (
     same("channels", "in_channels"),
     Implied("out_channels", lambda ours: ours.channels),
     same("latents", "latent_channels"),
-    Implied("down_block_types", lambda ours: ["DownEncoderBlock2D"] * len(ours.widths)),
+    Implied(
+        "down_block_types", lambda ours: ["DownEncoderBlock2D"] * len(ours.widths)
+    ),
     Implied("up_block_types", lambda ours: ["UpDecoderBlock2D"] * len(ours.widths)),
     listed("widths", "block_out_channels"),
     same("layers", "layers_per_block", missing=1),
@@ -61,13 +71,22 @@ def _rows(cfg: VAE) -> Iterator[Row]:
                     f"{half}.{way}_blocks.{i}.{way}samplers.0.conv",
                     CONV,
                 )
-        yield from resnet(f"{half}/mid/before", f"{half}.mid_block.resnets.0", 1, 1, emb=False)
-        yield from resnet(f"{half}/mid/after", f"{half}.mid_block.resnets.1", 1, 1, emb=False)
+        yield from resnet(
+            f"{half}/mid/before", f"{half}.mid_block.resnets.0", 1, 1, emb=False
+        )
+        yield from resnet(
+            f"{half}/mid/after", f"{half}.mid_block.resnets.1", 1, 1, emb=False
+        )
         if cfg.attention:
             ours = f"{half}/mid/attention"
             theirs = f"{half}.mid_block.attentions.0"
             yield from norm(f"{ours}/norm", f"{theirs}.group_norm")
-            for part, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("out", "to_out.0")):
+            for part, name in (
+                ("q", "to_q"),
+                ("k", "to_k"),
+                ("v", "to_v"),
+                ("out", "to_out.0"),
+            ):
                 yield from linear(f"{ours}/to_{part}", f"{theirs}.{name}")
         yield from norm(f"{half}/norm_out", f"{half}.conv_norm_out")
         yield from linear(f"{half}/conv_out", f"{half}.conv_out", CONV)

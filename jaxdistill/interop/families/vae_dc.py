@@ -22,10 +22,18 @@ from jaxdistill.interop.keys import (
     same,
 )
 from jaxdistill.interop.tables import CONV, POINT, Family, Layout, Row, linear, norm
-from jaxdistill.models.autoencoders.vae_dc import ACTS, DCAE, GROWS, SHRINKS, LevelSizes
+from jaxdistill.models.autoencoders.vae_dc import (
+    ACTS,
+    DCAE,
+    GROWS,
+    SHRINKS,
+    LevelSizes,
+)
 
 
-def _names(field: str, key: str, names: Mapping[str, Any], missing: str, widths: str) -> Field:
+def _names(
+    field: str, key: str, names: Mapping[str, Any], missing: str, widths: str
+) -> Field:
     """A name for each level, or one for all; {name: what it means to us}.
 
     `widths` is the key whose list has an element for each level.
@@ -50,11 +58,15 @@ def _half(half: str) -> tuple[Key, ...]:
     return (
         listed(f"{half}_widths", widths),
         listed(f"{half}_layers", f"{half}_layers_per_block"),
-        _names(f"{half}_attention", f"{half}_block_types", attends, "ResBlock", widths),
+        _names(
+            f"{half}_attention", f"{half}_block_types", attends, "ResBlock", widths
+        ),
         Field(
             field=f"{half}_scales",
             key=f"{half}_qkv_multiscales",
-            write=lambda ours: [list(sizes) for sizes in getattr(ours, f"{half}_scales")],
+            write=lambda ours: [
+                list(sizes) for sizes in getattr(ours, f"{half}_scales")
+            ],
         ),
     )
 
@@ -79,7 +91,13 @@ KEYS = (
     *_half("decoder"),
     Read("", _check_norms),
     Written("decoder_norm_types", "rms_norm"),
-    _names("decoder_acts", "decoder_act_fns", OWN_ACTS, "silu", "decoder_block_out_channels"),
+    _names(
+        "decoder_acts",
+        "decoder_act_fns",
+        OWN_ACTS,
+        "silu",
+        "decoder_block_out_channels",
+    ),
     named("shrink", "downsample_block_type", OWN_SHRINKS, missing="pixel_unshuffle"),
     named("grow", "upsample_block_type", OWN_GROWS, missing="pixel_shuffle"),
     same("shortcut_out", "encoder_out_shortcut", missing=True),
@@ -100,16 +118,23 @@ def table(cfg: DCAE) -> tuple[Row, ...]:
 
 
 def _rows(cfg: DCAE) -> Iterator[Row]:
-    for half, way, pixels in (("encoder", "down", "conv_in"), ("decoder", "up", "conv_out")):
+    for half, way, pixels in (
+        ("encoder", "down", "conv_in"),
+        ("decoder", "up", "conv_out"),
+    ):
         levels = cfg.levels(half)
         for end in ("conv_in", "conv_out"):
-            if end == pixels and not levels[0].layers:  # it changes the resolution too
+            if (
+                end == pixels and not levels[0].layers
+            ):  # it changes the resolution too
                 yield from linear(f"{half}/{end}/conv", f"{half}.{end}.conv", CONV)
             else:
                 yield from linear(f"{half}/{end}", f"{half}.{end}", CONV)
         for i, level in enumerate(levels):
             is_last = i == len(levels) - 1
-            yield from _level(f"{half}/levels/{i}", f"{half}.{way}_blocks.{i}", level, is_last)
+            yield from _level(
+                f"{half}/levels/{i}", f"{half}.{way}_blocks.{i}", level, is_last
+            )
     yield from norm("decoder/norm_out", "decoder.norm_out")
 
 

@@ -33,7 +33,9 @@ def _square(field: str, key: str) -> Field:
 def _check_pooler(config: Config) -> None:
     """Raises Refused where the summary has another width than the features."""
     if config.get("pooler_output_size"):
-        check_value(config.values, "pooler_output_size", config["hidden_size"], config.file)
+        check_value(
+            config.values, "pooler_output_size", config["hidden_size"], config.file
+        )
 
 
 KEYS = (
@@ -48,7 +50,11 @@ KEYS = (
     activation("hidden_act"),
     same("norm_eps", "layer_norm_eps"),
 )
-ENCODER_KEYS = (*KEYS, Fixed("pooler_act", "tanh", is_written=False), Read("", _check_pooler))
+ENCODER_KEYS = (
+    *KEYS,
+    Fixed("pooler_act", "tanh", is_written=False),
+    Read("", _check_pooler),
+)
 SQUARES = {
     "image_size": either(SIDE, several(SIDE, 2, 2)),
     "patch_size": either(PATCH, several(PATCH, 2, 2)),
@@ -62,7 +68,9 @@ def table(cfg: ViT) -> tuple[Row, ...]:
     rows = (
         Row("token", embed + "cls_token"),
         Row("positions", embed + "position_embeddings"),
-        *linear("patch_embed", embed + "patch_embeddings.projection", patches(cfg.patch)),
+        *linear(
+            "patch_embed", embed + "patch_embeddings.projection", patches(cfg.patch)
+        ),
         *norm("blocks/norm_attention", layer + "layernorm_before"),
         *linear("blocks/to_q", layer + "attention.attention.query", bias=cfg.bias),
         *linear("blocks/to_k", layer + "attention.attention.key", bias=cfg.bias),

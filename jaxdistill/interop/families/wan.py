@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.keys import Config, Field, Fixed, Read, Written, listed, optional, same
+from jaxdistill.interop.keys import (
+    Config,
+    Field,
+    Fixed,
+    Read,
+    Written,
+    listed,
+    optional,
+    same,
+)
 from jaxdistill.interop.safetensors import read_json
 from jaxdistill.interop.settings import PATCH, several
 from jaxdistill.interop.tables import Family, Row, linear, norm, patches
@@ -50,7 +59,13 @@ KEYS = (
         read=lambda count, config: count - (config.get("out_channels") or count),
         write=lambda ours: ours.channels + ours.image_channels,
     ),
-    Field(field="channels", key="out_channels", read=_out_channels, missing=None, null=None),
+    Field(
+        field="channels",
+        key="out_channels",
+        read=_out_channels,
+        missing=None,
+        null=None,
+    ),
     same("text_dim", "text_dim"),
     same("time_dim", "freq_dim"),
     same("mlp", "ffn_dim"),
@@ -86,13 +101,19 @@ def experts(pipeline: str | Path) -> tuple[Path, Path, float]:
     index = Path(pipeline) / "model_index.json"
     config = read_json(index)
     boundary = config.get("boundary_ratio")
-    classes = [(config.get(name) or [None])[-1] for name in ("transformer", "transformer_2")]
+    classes = [
+        (config.get(name) or [None])[-1] for name in ("transformer", "transformer_2")
+    ]
     if boundary is None or classes != [FAMILY.name, FAMILY.name]:
         raise Refused(
             f"{index}: expected boundary_ratio, and a {FAMILY.name} as transformer and as "
             "transformer_2"
         )
-    return index.with_name("transformer"), index.with_name("transformer_2"), float(boundary)
+    return (
+        index.with_name("transformer"),
+        index.with_name("transformer_2"),
+        float(boundary),
+    )
 
 
 def table(cfg: Wan) -> tuple[Row, ...]:
@@ -136,7 +157,10 @@ def table(cfg: Wan) -> tuple[Row, ...]:
             *norm("vision/norm2", image + "norm2"),
             *linear("blocks/attn2/to_k_vision", block + "attn2.add_k_proj"),
             *linear("blocks/attn2/to_v_vision", block + "attn2.add_v_proj"),
-            Row("blocks/attn2/norm_k_vision/scale", block + "attn2.norm_added_k.weight"),
+            Row(
+                "blocks/attn2/norm_k_vision/scale",
+                block + "attn2.norm_added_k.weight",
+            ),
         )
     if cfg.vision_length:
         rows += (Row("vision/positions", embed + "image_embedder.pos_embed"),)
@@ -153,5 +177,7 @@ FAMILY = Family(
     call="model({x}, timestep={t}, encoder_hidden_states=cond).sample",
     given="cond = torch.randn(2, 512, {text_dim})  "
     "# in its place, the text encoder's states of the prompts",
-    ignored=(r"blocks\.\d+\.attn2\.norm_added_q\.weight",),  # stored by some files, used by none
+    ignored=(
+        r"blocks\.\d+\.attn2\.norm_added_q\.weight",
+    ),  # stored by some files, used by none
 )

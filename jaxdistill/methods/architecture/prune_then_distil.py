@@ -47,7 +47,9 @@ class PruneThenDistil(KD):
         super().__post_init__()
         if len(self.student_layers) != len(self.teacher_layers):
             given = f"method.student_layers={self.student_layers}"
-            raise Refused(f"{given} and teacher_layers={self.teacher_layers} differ in number")
+            raise Refused(
+                f"{given} and teacher_layers={self.teacher_layers} differ in number"
+            )
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
         return (Stage(self, steps, surgery=self.prune_teacher),)
@@ -55,7 +57,9 @@ class PruneThenDistil(KD):
     def prune_teacher(self, nets, params, batch):
         """Surgery: the student is the teacher, pruned (section 2)."""
         teacher = nets["teacher"]
-        net, weights = prune(teacher, params["teacher"], batch, depth=self.depth, mlp=self.mlp)
+        net, weights = prune(
+            teacher, params["teacher"], batch, depth=self.depth, mlp=self.mlp
+        )
         return {**nets, "student": net}, {**params, "student": weights}
 
     @follows_schedules
@@ -67,8 +71,12 @@ class PruneThenDistil(KD):
         if not self.student_layers:
             return super().loss(net, ctx)
         batch = ctx.batch
-        teacher, teacher_hidden = self.outputs_and_taps(net.teacher, batch, self.teacher_layers)
-        student, student_hidden = self.outputs_and_taps(net.student, batch, self.student_layers)
+        teacher, teacher_hidden = self.outputs_and_taps(
+            net.teacher, batch, self.teacher_layers
+        )
+        student, student_hidden = self.outputs_and_taps(
+            net.student, batch, self.student_layers
+        )
         out = self.compare(net, teacher, student, batch)
         _, mask = targets(batch)
         hidden = 0
@@ -82,4 +90,6 @@ class PruneThenDistil(KD):
     def outputs_and_taps(self, call: Callable, batch: Batch, layers: tuple[int, ...]):
         """(what `outputs` gives, hidden states [B T D] after these layers)."""
         hidden_only = self.chunk > 0
-        return call(batch["tokens"], hidden_only=hidden_only, taps=layers, **context(batch))
+        return call(
+            batch["tokens"], hidden_only=hidden_only, taps=layers, **context(batch)
+        )

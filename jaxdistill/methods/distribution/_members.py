@@ -50,9 +50,13 @@ class Members(Hosted):
         for role in self.inits:
             size = getattr(getattr(net, role), "members", 0)
             if size != cells:
-                expected = f"expected {cells}, the number of cells of method.partition"
+                expected = (
+                    f"expected {cells}, the number of cells of method.partition"
+                )
                 raise Refused(f"config.roles.{role}.bank={size}: {expected}")
-        banks = {role: part for role, part in vars(net).items() if hasattr(part, "weights")}
+        banks = {
+            role: part for role, part in vars(net).items() if hasattr(part, "weights")
+        }
 
         def call_member(weights: dict[str, Any], batch: Batch, rng: Array) -> Any:
             alone = {}
@@ -62,7 +66,9 @@ class Members(Hosted):
             return call(Nets(**{**vars(net), **alone}), own)
 
         weights = {role: bank.weights for role, bank in banks.items()}
-        batches = jax.tree.map(lambda v: v.reshape(cells, -1, *v.shape[1:]), dict(ctx.batch))
+        batches = jax.tree.map(
+            lambda v: v.reshape(cells, -1, *v.shape[1:]), dict(ctx.batch)
+        )
         later = (jax.random.fold_in(ctx.rng, k) for k in range(1, cells))
         rngs = jnp.stack([ctx.rng, *later])
         return jax.vmap(call_member)(weights, batches, rngs)
@@ -74,7 +80,9 @@ class Members(Hosted):
         samples, present = self.partition.split(samples)
         batch = {**samples, **pairs}
         if gather is not None:
-            stacked = self.side_by_side(gather, net, dataclasses.replace(ctx, batch=batch))
+            stacked = self.side_by_side(
+                gather, net, dataclasses.replace(ctx, batch=batch)
+            )
             batch = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), stacked)
         share = samples["cond"].shape[0] // self.partition.cells
         return {**batch, "present": jnp.repeat(present, share)}
@@ -92,7 +100,9 @@ class Members(Hosted):
         valid = present & jnp.isfinite(outs.loss)
 
         def total(values: Array) -> Array:
-            return jnp.where(jnp.any(valid), jnp.sum(jnp.where(valid, values, 0.0)), jnp.nan)
+            return jnp.where(
+                jnp.any(valid), jnp.sum(jnp.where(valid, values, 0.0)), jnp.nan
+            )
 
         metrics = {}
         for name, values in {"loss": outs.loss, **outs.metrics}.items():

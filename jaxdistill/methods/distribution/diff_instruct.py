@@ -47,12 +47,15 @@ from jaxdistill.samplers.fewstep import falling, simulate
 class DiffInstruct(FewStep):
     """With more than one of `student_times` the student samples in several steps, as in DMD2."""
 
-    match_times: Uniform = Uniform(low=0.02, high=0.98)  # at which the two scores are compared
+    match_times: Uniform = Uniform(
+        low=0.02, high=0.98
+    )  # at which the two scores are compared
     fake_times: Uniform = Uniform()  # of the fake score's own loss
     # What the fake score's error is measured in: v | flow | vp (Stable Diffusion 2.1) | eps (Stable
     # Diffusion) | x0 | edm (ImageNet).
     fake_target: str = "v"
-    fake_dropout: float = 0.0  # share of samples on which the fake score learns the null condition
+    # share of samples on which the fake score learns the null condition
+    fake_dropout: float = 0.0
     critic_steps: int = 1  # critic updates per student update
     guidance: float = 1.0  # classifier-free guidance of the teacher's score
     fake_guidance: float = 1.0  # that of the fake score in the student's gradient
@@ -64,7 +67,12 @@ class DiffInstruct(FewStep):
         is_students = lambda step: step % self.critic_steps == 0
         return (
             Turn(("fake",), self.critic_loss, gather=self.simulate),
-            Turn(("student",), self.student_loss, when=is_students, gather=self.simulate),
+            Turn(
+                ("student",),
+                self.student_loss,
+                when=is_students,
+                gather=self.simulate,
+            ),
         )
 
     @property
@@ -76,7 +84,9 @@ class DiffInstruct(FewStep):
         sampling chain at a random step, the same for all samples.
         """
         cond = ctx.batch.get("cond")
-        noise = self.initial(jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape))
+        noise = self.initial(
+            jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
+        )
         index = jax.random.randint(ctx.key("index"), (), 0, len(self.student_times))
         denoise = lambda x, t: net.student(x, t, cond)
         times = jnp.array(self.student_times)
@@ -87,13 +97,17 @@ class DiffInstruct(FewStep):
         """The student's sample x0 from the simulated state: its only call with a gradient."""
         return net.student(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond")).x0
 
-    def draw_noise(self, x: Array, times: Uniform, ctx: Ctx, name: str) -> tuple[Array, Array]:
+    def draw_noise(
+        self, x: Array, times: Uniform, ctx: Ctx, name: str
+    ) -> tuple[Array, Array]:
         """(t, eps) for each sample, from the keys of `name`."""
         t = times.draw(self.process, ctx.key(name + "_t"), x.shape[0])
         eps = jax.random.normal(ctx.key(name + "_eps"), x.shape)
         return t, eps
 
-    def diffuse(self, x0: Array, times: Uniform, ctx: Ctx, name: str) -> tuple[Array, Array, Array]:
+    def diffuse(
+        self, x0: Array, times: Uniform, ctx: Ctx, name: str
+    ) -> tuple[Array, Array, Array]:
         """(x_t, t, eps): samples noised to random times."""
         t, eps = self.draw_noise(x0, times, ctx, name)
         return self.process.add_noise(x0, eps, t), t, eps
@@ -101,12 +115,16 @@ class DiffInstruct(FewStep):
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """The teacher's prediction, whose score the samples move towards."""
         cond = ctx.batch.get("cond")
-        return guided(net.teacher, xt, t, cond, ctx.batch.get("null_cond"), self.guidance)
+        return guided(
+            net.teacher, xt, t, cond, ctx.batch.get("null_cond"), self.guidance
+        )
 
     def fake(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """The fake score's prediction: that of the student's own samples."""
         cond = ctx.batch.get("cond")
-        return guided(net.fake, xt, t, cond, ctx.batch.get("null_cond"), self.fake_guidance)
+        return guided(
+            net.fake, xt, t, cond, ctx.batch.get("null_cond"), self.fake_guidance
+        )
 
     def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
         """The gradient of the samples, to be descended; w_t = (sigma / alpha)^2 in eq. 3.6."""
@@ -139,7 +157,9 @@ class DiffInstruct(FewStep):
         """The fake score's loss on the student's samples (eq. 3.7)."""
         xt, t, eps = self.diffuse(x0, self.fake_times, ctx, "fake")
         pred = net.fake(xt, t, self.fake_cond(ctx))
-        return jnp.mean(denoising_error(self.process, pred, x0, eps, t, self.fake_target))
+        return jnp.mean(
+            denoising_error(self.process, pred, x0, eps, t, self.fake_target)
+        )
 
     def critic_loss(self, net: Nets, ctx: Ctx) -> Out:
         x0 = jax.lax.stop_gradient(self.generate(net, ctx))
@@ -164,7 +184,9 @@ class FromLevel:
         """The first time may have any noise level."""
         times = self.student_times
         if not falling(times, math.inf):
-            raise Refused(f"method.student_times={times}: expected falling times above 0")
+            raise Refused(
+                f"method.student_times={times}: expected falling times above 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

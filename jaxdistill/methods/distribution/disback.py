@@ -65,7 +65,9 @@ class Recording(Hosted):
             expected = f"method.checkpoints + 1 = {members} networks like roles.fake"
             raise Refused(f"roles.path: expected a bank of {expected}")
         member = step // self.every + 1
-        return {"path": jax.tree.map(lambda bank, w: bank.at[member].set(w), path, fake)}
+        return {
+            "path": jax.tree.map(lambda bank, w: bank.at[member].set(w), path, fake)
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ class Backtracking:
     # N, the number of recorded networks; the role `path` is a bank of N + 1. About 10 in the
     # paper's SDXL script.
     checkpoints: int = 10
-    record_every: int = 100  # I_1, updates of the fake score between two records; the paper's 100
+    # I_1, updates of the fake score between two records; the paper's 100
+    record_every: int = 100
     # I_2, updates of the fake score for each target; the paper's 1000, or 200 of the student.
     interval: int = 1000
     # Targets below this index in the path are guided; 1: the original teacher only. Uncertain: the

@@ -53,7 +53,8 @@ class DMD(Normalised):
     batches: int = 400
     # that makes the pairs: euler | heun | ddim | dpmpp_2m; the paper's is Heun's
     solver: str = "heun"
-    solver_steps: int = 18  # of the solver; the paper's 18 (CIFAR-10), 256 (ImageNet-64)
+    # of the solver; the paper's 18 (CIFAR-10), 256 (ImageNet-64)
+    solver_steps: int = 18
 
     needs = {"x": Shaped[Spec, "B ..."]}  # only its shape is read
 
@@ -68,7 +69,9 @@ class DMD(Normalised):
         noise = jax.random.normal(ctx.key("noise"), x.shape, x.dtype)
         denoise = lambda xt, t: guided(net.teacher, xt, t, cond, null, self.guidance)
         start = self.process.start(noise)
-        sample = ode.solve(self.solver, self.process, denoise, start, self.solver_steps)
+        sample = ode.solve(
+            self.solver, self.process, denoise, start, self.solver_steps
+        )
         pairs = {"pair_noise": noise, "pair_x": sample}
         if cond is not None:
             pairs["pair_cond"] = cond
@@ -85,7 +88,9 @@ class DMD(Normalised):
         wanted = ctx.batch["pair_x"]
         noise = self.initial(ctx.batch["pair_noise"])
         t = jnp.full(wanted.shape[:1], self.student_times[0])
-        made = net.student(self.process.start(noise), t, ctx.batch.get("pair_cond")).x0
+        made = net.student(
+            self.process.start(noise), t, ctx.batch.get("pair_cond")
+        ).x0
         regression = jnp.mean(self.distance(net, made, wanted))  # eq. 9
         loss = out.loss + self.regression_weight * regression
         return Out(loss, {**out.metrics, "regression": regression})

@@ -28,13 +28,15 @@ class DMD2(Normalised):
     prediction) for Stable Diffusion and "edm" (EDM's weighting) for ImageNet.
     """
 
-    critic_steps: int = 5  # critic updates per student update; the paper uses 10 for SD 1.5
+    # critic updates per student update; the paper uses 10 for SD 1.5
+    critic_steps: int = 5
     # Guidance scale of the teacher's score; the paper uses 1.75 (SD 1.5) and 8 (SDXL).
     guidance: float = 1.0
     # Weight of the adversarial term in the student's loss; the paper uses 1e-3 (SD 1.5),
     # 3e-3 (ImageNet) and 5e-3 (SDXL).
     gan_weight: float = 3e-3
-    disc_weight: float = 1e-2  # weight of the discriminator's loss in the critics' loss
+    # weight of the discriminator's loss in the critics' loss
+    disc_weight: float = 1e-2
     # Layers of the fake score's network, numbered from 0, whose features the discriminator reads.
     taps: tuple[int, ...] = (1,)
 
@@ -75,6 +77,8 @@ class DMD2(Normalised):
         fake_logits = self.logits(net, xt, t, cond)
         xt, t, _ = self.diffuse(ctx.batch["x"], self.match_times, ctx, "real")
         real_logits = self.logits(net, xt, t, cond)
-        adversarial = jnp.mean(gan.non_saturating_discriminator(real_logits, fake_logits))
+        adversarial = jnp.mean(
+            gan.non_saturating_discriminator(real_logits, fake_logits)
+        )
         loss = denoise + self.disc_weight * adversarial
         return Out(loss, {"denoise": denoise, "gan": adversarial})

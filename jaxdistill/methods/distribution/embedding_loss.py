@@ -50,17 +50,25 @@ class EmbeddingLoss(Hosted):
     # 0: no calibration, `weight` multiplies the embedding loss itself.
     calibration: Natural = 10
     # Architectures that each random network is drawn from; ("mlp",) for points.
-    archs: tuple[str, ...] = ("convnet-2", "convnet-3", "convnet-4", "resnet", "plain-3")
+    archs: tuple[str, ...] = (
+        "convnet-2",
+        "convnet-3",
+        "convnet-4",
+        "resnet",
+        "plain-3",
+    )
     nets: int = 2  # number of random networks per step
     blocks: int = 1  # last blocks of each network whose features are compared
     # Evaluations of the loss between new networks: student updates, or micro-batches if gradients
     # are accumulated. With a fixed network, errors that it cannot see would accumulate.
     redraw: int = 1
     kernel: str = "linear"  # of the MMD: linear | rbf
-    estimator: str = "u"  # u: unbiased | v: biased, lowers the samples' diversity a little
+    # u: unbiased | v: biased, lowers the samples' diversity a little
+    estimator: str = "u"
     # Real samples per generated one. The host then sees every n-th sample of the batch.
     real_per_fake: int = 1
-    labelled: bool = False  # compares the joint distributions of samples and labels `cond`
+    # compares the joint distributions of samples and labels `cond`
+    labelled: bool = False
     augment: Paired = Paired()  # one random draw, for all real and generated samples
 
     @property
@@ -109,7 +117,9 @@ class EmbeddingLoss(Hosted):
         batch = jax.tree.map(lambda x: x[:: self.real_per_fake], dict(ctx.batch))
         if turn.gather:
             batch = turn.gather(net, dataclasses.replace(ctx, batch=batch))
-        real = {f"real_{key}": ctx.batch[key] for key in ("x", "cond") if key in ctx.batch}
+        real = {
+            f"real_{key}": ctx.batch[key] for key in ("x", "cond") if key in ctx.batch
+        }
         return {**batch, **real}
 
     def student_loss(self, turn: Turn, net: Nets, ctx: Ctx) -> Out:
@@ -134,7 +144,9 @@ class EmbeddingLoss(Hosted):
         # Sums of the gradients' norms: of the host's loss, and of the embedding loss.
         host, own, _ = ctx.memory["embedding_norms"]
         calibrated = ctx.step > self.calibration_steps(turn)[-1]
-        return jnp.where(calibrated, self.weight * (host / jnp.maximum(own, 1e-12)), 0.0)
+        return jnp.where(
+            calibrated, self.weight * (host / jnp.maximum(own, 1e-12)), 0.0
+        )
 
     def measure_norms(self, turn: Turn, net: Nets, ctx: Ctx) -> Out:
         """Adds to the memory the norms of both losses' gradients with respect to the samples.
@@ -152,7 +164,9 @@ class EmbeddingLoss(Hosted):
         no_shift = jnp.zeros_like(ctx.batch["x"])
         host_gradient, x0 = jax.grad(host_loss, has_aux=True)(no_shift)
         network_seed, _ = self.draw_networks(ctx)
-        own_gradient = jax.grad(lambda x: self.embedding_loss(network_seed, ctx, x))(x0)
+        own_gradient = jax.grad(lambda x: self.embedding_loss(network_seed, ctx, x))(
+            x0
+        )
         host = jnp.linalg.norm(host_gradient)
         own = jnp.linalg.norm(own_gradient)
         sums = ctx.memory["embedding_norms"] + jnp.stack([host, own, jnp.ones(())])
@@ -188,7 +202,9 @@ class EmbeddingLoss(Hosted):
             values.append(jax.lax.switch(drawn[i], branches))
         return sum(values) / self.nets
 
-    def discrepancy(self, key: Array, ctx: Ctx, real: Array, fake: Array, name: str) -> Array:
+    def discrepancy(
+        self, key: Array, ctx: Ctx, real: Array, fake: Array, name: str
+    ) -> Array:
         """MMD^2 under one random network of architecture `name`, the mean over its last blocks."""
         network = random_feature_net(key, arch(name))
         real_label = ctx.batch["real_cond"] if self.labelled else None

@@ -36,7 +36,10 @@ from jaxdistill.objectives import fdivergence, score
 class FDistill(DMD2):
     # a name in fdivergence.DIVERGENCES; the paper's best is js
     divergence: str = "js"
-    ratio_range: tuple[float, Limit] = (0.0, math.inf)  # where r is clipped; the code's (.1, 20)
+    ratio_range: tuple[float, Limit] = (
+        0.0,
+        math.inf,
+    )  # where r is clipped; the code's (.1, 20)
 
     needs = {"x": Shaped[Spec, "B ..."]}  # real samples, of the discriminator
 
@@ -49,7 +52,9 @@ class FDistill(DMD2):
         """(loss whose gradient in x0 is that of (2) over numel, x_t, t)."""
         xt, t, _ = self.diffuse(x0, self.match_times, ctx, "match")
         h = self.weigh(net, ctx, xt, t)
-        gradient = self.direction(x0, self.real(net, xt, t, ctx), self.fake(net, xt, t, ctx), t)
+        gradient = self.direction(
+            x0, self.real(net, xt, t, ctx), self.fake(net, xt, t, ctx), t
+        )
         return score.gradient_surrogate(x0, expand(h, x0) * gradient), xt, t
 
 
@@ -61,7 +66,8 @@ class BinnedFDistill(FDistill):
 
     ratio_range: tuple[float, float] = (0.1, 20.0)
     bins: int = 10  # equal parts of the process
-    bin_rate: float = 0.0  # share of its old mean that a bin keeps; the code's .5 on ImageNet-64
+    # share of its old mean that a bin keeps; the code's .5 on ImageNet-64
+    bin_rate: float = 0.0
 
     def memory(self):
         return {"ratio_means": jnp.ones(self.bins)}
@@ -70,12 +76,16 @@ class BinnedFDistill(FDistill):
         """(mean ratios by bin [bins], those of the samples' bins [B])."""
         r = fdivergence.f_ratio(logits, *self.ratio_range)
         ends = (self.process.t_min, self.process.t_max)
-        return fdivergence.binned_means(ctx.memory["ratio_means"], r, t, *ends, self.bin_rate)
+        return fdivergence.binned_means(
+            ctx.memory["ratio_means"], r, t, *ends, self.bin_rate
+        )
 
     def weigh(self, net: Nets, ctx: Ctx, xt: Array, t: Array) -> Array:
         logits = self.logits(net, xt, t, ctx.batch.get("cond"))
         scale = self.means(logits, t, ctx)[1] + 1e-6
-        return fdivergence.f_weight(self.divergence, logits, *self.ratio_range, scale=scale)
+        return fdivergence.f_weight(
+            self.divergence, logits, *self.ratio_range, scale=scale
+        )
 
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
         out = super().student_loss(net, ctx)

@@ -81,7 +81,11 @@ class FlashDMD(Normalised):
         return denoise, noise, jnp.array(self.student_times)
 
     def draw_step(
-        self, ctx: Ctx, steps: tuple[int, ...], name: str = "index", shape: tuple[int, ...] = ()
+        self,
+        ctx: Ctx,
+        steps: tuple[int, ...],
+        name: str = "index",
+        shape: tuple[int, ...] = (),
     ) -> Array:
         """One of `steps`, or one for each entry of `shape`; all are equally likely."""
         drawn = jax.random.randint(ctx.key(name), shape, 0, len(steps))
@@ -103,7 +107,9 @@ class FlashDMD(Normalised):
 
     def refine(self, net: Nets, ctx: Ctx) -> Array:
         """The student's x0 at a clean step of its own chain: the only call that the GAN trains."""
-        return net.student(ctx.batch["x_low"], ctx.batch["t_low"], ctx.batch.get("cond")).x0
+        return net.student(
+            ctx.batch["x_low"], ctx.batch["t_low"], ctx.batch.get("cond")
+        ).x0
 
     def logits(self, net: Nets, image: Array, ctx: Ctx) -> Array:
         """The discriminator's logits, [B heads]."""
@@ -113,7 +119,9 @@ class FlashDMD(Normalised):
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
         match, _, _ = self.match(net, ctx, self.generate(net, ctx))
         image = decoded(net.decoder, self.refine(net, ctx))
-        adversarial = jnp.mean(gan.non_saturating_generator(self.logits(net, image, ctx)))
+        adversarial = jnp.mean(
+            gan.non_saturating_generator(self.logits(net, image, ctx))
+        )
         loss = self.match_weight * match + self.gan_weight * adversarial
         return Out(loss, {"match": match, "gan": adversarial})
 

@@ -32,13 +32,19 @@ class FlashDMDRL(FlashDMD):
     is the student of the first stage.
     """
 
-    rl_share: float = 2 / 3  # of the engine steps, for the second stage; the paper's 1 k + 2 k
+    rl_share: float = (
+        2 / 3
+    )  # of the engine steps, for the second stage; the paper's 1 k + 2 k
     rl_steps: int = 5  # preference updates per update of distillation
-    explore_steps: tuple[int, ...] = (0, 1)  # transitions i -> i + 1 of the chain that are explored
+    explore_steps: tuple[int, ...] = (
+        0,
+        1,
+    )  # transitions i -> i + 1 of the chain that are explored
     candidates: int = 4  # k, next states that are drawn; uncertain
     # Of the margin. Uncertain: chosen so that beta x margin spreads by about 1; 5000 for "mean".
     beta: float = 1.0
-    margin: str = "sum"  # sum | mean: how squared errors are added up over a sample's entries
+    # sum | mean: how squared errors are added up over a sample's entries
+    margin: str = "sum"
 
     frozen = (*FlashDMD.frozen, "reference", "reward")
 
@@ -56,7 +62,12 @@ class FlashDMDRL(FlashDMD):
         for turn in super().turns:
             when = functools.partial(self.distils, turn)
             turns.append(dataclasses.replace(turn, when=when))
-        explore = Turn(("student",), self.preference_loss, when=self.explores, gather=self.explore)
+        explore = Turn(
+            ("student",),
+            self.preference_loss,
+            when=self.explores,
+            gather=self.explore,
+        )
         return (*turns, explore)
 
     def explores(self, step: int) -> bool:
@@ -99,7 +110,14 @@ class FlashDMDRL(FlashDMD):
             "loser": xr[worst, samples],
             "apart": reward[best, samples] > reward[worst, samples],
         }
-        return {**ctx.batch, **pair, "xt": xt, "t": t, "r": r, "reward": jnp.mean(reward, 0)}
+        return {
+            **ctx.batch,
+            **pair,
+            "xt": xt,
+            "t": t,
+            "r": r,
+            "reward": jnp.mean(reward, 0),
+        }
 
     def preference_loss(self, net: Nets, ctx: Ctx) -> Out:
         """DPO on the transition N(alpha_r G(x_t, t), sigma_r^2 I); pairs of equal reward are left
@@ -132,4 +150,7 @@ class FlashDMDRL(FlashDMD):
 
 def keep_reference(nets, params, batch):
     """Surgery: the first stage's student stays as it is, as the reference."""
-    return {**nets, "reference": nets["student"]}, {**params, "reference": params["student"]}
+    return {**nets, "reference": nets["student"]}, {
+        **params,
+        "reference": params["student"],
+    }

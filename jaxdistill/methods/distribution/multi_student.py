@@ -20,7 +20,16 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jaxdistill.core.needs import Spec
-from jaxdistill.core.types import Collect, Ctx, Method, Nets, Out, Refused, Stage, stage_lengths
+from jaxdistill.core.types import (
+    Collect,
+    Ctx,
+    Method,
+    Nets,
+    Out,
+    Refused,
+    Stage,
+    stage_lengths,
+)
 from jaxdistill.diffusion.process import Flow, Process
 from jaxdistill.diffusion.regression import denoising_error
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
@@ -48,10 +57,14 @@ class TSM(Method):
         x0 = ctx.batch["x"]
         cond = ctx.batch.get("cond")
         t = self.times.draw(self.process, ctx.key("t"), x0.shape[0])
-        xt = self.process.add_noise(x0, jax.random.normal(ctx.key("eps"), x0.shape), t)
+        xt = self.process.add_noise(
+            x0, jax.random.normal(ctx.key("eps"), x0.shape), t
+        )
         teacher = jax.lax.stop_gradient(net.teacher(xt, t, cond))
         student = net.student(xt, t, cond)
-        error = denoising_error(self.process, student, teacher.x0, teacher.eps, t, self.target)
+        error = denoising_error(
+            self.process, student, teacher.x0, teacher.eps, t, self.target
+        )
         return Out(jnp.mean(error))
 
 
@@ -75,12 +88,18 @@ class MultiStudent(Delegating):
     shares: tuple[float, ...] = (0.0, 1.0, 1.0)
 
     def __post_init__(self):
-        if len(self.shares) != 3 or min(self.shares) < 0 or not self.shares[1] + self.shares[2]:
+        if (
+            len(self.shares) != 3
+            or min(self.shares) < 0
+            or not self.shares[1] + self.shares[2]
+        ):
             expected = "three numbers, at least 0, of which dm's or adm's is above 0"
             raise Refused(f"method.shares={self.shares}: expected {expected}")
         processes = [host.process for host in self.hosts]
         if any(process != self.process for process in processes):
-            raise Refused(f"method: tsm, dm and adm have different processes, {processes}")
+            raise Refused(
+                f"method: tsm, dm and adm have different processes, {processes}"
+            )
 
     @property
     def hosts(self) -> list[Method]:
@@ -144,6 +163,8 @@ class MultiStudent(Delegating):
         """
 
         def route(x, t, cond=None, **kwargs):
-            return net.student(x, t, cond, member=self.partition.assign(cond), **kwargs)
+            return net.student(
+                x, t, cond, member=self.partition.assign(cond), **kwargs
+            )
 
         return route

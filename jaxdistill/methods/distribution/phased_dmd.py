@@ -78,12 +78,16 @@ class PhasedDMD(DiffInstruct):
     # Times of the generator's loss: t in [lower + low, min(upper, high)] for an interval from lower
     # to upper, on a process of length 1 (released code).
     match_times: Uniform = Uniform(low=0.02, high=0.98)
-    fake_times: Uniform = Uniform(low=0.02, high=0.98)  # the same for the fake scores' loss
-    fake_target: str = "flow"  # quantity in which the fake scores' error is measured: eps - x0
+    fake_times: Uniform = Uniform(
+        low=0.02, high=0.98
+    )  # the same for the fake scores' loss
+    # quantity in which the fake scores' error is measured: eps - x0
+    fake_target: str = "flow"
     # The weight of that error is min(1, fake_clamp sigma_{t|s}^2); inf: weight 1, as in the
     # released code.
     fake_clamp: Limit = 10.0
-    critic_steps: int = 5  # updates of the fake scores after each update of the generator
+    # updates of the fake scores after each update of the generator
+    critic_steps: int = 5
     # Which gradient the generator gets. normalised: DMD's, divided by the teacher's error (released
     # code); kl: that of the KL divergence (the paper's weight w).
     weight: str = "normalised"
@@ -93,7 +97,9 @@ class PhasedDMD(DiffInstruct):
     # True: intervals reach from s up to 1. False: up to the time at which the phase starts, hence
     # disjoint between phases, which the paper finds worse.
     nested: bool = True
-    phase: int = -1  # index of the trained phase, set by `stages`; -1: before that, all
+    phase: int = (
+        -1
+    )  # index of the trained phase, set by `stages`; -1: before that, all
 
     ema = ()
     renoises = False
@@ -167,7 +173,11 @@ class PhasedDMD(DiffInstruct):
         for interval in phase.intervals:
             # Only the last interval's fake score is coupled: it starts, like the expert, from the
             # teacher that serves the noise of the phase's last step.
-            after = self.couple if self.coupling < 1 and interval == phase.intervals[-1] else None
+            after = (
+                self.couple
+                if self.coupling < 1 and interval == phase.intervals[-1]
+                else None
+            )
             expert = Turn(
                 (phase.expert,),
                 functools.partial(self.student_loss, interval=interval),
@@ -177,7 +187,12 @@ class PhasedDMD(DiffInstruct):
             )
             turns.append(expert)
         is_trained = lambda step: self.scheduled(step)[0] == self.phase
-        fakes = Turn(phase.fakes, self.critic_loss, when=is_trained, gather=self.complete_rollout)
+        fakes = Turn(
+            phase.fakes,
+            self.critic_loss,
+            when=is_trained,
+            gather=self.complete_rollout,
+        )
         return (*turns, fakes)
 
     def scheduled(self, step: int) -> tuple[int, int]:
@@ -188,12 +203,16 @@ class PhasedDMD(DiffInstruct):
         """True at every `critic_steps`-th step of the phase, for the interval whose turn it is."""
         phase, update = self.scheduled(step)
         intervals = self.current.intervals
-        is_in_turn = phase == self.phase and intervals[update % len(intervals)] == interval
+        is_in_turn = (
+            phase == self.phase and intervals[update % len(intervals)] == interval
+        )
         return is_in_turn and step % self.critic_steps == 0
 
     def couple(self, weights, step):
         """fake <- c fake + (1 - c) expert, c = coupling (IDA)."""
-        return mix(weights, self.current.fakes[-1], self.current.expert, self.coupling)
+        return mix(
+            weights, self.current.fakes[-1], self.current.expert, self.coupling
+        )
 
     def generator(self, net: Nets):
         return routed(net, self.phases)
@@ -208,11 +227,15 @@ class PhasedDMD(DiffInstruct):
         experts = routed(net, self.phases[: self.phase + 1])
         denoise = functools.partial(experts, cond=ctx.batch.get("cond"))
         times = jnp.array(self.current.times)
-        return simulate(self.process, denoise, noise, times, ctx.key("chain"), index, "ddim")
+        return simulate(
+            self.process, denoise, noise, times, ctx.key("chain"), index, "ddim"
+        )
 
     def truncated_rollout(self, net: Nets, ctx: Ctx) -> Batch:
         """The expert's input: x_t at a random step of the phase, the same for all samples."""
-        index = jax.random.randint(ctx.key("index"), (), self.current.first, self.current.last)
+        index = jax.random.randint(
+            ctx.key("index"), (), self.current.first, self.current.last
+        )
         xt, t = self.rollout(net, ctx, index)
         return {**ctx.batch, "xt": xt, "t": t}
 
@@ -221,11 +244,17 @@ class PhasedDMD(DiffInstruct):
         xs, _ = self.rollout(net, ctx, self.current.last)
         return {**ctx.batch, "xs": xs}
 
-    def renoise(self, xs: Array, interval: Interval, times: Uniform, ctx: Ctx, name: str):
+    def renoise(
+        self, xs: Array, interval: Interval, times: Uniform, ctx: Ctx, name: str
+    ):
         """(x_t, t, eps): samples at s renoised, each to a time of its own in the interval."""
         inside = times.within(self.process, interval.low, interval.high)
         t, eps = self.draw_noise(xs, inside, ctx, name)
-        return self.process.transition(xs, eps, jnp.asarray(self.current.end), t), t, eps
+        return (
+            self.process.transition(xs, eps, jnp.asarray(self.current.end), t),
+            t,
+            eps,
+        )
 
     def student_loss(self, net: Nets, ctx: Ctx, interval: Interval) -> Out:
         """Distribution matching at the phase's end s, by the scores of one interval."""

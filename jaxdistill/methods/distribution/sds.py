@@ -58,7 +58,9 @@ class ScoreDistillation:
     def match(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, Array, Array]:
         """(loss whose gradient in x0 is that of (1) over numel, x_t, t)."""
         xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
-        gradient = self.direction(x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t)
+        gradient = self.direction(
+            x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t
+        )
         return score.gradient_surrogate(x0, gradient), xt, t
 
 
@@ -79,7 +81,9 @@ class DDS(SDS):
 
     def match(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, Array, Array]:
         xt, t, eps = self.diffuse(x0, self.match_times, ctx, "match")
-        own = self.direction(x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t)
+        own = self.direction(
+            x0, self.real(net, xt, t, ctx), self.added(x0, eps, t), t
+        )
         ref = ctx.batch["ref"]
         ref_t = self.process.add_noise(ref, eps, t)
         cond = ctx.batch.get("ref_cond")

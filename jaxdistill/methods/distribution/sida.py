@@ -28,13 +28,18 @@ from jaxdistill.core.fields import Natural
 from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Ctx, Nets
 from jaxdistill.diffusion.process import Pred
-from jaxdistill.methods.distribution.uni_instruct import SharedUniInstruct, UniInstruct
+from jaxdistill.methods.distribution.uni_instruct import (
+    SharedUniInstruct,
+    UniInstruct,
+)
 from jaxdistill.objectives import score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiDA(UniInstruct):
-    divergence: str = dataclasses.field(default="reverse_kl", init=False)  # no field here
+    divergence: str = dataclasses.field(
+        default="reverse_kl", init=False
+    )  # no field here
     alpha: float = 1.2  # as SiD's; Uni-Instruct's code has 1
     critic_only: Natural = 0  # steps before the student moves
 

@@ -44,10 +44,14 @@ class PGSB(SwiftBrush):
     # random ones of the teacher only.
     fake_guidance: Scale = Random(low=0.5, high=4.0)
 
-    def scaled(self, denoise: Callable, scale: Scale, xt: Array, t: Array, ctx: Ctx) -> Pred:
+    def scaled(
+        self, denoise: Callable, scale: Scale, xt: Array, t: Array, ctx: Ctx
+    ) -> Pred:
         """eps(x, t, y, k) = (1 - k) eps(x, t, null) + k eps(x, t, y)."""
         k = scale.draw(ctx.key("guidance"), xt.shape[0])
-        return guided(denoise, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), k)
+        return guided(
+            denoise, xt, t, ctx.batch.get("cond"), ctx.batch.get("null_cond"), k
+        )
 
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         return self.scaled(net.teacher, self.guidance, xt, t, ctx)
@@ -91,7 +95,9 @@ class NasaT(PGSB):
 
     def real(self, net: Nets, xt: Array, t: Array, ctx: Ctx) -> Pred:
         """(1 - k) eps(x, t, y-) + k eps(x, t, y)."""
-        return super().real(net, xt, t, with_batch(ctx, null_cond=ctx.batch["negative_cond"]))
+        return super().real(
+            net, xt, t, with_batch(ctx, null_cond=ctx.batch["negative_cond"])
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,12 +122,16 @@ class Clipped:
     def needs(self):
         return {**super().needs, "text_embed": Float[Spec, "B E"]}
 
-    def student_terms(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, dict[str, Array]]:
+    def student_terms(
+        self, net: Nets, ctx: Ctx, x0: Array
+    ) -> tuple[Array, dict[str, Array]]:
         loss, terms = super().student_terms(net, ctx, x0)
         image = self.preprocess(decoded(net.decoder, x0))
         embedding = net.judge(net.judge(image), method="pool")
         distance = cosine_distance(ctx.batch["text_embed"], embedding)
-        clip = jnp.mean(jax.nn.relu(distance - (1 - self.clip_tau)))  # max(0, tau - cos)
+        clip = jnp.mean(
+            jax.nn.relu(distance - (1 - self.clip_tau))
+        )  # max(0, tau - cos)
         weight = self.clip_weight * jnp.maximum(1 - ctx.step / self.clip_steps, 0.0)
         return loss + weight * clip, {**terms, "clip": clip}
 

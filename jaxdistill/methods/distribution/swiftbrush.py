@@ -42,7 +42,8 @@ class SwiftBrush(DiffInstruct):
     fake_dropout: float = 0.1
     # Updates of the fake score per student update, the first of them joint with it; the paper's 1.
     critic_steps: int = 1
-    guidance: float = 4.5  # of the teacher's score; depends on the backbone (snoopi.py)
+    # of the teacher's score; depends on the backbone (snoopi.py)
+    guidance: float = 4.5
     # The released code's, equal to the teacher's; 1 is DMD's choice. Uncertain: the paper states
     # the teacher's only.
     fake_guidance: float = 4.5
@@ -78,7 +79,9 @@ class SwiftBrush(DiffInstruct):
         entries that are not finite.
         """
         _, sigma = self.process.alpha_sigma(expand(t, x0))
-        return jnp.nan_to_num(sigma**2 * (real.eps - fake.eps), nan=0.0, posinf=0.0, neginf=0.0)
+        return jnp.nan_to_num(
+            sigma**2 * (real.eps - fake.eps), nan=0.0, posinf=0.0, neginf=0.0
+        )
 
     def fake_cond(self, ctx: Ctx):
         """One draw of the null condition for the complete batch."""
@@ -95,7 +98,9 @@ class SwiftBrush(DiffInstruct):
         alpha, _ = self.process.alpha_sigma(t)
         return jnp.mean(alpha**2 * error)
 
-    def student_terms(self, net: Nets, ctx: Ctx, x0: Array) -> tuple[Array, dict[str, Array]]:
+    def student_terms(
+        self, net: Nets, ctx: Ctx, x0: Array
+    ) -> tuple[Array, dict[str, Array]]:
         """(the student's loss, its terms by name)."""
         match, _, _ = self.match(net, ctx, x0)
         return match, {"match": match}

@@ -35,15 +35,20 @@ from jaxdistill.objectives import fdivergence, gan, score, weighting
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniInstruct(FromLevel, DMD2):
     process: Process = EDM()
-    student_times: tuple[float, ...] = (2.5,)  # the paper's init_sigma: x0 = G(2.5 z, 2.5)
-    match_times: Uniform = Karras(high=0.8)  # of the student's loss: sigma from .002 to 24.4
+    student_times: tuple[float, ...] = (
+        2.5,
+    )  # the paper's init_sigma: x0 = G(2.5 z, 2.5)
+    match_times: Uniform = Karras(
+        high=0.8
+    )  # of the student's loss: sigma from .002 to 24.4
     fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)  # of both critics' losses
     fake_target: str = "edm"
     critic_steps: int = 1  # critic updates per student update
     # A row of fdivergence.DIVERGENCES; the paper's best, .4 forward and .6 reverse KL.
     divergence: str = "jkl"
     scale: float = 100.0  # of the expansion in the student's loss
-    gan_weight: float = 0.01  # of the GAN in the student's loss, times the number of dimensions
+    # of the GAN in the student's loss, times the number of dimensions
+    gan_weight: float = 0.01
     disc_weight: float = 1.0  # of the discriminator's term in the critics' loss
     ratio_range: tuple[float, float] = (1e-3, 1e3)  # that r is clipped to
     # Steps before the student's first update; the paper's 100k images in batches of 256.
@@ -70,7 +75,9 @@ class UniInstruct(FromLevel, DMD2):
         pred = net.fake(xt, t, ctx.batch.get("cond"), taps=self.taps)
         return pred, self.logits_of(net, pred.features, t, ctx)
 
-    def logits_of(self, net: Nets, features: tuple[Array, ...], t: Array, ctx: Ctx) -> Array:
+    def logits_of(
+        self, net: Nets, features: tuple[Array, ...], t: Array, ctx: Ctx
+    ) -> Array:
         return net.disc(features, self.process.angle(t), ctx.batch.get("cond"))
 
     def ratio(self, logits: Array) -> Array:

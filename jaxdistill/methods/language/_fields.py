@@ -26,7 +26,9 @@ def refuse_unused(method: Any) -> None:
         value = getattr(method, field.name)
         if field.name in method.unused and value != field.default:
             given = f"method.{field.name}={value!r}"
-            raise Refused(f"{given}: expected {field.default!r}, for {method.unused[field.name]}")
+            raise Refused(
+                f"{given}: expected {field.default!r}, for {method.unused[field.name]}"
+            )
 
 
 def check_divergence_fields(method: Any) -> None:
@@ -36,7 +38,9 @@ def check_divergence_fields(method: Any) -> None:
     """
     least, most = bounds(method.temperature)
     if not 0 < least <= most < math.inf:
-        raise Refused(f"method.temperature={method.temperature}: expected a number above 0")
+        raise Refused(
+            f"method.temperature={method.temperature}: expected a number above 0"
+        )
     least, most = bounds(method.hard_weight)
     if not 0 <= least <= most <= 1:
         raise Refused(f"method.hard_weight={method.hard_weight}: expected 0 to 1")

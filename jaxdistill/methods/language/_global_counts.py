@@ -26,11 +26,15 @@ def with_counts(batch: Batch, masks: Mapping[str, Bool[Array, "B ..."]]) -> Batc
     samples = len(next(iter(masks.values())))
     counts = {name: jnp.sum(mask.astype(jnp.float32)) for name, mask in masks.items()}
     counts["samples"] = jnp.float32(samples)
-    repeated = {PREFIX + name: jnp.broadcast_to(n, (samples,)) for name, n in counts.items()}
+    repeated = {
+        PREFIX + name: jnp.broadcast_to(n, (samples,)) for name, n in counts.items()
+    }
     return {**batch, **repeated}
 
 
-def mean(batch: Batch, name: str, total: Float[Array, ""], count: Float[Array, ""]) -> Array:
+def mean(
+    batch: Batch, name: str, total: Float[Array, ""], count: Float[Array, ""]
+) -> Array:
     """`total` divided by the complete batch's count of the mask `name`; 0 where that is 0.
 
     A batch without counts is complete, and `count` is its own.

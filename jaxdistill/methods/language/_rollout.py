@@ -32,20 +32,27 @@ class Writing(Method):
     chunk: int = 0
 
     needs = TEXT
-    greedy = True  # whether a method can learn from greedy responses, sample_temperature 0
+    # whether a method can learn from greedy responses, sample_temperature 0
+    greedy = True
 
     def __post_init__(self):
         temperature = self.sample_temperature
         if not 0 <= temperature < math.inf or (temperature == 0 and not self.greedy):
             expected = "a number of 0 or more"
             if not self.greedy:
-                expected = f"a number above 0: {type(self).__name__} learns from samples"
-            raise Refused(f"method.sample_temperature={temperature}: expected {expected}")
+                expected = (
+                    f"a number above 0: {type(self).__name__} learns from samples"
+                )
+            raise Refused(
+                f"method.sample_temperature={temperature}: expected {expected}"
+            )
         if self.prompt_length < 0 or self.chunk < 0:
             given = f"method.prompt_length={self.prompt_length}, method.chunk={self.chunk}"
             raise Refused(f"{given}: expected 0 or more")
 
-    def write(self, net: Callable, ctx: Ctx, name: str, copies: int = 1, vocab: int = 0) -> Batch:
+    def write(
+        self, net: Callable, ctx: Ctx, name: str, copies: int = 1, vocab: int = 0
+    ) -> Batch:
         """The batch with responses of `net` in the places of the data's (`samplers.text.respond`).
 
         Args:
@@ -71,7 +78,9 @@ class Writing(Method):
         out = out[:, :-1] / self.sample_temperature
         labels = batch["tokens"][:, 1:]
         if self.chunk:
-            return -chunked_cross_entropy(out, net(method="head"), labels, chunk=self.chunk)
+            return -chunked_cross_entropy(
+                out, net(method="head"), labels, chunk=self.chunk
+            )
         return -cross_entropy(out, labels)
 
 
@@ -84,4 +93,6 @@ def share_of_tokens(
     flags: Bool[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum, count) of `flags` at the tokens of `mask`: a metric that is averaged over tokens."""
-    return jnp.sum(flags & mask).astype(jnp.float32), jnp.sum(mask).astype(jnp.float32)
+    return jnp.sum(flags & mask).astype(jnp.float32), jnp.sum(mask).astype(
+        jnp.float32
+    )

@@ -62,7 +62,8 @@ class CrossTokenizerKD(KD):
         "teacher_span": Int[Spec, "B S"],
     }
     unused = dict.fromkeys(
-        ("top_k", "support", "tail"), "spans' probabilities need complete distributions"
+        ("top_k", "support", "tail"),
+        "spans' probabilities need complete distributions",
     )
 
     def check(self, nets, data) -> None:
@@ -77,14 +78,19 @@ class CrossTokenizerKD(KD):
         hard, count = masked_sum(self.nll(student), targets(ctx.batch)[1])
         total = self.reduced(each, paired, count)
         loss = (1 - self.hard_weight) * total + weighted(self.hard_weight, hard)
-        return Out(loss, {"divergence": (soft, pairs), "cross_entropy": hard}, count=count)
+        return Out(
+            loss, {"divergence": (soft, pairs), "cross_entropy": hard}, count=count
+        )
 
     def side(self, call: Callable, batch: Batch) -> Side:
         head = call(method="head") if self.chunk else None
         return Side(self.outputs(call, batch), head, batch)
 
     def reduced(
-        self, each: Float[Array, "B N"], paired: Bool[Array, "B N"], count: Float[Array, ""]
+        self,
+        each: Float[Array, "B N"],
+        paired: Bool[Array, "B N"],
+        count: Float[Array, ""],
     ) -> Float[Array, ""]:
         """The batch's divergence from those of its pairs, times `count`, the target tokens."""
         return masked_sum(each, paired)[0]
@@ -93,7 +99,9 @@ class CrossTokenizerKD(KD):
         """-log q of the token after each."""
         return self.hard(side.outputs, following(side.batch["tokens"]), side.head)
 
-    def match(self, teacher: Side, student: Side) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+    def match(
+        self, teacher: Side, student: Side
+    ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
         """(divergence of every pair, whether there is such a pair).
 
         Here a pair is a span: D = f(p^(1/tau), q^(1/tau)) + f(1 - p^(1/tau), 1 - q^(1/tau)), where
@@ -102,10 +110,14 @@ class CrossTokenizerKD(KD):
         count = min(teacher.batch["span"].shape[1], student.batch["span"].shape[1])
         log_p, teacher_has = self.likelihoods(teacher, count)
         log_q, student_has = self.likelihoods(student, count)
-        each = event_divergence(self.divergence, log_p, log_q, temperature=self.temperature)
+        each = event_divergence(
+            self.divergence, log_p, log_q, temperature=self.temperature
+        )
         return each, teacher_has & student_has
 
-    def likelihoods(self, side: Side, count: int) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
+    def likelihoods(
+        self, side: Side, count: int
+    ) -> tuple[Float[Array, "B N"], Bool[Array, "B N"]]:
         """(log-probability of every span's text, whether the sample has that span), N = `count`."""
         return span_sum(-self.nll(side), following(side.batch["span"], -1), count)
 
@@ -132,7 +144,9 @@ class SpacedKD(CrossTokenizerKD):
         else:
             after = log_mass(outputs, opens_word)
         ended = ends(batch["span"], targets(batch)[1])
-        return log_q + span_sum(jnp.where(ended, after, 0.0), batch["span"], count)[0], present
+        return log_q + span_sum(jnp.where(ended, after, 0.0), batch["span"], count)[
+            0
+        ], present
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,13 +166,16 @@ class ULD(CrossTokenizerKD):
     unused = {
         **CrossTokenizerKD.unused,
         **dict.fromkeys(
-            ("divergence", "chunk"), "probabilities are sorted over the complete vocabulary"
+            ("divergence", "chunk"),
+            "probabilities are sorted over the complete vocabulary",
         ),
     }
 
     def reduced(self, each, paired, count):
         samples = jnp.sum(jnp.any(paired, 1).astype(jnp.float32))
-        return count * jnp.sum(sequence_mean(each, paired)) / jnp.maximum(samples, 1.0)
+        return (
+            count * jnp.sum(sequence_mean(each, paired)) / jnp.maximum(samples, 1.0)
+        )
 
     def compared(self, batch: Batch) -> Bool[Array, "B T"]:
         """Whether the distribution of the next token is compared."""
@@ -187,7 +204,9 @@ class SpanULD(ULD):
 def teacher_text(batch: Batch) -> Batch:
     """The text in the teacher's tokens, under the names that the student's have."""
     prefix = "teacher_"
-    return {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)
+    }
 
 
 def first_marked(

@@ -26,7 +26,16 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from jaxdistill.core.needs import Spec
-from jaxdistill.core.types import Array, Batch, Controller, Ctx, Nets, Out, Refused, Turn
+from jaxdistill.core.types import (
+    Array,
+    Batch,
+    Controller,
+    Ctx,
+    Nets,
+    Out,
+    Refused,
+    Turn,
+)
 from jaxdistill.methods.language._fields import TEXT
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.language.lm import targets
@@ -57,7 +66,9 @@ class DDK(KD):
         super().__post_init__()
         for name in ("domains", "interval", "measures"):
             if getattr(self, name) < 1:
-                raise Refused(f"method.{name}={getattr(self, name)}: expected a positive integer")
+                raise Refused(
+                    f"method.{name}={getattr(self, name)}: expected a positive integer"
+                )
         if not 0 <= self.smoothing <= 1:
             raise Refused(f"method.smoothing={self.smoothing}: expected 0 to 1")
 
@@ -123,7 +134,9 @@ class DDK(KD):
 
         roles = ("student", "teacher") if first else ("student",)
         gather = functools.partial(self.add_batch, roles)
-        return Turn((), self.report if last else self.remember, when=when, gather=gather)
+        return Turn(
+            (), self.report if last else self.remember, when=when, gather=gather
+        )
 
     def memory(self) -> dict[str, Any]:
         """role -> (sum of -log q, number of tokens) of each domain, float32 [2 N].
@@ -141,7 +154,10 @@ class DDK(KD):
         for role in roles:
             sums[role] = sums[role] + self.domain_sums(getattr(net, role), ctx.batch)
         size = len(ctx.batch["tokens"])
-        return {role: jnp.broadcast_to(total, (size, *total.shape)) for role, total in sums.items()}
+        return {
+            role: jnp.broadcast_to(total, (size, *total.shape))
+            for role, total in sums.items()
+        }
 
     def domain_sums(self, call: Callable, batch: Batch) -> Float[Array, "2 N"]:
         """Sum of -log q, and number of tokens, of each domain's held-out targets."""
@@ -168,7 +184,11 @@ class DDK(KD):
         teacher_loss = teacher[0] / teacher[1]
         ratio = jnp.exp(student_loss - teacher_loss)
         metrics = {f"ratio{i}": ratio[i] for i in range(self.domains)}
-        return Out(jnp.zeros(()), metrics, {"student": jnp.zeros_like(student), "teacher": teacher})
+        return Out(
+            jnp.zeros(()),
+            metrics,
+            {"student": jnp.zeros_like(student), "teacher": teacher},
+        )
 
     def controller(self) -> Controller:
         return DomainWeights(self.domains, self.smoothing, self.use_r0)
@@ -181,7 +201,8 @@ class DomainWeights(Controller):
         self.domains = domains
         self.smoothing = smoothing
         self.use_r0 = use_r0
-        self.weights: list[float] | None = None  # r; None before the first measurement
+        # r; None before the first measurement
+        self.weights: list[float] | None = None
         self.measured = 0  # measurements so far
 
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:

@@ -50,7 +50,9 @@ class Ingredients(NamedTuple):
 
 STAGES = {
     "GD": Ingredients("pretrained", "general", "latent"),  # general distillation
-    "GED": Ingredients("teacher", "general", "latent"),  # general-enhanced distillation
+    "GED": Ingredients(
+        "teacher", "general", "latent"
+    ),  # general-enhanced distillation
     "TAD": Ingredients("teacher", "task", "latent"),  # task-adaptive distillation
     "TSD": Ingredients("teacher", "task", "labels"),  # task-specific distillation
 }
@@ -125,7 +127,9 @@ class ErnieTiny(Method):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student", "projection"), self.loss, gather=self.with_token_count),)
+        return (
+            Turn(("student", "projection"), self.loss, gather=self.with_token_count),
+        )
 
     def with_token_count(self, net: Nets, ctx: Ctx) -> Batch:
         """The batch with the number of tokens that the stage reads."""
@@ -136,15 +140,23 @@ class ErnieTiny(Method):
         """Student and projection go on from stage to stage."""
         lengths = stage_lengths(steps, self.shares)
         methods = [dataclasses.replace(self, stage=name) for name in self.plan]
-        return tuple(Stage(method, length) for method, length in zip(methods, lengths))
+        return tuple(
+            Stage(method, length) for method, length in zip(methods, lengths)
+        )
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         stage = STAGES[self.stage]
         batch = chosen(ctx.batch, stage.data)
         teacher = getattr(net, stage.teacher)
-        teacher_layers = attention_loss.layer_map(self.student_depth, self.teacher_depth)
-        p_logits, *p_latent = jax.lax.stop_gradient(run_encoder(teacher, batch, teacher_layers))
-        q_logits, *q_latent = run_encoder(net.student, batch, tuple(range(self.student_depth)))
+        teacher_layers = attention_loss.layer_map(
+            self.student_depth, self.teacher_depth
+        )
+        p_logits, *p_latent = jax.lax.stop_gradient(
+            run_encoder(teacher, batch, teacher_layers)
+        )
+        q_logits, *q_latent = run_encoder(
+            net.student, batch, tuple(range(self.student_depth))
+        )
 
         hidden = 0
         for p, q in zip(p_latent[0], q_latent[0], strict=True):
@@ -166,7 +178,9 @@ class ErnieTiny(Method):
             metrics |= {"soft": soft, "hard": hard}
         return Out(loss, metrics, count=share)
 
-    def token_mean(self, batch: Batch, each: Float[Array, "B T"], mask: Shaped[Array, "B T"]):
+    def token_mean(
+        self, batch: Batch, each: Float[Array, "B T"], mask: Shaped[Array, "B T"]
+    ):
         """Mean over the real tokens of the complete batch."""
         return _global_counts.mean(batch, "tokens", *masked_sum(each, mask))
 
@@ -174,7 +188,11 @@ class ErnieTiny(Method):
 def chosen(batch: Batch, data: str) -> Batch:
     """tokens, mask and, of the task's data, label: the general or the task's half of a batch."""
     prefix = PREFIXES[data]
-    return {k: batch[prefix + k] for k in ("tokens", "mask", "label") if prefix + k in batch}
+    return {
+        k: batch[prefix + k]
+        for k in ("tokens", "mask", "label")
+        if prefix + k in batch
+    }
 
 
 def run_encoder(call: Callable, batch: Batch, layers: tuple[int, ...]):
@@ -192,7 +210,9 @@ def soft_loss(
     return -jnp.mean(jnp.sum(p * jax.nn.log_softmax(student / temperature), -1))
 
 
-def hard_loss(logits: Float[Array, "B C"], label: Shaped[Array, " B"]) -> Float[Array, ""]:
+def hard_loss(
+    logits: Float[Array, "B C"], label: Shaped[Array, " B"]
+) -> Float[Array, ""]:
     """Mean of -log softmax(logits)[label]; squared error if C is 1."""
     if logits.shape[-1] == 1:
         return jnp.mean((logits[:, 0] - label) ** 2)

@@ -40,12 +40,19 @@ class GKD(KD, Writing):
         if self.on_policy == 1 and self.hard_weight != 0:
             given = f"method.hard_weight={self.hard_weight}"
             reason = "no batch has the data's tokens"
-            raise Refused(f"{given}: expected 0 where method.on_policy=1, for {reason}")
+            raise Refused(
+                f"{given}: expected 0 where method.on_policy=1, for {reason}"
+            )
 
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (
-            Turn(("student",), self.on_policy_loss, when=self.is_on_policy, gather=self.rollout),
+            Turn(
+                ("student",),
+                self.on_policy_loss,
+                when=self.is_on_policy,
+                gather=self.rollout,
+            ),
             Turn(("student",), self.loss, when=self.is_off_policy),
         )
 

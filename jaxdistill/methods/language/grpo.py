@@ -16,8 +16,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn, lookup
-from jaxdistill.methods.language._rollout import Writing, response_mask, share_of_tokens
+from jaxdistill.core.types import (
+    Array,
+    Batch,
+    Ctx,
+    Nets,
+    Out,
+    Params,
+    Refused,
+    Turn,
+    lookup,
+)
+from jaxdistill.methods.language._rollout import (
+    Writing,
+    response_mask,
+    share_of_tokens,
+)
 from jaxdistill.models.language.lm import common_vocabulary, same_vocabulary
 from jaxdistill.objectives import policy
 from jaxdistill.objectives.divergence import sequence_mean
@@ -84,7 +98,9 @@ class GRPO(Writing):
         """
         batch = self.write(net.old, ctx, "write", self.group, common_vocabulary(net))
         reward, failed = self.reward(batch)
-        advantage = policy.group_advantages(reward, self.group, eps=self.std_eps, ddof=self.ddof)
+        advantage = policy.group_advantages(
+            reward, self.group, eps=self.std_eps, ddof=self.ddof
+        )
         batch = {**batch, "reward": reward, "failed": failed, "advantage": advantage}
         for role in ("old", *self.frozen):
             batch[f"log_{role}"] = self.log_probs(getattr(net, role), batch)
@@ -96,7 +112,9 @@ class GRPO(Writing):
         choose = lambda student, old: jnp.where(last, student, old)
         return {"old": jax.tree.map(choose, weights["student"], weights["old"])}
 
-    def log_ratio(self, log_q: Float[Array, "*N"], batch: Batch) -> Float[Array, "*N"]:
+    def log_ratio(
+        self, log_q: Float[Array, "*N"], batch: Batch
+    ) -> Float[Array, "*N"]:
         """log of the ratio that is clipped."""
         return log_q - batch["log_old"]
 

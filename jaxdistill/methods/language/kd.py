@@ -16,7 +16,11 @@ from jaxtyping import Float, Int, Shaped
 
 from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused
-from jaxdistill.methods.language._fields import TEXT, check_divergence_fields, refuse_unused
+from jaxdistill.methods.language._fields import (
+    TEXT,
+    check_divergence_fields,
+    refuse_unused,
+)
 from jaxdistill.models.language.lm import context, same_vocabulary, targets
 from jaxdistill.objectives import divergence
 from jaxdistill.objectives.divergence import Divergence, ForwardKL
@@ -55,7 +59,10 @@ class KD(Method):
     ema = ()
     # Fields that a subclass inherits and does not read -> the reason.
     unused: ClassVar[Mapping[str, str]] = {}
-    renamed: ClassVar[Mapping[str, str]] = {"kind": "divergence", "beta": "divergence.beta"}
+    renamed: ClassVar[Mapping[str, str]] = {
+        "kind": "divergence",
+        "beta": "divergence.beta",
+    }
 
     def __post_init__(self):
         refuse_unused(self)  # raises Refused if a field without effect is set
@@ -92,7 +99,9 @@ class KD(Method):
             return None, None
         return net.teacher(method="head"), net.student(method="head")
 
-    def compare(self, net: Nets, teacher: Any, student: Float[Array, "B T _"], batch: Batch) -> Out:
+    def compare(
+        self, net: Nets, teacher: Any, student: Float[Array, "B T _"], batch: Batch
+    ) -> Out:
         """(1 - hard_weight) divergence + hard_weight cross-entropy, summed over target tokens.
 
         `student` is what `outputs` returns. `teacher` is the same for the teacher, or anything else
@@ -124,22 +133,31 @@ class KD(Method):
         options: dict[str, Any] = {"temperature": self.temperature}
         if self.chunk:
             sides = (teacher, teacher_head, student, student_head)
-            return divergence.chunked_divergence(between, *sides, chunk=self.chunk, **options)
+            return divergence.chunked_divergence(
+                between, *sides, chunk=self.chunk, **options
+            )
         if self.top_k:
             options |= {"support": self.support, "tail": self.tail}
             k = self.top_k
-            return divergence.restricted_divergence(between, teacher, student, k, **options)
+            return divergence.restricted_divergence(
+                between, teacher, student, k, **options
+            )
         return divergence.token_divergence(between, teacher, student, **options)
 
     def hard(
-        self, student: Float[Array, "B T _"], labels: Int[Array, "B T"], head: Array | None
+        self,
+        student: Float[Array, "B T _"],
+        labels: Int[Array, "B T"],
+        head: Array | None,
     ) -> Float[Array, "B T"]:
         """-log q(label) at every position, at temperature 1.
 
         The label of position i is token i + 1.
         """
         if self.chunk:
-            return divergence.chunked_cross_entropy(student, head, labels, chunk=self.chunk)
+            return divergence.chunked_cross_entropy(
+                student, head, labels, chunk=self.chunk
+            )
         return divergence.cross_entropy(student, labels)
 
 
@@ -174,8 +192,12 @@ class StoredKD(KD):
         store = data.store
         vocab = getattr(nets["student"].config, "vocab", store["vocab"])
         if (vocab, self.temperature) != (store["vocab"], store["temperature"]):
-            stored = f"of {store['vocab']} tokens at temperature {store['temperature']}"
-            expected = f"the student's {vocab} at method.temperature={self.temperature}"
+            stored = (
+                f"of {store['vocab']} tokens at temperature {store['temperature']}"
+            )
+            expected = (
+                f"the student's {vocab} at method.temperature={self.temperature}"
+            )
             raise Refused(f"data.path={data.path}: {stored}, expected {expected}")
 
     @follows_schedules
@@ -183,7 +205,11 @@ class StoredKD(KD):
         # What `soft` of this class takes for the teacher: ids and log-probabilities of the K
         # likeliest tokens, and the log-probability of all others together.
         batch = ctx.batch
-        teacher = (batch["teacher_ids"], batch["teacher_log_probs"], batch["teacher_log_tail"])
+        teacher = (
+            batch["teacher_ids"],
+            batch["teacher_log_probs"],
+            batch["teacher_log_tail"],
+        )
         student = self.outputs(net.student, batch)
         return self.compare(net, teacher, student, batch)
 
@@ -193,4 +219,6 @@ class StoredKD(KD):
             log_tail = None
         kept = (ids, log_probs, log_tail)
         tau = self.temperature
-        return divergence.topk_divergence(self.divergence, *kept, student, temperature=tau)
+        return divergence.topk_divergence(
+            self.divergence, *kept, student, temperature=tau
+        )

@@ -43,9 +43,17 @@ class MaskedLM(Method):
 
     def __post_init__(self):
         replaced = self.masked + self.random
-        if not 0 < self.rate <= 1 or min(self.masked, self.random) < 0 or replaced > 1:
-            given = f"method.rate={self.rate}, masked={self.masked}, random={self.random}"
-            raise Refused(f"{given}: expected shares, the last two at most 1 together")
+        if (
+            not 0 < self.rate <= 1
+            or min(self.masked, self.random) < 0
+            or replaced > 1
+        ):
+            given = (
+                f"method.rate={self.rate}, masked={self.masked}, random={self.random}"
+            )
+            raise Refused(
+                f"{given}: expected shares, the last two at most 1 together"
+            )
 
     @property
     def needs(self):
@@ -67,7 +75,10 @@ class MaskedLM(Method):
         return Out(total, {}, count=count)
 
     def corrupt(
-        self, tokens: Int[Array, "B T"], mask: Shaped[Array, "B T"], key: Key[Array, ""]
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Shaped[Array, "B T"],
+        key: Key[Array, ""],
     ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
         """(tokens that the network reads, which of them are to be predicted)."""
         which, how, other = jax.random.split(key, 3)

@@ -45,7 +45,11 @@ class EnsembleKD(KD):
     def __post_init__(self):
         super().__post_init__()
         lookup(POOLS, self.pool, "method.pool")
-        if not self.weights or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
+        if (
+            not self.weights
+            or min(self.weights) < 0
+            or abs(sum(self.weights) - 1) > 1e-6
+        ):
             expected = "one of each teacher, none negative, that sum to 1"
             raise Refused(f"method.weights={self.weights}: expected {expected}")
 
@@ -55,7 +59,9 @@ class EnsembleKD(KD):
 
     @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
-        used = {role: weight for role, weight in zip(self.frozen, self.weights) if weight}
+        used = {
+            role: weight for role, weight in zip(self.frozen, self.weights) if weight
+        }
         logits = [self.outputs(getattr(net, role), ctx.batch) for role in used]
         logits = common(*logits)
         teacher = logits[0]
@@ -91,7 +97,9 @@ class RoutedKD(KD):
         domains = len(getattr(data, "parts", ()))
         if domains > len(self.routes):
             found = f"the data has {domains} domains"
-            raise Refused(f"method.routes={self.routes}: {found}, expected a teacher for each")
+            raise Refused(
+                f"method.routes={self.routes}: {found}, expected a teacher for each"
+            )
 
     @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
@@ -108,7 +116,9 @@ class RoutedKD(KD):
             teacher = self.outputs(pair.teacher, batch)
             out = self.compare(pair, teacher, student, of_teacher)
             loss = loss + out.loss
-            metrics = {name: value + out.metrics[name] for name, value in metrics.items()}
+            metrics = {
+                name: value + out.metrics[name] for name, value in metrics.items()
+            }
             count = count + out.count
         return Out(loss, metrics, count=count)
 

@@ -90,7 +90,9 @@ class Paced(GKD):
             raise Refused(f"{given}: expected one of each for every stage")
         for name in (*self.references, self.reference):
             if name not in REFERENCES:
-                raise Refused(f"method.references: {name!r}, expected teacher, student or dataset")
+                raise Refused(
+                    f"method.references: {name!r}, expected teacher, student or dataset"
+                )
         if self.attempts < 1 or min(self.a, self.b) < 0:
             given = f"method.attempts={self.attempts}, a={self.a}, b={self.b}"
             raise Refused(f"{given}: expected at least 1, 0 and 0")
@@ -126,7 +128,9 @@ class Paced(GKD):
         Where the teacher writes the stage's responses, these are in the places of the data's.
         """
         vocab = common_vocabulary(net)
-        score, failed = self.reward(self.write(net.student, ctx, "try", self.attempts, vocab))
+        score, failed = self.reward(
+            self.write(net.student, ctx, "try", self.attempts, vocab)
+        )
         passed = (score >= self.success).reshape(-1, self.attempts)
         pass_rate = jnp.mean(passed, 1)
         failed = jnp.mean(failed.reshape(-1, self.attempts), 1)
@@ -150,11 +154,19 @@ class Paced(GKD):
         weight = jnp.minimum(batch.get("weight", jnp.ones_like(each)), self.most)
         weight = jax.lax.stop_gradient(weight)
         metrics = {"divergence": jnp.sum(each), "weight": jnp.sum(weight)}
-        metrics |= {name: jnp.sum(batch[name]) for name in ("pass_rate", "failed") if name in batch}
+        metrics |= {
+            name: jnp.sum(batch[name])
+            for name in ("pass_rate", "failed")
+            if name in batch
+        }
         return Out(jnp.sum(weight * each), metrics, count=jnp.float32(len(each)))
 
     def snr(
-        self, nets: dict[str, Net], params: dict[str, Params], batch: Batch, bins: int = 5
+        self,
+        nets: dict[str, Net],
+        params: dict[str, Params],
+        batch: Batch,
+        bins: int = 5,
     ) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
         """Signal to noise of the problems' gradients, by their pass rate.
 
@@ -167,9 +179,13 @@ class Paced(GKD):
 
         def loss(student, problem):
             weights = {**params, "student": student}
-            bound = Nets(**{role: net.bind(role, weights) for role, net in nets.items()})
+            bound = Nets(
+                **{role: net.bind(role, weights) for role, net in nets.items()}
+            )
             one = {name: x[None] for name, x in problem.items() if name != "weight"}
-            return self.loss(bound, Ctx(one, jax.random.key(0), jnp.int32(0), {})).loss
+            return self.loss(
+                bound, Ctx(one, jax.random.key(0), jnp.int32(0), {})
+            ).loss
 
         def gradient(problem):
             return jax.grad(loss)(params["student"], problem)
@@ -197,7 +213,9 @@ class SelfPaced(Paced):
         super().__post_init__()
         if set(self.references) != {"student"}:
             reason = "a teacher that has read the solution copies it"
-            raise Refused(f"method.references={self.references}: expected 'student', for {reason}")
+            raise Refused(
+                f"method.references={self.references}: expected 'student', for {reason}"
+            )
 
     def initialise_student(self, nets, params, batch):
         """Surgery: a student without weights of its own starts as the teacher."""

@@ -17,7 +17,15 @@ import dataclasses
 
 import jax
 
-from jaxdistill.core.types import Ctx, Nets, Out, Refused, Stage, lookup, stage_lengths
+from jaxdistill.core.types import (
+    Ctx,
+    Nets,
+    Out,
+    Refused,
+    Stage,
+    lookup,
+    stage_lengths,
+)
 from jaxdistill.methods.language._fields import teacher_roles
 from jaxdistill.methods.language.kd import KD
 from jaxdistill.models.language.lm import targets
@@ -67,7 +75,9 @@ class RecursiveMeta(KD):
     def stages(self, steps: int) -> tuple[Stage, ...]:
         """One for each generation, equally long."""
         stages = []
-        for generation, length in enumerate(stage_lengths(steps, self.generations + 1)):
+        for generation, length in enumerate(
+            stage_lengths(steps, self.generations + 1)
+        ):
             method = dataclasses.replace(self, generation=generation)
             surgery = self.promote if generation else None
             stages.append(Stage(method, length, surgery=surgery))
@@ -78,7 +88,11 @@ class RecursiveMeta(KD):
         base, *students = split(nets["teacher"], params["teacher"])
         students = [(nets["student"], params["student"]), *students]
         net, weights = gather([base, *students[: len(self.history)]])
-        kept = {role: p for role, p in params.items() if role != "student" or not self.restart}
+        kept = {
+            role: p
+            for role, p in params.items()
+            if role != "student" or not self.restart
+        }
         return {**nets, "teacher": net}, {**kept, "teacher": weights}
 
     @follows_schedules
@@ -89,8 +103,13 @@ class RecursiveMeta(KD):
         students = ()
         if self.generation:
             base, *students = base
-        bases = [base, *(self.outputs(getattr(net, role), batch) for role in self.frozen[1:])]
-        student, *teachers = common(self.outputs(net.student, batch), *bases, *students)
+        bases = [
+            base,
+            *(self.outputs(getattr(net, role), batch) for role in self.frozen[1:]),
+        ]
+        student, *teachers = common(
+            self.outputs(net.student, batch), *bases, *students
+        )
         log_p = [jax.nn.log_softmax(logits) for logits in teachers]
         log_bases = log_p[: len(bases)]
         log_students = log_p[len(bases) :]

@@ -54,7 +54,10 @@ class RLAD(GRPO):
         """
         clamp = policy.CLAMPS[self.clamp]
         to_teacher = clamp(log_q - batch["log_teacher"], self.limit)
-        return self.alpha * super().log_ratio(log_q, batch) + (1 - self.alpha) * to_teacher
+        return (
+            self.alpha * super().log_ratio(log_q, batch)
+            + (1 - self.alpha) * to_teacher
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,11 @@ class EstimatedAlpha(SelfDistillation):
         above = ctx.memory["above"] + above
         below = ctx.memory["below"] + below
         alpha = jnp.clip(above / jnp.maximum(below, 1e-12), 0.0, 1.0)
-        return alpha, {"above": above, "below": below}, {"alpha": (alpha, jnp.ones(()))}
+        return (
+            alpha,
+            {"above": above, "below": below},
+            {"alpha": (alpha, jnp.ones(()))},
+        )
 
 
 def mean_squared_error(

@@ -14,7 +14,11 @@ from jaxtyping import Bool, Float
 from jaxdistill.core.types import Array, Batch, Ctx, Method, Nets, Out, Refused
 from jaxdistill.methods.language._fields import TEXT
 from jaxdistill.models.language.lm import context, targets
-from jaxdistill.objectives.divergence import chunked_likelihood, cross_entropy, masked_sum
+from jaxdistill.objectives.divergence import (
+    chunked_likelihood,
+    cross_entropy,
+    masked_sum,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,9 @@ class SFT(Method):
         if self.chunk:
             hidden = net.student(batch["tokens"], hidden_only=True, **context(batch))
             head = net.student(method="head")
-            nll, likeliest = chunked_likelihood(hidden, head, labels, chunk=self.chunk)
+            nll, likeliest = chunked_likelihood(
+                hidden, head, labels, chunk=self.chunk
+            )
             return nll, likeliest, mask
         logits = net.student(batch["tokens"], **context(batch))
         return cross_entropy(logits, labels), logits.argmax(-1) == labels, mask

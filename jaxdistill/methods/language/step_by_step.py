@@ -51,7 +51,9 @@ class StepByStep(SFT):
         """The batch with the numbers of target tokens of both tasks."""
         _, label = targets(ctx.batch)
         _, rationale = targets(rationale_text(ctx.batch))
-        return _global_counts.with_counts(ctx.batch, {"label": label, "rationale": rationale})
+        return _global_counts.with_counts(
+            ctx.batch, {"label": label, "rationale": rationale}
+        )
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         """alpha L_label + (1 - alpha) L_rationale, each a mean over its own target tokens."""
@@ -64,7 +66,9 @@ class StepByStep(SFT):
         metrics = {"label": label, "rationale": rationale}
         return Out(loss, metrics, count=_global_counts.share_of_batch(batch))
 
-    def nll(self, net: Nets, batch: Batch) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    def nll(
+        self, net: Nets, batch: Batch
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         """(sum of -log q over the target tokens of these texts, their number)."""
         nll, _, mask = self.token_losses(net, batch)
         return masked_sum(nll, mask)
@@ -73,4 +77,6 @@ class StepByStep(SFT):
 def rationale_text(batch: Batch) -> Batch:
     """The texts that end in the rationale, under the names of the others."""
     prefix = "explain_"
-    return {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)
+    }

@@ -18,9 +18,19 @@ from jaxtyping import Float
 from jaxdistill.core.types import Array, Out, Refused
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.models.language.lm import targets
-from jaxdistill.objectives.divergence import Divergence, JensenShannon, common, masked_sum
+from jaxdistill.objectives.divergence import (
+    Divergence,
+    JensenShannon,
+    common,
+    masked_sum,
+)
 from jaxdistill.objectives.ranking import plackett_luce, reranked
-from jaxdistill.objectives.selection import confidence_gate, entropy, most_uncertain, opener
+from jaxdistill.objectives.selection import (
+    confidence_gate,
+    entropy,
+    most_uncertain,
+    opener,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +64,19 @@ class TSDKD(GKD):
     def __post_init__(self):
         super().__post_init__()
         if self.direct_on not in ("all", "opener"):
-            raise Refused(f"method.direct_on={self.direct_on!r}: expected all or opener")
+            raise Refused(
+                f"method.direct_on={self.direct_on!r}: expected all or opener"
+            )
         if not 0 < self.share <= 1 or self.gate_temperature < 0:
-            given = f"method.share={self.share}, gate_temperature={self.gate_temperature}"
+            given = (
+                f"method.share={self.share}, gate_temperature={self.gate_temperature}"
+            )
             raise Refused(f"{given}: expected (0, 1] and 0 or more")
         if self.chunk or self.candidates < 1:
             given = f"method.chunk={self.chunk}, candidates={self.candidates}"
-            raise Refused(f"{given}: expected 0 (entropies need whole rows) and at least 1")
+            raise Refused(
+                f"{given}: expected 0 (entropies need whole rows) and at least 1"
+            )
 
     def compare(self, net, teacher, student, batch) -> Out:
         _, mask = targets(batch)
@@ -72,7 +88,9 @@ class TSDKD(GKD):
 
         gate = jnp.ones_like(student_entropy)
         if self.gate_temperature:
-            gate = confidence_gate(teacher_entropy, student_entropy, self.gate_temperature)
+            gate = confidence_gate(
+                teacher_entropy, student_entropy, self.gate_temperature
+            )
         weight = gate * opening if self.direct_on == "opener" else gate
         l_dir, count = masked_sum(self.soft(teacher, student), mask, weight)
         ranking = self.ranking_loss(reranked(teacher, student, self.candidates))

@@ -30,7 +30,9 @@ class UniversalNER(SFT):
     # longest answer, tokens
     answer_length: int = 256
 
-    def answer(self, net: Callable, prompt: Int[np.ndarray, " P"], eos: int) -> np.ndarray:
+    def answer(
+        self, net: Callable, prompt: Int[np.ndarray, " P"], eos: int
+    ) -> np.ndarray:
         """The student's greedy answer, int [n], without the end token.
 
         Args:
@@ -41,7 +43,9 @@ class UniversalNER(SFT):
         size = len(prompt)
         length = size + self.answer_length
         prompts = jnp.asarray(prompt)[None]
-        tokens, valid = generate(net, prompts, length, jax.random.key(0), temperature=0.0, eos=eos)
+        tokens, valid = generate(
+            net, prompts, length, jax.random.key(0), temperature=0.0, eos=eos
+        )
         answer = np.asarray(tokens[0, size:])
         answer = answer[np.asarray(valid[0, size:])]
         return answer[answer != eos]

@@ -32,7 +32,8 @@ class DiscreteConsistency(FewStep):
     # the distance is sqrt(||.||^2 + c^2) - c with c = huber sqrt(dimension); 0: the norm
     huber: float = 0.00054
 
-    target_network = "ema_student"  # its f(x_r, r) is the target: ema_student | student
+    # its f(x_r, r) is the target: ema_student | student
+    target_network = "ema_student"
     needs = {"x": Float[Spec, "B *shape"]}
     inits = {"student": None}
     frozen = ()
@@ -46,20 +47,34 @@ class DiscreteConsistency(FewStep):
         return r <= self.process.t_min
 
     def earlier(
-        self, net: Nets, ctx: Ctx, xt: Array, t: Array, r: Array, x0: Array, eps: Array
+        self,
+        net: Nets,
+        ctx: Ctx,
+        xt: Array,
+        t: Array,
+        r: Array,
+        x0: Array,
+        eps: Array,
     ) -> Array:
         """x_r on the trajectory of x_t."""
         return self.process.add_noise(x0, eps, r)
 
-    def weight(self, t: Float[Array, " B"], r: Float[Array, " B"]) -> Float[Array, " B"]:
+    def weight(
+        self, t: Float[Array, " B"], r: Float[Array, " B"]
+    ) -> Float[Array, " B"]:
         return jnp.ones_like(t)
 
     def distance(
-        self, net: Nets, predicted: Float[Array, "B ..."], target: Float[Array, "B ..."]
+        self,
+        net: Nets,
+        predicted: Float[Array, "B ..."],
+        target: Float[Array, "B ..."],
     ) -> Float[Array, " B"]:
         """Other distances are in _metrics.py."""
         dimension = math.prod(predicted.shape[1:])
-        return consistency.pseudo_huber(predicted, target, self.huber * math.sqrt(dimension))
+        return consistency.pseudo_huber(
+            predicted, target, self.huber * math.sqrt(dimension)
+        )
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         x0 = ctx.batch["x"]
@@ -74,7 +89,9 @@ class DiscreteConsistency(FewStep):
         target = jnp.where(expand(boundary, xr), xr, target)  # f(x, t_min) = x
         target = jax.lax.stop_gradient(target)
         distance = self.distance(net, net.student(xt, t, cond).x0, target)
-        return Out(jnp.mean(self.weight(t, r) * distance), {"distance": jnp.mean(distance)})
+        return Out(
+            jnp.mean(self.weight(t, r) * distance), {"distance": jnp.mean(distance)}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,12 +119,16 @@ class Consistency(DiscreteConsistency):
         levels = consistency.noise_levels(
             self.levels, self.levels, self.process.t_min, self.process.t_max, self.rho
         )
-        return consistency.neighbours(ctx.key("level"), levels, jnp.zeros(self.levels - 1), n)
+        return consistency.neighbours(
+            ctx.key("level"), levels, jnp.zeros(self.levels - 1), n
+        )
 
     def earlier(self, net, ctx, xt, t, r, x0, eps):
         cond = ctx.batch.get("cond")
         null_cond = ctx.batch.get("null_cond")
-        teacher = lambda x, t: guided(net.teacher, x, t, cond, null_cond, self.guidance)
+        teacher = lambda x, t: guided(
+            net.teacher, x, t, cond, null_cond, self.guidance
+        )
         return ode.advance(self.solver, self.process, teacher, xt, t, r)
 
 
@@ -131,7 +152,9 @@ class GrowingGrid(DiscreteConsistency):
         levels = consistency.noise_levels(
             count, self.s1 + 1, self.process.t_min, self.process.t_max, self.rho
         )
-        return consistency.neighbours(ctx.key("level"), levels, self.logits(levels), n)
+        return consistency.neighbours(
+            ctx.key("level"), levels, self.logits(levels), n
+        )
 
     def logits(self, levels: Float[Array, " N"]) -> Float[Array, " N-1"]:
         """Log-probabilities of the intervals, up to a constant; those after the last level are
@@ -156,7 +179,9 @@ class CT(GrowingGrid):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss, decay=self.decay if self.mu0 else None),)
+        return (
+            Turn(("student",), self.loss, decay=self.decay if self.mu0 else None),
+        )
 
     def decay(self, k: Array) -> Array:
         """mu at the student's update k, from 1: that of the grid which the update was made on."""

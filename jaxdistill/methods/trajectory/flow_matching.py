@@ -49,11 +49,15 @@ class FlowMatching(Method):
         keep = jax.random.uniform(ctx.key("drop"), (n,)) >= self.label_dropout
         cond = drop_condition(ctx.batch.get("cond"), ctx.batch.get("null_cond"), keep)
         pred = net.student(self.process.add_noise(x0, eps, t), t, cond)
-        return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, self.target)))
+        return Out(
+            jnp.mean(denoising_error(self.process, pred, x0, eps, t, self.target))
+        )
 
     def sampling_times(self, steps: int) -> Array:
         return ode.chain_times(self.solver, self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
         denoise = lambda x, t: net(x, t, cond)
-        return ode.solve(self.solver, self.process, denoise, self.process.start(noise), steps, key)
+        return ode.solve(
+            self.solver, self.process, denoise, self.process.start(noise), steps, key
+        )

@@ -44,7 +44,9 @@ class AverageVelocity(Method):
     def sampling_times(self, steps: int) -> Array:
         """Times of the exported student, which is for one step. Raises Refused for more."""
         if steps != 1:
-            raise Refused(f"export: an average velocity is exported for one step, not for {steps}")
+            raise Refused(
+                f"export: an average velocity is exported for one step, not for {steps}"
+            )
         return self.process.grid(1)[:1]
 
     def exported(self, net, params):
@@ -85,7 +87,9 @@ class MeanFlow(AverageVelocity):
     # jvp | central, for networks whose kernels have no JVP
     derivative: str = "jvp"
 
-    def interval(self, ctx: Ctx, n: int) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    def interval(
+        self, ctx: Ctx, n: int
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """(t, r) of `n` samples, r <= t; r = t for the first ones."""
         a = self.times.draw(self.process, ctx.key("t"), n)
         b = self.times.draw(self.process, ctx.key("r"), n)
@@ -108,10 +112,14 @@ class MeanFlow(AverageVelocity):
         v, cond = self.velocity(net, ctx, xt, t, self.process.velocity(x0, eps, t))
         average = lambda x, t, r: net.student(x, t, cond, r=r).v
         derivative = lookup(DERIVATIVES, self.derivative, "derivative")
-        u, du = derivative(average, (xt, t, r), (v, jnp.ones_like(t), jnp.zeros_like(r)))  # eq. 8
+        u, du = derivative(
+            average, (xt, t, r), (v, jnp.ones_like(t), jnp.zeros_like(r))
+        )  # eq. 8
         target = jax.lax.stop_gradient(v - expand(t - r, x0) * du)  # eq. 10
         error = jnp.sum((u - target) ** 2, axis=range(1, x0.ndim))
-        weight = weighting.adaptive(error, self.weight_c, self.weight_power)  # section 4.3
+        weight = weighting.adaptive(
+            error, self.weight_c, self.weight_power
+        )  # section 4.3
         return Out(jnp.mean(weight * error), {"error": jnp.mean(error)})
 
     def sample(self, net, noise, cond, key, steps):
@@ -138,8 +146,12 @@ class GuidedMeanFlow(MeanFlow):
     label_dropout: float = 0.1
 
     def velocity(self, net, ctx, xt, t, v):
-        dropped = jnp.sum(jax.random.uniform(ctx.key("drop"), t.shape) < self.label_dropout)
-        keep = jnp.arange(len(t)) >= dropped  # the first samples, where r = t, as in the code
+        dropped = jnp.sum(
+            jax.random.uniform(ctx.key("drop"), t.shape) < self.label_dropout
+        )
+        keep = (
+            jnp.arange(len(t)) >= dropped
+        )  # the first samples, where r = t, as in the code
         cond = ctx.batch.get("cond")
         null_cond = ctx.batch.get("null_cond")
         unconditional = net.student(xt, t, null_cond, r=t).v

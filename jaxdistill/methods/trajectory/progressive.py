@@ -98,23 +98,31 @@ class Progressive(Method):
         x0 = ctx.batch["x"]
         cond = ctx.batch.get("cond")
         null_cond = ctx.batch.get("null_cond")
-        index = jax.random.randint(ctx.key("t"), x0.shape[:1], 1, self.student_steps + 1)
+        index = jax.random.randint(
+            ctx.key("t"), x0.shape[:1], 1, self.student_steps + 1
+        )
         rising = self.grid(self.teacher_steps)[::-1]
         t = rising[2 * index]
         middle = rising[2 * index - 1]
         s = rising[2 * index - 2]
         eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
         xt = self.process.add_noise(x0, eps, t)
-        teacher = lambda x, t: guided(net.teacher, x, t, cond, null_cond, self.guidance)
+        teacher = lambda x, t: guided(
+            net.teacher, x, t, cond, null_cond, self.guidance
+        )
         xm = ode.advance("ddim", self.process, teacher, xt, t, middle)
         xs = ode.advance("ddim", self.process, teacher, xm, middle, s)
 
         alpha_t, sigma_t = self.process.alpha_sigma(t)
         alpha_s, sigma_s = self.process.alpha_sigma(s)
         ratio = expand(sigma_s / sigma_t, x0)
-        target = (xs - ratio * xt) / (expand(alpha_s, x0) - ratio * expand(alpha_t, x0))
+        target = (xs - ratio * xt) / (
+            expand(alpha_s, x0) - ratio * expand(alpha_t, x0)
+        )
         target = jax.lax.stop_gradient(target)
-        error = jnp.mean((net.student(xt, t, cond).x0 - target) ** 2, axis=range(1, x0.ndim))
+        error = jnp.mean(
+            (net.student(xt, t, cond).x0 - target) ** 2, axis=range(1, x0.ndim)
+        )
         weight = lookup(WEIGHTS, self.weight, "weight")(alpha_t, sigma_t)
         return Out(jnp.mean(weight * error))
 
@@ -124,7 +132,9 @@ class Progressive(Method):
     def sample(self, net, noise, cond, key, steps):
         denoise = lambda x, t: net(x, t, cond)
         start = self.process.start(noise)
-        return ode.solve("ddim", self.process, denoise, start, steps, key, self.grid(steps))
+        return ode.solve(
+            "ddim", self.process, denoise, start, steps, key, self.grid(steps)
+        )
 
 
 def promote(nets, params, batch):
@@ -134,4 +144,7 @@ def promote(nets, params, batch):
         raise Refused(
             f"roles.student.lora: a progressively distilled student has full weights, {reason}"
         )
-    return {**nets, "teacher": nets["student"]}, {**params, "teacher": params["student"]}
+    return {**nets, "teacher": nets["student"]}, {
+        **params,
+        "teacher": params["student"],
+    }

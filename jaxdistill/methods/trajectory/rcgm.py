@@ -86,10 +86,14 @@ class RCGM(AverageVelocity):
 
     def __post_init__(self):
         if self.process != Flow():
-            raise Refused(f"method.process={self.process}: expected Flow() without shift")
+            raise Refused(
+                f"method.process={self.process}: expected Flow() without shift"
+            )
         for kind in self.objectives:
             if kind not in self.kinds:
-                raise Refused(f"method.objectives: {kind!r}{nearest(kind, self.kinds)}")
+                raise Refused(
+                    f"method.objectives: {kind!r}{nearest(kind, self.kinds)}"
+                )
         if not self.order and {"e2e", "any"} & set(self.objectives):
             expected = f"expected only objectives 'mul', not {self.objectives}"
             raise Refused(f"method.order=0 is flow matching: {expected}")
@@ -101,7 +105,9 @@ class RCGM(AverageVelocity):
             raise Refused(f"data.batch_size: {n} samples, expected {expected}")
         return np.resize(self.objectives, n)
 
-    def interval(self, ctx: Ctx, n: int) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    def interval(
+        self, ctx: Ctx, n: int
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """(t, r) of `n` samples, by their objectives; r <= t."""
         kind = self.assignment(n)
         t = self.times.draw(self.process, ctx.key("t"), n)
@@ -109,7 +115,9 @@ class RCGM(AverageVelocity):
         r = t - t * share * jax.random.uniform(ctx.key("r"), (n,))
         return jnp.where(kind == "e2e", 1.0, t), jnp.where(kind == "e2e", 0.0, r)
 
-    def velocity(self, net: Nets, batch: Batch, xt: Array, t: Array, v: Array) -> Array:
+    def velocity(
+        self, net: Nets, batch: Batch, xt: Array, t: Array, v: Array
+    ) -> Array:
         """Step 1: the target velocity at x_t, from `v` of the sample's own path."""
         if not self.training_guidance:
             return v
@@ -126,7 +134,14 @@ class RCGM(AverageVelocity):
         return jax.lax.stop_gradient(jnp.where(expand(inside, v), guided, v))
 
     def consistent(
-        self, net: Nets, batch: Batch, F: Array, xt: Array, v: Array, t: Array, r: Array
+        self,
+        net: Nets,
+        batch: Batch,
+        F: Array,
+        xt: Array,
+        v: Array,
+        t: Array,
+        r: Array,
     ) -> Array:
         """Steps 2 to 5: the target of F = F(x_t, t, r), without gradient."""
         if not self.order:
@@ -142,12 +157,16 @@ class RCGM(AverageVelocity):
         xi = residual - v  # step 4
         return jax.lax.stop_gradient(F - clip_tangent(xi, self.clip))  # step 5
 
-    def distance(self, a: Float[Array, "B ..."], b: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    def distance(
+        self, a: Float[Array, "B ..."], b: Float[Array, "B ..."]
+    ) -> Float[Array, " B"]:
         """d(a, b), Barron's robust metric of the mean squared error."""
         error = jnp.mean((a - b) ** 2, axis=range(1, a.ndim))
         return error * weighting.barron(error, self.barron_alpha, self.barron_c)
 
-    def weight(self, t: Float[Array, " B"], r: Float[Array, " B"]) -> Float[Array, " B"]:
+    def weight(
+        self, t: Float[Array, " B"], r: Float[Array, " B"]
+    ) -> Float[Array, " B"]:
         return weighting.gap(t, r)
 
     def base(
@@ -155,7 +174,9 @@ class RCGM(AverageVelocity):
     ) -> tuple[Float[Array, " B"], Array, Array]:
         """(weighted error of each sample, F, v)."""
         xt = self.process.add_noise(batch["x"], eps, t)
-        v = self.velocity(net, batch, xt, t, self.process.velocity(batch["x"], eps, t))
+        v = self.velocity(
+            net, batch, xt, t, self.process.velocity(batch["x"], eps, t)
+        )
         F = net.student(xt, t, batch.get("cond"), r=r).v
         error = self.distance(F, self.consistent(net, batch, F, xt, v, t, r))
         return self.weight(t, r) * error, F, v

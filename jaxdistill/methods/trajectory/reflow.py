@@ -75,22 +75,30 @@ class Reflow(Method):
         start = self.process.start(noise)
         network = getattr(net, role)
         denoise = lambda x, t: guided(network, x, t, cond, null_cond, guidance)
-        sample = ode.solve(self.solver, self.process, denoise, start, self.solver_steps)
+        sample = ode.solve(
+            self.solver, self.process, denoise, start, self.solver_steps
+        )
         return {**ctx.batch, "noise": noise, "x": sample}
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         x0 = ctx.batch["x"]
         eps = ctx.batch["noise"]
         t = self.times.draw(self.process, ctx.key("t"), x0.shape[0])
-        pred = net.student(self.process.add_noise(x0, eps, t), t, ctx.batch.get("cond"))
-        return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v")))  # eq. 1
+        pred = net.student(
+            self.process.add_noise(x0, eps, t), t, ctx.batch.get("cond")
+        )
+        return Out(
+            jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v"))
+        )  # eq. 1
 
     def sampling_times(self, steps: int) -> Array:
         return ode.chain_times("euler", self.process, steps)
 
     def sample(self, net, noise, cond, key, steps):
         denoise = lambda x, t: net(x, t, cond)
-        return ode.solve("euler", self.process, denoise, self.process.start(noise), steps, key)
+        return ode.solve(
+            "euler", self.process, denoise, self.process.start(noise), steps, key
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,9 @@ class TwinFlow(RCGM):
         """The batch that RCGM's objectives are trained on."""
         return batch
 
-    def twin(self, net: Nets, x_f: Array, cond, eps: Array, t: Array) -> Float[Array, " B"]:
+    def twin(
+        self, net: Nets, x_f: Array, cond, eps: Array, t: Array
+    ) -> Float[Array, " B"]:
         """L_adv: the flow that ends in the own samples `x_f`, at negative times."""
         F = net.student(self.process.add_noise(x_f, eps, t), -t, cond, r=-t).v
         return self.distance(F, self.process.velocity(x_f, eps, t))
@@ -77,7 +79,9 @@ class TwinFlow(RCGM):
 
         The sample is z - F, so the direction of the score, -dv, is dv for F.
         """
-        return self.distance(F, jax.lax.stop_gradient(F + clip_tangent(dv, self.rectify_clip)))
+        return self.distance(
+            F, jax.lax.stop_gradient(F + clip_tangent(dv, self.rectify_clip))
+        )
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         x = ctx.batch["x"]
@@ -144,7 +148,9 @@ class FullTwinFlow(TwinFlow):
         rectify = self.rectify_weight * self.rectify(F, dv)
         loss = jnp.mean(base + flow + end_to_end + twin + rectify)
         push = jnp.mean(jnp.abs(dv))
-        return Out(loss, {"base": jnp.mean(base), "twin": jnp.mean(twin), "push": push})
+        return Out(
+            loss, {"base": jnp.mean(base), "twin": jnp.mean(twin), "push": push}
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,8 @@ class VAE:
     channels: int = 3
     latents: int = 4  # channels of z, at 1 / 2^(levels - 1) of the resolution
     widths: tuple[int, ...] = (16, 32)  # channels of the levels
-    layers: Depth = 1  # ResNet blocks of a level of the encoder; one more in the decoder
+    # ResNet blocks of a level of the encoder; one more in the decoder
+    layers: Depth = 1
     groups: int = 8  # of the group norms
     attention: bool = True  # in the middle of both halves
     quant: bool = True  # a 1x1 convolution after the encoder
@@ -59,7 +60,9 @@ class PixelAttention(nnx.Module):
     """One attention head over the pixels, as a residual branch."""
 
     def __init__(self, cfg: VAE, dim: int, rngs: nnx.Rngs):
-        make = functools.partial(dense, dim, dim, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+        make = functools.partial(
+            dense, dim, dim, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
+        )
         self.norm = norm(cfg, dim, rngs)
         self.to_q = make(("embed", "heads"))
         self.to_k = make(("embed", "heads"))
@@ -78,14 +81,22 @@ def norm(cfg: VAE, dim: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
 
 def resnet(cfg: VAE, i: int, o: int, rngs: nnx.Rngs) -> ResBlock:
     """A residual block of the autoencoder from i to o channels."""
-    return ResBlock(i, o, groups=cfg.groups, eps=EPS, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+    return ResBlock(
+        i, o, groups=cfg.groups, eps=EPS, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
+    )
 
 
 class Level(nnx.Module):
     """`count` ResNet blocks from i to o channels, then a change of resolution."""
 
     def __init__(
-        self, cfg: VAE, i: int, o: int, count: int, resample: nnx.Module | None, rngs: nnx.Rngs
+        self,
+        cfg: VAE,
+        i: int,
+        o: int,
+        count: int,
+        resample: nnx.Module | None,
+        rngs: nnx.Rngs,
     ):
         self.remat = cfg.remat
         ins = [i] + [o] * (count - 1)
@@ -127,7 +138,9 @@ class Encoder(nnx.Module):
         for i, width in enumerate(w):
             last = i == len(w) - 1
             resample = None if last else Down(width, low=0, rngs=rngs, dtype=dtype)
-            levels.append(Level(cfg, w[max(i - 1, 0)], width, cfg.layers, resample, rngs))
+            levels.append(
+                Level(cfg, w[max(i - 1, 0)], width, cfg.layers, resample, rngs)
+            )
         self.levels = nnx.List(levels)
         self.mid = Middle(cfg, rngs)
         self.norm_out = norm(cfg, w[-1], rngs)
@@ -151,7 +164,9 @@ class Decoder(nnx.Module):
         for i, width in enumerate(w):
             last = i == len(w) - 1
             resample = None if last else Up(width, rngs=rngs, dtype=dtype)
-            levels.append(Level(cfg, w[max(i - 1, 0)], width, cfg.layers + 1, resample, rngs))
+            levels.append(
+                Level(cfg, w[max(i - 1, 0)], width, cfg.layers + 1, resample, rngs)
+            )
         self.levels = nnx.List(levels)
         self.norm_out = norm(cfg, w[-1], rngs)
         self.conv_out = convolution(w[-1], cfg.channels, names=("embed", None))
@@ -169,7 +184,9 @@ class VAEModule(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
         self.encoder = Encoder(cfg, rngs)
         self.decoder = Decoder(cfg, rngs)
-        point = functools.partial(conv, names=(None, None), rngs=rngs, dtype=self.dtype)
+        point = functools.partial(
+            conv, names=(None, None), rngs=rngs, dtype=self.dtype
+        )
         if cfg.quant:
             self.quant = point(2 * cfg.latents, 2 * cfg.latents, (1, 1))
         if cfg.post_quant:

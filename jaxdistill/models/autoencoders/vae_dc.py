@@ -24,11 +24,20 @@ from jaxdistill.core.fields import Dtype, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.models.attention import TINY, linear_attention
-from jaxdistill.models.layers import ACTIVATIONS, ZEROS, GatedConv, as_program, conv, dense
+from jaxdistill.models.layers import (
+    ACTIVATIONS,
+    ZEROS,
+    GatedConv,
+    as_program,
+    conv,
+    dense,
+)
 
 EPS = 1e-5  # of every norm
 EXPAND = 4  # hidden channels of a gated convolution, in widths
-ACTS = {name: ACTIVATIONS[name] for name in ("gelu", "relu", "silu")}  # diffusers' names
+ACTS = {
+    name: ACTIVATIONS[name] for name in ("gelu", "relu", "silu")
+}  # diffusers' names
 SHRINKS = ("conv", "pixel_unshuffle")
 GROWS = ("interpolate", "pixel_shuffle")
 
@@ -72,15 +81,20 @@ class DCAE:
     shrink: str = "conv"  # of stride 2 | pixel_unshuffle after the convolution
     # interpolate (to the nearest pixel, before the convolution) | pixel_shuffle (after it)
     grow: str = "interpolate"
-    shortcut_out: bool = True  # averages of the encoder's last channels are added to z
-    shortcut_in: bool = True  # duplicates of z's channels are added to the decoder's first
+    # averages of the encoder's last channels are added to z
+    shortcut_out: bool = True
+    # duplicates of z's channels are added to the decoder's first
+    shortcut_in: bool = True
     act_out: str = "relu"  # before the decoder's last convolution
     scale: float = 0.41407  # denoisers work on z scale
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"  # of each block
 
     def __post_init__(self):
-        for name in ("encoder_scales", "decoder_scales"):  # a resumed run has them from JSON
+        for name in (
+            "encoder_scales",
+            "decoder_scales",
+        ):  # a resumed run has them from JSON
             object.__setattr__(self, name, tuple(map(tuple, getattr(self, name))))
 
     @property
@@ -115,7 +129,9 @@ class Norm(nnx.Module):
 
     def __init__(self, dim: int, rngs: nnx.Rngs):
         def make(init) -> nnx.Param:
-            return nnx.Param(nnx.with_partitioning(init, (None,))(rngs.params(), (dim,)))
+            return nnx.Param(
+                nnx.with_partitioning(init, (None,))(rngs.params(), (dim,))
+            )
 
         self.scale = make(nnx.initializers.ones_init())
         self.bias = make(ZEROS)
@@ -132,7 +148,9 @@ class ResBlock(nnx.Module):
     def __init__(self, dim: int, act: str, rngs: nnx.Rngs, dtype):
         self.act = lookup(ACTS, act, "model: act")
         self.conv1 = conv(dim, dim, (3, 3), rngs=rngs, dtype=dtype)
-        self.conv2 = conv(dim, dim, (3, 3), ("mlp", "embed"), rngs=rngs, bias=False, dtype=dtype)
+        self.conv2 = conv(
+            dim, dim, (3, 3), ("mlp", "embed"), rngs=rngs, bias=False, dtype=dtype
+        )
         self.norm = Norm(dim, rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -160,7 +178,9 @@ class Scale(nnx.Module):
 
     def __init__(self, dim: int, head_dim: int, size: int, rngs: nnx.Rngs, dtype):
         if size % 2 == 0:
-            raise Refused(f"model: attention scale {size}, expected an odd number of pixels")
+            raise Refused(
+                f"model: attention scale {size}, expected an odd number of pixels"
+            )
         matrices = nnx.initializers.lecun_normal(batch_axis=0)
         channels = 3 * dim
         self.depth = conv(
@@ -192,7 +212,9 @@ class Attention(nnx.Module):
     becomes keys and values of some heads too.
     """
 
-    def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
+    def __init__(
+        self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype
+    ):
         inner = dim // head_dim * head_dim
         if not inner:
             raise Refused(
@@ -205,7 +227,9 @@ class Attention(nnx.Module):
         self.to_q = make(dim, inner, ("embed", "heads"))
         self.to_k = make(dim, inner, ("embed", "heads"))
         self.to_v = make(dim, inner, ("embed", "heads"))
-        self.scales = nnx.List([Scale(inner, head_dim, size, rngs, dtype) for size in sizes])
+        self.scales = nnx.List(
+            [Scale(inner, head_dim, size, rngs, dtype) for size in sizes]
+        )
         self.to_out = make(inner * (1 + len(sizes)), dim, ("heads", "embed"))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -227,13 +251,17 @@ class GatedBranch(GatedConv):
         self.norm = Norm(dim, rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        return constrain(x + self.norm(super().__call__(x)), "batch", None, None, None)
+        return constrain(
+            x + self.norm(super().__call__(x)), "batch", None, None, None
+        )
 
 
 class EfficientViTBlock(nnx.Module):
     """Attention over all pixels, then a gated convolution."""
 
-    def __init__(self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype):
+    def __init__(
+        self, dim: int, head_dim: int, sizes: tuple[int, ...], rngs: nnx.Rngs, dtype
+    ):
         self.attention = Attention(dim, head_dim, sizes, rngs, dtype)
         self.gated = GatedBranch(dim, rngs, dtype)
 
@@ -264,13 +292,17 @@ def duplicate(x: Float[Array, "*B C"], out: int) -> Float[Array, "*B {out}"]:
 def divides(small: int, large: int, what: str) -> None:
     """Raises Refused where `small` channels do not divide `large` ones."""
     if large % small:
-        raise Refused(f"model: {what}: {large} channels are not a multiple of {small}")
+        raise Refused(
+            f"model: {what}: {large} channels are not a multiple of {small}"
+        )
 
 
 class Down(nnx.Module):
     """Half the resolution: a 3x3 convolution, and averages of the pixels if there is a shortcut."""
 
-    def __init__(self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True):
+    def __init__(
+        self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True
+    ):
         self.out = o
         self.shortcut = shortcut
         self.unshuffle = cfg.shrink == "pixel_unshuffle"
@@ -300,7 +332,9 @@ class Down(nnx.Module):
 class Up(nnx.Module):
     """Twice the resolution: a 3x3 convolution, and duplicated channels if there is a shortcut."""
 
-    def __init__(self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True):
+    def __init__(
+        self, cfg: DCAE, i: int, o: int, rngs: nnx.Rngs, *, shortcut: bool = True
+    ):
         self.out = o
         self.shortcut = shortcut
         self.shuffle = cfg.grow == "pixel_shuffle"
@@ -322,13 +356,17 @@ class Up(nnx.Module):
 class Level(nnx.Module):
     """Blocks of one width, and the change of resolution between this level and the next."""
 
-    def __init__(self, cfg: DCAE, sizes: LevelSizes, resample: Down | Up | None, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: DCAE, sizes: LevelSizes, resample: Down | Up | None, rngs: nnx.Rngs
+    ):
         self.remat = cfg.remat
         dtype = jnp.dtype(cfg.dtype)
         blocks = []
         for _ in range(sizes.layers):
             if sizes.attention:
-                block = EfficientViTBlock(sizes.width, cfg.head_dim, sizes.scales, rngs, dtype)
+                block = EfficientViTBlock(
+                    sizes.width, cfg.head_dim, sizes.scales, rngs, dtype
+                )
             else:
                 block = ResBlock(sizes.width, sizes.act, rngs, dtype)
             blocks.append(block)
@@ -348,9 +386,13 @@ def first(levels: list[LevelSizes]) -> LevelSizes:
     Raises:
         Refused: where it is not the first or the second.
     """
-    if not all(level.layers for level in levels[1:]) or not (levels[0].layers or levels[1:]):
+    if not all(level.layers for level in levels[1:]) or not (
+        levels[0].layers or levels[1:]
+    ):
         layers = tuple(level.layers for level in levels)
-        raise Refused(f"model: layers={layers}: only the first of several levels may be empty")
+        raise Refused(
+            f"model: layers={layers}: only the first of several levels may be empty"
+        )
     return levels[0] if levels[0].layers else levels[1]
 
 
@@ -363,7 +405,9 @@ class Encoder(nnx.Module):
         last = levels[-1].width
         convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=dtype)
         if levels[0].layers:
-            self.conv_in = convolution(cfg.channels, start.width, names=(None, "embed"))
+            self.conv_in = convolution(
+                cfg.channels, start.width, names=(None, "embed")
+            )
         else:
             self.conv_in = Down(cfg, cfg.channels, start.width, rngs, shortcut=False)
         made = []
@@ -408,7 +452,9 @@ class Decoder(nnx.Module):
         self.norm_out = Norm(start.width, rngs)
         self.act = lookup(ACTS, cfg.act_out, "model: act_out")
         if levels[0].layers:
-            self.conv_out = convolution(start.width, cfg.channels, names=("embed", None))
+            self.conv_out = convolution(
+                start.width, cfg.channels, names=("embed", None)
+            )
         else:
             self.conv_out = Up(cfg, start.width, cfg.channels, rngs, shortcut=False)
 
@@ -449,7 +495,9 @@ class DCAEModule(nnx.Module):
         """
         pixels = 2 ** (len(self.cfg.encoder_widths) - 1)
         if any(n % pixels for n in x.shape[1:3]):
-            raise Refused(f"x {list(x.shape)}: height and width must be multiples of {pixels}")
+            raise Refused(
+                f"x {list(x.shape)}: height and width must be multiples of {pixels}"
+            )
         z = self.encoder(x.astype(self.dtype)).astype(jnp.float32)
         return z, jnp.zeros_like(z)
 

@@ -40,7 +40,8 @@ class WanVAE:
     width: int = 8
     decoder_width: int = 0  # 0: as the encoder's
     multiples: tuple[int, ...] = (1, 2)  # of width: channels of the levels
-    blocks: Depth = 1  # residual blocks of a level of the encoder; one more in the decoder
+    # residual blocks of a level of the encoder; one more in the decoder
+    blocks: Depth = 1
     # which changes of resolution, from the pixels on, change the number of frames too
     temporal: tuple[bool, ...] = (True,)
     mean: tuple[float, ...] = (0.0,) * 4  # denoisers work on (z - mean) / std
@@ -159,7 +160,9 @@ class Level(nnx.Module):
         dtype,
     ):
         ins = [i] + [o] * (count - 1)
-        self.blocks = nnx.List([ResBlock(channels, o, rngs, dtype) for channels in ins])
+        self.blocks = nnx.List(
+            [ResBlock(channels, o, rngs, dtype) for channels in ins]
+        )
         if resample is not None:
             self.resample = resample
         if time is not None:
@@ -176,7 +179,9 @@ class Level(nnx.Module):
             x = self._spatial(x)
             return jnp.concatenate([x[:, :1], self.time(x)], 1) if temporal else x
         if temporal:  # the first frame is not seen by those after it
-            later = rearrange(self.time(x[:, 1:]), "b t h w (s c) -> b (t s) h w c", s=2)
+            later = rearrange(
+                self.time(x[:, 1:]), "b t h w (s c) -> b (t s) h w c", s=2
+            )
             x = jnp.concatenate([x[:, :1], later], 1)
         return self._spatial(x)
 
@@ -191,7 +196,9 @@ class Encoder(nnx.Module):
         w = [cfg.width * m for m in (1, *cfg.multiples)]
         last = len(cfg.multiples) - 1
         dtype = jnp.dtype(cfg.dtype)
-        shrink_time = functools.partial(conv, size=(3, 1, 1), strides=(2, 1, 1), padding="VALID")
+        shrink_time = functools.partial(
+            conv, size=(3, 1, 1), strides=(2, 1, 1), padding="VALID"
+        )
         self.remat = cfg.remat
         self.conv_in = causal(cfg.channels, w[0], rngs, dtype, names=(None, "embed"))
         levels = []
@@ -206,7 +213,9 @@ class Encoder(nnx.Module):
         self.levels = nnx.List(levels)
         self.mid = Middle(w[-1], rngs, dtype)
         self.norm_out = rms_norm(w[-1], rngs=rngs, eps=EPS, dtype=dtype)
-        self.conv_out = causal(w[-1], 2 * cfg.latents, rngs, dtype, names=("embed", None))
+        self.conv_out = causal(
+            w[-1], 2 * cfg.latents, rngs, dtype, names=("embed", None)
+        )
 
     def __call__(self, x: Float[Array, "B T H W C"]) -> Float[Array, "B t h w z"]:
         x = run_levels(self.levels, self.conv_in(x), self.remat)
@@ -237,7 +246,9 @@ class Decoder(nnx.Module):
             now = o // 2
         self.levels = nnx.List(levels)
         self.norm_out = rms_norm(w[-1], rngs=rngs, eps=EPS, dtype=dtype)
-        self.conv_out = causal(w[-1], cfg.channels, rngs, dtype, names=("embed", None))
+        self.conv_out = causal(
+            w[-1], cfg.channels, rngs, dtype, names=("embed", None)
+        )
 
     def __call__(self, z: Float[Array, "B t h w z"]) -> Float[Array, "B T H W C"]:
         x = run_middle(self.mid, self.conv_in(z), self.remat)
@@ -245,7 +256,9 @@ class Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
-def run_middle(mid: Middle, x: Float[Array, "B T H W C"], remat: str) -> Float[Array, "B T H W C"]:
+def run_middle(
+    mid: Middle, x: Float[Array, "B T H W C"], remat: str
+) -> Float[Array, "B T H W C"]:
     """The output of a middle, its residual blocks rematerialised by the policy `remat`."""
     x = mid.attention(as_program(mid.before, remat)(x))
     return as_program(mid.after, remat)(x)
@@ -304,9 +317,13 @@ class WanVAEModule(nnx.Module):
         frames = 2 ** sum(self.cfg.temporal)
         pixels = 2 ** len(self.cfg.temporal)
         if (x.shape[1] - 1) % frames:
-            raise Refused(f"x {list(x.shape)}: expected 1 + a multiple of {frames} frames")
+            raise Refused(
+                f"x {list(x.shape)}: expected 1 + a multiple of {frames} frames"
+            )
         if any(n % pixels for n in x.shape[2:4]):
-            raise Refused(f"x {list(x.shape)}: height and width must be multiples of {pixels}")
+            raise Refused(
+                f"x {list(x.shape)}: height and width must be multiples of {pixels}"
+            )
         h = self.quant(self.encoder(x.astype(self.dtype)))
         mean, log_var = jnp.split(h.astype(jnp.float32), 2, -1)
         return mean, jnp.exp(0.5 * jnp.clip(log_var, -30.0, 20.0))

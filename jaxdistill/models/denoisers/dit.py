@@ -57,7 +57,8 @@ class DiT:
     depth: Depth = 4
     heads: int = 4
     classes: Natural = 10  # label `classes` is the null condition
-    second_time: bool = False  # takes r, for networks that predict an average velocity from r to t
+    # takes r, for networks that predict an average velocity from r to t
+    second_time: bool = False
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
 
@@ -97,7 +98,9 @@ class Block(nnx.Module):
 
     def __init__(self, cfg: DiT, rngs: nnx.Rngs):
         d = cfg.dim
-        make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=jnp.dtype(cfg.dtype))
+        make = functools.partial(
+            dense, rngs=rngs, init=XAVIER, dtype=jnp.dtype(cfg.dtype)
+        )
         self.modulation = make(d, 6 * d, ("embed", "mlp"), init=ZEROS)
         self.to_q = make(d, d, ("embed", "heads"))
         self.to_k = make(d, d, ("embed", "heads"))
@@ -132,14 +135,20 @@ class DiTModule(nnx.Module):
         self.out_channels = cfg.out_channels or cfg.channels
         pixels = cfg.patch**2  # of a patch
         make = functools.partial(dense, rngs=rngs, dtype=self.dtype)
-        self.patch_embed = make(pixels * cfg.channels, d, (None, "embed"), init=XAVIER)
+        self.patch_embed = make(
+            pixels * cfg.channels, d, (None, "embed"), init=XAVIER
+        )
         self.time_embed = TimeEmbed(d, rngs)
-        self.label_embed = embedding(cfg.classes + 1, d, rngs=rngs, names=("index", "embed"))
+        self.label_embed = embedding(
+            cfg.classes + 1, d, rngs=rngs, names=("index", "embed")
+        )
         if cfg.second_time:
             self.gap_embed = TimeEmbed(d, rngs, out_init=ZEROS)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.modulation_out = make(d, 2 * d, ("embed", "mlp"), init=ZEROS)
-        self.proj_out = make(d, pixels * self.out_channels, ("embed", None), init=ZEROS)
+        self.proj_out = make(
+            d, pixels * self.out_channels, ("embed", None), init=ZEROS
+        )
 
     def __call__(
         self,
@@ -167,7 +176,9 @@ class DiTModule(nnx.Module):
         h = self.patch_embed(patchify(x.astype(self.dtype), cfg.patch))
         h = constrain(h + positions.astype(self.dtype), "batch", "seq", None)
         body = lambda h, block: (block(h, c), None)
-        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        h, _, features = scan_layers(
+            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         shift, scale = jnp.split(self.modulation_out(c)[:, None], 2, -1)
         h = self.proj_out(plain_norm(h, 1e-6) * (1 + scale) + shift)
         out = unpatchify(h, rows, cfg.patch)[..., : cfg.channels].astype(x.dtype)

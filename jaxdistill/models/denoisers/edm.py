@@ -48,14 +48,18 @@ class EDMUNet:
 
     size: int = 8  # samples are [size, size, channels]; `attention` is in its terms
     channels: int = 3  # of x and of the output
-    classes: int = 0  # labels; label `classes` is the null condition; 0: unconditional
+    # labels; label `classes` is the null condition; 0: unconditional
+    classes: int = 0
     # channels of cond["augment"], the parameters of the augmentation (9 in EDM); 0: not read
     augment_dim: int = 0
     width: int = 16
     # channels of the levels in `width`, each level at half the resolution of the one before
     multiples: tuple[int, ...] = (1, 2)
-    blocks: Depth = 1  # residual blocks of a level on the way down; one more on the way up
-    attention: tuple[int, ...] = (4,)  # resolutions whose blocks attend; the middle always does
+    # residual blocks of a level on the way down; one more on the way up
+    blocks: Depth = 1
+    attention: tuple[int, ...] = (
+        4,
+    )  # resolutions whose blocks attend; the middle always does
     emb_multiple: int = 4  # the embedding has emb_multiple * width channels
     dtype: Dtype = "float32"  # arithmetic; weights and embedding are float32
     remat: Remat = "none"  # of each block
@@ -66,7 +70,9 @@ class EDMUNet:
     damping: ClassVar[float]  # factor on the sum of a block's branch and its shortcut
     # whether blocks that change the resolution have a 1x1 convolution on the shortcut
     project: ClassVar[bool]
-    all_up: ClassVar[bool]  # every block on the way up attends, not just the last of a level
+    all_up: ClassVar[
+        bool
+    ]  # every block on the way up attends, not just the last of a level
     filter: ClassVar[tuple[int, ...]] = (1, 1)  # of every change of resolution
 
     def heads(self, width: int) -> int:
@@ -116,8 +122,10 @@ class SongUNet(EDMUNet):
 
     # features of the time: positional | fourier (random frequencies, stored and never trained)
     time_embedding: str = "positional"
-    noise_multiple: int = 1  # the features of the time have noise_multiple * width channels
-    residual: bool = False  # on the way down x, shrunk, is added to the activations of each level
+    # the features of the time have noise_multiple * width channels
+    noise_multiple: int = 1
+    # on the way down x, shrunk, is added to the activations of each level
+    residual: bool = False
     filter: tuple[int, ...] = (1, 1)
 
     renamed = {"waves": "time_embedding"}
@@ -131,7 +139,11 @@ class SongUNet(EDMUNet):
         return 1
 
     def inits(self) -> tuple:
-        return uniform(1.0, "fan_avg"), uniform(1e-10, "fan_avg"), uniform(0.2, "fan_avg")
+        return (
+            uniform(1.0, "fan_avg"),
+            uniform(1e-10, "fan_avg"),
+            uniform(0.2, "fan_avg"),
+        )
 
     def __call__(self, rngs: nnx.Rngs) -> SongModule:
         return SongModule(self, rngs)
@@ -164,7 +176,10 @@ class DhariwalUNet(EDMUNet):
 
 
 def resample(
-    x: Float[Array, "B H W C"], way: str, filter: tuple[int, ...], pad: int | None = None
+    x: Float[Array, "B H W C"],
+    way: str,
+    filter: tuple[int, ...],
+    pad: int | None = None,
 ) -> Float[Array, "B _ _ C"]:
     """x at half ("down") or twice ("up") the resolution.
 
@@ -209,7 +224,14 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, cfg: EDMUNet, i: int, o: int, rngs: nnx.Rngs, *, heads: int = 0, way: str = ""
+        self,
+        cfg: EDMUNet,
+        i: int,
+        o: int,
+        rngs: nnx.Rngs,
+        *,
+        heads: int = 0,
+        way: str = "",
     ):
         dtype = jnp.dtype(cfg.dtype)
         init, last, attend = cfg.inits()
@@ -256,7 +278,9 @@ class Block(nnx.Module):
 
     def _attended(self, x: Array) -> Array:
         """Attention over the pixels [B H W C]."""
-        qkv = rearrange(self.qkv(x), "b i j (h k s) -> s b (i j) h k", h=self.heads, s=3)
+        qkv = rearrange(
+            self.qkv(x), "b i j (h k s) -> s b (i j) h k", h=self.heads, s=3
+        )
         out = merge_heads(attention(qkv[0], qkv[1], qkv[2]))
         return self.proj(out.reshape(x.shape))
 
@@ -268,7 +292,10 @@ class Level(nnx.Module):
     """
 
     def __init__(
-        self, blocks: list[Block], move: Block | None = None, image: nnx.Conv | None = None
+        self,
+        blocks: list[Block],
+        move: Block | None = None,
+        image: nnx.Conv | None = None,
     ):
         self.blocks = nnx.List(blocks)
         if move is not None:
@@ -284,18 +311,27 @@ class EDMModule(nnx.Module):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
         init, last, _ = cfg.inits()
-        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=self.dtype)
-        self.conv_in = convolution(cfg.channels, first, names=(None, "embed"), init=init)
+        convolution = functools.partial(
+            conv, size=(3, 3), rngs=rngs, dtype=self.dtype
+        )
+        self.conv_in = convolution(
+            cfg.channels, first, names=(None, "embed"), init=init
+        )
         down, skips = self._way_down(first, rngs)
         bottom = cfg.widths[-1]
         self.mid = nnx.List(
-            [self._block(bottom, bottom, rngs, attend=True), self._block(bottom, bottom, rngs)]
+            [
+                self._block(bottom, bottom, rngs, attend=True),
+                self._block(bottom, bottom, rngs),
+            ]
         )
         up = self._way_up(skips, rngs)
         self.down = nnx.List(down)
         self.up = nnx.List(up)
         self.norm_out = norm(cfg, cfg.widths[0], rngs)
-        self.conv_out = convolution(cfg.widths[0], cfg.channels, names=("embed", None), init=last)
+        self.conv_out = convolution(
+            cfg.widths[0], cfg.channels, names=("embed", None), init=last
+        )
 
     def _block(
         self, i: int, o: int, rngs: nnx.Rngs, *, attend: bool = False, way: str = ""
@@ -307,7 +343,9 @@ class EDMModule(nnx.Module):
         """(levels, channels of all activations that are concatenated on the way up)."""
         cfg = self.cfg
         residual = getattr(cfg, "residual", False)
-        pad = 1 + (len(cfg.filter) - 1) // 2  # of the convolution and of the filter behind it
+        pad = (
+            1 + (len(cfg.filter) - 1) // 2
+        )  # of the convolution and of the filter behind it
         levels = []
         now = first
         image_channels = cfg.channels
@@ -342,11 +380,17 @@ class EDMModule(nnx.Module):
         skips = list(skips)
         now = cfg.widths[-1]
         for i, width in reversed(list(enumerate(cfg.widths))):
-            move = self._block(now, now, rngs, way="up") if i < len(cfg.widths) - 1 else None
+            move = (
+                self._block(now, now, rngs, way="up")
+                if i < len(cfg.widths) - 1
+                else None
+            )
             blocks = []
             for j in range(cfg.blocks + 1):
                 attend = cfg.attends(i) and (cfg.all_up or j == cfg.blocks)
-                blocks.append(self._block(now + skips.pop(), width, rngs, attend=attend))
+                blocks.append(
+                    self._block(now + skips.pop(), width, rngs, attend=attend)
+                )
                 now = width
             levels.append(Level(blocks, move))
         return levels
@@ -387,7 +431,9 @@ class EDMModule(nnx.Module):
         out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
         if not taps:
             return out
-        return out, tuple(rearrange(features[tap], "b h w c -> b (h w) c") for tap in taps)
+        return out, tuple(
+            rearrange(features[tap], "b h w c -> b (h w) c") for tap in taps
+        )
 
     def _check(self, x: Array, taps: tuple[int, ...]) -> None:
         levels = len(self.cfg.multiples)
@@ -515,7 +561,9 @@ class SongModule(EDMModule):
     def _time_features(self, t: Array) -> Array:
         """Sines, then cosines."""
         if self.cfg.time_embedding == "fourier":
-            frequencies = jax.lax.stop_gradient(self.frequencies[...].astype(jnp.float32))
+            frequencies = jax.lax.stop_gradient(
+                self.frequencies[...].astype(jnp.float32)
+            )
             angles = t.astype(jnp.float32)[:, None] * (2 * math.pi) * frequencies
             return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
         channels = self.cfg.noise_multiple * self.cfg.width
@@ -536,10 +584,14 @@ class DhariwalModule(EDMModule):
         self.layer1 = make(cfg.emb, cfg.emb, ("embed", "mlp"), init=init)
         if cfg.classes:
             unit = nnx.initializers.normal(1.0)
-            self.label = make(cfg.classes, cfg.emb, ("index", "embed"), init=unit, bias=False)
+            self.label = make(
+                cfg.classes, cfg.emb, ("index", "embed"), init=unit, bias=False
+            )
         if cfg.augment_dim:
             names = (None, "embed")
-            self.augment = make(cfg.augment_dim, cfg.width, names, init=last, bias=False)
+            self.augment = make(
+                cfg.augment_dim, cfg.width, names, init=last, bias=False
+            )
 
     def embed(
         self,

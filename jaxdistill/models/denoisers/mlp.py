@@ -24,7 +24,8 @@ class MLP:
     width: int = 128
     depth: Depth = 3
     classes: int = 0  # 0: unconditional; else label `classes` is the null condition
-    second_time: bool = False  # takes r, for networks that predict an average velocity from r to t
+    # takes r, for networks that predict an average velocity from r to t
+    second_time: bool = False
     dtype: Dtype = "float32"
 
     def __call__(self, rngs: nnx.Rngs) -> MLPModule:
@@ -37,7 +38,9 @@ class MLP:
 
     @property
     def condition(self) -> Condition | None:
-        return Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+        return (
+            Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+        )
 
 
 def _time_features(t: Array) -> Array:
@@ -54,11 +57,17 @@ class MLPModule(nnx.Module):
         self.inp = make(cfg.dim + 8, w, (None, "embed"))
         if cfg.classes:
             names = ("index", "embed")
-            self.label_embed = embedding(cfg.classes + 1, w, rngs=rngs, std=0.5, names=names)
+            self.label_embed = embedding(
+                cfg.classes + 1, w, rngs=rngs, std=0.5, names=names
+            )
         if cfg.second_time:
             self.gap_embed = make(8, w, (None, "embed"), init=ZEROS)
-        self.up = nnx.List([make(w, 2 * w, ("embed", "mlp")) for _ in range(cfg.depth)])
-        self.down = nnx.List([make(2 * w, w, ("mlp", "embed")) for _ in range(cfg.depth)])
+        self.up = nnx.List(
+            [make(w, 2 * w, ("embed", "mlp")) for _ in range(cfg.depth)]
+        )
+        self.down = nnx.List(
+            [make(2 * w, w, ("mlp", "embed")) for _ in range(cfg.depth)]
+        )
         self.out = make(w, cfg.dim, ("embed", None))
 
     def __call__(

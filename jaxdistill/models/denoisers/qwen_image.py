@@ -75,7 +75,10 @@ class QwenImage:
     def condition(self) -> Condition:
         return Condition(
             needs={"text": Float[Spec, f"B L {self.text_dim}"]},
-            optional={"mask": Shaped[Spec, "B L"], "image": Float[Spec, f"B _ _ {self.channels}"]},
+            optional={
+                "mask": Shaped[Spec, "B L"],
+                "image": Float[Spec, f"B _ _ {self.channels}"],
+            },
         )
 
 
@@ -117,13 +120,19 @@ class Stream(nnx.Module):
         shift: Float[Array, "B _ D"],
         scale: Float[Array, "B _ D"],
         rotary: Rotary,
-    ) -> tuple[Float[Array, "B N H K"], Float[Array, "B N H K"], Float[Array, "B N H K"]]:
+    ) -> tuple[
+        Float[Array, "B N H K"], Float[Array, "B N H K"], Float[Array, "B N H K"]
+    ]:
         """Queries, keys and values of the modulated tokens."""
         h = modulate(x, shift, scale, EPS)
         q = split_heads(self.to_q(h), self.heads)
         k = split_heads(self.to_k(h), self.heads)
         v = split_heads(self.to_v(h), self.heads)
-        return rotate_pairs(self.norm_q(q), rotary), rotate_pairs(self.norm_k(k), rotary), v
+        return (
+            rotate_pairs(self.norm_q(q), rotary),
+            rotate_pairs(self.norm_k(k), rotary),
+            v,
+        )
 
     def residual(
         self,
@@ -254,12 +263,16 @@ class QwenImageModule(nnx.Module):
     def _cut(self, picture: Array) -> Array:
         """[B H W C] -> patches [B N p p C], by rows; their channels are (channel, row, column)."""
         p = self.cfg.patch
-        return rearrange(picture.astype(self.dtype), "b (i p) (j q) c -> b (i j) (c p q)", p=p, q=p)
+        return rearrange(
+            picture.astype(self.dtype), "b (i p) (j q) c -> b (i j) (c p q)", p=p, q=p
+        )
 
     def _join(self, patches: Array, rows: int) -> Array:
         """The inverse of `_cut` for a picture of `rows` patches from top to bottom."""
         p = self.cfg.patch
-        return rearrange(patches, "b (i j) (c p q) -> b (i p) (j q) c", i=rows, p=p, q=p)
+        return rearrange(
+            patches, "b (i j) (c p q) -> b (i p) (j q) c", i=rows, p=p, q=p
+        )
 
     def _mask(self, cond: dict, patches: int) -> Array | None:
         """Attention mask [B 1 1 L + patches]: all patches are attended to."""
@@ -280,7 +293,9 @@ def positions(
     """Rotary factors of `length` text tokens, and of the patches of all pictures in order."""
     pictures = []
     for i, (rows, cols) in enumerate(grids):
-        pictures.append(axial_rotary([np.array([i]), _centred(rows), _centred(cols)], axes))
+        pictures.append(
+            axial_rotary([np.array([i]), _centred(rows), _centred(cols)], axes)
+        )
     edge = max(n // 2 for grid in grids for n in grid)
     diagonal = edge + np.arange(length)  # a token's position along all three axes
     text = [axial_rotary([diagonal], [d]) for d in axes]

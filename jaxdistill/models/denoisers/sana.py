@@ -80,7 +80,8 @@ class Sana:
     interpolation: float | None = None
     guidance: bool = False  # reads cond["guidance"]
     guidance_scale: float = 0.1  # factor on the guidance scale before it is embedded
-    time_scale: float = 1.0  # factor on t before it is embedded (Sprint's teachers: .001)
+    # factor on t before it is embedded (Sprint's teachers: .001)
+    time_scale: float = 1.0
     norm_eps: float = 1e-6  # of the modulated norms
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
@@ -158,7 +159,9 @@ class CrossAttention(Attention):
             return self.out(attention(q, k, v, mask=mask))
         other = self.keys_values(negative.tokens)
         negative_mask = negative.mask
-        out = nasa(q, k, v, *other, negative.alpha, mask=mask, negative_mask=negative_mask)
+        out = nasa(
+            q, k, v, *other, negative.alpha, mask=mask, negative_mask=negative_mask
+        )
         return self.out(out)
 
 
@@ -182,11 +185,15 @@ class Block(nnx.Module):
         negative: Negative | None = None,
     ) -> Float[Array, "B N D"]:
         """x: patches, `rows` of them from top to bottom; time: projected, float32."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(time + self.table[...], 6, 1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
+            time + self.table[...], 6, 1
+        )
         h = self.attn1(modulate(x, shift1, scale1, self.eps))
         x = constrain(add_gated(x, h, gate1), "batch", "seq", None)
         x = x + self.attn2(x, text, mask, negative)
-        h = rearrange(modulate(x, shift2, scale2, self.eps), "b (i j) d -> b i j d", i=rows)
+        h = rearrange(
+            modulate(x, shift2, scale2, self.eps), "b (i j) d -> b i j d", i=rows
+        )
         h = rearrange(self.gated(h), "b i j d -> b (i j) d")
         return constrain(add_gated(x, h, gate2), "batch", "seq", None)
 
@@ -234,7 +241,9 @@ class SanaModule(nnx.Module):
         cfg = self.cfg
         check_condition(cond, cfg.condition, "Sana")
         if any(n % cfg.patch for n in x.shape[1:3]):
-            raise Refused(f"x {list(x.shape)}: height and width must be multiples of {cfg.patch}")
+            raise Refused(
+                f"x {list(x.shape)}: height and width must be multiples of {cfg.patch}"
+            )
         rows = x.shape[1] // cfg.patch
         h = self._enter(x)
         emb = self._embed(t, cond)
@@ -245,7 +254,9 @@ class SanaModule(nnx.Module):
         if negative is not None:
             negative = negative._replace(tokens=self._text(negative.tokens))
         body = lambda h, block: (block(h, time, text, mask, rows, negative), None)
-        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        h, _, features = scan_layers(
+            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         shift, scale = jnp.split(emb[:, None] + self.table[...], 2, 1)
         h = self.proj_out(modulate(h, shift, scale, 1e-6))
         out = unpatchify(h, rows, cfg.patch).astype(x.dtype)

@@ -21,7 +21,12 @@ from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.needs import Condition, Spec, check_condition
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.attention import Negative, nasa, negative_needs, negative_prompt
+from jaxdistill.models.attention import (
+    Negative,
+    nasa,
+    negative_needs,
+    negative_prompt,
+)
 from jaxdistill.models.blocks import Down, ResBlock, Up
 from jaxdistill.models.layers import (
     EmbeddingMLP,
@@ -52,15 +57,24 @@ class UNet:
 
     size: int = 8  # latents are [size, size, channels] in training; others work
     channels: int = 4  # of x and of the output
-    image_channels: int = 0  # of cond["image"], concatenated to x (inpainting, editing)
+    # of cond["image"], concatenated to x (inpainting, editing)
+    image_channels: int = 0
     # channels of the levels, each at half the resolution of the one before
     widths: tuple[int, ...] = (32, 64)
-    layers: Depth = 2  # ResNet blocks of a level on the way down; one more on the way up
-    depths: tuple[int, ...] = (1, 0)  # transformer blocks after each ResNet block of a level
+    # ResNet blocks of a level on the way down; one more on the way up
+    layers: Depth = 2
+    depths: tuple[int, ...] = (
+        1,
+        0,
+    )  # transformer blocks after each ResNet block of a level
     mid_depth: Natural = 1  # transformer blocks in the middle; 0: no middle at all
-    heads: tuple[int, ...] = (2, 4)  # of the transformers of each level; the middle takes the last
+    heads: tuple[int, ...] = (
+        2,
+        4,
+    )  # of the transformers of each level; the middle takes the last
     text_dim: int = 32  # channels of cond["text"]
-    pooled_dim: int = 0  # channels of cond["pooled"]; 0: neither it nor cond["size"] is read
+    # channels of cond["pooled"]; 0: neither it nor cond["size"] is read
+    pooled_dim: int = 0
     size_dim: int = 0  # features of each of the six numbers of cond["size"]
     # features of cond["guidance"] (guidance-distilled students, arXiv:2210.03142); 0: not read
     guidance_dim: int = 0
@@ -118,7 +132,15 @@ class Attention(nnx.Module):
             out = attention(q, k, v, mask=mask)
         else:
             other = self._keys_values(negative.tokens)
-            out = nasa(q, k, v, *other, negative.alpha, mask=mask, negative_mask=negative.mask)
+            out = nasa(
+                q,
+                k,
+                v,
+                *other,
+                negative.alpha,
+                mask=mask,
+                negative_mask=negative.mask,
+            )
         return self.to_out(merge_heads(out))
 
     def _keys_values(self, source: Array) -> tuple[Array, Array]:
@@ -165,10 +187,14 @@ class Transformer(nnx.Module):
         self.remat = cfg.remat
         self.norm = group_norm(dim, cfg.groups, rngs=rngs, eps=1e-6, dtype=dtype)
         self.proj_in = dense(dim, dim, ("embed", "mlp"), rngs=rngs, dtype=dtype)
-        self.blocks = stack(lambda r: Block(dim, cfg.text_dim, heads, r, dtype), depth, rngs)
+        self.blocks = stack(
+            lambda r: Block(dim, cfg.text_dim, heads, r, dtype), depth, rngs
+        )
         self.proj_out = dense(dim, dim, ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B H W C"], text: Text) -> Float[Array, "B H W C"]:
+    def __call__(
+        self, x: Float[Array, "B H W C"], text: Text
+    ) -> Float[Array, "B H W C"]:
         h = self.proj_in(rearrange(self.norm(x), "b h w c -> b (h w) c"))
         h = constrain(h, "batch", "seq", None)
         body = lambda h, block: (block(h, text), None)
@@ -179,7 +205,9 @@ class Transformer(nnx.Module):
 def resnet(cfg: UNet, i: int, o: int, rngs: nnx.Rngs) -> ResBlock:
     """A residual block of the U-Net from i to o channels."""
     dtype = jnp.dtype(cfg.dtype)
-    return ResBlock(i, o, emb=cfg.embed_dim, groups=cfg.groups, rngs=rngs, dtype=dtype)
+    return ResBlock(
+        i, o, emb=cfg.embed_dim, groups=cfg.groups, rngs=rngs, dtype=dtype
+    )
 
 
 class Level(nnx.Module):
@@ -204,13 +232,20 @@ class Level(nnx.Module):
             self.resample = resample(out, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
 
     def layer(
-        self, i: int, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], text: Text, remat: str
+        self,
+        i: int,
+        x: Float[Array, "B H W C"],
+        emb: Float[Array, "B E"],
+        text: Text,
+        remat: str,
     ) -> Float[Array, "B H W D"]:
         """The i-th ResNet block and its transformer."""
         x = as_program(self.resnets[i], remat)(x, emb)
         if not self.attentions:
             return x
-        return as_program(self.attentions[i], "none")(x, text)  # its scan rematerialises
+        return as_program(self.attentions[i], "none")(
+            x, text
+        )  # its scan rematerialises
 
 
 class Middle(nnx.Module):
@@ -223,7 +258,11 @@ class Middle(nnx.Module):
         self.attention = Transformer(cfg, dim, cfg.mid_depth, cfg.heads[-1], rngs)
 
     def __call__(
-        self, x: Float[Array, "B H W C"], emb: Float[Array, "B E"], text: Text, remat: str
+        self,
+        x: Float[Array, "B H W C"],
+        emb: Float[Array, "B E"],
+        text: Text,
+        remat: str,
     ) -> Float[Array, "B H W C"]:
         x = as_program(self.before, remat)(x, emb)
         x = as_program(self.attention, "none")(x, text)  # its scan rematerialises
@@ -241,14 +280,20 @@ class UNetModule(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
         w = cfg.widths
         channels = cfg.channels + cfg.image_channels
-        convolution = functools.partial(conv, size=(3, 3), rngs=rngs, dtype=self.dtype)
+        convolution = functools.partial(
+            conv, size=(3, 3), rngs=rngs, dtype=self.dtype
+        )
         self.conv_in = convolution(channels, w[0], names=(None, "embed"))
         self.time_embed = EmbeddingMLP(w[0], cfg.embed_dim, rngs)
         if cfg.pooled_dim:
-            self.size_embed = EmbeddingMLP(cfg.pooled_dim + 6 * cfg.size_dim, cfg.embed_dim, rngs)
+            self.size_embed = EmbeddingMLP(
+                cfg.pooled_dim + 6 * cfg.size_dim, cfg.embed_dim, rngs
+            )
         if cfg.guidance_dim:
             names = (None, "embed")
-            self.guidance_embed = dense(cfg.guidance_dim, w[0], names, rngs=rngs, bias=False)
+            self.guidance_embed = dense(
+                cfg.guidance_dim, w[0], names, rngs=rngs, bias=False
+            )
         down, skips = self._way_down(rngs)
         if cfg.mid_depth:
             self.mid = Middle(cfg, rngs)
@@ -267,7 +312,9 @@ class UNetModule(nnx.Module):
         for i, width in enumerate(cfg.widths):
             ins = [skips[-1]] + [width] * (cfg.layers - 1)
             resample = Down if i < last else None
-            levels.append(Level(cfg, ins, width, cfg.depths[i], cfg.heads[i], resample, rngs))
+            levels.append(
+                Level(cfg, ins, width, cfg.depths[i], cfg.heads[i], resample, rngs)
+            )
             skips += [width] * (cfg.layers + (i < last))
         return levels, skips
 
@@ -277,9 +324,13 @@ class UNetModule(nnx.Module):
         skips = list(skips)
         before = cfg.widths[-1]
         for i, width in reversed(list(enumerate(cfg.widths))):
-            ins = [before + skips.pop()] + [width + skips.pop() for _ in range(cfg.layers)]
+            ins = [before + skips.pop()] + [
+                width + skips.pop() for _ in range(cfg.layers)
+            ]
             resample = Up if i else None
-            levels.append(Level(cfg, ins, width, cfg.depths[i], cfg.heads[i], resample, rngs))
+            levels.append(
+                Level(cfg, ins, width, cfg.depths[i], cfg.heads[i], resample, rngs)
+            )
             before = width
         return levels
 
@@ -322,7 +373,9 @@ class UNetModule(nnx.Module):
         out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
         if not taps:
             return out
-        return out, tuple(rearrange(features[tap], "b h w c -> b (h w) c") for tap in taps)
+        return out, tuple(
+            rearrange(features[tap], "b h w c -> b (h w) c") for tap in taps
+        )
 
     def _check(self, x: Array, taps: tuple[int, ...]) -> None:
         levels = len(self.cfg.widths)
@@ -351,7 +404,9 @@ class UNetModule(nnx.Module):
             features.append(h)
         return h, skips, features
 
-    def _ascend(self, h: Array, skips: list, emb: Array, text: Text) -> tuple[Array, list]:
+    def _ascend(
+        self, h: Array, skips: list, emb: Array, text: Text
+    ) -> tuple[Array, list]:
         """(output, outputs of the levels)."""
         cfg = self.cfg
         skips = list(skips)
@@ -369,7 +424,9 @@ class UNetModule(nnx.Module):
         negative = negative_prompt(cond)
         if negative is not None:
             negative = negative._replace(tokens=negative.tokens.astype(self.dtype))
-        return Text(cond["text"].astype(self.dtype), key_mask(cond.get("mask")), negative)
+        return Text(
+            cond["text"].astype(self.dtype), key_mask(cond.get("mask")), negative
+        )
 
     def _embed(self, t: Array, cond: Mapping[str, Any]) -> Array:
         """What the ResNet blocks add [B E], after its SiLU.

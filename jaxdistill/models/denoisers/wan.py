@@ -26,7 +26,12 @@ from jaxdistill.core.fields import Depth, Dtype, Remat
 from jaxdistill.core.needs import Condition, Spec, check_condition
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.models.attention import Negative, nasa, negative_needs, negative_prompt
+from jaxdistill.models.attention import (
+    Negative,
+    nasa,
+    negative_needs,
+    negative_prompt,
+)
 from jaxdistill.models.layers import (
     XAVIER,
     EmbeddingMLP,
@@ -79,7 +84,10 @@ class Wan:
     @property
     def condition(self) -> Condition:
         extra = {
-            "image": (self.image_channels, Float[Spec, f"B T H W {self.image_channels}"]),
+            "image": (
+                self.image_channels,
+                Float[Spec, f"B T H W {self.image_channels}"],
+            ),
             "vision": (self.vision_dim, Float[Spec, f"B S {self.vision_dim}"]),
         }
         text = {"text": Float[Spec, f"B L {self.text_dim}"]}
@@ -98,7 +106,9 @@ class Attention(nnx.Module):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
         make = functools.partial(dense, d, d, rngs=rngs, init=XAVIER, dtype=dtype)
-        norm = functools.partial(rms_norm, d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        norm = functools.partial(
+            rms_norm, d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
         self.heads = cfg.heads
         self.vision = vision
         self.to_q = make(("embed", "heads"))
@@ -138,7 +148,9 @@ class Attention(nnx.Module):
         if negative is None:
             out = attention(q, k, v)
         else:
-            negative_k = split_heads(self.norm_k(self.to_k(negative.tokens)), self.heads)
+            negative_k = split_heads(
+                self.norm_k(self.to_k(negative.tokens)), self.heads
+            )
             negative_v = split_heads(self.to_v(negative.tokens), self.heads)
             out = nasa(q, k, v, negative_k, negative_v, negative.alpha)
         if self.vision:
@@ -157,8 +169,12 @@ class Block(nnx.Module):
         self.attn1 = Attention(cfg, rngs)
         self.attn2 = Attention(cfg, rngs, vision=cfg.vision_dim > 0)
         self.norm = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
-        self.up = dense(d, cfg.mlp, ("embed", "mlp"), rngs=rngs, init=XAVIER, dtype=dtype)
-        self.down = dense(cfg.mlp, d, ("mlp", "embed"), rngs=rngs, init=XAVIER, dtype=dtype)
+        self.up = dense(
+            d, cfg.mlp, ("embed", "mlp"), rngs=rngs, init=XAVIER, dtype=dtype
+        )
+        self.down = dense(
+            cfg.mlp, d, ("mlp", "embed"), rngs=rngs, init=XAVIER, dtype=dtype
+        )
 
     def __call__(
         self,
@@ -190,7 +206,9 @@ class Vision(nnx.Module):
         if cfg.vision_length:
             init = nnx.initializers.normal(0.02)
             named = nnx.with_partitioning(init, (None, "index", None))
-            self.positions = nnx.Param(named(rngs.params(), (1, cfg.vision_length, e)))
+            self.positions = nnx.Param(
+                named(rngs.params(), (1, cfg.vision_length, e))
+            )
         self.norm1 = layer_norm(e, rngs=rngs, eps=1e-5, dtype=dtype)
         self.norm2 = layer_norm(d, rngs=rngs, eps=1e-5, dtype=dtype)
         self.linear_1 = make(e, e, (None, "mlp"))
@@ -211,7 +229,9 @@ class WanModule(nnx.Module):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
         make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=self.dtype)
-        self.patch_embed = make(pixels * (cfg.channels + cfg.image_channels), d, (None, "embed"))
+        self.patch_embed = make(
+            pixels * (cfg.channels + cfg.image_channels), d, (None, "embed")
+        )
         self.time_embed = EmbeddingMLP(cfg.time_dim, d, rngs)
         self.time_proj = dense(d, 6 * d, ("embed", "mlp"), rngs=rngs)
         self.text_1 = make(cfg.text_dim, d, (None, "mlp"))
@@ -258,10 +278,14 @@ class WanModule(nnx.Module):
         time = rearrange(self.time_proj(nnx.silu(emb)), "b m (k d) -> b m k d", k=6)
         text = self._text(cond["text"], cond.get("mask"))
         negative = self._negative(cond)
-        vision = self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
+        vision = (
+            self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
+        )
         rotary = positions(cfg.dim // cfg.heads, grid)
         body = lambda h, block: (block(h, time, text, vision, rotary, negative), None)
-        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        h, _, features = scan_layers(
+            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         shift, scale = runs(emb[:, :, None] + self.table[...], h)
         h = self.proj_out(modulate(h, shift, scale, cfg.norm_eps))
         out = self._join(h, grid).astype(x.dtype)
@@ -279,7 +303,9 @@ class WanModule(nnx.Module):
     def _join(self, patches: Array, grid: list[int]) -> Array:
         """[B N p q r C] -> [B T H W C], N patches of a grid (frames, rows, columns)."""
         sizes = dict(zip("tij", grid)) | dict(zip("pqr", self.cfg.patch))
-        return rearrange(patches, "b (t i j) (p q r c) -> b (t p) (i q) (j r) c", **sizes)
+        return rearrange(
+            patches, "b (t i j) (p q r c) -> b (t p) (i q) (j r) c", **sizes
+        )
 
     def _embed(self, t: Array, patches: int) -> Array:
         """Embedded times [B M D] of runs of patches."""
@@ -314,7 +340,9 @@ def table(rows: int, dim: int, rngs: nnx.Rngs) -> nnx.Param:
     return nnx.Param(named(rngs.params(), (1, rows, dim)))
 
 
-def runs(time: Float[Array, "B M K D"], x: Float[Array, "B N _"]) -> list[Float[Array, "B _ D"]]:
+def runs(
+    time: Float[Array, "B M K D"], x: Float[Array, "B N _"]
+) -> list[Float[Array, "B _ D"]]:
     """The K parts of projected times of M runs of N / M patches, to broadcast against patches x.
 
     Each is [B 1 D] where M is 1, else [B N D], constant on each run.

@@ -51,7 +51,8 @@ class Bert:
     types: int = 2  # kinds of token: first and second sentence
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-12
-    init_std: float = 0.02  # of a fresh matrix; sqrt(1 / dim) is about 0.04 at 768 and 0.12 at 64
+    # of a fresh matrix; sqrt(1 / dim) is about 0.04 at 768 and 0.12 at 64
+    init_std: float = 0.02
     pad: int = 0  # padding token; data pipelines use it, the network does not
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
@@ -114,7 +115,9 @@ class Block(nnx.Module):
         """The scores of attention (query, key) before any mask, in float32."""
         q = split_heads(self.to_q(x), self.heads)
         k = split_heads(self.to_k(x), self.heads)
-        products = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32)
+        products = jnp.einsum(
+            "bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32
+        )
         return products * q.shape[-1] ** -0.5
 
 
@@ -126,7 +129,9 @@ class Encoder(nnx.Module):
         self.dtype = jnp.dtype(cfg.dtype)
         self.embed = embedding(cfg.vocab, cfg.dim, rngs=rngs)
         names = ("index", "embed")
-        self.embed_position = embedding(cfg.max_length, cfg.dim, rngs=rngs, names=names)
+        self.embed_position = embedding(
+            cfg.max_length, cfg.dim, rngs=rngs, names=names
+        )
         self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=names)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
@@ -143,9 +148,13 @@ class Encoder(nnx.Module):
         cfg = self.cfg
         length = tokens.shape[1]
         if length > cfg.max_length:
-            raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
+            raise Refused(
+                f"tokens: {length} in a sequence, max_length={cfg.max_length}"
+            )
         if any(not 0 <= i < cfg.depth for i in scores):
-            raise Refused(f"scores={scores}: layers are numbered 0 to {cfg.depth - 1}")
+            raise Refused(
+                f"scores={scores}: layers are numbered 0 to {cfg.depth - 1}"
+            )
         types = jnp.zeros_like(tokens) if types is None else types
         embedded = lookup(self.embed, tokens) + lookup(self.embed_type, types)
         embedded = embedded + self.embed_position.embedding[:length]
@@ -173,7 +182,9 @@ class BertModule(Encoder):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         names = ("embed", None)
-        self.pooler = dense(cfg.dim, cfg.dim, names, rngs=rngs, init=cfg.normal, dtype=self.dtype)
+        self.pooler = dense(
+            cfg.dim, cfg.dim, names, rngs=rngs, init=cfg.normal, dtype=self.dtype
+        )
 
     def __call__(
         self,
@@ -215,7 +226,9 @@ class MaskedBertModule(Encoder):
         super().__init__(cfg, rngs)
         d = cfg.dim
         names = ("embed", None)
-        self.transform = dense(d, d, names, rngs=rngs, init=cfg.normal, dtype=self.dtype)
+        self.transform = dense(
+            d, d, names, rngs=rngs, init=cfg.normal, dtype=self.dtype
+        )
         self.norm_out = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         bias = nnx.with_partitioning(ZEROS, ("vocab",))
         self.bias = nnx.Param(bias(rngs.params(), (cfg.vocab,)))
@@ -241,7 +254,9 @@ class MaskedBertModule(Encoder):
 class BertClassifierModule(BertModule):
     def __init__(self, cfg: BertClassifier, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=cfg.normal)
+        self.classifier = dense(
+            cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=cfg.normal
+        )
 
     def __call__(
         self,

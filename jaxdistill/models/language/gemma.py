@@ -31,7 +31,8 @@ class Gemma2(LM):
 
     tied: bool = True
     window: int = 2048  # tokens that every second layer attends to; max_length is at most as long
-    query_scale: float = 16.0  # scores are divided by its root (query_pre_attn_scalar)
+    # scores are divided by its root (query_pre_attn_scalar)
+    query_scale: float = 16.0
     cap: float = 50.0  # of attention's scores; 0: none
     logit_cap: float = 30.0  # of the logits; 0: none
     activation: str = "gelu_pytorch_tanh"  # a key of layers.ACTIVATIONS
@@ -58,7 +59,9 @@ class CentredNorm(nnx.Module):
     """Root-mean-square norm whose gain is 1 + scale; float32 until both are applied."""
 
     def __init__(self, dim: int, eps: float, dtype, rngs: nnx.Rngs):
-        self.scale = nnx.Param(nnx.with_partitioning(ZEROS, (None,))(rngs.params(), (dim,)))
+        self.scale = nnx.Param(
+            nnx.with_partitioning(ZEROS, (None,))(rngs.params(), (dim,))
+        )
         self.eps = eps
         self.dtype = dtype
 
@@ -82,14 +85,18 @@ class Gemma2Block(Block):
 
     def project(
         self, h: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+    ) -> tuple[
+        Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]
+    ]:
         q, k, v = super().project(h)
         return self.query_factor * q, k, v
 
     def attention_branch(
         self, x: Float[Array, "B T D"], attended: Float[Array, "B T E"]
     ) -> Float[Array, "B T D"]:
-        return constrain(x + self.norm_attention_out(self.to_out(attended)), "batch", "seq", None)
+        return constrain(
+            x + self.norm_attention_out(self.to_out(attended)), "batch", "seq", None
+        )
 
     def neurons(self, x: Float[Array, "B T D"]) -> Float[Array, "B T M"]:
         h = self.norm_mlp(x)
@@ -98,7 +105,9 @@ class Gemma2Block(Block):
     def mlp_branch(
         self, x: Float[Array, "B T D"], neurons: Float[Array, "B T M"]
     ) -> Float[Array, "B T D"]:
-        return constrain(x + self.norm_mlp_out(self.down(neurons)), "batch", "seq", None)
+        return constrain(
+            x + self.norm_mlp_out(self.down(neurons)), "batch", "seq", None
+        )
 
 
 class Gemma2Module(LMModule):
@@ -111,7 +120,9 @@ class Gemma2Module(LMModule):
         super().__init__(cfg, rngs)
         self.norm = CentredNorm(cfg.dim, cfg.norm_eps, self.dtype, rngs)
 
-    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None):
+    def _enter(
+        self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None
+    ):
         x, rotary = super()._enter(tokens, positions, cache)
         return x * jnp.asarray(self.cfg.dim**0.5, self.dtype), rotary
 

@@ -58,7 +58,8 @@ class LM:
     depth: Depth = 4
     rope_theta: float = 10000.0  # longest wavelength / 2 pi, in tokens
     rope_factor: float = 1.0  # Llama 3.1's stretch of long wavelengths; 1: none
-    rope_low: float = 1.0  # wavelengths above rope_original / rope_low are stretched in full
+    # wavelengths above rope_original / rope_low are stretched in full
+    rope_low: float = 1.0
     rope_high: float = 4.0  # those below rope_original / rope_high are not stretched
     rope_original: int = 8192  # the context before stretching, tokens
     norm_eps: float = 1e-6
@@ -92,7 +93,9 @@ class LM:
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
-def gated(gate: Float[Array, "*B M"], up: Float[Array, "*B M"]) -> Float[Array, "*B M"]:
+def gated(
+    gate: Float[Array, "*B M"], up: Float[Array, "*B M"]
+) -> Float[Array, "*B M"]:
     """SwiGLU's product; the backward pass keeps its two operands only."""
     return nnx.silu(gate) * up
 
@@ -123,7 +126,9 @@ class Block(nnx.Module):
 
     def project(
         self, h: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+    ) -> tuple[
+        Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]
+    ]:
         """Queries, keys and values of normed activations, before their positions."""
         return (
             split_heads(self.to_q(h), self.heads),
@@ -180,7 +185,9 @@ class LMModule(nnx.Module):
         self.blocks = stack(cfg.block, cfg.depth, rngs)
         self.norm = rms_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         if not cfg.tied:
-            self.unembed = dense(cfg.dim, cfg.vocab, ("embed", "vocab"), rngs=rngs, bias=False)
+            self.unembed = dense(
+                cfg.dim, cfg.vocab, ("embed", "vocab"), rngs=rngs, bias=False
+            )
 
     def __call__(
         self,
@@ -218,7 +225,9 @@ class LMModule(nnx.Module):
             attend = _attend_all(mask, segments, cfg.cap)
             layer = lambda x, block: block(x, rotary, attend)
             blocks = self.blocks
-            x, _, features = scan_layers(layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps)
+            x, _, features = scan_layers(
+                layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps
+            )
         else:
             if segments is not None:
                 raise Refused("segments: a cache holds one document a sequence")
@@ -253,16 +262,22 @@ class LMModule(nnx.Module):
 
         return scan_layers(layer, x, self.blocks, self.cfg.depth)[1]
 
-    def _enter(self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None):
+    def _enter(
+        self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None
+    ):
         """Embedded tokens [B T D], and the cosines and sines of their positions."""
         length = tokens.shape[1] if cache is None else cache["valid"].shape[1]
         if length > self.cfg.max_length:
-            raise Refused(f"tokens: {length} in a sequence, max_length={self.cfg.max_length}")
+            raise Refused(
+                f"tokens: {length} in a sequence, max_length={self.cfg.max_length}"
+            )
         start = 0 if cache is None else cache["length"]
         if positions is None:
             positions = start + jnp.arange(tokens.shape[1])
         angles = positions[..., None].astype(jnp.float32) * frequencies(self.cfg)
-        x = constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
+        x = constrain(
+            lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None
+        )
         cos = jnp.cos(angles)[..., None, :]
         sin = jnp.sin(angles)[..., None, :]
         return x, (cos, sin)
@@ -291,7 +306,11 @@ class LMModule(nnx.Module):
         x, stores, features = scan_stores(
             layer, x, layers, stores, self.cfg.depth, remat=self.cfg.remat, taps=taps
         )
-        return x, {**cache, "stores": stores, "valid": valid, "length": start + new}, features
+        return (
+            x,
+            {**cache, "stores": stores, "valid": valid, "length": start + new},
+            features,
+        )
 
     def _logits(self, x: Array) -> Array:
         logits = project(x, self._unembedding(), jnp.float32)
@@ -317,7 +336,9 @@ class LMModule(nnx.Module):
         """
         cfg = self.cfg
         shape = (batch, cfg.kv_heads or cfg.heads, length, cfg.head_size)
-        stores = empty_stores(cfg.depth, functools.partial(zero_store, shape, self.dtype))
+        stores = empty_stores(
+            cfg.depth, functools.partial(zero_store, shape, self.dtype)
+        )
         return {
             "stores": stores,
             "valid": jnp.zeros((batch, length), bool),
@@ -372,7 +393,11 @@ def same_vocabulary(method: Any, nets: Mapping[str, Any]) -> None:
     Raises:
         Refused: where a vocabulary is neither the student's nor a padding of it.
     """
-    sizes = {role: net.config.vocab for role, net in nets.items() if hasattr(net.config, "vocab")}
+    sizes = {
+        role: net.config.vocab
+        for role, net in nets.items()
+        if hasattr(net.config, "vocab")
+    }
     for role, size in sizes.items():
         own = sizes.get("student", size)
         low, high = sorted((size, own))
@@ -391,7 +416,9 @@ def common_vocabulary(nets: Nets | Mapping[str, Any]) -> int:
     """
     by_role = nets if isinstance(nets, Mapping) else vars(nets)
     configs = [getattr(net, "config", None) for net in by_role.values()]
-    return min((config.vocab for config in configs if hasattr(config, "vocab")), default=0)
+    return min(
+        (config.vocab for config in configs if hasattr(config, "vocab")), default=0
+    )
 
 
 def _attend_all(mask: Array | None, segments: Array | None, cap: float) -> Callable:
@@ -420,6 +447,8 @@ def frequencies(cfg: LM) -> np.ndarray:
     Long wavelengths are stretched as in Llama 3.1.
     """
     unstretched = cfg.rope_theta ** (-np.arange(0, cfg.rotary, 2) / cfg.rotary)
-    turns = cfg.rope_original * unstretched / (2 * np.pi)  # within the original context
+    turns = (
+        cfg.rope_original * unstretched / (2 * np.pi)
+    )  # within the original context
     kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)
     return np.float32(unstretched * (kept + (1 - kept) / cfg.rope_factor))

@@ -19,7 +19,14 @@ from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.language.lm import LM, LMModule
-from jaxdistill.models.layers import ACTIVATIONS, Rotary, dense, layer_norm, rotate, split_heads
+from jaxdistill.models.layers import (
+    ACTIVATIONS,
+    Rotary,
+    dense,
+    layer_norm,
+    rotate,
+    split_heads,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,9 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
-    def rotate(self, x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:
+    def rotate(
+        self, x: Float[Array, "B T H K"], rotary: Rotary
+    ) -> Float[Array, "B T H K"]:
         """Rotary positions on the first channels of each head."""
         rotated = rotate(x[..., : self.rotary], rotary)
         return jnp.concatenate([rotated, x[..., self.rotary :]], -1)
@@ -80,7 +89,11 @@ class Block(nnx.Module):
         attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
         mid = x + self.to_out(attended.reshape(x.shape))
         neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
-        return constrain(mid + self.down(neurons), "batch", "seq", None), extra, neurons
+        return (
+            constrain(mid + self.down(neurons), "batch", "seq", None),
+            extra,
+            neurons,
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable

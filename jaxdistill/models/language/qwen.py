@@ -65,7 +65,9 @@ class Qwen2Block(Block):
     def __init__(self, cfg: Qwen2, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         names = ("embed", "heads")
-        make = functools.partial(dense, cfg.dim, rngs=rngs, dtype=jnp.dtype(cfg.dtype))
+        make = functools.partial(
+            dense, cfg.dim, rngs=rngs, dtype=jnp.dtype(cfg.dtype)
+        )
         self.to_q = make(self.heads * cfg.head_size, names)
         self.to_k = make(self.kv_heads * cfg.head_size, names)
         self.to_v = make(self.kv_heads * cfg.head_size, names)
@@ -75,11 +77,17 @@ class Qwen3Block(Block):
     def __init__(self, cfg: Qwen3, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         dtype = jnp.dtype(cfg.dtype)
-        self.norm_q = rms_norm(cfg.head_size, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
-        self.norm_k = rms_norm(cfg.head_size, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_q = rms_norm(
+            cfg.head_size, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
+        self.norm_k = rms_norm(
+            cfg.head_size, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
 
     def project(
         self, h: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+    ) -> tuple[
+        Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]
+    ]:
         q, k, v = super().project(h)
         return self.norm_q(q), self.norm_k(k), v

@@ -104,7 +104,9 @@ class Attention(nnx.Module):
         d = cfg.dim
         inner = cfg.heads * cfg.head_dim
         dtype = jnp.dtype(cfg.dtype)
-        make = functools.partial(dense, rngs=rngs, bias=False, init=LECUN, dtype=dtype)
+        make = functools.partial(
+            dense, rngs=rngs, bias=False, init=LECUN, dtype=dtype
+        )
         query_init = nnx.initializers.normal((d * cfg.head_dim) ** -0.5)
         self.heads = cfg.heads
         self.norm = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
@@ -117,7 +119,9 @@ class Attention(nnx.Module):
         self, h: Float[Array, "B S D"]
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
         """Keys and values of features, which are normed already."""
-        return split_heads(self.to_k(h), self.heads), split_heads(self.to_v(h), self.heads)
+        return split_heads(self.to_k(h), self.heads), split_heads(
+            self.to_v(h), self.heads
+        )
 
     def __call__(
         self, x: Float[Array, "B T D"], attend: Callable
@@ -139,7 +143,9 @@ class Block(nnx.Module):
         self.gated = cfg.gated
         self.attention = Attention(cfg, rngs)
         if not cfg.shared_bias:
-            self.position = embedding(cfg.buckets, cfg.heads, rngs=rngs, names=("index", "heads"))
+            self.position = embedding(
+                cfg.buckets, cfg.heads, rngs=rngs, names=("index", "heads")
+            )
         self.norm_mlp = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         if cfg.gated:
             self.gate = make(d, cfg.mlp, ("embed", "mlp"))
@@ -170,8 +176,12 @@ class Stack(nnx.Module):
     def __init__(self, cfg: T5Encoder, make: type[Block], depth: int, rngs: nnx.Rngs):
         self.blocks = stack(lambda r: make(cfg, r), depth, rngs)
         if cfg.shared_bias:
-            self.position = embedding(cfg.buckets, cfg.heads, rngs=rngs, names=("index", "heads"))
-        self.norm = rms_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype))
+            self.position = embedding(
+                cfg.buckets, cfg.heads, rngs=rngs, names=("index", "heads")
+            )
+        self.norm = rms_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=jnp.dtype(cfg.dtype)
+        )
 
 
 class T5EncoderModule(nnx.Module):
@@ -204,7 +214,9 @@ class T5EncoderModule(nnx.Module):
         """The output of the encoder, as `T5EncoderModule.__call__` gives it."""
         cfg = self.cfg
         indices = jnp.arange(tokens.shape[1])
-        places = bucket(indices - indices[:, None], cfg.buckets, cfg.distance, both=True)
+        places = bucket(
+            indices - indices[:, None], cfg.buckets, cfg.distance, both=True
+        )
         seen = key_mask(mask)
         shared = biases(self.encoder.position, places) if cfg.shared_bias else None
 
@@ -220,12 +232,16 @@ class T5EncoderModule(nnx.Module):
 
         x = self._embed(tokens)
         blocks = self.encoder.blocks
-        x, _, features = scan_layers(layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        x, _, features = scan_layers(
+            layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         x = self.encoder.norm(x)
         return (x, features) if taps else x
 
     def _embed(self, tokens: Array) -> Array:
-        return constrain(lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None)
+        return constrain(
+            lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None
+        )
 
 
 class T5Module(T5EncoderModule):
@@ -233,7 +249,9 @@ class T5Module(T5EncoderModule):
         super().__init__(cfg, rngs)
         self.decoder = Stack(cfg, DecoderBlock, self.depth, rngs)
         if not cfg.tied:
-            self.unembed = dense(cfg.dim, cfg.vocab, ("embed", "vocab"), rngs=rngs, bias=False)
+            self.unembed = dense(
+                cfg.dim, cfg.vocab, ("embed", "vocab"), rngs=rngs, bias=False
+            )
 
     @property
     def depth(self) -> int:
@@ -264,7 +282,9 @@ class T5Module(T5EncoderModule):
         """
         encoded = self.encode(source, mask=source_mask)
         cache = {"source": encoded, "source_valid": valid_tokens(source, source_mask)}
-        return self.decode(tokens, cache=cache, mask=mask, taps=taps, hidden_only=hidden_only)
+        return self.decode(
+            tokens, cache=cache, mask=mask, taps=taps, hidden_only=hidden_only
+        )
 
     def decode(
         self,
@@ -303,7 +323,9 @@ class T5Module(T5EncoderModule):
         out = x if hidden_only else self._logits(x)
         extras = ()
         if growing:
-            extras = ({**cache, "stores": stores, "valid": valid, "length": start + new},)
+            extras = (
+                {**cache, "stores": stores, "valid": valid, "length": start + new},
+            )
         if taps:
             extras = (*extras, features)
         return (out, *extras) if extras else out
@@ -320,7 +342,10 @@ class T5Module(T5EncoderModule):
         apart = jnp.arange(valid.shape[1]) - (start + jnp.arange(new))[:, None]
         seen = (apart <= 0) & valid[:, None, None, :]
         source_seen = key_mask(cache["source_valid"])
-        bias = biases(self.decoder.position, bucket(apart, cfg.buckets, cfg.distance, both=False))
+        bias = biases(
+            self.decoder.position,
+            bucket(apart, cfg.buckets, cfg.distance, both=False),
+        )
 
         def layer(carry, inputs):
             x, store = carry
@@ -334,7 +359,11 @@ class T5Module(T5EncoderModule):
                 return attention(q, *pair, bias=bias, mask=seen, scale=1.0), kept
 
             def attend_source(q, h):
-                pair = source_pair if growing else block.cross.keys_values(cache["source"])
+                pair = (
+                    source_pair
+                    if growing
+                    else block.cross.keys_values(cache["source"])
+                )
                 return attention(q, *pair, mask=source_seen, scale=1.0), None
 
             x, store = block.attention(x, attend_text)
@@ -365,7 +394,9 @@ class T5Module(T5EncoderModule):
         pairs = jax.lax.map(source_pair, self.decoder.blocks)
         layers = unstacked((self.decoder.blocks, pairs), self.depth)
         return {
-            "stores": empty_stores(self.depth, functools.partial(zero_store, shape, self.dtype)),
+            "stores": empty_stores(
+                self.depth, functools.partial(zero_store, shape, self.dtype)
+            ),
             "valid": jnp.zeros((batch, length), bool),
             "length": jnp.zeros((), jnp.int32),
             "source_valid": valid_tokens(encoded[..., 0], source_mask),
@@ -403,7 +434,9 @@ def biases(table: nnx.Embed, places: Int[Array, "T S"]) -> Float[Array, "1 H T S
     return by_head[None].astype(jnp.float32)
 
 
-def bucket(apart: Int[Array, "*B"], buckets: int, distance: int, *, both: bool) -> Int[Array, "*B"]:
+def bucket(
+    apart: Int[Array, "*B"], buckets: int, distance: int, *, both: bool
+) -> Int[Array, "*B"]:
     """The bucket of a relative position (T5, section 2.1).
 
     Half of the buckets are for the distances 0, 1, ...; the others grow geometrically up to

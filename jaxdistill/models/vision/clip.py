@@ -102,7 +102,15 @@ def _project(cfg: ClipText | ClipVision, rngs: nnx.Rngs) -> nnx.Linear:
     """From the width of a tower to the summaries that texts and images share."""
     names = ("embed", None)
     dtype = jnp.dtype(cfg.dtype)
-    return dense(cfg.dim, cfg.projection, names, rngs=rngs, init=NORMAL, bias=False, dtype=dtype)
+    return dense(
+        cfg.dim,
+        cfg.projection,
+        names,
+        rngs=rngs,
+        init=NORMAL,
+        bias=False,
+        dtype=dtype,
+    )
 
 
 class ClipTextModule(nnx.Module):
@@ -136,12 +144,16 @@ class ClipTextModule(nnx.Module):
         cfg = self.cfg
         length = tokens.shape[1]
         if length > cfg.max_length:
-            raise Refused(f"tokens: {length} in a sequence, max_length={cfg.max_length}")
+            raise Refused(
+                f"tokens: {length} in a sequence, max_length={cfg.max_length}"
+            )
         x = lookup(self.embed, tokens) + self.embed_position.embedding[:length]
         x = constrain(x.astype(self.dtype), "batch", "seq", None)
         keys = key_mask(mask)
         body = lambda x, block: (block(x, mask=keys, causal=True), None)
-        x, _, features = scan_layers(body, x, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        x, _, features = scan_layers(
+            body, x, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         return (self.norm(x), features) if taps else self.norm(x)
 
     def pool(
@@ -177,15 +189,25 @@ class ClipVisionModule(nnx.Module):
         pixels = cfg.patch**2 * cfg.channels  # numbers in a patch
         patches = (cfg.size // cfg.patch) ** 2
         self.patch_embed = dense(
-            pixels, d, (None, "embed"), rngs=rngs, init=NORMAL, bias=False, dtype=self.dtype
+            pixels,
+            d,
+            (None, "embed"),
+            rngs=rngs,
+            init=NORMAL,
+            bias=False,
+            dtype=self.dtype,
         )
         token = nnx.with_partitioning(NORMAL, ("embed",))
         table = nnx.with_partitioning(NORMAL, ("index", "embed"))
         self.token = nnx.Param(token(rngs.params(), (d,)))
         self.positions = nnx.Param(table(rngs.params(), (1 + patches, d)))
-        self.norm_in = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        self.norm_in = layer_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype
+        )
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
-        self.norm_out = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        self.norm_out = layer_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype
+        )
 
     def __call__(
         self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
@@ -196,10 +218,14 @@ class ClipVisionModule(nnx.Module):
             Refused: on images of another size.
         """
         cfg = self.cfg
-        h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
+        h = embed_patches(
+            cfg, self.patch_embed, self.token[...], self.positions[...], x
+        )
         h = constrain(self.norm_in(h), "batch", "seq", None)
         body = lambda h, block: (block(h), None)
-        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        h, _, features = scan_layers(
+            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         return (h, features) if taps else h
 
     def pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B P"]:

@@ -45,7 +45,9 @@ class PointFeaturesModule(nnx.Module):
         bias = nnx.with_partitioning(UNIT, ("mlp",))
         layers = []
         for i, o in zip(sizes, sizes[1:]):
-            layers.append(nnx.Linear(i, o, rngs=rngs, kernel_init=kernel, bias_init=bias))
+            layers.append(
+                nnx.Linear(i, o, rngs=rngs, kernel_init=kernel, bias_init=bias)
+            )
         self.layers = nnx.List(layers)
 
     def __call__(
@@ -69,7 +71,8 @@ class ConvFeatures:
 
     channels: int = 3
     widths: tuple[int, ...] = (64, 128, 256, 512)
-    patch: int = 4  # stride of the first; H and W are multiples of patch 2^(layers - 1)
+    # stride of the first; H and W are multiples of patch 2^(layers - 1)
+    patch: int = 4
     dtype: Dtype = "float32"  # arithmetic
 
     def __call__(self, rngs: nnx.Rngs) -> ConvFeaturesModule:

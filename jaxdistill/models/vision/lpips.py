@@ -21,7 +21,8 @@ from jaxdistill.models.layers import as_program, conv
 HE = nnx.initializers.he_normal()
 SHIFT = (-0.030, -0.088, -0.188)  # mean and standard deviation of pixels in -1..1
 SCALE = (0.458, 0.448, 0.450)
-TINY = 1e-20  # under the root of the features' norm: where all are 0, so is the gradient
+# under the root of the features' norm: where all are 0, so is the gradient
+TINY = 1e-20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class LPIPS:
 
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)
     layers: tuple[int, ...] = (2, 2, 3, 3, 3)  # convolutions of a level
-    dtype: Dtype = "float32"  # arithmetic of the convolutions; weights and distances are float32
+    # arithmetic of the convolutions; weights and distances are float32
+    dtype: Dtype = "float32"
     remat: Remat = "none"  # of each level
 
     def __call__(self, rngs: nnx.Rngs) -> LPIPSModule:
@@ -58,7 +60,9 @@ class LPIPSModule(nnx.Module):
             )
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
-        make = functools.partial(conv, size=(3, 3), names=(None, "mlp"), rngs=rngs, init=HE)
+        make = functools.partial(
+            conv, size=(3, 3), names=(None, "mlp"), rngs=rngs, init=HE
+        )
         levels = []
         channels = 3
         for width, count in zip(cfg.widths, cfg.layers):

@@ -49,7 +49,9 @@ def arch(name: str) -> Arch:
     return lookup(ARCHS, name, "arch")
 
 
-def random_feature_net(key: Key[Array, ""], arch: Arch, *, bias: float = 1.0) -> Features:
+def random_feature_net(
+    key: Key[Array, ""], arch: Arch, *, bias: float = 1.0
+) -> Features:
     """A pure function psi(x, label=None) -> features [B F] of each block, in float32.
 
     Its weights are drawn from `key` where it is called. Labels int [B] add a random vector N(0, 1)
@@ -87,9 +89,14 @@ def _label_vectors(key: Array, label: Array, width: int) -> Array:
     return jax.vmap(vector)(label)
 
 
-def _block(key: Array, h: Array, arch: Arch, bias: float, label_shift: Array | float) -> Array:
+def _block(
+    key: Array, h: Array, arch: Arch, bias: float, label_shift: Array | float
+) -> Array:
     """One layer, with 2 x 2 pooling behind a convolution while the map has several positions."""
-    shift = bias * jax.random.normal(jax.random.fold_in(key, 1), (arch.width,)) + label_shift
+    shift = (
+        bias * jax.random.normal(jax.random.fold_in(key, 1), (arch.width,))
+        + label_shift
+    )
     if not arch.convolutional:
         return jax.nn.relu(h @ _he(key, (h.shape[1], arch.width)) + shift)
     shift = shift.reshape(-1, 1, 1, arch.width)

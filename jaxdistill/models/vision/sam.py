@@ -52,7 +52,9 @@ class SamVision:
     # patches on a side; the last windows of a row or column are padded with zeros, which are
     # attended to
     window: int = 3
-    global_layers: tuple[int, ...] = (1,)  # layers that attend to the complete picture
+    global_layers: tuple[int, ...] = (
+        1,
+    )  # layers that attend to the complete picture
     neck: int = 16  # channels of the output
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-6
@@ -115,7 +117,9 @@ class Layer(nnx.Module):
         row_terms = jnp.einsum("byxnk,ysk->byxns", q, rows)
         column_terms = jnp.einsum("byxnk,xsk->byxns", q, columns)
         indices = jnp.arange(s)
-        place = jnp.stack(jnp.meshgrid(indices, indices, indexing="ij"), -1)  # [S S 2]
+        place = jnp.stack(
+            jnp.meshgrid(indices, indices, indexing="ij"), -1
+        )  # [S S 2]
         marks = jax.nn.one_hot(place, s, dtype=h.dtype)
         marks = marks.reshape(1, s, s, 1, 2 * s)
         marks = jnp.broadcast_to(marks, (*k.shape[:-1], 2 * s))
@@ -139,7 +143,9 @@ class SamVisionModule(nnx.Module):
         self.patch_embed = make(pixels, cfg.dim, (None, "embed"))
         table = nnx.with_partitioning(NORMAL, (None, "index", None, "embed"))
         self.positions = nnx.Param(table(rngs.params(), (1, side, side, cfg.dim)))
-        spans = [side if i in cfg.global_layers else cfg.window for i in range(cfg.depth)]
+        spans = [
+            side if i in cfg.global_layers else cfg.window for i in range(cfg.depth)
+        ]
         self.layers = nnx.List([Layer(cfg, span, rngs) for span in spans])
         self.neck_1 = make(cfg.dim, cfg.neck, ("embed", "mlp"), bias=False)
         self.neck_2 = conv(
@@ -167,7 +173,9 @@ class SamVisionModule(nnx.Module):
         """
         cfg = self.cfg
         check_taps(taps, cfg.depth)
-        h = self.patch_embed(cut_patches(cfg, x)) + self.positions[...].astype(self.dtype)
+        h = self.patch_embed(cut_patches(cfg, x)) + self.positions[...].astype(
+            self.dtype
+        )
         h = constrain(h, "batch", None, None, None)
         features = []
         for layer in self.layers:
@@ -176,4 +184,6 @@ class SamVisionModule(nnx.Module):
         out = self.norm_2(self.neck_2(self.norm_1(self.neck_1(h))))
         if not taps:
             return out
-        return out, tuple(rearrange(features[i], "b y x d -> b (y x) d") for i in taps)
+        return out, tuple(
+            rearrange(features[i], "b y x d -> b (y x) d") for i in taps
+        )

@@ -120,9 +120,13 @@ def cut_patches(cfg: Any, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]
         Refused: on images of another size than cfg's.
     """
     if x.shape[1:] != (cfg.size, cfg.size, cfg.channels):
-        raise Refused(f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}")
+        raise Refused(
+            f"x {list(x.shape)}: expected images of {[cfg.size, cfg.size, cfg.channels]}"
+        )
     p = cfg.patch
-    return rearrange(x.astype(cfg.dtype), "b (i p) (j q) c -> b i j (p q c)", p=p, q=p)
+    return rearrange(
+        x.astype(cfg.dtype), "b (i p) (j q) c -> b i j (p q c)", p=p, q=p
+    )
 
 
 def embed_patches(
@@ -152,7 +156,9 @@ class Encoder(nnx.Module):
         pixels = cfg.patch**2 * cfg.channels  # numbers in a patch
         patches = (cfg.size // cfg.patch) ** 2
         names = (None, "embed")
-        self.patch_embed = dense(pixels, d, names, rngs=rngs, init=NORMAL, dtype=self.dtype)
+        self.patch_embed = dense(
+            pixels, d, names, rngs=rngs, init=NORMAL, dtype=self.dtype
+        )
         table = nnx.with_partitioning(NORMAL, (None, "index", "embed"))
         self.token = nnx.Param(table(rngs.params(), (1, 1, d)))
         self.positions = nnx.Param(table(rngs.params(), (1, 1 + patches, d)))
@@ -164,10 +170,14 @@ class Encoder(nnx.Module):
     ) -> tuple[Float[Array, "B N D"], tuple[Float[Array, "B N D"], ...]]:
         """(tokens after the last norm, features of the blocks that `taps` lists)."""
         cfg = self.cfg
-        h = embed_patches(cfg, self.patch_embed, self.token[...], self.positions[...], x)
+        h = embed_patches(
+            cfg, self.patch_embed, self.token[...], self.positions[...], x
+        )
         h = constrain(h, "batch", "seq", None)
         body = lambda h, block: (block(h), None)
-        h, _, features = scan_layers(body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps)
+        h, _, features = scan_layers(
+            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        )
         return self.norm(h), features
 
 
@@ -175,7 +185,9 @@ class ViTModule(Encoder):
     def __init__(self, cfg: ViT, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         names = ("embed", None)
-        self.pooler = dense(cfg.dim, cfg.dim, names, rngs=rngs, init=NORMAL, dtype=self.dtype)
+        self.pooler = dense(
+            cfg.dim, cfg.dim, names, rngs=rngs, init=NORMAL, dtype=self.dtype
+        )
 
     def __call__(
         self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
@@ -196,7 +208,9 @@ class ViTModule(Encoder):
 class ViTClassifierModule(Encoder):
     def __init__(self, cfg: ViTClassifier, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        self.classifier = dense(cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=ZEROS)
+        self.classifier = dense(
+            cfg.dim, cfg.classes, ("embed", None), rngs=rngs, init=ZEROS
+        )
 
     def __call__(
         self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()

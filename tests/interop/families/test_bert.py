@@ -15,8 +15,12 @@ from jaxdistill.core.types import Refused
 from jaxdistill.models.language.bert import Bert, BertClassifier, MaskedBert
 from tests.interop.parity import gap
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 SIZES = dict(
     vocab_size=61,
@@ -62,7 +66,9 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda *a, **k: net.apply(params, *a, **k, taps=(0, 2), scores=(0, 2))),
+        jax.jit(
+            lambda *a, **k: net.apply(params, *a, **k, taps=(0, 2), scores=(0, 2))
+        ),
     )
 
 
@@ -90,12 +96,17 @@ def test_outputs_agree(pair, padded, record_property):
     )
     with torch.no_grad():
         expected = model(
-            torch.tensor(tokens), output_hidden_states=True, output_attentions=True, **theirs
+            torch.tensor(tokens),
+            output_hidden_states=True,
+            output_attentions=True,
+            **theirs,
         )
     found, features, scores = call(tokens, **given)
     real = mask if padded else ...
     output = expected[0].numpy()
-    record_property("gap", size := gap(found, output, real if output.ndim == 3 else ...))
+    record_property(
+        "gap", size := gap(found, output, real if output.ndim == 3 else ...)
+    )
     assert size <= 1e-5
     for state, layer in zip(features, (1, 3)):
         assert gap(state, expected.hidden_states[layer].numpy(), real) <= 1e-5
@@ -103,7 +114,10 @@ def test_outputs_agree(pair, padded, record_property):
         score = np.where(mask[:, None, None, :], score, -np.inf) if padded else score
         weights = np.moveaxis(np.asarray(jax.nn.softmax(score)), 1, 2)
         # scores reach 10, and what they are off by (1e-6 of that) is a weight's relative error
-        assert gap(weights, np.moveaxis(expected.attentions[layer].numpy(), 1, 2), real) <= 1e-4
+        assert (
+            gap(weights, np.moveaxis(expected.attentions[layer].numpy(), 1, 2), real)
+            <= 1e-4
+        )
     if type(net.config) is Bert:
         pooled = net.apply(params, found, method="pool")
         assert gap(pooled, expected.pooler_output.numpy()) <= 1e-5
@@ -117,16 +131,22 @@ def test_padding_changes_nothing(pair):
     length = LENGTHS[1]
     alone = np.asarray(
         jax.jit(net.apply)(
-            params, tokens[row : row + 1, :length], types=types[row : row + 1, :length]
+            params,
+            tokens[row : row + 1, :length],
+            types=types[row : row + 1, :length],
         )
     )
-    assert gap(alone[0], found[row, :length] if found.ndim == 3 else found[row]) <= 1e-5
+    assert (
+        gap(alone[0], found[row, :length] if found.ndim == 3 else found[row]) <= 1e-5
+    )
 
 
 def test_transformers_loads_what_we_save(pair, tmp_path):
     model, _, net, params, _ = pair
     interop.save(tmp_path / "out", net, params)
-    again, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = type(model).from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(info.values())
     for key in (*SIZES, "hidden_act", "layer_norm_eps", "pad_token_id", "num_labels"):
         assert getattr(again.config, key) == getattr(model.config, key), key
@@ -140,7 +160,11 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
 def test_weights_in_bfloat16(pair):
     _, folder, _, params, _ = pair
     _, half = interop.load(folder, "bfloat16")
-    jax.tree.map(lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")), half, params)
+    jax.tree.map(
+        lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")),
+        half,
+        params,
+    )
 
 
 def test_names_of_the_first_files(tmp_path):
@@ -151,11 +175,14 @@ def test_names_of_the_first_files(tmp_path):
         "LayerNorm.bias", "LayerNorm.beta"
     )
     tensors = {
-        old(name): value for name, value in load_file(tmp_path / "model.safetensors").items()
+        old(name): value
+        for name, value in load_file(tmp_path / "model.safetensors").items()
     }
-    tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
-    tensors["cls.seq_relationship.weight"] = tensors["bert.pooler.dense.weight"] = np.ones(
-        (2, 32), np.float32
+    tensors["cls.predictions.decoder.weight"] = tensors[
+        "bert.embeddings.word_embeddings.weight"
+    ]
+    tensors["cls.seq_relationship.weight"] = tensors["bert.pooler.dense.weight"] = (
+        np.ones((2, 32), np.float32)
     )
     tensors["bert.embeddings.position_ids"] = np.arange(20)[None]
     save_file(tensors, tmp_path / "model.safetensors")
@@ -165,7 +192,9 @@ def test_names_of_the_first_files(tmp_path):
 def test_released_sizes():
     """BERT-base has 110M weights (arXiv:1810.04805, section 3)."""
     assert (
-        make_net(Bert(vocab=30522, dim=768, mlp=3072, heads=12, depth=12, max_length=512)).size
+        make_net(
+            Bert(vocab=30522, dim=768, mlp=3072, heads=12, depth=12, max_length=512)
+        ).size
         == 109_482_240
     )
 

@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
         for block in model.transformer_blocks[1:]:
-            block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+            block.norm1.emb.load_state_dict(
+                model.transformer_blocks[0].norm1.emb.state_dict()
+            )
     path = tmp_path_factory.mktemp("dit")
     model.save_pretrained(path)
     return path, model
@@ -46,18 +48,26 @@ def test_outputs_agree(folder, size, agree):
     t = np.array([0.0, 3.5, 500.0, 999.0], "f4")
     label = np.array([0, 4, 5, 2])
     ours = net.apply(params, jnp.asarray(x), jnp.asarray(t), jnp.asarray(label))
-    if size != SIZES["sample_size"]:  # diffusers fixes the position table at construction
-        model = diffusers.DiTTransformer2DModel(**{**SIZES, "sample_size": size}).eval()
+    if (
+        size != SIZES["sample_size"]
+    ):  # diffusers fixes the position table at construction
+        model = diffusers.DiTTransformer2DModel(
+            **{**SIZES, "sample_size": size}
+        ).eval()
         model.load_state_dict(folder[1].state_dict())
         net, params = interop.load(path)
         table = model.pos_embed.pos_embed[0].numpy()
         from jaxdistill.models.denoisers.dit import sincos_2d
 
-        np.testing.assert_allclose(sincos_2d(16, size // 2, size // 2, size // 2), table, atol=1e-6)
+        np.testing.assert_allclose(
+            sincos_2d(16, size // 2, size // 2, size // 2), table, atol=1e-6
+        )
         return
     with torch.no_grad():
         theirs = model(
-            torch.from_numpy(x.transpose(0, 3, 1, 2)), torch.from_numpy(t), torch.from_numpy(label)
+            torch.from_numpy(x.transpose(0, 3, 1, 2)),
+            torch.from_numpy(t),
+            torch.from_numpy(label),
         ).sample.numpy()
     agree("DiT", ours, theirs.transpose(0, 2, 3, 1))
 

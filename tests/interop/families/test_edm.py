@@ -20,7 +20,9 @@ from jaxdistill.diffusion.denoiser import Denoiser, EDMPrecond
 from jaxdistill.diffusion.process import EDM
 from jaxdistill.models.denoisers.edm import DhariwalUNet, SongUNet, resample
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
 F = torch.nn.functional
 
 SONG = dict(
@@ -33,7 +35,13 @@ SONG = dict(
     num_blocks=2,
     attn_resolutions=[8],
 )
-ADM = dict(SONG, _class_name="DhariwalUNet", model_channels=16, num_blocks=1, channels_per_head=8)
+ADM = dict(
+    SONG,
+    _class_name="DhariwalUNet",
+    model_channels=16,
+    num_blocks=1,
+    channels_per_head=8,
+)
 VARIANTS = {
     "ddpmpp": dict(SONG, label_dim=3, augment_dim=4, dropout=0.13),
     "ncsnpp": dict(
@@ -61,7 +69,12 @@ RELEASED = {  # arXiv:2206.00364, table 7; the same counts from the repository's
     ),
     "ffhq64": (
         SongUNet(
-            size=64, width=128, multiples=(1, 2, 2, 2), blocks=4, attention=(16,), augment_dim=9
+            size=64,
+            width=128,
+            multiples=(1, 2, 2, 2),
+            blocks=4,
+            attention=(16,),
+            augment_dim=9,
         ),
         61_805_571,
     ),
@@ -147,7 +160,9 @@ class Reference:
             torch.outer(*[torch.tensor(self.filter, dtype=torch.float32)] * 2)
             / sum(self.filter) ** 2
         )
-        self.weights.setdefault(f"model.{name}.resample_filter", f[None, None].to(self.device))
+        self.weights.setdefault(
+            f"model.{name}.resample_filter", f[None, None].to(self.device)
+        )
         n = x.shape[1]
         f = f.to(self.device).expand(x.shape[1], 1, -1, -1)
         pad = (len(self.filter) - 1) // 2 if pad is None else pad
@@ -161,8 +176,12 @@ class Reference:
         i = x.shape[1]
         damp = math.sqrt(0.5) if self.song else 1.0
         h = F.silu(self.norm(x, f"{name}.norm0"))
-        h = self.conv(self.move(h, f"{name}.conv0", way) if way else h, f"{name}.conv0", o)
-        a = self.linear(emb, f"{name}.affine", o if self.song else 2 * o)[:, :, None, None]
+        h = self.conv(
+            self.move(h, f"{name}.conv0", way) if way else h, f"{name}.conv0", o
+        )
+        a = self.linear(emb, f"{name}.affine", o if self.song else 2 * o)[
+            :, :, None, None
+        ]
         if self.song:
             h = F.silu(self.norm(h + a, f"{name}.norm1"))
         else:
@@ -175,11 +194,16 @@ class Reference:
             heads = 1 if self.song else o // self.c.get("channels_per_head", 64)
             h = self.conv(self.norm(x, f"{name}.norm2"), f"{name}.qkv", 3 * o, 1)
             q, k, v = h.reshape(len(x), heads, o // heads, 3, -1).unbind(3)
-            w = torch.softmax(torch.einsum("bhcq,bhck->bhqk", q, k) / math.sqrt(o // heads), -1)
+            w = torch.softmax(
+                torch.einsum("bhcq,bhck->bhqk", q, k) / math.sqrt(o // heads), -1
+            )
             x = (
                 x
                 + self.conv(
-                    torch.einsum("bhqk,bhck->bhcq", w, v).reshape(x.shape), f"{name}.proj", o, 1
+                    torch.einsum("bhqk,bhck->bhcq", w, v).reshape(x.shape),
+                    f"{name}.proj",
+                    o,
+                    1,
                 )
             ) * damp
         return x
@@ -191,12 +215,16 @@ class Reference:
         emb = 4 * width
         half = noise // 2
         if c.get("embedding_type") == "fourier":
-            args = 2 * math.pi * t[:, None] * self.get("map_noise.freqs", half, std=16.0)
+            args = (
+                2 * math.pi * t[:, None] * self.get("map_noise.freqs", half, std=16.0)
+            )
         else:
             args = t[:, None] * 10000.0 ** (
                 -torch.arange(half, device=self.device) / (half - self.song)
             )
-        h = torch.cat([args.sin(), args.cos()] if self.song else [args.cos(), args.sin()], 1)
+        h = torch.cat(
+            [args.sin(), args.cos()] if self.song else [args.cos(), args.sin()], 1
+        )
         if label is not None and self.song:
             h = h + self.linear(label * math.sqrt(label.shape[1]), "map_label", noise)
         if augment is not None:
@@ -221,7 +249,9 @@ class Reference:
             f"{half}.{c['img_resolution'] >> level}x{c['img_resolution'] >> level}_"
         )
         attends = lambda level: c["img_resolution"] >> level in c["attn_resolutions"]
-        x = self.conv(x, at("enc", 0) + "conv", width if self.song else width * mults[0])
+        x = self.conv(
+            x, at("enc", 0) + "conv", width if self.song else width * mults[0]
+        )
         held = [x]
         for i, m in enumerate(mults):
             if i:
@@ -230,12 +260,17 @@ class Reference:
                     name = at("enc", i) + "aux_residual"
                     pad = 1 + (len(self.filter) - 1) // 2
                     image = self.move(
-                        self.conv(image, name, x.shape[1], pad=pad), name, "down", pad=0
+                        self.conv(image, name, x.shape[1], pad=pad),
+                        name,
+                        "down",
+                        pad=0,
                     )
                     x = image = (x + image) / math.sqrt(2)
                 held.append(x)
             for j in range(blocks):
-                x = self.block(x, at("enc", i) + f"block{j}", m * width, emb, attend=attends(i))
+                x = self.block(
+                    x, at("enc", i) + f"block{j}", m * width, emb, attend=attends(i)
+                )
                 held.append(x)
             states.append(x)
         last = len(mults) - 1
@@ -243,7 +278,11 @@ class Reference:
         x = self.block(x, at("dec", last) + "in1", x.shape[1], emb)
         states.append(x)
         for i in range(last, -1, -1):
-            x = self.block(x, at("dec", i) + "up", x.shape[1], emb, "up") if i < last else x
+            x = (
+                self.block(x, at("dec", i) + "up", x.shape[1], emb, "up")
+                if i < last
+                else x
+            )
             for j in range(blocks + 1):
                 attend = attends(i) and (not self.song or j == blocks)
                 x = self.block(
@@ -301,7 +340,10 @@ def pair(request, tmp_path_factory):
     model = Reference(config)
     theirs(model, *inputs(config))
     folder = tmp_path_factory.mktemp(request.param)
-    save_file({name: w.numpy() for name, w in model.weights.items()}, folder / "model.safetensors")
+    save_file(
+        {name: w.numpy() for name, w in model.weights.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(json.dumps(config))
     net, params = interop.load(folder)
     return (
@@ -338,7 +380,9 @@ def test_null_label_and_forms_of_the_condition(pair, agree):
         same(np.full(4, 3), None)
         same(label, {"label": label})
         same(jax.nn.one_hot(label, 3), label)
-        assert np.abs(call(x, t, label)[0] - call(x, t, cond)[0]).max() > 1e-3  # the augmentation
+        assert (
+            np.abs(call(x, t, label)[0] - call(x, t, cond)[0]).max() > 1e-3
+        )  # the augmentation
         assert np.abs(call(x, t, label)[0][:3] - call(x, t, None)[0][:3]).max() > 1e-3
 
 
@@ -369,21 +413,24 @@ def test_round_trip_is_exact(pair, tmp_path):
     for name, weight in model.weights.items():
         np.testing.assert_array_equal(again[name], weight.numpy(), err_msg=name)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert {key: value for key, value in model.c.items() if config.get(key) != value}.keys() <= {
-        "dropout"
-    }
+    assert {
+        key: value for key, value in model.c.items() if config.get(key) != value
+    }.keys() <= {"dropout"}
     assert interop.describe(tmp_path / "out") == net.config
 
 
 def test_bfloat16(pair, halves):
     _, model, folder, net, params, call = pair
     halves(folder)
-    small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
+    small = make_net(
+        cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg
+    )
     x, t, cond = inputs(model.c)
     found = jax.jit(small.apply)(params, x, t, cond)
     expected = call(x, t, cond)[0]
     assert (
-        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+        found.dtype == jnp.float32
+        and np.abs(found - expected).mean() <= 0.05 * expected.std()
     )  # 2^-8 a rounding, some tens of them
 
 
@@ -395,12 +442,16 @@ def test_rematerialised_gradients_are_the_same(rematerialised):
 
 def test_random_frequencies_are_never_trained(weights):
     net = make_net(
-        SongUNet(size=4, width=8, multiples=(1,), attention=(), time_embedding="fourier")
+        SongUNet(
+            size=4, width=8, multiples=(1,), attention=(), time_embedding="fourier"
+        )
     )
     x, t, _ = inputs({}, 4, 4)
     loss = lambda p: jnp.mean(net.apply(p, x, t) ** 2)
     grads = paths(jax.device_get(jax.jit(jax.grad(loss))(weights(net))))
-    assert [path for path, g in grads.items() if not np.abs(g).max() > 0] == ["frequencies"]
+    assert [path for path, g in grads.items() if not np.abs(g).max() > 0] == [
+        "frequencies"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -432,7 +483,9 @@ def test_resampling(filter):
     np.testing.assert_allclose(
         dot(up, y), 4 * dot(x, resample(y, "down", filter)), rtol=1e-4
     )  # adjoint, up to the gain of 4
-    np.testing.assert_allclose(resample(np.ones_like(x), "up", filter)[:, 2:-2, 2:-2], 1, rtol=1e-6)
+    np.testing.assert_allclose(
+        resample(np.ones_like(x), "up", filter)[:, 2:-2, 2:-2], 1, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -455,7 +508,10 @@ def test_released_sizes(name):
         for row in family.table(cfg)
         for name in row.names(leaves[row.path].shape)
     }
-    ours |= {name: array.shape for name, array in interop.families.edm.constants(cfg).items()}
+    ours |= {
+        name: array.shape
+        for name, array in interop.families.edm.constants(cfg).items()
+    }
     assert ours == {name: tuple(w.shape) for name, w in model.weights.items()}
     assert {row.path for row in family.table(cfg)} == leaves.keys()
     assert net.size == count
@@ -468,7 +524,10 @@ def test_released_sizes(name):
             {"encoder_type": "skip"},
             "encoder_type='skip' is not supported, expected 'standard' or 'residual'",
         ),
-        ({"decoder_type": "skip"}, "decoder_type='skip' is not supported, expected 'standard'"),
+        (
+            {"decoder_type": "skip"},
+            "decoder_type='skip' is not supported, expected 'standard'",
+        ),
         ({"out_channels": 6}, "out_channels=6 is not supported, expected 3"),
         ({"resample_filter": [1, 2]}, "resample_filter=.* is not supported"),
         ({"embedding_type": "zero"}, "embedding_type='zero' is not supported"),
@@ -507,7 +566,9 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
             interop.load(place)
     command = shlex.split(str(error.value).split("convert it with: ")[1])[2]
     compile(command, "command", "exec")
-    assert str(tmp_path / "edm-cifar10-32x32-cond-vp" / "model.safetensors") in command
+    assert (
+        str(tmp_path / "edm-cifar10-32x32-cond-vp" / "model.safetensors") in command
+    )
     (tmp_path / "config.json").write_text(json.dumps(SONG))
     with pytest.raises(Refused, match=r"cond-vp.pkl is pickled .* python -c "):
         interop.load(tmp_path)
@@ -516,11 +577,15 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(SongUNet(classes=2))
     call = lambda size, cond, taps=(): jax.eval_shape(
-        lambda: net.apply(net.shapes, jnp.ones((1, size, size, 3)), jnp.ones(1), cond, taps=taps)
+        lambda: net.apply(
+            net.shapes, jnp.ones((1, size, size, 3)), jnp.ones(1), cond, taps=taps
+        )
     )
     with pytest.raises(Refused, match="x: 5 by 5 pixels, expected multiples of 2"):
         call(5, None)
-    with pytest.raises(Refused, match=r"taps=\(5,\): levels are numbered 0 to 4, 2 is the middle"):
+    with pytest.raises(
+        Refused, match=r"taps=\(5,\): levels are numbered 0 to 4, 2 is the middle"
+    ):
         call(4, None, (5,))
     with pytest.raises(
         Refused, match="cond: 'augment' is not read by this network, expected label"

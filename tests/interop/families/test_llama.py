@@ -17,8 +17,12 @@ from jaxdistill.models.language.qwen import Qwen2, Qwen3
 from jaxdistill.samplers.text import generate
 from tests.interop.parity import gap
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -81,7 +85,9 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask, taps=(0, 2))),
+        jax.jit(
+            lambda tokens, mask: net.apply(params, tokens, mask=mask, taps=(0, 2))
+        ),
     )
 
 
@@ -97,7 +103,9 @@ def test_logits_and_states_agree(pair, record_property):
     record_property("gap", found := gap(logits, out.logits.numpy()))
     assert found <= 1e-5
     assert gap(first, out.hidden_states[1].numpy()) <= 1e-5
-    assert last.shape == first.shape  # transformers gives the last one after the final norm
+    assert (
+        last.shape == first.shape
+    )  # transformers gives the last one after the final norm
 
 
 def test_logits_agree_under_left_padding(pair, record_property):
@@ -114,34 +122,69 @@ def test_logits_agree_under_left_padding(pair, record_property):
 def test_cached_steps_equal_the_full_pass(pair):
     _, _, net, params, call = pair
     mask = np.arange(24) >= PADS[:, None]
-    step = jax.jit(lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache))
+    step = jax.jit(
+        lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache)
+    )
     cache = net.apply(params, 3, 24, method="init_cache")
     parts = []
     for low in range(0, 24, 8):
-        logits, cache = step(tokens()[:, low : low + 8], mask[:, low : low + 8], cache)
+        logits, cache = step(
+            tokens()[:, low : low + 8], mask[:, low : low + 8], cache
+        )
         parts.append(logits)
-    assert gap(np.concatenate(parts, 1), np.asarray(call(tokens(), mask)[0]), mask) <= 1e-5
+    assert (
+        gap(np.concatenate(parts, 1), np.asarray(call(tokens(), mask)[0]), mask)
+        <= 1e-5
+    )
 
 
 def test_weights_in_bfloat16(pair):
     _, folder, _, params, _ = pair
     _, half = interop.load(folder, "bfloat16")
-    jax.tree.map(lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")), half, params)
+    jax.tree.map(
+        lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")),
+        half,
+        params,
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "weights"),
     [
         (
-            LM(vocab=128256, dim=2048, mlp=8192, heads=32, kv_heads=8, depth=16, tied=True),
+            LM(
+                vocab=128256,
+                dim=2048,
+                mlp=8192,
+                heads=32,
+                kv_heads=8,
+                depth=16,
+                tied=True,
+            ),
             1_235_814_400,
         ),  # Llama 3.2: 1.23B
         (
-            Qwen2(vocab=151936, dim=896, mlp=4864, heads=14, kv_heads=2, depth=24, tied=True),
+            Qwen2(
+                vocab=151936,
+                dim=896,
+                mlp=4864,
+                heads=14,
+                kv_heads=2,
+                depth=24,
+                tied=True,
+            ),
             494_032_768,
         ),  # Qwen2.5-0.5B: 0.49B
         (
-            Gemma2(vocab=256000, dim=2304, mlp=9216, heads=8, kv_heads=4, head_dim=256, depth=26),
+            Gemma2(
+                vocab=256000,
+                dim=2304,
+                mlp=9216,
+                heads=8,
+                kv_heads=4,
+                head_dim=256,
+                depth=26,
+            ),
             2_614_341_888,
         ),  # 2.6B
         (
@@ -224,7 +267,9 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("name", ["Gemma2Model", "Qwen2_5_VLForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name", ["Gemma2Model", "Qwen2_5_VLForConditionalGeneration"]
+)
 def test_encoders_of_prompts(name, tmp_path, agree, returns, halves):
     """The last normed states, texts padded on the right as the pipelines of SANA and Qwen-Image
     give them.
@@ -249,7 +294,11 @@ def test_encoders_of_prompts(name, tmp_path, agree, returns, halves):
             )
         ).eval()
     else:
-        rope = {"rope_type": "default", "rope_theta": 300.0, "mrope_section": [1, 1, 2]}
+        rope = {
+            "rope_type": "default",
+            "rope_theta": 300.0,
+            "mrope_section": [1, 1, 2],
+        }
         eye = dict(
             depth=1,
             hidden_size=16,
@@ -299,12 +348,16 @@ def test_axes_of_positions_are_one_on_text_alone(tmp_path):
     build("Qwen2").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    config = {k: v for k, v in config.items() if k != "rope_parameters"} | {"rope_theta": 300.0}
+    config = {k: v for k, v in config.items() if k != "rope_parameters"} | {
+        "rope_theta": 300.0
+    }
     config["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 1]}
     file.write_text(json.dumps(config))
     with pytest.raises(Refused, match="rope_type='mrope' is not supported"):
         interop.describe(tmp_path)
-    file.write_text(json.dumps(config | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}))
+    file.write_text(
+        json.dumps(config | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+    )
     assert interop.describe(tmp_path).rope_theta == 300.0
 
 
@@ -334,12 +387,20 @@ def test_two_statements_on_positions_must_agree(family, tmp_path):
         assert str(found.value).isprintable()
     file.write_text(
         json.dumps(
-            config | {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 300.0}}
+            config
+            | {
+                "rope_scaling": {"type": "default"},
+                "rope_parameters": {"rope_theta": 300.0},
+            }
         )
     )
     with pytest.raises(Refused, match=r"differ \(rope_theta=10000.0 and 300.0\)"):
         interop.describe(tmp_path)
-    both = {"rope_theta": 300.0, "rope_scaling": SCALINGS["llama3"], "rope_parameters": LLAMA3}
+    both = {
+        "rope_theta": 300.0,
+        "rope_scaling": SCALINGS["llama3"],
+        "rope_parameters": LLAMA3,
+    }
     file.write_text(json.dumps(config | both))
     read = interop.describe(tmp_path)
     assert (read.rope_theta, read.rope_factor) == (300.0, 4.0)
@@ -373,7 +434,9 @@ def test_stop_tokens_come_from_generation_config(tmp_path):
     net, params = interop.load(tmp_path / "in")
     assert (net.config.bos, net.config.eos, net.config.pad) == (4, (5, 7), 0)
     interop.save(tmp_path / "out", net, params)
-    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [5, 7]
+    assert transformers.GenerationConfig.from_pretrained(
+        tmp_path / "out"
+    ).eos_token_id == [5, 7]
 
 
 def test_rope_keys_of_older_files(tmp_path):
@@ -385,14 +448,26 @@ def test_rope_keys_of_older_files(tmp_path):
     config["rope_theta"] = rope.pop("rope_theta")
     file.write_text(json.dumps(config | {"rope_scaling": rope}))
     assert interop.describe(tmp_path) == expected
-    assert (expected.rope_theta, expected.rope_factor, expected.rope_original) == (300.0, 4.0, 16)
+    assert (expected.rope_theta, expected.rope_factor, expected.rope_original) == (
+        300.0,
+        4.0,
+        16,
+    )
 
 
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("Llama", {"attention_bias": True}, "attention_bias=True is not supported, expected False"),
-        ("Llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, expected 'silu'"),
+        (
+            "Llama",
+            {"attention_bias": True},
+            "attention_bias=True is not supported, expected False",
+        ),
+        (
+            "Llama",
+            {"hidden_act": "gelu"},
+            "hidden_act='gelu' is not supported, expected 'silu'",
+        ),
         (
             "Llama",
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
@@ -403,7 +478,11 @@ def test_rope_keys_of_older_files(tmp_path):
             {"use_sliding_window": True},
             "use_sliding_window=True is not supported, expected False",
         ),
-        ("Qwen3", {"attention_bias": True}, "attention_bias=True is not supported, expected False"),
+        (
+            "Qwen3",
+            {"attention_bias": True},
+            "attention_bias=True is not supported, expected False",
+        ),
         (
             "Gemma2",
             {"use_bidirectional_attention": True},
@@ -423,7 +502,9 @@ def test_refuses_settings_our_model_lacks(tmp_path, family, change, message):
     with pytest.raises(Refused, match=message):
         interop.load(tmp_path)
     config = {
-        k: v for k, v in json.loads(file.read_text()).items() if k not in (*change, "hidden_size")
+        k: v
+        for k, v in json.loads(file.read_text()).items()
+        if k not in (*change, "hidden_size")
     }
     file.write_text(json.dumps(config))
     with pytest.raises(Refused, match="hidden_size is missing"):

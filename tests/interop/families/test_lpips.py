@@ -16,10 +16,18 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.families import lpips
 from jaxdistill.models.vision.lpips import LPIPS
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
 
 CFG = LPIPS(widths=(8, 12, 16), layers=(2, 1, 2))
-NAMES = ["net.slice1.0", "net.slice1.2", "net.slice2.5", "net.slice3.8", "net.slice3.10"]
+NAMES = [
+    "net.slice1.0",
+    "net.slice1.2",
+    "net.slice2.5",
+    "net.slice3.8",
+    "net.slice3.10",
+]
 A, B = np.random.default_rng(0).uniform(-1, 1, (2, 3, 24, 20, 3)).astype("f4")
 
 
@@ -41,11 +49,14 @@ def stored(tmp_path_factory):
         }
         i = width
     weights |= {
-        f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1) for n, width in enumerate(CFG.widths)
+        f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1)
+        for n, width in enumerate(CFG.widths)
     }
     folder = tmp_path_factory.mktemp("lpips")
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(lpips.FAMILY.write(CFG)["config.json"]))
+    (folder / "config.json").write_text(
+        json.dumps(lpips.FAMILY.write(CFG)["config.json"])
+    )
     return *interop.load(folder), weights
 
 
@@ -67,7 +78,14 @@ def theirs(weights, a, b):
         features = [F.max_pool2d(f, 2) if n else f for f in features]
         for name in names:
             features = [
-                F.relu(F.conv2d(f, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1))
+                F.relu(
+                    F.conv2d(
+                        f,
+                        weights[f"{name}.weight"],
+                        weights[f"{name}.bias"],
+                        padding=1,
+                    )
+                )
                 for f in features
             ]
         units = [f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in features]
@@ -96,9 +114,13 @@ def test_it_is_a_distance(stored):
 def test_gradients_are_finite_where_features_vanish(stored):
     """All features of a level are 0 under strongly negative biases."""
     net, params, _ = stored
-    dead = jax.tree.map_with_path(lambda path, w: w - 100.0 if "bias" in str(path) else w, params)
+    dead = jax.tree.map_with_path(
+        lambda path, w: w - 100.0 if "bias" in str(path) else w, params
+    )
     for p in (params, dead):
-        grad = jax.jit(jax.grad(lambda a: net.apply(p, a, jnp.asarray(B)).sum()))(jnp.asarray(A))
+        grad = jax.jit(jax.grad(lambda a: net.apply(p, a, jnp.asarray(B)).sum()))(
+            jnp.asarray(A)
+        )
         assert np.isfinite(grad).all() and np.any(grad) == (p is params)
 
 
@@ -124,16 +146,25 @@ def test_vgg_16s_sizes_and_names():
         if row.name.endswith("weight") and row.name.startswith("net")
     ]
     slices = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
-    assert names == [f"net.slice{i}.{n}.weight" for i, numbers in slices.items() for n in numbers]
-    assert lpips.FAMILY.read({"_class_name": "LPIPS", "pnet_type": "vgg"}, Path("x")) == LPIPS()
+    assert names == [
+        f"net.slice{i}.{n}.weight" for i, numbers in slices.items() for n in numbers
+    ]
+    assert (
+        lpips.FAMILY.read({"_class_name": "LPIPS", "pnet_type": "vgg"}, Path("x"))
+        == LPIPS()
+    )
 
 
 def test_refusals(tmp_path):
     with pytest.raises(Refused, match="2 widths and 1 layers"):
         make_net(LPIPS(widths=(8, 8), layers=(1,)))
-    with pytest.raises(Refused, match="pnet_type='alex' is not supported, expected 'vgg'"):
+    with pytest.raises(
+        Refused, match="pnet_type='alex' is not supported, expected 'vgg'"
+    ):
         lpips.FAMILY.read({"pnet_type": "alex"}, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "LPIPS", "pnet_type": "vgg"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"_class_name": "LPIPS", "pnet_type": "vgg"})
+    )
     (tmp_path / "vgg.pth").write_bytes(b"")
     with pytest.raises(
         Refused,

@@ -13,8 +13,12 @@ from jaxdistill.models.language.neox import NeoX
 from jaxdistill.samplers.text import generate
 from tests.interop.parity import gap
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 VARIANTS = {
     "parallel": {
@@ -46,7 +50,9 @@ def build(**changes):
         pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes | changes)).eval()
+    model = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**sizes | changes)
+    ).eval()
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.4)
     return model
@@ -64,7 +70,9 @@ def pair(request, tmp_path_factory):
         folder,
         net,
         params,
-        jax.jit(lambda tokens, mask: net.apply(params, tokens, mask=mask, taps=(0, 2))),
+        jax.jit(
+            lambda tokens, mask: net.apply(params, tokens, mask=mask, taps=(0, 2))
+        ),
     )
 
 
@@ -84,14 +92,17 @@ def test_logits_and_states_agree(pair, record_property):
     record_property("gap", found := gap(logits, out.logits.numpy()))
     assert found <= 1e-5
     assert gap(first, out.hidden_states[1].numpy()) <= 1e-5
-    assert last.shape == first.shape  # transformers gives the last one after the final norm
+    assert (
+        last.shape == first.shape
+    )  # transformers gives the last one after the final norm
 
 
 def test_logits_agree_under_left_padding(pair, record_property):
     model, _, net, params, call = pair
     with torch.no_grad():
         expected = model(
-            torch.tensor(tokens()), attention_mask=torch.tensor(padding().astype(np.int64))
+            torch.tensor(tokens()),
+            attention_mask=torch.tensor(padding().astype(np.int64)),
         ).logits.numpy()
     logits = call(tokens(), padding())[0]
     record_property("gap", found := gap(logits, expected, padding()))
@@ -107,14 +118,23 @@ def test_logits_agree_under_left_padding(pair, record_property):
 
 def test_cached_steps_equal_the_full_pass(pair):
     _, _, net, params, call = pair
-    step = jax.jit(lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache))
+    step = jax.jit(
+        lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache)
+    )
     cache = net.apply(params, 3, 24, method="init_cache")
     parts = []
     for low in range(0, 24, 8):
-        logits, cache = step(tokens()[:, low : low + 8], padding()[:, low : low + 8], cache)
+        logits, cache = step(
+            tokens()[:, low : low + 8], padding()[:, low : low + 8], cache
+        )
         parts.append(logits)
     assert (
-        gap(np.concatenate(parts, 1), np.asarray(call(tokens(), padding())[0]), padding()) <= 1e-5
+        gap(
+            np.concatenate(parts, 1),
+            np.asarray(call(tokens(), padding())[0]),
+            padding(),
+        )
+        <= 1e-5
     )
 
 
@@ -140,9 +160,9 @@ def test_greedy_text_agrees(pair):
 def test_probe_reads_the_same_pass(pair):
     _, _, net, params, call = pair
     read = lambda before, neurons, after: (after, neurons)
-    states, neurons = jax.jit(lambda tokens: net.apply(params, read, tokens, method="probe"))(
-        tokens()
-    )
+    states, neurons = jax.jit(
+        lambda tokens: net.apply(params, read, tokens, method="probe")
+    )(tokens())
     assert gap(states[0], np.asarray(call(tokens(), None)[1][0])) <= 1e-5
     assert neurons.shape == (3, 3, 24, 48)
 
@@ -173,7 +193,11 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
 def test_weights_in_bfloat16(pair):
     _, folder, _, params, _ = pair
     _, half = interop.load(folder, "bfloat16")
-    jax.tree.map(lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")), half, params)
+    jax.tree.map(
+        lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")),
+        half,
+        params,
+    )
 
 
 def test_rope_keys_of_older_files(tmp_path):
@@ -185,7 +209,10 @@ def test_rope_keys_of_older_files(tmp_path):
     file.write_text(
         json.dumps(
             config
-            | {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+            | {
+                "rotary_emb_base": rope["rope_theta"],
+                "rotary_pct": rope["partial_rotary_factor"],
+            }
         )
     )
     assert interop.describe(tmp_path) == expected
@@ -206,7 +233,10 @@ def test_released_sizes(config, weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": False}, "attention_bias=False is not supported, expected True"),
+        (
+            {"attention_bias": False},
+            "attention_bias=False is not supported, expected True",
+        ),
         ({"hidden_act": "swish"}, "hidden_act='swish': expected one of gelu"),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
@@ -223,9 +253,12 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 
 def test_refuses_heads_of_other_sizes():
-    with pytest.raises(Refused, match="kv_heads=2, head_dim=0: NeoX has heads=4 of dim / heads"):
+    with pytest.raises(
+        Refused, match="kv_heads=2, head_dim=0: NeoX has heads=4 of dim / heads"
+    ):
         make_net(NeoX(kv_heads=2))
     with pytest.raises(
-        Refused, match=r"1 of a head's 4 channels turn \(rotary_share=0.25\), not pairs"
+        Refused,
+        match=r"1 of a head's 4 channels turn \(rotary_share=0.25\), not pairs",
     ):
         make_net(NeoX(dim=16))

@@ -15,8 +15,12 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.denoisers.qwen_image import QwenImage
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
 
 SIZES = dict(
     patch_size=2,
@@ -58,7 +62,10 @@ def inputs(rows, cols, *pictures):
     """x, and cond with texts of 7, 3 and 1 tokens and pictures of the given sizes."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype("f4")
-    cond = {"text": draw(3, 7, 10), "mask": np.arange(7) < np.array([7, 3, 1])[:, None]}
+    cond = {
+        "text": draw(3, 7, 10),
+        "mask": np.arange(7) < np.array([7, 3, 1])[:, None],
+    }
     return draw(3, rows, cols, 3), cond | (
         {"image": tuple(draw(3, *size, 3) for size in pictures)} if pictures else {}
     )
@@ -70,7 +77,9 @@ def reference(model, x, t, cond):
     def pack(z):
         b, h, w, c = z.shape
         return (
-            z.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4).reshape(b, -1, 4 * c)
+            z.reshape(b, h // 2, 2, w // 2, 2, c)
+            .transpose(0, 1, 3, 5, 2, 4)
+            .reshape(b, -1, 4 * c)
         )
 
     pictures = [x, *cond.get("image", ())]
@@ -91,7 +100,11 @@ def reference(model, x, t, cond):
         ).sample
     for hook in hooks:
         hook.remove()
-    out = out[:, :n].numpy().reshape(len(x), x.shape[1] // 2, x.shape[2] // 2, x.shape[3], 2, 2)
+    out = (
+        out[:, :n]
+        .numpy()
+        .reshape(len(x), x.shape[1] // 2, x.shape[2] // 2, x.shape[3], 2, 2)
+    )
     return out.transpose(0, 1, 4, 2, 5, 3).reshape(x.shape), states
 
 
@@ -114,18 +127,32 @@ def test_editing_agrees(pair, agree):
     x, cond = inputs(6, 4, (4, 8), (2, 2))
     t = np.array(TIMES[1], "f4")
     call = jax.jit(net.apply)
-    agree(f"{name} editing", call(params, x, t, cond), reference(model, x, t, cond)[0])
-    other = make_net(dataclasses.replace(net.config, clean_pictures=not net.config.clean_pictures))
-    assert np.abs(jax.jit(other.apply)(params, x, t, cond) - call(params, x, t, cond)).max() > 1e-3
+    agree(
+        f"{name} editing", call(params, x, t, cond), reference(model, x, t, cond)[0]
+    )
+    other = make_net(
+        dataclasses.replace(net.config, clean_pictures=not net.config.clean_pictures)
+    )
+    assert (
+        np.abs(
+            jax.jit(other.apply)(params, x, t, cond) - call(params, x, t, cond)
+        ).max()
+        > 1e-3
+    )
 
 
 def test_masked_text_is_not_read(pair):
     _, _, _, _, _, call = pair
     x, cond = inputs(6, 4)
     t = np.array(TIMES[0], "f4")
-    other = cond | {"text": np.where(cond["mask"][..., None], cond["text"], 9.0).astype("f4")}
+    other = cond | {
+        "text": np.where(cond["mask"][..., None], cond["text"], 9.0).astype("f4")
+    }
     np.testing.assert_array_equal(call(x, t, cond)[0], call(x, t, other)[0])
-    assert np.abs(call(x, t, cond)[0] - call(x, t, {"text": cond["text"]})[0]).max() > 1e-3
+    assert (
+        np.abs(call(x, t, cond)[0] - call(x, t, {"text": cond["text"]})[0]).max()
+        > 1e-3
+    )
 
 
 def test_round_trip_is_exact(pair, returns):
@@ -142,13 +169,16 @@ def test_round_trip_is_exact(pair, returns):
 def test_bfloat16(pair, halves):
     _, _, folder, net, params, call = pair
     halves(folder)
-    small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
+    small = make_net(
+        cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg
+    )
     x, cond = inputs(6, 4)
     t = np.array(TIMES[0], "f4")
     found = jax.jit(small.apply)(params, x, t, cond)
     expected = call(x, t, cond)[0]
     assert (
-        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+        found.dtype == jnp.float32
+        and np.abs(found - expected).mean() <= 0.05 * expected.std()
     )  # 2^-8 a rounding, some tens of them
 
 
@@ -166,7 +196,9 @@ def test_released_size(covers):
     covers(cfg, model, 20_430_401_088, interop.families.qwen_image.FAMILY)
     described = {
         key: value
-        for key, value in interop.families.qwen_image.FAMILY.write(cfg)["config.json"].items()
+        for key, value in interop.families.qwen_image.FAMILY.write(cfg)[
+            "config.json"
+        ].items()
         if key != "_class_name"
     }
     same = lambda a: list(a) if isinstance(a, tuple) else a
@@ -176,7 +208,10 @@ def test_released_size(covers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_layer3d_rope": True}, "use_layer3d_rope=True is not supported, expected False"),
+        (
+            {"use_layer3d_rope": True},
+            "use_layer3d_rope=True is not supported, expected False",
+        ),
         (
             {"use_additional_t_cond": True},
             "use_additional_t_cond=True is not supported, expected False",
@@ -186,7 +221,10 @@ def test_released_size(covers):
             r"in_channels=64 is not supported, expected patch_size\^2 out_channels",
         ),
         ({"out_channels": None}, "out_channels is null"),
-        ({"attention_head_dim": 8}, "attention_head_dim=8 is not supported, expected 16"),
+        (
+            {"attention_head_dim": 8},
+            "attention_head_dim=8 is not supported, expected 16",
+        ),
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
@@ -200,10 +238,13 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(QwenImage())
     call = lambda shape, cond, taps=(): jax.eval_shape(
-        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps), net.shapes
+        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps),
+        net.shapes,
     )
     text = {"text": jnp.ones((1, 5, 32))}
-    with pytest.raises(Refused, match=r"QwenImage needs 'text' float \[B L 32\] .* it has mask"):
+    with pytest.raises(
+        Refused, match=r"QwenImage needs 'text' float \[B L 32\] .* it has mask"
+    ):
         call((1, 4, 4, 4), {"mask": jnp.ones((1, 5), bool)})
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 5, 4, 4), text)
@@ -235,4 +276,8 @@ def test_forward_at_full_size_traces():
         shape(1),
         text,
     )
-    assert raw == x and features[0].shape == (1, 6889, 3072) and features[0].dtype == jnp.bfloat16
+    assert (
+        raw == x
+        and features[0].shape == (1, 6889, 3072)
+        and features[0].dtype == jnp.bfloat16
+    )

@@ -13,8 +13,12 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.families import sam
 from jaxdistill.models.vision.sam import Layer, SamVision
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 SIZES = dict(
     image_size=28,
@@ -39,14 +43,18 @@ def encoder(imported):
     torch.manual_seed(0)
     config = transformers.SamVisionConfig(**SIZES, initializer_range=0.2)
     return imported(
-        transformers.SamVisionModel._from_config(config, attn_implementation="eager"), std=0.3
+        transformers.SamVisionModel._from_config(config, attn_implementation="eager"),
+        std=0.3,
     )
 
 
 def test_states_agree(encoder, agree):
     model, _, net, params = encoder
     with torch.no_grad():
-        theirs = model(torch.from_numpy(X.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
+        theirs = model(
+            torch.from_numpy(X.transpose(0, 3, 1, 2).copy()),
+            output_hidden_states=True,
+        )
     states, features = jax.jit(lambda p: net.apply(p, X, taps=(0, 1, 2)))(params)
     agree("states", states, theirs.last_hidden_state.permute(0, 2, 3, 1))
     for found, hidden in zip(features, theirs.hidden_states[-3:], strict=True):
@@ -83,7 +91,10 @@ def test_the_encoder_in_a_whole_model(encoder, tmp_path):
         .numpy()
     )
     np.testing.assert_allclose(
-        net.apply(params, X), expected.transpose(0, 2, 3, 1), rtol=1e-4, atol=1e-4 * expected.std()
+        net.apply(params, X),
+        expected.transpose(0, 2, 3, 1),
+        rtol=1e-4,
+        atol=1e-4 * expected.std(),
     )
 
 
@@ -120,7 +131,9 @@ def test_released_sizes(covers):
     )
     for ours, theirs, count in ((base, {}, 89_670_912), (huge, kinds, 637_026_048)):
         with torch.device("meta"):
-            model = transformers.SamVisionModel(transformers.SamVisionConfig(**theirs))
+            model = transformers.SamVisionModel(
+                transformers.SamVisionConfig(**theirs)
+            )
         covers(ours, model, count, sam.FAMILY)
 
 
@@ -133,7 +146,10 @@ def test_scores_have_terms_of_rows_and_columns():
     net = make_net(lambda rngs: Layer(cfg, 3, rngs))
     params = {
         **net.init(jax.random.key(0)),
-        **{name: jnp.asarray(rng.standard_normal((5, 3)), "f4") for name in ("rows", "columns")},
+        **{
+            name: jnp.asarray(rng.standard_normal((5, 3)), "f4")
+            for name in ("rows", "columns")
+        },
     }
     rows = params["rows"]
     columns = params["columns"]
@@ -149,11 +165,15 @@ def test_scores_have_terms_of_rows_and_columns():
             weights = np.exp(scores - scores.max())
             out[i, part] = weights @ v[:, part] / weights.sum()
     ours = net.apply(params, h.reshape(1, 3, 3, 6), method="attend").reshape(9, 6)
-    np.testing.assert_allclose(ours, out @ params["to_out"]["kernel"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        ours, out @ params["to_out"]["kernel"], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_window_sees_itself_alone():
-    net = make_net(SamVision(size=12, depth=1, global_layers=()))  # 6 x 6 patches, four windows
+    net = make_net(
+        SamVision(size=12, depth=1, global_layers=())
+    )  # 6 x 6 patches, four windows
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 12, 12, 3))
     call = jax.jit(lambda x: net.apply(params, x, taps=(0,))[1][0].reshape(6, 6, -1))
@@ -172,16 +192,25 @@ def test_gradients_reach_every_weight(weights):
 
 def test_refusals(tmp_path):
     net = make_net(SamVision())
-    with pytest.raises(Refused, match=r"x \[1, 8, 10, 3\]: expected images of \[8, 8, 3\]"):
+    with pytest.raises(
+        Refused, match=r"x \[1, 8, 10, 3\]: expected images of \[8, 8, 3\]"
+    ):
         jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 10, 3))), net.shapes)
     with pytest.raises(Refused, match=r"taps=\(2,\): layers are numbered 0 to 1"):
-        jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 8, 3)), taps=(2,)), net.shapes)
-    with pytest.raises(Refused, match=r"model.global_layers=\(2,\): layers are numbered 0 to 1"):
+        jax.eval_shape(
+            lambda p: net.apply(p, jnp.ones((1, 8, 8, 3)), taps=(2,)), net.shapes
+        )
+    with pytest.raises(
+        Refused, match=r"model.global_layers=\(2,\): layers are numbered 0 to 1"
+    ):
         make_net(SamVision(global_layers=(2,)))
     with pytest.raises(Refused, match="heads=3 must divide dim=32"):
         make_net(SamVision(heads=3))
     config = sam.FAMILY.write(SamVision())["config.json"]
-    assert sam.FAMILY.read(config | {"mlp_dim": None, "mlp_ratio": 3.0}, tmp_path).mlp == 96
+    assert (
+        sam.FAMILY.read(config | {"mlp_dim": None, "mlp_ratio": 3.0}, tmp_path).mlp
+        == 96
+    )
     for change, message in (
         ({"use_rel_pos": False}, "use_rel_pos=False is not supported"),
         ({"hidden_act": "gelu_10"}, "hidden_act="),

@@ -13,8 +13,12 @@ from jaxdistill.core.net import forward_mode, make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.denoisers.sana import Sana, linear_attention
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
 
 SIZES = dict(
     in_channels=4,
@@ -71,7 +75,10 @@ def inputs(cfg, rows, cols):
     """x, and cond with texts of 7, 3 and 1 tokens."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype("f4")
-    cond = {"text": draw(3, 7, 10), "mask": np.arange(7) < np.array([7, 3, 1])[:, None]}
+    cond = {
+        "text": draw(3, 7, 10),
+        "mask": np.arange(7) < np.array([7, 3, 1])[:, None],
+    }
     return draw(3, rows, cols, 4), cond | (
         {"guidance": np.array([1.0, 4.5, 20.0], "f4")} if cfg.guidance else {}
     )
@@ -91,7 +98,11 @@ def reference(model, x, t, cond):
     )
     t = torch.from_numpy(np.array(t, "f4")) * model.config.timestep_scale
     out = model(
-        x, torch.from_numpy(cond["text"]), t, guidance=guidance, encoder_attention_mask=mask
+        x,
+        torch.from_numpy(cond["text"]),
+        t,
+        guidance=guidance,
+        encoder_attention_mask=mask,
     ).sample
     for hook in hooks:
         hook.remove()
@@ -125,9 +136,13 @@ def test_rematerialised_gradients_agree(pair, agree):
     name, model, _, net, params, _ = pair
     x, cond = inputs(net.config, *GRID)
     again = make_net(dataclasses.replace(net.config, remat="full"))
-    loss = lambda params, x: jnp.mean(again.apply(params, x, np.array(TIMES[0], "f4"), cond) ** 2)
+    loss = lambda params, x: jnp.mean(
+        again.apply(params, x, np.array(TIMES[0], "f4"), cond) ** 2
+    )
     weights, ours = jax.jit(jax.grad(loss, (0, 1)))(params, x)
-    assert all(np.isfinite(w).all() and np.abs(w).max() > 0 for w in jax.tree.leaves(weights))
+    assert all(
+        np.isfinite(w).all() and np.abs(w).max() > 0 for w in jax.tree.leaves(weights)
+    )
     there = channels_first(x).requires_grad_()
     convs = [block.ff.conv_depth.weight for block in model.transformer_blocks]
     theirs = torch.autograd.grad(
@@ -145,10 +160,15 @@ def test_masked_text_is_not_read(pair):
     _, _, _, net, _, call = pair
     x, cond = inputs(net.config, *GRID)
     t = np.array(TIMES[0], "f4")
-    other = cond | {"text": np.where(cond["mask"][..., None], cond["text"], 9.0).astype("f4")}
+    other = cond | {
+        "text": np.where(cond["mask"][..., None], cond["text"], 9.0).astype("f4")
+    }
     np.testing.assert_array_equal(call(x, t, cond)[0], call(x, t, other)[0])
     assert (
-        np.abs(call(x, t, cond)[0] - call(x, t, cond | {"mask": np.ones((3, 7), bool)})[0]).max()
+        np.abs(
+            call(x, t, cond)[0]
+            - call(x, t, cond | {"mask": np.ones((3, 7), bool)})[0]
+        ).max()
         > 1e-3
     )
 
@@ -156,7 +176,11 @@ def test_masked_text_is_not_read(pair):
 def test_round_trip_is_exact(pair, returns):
     _, model, _, net, params, _ = pair
     again = returns(diffusers.SanaTransformer2DModel, model, net, params)
-    assert all(again.config[key] == value for key, value in model.config.items() if key[0] != "_")
+    assert all(
+        again.config[key] == value
+        for key, value in model.config.items()
+        if key[0] != "_"
+    )
 
 
 def test_the_cards_call_is_the_pipelines(pair):
@@ -182,20 +206,27 @@ def test_the_cards_call_is_the_pipelines(pair):
 def test_bfloat16(pair, halves):
     _, _, folder, net, params, call = pair
     halves(folder)
-    small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
+    small = make_net(
+        cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg
+    )
     x, cond = inputs(net.config, *GRID)
     t = np.array(TIMES[0], "f4")
     found = jax.jit(small.apply)(params, x, t, cond)
     expected = call(x, t, cond)[0]
     assert (
-        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+        found.dtype == jnp.float32
+        and np.abs(found - expected).mean() <= 0.05 * expected.std()
     )  # 2^-8 a rounding, some tens of them
 
 
 def test_forward_and_reverse_derivatives_are_one():
     """<u, J v> = <J^T u, v> for x and t (SANA-Sprint trains on J v)."""
     net = make_net(cfg := Sana(text_dim=10, qk_norm=True, guidance=True))
-    (x, cond), t, rng = inputs(cfg, 4, 4), np.array([0.3, 0.5, 0.9], "f4"), np.random.default_rng(1)
+    (x, cond), t, rng = (
+        inputs(cfg, 4, 4),
+        np.array([0.3, 0.5, 0.9], "f4"),
+        np.random.default_rng(1),
+    )
     draw = lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype("f4")
     params = jax.tree.map(draw, net.shapes)
     v = draw(x)
@@ -225,18 +256,23 @@ def test_linear_attention_is_the_quadratic_form():
         for n, low in ((40, 0), (50, 0), (50, -9))
     )
     scores = np.einsum("bthk,bshk->bhts", q.astype("f8"), k)
-    expected = np.einsum("bhts,bshd->bthd", scores / (scores.sum(-1, keepdims=True) + 1e-15), v)
+    expected = np.einsum(
+        "bhts,bshd->bthd", scores / (scores.sum(-1, keepdims=True) + 1e-15), v
+    )
     np.testing.assert_allclose(
         linear_attention(q, k, v), expected, rtol=1e-5, atol=1e-5
     )  # sums of 50 terms of size 1
     half = linear_attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)))
     assert half.dtype == jnp.float32
     np.testing.assert_array_equal(
-        half, linear_attention(*(np.asarray(jnp.asarray(a, jnp.bfloat16), "f4") for a in (q, k, v)))
+        half,
+        linear_attention(
+            *(np.asarray(jnp.asarray(a, jnp.bfloat16), "f4") for a in (q, k, v))
+        ),
     )
-    traced = jax.make_jaxpr(jax.grad(lambda *a: linear_attention(*a).sum(), (0, 1, 2)))(
-        *(np.ones((1, 99, 1, 4), "f4"),) * 3
-    )
+    traced = jax.make_jaxpr(
+        jax.grad(lambda *a: linear_attention(*a).sum(), (0, 1, 2))
+    )(*(np.ones((1, 99, 1, 4), "f4"),) * 3)
     assert max(var.aval.size for eqn in traced.eqns for var in eqn.outvars) < 99 * 99
 
 
@@ -249,7 +285,9 @@ def test_a_query_without_keys_is_zero_and_has_finite_gradients():
         assert out == 0 and all(np.isfinite(g).all() for g in grads)
 
 
-BIG = Sana(size=32, channels=32, dim=2240, depth=20, heads=70, cross_heads=20, text_dim=2304)
+BIG = Sana(
+    size=32, channels=32, dim=2240, depth=20, heads=70, cross_heads=20, text_dim=2304
+)
 
 
 @pytest.mark.parametrize(
@@ -287,16 +325,23 @@ def test_released_sizes(covers, change, theirs, count):
     covers(cfg, model, count, interop.families.sana.FAMILY)
     described = {
         key: value
-        for key, value in interop.families.sana.FAMILY.write(cfg)["config.json"].items()
+        for key, value in interop.families.sana.FAMILY.write(cfg)[
+            "config.json"
+        ].items()
         if key != "_class_name"
     }
-    assert described == {key: value for key, value in model.config.items() if key[0] != "_"}
+    assert described == {
+        key: value for key, value in model.config.items() if key[0] != "_"
+    }
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias=True is not supported, expected False"),
+        (
+            {"attention_bias": True},
+            "attention_bias=True is not supported, expected False",
+        ),
         (
             {"norm_elementwise_affine": True},
             "norm_elementwise_affine=True is not supported, expected False",
@@ -307,8 +352,14 @@ def test_released_sizes(covers, change, theirs, count):
             r"num_cross_attention_heads \* cross_attention_head_dim = 12 is not supported, "
             "expected 24",
         ),
-        ({"cross_attention_dim": None}, "cross_attention_dim=None is not supported, expected 24"),
-        ({"out_channels": 8}, "out_channels=8 is not supported, expected in_channels=4"),
+        (
+            {"cross_attention_dim": None},
+            "cross_attention_dim=None is not supported, expected 24",
+        ),
+        (
+            {"out_channels": 8},
+            "out_channels=8 is not supported, expected in_channels=4",
+        ),
         (
             {"qk_norm": "rms_norm"},
             "qk_norm='rms_norm' is not supported, expected None or 'rms_norm_across_heads'",
@@ -316,7 +367,12 @@ def test_released_sizes(covers, change, theirs, count):
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
-    config = {"_class_name": "SanaTransformer2DModel", **SIZES, "patch_size": 1, "norm_eps": 1e-6}
+    config = {
+        "_class_name": "SanaTransformer2DModel",
+        **SIZES,
+        "patch_size": 1,
+        "norm_eps": 1e-6,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert interop.describe(tmp_path) == Sana(dim=24, depth=3, text_dim=10)
     (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -327,14 +383,21 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(Sana(patch=2))
     call = lambda shape, cond, net=net, taps=(): jax.eval_shape(
-        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps), net.shapes
+        lambda p: net.apply(p, jnp.ones(shape), jnp.ones(1), cond, taps=taps),
+        net.shapes,
     )
     text = {"text": jnp.ones((1, 5, 16))}
-    with pytest.raises(Refused, match=r"Sana needs 'text' float \[B L 16\] .* it has mask"):
+    with pytest.raises(
+        Refused, match=r"Sana needs 'text' float \[B L 16\] .* it has mask"
+    ):
         call((1, 4, 4, 4), {"mask": jnp.ones((1, 5), bool)})
-    with pytest.raises(Refused, match="'guidance' is not read by Sana; it has guidance, text"):
+    with pytest.raises(
+        Refused, match="'guidance' is not read by Sana; it has guidance, text"
+    ):
         call((1, 4, 4, 4), text | {"guidance": jnp.ones(1)})
-    with pytest.raises(Refused, match=r"Sana needs 'guidance' number \[B\] .* it has text"):
+    with pytest.raises(
+        Refused, match=r"Sana needs 'guidance' number \[B\] .* it has text"
+    ):
         call((1, 4, 4, 4), text, make_net(Sana(guidance=True)))
     with pytest.raises(Refused, match="must be multiples of 2"):
         call((1, 4, 5, 4), text)
@@ -344,7 +407,9 @@ def test_refuses_inputs_that_do_not_fit():
 
 def test_forward_at_full_size_traces():
     """1.6B at 4096 x 4096 pixels, 16384 latents, and 300 tokens of text."""
-    cfg = dataclasses.replace(BIG, size=128, interpolation=2.0, dtype="bfloat16", remat="full")
+    cfg = dataclasses.replace(
+        BIG, size=128, interpolation=2.0, dtype="bfloat16", remat="full"
+    )
     net = make_net(cfg, config=cfg)
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     x = shape(1, 128, 128, 32)
@@ -356,4 +421,8 @@ def test_forward_at_full_size_traces():
         shape(1),
         text,
     )
-    assert raw == x and features[0].shape == (1, 16384, 2240) and features[0].dtype == jnp.bfloat16
+    assert (
+        raw == x
+        and features[0].shape == (1, 16384, 2240)
+        and features[0].dtype == jnp.bfloat16
+    )

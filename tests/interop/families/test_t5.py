@@ -16,8 +16,12 @@ from jaxdistill.models.language.t5 import T5, T5Encoder, UMT5Encoder, bucket, sh
 from jaxdistill.samplers.text import answer
 from tests.interop.parity import gap
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 SIZES = dict(
     vocab_size=61,
@@ -40,13 +44,21 @@ def build(name, config, untied=False, **changes):
     """A random model whose position biases and norms matter."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{config}Config")(
-        **SIZES | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1} | changes
+        **SIZES
+        | {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+        | changes
     )
     model = getattr(transformers, name)(config).eval()
-    if untied:  # transformers 5 ties what it builds, and keeps apart what a file holds apart
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    if (
+        untied
+    ):  # transformers 5 ties what it builds, and keeps apart what a file holds apart
+        model.lm_head.weight = torch.nn.Parameter(
+            model.lm_head.weight.detach().clone()
+        )
         model.all_tied_weights_keys = {
-            k: v for k, v in model.all_tied_weights_keys.items() if k != "lm_head.weight"
+            k: v
+            for k, v in model.all_tied_weights_keys.items()
+            if k != "lm_head.weight"
         }
     with torch.no_grad():
         for weight in model.parameters():
@@ -59,7 +71,8 @@ def tower(request, tmp_path_factory):
     """(torch encoder, its folder, our net and params, its jitted call)."""
     config, changes = ENCODERS[request.param]
     return loaded(
-        build(f"{config}EncoderModel", config, **changes), tmp_path_factory.mktemp(request.param)
+        build(f"{config}EncoderModel", config, **changes),
+        tmp_path_factory.mktemp(request.param),
     )
 
 
@@ -67,7 +80,10 @@ def tower(request, tmp_path_factory):
 def pair(request, tmp_path_factory):
     """(torch encoder-decoder, its folder, our net and params, its jitted call)."""
     model = build(
-        "T5ForConditionalGeneration", "T5", request.param == "untied", **DECODERS[request.param]
+        "T5ForConditionalGeneration",
+        "T5",
+        request.param == "untied",
+        **DECODERS[request.param],
     )
     return loaded(model, tmp_path_factory.mktemp(request.param))
 
@@ -110,7 +126,9 @@ def test_encoder_states_agree(tower, padded, record_property):
         )
     states, features = call(source, **({"mask": mask} if padded else {}))
     real = mask if padded else ...
-    record_property("gap", found := gap(states, expected.last_hidden_state.numpy(), real))
+    record_property(
+        "gap", found := gap(states, expected.last_hidden_state.numpy(), real)
+    )
     assert found <= 1e-5
     for state, layer in zip(features, (1, 2)):
         assert gap(state, expected.hidden_states[layer].numpy(), real) <= 1e-5
@@ -152,7 +170,9 @@ def test_padding_of_the_text_changes_nothing(pair):
 def test_hidden_times_head_is_logits(pair):
     _, _, net, params, call = pair
     source, _, targets = inputs()
-    hidden = jax.jit(lambda s, t: net.apply(params, s, t, hidden_only=True))(source, targets)
+    hidden = jax.jit(lambda s, t: net.apply(params, s, t, hidden_only=True))(
+        source, targets
+    )
     head = net.apply(params, method="head")
     assert gap(hidden @ head, np.asarray(call(source, targets)[0])) <= 1e-5
 
@@ -161,7 +181,9 @@ def test_cached_steps_equal_the_full_pass(pair):
     _, _, net, params, call = pair
     source, mask, targets = inputs()
     left = np.arange(14) >= np.array([0, 3, 5])[:, None]
-    states = jax.jit(lambda s, m: net.apply(params, s, mask=m, method="encode"))(source, mask)
+    states = jax.jit(lambda s, m: net.apply(params, s, mask=m, method="encode"))(
+        source, mask
+    )
     cache = net.apply(params, states, 16, source_mask=mask, method="init_cache")
     parts = []
     step = jax.jit(
@@ -170,7 +192,9 @@ def test_cached_steps_equal_the_full_pass(pair):
         )
     )
     for low in range(0, 14, 7):
-        logits, cache, features = step(targets[:, low : low + 7], left[:, low : low + 7], cache)
+        logits, cache, features = step(
+            targets[:, low : low + 7], left[:, low : low + 7], cache
+        )
         parts.append((logits, *features))
     expected, features = call(source, targets, source_mask=mask, mask=left)
     for part, whole in zip(zip(*parts), (expected, *features)):
@@ -184,7 +208,9 @@ def test_greedy_text_agrees(pair):
     how = dict(attention_mask=ints(mask), max_new_tokens=12, do_sample=False)
     bare = model.generate(torch.tensor(source), **how, eos_token_id=None)
     eos = int(bare[0, 5])
-    expected = model.generate(torch.tensor(source), **how, eos_token_id=eos).numpy()[:, 1:]
+    expected = model.generate(torch.tensor(source), **how, eos_token_id=eos).numpy()[
+        :, 1:
+    ]
     bound = lambda *a, **k: net.apply(params, *a, **k)
     found, valid = jax.jit(
         lambda s, m: answer(
@@ -242,7 +268,11 @@ def test_transformers_loads_our_decoder(pair, tmp_path):
 def test_weights_in_bfloat16(pair):
     _, folder, _, params, _ = pair
     _, half = interop.load(folder, "bfloat16")
-    jax.tree.map(lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")), half, params)
+    jax.tree.map(
+        lambda h, w: np.testing.assert_array_equal(h, w.astype("bfloat16")),
+        half,
+        params,
+    )
 
 
 @pytest.mark.parametrize(("buckets", "distance"), [(32, 128), (8, 12), (32, 20)])
@@ -251,7 +281,9 @@ def test_buckets_agree(buckets, distance, both):
     from transformers.models.t5.modeling_t5 import T5Attention
 
     apart = np.arange(-3 * distance, 3 * distance + 1)
-    expected = T5Attention._relative_position_bucket(torch.tensor(apart), both, buckets, distance)
+    expected = T5Attention._relative_position_bucket(
+        torch.tensor(apart), both, buckets, distance
+    )
     np.testing.assert_array_equal(
         bucket(jnp.asarray(apart), buckets, distance, both=both), expected
     )
@@ -260,17 +292,35 @@ def test_buckets_agree(buckets, distance, both):
 @pytest.mark.parametrize(
     ("config", "weights"),
     [  # the exact counts of the files; the paper and cards say 60M, 220M, 4.7B and 5.7B (encoders)
-        (T5(vocab=32128, dim=512, mlp=2048, heads=8, head_dim=64, depth=6), 60_506_624),
-        (T5(vocab=32128, dim=768, mlp=3072, heads=12, head_dim=64, depth=12), 222_903_552),
+        (
+            T5(vocab=32128, dim=512, mlp=2048, heads=8, head_dim=64, depth=6),
+            60_506_624,
+        ),
+        (
+            T5(vocab=32128, dim=768, mlp=3072, heads=12, head_dim=64, depth=12),
+            222_903_552,
+        ),
         (
             T5Encoder(
-                vocab=32128, dim=4096, mlp=10240, heads=64, head_dim=64, depth=24, gated=True
+                vocab=32128,
+                dim=4096,
+                mlp=10240,
+                heads=64,
+                head_dim=64,
+                depth=24,
+                gated=True,
             ),
             4_762_310_656,
         ),
         (
             UMT5Encoder(
-                vocab=256384, dim=4096, mlp=10240, heads=64, head_dim=64, depth=24, gated=True
+                vocab=256384,
+                dim=4096,
+                mlp=10240,
+                heads=64,
+                head_dim=64,
+                depth=24,
+                gated=True,
             ),
             5_680_910_336,
         ),
@@ -300,7 +350,9 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
     with pytest.raises(Refused, match=message):
         interop.load(tmp_path)
     file.write_text(
-        json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "d_kv"})
+        json.dumps(
+            {k: v for k, v in json.loads(file.read_text()).items() if k != "d_kv"}
+        )
     )
     with pytest.raises(Refused, match="d_kv is missing"):
         interop.load(tmp_path)
@@ -308,5 +360,7 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_refuses_buckets_that_do_not_grow():
     net = make_net(T5Encoder(buckets=2))
-    with pytest.raises(Refused, match="buckets=2, distance=128: expected distance > 0 > 0"):
+    with pytest.raises(
+        Refused, match="buckets=2, distance=128: expected distance > 0 > 0"
+    ):
         jax.eval_shape(net.apply, net.shapes, jax.ShapeDtypeStruct((1, 4), "int32"))

@@ -14,8 +14,12 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.denoisers.unet import UNet
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
 
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 PLAIN = ("DownBlock2D", "UpBlock2D")
@@ -28,10 +32,15 @@ def levels(*kinds):
     }
 
 
-COMMON = dict(sample_size=8, norm_num_groups=4, cross_attention_dim=12, layers_per_block=1)
+COMMON = dict(
+    sample_size=8, norm_num_groups=4, cross_attention_dim=12, layers_per_block=1
+)
 VARIANTS = {  # the released models' structures, small
     "sd1": dict(
-        **levels(CROSS, PLAIN), block_out_channels=(8, 16), attention_head_dim=2, layers_per_block=2
+        **levels(CROSS, PLAIN),
+        block_out_channels=(8, 16),
+        attention_head_dim=2,
+        layers_per_block=2,
     ),
     "sd2": dict(
         **levels(CROSS, PLAIN),
@@ -85,12 +94,20 @@ def inputs(cfg, rows, cols):
     """x, t and cond with texts of 7, 3 and 1 tokens."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype("f4")
-    cond = {"text": draw(3, 7, cfg.text_dim), "mask": np.arange(7) < np.array([7, 3, 1])[:, None]}
+    cond = {
+        "text": draw(3, 7, cfg.text_dim),
+        "mask": np.arange(7) < np.array([7, 3, 1])[:, None],
+    }
     if cfg.pooled_dim:
         cond |= {
             "pooled": draw(3, cfg.pooled_dim),
             "size": np.array(
-                [[1024, 1024, 0, 0, 1024, 1024], [512, 700, 3, 9, 768, 1344], [8] * 6], "f4"
+                [
+                    [1024, 1024, 0, 0, 1024, 1024],
+                    [512, 700, 3, 9, 768, 1344],
+                    [8] * 6,
+                ],
+                "f4",
             ),
         }
     if cfg.guidance_dim:
@@ -105,14 +122,21 @@ def reference(model, cfg, x, t, cond):
     x = np.concatenate([x, cond["image"]], -1) if "image" in cond else x
     kw = {"encoder_attention_mask": to(cond["mask"])} if "mask" in cond else {}
     if cfg.pooled_dim:
-        kw["added_cond_kwargs"] = {"text_embeds": to(cond["pooled"]), "time_ids": to(cond["size"])}
+        kw["added_cond_kwargs"] = {
+            "text_embeds": to(cond["pooled"]),
+            "time_ids": to(cond["size"]),
+        }
     if cfg.guidance_dim:
         embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
         kw["timestep_cond"] = embed(None, to(cond["guidance"]), cfg.guidance_dim)
     states = []
-    hooks = [model.down_blocks[0].register_forward_hook(lambda *a: states.append(a[2][0]))]
+    hooks = [
+        model.down_blocks[0].register_forward_hook(lambda *a: states.append(a[2][0]))
+    ]
     if model.mid_block is not None:
-        hooks.append(model.mid_block.register_forward_hook(lambda *a: states.append(a[2])))
+        hooks.append(
+            model.mid_block.register_forward_hook(lambda *a: states.append(a[2]))
+        )
     with torch.no_grad():
         out = model(to(x.transpose(0, 3, 1, 2)), to(t), to(cond["text"]), **kw).sample
     for hook in hooks:
@@ -146,7 +170,15 @@ def test_loads_in_bfloat16(pair, halves):
 
 
 def test_rematerialised_gradients_are_the_same(rematerialised):
-    cfg = UNet(widths=(8,), heads=(2,), groups=4, text_dim=8, depths=(0,), mid_depth=2, layers=1)
+    cfg = UNet(
+        widths=(8,),
+        heads=(2,),
+        groups=4,
+        text_dim=8,
+        depths=(0,),
+        mid_depth=2,
+        layers=1,
+    )
     grads = rematerialised(cfg, *inputs(cfg, 4, 4))
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
@@ -213,12 +245,18 @@ def test_released_sizes(name, covers):
             {"resnet_time_scale_shift": "scale_shift"},
             "resnet_time_scale_shift='scale_shift' is not supported, expected 'default'",
         ),
-        ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "up_block_types=.* is not supported"),
+        (
+            {"up_block_types": ["UpBlock2D", "UpBlock2D"]},
+            "up_block_types=.* is not supported",
+        ),
         (
             {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
             "down_block_types=.* is not supported",
         ),
-        ({"mid_block_type": "UNetMidBlock2D"}, "mid_block_type='UNetMidBlock2D' is not supported"),
+        (
+            {"mid_block_type": "UNetMidBlock2D"},
+            "mid_block_type='UNetMidBlock2D' is not supported",
+        ),
         (
             {"addition_embed_type": "image"},
             "addition_embed_type='image' is not supported, expected 'text_time' or null",
@@ -246,14 +284,18 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 def test_refuses_inputs_that_do_not_fit():
     net = make_net(UNet(pooled_dim=4, size_dim=4))
     call = lambda size, cond, taps=(): jax.eval_shape(
-        lambda: net.apply(net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, taps=taps)
+        lambda: net.apply(
+            net.shapes, jnp.ones((1, size, size, 4)), jnp.ones(1), cond, taps=taps
+        )
     )
     text = {"text": jnp.ones((1, 2, 32)), "pooled": jnp.ones((1, 4))}
     with pytest.raises(Refused, match=r"cond: UNet needs 'size' number \[B 6\]"):
         call(4, text)
     with pytest.raises(Refused, match="x: 5 by 5 latents, expected multiples of 2"):
         call(5, text | {"size": jnp.ones((1, 6))})
-    with pytest.raises(Refused, match=r"taps=\(5,\): blocks are numbered 0 to 4, 2 is the middle"):
+    with pytest.raises(
+        Refused, match=r"taps=\(5,\): blocks are numbered 0 to 4, 2 is the middle"
+    ):
         call(4, text | {"size": jnp.ones((1, 6))}, (5,))
     with pytest.raises(Refused, match="different numbers of levels"):
         make_net(UNet(heads=(1,)))

@@ -15,8 +15,12 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.autoencoders.vae import VAE
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
 
 VARIANTS = {
     "sd": dict(latent_channels=4, scaling_factor=0.18215),
@@ -27,7 +31,9 @@ VARIANTS = {
         use_quant_conv=False,
         use_post_quant_conv=False,
     ),
-    "plain_middle": dict(latent_channels=4, mid_block_add_attention=False, layers_per_block=2),
+    "plain_middle": dict(
+        latent_channels=4, mid_block_add_attention=False, layers_per_block=2
+    ),
 }
 
 
@@ -84,9 +90,15 @@ def test_names_of_old_files(pair, tmp_path):
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     for new, then in old.items():
-        tensors = {name.replace(f".{new}.", f".{then}."): w for name, w in tensors.items()}
+        tensors = {
+            name.replace(f".{new}.", f".{then}."): w for name, w in tensors.items()
+        }
     assert any("proj_attn" in key for key in tensors) == (name != "plain_middle")
-    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors,
+        tmp_path / "diffusion_pytorch_model.safetensors",
+        metadata={"format": "pt"},
+    )
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     jax.tree.map(np.testing.assert_array_equal, interop.load(tmp_path)[1], params)
 
@@ -112,7 +124,10 @@ def test_released_size(covers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"latents_mean": [0.0]}, r"latents_mean=\[0.0\] is not supported, expected None"),
+        (
+            {"latents_mean": [0.0]},
+            r"latents_mean=\[0.0\] is not supported, expected None",
+        ),
         (
             {"down_block_types": ["AttnDownEncoderBlock2D"] * 2},
             "down_block_types=.* is not supported",

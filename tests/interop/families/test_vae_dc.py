@@ -17,8 +17,12 @@ from jaxdistill.core.types import Refused
 from jaxdistill.models.autoencoders import vae_dc
 from jaxdistill.models.autoencoders.vae_dc import DCAE
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
 
 RES = "ResBlock"
 VIT = "EfficientViTBlock"
@@ -30,8 +34,14 @@ VARIANTS = {
         upsample_block_type="interpolate",
         scaling_factor=0.41407,
         **{f"{half}_block_types": (RES, VIT, VIT) for half in ("encoder", "decoder")},
-        **{f"{half}_block_out_channels": (8, 16, 16) for half in ("encoder", "decoder")},
-        **{f"{half}_qkv_multiscales": ((), (5,), (5,)) for half in ("encoder", "decoder")},
+        **{
+            f"{half}_block_out_channels": (8, 16, 16)
+            for half in ("encoder", "decoder")
+        },
+        **{
+            f"{half}_qkv_multiscales": ((), (5,), (5,))
+            for half in ("encoder", "decoder")
+        },
         encoder_layers_per_block=(1, 1, 2),
         decoder_layers_per_block=(2, 1, 1),
     ),
@@ -62,7 +72,9 @@ VARIANTS = {
 def pair(request, imported):
     """(name, PyTorch's model, its folder, our net and params, jitted encode and decode)."""
     torch.manual_seed(0)
-    model, folder, net, params = imported(diffusers.AutoencoderDC(**VARIANTS[request.param]))
+    model, folder, net, params = imported(
+        diffusers.AutoencoderDC(**VARIANTS[request.param])
+    )
     encode, decode = (
         jax.jit(lambda x, method=method: net.apply(params, x, method=method))
         for method in ("encode", "decode")
@@ -94,8 +106,12 @@ def test_latents_and_images_agree(pair, agree, size):
     assert std.shape == mean.shape and not std.any()
 
 
-@pytest.mark.parametrize(("height", "width", "path"), [(2, 4, "quadratic"), (3, 3, "linear")])
-def test_attention_goes_through_the_scores_of_few_pixels_only(monkeypatch, height, width, path):
+@pytest.mark.parametrize(
+    ("height", "width", "path"), [(2, 4, "quadratic"), (3, 3, "linear")]
+)
+def test_attention_goes_through_the_scores_of_few_pixels_only(
+    monkeypatch, height, width, path
+):
     """PyTorch's limit: as many pixels as a head has channels."""
     seen = []
     for name in ("linear", "quadratic"):
@@ -106,7 +122,9 @@ def test_attention_goes_through_the_scores_of_few_pixels_only(monkeypatch, heigh
             lambda *qkv, name=name, call=call: (seen.append(name), call(*qkv))[1],
         )
     net = make_net(lambda rngs: vae_dc.Attention(16, 8, (3,), rngs, jnp.float32))
-    jax.eval_shape(net.apply, net.shapes, jax.ShapeDtypeStruct((1, height, width, 16), "float32"))
+    jax.eval_shape(
+        net.apply, net.shapes, jax.ShapeDtypeStruct((1, height, width, 16), "float32")
+    )
     assert seen == [path]
 
 
@@ -128,7 +146,9 @@ def test_both_attentions_are_one_function_with_one_gradient():
         run(vae_dc.quadratic_attention),
     )
     weights = jnp.einsum("btgk,bsgk->btgs", nnx.relu(q[:, 1:]), nnx.relu(k))
-    expected = jnp.einsum("btgs,bsgk->btgk", weights / weights.sum(-1, keepdims=True), v)
+    expected = jnp.einsum(
+        "btgs,bsgk->btgk", weights / weights.sum(-1, keepdims=True), v
+    )
     for found in (linear, quadratic):
         assert not found[:, 0].any()
         np.testing.assert_allclose(found[:, 1:], expected, atol=1e-5)
@@ -166,18 +186,25 @@ def test_shortcuts_alone_give_the_image_back(shrink, grow):
         z, x.reshape(2, 2, 2, 3, 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 8)
     )
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + vae_dc.EPS)
-    np.testing.assert_allclose(net.apply(params, z, method="decode"), normed, rtol=1e-5)
+    np.testing.assert_allclose(
+        net.apply(params, z, method="decode"), normed, rtol=1e-5
+    )
 
 
 def test_round_trip_is_exact(pair, returns):
     name, model, _, net, params, _, _ = pair
     again = returns(diffusers.AutoencoderDC, model, net, params)
     spread = lambda value, like: (
-        (value,) * len(like) if isinstance(value, str) and not isinstance(like, str) else value
+        (value,) * len(like)
+        if isinstance(value, str) and not isinstance(like, str)
+        else value
     )
     plain = lambda value: json.loads(json.dumps(value))
     for key, value in model.config.items():
-        if key[0] != "_" and (name, key) != ("sana", "downsample_block_type"):  # "Conv" is "conv"
+        if key[0] != "_" and (name, key) != (
+            "sana",
+            "downsample_block_type",
+        ):  # "Conv" is "conv"
             found = again.config[key]
             assert plain(spread(found, value)) == plain(spread(value, found)), key
     z = torch.randn(1, model.config.latent_channels, 2, 3)
@@ -188,12 +215,15 @@ def test_round_trip_is_exact(pair, returns):
 def test_bfloat16(pair, halves):
     _, _, folder, net, params, encode, _ = pair
     halves(folder)
-    small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
+    small = make_net(
+        cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg
+    )
     x = draw(2, 8, 8, 3)
     found = jax.jit(lambda x: small.apply(params, x, method="encode")[0])(x)
     expected = encode(x)[0]
     assert (
-        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+        found.dtype == jnp.float32
+        and np.abs(found - expected).mean() <= 0.05 * expected.std()
     )  # 2^-8 a rounding, some tens of them
 
 
@@ -214,13 +244,17 @@ def test_gradients_through_decode_are_finite_and_rematerialisation_keeps_them():
     def grads(remat):
         net = make_net(dataclasses.replace(cfg, remat=remat))
         return jax.jit(
-            jax.grad(lambda p, z: jnp.mean(net.apply(p, z, method="decode") ** 2), (0, 1))
+            jax.grad(
+                lambda p, z: jnp.mean(net.apply(p, z, method="decode") ** 2), (0, 1)
+            )
         )(params, z)
 
     one = grads("none")
     other = grads("full")
     scale = max(jnp.abs(g).max() for g in jax.tree.leaves(one))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), one, other)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), one, other
+    )
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(one))
     assert all(g.any() for g in jax.tree.leaves((one[0]["decoder"], one[1])))
 
@@ -235,7 +269,9 @@ def released():
         scales=((),) * 3 + ((5,),) * 3,
     )
     halves = {
-        f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in levels.items()
+        f"{half}_{name}": value
+        for half in ("encoder", "decoder")
+        for name, value in levels.items()
     }
     return DCAE(
         latents=32,
@@ -285,7 +321,10 @@ def test_released_size(covers, tmp_path):
             {"decoder_norm_types": "batch_norm"},
             "decoder_norm_types='batch_norm' is not supported, expected 'rms_norm'",
         ),
-        ({"decoder_act_fns": "mish"}, "decoder_act_fns='mish': expected one of gelu, relu, silu"),
+        (
+            {"decoder_act_fns": "mish"},
+            "decoder_act_fns='mish': expected one of gelu, relu, silu",
+        ),
         (
             {"decoder_conv_act_fn": "mish"},
             "decoder_conv_act_fn='mish': expected one of gelu, relu, silu",
@@ -323,8 +362,14 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
             dict(decoder_widths=(8, 16, 16)),
             r"decoder_widths=\(8, 16, 16\), expected one for each of the 2 levels",
         ),
-        (dict(decoder_acts=("silu",)), "decoder_acts=.* expected one for each of the 2 levels"),
-        (dict(decoder_acts=("mish", "silu")), "act='mish': expected one of gelu, relu, silu"),
+        (
+            dict(decoder_acts=("silu",)),
+            "decoder_acts=.* expected one for each of the 2 levels",
+        ),
+        (
+            dict(decoder_acts=("mish", "silu")),
+            "act='mish': expected one of gelu, relu, silu",
+        ),
         (
             dict(encoder_layers=(1, 0)),
             r"layers=\(1, 0\): only the first of several levels may be empty",
@@ -352,9 +397,18 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
             ),
             "6 channels are not a",
         ),
-        (dict(encoder_scales=((), (4,))), "attention scale 4, expected an odd number"),
-        (dict(head_dim=32), "width 16 of a level with attention, expected at least head_dim=32"),
-        (dict(shrink="avg_pool"), "shrink='avg_pool': expected one of conv, pixel_unshuffle"),
+        (
+            dict(encoder_scales=((), (4,))),
+            "attention scale 4, expected an odd number",
+        ),
+        (
+            dict(head_dim=32),
+            "width 16 of a level with attention, expected at least head_dim=32",
+        ),
+        (
+            dict(shrink="avg_pool"),
+            "shrink='avg_pool': expected one of conv, pixel_unshuffle",
+        ),
     ],
 )
 def test_refuses_sizes_that_do_not_fit(change, message):
@@ -364,11 +418,18 @@ def test_refuses_sizes_that_do_not_fit(change, message):
 
 def test_refuses_a_resolution_that_does_not_divide():
     net = make_net(DCAE())
-    with pytest.raises(Refused, match=r"x \[1, 5, 4, 3\]: height and width must be multiples of 2"):
-        jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 5, 4, 3)), method="encode"), net.shapes)
+    with pytest.raises(
+        Refused, match=r"x \[1, 5, 4, 3\]: height and width must be multiples of 2"
+    ):
+        jax.eval_shape(
+            lambda p: net.apply(p, jnp.ones((1, 5, 4, 3)), method="encode"),
+            net.shapes,
+        )
 
 
 def test_sizes_survive_json():
     """A resumed run reads its config from JSON, which has lists for tuples inside tuples."""
     cfg = DCAE()
-    assert DCAE(encoder_scales=([], [5]), decoder_scales=[[], [5]]) == cfg and hash(cfg)
+    assert DCAE(encoder_scales=([], [5]), decoder_scales=[[], [5]]) == cfg and hash(
+        cfg
+    )

@@ -15,8 +15,12 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.autoencoders.vae_wan import QwenImageVAE, WanVAE
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-diffusers = pytest.importorskip("diffusers", reason="parity with PyTorch needs diffusers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+diffusers = pytest.importorskip(
+    "diffusers", reason="parity with PyTorch needs diffusers"
+)
 
 SIZES = dict(
     base_dim=8,
@@ -27,8 +31,14 @@ SIZES = dict(
     latents_std=[1.0, 2.0, 0.5, 3.0],
 )
 VARIANTS = {
-    "wan": ("AutoencoderKLWan", dict(temperal_downsample=[True, True], decoder_base_dim=16)),
-    "qwen": ("AutoencoderKLQwenImage", dict(temperal_downsample=[False, True], dim_mult=[1, 2, 4])),
+    "wan": (
+        "AutoencoderKLWan",
+        dict(temperal_downsample=[True, True], decoder_base_dim=16),
+    ),
+    "qwen": (
+        "AutoencoderKLQwenImage",
+        dict(temperal_downsample=[False, True], dim_mult=[1, 2, 4]),
+    ),
 }
 
 
@@ -37,7 +47,9 @@ def pair(request, imported):
     """(name, PyTorch's model, its folder, our net and params, jitted encode and decode)."""
     torch.manual_seed(0)
     cls, change = VARIANTS[request.param]
-    model, folder, net, params = imported(getattr(diffusers, cls)(**SIZES | change), 0.05)
+    model, folder, net, params = imported(
+        getattr(diffusers, cls)(**SIZES | change), 0.05
+    )
     encode, decode = (
         jax.jit(lambda x, method=method: net.apply(params, x, method=method))
         for method in ("encode", "decode")
@@ -58,7 +70,9 @@ def test_latents_and_videos_agree(pair, agree, shape):
     name, model, _, _, _, encode, decode = pair
     x = draw(2, *shape, 3)
     with torch.no_grad():
-        latent = model.encode(torch.from_numpy(x.transpose(0, 4, 1, 2, 3).copy())).latent_dist
+        latent = model.encode(
+            torch.from_numpy(x.transpose(0, 4, 1, 2, 3).copy())
+        ).latent_dist
         video = back(model.decode(latent.mean).sample)
     mean, std = encode(x)
     agree(f"{name} {shape} mean", mean, back(latent.mean))
@@ -100,12 +114,15 @@ def test_round_trip_is_exact(pair, returns):
 def test_bfloat16(pair, halves):
     _, _, folder, net, params, encode, _ = pair
     halves(folder)
-    small = make_net(cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg)
+    small = make_net(
+        cfg := dataclasses.replace(net.config, dtype="bfloat16"), config=cfg
+    )
     x = draw(2, 5, 8, 8, 3)
     found = jax.jit(lambda x: small.apply(params, x, method="encode")[0])(x)
     expected = encode(x)[0]
     assert (
-        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+        found.dtype == jnp.float32
+        and np.abs(found - expected).mean() <= 0.05 * expected.std()
     )  # 2^-8 a rounding, some tens of them
 
 
@@ -114,8 +131,12 @@ def test_normalise_and_back():
     net = make_net(cfg, config=cfg)
     z = jnp.arange(8.0).reshape(2, 2, 2)
     x0 = net.apply(net.shapes, z, method="normalise")
-    np.testing.assert_array_equal(x0, (z - jnp.array([1.0, 2.0])) / jnp.array([0.5, 4.0]))
-    np.testing.assert_allclose(net.apply(net.shapes, x0, method="denormalise"), z, rtol=1e-6)
+    np.testing.assert_array_equal(
+        x0, (z - jnp.array([1.0, 2.0])) / jnp.array([0.5, 4.0])
+    )
+    np.testing.assert_allclose(
+        net.apply(net.shapes, x0, method="denormalise"), z, rtol=1e-6
+    )
 
 
 def test_rematerialised_gradients_are_the_same(rematerialised):
@@ -125,7 +146,10 @@ def test_rematerialised_gradients_are_the_same(rematerialised):
 
 @pytest.mark.parametrize(
     ("cls", "family"),
-    [(WanVAE, interop.families.vae_wan.FAMILY), (QwenImageVAE, interop.families.vae_wan.QWEN)],
+    [
+        (WanVAE, interop.families.vae_wan.FAMILY),
+        (QwenImageVAE, interop.families.vae_wan.QWEN),
+    ],
 )
 def test_released_sizes(covers, cls, family):
     with torch.device("meta"):
@@ -155,7 +179,10 @@ def test_released_sizes(covers, cls, family):
     [
         ({"is_residual": True}, "is_residual=True is not supported, expected False"),
         ({"patch_size": 2}, "patch_size=2 is not supported, expected None"),
-        ({"attn_scales": [0.5]}, r"attn_scales=\[0.5\] is not supported, expected \[\]"),
+        (
+            {"attn_scales": [0.5]},
+            r"attn_scales=\[0.5\] is not supported, expected \[\]",
+        ),
         ({"out_channels": 4}, "out_channels=4 is not supported, expected 3"),
     ],
 )
@@ -173,11 +200,15 @@ def test_refuses_inputs_that_do_not_fit():
     call = lambda *shape: jax.eval_shape(
         lambda p: net.apply(p, jnp.ones(shape), method="encode"), net.shapes
     )
-    with pytest.raises(Refused, match=r"x \[1, 4, 4, 4, 3\]: expected 1 \+ a multiple of 2 frames"):
+    with pytest.raises(
+        Refused, match=r"x \[1, 4, 4, 4, 3\]: expected 1 \+ a multiple of 2 frames"
+    ):
         call(1, 4, 4, 4, 3)
     with pytest.raises(Refused, match="height and width must be multiples of 2"):
         call(1, 5, 4, 3)
-    with pytest.raises(Refused, match="expected one for each of the 1 changes of resolution"):
+    with pytest.raises(
+        Refused, match="expected one for each of the 1 changes of resolution"
+    ):
         make_net(WanVAE(temporal=(True, True)))
     with pytest.raises(Refused, match="4 means and 4 stds, expected 2 each"):
         make_net(WanVAE(latents=2))

@@ -14,8 +14,12 @@ from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
 from jaxdistill.models.vision.vit import ViT, ViTClassifier
 
-torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch (extra [torch])")
-transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
+torch = pytest.importorskip(
+    "torch", reason="parity with PyTorch needs torch (extra [torch])"
+)
+transformers = pytest.importorskip(
+    "transformers", reason="parity with PyTorch needs transformers"
+)
 
 SIZES = dict(
     image_size=12,
@@ -28,7 +32,10 @@ SIZES = dict(
 )
 CLASSES = {
     "ViTModel": (ViT, {}),
-    "ViTForImageClassification": (ViTClassifier, {"num_labels": 5, "qkv_bias": False}),
+    "ViTForImageClassification": (
+        ViTClassifier,
+        {"num_labels": 5, "qkv_bias": False},
+    ),
 }
 
 
@@ -65,13 +72,20 @@ def test_outputs_agree(pair, agree):
     name, model, _, net, params, call = pair
     x = np.random.default_rng(0).standard_normal((3, 12, 12, 3)).astype("f4")
     with torch.no_grad():
-        theirs = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), output_hidden_states=True)
+        theirs = model(
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
+            output_hidden_states=True,
+        )
     ours, features = call(x)
     agree(name, ours, theirs[0])
     for found, layer in zip(features, (1, 3), strict=True):
         agree(f"{name} features", found, theirs.hidden_states[layer])
     if name == "ViTModel":
-        agree(f"{name} pooled", net.apply(params, ours, method="pool"), theirs.pooler_output)
+        agree(
+            f"{name} pooled",
+            net.apply(params, ours, method="pool"),
+            theirs.pooler_output,
+        )
 
 
 def test_round_trip_is_exact(pair, returns):
@@ -87,13 +101,17 @@ def test_loads_in_bfloat16(pair, halves):
 
 def test_released_size():
     """ViT-B/16 has 86 M weights (arXiv:2010.11929, table 1)."""
-    sizes = dict(size=224, patch=16, channels=3, dim=768, mlp=3072, heads=12, depth=12)
+    sizes = dict(
+        size=224, patch=16, channels=3, dim=768, mlp=3072, heads=12, depth=12
+    )
     with torch.device("meta"):
         theirs = [
             transformers.ViTModel(transformers.ViTConfig()),
             transformers.ViTForImageClassification(transformers.ViTConfig()),
         ]
-    for cfg, model in zip((ViT(**sizes), ViTClassifier(**sizes, classes=2)), theirs, strict=True):
+    for cfg, model in zip(
+        (ViT(**sizes), ViTClassifier(**sizes, classes=2)), theirs, strict=True
+    ):
         assert make_net(cfg).size == sum(p.numel() for p in model.parameters())
     assert make_net(ViTClassifier(**sizes, classes=1000)).size == 86_567_656
 
@@ -102,9 +120,18 @@ def test_released_size():
     ("change", "message"),
     [
         ({"hidden_act": "gelu_10"}, "hidden_act='gelu_10': did you mean"),
-        ({"image_size": [8, 16]}, r"image_size=\[8, 16\] is not supported, expected \[8, 8\]"),
-        ({"pooler_act": "relu"}, "pooler_act='relu' is not supported, expected 'tanh'"),
-        ({"pooler_output_size": 16}, "pooler_output_size=16 is not supported, expected 64"),
+        (
+            {"image_size": [8, 16]},
+            r"image_size=\[8, 16\] is not supported, expected \[8, 8\]",
+        ),
+        (
+            {"pooler_act": "relu"},
+            "pooler_act='relu' is not supported, expected 'tanh'",
+        ),
+        (
+            {"pooler_output_size": 16},
+            "pooler_output_size=16 is not supported, expected 64",
+        ),
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
@@ -119,7 +146,9 @@ def test_refuses_settings_our_model_lacks(tmp_path, change, message):
 
 def test_refusals():
     net = make_net(ViT())
-    with pytest.raises(Refused, match=r"x \[1, 8, 10, 1\]: expected images of \[8, 8, 1\]"):
+    with pytest.raises(
+        Refused, match=r"x \[1, 8, 10, 1\]: expected images of \[8, 8, 1\]"
+    ):
         jax.eval_shape(lambda p: net.apply(p, jnp.ones((1, 8, 10, 1))), net.shapes)
     with pytest.raises(Refused, match="heads=3 must divide dim=64"):
         make_net(ViT(heads=3))

@@ -47,14 +47,22 @@ def pair(request, imported):
     model, folder, net, params = imported(
         diffusers.WanTransformer3DModel(**SIZES | KINDS[request.param])
     )
-    return model, folder, net, params, jax.jit(lambda x, t, cond: net.apply(params, x, t, cond))
+    return (
+        model,
+        folder,
+        net,
+        params,
+        jax.jit(lambda x, t, cond: net.apply(params, x, t, cond)),
+    )
 
 
 def inputs(cfg, shape, batch=2):
     """x and cond. PyTorch's image networks split text from image states at 512 text tokens, hence
     that length.
     """
-    draw = lambda *shape: np.random.default_rng(len(shape)).standard_normal(shape).astype("f4")
+    draw = lambda *shape: (
+        np.random.default_rng(len(shape)).standard_normal(shape).astype("f4")
+    )
     cond = {"text": draw(batch, 512 if cfg.vision_dim else 7, cfg.text_dim)}
     if cfg.vision_dim:
         cond |= {
@@ -86,7 +94,9 @@ def test_outputs_agree(pair, shape, record_property):
     x, cond = inputs(net.config, shape)
     for t in ([0.0, 3.5], [500.0, 999.0]):
         expected = theirs(model, net.config, x, np.array(t, "f4"), cond)
-        error = np.abs(call(x, np.array(t, "f4"), cond) - expected).max() / expected.std()
+        error = (
+            np.abs(call(x, np.array(t, "f4"), cond) - expected).max() / expected.std()
+        )
         record_property(f"error_over_std_t{t[0]:g}", float(error))
         assert error <= 1e-4
 
@@ -98,12 +108,19 @@ def test_times_of_patches_and_frames_agree(pair, record_property):
     each = np.random.default_rng(1).uniform(0, 999, (2, 18)).astype("f4")
     frames = np.array([[0, 700, 700], [0, 20, 20]], "f4")
     found = {}
-    for name, t, there in (("patches", each, each), ("frames", frames, frames.repeat(6, 1))):
+    for name, t, there in (
+        ("patches", each, each),
+        ("frames", frames, frames.repeat(6, 1)),
+    ):
         expected = theirs(model, net.config, x, there, cond)
-        found[name] = float(np.abs(call(x, t, cond) - expected).max() / expected.std())
+        found[name] = float(
+            np.abs(call(x, t, cond) - expected).max() / expected.std()
+        )
         record_property(f"error_over_std_{name}", found[name])
     assert max(found.values()) <= 1e-4
-    same = call(x, np.full((2, 3), 40, "f4"), cond) - call(x, np.full(2, 40, "f4"), cond)
+    same = call(x, np.full((2, 3), 40, "f4"), cond) - call(
+        x, np.full(2, 40, "f4"), cond
+    )
     assert np.abs(same).max() <= 1e-5  # float32 sums in another order at most
 
 
@@ -124,9 +141,9 @@ def test_features(pair):
     _, _, net, params, call = pair
     x, cond = inputs(net.config, SHAPES[0])
     t = np.array([10.0, 900.0], "f4")
-    raw, features = jax.jit(lambda x, t, cond: net.apply(params, x, t, cond, taps=(0, 2)))(
-        x, t, cond
-    )
+    raw, features = jax.jit(
+        lambda x, t, cond: net.apply(params, x, t, cond, taps=(0, 2))
+    )(x, t, cond)
     assert [f.shape for f in features] == [(2, 18, 28)] * 2 and np.abs(
         features[0] - features[1]
     ).max() > 0.1
@@ -156,22 +173,35 @@ def test_bfloat16(pair):
     half = interop.load(folder, "bfloat16")[1]
     for path, w in paths(half).items():
         assert w.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(w, paths(params)[path].astype(jnp.bfloat16), err_msg=path)
-    small = make_net(cfg := Wan(**{**vars(net.config), "dtype": "bfloat16"}), config=cfg)
+        np.testing.assert_array_equal(
+            w, paths(params)[path].astype(jnp.bfloat16), err_msg=path
+        )
+    small = make_net(
+        cfg := Wan(**{**vars(net.config), "dtype": "bfloat16"}), config=cfg
+    )
     x, cond = inputs(net.config, SHAPES[0])
     t = np.array([10.0, 900.0], "f4")
     expected = call(x, t, cond)
     found = jax.jit(small.apply)(half, x, t, cond)
     assert (
-        found.dtype == jnp.float32 and np.abs(found - expected).mean() <= 0.05 * expected.std()
+        found.dtype == jnp.float32
+        and np.abs(found - expected).mean() <= 0.05 * expected.std()
     )  # 2^-8 a rounding, some tens of them
 
 
 @pytest.mark.parametrize(
     ("cfg", "size", "theirs"),
     [  # arXiv:2503.20314 and the cards of Wan-AI: 1.3B, 14B, 14B, and TI2V-5B
-        (Wan(channels=16, dim=1536, mlp=8960, depth=30, heads=12, text_dim=4096), 1.42e9, {}),
-        (Wan(channels=16, dim=5120, mlp=13824, depth=40, heads=40, text_dim=4096), 14.29e9, {}),
+        (
+            Wan(channels=16, dim=1536, mlp=8960, depth=30, heads=12, text_dim=4096),
+            1.42e9,
+            {},
+        ),
+        (
+            Wan(channels=16, dim=5120, mlp=13824, depth=40, heads=40, text_dim=4096),
+            14.29e9,
+            {},
+        ),
         (
             Wan(
                 channels=16,
@@ -186,7 +216,11 @@ def test_bfloat16(pair):
             16.40e9,
             {},
         ),
-        (Wan(channels=48, dim=3072, mlp=14336, depth=30, heads=24, text_dim=4096), 5.00e9, {}),
+        (
+            Wan(channels=48, dim=3072, mlp=14336, depth=30, heads=24, text_dim=4096),
+            5.00e9,
+            {},
+        ),
     ],
 )
 def test_released_sizes(cfg, size, theirs):
@@ -205,17 +239,25 @@ def test_released_sizes(cfg, size, theirs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cross_attn_norm": False}, "cross_attn_norm=False is not supported, expected True"),
+        (
+            {"cross_attn_norm": False},
+            "cross_attn_norm=False is not supported, expected True",
+        ),
         (
             {"added_kv_proj_dim": 28},
             "added_kv_proj_dim=28 is not supported with image_dim=None, expected None",
         ),
-        ({"out_channels": 8}, "out_channels=8 is not supported, expected at most in_channels=4"),
+        (
+            {"out_channels": 8},
+            "out_channels=8 is not supported, expected at most in_channels=4",
+        ),
     ],
 )
 def test_refuses_settings_our_model_lacks(tmp_path, change, message):
     (tmp_path / "config.json").write_text(
-        json.dumps({"_class_name": "WanTransformer3DModel", **SIZES, "eps": 1e-6} | change)
+        json.dumps(
+            {"_class_name": "WanTransformer3DModel", **SIZES, "eps": 1e-6} | change
+        )
     )
     with pytest.raises(Refused, match=message):
         interop.describe(tmp_path)
@@ -229,7 +271,9 @@ def test_refuses_inputs_that_do_not_fit():
     text = {"text": jnp.ones((1, 5, 32))}
     with pytest.raises(Refused, match=r"Wan needs 'text' float \[B L 32\]"):
         call((1, 2, 4, 4, 4), 1, {"mask": jnp.ones((1, 5), bool)})
-    with pytest.raises(Refused, match="'vision' is not read by Wan; it has text, vision"):
+    with pytest.raises(
+        Refused, match="'vision' is not read by Wan; it has text, vision"
+    ):
         call((1, 2, 4, 4, 4), 1, text | {"vision": jnp.ones((1, 5, 32))})
     with pytest.raises(Refused, match=r"multiples of \(1, 2, 2\)"):
         call((1, 2, 5, 4, 4), 1, text)
@@ -246,7 +290,11 @@ def test_experts(tmp_path):
         "transformer_2": entry,
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert experts(tmp_path) == (tmp_path / "transformer", tmp_path / "transformer_2", 0.875)
+    assert experts(tmp_path) == (
+        tmp_path / "transformer",
+        tmp_path / "transformer_2",
+        0.875,
+    )
     for change in ({"boundary_ratio": None}, {"transformer_2": [None, None]}):
         (tmp_path / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(Refused, match="expected boundary_ratio"):
@@ -276,4 +324,8 @@ def test_forward_at_full_size_traces():
         shape(1),
         text,
     )
-    assert raw == x and features[0].shape == (1, 32760, 5120) and features[0].dtype == jnp.bfloat16
+    assert (
+        raw == x
+        and features[0].shape == (1, 32760, 5120)
+        and features[0].dtype == jnp.bfloat16
+    )

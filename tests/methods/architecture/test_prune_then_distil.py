@@ -31,7 +31,9 @@ def cut(method):
 
 
 def loss(method, nets, params):
-    run = lambda params: method.loss(bind(nets, params), Ctx(BATCH, jax.random.key(0), 0, {}))
+    run = lambda params: method.loss(
+        bind(nets, params), Ctx(BATCH, jax.random.key(0), 0, {})
+    )
     return jax.jit(run)(params)
 
 
@@ -75,7 +77,9 @@ def test_hidden_states_are_matched_by_the_map_at_targets():
         / 2
     )
     np.testing.assert_allclose(
-        out.metrics["hidden"], per_token[:, :-1][BATCH["mask"][:, 1:] > 0].sum(), rtol=1e-5
+        out.metrics["hidden"],
+        per_token[:, :-1][BATCH["mask"][:, 1:] > 0].sum(),
+        rtol=1e-5,
     )
     np.testing.assert_allclose(
         out.loss, 1.5 * out.metrics["divergence"], rtol=1e-5
@@ -91,16 +95,26 @@ def test_hidden_term_has_the_gradient_of_its_own():
     grad = jax.jit(jax.grad(lambda p: terms(p).loss))(params["student"])
     alpha = out.metrics["divergence"] / out.metrics["hidden"]
     parts = jax.jit(
-        jax.grad(lambda p: terms(p).metrics["divergence"] + alpha * terms(p).metrics["hidden"])
+        jax.grad(
+            lambda p: (
+                terms(p).metrics["divergence"] + alpha * terms(p).metrics["hidden"]
+            )
+        )
     )(params["student"])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grad, parts)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        grad,
+        parts,
+    )
 
 
 def test_five_steps():
     method = PruneThenDistil(depth=2, mlp=8, student_layers=(1,), teacher_layers=(2,))
     nets, params = cut(method)
     states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH)
-    jax.tree.map(np.testing.assert_array_equal, states[0].params["student"], params["student"])
+    jax.tree.map(
+        np.testing.assert_array_equal, states[0].params["student"], params["student"]
+    )
     losses = [row["student/divergence"] for row in metrics]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
     jax.tree.map(np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS)
@@ -108,6 +122,7 @@ def test_five_steps():
 
 def test_refusals():
     with pytest.raises(
-        Refused, match=r"student_layers=\(1,\) and teacher_layers=\(\) differ in number"
+        Refused,
+        match=r"student_layers=\(1,\) and teacher_layers=\(\) differ in number",
     ):
         PruneThenDistil(student_layers=(1,))

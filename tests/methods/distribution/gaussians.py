@@ -19,7 +19,9 @@ C = 0.6
 ALPHA = 0.8
 SIGMA = 0.7
 # rectified flow at t = .6, for methods whose `match` is looked at by `pulled`
-AT = dict(process=Flow(), match_times=Uniform(low=0.6, high=0.6), student_times=(1.0,))
+AT = dict(
+    process=Flow(), match_times=Uniform(low=0.6, high=0.6), student_times=(1.0,)
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

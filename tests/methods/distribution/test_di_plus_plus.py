@@ -10,7 +10,9 @@ from tests.methods.distribution.gaussians import AT, pulled
 
 
 def test_rewards_are_climbed(plain):
-    gap = pulled(DIPlusPlus(reward_weight=0.2, **AT), plain) - pulled(DiffInstruct(**AT), plain)
+    gap = pulled(DIPlusPlus(reward_weight=0.2, **AT), plain) - pulled(
+        DiffInstruct(**AT), plain
+    )
     np.testing.assert_allclose(gap, -0.2 * np.cos(plain[2]), rtol=1e-9)
     assert DIPlusPlus().frozen == ("teacher", "reward")
 

@@ -14,7 +14,10 @@ from configs.recipes import diff_instruct
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.diffusion.process import EDM, Flow, Trig
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
-from jaxdistill.methods.distribution.diff_instruct import DiffInstruct, EDMDiffInstruct
+from jaxdistill.methods.distribution.diff_instruct import (
+    DiffInstruct,
+    EDMDiffInstruct,
+)
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.sid import SiD
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
@@ -25,7 +28,9 @@ FIXED = Uniform(low=AT, high=AT)
 
 def nets(real, fake, shift=0.0):
     """A student z -> mean + std z + shift, with exact real and fake scores."""
-    student = lambda x, t, cond=None: real.process.from_x0(fake.mean + fake.std * x + shift, x, t)
+    student = lambda x, t, cond=None: real.process.from_x0(
+        fake.mean + fake.std * x + shift, x, t
+    )
     return SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise)
 
 
@@ -52,10 +57,14 @@ def test_gradient_in_the_mean_is_that_of_the_kl(x64, gaussian, context):
     # w_t alpha E[s_psi - s_phi] with w_t = sigma^2 / alpha, which is the KL's derivative alpha^2
     # (m_g - m_r) / S times w_t / alpha
     kl = lambda m: alpha**2 * (m - 0.7) ** 2 / (2 * spread)
-    np.testing.assert_allclose(grad, jax.grad(kl)(-0.2) * sigma**2 / alpha**2, rtol=1e-5)
+    np.testing.assert_allclose(
+        grad, jax.grad(kl)(-0.2) * sigma**2 / alpha**2, rtol=1e-5
+    )
 
 
-def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussian, context):
+def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(
+    x64, gaussian, context
+):
     """alpha = 1, at noise level .8, which gradient and fake score share: sigma^2 (m_g - m_r) / (s^2
     + sigma^2).
     """
@@ -63,7 +72,9 @@ def test_as_released_the_gradient_is_that_of_the_kl_on_edms_process(x64, gaussia
     fake = gaussian(EDM(), -0.2, 0.4)
     method = EDMDiffInstruct(match_times=LogNormalSNR(mean=np.log(0.8), std=0.0))
     grad = jax.grad(
-        lambda m: method.student_loss(nets(real, fake, m), gathered(context, 100)).loss
+        lambda m: (
+            method.student_loss(nets(real, fake, m), gathered(context, 100)).loss
+        )
     )(0.0)
     np.testing.assert_allclose(grad, 0.64 * (-0.2 - 0.7) / (0.16 + 0.64), rtol=1e-5)
 
@@ -82,12 +93,16 @@ def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
 
     def nets(w, v):
         at = lambda a: (
-            lambda x, t, cond=None, **kw: EDM().from_x0(a[0] * x + a[1] * jnp.sin(x), x, t)
+            lambda x, t, cond=None, **kw: EDM().from_x0(
+                a[0] * x + a[1] * jnp.sin(x), x, t
+            )
         )
         return SimpleNamespace(student=at(w), fake=at(v), teacher=g.denoise)
 
     def noised(x0, name):
-        sigma = jnp.exp(-1.2 + 1.2 * jax.random.normal(ctx.key(name + "_t"), (n,)))[:, None]
+        sigma = jnp.exp(-1.2 + 1.2 * jax.random.normal(ctx.key(name + "_t"), (n,)))[
+            :, None
+        ]
         return x0 + sigma * jax.random.normal(ctx.key(name + "_eps"), x0.shape), sigma
 
     def student(w, v):
@@ -111,15 +126,23 @@ def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
     theirs = jax.grad(student)(w, v), jax.grad(fake, argnums=1)(w, v)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(dims * a, b, rtol=1e-9)
-        small = 1e-8 / jnp.abs(b).max()  # gradients of the size of eps, where it matters
+        small = (
+            1e-8 / jnp.abs(b).max()
+        )  # gradients of the size of eps, where it matters
 
         def steps(grad, eps):
-            tx = Optimizer(algorithm="adam", lr=1.0, b1=0.0, eps=eps, clip=0.0).make(3)
+            tx = Optimizer(algorithm="adam", lr=1.0, b1=0.0, eps=eps, clip=0.0).make(
+                3
+            )
             params = {"w": jnp.zeros(2)}
             return tx.update({"w": grad}, tx.init(params), params)[0]["w"]
 
-        np.testing.assert_allclose(steps(small * a, 1e-8 / dims), steps(small * b, 1e-8), rtol=1e-9)
-        assert jnp.abs(steps(small * a, 1e-8) / steps(small * b, 1e-8) - 1).max() > 0.5
+        np.testing.assert_allclose(
+            steps(small * a, 1e-8 / dims), steps(small * b, 1e-8), rtol=1e-9
+        )
+        assert (
+            jnp.abs(steps(small * a, 1e-8) / steps(small * b, 1e-8) - 1).max() > 0.5
+        )
     assert (
         diff_instruct.get_config().roles.student.optimizer.eps
         == diff_instruct.get_config().roles.fake.optimizer.eps
@@ -143,7 +166,9 @@ def test_starts_from_noise_of_the_level_that_the_student_is_told(context, make):
     method.sample(student, noise, None, jax.random.key(0), 1)
     np.testing.assert_allclose(seen[-1][0], 1.5 * noise, rtol=1e-6)
     np.testing.assert_array_equal(seen[-1][1], 1.5)
-    batch = method.simulate(SimpleNamespace(student=student), context(jnp.zeros((20_000, 1))))
+    batch = method.simulate(
+        SimpleNamespace(student=student), context(jnp.zeros((20_000, 1)))
+    )
     assert float(jnp.std(batch["xt"])) == pytest.approx(
         1.5, rel=0.02
     )  # four standard errors of 20,000 draws
@@ -170,17 +195,23 @@ def test_descends_to_the_teacher_with_an_exact_fake(x64, gaussian, context):
     mean = -0.2
     method = DiffInstruct(match_times=FIXED)
     step = lambda m: jax.grad(
-        lambda d: method.student_loss(nets(real, gaussian(Flow(), m, 0.4), d), ctx).loss
+        lambda d: (
+            method.student_loss(nets(real, gaussian(Flow(), m, 0.4), d), ctx).loss
+        )
     )(0.0)
     rate = float(Flow().alpha_sigma(AT)[1] ** 2 / ((0.4 * 0.4) ** 2 + AT**2))
     gaps = []
     for _ in range(5):
         mean = mean - 0.5 * float(step(mean))
         gaps.append(0.7 - mean)
-    np.testing.assert_allclose(gaps, 0.9 * (1 - 0.5 * rate) ** np.arange(1, 6), rtol=1e-5)
+    np.testing.assert_allclose(
+        gaps, 0.9 * (1 - 0.5 * rate) ** np.arange(1, 6), rtol=1e-5
+    )
 
 
-def test_no_gradient_passes_through_the_scores_or_the_noised_sample(x64, gaussian, context):
+def test_no_gradient_passes_through_the_scores_or_the_noised_sample(
+    x64, gaussian, context
+):
     """The gradient in x0 is `direction` / numel exactly: nothing comes through x_t."""
     real = gaussian(Flow(), 0.7, 0.4)
     fake = gaussian(Flow(), -0.2, 0.6)
@@ -195,7 +226,9 @@ def test_no_gradient_passes_through_the_scores_or_the_noised_sample(x64, gaussia
     )
 
 
-def test_the_fake_score_is_the_minimiser_on_the_students_samples(x64, gaussian, context):
+def test_the_fake_score_is_the_minimiser_on_the_students_samples(
+    x64, gaussian, context
+):
     real = gaussian(Flow(), 0.7, 0.4)
     fake = gaussian(Flow(), -0.2, 0.6)
     method = DiffInstruct(fake_times=Uniform(low=0.2, high=0.8))
@@ -203,7 +236,9 @@ def test_the_fake_score_is_the_minimiser_on_the_students_samples(x64, gaussian, 
 
     def loss(w):
         net = nets(real, fake)
-        net.fake = lambda x, t, cond=None: Flow().from_x0(w[0] * fake.denoise(x, t).x0 + w[1], x, t)
+        net.fake = lambda x, t, cond=None: Flow().from_x0(
+            w[0] * fake.denoise(x, t).x0 + w[1], x, t
+        )
         return method.critic_loss(net, ctx).loss
 
     at = jax.grad(loss)(jnp.array([1.0, 0.0]))
@@ -218,12 +253,18 @@ def test_the_critic_does_not_reach_the_student(x64, gaussian, context):
     real = gaussian(Flow(), 0.7, 0.4)
     fake = gaussian(Flow(), -0.2, 0.6)
     grad = jax.grad(
-        lambda m: DiffInstruct().critic_loss(nets(real, fake, m), gathered(context, 64)).loss
+        lambda m: (
+            DiffInstruct()
+            .critic_loss(nets(real, fake, m), gathered(context, 64))
+            .loss
+        )
     )(0.0)
     assert grad == 0
 
 
-@pytest.mark.parametrize("role, field", [("teacher", "guidance"), ("fake", "fake_guidance")])
+@pytest.mark.parametrize(
+    "role, field", [("teacher", "guidance"), ("fake", "fake_guidance")]
+)
 def test_guidance_acts_on_its_own_score(x64, gaussian, context, role, field):
     """Conditional mean 1, null mean 0: guidance w makes the mean of that score w."""
     plain = gaussian(Flow(), 0.0, 0.5)
@@ -240,7 +281,9 @@ def test_guidance_acts_on_its_own_score(x64, gaussian, context, role, field):
     read = method.real if role == "teacher" else method.fake
     xt = jnp.zeros((n, 1))
     t = jnp.full(n, AT)
-    np.testing.assert_allclose(read(net, xt, t, ctx).x0 - plain.denoise(xt, t).x0, 2.5, rtol=1e-12)
+    np.testing.assert_allclose(
+        read(net, xt, t, ctx).x0 - plain.denoise(xt, t).x0, 2.5, rtol=1e-12
+    )
 
 
 def test_condition_dropout_of_the_fake_score(context):
@@ -252,7 +295,9 @@ def test_condition_dropout_of_the_fake_score(context):
 
     n = 4000
     ctx = context(jnp.zeros((n, 1)), cond=jnp.ones(n), null_cond=jnp.zeros(n))
-    DiffInstruct(fake_dropout=0.1).denoise(SimpleNamespace(fake=fake), ctx, jnp.zeros((n, 1)))
+    DiffInstruct(fake_dropout=0.1).denoise(
+        SimpleNamespace(fake=fake), ctx, jnp.zeros((n, 1))
+    )
     assert abs(float(jnp.mean(seen[0] == 0)) - 0.1) < 4 * (0.09 / n) ** 0.5
 
 

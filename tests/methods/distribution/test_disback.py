@@ -25,7 +25,11 @@ from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
-from jaxdistill.methods.distribution.disback import DisBack, DisBackDiffInstruct, Recording
+from jaxdistill.methods.distribution.disback import (
+    DisBack,
+    DisBackDiffInstruct,
+    Recording,
+)
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
@@ -34,7 +38,9 @@ from tools.first_steps import first_steps
 
 AT = 0.6
 FIXED = Uniform(low=AT, high=AT)
-ONE = make_net(MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow()))
+ONE = make_net(
+    MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow())
+)
 DISC = make_net(Discriminator(taps=1, dim=8, width=8))
 BATCH = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
@@ -46,7 +52,8 @@ def apart(key):
 
 def same(a, b):
     return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -61,7 +68,12 @@ def follow(method, steps, members=1, lr=1e-2, **start):
     start = {"teacher": apart(7), **start}
     start.setdefault("path", start["teacher"])
     states, metrics = first_steps(
-        method, nets, optax.sgd(lr), {r: p for r, p in start.items() if r in nets}, BATCH, steps
+        method,
+        nets,
+        optax.sgd(lr),
+        {r: p for r, p in start.items() if r in nets},
+        BATCH,
+        steps,
     )
     return states[0], states[-1], metrics
 
@@ -69,8 +81,14 @@ def follow(method, steps, members=1, lr=1e-2, **start):
 @pytest.mark.parametrize(
     ("method", "host"),
     [
-        (DisBackDiffInstruct(checkpoints=0, critic_steps=2), DiffInstruct(critic_steps=2)),
-        (DisBack(checkpoints=0, critic_steps=2), DMD2(critic_steps=2, gan_weight=5e-3)),
+        (
+            DisBackDiffInstruct(checkpoints=0, critic_steps=2),
+            DiffInstruct(critic_steps=2),
+        ),
+        (
+            DisBack(checkpoints=0, critic_steps=2),
+            DMD2(critic_steps=2, gan_weight=5e-3),
+        ),
     ],
     ids=["diff_instruct", "dmd2"],
 )
@@ -82,7 +100,9 @@ def test_without_checkpoints_it_is_its_host(method, host):
     _, theirs, others = follow(host, 5, fake=apart(8))
     for role in theirs.params:
         for a, b in zip(
-            jax.tree.leaves(ours.params[role]), jax.tree.leaves(theirs.params[role]), strict=True
+            jax.tree.leaves(ours.params[role]),
+            jax.tree.leaves(theirs.params[role]),
+            strict=True,
         ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     for mine, wanted in zip(losses, others, strict=True):
@@ -90,7 +110,9 @@ def test_without_checkpoints_it_is_its_host(method, host):
             mine is losses[0] or mine is losses[2] or mine is losses[4]
         )
         for name in wanted:
-            np.testing.assert_allclose(mine[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                mine[name], wanted[name], rtol=1e-5, atol=1e-6, err_msg=name
+            )
 
 
 def affine_path(gaussian, context, mu, spread, m, small, steps=2000, lr=0.02):
@@ -108,7 +130,9 @@ def affine_path(gaussian, context, mu, spread, m, small, steps=2000, lr=0.02):
     )  # the sample's mean is m exactly
     host = DisBackDiffInstruct(fake_times=FIXED, fake_target="x0")
     net = SimpleNamespace(
-        student=lambda x, t, cond=None: process.from_x0(student.mean + student.std * x, x, t),
+        student=lambda x, t, cond=None: process.from_x0(
+            student.mean + student.std * x, x, t
+        ),
         teacher=teacher.denoise,
     )
     (turn,) = Recording(host=host, every=1).turns
@@ -129,7 +153,9 @@ def affine_path(gaussian, context, mu, spread, m, small, steps=2000, lr=0.02):
         jax.random.key(6), (n, 1)
     )
     best = jnp.array([gain(small), m * (1 - a * gain(small))])
-    fisher = jax.vmap(lambda w: jnp.mean(((w - best)[0] * x + (w - best)[1]) ** 2))(ws[::10])
+    fisher = jax.vmap(lambda w: jnp.mean(((w - best)[0] * x + (w - best)[1]) ** 2))(
+        ws[::10]
+    )
     return ws, values, ws[:, 1] / (1 - a * ws[:, 0]), fisher, best
 
 
@@ -156,7 +182,11 @@ def test_the_path_of_a_gaussian_leads_from_the_teacher_to_the_student(
     )  # five standard deviations of the fit to so many draws
     np.testing.assert_allclose(means[-1], m, atol=0.1)
     falling = fisher[fisher > 1e-2 * fisher[0]]
-    assert len(falling) > 3 and jnp.all(jnp.diff(falling) < 0) and fisher[-1] < 1e-2 * fisher[0]
+    assert (
+        len(falling) > 3
+        and jnp.all(jnp.diff(falling) < 0)
+        and fisher[-1] < 1e-2 * fisher[0]
+    )
 
 
 def test_recording():
@@ -167,7 +197,10 @@ def test_recording():
     method = host.stages(100)[0].method
     before, after, _ = follow(method, 12, members=4, lr=0.05)
     _, shorter, _ = follow(method, 8, members=4, lr=0.05)
-    assert same(before.params["student"], after.params["student"]) and after.count["student"] == 0
+    assert (
+        same(before.params["student"], after.params["student"])
+        and after.count["student"] == 0
+    )
     assert same(before.frozen, after.frozen)
     member = lambda state, i: jax.tree.map(lambda w: w[i], state.params["path"])
     assert same(member(after, 0), before.frozen["teacher"])
@@ -178,12 +211,14 @@ def test_recording():
     @jax.jit
     def loss(fake):
         net = SimpleNamespace(
-            student=ONE.bind("student", before.params), fake=ONE.bind("fake", {"fake": fake})
+            student=ONE.bind("student", before.params),
+            fake=ONE.bind("fake", {"fake": fake}),
         )
         draw = lambda key: dataclasses.replace(ctx, rng=key)
         one = lambda key: (
             host.critic_loss(
-                net, dataclasses.replace(draw(key), batch=host.simulate(net, draw(key)))
+                net,
+                dataclasses.replace(draw(key), batch=host.simulate(net, draw(key))),
             ).loss
         )
         return jnp.mean(jax.vmap(one)(jax.random.split(ctx.rng, 64)))
@@ -194,7 +229,9 @@ def test_recording():
 
 def test_a_path_of_another_size_is_refused():
     with pytest.raises(Refused, match="expected a bank of method"):
-        follow(DisBackDiffInstruct(checkpoints=3).stages(1000)[0].method, 1, members=3)
+        follow(
+            DisBackDiffInstruct(checkpoints=3).stages(1000)[0].method, 1, members=3
+        )
 
 
 @pytest.mark.parametrize(("n", "interval"), [(10, 1000), (5, 7), (1, 3), (0, 3)])
@@ -218,14 +255,20 @@ def test_the_pointer_walks_the_whole_path(n, interval):
 def test_stages_share_the_steps():
     method = DisBack(checkpoints=10, record_every=100)
     recording, backtracking = method.stages(5000)
-    assert (recording.steps, backtracking.steps) == (1000, 4000) and backtracking.method is method
+    assert (recording.steps, backtracking.steps) == (
+        1000,
+        4000,
+    ) and backtracking.method is method
     assert set(recording.method.inits) == {
         "student",
         "fake",
         "disc",
         "path",
     } and recording.method.frozen == ("teacher",)
-    assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == ("teacher", "path")
+    assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == (
+        "teacher",
+        "path",
+    )
     assert [s.steps for s in method.stages(300)] == [300, 0]
     assert (
         DisBack().critic_steps == 5 and DisBack().gan_weight == 5e-3
@@ -242,14 +285,22 @@ def test_backtracking_moves_two_roles_and_compiles_once(compilations):
     before, after, metrics = follow(
         method, 8, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path)
     )
-    assert same(before.frozen, after.frozen) and set(after.params) == {"student", "fake"}
+    assert same(before.frozen, after.frozen) and set(after.params) == {
+        "student",
+        "fake",
+    }
     assert not same(before.params["student"], after.params["student"]) and not same(
         before.params["fake"], after.params["fake"]
     )
     assert compilations["train_step"] == 2
     later = dataclasses.replace(method, interval=100)
-    _, _, others = follow(later, 4, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path))
-    assert metrics[0] == others[0] and metrics[2]["student/match"] != others[2]["student/match"]
+    _, _, others = follow(
+        later, 4, members=4, path=path, fake=jax.tree.map(lambda w: w[3], path)
+    )
+    assert (
+        metrics[0] == others[0]
+        and metrics[2]["student/match"] != others[2]["student/match"]
+    )
 
 
 def test_no_gradient_where_target_and_fake_score_are_one():
@@ -257,18 +308,31 @@ def test_no_gradient_where_target_and_fake_score_are_one():
     path = jax.tree.map(
         lambda w: w + 0.05, jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 3))
     )
-    params = {"student": apart(1), "fake": jax.tree.map(lambda w: w[1], path), "path": path}
+    params = {
+        "student": apart(1),
+        "fake": jax.tree.map(lambda w: w[1], path),
+        "path": path,
+    }
     method = DisBackDiffInstruct(checkpoints=2)  # its first target is member 1
     net = lambda student: SimpleNamespace(
         student=ONE.bind("student", {"student": student}),
         fake=ONE.bind("fake", params),
         path=bank(ONE, 3).bind("path", params),
     )
-    ctx = Ctx({**BATCH, "xt": BATCH["x"], "t": jnp.ones(16)}, jax.random.key(0), jnp.int32(0), {})
+    ctx = Ctx(
+        {**BATCH, "xt": BATCH["x"], "t": jnp.ones(16)},
+        jax.random.key(0),
+        jnp.int32(0),
+        {},
+    )
     size = jax.jit(
         lambda student, step: optax.tree.norm(
             jax.grad(
-                lambda p: method.student_loss(net(p), dataclasses.replace(ctx, step=step)).loss
+                lambda p: (
+                    method.student_loss(
+                        net(p), dataclasses.replace(ctx, step=step)
+                    ).loss
+                )
             )(student)
         )
     )
@@ -280,7 +344,9 @@ def test_no_gradient_where_target_and_fake_score_are_one():
     )
 
 
-def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(x64, gaussian, context):
+def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(
+    x64, gaussian, context
+):
     """Equal variances, exact fake score, student converged to the last target: |grad| = c |m_{i+1}
     - m_i|.
     """
@@ -291,25 +357,33 @@ def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(x64, gaussia
     c = s**2 / (a**2 * std**2 + s**2)
     method = DisBackDiffInstruct(checkpoints=4, interval=10, match_times=FIXED)
     ctx = context(
-        jnp.zeros((2000, 1)), xt=jax.random.normal(jax.random.key(0), (2000, 1)), t=jnp.ones(2000)
+        jnp.zeros((2000, 1)),
+        xt=jax.random.normal(jax.random.key(0), (2000, 1)),
+        t=jnp.ones(2000),
     )
 
     def grad(step):
         index = method.target(step)
         here = means[jnp.minimum(index + 1, 3)]
         net = SimpleNamespace(fake=gaussian(process, here, std).denoise)
-        net.path = lambda x, t, cond=None, *, member: gaussian(process, means[member], std).denoise(
-            x, t
-        )
+        net.path = lambda x, t, cond=None, *, member: gaussian(
+            process, means[member], std
+        ).denoise(x, t)
 
         def loss(m):
-            net.student = lambda x, t, cond=None: process.from_x0(here + m + std * x, x, t)
+            net.student = lambda x, t, cond=None: process.from_x0(
+                here + m + std * x, x, t
+            )
             return method.student_loss(net, dataclasses.replace(ctx, step=step)).loss
 
         return jax.grad(loss)(0.0)
 
-    found = np.array([grad(jnp.int32(step)) for step in (10, 20, 30)])  # targets 2, 1, 0
-    np.testing.assert_allclose(found, c * np.array([-0.2 - 0.1, 0.1 - 0.5, 0.5 - 0.7]), rtol=1e-6)
+    found = np.array(
+        [grad(jnp.int32(step)) for step in (10, 20, 30)]
+    )  # targets 2, 1, 0
+    np.testing.assert_allclose(
+        found, c * np.array([-0.2 - 0.1, 0.1 - 0.5, 0.5 - 0.7]), rtol=1e-6
+    )
     np.testing.assert_allclose(-found.sum() / c, 0.7 - -0.2, rtol=1e-6)
 
 
@@ -337,7 +411,9 @@ def test_which_targets_are_guided(x64, gaussian, context, guided_targets, scales
         context(xt, step, cond=jnp.ones(n), null_cond=jnp.zeros(n)),
     )
     for step, scale in zip((0, 10, 20), scales, strict=True):
-        np.testing.assert_allclose(read(step).x0 - plain.denoise(xt, t).x0, scale, rtol=1e-12)
+        np.testing.assert_allclose(
+            read(step).x0 - plain.denoise(xt, t).x0, scale, rtol=1e-12
+        )
 
 
 def tiny():
@@ -378,8 +454,12 @@ def test_a_run_goes_on_from_its_recorded_path(tmp_path):
     assert set(full.params) == {"teacher", "path", "student", "fake"}
     for role in full.params:
         assert same(full.params[role], again.params[role]), role
-    assert same(jax.tree.map(lambda w: w[0], full.params["path"]), full.params["teacher"])
-    assert not same(jax.tree.map(lambda w: w[2], full.params["path"]), full.params["teacher"])
+    assert same(
+        jax.tree.map(lambda w: w[0], full.params["path"]), full.params["teacher"]
+    )
+    assert not same(
+        jax.tree.map(lambda w: w[2], full.params["path"]), full.params["teacher"]
+    )
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()

@@ -23,13 +23,19 @@ def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
     np.testing.assert_allclose(
         made["pair_x"], 0.7 + 0.4 * made["pair_noise"], atol=2e-3
     )  # Heun's error at 64 steps
-    np.testing.assert_allclose(pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12)
+    np.testing.assert_allclose(
+        pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12
+    )
     net.student = lambda x, t, cond=None: Flow().from_x0(x + 0.1, x, t)
     noise = made["pair_noise"]
     x = made["pair_x"]
-    out = method.student_loss(net, context(x, pair_noise=noise, pair_x=x, xt=noise, t=jnp.ones(64)))
+    out = method.student_loss(
+        net, context(x, pair_noise=noise, pair_x=x, xt=noise, t=jnp.ones(64))
+    )
     regression = np.mean((noise + 0.1 - x) ** 2)
-    np.testing.assert_allclose(out.loss, out.metrics["match"] + 0.5 * regression, rtol=1e-9)
+    np.testing.assert_allclose(
+        out.loss, out.metrics["match"] + 0.5 * regression, rtol=1e-9
+    )
     (stage,) = method.stages(10)
     assert stage.collect.batches == method.batches and g.std == 0.4
 
@@ -39,9 +45,13 @@ def test_the_gradient_does_not_depend_on_the_scale_of_the_error(plain):
     _, ctx, x0, real, fake, _ = plain
     got = pulled(Normalised(**AT), plain)
     np.testing.assert_allclose(got, (fake - real) / np.abs(x0 - real), rtol=1e-10)
-    far = lambda value: lambda x, t, cond=None: Flow().from_x0(x0 + 2 * (value - x0), x, t)
+    far = lambda value: (
+        lambda x, t, cond=None: Flow().from_x0(x0 + 2 * (value - x0), x, t)
+    )
     twice = SimpleNamespace(teacher=far(real), fake=far(fake))
-    np.testing.assert_allclose(pulled(Normalised(**AT), (twice, ctx, x0)), got, rtol=1e-9)
+    np.testing.assert_allclose(
+        pulled(Normalised(**AT), (twice, ctx, x0)), got, rtol=1e-9
+    )
 
 
 def test_pairs_keep_the_batch_and_its_conditions(plain, context):
@@ -59,9 +69,13 @@ def test_regression_by_a_frozen_network(plain, context):
     net = plain[0]
     net.student = lambda x, t, cond=None: Flow().from_x0(x, x, t)
     net.perceptual = lambda a, b: jnp.sum(jnp.abs(a - b), -1)
-    method = PerceptualDMD(preprocess=Preprocess(std=(0.25,)), regression_weight=1.0, **AT)
+    method = PerceptualDMD(
+        preprocess=Preprocess(std=(0.25,)), regression_weight=1.0, **AT
+    )
     noise = plain[2]
-    batch = dict(pair_noise=noise, pair_x=noise - 0.3, xt=noise, t=jnp.ones(len(noise)))
+    batch = dict(
+        pair_noise=noise, pair_x=noise - 0.3, xt=noise, t=jnp.ones(len(noise))
+    )
     out = method.student_loss(net, context(noise, **batch))
     np.testing.assert_allclose(out.metrics["regression"], 2 * 0.3, rtol=1e-9)
     assert method.frozen == ("teacher", "perceptual")

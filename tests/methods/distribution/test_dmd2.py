@@ -26,7 +26,9 @@ STEPS = (0.999, 0.749, 0.499, 0.249)
 
 def constant(x0):
     """A student that says x0 + t, whatever it sees, so that its chain can be followed by hand."""
-    return lambda x, t, cond=None: Flow().from_x0(jnp.full_like(x, x0) + t[:, None], x, t)
+    return lambda x, t, cond=None: Flow().from_x0(
+        jnp.full_like(x, x0) + t[:, None], x, t
+    )
 
 
 def test_gradient_is_normalised_per_sample(x64, gaussian):
@@ -39,7 +41,9 @@ def test_gradient_is_normalised_per_sample(x64, gaussian):
         direct, (fake - real) / np.abs(x0 - real).mean(1, keepdims=True), rtol=1e-12
     )
     np.testing.assert_allclose(
-        DMD2().direction(5 * x0, pred(5 * real), pred(5 * fake), None), direct, rtol=1e-12
+        DMD2().direction(5 * x0, pred(5 * real), pred(5 * fake), None),
+        direct,
+        rtol=1e-12,
     )
 
 
@@ -65,7 +69,8 @@ def test_back_simulation_follows_the_sampler(context, index):
         x0 = 2.0 + STEPS[index - 1]  # what the student said one step before
         noise = (batch["xt"] - (1 - STEPS[index]) * x0) / STEPS[index]
         assert (
-            abs(float(noise.mean())) < 4 / 128**0.5 and abs(float(noise.std()) - 1) < 4 / 256**0.5
+            abs(float(noise.mean())) < 4 / 128**0.5
+            and abs(float(noise.std()) - 1) < 4 / 256**0.5
         )
 
 
@@ -73,7 +78,9 @@ def test_every_step_of_the_chain_is_drawn_alike(context):
     method = DMD2(student_times=STEPS)
     net = SimpleNamespace(student=constant(0.0))
     at = context(jnp.zeros((1, 2)))
-    draw = jax.jit(lambda key: method.simulate(net, dataclasses.replace(at, rng=key))["t"][0])
+    draw = jax.jit(
+        lambda key: method.simulate(net, dataclasses.replace(at, rng=key))["t"][0]
+    )
     drawn = [float(draw(key)) for key in jax.random.split(jax.random.key(0), 200)]
     shares = [np.mean(np.isclose(drawn, t)) for t in STEPS]
     assert all(abs(s - 0.25) < 4 * (0.25 * 0.75 / 200) ** 0.5 for s in shares), shares
@@ -98,7 +105,10 @@ def trained():
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
     def run(method):
-        nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
+        nets = {
+            role: disc if role == "disc" else mlp
+            for role in (*method.inits, *method.frozen)
+        }
         start = {"teacher": mlp.init(jax.random.key(7))}
         start["teacher"] = jax.tree.map(lambda w: w + 0.05, start["teacher"])
         # every network starts from the teacher but the fake score, so that the student has a
@@ -126,20 +136,30 @@ def test_without_the_gan_it_follows_its_host(trained):
         trained(Normalised(**settings)),
     )
     for role in ("student", "fake"):
-        for a, b in zip(jax.tree.leaves(ours[role]), jax.tree.leaves(host[role]), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(ours[role]), jax.tree.leaves(host[role]), strict=True
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(losses, others, strict=True):
-        np.testing.assert_allclose(mine["fake/denoise"], theirs["fake/denoise"], rtol=1e-6)
+        np.testing.assert_allclose(
+            mine["fake/denoise"], theirs["fake/denoise"], rtol=1e-6
+        )
         if "student/match" in theirs:
-            np.testing.assert_allclose(mine["student/match"], theirs["student/match"], rtol=1e-6)
+            np.testing.assert_allclose(
+                mine["student/match"], theirs["student/match"], rtol=1e-6
+            )
 
 
 def test_the_gan_moves_the_student(trained):
-    (with_gan, _), (without, _) = (trained(DMD2(gan_weight=w, critic_steps=2)) for w in (1.0, 0.0))
+    (with_gan, _), (without, _) = (
+        trained(DMD2(gan_weight=w, critic_steps=2)) for w in (1.0, 0.0)
+    )
     gap = max(
         np.abs(a - b).max()
         for a, b in zip(
-            jax.tree.leaves(with_gan["student"]), jax.tree.leaves(without["student"]), strict=True
+            jax.tree.leaves(with_gan["student"]),
+            jax.tree.leaves(without["student"]),
+            strict=True,
         )
     )
     assert gap > 1e-4

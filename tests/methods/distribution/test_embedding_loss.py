@@ -36,13 +36,18 @@ POINTS = dict(archs=("mlp",), nets=1)
 @pytest.fixture(scope="module")
 def trained():
     """State and metrics of the first six steps, by method."""
-    mlp = make_net(MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow()))
+    mlp = make_net(
+        MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow())
+    )
     disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2)) + 1.0}
 
     @functools.cache
     def run(method):
-        nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
+        nets = {
+            role: disc if role == "disc" else mlp
+            for role in (*method.inits, *method.frozen)
+        }
         start = {
             "teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))),
             "fake": mlp.init(jax.random.key(8)),
@@ -61,12 +66,16 @@ def test_weight_zero_is_the_host(trained, host):
     )
     for role in alone.params:
         for a, b in zip(
-            jax.tree.leaves(ours.params[role]), jax.tree.leaves(alone.params[role]), strict=True
+            jax.tree.leaves(ours.params[role]),
+            jax.tree.leaves(alone.params[role]),
+            strict=True,
         ):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
     for mine, theirs in zip(rows, others, strict=True):
         for name, value in theirs.items():
-            np.testing.assert_allclose(mine[name], value, rtol=2e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(
+                mine[name], value, rtol=2e-5, atol=1e-7, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
@@ -81,7 +90,11 @@ def test_calibrates_without_the_loss_and_moves_the_student_after(trained, host):
         assert rows[i]["measured/host"] > 0 and rows[i]["measured/embedding"] > 0
     assert "measured/host" not in rows[student[2]]
     assert (
-        abs(rows[student[2]]["student/grad_norm"] / others[student[2]]["student/grad_norm"] - 1)
+        abs(
+            rows[student[2]]["student/grad_norm"]
+            / others[student[2]]["student/grad_norm"]
+            - 1
+        )
         > 1e-3
     )
     sums = ours.memory["embedding_norms"]
@@ -120,20 +133,29 @@ def test_norms_are_those_of_the_gradients_in_the_samples(context):
     def moved(method, ctx):
         def loss(move):
             shifted = SimpleNamespace(
-                **{**vars(net), "student": lambda x, t, cond=None: Flow().from_x0(x + move, x, t)}
+                **{
+                    **vars(net),
+                    "student": lambda x, t, cond=None: Flow().from_x0(x + move, x, t),
+                }
             )
             return method.turns[1].loss(shifted, ctx).loss
 
         return jax.grad(loss)(jnp.zeros((32, 2)))
 
-    added = moved(method, later) - moved(dataclasses.replace(method, weight=0.0), later)
-    np.testing.assert_allclose(jnp.linalg.norm(added), 0.3 * out.metrics["host"], rtol=1e-4)
-    early = dataclasses.replace(later, step=jnp.asarray(9))
-    np.testing.assert_allclose(moved(method, early), 0.3 / 64, rtol=1e-5)
-    absolute = moved(dataclasses.replace(method, calibration=0, weight=2.0), later) - moved(
+    added = moved(method, later) - moved(
         dataclasses.replace(method, weight=0.0), later
     )
-    np.testing.assert_allclose(jnp.linalg.norm(absolute), 2.0 * out.metrics["embedding"], rtol=1e-4)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(added), 0.3 * out.metrics["host"], rtol=1e-4
+    )
+    early = dataclasses.replace(later, step=jnp.asarray(9))
+    np.testing.assert_allclose(moved(method, early), 0.3 / 64, rtol=1e-5)
+    absolute = moved(
+        dataclasses.replace(method, calibration=0, weight=2.0), later
+    ) - moved(dataclasses.replace(method, weight=0.0), later)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(absolute), 2.0 * out.metrics["embedding"], rtol=1e-4
+    )
 
 
 def test_logged_value_is_a_mean_when_the_host_counts(context):
@@ -159,9 +181,9 @@ def test_real_samples_get_no_gradient(context):
     ctx = gathered(context, method)
     psi = method.draw_networks(ctx)[0]
     at = lambda real: dataclasses.replace(ctx, batch={**ctx.batch, "real_x": real})
-    grad = jax.grad(lambda real: method.embedding_loss(psi, at(real), ctx.batch["xt"]))(
-        ctx.batch["real_x"]
-    )
+    grad = jax.grad(
+        lambda real: method.embedding_loss(psi, at(real), ctx.batch["xt"])
+    )(ctx.batch["real_x"])
     np.testing.assert_array_equal(grad, 0.0)
 
 
@@ -170,11 +192,22 @@ def test_networks_are_redrawn_every_so_many_updates(context):
     memory = method.memory()
     keys = []
     for seed in range(7):
-        ctx = dataclasses.replace(context(jnp.zeros((2, 2)), seed=seed), memory=memory)
+        ctx = dataclasses.replace(
+            context(jnp.zeros((2, 2)), seed=seed), memory=memory
+        )
         key, own = method.draw_networks(ctx)
         memory = {**memory, **own}
         keys.append(tuple(np.asarray(key).tolist()))
-    assert keys[0] == keys[1] == keys[2] != keys[3] == keys[4] == keys[5] != keys[6] != keys[0]
+    assert (
+        keys[0]
+        == keys[1]
+        == keys[2]
+        != keys[3]
+        == keys[4]
+        == keys[5]
+        != keys[6]
+        != keys[0]
+    )
 
 
 def test_more_real_samples_than_generated_ones(context):
@@ -191,17 +224,26 @@ def test_more_real_samples_than_generated_ones(context):
 def test_labels_join(context):
     """Samples of one distribution under the wrong labels: 0 unlabelled, above 0 labelled."""
     label = jnp.arange(32) % 2
-    method = EmbeddingLoss(host=DiffInstruct(), labelled=True, estimator="v", **POINTS)
+    method = EmbeddingLoss(
+        host=DiffInstruct(), labelled=True, estimator="v", **POINTS
+    )
     ctx = gathered(context, method, cond=label)
     x = jnp.where(label == 0, -1.0, 1.0)[:, None] * jnp.ones((32, 2))
-    ctx = dataclasses.replace(ctx, batch={**ctx.batch, "real_x": x, "real_cond": label})
+    ctx = dataclasses.replace(
+        ctx, batch={**ctx.batch, "real_x": x, "real_cond": label}
+    )
     psi = method.draw_networks(ctx)[0]
     assert method.embedding_loss(psi, ctx, -x) > 1e-2
-    assert abs(dataclasses.replace(method, labelled=False).embedding_loss(psi, ctx, -x)) < 1e-6
+    assert (
+        abs(dataclasses.replace(method, labelled=False).embedding_loss(psi, ctx, -x))
+        < 1e-6
+    )
     assert abs(method.embedding_loss(psi, ctx, x)) < 1e-6
 
 
-@pytest.mark.parametrize(("kernel", "estimator", "blocks"), [("rbf", "u", 2), ("linear", "v", 1)])
+@pytest.mark.parametrize(
+    ("kernel", "estimator", "blocks"), [("rbf", "u", 2), ("linear", "v", 1)]
+)
 def test_images_through_every_kind_of_network(context, kernel, estimator, blocks):
     method = EmbeddingLoss(
         host=DiffInstruct(),
@@ -212,7 +254,9 @@ def test_images_through_every_kind_of_network(context, kernel, estimator, blocks
         blocks=blocks,
     )
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
-    ctx = dataclasses.replace(context(x), memory=method.memory(), batch={"x": x, "real_x": x})
+    ctx = dataclasses.replace(
+        context(x), memory=method.memory(), batch={"x": x, "real_x": x}
+    )
     value = jax.jit(
         lambda x0: jax.value_and_grad(
             lambda x0: method.embedding_loss(method.draw_networks(ctx)[0], ctx, x0)
@@ -248,7 +292,8 @@ def test_everything_else_is_the_hosts():
         and method.exported(1, {}) == (1, {})
     )
     np.testing.assert_array_equal(
-        EmbeddingLoss(host=DMD2(student_times=(0.9, 0.4))).sampling_times(1), jnp.array([0.9])
+        EmbeddingLoss(host=DMD2(student_times=(0.9, 0.4))).sampling_times(1),
+        jnp.array([0.9]),
     )
 
 
@@ -259,4 +304,6 @@ def test_a_config_names_its_host():
         host=DiffInstruct(critic_steps=3),
         weight=0.1,
     )
-    assert build.build(config) == EmbeddingLoss(host=DiffInstruct(critic_steps=3), weight=0.1)
+    assert build.build(config) == EmbeddingLoss(
+        host=DiffInstruct(critic_steps=3), weight=0.1
+    )

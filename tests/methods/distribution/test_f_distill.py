@@ -18,7 +18,9 @@ def test_f_distill(plain):
     _, _, x0, real, fake, xt = plain
     h = np.exp(2 * xt[:, :1]) / (1 + np.exp(2 * xt[:, :1]))
     want = h / h.mean() * (fake - real) / np.abs(x0 - real)
-    np.testing.assert_allclose(pulled(FDistill(divergence="js", **AT), plain), want, rtol=1e-10)
+    np.testing.assert_allclose(
+        pulled(FDistill(divergence="js", **AT), plain), want, rtol=1e-10
+    )
     reverse = pulled(FDistill(divergence="reverse_kl", **AT), plain)
     np.testing.assert_allclose(reverse, pulled(DMD2(**AT), plain), rtol=1e-10)
 
@@ -41,16 +43,24 @@ def test_f_distill_with_clipped_ratios_over_their_bins(plain):
 
     method = BinnedFDistill(ratio_range=(0.5, 2.0), bin_rate=0.5, **AT)
     held = dataclasses.replace(
-        ctx, memory=method.memory(), batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))}
+        ctx,
+        memory=method.memory(),
+        batch={**ctx.batch, "xt": x0, "t": jnp.ones(len(x0))},
     )
     mean = 0.5 + 0.5 * np.sum(r) / (len(r) + 1e-6)
     scaled = r / (mean + 1e-6)
     want = (
-        scaled / (1 + scaled) / np.mean(scaled / (1 + scaled)) * (fake - real) / np.abs(x0 - real)
+        scaled
+        / (1 + scaled)
+        / np.mean(scaled / (1 + scaled))
+        * (fake - real)
+        / np.abs(x0 - real)
     )
     np.testing.assert_allclose(pulled(method, (net, held, x0)), want, rtol=1e-9)
     memory = method.student_loss(net, held).memory["ratio_means"]
-    np.testing.assert_allclose(memory, np.where(np.arange(10) == 6, mean, 1.0), rtol=1e-12)
+    np.testing.assert_allclose(
+        memory, np.where(np.arange(10) == 6, mean, 1.0), rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kind", ["js", "forward_kl", "jeffreys"])

@@ -79,11 +79,15 @@ def test_each_loss_trains_its_own_steps(x64, nets, context, term, own):
     """The gradient in the parameter of a step, against finite differences, over draws that reach
     every step.
     """
-    method = FlashDMD(taps=(0, 1), match_weight=term == "match", gan_weight=term == "gan")
+    method = FlashDMD(
+        taps=(0, 1), match_weight=term == "match", gan_weight=term == "gan"
+    )
     base = context(jnp.zeros((N, 2)))
     at = lambda key, batch: dataclasses.replace(base, rng=key, batch=batch)
     rollout = jax.jit(lambda key, p: method.rollout(nets(p), at(key, base.batch)))
-    loss = jax.jit(lambda p, key, batch: method.student_loss(nets(p), at(key, batch)).loss)
+    loss = jax.jit(
+        lambda p, key, batch: method.student_loss(nets(p), at(key, batch)).loss
+    )
     slope = jax.jit(jax.grad(loss))
     p = jnp.array([0.1, -0.2, 0.3, 0.05])
     total = np.zeros(4)
@@ -91,7 +95,9 @@ def test_each_loss_trains_its_own_steps(x64, nets, context, term, own):
         key = jax.random.key(seed)
         batch = rollout(key, p)
         got = np.asarray(slope(p, key, batch))
-        if term == "gan":  # the other loss is a surrogate, whose value is not its integral
+        if (
+            term == "gan"
+        ):  # the other loss is a surrogate, whose value is not its integral
             difference = [
                 (loss(p + h, key, batch) - loss(p - h, key, batch)) / 2e-5
                 for h in 1e-5 * jnp.eye(4)
@@ -110,7 +116,9 @@ def test_the_states_of_both_calls(x64, nets, context):
     seen = set()
     low = set()
     ctx = context(jnp.zeros((2000, 2)))
-    rollout = jax.jit(lambda key: method.rollout(nets(), dataclasses.replace(ctx, rng=key)))
+    rollout = jax.jit(
+        lambda key: method.rollout(nets(), dataclasses.replace(ctx, rng=key))
+    )
     for seed in range(8):
         batch = rollout(jax.random.key(seed))
         seen |= set(np.asarray(batch["t"]).tolist())
@@ -138,10 +146,16 @@ def test_nothing_reaches_the_student_through_its_chain(x64, nets, context):
     x0 = ctx.batch["x_low"] / 2
     image = jnp.sin(x0 / 2)
     logit = jnp.sum(jnp.sin(image), -1)
-    by_hand = -jax.nn.sigmoid(-logit) * jnp.sum(jnp.cos(image) * jnp.cos(x0 / 2) / 2, -1) / N
+    by_hand = (
+        -jax.nn.sigmoid(-logit)
+        * jnp.sum(jnp.cos(image) * jnp.cos(x0 / 2) / 2, -1)
+        / N
+    )
     for i, t in enumerate(STEPS):
         np.testing.assert_allclose(
-            got[i], jnp.sum(jnp.where(ctx.batch["t_low"] == t, by_hand, 0.0)), atol=1e-12
+            got[i],
+            jnp.sum(jnp.where(ctx.batch["t_low"] == t, by_hand, 0.0)),
+            atol=1e-12,
         )
 
 
@@ -150,7 +164,9 @@ def test_fake_loss_trains_the_fake_score_alone(x64, nets, context):
     ctx = context(jnp.zeros((N, 2)))
     ctx = dataclasses.replace(ctx, batch=method.simulate(nets(), ctx))
     loss = lambda p, heads, shift: method.critic_loss(nets(p, heads, shift), ctx).loss
-    student, heads, fake = jax.grad(loss, argnums=(0, 1, 2))(jnp.zeros(4), jnp.ones(2), 0.0)
+    student, heads, fake = jax.grad(loss, argnums=(0, 1, 2))(
+        jnp.zeros(4), jnp.ones(2), 0.0
+    )
     assert not student.any() and not heads.any() and abs(fake) > 1e-3
 
 
@@ -169,9 +185,12 @@ def test_real_images_are_their_own_where_the_data_has_them(x64, nets, context):
     method = FlashDMD(taps=(0,), match_weight=0.0)
     plain = gather(method, nets(), context(jnp.full((N, 2), 0.3)))
     beside = dataclasses.replace(
-        plain, batch={**plain.batch, "x": jnp.zeros((N, 2)), "image": jnp.full((N, 2), 0.3)}
+        plain,
+        batch={**plain.batch, "x": jnp.zeros((N, 2)), "image": jnp.full((N, 2), 0.3)},
     )
-    assert method.disc_loss(nets(), plain).loss == method.disc_loss(nets(), beside).loss
+    assert (
+        method.disc_loss(nets(), plain).loss == method.disc_loss(nets(), beside).loss
+    )
 
 
 def test_equal_scores_leave_the_student_alone(x64, nets, context):
@@ -192,24 +211,33 @@ def test_injection(x64, lam):
     0 theta is copied.
     """
     rng = np.random.default_rng(0)
-    psi, theta = ({"a": {"kernel": jnp.asarray(rng.standard_normal((3, 2)))}} for _ in range(2))
+    psi, theta = (
+        {"a": {"kernel": jnp.asarray(rng.standard_normal((3, 2)))}} for _ in range(2)
+    )
     now = psi
     method = FlashDMD(injection=lam)
     for n in range(1, 6):
         now = method.inject({"fake": now, "student": theta}, jnp.int32(n))["fake"]
-        want = theta["a"]["kernel"] + lam**n * (psi["a"]["kernel"] - theta["a"]["kernel"])
+        want = theta["a"]["kernel"] + lam**n * (
+            psi["a"]["kernel"] - theta["a"]["kernel"]
+        )
         np.testing.assert_allclose(
             now["a"]["kernel"], want, rtol=0 if lam in (0, 1) else 1e-13, atol=1e-15
         )
     with pytest.raises(Refused, match="same model"):
         method.inject(
-            {"fake": {"a": {"kernel": jnp.zeros((2, 2))}}, "student": theta}, jnp.int32(0)
+            {"fake": {"a": {"kernel": jnp.zeros((2, 2))}}, "student": theta},
+            jnp.int32(0),
         )
 
 
 def test_turns_and_their_steps():
     fake, disc, student = FlashDMD(critic_steps=2).turns
-    assert (fake.moves, disc.moves, student.moves) == (("fake",), ("disc",), ("student",))
+    assert (fake.moves, disc.moves, student.moves) == (
+        ("fake",),
+        ("disc",),
+        ("student",),
+    )
     at = lambda turn: [i for i in range(5) if turn.when(i)]
     assert at(fake) == [0, 1, 2, 3, 4] and at(disc) == at(student) == [0, 2, 4]
     assert student.after is not None and fake.after is None and disc.after is None
@@ -237,11 +265,15 @@ class Neutral(FlashDMD):
 
     @property
     def turns(self):
-        return (Turn(("fake", "disc"), self.both_critics, gather=self.simulate), super().turns[2])
+        return (
+            Turn(("fake", "disc"), self.both_critics, gather=self.simulate),
+            super().turns[2],
+        )
 
     def both_critics(self, net, ctx):
         return Out(
-            self.critic_loss(net, ctx).loss + self.disc_weight * self.disc_loss(net, ctx).loss
+            self.critic_loss(net, ctx).loss
+            + self.disc_weight * self.disc_loss(net, ctx).loss
         )
 
     def refine(self, net, ctx):
@@ -249,7 +281,10 @@ class Neutral(FlashDMD):
 
     def logits(self, net, image, ctx):
         xt, t, _ = self.diffuse(
-            image, self.match_times, ctx, "real" if image is ctx.batch["x"] else "match"
+            image,
+            self.match_times,
+            ctx,
+            "real" if image is ctx.batch["x"] else "match",
         )
         return net.disc(net.fake(xt, t, None, taps=self.taps).features, t, None)
 
@@ -267,7 +302,9 @@ def trained():
             "decoder": make_net(Identity()),
             "features": make_net(PointFeatures(width=8)),
         }
-        nets = {role: other.get(role, mlp) for role in (*method.inits, *method.frozen)}
+        nets = {
+            role: other.get(role, mlp) for role in (*method.inits, *method.frozen)
+        }
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
         start["teacher"] = jax.tree.map(lambda w: w + 0.05, start["teacher"])
         start["fake"] = mlp.init(jax.random.key(8))
@@ -283,7 +320,9 @@ def close(a, b, atol):
 
 
 def test_the_neutral_setting_is_dmd2(trained):
-    settings = dict(student_times=STEPS, critic_steps=5, gan_weight=0.5, disc_weight=0.5)
+    settings = dict(
+        student_times=STEPS, critic_steps=5, gan_weight=0.5, disc_weight=0.5
+    )
     disc = Discriminator(dim=8, width=8)
     (_, ours, losses), (_, host, others) = (
         trained(Neutral(**settings), disc),
@@ -303,22 +342,29 @@ def test_injection_follows_the_students_update(trained):
     student's new ones.
     """
     method = FlashDMD(injection=0.9)
-    before, after, _ = trained(method, Heads(dims=(8, 8, 8), width=8), steps=1, tx=optax.sgd(0.0))
+    before, after, _ = trained(
+        method, Heads(dims=(8, 8, 8), width=8), steps=1, tx=optax.sgd(0.0)
+    )
     want = jax.tree.map(
-        lambda psi, theta: 0.9 * psi + 0.1 * theta, before.params["fake"], after.params["student"]
+        lambda psi, theta: 0.9 * psi + 0.1 * theta,
+        before.params["fake"],
+        after.params["student"],
     )
     close(after.params["fake"], want, 1e-7)
 
 
 def test_frozen_networks_get_no_updates_and_the_rest_moves(trained):
-    before, after, losses = trained(FlashDMD(), Heads(dims=(8, 8, 8), width=8), steps=2)
+    before, after, losses = trained(
+        FlashDMD(), Heads(dims=(8, 8, 8), width=8), steps=2
+    )
     close(before.frozen, after.frozen, 0)
     assert jax.tree.leaves(before.frozen["features"])
     for role in ("student", "fake", "disc"):
         assert any(
             not np.array_equal(a, b)
             for a, b in zip(
-                jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])
+                jax.tree.leaves(before.params[role]),
+                jax.tree.leaves(after.params[role]),
             )
         )
     assert all(np.isfinite(v) for loss in losses for v in loss.values())

@@ -24,7 +24,9 @@ N = 16
 
 def nets(theta, reward=lambda x, t, cond: x[:, 0], reference=0.0):
     shifted = lambda by: lambda x, t, cond=None: Flow().from_x0(x / 2 + by, x, t)
-    return SimpleNamespace(student=shifted(theta), reference=shifted(reference), reward=reward)
+    return SimpleNamespace(
+        student=shifted(theta), reference=shifted(reference), reward=reward
+    )
 
 
 def explored(method, context, theta=0.0, seed=0, **kw):
@@ -43,9 +45,14 @@ def test_the_pair_is_the_best_and_the_worst_of_the_next_states(x64, context):
         at = method.student_times.index(float(batch["t"][0]))
         starts.add(at)
         assert np.all(batch["r"] == method.student_times[at + 1])
-        assert np.all(batch["winner"][:, 0] > batch["loser"][:, 0]) and batch["apart"].all()
+        assert (
+            np.all(batch["winner"][:, 0] > batch["loser"][:, 0])
+            and batch["apart"].all()
+        )
         alpha, sigma = Flow().alpha_sigma(batch["r"][0])
-        eps = (jnp.stack([batch["winner"], batch["loser"]]) - alpha * batch["xt"] / 2) / sigma
+        eps = (
+            jnp.stack([batch["winner"], batch["loser"]]) - alpha * batch["xt"] / 2
+        ) / sigma
         assert (
             abs(float(eps.mean())) < 4 / (4 * N) ** 0.5
             and abs(float(eps.std()) - 1) < 4 / (8 * N) ** 0.5
@@ -56,10 +63,14 @@ def test_the_pair_is_the_best_and_the_worst_of_the_next_states(x64, context):
     assert starts == {0, 1}
 
 
-def test_at_the_reference_the_loss_is_log_two_and_its_slope_that_of_the_closed_form(x64, context):
+def test_at_the_reference_the_loss_is_log_two_and_its_slope_that_of_the_closed_form(
+    x64, context
+):
     method = FlashDMDRL(beta=0.7)
     ctx = explored(method, context)
-    loss = lambda theta: (out := method.preference_loss(nets(theta), ctx)).loss / out.count
+    loss = lambda theta: (
+        (out := method.preference_loss(nets(theta), ctx)).loss / out.count
+    )
     np.testing.assert_allclose(loss(0.0), np.log(2), rtol=1e-12)
     alpha, sigma = Flow().alpha_sigma(ctx.batch["r"])
     gap = jnp.sum(ctx.batch["winner"] - ctx.batch["loser"], -1)
@@ -70,7 +81,9 @@ def test_at_the_reference_the_loss_is_log_two_and_its_slope_that_of_the_closed_f
     slope = jax.grad(
         lambda theta: (out := mean.preference_loss(nets(theta), ctx)).loss / out.count
     )(0.0)
-    np.testing.assert_allclose(slope, -0.7 / 2 * jnp.mean(alpha * gap) / 2, rtol=1e-12)
+    np.testing.assert_allclose(
+        slope, -0.7 / 2 * jnp.mean(alpha * gap) / 2, rtol=1e-12
+    )
 
 
 def test_ties_are_left_out(x64, context):
@@ -79,11 +92,17 @@ def test_ties_are_left_out(x64, context):
     """
     method = FlashDMDRL()
     upper = jnp.arange(N) < N // 2
-    some = explored(method, context, reward=lambda x, t, cond: jnp.where(upper, x[:, 0], 1.0))
+    some = explored(
+        method, context, reward=lambda x, t, cond: jnp.where(upper, x[:, 0], 1.0)
+    )
     every = explored(method, context)
     out, full = (method.preference_loss(nets(0.3), ctx) for ctx in (some, every))
-    half = dataclasses.replace(every, batch={k: v[: N // 2] for k, v in every.batch.items()})
-    np.testing.assert_allclose(out.loss, method.preference_loss(nets(0.3), half).loss, rtol=1e-12)
+    half = dataclasses.replace(
+        every, batch={k: v[: N // 2] for k, v in every.batch.items()}
+    )
+    np.testing.assert_allclose(
+        out.loss, method.preference_loss(nets(0.3), half).loss, rtol=1e-12
+    )
     assert out.count == N // 2 and full.count == N
     none = method.preference_loss(
         nets(0.3), explored(method, context, reward=lambda x, t, cond: jnp.ones(N))
@@ -158,9 +177,13 @@ def test_the_reference_is_the_first_stages_student(ran):
     experiment = trained.experiment
     with sharding.use(experiment.mesh, experiment.settings.rules):
         shapes = {"student": trained.nets["student"].shapes}
-        first, last = (load_params(workdir / "stages" / str(i), shapes)["student"] for i in (0, 1))
+        first, last = (
+            load_params(workdir / "stages" / str(i), shapes)["student"]
+            for i in (0, 1)
+        )
     equal = lambda a, b: all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
     assert (
         equal(trained.params["reference"], first)
@@ -184,7 +207,9 @@ def test_random_weights_of_a_frozen_role_follow_the_seed(tmp_path):
     one = drawn(0)
     again = drawn(0)
     other = drawn(1)
-    for a, b, c in zip(*(jax.tree.leaves(w) for w in (one, again, other)), strict=True):
+    for a, b, c in zip(
+        *(jax.tree.leaves(w) for w in (one, again, other)), strict=True
+    ):
         assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 

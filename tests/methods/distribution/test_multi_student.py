@@ -36,7 +36,8 @@ K = 4
 N = 32
 DATA = Mixture(batch_size=N, modes=CLASSES)
 ONE = make_net(
-    MLP(width=8, depth=2, classes=CLASSES), wrap=functools.partial(Denoiser().wrap, process=Flow())
+    MLP(width=8, depth=2, classes=CLASSES),
+    wrap=functools.partial(Denoiser().wrap, process=Flow()),
 )
 DISC = make_net(Discriminator(taps=1, dim=8, width=8, classes=CLASSES))
 TEACHER = DATA.net(Flow())
@@ -65,9 +66,14 @@ def batch(pairs=True, seed=0):
 def weights(members, role, key):
     """Weights away from zero for one network, the same for each member of a bank."""
     single = jax.tree.map(
-        lambda w: w + 0.05, (DISC if role == "disc" else ONE).init(jax.random.key(key))
+        lambda w: w + 0.05,
+        (DISC if role == "disc" else ONE).init(jax.random.key(key)),
     )
-    return bank(DISC if role == "disc" else ONE, members).from_source(single) if members else single
+    return (
+        bank(DISC if role == "disc" else ONE, members).from_source(single)
+        if members
+        else single
+    )
 
 
 def follow(method, steps=5, members=0, data=None, optimizer=None):
@@ -78,12 +84,16 @@ def follow(method, steps=5, members=0, data=None, optimizer=None):
         **{role: grow(DISC if role == "disc" else ONE) for role in method.inits},
     }
     txs = {
-        role: optimizer.make(steps, bank=bool(members)) if optimizer else optax.sgd(1e-2)
+        role: optimizer.make(steps, bank=bool(members))
+        if optimizer
+        else optax.sgd(1e-2)
         for role in method.inits
     }
     start = {
         "teacher": {},
-        **{role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)},
+        **{
+            role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)
+        },
     }
     states, metrics = first_steps(
         method, nets, txs, start, batch() if data is None else data, steps
@@ -97,7 +107,8 @@ def member(params, k):
 
 def same(a, b):
     return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -118,22 +129,37 @@ def test_one_member_is_the_host_step_by_step(name):
         optimizer=optimizer,
     )
     for role in host.inits:
-        close(member(banked.params[role], 0), alone.params[role], rtol=1e-6, atol=1e-6)
-        close(member(banked.ema["student"], 0), alone.ema["student"], rtol=1e-6, atol=1e-6)
+        close(
+            member(banked.params[role], 0), alone.params[role], rtol=1e-6, atol=1e-6
+        )
+        close(
+            member(banked.ema["student"], 0),
+            alone.ema["student"],
+            rtol=1e-6,
+            atol=1e-6,
+        )
     for mine, wanted in zip(ours, theirs, strict=True):
         assert mine.keys() - wanted.keys() == {
-            f"{name.split('/')[0]}/diverged" for name in wanted if name.endswith("/loss")
+            f"{name.split('/')[0]}/diverged"
+            for name in wanted
+            if name.endswith("/loss")
         }
         for key in wanted:
-            np.testing.assert_allclose(mine[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key)
-    assert any(m["student/grad_norm"] > 0.05 for m in theirs if "student/grad_norm" in m)
+            np.testing.assert_allclose(
+                mine[key], wanted[key], rtol=1e-5, atol=1e-6, err_msg=key
+            )
+    assert any(
+        m["student/grad_norm"] > 0.05 for m in theirs if "student/grad_norm" in m
+    )
 
 
 @pytest.fixture(scope="module")
 def four():
     """Four members on ADM with Adam: function of what is changed in the data, if anything."""
     method = Members(host=HOSTS["adm"], partition=CELLS)
-    run = functools.partial(follow, method, 3, K, optimizer=Optimizer(lr=1e-3, clip=1.0))
+    run = functools.partial(
+        follow, method, 3, K, optimizer=Optimizer(lr=1e-3, clip=1.0)
+    )
     plain = functools.cache(run)
     return lambda data=None: plain() if data is None else run(data=data)
 
@@ -150,7 +176,9 @@ def test_a_member_depends_on_its_own_cell_alone(four):
     _, other, _ = four(data=changed(mine, lambda x: x + 1.0))
     for role in one.params:
         for k in range(K):
-            assert same(member(one.params[role], k), member(other.params[role], k)) == (k != 1), (
+            assert same(
+                member(one.params[role], k), member(other.params[role], k)
+            ) == (k != 1), (
                 role,
                 k,
             )
@@ -172,7 +200,12 @@ def test_a_diverging_member_stands_still_and_the_rest_go_on(four):
     assert [m["fake/diverged"] for m in metrics] == [1.0, 1.0, 1.0]
     for role in alone.params:
         for k in (0, 1, 3):
-            assert same(member(alone.params[role], k), member(hurt.params[role], k)), (role, k)
+            assert same(
+                member(alone.params[role], k), member(hurt.params[role], k)
+            ), (
+                role,
+                k,
+            )
         assert all(np.isfinite(w).all() for w in jax.tree.leaves(hurt.params[role]))
     for role in ("fake", "disc"):
         assert same(member(hurt.params[role], 2), member(before[role], 2))
@@ -180,16 +213,26 @@ def test_a_diverging_member_stands_still_and_the_rest_go_on(four):
 
 def test_without_any_finite_member_the_loss_is_no_number():
     method = Members(host=HOSTS["adm"], partition=CELLS)
-    _, _, metrics = follow(method, 1, K, data=changed(jnp.ones(N, bool), lambda x: jnp.nan * x))
+    _, _, metrics = follow(
+        method, 1, K, data=changed(jnp.ones(N, bool), lambda x: jnp.nan * x)
+    )
     assert np.isnan(metrics[0]["fake/loss"]) and metrics[0]["fake/diverged"] == K
 
 
 def test_an_absent_cell_stands_still():
     data = batch()
-    data = {**data, "cond": jnp.where(CELLS.assign(data["cond"]) == 3, 0, data["cond"])}
-    before, after, metrics = follow(Members(host=HOSTS["dm"], partition=CELLS), 2, K, data=data)
+    data = {
+        **data,
+        "cond": jnp.where(CELLS.assign(data["cond"]) == 3, 0, data["cond"]),
+    }
+    before, after, metrics = follow(
+        Members(host=HOSTS["dm"], partition=CELLS), 2, K, data=data
+    )
     for role in before:
-        assert [same(member(before[role], k), member(after.params[role], k)) for k in range(K)] == [
+        assert [
+            same(member(before[role], k), member(after.params[role], k))
+            for k in range(K)
+        ] == [
             False,
             False,
             False,
@@ -217,12 +260,18 @@ def test_hosts_with_a_memory_are_refused():
 def test_conditions_are_of_the_cell_but_pairs_of_all():
     method = Members(host=HOSTS["dm"], partition=CELLS)
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
-    nets.student = nets.fake = bank(ONE, K).bind("student", {"student": weights(K, "student", 1)})
+    nets.student = nets.fake = bank(ONE, K).bind(
+        "student", {"student": weights(K, "student", 1)}
+    )
     data = batch()
     gathered = jax.jit(
-        lambda: method.turns[1].gather(nets, Ctx(data, jax.random.key(0), jnp.int32(0), {}))
+        lambda: method.turns[1].gather(
+            nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})
+        )
     )()
-    np.testing.assert_array_equal(CELLS.assign(gathered["cond"]), np.repeat(np.arange(K), N // K))
+    np.testing.assert_array_equal(
+        CELLS.assign(gathered["cond"]), np.repeat(np.arange(K), N // K)
+    )
     for cond in gathered["pair_cond"].reshape(K, -1):
         assert len(np.unique(CELLS.assign(cond))) > 1
     for name in ("pair_noise", "pair_x", "pair_cond"):
@@ -236,7 +285,9 @@ def test_pairs_are_the_teachers_samples():
     """The stored sample lies where the teacher's ODE ends: within its condition's mode."""
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
     made = jax.jit(
-        lambda b: DMD(solver_steps=32).pairs(nets, Ctx(b, jax.random.key(0), jnp.int32(0), {}))
+        lambda b: DMD(solver_steps=32).pairs(
+            nets, Ctx(b, jax.random.key(0), jnp.int32(0), {})
+        )
     )(batch(pairs=False))
     _, means, stds = DATA.components
     np.testing.assert_array_equal(made["pair_cond"], batch()["cond"])
@@ -250,8 +301,14 @@ def test_pairs_are_the_teachers_samples():
 def test_regression_is_an_extra_term():
     """Weight 0 reads no pairs; otherwise the loss grows by weight times the mean square."""
     nets = SimpleNamespace(teacher=TEACHER.bind("teacher", {"teacher": {}}))
-    nets.student = nets.fake = ONE.bind("student", {"student": weights(0, "student", 1)})
-    data = {**batch(), "xt": jax.random.normal(jax.random.key(3), (N, 2)), "t": jnp.ones(N)}
+    nets.student = nets.fake = ONE.bind(
+        "student", {"student": weights(0, "student", 1)}
+    )
+    data = {
+        **batch(),
+        "xt": jax.random.normal(jax.random.key(3), (N, 2)),
+        "t": jnp.ones(N),
+    }
     loss = lambda w, data=data: DMD(regression_weight=w).student_loss(
         nets, Ctx(data, jax.random.key(0), jnp.int32(0), {})
     )
@@ -261,7 +318,9 @@ def test_regression_is_an_extra_term():
     np.testing.assert_allclose(
         full.metrics["regression"], np.mean((made - data["pair_x"]) ** 2), rtol=1e-5
     )
-    np.testing.assert_allclose(full.loss - plain.loss, 0.25 * full.metrics["regression"], rtol=1e-4)
+    np.testing.assert_allclose(
+        full.loss - plain.loss, 0.25 * full.metrics["regression"], rtol=1e-4
+    )
 
 
 def test_the_distance_of_a_frozen_network():
@@ -312,7 +371,12 @@ def test_a_cell_of_one_condition_is_distilled_from_that_conditions_law():
 
         return jax.jit(jax.grad(loss))(params)
 
-    close(grad(TEACHER.bind("teacher", {"teacher": {}})), grad(alone), rtol=1e-3, atol=1e-5)
+    close(
+        grad(TEACHER.bind("teacher", {"teacher": {}})),
+        grad(alone),
+        rtol=1e-3,
+        atol=1e-5,
+    )
 
 
 def test_the_router_runs_each_sample_through_its_own_student():
@@ -328,7 +392,9 @@ def test_the_router_runs_each_sample_through_its_own_student():
     cell = CELLS.assign(cond)
     for k in range(K):
         mine = cell == k
-        alone = ONE.apply(member(params, k), noise[mine], jnp.ones(int(mine.sum())), cond[mine]).x0
+        alone = ONE.apply(
+            member(params, k), noise[mine], jnp.ones(int(mine.sum())), cond[mine]
+        ).x0
         np.testing.assert_allclose(made[mine], alone, rtol=1e-5, atol=1e-5)
 
 
@@ -346,14 +412,18 @@ def test_teacher_matching_vanishes_at_the_teacher(x64, gaussian, context, target
         student = lambda x, t, cond=None: process.from_x0(
             teacher.denoise(x, t).x0 * (1 + w[0]) + w[1], x, t
         )
-        return method.loss(SimpleNamespace(student=student, teacher=teacher.denoise), ctx).loss
+        return method.loss(
+            SimpleNamespace(student=student, teacher=teacher.denoise), ctx
+        ).loss
 
     value, grad = jax.value_and_grad(loss)(jnp.zeros(2))
     assert value < 1e-20 and jnp.abs(grad).max() < 1e-12
     assert loss(jnp.array([0.1, 0.0])) > 1e-5 and loss(jnp.array([0.0, 0.1])) > 1e-5
 
 
-def test_teacher_matching_is_denoising_only_for_the_exact_teacher(x64, gaussian, context):
+def test_teacher_matching_is_denoising_only_for_the_exact_teacher(
+    x64, gaussian, context
+):
     """Gradients agree in expectation where the teacher is the data's posterior mean, and differ
     where it is that of another distribution.
     """
@@ -364,9 +434,13 @@ def test_teacher_matching_is_denoising_only_for_the_exact_teacher(x64, gaussian,
     ctx = context(data.draw(n, dim=1))
 
     def grads(teacher):
-        student = lambda w: lambda x, t, cond=None: process.from_v(w[0] * x + w[1], x, t)
+        student = lambda w: (
+            lambda x, t, cond=None: process.from_v(w[0] * x + w[1], x, t)
+        )
         matching = lambda w: (
-            method.loss(SimpleNamespace(student=student(w), teacher=teacher.denoise), ctx).loss
+            method.loss(
+                SimpleNamespace(student=student(w), teacher=teacher.denoise), ctx
+            ).loss
         )
 
         def denoising(w):
@@ -375,13 +449,22 @@ def test_teacher_matching_is_denoising_only_for_the_exact_teacher(x64, gaussian,
             eps = jax.random.normal(ctx.key("eps"), x0.shape)
             return jnp.mean(
                 denoising_error(
-                    process, student(w)(process.add_noise(x0, eps, t), t), x0, eps, t, "v"
+                    process,
+                    student(w)(process.add_noise(x0, eps, t), t),
+                    x0,
+                    eps,
+                    t,
+                    "v",
                 )
             )
 
-        return jnp.stack([jax.grad(loss)(jnp.array([0.3, 0.1])) for loss in (matching, denoising)])
+        return jnp.stack(
+            [jax.grad(loss)(jnp.array([0.3, 0.1])) for loss in (matching, denoising)]
+        )
 
-    exact, wrong = jax.jit(lambda: (grads(data), grads(gaussian(process, -0.3, 0.4))))()
+    exact, wrong = jax.jit(
+        lambda: (grads(data), grads(gaussian(process, -0.3, 0.4)))
+    )()
     np.testing.assert_allclose(
         exact[0], exact[1], atol=5 * 2 / n**0.5
     )  # both are means of n terms of order 1
@@ -398,9 +481,13 @@ def test_stages_by_shares():
         {"student", "fake"},
         {"student", "fake", "disc"},
     ]
-    assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == ("teacher",)
+    assert set(method.inits) == {"student", "fake", "disc"} and method.frozen == (
+        "teacher",
+    )
     only = MultiStudent(
-        partition=CELLS, shares=(0.0, 1.0, 0.0), dm=DMD(critic_steps=5, regression_weight=0.0)
+        partition=CELLS,
+        shares=(0.0, 1.0, 0.0),
+        dm=DMD(critic_steps=5, regression_weight=0.0),
     )
     assert (
         len(only.stages(10)) == 1
@@ -421,7 +508,9 @@ def test_shares_that_train_no_student_are_refused(shares):
 def test_hosts_of_different_processes_are_refused():
     with pytest.raises(Refused, match="different processes"):
         MultiStudent(dm=DMD(process=EDM()))
-    assert MultiStudent(dm=DMD(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
+    assert (
+        MultiStudent(dm=DMD(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
+    )
     assert dataclasses.replace(MultiStudent(), shares=(0.0, 1.0, 0.0)).sampling_times(
         1
     ).tolist() == [1.0]

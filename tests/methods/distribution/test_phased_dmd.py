@@ -62,19 +62,24 @@ def test_two_phases_of_a_single_teacher():
     }
     first, second = (stage.method for stage in method.stages(1000))
     assert (first.frozen, tuple(first.inits)) == (("teacher",), ("expert0", "fake0"))
-    assert (second.frozen, tuple(second.inits)) == (("teacher", "expert0"), ("student", "fake1"))
+    assert (second.frozen, tuple(second.inits)) == (
+        ("teacher", "expert0"),
+        ("student", "fake1"),
+    )
     # reverse nested: both reach up to pure noise
-    assert ranges(method, 0) == [("fake0", "teacher", 0.5, 1.0)] and ranges(method, 1) == [
-        ("fake1", "teacher", 0.0, 1.0)
-    ]
+    assert ranges(method, 0) == [("fake0", "teacher", 0.5, 1.0)] and ranges(
+        method, 1
+    ) == [("fake1", "teacher", 0.0, 1.0)]
 
 
 def test_disjoint_intervals_end_where_the_phase_begins():
     disjoint = PhasedDMD(nested=False)
-    assert ranges(disjoint, 0) == [("fake0", "teacher", 0.5, 1.0)] and ranges(disjoint, 1) == [
-        ("fake1", "teacher", 0.0, 0.5)
+    assert ranges(disjoint, 0) == [("fake0", "teacher", 0.5, 1.0)] and ranges(
+        disjoint, 1
+    ) == [("fake1", "teacher", 0.0, 0.5)]
+    assert ranges(PhasedDMD(nested=False, **TWO_EXPERTS), 1) == [
+        ("fake1_1", "teacher", 0.0, 0.5)
     ]
-    assert ranges(PhasedDMD(nested=False, **TWO_EXPERTS), 1) == [("fake1_1", "teacher", 0.0, 0.5)]
 
 
 def test_a_phase_for_each_step():
@@ -86,7 +91,12 @@ def test_a_phase_for_each_step():
         (2, 3, 0.25),
         (3, 4, 0.0),
     ]
-    assert method.stages(8)[3].method.frozen == ("teacher", "expert0", "expert1", "expert2")
+    assert method.stages(8)[3].method.frozen == (
+        "teacher",
+        "expert0",
+        "expert1",
+        "expert2",
+    )
 
 
 def test_a_teacher_of_two_experts_has_a_fake_score_for_each_range():
@@ -112,9 +122,9 @@ def test_a_teacher_of_two_experts_has_a_fake_score_for_each_range():
         Flow(shift=5.0).alpha_sigma(jnp.asarray(0.875 / 1.5))[1], 0.875, rtol=1e-6
     )
     four = PhasedDMD(phase_steps=(1, 1, 1, 1), teacher_bounds=(0.5,))
-    assert [[interval.teacher for interval in phase.intervals] for phase in four.phases] == [
-        ["teacher0"]
-    ] * 2 + [["teacher0", "teacher"]] * 2
+    assert [
+        [interval.teacher for interval in phase.intervals] for phase in four.phases
+    ] == [["teacher0"]] * 2 + [["teacher0", "teacher"]] * 2
 
 
 def test_grid_and_boundary_after_the_warp():
@@ -129,7 +139,11 @@ def test_grid_and_boundary_after_the_warp():
 
 
 def test_stages_share_the_steps_and_drop_earlier_fakes():
-    assert [s.steps for s in PhasedDMD(phase_steps=(1, 1, 2)).stages(100)] == [33, 34, 33]
+    assert [s.steps for s in PhasedDMD(phase_steps=(1, 1, 2)).stages(100)] == [
+        33,
+        34,
+        33,
+    ]
     stages = PhasedDMD(shares=(3.0, 1.0)).stages(100)
     assert [s.steps for s in stages] == [75, 25] and stages[0].surgery is None
     params = {role: {} for role in ("teacher", "expert0", "fake0")}
@@ -145,10 +159,14 @@ def test_a_generator_update_then_five_of_the_fakes():
     assert pattern(phase(0), 10) == want * 2
     assert [
         i
-        for i, taken in enumerate(pattern(phase(1, **TWO_EXPERTS, critic_steps=3), 12))
+        for i, taken in enumerate(
+            pattern(phase(1, **TWO_EXPERTS, critic_steps=3), 12)
+        )
         if len(taken) == 2
     ] == [0, 3, 6, 9]
-    assert pattern(phase(1, **TWO_EXPERTS), 1) == [(("student",), ("fake1_0", "fake1_1"))]
+    assert pattern(phase(1, **TWO_EXPERTS), 1) == [
+        (("student",), ("fake1_0", "fake1_1"))
+    ]
 
 
 def test_intervals_take_turns_at_the_generator():
@@ -215,20 +233,28 @@ def test_roll_outs_are_eulers_through_the_experts(x64, gaussian, context, sizes)
     process = Flow(shift=5.0)
     complete = PhasedDMD(process=process, phase_steps=sizes)
     experts = experts_of(gaussian, process, len(sizes))
-    net = SimpleNamespace(**{name: e.denoise for name, e in zip(complete.exports, experts)})
+    net = SimpleNamespace(
+        **{name: e.denoise for name, e in zip(complete.exports, experts)}
+    )
     ctx = context(jnp.zeros((6, 2)))
     noise = jax.random.normal(ctx.key("noise"), (6, 2))
     for method in complete.by_phase:
         first, last = method.current.first, method.current.last
         xs = method.complete_rollout(net, ctx)["xs"]
         np.testing.assert_allclose(
-            xs, manual(experts, sizes, process, noise, last, 0.0), rtol=1e-9, atol=1e-10
+            xs,
+            manual(experts, sizes, process, noise, last, 0.0),
+            rtol=1e-9,
+            atol=1e-10,
         )
         batch = method.truncated_rollout(net, ctx)
         index = FOUR.index(float(batch["t"][0]))
         assert first <= index < last and np.ptp(batch["t"]) == 0
         np.testing.assert_allclose(
-            batch["xt"], manual(experts, sizes, process, noise, index, 0.0), rtol=1e-9, atol=1e-10
+            batch["xt"],
+            manual(experts, sizes, process, noise, index, 0.0),
+            rtol=1e-9,
+            atol=1e-10,
         )
     out = complete.sample(complete.generator(net), noise, None, jax.random.key(0), 4)
     np.testing.assert_allclose(
@@ -241,14 +267,23 @@ def test_the_steps_of_a_phase_are_drawn_alike(context):
     net = SimpleNamespace(teacher=lambda x, t, cond=None: Flow().from_v(x, x, t))
     at = context(jnp.zeros((3, 2)))
     method = phase(1)
-    draw = jax.jit(lambda key: method.truncated_rollout(net, dataclasses.replace(at, rng=key))["t"])
+    draw = jax.jit(
+        lambda key: method.truncated_rollout(net, dataclasses.replace(at, rng=key))[
+            "t"
+        ]
+    )
     drawn = np.array([draw(key) for key in jax.random.split(jax.random.key(0), 200)])
-    assert np.all(np.ptp(drawn, axis=1) == 0) and set(drawn[:, 0].tolist()) == {0.5, 0.25}
+    assert np.all(np.ptp(drawn, axis=1) == 0) and set(drawn[:, 0].tolist()) == {
+        0.5,
+        0.25,
+    }
     assert abs(np.mean(drawn[:, 0] == 0.5) - 0.5) < 4 * 0.5 / 200**0.5
 
 
 def test_before_its_phase_an_expert_is_its_teacher():
-    said = lambda value: lambda x, t, cond=None: Flow().from_x0(jnp.full_like(x, value), x, t)
+    said = lambda value: (
+        lambda x, t, cond=None: Flow().from_x0(jnp.full_like(x, value), x, t)
+    )
     method = PhasedDMD(**TWO_EXPERTS)
     x = jnp.zeros((2, 1))
     at = lambda net, t: float(method.generator(net)(x, jnp.full(2, t)).x0[0, 0])
@@ -256,7 +291,9 @@ def test_before_its_phase_an_expert_is_its_teacher():
     assert [at(net, t) for t in FOUR] == [2.0, 2.0, 1.0, 1.0]
     net.student = said(3.0)
     assert [at(net, t) for t in FOUR] == [2.0, 2.0, 3.0, 3.0]
-    assert [at(SimpleNamespace(teacher0=said(0.0), teacher=said(1.0)), t) for t in FOUR] == [
+    assert [
+        at(SimpleNamespace(teacher0=said(0.0), teacher=said(1.0)), t) for t in FOUR
+    ] == [
         0.0,
         0.0,
         1.0,
@@ -279,7 +316,9 @@ def scored(gaussian, process, shift=0.0):
     """Nets of phase 0 with a generator that says x0 = .3 + shift, and exact scores of two
     Gaussians.
     """
-    student = lambda x, t, cond=None: process.from_x0(jnp.full_like(x, 0.3) + shift, x, t)
+    student = lambda x, t, cond=None: process.from_x0(
+        jnp.full_like(x, 0.3) + shift, x, t
+    )
     real = gaussian(process, 0.7, 0.4)
     fake = gaussian(process, -0.2, 0.6)
     return SimpleNamespace(
@@ -304,10 +343,14 @@ def test_gradient_at_the_end_of_the_phase(x64, gaussian, context, k, weight):
     interval = method.current.intervals[0]
     tau = 0.75 - 0.5 * k
     ctx = context(
-        jnp.zeros((n, 1)), xt=jax.random.normal(jax.random.key(5), (n, 1)), t=jnp.full(n, tau)
+        jnp.zeros((n, 1)),
+        xt=jax.random.normal(jax.random.key(5), (n, 1)),
+        t=jnp.full(n, tau),
     )
     grad = jax.grad(
-        lambda m: method.student_loss(scored(gaussian, process, m), ctx, interval).loss
+        lambda m: (
+            method.student_loss(scored(gaussian, process, m), ctx, interval).loss
+        )
     )(0.0)
 
     pred = scored(gaussian, process).student(ctx.batch["xt"], ctx.batch["t"])
@@ -327,7 +370,9 @@ def test_gradient_at_the_end_of_the_phase(x64, gaussian, context, k, weight):
             np.mean(w * (v(real) - v(fake))) * (s_tau - s_s) / s_tau
         )  # d x_s / d x0 = (tau - s) / tau
     else:
-        want = np.mean((fake.x0 - real.x0) / np.maximum(np.abs(pred.x0 - real.x0), 1e-4))
+        want = np.mean(
+            (fake.x0 - real.x0) / np.maximum(np.abs(pred.x0 - real.x0), 1e-4)
+        )
     np.testing.assert_allclose(grad, want, rtol=1e-9)
 
 
@@ -356,7 +401,9 @@ def test_the_fake_score_learns_the_students_score_from_within(x64, gaussian, con
     n = 200_000
     x0 = student.draw(n, 1)
     xs = process.add_noise(
-        x0, jnp.asarray(np.random.default_rng(1).standard_normal((n, 1))), jnp.asarray(0.5)
+        x0,
+        jnp.asarray(np.random.default_rng(1).standard_normal((n, 1))),
+        jnp.asarray(0.5),
     )
     for clamp in (10.0, np.inf):
         method = phase(0, fake_clamp=clamp, fake_times=Uniform(low=0.1, high=0.98))
@@ -382,7 +429,8 @@ def key_of(role):
 
 def networks(method, adapters=()):
     net = make_net(
-        MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=method.process)
+        MLP(width=8, depth=2),
+        wrap=functools.partial(Denoiser().wrap, process=method.process),
     )
     return {
         r: lora.adapt(net, base=method.inits[r], rank=2) if r in adapters else net
@@ -414,7 +462,8 @@ def follow(method, steps, adapters=(), alike=()):
 
 def same(a, b):
     return all(
-        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.array_equal(x, y)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
 
 
@@ -437,7 +486,9 @@ class SGTS(DiffInstruct):
         fake, student = super().turns
         return (
             student,
-            dataclasses.replace(fake, gather=functools.partial(self.simulate, complete=True)),
+            dataclasses.replace(
+                fake, gather=functools.partial(self.simulate, complete=True)
+            ),
         )
 
     def simulate(self, net, ctx, complete=False):
@@ -465,7 +516,13 @@ def test_a_single_phase_follows_dmd_with_gradient_truncation(x64, times):
     truncation at x0.
     """
     ours = follow(
-        phase(0, student_times=times, phase_steps=(len(times),), fake_clamp=np.inf, critic_steps=2),
+        phase(
+            0,
+            student_times=times,
+            phase_steps=(len(times),),
+            fake_clamp=np.inf,
+            critic_steps=2,
+        ),
         5,
         alike={"fake0": "fake"}.items(),
     )
@@ -473,14 +530,20 @@ def test_a_single_phase_follows_dmd_with_gradient_truncation(x64, times):
     for (_, mine, got), (_, theirs, want) in zip(ours, host, strict=True):
         close(mine["student"], theirs["student"])
         close(mine["fake0"], theirs["fake"])
-        np.testing.assert_allclose(got["fake0/denoise"], want["fake/denoise"], rtol=1e-6)
+        np.testing.assert_allclose(
+            got["fake0/denoise"], want["fake/denoise"], rtol=1e-6
+        )
         if "student/match" in want:
-            np.testing.assert_allclose(got["student/match"], want["student/match"], rtol=1e-6)
+            np.testing.assert_allclose(
+                got["student/match"], want["student/match"], rtol=1e-6
+            )
 
 
 def test_two_phases_are_not_one():
     """The same draws with the boundary left out: the first phase's expert goes elsewhere."""
-    one = follow(phase(0, phase_steps=(4,)), 1, alike={"student": "expert0"}.items())[-1]
+    one = follow(phase(0, phase_steps=(4,)), 1, alike={"student": "expert0"}.items())[
+        -1
+    ]
     two = follow(phase(0), 1)[-1]
     assert same(one[0]["student"], two[0]["expert0"]) and not same(
         one[1]["student"], two[1]["expert0"]
@@ -490,8 +553,12 @@ def test_two_phases_are_not_one():
 def test_exactly_the_phase_s_own_networks_move():
     method = InterleavedPhasedDMD(**TWO_EXPERTS, critic_steps=1)
     for i, (before, after, metrics) in enumerate(follow(method, 4)):
-        moving = {"expert0", "fake0"} if i % 2 == 0 else {"student", "fake1_0", "fake1_1"}
-        assert {role for role in before if not same(before[role], after[role])} == moving
+        moving = (
+            {"expert0", "fake0"} if i % 2 == 0 else {"student", "fake1_0", "fake1_1"}
+        )
+        assert {
+            role for role in before if not same(before[role], after[role])
+        } == moving
         assert all(np.isfinite(v) for v in metrics.values())
 
 
@@ -507,10 +574,16 @@ def test_no_gradient_leaves_the_phase(context):
         for interval in one.current.intervals:
             ctx = context(batch, xt=batch, t=jnp.full(8, t))
             grads = jax.jit(
-                jax.grad(lambda params: one.student_loss(bind(nets, params), ctx, interval).loss)
+                jax.grad(
+                    lambda params: (
+                        one.student_loss(bind(nets, params), ctx, interval).loss
+                    )
+                )
             )(params)
             assert {
-                role for role, g in grads.items() if any(np.any(w) for w in jax.tree.leaves(g))
+                role
+                for role, g in grads.items()
+                if any(np.any(w) for w in jax.tree.leaves(g))
             } == {one.current.expert}
 
 
@@ -520,8 +593,14 @@ def test_the_fakes_gradient_stays_with_the_fakes(context):
     params = {role: net.init(key_of(role)) for role, net in nets.items()}
     ctx = context(jnp.zeros((8, 2)), xs=jax.random.normal(jax.random.key(5), (8, 2)))
     late = method.by_phase[1]
-    grads = jax.jit(jax.grad(lambda params: late.critic_loss(bind(nets, params), ctx).loss))(params)
-    assert {role for role, g in grads.items() if any(np.any(w) for w in jax.tree.leaves(g))} == {
+    grads = jax.jit(
+        jax.grad(lambda params: late.critic_loss(bind(nets, params), ctx).loss)
+    )(params)
+    assert {
+        role
+        for role, g in grads.items()
+        if any(np.any(w) for w in jax.tree.leaves(g))
+    } == {
         "fake1_0",
         "fake1_1",
     }
@@ -533,7 +612,9 @@ def test_experts_as_adapters_of_their_teachers():
     """
     method = InterleavedPhasedDMD(**TWO_EXPERTS, critic_steps=1)
     assert {
-        role: net.adapts for role, net in networks(method, method.exports).items() if net.adapts
+        role: net.adapts
+        for role, net in networks(method, method.exports).items()
+        if net.adapts
     } == {
         "expert0": "teacher0",
         "student": "teacher",
@@ -549,7 +630,9 @@ def test_the_fake_follows_the_expert_where_they_are_coupled():
     """After a generator update: fake <- d fake + (1 - d) expert, with the updated expert; the step
     of the fake comes after.
     """
-    settings = dict(critic_steps=1, fake_clamp=0.0)  # the fake's own loss is switched off
+    settings = dict(
+        critic_steps=1, fake_clamp=0.0
+    )  # the fake's own loss is switched off
     (before, after, _), (_, later, _) = follow(phase(0, coupling=0.97, **settings), 2)
     mix = lambda f, g: jax.tree.map(lambda f, g: 0.97 * f + 0.03 * g, f, g)
     close(after["fake0"], mix(before["fake0"], after["expert0"]))
@@ -587,7 +670,9 @@ def tiny():
         method=method,
         roles=dict(teacher=build.Role(init="@base")),
         runs=dict(base=base),
-        evaluation=PointEval(samples=100, batch=100, student_steps=(4,), teacher_steps=(4,)),
+        evaluation=PointEval(
+            samples=100, batch=100, student_steps=(4,), teacher_steps=(4,)
+        ),
         eval_every=2,
     )
 
@@ -604,7 +689,9 @@ def test_a_run_of_two_stages(tmp_path):
         tmp_path / "stages" / str(stage),
         {
             role: abstract_params(
-                trained.experiment.mesh, trained.experiment.roles[role].rules, trained.nets[role]
+                trained.experiment.mesh,
+                trained.experiment.roles[role].rules,
+                trained.nets[role],
             )
         },
     )[role]
@@ -616,7 +703,8 @@ def test_a_run_of_two_stages(tmp_path):
     # five updates of a fake from the teacher's weights at Adam's 1e-4, none of the first stage's
     # drift carried over
     gap = lambda a, b: max(
-        np.abs(x - y).max() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        np.abs(x - y).max()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
     assert 0 < gap(trained.params["fake1"], trained.params["teacher"]) <= 4 * 1.2e-4
 
@@ -648,9 +736,18 @@ def lowered(config, lowers_for_tpu):
 
 
 @pytest.mark.parametrize(
-    "variant", ["", *(pytest.param(name, marks=pytest.mark.full) for name in ("wan21", "released"))]
+    "variant",
+    [
+        "",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("wan21", "released")
+        ),
+    ],
 )
-def test_every_stage_of_the_video_recipe_lowers_with_small_networks(variant, lowers_for_tpu):
+def test_every_stage_of_the_video_recipe_lowers_with_small_networks(
+    variant, lowers_for_tpu
+):
     """Adapters on the teacher of their range and full fake scores, or full weights, on
     text-conditioned video latents.
     """

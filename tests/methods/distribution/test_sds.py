@@ -16,11 +16,15 @@ def test_score_distillation_and_its_delta(plain):
     slope = (
         0.4 * 0.16 / (0.16 * 0.16 + 0.36)
     )  # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
-    np.testing.assert_allclose(pulled(DDS(**AT), plain), -(1 - 0.4 * slope), rtol=1e-9)
+    np.testing.assert_allclose(
+        pulled(DDS(**AT), plain), -(1 - 0.4 * slope), rtol=1e-9
+    )
     still = dataclasses.replace(ctx, batch={**ctx.batch, "ref": x0})
     np.testing.assert_allclose(pulled(DDS(**AT), (net, still, x0)), 0.0, atol=1e-12)
     assert (
-        SDS().turns[0].moves == ("student",) and len(SDS().turns) == 1 and "fake" not in SDS().inits
+        SDS().turns[0].moves == ("student",)
+        and len(SDS().turns) == 1
+        and "fake" not in SDS().inits
     )
 
 

@@ -65,7 +65,9 @@ def test_both_estimates_of_the_fisher_divergence_agree(x64):
     x0, real, fake, w = sampled(M, C, networks(Scaled(), 1.69))
     gap = real - fake
     squared = jnp.sum(w[:, None] * gap**2)
-    np.testing.assert_allclose(jnp.sum(w[:, None] * gap * (real - x0)), squared, rtol=1e-10)
+    np.testing.assert_allclose(
+        jnp.sum(w[:, None] * gap * (real - x0)), squared, rtol=1e-10
+    )
     assert squared > 0.01
 
 
@@ -85,12 +87,17 @@ def test_the_loss_is_linear_in_alpha_and_in_its_scale(x64):
     x0, real, fake, _ = sampled(M, C, networks(Scaled(), 1.69))
     at = lambda **fields: SiD(process=Scaled(), **fields).identity(x0, real, fake)
     middle = 0.5 * at(alpha=0.5, scale=1.0) + 0.5 * at(alpha=1.5, scale=1.0)
-    np.testing.assert_allclose(at(alpha=1.0, scale=1.0), middle, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        at(alpha=1.0, scale=1.0), middle, rtol=1e-10, atol=1e-12
+    )
     np.testing.assert_allclose(at(), 100 * at(scale=1.0), rtol=1e-12)
     weight = 1 / np.abs(x0 - real)[:, 0]
     first = (np.asarray(real - fake) ** 2)[:, 0]
     np.testing.assert_allclose(
-        at(alpha=0.0, scale=1.0) - at(alpha=1.0, scale=1.0), weight * first, rtol=1e-8, atol=1e-12
+        at(alpha=0.0, scale=1.0) - at(alpha=1.0, scale=1.0),
+        weight * first,
+        rtol=1e-8,
+        atol=1e-12,
     )
 
 

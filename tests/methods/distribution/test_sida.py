@@ -8,7 +8,10 @@ import pytest
 from jaxdistill.core.build import resolve
 from jaxdistill.methods.distribution.sid import SiD
 from jaxdistill.methods.distribution.sida import SharedSiDA, SiDA
-from jaxdistill.methods.distribution.uni_instruct import SharedUniInstruct, UniInstruct
+from jaxdistill.methods.distribution.uni_instruct import (
+    SharedUniInstruct,
+    UniInstruct,
+)
 
 
 @pytest.fixture
@@ -32,7 +35,9 @@ def test_without_the_gan_it_is_sid(drawn, alpha):
 
     def loss(method):
         def of(shift):
-            held = lambda x, t, cond=None: method.process.from_x0(scale * x + shift, x, t)
+            held = lambda x, t, cond=None: method.process.from_x0(
+                scale * x + shift, x, t
+            )
             moved = type(net)(**{**vars(net), "student": held})
             return method.student_loss(moved, ctx).loss
 
@@ -59,10 +64,14 @@ def test_at_alpha_one_it_is_uni_instructs_reverse_kl(drawn):
 def test_the_gan_has_the_weight_of_the_score_identity(drawn):
     """L = scale L_SiD + gan_weight numel omega softplus(-logit)."""
     net, ctx = drawn
-    at = lambda weight: SiDA(gan_weight=weight, reverse_until=0).student_loss(net, ctx)
+    at = lambda weight: SiDA(gan_weight=weight, reverse_until=0).student_loss(
+        net, ctx
+    )
     numel = ctx.batch["x"][0].size
     difference = at(0.3).loss - at(0.0).loss
-    np.testing.assert_allclose(difference, 0.3 * numel * at(0.3).metrics["gan"], rtol=1e-9)
+    np.testing.assert_allclose(
+        difference, 0.3 * numel * at(0.3).metrics["gan"], rtol=1e-9
+    )
 
 
 def test_both_critics_learn_from_the_first_step():

@@ -29,10 +29,14 @@ def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
     def loss(m, c):
         x0 = m + c * z
         xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
-        return jnp.sum(w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0))
+        return jnp.sum(
+            w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0)
+        )
 
     def distance(m, c):
-        gap = networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
+        gap = (
+            networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
+        )
         return jnp.sum(w * jnp.sqrt(gap[:, 0] ** 2 + 0.3**2))
 
     np.testing.assert_allclose(
@@ -47,14 +51,18 @@ def losses(method, net, m=M, c=C):
     def loss(m, c):
         x0 = m + c * z
         xt = Scaled().add_noise(x0, jnp.asarray(eps), t)
-        return jnp.sum(w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0))
+        return jnp.sum(
+            w * method.identity(x0, net.teacher(xt, t).x0, net.fake(xt, t).x0)
+        )
 
     return np.array(jax.grad(loss, (0, 1))(m, c))
 
 
 def test_equal_scores_leave_the_student_alone(x64):
     net = networks(Scaled(), (ALPHA * C) ** 2 + SIGMA**2, m=0.0)
-    np.testing.assert_allclose(losses(SIM(process=Scaled()), net, m=0.0), 0.0, atol=1e-9)
+    np.testing.assert_allclose(
+        losses(SIM(process=Scaled()), net, m=0.0), 0.0, atol=1e-9
+    )
 
 
 def test_a_wide_huber_distance_is_the_squared_one(x64):

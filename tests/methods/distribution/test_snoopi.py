@@ -19,7 +19,12 @@ from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.diffusion.guidance import Constant, Random, RandomEach
 from jaxdistill.diffusion.process import Flow
-from jaxdistill.methods.distribution.snoopi import PGSB, ClippedNasaT, ClippedPGSB, NasaT
+from jaxdistill.methods.distribution.snoopi import (
+    PGSB,
+    ClippedNasaT,
+    ClippedPGSB,
+    NasaT,
+)
 from jaxdistill.methods.distribution.swiftbrush import SwiftBrush
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.denoisers.unet import UNet
@@ -33,7 +38,9 @@ N = 8
 WRAP = functools.partial(Denoiser().wrap, process=Flow())
 MLPS = make_net(MLP(width=8, depth=1, classes=CLASSES), wrap=WRAP)
 LABELS = {"cond": jnp.arange(N) % CLASSES, "null_cond": jnp.full(N, CLASSES)}
-TEXTS = {"text_embed": jnp.ones((N, 2))}  # images are their own embeddings, every text is (1, 1)
+TEXTS = {
+    "text_embed": jnp.ones((N, 2))
+}  # images are their own embeddings, every text is (1, 1)
 
 
 class Own(nnx.Module):
@@ -47,7 +54,12 @@ class Own(nnx.Module):
 
 
 FIXED = {"decoder": make_net(Identity()), "judge": make_net(lambda rngs: Own())}
-NETS = {"teacher": MLPS, "student": MLPS, "fake": adapt(MLPS, base="teacher", rank=2), **FIXED}
+NETS = {
+    "teacher": MLPS,
+    "student": MLPS,
+    "fake": adapt(MLPS, base="teacher", rank=2),
+    **FIXED,
+}
 PLAIN = functools.partial(ClippedPGSB, preprocess=Preprocess())
 X0 = jax.random.normal(jax.random.key(9), (N, 2))
 
@@ -60,7 +72,9 @@ def start(b=0.0):
     }
     return {
         **params,
-        "fake": {path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()},
+        "fake": {
+            path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()
+        },
     }
 
 
@@ -70,12 +84,15 @@ KEY = jax.random.key(3)
 def matching(method, params):
     """Gradient of the samples X0, times their number of entries: g."""
     ctx = Ctx(LABELS, KEY, 0, {})
-    return jax.grad(lambda x: method.match(bind(NETS, params), ctx, x)[0])(X0) * X0.size
+    return (
+        jax.grad(lambda x: method.match(bind(NETS, params), ctx, x)[0])(X0) * X0.size
+    )
 
 
 def constant(k, fake=None):
     return PGSB(
-        guidance=Constant(scale=k), fake_guidance=Constant(scale=k if fake is None else fake)
+        guidance=Constant(scale=k),
+        fake_guidance=Constant(scale=k if fake is None else fake),
     )
 
 
@@ -91,7 +108,9 @@ def run(method, params, steps=5):
 def follows(ours, host):
     """Weights, and the host's losses."""
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), ours[0], host[0]
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+        ours[0],
+        host[0],
     )
     for mine, theirs in zip(ours[1], host[1], strict=True):
         for name in ("student/match", "fake/denoise", "student/denoise"):
@@ -142,21 +161,26 @@ def test_both_networks_see_the_same_scale(context):
     """
 
     def labelled(x, t, cond):
-        return Flow().from_eps(jnp.where((cond == CLASSES)[:, None], 0.0, 1.0) + 0 * x, x, t)
+        return Flow().from_eps(
+            jnp.where((cond == CLASSES)[:, None], 0.0, 1.0) + 0 * x, x, t
+        )
 
     net = SimpleNamespace(teacher=labelled, fake=labelled)
     scales = []
     for seed in range(20):
         ctx = context(jnp.zeros((N, 2)), seed=seed, **LABELS)
         real, fake = (
-            read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (PGSB().real, PGSB().fake)
+            read(net, X0, jnp.full(N, 0.5), ctx).eps
+            for read in (PGSB().real, PGSB().fake)
         )
         np.testing.assert_array_equal(real, fake)
         assert len(np.unique(real)) == 1 and 0.5 <= real[0, 0] <= 4
         scales.append(float(real[0, 0]))
     assert len(set(scales)) == 20
     each = PGSB(guidance=RandomEach(), fake_guidance=RandomEach())
-    real, fake = (read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (each.real, each.fake))
+    real, fake = (
+        read(net, X0, jnp.full(N, 0.5), ctx).eps for read in (each.real, each.fake)
+    )
     np.testing.assert_array_equal(real, fake)
     assert len(np.unique(real)) == N
 
@@ -167,7 +191,9 @@ def test_fresh_adapters_leave_the_student_alone(context):
     """
     net = bind(NETS, start())
     gradient = lambda method, seed: jax.grad(
-        lambda x: method.match(net, context(jnp.zeros((N, 2)), seed=seed, **LABELS), x)[0]
+        lambda x: method.match(
+            net, context(jnp.zeros((N, 2)), seed=seed, **LABELS), x
+        )[0]
     )(X0)
     assert not any(np.any(gradient(PGSB(), seed)) for seed in range(3))
     assert np.any(gradient(PGSB(fake_guidance=Constant(scale=4.5)), 0))
@@ -182,7 +208,9 @@ def test_the_adapters_never_see_the_scale(context):
 
     method = PGSB(fake_dropout=0.0)
     method.denoise(
-        SimpleNamespace(fake=fake), context(jnp.zeros((N, 2)), t=jnp.ones(N), **LABELS), X0
+        SimpleNamespace(fake=fake),
+        context(jnp.zeros((N, 2)), t=jnp.ones(N), **LABELS),
+        X0,
     )
     assert len(calls) == 1
     np.testing.assert_array_equal(calls[0], LABELS["cond"])
@@ -193,7 +221,10 @@ def clip_gradient(method, x0, step, context):
     ctx = context(jnp.zeros_like(x0), step=step, text_embed=jnp.ones_like(x0))
     still = lambda x, t, cond=None: Flow().from_eps(0 * x, x, t)
     net = SimpleNamespace(
-        teacher=still, fake=still, decoder=lambda x, method: x, judge=lambda x, method="": x
+        teacher=still,
+        fake=still,
+        decoder=lambda x, method: x,
+        judge=lambda x, method="": x,
     )
     loss = lambda x: method.student_terms(net, ctx, x)[0]
     return jax.grad(loss)(x0), method.student_terms(net, ctx, x0)[1]["clip"]
@@ -210,10 +241,14 @@ def test_clip_is_clamped_for_each_sample(context):
     assert float(clip) == pytest.approx((0.37 + 1 + 0.37 + 0.5**0.5) / 4, rel=1e-5)
     cos = lambda x: jnp.sum(x) / jnp.linalg.norm(x) / 2**0.5
     np.testing.assert_allclose(grad[3], -0.1 / 4 * jax.grad(cos)(x0[3]), rtol=1e-5)
-    assert not np.any(clip_gradient(dataclasses.replace(method, clip_tau=-1.1), x0, 0, context)[0])
+    assert not np.any(
+        clip_gradient(dataclasses.replace(method, clip_tau=-1.1), x0, 0, context)[0]
+    )
 
 
-@pytest.mark.parametrize(("step", "left"), [(0, 1.0), (25, 0.75), (100, 0.0), (1000, 0.0)])
+@pytest.mark.parametrize(
+    ("step", "left"), [(0, 1.0), (25, 0.75), (100, 0.0), (1000, 0.0)]
+)
 def test_clip_decays_to_nothing(context, step, left):
     x0 = jnp.array([[0.0, -1.0]])
     method = PLAIN(clip_steps=100)
@@ -223,7 +258,10 @@ def test_clip_decays_to_nothing(context, step, left):
 
 def test_without_clip_it_follows_its_host():
     params = start(0.3)
-    assert ClippedPGSB().guidance == PGSB().guidance and ClippedNasaT().nasa == NasaT().nasa
+    assert (
+        ClippedPGSB().guidance == PGSB().guidance
+        and ClippedNasaT().nasa == NasaT().nasa
+    )
     assert (
         ClippedPGSB.frozen == ClippedNasaT.frozen == ("teacher", "decoder", "judge")
         and ClippedNasaT().preprocess == CLIP
@@ -233,7 +271,9 @@ def test_without_clip_it_follows_its_host():
     plain = run(PGSB(), params)[0]
     assert any(
         np.any(a != b)
-        for a, b in zip(jax.tree.leaves(moved["student"]), jax.tree.leaves(plain["student"]))
+        for a, b in zip(
+            jax.tree.leaves(moved["student"]), jax.tree.leaves(plain["student"])
+        )
     )
 
 
@@ -246,7 +286,9 @@ def prompts(n=N, seed=0):
     text = lambda: jnp.asarray(rng.standard_normal((n, WORDS, TEXT)), jnp.float32)
     draw = lambda: {"text": text(), "mask": jnp.asarray(rng.random((n, WORDS)) < 0.8)}
     batch = {"cond": draw(), "null_cond": draw(), "negative_cond": draw()}
-    return {name: {**c, "mask": c["mask"].at[:, 0].set(True)} for name, c in batch.items()}
+    return {
+        name: {**c, "mask": c["mask"].at[:, 0].set(True)} for name, c in batch.items()
+    }
 
 
 def recorder(seen):
@@ -268,28 +310,41 @@ def test_who_sees_the_negative_prompt(context):
     method.loss(net, ctx)
     for cond in seen["student"]:
         np.testing.assert_array_equal(cond["text"], batch["cond"]["text"])
-        np.testing.assert_array_equal(cond["negative"], batch["negative_cond"]["text"])
-        np.testing.assert_array_equal(cond["negative_mask"], batch["negative_cond"]["mask"])
+        np.testing.assert_array_equal(
+            cond["negative"], batch["negative_cond"]["text"]
+        )
+        np.testing.assert_array_equal(
+            cond["negative_mask"], batch["negative_cond"]["mask"]
+        )
         assert (
             cond["nasa"].shape == (N,)
             and len(np.unique(cond["nasa"])) == 1
             and 0 < cond["nasa"][0] < 1
         )
-    pair = lambda role, other: np.concatenate([batch["cond"]["text"], batch[other]["text"]])
-    np.testing.assert_array_equal(seen["teacher"][0]["text"], pair("teacher", "negative_cond"))
+    pair = lambda role, other: np.concatenate(
+        [batch["cond"]["text"], batch[other]["text"]]
+    )
+    np.testing.assert_array_equal(
+        seen["teacher"][0]["text"], pair("teacher", "negative_cond")
+    )
     guided, alone = seen["fake"]
     np.testing.assert_array_equal(guided["text"], pair("fake", "null_cond"))
     np.testing.assert_array_equal(alone["text"], batch["cond"]["text"])
     assert all(set(c) == {"text", "mask"} for c in (*seen["teacher"], guided, alone))
     other = dataclasses.replace(context(jnp.zeros((N, 2)), seed=1, **batch))
-    assert method.simulate(net, other)["active"]["nasa"][0] != seen["student"][0]["nasa"][0]
+    assert (
+        method.simulate(net, other)["active"]["nasa"][0]
+        != seen["student"][0]["nasa"][0]
+    )
 
 
 def test_nasa_at_every_step_of_a_chain(context):
     seen = []
     method = NasaT(student_times=(1.0, 0.5))
     ctx = context(jnp.zeros((N, 2)), **prompts())
-    method.simulate(SimpleNamespace(student=recorder(seen)), ctx)  # its loop is traced, not run
+    method.simulate(
+        SimpleNamespace(student=recorder(seen)), ctx
+    )  # its loop is traced, not run
     assert seen and all("nasa" in cond for cond in seen)
 
 
@@ -298,7 +353,10 @@ def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
     batch["negative_cond"] = batch["null_cond"]
     net = lambda gain: (
         lambda x, t, cond: Flow().from_v(
-            gain * x + jnp.mean(cond["text"] * cond["mask"][..., None], (1, 2))[:, None], x, t
+            gain * x
+            + jnp.mean(cond["text"] * cond["mask"][..., None], (1, 2))[:, None],
+            x,
+            t,
         )
     )
     nets = SimpleNamespace(student=net(0.1), teacher=net(0.2), fake=net(0.3))
@@ -306,7 +364,9 @@ def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
     losses = []
     for method in (NasaT(nasa=Constant(scale=0.0)), PGSB()):
         gathered = dataclasses.replace(ctx, batch=method.simulate(nets, ctx))
-        losses.append({k: float(v) for k, v in method.loss(nets, gathered).metrics.items()})
+        losses.append(
+            {k: float(v) for k, v in method.loss(nets, gathered).metrics.items()}
+        )
     assert losses[0] == losses[1]
 
 
@@ -327,9 +387,13 @@ def test_trains_a_unet():
         ),
         wrap=WRAP,
     )
-    fake = adapt(unet, base="teacher", rank=2, alpha=4.0, targets=r".*attn[12]/to_[qv]/kernel")
+    fake = adapt(
+        unet, base="teacher", rank=2, alpha=4.0, targets=r".*attn[12]/to_[qv]/kernel"
+    )
     judge = make_net(
-        ClipVisionProjected(size=6, channels=2, dim=8, mlp=8, heads=2, depth=1, projection=5)
+        ClipVisionProjected(
+            size=6, channels=2, dim=8, mlp=8, heads=2, depth=1, projection=5
+        )
     )
     nets = {
         "student": unet,
@@ -344,7 +408,10 @@ def test_trains_a_unet():
         "decoder": {},
         "judge": judge.init(jax.random.key(6)),
     }
-    batch = {**prompts(n=4), "text_embed": jax.random.normal(jax.random.key(5), (4, 5))}
+    batch = {
+        **prompts(n=4),
+        "text_embed": jax.random.normal(jax.random.key(5), (4, 5)),
+    }
     states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 2)
     assert metrics[-1]["student/clip"] > 0
     assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
@@ -352,25 +419,40 @@ def test_trains_a_unet():
     before = states[0]
     after = states[-1]
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
-    assert {path.split("/")[-3] + "/" + path.split("/")[-2] for path in fake.shapes} == {
-        f"attn{i}/to_{m}" for i in (1, 2) for m in "qv"
-    }
+    assert {
+        path.split("/")[-3] + "/" + path.split("/")[-2] for path in fake.shapes
+    } == {f"attn{i}/to_{m}" for i in (1, 2) for m in "qv"}
     moved = lambda role: any(
         np.any(a != b)
-        for a, b in zip(jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role]))
+        for a, b in zip(
+            jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])
+        )
     )
     assert moved("student") and moved("fake")
 
 
 def test_batches_hold_what_the_losses_read():
     """Prompts as texts where one may be negative, and their embeddings for the CLIP loss."""
-    assert set(ClippedNasaT(shape=(4, 4, 2)).needs) == {"cond", "negative_cond", "text_embed"}
+    assert set(ClippedNasaT(shape=(4, 4, 2)).needs) == {
+        "cond",
+        "negative_cond",
+        "text_embed",
+    }
     assert set(PGSB().needs) == {"x"} and PGSB(shape=(2,)).needs == {}
     data = {
-        name: jnp.zeros(shape) for name, shape in [("cond", (4, 7, 3)), ("negative", (4, 5, 3))]
+        name: jnp.zeros(shape)
+        for name, shape in [("cond", (4, 7, 3)), ("negative", (4, 5, 3))]
     }
-    spec = {name: {"text": jax.ShapeDtypeStruct(v.shape, v.dtype)} for name, v in data.items()}
+    spec = {
+        name: {"text": jax.ShapeDtypeStruct(v.shape, v.dtype)}
+        for name, v in data.items()
+    }
     needs = NasaT(shape=(2,)).needs
-    check_needs({"cond": spec["cond"], "negative_cond": spec["negative"]}, needs, "NasaT", "data")
+    check_needs(
+        {"cond": spec["cond"], "negative_cond": spec["negative"]},
+        needs,
+        "NasaT",
+        "data",
+    )
     with pytest.raises(Refused, match="data: NasaT needs 'negative_cond'"):
         check_needs({"cond": spec["cond"]}, needs, "NasaT", "data")

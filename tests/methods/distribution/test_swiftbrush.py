@@ -27,16 +27,22 @@ SD = DDPM(scaled=True, beta_min=0.00085, beta_max=0.012)
 CLASSES = 3
 N = 16
 MLPS = make_net(
-    MLP(width=8, depth=1, classes=CLASSES), wrap=functools.partial(Denoiser().wrap, process=Flow())
+    MLP(width=8, depth=1, classes=CLASSES),
+    wrap=functools.partial(Denoiser().wrap, process=Flow()),
 )
-NETS = {"teacher": MLPS, "student": MLPS, "fake": adapt(MLPS, base="teacher", rank=2, alpha=4.0)}
+NETS = {
+    "teacher": MLPS,
+    "student": MLPS,
+    "fake": adapt(MLPS, base="teacher", rank=2, alpha=4.0),
+}
 LABELS = {"cond": jnp.arange(N) % CLASSES, "null_cond": jnp.full(N, CLASSES)}
 
 
 def start(b=0.0):
     """First weights by role; the adapters' second factor is `b` throughout."""
     student, teacher, fake = (
-        NETS[role].init(jax.random.key(i)) for i, role in enumerate(("student", "teacher", "fake"))
+        NETS[role].init(jax.random.key(i))
+        for i, role in enumerate(("student", "teacher", "fake"))
     )
     return {
         "student": student,
@@ -77,7 +83,8 @@ def test_gradient_is_g_over_numel(context):
 
 
 @pytest.mark.parametrize(
-    ("scale", "fake_scale", "still"), [(4.5, 4.5, True), (1.0, 1.0, True), (4.5, 1.0, False)]
+    ("scale", "fake_scale", "still"),
+    [(4.5, 4.5, True), (1.0, 1.0, True), (4.5, 1.0, False)],
 )
 def test_fresh_adapters_leave_the_student_alone(context, scale, fake_scale, still):
     """B = 0: eps_psi = eps_phi, hence no gradient at all where both have one scale, and one where
@@ -92,7 +99,9 @@ def test_fresh_adapters_leave_the_student_alone(context, scale, fake_scale, stil
 
 
 @pytest.mark.parametrize("process", [Flow(), SD], ids=["flow", "sd"])
-@pytest.mark.parametrize(("m", "a"), [(0.9, 0.4), (-0.2, 0.7), (0.5, 0.7), (0.5, 0.3)])
+@pytest.mark.parametrize(
+    ("m", "a"), [(0.9, 0.4), (-0.2, 0.7), (0.5, 0.7), (0.5, 0.3)]
+)
 def test_closed_form_with_a_converged_fake(x64, gaussian, process, m, a):
     """E[g] = sigma^3 alpha (m - mu) / (alpha^2 b^2 + sigma^2), whatever a; g vanishes everywhere
     only where both distributions are equal.
@@ -111,7 +120,10 @@ def test_closed_form_with_a_converged_fake(x64, gaussian, process, m, a):
         jnp.zeros((n, 1)), real.denoise(xt, t), fake.denoise(xt, t), t
     )
     np.testing.assert_allclose(
-        g.mean(), sigma**3 * alpha * (m - mu) / (alpha**2 * b**2 + sigma**2), rtol=1e-9, atol=1e-12
+        g.mean(),
+        sigma**3 * alpha * (m - mu) / (alpha**2 * b**2 + sigma**2),
+        rtol=1e-9,
+        atol=1e-12,
     )
     assert np.allclose(g, 0, atol=1e-12) == (m == mu and a == b)
 
@@ -139,9 +151,13 @@ def test_student_predicts_noise_and_is_read_at_the_last_time():
     np.testing.assert_allclose(
         x0, (1 - sigma) / alpha * z, rtol=1e-3, atol=1e-6
     )  # 1 - sigma_T is .002, to float32's 6e-8
-    blind = Denoiser(param=Noise(time_scale=999.0), native=SD).wrap(lambda x, t, cond: 0 * x, SD)
+    blind = Denoiser(param=Noise(time_scale=999.0), native=SD).wrap(
+        lambda x, t, cond: 0 * x, SD
+    )
     np.testing.assert_allclose(
-        SwiftBrush(process=SD).sample(blind, z, None, jax.random.key(1), 1), z / alpha, rtol=1e-5
+        SwiftBrush(process=SD).sample(blind, z, None, jax.random.key(1), 1),
+        z / alpha,
+        rtol=1e-5,
     )
 
 
@@ -149,7 +165,9 @@ def test_the_sample_is_that_of_training(context):
     method = SwiftBrush()
     net = bind(NETS, start())
     ctx = context(jnp.zeros((N, 2)), **LABELS)
-    made = method.generate(net, dataclasses.replace(ctx, batch=method.simulate(net, ctx)))
+    made = method.generate(
+        net, dataclasses.replace(ctx, batch=method.simulate(net, ctx))
+    )
     noise = jax.random.normal(ctx.key("noise"), (N, 2))
     np.testing.assert_array_equal(
         made, method.sample(net.student, noise, LABELS["cond"], jax.random.key(1), 1)
@@ -157,7 +175,9 @@ def test_the_sample_is_that_of_training(context):
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_the_adapters_learn_the_noise_whatever_its_weight(x64, gaussian, context, weighted):
+def test_the_adapters_learn_the_noise_whatever_its_weight(
+    x64, gaussian, context, weighted
+):
     """E[eps | x_t] is the minimiser with alpha_t^2 as without."""
     fake = gaussian(Flow(), -0.2, 0.6)
     n = 100_000
@@ -169,7 +189,9 @@ def test_the_adapters_learn_the_noise_whatever_its_weight(x64, gaussian, context
 
     def loss(w):
         net = SimpleNamespace(
-            fake=lambda x, t, cond=None: Flow().from_eps(w[0] * fake.denoise(x, t).eps + w[1], x, t)
+            fake=lambda x, t, cond=None: Flow().from_eps(
+                w[0] * fake.denoise(x, t).eps + w[1], x, t
+            )
         )
         return method.denoise(net, ctx, x0)
 
@@ -194,9 +216,9 @@ def test_the_weight_is_alpha_squared(context):
     ctx = context(jnp.zeros((N, 2)), t=jnp.ones(N))
     net = SimpleNamespace(fake=lambda x, t, cond=None: Flow().from_eps(0 * x, x, t))
     at = dict(fake_times=Uniform(low=t, high=t), fake_dropout=0.0)
-    ratio = SwiftBrush(**at).denoise(net, ctx, jnp.zeros((N, 2))) / Unweighted(**at).denoise(
-        net, ctx, jnp.zeros((N, 2))
-    )
+    ratio = SwiftBrush(**at).denoise(net, ctx, jnp.zeros((N, 2))) / Unweighted(
+        **at
+    ).denoise(net, ctx, jnp.zeros((N, 2)))
     assert float(ratio) == pytest.approx((1 - t) ** 2, rel=1e-6)
 
 
@@ -210,7 +232,10 @@ def test_true_noise_as_the_fake_score_is_sds(x64, gaussian, context):
     net = SimpleNamespace(
         teacher=real.denoise, fake=lambda x, t, cond: Flow().from_eps(noise, x, t)
     )
-    ours, sds = (jax.grad(lambda x: m(**same).match(net, ctx, x)[0])(x0) for m in (SwiftBrush, SDS))
+    ours, sds = (
+        jax.grad(lambda x: m(**same).match(net, ctx, x)[0])(x0)
+        for m in (SwiftBrush, SDS)
+    )
     np.testing.assert_allclose(ours, sds, rtol=1e-12)
     assert np.abs(ours).max() > 0
 
@@ -221,9 +246,13 @@ def test_without_guidance_the_null_condition_is_not_read(context):
 
     ctx = context(jnp.zeros((N, 2)), **LABELS)
     nets = SimpleNamespace(teacher=net, fake=net)
-    loss = lambda k: SwiftBrush(guidance=k, fake_guidance=k).match(nets, ctx, jnp.ones((N, 2)))[0]
+    loss = lambda k: SwiftBrush(guidance=k, fake_guidance=k).match(
+        nets, ctx, jnp.ones((N, 2))
+    )[0]
     assert np.isfinite(loss(1.0))
-    poisoned = SwiftBrush(guidance=2.0).real(nets, jnp.ones((N, 2)), jnp.full(N, 0.5), ctx)
+    poisoned = SwiftBrush(guidance=2.0).real(
+        nets, jnp.ones((N, 2)), jnp.full(N, 0.5), ctx
+    )
     assert np.isnan(poisoned.eps).all()
     assert loss(2.0) == 0  # what is no number moves nothing
 
@@ -257,7 +286,10 @@ def test_one_call_of_the_generator_and_fresh_noise(context):
     calls = []
     seen = {}
     pred = lambda name: (
-        lambda x, t, cond=None: (seen.setdefault(name, (x, t)), Flow().from_v(0.5 * x, x, t))[1]
+        lambda x, t, cond=None: (
+            seen.setdefault(name, (x, t)),
+            Flow().from_v(0.5 * x, x, t),
+        )[1]
     )
 
     def student(x, t, cond):
@@ -299,12 +331,16 @@ def test_five_steps_are_those_of_two_networks_apart():
     @jax.jit
     def apart(student, fake, step):
         rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), step), 0)
-        at = lambda **new: bind(NETS, {**params, "student": student, "fake": fake, **new})
-        ctx = Ctx(method.simulate(at(), Ctx(batch, rng, step, {})), rng, step, {})
-        first, g = jax.value_and_grad(lambda p: method.student_loss(at(student=p), ctx).loss)(
-            student
+        at = lambda **new: bind(
+            NETS, {**params, "student": student, "fake": fake, **new}
         )
-        second, h = jax.value_and_grad(lambda p: method.critic_loss(at(fake=p), ctx).loss)(fake)
+        ctx = Ctx(method.simulate(at(), Ctx(batch, rng, step, {})), rng, step, {})
+        first, g = jax.value_and_grad(
+            lambda p: method.student_loss(at(student=p), ctx).loss
+        )(student)
+        second, h = jax.value_and_grad(
+            lambda p: method.critic_loss(at(fake=p), ctx).loss
+        )(fake)
         down = lambda p, d: jax.tree.map(lambda w, d: w - 0.1 * d, p, d)
         return down(student, g), down(fake, h), first, second
 
@@ -314,14 +350,19 @@ def test_five_steps_are_those_of_two_networks_apart():
         student, fake, first, second = apart(student, fake, i)
         np.testing.assert_allclose(metrics["student/match"], first, rtol=1e-5)
         np.testing.assert_allclose(metrics["student/denoise"], second, rtol=1e-5)
-    for ours, reference in ((state.params["student"], student), (state.params["fake"], fake)):
+    for ours, reference in (
+        (state.params["student"], student),
+        (state.params["fake"], fake),
+    ):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
             ours,
             jax.device_get(reference),
         )
     jax.tree.map(
-        np.testing.assert_array_equal, state.frozen["teacher"], jax.device_get(params["teacher"])
+        np.testing.assert_array_equal,
+        state.frozen["teacher"],
+        jax.device_get(params["teacher"]),
     )
     assert set(state.params["fake"]) == set(NETS["fake"].shapes)
     for path, pair in state.params["fake"].items():
@@ -333,7 +374,10 @@ def test_the_student_waits_for_the_adapters():
     """From B = 0 the first step moves the adapters alone, the second one the student too."""
     batch = {"x": jnp.zeros((N, 2)), **LABELS}
     params = start()
-    one, two = (run(SwiftBrush(fake_dropout=0.0), batch, params, steps=n)[0].params for n in (1, 2))
+    one, two = (
+        run(SwiftBrush(fake_dropout=0.0), batch, params, steps=n)[0].params
+        for n in (1, 2)
+    )
     same = lambda tree: all(
         np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(params["student"]))
@@ -344,7 +388,10 @@ def test_the_student_waits_for_the_adapters():
 
 def test_more_updates_of_the_fake_score():
     _, losses = run(
-        SwiftBrush(critic_steps=3), {"x": jnp.zeros((N, 2)), **LABELS}, start(0.2), steps=4
+        SwiftBrush(critic_steps=3),
+        {"x": jnp.zeros((N, 2)), **LABELS},
+        start(0.2),
+        steps=4,
     )
     assert [("student/match" in m, "fake/denoise" in m) for m in losses] == [
         (True, False),

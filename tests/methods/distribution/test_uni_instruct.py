@@ -52,7 +52,10 @@ def gradient(method, net, sigma=SIGMA, m=M, c=C):
     def loss(m, c):
         x0 = m + c * z
         xt = method.process.add_noise(x0, jnp.asarray(eps), t)
-        real, (fake, logits) = method.real(net, xt, t, ctx), method.judge(net, xt, t, ctx)
+        real, (fake, logits) = (
+            method.real(net, xt, t, ctx),
+            method.judge(net, xt, t, ctx),
+        )
         return jnp.sum(w * method.expansion(net, ctx, x0, xt, t, real, fake, logits))
 
     return np.array(jax.jit(jax.grad(loss, (0, 1)))(m, c))
@@ -83,7 +86,9 @@ class Terms(ExactUniInstruct):
 
 
 def exact(kind, kept=(1, 1, 1), base=Terms):
-    make = dataclasses.dataclass(frozen=True, kw_only=True)(type("Some", (base,), {"kept": kept}))
+    make = dataclasses.dataclass(frozen=True, kw_only=True)(
+        type("Some", (base,), {"kept": kept})
+    )
     return make(process=Scaled(), divergence=kind, **OPEN)
 
 
@@ -97,7 +102,9 @@ TABLE = [  # divergence, scale of f, variance of q_t, (dJ/dm, dJ/dc)
 
 @pytest.mark.parametrize(("kind", "scale", "q_var", "values"), TABLE)
 def test_three_terms_are_the_gradient(x64, kind, scale, q_var, values):
-    got = scale * gradient(exact(kind), networks(Scaled(), q_var)) / SIGMA  # g^2 / 2 = SIGMA
+    got = (
+        scale * gradient(exact(kind), networks(Scaled(), q_var)) / SIGMA
+    )  # g^2 / 2 = SIGMA
     np.testing.assert_allclose(got, scale * objective(kind, q_var), rtol=1e-8)
     np.testing.assert_allclose(got, values, atol=6e-7)
 
@@ -107,17 +114,27 @@ def test_single_terms(x64):
     net = networks(Scaled(), 1.69)
     term = lambda kind, *kept: gradient(exact(kind, kept), net) / SIGMA
     np.testing.assert_allclose(term("forward_kl", 1, 0, 0), TABLE[0][3], atol=6e-7)
-    np.testing.assert_allclose(term("reverse_kl", 1, 0, 0), (0.420542, -1.698047), atol=6e-7)
-    np.testing.assert_allclose(0.5 * term("js", 1, 0, 0), (0.122798, -0.503122), atol=6e-7)
-    np.testing.assert_allclose(0.5 * term("js", 0, 1, 0), (-0.026263, 0.054951), atol=6e-7)
-    np.testing.assert_allclose(0.5 * term("js", 0, 0, 1), (-0.043527, 0.090587), atol=6e-7)
+    np.testing.assert_allclose(
+        term("reverse_kl", 1, 0, 0), (0.420542, -1.698047), atol=6e-7
+    )
+    np.testing.assert_allclose(
+        0.5 * term("js", 1, 0, 0), (0.122798, -0.503122), atol=6e-7
+    )
+    np.testing.assert_allclose(
+        0.5 * term("js", 0, 1, 0), (-0.026263, 0.054951), atol=6e-7
+    )
+    np.testing.assert_allclose(
+        0.5 * term("js", 0, 0, 1), (-0.043527, 0.090587), atol=6e-7
+    )
 
 
 def test_detaching_the_ratio_changes_the_gradient(x64):
     class Detached(Terms):
         ratio = UniInstruct.ratio
 
-    got = gradient(exact("forward_kl", base=Detached), networks(Scaled(), 1.69)) / SIGMA
+    got = (
+        gradient(exact("forward_kl", base=Detached), networks(Scaled(), 1.69)) / SIGMA
+    )
     np.testing.assert_allclose(got, (0.986558, -3.051113), atol=6e-7)
 
 
@@ -147,7 +164,13 @@ def test_code_weights(x64):
         xt = at(x0)
         return jnp.sum(
             method.expansion(
-                net, ctx, x0, xt, t, net.teacher(xt, t), *method.judge(net, xt, t, ctx)
+                net,
+                ctx,
+                x0,
+                xt,
+                t,
+                net.teacher(xt, t),
+                *method.judge(net, xt, t, ctx),
             )
         )
 
@@ -179,17 +202,25 @@ def test_score_identity(x64):
 
 
 def test_reverse_kl_first_then_the_divergence():
-    method = UniInstruct(divergence="chi2", critic_only=3, reverse_until=5, critic_steps=1)
+    method = UniInstruct(
+        divergence="chi2", critic_only=3, reverse_until=5, critic_steps=1
+    )
     critics, student = method.turns
-    assert critics.moves == ("fake", "disc") and all(critics.when(s) for s in range(9))
+    assert critics.moves == ("fake", "disc") and all(
+        critics.when(s) for s in range(9)
+    )
     assert [s for s in range(9) if student.when(s)] == [3, 4, 5, 6, 7, 8]
     assert [
-        s for s in range(9) if dataclasses.replace(method, critic_steps=2).turns[1].when(s)
+        s
+        for s in range(9)
+        if dataclasses.replace(method, critic_steps=2).turns[1].when(s)
     ] == [4, 6, 8]
     r = jnp.array([0.5, 3.0])
     early, late = (method.weights(r, jnp.asarray(s)) for s in (4, 5))
     np.testing.assert_array_equal(jnp.stack(early), [[1, 1], [0, 0], [1, 1]])
-    np.testing.assert_allclose(jnp.stack(late), [2 * r**2, 4 * r**2, -2 * r**2], rtol=1e-6)
+    np.testing.assert_allclose(
+        jnp.stack(late), [2 * r**2, 4 * r**2, -2 * r**2], rtol=1e-6
+    )
 
 
 def test_the_chain_starts_at_the_first_student_time(context):
@@ -203,7 +234,9 @@ def test_the_chain_starts_at_the_first_student_time(context):
     assert np.all(batch["t"] == 2.5)
     noise = jax.random.normal(jax.random.key(0), (4, 2))
     np.testing.assert_allclose(
-        UniInstruct().sample(student, noise, None, jax.random.key(0), 1), 2.5 * noise, rtol=1e-6
+        UniInstruct().sample(student, noise, None, jax.random.key(0), 1),
+        2.5 * noise,
+        rtol=1e-6,
     )
     assert np.all(seen[-1][1] == 2.5)
 
@@ -216,7 +249,9 @@ def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
     net = SimpleNamespace(
         student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
         teacher=lambda x, t, cond=None: EDM().from_x0(0.5 * x, x, t),
-        fake=lambda x, t, cond=None, taps=(): EDM().from_x0(0.5 * x, x, t, features=(x,)),
+        fake=lambda x, t, cond=None, taps=(): EDM().from_x0(
+            0.5 * x, x, t, features=(x,)
+        ),
         disc=lambda features, t, cond: map_(features[0]),
     )
     method = UniInstruct(match_times=Uniform(low=1e-9, high=1e-9), reverse_until=0)
@@ -231,7 +266,9 @@ def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
             / np.mean(np.abs(x - 0.5 * xt), 1)
         )
     )
-    np.testing.assert_allclose(out.loss, want, rtol=1e-9)  # equal scores: nothing but the GAN
+    np.testing.assert_allclose(
+        out.loss, want, rtol=1e-9
+    )  # equal scores: nothing but the GAN
 
 
 def adversarial_networks():
@@ -239,7 +276,9 @@ def adversarial_networks():
     return SimpleNamespace(
         student=lambda x, t, cond=None: EDM().from_x0(x, x, t),
         teacher=lambda x, t, cond=None: EDM().from_x0(0.5 * x, x, t),
-        fake=lambda x, t, cond=None, taps=(): EDM().from_x0(0.7 * x, x, t, features=(x,)),
+        fake=lambda x, t, cond=None, taps=(): EDM().from_x0(
+            0.7 * x, x, t, features=(x,)
+        ),
         disc=lambda features, t, cond: map_(features[0]),
     )
 
@@ -258,7 +297,9 @@ def test_the_students_gan_waits_for_the_divergence(x64, context):
         np.testing.assert_array_equal(at(step).loss, 100 * at(step).metrics["match"])
     out = at(5)
     np.testing.assert_allclose(
-        out.loss, 100 * out.metrics["match"] + 0.01 * 4 * out.metrics["gan"], rtol=1e-12
+        out.loss,
+        100 * out.metrics["match"] + 0.01 * 4 * out.metrics["gan"],
+        rtol=1e-12,
     )
     assert abs(out.loss - at(4).loss) > 1e-3
 
@@ -275,18 +316,26 @@ def test_the_discriminators_loss_is_that_of_the_code(x64, context):
     z, x = (jax.random.normal(key, (n, 4)) for key in keys)
     ctx = context(x, xt=2.5 * z, t=jnp.full(n, 2.5))
     x0 = 2.5 * z
-    sigma = np.exp(-1.2 + 1.2 * np.asarray(jax.random.normal(ctx.key("fake_t"), (n,))))
-    noise = sigma[:, None] * np.asarray(jax.random.normal(ctx.key("fake_eps"), (n, 4)))
+    sigma = np.exp(
+        -1.2 + 1.2 * np.asarray(jax.random.normal(ctx.key("fake_t"), (n,)))
+    )
+    noise = sigma[:, None] * np.asarray(
+        jax.random.normal(ctx.key("fake_eps"), (n, 4))
+    )
     weight = (sigma**2 + 0.25) / (0.5 * sigma) ** 2
 
     def ours(w):
         head = net.disc
-        moved = SimpleNamespace(**{**vars(net), "disc": lambda *args: w * head(*args)})
+        moved = SimpleNamespace(
+            **{**vars(net), "disc": lambda *args: w * head(*args)}
+        )
         return method.critic_loss(moved, ctx).metrics["gan"]
 
     def code(w, each=lambda lam, entropy: jnp.mean(lam) * jnp.mean(entropy)):
         real, fake = (w * net.disc((a + noise,), None, None) for a in (x, x0))
-        return each(weight[:, None], (jnp.logaddexp(0, -real) + jnp.logaddexp(0, fake)) / 2)
+        return each(
+            weight[:, None], (jnp.logaddexp(0, -real) + jnp.logaddexp(0, fake)) / 2
+        )
 
     np.testing.assert_allclose(ours(1.3), code(1.3), rtol=1e-12)
     np.testing.assert_allclose(jax.grad(ours)(1.3), jax.grad(code)(1.3), rtol=1e-9)
@@ -323,13 +372,18 @@ def test_discriminator_settles_at_the_log_ratio(x64, context):
 def trained():
     """Weights and losses of the first five steps, by method."""
     process = EDM()
-    wrap = functools.partial(Denoiser(param=EDMPrecond(), native=process).wrap, process=process)
+    wrap = functools.partial(
+        Denoiser(param=EDMPrecond(), native=process).wrap, process=process
+    )
     mlp = make_net(MLP(width=8, depth=2), wrap=wrap)
     disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2))}
 
     def run(method, lr=None):
-        nets = {role: disc if role == "disc" else mlp for role in (*method.inits, *method.frozen)}
+        nets = {
+            role: disc if role == "disc" else mlp
+            for role in (*method.inits, *method.frozen)
+        }
         txs = {role: optax.sgd((lr or {}).get(role, 1e-4)) for role in method.inits}
         start = {
             "teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))),
@@ -352,7 +406,11 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
     """
     ours, losses = trained(
         UniInstruct(
-            divergence="reverse_kl", gan_weight=0.0, disc_weight=0.0, critic_only=2, reverse_until=3
+            divergence="reverse_kl",
+            gan_weight=0.0,
+            disc_weight=0.0,
+            critic_only=2,
+            reverse_until=3,
         )
     )
     assert (
@@ -370,7 +428,9 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
     same(ours["student"], host["student"])
     same(ours["fake"], host["fake"])
     for mine, theirs in zip(losses, others, strict=True):
-        np.testing.assert_allclose(mine["fake/denoise"], 2 * theirs["fake/denoise"], rtol=1e-5)
+        np.testing.assert_allclose(
+            mine["fake/denoise"], 2 * theirs["fake/denoise"], rtol=1e-5
+        )
         if "student/match" in theirs:
             np.testing.assert_allclose(
                 100 * mine["student/match"], theirs["student/match"], rtol=1e-5
@@ -392,7 +452,9 @@ def test_every_part_trains(trained):
             max(
                 np.abs(a - b).max()
                 for a, b in zip(
-                    jax.tree.leaves(params["student"]), jax.tree.leaves(base), strict=True
+                    jax.tree.leaves(params["student"]),
+                    jax.tree.leaves(base),
+                    strict=True,
                 )
             )
             > 1e-6
@@ -407,7 +469,9 @@ def fitted(kind):
     """(mean, std) of a single Gaussian fitted to a bimodal target by the exact gradient of the
     expansion, ratios exact.
     """
-    method = ExactUniInstruct(divergence=kind, ratio_range=(1e-12, 1e12), reverse_until=0)
+    method = ExactUniInstruct(
+        divergence=kind, ratio_range=(1e-12, 1e12), reverse_until=0
+    )
     x, w = np.polynomial.hermite_e.hermegauss(8)
     across = np.linspace(
         -5, 5, 81
@@ -419,32 +483,42 @@ def fitted(kind):
     sigmas = np.exp((u + 1) * (high - low) / 2 + low)
     lengths = lengths * (high - low) / 2
     z, eps, t = (a.reshape(-1) for a in np.meshgrid(across, x, sigmas, indexing="ij"))
-    weights = jnp.asarray(np.einsum("i,j,k->ijk", share, w / w.sum(), lengths * sigmas).reshape(-1))
+    weights = jnp.asarray(
+        np.einsum("i,j,k->ijk", share, w / w.sum(), lengths * sigmas).reshape(-1)
+    )
     z = jnp.asarray(z)[:, None]
     eps = jnp.asarray(eps)[:, None]
     t = jnp.asarray(t)
 
     def log_q(x, t):
-        return jax.nn.logsumexp(log_density(x, MODES, STD**2 + expand(t, x) ** 2), axis=-1)[
-            ..., None
-        ] - np.log(2)
+        return jax.nn.logsumexp(
+            log_density(x, MODES, STD**2 + expand(t, x) ** 2), axis=-1
+        )[..., None] - np.log(2)
 
     def slope(theta):
         fixed = jax.lax.stop_gradient(theta)
         net = networks(EDM(), 1.0, fixed[0], jnp.exp(fixed[1]))
-        p = lambda x, t: log_density(x, fixed[0], jnp.exp(2 * fixed[1]) + expand(t, x) ** 2)
+        p = lambda x, t: log_density(
+            x, fixed[0], jnp.exp(2 * fixed[1]) + expand(t, x) ** 2
+        )
         score_q = lambda x, t: jax.grad(lambda x: jnp.sum(log_q(x, t)))(x)
         net.teacher = lambda x, t, cond=None: EDM().from_x0(
             x + expand(t, x) ** 2 * score_q(x, t), x, t
         )
         net.disc = lambda features, t, cond: (
-            log_q(features[0][0], features[0][1][:, 0]) - p(features[0][0], features[0][1][:, 0])
+            log_q(features[0][0], features[0][1][:, 0])
+            - p(features[0][0], features[0][1][:, 0])
         )[:, 0]
         ctx = Ctx({}, jax.random.key(0), jnp.asarray(0), {})
         x0 = theta[0] + jnp.exp(theta[1]) * z
         xt = x0 + expand(t, x0) * eps
-        real, (fake, logits) = method.real(net, xt, t, ctx), method.judge(net, xt, t, ctx)
-        return jnp.sum(weights * method.expansion(net, ctx, x0, xt, t, real, fake, logits))
+        real, (fake, logits) = (
+            method.real(net, xt, t, ctx),
+            method.judge(net, xt, t, ctx),
+        )
+        return jnp.sum(
+            weights * method.expansion(net, ctx, x0, xt, t, real, fake, logits)
+        )
 
     tx = optax.adam(optax.cosine_decay_schedule(0.05, 300))
 
@@ -454,11 +528,15 @@ def fitted(kind):
         return (theta + moves, opt), None
 
     theta = jnp.array([0.5, 0.0])
-    (theta, _), _ = jax.jit(lambda: jax.lax.scan(update, (theta, tx.init(theta)), None, 300))()
+    (theta, _), _ = jax.jit(
+        lambda: jax.lax.scan(update, (theta, tx.init(theta)), None, 300)
+    )()
     return float(theta[0]), float(jnp.exp(theta[1]))
 
 
-def test_a_student_of_too_little_capacity_covers_under_forward_and_picks_under_reverse_kl(x64):
+def test_a_student_of_too_little_capacity_covers_under_forward_and_picks_under_reverse_kl(
+    x64,
+):
     """Best single Gaussians for modes at +-2 with std .5: mean 0, std sqrt(4.25) (forward), mean
     +-2, std .5 (reverse).
     """

@@ -14,7 +14,12 @@ from jaxdistill.core.step import bind
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.data.language import Markov
 from jaxdistill.data.two_tokenizers import Blocks
-from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD, SpacedKD, SpanULD
+from jaxdistill.methods.language.cross_tokenizer_kd import (
+    ULD,
+    CrossTokenizerKD,
+    SpacedKD,
+    SpanULD,
+)
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
 from jaxdistill.objectives.divergence import ForwardKL, JensenShannon, sorted_distance
@@ -114,7 +119,10 @@ def same_tokenizer():
 def test_nothing_to_learn_from_an_equal_teacher(method):
     nets, batch = same_tokenizer()
     out, grad = value(
-        method, nets, {"teacher": PARAMS["student"], "student": PARAMS["student"]}, batch
+        method,
+        nets,
+        {"teacher": PARAMS["student"], "student": PARAMS["student"]},
+        batch,
     )
     assert abs(out.loss) <= 1e-4
     if not isinstance(method, ULD):  # which has a kink there
@@ -152,7 +160,9 @@ def test_hard_labels_alone_are_fine_tuning(method):
     plain, expected = value(SFT())
     np.testing.assert_allclose(out.loss, plain.loss, rtol=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grad, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        grad,
+        expected,
     )
 
 
@@ -174,10 +184,14 @@ def test_uld_pairs_targets_by_their_number_and_by_their_text():
 
 SPACED = {
     "tokens": jnp.asarray([[0, 1, 2, 0, 1, 2, 2, 1], [2, 2, 1, 0, 0, 1, 2, 0]]),
-    "mask": jnp.asarray([[0, 0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]], jnp.float32),
+    "mask": jnp.asarray(
+        [[0, 0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 1]], jnp.float32
+    ),
     "span": jnp.asarray([[-1, -1, 0, 0, 1, 2, 3, -1], [-1, -1, 0, 1, 1, 1, 2, 3]]),
     "teacher_tokens": jnp.asarray([[0, 4, 3, 2, 1, 0], [1, 2, 3, 4, 0, 2]]),
-    "teacher_mask": jnp.asarray([[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], jnp.float32),
+    "teacher_mask": jnp.asarray(
+        [[0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1]], jnp.float32
+    ),
     "teacher_span": jnp.asarray([[-1, 0, 1, 2, 3, -1], [-1, 0, 1, 2, 2, 3]]),
     "space": jnp.tile(jnp.asarray(np.packbits([1, 0, 0])), (2, 1)),
     "teacher_space": jnp.tile(jnp.asarray(np.packbits([0, 1, 0, 1, 0])), (2, 1)),
@@ -252,7 +266,11 @@ def uld(teacher, student, teacher_mask, mask, labels):
         second = q[i, :-1][mask[i, 1:] > 0]
         pairs = min(len(first), len(second))
         a, b = (np.sort(law[:pairs], -1)[:, ::-1] for law in (first, second))
-        rows.append(np.abs(a - np.pad(b, ((0, 0), (0, a.shape[-1] - b.shape[-1])))).sum(-1).mean())
+        rows.append(
+            np.abs(a - np.pad(b, ((0, 0), (0, a.shape[-1] - b.shape[-1]))))
+            .sum(-1)
+            .mean()
+        )
     nll = -np.log(np.take_along_axis(q[:, :-1], labels[:, 1:, None], -1)[..., 0])
     return nll[mask[:, 1:] > 0].mean() + 1.5 * np.mean(rows)
 
@@ -275,7 +293,8 @@ def test_uld_is_the_mean_over_pairs(x64):
 
     def mean(logits):
         nets = SimpleNamespace(
-            teacher=lambda *_, **__: jnp.asarray(theirs), student=lambda *_, **__: logits
+            teacher=lambda *_, **__: jnp.asarray(theirs),
+            student=lambda *_, **__: logits,
         )
         out = method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
         return out.loss / out.count / method.hard_weight
@@ -296,11 +315,15 @@ def test_uld_ignores_names_of_tokens():
     renamed = {
         **NETS,
         "teacher": fixed_net(
-            lambda tokens, **_: NETS["teacher"].apply(PARAMS["teacher"], tokens)[..., ::-1]
+            lambda tokens, **_: NETS["teacher"].apply(PARAMS["teacher"], tokens)[
+                ..., ::-1
+            ]
         ),
     }
     np.testing.assert_allclose(
-        value(ULD(), renamed, {**PARAMS, "teacher": {}})[0].loss, value(ULD())[0].loss, rtol=1e-6
+        value(ULD(), renamed, {**PARAMS, "teacher": {}})[0].loss,
+        value(ULD())[0].loss,
+        rtol=1e-6,
     )
 
 
@@ -309,14 +332,18 @@ def test_five_steps(method):
     states, metrics = first_steps(method, NETS, optax.adam(1e-2), PARAMS, BATCH)
     losses = [row["student/loss"] for row in metrics]
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
-    jax.tree.map(np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS["teacher"])
+    jax.tree.map(
+        np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS["teacher"]
+    )
 
 
 def test_refusals():
     CrossTokenizerKD().check(NETS, DATA)
     needs = CrossTokenizerKD.needs
     check_needs(DATA.spec(), needs, "CrossTokenizerKD", "config.data")
-    with pytest.raises(Refused, match=r"config.data: CrossTokenizerKD needs 'span' int \[B T\]"):
+    with pytest.raises(
+        Refused, match=r"config.data: CrossTokenizerKD needs 'span' int \[B T\]"
+    ):
         check_needs(Markov().spec(), needs, "CrossTokenizerKD", "config.data")
     with pytest.raises(Refused, match=r"method.chunk=2: expected 0"):
         ULD(chunk=2)

@@ -21,9 +21,18 @@ NETS = {
     "teacher": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)),
     "student": make_net(LM(vocab=4, dim=8, mlp=8, heads=2, depth=1)),
 }
-PARAMS = {role: net.init(jax.random.key(i)) for i, (role, net) in enumerate(NETS.items())}
+PARAMS = {
+    role: net.init(jax.random.key(i)) for i, (role, net) in enumerate(NETS.items())
+}
 DATA = Chains(
-    vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8, interval=3, measures=2
+    vocab=4,
+    length=6,
+    branches=(2, 3),
+    size=50,
+    held_out=20,
+    batch_size=8,
+    interval=3,
+    measures=2,
 )
 METHOD = DDK(domains=2, interval=3, measures=2)
 BATCHES = [DATA.batch(i, slice(None)) for i in range(5)]
@@ -37,7 +46,9 @@ def loss(method, params=PARAMS, batch=BATCHES[2]):
 
 
 def test_turns_are_those_of_the_schedule():
-    active = [[i for i, t in enumerate(METHOD.turns) if t.when(step)] for step in range(10)]
+    active = [
+        [i for i, t in enumerate(METHOD.turns) if t.when(step)] for step in range(10)
+    ]
     assert active == [[2], [1], [0], [0], [0], [4], [3], [0], [0], [0]]
     assert [t.moves for t in METHOD.turns] == [("student",), (), (), (), ()]
 
@@ -57,9 +68,13 @@ def test_micro_batches_measure_the_same(ran):
     )
     for i in range(2):
         np.testing.assert_allclose(
-            metrics[1][f"measured/ratio{i}"], ran[0][1][1][f"measured/ratio{i}"], rtol=1e-6
+            metrics[1][f"measured/ratio{i}"],
+            ran[0][1][1][f"measured/ratio{i}"],
+            rtol=1e-6,
         )
-    np.testing.assert_allclose(states[-1].memory["teacher"], ran[1].memory["teacher"], rtol=1e-6)
+    np.testing.assert_allclose(
+        states[-1].memory["teacher"], ran[1].memory["teacher"], rtol=1e-6
+    )
 
 
 def ratios(student):
@@ -67,17 +82,24 @@ def ratios(student):
         rows = [b["tokens"][b["domain"] == domain] for b in BATCHES[:2]]
         tokens = jnp.asarray(np.concatenate(rows))
         logits = jax.nn.log_softmax(NETS[role].apply(params, tokens)[:, :-1])
-        return jnp.exp(-jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], -1)))
+        return jnp.exp(
+            -jnp.mean(jnp.take_along_axis(logits, tokens[:, 1:, None], -1))
+        )
 
     return [
-        float(perplexity("student", student, d) / perplexity("teacher", PARAMS["teacher"], d))
+        float(
+            perplexity("student", student, d)
+            / perplexity("teacher", PARAMS["teacher"], d)
+        )
         for d in range(2)
     ]
 
 
 def test_measured_ratios_are_those_of_the_whole_validation_sets(ran):
     log, _ = ran
-    reported = [i for i, (_, metrics) in enumerate(log) if "measured/ratio0" in metrics]
+    reported = [
+        i for i, (_, metrics) in enumerate(log) if "measured/ratio0" in metrics
+    ]
     assert reported == [1, 6]
     for i in reported:
         before, metrics = log[i]
@@ -95,7 +117,9 @@ def test_measuring_moves_nothing_and_remembers_the_teacher(ran):
         jax.tree.map(np.testing.assert_array_equal, log[i][0].params, after.params)
         jax.tree.map(np.testing.assert_array_equal, log[i][0].opt, after.opt)
     np.testing.assert_array_equal(log[2][0].memory["teacher"], end.memory["teacher"])
-    assert (end.memory["teacher"][1] == 40).all()  # two batches of four rows of five targets
+    assert (
+        end.memory["teacher"][1] == 40
+    ).all()  # two batches of four rows of five targets
     assert not end.memory["student"].any()
 
 
@@ -113,7 +137,9 @@ def test_loss_is_cross_entropy_and_a_little_kl():
 
 def test_without_gamma_it_is_continued_pretraining():
     for method in (DDK(domains=2, gamma=0.0), SFT()):
-        state = init_state(method, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS)
+        state = init_state(
+            method, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), PARAMS
+        )
         step, _ = make_train_step(method, NETS, {"student": optax.adam(1e-2)})
         for i in range(5):
             state, metrics = step(state, BATCHES[2 + i % 3], jax.random.key(1), (0,))
@@ -121,35 +147,47 @@ def test_without_gamma_it_is_continued_pretraining():
             first = state.params["student"], metrics["student/loss"]
     np.testing.assert_allclose(first[1], metrics["student/loss"], rtol=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first[0], state.params["student"]
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        first[0],
+        state.params["student"],
     )
 
 
 def test_an_equal_teacher_has_ratios_of_one():
     params = {"teacher": PARAMS["teacher"], "student": PARAMS["teacher"]}
     assert abs(loss(METHOD, params).metrics["divergence"]) <= 1e-5
-    state = init_state(METHOD, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), params)
+    state = init_state(
+        METHOD, NETS, {"student": optax.adam(1e-2)}, jax.random.key(0), params
+    )
     ctx = lambda memory, i: Ctx(BATCHES[i], jax.random.key(0), 0, memory)
 
     def measure(i, memory):
-        batch = METHOD.add_batch(("student", "teacher"), bind(NETS, params), ctx(memory, i))
+        batch = METHOD.add_batch(
+            ("student", "teacher"), bind(NETS, params), ctx(memory, i)
+        )
         keep = METHOD.report if i == 1 else METHOD.remember
         return keep(bind(NETS, params), Ctx(batch, jax.random.key(0), 0, memory))
 
     out = measure(1, measure(0, state.memory).memory)
-    np.testing.assert_allclose([out.metrics["ratio0"], out.metrics["ratio1"]], 1.0, rtol=1e-6)
+    np.testing.assert_allclose(
+        [out.metrics["ratio0"], out.metrics["ratio1"]], 1.0, rtol=1e-6
+    )
 
 
 def test_controller():
     metrics = lambda a, b: {"measured/ratio0": a, "measured/ratio1": b}
     mixture = METHOD.controller()
     assert mixture.update({"student/loss": 1.0}) == {}
-    assert mixture.update(metrics(1.0, 2.0)) == {}  # the first interval stays as the data are
+    assert (
+        mixture.update(metrics(1.0, 2.0)) == {}
+    )  # the first interval stays as the data are
     np.testing.assert_allclose(mixture.weights, np.array([1, np.e]) / (1 + np.e))
     twin = METHOD.controller()
     twin.restore(mixture.state())
     hints = mixture.update(metrics(1.0, 1.0))
-    np.testing.assert_allclose(hints["weights"], 0.5 * np.array([1, np.e]) / (1 + np.e) + 0.25)
+    np.testing.assert_allclose(
+        hints["weights"], 0.5 * np.array([1, np.e]) / (1 + np.e) + 0.25
+    )
     assert (
         twin.update(metrics(1.0, 1.0)) == hints
         and twin.state() == mixture.state()
@@ -165,15 +203,26 @@ def test_refusals():
     with pytest.raises(Refused, match=r"method.interval=0"):
         DDK(domains=2, interval=0)
     with pytest.raises(Refused, match="has every domain held-out rows"):
-        METHOD.controller().update({"measured/ratio0": float("nan"), "measured/ratio1": 1.0})
+        METHOD.controller().update(
+            {"measured/ratio0": float("nan"), "measured/ratio1": 1.0}
+        )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(interval=4), r"method.interval=3: the data \(Chains\) has 4, expected the same"),
-        (dict(interval=0), r"method.interval=3: the data \(Chains\) has 0, expected the same"),
-        (dict(measures=1), r"method.measures=2: the data \(Chains\) has 1, expected the same"),
+        (
+            dict(interval=4),
+            r"method.interval=3: the data \(Chains\) has 4, expected the same",
+        ),
+        (
+            dict(interval=0),
+            r"method.interval=3: the data \(Chains\) has 0, expected the same",
+        ),
+        (
+            dict(measures=1),
+            r"method.measures=2: the data \(Chains\) has 1, expected the same",
+        ),
         (
             dict(branches=(2, 2, 3), batch_size=9),
             r"method.domains=2: the data \(Chains\) has 3, expected the same",
@@ -194,14 +243,20 @@ def test_no_method_trains_on_held_out_batches():
     refused = f"{given}: SFT would train student on the held-out samples of step 0"
     with pytest.raises(Refused, match=refused):
         DATA.check_method(SFT())
-    with pytest.raises(Refused, match="KD would train student on the held-out samples of step 0"):
+    with pytest.raises(
+        Refused, match="KD would train student on the held-out samples of step 0"
+    ):
         DATA.check_method(KD())
-    with pytest.raises(Refused, match="DDK would train student on the held-out samples of step 5"):
+    with pytest.raises(
+        Refused, match="DDK would train student on the held-out samples of step 5"
+    ):
         DATA.check_method(DDK(domains=2, interval=4, measures=2))
     dataclasses.replace(DATA, interval=0).check_method(SFT())
     DATA.check_method(METHOD)
 
 
 def test_other_data_is_refused():
-    with pytest.raises(Refused, match=r"method.interval=3: the data \(Markov\) has 0"):
+    with pytest.raises(
+        Refused, match=r"method.interval=3: the data \(Markov\) has 0"
+    ):
         METHOD.check(NETS, Markov(vocab=4, branch=2))

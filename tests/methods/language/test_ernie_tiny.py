@@ -36,12 +36,18 @@ def weights(net, seed):
 PARAMS = {role: weights(net, i) for i, (role, net) in enumerate(NETS.items())}
 BATCH = {
     k: jnp.asarray(v)
-    for k, v in Patterns(vocab=8, length=8, batch_size=4).batch(0, slice(None)).items()
+    for k, v in Patterns(vocab=8, length=8, batch_size=4)
+    .batch(0, slice(None))
+    .items()
 }
 BATCH["mask"] = BATCH["mask"].at[1, 6:].set(False)
 METHOD = ErnieTiny(student_depth=2, teacher_depth=4)
 STAGE = {name: part.method for name, part in zip(METHOD.plan, METHOD.stages(100))}
-TWINS = {**NETS, "student": TEACHER, "projection": make_net(Projection(inputs=8, outputs=8))}
+TWINS = {
+    **NETS,
+    "student": TEACHER,
+    "projection": make_net(Projection(inputs=8, outputs=8)),
+}
 TWIN_PARAMS = {
     **PARAMS,
     "student": PARAMS["teacher"],
@@ -51,7 +57,9 @@ TWIN_PARAMS = {
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def loss(method, params=PARAMS, batch=BATCH, twins=False):
-    return method.loss(bind(TWINS if twins else NETS, params), Ctx(batch, jax.random.key(0), 0, {}))
+    return method.loss(
+        bind(TWINS if twins else NETS, params), Ctx(batch, jax.random.key(0), 0, {})
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -76,14 +84,20 @@ def size(tree):
 
 def test_one_ingredient_changes_at_a_time():
     chain = [STAGES[name] for name in METHOD.plan]
-    assert [sum(a != b for a, b in zip(x, y)) for x, y in zip(chain, chain[1:])] == [1, 1, 1]
+    assert [sum(a != b for a, b in zip(x, y)) for x, y in zip(chain, chain[1:])] == [
+        1,
+        1,
+        1,
+    ]
     assert [STAGE[name].frozen for name in METHOD.plan] == [
         ("pretrained",),
         ("teacher",),
         ("teacher",),
         ("teacher",),
     ]
-    assert METHOD.frozen == ("pretrained", "teacher") and [p.steps for p in METHOD.stages(100)] == [
+    assert METHOD.frozen == ("pretrained", "teacher") and [
+        p.steps for p in METHOD.stages(100)
+    ] == [
         60,
         6,
         17,
@@ -104,7 +118,11 @@ def test_a_twin_has_nothing_to_learn():
 
 def test_without_labels_the_last_stage_is_the_third():
     plain = ErnieTiny(
-        student_depth=2, teacher_depth=4, stage="TSD", soft_weight=0.0, hard_weight=0.0
+        student_depth=2,
+        teacher_depth=4,
+        stage="TSD",
+        soft_weight=0.0,
+        hard_weight=0.0,
     )
     np.testing.assert_allclose(loss(plain).loss, loss(STAGE["TAD"]).loss, rtol=1e-6)
     jax.tree.map(
@@ -138,20 +156,36 @@ def test_teachers_and_labels_of_general_text_get_no_gradient():
             size(grads["teacher"]) == size(grads["pretrained"]) == 0
             and size(grads["projection"]) > 0
         )
-    unlabelled = {k: v for k, v in BATCH.items() if k in ("general_tokens", "general_mask")}
+    unlabelled = {
+        k: v for k, v in BATCH.items() if k in ("general_tokens", "general_mask")
+    }
     assert loss(STAGE["GD"], PARAMS, unlabelled).loss == loss(STAGE["GD"]).loss
 
 
 def test_stages_read_their_own_teacher_and_text():
     plain = {name: float(loss(STAGE[name]).loss) for name in METHOD.plan}
     changed = lambda name, **other: (
-        abs(float(loss(STAGE[name], {**PARAMS, **other}).loss) / plain[name] - 1) > 1e-5
+        abs(float(loss(STAGE[name], {**PARAMS, **other}).loss) / plain[name] - 1)
+        > 1e-5
     )  # not rounding
     new = weights(TEACHER, 9)
-    assert [changed(name, pretrained=new) for name in METHOD.plan] == [True, False, False, False]
-    assert [changed(name, teacher=new) for name in METHOD.plan] == [False, True, True, True]
+    assert [changed(name, pretrained=new) for name in METHOD.plan] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert [changed(name, teacher=new) for name in METHOD.plan] == [
+        False,
+        True,
+        True,
+        True,
+    ]
     swapped = {**BATCH, "tokens": (BATCH["tokens"] + 1) % 8}
-    apart = [abs(float(loss(STAGE[n], PARAMS, swapped).loss) / plain[n] - 1) for n in METHOD.plan]
+    apart = [
+        abs(float(loss(STAGE[n], PARAMS, swapped).loss) / plain[n] - 1)
+        for n in METHOD.plan
+    ]
     assert [gap > 1e-5 for gap in apart] == [False, False, True, True]
     one = {**PARAMS, "teacher": PARAMS["pretrained"]}
     np.testing.assert_allclose(
@@ -168,7 +202,9 @@ def test_padding_is_invisible():
     a = loss(STAGE["TSD"])
     b = loss(STAGE["TSD"], PARAMS, wide)
     for name in ("hidden", "attention", "soft", "hard"):
-        np.testing.assert_allclose(a.metrics[name], b.metrics[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            a.metrics[name], b.metrics[name], rtol=1e-4, atol=1e-6
+        )
 
 
 def test_micro_batches_do_not_move_the_update():
@@ -179,7 +215,9 @@ def test_micro_batches_do_not_move_the_update():
     }
     start = {role: PARAMS[role] for role in ("teacher", "student", "projection")}
     runs = [
-        first_steps(STAGE["TSD"], NETS, optax.sgd(0.1), start, uneven, 1, accumulate=n)
+        first_steps(
+            STAGE["TSD"], NETS, optax.sgd(0.1), start, uneven, 1, accumulate=n
+        )
         for n in (1, 2)
     ]
     jax.tree.map(
@@ -187,7 +225,9 @@ def test_micro_batches_do_not_move_the_update():
         *(states[-1].params for states, _ in runs),
     )
     for name, value in runs[0][1][0].items():
-        np.testing.assert_allclose(runs[1][1][0][name], value, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            runs[1][1][0][name], value, rtol=1e-4, err_msg=name
+        )
 
 
 def test_soft_labels_differ_from_kl_by_the_entropy():
@@ -206,21 +246,33 @@ def test_student_and_projection_go_on():
     params = PARAMS
     nets = NETS
     for method in (STAGE["GD"], STAGE["GED"]):
-        start = {role: params[role] for role in (*method.frozen, "student", "projection")}
-        (first, last), _ = first_steps(method, nets, optax.adam(1e-2), start, BATCH, 1)
+        start = {
+            role: params[role] for role in (*method.frozen, "student", "projection")
+        }
+        (first, last), _ = first_steps(
+            method, nets, optax.adam(1e-2), start, BATCH, 1
+        )
         jax.tree.map(
-            np.testing.assert_array_equal, first.params, {r: params[r] for r in first.params}
+            np.testing.assert_array_equal,
+            first.params,
+            {r: params[r] for r in first.params},
         )
         moved = last.params
-        assert all(size(jax.tree.map(jnp.subtract, moved[r], params[r])) > 0 for r in moved)
+        assert all(
+            size(jax.tree.map(jnp.subtract, moved[r], params[r])) > 0 for r in moved
+        )
         params = {**params, **moved}
 
 
 def test_fine_tuning_is_cross_entropy():
     q = probabilities("student")
-    expected = -np.mean(np.log(np.take_along_axis(q, np.asarray(BATCH["label"])[:, None], 1)))
+    expected = -np.mean(
+        np.log(np.take_along_axis(q, np.asarray(BATCH["label"])[:, None], 1))
+    )
     np.testing.assert_allclose(loss(FineTune()).loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(loss(STAGE["TSD"]).metrics["hard"], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(STAGE["TSD"]).metrics["hard"], expected, rtol=1e-5
+    )
 
 
 def test_data(check_rows=8):
@@ -229,11 +281,14 @@ def test_data(check_rows=8):
     two = data.batch(0, slice(4, 8))
     for name in one:
         np.testing.assert_array_equal(one[name][4:], two[name])
-    assert len({row.tobytes() for row in one["tokens"]}) == 5  # labelled texts go round
+    assert (
+        len({row.tobytes() for row in one["tokens"]}) == 5
+    )  # labelled texts go round
     held = data.evaluation(40)
     has = lambda row, p: any((row[i : i + 3] == p).all() for i in range(6))
     assert all(
-        has(row, [[3, 1, 2], [2, 1, 3]][label]) for row, label in zip(held["tokens"], held["label"])
+        has(row, [[3, 1, 2], [2, 1, 3]][label])
+        for row, label in zip(held["tokens"], held["label"])
     )
     assert held["domain"].sum() == 20
 
@@ -241,5 +296,7 @@ def test_data(check_rows=8):
 def test_refusals():
     with pytest.raises(Refused, match=r"method\.plan='GEDD': did you mean 'GED'"):
         ErnieTiny(plan=("GD", "GEDD"), shares=(1.0, 1.0))
-    with pytest.raises(Refused, match="expected a positive share for each of GD, TSD"):
+    with pytest.raises(
+        Refused, match="expected a positive share for each of GD, TSD"
+    ):
         ErnieTiny(plan=("GD", "TSD"))

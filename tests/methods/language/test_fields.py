@@ -12,12 +12,21 @@ import pytest
 from jaxdistill.core.types import Ctx, Refused
 from jaxdistill.methods.architecture.prune_then_distil import PruneThenDistil
 from jaxdistill.methods.language import _rollout
-from jaxdistill.methods.language.cross_tokenizer_kd import ULD, CrossTokenizerKD, SpanULD
+from jaxdistill.methods.language.cross_tokenizer_kd import (
+    ULD,
+    CrossTokenizerKD,
+    SpanULD,
+)
 from jaxdistill.methods.language.ddk import DDK
 from jaxdistill.methods.language.gkd import GKD
 from jaxdistill.methods.language.grpo import GRPO
 from jaxdistill.methods.language.kd import KD, StoredKD
-from jaxdistill.methods.language.multi_teacher import EnsembleGKD, EnsembleKD, RoutedGKD, RoutedKD
+from jaxdistill.methods.language.multi_teacher import (
+    EnsembleGKD,
+    EnsembleKD,
+    RoutedGKD,
+    RoutedKD,
+)
 from jaxdistill.methods.language.paced import Paced, SelfPaced
 from jaxdistill.methods.language.recursive_meta import RecursiveMeta
 from jaxdistill.methods.language.rlad import KDRL, RLAD
@@ -41,7 +50,12 @@ TOKENS = RNG.integers(0, VOCAB, (2, ROWS, LENGTH))
 MASK = np.tile(np.float32(np.arange(LENGTH) > 1), (ROWS, 1))
 SPAN = np.where(MASK > 0, np.arange(LENGTH), -1)
 BATCH = {
-    **{"tokens": TOKENS[0], "mask": MASK, "span": SPAN, "domain": np.arange(ROWS) % 2},
+    **{
+        "tokens": TOKENS[0],
+        "mask": MASK,
+        "span": SPAN,
+        "domain": np.arange(ROWS) % 2,
+    },
     **{"teacher_tokens": TOKENS[1], "teacher_mask": MASK, "teacher_span": SPAN},
     **{"explain_tokens": TOKENS[1], "explain_mask": MASK},
     "teacher_ids": np.tile(np.int32([2, 0, 5]), (ROWS, LENGTH, 1)),
@@ -148,7 +162,9 @@ def test_every_inherited_field_acts_or_is_refused(name, seen):
     unread = []
     for field in (f.name for f in dataclasses.fields(method) if f.name in AWAY):
         away = AWAY[field] if getattr(method, field) != AWAY[field] else ForwardKL()
-        needs = {} if name == "StoredKD" else NEEDS.get(field, {})  # its store has a top_k
+        needs = (
+            {} if name == "StoredKD" else NEEDS.get(field, {})
+        )  # its store has a top_k
         try:
             before = dataclasses.replace(method, **needs)
             after = dataclasses.replace(before, **{field: away})
@@ -185,9 +201,12 @@ def test_the_students_own_text_has_no_label(seen):
     (own_plain, given_plain), _ = behaviour(plain, seen)
     hard = behaviour(KD(hard_weight=1.0), seen)[0][0][1]
     assert own == own_plain
-    np.testing.assert_allclose(given[1], 0.75 * given_plain[1] + 0.25 * hard, rtol=1e-6)
+    np.testing.assert_allclose(
+        given[1], 0.75 * given_plain[1] + 0.25 * hard, rtol=1e-6
+    )
     with pytest.raises(
-        Refused, match=r"method\.hard_weight=0\.25: expected 0 where method\.on_policy=1"
+        Refused,
+        match=r"method\.hard_weight=0\.25: expected 0 where method\.on_policy=1",
     ):
         GKD(hard_weight=0.25, on_policy=1.0)
 
@@ -217,10 +236,14 @@ def test_schedules_reach_every_loss(seen):
         StoredKD,
     ):
         weighted = cls(hard_weight=ramp(0.0, 1.0))
-        np.testing.assert_allclose(loss(weighted, 5), loss(cls(hard_weight=0.5), 5), rtol=1e-6)
+        np.testing.assert_allclose(
+            loss(weighted, 5), loss(cls(hard_weight=0.5), 5), rtol=1e-6
+        )
         if cls is not StoredKD:
             np.testing.assert_allclose(
-                loss(cls(temperature=ramp(3.0, 1.0)), 5), loss(cls(temperature=2.0), 5), rtol=1e-5
+                loss(cls(temperature=ramp(3.0, 1.0)), 5),
+                loss(cls(temperature=2.0), 5),
+                rtol=1e-5,
             )
     for cls in (GKD, EnsembleGKD, RoutedGKD, TSDKD):
         for step, beta in ((0, 0.0), (5, 0.4), (10, 0.8)):
@@ -240,23 +263,35 @@ def test_schedules_reach_every_loss(seen):
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda: KD(temperature=0.0), r"method\.temperature=0\.0: expected a number above 0"),
+        (
+            lambda: KD(temperature=0.0),
+            r"method\.temperature=0\.0: expected a number above 0",
+        ),
         (
             lambda: KD(temperature=Linear(start=1.0, end=0.0, steps=3)),
             r"method\.temperature=Linear.*above 0",
         ),
         (lambda: KD(hard_weight=1.5), r"method\.hard_weight=1\.5: expected 0 to 1"),
-        (lambda: KD(hard_weight=float("nan")), r"method\.hard_weight=nan: expected 0 to 1"),
+        (
+            lambda: KD(hard_weight=float("nan")),
+            r"method\.hard_weight=nan: expected 0 to 1",
+        ),
         (
             lambda: KD(top_k=2, support="studnet"),
             r"method\.support='studnet': did you mean 'student'\?",
         ),
-        (lambda: KD(top_k=2, tail="drop"), r"method\.tail='drop': did you mean 'dropped'\?"),
+        (
+            lambda: KD(top_k=2, tail="drop"),
+            r"method\.tail='drop': did you mean 'dropped'\?",
+        ),
         (
             lambda: KD(support="student"),
             r"method\.support='student', method\.tail='bucket': need method\.top_k above 0",
         ),
-        (lambda: GKD(divergence=JensenShannon(beta=1.5)), r"beta=1\.5: expected 0 to 1"),
+        (
+            lambda: GKD(divergence=JensenShannon(beta=1.5)),
+            r"beta=1\.5: expected 0 to 1",
+        ),
         (lambda: GKD(on_policy=-0.1), r"method\.on_policy=-0\.1: expected 0 to 1"),
         (
             lambda: GKD(sample_temperature=-1.0),

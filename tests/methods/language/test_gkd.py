@@ -37,7 +37,9 @@ PROMPT_MASK = jnp.array([[1, 1, 1], [0, 1, 1], [0, 0, 1]], bool)
 BATCH = {
     "tokens": jnp.asarray(RNG.integers(0, 7, (3, 8)), jnp.int32),
     "mask": jnp.asarray(np.arange(8) >= 3, jnp.float32)[None].repeat(3, 0),
-    "segments": jnp.concatenate([PROMPT_MASK.astype(jnp.int32), jnp.ones((3, 5), jnp.int32)], 1),
+    "segments": jnp.concatenate(
+        [PROMPT_MASK.astype(jnp.int32), jnp.ones((3, 5), jnp.int32)], 1
+    ),
     "prompt_mask": PROMPT_MASK,
 }
 BATCH["prompt"] = BATCH["tokens"][:, :3]
@@ -46,13 +48,22 @@ BATCH["prompt"] = BATCH["tokens"][:, :3]
 @pytest.mark.parametrize("beta", [0.0, 1e-5, 1.0, 1 - 1e-5])
 def test_limits_are_forward_and_reverse_kl(beta):
     with jax.enable_x64(True):
-        p, q = (jnp.asarray(np.random.default_rng(i).standard_normal((3, 8, 7))) for i in range(2))
-        nets = SimpleNamespace(teacher=lambda tokens, **_: p, student=lambda tokens, **_: q)
-        loss = lambda method: float(method.loss(nets, Ctx(BATCH, jax.random.key(0), 0, {})).loss)
+        p, q = (
+            jnp.asarray(np.random.default_rng(i).standard_normal((3, 8, 7)))
+            for i in range(2)
+        )
+        nets = SimpleNamespace(
+            teacher=lambda tokens, **_: p, student=lambda tokens, **_: q
+        )
+        loss = lambda method: float(
+            method.loss(nets, Ctx(BATCH, jax.random.key(0), 0, {})).loss
+        )
         expected = loss(KD(divergence=ReverseKL() if beta > 0.5 else ForwardKL()))
         scale = 1.0 if beta in (0, 1) else min(beta, 1 - beta)
         np.testing.assert_allclose(
-            loss(GKD(divergence=JensenShannon(beta=beta))) / scale, expected, rtol=1e-4
+            loss(GKD(divergence=JensenShannon(beta=beta))) / scale,
+            expected,
+            rtol=1e-4,
         )
 
 
@@ -82,7 +93,12 @@ def test_the_student_writes_after_the_prompt(greedy):
     net = functools.partial(NETS["student"].apply, PARAMS["student"])
     tokens, _ = jax.jit(
         lambda: generate(
-            net, BATCH["prompt"], 8, jax.random.key(0), prompt_mask=PROMPT_MASK, temperature=0.0
+            net,
+            BATCH["prompt"],
+            8,
+            jax.random.key(0),
+            prompt_mask=PROMPT_MASK,
+            temperature=0.0,
         )
     )()
     np.testing.assert_array_equal(greedy["tokens"], tokens)
@@ -90,16 +106,22 @@ def test_the_student_writes_after_the_prompt(greedy):
     np.testing.assert_array_equal(greedy["segments"], BATCH["segments"])
     np.testing.assert_array_equal(
         greedy["positions"],
-        [[0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 1, 2, 3, 4, 5, 6], [0, 0, 0, 1, 2, 3, 4, 5]],
+        [
+            [0, 1, 2, 3, 4, 5, 6, 7],
+            [0, 0, 1, 2, 3, 4, 5, 6],
+            [0, 0, 0, 1, 2, 3, 4, 5],
+        ],
     )
 
 
 def test_its_argmax_is_what_the_loss_sees(greedy):
     """The full pass of the loss and the cached pass of the rollout agree on the student."""
-    logits = jax.jit(lambda p: NETS["student"].apply(p, greedy["tokens"], **context(greedy)))(
-        PARAMS["student"]
+    logits = jax.jit(
+        lambda p: NETS["student"].apply(p, greedy["tokens"], **context(greedy))
+    )(PARAMS["student"])
+    np.testing.assert_array_equal(
+        jnp.argmax(logits, -1)[:, 2:-1], greedy["tokens"][:, 3:]
     )
-    np.testing.assert_array_equal(jnp.argmax(logits, -1)[:, 2:-1], greedy["tokens"][:, 3:])
 
 
 def test_nothing_counts_after_eos(greedy):
@@ -113,15 +135,24 @@ def test_nothing_counts_after_eos(greedy):
         )
         assert (batch["tokens"][row, stop + 1 :] == 6).all()
         for name in ("mask", "segments"):
-            assert not batch[name][row, stop + 1 :].any() and batch[name][row, 3 : stop + 1].all()
+            assert (
+                not batch[name][row, stop + 1 :].any()
+                and batch[name][row, 3 : stop + 1].all()
+            )
     assert not batch["mask"][0, 5:].any()
 
 
 def test_rows_of_text_are_cut_into_prompts():
-    batch = rollout(GKD(prompt_length=2), {"tokens": BATCH["tokens"], "mask": BATCH["mask"]})
+    batch = rollout(
+        GKD(prompt_length=2), {"tokens": BATCH["tokens"], "mask": BATCH["mask"]}
+    )
     np.testing.assert_array_equal(batch["tokens"][:, :2], BATCH["tokens"][:, :2])
-    np.testing.assert_array_equal(batch["mask"], jnp.asarray(np.arange(8) >= 2)[None].repeat(3, 0))
-    with pytest.raises(Refused, match=r"method.prompt_length=0: the data has no prompts"):
+    np.testing.assert_array_equal(
+        batch["mask"], jnp.asarray(np.arange(8) >= 2)[None].repeat(3, 0)
+    )
+    with pytest.raises(
+        Refused, match=r"method.prompt_length=0: the data has no prompts"
+    ):
         rollout(GKD(), {"tokens": BATCH["tokens"], "mask": BATCH["mask"]})
 
 
@@ -136,7 +167,9 @@ def test_no_gradient_through_sampling():
     """
     method = GKD(on_policy=1.0)
     state, _ = train(method, 1, optax.sgd(1.0))
-    ctx = Ctx(BATCH, jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0), 0, {})
+    ctx = Ctx(
+        BATCH, jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0), 0, {}
+    )
 
     def gradient(params):
         batch = method.rollout(bind(NETS, params), ctx)
@@ -146,7 +179,9 @@ def test_no_gradient_through_sampling():
         grads = jax.grad(lambda p: loss(p).loss)(params["student"])
         return jax.tree.map(lambda g: g / loss(params["student"]).count, grads)
 
-    expected = jax.tree.map(jnp.subtract, PARAMS["student"], jax.jit(gradient)(PARAMS))
+    expected = jax.tree.map(
+        jnp.subtract, PARAMS["student"], jax.jit(gradient)(PARAMS)
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         state.params["student"],
@@ -158,17 +193,22 @@ def test_five_steps_of_both_kinds(compilations):
     state, losses = train(GKD(on_policy=0.5), 5, optax.adam(1e-2))
     assert {GKD(on_policy=0.5).is_on_policy(i) for i in range(5)} == {True, False}
     assert compilations["train_step"] == 2 and np.isfinite(losses).all()
-    jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], PARAMS["teacher"])
+    jax.tree.map(
+        np.testing.assert_array_equal, state.frozen["teacher"], PARAMS["teacher"]
+    )
     assert any(
         (a != b).any()
         for a, b in zip(
-            jax.tree.leaves(state.params["student"]), jax.tree.leaves(PARAMS["student"])
+            jax.tree.leaves(state.params["student"]),
+            jax.tree.leaves(PARAMS["student"]),
         )
     )
 
 
 def test_without_its_own_writing_it_is_kd():
-    a, losses = train(GKD(on_policy=0.0, divergence=JensenShannon(beta=0.3)), 3, optax.sgd(0.1))
+    a, losses = train(
+        GKD(on_policy=0.0, divergence=JensenShannon(beta=0.3)), 3, optax.sgd(0.1)
+    )
     b, others = train(KD(divergence=JensenShannon(beta=0.3)), 3, optax.sgd(0.1))
     np.testing.assert_allclose(losses, others, rtol=1e-6)
     jax.tree.map(
@@ -194,7 +234,10 @@ def test_it_stops_at_the_datas_end_token_by_default(eos, tmp_path):
     gkd = GKD(eos=eos, pad=0)
     carry = Carry()
     markov = Markov()
-    assert (make(carry, gkd).eos, make(carry, gkd).pad) == (eos or (12,), 0 if eos else 13)
+    assert (make(carry, gkd).eos, make(carry, gkd).pad) == (
+        eos or (12,),
+        0 if eos else 13,
+    )
     (tmp_path / "a.jsonl").write_text("")
     made = make(PackedJson(path=str(tmp_path / "a.jsonl")), gkd)
     assert (made.eos, made.pad) == (eos or (258,), 0 if eos else 256)

@@ -40,15 +40,20 @@ def ctx(batch, step=0):
 @pytest.fixture(scope="module")
 def record():
     return jax.jit(
-        lambda params: METHOD.rollout(bind(dict.fromkeys(ROLES, NET), params), ctx(BATCH))
+        lambda params: METHOD.rollout(
+            bind(dict.fromkeys(ROLES, NET), params), ctx(BATCH)
+        )
     )(PARAMS)
 
 
 def test_what_a_rollout_carries(record):
     assert (
-        record["tokens"].shape == (8, 8) and (record["group"] == jnp.repeat(jnp.arange(2), 4)).all()
+        record["tokens"].shape == (8, 8)
+        and (record["group"] == jnp.repeat(jnp.arange(2), 4)).all()
     )
-    np.testing.assert_array_equal(record["tokens"][:, :3], jnp.repeat(TOKENS[:, :3], 4, 0))
+    np.testing.assert_array_equal(
+        record["tokens"][:, :3], jnp.repeat(TOKENS[:, :3], 4, 0)
+    )
     assert (
         len({tuple(row) for row in np.asarray(record["tokens"][:4])}) > 1
     )  # the responses of a group differ
@@ -63,7 +68,9 @@ def test_what_a_rollout_carries(record):
             jax.nn.log_softmax(logits)[:, :-1], record["tokens"][:, 1:, None], -1
         )[..., 0]
         real = np.asarray(record["mask"][:, 1:] > 0)
-        np.testing.assert_allclose(record[f"log_{role}"][real], each[real], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            record[f"log_{role}"][real], each[real], rtol=1e-5, atol=1e-5
+        )
     hit = (record["tokens"] == jnp.repeat(TOKENS, 4, 0)) & (record["mask"] > 0)
     np.testing.assert_allclose(record["reward"], hit.sum(1) / 5, rtol=1e-6)
     r = np.asarray(record["reward"]).reshape(2, 4)
@@ -75,10 +82,14 @@ def test_the_standard_deviation_that_peers_take(record):
     """TRL's: over group - 1, and 1e-4 beside it."""
     method = dataclasses.replace(METHOD, ddof=1, std_eps=1e-4)
     again = jax.jit(
-        lambda params: method.rollout(bind(dict.fromkeys(ROLES, NET), params), ctx(BATCH))
+        lambda params: method.rollout(
+            bind(dict.fromkeys(ROLES, NET), params), ctx(BATCH)
+        )
     )(PARAMS)
     r = np.asarray(record["reward"]).reshape(2, 4)
-    expected = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 1e-4)
+    expected = (r - r.mean(1, keepdims=True)) / (
+        r.std(1, ddof=1, keepdims=True) + 1e-4
+    )
     np.testing.assert_allclose(again["advantage"], expected.ravel(), atol=1e-5)
     for bad in ({"ddof": 2}, {"std_eps": 0.0}):
         with pytest.raises(
@@ -106,7 +117,12 @@ def test_equation_3(record, logits):
     )[..., 0]
     log_q, old, ref, mask = (
         np.asarray(x, np.float64)
-        for x in (log_q, record["log_old"], record["log_reference"], record["mask"][:, 1:])
+        for x in (
+            log_q,
+            record["log_old"],
+            record["log_reference"],
+            record["mask"][:, 1:],
+        )
     )
     ratio = np.exp(log_q - old)
     advantage = np.asarray(record["advantage"], np.float64)[:, None]
@@ -115,7 +131,9 @@ def test_equation_3(record, logits):
     total = np.sum(np.sum((gain - 0.3 * kl) * mask, 1) / mask.sum(1))
     np.testing.assert_allclose(out.loss, -total, rtol=1e-5)
     assert out.count == 8
-    np.testing.assert_allclose(out.metrics["reward"], record["reward"].sum(), rtol=1e-6)
+    np.testing.assert_allclose(
+        out.metrics["reward"], record["reward"].sum(), rtol=1e-6
+    )
     np.testing.assert_allclose(
         out.metrics["clipped"][0], np.sum(((ratio > 1.5) | (ratio < 0.9)) * mask)
     )
@@ -131,7 +149,9 @@ def test_at_the_old_policy_it_is_reinforce(record):
         mask = record["mask"][:, 1:]
         return -jnp.sum(record["advantage"] * jnp.sum(log_q * mask, 1) / mask.sum(1))
 
-    grads = jax.jit(jax.grad(lambda p: method.loss(nets(p), ctx(record)).loss))(PARAMS["old"])
+    grads = jax.jit(jax.grad(lambda p: method.loss(nets(p), ctx(record)).loss))(
+        PARAMS["old"]
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
         grads,
@@ -142,9 +162,16 @@ def test_at_the_old_policy_it_is_reinforce(record):
 def test_padding_changes_nothing(record, logits):
     """Neither tokens nor log-probabilities beyond the end, however wild."""
     padding = record["mask"][:, 1:] == 0
-    wild = {**record, "tokens": jnp.where(record["segments"] > 0, record["tokens"], 3)}
-    wild |= {k: jnp.where(padding, -1e4, record[k]) for k in ("log_old", "log_reference")}
-    value = jax.value_and_grad(lambda z, batch: METHOD.loss(scripted(z), ctx(batch)).loss)
+    wild = {
+        **record,
+        "tokens": jnp.where(record["segments"] > 0, record["tokens"], 3),
+    }
+    wild |= {
+        k: jnp.where(padding, -1e4, record[k]) for k in ("log_old", "log_reference")
+    }
+    value = jax.value_and_grad(
+        lambda z, batch: METHOD.loss(scripted(z), ctx(batch)).loss
+    )
     assert padding[:, 2:].any()
     for a, b in zip(value(logits, record), value(logits, wild)):
         np.testing.assert_array_equal(a, b)
@@ -154,7 +181,11 @@ def test_padding_changes_nothing(record, logits):
 def test_chunks_change_nothing(record):
     nets = bind({"student": NET}, {"student": PARAMS["student"]})
     whole, parts = (
-        jax.jit(lambda n=n: dataclasses.replace(METHOD, chunk=n).log_probs(nets.student, record))()
+        jax.jit(
+            lambda n=n: dataclasses.replace(METHOD, chunk=n).log_probs(
+                nets.student, record
+            )
+        )()
         for n in (0, 3)
     )
     np.testing.assert_allclose(whole, parts, rtol=1e-5, atol=1e-5)
@@ -171,10 +202,18 @@ def train(compilations):
         nets = dict.fromkeys(("student", "old", *roles), NET)
         txs = {"student": tx or optax.sgd(0.1), "old": optax.sgd(0.0)}
         states, metrics = first_steps(
-            method, nets, txs, {r: PARAMS[r] for r in ("student", *roles)}, BATCH, steps
+            method,
+            nets,
+            txs,
+            {r: PARAMS[r] for r in ("student", *roles)},
+            BATCH,
+            steps,
         )
         assert compilations["train_step"] == 1
-        return [(state.params, row) for state, row in zip(states[1:], metrics, strict=True)]
+        return [
+            (state.params, row)
+            for state, row in zip(states[1:], metrics, strict=True)
+        ]
 
     return run
 
@@ -195,12 +234,17 @@ def test_the_old_policy_is_the_student_of_every_second_step(train):
     assert same(params[4]["old"], params[4]["student"]) and not same(
         params[4]["old"], params[2]["old"]
     )
-    assert history[0][1]["student/clipped"] == 0 and history[2][1]["student/clipped"] == 0
+    assert (
+        history[0][1]["student/clipped"] == 0
+        and history[2][1]["student/clipped"] == 0
+    )
 
 
 def test_it_raises_the_reward(train):
     method = dataclasses.replace(METHOD, group=16, kl_weight=0.0, eos=())
-    rewards = [m["student/reward"] for _, m in train(method, 60, (), optax.adam(5e-2))]
+    rewards = [
+        m["student/reward"] for _, m in train(method, 60, (), optax.adam(5e-2))
+    ]
     assert (
         np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
     )  # two prompts to learn by heart; chance is 1 / 7

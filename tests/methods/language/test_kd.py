@@ -28,14 +28,18 @@ TARGETS = BATCH["mask"][:, 1:] > 0
 
 def loss(method, teacher=P, student=Q, batch=BATCH):
     """The method's loss when the networks say these logits."""
-    nets = SimpleNamespace(teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student)
+    nets = SimpleNamespace(
+        teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student
+    )
     return method.turns[0].loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
 
 
 @pytest.mark.parametrize("kind", sorted(divergence.NAMES))
 def test_sum_of_divergences_at_targets(kind):
     out = loss(KD(divergence=divergence.NAMES[kind](), temperature=2.0))
-    each = divergence.token_divergence(divergence.NAMES[kind](), P, Q, temperature=2.0)[:, :-1]
+    each = divergence.token_divergence(
+        divergence.NAMES[kind](), P, Q, temperature=2.0
+    )[:, :-1]
     np.testing.assert_allclose(out.loss, each[TARGETS].sum(), rtol=1e-6)
     assert out.count == 5 and out.metrics["divergence"] == out.loss
 
@@ -43,7 +47,9 @@ def test_sum_of_divergences_at_targets(kind):
 def test_parameters_reach_the_kind():
     each = divergence.SkewKL(alpha=0.4)(P, Q)[:, :-1]
     np.testing.assert_allclose(
-        loss(KD(divergence=divergence.SkewKL(alpha=0.4))).loss, each[TARGETS].sum(), rtol=1e-6
+        loss(KD(divergence=divergence.SkewKL(alpha=0.4))).loss,
+        each[TARGETS].sum(),
+        rtol=1e-6,
     )
 
 
@@ -59,7 +65,11 @@ def test_gradient_in_the_students_logits():
 )  # which has a kink there
 def test_nothing_to_learn_from_an_equal_teacher(kind):
     value, grad = jax.value_and_grad(
-        lambda z: loss(KD(divergence=divergence.NAMES[kind]()), teacher=P + 3, student=z).loss
+        lambda z: (
+            loss(
+                KD(divergence=divergence.NAMES[kind]()), teacher=P + 3, student=z
+            ).loss
+        )
     )(P)
     assert abs(value) <= 1e-5 and jnp.abs(grad).max() <= 1e-5
 
@@ -80,8 +90,12 @@ def test_terms_are_averaged_by_the_hard_weight():
 def test_top_k_forgets_only_inside_the_tail():
     full = loss(KD()).loss
     values = [loss(KD(top_k=k)).loss for k in (1, 3, 6)]
-    assert 0 < values[0] < values[1] < full  # data processing: merging tokens loses divergence
-    np.testing.assert_allclose(values[2], full, rtol=1e-5)  # a tail of one token loses none
+    assert (
+        0 < values[0] < values[1] < full
+    )  # data processing: merging tokens loses divergence
+    np.testing.assert_allclose(
+        values[2], full, rtol=1e-5
+    )  # a tail of one token loses none
 
 
 def test_documents_of_a_row_are_passed_on():
@@ -118,16 +132,24 @@ def test_chunks_change_nothing(hard_weight):
     def value(method):
         run = lambda p: (
             method.loss(
-                bind({"teacher": TEACHER, "student": STUDENT}, {"teacher": teacher, "student": p}),
+                bind(
+                    {"teacher": TEACHER, "student": STUDENT},
+                    {"teacher": teacher, "student": p},
+                ),
                 ctx,
             ).loss
         )
         return jax.jit(jax.value_and_grad(run))(student)
 
     ctx = Ctx(BATCH, jax.random.key(0), 0, {})
-    whole = KD(divergence=divergence.JensenShannon(), temperature=1.5, hard_weight=hard_weight)
+    whole = KD(
+        divergence=divergence.JensenShannon(),
+        temperature=1.5,
+        hard_weight=hard_weight,
+    )
     for got, want in zip(
-        jax.tree.leaves(value(dataclasses.replace(whole, chunk=3))), jax.tree.leaves(value(whole))
+        jax.tree.leaves(value(dataclasses.replace(whole, chunk=3))),
+        jax.tree.leaves(value(whole)),
     ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
@@ -136,13 +158,21 @@ def train(method, batches, accumulate=1, lr=1e-2):
     nets = {"teacher": TEACHER, "student": STUDENT}
     start = {"teacher": weights(TEACHER, 0), "student": weights(STUDENT, 1)}
     states, metrics = first_steps(
-        method, nets, optax.adam(lr), start, batches, len(batches), accumulate=accumulate
+        method,
+        nets,
+        optax.adam(lr),
+        start,
+        batches,
+        len(batches),
+        accumulate=accumulate,
     )
     return states[-1], metrics[-1], [row["student/loss"] for row in metrics]
 
 
 def test_five_steps():
-    state, metrics, losses = train(KD(divergence=divergence.JensenShannon()), [BATCH] * 5)
+    state, metrics, losses = train(
+        KD(divergence=divergence.JensenShannon()), [BATCH] * 5
+    )
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
     assert metrics.keys() == {
         "student/loss",
@@ -150,7 +180,9 @@ def test_five_steps():
         "student/cross_entropy",
         "student/grad_norm",
     }
-    jax.tree.map(np.testing.assert_array_equal, state.frozen["teacher"], weights(TEACHER, 0))
+    jax.tree.map(
+        np.testing.assert_array_equal, state.frozen["teacher"], weights(TEACHER, 0)
+    )
 
 
 def test_micro_batches_are_pooled_by_their_tokens():
@@ -158,15 +190,27 @@ def test_micro_batches_are_pooled_by_their_tokens():
     whole, _, (a,) = train(KD(), [BATCH])
     parts, _, (b,) = train(KD(), [BATCH], accumulate=2)
     np.testing.assert_allclose(a, b, rtol=1e-5)
-    moved = jax.tree.map(lambda new, old: new - old, whole.params["student"], weights(STUDENT, 1))
-    again = jax.tree.map(lambda new, old: new - old, parts.params["student"], weights(STUDENT, 1))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), moved, again)
+    moved = jax.tree.map(
+        lambda new, old: new - old, whole.params["student"], weights(STUDENT, 1)
+    )
+    again = jax.tree.map(
+        lambda new, old: new - old, parts.params["student"], weights(STUDENT, 1)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), moved, again
+    )
 
 
 def test_refusals():
-    with pytest.raises(Refused, match=r"divergence='forward_l': did you mean 'forward_kl'\?"):
+    with pytest.raises(
+        Refused, match=r"divergence='forward_l': did you mean 'forward_kl'\?"
+    ):
         KD.upgraded({"kind": "forward_l"})
-    old = {"name": "methods.language.kd:KD", "kind": "forward_kl", "params": {"beta": 0.5}}
+    old = {
+        "name": "methods.language.kd:KD",
+        "kind": "forward_kl",
+        "params": {"beta": 0.5},
+    }
     with pytest.raises(Refused, match=r"ForwardKL has no field 'beta'"):
         build(old)
     with pytest.raises(Refused, match="top_k=3 needs whole rows"):

@@ -17,11 +17,15 @@ from jaxdistill.models.language.bert import BertClassifier
 MASK = 7
 VOCAB = 7
 TOKENS = jax.random.randint(jax.random.key(3), (400, 50), 0, VOCAB)
-REAL = jnp.arange(50) < jnp.arange(400)[:, None] % 50 + 1  # rows of 1 to 50 real tokens
+REAL = (
+    jnp.arange(50) < jnp.arange(400)[:, None] % 50 + 1
+)  # rows of 1 to 50 real tokens
 
 
 def corrupt(**fields):
-    return MaskedLM(mask_token=MASK, vocab=VOCAB, **fields).corrupt(TOKENS, REAL, jax.random.key(0))
+    return MaskedLM(mask_token=MASK, vocab=VOCAB, **fields).corrupt(
+        TOKENS, REAL, jax.random.key(0)
+    )
 
 
 def share(what, among) -> tuple[float, float]:
@@ -63,7 +67,10 @@ def test_loss_is_the_sum_over_the_chosen_and_their_count():
     ctx = Ctx({"tokens": TOKENS, "mask": REAL}, jax.random.key(0), jnp.int32(0), {})
     student = lambda shown, *rest, method: (jax.nn.one_hot(TOKENS, VOCAB), ())
     sure, flat = (
-        method.loss(SimpleNamespace(student=student, head=lambda x, scale=scale: scale * x), ctx)
+        method.loss(
+            SimpleNamespace(student=student, head=lambda x, scale=scale: scale * x),
+            ctx,
+        )
         for scale in (100.0, 0.0)
     )
     assert sure.loss < 1e-3 and sure.count == flat.count > 0
@@ -77,20 +84,35 @@ def test_filler_is_invisible_and_a_prefix_names_other_fields():
     nets = {
         "student": make_net(
             BertClassifier(
-                vocab=VOCAB + 1, dim=8, mlp=8, heads=2, depth=2, max_length=16, classes=2
+                vocab=VOCAB + 1,
+                dim=8,
+                mlp=8,
+                heads=2,
+                depth=2,
+                max_length=16,
+                classes=2,
             )
         ),
         "head": make_net(Projection(inputs=8, outputs=VOCAB)),
     }
-    params = {name: net.init(jax.random.key(i)) for i, (name, net) in enumerate(nets.items())}
+    params = {
+        name: net.init(jax.random.key(i))
+        for i, (name, net) in enumerate(nets.items())
+    }
     tokens = TOKENS[:4, :8]
     real = jnp.ones((4, 8), bool)
     method = MaskedLM(
-        mask_token=MASK, vocab=VOCAB, rate=1.0, masked=1.0, random=0.0, prefix="general_"
+        mask_token=MASK,
+        vocab=VOCAB,
+        rate=1.0,
+        masked=1.0,
+        random=0.0,
+        prefix="general_",
     )
     pad = lambda x, value: jnp.pad(x, ((0, 0), (0, 2)), constant_values=value)
     loss = lambda p, t, m: method.loss(
-        bind(nets, p), Ctx({"general_tokens": t, "general_mask": m}, jax.random.key(0), 0, {})
+        bind(nets, p),
+        Ctx({"general_tokens": t, "general_mask": m}, jax.random.key(0), 0, {}),
     )
     plain = loss(params, tokens, real)
     padded = loss(params, pad(tokens, 3), pad(real, False))

@@ -53,7 +53,9 @@ def weights(net, seed):
     )
 
 
-@pytest.mark.parametrize(("name", "stage"), [*[(name, 0) for name in TOYS], ("ernie_tiny", -1)])
+@pytest.mark.parametrize(
+    ("name", "stage"), [*[(name, 0) for name in TOYS], ("ernie_tiny", -1)]
+)
 def test_a_loss_is_the_sum_of_its_micro_batches(name, stage):
     experiment = Experiment(
         importlib.import_module(f"configs.toy.{name}").get_config(), Path("unused")
@@ -61,10 +63,14 @@ def test_a_loss_is_the_sum_of_its_micro_batches(name, stage):
     nets = experiment.nets
     turn = experiment.method.stages(100)[stage].method.turns[0]
     params = {role: weights(net, i) for i, (role, net) in enumerate(nets.items())}
-    ctx = lambda batch: Ctx(batch, jax.random.key(0), jnp.int32(0), experiment.method.memory())
+    ctx = lambda batch: Ctx(
+        batch, jax.random.key(0), jnp.int32(0), experiment.method.memory()
+    )
     whole = uneven(experiment.data.batch(0, slice(8)))
     gathered = turn.gather(bind(nets, params), ctx(whole)) if turn.gather else whole
-    loss = jax.jit(lambda batch: turn.loss(bind(nets, params), ctx(batch))[::3])  # (loss, count)
+    loss = jax.jit(
+        lambda batch: turn.loss(bind(nets, params), ctx(batch))[::3]
+    )  # (loss, count)
     count = lambda out: float(out[1])
     one = loss(gathered)
     halves = [loss({k: v[i::2] for k, v in gathered.items()}) for i in range(2)]

@@ -33,13 +33,17 @@ RNG = np.random.default_rng(0)
 P, Q = (jnp.asarray(RNG.standard_normal((3, 6, 7)), jnp.float32) for _ in range(2))
 BATCH = {
     "tokens": jnp.asarray(RNG.integers(0, 7, (3, 6)), jnp.int32),
-    "mask": jnp.array([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]], jnp.float32),
+    "mask": jnp.array(
+        [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]], jnp.float32
+    ),
     "weight": jnp.array([0.5, 2.0, 0.0]),
 }
 
 
 def loss(method, student=Q, teacher=P, batch=BATCH):
-    nets = SimpleNamespace(teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student)
+    nets = SimpleNamespace(
+        teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student
+    )
     return method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
 
 
@@ -49,11 +53,15 @@ def test_weights_multiply_the_responses_mean_divergence(kind):
     mask = BATCH["mask"][:, 1:] > 0
     each = lambda z: sequence_mean(token_divergence(kind, P, z)[:, :-1], mask)
     out = loss(method)
-    np.testing.assert_allclose(out.loss, jnp.sum(BATCH["weight"] * each(Q)), rtol=1e-6)
+    np.testing.assert_allclose(
+        out.loss, jnp.sum(BATCH["weight"] * each(Q)), rtol=1e-6
+    )
     assert out.count == 3
     rows = jax.jacobian(each)(Q)
     grad = jax.grad(lambda z: loss(method, z).loss)(Q)
-    np.testing.assert_allclose(grad, jnp.einsum("b,bxyz->xyz", BATCH["weight"], rows), atol=1e-6)
+    np.testing.assert_allclose(
+        grad, jnp.einsum("b,bxyz->xyz", BATCH["weight"], rows), atol=1e-6
+    )
     assert not jax.grad(lambda w: loss(method, batch={**BATCH, "weight": w}).loss)(
         BATCH["weight"]
     ).any()
@@ -62,13 +70,17 @@ def test_weights_multiply_the_responses_mean_divergence(kind):
 def test_weights_are_capped():
     capped = loss(Paced(most=1.0)).loss
     np.testing.assert_allclose(
-        capped, loss(Paced(), batch={**BATCH, "weight": jnp.array([0.5, 1.0, 0.0])}).loss, rtol=1e-6
+        capped,
+        loss(Paced(), batch={**BATCH, "weight": jnp.array([0.5, 1.0, 0.0])}).loss,
+        rtol=1e-6,
     )
 
 
 @pytest.mark.parametrize("kind", [ForwardKL(), ReverseKL()])
 def test_nothing_to_learn_from_an_equal_teacher(kind):
-    value, grad = jax.value_and_grad(lambda z: loss(Paced(divergence=kind), z, P + 2).loss)(P)
+    value, grad = jax.value_and_grad(
+        lambda z: loss(Paced(divergence=kind), z, P + 2).loss
+    )(P)
     assert abs(value) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
 
 
@@ -85,7 +97,9 @@ def test_a_solved_choice_gives_no_signal():
 def test_equal_lengths_and_weights_are_plain_distillation():
     plain = {**BATCH, "mask": jnp.ones((3, 6)), "weight": jnp.ones(3)}
     paced, kd = (loss(m, batch=plain) for m in (Paced(a=0.0, b=0.0), KD()))
-    np.testing.assert_allclose(paced.loss / paced.count, kd.loss / kd.count, rtol=1e-6)
+    np.testing.assert_allclose(
+        paced.loss / paced.count, kd.loss / kd.count, rtol=1e-6
+    )
 
 
 def test_stages():
@@ -94,12 +108,20 @@ def test_stages():
         6,
         5,
     ) and first.collect.batches == second.collect.batches == 7
-    assert (first.method.divergence, first.method.reference) == (ForwardKL(), "teacher")
-    assert (second.method.divergence, second.method.reference) == (ReverseKL(), "student")
+    assert (first.method.divergence, first.method.reference) == (
+        ForwardKL(),
+        "teacher",
+    )
+    assert (second.method.divergence, second.method.reference) == (
+        ReverseKL(),
+        "student",
+    )
     assert [t.when(0) for t in first.method.turns] == [False, True] and [
         t.when(0) for t in second.method.turns
     ] == [True, False]
-    one = Paced(divergences=(JensenShannon(beta=0.9),), references=("dataset",)).stages(4)
+    one = Paced(
+        divergences=(JensenShannon(beta=0.9),), references=("dataset",)
+    ).stages(4)
     assert len(one) == 1 and one[0].method.divergence == JensenShannon(beta=0.9)
 
 
@@ -114,7 +136,10 @@ def fixed(*rows):
             return {"at": 0, "row": None}
         row = tokens[:, 0] if cache["row"] is None else cache["row"]
         at = cache["at"]
-        return 40.0 * jax.nn.one_hot(table[row, at], 7)[:, None], {"at": at + 1, "row": row}
+        return 40.0 * jax.nn.one_hot(table[row, at], 7)[:, None], {
+            "at": at + 1,
+            "row": row,
+        }
 
     return net
 
@@ -148,7 +173,11 @@ def test_what_is_measured(reference):
     assert rate[2] == 0 and (abs(rate[:2] - 0.5) <= 5 * 0.5 / 8).all()
     np.testing.assert_allclose(batch["worth"], rate * (1 - rate), rtol=1e-6)
     assert not batch["failed"].any()
-    expected = [[0, 1, 6], [1, 2, 6], [2, 3, 6]] if reference == "teacher" else PROBLEMS["tokens"]
+    expected = (
+        [[0, 1, 6], [1, 2, 6], [2, 3, 6]]
+        if reference == "teacher"
+        else PROBLEMS["tokens"]
+    )
     np.testing.assert_array_equal(batch["tokens"], expected)
     if reference == "teacher":
         np.testing.assert_array_equal(batch["answer"], PROBLEMS["tokens"])
@@ -158,7 +187,10 @@ def pool(folder, worth):
     grads = np.random.default_rng(1).standard_normal(len(worth))
     arrayrecord.write(
         folder / "a.arrayrecord",
-        ({"worth": np.float32(w), "grad": np.float32(g)} for w, g in zip(worth, grads)),
+        (
+            {"worth": np.float32(w), "grad": np.float32(g)}
+            for w, g in zip(worth, grads)
+        ),
     )
     return grads
 
@@ -173,16 +205,22 @@ def test_a_pool_is_filtered_and_weighted(tmp_path, memory):
     data = arrayrecord.stored(tmp_path, batch_size=4, seed=0, memory=memory)
     batch = next(data.loader())
     np.testing.assert_allclose(
-        np.sort(batch["weight"]), np.sort(worth[worth > 0] / worth[worth > 0].mean()), rtol=1e-6
+        np.sort(batch["weight"]),
+        np.sort(worth[worth > 0] / worth[worth > 0].mean()),
+        rtol=1e-6,
     )
     np.testing.assert_allclose(batch["weight"].mean(), 1, rtol=1e-6)
     np.testing.assert_allclose(
-        np.mean(batch["weight"] * batch["grad"]), np.mean(worth / worth.mean() * grads), rtol=1e-5
+        np.mean(batch["weight"] * batch["grad"]),
+        np.mean(worth / worth.mean() * grads),
+        rtol=1e-5,
     )
     (tmp_path / "scaled").mkdir()
     pool(tmp_path / "scaled", 7 * worth)
     again = next(
-        arrayrecord.stored(tmp_path / "scaled", batch_size=4, seed=0, memory=memory).loader()
+        arrayrecord.stored(
+            tmp_path / "scaled", batch_size=4, seed=0, memory=memory
+        ).loader()
     )
     np.testing.assert_allclose(again["weight"], batch["weight"], rtol=1e-6)
     assert data.spec()["weight"].shape == (4,)
@@ -190,7 +228,9 @@ def test_a_pool_is_filtered_and_weighted(tmp_path, memory):
 
 def test_a_pool_without_worth_is_uniform(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(logging, "warning", lambda message, *args: lines.append(message % args))
+    monkeypatch.setattr(
+        logging, "warning", lambda message, *args: lines.append(message % args)
+    )
     pool(tmp_path, np.zeros(8))
     batch = next(arrayrecord.stored(tmp_path, batch_size=8, seed=0).loader())
     assert (
@@ -200,7 +240,9 @@ def test_a_pool_without_worth_is_uniform(tmp_path, monkeypatch):
     )
 
 
-NETS = dict.fromkeys(("teacher", "student"), make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1)))
+NETS = dict.fromkeys(
+    ("teacher", "student"), make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
+)
 PARAMS = {
     role: jax.tree.map(
         lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
@@ -216,12 +258,18 @@ def train(method, batch, steps=5):
 
 def test_uniform_weights_follow_the_host():
     """GKD on its own writing, where all responses are equally long."""
-    batch = {"tokens": BATCH["tokens"], "mask": BATCH["mask"], "prompt": BATCH["tokens"][:, :2]}
+    batch = {
+        "tokens": BATCH["tokens"],
+        "mask": BATCH["mask"],
+        "prompt": BATCH["tokens"][:, :2],
+    }
     paced = train(Paced(divergence=JensenShannon(), reference="student"), batch)
     gkd = train(GKD(on_policy=1.0), batch)
     np.testing.assert_allclose(paced[0], gkd[0], rtol=1e-6)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), paced[1], gkd[1]
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        paced[1],
+        gkd[1],
     )
 
 
@@ -238,8 +286,12 @@ def test_chunks_change_nothing(kind):
 
 def test_exponents_0_keep_every_problem():
     """0^0 = 1, so that those which are never or always solved stay in the pool, with weight 1."""
-    np.testing.assert_array_equal(Paced(a=0.0, b=0.0).worth(jnp.array([0.0, 0.5, 1.0])), 1)
-    np.testing.assert_allclose(Paced().worth(jnp.array([0.0, 0.5, 1.0])), [0, 0.25, 0])
+    np.testing.assert_array_equal(
+        Paced(a=0.0, b=0.0).worth(jnp.array([0.0, 0.5, 1.0])), 1
+    )
+    np.testing.assert_allclose(
+        Paced().worth(jnp.array([0.0, 0.5, 1.0])), [0, 0.25, 0]
+    )
 
 
 def test_the_end_of_a_response_is_learnt_and_nothing_after_it():
@@ -264,7 +316,9 @@ def test_the_end_of_a_response_is_learnt_and_nothing_after_it():
 def test_a_student_without_weights_is_measured_as_it_begins():
     surgery = Paced().stages(2)[0].surgery
     _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
-    assert jax.tree.map(jnp.shape, params["student"]) == jax.tree.map(jnp.shape, PARAMS["student"])
+    assert jax.tree.map(jnp.shape, params["student"]) == jax.tree.map(
+        jnp.shape, PARAMS["student"]
+    )
     assert (
         surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"]
         and Paced().stages(2)[1].surgery is None
@@ -274,7 +328,9 @@ def test_a_student_without_weights_is_measured_as_it_begins():
 def test_refusals():
     with pytest.raises(Refused, match="one of each for every stage"):
         Paced(divergences=(JensenShannon(),))
-    with pytest.raises(Refused, match="'techer', expected teacher, student or dataset"):
+    with pytest.raises(
+        Refused, match="'techer', expected teacher, student or dataset"
+    ):
         Paced(references=("techer", "student"))
     with pytest.raises(Refused, match=r"a=-1"):
         Paced(a=-1.0)
@@ -306,7 +362,9 @@ def counting(tokens, segments, positions, **_):
     visible before it.
     """
     real = segments > 0
-    step = lambda state, x: (jnp.where(x[1], 0.7 * state + jnp.sin(1.0 + x[0]), state),) * 2
+    step = lambda state, x: (
+        (jnp.where(x[1], 0.7 * state + jnp.sin(1.0 + x[0]), state),) * 2
+    )
     _, states = jax.lax.scan(step, jnp.zeros(len(tokens)), (tokens.T, real.T))
     return jnp.sin(states.T[..., None] * jnp.arange(1, 8) + positions[..., None])
 
@@ -317,17 +375,24 @@ def test_responses_keep_their_places_after_the_solution(kind):
     net = (
         counting
         if kind == "counting"
-        else lambda tokens, **how: NETS["teacher"].apply(PARAMS["teacher"], tokens, **how)
+        else lambda tokens, **how: NETS["teacher"].apply(
+            PARAMS["teacher"], tokens, **how
+        )
     )
     shown = solution_first(SOLVED)
     logits = net(shown["tokens"], **context(shown))[:, -5:]
     for row, (before, response) in enumerate(SEEN):
         tokens = jnp.array([before + response])
         plain = net(
-            tokens, segments=jnp.ones_like(tokens), positions=jnp.arange(tokens.shape[1])[None]
+            tokens,
+            segments=jnp.ones_like(tokens),
+            positions=jnp.arange(tokens.shape[1])[None],
         )[0]
         np.testing.assert_allclose(
-            logits[row, 1 : 1 + len(response)], plain[len(before) - 1 : -1], rtol=1e-5, atol=1e-5
+            logits[row, 1 : 1 + len(response)],
+            plain[len(before) - 1 : -1],
+            rtol=1e-5,
+            atol=1e-5,
         )
     np.testing.assert_array_equal(shown["mask"][:, -5:], SOLVED["mask"])
     assert not shown["mask"][:, :-5].any()
@@ -357,7 +422,12 @@ def test_without_a_solution_the_teacher_is_the_plain_one(chunk):
     )
     plain = run(Paced(divergence=ReverseKL(), chunk=chunk), nothing)
     np.testing.assert_allclose(run(SelfPaced(chunk=chunk), nothing), plain, rtol=1e-5)
-    assert abs(run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]}) - plain) > 1e-3
+    assert (
+        abs(
+            run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]}) - plain
+        )
+        > 1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", [ForwardKL(), ReverseKL(), JensenShannon()])
@@ -367,8 +437,14 @@ def test_a_student_that_needs_no_solution_learns_nothing(kind):
     told = counting(shown["tokens"], **context(shown))
 
     def value(z):
-        nets = SimpleNamespace(teacher=lambda tokens, **_: told, student=lambda tokens, **_: z)
-        return SelfPaced(divergence=kind).loss(nets, Ctx(SOLVED, jax.random.key(0), 0, {})).loss
+        nets = SimpleNamespace(
+            teacher=lambda tokens, **_: told, student=lambda tokens, **_: z
+        )
+        return (
+            SelfPaced(divergence=kind)
+            .loss(nets, Ctx(SOLVED, jax.random.key(0), 0, {}))
+            .loss
+        )
 
     loss, grad = jax.value_and_grad(value)(told[:, -5:])
     assert abs(loss) <= 1e-6 and jnp.abs(grad).max() <= 1e-6
@@ -378,11 +454,14 @@ def test_schedules_reach_the_loss_of_self_distillation():
     value = lambda beta: (
         SelfPaced(divergence=JensenShannon(beta=beta))
         .loss(
-            bind(NETS, PARAMS), Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {})
+            bind(NETS, PARAMS),
+            Ctx({**SOLVED, "weight": BATCH["weight"]}, jax.random.key(0), 5, {}),
         )
         .loss
     )
-    np.testing.assert_allclose(value(Linear(start=0.0, end=0.8, steps=10)), value(0.4), rtol=1e-6)
+    np.testing.assert_allclose(
+        value(Linear(start=0.0, end=0.8, steps=10)), value(0.4), rtol=1e-6
+    )
 
 
 def test_self_distillation_starts_from_the_teacher():
@@ -418,7 +497,10 @@ def test_the_probe_is_of_each_problems_own_gradient(method):
     every = [gradient(problem(i)) for i in range(6)]
     snr, count = jax.jit(lambda p: method.snr(NETS, p, batch, bins=4))(PARAMS)
     np.testing.assert_array_equal(count, [2, 0, 3, 1])
-    plain = [signal_to_noise(jnp.stack([every[i] for i in bin])) for bin in ([0, 1], [2, 3, 4])]
+    plain = [
+        signal_to_noise(jnp.stack([every[i] for i in bin]))
+        for bin in ([0, 1], [2, 3, 4])
+    ]
     expected = [(plain[0] - 1) / 2, (2 * plain[1] - 1) / 3]
     np.testing.assert_allclose(snr[jnp.array([0, 2])], expected, rtol=1e-4)
     assert np.isnan(snr[jnp.array([1, 3])]).all()

@@ -47,22 +47,31 @@ def gsm8k(shared, folder):
 
 def svamp(shared, folder):
     sizes = dict(prompt_length=344, label_length=32, rationale_length=136)
-    return SVAMP(path=str(shared / "svamp"), batch_size=4, **sizes), "step_by_step:StepByStep"
+    return SVAMP(
+        path=str(shared / "svamp"), batch_size=4, **sizes
+    ), "step_by_step:StepByStep"
 
 
 def wnut17(shared, folder):
-    for split, name in (("train", "emerging.dev.conll"), ("test", "emerging.test.annotated")):
+    for split, name in (
+        ("train", "emerging.dev.conll"),
+        ("test", "emerging.test.annotated"),
+    ):
         rows = [
             {"text": text, "entities": pairs}
             for text, pairs in ner.conll(shared / "wnut17" / name)
             if pairs
         ]
         lines(folder / f"{split}.jsonl", rows)
-    return Conversations(path=str(folder), length=512, batch_size=4), "universalner:UniversalNER"
+    return Conversations(
+        path=str(folder), length=512, batch_size=4
+    ), "universalner:UniversalNER"
 
 
 @pytest.mark.parametrize("source", [shakespeare, gsm8k, svamp, wnut17])
-def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_data, tmp_path):
+def test_held_out_perplexity_falls_below_that_of_the_frequencies(
+    source, shared_data, tmp_path
+):
     """Against the frequencies of the training targets, one added to each so that none is zero."""
     data, method = source(shared_data, tmp_path)
     network = LM(
@@ -78,12 +87,18 @@ def test_held_out_perplexity_falls_below_that_of_the_frequencies(source, shared_
         mesh=MeshShape(fsdp=1),
         data=data,
         method=spec(f"methods.language.{method}"),
-        roles=dict(student=Role(model=network, optimizer=Optimizer(lr=3e-3, warmup=5))),
+        roles=dict(
+            student=Role(model=network, optimizer=Optimizer(lr=3e-3, warmup=5))
+        ),
         evaluation=TextEval(samples=32, batch=32),
     )
     (row,) = loop.run(config, tmp_path / "run")["models"]
     targets = lambda rows: rows["tokens"][rows["mask"] > 0]
-    counts = 1 + np.bincount(targets(data.arrays("train")), minlength=ByteTokenizer.vocab)
+    counts = 1 + np.bincount(
+        targets(data.arrays("train")), minlength=ByteTokenizer.vocab
+    )
     nll = -np.log(counts / counts.sum())[targets(data.evaluation(32))]
     assert row["perplexity"] < np.exp(nll.mean())
-    print(f"{source.__name__}: {row['perplexity']:.2f} against {np.exp(nll.mean()):.2f}")
+    print(
+        f"{source.__name__}: {row['perplexity']:.2f} against {np.exp(nll.mean()):.2f}"
+    )

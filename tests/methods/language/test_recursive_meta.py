@@ -27,7 +27,8 @@ PARAMS = {
 }
 BATCH = {"tokens": jnp.asarray(RNG.integers(0, 7, (3, 6))), "mask": jnp.ones((3, 6))}
 LAW = {
-    role: jax.nn.log_softmax(net.apply(PARAMS[role], BATCH["tokens"])) for role, net in NETS.items()
+    role: jax.nn.log_softmax(net.apply(PARAMS[role], BATCH["tokens"]))
+    for role, net in NETS.items()
 }
 KL = lambda p, q: float(jnp.sum((jnp.exp(p) * (p - q))[:, :-1]))
 
@@ -36,12 +37,16 @@ def promoted(method, times=1):
     nets = NETS
     params = PARAMS
     for _ in range(times):
-        nets, params = method.promote(nets, {**params, "student": PARAMS["student"]}, BATCH)
+        nets, params = method.promote(
+            nets, {**params, "student": PARAMS["student"]}, BATCH
+        )
     return nets, params
 
 
 def loss(method, nets=NETS, params=PARAMS):
-    run = lambda params: method.loss(bind(nets, params), Ctx(BATCH, jax.random.key(0), 0, {}))
+    run = lambda params: method.loss(
+        bind(nets, params), Ctx(BATCH, jax.random.key(0), 0, {})
+    )
     return jax.jit(run)(params)
 
 
@@ -58,11 +63,15 @@ def test_target_is_the_base_and_the_last_student(pool):
     out = loss(method, nets, {**params, "student": other})
     now = jax.nn.log_softmax(NETS["student"].apply(other, BATCH["tokens"]))
     if pool == "linear":
-        meta = jnp.log(0.25 * jnp.exp(LAW["teacher"]) + 0.75 * jnp.exp(LAW["student"]))
+        meta = jnp.log(
+            0.25 * jnp.exp(LAW["teacher"]) + 0.75 * jnp.exp(LAW["student"])
+        )
     else:
         meta = jax.nn.log_softmax(0.25 * LAW["teacher"] + 0.75 * LAW["student"])
     np.testing.assert_allclose(out.loss, KL(meta, now), rtol=1e-4)
-    np.testing.assert_allclose(out.metrics["base_kl"], KL(LAW["teacher"], now), rtol=1e-4)
+    np.testing.assert_allclose(
+        out.metrics["base_kl"], KL(LAW["teacher"], now), rtol=1e-4
+    )
 
 
 def test_a_student_that_realises_its_target_has_nothing_to_learn_without_an_anchor():
@@ -83,13 +92,19 @@ def test_alone_the_base_makes_it_kd(generation):
     mine = train(method, nets, params)
     theirs = train(KD(), NETS, PARAMS)
     np.testing.assert_allclose(mine[0], theirs[0], rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine[1], theirs[1])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), mine[1], theirs[1]
+    )
 
 
 def test_window_keeps_the_newest_students():
     method = stage(3, history=(0.6, 0.4))
     nets, params = promoted(method, 3)
-    assert len(nets["teacher"].members) == 3 and set(params["teacher"]) == {"0", "1", "2"}
+    assert len(nets["teacher"].members) == 3 and set(params["teacher"]) == {
+        "0",
+        "1",
+        "2",
+    }
     marked = [jax.tree.map(lambda w, k=k: w + k, PARAMS["student"]) for k in range(3)]
     nets = NETS
     params = PARAMS
@@ -101,18 +116,25 @@ def test_window_keeps_the_newest_students():
         {"0": PARAMS["teacher"], "1": marked[2], "2": marked[1]},
     )
     assert "student" not in params  # fresh weights
-    assert "student" in dataclasses.replace(method, restart=False).promote(NETS, PARAMS, BATCH)[1]
+    assert (
+        "student"
+        in dataclasses.replace(method, restart=False).promote(NETS, PARAMS, BATCH)[1]
+    )
 
 
 def test_schedule_of_the_anchor():
     method = RecursiveMeta(gamma=(0.5, 0.2), generations=4)
     used = []
-    mixed = lambda g: jnp.logaddexp(LAW["teacher"] + np.log(g), LAW["student"] + np.log1p(-g))
+    mixed = lambda g: jnp.logaddexp(
+        LAW["teacher"] + np.log(g), LAW["student"] + np.log1p(-g)
+    )
     for s in method.stages(50)[1:]:
         nets, params = promoted(s.method)
         out = loss(s.method, nets, {**params, "student": PARAMS["student"]})
         used += [
-            g for g in (0.5, 0.2) if np.isclose(out.loss, KL(mixed(g), LAW["student"]), rtol=1e-4)
+            g
+            for g in (0.5, 0.2)
+            if np.isclose(out.loss, KL(mixed(g), LAW["student"]), rtol=1e-4)
         ]
     assert used == [0.5, 0.2, 0.2, 0.2]
     assert [s.steps for s in method.stages(52)] == [11, 11, 10, 10, 10]

@@ -25,7 +25,10 @@ def setting():
         "net", {"net": jax.tree.map(lambda w: 3 * w, net.init(jax.random.key(seed)))}
     )
     tokens = jax.random.randint(jax.random.key(5), (4, 6), 0, 8)
-    batch = {"tokens": tokens, "mask": jnp.tile(jnp.float32(jnp.arange(6) >= 3), (4, 1))}
+    batch = {
+        "tokens": tokens,
+        "mask": jnp.tile(jnp.float32(jnp.arange(6) >= 3), (4, 1)),
+    }
     return SimpleNamespace(student=bind(0), teacher=bind(1)), Ctx(
         batch, jax.random.key(2), jnp.int32(0), {}
     )
@@ -34,7 +37,9 @@ def setting():
 def test_responses_are_the_teachers_greedy_ones(setting):
     net, ctx = setting
     written = jax.jit(lambda: SequenceKD(prompt_length=3).rollout(net, ctx))()
-    np.testing.assert_array_equal(written["tokens"][:, :3], ctx.batch["tokens"][:, :3])
+    np.testing.assert_array_equal(
+        written["tokens"][:, :3], ctx.batch["tokens"][:, :3]
+    )
     following = net.teacher(written["tokens"])[:, 2:-1].argmax(-1)
     np.testing.assert_array_equal(written["tokens"][:, 3:], following)
     np.testing.assert_array_equal(written["mask"][:, 3:], 1)
@@ -43,7 +48,9 @@ def test_responses_are_the_teachers_greedy_ones(setting):
 def test_loss_is_supervised_training_on_them(setting):
     net, ctx = setting
     method = SequenceKD(prompt_length=3)
-    seen = Ctx(jax.jit(lambda: method.rollout(net, ctx))(), ctx.rng, ctx.step, ctx.memory)
+    seen = Ctx(
+        jax.jit(lambda: method.rollout(net, ctx))(), ctx.rng, ctx.step, ctx.memory
+    )
     ours = method.loss(net, seen)
     plain = SFT().loss(net, seen)
     assert ours.loss == plain.loss and ours.count == plain.count == 12
@@ -55,11 +62,20 @@ def test_sampled_responses_are_forward_kl_in_expectation(setting):
     (-log q(v)).
     """
     net, ctx = setting
-    batch = {"tokens": ctx.batch["tokens"][:1, :4], "mask": jnp.float32([[0, 0, 0, 1]])}
+    batch = {
+        "tokens": ctx.batch["tokens"][:1, :4],
+        "mask": jnp.float32([[0, 0, 0, 1]]),
+    }
     method = SequenceKD(prompt_length=3, sample_temperature=1.0)
     n = 4000
-    many = Ctx(jax.tree.map(lambda v: jnp.tile(v, (n, 1)), batch), ctx.rng, ctx.step, {})
-    run = jax.jit(lambda: method.loss(net, Ctx(method.rollout(net, many), ctx.rng, ctx.step, {})))
+    many = Ctx(
+        jax.tree.map(lambda v: jnp.tile(v, (n, 1)), batch), ctx.rng, ctx.step, {}
+    )
+    run = jax.jit(
+        lambda: method.loss(
+            net, Ctx(method.rollout(net, many), ctx.rng, ctx.step, {})
+        )
+    )
     out = run()
     p = jax.nn.softmax(net.teacher(batch["tokens"])[0, 2])
     log_q = jax.nn.log_softmax(net.student(batch["tokens"])[0, 2])

@@ -24,7 +24,9 @@ MASK = jnp.array([[0, 1, 1, 1], [0, 0, 1, 0]])
 
 
 def out(logits, mask=MASK, **batch):
-    ctx = Ctx({"tokens": TOKENS, "mask": mask, **batch}, jax.random.key(0), jnp.int32(0), {})
+    ctx = Ctx(
+        {"tokens": TOKENS, "mask": mask, **batch}, jax.random.key(0), jnp.int32(0), {}
+    )
     return SFT().loss(SimpleNamespace(student=lambda tokens, **kw: logits), ctx)
 
 
@@ -36,7 +38,10 @@ def logits():
 def test_loss_is_the_sum_over_targets_and_their_count(logits):
     logp = jax.nn.log_softmax(logits)
     expected = -sum(
-        logp[b, t - 1, TOKENS[b, t]] for b in range(2) for t in range(1, 4) if MASK[b, t]
+        logp[b, t - 1, TOKENS[b, t]]
+        for b in range(2)
+        for t in range(1, 4)
+        if MASK[b, t]
     )
     got = out(logits)
     np.testing.assert_allclose(got.loss, expected, rtol=1e-6)
@@ -49,7 +54,8 @@ def test_gradient_is_q_minus_one_hot_on_targets_and_zero_elsewhere(logits):
         for t in range(4):
             target = t < 3 and MASK[b, t + 1]
             expected = (
-                jax.nn.softmax(logits[b, t]) - jax.nn.one_hot(TOKENS[b, min(t + 1, 3)], 5)
+                jax.nn.softmax(logits[b, t])
+                - jax.nn.one_hot(TOKENS[b, min(t + 1, 3)], 5)
                 if target
                 else jnp.zeros(5)
             )
@@ -71,8 +77,16 @@ def test_packing_reaches_the_network():
 
     segments = jnp.ones((2, 4), jnp.int32)
     positions = jnp.zeros((2, 4), jnp.int32)
-    batch = {"tokens": TOKENS, "mask": MASK, "segments": segments, "positions": positions}
-    SFT().loss(SimpleNamespace(student=student), Ctx(batch, jax.random.key(0), jnp.int32(0), {}))
+    batch = {
+        "tokens": TOKENS,
+        "mask": MASK,
+        "segments": segments,
+        "positions": positions,
+    }
+    SFT().loss(
+        SimpleNamespace(student=student),
+        Ctx(batch, jax.random.key(0), jnp.int32(0), {}),
+    )
     assert seen["segments"] is segments and seen["positions"] is positions
 
 
@@ -103,7 +117,9 @@ def test_chunks_change_nothing():
         whole = value(cls())
         parts = value(cls(chunk=3))
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            whole,
+            parts,
         )
 
 
@@ -122,7 +138,8 @@ def test_chunks_never_hold_the_vocabulary(cls):
     def program(method):
         loss = lambda p, b: (
             method.loss(
-                bind({"student": net}, {"student": p}), Ctx(b, jax.random.key(0), jnp.int32(0), {})
+                bind({"student": net}, {"student": p}),
+                Ctx(b, jax.random.key(0), jnp.int32(0), {}),
             ).loss
         )
         return str(jax.make_jaxpr(jax.grad(loss))(net.shapes, shapes))

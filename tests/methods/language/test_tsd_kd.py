@@ -19,7 +19,9 @@ from jaxdistill.objectives.selection import entropy
 from tools.first_steps import first_steps
 
 RNG = np.random.default_rng(0)
-P, Q = (jnp.asarray(2 * RNG.standard_normal((2, 6, 7)), jnp.float32) for _ in range(2))
+P, Q = (
+    jnp.asarray(2 * RNG.standard_normal((2, 6, 7)), jnp.float32) for _ in range(2)
+)
 BATCH = {
     "tokens": jnp.asarray(RNG.integers(0, 7, (2, 6)), jnp.int32),
     "mask": jnp.array([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]], jnp.float32),
@@ -29,7 +31,9 @@ PLAIN = TSDKD(ranking_weight=0.0, gate_temperature=0.0, entropy_weight=0.0)
 
 
 def loss(method, student=Q, teacher=P, batch=BATCH):
-    nets = SimpleNamespace(teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student)
+    nets = SimpleNamespace(
+        teacher=lambda tokens, **_: teacher, student=lambda tokens, **_: student
+    )
     return method.loss(nets, Ctx(batch, jax.random.key(0), 0, {}))
 
 
@@ -53,23 +57,34 @@ def test_the_three_terms():
     gate = 1 / (1 + np.exp(h(p) - h(q)))
     direct = (np.asarray(JensenShannon(beta=0.9)(P, Q))[:, :-1] * gate)[MASK].mean()
     before = np.cumsum(np.where(MASK, h(q), 0), 1) - np.where(MASK, h(q), 0)
-    opening = MASK & (before < 0.19999 * np.where(MASK, h(q), 0).sum(1, keepdims=True))
+    opening = MASK & (
+        before < 0.19999 * np.where(MASK, h(q), 0).sum(1, keepdims=True)
+    )
     ranking = np.asarray(plackett_luce(reranked(P, Q, 3)))[:, :-1][opening].mean()
     least = h(q)[MASK & (h(q) >= np.quantile(h(q)[MASK], 0.8))].mean()
     out = loss(method)
-    np.testing.assert_allclose(out.loss / out.count, direct + 0.1 * ranking + least, rtol=1e-5)
+    np.testing.assert_allclose(
+        out.loss / out.count, direct + 0.1 * ranking + least, rtol=1e-5
+    )
     share = lambda name: out.metrics[name][0] / out.metrics[name][1]
-    np.testing.assert_allclose([share("ranking"), share("uncertain")], [ranking, least], rtol=1e-5)
+    np.testing.assert_allclose(
+        [share("ranking"), share("uncertain")], [ranking, least], rtol=1e-5
+    )
     np.testing.assert_allclose(share("opener"), opening.sum() / 6, rtol=1e-6)
     np.testing.assert_allclose(share("gate"), gate[MASK].mean(), rtol=1e-5)
 
 
 def test_laws_are_matched_on_the_opener_only_where_asked():
-    a, b = (loss(dataclasses.replace(PLAIN, direct_on=where)) for where in ("all", "opener"))
+    a, b = (
+        loss(dataclasses.replace(PLAIN, direct_on=where))
+        for where in ("all", "opener")
+    )
     h = np.where(MASK, entropy(Q)[:, :-1], 0)
     opening = MASK & (np.cumsum(h, 1) - h < 0.09999 * h.sum(1, keepdims=True))
     np.testing.assert_allclose(
-        b.loss, np.asarray(JensenShannon(beta=0.9)(P, Q))[:, :-1][opening].sum(), rtol=1e-5
+        b.loss,
+        np.asarray(JensenShannon(beta=0.9)(P, Q))[:, :-1][opening].sum(),
+        rtol=1e-5,
     )
     assert a.count == b.count and b.loss < a.loss
 
@@ -78,7 +93,9 @@ def test_the_gate_has_no_gradient():
     """The gradient is that of the JSD with the gate as a constant."""
     method = dataclasses.replace(PLAIN, gate_temperature=1.0)
     gate = jax.nn.sigmoid(entropy(Q) - entropy(P))[:, :-1]
-    plain = lambda z: jnp.sum(jnp.where(MASK, gate * JensenShannon(beta=0.9)(P, z)[:, :-1], 0))
+    plain = lambda z: jnp.sum(
+        jnp.where(MASK, gate * JensenShannon(beta=0.9)(P, z)[:, :-1], 0)
+    )
     np.testing.assert_allclose(
         jax.grad(lambda z: loss(method, z).loss)(Q), jax.grad(plain)(Q), atol=1e-6
     )
@@ -88,7 +105,9 @@ def test_entropy_of_certain_and_ignorant_students():
     method = dataclasses.replace(PLAIN, entropy_weight=1.0)
     term = lambda z: (loss(method, z).loss - loss(PLAIN, z).loss) / 6
     np.testing.assert_allclose(term(jnp.zeros_like(Q)), log(7), rtol=1e-5)
-    np.testing.assert_allclose(term(100 * jax.nn.one_hot(BATCH["tokens"], 7)), 0, atol=1e-5)
+    np.testing.assert_allclose(
+        term(100 * jax.nn.one_hot(BATCH["tokens"], 7)), 0, atol=1e-5
+    )
     assert term(Q - 0.1 * jax.grad(term)(Q)) < term(Q)
 
 
@@ -116,7 +135,9 @@ def test_padding_changes_nothing():
     a = value(Q, P)
     b = value(wild(Q), wild(P))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-    assert not a[1][1, 3:].any() and not b[1][1, 3:].any()  # position t predicts token t + 1
+    assert (
+        not a[1][1, 3:].any() and not b[1][1, 3:].any()
+    )  # position t predicts token t + 1
 
 
 def test_the_released_ranking_lowers_the_teachers_favourite():
@@ -134,14 +155,21 @@ NETS = {
     "student": make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1)),
 }
 PARAMS = {
-    r: jax.tree.map(lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes)
+    r: jax.tree.map(
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+    )
     for r, net in NETS.items()
 }
 
 
 def train(method, steps=5):
     states, metrics = first_steps(
-        method, NETS, optax.sgd(0.1), PARAMS, {**BATCH, "prompt": BATCH["tokens"][:, :2]}, steps
+        method,
+        NETS,
+        optax.sgd(0.1),
+        PARAMS,
+        {**BATCH, "prompt": BATCH["tokens"][:, :2]},
+        steps,
     )
     return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
@@ -150,7 +178,11 @@ def test_five_steps_follow_gkd_without_the_components():
     a = train(PLAIN)
     b = train(GKD(divergence=JensenShannon(beta=0.9), on_policy=1.0))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), a[1], b[1])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        a[1],
+        b[1],
+    )
 
 
 def test_refusals():

@@ -33,18 +33,28 @@ def batch(tmp_path_factory):
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss(method, batch):
-    return method.loss(bind({"student": NET}, PARAMS), Ctx(batch, jax.random.key(0), 0, {}))
+    return method.loss(
+        bind({"student": NET}, PARAMS), Ctx(batch, jax.random.key(0), 0, {})
+    )
 
 
 def test_only_answers_are_learnt(batch):
     logits = jax.nn.log_softmax(
-        jax.jit(NET.apply)(PARAMS["student"], batch["tokens"], segments=batch["segments"])[:, :-1]
+        jax.jit(NET.apply)(
+            PARAMS["student"], batch["tokens"], segments=batch["segments"]
+        )[:, :-1]
     )
-    nll = -np.take_along_axis(np.asarray(logits), batch["tokens"][:, 1:, None], -1)[..., 0]
+    nll = -np.take_along_axis(np.asarray(logits), batch["tokens"][:, 1:, None], -1)[
+        ..., 0
+    ]
     out = loss(UniversalNER(), batch)
     on = batch["mask"][:, 1:] > 0
     np.testing.assert_allclose(out.loss, nll[on].sum(), rtol=1e-4)
-    assert out.count == batch["mask"].sum() == 2 * len("[]") + len('["Ada"]') + len('["Rome"]') + 4
+    assert (
+        out.count
+        == batch["mask"].sum()
+        == 2 * len("[]") + len('["Ada"]') + len('["Rome"]') + 4
+    )
     assert out.loss == loss(SFT(), batch).loss
 
 
@@ -53,7 +63,10 @@ def test_labels_of_questions_do_not_matter(batch):
     grad = jax.grad(
         lambda z: (
             UniversalNER()
-            .loss(SimpleNamespace(student=lambda t, **_: z), Ctx(batch, jax.random.key(0), 0, {}))
+            .loss(
+                SimpleNamespace(student=lambda t, **_: z),
+                Ctx(batch, jax.random.key(0), 0, {}),
+            )
             .loss
         )
     )
@@ -65,7 +78,8 @@ def test_answers_stop_at_the_end_sign():
     codec = ByteTokenizer()
     script = [*b'["Ada"]', 258, 65, 66]
     prompt, _ = encode(
-        [conversation("Ada ran", {})[0], ("What describes who in the text?", "")], codec
+        [conversation("Ada ran", {})[0], ("What describes who in the text?", "")],
+        codec,
     )
 
     def net(tokens, *_, method="", mask=None, cache=None):

@@ -86,7 +86,9 @@ def test_runs_inside_are_not_trained_first(tmp_path):
         runs={"first": inner},
         roles=roles,
     )
-    with pytest.raises(Refused, match="a vocabulary of 16 tokens, the student's has 99"):
+    with pytest.raises(
+        Refused, match="a vocabulary of 16 tokens, the student's has 99"
+    ):
         loop.run(made, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -112,14 +114,18 @@ def cut(params, vocab):
     return {**params, "embed": {"embedding": table}, "unembed": {"kernel": head}}
 
 
-@pytest.mark.parametrize(("low", "high"), [(12, 16), (151_936, 152_064), (50_257, 50_304)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(12, 16), (151_936, 152_064), (50_257, 50_304)]
+)
 def test_padding_is_no_other_vocabulary(low, high):
     sizes = lambda size: SimpleNamespace(config=SimpleNamespace(vocab=size))
     for teacher, student in ((low, high), (high, low), (low, low)):
         KD().check({"teacher": sizes(teacher), "student": sizes(student)}, None)
 
 
-@pytest.mark.parametrize(("low", "high"), [(12, 13), (128_256, 151_936), (8, 16), (259, 300)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(12, 13), (128_256, 151_936), (8, 16), (259, 300)]
+)
 def test_another_vocabulary_is_refused(low, high):
     sizes = lambda size: SimpleNamespace(config=SimpleNamespace(vocab=size))
     for teacher, student in ((low, high), (high, low)):
@@ -178,7 +184,12 @@ def test_tables_of_different_lengths_are_cut_to_the_common_ids(method, longer):
 )
 def test_padding_is_never_written(writer, method):
     """A writer that likes its padding best: what it writes are ids that the others have, too."""
-    vocab = {"student": 12, "teacher": 12, **({"old": 12} if writer == "old" else {}), writer: 16}
+    vocab = {
+        "student": 12,
+        "teacher": 12,
+        **({"old": 12} if writer == "old" else {}),
+        writer: 16,
+    }
     nets, params = models(**vocab)
     tokens = jax.random.randint(jax.random.key(9), (2, 40), 0, 12)
     batch = {"tokens": tokens, "mask": jnp.ones((2, 40))}
@@ -207,17 +218,25 @@ def test_padding_is_never_written(writer, method):
 
 def test_a_run_with_padded_tables(tmp_path):
     """Distilled, evaluated and written with: teacher 32 rows, student 24, of 20 tokens."""
-    model = lambda vocab: LM(vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12)
+    model = lambda vocab: LM(
+        vocab=vocab, dim=8, mlp=8, heads=2, depth=1, max_length=12
+    )
     made = experiment(
         steps=2,
         tensorboard=False,
         mesh=MeshShape(fsdp=1),
         data=Markov(vocab=20, length=12, batch_size=4, order=1),
         method=GKD(prompt_length=4),
-        roles=dict(teacher=Role(model=model(32), init="random"), student=Role(model=model(24))),
+        roles=dict(
+            teacher=Role(model=model(32), init="random"),
+            student=Role(model=model(24)),
+        ),
         evaluation=TextEval(samples=4, batch=4),
     )
-    rows = {row["name"]: row for row in loop.run(made, tmp_path / "run", progress=False)["models"]}
+    rows = {
+        row["name"]: row
+        for row in loop.run(made, tmp_path / "run", progress=False)["models"]
+    }
     assert np.isfinite(
         [rows["student"][name] for name in ("perplexity", "kl", "rollout_reverse_kl")]
     ).all()

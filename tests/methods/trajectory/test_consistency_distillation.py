@@ -29,7 +29,9 @@ W = np.array([0.3, -0.7, 0.2])
 
 def network(w, process=Flow()):
     """A small velocity network of rectified flow, read in `process`; w [3]."""
-    raw = lambda x, t, cond=None: w[0] * x + w[1] * expand(t, x) ** 2 * x + w[2] * jnp.sin(2 * x)
+    raw = lambda x, t, cond=None: (
+        w[0] * x + w[1] * expand(t, x) ** 2 * x + w[2] * jnp.sin(2 * x)
+    )
     return Denoiser().wrap(raw, process)
 
 
@@ -41,18 +43,24 @@ def test_the_exact_function_has_no_loss_but_the_solvers(x64, gaussian, context):
 
     def distance(solver, levels):
         method = Consistency(solver=solver, levels=levels, huber=0.0)
-        net = SimpleNamespace(student=g.consistent, ema_student=g.consistent, teacher=g.denoise)
+        net = SimpleNamespace(
+            student=g.consistent, ema_student=g.consistent, teacher=g.denoise
+        )
         return float(method.loss(net, context(g.draw(512))).metrics["distance"])
 
     for solver, order in (("ddim", 2), ("heun", 3)):
-        assert 0.8 * 2**order < distance(solver, 33) / distance(solver, 65) < 1.25 * 2**order, (
-            solver
-        )
+        assert (
+            0.8 * 2**order
+            < distance(solver, 33) / distance(solver, 65)
+            < 1.25 * 2**order
+        ), solver
     assert distance("heun", 65) < 1e-4
 
 
 @pytest.mark.parametrize("process", [Flow(), Trig()], ids=str)
-def test_gradient_is_that_of_a_distance_to_a_constant(x64, gaussian, context, process):
+def test_gradient_is_that_of_a_distance_to_a_constant(
+    x64, gaussian, context, process
+):
     """The target is one solver step of the teacher, seen by the averaged student; at the lowest
     level it is x_r itself.
     """
@@ -60,7 +68,9 @@ def test_gradient_is_that_of_a_distance_to_a_constant(x64, gaussian, context, pr
     method = Consistency(process=process, levels=5, huber=0.01, solver="heun")
     ctx = context(g.draw(32))
     t, r = method.pair(ctx, 32)
-    xt = process.add_noise(ctx.batch["x"], jax.random.normal(ctx.key("eps"), (32, 2)), t)
+    xt = process.add_noise(
+        ctx.batch["x"], jax.random.normal(ctx.key("eps"), (32, 2)), t
+    )
     slope = g.denoise(xt, t).v
     ahead = xt + (r - t)[:, None] * slope
     xr = xt + (r - t)[:, None] * 0.5 * (slope + g.denoise(ahead, r).v)
@@ -70,7 +80,9 @@ def test_gradient_is_that_of_a_distance_to_a_constant(x64, gaussian, context, pr
         pseudo_huber(network(w, process)(xt, t).x0, target, 0.01 * math.sqrt(2))
     )
     nets = lambda w: SimpleNamespace(
-        student=network(w, process), ema_student=network(2 * W, process), teacher=g.denoise
+        student=network(w, process),
+        ema_student=network(2 * W, process),
+        teacher=g.denoise,
     )
     loss = lambda w: method.loss(nets(w), ctx).loss
     np.testing.assert_allclose(loss(W), distance(W), rtol=1e-13)
@@ -85,12 +97,18 @@ def test_training_uses_the_same_noise(x64, gaussian, context):
     x0 = ctx.batch["x"]
     along = lambda time: (1 - time)[:, None] * x0 + time[:, None] * eps
     target = jnp.where((r == 0)[:, None], x0, network(2 * W)(along(r), r).x0)
-    want = jnp.mean(pseudo_huber(network(W)(along(t), t).x0, target, method.huber * math.sqrt(2)))
-    loss = method.loss(SimpleNamespace(student=network(W), ema_student=network(2 * W)), ctx).loss
+    want = jnp.mean(
+        pseudo_huber(network(W)(along(t), t).x0, target, method.huber * math.sqrt(2))
+    )
+    loss = method.loss(
+        SimpleNamespace(student=network(W), ema_student=network(2 * W)), ctx
+    ).loss
     np.testing.assert_allclose(loss, want, rtol=1e-13)
 
 
-def test_training_is_distillation_where_the_path_is_the_teachers(x64, gaussian, context):
+def test_training_is_distillation_where_the_path_is_the_teachers(
+    x64, gaussian, context
+):
     """Data at one point: the same noise is a step of DDIM, whatever its length."""
     g = gaussian(std=0.0)
     net = network(W)
@@ -98,7 +116,9 @@ def test_training_is_distillation_where_the_path_is_the_teachers(x64, gaussian, 
     ctx = context(g.draw(16), step=1)
     training = CT(total=1, s1=17)
     distillation = Consistency(levels=18, solver="ddim")
-    np.testing.assert_array_equal(training.pair(ctx, 16)[0], distillation.pair(ctx, 16)[0])
+    np.testing.assert_array_equal(
+        training.pair(ctx, 16)[0], distillation.pair(ctx, 16)[0]
+    )
     np.testing.assert_allclose(
         training.loss(nets, ctx).loss, distillation.loss(nets, ctx).loss, rtol=1e-12
     )
@@ -108,14 +128,24 @@ def test_pairs_are_neighbours_on_the_grid(x64, context):
     edm = Consistency(process=EDM(), levels=18, rho=7.0)
     t, r = edm.pair(context(jnp.zeros((4096, 1))), 4096)
     levels = noise_levels(18, 18, 0.002, 80.0, 7.0)
-    np.testing.assert_allclose(levels, EDM().grid(18)[:-1][::-1], rtol=1e-6)  # CM's grid is EDM's
+    np.testing.assert_allclose(
+        levels, EDM().grid(18)[:-1][::-1], rtol=1e-6
+    )  # CM's grid is EDM's
     index = np.searchsorted(levels, t)
     np.testing.assert_array_equal(levels[index], t)
     np.testing.assert_array_equal(levels[index - 1], r)
     # equally likely: 17 counts of mean 241 and standard deviation 15
-    assert abs(np.bincount(index, minlength=18)[1:] - 4096 / 17).max() < 5 * math.sqrt(4096 / 17)
+    assert abs(
+        np.bincount(index, minlength=18)[1:] - 4096 / 17
+    ).max() < 5 * math.sqrt(4096 / 17)
     np.testing.assert_allclose(
-        sorted(set(Consistency(levels=5).pair(context(jnp.zeros((64, 1))), 64)[0].tolist())),
+        sorted(
+            set(
+                Consistency(levels=5)
+                .pair(context(jnp.zeros((64, 1))), 64)[0]
+                .tolist()
+            )
+        ),
         [0.25, 0.5, 0.75, 1],
     )
 
@@ -127,7 +157,11 @@ def test_the_grid_of_training_grows(x64, context):
     (t, r), (late_t, late_r) = at(0), at(1000)
     assert set(t.tolist()) == {1.0} and set(r.tolist()) == {0.0}
     np.testing.assert_allclose(late_t - late_r, 1 / 30, rtol=1e-12)
-    assert len(set(late_t.tolist())) == 30 and late_t.max() == 1.0 and late_r.min() == 0.0
+    assert (
+        len(set(late_t.tolist())) == 30
+        and late_t.max() == 1.0
+        and late_r.min() == 0.0
+    )
 
 
 def test_the_targets_average_follows_the_grid():
@@ -143,7 +177,9 @@ def test_the_targets_average_follows_the_grid():
     np.testing.assert_allclose(
         got, [math.exp(2 * math.log(0.9) / (n - 1)) for n in levels], rtol=1e-6
     )
-    assert got[0] == pytest.approx(0.81) and got[-1] == pytest.approx(0.9 ** (2 / 150))
+    assert got[0] == pytest.approx(0.81) and got[-1] == pytest.approx(
+        0.9 ** (2 / 150)
+    )
     assert CT(mu0=0.0).turns[0].decay is None
 
 
@@ -174,7 +210,9 @@ def test_times_below_the_process_ask_for_the_data(x64, gaussian, context):
     x0 = ctx.batch["x"]
     eps = jax.random.normal(ctx.key("eps"), (4, 2))
     np.testing.assert_allclose(
-        loss, jnp.mean(jnp.sqrt(jnp.sum((0.9 * (x0 + 2 * eps) - x0) ** 2, 1))), rtol=1e-13
+        loss,
+        jnp.mean(jnp.sqrt(jnp.sum((0.9 * (x0 + 2 * eps) - x0) ** 2, 1))),
+        rtol=1e-13,
     )
     np.testing.assert_array_equal(seen[0], 0.002)
 
@@ -197,7 +235,9 @@ def test_sampling_the_exact_function(gaussian, steps):
 
 
 @pytest.mark.parametrize(
-    "squared, host", [(SquaredConsistency, Consistency), (SquaredCT, CT)], ids=["CD", "CT"]
+    "squared, host",
+    [(SquaredConsistency, Consistency), (SquaredCT, CT)],
+    ids=["CD", "CT"],
 )
 def test_squared_error(x64, gaussian, context, squared, host):
     """mean |f(x_t, t) - sg f(x_r, r)|^2 over dimensions; of the norm that `huber=0` is, sample by
@@ -205,7 +245,9 @@ def test_squared_error(x64, gaussian, context, squared, host):
     """
     g = gaussian()
     ctx = context(gaussian().draw(16), step=3)
-    nets = SimpleNamespace(student=network(W), ema_student=network(2 * W), teacher=g.denoise)
+    nets = SimpleNamespace(
+        student=network(W), ema_student=network(2 * W), teacher=g.denoise
+    )
     norms = []
 
     class Norm(host):
@@ -224,17 +266,25 @@ def test_squared_error(x64, gaussian, context, squared, host):
         build.spec(f"methods.trajectory._metrics:{squared.__name__}", huber=0.1)
 
 
-@pytest.mark.parametrize("make", [PerceptualConsistency, PerceptualCT], ids=["CD", "CT"])
+@pytest.mark.parametrize(
+    "make", [PerceptualConsistency, PerceptualCT], ids=["CD", "CT"]
+)
 def test_a_frozen_network_is_the_distance(x64, gaussian, context, make):
     """The role `perceptual` sees both sides preprocessed; only the student gets a gradient."""
     g = gaussian()
     ctx = context(gaussian().draw(16), step=3)
     perceptual = lambda a, b: jnp.sum(jnp.sin(a) * a - b**3, -1)
     method = make(preprocess=Preprocess(std=(0.25,)))
-    assert method.frozen[-1] == "perceptual" and method.frozen[:-1] == make.__mro__[2].frozen
+    assert (
+        method.frozen[-1] == "perceptual"
+        and method.frozen[:-1] == make.__mro__[2].frozen
+    )
     pairs = []
     nets = lambda w, p=perceptual: SimpleNamespace(
-        student=network(w), ema_student=network(2 * W), teacher=g.denoise, perceptual=p
+        student=network(w),
+        ema_student=network(2 * W),
+        teacher=g.denoise,
+        perceptual=p,
     )
     method.loss(nets(W, lambda a, b: pairs.append((a, b)) or perceptual(a, b)), ctx)
     loss = lambda w: method.loss(nets(w), ctx).loss
@@ -249,13 +299,17 @@ def test_refusals(gaussian, context):
     g = gaussian()
     with pytest.raises(Refused, match="steps=2: expected 1 to 1"):
         Consistency().sampling_times(2)
-    net = SimpleNamespace(student=g.consistent, ema_student=g.consistent, teacher=g.denoise)
+    net = SimpleNamespace(
+        student=g.consistent, ema_student=g.consistent, teacher=g.denoise
+    )
     with pytest.raises(Refused, match="solver='huen'"):
         Consistency(solver="huen").loss(net, context(jnp.zeros((4, 2))))
 
 
 @pytest.mark.parametrize(
-    "method", [Consistency(), CT(total=10), SquaredCT(total=10)], ids=lambda m: type(m).__name__
+    "method",
+    [Consistency(), CT(total=10), SquaredCT(total=10)],
+    ids=lambda m: type(m).__name__,
 )
 def test_three_steps(three_steps, method):
     three_steps(method)

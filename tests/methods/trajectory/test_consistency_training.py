@@ -19,7 +19,9 @@ W = np.array([0.3, -0.7, 0.2])
 
 
 def network(w):
-    raw = lambda x, t, cond=None: w[0] * x + w[1] * expand(t, x) ** 2 * x + w[2] * jnp.sin(2 * x)
+    raw = lambda x, t, cond=None: (
+        w[0] * x + w[1] * expand(t, x) ** 2 * x + w[2] * jnp.sin(2 * x)
+    )
     return Denoiser().wrap(raw, Flow())
 
 
@@ -30,7 +32,11 @@ def test_intervals_hold_their_lognormal_mass(x64, context, process):
     """
     n = 40_000
     method = ICT(
-        process=process, s0=6, s1=24, total=30, rho=7.0 if isinstance(process, EDM) else 1.0
+        process=process,
+        s0=6,
+        s1=24,
+        total=30,
+        rho=7.0 if isinstance(process, EDM) else 1.0,
     )
     step = 12  # of the second of three shares: 12 intervals
     t, r = method.pair(context(jnp.zeros((n, 1)), step), n)
@@ -43,11 +49,15 @@ def test_intervals_hold_their_lognormal_mass(x64, context, process):
         for lam in process.lam(levels)
     ]
     want = n * np.diff(cdf) / (cdf[-1] - cdf[0])
-    assert (abs(np.bincount(index, minlength=12) - want) < 5 * np.sqrt(want) + 1).all()
+    assert (
+        abs(np.bincount(index, minlength=12) - want) < 5 * np.sqrt(want) + 1
+    ).all()
 
 
 @pytest.mark.parametrize(
-    "method", [ICT(s0=4, s1=8, total=10), ECT(stage_steps=1)], ids=lambda m: type(m).__name__
+    "method",
+    [ICT(s0=4, s1=8, total=10), ECT(stage_steps=1)],
+    ids=lambda m: type(m).__name__,
 )
 def test_the_target_is_the_student_itself(x64, gaussian, context, method):
     """L = mean 1 / (t - r) d(f(x_t, t), sg f(x_r, r)) with the same noise; x0 where r = 0."""
@@ -61,10 +71,13 @@ def test_the_target_is_the_student_itself(x64, gaussian, context, method):
     along = lambda time: (1 - time)[:, None] * x0 + time[:, None] * eps
     target = jnp.where((r <= 0)[:, None], x0, network(W)(along(r), r).x0)
     want = lambda w: jnp.mean(
-        pseudo_huber(network(w)(along(t), t).x0, target, method.huber * math.sqrt(2)) / (t - r)
+        pseudo_huber(network(w)(along(t), t).x0, target, method.huber * math.sqrt(2))
+        / (t - r)
     )
     loss = lambda w: (
-        method.loss(SimpleNamespace(student=network(w), ema_student=g.denoise), ctx).loss
+        method.loss(
+            SimpleNamespace(student=network(w), ema_student=g.denoise), ctx
+        ).loss
     )
     np.testing.assert_allclose(loss(W), want(W), rtol=1e-12)
     np.testing.assert_allclose(jax.grad(loss)(W), jax.grad(want)(W), rtol=1e-11)
@@ -78,7 +91,9 @@ def test_tuning_starts_as_diffusion_training(x64, gaussian, context):
     np.testing.assert_array_equal(r, 0.0)
     ctx = context(x, step=9)
     xt = Flow().add_noise(x, jax.random.normal(ctx.key("eps"), (64, 2)), t)
-    want = jnp.mean(pseudo_huber(network(W)(xt, t).x0, x, method.huber * math.sqrt(2)) / t)
+    want = jnp.mean(
+        pseudo_huber(network(W)(xt, t).x0, x, method.huber * math.sqrt(2)) / t
+    )
     np.testing.assert_allclose(
         method.loss(SimpleNamespace(student=network(W)), ctx).loss, want, rtol=1e-13
     )
@@ -97,7 +112,9 @@ def test_tuning_on_edm_is_finite_at_the_data(context):
     net = Denoiser(param=EDMPrecond(), native=EDM()).wrap(
         lambda x, t, cond=None: x * jnp.sin(t)[:, None], EDM()
     )
-    out = ECT(process=EDM()).loss(SimpleNamespace(student=net), context(jnp.ones((16, 2))))
+    out = ECT(process=EDM()).loss(
+        SimpleNamespace(student=net), context(jnp.ones((16, 2)))
+    )
     assert np.isfinite(out.loss)
 
 
@@ -116,18 +133,26 @@ def test_below_edms_times_tuning_asks_the_network(x64, gaussian, context):
 
     ctx = context(gaussian().draw(4))
     r = jnp.asarray([0.0, 1e-4, 0.002, 0.1])
-    loss = Pairs(process=EDM(), huber=0.0).loss(SimpleNamespace(student=student), ctx).loss
+    loss = (
+        Pairs(process=EDM(), huber=0.0)
+        .loss(SimpleNamespace(student=student), ctx)
+        .loss
+    )
     x0 = ctx.batch["x"]
     eps = jax.random.normal(ctx.key("eps"), (4, 2))
     f = lambda t: 0.9 * (x0 + t[:, None] * eps) + jnp.sin(t)[:, None]
     held = jnp.where((r > 0)[:, None], f(r), x0)
-    want = jnp.mean(jnp.sqrt(jnp.sum((f(jnp.full(4, 0.5)) - held) ** 2, 1)) / (0.5 - r))
+    want = jnp.mean(
+        jnp.sqrt(jnp.sum((f(jnp.full(4, 0.5)) - held) ** 2, 1)) / (0.5 - r)
+    )
     np.testing.assert_allclose(loss, want, rtol=1e-12)
     np.testing.assert_array_equal(seen[0], [0.002, 1e-4, 0.002, 0.1])
 
 
 @pytest.mark.parametrize(
-    "method", [ICT(total=100, s0=2, s1=8), ECT(stage_steps=1)], ids=lambda m: type(m).__name__
+    "method",
+    [ICT(total=100, s0=2, s1=8), ECT(stage_steps=1)],
+    ids=lambda m: type(m).__name__,
 )
 def test_three_steps(three_steps, method):
     three_steps(method)

@@ -15,7 +15,8 @@ from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 
 
 @pytest.mark.parametrize(
-    "process, target", [(Flow(), "v"), (Flow(), "x0"), (VP(), "eps"), (VP(), "vp"), (EDM(), "edm")]
+    "process, target",
+    [(Flow(), "v"), (Flow(), "x0"), (VP(), "eps"), (VP(), "vp"), (EDM(), "edm")],
 )
 def test_the_exact_denoiser_is_stationary(x64, gaussian, context, process, target):
     """d loss / d(scale, shift) of a denoiser x0 -> scale x0 + shift is 0 at the posterior mean, up
@@ -23,12 +24,17 @@ def test_the_exact_denoiser_is_stationary(x64, gaussian, context, process, targe
     """
     g = gaussian(process)
     method = FlowMatching(
-        process=process, target=target, times=Uniform(low=0.3, high=0.9), label_dropout=0.0
+        process=process,
+        target=target,
+        times=Uniform(low=0.3, high=0.9),
+        label_dropout=0.0,
     )
     ctx = context(g.draw(200_000, dim=1))
 
     def loss(w):
-        net = lambda x, t, cond: process.from_x0(w[0] * g.denoise(x, t).x0 + w[1], x, t)
+        net = lambda x, t, cond: process.from_x0(
+            w[0] * g.denoise(x, t).x0 + w[1], x, t
+        )
         return method.loss(SimpleNamespace(student=net), ctx).loss
 
     at = jax.grad(loss)(jnp.array([1.0, 0.0]))
@@ -39,15 +45,21 @@ def test_the_exact_denoiser_is_stationary(x64, gaussian, context, process, targe
     )  # the mean of 200,000 draws is exact to about 1 %
 
 
-def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance(x64, gaussian, context):
+def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance(
+    x64, gaussian, context
+):
     """Flow: E|v - v*|^2 = Var[x0 | x_t] / t^2 = s^2 / S_t, S_t = (1 - t)^2 s^2 + t^2."""
     g = gaussian(Flow())
     times = Uniform(low=0.3, high=0.6)
     method = FlowMatching(times=times, label_dropout=0.0)
-    loss = method.loss(SimpleNamespace(student=g.denoise), context(g.draw(200_000))).loss
+    loss = method.loss(
+        SimpleNamespace(student=g.denoise), context(g.draw(200_000))
+    ).loss
     t = np.linspace(0.3, 0.6, 2001)
     expected = np.mean(g.std**2 / ((1 - t) ** 2 * g.std**2 + t**2))
-    assert abs(loss / expected - 1) < 0.01  # 400,000 squares of relative std sqrt(2): 0.22 %
+    assert (
+        abs(loss / expected - 1) < 0.01
+    )  # 400,000 squares of relative std sqrt(2): 0.22 %
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25, 1.0])
@@ -67,7 +79,9 @@ def test_the_label_is_dropped_that_often(context, dropout):
     assert abs(share - dropout) <= 4 * (dropout * (1 - dropout) / n) ** 0.5
 
 
-@pytest.mark.parametrize("process", [Flow(), VP(), EDM()], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "process", [Flow(), VP(), EDM()], ids=lambda p: type(p).__name__
+)
 def test_sampling_the_exact_network_gives_the_law(gaussian, process):
     g = gaussian(process)
     noise = jax.random.normal(jax.random.key(0), (20_000, 1))
@@ -83,7 +97,9 @@ def test_trains(three_steps):
     three_steps(FlowMatching())
 
 
-def test_times_differ_within_a_batch_and_draws_do_not_shift_each_other(gaussian, context):
+def test_times_differ_within_a_batch_and_draws_do_not_shift_each_other(
+    gaussian, context
+):
     """The label's dropout does not change t or eps: with an unconditional network the loss is the
     same.
     """
@@ -96,4 +112,8 @@ def test_times_differ_within_a_batch_and_draws_do_not_shift_each_other(gaussian,
     ]
     assert losses[0] == losses[1]
     t = FlowMatching().times.draw(Flow(), jax.random.key(0), 64)
-    assert len(np.unique(t)) == 64 and expand(t, jnp.zeros((64, 2, 2))).shape == (64, 1, 1)
+    assert len(np.unique(t)) == 64 and expand(t, jnp.zeros((64, 2, 2))).shape == (
+        64,
+        1,
+        1,
+    )

@@ -34,7 +34,10 @@ def halver(g, process, steps):
     def denoise(x, t, cond=None):
         middle = ode.advance("ddim", process, g.denoise, x, t, t - size / 2)
         end = ode.advance("ddim", process, g.denoise, middle, t - size / 2, t - size)
-        (a, s), (b, u) = process.alpha_sigma(expand(t, x)), process.alpha_sigma(expand(t - size, x))
+        (a, s), (b, u) = (
+            process.alpha_sigma(expand(t, x)),
+            process.alpha_sigma(expand(t - size, x)),
+        )
         return process.from_x0((end - u / s * x) / (b - u / s * a), x, t)
 
     return denoise
@@ -49,17 +52,26 @@ def test_the_target_makes_two_steps_in_one(x64, gaussian, context, process):
     n = 4
     student = halver(g, process, n)
     method = Progressive(process=process, teacher_steps=2 * n, student_steps=n)
-    out = method.loss(SimpleNamespace(student=student, teacher=g.denoise), context(g.draw(64)))
+    out = method.loss(
+        SimpleNamespace(student=student, teacher=g.denoise), context(g.draw(64))
+    )
     assert out.loss < 1e-22
     noise = jax.random.normal(jax.random.key(0), (8, 2))
     few = method.sample(student, noise, None, jax.random.key(1), n)
     many = ode.solve("ddim", process, g.denoise, process.start(noise), 2 * n)
     np.testing.assert_allclose(few, many, atol=1e-11)
-    assert abs(ode.solve("ddim", process, g.denoise, process.start(noise), n) - many).max() > 1e-4
+    assert (
+        abs(
+            ode.solve("ddim", process, g.denoise, process.start(noise), n) - many
+        ).max()
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("process", [Flow(), EDM()], ids=lambda p: type(p).__name__)
-def test_students_are_trained_at_the_times_that_they_sample_at(x64, gaussian, context, process):
+def test_students_are_trained_at_the_times_that_they_sample_at(
+    x64, gaussian, context, process
+):
     """Every stage asks its student where its own sampler does, and its teacher where that one's
     does; the first teacher is the process's sampler of so many steps.
     """
@@ -78,12 +90,19 @@ def test_students_are_trained_at_the_times_that_they_sample_at(x64, gaussian, co
             )[1]
 
         method.loss(
-            SimpleNamespace(student=asked("student"), teacher=asked("teacher")), context(g.draw(64))
+            SimpleNamespace(student=asked("student"), teacher=asked("teacher")),
+            context(g.draw(64)),
         )
-        np.testing.assert_allclose(sorted(seen["teacher"], reverse=True), before[:-1], rtol=1e-12)
+        np.testing.assert_allclose(
+            sorted(seen["teacher"], reverse=True), before[:-1], rtol=1e-12
+        )
         before = method.grid(n)
-        np.testing.assert_allclose(sorted(seen["student"], reverse=True), before[:-1], rtol=1e-12)
-        np.testing.assert_array_equal(before, first.grid(n))  # the whole method's sampler
+        np.testing.assert_allclose(
+            sorted(seen["student"], reverse=True), before[:-1], rtol=1e-12
+        )
+        np.testing.assert_array_equal(
+            before, first.grid(n)
+        )  # the whole method's sampler
 
 
 def test_on_edms_levels_two_steps_are_made_in_one(x64, gaussian, context):
@@ -99,12 +118,16 @@ def test_on_edms_levels_two_steps_are_made_in_one(x64, gaussian, context):
     def student(x, t, cond=None):
         at = jnp.argmin(jnp.abs(times[:, None] - t), axis=0)
         middle = ode.advance("ddim", process, g.denoise, x, t, times[at + 1])
-        end = ode.advance("ddim", process, g.denoise, middle, times[at + 1], times[at + 2])
+        end = ode.advance(
+            "ddim", process, g.denoise, middle, times[at + 1], times[at + 2]
+        )
         ratio = expand(times[at + 2] / t, x)
         return process.from_x0((end - ratio * x) / (1 - ratio), x, t)
 
     assert (
-        method.loss(SimpleNamespace(student=student, teacher=g.denoise), context(g.draw(64))).loss
+        method.loss(
+            SimpleNamespace(student=student, teacher=g.denoise), context(g.draw(64))
+        ).loss
         < 1e-18
     )
     noise = jax.random.normal(jax.random.key(0), (8, 2))
@@ -115,7 +138,9 @@ def test_on_edms_levels_two_steps_are_made_in_one(x64, gaussian, context):
 
 
 def test_steps_that_are_no_part_of_the_grid_are_refused():
-    with pytest.raises(Refused, match="steps=3: expected a divisor of the first teacher's 8"):
+    with pytest.raises(
+        Refused, match="steps=3: expected a divisor of the first teacher's 8"
+    ):
         Progressive(teacher_steps=8).sampling_times(3)
 
 
@@ -156,9 +181,14 @@ def test_weight_and_grid(x64, gaussian, context, weight):
     index = jax.random.randint(ctx.key("t"), (64,), 1, n + 1)
     assert set(index.tolist()) == {1, 2, 3, 4}
     snr = ((1 - index / n) / (index / n)) ** 2
-    want = jnp.mean(jnp.maximum(snr, 1.0) if weight == "truncated_snr" else snr + 1) * d**2
+    want = (
+        jnp.mean(jnp.maximum(snr, 1.0) if weight == "truncated_snr" else snr + 1)
+        * d**2
+    )
     np.testing.assert_allclose(
-        method.loss(SimpleNamespace(student=wrong, teacher=g.denoise), ctx).loss, want, rtol=1e-9
+        method.loss(SimpleNamespace(student=wrong, teacher=g.denoise), ctx).loss,
+        want,
+        rtol=1e-9,
     )
 
 
@@ -167,7 +197,9 @@ def test_no_gradient_reaches_the_target(x64, gaussian, context):
     g = gaussian()
     ctx = context(gaussian().draw(16))
     scaled = lambda w: (
-        lambda x, t, cond=None: dataclasses.replace(g.denoise(x, t), x0=w * g.denoise(x, t).x0)
+        lambda x, t, cond=None: dataclasses.replace(
+            g.denoise(x, t), x0=w * g.denoise(x, t).x0
+        )
     )
     both = lambda w: (
         Progressive(teacher_steps=2)
@@ -204,7 +236,9 @@ def test_promotion():
         promote({"student": SimpleNamespace(adapts="teacher")}, {}, None)
 
 
-@pytest.mark.parametrize("teacher, student", [(12, 8), (8, 8), (24, 4), (4, 8), (8, 0)])
+@pytest.mark.parametrize(
+    "teacher, student", [(12, 8), (8, 8), (24, 4), (4, 8), (8, 0)]
+)
 def test_other_numbers_of_steps_are_refused(teacher, student):
     with pytest.raises(Refused, match=f"teacher_steps={teacher}"):
         Progressive(teacher_steps=teacher, student_steps=student)

@@ -25,7 +25,12 @@ W = np.array([0.3, -0.7, 0.2, 0.5])
 def student(w, x, t, cond=None, *, r):
     """A small network; w [4]. A condition adds to the first weight."""
     first = w[0] + (0.0 if cond is None else expand(cond, x))
-    v = first * x + w[1] * expand(t, x) ** 2 * x + w[2] * expand(r, x) + w[3] * jnp.sin(x)
+    v = (
+        first * x
+        + w[1] * expand(t, x) ** 2 * x
+        + w[2] * expand(r, x)
+        + w[3] * jnp.sin(x)
+    )
     return Flow().from_v(v, x, t)
 
 
@@ -47,7 +52,9 @@ def test_residual_of_the_exact_average_velocity(x64, gaussian, order):
     xi = []
     for delta in (0.01, 0.005, 0.0025):
         method = RCGM(order=order, delta=delta)
-        xi.append(float((F - method.consistent(nets(g.average), {}, F, x, v, t, r))[0, 0]))
+        xi.append(
+            float((F - method.consistent(nets(g.average), {}, F, x, v, t, r))[0, 0])
+        )
     np.testing.assert_allclose(xi, [-0.001068, -0.000527, -0.000262], atol=5e-7)
 
 
@@ -65,8 +72,12 @@ def test_rollout_of_a_constant_velocity(x64, order):
     F = 0.7 * v + 0.1
     middle = (t - 0.01)[:, None]
     xi = ((t - r)[:, None] * F - (middle - r[:, None]) * v) / 0.01 - v
-    np.testing.assert_allclose(F - method.consistent(net, {}, F, x, v, t, r), xi, rtol=1e-10)
-    np.testing.assert_allclose(method.consistent(net, {}, v, x, v, t, r), v, atol=1e-12)
+    np.testing.assert_allclose(
+        F - method.consistent(net, {}, F, x, v, t, r), xi, rtol=1e-10
+    )
+    np.testing.assert_allclose(
+        method.consistent(net, {}, v, x, v, t, r), v, atol=1e-12
+    )
 
 
 def test_near_the_boundary_it_is_flow_matching(x64, gaussian):
@@ -81,7 +92,9 @@ def test_near_the_boundary_it_is_flow_matching(x64, gaussian):
     v = jnp.full((4, 2), 0.3)
     wild = nets(lambda x, t, cond=None, *, r: Pred(x, x, 1e3 * x, x))
     for gap in (0.0, 0.004, 0.0099):
-        np.testing.assert_allclose(method.consistent(wild, {}, F, x, v, t, t - gap), v, atol=1e-12)
+        np.testing.assert_allclose(
+            method.consistent(wild, {}, F, x, v, t, t - gap), v, atol=1e-12
+        )
     np.testing.assert_array_equal(method.consistent(wild, {}, F, x, 7 * v, t, t), 1.0)
 
 
@@ -105,15 +118,23 @@ def test_order_zero_without_consistency_is_flow_matching(x64, gaussian, context)
     """Rows "mul" at ratio 0 have r = t and the constant weight 1 + tan(72 degrees): the same draws,
     the same loss times 4.078.
     """
-    method = RCGM(order=0, training_guidance=0.0, ratio=0.0, objectives=("mul",), **PLAIN)
+    method = RCGM(
+        order=0, training_guidance=0.0, ratio=0.0, objectives=("mul",), **PLAIN
+    )
     ctx = context(gaussian().draw(16))
     call = jax.tree_util.Partial(student, W * np.array([1, 1, 0, 1]))
     flow = FlowMatching(times=Uniform(), label_dropout=0.0)
-    plain = flow.loss(SimpleNamespace(student=lambda x, t, cond: call(x, t, r=t)), ctx).loss
-    np.testing.assert_allclose(method.loss(nets(call), ctx).loss, 4.0776835 * plain, rtol=1e-7)
+    plain = flow.loss(
+        SimpleNamespace(student=lambda x, t, cond: call(x, t, r=t)), ctx
+    ).loss
+    np.testing.assert_allclose(
+        method.loss(nets(call), ctx).loss, 4.0776835 * plain, rtol=1e-7
+    )
 
 
-def test_gradient_is_that_of_a_weighted_regression_on_the_target(x64, gaussian, context):
+def test_gradient_is_that_of_a_weighted_regression_on_the_target(
+    x64, gaussian, context
+):
     """Nothing comes through the rollout, the target or the live network that makes them."""
     n = 9
     method = RCGM(training_guidance=0.0, target_network="student", **PLAIN)
@@ -123,12 +144,19 @@ def test_gradient_is_that_of_a_weighted_regression_on_the_target(x64, gaussian, 
     xt = (1 - t)[:, None] * ctx.batch["x"] + t[:, None] * eps
     v = eps - ctx.batch["x"]
     F = lambda w: student(w, xt, t, r=r).v
-    target = method.consistent(nets(jax.tree_util.Partial(student, W)), {}, F(W), xt, v, t, r)
-    weight = 1 + np.tan((1 - (t - r)) * np.pi / 2.5)
-    want = jnp.einsum("n,nd,ndw->w", weight, F(W) - target, jax.jacobian(F)(jnp.asarray(W))) / n
-    grad = jax.grad(lambda w: method.loss(nets(jax.tree_util.Partial(student, w)), ctx).loss)(
-        jnp.asarray(W)
+    target = method.consistent(
+        nets(jax.tree_util.Partial(student, W)), {}, F(W), xt, v, t, r
     )
+    weight = 1 + np.tan((1 - (t - r)) * np.pi / 2.5)
+    want = (
+        jnp.einsum(
+            "n,nd,ndw->w", weight, F(W) - target, jax.jacobian(F)(jnp.asarray(W))
+        )
+        / n
+    )
+    grad = jax.grad(
+        lambda w: method.loss(nets(jax.tree_util.Partial(student, w)), ctx).loss
+    )(jnp.asarray(W))
     np.testing.assert_allclose(grad, want, rtol=1e-9)
 
 
@@ -167,9 +195,13 @@ def test_guidance(x64, gaussian, context):
     )
     some = RCGM(training_guidance=0.8, guidance_times=(0.2, 0.8))
     np.testing.assert_allclose(
-        some.velocity(net, batch, x, t, v), v + np.where(inside(2), 0.8 * 2 * x, 0.0), rtol=1e-13
+        some.velocity(net, batch, x, t, v),
+        v + np.where(inside(2), 0.8 * 2 * x, 0.0),
+        rtol=1e-13,
     )
-    np.testing.assert_array_equal(RCGM(training_guidance=0.0).velocity(None, batch, x, t, v), v)
+    np.testing.assert_array_equal(
+        RCGM(training_guidance=0.0).velocity(None, batch, x, t, v), v
+    )
 
 
 def test_objectives(context):
@@ -181,10 +213,13 @@ def test_objectives(context):
     share = (t - r) / t
     assert (share[near] < 0.05 + 1e-4).all() and share[near].max() > 0.045
     assert (
-        (share[far] < 0.6 + 1e-4).all() and share[far].max() > 0.55 and (share[~e2e] > -1e-4).all()
+        (share[far] < 0.6 + 1e-4).all()
+        and share[far].max() > 0.55
+        and (share[~e2e] > -1e-4).all()
     )
     np.testing.assert_array_equal(
-        RCGM(objectives=("any", "any", "e2e")).assignment(5), ["any", "any", "e2e", "any", "any"]
+        RCGM(objectives=("any", "any", "e2e")).assignment(5),
+        ["any", "any", "e2e", "any", "any"],
     )
 
 
@@ -232,7 +267,8 @@ def test_one_step_starts_at_pure_noise(x64, gaussian):
 def test_steps_of_the_engine(three_steps):
     three_steps(RCGM(), second_time=True)
     three_steps(
-        RCGM(target_network="student", order=1, objectives=("e2e", "any")), second_time=True
+        RCGM(target_network="student", order=1, objectives=("e2e", "any")),
+        second_time=True,
     )
 
 
@@ -246,7 +282,12 @@ def test_exports_like_other_average_velocities():
 
 
 def test_old_names_of_fields_are_read():
-    old = {"rows": ("any",), "enhance": 0.2, "enhance_times": (0.1, 0.9), "target": "student"}
+    old = {
+        "rows": ("any",),
+        "enhance": 0.2,
+        "enhance_times": (0.1, 0.9),
+        "target": "student",
+    }
     new = RCGM(
         objectives=("any",),
         training_guidance=0.2,

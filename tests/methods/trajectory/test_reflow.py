@@ -50,19 +50,27 @@ def test_pairs_are_the_teachers(x64, gaussian, context):
     g = gaussian()
     ctx = context(jnp.zeros((64, 2)), cond=jnp.arange(64))
     pairs = Reflow().pairs("teacher", 1.0, SimpleNamespace(teacher=g.denoise), ctx)
-    np.testing.assert_array_equal(pairs["noise"], jax.random.normal(ctx.key("noise"), (64, 2)))
+    np.testing.assert_array_equal(
+        pairs["noise"], jax.random.normal(ctx.key("noise"), (64, 2))
+    )
     np.testing.assert_array_equal(pairs["cond"], jnp.arange(64))
     want = 0.7 + 0.4 * pairs["noise"]
     error = abs(pairs["x"] - want).max()
-    coarse = Reflow(solver_steps=5).pairs("teacher", 1.0, SimpleNamespace(teacher=g.denoise), ctx)
+    coarse = Reflow(solver_steps=5).pairs(
+        "teacher", 1.0, SimpleNamespace(teacher=g.denoise), ctx
+    )
     assert error < 0.02 and error < abs(coarse["x"] - want).max() / 5
 
 
 def test_guided_pairs(x64, context):
     """The teacher's guided velocity is constant here: x = noise - v."""
     teacher = lambda x, t, cond: Flow().from_v(jnp.ones_like(x) * cond[:, None], x, t)
-    ctx = context(jnp.zeros((8, 2)), cond=jnp.full(8, 3.0), null_cond=jnp.full(8, 1.0))
-    pairs = Reflow(guidance=2.0).pairs("teacher", 2.0, SimpleNamespace(teacher=teacher), ctx)
+    ctx = context(
+        jnp.zeros((8, 2)), cond=jnp.full(8, 3.0), null_cond=jnp.full(8, 1.0)
+    )
+    pairs = Reflow(guidance=2.0).pairs(
+        "teacher", 2.0, SimpleNamespace(teacher=teacher), ctx
+    )
     np.testing.assert_allclose(pairs["x"], pairs["noise"] - 5.0, atol=1e-13)
 
 
@@ -105,7 +113,9 @@ def test_reflow_keeps_the_law_and_straightens(x64, gaussian):
         < ode.straightness(g.denoise, noise, times)
     )
     end = ode.sample(ode.euler, straight(0.7, 0.4), noise, times)
-    np.testing.assert_allclose(end, g.flow(noise, jnp.ones(128), jnp.zeros(128)), atol=1e-13)
+    np.testing.assert_allclose(
+        end, g.flow(noise, jnp.ones(128), jnp.zeros(128)), atol=1e-13
+    )
 
 
 def test_rounds(x64):
@@ -123,12 +133,20 @@ def test_rounds(x64):
 def test_unknown_solver_is_refused(gaussian, context):
     with pytest.raises(Refused, match="solver='hun'"):
         Reflow(solver="hun").pairs(
-            "teacher", 1.0, SimpleNamespace(teacher=gaussian().denoise), context(jnp.zeros((4, 2)))
+            "teacher",
+            1.0,
+            SimpleNamespace(teacher=gaussian().denoise),
+            context(jnp.zeros((4, 2))),
         )
 
 
-@pytest.mark.parametrize("method", [Reflow(), Distil()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method", [Reflow(), Distil()], ids=lambda m: type(m).__name__
+)
 def test_three_steps(three_steps, method):
     three_steps(
-        method, noise=jnp.asarray(np.random.default_rng(1).standard_normal((8, 2)), jnp.float32)
+        method,
+        noise=jnp.asarray(
+            np.random.default_rng(1).standard_normal((8, 2)), jnp.float32
+        ),
     )

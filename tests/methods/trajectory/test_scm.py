@@ -43,18 +43,26 @@ def unit(method, ctx):
     x0 = ctx.batch["x"]
     t = method.times.draw(method.process, ctx.key("t"), x0.shape[0])
     eps = jax.random.normal(ctx.key("eps"), x0.shape, x0.dtype)
-    return t, method.process.add_noise(x0, eps, t), method.process.velocity(x0, eps, t)
+    return (
+        t,
+        method.process.add_noise(x0, eps, t),
+        method.process.velocity(x0, eps, t),
+    )
 
 
 @pytest.mark.parametrize("derivative", ["jvp", "central"])
-def test_the_exact_consistency_function_has_no_tangent(x64, gaussian, context, derivative):
+def test_the_exact_consistency_function_has_no_tangent(
+    x64, gaussian, context, derivative
+):
     """f = m + s / std_t (x - cos t m) is constant along the teacher's ODE: g = 0 at r = 1, and only
     there.
     """
     g = gaussian(Trig())
     method = SCM(tangent_warmup=WARM, derivative=derivative)
     net = SimpleNamespace(student=g.consistent, teacher=g.denoise, weight=flat)
-    tangent = lambda step: method.loss(net, context(g.draw(64), step)).metrics["tangent"]
+    tangent = lambda step: method.loss(net, context(g.draw(64), step)).metrics[
+        "tangent"
+    ]
     # the surrogate's value is the mean square of g / (rms + c): (1e-8)^2 from a central
     # difference's eps^(2/3), over c^2
     assert tangent(WARM) < (1e-25 if derivative == "jvp" else 1e-12)
@@ -70,7 +78,9 @@ def test_at_the_start_it_is_velocity_regression(x64, gaussian, context):
     v = g.denoise(xt, t).v
     loss = lambda w: BIG * method.loss(bound(w, teacher=g.denoise), ctx).loss
     weight = jnp.cos(t) ** 2 / (0.25 * jnp.tan(t))
-    regression = lambda w: jnp.mean(weight * jnp.mean((bound(w).student(xt, t).v - v) ** 2, 1))
+    regression = lambda w: jnp.mean(
+        weight * jnp.mean((bound(w).student(xt, t).v - v) ** 2, 1)
+    )
     np.testing.assert_allclose(jax.grad(loss)(W), jax.grad(regression)(W), rtol=1e-7)
 
 
@@ -93,7 +103,9 @@ def test_gradient_by_finite_differences(x64, gaussian, context):
     scale = jnp.exp(log_weight) / (0.5 * jnp.tan(t))
     want = -2 * jnp.einsum("n,nd,ndw->w", scale, tangent, jacobian) / (16 * 2)
     loss = lambda w: (
-        method.loss(bound(w, teacher=g.denoise, weight=lambda t: 0.2 * jnp.sin(t)), ctx).loss
+        method.loss(
+            bound(w, teacher=g.denoise, weight=lambda t: 0.2 * jnp.sin(t)), ctx
+        ).loss
     )
     np.testing.assert_allclose(jax.grad(loss)(W), want, rtol=1e-6)
 
@@ -122,13 +134,18 @@ def test_discrete_consistency_tends_to_it(x64, gaussian, context):
         * c
         / gap
         * discrete.loss(
-            SimpleNamespace(student=bound(w).student, ema_student=held, teacher=g.denoise), ctx
+            SimpleNamespace(
+                student=bound(w).student, ema_student=held, teacher=g.denoise
+            ),
+            ctx,
         ).loss
     )
     continuous = SCM(times=law, tangent_warmup=WARM, tangent_c=BIG)
     other = lambda w: BIG * continuous.loss(bound(w, teacher=g.denoise), ctx).loss
     factor = 2 * 0.5 * math.sin(time) / math.cos(time) * 0.5 * math.tan(time)
-    np.testing.assert_allclose(jax.grad(loss)(W), factor * jax.grad(other)(W), rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.grad(loss)(W), factor * jax.grad(other)(W), rtol=1e-4
+    )
 
 
 def test_any_parameterisation_is_the_same_network(x64, gaussian, context):
@@ -149,17 +166,23 @@ def test_any_parameterisation_is_the_same_network(x64, gaussian, context):
     trig = Denoiser(param=TrigPrecond(), native=Trig()).wrap(rewritten, Trig())
     ctx = context(g.draw(16), WARM)
     a = method.loss(bound(W, teacher=g.denoise), ctx)
-    b = method.loss(SimpleNamespace(student=trig, weight=flat, teacher=g.denoise), ctx)
+    b = method.loss(
+        SimpleNamespace(student=trig, weight=flat, teacher=g.denoise), ctx
+    )
     np.testing.assert_allclose(a.loss, b.loss, rtol=1e-12)
 
 
-def test_training_and_distillation_agree_where_the_path_is_the_teacher(x64, gaussian, context):
+def test_training_and_distillation_agree_where_the_path_is_the_teacher(
+    x64, gaussian, context
+):
     """Data at one point: the path's own velocity is the marginal one, so sCT equals sCD."""
     g = gaussian(Trig(), mean=0.7, std=0.0)
     ctx = context(g.draw(8), WARM)
     own = SCT(tangent_warmup=WARM).loss(bound(W), ctx).loss
     np.testing.assert_allclose(
-        own, SCM(tangent_warmup=WARM).loss(bound(W, teacher=g.denoise), ctx).loss, rtol=1e-10
+        own,
+        SCM(tangent_warmup=WARM).loss(bound(W, teacher=g.denoise), ctx).loss,
+        rtol=1e-10,
     )
 
 
@@ -169,7 +192,9 @@ def test_adaptive_weight_is_best_at_the_log_error(x64, gaussian, context):
     method = SCM(tangent_warmup=WARM)
     ctx = context(g.draw(16), WARM)
     loss = lambda w: (
-        method.loss(bound(W, teacher=g.denoise, weight=lambda t: jnp.full_like(t, w)), ctx).loss
+        method.loss(
+            bound(W, teacher=g.denoise, weight=lambda t: jnp.full_like(t, w)), ctx
+        ).loss
     )
     error = loss(0.0)
     np.testing.assert_allclose(jax.grad(loss)(-jnp.log(error)), 0.0, atol=1e-14)

@@ -65,7 +65,9 @@ def two_branches(real, fake):
 
     def call(x, t, cond=None, *, r):
         size = jnp.abs(t)
-        v = jnp.where(expand(t > 0, x), real.denoise(x, size).v, fake.denoise(x, size).v)
+        v = jnp.where(
+            expand(t > 0, x), real.denoise(x, size).v, fake.denoise(x, size).v
+        )
         return Flow().from_v(v, x, size)
 
     return call
@@ -96,7 +98,9 @@ def test_gradient_of_the_push(x64):
     free = jax.grad(lambda F: jnp.sum(FullTwinFlow().rectify(F, dv)))(F)
     np.testing.assert_allclose(free, -2 * dv / 4, rtol=1e-12)
     robust = jax.grad(lambda F: jnp.sum(TwinFlow().rectify(F, dv)))(F)
-    clipped = np.clip(dv, -1, 1)  # |clipped|^2 >> c^2: the gradient of 2 sqrt(mean square)
+    clipped = np.clip(
+        dv, -1, 1
+    )  # |clipped|^2 >> c^2: the gradient of 2 sqrt(mean square)
     rms = np.sqrt(np.mean(clipped**2, 1, keepdims=True))
     np.testing.assert_allclose(
         robust, -2 * clipped / 4 / rms, rtol=6e-3
@@ -106,7 +110,9 @@ def test_gradient_of_the_push(x64):
 def test_no_push_where_both_branches_agree(x64, gaussian, context):
     g = gaussian()
     net = SimpleNamespace(student=two_branches(g, g))
-    np.testing.assert_array_equal(TwinFlow().push(net, g.draw(8), None, context(g.draw(8))), 0.0)
+    np.testing.assert_array_equal(
+        TwinFlow().push(net, g.draw(8), None, context(g.draw(8))), 0.0
+    )
 
 
 def test_push_compares_the_same_state_at_both_signs(x64, gaussian, context):
@@ -118,7 +124,9 @@ def test_push_compares_the_same_state_at_both_signs(x64, gaussian, context):
     t = RCGM().times.draw(Flow(), ctx.key("push_t"), 8)[:, None]
     xt = (1 - t) * x_f + t * jax.random.normal(ctx.key("push_eps"), (8, 2))
     np.testing.assert_allclose(
-        TwinFlow().push(nets(), x_f, None, ctx), 2 * t * (W[1] * xt + W[2]), rtol=1e-12
+        TwinFlow().push(nets(), x_f, None, ctx),
+        2 * t * (W[1] * xt + W[2]),
+        rtol=1e-12,
     )
 
 
@@ -140,7 +148,9 @@ def test_gradients_of_the_whole_loss(x64, gaussian, context):
     const = nets()
     xt = (1 - t)[:, None] * x + t[:, None] * eps
     F = lambda w, i: student(w, xt[i], t[i], r=r[i]).v
-    target = method.consistent(const, {}, F(W, real), xt[real], (eps - x)[real], t[real], r[real])
+    target = method.consistent(
+        const, {}, F(W, real), xt[real], (eps - x)[real], t[real], r[real]
+    )
     weight = 1 + np.tan((1 - (t - r)[real]) * np.pi / 2.5)
     z = jax.random.normal(ctx.key("own"), (2, 2))
     x_f = z - student(W, z, jnp.ones(2), r=jnp.zeros(2)).v
@@ -159,7 +169,8 @@ def test_gradients_of_the_whole_loss(x64, gaussian, context):
     ours = lambda w: (
         method.loss(
             SimpleNamespace(
-                student=jax.tree_util.Partial(student, w), ema_student=const.ema_student
+                student=jax.tree_util.Partial(student, w),
+                ema_student=const.ema_student,
             ),
             ctx,
         ).loss
@@ -184,7 +195,9 @@ def seen_by(method, ctx, **more):
     with jax.disable_jit():
         method.loss(
             SimpleNamespace(
-                student=spy("student"), ema_student=spy("ema"), **{k: spy(k) for k in more}
+                student=spy("student"),
+                ema_student=spy("ema"),
+                **{k: spy(k) for k in more},
             ),
             ctx,
         )
@@ -220,15 +233,23 @@ def test_frozen_base_serves_step_one_only(x64, gaussian, context):
     """kappa = 1: v_u + 4 (v_c - v_u) of the base in place of v, inside the interval; the recursion
     is live.
     """
-    ctx = context(gaussian().draw(8), cond=jnp.full(8, 3.0), null_cond=jnp.full(8, 1.0))
+    ctx = context(
+        gaussian().draw(8), cond=jnp.full(8, 3.0), null_cond=jnp.full(8, 1.0)
+    )
     calls = seen_by(TwinFlowDistillation(), ctx, teacher=True)
-    assert "ema" not in calls and len(calls["teacher"]) == 1 and len(calls["teacher"][0][0]) == 12
+    assert (
+        "ema" not in calls
+        and len(calls["teacher"]) == 1
+        and len(calls["teacher"][0][0]) == 12
+    )
     assert all(r is None for _, r, *_ in calls["teacher"])
     x = ctx.batch["x"]
     t = jnp.linspace(0, 1, 8)
     v = jnp.ones((8, 2))
     base = lambda x, t, cond: Flow().from_v(expand(cond, x) * x, x, t)
-    got = TwinFlowDistillation().velocity(SimpleNamespace(teacher=base), ctx.batch, x, t, v)
+    got = TwinFlowDistillation().velocity(
+        SimpleNamespace(teacher=base), ctx.batch, x, t, v
+    )
     np.testing.assert_allclose(got[1:-1], ((1 + 4 * (3 - 1)) * x)[1:-1], rtol=1e-12)
     np.testing.assert_array_equal(got[np.array([0, 7])], 1.0)
 
@@ -254,7 +275,9 @@ def five(method):
         "cond": jnp.arange(12) % 3,
         "null_cond": jnp.full(12, 3),
     }
-    states, metrics = first_steps(method, {"student": net}, optax.adam(1e-3), {}, batch)
+    states, metrics = first_steps(
+        method, {"student": net}, optax.adam(1e-3), {}, batch
+    )
     return np.array([row["student/loss"] for row in metrics]), jax.tree.leaves(
         (states[-1].params, states[-1].ema)
     )
@@ -287,12 +310,16 @@ def test_the_tutorials_form(x64, gaussian, context):
     one = at(eps, jnp.ones(n), jnp.zeros(n))
     batch = {"cond": cond}
     mean = lambda a: jnp.mean(a**2)
-    want = mean(F - method.consistent(net, batch, F, xt, v, t, r)) + mean(at(xt, t, t) - v)
-    want += mean(one - method.consistent(net, batch, one, eps, v, jnp.ones(n), jnp.zeros(n)))
-    x_f = eps - one
-    want += mean(at((1 - t)[:, None] * x_f + t[:, None] * eps, -t, -t) - (eps - x_f)) + mean(
-        method.push(net, x_f, cond, ctx)
+    want = mean(F - method.consistent(net, batch, F, xt, v, t, r)) + mean(
+        at(xt, t, t) - v
     )
+    want += mean(
+        one - method.consistent(net, batch, one, eps, v, jnp.ones(n), jnp.zeros(n))
+    )
+    x_f = eps - one
+    want += mean(
+        at((1 - t)[:, None] * x_f + t[:, None] * eps, -t, -t) - (eps - x_f)
+    ) + mean(method.push(net, x_f, cond, ctx))
     np.testing.assert_allclose(method.loss(net, ctx).loss, want, rtol=1e-12)
 
 

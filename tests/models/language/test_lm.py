@@ -11,7 +11,16 @@ from jaxdistill.core.types import Refused
 from jaxdistill.models import layers
 from jaxdistill.models.language.lm import LM, following, frequencies, targets
 
-CFG = LM(vocab=31, dim=16, mlp=24, heads=4, kv_heads=2, head_dim=6, depth=3, rope_theta=100.0)
+CFG = LM(
+    vocab=31,
+    dim=16,
+    mlp=24,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    depth=3,
+    rope_theta=100.0,
+)
 TOL = 1e-5  # float32: 3 layers of sums over at most 31 terms on logits of order 1
 
 
@@ -24,7 +33,8 @@ def draw(cfg):
     """Weights large enough that every part matters, tokens [3 9]."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net(cfg).shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        net(cfg).shapes,
     )
     return params, jnp.asarray(rng.integers(0, cfg.vocab, (3, 9)))
 
@@ -48,7 +58,9 @@ def run(params, tokens, *, cfg=CFG, taps=(), hidden_only=False, **arrays):
 
 
 def close(a, b, tol=TOL):
-    np.testing.assert_allclose(a, b, rtol=tol, atol=tol * max(1.0, float(jnp.abs(b).max())))
+    np.testing.assert_allclose(
+        a, b, rtol=tol, atol=tol * max(1.0, float(jnp.abs(b).max()))
+    )
 
 
 def test_shapes_axes_and_dtypes(lm):
@@ -63,7 +75,9 @@ def test_shapes_axes_and_dtypes(lm):
     assert {w.dtype for w in jax.tree.leaves(half.shapes)} == {jnp.dtype("float32")}
     assert jax.eval_shape(half.apply, params, tokens).dtype == jnp.float32
     assert (
-        jax.eval_shape(lambda *a: half.apply(*a, hidden_only=True), params, tokens).dtype
+        jax.eval_shape(
+            lambda *a: half.apply(*a, hidden_only=True), params, tokens
+        ).dtype
         == jnp.bfloat16
     )
 
@@ -87,7 +101,11 @@ def test_left_padding_changes_nothing(lm):
 
 def test_packed_documents_do_not_see_each_other(lm):
     params, tokens = lm
-    packed = run(params, tokens, segments=jnp.array([0, 0, 0, 1, 1, 1, 2, 2, 2])[None].repeat(3, 0))
+    packed = run(
+        params,
+        tokens,
+        segments=jnp.array([0, 0, 0, 1, 1, 1, 2, 2, 2])[None].repeat(3, 0),
+    )
     for part in (slice(0, 3), slice(3, 6), slice(6, 9)):
         close(packed[:, part], run(params, tokens[:, part]))
 
@@ -96,15 +114,23 @@ def test_packing_and_padding_together(lm):
     params, tokens = lm
     mask = (jnp.arange(9) < 6)[None].repeat(3, 0)
     segments = (jnp.arange(9) >= 3).astype(jnp.int32)[None].repeat(3, 0)
-    close(run(params, tokens, segments=segments, mask=mask)[:, 3:6], run(params, tokens[:, 3:6]))
+    close(
+        run(params, tokens, segments=segments, mask=mask)[:, 3:6],
+        run(params, tokens[:, 3:6]),
+    )
 
 
 def test_positions_act_by_their_differences(lm):
     params, tokens = lm
     plain = run(params, tokens)
     close(run(params, tokens, positions=jnp.arange(9) + 7), plain)
-    close(run(params, tokens, positions=jnp.arange(9) + jnp.array([[0], [3], [20]])), plain)
-    assert jnp.abs(run(params, tokens, positions=2 * jnp.arange(9)) - plain).max() > 0.01
+    close(
+        run(params, tokens, positions=jnp.arange(9) + jnp.array([[0], [3], [20]])),
+        plain,
+    )
+    assert (
+        jnp.abs(run(params, tokens, positions=2 * jnp.arange(9)) - plain).max() > 0.01
+    )
 
 
 def test_grouped_queries_equal_repeated_keys_and_values(lm):
@@ -112,7 +138,8 @@ def test_grouped_queries_equal_repeated_keys_and_values(lm):
     full = dataclasses.replace(CFG, kv_heads=4)
     repeat = lambda w: w.reshape(3, 16, 2, 6).repeat(2, 2).reshape(3, 16, 24)
     blocks = params["blocks"] | {
-        name: {"kernel": repeat(params["blocks"][name]["kernel"])} for name in ("to_k", "to_v")
+        name: {"kernel": repeat(params["blocks"][name]["kernel"])}
+        for name in ("to_k", "to_v")
     }
     close(run(params | {"blocks": blocks}, tokens, cfg=full), run(params, tokens))
 
@@ -134,7 +161,10 @@ def test_features_are_the_states_after_blocks(lm):
     close(logits, run(params, tokens))
     one = dataclasses.replace(CFG, depth=1)
     shallow = params | {"blocks": jax.tree.map(lambda w: w[:1], params["blocks"])}
-    close(rms(first) * params["norm"]["scale"], run(shallow, tokens, cfg=one, hidden_only=True))
+    close(
+        rms(first) * params["norm"]["scale"],
+        run(shallow, tokens, cfg=one, hidden_only=True),
+    )
     close(rms(last) * params["norm"]["scale"], run(params, tokens, hidden_only=True))
 
 
@@ -157,7 +187,9 @@ def test_cached_steps_equal_the_full_pass(tied, short, monkeypatch):
         )
         out.append(logits)
     seen = np.asarray(mask)
-    close(jnp.concatenate(out, 1)[seen], run(params, tokens, cfg=cfg, mask=mask)[seen])
+    close(
+        jnp.concatenate(out, 1)[seen], run(params, tokens, cfg=cfg, mask=mask)[seen]
+    )
     assert int(cache["length"]) == 9
     assert (cache["valid"][:, :9] == mask).all() and not cache["valid"][:, 9:].any()
 
@@ -201,22 +233,28 @@ def test_remat_leaves_gradients_alone(lm, gradient):
 def test_jvp_is_the_transpose_of_the_gradient(lm, gradient):
     params, tokens = lm
     tangent = jax.tree.map(jnp.cos, params)
-    _, forward = jax.jit(lambda p, t: jax.jvp(lambda p: loss(CFG, p, tokens), (p,), (t,)))(
-        params, tangent
-    )
+    _, forward = jax.jit(
+        lambda p, t: jax.jvp(lambda p: loss(CFG, p, tokens), (p,), (t,))
+    )(params, tangent)
     terms = jnp.stack(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, tangent)))
     assert abs(forward - terms.sum()) <= TOL * jnp.abs(terms).sum()
 
 
 def test_jvp_lowers_for_tpu(lm):
     params, tokens = lm
-    f = jax.jit(lambda p, t: jax.jvp(lambda p: net(CFG).apply(p, tokens), (p,), (t,))[1])
-    assert jax.export.export(f, platforms=["tpu"])(params, params).out_avals[0].shape == (3, 9, 31)
+    f = jax.jit(
+        lambda p, t: jax.jvp(lambda p: net(CFG).apply(p, tokens), (p,), (t,))[1]
+    )
+    assert jax.export.export(f, platforms=["tpu"])(params, params).out_avals[
+        0
+    ].shape == (3, 9, 31)
 
 
 def test_stretched_frequencies():
     plain = dataclasses.replace(CFG, head_dim=32, rope_theta=1e4)
-    stretched = frequencies(dataclasses.replace(plain, rope_factor=8.0, rope_original=256))
+    stretched = frequencies(
+        dataclasses.replace(plain, rope_factor=8.0, rope_original=256)
+    )
     freqs = frequencies(plain)
     np.testing.assert_allclose(freqs, 1e4 ** (-np.arange(16) / 16), rtol=1e-6)
     turns = 256 * freqs / (2 * np.pi)
@@ -238,5 +276,8 @@ def test_refusals(lm):
         run(params, tokens, cfg=dataclasses.replace(CFG, max_length=8))
     with pytest.raises(Refused, match="segments"):
         run(
-            params, tokens, segments=tokens, cache=net(CFG).apply(params, 3, 9, method="init_cache")
+            params,
+            tokens,
+            segments=tokens,
+            cache=net(CFG).apply(params, 3, 9, method="init_cache"),
         )

@@ -40,19 +40,30 @@ def test_images_give_taps_of_their_pixels():
     net = make_net(ConvFeatures(widths=(8, 16), patch=4))
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 16, 24, 3))
-    last, (first, second) = jax.jit(lambda p, x: net.apply(p, x, taps=(0, 1)))(params, x)
-    assert first.shape == (2, 24, 8) and second.shape == (2, 6, 16) and last.shape == (2, 2, 3, 16)
+    last, (first, second) = jax.jit(lambda p, x: net.apply(p, x, taps=(0, 1)))(
+        params, x
+    )
+    assert (
+        first.shape == (2, 24, 8)
+        and second.shape == (2, 6, 16)
+        and last.shape == (2, 2, 3, 16)
+    )
     patch = (
         np.einsum("hwc,hwco->o", x[0, :4, :4], params["layers"][0]["kernel"])
         + params["layers"][0]["bias"]
     )
-    np.testing.assert_allclose(first[0, 0], np.maximum(patch, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        first[0, 0], np.maximum(patch, 0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_each_head_sees_its_tap_and_no_other():
     net = make_net(Heads(dims=(4, 6), width=8))
     params = net.init(jax.random.key(0))
-    features = [jax.random.normal(jax.random.key(i), (3, 5, dim)) for i, dim in enumerate((4, 6))]
+    features = [
+        jax.random.normal(jax.random.key(i), (3, 5, dim))
+        for i, dim in enumerate((4, 6))
+    ]
     run = jax.jit(net.apply)
     logits = run(params, features)
     assert logits.shape == (3, 2) and logits.dtype == jnp.float32
@@ -73,14 +84,20 @@ def test_networks_without_weights():
         net.apply({}, net.apply({}, x, method="denormalise"), method="decode"), x
     )
     reward = make_net(Direction(angle=np.pi / 2, core=0.0)).apply({}, x, jnp.ones(6))
-    np.testing.assert_allclose(reward, jnp.sin(jnp.arctan2(x[:, 1], x[:, 0])), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        reward, jnp.sin(jnp.arctan2(x[:, 1], x[:, 0])), rtol=1e-5, atol=1e-6
+    )
     assert jnp.isfinite(
-        jax.grad(lambda x: make_net(Direction()).apply({}, x, jnp.ones(1))[0])(jnp.zeros((1, 2)))
+        jax.grad(lambda x: make_net(Direction()).apply({}, x, jnp.ones(1))[0])(
+            jnp.zeros((1, 2))
+        )
     ).all()
 
 
 def test_a_reward_of_noisy_latents_depends_on_both_inputs():
-    net = make_net(LatentReward(trunk=ConvFeatures(channels=4, widths=(8, 16), patch=2)))
+    net = make_net(
+        LatentReward(trunk=ConvFeatures(channels=4, widths=(8, 16), patch=2))
+    )
     x = jax.random.normal(jax.random.key(1), (3, 8, 8, 4))
     t = jnp.array([0.2, 0.5, 0.9])
     run = jax.jit(net.apply)

@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from jaxdistill.core.types import Refused
-from jaxdistill.models.vision.random_features import ARCHS, Arch, arch, random_feature_net
+from jaxdistill.models.vision.random_features import (
+    ARCHS,
+    Arch,
+    arch,
+    random_feature_net,
+)
 from jaxdistill.objectives import mmd
 
 IMAGES = [name for name, kind in ARCHS.items() if kind.convolutional]
@@ -23,13 +28,23 @@ def test_one_layer_is_the_arc_cosine_kernel():
     key = jax.random.key(0)
     x, y = jax.random.normal(jax.random.key(1), (2, 3))
     net = random_feature_net(
-        key, Arch(depth=1, width=width, convolutional=False, normalised=False), bias=0.0
+        key,
+        Arch(depth=1, width=width, convolutional=False, normalised=False),
+        bias=0.0,
     )
     (features,) = net(jnp.stack([x, y]))
     norms = jnp.linalg.norm(x) * jnp.linalg.norm(y)
     angle = jnp.arccos(x @ y / norms)
-    want = 2 / 3 * norms * (jnp.sin(angle) + (jnp.pi - angle) * jnp.cos(angle)) / (2 * jnp.pi)
-    np.testing.assert_allclose(features[0] @ features[1], want, atol=4 * float(norms) / width**0.5)
+    want = (
+        2
+        / 3
+        * norms
+        * (jnp.sin(angle) + (jnp.pi - angle) * jnp.cos(angle))
+        / (2 * jnp.pi)
+    )
+    np.testing.assert_allclose(
+        features[0] @ features[1], want, atol=4 * float(norms) / width**0.5
+    )
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -47,7 +62,9 @@ def test_samples_do_not_mix_and_the_key_decides(name):
     assert not np.allclose(complete[-1], other[-1])
 
 
-@pytest.mark.parametrize(("name", "sees"), [("convnet-2", False), ("plain-2", True), ("mlp", True)])
+@pytest.mark.parametrize(
+    ("name", "sees"), [("convnet-2", False), ("plain-2", True), ("mlp", True)]
+)
 def test_normalised_first_layers_do_not_see_scale_and_mean(name, sees):
     """Why the pool needs a network without normalisation. Padding shows a mean at the border, hence
     a scale alone.
@@ -70,7 +87,9 @@ def test_covariances_are_seen_by_a_nonlinear_network_only():
     )
     w = jax.random.normal(jax.random.key(3), (2, 256)) / 16
     noise = abs(float(mmd.mmd2(x @ w, y @ w)))
-    assert el(random_feature_net(jax.random.key(2), arch("mlp")), x, y) > 10 * max(noise, 2 / n)
+    assert el(random_feature_net(jax.random.key(2), arch("mlp")), x, y) > 10 * max(
+        noise, 2 / n
+    )
 
 
 def test_biases_see_what_homogeneous_networks_cannot():
@@ -80,7 +99,9 @@ def test_biases_see_what_homogeneous_networks_cannot():
     n = 200_000
     angle = jax.random.uniform(jax.random.key(0), (2, 200_000), maxval=2 * jnp.pi)
     circle = lambda a: jnp.stack([jnp.cos(a), jnp.sin(a)], 1)
-    radius = jnp.where(jax.random.bernoulli(jax.random.key(1), shape=(n, 1)), 0.5, 1.5)
+    radius = jnp.where(
+        jax.random.bernoulli(jax.random.key(1), shape=(n, 1)), 0.5, 1.5
+    )
     x = circle(angle[0])
     y = radius * circle(angle[1])
     kind = dataclasses.replace(arch("mlp"), width=128)

@@ -29,5 +29,7 @@ class MyMethod(KD):
         """Surgery (section 1): the student is the teacher, pruned. What `prune` does belongs into
         surgery/, where other methods may use it.
         """
-        net, weights = prune(nets["teacher"], params["teacher"], batch, depth=self.depth, mlp=0)
+        net, weights = prune(
+            nets["teacher"], params["teacher"], batch, depth=self.depth, mlp=0
+        )
         return {**nets, "student": net}, {**params, "student": weights}

@@ -16,7 +16,10 @@ RNG = np.random.default_rng(0)
 PARAMS = jax.tree.map(
     lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), NET.shapes
 )
-BATCH = {"tokens": jnp.asarray(RNG.integers(0, 7, (3, 6))), "mask": jnp.ones((3, 6), jnp.float32)}
+BATCH = {
+    "tokens": jnp.asarray(RNG.integers(0, 7, (3, 6))),
+    "mask": jnp.ones((3, 6), jnp.float32),
+}
 
 
 def cut(method):
@@ -26,14 +29,18 @@ def cut(method):
 
 def loss(method, nets, params):
     return jax.jit(
-        lambda params: method.loss(bind(nets, params), Ctx(BATCH, jax.random.key(0), 0, {}))
+        lambda params: method.loss(
+            bind(nets, params), Ctx(BATCH, jax.random.key(0), 0, {})
+        )
     )(params)
 
 
 def test_surgery_leaves_a_smaller_student_and_the_teacher_alone():
     nets, params = cut(MyMethod(depth=2))
     assert (
-        nets["student"].config.depth == 2 and nets["teacher"] is NET and params["teacher"] is PARAMS
+        nets["student"].config.depth == 2
+        and nets["teacher"] is NET
+        and params["teacher"] is PARAMS
     )
     assert jax.tree.map(jnp.shape, params["student"]) == jax.tree.map(
         lambda s: s.shape, nets["student"].shapes

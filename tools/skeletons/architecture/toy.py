@@ -22,12 +22,19 @@ ABLATIONS = {"three of four layers": ("method.depth=3",)}
 def get_config():
     return experiment(
         steps=200,
-        runs=dict(teacher=train(800, depth=4, mlp=128), baseline=train(200, depth=2, mlp=128)),
+        runs=dict(
+            teacher=train(800, depth=4, mlp=128),
+            baseline=train(200, depth=2, mlp=128),
+        ),
         data=Markov(**DATA),
         method=MyMethod(depth=2),
         roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
         evaluation=TextEval(),
         claim=dict(
-            metric="perplexity", model="student", baseline="baseline", better="lower", ratio=0.98
+            metric="perplexity",
+            model="student",
+            baseline="baseline",
+            better="lower",
+            ratio=0.98,
         ),
     )

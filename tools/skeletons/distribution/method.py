@@ -24,6 +24,8 @@ class MyMethod(DiffInstruct):
 
     def direction(self, x0: Array, real: Pred, fake: Pred, t: Array) -> Array:
         weight = (
-            self.process.alpha_sigma(expand(t, x0))[1] ** self.power if self.power else jnp.ones(())
+            self.process.alpha_sigma(expand(t, x0))[1] ** self.power
+            if self.power
+            else jnp.ones(())
         )
         return score.diff_instruct_gradient(real.x0, fake.x0, weight)  # eq. 1

@@ -21,7 +21,8 @@ def gradient(method, real, fake, context):
     def loss(mean):
         student = lambda x, t, cond=None: real.process.from_x0(mean + 0.4 * x, x, t)
         return method.student_loss(
-            SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise), ctx
+            SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise),
+            ctx,
         ).loss
 
     return jax.grad(loss)(0.0)
@@ -29,14 +30,19 @@ def gradient(method, real, fake, context):
 
 def test_a_student_that_has_the_teachers_law_stays(x64, gaussian, context):
     assert gradient(MyMethod(power=1.0), gaussian(), gaussian(), context) == 0
-    assert abs(gradient(MyMethod(power=1.0), gaussian(), gaussian(mean=-0.2), context)) > 1e-2
+    assert (
+        abs(gradient(MyMethod(power=1.0), gaussian(), gaussian(mean=-0.2), context))
+        > 1e-2
+    )
 
 
 def test_the_gradient_is_weighted_by_the_noise_level(x64, gaussian, context):
     times = Uniform(low=AT, high=AT)
     at = lambda method: gradient(method, gaussian(), gaussian(mean=-0.2), context)
     plain = at(DiffInstruct(match_times=times))
-    np.testing.assert_allclose(at(MyMethod(match_times=times, power=0.0)), plain, rtol=1e-12)
+    np.testing.assert_allclose(
+        at(MyMethod(match_times=times, power=0.0)), plain, rtol=1e-12
+    )
     np.testing.assert_allclose(
         at(MyMethod(match_times=times, power=2.0)), AT**2 * plain, rtol=1e-12
     )

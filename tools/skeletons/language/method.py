@@ -13,7 +13,12 @@ from jaxtyping import Int, Shaped
 from jaxdistill.core.needs import Spec
 from jaxdistill.core.types import Ctx, Method, Nets, Out
 from jaxdistill.models.language.lm import context, same_vocabulary, targets
-from jaxdistill.objectives.divergence import Divergence, ForwardKL, masked_sum, token_divergence
+from jaxdistill.objectives.divergence import (
+    Divergence,
+    ForwardKL,
+    masked_sum,
+    token_divergence,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,8 @@ class MyMethod(Method):
         teacher = net.teacher(tokens, **context(ctx.batch))
         student = net.student(tokens, **context(ctx.batch))
         # eq. 1
-        each = token_divergence(self.divergence, teacher, student, temperature=self.temperature)
+        each = token_divergence(
+            self.divergence, teacher, student, temperature=self.temperature
+        )
         total, count = masked_sum(each, mask)
         return Out(total, {"divergence": total}, count=count)

@@ -41,10 +41,14 @@ class MyMethod(Method):
         null_cond = ctx.batch.get("null_cond")
         noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
         start = self.process.start(noise)
-        teacher = lambda x, t: guided(net.teacher, x, t, cond, null_cond, self.guidance)
+        teacher = lambda x, t: guided(
+            net.teacher, x, t, cond, null_cond, self.guidance
+        )
         end = ode.solve(self.solver, self.process, teacher, start, self.solver_steps)
         t = jnp.full(start.shape[:1], self.process.t_max)
-        distance = (net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)) ** 2  # eq. 1
+        distance = (
+            net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)
+        ) ** 2  # eq. 1
         return Out(jnp.mean(distance))
 
     def sampling_times(self, steps: int) -> Array:

@@ -14,7 +14,8 @@ def test_a_student_that_is_the_trajectorys_end_has_no_loss(x64, gaussian, contex
     method = MyMethod(solver_steps=100)
     at = lambda student: (
         method.loss(
-            SimpleNamespace(teacher=g.denoise, student=student), context(jnp.zeros((64, 2)))
+            SimpleNamespace(teacher=g.denoise, student=student),
+            context(jnp.zeros((64, 2))),
         ).loss
     )
     assert (
