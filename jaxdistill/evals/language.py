@@ -26,7 +26,7 @@ def perplexity(nll: Number, count: Number) -> float:
 
 def token_kl(
     teacher: Float[Array, "B T V"],
-    student: Float[Array, "B T V"],
+    student: Float[Array, "B T U"],
     mask: Shaped[Array, "B T"],
     divergence: Divergence = ForwardKL(),
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -46,7 +46,7 @@ def token_kl(
 
 def top1_agreement(
     teacher: Float[Array, "B T V"],
-    student: Float[Array, "B T V"],
+    student: Float[Array, "B T U"],
     mask: Shaped[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """How many tokens of a mask have the same most likely prediction, by the logits of two models.

@@ -1,4 +1,4 @@
-"""My method (arXiv:2601.00000) on a synthetic language: half of a model's layers, then
+"""My method (arXiv:2601.00000) on a synthetic language: half the layers, then
 distillation.
 
     python -m launch.train --config=configs/toy/my_method.py \\
