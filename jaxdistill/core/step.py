@@ -40,7 +40,8 @@ def init_state(
     Every tree of the state has buffers of its own, because the train step donates them.
 
     Args:
-      start: weights of the frozen roles and of the roles with a warm start.
+      start: weights of the frozen roles, and of trained roles whose first weights are given; these
+        override `inits`.
       inits: role -> the role that it is copied from, or None; by default the method's.
     """
     # `materialise` gives floating-point arrays in device memory, and `from_source` converts them to
@@ -105,7 +106,8 @@ def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
 
 
 def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
-    """Role -> its network with weights bound. "ema_student" is the student's network.
+    """Role -> its network with weights bound. "ema_student" is the student's network
+    with its averaged weights.
 
     A network gets the weights of all roles, because adapters need those of their base.
     """
@@ -146,8 +148,9 @@ def take_turn(
     ):
         """(loss, (sums, count, memory)).
 
-        The loss is to be divided by `count`, which is 1 for a mean. `sums` holds (sum, own count)
-        of each metric; its own count is None if it is the count of the loss.
+        The loss is to be divided by `count`, which is 1 for a mean. `sums` holds (sum, count) of
+        each metric: the count is that of the loss if the metric has no other, and None if both
+        are means.
         """
         out = turn.loss(
             bind(nets, {**weights, **moving}), Ctx(batch, rng, state.step, memory)
@@ -168,7 +171,7 @@ def take_turn(
             differentiate, moving, batch, rng, state.memory, accumulate
         )
     grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
-    # A bank of networks zeroes the gradients of members that are not finite.
+    # In a bank (several networks in one role) a member whose gradient is not finite gets zeros.
     grads = {role: nets[role].sanitise(g) for role, g in grads.items()}
 
     first = turn.moves[0] if turn.moves else "measured"
@@ -225,8 +228,8 @@ def _accumulate(
 ):
     """Sums of gradients, metrics and counts over `n` micro-batches, one after the other.
 
-    Each micro-batch takes every n-th sample: devices hold contiguous parts of the batch, so that
-    every micro-batch has samples on every device and none is moved.
+    Each micro-batch takes every n-th sample. Devices hold contiguous parts of the batch, so this
+    stride leaves every sample on its device.
     """
 
     def split(x: Array) -> Array:
@@ -277,7 +280,7 @@ def make_train_step(
       `active_at(step) -> active`.
 
     Raises:
-      Refused: the config sets the average of a role whose decay the method sets.
+      Refused: the config gives `ema` for a role whose turn has its own `decay`.
     """
     turns = method.turns
     emas = {role: emas.get(role, Ema()) for role in method.ema}

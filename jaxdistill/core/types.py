@@ -3,7 +3,8 @@
 A *role* is the name of a network ("student", "teacher", "fake", "disc").
 A *step* (engine step) is one call of the train step. It takes one or more turns.
 A *turn* is one optimiser update: the roles that are trained, their loss, the steps that take it.
-A *stage* is a training run inside a method. *Surgery* may change networks and weights before it.
+A *stage* is a training run inside a method. *Surgery* may change networks and weights before
+it starts.
 A *method* is a frozen dataclass of hyper-parameters that lists its turns.
 """
 
@@ -78,7 +79,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """table[name]. Raises Refused with the nearest key where there is none."""
+    """table[name]. If `name` is no key, raises Refused; the message suggests the nearest one."""
     if name not in table:
         raise Refused(f"{what}={name!r}: {nearest(name, table).removeprefix('; ')}")
     return table[name]
@@ -120,12 +121,14 @@ class Means(dict):
 class State:
     """Everything that changes during training, and the frozen networks beside it."""
 
-    step: Array  # int32 []: engine steps so far
+    step: Array  # int32 []: engine steps so far in this stage
     count: dict[str, Array]  # role -> int32 []: optimiser updates of the role so far
     params: dict[str, Params]  # trained roles, float32
     opt: dict[str, Any]  # role -> optax state
     ema: dict[str, Params]  # role -> averaged weights
-    frozen: dict[str, Params]  # roles that are never trained; not checkpointed
+    frozen: dict[
+        str, Params
+    ]  # roles that this stage does not train; not checkpointed
     memory: dict[
         str, Any
     ]  # a method's own state: histograms, queues, running statistics
@@ -152,9 +155,9 @@ class Out(NamedTuple):
     over that many valid tokens or samples. The engine then divides them by the sum of all counts,
     over micro-batches and shards. A metric with a count of its own is a pair (sum, count).
 
-    A loss such as mean over tokens + mean over samples has no single count. Its turn's `gather`,
-    which sees the full batch, can add both counts to the batch (as arrays [B], since micro-batches
-    split every entry along its first axis), and the loss divides by them.
+    A loss such as mean over tokens + mean over samples has no single count. Its turn's `gather`
+    sees the full batch, and can add to it a weight per sample, [B], such as B / (tokens of the
+    batch): with it each term becomes a mean over samples, and the loss returns no count.
     """
 
     loss: Array
@@ -228,8 +231,9 @@ class Stage:
 def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
     """Lengths of stages with the sum `steps`.
 
-    `shares` is the number of equally long stages, or the relative length of each stage. If equal
-    lengths do not divide `steps`, the first stages are longer by one: 10 steps, 3 stages: 4, 3, 3.
+    `shares` is the number of equally long stages, or the relative length of each stage. If a
+    number of stages does not divide `steps`, the first ones are longer by one (10 steps, 3 stages:
+    4, 3, 3). Relative lengths are rounded.
     """
     if isinstance(shares, int):
         return tuple((steps + i) // shares for i in reversed(range(shares)))
@@ -248,7 +252,7 @@ class Method:
 
     # Trained role -> the role whose weights it starts from, or None for fresh weights.
     inits = {"student": "teacher"}
-    # Roles whose weights never change.
+    # Roles that this method does not train.
     frozen = ("teacher",)
     # Roles with averaged weights; losses see them as `ema_<role>`.
     ema = ("student",)
@@ -272,11 +276,11 @@ class Method:
 
     @property
     def cycle(self) -> int:
-        """Length of the repeating schedule of turns, in steps; it updates the student once."""
+        """Steps of one repeat of the schedule of turns, with one update of the student."""
         return 1
 
     def settled(self) -> Method:
-        """This method without its first phase (critics alone, say), for plans and benches."""
+        """This method without its warm-up (critics alone, say), for cost estimates."""
         return self
 
     def memory(self) -> dict[str, Any]:

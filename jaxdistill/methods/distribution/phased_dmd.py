@@ -5,12 +5,13 @@ The sampling trajectory is cut at times 1 = t_0 > t_1 > ... > t_K = 0. Phase k i
 sampling steps from t_{k-1} to s = t_k; its expert, a network of its own, makes these steps.
 Together the experts are the generator (the student).
 
-An expert is trained by distribution matching of its samples x_s at s. If it had to jump from its
-noise to clean samples instead, matching at 0 would train a one-step generator whenever the jump
-starts at the first step, at a loss of diversity. To be matched, x_s is renoised to times t between
-s and 1 (reverse nested intervals: all reach up to 1). No clean sample x_0 exists there, so the fake
-score regresses the transition kernel from x_s to x_t without x_0; these targets are unbiased for
-every t > s. In a phase of several steps the gradient flows through one of them, drawn at random.
+An expert is trained by distribution matching of its samples x_s at s. Plain few-step DMD instead
+matches the x0 that a random step predicts. If that is the first step, it trains a one-step
+generator, which loses diversity. To be matched, x_s is renoised to times t between
+s and 1 (reverse nested intervals: all reach up to 1). A phase that ends at s > 0 yields no
+x_0, so the fake score's target is computed from x_s and the noise added to it, which is unbiased
+for every t > s. Of several steps in a phase one is drawn at random: it goes straight to s, and has
+the gradient.
 
 A teacher may consist of experts for ranges of noise levels. The times above s are then split into
 intervals, one per teacher expert that overlaps them, each with its own fake score. Teacher experts
@@ -91,8 +92,9 @@ class PhasedDMD(DiffInstruct):
     # Which gradient the generator gets. normalised: DMD's, divided by the teacher's error (released
     # code); kl: that of the KL divergence (the paper's weight w).
     weight: str = "normalised"
-    # c in fake <- c fake + (1 - c) expert after an update of the expert (IDA, implicit distribution
-    # alignment). The released code uses .97; the default 1 turns it off.
+    # c in fake <- c fake + (1 - c) expert, after an update of the expert on the phase's last interval
+    # and for its fake score alone (IDA, implicit distribution alignment). The released code uses
+    # .97; the default 1 turns it off.
     coupling: float = 1.0
     # True: intervals reach from s up to 1. False: up to the time at which the phase starts, hence
     # disjoint between phases, which the paper finds worse.
@@ -301,7 +303,7 @@ class PhasedDMD(DiffInstruct):
 class InterleavedPhasedDMD(PhasedDMD):
     """The released trainer: all experts and fake scores side by side, in a single stage.
 
-    Phases take turns, each for one update of its expert and `critic_steps` of its fake scores.
+    Phases alternate, each for one update of its expert and `critic_steps` of its fake scores.
     """
 
     def stages(self, steps):

@@ -161,7 +161,7 @@ class KD(Method):
         return divergence.cross_entropy(student, labels)
 
 
-FIXED_BY_FILE = "it was fixed when the file of logits was written"
+FIXED_BY_FILE = "it has no effect on stored logits, whose tokens the file fixes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
