@@ -123,7 +123,7 @@ class Process:
         a, s = self.alpha_sigma(expand(jnp.asarray(t), x0))
         return a * x0 + s * eps
 
-    def start(self, noise: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def start(self, noise: Shaped[Array, "*S"]) -> Shaped[Array, "*S"]:
         """Unit Gaussian noise as a state at t_max."""
         return self.add_noise(
             jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype)

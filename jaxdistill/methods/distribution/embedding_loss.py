@@ -2,10 +2,10 @@
 added to the student's loss of any host method.
 
 The student's samples and real data are embedded by networks with random weights, drawn anew at
-every step, and the maximum mean discrepancy (MMD) of the two embedded batches is added to the
-host's loss (squared). The term needs no discriminator and no pairs of noise and sample, and real
-data let the student surpass its teacher. The samples are those that the host's loss makes: the last x0 that its student
-predicts.
+every step, and the squared maximum mean discrepancy (MMD) of the two embedded batches is added to
+the host's loss. The term needs no discriminator and no pairs of noise and sample, and real data let
+the student surpass its teacher. The samples are those that the host's loss makes: the last x0 that
+its student predicts.
 
 The paper's kernel, networks, weight and batch sizes are not published. The defaults are those of
 data-set condensation by random networks, and each of them is a field. A label is an input of the
