@@ -92,9 +92,9 @@ class PhasedDMD(DiffInstruct):
     # Which gradient the generator gets. normalised: DMD's, divided by the teacher's error (released
     # code); kl: that of the KL divergence (the paper's weight w).
     weight: str = "normalised"
-    # c in fake <- c fake + (1 - c) expert, after an update of the expert on the phase's last interval
-    # and for its fake score alone (IDA, implicit distribution alignment). The released code uses
-    # .97; the default 1 turns it off.
+    # c in fake <- c fake + (1 - c) expert, after an update of the expert on the phase's last
+    # interval and for its fake score alone (IDA, implicit distribution alignment). The released
+    # code uses .97; the default 1 turns it off.
     coupling: float = 1.0
     # True: intervals reach from s up to 1. False: up to the time at which the phase starts, hence
     # disjoint between phases, which the paper finds worse.
