@@ -35,7 +35,7 @@ class Velocity:
         raw: Shaped[Array, "B ..."],
         x: Shaped[Array, "B ..."],
         t: Shaped[Array, "*T"],
-        features: tuple[Array, ...] = (),
+        features: tuple[Any, ...] = (),
     ) -> Pred:
         """The prediction that the network's output stands for."""
         return process.from_v(raw, x, t, raw, features)

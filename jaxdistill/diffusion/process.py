@@ -12,6 +12,7 @@ Times are given per sample, [B], or as a scalar; `expand` gives them the axes of
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ class Pred:
     eps: Array
     v: Array  # generic velocity dx_t/dt = alpha' x0 + sigma' eps
     raw: Array  # the network's own output
-    features: tuple[Array, ...] = ()  # activations of the layers asked for by `taps`
+    features: tuple[Any, ...] = ()  # activations of the layers asked for by `taps`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,15 +116,15 @@ class Process:
 
     def add_noise(
         self,
-        x0: Shaped[Array, "B ..."],
-        eps: Shaped[Array, "B ..."],
+        x0: Shaped[Array, "*_"],
+        eps: Shaped[Array, "*_"],
         t: float | Shaped[Array, "*T"],
-    ) -> Shaped[Array, "B ..."]:
+    ) -> Shaped[Array, "*_"]:
         """x_t = alpha x0 + sigma eps."""
         a, s = self.alpha_sigma(expand(jnp.asarray(t), x0))
         return a * x0 + s * eps
 
-    def start(self, noise: Shaped[Array, "*S"]) -> Shaped[Array, "*S"]:
+    def start(self, noise: Shaped[Array, "*_"]) -> Shaped[Array, "*_"]:
         """Unit Gaussian noise as a state at t_max."""
         return self.add_noise(
             jnp.zeros_like(noise), noise, jnp.asarray(self.t_max, noise.dtype)
@@ -138,15 +139,15 @@ class Process:
 
     def velocity(
         self,
-        x0: Shaped[Array, "B ..."],
-        eps: Shaped[Array, "B ..."],
+        x0: Shaped[Array, "*_"],
+        eps: Shaped[Array, "*_"],
         t: Shaped[Array, "*T"],
-    ) -> Shaped[Array, "B ..."]:
+    ) -> Shaped[Array, "*_"]:
         """dx_t/dt for fixed x0 and eps."""
         _, _, da, ds = self.coefs(expand(t, x0))
         return da * x0 + ds * eps
 
-    def score(self, pred: Pred, t: Shaped[Array, "*T"]) -> Shaped[Array, "B ..."]:
+    def score(self, pred: Pred, t: Shaped[Array, "*T"]) -> Shaped[Array, "*_"]:
         """grad log p_t(x_t) = -eps / sigma."""
         return -pred.eps / self.alpha_sigma(expand(t, pred.eps))[1]
 
@@ -165,22 +166,22 @@ class Process:
 
     def transition(
         self,
-        xt: Shaped[Array, "B ..."],
-        noise: Shaped[Array, "B ..."],
+        xt: Shaped[Array, "*_"],
+        noise: Shaped[Array, "*_"],
         t: Shaped[Array, "*T"],
         r: Shaped[Array, "*R"],
-    ) -> Shaped[Array, "B ..."]:
+    ) -> Shaped[Array, "*_"]:
         """A draw of x_r | x_t for r > t, from the forward kernel."""
         ratio, sigma = self.kernel(expand(t, xt), expand(r, xt))
         return ratio * xt + sigma * noise
 
     def from_x0(
         self,
-        x0: Shaped[Array, "B ..."],
-        xt: Shaped[Array, "B ..."],
+        x0: Shaped[Array, "*_"],
+        xt: Shaped[Array, "*_"],
         t: Shaped[Array, "*T"],
         raw: Array | None = None,
-        features: tuple[Array, ...] = (),
+        features: tuple[Any, ...] = (),
     ) -> Pred:
         """All parameterisations from a prediction of x0; singular where sigma = 0."""
         a, s, da, ds = self.coefs(expand(t, xt))
@@ -189,11 +190,11 @@ class Process:
 
     def from_eps(
         self,
-        eps: Shaped[Array, "B ..."],
-        xt: Shaped[Array, "B ..."],
+        eps: Shaped[Array, "*_"],
+        xt: Shaped[Array, "*_"],
         t: Shaped[Array, "*T"],
         raw: Array | None = None,
-        features: tuple[Array, ...] = (),
+        features: tuple[Any, ...] = (),
     ) -> Pred:
         """All parameterisations from a prediction of eps; singular where alpha = 0."""
         a, s, da, ds = self.coefs(expand(t, xt))
@@ -204,11 +205,11 @@ class Process:
 
     def from_v(
         self,
-        v: Shaped[Array, "B ..."],
-        xt: Shaped[Array, "B ..."],
+        v: Shaped[Array, "*_"],
+        xt: Shaped[Array, "*_"],
         t: Shaped[Array, "*T"],
         raw: Array | None = None,
-        features: tuple[Array, ...] = (),
+        features: tuple[Any, ...] = (),
     ) -> Pred:
         """All parameterisations from a velocity: solves [a s; a' s'] [x0 eps] = [x_t v]."""
         a, s, da, ds = self.coefs(expand(t, xt))

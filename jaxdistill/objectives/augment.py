@@ -25,8 +25,8 @@ class Paired:
     contrast: float = 0.2  # largest relative change about each image's mean
 
     def __call__(
-        self, key: Key[Array, ""], *batches: Shaped[Array, "B ..."]
-    ) -> tuple[Shaped[Array, "B ..."], ...]:
+        self, key: Key[Array, ""], *batches: Shaped[Array, "*_"]
+    ) -> tuple[Shaped[Array, "*_"], ...]:
         """Images [B H W C], augmented; points [B D] stay as they are."""
         return tuple(self._augment(key, x) for x in batches)
 

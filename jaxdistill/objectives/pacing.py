@@ -84,6 +84,6 @@ def signal_to_noise_by_bin(
     return jnp.where(count < 2, jnp.nan, ((count - 1) * biased - 1) / count), count
 
 
-def _squared_norm(tree: Params) -> Shaped[Array, ""]:
+def _squared_norm(tree: Any) -> Shaped[Array, ""]:
     """|g|^2 over all arrays of a tree."""
     return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
