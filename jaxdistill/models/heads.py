@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -69,7 +70,7 @@ class DiscriminatorModule(nnx.Module):
         self,
         features: Sequence[Float[Array, "B _ D"]],
         t: Float[Array, " B"],
-        cond: Int[Array, " B"] | None = None,
+        cond: Int[Array, " B"] | Mapping[str, Any] | None = None,
     ) -> Float[Array, " B"]:
         """Logits, in float32.
 
