@@ -80,6 +80,7 @@ setup(
         "wandb": ["wandb"],
         "dev": [
             "beartype>=0.20",
+            "setuptools>=70.1",  # builds the wheel of a test
             "av>=13",
             "qwix>=0.1.8",
             "pytest",
