@@ -172,8 +172,7 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     check_writable(Path(workdir))
     # The report shows the curves: damaged ones are refused before the evaluation.
     metrics.read(Path(workdir) / "metrics.jsonl")
-    given = records.read_config(Path(workdir)) if config is None else config
-    experiment = Experiment(given, Path(workdir))
+    experiment = _opened(workdir, config)
     method = experiment.method
     roles = experiment.with_bases([*method.frozen, *method.exports])
     trained = load(workdir, config, roles=roles)
@@ -207,15 +206,23 @@ def load(
     Raises:
         Refused: The run has not finished, is damaged, or its config.json was changed.
     """
+    experiment = _opened(workdir, config)
+    stages = _done(experiment)
+    with sharding.use(experiment.mesh, experiment.settings.rules):
+        return _as_given(_result(experiment, stages, len(stages), roles))
+
+
+def _opened(workdir: str | Path, config: ConfigDict | None) -> Experiment:
+    """The experiment of a run's folder, by `config` or by its own config.
+
+    Raises Refused if its config.json is damaged, or was changed after the training.
+    """
     workdir = records.local(workdir, "--workdir")
     if config is None or (workdir / "config.json").exists():
         own = records.read_config(workdir)
         records.check_result(workdir, own, (*records.FREE, *records.JUDGED))
         config = own if config is None else config
-    experiment = Experiment(config, workdir)
-    stages = _done(experiment)
-    with sharding.use(experiment.mesh, experiment.settings.rules):
-        return _as_given(_result(experiment, stages, len(stages), roles))
+    return Experiment(config, workdir)
 
 
 def _done(experiment: Experiment) -> tuple[Stage, ...]:

@@ -835,7 +835,7 @@ def test_ids_without_text_are_described(tmp_path):
     assert not list((tmp_path / "out").glob("tokenizer*"))
     said = (
         "No tokenizer goes with it: its tokens are ids of `jaxdistill.data.language:Markov`. "
-        "tokens int32 [length]"
+        "A random Markov chain, stationary from the first token"
     )
     assert said in card
     assert (
