@@ -57,9 +57,8 @@ def sample(argv: list[str]) -> None:
             print(line, end="\n---\n")
         return
     evaluated = list(evaluation.models(trained.params))
-    first = dict(
-        reversed(evaluated)
-    )  # role -> the first number of steps of its evaluation
+    # role -> the first number of steps of its evaluation
+    first = dict(reversed(evaluated))
     if role not in first and trained.experiment.described(role)[1] is None:
         raise Refused(f"--role={role}: is no denoiser{nearest(role, first)}")
     if role not in first and not steps:

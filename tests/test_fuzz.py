@@ -55,10 +55,11 @@ VALUES = [
     "../..",
     "x" * 300,
 ]
+# their steps take seconds to trace
 U_NETS = (
     "models.denoisers.unet",
     "models.denoisers.edm",
-)  # their steps take seconds to trace
+)
 
 
 def configs(folder: Path) -> dict[str, dict]:

@@ -28,12 +28,13 @@ from tools import plan as plan_command
 
 ROOT = Path(__file__).parents[1]
 TOYS = sorted(p.stem for p in (ROOT / "configs/toy").glob("[!_]*.py"))
+# networks of points and of language, decoding, forward mode; the contract lowers every toy
 QUICK = (
     "dmd2",
     "gkd",
     "grpo",
     "scm",
-)  # networks of points and of language, decoding, forward mode; the contract lowers every toy
+)
 
 
 @pytest.fixture

@@ -58,9 +58,8 @@ class StageRun:
     number: int
     stage: Stage
     nets: dict[str, Any]
-    start: dict[
-        str, Params
-    ]  # frozen roles, warm starts and the results of earlier stages
+    # frozen roles, warm starts and the results of earlier stages
+    start: dict[str, Params]
     batch: Batch  # numpy
 
     @property

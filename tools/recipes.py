@@ -40,10 +40,11 @@ SLICES = {
     "grpo": "v5p:2x4x4",
     "phased_dmd": "v5p:2x4x4",
 }
+# the size of the mesh axis `tensor` where it is not 1
 TENSOR = {
     "grpo": 2,
     "sequence_kd": 4,
-}  # the size of the mesh axis `tensor` where it is not 1
+}
 # Of the compiler's search for tiles; memory and traffic of a program hardly depend on it.
 EFFORT = -1.0
 PAGE = """# Recipes, compiled for TPU slices

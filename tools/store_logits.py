@@ -212,9 +212,8 @@ def store(argv):
             spec[key] = jax.ShapeDtypeStruct(
                 (size, *np.shape(value)), np.asarray(value).dtype
             )
-        jax.eval_shape(
-            read, net.shapes, spec
-        )  # raises what does not fit before anything is read
+        # raises what does not fit before anything is read
+        jax.eval_shape(read, net.shapes, spec)
         logits = jax.eval_shape(logits_of, net.shapes, spec)
         about = {
             "teacher": values["teacher"]

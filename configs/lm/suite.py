@@ -59,9 +59,8 @@ def methods(**writing):
 
 VARIANTS = methods(eos=(12,), pad=13)
 REINFORCED = ("grpo", "rlad")
-OLD = dict(
-    old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0))
-)  # what grpo and rlad write with
+# what grpo and rlad write with
+OLD = dict(old=Role(optimizer=Optimizer(algorithm="sgd", clip=0.0)))
 
 
 def get_config(method="gkd"):

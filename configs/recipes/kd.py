@@ -37,9 +37,8 @@ LLAMA_1B = dict(
     **LLAMA3,
 )
 PACKED = PackedJson(length=4096, batch_size=64)
-PROMPTS = PaddedJson(
-    prompt_length=512, response_length=512, batch_size=64
-)  # for those that write
+# for those that write
+PROMPTS = PaddedJson(prompt_length=512, response_length=512, batch_size=64)
 
 
 def distil(method, data=PACKED, **role):

@@ -76,9 +76,8 @@ def get_config(variant=""):
         if variant == "released"
         else adapter
     )
-    updates = (
-        4000 if variant == "released" else 800
-    )  # of generators, over both phases
+    # of generators, over both phases
+    updates = 4000 if variant == "released" else 800
     return experiment(
         steps=updates * method.critic_steps,
         data=ArrayRecords(batch_size=64),

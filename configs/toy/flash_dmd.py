@@ -38,12 +38,13 @@ ABLATIONS = {
         "method.gan_steps=(0,1,2,3)",
     ),
 }
+# the clean steps keep the mode and lose the ring, as do 499 and 249 of an image
 TIMES = (
     0.999,
     0.749,
     0.25,
     0.1,
-)  # the clean steps keep the mode and lose the ring, as do 499 and 249 of an image
+)
 UPDATES = 1500  # of the student, in both runs
 GAN = 0.01  # its weight, in both
 RINGS = dict(seed=0, labelled=False, batch_size=128)

@@ -75,9 +75,8 @@ class Run:
     tensorboard: bool = True
     wandb: str = ""  # name of the project; needs the extra [wandb]
     mesh: MeshShape = MeshShape()
-    rules: Rules = (
-        Rules()
-    )  # of activations and batches; weights have their role's rules
+    # of activations and batches; weights have their role's rules
+    rules: Rules = Rules()
 
 
 NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")

@@ -54,22 +54,19 @@ def _number(value: float) -> str:
 
 
 Count = Annotated[int, Range(1, LARGEST)]
-Natural = Annotated[
-    int, Range(0, LARGEST)
-]  # 0 switches something off, or is a first index
+# 0 switches something off, or is a first index
+Natural = Annotated[int, Range(0, LARGEST)]
 Depth = Annotated[int, Range(1, 1000)]  # layers that are built one by one
-Steps = Annotated[
-    int, Range(1, 10**7)
-]  # of the engine: each is asked which turns are active
+# of the engine: each is asked which turns are active
+Steps = Annotated[int, Range(1, 10**7)]
 Real = Annotated[float, Range()]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Limit = Annotated[float, Range(0, infinite=True)]  # inf: none
 Share = Annotated[float, Range(0, 1)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Remat = Literal[
-    "none", "full", "dots", "dots_no_batch"
-]  # what a forward pass keeps: models.layers
+# what a forward pass keeps: models.layers
+Remat = Literal["none", "full", "dots", "dots_no_batch"]
 
 
 @functools.cache

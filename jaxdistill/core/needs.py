@@ -18,9 +18,8 @@ from jaxtyping import jaxtyped
 from jaxdistill.core.types import Refused
 
 Spec = jax.ShapeDtypeStruct
-Needs = Mapping[
-    str, Any
-]  # name -> a jaxtyping annotation of Spec, or a mapping of such
+# name -> a jaxtyping annotation of Spec, or a mapping of such
+Needs = Mapping[str, Any]
 
 
 def check_needs(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None:
@@ -71,9 +70,8 @@ class Condition:
     # the need of a condition that is one array; None: it must be a mapping
     array: Any = None
     required: bool = True  # False: the network also runs without a condition
-    unread: tuple[
-        str, ...
-    ] = ()  # entries that other sizes of the family read: refused here
+    # entries that other sizes of the family read: refused here
+    unread: tuple[str, ...] = ()
 
 
 def condition_of(config: Any) -> Condition | None:

@@ -27,9 +27,8 @@ class Algorithm:
     """An optax optimiser, and the names of its parameters."""
 
     make: Callable[..., optax.GradientTransformation]
-    takes: Mapping[
-        str, str
-    ]  # field of Optimizer -> parameter; other fields have no effect
+    # field of Optimizer -> parameter; other fields have no effect
+    takes: Mapping[str, str]
     # How weights decay. "own": by its parameters `weight_decay` and `mask`. "decoupled": added to
     # the update, times lr. "gradient": added to the gradient.
     decay: str

@@ -14,9 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxdistill.core.sharding import mesh_in_use
 from jaxdistill.core.types import Array
 
-BLOCK = (
-    2**18
-)  # numbers of an array that `by_rows` works on at a time: 1 MiB, a core's cache
+# numbers of an array that `by_rows` works on at a time: 1 MiB, a core's cache
+BLOCK = 2**18
 SMALL = 2**22  # an array of at most so many numbers is worked on at once
 KEPT = "kept of a row"
 

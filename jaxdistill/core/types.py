@@ -22,13 +22,11 @@ import jax
 import numpy as np
 
 Array = jax.Array | np.ndarray  # arguments may be either; results are jax.Array
-Params = dict[
-    str, Any
-]  # nested dict of arrays; the only format of weights in the library
+# nested dict of arrays; the only format of weights in the library
+Params = dict[str, Any]
 Batch = Mapping[str, Array]
-Metrics = dict[
-    str, Any
-]  # name -> scalar, or (sum, count) if a metric has its own count
+# name -> scalar, or (sum, count) if a metric has its own count
+Metrics = dict[str, Any]
 Nets = SimpleNamespace  # role -> network as a callable with its weights bound
 
 
@@ -126,12 +124,10 @@ class State:
     params: dict[str, Params]  # trained roles, float32
     opt: dict[str, Any]  # role -> optax state
     ema: dict[str, Params]  # role -> averaged weights
-    frozen: dict[
-        str, Params
-    ]  # roles that this stage does not train; not checkpointed
-    memory: dict[
-        str, Any
-    ]  # a method's own state: histograms, queues, running statistics
+    # roles that this stage does not train; not checkpointed
+    frozen: dict[str, Params]
+    # a method's own state: histograms, queues, running statistics
+    memory: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,8 @@ class HasExactTeacher(Protocol):
 class HasModes(Protocol):
     """Samples points from a mixture of isotropic Gaussians, or of modes of another shape."""
 
-    components: tuple[
-        np.ndarray, np.ndarray, np.ndarray
-    ]  # weights [K], means [K D], stds [K]
+    # weights [K], means [K D], stds [K]
+    components: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @runtime_checkable

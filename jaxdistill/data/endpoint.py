@@ -34,9 +34,8 @@ from absl import logging
 from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Refused
 
-Messages = Sequence[
-    Mapping[str, str]
-]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "user" | "assistant", "content": text}
+Messages = Sequence[Mapping[str, str]]
 
 SHOWN = 400  # characters of an error's line, what a server says included
 WINDOW = 8  # length of the parts of the key that are recognised

@@ -84,9 +84,8 @@ ADAM7 = (
     (0, 1, 1, 2),
 )
 BYTES = 1 << 28  # the largest encoded image
-PIXELS = (
-    1 << 27
-)  # the largest image; decoding needs three copies of four bytes a pixel
+# the largest image; decoding needs three copies of four bytes a pixel
+PIXELS = 1 << 27
 LABELS = (1 << 31) - 2  # the last label, so that the number of classes is an int32
 TURNS = {  # EXIF orientation -> the operation that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -162,9 +161,8 @@ def decode(data: bytes, size: int, name: str) -> np.ndarray:
         image.load()
         if image.format == "PNG":
             check_rows(data, name)
-        turn = TURNS.get(
-            orientation(image)
-        )  # after loading, since PIL turns TIFF itself
+        # after loading, since PIL turns TIFF itself
+        turn = TURNS.get(orientation(image))
         image = flat(image)
     except (Refused, MemoryError):
         raise
@@ -213,9 +211,8 @@ def check_rows(data: bytes, name: str) -> None:
         rows = -(-(height - top) // down)
         if columns > 0 and rows > 0:
             row_bytes = -(-columns * depth * CHANNELS[colours] // 8)
-            expected += rows * (
-                1 + row_bytes
-            )  # the first byte names the row's filter
+            # the first byte names the row's filter
+            expected += rows * (1 + row_bytes)
     found = 0
     stream = zlib.decompressobj()
     for piece in _png_data(data):

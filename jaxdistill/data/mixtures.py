@@ -16,9 +16,8 @@ from jaxdistill.core.types import Array
 from jaxdistill.data.base import Dataset
 from jaxdistill.diffusion.process import Flow, Pred, Process, expand
 
-Components = tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]  # weights [K], means [K D], stds [K]
+# weights [K], means [K D], stds [K]
+Components = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +143,8 @@ class Mixture(Dataset):
             logits = jnp.where(self.hidden(cond), -jnp.inf, logits)
         w = jax.nn.softmax(logits)[..., None]
         x0 = jnp.sum(w * (means + (a * stds**2 / variance)[..., None] * offset), 1)
-        eps = jnp.sum(
-            w * (s / variance)[..., None] * offset, 1
-        )  # exact at sigma = 0 too
+        # exact at sigma = 0 too
+        eps = jnp.sum(w * (s / variance)[..., None] * offset, 1)
         v = da * x0 + ds * eps
         return Pred(x0, eps, v, v)
 

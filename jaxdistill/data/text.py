@@ -28,9 +28,8 @@ from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.data.base import InMemory, check_share, contents, held_out
 from jaxdistill.data.tokenizers import Tokenizer, load_tokenizer, stored_as
 
-Document = tuple[
-    np.ndarray, np.ndarray
-]  # token ids int32 of a prompt and of its response
+# token ids int32 of a prompt and of its response
+Document = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

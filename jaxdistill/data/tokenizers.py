@@ -24,9 +24,8 @@ class Tokenizer(Protocol):
 
     vocab: int  # ids are below it
     pad: int  # fills samples up
-    bos: (
-        int | None
-    )  # begins every document; None where the tokenizer has no such token
+    # begins every document; None where the tokenizer has no such token
+    bos: int | None
     eos: int  # ends every document
 
     def encode(self, text: str) -> np.ndarray:

@@ -21,9 +21,8 @@ class Trained(Protocol):
 
     experiment: Experiment
     nets: Mapping[str, Net]  # role -> network
-    params: Mapping[
-        str, Params
-    ]  # role -> weights, averaged where the role has an average
+    # role -> weights, averaged where the role has an average
+    params: Mapping[str, Params]
 
     def bound(self) -> Nets:
         """The networks with their weights bound."""

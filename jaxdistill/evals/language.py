@@ -84,9 +84,8 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def _longest_common(a: Sequence[str], b: Sequence[str]) -> int:
     """The length of the longest common subsequence."""
-    lengths = [0] * (
-        len(b) + 1
-    )  # of the words of `a` so far and the first j words of `b`
+    # of the words of `a` so far and the first j words of `b`
+    lengths = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
         for j, other in enumerate(b, 1):

@@ -19,9 +19,8 @@ from jaxdistill.evals.base import Evaluation, Trained
 from jaxdistill.samplers import ode
 from jaxdistill.samplers.ode import Solver
 
-Samples = Mapping[
-    str, Any
-]  # arrays [B ...], or groups of such, under the keys of a batch
+# arrays [B ...], or groups of such, under the keys of a batch
+Samples = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -465,9 +465,8 @@ def _place(
     """A leaf on its devices, in the dtype and sharding of `leaf`."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        return np.array(
-            read(index), leaf.dtype
-        )  # a copy, since the file may be removed
+        # a copy, since the file may be removed
+        return np.array(read(index), leaf.dtype)
 
     if leaf.sharding is None:
         return jnp.asarray(part((slice(None),) * len(leaf.shape)))

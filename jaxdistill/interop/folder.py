@@ -28,18 +28,18 @@ from jaxdistill.core.types import Refused
 from jaxdistill.interop.safetensors import write_json
 
 MARKER = ".jaxdistill_export.json"
-LARGE = (
-    2**30
-)  # bytes; larger files are known by their size and the time of their last change
+# bytes; larger files are known by their size and the time of their last change
+LARGE = 2**30
 # an empty file, locked while a folder is written, and removed at the end
 LOCK = ".lock"
 RUN = ("stages", "checkpoints", "metrics.jsonl")  # parts of a run's folder
+# its folders that it reads again
 INSIDE_A_RUN = (
     "stages",
     "checkpoints",
     "data",
     "tensorboard",
-)  # its folders that it reads again
+)
 LONGEST = "diffusion_pytorch_model-00001-of-00001.safetensors"  # the longest name in an export
 
 

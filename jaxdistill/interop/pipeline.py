@@ -109,9 +109,8 @@ class Pipeline:
 
     folder: Path
     index: dict[str, Any]  # the content of model_index.json
-    parts: dict[
-        str, tuple[Net, Params]
-    ]  # networks and their weights by diffusers' names
+    # networks and their weights by diffusers' names
+    parts: dict[str, tuple[Net, Params]]
     # the folder of the denoiser if it is not the pipeline's own
     student: str | Path = ""
     # compiled functions by key
@@ -660,9 +659,8 @@ def _load_parts(
     first, *others = kind.denoisers
     parts = {}
     for name in (*kind.texts, first, *others, "vae"):
-        entry = index.get(name) or [
-            None
-        ]  # [null, null] means that the part is absent
+        # [null, null] means that the part is absent
+        entry = index.get(name) or [None]
         if not isinstance(entry, list):
             raise Refused(
                 f"{folder / 'model_index.json'}: {name} is {quoted(entry)}, expected a library and "

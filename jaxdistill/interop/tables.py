@@ -44,9 +44,8 @@ class Layout:
 
 
 SAME = Layout(lambda w: w, lambda w: w)  # norms, biases, embeddings
-LINEAR = Layout(
-    lambda w: w.transpose(1, 0), lambda w: w.transpose(1, 0)
-)  # [out in] <-> [in out]
+# [out in] <-> [in out]
+LINEAR = Layout(lambda w: w.transpose(1, 0), lambda w: w.transpose(1, 0))
 # A convolution, with any number of spatial axes: [out in *size] <-> [*size in out]
 CONV = Layout(
     lambda w: w.transpose(*range(2, w.ndim), 1, 0),

@@ -252,9 +252,8 @@ def splash(
     if mask is not None or (
         pad and not causal
     ):  # causal queries do not see the padding behind
-        segments = (
-            _segments(mask, batch, length, pad),
-        ) * 2  # of queries and of keys
+        # of queries and of keys
+        segments = (_segments(mask, batch, length, pad),) * 2
 
     def local(q, k, v, *segments):
         kernel, ids = _splash_kernel(
@@ -375,9 +374,8 @@ def blockwise(
         softmax, _ = jax.lax.scan(key_block, start, blocks)
         return softmax.mean()
 
-    out = jax.lax.map(
-        query_block, (jnp.arange(len(q_blocks)), q_blocks)
-    )  # [blocks B G R rows V]
+    # [blocks B G R rows V]
+    out = jax.lax.map(query_block, (jnp.arange(len(q_blocks)), q_blocks))
     channels = v.shape[-1]
     out = jnp.moveaxis(out, 0, 3)
     out = out.reshape(batch, groups, repeats, -1, channels)

@@ -209,9 +209,8 @@ def fourier(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
 
 
-Rotary = tuple[
-    Float[Array, "... _ 1 _"], Float[Array, "... _ 1 _"]
-]  # cosines, sines [.. T 1 K/2]
+# cosines, sines [.. T 1 K/2]
+Rotary = tuple[Float[Array, "... _ 1 _"], Float[Array, "... _ 1 _"]]
 
 
 def rotate(x: Float[Array, "B T H K"], rotary: Rotary) -> Float[Array, "B T H K"]:

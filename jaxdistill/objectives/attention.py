@@ -23,9 +23,8 @@ def attention_kl(
     """KL(A_teacher || A_student) of the attention over the keys where `mask` holds."""
     t, s = _scores(teacher, student)
     seen = mask[:, None, None, :].astype(bool)
-    masked = (
-        -1e30
-    )  # finite, so that the gradient is finite where all keys are padding
+    # finite, so that the gradient is finite where all keys are padding
+    masked = -1e30
     log_t = jax.nn.log_softmax(jnp.where(seen, t, masked))
     log_s = jax.nn.log_softmax(jnp.where(seen, s, masked))
     summands = jnp.where(seen, jnp.exp(log_t) * (log_t - log_s), 0.0)

@@ -319,9 +319,8 @@ def topk_divergence(
     return temperature**2 * token_divergence(divergence, log_p, log_q)
 
 
-Support = Literal[
-    "teacher", "student"
-]  # whose likeliest tokens are compared one by one
+# whose likeliest tokens are compared one by one
+Support = Literal["teacher", "student"]
 SUPPORTS = ("teacher", "student")
 # all other tokens are one more outcome, or left out with both distributions renormalised
 Tail = Literal["bucket", "dropped"]

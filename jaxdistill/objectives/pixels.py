@@ -49,6 +49,5 @@ CLIP = Preprocess(
     std=(0.26862954, 0.26130258, 0.27577711),
     size=224,
 )
-SAM = Preprocess(
-    mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-)  # at 1024 pixels
+# at 1024 pixels
+SAM = Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

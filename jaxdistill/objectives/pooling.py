@@ -17,9 +17,8 @@ from jaxtyping import Shaped
 
 from jaxdistill.core.types import Array, Refused
 
-Operator = Callable[
-    [Array, Sequence[Array]], Array
-]  # (base, students) -> distribution
+# (base, students) -> distribution
+Operator = Callable[[Array, Sequence[Array]], Array]
 
 
 Weights = Sequence[float] | Shaped[np.ndarray, " K"]

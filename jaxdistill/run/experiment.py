@@ -354,9 +354,8 @@ class Experiment:
             claimed = {
                 name.split("@")[0] for name in (self.claim.model, self.claim.baseline)
             }
-            named |= (
-                claimed - self.roles.keys()
-            )  # "teacher@1" is a row of the role teacher
+            # "teacher@1" is a row of the role teacher
+            named |= claimed - self.roles.keys()
         return {name: run.config for name, run in self.inner.items() if name in named}
 
     @functools.cached_property

@@ -263,9 +263,8 @@ class Student:
             keys, [[number(row.get(k, "")) for k in keys] for row in rows]
         )
         given = report["config"]
-        config = json.dumps(given, indent=1).replace(
-            "`", r"\u0060"
-        )  # which would end the fence
+        # which would end the fence
+        config = json.dumps(given, indent=1).replace("`", r"\u0060")
         name = given["method"]["name"]
         return f"""---
 tags: [jaxdistill, distillation, {method.__name__.lower()}]

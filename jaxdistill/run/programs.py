@@ -28,13 +28,11 @@ class Programs:
     abstract: State  # ShapeDtypeStructs with shardings
     init: Callable  # (key, start) -> the first State
     step: Callable  # (state, batch, rng, active) -> (state, metrics)
-    active_at: Callable[
-        [int], tuple[int, ...]
-    ]  # step -> indices of the turns that it takes
+    # step -> indices of the turns that it takes
+    active_at: Callable[[int], tuple[int, ...]]
     flops: float  # model flops of a mean step
-    patterns: dict[
-        tuple[int, ...], dict[str, float]
-    ]  # active turns -> model flops by role
+    # active turns -> model flops by role
+    patterns: dict[tuple[int, ...], dict[str, float]]
     batch: dict[str, jax.ShapeDtypeStruct]  # global shapes with shardings
 
 
@@ -90,9 +88,8 @@ def make_programs(
     placed = jax.tree.map(lambda s: _with_sharding(s, of_batch), dict(batch))
     patterns = {}
     for active in dict.fromkeys(taken):
-        traced = step.trace(
-            abstract, placed, key, active
-        )  # the first call finds this trace
+        # the first call finds this trace
+        traced = step.trace(abstract, placed, key, active)
         patterns[active] = flops.count(traced.jaxpr.jaxpr)
     total = sum(sum(patterns[active].values()) for active in taken)
     return Programs(
@@ -161,9 +158,8 @@ def _abstract_start(
         found, weights = nets, params
         if stage.surgery is not None:
             found, weights = stage.surgery(nets, params, batch)
-        after.update(
-            found
-        )  # networks are no arrays, so they leave the trace this way
+        # networks are no arrays, so they leave the trace this way
+        after.update(found)
         if stage.collect is not None:
             ctx = Ctx(batch, jax.random.key(0), jnp.int32(0), {})
             batch = stage.collect.make(bind(found, weights), ctx)

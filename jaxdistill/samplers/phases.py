@@ -31,9 +31,8 @@ class Phase(NamedTuple):
     expert: str  # role of the expert
     first: int  # index of its first sampling step
     last: int  # index of its last sampling step, plus 1
-    times: tuple[
-        float, ...
-    ]  # of all sampling steps up to its last one, and then `end`
+    # of all sampling steps up to its last one, and then `end`
+    times: tuple[float, ...]
     boundary: float  # half-way between the time of its last sampling step and `end`
     intervals: tuple[Interval, ...]  # above `end`, noisiest first
 

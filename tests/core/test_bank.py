@@ -23,9 +23,8 @@ def made():
 
     @jax.jit
     def weights(key):
-        return jax.tree.map(
-            lambda w: w + 0.1, three.init(key)
-        )  # the last layer starts at zero
+        # the last layer starts at zero
+        return jax.tree.map(lambda w: w + 0.1, three.init(key))
 
     return one, three, weights(jax.random.key(0))
 

@@ -405,11 +405,12 @@ def families():
     yield "Wan", lambda: Wan(vision_dim=8, vision_length=5)
 
 
+# maps, token tables, SANA's maps of each head
 MATRICES = (
     "kernel",
     "embed/embedding",
     "point",
-)  # maps, token tables, SANA's maps of each head
+)
 TABLES = (
     "label/kernel",
     "label_embed/embedding",
@@ -481,10 +482,11 @@ def test_entries_are_clipped_before_the_norm():
 
 
 def test_members_of_a_bank_are_clipped_by_their_own_norm():
+    # norms 5, 0.5, 0
     grads = {
         "a": jnp.asarray([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0]]),
         "b": jnp.asarray([4.0, 0.4, 0.0]),
-    }  # norms 5, 0.5, 0
+    }
     clipped, _ = clip_by_member_norm(1.0).update(grads, None)
     np.testing.assert_allclose(
         clipped["a"], [[0.6, 0.0], [0.3, 0.0], [0.0, 0.0]], rtol=1e-6

@@ -36,9 +36,10 @@ def nets():
     plain = make_net(MODEL)
     params = jax.jit(plain.init)(jax.random.key(0))
     noise = iter(jax.random.split(jax.random.key(1), 100))
+    # no layer is zero
     params = jax.tree.map(
         lambda w: w + 0.02 * jax.random.normal(next(noise), w.shape), params
-    )  # no layer is zero
+    )
     packed = quantized(plain, "int8")
     return plain, params, packed, packed.from_source(params)
 

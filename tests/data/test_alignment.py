@@ -228,9 +228,8 @@ def test_bias_is_what_one_side_leaves_out_and_the_other_does_not():
     words = Covers(WORDS, p)
     letters = Covers(LETTERS, unigram(LETTERS, ["abc"]))
     assert letters.of("a") == {}
-    np.testing.assert_allclose(
-        bias(words, letters, (4, 2)), 2 / 6
-    )  # "ab" would have been "abc" before a c
+    # "ab" would have been "abc" before a c
+    np.testing.assert_allclose(bias(words, letters, (4, 2)), 2 / 6)
     np.testing.assert_allclose(bias(letters, words, (2, 4)), 2 / 6)
     assert (
         bias(words, letters, (5, 3)) == bias(words, words, (4, 4)) == 0.0

@@ -41,9 +41,8 @@ from jaxdistill.data.two_tokenizers import AlignedJson
 from tests import damage
 
 SIZES = dict(batch_size=2)
-Made = tuple[
-    list[Path], Callable[[int], Dataset]
-]  # (files to damage, the data set that reads them, by its seed)
+# (files to damage, the data set that reads them, by its seed)
+Made = tuple[list[Path], Callable[[int], Dataset]]
 
 
 def image(kind: str, i: int = 0) -> bytes:

@@ -119,9 +119,8 @@ def test_natural_proportions_of_folders(tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 80)
     data = Folders(path=str(tmp_path), each=Text(length=11), batch_size=4)
     assert list(data.parts) == ["a.txt", "b.txt"]
-    np.testing.assert_allclose(
-        data.probabilities, np.array([21, 68]) / 89
-    )  # windows of the nine tenths that are not held out
+    # windows of the nine tenths that are not held out
+    np.testing.assert_allclose(data.probabilities, np.array([21, 68]) / 89)
     assert data.spec()["tokens"].shape == (4, 11)
 
 

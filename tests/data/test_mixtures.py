@@ -53,9 +53,10 @@ def test_score_is_the_gradient_of_the_log_density(x64, process, dim):
     ]
     for pred, slope in jax.jit(lambda: [check(*case) for case in cases])():
         np.testing.assert_allclose(-pred.eps / s, slope, rtol=1e-9, atol=1e-9)
+        # Tweedie's x0 with it
         np.testing.assert_allclose(
             a * pred.x0 + s * pred.eps, x, rtol=1e-11, atol=1e-12
-        )  # Tweedie's x0 with it
+        )
         np.testing.assert_allclose(
             pred.v, da * pred.x0 + ds * pred.eps, rtol=1e-12, atol=1e-12
         )
@@ -211,6 +212,7 @@ def test_blurred_teacher_is_off_by_that_much_noise(x64):
     wider = jnp.sqrt(t**2 + 0.01)
     ours = data.denoise(EDM(), x, t)
     theirs = exact.denoise(EDM(), x, wider)
+    # the blurred distribution is in float32
     np.testing.assert_allclose(
         ours.eps / t[:, None], theirs.eps / wider[:, None], rtol=1e-5
-    )  # the blurred distribution is in float32
+    )

@@ -126,9 +126,8 @@ def test_interrupt_while_waiting_for_a_slow_loader():
     loader.go.clear()
     batches = DevicePrefetch(loader, lambda x: x)
     main = threading.main_thread().ident
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a test runner in the background ignores it
+    # a test runner in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):

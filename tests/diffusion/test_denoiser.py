@@ -380,9 +380,8 @@ def test_experts_by_time_of_each_sample():
     nets = experts(data, seen)
     x = mixture_states(data)[0]
     cond = mixture_states(data)[2]
-    t = jnp.asarray(
-        [0.95, 0.875, 0.8749, 0.5, 0.3, 0.1]
-    )  # at a bound the noisier expert serves
+    # at a bound the noisier expert serves
+    t = jnp.asarray([0.95, 0.875, 0.8749, 0.5, 0.3, 0.1])
     got = jax.jit(by_time(nets, (0.875, 0.5)))(x, t, cond)
     for i, expert in enumerate((0, 0, 1, 1, 2, 2)):
         want = nets[expert](x[i : i + 1], t[i : i + 1], cond[i : i + 1])

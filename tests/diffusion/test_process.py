@@ -93,9 +93,8 @@ def test_endpoints(x64, name, clean, noisy):
         process.alpha_sigma(jnp.asarray(t)) for t in (process.t_min, process.t_max)
     )
     np.testing.assert_allclose(s / a, clean, rtol=0.01)
-    np.testing.assert_allclose(
-        b / u, 1 / noisy, rtol=0.01, atol=2 * EPS64
-    )  # cos(pi / 2) in float64
+    # cos(pi / 2) in float64
+    np.testing.assert_allclose(b / u, 1 / noisy, rtol=0.01, atol=2 * EPS64)
 
 
 @pytest.mark.parametrize("name", PRESERVING)
@@ -303,9 +302,8 @@ def test_transition_composes_and_reaches_the_marginal(x64, process):
     )
     np.testing.assert_allclose(a * alpha_t, alpha_r, rtol=1e-12)
     np.testing.assert_allclose(np.hypot(a * sigma_t, s), sigma_r, rtol=1e-12)
-    np.testing.assert_allclose(
-        kernel(t, t), (1.0, 0.0), atol=1e-7
-    )  # root of a cancelled difference
+    # root of a cancelled difference
+    np.testing.assert_allclose(kernel(t, t), (1.0, 0.0), atol=1e-7)
 
 
 def test_pred_is_a_tree():

@@ -23,9 +23,8 @@ def test_identical_sets_are_perfect():
     assert manifold.precision_recall(x, x) == (1.0, 1.0)
     density, coverage = manifold.density_coverage(x, x)
     assert coverage == 1.0
-    np.testing.assert_allclose(
-        density, 1.0, atol=0.2
-    )  # k neighbours or, where rounding breaks a tie, k + 1
+    # k neighbours or, where rounding breaks a tie, k + 1
+    np.testing.assert_allclose(density, 1.0, atol=0.2)
 
 
 def test_disjoint_sets_have_nothing():

@@ -27,9 +27,8 @@ def test_half_a_hit_for_a_shared_word():
     assert partial_f1([["asian"]], [["asian cuisine"]])["f1"] == pytest.approx(
         0.5, abs=1e-8
     )
-    one_each = partial_f1(
-        [["new york"]], [["new deal", "new york", "york"]]
-    )  # the equal one takes it
+    # the equal one takes it
+    one_each = partial_f1([["new york"]], [["new deal", "new york", "york"]])
     assert one_each["precision"] == pytest.approx(1 / 3) and one_each[
         "recall"
     ] == pytest.approx(1, abs=1e-8)

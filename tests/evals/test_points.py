@@ -80,9 +80,8 @@ def test_collapse_and_swapped_labels_show(table):
         narrow["class_std"] == pytest.approx(0.05, rel=0.1)
         and narrow["class_energy"] > 0.02
     )
-    swapped = score(
-        other["x"]
-    )  # the right distribution overall, under labels of its own
+    # the right distribution overall, under labels of its own
+    swapped = score(other["x"])
     assert abs(swapped["energy"]) < 0.01 < 0.3 < swapped["class_energy"]
 
 

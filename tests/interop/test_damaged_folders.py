@@ -27,9 +27,8 @@ from jaxdistill.models.vision.clip import ClipText
 from jaxdistill.models.vision.vit import ViT
 from tests import damage
 
-FOLDERS = int(
-    os.environ.get("JAXDISTILL_DAMAGED_FOLDERS", "100")
-)  # thousands are for by hand
+# thousands are for by hand
+FOLDERS = int(os.environ.get("JAXDISTILL_DAMAGED_FOLDERS", "100"))
 MODELS = {
     "llama": LM(
         vocab=13,

@@ -245,9 +245,8 @@ def test_names_that_cannot_be_written(tmp_path, monkeypatch):
         with pytest.raises(Refused) as error:
             replaceable(target)
         assert said in str(error.value) and "\n" not in str(error.value)
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: path != tmp_path
-    )  # root may write everywhere
+    # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(Refused, match=f"the folder {tmp_path} is read-only"):
         replaceable(tmp_path / "new" / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "run"]

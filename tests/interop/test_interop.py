@@ -383,10 +383,11 @@ def test_two_names_of_one_tensor_have_one_value(tmp_path):
         net,
         jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), net.shapes),
     )
+    # renamed to the other
     edit(
         tmp_path / "model",
         lambda t: t.update({"lm_head.weight": t["embed_out.weight"].copy()}),
-    )  # renamed to the other
+    )
     interop.load(tmp_path / "model")
     edit(
         tmp_path / "model",

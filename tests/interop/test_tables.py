@@ -37,9 +37,8 @@ def test_patches_is_the_convolution():
         x, CONV.to_jax(w), (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     cut = x.reshape(1, 2, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(1, 2, 3, 12)
-    np.testing.assert_array_equal(
-        jnp.asarray(cut) @ patches(2).to_jax(w), conv
-    )  # sums of integers: exact
+    # sums of integers: exact
+    np.testing.assert_array_equal(jnp.asarray(cut) @ patches(2).to_jax(w), conv)
 
 
 def test_names_and_shapes_of_stacked_and_repeated_rows():

@@ -18,10 +18,11 @@ from jaxdistill.methods.distribution import di_star, sds, sid, sida, sim, swiftb
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("trajectory", "distribution")
+# what the engine calls
 ENTRIES = {name for name in vars(Method) if not name.startswith("__")} | {
     "__post_init__",
     "process",
-}  # what the engine calls
+}
 
 
 def methods():
@@ -92,9 +93,8 @@ def test_every_field_is_read(cls):
         cls
     )
     if issubclass(cls, sds.ScoreDistillation):
-        idle -= {
-            "fake_guidance"
-        }  # taken, so that it may be given its host's guidance
+        # taken, so that it may be given its host's guidance
+        idle -= {"fake_guidance"}
     assert not idle, (
         f"{cls.__name__} accepts {sorted(idle)} and does nothing with them"
     )

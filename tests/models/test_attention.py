@@ -77,9 +77,8 @@ def test_blockwise_equals_plain_in_value_and_every_derivative(qkv, kind, block):
         ),
         strict=True,
     ):
-        np.testing.assert_allclose(
-            a, b, rtol=1e-5, atol=2e-5
-        )  # float32 sums of 50 terms of order 1, in another order
+        # float32 sums of 50 terms of order 1, in another order
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", masks())
@@ -102,12 +101,13 @@ def test_plain_attention_is_the_librarys(qkv, heads):
             library = jax.nn.dot_product_attention(
                 q, k, v, is_causal=causal, scale=0.3, implementation="xla", **how
             )
+            # sums of 50 terms
             np.testing.assert_allclose(
                 plain(q, k, v, causal=causal, scale=0.3, **how),
                 library,
                 rtol=1e-5,
                 atol=1e-5,
-            )  # sums of 50 terms
+            )
 
 
 def test_blockwise_is_causal():

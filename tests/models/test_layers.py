@@ -47,9 +47,8 @@ def test_short_stacks_are_unrolled_on_one_device_and_nothing_changes(monkeypatch
     assert not unrolled(scanned)
     params = net.init(jax.random.key(1))
     run = lambda traced: traced.lower().compile()(params, tokens)
-    close = lambda a, b: np.testing.assert_allclose(
-        a, b, rtol=1e-4, atol=1e-7
-    )  # float32 sums of up to 32 x 29 terms in another order
+    # float32 sums of up to 32 x 29 terms in another order
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
     jax.tree.map(close, run(one), run(scanned))
 
 

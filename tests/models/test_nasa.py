@@ -93,9 +93,8 @@ def test_what_is_left_of_shared_tokens():
         rtol=1e-4,
         atol=1e-6,
     )
-    faint = nasa(
-        jnp.abs(Q), k.at[:, x].set(-30.0), v, *shared, alphas(1.0)
-    )  # scores of x far below the others
+    # scores of x far below the others
+    faint = nasa(jnp.abs(Q), k.at[:, x].set(-30.0), v, *shared, alphas(1.0))
     assert jnp.abs(faint).max() < 1e-2
 
 

@@ -22,9 +22,8 @@ def test_weights_stay_between_floor_and_ceiling():
         r = refresh(rng.dirichlet(np.ones(n)), 1 + rng.exponential(5, n), a)
         assert abs(r.sum() - 1) <= 1e-12
         assert r.min() >= (1 - a) / n - 1e-15 and r.max() <= a + (1 - a) / n + 1e-15
-    r = refresh(
-        UNIFORM, [1, 1, 1, 1, 1e4], 0.5
-    )  # the bounds are reached, and nothing overflows
+    # the bounds are reached, and nothing overflows
+    r = refresh(UNIFORM, [1, 1, 1, 1, 1e4], 0.5)
     np.testing.assert_allclose(r, [0.1, 0.1, 0.1, 0.1, 0.6], rtol=1e-12)
 
 

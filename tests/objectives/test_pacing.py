@@ -21,9 +21,8 @@ def test_shape_of_the_kernel(a, b):
     assert w[0] == 0 and w[-1] == 0 and (w[1:-1] > 0).all()
     assert abs(float(P[jnp.argmax(w)]) - a / (a + b)) <= 1e-3
     np.testing.assert_allclose(w.max(), a**a * b**b / (a + b) ** (a + b), rtol=1e-4)
-    np.testing.assert_allclose(
-        beta_kernel(P, b, a), w[::-1], rtol=1e-3
-    )  # 1 - p is rounded: 6e-8 of 1e-3, times b
+    # 1 - p is rounded: 6e-8 of 1e-3, times b
+    np.testing.assert_allclose(beta_kernel(P, b, a), w[::-1], rtol=1e-3)
 
 
 def test_exponents_0_are_uniform_and_one_of_them_is_one_sided():

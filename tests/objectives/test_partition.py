@@ -109,9 +109,8 @@ def test_dealing_gives_every_cell_its_own_rows():
     assert present.all() and np.array_equal(
         cond[batch["x"].astype(int)], batch["cond"]
     )
-    np.testing.assert_array_equal(
-        batch["x"], [0, 2, 3, 5, 6, 5, 9, 9, 9, 1, 7, 11]
-    )  # in order; what lacks is repeated
+    # in order; what lacks is repeated
+    np.testing.assert_array_equal(batch["x"], [0, 2, 3, 5, 6, 5, 9, 9, 9, 1, 7, 11])
 
 
 def test_one_cell_gets_the_batch_as_it_is():

@@ -114,10 +114,11 @@ def test_estimators_of_the_kl(laws):
     assert (policy.k3(log_p, log_q) >= 0).all() and (
         policy.k2(log_p, log_q) >= 0
     ).all()
+    # k2 is right to leading order
     near = (
         laws[1] + 1e-2 * (laws[0] - laws[1]),
         laws[1],
-    )  # k2 is right to leading order
+    )
     np.testing.assert_allclose(
         expected("k2", near)[0], kl(log_q, jax.nn.log_softmax(near[0])), rtol=2e-2
     )

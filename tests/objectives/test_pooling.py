@@ -198,9 +198,8 @@ def test_finite_samples_collapse_without_an_anchor():
             student = (counts + 0.001) / (200 + 10 * 0.001)
         return np.mean(np.sum(base * np.log(base / student), 1))
 
-    none, tenth, third, half = (
-        last(g) for g in (0.0, 0.1, 0.3, 0.5)
-    )  # 6.1, .18, .07, .035
+    # 6.1, .18, .07, .035
+    none, tenth, third, half = (last(g) for g in (0.0, 0.1, 0.3, 0.5))
     assert none > 20 * third and none > tenth > third > half
     assert 4 < none < 8 and 0.1 < tenth < 0.3 and 0.02 < half < 0.06
 

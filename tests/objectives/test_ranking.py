@@ -45,11 +45,12 @@ def test_suffix_sums():
     s = np.asarray(S, np.float64)
     expected = sum(np.log(np.exp(s[j:]).sum()) - s[j] for j in range(5))
     np.testing.assert_allclose(plackett_luce(S), expected, rtol=1e-6)
+    # the suffix is the prefix of the reversed
     np.testing.assert_allclose(
         jax.lax.cumlogsumexp(S, reverse=True),
         jax.lax.cumlogsumexp(S[::-1])[::-1],
         rtol=1e-6,
-    )  # the suffix is the prefix of the reversed
+    )
 
 
 @pytest.mark.parametrize("change", [lambda z: 3 * z + 1, jnp.exp, lambda z: z**3])
@@ -64,9 +65,8 @@ def test_only_the_teachers_order_counts(change):
     assert value == other and (grad == same).all()
     assert not to_teacher.any()
     kept = np.sort(student, -1)[:, -4:-3]
-    np.testing.assert_array_equal(
-        grad != 0, student >= kept
-    )  # nothing outside the candidates
+    # nothing outside the candidates
+    np.testing.assert_array_equal(grad != 0, student >= kept)
 
 
 def test_candidates_come_in_the_teachers_order():

@@ -152,9 +152,8 @@ def test_what_is_no_number_is_said_in_one_line(here, monkeypatch):
 
 
 def test_numbers_through_the_callback():
-    reward = Verified(
-        tokenizer="byte", workers=1, timeout=60.0
-    )  # a hang is not what is tested here
+    # a hang is not what is tested here
+    reward = Verified(tokenizer="byte", workers=1, timeout=60.0)
     value, failed = jax.jit(reward)(texts("it's 5", "5 or 6", "five"))
     np.testing.assert_array_equal(value, [1, 0, 0])
     assert not failed.any()

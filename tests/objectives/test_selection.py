@@ -50,9 +50,8 @@ def test_opener_reaches_the_one_uncertain_token(at):
     kept = opener(h, mask, 0.1)
     np.testing.assert_array_equal(kept[0], jnp.arange(10) <= at)
     np.testing.assert_array_equal(kept[1], jnp.arange(10) == 4)
-    np.testing.assert_array_equal(
-        kept[2], jnp.arange(10) == 2
-    )  # a row without entropy has an opener of one token
+    # a row without entropy has an opener of one token
+    np.testing.assert_array_equal(kept[2], jnp.arange(10) == 2)
     np.testing.assert_array_equal(opener(h.at[1, :4].set(9.0), mask, 0.1), kept)
 
 

@@ -18,9 +18,8 @@ def test_sums_of_spans():
     rng = np.random.default_rng(0)
     values = rng.standard_normal((4, 9)).astype("f4")
     span = rng.integers(-1, 6, (4, 9))
-    total, there = jax.jit(lambda v, s: span_sum(v, s, 5))(
-        values, span
-    )  # 5 is out of range: left out, as -1 is
+    # 5 is out of range: left out, as -1 is
+    total, there = jax.jit(lambda v, s: span_sum(v, s, 5))(values, span)
     for row in range(4):
         for number in range(5):
             mine = span[row] == number

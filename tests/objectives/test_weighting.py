@@ -107,9 +107,8 @@ def test_barron_weight():
     weight = (loss / (c**2 + 1e-8) + 1) ** -0.5 / c
     np.testing.assert_allclose(value, (weight * loss).sum(), rtol=1e-13)
     np.testing.assert_allclose(grad, weight, rtol=1e-13)
-    np.testing.assert_allclose(
-        grad[1:], 1 / jnp.sqrt(loss[1:]), rtol=6e-3
-    )  # 1e-8 beside c^2 is half a percent of the root
+    # 1e-8 beside c^2 is half a percent of the root
+    np.testing.assert_allclose(grad[1:], 1 / jnp.sqrt(loss[1:]), rtol=6e-3)
     np.testing.assert_allclose(w.barron(loss, alpha=2.0, c=0.5), 2.0, rtol=1e-15)
     np.testing.assert_allclose(
         w.barron(loss, alpha=0.0, c=1.0),

@@ -98,9 +98,8 @@ def tried(number, how, copy, call, said=()) -> list:
     assert all(line.isprintable() for line in aside), aside
     after = contents(copy)
     message = "; ".join(filter(None, [*said, message]))
-    lost = {v for k, v in before.items() if k != "config.json"} - set(
-        after.values()
-    )  # a run writes its own again
+    # a run writes its own again
+    lost = {v for k, v in before.items() if k != "config.json"} - set(after.values())
     assert not lost, f"{how}: {[k for k, v in before.items() if v in lost]} are gone"
     shutil.rmtree(copy)
     return [
@@ -203,9 +202,8 @@ def all_cases(folder: Path) -> list:
     rng = np.random.default_rng(0)
     loop.run(config(), whole, progress=False)
     shutil.rmtree(whole / "samples")
-    loop.report.write = (
-        lambda trained, reports, **rest: {}
-    )  # what is evaluated does not matter here
+    # what is evaluated does not matter here
+    loop.report.write = lambda trained, reports, **rest: {}
     loop._train = lambda *_: None  # where report.json is gone
     loop._as_given = lambda trained: trained
     kinds = [checkpoints] * CHECKPOINTS + [results] * RESULTS + [records] * RECORDS

@@ -35,9 +35,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
 """
 
 
-PLAIN = {
-    k: v for k, v in os.environ.items() if k != "XLA_FLAGS"
-}  # one device, programs as users get them
+# one device, programs as users get them
+PLAIN = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 def pages(*arguments) -> float:

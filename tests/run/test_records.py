@@ -186,9 +186,8 @@ def test_stages_without_a_gap(tmp_path):
     refused(tmp_path / "stages/2", lambda: records.stages(tmp_path), "is a file")
     (tmp_path / "stages/2").unlink()
     (tmp_path / "stages/2").mkdir()
-    (
-        tmp_path / "stages/2.orbax-checkpoint-tmp-7"
-    ).mkdir()  # what a killed process leaves
+    # what a killed process leaves
+    (tmp_path / "stages/2.orbax-checkpoint-tmp-7").mkdir()
     assert [p.name for p in records.stages(tmp_path)] == ["0", "1", "2", "3"]
 
 

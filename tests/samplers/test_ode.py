@@ -163,9 +163,8 @@ def test_reversing_the_grid_returns_to_the_start(x64, step, order):
         )
 
     gap = [round_trip(n) for n in (10, 40, 160)]
-    np.testing.assert_allclose(
-        ratios(np.array(gap)), 4**order, rtol=0.15
-    )  # first order: 4 times the steps, a quarter of the gap
+    # first order: 4 times the steps, a quarter of the gap
+    np.testing.assert_allclose(ratios(np.array(gap)), 4**order, rtol=0.15)
 
 
 def test_stochastic_ddim_is_the_ddpm_posterior(x64):

@@ -220,9 +220,8 @@ def test_responses_take_the_places_of_the_datas():
         out["answer_mask"], [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2
     )
     again = respond(counter, out, jax.random.key(0), prompt_length=2, temperature=0.0)
-    np.testing.assert_array_equal(
-        again["answer"], out["answer"]
-    )  # the data's own, not the last response
+    # the data's own, not the last response
+    np.testing.assert_array_equal(again["answer"], out["answer"])
     with pytest.raises(
         Refused, match=r"method.prompt_length=0: the data has no prompts"
     ):

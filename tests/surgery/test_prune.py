@@ -52,9 +52,8 @@ def test_influence_is_one_minus_the_cosine_of_features(params):
 
 
 def test_neurons_by_hand_in_the_first_layer(params):
-    still = edit(
-        params, to_out=jnp.zeros_like
-    )  # then the first MLP sees the embedding
+    # then the first MLP sees the embedding
+    still = edit(params, to_out=jnp.zeros_like)
     x = np.asarray(params["embed"]["embedding"])[BATCH["tokens"]]
     first = jax.tree.map(lambda w: np.asarray(w[0]), params["blocks"])
     h = (

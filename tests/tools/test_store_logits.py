@@ -183,9 +183,8 @@ def test_rounded_laws_are_laws(place, whole):
     batch = {k: jnp.asarray(v) for k, v in next(data.loader()).items()}
     ids, *logs = (batch[f"teacher_{k}"] for k in ("ids", "log_probs", "log_tail"))
     log_probs, log_tail = (x.astype(jnp.bfloat16) for x in logs)
-    near = jnp.log((jnp.exp(logs[1]) / 254)[..., None]) * jnp.ones(
-        259
-    )  # a student that is the teacher, to rounding
+    # a student that is the teacher, to rounding
+    near = jnp.log((jnp.exp(logs[1]) / 254)[..., None]) * jnp.ones(259)
     near = jnp.put_along_axis(near, ids, logs[0], -1, inplace=False)
     each = StoredKD().soft((ids, log_probs, log_tail), near)
     assert (

@@ -141,10 +141,11 @@ def _generation(ours: T5) -> dict[str, dict[str, Any]]:
 UNREAD = (
     r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
 )
+# in files of the full model
 DECODER = (
     r"decoder\.embed_tokens\.weight",
     r"lm_head\.weight",
-)  # in files of the full model
+)
 FAMILY = Family(
     name="T5ForConditionalGeneration",
     library="transformers",

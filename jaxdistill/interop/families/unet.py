@@ -25,10 +25,11 @@ from jaxdistill.interop.tables import CONV, LINEAR, POINT, Family, Row, linear, 
 from jaxdistill.models.denoisers.unet import UNet
 
 CROSS = "CrossAttnDownBlock2D"  # a level with transformers
+# on the way down and up
 KINDS = {
     CROSS: "CrossAttnUpBlock2D",
     "DownBlock2D": "UpBlock2D",
-}  # on the way down and up
+}
 MIDDLES = ("UNetMidBlock2DCrossAttn", None)
 ADDED = ("text_time", None)  # what `addition_embed_type` may be
 

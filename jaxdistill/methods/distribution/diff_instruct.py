@@ -47,9 +47,8 @@ from jaxdistill.samplers.fewstep import falling, simulate
 class DiffInstruct(FewStep):
     """With more than one of `student_times` the student samples in several steps, as in DMD2."""
 
-    match_times: Uniform = Uniform(
-        low=0.02, high=0.98
-    )  # at which the two scores are compared
+    # at which the two scores are compared
+    match_times: Uniform = Uniform(low=0.02, high=0.98)
     fake_times: Uniform = Uniform()  # of the fake score's own loss
     # What the fake score's error is measured in: v | flow | vp (Stable Diffusion 2.1) | eps (Stable
     # Diffusion) | x0 | edm (ImageNet).

@@ -36,10 +36,11 @@ from jaxdistill.objectives import fdivergence, score
 class FDistill(DMD2):
     # a name in fdivergence.DIVERGENCES; the paper's best is js
     divergence: str = "js"
+    # where r is clipped; the code's (.1, 20)
     ratio_range: tuple[float, Limit] = (
         0.0,
         math.inf,
-    )  # where r is clipped; the code's (.1, 20)
+    )
 
     needs = {"x": Shaped[Spec, "B ..."]}  # real samples, of the discriminator
 

@@ -32,14 +32,14 @@ class FlashDMDRL(FlashDMD):
     is the student of the first stage.
     """
 
-    rl_share: float = (
-        2 / 3
-    )  # of the engine steps, for the second stage; the paper's 1 k + 2 k
+    # of the engine steps, for the second stage; the paper's 1 k + 2 k
+    rl_share: float = 2 / 3
     rl_steps: int = 5  # preference updates per update of distillation
+    # transitions i -> i + 1 of the chain that are explored
     explore_steps: tuple[int, ...] = (
         0,
         1,
-    )  # transitions i -> i + 1 of the chain that are explored
+    )
     candidates: int = 4  # k, next states that are drawn; uncertain
     # Of the margin. Uncertain: chosen so that beta x margin spreads by about 1; 5000 for "mean".
     beta: float = 1.0

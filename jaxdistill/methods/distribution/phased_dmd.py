@@ -79,9 +79,8 @@ class PhasedDMD(DiffInstruct):
     # Times of the generator's loss: t in [lower + low, min(upper, high)] for an interval from lower
     # to upper, on a process of length 1 (released code).
     match_times: Uniform = Uniform(low=0.02, high=0.98)
-    fake_times: Uniform = Uniform(
-        low=0.02, high=0.98
-    )  # the same for the fake scores' loss
+    # the same for the fake scores' loss
+    fake_times: Uniform = Uniform(low=0.02, high=0.98)
     # quantity in which the fake scores' error is measured: eps - x0
     fake_target: str = "flow"
     # The weight of that error is min(1, fake_clamp sigma_{t|s}^2); inf: weight 1, as in the
@@ -99,9 +98,8 @@ class PhasedDMD(DiffInstruct):
     # True: intervals reach from s up to 1. False: up to the time at which the phase starts, hence
     # disjoint between phases, which the paper finds worse.
     nested: bool = True
-    phase: int = (
-        -1
-    )  # index of the trained phase, set by `stages`; -1: before that, all
+    # index of the trained phase, set by `stages`; -1: before that, all
+    phase: int = -1
 
     ema = ()
     renoises = False

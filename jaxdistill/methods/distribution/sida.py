@@ -37,9 +37,8 @@ from jaxdistill.objectives import score
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiDA(UniInstruct):
-    divergence: str = dataclasses.field(
-        default="reverse_kl", init=False
-    )  # no field here
+    # no field here
+    divergence: str = dataclasses.field(default="reverse_kl", init=False)
     alpha: float = 1.2  # as SiD's; Uni-Instruct's code has 1
     critic_only: Natural = 0  # steps before the student moves
 

@@ -129,9 +129,8 @@ class Clipped:
         image = self.preprocess(decoded(net.decoder, x0))
         embedding = net.judge(net.judge(image), method="pool")
         distance = cosine_distance(ctx.batch["text_embed"], embedding)
-        clip = jnp.mean(
-            jax.nn.relu(distance - (1 - self.clip_tau))
-        )  # max(0, tau - cos)
+        # max(0, tau - cos)
+        clip = jnp.mean(jax.nn.relu(distance - (1 - self.clip_tau)))
         weight = self.clip_weight * jnp.maximum(1 - ctx.step / self.clip_steps, 0.0)
         return loss + weight * clip, {**terms, "clip": clip}
 

@@ -35,12 +35,10 @@ from jaxdistill.objectives import fdivergence, gan, score, weighting
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniInstruct(FromLevel, DMD2):
     process: Process = EDM()
-    student_times: tuple[float, ...] = (
-        2.5,
-    )  # the paper's init_sigma: x0 = G(2.5 z, 2.5)
-    match_times: Uniform = Karras(
-        high=0.8
-    )  # of the student's loss: sigma from .002 to 24.4
+    # the paper's init_sigma: x0 = G(2.5 z, 2.5)
+    student_times: tuple[float, ...] = (2.5,)
+    # of the student's loss: sigma from .002 to 24.4
+    match_times: Uniform = Karras(high=0.8)
     fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)  # of both critics' losses
     fake_target: str = "edm"
     critic_steps: int = 1  # critic updates per student update

@@ -112,14 +112,14 @@ class MeanFlow(AverageVelocity):
         v, cond = self.velocity(net, ctx, xt, t, self.process.velocity(x0, eps, t))
         average = lambda x, t, r: net.student(x, t, cond, r=r).v
         derivative = lookup(DERIVATIVES, self.derivative, "derivative")
+        # eq. 8
         u, du = derivative(
             average, (xt, t, r), (v, jnp.ones_like(t), jnp.zeros_like(r))
-        )  # eq. 8
+        )
         target = jax.lax.stop_gradient(v - expand(t - r, x0) * du)  # eq. 10
         error = jnp.sum((u - target) ** 2, axis=range(1, x0.ndim))
-        weight = weighting.adaptive(
-            error, self.weight_c, self.weight_power
-        )  # section 4.3
+        # section 4.3
+        weight = weighting.adaptive(error, self.weight_c, self.weight_power)
         return Out(jnp.mean(weight * error), {"error": jnp.mean(error)})
 
     def sample(self, net, noise, cond, key, steps):
@@ -149,9 +149,8 @@ class GuidedMeanFlow(MeanFlow):
         dropped = jnp.sum(
             jax.random.uniform(ctx.key("drop"), t.shape) < self.label_dropout
         )
-        keep = (
-            jnp.arange(len(t)) >= dropped
-        )  # the first samples, where r = t, as in the code
+        # the first samples, where r = t, as in the code
+        keep = jnp.arange(len(t)) >= dropped
         cond = ctx.batch.get("cond")
         null_cond = ctx.batch.get("null_cond")
         unconditional = net.student(xt, t, null_cond, r=t).v

@@ -87,9 +87,8 @@ class Reflow(Method):
         pred = net.student(
             self.process.add_noise(x0, eps, t), t, ctx.batch.get("cond")
         )
-        return Out(
-            jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v"))
-        )  # eq. 1
+        # eq. 1
+        return Out(jnp.mean(denoising_error(self.process, pred, x0, eps, t, "v")))
 
     def sampling_times(self, steps: int) -> Array:
         return ode.chain_times("euler", self.process, steps)

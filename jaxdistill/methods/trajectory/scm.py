@@ -76,9 +76,8 @@ class SCT(FewStep):
         derivative = lookup(DERIVATIVES, self.derivative, "derivative")
         direction = (cos * sin * v, jnp.cos(t) * jnp.sin(t))
         f, df = derivative(student, (xt, t), direction)  # df = cos t sin t dF/dt
-        g = -(cos**2) * (sd * f - v) - warm * (
-            cos * sin * xt + sd * df
-        )  # algorithm 1
+        # algorithm 1
+        g = -(cos**2) * (sd * f - v) - warm * (cos * sin * xt + sd * df)
         g = consistency.normalise_tangent(g, self.tangent_c)
 
         error = consistency.tangent_surrogate(f, g) / math.prod(x0.shape[1:])

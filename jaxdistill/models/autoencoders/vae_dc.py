@@ -35,9 +35,8 @@ from jaxdistill.models.layers import (
 
 EPS = 1e-5  # of every norm
 EXPAND = 4  # hidden channels of a gated convolution, in widths
-ACTS = {
-    name: ACTIVATIONS[name] for name in ("gelu", "relu", "silu")
-}  # diffusers' names
+# diffusers' names
+ACTS = {name: ACTIVATIONS[name] for name in ("gelu", "relu", "silu")}
 SHRINKS = ("conv", "pixel_unshuffle")
 GROWS = ("interpolate", "pixel_shuffle")
 

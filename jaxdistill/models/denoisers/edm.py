@@ -57,9 +57,8 @@ class EDMUNet:
     multiples: tuple[int, ...] = (1, 2)
     # residual blocks of a level on the way down; one more on the way up
     blocks: Depth = 1
-    attention: tuple[int, ...] = (
-        4,
-    )  # resolutions whose blocks attend; the middle always does
+    # resolutions whose blocks attend; the middle always does
+    attention: tuple[int, ...] = (4,)
     emb_multiple: int = 4  # the embedding has emb_multiple * width channels
     dtype: Dtype = "float32"  # arithmetic; weights and embedding are float32
     remat: Remat = "none"  # of each block
@@ -70,9 +69,8 @@ class EDMUNet:
     damping: ClassVar[float]  # factor on the sum of a block's branch and its shortcut
     # whether blocks that change the resolution have a 1x1 convolution on the shortcut
     project: ClassVar[bool]
-    all_up: ClassVar[
-        bool
-    ]  # every block on the way up attends, not just the last of a level
+    # every block on the way up attends, not just the last of a level
+    all_up: ClassVar[bool]
     filter: ClassVar[tuple[int, ...]] = (1, 1)  # of every change of resolution
 
     def heads(self, width: int) -> int:
@@ -343,9 +341,8 @@ class EDMModule(nnx.Module):
         """(levels, channels of all activations that are concatenated on the way up)."""
         cfg = self.cfg
         residual = getattr(cfg, "residual", False)
-        pad = (
-            1 + (len(cfg.filter) - 1) // 2
-        )  # of the convolution and of the filter behind it
+        # of the convolution and of the filter behind it
+        pad = 1 + (len(cfg.filter) - 1) // 2
         levels = []
         now = first
         image_channels = cfg.channels

@@ -63,15 +63,17 @@ class UNet:
     widths: tuple[int, ...] = (32, 64)
     # ResNet blocks of a level on the way down; one more on the way up
     layers: Depth = 2
+    # transformer blocks after each ResNet block of a level
     depths: tuple[int, ...] = (
         1,
         0,
-    )  # transformer blocks after each ResNet block of a level
+    )
     mid_depth: Natural = 1  # transformer blocks in the middle; 0: no middle at all
+    # of the transformers of each level; the middle takes the last
     heads: tuple[int, ...] = (
         2,
         4,
-    )  # of the transformers of each level; the middle takes the last
+    )
     text_dim: int = 32  # channels of cond["text"]
     # channels of cond["pooled"]; 0: neither it nor cond["size"] is read
     pooled_dim: int = 0
@@ -243,9 +245,8 @@ class Level(nnx.Module):
         x = as_program(self.resnets[i], remat)(x, emb)
         if not self.attentions:
             return x
-        return as_program(self.attentions[i], "none")(
-            x, text
-        )  # its scan rematerialises
+        # its scan rematerialises
+        return as_program(self.attentions[i], "none")(x, text)
 
 
 class Middle(nnx.Module):

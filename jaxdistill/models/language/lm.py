@@ -447,8 +447,7 @@ def frequencies(cfg: LM) -> np.ndarray:
     Long wavelengths are stretched as in Llama 3.1.
     """
     unstretched = cfg.rope_theta ** (-np.arange(0, cfg.rotary, 2) / cfg.rotary)
-    turns = (
-        cfg.rope_original * unstretched / (2 * np.pi)
-    )  # within the original context
+    # within the original context
+    turns = cfg.rope_original * unstretched / (2 * np.pi)
     kept = np.clip((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low), 0, 1)
     return np.float32(unstretched * (kept + (1 - kept) / cfg.rope_factor))

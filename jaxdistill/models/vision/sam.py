@@ -52,9 +52,8 @@ class SamVision:
     # patches on a side; the last windows of a row or column are padded with zeros, which are
     # attended to
     window: int = 3
-    global_layers: tuple[int, ...] = (
-        1,
-    )  # layers that attend to the complete picture
+    # layers that attend to the complete picture
+    global_layers: tuple[int, ...] = (1,)
     neck: int = 16  # channels of the output
     activation: str = "gelu"  # a key of layers.ACTIVATIONS
     norm_eps: float = 1e-6
@@ -117,9 +116,8 @@ class Layer(nnx.Module):
         row_terms = jnp.einsum("byxnk,ysk->byxns", q, rows)
         column_terms = jnp.einsum("byxnk,xsk->byxns", q, columns)
         indices = jnp.arange(s)
-        place = jnp.stack(
-            jnp.meshgrid(indices, indices, indexing="ij"), -1
-        )  # [S S 2]
+        # [S S 2]
+        place = jnp.stack(jnp.meshgrid(indices, indices, indexing="ij"), -1)
         marks = jax.nn.one_hot(place, s, dtype=h.dtype)
         marks = marks.reshape(1, s, s, 1, 2 * s)
         marks = jnp.broadcast_to(marks, (*k.shape[:-1], 2 * s))

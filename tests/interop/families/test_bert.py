@@ -47,9 +47,8 @@ def build(name, **changes):
     ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(std=0.3).add_(
-                name.endswith("LayerNorm.weight")
-            )  # attention far from uniform
+            # attention far from uniform
+            weight.normal_(std=0.3).add_(name.endswith("LayerNorm.weight"))
     return model
 
 

@@ -62,9 +62,10 @@ def build(name, **changes):
     ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            # attention far from uniform
             weight.normal_(std=0.3).add_(
                 float("norm" in name and name.endswith("weight"))
-            )  # attention far from uniform
+            )
     return model
 
 
@@ -102,9 +103,8 @@ def sentences():
     tokens = np.random.default_rng(0).integers(0, 59, (3, 12))
     mask = np.arange(12) < LENGTHS[:, None]
     tokens[np.arange(3), LENGTHS - 1] = 60
-    return np.where(
-        mask, tokens, 60
-    ), mask  # padded with eos, as CLIP's tokenizer does
+    # padded with eos, as CLIP's tokenizer does
+    return np.where(mask, tokens, 60), mask
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -374,9 +374,10 @@ def test_null_label_and_forms_of_the_condition(pair, agree):
     agree(f"{name} no condition", call(x, t, None)[0], expected)
     if "label" in cond:
         label = cond["label"]
+        # two programs: float32 sums
         same = lambda a, b: np.testing.assert_allclose(
             call(x, t, a)[0], call(x, t, b)[0], atol=1e-5
-        )  # two programs: float32 sums
+        )
         same(np.full(4, 3), None)
         same(label, {"label": label})
         same(jax.nn.one_hot(label, 3), label)
@@ -480,9 +481,10 @@ def test_resampling(filter):
     assert down.shape == (2, 3, 2, 5) and up.shape == (2, 12, 8, 5)
     dot = lambda a, b: float(np.sum(np.asarray(a, "f8") * np.asarray(b, "f8")))
     y = np.random.default_rng(1).standard_normal(up.shape).astype("f4")
+    # adjoint, up to the gain of 4
     np.testing.assert_allclose(
         dot(up, y), 4 * dot(x, resample(y, "down", filter)), rtol=1e-4
-    )  # adjoint, up to the gain of 4
+    )
     np.testing.assert_allclose(
         resample(np.ones_like(x), "up", filter)[:, 2:-2, 2:-2], 1, rtol=1e-6
     )

@@ -33,10 +33,11 @@ SIZES = dict(
     axes_dims_rope=(4, 6, 6),
 )
 VARIANTS = {"image": {}, "edit": {"zero_cond_t": True}}
+# thousands of a power of two: PyTorch takes t / 1000, rounded
 TIMES = [
     [0.0, 3.90625, 125.0],
     [500.0, 750.0, 1000.0],
-]  # thousands of a power of two: PyTorch takes t / 1000, rounded
+]
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -171,9 +171,8 @@ def test_scores_have_terms_of_rows_and_columns():
 
 
 def test_a_window_sees_itself_alone():
-    net = make_net(
-        SamVision(size=12, depth=1, global_layers=())
-    )  # 6 x 6 patches, four windows
+    # 6 x 6 patches, four windows
+    net = make_net(SamVision(size=12, depth=1, global_layers=()))
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 12, 12, 3))
     call = jax.jit(lambda x: net.apply(params, x, taps=(0,))[1][0].reshape(6, 6, -1))

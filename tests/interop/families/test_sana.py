@@ -259,9 +259,10 @@ def test_linear_attention_is_the_quadratic_form():
     expected = np.einsum(
         "bhts,bshd->bthd", scores / (scores.sum(-1, keepdims=True) + 1e-15), v
     )
+    # sums of 50 terms of size 1
     np.testing.assert_allclose(
         linear_attention(q, k, v), expected, rtol=1e-5, atol=1e-5
-    )  # sums of 50 terms of size 1
+    )
     half = linear_attention(*(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)))
     assert half.dtype == jnp.float32
     np.testing.assert_array_equal(

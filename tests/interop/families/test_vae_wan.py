@@ -97,10 +97,11 @@ def test_round_trip_is_exact(pair, returns):
     _, model, _, net, params, _, _ = pair
     again = returns(type(model), model, net, params)
     same = lambda a: tuple(a) if isinstance(a, list) else a
+    # of the sizes; diffusers' defaults are those of Wan 2.1
     computed = {
         "scale_factor_temporal",
         "scale_factor_spatial",
-    }  # of the sizes; diffusers' defaults are those of Wan 2.1
+    }
     assert all(
         same(again.config[key]) == same(value)
         for key, value in model.config.items()

@@ -51,9 +51,10 @@ def pair(request, tmp_path_factory):
     ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
+            # attention far from uniform
             weight.normal_(std=0.3).add_(
                 float("norm" in name and name.endswith("weight"))
-            )  # attention far from uniform
+            )
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     net, params = interop.load(folder)

@@ -131,9 +131,8 @@ def test_masked_text_is_zero_and_still_attended_to(pair):
     mask = np.arange(cond["text"].shape[1]) < np.array([[3], [5]])
     masked = call(x, t, cond | {"mask": mask})
     zeroed = call(x, t, cond | {"text": cond["text"] * mask[..., None]})
-    np.testing.assert_allclose(
-        masked, zeroed, atol=1e-5
-    )  # two programs: float32 sums in another order
+    # two programs: float32 sums in another order
+    np.testing.assert_allclose(masked, zeroed, atol=1e-5)
     assert np.abs(masked - call(x, t, cond)).max() > 1e-3
 
 

@@ -81,9 +81,8 @@ def test_hidden_states_are_matched_by_the_map_at_targets():
         per_token[:, :-1][BATCH["mask"][:, 1:] > 0].sum(),
         rtol=1e-5,
     )
-    np.testing.assert_allclose(
-        out.loss, 1.5 * out.metrics["divergence"], rtol=1e-5
-    )  # alpha L_is has the size of L_logits
+    # alpha L_is has the size of L_logits
+    np.testing.assert_allclose(out.loss, 1.5 * out.metrics["divergence"], rtol=1e-5)
 
 
 def test_hidden_term_has_the_gradient_of_its_own():

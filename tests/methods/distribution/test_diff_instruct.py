@@ -126,9 +126,8 @@ def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
     theirs = jax.grad(student)(w, v), jax.grad(fake, argnums=1)(w, v)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(dims * a, b, rtol=1e-9)
-        small = (
-            1e-8 / jnp.abs(b).max()
-        )  # gradients of the size of eps, where it matters
+        # gradients of the size of eps, where it matters
+        small = 1e-8 / jnp.abs(b).max()
 
         def steps(grad, eps):
             tx = Optimizer(algorithm="adam", lr=1.0, b1=0.0, eps=eps, clip=0.0).make(
@@ -159,9 +158,8 @@ def test_starts_from_noise_of_the_level_that_the_student_is_told(context, make):
 
     def student(x, t, cond=None):
         seen.append((x, t))
-        return EDM().from_x0(
-            x, x, t
-        )  # the last call is that of the sampler; those before it trace a chain of no step
+        # the last call is that of the sampler; those before it trace a chain of no step
+        return EDM().from_x0(x, x, t)
 
     method.sample(student, noise, None, jax.random.key(0), 1)
     np.testing.assert_allclose(seen[-1][0], 1.5 * noise, rtol=1e-6)

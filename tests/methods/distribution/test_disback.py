@@ -125,9 +125,8 @@ def affine_path(gaussian, context, mu, spread, m, small, steps=2000, lr=0.02):
     teacher = gaussian(process, mu, spread**0.5)
     student = gaussian(process, m, small**0.5)
     z = jax.random.normal(jax.random.key(5), (n // 2, 1))
-    ctx = context(
-        jnp.zeros((n, 1)), xt=jnp.concatenate([z, -z]), t=jnp.ones(n)
-    )  # the sample's mean is m exactly
+    # the sample's mean is m exactly
+    ctx = context(jnp.zeros((n, 1)), xt=jnp.concatenate([z, -z]), t=jnp.ones(n))
     host = DisBackDiffInstruct(fake_times=FIXED, fake_target="x0")
     net = SimpleNamespace(
         student=lambda x, t, cond=None: process.from_x0(
@@ -177,9 +176,8 @@ def test_the_path_of_a_gaussian_leads_from_the_teacher_to_the_student(
     assert jnp.all(
         jnp.diff(means) * np.sign(m - mu) >= -1e-3
     )  # sampling moves the optimum by as much
-    np.testing.assert_allclose(
-        ws[-1], best, atol=0.08
-    )  # five standard deviations of the fit to so many draws
+    # five standard deviations of the fit to so many draws
+    np.testing.assert_allclose(ws[-1], best, atol=0.08)
     np.testing.assert_allclose(means[-1], m, atol=0.1)
     falling = fisher[fisher > 1e-2 * fisher[0]]
     assert (
@@ -378,9 +376,8 @@ def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(
 
         return jax.grad(loss)(0.0)
 
-    found = np.array(
-        [grad(jnp.int32(step)) for step in (10, 20, 30)]
-    )  # targets 2, 1, 0
+    # targets 2, 1, 0
+    found = np.array([grad(jnp.int32(step)) for step in (10, 20, 30)])
     np.testing.assert_allclose(
         found, c * np.array([-0.2 - 0.1, 0.1 - 0.5, 0.5 - 0.7]), rtol=1e-6
     )

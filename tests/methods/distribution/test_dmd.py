@@ -20,9 +20,10 @@ def test_dmd_regresses_on_the_teachers_pairs(plain, gaussian, context):
     g = gaussian(Flow(), 0.7, 0.4)
     method = DMD(regression_weight=0.5, solver_steps=64, **AT)
     made = method.pairs(net, ctx)
+    # Heun's error at 64 steps
     np.testing.assert_allclose(
         made["pair_x"], 0.7 + 0.4 * made["pair_noise"], atol=2e-3
-    )  # Heun's error at 64 steps
+    )
     np.testing.assert_allclose(
         pulled(method, plain), pulled(DMD2(**AT), plain), rtol=1e-12
     )

@@ -176,9 +176,10 @@ def test_discriminator_loss_trains_the_heads_alone(x64, nets, context):
     loss = lambda p, heads: method.disc_loss(nets(p, heads), ctx).loss
     student, heads = jax.grad(loss, argnums=(0, 1))(jnp.zeros(4), jnp.ones(2))
     assert not student.any() and np.all(np.abs(heads) > 1e-4)
+    # D = 1/2 everywhere
     np.testing.assert_allclose(
         loss(jnp.zeros(4), jnp.zeros(2)), 2 * np.log(2), rtol=1e-12
-    )  # D = 1/2 everywhere
+    )
 
 
 def test_real_images_are_their_own_where_the_data_has_them(x64, nets, context):

@@ -52,9 +52,8 @@ HOSTS = {
 def batch(pairs=True, seed=0):
     rng = np.random.default_rng(seed)
     made = {k: jnp.asarray(v) for k, v in DATA.draw(rng, N).items()}
-    made["cond"] = jnp.asarray(
-        rng.permutation(np.arange(N) % CLASSES), jnp.int32
-    )  # every cell has its share
+    # every cell has its share
+    made["cond"] = jnp.asarray(rng.permutation(np.arange(N) % CLASSES), jnp.int32)
     noise = {
         "pair_noise": jnp.asarray(rng.standard_normal((N, 2)), jnp.float32),
         "pair_x": made["x"][::-1],
@@ -465,9 +464,8 @@ def test_teacher_matching_is_denoising_only_for_the_exact_teacher(
     exact, wrong = jax.jit(
         lambda: (grads(data), grads(gaussian(process, -0.3, 0.4)))
     )()
-    np.testing.assert_allclose(
-        exact[0], exact[1], atol=5 * 2 / n**0.5
-    )  # both are means of n terms of order 1
+    # both are means of n terms of order 1
+    np.testing.assert_allclose(exact[0], exact[1], atol=5 * 2 / n**0.5)
     assert jnp.abs(wrong[0] - wrong[1]).max() > 0.1
 
 

@@ -366,9 +366,8 @@ def test_gradient_at_the_end_of_the_phase(x64, gaussian, context, k, weight):
     )
     if weight == "kl":
         w = a * (a / a_s) / (a * sigma + sigma**2)
-        want = (
-            np.mean(w * (v(real) - v(fake))) * (s_tau - s_s) / s_tau
-        )  # d x_s / d x0 = (tau - s) / tau
+        # d x_s / d x0 = (tau - s) / tau
+        want = np.mean(w * (v(real) - v(fake))) * (s_tau - s_s) / s_tau
     else:
         want = np.mean(
             (fake.x0 - real.x0) / np.maximum(np.abs(pred.x0 - real.x0), 1e-4)
@@ -630,9 +629,8 @@ def test_the_fake_follows_the_expert_where_they_are_coupled():
     """After a generator update: fake <- d fake + (1 - d) expert, with the updated expert; the step
     of the fake comes after.
     """
-    settings = dict(
-        critic_steps=1, fake_clamp=0.0
-    )  # the fake's own loss is switched off
+    # the fake's own loss is switched off
+    settings = dict(critic_steps=1, fake_clamp=0.0)
     (before, after, _), (_, later, _) = follow(phase(0, coupling=0.97, **settings), 2)
     mix = lambda f, g: jax.tree.map(lambda f, g: 0.97 * f + 0.03 * g, f, g)
     close(after["fake0"], mix(before["fake0"], after["expert0"]))

@@ -13,9 +13,8 @@ from tests.methods.distribution.gaussians import AT, pulled
 def test_score_distillation_and_its_delta(plain):
     net, ctx, x0, real = plain[:4]
     np.testing.assert_allclose(pulled(SDS(**AT), plain), x0 - real, rtol=1e-10)
-    slope = (
-        0.4 * 0.16 / (0.16 * 0.16 + 0.36)
-    )  # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
+    # of the teacher's denoiser at t = .6, whose input moves by .4 for a reference moved by 1
+    slope = 0.4 * 0.16 / (0.16 * 0.16 + 0.36)
     np.testing.assert_allclose(
         pulled(DDS(**AT), plain), -(1 - 0.4 * slope), rtol=1e-9
     )

@@ -38,9 +38,8 @@ N = 8
 WRAP = functools.partial(Denoiser().wrap, process=Flow())
 MLPS = make_net(MLP(width=8, depth=1, classes=CLASSES), wrap=WRAP)
 LABELS = {"cond": jnp.arange(N) % CLASSES, "null_cond": jnp.full(N, CLASSES)}
-TEXTS = {
-    "text_embed": jnp.ones((N, 2))
-}  # images are their own embeddings, every text is (1, 1)
+# images are their own embeddings, every text is (1, 1)
+TEXTS = {"text_embed": jnp.ones((N, 2))}
 
 
 class Own(nnx.Module):
@@ -127,9 +126,8 @@ def test_equal_ends_are_swiftbrush(context):
     host = SwiftBrush(guidance=c, fake_guidance=c)
     net = bind(NETS, params)
     ctx = context(jnp.zeros((N, 2)), **LABELS)
-    gradient = lambda method: jax.grad(lambda x: method.match(net, ctx, x)[0])(
-        X0
-    )  # operation by operation: nothing is reordered
+    # operation by operation: nothing is reordered
+    gradient = lambda method: jax.grad(lambda x: method.match(net, ctx, x)[0])(X0)
     np.testing.assert_array_equal(gradient(ours), gradient(host))
     follows(run(ours, params), run(host, params))
 
@@ -342,9 +340,8 @@ def test_nasa_at_every_step_of_a_chain(context):
     seen = []
     method = NasaT(student_times=(1.0, 0.5))
     ctx = context(jnp.zeros((N, 2)), **prompts())
-    method.simulate(
-        SimpleNamespace(student=recorder(seen)), ctx
-    )  # its loop is traced, not run
+    # its loop is traced, not run
+    method.simulate(SimpleNamespace(student=recorder(seen)), ctx)
     assert seen and all("nasa" in cond for cond in seen)
 
 

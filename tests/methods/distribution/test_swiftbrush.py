@@ -66,9 +66,8 @@ def test_gradient_is_g_over_numel(context):
     net = bind(NETS, params)
     eps = lambda role, label: getattr(net, role)(xt, t, LABELS[label]).eps
     mixed = lambda role, k: (1 - k) * eps(role, "null_cond") + k * eps(role, "cond")
-    g = expand(t, x0) ** 2 * (
-        mixed("teacher", 4.5) - mixed("fake", 2.0)
-    )  # sigma = t on rectified flow
+    # sigma = t on rectified flow
+    g = expand(t, x0) ** 2 * (mixed("teacher", 4.5) - mixed("fake", 2.0))
     np.testing.assert_allclose(
         state_gradient(method, params, ctx), g / x0.size, rtol=1e-4, atol=1e-7
     )
@@ -76,9 +75,8 @@ def test_gradient_is_g_over_numel(context):
     v = lambda role, k: (lambda a, b: b + k * (a - b))(
         *(getattr(net, role)(xt, t, LABELS[c]).v for c in ("cond", "null_cond"))
     )
-    flow = (
-        expand(t, x0) ** 2 * alpha * (v("teacher", 4.5) - v("fake", 2.0))
-    )  # the specification's translation
+    # the specification's translation
+    flow = expand(t, x0) ** 2 * alpha * (v("teacher", 4.5) - v("fake", 2.0))
     np.testing.assert_allclose(g, flow, rtol=1e-4, atol=1e-6)
 
 
@@ -113,9 +111,8 @@ def test_closed_form_with_a_converged_fake(x64, gaussian, process, m, a):
     fake = gaussian(process, m, a)
     t = jnp.full(n, 0.6)
     alpha, sigma = (float(c) for c in process.alpha_sigma(jnp.asarray(0.6)))
-    xt = (
-        alpha * m + jnp.linspace(-1, 1, n)[:, None]
-    )  # around the mean of the student's x_t, in which g is affine
+    # around the mean of the student's x_t, in which g is affine
+    xt = alpha * m + jnp.linspace(-1, 1, n)[:, None]
     g = SwiftBrush(process=process).direction(
         jnp.zeros((n, 1)), real.denoise(xt, t), fake.denoise(xt, t), t
     )
@@ -148,9 +145,8 @@ def test_student_predicts_noise_and_is_read_at_the_last_time():
     assert alpha == pytest.approx(0.0047**0.5, abs=5e-4) and sigma == pytest.approx(
         0.99765, abs=5e-5
     )
-    np.testing.assert_allclose(
-        x0, (1 - sigma) / alpha * z, rtol=1e-3, atol=1e-6
-    )  # 1 - sigma_T is .002, to float32's 6e-8
+    # 1 - sigma_T is .002, to float32's 6e-8
+    np.testing.assert_allclose(x0, (1 - sigma) / alpha * z, rtol=1e-3, atol=1e-6)
     blind = Denoiser(param=Noise(time_scale=999.0), native=SD).wrap(
         lambda x, t, cond: 0 * x, SD
     )

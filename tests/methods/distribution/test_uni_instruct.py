@@ -102,9 +102,8 @@ TABLE = [  # divergence, scale of f, variance of q_t, (dJ/dm, dJ/dc)
 
 @pytest.mark.parametrize(("kind", "scale", "q_var", "values"), TABLE)
 def test_three_terms_are_the_gradient(x64, kind, scale, q_var, values):
-    got = (
-        scale * gradient(exact(kind), networks(Scaled(), q_var)) / SIGMA
-    )  # g^2 / 2 = SIGMA
+    # g^2 / 2 = SIGMA
+    got = scale * gradient(exact(kind), networks(Scaled(), q_var)) / SIGMA
     np.testing.assert_allclose(got, scale * objective(kind, q_var), rtol=1e-8)
     np.testing.assert_allclose(got, values, atol=6e-7)
 
@@ -266,9 +265,8 @@ def test_the_gan_term_is_weighed_by_dimensions_and_distance(x64, context):
             / np.mean(np.abs(x - 0.5 * xt), 1)
         )
     )
-    np.testing.assert_allclose(
-        out.loss, want, rtol=1e-9
-    )  # equal scores: nothing but the GAN
+    # equal scores: nothing but the GAN
+    np.testing.assert_allclose(out.loss, want, rtol=1e-9)
 
 
 def adversarial_networks():
@@ -473,9 +471,8 @@ def fitted(kind):
         divergence=kind, ratio_range=(1e-12, 1e12), reverse_until=0
     )
     x, w = np.polynomial.hermite_e.hermegauss(8)
-    across = np.linspace(
-        -5, 5, 81
-    )  # resolves the edge between the modes, where Gauss-Hermite nodes would not
+    # resolves the edge between the modes, where Gauss-Hermite nodes would not
+    across = np.linspace(-5, 5, 81)
     share = np.exp(-(across**2) / 2) / np.exp(-(across**2) / 2).sum()
     u, lengths = np.polynomial.legendre.leggauss(16)
     low = np.log(0.05)

@@ -164,10 +164,11 @@ def test_teachers_and_labels_of_general_text_get_no_gradient():
 
 def test_stages_read_their_own_teacher_and_text():
     plain = {name: float(loss(STAGE[name]).loss) for name in METHOD.plan}
+    # not rounding
     changed = lambda name, **other: (
         abs(float(loss(STAGE[name], {**PARAMS, **other}).loss) / plain[name] - 1)
         > 1e-5
-    )  # not rounding
+    )
     new = weights(TEACHER, 9)
     assert [changed(name, pretrained=new) for name in METHOD.plan] == [
         True,
@@ -188,9 +189,10 @@ def test_stages_read_their_own_teacher_and_text():
     ]
     assert [gap > 1e-5 for gap in apart] == [False, False, True, True]
     one = {**PARAMS, "teacher": PARAMS["pretrained"]}
+    # with one teacher the first stages coincide
     np.testing.assert_allclose(
         loss(STAGE["GD"], one).loss, loss(STAGE["GED"], one).loss, rtol=1e-5
-    )  # with one teacher the first stages coincide
+    )
 
 
 def test_padding_is_invisible():

@@ -162,9 +162,8 @@ def test_every_inherited_field_acts_or_is_refused(name, seen):
     unread = []
     for field in (f.name for f in dataclasses.fields(method) if f.name in AWAY):
         away = AWAY[field] if getattr(method, field) != AWAY[field] else ForwardKL()
-        needs = (
-            {} if name == "StoredKD" else NEEDS.get(field, {})
-        )  # its store has a top_k
+        # its store has a top_k
+        needs = {} if name == "StoredKD" else NEEDS.get(field, {})
         try:
             before = dataclasses.replace(method, **needs)
             after = dataclasses.replace(before, **{field: away})

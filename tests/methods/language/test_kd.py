@@ -93,9 +93,8 @@ def test_top_k_forgets_only_inside_the_tail():
     assert (
         0 < values[0] < values[1] < full
     )  # data processing: merging tokens loses divergence
-    np.testing.assert_allclose(
-        values[2], full, rtol=1e-5
-    )  # a tail of one token loses none
+    # a tail of one token loses none
+    np.testing.assert_allclose(values[2], full, rtol=1e-5)
 
 
 def test_documents_of_a_row_are_passed_on():

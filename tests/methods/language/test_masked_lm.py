@@ -17,9 +17,8 @@ from jaxdistill.models.language.bert import BertClassifier
 MASK = 7
 VOCAB = 7
 TOKENS = jax.random.randint(jax.random.key(3), (400, 50), 0, VOCAB)
-REAL = (
-    jnp.arange(50) < jnp.arange(400)[:, None] % 50 + 1
-)  # rows of 1 to 50 real tokens
+# rows of 1 to 50 real tokens
+REAL = jnp.arange(50) < jnp.arange(400)[:, None] % 50 + 1
 
 
 def corrupt(**fields):

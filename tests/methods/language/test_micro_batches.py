@@ -68,9 +68,8 @@ def test_a_loss_is_the_sum_of_its_micro_batches(name, stage):
     )
     whole = uneven(experiment.data.batch(0, slice(8)))
     gathered = turn.gather(bind(nets, params), ctx(whole)) if turn.gather else whole
-    loss = jax.jit(
-        lambda batch: turn.loss(bind(nets, params), ctx(batch))[::3]
-    )  # (loss, count)
+    # (loss, count)
+    loss = jax.jit(lambda batch: turn.loss(bind(nets, params), ctx(batch))[::3])
     count = lambda out: float(out[1])
     one = loss(gathered)
     halves = [loss({k: v[i::2] for k, v in gathered.items()}) for i in range(2)]

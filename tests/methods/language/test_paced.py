@@ -350,11 +350,12 @@ SOLVED = {  # prompts of 2 and 1 tokens, solutions of 2, 1 and 0, responses of 1
     "answer": jnp.array([[1, 2, 5, 6, 0], [0, 4, 6, 0, 0], [2, 5, 1, 1, 1]]),
     "answer_mask": jnp.array([[0.0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]),
 }
+# what the teacher reads, and the response
 SEEN = [
     ([1, 2, 5, 6, 1, 2], [3]),
     ([4, 6, 4], [5, 1, 6]),
     ([2, 5], [3, 6]),
-]  # what the teacher reads, and the response
+]
 
 
 def counting(tokens, segments, positions, **_):
@@ -406,9 +407,8 @@ def test_the_solution_is_the_datas_own():
     written = respond(coin, data, jax.random.key(0), prompt_length=2)
     for batch in (data, written):
         shown = solution_first(batch, 2)
-        np.testing.assert_array_equal(
-            shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2]
-        )  # T + P = 7 columns, one of them padding
+        # T + P = 7 columns, one of them padding
+        np.testing.assert_array_equal(shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2])
         np.testing.assert_array_equal(shown["prompt_mask"][:, 0], [False] * 3)
         np.testing.assert_array_equal(shown["prompt_mask"].sum(1), [6, 5, 2])
         np.testing.assert_array_equal(shown["tokens"][:, 7:], batch["tokens"][:, 2:])

@@ -148,11 +148,12 @@ def test_linear_in_alpha_and_in_the_teacher():
     inside = jnp.abs(LOG["q"] - LOG["teacher"]) < 0.8
     shifted = at(0.3, {**batch, "log_teacher": LOG["teacher"] + 0.2})
     np.testing.assert_allclose((shifted - at(0.3))[inside], -0.7 * 0.2, atol=1e-6)
+    # DPO's logit
     np.testing.assert_allclose(
         RLAD(alpha=0.0, limit=np.inf).log_ratio(LOG["q"], batch),
         LOG["q"] - LOG["teacher"],
         atol=1e-6,
-    )  # DPO's logit
+    )
 
 
 def test_the_trust_region_is_around_the_mixture():

@@ -57,9 +57,10 @@ def test_loss_is_a_mix_of_two_errors():
             rtol=1e-5,
         )
         assert out.count == FIT.sum() == 10
+    # the first has no teacher
     np.testing.assert_allclose(
         loss(SelfDistillation(penalty=0.0)).loss, error(LABELS), rtol=1e-6
-    )  # the first has no teacher
+    )
 
 
 def test_gradient_is_that_of_the_mixed_target():

@@ -86,9 +86,8 @@ def test_micro_batches_do_not_move_the_update():
         gradient(StepByStep(alpha=0.3), {k: v[i::2] for k, v in uneven.items()})
         for i in range(2)
     ]
-    mean = jax.tree.map(
-        lambda w, a, b: w - (a + b) / 2, PARAMS, *halves
-    )  # what a mean of means would be
+    # what a mean of means would be
+    mean = jax.tree.map(lambda w, a, b: w - (a + b) / 2, PARAMS, *halves)
     assert (
         max(
             float(jnp.abs(a - b).max())
@@ -105,9 +104,8 @@ def test_weights_are_shared_by_two_tasks():
         jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, label, rationale),
         atol=1e-6,
     )
-    paper = jax.tree.map(
-        lambda a, b: a + 0.7 / 0.3 * b, label, rationale
-    )  # L_label + lambda L_rationale
+    # L_label + lambda L_rationale
+    paper = jax.tree.map(lambda a, b: a + 0.7 / 0.3 * b, label, rationale)
     close(jax.tree.map(lambda g: g / 0.3, both), paper, atol=1e-5)
 
 
@@ -144,9 +142,8 @@ def test_padding_and_longer_reasons_leave_the_rest_alone():
         k: jnp.concatenate([v, v]) if k.startswith("explain_") else v
         for k, v in BATCH.items()
     }
-    np.testing.assert_allclose(
-        loss(StepByStep(), twice).loss, out.loss, rtol=1e-5
-    )  # means, whatever the number of targets
+    # means, whatever the number of targets
+    np.testing.assert_allclose(loss(StepByStep(), twice).loss, out.loss, rtol=1e-5)
 
 
 def test_rows_without_reasons_count_for_the_label_alone():

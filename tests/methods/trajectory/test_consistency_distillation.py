@@ -128,9 +128,8 @@ def test_pairs_are_neighbours_on_the_grid(x64, context):
     edm = Consistency(process=EDM(), levels=18, rho=7.0)
     t, r = edm.pair(context(jnp.zeros((4096, 1))), 4096)
     levels = noise_levels(18, 18, 0.002, 80.0, 7.0)
-    np.testing.assert_allclose(
-        levels, EDM().grid(18)[:-1][::-1], rtol=1e-6
-    )  # CM's grid is EDM's
+    # CM's grid is EDM's
+    np.testing.assert_allclose(levels, EDM().grid(18)[:-1][::-1], rtol=1e-6)
     index = np.searchsorted(levels, t)
     np.testing.assert_array_equal(levels[index], t)
     np.testing.assert_array_equal(levels[index - 1], r)
@@ -171,9 +170,8 @@ def test_the_targets_average_follows_the_grid():
     method = CT(total=400, s0=2, s1=150, mu0=0.9)
     k = np.arange(0, 401, 20)
     levels = [math.ceil(math.sqrt(i / 400 * (151**2 - 4) + 4) - 1) + 1 for i in k]
-    got = [
-        float(method.turns[0].decay(jnp.asarray(i + 1))) for i in k
-    ]  # the first update is made at k = 0
+    # the first update is made at k = 0
+    got = [float(method.turns[0].decay(jnp.asarray(i + 1))) for i in k]
     np.testing.assert_allclose(
         got, [math.exp(2 * math.log(0.9) / (n - 1)) for n in levels], rtol=1e-6
     )

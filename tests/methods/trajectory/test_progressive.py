@@ -100,9 +100,8 @@ def test_students_are_trained_at_the_times_that_they_sample_at(
         np.testing.assert_allclose(
             sorted(seen["student"], reverse=True), before[:-1], rtol=1e-12
         )
-        np.testing.assert_array_equal(
-            before, first.grid(n)
-        )  # the whole method's sampler
+        # the whole method's sampler
+        np.testing.assert_array_equal(before, first.grid(n))
 
 
 def test_on_edms_levels_two_steps_are_made_in_one(x64, gaussian, context):

@@ -125,9 +125,8 @@ def test_discrete_consistency_tends_to_it(x64, gaussian, context):
     law = Uniform(low=time / (math.pi / 2), high=time / (math.pi / 2))
     ctx = context(g.draw(16), WARM)
     c = 1e5
-    discrete = Close(
-        process=Trig(), solver="euler", huber=c / math.sqrt(2)
-    )  # |.|^2 = 2 c x pseudo-Huber, to |.|^2 / c^2
+    # |.|^2 = 2 c x pseudo-Huber, to |.|^2 / c^2
+    discrete = Close(process=Trig(), solver="euler", huber=c / math.sqrt(2))
     held = bound(W).student
     loss = lambda w: (
         2

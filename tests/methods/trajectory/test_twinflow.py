@@ -98,13 +98,11 @@ def test_gradient_of_the_push(x64):
     free = jax.grad(lambda F: jnp.sum(FullTwinFlow().rectify(F, dv)))(F)
     np.testing.assert_allclose(free, -2 * dv / 4, rtol=1e-12)
     robust = jax.grad(lambda F: jnp.sum(TwinFlow().rectify(F, dv)))(F)
-    clipped = np.clip(
-        dv, -1, 1
-    )  # |clipped|^2 >> c^2: the gradient of 2 sqrt(mean square)
+    # |clipped|^2 >> c^2: the gradient of 2 sqrt(mean square)
+    clipped = np.clip(dv, -1, 1)
     rms = np.sqrt(np.mean(clipped**2, 1, keepdims=True))
-    np.testing.assert_allclose(
-        robust, -2 * clipped / 4 / rms, rtol=6e-3
-    )  # 1e-8 beside c^2 = 1e-6 is half a percent of the root
+    # 1e-8 beside c^2 = 1e-6 is half a percent of the root
+    np.testing.assert_allclose(robust, -2 * clipped / 4 / rms, rtol=6e-3)
 
 
 def test_no_push_where_both_branches_agree(x64, gaussian, context):
@@ -160,9 +158,8 @@ def test_gradients_of_the_whole_loss(x64, gaussian, context):
 
     def by_hand(w):
         base = weight * mean(F(w, real) - target)
-        twin = mean(
-            student(w, x_adv, -t[adv], r=-t[adv]).v - (eps[adv] - x_f)
-        )  # -t, r = -t, target z' - x_f, weight 1
+        # -t, r = -t, target z' - x_f, weight 1
+        twin = mean(student(w, x_adv, -t[adv], r=-t[adv]).v - (eps[adv] - x_f))
         push = mean(F(w, e2e) - (F(W, e2e) + dv))
         return (base.sum() + twin.sum()) / n + 0.5 * push.mean()
 

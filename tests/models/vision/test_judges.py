@@ -30,9 +30,10 @@ def test_points_pass_random_relu_layers():
     np.testing.assert_array_equal(last, taps[1])
     kernel = params["layers"][1]["kernel"]
     bias = params["layers"][1]["bias"]
+    # He, a truncated normal
     np.testing.assert_allclose(
         kernel.var(), 2 / 400, rtol=5 * (2 / kernel.size) ** 0.5 + 0.03
-    )  # He, a truncated normal
+    )
     np.testing.assert_allclose(bias.var(), 1, rtol=5 * (2 / 400) ** 0.5)
 
 

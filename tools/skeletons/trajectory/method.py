@@ -46,9 +46,8 @@ class MyMethod(Method):
         )
         end = ode.solve(self.solver, self.process, teacher, start, self.solver_steps)
         t = jnp.full(start.shape[:1], self.process.t_max)
-        distance = (
-            net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)
-        ) ** 2  # eq. 1
+        # eq. 1
+        distance = (net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)) ** 2
         return Out(jnp.mean(distance))
 
     def sampling_times(self, steps: int) -> Array:
