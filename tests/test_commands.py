@@ -318,7 +318,9 @@ def test_a_run_that_has_not_finished_cannot_be_exported(tmp_path, capsys):
 )
 def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
     """An export into a run's folder is refused before a weight is read."""
-    monkeypatch.setattr(loop, "load", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        loop, "load", lambda *_, **__: pytest.fail("weights were read")
+    )
     files = lambda: {
         path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()
     }

@@ -357,7 +357,6 @@ def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
 
     Raises Refused on a field that is unknown, missing, of another type or out of range.
     """
-    values = {current_field(cls, key): value for key, value in values.items()}
     try:
         _check_fields(cls, name, values)
         return cls(

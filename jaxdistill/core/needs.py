@@ -49,11 +49,7 @@ def _check(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None
         for found in given[name] if several else (given[name],):
             if isinstance(found, need):
                 continue
-            had = (
-                f"{found.dtype} {list(found.shape)}"
-                if isinstance(found, Spec)
-                else "a group"
-            )
+            had = _found(found)
             raise Refused(f"{where}: {name!r} is {had}, {who} needs {_shown(need)}")
 
 
@@ -104,8 +100,8 @@ def check_condition(
                 f"{where} is one array, {who} needs {_shown(condition.needs)}"
             )
         if not isinstance(given, condition.array):
-            had = f"{given.dtype} {list(given.shape)}"
-            raise Refused(f"{where} is {had}, {who} needs {_shown(condition.array)}")
+            wanted = _shown(condition.array)
+            raise Refused(f"{where} is {_found(given)}, {who} needs {wanted}")
         return
     for name in condition.unread:
         if name in given:
@@ -129,6 +125,11 @@ def _instead(name: str, given: Mapping[str, Any], needs: Needs) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; it has {', '.join(sorted(given)) or 'nothing'}"
+
+
+def _found(x: Any) -> str:
+    """What stands in place of a need, in words: "float32 [4, 77, 768]"."""
+    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Spec) else "a group"
 
 
 def _shown(need: Any) -> str:

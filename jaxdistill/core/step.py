@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,6 +257,11 @@ def _accumulate(
     return grads, (sums, count, memory)
 
 
+def active_turns(turns: Sequence[Turn], step: int) -> tuple[int, ...]:
+    """The indices of the turns that a step takes."""
+    return tuple(i for i, turn in enumerate(turns) if turn.when(step))
+
+
 def make_train_step(
     method: Method,
     nets: Mapping[str, Net],
@@ -319,7 +324,7 @@ def make_train_step(
         return state.replace(step=state.step + 1), Means(metrics, counts)
 
     def active_at(step: int) -> tuple[int, ...]:
-        return tuple(i for i, turn in enumerate(turns) if turn.when(step))
+        return active_turns(turns, step)
 
     out_shardings = None if shardings is None else (shardings, None)
     jitted = jax.jit(

@@ -175,8 +175,7 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     experiment = _opened(workdir, config)
     method = experiment.method
     roles = experiment.with_bases([*method.frozen, *method.exports])
-    trained = load(workdir, config, roles=roles)
-    experiment = trained.experiment
+    trained = _loaded(experiment, roles)
     reports = {name: report.read(Path(workdir) / name) for name in experiment.runs}
     # The report keeps the config that was trained, but for the evaluation and the claim.
     now = json.loads(experiment.config.to_json())
@@ -206,7 +205,11 @@ def load(
     Raises:
         Refused: The run has not finished, is damaged, or its config.json was changed.
     """
-    experiment = _opened(workdir, config)
+    return _loaded(_opened(workdir, config), roles)
+
+
+def _loaded(experiment: Experiment, roles: Collection[str] | None) -> Trained:
+    """`load` of a run whose folder has been checked."""
     stages = _done(experiment)
     with sharding.use(experiment.mesh, experiment.settings.rules):
         return _as_given(_result(experiment, stages, len(stages), roles))

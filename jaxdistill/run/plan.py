@@ -171,30 +171,59 @@ def _compiled(
 ) -> Pattern:
     """A pattern of turns, compiled."""
     started = time.time()
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    traced = programs.step.trace(programs.abstract, programs.batch, key, active)
+    traced = _traced(programs, active)
     compiled = traced.lower().compile()
     seconds = time.time() - started
-    work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
     moved = hlo.moved(compiled.as_text())
-    model_flops = sum(programs.patterns[active].values())
-    peak_flops = chips * kind.flops
-    bounds = (
-        work / peak_flops,
-        moved.memory / kind.bandwidth,
-        sum(moved.sent.values()) / kind.links,
-    )
-    return Pattern(
-        turns="+".join(map(str, active)),
+    return _pattern(
+        programs,
+        active,
+        traced,
+        peak_flops=chips * kind.flops,
+        memory=moved.memory / kind.bandwidth,
+        network=sum(moved.sent.values()) / kind.links,
+        sent=moved.sent,
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         peak=peak(compiled),
-        model_flops=model_flops,
-        compute=bounds[0],
-        memory=bounds[1],
-        network=bounds[2],
-        sent=moved.sent,
-        utilisation=model_flops / peak_flops / max(*bounds, 1e-30),
         seconds=seconds,
+    )
+
+
+def _traced(programs: Programs, active: tuple[int, ...]) -> Any:
+    """The train step, traced for one pattern of turns."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return programs.step.trace(programs.abstract, programs.batch, key, active)
+
+
+def _pattern(
+    programs: Programs,
+    active: tuple[int, ...],
+    traced: Any,
+    *,
+    peak_flops: float,
+    memory: float,
+    network: float,
+    **measured: Any,
+) -> Pattern:
+    """A pattern of turns with its bound of compute and its utilisation.
+
+    Args:
+      peak_flops: of all chips, per second.
+      memory, network: seconds.
+      measured: the other fields of `Pattern`.
+    """
+    model_flops = sum(programs.patterns[active].values())
+    work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
+    compute = work / peak_flops
+    longest = max(compute, memory, network, 1e-30)
+    return Pattern(
+        turns="+".join(map(str, active)),
+        model_flops=model_flops,
+        compute=compute,
+        memory=memory,
+        network=network,
+        utilisation=model_flops / peak_flops / longest,
+        **measured,
     )
 
 
@@ -283,27 +312,17 @@ def _estimated(
         "all-gather": reads * (ways - 1) / ways,
         "reduce-scatter": scattered * (ways - 1) / ways,
     }
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    traced = programs.step.trace(programs.abstract, programs.batch, key, active)
-    work = sum(flops.count(traced.jaxpr.jaxpr, recomputed=True).values())
-    peak_flops = mesh.size * kind.flops
-    bounds = (
-        work / peak_flops,
-        sum(weights.values()) * 2 / kind.bandwidth,
-        sum(sent.values()) / links,
-    )
-    model_flops = sum(model.values())
     state = sum(sum(parts.values()) for parts in held.values())
-    return Pattern(
-        turns="+".join(map(str, active)),
+    return _pattern(
+        programs,
+        active,
+        _traced(programs, active),
+        peak_flops=mesh.size * kind.flops,
+        memory=sum(weights.values()) * 2 / kind.bandwidth,
+        network=sum(sent.values()) / links,
+        sent=sent,
         temporaries=0,
         peak=state + _bytes(programs.batch),
-        model_flops=model_flops,
-        compute=bounds[0],
-        memory=bounds[1],
-        network=bounds[2],
-        sent=sent,
-        utilisation=model_flops / peak_flops / max(*bounds, 1e-30),
         seconds=0.0,
     )
 

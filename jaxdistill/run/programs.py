@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.net import Net
-from jaxdistill.core.step import bind, init_state, make_train_step
-from jaxdistill.core.types import Ctx, Params, Stage, State, Turn
+from jaxdistill.core.step import active_turns, bind, init_state, make_train_step
+from jaxdistill.core.types import Ctx, Params, Stage, State
 from jaxdistill.run import flops
 from jaxdistill.run.experiment import Experiment
 
@@ -53,7 +53,7 @@ def make_programs(
     settings = experiment.settings
     roles = experiment.roles
     turns = method.turns
-    taken = [_active(turns, step) for step in range(stage.steps)]
+    taken = [active_turns(turns, step) for step in range(stage.steps)]
     txs = {}
     for role in method.inits:
         updates = sum(turns[i].moves.count(role) for active in taken for i in active)
@@ -101,10 +101,6 @@ def make_programs(
         patterns=patterns,
         batch=placed,
     )
-
-
-def _active(turns: tuple[Turn, ...], step: int) -> tuple[int, ...]:
-    return tuple(i for i, turn in enumerate(turns) if turn.when(step))
 
 
 def _with_sharding(shape: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -121,8 +121,9 @@ class MultiStudent(Delegating):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        roles = [role for host in self.hosts for role in host.frozen]
-        return tuple(dict.fromkeys(roles))
+        return tuple(
+            dict.fromkeys(role for host in self.hosts for role in host.frozen)
+        )
 
     @property
     def needs(self):
@@ -136,24 +137,22 @@ class MultiStudent(Delegating):
         return self.adm.cycle
 
     def settled(self) -> Method:
-        dm = self.dm.settled()
-        return dataclasses.replace(self, dm=dm, adm=self.adm.settled())
+        return dataclasses.replace(self, dm=self.dm.settled(), adm=self.adm.settled())
 
     def check(self, nets, data) -> None:
         for host in self.hosts:
             host.check(nets, data)
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
-        methods = (self.tsm, self.dm, self.adm)
+        lengths = stage_lengths(steps, self.shares)
         stages = []
-        for method, length in zip(methods, stage_lengths(steps, self.shares)):
-            if not length:
-                continue
+        for method, length in zip((self.tsm, self.dm, self.adm), lengths):
             collect = None
-            if getattr(method, "regression_weight", 0):
+            if isinstance(method, DMD) and method.regression_weight:
                 collect = Collect(method.pairs, method.batches)
             members = Members(host=method, partition=self.partition)
-            stages.append(Stage(members, length, collect=collect))
+            if length:
+                stages.append(Stage(members, length, collect=collect))
         return tuple(stages)
 
     def generator(self, net: Nets) -> Callable:

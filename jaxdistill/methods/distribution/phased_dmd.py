@@ -173,26 +173,18 @@ class PhasedDMD(DiffInstruct):
         for interval in phase.intervals:
             # Only the last interval's fake score is coupled: it starts, like the expert, from the
             # teacher that serves the noise of the phase's last step.
-            after = (
-                self.couple
-                if self.coupling < 1 and interval == phase.intervals[-1]
-                else None
-            )
+            is_coupled = self.coupling < 1 and interval == phase.intervals[-1]
             expert = Turn(
                 (phase.expert,),
                 functools.partial(self.student_loss, interval=interval),
                 when=functools.partial(self.expert_moves, interval),
                 gather=self.truncated_rollout,
-                after=after,
+                after=self.couple if is_coupled else None,
             )
             turns.append(expert)
         is_trained = lambda step: self.scheduled(step)[0] == self.phase
-        fakes = Turn(
-            phase.fakes,
-            self.critic_loss,
-            when=is_trained,
-            gather=self.complete_rollout,
-        )
+        loss = self.critic_loss
+        fakes = Turn(phase.fakes, loss, is_trained, self.complete_rollout)
         return (*turns, fakes)
 
     def scheduled(self, step: int) -> tuple[int, int]:
@@ -263,9 +255,11 @@ class PhasedDMD(DiffInstruct):
         s = jnp.asarray(self.current.end)
         xs = self.process.add_noise(pred.x0, pred.eps, s)  # Euler's step from t to s
         xt, t, _ = self.renoise(xs, interval, self.match_times, ctx, "match")
-        # interval.scores(net): the interval's two scores under the roles `teacher` and `fake`.
-        real = self.real(interval.scores(net), xt, t, ctx)
-        fake = self.fake(interval.scores(net), xt, t, ctx)
+        scores = interval.scores(
+            net
+        )  # its two scores as the roles `teacher` and `fake`
+        real = self.real(scores, xt, t, ctx)
+        fake = self.fake(scores, xt, t, ctx)
         if self.weight == "kl":
             t = expand(t, xt)
             alpha, sigma = self.process.alpha_sigma(t)
