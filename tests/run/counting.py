@@ -28,6 +28,16 @@ class Numbered(InMemory):
         return Mixture(labelled=False).net(process)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Poisoned(Numbered):
+    """The same, with a point 7 that is not finite."""
+
+    def arrays(self, split):
+        found = super().arrays(split)
+        found["x"][7] = np.nan
+        return found
+
+
 class Tally(Controller):
     """Counts its calls and adds up what it was told."""
 

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import plain, spec
+from jaxdistill.core.build import plain
 from jaxdistill.core.optim import Optimizer
 from jaxdistill.core.types import Refused
 from jaxdistill.data.mixtures import Mixture
@@ -33,7 +33,7 @@ from jaxdistill.run import loop, metrics
 from jaxdistill.run.checkpoint import load_params
 from jaxdistill.run.experiment import Experiment
 from jaxdistill.run.host import alone
-from tests.run.counting import Numbered
+from tests.run.counting import Poisoned
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -325,23 +325,14 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
             r"at step 1; suspects: roles\.student starts from weights that are not finite$",
         )
 
-    arrays = Numbered.arrays
-    row = lambda v: np.arange(len(v)).reshape(-1, *[1] * (v.ndim - 1))
-    without = lambda found: {
-        **found,
-        "x": np.where(row(found["x"]) == 7, np.nan, found["x"]),
-    }
-    monkeypatch.setattr(
-        Numbered, "arrays", lambda self, split: without(arrays(self, split))
-    )
     poisoned = flow()
-    poisoned.data = spec("tests.run.counting:Numbered", batch_size=16)
+    poisoned.data = plain(Poisoned(batch_size=16))
     poisoned.log_every = 4
     poisoned.evaluation = ConfigDict()
     poisoned.claim = ConfigDict()
     step = next(
         i
-        for i, batch in enumerate(Numbered(batch_size=16).loader(), 1)
+        for i, batch in enumerate(Poisoned(batch_size=16).loader(), 1)
         if 7 in batch["number"]
     )
     fails(
