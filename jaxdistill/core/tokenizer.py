@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,15 +57,20 @@ def decoder(name: str) -> Callable[[Iterable[int]], str]:
     if name == "byte":
         return decoded_bytes
     tokenizer = stored_tokenizer(Path(name).expanduser())
-    vocab = 1 + max(tokenizer.get_vocab().values())
+    return functools.partial(decoded, tokenizer, vocabulary_size(tokenizer))
 
-    def decoded(tokens: Iterable[int]) -> str:
-        known = [token for token in map(int, tokens) if 0 <= token < vocab]
-        return tokenizer.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
-    return decoded
+def vocabulary_size(tokenizer: Any) -> int:
+    """One more than the largest id of a tokenizer of `transformers`; ids may leave gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def decoded(tokenizer: Any, vocab: int, tokens: Iterable[int]) -> str:
+    """The text of ids below `vocab`, without special tokens; other ids are left out."""
+    known = [token for token in map(int, tokens) if 0 <= token < vocab]
+    return tokenizer.decode(
+        known, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 def decoded_bytes(tokens: Iterable[int]) -> str:

@@ -11,7 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxdistill.core.tokenizer import stored_tokenizer
+from jaxdistill.core.tokenizer import (
+    decoded,
+    decoded_bytes,
+    stored_tokenizer,
+    vocabulary_size,
+)
 from jaxdistill.core.types import Refused, one_line
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
@@ -56,9 +61,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def decode(self, tokens):
-        return bytes(t for t in map(int, tokens) if 0 <= t < 256).decode(
-            errors="replace"
-        )
+        return decoded_bytes(tokens)
 
     def lengths(self, tokens):
         return (np.asarray(tokens) < 256).astype(np.int32)
@@ -83,8 +86,7 @@ class StoredTokenizer:
         if self.inner.eos_token_id is None:
             raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
         self.folder = folder
-        # The ids may leave gaps.
-        self.vocab = 1 + max(self.inner.get_vocab().values())
+        self.vocab = vocabulary_size(self.inner)
         self.eos = self.inner.eos_token_id
         self.pad = (
             self.eos if self.inner.pad_token_id is None else self.inner.pad_token_id
@@ -173,10 +175,7 @@ class StoredTokenizer:
                 )
 
     def decode(self, tokens):
-        known = [t for t in map(int, tokens) if 0 <= t < self.vocab]
-        return self.inner.decode(
-            known, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return decoded(self.inner, self.vocab, tokens)
 
     @functools.cached_property
     def _bytes(self) -> np.ndarray:
