@@ -30,6 +30,7 @@ from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Pred
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.objectives import score
+from jaxdistill.objectives.numerics import mean_per_sample
 from jaxdistill.objectives.pixels import Preprocess
 from jaxdistill.samplers import ode
 
@@ -79,7 +80,7 @@ class DMD(Normalised):
 
     def distance(self, net: Nets, made: Array, wanted: Array) -> Array:
         """Of samples [B ...] from their targets [B ...]: [B]."""
-        return jnp.mean((made - wanted) ** 2, axis=range(1, made.ndim))
+        return mean_per_sample((made - wanted) ** 2)
 
     def student_loss(self, net: Nets, ctx: Ctx) -> Out:
         out = super().student_loss(net, ctx)

@@ -30,6 +30,7 @@ from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
 from jaxdistill.methods.distribution.diff_instruct import FromLevel
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.objectives import fdivergence, gan, score, weighting
+from jaxdistill.objectives.numerics import mean_per_sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class UniInstruct(FromLevel, DMD2):
         return jax.lax.stop_gradient(self.clipped_ratio(logits))
 
     def clipped_ratio(self, logits: Array) -> Array:
-        logit = jnp.mean(logits, axis=range(1, logits.ndim))
+        logit = mean_per_sample(logits)
         return fdivergence.ratio(logit, *self.ratio_range)
 
     def weights(self, r: Array, step: Array) -> tuple[Array, Array, Array]:

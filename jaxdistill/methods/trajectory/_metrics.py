@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from jaxdistill.methods.trajectory.consistency import CT, Consistency
+from jaxdistill.objectives.numerics import mean_per_sample
 from jaxdistill.objectives.pixels import Preprocess
 
 
@@ -20,7 +19,7 @@ class Squared:
     huber: float = dataclasses.field(default=0.0, init=False)
 
     def distance(self, net, predicted, target):
-        return jnp.mean((predicted - target) ** 2, axis=range(1, predicted.ndim))
+        return mean_per_sample((predicted - target) ** 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

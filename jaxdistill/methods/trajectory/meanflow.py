@@ -25,6 +25,7 @@ from jaxdistill.diffusion.tangent import DERIVATIVES
 from jaxdistill.diffusion.times import LogitNormal, Uniform
 from jaxdistill.models.denoisers.dit import DiT, fold_gap
 from jaxdistill.objectives import weighting
+from jaxdistill.objectives.numerics import sum_per_sample
 from jaxdistill.samplers.fewstep import jump
 
 
@@ -117,7 +118,7 @@ class MeanFlow(AverageVelocity):
             average, (xt, t, r), (v, jnp.ones_like(t), jnp.zeros_like(r))
         )
         target = jax.lax.stop_gradient(v - expand(t - r, x0) * du)  # eq. 10
-        error = jnp.sum((u - target) ** 2, axis=range(1, x0.ndim))
+        error = sum_per_sample((u - target) ** 2)
         # section 4.3
         weight = weighting.adaptive(error, self.weight_c, self.weight_power)
         return Out(jnp.mean(weight * error), {"error": jnp.mean(error)})

@@ -30,6 +30,7 @@ from jaxdistill.core.types import (
 from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import Flow, Process, expand
 from jaxdistill.objectives import weighting
+from jaxdistill.objectives.numerics import mean_per_sample
 from jaxdistill.samplers import ode
 
 WEIGHTS = {  # of the error of x0, section 4
@@ -120,9 +121,7 @@ class Progressive(Method):
             expand(alpha_s, x0) - ratio * expand(alpha_t, x0)
         )
         target = jax.lax.stop_gradient(target)
-        error = jnp.mean(
-            (net.student(xt, t, cond).x0 - target) ** 2, axis=range(1, x0.ndim)
-        )
+        error = mean_per_sample((net.student(xt, t, cond).x0 - target) ** 2)
         weight = lookup(WEIGHTS, self.weight, "weight")(alpha_t, sigma_t)
         return Out(jnp.mean(weight * error))
 

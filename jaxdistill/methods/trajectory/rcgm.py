@@ -27,6 +27,7 @@ from jaxdistill.diffusion.times import Uniform
 from jaxdistill.methods.trajectory.meanflow import AverageVelocity
 from jaxdistill.objectives import weighting
 from jaxdistill.objectives.consistency import clip_tangent
+from jaxdistill.objectives.numerics import mean_per_sample
 from jaxdistill.samplers.fewstep import jump, warped_times
 
 
@@ -161,7 +162,7 @@ class RCGM(AverageVelocity):
         self, a: Float[Array, "B ..."], b: Float[Array, "B ..."]
     ) -> Float[Array, " B"]:
         """d(a, b), Barron's robust metric of the mean squared error."""
-        error = jnp.mean((a - b) ** 2, axis=range(1, a.ndim))
+        error = mean_per_sample((a - b) ** 2)
         return error * weighting.barron(error, self.barron_alpha, self.barron_c)
 
     def weight(
