@@ -186,6 +186,7 @@ def digits(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.full
 def test_evaluate_rewrites_the_report(digits, capsys):
     evaluate.evaluate([f"--workdir={digits}"])
     out = capsys.readouterr().out
@@ -237,6 +238,7 @@ def test_sample_refuses(digits, argv, said, capsys):
     assert said in refused([f"--workdir={digits}", *argv], capsys, sample.sample)
 
 
+@pytest.mark.full
 def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -501,6 +503,7 @@ def run_the_card(workdir):
     return scope["x"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", tiers(PICTURES))
 def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys):
     write, fields = PICTURES[name]
@@ -527,6 +530,7 @@ def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys
     assert run_the_card(tmp_path / "run").shape == (classes, channels, 8, 8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", tiers(TEXT_CONDITIONAL))
 def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
     """The condition is a group of arrays, and is stored as such beside the samples."""

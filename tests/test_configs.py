@@ -105,6 +105,7 @@ def test_recipe_lowers_for_tpu(name, stand_ins, lowers_for_tpu):
     assert not replicated
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_data_is_read_in_the_shapes_that_it_states(name, stand_ins):
     data = Experiment(load(name, stand_ins), Path("unused")).data
@@ -114,6 +115,7 @@ def test_recipes_data_is_read_in_the_shapes_that_it_states(name, stand_ins):
     assert shapes(next(data.loader())) == shapes(data.spec())
 
 
+@pytest.mark.full
 def test_bytes_on_a_device_shrink_with_the_mesh(stand_ins):
     """Weights, moments and averages of a large model are sharded over fsdp and tensor."""
     experiment = Experiment(load("recipes.flow_matching", stand_ins), Path("unused"))

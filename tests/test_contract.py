@@ -119,6 +119,7 @@ def test_compiles_once_for_each_pattern(ran, compilations):
     assert compilations["train_step"] == 0
 
 
+@pytest.mark.full
 def test_checkpoint_round_trip(ran, tmp_path):
     for run, _ in ran:
         checkpoints = Checkpoints(tmp_path / f"checkpoints{run.number}")
@@ -137,12 +138,14 @@ def test_checkpoint_round_trip(ran, tmp_path):
             )
 
 
+@pytest.mark.full
 def test_lowers_for_tpu(ran, lowers_for_tpu):
     for run, _ in ran:
         with run.context():
             lowers_for_tpu(run.programs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ran", cases(QUICK_ON_EIGHT), indirect=True)
 def test_eight_devices_equal_one(ran):
     """After one step per pattern, every loss is equal, and every weight to what float32 leaves of a

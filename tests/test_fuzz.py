@@ -153,6 +153,7 @@ def originals(tmp_path_factory):
         yield configs(tmp_path_factory.mktemp("files"))
 
 
+@pytest.mark.full
 def test_mutated_configs_are_accepted_or_refused_in_one_line(
     originals, tmp_path, monkeypatch
 ):

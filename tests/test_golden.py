@@ -16,6 +16,7 @@ def stand_ins(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_is_what_its_golden_file_says(name, stand_ins):
     file = golden.file_of(name)

@@ -45,6 +45,7 @@ def quickly():
     plan.set_effort(0.0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [
@@ -84,6 +85,7 @@ def live():
     return plan.by_role(programs.abstract, nets), programs, compiled
 
 
+@pytest.mark.full
 def test_bytes_of_the_state_are_those_that_the_program_takes(live):
     by_role, programs, compiled = live
     expected = sum(sum(parts.values()) for parts in by_role.values()) + plan._bytes(
@@ -243,6 +245,7 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     assert places("35.22") == {"device"} and places("15.75") == {"device", "host"}
 
 
+@pytest.mark.full
 def test_a_candidate_is_left_at_the_first_pattern_that_does_not_fit(
     quickly, monkeypatch
 ):
@@ -288,6 +291,7 @@ def test_an_interrupted_search_has_what_it_found(capsys):
     )
 
 
+@pytest.mark.full
 def test_command_refuses_and_reports(tmp_path):
     run = lambda *a: subprocess.run(
         [sys.executable, "tools/plan.py", *a],

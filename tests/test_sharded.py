@@ -25,6 +25,7 @@ def largest(a, b) -> float:
     return max(float(np.abs(x - y).max()) for x, y in pairs if x.size)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name",
     [

@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec
 
 from jaxdistill.core.types import Array, Params
 
+# What a network stores: weights, and the running statistics of its batch norms.
+STORED = (nnx.Param, nnx.BatchStat)
+
 _FORWARD: ContextVar[bool] = ContextVar("forward_mode", default=False)
 
 
@@ -56,11 +59,13 @@ class Net:
     config: Any = None  # the model's dataclass, if the network was made from one
     # the role that owns the base weights, if these weights are adapters
     adapts: str = ""
+    # paths of running statistics, which no optimiser moves and `apply_training` replaces
+    statistics: frozenset[str] = frozenset()
 
     def init(self, key: Array) -> Params:
         """Fresh weights, drawn from `key`."""
         with nnx.use_eager_sharding(False):
-            return nnx.to_pure_dict(nnx.state(self.build(_rngs(key)), nnx.Param))
+            return nnx.to_pure_dict(nnx.state(self.build(_rngs(key)), STORED))
 
     def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
         """The output of the module's `method` with these weights."""
@@ -69,6 +74,22 @@ class Net:
         if method == "__call__":
             call = self.wrap(call)
         return call(*args, **kwargs)
+
+    def apply_training(
+        self, params: Params, *args, method: str = "__call__", **kwargs
+    ) -> tuple[Any, Params]:
+        """(output with statistics of the batch in place of running ones, new running statistics).
+
+        The batch is the global one: a mean over samples that are sharded is that over all of them.
+        The statistics are what a loss returns in `Out.statistics`.
+        """
+        module = _materialised(nnx.merge(self.graphdef, params))
+        module.train()
+        call = getattr(module, method)
+        if method == "__call__":
+            call = self.wrap(call)
+        out = call(*args, **kwargs)
+        return out, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
     def from_source(self, params: Params) -> Params:
         """Weights of `source` in the form that this network keeps them (stacked, quantised)."""
@@ -85,7 +106,10 @@ class Net:
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss knows as `nets.<role>`, named after the role in profiles."""
-        return scoped(role, functools.partial(self.apply, params[role]), self.config)
+        own = params[role]
+        call = scoped(role, functools.partial(self.apply, own), self.config)
+        call.training = scoped(role, functools.partial(self.apply_training, own))
+        return call
 
     @property
     def size(self) -> int:
@@ -172,16 +196,16 @@ def _rngs(key: Array | int) -> nnx.Rngs:
 @functools.lru_cache(64)
 def _described(
     build: Callable[[nnx.Rngs], nnx.Module], x64: bool | None
-) -> tuple[nnx.GraphDef, Params, Params]:
-    """(graphdef, shapes, axes): one trace for all roles of equal networks."""
+) -> tuple[nnx.GraphDef, Params, Params, frozenset[str]]:
+    """(graphdef, shapes, axes, statistics): one trace for all roles of equal networks."""
     with nnx.use_eager_sharding(False):
-        graphdef, state = jax.eval_shape(
-            lambda: nnx.split(build(_rngs(0)), nnx.Param)
-        )
+        graphdef, state = jax.eval_shape(lambda: nnx.split(build(_rngs(0)), STORED))
+    statistics = nnx.to_pure_dict(nnx.filter_state(state, nnx.BatchStat))
     return (
         graphdef,
         nnx.to_pure_dict(state),
         nnx.to_pure_dict(nnx.get_partition_spec(state)),
+        frozenset(paths(statistics)),
     )
 
 
@@ -193,16 +217,17 @@ def make_net(
     Raises ValueError where a weight's rank and its number of axis names differ.
     """
     try:
-        graphdef, shapes, axes = _described(build, jax.config.jax_enable_x64)
+        described = _described(build, jax.config.jax_enable_x64)
     except TypeError:  # not hashable
-        graphdef, shapes, axes = _described.__wrapped__(build, None)
+        described = _described.__wrapped__(build, None)
+    graphdef, shapes, axes, statistics = described
     for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
         names = functools.reduce(lambda tree, key: tree[key.key], path, axes)
         if len(names) not in (0, len(shape.shape)):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} {shape.shape} has axis names {names}"
             )
-    return Net(build, graphdef, shapes, axes, wrap, config)
+    return Net(build, graphdef, shapes, axes, wrap, config, statistics=statistics)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core.net import is_matrix, is_spec
+from jaxdistill.core.parts import like
 from jaxdistill.core.types import Refused, State, nearest
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -299,7 +300,8 @@ def state_shardings(
     replicated = NamedSharding(mesh, P())
 
     def role(name: str, shapes):
-        return fits(param_shardings(mesh, rules[name], nets[name].axes), shapes)
+        axes = like(nets[name].axes, shapes)
+        return fits(param_shardings(mesh, rules[name], axes), shapes)
 
     def opt(name: str):
         follow = lambda _, sharding: sharding
@@ -322,4 +324,6 @@ def state_shardings(
             for r, p in abstract.frozen.items()
         },
         memory=jax.tree.map(lambda _: replicated, abstract.memory),
+        rest={r: role(r, p) for r, p in abstract.rest.items()},
+        statistics={r: role(r, p) for r, p in abstract.statistics.items()},
     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 
 from jaxdistill.core.net import Net, materialise
 from jaxdistill.core.optim import Ema
+from jaxdistill.core.parts import joined, like, split
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import (
     Array,
@@ -44,6 +45,36 @@ def init_state(
         override `inits`.
       inits: role -> the role that it is copied from, or None; by default the method's.
     """
+    weights = first_weights(method, nets, key, start, inits)
+    parts = {r: split(nets[r], w, method.trains.get(r)) for r, w in weights.items()}
+    params = {role: part.moving for role, part in parts.items()}
+    zero = jnp.zeros((), jnp.int32)
+    return State(
+        step=zero,
+        count={role: jnp.copy(zero) for role in params},
+        params=params,
+        opt={role: txs[role].init(p) for role, p in params.items()},
+        ema={role: jax.tree.map(jnp.copy, params[role]) for role in method.ema},
+        frozen=frozen_weights(method, nets, start),
+        memory=method.memory(),
+        rest={role: part.rest for role, part in parts.items() if part.rest},
+        statistics={
+            r: part.statistics for r, part in parts.items() if part.statistics
+        },
+    )
+
+
+def first_weights(
+    method: Method,
+    nets: Mapping[str, Net],
+    key: Array,
+    start: Mapping[str, Params],
+    inits: Mapping[str, str | None] | None = None,
+) -> dict[str, Params]:
+    """Trained role -> all its weights before the first step, float32, in new buffers.
+
+    Arguments as in `init_state`.
+    """
     # `materialise` gives floating-point arrays in device memory, and `from_source` converts them to
     # the form that a role's network has (stacked members, say). A role with adapters (`adapts`)
     # starts from fresh ones, since its base belongs to another role. A source may be a role that
@@ -60,16 +91,22 @@ def init_state(
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
         params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)
-    zero = jnp.zeros((), jnp.int32)
-    return State(
-        step=zero,
-        count={role: jnp.copy(zero) for role in params},
-        params=params,
-        opt={role: txs[role].init(p) for role, p in params.items()},
-        ema={role: jax.tree.map(jnp.copy, params[role]) for role in method.ema},
-        frozen=frozen_weights(method, nets, start),
-        memory=method.memory(),
-    )
+    return params
+
+
+def resting_weights(
+    method: Method,
+    nets: Mapping[str, Net],
+    key: Array,
+    start: Mapping[str, Params],
+    inits: Mapping[str, str | None] | None = None,
+) -> dict[str, Params]:
+    """`State.rest` of the first state. Arguments as in `init_state`."""
+    weights = first_weights(method, nets, key, start, inits)
+    rest = {
+        r: split(nets[r], w, method.trains.get(r)).rest for r, w in weights.items()
+    }
+    return {role: part for role, part in rest.items() if part}
 
 
 def frozen_weights(
@@ -107,20 +144,65 @@ def overlay(fresh: Params, source: Params, role: str, name: str) -> Params:
 
 def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
     """Role -> its network with weights bound. "ema_student" is the student's network
-    with its averaged weights.
+    with its averaged weights, "last_student" that with its last ones.
 
     A network gets the weights of all roles, because adapters need those of their base.
     """
-    roles = {
-        role: nets[role.removeprefix("ema_")].bind(role, params) for role in params
-    }
+    prefixes = ("ema_", "last_")
+    roles = {}
+    for role in params:
+        owner = role
+        for prefix in prefixes:
+            owner = owner.removeprefix(prefix)
+        roles[role] = nets[owner].bind(role, params)
     return SimpleNamespace(**roles)
+
+
+def complete(state: State, role: str, moving: Params) -> Params:
+    """All weights of a trained role, given those that move."""
+    rest = state.rest.get(role, {})
+    return joined(moving, rest, state.statistics.get(role, {}))
 
 
 def all_weights(state: State) -> dict[str, Params]:
     """All weights of a state, under the names that losses know: roles, and `ema_<role>`."""
-    averages = {f"ema_{role}": weights for role, weights in state.ema.items()}
-    return {**state.frozen, **state.params, **averages}
+    trained = {role: complete(state, role, p) for role, p in state.params.items()}
+    averages = {
+        f"ema_{role}": complete(state, role, p) for role, p in state.ema.items()
+    }
+    return {**state.frozen, **trained, **averages}
+
+
+def parts_of(state: State, role: str) -> dict[str, Any]:
+    """What a state has of a role: its weights, optimiser state, average and frozen weights."""
+    weights = [state.params.get(role, {}), state.statistics.get(role, {})]
+    resting = [state.frozen.get(role, {}), state.rest.get(role, {})]
+    return {
+        "params": weights,
+        "opt": state.opt.get(role, {}),
+        "ema": state.ema.get(role, {}),
+        "frozen": resting,
+    }
+
+
+def results(state: State, last: Collection[str] = ()) -> dict[str, Params]:
+    """What a stage hands on: trained role -> its weights, averaged where it has an average.
+
+    `last_<role>` are the weights after the last step, of the roles in `last`.
+    """
+    found = {}
+    for role, moving in state.params.items():
+        found[role] = complete(state, role, state.ema.get(role, moving))
+        if role in last:
+            found[f"last_{role}"] = complete(state, role, moving)
+    return found
+
+
+class Carried(NamedTuple):
+    """What a loss hands to that of the next micro-batch, and to the next turn."""
+
+    memory: Mapping[str, Any]
+    statistics: Mapping[str, Params]
 
 
 def take_turn(
@@ -144,31 +226,35 @@ def take_turn(
         batch = jax.lax.stop_gradient(turn.gather(bind(nets, weights), ctx))
 
     def objective(
-        moving: dict[str, Params], batch: Batch, rng: Array, memory: Mapping[str, Any]
+        moving: dict[str, Params], batch: Batch, rng: Array, carried: Carried
     ):
-        """(loss, (sums, count, memory)).
+        """(loss, (sums, count, carried)).
 
         The loss is to be divided by `count`, which is 1 for a mean. `sums` holds (sum, count) of
         each metric: the count is that of the loss if the metric has no other, and None if both
         are means.
         """
-        out = turn.loss(
-            bind(nets, {**weights, **moving}), Ctx(batch, rng, state.step, memory)
-        )
+        current = state.replace(statistics=carried.statistics)
+        own = {role: complete(current, role, part) for role, part in moving.items()}
+        ctx = Ctx(batch, rng, state.step, carried.memory)
+        out = turn.loss(bind(nets, {**weights, **own}), ctx)
         count = None if out.count is None else jnp.asarray(out.count, jnp.float32)
         sums = {}
         for name, value in {"loss": out.loss, **out.metrics}.items():
             sums[name] = value if isinstance(value, tuple) else (value, count)
         divisor = jnp.float32(1) if count is None else count
-        return out.loss, (sums, divisor, {**memory, **out.memory})
+        memory = {**carried.memory, **out.memory}
+        statistics = {**carried.statistics, **out.statistics}
+        return out.loss, (sums, divisor, Carried(memory, statistics))
 
     moving = {role: state.params[role] for role in turn.moves}
     differentiate = jax.grad(objective, has_aux=True)
+    carried = Carried(state.memory, state.statistics)
     if accumulate == 1:
-        grads, (sums, count, memory) = differentiate(moving, batch, rng, state.memory)
+        grads, (sums, count, carried) = differentiate(moving, batch, rng, carried)
     else:
-        grads, (sums, count, memory) = _accumulate(
-            differentiate, moving, batch, rng, state.memory, accumulate
+        grads, (sums, count, carried) = _accumulate(
+            differentiate, moving, batch, rng, carried, accumulate
         )
     grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
     # In a bank (several networks in one role) a member whose gradient is not finite gets zeros.
@@ -183,10 +269,12 @@ def take_turn(
             counts[f"{first}/{name}"] = own
     for role in turn.moves:
         metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
-    state = _update(turn, txs, emas, state.replace(memory=memory), grads)
+    state = state.replace(memory=carried.memory, statistics=carried.statistics)
+    state = _update(turn, txs, emas, state, grads)
     if turn.after:
         changed = turn.after(all_weights(state), state.step)
-        state = state.replace(params={**state.params, **changed})
+        moved = {role: like(w, state.params[role]) for role, w in changed.items()}
+        state = state.replace(params={**state.params, **moved})
     return state, Means(metrics, counts)
 
 
@@ -223,7 +311,7 @@ def _accumulate(
     moving: Mapping[str, Params],
     batch: Batch,
     rng: Array,
-    memory: Mapping[str, Any],
+    carried: Carried,
     n: int,
 ):
     """Sums of gradients, metrics and counts over `n` micro-batches, one after the other.
@@ -240,21 +328,21 @@ def _accumulate(
         return jax.tree.map(jnp.add, a, b)
 
     def one(carry, inputs):
-        total, memory = carry
+        total, carried = carry
         i, micro = inputs
         key = jax.random.fold_in(rng, i)
-        grads, (sums, count, memory) = differentiate(moving, micro, key, memory)
-        return (add(total, (grads, sums, count)), memory), None
+        grads, (sums, count, carried) = differentiate(moving, micro, key, carried)
+        return (add(total, (grads, sums, count)), carried), None
 
     micro = jax.tree.map(split, batch)
     one_micro = jax.tree.map(lambda x: x[0], micro)
     grads, (sums, count, _) = jax.eval_shape(
-        differentiate, moving, one_micro, rng, memory
+        differentiate, moving, one_micro, rng, carried
     )
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums, count))
-    (total, memory), _ = jax.lax.scan(one, (zeros, memory), (jnp.arange(n), micro))
+    (total, carried), _ = jax.lax.scan(one, (zeros, carried), (jnp.arange(n), micro))
     grads, sums, count = total
-    return grads, (sums, count, memory)
+    return grads, (sums, count, carried)
 
 
 def active_turns(turns: Sequence[Turn], step: int) -> tuple[int, ...]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -117,17 +118,25 @@ class Means(dict):
 
 @flax.struct.dataclass
 class State:
-    """Everything that changes during training, and the frozen networks beside it."""
+    """Everything that changes during training, and the frozen networks beside it.
+
+    The weights of a trained role are in three parts (core/parts.py): `params`, `rest` and
+    `statistics`. A role without a part is no key of it.
+    """
 
     step: Array  # int32 []: engine steps so far in this stage
     count: dict[str, Array]  # role -> int32 []: optimiser updates of the role so far
-    params: dict[str, Params]  # trained roles, float32
+    params: dict[str, Params]  # trained roles: what the optimiser moves, float32
     opt: dict[str, Any]  # role -> optax state
-    ema: dict[str, Params]  # role -> averaged weights
+    ema: dict[str, Params]  # role -> averages of its `params`
     # roles that this stage does not train; not checkpointed
     frozen: dict[str, Params]
     # a method's own state: histograms, queues, running statistics
     memory: dict[str, Any]
+    # trained role -> its weights that the method does not move; not checkpointed
+    rest: dict[str, Params] = dataclasses.field(default_factory=dict)
+    # trained role -> running statistics of its batch norms
+    statistics: dict[str, Params] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +169,8 @@ class Out(NamedTuple):
     metrics: Metrics = {}
     memory: dict[str, Any] = {}  # new values of these keys of State.memory
     count: Array | None = None
+    # trained role -> its new running statistics (`nets.<role>.training`)
+    statistics: dict[str, Params] = {}
 
 
 LossFn = Callable[[Nets, Ctx], Out]
@@ -209,8 +220,55 @@ class Collect:
 
 
 @dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Fields of the run's method that are measured before a stage, and stored in the run's folder.
+
+    `measure(nets, params, batches) -> method` gets networks (core.net.Net) and weights by role as
+    they are before the stage's surgery, and an iterator of training batches on the mesh. It returns
+    the run's method with these fields set; the run goes on with that method, whose stages must be
+    as many and as long. `core.sums.summed` adds up what it measures.
+
+    `fields` are the names, each with a value that stands in for it where programs are traced
+    without weights. A field that the config sets (that is not None) is not measured.
+    """
+
+    measure: Callable[[Mapping[str, Any], Mapping[str, Params], Iterator[Batch]], Any]
+    fields: Mapping[str, Any]
+
+    def missing(self, method: Method) -> dict[str, Any]:
+        """The fields that `method` lacks, with their stand-ins."""
+        return {k: v for k, v in self.fields.items() if getattr(method, k) is None}
+
+
+def spec_of(data: Any) -> Mapping[str, Any]:
+    """The shapes of a data set's batches."""
+    return data.spec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Records that are made on the host before a stage: any number from each item.
+
+    An item is stored as one file in the run's folder; a resumed run makes only the items that are
+    missing. Every process calls `make` for every item, in the same order, since networks may span
+    processes; one of them writes its records.
+    """
+
+    # data set -> names of the items, which are names of files
+    items: Callable[[Any], Sequence[str]]
+    # (bound networks, data set, item) -> its records, dicts of numpy arrays
+    make: Callable[[Nets, Any, str], Iterable[Mapping[str, np.ndarray]]]
+    # (data set, folder of the records) -> the data set of the stage
+    read: Callable[[Any, Path], Any]
+    # data set -> shapes of the batches of that data set, for plans without records
+    spec: Callable[[Any], Mapping[str, Any]] = spec_of
+
+
+@dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training run of a multi-stage method: surgery, then collection of data, then steps.
+    """One training run of a multi-stage method.
+
+    In this order: calibration, surgery, collection of data, the pool of records, then steps.
 
     `surgery(nets, params, batch) -> (nets, params)` changes networks and weights before the stage.
     `params` has the frozen roles and the results of the previous stage (averaged weights, if a role
@@ -222,6 +280,11 @@ class Stage:
     steps: int
     surgery: Callable[..., tuple[dict[str, Any], dict[str, Params]]] | None = None
     collect: Collect | None = None
+    calibrate: Calibrate | None = None
+    pool: Pool | None = None
+    # Roles whose last weights are handed on, too, as `last_<role>`; what a stage hands on as <role>
+    # is averaged where the role has an average.
+    last: tuple[str, ...] = ()
 
 
 def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
@@ -248,6 +311,9 @@ class Method:
 
     # Trained role -> the role whose weights it starts from, or None for fresh weights.
     inits = {"student": "teacher"}
+    # Trained role -> regular expression of the paths "a/b/c" of its weights that move; a role that
+    # is no key moves as a whole. The other weights of the role stay as they started.
+    trains = {}
     # Roles that this method does not train.
     frozen = ("teacher",)
     # Roles with averaged weights; losses see them as `ema_<role>`.
@@ -301,8 +367,12 @@ class Method:
         """Network and weights of a role in the form that is exported."""
         return net, params
 
-    def generator(self, net: Nets) -> Callable:
-        """The network that `sample` calls. Methods with several experts route between them here."""
+    def generator(self, net: Nets, null: Any = None) -> Callable:
+        """The network that `sample` calls. Methods with several experts route between them here.
+
+        `null` is the null condition, as many samples as the noise has, for methods that guide while
+        they sample; None where the networks have none.
+        """
         return net.student
 
     def initial(self, noise: Array) -> Array:

@@ -108,7 +108,8 @@ class ChainEval(PointEval):
         @jax.jit
         def reach(params):
             nets = dataclasses.replace(trained, params=params).bound()
-            net = functools.partial(method.generator(nets), cond=real.get("cond"))
+            drawn_by = method.generator(nets, real.get("null_cond"))
+            net = functools.partial(drawn_by, cond=real.get("cond"))
             key = jax.random.key(0)
             return simulate(method.process, net, noise, times, key, index, "ddim")[0]
 

@@ -98,7 +98,8 @@ class SampleEval(Evaluation):
             cond = part.get("cond")
             null = part.get("null_cond")
             if role == "student":
-                return method.sample(method.generator(nets), noise, cond, key, steps)
+                net = method.generator(nets, null)
+                return method.sample(net, noise, cond, key, steps)
             net = vars(nets)[role]
 
             def denoise(x, t):

@@ -1,21 +1,23 @@
 """What the model families share: layers with named axes, norms, embeddings, positions, stacks.
 
-The *store* of a layer is its cache of keys and values for decoding. Shapes of stores: B samples,
-G key/value heads, S slots (the most tokens that the store can hold), K channels of a head.
+`Stacked` is what every network of stacked blocks answers; `scan_layers` runs the blocks.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Bool, Float, Int, Integer, Num, Shaped
+from jaxtyping import Bool, Float, Integer, Num, Shaped
 
 from jaxdistill.core.net import in_forward_mode, materialise
 from jaxdistill.core.rows import project
@@ -116,6 +118,60 @@ def group_norm(
         scale_init=named(nnx.initializers.ones_init(), (None,)),
         bias_init=named(ZEROS, (None,)),
     )
+
+
+class BatchNorm(nnx.Module):
+    """Batch norm over the channels of [B ... C], as PyTorch's, statistics in float32.
+
+    With `use_running_average` (the state of a new module) it normalises by the running statistics.
+    Otherwise (`core.net.Net.apply_training`) it normalises by those of the batch, and moves the
+    running ones towards them: the mean, and the unbiased variance. The batch is the global one.
+
+    Source: arXiv:1502.03167.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        rngs: nnx.Rngs,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        dtype=None,
+    ):
+        """`momentum` is the weight of the batch in the running statistics."""
+        named = nnx.with_partitioning
+        ones = named(nnx.initializers.ones_init(), (None,))
+        zeros = named(ZEROS, (None,))
+        self.scale = nnx.Param(ones(rngs.params(), (dim,)))
+        self.bias = nnx.Param(zeros(rngs.params(), (dim,)))
+        self.mean = nnx.BatchStat(jnp.zeros((dim,)))
+        self.var = nnx.BatchStat(jnp.ones((dim,)))
+        self.eps = eps
+        self.momentum = momentum
+        self.dtype = dtype
+        self.use_running_average = True
+
+    def __call__(self, x: Float[Array, "B ... C"]) -> Float[Array, "B ... C"]:
+        h = x.astype(jnp.float32)
+        mean = self.mean[...]
+        var = self.var[...]
+        if not self.use_running_average:
+            axes = tuple(range(h.ndim - 1))
+            mean = h.mean(axes)
+            var = jnp.mean((h - mean) ** 2, axes)
+            count = h.size // h.shape[-1]
+            self._move(self.mean, mean)
+            self._move(self.var, var * count / max(count - 1, 1))
+        normed = (h - mean) * jax.lax.rsqrt(var + self.eps)
+        out = normed * self.scale[...] + self.bias[...]
+        return out.astype(self.dtype or x.dtype)
+
+    def _move(self, running: nnx.BatchStat, found: Array) -> None:
+        """Moves a running statistic towards that of the batch."""
+        target = jax.lax.stop_gradient(found)
+        new = (1 - self.momentum) * running[...] + self.momentum * target
+        running.set_value(new)
 
 
 def conv(
@@ -271,6 +327,22 @@ def unpatchify(
     )
 
 
+def attention_scores(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], *, cap: float = 0.0
+) -> Float[Array, "B H T S"]:
+    """The scores of attention (query, key) before any mask, in float32.
+
+    Where `cap` is not 0, scores s become cap tanh(s / cap).
+    """
+    repeats = q.shape[2] // k.shape[2]
+    keys = jnp.repeat(k, repeats, 2) if repeats > 1 else k
+    products = jnp.einsum(
+        "bthk,bshk->bhts", q, keys, preferred_element_type=jnp.float32
+    )
+    scores = products * q.shape[-1] ** -0.5
+    return cap * jnp.tanh(scores / cap) if cap else scores
+
+
 def key_mask(mask: Shaped[Array, "B S"] | None) -> Bool[Array, "B 1 1 S"] | None:
     """A padding mask (True on tokens) as `attention` takes it, shared by all heads and queries."""
     return None if mask is None else mask[:, None, None, :].astype(bool)
@@ -282,6 +354,51 @@ def stack(
     """`depth` layers as one module whose weights have a leading axis called `layers`."""
     named = nnx.transform_metadata(make, in_axes=0, out_axes=0, partition="layers")
     return nnx.vmap(named)(rngs.split(depth))
+
+
+class Runs(nnx.Module):
+    """A stack of unlike blocks: runs of equal ones, each stacked under `run0`, `run1`, ...
+
+    Layers are numbered through all runs.
+    """
+
+    def __init__(
+        self, makes: Sequence[Callable[[nnx.Rngs], nnx.Module]], rngs: nnx.Rngs
+    ):
+        """`makes` has the maker of each layer; a run is a row of equal makers."""
+        grouped = [(make, len(list(run))) for make, run in itertools.groupby(makes)]
+        for n, (make, count) in enumerate(grouped):
+            setattr(self, f"run{n}", stack(make, count, rngs))
+        ends = itertools.accumulate(count for _, count in grouped)
+        self.starts = (
+            0,
+            *ends,
+        )  # the first layer of each run, and the number of layers
+
+    def part(self, low: int, high: int) -> nnx.Module:
+        """The weights of the layers `low` to `high` - 1, which are of one run."""
+        n = bisect.bisect_right(self.starts, low) - 1
+        start = self.starts[n]
+        run = getattr(self, f"run{n}")
+        if (low, high) == self.starts[n : n + 2]:
+            return run
+        return jax.tree.map(lambda w: w[low - start : high - start], run)
+
+
+def _is_runs(node: Any) -> bool:
+    return isinstance(node, Runs)
+
+
+def _part(layers: Any, low: int, high: int, depth: int) -> Any:
+    """The layers `low` to `high` - 1 of stacked arrays, in which `Runs` may stand."""
+
+    def part(node: Any) -> Any:
+        return node.part(low, high) if _is_runs(node) else node[low:high]
+
+    nodes = jax.tree.leaves(layers, is_leaf=_is_runs)
+    if (low, high) == (0, depth) and not any(map(_is_runs, nodes)):
+        return layers
+    return jax.tree.map(part, layers, is_leaf=_is_runs)
 
 
 # Stacks of up to so many layers are unrolled and have one store per layer. A scan would copy each
@@ -300,19 +417,40 @@ def scan_layers(
     *,
     remat: str = "none",
     taps: Sequence[int] = (),
+    chosen: Sequence[int] | None = None,
+    instead: Mapping[int, Callable[[Any], Any]] = {},
 ) -> tuple[Any, Any, tuple]:
     """Scans `body(x, layer) -> (x, y)` over stacked layers, rematerialised by the policy `remat`.
 
-    The scan is split after each tap, so that x is kept only at the taps. A short stack on one
-    device is unrolled if it rematerialises nothing and the sequences of x [B T ..] are short. Then
-    the residuals of each layer for the backward pass need not be written into a common array, but
-    XLA keeps the attention scores among them.
+    Consecutive layers of one kind are one scan. It is split after each tap, so that x is kept only
+    at the taps. A short stack on one device is unrolled if it rematerialises nothing and the
+    sequences of x [B T ..] are short. Then the residuals of each layer for the backward pass need
+    not be written into a common array, but XLA keeps the attention scores among them.
+
+    Args:
+        body: computes one layer.
+        x: the input of the first layer.
+        layers: arrays with a leading axis of layers, among which may be `Runs`.
+        depth: number of layers.
+        remat: a key of REMAT.
+        taps: indices of layers.
+        chosen: indices of the layers that are applied, in this order; None: all.
+        instead: index of a layer -> x -> x, applied in its place.
 
     Returns:
-        x after the last layer; the y of all layers, stacked; x after each layer of `taps`.
+        x after the last layer; the y of all layers that `body` computed, stacked; x after each
+        layer of `taps`.
+
+    Raises:
+        Refused: a layer is not there, or a tap is not among the chosen ones.
     """
     policy = lookup_name(REMAT, remat, "remat")
     check_taps(taps, depth)
+    order = range(depth) if chosen is None else tuple(chosen)
+    check_taps(order, depth, "layers")
+    check_taps(tuple(instead), depth, "instead")
+    if missing := set(taps) - set(order):
+        raise Refused(f"taps={sorted(missing)}: expected some of layers={[*order]}")
 
     def apply_layer(x, layer):
         return body(x, materialise(layer))
@@ -322,23 +460,44 @@ def scan_layers(
     unrolled = (
         policy is None and depth <= SHORT and _few_scores(x) and mesh_in_use() is None
     )
-    bounds = sorted({0, depth, *(tap + 1 for tap in taps)})
     features = {}
     ys = []
-    for low, high in zip(bounds, bounds[1:]):
-        part = layers
-        if (low, high) != (0, depth):
-            part = jax.tree.map(lambda w: w[low:high], layers)
-        x, y = jax.lax.scan(
-            apply_layer, x, part, unroll=high - low if unrolled else 1
-        )
+    for low, high in _segments(layers, order, {*taps, *instead}, instead):
+        if low in instead:
+            x = instead[low](x)
+        else:
+            part = _part(layers, low, high, depth)
+            unroll = high - low if unrolled else 1
+            x, y = jax.lax.scan(apply_layer, x, part, unroll=unroll)
+            ys.append(y)
         features[high - 1] = x
-        ys.append(y)
-    if len(ys) == 1:
+    if not ys:
+        stacked = None
+    elif len(ys) == 1:
         stacked = ys[0]
     else:
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *ys)
     return x, stacked, tuple(features[tap] for tap in taps)
+
+
+def _segments(
+    layers: Any, order: Sequence[int], ends: Collection[int], alone: Collection[int]
+) -> list[tuple[int, int]]:
+    """`order` cut into ranges [low, high) of consecutive layers of one kind.
+
+    A range ends at each layer of `ends`, and a layer of `alone` is a range of its own.
+    """
+    runs = [n for n in jax.tree.leaves(layers, is_leaf=_is_runs) if _is_runs(n)]
+    starts = {start for node in runs for start in node.starts}
+    found = []
+    for layer in order:
+        follows = found and found[-1][1] == layer
+        cut = not follows or layer - 1 in ends or layer in alone or layer in starts
+        if cut:
+            found.append((layer, layer + 1))
+        else:
+            found[-1] = (found[-1][0], layer + 1)
+    return found
 
 
 def _few_scores(x: Any) -> bool:
@@ -363,110 +522,169 @@ def check_taps(taps: Sequence[int], depth: int, what: str = "taps") -> None:
         raise Refused(f"{what}={tuple(taps)}: layers are numbered 0 to {depth - 1}")
 
 
-def empty_stores(depth: int, zeros: Callable[..., Any]) -> tuple[Any, ...]:
-    """The stores that `scan_stores` fills: one per layer in a short stack, else one for all layers.
+class Inside(NamedTuple):
+    """What a block computes on the way to its output."""
 
-    `zeros()` makes the store of a layer, `zeros(n)` that of n layers.
+    attended: Float[Array, "B N E"]  # by attention, before its output projection
+    neurons: Float[Array, "B N M"]  # the hidden activations of the MLP
+
+
+@flax.struct.dataclass
+class Residual:
+    """A term that is added to the output of attention in every block, after its projection."""
+
+    weights: Any  # arrays with a leading axis of layers
+    # (weights of a layer, input of its attention [B N D]) -> [B #N D]
+    add: Callable[[Any, Array], Array] = flax.struct.field(pytree_node=False)
+
+
+def with_residual(
+    out: Float[Array, "B N D"],
+    x: Float[Array, "B N D"],
+    residual: Callable[[Array], Array] | None,
+) -> Float[Array, "B N D"]:
+    """The output of attention on x plus the residual of the layer, where there is one."""
+    return out if residual is None else out + residual(x).astype(out.dtype)
+
+
+class Applied(NamedTuple):
+    """The result of `Stacked.apply_blocks`."""
+
+    state: Any  # after the last layer
+    reads: Any  # the results of `read`, stacked over the layers
+    features: tuple  # after the tapped layers
+
+
+class Stacked(nnx.Module):
+    """A network of stacked blocks: `head(apply_blocks(embed_inputs(inputs)))`.
+
+    A *state* is what the blocks change: tokens [B N D], or a tuple of streams of tokens. A
+    *context* is what they only read: embedded times, masks, positions, the text. Layers are
+    numbered from 0.
     """
-    if depth <= SHORT:
-        return tuple(zeros() for _ in range(depth))
-    return (zeros(depth),)
 
+    @property
+    def layers(self) -> Any:
+        """The stacked weights of the blocks, or `Runs` of them."""
+        return self.blocks
 
-def unstacked(layers: Any, depth: int) -> list[Any]:
-    """Each layer's weights by themselves if `scan_stores` is a loop.
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return self.cfg.depth
 
-    Empty if it is a scan: then the weights stay stacked. A decoding cache keeps this list, so that
-    the weights are sliced once and not for every token.
-    """
-    # A single layer has one store, without a layer axis, and `scan_stores` runs it as a scan.
-    if not 1 < depth <= SHORT:
-        return []
-    return [jax.tree.map(lambda w: w[i], layers) for i in range(depth)]
+    def embed_inputs(self, *inputs: Any, **options: Any) -> tuple[Any, Any]:
+        """(state, context) of the inputs of a call, before the first block."""
+        raise NotImplementedError
 
+    def apply_block(
+        self,
+        block: nnx.Module,
+        state: Any,
+        context: Any,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Any, Inside]:
+        """The state after one block, and what the block computed on the way.
 
-def append_to_store(
-    store: tuple[Float[Array, "*layers B G S K"], ...],
-    i: Int[Array, ""] | int,
-    start: Int[Array, ""] | int,
-    parts: tuple[Float[Array, "B T G K"], ...],
-) -> tuple[
-    tuple[Float[Array, "*layers B G S K"], ...], tuple[Float[Array, "B S G K"], ...]
-]:
-    """Writes new keys and values of layer i into its store, from slot `start` on.
+        `residual` is added to the output of its attention (`with_residual`).
+        """
+        raise NotImplementedError
 
-    Slots are the next to last axis, the order in which decoding reads them.
+    def head(self, state: Any, context: Any) -> Any:
+        """The output of the network from the state after the last block."""
+        raise NotImplementedError
 
-    Args:
-        store: the layer's own, or one that layers share.
-        i: the layer's index in a shared store; not used if the store is the layer's own.
-        start: the slot of the first new token.
-        parts: the new keys and values.
+    def feature(self, state: Any, context: Any) -> Any:
+        """What a tap hands out of a state."""
+        return state
 
-    Returns:
-        The store, and all keys and values of the layer in it.
-    """
-    shared = store[0].ndim == 5
-    offsets = (0, 0, start, 0)
-    if shared:
-        offsets = (i, *offsets)
-    written = []
-    complete = []
-    for old, part in zip(store, parts):
-        new = jnp.swapaxes(part, 1, 2)
-        kept = jax.lax.dynamic_update_slice(
-            old, new[None] if shared else new, offsets
+    def apply_blocks(
+        self,
+        state: Any,
+        context: Any,
+        layers: Sequence[int] | None = None,
+        read: Callable[[Any, Inside, Any], Any] | None = None,
+        *,
+        taps: Sequence[int] = (),
+        residual: Residual | None = None,
+        instead: Mapping[int, Callable[[Any], Any]] = {},
+    ) -> Applied:
+        """The blocks applied to a state, rematerialised as the config says.
+
+        Args:
+            state: before the first layer.
+            context: of `embed_inputs`.
+            layers: indices of the layers that are applied, in this order; None: all.
+            read: (state before, inside, state after) -> arrays to keep of each layer.
+            taps: indices of layers whose `feature` is kept.
+            residual: added to the output of each attention.
+            instead: index of a layer -> state -> state, applied in its place; `read` does not see
+              it.
+
+        Raises:
+            Refused: a layer is not there.
+        """
+
+        def body(state, scanned):
+            block, weights = scanned
+            added = None
+            if residual is not None:
+                added = functools.partial(residual.add, weights)
+            after, inside = self.apply_block(block, state, context, added)
+            return after, None if read is None else read(state, inside, after)
+
+        weights = None if residual is None else residual.weights
+        state, reads, tapped = scan_layers(
+            body,
+            state,
+            (self.layers, weights),
+            self.depth,
+            remat=self.cfg.remat,
+            taps=taps,
+            chosen=layers,
+            instead=instead,
         )
-        written.append(kept)
-        complete.append(jnp.swapaxes(kept[i] if shared else kept, 1, 2))
-    return tuple(written), tuple(complete)
+        features = tuple(self.feature(one, context) for one in tapped)
+        return Applied(state, reads, features)
 
+    def apply_each(self, states: Any, context: Any) -> Any:
+        """Every layer on an input of its own, all at once.
 
-def scan_stores(
-    body: Callable,
-    x: Any,
-    layers: Any,
-    stores: Sequence[Any],
-    depth: int,
-    *,
-    remat: str = "none",
-    taps: Sequence[int] = (),
-) -> tuple[Any, tuple, tuple]:
-    """`scan_layers` over layers that each keep a store.
+        Args:
+            states: the inputs, with a leading axis of layers.
+            context: of `embed_inputs`.
 
-    If each of several layers has its own store, they run as an unrolled loop, not as a scan, and
-    nothing is rematerialised.
+        Returns:
+            The outputs, with a leading axis of layers.
+        """
 
-    Args:
-        body: ((x, store), (layer, i)) -> ((x, store), None), where i is the layer's index in the
-          stack, the one that `append_to_store` takes.
-        x: the input of the first layer.
-        layers: stacked, or the list of `unstacked`.
-        stores: those of `empty_stores`.
-        depth: number of layers.
-        remat: as in `scan_layers`.
-        taps: as in `scan_layers`.
+        def one(block, state):
+            return self.apply_block(materialise(block), state, context)[0]
 
-    Returns:
-        x after the last layer, the stores, x after each layer of `taps`.
-    """
-    if len(stores) == 1:
-        numbered = (layers, jnp.arange(depth))
-        carry = (x, stores[0])
-        carry, _, tapped = scan_layers(
-            body, carry, numbered, depth, remat=remat, taps=taps
-        )
-        return carry[0], (carry[1],), tuple(x for x, _ in tapped)
-    check_taps(taps, depth)
-    if not isinstance(layers, list):
-        layers = unstacked(layers, depth)
-    kept = []
-    features = []
-    for i, (layer, store) in enumerate(zip(layers, stores)):
-        (x, store), _ = body((x, store), (materialise(layer), i))
-        kept.append(store)
-        features.append(x)
-    return x, tuple(kept), tuple(features[tap] for tap in taps)
+        outputs = []
+        for low, high in _segments(self.layers, range(self.depth), (), ()):
+            blocks, inputs = _part((self.layers, states), low, high, self.depth)
+            outputs.append(jax.vmap(one)(blocks, inputs))
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+    def probe(self, read: Callable, *inputs: Any, **options: Any) -> Any:
+        """The results of `read(before, inside, after)` of every block, stacked over the blocks.
+
+        `inputs` and `options` are those of `embed_inputs`; the head is not computed.
+        """
+        state, context = self.embed_inputs(*inputs, **options)
+        return self.apply_blocks(state, context, read=read).reads
+
+    def through(
+        self, state: Any, context: Any, *, taps: Sequence[int] = (), **options: Any
+    ) -> Any:
+        """The output of the network from an embedded state; with `taps`, (output, features).
+
+        `options` are those of `apply_blocks`.
+        """
+        applied = self.apply_blocks(state, context, taps=taps, **options)
+        out = self.head(applied.state, context)
+        return (out, applied.features) if taps else out
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {  # transformers' names
@@ -554,9 +772,13 @@ class GatedConv(nnx.Module):
         self.down = make(hidden, dim, ("mlp", "embed"), bias=False)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return self.down(self.neurons(x))
+
+    def neurons(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W M"]:
+        """The `hidden` activations before the last linear map."""
         h = self.depth(nnx.silu(self.up(x)))
         value, gate = jnp.split(h, 2, -1)
-        return self.down(value * nnx.silu(gate))
+        return value * nnx.silu(gate)
 
 
 def axial_rotary(

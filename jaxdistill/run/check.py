@@ -18,6 +18,7 @@ from jaxdistill.core.bank import Bank
 from jaxdistill.core.build import located
 from jaxdistill.core.needs import check_condition, check_needs, condition_of
 from jaxdistill.core.net import Net
+from jaxdistill.core.step import results
 from jaxdistill.core.types import Refused, nearest, one_line
 from jaxdistill.diffusion.process import Pred
 from jaxdistill.evals.base import Table
@@ -220,10 +221,7 @@ def _check_programs(experiment: Experiment) -> None:
         for programs, stage_nets in abstract_stages(experiment):
             nets = stage_nets
             state = programs.abstract
-            trained = {
-                role: state.ema.get(role, p) for role, p in state.params.items()
-            }
-            params = {**params, **state.frozen, **trained}
+            params = {**params, **state.frozen, **results(state)}
     if isinstance(experiment.evaluation, SampleEval):
         _check_sampling(Trained(experiment, nets, params))
 

@@ -56,11 +56,11 @@ class _Damaged(Exception):
 
 
 def _saved(state: State) -> dict[str, Any]:
-    """The parts of the state in a checkpoint: all but the frozen roles, which have a source."""
-    return {
-        k: getattr(state, k)
-        for k in ("step", "count", "params", "opt", "ema", "memory")
-    }
+    """The parts of the state in a checkpoint: all but weights at rest, which have a source."""
+    names = ["step", "count", "params", "opt", "ema", "memory"]
+    if state.statistics:
+        names.append("statistics")
+    return {name: getattr(state, name) for name in names}
 
 
 def _architecture(state: State) -> dict[str, str]:

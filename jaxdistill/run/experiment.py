@@ -100,7 +100,16 @@ class Experiment:
 
     @functools.cached_property
     def method(self) -> Method:
-        return stopping(self._built("method", Method), lambda: self.data)
+        """The method, with the fields that a calibration of this run has measured."""
+        method = stopping(self._built("method", Method), lambda: self.data)
+        return records.with_measured(self.workdir, method)
+
+    def with_method(self, method: Method) -> Experiment:
+        """This experiment with another method for the same roles and data."""
+        other = dataclasses.replace(self)
+        other.__dict__.update(self.__dict__)
+        other.__dict__["method"] = method
+        return other
 
     @functools.cached_property
     def data(self) -> Dataset:
@@ -366,6 +375,10 @@ class Experiment:
             role: source if source in self.roles else None
             for role, source in sources.items()
         }
+
+    def inits_of(self, method: Method) -> dict[str, str | None]:
+        """Trained role of a stage's method -> the role that it starts from, or None."""
+        return {r: self.inits.get(r, source) for r, source in method.inits.items()}
 
     @functools.cached_property
     def null_labels(self) -> dict[str, int]:

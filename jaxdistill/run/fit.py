@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from jaxdistill.core.step import frozen_weights
+from jaxdistill.core.step import frozen_weights, resting_weights, results
 from jaxdistill.core.types import Array, Means, Refused, Stage, State
 from jaxdistill.data.base import Dataset
 from jaxdistill.run import chips, metrics, records, report
@@ -136,8 +136,7 @@ class Fit:
         if found is not None:
             step, state = found
             return step - self.offset, state
-        key = jax.random.fold_in(jax.random.key(self.settings.seed), self.index)
-        key = _replicated(self.experiment, key)
+        key = first_key(self.experiment, self.index)
         return 0, self.programs.init(key, self.trained.params)
 
     def _means(self) -> dict[str, float]:
@@ -166,9 +165,7 @@ class Fit:
 
     def _look(self, score: bool) -> None:
         """Draws samples, and scores them where `score` says so."""
-        averaged = {
-            role: self.state.ema.get(role, p) for role, p in self.state.params.items()
-        }
+        averaged = results(self.state)
         params = {**self.trained.params, **self.state.frozen, **averaged}
         view = dataclasses.replace(self.trained, params=params)
         step = self.offset + self.step
@@ -211,18 +208,24 @@ class Saved:
             self._checkpoints.check_architecture(*newest, abstract)
         if not self._is_ours(*newest):
             return None
-        found = self._checkpoints.restore(abstract.replace(frozen={}))
+        found = self._checkpoints.restore(abstract.replace(frozen={}, rest={}))
         if found is None or not self._is_ours(found[0], found[2]):
             return None
         step, state, host = found
         self._feed.restore(host)
 
-        def frozen(params):
-            return frozen_weights(stage.method, trained.nets, params)
+        def unsaved(params, key):
+            method = stage.method
+            nets = trained.nets
+            inits = self._experiment.inits_of(method)
+            rest = resting_weights(method, nets, key, params, inits)
+            return frozen_weights(method, nets, params), rest
 
-        shardings = jax.tree.map(lambda s: s.sharding, abstract.frozen)
-        weights = jax.jit(frozen, out_shardings=shardings)(trained.params)
-        return step, state.replace(frozen=weights)
+        where = (abstract.frozen, abstract.rest)
+        shardings = jax.tree.map(lambda s: s.sharding, where)
+        make = jax.jit(unsaved, out_shardings=shardings)
+        frozen, rest = make(trained.params, first_key(self._experiment, self._index))
+        return step, state.replace(frozen=frozen, rest=rest)
 
     def _is_ours(self, step: int, host: Mapping[str, Any]) -> bool:
         """Whether a checkpoint is of this stage.
@@ -318,6 +321,12 @@ class Log:
         if chip := chips.of(mesh.devices.flat[0].device_kind):
             rates["perf/mfu"] = flops / (chip.flops * mesh.size)
         return rates
+
+
+def first_key(experiment: Experiment, index: int) -> Array:
+    """The key of a stage's first weights."""
+    key = jax.random.fold_in(jax.random.key(experiment.settings.seed), index)
+    return _replicated(experiment, key)
 
 
 def _replicated(experiment: Experiment, key: Array) -> Array:

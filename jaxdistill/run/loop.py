@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxdistill.core import sharding
+from jaxdistill.core.step import parts_of, results
 from jaxdistill.core.types import Refused, Stage, State
 from jaxdistill.run import metrics, records, report
+from jaxdistill.run.calibrate import calibrated
 from jaxdistill.run.check import check
 from jaxdistill.run.checkpoint import (
     Checkpoints,
@@ -26,7 +28,7 @@ from jaxdistill.run.checkpoint import (
     save_params,
     write_json,
 )
-from jaxdistill.run.collect import collected
+from jaxdistill.run.collect import collected, pooled
 from jaxdistill.run.experiment import Experiment, Trained
 from jaxdistill.run.fit import Fit
 from jaxdistill.run.host import alone, check_writable
@@ -231,22 +233,22 @@ def _opened(workdir: str | Path, config: ConfigDict | None) -> Experiment:
 def _done(experiment: Experiment) -> tuple[Stage, ...]:
     """The stages of a run, all with a result. Raises Refused where a result is missing."""
     stages = experiment.method.stages(experiment.settings.steps)
-    results = records.stages(experiment.workdir)
-    if len(results) < len(stages):
-        missing = experiment.workdir / "stages" / str(len(results))
+    stored = records.stages(experiment.workdir)
+    if len(stored) < len(stages):
+        missing = experiment.workdir / "stages" / str(len(stored))
         raise Refused(f"{missing}: no such result; has that run finished?")
-    _check_stages(experiment, results, stages)
+    _check_stages(experiment, stored, stages)
     return stages
 
 
 def _check_stages(
-    experiment: Experiment, results: list[Path], stages: tuple[Stage, ...]
+    experiment: Experiment, stored: list[Path], stages: tuple[Stage, ...]
 ) -> None:
     """Raises Refused where there are results of more stages than the method has."""
-    if len(results) > len(stages):
+    if len(stored) > len(stages):
         number = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
         raise Refused(
-            f"{results[len(stages)]}: the run's method has {number}, expected no such result"
+            f"{stored[len(stages)]}: the run's method has {number}, expected no such result"
         )
 
 
@@ -292,6 +294,8 @@ def _result(
         nets, params = _prepare(experiment, stage, nets, params)
         trained = [role for role in stage.method.inits if role in roles]
         shapes = {role: experiment.abstract(nets[role], role) for role in trained}
+        for role in stage.last:
+            shapes[f"last_{role}"] = experiment.abstract(nets[role], role)
         if shapes:
             params |= load_params(experiment.workdir / "stages" / str(i), shapes)
     return Trained(experiment, nets, params)
@@ -331,18 +335,21 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
     """Networks and weights after all stages. Stages with a result in stages/ do not run again."""
     workdir = experiment.workdir
     stages = experiment.method.stages(experiment.settings.steps)
-    results = records.stages(workdir)
-    _check_stages(experiment, results, stages)
-    trained = _result(experiment, stages, len(results))
-    if len(results) == len(stages):
+    stored = records.stages(workdir)
+    _check_stages(experiment, stored, stages)
+    trained = _result(experiment, stages, len(stored))
+    if len(stored) == len(stages):
         return trained
     checkpoints = Checkpoints(workdir / "checkpoints", experiment.settings.keep)
     try:
-        for i in range(len(results), len(stages)):
+        for i in range(len(stored), len(stages)):
+            experiment = calibrated(trained, stages[i])
+            stages = experiment.method.stages(experiment.settings.steps)
             stage = stages[i]
             nets, params = _prepare(experiment, stage, trained.nets, trained.params)
             trained = Trained(experiment, nets, params)
             data = collected(trained, stage, i, stop, progress)
+            data = pooled(trained, stage, i, data, stop, progress)
             offset = sum(before.steps for before in stages[:i])
             given = dataclasses.replace(trained)
             # The stage gets the only reference to the weights, so that it can free them.
@@ -351,9 +358,7 @@ def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Tra
             fit = Fit(given, stage, i, offset, data, checkpoints, stop, progress)
             del given
             state = fit.run()
-            result = {
-                r: state.ema.get(r, state.params[r]) for r in stage.method.inits
-            }
+            result = results(state, stage.last)
             save_params(workdir / "stages" / str(i), result)
             trained.params = {**fit.trained.params, **state.frozen, **result}
     finally:
@@ -390,8 +395,5 @@ def _dry_run(experiment: Experiment) -> dict[str, Any]:
 
 def _bytes_of(state: State, role: str) -> int:
     """Bytes of a role's weights, optimiser state and average."""
-    parts = [
-        getattr(state, part).get(role, {})
-        for part in ("params", "opt", "ema", "frozen")
-    ]
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(parts))
+    leaves = jax.tree.leaves(parts_of(state, role))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

@@ -22,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxdistill.core import build, sharding
+from jaxdistill.core.step import parts_of
 from jaxdistill.core.types import Refused
 from jaxdistill.run import flops, hlo, loop
 from jaxdistill.run.chips import CHIPS, Chip, chip
@@ -231,7 +232,7 @@ def by_role(state, nets) -> dict[str, dict[str, int]]:
     """role -> part of an abstract state -> bytes of it in each chip's memory."""
 
     def parts(role: str) -> dict[str, int]:
-        return {part: _bytes(getattr(state, part).get(role, {})) for part in PARTS}
+        return {part: _bytes(tree) for part, tree in parts_of(state, role).items()}
 
     return {role: parts(role) for role in nets}
 

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.net import Net
-from jaxdistill.core.step import active_turns, bind, init_state, make_train_step
+from jaxdistill.core.parts import split
+from jaxdistill.core.step import (
+    active_turns,
+    bind,
+    init_state,
+    make_train_step,
+    results,
+)
 from jaxdistill.core.types import Ctx, Params, Stage, State
 from jaxdistill.run import flops
 from jaxdistill.run.experiment import Experiment
@@ -59,11 +66,9 @@ def make_programs(
         updates = sum(turns[i].moves.count(role) for active in taken for i in active)
         net = nets[role]
         optimizer = roles[role].optimizer
-        txs[role] = optimizer.make(updates, bank=isinstance(net, Bank), axes=net.axes)
-    inits = {
-        role: experiment.inits.get(role, source)
-        for role, source in method.inits.items()
-    }
+        axes = split(net, net.axes, method.trains.get(role)).moving
+        txs[role] = optimizer.make(updates, bank=isinstance(net, Bank), axes=axes)
+    inits = experiment.inits_of(method)
 
     def build_state(key, start):
         return init_state(method, nets, txs, key, start, inits)
@@ -112,6 +117,8 @@ def abstract_stages(
 ) -> Iterator[tuple[Programs, dict[str, Net]]]:
     """Each stage's programs and networks from shapes alone: no weights, no data but one sample.
 
+    Fields of the method that are measured before a stage have the values that stand in for them.
+
     Needs `sharding.use`. Raises Refused where method, networks and data do not fit each other.
     """
     method = experiment.method
@@ -124,16 +131,17 @@ def abstract_stages(
         if r in method.frozen or (roles[r].init and r not in experiment.inits)
     ]
     params = {r: experiment.abstract(nets[r], r) for r in warm}
-    for stage in method.stages(experiment.settings.steps):
+    steps = experiment.settings.steps
+    for i in range(len(method.stages(steps))):
+        stage = method.stages(steps)[i]
+        if stage.calibrate and (stand_ins := stage.calibrate.missing(method)):
+            method = dataclasses.replace(method, **stand_ins)
+            stage = method.stages(steps)[i]
         nets, params, batch = _abstract_start(experiment, stage, nets, params)
         programs = make_programs(experiment, nets, stage, params, batch)
         yield programs, nets
         state = programs.abstract
-        result = {
-            role: state.ema.get(role, state.params[role])
-            for role in stage.method.inits
-        }
-        params = {**params, **state.frozen, **result}
+        params = {**params, **state.frozen, **results(state, stage.last)}
 
 
 def _abstract_start(
@@ -159,6 +167,9 @@ def _abstract_start(
         if stage.collect is not None:
             ctx = Ctx(batch, jax.random.key(0), jnp.int32(0), {})
             batch = stage.collect.make(bind(found, weights), ctx)
+        if stage.pool is not None:
+            of_pool = stage.pool.spec(experiment.data)
+            batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(of_pool))
         return dict(weights), batch
 
     params, batch = jax.eval_shape(operate, params)

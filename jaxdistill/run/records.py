@@ -17,8 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxdistill.core.build import Run, completed, current
-from jaxdistill.core.types import Refused, one_line, quoted
+from jaxdistill.core.build import Run, build, completed, current, plain
+from jaxdistill.core.types import Method, Refused, one_line, quoted
 
 # Keys of a config with which a run may be resumed at other values.
 FREE = (
@@ -38,9 +38,11 @@ RESERVED = (
     "samples",
     "tensorboard",
     "data",
+    "pools",
     "damaged",
     "export",
 )
+MEASURED = "measured.json"  # fields of the method that the run has measured
 JUDGED = ("evaluation", "claim")  # keys that `launch.evaluate` may change
 # Of an address; one slash, since pathlib makes one of two.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
@@ -161,6 +163,26 @@ def _check_config(found: Any, where: str) -> None:
         check_keys(found[key], {"name": str}, f"{where}: {key}")
     for name, inner in found["runs"].items():
         _check_config(inner, f"{where}: runs.{quoted(name)}")
+
+
+def measured(workdir: Path) -> dict[str, Any]:
+    """The fields of the method that a run has measured so far, as in a config."""
+    file = workdir / MEASURED
+    if not file.exists():
+        return {}
+    return check_keys(parse(read_text(file), str(file)), {}, str(file))
+
+
+def with_measured(workdir: Path, method: Method) -> Method:
+    """The method with the fields that a run has measured.
+
+    Raises Refused where measured.json is damaged, or has other fields than the method.
+    """
+    fields = measured(workdir)
+    if not fields:
+        return method
+    described = {**plain(method).to_dict(), **fields}
+    return build(ConfigDict(described), str(workdir / MEASURED))
 
 
 def read_report(workdir: Path) -> dict[str, Any]:

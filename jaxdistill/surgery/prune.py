@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.types import Array, Batch, Params, Refused
 from jaxdistill.models.language.lm import context
+from jaxdistill.models.layers import Inside
 
 
 def importance(
@@ -36,9 +37,9 @@ def importance(
     )
     real = real.astype(jnp.float32)
 
-    def read(before: Array, neurons: Array, after: Array) -> tuple[Array, Array]:
+    def read(before: Array, inside: Inside, after: Array) -> tuple[Array, Array]:
         before, neurons, after = (
-            a.astype(jnp.float32) for a in (before, neurons, after)
+            a.astype(jnp.float32) for a in (before, inside.neurons, after)
         )
         norms = jnp.linalg.norm(before, axis=-1) * jnp.linalg.norm(after, axis=-1)
         cosine = jnp.sum(before * after, -1) / norms

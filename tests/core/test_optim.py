@@ -425,6 +425,7 @@ TABLES = (
 )
 
 
+@pytest.mark.full
 def test_what_decays_in_every_family():
     """Matrices and token tables decay. Labels, positions, types, relative biases, shifts of a
     modulation and vectors do not.

@@ -53,6 +53,7 @@ def inputs():
     )
 
 
+@pytest.mark.full
 def test_every_weight_is_within_half_a_step(nets):
     """Symmetric rounding to 127 levels: |w - w'| <= max |w| / 254, the maximum over a channel of
     one layer.
@@ -189,6 +190,7 @@ def config(**teacher):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "teacher",
     [dict(quantize="int8"), dict(place="host"), dict(quantize="int8", place="host")],

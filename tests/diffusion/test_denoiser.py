@@ -84,6 +84,7 @@ def raw_network(param, native):
     return call
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "param",
     [Velocity(), Data(), Noise(time_scale=999.0)],

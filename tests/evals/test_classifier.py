@@ -34,6 +34,7 @@ def test_reads_digits(tmp_path):
     assert np.array_equal(classifier.trained_on(data, SAMPLES).weights[0], before)
 
 
+@pytest.mark.full
 def test_reads_mnist(shared_data):
     data = IDX(path=str(shared_data / "mnist"))
     assert accuracy(data, 20_000) > 0.92  # what a linear model reaches

@@ -103,6 +103,7 @@ def test_lost_accuracy_where_answers_can_be_checked(monkeypatch):
     ] == pytest.approx(before - now)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method", [Paced(attempts=2, success=-1.0), SelfPaced(attempts=2, success=-1.0)]
 )

@@ -34,6 +34,7 @@ def by_hand(trained, role, held):
     return *laws, held["tokens"][:, 1:]
 
 
+@pytest.mark.full
 def test_rows_of_a_live_teacher_and_a_student(trained):
     evaluation = TextEval(samples=24, batch=16, prompt_length=4)
     teacher, student = evaluation.rows(trained)

@@ -120,6 +120,7 @@ def test_peft_loads_it(family, tmp_path, agree):
         agree("merged", again(torch.tensor(tokens)).logits.numpy(), theirs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("component", ["unet", "transformer"])
 def test_diffusers_loads_it(component, tmp_path, agree):
     torch.manual_seed(0)

@@ -310,6 +310,7 @@ def same(ours, theirs):
     assert difference.mean() <= 0.05 and difference.max() <= 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_stable_diffusion_xl(guidance, tmp_path):
     theirs, ours = stored(sdxl, tmp_path)
@@ -339,6 +340,7 @@ def test_stable_diffusion_xl(guidance, tmp_path):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("first_index", [999, 399])
 def test_a_student_and_its_scheduler_in_diffusers_pipeline(first_index, tmp_path):
     """One step is all that diffusers' pipeline is told: the scheduler begins at the student's time,
@@ -375,6 +377,7 @@ def test_a_student_and_its_scheduler_in_diffusers_pipeline(first_index, tmp_path
     same(ours(PROMPTS, ours.times(1, SIZE), size=SIZE, noise=z), pictures.images)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("instruction", ["", "Describe it well: "])
 def test_sana(instruction, tmp_path):
     """Both with and without the text that stands before every prompt; guided, so that negative
@@ -399,6 +402,7 @@ def test_sana(instruction, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_qwen_image(tmp_path):
     theirs, ours = stored(qwen, tmp_path)
     z = noise(ours.latents(2, SIZE, 1))
@@ -421,6 +425,7 @@ def test_qwen_image(tmp_path):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("second", [False, True])
 def test_wan(second, tmp_path):
     """Text to video; with two experts, the second from time 0.875 on."""

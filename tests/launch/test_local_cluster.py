@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = "tests/run/tiny.py"
 
 
-def start(workdir, processes, devices, variant="bare", steps=20, **more):
+def start(workdir, processes, devices, variant="bare", steps=20, config="", **more):
     command = [
         sys.executable,
         "-m",
@@ -32,7 +32,7 @@ def start(workdir, processes, devices, variant="bare", steps=20, **more):
         f"--devices={devices}",
         "--timeout=10",
         "--",
-        f"--config={TINY}:{variant}",
+        f"--config={config or f'{TINY}:{variant}'}",
         f"--workdir={workdir}",
         f"--config.steps={steps}",
         f"--config.mesh.fsdp={processes * devices}",
@@ -240,3 +240,23 @@ def test_bad_input(arguments, message):
         and message in done.stderr
         and len(done.stderr.strip().splitlines()) == 1
     )
+
+
+@pytest.mark.full
+def test_stages_that_measure_and_pool_on_two_processes(tmp_path):
+    """Measured fields, pooled records, running statistics and a trained part as on one process."""
+    config = "tests/run/staged.py"
+    finish(start(tmp_path / "two", 2, 1, config=config))
+    finish(start(tmp_path / "one", 1, 2, config=config))
+    two = weights(tmp_path / "two")
+    assert largest_difference(two, weights(tmp_path / "one")) < 1e-5
+    scales = []
+    for name in ("one", "two"):
+        scales.append(
+            json.loads((tmp_path / name / "measured.json").read_text())["scale"]
+        )
+    np.testing.assert_allclose(*scales, rtol=1e-6)
+    pools = [
+        sorted((tmp_path / name / "pools" / "1").iterdir()) for name in ("one", "two")
+    ]
+    assert [file.name for file in pools[0]] == [file.name for file in pools[1]]

@@ -51,6 +51,7 @@ def masks():
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", masks())
 @pytest.mark.parametrize("block", [16, 512])
 def test_blockwise_equals_plain_in_value_and_every_derivative(qkv, kind, block):
@@ -253,6 +254,7 @@ def test_tpu_gets_the_pallas_kernel_and_its_gradient():
     assert text.count("tpu_custom_call") >= 3  # forward, dq, dkv
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):

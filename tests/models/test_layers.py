@@ -36,6 +36,7 @@ def unrolled(traced) -> bool:
     return "unroll=2" in str(traced.jaxpr)
 
 
+@pytest.mark.full
 def test_short_stacks_are_unrolled_on_one_device_and_nothing_changes(monkeypatch):
     net = network(4)
     tokens = jax.random.randint(jax.random.key(0), (4, 8), 0, 29)
@@ -58,6 +59,7 @@ def test_what_rematerialises_is_never_unrolled():
     )
 
 
+@pytest.mark.full
 def test_blocks_of_a_kind_are_traced_once_for_each_surrounding(monkeypatch):
     """The network has 14 blocks of seven kinds and is called twice. Kinds: without attention, at
     two resolutions; the same with a wider input; with attention; a change of resolution, down and

@@ -214,6 +214,7 @@ AWAY = {
 }
 
 
+@pytest.mark.full
 def test_a_whole_network(model, compilations):
     """alpha = 0 is the plain network; masked tokens do nothing; strength may be a number or one for
     each sample, traced.
@@ -248,6 +249,7 @@ def test_an_exported_student_takes_it_too(model, tmp_path):
     np.testing.assert_allclose(found, call(params, cond), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
 def test_rematerialised_gradients_are_the_same():
     cond = {**COND, **AWAY, "nasa": jnp.float32(0.5)}
     x = draw(B, 4, 4, 4)

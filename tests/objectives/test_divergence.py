@@ -352,6 +352,7 @@ def test_topk_of_every_token_is_the_full_divergence(x64, kind):
     np.testing.assert_allclose(grad, student_grad(kind, teacher, student), atol=1e-13)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("whose", ["teacher", "student", "both"])
 def test_topk_with_a_tail_of_no_mass_is_finite(x64, kind, whose):
@@ -487,6 +488,7 @@ def test_beta_of_a_running_program_is_that_of_a_number(x64):
         np.testing.assert_allclose(grad, wanted_grad, atol=1e-14)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dtype", "tol"), [(np.float32, 1e-6), (np.float64, 1e-12)])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 64])
 def test_chunked_likelihood_equals_plain(x64, dtype, tol, chunk):

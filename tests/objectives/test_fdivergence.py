@@ -27,6 +27,7 @@ def log_density(x, mean, var):
     return -0.5 * (x - mean) ** 2 / var - 0.5 * jnp.log(2 * jnp.pi * var)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_of_f(kind):
     """h = r^2 f'', r^2 h'', h - r h' by automatic differentiation; f(1) = 0, h(1) = f''(1)."""

@@ -107,6 +107,7 @@ def here(monkeypatch):
         reward.pool.close()
 
 
+@pytest.mark.full
 def test_a_verifier_that_raises_hangs_or_dies_fails_its_sample_only(
     here, monkeypatch
 ):

@@ -187,6 +187,7 @@ def labelled(classes: dict, count: int = 3):
     )
 
 
+@pytest.mark.full
 def test_the_null_label_is_the_networks(tmp_path):
     """20 classes in the network, 3 in the data, all labels dropped: row 20 moves, and no other."""
     loop.run(labelled({"student": 20}), tmp_path / "run", progress=False)
@@ -252,6 +253,7 @@ def test_networks_of_other_numbers_of_classes_are_refused(tmp_path):
         check(Experiment(config, tmp_path))
 
 
+@pytest.mark.full
 def test_the_table_is_what_the_evaluation_gives(tmp_path):
     """Names and metrics that a claim is held against are those of the report."""
     config = tiny.get_config()
@@ -312,6 +314,7 @@ def test_a_refusal_after_the_check_leaves_the_folder_free(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_a_run_of_before_a_field_came_in_goes_on(tmp_path):
     """Fields that a class has gained are at their defaults in an older config.json."""
     config = changed(tiny.get_config("bare"), {"steps": 2})

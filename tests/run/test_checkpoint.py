@@ -131,6 +131,7 @@ def cuts(tmp_path_factory):
     return json.loads(ended.stdout)
 
 
+@pytest.mark.full
 def test_whatever_file_is_cut_nothing_wrong_is_read(cuts):
     """A cut that is noticed falls back with a warning; one that is not has cost nothing that is
     read.

@@ -224,6 +224,7 @@ def cases(tmp_path_factory):
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+@pytest.mark.full
 def test_nothing_but_a_reading_a_refusal_or_a_warning(cases):
     """What else may come of one is asserted where it is tried; all kinds of outcome occur, or the
     damage was too mild.

@@ -209,6 +209,7 @@ CHAINS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_cards_chain_is_the_methods_sampler(name):
     """On a network that is a formula, in float32: sums of a few terms of size up to 80, in another
@@ -601,6 +602,7 @@ def test_a_class_without_adapters_leaves_merged_only(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_an_edm_students_card_loads_it_in_the_repositorys_class(
     tmp_path, monkeypatch
 ):

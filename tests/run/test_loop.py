@@ -74,6 +74,7 @@ def equal(a, b):
     )
 
 
+@pytest.mark.full
 def test_leaves_a_run_directory(finished):
     workdir, report = finished
     for name in (
@@ -116,6 +117,7 @@ def test_leaves_a_run_directory(finished):
     assert "http" not in text.replace("http-equiv", "")
 
 
+@pytest.mark.full
 def test_same_seed_same_bits(finished, tmp_path):
     loop.run(get_config(), tmp_path / "again", progress=False)
     assert equal(weights(finished[0]), weights(tmp_path / "again"))
@@ -235,6 +237,7 @@ def newest(folder):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("part", ["state", "host", ""])
 def test_a_damaged_checkpoint_is_set_aside(finished, unfinished, part):
     truncate(newest(unfinished) / part)
@@ -420,6 +423,7 @@ def test_runs_that_are_the_same_are_trained_once(tmp_path):
     )
 
 
+@pytest.mark.full
 def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_path):
     """Progressive distillation's last teacher is a student; reported, loaded and scored again is
     the teacher of the run.
@@ -440,6 +444,7 @@ def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_pat
     assert energies(loop.evaluate(tmp_path), "student") == energies(report, "student")
 
 
+@pytest.mark.full
 def test_dry_run_writes_nothing(tmp_path, capsys):
     table = loop.run(get_config(), tmp_path / "dry", dry_run=True)["roles"]
     assert not (tmp_path / "dry").exists()
@@ -486,6 +491,7 @@ def test_a_checkpoint_of_another_seed_is_refused(unfinished):
     )
 
 
+@pytest.mark.full
 def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
     """By every command: its result is that of another config."""
     workdir = tmp_path / "run"

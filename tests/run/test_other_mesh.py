@@ -68,6 +68,7 @@ def test_an_epoch_is_every_sample_once(alone):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before, after", [(8, 1), (1, 8)])
 def test_goes_on_with_another_number_of_devices(alone, before, after, tmp_path):
     workdir = tmp_path / "run"

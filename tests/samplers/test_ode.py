@@ -121,6 +121,7 @@ def test_exact_for_a_single_point(x64, process, solver, steps):
     np.testing.assert_allclose(got, b * point + u * eps, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("solver", "fall"),
     [("euler", 0.3), ("ddim", 0.3), ("heun", 0.1), ("dpmpp_2m", 1.0)],

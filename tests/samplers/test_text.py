@@ -139,6 +139,7 @@ def test_support_and_law_of_truncated_draws(kwargs, kept):
     assert (np.abs(found - law) <= 5 * np.sqrt(law * (1 - law) / N)).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1, 2, 17, 512, 1000])
 def test_every_law_is_drawn_from(size):
     """Chi-squared over the tokens that may come, and none of those that may not, wherever they

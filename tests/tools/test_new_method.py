@@ -48,6 +48,7 @@ def test_every_family_of_methods_has_a_skeleton():
         )
 
 
+@pytest.mark.full
 def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
     """Toys, tests and ruff of all families, in a copy of the project and a process of its own."""
     for part in ("jaxdistill", "configs", "tools", "launch"):

@@ -57,6 +57,7 @@ def shared(tmp_path_factory, files):
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name, variant", CASES)
 def test_every_variant_traces(name, variant, shared, files):
     suite = suites.SUITES[name]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ class MultiStudent(Delegating):
                 stages.append(Stage(members, length, collect=collect))
         return tuple(stages)
 
-    def generator(self, net: Nets) -> Callable:
+    def generator(self, net: Nets, null: Any = None) -> Callable:
         """A router that sends each sample to the student of its condition's cell.
 
         All students are evaluated on all samples.

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +207,7 @@ class PhasedDMD(DiffInstruct):
             weights, self.current.fakes[-1], self.current.expert, self.coupling
         )
 
-    def generator(self, net: Nets):
+    def generator(self, net: Nets, null: Any = None):
         return routed(net, self.phases)
 
     def rollout(self, net: Nets, ctx: Ctx, index) -> tuple[Array, Array]:

@@ -79,7 +79,7 @@ class Writing(Method):
         labels = batch["tokens"][:, 1:]
         if self.chunk:
             return -chunked_cross_entropy(
-                out, net(method="head"), labels, chunk=self.chunk
+                out, net(method="unembedding"), labels, chunk=self.chunk
             )
         return -cross_entropy(out, labels)
 

@@ -83,7 +83,7 @@ class CrossTokenizerKD(KD):
         )
 
     def side(self, call: Callable, batch: Batch) -> Side:
-        head = call(method="head") if self.chunk else None
+        head = call(method="unembedding") if self.chunk else None
         return Side(self.outputs(call, batch), head, batch)
 
     def reduced(

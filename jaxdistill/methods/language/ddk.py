@@ -98,7 +98,7 @@ class DDK(KD):
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (
-            Turn(("student",), self.loss, when=self.trains),
+            Turn(("student",), self.loss, when=self.is_training),
             self.measuring_turn(first=True, last=True),
             self.measuring_turn(first=True, last=False),
             self.measuring_turn(first=False, last=True),
@@ -109,7 +109,7 @@ class DDK(KD):
         """0 to measures - 1 at steps that measure, measures and above at steps that train."""
         return step % (self.measures + self.interval)
 
-    def trains(self, step: int) -> bool:
+    def is_training(self, step: int) -> bool:
         return self.step_of_cycle(step) >= self.measures
 
     def compare(self, net, teacher, student, batch) -> Out:
@@ -130,7 +130,7 @@ class DDK(KD):
         def when(step: int) -> bool:
             is_first = step < self.measures
             is_last = self.step_of_cycle(step) == self.measures - 1
-            return not self.trains(step) and (is_first, is_last) == (first, last)
+            return not self.is_training(step) and (is_first, is_last) == (first, last)
 
         roles = ("student", "teacher") if first else ("student",)
         gather = functools.partial(self.add_batch, roles)
@@ -162,7 +162,7 @@ class DDK(KD):
     def domain_sums(self, call: Callable, batch: Batch) -> Float[Array, "2 N"]:
         """Sum of -log q, and number of tokens, of each domain's held-out targets."""
         labels, mask = targets(batch)
-        head = call(method="head") if self.chunk else None
+        head = call(method="unembedding") if self.chunk else None
         nll = self.hard(self.outputs(call, batch), labels, head)
         heldout = mask & (batch["heldout"] > 0)[:, None]
         sums = []

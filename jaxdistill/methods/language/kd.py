@@ -97,7 +97,7 @@ class KD(Method):
         """With `chunk` the output matrices [D V] of teacher and student, else two None."""
         if not self.chunk:
             return None, None
-        return net.teacher(method="head"), net.student(method="head")
+        return net.teacher(method="unembedding"), net.student(method="unembedding")
 
     def compare(
         self, net: Nets, teacher: Any, student: Float[Array, "B T _"], batch: Batch

@@ -70,7 +70,7 @@ class MaskedLM(Method):
         tokens = ctx.batch[f"{self.prefix}tokens"]
         mask = ctx.batch[f"{self.prefix}mask"]
         corrupted, predicted = self.corrupt(tokens, mask, ctx.key("mask"))
-        hidden, _ = net.student(corrupted, None, mask, (), (), method="encode")
+        hidden = net.student(corrupted, mask=mask, method="encode")
         total, count = masked_sum(cross_entropy(net.head(hidden), tokens), predicted)
         return Out(total, {}, count=count)
 

@@ -50,7 +50,7 @@ class SFT(Method):
         labels, mask = targets(batch)
         if self.chunk:
             hidden = net.student(batch["tokens"], hidden_only=True, **context(batch))
-            head = net.student(method="head")
+            head = net.student(method="unembedding")
             nll, likeliest = chunked_likelihood(
                 hidden, head, labels, chunk=self.chunk
             )

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int, Num
@@ -23,6 +26,8 @@ from jaxdistill.core.types import Array, Params, Refused
 from jaxdistill.models.layers import (
     XAVIER,
     ZEROS,
+    Inside,
+    Stacked,
     attention,
     dense,
     embedding,
@@ -31,11 +36,11 @@ from jaxdistill.models.layers import (
     merge_heads,
     patchify,
     plain_norm,
-    scan_layers,
     sincos_2d,
     split_heads,
     stack,
     unpatchify,
+    with_residual,
 )
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -111,8 +116,11 @@ class Block(nnx.Module):
         self.heads = cfg.heads
 
     def __call__(
-        self, x: Float[Array, "B N D"], cond: Float[Array, "B D"]
-    ) -> Float[Array, "B N D"]:
+        self,
+        x: Float[Array, "B N D"],
+        cond: Float[Array, "B D"],
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Inside]:
         """`cond` is given after its SiLU."""
         modulation = self.modulation(cond)[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, -1)
@@ -120,14 +128,26 @@ class Block(nnx.Module):
         q = split_heads(self.to_q(h), self.heads)
         k = split_heads(self.to_k(h), self.heads)
         v = split_heads(self.to_v(h), self.heads)
-        attended = self.to_out(merge_heads(attention(q, k, v)))
-        x = constrain(x + gate1 * attended, "batch", "seq", None)
+        attended = merge_heads(attention(q, k, v))
+        branch = with_residual(self.to_out(attended), h, residual)
+        x = constrain(x + gate1 * branch, "batch", "seq", None)
         h = plain_norm(x, 1e-5) * (1 + scale2) + shift2
-        h = self.down(nnx.gelu(self.up(h), approximate=True))
-        return constrain(x + gate2 * h, "batch", "seq", None)
+        neurons = nnx.gelu(self.up(h), approximate=True)
+        x = constrain(x + gate2 * self.down(neurons), "batch", "seq", None)
+        return x, Inside(attended, neurons)
 
 
-class DiTModule(nnx.Module):
+@flax.struct.dataclass
+class Context:
+    """What the blocks and the head read."""
+
+    cond: Float[Array, "B D"]  # time, label and gap, after the SiLU
+    # of the input: rows of patches, and the type of the numbers
+    rows: int = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
+
+
+class DiTModule(Stacked):
     def __init__(self, cfg: DiT, rngs: nnx.Rngs):
         d = cfg.dim
         self.cfg = cfg
@@ -158,6 +178,7 @@ class DiTModule(nnx.Module):
         *,
         r: Num[Array, " B"] | None = None,
         taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
@@ -167,7 +188,19 @@ class DiTModule(nnx.Module):
             cond: labels; None: the null label.
             r: second time, of a `second_time` network.
             taps: indices of blocks.
+            through: options of `Stacked.apply_blocks`.
         """
+        state, context = self.embed_inputs(x, t, cond, r=r)
+        return self.through(state, context, taps=taps, **through)
+
+    def embed_inputs(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        cond: Int[Array, " B"] | None = None,
+        *,
+        r: Num[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Context]:
         cfg = self.cfg
         rows = x.shape[1] // cfg.patch
         cols = x.shape[2] // cfg.patch
@@ -175,14 +208,20 @@ class DiTModule(nnx.Module):
         positions = sincos_2d(cfg.dim, rows, cols, cfg.size // cfg.patch)
         h = self.patch_embed(patchify(x.astype(self.dtype), cfg.patch))
         h = constrain(h + positions.astype(self.dtype), "batch", "seq", None)
-        body = lambda h, block: (block(h, c), None)
-        h, _, features = scan_layers(
-            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        shift, scale = jnp.split(self.modulation_out(c)[:, None], 2, -1)
-        h = self.proj_out(plain_norm(h, 1e-6) * (1 + scale) + shift)
-        out = unpatchify(h, rows, cfg.patch)[..., : cfg.channels].astype(x.dtype)
-        return (out, features) if taps else out
+        return h, Context(c, rows, x.dtype)
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, context.cond, residual)
+
+    def head(
+        self, state: Float[Array, "B N D"], context: Context
+    ) -> Float[Array, "B H W C"]:
+        cfg = self.cfg
+        modulation = self.modulation_out(context.cond)[:, None]
+        shift, scale = jnp.split(modulation, 2, -1)
+        h = self.proj_out(plain_norm(state, 1e-6) * (1 + scale) + shift)
+        out = unpatchify(h, context.rows, cfg.patch)[..., : cfg.channels]
+        return out.astype(context.dtype)
 
     def _embed(self, t: Array, label: Array | None, r: Array | None) -> Array:
         """The condition of the blocks [B D] after its SiLU: time, label and gap t - r."""

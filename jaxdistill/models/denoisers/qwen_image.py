@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -26,7 +29,9 @@ from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import (
     XAVIER,
     EmbeddingMLP,
+    Inside,
     Rotary,
+    Stacked,
     add_gated,
     attention,
     axial_rotary,
@@ -37,9 +42,9 @@ from jaxdistill.models.layers import (
     modulate,
     rms_norm,
     rotate_pairs,
-    scan_layers,
     split_heads,
     stack,
+    with_residual,
 )
 
 EPS = 1e-6  # of every norm
@@ -121,32 +126,48 @@ class Stream(nnx.Module):
         scale: Float[Array, "B _ D"],
         rotary: Rotary,
     ) -> tuple[
-        Float[Array, "B N H K"], Float[Array, "B N H K"], Float[Array, "B N H K"]
+        Float[Array, "B N D"],
+        tuple[
+            Float[Array, "B N H K"], Float[Array, "B N H K"], Float[Array, "B N H K"]
+        ],
     ]:
-        """Queries, keys and values of the modulated tokens."""
+        """The modulated tokens, and their queries, keys and values."""
         h = modulate(x, shift, scale, EPS)
         q = split_heads(self.to_q(h), self.heads)
         k = split_heads(self.to_k(h), self.heads)
         v = split_heads(self.to_v(h), self.heads)
-        return (
-            rotate_pairs(self.norm_q(q), rotary),
-            rotate_pairs(self.norm_k(k), rotary),
-            v,
-        )
+        q = rotate_pairs(self.norm_q(q), rotary)
+        k = rotate_pairs(self.norm_k(k), rotary)
+        return h, (q, k, v)
 
     def residual(
         self,
         x: Float[Array, "B N D"],
-        attended: Float[Array, "B N H K"],
+        out: Float[Array, "B N D"],
         gate1: Float[Array, "B _ D"],
         shift2: Float[Array, "B _ D"],
         scale2: Float[Array, "B _ D"],
         gate2: Float[Array, "B _ D"],
-    ) -> Float[Array, "B N D"]:
-        """x plus the branch of attention, then plus that of the MLP."""
-        x = add_gated(x, self.to_out(merge_heads(attended)), gate1)
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N M"]]:
+        """x plus the output of attention, then plus that of the MLP, and the MLP's neurons."""
+        x = add_gated(x, out, gate1)
         h = nnx.gelu(self.up(modulate(x, shift2, scale2, EPS)), approximate=True)
-        return constrain(add_gated(x, self.down(h), gate2), "batch", "seq", None)
+        x = constrain(add_gated(x, self.down(h), gate2), "batch", "seq", None)
+        return x, h
+
+
+@flax.struct.dataclass
+class Context:
+    """What the blocks and the head read."""
+
+    time: Float[Array, "B 1 D"]  # embedded, after the SiLU
+    times: Float[Array, "B M D"]  # of each run of patches
+    rotary: tuple[Rotary, Rotary]  # of (text, patches)
+    mask: Shaped[Array, "B 1 1 _"] | None  # of text and patches, in this order
+    lengths: tuple[int, ...] = flax.struct.field(pytree_node=False)  # of the runs
+    own: int = flax.struct.field(pytree_node=False)  # patches of x
+    rows: int = flax.struct.field(pytree_node=False)  # of patches of x
+    dtype: Any = flax.struct.field(pytree_node=False)  # of x
 
 
 class Block(nnx.Module):
@@ -160,33 +181,35 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B N D"],
         text: Float[Array, "B L D"],
-        time: Float[Array, "B M D"],
-        rotary: tuple[Rotary, Rotary],
-        mask: Shaped[Array, "B 1 1 _"] | None,
-        lengths: tuple[int, ...],
-    ) -> tuple[Float[Array, "B N D"], Float[Array, "B L D"]]:
-        """(x, text); the text has the first time.
+        context: Context,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[tuple[Float[Array, "B N D"], Float[Array, "B L D"]], Inside]:
+        """((x, text), inside of x); the text has the first time.
 
         Args:
             x: patches of the pictures.
             text: tokens of the text.
-            time: after its SiLU, one for each run of patches.
-            rotary: of (text, patches).
-            mask: of text and patches, in this order.
-            lengths: of the runs of patches.
+            context: of `QwenImageModule.embed_inputs`.
+            residual: added to the output of attention of x.
         """
         n = text.shape[1]
-        shift, scale, *rest = self.image.modulations(time, lengths)
-        text_shift, text_scale, *text_rest = self.text.modulations(time[:, :1], (n,))
-        of_image = self.image.qkv(x, shift, scale, rotary[1])
-        of_text = self.text.qkv(text, text_shift, text_scale, rotary[0])
+        times = context.times
+        shift, scale, *rest = self.image.modulations(times, context.lengths)
+        text_shift, text_scale, *text_rest = self.text.modulations(times[:, :1], (n,))
+        text_rotary, image_rotary = context.rotary
+        h, of_image = self.image.qkv(x, shift, scale, image_rotary)
+        _, of_text = self.text.qkv(text, text_shift, text_scale, text_rotary)
         q, k, v = (jnp.concatenate(pair, 1) for pair in zip(of_text, of_image))
-        out = attention(q, k, v, mask=mask)
-        x = self.image.residual(x, out[:, n:], *rest)
-        return x, self.text.residual(text, out[:, :n], *text_rest)
+        out = attention(q, k, v, mask=context.mask)
+        attended = merge_heads(out[:, n:])
+        branch = with_residual(self.image.to_out(attended), h, residual)
+        x, neurons = self.image.residual(x, branch, *rest)
+        text_branch = self.text.to_out(merge_heads(out[:, :n]))
+        text, _ = self.text.residual(text, text_branch, *text_rest)
+        return (x, text), Inside(attended, neurons)
 
 
-class QwenImageModule(nnx.Module):
+class QwenImageModule(Stacked):
     def __init__(self, cfg: QwenImage, rngs: nnx.Rngs):
         d = cfg.dim
         pixels = cfg.patch**2 * cfg.channels
@@ -208,6 +231,7 @@ class QwenImageModule(nnx.Module):
         cond: dict,
         *,
         taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
@@ -218,10 +242,16 @@ class QwenImageModule(nnx.Module):
               attends to; "image" (optional): latents of a picture to edit, of any height and width,
               or a tuple of these.
             taps: indices of blocks.
+            through: options of `Stacked.apply_blocks`; a state is (patches, text).
 
         Raises:
             Refused: where the condition is not this, or a picture does not fit the patches.
         """
+        return self.through(*self.embed_inputs(x, t, cond), taps=taps, **through)
+
+    def embed_inputs(
+        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], cond: dict
+    ) -> tuple[tuple[Float[Array, "B N D"], Float[Array, "B L D"]], Context]:
         cfg = self.cfg
         check_condition(cond, cfg.condition, "QwenImage")
         pictures = self._pictures(x, cond)
@@ -238,14 +268,28 @@ class QwenImageModule(nnx.Module):
             times = jnp.concatenate([time, self._time(jnp.zeros_like(t))], 1)
             lengths = (own, h.shape[1] - own)
         rotary = positions(cfg.axes, grids, text.shape[1])
-        body = lambda both, block: (block(*both, times, rotary, mask, lengths), None)
-        (h, _), _, features = scan_layers(
-            body, (h, text), self.blocks, cfg.depth, remat=cfg.remat, taps=taps
+        context = Context(
+            time, times, rotary, mask, lengths, own, grids[0][0], x.dtype
         )
-        scale, shift = jnp.split(self.modulation_out(time), 2, -1)
-        h = self.proj_out(modulate(h[:, :own], shift, scale, EPS))
-        out = self._join(h, grids[0][0]).astype(x.dtype)
-        return (out, tuple(image[:, :own] for image, _ in features)) if taps else out
+        return (h, text), context
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(*state, context, residual)
+
+    def head(
+        self, state: tuple[Array, Array], context: Context
+    ) -> Float[Array, "B H W C"]:
+        h = self.feature(state, context)
+        scale, shift = jnp.split(self.modulation_out(context.time), 2, -1)
+        h = self.proj_out(modulate(h, shift, scale, EPS))
+        return self._join(h, context.rows).astype(context.dtype)
+
+    def feature(
+        self, state: tuple[Array, Array], context: Context
+    ) -> Float[Array, "B N D"]:
+        """The patches of x."""
+        patches, _ = state
+        return patches[:, : context.own]
 
     def _pictures(self, x: Array, cond: dict) -> tuple[Array, ...]:
         """x and the pictures to edit."""

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -36,6 +37,8 @@ from jaxdistill.models.layers import (
     XAVIER,
     EmbeddingMLP,
     GatedConv,
+    Inside,
+    Stacked,
     add_gated,
     attention,
     dense,
@@ -45,11 +48,11 @@ from jaxdistill.models.layers import (
     modulate,
     patchify,
     rms_norm,
-    scan_layers,
     sincos_2d,
     split_heads,
     stack,
     unpatchify,
+    with_residual,
 )
 
 EPS = 1e-5  # of the norms of queries, keys and text
@@ -137,10 +140,12 @@ class Attention(nnx.Module):
 class LinearAttention(Attention):
     """Linear attention with a ReLU kernel (arXiv:2006.16236, 2410.10629)."""
 
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+        """The attended values before the output projection, heads merged."""
         k, v = self.keys_values(x)
         q = self.queries(x)
-        return self.out(linear_attention(nnx.relu(q), nnx.relu(k), v).astype(x.dtype))
+        attended = linear_attention(nnx.relu(q), nnx.relu(k), v)
+        return merge_heads(attended.astype(x.dtype))
 
 
 class CrossAttention(Attention):
@@ -178,27 +183,40 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        time: Float[Array, "B 6 D"],
-        text: Float[Array, "B L D"],
-        mask: Bool[Array, "B 1 1 L"] | None,
-        rows: int,
-        negative: Negative | None = None,
-    ) -> Float[Array, "B N D"]:
-        """x: patches, `rows` of them from top to bottom; time: projected, float32."""
+        context: Context,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Inside]:
+        """x: patches."""
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
-            time + self.table[...], 6, 1
+            context.time + self.table[...], 6, 1
         )
-        h = self.attn1(modulate(x, shift1, scale1, self.eps))
-        x = constrain(add_gated(x, h, gate1), "batch", "seq", None)
-        x = x + self.attn2(x, text, mask, negative)
-        h = rearrange(
-            modulate(x, shift2, scale2, self.eps), "b (i j) d -> b i j d", i=rows
-        )
-        h = rearrange(self.gated(h), "b i j d -> b (i j) d")
-        return constrain(add_gated(x, h, gate2), "batch", "seq", None)
+        h = modulate(x, shift1, scale1, self.eps)
+        attended = self.attn1(h)
+        branch = with_residual(self.attn1.to_out(attended), h, residual)
+        x = constrain(add_gated(x, branch, gate1), "batch", "seq", None)
+        x = x + self.attn2(x, context.text, context.mask, context.negative)
+        h = modulate(x, shift2, scale2, self.eps)
+        h = rearrange(h, "b (i j) d -> b i j d", i=context.rows)
+        neurons = self.gated.neurons(h)
+        h = rearrange(self.gated.down(neurons), "b i j d -> b (i j) d")
+        x = constrain(add_gated(x, h, gate2), "batch", "seq", None)
+        return x, Inside(attended, rearrange(neurons, "b i j m -> b (i j) m"))
 
 
-class SanaModule(nnx.Module):
+@flax.struct.dataclass
+class Context:
+    """What the blocks and the head read."""
+
+    emb: Float[Array, "B D"]  # the time, and the guidance scale
+    time: Float[Array, "B 6 D"]  # `emb` projected, float32
+    text: Float[Array, "B L D"]
+    mask: Bool[Array, "B 1 1 L"] | None  # of the text
+    negative: Negative | None
+    rows: int = flax.struct.field(pytree_node=False)  # of patches
+    dtype: Any = flax.struct.field(pytree_node=False)  # of the input
+
+
+class SanaModule(Stacked):
     def __init__(self, cfg: Sana, rngs: nnx.Rngs):
         d = cfg.dim
         pixels = cfg.patch**2 * cfg.channels
@@ -224,6 +242,7 @@ class SanaModule(nnx.Module):
         cond: Mapping[str, Any],
         *,
         taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
@@ -234,10 +253,16 @@ class SanaModule(nnx.Module):
               attends to; "guidance" [B], the guidance scale, of a network with `guidance`; a
               negative prompt as in `negative_prompt`.
             taps: indices of blocks.
+            through: options of `Stacked.apply_blocks`.
 
         Raises:
             Refused: where the condition is not this, or x does not fit the patches.
         """
+        return self.through(*self.embed_inputs(x, t, cond), taps=taps, **through)
+
+    def embed_inputs(
+        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], cond: Mapping[str, Any]
+    ) -> tuple[Float[Array, "B N D"], Context]:
         cfg = self.cfg
         check_condition(cond, cfg.condition, "Sana")
         if any(n % cfg.patch for n in x.shape[1:3]):
@@ -253,14 +278,17 @@ class SanaModule(nnx.Module):
         negative = negative_prompt(cond)
         if negative is not None:
             negative = negative._replace(tokens=self._text(negative.tokens))
-        body = lambda h, block: (block(h, time, text, mask, rows, negative), None)
-        h, _, features = scan_layers(
-            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        shift, scale = jnp.split(emb[:, None] + self.table[...], 2, 1)
-        h = self.proj_out(modulate(h, shift, scale, 1e-6))
-        out = unpatchify(h, rows, cfg.patch).astype(x.dtype)
-        return (out, features) if taps else out
+        return h, Context(emb, time, text, mask, negative, rows, x.dtype)
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, context, residual)
+
+    def head(
+        self, state: Float[Array, "B N D"], context: Context
+    ) -> Float[Array, "B H W C"]:
+        shift, scale = jnp.split(context.emb[:, None] + self.table[...], 2, 1)
+        h = self.proj_out(modulate(state, shift, scale, 1e-6))
+        return unpatchify(h, context.rows, self.cfg.patch).astype(context.dtype)
 
     def _enter(self, x: Array) -> Array:
         """Embedded patches [B N D], with positions where the network has them."""

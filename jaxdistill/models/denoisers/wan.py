@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -35,7 +36,9 @@ from jaxdistill.models.attention import (
 from jaxdistill.models.layers import (
     XAVIER,
     EmbeddingMLP,
+    Inside,
     Rotary,
+    Stacked,
     add_gated,
     attention,
     axial_rotary,
@@ -46,9 +49,9 @@ from jaxdistill.models.layers import (
     modulate,
     rms_norm,
     rotate_pairs,
-    scan_layers,
     split_heads,
     stack,
+    with_residual,
 )
 
 
@@ -130,7 +133,7 @@ class Attention(nnx.Module):
         vision: Float[Array, "B M D"] | None = None,
         negative: Negative | None = None,
     ) -> Float[Array, "B N D"]:
-        """x attends to `source`.
+        """x attends to `source`: the values before the output projection, heads merged.
 
         Args:
             x: queries.
@@ -157,7 +160,7 @@ class Attention(nnx.Module):
             k = split_heads(self.norm_k_vision(self.to_k_vision(vision)), self.heads)
             v = split_heads(self.to_v_vision(vision), self.heads)
             out = out + attention(q, k, v)
-        return self.to_out(merge_heads(out))
+        return merge_heads(out)
 
 
 class Block(nnx.Module):
@@ -179,20 +182,42 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        time: Float[Array, "B M 6 D"],
-        text: Float[Array, "B L D"],
-        vision: Float[Array, "B S D"] | None,
-        rotary: Rotary,
-        negative: Negative | None = None,
-    ) -> Float[Array, "B N D"]:
-        """x: patches; time: projected, float32, one for each of M runs of patches."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = runs(time + self.table[...], x)
+        context: Context,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Inside]:
+        """x: patches."""
+        times = context.time + self.table[...]
+        shift1, scale1, gate1, shift2, scale2, gate2 = runs(times, x)
         h = modulate(x, shift1, scale1, self.eps)
-        h = self.attn1(h, h, rotary)
-        x = constrain(add_gated(x, h, gate1), "batch", "seq", None)
-        x = x + self.attn2(self.norm(x), text, vision=vision, negative=negative)
-        h = nnx.gelu(self.up(modulate(x, shift2, scale2, self.eps)), approximate=True)
-        return constrain(add_gated(x, self.down(h), gate2), "batch", "seq", None)
+        attended = self.attn1(h, h, context.rotary)
+        branch = with_residual(self.attn1.to_out(attended), h, residual)
+        x = constrain(add_gated(x, branch, gate1), "batch", "seq", None)
+        crossed = self.attn2(
+            self.norm(x),
+            context.text,
+            vision=context.vision,
+            negative=context.negative,
+        )
+        x = x + self.attn2.to_out(crossed)
+        h = self.up(modulate(x, shift2, scale2, self.eps))
+        neurons = nnx.gelu(h, approximate=True)
+        x = add_gated(x, self.down(neurons), gate2)
+        return constrain(x, "batch", "seq", None), Inside(attended, neurons)
+
+
+@flax.struct.dataclass
+class Context:
+    """What the blocks and the head read."""
+
+    emb: Float[Array, "B M D"]  # embedded times of M runs of patches
+    time: Float[Array, "B M 6 D"]  # `emb` projected, float32
+    text: Float[Array, "B L D"]
+    vision: Float[Array, "B S D"] | None
+    rotary: Rotary
+    negative: Negative | None
+    # of the input: patches of frames, rows and columns, and the type of the numbers
+    grid: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    dtype: Any = flax.struct.field(pytree_node=False)
 
 
 class Vision(nnx.Module):
@@ -222,7 +247,7 @@ class Vision(nnx.Module):
         return self.norm2(self.linear_2(h))
 
 
-class WanModule(nnx.Module):
+class WanModule(Stacked):
     def __init__(self, cfg: Wan, rngs: nnx.Rngs):
         d = cfg.dim
         pixels = math.prod(cfg.patch)  # of a patch
@@ -249,6 +274,7 @@ class WanModule(nnx.Module):
         cond: Mapping[str, Any],
         *,
         taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B T H W C"] | tuple[Float[Array, "B T H W C"], tuple]:
         """The raw prediction in x's dtype; with `taps`, (raw, features [B N D] of those blocks).
 
@@ -262,17 +288,26 @@ class WanModule(nnx.Module):
               "vision" [B S vision_dim]; a negative prompt as in `negative_prompt`, masked as the
               text is.
             taps: indices of blocks.
+            through: options of `Stacked.apply_blocks`.
 
         Raises:
             Refused: where the condition is not this, or x or t do not fit the patches.
         """
+        return self.through(*self.embed_inputs(x, t, cond), taps=taps, **through)
+
+    def embed_inputs(
+        self,
+        x: Float[Array, "B T H W C"],
+        t: Num[Array, " B"] | Num[Array, "B M"],
+        cond: Mapping[str, Any],
+    ) -> tuple[Float[Array, "B N D"], Context]:
         cfg = self.cfg
         check_condition(cond, cfg.condition, "Wan")
         if any(n % p for n, p in zip(x.shape[1:4], cfg.patch)):
             raise Refused(
                 f"x {list(x.shape)}: frames, height and width must be multiples of {cfg.patch}"
             )
-        grid = [n // p for n, p in zip(x.shape[1:4], cfg.patch)]
+        grid = tuple(n // p for n, p in zip(x.shape[1:4], cfg.patch))
         h = self._enter(x, cond)
         emb = self._embed(t, h.shape[1])
         time = rearrange(self.time_proj(nnx.silu(emb)), "b m (k d) -> b m k d", k=6)
@@ -282,14 +317,18 @@ class WanModule(nnx.Module):
             self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
         )
         rotary = positions(cfg.dim // cfg.heads, grid)
-        body = lambda h, block: (block(h, time, text, vision, rotary, negative), None)
-        h, _, features = scan_layers(
-            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        shift, scale = runs(emb[:, :, None] + self.table[...], h)
-        h = self.proj_out(modulate(h, shift, scale, cfg.norm_eps))
-        out = self._join(h, grid).astype(x.dtype)
-        return (out, features) if taps else out
+        context = Context(emb, time, text, vision, rotary, negative, grid, x.dtype)
+        return h, context
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, context, residual)
+
+    def head(
+        self, state: Float[Array, "B N D"], context: Context
+    ) -> Float[Array, "B T H W C"]:
+        shift, scale = runs(context.emb[:, :, None] + self.table[...], state)
+        h = self.proj_out(modulate(state, shift, scale, self.cfg.norm_eps))
+        return self._join(h, context.grid).astype(context.dtype)
 
     def _enter(self, x: Array, cond: Mapping[str, Any]) -> Array:
         """Embedded patches [B N D] of x and of the latents beside it."""
@@ -300,7 +339,7 @@ class WanModule(nnx.Module):
         h = self.patch_embed(rearrange(x.astype(self.dtype), cut, **sizes))
         return constrain(h, "batch", "seq", None)
 
-    def _join(self, patches: Array, grid: list[int]) -> Array:
+    def _join(self, patches: Array, grid: tuple[int, ...]) -> Array:
         """[B N p q r C] -> [B T H W C], N patches of a grid (frames, rows, columns)."""
         sizes = dict(zip("tij", grid)) | dict(zip("pqr", self.cfg.patch))
         return rearrange(
@@ -359,7 +398,7 @@ def runs(
     ]
 
 
-def positions(head_dim: int, grid: list[int]) -> Rotary:
+def positions(head_dim: int, grid: Sequence[int]) -> Rotary:
     """Rotary factors of the patches of a grid (frames, rows, columns).
 
     Rows and columns take 2 floor(K / 6) of the K channels of a head each, frames the rest.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +25,19 @@ from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.layers import (
     ACTIVATIONS,
     ZEROS,
+    Inside,
+    Stacked,
     attention,
+    attention_scores,
+    check_taps,
     dense,
     embedding,
     key_mask,
     layer_norm,
     lookup,
-    scan_layers,
     split_heads,
     stack,
+    with_residual,
 )
 
 
@@ -101,27 +107,29 @@ class Block(nnx.Module):
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
 
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B 1 1 T"] | None
-    ) -> Float[Array, "B T D"]:
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B 1 1 T"] | None,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Inside]:
         q = split_heads(self.to_q(x), self.heads)
         k = split_heads(self.to_k(x), self.heads)
         v = split_heads(self.to_v(x), self.heads)
         attended = attention(q, k, v, mask=mask).reshape(x.shape)
-        x = self.norm_attention(x + self.to_out(attended))
-        x = self.norm_mlp(x + self.down(self.activation(self.up(x))))
-        return constrain(x, "batch", "seq", None)
+        branch = with_residual(self.to_out(attended), x, residual)
+        x = self.norm_attention(x + branch)
+        neurons = self.activation(self.up(x))
+        x = self.norm_mlp(x + self.down(neurons))
+        return constrain(x, "batch", "seq", None), Inside(attended, neurons)
 
     def scores(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
         """The scores of attention (query, key) before any mask, in float32."""
         q = split_heads(self.to_q(x), self.heads)
         k = split_heads(self.to_k(x), self.heads)
-        products = jnp.einsum(
-            "bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32
-        )
-        return products * q.shape[-1] ** -0.5
+        return attention_scores(q, k)
 
 
-class Encoder(nnx.Module):
+class Encoder(Stacked):
     def __init__(self, cfg: Bert, rngs: nnx.Rngs):
         if cfg.dim % cfg.heads:
             raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}")
@@ -136,43 +144,68 @@ class Encoder(nnx.Module):
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
 
-    def encode(
+    def embed_inputs(
         self,
         tokens: Integer[Array, "B T"],
-        types: Integer[Array, "B T"] | None,
-        mask: Shaped[Array, "B T"] | None,
-        taps: tuple[int, ...],
-        scores: tuple[int, ...],
-    ) -> tuple[Float[Array, "B T D"], tuple]:
-        """(last features, extras): features of blocks with `taps`, then scores with `scores`."""
-        cfg = self.cfg
+        *,
+        types: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B 1 1 T"] | None]:
         length = tokens.shape[1]
-        if length > cfg.max_length:
+        if length > self.cfg.max_length:
             raise Refused(
-                f"tokens: {length} in a sequence, max_length={cfg.max_length}"
-            )
-        if any(not 0 <= i < cfg.depth for i in scores):
-            raise Refused(
-                f"scores={scores}: layers are numbered 0 to {cfg.depth - 1}"
+                f"tokens: {length} in a sequence, max_length={self.cfg.max_length}"
             )
         types = jnp.zeros_like(tokens) if types is None else types
         embedded = lookup(self.embed, tokens) + lookup(self.embed_type, types)
         embedded = embedded + self.embed_position.embedding[:length]
         first = constrain(self.norm(embedded), "batch", "seq", None)
-        keys = key_mask(mask)
-        body = lambda x, block: (block(x, keys), None)
+        return first, key_mask(mask)
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, context, residual)
+
+    def encode(
+        self,
+        tokens: Integer[Array, "B T"],
+        *,
+        types: Integer[Array, "B T"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The features of the last block."""
+        state, context = self.embed_inputs(tokens, types=types, mask=mask)
+        return self.apply_blocks(state, context).state
+
+    def with_scores(
+        self,
+        first: Float[Array, "B T D"],
+        context: Bool[Array, "B 1 1 T"] | None,
+        taps: tuple[int, ...],
+        scores: tuple[int, ...],
+        **through: Any,
+    ) -> Any:
+        """The output, features of blocks with `taps`, then scores of attention with `scores`."""
+        check_taps(scores, self.cfg.depth, "scores")
         layers = tuple(sorted({*taps, *(i - 1 for i in scores if i)}))
-        x, _, tapped = scan_layers(
-            body, first, self.blocks, cfg.depth, remat=cfg.remat, taps=layers
-        )
-        features = {-1: first, **dict(zip(layers, tapped))}
+        applied = self.apply_blocks(first, context, taps=layers, **through)
+        features = {-1: first, **dict(zip(layers, applied.features))}
         extras = ()
         if taps:
             extras = (tuple(features[i] for i in taps),)
         if scores:
-            found = [self._block(i).scores(features[i - 1]) for i in scores]
+            found = [self.scores(i, features[i - 1], context) for i in scores]
             extras = (*extras, tuple(found))
-        return x, extras
+        out = self.head(applied.state, context)
+        return (out, *extras) if extras else out
+
+    def scores(
+        self, layer: int, state: Float[Array, "B T D"], context: Any
+    ) -> Float[Array, "B H T T"]:
+        """The scores of attention (query, key) of one layer before any mask, in float32.
+
+        `state` is the input of the layer: the feature of the tap before it.
+        """
+        return self._block(layer).scores(state)
 
     def _block(self, i: int) -> Block:
         return jax.tree.map(lambda w: w[i], self.blocks)
@@ -194,6 +227,7 @@ class BertModule(Encoder):
         mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B T D"] | tuple:
         """The features of the last block.
 
@@ -203,6 +237,7 @@ class BertModule(Encoder):
             mask: False on padding, wherever it stands.
             taps: indices of blocks.
             scores: indices of blocks.
+            through: options of `Stacked.apply_blocks`.
 
         Returns:
             The features; with `taps` or `scores` a tuple of them, the features [B T D] of the
@@ -213,8 +248,13 @@ class BertModule(Encoder):
         Raises:
             Refused: on more than max_length tokens, and on blocks that there are not.
         """
-        x, extras = self.encode(tokens, types, mask, taps, scores)
-        return (x, *extras) if extras else x
+        state, context = self.embed_inputs(tokens, types=types, mask=mask)
+        return self.with_scores(state, context, taps, scores, **through)
+
+    def head(
+        self, state: Float[Array, "B T D"], context: Any = None
+    ) -> Float[Array, "B T D"]:
+        return state
 
     def pool(self, features: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """The summary of a text, from the features of its first token."""
@@ -241,14 +281,19 @@ class MaskedBertModule(Encoder):
         mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B T V"] | tuple:
         """Logits in float32: position t predicts token t. Arguments as in BertModule."""
-        x, extras = self.encode(tokens, types, mask, taps, scores)
-        x = self.norm_out(ACTIVATIONS[self.cfg.activation](self.transform(x)))
+        state, context = self.embed_inputs(tokens, types=types, mask=mask)
+        return self.with_scores(state, context, taps, scores, **through)
+
+    def head(
+        self, state: Float[Array, "B T D"], context: Any = None
+    ) -> Float[Array, "B T V"]:
+        x = self.norm_out(ACTIVATIONS[self.cfg.activation](self.transform(state)))
         table = self.embed.embedding[...].astype(self.dtype)
         logits = project(x, table.T, jnp.float32) + self.bias[...]
-        logits = constrain(logits, "batch", "seq", "vocab")
-        return (logits, *extras) if extras else logits
+        return constrain(logits, "batch", "seq", "vocab")
 
 
 class BertClassifierModule(BertModule):
@@ -266,8 +311,13 @@ class BertClassifierModule(BertModule):
         mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         scores: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B K"] | tuple:
         """Logits of the classes, in float32. Arguments as in BertModule."""
-        x, extras = self.encode(tokens, types, mask, taps, scores)
-        logits = self.classifier(self.pool(x).astype(jnp.float32))
-        return (logits, *extras) if extras else logits
+        state, context = self.embed_inputs(tokens, types=types, mask=mask)
+        return self.with_scores(state, context, taps, scores, **through)
+
+    def head(
+        self, state: Float[Array, "B T D"], context: Any = None
+    ) -> Float[Array, "B K"]:
+        return self.classifier(self.pool(state).astype(jnp.float32))

@@ -92,11 +92,9 @@ class Gemma2Block(Block):
         return self.query_factor * q, k, v
 
     def attention_branch(
-        self, x: Float[Array, "B T D"], attended: Float[Array, "B T E"]
+        self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        return constrain(
-            x + self.norm_attention_out(self.to_out(attended)), "batch", "seq", None
-        )
+        return constrain(x + self.norm_attention_out(out), "batch", "seq", None)
 
     def neurons(self, x: Float[Array, "B T D"]) -> Float[Array, "B T M"]:
         h = self.norm_mlp(x)
@@ -131,8 +129,8 @@ class Gemma2Module(LMModule):
         logits = super()._logits(x)
         return cap * jnp.tanh(logits / cap) if cap else logits
 
-    def head(self) -> Float[Array, "D V"]:
-        """The unembedding matrix.
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The matrix that makes logits of final activations.
 
         Raises:
             Refused: where logits are capped, and so are no linear map of the activations.
@@ -142,7 +140,7 @@ class Gemma2Module(LMModule):
                 f"model: logits are capped at {self.cfg.logit_cap} and cannot be made in chunks; "
                 "set method.chunk=0"
             )
-        return super().head()
+        return super().unembedding()
 
 
 class Gemma2TextModule(Gemma2Module):

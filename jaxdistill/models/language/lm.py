@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,20 +24,26 @@ from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Nets, Refused
 from jaxdistill.models.layers import (
+    Inside,
     Rotary,
-    append_to_store,
+    Stacked,
     attention,
+    attention_scores,
+    check_taps,
     dense,
     embedding,
-    empty_stores,
     key_mask,
     lookup,
     rms_norm,
     rotate,
-    scan_layers,
-    scan_stores,
     split_heads,
     stack,
+    with_residual,
+)
+from jaxdistill.models.stores import (
+    append_to_store,
+    empty_stores,
+    scan_stores,
     unstacked,
 )
 
@@ -100,12 +107,12 @@ def gated(
     return nnx.silu(gate) * up
 
 
-class Block(nnx.Module):
-    """Attention, then an MLP, each a normed residual branch. `attend` computes the attention.
+# (q [B T H K], k and v [B T G K] with their positions) -> (values [B T H K], extra)
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
-    attend(q, k, v) -> (attended values [B T H K], extra), q [B T H K] and k, v [B T G K] with their
-    positions.
-    """
+
+class Block(nnx.Module):
+    """Attention, then an MLP, each a normed residual branch. `attend` computes the attention."""
 
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
         d = cfg.dim
@@ -114,6 +121,7 @@ class Block(nnx.Module):
         make = functools.partial(dense, rngs=rngs, bias=False, dtype=dtype)
         self.heads = cfg.heads
         self.kv_heads = cfg.kv_heads or cfg.heads
+        self.cap = cfg.cap
         self.norm_attention = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.to_q = make(d, self.heads * size, ("embed", "heads"))
         self.to_k = make(d, self.kv_heads * size, ("embed", "heads"))
@@ -136,11 +144,25 @@ class Block(nnx.Module):
             split_heads(self.to_v(h), self.kv_heads),
         )
 
+    def rotate(
+        self, x: Float[Array, "B T H K"], rotary: Rotary
+    ) -> Float[Array, "B T H K"]:
+        """Queries or keys with their rotary positions."""
+        return rotate(x, rotary)
+
+    def scores(
+        self, x: Float[Array, "B T D"], rotary: Rotary
+    ) -> Float[Array, "B H T T"]:
+        """The scores of attention (query, key) before any mask, in float32."""
+        q, k, _ = self.project(self.norm_attention(x))
+        q = self.rotate(q, rotary)
+        return attention_scores(q, self.rotate(k, rotary), cap=self.cap)
+
     def attention_branch(
-        self, x: Float[Array, "B T D"], attended: Float[Array, "B T E"]
+        self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """x plus the branch of attention, whose values have their heads merged."""
-        return constrain(x + self.to_out(attended), "batch", "seq", None)
+        """x plus the branch of attention, given the output of its projection."""
+        return constrain(x + out, "batch", "seq", None)
 
     def neurons(self, x: Float[Array, "B T D"]) -> Float[Array, "B T M"]:
         """The hidden activations of SwiGLU."""
@@ -153,25 +175,34 @@ class Block(nnx.Module):
         """x plus the branch of the MLP: the output of the block."""
         return constrain(x + self.down(neurons), "batch", "seq", None)
 
-    def run(
-        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
-    ) -> tuple[Float[Array, "B T D"], Any, Float[Array, "B T M"]]:
-        """(the block's output, extra of `attend`, the hidden activations of the MLP)."""
-        q, k, v = self.project(self.norm_attention(x))
-        attended, extra = attend(rotate(q, rotary), rotate(k, rotary), v)
-        x = self.attention_branch(x, attended.reshape(*x.shape[:2], -1))
-        neurons = self.neurons(x)
-        return self.mlp_branch(x, neurons), extra, neurons
-
     def __call__(
-        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """(the block's output, extra of `attend`)."""
-        x, extra, _ = self.run(x, rotary, attend)
-        return x, extra
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        attend: Attend,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, Inside]:
+        """(the block's output, extra of `attend`, what it computed on the way)."""
+        h = self.norm_attention(x)
+        q, k, v = self.project(h)
+        attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
+        merged = attended.reshape(*x.shape[:2], -1)
+        x = self.attention_branch(x, with_residual(self.to_out(merged), h, residual))
+        neurons = self.neurons(x)
+        return self.mlp_branch(x, neurons), extra, Inside(merged, neurons)
 
 
-class LMModule(nnx.Module):
+@flax.struct.dataclass
+class Context:
+    """What the blocks read."""
+
+    rotary: Rotary
+    seen: Array | None  # mask of attention beside the causal one (`visible`)
+    # computes attention in place of the causal one; None: the causal one
+    attend: Attend | None = flax.struct.field(pytree_node=False, default=None)
+
+
+class LMModule(Stacked):
     def __init__(self, cfg: LM, rngs: nnx.Rngs):
         kv_heads = cfg.kv_heads or cfg.heads
         if cfg.heads % kv_heads or (not cfg.head_dim and cfg.dim % cfg.heads):
@@ -191,7 +222,7 @@ class LMModule(nnx.Module):
 
     def __call__(
         self,
-        tokens: Integer[Array, "B T"],
+        tokens: Integer[Array, "B T"] | Float[Array, "B T D"],
         *,
         positions: Integer[Array, "*B T"] | None = None,
         segments: Integer[Array, "B T"] | None = None,
@@ -199,73 +230,106 @@ class LMModule(nnx.Module):
         cache: dict[str, Any] | None = None,
         taps: tuple[int, ...] = (),
         hidden_only: bool = False,
+        attend: Attend | None = None,
+        **through: Any,
     ) -> Float[Array, "B T _"] | tuple:
         """Logits [B T V] in float32: position t predicts token t + 1.
 
         Args:
-            tokens: of texts, or what follows them.
+            tokens: of texts, or what follows them; or their embeddings, in place of rows of the
+              table.
             positions: of the tokens; None: 0, 1, ... behind those of the cache.
             segments: a number for each of the documents packed into a sequence.
             mask: False on padding.
             cache: of `init_cache`, with what precedes the tokens.
             taps: indices of blocks.
             hidden_only: gives the final normed activations [B T D] in place of logits, for losses
-              that project onto `head()` in chunks.
+              that project onto `unembedding()` in chunks.
+            attend: computes the attention of every block, masks and all; None: causal attention.
+            through: options of `Stacked.apply_blocks`.
 
         Returns:
             The logits; with `cache` or `taps` a tuple of them, the new cache, and the features
             [B T D] of those blocks.
 
         Raises:
-            Refused: on more than max_length tokens, and on segments with a cache.
+            Refused: on more than max_length tokens; with a cache, on segments, on `attend` and on
+              options of `apply_blocks`.
         """
-        cfg = self.cfg
-        x, rotary = self._enter(tokens, positions, cache)
         if cache is None:
-            attend = _attend_all(mask, segments, cfg.cap)
-            layer = lambda x, block: block(x, rotary, attend)
-            blocks = self.blocks
-            x, _, features = scan_layers(
-                layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps
+            state, context = self.embed_inputs(
+                tokens,
+                positions=positions,
+                segments=segments,
+                mask=mask,
+                attend=attend,
             )
+            applied = self.apply_blocks(state, context, taps=taps, **through)
+            x = applied.state
+            extras = ()
+            features = applied.features
         else:
             if segments is not None:
                 raise Refused("segments: a cache holds one document a sequence")
+            if attend is not None or through:
+                options = ", ".join(
+                    ["attend"] * (attend is not None) + sorted(through)
+                )
+                raise Refused(f"{options}: not with a cache")
+            x, rotary = self._enter(tokens, positions, cache)
             x, cache, features = self._continue(x, rotary, mask, cache, taps)
-        x = self.norm(x)
-        out = x if hidden_only else self._logits(x)
-        extras = () if cache is None else (cache,)
+            extras = (cache,)
+        out = self.norm(x) if hidden_only else self.head(x)
         if taps:
             extras = (*extras, features)
         return (out, *extras) if extras else out
 
-    def probe(
+    def embed_inputs(
         self,
-        read: Callable,
-        tokens: Integer[Array, "B T"],
+        tokens: Integer[Array, "B T"] | Float[Array, "B T D"],
         *,
         positions: Integer[Array, "*B T"] | None = None,
         segments: Integer[Array, "B T"] | None = None,
         mask: Shaped[Array, "B T"] | None = None,
-    ) -> Any:
-        """The results of `read(before, neurons, after)` of every block, stacked over the blocks.
-
-        It serves surgery and analysis. `before` and `after` are the activations [B T D] around a
-        block, `neurons` the hidden activations [B T mlp] of its MLP; the rest as in `__call__`.
-        """
+        attend: Attend | None = None,
+    ) -> tuple[Float[Array, "B T D"], Context]:
         x, rotary = self._enter(tokens, positions, None)
-        attend = _attend_all(mask, segments, self.cfg.cap)
+        return x, Context(rotary, visible(mask, segments), attend)
 
-        def layer(x, block):
-            after, _, neurons = block.run(x, rotary, attend)
-            return after, read(x, neurons, after)
+    def apply_block(self, block, state, context, residual=None):
+        attend = context.attend or self._attend_causally(context.seen)
+        state, _, inside = block(state, context.rotary, attend, residual)
+        return state, inside
 
-        return scan_layers(layer, x, self.blocks, self.cfg.depth)[1]
+    def head(
+        self, state: Float[Array, "B T D"], context: Context | None = None
+    ) -> Float[Array, "B T V"]:
+        return self._logits(self.norm(state))
+
+    def scores(
+        self, layer: int, state: Float[Array, "B T D"], context: Context
+    ) -> Float[Array, "B H T T"]:
+        """The scores of attention (query, key) of one layer before any mask, in float32.
+
+        `state` is the input of the layer: the feature of the tap before it.
+        """
+        check_taps((layer,), self.cfg.depth, "layer")
+        block = jax.tree.map(lambda w: w[layer], self.blocks)
+        return block.scores(state, context.rotary)
+
+    def _attend_causally(self, seen: Array | None) -> Attend:
+        def attend(q, k, v):
+            return attention(q, k, v, mask=seen, causal=True, cap=self.cfg.cap), None
+
+        return attend
 
     def _enter(
         self, tokens: Array, positions: Array | None, cache: dict[str, Any] | None
     ):
-        """Embedded tokens [B T D], and the cosines and sines of their positions."""
+        """Embedded tokens [B T D], and the cosines and sines of their positions.
+
+        Embeddings in place of tokens are taken as they are.
+        """
         length = tokens.shape[1] if cache is None else cache["valid"].shape[1]
         if length > self.cfg.max_length:
             raise Refused(
@@ -275,9 +339,8 @@ class LMModule(nnx.Module):
         if positions is None:
             positions = start + jnp.arange(tokens.shape[1])
         angles = positions[..., None].astype(jnp.float32) * frequencies(self.cfg)
-        x = constrain(
-            lookup(self.embed, tokens).astype(self.dtype), "batch", "seq", None
-        )
+        embedded = lookup(self.embed, tokens) if tokens.ndim == 2 else tokens
+        x = constrain(embedded.astype(self.dtype), "batch", "seq", None)
         cos = jnp.cos(angles)[..., None, :]
         sin = jnp.sin(angles)[..., None, :]
         return x, (cos, sin)
@@ -299,7 +362,8 @@ class LMModule(nnx.Module):
                 kept, (k, v) = append_to_store(store, i, start, (k, v))
                 return attention(q, k, v, mask=seen, cap=self.cfg.cap), kept
 
-            return block(x, rotary, attend), None
+            x, kept, _ = block(x, rotary, attend)
+            return (x, kept), None
 
         layers = cache["layers"] or self.blocks
         stores = cache["stores"]
@@ -313,14 +377,14 @@ class LMModule(nnx.Module):
         )
 
     def _logits(self, x: Array) -> Array:
-        logits = project(x, self._unembedding(), jnp.float32)
+        logits = project(x, self._table(), jnp.float32)
         return constrain(logits, "batch", "seq", "vocab")
 
-    def head(self) -> Float[Array, "D V"]:
-        """The unembedding matrix, in the arithmetic's dtype."""
-        return self._unembedding()
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The matrix that makes logits of final activations, in the arithmetic's dtype."""
+        return self._table()
 
-    def _unembedding(self) -> Array:
+    def _table(self) -> Array:
         if self.cfg.tied:
             return self.embed.embedding[...].T.astype(self.dtype)
         return self.unembed.kernel[...].astype(self.dtype)
@@ -419,12 +483,6 @@ def common_vocabulary(nets: Nets | Mapping[str, Any]) -> int:
     return min(
         (config.vocab for config in configs if hasattr(config, "vocab")), default=0
     )
-
-
-def _attend_all(mask: Array | None, segments: Array | None, cap: float) -> Callable:
-    """`Block`'s attention of a complete sequence to itself."""
-    seen = visible(mask, segments)
-    return lambda q, k, v: (attention(q, k, v, mask=seen, causal=True, cap=cap), None)
 
 
 def visible(

@@ -18,14 +18,17 @@ from jaxtyping import Float
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.core.types import lookup as lookup_name
-from jaxdistill.models.language.lm import LM, LMModule
+from jaxdistill.models.language.lm import LM, Attend, LMModule
 from jaxdistill.models.layers import (
     ACTIVATIONS,
+    Inside,
     Rotary,
+    attention_scores,
     dense,
     layer_norm,
     rotate,
     split_heads,
+    with_residual,
 )
 
 
@@ -73,6 +76,15 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
+    def project(
+        self, h: Float[Array, "B T D"]
+    ) -> tuple[
+        Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]
+    ]:
+        qkv = split_heads(self.to_qkv(h), self.heads)
+        q, k, v = jnp.split(qkv, 3, -1)
+        return q, k, v
+
     def rotate(
         self, x: Float[Array, "B T H K"], rotary: Rotary
     ) -> Float[Array, "B T H K"]:
@@ -80,26 +92,27 @@ class Block(nnx.Module):
         rotated = rotate(x[..., : self.rotary], rotary)
         return jnp.concatenate([rotated, x[..., self.rotary :]], -1)
 
-    def run(
-        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
-    ) -> tuple[Float[Array, "B T D"], Any, Float[Array, "B T M"]]:
-        """(the block's output, extra of `attend`, the hidden activations of the MLP)."""
-        qkv = split_heads(self.to_qkv(self.norm_attention(x)), self.heads)
-        q, k, v = jnp.split(qkv, 3, -1)
-        attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
-        mid = x + self.to_out(attended.reshape(x.shape))
-        neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
-        return (
-            constrain(mid + self.down(neurons), "batch", "seq", None),
-            extra,
-            neurons,
-        )
+    def scores(
+        self, x: Float[Array, "B T D"], rotary: Rotary
+    ) -> Float[Array, "B H T T"]:
+        q, k, _ = self.project(self.norm_attention(x))
+        return attention_scores(self.rotate(q, rotary), self.rotate(k, rotary))
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotary: Rotary, attend: Callable
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        x, extra, _ = self.run(x, rotary, attend)
-        return x, extra
+        self,
+        x: Float[Array, "B T D"],
+        rotary: Rotary,
+        attend: Attend,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, Inside]:
+        h = self.norm_attention(x)
+        q, k, v = self.project(h)
+        attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
+        merged = attended.reshape(x.shape)
+        mid = x + with_residual(self.to_out(merged), h, residual)
+        neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
+        x = constrain(mid + self.down(neurons), "batch", "seq", None)
+        return x, extra, Inside(merged, neurons)
 
 
 class NeoXModule(LMModule):

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,18 +26,23 @@ from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.language.lm import zero_store
 from jaxdistill.models.layers import (
     LECUN,
-    append_to_store,
+    Inside,
+    Stacked,
     attention,
     dense,
     embedding,
-    empty_stores,
     key_mask,
     lookup,
     rms_norm,
     scan_layers,
-    scan_stores,
     split_heads,
     stack,
+    with_residual,
+)
+from jaxdistill.models.stores import (
+    append_to_store,
+    empty_stores,
+    scan_stores,
     unstacked,
 )
 
@@ -124,13 +130,20 @@ class Attention(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B T D"], attend: Callable
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """(x + attention, extra), where attend(q, normed x) -> (attended [B T H K], extra)."""
+        self,
+        x: Float[Array, "B T D"],
+        attend: Callable,
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any, Float[Array, "B T E"]]:
+        """(x + attention, extra, attended values with their heads merged).
+
+        attend(q, normed x) -> (attended [B T H K], extra).
+        """
         h = self.norm(x)
         attended, extra = attend(split_heads(self.to_q(h), self.heads), h)
-        branch = self.to_out(attended.reshape(*x.shape[:2], -1))
-        return constrain(x + branch, "batch", "seq", None), extra
+        merged = attended.reshape(*x.shape[:2], -1)
+        branch = with_residual(self.to_out(merged), h, residual)
+        return constrain(x + branch, "batch", "seq", None), extra, merged
 
 
 class Block(nnx.Module):
@@ -152,14 +165,16 @@ class Block(nnx.Module):
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
 
-    def mlp_branch(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """x plus the branch of the MLP."""
+    def mlp_branch(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T M"]]:
+        """x plus the branch of the MLP, and the hidden activations of the MLP."""
         h = self.norm_mlp(x)
         if self.gated:
             h = nnx.gelu(self.gate(h), approximate=True) * self.up(h)
         else:
             h = nnx.relu(self.up(h))
-        return constrain(x + self.down(h), "batch", "seq", None)
+        return constrain(x + self.down(h), "batch", "seq", None), h
 
 
 class DecoderBlock(Block):
@@ -184,7 +199,28 @@ class Stack(nnx.Module):
         )
 
 
-class T5EncoderModule(nnx.Module):
+@flax.struct.dataclass
+class EncoderContext:
+    """What the blocks of the encoder read."""
+
+    places: Int[Array, "S S"]  # buckets of relative positions
+    seen: Bool[Array, "B 1 1 S"] | None  # mask of keys
+    bias: (
+        Float[Array, "1 H S S"] | None
+    )  # of all layers; None: each layer has its own
+
+
+@flax.struct.dataclass
+class DecoderContext:
+    """What the blocks of the decoder read of a complete text."""
+
+    source: Float[Array, "B S D"]  # the encoder's output
+    source_seen: Bool[Array, "B 1 1 S"]  # mask of its keys
+    seen: Bool[Array, "B 1 T T"]  # mask of the text: causal, no padding
+    bias: Float[Array, "1 H T T"]
+
+
+class T5EncoderModule(Stacked):
     def __init__(self, cfg: T5Encoder, rngs: nnx.Rngs):
         self.cfg = cfg
         self.dtype = jnp.dtype(cfg.dtype)
@@ -197,46 +233,45 @@ class T5EncoderModule(nnx.Module):
         *,
         mask: Shaped[Array, "B S"] | None = None,
         taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], tuple]:
         """The normed output; with `taps`, (this, features [B S D] of those blocks, not normed).
 
-        `mask` is False on padding, wherever it stands.
+        `mask` is False on padding, wherever it stands. `through` are options of
+        `Stacked.apply_blocks`.
         """
-        return self.encode(tokens, mask=mask, taps=taps)
+        return self.through(
+            *self.embed_inputs(tokens, mask=mask), taps=taps, **through
+        )
 
-    def encode(
+    @property
+    def layers(self) -> Any:
+        return self.encoder.blocks
+
+    def embed_inputs(
         self,
         tokens: Integer[Array, "B S"],
         *,
         mask: Shaped[Array, "B S"] | None = None,
-        taps: tuple[int, ...] = (),
-    ) -> Float[Array, "B S D"] | tuple[Float[Array, "B S D"], tuple]:
-        """The output of the encoder, as `T5EncoderModule.__call__` gives it."""
+    ) -> tuple[Float[Array, "B S D"], EncoderContext]:
+        return self._embed(tokens), self._encoder_context(tokens.shape[1], mask)
+
+    def _encoder_context(self, length: int, mask: Array | None) -> EncoderContext:
         cfg = self.cfg
-        indices = jnp.arange(tokens.shape[1])
+        indices = jnp.arange(length)
         places = bucket(
             indices - indices[:, None], cfg.buckets, cfg.distance, both=True
         )
-        seen = key_mask(mask)
         shared = biases(self.encoder.position, places) if cfg.shared_bias else None
+        return EncoderContext(places, key_mask(mask), shared)
 
-        def layer(x, block):
-            bias = biases(block.position, places) if shared is None else shared
+    def apply_block(self, block, state, context, residual=None):
+        return _encoder_layer(block, state, context, residual)
 
-            def attend(q, h):
-                k, v = block.attention.keys_values(h)
-                return attention(q, k, v, bias=bias, mask=seen, scale=1.0), None
-
-            x, _ = block.attention(x, attend)
-            return block.mlp_branch(x), None
-
-        x = self._embed(tokens)
-        blocks = self.encoder.blocks
-        x, _, features = scan_layers(
-            layer, x, blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        x = self.encoder.norm(x)
-        return (x, features) if taps else x
+    def head(
+        self, state: Float[Array, "B S D"], context: Any = None
+    ) -> Float[Array, "B S D"]:
+        return self.encoder.norm(state)
 
     def _embed(self, tokens: Array) -> Array:
         return constrain(
@@ -244,7 +279,28 @@ class T5EncoderModule(nnx.Module):
         )
 
 
+def _encoder_layer(
+    block: Block,
+    x: Float[Array, "B S D"],
+    context: EncoderContext,
+    residual: Callable[[Array], Array] | None = None,
+) -> tuple[Float[Array, "B S D"], Inside]:
+    bias = context.bias
+    if bias is None:
+        bias = biases(block.position, context.places)
+
+    def attend(q, h):
+        k, v = block.attention.keys_values(h)
+        return attention(q, k, v, bias=bias, mask=context.seen, scale=1.0), None
+
+    x, _, attended = block.attention(x, attend, residual)
+    x, neurons = block.mlp_branch(x)
+    return x, Inside(attended, neurons)
+
+
 class T5Module(T5EncoderModule):
+    """Its layers as a `Stacked` network are those of the decoder."""
+
     def __init__(self, cfg: T5, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
         self.decoder = Stack(cfg, DecoderBlock, self.depth, rngs)
@@ -257,6 +313,10 @@ class T5Module(T5EncoderModule):
     def depth(self) -> int:
         return self.cfg.depth_decoder or self.cfg.depth
 
+    @property
+    def layers(self) -> Any:
+        return self.decoder.blocks
+
     def __call__(
         self,
         source: Integer[Array, "B S"],
@@ -266,6 +326,7 @@ class T5Module(T5EncoderModule):
         mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         hidden_only: bool = False,
+        **through: Any,
     ) -> Float[Array, "B T _"] | tuple[Float[Array, "B T _"], tuple]:
         """Logits [B T V] in float32: position t predicts what follows tokens[t].
 
@@ -277,14 +338,75 @@ class T5Module(T5EncoderModule):
             mask: False on padding.
             taps: indices of blocks of the decoder; with them the result is (logits, features [B T
               D] of those blocks).
-            hidden_only: gives the final activations [B T D] that `head()` projects, in place of
-              logits.
+            hidden_only: gives the final activations [B T D] that `unembedding()` projects, in place
+              of logits.
+            through: options of `Stacked.apply_blocks`.
         """
-        encoded = self.encode(source, mask=source_mask)
-        cache = {"source": encoded, "source_valid": valid_tokens(source, source_mask)}
-        return self.decode(
-            tokens, cache=cache, mask=mask, taps=taps, hidden_only=hidden_only
+        state, context = self.embed_inputs(
+            source, tokens, source_mask=source_mask, mask=mask
         )
+        applied = self.apply_blocks(state, context, taps=taps, **through)
+        finish = self.final if hidden_only else self.head
+        out = finish(applied.state)
+        return (out, applied.features) if taps else out
+
+    def encode(
+        self,
+        source: Integer[Array, "B S"],
+        *,
+        mask: Shaped[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The output of the encoder; `mask` is False on padding, wherever it stands."""
+        context = self._encoder_context(source.shape[1], mask)
+
+        def layer(x, block):
+            return _encoder_layer(block, x, context)[0], None
+
+        blocks = self.encoder.blocks
+        cfg = self.cfg
+        x = self._embed(source)
+        x, *_ = scan_layers(layer, x, blocks, cfg.depth, remat=cfg.remat)
+        return self.encoder.norm(x)
+
+    def embed_inputs(
+        self,
+        source: Integer[Array, "B S"],
+        tokens: Integer[Array, "B T"],
+        *,
+        source_mask: Shaped[Array, "B S"] | None = None,
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], DecoderContext]:
+        encoded = self.encode(source, mask=source_mask)
+        source_seen = key_mask(valid_tokens(source, source_mask))
+        seen, bias = self._text_masks(valid_tokens(tokens, mask), 0, tokens.shape[1])
+        context = DecoderContext(encoded, source_seen, seen, bias)
+        return self._embed(tokens), context
+
+    def apply_block(self, block, state, context, residual=None):
+        def attend_text(q, h):
+            k, v = block.attention.keys_values(h)
+            seen = context.seen
+            return attention(q, k, v, bias=context.bias, mask=seen, scale=1.0), None
+
+        def attend_source(q, h):
+            k, v = block.cross.keys_values(context.source)
+            return attention(q, k, v, mask=context.source_seen, scale=1.0), None
+
+        x, _, attended = block.attention(state, attend_text, residual)
+        x, *_ = block.cross(x, attend_source)
+        x, neurons = block.mlp_branch(x)
+        return x, Inside(attended, neurons)
+
+    def head(
+        self, state: Float[Array, "B T D"], context: Any = None
+    ) -> Float[Array, "B T V"]:
+        logits = project(self.final(state), self.unembedding(), jnp.float32)
+        return constrain(logits, "batch", "seq", "vocab")
+
+    def final(self, state: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The activations that `unembedding()` projects."""
+        x = self.decoder.norm(state)
+        return x * self.cfg.dim**-0.5 if self.cfg.tied else x
 
     def decode(
         self,
@@ -294,58 +416,53 @@ class T5Module(T5EncoderModule):
         mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
         hidden_only: bool = False,
-    ) -> Float[Array, "B T _"] | tuple:
-        """As `__call__`, on tokens that follow those that `cache` holds: (logits, cache, ...).
+    ) -> tuple:
+        """As `__call__`, on tokens that follow those of a cache: (logits, cache, ...).
 
-        A cache (see `init_cache`) of "source" [B S D] and "source_valid" bool [B S] alone holds no
-        text, and is not part of the result.
+        `cache` is that of `init_cache`, or of an earlier call.
         """
-        cfg = self.cfg
-        batch, new = tokens.shape
-        growing = "stores" in cache
-        start = cache["length"] if growing else 0
-        mask = jnp.ones((batch, new), bool) if mask is None else mask.astype(bool)
-        valid = mask
-        stores = ((),)
-        layers = (self.decoder.blocks, ())
-        if growing:
-            valid = jax.lax.dynamic_update_slice(cache["valid"], mask, (0, start))
-            stores = cache["stores"]
-            layers = cache["layers"] or (self.decoder.blocks, cache["source_pairs"])
+        new = tokens.shape[1]
+        start = cache["length"]
+        written = valid_tokens(tokens, mask)
+        valid = jax.lax.dynamic_update_slice(cache["valid"], written, (0, start))
+        layers = cache["layers"] or (self.decoder.blocks, cache["source_pairs"])
         layer = self._decoder_layer(cache, valid, start, new)
         x = self._embed(tokens)
         x, stores, features = scan_stores(
-            layer, x, layers, stores, self.depth, remat=cfg.remat, taps=taps
+            layer,
+            x,
+            layers,
+            cache["stores"],
+            self.depth,
+            remat=self.cfg.remat,
+            taps=taps,
         )
-        x = self.decoder.norm(x)
-        if cfg.tied:
-            x = x * cfg.dim**-0.5
-        out = x if hidden_only else self._logits(x)
-        extras = ()
-        if growing:
-            extras = (
-                {**cache, "stores": stores, "valid": valid, "length": start + new},
-            )
-        if taps:
-            extras = (*extras, features)
-        return (out, *extras) if extras else out
+        out = self.final(x) if hidden_only else self.head(x)
+        cache = {**cache, "stores": stores, "valid": valid, "length": start + new}
+        return (out, cache, features) if taps else (out, cache)
+
+    def _text_masks(
+        self, valid: Array, start: Array | int, new: int
+    ) -> tuple[Array, Array]:
+        """(mask [B 1 new T], bias [1 H new T]) of the text's attention to itself.
+
+        `valid` bool [B T] says which tokens are not padding; the `new` ones begin at `start`.
+        """
+        cfg = self.cfg
+        apart = jnp.arange(valid.shape[1]) - (start + jnp.arange(new))[:, None]
+        seen = (apart <= 0) & valid[:, None, None, :]
+        places = bucket(apart, cfg.buckets, cfg.distance, both=False)
+        return seen, biases(self.decoder.position, places)
 
     def _decoder_layer(
-        self, cache: dict[str, Any], valid: Array, start: Array | int, new: int
+        self, cache: dict[str, Any], valid: Array, start: Array, new: int
     ) -> Callable:
         """A layer of the decoder for `scan_stores`, on `new` tokens from position `start` on.
 
         `valid` bool [B T] says which tokens so far are not padding.
         """
-        cfg = self.cfg
-        growing = "stores" in cache
-        apart = jnp.arange(valid.shape[1]) - (start + jnp.arange(new))[:, None]
-        seen = (apart <= 0) & valid[:, None, None, :]
+        seen, bias = self._text_masks(valid, start, new)
         source_seen = key_mask(cache["source_valid"])
-        bias = biases(
-            self.decoder.position,
-            bucket(apart, cfg.buckets, cfg.distance, both=False),
-        )
 
         def layer(carry, inputs):
             x, store = carry
@@ -353,22 +470,16 @@ class T5Module(T5EncoderModule):
 
             def attend_text(q, h):
                 pair = block.attention.keys_values(h)
-                kept = store
-                if growing:
-                    kept, pair = append_to_store(store, i, start, pair)
+                kept, pair = append_to_store(store, i, start, pair)
                 return attention(q, *pair, bias=bias, mask=seen, scale=1.0), kept
 
             def attend_source(q, h):
-                pair = (
-                    source_pair
-                    if growing
-                    else block.cross.keys_values(cache["source"])
-                )
-                return attention(q, *pair, mask=source_seen, scale=1.0), None
+                return attention(q, *source_pair, mask=source_seen, scale=1.0), None
 
-            x, store = block.attention(x, attend_text)
-            x, _ = block.cross(x, attend_source)
-            return (block.mlp_branch(x), store), None
+            x, kept, _ = block.attention(x, attend_text)
+            x, *_ = block.cross(x, attend_source)
+            x, _ = block.mlp_branch(x)
+            return (x, kept), None
 
         return layer
 
@@ -404,12 +515,8 @@ class T5Module(T5EncoderModule):
             "layers": layers,
         }
 
-    def _logits(self, x: Array) -> Array:
-        logits = project(x, self.head(), jnp.float32)
-        return constrain(logits, "batch", "seq", "vocab")
-
-    def head(self) -> Float[Array, "D V"]:
-        """The unembedding matrix, in the arithmetic's dtype."""
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The matrix that makes logits of final activations, in the arithmetic's dtype."""
         if self.cfg.tied:
             return self.embed.embedding[...].T.astype(self.dtype)
         return self.unembed.kernel[...].astype(self.dtype)

@@ -8,21 +8,22 @@ that each loads the other's encoder weight by weight.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Bool, Float, Integer, Shaped
 
 from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
 from jaxdistill.models.layers import (
+    Stacked,
     dense,
     embedding,
     key_mask,
     layer_norm,
     lookup,
-    scan_layers,
     stack,
 )
 from jaxdistill.models.vision.vit import NORMAL, Block, check_sizes, embed_patches
@@ -113,7 +114,7 @@ def _project(cfg: ClipText | ClipVision, rngs: nnx.Rngs) -> nnx.Linear:
     )
 
 
-class ClipTextModule(nnx.Module):
+class ClipTextModule(Stacked):
     def __init__(self, cfg: ClipText, rngs: nnx.Rngs):
         if cfg.dim % cfg.heads:
             raise Refused(f"model: heads={cfg.heads} must divide dim={cfg.dim}")
@@ -132,29 +133,42 @@ class ClipTextModule(nnx.Module):
         *,
         mask: Shaped[Array, "B T"] | None = None,
         taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], tuple]:
         """The normed output; with `taps`, (this, features [B T D] of those blocks, not normed).
 
         `mask` is False on padding; the released pipelines give none and let the text attend to its
-        padding.
+        padding. `through` are options of `Stacked.apply_blocks`.
 
         Raises:
             Refused: on more than max_length tokens.
         """
-        cfg = self.cfg
+        return self.through(
+            *self.embed_inputs(tokens, mask=mask), taps=taps, **through
+        )
+
+    def embed_inputs(
+        self,
+        tokens: Integer[Array, "B T"],
+        *,
+        mask: Shaped[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B 1 1 T"] | None]:
         length = tokens.shape[1]
-        if length > cfg.max_length:
+        if length > self.cfg.max_length:
             raise Refused(
-                f"tokens: {length} in a sequence, max_length={cfg.max_length}"
+                f"tokens: {length} in a sequence, max_length={self.cfg.max_length}"
             )
         x = lookup(self.embed, tokens) + self.embed_position.embedding[:length]
         x = constrain(x.astype(self.dtype), "batch", "seq", None)
-        keys = key_mask(mask)
-        body = lambda x, block: (block(x, mask=keys, causal=True), None)
-        x, _, features = scan_layers(
-            body, x, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        return (self.norm(x), features) if taps else self.norm(x)
+        return x, key_mask(mask)
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, mask=context, causal=True, residual=residual)
+
+    def head(
+        self, state: Float[Array, "B T D"], context: Any = None
+    ) -> Float[Array, "B T D"]:
+        return self.norm(state)
 
     def pool(
         self, outputs: Float[Array, "B T D"], tokens: Integer[Array, "B T"]
@@ -180,7 +194,7 @@ class ClipTextProjectedModule(ClipTextModule):
         return self.project(super().pool(outputs, tokens))
 
 
-class ClipVisionModule(nnx.Module):
+class ClipVisionModule(Stacked):
     def __init__(self, cfg: ClipVision, rngs: nnx.Rngs):
         check_sizes(cfg)
         self.cfg = cfg
@@ -210,23 +224,36 @@ class ClipVisionModule(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+        self,
+        x: Float[Array, "B H W C"],
+        *,
+        taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B N D"] | tuple[Float[Array, "B N D"], tuple]:
         """The class token and the patches, not normed; with `taps`, (these, features of blocks).
+
+        `through` are options of `Stacked.apply_blocks`.
 
         Raises:
             Refused: on images of another size.
         """
-        cfg = self.cfg
+        return self.through(*self.embed_inputs(x), taps=taps, **through)
+
+    def embed_inputs(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B N D"], None]:
         h = embed_patches(
-            cfg, self.patch_embed, self.token[...], self.positions[...], x
+            self.cfg, self.patch_embed, self.token[...], self.positions[...], x
         )
-        h = constrain(self.norm_in(h), "batch", "seq", None)
-        body = lambda h, block: (block(h), None)
-        h, _, features = scan_layers(
-            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        return (h, features) if taps else h
+        return constrain(self.norm_in(h), "batch", "seq", None), None
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, residual=residual)
+
+    def head(
+        self, state: Float[Array, "B N D"], context: None = None
+    ) -> Float[Array, "B N D"]:
+        return state
 
     def pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B P"]:
         """The summary of an image: its class token after the last norm."""

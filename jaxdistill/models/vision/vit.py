@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,12 +24,14 @@ from jaxdistill.core.types import lookup as lookup_name
 from jaxdistill.models.layers import (
     ACTIVATIONS,
     ZEROS,
+    Inside,
+    Stacked,
     attention,
     dense,
     layer_norm,
-    scan_layers,
     split_heads,
     stack,
+    with_residual,
 )
 
 NORMAL = nnx.initializers.truncated_normal(0.02)
@@ -93,15 +96,17 @@ class Block(nnx.Module):
         *,
         mask: Bool[Array, "B 1 1 N"] | None = None,
         causal: bool = False,
-    ) -> Float[Array, "B N D"]:
+        residual: Callable[[Array], Array] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Inside]:
         h = self.norm_attention(x)
         q = split_heads(self.to_q(h), self.heads)
         k = split_heads(self.to_k(h), self.heads)
         v = split_heads(self.to_v(h), self.heads)
-        attended = attention(q, k, v, mask=mask, causal=causal)
-        x = x + self.to_out(attended.reshape(x.shape))
-        h = self.down(self.activation(self.up(self.norm_mlp(x))))
-        return constrain(x + h, "batch", "seq", None)
+        attended = attention(q, k, v, mask=mask, causal=causal).reshape(x.shape)
+        x = x + with_residual(self.to_out(attended), h, residual)
+        neurons = self.activation(self.up(self.norm_mlp(x)))
+        x = constrain(x + self.down(neurons), "batch", "seq", None)
+        return x, Inside(attended, neurons)
 
 
 def check_sizes(cfg: Any) -> None:
@@ -147,7 +152,7 @@ def embed_patches(
     return jnp.concatenate([first, project(h)], 1) + positions.astype(dtype)
 
 
-class Encoder(nnx.Module):
+class Encoder(Stacked):
     def __init__(self, cfg: ViT, rngs: nnx.Rngs):
         check_sizes(cfg)
         self.cfg = cfg
@@ -165,20 +170,16 @@ class Encoder(nnx.Module):
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
 
-    def encode(
-        self, x: Float[Array, "B H W C"], taps: tuple[int, ...]
-    ) -> tuple[Float[Array, "B N D"], tuple[Float[Array, "B N D"], ...]]:
-        """(tokens after the last norm, features of the blocks that `taps` lists)."""
-        cfg = self.cfg
+    def embed_inputs(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B N D"], None]:
         h = embed_patches(
-            cfg, self.patch_embed, self.token[...], self.positions[...], x
+            self.cfg, self.patch_embed, self.token[...], self.positions[...], x
         )
-        h = constrain(h, "batch", "seq", None)
-        body = lambda h, block: (block(h), None)
-        h, _, features = scan_layers(
-            body, h, self.blocks, cfg.depth, remat=cfg.remat, taps=taps
-        )
-        return self.norm(h), features
+        return constrain(h, "batch", "seq", None), None
+
+    def apply_block(self, block, state, context, residual=None):
+        return block(state, residual=residual)
 
 
 class ViTModule(Encoder):
@@ -190,15 +191,25 @@ class ViTModule(Encoder):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+        self,
+        x: Float[Array, "B H W C"],
+        *,
+        taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B N D"] | tuple[Float[Array, "B N D"], tuple]:
         """The class token and the patches by rows; with `taps`, (these, features of those blocks).
+
+        `through` are options of `Stacked.apply_blocks`.
 
         Raises:
             Refused: on images of another size.
         """
-        tokens, features = self.encode(x, taps)
-        return (tokens, features) if taps else tokens
+        return self.through(*self.embed_inputs(x), taps=taps, **through)
+
+    def head(
+        self, state: Float[Array, "B N D"], context: None = None
+    ) -> Float[Array, "B N D"]:
+        return self.norm(state)
 
     def pool(self, tokens: Float[Array, "B N D"]) -> Float[Array, "B D"]:
         """The summary of an image, from its class token."""
@@ -213,9 +224,17 @@ class ViTClassifierModule(Encoder):
         )
 
     def __call__(
-        self, x: Float[Array, "B H W C"], *, taps: tuple[int, ...] = ()
+        self,
+        x: Float[Array, "B H W C"],
+        *,
+        taps: tuple[int, ...] = (),
+        **through: Any,
     ) -> Float[Array, "B K"] | tuple[Float[Array, "B K"], tuple]:
         """Logits of the classes, in float32. Otherwise as ViTModule."""
-        tokens, features = self.encode(x, taps)
-        logits = self.classifier(tokens[:, 0].astype(jnp.float32))
-        return (logits, features) if taps else logits
+        return self.through(*self.embed_inputs(x), taps=taps, **through)
+
+    def head(
+        self, state: Float[Array, "B N D"], context: None = None
+    ) -> Float[Array, "B K"]:
+        tokens = self.norm(state)
+        return self.classifier(tokens[:, 0].astype(jnp.float32))

@@ -367,6 +367,7 @@ def test_outputs_and_features_agree(pair, agree, size):
         agree(f"{name} {size} level {i}", found, state)
 
 
+@pytest.mark.full
 def test_null_label_and_forms_of_the_condition(pair, agree):
     name, model, _, _, _, call = pair
     x, t, cond = inputs(model.c)
@@ -387,6 +388,7 @@ def test_null_label_and_forms_of_the_condition(pair, agree):
         assert np.abs(call(x, t, label)[0][:3] - call(x, t, None)[0][:3]).max() > 1e-3
 
 
+@pytest.mark.full
 def test_as_a_denoiser(pair, agree):
     """D = c_skip x + c_out F(c_in x, ln(sigma) / 4), table 1 of the paper."""
     name, model, _, net, params, _ = pair
@@ -420,6 +422,7 @@ def test_round_trip_is_exact(pair, tmp_path):
     assert interop.describe(tmp_path / "out") == net.config
 
 
+@pytest.mark.full
 def test_bfloat16(pair, halves):
     _, model, folder, net, params, call = pair
     halves(folder)
@@ -435,6 +438,7 @@ def test_bfloat16(pair, halves):
     )  # 2^-8 a rounding, some tens of them
 
 
+@pytest.mark.full
 def test_rematerialised_gradients_are_the_same(rematerialised):
     x, t, _ = inputs({}, 4, 4)
     grads = rematerialised(SongUNet(size=4, width=8, attention=()), x, t)
@@ -455,6 +459,7 @@ def test_random_frequencies_are_never_trained(weights):
     ]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "cfg",
     [SongUNet(classes=2, augment_dim=2), DhariwalUNet(classes=2, augment_dim=2)],
@@ -490,6 +495,7 @@ def test_resampling(filter):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_sizes(name):
     cfg, count = RELEASED[name]

@@ -412,7 +412,7 @@ def test_capped_logits_are_not_made_in_chunks():
         Refused,
         match=r"logits are capped at 30\.0 and cannot be made in chunks; set method.chunk=0",
     ):
-        jax.eval_shape(lambda p: net.apply(p, method="head"), net.shapes)
+        jax.eval_shape(lambda p: net.apply(p, method="unembedding"), net.shapes)
     with pytest.raises(Refused, match="max_length=2048 is more than window=1024"):
         make_net(Gemma2(window=1024))
 

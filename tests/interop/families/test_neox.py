@@ -159,7 +159,7 @@ def test_greedy_text_agrees(pair):
 
 def test_probe_reads_the_same_pass(pair):
     _, _, net, params, call = pair
-    read = lambda before, neurons, after: (after, neurons)
+    read = lambda before, inside, after: (after, inside.neurons)
     states, neurons = jax.jit(
         lambda tokens: net.apply(params, read, tokens, method="probe")
     )(tokens())

@@ -173,7 +173,7 @@ def test_hidden_times_head_is_logits(pair):
     hidden = jax.jit(lambda s, t: net.apply(params, s, t, hidden_only=True))(
         source, targets
     )
-    head = net.apply(params, method="head")
+    head = net.apply(params, method="unembedding")
     assert gap(hidden @ head, np.asarray(call(source, targets)[0])) <= 1e-5
 
 

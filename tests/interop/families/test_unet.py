@@ -169,6 +169,7 @@ def test_loads_in_bfloat16(pair, halves):
     halves(pair[2])
 
 
+@pytest.mark.full
 def test_rematerialised_gradients_are_the_same(rematerialised):
     cfg = UNet(
         widths=(8,),
@@ -223,6 +224,7 @@ RELEASED = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_sizes(name, covers):
     sizes, count = RELEASED[name]

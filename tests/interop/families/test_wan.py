@@ -167,6 +167,7 @@ def test_round_trip_is_exact(pair, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_bfloat16(pair):
     _, folder, net, params, call = pair
     half = interop.load(folder, "bfloat16")[1]

@@ -78,6 +78,7 @@ def follow(method, steps, members=1, lr=1e-2, **start):
     return states[0], states[-1], metrics
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "host"),
     [
@@ -273,6 +274,7 @@ def test_stages_share_the_steps():
     )  # the host's fields keep the host's values
 
 
+@pytest.mark.full
 def test_backtracking_moves_two_roles_and_compiles_once(compilations):
     """While the pointer goes 2, 1, 0 the path keeps its bits, and each pattern of turns stays one
     program.
@@ -437,6 +439,7 @@ def tiny():
     )
 
 
+@pytest.mark.full
 def test_a_run_goes_on_from_its_recorded_path(tmp_path):
     """The path is a result of stage 1, and frozen in stage 2: not in its checkpoints, the same bits
     after resumption.

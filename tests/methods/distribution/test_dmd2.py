@@ -120,6 +120,7 @@ def trained():
     return run
 
 
+@pytest.mark.full
 def test_without_the_gan_it_follows_its_host(trained):
     """Both weights 0: student and fake score are those of Diff-Instruct with DMD's normaliser, draw
     for draw.
@@ -150,6 +151,7 @@ def test_without_the_gan_it_follows_its_host(trained):
             )
 
 
+@pytest.mark.full
 def test_the_gan_moves_the_student(trained):
     (with_gan, _), (without, _) = (
         trained(DMD2(gan_weight=w, critic_steps=2)) for w in (1.0, 0.0)

@@ -58,6 +58,7 @@ def trained():
     return run
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_weight_zero_is_the_host(trained, host):
     (ours, rows), (alone, others) = (
@@ -78,6 +79,7 @@ def test_weight_zero_is_the_host(trained, host):
             )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("host", HOSTS.values(), ids=HOSTS)
 def test_calibrates_without_the_loss_and_moves_the_student_after(trained, host):
     ours, rows = trained(EmbeddingLoss(host=host, calibration=2, **POINTS))
@@ -241,6 +243,7 @@ def test_labels_join(context):
     assert abs(method.embedding_loss(psi, ctx, x)) < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kernel", "estimator", "blocks"), [("rbf", "u", 2), ("linear", "v", 1)]
 )

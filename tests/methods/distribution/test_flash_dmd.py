@@ -320,6 +320,7 @@ def close(a, b, atol):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=atol)
 
 
+@pytest.mark.full
 def test_the_neutral_setting_is_dmd2(trained):
     settings = dict(
         student_times=STEPS, critic_steps=5, gan_weight=0.5, disc_weight=0.5
@@ -338,6 +339,7 @@ def test_the_neutral_setting_is_dmd2(trained):
             np.testing.assert_allclose(losses[i][name], others[i][name], rtol=1e-6)
 
 
+@pytest.mark.full
 def test_injection_follows_the_students_update(trained):
     """With a fake score that does not move by itself it is the mean of its old weights and the
     student's new ones.

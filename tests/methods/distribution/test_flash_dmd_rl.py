@@ -170,6 +170,7 @@ def ran(tmp_path_factory):
     return workdir, loop.run(small(), workdir, progress=False)
 
 
+@pytest.mark.full
 def test_the_reference_is_the_first_stages_student(ran):
     workdir, report = ran
     assert [row["name"] for row in report["models"]] == ["teacher", "student"]

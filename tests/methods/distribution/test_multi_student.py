@@ -116,6 +116,7 @@ def close(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", HOSTS)
 def test_one_member_is_the_host_step_by_step(name):
     """Clipping by norm included."""
@@ -168,6 +169,7 @@ def changed(samples, value):
     return {**data, "x": jnp.where(samples[:, None], value(data["x"]), data["x"])}
 
 
+@pytest.mark.full
 def test_a_member_depends_on_its_own_cell_alone(four):
     """Other data for cell 1: its member changes, no other one by a bit."""
     mine = CELLS.assign(batch()["cond"]) == 1

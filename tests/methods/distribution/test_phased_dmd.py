@@ -509,6 +509,7 @@ class SGTS(DiffInstruct):
         return score.dmd_gradient(x0, real.x0, fake.x0, floor=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("times", [(1.0,), FOUR], ids=["one_step_dmd", "sgts"])
 def test_a_single_phase_follows_dmd_with_gradient_truncation(x64, times):
     """Draw for draw over five steps: one step is DMD's one-step generator, more are random
@@ -549,6 +550,7 @@ def test_two_phases_are_not_one():
     )
 
 
+@pytest.mark.full
 def test_exactly_the_phase_s_own_networks_move():
     method = InterleavedPhasedDMD(**TWO_EXPERTS, critic_steps=1)
     for i, (before, after, metrics) in enumerate(follow(method, 4)):
@@ -605,6 +607,7 @@ def test_the_fakes_gradient_stays_with_the_fakes(context):
     }
 
 
+@pytest.mark.full
 def test_experts_as_adapters_of_their_teachers():
     """Low-rank generators and full fake scores: the teachers stay, each expert adapts the teacher
     of its range.
@@ -675,6 +678,7 @@ def tiny():
     )
 
 
+@pytest.mark.full
 def test_a_run_of_two_stages(tmp_path):
     """Each stage trains and keeps its own roles; the earlier expert stays bit-equal, the later fake
     starts from the teacher.
@@ -733,6 +737,7 @@ def lowered(config, lowers_for_tpu):
     return moved
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "variant",
     [

@@ -117,6 +117,7 @@ def follows(ours, host):
                 np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-6)
 
 
+@pytest.mark.full
 def test_equal_ends_are_swiftbrush(context):
     """kmin = kmax = C: bit-equal gradients, and five steps with the same losses and weights."""
     params = start(0.3)
@@ -367,6 +368,7 @@ def test_negative_equal_to_null_and_no_strength_is_pg_sb(context):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.full
 def test_trains_a_unet():
     """Two steps of all of it: adapters on queries and values of a U-Net with text, NASA, CLIP; only
     student and adapters move.

@@ -398,6 +398,7 @@ def same(a, b, rtol=1e-5):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.full
 def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
     """Both GAN weights 0: draw for draw SiD with alpha = 1, whose fake loss is a mean where this
     one's is a sum over 2 dimensions.
@@ -435,6 +436,7 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
             )
 
 
+@pytest.mark.full
 def test_every_part_trains(trained):
     """The GAN, the divergence and the shared discriminator each move the student elsewhere."""
     settings = dict(critic_only=0, reverse_until=0)

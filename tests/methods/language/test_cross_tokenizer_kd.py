@@ -145,6 +145,7 @@ def test_tokens_as_spans_say_less_than_whole_laws():
     assert 0 < out.loss < full
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_chunks_change_nothing(hard_weight):
     whole, grad = value(method := CrossTokenizerKD(hard_weight=hard_weight))
@@ -234,7 +235,9 @@ def test_a_word_ends_where_white_space_follows(x64, chunk):
 
     def model(logits):
         return lambda *args, method="__call__", **_: (
-            jnp.eye(logits.shape[-1]) if method == "head" else jnp.asarray(logits)
+            jnp.eye(logits.shape[-1])
+            if method == "unembedding"
+            else jnp.asarray(logits)
         )
 
     nets = SimpleNamespace(teacher=model(theirs), student=model(ours))

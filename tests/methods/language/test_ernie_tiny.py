@@ -105,6 +105,7 @@ def test_one_ingredient_changes_at_a_time():
     ]
 
 
+@pytest.mark.full
 def test_a_twin_has_nothing_to_learn():
     same = ErnieTiny(student_depth=4, teacher_depth=4, stage="TSD", hard_weight=0.0)
     out = loss(same, TWIN_PARAMS, twins=True)
@@ -116,6 +117,7 @@ def test_a_twin_has_nothing_to_learn():
     assert size(gradient(latent, TWIN_PARAMS, True)["student"]) <= 1e-5
 
 
+@pytest.mark.full
 def test_without_labels_the_last_stage_is_the_third():
     plain = ErnieTiny(
         student_depth=2,
@@ -132,6 +134,7 @@ def test_without_labels_the_last_stage_is_the_third():
     )
 
 
+@pytest.mark.full
 def test_latent_losses_never_touch_the_classifier():
     head = lambda g: {k: g["student"][k] for k in ("pooler", "classifier")}
     assert size(head(gradient(STAGE["TAD"]))) == 0
@@ -149,6 +152,7 @@ def test_latent_losses_never_touch_the_classifier():
     )
 
 
+@pytest.mark.full
 def test_teachers_and_labels_of_general_text_get_no_gradient():
     for method in STAGE.values():
         grads = gradient(method)
@@ -162,6 +166,7 @@ def test_teachers_and_labels_of_general_text_get_no_gradient():
     assert loss(STAGE["GD"], PARAMS, unlabelled).loss == loss(STAGE["GD"]).loss
 
 
+@pytest.mark.full
 def test_stages_read_their_own_teacher_and_text():
     plain = {name: float(loss(STAGE[name]).loss) for name in METHOD.plan}
     # not rounding
@@ -209,6 +214,7 @@ def test_padding_is_invisible():
         )
 
 
+@pytest.mark.full
 def test_micro_batches_do_not_move_the_update():
     uneven = {
         **BATCH,
@@ -243,6 +249,7 @@ def test_soft_labels_differ_from_kl_by_the_entropy():
     assert kl >= 0
 
 
+@pytest.mark.full
 def test_student_and_projection_go_on():
     """A stage starts from the weights that the one before ended with, and moves both roles."""
     params = PARAMS

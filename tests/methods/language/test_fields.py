@@ -130,7 +130,7 @@ def networks(asked):
 
     def model(role):
         def call(tokens=None, *, method="__call__", hidden_only=False, taps=(), **_):
-            if method == "head":
+            if method == "unembedding":
                 return jnp.eye(VOCAB)
             if hidden_only:
                 asked.append("hidden_only")
@@ -156,6 +156,7 @@ def behaviour(method, seen):
     return out, list(seen)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", METHODS)
 def test_every_inherited_field_acts_or_is_refused(name, seen):
     method = METHODS[name]
@@ -216,6 +217,7 @@ def test_sequence_kd_projects_in_chunks(seen):
     np.testing.assert_allclose(parts[0][0][1], plain[0][0][1], rtol=1e-6)
 
 
+@pytest.mark.full
 def test_schedules_reach_every_loss(seen):
     """Halfway, each of these is the method with the number of that step."""
     ramp = lambda start, end: Linear(start=start, end=end, steps=10)

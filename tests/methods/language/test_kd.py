@@ -123,6 +123,7 @@ def weights(net, seed):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_chunks_change_nothing(hard_weight):
     teacher = weights(TEACHER, 0)

@@ -64,7 +64,7 @@ def test_loss_is_the_sum_over_the_chosen_and_their_count():
     """
     method = MaskedLM(mask_token=MASK, vocab=VOCAB)
     ctx = Ctx({"tokens": TOKENS, "mask": REAL}, jax.random.key(0), jnp.int32(0), {})
-    student = lambda shown, *rest, method: (jax.nn.one_hot(TOKENS, VOCAB), ())
+    student = lambda shown, *, mask, method: jax.nn.one_hot(TOKENS, VOCAB)
     sure, flat = (
         method.loss(
             SimpleNamespace(student=student, head=lambda x, scale=scale: scale * x),
@@ -76,6 +76,7 @@ def test_loss_is_the_sum_over_the_chosen_and_their_count():
     np.testing.assert_allclose(flat.loss, flat.count * np.log(VOCAB), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_filler_is_invisible_and_a_prefix_names_other_fields():
     """Two tokens more that the mask leaves out change nothing; the classifier's own head has no
     gradient.

@@ -124,6 +124,7 @@ def test_gradient_of_forward_kl_is_linear_in_the_teachers():
     close(mixed, jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, first, second))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("more", [{}, {"chunk": 2}, {"top_k": 2}])
 def test_rows_learn_from_the_teacher_of_their_domain(more):
     assert set(BATCH["domain"].tolist()) == {0, 1}

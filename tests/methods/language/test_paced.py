@@ -472,6 +472,7 @@ def test_self_distillation_starts_from_the_teacher():
     assert SelfPaced.inits == {"student": "teacher"} and SelfPaced().is_on_policy(0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [Paced(), SelfPaced()])
 def test_the_probe_is_of_each_problems_own_gradient(method):
     """By hand: one gradient of the unweighted loss after another, binned by pass rate."""

@@ -68,6 +68,7 @@ def wnut17(shared, folder):
     ), "universalner:UniversalNER"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("source", [shakespeare, gsm8k, svamp, wnut17])
 def test_held_out_perplexity_falls_below_that_of_the_frequencies(
     source, shared_data, tmp_path

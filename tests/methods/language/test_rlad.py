@@ -301,6 +301,7 @@ def table():
     return {name: tabular(m) for name, m in methods.items()}
 
 
+@pytest.mark.full
 def test_a_tabular_policy_learns_faster_than_with_grpo(table, record_property):
     """A teacher that is right where the reward is lenient."""
     record_property("table", table)

@@ -57,6 +57,7 @@ def test_five_steps_follow_fine_tuning():
     close(*weights, atol=1e-5)
 
 
+@pytest.mark.full
 def test_micro_batches_do_not_move_the_update():
     """Each term is a mean over the complete batch's tokens, however these fall on its halves."""
     uneven = {

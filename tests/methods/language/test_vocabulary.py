@@ -134,6 +134,7 @@ def test_another_vocabulary_is_refused(low, high):
             KD().check({"teacher": sizes(teacher), "student": sizes(student)}, None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("longer", ["teacher", "student"])
 @pytest.mark.parametrize(
     "method",
@@ -216,6 +217,7 @@ def test_padding_is_never_written(writer, method):
     ) > 3
 
 
+@pytest.mark.full
 def test_a_run_with_padded_tables(tmp_path):
     """Distilled, evaluated and written with: teacher 32 rows, student 24, of 20 tokens."""
     model = lambda vocab: LM(

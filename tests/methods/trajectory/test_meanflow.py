@@ -210,6 +210,7 @@ def test_guided_velocity(x64, gaussian, context):
     assert grad(0.5) == 0.0
 
 
+@pytest.mark.full
 def test_dropped_labels_fall_on_the_first_rows(x64, context):
     """As in the released code: of n rows the first k lose their label, k the number of n draws
     below the share; there r = t.

@@ -226,6 +226,7 @@ def test_kappa_zero_recurs_through_the_live_network(gaussian, context, kappa):
     assert ("ema" in calls) == (kappa == "ema_student")
 
 
+@pytest.mark.full
 def test_frozen_base_serves_step_one_only(x64, gaussian, context):
     """kappa = 1: v_u + 4 (v_c - v_u) of the base in place of v, inside the interval; the recursion
     is live.
@@ -320,6 +321,7 @@ def test_the_tutorials_form(x64, gaussian, context):
     np.testing.assert_allclose(method.loss(net, ctx).loss, want, rtol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method",
     [

@@ -150,7 +150,7 @@ def test_hidden_times_head_is_logits(tied):
     params, tokens = draw(cfg)
     assert ("unembed" in params) is not tied
     hidden = run(params, tokens, cfg=cfg, hidden_only=True)
-    head = net(cfg).apply(params, method="head")
+    head = net(cfg).apply(params, method="unembedding")
     assert head.shape == (16, 31)
     close(hidden @ head, run(params, tokens, cfg=cfg))
 

@@ -47,6 +47,7 @@ def test_one_layer_is_the_arc_cosine_kernel():
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", IMAGES)
 def test_samples_do_not_mix_and_the_key_decides(name):
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
