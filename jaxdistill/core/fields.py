@@ -64,6 +64,7 @@ Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Limit = Annotated[float, Range(0, infinite=True)]  # inf: none
 Share = Annotated[float, Range(0, 1)]
+Dropout = Annotated[float, Range(0, 0.99)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 # what a forward pass keeps: models.layers
 Remat = Literal["none", "full", "dots", "dots_no_batch"]

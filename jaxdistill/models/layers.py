@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Bool, Float, Integer, Num, Shaped
+from jaxtyping import Bool, Float, Integer, Key, Num, Shaped
 
 from jaxdistill.core.net import in_forward_mode, materialise
 from jaxdistill.core.rows import project
@@ -327,6 +327,24 @@ def unpatchify(
     )
 
 
+def drop(
+    x: Float[Array, "*B"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "*B"]:
+    """Dropout: numbers set to 0 with probability `rate`, the others divided by 1 - rate.
+
+    x itself where there is no key. Source: arXiv:1207.0580.
+    """
+    if key is None or not rate:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def part_keys(key: Key[Array, ""] | None, parts: int) -> list[Key[Array, ""] | None]:
+    """A key for each part of a block; None for each where there is no key."""
+    return [None] * parts if key is None else list(jax.random.split(key, parts))
+
+
 def attention_scores(
     q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], *, cap: float = 0.0
 ) -> Float[Array, "B H T S"]:
@@ -583,10 +601,12 @@ class Stacked(nnx.Module):
         state: Any,
         context: Any,
         residual: Callable[[Array], Array] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Any, Inside]:
         """The state after one block, and what the block computed on the way.
 
-        `residual` is added to the output of its attention (`with_residual`).
+        `residual` is added to the output of its attention (`with_residual`). `key` is that of
+        dropout; networks whose config has no `dropout` are given none.
         """
         raise NotImplementedError
 
@@ -608,6 +628,7 @@ class Stacked(nnx.Module):
         taps: Sequence[int] = (),
         residual: Residual | None = None,
         instead: Mapping[int, Callable[[Any], Any]] = {},
+        dropout: Key[Array, ""] | None = None,
     ) -> Applied:
         """The blocks applied to a state, rematerialised as the config says.
 
@@ -620,24 +641,30 @@ class Stacked(nnx.Module):
             residual: added to the output of each attention.
             instead: index of a layer -> state -> state, applied in its place; `read` does not see
               it.
+            dropout: the key of dropout, at the rate of the config; None: nothing is dropped.
 
         Raises:
             Refused: a layer is not there.
         """
 
         def body(state, scanned):
-            block, weights = scanned
-            added = None
+            block, weights, key = scanned
+            options = {}
             if residual is not None:
-                added = functools.partial(residual.add, weights)
-            after, inside = self.apply_block(block, state, context, added)
+                options["residual"] = functools.partial(residual.add, weights)
+            if key is not None:
+                options["key"] = key
+            after, inside = self.apply_block(block, state, context, **options)
             return after, None if read is None else read(state, inside, after)
 
         weights = None if residual is None else residual.weights
+        keys = None
+        if dropout is not None and getattr(self.cfg, "dropout", 0):
+            keys = jax.random.split(dropout, self.depth)
         state, reads, tapped = scan_layers(
             body,
             state,
-            (self.layers, weights),
+            (self.layers, weights, keys),
             self.depth,
             remat=self.cfg.remat,
             taps=taps,

@@ -16,9 +16,9 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Key, Num
 
-from jaxdistill.core.fields import Depth, Dtype, Natural, Remat
+from jaxdistill.core.fields import Depth, Dropout, Dtype, Natural, Remat
 from jaxdistill.core.needs import Condition, Spec
 from jaxdistill.core.net import Net, make_net
 from jaxdistill.core.sharding import constrain
@@ -30,10 +30,12 @@ from jaxdistill.models.layers import (
     Stacked,
     attention,
     dense,
+    drop,
     embedding,
     fourier,
     lookup,
     merge_heads,
+    part_keys,
     patchify,
     plain_norm,
     sincos_2d,
@@ -64,6 +66,8 @@ class DiT:
     classes: Natural = 10  # label `classes` is the null condition
     # takes r, for networks that predict an average velocity from r to t
     second_time: bool = False
+    # rate of dropout, behind attention and in the MLP; only losses that pass a key drop
+    dropout: Dropout = 0.0
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
 
@@ -114,14 +118,17 @@ class Block(nnx.Module):
         self.up = make(d, 4 * d, ("embed", "mlp"))
         self.down = make(4 * d, d, ("mlp", "embed"))
         self.heads = cfg.heads
+        self.dropout = cfg.dropout
 
     def __call__(
         self,
         x: Float[Array, "B N D"],
         cond: Float[Array, "B D"],
         residual: Callable[[Array], Array] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B N D"], Inside]:
-        """`cond` is given after its SiLU."""
+        """`cond` is given after its SiLU; `key` is that of dropout."""
+        key_attention, key_mlp = part_keys(key, 2)
         modulation = self.modulation(cond)[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, -1)
         h = plain_norm(x, 1e-6) * (1 + scale1) + shift1
@@ -129,10 +136,12 @@ class Block(nnx.Module):
         k = split_heads(self.to_k(h), self.heads)
         v = split_heads(self.to_v(h), self.heads)
         attended = merge_heads(attention(q, k, v))
-        branch = with_residual(self.to_out(attended), h, residual)
+        out = drop(self.to_out(attended), self.dropout, key_attention)
+        branch = with_residual(out, h, residual)
         x = constrain(x + gate1 * branch, "batch", "seq", None)
         h = plain_norm(x, 1e-5) * (1 + scale2) + shift2
         neurons = nnx.gelu(self.up(h), approximate=True)
+        neurons = drop(neurons, self.dropout, key_mlp)
         x = constrain(x + gate2 * self.down(neurons), "batch", "seq", None)
         return x, Inside(attended, neurons)
 
@@ -210,8 +219,8 @@ class DiTModule(Stacked):
         h = constrain(h + positions.astype(self.dtype), "batch", "seq", None)
         return h, Context(c, rows, x.dtype)
 
-    def apply_block(self, block, state, context, residual=None):
-        return block(state, context.cond, residual)
+    def apply_block(self, block, state, context, residual=None, key=None):
+        return block(state, context.cond, residual, key)
 
     def head(
         self, state: Float[Array, "B N D"], context: Context

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -19,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Float, Num
+from jaxtyping import Float, Key, Num
 
-from jaxdistill.core.fields import Depth, Dtype, Remat
+from jaxdistill.core.fields import Depth, Dropout, Dtype, Remat
 from jaxdistill.core.needs import Condition, Spec, check_condition
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
@@ -31,6 +33,7 @@ from jaxdistill.models.layers import (
     attention,
     conv,
     dense,
+    drop,
     fourier,
     group_norm,
     merge_heads,
@@ -60,6 +63,8 @@ class EDMUNet:
     # resolutions whose blocks attend; the middle always does
     attention: tuple[int, ...] = (4,)
     emb_multiple: int = 4  # the embedding has emb_multiple * width channels
+    # rate of dropout in every block (EDM's DDPM++ .13, ADM .10); only losses that pass a key drop
+    dropout: Dropout = 0.0
     dtype: Dtype = "float32"  # arithmetic; weights and embedding are float32
     remat: Remat = "none"  # of each block
 
@@ -253,9 +258,12 @@ class Block(nnx.Module):
             self.proj = linear(o, o, ("heads", "embed"), init=last)
 
     def __call__(
-        self, x: Float[Array, "B H W i"], emb: Float[Array, "B E"]
+        self,
+        x: Float[Array, "B H W i"],
+        emb: Float[Array, "B E"],
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B _ _ o"]:
-        """`emb` is given after its SiLU."""
+        """`emb` is given after its SiLU; `key` is that of dropout."""
         cfg = self.cfg
         h = self.conv0(self._resampled(nnx.silu(self.norm0(x))))
         params = self.affine(emb)[:, None, None].astype(h.dtype)
@@ -266,6 +274,7 @@ class Block(nnx.Module):
             h = nnx.silu(self.norm1(h + params))
         x = self._resampled(x)
         shortcut = self.skip(x) if hasattr(self, "skip") else x
+        h = drop(h, cfg.dropout, key)
         x = (self.conv1(h) + shortcut) * cfg.damping
         if self.heads:
             x = (self._attended(self.norm2(x)) + x) * cfg.damping
@@ -399,6 +408,7 @@ class EDMModule(nnx.Module):
         cond: Any = None,
         *,
         taps: tuple[int, ...] = (),
+        dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], tuple]:
         """The raw prediction F in x's dtype; with `taps`, (raw, features [B N D] of those levels).
 
@@ -411,6 +421,7 @@ class EDMModule(nnx.Module):
               unconditional network ignores labels.
             taps: 0, 1, ... on the way down, the last of which is the bottleneck, then the middle,
               then the way up.
+            dropout: the key of dropout; None: nothing is dropped.
 
         Raises:
             Refused: where x, cond or taps are not this.
@@ -419,11 +430,12 @@ class EDMModule(nnx.Module):
         label, augment = self._condition(cond, t.shape[0])
         emb = self.embed(t, label, augment)
         image = x.astype(self.dtype)
-        h, skips, features = self._descend(image, emb)
+        run = self._runner(emb, dropout)
+        h, skips, features = self._descend(image, run)
         for block in self.mid:
-            h = as_program(block, self.cfg.remat)(h, emb)
+            h = run(block, h)
         features.append(h)
-        h, features_up = self._ascend(h, skips, emb)
+        h, features_up = self._ascend(h, skips, run)
         features += features_up
         out = self.conv_out(nnx.silu(self.norm_out(h))).astype(x.dtype)
         if not taps:
@@ -443,10 +455,22 @@ class EDMModule(nnx.Module):
                 f"taps={tuple(taps)}: levels are numbered 0 to {2 * levels}, {levels} is the middle"
             )
 
-    def _descend(self, image: Array, emb: Array) -> tuple[Array, list, list]:
+    def _runner(self, emb: Array, dropout: Array | None) -> Callable:
+        """run(block, h) -> the block's output; each block has a key of dropout of its own."""
+        numbers = itertools.count()
+        drops = dropout is not None and self.cfg.dropout > 0
+
+        def run(block: Block, h: Array) -> Array:
+            program = as_program(block, self.cfg.remat)
+            if not drops:
+                return program(h, emb)
+            return program(h, emb, jax.random.fold_in(dropout, next(numbers)))
+
+        return run
+
+    def _descend(self, image: Array, run: Callable) -> tuple[Array, list, list]:
         """(output, all activations for the way up, outputs of the levels)."""
         cfg = self.cfg
-        run = lambda block, h: as_program(block, cfg.remat)(h, emb)
         h = self.conv_in(image)
         skips = [h]
         features = []
@@ -464,9 +488,8 @@ class EDMModule(nnx.Module):
             features.append(h)
         return h, skips, features
 
-    def _ascend(self, h: Array, skips: list, emb: Array) -> tuple[Array, list]:
+    def _ascend(self, h: Array, skips: list, run: Callable) -> tuple[Array, list]:
         """(output, outputs of the levels)."""
-        run = lambda block, h: as_program(block, self.cfg.remat)(h, emb)
         skips = list(skips)
         features = []
         for level in self.up:

@@ -101,11 +101,9 @@ class Gemma2Block(Block):
         return self.activation(self.gate(h)) * self.up(h)
 
     def mlp_branch(
-        self, x: Float[Array, "B T D"], neurons: Float[Array, "B T M"]
+        self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        return constrain(
-            x + self.norm_mlp_out(self.down(neurons)), "batch", "seq", None
-        )
+        return constrain(x + self.norm_mlp_out(out), "batch", "seq", None)
 
 
 class Gemma2Module(LMModule):

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Integer, Num, Shaped
+from jaxtyping import Bool, Float, Integer, Key, Num, Shaped
 
-from jaxdistill.core.fields import Depth, Dtype, Remat
+from jaxdistill.core.fields import Depth, Dropout, Dtype, Remat
 from jaxdistill.core.rows import project
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Batch, Nets, Refused
@@ -31,9 +31,11 @@ from jaxdistill.models.layers import (
     attention_scores,
     check_taps,
     dense,
+    drop,
     embedding,
     key_mask,
     lookup,
+    part_keys,
     rms_norm,
     rotate,
     split_heads,
@@ -76,6 +78,8 @@ class LM:
     bos: int = -1  # token that begins a text; -1: none
     eos: tuple[int, ...] = ()  # tokens that end a text
     pad: int = -1  # padding token; -1: none
+    # rate of dropout behind attention and MLP; only losses that pass a key drop
+    dropout: Dropout = 0.0
     dtype: Dtype = "float32"  # arithmetic; weights are float32
     remat: Remat = "none"
 
@@ -122,6 +126,7 @@ class Block(nnx.Module):
         self.heads = cfg.heads
         self.kv_heads = cfg.kv_heads or cfg.heads
         self.cap = cfg.cap
+        self.dropout = cfg.dropout
         self.norm_attention = rms_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.to_q = make(d, self.heads * size, ("embed", "heads"))
         self.to_k = make(d, self.kv_heads * size, ("embed", "heads"))
@@ -170,10 +175,10 @@ class Block(nnx.Module):
         return gated(self.gate(h), self.up(h))
 
     def mlp_branch(
-        self, x: Float[Array, "B T D"], neurons: Float[Array, "B T M"]
+        self, x: Float[Array, "B T D"], out: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        """x plus the branch of the MLP: the output of the block."""
-        return constrain(x + self.down(neurons), "batch", "seq", None)
+        """x plus the branch of the MLP, given the output of its last map."""
+        return constrain(x + out, "batch", "seq", None)
 
     def __call__(
         self,
@@ -181,15 +186,22 @@ class Block(nnx.Module):
         rotary: Rotary,
         attend: Attend,
         residual: Callable[[Array], Array] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Inside]:
-        """(the block's output, extra of `attend`, what it computed on the way)."""
+        """(the block's output, extra of `attend`, what it computed on the way).
+
+        `key` is that of dropout.
+        """
+        key_attention, key_mlp = part_keys(key, 2)
         h = self.norm_attention(x)
         q, k, v = self.project(h)
         attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
         merged = attended.reshape(*x.shape[:2], -1)
-        x = self.attention_branch(x, with_residual(self.to_out(merged), h, residual))
+        out = drop(self.to_out(merged), self.dropout, key_attention)
+        x = self.attention_branch(x, with_residual(out, h, residual))
         neurons = self.neurons(x)
-        return self.mlp_branch(x, neurons), extra, Inside(merged, neurons)
+        out = drop(self.down(neurons), self.dropout, key_mlp)
+        return self.mlp_branch(x, out), extra, Inside(merged, neurons)
 
 
 @flax.struct.dataclass
@@ -296,9 +308,9 @@ class LMModule(Stacked):
         x, rotary = self._enter(tokens, positions, None)
         return x, Context(rotary, visible(mask, segments), attend)
 
-    def apply_block(self, block, state, context, residual=None):
+    def apply_block(self, block, state, context, residual=None, key=None):
         attend = context.attend or self._attend_causally(context.seen)
-        state, _, inside = block(state, context.rotary, attend, residual)
+        state, _, inside = block(state, context.rotary, attend, residual, key)
         return state, inside
 
     def head(

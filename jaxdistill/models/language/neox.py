@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jaxtyping import Float, Key
 
 from jaxdistill.core.sharding import constrain
 from jaxdistill.core.types import Array, Refused
@@ -25,7 +25,9 @@ from jaxdistill.models.layers import (
     Rotary,
     attention_scores,
     dense,
+    drop,
     layer_norm,
+    part_keys,
     rotate,
     split_heads,
     with_residual,
@@ -65,6 +67,7 @@ class Block(nnx.Module):
         dtype = jnp.dtype(cfg.dtype)
         make = functools.partial(dense, rngs=rngs, dtype=dtype)
         self.heads = cfg.heads
+        self.dropout = cfg.dropout
         self.rotary = cfg.rotary
         self.parallel = cfg.parallel
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
@@ -104,14 +107,18 @@ class Block(nnx.Module):
         rotary: Rotary,
         attend: Attend,
         residual: Callable[[Array], Array] | None = None,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any, Inside]:
+        key_attention, key_mlp = part_keys(key, 2)
         h = self.norm_attention(x)
         q, k, v = self.project(h)
         attended, extra = attend(self.rotate(q, rotary), self.rotate(k, rotary), v)
         merged = attended.reshape(x.shape)
-        mid = x + with_residual(self.to_out(merged), h, residual)
+        out = drop(self.to_out(merged), self.dropout, key_attention)
+        mid = x + with_residual(out, h, residual)
         neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
-        x = constrain(mid + self.down(neurons), "batch", "seq", None)
+        out = drop(self.down(neurons), self.dropout, key_mlp)
+        x = constrain(mid + out, "batch", "seq", None)
         return x, extra, Inside(merged, neurons)
 
 
