@@ -34,6 +34,7 @@ from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.net import Net, is_spec, paths
 from jaxdistill.core.optim import decayed
+from jaxdistill.core.rates import Rates, rate_factors
 from jaxdistill.core.step import init_state
 from jaxdistill.core.types import State, lookup
 from jaxdistill.run import programs
@@ -43,7 +44,6 @@ from tools import recipes, stand_ins
 
 FOLDER = Path(__file__).parents[1] / "tests/golden"
 PARTS = ("params", "opt", "ema", "frozen")
-FACTOR = 1  # of the learning rate: no optimiser has factors by weight
 
 
 def golden(argv):
@@ -147,9 +147,9 @@ def weight_lines(
         if role not in {**state.params, **state.frozen}:
             kind = "of another stage"
         yield f"# {role}: {kind}, from {experiment.source(role)}, {net.size:,} weights"
-        lines = tuple(
-            lines_of(net, state.params[role] if trained else frozen, trained)
-        )
+        rates = experiment.roles[role].optimizer.rates if trained else ()
+        weights = state.params[role] if trained else frozen
+        lines = tuple(lines_of(net, weights, trained, rates))
         if lines in written:
             yield f"as {written[lines]}"
         elif lines:
@@ -158,11 +158,14 @@ def weight_lines(
         yield ""
 
 
-def lines_of(net: Net, weights: Any, trained: bool) -> Iterator[str]:
-    """A line for each weight of one role."""
+def lines_of(
+    net: Net, weights: Any, trained: bool, rates: Rates = ()
+) -> Iterator[str]:
+    """A line for each weight of one role, with the factors that `rates` gives a trained one."""
     names = paths(net.axes, is_leaf=is_spec)
     drawn = paths(initialisers(net))
     decay = paths(decayed(weights, net.axes)) if trained else {}
+    factors = rate_factors(rates, weights)
     for path, weight in sorted(paths(weights).items()):
         shape = list(weight.shape)
         axes = ", ".join(str(name) for name in names.get(path) or ())
@@ -170,7 +173,8 @@ def lines_of(net: Net, weights: Any, trained: bool) -> Iterator[str]:
             f"{path}  {shape} {weight.dtype} ({axes})  {drawn.get(path, 'derived')}"
         )
         if trained:
-            line += f"  {'decay' if decay[path] else 'no decay'}  lr * {FACTOR}"
+            word = "decay" if decay[path] else "no decay"
+            line += f"  {word}  lr * {factors[path]:g}"
         yield line
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
+from jaxdistill.core.build import located
 from jaxdistill.core.net import Net
 from jaxdistill.core.step import active_turns, bind, init_state, make_train_step
-from jaxdistill.core.types import Ctx, Params, Stage, State
+from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
 from jaxdistill.run import flops
 from jaxdistill.run.experiment import Experiment
 
@@ -48,6 +49,9 @@ def make_programs(
     Args:
       start: role -> first weights, as for `init_state`; arrays or ShapeDtypeStructs.
       batch: arrays or ShapeDtypeStructs.
+
+    Raises:
+      Refused: an optimiser has a factor for weights that its network lacks.
     """
     method = stage.method
     settings = experiment.settings
@@ -59,7 +63,12 @@ def make_programs(
         updates = sum(turns[i].moves.count(role) for active in taken for i in active)
         net = nets[role]
         optimizer = roles[role].optimizer
-        txs[role] = optimizer.make(updates, bank=isinstance(net, Bank), axes=net.axes)
+        bank = isinstance(net, Bank)
+        try:
+            txs[role] = optimizer.make(updates, bank=bank, axes=net.axes)
+        except Refused as error:
+            where = f"{experiment.where}.roles.{role}.optimizer"
+            raise located(where, error) from error
     inits = {
         role: experiment.inits.get(role, source)
         for role, source in method.inits.items()
