@@ -73,7 +73,8 @@ class Optimizer:
     clip_from: int = 0  # updates before clipping, by value and by norm, begins
     # Where the gradient or the loss is not finite:
     # - "stop": the run stops.
-    # - "skip": the update is skipped; weights, moments, average and count of updates stay.
+    # - "skip": the update is skipped; weights, moments, average and count of updates stay, and the
+    #   method's memory where no other role of the turn moves.
     # - "zero": the update is taken with 0 in place of the entries that are not finite after
     #   clipping. Clipping by norm leaves no other entry of such a gradient.
     # Metrics that are not finite, or of skipped updates, do not count in the log. In a bank "skip"

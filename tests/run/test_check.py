@@ -363,6 +363,7 @@ def test_a_folders_config_imports_nothing_by_being_compared(tmp_path, monkeypatc
     assert build.completed({"name": "os:system"}) == {"name": "os:system"}
     assert build.completed({"name": "core.optim:Ema", "rate": 0.5}) == {
         "name": "core.optim:Ema",
+        "start": 0,
         "rate": 0.5,
         "warmup": True,
     }
