@@ -97,6 +97,7 @@ def test_norms_that_are_not_finite_are_not_remembered():
         )
         assert np.isfinite(updates["a"]).all()
     np.testing.assert_allclose(updates["a"], [-2.0, 0.0])
+    assert sorted(state.inner[0].norms.tolist()) == [2.0, 4.0]
     assert int(state.zeroed) == 2
 
 
@@ -223,6 +224,15 @@ def test_an_update_that_is_not_finite_is_left_out(bad, accumulate):
         assert same(getattr(state, part), getattr(without, part))
     assert int(state.step) == 4 and int(state.count["student"]) == 3
     assert [float(m["student/skipped"]) for m in metrics] == [0, 1, 0, 0]
+
+
+def test_a_skipped_update_keeps_every_bit():
+    weights = {"a": jnp.array([-0.0, 3.0])}
+    tx = dataclasses.replace(SGD, nonfinite="skip").make(1)
+    grads = {"a": jnp.array([jnp.nan, 1.0])}
+    updates, _ = tx.update(grads, tx.init(weights), finite=jnp.array(False))
+    after = jax.jit(optax.apply_updates)(weights, updates)["a"]
+    assert np.signbit(after).tolist() == [True, False]
 
 
 def test_metrics_of_a_skipped_update_do_not_count():
