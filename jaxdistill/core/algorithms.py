@@ -93,25 +93,6 @@ def _norm(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
 
 
-def came(
-    lr: Any,
-    *,
-    b1: float,
-    b2: float,
-    b3: float,
-    eps1: float,
-    eps2: float,
-    own: OwnAxes,
-) -> optax.GradientTransformation:
-    """CAME for each layer and member.
-
-    Source: algorithm 2 of arXiv:2307.02047 with d = 1, without bias correction.
-    """
-    return optax.chain(
-        scale_by_came(b1, b2, b3, eps1, eps2, own), optax.scale_by_learning_rate(lr)
-    )
-
-
 class CameState(NamedTuple):
     """The averages of CAME, in the structure of the weights.
 
@@ -126,34 +107,60 @@ class CameState(NamedTuple):
     doubt_columns: Params
 
 
-def scale_by_came(
-    b1: float, b2: float, b3: float, eps1: float, eps2: float, own: OwnAxes
-) -> optax.GradientTransformation:
-    """From gradients to the updates of CAME with a learning rate of 1.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Came:
+    """CAME for each layer and member, with a learning rate of 1.
 
     The factors are over the last two axes of one layer's matrix. A weight with one axis is a matrix
     of one column, whose second moment is thus not factored; it has no confidence.
+
+    Source: algorithm 2 of arXiv:2307.02047 with d = 1, without bias correction.
     """
 
-    def init(params: Params) -> CameState:
-        def rows(path: tuple, w: Array) -> Array:
-            return _mean(jnp.zeros_like(w), _factors(own(path, w))[0])
+    b1: float
+    b2: float
+    b3: float
+    eps1: float
+    eps2: float
+    own: OwnAxes
 
-        def columns(path: tuple, w: Array) -> Array:
-            return _mean(jnp.zeros_like(w), _factors(own(path, w))[1])
-
-        def doubt_rows(path: tuple, w: Array) -> Array:
-            return rows(path, w) if len(own(path, w)) >= 2 else columns(path, w)
+    def init(self, params: Params) -> CameState:
+        """Zeros, in buffers of their own."""
 
         def made(part: Callable) -> Params:
             return jax.tree_util.tree_map_with_path(part, params)
 
-        mean = jax.tree.map(jnp.zeros_like, params)
         return CameState(
-            mean, made(rows), made(columns), made(doubt_rows), made(columns)
+            mean=jax.tree.map(jnp.zeros_like, params),
+            rows=made(self._rows),
+            columns=made(self._columns),
+            doubt_rows=made(self._doubt_rows),
+            doubt_columns=made(self._columns),
         )
 
-    def one(
+    def _rows(self, path: tuple, weight: Array) -> Array:
+        over_row, _ = _factors(self.own(path, weight))
+        return _mean(jnp.zeros_like(weight), over_row)
+
+    def _columns(self, path: tuple, weight: Array) -> Array:
+        _, over_column = _factors(self.own(path, weight))
+        return _mean(jnp.zeros_like(weight), over_column)
+
+    def _doubt_rows(self, path: tuple, weight: Array) -> Array:
+        """A vector needs none: the smallest array that is sharded as the weight is."""
+        is_matrix = len(self.own(path, weight)) >= 2
+        return (self._rows if is_matrix else self._columns)(path, weight)
+
+    def update(self, grads, state, params=None):
+        """(updates, state) as of an optax transformation."""
+        found = jax.tree_util.tree_map_with_path(self._of_weight, grads, *state)
+        parts = jax.tree.structure((0,) * (1 + len(state)))
+        outer = jax.tree.structure(grads)
+        updates, *entries = jax.tree.transpose(outer, parts, found)
+        return updates, CameState(*entries)
+
+    def _of_weight(
+        self,
         path: tuple,
         g: Array,
         mean: Array,
@@ -163,32 +170,29 @@ def scale_by_came(
         doubt_columns: Array,
     ) -> tuple[Array, ...]:
         """(update, new entries of the state) of one weight."""
-        axes = own(path, g)
+        axes = self.own(path, g)
         over_row, over_column = _factors(axes)
-        square = g**2 + eps1
-        rows = _average(b2, rows, _mean(square, over_row))
-        columns = _average(b2, columns, _mean(square, over_column))
+        square = g**2 + self.eps1
+        rows = _average(self.b2, rows, _mean(square, over_row))
+        columns = _average(self.b2, columns, _mean(square, over_column))
         step = g * _inverse_root(rows, columns, over_column)
         rms = jnp.sqrt(_mean(step**2, axes))
         step = step / jnp.maximum(rms, 1.0)
-        mean = _average(b1, mean, step)
+        mean = _average(self.b1, mean, step)
         if len(axes) < 2:
             return mean, mean, rows, columns, doubt_rows, doubt_columns
-        doubt = (step - mean) ** 2 + eps2
-        doubt_rows = _average(b3, doubt_rows, _mean(doubt, over_row))
-        doubt_columns = _average(b3, doubt_columns, _mean(doubt, over_column))
+        doubt = (step - mean) ** 2 + self.eps2
+        doubt_rows = _average(self.b3, doubt_rows, _mean(doubt, over_row))
+        doubt_columns = _average(self.b3, doubt_columns, _mean(doubt, over_column))
         sure = mean * _inverse_root(doubt_rows, doubt_columns, over_column)
         return sure, mean, rows, columns, doubt_rows, doubt_columns
 
-    def update(grads, state, params=None):
-        found = jax.tree_util.tree_map_with_path(one, grads, *state)
-        parts = jax.tree.structure((0,) * (1 + len(state)))
-        updates, *entries = jax.tree.transpose(
-            jax.tree.structure(grads), parts, found
-        )
-        return updates, CameState(*entries)
 
-    return optax.GradientTransformation(init, update)
+def came(lr: Any, **parameters: Any) -> optax.GradientTransformation:
+    """CAME; `parameters` are the fields of `Came`."""
+    rule = Came(**parameters)
+    steps = optax.GradientTransformation(rule.init, rule.update)
+    return optax.chain(steps, optax.scale_by_learning_rate(lr))
 
 
 def _factors(axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

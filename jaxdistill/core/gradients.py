@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Bool, Float
 
 from jaxdistill.core.net import Net
 from jaxdistill.core.types import Array, Means, Params, Turn
@@ -24,8 +25,8 @@ def clip_by_member_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def member_norms(updates: Params) -> Array:
-    """The global norm of each member's part of stacked updates, [K]."""
+def member_norms(updates: Params) -> Float[Array, " K"]:
+    """The global norm of each member's part of stacked updates."""
     squares = [
         jnp.sum(g.reshape(g.shape[0], -1) ** 2, axis=1)
         for g in jax.tree.leaves(updates)
@@ -33,8 +34,8 @@ def member_norms(updates: Params) -> Array:
     return jnp.sqrt(sum(squares))
 
 
-def scale_members(updates: Params, scale: Array) -> Params:
-    """Stacked updates times a number for each member, [K]."""
+def scale_members(updates: Params, scale: Float[Array, " K"]) -> Params:
+    """Stacked updates times a number for each member."""
     return jax.tree.map(lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), updates)
 
 
@@ -225,8 +226,8 @@ def taken_updates(
 
 def any_taken(
     turn: Turn, opt: Mapping[str, Any], finite: Mapping[str, Array]
-) -> Array:
-    """Whether a turn updates anything, bool []."""
+) -> Bool[Array, ""]:
+    """Whether a turn updates anything."""
     taken = taken_updates(opt, finite)
     return jnp.any(jnp.stack([jnp.any(taken.get(r, True)) for r in turn.moves]))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
@@ -58,17 +59,7 @@ def make_programs(
     roles = experiment.roles
     turns = method.turns
     taken = [active_turns(turns, step) for step in range(stage.steps)]
-    txs = {}
-    for role in method.inits:
-        updates = sum(turns[i].moves.count(role) for active in taken for i in active)
-        net = nets[role]
-        optimizer = roles[role].optimizer
-        bank = isinstance(net, Bank)
-        try:
-            txs[role] = optimizer.make(updates, bank=bank, axes=net.axes)
-        except Refused as error:
-            where = f"{experiment.where}.roles.{role}.optimizer"
-            raise located(where, error) from error
+    txs = _optimizers(experiment, nets, stage, taken)
     inits = {
         role: experiment.inits.get(role, source)
         for role, source in method.inits.items()
@@ -110,6 +101,28 @@ def make_programs(
         patterns=patterns,
         batch=placed,
     )
+
+
+def _optimizers(
+    experiment: Experiment,
+    nets: Mapping[str, Net],
+    stage: Stage,
+    taken: list[tuple[int, ...]],
+) -> dict[str, optax.GradientTransformation]:
+    """Trained role -> its optimiser, for as many updates as the turns `taken` at each step make."""
+    turns = stage.method.turns
+    txs = {}
+    for role in stage.method.inits:
+        updates = sum(turns[i].moves.count(role) for active in taken for i in active)
+        net = nets[role]
+        optimizer = experiment.roles[role].optimizer
+        bank = isinstance(net, Bank)
+        try:
+            txs[role] = optimizer.make(updates, bank=bank, axes=net.axes)
+        except Refused as error:
+            where = f"{experiment.where}.roles.{role}.optimizer"
+            raise located(where, error) from error
+    return txs
 
 
 def _with_sharding(shape: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -189,6 +189,8 @@ def test_came_keeps_rows_and_columns_of_each_matrix():
     assert shapes == [(2, 3, 5), (2, 3, 1), (2, 1, 5), (2, 3, 1), (2, 1, 5)]
     shapes = [w["blocks"]["bias"].shape for w in state]
     assert shapes == [(2, 5), (2, 5), (2, 1), (2, 1), (2, 1)]
+    buffers = [w.unsafe_buffer_pointer() for w in jax.tree.leaves(state)]
+    assert len(set(buffers)) == len(buffers)
 
 
 def test_came_stands_where_there_is_no_gradient():
