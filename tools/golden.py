@@ -34,7 +34,9 @@ from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
 from jaxdistill.core.net import Net, is_spec, paths
 from jaxdistill.core.optim import decayed
-from jaxdistill.core.step import init_state
+from jaxdistill.core.parts import like, split
+from jaxdistill.core.rates import Rates, rate_factors
+from jaxdistill.core.step import complete, init_state, parts_of
 from jaxdistill.core.types import State, lookup
 from jaxdistill.run import programs
 from jaxdistill.run.experiment import Experiment
@@ -42,8 +44,6 @@ from launch._command import arguments, main
 from tools import recipes, stand_ins
 
 FOLDER = Path(__file__).parents[1] / "tests/golden"
-PARTS = ("params", "opt", "ema", "frozen")
-FACTOR = 1  # of the learning rate: no optimiser has factors by weight
 
 
 def golden(argv):
@@ -106,7 +106,7 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
     ]
     warm = dict.fromkeys([*method.frozen, *named])
     start = {role: experiment.abstract(experiment.nets[role], role) for role in warm}
-    uncollected = dataclasses.replace(stage, collect=None)
+    uncollected = dataclasses.replace(stage, collect=None, pool=None)
     nets, start, _ = programs._abstract_start(
         experiment, uncollected, experiment.nets, start
     )
@@ -116,13 +116,12 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
         updated = any(
             turn.when(step) for turn in turns for step in range(stage.steps)
         )
+        net = nets[role]
+        axes = split(net, net.axes, stage.method.trains.get(role)).moving
         optimisers[role] = roles[role].optimizer.make(
-            int(updated), bank=isinstance(nets[role], Bank), axes=nets[role].axes
+            int(updated), bank=isinstance(net, Bank), axes=axes
         )
-    inits = {
-        role: experiment.inits.get(role, init)
-        for role, init in stage.method.inits.items()
-    }
+    inits = experiment.inits_of(stage.method)
 
     def make(start: Mapping[str, Any]) -> State:
         key = jax.random.key(0)
@@ -147,9 +146,13 @@ def weight_lines(
         if role not in {**state.params, **state.frozen}:
             kind = "of another stage"
         yield f"# {role}: {kind}, from {experiment.source(role)}, {net.size:,} weights"
-        lines = tuple(
-            lines_of(net, state.params[role] if trained else frozen, trained)
-        )
+        if trained:
+            rates = experiment.roles[role].optimizer.rates
+            lines = tuple(lines_of(net, state.params[role], True, rates))
+            resting = complete(state, role, {})
+            lines += tuple(lines_of(net, resting, False))
+        else:
+            lines = tuple(lines_of(net, frozen, False))
         if lines in written:
             yield f"as {written[lines]}"
         elif lines:
@@ -158,11 +161,14 @@ def weight_lines(
         yield ""
 
 
-def lines_of(net: Net, weights: Any, trained: bool) -> Iterator[str]:
-    """A line for each weight of one role."""
+def lines_of(
+    net: Net, weights: Any, trained: bool, rates: Rates = ()
+) -> Iterator[str]:
+    """A line for each weight of one role, with the factors that `rates` gives a trained one."""
     names = paths(net.axes, is_leaf=is_spec)
     drawn = paths(initialisers(net))
-    decay = paths(decayed(weights, net.axes)) if trained else {}
+    decay = paths(decayed(weights, like(net.axes, weights))) if trained else {}
+    factors = rate_factors(rates, weights)
     for path, weight in sorted(paths(weights).items()):
         shape = list(weight.shape)
         axes = ", ".join(str(name) for name in names.get(path) or ())
@@ -170,7 +176,8 @@ def lines_of(net: Net, weights: Any, trained: bool) -> Iterator[str]:
             f"{path}  {shape} {weight.dtype} ({axes})  {drawn.get(path, 'derived')}"
         )
         if trained:
-            line += f"  {'decay' if decay[path] else 'no decay'}  lr * {FACTOR}"
+            word = "decay" if decay[path] else "no decay"
+            line += f"  {word}  lr * {factors[path]:g}"
         yield line
 
 
@@ -179,8 +186,8 @@ def byte_lines(nets: Mapping[str, Net], state: State) -> Iterator[str]:
     yield "# bytes of the state"
     for role in nets:
         sizes = []
-        for part in PARTS:
-            leaves = jax.tree.leaves(getattr(state, part).get(role, {}))
+        for part, tree in parts_of(state, role).items():
+            leaves = jax.tree.leaves(tree)
             size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
             sizes.append(f"{part} {size:,}")
         yield f"{role}: {', '.join(sizes)}"

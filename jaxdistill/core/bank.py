@@ -41,15 +41,19 @@ class Bank(Net):
     def source(self) -> Net:
         return self.one.source
 
-    def sanitise(self, grads: Params) -> Params:
-        """Gradients with zeros for members that have a non-finite one; the others train on."""
+    def finite(self, grads: Params) -> Array:
+        """Whether all entries of each member's gradients are finite, bool [K]."""
 
         def all_finite(g: Array) -> Array:
             return jnp.all(jnp.isfinite(g).reshape(self.members, -1), axis=1)
 
-        finite = jnp.all(
+        return jnp.all(
             jnp.stack([all_finite(g) for g in jax.tree.leaves(grads)]), axis=0
         )
+
+    def sanitise(self, grads: Params) -> Params:
+        """Gradients with zeros for members that have a non-finite one; the others train on."""
+        finite = self.finite(grads)
 
         def keep(g: Array) -> Array:
             mask = finite.reshape(-1, *[1] * (g.ndim - 1))

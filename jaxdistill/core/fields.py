@@ -14,12 +14,18 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from jaxdistill.core.types import quoted
+import numpy as np
 
-LARGEST = 2**31 - 1  # of an int that names no range: what indexes an axis
+from jaxdistill.core.types import Refused, quoted
+
+LARGEST = (
+    2**31 - 1
+)  # of an int that names no range: what indexes an axis, counts updates
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+SMALLEST = float(np.finfo(np.float32).tiny)  # smaller numbers become 0 on most chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,3 +218,33 @@ def _problem_of_class(hint: type, value: Any, bounded: bool) -> str:
     if hint in (object, Any) or isinstance(value, hint):
         return ""
     return f"expected {_noun(hint) if hint is str else 'a ' + hint.__name__}"
+
+
+def check_range(
+    name: str,
+    value: Any,
+    expected: str,
+    holds: Callable[[Any], bool],
+    kind: type = numbers.Real,
+) -> None:
+    """Raises Refused unless `value` is a `kind` (numbers.Real | numbers.Integral) that float32
+    holds, and `holds` says so.
+    """
+    most = LARGEST if kind is numbers.Integral else LARGEST_FLOAT
+    sound = (
+        isinstance(value, kind)
+        and not isinstance(value, bool)
+        and -most <= value <= most
+    )
+    if not sound or not holds(value):
+        raise Refused(f"{name}={value!r}: expected {expected}")
+    if not holds(in_float32(value)):
+        raise Refused(
+            f"{name}={value!r}: is {in_float32(value):g} in float32, expected {expected}"
+        )
+
+
+def in_float32(value: float) -> float:
+    """`value` rounded to float32, with 0 in place of subnormal numbers."""
+    rounded = float(np.float32(value))
+    return rounded if abs(rounded) >= SMALLEST else 0.0

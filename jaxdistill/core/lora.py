@@ -18,17 +18,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxdistill.core.fields import check_range
 from jaxdistill.core.net import (
     Net,
     is_matrix,
     is_quantized,
     is_spec,
+    listed,
     materialise,
     path_name,
     paths,
     scoped,
 )
-from jaxdistill.core.optim import check_range
 from jaxdistill.core.types import Params, Refused
 
 
@@ -133,7 +134,7 @@ def adapt(
     if not shapes:
         raise Refused(
             f"lora.targets={targets!r} matches no matrix of lora.base={base!r}:"
-            f" {_listed(list(paths(net.shapes)))}"
+            f" {listed(net.shapes)}"
         )
     return Adapter(
         net.build,
@@ -145,13 +146,6 @@ def adapt(
         base,
         scale=(alpha or rank) / rank,
     )
-
-
-def _listed(names: list[str], most: int = 6) -> str:
-    if not names:
-        return "it has no weights"
-    more = ", ..." if len(names) > most else ""
-    return f"its weights are {', '.join(names[:most])}{more}"
 
 
 def merge(base: Params, adapter: Params, scale: float) -> Params:

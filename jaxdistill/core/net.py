@@ -19,6 +19,7 @@ from jaxdistill.core.types import Array, Params
 
 # What a network stores: weights, and the running statistics of its batch norms.
 STORED = (nnx.Param, nnx.BatchStat)
+STACKED = ("layers", "bank")  # logical axes that stack weights
 
 _FORWARD: ContextVar[bool] = ContextVar("forward_mode", default=False)
 
@@ -99,6 +100,11 @@ class Net:
     def source(self) -> Net:
         """The network whose weights a folder holds; `from_source` converts them."""
         return self
+
+    def finite(self, grads: Params) -> Array:
+        """Whether all entries of gradients are finite, bool []; for each member of a Bank [K]."""
+        every = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
+        return functools.reduce(jnp.logical_and, every, jnp.array(True))
 
     def sanitise(self, grads: Params) -> Params:
         """Gradients as the optimiser gets them. Bank zeroes those of non-finite members."""
@@ -262,7 +268,7 @@ def is_spec(leaf: Any) -> bool:
 
 def is_matrix(names: PartitionSpec) -> bool:
     """Whether a weight with these axis names has two dimensions or more, stacking axes apart."""
-    return len([n for n in names if n not in ("layers", "bank")]) >= 2
+    return len([n for n in names if n not in STACKED]) >= 2
 
 
 def decays(names: PartitionSpec) -> bool:
@@ -287,3 +293,12 @@ def paths(tree: Params, is_leaf=None) -> dict[str, Any]:
         path_name(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     }
+
+
+def listed(weights: Params, most: int = 6) -> str:
+    """The end of a message: the paths of a network's weights, of many the first `most`."""
+    names = list(paths(weights, is_leaf=is_spec))
+    if not names:
+        return "it has no weights"
+    more = ", ..." if len(names) > most else ""
+    return f"its weights are {', '.join(names[:most])}{more}"

@@ -295,6 +295,7 @@ def state_shardings(
 ) -> State:
     """The shardings of a state, as a tree like it; optimiser moments have those of their weights.
 
+    A moment whose axes are those of its weight, but some of size 1, is not split over these.
     `places` says in which memory the weights of frozen roles stay.
     """
     replicated = NamedSharding(mesh, P())
@@ -304,10 +305,9 @@ def state_shardings(
         return fits(param_shardings(mesh, rules[name], axes), shapes)
 
     def opt(name: str):
-        follow = lambda _, sharding: sharding
         return optax.tree.map_params(
             txs[name],
-            follow,
+            lambda moment, sharding: fits(sharding, moment),
             abstract.opt[name],
             role(name, abstract.params[name]),
             transform_non_params=lambda _: replicated,

@@ -10,6 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdistill.core.gradients import (
+    any_taken,
+    chosen,
+    finite_updates,
+    taken_updates,
+    without_skipped,
+)
 from jaxdistill.core.net import Net, materialise
 from jaxdistill.core.optim import Ema
 from jaxdistill.core.parts import joined, like, split
@@ -257,6 +264,7 @@ def take_turn(
             differentiate, moving, batch, rng, carried, accumulate
         )
     grads = jax.tree.map(lambda g: g / _nonzero(count), grads)
+    finite = finite_updates(turn, nets, state.opt, grads, sums["loss"][0])
     # In a bank (several networks in one role) a member whose gradient is not finite gets zeros.
     grads = {role: nets[role].sanitise(g) for role, g in grads.items()}
 
@@ -269,13 +277,18 @@ def take_turn(
             counts[f"{first}/{name}"] = own
     for role in turn.moves:
         metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
+    means = Means(metrics, counts)
+    if finite:
+        means = without_skipped(means, turn, state.opt, finite)
+        before = Carried(state.memory, state.statistics)
+        carried = chosen(any_taken(turn, state.opt, finite), carried, before)
     state = state.replace(memory=carried.memory, statistics=carried.statistics)
-    state = _update(turn, txs, emas, state, grads)
+    state = _update(turn, txs, emas, state, grads, finite)
     if turn.after:
         changed = turn.after(all_weights(state), state.step)
         moved = {role: like(w, state.params[role]) for role, w in changed.items()}
         state = state.replace(params={**state.params, **moved})
-    return state, Means(metrics, counts)
+    return state, means
 
 
 def _update(
@@ -284,14 +297,22 @@ def _update(
     emas: Mapping[str, Ema],
     state: State,
     grads: Mapping[str, Params],
+    finite: Mapping[str, Array],
 ) -> State:
-    """The state after the optimisers' updates of `turn.moves` and of their averages."""
+    """The state after the optimisers' updates of `turn.moves` and of their averages.
+
+    `finite` is what `finite_updates` returns.
+    """
     params = dict(state.params)
     opt = dict(state.opt)
     ema = dict(state.ema)
     count = dict(state.count)
+    taken = taken_updates(opt, finite)
     for role in turn.moves:
-        updates, opt[role] = txs[role].update(grads[role], opt[role], params[role])
+        given = {"finite": finite[role]} if role in finite else {}
+        updates, opt[role] = txs[role].update(
+            grads[role], opt[role], params[role], **given
+        )
         params[role] = optax.apply_updates(params[role], updates)
         count[role] = count[role] + 1
         if role in ema:
@@ -299,6 +320,10 @@ def _update(
             ema[role] = optax.incremental_update(
                 params[role], ema[role], 1.0 - decay(count[role])
             )
+    for role, mask in taken.items():
+        count[role] = chosen(mask, count[role], state.count[role])
+        if role in ema:
+            ema[role] = chosen(mask, ema[role], state.ema[role])
     return state.replace(params=params, opt=opt, ema=ema, count=count)
 
 

@@ -125,6 +125,8 @@ class Pending:
     def flush(self) -> dict[str, float]:
         """Means since the last flush, weighted by the counts of tokens or samples where there are.
 
+        Metrics whose counts are all 0 are left out.
+
         Raises:
             NonFinite: A loss or gradient is not finite; the message names turn, role and step.
         """
@@ -141,7 +143,7 @@ class Pending:
                 sums[name] = total + float(value) * count, number + count
         self._steps = []
         return {
-            name: total / (number or 1.0) for name, (total, number) in sums.items()
+            name: total / number for name, (total, number) in sums.items() if number
         }
 
     def _described(self, name: str) -> str:

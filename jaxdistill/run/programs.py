@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxdistill.core import sharding
 from jaxdistill.core.bank import Bank
+from jaxdistill.core.build import located
 from jaxdistill.core.net import Net
 from jaxdistill.core.parts import split
 from jaxdistill.core.step import (
@@ -23,7 +25,7 @@ from jaxdistill.core.step import (
     make_train_step,
     results,
 )
-from jaxdistill.core.types import Ctx, Params, Stage, State
+from jaxdistill.core.types import Ctx, Params, Refused, Stage, State
 from jaxdistill.run import flops
 from jaxdistill.run.experiment import Experiment
 
@@ -55,19 +57,16 @@ def make_programs(
     Args:
       start: role -> first weights, as for `init_state`; arrays or ShapeDtypeStructs.
       batch: arrays or ShapeDtypeStructs.
+
+    Raises:
+      Refused: an optimiser has a factor for weights that its network lacks.
     """
     method = stage.method
     settings = experiment.settings
     roles = experiment.roles
     turns = method.turns
     taken = [active_turns(turns, step) for step in range(stage.steps)]
-    txs = {}
-    for role in method.inits:
-        updates = sum(turns[i].moves.count(role) for active in taken for i in active)
-        net = nets[role]
-        optimizer = roles[role].optimizer
-        axes = split(net, net.axes, method.trains.get(role)).moving
-        txs[role] = optimizer.make(updates, bank=isinstance(net, Bank), axes=axes)
+    txs = _optimizers(experiment, nets, stage, taken)
     inits = experiment.inits_of(method)
 
     def build_state(key, start):
@@ -106,6 +105,29 @@ def make_programs(
         patterns=patterns,
         batch=placed,
     )
+
+
+def _optimizers(
+    experiment: Experiment,
+    nets: Mapping[str, Net],
+    stage: Stage,
+    taken: list[tuple[int, ...]],
+) -> dict[str, optax.GradientTransformation]:
+    """Trained role -> its optimiser, for as many updates as the turns `taken` at each step make."""
+    turns = stage.method.turns
+    txs = {}
+    for role in stage.method.inits:
+        updates = sum(turns[i].moves.count(role) for active in taken for i in active)
+        net = nets[role]
+        optimizer = experiment.roles[role].optimizer
+        bank = isinstance(net, Bank)
+        axes = split(net, net.axes, stage.method.trains.get(role)).moving
+        try:
+            txs[role] = optimizer.make(updates, bank=bank, axes=axes)
+        except Refused as error:
+            where = f"{experiment.where}.roles.{role}.optimizer"
+            raise located(where, error) from error
+    return txs
 
 
 def _with_sharding(shape: Any, where: Any) -> jax.ShapeDtypeStruct:

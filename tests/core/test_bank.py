@@ -89,6 +89,9 @@ def test_gradients_that_are_no_numbers_stop_their_member_alone(made):
     _, three, params = made
     hurt = jax.tree.map(lambda w: jnp.ones_like(w), params)
     hurt["inp"]["bias"] = hurt["inp"]["bias"].at[1, 0].set(jnp.inf)
+    assert three.finite(hurt).tolist() == [True, False, True]
+    assert not three.one.finite(hurt)
+    assert three.one.finite(params)
     for w in jax.tree.leaves(three.sanitise(hurt)):
         assert not w[1].any()
         assert (w[0] == 1).all()

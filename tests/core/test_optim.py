@@ -13,6 +13,8 @@ import optax
 import pytest
 
 from jaxdistill import models
+from jaxdistill.core import build
+from jaxdistill.core.gradients import clip_by_member_norm
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.optim import (
     CopyEma,
@@ -21,7 +23,6 @@ from jaxdistill.core.optim import (
     Optimizer,
     PowerEma,
     RampEma,
-    clip_by_member_norm,
     decayed,
     power_gamma,
 )
@@ -82,6 +83,37 @@ def test_copying_average():
     assert float(CopyEma().decay(10**6)) == pytest.approx(0.9999, rel=1e-6)
 
 
+AVERAGES = (
+    Ema(rate=0.9),
+    CopyEma(rate=0.9),
+    PowerEma(sigma_rel=0.1),
+    HalfLifeEma(half_life=1000, batch=100),
+    RampEma(rate=0.9),
+)
+
+
+@pytest.mark.parametrize("rule", AVERAGES, ids=lambda rule: type(rule).__name__)
+def test_an_average_may_begin_later(rule):
+    """Up to the update `start` it has a decay of 0; then it is itself, counted from there."""
+    later = dataclasses.replace(rule, start=3)
+    ks = jnp.arange(1, 12)
+    found = np.asarray(jax.jit(jax.vmap(later.decay))(ks))
+    own = np.asarray(jax.jit(jax.vmap(rule.decay))(ks))
+    assert not found[:3].any()
+    np.testing.assert_array_equal(found[3:], own[:8])
+    values = np.arange(1.0, 12.0)
+    assert run(later, values[:3]) == 3.0
+
+
+def test_the_first_average_of_diffusers():
+    """EMAModel(update_after_step=n): decay 0 up to update n + 1, then (1 + s) / (10 + s)."""
+    rule = CopyEma(rate=0.9999, start=5)
+    for k in range(1, 20):
+        since = max(0, k - 5 - 1)
+        wanted = (1 + since) / (10 + since) if since > 0 else 0.0
+        assert float(rule.decay(k)) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_half_life():
     rule = HalfLifeEma(half_life=1000, batch=100, ramp=0.05)
     assert float(rule.decay(10**6)) == pytest.approx(0.5**0.1, rel=1e-5)
@@ -98,6 +130,63 @@ def test_schedules():
     assert float(
         Optimizer(lr=2.0, schedule="linear").learning_rate(10)(5)
     ) == pytest.approx(1.0)
+
+
+def test_steps_of_the_rate():
+    """As PyTorch's MultiStepLR: the update whose number, from 0, is a milestone is the first that
+    has the smaller rate.
+    """
+    steps = dict(lr=2.0, schedule="step", milestones=(3, 5))
+    lr = Optimizer(**steps, gamma=0.5).learning_rate(10)
+    found = [float(lr(k)) for k in range(7)]
+    assert found == [2, 2, 2, 1, 1, 0.5, 0.5]
+    lr = Optimizer(**steps, warmup=2).learning_rate(10)
+    found = [float(lr(jnp.int32(k))) for k in range(7)]
+    assert found == pytest.approx([1, 2, 2, 0.2, 0.2, 0.02, 0.02], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            dict(),
+            "milestones=\\(\\): expected at least one where optimizer.schedule=step",
+        ),
+        (dict(milestones=(3, 3)), "milestones\\[1\\]=3: expected an integer above 3"),
+        (dict(milestones=(0,)), "milestones\\[0\\]=0: expected an integer above 0"),
+        (
+            dict(milestones=(2,), warmup=2),
+            "milestones\\[0\\]=2: expected an integer above 2",
+        ),
+        (
+            dict(milestones=(1.5,)),
+            "milestones\\[0\\]=1.5: expected an integer above 0",
+        ),
+        (dict(milestones=3), "milestones=3: expected a list of updates"),
+        (dict(milestones=(3,), gamma=0.0), "gamma=0.0: expected a number above 0"),
+        (
+            dict(milestones=(3,), final=0.1),
+            "final=0.1 does not act on .*one of cosine, linear",
+        ),
+        (
+            dict(milestones=(3,), schedule="cosine"),
+            "milestones=.* does not act on optimizer.schedule=cosine: .*one of step",
+        ),
+        (
+            dict(gamma=0.5, schedule="constant"),
+            "gamma=0.5 does not act on optimizer.schedule=constant: .*one of step",
+        ),
+    ],
+)
+def test_steps_without_a_meaning_are_refused(fields, said):
+    with pytest.raises(Refused, match=rf"^optimizer\.{said}[^\n]*$"):
+        Optimizer(**{"schedule": "step", **fields})
+
+
+def test_milestones_may_be_a_list_of_config_data():
+    data = build.plain(Optimizer(schedule="step", milestones=(3, 5)))
+    data.milestones = [4, 6]
+    assert build.build(data) == Optimizer(schedule="step", milestones=(4, 6))
 
 
 def test_decay_spares_vectors_by_name():
@@ -129,7 +218,7 @@ NAMES = [
         "adabelief",
         "amsgrad",
     ),
-    *("rmsprop", "adagrad", "sgd"),
+    *("rmsprop", "adagrad", "sgd", "came"),
 ]
 WEIGHTS = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
 GRADS = [
@@ -184,17 +273,22 @@ CHANGED = dict(
     lr=0.2,
     b1=0.3,
     b2=0.4,
+    b3=0.5,
     eps=1e-2,
+    eps1=1e-2,
+    eps2=1e-2,
     momentum=0.7,
     weight_decay=0.3,
+    rates=(("kernel", 0.5),),
     clip=0.1,
     clip_value=0.1,
+    clip_from=4,
     schedule="cosine",
     warmup=2,
 )
 
 
-@pytest.mark.parametrize("algorithm", NAMES)
+@pytest.mark.parametrize("algorithm", [*NAMES, "lamb"])
 @pytest.mark.parametrize("field", CHANGED)
 def test_every_field_acts_or_is_refused(algorithm, field):
     plain = dict(algorithm=algorithm, lr=0.1)
@@ -202,7 +296,7 @@ def test_every_field_acts_or_is_refused(algorithm, field):
         changed = long_run(**{**plain, field: CHANGED[field]})
     except Refused as error:
         said = str(error)
-        assert field in ("b1", "b2", "eps", "momentum")
+        assert field in ("b1", "b2", "b3", "eps", "eps1", "eps2", "momentum")
         assert "\n" not in said
         assert f"optimizer.{field}={CHANGED[field]} does not act on " in said
         assert f"optimizer.algorithm={algorithm}: expected" in said
@@ -315,6 +409,9 @@ def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
             ("weight_decay", -0.1),
             ("weight_decay", float("nan")),
             ("clip", -1.0),
+            ("eps1", 0.0),
+            ("eps2", 0.0),
+            ("b3", 1.0),
             ("clip_value", -1.0),
         ],
         *[
@@ -331,7 +428,7 @@ def test_decay_of_sgd_joins_the_gradient_before_the_momentum():
                 "chain",
                 "constant_schedule",
                 "scale_by_adam",
-                "lamb",
+                "lars",
                 "",
                 3,
                 None,
@@ -369,6 +466,11 @@ def test_the_nearest_name_is_suggested():
             lambda rate=rate, rule=rule: rule(rate=rate)
             for rule in (Ema, CopyEma, RampEma)
             for rate in (-0.1, 1.0, float("nan"), "x")
+        ],
+        *[
+            lambda rule=rule, start=start: dataclasses.replace(rule, start=start)
+            for rule in AVERAGES
+            for start in (-1, 1.5, True)
         ],
         *[lambda s=s: PowerEma(sigma_rel=s) for s in (0.0, -0.1, 0.3, float("nan"))],
         *[

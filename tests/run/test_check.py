@@ -54,6 +54,14 @@ CASES = {
         {"roles.student.model.width": 0},
         r"config\.roles\.student\.model\.width=0: expected an integer of at least 1",
     ),
+    "a factor of no weight": (
+        {"roles.student.optimizer.rates": [["upp.*", 0.1]]},
+        r"config\.roles\.student\.optimizer\.rates\[0\]\[0\]='upp\.\*' matches no weight: its",
+    ),
+    "a factor of no number": (
+        {"roles.student.optimizer.rates": [["up.*", "slow"]]},
+        r"config\.roles\.student\.optimizer\.rates=.*'slow'.*: expected a list, each",
+    ),
     "a type": (
         {"data.batch_size": "many"},
         r"config\.data\.batch_size='many': expected an integer",
@@ -358,6 +366,7 @@ def test_a_folders_config_imports_nothing_by_being_compared(tmp_path, monkeypatc
     assert build.completed({"name": "os:system"}) == {"name": "os:system"}
     assert build.completed({"name": "core.optim:Ema", "rate": 0.5}) == {
         "name": "core.optim:Ema",
+        "start": 0,
         "rate": 0.5,
         "warmup": True,
     }

@@ -30,7 +30,7 @@ from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.methods.trajectory.progressive import Progressive
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.run import loop, metrics
-from jaxdistill.run.checkpoint import load_params
+from jaxdistill.run.checkpoint import Checkpoints, load_params
 from jaxdistill.run.experiment import Experiment
 from jaxdistill.run.host import alone
 from tests.run.counting import Poisoned
@@ -343,6 +343,35 @@ def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypa
         poisoned,
         rf"at step {step}; suspects: batch\['x'\] of that step has values that are not finite$",
     )
+
+
+def test_a_run_may_skip_updates_that_are_not_finite(tmp_path):
+    """It goes on; the step of the poisoned sample has no loss in the log, and the checkpoint has
+    the number of skipped updates.
+    """
+    skipping = flow(role=dict(optimizer=Optimizer(lr=1e-3, nonfinite="skip")))
+    skipping.data = plain(Poisoned(batch_size=16))
+    skipping.log_every = 1
+    skipping.evaluation = ConfigDict()
+    skipping.claim = ConfigDict()
+    loop.run(skipping, tmp_path, progress=False)
+    loader = Poisoned(batch_size=16).loader()
+    hurt = [7 in batch["number"] for _, batch in zip(range(4), loader)]
+    assert sum(hurt) == 1
+    records_ = metrics.read(tmp_path / "metrics.jsonl")
+    assert [r["student/skipped"] for r in records_] == hurt
+    assert ["student/loss" not in r for r in records_] == hurt
+    assert ["student/grad_norm" not in r for r in records_] == hurt
+    weights = loop.load(tmp_path).params["student"]
+    assert all(np.isfinite(w).all() for w in jax.tree.leaves(weights))
+    file = Checkpoints(tmp_path / "checkpoints", 1)
+    experiment = loop.Experiment(skipping, tmp_path)
+    with loop.sharding.use(experiment.mesh, experiment.settings.rules):
+        abstract = loop.abstract_programs(experiment)[0].abstract
+        _, state, _ = file.restore(abstract.replace(frozen={}))
+    file.close()
+    assert int(state.opt["student"].skipped) == 1
+    assert int(state.count["student"]) == 3
 
 
 def test_the_seconds_of_a_run_are_those_of_all_its_processes(tmp_path):
