@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 from jaxdistill.core.types import Array
 from jaxdistill.models.masks import BlockMask, expand
@@ -100,9 +100,9 @@ def blockwise(
     grouped = (
         q.astype(jnp.float32).reshape(batch, queries, groups, repeats, size) * scale
     )
-    q_blocks = _blocks(grouped, 1, rows)
-    k_blocks = _blocks(k, 1, columns)
-    v_blocks = _blocks(v, 1, columns)
+    q_blocks = in_blocks(grouped, 1, rows)
+    k_blocks = in_blocks(k, 1, columns)
+    v_blocks = in_blocks(v, 1, columns)
     mask_blocks = (
         None
         if mask is None
@@ -178,7 +178,9 @@ class OnlineSoftmax(NamedTuple):
         return self.total / norm[..., None]
 
 
-def _blocks(x: Array, axis: int, size: int) -> Array:
+def in_blocks(
+    x: Shaped[Array, "*before"], axis: int, size: int
+) -> Shaped[Array, "*after"]:
     """`x` padded with zeros and cut along `axis` into blocks of `size`, a new first axis."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, -x.shape[axis] % size)
@@ -245,5 +247,5 @@ def _mask_blocks(
     mask = jnp.broadcast_to(mask, (batch, heads, queries, keys))
     grouped = (1, 1) if heads == 1 else (groups, repeats)
     mask = mask.reshape(batch, *grouped, queries, keys)
-    mask = _blocks(mask, 4, columns)
-    return mask[None] if queries == 1 else _blocks(mask, 4, rows)
+    mask = in_blocks(mask, 4, columns)
+    return mask[None] if queries == 1 else in_blocks(mask, 4, rows)

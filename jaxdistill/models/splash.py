@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from jaxdistill.core.sharding import per_shard
 from jaxdistill.core.types import Array
 from jaxdistill.models.masks import BlockMask, attending
-from jaxdistill.models.softmax import blockwise, plain
+from jaxdistill.models.softmax import blockwise, in_blocks, plain
 
 PLAIN = 2048  # tokens: above it lengths are padded to multiples of LONG_TILE
 TILE = 128  # sequence lengths of a kernel are multiples of it
@@ -60,9 +60,9 @@ def splash(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     of_queries, of_keys = _sides(blocks, queries, keys)
     square = blocks is None and queries == keys
-    segments = ()
-    # where keys are not more than queries are, causal queries do not see the padding behind them
+    # causal queries do not see the padding behind the keys, where there are no more of them
     behind = causal and blocks is None and queries <= keys
+    segments = ()
     if mask is not None or (of_keys.padding and not behind):
         of_key = _segments(mask, batch, of_keys)
         every = (batch, of_queries.tokens)
@@ -94,10 +94,10 @@ def splash(
     tile = 1 if tiles else TILE
     run = per_shard(local, names, query_names, arrays, tile=tile)
     if run is None:
+        options = dict(mask=mask, causal=causal, scale=scale)
         if square:
-            return plain(q, k, v, mask=mask, causal=causal, scale=scale)
-        options = dict(mask=mask, blocks=blocks, causal=causal, scale=scale)
-        return blockwise(q, k, v, **options)
+            return plain(q, k, v, **options)
+        return blockwise(q, k, v, blocks=blocks, **options)
     out = of_queries.cut(run(*arrays))
     if blocks is None and (square or mask is None):
         return out
@@ -168,8 +168,8 @@ def _pad(x: Array, axis: int, count: int, value: int = 0) -> Array:
 def _sides(blocks: BlockMask | None, queries: int, keys: int) -> tuple[_Side, _Side]:
     if blocks is None:
         return _whole(queries), _whole(keys)
-    of_queries = _in_blocks(queries, blocks.query_block)
-    return of_queries, _in_blocks(keys, blocks.key_block)
+    of_queries = _of_blocks(queries, blocks.query_block)
+    return of_queries, _of_blocks(keys, blocks.key_block)
 
 
 def _whole(length: int) -> _Side:
@@ -177,7 +177,7 @@ def _whole(length: int) -> _Side:
     return _Side(length, length, padded, _largest_tile(padded))
 
 
-def _in_blocks(length: int, block: int) -> _Side:
+def _of_blocks(length: int, block: int) -> _Side:
     """A side of a mask by blocks.
 
     The tile is the largest that pads a block by a quarter at most, since a step of the kernel has
@@ -253,9 +253,8 @@ class _Lists(NamedTuple):
     most_queries: int  # tiles of queries that visit a tile of keys, at most
     query_tile: int
     key_tile: int
-    places: (
-        np.ndarray | None
-    )  # int32 [padded queries], of causal queries among the padded keys
+    # int32 [padded queries]: where causal queries stand among the padded keys
+    places: np.ndarray | None
 
     @classmethod
     def of(
@@ -292,17 +291,47 @@ class _Lists(NamedTuple):
     ) -> Array:
         """The attention of a device's samples and heads, heads before tokens."""
         if len(tiles) == 1:
-            return self._of_heads(q, k, v, tiles[0], ids)
+            return self._of_queries(q, k, v, tiles[0], ids)
 
         def of_sample(arrays):
             q, k, v, tiles, *ids = arrays
             one = [x[None] for x in (q, k, v)]
-            return self._of_heads(*one, tiles, tuple(x[None] for x in ids))[0]
+            return self._of_queries(*one, tiles, tuple(x[None] for x in ids))[0]
 
         return jax.lax.map(of_sample, (q, k, v, tiles, *ids))
 
-    def _of_heads(
+    def _of_queries(
         self, q: Array, k: Array, v: Array, tiles: Array, ids: tuple[Array, ...]
+    ) -> Array:
+        """All queries in as few parts as the scalar memory allows; `tiles` is bool [H I J]."""
+        lines = tiles.shape[1]
+        divisors = (n for n in range(lines, 0, -1) if lines % n == 0)
+        fits = (n for n in divisors if self._scalars(tiles[:, :n]) <= SCALARS)
+        most = next(fits, 1)
+        if most == lines:
+            return self._of_heads(q, k, v, tiles, ids, self.places)
+        tokens = most * self.query_tile
+        of_part = (in_blocks(q, 2, tokens), in_blocks(tiles, 1, most))
+        segments = in_blocks(ids[0], 1, tokens) if ids else None
+        places = None if self.places is None else self.places.reshape(-1, tokens)
+
+        def attend(arrays):
+            (q, tiles), segments, places = arrays
+            part_ids = (segments, ids[1]) if ids else ()
+            return self._of_heads(q, k, v, tiles, part_ids, places)
+
+        out = jax.lax.map(attend, (of_part, segments, places))
+        out = jnp.moveaxis(out, 0, 2)
+        return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+    def _of_heads(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        tiles: Array,
+        ids: tuple[Array, ...],
+        places: Array | None,
     ) -> Array:
         """All heads in as few calls as the scalar memory allows; `tiles` is bool [H I J]."""
         batch, heads = q.shape[:2]
@@ -310,7 +339,7 @@ class _Lists(NamedTuple):
         repeats = heads // groups
         most = max(1, SCALARS // self._scalars(tiles))
         if len(tiles) == 1 or heads <= most:
-            return _of_samples(self._kernel(tiles), q, k, v, ids)
+            return _of_samples(self._kernel(tiles, places), q, k, v, ids)
         # heads of a call: `inner` heads of each of `outer` groups
         inner = _largest_divisor(repeats, most)
         outer = _largest_divisor(groups, most // repeats) if inner == repeats else 1
@@ -330,7 +359,7 @@ class _Lists(NamedTuple):
 
             def of_heads(arrays):
                 q, tiles = arrays
-                return _of_samples(self._kernel(tiles), q, k, v, ids)
+                return _of_samples(self._kernel(tiles, places), q, k, v, ids)
 
             return jax.lax.map(of_heads, (q, tiles))
 
@@ -350,8 +379,8 @@ class _Lists(NamedTuple):
         index = _index_type(max(queries, keys))
         return max(by_query, by_key) * (index.itemsize + 1)
 
-    def _kernel(self, tiles: Bool[Array, "H I J"]) -> Callable:
-        """The kernel of one sample for these tiles; H may be 1."""
+    def _kernel(self, tiles: Array, places: Array | None) -> Callable:
+        """The kernel of one sample for tiles [H I J], H may be 1."""
         from jax.experimental.pallas.ops.tpu.splash_attention import (
             splash_attention_kernel as kernels,
         )
@@ -360,7 +389,7 @@ class _Lists(NamedTuple):
         )
 
         def info(indices, flags):
-            return infos.MaskInfo(indices, None, flags, None, self.places)
+            return infos.MaskInfo(indices, None, flags, None, places)
 
         by_query = info(*_visits(tiles, self.most_keys))
         columns = _visits(jnp.swapaxes(tiles, 1, 2), self.most_queries)
@@ -375,7 +404,7 @@ class _Lists(NamedTuple):
             mask_value=kernels.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
             residual_checkpoint_name=None,
-            mask_function=None if self.places is None else _up_to,
+            mask_function=None if places is None else _up_to,
             interpret=INTERPRET,
         )
 

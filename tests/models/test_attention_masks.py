@@ -89,15 +89,25 @@ def test_expanded_blocks_are_those_of_the_tokens():
         np.testing.assert_array_equal(found[..., t, s], seen[..., t // 70, s // 50])
 
 
-@pytest.mark.parametrize("shape", [(H, 3, 2), (B, H, 3, 2)])
-def test_scalar_memory_for_one_head_at_a_time(shape, monkeypatch):
-    """Masks of several heads that do not fit into one call give the same."""
+@pytest.mark.parametrize("shape, causal", [((H, 3, 2), True), ((B, H, 3, 2), False)])
+def test_lists_that_exceed_the_scalar_memory(shape, causal, monkeypatch):
+    """Some heads, or one head and some queries, at a time give the same as all at once."""
     q, k, v, w = inputs(384, 512)
-    how = dict(blocks=BlockMask(grid(*shape), 128, 256))
+    mask = jnp.asarray(of_keys(512, 500, 30))
+    how = dict(blocks=BlockMask(grid(*shape), 128, 256), causal=causal, mask=mask)
     at_once = results(splash, q, k, v, w, **how)
-    for bytes_of_heads in (1, 30):
-        monkeypatch.setattr(kernel, "SCALARS", bytes_of_heads)
+    heads_of_two = 2 * 32 * 128 * 2
+    for most in (heads_of_two, 1):
+        monkeypatch.setattr(kernel, "SCALARS", most)
         close(results(splash, q, k, v, w, **how), at_once)
+
+
+def test_lists_of_many_tiles_have_wider_indices():
+    seen = np.zeros((1, 1, 300), bool)
+    seen[..., [127, 128, 299]] = True
+    indices, flags = kernel._visits(jnp.asarray(seen), 4)
+    assert indices.tolist() == [[[127, 128, 299, 299]]]
+    assert flags.tolist() == [[[2, 2, 2, 0]]]
 
 
 @pytest.mark.parametrize("path", [plain, blockwise, splash])

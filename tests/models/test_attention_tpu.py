@@ -95,7 +95,7 @@ def test_known_blocks(place, heads, gradient):
     """Masks of 256 x 256 blocks, one for all heads and one for each."""
     path = functools.partial(attend_known, heads=heads, block=128)
     ours = temporaries(place, path, LONG, LONG, gradient=gradient)
-    report(f"known blocks, {heads} masks", gradient, ours, LONG, LONG)
+    report(f"known blocks, masks: {heads}", gradient, ours, LONG, LONG)
     assert ours < LONG**2
 
 
@@ -109,6 +109,16 @@ def test_blocks_that_are_data(place, shape, gradient):
     ours = temporaries(place, path, LONG, LONG, gradient=gradient, seen=shape)
     report(f"blocks as data, {shape}", gradient, ours, LONG, LONG)
     assert ours < LONG**2
+
+
+def test_lists_that_exceed_the_scalar_memory(place):
+    """131,072 tokens: the lists of one head take 3 MiB."""
+    length = 4 * LONG
+    path = functools.partial(attend_made, block=128)
+    seen = (length // 128, length // 128)
+    ours = temporaries(place, path, length, length, gradient=True, seen=seen)
+    report(f"blocks as data, {seen}", True, ours, length, length)
+    assert ours < length**2
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
