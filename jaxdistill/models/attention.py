@@ -113,7 +113,8 @@ def _fits_square(length: int) -> bool:
 
 def _fits_cudnn(q: Array, v: Array) -> bool:
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and q.shape[-1] == v.shape[-1] <= 128
+    size = q.shape[-1]
+    return half and size == v.shape[-1] <= 128 and size % 8 == 0
 
 
 def linear_attention(
@@ -200,7 +201,7 @@ def cudnn(
     causal: bool = False,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Flash attention of cuDNN: bfloat16 or float16, at most 128 channels a head.
+    """Flash attention of cuDNN: bfloat16 or float16, at most 128 channels a head, a multiple of 8.
 
     A mask, of keys, goes without `causal`: the keys that count are brought to the front.
     """

@@ -77,6 +77,24 @@ def test_keys_that_count_come_first():
     )
 
 
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)"
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_on_a_gpu(masked):
+    """cuDNN in bfloat16 with more keys than queries, to a few of its roundings (2^-8)."""
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs(200, 330)]
+    q, k, v, w = (np.asarray(x, np.float32) for x in arrays)
+    mask = of_keys(330, 330, 40) if masked else None
+    how = {} if mask is None else dict(mask=jnp.asarray(mask))
+    found = results(module.cudnn, *arrays, **how)
+    visible = np.ones((1, 1, 200, 330), bool) & (True if mask is None else mask)
+    for a, b in zip(found, dense(q, k, v, w, visible), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), b, atol=4 * 2**-8 * np.abs(b).max()
+        )
+
+
 def test_which_path_is_taken(monkeypatch):
     taken = []
 
@@ -85,7 +103,7 @@ def test_which_path_is_taken(monkeypatch):
 
     for name in ("plain", "blockwise", "splash", "cudnn"):
         monkeypatch.setattr(module, name, stand_in(name))
-    zeros = lambda length: jnp.zeros((1, length, 1, 1), jnp.bfloat16)
+    zeros = lambda length: jnp.zeros((1, length, 1, 8), jnp.bfloat16)
 
     def path(queries, keys, **kw):
         taken.clear()
