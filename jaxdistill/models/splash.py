@@ -28,12 +28,7 @@ from jaxdistill.models.softmax import blockwise, in_blocks, plain
 PLAIN = 2048  # tokens: above it lengths are padded to multiples of LONG_TILE
 TILE = 128  # sequence lengths of a kernel are multiples of it
 LONG_TILE = 512
-TILES = (
-    512,
-    384,
-    256,
-    TILE,
-)  # of queries and of keys that the kernel takes at a time
+TILES = (512, 384, 256, TILE)  # how many queries or keys the kernel takes at a time
 SCALARS = 15 * 2**16  # bytes of lists in one call, of 2**20 bytes of scalar memory
 INTERPRET = False  # runs the Pallas kernel without a TPU, for tests
 
@@ -60,10 +55,10 @@ def splash(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     of_queries, of_keys = _sides(blocks, queries, keys)
     square = blocks is None and queries == keys
-    # causal queries do not see the padding behind the keys, where there are no more of them
-    behind = causal and blocks is None and queries <= keys
+    # causal queries do not see the padding behind the keys, unless they outnumber the keys
+    unseen = causal and blocks is None and queries <= keys
     segments = ()
-    if mask is not None or (of_keys.padding and not behind):
+    if mask is not None or (of_keys.padding and not unseen):
         of_key = _segments(mask, batch, of_keys)
         every = (batch, of_queries.tokens)
         of_query = of_key if square else jnp.ones(every, jnp.int32)

@@ -161,6 +161,20 @@ def test_unlike_lengths_and_blocks_per_shard(shape, causal, monkeypatch):
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+@pytest.mark.parametrize("blocks", [None, BlockMask(grid(6, 4), 128, 128)])
+def test_heads_that_devices_do_not_divide_are_blockwise(blocks):
+    """Three heads on two devices: no kernel, and no array of all scores."""
+    mesh = sharding.make_mesh(
+        sharding.MeshShape(data=1, fsdp=2, sequence=2, tensor=2)
+    )
+    q = jax.ShapeDtypeStruct((4, 768, 3, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((4, 512, 3, 64), jnp.bfloat16)
+    run = jax.jit(lambda q, k: splash(q, k, k, blocks=blocks))
+    with sharding.use(mesh):
+        text = jax.export.export(run, platforms=["tpu"])(q, k).mlir_module()
+    assert "tpu_custom_call" not in text and "stablehlo.while" in text
+
+
 @pytest.mark.parametrize("shape", [(), (6, 4), (4, 6, 4), (2, 1, 6, 4)])
 def test_eight_devices_give_the_values_of_one(shape):
     mesh = sharding.make_mesh(
