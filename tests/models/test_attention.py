@@ -15,6 +15,7 @@ from jaxdistill.core.sharding import MeshShape
 from jaxdistill.data.synthetic import Synthetic
 from jaxdistill.methods.trajectory.scm import SCT
 from jaxdistill.models import attention as module
+from jaxdistill.models import splash as kernel
 from jaxdistill.models.attention import attention, blockwise, plain, splash
 from jaxdistill.models.denoisers.dit import DiT
 from jaxdistill.models.heads import TimeWeight
@@ -262,7 +263,7 @@ def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
 
     200 tokens do not fill tiles; 200, 77 and 1 of them count in the three samples.
     """
-    monkeypatch.setattr(module, "INTERPRET", True)
+    monkeypatch.setattr(kernel, "INTERPRET", True)
     q, k, v = (
         jax.random.normal(jax.random.key(i), (3, 200, 2, 16)) for i in range(3)
     )
@@ -297,7 +298,7 @@ def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
 @pytest.mark.parametrize("path", [plain, blockwise, splash])
 def test_values_may_be_narrower_than_keys(path, monkeypatch):
     """The kernel interpreted; against values that are padded with zeros to the keys' width."""
-    monkeypatch.setattr(module, "INTERPRET", True)
+    monkeypatch.setattr(kernel, "INTERPRET", True)
     q = draw(1, 256, 2, 24)
     k = draw(1, 256, 2, 24, seed=1)
     v = draw(1, 256, 2, 16, seed=2)
