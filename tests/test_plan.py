@@ -187,6 +187,22 @@ def test_gpu_nodes_from_constants():
     assert all(p.network > 0 and 0 < p.utilisation <= 1 for p in found.patterns)
 
 
+def test_any_stage_is_planned():
+    """Each stage has optimisers of the roles that it trains."""
+    config = importlib.import_module("configs.toy.multi_student").get_config()
+    stages = build.build(config.method).stages(config.steps)
+    found = []
+    for stage in range(len(stages)):
+        own = config.copy_and_resolve_references()
+        plan.shorten(own, stage)
+        found.append(plan.gpus(own, "h100:1x1", stage))
+    for one, stage in zip(found, stages):
+        moments = {role for role, parts in one.by_role.items() if parts["opt"] > 0}
+        assert moments == set(stage.method.inits)
+    with pytest.raises(Refused, match=f"--stage={len(stages)}: MultiStudent has"):
+        plan.shorten(config, len(stages))
+
+
 def test_chips_by_name_and_by_kind():
     assert (
         chips.of("NVIDIA H100 80GB HBM3") is chips.CHIPS["h100"]

@@ -1,16 +1,16 @@
 """Estimates the cost of a config on a TPU slice or on GPU nodes, without having them.
 
 python tools/plan.py --config=FILE --topology=v5p:4x4x4 [--search] [--most=12] [--effort=0] \\
-    [--json=FILE]
-    [--config.key=value ...]
+    [--stage=0] [--json=FILE] [--config.key=value ...]
 
 Compiles each pattern of turns with the TPU compiler (pip install 'jaxdistill[tpu]'). Prints whether
 it fits, bytes of a chip by role, temporaries, flops, bytes of each collective, lower bounds of the
 step time, and the largest of them. With --search it tries mesh shapes, rematerialisation,
 accumulation and frozen weights in host memory, with at most --most compilations, and prints the
-fastest plan that fits, also after Ctrl-C. --effort=-1 compiles convolutions (U-Nets) about eight
-times as fast, since the compiler searches less for their tiles. Plans for GPU nodes (h100:8x4) are
-computed from constants. Exit code 0 where it fits, 1 where it does not.
+fastest plan that fits, also after Ctrl-C. --stage=1 is the second stage of a method of several.
+--effort=-1 compiles convolutions (U-Nets) about eight times as fast, since the compiler searches
+less for their tiles. Plans for GPU nodes (h100:8x4) are computed from constants. Exit code 0 where
+it fits, 1 where it does not.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ KNOWN = {
     "json": "",
     "most": "12",
     "effort": "0",
+    "stage": "0",
 }
 
 
@@ -45,6 +46,7 @@ def plan(argv):
         )
     most = whole(values, "most", 1)
     effort = decimal(values, "effort", -1.0, 1.0)
+    stage = whole(values, "stage", 0)
     file = output(values, "json")
     import jax
 
@@ -52,14 +54,14 @@ def plan(argv):
 
     name = values["topology"]
     planner.set_effort(effort)
-    planner.shorten(config)
+    planner.shorten(config, stage)
     if name.split(":")[0] in planner.GPU_KINDS:
-        best = planner.gpus(config, name)
+        best = planner.gpus(config, name, stage)
     elif values["search"]:
-        best = search(planner, config, name, most)
+        best = search(planner, config, name, most, stage)
     else:
         try:
-            best = planner.compile_for(config, name)
+            best = planner.compile_for(config, name, stage=stage)
         except jax.errors.JaxRuntimeError as error:
             print(f"{name}: DOES NOT FIT: {planner.too_large(error)}; try --search")
             sys.exit(1)
@@ -73,11 +75,11 @@ def plan(argv):
     sys.exit(0 if best.fits else 1)
 
 
-def search(planner, config, name, most):
+def search(planner, config, name, most, stage):
     """The fastest plan that fits; None where none does."""
     best = None
     try:
-        for found in tried(planner.search(config, name, most)):
+        for found in tried(planner.search(config, name, most, stage)):
             if found.fits and (best is None or found.seconds < best.seconds):
                 best = found
     except KeyboardInterrupt:

@@ -1,10 +1,11 @@
 """Writes docs/results/recipes.md: the cost of every recipe on a TPU slice, compiled without one.
 
-python tools/recipes.py [--only=dmd2,kd] [--topology=v5p:4x4x4]
+python tools/recipes.py [--only=dmd2,kd] [--stage=0] [--topology=v5p:4x4x4]
 
-Each recipe is compiled in a process of its own, with data of the shapes of its records. Results are
-kept in docs/results/recipes.json: recipes that are in it are compiled again only where --only names
-them. U-Nets take minutes each.
+--stage=1 compiles the second stage of methods of several, and adds a row for it. Each recipe is
+compiled in a process of its own, with data of the shapes of its records. Results are kept in
+docs/results/recipes.json: recipes that are in it are compiled again only where --only names them.
+U-Nets take minutes each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from jaxdistill.core.types import Refused, lookup
 from jaxdistill.run.checkpoint import write_json
 from jaxdistill.run.table import markdown_table
-from launch._command import arguments, main
+from launch._command import arguments, main, whole
 from tools import stand_ins
 
 ROOT = Path(__file__).parents[1]
@@ -59,16 +60,18 @@ them leaves of the chips' peak. Samples a step are the config's batch.
 
 
 def recipes(argv):
-    values, _ = arguments(argv, {"only": "", "topology": "", "one": ""})
+    values, _ = arguments(argv, {"only": "", "topology": "", "one": "", "stage": "0"})
+    stage = whole(values, "stage", 0)
     if values["one"]:
-        print(json.dumps(compiled(values["one"], values["topology"])))
+        print(json.dumps(compiled(values["one"], values["topology"], stage)))
         return
     only = [n for n in values["only"].split(",") if n]
     for name in only:
         lookup(RECIPES, name, "--only")
     file = ROOT / "docs/results/recipes.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
-    todo = only or [n for n in RECIPES if n not in kept]
+    named = {name: f"{name}, stage {stage}" if stage else name for name in RECIPES}
+    todo = only or [n for n in RECIPES if named[n] not in kept]
     for name in tqdm(todo, desc="recipes", unit="recipe"):
         topology = values["topology"] or SLICES.get(name, USUAL)
         command = [
@@ -76,6 +79,7 @@ def recipes(argv):
             __file__,
             f"--one={name}",
             f"--topology={topology}",
+            f"--stage={stage}",
         ]
         child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if child.returncode:
@@ -84,7 +88,7 @@ def recipes(argv):
             ]
             print(f"{name}: {last[0]}", file=sys.stderr)
             continue
-        kept[name] = json.loads(child.stdout.strip().splitlines()[-1])
+        kept[named[name]] = json.loads(child.stdout.strip().splitlines()[-1])
         write_json(file, dict(sorted(kept.items())))
         file.with_suffix(".md").write_text(
             PAGE.format(effort=EFFORT) + page(kept) + "\n"
@@ -92,8 +96,8 @@ def recipes(argv):
     print(file.with_suffix(".md"))
 
 
-def compiled(name: str, topology: str) -> dict:
-    """The plan of one recipe on a slice, as JSON. Raises Refused where it does not fit."""
+def compiled(name: str, topology: str, stage: int = 0) -> dict:
+    """The plan of a stage of a recipe on a slice, as JSON. Raises Refused where it does not fit."""
     import jax
 
     from jaxdistill.run import plan
@@ -101,7 +105,7 @@ def compiled(name: str, topology: str) -> dict:
     plan.set_effort(EFFORT)
     with tempfile.TemporaryDirectory() as folder:
         config = stand_ins.load(f"recipes.{name}", stand_ins.write(Path(folder)))
-        plan.shorten(config)
+        plan.shorten(config, stage)
         with config.unlocked():
             config.mesh = {
                 **config.mesh,
@@ -110,7 +114,7 @@ def compiled(name: str, topology: str) -> dict:
                 "tensor": TENSOR.get(name, 1),
             }
         try:
-            found = plan.compile_for(config, topology)
+            found = plan.compile_for(config, topology, stage=stage)
         except jax.errors.JaxRuntimeError as error:
             raise Refused(
                 f"{topology} does not hold it: {plan.too_large(error)}"

@@ -24,10 +24,10 @@ from ml_collections import ConfigDict
 from jaxdistill.core import build, sharding
 from jaxdistill.core.step import parts_of
 from jaxdistill.core.types import Refused
-from jaxdistill.run import flops, hlo, loop
+from jaxdistill.run import flops, hlo
 from jaxdistill.run.chips import CHIPS, Chip, chip
 from jaxdistill.run.experiment import Experiment
-from jaxdistill.run.programs import Programs
+from jaxdistill.run.programs import Programs, abstract_programs
 
 PARTS = ("params", "opt", "ema", "frozen")
 
@@ -123,22 +123,36 @@ def set_effort(effort: float) -> None:
         )
 
 
-def shorten(config: ConfigDict) -> None:
-    """Changes `config` to two cycles of turns, without those of the first phase alone."""
+def shorten(config: ConfigDict, stage: int = 0) -> None:
+    """Changes `config` to two cycles of a stage's turns, without those of the first phase alone.
+
+    Raises Refused where the method has no such stage.
+    """
     method = build.build(config.method, "config.method").settled()
     config.method = build.plain(method)
-    config.steps = min(config.steps, 2 * method.cycle)
+    stages = method.stages(config.steps)
+    if stage >= len(stages):
+        raise Refused(
+            f"--stage={stage}: {type(method).__name__} has {len(stages)} of them, from 0"
+        )
+    one = stages[stage]
+    wanted = 2 * (one.method.cycle if stage else method.cycle)
+    if stage and one.steps:
+        wanted = math.ceil(wanted * config.steps / one.steps)
+    config.steps = min(config.steps, wanted)
 
 
-def compile_for(config: ConfigDict, name: str, every: bool = True) -> Plan:
-    """Compiles the turn patterns of the first stage for the slice called `name`.
+def compile_for(
+    config: ConfigDict, name: str, every: bool = True, stage: int = 0
+) -> Plan:
+    """Compiles the turn patterns of a stage for the slice called `name`.
 
     Without `every` it ends at the first pattern that does not fit. Raises Refused on bad input.
     """
     devices, kind = topology(name)
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        programs, nets = loop.abstract_programs(experiment)
+        programs, nets = abstract_programs(experiment, stage)
         patterns = []
         for active in programs.patterns:
             patterns.append(_compiled(programs, active, kind, len(devices)))
@@ -249,7 +263,7 @@ def _bytes(tree: Any, memory: Literal["device", "host"] = "device") -> int:
     return total
 
 
-def gpus(config: ConfigDict, name: str) -> Plan:
+def gpus(config: ConfigDict, name: str, stage: int = 0) -> Plan:
     """A plan for GPU nodes such as "h100:8x4" (8 a node, 4 nodes), from constants.
 
     Nothing is compiled, so temporaries are unknown. Traffic between chips is that of FSDP: a
@@ -267,9 +281,10 @@ def gpus(config: ConfigDict, name: str) -> Plan:
     links = kind.links if nodes == 1 else kind.network
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        programs, nets = loop.abstract_programs(experiment)
+        programs, nets = abstract_programs(experiment, stage)
         held = by_role(programs.abstract, nets)
-        turns = experiment.method.stages(experiment.settings.steps)[0].method.turns
+        stages = experiment.method.stages(experiment.settings.steps)
+        turns = stages[stage].method.turns
         patterns = []
         for active in programs.patterns:
             moving = {role for i in active for role in turns[i].moves}
@@ -343,7 +358,7 @@ class _Described:
 
 
 def search(
-    config: ConfigDict, name: str, most: int = 12
+    config: ConfigDict, name: str, most: int = 12, stage: int = 0
 ) -> Iterator[tuple[dict[str, Any], Plan | str]]:
     """Tries mesh shapes, rematerialisation, accumulation and places of frozen weights.
 
@@ -365,14 +380,14 @@ def search(
         missing = 0.0
         frozen = 0
         try:
-            held = _state_bytes(candidate, devices)
+            held = _state_bytes(candidate, devices, stage)
             state = sum(sum(parts.values()) for parts in held.values())
             frozen = sum(parts["frozen"] for parts in held.values())
             if state > 0.9 * kind.hbm:
                 found = f"state of {state / 2**30:.1f} GiB a chip"
             else:
                 compiled += 1
-                found = compile_for(candidate, name, every=False)
+                found = compile_for(candidate, name, every=False, stage=stage)
                 missing = found.peak - found.hbm
         except Refused as error:
             found = str(error)
@@ -388,10 +403,12 @@ def search(
         yield change, found
 
 
-def _state_bytes(config: ConfigDict, devices: list[Any]) -> dict[str, dict[str, int]]:
+def _state_bytes(
+    config: ConfigDict, devices: list[Any], stage: int
+) -> dict[str, dict[str, int]]:
     experiment = Experiment(config, Path("unused"), devices)
     with sharding.use(experiment.mesh, experiment.settings.rules):
-        programs, nets = loop.abstract_programs(experiment)
+        programs, nets = abstract_programs(experiment, stage)
     return by_role(programs.abstract, nets)
 
 

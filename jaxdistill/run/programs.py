@@ -6,6 +6,7 @@ No weight and no data is needed. Nothing is compiled before a function is called
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -198,6 +199,8 @@ def _abstract_start(
     return after, params, batch
 
 
-def abstract_programs(experiment: Experiment) -> tuple[Programs, dict[str, Net]]:
-    """The first stage's programs and networks, as `abstract_stages` makes them."""
-    return next(abstract_stages(experiment))
+def abstract_programs(
+    experiment: Experiment, stage: int = 0
+) -> tuple[Programs, dict[str, Net]]:
+    """A stage's programs and networks, as `abstract_stages` makes them."""
+    return next(itertools.islice(abstract_stages(experiment), stage, None))
