@@ -292,6 +292,41 @@ def test_unlike_blocks_are_runs_with_one_numbering(remat):
     assert shapes["blocks/run1/to_q/kernel"].shape[0] == 2
 
 
+def test_qwen_image_of_true_size_has_two_streams():
+    """Shapes alone: 20 billion weights, patches and text through the last two of 60 blocks."""
+    cfg = QwenImage(
+        channels=16,
+        heads=24,
+        axes=(16, 56, 56),
+        depth=60,
+        text_dim=3584,
+        dtype="bfloat16",
+    )
+    net = make_net(cfg, config=cfg)
+    assert 20e9 < net.size < 21e9
+    shape = jax.ShapeDtypeStruct
+    x = shape((1, 128, 128, 16), jnp.float32)
+    text = shape((1, 512, 3584), jnp.bfloat16)
+    image = shape((1, 128, 128, 16), jnp.float32)
+    mask = shape((1, 512), bool)
+
+    def check(params, x, t, text, mask, image):
+        module = nnx.merge(net.graphdef, params)
+        cond = {"text": text, "mask": mask, "image": image}
+        state, context = module.embed_inputs(x, t, cond)
+        read = lambda before, inside, after: inside.neurons.mean((0, 1))
+        applied = module.apply_blocks(state, context, [58, 59], read, taps=(58,))
+        return applied, module.head(applied.state, context)
+
+    times = shape((1,), jnp.float32)
+    applied, out = jax.eval_shape(check, net.shapes, x, times, text, mask, image)
+    patches, tokens = applied.state
+    assert (patches.shape, tokens.shape) == ((1, 8192, 3072), (1, 512, 3072))
+    assert applied.features[0].shape == (1, 4096, 3072)
+    assert applied.reads.shape == (2, 4 * 3072)
+    assert out.shape == x.shape
+
+
 def test_a_scan_of_chosen_layers_runs_them_in_their_order():
     body = lambda x, w: (2 * x + w, x)
     layers = jnp.arange(4.0)
