@@ -34,7 +34,8 @@ HEAD = """# Toy claims, measured
 
 `python tools/reproduce.py` writes this page. Each line is one run: a method's toy config
 (`configs/toy`) with this seed of weights and this seed of the mixture or language. Value and
-baseline are the two sides of the claim that the config states.
+baseline are the two sides of the claim that the config states. A run whose loss stops being finite
+has no value, and its claim does not hold.
 
 """
 
@@ -118,14 +119,25 @@ def _run_toys(
     toys: dict[str, Path], pairs: list[tuple[int, int]], workdir: Path
 ) -> list[dict[str, Any]]:
     """Runs each toy with each pair of seeds; returns a row of results for each run."""
-    from jaxdistill.run import loop
+    from jaxdistill.run import loop, metrics
 
     todo = [(name, pair) for name in toys for pair in pairs]
     results = []
     for name, (seed, data_seed) in tqdm(todo, desc="reproduce", unit="run"):
         config = ablations.toy(toys[name], seed, data_seed)
-        report = loop.run(config, workdir / f"{name}_{seed}_{data_seed}")
         row = {"method": name, "seed": seed, "data_seed": data_seed}
+        try:
+            report = loop.run(config, workdir / f"{name}_{seed}_{data_seed}")
+        except metrics.NonFinite as error:
+            tqdm.write(f"{name}, seed {seed}: {error}", file=sys.stderr)
+            diverged = dict.fromkeys(KEYS[3:]) | {
+                "metric": config.claim.metric,
+                "value": f"diverges at step {error.step}",
+                "bound": config.claim.ratio,
+                "holds": False,
+            }
+            results.append(row | diverged)
+            continue
         row["seconds"] = report["seconds"]
         results.append(row | report["claim"])
     return results
