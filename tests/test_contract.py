@@ -5,6 +5,7 @@ structure.
 
 import dataclasses
 import importlib
+import re
 import tokenize
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxdistill.core.net import paths
+from jaxdistill.core.parts import split
 from jaxdistill.core.step import all_weights
 from jaxdistill.core.types import Method
 from jaxdistill.run.checkpoint import Checkpoints
@@ -92,6 +95,15 @@ def test_exactly_the_declared_roles_move(ran):
                     role,
                 )
             assert set(after.ema) == set(run.method.ema), run.number
+            assert same(before.rest, after.rest), run.number
+            for role, weights in after.params.items():
+                parts = split(run.nets[role], weights, None)
+                assert not parts.statistics, (run.number, role)
+                pattern = run.method.trains.get(role, ".*")
+                for path in paths(weights):
+                    assert re.fullmatch(pattern, path), (run.number, role, path)
+                for path in paths(after.rest.get(role, {})):
+                    assert not re.fullmatch(pattern, path), (run.number, role, path)
 
 
 def test_everything_is_finite(ran):
@@ -127,11 +139,11 @@ def test_checkpoint_round_trip(ran, tmp_path):
         checkpoints.wait()
         with run.context():
             step, state, _ = checkpoints.restore(
-                run.programs.abstract.replace(frozen={})
+                run.programs.abstract.replace(frozen={}, rest={})
             )
         checkpoints.close()
         assert step == 1
-        for part in ("step", "count", "params", "opt", "ema", "memory"):
+        for part in ("step", "count", "params", "opt", "ema", "memory", "statistics"):
             assert same(getattr(state, part), getattr(run.last, part)), (
                 run.number,
                 part,
