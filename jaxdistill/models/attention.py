@@ -50,9 +50,8 @@ def attention(
 ) -> Float[Array, "B T H V"]:
     """Attention of grouped queries, by the path that fits.
 
-    A query that attends to no key gives 0, and passes no gradient. Where there are as many queries
-    as keys, and a mask of keys, they are taken to be the same tokens: the result of a masked one is
-    finite, and depends on the path.
+    A query that attends to no key gives 0, and passes no gradient; with a mask alone `plain` gives
+    the mean of all values.
 
     Args:
         q: queries, of a multiple of G heads.

@@ -33,7 +33,8 @@ def plain(
 
     The backward pass computes the scores again from q, k and v rather than keep them. Inside, heads
     come before tokens: XLA's programs for the CPU take a quarter less time than with the library's
-    order. A query that attends to no key gives 0.
+    order. A query that attends to no key gives 0 with `blocks`, and without them the mean of all
+    values.
     """
     batch, queries, heads, size = q.shape
     keys, groups = k.shape[1:3]
@@ -64,7 +65,7 @@ def plain(
         weights = weights.reshape(batch, groups, -1, queries, keys)
         out = jnp.einsum("bgrts,bgsk->bgrtk", weights, v)
         out = out.reshape(batch, heads, queries, -1)
-        if mask is not None:
+        if blocks is not None:
             out = jnp.where(visible.any(-1, keepdims=True), out, 0)
         return jnp.swapaxes(out, 1, 2)
 

@@ -46,9 +46,8 @@ def splash(
     """Splash attention (Pallas, TPU), sharded by samples and heads, and queries by sequence too.
 
     Queries and keys are padded to full tiles, each side for itself; with `blocks` each block is.
-    Masked and padded keys are segments of their own. Where there are as many queries as keys, a
-    masked token sees itself and other masked ones alone; otherwise a query that attends to no key
-    gives 0.
+    Masked and padded keys are segments of their own, which no query has. A query that attends to no
+    key gives 0.
     """
     batch, queries = q.shape[:2]
     keys = k.shape[1]
@@ -60,8 +59,7 @@ def splash(
     segments = ()
     if mask is not None or (of_keys.padding and not unseen):
         of_key = _segments(mask, batch, of_keys)
-        every = (batch, of_queries.tokens)
-        of_query = of_key if square else jnp.ones(every, jnp.int32)
+        of_query = jnp.ones((batch, of_queries.tokens), jnp.int32)
         segments = (of_query, of_key)
     lists = None if blocks is None else _Lists.of(blocks, of_queries, of_keys, causal)
     tiles = () if lists is None else (lists.tiles,)
@@ -94,7 +92,7 @@ def splash(
             return plain(q, k, v, **options)
         return blockwise(q, k, v, blocks=blocks, **options)
     out = of_queries.cut(run(*arrays))
-    if blocks is None and (square or mask is None):
+    if blocks is None and mask is None:
         return out
     seen = attending(mask, blocks, causal, queries, keys)
     return jnp.where(jnp.swapaxes(seen, 1, 2)[..., None], out, 0)
