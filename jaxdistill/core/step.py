@@ -232,29 +232,8 @@ def take_turn(
         ctx = Ctx(batch, rng, state.step, state.memory)
         batch = jax.lax.stop_gradient(turn.gather(bind(nets, weights), ctx))
 
-    def objective(
-        moving: dict[str, Params], batch: Batch, rng: Array, carried: Carried
-    ):
-        """(loss, (sums, count, carried)).
-
-        The loss is to be divided by `count`, which is 1 for a mean. `sums` holds (sum, count) of
-        each metric: the count is that of the loss if the metric has no other, and None if both
-        are means.
-        """
-        current = state.replace(statistics=carried.statistics)
-        own = {role: complete(current, role, part) for role, part in moving.items()}
-        ctx = Ctx(batch, rng, state.step, carried.memory)
-        out = turn.loss(bind(nets, {**weights, **own}), ctx)
-        count = None if out.count is None else jnp.asarray(out.count, jnp.float32)
-        sums = {}
-        for name, value in {"loss": out.loss, **out.metrics}.items():
-            sums[name] = value if isinstance(value, tuple) else (value, count)
-        divisor = jnp.float32(1) if count is None else count
-        memory = {**carried.memory, **out.memory}
-        statistics = {**carried.statistics, **out.statistics}
-        return out.loss, (sums, divisor, Carried(memory, statistics))
-
     moving = {role: state.params[role] for role in turn.moves}
+    objective = _objective(turn, nets, state, weights)
     differentiate = jax.grad(objective, has_aux=True)
     carried = Carried(state.memory, state.statistics)
     if accumulate == 1:
@@ -268,16 +247,7 @@ def take_turn(
     # In a bank (several networks in one role) a member whose gradient is not finite gets zeros.
     grads = {role: nets[role].sanitise(g) for role, g in grads.items()}
 
-    first = turn.moves[0] if turn.moves else "measured"
-    metrics = {}
-    counts = {}
-    for name, (total, own) in sums.items():
-        metrics[f"{first}/{name}"] = total / _nonzero(count if own is None else own)
-        if own is not None:
-            counts[f"{first}/{name}"] = own
-    for role in turn.moves:
-        metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
-    means = Means(metrics, counts)
+    means = _means(turn, sums, count, grads)
     if finite:
         means = without_skipped(means, turn, state.opt, finite)
         before = Carried(state.memory, state.statistics)
@@ -289,6 +259,57 @@ def take_turn(
         moved = {role: like(w, state.params[role]) for role, w in changed.items()}
         state = state.replace(params={**state.params, **moved})
     return state, means
+
+
+def _objective(
+    turn: Turn, nets: Mapping[str, Net], state: State, weights: Mapping[str, Params]
+) -> Callable[..., tuple[Array, tuple[dict[str, Any], Array, Carried]]]:
+    """The loss of a turn as a function of (moving weights, batch, rng, carried).
+
+    It returns (loss, (sums, count, carried)). The loss is to be divided by `count`, which is 1 for a
+    mean. `sums` holds (sum, count) of each metric: the count is that of the loss if the metric has
+    no other, and None if both are means.
+
+    Args:
+      weights: of all roles, as `all_weights` gives them.
+    """
+
+    def objective(
+        moving: dict[str, Params], batch: Batch, rng: Array, carried: Carried
+    ):
+        current = state.replace(statistics=carried.statistics)
+        own = {role: complete(current, role, part) for role, part in moving.items()}
+        ctx = Ctx(batch, rng, state.step, carried.memory)
+        out = turn.loss(bind(nets, {**weights, **own}), ctx)
+        count = None if out.count is None else jnp.asarray(out.count, jnp.float32)
+        sums = {}
+        for name, value in {"loss": out.loss, **out.metrics}.items():
+            sums[name] = value if isinstance(value, tuple) else (value, count)
+        divisor = jnp.float32(1) if count is None else count
+        memory = {**carried.memory, **out.memory}
+        statistics = {**carried.statistics, **out.statistics}
+        return out.loss, (sums, divisor, Carried(memory, statistics))
+
+    return objective
+
+
+def _means(
+    turn: Turn,
+    sums: Mapping[str, tuple[Array, Array | None]],
+    count: Array,
+    grads: Mapping[str, Params],
+) -> Means:
+    """The metrics of a turn; `sums` and `count` are those of its objective."""
+    first = turn.moves[0] if turn.moves else "measured"
+    metrics = {}
+    counts = {}
+    for name, (total, own) in sums.items():
+        metrics[f"{first}/{name}"] = total / _nonzero(count if own is None else own)
+        if own is not None:
+            counts[f"{first}/{name}"] = own
+    for role in turn.moves:
+        metrics[f"{role}/grad_norm"] = optax.tree.norm(grads[role])
+    return Means(metrics, counts)
 
 
 def _update(
