@@ -266,9 +266,9 @@ def _objective(
 ) -> Callable[..., tuple[Array, tuple[dict[str, Any], Array, Carried]]]:
     """The loss of a turn as a function of (moving weights, batch, rng, carried).
 
-    It returns (loss, (sums, count, carried)). The loss is to be divided by `count`, which is 1 for a
-    mean. `sums` holds (sum, count) of each metric: the count is that of the loss if the metric has
-    no other, and None if both are means.
+    It returns (loss, (sums, count, carried)). The loss is to be divided by `count`, which is 1 for
+    a mean. `sums` holds (sum, count) of each metric: the count is that of the loss if the metric
+    has no other, and None if both are means.
 
     Args:
       weights: of all roles, as `all_weights` gives them.
