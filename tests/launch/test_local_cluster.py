@@ -245,7 +245,7 @@ def test_bad_input(arguments, message):
 @pytest.mark.full
 def test_stages_that_measure_and_pool_on_two_processes(tmp_path):
     """Measured fields, pooled records, running statistics and a trained part as on one process."""
-    config = "tests/run/staged.py"
+    config = "tests/run/staged_config.py"
     finish(start(tmp_path / "two", 2, 1, config=config))
     finish(start(tmp_path / "one", 1, 2, config=config))
     two = weights(tmp_path / "two")
