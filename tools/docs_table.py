@@ -46,9 +46,14 @@ def _measured(seeds: list[dict]) -> tuple[str, str]:
         return "", ""
     first = seeds[0]
     sign = {"lower": "≤", "higher": "≥"}[first["better"]]
-    ratios = ", ".join(f"{row['ratio']:.3g}" for row in seeds)
+    ratios = ", ".join(_ratio(row) for row in seeds)
     claim = f"{first['metric']}: {ratios} {sign} {first['bound']:g}"
     return claim, f"{sum(row['holds'] for row in seeds)} of {len(seeds)}"
+
+
+def _ratio(row: dict) -> str:
+    """The ratio of a run, or that it diverged."""
+    return "diverges" if row["ratio"] is None else f"{row['ratio']:.3g}"
 
 
 def _title(text: str) -> str:

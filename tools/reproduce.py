@@ -134,6 +134,7 @@ def _run_toys(
                 "metric": config.claim.metric,
                 "value": f"diverges at step {error.step}",
                 "bound": config.claim.ratio,
+                "better": config.claim.better,
                 "holds": False,
             }
             results.append(row | diverged)
