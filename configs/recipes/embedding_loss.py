@@ -18,10 +18,11 @@ from jaxdistill.core.build import experiment
 from jaxdistill.data.images import ParquetImages
 from jaxdistill.methods.distribution.embedding_loss import EmbeddingLoss
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
+from jaxdistill.objectives.fdivergence import ReverseKL
 
 
 def get_config():
-    host = UniInstruct(divergence="reverse_kl", taps=(2,))
+    host = UniInstruct(divergence=ReverseKL(), taps=(2,))
     return experiment(
         steps=400_000,
         data=ParquetImages(batch_size=512, flip=True),

@@ -17,13 +17,16 @@ from jaxdistill.core.optim import Ema
 from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.methods.distribution.f_distill import BinnedFDistill
 from jaxdistill.models.heads import Discriminator
+from jaxdistill.objectives.fdivergence import JensenShannon
 
 
 def get_config():
     return experiment(
         steps=200_000,
         data=ArrayRecords(batch_size=288),
-        method=BinnedFDistill(divergence="js", bin_rate=0.5, taps=(4,), **MATCH),
+        method=BinnedFDistill(
+            divergence=JensenShannon(), bin_rate=0.5, taps=(4,), **MATCH
+        ),
         roles=dict(
             teacher=TEACHER,
             student=Role(optimizer=ADAMW, ema=Ema(rate=0.0, warmup=False)),

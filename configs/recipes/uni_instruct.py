@@ -23,6 +23,7 @@ from jaxdistill.diffusion.process import EDM
 from jaxdistill.methods.distribution.uni_instruct import UniInstruct
 from jaxdistill.models.denoisers.edm import SongUNet
 from jaxdistill.models.heads import Discriminator
+from jaxdistill.objectives.fdivergence import Jeffreys
 
 NET = dict(
     size=32,
@@ -61,7 +62,7 @@ def get_config():
     return experiment(
         steps=1_171_875,
         data=ParquetImages(batch_size=256, flip=True),
-        method=UniInstruct(divergence="jkl", taps=(2,)),
+        method=UniInstruct(divergence=Jeffreys(forward=0.4, reverse=0.6), taps=(2,)),
         roles=roles(),
         checkpoint_every=5_000,
         log_every=100,

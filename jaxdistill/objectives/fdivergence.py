@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,15 +194,18 @@ NAMES = {  # as configs of version 0.1 name them
 }
 
 
-def divergence(name: FDivergence | str) -> FDivergence:
-    """The f-divergence that a config names; an object stays as it is.
+def from_name(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Config fields of a method in which a `divergence` that is text is the one of this name.
 
     Raises:
       Refused: on a name that is not in NAMES.
     """
-    if isinstance(name, FDivergence):
-        return name
-    return lookup(NAMES, name, "divergence")
+    name = given.get("divergence")
+    if not isinstance(name, str):
+        return dict(given)
+    found = lookup(NAMES, name, "divergence")
+    described = {"name": f"objectives.fdivergence:{type(found).__name__}"}
+    return {**given, "divergence": {**described, **dataclasses.asdict(found)}}
 
 
 def ratio(
@@ -225,18 +230,14 @@ def f_ratio(
 
 
 def f_weight(
-    kind: FDivergence | str,
+    divergence: FDivergence,
     logit: Float[Array, " B"],
     low: float = 0.0,
     high: float = math.inf,
     scale: float | Array = 1.0,
 ) -> Float[Array, " B"]:
-    """h(r / scale) over its batch mean, with r of `f_ratio` (f-distill).
-
-    Raises:
-      Refused: on an unknown name of a divergence.
-    """
-    h = divergence(kind).h(f_ratio(logit, low, high) / scale)
+    """h(r / scale) over its batch mean, with r of `f_ratio` (f-distill)."""
+    h = divergence.h(f_ratio(logit, low, high) / scale)
     return h / jnp.mean(h)
 
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Shaped
@@ -30,12 +32,12 @@ from jaxdistill.core.types import Array, Ctx, Nets, Out
 from jaxdistill.diffusion.process import expand
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.objectives import fdivergence, score
+from jaxdistill.objectives.fdivergence import FDivergence, JensenShannon
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FDistill(DMD2):
-    # a name in fdivergence.DIVERGENCES; the paper's best is js
-    divergence: str = "js"
+    divergence: FDivergence = JensenShannon()  # the paper's best
     # where r is clipped; the code's (.1, 20)
     ratio_range: tuple[float, Limit] = (
         0.0,
@@ -43,6 +45,11 @@ class FDistill(DMD2):
     )
 
     needs = {"x": Shaped[Spec, "B ..."]}  # real samples, of the discriminator
+
+    @classmethod
+    def upgraded(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Config fields in which the name of a divergence is that divergence."""
+        return fdivergence.from_name(given)
 
     def weigh(self, net: Nets, ctx: Ctx, xt: Array, t: Array) -> Array:
         """h(r) over its batch mean, [B]."""

@@ -33,12 +33,13 @@ from jaxdistill.methods.distribution.uni_instruct import (
     UniInstruct,
 )
 from jaxdistill.objectives import score
+from jaxdistill.objectives.fdivergence import FDivergence, ReverseKL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SiDA(UniInstruct):
     # no field here
-    divergence: str = dataclasses.field(default="reverse_kl", init=False)
+    divergence: FDivergence = dataclasses.field(default=ReverseKL(), init=False)
     alpha: float = 1.2  # as SiD's; Uni-Instruct's code has 1
     critic_only: Natural = 0  # steps before the student moves
 

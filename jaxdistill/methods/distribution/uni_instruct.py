@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,7 @@ from jaxdistill.diffusion.times import Karras, LogNormalSNR, Uniform
 from jaxdistill.methods.distribution.diff_instruct import FromLevel
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.objectives import fdivergence, gan, score, weighting
+from jaxdistill.objectives.fdivergence import FDivergence, Jeffreys, ReverseKL
 from jaxdistill.objectives.numerics import mean_per_sample
 
 
@@ -43,8 +46,7 @@ class UniInstruct(FromLevel, DMD2):
     fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)  # of both critics' losses
     fake_target: str = "edm"
     critic_steps: int = 1  # critic updates per student update
-    # A row of fdivergence.DIVERGENCES; the paper's best, .4 forward and .6 reverse KL.
-    divergence: str = "jkl"
+    divergence: FDivergence = Jeffreys(forward=0.4, reverse=0.6)  # the paper's best
     scale: float = 100.0  # of the expansion in the student's loss
     # of the GAN in the student's loss, times the number of dimensions
     gan_weight: float = 0.01
@@ -55,6 +57,11 @@ class UniInstruct(FromLevel, DMD2):
     # Step up to which the student's loss is the SIM term of reverse KL, without the GAN; the
     # paper's 200k images.
     reverse_until: Natural = 782
+
+    @classmethod
+    def upgraded(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Config fields in which the name of a divergence is that divergence."""
+        return fdivergence.from_name(given)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -89,8 +96,8 @@ class UniInstruct(FromLevel, DMD2):
 
     def weights(self, r: Array, step: Array) -> tuple[Array, Array, Array]:
         """Weights of the SIM, DI and FGM terms, [B] each (table of section 3)."""
-        early = fdivergence.divergence("reverse_kl")
-        late = fdivergence.divergence(self.divergence)
+        early = ReverseKL()
+        late = self.divergence
         is_early = step < self.reverse_until
         sim = jnp.where(is_early, early.h(r), late.h(r))
         di = jnp.where(is_early, early.di(r), late.di(r))

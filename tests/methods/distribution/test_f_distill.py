@@ -6,11 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill.core.build import resolve
+from jaxdistill.core.build import build, resolve
 from jaxdistill.core.types import Refused
 from jaxdistill.diffusion.process import Flow
 from jaxdistill.methods.distribution.dmd2 import DMD2
 from jaxdistill.methods.distribution.f_distill import BinnedFDistill, FDistill
+from jaxdistill.objectives.fdivergence import (
+    NAMES,
+    ForwardKL,
+    Jeffreys,
+    JensenShannon,
+    ReverseKL,
+)
 from tests.methods.distribution.gaussians import AT, pulled
 
 
@@ -19,9 +26,9 @@ def test_f_distill(plain):
     h = np.exp(2 * xt[:, :1]) / (1 + np.exp(2 * xt[:, :1]))
     want = h / h.mean() * (fake - real) / np.abs(x0 - real)
     np.testing.assert_allclose(
-        pulled(FDistill(divergence="js", **AT), plain), want, rtol=1e-10
+        pulled(FDistill(divergence=JensenShannon(), **AT), plain), want, rtol=1e-10
     )
-    reverse = pulled(FDistill(divergence="reverse_kl", **AT), plain)
+    reverse = pulled(FDistill(divergence=ReverseKL(), **AT), plain)
     np.testing.assert_allclose(reverse, pulled(DMD2(**AT), plain), rtol=1e-10)
 
 
@@ -68,21 +75,24 @@ def test_equal_densities_are_the_host(plain, kind):
     """r = 1 everywhere: h is constant, and over its mean 1."""
     net, ctx, x0 = plain[:3]
     net.disc = lambda features, t, cond: 0 * features[0][:, 0]
-    ours = pulled(FDistill(divergence=kind, **AT), (net, ctx, x0))
+    ours = pulled(FDistill(divergence=NAMES[kind], **AT), (net, ctx, x0))
     np.testing.assert_allclose(ours, pulled(DMD2(**AT), (net, ctx, x0)), rtol=1e-10)
 
 
 def test_forward_kl_weighs_by_the_ratio(plain):
     xt = plain[5]
     r = np.exp(2 * xt[:, :1])
-    ours = pulled(FDistill(divergence="forward_kl", **AT), plain)
+    ours = pulled(FDistill(divergence=ForwardKL(), **AT), plain)
     host = pulled(DMD2(**AT), plain)
     np.testing.assert_allclose(ours, r / r.mean() * host, rtol=1e-9)
 
 
-def test_an_unknown_divergence_is_refused(plain):
+def test_the_names_of_divergences_in_earlier_configs_are_read():
+    name = "methods.distribution.f_distill:FDistill"
+    built = build({"name": name, "divergence": "jkl"})
+    assert built.divergence == Jeffreys(forward=0.4, reverse=0.6)
     with pytest.raises(Refused, match="did you mean 'forward_kl'"):
-        pulled(FDistill(divergence="forward_lk", **AT), plain)
+        build({"name": name, "divergence": "forward_lk"})
 
 
 @pytest.mark.parametrize("make", [FDistill, BinnedFDistill])

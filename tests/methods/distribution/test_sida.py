@@ -12,6 +12,7 @@ from jaxdistill.methods.distribution.uni_instruct import (
     SharedUniInstruct,
     UniInstruct,
 )
+from jaxdistill.objectives.fdivergence import ReverseKL
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_at_alpha_one_it_is_uni_instructs_reverse_kl(drawn):
     net, ctx = drawn
     schedule = dict(reverse_until=0, critic_only=0)
     ours = SiDA(alpha=1.0, **schedule).student_loss(net, ctx)
-    host = UniInstruct(divergence="reverse_kl", **schedule).student_loss(net, ctx)
+    host = UniInstruct(divergence=ReverseKL(), **schedule).student_loss(net, ctx)
     np.testing.assert_allclose(ours.loss, host.loss, rtol=1e-10)
     assert ours.metrics["gan"] > 0
 

@@ -28,6 +28,7 @@ from jaxdistill.methods.distribution.uni_instruct import (
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.models.heads import Discriminator
 from jaxdistill.objectives import fdivergence
+from jaxdistill.objectives.fdivergence import ChiSquare, ReverseKL
 from tests.methods.distribution.gaussians import (
     ALPHA,
     SIGMA,
@@ -71,7 +72,7 @@ def objective(kind, q_var):
         xt = mean + jnp.sqrt(var) * x
         r = jnp.exp(log_density(xt, 0.0, q_var) - log_density(xt, mean, var))
         d = -(xt - mean) / var + xt / q_var
-        return jnp.sum(w / w.sum() * fdivergence.divergence(kind).h(r) * d**2)
+        return jnp.sum(w / w.sum() * fdivergence.NAMES[kind].h(r) * d**2)
 
     return np.array(jax.jit(jax.grad(value, (0, 1)))(M, C))
 
@@ -89,7 +90,7 @@ def exact(kind, kept=(1, 1, 1), base=Terms):
     make = dataclasses.dataclass(frozen=True, kw_only=True)(
         type("Some", (base,), {"kept": kept})
     )
-    return make(process=Scaled(), divergence=kind, **OPEN)
+    return make(process=Scaled(), divergence=fdivergence.NAMES[kind], **OPEN)
 
 
 TABLE = [  # divergence, scale of f, variance of q_t, (dJ/dm, dJ/dc)
@@ -141,7 +142,9 @@ def test_detaching_the_ratio_changes_the_gradient(x64):
 @pytest.mark.parametrize("kind", ["jkl", "chi2"])
 def test_equal_laws_leave_the_student_alone(x64, make, kind):
     var = (ALPHA * C) ** 2 + SIGMA**2
-    named = {} if make is SiDA else {"divergence": kind}  # SiDA has one of its own
+    named = {"divergence": fdivergence.NAMES[kind]}
+    if make is SiDA:  # it has one of its own
+        named = {}
     method = make(process=Scaled(), **named, **OPEN)
     np.testing.assert_allclose(
         gradient(method, networks(Scaled(), var, m=0.0), m=0.0), 0.0, atol=1e-10
@@ -152,7 +155,7 @@ def test_code_weights(x64):
     """lambda_SIM L_SIM + lambda_DI L_DI, sample by sample: the gradient in a sample with x_t moving
     along, r and omega constant.
     """
-    method = UniInstruct(process=Scaled(), divergence="chi2", **OPEN)
+    method = UniInstruct(process=Scaled(), divergence=ChiSquare(), **OPEN)
     net, (z, eps, _) = networks(Scaled(), 1.0), grid(6)
     t = jnp.full(len(z), SIGMA)
     ctx = Ctx({}, jax.random.key(0), jnp.asarray(0), {})
@@ -202,7 +205,7 @@ def test_score_identity(x64):
 
 def test_reverse_kl_first_then_the_divergence():
     method = UniInstruct(
-        divergence="chi2", critic_only=3, reverse_until=5, critic_steps=1
+        divergence=ChiSquare(), critic_only=3, reverse_until=5, critic_steps=1
     )
     critics, student = method.turns
     assert critics.moves == ("fake", "disc") and all(
@@ -288,7 +291,7 @@ def test_the_students_gan_waits_for_the_divergence(x64, context):
     net = adversarial_networks()
     x = jax.random.normal(jax.random.key(3), (6, 4))
     at = lambda step, **kw: UniInstruct(
-        divergence="reverse_kl", critic_only=2, reverse_until=5, **kw
+        divergence=ReverseKL(), critic_only=2, reverse_until=5, **kw
     ).student_loss(net, context(x, step=step, xt=x, t=jnp.ones(6)))
     for step in (2, 4):
         np.testing.assert_array_equal(at(step).loss, at(step, gan_weight=0.0).loss)
@@ -405,7 +408,7 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
     """
     ours, losses = trained(
         UniInstruct(
-            divergence="reverse_kl",
+            divergence=ReverseKL(),
             gan_weight=0.0,
             disc_weight=0.0,
             critic_only=2,
@@ -440,11 +443,11 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
 def test_every_part_trains(trained):
     """The GAN, the divergence and the shared discriminator each move the student elsewhere."""
     settings = dict(critic_only=0, reverse_until=0)
-    base = trained(UniInstruct(divergence="reverse_kl", **settings))[0]["student"]
+    base = trained(UniInstruct(divergence=ReverseKL(), **settings))[0]["student"]
     for other in (
-        UniInstruct(divergence="reverse_kl", gan_weight=0.0, **settings),
-        UniInstruct(divergence="chi2", **settings),
-        SharedUniInstruct(divergence="reverse_kl", **settings),
+        UniInstruct(divergence=ReverseKL(), gan_weight=0.0, **settings),
+        UniInstruct(divergence=ChiSquare(), **settings),
+        SharedUniInstruct(divergence=ReverseKL(), **settings),
     ):
         params, losses = trained(other)
         assert all(np.isfinite(v) for row in losses for v in row.values())
@@ -470,7 +473,7 @@ def fitted(kind):
     expansion, ratios exact.
     """
     method = ExactUniInstruct(
-        divergence=kind, ratio_range=(1e-12, 1e12), reverse_until=0
+        divergence=fdivergence.NAMES[kind], ratio_range=(1e-12, 1e12), reverse_until=0
     )
     x, w = np.polynomial.hermite_e.hermegauss(8)
     # resolves the edge between the modes, where Gauss-Hermite nodes would not
