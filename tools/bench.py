@@ -1,11 +1,14 @@
 """Times the steps of a config against hand-written steps of the same networks and losses.
 
-python tools/bench.py [--case=digits_dmd2 | meanflow | scm | dmd2 | gkd | kd | divergence | all]
-    [--config=FILE] [--steps=30] [--rounds=7] [--trace=DIR] [--trl] [--alone]
+python tools/bench.py [--case=digits_dmd2 | meanflow | meanflow_reference | scm | dmd2 | gkd | kd |
+    divergence | all] [--config=FILE] [--steps=30] [--rounds=7] [--trace=DIR] [--trl] [--alone]
 
-Both sides run in one process. A round runs --steps steps of each, in turn. Printed are, over the
+All sides run in one process. A round runs --steps steps of each, in turn. Printed are, over the
 rounds, the median milliseconds of an engine's step, the median and the range of the ratio engine /
-hand-written, and the time to compile. `data` is the ratio of the engine's step with batches from
+hand-written, and the time to compile. `products_ms` are the matrix products of the step alone
+(bench_products.py), `GFLOP/s` their speed, and `x_products` is the ratio of the engine's step to
+them. The hand-written side of `meanflow_reference` is the paper's algorithm in plain JAX, without
+this library (bench_meanflow.py). `data` is the ratio of the engine's step with batches from
 the config's loader to that on one batch that stays on the device; it is near 1 where loading
 overlaps with the steps. With --trace the engine's last round is written for TensorBoard's profiler.
 
@@ -40,6 +43,7 @@ from jaxdistill.run import chips, plan
 from jaxdistill.run.table import text_table
 from launch._command import arguments, main, output, whole
 from tools.bench_cases import CASES, Case
+from tools.bench_meanflow import Reference
 
 
 def timed(run, steps: int) -> float:
@@ -97,14 +101,16 @@ def alone(case: Case, steps: int, rounds: int, trace: str) -> list[dict]:
 
 
 def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
-    """The row of a case: the engine against the hand-written step."""
+    """The row of a case: the engine against the hand-written step and its products alone."""
     case.prepare_hand()
+    case.prepare_products()
+    sides = {"hand": case.hand, "engine": case.engine, "products": case.products}
     compiling = _compiling_seconds(case.engine, steps)
     _compiling_seconds(case.hand, steps)
-    seconds = {"engine": [], "hand": [], "loaded": []}
-    sides = {"hand": case.hand, "engine": case.engine}
+    _compiling_seconds(case.products, steps)
+    seconds = {name: [] for name in (*sides, "loaded")}
     for n in range(rounds):
-        order = ("engine", "hand") if n % 2 else ("hand", "engine")
+        order = reversed(sides) if n % 2 else sides
         for name in order:
             seconds[name].append(timed(sides[name], steps))
         with DevicePrefetch(case.experiment.data.loader(), case.put) as batches:
@@ -114,17 +120,29 @@ def measure(case: Case, steps: int, rounds: int, trace: str) -> dict:
     if trace:
         with jax.profiler.trace(trace):
             timed(case.engine, steps)
-    ratios = [a / b for a, b in zip(seconds["engine"], seconds["hand"])]
-    data = [a / b for a, b in zip(seconds["loaded"], seconds["engine"])]
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = _ratios(seconds["engine"], seconds["hand"])
+    above = _ratios(seconds["engine"], seconds["products"])
+    work = sum(case.operations(i) for i in range(steps)) / steps
     return {
-        "engine_ms": 1e3 * statistics.median(seconds["engine"]),
-        "hand_ms": 1e3 * statistics.median(seconds["hand"]),
+        "engine_ms": 1e3 * median["engine"],
+        "hand_ms": 1e3 * median["hand"],
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
-        "data": statistics.median(data),
+        "products_ms": 1e3 * median["products"],
+        "GFLOP/s": work / median["products"] / 1e9,
+        "x_products": statistics.median(above),
+        "x_lowest": min(above),
+        "x_highest": max(above),
+        "data": statistics.median(_ratios(seconds["loaded"], seconds["engine"])),
         "first_steps_s": compiling,
     }
+
+
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    """The ratios of two sides' seconds, round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def _compiling_seconds(side, steps: int) -> float:
@@ -204,6 +222,7 @@ def bench(argv):
         bench_trl.compare(steps, rounds)
         return
     every = {**CASES, "divergence": None}
+    kinds = {"meanflow_reference": Reference}
     if config is not None:
         cases = {"config": lambda: config}
     elif values["case"] == "all":
@@ -215,7 +234,7 @@ def bench(argv):
         if make is None:
             print(text_table([divergences()]), flush=True)
             continue
-        case = Case(make())
+        case = kinds.get(name, Case)(make())
         with sharding.use(case.experiment.mesh, case.experiment.settings.rules):
             if values["alone"]:
                 kind = case.experiment.mesh.devices.flat[0].device_kind

@@ -1,4 +1,6 @@
-"""Cases of the benchmarks: configs of small networks, each with a hand-written step."""
+"""Cases of the benchmarks: configs of small networks, each with a hand-written step and with the
+matrix products of the step alone.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +32,7 @@ from jaxdistill.models.language.lm import LM
 from jaxdistill.run.experiment import Experiment
 from jaxdistill.run.programs import make_programs
 from launch._command import load_config, main, no_command
+from tools import bench_products
 
 DIT = dict(size=16, patch=4, channels=4, dim=128, depth=4, heads=4)
 LLAMA = dict(dim=128, mlp=384, heads=4, depth=4, max_length=160)
@@ -99,6 +102,7 @@ def dmd2():
 CASES = {
     "digits_dmd2": digits,
     "meanflow": lambda: diffusion(MeanFlow()),
+    "meanflow_reference": lambda: diffusion(MeanFlow()),
     "scm": scm,
     "dmd2": dmd2,
     "gkd": lambda: language(GKD(on_policy=1.0, prompt_length=32)),
@@ -107,7 +111,9 @@ CASES = {
 
 
 class Case:
-    """Two sides of one config: `engine(i)` and `hand(i)` take step i and return its results."""
+    """Sides of one config: `engine(i)`, `hand(i)` and `products(i)` take step i and return its
+    results.
+    """
 
     def __init__(self, config):
         with config.unlocked():
@@ -147,6 +153,26 @@ class Case:
         }
         self.memory = method.memory()
         self.by_hand = jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
+
+    def prepare_products(self):
+        """Compiles the products of each pattern of turns."""
+        self.alone = {}
+        self.work = {}
+        programs = self.programs
+        for active in programs.patterns:
+            traced = programs.step.trace(
+                programs.abstract, programs.batch, self.rng, active
+            )
+            found = bench_products.shapes(traced.jaxpr.jaxpr)
+            self.alone[active] = bench_products.alone(found)
+            self.work[active] = bench_products.operations(found)
+
+    def products(self, i):
+        return self.alone[self.programs.active_at(i)]()
+
+    def operations(self, i):
+        """Floating-point operations of `products(i)`."""
+        return self.work[self.programs.active_at(i)]
 
     def engine(self, i, batch=None):
         batch = self.batch if batch is None else batch

@@ -11,9 +11,17 @@ import collections
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+
+class Product(NamedTuple):
+    """A matrix product or a convolution of a traced program."""
+
+    eqn: Any  # its equation
+    role: str  # that it belongs to; "" for none
+    times: int  # how often the program runs it
 
 
 def count(jaxpr: jax.core.Jaxpr, *, recomputed: bool = False) -> dict[str, float]:
@@ -28,47 +36,66 @@ def count(jaxpr: jax.core.Jaxpr, *, recomputed: bool = False) -> dict[str, float
         Role -> operations; "" for those of no role.
     """
     total: dict[str, float] = collections.defaultdict(float)
-    _add_flops(total, jaxpr, 1.0, "", recomputed)
+    for product in products(jaxpr, recomputed=recomputed):
+        total[product.role] += product.times * operations(product.eqn)
     return dict(total)
 
 
-def _add_flops(
-    total: dict[str, float], jaxpr, times: float, role: str, recomputed: bool
+def products(jaxpr: jax.core.Jaxpr, *, recomputed: bool = False) -> list[Product]:
+    """The matrix products and convolutions of a traced program, in its order.
+
+    Of a conditional, they are those of the branch with most operations.
+
+    Args:
+        jaxpr: The traced program.
+        recomputed: Whether to list what rematerialisation computes again.
+    """
+    found: list[Product] = []
+    _add_products(found, jaxpr, 1, "", recomputed)
+    return found
+
+
+def operations(eqn: Any) -> float:
+    """Floating-point operations of one matrix product or convolution."""
+    return _OPERATIONS[eqn.primitive.name](eqn)
+
+
+def _add_products(
+    found: list[Product], jaxpr, times: int, role: str, recomputed: bool
 ) -> None:
-    """Adds `times` the operations of `jaxpr` to `total`; `role` is that of its caller."""
+    """Appends the products of `jaxpr`, which runs `times` times; `role` is that of its caller."""
     for eqn in jaxpr.eqns:
         stack = str(eqn.source_info.name_stack)
         if "rematted_computation" in stack and not recomputed:
             continue
         kind = eqn.primitive.name
-        found = re.findall(r"role=(\w+)", stack)
-        owner = found[-1].removeprefix("ema_") if found else role
-        if kind == "dot_general":
-            total[owner] += times * _dot_flops(eqn)
-        elif kind == "conv_general_dilated":
-            total[owner] += times * _conv_flops(eqn)
+        names = re.findall(r"role=(\w+)", stack)
+        owner = names[-1].removeprefix("ema_") if names else role
+        if kind in _OPERATIONS:
+            found.append(Product(eqn, owner, times))
         inner = [part for value in eqn.params.values() for part in _jaxprs(value)]
         if kind == "cond":
-            for name, flops in _largest_branch(
-                inner, times, owner, recomputed
-            ).items():
-                total[name] += flops
+            found += _largest_branch(inner, times, owner, recomputed)
             continue
         repeats = eqn.params.get("length", 1) if kind == "scan" else 1
         for part in inner:
-            _add_flops(total, part, times * repeats, owner, recomputed)
+            _add_products(found, part, times * repeats, owner, recomputed)
 
 
 def _largest_branch(
-    branches: list, times: float, role: str, recomputed: bool
-) -> dict[str, float]:
-    """The operations of the branch of a conditional that has most of them."""
-    counts = []
+    branches: list, times: int, role: str, recomputed: bool
+) -> list[Product]:
+    """The products of the branch of a conditional that has most operations."""
+
+    def total(branch: list[Product]) -> float:
+        return sum(product.times * operations(product.eqn) for product in branch)
+
+    lists = []
     for branch in branches:
-        total: dict[str, float] = collections.defaultdict(float)
-        _add_flops(total, branch, times, role, recomputed)
-        counts.append(total)
-    return max(counts, key=lambda total: sum(total.values()))
+        found: list[Product] = []
+        _add_products(found, branch, times, role, recomputed)
+        lists.append(found)
+    return max(lists, key=total)
 
 
 def _jaxprs(value: Any) -> Iterator[jax.core.Jaxpr]:
@@ -92,3 +119,6 @@ def _conv_flops(eqn) -> float:
     out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     products = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel)
     return products / out_features / eqn.params["batch_group_count"]
+
+
+_OPERATIONS = {"dot_general": _dot_flops, "conv_general_dilated": _conv_flops}

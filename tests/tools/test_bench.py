@@ -1,4 +1,5 @@
 import builtins
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_the_plan_of_xl2_is_the_published_network():
     1). In a step of sCM the teacher runs forward once on a batch of 32.
     """
     config = dit_xl2.get_config("scm")
-    experiment = Experiment(config, "unused")
+    experiment = Experiment(config, Path("unused"))
     with sharding.use(experiment.mesh, experiment.settings.rules):
         programs, nets = loop.abstract_programs(experiment)
     assert nets["teacher"].size == pytest.approx(675e6, rel=0.01)
