@@ -100,6 +100,32 @@ class Net:
         """The network whose weights a folder holds; `from_source` converts them."""
         return self
 
+    @property
+    def whole(self) -> Net:
+        """The network of `whole_weights`, in floating point."""
+        return self
+
+    def whole_weights(self, role: str, params: Mapping[str, Params]) -> Params:
+        """All weights of a role: of one with adapters, those of its base with them.
+
+        Args:
+          params: role -> weights, of this role and its bases.
+        """
+        return params[role]
+
+    @property
+    def depth(self) -> int:
+        """How many adapters lie on each other; 0: the network has full weights."""
+        return 0
+
+    def begun(self, role: str, params: Mapping[str, Params]) -> Params:
+        """The first weights of a role: fresh ones (`params[role]`) with what the base gives."""
+        return params[role]
+
+    def weight_of(self, path: str) -> str:
+        """The path by which patterns know the leaf at `path`: of a factor, that of its matrix."""
+        return path
+
     def sanitise(self, grads: Params) -> Params:
         """Gradients as the optimiser gets them. Bank zeroes those of non-finite members."""
         return grads
@@ -136,6 +162,16 @@ def materialise(tree: Any) -> Any:
         return qwix.dequantize(jax.tree.map(on_device, w))
 
     return jax.tree.map(leaf, tree, is_leaf=is_quantized)
+
+
+def constant(tree: Any) -> Any:
+    """Weights that no gradient reaches. Those in host memory, which nothing trains, are left."""
+
+    def leaf(w: Any) -> Any:
+        is_traced = isinstance(w, jax.core.Tracer)
+        return jax.lax.stop_gradient(w) if is_traced and not _on_host(w) else w
+
+    return jax.tree.map(leaf, tree)
 
 
 def _on_host(w: Any) -> bool:
