@@ -208,18 +208,15 @@ def test_diffusers_loads_convolutions(tmp_path, agree):
 
 
 def test_what_is_no_matrix_is_refused(tmp_path):
-    """GPT-NeoX has queries, keys and values in one matrix, whose layout is not A times B."""
+    """Wan's table of shifts and scales has two dimensions, and is no layer in PyTorch."""
     torch.manual_seed(0)
-    sizes = {k: v for k, v in LM.items() if k != "num_key_value_heads"}
-    config = transformers.GPTNeoXConfig(**sizes, bos_token_id=None, eos_token_id=None)
-    model = transformers.GPTNeoXForCausalLM(config)
-    made_of = made(model, tmp_path / "base", r".*(to_q|to_k|to_v|qkv)/kernel")
-    print(list(made_of[2].shapes))
+    model = diffusers.WanTransformer3DModel(**WAN)
+    base, _, adapter, params = made(model, tmp_path / "base", r"(table|.*/table)")
     with pytest.raises(
         Refused,
         match=r"is not a matrix of its own in PyTorch; export without --adapter",
     ):
-        save_adapter(tmp_path / "out", made_of[0], *made_of[2:])
+        save_adapter(tmp_path / "out", base, adapter, params)
     assert not (tmp_path / "out").exists()
 
 
