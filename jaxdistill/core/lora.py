@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from jaxdistill.core.net import (
     Net,
     constant,
+    convolutions,
     is_matrix,
     is_quantized,
     is_spec,
@@ -195,19 +195,19 @@ def adapt(
     copied = _expression("full", full)
     there = paths(net.whole.shapes)
     axes_of = paths(merged.axes, is_leaf=is_spec)
-    convolutions = _convolutions(merged)
+    kernels = convolutions(merged)
     pairs = {}
     whole = {}
     axes = {}
     for path, shape in paths(merged.shapes).items():
         names = axes_of[path] or (None,) * len(shape.shape)
-        conv = convolutions.get(path)
+        conv = kernels.get(path)
         is_new = path not in there or there[path].shape != shape.shape
         is_full = copied.fullmatch(path) is not None
         is_adapted = (
             adapted.fullmatch(path) is not None
             and is_matrix(names)
-            and (conv is None or conv.feature_group_count == 1)
+            and (conv is None or conv.groups == 1)
         )
         if is_new and path in there and not is_full:
             raise Refused(
@@ -224,7 +224,7 @@ def adapt(
             whole[path] = jax.ShapeDtypeStruct(shape.shape, jnp.float32)
             axes[path] = axes_of[path]
         elif is_adapted:
-            axis_count = len(conv.kernel_size) if conv is not None else 0
+            axis_count = conv.axes if conv is not None else 0
             pairs[path] = _pair_shapes(shape.shape, rank, axis_count)
             axes[path] = _pair_axes(names, axis_count)
     _check_matches(net.whole, base, rank, targets, full, copied, pairs, whole)
@@ -293,18 +293,6 @@ def _check_matches(
             f"lora.targets={targets!r}: nothing is trained; expected a pattern there or in"
             f" lora.full; of {listed}"
         )
-
-
-def _convolutions(net: Net) -> dict[str, nnx.Conv]:
-    """Path of a kernel -> its convolution."""
-    if net.graphdef is None:
-        return {}
-    module = nnx.merge(net.graphdef, net.shapes)
-    return {
-        "/".join([*map(str, path), "kernel"]): part
-        for path, part in nnx.iter_modules(module)
-        if isinstance(part, nnx.Conv)
-    }
 
 
 def _pair_shapes(shape: Sequence[int], rank: int, axis_count: int) -> Params:

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -264,6 +264,26 @@ def make_net(
                 f"{jax.tree_util.keystr(path)} {shape.shape} has axis names {names}"
             )
     return Net(build, graphdef, shapes, axes, wrap, config, statistics=statistics)
+
+
+class Convolution(NamedTuple):
+    """What a convolution's kernel does not show."""
+
+    axes: int  # spatial axes
+    groups: int
+
+
+def convolutions(net: Net) -> dict[str, Convolution]:
+    """Path of each convolution's kernel [... *size, i / groups, o] -> the convolution."""
+    if net.graphdef is None:
+        return {}
+    module = nnx.merge(net.graphdef, net.shapes)
+    found = {}
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Conv):
+            name = "/".join([*map(str, path), "kernel"])
+            found[name] = Convolution(len(part.kernel_size), part.feature_group_count)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
