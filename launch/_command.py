@@ -464,6 +464,36 @@ def decimal(
     raise Refused(f"--{key}={text[:40]}: expected a number {wanted}")
 
 
+def shares(values: Mapping[str, Any], key: str, own: Path) -> dict[Path, float]:
+    """An argument "FOLDER:WEIGHT,FOLDER" as folder -> weight, which is 1 where it is left out.
+
+    Args:
+        values: The arguments.
+        key: The key of this one.
+        own: The folder that "." stands for.
+
+    Raises:
+        Refused: A weight is no finite number, or a folder is given twice.
+    """
+    found = {}
+    for text in filter(None, values[key].split(",")):
+        place, colon, number = text.rpartition(":")
+        if not colon:
+            place, number = text, "1"
+        folder = own if place == "." else local(place, f"--{key}")
+        if folder in found:
+            raise Refused(f"--{key}={text}: {place} is given twice")
+        weight = math.nan
+        with contextlib.suppress(ValueError):
+            weight = float(number)
+        if not place or not math.isfinite(weight):
+            raise Refused(
+                f"--{key}={text}: expected FOLDER:WEIGHT, such as {own}:0.5"
+            )
+        found[folder] = weight
+    return found
+
+
 def output(
     values: Mapping[str, Any],
     key: str,

@@ -1,11 +1,15 @@
 """Draws samples from a finished run: a picture of all with their arrays beside it, or text.
 
 python -m launch.sample --workdir=DIR [--n=100] [--steps=1] [--seed=0] [--role=student] \\
-    [--out=FILE.png]
+    [--out=FILE.png] [--adapters=FOLDER:WEIGHT,...]
+
+With --adapters, a role with `lora` is drawn from with a weighted sum of adapters on its base: its
+own, and those of the students of other runs on the same base. A weight that is left out is 1; the
+folder "." is the run itself.
 """
 
 from jaxdistill.core.types import Refused, lookup, nearest
-from launch._command import arguments, main, needed, output, whole
+from launch._command import arguments, main, needed, output, shares, whole
 
 KNOWN = {
     "config": "",
@@ -15,6 +19,7 @@ KNOWN = {
     "seed": "0",
     "role": "student",
     "out": "",
+    "adapters": "",
 }
 
 
@@ -25,6 +30,7 @@ def sample(argv: list[str]) -> None:
     steps = whole(values, "steps", 0)
     seed = whole(values, "seed", 0)
     given = output(values, "out", (".png",))
+    weights = shares(values, "adapters", workdir)
     import dataclasses
 
     import jax
@@ -32,7 +38,7 @@ def sample(argv: list[str]) -> None:
 
     from jaxdistill.core.net import paths
     from jaxdistill.evals.text import TextEval
-    from jaxdistill.run import loop
+    from jaxdistill.run import adapters, loop
     from jaxdistill.run.experiment import Experiment
 
     experiment = Experiment(config, workdir)
@@ -43,8 +49,14 @@ def sample(argv: list[str]) -> None:
         )
     if role not in experiment.roles:
         raise Refused(f"--role={role}{nearest(role, experiment.roles)}")
-    roles = experiment.with_bases([role, *experiment.method.exports])
+    exports = experiment.method.exports
+    merged = set(exports) if role in exports else {role}
+    if weights:
+        adapters.check(experiment, merged, weights)
+    roles = experiment.with_bases([role, *exports])
     trained = loop.load(workdir, config, roles=roles)
+    if weights:
+        trained = adapters.summed(trained, merged, weights)
     evaluation = trained.experiment.evaluation
     evaluation = dataclasses.replace(evaluation, seed=seed)
     if isinstance(evaluation, TextEval):
@@ -71,7 +83,9 @@ def sample(argv: list[str]) -> None:
     index = np.arange(n) % len(real["x"])
     real = jax.tree.map(lambda v: v[index], real)
     x, _ = evaluation.generate(trained, role, steps, real)
-    out = given or workdir / "samples" / f"{role}_{steps}steps_seed{seed}.png"
+    kind = "_adapters" if weights else ""
+    name = f"{role}_{steps}steps_seed{seed}{kind}.png"
+    out = given or workdir / "samples" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     evaluation.picture(x, real).save(out)
     cond = {"cond": real["cond"]} if "cond" in real else {}

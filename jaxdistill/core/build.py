@@ -25,19 +25,33 @@ from jaxdistill.core.types import Refused, nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adaptation: the role's weights adapt the frozen weights of another role."""
+    """Low-rank adaptation: the role's weights adapt the weights of another role.
 
-    rank: int = 0  # 0: the role has full weights
+    The role trains adapters on `targets`, whole leaves that match `full`, and the leaves that its
+    own `model` has and its base lacks. All other weights are the base's, which is stored once.
+    """
+
+    rank: int = 0  # of the adapters; 0: no adapters, and without `full` full weights
     alpha: float = 0.0  # scale is alpha / rank; 0: alpha = rank
-    base: str = "teacher"  # the role that owns the frozen weights
-    targets: str = r".*kernel"  # regular expression on weight paths
+    # the role that owns the other weights; it may have adapters itself
+    base: str = "teacher"
+    # regular expression on weight paths; "": no adapters
+    targets: str = r".*kernel"
+    # regular expression on paths of weights that the role has as a whole, first equal to the base's
+    full: str = ""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the role has weights of another one."""
+        return self.rank != 0 or self.full != ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
     """The config of one network."""
 
-    # The dataclass of a model. None: that of the role which the weights come from.
+    # The dataclass of a model. None: that of the role which the weights come from. Beside `lora`,
+    # what the base lacks of it starts freshly initialised.
     model: Any = None
     # A diffusion.denoiser.Denoiser, for networks that predict from (x_t, t). None: as for `model`.
     denoiser: Any = None

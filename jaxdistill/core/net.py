@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,32 @@ class Net:
         every = [jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(grads)]
         return functools.reduce(jnp.logical_and, every, jnp.array(True))
 
+    @property
+    def whole(self) -> Net:
+        """The network of `whole_weights`, in floating point."""
+        return self
+
+    def whole_weights(self, role: str, params: Mapping[str, Params]) -> Params:
+        """All weights of a role: of one with adapters, those of its base with them.
+
+        Args:
+          params: role -> weights, of this role and its bases.
+        """
+        return params[role]
+
+    @property
+    def depth(self) -> int:
+        """How many adapters lie on each other; 0: the network has full weights."""
+        return 0
+
+    def begun(self, role: str, params: Mapping[str, Params]) -> Params:
+        """The first weights of a role: fresh ones (`params[role]`) with what the base gives."""
+        return params[role]
+
+    def weight_of(self, path: str) -> str:
+        """The path by which patterns know the leaf at `path`: of a factor, that of its matrix."""
+        return path
+
     def sanitise(self, grads: Params) -> Params:
         """Gradients as the optimiser gets them. Bank zeroes those of non-finite members."""
         return grads
@@ -142,6 +168,16 @@ def materialise(tree: Any) -> Any:
         return qwix.dequantize(jax.tree.map(on_device, w))
 
     return jax.tree.map(leaf, tree, is_leaf=is_quantized)
+
+
+def constant(tree: Any) -> Any:
+    """Weights that no gradient reaches. Those in host memory, which nothing trains, are left."""
+
+    def leaf(w: Any) -> Any:
+        is_traced = isinstance(w, jax.core.Tracer)
+        return jax.lax.stop_gradient(w) if is_traced and not _on_host(w) else w
+
+    return jax.tree.map(leaf, tree)
 
 
 def _on_host(w: Any) -> bool:
@@ -234,6 +270,26 @@ def make_net(
                 f"{jax.tree_util.keystr(path)} {shape.shape} has axis names {names}"
             )
     return Net(build, graphdef, shapes, axes, wrap, config, statistics=statistics)
+
+
+class Convolution(NamedTuple):
+    """What a convolution's kernel does not show."""
+
+    axes: int  # spatial axes
+    groups: int
+
+
+def convolutions(net: Net) -> dict[str, Convolution]:
+    """Path of each convolution's kernel [... *size, i / groups, o] -> the convolution."""
+    if net.graphdef is None:
+        return {}
+    module = nnx.merge(net.graphdef, net.shapes)
+    found = {}
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, nnx.Conv):
+            name = "/".join([*map(str, path), "kernel"])
+            found[name] = Convolution(len(part.kernel_size), part.feature_group_count)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

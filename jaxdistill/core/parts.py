@@ -27,7 +27,8 @@ def split(net: Net, weights: Any, pattern: str | None) -> Parts:
     Args:
         net: the network; it says which leaves are running statistics.
         weights: its weights, or a tree like them (axis names, say).
-        pattern: regular expression of the paths "a/b/c" that move; None: all do.
+        pattern: regular expression of the paths "a/b/c" that move; None: all do. The path of an
+            adapter is that of the matrix it is on.
 
     Raises:
         Refused: `pattern` matches no weight, or is no regular expression.
@@ -44,7 +45,7 @@ def split(net: Net, weights: Any, pattern: str | None) -> Parts:
 
 
 def matcher(pattern: str, net: Net) -> Callable[[str], bool]:
-    """Whether a path matches `pattern` in full.
+    """Whether a path, of an adapter that of its matrix, matches `pattern` in full.
 
     Raises:
         Refused: no weight of `net` matches, or `pattern` is no regular expression.
@@ -55,13 +56,14 @@ def matcher(pattern: str, net: Net) -> Callable[[str], bool]:
         raise Refused(
             f"trains: {pattern!r} is no regular expression: {error}"
         ) from None
-    names = [path for path in paths(net.shapes) if path not in net.statistics]
+    own = [path for path in paths(net.shapes) if path not in net.statistics]
+    names = list(dict.fromkeys(map(net.weight_of, own)))
     if not any(map(expression.fullmatch, names)):
         listed = ", ".join(names[:6]) or "none"
         raise Refused(
             f"trains: {pattern!r} matches no weight; there are {listed}, ..."
         )
-    return lambda path: expression.fullmatch(path) is not None
+    return lambda path: expression.fullmatch(net.weight_of(path)) is not None
 
 
 def chosen(tree: Any, wanted: Callable[[str], bool], prefix: str = "") -> Params:

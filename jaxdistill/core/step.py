@@ -98,6 +98,10 @@ def first_weights(
         else:
             init = nets[role].init(jax.random.fold_in(key, i))
         params[role] = jax.tree.map(lambda w: jnp.copy(w.astype(jnp.float32)), init)
+    # Adapters may have leaves that start as their base's, which may have adapters itself.
+    for role in sorted(params, key=lambda role: nets[role].depth):
+        if role not in start:
+            params[role] = nets[role].begun(role, {**start, **params})
     return params
 
 

@@ -43,6 +43,10 @@ class Quantized(Net):
     def source(self) -> Net:
         return self.plain.source
 
+    @property
+    def whole(self) -> Net:
+        return self.plain
+
 
 def quantized(net: Net, kind: str) -> Quantized:
     """`net` with its matrices in `kind`.

@@ -312,7 +312,8 @@ class Method:
     # Trained role -> the role whose weights it starts from, or None for fresh weights.
     inits = {"student": "teacher"}
     # Trained role -> regular expression of the paths "a/b/c" of its weights that move; a role that
-    # is no key moves as a whole. The other weights of the role stay as they started.
+    # is no key moves as a whole. The other weights of the role stay as they started. The path of an
+    # adapter is that of the matrix it is on; adapters on other matrices stay as they started.
     trains = {}
     # Roles that this method does not train.
     frozen = ("teacher",)

@@ -33,8 +33,8 @@ def save_adapter(
 
     For transformers: adapter_config.json and adapter_model.safetensors, with A, B and alpha of
     arXiv:2106.09685. For diffusers: pytorch_lora_weights.safetensors under the component's name,
-    alpha / rank folded into B, and a config.json that names the class. The folder appears when it
-    is complete.
+    alpha / rank folded into B, and a config.json that names the class. The adapter of a convolution
+    is two convolutions, A of the same size and B of size 1. The folder appears when it is complete.
 
     Args:
         folder: Where to.
@@ -46,11 +46,13 @@ def save_adapter(
         beside: As of `interop.save`.
 
     Raises:
-        Refused: No family has the base; its library puts no adapter on it; or an adapted weight has
-            no matrix of its own in PyTorch.
+        Refused: No family has the base; its library puts no adapter on it; the base has adapters
+            itself; the adapter has whole leaves; or an adapted weight has no matrix of its own in
+            PyTorch.
     """
     folder = Path(folder)
     family = _family(folder, base)
+    _check_low_rank(folder, adapter)
     rows = {row.path: row for row in family.table(base.config)}
     is_peft = family.library == "transformers"
     prefix = "base_model.model" if is_peft else family.component
@@ -99,17 +101,19 @@ def check_adapter(folder: str | Path, base: Net, adapter: Adapter) -> None:
     """Raises Refused where `save_adapter` would for any weights; it is tried on random ones."""
     folder = Path(folder)
     family = _family(folder, base)
+    _check_low_rank(folder, adapter)
     rows = {row.path: row for row in family.table(base.config)}
     draw = np.random.default_rng(0)
     for path, pair in adapter.shapes.items():
         row = rows[path]
-        *stack, inputs, rank = pair["a"].shape
-        outputs = pair["b"].shape[-1]
+        *size, inputs, rank = pair["a"].shape
+        *ones, _, outputs = pair["b"].shape
         rank = min(rank, 2)  # which is enough to tell
         if row.stacked:
-            stack = stack[1:]
-        a = draw.standard_normal((*stack, inputs, rank), np.float32)
-        b = draw.standard_normal((*stack, rank, outputs), np.float32)
+            size = size[1:]
+            ones = ones[1:]
+        a = draw.standard_normal((*size, inputs, rank), np.float32)
+        b = draw.standard_normal((*ones, rank, outputs), np.float32)
         _pair(folder, row, a, b)
 
 
@@ -124,19 +128,35 @@ def _family(folder: Path, base: Net) -> Family:
     return family
 
 
+def _check_low_rank(folder: Path, adapter: Adapter) -> None:
+    """Raises Refused where an adapter is more than matrices of low rank on a network."""
+    if adapter.depth > 1:
+        raise Refused(
+            f"{folder}: {adapter.adapts} has adapters itself; export without --adapter, merged"
+        )
+    if adapter.whole_leaves:
+        path = next(iter(adapter.whole_leaves))
+        raise Refused(
+            f"{folder}: {path} is trained as a whole (lora.full, or a model of its own); export"
+            " without --adapter, merged"
+        )
+
+
 def _pair(
     folder: Path, row: Row, a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A [r in ...] and B [out r ...] of PyTorch for our a [in r] and b [r out].
+    """A [r in ...] and B [out r ...] of PyTorch for our a [... in r] and b [... r out].
 
     Raises Refused where their product is not the change a b of the weight in PyTorch's layout.
     """
-    if a.ndim == 2 and row.name.endswith(".weight"):
+    *size, rank, outputs = b.shape
+    if np.prod(size) == 1 and row.name.endswith(".weight"):
         down = np.asarray(row.layout.to_torch(a))
-        up = b.T.reshape(*b.T.shape, *[1] * (down.ndim - 2))
+        matrix = b.reshape(rank, outputs).T
+        up = matrix.reshape(outputs, rank, *[1] * (down.ndim - 2))
         change = np.asarray(row.layout.to_torch(a @ b))
-        if len(down) == a.shape[1]:
-            product = (b.T @ down.reshape(len(down), -1)).reshape(change.shape)
+        if len(down) == rank:
+            product = (matrix @ down.reshape(rank, -1)).reshape(change.shape)
             tolerance = 1e-5 * (np.abs(change).max() + 1e-30)
             if np.allclose(product, change, rtol=1e-4, atol=tolerance):
                 return down, up

@@ -174,8 +174,10 @@ def _check_calls(experiment: Experiment) -> None:
     t = jax.ShapeDtypeStruct(batch["x"].shape[:1], jnp.float32)
     for role, net in experiment.nets.items():
         cfg = experiment.roles[role]
-        if cfg.init == "exact" or net.adapts or experiment.described(role)[1] is None:
+        is_base = net.adapts and cfg.model is None  # which is checked itself
+        if cfg.init == "exact" or is_base or experiment.described(role)[1] is None:
             continue
+        net = net.whole if net.adapts else net
         where = f"{experiment.where}.roles.{role}"
         who = f"{where} ({_name(net)})"
         check_condition(

@@ -453,6 +453,7 @@ def _load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]
                 raise Refused(
                     f"{folder}: {path} is {found}, expected {list(want.shape)}"
                 )
+        _check_factors(folder, saved, abstract)
         restore = ocp.args.PyTreeRestore(
             item=abstract,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
@@ -469,6 +470,19 @@ def _load_params(folder: Path, abstract: dict[str, Params]) -> dict[str, Params]
         if same_dtype and found != written.get(path):
             raise _Damaged(f"{path}: not as written")
     return params
+
+
+def _check_factors(
+    folder: Path, saved: Mapping[str, Any], abstract: dict[str, Params]
+) -> None:
+    """Raises Refused where a role has stored adapters that it would lose, since it has none now on
+    that matrix.
+    """
+    wanted = paths(abstract)
+    for path in saved:
+        is_factor = path.endswith(("/a", "/b"))
+        if is_factor and path.partition("/")[0] in abstract and path not in wanted:
+            raise Refused(f"{folder}: has {path}, expected no adapter on that weight")
 
 
 def write_json(path: Path, value: Any) -> None:

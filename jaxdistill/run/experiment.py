@@ -252,28 +252,40 @@ class Experiment:
                     f"{key}.init=exact: {self.config.data.name} knows no exact law"
                 )
             return self.data.net(process) if process is not None else self.data.net()
-        if cfg.lora.rank:
-            given = {
-                k: getattr(cfg.lora, k) for k in ("base", "rank", "alpha", "targets")
-            }
-            with refusals(key):
-                base = lora.base_of(role, cfg.lora.base, self.roles)
-                return lora.adapt(self._net(base), **given)
-        model, denoiser = self.described(role)
-        wrap = {}
-        if denoiser is not None and process is not None:
-            wrap = {"wrap": functools.partial(denoiser.wrap, process=process)}
-        with refusals(f"{key}.model"):
-            net = make_net(model, config=model, **wrap)
+        if cfg.lora.adapts:
+            return self._adapter(role)
+        net = self._described_net(role)
         if cfg.bank:
             net = bank(net, cfg.bank)
         with refusals(key):
             return quantized(net, cfg.quantize) if cfg.quantize else net
 
-    def described(self, role: str) -> tuple[Any, Any]:
-        """(model, denoiser) of a role: its own, or else those of its source."""
+    def _adapter(self, role: str) -> Net:
+        """The network of a role with adapters or whole leaves on the weights of another."""
         cfg = self.roles[role]
-        source = self.source(role)
+        given = {
+            f.name: getattr(cfg.lora, f.name) for f in dataclasses.fields(cfg.lora)
+        }
+        has_own = cfg.model is not None or cfg.denoiser is not None
+        with refusals(self._key(role)):
+            base = lora.base_of(role, cfg.lora.base, self.roles)
+            own = self._described_net(role) if has_own else None
+            return lora.adapt(self._net(base), own=own, **given)
+
+    def _described_net(self, role: str) -> Net:
+        """The network of a role's model and denoiser."""
+        process = getattr(self.method, "process", None)
+        model, denoiser = self.described(role)
+        wrap = {}
+        if denoiser is not None and process is not None:
+            wrap = {"wrap": functools.partial(denoiser.wrap, process=process)}
+        with refusals(f"{self._key(role)}.model"):
+            return make_net(model, config=model, **wrap)
+
+    def described(self, role: str) -> tuple[Any, Any]:
+        """(model, denoiser) of a role: its own, or else those of its base or source."""
+        cfg = self.roles[role]
+        source = cfg.lora.base if cfg.lora.adapts else self.source(role)
         model = cfg.model
         denoiser = cfg.denoiser
         if model is None or denoiser is None:
@@ -434,11 +446,13 @@ class Experiment:
         return starts
 
     def with_bases(self, roles: Iterable[str]) -> set[str]:
-        """`roles` with the base roles of those that are adapters."""
+        """`roles` with the bases of those that have adapters, and the bases of these."""
         found = set(roles)
-        return found | {
-            self.nets[role].adapts for role in found if self.nets[role].adapts
-        }
+        for role in tuple(found):
+            base = self.nets[role].adapts
+            if base:
+                found |= self.with_bases([base])
+        return found
 
     def _load(self, role: str) -> Params | None:
         """The first weights of a role; None where it is fresh or copied from another role."""
@@ -483,6 +497,8 @@ class Trained:
     experiment: Experiment
     nets: dict[str, Net]
     params: dict[str, Params]
+    # folder of a run -> weight of its adapters, where the weights have a weighted sum of them
+    adapters: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def bound(self):
         """Networks with their weights bound, as losses see them."""

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from jaxdistill import interop
-from jaxdistill.core import lora
 from jaxdistill.core.bank import Bank
-from jaxdistill.core.net import Net
+from jaxdistill.core.net import Net, materialise
 from jaxdistill.core.types import Method, Params, Refused
 from jaxdistill.diffusion.denoiser import Denoiser
 from jaxdistill.interop.adapter import check_adapter, save_adapter
@@ -47,7 +46,7 @@ def check(experiment: Experiment, folder: Path, *, adapter: bool = False) -> Non
             check_adapter(folder, experiment.nets[net.adapts], net)
         elif type(method).exported is Method.exported:
             if net.adapts:
-                net = experiment.nets[net.adapts]
+                net = net.whole
             interop.family_of(net.one if isinstance(net, Bank) else net)
 
 
@@ -131,15 +130,23 @@ def _export_whole(
     net = trained.nets[role]
     params = trained.params[role]
     if net.adapts:
-        params = lora.merge(trained.params[net.adapts], params, net.scale)
-        net = trained.nets[net.adapts]
+        params = materialise(net.whole_weights(role, trained.params))
+        net = net.whole
     for inside, one, weights in _members(net, params):
         one, weights = experiment.method.exported(one, weights)
         config = with_special_tokens(one.config, experiment.data.texts)
         one = dataclasses.replace(one, config=config)
         member = f"{inside}: one of {net.members}" if inside else ""
         loading = _loaded(interop.family_of(one))
-        student = Student(experiment, report, role, one, loading, member=member)
+        student = Student(
+            experiment,
+            report,
+            role,
+            one,
+            loading,
+            member=member,
+            adapters=trained.adapters,
+        )
         interop.save(
             folder / inside, one, weights, card=student.card, beside=student.beside
         )
@@ -195,6 +202,8 @@ class Student:
     model: list[str]  # Python that makes `model` of the folder
     member: str = ""  # which member of a bank it is: "1: one of 4"
     base: str = ""  # of an adapter, the role whose weights it goes on
+    # folder of a run -> weight of its adapters in the sum of several
+    adapters: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def family(self) -> Family:
@@ -203,10 +212,8 @@ class Student:
 
     @property
     def denoiser(self) -> Denoiser | None:
-        """How the network's output is read; of an adapter, that of its base."""
-        lora = self.experiment.roles[self.role].lora
-        _, denoiser = self.experiment.described(lora.base if lora.rank else self.role)
-        return denoiser
+        """How the network's output is read."""
+        return self.experiment.described(self.role)[1]
 
     @property
     def steps(self) -> int:
@@ -275,7 +282,7 @@ tags: [jaxdistill, distillation, {method.__name__.lower()}]
 
 Trained with `jaxdistill`: `{name}`, {report["steps"]} steps, seed {given["seed"]}.
 NFE: {self.steps}.
-
+{self._sum}
 {table}
 
 ## Use
@@ -319,6 +326,19 @@ NFE: {self.steps}.
             f"{self.role}: {why}; `{module}` says which network serves which time."
         )
         return f"{self._whose}{where}\n\n{_python([*self.model, *ready])}"
+
+    @property
+    def _sum(self) -> str:
+        """Which adapters the weights are a sum of, where they are one."""
+        if not self.adapters:
+            return ""
+        listed = ", ".join(f"`{f}` {weight:g}" for f, weight in self.adapters.items())
+        own = str(self.experiment.workdir)
+        mine = "" if own in self.adapters else f"`{own}` 1, "
+        return (
+            f"\nThe weights are those of the base with a weighted sum of adapters: {mine}{listed}."
+            " The figures are those of the run alone.\n"
+        )
 
     @property
     def _whose(self) -> str:

@@ -131,6 +131,16 @@ def test_adapters_on_a_packed_base(nets, inputs):
     np.testing.assert_allclose(*out, rtol=1e-5, atol=1e-5)
 
 
+def test_adapters_of_a_packed_network(nets):
+    """The patterns match the paths of the weights, packed or not."""
+    plain, _, packed, held = nets
+    net = adapt(packed, base="teacher", rank=2, full=".*bias")
+    assert net.shapes == adapt(plain, base="teacher", rank=2, full=".*bias").shapes
+    params = {"teacher": held, "student": net.init(jax.random.key(3))}
+    merged = net.whole_weights("student", params)
+    assert jax.tree.structure(materialise(merged)) == jax.tree.structure(plain.shapes)
+
+
 def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
     """The traced program sees the blocks in host memory and copies one layer at a time."""
     plain, params, _, _ = nets

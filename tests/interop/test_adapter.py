@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from jaxdistill import interop
 from jaxdistill.core.lora import adapt, merge
+from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.interop.adapter import save_adapter
+from jaxdistill.interop.adapter import check_adapter, save_adapter
 from jaxdistill.interop.folder import MARKER
+from jaxdistill.models.denoisers.unet import UNet
 
 torch = pytest.importorskip(
     "torch", reason="PyTorch's side needs torch (extra [torch])"
@@ -39,6 +42,17 @@ UNET = dict(
     attention_head_dim=2,
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+OUR_UNET = dict(
+    size=8,
+    channels=1,
+    widths=(8, 8),
+    layers=1,
+    depths=(1, 0),
+    mid_depth=1,
+    heads=(2, 2),
+    text_dim=6,
+    groups=4,
 )
 WAN = dict(
     patch_size=(1, 2, 2),
@@ -158,17 +172,72 @@ def test_diffusers_loads_it(component, tmp_path, agree):
     agree(component, np.moveaxis(np.asarray(ours), -1, 1), theirs.sample)
 
 
-def test_what_is_no_matrix_is_refused(tmp_path):
+@pytest.mark.full
+def test_diffusers_loads_convolutions(tmp_path, agree):
+    """Every kernel of a U-Net: convolutions of stride 1 and 2, matrices, and 1x1 convolutions."""
     torch.manual_seed(0)
-    made_of = made(
-        diffusers.UNet2DConditionModel(**UNET), tmp_path / "base", r".*conv_in/kernel"
+    model = diffusers.UNet2DConditionModel(**UNET).eval()
+    draw = np.random.default_rng(0).standard_normal
+    x = draw((2, 8, 8, 4), np.float32)
+    text = draw((2, 7, 12), np.float32)
+    t = np.array([3, 500])
+    base, weights, adapter, params = made(model, tmp_path / "base", r".*kernel")
+    check_adapter(tmp_path / "out", base, adapter)
+    save_adapter(tmp_path / "out", base, adapter, params)
+    file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    stored = safetensors.numpy.load_file(file)
+    of_conv = "unet.down_blocks.0.resnets.0.conv1"
+    assert stored[f"{of_conv}.lora_A.weight"].shape == (3, 8, 3, 3)
+    assert stored[f"{of_conv}.lora_B.weight"].shape == (8, 3, 1, 1)
+    apply = jax.jit(adapter.apply)
+    ours = apply({"base": weights, "adapter": params}, x, t, {"text": text})
+    differs(ours, jax.jit(base.apply)(weights, x, t, {"text": text}))
+    weight_name = "pytorch_lora_weights.safetensors"
+    model.load_lora_adapter(
+        str(tmp_path / "out"), prefix="unet", weight_name=weight_name
     )
+    with torch.no_grad():
+        theirs = model(
+            torch.from_numpy(np.moveaxis(x, -1, 1).copy()),
+            timestep=torch.tensor(t),
+            encoder_hidden_states=torch.from_numpy(text),
+        )
+    theirs = theirs.sample.numpy()
+    agree("convolutions", np.moveaxis(np.asarray(ours), -1, 1), theirs)
+    assert np.abs(np.moveaxis(ours, -1, 1) - theirs).max() <= 1e-4 * theirs.std()
+
+
+def test_what_is_no_matrix_is_refused(tmp_path):
+    """Wan's table of shifts and scales has two dimensions, and is no layer in PyTorch."""
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(**WAN)
+    base, _, adapter, params = made(model, tmp_path / "base", r"(table|.*/table)")
     with pytest.raises(
         Refused,
-        match=r"conv_in.weight is not a matrix of its own in PyTorch; export without --adapter",
+        match=r"is not a matrix of its own in PyTorch; export without --adapter",
     ):
-        save_adapter(tmp_path / "out", made_of[0], *made_of[2:])
+        save_adapter(tmp_path / "out", base, adapter, params)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_low_rank_is_refused(tmp_path):
+    """Whole leaves, and adapters on adapters."""
+    base = make_net(UNet(**OUR_UNET), config=UNet(**OUR_UNET))
+    targets = r".*to_q/kernel"
+    lower = adapt(base, base="teacher", rank=2, targets=targets)
+    whole = adapt(base, base="teacher", rank=2, targets=targets, full="conv_out/bias")
+    upper = adapt(lower, base="student", rank=2, targets=targets)
+    cases = {
+        "conv_out/bias is trained as a whole": whole,
+        "student has adapters": upper,
+    }
+    for said, adapter in cases.items():
+        with pytest.raises(
+            Refused, match=f"{said}.*; export without --adapter, merged"
+        ):
+            check_adapter(tmp_path / "out", base, adapter)
+        with pytest.raises(Refused, match=said):
+            save_adapter(tmp_path / "out", base, adapter, {})
 
 
 def test_an_adapter_replaces_an_adapter_and_nothing_else(tmp_path):

@@ -380,5 +380,16 @@ def test_a_result_that_cannot_be_read_now_is_not_refused(params, monkeypatch):
         read()
 
 
+def test_a_stored_adapter_is_not_lost(tmp_path):
+    """A role that has no adapter on that matrix now would be another network."""
+    pair = {"a": np.ones((3, 1), np.float32), "b": np.ones((1, 3), np.float32)}
+    save_params(tmp_path / "0", {"student": {"w/kernel": pair, "v/kernel": pair}})
+    shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), pair)
+    with pytest.raises(
+        Refused, match=r"0: has student/v/kernel/a, expected no adapter"
+    ):
+        load_params(tmp_path / "0", {"student": {"w/kernel": shapes}})
+
+
 if __name__ == "__main__":
     print(json.dumps(list(cut_each(Path(sys.argv[1])))))
