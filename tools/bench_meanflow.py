@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 
+from launch._command import main, no_command
 from tools.bench_cases import DIT, Case
 
 FREQUENCIES = 128  # of the features of a time
@@ -218,3 +219,7 @@ class Reference(Case):
         label = self.batch["cond"]
         self.reference, value = self.by_hand(self.reference, x, label, self.rng)
         return value
+
+
+if __name__ == "__main__":
+    main(no_command, __doc__)

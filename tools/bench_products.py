@@ -24,6 +24,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxdistill.run import flops
+from launch._command import main, no_command
 
 
 class Shape(NamedTuple):
@@ -119,3 +120,7 @@ def _multiplied(a: jax.Array, b: jax.Array) -> jax.Array:
     if a.shape[0] == 1:
         return a[0] @ b[0]
     return a @ b
+
+
+if __name__ == "__main__":
+    main(no_command, __doc__)
