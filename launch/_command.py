@@ -348,7 +348,9 @@ def _change_class(path: str, group: ConfigDict, name: str) -> None:
         if dataclasses.is_dataclass(cls)
         else set()
     )
-    fresh = spec(name, **{key: value for key, value in group.items() if key in names})
+    fresh = spec(
+        name, **{key: value for key, value in group.items() if key in names}
+    )
     with group.unlocked():
         for key in set(group) - set(fresh):
             del group[key]
@@ -521,7 +523,10 @@ def output(
     shown = text[:80]
     local(text, f"--{key}")
     parts = path.absolute().parts
-    if not text.isprintable() or max(len(os.fsencode(part)) for part in parts) > 255:
+    if (
+        not text.isprintable()
+        or max(len(os.fsencode(part)) for part in parts) > 255
+    ):
         raise Refused(
             f"--{key}={shown!r}: expected the name of a {'folder' if folder else 'file'}"
         )

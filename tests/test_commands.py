@@ -82,7 +82,10 @@ def refused(argv, capsys, command=train.train):
             "an integer of at least 1 and at most 10,000,000",
         ),
         ([TOY, "--workdir=W", "--config.data.batch_size=100.5"], "expected int"),
-        ([TOY, "--workdir=W", "--config.mesh.data=64"], "does not fit the 8 devices"),
+        (
+            [TOY, "--workdir=W", "--config.mesh.data=64"],
+            "does not fit the 8 devices",
+        ),
         (
             [
                 TOY,
@@ -108,7 +111,11 @@ def refused(argv, capsys, command=train.train):
             "no such role, run or folder",
         ),
         (
-            [TOY, "--workdir=W", "--config.roles.student.optimizer.algorithm=adamm"],
+            [
+                TOY,
+                "--workdir=W",
+                "--config.roles.student.optimizer.algorithm=adamm",
+            ],
             "did you mean 'adam'",
         ),
         (["--config=configs/mnist/dmd2.py", "--workdir=W"], "data.path is empty"),
@@ -193,7 +200,8 @@ def test_evaluate_rewrites_the_report(digits, capsys):
     assert "frechet" in out
     assert "report.html" in out
     assert {"teacher", "student"} == {
-        r["name"] for r in json.loads((digits / "report.json").read_text())["models"]
+        r["name"]
+        for r in json.loads((digits / "report.json").read_text())["models"]
     }
 
 
@@ -241,7 +249,9 @@ def test_sample_refuses(digits, argv, said, capsys):
 @pytest.mark.full
 def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers is not installed"
+    )
     out = tmp_path / "export"
     export.export([f"--workdir={digits}", f"--out={out}"])
     trained = loop.load(digits)
@@ -268,7 +278,9 @@ def test_export_loads_in_diffusers_and_gives_the_same_samples(digits, tmp_path):
     card = (out / "README.md").read_text()
     assert "DMD2" in card
     assert "NFE: 1" in card
-    code = card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(out)))
+    code = (
+        card.split("```python\n")[1].split("```")[0].replace('"."', repr(str(out)))
+    )
     scope = {}
     exec(code, scope)  # the recipe on the card runs as it stands
     assert scope["x"].shape == (10, 1, 8, 8)
@@ -297,7 +309,9 @@ def test_full_weights_are_no_adapter(digits, tmp_path, capsys):
         capsys,
         export.export,
     )
-    assert "student has full weights, no adapter; export it without --adapter" in said
+    assert (
+        "student has full weights, no adapter; export it without --adapter" in said
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -324,7 +338,9 @@ def test_an_export_leaves_runs_alone(digits, out, capsys, monkeypatch):
         loop, "load", lambda *_, **__: pytest.fail("weights were read")
     )
     files = lambda: {
-        path: path.read_bytes() for path in digits.parent.rglob("*") if path.is_file()
+        path: path.read_bytes()
+        for path in digits.parent.rglob("*")
+        if path.is_file()
     }
     before = files()
     refused(
@@ -485,7 +501,9 @@ def through(workdir, data, model, capsys, **evaluation):
         evaluation=spec(samples=6, batch=6, **evaluation),
     )
     loop.run(config, workdir, progress=False)
-    sample.sample([f"--workdir={workdir}", "--n=6", f"--out={workdir / 'grid.png'}"])
+    sample.sample(
+        [f"--workdir={workdir}", "--n=6", f"--out={workdir / 'grid.png'}"]
+    )
     capsys.readouterr()
     with np.load(workdir / "grid.npz") as saved:
         return dict(saved)
@@ -515,7 +533,13 @@ def test_every_kind_of_pictures_trains_samples_and_leaves(name, tmp_path, capsys
     channels = 3 if coloured else 1
     classes = 10 if name == "digits:Digits" else 3
     model = DiT(
-        size=8, patch=4, channels=channels, dim=16, depth=1, heads=2, classes=classes
+        size=8,
+        patch=4,
+        channels=channels,
+        dim=16,
+        depth=1,
+        heads=2,
+        classes=classes,
     )
     saved = through(
         tmp_path / "run",
@@ -543,7 +567,8 @@ def test_pictures_of_a_text_do_too(name, tmp_path, capsys):
             samples = []
             for _ in range(6):
                 drawn = {
-                    k: draw.standard_normal(s, np.float32) for k, s in shapes.items()
+                    k: draw.standard_normal(s, np.float32)
+                    for k, s in shapes.items()
                 }
                 samples.append({**mask, **drawn})
             arrayrecord.write(tmp_path / f"{split}.arrayrecord", samples)

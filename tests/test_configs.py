@@ -51,7 +51,9 @@ def test_states_what_it_is(name):
     config = module.get_config()
     assert config.is_locked
     if name.startswith("toy."):
-        assert {"metric", "model", "baseline", "better", "ratio"} <= set(config.claim)
+        assert {"metric", "model", "baseline", "better", "ratio"} <= set(
+            config.claim
+        )
     build.build(config.method)
     if config.evaluation:
         build.build(config.evaluation)
@@ -63,9 +65,9 @@ def test_its_command_names_what_it_has(name):
     the command names.
     """
     module = importlib.import_module(f"configs.{name}")
-    command = module.__doc__.partition("python -m launch.train")[2].partition("\n\n")[
-        0
-    ]
+    command = module.__doc__.partition("python -m launch.train")[2].partition(
+        "\n\n"
+    )[0]
     variant = re.search(r"\.py:([a-z0-9_]+)", command)
     config = module.get_config(variant[1]) if variant else module.get_config()
     for path in re.findall(r"--config\.([\w.]+)=", command):
@@ -118,7 +120,9 @@ def test_recipes_data_is_read_in_the_shapes_that_it_states(name, stand_ins):
 @pytest.mark.full
 def test_bytes_on_a_device_shrink_with_the_mesh(stand_ins):
     """Weights, moments and averages of a large model are sharded over fsdp and tensor."""
-    experiment = Experiment(load("recipes.flow_matching", stand_ins), Path("unused"))
+    experiment = Experiment(
+        load("recipes.flow_matching", stand_ins), Path("unused")
+    )
     mesh = sharding.make_mesh(MeshShape(data=1, fsdp=4, tensor=2))
     with sharding.use(mesh, experiment.settings.rules):
         experiment.__dict__["mesh"] = mesh

@@ -45,7 +45,8 @@ def cases(quick):
     """Parameters of `ran`: toys that are not in `quick`, and later stages, are second tier."""
     full = pytest.mark.full
     first = [
-        pytest.param((n, False), id=n, marks=() if n in quick else full) for n in TOYS
+        pytest.param((n, False), id=n, marks=() if n in quick else full)
+        for n in TOYS
     ]
     return first + [
         pytest.param((n, True), id=f"{n}-later", marks=full) for n in staged()
@@ -113,7 +114,9 @@ def test_everything_is_finite(ran):
                 run.number,
                 metrics,
             )
-            assert all(np.isfinite(x).all() for x in leaves(after.params)), run.number
+            assert all(np.isfinite(x).all() for x in leaves(after.params)), (
+                run.number
+            )
 
 
 def test_every_moving_role_gets_a_gradient(ran):
@@ -143,7 +146,15 @@ def test_checkpoint_round_trip(ran, tmp_path):
             )
         checkpoints.close()
         assert step == 1
-        for part in ("step", "count", "params", "opt", "ema", "memory", "statistics"):
+        for part in (
+            "step",
+            "count",
+            "params",
+            "opt",
+            "ema",
+            "memory",
+            "statistics",
+        ):
             assert same(getattr(state, part), getattr(run.last, part)), (
                 run.number,
                 part,

@@ -149,7 +149,9 @@ def slow(config: dict) -> bool:
 def originals(tmp_path_factory):
     """Every accepted config. Each network is traced once, however many there are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(net, "_described", functools.cache(net._described.__wrapped__))
+        patch.setattr(
+            net, "_described", functools.cache(net._described.__wrapped__)
+        )
         yield configs(tmp_path_factory.mktemp("files"))
 
 

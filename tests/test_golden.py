@@ -24,7 +24,9 @@ def test_a_recipe_is_what_its_golden_file_says(name, stand_ins):
     found = golden.text_of(name, stand_ins)
     if found != expected:
         pair = [expected.splitlines(), found.splitlines()]
-        changes = list(difflib.unified_diff(*pair, "golden", "now", lineterm="", n=0))
+        changes = list(
+            difflib.unified_diff(*pair, "golden", "now", lineterm="", n=0)
+        )
         pytest.fail(
             "\n".join(
                 [

@@ -69,7 +69,9 @@ def test_help_is_the_docstring(name, word, call):
     code, out, err = call(name, word)
     assert (code, out.strip(), err) == (
         0,
-        ast.get_docstring(ast.parse((ROOT / name).read_text()), clean=False).strip(),
+        ast.get_docstring(
+            ast.parse((ROOT / name).read_text()), clean=False
+        ).strip(),
         "",
     )
     assert tree() == before

@@ -140,7 +140,11 @@ def test_no_circle():
 
 
 def test_a_circle_is_found():
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [
+        "b",
+        "c",
+        "b",
+    ]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 

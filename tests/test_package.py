@@ -44,7 +44,9 @@ def test_setup_needs_nothing_that_it_installs():
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
     ]
-    names = {getattr(node, "module", None) or node.names[0].name for node in imported}
+    names = {
+        getattr(node, "module", None) or node.names[0].name for node in imported
+    }
     assert names == {"ast", "pathlib", "setuptools"}
 
 
@@ -68,7 +70,9 @@ def test_the_licence_is_there_and_named(stated):
     ]
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["license"] == "Apache-2.0" and citation["cff-version"] == "1.2.0"
+    assert (
+        citation["license"] == "Apache-2.0" and citation["cff-version"] == "1.2.0"
+    )
     assert {"message", "title", "authors", "type"} <= citation.keys() and citation[
         "authors"
     ][0]["name"]

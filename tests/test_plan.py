@@ -91,7 +91,9 @@ def test_bytes_of_the_state_are_those_that_the_program_takes(live):
     expected = sum(sum(parts.values()) for parts in by_role.values()) + plan._bytes(
         programs.batch
     )
-    assert abs(compiled.memory_analysis().argument_size_in_bytes / expected - 1) < 0.1
+    assert (
+        abs(compiled.memory_analysis().argument_size_in_bytes / expected - 1) < 0.1
+    )
 
 
 def test_the_state_is_donated(live):
@@ -299,7 +301,9 @@ def test_an_interrupted_search_has_what_it_found(capsys):
         yield change, found(2.0)
         raise KeyboardInterrupt
 
-    best = plan_command.search(SimpleNamespace(search=candidates), None, "v5e:2x2", 4)
+    best = plan_command.search(
+        SimpleNamespace(search=candidates), None, "v5e:2x2", 4
+    )
     assert (
         best.seconds == 2.0
         and capsys.readouterr().out.splitlines()[-1]
@@ -316,7 +320,9 @@ def test_command_refuses_and_reports(tmp_path):
         text=True,
     )
     assert run("--config=configs/toy/dmd2.py").returncode == 2
-    refused = run("--config=configs/toy/dmd2.py", "--topology=h100:8x1", "--effort=2")
+    refused = run(
+        "--config=configs/toy/dmd2.py", "--topology=h100:8x1", "--effort=2"
+    )
     assert (
         refused.returncode == 2
         and refused.stderr.strip()

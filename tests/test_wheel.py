@@ -67,5 +67,7 @@ def test_every_module_is_imported_from_the_installed_wheel(installed, tmp_path):
 
 @pytest.mark.full
 def test_the_wheel_holds_the_library_alone(installed):
-    names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    names = {
+        path.name for path in installed.iterdir() if path.suffix != ".dist-info"
+    }
     assert names == {"jaxdistill"}

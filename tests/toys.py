@@ -79,7 +79,9 @@ class StageRun:
     @functools.cached_property
     def placed(self) -> dict[str, jax.Array]:
         """The batch on the mesh."""
-        put = sharding.put_batch(self.experiment.mesh, self.experiment.settings.rules)
+        put = sharding.put_batch(
+            self.experiment.mesh, self.experiment.settings.rules
+        )
         return put(self.batch)
 
     @property
@@ -156,7 +158,9 @@ def every_stage(
                 )
             if stage.collect is not None:
                 batch = collected(stage, nets, start, batch)
-            run = StageRun(experiment, number, stage, dict(nets), dict(start), batch)
+            run = StageRun(
+                experiment, number, stage, dict(nets), dict(start), batch
+            )
             yield run
             state = run.init()
             result = {

@@ -48,7 +48,10 @@ def toy(
     variant = "".join(word for word in words if word.startswith(":"))
     overrides = [f"seed={seed}", f"data.seed={data_seed}"]
     overrides += [word for word in words if not word.startswith(":")]
-    argv = [f"--config={path}{variant}", *(f"--config.{word}" for word in overrides)]
+    argv = [
+        f"--config={path}{variant}",
+        *(f"--config.{word}" for word in overrides),
+    ]
     _, config = arguments(argv, {"config": ""})
     return config
 

@@ -152,7 +152,9 @@ class Case:
             role: jax.tree.map(jnp.copy, self.params[role]) for role in method.ema
         }
         self.memory = method.memory()
-        self.by_hand = jax.jit(self._step, static_argnums=5, donate_argnums=(0, 1, 2))
+        self.by_hand = jax.jit(
+            self._step, static_argnums=5, donate_argnums=(0, 1, 2)
+        )
 
     def prepare_products(self):
         """Compiles the products of each pattern of turns."""
@@ -177,11 +179,15 @@ class Case:
     def engine(self, i, batch=None):
         batch = self.batch if batch is None else batch
         active = self.programs.active_at(i)
-        self.state, metrics = self.programs.step(self.state, batch, self.rng, active)
+        self.state, metrics = self.programs.step(
+            self.state, batch, self.rng, active
+        )
         return metrics
 
     def hand(self, i):
-        active = tuple(n for n, turn in enumerate(self.method.turns) if turn.when(i))
+        active = tuple(
+            n for n, turn in enumerate(self.method.turns) if turn.when(i)
+        )
         self.params, self.opt, self.ema, loss = self.by_hand(
             self.params, self.opt, self.ema, self.batch, jnp.int32(i), active
         )

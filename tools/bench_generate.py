@@ -97,7 +97,9 @@ def bench_generate(argv: list[str]) -> None:
 
     same = float(np.mean(ours() == theirs()))
     pairs = [(seconds(ours), seconds(theirs)) for _ in range(args.rounds)]
-    per_token = [1e6 * statistics.median(column) / args.new for column in zip(*pairs)]
+    per_token = [
+        1e6 * statistics.median(column) / args.new for column in zip(*pairs)
+    ]
     ratio = statistics.median(b / a for a, b in pairs)
     print(
         f"{jax.default_backend()}: dim {args.dim}, depth {args.depth}, batch {args.batch},"

@@ -77,7 +77,9 @@ def embedded(w: Any, t: jax.Array) -> jax.Array:
 
 def positions(side: int, dim: int) -> jax.Array:
     """Sinusoidal positions of a grid side x side; columns, then rows."""
-    angles = jnp.arange(side)[:, None] * 10000.0 ** -(jnp.arange(dim // 4) * 4 / dim)
+    angles = jnp.arange(side)[:, None] * 10000.0 ** -(
+        jnp.arange(dim // 4) * 4 / dim
+    )
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
     columns = jnp.tile(table, (side, 1))
     rows = jnp.repeat(table, side, 0)
@@ -176,7 +178,9 @@ def updated(state: State, grads: Any) -> State:
     """The state after Adam's update and that of the averaged weights."""
     n = state.step + 1
     first = jax.tree.map(lambda m, g: B1 * m + (1 - B1) * g, state.first, grads)
-    second = jax.tree.map(lambda v, g: B2 * v + (1 - B2) * g**2, state.second, grads)
+    second = jax.tree.map(
+        lambda v, g: B2 * v + (1 - B2) * g**2, state.second, grads
+    )
     of_first = 1 - B1**n
     of_second = 1 - B2**n
 

@@ -31,7 +31,9 @@ def rows() -> list[str]:
     for file in sorted((ROOT / "jaxdistill/methods").rglob("[!_]*.py")):
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
         number = re.search(r"arXiv:(\d{4}\.\d{5})", text)
-        paper = f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
+        paper = (
+            f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else ""
+        )
         claim, holds = _measured(
             [row for row in measured if row["method"] == file.stem]
         )
@@ -70,7 +72,9 @@ def docs_table(argv: list[str]) -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     before, rest = text.split(BEGIN)
-    fresh = f"{before}{BEGIN}\n" + "\n".join(rows()) + f"\n{END}{rest.split(END)[1]}"
+    fresh = (
+        f"{before}{BEGIN}\n" + "\n".join(rows()) + f"\n{END}{rest.split(END)[1]}"
+    )
     if values["check"]:
         sys.exit(int(fresh != text))
     readme.write_text(fresh)

@@ -105,7 +105,9 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
         role for role in roles if roles[role].init and role not in experiment.inits
     ]
     warm = dict.fromkeys([*method.frozen, *named])
-    start = {role: experiment.abstract(experiment.nets[role], role) for role in warm}
+    start = {
+        role: experiment.abstract(experiment.nets[role], role) for role in warm
+    }
     uncollected = dataclasses.replace(stage, collect=None, pool=None)
     nets, start, _ = programs._abstract_start(
         experiment, uncollected, experiment.nets, start
@@ -188,7 +190,9 @@ def byte_lines(nets: Mapping[str, Net], state: State) -> Iterator[str]:
         sizes = []
         for part, tree in parts_of(state, role).items():
             leaves = jax.tree.leaves(tree)
-            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+            size = sum(
+                math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves
+            )
             sizes.append(f"{part} {size:,}")
         yield f"{role}: {', '.join(sizes)}"
 
@@ -265,7 +269,9 @@ def _initialisers(net: Net) -> Any:
     return jax.tree.unflatten(jax.tree.structure(shapes), texts)
 
 
-def followed(closed: ClosedJaxpr, inputs: Sequence[Draw | None]) -> list[Draw | None]:
+def followed(
+    closed: ClosedJaxpr, inputs: Sequence[Draw | None]
+) -> list[Draw | None]:
     """The outputs of a traced program as draws or constants, from its inputs."""
     jaxpr = closed.jaxpr
     known = dict(zip(jaxpr.invars, inputs))
@@ -287,7 +293,9 @@ def followed(closed: ClosedJaxpr, inputs: Sequence[Draw | None]) -> list[Draw | 
 def table(value: Any) -> Draw | None:
     """An array in the program: a constant where all entries are equal, else its mean and spread."""
     array = (
-        np.asarray(value) if np.ndim(value) == 0 or hasattr(value, "shape") else None
+        np.asarray(value)
+        if np.ndim(value) == 0 or hasattr(value, "shape")
+        else None
     )
     if array is None or array.dtype.kind not in "biuf" or not array.size:
         return None
@@ -346,7 +354,9 @@ def combined(name: str, *given: Draw) -> Draw | None:
     sign = -1 if name == "sub" else 1
     if first.distribution:
         return Draw(draw.distribution, draw.scale, draw.shift + sign * second.shift)
-    return Draw(draw.distribution, sign * draw.scale, first.shift + sign * draw.shift)
+    return Draw(
+        draw.distribution, sign * draw.scale, first.shift + sign * draw.shift
+    )
 
 
 if __name__ == "__main__":

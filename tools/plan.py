@@ -83,7 +83,9 @@ def search(planner, config, name, most, stage):
             if found.fits and (best is None or found.seconds < best.seconds):
                 best = found
     except KeyboardInterrupt:
-        print("interrupted; the best so far:" if best else "interrupted", flush=True)
+        print(
+            "interrupted; the best so far:" if best else "interrupted", flush=True
+        )
     return best
 
 
@@ -118,7 +120,9 @@ def show(planner, plan) -> None:
         f"{plan.topology}: {plan.chips} chips, {mesh}; {fits}: "
         f"{_gib(plan.peak)} of {_gib(plan.hbm)} GiB a chip at the peak"
     )
-    print(f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS))
+    print(
+        f"\n{'GiB a chip':<14}" + "".join(f"{part:>10}" for part in planner.PARTS)
+    )
     for role, parts in plan.by_role.items():
         print(
             f"{role:<14}"

@@ -66,7 +66,9 @@ def tokens_per_line(text: str) -> tuple[int, int]:
 
 def is_tuple_assignment(node: ast.AST) -> bool:
     """`a, b = x, y`: several statements in one."""
-    if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Tuple):
+    if not isinstance(node, ast.Assign) or not isinstance(
+        node.targets[0], ast.Tuple
+    ):
         return False
     return isinstance(node.value, ast.Tuple)
 

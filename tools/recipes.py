@@ -60,7 +60,9 @@ them leaves of the chips' peak. Samples a step are the config's batch.
 
 
 def recipes(argv):
-    values, _ = arguments(argv, {"only": "", "topology": "", "one": "", "stage": "0"})
+    values, _ = arguments(
+        argv, {"only": "", "topology": "", "one": "", "stage": "0"}
+    )
     stage = whole(values, "stage", 0)
     if values["one"]:
         print(json.dumps(compiled(values["one"], values["topology"], stage)))

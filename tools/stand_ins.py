@@ -122,7 +122,9 @@ def at_hand(config: ConfigDict, files: dict[str, Path]) -> ConfigDict:
     """`config` with the path of the file in place of its data set, where there is one."""
     if config.data.name in files:
         path = files[config.data.name]
-        with_count = path.with_name(f"{path.name}{config.method.get('domains', '')}")
+        with_count = path.with_name(
+            f"{path.name}{config.method.get('domains', '')}"
+        )
         config.data.path = str(with_count if with_count.exists() else path)
     return config
 

@@ -93,7 +93,9 @@ def rows_of(data, split: str, most: int):
         data.examples(split)  # raises Refused
     if split == "test":
         held_out = data.evaluation(most)
-        return Derived(range(most), lambda i: {k: v[i] for k, v in held_out.items()})
+        return Derived(
+            range(most), lambda i: {k: v[i] for k, v in held_out.items()}
+        )
 
     @functools.lru_cache(2)
     def batch(i: int):
@@ -130,7 +132,9 @@ def prepare(folder: Path, about: dict) -> None:
     before = read_about(folder)
     now = json.loads(json.dumps(about))
     if before is None and folder.exists() and any(folder.iterdir()):
-        raise Refused(f"--out={folder}: not empty and no store; give another folder")
+        raise Refused(
+            f"--out={folder}: not empty and no store; give another folder"
+        )
     changed = "" if before is None else difference(before, now)
     if changed:
         raise Refused(
@@ -165,7 +169,10 @@ def store(argv):
     )
     top_k = whole(values, "top_k", 1)
     group = whole(values, "file_batches", 1)
-    most = {"train": whole(values, "rows", 0), "test": whole(values, "test_rows", 0)}
+    most = {
+        "train": whole(values, "rows", 0),
+        "test": whole(values, "test_rows", 0),
+    }
     dtype = lookup(DTYPES, values["dtype"], "--dtype")
     temperature = decimal(values, "temperature", 0.0, above=True)
     out = output(values, "out", folder=True)

@@ -50,7 +50,9 @@ class Suite:
     chart: str  # the metric of the chart, against seconds of a student update
     clock: str  # the method whose seconds all methods get in the second table
     about: str  # text on the page
-    tokens: int = 0  # tokens in an update: samples times their length; 0 for no text
+    tokens: int = (
+        0  # tokens in an update: samples times their length; 0 for no text
+    )
 
 
 SUITES = {
@@ -198,7 +200,9 @@ def module(config: str) -> str:
 
 def starts(suite: Suite, config, name: str, workdir: Path, seed: int) -> list[str]:
     """Overrides that replace the shared runs in a config by those of this seed."""
-    runs = {f"runs/{name}/{run}_0": workdir / f"{run}_{seed}" for run in suite.shared}
+    runs = {
+        f"runs/{name}/{run}_0": workdir / f"{run}_{seed}" for run in suite.shared
+    }
     inits = {role: cfg.init for role, cfg in config.roles.items()}
     return [
         f"--config.roles.{role}.init={runs[init]}"
@@ -374,7 +378,10 @@ def _tables(
                     _scores(method, _at(runs, nfe), suite) + _costs(runs, suite)
                 )
         heading = f"## {title}, {nfe} NFE" if len(steps) > 1 else f"## {title}"
-        parts += [heading, markdown_table(("method", *suite.metrics, *costs), table)]
+        parts += [
+            heading,
+            markdown_table(("method", *suite.metrics, *costs), table),
+        ]
     return parts
 
 

@@ -121,7 +121,8 @@ def flash():
 def lora(name, **fields):
     """The fake score is an adapter on the teacher, its first update joint with the student's."""
     fake = Role(
-        lora=Lora(rank=16, alpha=32.0), optimizer=Optimizer(lr=2e-3, b1=0.0, b2=0.99)
+        lora=Lora(rank=16, alpha=32.0),
+        optimizer=Optimizer(lr=2e-3, b1=0.0, b2=0.99),
     )
     return matching(name, roles=dict(fake=fake), **fields)
 

@@ -49,7 +49,11 @@ def methods(**writing):
             GKD, divergence=JensenShannon(beta=0.9), on_policy=1.0, **writing
         ),
         "tsd_kd": language(
-            TSDKD, candidates=2, ranking_weight=0.01, entropy_weight=0.003, **writing
+            TSDKD,
+            candidates=2,
+            ranking_weight=0.01,
+            entropy_weight=0.003,
+            **writing,
         ),
         "paced": language(Paced, batches=100, **writing),
         "grpo": language(GRPO, **reinforced),
@@ -70,7 +74,9 @@ def get_config(method="gkd"):
         student=Role(init="runs/lm/start_0", optimizer=Optimizer(lr=lr, warmup=10))
     )
     roles |= OLD if method in REINFORCED else {}
-    roles |= dict(reference=Role(init="runs/lm/start_0")) if method == "grpo" else {}
+    roles |= (
+        dict(reference=Role(init="runs/lm/start_0")) if method == "grpo" else {}
+    )
     roles |= (
         dict(teacher=Role(init="runs/lm/teacher_0"))
         if method not in ("sft", "grpo")

@@ -57,7 +57,9 @@ def get_config():
                 optimizer=Optimizer(lr=1e-3, b1=0.0, b2=0.99),
             ),
         ),
-        evaluation=ImageEval(student_steps=(1,), teacher_steps=(50, 1), **EVALUATION),
+        evaluation=ImageEval(
+            student_steps=(1,), teacher_steps=(50, 1), **EVALUATION
+        ),
         claim=dict(
             metric="frechet",
             model="student@1",

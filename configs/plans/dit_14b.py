@@ -23,7 +23,9 @@ SIZES = dict(
     dtype="bfloat16",
     remat="full",
 )
-SAMPLE = dict(x="normal 256 512 16", cond="integers 1000", null_cond="constant 1000")
+SAMPLE = dict(
+    x="normal 256 512 16", cond="integers 1000", null_cond="constant 1000"
+)
 
 
 def get_config():

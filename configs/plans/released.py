@@ -94,7 +94,9 @@ FLOW = Denoiser(param=Velocity(time_scale=1000.0))
 SDXL_METHOD = dict(process=PROCESS, guidance=4.0)
 EPS = Denoiser(param=Noise(time_scale=999.0), native=PROCESS)
 PLANS = {
-    "wan_1_3b": lambda: dmd2(Wan(**WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0),
+    "wan_1_3b": lambda: dmd2(
+        Wan(**WAN1_3B), VIDEO, FLOW, 1536, 15, 16, guidance=4.0
+    ),
     "wan_14b": lambda: dmd2(Wan(**WAN14B), VIDEO, FLOW, 5120, 20, 64, guidance=4.0),
     "qwen_image": lambda: dmd2(
         QwenImage(**QWEN),

@@ -52,7 +52,9 @@ def get_config():
                 optimizer=optimizer, ema=Ema(rate=0.0, warmup=False)
             ),  # the paper names no average
             fake=Role(optimizer=optimizer),
-            disc=Role(model=Discriminator(dim=1280, width=512), optimizer=optimizer),
+            disc=Role(
+                model=Discriminator(dim=1280, width=512), optimizer=optimizer
+            ),
         ),
         checkpoint_every=1000,
         log_every=50,

@@ -35,7 +35,9 @@ DEEPSEEK_7B = dict(
 
 def reward(variant: str, function: str = "last_number"):
     """Of the variant "verified", a function on the host; else tokens are compared."""
-    verified = Verified(function=f"objectives.verifiers:{function}", tokenizer="byte")
+    verified = Verified(
+        function=f"objectives.verifiers:{function}", tokenizer="byte"
+    )
     return lookup({"": Exact(), "verified": verified}, variant, "variant")
 
 

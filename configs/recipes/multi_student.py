@@ -51,7 +51,9 @@ def get_config(variant=""):
     )
     model = DhariwalUNet(**{**ADM, "width": width, "head_dim": width // 3})
     small = (
-        dict(model=model, denoiser=TEACHER.denoiser, init="fresh") if variant else {}
+        dict(model=model, denoiser=TEACHER.denoiser, init="fresh")
+        if variant
+        else {}
     )
     return experiment(
         steps=270_000 if variant else 220_000,
@@ -64,7 +66,9 @@ def get_config(variant=""):
                 param_dtype="bfloat16",
             ),
             student=Role(**small, bank=CELLS, optimizer=ADAMW, ema=Ema(rate=0.999)),
-            fake=Role(init="student" if variant else "", bank=CELLS, optimizer=ADAMW),
+            fake=Role(
+                init="student" if variant else "", bank=CELLS, optimizer=ADAMW
+            ),
             disc=Role(
                 model=Discriminator(dim=4 * width, width=512, classes=1000),
                 bank=CELLS,

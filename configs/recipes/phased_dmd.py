@@ -26,7 +26,10 @@ from jaxdistill.core.types import lookup
 from jaxdistill.data.arrayrecord import ArrayRecords
 from jaxdistill.diffusion.denoiser import Denoiser, Velocity
 from jaxdistill.diffusion.process import Flow
-from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
+from jaxdistill.methods.distribution.phased_dmd import (
+    InterleavedPhasedDMD,
+    PhasedDMD,
+)
 from jaxdistill.models.denoisers.wan import Wan
 from jaxdistill.samplers.phases import teacher_roles
 
@@ -48,7 +51,9 @@ RECORD = {
 
 PAPER = dict(process=Flow(shift=5.0), guidance=4.0)
 METHODS = {
-    "": PhasedDMD(teacher_bounds=(0.875 / 1.5,), **PAPER),  # .875 after a shift of 5
+    "": PhasedDMD(
+        teacher_bounds=(0.875 / 1.5,), **PAPER
+    ),  # .875 after a shift of 5
     "wan21": PhasedDMD(**PAPER),
     "released": InterleavedPhasedDMD(
         process=Flow(shift=7.0),

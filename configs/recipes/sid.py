@@ -61,4 +61,6 @@ def imagenet64(method):
 
 
 def get_config(variant=""):
-    return lookup({"": cifar10, "imagenet64": imagenet64}, variant, "variant")(SiD())
+    return lookup({"": cifar10, "imagenet64": imagenet64}, variant, "variant")(
+        SiD()
+    )

@@ -52,7 +52,9 @@ def distil(method, unet, alpha, steps, weight_decay=0.0, **roles):
                 ema=CopyEma(rate=0.9999),
             ),
             fake=Role(
-                lora=Lora(rank=64, alpha=alpha, targets=r".*attn[12]/to_[qv]/kernel"),
+                lora=Lora(
+                    rank=64, alpha=alpha, targets=r".*attn[12]/to_[qv]/kernel"
+                ),
                 optimizer=Optimizer(lr=1e-3, weight_decay=weight_decay),
             ),
             **roles,

@@ -48,7 +48,8 @@ def roles():
     return dict(
         teacher=TEACHER,
         student=Role(
-            optimizer=ADAM, ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05)
+            optimizer=ADAM,
+            ema=HalfLifeEma(half_life=500_000.0, batch=256, ramp=0.05),
         ),
         fake=Role(optimizer=critic),
         disc=Role(
@@ -62,7 +63,9 @@ def get_config():
     return experiment(
         steps=1_171_875,
         data=ParquetImages(batch_size=256, flip=True),
-        method=UniInstruct(divergence=Jeffreys(forward=0.4, reverse=0.6), taps=(2,)),
+        method=UniInstruct(
+            divergence=Jeffreys(forward=0.4, reverse=0.6), taps=(2,)
+        ),
         roles=roles(),
         checkpoint_every=5_000,
         log_every=100,

@@ -48,7 +48,9 @@ def distil(smoothing: float, runs=None, **rest):
         log_every=MEASURES,
         runs=dict(
             teacher=train(1200, dim=96, mlp=192, depth=3),
-            start=train(300, (0.42, 0.42, 0.06, 0.05, 0.05), dim=32, mlp=64, depth=2),
+            start=train(
+                300, (0.42, 0.42, 0.06, 0.05, 0.05), dim=32, mlp=64, depth=2
+            ),
             **(runs or {}),
         ),
         data=Chains(interval=INTERVAL, measures=MEASURES, **DATA),

@@ -74,7 +74,9 @@ def get_config(variant=""):
                 runs=dict(pretrained=pretrained),
                 student=Role(init="@pretrained", optimizer=OPTIMIZER),
             ),
-            baseline=trained(STEPS, student=Role(model=STUDENT, optimizer=OPTIMIZER)),
+            baseline=trained(
+                STEPS, student=Role(model=STUDENT, optimizer=OPTIMIZER)
+            ),
         ),
         data=DATA,
         method=ErnieTiny(

@@ -34,7 +34,9 @@ def specialist(*weights: float):
         data=Chains(weights=weights, **DATA),
         method=SFT(),
         roles=dict(
-            student=Role(model=network(dim=64, mlp=128, depth=2), optimizer=OPTIMIZER)
+            student=Role(
+                model=network(dim=64, mlp=128, depth=2), optimizer=OPTIMIZER
+            )
         ),
         evaluation=EVAL,
     )
@@ -51,7 +53,9 @@ def distil(method, runs=None, **rest):
         roles=dict(
             teacher=Role(init="@first"),
             teacher1=Role(init="@second"),
-            student=Role(model=network(dim=32, mlp=64, depth=2), optimizer=OPTIMIZER),
+            student=Role(
+                model=network(dim=32, mlp=64, depth=2), optimizer=OPTIMIZER
+            ),
         ),
         evaluation=EVAL,
         **rest,

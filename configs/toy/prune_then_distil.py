@@ -36,7 +36,8 @@ def get_config():
     return experiment(
         steps=200,
         runs=dict(
-            teacher=train(800, depth=4, mlp=128), baseline=train(200, depth=2, mlp=64)
+            teacher=train(800, depth=4, mlp=128),
+            baseline=train(200, depth=2, mlp=64),
         ),
         data=Markov(**DATA),
         method=PruneThenDistil(
@@ -45,7 +46,9 @@ def get_config():
             student_layers=(1,),
             teacher_layers=(3,),
         ),
-        roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
+        roles=dict(
+            teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)
+        ),
         evaluation=TextEval(),
         claim=dict(
             metric="perplexity",

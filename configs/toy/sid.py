@@ -26,7 +26,9 @@ NET = dict(
     model=MLP(), denoiser=Denoiser(param=EDMPrecond(), native=EDM()), init="fresh"
 )
 STUDENT = Role(
-    **NET, optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"), ema=Ema(rate=0.99)
+    **NET,
+    optimizer=Optimizer(lr=5e-4, b1=0.0, schedule="cosine"),
+    ema=Ema(rate=0.99),
 )
 FAKE = Role(**NET, optimizer=Optimizer(lr=1e-3, b1=0.0))
 

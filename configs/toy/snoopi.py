@@ -105,7 +105,9 @@ def pgsb():
     fixed = SwiftBrush(guidance=FIXED, fake_guidance=FIXED)
     return swiftbrush.distil(
         PGSB(),
-        runs=dict(fixed=swiftbrush.distil(fixed, roles=dict(fake=swiftbrush.fake()))),
+        runs=dict(
+            fixed=swiftbrush.distil(fixed, roles=dict(fake=swiftbrush.fake()))
+        ),
         roles=dict(fake=swiftbrush.fake()),
         claim=dict(
             metric="class_energy",

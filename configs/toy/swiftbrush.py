@@ -21,7 +21,9 @@ from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.models.denoisers.mlp import MLP
 
 ABLATIONS = {
-    "full weights for the fake score (not in the paper)": ("roles.fake.lora.rank=0",),
+    "full weights for the fake score (not in the paper)": (
+        "roles.fake.lora.rank=0",
+    ),
     "no guidance of the fake score, DMD's choice (not in the paper)": (
         "method.fake_guidance=1.0",
     ),
@@ -73,7 +75,9 @@ def fake(rank=8):
     """The fake score: adapters on all matrices of the teacher, whose learning rate is far above the
     student's.
     """
-    return Role(lora=Lora(rank=rank, alpha=2.0 * rank), optimizer=Optimizer(lr=1e-3))
+    return Role(
+        lora=Lora(rank=rank, alpha=2.0 * rank), optimizer=Optimizer(lr=1e-3)
+    )
 
 
 def get_config():

@@ -208,7 +208,9 @@ def _average(rate: float, old: Array, new: Array) -> Array:
     return rate * old + (1 - rate) * new
 
 
-def _inverse_root(rows: Array, columns: Array, over_column: tuple[int, ...]) -> Array:
+def _inverse_root(
+    rows: Array, columns: Array, over_column: tuple[int, ...]
+) -> Array:
     """1 / sqrt(rows columns / mean(rows)), in factors, since the product may underflow."""
     relative = rows / _mean(rows, over_column)
     return jax.lax.rsqrt(relative) * jax.lax.rsqrt(columns)

@@ -30,7 +30,9 @@ class Bank(Net):
 
     def from_source(self, params: Params) -> Params:
         """The weights of one network, repeated for every member; those of a bank unchanged."""
-        single = jax.tree.map(lambda w, s: w.ndim < len(s.shape), params, self.shapes)
+        single = jax.tree.map(
+            lambda w, s: w.ndim < len(s.shape), params, self.shapes
+        )
         if not any(jax.tree.leaves(single)):
             return params
         return jax.tree.map(

@@ -31,7 +31,9 @@ class Lora:
     own `model` has and its base lacks. All other weights are the base's, which is stored once.
     """
 
-    rank: int = 0  # of the adapters; 0: no adapters, and without `full` full weights
+    rank: int = (
+        0  # of the adapters; 0: no adapters, and without `full` full weights
+    )
     alpha: float = 0.0  # scale is alpha / rank; 0: alpha = rank
     # the role that owns the other weights; it may have adapters itself
     base: str = "teacher"
@@ -185,7 +187,9 @@ def current_fields(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     `upgraded(fields) -> fields`. It is given config data, or objects in place of groups.
     """
     upgraded = getattr(cls, "upgraded", dict)
-    return {current_field(cls, key): value for key, value in upgraded(given).items()}
+    return {
+        current_field(cls, key): value for key, value in upgraded(given).items()
+    }
 
 
 def current(config: Any) -> Any:
@@ -315,7 +319,9 @@ def _known(name: str) -> Any:
         return getattr(loaded, cls, None)
     try:
         return (
-            resolve(name) if importlib.util.find_spec(f"jaxdistill.{file}") else None
+            resolve(name)
+            if importlib.util.find_spec(f"jaxdistill.{file}")
+            else None
         )
     except (Refused, ImportError, ValueError):
         return None
@@ -374,7 +380,10 @@ def made(cls: type, name: str, values: Mapping[str, Any], where: str) -> Any:
     try:
         _check_fields(cls, name, values)
         return cls(
-            **{key: fields.coerced(cls, key, value) for key, value in values.items()}
+            **{
+                key: fields.coerced(cls, key, value)
+                for key, value in values.items()
+            }
         )
     except Refused as error:
         raise located(where, error) from error
@@ -428,7 +437,8 @@ def experiment(
       Refused: a field is unknown, of another type or out of range.
     """
     given = {
-        key: build(value) if _is_spec(value) else value for key, value in run.items()
+        key: build(value) if _is_spec(value) else value
+        for key, value in run.items()
     }
     top = plain(made(Run, "config", given, "config"))
     del top["name"]

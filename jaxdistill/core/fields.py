@@ -25,7 +25,9 @@ LARGEST = (
     2**31 - 1
 )  # of an int that names no range: what indexes an axis, counts updates
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-SMALLEST = float(np.finfo(np.float32).tiny)  # smaller numbers become 0 on most chips
+SMALLEST = float(
+    np.finfo(np.float32).tiny
+)  # smaller numbers become 0 on most chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,8 @@ def hints(cls: type) -> dict[str, Any]:
     """Field -> its annotation, with the ranges that `Annotated` adds."""
     found = typing.get_type_hints(cls, include_extras=True)
     return {
-        f.name: _with_sign(found[f.name], f.default) for f in dataclasses.fields(cls)
+        f.name: _with_sign(found[f.name], f.default)
+        for f in dataclasses.fields(cls)
     }
 
 
@@ -109,7 +112,9 @@ def problem(cls: type, field: str, value: Any) -> str:
 def coerced(cls: type, field: str, value: Any) -> Any:
     """An integer in a field of floats as a float; every other value unchanged."""
     hint = hints(cls)[field]
-    base = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    base = (
+        typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    )
     return float(value) if base is float and type(value) is int else value
 
 
@@ -173,7 +178,9 @@ def _noun(hint: Any) -> str:
 def _one_of(choices: tuple, value: Any) -> str:
     *others, last = map(repr, choices)
     close = (
-        difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
+        difflib.get_close_matches(value, choices, 1)
+        if isinstance(value, str)
+        else []
     )
     near = f"; did you mean {close[0]!r}?" if close else ""
     return f"expected {', '.join(others)}{' or ' if others else ''}{last}{near}"
@@ -188,7 +195,8 @@ def _problem_of_tuple(inner: tuple, value: Any) -> str:
         return f"expected a list of {len(inner)}"
     found = (_problem(one, v) for one, v in zip(inner, value))
     return next(
-        (f.replace("expected ", "expected a list, each ", 1) for f in found if f), ""
+        (f.replace("expected ", "expected a list, each ", 1) for f in found if f),
+        "",
     )
 
 

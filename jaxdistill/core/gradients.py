@@ -36,7 +36,9 @@ def member_norms(updates: Params) -> Float[Array, " K"]:
 
 def scale_members(updates: Params, scale: Float[Array, " K"]) -> Params:
     """Stacked updates times a number for each member."""
-    return jax.tree.map(lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), updates)
+    return jax.tree.map(
+        lambda g: g * scale.reshape(-1, *[1] * (g.ndim - 1)), updates
+    )
 
 
 def members_shape(params: Params, bank: bool) -> tuple[int, ...]:
@@ -143,7 +145,9 @@ def chosen(mask: Array, new: Any, old: Any) -> Any:
 class Skipping(NamedTuple):
     """State of an optimiser that skips updates whose gradient is not finite."""
 
-    skipped: Array  # int32 [], or [K] for the members of a bank: such updates so far
+    skipped: (
+        Array  # int32 [], or [K] for the members of a bank: such updates so far
+    )
     inner: Any
 
 

@@ -81,7 +81,9 @@ class Adapter(Net):
     @functools.cached_property
     def whole_leaves(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Path of each leaf that is the role's own as a whole -> its shape."""
-        return {path: s for path, s in self.shapes.items() if not isinstance(s, dict)}
+        return {
+            path: s for path, s in self.shapes.items() if not isinstance(s, dict)
+        }
 
     @property
     def whole(self) -> Net:
@@ -229,7 +231,9 @@ def adapt(
             pairs[path] = _pair_shapes(shape.shape, rank, axis_count)
             axes[path] = _pair_axes(names, axis_count)
     _check_matches(net.whole, base, rank, targets, full, copied, pairs, whole)
-    from_base = [p for p in whole if p in there and there[p].shape == whole[p].shape]
+    from_base = [
+        p for p in whole if p in there and there[p].shape == whole[p].shape
+    ]
     return Adapter(
         merged.build,
         merged.graphdef,
@@ -257,7 +261,10 @@ def _check_numbers(base: str, rank: int, alpha: float, full: str) -> None:
         kind=numbers.Integral,
     )
     check_range(
-        "lora.alpha", alpha, "0 (for the rank) or a number above it", lambda v: v >= 0
+        "lora.alpha",
+        alpha,
+        "0 (for the rank) or a number above it",
+        lambda v: v >= 0,
     )
     if not isinstance(base, str) or not base:
         raise Refused(f"lora.base={base!r}: expected the role that has the weights")

@@ -22,7 +22,9 @@ Spec = jax.ShapeDtypeStruct
 Needs = Mapping[str, Any]
 
 
-def check_needs(given: Mapping[str, Any], needs: Needs, who: str, where: str) -> None:
+def check_needs(
+    given: Mapping[str, Any], needs: Needs, who: str, where: str
+) -> None:
     """Raises Refused where `given` (name -> Spec or a mapping of these) lacks or misfits a need.
 
     `who` needs it ("DMD2"); `where` is what gives it, as messages name it ("config.data").

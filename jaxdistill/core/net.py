@@ -68,7 +68,9 @@ class Net:
         with nnx.use_eager_sharding(False):
             return nnx.to_pure_dict(nnx.state(self.build(_rngs(key)), STORED))
 
-    def apply(self, params: Params, *args, method: str = "__call__", **kwargs) -> Any:
+    def apply(
+        self, params: Params, *args, method: str = "__call__", **kwargs
+    ) -> Any:
         """The output of the module's `method` with these weights."""
         module = _materialised(nnx.merge(self.graphdef, params))
         call = getattr(module, method)
@@ -288,7 +290,9 @@ def convolutions(net: Net) -> dict[str, Convolution]:
     for path, part in nnx.iter_modules(module):
         if isinstance(part, nnx.Conv):
             name = "/".join([*map(str, path), "kernel"])
-            found[name] = Convolution(len(part.kernel_size), part.feature_group_count)
+            found[name] = Convolution(
+                len(part.kernel_size), part.feature_group_count
+            )
     return found
 
 
@@ -339,7 +343,8 @@ def decays(names: PartitionSpec) -> bool:
 def path_name(path) -> str:
     """ "a/b/c" of a key path."""
     return "/".join(
-        str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+        str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+        for k in path
     )
 
 

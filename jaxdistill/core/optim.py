@@ -80,12 +80,16 @@ class Optimizer:
     # Metrics that are not finite, or of skipped updates, do not count in the log. In a bank "skip"
     # is for the members concerned; otherwise the gradients of these are 0.
     nonfinite: str = "stop"
-    schedule: str = "constant"  # constant | cosine | linear | step, after the warm-up
+    schedule: str = (
+        "constant"  # constant | cosine | linear | step, after the warm-up
+    )
     warmup: int = 0  # updates of linear warm-up, from lr / warmup
     # updates after which cosine and linear reach `final`; 0: the run's length
     decay_steps: int = 0
     final: float = 0.0  # fraction of lr at the end of cosine and linear
-    milestones: tuple[int, ...] = ()  # of step: updates after which lr falls, rising
+    milestones: tuple[
+        int, ...
+    ] = ()  # of step: updates after which lr falls, rising
     gamma: float = 0.1  # of step: factor of lr at each milestone
 
     def __post_init__(self):
@@ -304,7 +308,9 @@ class Optimizer:
             main = optax.linear_schedule(self.lr, self.lr * self.final, end)
         if not self.warmup:
             return main
-        rise = optax.linear_schedule(self.lr / self.warmup, self.lr, self.warmup - 1)
+        rise = optax.linear_schedule(
+            self.lr / self.warmup, self.lr, self.warmup - 1
+        )
         return optax.join_schedules([rise, main], [self.warmup])
 
 

@@ -25,7 +25,9 @@ def checked_rates(rates: Any) -> tuple[tuple[str, float], ...]:
     for i, pair in enumerate(rates):
         where = f"optimizer.rates[{i}]"
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise Refused(f"{where}={pair!r}: expected (regular expression, factor)")
+            raise Refused(
+                f"{where}={pair!r}: expected (regular expression, factor)"
+            )
         pattern, factor = pair
         if not isinstance(pattern, str):
             raise Refused(f"{where}[0]={pattern!r}: expected a regular expression")

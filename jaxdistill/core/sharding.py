@@ -224,7 +224,9 @@ def local_samples(batch: dict) -> dict:
 
     def samples(x: jax.Array) -> np.ndarray:
         shards = {s.index[0].start or 0: s.data for s in x.addressable_shards}
-        return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+        return np.concatenate(
+            [np.asarray(shards[start]) for start in sorted(shards)]
+        )
 
     return jax.tree.map(samples, batch)
 
@@ -265,7 +267,9 @@ def param_shardings(mesh: Mesh, rules: Rules, axes):
 def fits(shardings, shapes):
     """The shardings without the mesh axes that do not divide their dimension."""
     return jax.tree.map(
-        lambda s, shape: NamedSharding(s.mesh, _divides(s.mesh, s.spec, shape.shape)),
+        lambda s, shape: NamedSharding(
+            s.mesh, _divides(s.mesh, s.spec, shape.shape)
+        ),
         shardings,
         shapes,
     )
@@ -279,7 +283,9 @@ def in_memory(place: str, shardings, axes):
     if place == "device":
         return shardings
     return jax.tree.map(
-        lambda s, names: s.with_memory_kind("pinned_host") if is_matrix(names) else s,
+        lambda s, names: (
+            s.with_memory_kind("pinned_host") if is_matrix(names) else s
+        ),
         shardings,
         axes,
     )

@@ -389,8 +389,12 @@ def _accumulate(
     grads, (sums, count, _) = jax.eval_shape(
         differentiate, moving, one_micro, rng, carried
     )
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums, count))
-    (total, carried), _ = jax.lax.scan(one, (zeros, carried), (jnp.arange(n), micro))
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype), (grads, sums, count)
+    )
+    (total, carried), _ = jax.lax.scan(
+        one, (zeros, carried), (jnp.arange(n), micro)
+    )
     grads, sums, count = total
     return grads, (sums, count, carried)
 

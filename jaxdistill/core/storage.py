@@ -29,7 +29,9 @@ class Quantized(Net):
 
     def from_source(self, params: Params) -> Params:
         """Weights with quantised matrices; those that are quantised already stay the same."""
-        if not any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        if not any(
+            map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))
+        ):
             params = self.plain.from_source(params)
 
         def leaf(w: Any, names: P) -> Any:

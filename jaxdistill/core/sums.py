@@ -45,7 +45,9 @@ def summed(
 
     total = None
     for batch in batches:
-        total = first(params, batch) if total is None else added(total, params, batch)
+        total = (
+            first(params, batch) if total is None else added(total, params, batch)
+        )
     if total is None:
         raise ValueError("batches: expected at least one")
     return total

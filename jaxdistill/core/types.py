@@ -125,7 +125,9 @@ class State:
     """
 
     step: Array  # int32 []: engine steps so far in this stage
-    count: dict[str, Array]  # role -> int32 []: optimiser updates of the role so far
+    count: dict[
+        str, Array
+    ]  # role -> int32 []: optimiser updates of the role so far
     params: dict[str, Params]  # trained roles: what the optimiser moves, float32
     opt: dict[str, Any]  # role -> optax state
     ema: dict[str, Params]  # role -> averages of its `params`
@@ -200,7 +202,9 @@ class Turn:
     # After the update: (weights of all roles, step) -> new weights of some trained roles. Averages
     # have the names that losses know (`ema_student`). Optimiser states and averages stay. Used to
     # mix one network into another, or to keep a copy of old weights.
-    after: Callable[[Mapping[str, Params], Array], Mapping[str, Params]] | None = None
+    after: Callable[[Mapping[str, Params], Array], Mapping[str, Params]] | None = (
+        None
+    )
     # decay(k): the weight of the old average at the role's k-th update, k >= 1, in place of the
     # decay in the config.
     decay: Callable[[Array], Array] | None = None
@@ -232,7 +236,9 @@ class Calibrate:
     without weights. A field that the config sets (that is not None) is not measured.
     """
 
-    measure: Callable[[Mapping[str, Any], Mapping[str, Params], Iterator[Batch]], Any]
+    measure: Callable[
+        [Mapping[str, Any], Mapping[str, Params], Iterator[Batch]], Any
+    ]
     fields: Mapping[str, Any]
 
     def missing(self, method: Method) -> dict[str, Any]:
@@ -297,7 +303,8 @@ def stage_lengths(steps: int, shares: int | Sequence[float]) -> tuple[int, ...]:
     if isinstance(shares, int):
         return tuple((steps + i) // shares for i in reversed(range(shares)))
     ends = [
-        round(steps * sum(shares[: i + 1]) / sum(shares)) for i in range(len(shares))
+        round(steps * sum(shares[: i + 1]) / sum(shares))
+        for i in range(len(shares))
     ]
     return tuple(end - start for start, end in zip([0, *ends], ends))
 

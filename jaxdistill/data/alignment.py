@@ -12,7 +12,10 @@ from jaxdistill.data.tokenizers import Tokenizer
 
 
 def spans(
-    first: Sequence[int], second: Sequence[int], *, ends: Sequence[int] | None = None
+    first: Sequence[int],
+    second: Sequence[int],
+    *,
+    ends: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which span each token belongs to.
 
@@ -88,7 +91,8 @@ def begins_with_space(codec: Tokenizer) -> np.ndarray:
     texts = codec.texts()
     sizes = codec.lengths(np.arange(codec.vocab))
     begins = [
-        text[:1].isspace() if text else size == 0 for text, size in zip(texts, sizes)
+        text[:1].isspace() if text else size == 0
+        for text, size in zip(texts, sizes)
     ]
     return np.packbits(begins)
 
@@ -130,7 +134,9 @@ class Covers:
         self.codec = codec
         self.probabilities = probabilities
         self.texts = codec.texts()
-        self.ordered = sorted((text, i) for i, text in enumerate(self.texts) if text)
+        self.ordered = sorted(
+            (text, i) for i, text in enumerate(self.texts) if text
+        )
         self.found: dict[str, Mapping[str, float]] = {}
 
     def of(self, piece: str) -> Mapping[str, float]:

@@ -44,7 +44,9 @@ class ArrayRecords(Records):
     message names the record.
     """
 
-    heldout: float = 0.02  # share kept for evaluation where there are no test* files
+    heldout: float = (
+        0.02  # share kept for evaluation where there are no test* files
+    )
 
     def source(self, split):
         path = self.existing()
@@ -158,7 +160,9 @@ class GroupedRecords(ArrayRecords):
 
     def evaluation(self, n):
         source = self._opened("test")
-        examples = [self.example(source[int(i)]) for i in self.chosen(len(source), n)]
+        examples = [
+            self.example(source[int(i)]) for i in self.chosen(len(source), n)
+        ]
         return jax.tree.map(lambda *v: np.stack(v), *examples)
 
 
@@ -202,7 +206,9 @@ def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
     """
     try:
         arrays = msgpack_restore(data)
-        return arrays, {key: _described(key, array) for key, array in arrays.items()}
+        return arrays, {
+            key: _described(key, array) for key, array in arrays.items()
+        }
     except MemoryError:
         raise
     except Exception as error:  # msgpack, flax and numpy each raise their own
@@ -213,7 +219,9 @@ def restored(name: str, data: bytes) -> tuple[dict[str, Any], Layout]:
 
 def _described(key: Any, array: Any) -> tuple[str, tuple[int, ...]]:
     """(dtype, shape). Raises TypeError on anything but an array of numbers under a name."""
-    named_array = isinstance(key, str) and isinstance(array, (np.ndarray, np.generic))
+    named_array = isinstance(key, str) and isinstance(
+        array, (np.ndarray, np.generic)
+    )
     if not named_array or array.dtype.kind in "OSUMm" or array.dtype.char == "V":
         raise TypeError(
             f"{str(key)[:40]!r} is {type(array).__name__}, no array of numbers"

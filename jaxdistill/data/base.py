@@ -208,7 +208,9 @@ class Dataset:
             path = Path(self.path).expanduser()
             path.stat()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise Refused(f"data.path={self.path}: no such file or folder") from error
+            raise Refused(
+                f"data.path={self.path}: no such file or folder"
+            ) from error
         except OSError as error:  # no permission, or a name that is too long
             raise Refused(
                 f"data.path={self.path!r}: {error.strerror or error}"
@@ -322,7 +324,9 @@ class Records(Dataset):
 
     def evaluation(self, n):
         source = self._opened("test")
-        examples = [self.example(source[int(i)]) for i in self.chosen(len(source), n)]
+        examples = [
+            self.example(source[int(i)]) for i in self.chosen(len(source), n)
+        ]
         return {k: np.stack([e[k] for e in examples]) for k in examples[0]}
 
     def examples(self, split):

@@ -64,7 +64,9 @@ class Domains(Dataset):
 
     # Probability of each domain; empty: in proportion to the domains' sizes.
     weights: tuple[float, ...] = ()
-    interval: int = 0  # training batches between measurements; 0: no held-out batches
+    interval: int = (
+        0  # training batches between measurements; 0: no held-out batches
+    )
     measures: int = 1  # batches of held-out samples in a measurement
 
     @functools.cached_property
@@ -168,11 +170,15 @@ class Domains(Dataset):
             else self.measures
         )
         if since >= self.measures:
-            drawn = self.mixer.draw(index, taken, self.probabilities, self.batch_size)
+            drawn = self.mixer.draw(
+                index, taken, self.probabilities, self.batch_size
+            )
             domain, within, taken = drawn
             return self.at(domain[samples], within[samples], 0), taken
         domain = np.repeat(np.arange(len(self.parts)), self.share)
-        within = np.tile(since * self.share + np.arange(self.share), len(self.parts))
+        within = np.tile(
+            since * self.share + np.arange(self.share), len(self.parts)
+        )
         return self.at(domain[samples], within[samples], 1), list(taken)
 
     def at(
@@ -195,7 +201,9 @@ class Domains(Dataset):
             )
         batch = {}
         for key in arrays[0]:
-            batch[key] = np.stack([arrays[d][key][i] for d, i in zip(domain, within)])
+            batch[key] = np.stack(
+                [arrays[d][key][i] for d, i in zip(domain, within)]
+            )
         batch["domain"] = domain.astype(np.int32)
         batch["heldout"] = np.full(len(within), heldout, np.float32)
         return batch
@@ -245,7 +253,9 @@ class Domains(Dataset):
         return Derived(places, example)
 
     def steer(self, hints):
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in hints.items()}
+        fields = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in hints.items()
+        }
         return dataclasses.replace(self, **fields)
 
 
@@ -259,7 +269,9 @@ class _Mixed(grain.DatasetIterator):
         self.set_state({"index": 0, "taken": [0] * len(data.parts)})
 
     def __next__(self):
-        batch, self._taken = self._data.read(self._index, self._taken, self._samples)
+        batch, self._taken = self._data.read(
+            self._index, self._taken, self._samples
+        )
         self._index += 1
         return batch
 

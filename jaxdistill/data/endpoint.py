@@ -154,7 +154,9 @@ class Endpoint:
             data = json.dumps({**body, "messages": list(messages)}).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise Refused(
-                _line(f"messages: {error}; expected a list of role and content", key)
+                _line(
+                    f"messages: {error}; expected a list of role and content", key
+                )
             ) from None
         headers = {"Content-Type": "application/json"}
         if key:
@@ -166,7 +168,9 @@ class Endpoint:
     def _attempt(self, request: urllib.request.Request, key: str) -> dict[str, Any]:
         """One attempt. Raises Refused, or _Failed where another attempt may succeed."""
         try:
-            with _opener(self.max_bytes).open(request, timeout=self.timeout) as reply:
+            with _opener(self.max_bytes).open(
+                request, timeout=self.timeout
+            ) as reply:
                 status = reply.status
                 headers = reply.headers
                 body = _body(reply)
@@ -217,7 +221,9 @@ class Endpoint:
         code = error.get("code") if isinstance(error, dict) else None
         if type(code) is int and 400 <= code < 500 and code not in AGAIN:
             raise Refused(
-                _line(f"{self.url}: HTTP 200 with an error: {json.dumps(error)}", key)
+                _line(
+                    f"{self.url}: HTTP 200 with an error: {json.dumps(error)}", key
+                )
             )
         text = reply["choices"][0]["message"]["content"]
         if not isinstance(text, str):
@@ -341,10 +347,14 @@ class _Handler(urllib.request.AbstractHTTPHandler):
             type(kind.__name__, (kind,), {"most": self.most}), request
         )
 
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+    def http_open(
+        self, request: urllib.request.Request
+    ) -> http.client.HTTPResponse:
         return self._open(_Http, request)
 
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+    def https_open(
+        self, request: urllib.request.Request
+    ) -> http.client.HTTPResponse:
         return self._open(_Https, request)
 
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_

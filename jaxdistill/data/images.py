@@ -109,7 +109,9 @@ class Images(Records):
 
     threads: Count = 4
     size: int = 32  # pixels a side
-    flip: bool = False  # mirror every other training image, drawn anew in each epoch
+    flip: bool = (
+        False  # mirror every other training image, drawn anew in each epoch
+    )
     heldout: float = 0.05  # share that is held out where there are no test files
 
     @property
@@ -359,7 +361,9 @@ class Shard(Sequence):
             ) from error
         images = [batch.column(image).field("bytes") for batch in batches]
         self.images = pa.chunked_array(images, content)
-        labels = pa.chunked_array([batch.column(label) for batch in batches], number)
+        labels = pa.chunked_array(
+            [batch.column(label) for batch in batches], number
+        )
         if labels.null_count or not pa.types.is_integer(labels.type):
             raise Refused(
                 f"{file}: column {label!r} is {labels.type} with {labels.null_count} empty rows, "
@@ -392,7 +396,9 @@ def _image_column(schema: pa.Schema, label: str, file: Path) -> str:
             f"{file}: no column {' or '.join(COLUMNS)}, found {one_line(', '.join(names))}"
         )
     lookup(
-        {name: None for name in names if name.isprintable()}, label, f"{file}: column"
+        {name: None for name in names if name.isprintable()},
+        label,
+        f"{file}: column",
     )
     kind = schema.field(image).type
     if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
@@ -565,7 +571,9 @@ def _visible(folder: Path) -> list[Path]:
 def _files_below(folder: Path) -> Iterator[Path]:
     """The files in a folder and in the folders inside it that are not hidden."""
     for file in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        hidden = any(
+            part.startswith(".") for part in file.relative_to(folder).parts
+        )
         if not hidden and not file.is_dir():
             yield file
 

@@ -99,7 +99,9 @@ class Markov(Dataset):
         """
         successors, shares = self.likely
         pairs, _ = self.transitions
-        between = self.smoothing + (1 - self.smoothing) * shares.cumsum(-1)[..., :-1]
+        between = (
+            self.smoothing + (1 - self.smoothing) * shares.cumsum(-1)[..., :-1]
+        )
         by_context = between.reshape(self.vocab**2, -1).T.copy()
         return pairs.ravel().cumsum()[:-1], by_context, successors.ravel()
 
@@ -290,7 +292,11 @@ class JunkCarry(Carry):
         noise[:, -1] = self.eos
         batch = super().batch(index, samples)
         tokens = np.where(bad, noise, batch["tokens"])
-        return {**batch, "tokens": tokens, "prompt": tokens[:, : 2 * self.digits + 2]}
+        return {
+            **batch,
+            "tokens": tokens,
+            "prompt": tokens[:, : 2 * self.digits + 2],
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,9 @@ class Mixture(Dataset):
     dim: Annotated[int, Range(1, 4096)] = 2
     modes: Annotated[int, Range(1, 4096)] = 6
     radius: Positive = 1.0
-    std: Positive = 0.08  # mean standard deviation; each mode's is within 25 % of it
+    std: Positive = (
+        0.08  # mean standard deviation; each mode's is within 25 % of it
+    )
     gap: NonNegative = 5.0
     # Number of labels: each stands for a sector of about modes / classes neighbours, counted around
     # the origin. 0: a label for each mode.
@@ -138,7 +140,9 @@ class Mixture(Dataset):
         variance = (a * stds) ** 2 + s**2  # [B K]
         offset = x[:, None] - a[..., None] * means  # [B K D]
         square = jnp.sum(offset**2, -1)
-        logits = log_w - 0.5 * square / variance - 0.5 * self.dim * jnp.log(variance)
+        logits = (
+            log_w - 0.5 * square / variance - 0.5 * self.dim * jnp.log(variance)
+        )
         if cond is not None:
             logits = jnp.where(self.hidden(cond), -jnp.inf, logits)
         w = jax.nn.softmax(logits)[..., None]

@@ -186,7 +186,9 @@ def conversation(
     first = (text, "I've read this text.")
     asked = []
     for kind, found in answers.items():
-        asked.append((f"What describes {kind} in the text?", json.dumps(list(found))))
+        asked.append(
+            (f"What describes {kind} in the text?", json.dumps(list(found)))
+        )
     order = range(len(asked)) if rng is None else rng.permutation(len(asked))
     return [first, *(asked[i] for i in order)]
 
@@ -212,7 +214,9 @@ def together(
 FORMS = {"type": conversation, "all": together}
 
 
-def pieces(turns: Sequence[Pair], train_ack: bool = False) -> list[tuple[str, bool]]:
+def pieces(
+    turns: Sequence[Pair], train_ack: bool = False
+) -> list[tuple[str, bool]]:
     """A conversation as (text, whether it is a target); end tokens are left out.
 
     Args:
@@ -261,7 +265,9 @@ def parse_answer(text: str) -> list[str]:
         found = json.loads(match.group(0)) if match else []
     except json.JSONDecodeError:
         return []
-    flat = [s for item in found for s in (item if isinstance(item, list) else [item])]
+    flat = [
+        s for item in found for s in (item if isinstance(item, list) else [item])
+    ]
     if not all(isinstance(s, str) for s in flat):
         return []
     return list(dict.fromkeys(map(normalise, flat)))
@@ -343,13 +349,17 @@ class Conversations(JsonLines):
         path = self.existing()
         file = path if path.is_file() else _file(path, split)
         if file is None:
-            raise Refused(f"data.path={self.path}: no {split}.jsonl or {split}.json")
+            raise Refused(
+                f"data.path={self.path}: no {split}.jsonl or {split}.json"
+            )
         samples = []
         for where, item in _objects(file):
             text = _field(item, "text", where)
             found = item.get("entities")
             pairs = (
-                parse_entities(json.dumps(found)) if isinstance(found, list) else None
+                parse_entities(json.dumps(found))
+                if isinstance(found, list)
+                else None
             )
             if pairs is None:
                 raise Refused(
@@ -476,7 +486,9 @@ class Slots(InMemory):
             missed = rng.random(told.shape) < 0.5
             other = rng.integers(0, self.types, told.shape)
             told = np.where(wrong, np.where(missed, -1, other), told)
-        counts = Counter({str(k): int((told == k).sum()) for k in range(self.types)})
+        counts = Counter(
+            {str(k): int((told == k).sum()) for k in range(self.types)}
+        )
         documents = []
         for words, labels in zip(sentences, told):
             seen = sorted(set(labels[labels >= 0].tolist()))

@@ -50,7 +50,11 @@ class Patterns(Dataset):
         pattern = np.array([[3, 1, 2], [2, 1, 3]], np.int32)[label]
         for column in range(3):
             tokens[np.arange(n), at + column] = pattern[:, column]
-        return {"tokens": tokens, "mask": np.ones(tokens.shape, bool), "label": label}
+        return {
+            "tokens": tokens,
+            "mask": np.ones(tokens.shape, bool),
+            "label": label,
+        }
 
     @functools.cached_property
     def labelled(self) -> dict[str, np.ndarray]:

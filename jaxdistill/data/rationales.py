@@ -42,7 +42,9 @@ UNPARSED = Parsed(" ", " ", False)
 
 
 def few_shot(
-    shots: Sequence[tuple[str, str, str]], question: str, ending: Callable[[str], str]
+    shots: Sequence[tuple[str, str, str]],
+    question: str,
+    ending: Callable[[str], str],
 ) -> str:
     """A chain-of-thought prompt: examples with their answers, then the question.
 
@@ -159,7 +161,9 @@ def same_value(a: str, b: str) -> bool:
     return not are_integers and abs(x - y) <= Fraction(1, 10**6) * max(1, abs(y))
 
 
-def svamp(folder: str | Path, labels: str = "gt") -> dict[str, list[dict[str, str]]]:
+def svamp(
+    folder: str | Path, labels: str = "gt"
+) -> dict[str, list[dict[str, str]]]:
     """SVAMP with the released PaLM rationales; those that cannot be parsed are left out.
 
     Args:
@@ -243,7 +247,10 @@ class Rationales(JsonLines):
                     (predict_prompt, self._response(label, self.label_length))
                 )
                 explain.append(
-                    (explain_prompt, self._response(rationale, self.rationale_length))
+                    (
+                        explain_prompt,
+                        self._response(rationale, self.rationale_length),
+                    )
                 )
         if records and not predict:
             raise Refused(
@@ -271,7 +278,9 @@ class Rationales(JsonLines):
         path = self.existing()
         file = _file(path, split) if path.is_dir() else path
         if file is None:
-            raise Refused(f"data.path={self.path}: no {split}.jsonl or {split}.json")
+            raise Refused(
+                f"data.path={self.path}: no {split}.jsonl or {split}.json"
+            )
         keys = (self.input_key, self.response_key, self.rationale_key)
         samples = []
         for where, item in _objects(file):
@@ -374,7 +383,9 @@ class Sums(InMemory):
     def arrays(self, split):
         rng = np.random.default_rng(self.seed)
         order = rng.permutation(10_000)
-        numbers = order[:1000] if split == "test" else order[1000 : 1000 + self.size]
+        numbers = (
+            order[:1000] if split == "test" else order[1000 : 1000 + self.size]
+        )
         lists = numbers[:, None] // np.array([1000, 100, 10, 1]) % 10
         steps = lists.cumsum(1)[:, 1:] % 10
         answer = steps[:, -1:]

@@ -96,7 +96,9 @@ class JsonLines(InMemory):
     tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
     prompt_key: str = "prompt"
     response_key: str = "response"
-    between: str = "\n"  # text between prompt and response; it belongs to the prompt
+    between: str = (
+        "\n"  # text between prompt and response; it belongs to the prompt
+    )
     heldout: float = 0.05  # share of the samples, if there is no test file
 
     @functools.cached_property
@@ -176,7 +178,9 @@ class JsonLines(InMemory):
             prompt = self.prompt_tokens(question)
             if len(prompt) > prompt_room:
                 continue
-            response = np.append(self.codec.encode(answer), np.int32(self.codec.eos))
+            response = np.append(
+                self.codec.encode(answer), np.int32(self.codec.eos)
+            )
             most = min(response_room, room - len(prompt))
             cut += len(response) > most
             kept.append((prompt, response[:most]))

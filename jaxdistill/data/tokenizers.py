@@ -84,7 +84,9 @@ class StoredTokenizer:
     def __init__(self, folder: Path):
         self.inner = stored_tokenizer(folder)
         if self.inner.eos_token_id is None:
-            raise Refused(f"tokenizer={folder}: has no end-of-text token (eos_token)")
+            raise Refused(
+                f"tokenizer={folder}: has no end-of-text token (eos_token)"
+            )
         self.folder = folder
         self.vocab = vocabulary_size(self.inner)
         self.eos = self.inner.eos_token_id
@@ -154,7 +156,9 @@ class StoredTokenizer:
             return False
         if backend.model.unk_token or backend.model.byte_fallback:
             return False
-        return "ByteLevel" not in f"{backend.normalizer!r} {backend.pre_tokenizer!r}"
+        return (
+            "ByteLevel" not in f"{backend.normalizer!r} {backend.pre_tokenizer!r}"
+        )
 
     @property
     def _backend(self) -> Any:
@@ -238,7 +242,9 @@ class StoredTokenizer:
     def texts(self):
         if self._is_byte_level:
             every = [[i] for i in range(self.vocab)]
-            found = self.inner.batch_decode(every, clean_up_tokenization_spaces=False)
+            found = self.inner.batch_decode(
+                every, clean_up_tokenization_spaces=False
+            )
         else:
             pieces = self.inner.convert_ids_to_tokens(list(range(self.vocab)))
             found = [_piece_text(piece) for piece in pieces]

@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jaxtyping import Float, Shaped
 
 from jaxdistill.core.types import Array, Refused
-from jaxdistill.diffusion.process import Flow, Pred, Process, Trig, expand, magnitude
+from jaxdistill.diffusion.process import (
+    Flow,
+    Pred,
+    Process,
+    Trig,
+    expand,
+    magnitude,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,9 @@ from jaxtyping import Float64, Shaped
 from jaxdistill.core.types import Array
 
 
-def expand(t: Shaped[Array, "*T"], x: Shaped[Array, "*_"]) -> Shaped[Array, "*T ..."]:
+def expand(
+    t: Shaped[Array, "*T"], x: Shaped[Array, "*_"]
+) -> Shaped[Array, "*T ..."]:
     """Appends axes to `t` until it broadcasts against `x`."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
@@ -186,7 +188,9 @@ class Process:
         """All parameterisations from a prediction of x0; singular where sigma = 0."""
         a, s, da, ds = self.coefs(expand(t, xt))
         eps = (xt - a * x0) / s
-        return Pred(x0, eps, da * x0 + ds * eps, x0 if raw is None else raw, features)
+        return Pred(
+            x0, eps, da * x0 + ds * eps, x0 if raw is None else raw, features
+        )
 
     def from_eps(
         self,

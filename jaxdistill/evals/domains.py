@@ -52,7 +52,8 @@ class DomainEval(Evaluation):
                 "perplexity": perplexity(nll.sum(), count.sum()),
             }
             row |= {
-                f"perplexity_{name}": float(value) for name, value in zip(names, each)
+                f"perplexity_{name}": float(value)
+                for name, value in zip(names, each)
             }
             if "teacher" in sums:
                 ratio = each / _perplexities(*sums["teacher"])
@@ -86,9 +87,12 @@ class DomainEval(Evaluation):
         total = 0
         for low in range(0, len(held_out["tokens"]), self.batch):
             part = {
-                k: jnp.asarray(v[low : low + self.batch]) for k, v in held_out.items()
+                k: jnp.asarray(v[low : low + self.batch])
+                for k, v in held_out.items()
             }
-            total = total + np.asarray(score(trained.params[role], part), np.float64)
+            total = total + np.asarray(
+                score(trained.params[role], part), np.float64
+            )
         return total
 
 

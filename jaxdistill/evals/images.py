@@ -48,7 +48,9 @@ class ImageEval(SampleEval):
             )
         if self.features.endswith(".safetensors"):
             if not Path(self.features).is_file():
-                raise Refused(f"evaluation.features={self.features!r}: no such file")
+                raise Refused(
+                    f"evaluation.features={self.features!r}: no such file"
+                )
         elif self.features not in ("classifier", "pixels"):
             raise Refused(
                 f"evaluation.features={self.features!r}: expected classifier, pixels or an "

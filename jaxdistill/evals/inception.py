@@ -209,7 +209,9 @@ def read(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             mean = tensor(f"{name}.bn.running_mean", channels)
             var = tensor(f"{name}.bn.running_var", channels)
             gain = weight / np.sqrt(var + EPS)
-            kernel = tensor(f"{name}.conv.weight", shape) * gain[:, None, None, None]
+            kernel = (
+                tensor(f"{name}.conv.weight", shape) * gain[:, None, None, None]
+            )
             bias = shift - gain * mean
             folded[name] = (kernel.astype(np.float32), bias.astype(np.float32))
         return folded
@@ -229,7 +231,8 @@ def pool_features(
 
     x = jnp.broadcast_to(x.astype(jnp.float32), (*x.shape[:3], 3))
     return forward(
-        conv, jax.image.resize(x, (len(x), SIZE, SIZE, 3), "linear", antialias=False)
+        conv,
+        jax.image.resize(x, (len(x), SIZE, SIZE, 3), "linear", antialias=False),
     )
 
 

@@ -37,7 +37,9 @@ def mmd2(
     """
     kernel = mmd.rbf(median_distance(x, y) if width is None else width)
     return float(
-        mmd.u_statistic(kernel, np.asarray(x, np.float64), np.asarray(y, np.float64))
+        mmd.u_statistic(
+            kernel, np.asarray(x, np.float64), np.asarray(y, np.float64)
+        )
     )
 
 

@@ -59,7 +59,9 @@ class TextLabelEval(LabelEval):
         def classify(params, tokens, mask):
             return net.apply(params, tokens, mask=mask)
 
-        logits = classify(trained.params[role], held_out["tokens"], held_out["mask"])
+        logits = classify(
+            trained.params[role], held_out["tokens"], held_out["mask"]
+        )
         correct = np.asarray(logits).argmax(-1) == held_out["label"]
         scores = {"accuracy": float(np.mean(correct))}
         for domain in np.unique(held_out["domain"]):

@@ -81,4 +81,7 @@ class NerEval(TextEval):
         own, _ = self.continuations(models, role, held_out)
         wanted = models.data.gold(own["tokens"])
         found = models.data.answers(own["tokens"])
-        return {**super().scores(models, role, held_out), **strict_f1(wanted, found)}
+        return {
+            **super().scores(models, role, held_out),
+            **strict_f1(wanted, found),
+        }

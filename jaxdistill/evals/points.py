@@ -111,10 +111,14 @@ class ChainEval(PointEval):
             drawn_by = method.generator(nets, real.get("null_cond"))
             net = functools.partial(drawn_by, cond=real.get("cond"))
             key = jax.random.key(0)
-            return simulate(method.process, net, noise, times, key, index, "ddim")[0]
+            return simulate(method.process, net, noise, times, key, index, "ddim")[
+                0
+            ]
 
         wanted = method.process.add_noise(real["x"], eps, jnp.asarray(self.state))
-        found = energy_distance(np.asarray(reach(trained.params)), np.asarray(wanted))
+        found = energy_distance(
+            np.asarray(reach(trained.params)), np.asarray(wanted)
+        )
         rows = super().rows(trained)
         for row in rows:
             if row["name"] == "student":

@@ -75,7 +75,9 @@ class SampleEval(Evaluation):
     def models(self, roles: Collection[str]) -> list[tuple[str, int]]:
         """(role, steps) of every row."""
         teacher = (
-            [("teacher", n) for n in self.teacher_steps] if "teacher" in roles else []
+            [("teacher", n) for n in self.teacher_steps]
+            if "teacher" in roles
+            else []
         )
         return teacher + [("student", n) for n in self.student_steps]
 

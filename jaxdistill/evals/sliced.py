@@ -44,7 +44,9 @@ def sliced_wasserstein(
     return float(np.sqrt(np.mean((first - second) ** 2)))
 
 
-def wasserstein2(x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "_ _"]) -> float:
+def wasserstein2(
+    x: Shaped[np.ndarray, "N D"], y: Shaped[np.ndarray, "_ _"]
+) -> float:
     """Exact W2 of up to 500 samples; the time is cubic in their number.
 
     Raises:

@@ -230,7 +230,9 @@ def _teachers(samples: Samples) -> Samples:
     """The arrays of the teacher's side, under the names of the student's."""
     prefix = "teacher_"
     return {
-        k.removeprefix(prefix): v for k, v in samples.items() if k.startswith(prefix)
+        k.removeprefix(prefix): v
+        for k, v in samples.items()
+        if k.startswith(prefix)
     }
 
 
@@ -269,5 +271,6 @@ def _total(
         for name, pair in gathered(score(params, part)).items():
             totals[name] = totals.get(name, 0.0) + np.array(pair, np.float64)
     return {
-        name: (float(total), float(count)) for name, (total, count) in totals.items()
+        name: (float(total), float(count))
+        for name, (total, count) in totals.items()
     }

@@ -295,7 +295,9 @@ def _network(folder: Path) -> Net:
     ) as error:
         # raised by flax's layers, or for shapes that do not fit
         said = one_line(error, 120)
-        raise Refused(f"{file}: no {family.name} has these sizes ({said})") from error
+        raise Refused(
+            f"{file}: no {family.name} has these sizes ({said})"
+        ) from error
 
 
 def _class(config: Mapping[str, Any], file: Path) -> str:
@@ -316,7 +318,9 @@ def _no_class(config: Mapping[str, Any], key: str, file: Path) -> Refused:
     )
 
 
-def _check_same_network(folder: Path, family: Family, config: Any, net: Net) -> None:
+def _check_same_network(
+    folder: Path, family: Family, config: Any, net: Net
+) -> None:
     """Raises Refused where the folder's configuration is not that of `net`."""
     if type(net.config) is not family.config:
         raise Refused(
@@ -336,7 +340,9 @@ def _tensors(folder: Path, family: Family) -> dict[str, Tensor]:
     """The stored tensors under the table's names. Raises Refused where there are none."""
     stem = STEMS[family.library]
     try:
-        stored = read_folder(folder, stem, index_first=family.library == "diffusers")
+        stored = read_folder(
+            folder, stem, index_first=family.library == "diffusers"
+        )
     except KeyError:
         pickled = sorted(
             file.name for file in folder.iterdir() if file.suffix in PICKLED

@@ -87,7 +87,8 @@ def save_adapter(
             weights = "adapter_model.safetensors"
         else:
             write_json(
-                fresh / "config.json", {"_class_name": family.name, "lora_rank": rank}
+                fresh / "config.json",
+                {"_class_name": family.name, "lora_rank": rank},
             )
             weights = "pytorch_lora_weights.safetensors"
         for file, value in (beside or {}).items():

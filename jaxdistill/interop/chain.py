@@ -91,13 +91,17 @@ def scheduler(method: Any, denoiser: Denoiser, steps: int) -> Scheduler:
     param = denoiser.param
     native = denoiser.native
     kinds = [
-        kind for kind, prediction in PREDICTIONS.items() if type(param) is prediction
+        kind
+        for kind, prediction in PREDICTIONS.items()
+        if type(param) is prediction
     ]
     is_flow = type(param) is Velocity and native == Flow()
     if is_flow and param.time_scale == int(param.time_scale):
         shift = getattr(method.process, "shift", 1.0)
         found = _flow(sigma, int(param.time_scale), shift, method.renoises)
-    elif kinds and isinstance(native, DDPM) and param.time_scale == native.steps - 1:
+    elif (
+        kinds and isinstance(native, DDPM) and param.time_scale == native.steps - 1
+    ):
         # the conversion of times by an angle is exact to .001 of an index
         index = np.round(time_input)
         time_input = np.where(np.abs(time_input - index) < 0.01, index, time_input)

@@ -162,7 +162,9 @@ def _no_export(place: Path) -> str:
     return "not empty and not a model folder that was exported; give another name"
 
 
-def _content(folder: Path, inside: str = "") -> Iterator[tuple[str, os.stat_result]]:
+def _content(
+    folder: Path, inside: str = ""
+) -> Iterator[tuple[str, os.stat_result]]:
     """(relative name, status) of everything below a folder; links are not followed."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -226,7 +228,9 @@ def _read_list(target: Path, place: Path) -> dict[str, Any]:
 def _list(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> entry of all files in a folder except the list itself."""
     files = [
-        (name, info) for name, info in _content(folder) if stat.S_ISREG(info.st_mode)
+        (name, info)
+        for name, info in _content(folder)
+        if stat.S_ISREG(info.st_mode)
     ]
     return {
         name: _entry(folder / name, info) for name, info in files if name != MARKER
@@ -333,7 +337,9 @@ def _tidy(place: Path) -> None:
 def _left_beside(place: Path, kind: str) -> list[Path]:
     """The folders that exports to `place` made beside it."""
     name = re.escape(_beside(place, kind, "").name) + "[0-9a-f]{8}"
-    found = [path for path in place.parent.iterdir() if re.fullmatch(name, path.name)]
+    found = [
+        path for path in place.parent.iterdir() if re.fullmatch(name, path.name)
+    ]
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 

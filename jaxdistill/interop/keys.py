@@ -184,7 +184,12 @@ def one_of(
     null = None if None in values else REFUSED
     pair = named(field, key, values)
     return Field(
-        field=field, key=key, read=read, write=pair.write, missing=missing, null=null
+        field=field,
+        key=key,
+        read=read,
+        write=pair.write,
+        missing=missing,
+        null=null,
     )
 
 
@@ -277,11 +282,15 @@ def check_implied(
 
 def write_keys(keys: Iterable[Key], ours: Any) -> dict[str, Any]:
     """The keys of config.json for our dataclass, in the order of the table."""
-    values = {key.key: key.written(ours) for key in keys if not isinstance(key, Read)}
+    values = {
+        key.key: key.written(ours) for key in keys if not isinstance(key, Read)
+    }
     return {key: value for key, value in values.items() if value is not OMITTED}
 
 
-def check_value(config: Mapping[str, Any], key: str, value: Any, file: Path) -> None:
+def check_value(
+    config: Mapping[str, Any], key: str, value: Any, file: Path
+) -> None:
     """Raises Refused where config.json has another value than `value`; a missing key has it."""
     if config.get(key, value) != value:
         raise Config(config, file).refusal(key, repr(value))

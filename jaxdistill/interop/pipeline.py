@@ -167,7 +167,9 @@ class Pipeline:
         if key is None:
             key = jax.random.key(0)
         shape = self.latents(len(prompts), size, frames)
-        noise = jax.random.normal(key, shape) if noise is None else jnp.asarray(noise)
+        noise = (
+            jax.random.normal(key, shape) if noise is None else jnp.asarray(noise)
+        )
         if noise.shape != shape:
             raise Refused(f"noise {list(noise.shape)}: expected {list(shape)}")
         cond, null = self._conditions(
@@ -219,9 +221,16 @@ class Pipeline:
                 f"frames={frames}: {type(self).__name__} makes pictures, expected 1"
             )
         net, _ = self.vae
-        return (count, size[0] // self.down, size[1] // self.down, net.config.latents)
+        return (
+            count,
+            size[0] // self.down,
+            size[1] // self.down,
+            net.config.latents,
+        )
 
-    def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
+    def times(
+        self, steps: int, size: tuple[int, int], frames: int = 1
+    ) -> np.ndarray:
         """The times [steps] that the scheduler's config prescribes: evenly spaced, then shifted.
 
         Raises Refused if they are not falling within 0..1.
@@ -429,7 +438,9 @@ class StableDiffusionXL(Pipeline):
         kind = self.scheduler.get("prediction_type") or "epsilon"
         return PREDICTIONS[kind](time_scale=999.0)
 
-    def times(self, steps: int, size: tuple[int, int], frames: int = 1) -> np.ndarray:
+    def times(
+        self, steps: int, size: tuple[int, int], frames: int = 1
+    ) -> np.ndarray:
         """Evenly spaced indices down from the scheduler's last one ("trailing" in diffusers).
 
         The scheduler of a one-step student ends at the index that the student was trained at, so
@@ -498,7 +509,9 @@ class Sana(Pipeline):
         """
         length = self.length
         if self.instruction:
-            tokens, _ = tokenize(self.folder / "tokenizer", [self.instruction], None)
+            tokens, _ = tokenize(
+                self.folder / "tokenizer", [self.instruction], None
+            )
             # As in the released pipeline: minus 2, because the begin token and a blank are in both
             # counts.
             length = self.length + tokens.shape[1] - 2

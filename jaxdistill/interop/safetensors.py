@@ -342,7 +342,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refused(f"{file}: not JSON ({one_line(error, 120)})") from error
     if not isinstance(value, dict):
-        raise Refused(f"{file}: expected a JSON object, found {type(value).__name__}")
+        raise Refused(
+            f"{file}: expected a JSON object, found {type(value).__name__}"
+        )
     return value
 
 

@@ -68,7 +68,9 @@ def patches(size: int | tuple[int, ...]) -> Layout:
     n = len(lengths)
     return Layout(
         lambda w: w.transpose(*range(2, w.ndim), 1, 0).reshape(-1, w.shape[0]),
-        lambda w: w.reshape(*lengths, -1, w.shape[1]).transpose(n + 1, n, *range(n)),
+        lambda w: w.reshape(*lengths, -1, w.shape[1]).transpose(
+            n + 1, n, *range(n)
+        ),
     )
 
 
@@ -102,7 +104,11 @@ class Row:
 
 
 def linear(
-    path: str, name: str, layout: Layout = LINEAR, bias: bool = True, copies: int = 0
+    path: str,
+    name: str,
+    layout: Layout = LINEAR,
+    bias: bool = True,
+    copies: int = 0,
 ) -> tuple[Row, ...]:
     """Kernel and bias of a linear map or a convolution."""
     kernel = Row(f"{path}/kernel", f"{name}.weight", layout, copies)
@@ -113,7 +119,9 @@ def linear(
 
 def norm(path: str, name: str) -> tuple[Row, Row]:
     """Gain and bias of a norm."""
-    return Row(f"{path}/scale", f"{name}.weight"), Row(f"{path}/bias", f"{name}.bias")
+    return Row(f"{path}/scale", f"{name}.weight"), Row(
+        f"{path}/bias", f"{name}.bias"
+    )
 
 
 def shell(code: str) -> str:
@@ -193,7 +201,9 @@ class Family:
         """Our dataclass of sizes for the `values` of the folder's config.json. Raises Refused."""
         file = folder / "config.json"
         values = self.prepare(values, file)
-        fields = read_keys(self.keys, values, file) | self.more_fields(values, folder)
+        fields = read_keys(self.keys, values, file) | self.more_fields(
+            values, folder
+        )
         ours = self.config(**fields)
         check_implied(self.keys, ours, values, file)
         return ours

@@ -54,7 +54,9 @@ class Hosted(Delegating):
     def stages(self, steps: int) -> tuple[Stage, ...]:
         stages = []
         for stage in self.host.stages(steps):
-            stages.append(dataclasses.replace(stage, method=self.wrap(stage.method)))
+            stages.append(
+                dataclasses.replace(stage, method=self.wrap(stage.method))
+            )
         return tuple(stages)
 
     def sampling_roles(self, turn: Turn) -> tuple[str, ...]:

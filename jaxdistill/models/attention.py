@@ -117,7 +117,9 @@ def _fits_cudnn(q: Array, v: Array) -> bool:
 
 
 def linear_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H V"]
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H V"],
 ) -> Float[Array, "B T H V"]:
     """sum_s (q_t k_s) v_s / sum_s (q_t k_s) for q, k >= 0, in float32 and O((T + S) K V)."""
     sums = functools.partial(jnp.einsum, precision="highest")

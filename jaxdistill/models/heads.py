@@ -45,7 +45,9 @@ class Discriminator:
     @property
     def condition(self) -> Condition | None:
         return (
-            Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+            Condition(array=Int[Spec, " B"], required=False)
+            if self.classes
+            else None
         )
 
 
@@ -55,7 +57,9 @@ class DiscriminatorModule(nnx.Module):
         w = cfg.width
 
         def layers(i: int, o: int, names: tuple):
-            return nnx.List([dense(i, o, names, rngs=rngs) for _ in range(cfg.taps)])
+            return nnx.List(
+                [dense(i, o, names, rngs=rngs) for _ in range(cfg.taps)]
+            )
 
         self.tokens = layers(cfg.dim, w, ("embed", "mlp"))
         self.pooled = layers(w, w, ("mlp", "embed"))

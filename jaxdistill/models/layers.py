@@ -253,7 +253,11 @@ def lookup(table: nnx.Embed, index: Integer[Array, "*B"]) -> Float[Array, "*B D"
 
 
 def fourier(
-    t: Num[Array, " B"], dim: int, *, max_period: float = 10000.0, shift: float = 1.0
+    t: Num[Array, " B"],
+    dim: int,
+    *,
+    max_period: float = 10000.0,
+    shift: float = 1.0,
 ) -> Float[Array, "B D"]:
     """Sinusoidal features of a time: `dim` / 2 cosines, then as many sines.
 
@@ -288,7 +292,9 @@ def rotate_pairs(
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def split_heads(x: Float[Array, "*B D"], heads: int) -> Float[Array, "*B {heads} K"]:
+def split_heads(
+    x: Float[Array, "*B D"], heads: int
+) -> Float[Array, "*B {heads} K"]:
     """The channels cut into `heads` heads of K = D / `heads` channels."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
@@ -340,7 +346,9 @@ def drop(
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def part_keys(key: Key[Array, ""] | None, parts: int) -> list[Key[Array, ""] | None]:
+def part_keys(
+    key: Key[Array, ""] | None, parts: int
+) -> list[Key[Array, ""] | None]:
     """A key for each part of a block; None for each where there is no key."""
     return [None] * parts if key is None else list(jax.random.split(key, parts))
 
@@ -476,7 +484,10 @@ def scan_layers(
     if policy is not None:
         apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
     unrolled = (
-        policy is None and depth <= SHORT and _few_scores(x) and mesh_in_use() is None
+        policy is None
+        and depth <= SHORT
+        and _few_scores(x)
+        and mesh_in_use() is None
     )
     features = {}
     ys = []

@@ -62,7 +62,9 @@ class BlockMask:
         leading = self.grid.shape[:2]
         fits = leading[0] in (1, batch) and leading[1] in (1, heads)
         if shape[-2:] != sides or not fits:
-            of = f"{batch} samples, {heads} heads, {queries} queries and {keys} keys"
+            of = (
+                f"{batch} samples, {heads} heads, {queries} queries and {keys} keys"
+            )
             blocks = f"blocks of {self.query_block} and {self.key_block}"
             raise Refused(
                 f"blocks.seen: shape {shape} does not fit {of} in {blocks},"

@@ -61,7 +61,9 @@ def splash(
         of_key = _segments(mask, batch, of_keys)
         of_query = jnp.ones((batch, of_queries.tokens), jnp.int32)
         segments = (of_query, of_key)
-    lists = None if blocks is None else _Lists.of(blocks, of_queries, of_keys, causal)
+    lists = (
+        None if blocks is None else _Lists.of(blocks, of_queries, of_keys, causal)
+    )
     tiles = () if lists is None else (lists.tiles,)
 
     def local(q, k, v, *rest):
@@ -158,7 +160,9 @@ def _pad(x: Array, axis: int, count: int, value: int = 0) -> Array:
     return numbers.pad(x, pads, constant_values=value)
 
 
-def _sides(blocks: BlockMask | None, queries: int, keys: int) -> tuple[_Side, _Side]:
+def _sides(
+    blocks: BlockMask | None, queries: int, keys: int
+) -> tuple[_Side, _Side]:
     if blocks is None:
         return _whole(queries), _whole(keys)
     of_queries = _of_blocks(queries, blocks.query_block)
@@ -191,7 +195,9 @@ def _segments(mask: Array | None, batch: int, side: _Side) -> Array:
     if mask is None:
         kept = jnp.ones((batch, side.length), jnp.int32)
     else:
-        kept = jnp.broadcast_to(mask[:, 0, 0], (batch, side.length)).astype(jnp.int32)
+        kept = jnp.broadcast_to(mask[:, 0, 0], (batch, side.length)).astype(
+            jnp.int32
+        )
     return side.pad(kept, 2)
 
 
@@ -367,8 +373,12 @@ class _Lists(NamedTuple):
         Scalar memory pads lines to 128 entries, and their number to 32.
         """
         queries, keys = tiles.shape[-2:]
-        by_query = _round_up(queries, 32) * _round_up(min(self.most_keys, keys), 128)
-        by_key = _round_up(min(self.most_queries, queries), 32) * _round_up(keys, 128)
+        by_query = _round_up(queries, 32) * _round_up(
+            min(self.most_keys, keys), 128
+        )
+        by_key = _round_up(min(self.most_queries, queries), 32) * _round_up(
+            keys, 128
+        )
         index = _index_type(max(queries, keys))
         return max(by_query, by_key) * (index.itemsize + 1)
 

@@ -387,8 +387,12 @@ def chunked_divergence(
     teacher_head, student_head = common(teacher_head, student_head)
     real, teacher_columns = _columns(teacher_head, chunk)
     student_columns = _columns(student_head, chunk)[1]
-    p_norm = _log_norm(teacher_hidden, real, teacher_columns, temperature)[..., None]
-    q_norm = _log_norm(student_hidden, real, student_columns, temperature)[..., None]
+    p_norm = _log_norm(teacher_hidden, real, teacher_columns, temperature)[
+        ..., None
+    ]
+    q_norm = _log_norm(student_hidden, real, student_columns, temperature)[
+        ..., None
+    ]
 
     def add(total: Array, columns: tuple[Array, ...]) -> tuple[Array, None]:
         real, teacher_part, student_part = columns
@@ -519,7 +523,9 @@ def sequence_mean(
 
 def _log_softmax(logits: Array) -> Array:
     logits = wide(logits)
-    shifted = logits - keep(jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True)))
+    shifted = logits - keep(
+        jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    )
     return shifted - keep(jnp.log(jnp.sum(jnp.exp(shifted), -1, keepdims=True)))
 
 

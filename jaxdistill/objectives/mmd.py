@@ -22,7 +22,9 @@ Scalar = Shaped[Array, ""] | np.floating
 BANDS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
-def squared(x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]) -> Shaped[Array, "N M"]:
+def squared(
+    x: Shaped[Array, "N D"], y: Shaped[Array, "M D"]
+) -> Shaped[Array, "N M"]:
     """||x_i - y_j||^2. Both are centred first, so that an offset costs no digits."""
     centre = y.mean(0)
     x = x - centre

@@ -134,7 +134,9 @@ class Quadrant(Embedded):
         Each direction then halves them.
         """
         medians = np.median(np.asarray(self.heights(cond)), 0)
-        return dataclasses.replace(self, thresholds=tuple(float(m) for m in medians))
+        return dataclasses.replace(
+            self, thresholds=tuple(float(m) for m in medians)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,9 @@ from jaxtyping import Shaped
 from jaxdistill.core.types import Array
 
 
-def decoded(decoder: Callable, x0: Shaped[Array, "B ..."]) -> Shaped[Array, "B ..."]:
+def decoded(
+    decoder: Callable, x0: Shaped[Array, "B ..."]
+) -> Shaped[Array, "B ..."]:
     """Samples of a student as pictures in -1..1.
 
     `decoder` is a role with the methods `denormalise` and `decode`.

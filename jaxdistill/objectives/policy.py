@@ -75,7 +75,9 @@ def clamp(x: Float[Array, "*B"], limit: float) -> Float[Array, "*B"]:
     return jnp.clip(x, -limit, limit)
 
 
-def straight_through_clamp(x: Float[Array, "*B"], limit: float) -> Float[Array, "*B"]:
+def straight_through_clamp(
+    x: Float[Array, "*B"], limit: float
+) -> Float[Array, "*B"]:
     """`x` clipped to [-limit, limit], with the gradient of `x` everywhere."""
     return x + jax.lax.stop_gradient(jnp.clip(x, -limit, limit) - x)
 

@@ -124,7 +124,9 @@ def violated(
         if _differs(permuted, out[order], atol):
             broken.add("equivariant")
         if tempered:
-            cooled = operator(_tempered(base), [_tempered(log_p) for log_p in others])
+            cooled = operator(
+                _tempered(base), [_tempered(log_p) for log_p in others]
+            )
             if _differs(cooled, _tempered(out), atol):
                 broken.add("tempered")
     return sorted(broken)

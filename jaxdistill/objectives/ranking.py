@@ -26,7 +26,9 @@ def reranked(
 
     No gradient flows through the choice of tokens or their order. A k above V counts as V.
     """
-    _, ids = jax.lax.top_k(jax.lax.stop_gradient(student), min(k, student.shape[-1]))
+    _, ids = jax.lax.top_k(
+        jax.lax.stop_gradient(student), min(k, student.shape[-1])
+    )
     preferences = jax.lax.stop_gradient(jnp.take_along_axis(teacher, ids, -1))
     order = jnp.argsort(-preferences, -1)
     return jnp.take_along_axis(student, jnp.take_along_axis(ids, order, -1), -1)

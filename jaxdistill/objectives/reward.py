@@ -95,9 +95,7 @@ class Verified:
             or not 0 < self.start < np.inf
             or self.workers < 1
         ):
-            fields = (
-                f"timeout={self.timeout}, start={self.start}, workers={self.workers}"
-            )
+            fields = f"timeout={self.timeout}, start={self.start}, workers={self.workers}"
             raise Refused(
                 f"reward: {fields}: expected seconds above 0 and at least 1 worker"
             )
@@ -139,7 +137,9 @@ class Verified:
         """(score, failed) of arrays on the host; segments are 0 on padding."""
         written = np.asarray(mask) > 0
         before_response = np.cumsum(written, -1) == 0
-        prompts = self._decoded(tokens, (np.asarray(segments) > 0) & before_response)
+        prompts = self._decoded(
+            tokens, (np.asarray(segments) > 0) & before_response
+        )
         responses = self._decoded(tokens, written)
         answers = self._decoded(answer, np.asarray(answer_mask) > 0)
         values = self.pool.score(list(zip(prompts, responses, answers)))
@@ -165,5 +165,6 @@ class Verified:
         """The tokens of each sample at the places `where` [B T], decoded."""
         samples = zip(np.asarray(tokens), where)
         return [
-            self.decode([int(token) for token in row[kept]]) for row, kept in samples
+            self.decode([int(token) for token in row[kept]])
+            for row, kept in samples
         ]

@@ -119,7 +119,9 @@ def follows_schedules(
 
 def bounds(value: float | Schedule) -> tuple[float, float]:
     """(least, largest) number that a field will hold: a schedule stays between its ends."""
-    ends = (value.start, value.end) if isinstance(value, Schedule) else (value, value)
+    ends = (
+        (value.start, value.end) if isinstance(value, Schedule) else (value, value)
+    )
     return min(ends), max(ends)
 
 

@@ -55,7 +55,9 @@ def most_uncertain(
     index = jnp.floor(place).astype(jnp.int32)
     below = ordered[index]
     above = ordered[jnp.minimum(index + 1, jnp.maximum(count - 1, 0))]
-    threshold = below + (place - index) * jnp.where(above > below, above - below, 0.0)
+    threshold = below + (place - index) * jnp.where(
+        above > below, above - below, 0.0
+    )
     return (h >= threshold) & (mask > 0)
 
 

@@ -199,7 +199,9 @@ class _Child:
     def __init__(self, name: str, start: float):
         context = multiprocessing.get_context("spawn")
         self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(name, there), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(name, there), daemon=True
+        )
         self.process.start()
         there.close()
         try:
@@ -233,7 +235,9 @@ class Pool:
     They are started when they are first needed.
     """
 
-    def __init__(self, name: str, timeout: float, workers: int, start: float = START):
+    def __init__(
+        self, name: str, timeout: float, workers: int, start: float = START
+    ):
         self.name = name
         self.timeout = timeout
         self.workers = workers

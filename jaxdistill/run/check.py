@@ -76,7 +76,9 @@ def _check_optimizer(experiment: Experiment, role: str) -> None:
     try:
         experiment.roles[role].optimizer.make(1)
     except Refused as error:
-        raise located(f"{experiment.where}.roles.{role}.optimizer", error) from error
+        raise located(
+            f"{experiment.where}.roles.{role}.optimizer", error
+        ) from error
 
 
 def _check_data(experiment: Experiment) -> None:
@@ -239,7 +241,10 @@ def _check_sampling(trained: Trained) -> None:
         ):
             shapes = {r: trained.nets[r].shapes for r in trained.params}
             jax.eval_shape(
-                evaluation.drawing(trained, role, steps), shapes, batch, jnp.int32(0)
+                evaluation.drawing(trained, role, steps),
+                shapes,
+                batch,
+                jnp.int32(0),
             )
 
 
@@ -274,12 +279,16 @@ def rows(experiment: Experiment) -> Table:
     Baselines are runs inside this one that no role starts from; their rows have the run's name.
     """
     table = dict(experiment.evaluation.table(experiment.roles, experiment.data))
-    sources = {experiment.source(role).removeprefix("@") for role in experiment.roles}
+    sources = {
+        experiment.source(role).removeprefix("@") for role in experiment.roles
+    }
     for name in experiment.runs:
         inner = experiment.inner[name]
         if name in sources or inner.evaluation is None:
             continue
-        for label, metrics in inner.evaluation.table(inner.roles, inner.data).items():
+        for label, metrics in inner.evaluation.table(
+            inner.roles, inner.data
+        ).items():
             row, _, nfe = label.partition("@")
             if row == "student":
                 table[f"{name}@{nfe}"] = metrics

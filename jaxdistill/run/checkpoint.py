@@ -200,7 +200,9 @@ def _raise_unless_damage(error: Exception, folder: Path, advice: str) -> None:
         error, RuntimeError
     ):  # no memory on the device, or another process failed
         raise error
-    raise Refused(f"{folder}: cannot be read ({_brief(error)}); {advice}") from error
+    raise Refused(
+        f"{folder}: cannot be read ({_brief(error)}); {advice}"
+    ) from error
 
 
 def _os_error(failure: OSError, text: str) -> OSError:
@@ -236,7 +238,9 @@ def _writing(folder: Path) -> Iterator[None]:
         if failure is None:
             raise
         reason = failure.strerror or _brief(failure)
-        raise _os_error(failure, f"{folder}: cannot be written ({reason})") from error
+        raise _os_error(
+            failure, f"{folder}: cannot be written ({reason})"
+        ) from error
 
 
 def _verified_record(folder: Path, items: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,7 +366,8 @@ class Checkpoints:
 
         def read() -> Any:
             return verify(
-                folder, self._manager.restore(step, args=ocp.args.Composite(**items))
+                folder,
+                self._manager.restore(step, args=ocp.args.Composite(**items)),
             )
 
         advice = "it may be damaged; to go on from the one before, move it away"
@@ -482,7 +487,9 @@ def _check_factors(
     for path in saved:
         is_factor = path.endswith(("/a", "/b"))
         if is_factor and path.partition("/")[0] in abstract and path not in wanted:
-            raise Refused(f"{folder}: has {path}, expected no adapter on that weight")
+            raise Refused(
+                f"{folder}: has {path}, expected no adapter on that weight"
+            )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,9 +15,7 @@ class Chip:
     flops: float  # dense bfloat16 flops/s
     hbm: float  # bytes of its memory
     bandwidth: float  # bytes/s of its memory
-    links: (
-        float  # bytes/s that all links to neighbours send together, in one direction
-    )
+    links: float  # bytes/s that all links to neighbours send together, in one direction
     node: int = 0  # GPUs that share NVLink; 0 for TPUs, which form a torus
     network: float = 0.0  # bytes/s of each GPU between nodes
 
@@ -33,10 +31,22 @@ CHIPS = {
     "v5p": Chip(("TPU v5", "TPU v5p"), 459 * T, 95 * GIB, 2765 * G, 600 * G),
     "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918 * T, 32 * GIB, 1640 * G, 448 * G),
     "a100": Chip(
-        ("NVIDIA A100",), 312 * T, 80 * GIB, 2039 * G, 300 * G, node=8, network=25 * G
+        ("NVIDIA A100",),
+        312 * T,
+        80 * GIB,
+        2039 * G,
+        300 * G,
+        node=8,
+        network=25 * G,
     ),
     "h100": Chip(
-        ("NVIDIA H100",), 989 * T, 80 * GIB, 3350 * G, 450 * G, node=8, network=50 * G
+        ("NVIDIA H100",),
+        989 * T,
+        80 * GIB,
+        3350 * G,
+        450 * G,
+        node=8,
+        network=50 * G,
     ),
     "h200": Chip(
         ("NVIDIA H200",),

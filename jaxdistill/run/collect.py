@@ -27,7 +27,11 @@ from jaxdistill.run.stop import Stopped
 
 
 def collected(
-    trained: Trained, stage: Stage, index: int, stop: threading.Event, progress: bool
+    trained: Trained,
+    stage: Stage,
+    index: int,
+    stop: threading.Event,
+    progress: bool,
 ) -> Dataset:
     """The data set of a stage: the experiment's, or what `stage.collect` generates.
 

@@ -149,7 +149,10 @@ class Experiment:
     def mesh(self) -> jax.sharding.Mesh:
         mesh = sharding.make_mesh(self.settings.mesh, self.devices)
         sharding.check_batch(
-            mesh, self.settings.rules, self.data.batch_size, self.settings.accumulate
+            mesh,
+            self.settings.rules,
+            self.data.batch_size,
+            self.settings.accumulate,
         )
         return mesh
 
@@ -251,7 +254,9 @@ class Experiment:
                 raise Refused(
                     f"{key}.init=exact: {self.config.data.name} knows no exact law"
                 )
-            return self.data.net(process) if process is not None else self.data.net()
+            return (
+                self.data.net(process) if process is not None else self.data.net()
+            )
         if cfg.lora.adapts:
             return self._adapter(role)
         net = self._described_net(role)
@@ -355,7 +360,9 @@ class Experiment:
                 )
             if not isinstance(config, ConfigDict):
                 raise Refused(f"{where}={shown(config)}: expected a config")
-            made[name] = Experiment(config, self.workdir / name, self.devices, where)
+            made[name] = Experiment(
+                config, self.workdir / name, self.devices, where
+            )
         return made
 
     @functools.cached_property
@@ -364,7 +371,9 @@ class Experiment:
         given = self._group("claim")
         if not given:
             return None
-        return build.made(Claim, "claim", dict(given.items()), f"{self.where}.claim")
+        return build.made(
+            Claim, "claim", dict(given.items()), f"{self.where}.claim"
+        )
 
     @functools.cached_property
     def runs(self) -> dict[str, ConfigDict]:
@@ -373,11 +382,14 @@ class Experiment:
         named = {source[1:] for source in sources if source.startswith("@")}
         if self.claim is not None:
             claimed = {
-                name.split("@")[0] for name in (self.claim.model, self.claim.baseline)
+                name.split("@")[0]
+                for name in (self.claim.model, self.claim.baseline)
             }
             # "teacher@1" is a row of the role teacher
             named |= claimed - self.roles.keys()
-        return {name: run.config for name, run in self.inner.items() if name in named}
+        return {
+            name: run.config for name, run in self.inner.items() if name in named
+        }
 
     @functools.cached_property
     def inits(self) -> dict[str, str | None]:
@@ -429,7 +441,9 @@ class Experiment:
         dtype = cfg.param_dtype if role in self.method.frozen else "float32"
         return abstract_params(self.mesh, cfg.rules, net, dtype, cfg.place)
 
-    def warm_starts(self, roles: Collection[str] | None = None) -> dict[str, Params]:
+    def warm_starts(
+        self, roles: Collection[str] | None = None
+    ) -> dict[str, Params]:
         """Role -> sharded weights, of frozen roles and of those whose `init` in the config names
         a run or folder.
 
@@ -487,7 +501,9 @@ def _drawn(net: Net, key: jax.Array, abstract: Params) -> Params:
     def draw() -> Params:
         return jax.tree.map(lambda w, s: w.astype(s.dtype), net.init(key), abstract)
 
-    return jax.jit(draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+    return jax.jit(
+        draw, out_shardings=jax.tree.map(lambda s: s.sharding, abstract)
+    )()
 
 
 @dataclasses.dataclass

@@ -185,9 +185,7 @@ def _adapted(family: Family, source: str) -> list[str]:
             *lines,
             'model = PeftModel.from_pretrained(model, ".").eval()',
         ]
-    how = (
-        f'prefix="{family.component}", weight_name="pytorch_lora_weights.safetensors"'
-    )
+    how = f'prefix="{family.component}", weight_name="pytorch_lora_weights.safetensors"'
     return [*lines, f'model.load_lora_adapter(".", {how})']
 
 
@@ -254,7 +252,9 @@ class Student:
     @functools.cached_property
     def tokenizer(self) -> Mapping[str, Any]:
         """The tokenizer of a language model by file name; empty where there is none."""
-        return tokenizer_files(self.experiment, self.role) if self.reads_text else {}
+        return (
+            tokenizer_files(self.experiment, self.role) if self.reads_text else {}
+        )
 
     @property
     def card(self) -> str:
@@ -305,7 +305,9 @@ NFE: {self.steps}.
         if self.denoiser is None:
             if self.reads_text:
                 return self._text()
-            return _python([*self.model, f"output = {call}"] if call else self.model)
+            return _python(
+                [*self.model, f"output = {call}"] if call else self.model
+            )
         try:
             plan = chain(method, self.denoiser, self.steps)
         except Refused as error:
@@ -332,7 +334,9 @@ NFE: {self.steps}.
         """Which adapters the weights are a sum of, where they are one."""
         if not self.adapters:
             return ""
-        listed = ", ".join(f"`{f}` {weight:g}" for f, weight in self.adapters.items())
+        listed = ", ".join(
+            f"`{f}` {weight:g}" for f, weight in self.adapters.items()
+        )
         own = str(self.experiment.workdir)
         mine = "" if own in self.adapters else f"`{own}` 1, "
         return (

@@ -66,7 +66,13 @@ class Fit:
         }
         self.trained = dataclasses.replace(self.trained, params=others)
         self.log = Log(
-            self.experiment, stage, self.programs, index, offset, self.step, progress
+            self.experiment,
+            stage,
+            self.programs,
+            index,
+            offset,
+            self.step,
+            progress,
         )
 
     def run(self) -> State:
@@ -160,7 +166,9 @@ class Fit:
         step -= self.offset
         with contextlib.suppress(OSError, ValueError, RuntimeError, MemoryError):
             data = self.feed.data
-            return suspects(self.experiment, data, self.index, step, frozen, trained)
+            return suspects(
+                self.experiment, data, self.index, step, frozen, trained
+            )
         return ""  # a search that fails must not hide the error
 
     def _look(self, score: bool) -> None:
@@ -176,7 +184,11 @@ class Saved:
     """The checkpoints of one stage."""
 
     def __init__(
-        self, experiment: Experiment, index: int, checkpoints: Checkpoints, feed: Feed
+        self,
+        experiment: Experiment,
+        index: int,
+        checkpoints: Checkpoints,
+        feed: Feed,
     ):
         self._experiment = experiment
         self._index = index
@@ -224,7 +236,9 @@ class Saved:
         where = (abstract.frozen, abstract.rest)
         shardings = jax.tree.map(lambda s: s.sharding, where)
         make = jax.jit(unsaved, out_shardings=shardings)
-        frozen, rest = make(trained.params, first_key(self._experiment, self._index))
+        frozen, rest = make(
+            trained.params, first_key(self._experiment, self._index)
+        )
         return step, state.replace(frozen=frozen, rest=rest)
 
     def _is_ours(self, step: int, host: Mapping[str, Any]) -> bool:
@@ -347,7 +361,10 @@ def _title(experiment: Experiment, index: int) -> str:
 
 def _losses(means: Mapping[str, float]) -> str:
     """The losses in short, for the progress bar."""
-    losses = {name: value for name, value in means.items() if name.endswith("/loss")}
+    losses = {
+        name: value for name, value in means.items() if name.endswith("/loss")
+    }
     return " ".join(
-        f"{name.removesuffix('/loss')}={value:.3g}" for name, value in losses.items()
+        f"{name.removesuffix('/loss')}={value:.3g}"
+        for name, value in losses.items()
     )

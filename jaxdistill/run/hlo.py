@@ -80,9 +80,7 @@ Computation = Mapping[str, Op]  # name of an instruction -> instruction
 class Moved:
     """Bytes of one chip in one call of the program."""
 
-    memory: (
-        float  # read and written by instructions; values inside a fusion do not count
-    )
+    memory: float  # read and written by instructions; values inside a fusion do not count
     # Collective -> bytes that leave (or reach) the chip, with ring algorithms.
     sent: dict[str, float]
 

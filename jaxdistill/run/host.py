@@ -78,7 +78,9 @@ def check_writable(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise Refused(f"{folder}: cannot be written to ({error.strerror})") from error
+        raise Refused(
+            f"{folder}: cannot be written to ({error.strerror})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -110,7 +110,9 @@ def _run(
         with sharding.use(experiment.mesh, experiment.settings.rules):
             trained = _as_given(_train(experiment, stop, progress))
             if stop.is_set():
-                raise Stopped(stop.reason, f"trained in {workdir}, not yet evaluated")
+                raise Stopped(
+                    stop.reason, f"trained in {workdir}, not yet evaluated"
+                )
             result = report.write(trained, reports, seconds=time.time() - started)
     known[own] = workdir
     return result
@@ -157,7 +159,9 @@ def _finished(experiment: Experiment) -> dict[str, Path]:
     return found
 
 
-def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str, Any]:
+def evaluate(
+    workdir: str | Path, config: ConfigDict | None = None
+) -> dict[str, Any]:
     """Evaluates a finished run again and rewrites its report.
 
     Args:
@@ -181,7 +185,9 @@ def evaluate(workdir: str | Path, config: ConfigDict | None = None) -> dict[str,
     reports = {name: report.read(Path(workdir) / name) for name in experiment.runs}
     # The report keeps the config that was trained, but for the evaluation and the claim.
     now = json.loads(experiment.config.to_json())
-    reported = {k: v for k, v in before["config"].items() if k not in records.JUDGED}
+    reported = {
+        k: v for k, v in before["config"].items() if k not in records.JUDGED
+    }
     reported |= {k: v for k, v in now.items() if k in records.JUDGED}
     with sharding.use(experiment.mesh, experiment.settings.rules):
         return report.write(
@@ -331,7 +337,9 @@ def _prepare(experiment: Experiment, stage: Stage, nets, params):
     return nets, dict(params)
 
 
-def _train(experiment: Experiment, stop: threading.Event, progress: bool) -> Trained:
+def _train(
+    experiment: Experiment, stop: threading.Event, progress: bool
+) -> Trained:
     """Networks and weights after all stages. Stages with a result in stages/ do not run again."""
     workdir = experiment.workdir
     stages = experiment.method.stages(experiment.settings.steps)

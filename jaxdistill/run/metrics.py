@@ -134,7 +134,9 @@ class Pending:
         values = jax.device_get([m for _, m in self._steps])
         for (step, _), metrics in zip(self._steps, values):
             for name, value in metrics.items():
-                if not np.isfinite(value) and name.endswith(("/loss", "/grad_norm")):
+                if not np.isfinite(value) and name.endswith(
+                    ("/loss", "/grad_norm")
+                ):
                     raise NonFinite(
                         f"{self._described(name)} is {value} at step {step}", step
                     )

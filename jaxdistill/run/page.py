@@ -41,7 +41,9 @@ def page(
     name = escaped(result["method"].split(":")[-1])
     seed = html.escape(str(result["config"]["seed"]))
     config = escaped(json.dumps(result["config"], indent=1))
-    figures = "".join(_figure(title, picture) for title, picture in pictures.items())
+    figures = "".join(
+        _figure(title, picture) for title, picture in pictures.items()
+    )
     samples = f"<h2>Samples</h2>{figures}" if figures else ""
     return "\n".join(
         [
@@ -109,7 +111,9 @@ def _curves(workdir: Path) -> bytes:
     from matplotlib import pyplot
 
     curves = _losses(workdir)
-    roles = list(dict.fromkeys(name.split("/")[0] for name in curves)) or ["student"]
+    roles = list(dict.fromkeys(name.split("/")[0] for name in curves)) or [
+        "student"
+    ]
     size = (5 * len(roles), 3.2)
     figure, axes = pyplot.subplots(
         1, len(roles), figsize=size, squeeze=False, layout="constrained"

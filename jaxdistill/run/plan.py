@@ -44,9 +44,7 @@ class Pattern:
     memory: float  # seconds
     network: float  # seconds
     sent: dict[str, float]  # collective -> bytes a chip
-    utilisation: (
-        float  # model flops over what the chips could do in the longest of the three
-    )
+    utilisation: float  # model flops over what the chips could do in the longest of the three
     seconds: float  # of compilation
 
 
@@ -322,7 +320,9 @@ def _estimated(
         for role, parts in held.items()
         if model.get(role)
     }
-    reads = sum(size * (2 if role in moving else 1) for role, size in weights.items())
+    reads = sum(
+        size * (2 if role in moving else 1) for role, size in weights.items()
+    )
     scattered = sum(weights.get(role, 0) for role in moving)
     sent = {
         "all-gather": reads * (ways - 1) / ways,
@@ -459,7 +459,9 @@ def too_large(error: jax.errors.JaxRuntimeError) -> str:
 
 def _missing(error: jax.errors.JaxRuntimeError) -> float:
     """Bytes that a program needs beyond HBM; 0 where the compiler does not say."""
-    said = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+    said = re.search(
+        r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error)
+    )
     return (float(said[1]) - float(said[2])) * 2**30 if said else 0.0
 
 

@@ -118,7 +118,9 @@ def _optimizers(
     turns = stage.method.turns
     txs = {}
     for role in stage.method.inits:
-        updates = sum(turns[i].moves.count(role) for active in taken for i in active)
+        updates = sum(
+            turns[i].moves.count(role) for active in taken for i in active
+        )
         net = nets[role]
         optimizer = experiment.roles[role].optimizer
         bank = isinstance(net, Bank)
@@ -192,7 +194,9 @@ def _abstract_start(
             batch = stage.collect.make(bind(found, weights), ctx)
         if stage.pool is not None:
             of_pool = stage.pool.spec(experiment.data)
-            batch = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), dict(of_pool))
+            batch = jax.tree.map(
+                lambda s: jnp.zeros(s.shape, s.dtype), dict(of_pool)
+            )
         return dict(weights), batch
 
     params, batch = jax.eval_shape(operate, params)

@@ -225,7 +225,9 @@ def read_report(workdir: Path) -> dict[str, Any]:
     if found["claim"]:
         names = dict.fromkeys(("metric", "model", "against", "better"), str)
         values = dict.fromkeys(("value", "baseline", "bound"), NUMBER)
-        check_keys(found["claim"], names | values | {"holds": bool}, f"{file}: claim")
+        check_keys(
+            found["claim"], names | values | {"holds": bool}, f"{file}: claim"
+        )
     return found
 
 
@@ -357,5 +359,7 @@ def stages(workdir: Path) -> list[Path]:
                 f"{folder}: stage {number} is there, stage {i} before it is missing"
             )
         if not (folder / str(i)).is_dir():
-            raise Refused(f"{folder / str(i)}: is a file, expected a stage's result")
+            raise Refused(
+                f"{folder / str(i)}: is a file, expected a stage's result"
+            )
     return [folder / str(i) for i in range(len(numbers))]

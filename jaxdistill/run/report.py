@@ -36,10 +36,13 @@ def look(trained, step: int, *, score: bool) -> dict[str, float]:
     for row in evaluation.rows(trained):
         if row["name"] == "student":
             own = {
-                key: value for key, value in row.items() if key not in ("name", "nfe")
+                key: value
+                for key, value in row.items()
+                if key not in ("name", "nfe")
             }
             scores |= {
-                f"eval/{key}@{row['nfe']}": float(value) for key, value in own.items()
+                f"eval/{key}@{row['nfe']}": float(value)
+                for key, value in own.items()
             }
     return scores
 
@@ -147,7 +150,8 @@ def claim(
     }
     compare = {"lower": operator.le, "higher": operator.ge}[wanted["better"]]
     teacher = next(
-        (row.get(wanted["metric"]) for row in rows if row["name"] == "teacher"), None
+        (row.get(wanted["metric"]) for row in rows if row["name"] == "teacher"),
+        None,
     )
     return {
         "metric": wanted["metric"],

@@ -39,7 +39,10 @@ def _cell(text: str) -> str:
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as aligned text: the first column to the left, the others to the right."""
     names = columns(rows)
-    cells = [names, *([number(row.get(name, "")) for name in names] for row in rows)]
+    cells = [
+        names,
+        *([number(row.get(name, "")) for name in names] for row in rows),
+    ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     lines = []
     for line in cells:

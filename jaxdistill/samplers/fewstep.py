@@ -77,7 +77,9 @@ def simulate(
             return ode.advance(
                 solver, process, net, x, t, jnp.full(x.shape[:1], times[i + 1])
             )
-        return _renoised(process, net, x, t, times[i + 1], jax.random.fold_in(key, i))
+        return _renoised(
+            process, net, x, t, times[i + 1], jax.random.fold_in(key, i)
+        )
 
     xt = jax.lax.fori_loop(0, index, step, process.start(noise))
     return xt, jnp.full(noise.shape[:1], times[index])

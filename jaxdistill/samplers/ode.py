@@ -68,14 +68,26 @@ def _memory(x: Array, dtype: Any) -> Memory:
 
 
 def euler(
-    denoise: Denoise, x: Array, memory: Memory, t: Array, s: Array, key: Array, at: At
+    denoise: Denoise,
+    x: Array,
+    memory: Memory,
+    t: Array,
+    s: Array,
+    key: Array,
+    at: At,
 ) -> tuple[Array, Memory]:
     """x + (s - t) v."""
     return x + expand(s - t, x) * denoise(x, t).v, memory
 
 
 def heun(
-    denoise: Denoise, x: Array, memory: Memory, t: Array, s: Array, key: Array, at: At
+    denoise: Denoise,
+    x: Array,
+    memory: Memory,
+    t: Array,
+    s: Array,
+    key: Array,
+    at: At,
 ) -> tuple[Array, Memory]:
     """Second order: an Euler step, then the mean of the slopes at both ends.
 

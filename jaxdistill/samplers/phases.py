@@ -22,7 +22,9 @@ class Interval(NamedTuple):
 
     def scores(self, net: Nets) -> Nets:
         """The networks of both scores, as `teacher` and `fake`."""
-        return Nets(teacher=getattr(net, self.teacher), fake=getattr(net, self.fake))
+        return Nets(
+            teacher=getattr(net, self.teacher), fake=getattr(net, self.fake)
+        )
 
 
 class Phase(NamedTuple):

@@ -34,4 +34,6 @@ def mix(
             f"roles.{role}: its weights are mixed with those of roles.{other}; expected the same "
             f"model in both, and either two adapters of one rank or none"
         )
-    return {role: jax.tree.map(lambda w, o: keep * w + (1 - keep) * o, own, towards)}
+    return {
+        role: jax.tree.map(lambda w, o: keep * w + (1 - keep) * o, own, towards)
+    }

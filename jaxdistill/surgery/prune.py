@@ -33,7 +33,9 @@ def importance(
     """
     tokens = batch["tokens"]
     real = (
-        batch["segments"] > 0 if "segments" in batch else jnp.ones(tokens.shape, bool)
+        batch["segments"] > 0
+        if "segments" in batch
+        else jnp.ones(tokens.shape, bool)
     )
     real = real.astype(jnp.float32)
 

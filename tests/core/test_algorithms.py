@@ -137,7 +137,9 @@ def test_every_update_of_lamb_is_lr_times_the_norm_of_its_layer():
         for k in range(2):
             before = WEIGHTS["blocks"][part][k]
             step = np.linalg.norm(after["blocks"][part][k] - before)
-            np.testing.assert_allclose(step, 0.01 * np.linalg.norm(before), rtol=1e-4)
+            np.testing.assert_allclose(
+                step, 0.01 * np.linalg.norm(before), rtol=1e-4
+            )
     zero = jax.tree.map(np.zeros_like, WEIGHTS)
     moved = follow(Optimizer(algorithm="lamb", lr=0.01), GRADS[:1], zero)
     close(jax.tree.map(np.abs, moved), jax.tree.map(lambda w: w + 0.01, zero))

@@ -137,7 +137,9 @@ def test_what_a_class_says_itself_is_located_too():
         ("two of them", "config.roles.student.ema: two of them"),
         ("config.x: there", "config.x: there"),
     ):
-        assert str(build.located("config.roles.student.ema", Refused(text))) == wanted
+        assert (
+            str(build.located("config.roles.student.ema", Refused(text))) == wanted
+        )
 
 
 def test_every_dataclass_of_the_library_has_annotations_that_can_be_read():

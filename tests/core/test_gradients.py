@@ -69,14 +69,18 @@ def by_percentile(norms, clip, percentile, window):
 
 @pytest.mark.parametrize(("clip", "limit"), [(0.0, np.inf), (5.0, 5.0), (3.0, 3.0)])
 def test_the_limit_is_a_percentile_of_the_last_norms(clip, limit):
-    optimizer = dataclasses.replace(SGD, clip=clip, clip_percentile=75, clip_window=3)
+    optimizer = dataclasses.replace(
+        SGD, clip=clip, clip_percentile=75, clip_window=3
+    )
     wanted = by_percentile(NORMS, limit, 75, 3)
     np.testing.assert_allclose(norms_after(optimizer, NORMS), wanted, rtol=1e-6)
     assert wanted != [min(norm, limit) for norm in NORMS]
 
 
 def test_members_have_percentiles_of_their_own():
-    optimizer = dataclasses.replace(SGD, clip=5.0, clip_percentile=75, clip_window=3)
+    optimizer = dataclasses.replace(
+        SGD, clip=5.0, clip_percentile=75, clip_window=3
+    )
     other = NORMS[::-1]
     found = norms_after(optimizer, list(zip(NORMS, other)))
     for k, norms in enumerate((NORMS, other)):
@@ -208,7 +212,9 @@ def same(a, b):
 
 
 ADAMW = Optimizer(lr=1e-2, weight_decay=0.1, warmup=5)
-SKIP = dataclasses.replace(ADAMW, nonfinite="skip", clip_percentile=50, clip_window=2)
+SKIP = dataclasses.replace(
+    ADAMW, nonfinite="skip", clip_percentile=50, clip_window=2
+)
 ZERO = dataclasses.replace(ADAMW, nonfinite="zero")
 
 
@@ -287,7 +293,9 @@ def test_finite_updates_are_those_of_the_default():
     for optimizer in (skip, ZERO):
         state, _ = run(optimizer, [FINE] * 3)
         for x, y in zip(
-            jax.tree.leaves(state.params), jax.tree.leaves(plain.params), strict=True
+            jax.tree.leaves(state.params),
+            jax.tree.leaves(plain.params),
+            strict=True,
         ):
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8)
 

@@ -185,7 +185,9 @@ class Follows(Method):
 
 def begun(nets):
     """The first weights of the trained roles; the teacher's are bfloat16."""
-    start = {"teacher": jax.tree.map(lambda w: w.astype(jnp.bfloat16), TOWER_WEIGHTS)}
+    start = {
+        "teacher": jax.tree.map(lambda w: w.astype(jnp.bfloat16), TOWER_WEIGHTS)
+    }
 
     class Here(Follows):
         inits = {role: None for role in nets if role != "teacher"}
@@ -291,7 +293,10 @@ def test_an_adapter_on_an_adapter():
     bias = first["upper"]["out/bias"]
     own = leaf_of(TOWER_WEIGHTS, "out/bias").astype(jnp.bfloat16).astype("f4")
     np.testing.assert_array_equal(bias, own)
-    params = {"teacher": TOWER_WEIGHTS, **{r: perturbed(w) for r, w in first.items()}}
+    params = {
+        "teacher": TOWER_WEIGHTS,
+        **{r: perturbed(w) for r, w in first.items()},
+    }
     middle = merge(TOWER_WEIGHTS, params["student"], lower.scale)
     whole = merge(middle, params["upper"], upper.scale)
 
@@ -318,7 +323,9 @@ def test_a_base_with_whole_leaves_hands_them_on():
 
 def test_a_weighted_sum_of_adapters():
     one = adapt(TOWER, base="teacher", rank=1, alpha=3.0, full=".*bias")
-    two = adapt(TOWER, base="teacher", rank=2, targets="out/kernel", full="out/bias")
+    two = adapt(
+        TOWER, base="teacher", rank=2, targets="out/kernel", full="out/bias"
+    )
     first = perturbed(fresh(one))
     second = perturbed(fresh(two))
     parts = [Part(first, one.scale, 0.5), Part(second, two.scale, -2.0)]

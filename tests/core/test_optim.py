@@ -38,7 +38,9 @@ def test_power_gamma(width, gamma):
     """EDM2's table, which has three decimals, and the formula of the width, whose inverse it is."""
     assert power_gamma(width) == pytest.approx(gamma, abs=6e-4)
     g = power_gamma(width)
-    assert (g + 1) ** 0.5 / (g + 2) / (g + 3) ** 0.5 == pytest.approx(width, rel=1e-9)
+    assert (g + 1) ** 0.5 / (g + 2) / (g + 3) ** 0.5 == pytest.approx(
+        width, rel=1e-9
+    )
 
 
 def run(rule, values):
@@ -121,7 +123,9 @@ def test_half_life():
 
 
 def test_schedules():
-    lr = Optimizer(lr=1.0, schedule="cosine", warmup=10, final=0.1).learning_rate(110)
+    lr = Optimizer(lr=1.0, schedule="cosine", warmup=10, final=0.1).learning_rate(
+        110
+    )
     assert float(lr(0)) == pytest.approx(0.1)
     assert float(lr(4)) == pytest.approx(0.5)
     assert float(lr(10)) == pytest.approx(1.0)
@@ -152,7 +156,10 @@ def test_steps_of_the_rate():
             dict(),
             "milestones=\\(\\): expected at least one where optimizer.schedule=step",
         ),
-        (dict(milestones=(3, 3)), "milestones\\[1\\]=3: expected an integer above 3"),
+        (
+            dict(milestones=(3, 3)),
+            "milestones\\[1\\]=3: expected an integer above 3",
+        ),
         (dict(milestones=(0,)), "milestones\\[0\\]=0: expected an integer above 0"),
         (
             dict(milestones=(2,), warmup=2),
@@ -472,7 +479,10 @@ def test_the_nearest_name_is_suggested():
             for rule in AVERAGES
             for start in (-1, 1.5, True)
         ],
-        *[lambda s=s: PowerEma(sigma_rel=s) for s in (0.0, -0.1, 0.3, float("nan"))],
+        *[
+            lambda s=s: PowerEma(sigma_rel=s)
+            for s in (0.0, -0.1, 0.3, float("nan"))
+        ],
         *[
             lambda k=k, v=v: HalfLifeEma(**{k: v})
             for k in ("half_life", "batch", "ramp")

@@ -130,7 +130,9 @@ def test_running_statistics_of_micro_batches_follow_each_other():
         Fit(), {"student": net}, {"student": tx}, key, {"student": params}
     )
     state = jax.jit(make)(jax.random.key(0))
-    step, _ = make_train_step(Fit(), {"student": net}, {"student": tx}, accumulate=2)
+    step, _ = make_train_step(
+        Fit(), {"student": net}, {"student": tx}, accumulate=2
+    )
     state, _ = step(state, {"x": x}, jax.random.key(2), (0,))
     expected = params
     for part in (x[::2], x[1::2]):

@@ -60,7 +60,8 @@ def test_a_factor_of_zero_keeps_every_bit():
     found, _ = tx.update(grads, tx.init(weights), weights)
     after = jax.jit(optax.apply_updates)(weights, found)
     assert np.array_equal(
-        np.asarray(after["a"]).view(np.int32), np.asarray(weights["a"]).view(np.int32)
+        np.asarray(after["a"]).view(np.int32),
+        np.asarray(weights["a"]).view(np.int32),
     )
     assert not np.array_equal(after["b"], weights["b"])
 
@@ -114,7 +115,10 @@ def test_patterns_without_a_weight_are_refused(rates, said):
             (("a", float("nan")),),
             r"\[0\]\[1\]=nan: expected a factor of 0 or a number",
         ),
-        ((("a", "fast"),), r"\[0\]\[1\]='fast': expected a factor of 0 or a number"),
+        (
+            (("a", "fast"),),
+            r"\[0\]\[1\]='fast': expected a factor of 0 or a number",
+        ),
     ],
 )
 def test_what_is_no_pattern_and_factor_is_refused(rates, said):

@@ -43,7 +43,10 @@ class Counted(Method):
         )
         return Out(
             total,
-            {"seen": (jnp.sum(mask), jnp.float32(1)), "value": jnp.sum(value * mask)},
+            {
+                "seen": (jnp.sum(mask), jnp.float32(1)),
+                "value": jnp.sum(value * mask),
+            },
             count=jnp.sum(mask),
         )
 
@@ -51,7 +54,9 @@ class Counted(Method):
 def fit(method, nets, batch, *, steps=1, accumulate=1, lr=0.1, start=None, **kw):
     txs = {role: optax.sgd(lr) for role in method.inits}
     state = init_state(method, nets, txs, jax.random.key(0), start or {})
-    step, active_at = make_train_step(method, nets, txs, accumulate=accumulate, **kw)
+    step, active_at = make_train_step(
+        method, nets, txs, accumulate=accumulate, **kw
+    )
     metrics = None
     for i in range(steps):
         state, metrics = step(state, batch, jax.random.key(1), active_at(i))
@@ -82,9 +87,9 @@ def test_the_log_weighs_tokens_alike():
     for accumulate in (1, 2):
         pending = Pending(Counted().turns)
         for i, batch in enumerate(batches):
-            metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)[
-                1
-            ]
+            metrics = fit(
+                Counted(), {"student": NET}, batch, accumulate=accumulate
+            )[1]
             assert metrics.counts.keys() == {
                 "student/loss",
                 "student/value",
@@ -115,7 +120,9 @@ def test_gradient_does_not_depend_on_the_micro_batches():
     whole, _ = fit(Counted(), {"student": NET}, batch)
     for accumulate in (2, 4, 8):
         parts, _ = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)
-        for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(parts.params)):
+        for a, b in zip(
+            jax.tree.leaves(whole.params), jax.tree.leaves(parts.params)
+        ):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -219,14 +226,19 @@ def test_average_follows_its_rule():
     for steps in range(4):
         path.append(
             fit(
-                Counted(), {"student": NET}, batch, steps=steps, emas={"student": ema}
+                Counted(),
+                {"student": NET},
+                batch,
+                steps=steps,
+                emas={"student": ema},
             )[0]
         )
     average = jax.tree.leaves(path[0].params["student"])[0]
     for k, state in enumerate(path[1:], 1):
         beta = min(0.9, (1 + k) / (10 + k))
         average = (
-            beta * average + (1 - beta) * jax.tree.leaves(state.params["student"])[0]
+            beta * average
+            + (1 - beta) * jax.tree.leaves(state.params["student"])[0]
         )
         np.testing.assert_allclose(
             jax.tree.leaves(state.ema["student"])[0], average, rtol=1e-5, atol=1e-7
@@ -248,7 +260,8 @@ class OwnDecay(Counted):
 def test_a_turn_may_give_the_decay():
     batch = {"value": jnp.ones((1, 1)), "mask": jnp.ones((1, 1))}
     path = [
-        fit(OwnDecay(), {"student": NET}, batch, steps=steps)[0] for steps in range(4)
+        fit(OwnDecay(), {"student": NET}, batch, steps=steps)[0]
+        for steps in range(4)
     ]
     average = jax.tree.leaves(path[0].params["student"])[0]
     for k, state in enumerate(path[1:], 1):
@@ -278,7 +291,9 @@ def test_names_keep_draws_apart():
 
 def test_overlay_keeps_what_only_the_copy_has():
     small = NET.init(jax.random.key(0))
-    large = make_net(MLP(width=8, depth=1, second_time=True)).init(jax.random.key(1))
+    large = make_net(MLP(width=8, depth=1, second_time=True)).init(
+        jax.random.key(1)
+    )
     merged = overlay(large, small, "student", "teacher")
     np.testing.assert_array_equal(merged["inp"]["kernel"], small["inp"]["kernel"])
     np.testing.assert_array_equal(

@@ -80,7 +80,9 @@ def test_every_weight_is_within_half_a_step(nets):
 def test_matrices_are_packed_and_vectors_are_not(nets):
     for path, w in paths(nets[1]).items():
         vector = w.ndim - path.startswith("blocks") < 2
-        leaf = functools.reduce(lambda tree, key: tree[key], path.split("/"), nets[3])
+        leaf = functools.reduce(
+            lambda tree, key: tree[key], path.split("/"), nets[3]
+        )
         assert is_quantized(leaf) != vector, path
 
 
@@ -138,7 +140,9 @@ def test_adapters_of_a_packed_network(nets):
     assert net.shapes == adapt(plain, base="teacher", rank=2, full=".*bias").shapes
     params = {"teacher": held, "student": net.init(jax.random.key(3))}
     merged = net.whole_weights("student", params)
-    assert jax.tree.structure(materialise(merged)) == jax.tree.structure(plain.shapes)
+    assert jax.tree.structure(materialise(merged)) == jax.tree.structure(
+        plain.shapes
+    )
 
 
 def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
@@ -148,7 +152,8 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
     where = sharding.in_memory(
         "host",
         sharding.fits(
-            sharding.param_shardings(mesh, sharding.Rules(), plain.axes), plain.shapes
+            sharding.param_shardings(mesh, sharding.Rules(), plain.axes),
+            plain.shapes,
         ),
         plain.axes,
     )
@@ -203,14 +208,20 @@ def config(**teacher):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "teacher",
-    [dict(quantize="int8"), dict(place="host"), dict(quantize="int8", place="host")],
+    [
+        dict(quantize="int8"),
+        dict(place="host"),
+        dict(quantize="int8", place="host"),
+    ],
     ids=str,
 )
 def test_a_run_with_such_a_teacher(teacher, tmp_path):
     report = loop.run(config(**teacher), tmp_path / "run", progress=False)
     assert {row["name"] for row in report["models"]} == {"teacher", "student"}
     trained = loop.load(tmp_path / "run")
-    assert trained.params["student"]["blocks"]["to_q"]["kernel"].dtype == jnp.float32
+    assert (
+        trained.params["student"]["blocks"]["to_q"]["kernel"].dtype == jnp.float32
+    )
 
 
 WRONG = [

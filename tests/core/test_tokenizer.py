@@ -35,7 +35,9 @@ def folder(tmp_path):
 
 def configure(file, **changes):
     file.write_text(
-        json.dumps((json.loads(file.read_text()) if file.exists() else {}) | changes)
+        json.dumps(
+            (json.loads(file.read_text()) if file.exists() else {}) | changes
+        )
     )
 
 
@@ -62,7 +64,9 @@ def test_a_sound_folder_loads_with_options(folder):
         (
             "tokenizer_config.json",
             {
-                "auto_map": {"AutoTokenizer": ["other/repository--mine.Mine", None]},
+                "auto_map": {
+                    "AutoTokenizer": ["other/repository--mine.Mine", None]
+                },
                 "tokenizer_class": "Mine",
             },
         ),

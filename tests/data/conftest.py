@@ -16,7 +16,9 @@ def identities(batch: dict) -> list[bytes]:
     """Each sample of a batch as bytes, all keys together."""
     size = len(next(iter(batch.values())))
     return [
-        b"|".join(np.ascontiguousarray(batch[k][i]).tobytes() for k in sorted(batch))
+        b"|".join(
+            np.ascontiguousarray(batch[k][i]).tobytes() for k in sorted(batch)
+        )
         for i in range(size)
     ]
 

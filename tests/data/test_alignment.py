@@ -38,7 +38,9 @@ class Merged:
         while text:
             out.append(
                 next(
-                    i for i, piece in enumerate(self.pieces) if text.startswith(piece)
+                    i
+                    for i, piece in enumerate(self.pieces)
+                    if text.startswith(piece)
                 )
             )
             text = text[len(self.pieces[out[-1]]) :]

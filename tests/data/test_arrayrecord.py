@@ -73,7 +73,9 @@ def test_stream_over_several_files(tmp_path, check_stream, check_epochs):
     check_stream(data)
     check_epochs(data, 12)
     assert data.evaluation(10)["index"].tolist() == [100, 101, 102]
-    assert data.spec()["logits"].dtype == jnp.bfloat16 and data.spec()["x"].shape == (
+    assert data.spec()["logits"].dtype == jnp.bfloat16 and data.spec()[
+        "x"
+    ].shape == (
         4,
         2,
         3,
@@ -137,7 +139,8 @@ def test_truncated_or_other_file(tmp_path, damage):
     write(file, examples(10))
     rewrite(file, damage)
     with pytest.raises(
-        Refused, match=r"a.arrayrecord: damaged or no ArrayRecord file \(\d+ bytes\)"
+        Refused,
+        match=r"a.arrayrecord: damaged or no ArrayRecord file \(\d+ bytes\)",
     ):
         ArrayRecords(path=str(file)).loader()
 
@@ -274,7 +277,11 @@ def test_groups_and_pixels(tmp_path):
             "cond/text": np.full((4, 2), i, np.float16),
             "cond/size": np.arange(6),
         }
-        return {"x": np.full(3, i, np.float32), "image": levels + np.uint8(i), **cond}
+        return {
+            "x": np.full(3, i, np.float32),
+            "image": levels + np.uint8(i),
+            **cond,
+        }
 
     write(tmp_path / "train.arrayrecord", [captioned(i) for i in range(6)])
     write(tmp_path / "test.arrayrecord", [captioned(9)])
@@ -287,7 +294,9 @@ def test_groups_and_pixels(tmp_path):
             got["cond"]["text"].shape == (n, 4, 2)
             and got["cond"]["text"].dtype == np.float16
         )
-        assert got["image"].shape == (n, 2, 2, 3) and got["image"].dtype == np.float32
+        assert (
+            got["image"].shape == (n, 2, 2, 3) and got["image"].dtype == np.float32
+        )
     assert np.array_equal(batch["cond"]["text"][:, 0, 0], batch["x"][:, 0])
     np.testing.assert_allclose(
         held["image"][0], (levels + 9) / 127.5 - 1, rtol=1e-6, atol=1e-6

@@ -10,7 +10,14 @@ import pytest
 from jaxdistill import data
 from jaxdistill.core.fields import Natural
 from jaxdistill.core.types import Refused
-from jaxdistill.data.base import Dataset, InMemory, Joined, Records, Subset, held_out
+from jaxdistill.data.base import (
+    Dataset,
+    InMemory,
+    Joined,
+    Records,
+    Subset,
+    held_out,
+)
 from jaxdistill.data.language import Markov
 
 

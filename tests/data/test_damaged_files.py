@@ -76,7 +76,9 @@ def folder_of_images(folder: Path) -> Made:
         for name in ("cat", "dog"):
             (folder / split / name).mkdir(parents=True)
             for i, (suffix, kind) in enumerate(kinds.items()):
-                (folder / split / name / f"{i}.{suffix}").write_bytes(image(kind, i))
+                (folder / split / name / f"{i}.{suffix}").write_bytes(
+                    image(kind, i)
+                )
     return sorted(folder.rglob("*.*")), lambda seed: ImageFolder(
         path=str(folder), size=8, seed=seed, shuffle=False, batch_size=16
     )
@@ -225,7 +227,9 @@ class Tagged(Dataset):
     """The passages of a conll file, through the protocol of data sets."""
 
     def batch(self, index, rows):
-        return {"pairs": np.int32([len(pairs) for _, pairs in ner.conll(self.path)])}
+        return {
+            "pairs": np.int32([len(pairs) for _, pairs in ner.conll(self.path)])
+        }
 
     def evaluation(self, n):
         return self.batch(0, slice(n))
@@ -241,7 +245,9 @@ def conll(folder: Path) -> Made:
 
 
 PAIRS = [{"prompt": f"p{i}é", "response": f"r{i}\u2028"} for i in range(8)]
-TOLD = [{"input": f"i{i}", "label": f"l{i}", "rationale": f"r{i}"} for i in range(5)]
+TOLD = [
+    {"input": f"i{i}", "label": f"l{i}", "rationale": f"r{i}"} for i in range(5)
+]
 NAMED = [
     {"text": f"a{i} b", "entities": [[f"a{i}", "x"], ["b", "y"]]} for i in range(5)
 ]
@@ -259,7 +265,9 @@ READERS: dict[str, Callable[[Path], Made]] = {
     "text": text,
     "packed": samples("packed", PAIRS, lambda **how: PackedJson(length=24, **how)),
     "padded": samples("padded", PAIRS, lambda **how: PaddedJson(**PADDED, **how)),
-    "aligned": samples("aligned", PAIRS, lambda **how: AlignedJson(**PADDED, **how)),
+    "aligned": samples(
+        "aligned", PAIRS, lambda **how: AlignedJson(**PADDED, **how)
+    ),
     "rationales": samples(
         "rationales",
         TOLD,
@@ -292,7 +300,9 @@ def damaged(folder: Path, reader: str, seed: int) -> tuple[str, str | None]:
     files, data = READERS[reader](folder)
     file = files[int(rng.integers(len(files)))]
     how = (
-        damage.remove(file, rng) if rng.random() < 0.03 else damage.damage(file, rng)
+        damage.remove(file, rng)
+        if rng.random() < 0.03
+        else damage.damage(file, rng)
     )
     with damage.quiet(folder):
         return how, damage.outcome(lambda: read(data(seed)), str(folder))

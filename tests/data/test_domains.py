@@ -8,7 +8,9 @@ from jaxdistill.data.domains import Chains, Folders, Mixer
 from jaxdistill.data.language import Markov
 from jaxdistill.data.text import PackedJson, Text
 
-TINY = Chains(vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8)
+TINY = Chains(
+    vocab=4, length=6, branches=(2, 3), size=50, held_out=20, batch_size=8
+)
 
 
 def take(data, n):
@@ -20,7 +22,9 @@ def test_domains_come_with_their_probabilities():
     r = np.array([0.5, 0.3, 0.15, 0.05])
     n = 100_000
     domain, _, taken = Mixer([10] * 4, 0).draw(0, [0] * 4, r, n)
-    assert (np.abs(np.bincount(domain) / n - r) < 3 * np.sqrt(r * (1 - r) / n)).all()
+    assert (
+        np.abs(np.bincount(domain) / n - r) < 3 * np.sqrt(r * (1 - r) / n)
+    ).all()
     assert taken == np.bincount(domain).tolist()
 
 

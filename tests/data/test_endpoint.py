@@ -42,7 +42,9 @@ class Handler(BaseHTTPRequestHandler):
         reply = (
             json.dumps(
                 {
-                    "choices": [{"message": {"role": "assistant", "content": text}}],
+                    "choices": [
+                        {"message": {"role": "assistant", "content": text}}
+                    ],
                     "usage": usage,
                 }
             )
@@ -62,7 +64,9 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, args=(0.01,), daemon=True
+    )
     thread.start()
     yield server
     server.shutdown()
@@ -318,7 +322,11 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
     ),
     "no status line": (b"hello\r\n\r\n", ConnectionError, "BadStatusLine"),
     "status without number": (http(OK, "abc"), ConnectionError, "BadStatusLine"),
-    "status of six digits": (http(OK, "200000 OK"), ConnectionError, "BadStatusLine"),
+    "status of six digits": (
+        http(OK, "200000 OK"),
+        ConnectionError,
+        "BadStatusLine",
+    ),
     "binary status line": (
         b"\x00\xff\x1b[31m\x07\n" * 20,
         ConnectionError,
@@ -409,7 +417,11 @@ FAULTS = {  # name -> (behaviour, error, what its line says)
         "text/html.*<html> .*hello </html>",
     ),
     "nothing": (http(), ConnectionError, "JSONDecodeError"),
-    "no content": (http(status="204 No Content"), ConnectionError, "JSONDecodeError"),
+    "no content": (
+        http(status="204 No Content"),
+        ConnectionError,
+        "JSONDecodeError",
+    ),
     "not UTF-8": (
         http(b'{"choices": "\xff\xfe\xff"}'),
         ConnectionError,
@@ -499,7 +511,8 @@ def test_the_key_goes_to_no_other_host(status, faulty, waits, monkeypatch):
     other = Faulty()
     other.behave = http(OK)
     faulty.behave = http(
-        status=f"{status} There", Location=other.url.replace("127.0.0.1", "localhost")
+        status=f"{status} There",
+        Location=other.url.replace("127.0.0.1", "localhost"),
     )
     with pytest.raises(
         Refused, match=f"HTTP {status}: sent on to localhost, not followed"
@@ -530,7 +543,9 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_an_error(
     with pytest.raises((Refused, ConnectionError)) as caught:
         shortly(faulty, waits).chat(say("a"))
     text = str(caught.value).lower().replace("\\", "")
-    parts = {KEY.lower().replace("\\", "")[i : i + 10] for i in range(len(KEY) - 12)}
+    parts = {
+        KEY.lower().replace("\\", "")[i : i + 10] for i in range(len(KEY) - 12)
+    }
     assert not [part for part in parts if part in text]
 
 
@@ -608,7 +623,9 @@ def test_a_key_that_is_none_is_refused_without_repeating_it(
 def test_fields_are_checked(field, value, says):
     with pytest.raises(Refused, match=says) as caught:
         Endpoint(**{"url": "http://host/v1", "model": "m", field: value})
-    assert "secret" not in str(caught.value) and "sk-abcdef" not in str(caught.value)
+    assert "secret" not in str(caught.value) and "sk-abcdef" not in str(
+        caught.value
+    )
 
 
 def test_messages_that_are_no_json_are_refused(endpoint, server):
@@ -645,7 +662,9 @@ def test_what_retry_after_says_is_bounded(text, wait, server, endpoint, waits):
 
 
 def test_waits_have_a_bound_of_their_own(server, endpoint, waits):
-    endpoint = dataclasses.replace(endpoint, retries=1100, backoff=1.0, max_wait=8.0)
+    endpoint = dataclasses.replace(
+        endpoint, retries=1100, backoff=1.0, max_wait=8.0
+    )
     server.script = [(503, {}, "")] * 6
     assert endpoint.chat(say("a"))["text"] == "A"
     assert waits == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
@@ -693,7 +712,8 @@ def test_an_answer_whose_counts_are_none_is_kept_and_said(
         logging, "warning", lambda message, *args: lines.append(message % args)
     )
     faulty.behave = http(
-        b'{"choices": [{"message": {"content": "A"}}], "usage": %s}' % usage.encode()
+        b'{"choices": [{"message": {"content": "A"}}], "usage": %s}'
+        % usage.encode()
     )
     assert shortly(faulty, waits).chat(say("a")) == {
         "text": "A",
@@ -779,7 +799,9 @@ def test_a_file_that_cannot_be_is_refused_before_anything_is_asked(
         with pytest.raises(Refused, match=str(path)):
             ask_all(endpoint, [("a", say("x"))], path)
     with pytest.raises(Refused, match="two with the id 'a'"):
-        ask_all(endpoint, [("a", say("x")), ("a", say("y"))], tmp_path / "out.jsonl")
+        ask_all(
+            endpoint, [("a", say("x")), ("a", say("y"))], tmp_path / "out.jsonl"
+        )
     with pytest.raises(Refused, match="workers=0"):
         ask_all(endpoint, [], tmp_path / "out.jsonl", workers=0)
     assert server.seen == []

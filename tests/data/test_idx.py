@@ -162,7 +162,9 @@ def test_a_gzip_file_is_read_as_far_as_its_header_says(tmp_path):
 
 def test_images_without_pixels(tmp_path):
     (tmp_path / "a").write_bytes(idx(np.zeros((4, 0, 5))))
-    with pytest.raises(Refused, match=r"holds no samples, its shape is \(4, 0, 5\)"):
+    with pytest.raises(
+        Refused, match=r"holds no samples, its shape is \(4, 0, 5\)"
+    ):
         read(tmp_path / "a", 3)
 
 
@@ -193,7 +195,9 @@ def test_padding_does_not_crop(stored):
 def test_mnist(shared_data):
     data = IDX(path=str(shared_data / "mnist"))
     test = data.evaluation(10_000)
-    assert test["x"].shape == (10_000, 28, 28, 1) and (test["null_cond"] == 10).all()
+    assert (
+        test["x"].shape == (10_000, 28, 28, 1) and (test["null_cond"] == 10).all()
+    )
     assert np.bincount(test["cond"]).tolist() == [
         980,
         1135,

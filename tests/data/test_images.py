@@ -43,7 +43,9 @@ def parquet(tmp_path):
     coded = [png(p) for p in pixels]
     shard(tmp_path / "train-00000-of-00002.parquet", coded[:5], [0, 1, 2, 0, 1])
     shard(
-        tmp_path / "train-00001-of-00002.parquet", coded[5:12], [2, 0, 1, 2, 0, 1, 2]
+        tmp_path / "train-00001-of-00002.parquet",
+        coded[5:12],
+        [2, 0, 1, 2, 0, 1, 2],
     )
     shard(tmp_path / "test-00000-of-00001.parquet", coded[12:], [0, 1, 2, 0])
     return tmp_path, pixels
@@ -162,7 +164,9 @@ def test_what_transparency_hides_is_white(kind, colour):
 
 
 def test_half_transparent_is_half_white():
-    half = np.dstack([np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 128, np.uint8)])
+    half = np.dstack(
+        [np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 128, np.uint8)]
+    )
     np.testing.assert_array_equal(
         decode(png(half), 8, ""), np.full((8, 8, 3), np.float32(127) / 127.5 - 1)
     )
@@ -196,10 +200,13 @@ def sixteen(kind: str) -> bytes:
     )
 
 
-@pytest.mark.parametrize("kind", ["grey", "rgb", "grey alpha", "rgba", "ppm", "pgm"])
+@pytest.mark.parametrize(
+    "kind", ["grey", "rgb", "grey alpha", "rgba", "ppm", "pgm"]
+)
 def test_sixteen_bits_are_refused(kind):
     with pytest.raises(
-        Refused, match=r"a: pixels of mode .*, expected 8 bits a channel, found 1[06]"
+        Refused,
+        match=r"a: pixels of mode .*, expected 8 bits a channel, found 1[06]",
     ):
         decode(sixteen(kind), 8, "a")
 
@@ -302,7 +309,8 @@ def test_pictures_without_end_are_refused(tmp_path, monkeypatch):
     with pytest.raises(Refused, match=r"a: .*pixels|damaged"):
         decode(huge, 8, "a")
     with pytest.raises(
-        Refused, match=r"a: 12000 x 12000 pixels, expected at most 134,217,728 in all"
+        Refused,
+        match=r"a: 12000 x 12000 pixels, expected at most 134,217,728 in all",
     ):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 30)
         decode(b"P5 12000 12000 255\n", 8, "a")
@@ -350,7 +358,9 @@ def test_parquet_values(parquet):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_parquet_stream(parquet, flip, check_stream):
-    check_stream(ParquetImages(path=str(parquet[0]), size=8, batch_size=4, flip=flip))
+    check_stream(
+        ParquetImages(path=str(parquet[0]), size=8, batch_size=4, flip=flip)
+    )
 
 
 def test_epochs(parquet, check_epochs):
@@ -418,11 +428,14 @@ def test_held_out_images_stay_when_others_come_or_the_folder_moves(
     }
     moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "set")
     there = {
-        name for name, *_ in ImageFolder(path=str(moved), heldout=0.25).source("test")
+        name
+        for name, *_ in ImageFolder(path=str(moved), heldout=0.25).source("test")
     }
     assert {name[-11:] for name in there} == {name[-11:] for name in before}
     for i in range(20):
-        shutil.copy(folder / "cat" / f"{i:03}.png", folder / "cat" / f"new{i:03}.png")
+        shutil.copy(
+            folder / "cat" / f"{i:03}.png", folder / "cat" / f"new{i:03}.png"
+        )
     after = {
         name
         for name, *_ in ImageFolder(path=str(folder), heldout=0.25, seed=1).source(
@@ -632,7 +645,9 @@ def test_no_image_beside_the_classes(folder, name):
 
 def test_a_class_folder_that_is_a_link_to_nothing(folder):
     (folder / "bird").symlink_to(folder / "gone")
-    with pytest.raises(Refused, match="/bird: a link to nothing, expected a folder"):
+    with pytest.raises(
+        Refused, match="/bird: a link to nothing, expected a folder"
+    ):
         ImageFolder(path=str(folder), size=8).check()
 
 
@@ -738,7 +753,9 @@ def test_suffixes(tmp_path, suffix):
 def test_parquet_check_looks_at_every_label(parquet):
     path, _ = parquet
     ParquetImages(path=str(path), size=8).check()
-    shard(path / "test-00001-of-00001.parquet", [png(pictures(1)[0])] * 3, [0, 1, 3])
+    shard(
+        path / "test-00001-of-00001.parquet", [png(pictures(1)[0])] * 3, [0, 1, 3]
+    )
     with pytest.raises(
         Refused,
         match=r"test-00001-of-00001.parquet row 2: label 3, the training set has 0 to 2",
@@ -761,7 +778,9 @@ def test_share_that_leaves_nothing(folder):
 
 @pytest.mark.shared_data
 def test_cifar10(shared_data):
-    data = ParquetImages(path=str(shared_data / "cifar10"), batch_size=64, flip=True)
+    data = ParquetImages(
+        path=str(shared_data / "cifar10"), batch_size=64, flip=True
+    )
     batch = next(data.loader())
     assert {k: (v.shape, str(v.dtype)) for k, v in batch.items()} == {
         "x": ((64, 32, 32, 3), "float32"),
@@ -773,4 +792,6 @@ def test_cifar10(shared_data):
         and 0.9 < batch["x"].max() <= 1
         and (batch["null_cond"] == 10).all()
     )
-    assert len(data.source("train")) == 50_000 and len(data.source("test")) == 10_000
+    assert (
+        len(data.source("train")) == 50_000 and len(data.source("test")) == 10_000
+    )

@@ -50,7 +50,9 @@ def test_markov_sequence_probabilities_sum_to_one():
 
 
 def test_markov_entropy_is_that_of_the_blocks():
-    block = lambda n: -sum(np.exp(p) * p for p in TINY.log_probs(sequences(n)).sum(1))
+    block = lambda n: (
+        -sum(np.exp(p) * p for p in TINY.log_probs(sequences(n)).sum(1))
+    )
     assert TINY.entropy() == pytest.approx(block(3) - block(2), abs=1e-10)
     assert TINY.entropy() == pytest.approx(block(6) - block(5), abs=1e-10)
 
@@ -69,7 +71,9 @@ def test_markov_samples_follow_the_law_at_every_position():
     pairs, table = TINY.transitions
     n = len(tokens)
     for t in range(5):
-        frequency = np.bincount(tokens[:, t] * 3 + tokens[:, t + 1], minlength=9) / n
+        frequency = (
+            np.bincount(tokens[:, t] * 3 + tokens[:, t + 1], minlength=9) / n
+        )
         assert (
             np.abs(frequency - pairs.ravel()) < 5 * np.sqrt(pairs.ravel() / n)
         ).all()
@@ -141,9 +145,9 @@ def test_carry_reads_as_additions(digits):
         batch["tokens"].shape == (5, data.length)
         and batch["tokens"].dtype == np.int32
     )
-    assert (batch["prompt"] == batch["tokens"][:, : 2 * digits + 2]).all() and batch[
-        "prompt_mask"
-    ].all()
+    assert (
+        batch["prompt"] == batch["tokens"][:, : 2 * digits + 2]
+    ).all() and batch["prompt_mask"].all()
     assert batch["mask"].dtype == np.float32 and batch["prompt_mask"].dtype == bool
 
 
@@ -158,7 +162,9 @@ def test_carry_holds_a_seventeenth_out(seed, digits):
     assert sorted(both["train"] + both["test"]) == list(range(100**digits))
     assert abs(len(both["test"]) - 100**digits / 17) < 1
     assert len(data.evaluation(10**6)["tokens"]) == len(both["test"])
-    drawn = np.concatenate([data.batch(i, slice(None))["tokens"] for i in range(20)])
+    drawn = np.concatenate(
+        [data.batch(i, slice(None))["tokens"] for i in range(20)]
+    )
     held = {tuple(row) for row in data.evaluation(10**6)["tokens"].tolist()}
     assert not held & {tuple(row) for row in drawn.tolist()}
 

@@ -53,7 +53,8 @@ def test_a_sound_store(tmp_path):
     assert (
         StoredLogits(
             path=make(
-                tmp_path / "b", data={"name": "data.text:Text", "tokenizer": "/gone"}
+                tmp_path / "b",
+                data={"name": "data.text:Text", "tokenizer": "/gone"},
             )
         ).vocab_size
         == 40
@@ -79,7 +80,10 @@ def test_a_sound_store(tmp_path):
         (dict(rows={"train": 5, "test": 2}), r"4 train rows, store.json says 5"),
         (dict(rows={"train": 4, "test": 3}), r"2 test rows, store.json says 3"),
         (dict(files={"train": 3, "test": 1}), r"2 of 3 train files"),
-        (dict(files={"train": 10**12, "test": 1}), r"2 of 1000000000000 train files"),
+        (
+            dict(files={"train": 10**12, "test": 1}),
+            r"2 of 1000000000000 train files",
+        ),
         (
             dict(files=[2, 1]),
             r"store.json: 'files' is '\[2, 1\]', expected what tools/store_logits.py writes",

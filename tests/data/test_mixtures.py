@@ -153,7 +153,9 @@ def test_batches_are_fixed_by_index_and_seed_and_split_by_rows():
         )
     assert not np.array_equal(data.batch(4, slice(0, 8))["x"], whole["x"])
     np.testing.assert_array_equal(data.evaluation(5)["x"], data.evaluation(5)["x"])
-    assert data.spec()["x"].shape == (8, 2) and data.spec()["cond"].dtype == np.int32
+    assert (
+        data.spec()["x"].shape == (8, 2) and data.spec()["cond"].dtype == np.int32
+    )
 
 
 def test_without_labels_the_points_are_the_same():
@@ -180,7 +182,9 @@ def test_classes_are_sectors_of_modes(x64):
     modes = plain.batch(0, slice(None))
     np.testing.assert_array_equal(mine["x"], modes["x"])
     np.testing.assert_array_equal(mine["cond"], data.labels[modes["cond"]])
-    assert np.all(mine["null_cond"] == 2) and plain.labels.tolist() == list(range(6))
+    assert np.all(mine["null_cond"] == 2) and plain.labels.tolist() == list(
+        range(6)
+    )
     x = jnp.asarray(mine["x"][:4], jnp.float64)
     t = jnp.full(4, 0.5)
     slope = jax.vmap(

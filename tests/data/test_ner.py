@@ -72,7 +72,10 @@ def test_negatives_follow_the_frequencies():
         ner.absent(["x"], counts, 1, rng, "uniform")[0] for _ in range(n)
     )
     assert (
-        all(abs(uniform[kind] / n - 1 / 3) < 4 * np.sqrt(2 / 9 / n) for kind in "zyw")
+        all(
+            abs(uniform[kind] / n - 1 / 3) < 4 * np.sqrt(2 / 9 / n)
+            for kind in "zyw"
+        )
         and "x" not in uniform
     )
     assert sorted(ner.absent(["x"], counts, 10, rng)) == ["w", "y", "z"]
@@ -95,11 +98,15 @@ def test_questions_are_shuffled_and_stay_with_their_answers():
         orders.add(tuple(turns))
     assert len(orders) == 6
     assert dict(plain[1:])["What describes date in the text?"] == "[]"
-    assert ner.conversation("x", {}, source="wnut")[0][0] == "Text: x\nDataset: wnut"
+    assert (
+        ner.conversation("x", {}, source="wnut")[0][0] == "Text: x\nDataset: wnut"
+    )
 
 
 def test_conversation_round_trip():
-    turns = ner.conversation("Ada met Bob in Rome", ANSWERS, np.random.default_rng(0))
+    turns = ner.conversation(
+        "Ada met Bob in Rome", ANSWERS, np.random.default_rng(0)
+    )
     tokens, _ = ner.encode(turns, CODEC)
     text = CODEC.decode(tokens)
     found = re.findall(
@@ -208,7 +215,9 @@ def test_conversations_of_a_file(tmp_path):
     )
     none = ner.Conversations(path=path, heldout=0.0, negatives="none")
     assert not any(
-        answer == "[]" for turns in none.conversations("train") for _, answer in turns
+        answer == "[]"
+        for turns in none.conversations("train")
+        for _, answer in turns
     )
     assert (
         len(
@@ -253,7 +262,10 @@ def test_entities_that_are_none(tmp_path, found):
 def test_conll_of_any_system(tmp_path, end, mark):
     text = "New\tB-place\nYork\u2028City\tI-place\nis\tO\n\nit\tO\n"
     (tmp_path / "a.conll").write_bytes((mark + text.replace("\n", end)).encode())
-    want = [("New York\u2028City is", [("New York\u2028City", "place")]), ("it", [])]
+    want = [
+        ("New York\u2028City is", [("New York\u2028City", "place")]),
+        ("it", []),
+    ]
     assert ner.conll(tmp_path / "a.conll") == want
     (tmp_path / "b.conll").write_text(text + "x\tC-place\n")
     with pytest.raises(

@@ -285,7 +285,9 @@ def test_svamp(shared_data):
     gold, told = (svamp(shared_data / "svamp", labels) for labels in ("gt", "llm"))
     assert [len(gold[split]) for split in ("train", "test")] == [800 - 13, 200 - 2]
     assert all(row["label"] == row["gold"] for row in gold["train"] + told["test"])
-    agree = np.mean([same_value(row["label"], row["gold"]) for row in told["train"]])
+    agree = np.mean(
+        [same_value(row["label"], row["gold"]) for row in told["train"]]
+    )
     assert 0.70 < agree < 0.80
     assert (
         gold["train"][0]["input"].startswith("Luke scored 84")
@@ -379,7 +381,9 @@ def test_answers_are_judged_whatever_pads(tmp_path, folder, pad):
     """Padding may be the begin or end token, or a letter of the text."""
     tokenizer = folder(bos=True, eos_token="</s>", pad_token=pad)
     problems = {"bbb and b": "(1 + 2)", "b and bb": "(2 + 3)", "and": "(3 + 4)"}
-    rows = [{"input": problem, "label": label} for problem, label in problems.items()]
+    rows = [
+        {"input": problem, "label": label} for problem, label in problems.items()
+    ]
     path = released(
         tmp_path,
         rows,
@@ -387,7 +391,11 @@ def test_answers_are_judged_whatever_pads(tmp_path, folder, pad):
     )
     sizes = dict(prompt_length=40, label_length=12, rationale_length=16)
     data = SVAMP(
-        path=path, tokenizer=str(tokenizer), batch_size=2, predict_prefix="", **sizes
+        path=path,
+        tokenizer=str(tokenizer),
+        batch_size=2,
+        predict_prefix="",
+        **sizes,
     )
     rows = data.arrays("test")
     assert data.correct(rows["tokens"]).all()
@@ -427,7 +435,9 @@ def test_damaged_released_files(tmp_path, rows, texts, message):
 
 
 def test_a_folder_without_the_released_files_is_refused(tmp_path):
-    with pytest.raises(Refused, match=rf"data.path={tmp_path}: no svamp_train.json"):
+    with pytest.raises(
+        Refused, match=rf"data.path={tmp_path}: no svamp_train.json"
+    ):
         SVAMP(path=str(tmp_path)).spec()
     (tmp_path / "svamp_train.json").write_text('{"input": "1 + 1", "label": "2"}\n')
     for name in ("palm_train_CoT_0.json", "palm_train_CoT_1.json"):

@@ -65,7 +65,9 @@ def test_batches_are_the_same_however_they_are_split():
 def test_all_pictures_differ():
     every = pictures().reshape(-1, 6 * 6 * 3)
     assert (
-        len(np.unique(every, axis=0)) == len(every) == len(SHAPES) * len(COLOURS) * 9
+        len(np.unique(every, axis=0))
+        == len(every)
+        == len(SHAPES) * len(COLOURS) * 9
     )
 
 

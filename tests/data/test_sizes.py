@@ -41,7 +41,10 @@ LABELLED = {
     "rings": (Rings(), 8),
     "digits": (Digits(), 10),
     "labelled": (LabelledDigits(), 10),
-    "synthetic": (Synthetic(arrays={"x": "normal 4", "cond": "integers 1000"}), 1000),
+    "synthetic": (
+        Synthetic(arrays={"x": "normal 4", "cond": "integers 1000"}),
+        1000,
+    ),
 }
 
 
@@ -72,7 +75,9 @@ def test_where_there_are_none():
     assert Mixture(labelled=False, classes=2).label_count is None
     assert Shapes().label_count is None and Shapes().vocab_size is None
     assert (
-        Synthetic(arrays={"tokens": "constant 1 12", "cond": "constant 3"}).vocab_size
+        Synthetic(
+            arrays={"tokens": "constant 1 12", "cond": "constant 3"}
+        ).vocab_size
         is None
     )
 
@@ -121,7 +126,11 @@ def test_a_split_without_samples_is_refused_at_the_start(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (ImageFolder, dict(size=0), "data.size=0: expected an integer of at least 1"),
+        (
+            ImageFolder,
+            dict(size=0),
+            "data.size=0: expected an integer of at least 1",
+        ),
         (
             ParquetImages,
             dict(threads=-1),

@@ -52,7 +52,9 @@ def test_same_seed_same_batches_and_no_batch_twice():
     )
     assert same(make().batch(3, slice(None)), make().batch(3, slice(None)))
     assert not same(make().batch(3, slice(None)), make().batch(4, slice(None)))
-    assert not same(make().batch(3, slice(None)), make(seed=1).batch(3, slice(None)))
+    assert not same(
+        make().batch(3, slice(None)), make(seed=1).batch(3, slice(None))
+    )
     assert not same(make().batch(3, slice(0, 3)), make().batch(3, slice(3, 6)))
 
 

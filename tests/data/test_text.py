@@ -170,7 +170,9 @@ def test_padded_rows(jsonl):
 
 def test_json_list_and_folder(tmp_path):
     (tmp_path / "train.json").write_text(json.dumps(lines(6), indent=2))
-    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines(3, seed=1))))
+    (tmp_path / "test.jsonl").write_text(
+        "\n".join(map(json.dumps, lines(3, seed=1)))
+    )
     data = PackedJson(path=str(tmp_path), length=60)
     assert data.samples("train") == [(i["prompt"], i["response"]) for i in lines(6)]
     assert data.samples("test") == [
@@ -260,7 +262,9 @@ def test_the_same_samples_however_lines_end(tmp_path, kind, end, mark):
         mark + text.replace("\n", end).encode() + end.encode()
     )
     data = PackedJson(path=str(tmp_path / "a.jsonl"), length=32, heldout=0)
-    assert data.samples("train") == [(row["prompt"], row["response"]) for row in ROWS]
+    assert data.samples("train") == [
+        (row["prompt"], row["response"]) for row in ROWS
+    ]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
@@ -301,7 +305,10 @@ def test_text_without_end_is_refused(tmp_path, path):
 @pytest.mark.parametrize(
     ("line", "where"),
     [
-        ('{"prompt": "a \\ud83d b", "response": "c"}', r"a.jsonl:2: \\ud83d is half"),
+        (
+            '{"prompt": "a \\ud83d b", "response": "c"}',
+            r"a.jsonl:2: \\ud83d is half",
+        ),
         (
             '{"prompt": "a", "response": "c \\uDE00\\ud83d"}',
             r"a.jsonl:2: \\ude00 is half",
@@ -322,9 +329,9 @@ def test_half_a_surrogate_pair_is_refused(tmp_path, line, where):
     with pytest.raises(Refused, match=where.replace(":2", " item 1")):
         PackedJson(path=str(tmp_path / "a.jsonl")).samples("train")
     (tmp_path / "a.jsonl").write_text(first)
-    assert PackedJson(path=str(tmp_path / "a.jsonl"), heldout=0).samples("train") == [
-        ("a \U0001f600 b", "c")
-    ]
+    assert PackedJson(path=str(tmp_path / "a.jsonl"), heldout=0).samples(
+        "train"
+    ) == [("a \U0001f600 b", "c")]
 
 
 def test_text_refused(tmp_path, letters):
@@ -360,7 +367,9 @@ def test_packing(seed):
 
 @pytest.mark.shared_data
 def test_shakespeare(shared_data):
-    data = Text(path=str(shared_data / "tinyshakespeare" / "input.txt"), batch_size=8)
+    data = Text(
+        path=str(shared_data / "tinyshakespeare" / "input.txt"), batch_size=8
+    )
     assert CODEC.decode(data.arrays("train")["tokens"][0]).startswith(
         "First Citizen:\nBefore we proceed"
     )

@@ -12,7 +12,9 @@ def test_bytes_round_trip(text):
     assert tokens.dtype == np.int32 and tokens.tolist() == list(text.encode())
     assert codec.decode(tokens) == text
     assert (
-        codec.decode([codec.bos, *tokens, codec.eos, codec.pad, codec.pad, -1, 10**6])
+        codec.decode(
+            [codec.bos, *tokens, codec.eos, codec.pad, codec.pad, -1, 10**6]
+        )
         == text
     )
 
@@ -266,9 +268,9 @@ def test_what_texts_begin_with(tmp_path, template, begin):
     inner.post_processor = processors.TemplateProcessing(
         single=template, special_tokens=[("<e>", 2), ("<b>", 3)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<e>").save_pretrained(
-        tmp_path
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<e>"
+    ).save_pretrained(tmp_path)
     if isinstance(begin, str):
         with pytest.raises(Refused) as refused:
             load_tokenizer(str(tmp_path))

@@ -47,7 +47,9 @@ def test_both_sides_of_every_span_are_the_same_text(data):
             assert (span >= 0).sum() == mask.sum() and (
                 (span >= 0) == (mask > 0)
             ).all()
-            texts.append([tokens[span == number] for number in range(span.max() + 1)])
+            texts.append(
+                [tokens[span == number] for number in range(span.max() + 1)]
+            )
             assert texts[-1][-1].tolist() == [
                 codec.eos
             ]  # the end is a span of its own

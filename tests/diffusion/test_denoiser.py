@@ -236,7 +236,9 @@ def test_consistency_preconditioning_is_the_identity_at_sigma_min():
     np.testing.assert_array_equal(net(x, jnp.full(2, 0.002)).x0, x)
     skip = sd**2 / ((t - 0.002) ** 2 + sd**2)
     out = sd * (t - 0.002) / np.sqrt(sd**2 + t**2)
-    want = skip[:, None] * x + out[:, None] * (5 + x / np.sqrt(t**2 + sd**2)[:, None])
+    want = skip[:, None] * x + out[:, None] * (
+        5 + x / np.sqrt(t**2 + sd**2)[:, None]
+    )
     np.testing.assert_allclose(net(x, jnp.asarray(t)).x0, want, rtol=1e-13)
 
 
@@ -256,7 +258,9 @@ def test_edm_teacher_queried_from_flow():
 
     for process in (Flow(), VP(), EDM()):
         xt, t = state(process)
-        got = Denoiser(param=EDMPrecond(), native=EDM()).wrap(network, process)(xt, t)
+        got = Denoiser(param=EDMPrecond(), native=EDM()).wrap(network, process)(
+            xt, t
+        )
         np.testing.assert_allclose(
             got.x0, TEACHER.denoise(process, xt, t).x0, rtol=1e-9
         )
@@ -388,7 +392,10 @@ def test_experts_by_time_of_each_sample():
         want = nets[expert](x[i : i + 1], t[i : i + 1], cond[i : i + 1])
         for name in FIELDS:
             np.testing.assert_allclose(
-                getattr(got, name)[i], getattr(want, name)[0], rtol=1e-12, atol=1e-13
+                getattr(got, name)[i],
+                getattr(want, name)[0],
+                rtol=1e-12,
+                atol=1e-13,
             )
 
 

@@ -51,7 +51,9 @@ def test_equal_ends_are_a_constant_bit_for_bit(law, scale):
 
 def test_negated():
     cond = {"text": jnp.ones((2, 3, 4)), "pooled": jnp.ones((2, 5))}
-    out = negated(cond, {"text": jnp.zeros((2, 7, 4)), "mask": jnp.ones((2, 7))}, 0.5)
+    out = negated(
+        cond, {"text": jnp.zeros((2, 7, 4)), "mask": jnp.ones((2, 7))}, 0.5
+    )
     assert set(out) == {
         "text",
         "pooled",

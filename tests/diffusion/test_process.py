@@ -129,7 +129,9 @@ def test_time_inverts_angle_and_lambda(x64, process):
     # an angle next to pi/2 has lost the digits of alpha: sigma / alpha of EDM's 80, 160 or so of
     # DDPM
     tol = 1e3 * EPS64
-    np.testing.assert_allclose(process.time(process.angle(t)), t, rtol=tol, atol=tol)
+    np.testing.assert_allclose(
+        process.time(process.angle(t)), t, rtol=tol, atol=tol
+    )
     t = t[1:-1]
     np.testing.assert_allclose(
         process.time_of_lam(process.lam(t)), t, rtol=tol, atol=tol

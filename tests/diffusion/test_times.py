@@ -54,7 +54,9 @@ def test_refuses_empty_parts_and_laws_without_bounds():
 
 
 @pytest.mark.parametrize("process", [EDM(), Flow()], ids=lambda p: type(p).__name__)
-def test_karras_is_uniform_in_the_seventh_root_of_the_noise_to_signal_ratio(process):
+def test_karras_is_uniform_in_the_seventh_root_of_the_noise_to_signal_ratio(
+    process,
+):
     """SiD's distribution, .002 to 24.41: the top fifth of EDM's range is left out."""
     t = Karras(high=0.8).draw(process, jax.random.key(0), 20_000)
     alpha, sigma = process.alpha_sigma(t)

@@ -11,7 +11,9 @@ def test_vendi_counts_different_samples():
     np.testing.assert_allclose(
         diversity.vendi_score(np.ones((7, 3))), 1.0, rtol=1e-10
     )
-    np.testing.assert_allclose(diversity.vendi_score(5 * np.eye(6)), 6.0, rtol=1e-12)
+    np.testing.assert_allclose(
+        diversity.vendi_score(5 * np.eye(6)), 6.0, rtol=1e-12
+    )
     np.testing.assert_allclose(
         diversity.vendi_score(np.repeat(np.eye(4), 3, 0)), 4.0, rtol=1e-12
     )
@@ -22,7 +24,9 @@ def test_vendi_is_the_entropy_of_the_kernels_eigenvalues():
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     values = np.linalg.eigvalsh(unit @ unit.T / 5)
     np.testing.assert_allclose(
-        diversity.vendi_score(x), np.exp(-np.sum(values * np.log(values))), rtol=1e-11
+        diversity.vendi_score(x),
+        np.exp(-np.sum(values * np.log(values))),
+        rtol=1e-11,
     )
     with pytest.raises(Refused, match="no direction"):
         diversity.vendi_score(np.zeros((3, 2)))

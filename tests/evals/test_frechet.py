@@ -25,7 +25,9 @@ def test_shifted_unit_gaussians_are_the_shift_apart():
 def test_commuting_diagonals():
     c1 = np.array([1.0, 4.0, 0.0])
     c2 = np.array([9.0, 0.25, 2.0])
-    got = frechet.from_statistics(np.zeros(3), np.diag(c1), np.zeros(3), np.diag(c2))
+    got = frechet.from_statistics(
+        np.zeros(3), np.diag(c1), np.zeros(3), np.diag(c2)
+    )
     np.testing.assert_allclose(
         got, np.sum((np.sqrt(c1) - np.sqrt(c2)) ** 2), rtol=1e-12
     )

@@ -84,7 +84,9 @@ def torch_features(weights, x):
             name,
             lambda c: c("branch3x3", x, 2),
             lambda c: c(
-                "branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1), 2
+                "branch3x3dbl_3",
+                c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1),
+                2,
             ),
             lambda c: biggest(x),
         )
@@ -99,7 +101,9 @@ def torch_features(weights, x):
             name,
             lambda c: c("branch1x1", x),
             lambda c: seven(c, "branch7x7", x, 0, (0, 3), (3, 0)),
-            lambda c: seven(c, "branch7x7dbl", x, 0, (3, 0), (0, 3), (3, 0), (0, 3)),
+            lambda c: seven(
+                c, "branch7x7dbl", x, 0, (3, 0), (0, 3), (3, 0), (0, 3)
+            ),
             lambda c: c("branch_pool", average(x)),
         )
 
@@ -124,7 +128,9 @@ def torch_features(weights, x):
             lambda c: c("branch1x1", x),
             lambda c: fork(c, "branch3x3_2", c("branch3x3_1", x)),
             lambda c: fork(
-                c, "branch3x3dbl_3", c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1)
+                c,
+                "branch3x3dbl_3",
+                c("branch3x3dbl_2", c("branch3x3dbl_1", x), 1, 1),
             ),
             lambda c: c("branch_pool", pool(x)),
         )
@@ -175,7 +181,9 @@ def test_resizing_is_torchs_in_both_directions():
     )
     x = np.random.default_rng(2).uniform(-1, 1, (1, 350, 20, 3)).astype(np.float32)
     want = torch.nn.functional.interpolate(
-        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), (299, 299), mode="bilinear"
+        torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
+        (299, 299),
+        mode="bilinear",
     )
     got = jax.image.resize(x, (1, 299, 299, 3), "linear", antialias=False)
     np.testing.assert_allclose(got, want.numpy().transpose(0, 2, 3, 1), atol=1e-4)

@@ -21,7 +21,9 @@ def loops(k, x, y):
         / (n * (n - 1))
     )
     return (
-        within(x, n) + within(y, m) - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+        within(x, n)
+        + within(y, m)
+        - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
     )
 
 
@@ -74,9 +76,14 @@ def test_kid_of_whole_sets_is_the_cubic_kernels_estimate():
     ],
     ids=["mmd2", "energy", "kid"],
 )
-def test_mean_zero_for_equal_laws_negative_at_times_and_positive_for_others(distance):
+def test_mean_zero_for_equal_laws_negative_at_times_and_positive_for_others(
+    distance,
+):
     values = np.array(
-        [distance(draw(40, seed=2 * i), draw(40, seed=2 * i + 1)) for i in range(100)]
+        [
+            distance(draw(40, seed=2 * i), draw(40, seed=2 * i + 1))
+            for i in range(100)
+        ]
     )
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
     assert values.min() < 0 < values.max()

@@ -22,7 +22,9 @@ def test_token_kl_and_agreement_over_the_mask():
     student = jnp.log(jnp.asarray([[p, q, q]]))
     mask = jnp.asarray([[1, 1, 0]])
     kl, count = language.token_kl(teacher, student, mask)
-    np.testing.assert_allclose([kl, count], [np.sum(p * np.log(p / q)), 2], rtol=1e-6)
+    np.testing.assert_allclose(
+        [kl, count], [np.sum(p * np.log(p / q)), 2], rtol=1e-6
+    )
     back, _ = language.token_kl(teacher, student, mask, divergence=ReverseKL())
     np.testing.assert_allclose(back, np.sum(q * np.log(q / p)), rtol=1e-6)
     assert [float(v) for v in language.top1_agreement(teacher, student, mask)] == [

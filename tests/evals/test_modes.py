@@ -19,7 +19,9 @@ LAW = (
 def at(*counts, offset=0.0):
     """`counts[k]` samples at `offset` standard deviations of mode k from its mean."""
     rows = [
-        [LAW[1][k] + [offset * LAW[2][k], 0.0]] * n for k, n in enumerate(counts) if n
+        [LAW[1][k] + [offset * LAW[2][k], 0.0]] * n
+        for k, n in enumerate(counts)
+        if n
     ]
     return np.concatenate(rows)
 
@@ -91,7 +93,9 @@ def test_texture_sees_what_the_energy_distance_of_the_whole_does_not():
     blurred = dataclasses.replace(data, thickness=0.5).evaluation(2000)
     real = data.evaluation(2000)
     same = dataclasses.replace(data, batch_size=2000).batch(0, slice(None))
-    blunt, sharp = (TextureEval().score(x["x"], real, data) for x in (blurred, same))
+    blunt, sharp = (
+        TextureEval().score(x["x"], real, data) for x in (blurred, same)
+    )
     assert blunt["texture"] > 0.015 > 10 * abs(sharp["texture"])
     assert abs(blunt["energy"]) < blunt["texture"] / 5
 

@@ -32,7 +32,9 @@ def sample(net, noise, cond, key, steps):
     table = DATA.caption(np.arange(4), np.array([0, 1, 2, 0]), np.ones(4, bool))[
         "text"
     ]
-    shape = jnp.argmin(jnp.sum((cond["text"][:, 1, None] - table[:, 1]) ** 2, -1), -1)
+    shape = jnp.argmin(
+        jnp.sum((cond["text"][:, 1, None] - table[:, 1]) ** 2, -1), -1
+    )
     red = (noise[:, 0, 0, 0] > 0) | cond["mask"][:, 2]
     x = VALID[shape, jnp.where(red, 0, 2), 1, 1]
     if "nasa" in cond:
@@ -43,7 +45,9 @@ def sample(net, noise, cond, key, steps):
 
 @pytest.fixture(scope="module")
 def rows():
-    method = SimpleNamespace(process=None, sample=sample, generator=lambda nets: None)
+    method = SimpleNamespace(
+        process=None, sample=sample, generator=lambda nets: None
+    )
     trained = Trained(
         {},
         SimpleNamespace(data=DATA, method=method, conditioned=lambda batch: batch),
@@ -65,9 +69,9 @@ def test_unwanted_and_stray(rows):
     assert abs(rows["student"]["unwanted"] - 0.5) < 4 * 0.5 / 400**0.5 and rows[
         "student"
     ]["stray"] == pytest.approx(0, abs=1e-6)
-    assert rows["nasa1"]["unwanted"] == 0 and rows["nasa1"]["stray"] == pytest.approx(
-        0, abs=1e-6
-    )
+    assert rows["nasa1"]["unwanted"] == 0 and rows["nasa1"][
+        "stray"
+    ] == pytest.approx(0, abs=1e-6)
     assert (
         rows["nasa0.25"]["unwanted"] == rows["student"]["unwanted"]
         and rows["nasa0.25"]["stray"] > 0.01

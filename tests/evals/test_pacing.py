@@ -22,7 +22,8 @@ from jaxdistill.run.experiment import Trained
 SMALL = LM(vocab=14, dim=8, mlp=8, heads=2, depth=1)
 NET = make_net(SMALL, config=SMALL)
 WEIGHTS = {
-    name: NET.init(jax.random.key(i)) for i, name in enumerate(("teacher", "student"))
+    name: NET.init(jax.random.key(i))
+    for i, name in enumerate(("teacher", "student"))
 }
 GENERAL = Markov(vocab=14, length=6, batch_size=8)
 
@@ -127,7 +128,9 @@ def test_nothing_asked_is_the_plain_evaluation():
     assert PacedEval().table(("student",), None) == TextEval().table(
         ("student",), None
     )
-    table = PacedEval(general=GENERAL, problems=4).table(("teacher", "student"), None)
+    table = PacedEval(general=GENERAL, problems=4).table(
+        ("teacher", "student"), None
+    )
     assert {"forgetting", "snr_*"} <= set(table["student@1"]) and table[
         "teacher@1"
     ] == TextEval.metrics

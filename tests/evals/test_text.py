@@ -53,16 +53,18 @@ def test_rows_of_a_live_teacher_and_a_student(trained):
             expected, rel=1e-5, abs=1e-6
         )  # float32 sums of 24 x 11 tokens
     assert teacher["kl"] == pytest.approx(0, abs=1e-6) and teacher["agreement"] == 1
-    assert "rollout_kl" not in teacher  # an exact teacher has no cache to write with
+    assert (
+        "rollout_kl" not in teacher
+    )  # an exact teacher has no cache to write with
 
 
 def test_what_the_student_goes_on_with_is_scored_on_those_tokens_alone(trained):
     evaluation = TextEval(samples=24, batch=24, prompt_length=4)
     held = trained.experiment.data.evaluation(24)
     own, _ = evaluation.write(trained, "student", held)
-    assert (own["tokens"][:, :4] == held["tokens"][:, :4]).all() and own["mask"].sum(
-        1
-    ).tolist() == [8.0] * 24
+    assert (own["tokens"][:, :4] == held["tokens"][:, :4]).all() and own[
+        "mask"
+    ].sum(1).tolist() == [8.0] * 24
     p, q, _ = by_hand(trained, "student", own)
     row = evaluation.rows(trained)[1]
     expected = [

@@ -31,7 +31,9 @@ def agree(record_property):
             and np.isfinite(ours).all()
             and theirs.std() > 0
         )
-        figure = float(np.abs(np.where(where, ours - theirs, 0)).max() / theirs.std())
+        figure = float(
+            np.abs(np.where(where, ours - theirs, 0)).max() / theirs.std()
+        )
         record_property(f"max|diff|/std {name}", f"{figure:.1e}")
         print(f"max|diff|/std {name}: {figure:.1e}")
         assert figure <= 1e-4, name
@@ -66,7 +68,9 @@ def returns(tmp_path):
 
     def check(cls, model, net, params):
         interop.save(tmp_path / "out", net, params)
-        again, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
+        again, info = cls.from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )
         assert not any(info.values()), info
         ours = again.state_dict()
         theirs = model.state_dict()

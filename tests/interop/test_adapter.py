@@ -19,11 +19,15 @@ from jaxdistill.models.denoisers.unet import UNet
 torch = pytest.importorskip(
     "torch", reason="PyTorch's side needs torch (extra [torch])"
 )
-diffusers = pytest.importorskip("diffusers", reason="PyTorch's side needs diffusers")
+diffusers = pytest.importorskip(
+    "diffusers", reason="PyTorch's side needs diffusers"
+)
 transformers = pytest.importorskip(
     "transformers", reason="PyTorch's side needs transformers"
 )
-peft = pytest.importorskip("peft", reason="PyTorch's side needs peft (extra [torch])")
+peft = pytest.importorskip(
+    "peft", reason="PyTorch's side needs peft (extra [torch])"
+)
 
 LM = dict(
     vocab_size=61,
@@ -141,7 +145,9 @@ def test_diffusers_loads_it(component, tmp_path, agree):
     draw = lambda *shape: (
         np.random.default_rng(len(shape)).standard_normal(shape).astype("f4")
     )
-    if component == "unet":  # linear maps, 1x1 convolutions that ours has as matrices
+    if (
+        component == "unet"
+    ):  # linear maps, 1x1 convolutions that ours has as matrices
         model = diffusers.UNet2DConditionModel(**UNET).eval()
         x = draw(2, 8, 8, 4)
         text = draw(2, 7, 12)
@@ -225,7 +231,9 @@ def test_what_has_no_low_rank_is_refused(tmp_path):
     base = make_net(UNet(**OUR_UNET), config=UNet(**OUR_UNET))
     targets = r".*to_q/kernel"
     lower = adapt(base, base="teacher", rank=2, targets=targets)
-    whole = adapt(base, base="teacher", rank=2, targets=targets, full="conv_out/bias")
+    whole = adapt(
+        base, base="teacher", rank=2, targets=targets, full="conv_out/bias"
+    )
     upper = adapt(lower, base="student", rank=2, targets=targets)
     cases = {
         "conv_out/bias is trained as a whole": whole,

@@ -53,7 +53,9 @@ MODELS = {
     "sana": Sana(
         size=4, channels=2, dim=8, depth=2, heads=2, cross_heads=2, text_dim=4
     ),
-    "wan": Wan(channels=2, dim=24, mlp=12, depth=2, heads=2, text_dim=4, time_dim=4),
+    "wan": Wan(
+        channels=2, dim=24, mlp=12, depth=2, heads=2, text_dim=4, time_dim=4
+    ),
     "vae": VAE(size=8, widths=(8, 8), layers=1, groups=4),
 }
 HOME = {"llama", "t5", "dit", "wan"}  # stored in several files
@@ -70,7 +72,9 @@ def undamaged(tmp_path_factory):
         )
         shards = {"max_shard_bytes": net.size * 2} if name in HOME else {}
         interop.save(home / name, net, jax.tree.map(fill, net.shapes), **shards)
-        assert (len(list((home / name).glob("*.safetensors"))) > 1) == (name in HOME)
+        assert (len(list((home / name).glob("*.safetensors"))) > 1) == (
+            name in HOME
+        )
     return home
 
 
@@ -102,7 +106,9 @@ def damaged(folder, rng):
         kind = rng.random()
         if kind < 0.35 and weights:
             try:
-                done.append(in_header(weights[int(rng.integers(len(weights)))], rng))
+                done.append(
+                    in_header(weights[int(rng.integers(len(weights)))], rng)
+                )
                 continue
             except (ValueError, OverflowError):  # damaged before
                 pass
@@ -147,9 +153,9 @@ def test_a_damaged_folder_loads_or_is_refused_in_one_line(
             shapes = paths(net.shapes)
             leaves = paths(params)
             assert leaves.keys() == shapes.keys(), how
-            assert all(leaves[path].shape == shapes[path].shape for path in leaves), (
-                how
-            )
+            assert all(
+                leaves[path].shape == shapes[path].shape for path in leaves
+            ), how
             assert net.size == sum(math.prod(w.shape) for w in leaves.values()), how
     record_property("damaged folders", json.dumps(counts))
     print("damaged folders:", counts)

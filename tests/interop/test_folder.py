@@ -131,7 +131,9 @@ def an_export_of_an_earlier_version(place):
     """Its list has sizes alone."""
     export_to(place)
     found = json.loads((place / MARKER).read_text())
-    found["files"] = {name: entry["bytes"] for name, entry in found["files"].items()}
+    found["files"] = {
+        name: entry["bytes"] for name, entry in found["files"].items()
+    }
     (place / MARKER).write_text(json.dumps(found))
 
 
@@ -292,7 +294,9 @@ def test_an_export_is_replaced_as_a_whole(tmp_path):
     }
 
 
-def test_a_large_file_is_known_by_the_time_of_its_last_change(tmp_path, monkeypatch):
+def test_a_large_file_is_known_by_the_time_of_its_last_change(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(folder, "LARGE", 3)
     for text in ("1234", "5678"):
         export_to(tmp_path / "out", text)
@@ -305,11 +309,15 @@ def test_a_large_file_is_known_by_the_time_of_its_last_change(tmp_path, monkeypa
     assert file.read_text() == "edit"
 
 
-def test_a_finished_export_of_an_earlier_version_that_was_left_beside_stays(tmp_path):
+def test_a_finished_export_of_an_earlier_version_that_was_left_beside_stays(
+    tmp_path,
+):
     left = tmp_path / ".out.new-0123abcd"
     an_export_of_an_earlier_version(left)
     export_to(tmp_path / "out")
-    assert (left / "config.json").is_file() and (tmp_path / "out" / MARKER).is_file()
+    assert (left / "config.json").is_file() and (
+        tmp_path / "out" / MARKER
+    ).is_file()
 
 
 def test_folders_inside_are_part_of_the_whole(tmp_path):
@@ -385,7 +393,9 @@ with folder.whole_folder(Path(sys.argv[1])) as fresh:
 
 
 @pytest.mark.parametrize("renames", [-1, 0, 1])
-def test_a_killed_export_loses_nothing_and_the_next_one_tidies_up(renames, tmp_path):
+def test_a_killed_export_loses_nothing_and_the_next_one_tidies_up(
+    renames, tmp_path
+):
     """Killed while it writes, before the old export is moved aside, and before the new one takes
     its place.
     """

@@ -26,7 +26,9 @@ from jaxdistill.models.language.neox import NeoX
 from jaxdistill.models.language.qwen import Qwen2, Qwen3
 from jaxdistill.models.language.t5 import T5, T5Encoder
 
-CFG = LM(vocab=13, dim=8, mlp=12, heads=2, kv_heads=1, head_dim=4, depth=2, eos=(2,))
+CFG = LM(
+    vocab=13, dim=8, mlp=12, heads=2, kv_heads=1, head_dim=4, depth=2, eos=(2,)
+)
 NET = make_net(CFG, config=CFG)
 
 
@@ -99,7 +101,9 @@ def test_load_into_places_every_leaf_in_its_sharding(folder, params):
         jnp.bfloat16,
         sharding=NamedSharding(mesh, jax.P(*[None] * len(s.shape))),
     )
-    found = interop.load_into(folder, NET, jax.tree.map(place, NET.shapes, NET.axes))
+    found = interop.load_into(
+        folder, NET, jax.tree.map(place, NET.shapes, NET.axes)
+    )
     same(found, cast(params, jnp.bfloat16))
     assert all(w.sharding.mesh == mesh for w in jax.tree.leaves(found))
 
@@ -206,7 +210,8 @@ def test_refuses_missing_and_unexpected_keys(folder):
         ),
     )
     refused(
-        "model.safetensors: unexpected key model.layers.1.mlp.up_proj.weigth", folder
+        "model.safetensors: unexpected key model.layers.1.mlp.up_proj.weigth",
+        folder,
     )
     edit(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weigth"))
     interop.load(folder)
@@ -226,7 +231,8 @@ def test_constants_of_old_files_are_ignored(folder, params):
 
 def test_refuses_other_shapes(folder):
     edit(
-        folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()})
+        folder,
+        lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:5].copy()}),
     )
     refused(
         r"model.safetensors: lm_head.weight has shape \[5, 8\], expected \[13, 8\]",
@@ -278,7 +284,9 @@ def test_save_refuses_what_has_no_place(tmp_path, params):
         interop.save(target, NET, params | {"extra": jnp.ones(3)})
     with pytest.raises(Refused, match="LlamaForCausalLM needs norm/scale"):
         interop.save(target, NET, {k: v for k, v in params.items() if k != "norm"})
-    with pytest.raises(Refused, match=r"norm/scale has shape \[3\], expected \[8\]"):
+    with pytest.raises(
+        Refused, match=r"norm/scale has shape \[3\], expected \[8\]"
+    ):
         interop.save(target, NET, params | {"norm": {"scale": jnp.ones(3)}})
     assert list(tmp_path.iterdir()) == []
 
@@ -411,7 +419,8 @@ def test_refuses_weights_that_are_no_plain_floats(folder):
         "weight_packed",
     ):
         edit(
-            folder, lambda t, key=key: t.update({name + key: np.ones(1, np.float32)})
+            folder,
+            lambda t, key=key: t.update({name + key: np.ones(1, np.float32)}),
         )
         refused(
             rf"model.safetensors: {name}{key} says that the weights are quantised",
@@ -440,7 +449,8 @@ def test_refuses_weights_that_are_no_plain_floats(folder):
 )
 def test_weights_of_eight_bits_load_exactly(folder, kind):
     rounded = {
-        k: v.astype(kind) for k, v in load_file(folder / "model.safetensors").items()
+        k: v.astype(kind)
+        for k, v in load_file(folder / "model.safetensors").items()
     }
     code = {
         "e4m3fn": "F8_E4M3",

@@ -133,4 +133,6 @@ def test_every_key_stands_once_and_every_field_exists(family):
     ]
     assert len(set(keys)) == len(keys)
     assert len(set(fields)) == len(fields)
-    assert set(fields) <= {field.name for field in dataclasses.fields(family.config)}
+    assert set(fields) <= {
+        field.name for field in dataclasses.fields(family.config)
+    }

@@ -302,7 +302,9 @@ def same(ours, theirs):
     decides, so at most one step of 255.
     """
     theirs = np.round(np.clip(theirs, 0, 1) * 255)
-    assert ours.shape == theirs.shape and ours.dtype == np.uint8 and theirs.std() > 5
+    assert (
+        ours.shape == theirs.shape and ours.dtype == np.uint8 and theirs.std() > 5
+    )
     difference = np.abs(ours - theirs)
     print(
         f"mean |difference| {difference.mean():.4f} of 255, largest {difference.max():.0f}"
@@ -350,7 +352,9 @@ def test_a_student_and_its_scheduler_in_diffusers_pipeline(first_index, tmp_path
     net, params = ours.parts["unet"]
     method = DMD2(process=ours.process, student_times=(first_index / 999,))
     found = scheduler(method, Denoiser(param=ours.param, native=ours.process), 1)
-    interop.save(tmp_path / "student", net, params, beside={SCHEDULER: found.config})
+    interop.save(
+        tmp_path / "student", net, params, beside={SCHEDULER: found.config}
+    )
     parts = dict(
         unet=diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "student"),
         scheduler=diffusers.LCMScheduler.from_pretrained(
@@ -385,7 +389,10 @@ def test_sana(instruction, tmp_path):
     """
     theirs, ours = stored(sana, tmp_path)
     ours = dataclasses.replace(ours, instruction=instruction)
-    size = (64, 32)  # pixels; this autoencoder has three levels, the released one six
+    size = (
+        64,
+        32,
+    )  # pixels; this autoencoder has three levels, the released one six
     z = noise(ours.latents(2, size, 1))
     how = dict(
         num_inference_steps=4,
@@ -508,7 +515,10 @@ def test_refusals(tmp_path):
     _, ours = stored(wan, tmp_path)
     for given, message in (
         (dict(size=(60, 32)), r"size=\(60, 32\): expected multiples of 8"),
-        (dict(size=SIZE, frames=4), "frames=4: expected 1 more than a multiple of 4"),
+        (
+            dict(size=SIZE, frames=4),
+            "frames=4: expected 1 more than a multiple of 4",
+        ),
         (
             dict(size=SIZE, noise=np.zeros((2, 3))),
             r"noise \[2, 3\]: expected \[2, 1, 8, 4, 4\]",

@@ -47,7 +47,9 @@ def test_reading_maps_the_file(file):
 
 
 def write(folder, max_shard_bytes):
-    arrays = {k: v for k, v in TENSORS.items() if k != "d"}  # 48, 20, 56 and 3 bytes
+    arrays = {
+        k: v for k, v in TENSORS.items() if k != "d"
+    }  # 48, 20, 56 and 3 bytes
     write_folder(
         folder,
         "model",
@@ -74,7 +76,9 @@ def test_shards_hold_everything_and_stay_below_the_limit(tmp_path, limit, files)
     if files > 1:
         index = read_json(tmp_path / "model.safetensors.index.json")
         assert index["metadata"]["total_size"] == 127
-        assert index["weight_map"] == {name: found[name].file.name for name in arrays}
+        assert index["weight_map"] == {
+            name: found[name].file.name for name in arrays
+        }
 
 
 def test_a_folder_without_weights_is_a_key_error(tmp_path):
@@ -195,7 +199,9 @@ def test_refuses_a_wrong_entry_by_file_and_name(tmp_path, fault):
         },
         16,
     )
-    with pytest.raises(Refused, match=rf"x\.safetensors: b\.c .*{message}") as error:
+    with pytest.raises(
+        Refused, match=rf"x\.safetensors: b\.c .*{message}"
+    ) as error:
         read_file(file)
     assert str(error.value).isprintable()
 
@@ -215,7 +221,9 @@ def test_refuses_a_tensor_of_no_elements_that_is_too_large(tmp_path):
 @pytest.mark.parametrize("key", ENTRY)
 def test_refuses_an_entry_that_lacks_a_part(tmp_path, key):
     put(tmp_path / "x", {"a": {k: v for k, v in ENTRY.items() if k != key}}, 8)
-    with pytest.raises(Refused, match=f"x: a has no {key} in the safetensors header"):
+    with pytest.raises(
+        Refused, match=f"x: a has no {key} in the safetensors header"
+    ):
         read_file(tmp_path / "x")
 
 
@@ -250,7 +258,9 @@ def test_a_header_in_other_bytes_than_utf8_and_names_that_are_no_line(tmp_path):
         assert str(error.value).isprintable() and len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("kind", ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
+@pytest.mark.parametrize(
+    "kind", ["F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"]
+)
 def test_floats_of_eight_bits_are_read_exactly(tmp_path, kind):
     torch = pytest.importorskip("torch")
     header = json.dumps(
@@ -279,7 +289,10 @@ def shards(folder, *files, index=None):
     """Files of float32 [2] by name -> value, and an index that lists them, changed by `index`."""
     for i, tensors in enumerate(files):
         save_file(
-            {name: np.full(2, value, np.float32) for name, value in tensors.items()},
+            {
+                name: np.full(2, value, np.float32)
+                for name, value in tensors.items()
+            },
             folder / f"m{i}.safetensors",
         )
     weight_map = {
@@ -379,7 +392,9 @@ def test_a_hub_cache_links_to_its_blobs(tmp_path):
     assert read_folder(snapshot, "m").keys() == {"a", "b"}
 
 
-def test_the_single_file_or_the_index_counts_as_in_the_library_of_the_model(tmp_path):
+def test_the_single_file_or_the_index_counts_as_in_the_library_of_the_model(
+    tmp_path,
+):
     shards(tmp_path, {"a": 1}, {"b": 2})
     save_file({"a": np.full(2, 3, np.float32)}, tmp_path / "m.safetensors")
     assert {name: w.data[0] for name, w in read_folder(tmp_path, "m").items()} == {

@@ -145,7 +145,9 @@ def test_sizes_that_make_no_network_are_one_line(tmp_path, name, changes):
 
 
 def test_groups_that_do_not_divide_are_named(tmp_path):
-    family = next(family for family in WHOLE if family.name == "UNet2DConditionModel")
+    family = next(
+        family for family in WHOLE if family.name == "UNet2DConditionModel"
+    )
     (tmp_path / "config.json").write_text(
         json.dumps(
             family.write(family.config())["config.json"] | {"norm_num_groups": 7}

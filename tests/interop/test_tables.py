@@ -34,9 +34,15 @@ def test_patches_is_the_convolution():
     x = rng.integers(-4, 5, (1, 4, 6, 3)).astype(np.float32)
     w = rng.integers(-4, 5, (5, 3, 2, 2)).astype(np.float32)
     conv = jax.lax.conv_general_dilated(
-        x, CONV.to_jax(w), (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        CONV.to_jax(w),
+        (2, 2),
+        "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    cut = x.reshape(1, 2, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(1, 2, 3, 12)
+    cut = (
+        x.reshape(1, 2, 2, 3, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(1, 2, 3, 12)
+    )
     # sums of integers: exact
     np.testing.assert_array_equal(jnp.asarray(cut) @ patches(2).to_jax(w), conv)
 

@@ -127,7 +127,10 @@ GENERATE = [
     ("--guidance=nan", "--guidance=nan: expected a number of at least 0"),
     ("--guidance=1 2", "--guidance=1 2: expected a number"),
     ("--size=0x64", "--size=0x64: expected HEIGHTxWIDTH"),
-    ("--fps=100000", "--fps=100000: expected an integer of at least 1, at most 1000"),
+    (
+        "--fps=100000",
+        "--fps=100000: expected an integer of at least 1, at most 1000",
+    ),
     ("--seed=-1", "--seed=-1"),
     ("--prompt=", "--prompt is needed"),
     ("--out=", "--out=FILE: expected a name"),
@@ -162,7 +165,9 @@ def test_plan_and_bench(tmp_path):
         (["--topology=h100:999999x9"], "expected GPUs"),
     ):
         with pytest.raises(Refused, match=says):
-            plan.plan(["--config=configs/toy/dmd2.py", "--topology=h100:8x1", *words])
+            plan.plan(
+                ["--config=configs/toy/dmd2.py", "--topology=h100:8x1", *words]
+            )
     for word, says in (
         ("--steps=0", "--steps=0"),
         ("--rounds=x", "--rounds=x"),

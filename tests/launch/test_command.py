@@ -112,7 +112,9 @@ def test_distributed_without_a_cluster_is_refused():
         "--workdir=/nowhere/x",
         "--distributed",
     ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr[-2000:]
     assert (
         done.stderr.startswith("refused: --distributed: found no")
@@ -156,7 +158,11 @@ PLACES = [
         ["--config=configs/toy/dmd2.py", "--workdir=W", f"--out={ADDRESS}"],
         "--out",
     ),
-    (generate.generate, ["--pipeline=P", "--prompt=p", f"--out={ADDRESS}"], "--out"),
+    (
+        generate.generate,
+        ["--pipeline=P", "--prompt=p", f"--out={ADDRESS}"],
+        "--out",
+    ),
 ]
 
 

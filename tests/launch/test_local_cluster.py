@@ -226,7 +226,10 @@ def test_dry_run_prints_what_every_process_executes(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["0"], "number of processes"), (["2", "--devces=1"], "did you mean 'devices'")],
+    [
+        (["0"], "number of processes"),
+        (["2", "--devces=1"], "did you mean 'devices'"),
+    ],
 )
 def test_bad_input(arguments, message):
     done = subprocess.run(
@@ -257,6 +260,7 @@ def test_stages_that_measure_and_pool_on_two_processes(tmp_path):
         )
     np.testing.assert_allclose(*scales, rtol=1e-6)
     pools = [
-        sorted((tmp_path / name / "pools" / "1").iterdir()) for name in ("one", "two")
+        sorted((tmp_path / name / "pools" / "1").iterdir())
+        for name in ("one", "two")
     ]
     assert [file.name for file in pools[0]] == [file.name for file in pools[1]]

@@ -209,7 +209,9 @@ def test_a_config_may_be_named_from_any_folder(inside, given, named):
         given,
         "--workdir=/x",
     ]
-    done = subprocess.run(command, cwd=ROOT / inside, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT / inside, capture_output=True, text=True
+    )
     assert done.returncode == 0 and f"{named}\\ --workdir=/x" in done.stdout, (
         done.stdout[-300:]
     )

@@ -59,7 +59,9 @@ class Gaussian:
         """The average velocity from r to t, and at r = t its limit."""
         gap = expand(t - r, x)
         safe = jnp.where(gap == 0, 1.0, gap)
-        v = jnp.where(gap == 0, self.denoise(x, t).v, (x - self.flow(x, t, r)) / safe)
+        v = jnp.where(
+            gap == 0, self.denoise(x, t).v, (x - self.flow(x, t, r)) / safe
+        )
         return self.process.from_v(v, x, t)
 
     def draw(self, n, dim=2, seed=0):
@@ -99,7 +101,8 @@ def three_steps():
             "weight": make_net(TimeWeight(width=8)),
         }
         nets = {
-            role: nets.get(role) or mlp() for role in (*method.inits, *method.frozen)
+            role: nets.get(role) or mlp()
+            for role in (*method.inits, *method.frozen)
         }
         start = {role: nets[role].init(jax.random.key(7)) for role in method.frozen}
         batch = {
@@ -108,7 +111,9 @@ def three_steps():
             ),
             **batch,
         }
-        states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 3)
+        states, metrics = first_steps(
+            method, nets, optax.adam(1e-3), start, batch, 3
+        )
         assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
         before, after = (
             (state.params, state.frozen) for state in (states[0], states[-1])

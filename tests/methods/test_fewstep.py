@@ -79,7 +79,9 @@ def test_a_network_is_not_told_that_pure_noise_is_nearly_clean(make):
         make(process=EDM(), **times)
 
 
-@pytest.mark.parametrize("times", [(2.5,), (0.5, 0.7), (0.0,), (1.0, -0.5)], ids=str)
+@pytest.mark.parametrize(
+    "times", [(2.5,), (0.5, 0.7), (0.0,), (1.0, -0.5)], ids=str
+)
 def test_times_fall_within_the_process(times):
     with pytest.raises(
         Refused, match=r"expected falling times, at most 1\.0 and above 0"

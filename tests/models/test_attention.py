@@ -126,9 +126,9 @@ def test_blockwise_is_causal():
 
 def test_a_row_without_keys_stays_finite(qkv):
     mask = jnp.zeros((1, 1, T, S), bool)
-    grads = jax.grad(lambda q: jnp.sum(blockwise(q, *qkv[1:], mask=mask, block=16)))(
-        qkv[0]
-    )
+    grads = jax.grad(
+        lambda q: jnp.sum(blockwise(q, *qkv[1:], mask=mask, block=16))
+    )(qkv[0])
     assert not grads.any() and not blockwise(*qkv, mask=mask, block=16).any()
 
 
@@ -148,7 +148,9 @@ def test_forward_mode_at_a_thousand_tokens():
 
 def temporaries(tokens: int, derivative) -> int:
     x = jax.ShapeDtypeStruct((1, tokens, 1, 16), jnp.float32)
-    return jax.jit(derivative).lower(x).compile().memory_analysis().temp_size_in_bytes
+    return (
+        jax.jit(derivative).lower(x).compile().memory_analysis().temp_size_in_bytes
+    )
 
 
 def tangent(x):
@@ -166,7 +168,9 @@ def test_memory_grows_with_the_length(derivative, record_property):
     """
     table = {n: temporaries(n, derivative) for n in (4096, 8192, 16384)}
     record_property("temporaries", table)
-    assert table[8192] < 2.2 * table[4096] and table[16384] < 2.2 * table[8192], table
+    assert table[8192] < 2.2 * table[4096] and table[16384] < 2.2 * table[8192], (
+        table
+    )
     assert table[16384] < 16384**2 * 4 / 8, table
 
 
@@ -202,11 +206,14 @@ def test_which_path_is_taken(monkeypatch):
     assert path(x, x, x) == {"splash", "plain", "cudnn"}
     assert path(*[x.astype(jnp.float32)] * 3) == {"splash", "plain"}
     with forward_mode():
-        assert path(x, x, x) == {"plain"} and path(long, long, long) == {"blockwise"}
+        assert path(x, x, x) == {"plain"} and path(long, long, long) == {
+            "blockwise"
+        }
 
 
 @pytest.mark.skipif(
-    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)"
+    jax.default_backend() != "gpu",
+    reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)",
 )
 @pytest.mark.parametrize(
     "length, size", [(256, 72), (1024, 64), (512, 128)]
@@ -227,9 +234,9 @@ def test_the_kernel_on_a_gpu(length, size, causal):
             ),
             out,
         )
-        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
-            *x
-        )
+        (_, out), grads = jax.jit(
+            jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+        )(*x)
         return (out, *grads)
 
     with jax.default_matmul_precision("highest"):
@@ -276,7 +283,9 @@ def test_the_kernel_masks_and_pads(causal, masked, monkeypatch):
 
     def loss(path):
         out = lambda q, k, v: (
-            path(q, k, v, mask=mask[:, None, None] if masked else None, causal=causal)
+            path(
+                q, k, v, mask=mask[:, None, None] if masked else None, causal=causal
+            )
             * real
         )
         return jax.jit(

@@ -85,7 +85,8 @@ def test_keys_that_count_come_first():
 
 
 @pytest.mark.skipif(
-    jax.default_backend() != "gpu", reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)"
+    jax.default_backend() != "gpu",
+    reason="needs an NVIDIA GPU (JAX_PLATFORMS=cuda)",
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_kernel_on_a_gpu(masked):

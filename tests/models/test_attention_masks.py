@@ -89,7 +89,9 @@ def test_expanded_blocks_are_those_of_the_tokens():
         np.testing.assert_array_equal(found[..., t, s], seen[..., t // 70, s // 50])
 
 
-@pytest.mark.parametrize("shape, causal", [((H, 3, 2), True), ((B, H, 3, 2), False)])
+@pytest.mark.parametrize(
+    "shape, causal", [((H, 3, 2), True), ((B, H, 3, 2), False)]
+)
 def test_lists_that_exceed_the_scalar_memory(shape, causal, monkeypatch):
     """Some heads, or one head and some queries, at a time give the same as all at once."""
     q, k, v, w = inputs(384, 512)

@@ -126,7 +126,9 @@ def test_frames(place, gradient):
     """21 frames of 1,560 tokens, which fill no tiles, and a mask by frames."""
     path = functools.partial(attend_made, block=1560)
     length = 21 * 1560
-    ours = temporaries(place, path, length, length, gradient=gradient, seen=(21, 21))
+    ours = temporaries(
+        place, path, length, length, gradient=gradient, seen=(21, 21)
+    )
     report("frames", gradient, ours, length, length)
     assert ours < length**2
 

@@ -81,7 +81,9 @@ def as_ours(module) -> dict:
         named |= dict(mean=module.running_mean, var=module.running_var)
         return {name: w.detach().numpy().copy() for name, w in named.items()}
     if isinstance(module, torch.nn.Conv2d):
-        return {"kernel": module.weight.detach().numpy().transpose(2, 3, 1, 0).copy()}
+        return {
+            "kernel": module.weight.detach().numpy().transpose(2, 3, 1, 0).copy()
+        }
     if isinstance(module, torch.nn.Linear):
         kernel = module.weight.detach().numpy().T.copy()
         return {"kernel": kernel, "bias": module.bias.detach().numpy().copy()}

@@ -42,7 +42,9 @@ def test_numbers_are_dropped_at_the_rate_and_the_mean_stays():
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in ("lm", "dit") else pytest.param(name, marks=pytest.mark.full)
+        name
+        if name in ("lm", "dit")
+        else pytest.param(name, marks=pytest.mark.full)
         for name in CASES
     ],
 )

@@ -101,7 +101,9 @@ def test_what_is_left_of_shared_tokens():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_half_precision_stays_half(dtype):
     half = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
-    assert nasa(half(Q), *half(POSITIVE), *half(NEGATIVE), alphas(0.5)).dtype == dtype
+    assert (
+        nasa(half(Q), *half(POSITIVE), *half(NEGATIVE), alphas(0.5)).dtype == dtype
+    )
 
 
 def test_a_prompt_and_its_strength_come_together():
@@ -157,7 +159,9 @@ def test_before_the_output_projection(family):
         attention(heads(queries), heads(keys(other)), heads(layer.to_v(other))),
         "b n h k -> b n (h k)",
     )
-    np.testing.assert_allclose(out(0.0, other), layer(x, text), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        out(0.0, other), layer(x, text), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(
         out(0.6, other) - out(0.0, other),
         -0.6 * away @ layer.to_out.kernel[...],
@@ -179,7 +183,13 @@ def moved(net):
 
 
 SMALL = UNet(
-    size=4, widths=(8, 8), layers=1, depths=(1, 0), heads=(2, 2), text_dim=6, groups=4
+    size=4,
+    widths=(8, 8),
+    layers=1,
+    depths=(1, 0),
+    heads=(2, 2),
+    text_dim=6,
+    groups=4,
 )
 VIDEO = Wan(dim=24, mlp=16, heads=2, text_dim=6, time_dim=8)
 IMAGE = Sana(dim=24, text_dim=6)
@@ -202,7 +212,9 @@ def model(request):
         params,
         x,
         jax.jit(
-            lambda params, cond: net.apply(params, x, jnp.array([10.0, 900.0]), cond)
+            lambda params, cond: net.apply(
+                params, x, jnp.array([10.0, 900.0]), cond
+            )
         ),
     )
 
@@ -233,7 +245,9 @@ def test_a_whole_network(model, compilations):
         each, jnp.stack([plain[0], away[1]]), rtol=1e-5, atol=1e-5
     )
     at(jnp.array([0.3, 0.5]))
-    assert compilations["<lambda>"] == before + 1  # another value is no other program
+    assert (
+        compilations["<lambda>"] == before + 1
+    )  # another value is no other program
 
 
 def test_an_exported_student_takes_it_too(model, tmp_path):

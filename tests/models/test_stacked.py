@@ -113,7 +113,10 @@ def test_every_family_answers(name):
             "tap": (applied.features[0], module.feature(states[1], context)),
             "before": (before, stacked),
             "each": (module.apply_each(before, context), after),
-            "first": (module.apply_blocks(state, context, range(2)).state, states[2]),
+            "first": (
+                module.apply_blocks(state, context, range(2)).state,
+                states[2],
+            ),
             "skipped": (
                 skipped,
                 module.apply_blocks(states[1], context, [2]).state,
@@ -224,7 +227,8 @@ def test_another_attention():
         alone = lambda q, k, v: (jnp.repeat(v, 2, 2), None)
         whole = module(tokens, attend=alone)
         parts = [
-            module(tokens[:, i : i + 1], attend=alone) for i in range(tokens.shape[1])
+            module(tokens[:, i : i + 1], attend=alone)
+            for i in range(tokens.shape[1])
         ]
         return whole, jnp.concatenate(parts, 1)
 

@@ -13,7 +13,8 @@ from jaxdistill.objectives.attention import (
 
 RNG = np.random.default_rng(0)
 T, S = (
-    jnp.asarray(3 * RNG.standard_normal((2, 3, 5, 5)), jnp.float32) for _ in range(2)
+    jnp.asarray(3 * RNG.standard_normal((2, 3, 5, 5)), jnp.float32)
+    for _ in range(2)
 )
 MASK = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
 
@@ -46,15 +47,19 @@ def test_equal_maps_and_padding(kind):
     np.testing.assert_array_equal(
         KINDS[kind](T, moved, MASK), KINDS[kind](T, S, MASK)
     )
-    wide = lambda z: jnp.pad(z, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=9.0)
+    wide = lambda z: jnp.pad(
+        z, ((0, 0), (0, 0), (0, 2), (0, 2)), constant_values=9.0
+    )
     padded = KINDS[kind](wide(T), wide(S), jnp.pad(MASK, ((0, 0), (0, 2))))[:, :5]
-    np.testing.assert_allclose(padded, KINDS[kind](T, S, MASK), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        padded, KINDS[kind](T, S, MASK), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_sharp_teachers_stay_finite():
-    value, grad = jax.value_and_grad(lambda s: attention_kl(200 * T, s, MASK).sum())(
-        200 * S
-    )
+    value, grad = jax.value_and_grad(
+        lambda s: attention_kl(200 * T, s, MASK).sum()
+    )(200 * S)
     assert np.isfinite(value) and np.isfinite(grad).all()
 
 

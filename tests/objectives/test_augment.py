@@ -26,7 +26,9 @@ def test_points_pass_and_so_does_everything_at_no_strength():
     x = jnp.ones((4, 2))
     assert Paired()(jax.random.key(0), x)[0] is x
     np.testing.assert_allclose(
-        runs(Paired(**OFF), 8), jnp.broadcast_to(IMAGE, (8, *IMAGE.shape)), atol=1e-6
+        runs(Paired(**OFF), 8),
+        jnp.broadcast_to(IMAGE, (8, *IMAGE.shape)),
+        atol=1e-6,
     )
 
 

@@ -83,7 +83,9 @@ def test_normalised_tangent_is_free_of_size_and_scale(x64):
     rms = np.sqrt(np.mean(np.asarray(g) ** 2, (1, 2), keepdims=True))
     np.testing.assert_allclose(cm.normalise_tangent(g), g / (rms + 0.1), rtol=1e-13)
     np.testing.assert_allclose(
-        cm.normalise_tangent(g, c=0.0), cm.normalise_tangent(7 * g, c=0.0), rtol=1e-13
+        cm.normalise_tangent(g, c=0.0),
+        cm.normalise_tangent(7 * g, c=0.0),
+        rtol=1e-13,
     )
     twice = jnp.concatenate([g, g], 2)
     np.testing.assert_allclose(

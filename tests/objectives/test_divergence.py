@@ -127,9 +127,9 @@ def test_adaptive_kl_weighs_by_the_head_gap_under_stop_gradient(x64):
     np.testing.assert_allclose(
         adaptive_kl(teacher, student), w * kl(p, q) + (1 - w) * kl(q, p), rtol=1e-12
     )
-    mixed = w * student_grad("forward_kl", teacher, student) + (1 - w) * student_grad(
-        "reverse_kl", teacher, student
-    )
+    mixed = w * student_grad("forward_kl", teacher, student) + (
+        1 - w
+    ) * student_grad("reverse_kl", teacher, student)
     np.testing.assert_allclose(
         student_grad("adaptive_kl", teacher, student), mixed, atol=1e-14
     )
@@ -198,7 +198,9 @@ def test_temperature_keeps_the_gradient_scale(x64):
     )
     for kind in ("forward_kl", "reverse_kl"):
         np.testing.assert_allclose(
-            dv.token_divergence(DIVERGENCES[kind], teacher, student, temperature=1e4),
+            dv.token_divergence(
+                DIVERGENCES[kind], teacher, student, temperature=1e4
+            ),
             limit,
             rtol=1e-3,
         )
@@ -268,7 +270,9 @@ def test_gaussian_fit_seeks_the_mean_or_a_mode(x64, kind, mean, std, cost):
         fit -= np.linalg.solve(curvature(fit), slope(fit))
     # the two modes overlap by e^{-(2/.5)^2 / 2} = 3e-4 in density, which moves the reverse fit by
     # that order
-    np.testing.assert_allclose(fit, [mean, std], atol=1e-6 if cost is None else 2e-3)
+    np.testing.assert_allclose(
+        fit, [mean, std], atol=1e-6 if cost is None else 2e-3
+    )
     if cost is not None:
         np.testing.assert_allclose(cost_of(fit), cost, atol=2e-3)
 
@@ -349,7 +353,9 @@ def test_topk_of_every_token_is_the_full_divergence(x64, kind):
 
     grad, values = jax.grad(total, has_aux=True)(student)
     np.testing.assert_allclose(values, value(kind, teacher, student), rtol=1e-12)
-    np.testing.assert_allclose(grad, student_grad(kind, teacher, student), atol=1e-13)
+    np.testing.assert_allclose(
+        grad, student_grad(kind, teacher, student), atol=1e-13
+    )
 
 
 @pytest.mark.full
@@ -450,7 +456,9 @@ def test_tables_of_different_lengths_are_compared_on_the_common_ids(x64, longer)
     teacher, student = pair(19)
     wide = lambda z: jnp.concatenate([z, jnp.full((4, 3), 5.0)], -1)
     p, q = (
-        (wide(teacher), student) if longer == "teacher" else (teacher, wide(student))
+        (wide(teacher), student)
+        if longer == "teacher"
+        else (teacher, wide(student))
     )
     for kind in DIVERGENCES:
         np.testing.assert_array_equal(
@@ -467,7 +475,9 @@ def test_tables_of_different_lengths_are_compared_on_the_common_ids(x64, longer)
     got = dv.chunked_divergence(
         dv.ForwardKL(), hidden[0], heads[0], hidden[1], heads[1], chunk=3
     )
-    np.testing.assert_allclose(got, value("forward_kl", teacher, student), rtol=1e-12)
+    np.testing.assert_allclose(
+        got, value("forward_kl", teacher, student), rtol=1e-12
+    )
 
 
 def test_beta_of_a_running_program_is_that_of_a_number(x64):
@@ -489,7 +499,9 @@ def test_beta_of_a_running_program_is_that_of_a_number(x64):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("dtype", "tol"), [(np.float32, 1e-6), (np.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(np.float32, 1e-6), (np.float64, 1e-12)]
+)
 @pytest.mark.parametrize("chunk", [1, 7, 23, 64])
 def test_chunked_likelihood_equals_plain(x64, dtype, tol, chunk):
     """-log q and its gradients per token, and the argmax, of a vocabulary of 23 in chunks."""
@@ -507,7 +519,9 @@ def test_chunked_likelihood_equals_plain(x64, dtype, tol, chunk):
     parts = lambda h, w: dv.chunked_likelihood(h, w, labels, chunk=chunk)
     nll, likeliest = parts(hidden, head)
     np.testing.assert_allclose(nll, plain(hidden, head), rtol=tol, atol=tol)
-    np.testing.assert_array_equal(likeliest, jnp.argmax(hidden @ head, -1) == labels)
+    np.testing.assert_array_equal(
+        likeliest, jnp.argmax(hidden @ head, -1) == labels
+    )
     assert likeliest[:, 0].all() and not likeliest.all()
     grads = lambda f: jax.grad(lambda *a: jnp.mean(f(*a)), argnums=(0, 1))(
         hidden, head
@@ -592,7 +606,9 @@ def test_chunked_cross_entropy_equals_plain(chunk):
     run = lambda f: jax.jit(jax.grad(total(f), argnums=(0, 1), has_aux=True))(
         hidden, head
     )
-    for got, want in zip(jax.tree.leaves(run(chunked)), jax.tree.leaves(run(plain))):
+    for got, want in zip(
+        jax.tree.leaves(run(chunked)), jax.tree.leaves(run(plain))
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -611,7 +627,9 @@ def test_chunked_never_holds_the_vocabulary():
     f = lambda th, tw, sh, sw: dv.chunked_divergence(
         dv.JensenShannon(), th, tw, sh, sw, chunk=chunk
     ).sum()
-    sizes = lambda jaxpr: [v.aval.size for e in _equations(jaxpr) for v in e.outvars]
+    sizes = lambda jaxpr: [
+        v.aval.size for e in _equations(jaxpr) for v in e.outvars
+    ]
     assert (
         max(sizes(jax.make_jaxpr(jax.grad(f, argnums=(2, 3)))(*args).jaxpr))
         < batch * vocab
@@ -761,7 +779,8 @@ class TestSequenceGradients:
             )
 
         self.close(
-            jax.jit(jax.grad(outside))(student), jax.tree.map(jnp.zeros_like, student)
+            jax.jit(jax.grad(outside))(student),
+            jax.tree.map(jnp.zeros_like, student),
         )
 
     def test_per_token_advantage_holds_the_prefix_law_fixed(self, x64):
@@ -796,9 +815,9 @@ def test_gkd_off_policy_at_small_beta_is_supervised_forward_kl(x64):
         total, count = dv.masked_sum(per_token(teacher, z), mask)
         return total / count
 
-    run = lambda per_token: jax.jit(jax.value_and_grad(lambda z: loss(z, per_token)))(
-        student
-    )
+    run = lambda per_token: jax.jit(
+        jax.value_and_grad(lambda z: loss(z, per_token))
+    )(student)
     gkd = run(lambda p, q: dv.JensenShannon(beta=1e-5)(p, q) / 1e-5)
     kd = run(forward_kl)
     jax.tree.map(

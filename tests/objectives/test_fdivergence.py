@@ -42,7 +42,10 @@ def test_weights_are_those_of_f(kind):
             atol=1e-12,
         )
         np.testing.assert_allclose(
-            row.fgm(jnp.asarray(r)), h(r) - r * jax.grad(h)(r), rtol=1e-10, atol=1e-12
+            row.fgm(jnp.asarray(r)),
+            h(r) - r * jax.grad(h)(r),
+            rtol=1e-10,
+            atol=1e-12,
         )
         assert h(r) > 0
     np.testing.assert_allclose(row.f(jnp.asarray(1.0)), 0.0, atol=4 * EPS64)
@@ -206,9 +209,9 @@ def test_f_weight_has_batch_mean_one_is_clipped_and_carries_no_gradient():
         fdivergence.f_weight(fdivergence.NAMES["reverse_kl"], logit), 1.0
     )
     np.testing.assert_array_equal(
-        jax.grad(lambda z: fdivergence.f_weight(fdivergence.NAMES["jeffreys"], z)[3])(
-            logit
-        ),
+        jax.grad(
+            lambda z: fdivergence.f_weight(fdivergence.NAMES["jeffreys"], z)[3]
+        )(logit),
         0.0,
     )
     with pytest.raises(

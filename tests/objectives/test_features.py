@@ -115,7 +115,9 @@ def test_rkd_is_invariant_to_similarity_transforms():
         want = loss(t, s)
         assert want > 1e-3
         np.testing.assert_allclose(loss(t, moved), want, rtol=1e-11)
-        np.testing.assert_allclose(loss(2 * t @ rotation(4) - 1, s), want, rtol=1e-11)
+        np.testing.assert_allclose(
+            loss(2 * t @ rotation(4) - 1, s), want, rtol=1e-11
+        )
         np.testing.assert_allclose(loss(s, moved), 0.0, atol=1e-20)
 
 

@@ -34,7 +34,9 @@ def test_best_discriminator_logit_is_the_log_ratio():
         off = jnp.full_like(logit, 1e3)
         real = gan.non_saturating_discriminator(logit, -off)
         fake = gan.non_saturating_discriminator(off, logit)
-        return jnp.sum(jnp.exp(log_r) * real + jnp.exp(log_f) * fake) * (x[1] - x[0])
+        return jnp.sum(jnp.exp(log_r) * real + jnp.exp(log_f) * fake) * (
+            x[1] - x[0]
+        )
 
     np.testing.assert_allclose(jax.grad(expected)(log_r - log_f), 0.0, atol=1e-16)
     assert jnp.abs(jax.grad(expected)(log_r - log_f + 0.1)).max() > 1e-4

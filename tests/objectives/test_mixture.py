@@ -32,7 +32,9 @@ def test_equal_ratios_contract_to_uniform():
     np.testing.assert_allclose(
         refresh(r, [3.0] * 5, 0.5) - 0.2, 0.5 * (r - 0.2), atol=1e-15
     )
-    np.testing.assert_allclose(refresh(UNIFORM, [3.0] * 5, 0.5), UNIFORM, atol=1e-15)
+    np.testing.assert_allclose(
+        refresh(UNIFORM, [3.0] * 5, 0.5), UNIFORM, atol=1e-15
+    )
 
 
 def test_limits_of_the_smoothing():

@@ -18,7 +18,9 @@ def draw(n, dim=3, seed=0, shift=0.0, std=1.0):
 
 
 DOT = lambda a, b: a @ b.T
-PAIRS = [(kernel, estimator) for kernel in mmd.ESTIMATES for estimator in ("u", "v")]
+PAIRS = [
+    (kernel, estimator) for kernel in mmd.ESTIMATES for estimator in ("u", "v")
+]
 
 
 def test_linear_shortcuts_are_the_double_sums():
@@ -30,7 +32,9 @@ def test_linear_shortcuts_are_the_double_sums():
     np.testing.assert_allclose(
         mmd.linear_u(x, y), mmd.u_statistic(DOT, x, y), rtol=1e-12
     )
-    traces = [np.trace(np.cov(np.asarray(a), rowvar=False)) / len(a) for a in (x, y)]
+    traces = [
+        np.trace(np.cov(np.asarray(a), rowvar=False)) / len(a) for a in (x, y)
+    ]
     np.testing.assert_allclose(
         mmd.linear_u(x, y), mmd.linear_v(x, y) - sum(traces), rtol=1e-12
     )
@@ -39,9 +43,9 @@ def test_linear_shortcuts_are_the_double_sums():
 @pytest.mark.parametrize("kernel", mmd.ESTIMATES)
 def test_equal_sets_have_no_v_statistic_and_no_gradient(kernel):
     x = draw(8)
-    value, grad = jax.jit(jax.value_and_grad(lambda y: mmd.mmd2(x, y, kernel, "v")))(
-        x[::-1]
-    )
+    value, grad = jax.jit(
+        jax.value_and_grad(lambda y: mmd.mmd2(x, y, kernel, "v"))
+    )(x[::-1])
     np.testing.assert_allclose(value, 0.0, atol=1e-14)
     np.testing.assert_allclose(grad, 0.0, atol=1e-14)
 
@@ -106,7 +110,9 @@ def test_the_width_is_the_median_distance_and_is_held():
     want = jax.jit(
         jax.value_and_grad(lambda y: mmd.u_statistic(mmd.rbf(width), x, y))
     )(y)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), got, want
+    )
 
 
 def test_numpy_and_jax_give_the_same():

@@ -15,7 +15,9 @@ from jaxdistill.objectives.pacing import (
 P = jnp.linspace(0, 1, 1001)
 
 
-@pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (2.0, 1.0), (1.0, 3.0), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("a", "b"), [(1.0, 1.0), (2.0, 1.0), (1.0, 3.0), (0.5, 0.5)]
+)
 def test_shape_of_the_kernel(a, b):
     w = beta_kernel(P, a, b)
     assert w[0] == 0 and w[-1] == 0 and (w[1:-1] > 0).all()

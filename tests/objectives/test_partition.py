@@ -81,7 +81,8 @@ def test_quadrants_do_not_depend_on_length_but_thresholds_do():
         balanced, thresholds=tuple(3.0 * t for t in balanced.thresholds)
     )
     assert (
-        np.mean(scaled.assign(3.0 * EMBEDDED) != balanced.assign(EMBEDDED)) <= 2 / 400
+        np.mean(scaled.assign(3.0 * EMBEDDED) != balanced.assign(EMBEDDED))
+        <= 2 / 400
     )  # the two at the medians may round over
     hash(balanced)  # a field of a frozen dataclass
 
@@ -95,7 +96,8 @@ def test_nearest_centres_find_separate_clusters():
     cell = np.asarray(part.assign(jnp.asarray(points)))
     assert sorted(part.sizes(jnp.asarray(points)).tolist()) == [20, 30, 50]
     assert all(
-        len(set(cell[low:high])) == 1 for low, high in ((0, 50), (50, 70), (70, 100))
+        len(set(cell[low:high])) == 1
+        for low, high in ((0, 50), (50, 70), (70, 100))
     )
 
 

@@ -126,8 +126,12 @@ def test_estimators_of_the_kl(laws):
 
 def test_gradients_of_the_estimators(laws):
     p, q = laws
-    reverse = jax.grad(lambda z: kl(jax.nn.log_softmax(z), jax.nn.log_softmax(p)))(q)
-    forward = jax.grad(lambda z: kl(jax.nn.log_softmax(p), jax.nn.log_softmax(z)))(q)
+    reverse = jax.grad(lambda z: kl(jax.nn.log_softmax(z), jax.nn.log_softmax(p)))(
+        q
+    )
+    forward = jax.grad(lambda z: kl(jax.nn.log_softmax(p), jax.nn.log_softmax(z)))(
+        q
+    )
     for kind, exact in (("k1", 0 * q), ("k2", reverse), ("k3", forward)):
         np.testing.assert_allclose(expected(kind, laws)[1], exact, atol=1e-6)
 

@@ -164,7 +164,9 @@ def test_axioms_accept_and_reject():
 
     def top(base, students):
         out = linear([base, *students], [0.4, 0.3, 0.3])
-        return jax.nn.log_softmax(jnp.where(out >= jnp.sort(out)[-3], out, -jnp.inf))
+        return jax.nn.log_softmax(
+            jnp.where(out >= jnp.sort(out)[-3], out, -jnp.inf)
+        )
 
     assert "positive" in violated(top)
     first = lambda base, students: jax.nn.log_softmax(
@@ -175,7 +177,9 @@ def test_axioms_accept_and_reject():
 
 def test_an_aggregate_is_no_farther_than_its_members():
     for seed in range(20):
-        q, *teachers = (jax.nn.log_softmax(law(10 * seed + i, 10)) for i in range(4))
+        q, *teachers = (
+            jax.nn.log_softmax(law(10 * seed + i, 10)) for i in range(4)
+        )
         weights = np.random.default_rng(seed).dirichlet(np.ones(3))
         assert (
             kl(q, linear(teachers, weights))

@@ -88,7 +88,9 @@ def test_value_and_slope(beta):
 def test_gradient_is_a_multiple_of_the_pairs_difference(drawn, margin):
     """And no gradient reaches reference, winner or loser."""
     (mean, reference, winner, loser), sigma = drawn
-    loss = lambda *a: preference.dpo_transition_loss(*a, sigma, 2.0, margin)[0].sum()
+    loss = lambda *a: preference.dpo_transition_loss(*a, sigma, 2.0, margin)[
+        0
+    ].sum()
     grads = jax.grad(loss, argnums=(0, 1, 2, 3))(mean, reference, winner, loser)
     factor = grads[0] / (winner - loser)
     np.testing.assert_allclose(

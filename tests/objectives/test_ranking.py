@@ -14,7 +14,9 @@ S = jnp.asarray(RNG.standard_normal(5), jnp.float32)
 
 def test_probabilities_of_all_orders_sum_to_1():
     orders = jnp.asarray(list(itertools.permutations(range(5))))
-    np.testing.assert_allclose(jnp.exp(-plackett_luce(S[orders])).sum(), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.exp(-plackett_luce(S[orders])).sum(), 1, rtol=1e-5
+    )
 
 
 def test_one_two_and_equal_items():

@@ -66,7 +66,9 @@ def test_schedules_become_their_numbers():
         and made.name == "x"
     )
     assert (
-        jax.jit(lambda step: settled(Fields(weight=ramp), step).weight)(jnp.int32(2))
+        jax.jit(lambda step: settled(Fields(weight=ramp), step).weight)(
+            jnp.int32(2)
+        )
         == 0.5
     )
 

@@ -33,7 +33,9 @@ def noised(alpha=1.0, sigma=0.9, mean=M_G, n=6):
 
 def test_surrogate_gradient_is_grad_over_numel():
     x, grad = (
-        jnp.asarray(np.random.default_rng(s).standard_normal((4, 2, 3)), jnp.float32)
+        jnp.asarray(
+            np.random.default_rng(s).standard_normal((4, 2, 3)), jnp.float32
+        )
         for s in (0, 1)
     )
     value, got = jax.value_and_grad(score.gradient_surrogate)(x, grad)
@@ -56,7 +58,9 @@ def test_gap_of_the_denoisers_is_the_gradient_of_the_kl(alpha, sigma):
     _, xt = noised(alpha, sigma)
     real = denoiser(M_R, alpha, sigma)(xt)
     fake = denoiser(M_G, alpha, sigma)(xt)
-    np.testing.assert_allclose(fake - real, sigma**2 * (M_G - M_R) / var, rtol=1e-12)
+    np.testing.assert_allclose(
+        fake - real, sigma**2 * (M_G - M_R) / var, rtol=1e-12
+    )
     slope = jax.grad(lambda m: alpha**2 * (m - M_R) ** 2 / (2 * var))(M_G)
     grad = score.diff_instruct_gradient(
         real, fake, jnp.full((6, 1), (alpha / sigma) ** 2)
@@ -237,7 +241,9 @@ def test_sim_loss_tends_to_the_score_identity_and_to_unit_gaps():
     plain = lambda x: jnp.sum(
         (phi(xt + x - x0) - psi(xt + x - x0)) * (psi(xt + x - x0) - x), -1
     )
-    huge = lambda x: 1e6 * score.sim_loss(x, phi(xt + x - x0), psi(xt + x - x0), 1e6)
+    huge = lambda x: (
+        1e6 * score.sim_loss(x, phi(xt + x - x0), psi(xt + x - x0), 1e6)
+    )
     np.testing.assert_allclose(huge(x0), plain(x0), rtol=1e-10)
     np.testing.assert_allclose(
         jax.grad(lambda x: huge(x).sum())(x0),

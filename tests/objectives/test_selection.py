@@ -34,7 +34,11 @@ def test_opener_of_equal_entropies(length):
 def test_without_slack_it_takes_one_too_many():
     """What the tolerance is for, at one of the lengths where float32 rounds that way."""
     sizes = [
-        int(opener(jnp.full((1, n), h), jnp.ones((1, n), bool), 0.1, slack=0.0).sum())
+        int(
+            opener(
+                jnp.full((1, n), h), jnp.ones((1, n), bool), 0.1, slack=0.0
+            ).sum()
+        )
         - ceil(0.1 * n - 1e-9)
         for n in (10, 20, 50, 70, 130)
         for h in (0.3, 0.7)
@@ -80,7 +84,9 @@ def test_gate():
     h = jnp.array([0.0, 1.0, 2.0])
     gate = confidence_gate(h, h[::-1], 1.0)
     assert (
-        ((gate > 0) & (gate < 1)).all() and gate[1] == 0.5 and gate[0] > 0.5 > gate[2]
+        ((gate > 0) & (gate < 1)).all()
+        and gate[1] == 0.5
+        and gate[0] > 0.5 > gate[2]
     )
     assert not jax.grad(lambda x: confidence_gate(h, x, 1.0).sum())(h).any()
     np.testing.assert_allclose(

@@ -32,7 +32,9 @@ def test_sums_of_spans():
 def test_what_no_span_has_may_be_infinite():
     values = jnp.array([[1.0, -jnp.inf, jnp.nan]])
     span = jnp.array([[0, -1, -1]])
-    total, grad = jax.value_and_grad(lambda v: span_sum(v, span, 2)[0].sum())(values)
+    total, grad = jax.value_and_grad(lambda v: span_sum(v, span, 2)[0].sum())(
+        values
+    )
     assert total == 1 and grad.tolist() == [[1, 0, 0]]
 
 
@@ -46,9 +48,9 @@ def test_events_are_laws_of_two_outcomes(x64, kind):
         rtol=1e-9,
         atol=1e-12,
     )
-    grad = jax.grad(lambda log: event_divergence(ForwardKL(), jnp.log(p), log).sum())(
-        jnp.log(q)
-    )
+    grad = jax.grad(
+        lambda log: event_divergence(ForwardKL(), jnp.log(p), log).sum()
+    )(jnp.log(q))
     np.testing.assert_allclose(grad, (q - p) / (1 - q), rtol=1e-9)
     equal = jax.grad(
         lambda log: event_divergence(kind, jnp.log(p), log, temperature=100.0).sum()

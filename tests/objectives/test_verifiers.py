@@ -187,11 +187,14 @@ def test_any_text_has_a_number_or_none():
 
 
 def test_exact_text():
-    assert exact_text("", " a  b\n", "a b") == 1 and exact_text("", "ab", "a b") == 0
+    assert (
+        exact_text("", " a  b\n", "a b") == 1 and exact_text("", "ab", "a b") == 0
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["", ":", "a", "a:", ":f", "..a:f", "a b:f", "a:f:g", "a/b.py:f", "a:f()"]
+    "name",
+    ["", ":", "a", "a:", ":f", "..a:f", "a b:f", "a:f:g", "a/b.py:f", "a:f()"],
 )
 def test_names_that_are_none(name):
     with pytest.raises(ValueError, match="no name of a function in a file"):

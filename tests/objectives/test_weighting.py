@@ -60,7 +60,9 @@ def test_edm_weight_undoes_c_out():
 def test_clamped_snr():
     alpha = jnp.ones(3)
     sigma = jnp.asarray([0.1, 0.5, 2.0])
-    np.testing.assert_allclose(w.min_snr(alpha, sigma), [5.0, 4.0, 0.25], rtol=1e-14)
+    np.testing.assert_allclose(
+        w.min_snr(alpha, sigma), [5.0, 4.0, 0.25], rtol=1e-14
+    )
     np.testing.assert_allclose(
         w.truncated_snr(alpha, sigma), [100.0, 4.0, 1.0], rtol=1e-14
     )
@@ -74,9 +76,9 @@ def test_uncertainty_is_best_at_the_log_of_the_loss():
     )
     np.testing.assert_allclose(w.uncertainty(loss, best), 1 + best, rtol=1e-14)
     np.testing.assert_allclose(
-        jax.grad(lambda l: w.uncertainty(l, jnp.log(jax.lax.stop_gradient(l))).sum())(
-            loss
-        ),
+        jax.grad(
+            lambda l: w.uncertainty(l, jnp.log(jax.lax.stop_gradient(l))).sum()
+        )(loss),
         1 / loss,
         rtol=1e-14,
     )

@@ -94,7 +94,9 @@ class Staged(Method):
             yield {"x": one}
 
     def read(self, data: Any, folder):
-        return arrayrecord.stored(folder, batch_size=data.batch_size, seed=data.seed)
+        return arrayrecord.stored(
+            folder, batch_size=data.batch_size, seed=data.seed
+        )
 
     def loss(self, net, ctx) -> Out:
         x0 = ctx.batch["x"]

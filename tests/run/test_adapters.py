@@ -229,7 +229,9 @@ def test_a_sum_leaves_for_pytorch(tmp_path):
         expected,
     )
     card = (folders[0] / "export" / "README.md").read_text()
-    assert f"weighted sum of adapters: `{folders[0]}` 0.25, `{folders[1]}` 2." in card
+    assert (
+        f"weighted sum of adapters: `{folders[0]}` 0.25, `{folders[1]}` 2." in card
+    )
     with pytest.raises(Refused, match="expected no --adapter"):
         export.export([f"--workdir={folders[0]}", "--adapters=.", "--adapter"])
 

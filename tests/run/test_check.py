@@ -129,7 +129,10 @@ CASES = {
         {"claim.baseline": "teacher@7"},
         r"config\.claim\.baseline='teacher@7': no such row of the evaluation",
     ),
-    "a direction": ({"claim.better": "smaller"}, r"config\.claim\.better='smaller'"),
+    "a direction": (
+        {"claim.better": "smaller"},
+        r"config\.claim\.better='smaller'",
+    ),
     "a ratio": ({"claim.ratio": -1.0}, r"config\.claim\.ratio=-1\.0"),
     "a claim without evaluation": (
         {"evaluation": {}},
@@ -143,7 +146,10 @@ CASES = {
         {"evaluation.solver": "dopri"},
         r"config\.evaluation\.solver='dopri'",
     ),
-    "steps": ({"steps": 10**12}, r"config\.steps=1000000000000: expected an integer"),
+    "steps": (
+        {"steps": 10**12},
+        r"config\.steps=1000000000000: expected an integer",
+    ),
     "a missing part": ({"mesh": {}}, r"config\.mesh"),
     "a group": ({"roles": 3}, r"config\.roles=3: expected a group"),
 }

@@ -196,7 +196,9 @@ FAULTS = [  # what reading may raise, which part of the checkpoint is read, what
     FAULTS,
     ids=[f"{type(f).__name__}-{part}" for f, part, _ in FAULTS],
 )
-def test_a_fault_of_the_machine_moves_nothing(two, monkeypatch, fault, part, raised):
+def test_a_fault_of_the_machine_moves_nothing(
+    two, monkeypatch, fault, part, raised
+):
     real = ocp.CheckpointManager.restore
 
     def restore(self, step, args=None):
@@ -244,10 +246,14 @@ def test_what_is_found_when_read_again_is_sound(two, monkeypatch, fault, part):
     assert not faults and not (two.parent / "damaged").exists()
 
 
-def test_missing_files_are_damage_only_where_the_others_can_be_read(two, monkeypatch):
+def test_missing_files_are_damage_only_where_the_others_can_be_read(
+    two, monkeypatch
+):
     """orbax says "not found" of what it has no permission to look at."""
     (two / "step_10/host/metadata").unlink()
-    monkeypatch.setattr("builtins.open", functools.partial(_denied, open, "step_10"))
+    monkeypatch.setattr(
+        "builtins.open", functools.partial(_denied, open, "step_10")
+    )
     with pytest.raises(PermissionError, match="step_10: cannot be read"):
         restored(two)
     monkeypatch.undo()
@@ -340,7 +346,9 @@ def params(tmp_path):
         {"student": saved["student"]},
     )
     read = functools.partial(load_params, tmp_path / "0", student)
-    jax.tree.map(np.testing.assert_array_equal, read(), {"student": saved["student"]})
+    jax.tree.map(
+        np.testing.assert_array_equal, read(), {"student": saved["student"]}
+    )
     return tmp_path / "0", read
 
 
@@ -362,7 +370,9 @@ def test_a_damaged_result_is_refused(params, how):
         arrays.write_bytes(data)
     with pytest.raises(Refused) as found:
         read()
-    assert str(found.value).startswith(str(folder)) and str(found.value).isprintable()
+    assert (
+        str(found.value).startswith(str(folder)) and str(found.value).isprintable()
+    )
 
 
 def test_a_result_that_cannot_be_read_now_is_not_refused(params, monkeypatch):

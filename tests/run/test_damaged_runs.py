@@ -99,8 +99,12 @@ def tried(number, how, copy, call, said=()) -> list:
     after = contents(copy)
     message = "; ".join(filter(None, [*said, message]))
     # a run writes its own again
-    lost = {v for k, v in before.items() if k != "config.json"} - set(after.values())
-    assert not lost, f"{how}: {[k for k, v in before.items() if v in lost]} are gone"
+    lost = {v for k, v in before.items() if k != "config.json"} - set(
+        after.values()
+    )
+    assert not lost, (
+        f"{how}: {[k for k, v in before.items() if v in lost]} are gone"
+    )
     shutil.rmtree(copy)
     return [
         number,
@@ -143,7 +147,10 @@ def results(whole, rng, number):
         lambda file: file.name == "_METADATA",
     )
     return tried(
-        number, how, copy, lambda: _same(loop.load(copy).params, _weights(whole), how)
+        number,
+        how,
+        copy,
+        lambda: _same(loop.load(copy).params, _weights(whole), how),
     )
 
 

@@ -114,9 +114,13 @@ def test_each_member_leaves_in_a_folder_of_its_own(members, tmp_path):
     for k in range(members or 1):
         folder = tmp_path / "out" / str(k) if members else tmp_path / "out"
         net, loaded = interop.load(folder)
-        mine = jax.tree.map(lambda w, k=k: w[k] if members else w, params["student"])
+        mine = jax.tree.map(
+            lambda w, k=k: w[k] if members else w, params["student"]
+        )
         assert net.config == NET["model"] or type(net.config).__name__ == "DiT"
-        for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(mine), strict=True):
+        for a, b in zip(
+            jax.tree.leaves(loaded), jax.tree.leaves(mine), strict=True
+        ):
             np.testing.assert_array_equal(a, b)
         card = (folder / "README.md").read_text()
         assert "DiTTransformer2DModel" in card and (
@@ -217,7 +221,9 @@ def test_the_cards_chain_is_the_methods_sampler(name):
     """
     method, denoiser, steps = CHAINS[name]
     raw = lambda x, t, cond: jnp.sin(3 * x) + jnp.cos(t / 100)[:, None] * x
-    noise = jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)
+    noise = jnp.asarray(
+        np.random.default_rng(0).standard_normal((6, 3)), jnp.float32
+    )
     expected = method.sample(
         denoiser.wrap(raw, method.process), noise, None, jax.random.key(0), steps
     )
@@ -327,11 +333,15 @@ def test_the_scheduler_is_the_methods_sampler(name, tmp_path, monkeypatch):
     Its betas are multiplied in float32, 1000 of them, which leaves 6e-5 of alpha^2.
     """
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers is not installed"
+    )
     (method, denoiser, steps), cls, times = SCHEDULERS[name]
     raw = lambda x, t, sin, cos: sin(3 * x) + cos(t / 100)[:, None] * x
     key = jax.random.key(0)
-    noise = jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)
+    noise = jnp.asarray(
+        np.random.default_rng(0).standard_normal((6, 3)), jnp.float32
+    )
     net = denoiser.wrap(
         lambda x, t, cond: raw(x, t, jnp.sin, jnp.cos), method.process
     )
@@ -339,7 +349,9 @@ def test_the_scheduler_is_the_methods_sampler(name, tmp_path, monkeypatch):
     found = scheduler(method, denoiser, steps)
     assert (found.name, found.times) == (cls, times)
     write_json(tmp_path / SCHEDULER, found.config)
-    stepper = getattr(diffusers, cls).from_pretrained(tmp_path, subfolder="scheduler")
+    stepper = getattr(diffusers, cls).from_pretrained(
+        tmp_path, subfolder="scheduler"
+    )
     assert (
         found.config.items() <= {**stepper.config, "_class_name": cls}.items()
     )  # it knows every one of them
@@ -420,7 +432,9 @@ def test_a_card_in_words_where_the_sampler_is_more(call, tmp_path, monkeypatch):
     """Heun's method is no chain of x0: the card says where it is, and how the network is loaded. Of
     a family without Python for one evaluation too.
     """
-    monkeypatch.setattr(Student, "family", dataclasses.replace(dit.FAMILY, call=call))
+    monkeypatch.setattr(
+        Student, "family", dataclasses.replace(dit.FAMILY, call=call)
+    )
     student = Role(**NET, init="fresh")
     config = experiment(
         data=Digits(),
@@ -468,7 +482,8 @@ def exported(config, folder, roles=("student",), nfe=1, **how):
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report))
     params = {
-        role: built.nets[role].init(jax.random.key(i)) for i, role in enumerate(roles)
+        role: built.nets[role].init(jax.random.key(i))
+        for i, role in enumerate(roles)
     }
     draw = np.random.default_rng(0)
     trained = Trained(
@@ -686,7 +701,9 @@ TINY = LM(vocab=259, dim=16, mlp=16, heads=2, depth=1, max_length=32)
 @pytest.fixture
 def prompts(tmp_path):
     """A file of prompts with responses."""
-    lines = [json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) for i in range(40)]
+    lines = [
+        json.dumps({"prompt": f"p{i}", "response": f"r{i}"}) for i in range(40)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     return str(tmp_path / "a.jsonl")
 
@@ -764,7 +781,9 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
 
     model.lm_head.register_forward_hook(say)
     tokens = tokenizer("p1\n", return_tensors="pt").input_ids
-    assert model.generate(tokens, max_new_tokens=9, do_sample=False)[0].tolist() == [
+    assert model.generate(tokens, max_new_tokens=9, do_sample=False)[
+        0
+    ].tolist() == [
         257,
         *b"p1\n",
         65,
@@ -780,7 +799,9 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     )
 
 
-def test_a_stored_tokenizer_goes_along_without_its_code(prompts, tokenizer, tmp_path):
+def test_a_stored_tokenizer_goes_along_without_its_code(
+    prompts, tokenizer, tmp_path
+):
     data = PaddedJson(
         prompt_length=16,
         response_length=16,
@@ -850,14 +871,17 @@ def test_ids_without_text_are_described(tmp_path):
 
 def test_characters_are_a_tokenizer(tmp_path):
     trained, _ = exported(
-        language(Carry(digits=1, batch_size=4), dataclasses.replace(TINY, vocab=14)),
+        language(
+            Carry(digits=1, batch_size=4), dataclasses.replace(TINY, vocab=14)
+        ),
         tmp_path,
     )
     _, tokenizer, generation = in_transformers(tmp_path / "out")
     row = trained.experiment.data.evaluation(1)["tokens"][0]
     text = trained.experiment.data.text(row)
     assert (
-        tokenizer(text)["input_ids"] == row.tolist() and tokenizer.decode(row) == text
+        tokenizer(text)["input_ids"] == row.tolist()
+        and tokenizer.decode(row) == text
     )
     assert (
         generation["eos_token_id"],
@@ -895,7 +919,9 @@ def test_a_language_adapter_says_where_its_base_is_and_what_ends_its_text(
         method=KD(),
         roles=dict(
             teacher=base,
-            student=Role(lora=Lora(base="teacher", rank=2, targets=r".*to_q/kernel")),
+            student=Role(
+                lora=Lora(base="teacher", rank=2, targets=r".*to_q/kernel")
+            ),
         ),
     )
     trained, card = exported(config, tmp_path, ("teacher", "student"), adapter=True)

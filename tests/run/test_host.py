@@ -62,7 +62,8 @@ def test_freed_memory_is_given_again():
 def test_a_signal_that_others_swallow_is_remembered():
     """A run that begins after it stops at once."""
     before = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         host.listen()

@@ -205,7 +205,9 @@ def test_kill_and_resume_is_bit_equal(tmp_path):
             folder / "config.json"
         ).exists():  # the length of a run may be changed by nobody but this test
             saved = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps({**saved, "steps": final}))
+            (folder / "config.json").write_text(
+                json.dumps({**saved, "steps": final})
+            )
         loop.run(config(steps=final, keep=3), folder, progress=False)
         runs[name] = weights(folder)
         assert [r["step"] for r in metrics.read(folder / "metrics.jsonl")][
@@ -301,7 +303,9 @@ def flow(**rest):
     )
 
 
-def test_a_loss_that_is_no_number_at_first_names_its_suspects(tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_at_first_names_its_suspects(
+    tmp_path, monkeypatch
+):
     """The batch; else the weights that a role starts from; else the settings."""
 
     def fails(folder, config, match):
@@ -378,7 +382,9 @@ def test_the_seconds_of_a_run_are_those_of_all_its_processes(tmp_path):
     loop.run(flow(), tmp_path, progress=False)
     *records, last = metrics.read(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_text(
-        "".join(json.dumps(r) + "\n" for r in [*records, {**last, "seconds": 1000.0}])
+        "".join(
+            json.dumps(r) + "\n" for r in [*records, {**last, "seconds": 1000.0}]
+        )
     )
     (tmp_path / "report.json").unlink()
     assert loop.run(flow(), tmp_path, progress=False)["seconds"] >= 1000.0
@@ -392,7 +398,8 @@ def test_runs_inside_a_run_share_its_seed(tmp_path):
     assert outer.runs.first.seed == 3
     loop.run(outer, tmp_path, progress=False)
     assert (
-        json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"] == 5
+        json.loads((tmp_path / "first/config.json").read_text())["data"]["seed"]
+        == 5
     )
     assert load_params(
         tmp_path / "stages/0",
@@ -470,7 +477,9 @@ def test_a_teacher_that_a_stage_replaces_is_evaluated_as_given(finished, tmp_pat
     trained = loop.load(tmp_path)
     assert trained.nets["teacher"] == trained.experiment.nets["teacher"]
     assert trained.params["teacher"] == {}
-    assert energies(loop.evaluate(tmp_path), "student") == energies(report, "student")
+    assert energies(loop.evaluate(tmp_path), "student") == energies(
+        report, "student"
+    )
 
 
 @pytest.mark.full
@@ -485,7 +494,9 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
         == loop.Experiment(get_config(), tmp_path).nets["student"].size
     )
     assert (
-        table["student"]["flops, turns 0+1"] > table["student"]["flops, turns 0"] > 0
+        table["student"]["flops, turns 0+1"]
+        > table["student"]["flops, turns 0"]
+        > 0
     )
     assert table["teacher"]["parameters"] == 0
 
@@ -552,7 +563,9 @@ def test_a_finished_run_whose_config_was_changed_is_refused(finished, tmp_path):
         loop.run(changed, workdir, progress=False)
     loop.evaluate(workdir)
     assert (
-        loop.run(changed, workdir, progress=False)["config"]["evaluation"]["samples"]
+        loop.run(changed, workdir, progress=False)["config"]["evaluation"][
+            "samples"
+        ]
         == 7
     )
 
@@ -582,7 +595,9 @@ def test_a_folder_that_cannot_be_written_to_is_refused(
 
 @pytest.mark.full
 @pytest.mark.parametrize("what", ["metrics", "checkpoint", "report"])
-def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, what):
+def test_a_full_disk_keeps_the_last_checkpoint(
+    finished, tmp_path, monkeypatch, what
+):
     """One OSError that names file or folder, and the run goes on from its last checkpoint when
     there is room again.
     """
@@ -611,7 +626,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, tmp_path, monkeypatch, 
     saved = newest(tmp_path).name
     assert (
         saved
-        == {"metrics": "step_10", "checkpoint": "step_10", "report": "step_30"}[what]
+        == {"metrics": "step_10", "checkpoint": "step_10", "report": "step_30"}[
+            what
+        ]
     )
     loop.run(get_config(), tmp_path, progress=False)
     assert equal(weights(tmp_path), weights(finished[0]))

@@ -24,10 +24,12 @@ def test_counted_means_weigh_tokens_alike():
     """17 tokens: 16 of mean 1.5 and one of 5 are 29 / 17, where the mean of both steps is 3.25."""
     pending = Pending((MOVES,))
     pending.add(
-        1, step({"student/loss": 1.5, "student/grad_norm": 1.0}, {"student/loss": 16})
+        1,
+        step({"student/loss": 1.5, "student/grad_norm": 1.0}, {"student/loss": 16}),
     )
     pending.add(
-        2, step({"student/loss": 5.0, "student/grad_norm": 2.0}, {"student/loss": 1})
+        2,
+        step({"student/loss": 5.0, "student/grad_norm": 2.0}, {"student/loss": 1}),
     )
     means = pending.flush()
     assert means["student/loss"] == pytest.approx(29 / 17, rel=1e-12)

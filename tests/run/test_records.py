@@ -170,7 +170,9 @@ def test_a_config_without_a_part_is_refused(workdir, key):
 def test_only_the_last_line_of_metrics_may_be_torn(workdir, line):
     file = workdir / "metrics.jsonl"
     file.write_bytes(line + b'\n{"step": 2, "seconds": 1}\n')
-    refused(f"{file}:1: ", lambda: metrics.read(file, clock=True), "metrics.jsonl:1")
+    refused(
+        f"{file}:1: ", lambda: metrics.read(file, clock=True), "metrics.jsonl:1"
+    )
 
 
 def test_stages_without_a_gap(tmp_path):

@@ -68,7 +68,9 @@ def test_a_damaged_record_of_measured_fields_is_refused(finished, tmp_path):
 
 def test_a_pool_holds_all_records_of_all_items(finished):
     files = sorted((finished / "pools" / "1").glob("*.arrayrecord"))
-    assert [file.stem for file in files] == [f"item{i}" for i in range(staged.ITEMS)]
+    assert [file.stem for file in files] == [
+        f"item{i}" for i in range(staged.ITEMS)
+    ]
     data = staged.Staged().read(
         Experiment(staged.get_config(), finished).data, files[0].parent
     )
@@ -137,4 +139,6 @@ def test_killed_and_resumed_bit_for_bit(
     ours = (finished / records.MEASURED).read_bytes()
     assert (workdir / records.MEASURED).read_bytes() == ours
     for file in (finished / "pools" / "1").iterdir():
-        assert (workdir / "pools" / "1" / file.name).read_bytes() == file.read_bytes()
+        assert (
+            workdir / "pools" / "1" / file.name
+        ).read_bytes() == file.read_bytes()

@@ -27,9 +27,9 @@ def flow_map(process, t, r, x):
     (a, s), (b, u) = (
         process.alpha_sigma(expand(jnp.asarray(time), x)) for time in (t, r)
     )
-    return b * MEAN + jnp.sqrt(((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)) * (
-        x - a * MEAN
-    )
+    return b * MEAN + jnp.sqrt(
+        ((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)
+    ) * (x - a * MEAN)
 
 
 def answer(x0):
@@ -119,7 +119,9 @@ def test_average_velocity_satisfies_meanflows_identity():
     np.testing.assert_allclose(average_velocity(x, t - 1e-6, t), v, atol=1e-5)
 
 
-@pytest.mark.parametrize("times", [(1.0, 0.0), (1.0, 0.6, 0.0), (0.9, 0.7, 0.4, 0.1)])
+@pytest.mark.parametrize(
+    "times", [(1.0, 0.0), (1.0, 0.6, 0.0), (0.9, 0.7, 0.4, 0.1)]
+)
 def test_jump_is_exact_for_the_closed_form_average_velocity(times):
     """(t - s) u(x_t, s, t) = (t - r) u(x_t, r, t) + (r - s) u(x_r, s, r): any grid ends on the
     exact flow.
@@ -179,7 +181,12 @@ def test_few_with_all_noise_fresh_is_renoising():
     noise = jax.random.normal(jax.random.key(0), (5, 2))
     times = jnp.asarray([1.0, 0.6, 0.3])
     ours = jump(
-        pure, noise, jnp.append(times, 0.0), jax.random.key(1), style="few", fresh=1.0
+        pure,
+        noise,
+        jnp.append(times, 0.0),
+        jax.random.key(1),
+        style="few",
+        fresh=1.0,
     )
     theirs = renoise(
         Flow(),
@@ -208,9 +215,16 @@ def test_fresh_share_of_the_noise():
     noise = jax.random.normal(jax.random.key(0), (n, 1))
     pred = pure(noise, jnp.ones(n), jnp.zeros(n))
     out = jump(
-        pure, noise, jnp.asarray([1.0, s]), jax.random.key(1), style="few", fresh=rho
+        pure,
+        noise,
+        jnp.asarray([1.0, s]),
+        jax.random.key(1),
+        style="few",
+        fresh=rho,
     )
-    eps = ((out - (1 - s) * pred.x0) / s - np.sqrt(1 - rho) * pred.eps) / np.sqrt(rho)
+    eps = ((out - (1 - s) * pred.x0) / s - np.sqrt(1 - rho) * pred.eps) / np.sqrt(
+        rho
+    )
     np.testing.assert_allclose(eps.std(), 1.0, rtol=5 / np.sqrt(2 * n))
     assert abs(np.mean(eps * pred.eps)) < 5 * float(pred.eps.std()) / np.sqrt(n)
 
@@ -231,7 +245,9 @@ def test_extrapolation_starts_at_the_third_step():
         )
         before = pred.x0, pred.eps
         x = (1 - s) * x0 + s * eps
-    np.testing.assert_allclose(jump(pure, noise, times, extrapolate=k), x, rtol=1e-12)
+    np.testing.assert_allclose(
+        jump(pure, noise, times, extrapolate=k), x, rtol=1e-12
+    )
     plain = jump(pure, noise, times)
     np.testing.assert_allclose(
         jump(pure, noise, times[:3], extrapolate=k),
@@ -293,14 +309,18 @@ def test_warped_times():
     np.testing.assert_allclose(
         warped_times(2, (0.001, 0.6)), [0.999, 0.6, 0], atol=1e-15
     )
-    np.testing.assert_allclose(warped_times(1, (0.001, 0.6)), [0.999, 0], atol=1e-15)
+    np.testing.assert_allclose(
+        warped_times(1, (0.001, 0.6)), [0.999, 0], atol=1e-15
+    )
     bent = np.asarray(warped_times(5, warp=(1.17, 0.8, 1.1)))
     assert bent[0] == 1 and bent[-1] == 0 and (np.diff(bent) < 0).all()
     np.testing.assert_allclose(
         bent[2], 1 - (1 - (1 - 0.4**1.17) ** 0.8) ** 1.1, rtol=1e-12
     )
     np.testing.assert_allclose(
-        1 - np.asarray(warped_times(1000, warp=(1.17, 0.8, 1.1)))[-2], 1.0, atol=0.01
+        1 - np.asarray(warped_times(1000, warp=(1.17, 0.8, 1.1)))[-2],
+        1.0,
+        atol=0.01,
     )
     for bad in (
         dict(steps=0),

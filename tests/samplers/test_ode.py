@@ -37,9 +37,9 @@ def denoiser(process):
 
 def flow_map(process, t, r, x):
     (a, s), (b, u) = process.alpha_sigma(t), process.alpha_sigma(r)
-    return b * MEAN + jnp.sqrt(((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)) * (
-        x - a * MEAN
-    )
+    return b * MEAN + jnp.sqrt(
+        ((b * STD) ** 2 + u**2) / ((a * STD) ** 2 + s**2)
+    ) * (x - a * MEAN)
 
 
 def errors(step, process, times):
@@ -79,7 +79,9 @@ def test_ddim_halves_and_2m_quarters_its_error_in_lambda(x64):
         process.time_of_lam(jnp.linspace(*ends, n + 1)) for n in (16, 32, 64, 128)
     ]
     ddim = ratios(errors(ode.ddim(process), process, times))
-    assert np.all(np.diff(ddim) > 0) and np.all(np.abs(ddim - 2) < [0.07, 0.04, 0.02])
+    assert np.all(np.diff(ddim) > 0) and np.all(
+        np.abs(ddim - 2) < [0.07, 0.04, 0.02]
+    )
     np.testing.assert_allclose(
         ratios(errors(ode.dpmpp_2m(process), process, times)),
         [3.62, 3.91, 3.98],
@@ -145,7 +147,9 @@ def test_every_solver_stays_finite_and_approaches_the_exact_flow(
         process, jnp.float32(process.t_max), jnp.float32(process.t_min), x
     )
     run = jax.jit(
-        lambda ts: ode.sample(ode.SOLVERS[solver](process), denoiser(process), x, ts)
+        lambda ts: ode.sample(
+            ode.SOLVERS[solver](process), denoiser(process), x, ts
+        )
     )
     few, many = (float(jnp.abs(run(times(n)) - want).max()) for n in (8, 40))
     assert many < fall * few
@@ -160,7 +164,8 @@ def test_reversing_the_grid_returns_to_the_start(x64, step, order):
     def round_trip(n):
         times = jnp.linspace(0.95, 0.05, n + 1)
         return abs(
-            float(run(run(jnp.full((1, 1), START), times), times[::-1])[0, 0]) - START
+            float(run(run(jnp.full((1, 1), START), times), times[::-1])[0, 0])
+            - START
         )
 
     gap = [round_trip(n) for n in (10, 40, 160)]
@@ -212,7 +217,9 @@ def test_stochastic_ddim_keeps_the_marginal(x64):
             ode.ddim(process, eta=eta), denoise, x, times, jax.random.key(1)
         )
         np.testing.assert_allclose(
-            out.var(), process.alpha_sigma(times[-1])[1] ** 2, rtol=5 * np.sqrt(2 / n)
+            out.var(),
+            process.alpha_sigma(times[-1])[1] ** 2,
+            rtol=5 * np.sqrt(2 / n),
         )
 
 
@@ -304,8 +311,12 @@ def test_straightness_of_a_gaussian_flow(x64):
     x = jnp.asarray([[1.3, 0.5], [-0.4, 2.0]])
     times = jnp.linspace(1, 0, 65)
     want = (2 - np.pi / 2) * jnp.mean(jnp.sum(x**2, 1))
-    np.testing.assert_allclose(ode.straightness(flow, x, times), want, rtol=5 / 64**2)
+    np.testing.assert_allclose(
+        ode.straightness(flow, x, times), want, rtol=5 / 64**2
+    )
     straight = lambda x, t: Flow().from_v(
-        (1 - 0.4) * (x - (1 - t)[:, None]) / ((1 - t) * 0.4 + t)[:, None] - 1.0, x, t
+        (1 - 0.4) * (x - (1 - t)[:, None]) / ((1 - t) * 0.4 + t)[:, None] - 1.0,
+        x,
+        t,
     )
     assert ode.straightness(straight, x, times) < 1e-25

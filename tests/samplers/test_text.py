@@ -18,7 +18,8 @@ def lm():
     net = make_net(CFG)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     return functools.partial(net.apply, params), jnp.asarray(
         rng.integers(0, CFG.vocab, (3, 5)), jnp.int32
@@ -41,7 +42,9 @@ def test_greedy_writes_the_argmax_of_the_full_pass(lm):
     )(prompt)
     assert tokens.shape == (3, 12) and tokens.dtype == prompt.dtype and mask.all()
     np.testing.assert_array_equal(tokens[:, :5], prompt)
-    np.testing.assert_array_equal(tokens[:, 5:], jnp.argmax(net(tokens), -1)[:, 4:-1])
+    np.testing.assert_array_equal(
+        tokens[:, 5:], jnp.argmax(net(tokens), -1)[:, 4:-1]
+    )
     assert len(set(np.asarray(tokens[:, 5:]).ravel())) > 3
 
 
@@ -69,7 +72,9 @@ def test_padded_prompts_continue_like_bare_ones(lm):
 def test_same_key_same_text(lm):
     net, prompt = lm
     write = jax.jit(lambda key: generate(net, prompt, 12, key)[0])
-    np.testing.assert_array_equal(write(jax.random.key(3)), write(jax.random.key(3)))
+    np.testing.assert_array_equal(
+        write(jax.random.key(3)), write(jax.random.key(3))
+    )
     assert (write(jax.random.key(3)) != write(jax.random.key(4))).any()
 
 
@@ -173,7 +178,8 @@ def test_temperature_sharpens():
     law = np.exp(2 * np.asarray(LOGITS))
     law /= law.sum()
     assert (
-        np.abs(frequencies(temperature=0.5) - law) <= 5 * np.sqrt(law * (1 - law) / N)
+        np.abs(frequencies(temperature=0.5) - law)
+        <= 5 * np.sqrt(law * (1 - law) / N)
     ).all()
     assert frequencies(temperature=0.0)[1] == 1.0
 
@@ -186,7 +192,12 @@ def test_ties_keep_the_lower_index():
 def test_refusals():
     with pytest.raises(Refused, match="length=2 counts the prompt"):
         generate(counter, jnp.zeros((1, 2), int), 2, jax.random.key(0))
-    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+    for bad in (
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+    ):
         with pytest.raises(Refused, match="top_p"):
             draw(jnp.zeros((1, 4)), jax.random.key(0), **bad)
 
@@ -220,7 +231,9 @@ def test_responses_take_the_places_of_the_datas():
     np.testing.assert_array_equal(
         out["answer_mask"], [[0, 0, 1, 1, 0]] * 2 + [[0, 0, 1, 1, 1]] * 2
     )
-    again = respond(counter, out, jax.random.key(0), prompt_length=2, temperature=0.0)
+    again = respond(
+        counter, out, jax.random.key(0), prompt_length=2, temperature=0.0
+    )
     # the data's own, not the last response
     np.testing.assert_array_equal(again["answer"], out["answer"])
     with pytest.raises(

@@ -20,7 +20,8 @@ BATCH = {"tokens": jnp.asarray(RNG.integers(0, 11, (3, 6)))}
 @pytest.fixture(scope="module")
 def params():
     return jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), NET.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        NET.shapes,
     )
 
 
@@ -39,14 +40,16 @@ def logits(net, params):
 
 def test_influence_is_one_minus_the_cosine_of_features(params):
     influence, _ = importance(NET, params, BATCH)
-    _, features = jax.jit(lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3)))(
-        params
-    )
+    _, features = jax.jit(
+        lambda p: NET.apply(p, BATCH["tokens"], taps=(0, 1, 2, 3))
+    )(params)
     embedded = np.asarray(params["embed"]["embedding"])[BATCH["tokens"]]
     features = [embedded, *map(np.asarray, features)]
     for i, (a, b) in enumerate(zip(features, features[1:])):
         cosine = (
-            (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+            (a * b).sum(-1)
+            / np.linalg.norm(a, axis=-1)
+            / np.linalg.norm(b, axis=-1)
         )
         np.testing.assert_allclose(influence[i], 1 - cosine.mean(), atol=1e-5)
 
@@ -63,7 +66,9 @@ def test_neurons_by_hand_in_the_first_layer(params):
     )
     gate = h @ first["gate"]["kernel"]
     up = h @ first["up"]["kernel"]
-    expected = np.sqrt((np.abs(gate / (1 + np.exp(-gate)) * up).mean(1) ** 2).sum(0))
+    expected = np.sqrt(
+        (np.abs(gate / (1 + np.exp(-gate)) * up).mean(1) ** 2).sum(0)
+    )
     np.testing.assert_allclose(
         importance(NET, still, BATCH)[1][0], expected, rtol=1e-4
     )
@@ -74,7 +79,9 @@ def test_padding_does_not_count(params):
         "tokens": jnp.concatenate([jnp.full((3, 2), 7), BATCH["tokens"]], 1),
         "segments": jnp.asarray([[0, 0, 1, 1, 1, 1, 1, 1]] * 3),
     }
-    for a, b in zip(importance(NET, params, padded), importance(NET, params, BATCH)):
+    for a, b in zip(
+        importance(NET, params, padded), importance(NET, params, BATCH)
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -103,7 +110,8 @@ def test_neurons_of_an_mlp_without_a_gate():
     net = make_net(cfg, config=cfg)
     rng = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     kept = jnp.sort(
         jnp.stack([jnp.asarray(rng.permutation(12)[:7]) for _ in range(2)]), -1

@@ -50,7 +50,9 @@ def report(value: float):
     }
 
 
-def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeypatch):
+def test_a_run_knows_what_is_finished_and_counts_what_is_worse(
+    tmp_path, monkeypatch
+):
     """DisBack's toy with a shorter path may link to the finished runs of its own seed, not of
     another. The page states on how many seeds it was worse.
     """
@@ -58,14 +60,18 @@ def test_a_run_knows_what_is_finished_and_counts_what_is_worse(tmp_path, monkeyp
 
     def run(config, folder, known):
         shorter = config.method.record_every == 20
-        seen.append((shorter, config.seed, [path.parent for path in known.values()]))
+        seen.append(
+            (shorter, config.seed, [path.parent for path in known.values()])
+        )
         known[loop.identity(config.runs.teacher)] = folder / "teacher"
         return report(0.3 if shorter and config.seed else 0.1 if shorter else 0.2)
 
     monkeypatch.setattr(loop, "run", run)
     monkeypatch.setattr(ablations, "OUT", tmp_path / "ablations.json")
     monkeypatch.setattr(
-        ablations, "of", lambda path: {"a shorter path": ("method.record_every=20",)}
+        ablations,
+        "of",
+        lambda path: {"a shorter path": ("method.record_every=20",)},
     )
     page = ablations.run(
         {"disback": TOYS["disback"]}, [(0, 0), (1, 1)], tmp_path / "runs"

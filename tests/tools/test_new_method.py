@@ -53,7 +53,9 @@ def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
     """Toys, tests and ruff of all families, in a copy of the project and a process of its own."""
     for part in ("jaxdistill", "configs", "tools", "launch"):
         shutil.copytree(
-            ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / part,
+            tmp_path / part,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     shared = ("conftest.py", "typed.py", "times.py", "methods/conftest.py")
     for file in ("pyproject.toml", *(f"tests/{name}" for name in shared)):
@@ -71,7 +73,9 @@ def test_what_is_written_runs(tmp_path, monkeypatch, capsys):
             ]
         )
     written = [tmp_path / line for line in capsys.readouterr().out.split()]
-    assert len(written) == len(set(written)) == len(FAMILIES) * len(new_method.PLACES)
+    assert (
+        len(written) == len(set(written)) == len(FAMILIES) * len(new_method.PLACES)
+    )
     for path in written:
         text = path.read_text()
         assert "A method, " in text

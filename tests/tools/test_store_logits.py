@@ -75,7 +75,9 @@ def arguments(place, out, /, **changes):
         "out": out,
         "top_k": 5,
     }
-    return [f"--{k}={v}" for k, v in {**given, "file_batches": 2, **changes}.items()]
+    return [
+        f"--{k}={v}" for k, v in {**given, "file_batches": 2, **changes}.items()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,8 @@ def test_learning_from_it_is_learning_from_the_teacher(
 
     def run(method, nets, params):
         bound = lambda p: method.loss(
-            bind(nets, {**params, "student": p}), Ctx(batch, jax.random.key(0), 0, {})
+            bind(nets, {**params, "student": p}),
+            Ctx(batch, jax.random.key(0), 0, {}),
         )
         return jax.jit(lambda p: (jax.grad(lambda p: bound(p).loss)(p), bound(p)))(
             student
@@ -267,7 +270,11 @@ def test_sets_without_end(tmp_path):
         "--test_rows=9",
         "--file_batches=1",
     ]
-    more = ["--config.data.batch_size=32", "--config.mesh.fsdp=1", "--temperature=2"]
+    more = [
+        "--config.data.batch_size=32",
+        "--config.mesh.fsdp=1",
+        "--temperature=2",
+    ]
     store_logits.store([*argv, *more])
     data = StoredLogits(path=str(tmp_path / "out"))
     exact = build.build(_command.load_config("configs/toy/kd.py").data)
@@ -295,11 +302,13 @@ def test_a_run_that_learns_from_it(place, whole, tmp_path):
     with config.unlocked():
         config.data = build.plain(StoredLogits(path=str(whole), batch_size=4))
         config.method = build.plain(StoredKD(hard_weight=0.1))
-        config.evaluation = build.plain(TextEval(samples=4, batch=4, prompt_length=2))
+        config.evaluation = build.plain(
+            TextEval(samples=4, batch=4, prompt_length=2)
+        )
     report = loop.run(config, tmp_path / "run", progress=False)
-    assert [r["name"] for r in report["models"]] == ["student"] and report["models"][
-        0
-    ]["perplexity"] > 1
+    assert [r["name"] for r in report["models"]] == ["student"] and report[
+        "models"
+    ][0]["perplexity"] > 1
     for change, said in [
         (
             {"temperature": 2.0},
@@ -377,7 +386,9 @@ def test_bad_input_is_one_line(
     }
     changes = {k: names.get(v, v) for k, v in changes.items()}
     monkeypatch.setattr(
-        sys, "argv", ["store_logits", *arguments(place, tmp_path / "out", **changes)]
+        sys,
+        "argv",
+        ["store_logits", *arguments(place, tmp_path / "out", **changes)],
     )
     with pytest.raises(SystemExit) as exit:
         _command.main(store_logits.store)

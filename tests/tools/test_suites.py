@@ -61,7 +61,9 @@ def shared(tmp_path_factory, files):
 @pytest.mark.parametrize("name, variant", CASES)
 def test_every_variant_traces(name, variant, shared, files):
     suite = suites.SUITES[name]
-    config = stand_ins.at_hand(load_config(f"{ROOT / suite.config}:{variant}"), files)
+    config = stand_ins.at_hand(
+        load_config(f"{ROOT / suite.config}:{variant}"), files
+    )
     for change in suites.starts(suite, config, name, shared / name, 0):
         role, where = change.removeprefix("--config.roles.").split(".init=")
         assert Path(where).is_dir()
@@ -110,7 +112,9 @@ def run_folder(folder, method, seed, *, steps, speed, perplexity):
     where = folder / f"{method}_{seed}"
     where.mkdir(parents=True)
     models = [{"name": "student", "nfe": 1, "perplexity": perplexity}]
-    config = {"method": {"name": "methods.distribution.dmd2:DMD2", "critic_steps": 2}}
+    config = {
+        "method": {"name": "methods.distribution.dmd2:DMD2", "critic_steps": 2}
+    }
     report = {"steps": steps, "models": models, "config": config}
     (where / "report.json").write_text(json.dumps(report))
     speeds = [
@@ -140,7 +144,9 @@ def test_seconds_of_the_clock(tmp_path, monkeypatch):
     text = suites.write("lm", tmp_path, {"sft": 0, "gkd": 1}).read_text()
     equal, timed = text.split("## Equal seconds, those of `gkd`")
     assert (
-        "| sft | 3 |" in equal and "| sft | 2.5 |" in timed and "| gkd | 2 |" in timed
+        "| sft | 3 |" in equal
+        and "| sft | 2.5 |" in timed
+        and "| gkd | 2 |" in timed
     )
     assert (
         f"| 200 | 0.1 | {suite.tokens / 0.1:,.0f} |" in equal and "| 400 |" in timed
@@ -166,7 +172,9 @@ def test_a_suite_end_to_end(tmp_path, monkeypatch):
         all(r["peak_bytes"] > 1e8 for r in found)
         and page.with_suffix(".png").stat().st_size > 5000
     )
-    before = {p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")}
+    before = {
+        p: p.stat().st_mtime for p in (tmp_path / "runs").rglob("report.json")
+    }
     suites.run(
         "lm", ["sft", "forward_kl"], [0], tmp_path / "runs", ["--config.steps=20"]
     )

@@ -64,7 +64,9 @@ def vision_table(cfg: ClipVision) -> tuple[Row, ...]:
             bias=False,
         ),
         Row("positions", "vision_model.embeddings.position_embedding.weight"),
-        *norm("norm_in", "vision_model.pre_layrnorm"),  # the spelling of transformers
+        *norm(
+            "norm_in", "vision_model.pre_layrnorm"
+        ),  # the spelling of transformers
         *_blocks("vision_model"),
         *norm("norm_out", "vision_model.post_layernorm"),
     )

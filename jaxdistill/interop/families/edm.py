@@ -41,7 +41,9 @@ from jaxdistill.models.denoisers.edm import DhariwalUNet, EDMUNet, SongUNet
 def _mirrored(filter: list[float], config: Config) -> tuple[float, ...]:
     """The filter of a change of resolution. Raises Refused where it is not symmetric."""
     if filter != filter[::-1] or len(filter) % 2:
-        raise config.refusal("resample_filter", "an even number of mirrored weights")
+        raise config.refusal(
+            "resample_filter", "an even number of mirrored weights"
+        )
     return tuple(filter)
 
 

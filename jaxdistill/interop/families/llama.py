@@ -119,7 +119,9 @@ def table(cfg: LM) -> tuple[Row, ...]:
             Row("blocks/norm_k/scale", layer + "self_attn.k_norm.weight"),
         )
     return (
-        rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+        rows
+        if cfg.tied
+        else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
     )
 
 
@@ -177,7 +179,9 @@ def read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     Raises Refused for another `rope_type`, and where both objects are given and differ: versions of
     transformers obey one or the other.
     """
-    objects = [key for key in ("rope_scaling", "rope_parameters") if values.get(key)]
+    objects = [
+        key for key in ("rope_scaling", "rope_parameters") if values.get(key)
+    ]
     stated = [_rope(values, key, file) for key in objects or ["rope_scaling"]]
     first = stated[0]
     rope = stated[-1]

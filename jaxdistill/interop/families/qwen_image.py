@@ -81,8 +81,12 @@ TEXTS = (
 def table(cfg: QwenImage) -> tuple[Row, ...]:
     return (
         *linear("patch_embed", "img_in"),
-        *linear("time_embed/linear_1", "time_text_embed.timestep_embedder.linear_1"),
-        *linear("time_embed/linear_2", "time_text_embed.timestep_embedder.linear_2"),
+        *linear(
+            "time_embed/linear_1", "time_text_embed.timestep_embedder.linear_1"
+        ),
+        *linear(
+            "time_embed/linear_2", "time_text_embed.timestep_embedder.linear_2"
+        ),
         Row("text_norm/scale", "txt_norm.weight"),
         *linear("text_embed", "txt_in"),
         *_stream("blocks/image", "img", PICTURES),

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from jaxdistill.interop.keys import Fixed, activation, listed, same, setting
-from jaxdistill.interop.tables import CONV, POINT, Family, Row, linear, norm, patches
+from jaxdistill.interop.tables import (
+    CONV,
+    POINT,
+    Family,
+    Row,
+    linear,
+    norm,
+    patches,
+)
 from jaxdistill.models.vision.sam import SamVision
 
 KEYS = (

@@ -23,7 +23,9 @@ from jaxdistill.models.denoisers.sana import Sana
 def _check_cross(config: Config) -> None:
     """Raises Refused where the heads of the attention to the text are not as wide as the rest."""
     dim = _dim(config["attention_head_dim"], config)
-    across = config["num_cross_attention_heads"] * config["cross_attention_head_dim"]
+    across = (
+        config["num_cross_attention_heads"] * config["cross_attention_head_dim"]
+    )
     if across != dim:
         raise Refused(
             f"{config.file}: num_cross_attention_heads * cross_attention_head_dim = {across} is "

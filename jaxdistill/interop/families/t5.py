@@ -90,7 +90,9 @@ def table(cfg: T5Encoder) -> tuple[Row, ...]:
     )
     rows += _side("decoder", cfg, 2) + cross
     return (
-        rows if cfg.tied else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
+        rows
+        if cfg.tied
+        else (*rows, Row("unembed/kernel", "lm_head.weight", LINEAR))
     )
 
 
@@ -117,7 +119,9 @@ def _side(side: str, cfg: T5Encoder, last: int) -> tuple[Row, ...]:
     ]
     return (
         position,
-        *_attention(f"{side}/blocks/attention", layer + "layer.0.", "SelfAttention"),
+        *_attention(
+            f"{side}/blocks/attention", layer + "layer.0.", "SelfAttention"
+        ),
         Row(f"{side}/blocks/norm_mlp/scale", mlp + "layer_norm.weight"),
         *kernels,
         Row(f"{side}/norm/scale", f"{side}.final_layer_norm.weight"),

@@ -66,7 +66,9 @@ def _depths(kinds: list[str], config: Config) -> tuple[int, ...]:
     if not set(kinds) <= KINDS.keys():
         raise config.refusal("down_block_types", " or ".join(KINDS))
     depths = _each(config, "transformer_layers_per_block", 1)
-    return tuple(depth if kind == CROSS else 0 for depth, kind in zip(depths, kinds))
+    return tuple(
+        depth if kind == CROSS else 0 for depth, kind in zip(depths, kinds)
+    )
 
 
 def _down_kinds(ours: UNet) -> list[str]:
@@ -101,7 +103,10 @@ def _depths_of_all(ours: UNet) -> list[int]:
             f"UNet2DConditionModel: depths={ours.depths} end in another number than "
             f"mid_depth={ours.mid_depth}"
         )
-    return [*(depth or 1 for depth in ours.depths[:-1]), ours.mid_depth or last or 1]
+    return [
+        *(depth or 1 for depth in ours.depths[:-1]),
+        ours.mid_depth or last or 1,
+    ]
 
 
 def _image_channels(count: int, config: Config) -> int:

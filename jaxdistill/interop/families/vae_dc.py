@@ -98,7 +98,9 @@ KEYS = (
         "silu",
         "decoder_block_out_channels",
     ),
-    named("shrink", "downsample_block_type", OWN_SHRINKS, missing="pixel_unshuffle"),
+    named(
+        "shrink", "downsample_block_type", OWN_SHRINKS, missing="pixel_unshuffle"
+    ),
     named("grow", "upsample_block_type", OWN_GROWS, missing="pixel_shuffle"),
     same("shortcut_out", "encoder_out_shortcut", missing=True),
     same("shortcut_in", "decoder_in_shortcut", missing=True),

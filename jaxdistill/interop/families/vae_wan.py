@@ -65,7 +65,9 @@ def _encoder(cfg: WanVAE) -> Iterator[Row]:
         ours = f"encoder/levels/{i}"
         for j in range(cfg.blocks):
             name = f"encoder.down_blocks.{place}"
-            yield from _block(f"{ours}/blocks/{j}", name, shortcut=before != multiple)
+            yield from _block(
+                f"{ours}/blocks/{j}", name, shortcut=before != multiple
+            )
             before = multiple
             place += 1
         if i < last:
@@ -84,7 +86,9 @@ def _decoder(cfg: WanVAE) -> Iterator[Row]:
         theirs = f"decoder.up_blocks.{i}"
         for j in range(cfg.blocks + 1):
             shortcut = j == 0 and inputs != 2 * multiple
-            yield from _block(f"{ours}/blocks/{j}", f"{theirs}.resnets.{j}", shortcut)
+            yield from _block(
+                f"{ours}/blocks/{j}", f"{theirs}.resnets.{j}", shortcut
+            )
         inputs = multiple
         if i < last:
             yield from _move(ours, f"{theirs}.upsamplers.0", temporal[i])

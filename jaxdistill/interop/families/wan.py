@@ -73,8 +73,12 @@ KEYS = (
     same("norm_eps", "eps"),
     optional("vision_dim", "image_dim"),
     Read("", _check_added),
-    Written("added_kv_proj_dim", lambda ours: ours.dim if ours.vision_dim else None),
-    Written("rope_max_seq_len", 1024),  # the length of PyTorch's table; ours has none
+    Written(
+        "added_kv_proj_dim", lambda ours: ours.dim if ours.vision_dim else None
+    ),
+    Written(
+        "rope_max_seq_len", 1024
+    ),  # the length of PyTorch's table; ours has none
     Field(
         field="vision_length",
         key="pos_embed_seq_len",
@@ -102,7 +106,8 @@ def experts(pipeline: str | Path) -> tuple[Path, Path, float]:
     config = read_json(index)
     boundary = config.get("boundary_ratio")
     classes = [
-        (config.get(name) or [None])[-1] for name in ("transformer", "transformer_2")
+        (config.get(name) or [None])[-1]
+        for name in ("transformer", "transformer_2")
     ]
     if boundary is None or classes != [FAMILY.name, FAMILY.name]:
         raise Refused(

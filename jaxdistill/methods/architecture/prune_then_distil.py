@@ -87,7 +87,9 @@ class PruneThenDistil(KD):
         loss = out.loss + self.hidden_weight * jax.lax.stop_gradient(alpha) * hidden
         return out._replace(loss=loss, metrics={**out.metrics, "hidden": hidden})
 
-    def outputs_and_taps(self, call: Callable, batch: Batch, layers: tuple[int, ...]):
+    def outputs_and_taps(
+        self, call: Callable, batch: Batch, layers: tuple[int, ...]
+    ):
         """(what `outputs` gives, hidden states [B T D] after these layers)."""
         hidden_only = self.chunk > 0
         return call(

@@ -27,7 +27,9 @@ class Members(Hosted):
     def __post_init__(self):
         if self.host.memory():
             host = type(self.host).__name__
-            raise Refused(f"method: {host} has a memory, which members cannot share")
+            raise Refused(
+                f"method: {host} has a memory, which members cannot share"
+            )
 
     @property
     def turns(self) -> tuple[Turn, ...]:
@@ -55,7 +57,9 @@ class Members(Hosted):
                 )
                 raise Refused(f"config.roles.{role}.bank={size}: {expected}")
         banks = {
-            role: part for role, part in vars(net).items() if hasattr(part, "weights")
+            role: part
+            for role, part in vars(net).items()
+            if hasattr(part, "weights")
         }
 
         def call_member(weights: dict[str, Any], batch: Batch, rng: Array) -> Any:

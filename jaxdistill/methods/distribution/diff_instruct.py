@@ -89,12 +89,16 @@ class DiffInstruct(FewStep):
         index = jax.random.randint(ctx.key("index"), (), 0, len(self.student_times))
         denoise = lambda x, t: net.student(x, t, cond)
         times = jnp.array(self.student_times)
-        xt, t = simulate(self.process, denoise, noise, times, ctx.key("chain"), index)
+        xt, t = simulate(
+            self.process, denoise, noise, times, ctx.key("chain"), index
+        )
         return {**ctx.batch, "xt": xt, "t": t}
 
     def generate(self, net: Nets, ctx: Ctx) -> Array:
         """The student's sample x0 from the simulated state: its only call with a gradient."""
-        return net.student(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond")).x0
+        return net.student(
+            ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond")
+        ).x0
 
     def draw_noise(
         self, x: Array, times: Uniform, ctx: Ctx, name: str

@@ -52,7 +52,9 @@ class Recording(Hosted):
         critics = self.host.turns[0]
         return (dataclasses.replace(critics, after=self.record),)
 
-    def record(self, weights: Mapping[str, Params], step: Array) -> dict[str, Params]:
+    def record(
+        self, weights: Mapping[str, Params], step: Array
+    ) -> dict[str, Params]:
         """Overwrites the member at which the present interval ends by the current fake score.
 
         Raises Refused where the path is not a bank of networks like the fake score.
@@ -62,7 +64,9 @@ class Recording(Hosted):
         members = self.host.checkpoints + 1
         shapes = jax.tree.map(lambda w: (members, *w.shape), fake)
         if jax.tree.map(jnp.shape, path) != shapes:
-            expected = f"method.checkpoints + 1 = {members} networks like roles.fake"
+            expected = (
+                f"method.checkpoints + 1 = {members} networks like roles.fake"
+            )
             raise Refused(f"roles.path: expected a bank of {expected}")
         member = step // self.every + 1
         return {

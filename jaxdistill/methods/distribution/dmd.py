@@ -68,7 +68,9 @@ class DMD(Normalised):
         cond = ctx.batch.get("cond")
         null = ctx.batch.get("null_cond")
         noise = jax.random.normal(ctx.key("noise"), x.shape, x.dtype)
-        denoise = lambda xt, t: guided(net.teacher, xt, t, cond, null, self.guidance)
+        denoise = lambda xt, t: guided(
+            net.teacher, xt, t, cond, null, self.guidance
+        )
         start = self.process.start(noise)
         sample = ode.solve(
             self.solver, self.process, denoise, start, self.solver_steps

@@ -69,7 +69,9 @@ class EmbeddingLoss(Hosted):
     real_per_fake: int = 1
     # compares the joint distributions of samples and labels `cond`
     labelled: bool = False
-    augment: Paired = Paired()  # one random draw, for all real and generated samples
+    augment: Paired = (
+        Paired()
+    )  # one random draw, for all real and generated samples
 
     @property
     def needs(self):
@@ -118,7 +120,9 @@ class EmbeddingLoss(Hosted):
         if turn.gather:
             batch = turn.gather(net, dataclasses.replace(ctx, batch=batch))
         real = {
-            f"real_{key}": ctx.batch[key] for key in ("x", "cond") if key in ctx.batch
+            f"real_{key}": ctx.batch[key]
+            for key in ("x", "cond")
+            if key in ctx.batch
         }
         return {**batch, **real}
 
@@ -156,7 +160,9 @@ class EmbeddingLoss(Hosted):
         """
 
         def host_loss(shift: Array) -> tuple[Array, Array]:
-            recorded, samples = record_samples(net, self.sampling_roles(turn), shift)
+            recorded, samples = record_samples(
+                net, self.sampling_roles(turn), shift
+            )
             out = turn.loss(recorded, ctx)
             count = 1 if out.count is None else out.count
             return out.loss / count, samples[-1]
@@ -164,9 +170,9 @@ class EmbeddingLoss(Hosted):
         no_shift = jnp.zeros_like(ctx.batch["x"])
         host_gradient, x0 = jax.grad(host_loss, has_aux=True)(no_shift)
         network_seed, _ = self.draw_networks(ctx)
-        own_gradient = jax.grad(lambda x: self.embedding_loss(network_seed, ctx, x))(
-            x0
-        )
+        own_gradient = jax.grad(
+            lambda x: self.embedding_loss(network_seed, ctx, x)
+        )(x0)
         host = jnp.linalg.norm(host_gradient)
         own = jnp.linalg.norm(own_gradient)
         sums = ctx.memory["embedding_norms"] + jnp.stack([host, own, jnp.ones(())])

@@ -19,7 +19,16 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.core.types import Array, Batch, Ctx, Nets, Out, Params, Refused, Turn
+from jaxdistill.core.types import (
+    Array,
+    Batch,
+    Ctx,
+    Nets,
+    Out,
+    Params,
+    Refused,
+    Turn,
+)
 from jaxdistill.methods.distribution.dmd import Normalised
 from jaxdistill.objectives import gan
 from jaxdistill.objectives.pixels import Preprocess, decoded
@@ -70,8 +79,12 @@ class FlashDMD(Normalised):
     @property
     def turns(self) -> tuple[Turn, ...]:
         fake, student = super().turns
-        disc = Turn(("disc",), self.disc_loss, when=student.when, gather=self.rollout)
-        student = dataclasses.replace(student, gather=self.rollout, after=self.inject)
+        disc = Turn(
+            ("disc",), self.disc_loss, when=student.when, gather=self.rollout
+        )
+        student = dataclasses.replace(
+            student, gather=self.rollout, after=self.inject
+        )
         return (fake, disc, student)
 
     def sampling_chain(self, net: Nets, ctx: Ctx) -> tuple[Callable, Array, Array]:
@@ -131,7 +144,9 @@ class FlashDMD(Normalised):
         fake = self.logits(net, image, ctx)
         return Out(jnp.mean(gan.non_saturating_discriminator(real, fake)))
 
-    def inject(self, weights: Mapping[str, Params], step: Array) -> dict[str, Params]:
+    def inject(
+        self, weights: Mapping[str, Params], step: Array
+    ) -> dict[str, Params]:
         """psi <- lam psi + (1 - lam) theta: the fake score is drawn towards the student.
 
         Where both are adapters, the adapters' weights are mixed. Raises Refused where the two

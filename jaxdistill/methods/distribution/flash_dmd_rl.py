@@ -79,7 +79,9 @@ class FlashDMDRL(FlashDMD):
         return within >= self.rl_steps and turn.when(within - self.rl_steps)
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(FlashDMD)}
+        fields = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(FlashDMD)
+        }
         joint = min(round(self.rl_share * steps), steps - 1)
         return (
             Stage(FlashDMD(**fields), steps - joint),
@@ -92,7 +94,9 @@ class FlashDMDRL(FlashDMD):
         """
         denoise, noise, times = self.sampling_chain(net, ctx)
         index = self.draw_step(ctx, self.explore_steps)
-        xt, t = simulate(self.process, denoise, noise, times, ctx.key("chain"), index)
+        xt, t = simulate(
+            self.process, denoise, noise, times, ctx.key("chain"), index
+        )
         x0 = denoise(xt, t).x0
         samples = jnp.arange(noise.shape[0])
         r = jnp.full(samples.shape, times[index + 1])

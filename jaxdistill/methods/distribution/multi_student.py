@@ -94,7 +94,9 @@ class MultiStudent(Delegating):
             or min(self.shares) < 0
             or not self.shares[1] + self.shares[2]
         ):
-            expected = "three numbers, at least 0, of which dm's or adm's is above 0"
+            expected = (
+                "three numbers, at least 0, of which dm's or adm's is above 0"
+            )
             raise Refused(f"method.shares={self.shares}: expected {expected}")
         processes = [host.process for host in self.hosts]
         if any(process != self.process for process in processes):
@@ -138,7 +140,9 @@ class MultiStudent(Delegating):
         return self.adm.cycle
 
     def settled(self) -> Method:
-        return dataclasses.replace(self, dm=self.dm.settled(), adm=self.adm.settled())
+        return dataclasses.replace(
+            self, dm=self.dm.settled(), adm=self.adm.settled()
+        )
 
     def check(self, nets, data) -> None:
         for host in self.hosts:

@@ -146,7 +146,9 @@ class PhasedDMD(DiffInstruct):
     @property
     def frozen(self) -> tuple[str, ...]:
         """The teacher, and the experts of earlier phases."""
-        return teacher_roles(self.teacher_bounds) + self.exports[: max(self.phase, 0)]
+        return (
+            teacher_roles(self.teacher_bounds) + self.exports[: max(self.phase, 0)]
+        )
 
     def stages(self, steps: int) -> tuple[Stage, ...]:
         """A stage for each phase, whose fake scores start anew from the teacher."""
@@ -254,7 +256,9 @@ class PhasedDMD(DiffInstruct):
         expert = getattr(net, self.current.expert)
         pred = expert(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond"))
         s = jnp.asarray(self.current.end)
-        xs = self.process.add_noise(pred.x0, pred.eps, s)  # Euler's step from t to s
+        xs = self.process.add_noise(
+            pred.x0, pred.eps, s
+        )  # Euler's step from t to s
         xt, t, _ = self.renoise(xs, interval, self.match_times, ctx, "match")
         scores = interval.scores(
             net

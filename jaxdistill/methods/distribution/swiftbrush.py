@@ -57,8 +57,12 @@ class SwiftBrush(DiffInstruct):
         is_joint = lambda step: step % self.critic_steps == 0
         is_critics = lambda step: step % self.critic_steps != 0
         return (
-            Turn(("student", "fake"), self.loss, when=is_joint, gather=self.simulate),
-            Turn(("fake",), self.critic_loss, when=is_critics, gather=self.simulate),
+            Turn(
+                ("student", "fake"), self.loss, when=is_joint, gather=self.simulate
+            ),
+            Turn(
+                ("fake",), self.critic_loss, when=is_critics, gather=self.simulate
+            ),
         )
 
     def simulate(self, net: Nets, ctx: Ctx) -> Batch:

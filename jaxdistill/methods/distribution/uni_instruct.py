@@ -43,7 +43,9 @@ class UniInstruct(FromLevel, DMD2):
     student_times: tuple[float, ...] = (2.5,)
     # of the student's loss: sigma from .002 to 24.4
     match_times: Uniform = Karras(high=0.8)
-    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)  # of both critics' losses
+    fake_times: Uniform = LogNormalSNR(
+        mean=-1.2, std=1.2
+    )  # of both critics' losses
     fake_target: str = "edm"
     critic_steps: int = 1  # critic updates per student update
     divergence: FDivergence = Jeffreys(forward=0.4, reverse=0.6)  # the paper's best
@@ -132,7 +134,9 @@ class UniInstruct(FromLevel, DMD2):
         match = jnp.mean(self.expansion(net, ctx, x0, xt, t, real, fake, logits))
         omega = score.inverse_distance(x0, real.x0).reshape(-1)
         logits_in_range = jnp.clip(logits, -10.0, 10.0)
-        adversarial = jnp.mean(omega * gan.non_saturating_generator(logits_in_range))
+        adversarial = jnp.mean(
+            omega * gan.non_saturating_generator(logits_in_range)
+        )
         dimensions = math.prod(x0.shape[1:])
         is_early = ctx.step < self.reverse_until
         gan_weight = jnp.where(is_early, 0.0, self.gan_weight * dimensions)
@@ -205,7 +209,9 @@ class ExactUniInstruct(UniInstruct):
 
         def squared_gap(x: Array) -> Array:
             """The sum over the batch of |d|^2 at x_t = x."""
-            gap = unit * (self.fake(net, x, t, ctx).x0 - self.real(net, x, t, ctx).x0)
+            gap = unit * (
+                self.fake(net, x, t, ctx).x0 - self.real(net, x, t, ctx).x0
+            )
             return jnp.sum(jnp.sum(gap**2, axis=dims))
 
         d = unit * (fake.x0 - real.x0)

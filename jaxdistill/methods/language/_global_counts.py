@@ -24,7 +24,9 @@ def with_counts(batch: Batch, masks: Mapping[str, Bool[Array, "B ..."]]) -> Batc
     global_<name of the mask>, float32 [B].
     """
     samples = len(next(iter(masks.values())))
-    counts = {name: jnp.sum(mask.astype(jnp.float32)) for name, mask in masks.items()}
+    counts = {
+        name: jnp.sum(mask.astype(jnp.float32)) for name, mask in masks.items()
+    }
     counts["samples"] = jnp.float32(samples)
     repeated = {
         PREFIX + name: jnp.broadcast_to(n, (samples,)) for name, n in counts.items()

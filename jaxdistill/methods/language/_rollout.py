@@ -37,7 +37,9 @@ class Writing(Method):
 
     def __post_init__(self):
         temperature = self.sample_temperature
-        if not 0 <= temperature < math.inf or (temperature == 0 and not self.greedy):
+        if not 0 <= temperature < math.inf or (
+            temperature == 0 and not self.greedy
+        ):
             expected = "a number of 0 or more"
             if not self.greedy:
                 expected = (

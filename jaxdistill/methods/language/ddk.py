@@ -60,7 +60,9 @@ class DDK(KD):
     use_r0: bool = False
 
     needs = {**TEXT, "domain": Int[Spec, " B"], "heldout": Shaped[Spec, " B"]}
-    unused = {"hard_weight": "cross-entropy weighs 1 and the divergence method.gamma"}
+    unused = {
+        "hard_weight": "cross-entropy weighs 1 and the divergence method.gamma"
+    }
 
     def __post_init__(self):
         super().__post_init__()
@@ -130,7 +132,10 @@ class DDK(KD):
         def when(step: int) -> bool:
             is_first = step < self.measures
             is_last = self.step_of_cycle(step) == self.measures - 1
-            return not self.is_training(step) and (is_first, is_last) == (first, last)
+            return not self.is_training(step) and (is_first, is_last) == (
+                first,
+                last,
+            )
 
         roles = ("student", "teacher") if first else ("student",)
         gather = functools.partial(self.add_batch, roles)
@@ -143,7 +148,9 @@ class DDK(KD):
 
         The student's are those of the current measurement, the teacher's those of the first one.
         """
-        return {role: jnp.zeros((2, self.domains)) for role in ("student", "teacher")}
+        return {
+            role: jnp.zeros((2, self.domains)) for role in ("student", "teacher")
+        }
 
     def add_batch(self, roles: tuple[str, ...], net: Nets, ctx: Ctx) -> Batch:
         """The sums in the memory, with this batch's added for `roles`.
@@ -152,7 +159,9 @@ class DDK(KD):
         """
         sums = dict(ctx.memory)
         for role in roles:
-            sums[role] = sums[role] + self.domain_sums(getattr(net, role), ctx.batch)
+            sums[role] = sums[role] + self.domain_sums(
+                getattr(net, role), ctx.batch
+            )
         size = len(ctx.batch["tokens"])
         return {
             role: jnp.broadcast_to(total, (size, *total.shape))
@@ -208,7 +217,9 @@ class DomainWeights(Controller):
     def update(self, metrics: Mapping[str, float]) -> Mapping[str, Any]:
         if "measured/ratio0" not in metrics:
             return {}
-        ratio = np.array([metrics[f"measured/ratio{i}"] for i in range(self.domains)])
+        ratio = np.array(
+            [metrics[f"measured/ratio{i}"] for i in range(self.domains)]
+        )
         first = self.weights is None
         if first:
             weights = discrepancy(ratio)  # eq. 1

@@ -128,7 +128,9 @@ class ErnieTiny(Method):
     @property
     def turns(self) -> tuple[Turn, ...]:
         return (
-            Turn(("student", "projection"), self.loss, gather=self.with_token_count),
+            Turn(
+                ("student", "projection"), self.loss, gather=self.with_token_count
+            ),
         )
 
     def with_token_count(self, net: Nets, ctx: Ctx) -> Batch:

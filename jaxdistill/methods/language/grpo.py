@@ -85,7 +85,9 @@ class GRPO(Writing):
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        return (Turn(("student",), self.loss, gather=self.rollout, after=self.sync),)
+        return (
+            Turn(("student",), self.loss, gather=self.rollout, after=self.sync),
+        )
 
     def check(self, nets, data) -> None:
         same_vocabulary(self, nets)
@@ -96,12 +98,19 @@ class GRPO(Writing):
         These are reward, failed and advantage [B], and the log-probabilities of the old policy and
         of every frozen one, log_<role> [B T-1].
         """
-        batch = self.write(net.old, ctx, "write", self.group, common_vocabulary(net))
+        batch = self.write(
+            net.old, ctx, "write", self.group, common_vocabulary(net)
+        )
         reward, failed = self.reward(batch)
         advantage = policy.group_advantages(
             reward, self.group, eps=self.std_eps, ddof=self.ddof
         )
-        batch = {**batch, "reward": reward, "failed": failed, "advantage": advantage}
+        batch = {
+            **batch,
+            "reward": reward,
+            "failed": failed,
+            "advantage": advantage,
+        }
         for role in ("old", *self.frozen):
             batch[f"log_{role}"] = self.log_probs(getattr(net, role), batch)
         return batch
@@ -133,7 +142,9 @@ class GRPO(Writing):
             "reward": jnp.sum(batch["reward"]),
             "failed": jnp.sum(batch["failed"]),
             "length": jnp.sum(mask),
-            "flat": jnp.sum(batch["advantage"] == 0),  # responses without a gradient
+            "flat": jnp.sum(
+                batch["advantage"] == 0
+            ),  # responses without a gradient
             "clipped": share_of_tokens(clipped, mask),
         }
         if self.kl_weight:

@@ -69,7 +69,9 @@ class KD(Method):
         check_divergence_fields(self)
         if self.top_k and self.chunk:
             given = f"method.top_k={self.top_k}"
-            raise Refused(f"{given} needs whole rows of logits, hence method.chunk=0")
+            raise Refused(
+                f"{given} needs whole rows of logits, hence method.chunk=0"
+            )
 
     @classmethod
     def upgraded(cls, given: Mapping[str, Any]) -> dict[str, Any]:

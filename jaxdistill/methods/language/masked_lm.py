@@ -48,9 +48,7 @@ class MaskedLM(Method):
             or min(self.masked, self.random) < 0
             or replaced > 1
         ):
-            given = (
-                f"method.rate={self.rate}, masked={self.masked}, random={self.random}"
-            )
+            given = f"method.rate={self.rate}, masked={self.masked}, random={self.random}"
             raise Refused(
                 f"{given}: expected shares, the last two at most 1 together"
             )
@@ -71,7 +69,9 @@ class MaskedLM(Method):
         mask = ctx.batch[f"{self.prefix}mask"]
         corrupted, predicted = self.corrupt(tokens, mask, ctx.key("mask"))
         hidden = net.student(corrupted, mask=mask, method="encode")
-        total, count = masked_sum(cross_entropy(net.head(hidden), tokens), predicted)
+        total, count = masked_sum(
+            cross_entropy(net.head(hidden), tokens), predicted
+        )
         return Out(total, {}, count=count)
 
     def corrupt(
@@ -82,7 +82,9 @@ class MaskedLM(Method):
     ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
         """(tokens that the network reads, which of them are to be predicted)."""
         which, how, other = jax.random.split(key, 3)
-        predicted = (jax.random.uniform(which, tokens.shape) < self.rate) & (mask > 0)
+        predicted = (jax.random.uniform(which, tokens.shape) < self.rate) & (
+            mask > 0
+        )
         u = jax.random.uniform(how, tokens.shape)
         drawn = jax.random.randint(other, tokens.shape, 0, self.vocab, tokens.dtype)
         replaced = jnp.where(u < self.masked + self.random, drawn, tokens)

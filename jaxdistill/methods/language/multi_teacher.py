@@ -60,14 +60,18 @@ class EnsembleKD(KD):
     @follows_schedules
     def loss(self, net: Nets, ctx: Ctx) -> Out:
         used = {
-            role: weight for role, weight in zip(self.frozen, self.weights) if weight
+            role: weight
+            for role, weight in zip(self.frozen, self.weights)
+            if weight
         }
         logits = [self.outputs(getattr(net, role), ctx.batch) for role in used]
         logits = common(*logits)
         teacher = logits[0]
         if len(logits) > 1:
             log_p = [jax.nn.log_softmax(z / self.temperature) for z in logits]
-            teacher = self.temperature * POOLS[self.pool](log_p, tuple(used.values()))
+            teacher = self.temperature * POOLS[self.pool](
+                log_p, tuple(used.values())
+            )
         student = self.outputs(net.student, ctx.batch)
         return self.compare(net, teacher, student, ctx.batch)
 

@@ -109,7 +109,10 @@ class Paced(GKD):
         """One for each divergence, equally long."""
         stages = []
         for i, length in enumerate(stage_lengths(steps, len(self.divergences))):
-            own = {"divergence": self.divergences[i], "reference": self.references[i]}
+            own = {
+                "divergence": self.divergences[i],
+                "reference": self.references[i],
+            }
             method = dataclasses.replace(self, **own)
             surgery = None if i else self.initialise_student
             collect = Collect(method.measure, self.batches)

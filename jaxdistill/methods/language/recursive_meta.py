@@ -118,7 +118,9 @@ class RecursiveMeta(KD):
         meta = base
         if self.generation:
             gamma = self.gamma[min(self.generation, len(self.gamma)) - 1]
-            meta = anchored(POOLS[self.pool], gamma, self.history)(base, log_students)
+            meta = anchored(POOLS[self.pool], gamma, self.history)(
+                base, log_students
+            )
         out = self.compare(net, meta, student, batch)
         base_kl, _ = masked_sum(ForwardKL()(base, student), targets(batch)[1])
         return out._replace(metrics={**out.metrics, "base_kl": base_kl})

@@ -113,7 +113,10 @@ class EstimatedAlpha(SelfDistillation):
         """The first model; then in each round the pure student g and the real one. Equally long."""
         lengths = stage_lengths(steps, 2 * self.rounds - 1)
         pure = SelfDistillation(
-            alpha=0.0, rounds=self.rounds, batches=self.batches, penalty=self.penalty
+            alpha=0.0,
+            rounds=self.rounds,
+            batches=self.batches,
+            penalty=self.penalty,
         )
         for_pure = Collect(self.predictions, self.batches)
         for_real = Collect(self.three_predictions, self.batches)

@@ -49,7 +49,9 @@ class SFT(Method):
         """Of the token after each: -log q, whether it is the likeliest, whether it is a target."""
         labels, mask = targets(batch)
         if self.chunk:
-            hidden = net.student(batch["tokens"], hidden_only=True, **context(batch))
+            hidden = net.student(
+                batch["tokens"], hidden_only=True, **context(batch)
+            )
             head = net.student(method="unembedding")
             nll, likeliest = chunked_likelihood(
                 hidden, head, labels, chunk=self.chunk

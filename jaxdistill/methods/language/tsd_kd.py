@@ -68,9 +68,7 @@ class TSDKD(GKD):
                 f"method.direct_on={self.direct_on!r}: expected all or opener"
             )
         if not 0 < self.share <= 1 or self.gate_temperature < 0:
-            given = (
-                f"method.share={self.share}, gate_temperature={self.gate_temperature}"
-            )
+            given = f"method.share={self.share}, gate_temperature={self.gate_temperature}"
             raise Refused(f"{given}: expected (0, 1] and 0 or more")
         if self.chunk or self.candidates < 1:
             given = f"method.chunk={self.chunk}, candidates={self.candidates}"

@@ -38,7 +38,9 @@ class DiscreteConsistency(FewStep):
     inits = {"student": None}
     frozen = ()
 
-    def pair(self, ctx: Ctx, n: int) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    def pair(
+        self, ctx: Ctx, n: int
+    ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """The times (t, r) of `n` samples, r < t."""
         raise NotImplementedError
 
@@ -117,7 +119,11 @@ class Consistency(DiscreteConsistency):
 
     def pair(self, ctx, n):
         levels = consistency.noise_levels(
-            self.levels, self.levels, self.process.t_min, self.process.t_max, self.rho
+            self.levels,
+            self.levels,
+            self.process.t_min,
+            self.process.t_max,
+            self.rho,
         )
         return consistency.neighbours(
             ctx.key("level"), levels, jnp.zeros(self.levels - 1), n

@@ -14,7 +14,10 @@ import dataclasses
 import jax.numpy as jnp
 
 from jaxdistill.diffusion.times import LogNormalSNR, Uniform
-from jaxdistill.methods.trajectory.consistency import DiscreteConsistency, GrowingGrid
+from jaxdistill.methods.trajectory.consistency import (
+    DiscreteConsistency,
+    GrowingGrid,
+)
 from jaxdistill.objectives import consistency
 
 

@@ -47,7 +47,9 @@ class FlowMatching(Method):
         t = self.times.draw(self.process, ctx.key("t"), n)
         eps = jax.random.normal(ctx.key("eps"), x0.shape)
         keep = jax.random.uniform(ctx.key("drop"), (n,)) >= self.label_dropout
-        cond = drop_condition(ctx.batch.get("cond"), ctx.batch.get("null_cond"), keep)
+        cond = drop_condition(
+            ctx.batch.get("cond"), ctx.batch.get("null_cond"), keep
+        )
         pred = net.student(self.process.add_noise(x0, eps, t), t, cond)
         return Out(
             jnp.mean(denoising_error(self.process, pred, x0, eps, t, self.target))
@@ -59,5 +61,10 @@ class FlowMatching(Method):
     def sample(self, net, noise, cond, key, steps):
         denoise = lambda x, t: net(x, t, cond)
         return ode.solve(
-            self.solver, self.process, denoise, self.process.start(noise), steps, key
+            self.solver,
+            self.process,
+            denoise,
+            self.process.start(noise),
+            steps,
+            key,
         )

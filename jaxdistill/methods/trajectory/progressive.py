@@ -60,7 +60,10 @@ class Progressive(Method):
 
     def __post_init__(self):
         halves = self.student_steps >= 1 and self.halvings >= 1
-        if not halves or self.student_steps * 2**self.halvings != self.teacher_steps:
+        if (
+            not halves
+            or self.student_steps * 2**self.halvings != self.teacher_steps
+        ):
             given = f"method.teacher_steps={self.teacher_steps}"
             expected = f"2, 4, 8, ... times student_steps={self.student_steps}"
             raise Refused(f"{given}: expected {expected}")
@@ -90,8 +93,12 @@ class Progressive(Method):
         """
         all_steps = self.first_steps or self.teacher_steps
         if steps < 1 or all_steps % steps:
-            expected = f"expected a divisor of the first teacher's {all_steps} steps"
-            raise Refused(f"steps={steps}: {expected}, on whose grid all are trained")
+            expected = (
+                f"expected a divisor of the first teacher's {all_steps} steps"
+            )
+            raise Refused(
+                f"steps={steps}: {expected}, on whose grid all are trained"
+            )
         return self.process.grid(all_steps)[:: all_steps // steps]
 
     def loss(self, net: Nets, ctx: Ctx) -> Out:

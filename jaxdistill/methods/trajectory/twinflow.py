@@ -137,7 +137,9 @@ class FullTwinFlow(TwinFlow):
         t, r = self.interval(ctx, n)
         eps = jax.random.normal(ctx.key("eps"), x.shape, x.dtype)
         base, _, v = self.base(net, batch, eps, t, r)
-        instantaneous = net.student(self.process.add_noise(x, eps, t), t, cond, r=t).v
+        instantaneous = net.student(
+            self.process.add_noise(x, eps, t), t, cond, r=t
+        ).v
         flow = self.distance(instantaneous, jax.lax.stop_gradient(v))
         F = self.one_step(net, eps, cond)
         target = self.consistent(net, batch, F, eps, v, jnp.ones(n), jnp.zeros(n))

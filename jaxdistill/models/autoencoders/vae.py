@@ -76,7 +76,9 @@ class PixelAttention(nnx.Module):
 
 
 def norm(cfg: VAE, dim: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    return group_norm(dim, cfg.groups, rngs=rngs, eps=EPS, dtype=jnp.dtype(cfg.dtype))
+    return group_norm(
+        dim, cfg.groups, rngs=rngs, eps=EPS, dtype=jnp.dtype(cfg.dtype)
+    )
 
 
 def resnet(cfg: VAE, i: int, o: int, rngs: nnx.Rngs) -> ResBlock:
@@ -100,7 +102,9 @@ class Level(nnx.Module):
     ):
         self.remat = cfg.remat
         ins = [i] + [o] * (count - 1)
-        self.resnets = nnx.List([resnet(cfg, channels, o, rngs) for channels in ins])
+        self.resnets = nnx.List(
+            [resnet(cfg, channels, o, rngs) for channels in ins]
+        )
         if resample:
             self.resample = resample
 

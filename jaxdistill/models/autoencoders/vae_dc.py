@@ -113,7 +113,9 @@ class DCAE:
         count = len(self.encoder_widths)
         names = ("widths", "layers", "attention", "scales")
         given = {name: getattr(self, f"{half}_{name}") for name in names}
-        given["acts"] = self.decoder_acts if half == "decoder" else ("silu",) * count
+        given["acts"] = (
+            self.decoder_acts if half == "decoder" else ("silu",) * count
+        )
         for name, levels in given.items():
             if len(levels) != count:
                 raise Refused(
@@ -158,7 +160,9 @@ class ResBlock(nnx.Module):
 
 
 def quadratic_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"]
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S H K"],
+    v: Float[Array, "B S H K"],
 ) -> Float[Array, "B T H K"]:
     """`linear_attention` through all scores, in O(T S K).
 
@@ -268,12 +272,16 @@ class EfficientViTBlock(nnx.Module):
         return self.gated(self.attention(x))
 
 
-def pixels_to_channels(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 4*C"]:
+def pixels_to_channels(
+    x: Float[Array, "B H W C"],
+) -> Float[Array, "B H//2 W//2 4*C"]:
     """Squares of 2x2 pixels as channels, the channel outermost (PyTorch's pixel_unshuffle)."""
     return rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
 
 
-def channels_to_pixels(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C//4"]:
+def channels_to_pixels(
+    x: Float[Array, "B H W C"],
+) -> Float[Array, "B 2*H 2*W C//4"]:
     """The inverse of `pixels_to_channels`."""
     return rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
 
@@ -356,7 +364,11 @@ class Level(nnx.Module):
     """Blocks of one width, and the change of resolution between this level and the next."""
 
     def __init__(
-        self, cfg: DCAE, sizes: LevelSizes, resample: Down | Up | None, rngs: nnx.Rngs
+        self,
+        cfg: DCAE,
+        sizes: LevelSizes,
+        resample: Down | Up | None,
+        rngs: nnx.Rngs,
     ):
         self.remat = cfg.remat
         dtype = jnp.dtype(cfg.dtype)
@@ -408,7 +420,9 @@ class Encoder(nnx.Module):
                 cfg.channels, start.width, names=(None, "embed")
             )
         else:
-            self.conv_in = Down(cfg, cfg.channels, start.width, rngs, shortcut=False)
+            self.conv_in = Down(
+                cfg, cfg.channels, start.width, rngs, shortcut=False
+            )
         made = []
         for one, after in zip(levels, [*levels[1:], None]):
             down = None

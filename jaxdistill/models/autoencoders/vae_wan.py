@@ -200,7 +200,9 @@ class Encoder(nnx.Module):
             conv, size=(3, 1, 1), strides=(2, 1, 1), padding="VALID"
         )
         self.remat = cfg.remat
-        self.conv_in = causal(cfg.channels, w[0], rngs, dtype, names=(None, "embed"))
+        self.conv_in = causal(
+            cfg.channels, w[0], rngs, dtype, names=(None, "embed")
+        )
         levels = []
         for i, o in enumerate(w[1:]):
             time = None
@@ -242,7 +244,9 @@ class Decoder(nnx.Module):
                 time = causal(o, 2 * o, rngs, dtype, size=(3, 1, 1))
             if i < last:
                 resample = Up(o, o // 2, rngs=rngs, dtype=dtype)
-            levels.append(Level(now, o, cfg.blocks + 1, resample, time, rngs, dtype))
+            levels.append(
+                Level(now, o, cfg.blocks + 1, resample, time, rngs, dtype)
+            )
             now = o // 2
         self.levels = nnx.List(levels)
         self.norm_out = rms_norm(w[-1], rngs=rngs, eps=EPS, dtype=dtype)

@@ -71,7 +71,9 @@ class EDMUNet:
     eps: ClassVar[float]  # of the group norms
     # True: the embedding scales and shifts the second norm; False: it is added before that norm
     adaptive: ClassVar[bool]
-    damping: ClassVar[float]  # factor on the sum of a block's branch and its shortcut
+    damping: ClassVar[
+        float
+    ]  # factor on the sum of a block's branch and its shortcut
     # whether blocks that change the resolution have a 1x1 convolution on the shortcut
     project: ClassVar[bool]
     # every block on the way up attends, not just the last of a level
@@ -216,7 +218,9 @@ def resample(
 def norm(cfg: EDMUNet, dim: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Group norm with 32 groups, fewer where a group would have less than four channels."""
     groups = min(32, dim // 4)
-    return group_norm(dim, groups, rngs=rngs, eps=cfg.eps, dtype=jnp.dtype(cfg.dtype))
+    return group_norm(
+        dim, groups, rngs=rngs, eps=cfg.eps, dtype=jnp.dtype(cfg.dtype)
+    )
 
 
 class Block(nnx.Module):
@@ -346,7 +350,9 @@ class EDMModule(nnx.Module):
         heads = self.cfg.heads(o) if attend else 0
         return Block(self.cfg, i, o, rngs, heads=heads, way=way)
 
-    def _way_down(self, first: int, rngs: nnx.Rngs) -> tuple[list[Level], list[int]]:
+    def _way_down(
+        self, first: int, rngs: nnx.Rngs
+    ) -> tuple[list[Level], list[int]]:
         """(levels, channels of all activations that are concatenated on the way up)."""
         cfg = self.cfg
         residual = getattr(cfg, "residual", False)
@@ -500,7 +506,9 @@ class EDMModule(nnx.Module):
             features.append(h)
         return h, features
 
-    def _condition(self, cond: Any, batch: int) -> tuple[Array | None, Array | None]:
+    def _condition(
+        self, cond: Any, batch: int
+    ) -> tuple[Array | None, Array | None]:
         """(weights of the classes [B classes], augmentation [B augment_dim]).
 
         Each is None where it is not read or not given.

@@ -39,7 +39,9 @@ class MLP:
     @property
     def condition(self) -> Condition | None:
         return (
-            Condition(array=Int[Spec, " B"], required=False) if self.classes else None
+            Condition(array=Int[Spec, " B"], required=False)
+            if self.classes
+            else None
         )
 
 
@@ -90,7 +92,9 @@ class MLPModule(nnx.Module):
         """
         h = self.inp(jnp.concatenate([x, _time_features(t)], -1))
         if self.cfg.classes:
-            label = jnp.full(x.shape[:1], self.cfg.classes) if cond is None else cond
+            label = (
+                jnp.full(x.shape[:1], self.cfg.classes) if cond is None else cond
+            )
             h = h + lookup(self.label_embed, label)
         if r is not None:
             h = h + self.gap_embed(_time_features(t - r))

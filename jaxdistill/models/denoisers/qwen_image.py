@@ -115,7 +115,9 @@ class Stream(nnx.Module):
         """
         m = self.modulation(time)
         if len(lengths) > 1:
-            runs = [jnp.repeat(m[:, i : i + 1], n, 1) for i, n in enumerate(lengths)]
+            runs = [
+                jnp.repeat(m[:, i : i + 1], n, 1) for i, n in enumerate(lengths)
+            ]
             m = jnp.concatenate(runs, 1)
         return jnp.split(m, 6, -1)
 
@@ -128,7 +130,9 @@ class Stream(nnx.Module):
     ) -> tuple[
         Float[Array, "B N D"],
         tuple[
-            Float[Array, "B N H K"], Float[Array, "B N H K"], Float[Array, "B N H K"]
+            Float[Array, "B N H K"],
+            Float[Array, "B N H K"],
+            Float[Array, "B N H K"],
         ],
     ]:
         """The modulated tokens, and their queries, keys and values."""
@@ -195,7 +199,9 @@ class Block(nnx.Module):
         n = text.shape[1]
         times = context.times
         shift, scale, *rest = self.image.modulations(times, context.lengths)
-        text_shift, text_scale, *text_rest = self.text.modulations(times[:, :1], (n,))
+        text_shift, text_scale, *text_rest = self.text.modulations(
+            times[:, :1], (n,)
+        )
         text_rotary, image_rotary = context.rotary
         h, of_image = self.image.qkv(x, shift, scale, image_rotary)
         _, of_text = self.text.qkv(text, text_shift, text_scale, text_rotary)
@@ -218,7 +224,9 @@ class QwenImageModule(Stacked):
         make = functools.partial(dense, rngs=rngs, init=XAVIER, dtype=self.dtype)
         self.patch_embed = make(pixels, d, (None, "embed"))
         self.time_embed = EmbeddingMLP(256, d, rngs)
-        self.text_norm = rms_norm(cfg.text_dim, rngs=rngs, eps=EPS, dtype=self.dtype)
+        self.text_norm = rms_norm(
+            cfg.text_dim, rngs=rngs, eps=EPS, dtype=self.dtype
+        )
         self.text_embed = make(cfg.text_dim, d, (None, "embed"))
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
         self.modulation_out = make(d, 2 * d, ("embed", "mlp"))
@@ -255,7 +263,9 @@ class QwenImageModule(Stacked):
         cfg = self.cfg
         check_condition(cond, cfg.condition, "QwenImage")
         pictures = self._pictures(x, cond)
-        grids = [(p.shape[1] // cfg.patch, p.shape[2] // cfg.patch) for p in pictures]
+        grids = [
+            (p.shape[1] // cfg.patch, p.shape[2] // cfg.patch) for p in pictures
+        ]
         own = grids[0][0] * grids[0][1]  # patches of x
         h = jnp.concatenate([self._cut(picture) for picture in pictures], 1)
         h = constrain(self.patch_embed(h), "batch", "seq", None)
@@ -308,7 +318,10 @@ class QwenImageModule(Stacked):
         """[B H W C] -> patches [B N p p C], by rows; their channels are (channel, row, column)."""
         p = self.cfg.patch
         return rearrange(
-            picture.astype(self.dtype), "b (i p) (j q) c -> b (i j) (c p q)", p=p, q=p
+            picture.astype(self.dtype),
+            "b (i p) (j q) c -> b (i j) (c p q)",
+            p=p,
+            q=p,
         )
 
     def _join(self, patches: Array, rows: int) -> Array:

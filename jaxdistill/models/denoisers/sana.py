@@ -78,11 +78,15 @@ class Sana:
     cross_heads: int = 2  # of the attention to the text
     text_dim: int = 16  # channels of cond["text"]
     mlp_ratio: float = 2.5  # hidden channels of the gated convolution, in dim
-    qk_norm: bool = False  # queries and keys pass an RMS norm over all heads together
+    qk_norm: bool = (
+        False  # queries and keys pass an RMS norm over all heads together
+    )
     # factor by which the sinusoidal positions are closer together; None: no positions
     interpolation: float | None = None
     guidance: bool = False  # reads cond["guidance"]
-    guidance_scale: float = 0.1  # factor on the guidance scale before it is embedded
+    guidance_scale: float = (
+        0.1  # factor on the guidance scale before it is embedded
+    )
     # factor on t before it is embedded (Sprint's teachers: .001)
     time_scale: float = 1.0
     norm_eps: float = 1e-6  # of the modulated norms
@@ -261,7 +265,10 @@ class SanaModule(Stacked):
         return self.through(*self.embed_inputs(x, t, cond), taps=taps, **through)
 
     def embed_inputs(
-        self, x: Float[Array, "B H W C"], t: Num[Array, " B"], cond: Mapping[str, Any]
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, " B"],
+        cond: Mapping[str, Any],
     ) -> tuple[Float[Array, "B N D"], Context]:
         cfg = self.cfg
         check_condition(cond, cfg.condition, "Sana")
@@ -306,7 +313,9 @@ class SanaModule(Stacked):
         cfg = self.cfg
         emb = self.time_embed(fourier(cfg.time_scale * t, 256, shift=0.0))
         if cfg.guidance:
-            guidance = fourier(cfg.guidance_scale * cond["guidance"], 256, shift=0.0)
+            guidance = fourier(
+                cfg.guidance_scale * cond["guidance"], 256, shift=0.0
+            )
             emb = emb + self.guidance_embed(guidance)
         return emb
 

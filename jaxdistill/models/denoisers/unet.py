@@ -171,7 +171,9 @@ class Block(nnx.Module):
         self.up = dense(dim, wide, ("embed", "mlp"), rngs=rngs, dtype=dtype)
         self.down = dense(4 * dim, dim, ("mlp", "embed"), rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "B N D"], text: Text) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], text: Text
+    ) -> Float[Array, "B N D"]:
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         x = x + self.attn2(self.norm2(x), *text)
@@ -390,7 +392,9 @@ class UNetModule(nnx.Module):
                 f"taps={tuple(taps)}: blocks are numbered 0 to {2 * levels}, {levels} is the middle"
             )
 
-    def _descend(self, h: Array, emb: Array, text: Text) -> tuple[Array, list, list]:
+    def _descend(
+        self, h: Array, emb: Array, text: Text
+    ) -> tuple[Array, list, list]:
         """(output, all activations for the way up, outputs of the levels)."""
         cfg = self.cfg
         skips = [h]

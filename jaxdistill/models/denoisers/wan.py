@@ -157,7 +157,9 @@ class Attention(nnx.Module):
             negative_v = split_heads(self.to_v(negative.tokens), self.heads)
             out = nasa(q, k, v, negative_k, negative_v, negative.alpha)
         if self.vision:
-            k = split_heads(self.norm_k_vision(self.to_k_vision(vision)), self.heads)
+            k = split_heads(
+                self.norm_k_vision(self.to_k_vision(vision)), self.heads
+            )
             v = split_heads(self.to_v_vision(vision), self.heads)
             out = out + attention(q, k, v)
         return merge_heads(out)
@@ -314,7 +316,9 @@ class WanModule(Stacked):
         text = self._text(cond["text"], cond.get("mask"))
         negative = self._negative(cond)
         vision = (
-            self.vision(cond["vision"].astype(self.dtype)) if cfg.vision_dim else None
+            self.vision(cond["vision"].astype(self.dtype))
+            if cfg.vision_dim
+            else None
         )
         rotary = positions(cfg.dim // cfg.heads, grid)
         context = Context(emb, time, text, vision, rotary, negative, grid, x.dtype)
@@ -393,7 +397,9 @@ def runs(
         return parts
     shape = (batch, count, length, dim)
     return [
-        jnp.broadcast_to(part[:, :, None], shape).reshape(batch, count * length, dim)
+        jnp.broadcast_to(part[:, :, None], shape).reshape(
+            batch, count * length, dim
+        )
         for part in parts
     ]
 

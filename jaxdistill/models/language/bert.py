@@ -99,7 +99,9 @@ class Block(nnx.Module):
         self.to_k = make(d, d, ("embed", "heads"))
         self.to_v = make(d, d, ("embed", "heads"))
         self.to_out = make(d, d, ("heads", "embed"))
-        self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_attention = layer_norm(
+            d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
         self.up = make(d, cfg.mlp, ("embed", "mlp"))
         self.down = make(cfg.mlp, d, ("mlp", "embed"))
         self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
@@ -141,7 +143,9 @@ class Encoder(Stacked):
             cfg.max_length, cfg.dim, rngs=rngs, names=names
         )
         self.embed_type = embedding(cfg.types, cfg.dim, rngs=rngs, names=names)
-        self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        self.norm = layer_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype
+        )
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
 
     def embed_inputs(

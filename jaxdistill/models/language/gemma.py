@@ -74,7 +74,9 @@ class CentredNorm(nnx.Module):
 class Gemma2Block(Block):
     def __init__(self, cfg: Gemma2, rngs: nnx.Rngs):
         super().__init__(cfg, rngs)
-        make = lambda: CentredNorm(cfg.dim, cfg.norm_eps, jnp.dtype(cfg.dtype), rngs)
+        make = lambda: CentredNorm(
+            cfg.dim, cfg.norm_eps, jnp.dtype(cfg.dtype), rngs
+        )
         self.norm_attention = make()
         self.norm_attention_out = make()
         self.norm_mlp = make()

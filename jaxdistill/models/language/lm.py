@@ -69,7 +69,9 @@ class LM:
     rope_factor: float = 1.0  # Llama 3.1's stretch of long wavelengths; 1: none
     # wavelengths above rope_original / rope_low are stretched in full
     rope_low: float = 1.0
-    rope_high: float = 4.0  # those below rope_original / rope_high are not stretched
+    rope_high: float = (
+        4.0  # those below rope_original / rope_high are not stretched
+    )
     rope_original: int = 8192  # the context before stretching, tokens
     norm_eps: float = 1e-6
     tied: bool = False  # the output head is the embedding table
@@ -331,7 +333,9 @@ class LMModule(Stacked):
 
     def _attend_causally(self, seen: Array | None) -> Attend:
         def attend(q, k, v):
-            return attention(q, k, v, mask=seen, causal=True, cap=self.cfg.cap), None
+            return attention(
+                q, k, v, mask=seen, causal=True, cap=self.cfg.cap
+            ), None
 
         return attend
 
@@ -380,7 +384,13 @@ class LMModule(Stacked):
         layers = cache["layers"] or self.blocks
         stores = cache["stores"]
         x, stores, features = scan_stores(
-            layer, x, layers, stores, self.cfg.depth, remat=self.cfg.remat, taps=taps
+            layer,
+            x,
+            layers,
+            stores,
+            self.cfg.depth,
+            remat=self.cfg.remat,
+            taps=taps,
         )
         return (
             x,
@@ -434,7 +444,9 @@ def zero_store(
 
 def context(batch: Batch) -> dict[str, Integer[Array, "*_"]]:
     """The arguments of a language model's call that a batch of data holds beside its tokens."""
-    return {name: batch[name] for name in ("segments", "positions") if name in batch}
+    return {
+        name: batch[name] for name in ("segments", "positions") if name in batch
+    }
 
 
 def following(x: Shaped[Array, "B T"], fill: int = 0) -> Shaped[Array, "B T"]:

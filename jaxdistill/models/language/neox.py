@@ -71,7 +71,9 @@ class Block(nnx.Module):
         self.rotary = cfg.rotary
         self.parallel = cfg.parallel
         self.activation = lookup_name(ACTIVATIONS, cfg.activation, "activation")
-        self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_attention = layer_norm(
+            d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
         self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         # its output channels are (head, one of q k v, channel)
         self.to_qkv = make(d, 3 * d, ("embed", "heads"))
@@ -116,7 +118,9 @@ class Block(nnx.Module):
         merged = attended.reshape(x.shape)
         out = drop(self.to_out(merged), self.dropout, key_attention)
         mid = x + with_residual(out, h, residual)
-        neurons = self.activation(self.up(self.norm_mlp(x if self.parallel else mid)))
+        neurons = self.activation(
+            self.up(self.norm_mlp(x if self.parallel else mid))
+        )
         out = drop(self.down(neurons), self.dropout, key_mlp)
         x = constrain(mid + out, "batch", "seq", None)
         return x, extra, Inside(merged, neurons)
@@ -135,4 +139,6 @@ class NeoXModule(LMModule):
                 f"(rotary_share={cfg.rotary_share}), not pairs"
             )
         super().__init__(cfg, rngs)
-        self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        self.norm = layer_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype
+        )

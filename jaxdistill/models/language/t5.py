@@ -54,7 +54,9 @@ class T5Encoder:
     T5 1.1's XXL is vocab 32128, dim 4096, mlp 10240, heads 64, head_dim 64, depth 24, gated.
     """
 
-    shared_bias: ClassVar[bool] = True  # one table of position biases for all layers
+    shared_bias: ClassVar[bool] = (
+        True  # one table of position biases for all layers
+    )
 
     vocab: int = 64
     dim: int = 64
@@ -188,7 +190,9 @@ class DecoderBlock(Block):
 class Stack(nnx.Module):
     """The layers of encoder or decoder, the position biases that they share, the last norm."""
 
-    def __init__(self, cfg: T5Encoder, make: type[Block], depth: int, rngs: nnx.Rngs):
+    def __init__(
+        self, cfg: T5Encoder, make: type[Block], depth: int, rngs: nnx.Rngs
+    ):
         self.blocks = stack(lambda r: make(cfg, r), depth, rngs)
         if cfg.shared_bias:
             self.position = embedding(
@@ -378,7 +382,9 @@ class T5Module(T5EncoderModule):
     ) -> tuple[Float[Array, "B T D"], DecoderContext]:
         encoded = self.encode(source, mask=source_mask)
         source_seen = key_mask(valid_tokens(source, source_mask))
-        seen, bias = self._text_masks(valid_tokens(tokens, mask), 0, tokens.shape[1])
+        seen, bias = self._text_masks(
+            valid_tokens(tokens, mask), 0, tokens.shape[1]
+        )
         context = DecoderContext(encoded, source_seen, seen, bias)
         return self._embed(tokens), context
 

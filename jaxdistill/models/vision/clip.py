@@ -125,7 +125,9 @@ class ClipTextModule(Stacked):
             cfg.max_length, cfg.dim, rngs=rngs, names=("index", "embed")
         )
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
-        self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        self.norm = layer_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype
+        )
 
     def __call__(
         self,
@@ -178,7 +180,9 @@ class ClipTextModule(Stacked):
         With eos = 2, which the first released configurations give wrongly, it is that at the
         largest token.
         """
-        last = jnp.argmax(tokens if self.cfg.eos == 2 else tokens == self.cfg.eos, -1)
+        last = jnp.argmax(
+            tokens if self.cfg.eos == 2 else tokens == self.cfg.eos, -1
+        )
         return jnp.take_along_axis(outputs, last[:, None, None], 1)[:, 0]
 
 

@@ -108,7 +108,9 @@ class ConvFeaturesModule(nnx.Module):
         for layer in self.layers:
             h = constrain(nnx.relu(layer(h)), "batch", None, None, None)
             features.append(h)
-        return h, tuple(rearrange(features[i], "b h w c -> b (h w) c") for i in taps)
+        return h, tuple(
+            rearrange(features[i], "b h w c -> b (h w) c") for i in taps
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,9 @@ class Layer(nnx.Module):
         dtype = jnp.dtype(cfg.dtype)
         table = nnx.with_partitioning(ZEROS, ("index", None))
         make = functools.partial(dense, rngs=rngs, init=NORMAL, dtype=dtype)
-        self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_attention = layer_norm(
+            d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
         self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.to_qkv = make(d, 3 * d, ("embed", "heads"))
         self.to_out = make(d, d, ("heads", "embed"))

@@ -79,7 +79,9 @@ class Block(nnx.Module):
         d = cfg.dim
         dtype = jnp.dtype(cfg.dtype)
         make = functools.partial(dense, rngs=rngs, init=NORMAL, dtype=dtype)
-        self.norm_attention = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
+        self.norm_attention = layer_norm(
+            d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype
+        )
         self.norm_mlp = layer_norm(d, rngs=rngs, eps=cfg.norm_eps, dtype=dtype)
         self.to_q = make(d, d, ("embed", "heads"), bias=cfg.bias)
         self.to_k = make(d, d, ("embed", "heads"), bias=cfg.bias)
@@ -168,7 +170,9 @@ class Encoder(Stacked):
         self.token = nnx.Param(table(rngs.params(), (1, 1, d)))
         self.positions = nnx.Param(table(rngs.params(), (1, 1 + patches, d)))
         self.blocks = stack(lambda r: Block(cfg, r), cfg.depth, rngs)
-        self.norm = layer_norm(cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype)
+        self.norm = layer_norm(
+            cfg.dim, rngs=rngs, eps=cfg.norm_eps, dtype=self.dtype
+        )
 
     def embed_inputs(
         self, x: Float[Array, "B H W C"]

@@ -110,11 +110,15 @@ def test_outputs_agree(pair, padded, record_property):
     for state, layer in zip(features, (1, 3)):
         assert gap(state, expected.hidden_states[layer].numpy(), real) <= 1e-5
     for score, layer in zip(scores, (0, 2)):
-        score = np.where(mask[:, None, None, :], score, -np.inf) if padded else score
+        score = (
+            np.where(mask[:, None, None, :], score, -np.inf) if padded else score
+        )
         weights = np.moveaxis(np.asarray(jax.nn.softmax(score)), 1, 2)
         # scores reach 10, and what they are off by (1e-6 of that) is a weight's relative error
         assert (
-            gap(weights, np.moveaxis(expected.attentions[layer].numpy(), 1, 2), real)
+            gap(
+                weights, np.moveaxis(expected.attentions[layer].numpy(), 1, 2), real
+            )
             <= 1e-4
         )
     if type(net.config) is Bert:
@@ -136,7 +140,8 @@ def test_padding_changes_nothing(pair):
         )
     )
     assert (
-        gap(alone[0], found[row, :length] if found.ndim == 3 else found[row]) <= 1e-5
+        gap(alone[0], found[row, :length] if found.ndim == 3 else found[row])
+        <= 1e-5
     )
 
 
@@ -147,7 +152,13 @@ def test_transformers_loads_what_we_save(pair, tmp_path):
         tmp_path / "out", output_loading_info=True
     )
     assert not any(info.values())
-    for key in (*SIZES, "hidden_act", "layer_norm_eps", "pad_token_id", "num_labels"):
+    for key in (
+        *SIZES,
+        "hidden_act",
+        "layer_norm_eps",
+        "pad_token_id",
+        "num_labels",
+    ):
         assert getattr(again.config, key) == getattr(model.config, key), key
     ours = again.state_dict()
     theirs = model.state_dict()

@@ -94,7 +94,9 @@ def text(request, tmp_path_factory):
 @pytest.fixture(scope="module", params=VISIONS)
 def vision(request, tmp_path_factory):
     return loaded(
-        request.param, *VISIONS[request.param], tmp_path_factory.mktemp(request.param)
+        request.param,
+        *VISIONS[request.param],
+        tmp_path_factory.mktemp(request.param),
     )
 
 
@@ -113,7 +115,9 @@ def test_texts_agree(text, padded, agree):
     tokens, mask = sentences()
     with torch.no_grad():
         given = (
-            {"attention_mask": torch.tensor(mask.astype(np.int64))} if padded else {}
+            {"attention_mask": torch.tensor(mask.astype(np.int64))}
+            if padded
+            else {}
         )
         theirs = model(torch.tensor(tokens), output_hidden_states=True, **given)
     states, features = call(tokens, **({"mask": mask} if padded else {}))
@@ -226,7 +230,9 @@ def test_towers_in_a_joint_model(tmp_path):
         theirs = joint(
             torch.tensor(tokens), torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
         )
-    net, params = interop.load(tmp_path)  # the image tower, where nothing says which
+    net, params = interop.load(
+        tmp_path
+    )  # the image tower, where nothing says which
     assert (
         type(net.config) is ClipVisionProjected
         and interop.family_of(net) is interop.families.clip.VISION_PROJECTED
@@ -288,7 +294,13 @@ def test_released_sizes():
     assert ours == sum(p.numel() for p in texts.parameters()) == 123_060_480
     ours = make_net(
         ClipVisionProjected(
-            size=224, patch=14, dim=1024, mlp=4096, heads=16, depth=24, projection=768
+            size=224,
+            patch=14,
+            dim=1024,
+            mlp=4096,
+            heads=16,
+            depth=24,
+            projection=768,
         )
     ).size
     assert ours == sum(p.numel() for p in images.parameters())

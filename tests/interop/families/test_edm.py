@@ -188,7 +188,11 @@ class Reference:
             h = F.silu(self.norm(h, f"{name}.norm1") * (1 + a[:, :o]) + a[:, o:])
         h = self.conv(h, f"{name}.conv1", o)
         x = self.move(x, f"{name}.skip", way) if way else x
-        x = self.conv(x, f"{name}.skip", o, 1) if i != o or (way and self.song) else x
+        x = (
+            self.conv(x, f"{name}.skip", o, 1)
+            if i != o or (way and self.song)
+            else x
+        )
         x = (x + h) * damp
         if attend:
             heads = 1 if self.song else o // self.c.get("channels_per_head", 64)
@@ -216,7 +220,10 @@ class Reference:
         half = noise // 2
         if c.get("embedding_type") == "fourier":
             args = (
-                2 * math.pi * t[:, None] * self.get("map_noise.freqs", half, std=16.0)
+                2
+                * math.pi
+                * t[:, None]
+                * self.get("map_noise.freqs", half, std=16.0)
             )
         else:
             args = t[:, None] * 10000.0 ** (
@@ -226,10 +233,14 @@ class Reference:
             [args.sin(), args.cos()] if self.song else [args.cos(), args.sin()], 1
         )
         if label is not None and self.song:
-            h = h + self.linear(label * math.sqrt(label.shape[1]), "map_label", noise)
+            h = h + self.linear(
+                label * math.sqrt(label.shape[1]), "map_label", noise
+            )
         if augment is not None:
             h = h + self.linear(augment, "map_augment", noise, bias=False)
-        h = self.linear(F.silu(self.linear(h, "map_layer0", emb)), "map_layer1", emb)
+        h = self.linear(
+            F.silu(self.linear(h, "map_layer0", emb)), "map_layer1", emb
+        )
         return F.silu(
             h
             if label is None or self.song
@@ -248,7 +259,9 @@ class Reference:
         at = lambda half, level: (
             f"{half}.{c['img_resolution'] >> level}x{c['img_resolution'] >> level}_"
         )
-        attends = lambda level: c["img_resolution"] >> level in c["attn_resolutions"]
+        attends = lambda level: (
+            c["img_resolution"] >> level in c["attn_resolutions"]
+        )
         x = self.conv(
             x, at("enc", 0) + "conv", width if self.song else width * mults[0]
         )
@@ -310,7 +323,11 @@ def inputs(config, rows=16, cols=16):
         t,
         cond
         | (
-            {"augment": rng.standard_normal((4, config["augment_dim"])).astype("f4")}
+            {
+                "augment": rng.standard_normal((4, config["augment_dim"])).astype(
+                    "f4"
+                )
+            }
             if config.get("augment_dim")
             else {}
         ),
@@ -318,7 +335,9 @@ def inputs(config, rows=16, cols=16):
 
 
 def theirs(model, x, t, cond):
-    one_hot = torch.cat([torch.eye(3), torch.zeros(1, 3)])  # label 3 is the null one
+    one_hot = torch.cat(
+        [torch.eye(3), torch.zeros(1, 3)]
+    )  # label 3 is the null one
     with torch.no_grad():
         out, states = model(
             torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
@@ -385,7 +404,9 @@ def test_null_label_and_forms_of_the_condition(pair, agree):
         assert (
             np.abs(call(x, t, label)[0] - call(x, t, cond)[0]).max() > 1e-3
         )  # the augmentation
-        assert np.abs(call(x, t, label)[0][:3] - call(x, t, None)[0][:3]).max() > 1e-3
+        assert (
+            np.abs(call(x, t, label)[0][:3] - call(x, t, None)[0][:3]).max() > 1e-3
+        )
 
 
 @pytest.mark.full

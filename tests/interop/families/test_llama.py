@@ -113,7 +113,8 @@ def test_logits_agree_under_left_padding(pair, record_property):
     mask = np.arange(24) >= PADS[:, None]
     with torch.no_grad():
         expected = model(
-            torch.tensor(tokens()), attention_mask=torch.tensor(mask.astype(np.int64))
+            torch.tensor(tokens()),
+            attention_mask=torch.tensor(mask.astype(np.int64)),
         ).logits.numpy()
     record_property("gap", found := gap(call(tokens(), mask)[0], expected, mask))
     assert found <= 1e-5
@@ -123,7 +124,9 @@ def test_cached_steps_equal_the_full_pass(pair):
     _, _, net, params, call = pair
     mask = np.arange(24) >= PADS[:, None]
     step = jax.jit(
-        lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache)
+        lambda tokens, mask, cache: net.apply(
+            params, tokens, mask=mask, cache=cache
+        )
     )
     cache = net.apply(params, 3, 24, method="init_cache")
     parts = []
@@ -356,7 +359,9 @@ def test_axes_of_positions_are_one_on_text_alone(tmp_path):
     with pytest.raises(Refused, match="rope_type='mrope' is not supported"):
         interop.describe(tmp_path)
     file.write_text(
-        json.dumps(config | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]})
+        json.dumps(
+            config | {"architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+        )
     )
     assert interop.describe(tmp_path).rope_theta == 300.0
 

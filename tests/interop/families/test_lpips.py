@@ -145,7 +145,13 @@ def test_vgg_16s_sizes_and_names():
         for row in lpips.table(LPIPS())
         if row.name.endswith("weight") and row.name.startswith("net")
     ]
-    slices = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
+    slices = {
+        1: (0, 2),
+        2: (5, 7),
+        3: (10, 12, 14),
+        4: (17, 19, 21),
+        5: (24, 26, 28),
+    }
     assert names == [
         f"net.slice{i}.{n}.weight" for i, numbers in slices.items() for n in numbers
     ]

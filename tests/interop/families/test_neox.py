@@ -119,7 +119,9 @@ def test_logits_agree_under_left_padding(pair, record_property):
 def test_cached_steps_equal_the_full_pass(pair):
     _, _, net, params, call = pair
     step = jax.jit(
-        lambda tokens, mask, cache: net.apply(params, tokens, mask=mask, cache=cache)
+        lambda tokens, mask, cache: net.apply(
+            params, tokens, mask=mask, cache=cache
+        )
     )
     cache = net.apply(params, 3, 24, method="init_cache")
     parts = []

@@ -89,7 +89,9 @@ def reference(model, x, t, cond):
     n = x.shape[1] * x.shape[2] // 4
     states = []
     keep = lambda *a: states.append(a[2][1][:, :n])
-    hooks = [model.transformer_blocks[i].register_forward_hook(keep) for i in (0, -1)]
+    hooks = [
+        model.transformer_blocks[i].register_forward_hook(keep) for i in (0, -1)
+    ]
     mask = torch.from_numpy(cond["mask"]) if "mask" in cond else None
     with torch.no_grad():
         out = model(
@@ -132,7 +134,9 @@ def test_editing_agrees(pair, agree):
         f"{name} editing", call(params, x, t, cond), reference(model, x, t, cond)[0]
     )
     other = make_net(
-        dataclasses.replace(net.config, clean_pictures=not net.config.clean_pictures)
+        dataclasses.replace(
+            net.config, clean_pictures=not net.config.clean_pictures
+        )
     )
     assert (
         np.abs(
@@ -191,7 +195,9 @@ def test_rematerialised_gradients_are_the_same(rematerialised):
 
 def test_released_size(covers):
     """20B, arXiv:2508.02324, table 1."""
-    cfg = QwenImage(channels=16, heads=24, axes=(16, 56, 56), depth=60, text_dim=3584)
+    cfg = QwenImage(
+        channels=16, heads=24, axes=(16, 56, 56), depth=60, text_dim=3584
+    )
     with torch.device("meta"):
         model = diffusers.QwenImageTransformer2DModel()
     covers(cfg, model, 20_430_401_088, interop.families.qwen_image.FAMILY)

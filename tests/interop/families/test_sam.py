@@ -43,7 +43,9 @@ def encoder(imported):
     torch.manual_seed(0)
     config = transformers.SamVisionConfig(**SIZES, initializer_range=0.2)
     return imported(
-        transformers.SamVisionModel._from_config(config, attn_implementation="eager"),
+        transformers.SamVisionModel._from_config(
+            config, attn_implementation="eager"
+        ),
         std=0.3,
     )
 
@@ -78,7 +80,10 @@ def test_the_encoder_in_a_whole_model(encoder, tmp_path):
         vision_config=SIZES,
         prompt_encoder_config=dict(hidden_size=16, image_size=28, patch_size=4),
         mask_decoder_config=dict(
-            hidden_size=16, mlp_dim=16, num_attention_heads=2, iou_head_hidden_dim=16
+            hidden_size=16,
+            mlp_dim=16,
+            num_attention_heads=2,
+            iou_head_hidden_dim=16,
         ),
     )
     whole = transformers.SamModel(config).eval()
@@ -175,7 +180,9 @@ def test_a_window_sees_itself_alone():
     net = make_net(SamVision(size=12, depth=1, global_layers=()))
     params = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (1, 12, 12, 3))
-    call = jax.jit(lambda x: net.apply(params, x, taps=(0,))[1][0].reshape(6, 6, -1))
+    call = jax.jit(
+        lambda x: net.apply(params, x, taps=(0,))[1][0].reshape(6, 6, -1)
+    )
     moved = np.abs(call(x.at[0, 0, 0].add(1.0)) - call(x)).max(-1) > 0
     assert moved[:3, :3].all() and not moved[3:].any() and not moved[:, 3:].any()
 

@@ -89,7 +89,9 @@ def reference(model, x, t, cond):
     channels first, a tensor.
     """
     states, keep = [], lambda *a: states.append(a[2])
-    hooks = [model.transformer_blocks[i].register_forward_hook(keep) for i in (0, -1)]
+    hooks = [
+        model.transformer_blocks[i].register_forward_hook(keep) for i in (0, -1)
+    ]
     mask = torch.from_numpy(cond["mask"].astype("f4")) if "mask" in cond else None
     guidance = (
         torch.from_numpy(cond["guidance"]) * model.config.guidance_embeds_scale
@@ -123,7 +125,9 @@ def test_outputs_and_features_agree(pair, agree, grid, masked):
         ours, features = call(x, np.array(t, "f4"), cond)
         with torch.no_grad():
             theirs, states = reference(model, channels_first(x), t, cond)
-        agree(f"{name} {grid} mask={masked} t={t[0]:g}", ours, channels_last(theirs))
+        agree(
+            f"{name} {grid} mask={masked} t={t[0]:g}", ours, channels_last(theirs)
+        )
         for found, state in zip(features, states, strict=True):
             agree(f"{name} {grid} mask={masked} t={t[0]:g} features", found, state)
 
@@ -141,7 +145,8 @@ def test_rematerialised_gradients_agree(pair, agree):
     )
     weights, ours = jax.jit(jax.grad(loss, (0, 1)))(params, x)
     assert all(
-        np.isfinite(w).all() and np.abs(w).max() > 0 for w in jax.tree.leaves(weights)
+        np.isfinite(w).all() and np.abs(w).max() > 0
+        for w in jax.tree.leaves(weights)
     )
     there = channels_first(x).requires_grad_()
     convs = [block.ff.conv_depth.weight for block in model.transformer_blocks]
@@ -274,12 +279,16 @@ def test_linear_attention_is_the_quadratic_form():
     traced = jax.make_jaxpr(
         jax.grad(lambda *a: linear_attention(*a).sum(), (0, 1, 2))
     )(*(np.ones((1, 99, 1, 4), "f4"),) * 3)
-    assert max(var.aval.size for eqn in traced.eqns for var in eqn.outvars) < 99 * 99
+    assert (
+        max(var.aval.size for eqn in traced.eqns for var in eqn.outvars) < 99 * 99
+    )
 
 
 def test_a_query_without_keys_is_zero_and_has_finite_gradients():
     ones = np.ones((1, 3, 2, 4), "f4")
-    attend = lambda q, k, v: linear_attention(jax.nn.relu(q), jax.nn.relu(k), v).sum()
+    attend = lambda q, k, v: linear_attention(
+        jax.nn.relu(q), jax.nn.relu(k), v
+    ).sum()
     values = jax.jit(jax.value_and_grad(attend, (0, 1, 2)))
     for q, k in ((-ones, ones), (ones, -ones), (-ones, -ones)):
         out, grads = values(q, k, ones)
@@ -287,7 +296,13 @@ def test_a_query_without_keys_is_zero_and_has_finite_gradients():
 
 
 BIG = Sana(
-    size=32, channels=32, dim=2240, depth=20, heads=70, cross_heads=20, text_dim=2304
+    size=32,
+    channels=32,
+    dim=2240,
+    depth=20,
+    heads=70,
+    cross_heads=20,
+    text_dim=2304,
 )
 
 

@@ -12,7 +12,13 @@ import pytest
 from jaxdistill import interop
 from jaxdistill.core.net import make_net
 from jaxdistill.core.types import Refused
-from jaxdistill.models.language.t5 import T5, T5Encoder, UMT5Encoder, bucket, shifted
+from jaxdistill.models.language.t5 import (
+    T5,
+    T5Encoder,
+    UMT5Encoder,
+    bucket,
+    shifted,
+)
 from jaxdistill.samplers.text import answer
 from tests.interop.parity import gap
 
@@ -49,9 +55,7 @@ def build(name, config, untied=False, **changes):
         | changes
     )
     model = getattr(transformers, name)(config).eval()
-    if (
-        untied
-    ):  # transformers 5 ties what it builds, and keeps apart what a file holds apart
+    if untied:  # transformers 5 ties what it builds, and keeps apart what a file holds apart
         model.lm_head.weight = torch.nn.Parameter(
             model.lm_head.weight.detach().clone()
         )
@@ -208,9 +212,9 @@ def test_greedy_text_agrees(pair):
     how = dict(attention_mask=ints(mask), max_new_tokens=12, do_sample=False)
     bare = model.generate(torch.tensor(source), **how, eos_token_id=None)
     eos = int(bare[0, 5])
-    expected = model.generate(torch.tensor(source), **how, eos_token_id=eos).numpy()[
-        :, 1:
-    ]
+    expected = model.generate(
+        torch.tensor(source), **how, eos_token_id=eos
+    ).numpy()[:, 1:]
     bound = lambda *a, **k: net.apply(params, *a, **k)
     found, valid = jax.jit(
         lambda s, m: answer(
@@ -242,7 +246,12 @@ def same(model, net, params, folder, keys):
 def test_transformers_loads_our_encoder(tower, tmp_path):
     model, _, net, params, _ = tower
     # an encoder's decoder depth is nobody's: transformers fills it in
-    keys = ("feed_forward_proj", "layer_norm_epsilon", "pad_token_id", "eos_token_id")
+    keys = (
+        "feed_forward_proj",
+        "layer_norm_epsilon",
+        "pad_token_id",
+        "eos_token_id",
+    )
     model.config.num_decoder_layers = model.config.num_layers
     same(model, net, params, tmp_path / "out", keys)
 

@@ -114,7 +114,11 @@ def inputs(cfg, rows, cols):
         cond["guidance"] = np.array([0.0, 2.0, 7.5], "f4")
     if cfg.image_channels:
         cond["image"] = draw(3, rows, cols, cfg.image_channels)
-    return draw(3, rows, cols, cfg.channels), np.array([0.0, 3.5, 999.0], "f4"), cond
+    return (
+        draw(3, rows, cols, cfg.channels),
+        np.array([0.0, 3.5, 999.0], "f4"),
+        cond,
+    )
 
 
 def reference(model, cfg, x, t, cond):
@@ -127,18 +131,24 @@ def reference(model, cfg, x, t, cond):
             "time_ids": to(cond["size"]),
         }
     if cfg.guidance_dim:
-        embed = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        embed = (
+            diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
+        )
         kw["timestep_cond"] = embed(None, to(cond["guidance"]), cfg.guidance_dim)
     states = []
     hooks = [
-        model.down_blocks[0].register_forward_hook(lambda *a: states.append(a[2][0]))
+        model.down_blocks[0].register_forward_hook(
+            lambda *a: states.append(a[2][0])
+        )
     ]
     if model.mid_block is not None:
         hooks.append(
             model.mid_block.register_forward_hook(lambda *a: states.append(a[2]))
         )
     with torch.no_grad():
-        out = model(to(x.transpose(0, 3, 1, 2)), to(t), to(cond["text"]), **kw).sample
+        out = model(
+            to(x.transpose(0, 3, 1, 2)), to(t), to(cond["text"]), **kw
+        ).sample
     for hook in hooks:
         hook.remove()
     return out.permute(0, 2, 3, 1), [s.flatten(2).transpose(1, 2) for s in states]
@@ -161,7 +171,9 @@ def test_round_trip_is_exact(pair, returns):
     _, model, _, net, params, _ = pair
     again = returns(diffusers.UNet2DConditionModel, model, net, params)
     x, t, cond = inputs(net.config, 8, 8)
-    first, second = (reference(m, net.config, x, t, cond)[0] for m in (model, again))
+    first, second = (
+        reference(m, net.config, x, t, cond)[0] for m in (model, again)
+    )
     assert torch.equal(first, second)  # every setting that matters came back too
 
 

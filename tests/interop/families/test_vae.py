@@ -109,7 +109,9 @@ def test_normalise_and_back():
     z = jnp.arange(4.0)
     x0 = net.apply(net.shapes, z, method="normalise")
     np.testing.assert_array_equal(x0, (z - 2) / 2)
-    np.testing.assert_array_equal(net.apply(net.shapes, x0, method="denormalise"), z)
+    np.testing.assert_array_equal(
+        net.apply(net.shapes, x0, method="denormalise"), z
+    )
 
 
 def test_released_size(covers):

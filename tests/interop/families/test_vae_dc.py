@@ -33,7 +33,10 @@ VARIANTS = {
         downsample_block_type="Conv",
         upsample_block_type="interpolate",
         scaling_factor=0.41407,
-        **{f"{half}_block_types": (RES, VIT, VIT) for half in ("encoder", "decoder")},
+        **{
+            f"{half}_block_types": (RES, VIT, VIT)
+            for half in ("encoder", "decoder")
+        },
         **{
             f"{half}_block_out_channels": (8, 16, 16)
             for half in ("encoder", "decoder")
@@ -98,7 +101,9 @@ def test_latents_and_images_agree(pair, agree, size):
     name, model, _, _, _, encode, decode = pair
     x = draw(2, *size, 3)
     with torch.no_grad():
-        latent = model.encode(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).latent
+        latent = model.encode(
+            torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        ).latent
         image = model.decode(latent).sample
     mean, std = encode(x)
     agree(f"{name} {size} latent", mean, back(latent))
@@ -123,7 +128,9 @@ def test_attention_goes_through_the_scores_of_few_pixels_only(
         )
     net = make_net(lambda rngs: vae_dc.Attention(16, 8, (3,), rngs, jnp.float32))
     jax.eval_shape(
-        net.apply, net.shapes, jax.ShapeDtypeStruct((1, height, width, 16), "float32")
+        net.apply,
+        net.shapes,
+        jax.ShapeDtypeStruct((1, height, width, 16), "float32"),
     )
     assert seen == [path]
 
@@ -172,7 +179,9 @@ def test_shortcuts_alone_give_the_image_back(shrink, grow):
         shrink=shrink,
         grow=grow,
     )
-    params = jax.tree.map(lambda s: jnp.zeros(s.shape), (net := make_net(cfg)).shapes)
+    params = jax.tree.map(
+        lambda s: jnp.zeros(s.shape), (net := make_net(cfg)).shapes
+    )
     x = np.abs(draw(2, 4, 6, 2))
     params["encoder"]["conv_in"]["kernel"] = (
         params["encoder"]["conv_in"]["kernel"].at[1, 1].set(jnp.eye(2))
@@ -183,7 +192,8 @@ def test_shortcuts_alone_give_the_image_back(shrink, grow):
     params["decoder"]["norm_out"]["scale"] = jnp.ones(2)
     z, _ = net.apply(params, x, method="encode")
     np.testing.assert_array_equal(
-        z, x.reshape(2, 2, 2, 3, 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 8)
+        z,
+        x.reshape(2, 2, 2, 3, 2, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 2, 3, 8),
     )
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + vae_dc.EPS)
     np.testing.assert_allclose(
@@ -233,7 +243,9 @@ def test_normalise_and_back():
     z = jnp.arange(4.0)
     x0 = net.apply(net.shapes, z, method="normalise")
     np.testing.assert_array_equal(x0, z / 2)
-    np.testing.assert_array_equal(net.apply(net.shapes, x0, method="denormalise"), z)
+    np.testing.assert_array_equal(
+        net.apply(net.shapes, x0, method="denormalise"), z
+    )
 
 
 def test_gradients_through_decode_are_finite_and_rematerialisation_keeps_them():

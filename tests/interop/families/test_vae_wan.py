@@ -178,7 +178,10 @@ def test_released_sizes(covers, cls, family):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"is_residual": True}, "is_residual=True is not supported, expected False"),
+        (
+            {"is_residual": True},
+            "is_residual=True is not supported, expected False",
+        ),
         ({"patch_size": 2}, "patch_size=2 is not supported, expected None"),
         (
             {"attn_scales": [0.5]},

@@ -95,7 +95,8 @@ def test_outputs_agree(pair, shape, record_property):
     for t in ([0.0, 3.5], [500.0, 999.0]):
         expected = theirs(model, net.config, x, np.array(t, "f4"), cond)
         error = (
-            np.abs(call(x, np.array(t, "f4"), cond) - expected).max() / expected.std()
+            np.abs(call(x, np.array(t, "f4"), cond) - expected).max()
+            / expected.std()
         )
         record_property(f"error_over_std_t{t[0]:g}", float(error))
         assert error <= 1e-4
@@ -198,7 +199,9 @@ def test_bfloat16(pair):
             {},
         ),
         (
-            Wan(channels=16, dim=5120, mlp=13824, depth=40, heads=40, text_dim=4096),
+            Wan(
+                channels=16, dim=5120, mlp=13824, depth=40, heads=40, text_dim=4096
+            ),
             14.29e9,
             {},
         ),
@@ -217,7 +220,9 @@ def test_bfloat16(pair):
             {},
         ),
         (
-            Wan(channels=48, dim=3072, mlp=14336, depth=30, heads=24, text_dim=4096),
+            Wan(
+                channels=48, dim=3072, mlp=14336, depth=30, heads=24, text_dim=4096
+            ),
             5.00e9,
             {},
         ),
@@ -228,7 +233,9 @@ def test_released_sizes(cfg, size, theirs):
     with torch.device("meta"):
         settings = {
             k: v
-            for k, v in interop.families.wan.FAMILY.write(cfg)["config.json"].items()
+            for k, v in interop.families.wan.FAMILY.write(cfg)[
+                "config.json"
+            ].items()
             if k != "_class_name"
         }
         model = diffusers.WanTransformer3DModel(**settings)

@@ -27,7 +27,9 @@ BATCH = {
 def cut(method):
     (stage,) = method.stages(10)
     assert stage.steps == 10 and stage.method is method
-    return stage.surgery({"teacher": NET, "student": NET}, {"teacher": PARAMS}, BATCH)
+    return stage.surgery(
+        {"teacher": NET, "student": NET}, {"teacher": PARAMS}, BATCH
+    )
 
 
 def loss(method, nets, params):
@@ -108,15 +110,21 @@ def test_hidden_term_has_the_gradient_of_its_own():
 
 
 def test_five_steps():
-    method = PruneThenDistil(depth=2, mlp=8, student_layers=(1,), teacher_layers=(2,))
+    method = PruneThenDistil(
+        depth=2, mlp=8, student_layers=(1,), teacher_layers=(2,)
+    )
     nets, params = cut(method)
     states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH)
     jax.tree.map(
-        np.testing.assert_array_equal, states[0].params["student"], params["student"]
+        np.testing.assert_array_equal,
+        states[0].params["student"],
+        params["student"],
     )
     losses = [row["student/divergence"] for row in metrics]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
-    jax.tree.map(np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS)
+    jax.tree.map(
+        np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS
+    )
 
 
 def test_refusals():

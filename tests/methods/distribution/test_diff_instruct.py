@@ -50,7 +50,9 @@ def test_gradient_in_the_mean_is_that_of_the_kl(x64, gaussian, context):
     fake = gaussian(Flow(), -0.2, 0.4)
     method = DiffInstruct(match_times=FIXED)
     ctx = gathered(context)
-    grad = jax.grad(lambda m: method.student_loss(nets(real, fake, m), ctx).loss)(0.0)
+    grad = jax.grad(lambda m: method.student_loss(nets(real, fake, m), ctx).loss)(
+        0.0
+    )
     alpha, sigma = Flow().alpha_sigma(AT)
     spread = (alpha * 0.4) ** 2 + sigma**2
     np.testing.assert_allclose(grad, sigma**2 * (-0.2 - 0.7) / spread, rtol=1e-5)
@@ -103,7 +105,9 @@ def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
         sigma = jnp.exp(-1.2 + 1.2 * jax.random.normal(ctx.key(name + "_t"), (n,)))[
             :, None
         ]
-        return x0 + sigma * jax.random.normal(ctx.key(name + "_eps"), x0.shape), sigma
+        return x0 + sigma * jax.random.normal(
+            ctx.key(name + "_eps"), x0.shape
+        ), sigma
 
     def student(w, v):
         x0 = nets(w, v).student(ctx.batch["xt"], ctx.batch["t"]).x0
@@ -130,9 +134,9 @@ def test_as_released_losses_are_sums_and_adam_undoes_it(x64, gaussian, context):
         small = 1e-8 / jnp.abs(b).max()
 
         def steps(grad, eps):
-            tx = Optimizer(algorithm="adam", lr=1.0, b1=0.0, eps=eps, clip=0.0).make(
-                3
-            )
+            tx = Optimizer(
+                algorithm="adam", lr=1.0, b1=0.0, eps=eps, clip=0.0
+            ).make(3)
             params = {"w": jnp.zeros(2)}
             return tx.update({"w": grad}, tx.init(params), params)[0]["w"]
 

@@ -96,7 +96,9 @@ def follow(method, steps, members=1, lr=1e-2, **start):
 def test_without_checkpoints_it_is_its_host(method, host):
     (stage,) = method.stages(5)
     _, params = stage.surgery({}, {"teacher": "weights"}, None)
-    assert stage.method is method and params["path"] == "weights" and stage.steps == 5
+    assert (
+        stage.method is method and params["path"] == "weights" and stage.steps == 5
+    )
     _, ours, losses = follow(method, 5, fake=apart(8))
     _, theirs, others = follow(host, 5, fake=apart(8))
     for role in theirs.params:
@@ -306,7 +308,8 @@ def test_backtracking_moves_two_roles_and_compiles_once(compilations):
 def test_no_gradient_where_target_and_fake_score_are_one():
     """The fake score starts as the last network; were that the target too, nothing would move."""
     path = jax.tree.map(
-        lambda w: w + 0.05, jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 3))
+        lambda w: w + 0.05,
+        jax.vmap(ONE.init)(jax.random.split(jax.random.key(3), 3)),
     )
     params = {
         "student": apart(1),
@@ -374,7 +377,9 @@ def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(
             net.student = lambda x, t, cond=None: process.from_x0(
                 here + m + std * x, x, t
             )
-            return method.student_loss(net, dataclasses.replace(ctx, step=step)).loss
+            return method.student_loss(
+                net, dataclasses.replace(ctx, step=step)
+            ).loss
 
         return jax.grad(loss)(0.0)
 
@@ -387,7 +392,8 @@ def test_the_gradient_after_a_switch_is_the_distance_of_the_targets(
 
 
 @pytest.mark.parametrize(
-    ("guided_targets", "scales"), [(1_000_000, [2.5, 2.5, 2.5]), (1, [1.0, 1.0, 2.5])]
+    ("guided_targets", "scales"),
+    [(1_000_000, [2.5, 2.5, 2.5]), (1, [1.0, 1.0, 2.5])],
 )
 def test_which_targets_are_guided(x64, gaussian, context, guided_targets, scales):
     """Conditional mean 1, null mean 0: guidance w makes the mean w."""

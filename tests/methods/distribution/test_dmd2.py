@@ -83,7 +83,9 @@ def test_every_step_of_the_chain_is_drawn_alike(context):
     )
     drawn = [float(draw(key)) for key in jax.random.split(jax.random.key(0), 200)]
     shares = [np.mean(np.isclose(drawn, t)) for t in STEPS]
-    assert all(abs(s - 0.25) < 4 * (0.25 * 0.75 / 200) ** 0.5 for s in shares), shares
+    assert all(abs(s - 0.25) < 4 * (0.25 * 0.75 / 200) ** 0.5 for s in shares), (
+        shares
+    )
 
 
 def test_sampling_uses_the_same_chain_and_refuses_more_steps():

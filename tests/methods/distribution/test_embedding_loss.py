@@ -37,7 +37,8 @@ POINTS = dict(archs=("mlp",), nets=1)
 def trained():
     """State and metrics of the first six steps, by method."""
     mlp = make_net(
-        MLP(width=8, depth=2), wrap=functools.partial(Denoiser().wrap, process=Flow())
+        MLP(width=8, depth=2),
+        wrap=functools.partial(Denoiser().wrap, process=Flow()),
     )
     disc = make_net(Discriminator(taps=1, dim=8, width=8))
     batch = {"x": jax.random.normal(jax.random.key(0), (16, 2)) + 1.0}
@@ -49,7 +50,9 @@ def trained():
             for role in (*method.inits, *method.frozen)
         }
         start = {
-            "teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))),
+            "teacher": jax.tree.map(
+                lambda w: w + 0.05, mlp.init(jax.random.key(7))
+            ),
             "fake": mlp.init(jax.random.key(8)),
         }
         states, rows = first_steps(method, nets, optax.sgd(1e-2), start, batch, 6)
@@ -137,7 +140,9 @@ def test_norms_are_those_of_the_gradients_in_the_samples(context):
             shifted = SimpleNamespace(
                 **{
                     **vars(net),
-                    "student": lambda x, t, cond=None: Flow().from_x0(x + move, x, t),
+                    "student": lambda x, t, cond=None: Flow().from_x0(
+                        x + move, x, t
+                    ),
                 }
             )
             return method.turns[1].loss(shifted, ctx).loss
@@ -172,7 +177,9 @@ def test_logged_value_is_a_mean_when_the_host_counts(context):
     mean = EmbeddingLoss(host=DiffInstruct(), calibration=0, **POINTS)
     ctx = gathered(context, mean)
     expected = mean.turns[1].loss(networks(), ctx)
-    summed = dataclasses.replace(mean, host=Counting()).turns[1].loss(networks(), ctx)
+    summed = (
+        dataclasses.replace(mean, host=Counting()).turns[1].loss(networks(), ctx)
+    )
     np.testing.assert_allclose(summed.loss / summed.count, expected.loss, rtol=1e-6)
     logged = summed.metrics["embedding"] / summed.count
     np.testing.assert_allclose(logged, expected.metrics["embedding"], rtol=1e-6)
@@ -237,7 +244,9 @@ def test_labels_join(context):
     psi = method.draw_networks(ctx)[0]
     assert method.embedding_loss(psi, ctx, -x) > 1e-2
     assert (
-        abs(dataclasses.replace(method, labelled=False).embedding_loss(psi, ctx, -x))
+        abs(
+            dataclasses.replace(method, labelled=False).embedding_loss(psi, ctx, -x)
+        )
         < 1e-6
     )
     assert abs(method.embedding_loss(psi, ctx, x)) < 1e-6

@@ -46,7 +46,10 @@ def nets(gaussian):
     """
     real = gaussian(Flow(), 0.7, 0.4)
     fake = gaussian(Flow(), -0.2, 0.6)
-    features = lambda x, taps: (x, tuple(jnp.sin((i + 1) * x)[:, None] for i in taps))
+    features = lambda x, taps: (
+        x,
+        tuple(jnp.sin((i + 1) * x)[:, None] for i in taps),
+    )
 
     def make(p=jnp.zeros(4), heads=jnp.ones(2), shift=0.0):
         disc = lambda features: jnp.stack(
@@ -163,7 +166,9 @@ def test_fake_loss_trains_the_fake_score_alone(x64, nets, context):
     method = FlashDMD()
     ctx = context(jnp.zeros((N, 2)))
     ctx = dataclasses.replace(ctx, batch=method.simulate(nets(), ctx))
-    loss = lambda p, heads, shift: method.critic_loss(nets(p, heads, shift), ctx).loss
+    loss = lambda p, heads, shift: (
+        method.critic_loss(nets(p, heads, shift), ctx).loss
+    )
     student, heads, fake = jax.grad(loss, argnums=(0, 1, 2))(
         jnp.zeros(4), jnp.ones(2), 0.0
     )
@@ -187,10 +192,15 @@ def test_real_images_are_their_own_where_the_data_has_them(x64, nets, context):
     plain = gather(method, nets(), context(jnp.full((N, 2), 0.3)))
     beside = dataclasses.replace(
         plain,
-        batch={**plain.batch, "x": jnp.zeros((N, 2)), "image": jnp.full((N, 2), 0.3)},
+        batch={
+            **plain.batch,
+            "x": jnp.zeros((N, 2)),
+            "image": jnp.full((N, 2), 0.3),
+        },
     )
     assert (
-        method.disc_loss(nets(), plain).loss == method.disc_loss(nets(), beside).loss
+        method.disc_loss(nets(), plain).loss
+        == method.disc_loss(nets(), beside).loss
     )
 
 
@@ -213,7 +223,8 @@ def test_injection(x64, lam):
     """
     rng = np.random.default_rng(0)
     psi, theta = (
-        {"a": {"kernel": jnp.asarray(rng.standard_normal((3, 2)))}} for _ in range(2)
+        {"a": {"kernel": jnp.asarray(rng.standard_normal((3, 2)))}}
+        for _ in range(2)
     )
     now = psi
     method = FlashDMD(injection=lam)
@@ -333,7 +344,9 @@ def test_the_neutral_setting_is_dmd2(trained):
     for role in ("student", "fake", "disc"):
         close(ours.params[role], host.params[role], 1e-6)
     for mine, theirs in zip(losses, others, strict=True):
-        np.testing.assert_allclose(mine["fake/loss"], theirs["fake/loss"], rtol=1e-6)
+        np.testing.assert_allclose(
+            mine["fake/loss"], theirs["fake/loss"], rtol=1e-6
+        )
     for i in (0, 5):
         for name in ("student/match", "student/gan"):
             np.testing.assert_allclose(losses[i][name], others[i][name], rtol=1e-6)

@@ -58,7 +58,9 @@ def test_the_pair_is_the_best_and_the_worst_of_the_next_states(x64, context):
             and abs(float(eps.std()) - 1) < 4 / (8 * N) ** 0.5
         )
         np.testing.assert_allclose(
-            batch["reward"], (batch["winner"] + batch["loser"])[:, 0] / 2, rtol=1e-12
+            batch["reward"],
+            (batch["winner"] + batch["loser"])[:, 0] / 2,
+            rtol=1e-12,
         )
     assert starts == {0, 1}
 
@@ -79,7 +81,9 @@ def test_at_the_reference_the_loss_is_log_two_and_its_slope_that_of_the_closed_f
     )
     mean = FlashDMDRL(beta=0.7, margin="mean")
     slope = jax.grad(
-        lambda theta: (out := mean.preference_loss(nets(theta), ctx)).loss / out.count
+        lambda theta: (
+            (out := mean.preference_loss(nets(theta), ctx)).loss / out.count
+        )
     )(0.0)
     np.testing.assert_allclose(
         slope, -0.7 / 2 * jnp.mean(alpha * gap) / 2, rtol=1e-12
@@ -123,7 +127,9 @@ def test_only_the_student_is_trained_by_preferences(x64, context):
 def test_five_preference_updates_to_one_of_distillation(ttur):
     method = FlashDMDRL(critic_steps=ttur)
     fake, disc, student, explore = method.turns
-    at = lambda turn: [i % (5 + ttur) for i in range(3 * (5 + ttur)) if turn.when(i)]
+    at = lambda turn: [
+        i % (5 + ttur) for i in range(3 * (5 + ttur)) if turn.when(i)
+    ]
     assert (
         at(explore) == 3 * [0, 1, 2, 3, 4]
         and explore.moves == ("student",)
@@ -202,7 +208,9 @@ def test_random_weights_of_a_frozen_role_follow_the_seed(tmp_path):
         config = small()
         config.seed = seed
         experiment = Experiment(config, tmp_path)
-        assert experiment._load("decoder") == {} and experiment._load("reward") == {}
+        assert (
+            experiment._load("decoder") == {} and experiment._load("reward") == {}
+        )
         return jax.device_get(experiment._load("features"))
 
     one = drawn(0)
@@ -217,5 +225,7 @@ def test_random_weights_of_a_frozen_role_follow_the_seed(tmp_path):
 def test_a_frozen_role_without_weights_is_still_refused(tmp_path):
     config = small()
     config.roles.features.init = ""
-    with pytest.raises(Refused, match=r"roles.features.init is empty: .* or random"):
+    with pytest.raises(
+        Refused, match=r"roles.features.init is empty: .* or random"
+    ):
         Experiment(config, tmp_path)._load("features")

@@ -91,7 +91,8 @@ def follow(method, steps=5, members=0, data=None, optimizer=None):
     start = {
         "teacher": {},
         **{
-            role: weights(members, role, 7 + i) for i, role in enumerate(method.inits)
+            role: weights(members, role, 7 + i)
+            for i, role in enumerate(method.inits)
         },
     }
     states, metrics = first_steps(
@@ -460,7 +461,10 @@ def test_teacher_matching_is_denoising_only_for_the_exact_teacher(
             )
 
         return jnp.stack(
-            [jax.grad(loss)(jnp.array([0.3, 0.1])) for loss in (matching, denoising)]
+            [
+                jax.grad(loss)(jnp.array([0.3, 0.1]))
+                for loss in (matching, denoising)
+            ]
         )
 
     exact, wrong = jax.jit(
@@ -475,7 +479,9 @@ def test_stages_by_shares():
     method = MultiStudent(partition=CELLS, shares=(1.0, 2.0, 2.0), tsm=HOSTS["tsm"])
     tsm, dm, adm = method.stages(50)
     assert (tsm.steps, dm.steps, adm.steps) == (10, 20, 20)
-    assert tsm.collect is None and adm.collect is None and dm.collect.batches == 1000
+    assert (
+        tsm.collect is None and adm.collect is None and dm.collect.batches == 1000
+    )
     assert [set(s.method.inits) for s in (tsm, dm, adm)] == [
         {"student"},
         {"student", "fake"},
@@ -511,6 +517,6 @@ def test_hosts_of_different_processes_are_refused():
     assert (
         MultiStudent(dm=DMD(process=EDM()), shares=(0.0, 1.0, 0.0)).process == EDM()
     )
-    assert dataclasses.replace(MultiStudent(), shares=(0.0, 1.0, 0.0)).sampling_times(
-        1
-    ).tolist() == [1.0]
+    assert dataclasses.replace(
+        MultiStudent(), shares=(0.0, 1.0, 0.0)
+    ).sampling_times(1).tolist() == [1.0]

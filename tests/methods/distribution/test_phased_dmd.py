@@ -27,7 +27,10 @@ from jaxdistill.diffusion.process import Flow
 from jaxdistill.diffusion.times import Uniform
 from jaxdistill.evals.points import PointEval
 from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
-from jaxdistill.methods.distribution.phased_dmd import InterleavedPhasedDMD, PhasedDMD
+from jaxdistill.methods.distribution.phased_dmd import (
+    InterleavedPhasedDMD,
+    PhasedDMD,
+)
 from jaxdistill.methods.trajectory.flow_matching import FlowMatching
 from jaxdistill.models.denoisers.mlp import MLP
 from jaxdistill.objectives import score
@@ -61,7 +64,10 @@ def test_two_phases_of_a_single_teacher():
         "fake1": "teacher",
     }
     first, second = (stage.method for stage in method.stages(1000))
-    assert (first.frozen, tuple(first.inits)) == (("teacher",), ("expert0", "fake0"))
+    assert (first.frozen, tuple(first.inits)) == (
+        ("teacher",),
+        ("expert0", "fake0"),
+    )
     assert (second.frozen, tuple(second.inits)) == (
         ("teacher", "expert0"),
         ("student", "fake1"),
@@ -256,7 +262,9 @@ def test_roll_outs_are_eulers_through_the_experts(x64, gaussian, context, sizes)
             rtol=1e-9,
             atol=1e-10,
         )
-    out = complete.sample(complete.generator(net), noise, None, jax.random.key(0), 4)
+    out = complete.sample(
+        complete.generator(net), noise, None, jax.random.key(0), 4
+    )
     np.testing.assert_allclose(
         out, manual(experts, sizes, process, noise, 4, 0.0), rtol=1e-9, atol=1e-10
     )
@@ -272,7 +280,9 @@ def test_the_steps_of_a_phase_are_drawn_alike(context):
             "t"
         ]
     )
-    drawn = np.array([draw(key) for key in jax.random.split(jax.random.key(0), 200)])
+    drawn = np.array(
+        [draw(key) for key in jax.random.split(jax.random.key(0), 200)]
+    )
     assert np.all(np.ptp(drawn, axis=1) == 0) and set(drawn[:, 0].tolist()) == {
         0.5,
         0.25,
@@ -391,7 +401,9 @@ def test_equal_scores_leave_the_expert_alone(x64, gaussian, context, weight):
     assert jax.grad(loss)(0.0) == 0
 
 
-def test_the_fake_score_learns_the_students_score_from_within(x64, gaussian, context):
+def test_the_fake_score_learns_the_students_score_from_within(
+    x64, gaussian, context
+):
     """x_s of a Gaussian: its exact denoiser is the minimiser of the loss on samples at s alone, in
     both weights.
     """
@@ -493,7 +505,9 @@ class SGTS(DiffInstruct):
     def simulate(self, net, ctx, complete=False):
         noise = jax.random.normal(ctx.key("noise"), ctx.batch["x"].shape)
         n = len(self.student_times)
-        index = n - 1 if complete else jax.random.randint(ctx.key("index"), (), 0, n)
+        index = (
+            n - 1 if complete else jax.random.randint(ctx.key("index"), (), 0, n)
+        )
         xt, t = simulate(
             self.process,
             net.student,
@@ -541,9 +555,9 @@ def test_a_single_phase_follows_dmd_with_gradient_truncation(x64, times):
 
 def test_two_phases_are_not_one():
     """The same draws with the boundary left out: the first phase's expert goes elsewhere."""
-    one = follow(phase(0, phase_steps=(4,)), 1, alike={"student": "expert0"}.items())[
-        -1
-    ]
+    one = follow(
+        phase(0, phase_steps=(4,)), 1, alike={"student": "expert0"}.items()
+    )[-1]
     two = follow(phase(0), 1)[-1]
     assert same(one[0]["student"], two[0]["expert0"]) and not same(
         one[1]["student"], two[1]["expert0"]
@@ -555,7 +569,9 @@ def test_exactly_the_phase_s_own_networks_move():
     method = InterleavedPhasedDMD(**TWO_EXPERTS, critic_steps=1)
     for i, (before, after, metrics) in enumerate(follow(method, 4)):
         moving = (
-            {"expert0", "fake0"} if i % 2 == 0 else {"student", "fake1_0", "fake1_1"}
+            {"expert0", "fake0"}
+            if i % 2 == 0
+            else {"student", "fake1_0", "fake1_1"}
         )
         assert {
             role for role in before if not same(before[role], after[role])
@@ -592,7 +608,9 @@ def test_the_fakes_gradient_stays_with_the_fakes(context):
     method = InterleavedPhasedDMD(**TWO_EXPERTS)
     nets = networks(method)
     params = {role: net.init(key_of(role)) for role, net in nets.items()}
-    ctx = context(jnp.zeros((8, 2)), xs=jax.random.normal(jax.random.key(5), (8, 2)))
+    ctx = context(
+        jnp.zeros((8, 2)), xs=jax.random.normal(jax.random.key(5), (8, 2))
+    )
     late = method.by_phase[1]
     grads = jax.jit(
         jax.grad(lambda params: late.critic_loss(bind(nets, params), ctx).loss)
@@ -634,7 +652,9 @@ def test_the_fake_follows_the_expert_where_they_are_coupled():
     """
     # the fake's own loss is switched off
     settings = dict(critic_steps=1, fake_clamp=0.0)
-    (before, after, _), (_, later, _) = follow(phase(0, coupling=0.97, **settings), 2)
+    (before, after, _), (_, later, _) = follow(
+        phase(0, coupling=0.97, **settings), 2
+    )
     mix = lambda f, g: jax.tree.map(lambda f, g: 0.97 * f + 0.03 * g, f, g)
     close(after["fake0"], mix(before["fake0"], after["expert0"]))
     close(later["fake0"], mix(after["fake0"], later["expert0"]))

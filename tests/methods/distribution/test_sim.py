@@ -35,7 +35,8 @@ def test_sim_is_the_gradient_of_a_huber_distance_at_a_held_sampling_law(x64):
 
     def distance(m, c):
         gap = (
-            networks(Scaled(), 1.69, m, c).fake(held, t).x0 - net.teacher(held, t).x0
+            networks(Scaled(), 1.69, m, c).fake(held, t).x0
+            - net.teacher(held, t).x0
         )
         return jnp.sum(w * jnp.sqrt(gap[:, 0] ** 2 + 0.3**2))
 

@@ -72,7 +72,8 @@ def start(b=0.0):
     return {
         **params,
         "fake": {
-            path: {"a": p["a"], "b": p["b"] + b} for path, p in params["fake"].items()
+            path: {"a": p["a"], "b": p["b"] + b}
+            for path, p in params["fake"].items()
         },
     }
 
@@ -84,7 +85,8 @@ def matching(method, params):
     """Gradient of the samples X0, times their number of entries: g."""
     ctx = Ctx(LABELS, KEY, 0, {})
     return (
-        jax.grad(lambda x: method.match(bind(NETS, params), ctx, x)[0])(X0) * X0.size
+        jax.grad(lambda x: method.match(bind(NETS, params), ctx, x)[0])(X0)
+        * X0.size
     )
 
 
@@ -150,7 +152,10 @@ def test_gradient_is_affine_in_the_scale():
     )
     slope = np.asarray(t[:, None] ** 2 * (gap("teacher") - gap("fake")))
     np.testing.assert_allclose(
-        g.var(0), (b - a) ** 2 / 12 * (1 - 1 / n**2) * slope**2, rtol=1e-3, atol=1e-6
+        g.var(0),
+        (b - a) ** 2 / 12 * (1 - 1 / n**2) * slope**2,
+        rtol=1e-3,
+        atol=1e-6,
     )
 
 
@@ -283,10 +288,14 @@ WORDS = 4
 def prompts(n=N, seed=0):
     rng = np.random.default_rng(seed)
     text = lambda: jnp.asarray(rng.standard_normal((n, WORDS, TEXT)), jnp.float32)
-    draw = lambda: {"text": text(), "mask": jnp.asarray(rng.random((n, WORDS)) < 0.8)}
+    draw = lambda: {
+        "text": text(),
+        "mask": jnp.asarray(rng.random((n, WORDS)) < 0.8),
+    }
     batch = {"cond": draw(), "null_cond": draw(), "negative_cond": draw()}
     return {
-        name: {**c, "mask": c["mask"].at[:, 0].set(True)} for name, c in batch.items()
+        name: {**c, "mask": c["mask"].at[:, 0].set(True)}
+        for name, c in batch.items()
     }
 
 
@@ -329,7 +338,9 @@ def test_who_sees_the_negative_prompt(context):
     guided, alone = seen["fake"]
     np.testing.assert_array_equal(guided["text"], pair("fake", "null_cond"))
     np.testing.assert_array_equal(alone["text"], batch["cond"]["text"])
-    assert all(set(c) == {"text", "mask"} for c in (*seen["teacher"], guided, alone))
+    assert all(
+        set(c) == {"text", "mask"} for c in (*seen["teacher"], guided, alone)
+    )
     other = dataclasses.replace(context(jnp.zeros((N, 2)), seed=1, **batch))
     assert (
         method.simulate(net, other)["active"]["nasa"][0]
@@ -387,7 +398,11 @@ def test_trains_a_unet():
         wrap=WRAP,
     )
     fake = adapt(
-        unet, base="teacher", rank=2, alpha=4.0, targets=r".*attn[12]/to_[qv]/kernel"
+        unet,
+        base="teacher",
+        rank=2,
+        alpha=4.0,
+        targets=r".*attn[12]/to_[qv]/kernel",
     )
     judge = make_net(
         ClipVisionProjected(
@@ -414,7 +429,9 @@ def test_trains_a_unet():
     states, metrics = first_steps(method, nets, optax.adam(1e-3), start, batch, 2)
     assert metrics[-1]["student/clip"] > 0
     assert all(np.isfinite(v) for row in metrics for v in row.values()), metrics
-    assert metrics[-1]["student/grad_norm"] > 0 and metrics[-1]["fake/grad_norm"] > 0
+    assert (
+        metrics[-1]["student/grad_norm"] > 0 and metrics[-1]["fake/grad_norm"] > 0
+    )
     before = states[0]
     after = states[-1]
     jax.tree.map(np.testing.assert_array_equal, before.frozen, after.frozen)
@@ -424,7 +441,8 @@ def test_trains_a_unet():
     moved = lambda role: any(
         np.any(a != b)
         for a, b in zip(
-            jax.tree.leaves(before.params[role]), jax.tree.leaves(after.params[role])
+            jax.tree.leaves(before.params[role]),
+            jax.tree.leaves(after.params[role]),
         )
     )
     assert moved("student") and moved("fake")

@@ -166,7 +166,8 @@ def test_the_sample_is_that_of_training(context):
     )
     noise = jax.random.normal(ctx.key("noise"), (N, 2))
     np.testing.assert_array_equal(
-        made, method.sample(net.student, noise, LABELS["cond"], jax.random.key(1), 1)
+        made,
+        method.sample(net.student, noise, LABELS["cond"], jax.random.key(1), 1),
     )
 
 
@@ -224,7 +225,9 @@ def test_true_noise_as_the_fake_score_is_sds(x64, gaussian, context):
     x0 = real.draw(n)
     ctx = context(jnp.zeros((n, 2)))
     same = dict(guidance=1.0, fake_guidance=1.0)
-    noise = SwiftBrush(**same).diffuse(x0, SwiftBrush().match_times, ctx, "match")[2]
+    noise = SwiftBrush(**same).diffuse(x0, SwiftBrush().match_times, ctx, "match")[
+        2
+    ]
     net = SimpleNamespace(
         teacher=real.denoise, fake=lambda x, t, cond: Flow().from_eps(noise, x, t)
     )
@@ -238,7 +241,9 @@ def test_true_noise_as_the_fake_score_is_sds(x64, gaussian, context):
 
 def test_without_guidance_the_null_condition_is_not_read(context):
     def net(x, t, cond):
-        return Flow().from_v(jnp.where((cond == CLASSES)[:, None], jnp.nan, x), x, t)
+        return Flow().from_v(
+            jnp.where((cond == CLASSES)[:, None], jnp.nan, x), x, t
+        )
 
     ctx = context(jnp.zeros((N, 2)), **LABELS)
     nets = SimpleNamespace(teacher=net, fake=net)

@@ -57,7 +57,9 @@ def gradient(method, net, sigma=SIGMA, m=M, c=C):
             method.real(net, xt, t, ctx),
             method.judge(net, xt, t, ctx),
         )
-        return jnp.sum(w * method.expansion(net, ctx, x0, xt, t, real, fake, logits))
+        return jnp.sum(
+            w * method.expansion(net, ctx, x0, xt, t, real, fake, logits)
+        )
 
     return np.array(jax.jit(jax.grad(loss, (0, 1)))(m, c))
 
@@ -133,7 +135,8 @@ def test_detaching_the_ratio_changes_the_gradient(x64):
         ratio = UniInstruct.ratio
 
     got = (
-        gradient(exact("forward_kl", base=Detached), networks(Scaled(), 1.69)) / SIGMA
+        gradient(exact("forward_kl", base=Detached), networks(Scaled(), 1.69))
+        / SIGMA
     )
     np.testing.assert_allclose(got, (0.986558, -3.051113), atol=6e-7)
 
@@ -228,7 +231,9 @@ def test_reverse_kl_first_then_the_divergence():
 def test_the_chain_starts_at_the_first_student_time(context):
     ctx = context(jnp.zeros((500, 2)))
     seen = []
-    student = lambda x, t, cond=None: (seen.append((x, t)), EDM().from_x0(x, x, t))[1]
+    student = lambda x, t, cond=None: (seen.append((x, t)), EDM().from_x0(x, x, t))[
+        1
+    ]
     batch = UniInstruct().simulate(SimpleNamespace(student=student), ctx)
     np.testing.assert_allclose(
         batch["xt"], 2.5 * jax.random.normal(ctx.key("noise"), (500, 2)), rtol=1e-6
@@ -295,7 +300,9 @@ def test_the_students_gan_waits_for_the_divergence(x64, context):
     ).student_loss(net, context(x, step=step, xt=x, t=jnp.ones(6)))
     for step in (2, 4):
         np.testing.assert_array_equal(at(step).loss, at(step, gan_weight=0.0).loss)
-        np.testing.assert_array_equal(at(step).loss, 100 * at(step).metrics["match"])
+        np.testing.assert_array_equal(
+            at(step).loss, 100 * at(step).metrics["match"]
+        )
     out = at(5)
     np.testing.assert_allclose(
         out.loss,
@@ -387,7 +394,9 @@ def trained():
         }
         txs = {role: optax.sgd((lr or {}).get(role, 1e-4)) for role in method.inits}
         start = {
-            "teacher": jax.tree.map(lambda w: w + 0.05, mlp.init(jax.random.key(7))),
+            "teacher": jax.tree.map(
+                lambda w: w + 0.05, mlp.init(jax.random.key(7))
+            ),
             "fake": mlp.init(jax.random.key(8)),
         }
         states, losses = first_steps(method, nets, txs, start, batch)
@@ -424,7 +433,9 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
         @property
         def turns(self):
             critics, student = super().turns
-            return critics, dataclasses.replace(student, when=lambda step: step >= 2)
+            return critics, dataclasses.replace(
+                student, when=lambda step: step >= 2
+            )
 
     host, others = trained(Later(alpha=1.0), {"fake": 2e-4})
     same(ours["student"], host["student"])
@@ -473,7 +484,9 @@ def fitted(kind):
     expansion, ratios exact.
     """
     method = ExactUniInstruct(
-        divergence=fdivergence.NAMES[kind], ratio_range=(1e-12, 1e12), reverse_until=0
+        divergence=fdivergence.NAMES[kind],
+        ratio_range=(1e-12, 1e12),
+        reverse_until=0,
     )
     x, w = np.polynomial.hermite_e.hermegauss(8)
     # resolves the edge between the modes, where Gauss-Hermite nodes would not
@@ -484,7 +497,9 @@ def fitted(kind):
     high = np.log(60.0)
     sigmas = np.exp((u + 1) * (high - low) / 2 + low)
     lengths = lengths * (high - low) / 2
-    z, eps, t = (a.reshape(-1) for a in np.meshgrid(across, x, sigmas, indexing="ij"))
+    z, eps, t = (
+        a.reshape(-1) for a in np.meshgrid(across, x, sigmas, indexing="ij")
+    )
     weights = jnp.asarray(
         np.einsum("i,j,k->ijk", share, w / w.sum(), lengths * sigmas).reshape(-1)
     )

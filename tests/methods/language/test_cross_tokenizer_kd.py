@@ -22,7 +22,11 @@ from jaxdistill.methods.language.cross_tokenizer_kd import (
 )
 from jaxdistill.methods.language.sft import SFT
 from jaxdistill.models.language.lm import LM
-from jaxdistill.objectives.divergence import ForwardKL, JensenShannon, sorted_distance
+from jaxdistill.objectives.divergence import (
+    ForwardKL,
+    JensenShannon,
+    sorted_distance,
+)
 from tools.first_steps import first_steps
 
 DATA = Blocks(vocab=3, branch=2, length=10, batch_size=6)
@@ -34,7 +38,8 @@ NETS = {
 RNG = np.random.default_rng(0)
 PARAMS = {
     role: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     for role, net in NETS.items()
 }
@@ -169,7 +174,9 @@ def test_hard_labels_alone_are_fine_tuning(method):
 
 def test_uld_pairs_targets_by_their_number_and_by_their_text():
     """Rows with as many pairs each: 48 targets times the mean over 24 pairs."""
-    theirs = np.asarray(logits("teacher", PARAMS["teacher"], BATCH["teacher_tokens"]))
+    theirs = np.asarray(
+        logits("teacher", PARAMS["teacher"], BATCH["teacher_tokens"])
+    )
     ours = np.asarray(logits("student", PARAMS["student"], BATCH["tokens"]))
     distance = jax.jit(sorted_distance)
     out, _ = value(ULD(hard_weight=0.0))  # targets: teacher's 1-4, student's 2-9
@@ -227,7 +234,9 @@ def test_a_word_ends_where_white_space_follows(x64, chunk):
     log_p = chunk_log_probs(
         theirs, *(out[f"teacher_{k}"] for k in ("tokens", "span", "mask")), [1, 3]
     )
-    log_q = chunk_log_probs(ours, *(out[k] for k in ("tokens", "span", "mask")), [0])
+    log_q = chunk_log_probs(
+        ours, *(out[k] for k in ("tokens", "span", "mask")), [0]
+    )
     p = np.exp(log_p / tau)
     q = np.exp(log_q / tau)
     official = -(p * np.log(q) + (1 - p) * np.log1p(-q)).sum()
@@ -308,10 +317,14 @@ def test_uld_is_the_mean_over_pairs(x64):
     step = np.zeros_like(ours)
     step[1, 7, 2] = 1e-6
     slope = [
-        uld(theirs, ours + sign * step, masks["teacher_mask"], masks["mask"], tokens)
+        uld(
+            theirs, ours + sign * step, masks["teacher_mask"], masks["mask"], tokens
+        )
         for sign in (1, -1)
     ]
-    np.testing.assert_allclose(grad[1, 7, 2], (slope[0] - slope[1]) / 2e-6, rtol=1e-7)
+    np.testing.assert_allclose(
+        grad[1, 7, 2], (slope[0] - slope[1]) / 2e-6, rtol=1e-7
+    )
 
 
 def test_uld_ignores_names_of_tokens():
@@ -336,7 +349,9 @@ def test_five_steps(method):
     losses = [row["student/loss"] for row in metrics]
     assert losses[-1] < losses[0] and np.isfinite(losses).all()
     jax.tree.map(
-        np.testing.assert_array_equal, states[-1].frozen["teacher"], PARAMS["teacher"]
+        np.testing.assert_array_equal,
+        states[-1].frozen["teacher"],
+        PARAMS["teacher"],
     )
 
 

@@ -47,7 +47,8 @@ def loss(method, params=PARAMS, batch=BATCHES[2]):
 
 def test_turns_are_those_of_the_schedule():
     active = [
-        [i for i, t in enumerate(METHOD.turns) if t.when(step)] for step in range(10)
+        [i for i, t in enumerate(METHOD.turns) if t.when(step)]
+        for step in range(10)
     ]
     assert active == [[2], [1], [0], [0], [0], [4], [3], [0], [0], [0]]
     assert [t.moves for t in METHOD.turns] == [("student",), (), (), (), ()]
@@ -57,7 +58,12 @@ def test_turns_are_those_of_the_schedule():
 def ran():
     """Two measurements, three training steps between: [(state before, metrics)], final state."""
     states, metrics = first_steps(
-        METHOD, NETS, optax.adam(1e-2), PARAMS, [BATCHES[i % 5] for i in range(7)], 7
+        METHOD,
+        NETS,
+        optax.adam(1e-2),
+        PARAMS,
+        [BATCHES[i % 5] for i in range(7)],
+        7,
     )
     return list(zip(states, metrics)), states[-1]
 
@@ -116,7 +122,9 @@ def test_measuring_moves_nothing_and_remembers_the_teacher(ran):
         after = log[i + 1][0] if i < 6 else end
         jax.tree.map(np.testing.assert_array_equal, log[i][0].params, after.params)
         jax.tree.map(np.testing.assert_array_equal, log[i][0].opt, after.opt)
-    np.testing.assert_array_equal(log[2][0].memory["teacher"], end.memory["teacher"])
+    np.testing.assert_array_equal(
+        log[2][0].memory["teacher"], end.memory["teacher"]
+    )
     assert (
         end.memory["teacher"][1] == 40
     ).all()  # two batches of four rows of five targets
@@ -142,7 +150,9 @@ def test_without_gamma_it_is_continued_pretraining():
         )
         step, _ = make_train_step(method, NETS, {"student": optax.adam(1e-2)})
         for i in range(5):
-            state, metrics = step(state, BATCHES[2 + i % 3], jax.random.key(1), (0,))
+            state, metrics = step(
+                state, BATCHES[2 + i % 3], jax.random.key(1), (0,)
+            )
         if isinstance(method, DDK):
             first = state.params["student"], metrics["student/loss"]
     np.testing.assert_allclose(first[1], metrics["student/loss"], rtol=1e-6)

@@ -29,7 +29,8 @@ NETS = {
 def weights(net, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
 
 
@@ -84,7 +85,9 @@ def size(tree):
 
 def test_one_ingredient_changes_at_a_time():
     chain = [STAGES[name] for name in METHOD.plan]
-    assert [sum(a != b for a, b in zip(x, y)) for x, y in zip(chain, chain[1:])] == [
+    assert [
+        sum(a != b for a, b in zip(x, y)) for x, y in zip(chain, chain[1:])
+    ] == [
         1,
         1,
         1,

@@ -129,7 +129,9 @@ def networks(asked):
     """
 
     def model(role):
-        def call(tokens=None, *, method="__call__", hidden_only=False, taps=(), **_):
+        def call(
+            tokens=None, *, method="__call__", hidden_only=False, taps=(), **_
+        ):
             if method == "unembedding":
                 return jnp.eye(VOCAB)
             if hidden_only:

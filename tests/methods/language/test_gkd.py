@@ -29,7 +29,8 @@ NETS = {
 }
 PARAMS = {
     role: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     for role, net in NETS.items()
 }
@@ -168,7 +169,10 @@ def test_no_gradient_through_sampling():
     method = GKD(on_policy=1.0)
     state, _ = train(method, 1, optax.sgd(1.0))
     ctx = Ctx(
-        BATCH, jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0), 0, {}
+        BATCH,
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 0),
+        0,
+        {},
     )
 
     def gradient(params):

@@ -20,7 +20,8 @@ NET = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
 ROLES = ("student", "old", "reference")
 PARAMS = {
     role: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), NET.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        NET.shapes,
     )
     for role in ROLES
 }
@@ -147,7 +148,9 @@ def test_at_the_old_policy_it_is_reinforce(record):
     def plain(p):
         log_q = method.log_probs(nets(p).student, record)
         mask = record["mask"][:, 1:]
-        return -jnp.sum(record["advantage"] * jnp.sum(log_q * mask, 1) / mask.sum(1))
+        return -jnp.sum(
+            record["advantage"] * jnp.sum(log_q * mask, 1) / mask.sum(1)
+        )
 
     grads = jax.jit(jax.grad(lambda p: method.loss(nets(p), ctx(record)).loss))(
         PARAMS["old"]
@@ -192,7 +195,9 @@ def test_chunks_change_nothing(record):
     hot = dataclasses.replace(METHOD, sample_temperature=2.0)
     flat = jax.nn.log_softmax(jnp.zeros((8, 8, 7)))[:, :-1, 0]
     np.testing.assert_allclose(
-        hot.log_probs(lambda *_, **__: jnp.zeros((8, 8, 7)), record), flat, rtol=1e-6
+        hot.log_probs(lambda *_, **__: jnp.zeros((8, 8, 7)), record),
+        flat,
+        rtol=1e-6,
     )
 
 
@@ -219,7 +224,9 @@ def train(compilations):
 
 
 def same(a, b):
-    return all((x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    return all(
+        (x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b))
+    )
 
 
 def test_the_old_policy_is_the_student_of_every_second_step(train):
@@ -261,7 +268,8 @@ def test_training_goes_on_where_the_verifier_fails(train):
             and metrics["student/flat"] == 1
         )
         assert (
-            np.isfinite(metrics["student/loss"]) and metrics["student/grad_norm"] > 0
+            np.isfinite(metrics["student/loss"])
+            and metrics["student/grad_norm"] > 0
         )  # of the KL
     reward.pool.close()
 

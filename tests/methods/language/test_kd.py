@@ -79,7 +79,9 @@ def test_hard_labels_alone_are_fine_tuning():
     plain = loss(SFT())
     np.testing.assert_allclose(hard.loss, plain.loss, rtol=1e-6)
     np.testing.assert_allclose(hard.metrics["cross_entropy"], plain.loss, rtol=1e-6)
-    assert not jax.grad(lambda p: loss(KD(hard_weight=1.0), teacher=p).loss)(P).any()
+    assert not jax.grad(lambda p: loss(KD(hard_weight=1.0), teacher=p).loss)(
+        P
+    ).any()
 
 
 def test_terms_are_averaged_by_the_hard_weight():
@@ -119,7 +121,8 @@ STUDENT = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1, tied=True))
 def weights(net, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
 
 

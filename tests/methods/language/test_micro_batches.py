@@ -49,7 +49,8 @@ def uneven(batch):
 def weights(net, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
 
 

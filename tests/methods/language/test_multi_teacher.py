@@ -30,7 +30,8 @@ NETS = {"teacher": LARGE, "teacher1": SMALL, "student": SMALL}
 RNG = np.random.default_rng(0)
 PARAMS = {
     role: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     for role, net in NETS.items()
 }
@@ -88,7 +89,9 @@ def test_so_are_the_steps_that_follow():
         )
         return [row["student/loss"] for row in metrics], states[-1].params
 
-    same(train(EnsembleKD(weights=(1.0, 0.0)), NETS, PARAMS), train(KD(), *alone(0)))
+    same(
+        train(EnsembleKD(weights=(1.0, 0.0)), NETS, PARAMS), train(KD(), *alone(0))
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -143,7 +146,8 @@ def test_rows_learn_from_the_teacher_of_their_domain(more):
     close(grad, jax.tree.map(lambda a, b: a + b, parts[0][1], parts[1][1]))
     swapped = {**BATCH, "domain": 1 - BATCH["domain"]}
     close(
-        value(dataclasses.replace(routed, routes=(1, 0)), batch=swapped), (out, grad)
+        value(dataclasses.replace(routed, routes=(1, 0)), batch=swapped),
+        (out, grad),
     )
     assert abs(value(routed, batch=swapped)[0].loss - out.loss) > 1e-2
 
@@ -158,7 +162,8 @@ def test_two_domains_may_share_a_teacher():
     batch = {**BATCH, "domain": jnp.arange(8) % 3}
     first = {**batch, "domain": jnp.asarray([0, 1, 1])[batch["domain"]]}
     close(
-        value(RoutedKD(routes=(0, 1, 1)), batch=batch), value(RoutedKD(), batch=first)
+        value(RoutedKD(routes=(0, 1, 1)), batch=batch),
+        value(RoutedKD(), batch=first),
     )
 
 

@@ -245,14 +245,17 @@ NETS = dict.fromkeys(
 )
 PARAMS = {
     role: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     for role, net in NETS.items()
 }
 
 
 def train(method, batch, steps=5):
-    states, metrics = first_steps(method, NETS, optax.sgd(0.1), PARAMS, batch, steps)
+    states, metrics = first_steps(
+        method, NETS, optax.sgd(0.1), PARAMS, batch, steps
+    )
     return [row["student/loss"] for row in metrics], states[-1].params["student"]
 
 
@@ -277,7 +280,9 @@ def test_uniform_weights_follow_the_host():
 def test_chunks_change_nothing(kind):
     whole = Paced(divergence=kind)
     run = lambda m: jax.jit(
-        lambda: m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss
+        lambda: (
+            m.loss(bind(NETS, PARAMS), Ctx(BATCH, jax.random.key(0), 0, {})).loss
+        )
     )()
     np.testing.assert_allclose(
         run(dataclasses.replace(whole, chunk=3)), run(whole), rtol=1e-6, atol=1e-6
@@ -309,7 +314,9 @@ def test_the_end_of_a_response_is_learnt_and_nothing_after_it():
     np.testing.assert_array_equal(batch["mask"], [[0, 0, 1, 1, 0]] * 3)
     each = lambda z: token_divergence(ReverseKL(), P[:, :5], z)[:, 1:3].mean(1)
     np.testing.assert_allclose(
-        loss(method, Q[:, :5], P[:, :5], batch).loss, each(Q[:, :5]).sum(), rtol=1e-6
+        loss(method, Q[:, :5], P[:, :5], batch).loss,
+        each(Q[:, :5]).sum(),
+        rtol=1e-6,
     )
 
 
@@ -335,7 +342,8 @@ def test_refusals():
     with pytest.raises(Refused, match=r"a=-1"):
         Paced(a=-1.0)
     with pytest.raises(
-        Refused, match="expected 'student', for a teacher that has read the solution"
+        Refused,
+        match="expected 'student', for a teacher that has read the solution",
     ):
         SelfPaced(references=("dataset",))
 
@@ -411,20 +419,29 @@ def test_the_solution_is_the_datas_own():
         np.testing.assert_array_equal(shown["tokens"][0, 1:7], [1, 2, 5, 6, 1, 2])
         np.testing.assert_array_equal(shown["prompt_mask"][:, 0], [False] * 3)
         np.testing.assert_array_equal(shown["prompt_mask"].sum(1), [6, 5, 2])
-        np.testing.assert_array_equal(shown["tokens"][:, 7:], batch["tokens"][:, 2:])
+        np.testing.assert_array_equal(
+            shown["tokens"][:, 7:], batch["tokens"][:, 2:]
+        )
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
 def test_without_a_solution_the_teacher_is_the_plain_one(chunk):
-    nothing = {**SOLVED, "answer_mask": jnp.zeros((3, 5)), "weight": BATCH["weight"]}
+    nothing = {
+        **SOLVED,
+        "answer_mask": jnp.zeros((3, 5)),
+        "weight": BATCH["weight"],
+    }
     run = lambda method, batch: (
         method.loss(bind(NETS, PARAMS), Ctx(batch, jax.random.key(0), 0, {})).loss
     )
     plain = run(Paced(divergence=ReverseKL(), chunk=chunk), nothing)
-    np.testing.assert_allclose(run(SelfPaced(chunk=chunk), nothing), plain, rtol=1e-5)
+    np.testing.assert_allclose(
+        run(SelfPaced(chunk=chunk), nothing), plain, rtol=1e-5
+    )
     assert (
         abs(
-            run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]}) - plain
+            run(SelfPaced(chunk=chunk), {**SOLVED, "weight": BATCH["weight"]})
+            - plain
         )
         > 1e-3
     )
@@ -467,7 +484,9 @@ def test_schedules_reach_the_loss_of_self_distillation():
 def test_self_distillation_starts_from_the_teacher():
     surgery = SelfPaced().stages(2)[0].surgery
     _, params = surgery(NETS, {"teacher": PARAMS["teacher"]}, {})
-    jax.tree.map(np.testing.assert_array_equal, params["student"], PARAMS["teacher"])
+    jax.tree.map(
+        np.testing.assert_array_equal, params["student"], PARAMS["teacher"]
+    )
     assert surgery(NETS, PARAMS, {})[1]["student"] is PARAMS["student"]
     assert SelfPaced.inits == {"student": "teacher"} and SelfPaced().is_on_policy(0)
 

@@ -21,11 +21,15 @@ NETS = {
 }
 PARAMS = {
     role: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     for role, net in NETS.items()
 }
-BATCH = {"tokens": jnp.asarray(RNG.integers(0, 7, (3, 6))), "mask": jnp.ones((3, 6))}
+BATCH = {
+    "tokens": jnp.asarray(RNG.integers(0, 7, (3, 6))),
+    "mask": jnp.ones((3, 6)),
+}
 LAW = {
     role: jax.nn.log_softmax(net.apply(PARAMS[role], BATCH["tokens"]))
     for role, net in NETS.items()
@@ -87,7 +91,9 @@ def test_alone_the_base_makes_it_kd(generation):
 
     def train(method, nets, params):
         states, metrics = first_steps(method, nets, optax.adam(1e-2), params, BATCH)
-        return [row["student/loss"] for row in metrics], states[-1].params["student"]
+        return [row["student/loss"] for row in metrics], states[-1].params[
+            "student"
+        ]
 
     mine = train(method, nets, params)
     theirs = train(KD(), NETS, PARAMS)
@@ -105,7 +111,9 @@ def test_window_keeps_the_newest_students():
         "1",
         "2",
     }
-    marked = [jax.tree.map(lambda w, k=k: w + k, PARAMS["student"]) for k in range(3)]
+    marked = [
+        jax.tree.map(lambda w, k=k: w + k, PARAMS["student"]) for k in range(3)
+    ]
     nets = NETS
     params = PARAMS
     for student in marked:
@@ -118,7 +126,9 @@ def test_window_keeps_the_newest_students():
     assert "student" not in params  # fresh weights
     assert (
         "student"
-        in dataclasses.replace(method, restart=False).promote(NETS, PARAMS, BATCH)[1]
+        in dataclasses.replace(method, restart=False).promote(NETS, PARAMS, BATCH)[
+            1
+        ]
     )
 
 
@@ -144,7 +154,9 @@ def test_several_teachers_are_pooled():
     method = stage(0, teachers=(0.25, 0.75))
     assert method.frozen == ("teacher", "teacher1")
     base = jnp.log(0.25 * jnp.exp(LAW["teacher"]) + 0.75 * jnp.exp(LAW["teacher1"]))
-    np.testing.assert_allclose(loss(method).loss, KL(base, LAW["student"]), rtol=1e-4)
+    np.testing.assert_allclose(
+        loss(method).loss, KL(base, LAW["student"]), rtol=1e-4
+    )
 
 
 def test_refusals():

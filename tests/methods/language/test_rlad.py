@@ -22,7 +22,8 @@ RNG = np.random.default_rng(0)
 NET = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
 PARAMS = {
     r: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), NET.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        NET.shapes,
     )
     for r in ("student", "teacher")
 }
@@ -165,9 +166,9 @@ def test_the_trust_region_is_around_the_mixture():
         log_ratio, LOG["q"] - 0.5 * (LOG["old"] + LOG["teacher"]), atol=1e-6
     )
     moved = (
-        jax.vmap(jax.grad(lambda x: clipped_surrogate(x, jnp.float32(1), 0.2, 0.28)))(
-            log_ratio
-        )
+        jax.vmap(
+            jax.grad(lambda x: clipped_surrogate(x, jnp.float32(1), 0.2, 0.28))
+        )(log_ratio)
         != 0
     )
     np.testing.assert_array_equal(moved, log_ratio <= 0.247)
@@ -306,7 +307,8 @@ def test_a_tabular_policy_learns_faster_than_with_grpo(table, record_property):
     """A teacher that is right where the reward is lenient."""
     record_property("table", table)
     assert (
-        table["literal"] >= 1.1 * table["grpo"] and table[0.5] >= 1.3 * table["grpo"]
+        table["literal"] >= 1.1 * table["grpo"]
+        and table[0.5] >= 1.3 * table["grpo"]
     )
 
 

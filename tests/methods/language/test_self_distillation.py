@@ -71,9 +71,9 @@ def test_gradient_is_that_of_the_mixed_target():
     )
     mixed = 0.3 * LABELS + 0.7 * batch["soft"]
     law = lambda p: jax.nn.softmax(NET.apply(p, BATCH["x"]))
-    expected = jax.grad(lambda p: jnp.sum(jnp.mean((law(p) - mixed) ** 2, -1) * FIT))(
-        MODELS["student"]
-    )
+    expected = jax.grad(
+        lambda p: jnp.sum(jnp.mean((law(p) - mixed) ** 2, -1) * FIT)
+    )(MODELS["student"])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grad, expected
     )
@@ -92,8 +92,12 @@ def test_held_out_samples_are_not_fitted():
 
 def test_penalty_is_the_sum_of_plain_norms():
     free, bound = (loss(SelfDistillation(penalty=p)) for p in (0.0, 0.1))
-    norms = sum(float(jnp.linalg.norm(w)) for w in jax.tree.leaves(MODELS["student"]))
-    np.testing.assert_allclose((bound.loss - free.loss) / 10, 0.1 * norms, rtol=1e-4)
+    norms = sum(
+        float(jnp.linalg.norm(w)) for w in jax.tree.leaves(MODELS["student"])
+    )
+    np.testing.assert_allclose(
+        (bound.loss - free.loss) / 10, 0.1 * norms, rtol=1e-4
+    )
     grad = jax.grad(
         lambda p: loss(SelfDistillation(), params={**MODELS, "student": p}).loss
     )(MODELS["student"])
@@ -109,7 +113,9 @@ def test_alpha_is_estimated_on_held_out_samples():
     )
     rows = BATCH["heldout"] > 0
     expected = float(
-        np.clip(best_alpha(LABELS[rows], LAW["first"][rows], LAW["pure"][rows]), 0, 1)
+        np.clip(
+            best_alpha(LABELS[rows], LAW["first"][rows], LAW["pure"][rows]), 0, 1
+        )
     )
     out = loss(method, batch)
     np.testing.assert_allclose(out.metrics["alpha"][0], expected, rtol=1e-5)

@@ -22,7 +22,8 @@ SIZES = dict(vocab=8, dim=8, mlp=16, heads=2, depth=1, max_length=6)
 def setting():
     net = make_net(LM(**SIZES))
     bind = lambda seed: net.bind(
-        "net", {"net": jax.tree.map(lambda w: 3 * w, net.init(jax.random.key(seed)))}
+        "net",
+        {"net": jax.tree.map(lambda w: 3 * w, net.init(jax.random.key(seed)))},
     )
     tokens = jax.random.randint(jax.random.key(5), (4, 6), 0, 8)
     batch = {

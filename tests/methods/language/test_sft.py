@@ -25,7 +25,10 @@ MASK = jnp.array([[0, 1, 1, 1], [0, 0, 1, 0]])
 
 def out(logits, mask=MASK, **batch):
     ctx = Ctx(
-        {"tokens": TOKENS, "mask": mask, **batch}, jax.random.key(0), jnp.int32(0), {}
+        {"tokens": TOKENS, "mask": mask, **batch},
+        jax.random.key(0),
+        jnp.int32(0),
+        {},
     )
     return SFT().loss(SimpleNamespace(student=lambda tokens, **kw: logits), ctx)
 
@@ -97,7 +100,8 @@ def test_chunks_change_nothing():
     net = make_net(LM(vocab=7, dim=8, mlp=8, heads=2, depth=1))
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * rng.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     batch = {
         "tokens": jnp.asarray(rng.integers(0, 7, (3, 6))),

@@ -99,7 +99,9 @@ def test_micro_batches_do_not_move_the_update():
 
 
 def test_weights_are_shared_by_two_tasks():
-    both, label, rationale = (gradient(StepByStep(alpha=a)) for a in (0.3, 1.0, 0.0))
+    both, label, rationale = (
+        gradient(StepByStep(alpha=a)) for a in (0.3, 1.0, 0.0)
+    )
     close(
         both,
         jax.tree.map(lambda a, b: 0.3 * a + 0.7 * b, label, rationale),
@@ -138,7 +140,9 @@ def test_padding_and_longer_reasons_leave_the_rest_alone():
     out = loss(StepByStep())
     padded = loss(StepByStep(), wide)
     for name in ("label", "rationale"):
-        np.testing.assert_allclose(padded.metrics[name], out.metrics[name], rtol=1e-5)
+        np.testing.assert_allclose(
+            padded.metrics[name], out.metrics[name], rtol=1e-5
+        )
     twice = {
         k: jnp.concatenate([v, v]) if k.startswith("explain_") else v
         for k, v in BATCH.items()
@@ -149,7 +153,8 @@ def test_padding_and_longer_reasons_leave_the_rest_alone():
 
 def test_rows_without_reasons_count_for_the_label_alone():
     out = loss(
-        StepByStep(), {**BATCH, "explain_mask": jnp.zeros_like(BATCH["explain_mask"])}
+        StepByStep(),
+        {**BATCH, "explain_mask": jnp.zeros_like(BATCH["explain_mask"])},
     )
     assert out.metrics["rationale"] == 0
     np.testing.assert_allclose(

@@ -114,7 +114,9 @@ def test_entropy_of_certain_and_ignorant_students():
 def test_one_candidate_teaches_nothing_and_the_rest_gets_no_gradient():
     term = lambda k: (
         lambda z: (
-            loss(dataclasses.replace(PLAIN, ranking_weight=1.0, candidates=k), z).loss
+            loss(
+                dataclasses.replace(PLAIN, ranking_weight=1.0, candidates=k), z
+            ).loss
             - loss(PLAIN, z).loss
         )
     )
@@ -156,7 +158,8 @@ NETS = {
 }
 PARAMS = {
     r: jax.tree.map(
-        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype), net.shapes
+        lambda s: jnp.asarray(0.5 * RNG.standard_normal(s.shape), s.dtype),
+        net.shapes,
     )
     for r, net in NETS.items()
 }

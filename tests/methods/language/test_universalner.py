@@ -26,9 +26,9 @@ def batch(tmp_path_factory):
         '{"text": "Ada ran", "entities": [["Ada", "who"]]}\n'
         '{"text": "In Rome", "entities": [["Rome", "where"]]}\n'
     )
-    return Conversations(path=str(path), heldout=0.0, length=320, batch_size=2).batch(
-        0, slice(None)
-    )
+    return Conversations(
+        path=str(path), heldout=0.0, length=320, batch_size=2
+    ).batch(0, slice(None))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -156,7 +156,11 @@ def test_tables_of_different_lengths_are_cut_to_the_common_ids(method, longer):
     nets, params = models(**vocab)
     plain = {role: make_net(LM(vocab=12, **SIZES)) for role in nets}
     tokens = jax.random.randint(jax.random.key(9), (3, 6), 0, 12)
-    batch = {"tokens": tokens, "mask": jnp.ones((3, 6)), "domain": jnp.arange(3) % 2}
+    batch = {
+        "tokens": tokens,
+        "mask": jnp.ones((3, 6)),
+        "domain": jnp.arange(3) % 2,
+    }
 
     def value(nets, params):
         ctx = Ctx(batch, jax.random.key(0), jnp.int32(0), {})
@@ -210,7 +214,9 @@ def test_padding_is_never_written(writer, method):
     call.config = nets[writer].config
     bound = SimpleNamespace(**{**vars(bind(nets, params)), writer: call})
     written = jax.jit(
-        lambda: method.rollout(bound, Ctx(batch, jax.random.key(0), jnp.int32(0), {}))
+        lambda: method.rollout(
+            bound, Ctx(batch, jax.random.key(0), jnp.int32(0), {})
+        )
     )()
     assert (written["tokens"] < 12).all() and len(
         set(np.asarray(written["tokens"][:, 2:]).ravel().tolist())
@@ -240,5 +246,8 @@ def test_a_run_with_padded_tables(tmp_path):
         for row in loop.run(made, tmp_path / "run", progress=False)["models"]
     }
     assert np.isfinite(
-        [rows["student"][name] for name in ("perplexity", "kl", "rollout_reverse_kl")]
+        [
+            rows["student"][name]
+            for name in ("perplexity", "kl", "rollout_reverse_kl")
+        ]
     ).all()

@@ -98,7 +98,9 @@ def test_training_uses_the_same_noise(x64, gaussian, context):
     along = lambda time: (1 - time)[:, None] * x0 + time[:, None] * eps
     target = jnp.where((r == 0)[:, None], x0, network(2 * W)(along(r), r).x0)
     want = jnp.mean(
-        pseudo_huber(network(W)(along(t), t).x0, target, method.huber * math.sqrt(2))
+        pseudo_huber(
+            network(W)(along(t), t).x0, target, method.huber * math.sqrt(2)
+        )
     )
     loss = method.loss(
         SimpleNamespace(student=network(W), ema_student=network(2 * W)), ctx

@@ -71,7 +71,9 @@ def test_the_target_is_the_student_itself(x64, gaussian, context, method):
     along = lambda time: (1 - time)[:, None] * x0 + time[:, None] * eps
     target = jnp.where((r <= 0)[:, None], x0, network(W)(along(r), r).x0)
     want = lambda w: jnp.mean(
-        pseudo_huber(network(w)(along(t), t).x0, target, method.huber * math.sqrt(2))
+        pseudo_huber(
+            network(w)(along(t), t).x0, target, method.huber * math.sqrt(2)
+        )
         / (t - r)
     )
     loss = lambda w: (

@@ -204,7 +204,11 @@ def test_guided_velocity(x64, gaussian, context):
     )
     grad = jax.grad(
         lambda w: method.velocity(
-            SimpleNamespace(student=jax.tree_util.Partial(labelled, w)), ctx, x, t, v
+            SimpleNamespace(student=jax.tree_util.Partial(labelled, w)),
+            ctx,
+            x,
+            t,
+            v,
         )[0].sum()
     )
     assert grad(0.5) == 0.0
@@ -221,7 +225,10 @@ def test_dropped_labels_fall_on_the_first_rows(x64, context):
     counts = []
     for seed in range(40):
         ctx = context(
-            jnp.ones((n, 2)), seed=seed, cond=jnp.full(n, 3), null_cond=jnp.full(n, 9)
+            jnp.ones((n, 2)),
+            seed=seed,
+            cond=jnp.full(n, 3),
+            null_cond=jnp.full(n, 9),
         )
         t, r = method.interval(ctx, n)
         v, cond = method.velocity(net, ctx, ctx.batch["x"], t, jnp.zeros((n, 2)))

@@ -33,7 +33,9 @@ def halver(g, process, steps):
 
     def denoise(x, t, cond=None):
         middle = ode.advance("ddim", process, g.denoise, x, t, t - size / 2)
-        end = ode.advance("ddim", process, g.denoise, middle, t - size / 2, t - size)
+        end = ode.advance(
+            "ddim", process, g.denoise, middle, t - size / 2, t - size
+        )
         (a, s), (b, u) = (
             process.alpha_sigma(expand(t, x)),
             process.alpha_sigma(expand(t - size, x)),
@@ -215,7 +217,9 @@ def test_no_gradient_reaches_the_target(x64, gaussian, context):
 
 
 def test_stages():
-    stages = Progressive(teacher_steps=16, student_steps=2, guidance=3.0).stages(100)
+    stages = Progressive(teacher_steps=16, student_steps=2, guidance=3.0).stages(
+        100
+    )
     assert [s.steps for s in stages] == [34, 33, 33]
     assert [(s.method.teacher_steps, s.method.student_steps) for s in stages] == [
         (16, 8),

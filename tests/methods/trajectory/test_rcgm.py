@@ -95,7 +95,9 @@ def test_near_the_boundary_it_is_flow_matching(x64, gaussian):
         np.testing.assert_allclose(
             method.consistent(wild, {}, F, x, v, t, t - gap), v, atol=1e-12
         )
-    np.testing.assert_array_equal(method.consistent(wild, {}, F, x, 7 * v, t, t), 1.0)
+    np.testing.assert_array_equal(
+        method.consistent(wild, {}, F, x, 7 * v, t, t), 1.0
+    )
 
 
 def test_the_step_follows_the_guided_velocity_all_the_way(x64):
@@ -186,7 +188,9 @@ def test_guidance(x64, gaussian, context):
     t = jnp.array([0.0, 0.2, 0.5, 0.8, 1.0])
     v = jnp.ones((5, 2))
     batch = {"x": x, "cond": jnp.full(5, 3.0), "null_cond": jnp.full(5, 1.0)}
-    net = SimpleNamespace(student=None, ema_student=jax.tree_util.Partial(student, W))
+    net = SimpleNamespace(
+        student=None, ema_student=jax.tree_util.Partial(student, W)
+    )
     inside = lambda *rows: np.isin(np.arange(5), rows)[:, None]
     np.testing.assert_allclose(
         RCGM().velocity(net, batch, x, t, v),

@@ -64,7 +64,9 @@ def test_pairs_are_the_teachers(x64, gaussian, context):
 
 def test_guided_pairs(x64, context):
     """The teacher's guided velocity is constant here: x = noise - v."""
-    teacher = lambda x, t, cond: Flow().from_v(jnp.ones_like(x) * cond[:, None], x, t)
+    teacher = lambda x, t, cond: Flow().from_v(
+        jnp.ones_like(x) * cond[:, None], x, t
+    )
     ctx = context(
         jnp.zeros((8, 2)), cond=jnp.full(8, 3.0), null_cond=jnp.full(8, 1.0)
     )

@@ -81,7 +81,9 @@ def test_at_the_start_it_is_velocity_regression(x64, gaussian, context):
     regression = lambda w: jnp.mean(
         weight * jnp.mean((bound(w).student(xt, t).v - v) ** 2, 1)
     )
-    np.testing.assert_allclose(jax.grad(loss)(W), jax.grad(regression)(W), rtol=1e-7)
+    np.testing.assert_allclose(
+        jax.grad(loss)(W), jax.grad(regression)(W), rtol=1e-7
+    )
 
 
 def test_gradient_by_finite_differences(x64, gaussian, context):
@@ -197,7 +199,9 @@ def test_adaptive_weight_is_best_at_the_log_error(x64, gaussian, context):
     )
     error = loss(0.0)
     np.testing.assert_allclose(jax.grad(loss)(-jnp.log(error)), 0.0, atol=1e-14)
-    np.testing.assert_allclose(loss(-jnp.log(error)), 1 + jnp.log(error), rtol=1e-13)
+    np.testing.assert_allclose(
+        loss(-jnp.log(error)), 1 + jnp.log(error), rtol=1e-13
+    )
 
 
 def test_guidance_is_the_teachers(x64, gaussian, context):
@@ -207,7 +211,9 @@ def test_guidance_is_the_teachers(x64, gaussian, context):
     x = gaussian().draw(8)
     t = jnp.linspace(0.1, 1.5, 8)
     ctx = context(x, cond=jnp.full(8, 3.0), null_cond=jnp.full(8, 9.0))
-    v = SCM(guidance=2.5).velocity(SimpleNamespace(teacher=teacher), ctx, x, t, None)
+    v = SCM(guidance=2.5).velocity(
+        SimpleNamespace(teacher=teacher), ctx, x, t, None
+    )
     np.testing.assert_allclose(v, (9 + 2.5 * (3 - 9)) * x, rtol=1e-13)
 
 

@@ -34,7 +34,12 @@ W = np.array([0.3, -0.7, 0.2, 0.5])
 def student(w, x, t, cond=None, *, r):
     """A small network that tells t from -t; w [4]."""
     first = w[0] + (0.0 if cond is None else expand(cond, x))
-    v = first * x + w[1] * expand(t, x) * x + w[2] * expand(r, x) + w[3] * jnp.sin(x)
+    v = (
+        first * x
+        + w[1] * expand(t, x) * x
+        + w[2] * expand(r, x)
+        + w[3] * jnp.sin(x)
+    )
     return Flow().from_v(v, x, jnp.abs(t))
 
 
@@ -213,7 +218,9 @@ def test_samples_of_the_twin_get_no_recursion_and_no_guidance(gaussian, context)
         assert len(t) == 6 and (t >= 0).all() and (r <= t).all()
         assert not np.isin(cond, (3.0, 7.0)).any()
     negative = [(t, r, cond) for t, r, cond, _ in calls["student"] if (t < 0).any()]
-    assert len(negative) == 2  # the twin's own samples, and the push's second branch
+    assert (
+        len(negative) == 2
+    )  # the twin's own samples, and the push's second branch
     for t, r, _ in negative:
         assert (t < 0).all() and (t == r).all()
     assert [sorted(c.tolist()) for *_, c in negative] == [[3.0, 7.0], [0.0, 4.0]]
@@ -340,7 +347,9 @@ def test_three_steps(three_steps, method):
 def test_the_guidance_scale_of_the_base_has_its_own_name():
     """A saved config and the command line may use the old one."""
     name = "methods.trajectory.twinflow:TwinFlowDistillation"
-    assert build({"name": name, "enhance": 3.0}) == TwinFlowDistillation(guidance=3.0)
+    assert build({"name": name, "enhance": 3.0}) == TwinFlowDistillation(
+        guidance=3.0
+    )
     config = load_config("configs/recipes/twinflow.py:imagefree")
     override(config, "method.enhance", "2")
     assert config.method.guidance == 2.0

@@ -129,7 +129,8 @@ def test_positions_act_by_their_differences(lm):
         plain,
     )
     assert (
-        jnp.abs(run(params, tokens, positions=2 * jnp.arange(9)) - plain).max() > 0.01
+        jnp.abs(run(params, tokens, positions=2 * jnp.arange(9)) - plain).max()
+        > 0.01
     )
 
 
@@ -165,7 +166,9 @@ def test_features_are_the_states_after_blocks(lm):
         rms(first) * params["norm"]["scale"],
         run(shallow, tokens, cfg=one, hidden_only=True),
     )
-    close(rms(last) * params["norm"]["scale"], run(params, tokens, hidden_only=True))
+    close(
+        rms(last) * params["norm"]["scale"], run(params, tokens, hidden_only=True)
+    )
 
 
 def rms(x):
@@ -183,7 +186,11 @@ def test_cached_steps_equal_the_full_pass(tied, short, monkeypatch):
     out = []
     for low, high in ((0, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
         logits, cache = run(
-            params, tokens[:, low:high], cfg=cfg, mask=mask[:, low:high], cache=cache
+            params,
+            tokens[:, low:high],
+            cfg=cfg,
+            mask=mask[:, low:high],
+            cache=cache,
         )
         out.append(logits)
     seen = np.asarray(mask)
@@ -259,7 +266,9 @@ def test_stretched_frequencies():
     np.testing.assert_allclose(freqs, 1e4 ** (-np.arange(16) / 16), rtol=1e-6)
     turns = 256 * freqs / (2 * np.pi)
     np.testing.assert_array_equal(stretched[turns > 4], freqs[turns > 4])
-    np.testing.assert_allclose(stretched[turns < 1], freqs[turns < 1] / 8, rtol=1e-6)
+    np.testing.assert_allclose(
+        stretched[turns < 1], freqs[turns < 1] / 8, rtol=1e-6
+    )
     between = (turns > 1) & (turns < 4)
     assert (
         between.any()

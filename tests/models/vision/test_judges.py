@@ -84,7 +84,9 @@ def test_networks_without_weights():
     np.testing.assert_array_equal(
         net.apply({}, net.apply({}, x, method="denormalise"), method="decode"), x
     )
-    reward = make_net(Direction(angle=np.pi / 2, core=0.0)).apply({}, x, jnp.ones(6))
+    reward = make_net(Direction(angle=np.pi / 2, core=0.0)).apply(
+        {}, x, jnp.ones(6)
+    )
     np.testing.assert_allclose(
         reward, jnp.sin(jnp.arctan2(x[:, 1], x[:, 0])), rtol=1e-5, atol=1e-6
     )

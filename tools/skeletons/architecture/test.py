@@ -24,7 +24,9 @@ BATCH = {
 
 def cut(method):
     (stage,) = method.stages(10)
-    return stage.surgery({"teacher": NET, "student": NET}, {"teacher": PARAMS}, BATCH)
+    return stage.surgery(
+        {"teacher": NET, "student": NET}, {"teacher": PARAMS}, BATCH
+    )
 
 
 def loss(method, nets, params):

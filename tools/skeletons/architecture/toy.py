@@ -28,7 +28,9 @@ def get_config():
         ),
         data=Markov(**DATA),
         method=MyMethod(depth=2),
-        roles=dict(teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)),
+        roles=dict(
+            teacher=Role(init="@teacher"), student=Role(optimizer=OPTIMIZER)
+        ),
         evaluation=TextEval(),
         claim=dict(
             metric="perplexity",

@@ -21,7 +21,9 @@ def gradient(method, real, fake, context):
     def loss(mean):
         student = lambda x, t, cond=None: real.process.from_x0(mean + 0.4 * x, x, t)
         return method.student_loss(
-            SimpleNamespace(student=student, teacher=real.denoise, fake=fake.denoise),
+            SimpleNamespace(
+                student=student, teacher=real.denoise, fake=fake.denoise
+            ),
             ctx,
         ).loss
 

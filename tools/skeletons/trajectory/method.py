@@ -44,10 +44,14 @@ class MyMethod(Method):
         teacher = lambda x, t: guided(
             net.teacher, x, t, cond, null_cond, self.guidance
         )
-        end = ode.solve(self.solver, self.process, teacher, start, self.solver_steps)
+        end = ode.solve(
+            self.solver, self.process, teacher, start, self.solver_steps
+        )
         t = jnp.full(start.shape[:1], self.process.t_max)
         # eq. 1
-        distance = (net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)) ** 2
+        distance = (
+            net.student(start, t, cond).x0 - jax.lax.stop_gradient(end)
+        ) ** 2
         return Out(jnp.mean(distance))
 
     def sampling_times(self, steps: int) -> Array:
@@ -55,4 +59,6 @@ class MyMethod(Method):
 
     def sample(self, net, noise, cond, key, steps):
         denoise = lambda x, t: net(x, t, cond)
-        return renoise(self.process, denoise, noise, self.sampling_times(steps), key)
+        return renoise(
+            self.process, denoise, noise, self.sampling_times(steps), key
+        )
