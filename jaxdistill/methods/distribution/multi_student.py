@@ -13,8 +13,7 @@ finite concern each member alone; everything else in an optimiser is elementwise
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +159,7 @@ class MultiStudent(Delegating):
                 stages.append(Stage(members, length, collect=collect))
         return tuple(stages)
 
-    def generator(self, net: Nets, null: Any = None) -> Callable:
+    def generator(self, net: Nets, null=None):
         """A router that sends each sample to the student of its condition's cell.
 
         All students are evaluated on all samples.

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +208,7 @@ class PhasedDMD(DiffInstruct):
             weights, self.current.fakes[-1], self.current.expert, self.coupling
         )
 
-    def generator(self, net: Nets, null: Any = None):
+    def generator(self, net: Nets, null=None):
         return routed(net, self.phases)
 
     def rollout(self, net: Nets, ctx: Ctx, index) -> tuple[Array, Array]:
