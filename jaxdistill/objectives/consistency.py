@@ -53,6 +53,18 @@ def normalise_tangent(
     return tangent / (jnp.sqrt(square) + c)
 
 
+def euclidean_tangent(
+    tangent: Float[Array, "B ..."], c: float = 0.1
+) -> Float[Array, "B ..."]:
+    """g / (||g|| + c) of each sample: sCM's printed form, as SANA-Sprint has it.
+
+    For c = 0 it is that of `normalise_tangent` divided by sqrt(dim).
+    """
+    square = sum_per_sample(tangent**2)
+    norm = jnp.sqrt(square).reshape(-1, *[1] * (tangent.ndim - 1))
+    return tangent / (norm + c)
+
+
 def clip_tangent(
     tangent: Float[Array, "*B"], limit: float = 1.0
 ) -> Float[Array, "*B"]:

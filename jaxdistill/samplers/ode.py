@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Key, Shaped
+from jaxtyping import Bool, Float, Int, Key, Shaped
 
 from jaxdistill.core.types import Array, Refused, lookup
 from jaxdistill.diffusion.process import Flow, Pred, Process, expand
@@ -51,16 +51,71 @@ def sample(
     def body(
         carry: tuple[Array, Memory], inputs: tuple[Array, ...]
     ) -> tuple[Any, Array | None]:
-        i, t, s = inputs
-        t = jnp.full(x.shape[:1], t)
-        s = jnp.full(x.shape[:1], s)
-        at = At(i == 0, i == n - 1, n)
-        carry = step(denoise, *carry, t, s, jax.random.fold_in(key, i), at)
+        carry = step(denoise, *carry, *_place(inputs, n, x, key))
         return carry, carry[0] if trajectory else None
 
     inputs = (jnp.arange(n), times[:-1], times[1:])
     (end, _), path = jax.lax.scan(body, (x, _memory(x, x.dtype)), inputs)
     return jnp.concatenate([x[None], path]) if trajectory else end
+
+
+def _place(
+    inputs: tuple[Array, Array, Array], n: int, x: Array, key: Array
+) -> tuple[Array, Array, Array, At]:
+    """(t [B], s [B], key, position) of step i of n, given (i, t, s)."""
+    i, t, s = inputs
+    t = jnp.full(x.shape[:1], t)
+    s = jnp.full(x.shape[:1], s)
+    at = At(i == 0, i == n - 1, n)
+    return t, s, jax.random.fold_in(key, i), at
+
+
+class Recorded(NamedTuple):
+    """The path of a solver: its states, and the predictions that made each next one."""
+
+    times: Shaped[Array, " N"]  # of the states
+    states: Float[Array, "N B ..."]
+    preds: Pred  # at the states, stacked
+    end: Float[Array, "B ..."]  # the state after the last step
+
+    def at(self, index: Int[Array, " B"]) -> tuple[Array, Array, Pred]:
+        """(state, time [B], prediction) of each sample before a step of its own."""
+        samples = jnp.arange(len(index))
+        preds = jax.tree.map(lambda leaf: leaf[index, samples], self.preds)
+        return self.states[index, samples], self.times[index], preds
+
+
+def record(
+    step: Step,
+    denoise: Denoise,
+    x: Float[Array, "B ..."],
+    times: Shaped[Array, " N"],
+    key: Key[Array, ""] | None = None,
+) -> Recorded:
+    """The path of `sample`: the states before each of its N - 1 steps, and the predictions there.
+
+    `denoise` may be guided, with a scale for each sample (`diffusion.denoiser.guided`). Of solvers
+    that evaluate the network more than once a step the first prediction is kept, that at the state.
+    """
+    key = jax.random.key(0) if key is None else key
+    n = len(times) - 1
+
+    def body(
+        carry: tuple[Array, Memory], inputs: tuple[Array, ...]
+    ) -> tuple[Any, tuple[Array, Pred]]:
+        preds = []
+
+        def recording(x: Array, t: Array) -> Pred:
+            preds.append(denoise(x, t))
+            return preds[-1]
+
+        after = step(recording, *carry, *_place(inputs, n, x, key))
+        return after, (carry[0], preds[0])
+
+    inputs = (jnp.arange(n), times[:-1], times[1:])
+    (end, _), kept = jax.lax.scan(body, (x, _memory(x, x.dtype)), inputs)
+    states, preds = kept
+    return Recorded(times[:-1], states, preds, end)
 
 
 def _memory(x: Array, dtype: Any) -> Memory:

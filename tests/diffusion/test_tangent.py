@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxdistill.diffusion.tangent import (
     DERIVATIVES,
+    backward_difference,
     central_difference,
     total_derivative,
 )
@@ -46,6 +47,22 @@ def test_central_difference_agrees_to_its_order():
             near[1], exact[1], atol=1e3 * np.finfo(np.float64).eps ** (2 / 3)
         )
         assert not np.array_equal(near[1], exact[1])
+
+
+def test_backward_difference_has_the_given_step():
+    """Of a cubic: 3 x^2 - 3 x h + h^2 with a step h, which the derivative alone is not."""
+    with jax.enable_x64(True):
+        x = jnp.array([0.5, 2.0])
+        value, slope = backward_difference(0.01)(
+            lambda x: x**3, (x,), (jnp.ones(2),)
+        )
+        np.testing.assert_array_equal(value, x**3)
+        np.testing.assert_allclose(slope, 3 * x**2 - 0.03 * x + 1e-4, rtol=1e-12)
+        low = backward_difference(0.01)(lambda x: x**3, (x,), (2 * jnp.ones(2),))[1]
+        # over the step 0.02 of x, at twice the speed
+        np.testing.assert_allclose(
+            low, 2 * (3 * x**2 - 0.06 * x + 4e-4), rtol=1e-12
+        )
 
 
 def test_central_difference_in_float32():

@@ -97,6 +97,22 @@ def test_normalised_tangent_is_free_of_size_and_scale(x64):
     )
 
 
+def test_the_euclidean_norm_depends_on_the_size():
+    """Without c it is the normalisation by the root mean square over sqrt(dim)."""
+    with jax.enable_x64(True):
+        g = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 5)))
+        norm = np.sqrt((np.asarray(g) ** 2).sum((1, 2), keepdims=True))
+        np.testing.assert_allclose(
+            cm.euclidean_tangent(g), g / (norm + 0.1), rtol=1e-13
+        )
+        np.testing.assert_allclose(
+            cm.euclidean_tangent(g, 0.0) * np.sqrt(20),
+            cm.normalise_tangent(g, 0.0),
+            rtol=1e-13,
+        )
+        assert np.linalg.norm(cm.euclidean_tangent(g)[0]) < 1
+
+
 def test_ct_schedule():
     np.testing.assert_array_equal(
         cm.ct_levels(jnp.asarray([0, 1000]), 1000), [2, 151]

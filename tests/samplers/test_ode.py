@@ -9,6 +9,7 @@ import pytest
 
 from jaxdistill.core.types import Refused
 from jaxdistill.data.mixtures import Mixture
+from jaxdistill.diffusion.denoiser import guided
 from jaxdistill.diffusion.process import DDPM, EDM, VP, CosineVP, Flow, Trig
 from jaxdistill.samplers import ode
 
@@ -320,3 +321,50 @@ def test_straightness_of_a_gaussian_flow(x64):
         t,
     )
     assert ode.straightness(straight, x, times) < 1e-25
+
+
+@pytest.mark.parametrize("name", ode.SOLVERS)
+def test_a_recorded_path_is_that_of_the_sampler(name):
+    """States and end to the bit, and each prediction is the network's at its state."""
+    process = Flow()
+    step = ode.SOLVERS[name](process)
+    x = jnp.array([[START], [-0.2], [0.4]])
+    times = process.grid(4)
+    denoise = denoiser(process)
+
+    @jax.jit
+    def both(x):
+        path = ode.sample(step, denoise, x, times, trajectory=True)
+        return path, ode.record(step, denoise, x, times)
+
+    path, recorded = both(x)
+    np.testing.assert_array_equal(recorded.states, path[:-1])
+    np.testing.assert_array_equal(recorded.end, path[-1])
+    np.testing.assert_array_equal(recorded.times, times[:-1])
+    index = jnp.array([3, 0, 2])
+    states, t, preds = recorded.at(index)
+    np.testing.assert_array_equal(t, times[index])
+    for i, n in enumerate(index):
+        np.testing.assert_array_equal(states[i], path[n, i])
+    expected = jax.jit(denoise)(states, t)
+    for found, wanted in zip(jax.tree.leaves(preds), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_recorded_path_may_be_guided_by_sample():
+    """Each sample goes the way of its own scale."""
+
+    def net(x, t, cond):
+        return Flow().from_v(cond[:, None] * jnp.ones_like(x), x, t)
+
+    x = jnp.zeros((3, 1))
+    scales = jnp.array([1.0, 2.0, 5.0])
+
+    def denoise(x, t):
+        return guided(net, x, t, jnp.ones(3), jnp.zeros(3), scales)
+
+    recorded = jax.jit(lambda x: ode.record(ode.euler, denoise, x, Flow().grid(2)))(
+        x
+    )
+    np.testing.assert_allclose(recorded.end[:, 0], -scales, rtol=1e-6)
+    np.testing.assert_allclose(recorded.preds.v[0, :, 0], scales, rtol=1e-6)
