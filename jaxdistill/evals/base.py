@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from jaxdistill.core.net import Net
@@ -34,6 +35,7 @@ class Experiment(Protocol):
     method: Method
     data: Dataset
     settings: Any  # core.build.Run
+    workdir: Path  # the run's folder
 
     def conditioned(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The batch with the null label of the networks."""

@@ -68,6 +68,18 @@ class SampleEval(Evaluation):
         """
         raise NotImplementedError
 
+    def compare(
+        self, x: Shaped[np.ndarray, "B ..."], real: Samples, trained: Trained
+    ) -> dict[str, float]:
+        """Metrics of samples that other networks of the run are needed for.
+
+        Args:
+            x: the samples, made under the conditions of `real`.
+            real: the held-out samples.
+            trained: the run.
+        """
+        return {}
+
     def picture(self, x: Shaped[np.ndarray, "B ..."], real: Samples) -> Any:
         """A PIL image of the first samples."""
         raise NotImplementedError
@@ -150,6 +162,7 @@ class SampleEval(Evaluation):
                 "name": role,
                 "nfe": self.nfe(role, steps),
                 **self.score(x, real, data),
+                **self.compare(x, real, trained),
             }
             rows.append({**row, "samples_per_second": speed})
         return rows

@@ -39,6 +39,7 @@ RESERVED = (
     "tensorboard",
     "data",
     "pools",
+    "endpoints",
     "damaged",
     "export",
 )
