@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdistill.core import sharding
 from jaxdistill.models.attention import attention, plain
@@ -35,8 +36,10 @@ def place():
     devices, _ = plan.topology("v5p:2x2x1")
     # a program for a TPU cannot be loaded from the cache of compiled programs
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     yield jax.sharding.SingleDeviceSharding(devices[0])
     jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 def temporaries(place, path, queries, keys, *, gradient, **data) -> int:

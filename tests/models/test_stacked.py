@@ -179,7 +179,11 @@ def test_no_residual_is_the_same_program():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(layers=[3]), dict(taps=(1,), layers=[0]), dict(instead={5: None})],
+    [
+        dict(layers=[3]),
+        dict(taps=(1,), layers=[0]),
+        dict(instead={5: lambda state: state}),
+    ],
 )
 def test_layers_that_are_not_there_are_refused(options):
     cfg, inputs = CASES["vit"]
@@ -238,9 +242,9 @@ def test_another_attention():
 class Doubled(Block):
     """A block of another kind: its MLP is applied twice."""
 
-    def mlp_branch(self, x, neurons):
-        x = super().mlp_branch(x, neurons)
-        return super().mlp_branch(x, self.neurons(x))
+    def mlp_branch(self, x, out):
+        x = super().mlp_branch(x, out)
+        return super().mlp_branch(x, self.down(self.neurons(x)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -144,8 +144,8 @@ class Attention(nnx.Module):
 class LinearAttention(Attention):
     """Linear attention with a ReLU kernel (arXiv:2006.16236, 2410.10629)."""
 
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
-        """The attended values before the output projection, heads merged."""
+    def attended(self, x: Float[Array, "B N D"]) -> Float[Array, "B N E"]:
+        """What x attends to, before the output projection, heads merged."""
         k, v = self.keys_values(x)
         q = self.queries(x)
         attended = linear_attention(nnx.relu(q), nnx.relu(k), v)
@@ -195,7 +195,7 @@ class Block(nnx.Module):
             context.time + self.table[...], 6, 1
         )
         h = modulate(x, shift1, scale1, self.eps)
-        attended = self.attn1(h)
+        attended = self.attn1.attended(h)
         branch = with_residual(self.attn1.to_out(attended), h, residual)
         x = constrain(add_gated(x, branch, gate1), "batch", "seq", None)
         x = x + self.attn2(x, context.text, context.mask, context.negative)

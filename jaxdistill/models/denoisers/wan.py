@@ -125,7 +125,7 @@ class Attention(nnx.Module):
             self.to_v_vision = make(("embed", "heads"))
             self.norm_k_vision = norm()
 
-    def __call__(
+    def attended(
         self,
         x: Float[Array, "B N D"],
         source: Float[Array, "B S D"],
@@ -133,7 +133,7 @@ class Attention(nnx.Module):
         vision: Float[Array, "B M D"] | None = None,
         negative: Negative | None = None,
     ) -> Float[Array, "B N D"]:
-        """x attends to `source`: the values before the output projection, heads merged.
+        """What x attends to in `source`, before the output projection, heads merged.
 
         Args:
             x: queries.
@@ -164,6 +164,15 @@ class Attention(nnx.Module):
             out = out + attention(q, k, v)
         return merge_heads(out)
 
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        source: Float[Array, "B S D"],
+        **options: Any,
+    ) -> Float[Array, "B N D"]:
+        """The projected output; options as of `attended`."""
+        return self.to_out(self.attended(x, source, **options))
+
 
 class Block(nnx.Module):
     def __init__(self, cfg: Wan, rngs: nnx.Rngs):
@@ -191,7 +200,7 @@ class Block(nnx.Module):
         times = context.time + self.table[...]
         shift1, scale1, gate1, shift2, scale2, gate2 = runs(times, x)
         h = modulate(x, shift1, scale1, self.eps)
-        attended = self.attn1(h, h, context.rotary)
+        attended = self.attn1.attended(h, h, context.rotary)
         branch = with_residual(self.attn1.to_out(attended), h, residual)
         x = constrain(add_gated(x, branch, gate1), "batch", "seq", None)
         crossed = self.attn2(
@@ -200,7 +209,7 @@ class Block(nnx.Module):
             vision=context.vision,
             negative=context.negative,
         )
-        x = x + self.attn2.to_out(crossed)
+        x = x + crossed
         h = self.up(modulate(x, shift2, scale2, self.eps))
         neurons = nnx.gelu(h, approximate=True)
         x = add_gated(x, self.down(neurons), gate2)
