@@ -252,7 +252,7 @@ def test_search_leaves_out_what_cannot_help(monkeypatch):
     def places(needed):
         tried = []
 
-        def refuse(changed, name, every):
+        def refuse(changed, name, every, stage):
             tried.append(changed.roles.teacher.place)
             raise jax.errors.JaxRuntimeError(said.format(needed))
 

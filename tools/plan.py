@@ -75,7 +75,7 @@ def plan(argv):
     sys.exit(0 if best.fits else 1)
 
 
-def search(planner, config, name, most, stage):
+def search(planner, config, name, most, stage=0):
     """The fastest plan that fits; None where none does."""
     best = None
     try:

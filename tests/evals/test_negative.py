@@ -46,7 +46,7 @@ def sample(net, noise, cond, key, steps):
 @pytest.fixture(scope="module")
 def rows():
     method = SimpleNamespace(
-        process=None, sample=sample, generator=lambda nets: None
+        process=None, sample=sample, generator=lambda nets, null: None
     )
     trained = Trained(
         {},
