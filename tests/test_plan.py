@@ -295,7 +295,7 @@ def test_an_interrupted_search_has_what_it_found(capsys):
         "place": "device",
     }
 
-    def candidates(config, name, most):
+    def candidates(config, name, most, stage):
         yield change, found(3.0)
         yield change, "does not hold it"
         yield change, found(2.0)
