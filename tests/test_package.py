@@ -62,9 +62,10 @@ def test_the_licence_is_there_and_named(stated):
         "http://www.apache.org/licenses/",
     ]
     words = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+    # of the text as published, white space aside
     assert (
         words == "0ffddef9e48f8a09aed5caf2d44f7ba1c1be2d9b8e0a6f693b1635b2d5566645"
-    )  # of the text as published, white space aside
+    )
     assert stated["license"] == "Apache-2.0" and stated["license_files"] == [
         "LICENSE"
     ]

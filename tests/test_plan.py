@@ -137,9 +137,8 @@ def test_collectives_by_hand():
             jax.jit(f, out_shardings=put(out)).lower(x).compile().as_text()
         ).sent
     )
-    assert (
-        compile(lambda x: x * 2, P())["all-gather"] == 3 * 8 * 1024
-    )  # three others' quarters of 32 KiB
+    # three others' quarters of 32 KiB
+    assert compile(lambda x: x * 2, P())["all-gather"] == 3 * 8 * 1024
     assert compile(lambda x: x.sum(0), P())["all-reduce"] == 2 * 4096 * 3 / 4
 
 
@@ -232,9 +231,8 @@ def test_search_starts_with_plain_fsdp_and_stays_within_the_chips():
         for c in tried
         if c["mesh"] == tried[0]["mesh"] and c["place"] == "device"
     ]
-    assert (
-        first == sorted(first, reverse=True) and first[-1] == 1
-    )  # what holds least comes first
+    # what holds least comes first
+    assert first == sorted(first, reverse=True) and first[-1] == 1
     assert all(np.prod(list(c["mesh"].values())) == 16 for c in tried)
     assert len({json.dumps(c) for c in tried}) == len(tried)
 

@@ -100,9 +100,8 @@ class Theirs:
             processing_class=self._tokenizer(transformers),
         )
         self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = (
-            1  # set by TRL's own loop
-        )
+        # set by TRL's own loop
+        self.trainer.current_gradient_accumulation_steps = 1
         for settings in (
             self.trainer.generation_config,
             self.trainer.model.generation_config,

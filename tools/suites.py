@@ -50,9 +50,8 @@ class Suite:
     chart: str  # the metric of the chart, against seconds of a student update
     clock: str  # the method whose seconds all methods get in the second table
     about: str  # text on the page
-    tokens: int = (
-        0  # tokens in an update: samples times their length; 0 for no text
-    )
+    # tokens in an update: samples times their length; 0 for no text
+    tokens: int = 0
 
 
 SUITES = {

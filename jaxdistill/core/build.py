@@ -31,9 +31,8 @@ class Lora:
     own `model` has and its base lacks. All other weights are the base's, which is stored once.
     """
 
-    rank: int = (
-        0  # of the adapters; 0: no adapters, and without `full` full weights
-    )
+    # of the adapters; 0: no adapters, and without `full` full weights
+    rank: int = 0
     alpha: float = 0.0  # scale is alpha / rank; 0: alpha = rank
     # the role that owns the other weights; it may have adapters itself
     base: str = "teacher"

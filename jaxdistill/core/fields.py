@@ -21,13 +21,11 @@ import numpy as np
 
 from jaxdistill.core.types import Refused, quoted
 
-LARGEST = (
-    2**31 - 1
-)  # of an int that names no range: what indexes an axis, counts updates
+# of an int that names no range: what indexes an axis, counts updates
+LARGEST = 2**31 - 1
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
-SMALLEST = float(
-    np.finfo(np.float32).tiny
-)  # smaller numbers become 0 on most chips
+# smaller numbers become 0 on most chips
+SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)

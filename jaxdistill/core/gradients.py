@@ -145,9 +145,8 @@ def chosen(mask: Array, new: Any, old: Any) -> Any:
 class Skipping(NamedTuple):
     """State of an optimiser that skips updates whose gradient is not finite."""
 
-    skipped: (
-        Array  # int32 [], or [K] for the members of a bank: such updates so far
-    )
+    # int32 [], or [K] for the members of a bank: such updates so far
+    skipped: Array
     inner: Any
 
 

@@ -80,9 +80,8 @@ class Optimizer:
     # Metrics that are not finite, or of skipped updates, do not count in the log. In a bank "skip"
     # is for the members concerned; otherwise the gradients of these are 0.
     nonfinite: str = "stop"
-    schedule: str = (
-        "constant"  # constant | cosine | linear | step, after the warm-up
-    )
+    # constant | cosine | linear | step, after the warm-up
+    schedule: str = "constant"
     warmup: int = 0  # updates of linear warm-up, from lr / warmup
     # updates after which cosine and linear reach `final`; 0: the run's length
     decay_steps: int = 0

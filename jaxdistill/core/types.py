@@ -125,9 +125,8 @@ class State:
     """
 
     step: Array  # int32 []: engine steps so far in this stage
-    count: dict[
-        str, Array
-    ]  # role -> int32 []: optimiser updates of the role so far
+    # role -> int32 []: optimiser updates of the role so far
+    count: dict[str, Array]
     params: dict[str, Params]  # trained roles: what the optimiser moves, float32
     opt: dict[str, Any]  # role -> optax state
     ema: dict[str, Params]  # role -> averages of its `params`

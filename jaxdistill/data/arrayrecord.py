@@ -44,9 +44,8 @@ class ArrayRecords(Records):
     message names the record.
     """
 
-    heldout: float = (
-        0.02  # share kept for evaluation where there are no test* files
-    )
+    # share kept for evaluation where there are no test* files
+    heldout: float = 0.02
 
     def source(self, split):
         path = self.existing()

@@ -64,9 +64,8 @@ class Domains(Dataset):
 
     # Probability of each domain; empty: in proportion to the domains' sizes.
     weights: tuple[float, ...] = ()
-    interval: int = (
-        0  # training batches between measurements; 0: no held-out batches
-    )
+    # training batches between measurements; 0: no held-out batches
+    interval: int = 0
     measures: int = 1  # batches of held-out samples in a measurement
 
     @functools.cached_property

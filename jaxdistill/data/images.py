@@ -109,9 +109,8 @@ class Images(Records):
 
     threads: Count = 4
     size: int = 32  # pixels a side
-    flip: bool = (
-        False  # mirror every other training image, drawn anew in each epoch
-    )
+    # mirror every other training image, drawn anew in each epoch
+    flip: bool = False
     heldout: float = 0.05  # share that is held out where there are no test files
 
     @property

@@ -36,9 +36,8 @@ class Mixture(Dataset):
     dim: Annotated[int, Range(1, 4096)] = 2
     modes: Annotated[int, Range(1, 4096)] = 6
     radius: Positive = 1.0
-    std: Positive = (
-        0.08  # mean standard deviation; each mode's is within 25 % of it
-    )
+    # mean standard deviation; each mode's is within 25 % of it
+    std: Positive = 0.08
     gap: NonNegative = 5.0
     # Number of labels: each stands for a sector of about modes / classes neighbours, counted around
     # the origin. 0: a label for each mode.

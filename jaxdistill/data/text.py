@@ -96,9 +96,8 @@ class JsonLines(InMemory):
     tokenizer: str = "byte"  # "byte" or a folder (data.tokenizers)
     prompt_key: str = "prompt"
     response_key: str = "response"
-    between: str = (
-        "\n"  # text between prompt and response; it belongs to the prompt
-    )
+    # text between prompt and response; it belongs to the prompt
+    between: str = "\n"
     heldout: float = 0.05  # share of the samples, if there is no test file
 
     @functools.cached_property

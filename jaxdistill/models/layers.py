@@ -396,10 +396,11 @@ class Runs(nnx.Module):
         for n, (make, count) in enumerate(grouped):
             setattr(self, f"run{n}", stack(make, count, rngs))
         ends = itertools.accumulate(count for _, count in grouped)
+        # the first layer of each run, and the number of layers
         self.starts = (
             0,
             *ends,
-        )  # the first layer of each run, and the number of layers
+        )
 
     def part(self, low: int, high: int) -> nnx.Module:
         """The weights of the layers `low` to `high` - 1, which are of one run."""

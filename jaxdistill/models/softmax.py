@@ -154,9 +154,8 @@ class OnlineSoftmax(NamedTuple):
 
     maximum: Array  # [B G R T], of the scores so far; -inf: all of them masked
     norm: Array  # [B G R T]: the sum of exp(score - maximum)
-    total: (
-        Array  # [B G R T V]: the sum of exp(score - maximum) times the key's value
-    )
+    # [B G R T V]: the sum of exp(score - maximum) times the key's value
+    total: Array
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], channels: int) -> OnlineSoftmax:

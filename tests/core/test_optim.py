@@ -60,9 +60,8 @@ def test_power_average_starts_at_the_first_weights_and_weighs_by_a_power():
     t = np.arange(1, n + 1)
     weights = t**gamma
     expected = np.sum(weights * t) / np.sum(weights)
-    assert run(rule, t) == pytest.approx(
-        expected, rel=(gamma + 1) / n
-    )  # the power law holds up to O(gamma / k)
+    # the power law holds up to O(gamma / k)
+    assert run(rule, t) == pytest.approx(expected, rel=(gamma + 1) / n)
 
 
 def test_constant_average_lags_a_ramp_by_its_mean_age():
@@ -79,9 +78,8 @@ def test_copying_average():
     assert [float(rule.decay(k)) for k in (1, 2, 9, 81, 82)] == pytest.approx(
         [0, 2 / 11, 0.5, 0.9, 0.9], rel=1e-6
     )
-    assert run(CopyEma(), np.full(20, 3.0)) == pytest.approx(
-        3.0, rel=1e-6
-    )  # nothing of the initial weights is left
+    # nothing of the initial weights is left
+    assert run(CopyEma(), np.full(20, 3.0)) == pytest.approx(3.0, rel=1e-6)
     assert float(CopyEma().decay(10**6)) == pytest.approx(0.9999, rel=1e-6)
 
 

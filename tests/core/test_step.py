@@ -71,9 +71,8 @@ def test_micro_batches_are_normalised_by_the_global_count():
         _, metrics = fit(Counted(), {"student": NET}, batch, accumulate=accumulate)
         assert metrics["student/loss"] == 2.5
         assert metrics["student/value"] == 2.5
-        assert (
-            metrics["student/seen"] == 4 / accumulate
-        )  # a count of one for each micro-batch
+        # a count of one for each micro-batch
+        assert metrics["student/seen"] == 4 / accumulate
 
 
 def test_the_log_weighs_tokens_alike():
@@ -98,9 +97,8 @@ def test_the_log_weighs_tokens_alike():
             pending.add(i, metrics)
         means = pending.flush()
         assert means["student/loss"] == means["student/value"] == 2.0
-        assert (
-            means["student/seen"] == 5 / 2 / accumulate
-        )  # a count of one for each micro-batch
+        # a count of one for each micro-batch
+        assert means["student/seen"] == 5 / 2 / accumulate
 
 
 def test_means_keep_their_counts_through_programs():

@@ -169,9 +169,8 @@ def test_host_weights_are_fetched_layer_by_layer(nets, inputs):
     )
     text = str(jax.make_jaxpr(plain.apply)(away, *inputs))
     copied = [line for line in text.splitlines() if "device_put" in line]
-    assert copied and not any(
-        "[3,32" in line.split("=")[0] for line in copied
-    )  # never the stack of three layers
+    # never the stack of three layers
+    assert copied and not any("[3,32" in line.split("=")[0] for line in copied)
 
 
 def config(**teacher):

@@ -78,9 +78,8 @@ def test_random_splits(seed):
     assert (np.diff(first) >= 0).all() and set(first) == set(second) == set(
         range(first.max() + 1)
     )
-    assert set().union(*pieces(a, first).values()) == set(
-        range(total)
-    )  # nothing is left out
+    # nothing is left out
+    assert set().union(*pieces(a, first).values()) == set(range(total))
     ends = lambda lengths: set(np.cumsum(lengths).tolist())
     assert first.max() + 1 == len(ends(a) & ends(b))  # none could be finer
     assert all((x == y).all() for x, y in zip(spans(b, a), (second, first)))
@@ -126,9 +125,8 @@ def test_bytes_against_a_merged_vocabulary():
     (_, a), (tokens, b) = covered(ByteTokenizer(), text), covered(Merged(), text)
     assert b.tolist() == [4, 1, 1, 1, 4, 1, 2, 1, 1, 1, 2, 1]
     first, second = spans(a, b)
-    assert second.tolist() == list(
-        range(len(tokens))
-    )  # every merged token is a span of bytes
+    # every merged token is a span of bytes
+    assert second.tolist() == list(range(len(tokens)))
     assert np.bincount(first).tolist() == b.tolist()
 
 
@@ -233,9 +231,8 @@ def test_bias_is_what_one_side_leaves_out_and_the_other_does_not():
     # "ab" would have been "abc" before a c
     np.testing.assert_allclose(bias(words, letters, (4, 2)), 2 / 6)
     np.testing.assert_allclose(bias(letters, words, (2, 4)), 2 / 6)
-    assert (
-        bias(words, letters, (5, 3)) == bias(words, words, (4, 4)) == 0.0
-    )  # nothing begins with "abc"; equal sides
+    # nothing begins with "abc"; equal sides
+    assert bias(words, letters, (5, 3)) == bias(words, words, (4, 4)) == 0.0
     assert bias(words, letters, (9, 1)) == 0.0  # a special token
     assert bias(words, letters, (3, 4)) == 1.0  # white space alone
 

@@ -101,9 +101,8 @@ def test_spec_is_that_of_a_global_batch(kind):
 
 def test_evaluation_is_a_fixed_choice_from_the_whole_set():
     some = Numbers().evaluation(20)["x"]
-    assert (
-        len(set(some.tolist())) == 20 and some.max() >= 50
-    )  # all of the first half: 1 in 10^9
+    # all of the first half: 1 in 10^9
+    assert len(set(some.tolist())) == 20 and some.max() >= 50
     assert (some == Numbers(seed=5).evaluation(20)["x"]).all()
     assert Numbers().evaluation(1000)["x"].tolist() == list(range(100))
     assert len(set(Lines().evaluation(7)["x"].tolist())) == 7

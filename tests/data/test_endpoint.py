@@ -166,9 +166,8 @@ def test_resumes_without_asking_twice(server, endpoint, tmp_path):
     assert {r["id"]: r["text"] for r in records} == {
         f"q{i}": f"TEXT {i}" for i in range(12)
     }
-    assert (
-        len(server.seen) == 12 + 1
-    )  # every question once, and the one that was refused
+    # every question once, and the one that was refused
+    assert len(server.seen) == 12 + 1
     tokens = sum(len(f"text {i}") for i in range(12))
     assert total == bill(endpoint, tmp_path / "out.jsonl")
     assert total == {

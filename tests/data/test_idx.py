@@ -198,6 +198,7 @@ def test_mnist(shared_data):
     assert (
         test["x"].shape == (10_000, 28, 28, 1) and (test["null_cond"] == 10).all()
     )
+    # as published
     assert np.bincount(test["cond"]).tolist() == [
         980,
         1135,
@@ -209,4 +210,4 @@ def test_mnist(shared_data):
         1028,
         974,
         1009,
-    ]  # as published
+    ]

@@ -219,6 +219,7 @@ def test_conversations_of_a_file(tmp_path):
         for turns in none.conversations("train")
         for _, answer in turns
     )
+    # cut ones left out
     assert (
         len(
             ner.Conversations(
@@ -226,7 +227,7 @@ def test_conversations_of_a_file(tmp_path):
             ).arrays("train")["tokens"]
         )
         < 3
-    )  # cut ones left out
+    )
     with pytest.raises(
         Refused, match="all 3 conversations are longer than 50 tokens"
     ):

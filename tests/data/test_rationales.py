@@ -263,9 +263,8 @@ def test_sums(joined, check_stream):
             partial[-1],
             13,
         ]
-    assert (
-        arrays["mask"].sum(1).tolist() == [5.0 if joined else 2.0] * 300
-    )  # one token and the end
+    # one token and the end
+    assert arrays["mask"].sum(1).tolist() == [5.0 if joined else 2.0] * 300
     wrong = Sums(size=9000, wrong=0.03).arrays("train")
     share = np.mean(
         (

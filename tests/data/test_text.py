@@ -117,16 +117,18 @@ def test_long_responses_lose_their_end_and_long_prompts_are_left_out(tmp_path):
         "train"
     )
     rows = sorted(CODEC.decode(row) for row in packed["tokens"])
+    # bos takes a place
     assert rows == [
         "aaa" + "b" * 16,
         "c" * 18 + "d",
         "e" * 17 + "f",
-    ]  # bos takes a place
+    ]
+    # none where a response was cut
     assert sorted((packed["tokens"] == CODEC.eos).sum(1)) == [
         0,
         0,
         1,
-    ]  # none where a response was cut
+    ]
     padded = PaddedJson(
         path=str(file), prompt_length=18, response_length=2, heldout=0, between=""
     ).arrays("train")

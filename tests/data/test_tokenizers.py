@@ -46,11 +46,12 @@ def test_stored_tokenizer(folder):
         codec.decode([codec.bos, *tokens, codec.eos, codec.vocab + 5, -1])
         == "the cat 🙂"
     )
+    # eos pads where there is no pad token
     assert (codec.bos, codec.eos, codec.pad) == (
         0,
         1,
         1,
-    )  # eos pads where there is no pad token
+    )
     assert not {codec.bos, codec.eos} & set(tokens.tolist())
 
 
@@ -117,6 +118,7 @@ def test_lengths_of_sentencepiece(tmp_path):
         tokenizer_object=inner, eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(tmp_path)
     codec = load_tokenizer(str(tmp_path))
+    # "_a" "b" "_" "é" and three bytes
     assert codec.lengths(codec.encode("ab é東")).tolist() == [
         2,
         1,
@@ -125,7 +127,7 @@ def test_lengths_of_sentencepiece(tmp_path):
         1,
         1,
         1,
-    ]  # "_a" "b" "_" "é" and three bytes
+    ]
 
 
 def test_bos_only_where_the_tokenizer_puts_it(folder):

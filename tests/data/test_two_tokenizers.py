@@ -50,9 +50,8 @@ def test_both_sides_of_every_span_are_the_same_text(data):
             texts.append(
                 [tokens[span == number] for number in range(span.max() + 1)]
             )
-            assert texts[-1][-1].tolist() == [
-                codec.eos
-            ]  # the end is a span of its own
+            # the end is a span of its own
+            assert texts[-1][-1].tolist() == [codec.eos]
             whole = codec.decode(tokens[rows[f"{prefix}segments"][r] > 0])
             assert whole == row["prompt"] + "\n" + row["response"]
         assert len(texts[0]) == len(texts[1])
@@ -102,9 +101,8 @@ def test_spans_end_where_the_sides_differ_little(data):
                     finest["span"][r][inside].tolist(),
                 )
             )
-            assert len(pairs) == len(
-                {fine for _, fine in pairs}
-            )  # pieces are merged, none is cut
+            # pieces are merged, none is cut
+            assert len(pairs) == len({fine for _, fine in pairs})
     with pytest.raises(
         Refused,
         match=r"data\.bias=2: expected a finite number of at least 0 and at most 1",

@@ -26,9 +26,8 @@ def test_random_is_shared_and_uniform():
     assert scales.min() >= 0.5 and scales.max() <= 4.0
     sd = 3.5 / 12**0.5
     assert abs(scales.mean() - 2.25) < 4 * sd / 500**0.5
-    assert (
-        abs((scales < 1).mean() - 1 / 7) < 4 * (6 / 49 / 500) ** 0.5
-    )  # a seventh leads towards the null condition
+    # a seventh leads towards the null condition
+    assert abs((scales < 1).mean() - 1 / 7) < 4 * (6 / 49 / 500) ** 0.5
 
 
 def test_random_each_draws_for_each_sample():

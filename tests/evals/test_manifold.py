@@ -49,10 +49,11 @@ def test_points_on_a_line_by_hand():
     real = np.array([[0.0], [1.0], [3.0]])
     fake = np.array([[0.5], [2.5], [6.0]])
     np.testing.assert_allclose(manifold.radii(real, 1), [1, 1, 2])
+    # fakes reach 2, 2, 3.5
     assert manifold.precision_recall(real, fake, k=1) == (
         2 / 3,
         1.0,
-    )  # fakes reach 2, 2, 3.5
+    )
     assert manifold.density_coverage(real, fake, k=1) == (1.0, 1.0)
     assert manifold.density_coverage(real, fake[2:], k=1) == (0.0, 0.0)
 

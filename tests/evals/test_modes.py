@@ -62,9 +62,8 @@ def test_a_dropped_mode_counts_as_missed_and_costs_its_mass():
 
 
 def test_one_percent_of_a_modes_mass_is_a_hit():
-    assert (
-        modes.modes_hit(at(998, 0, 2), LAW) == 2 / 3
-    )  # 0.2 % of all is 1 % of mode 2's 20 %
+    # 0.2 % of all is 1 % of mode 2's 20 %
+    assert modes.modes_hit(at(998, 0, 2), LAW) == 2 / 3
     assert modes.modes_hit(at(999, 0, 1), LAW) == 1 / 3
 
 

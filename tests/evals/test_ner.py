@@ -9,9 +9,10 @@ def test_counts_are_pooled_over_questions(score):
         {"precision": 0.5, "recall": 0.5, "f1": 0.5}, abs=1e-8
     )
     assert score([["a"], ["b"]], [["a"], ["b"]])["f1"] == pytest.approx(1, abs=1e-8)
+    # empty and empty count for nothing
     assert score([["a"], [], []], [["a"], [], []])["f1"] == pytest.approx(
         1, abs=1e-8
-    )  # empty and empty count for nothing
+    )
     assert score([], [])["f1"] == 0
     assert score([["a", "a"]], [["a", "a", "a"]])["precision"] == pytest.approx(
         1, abs=1e-8

@@ -49,13 +49,13 @@ def test_rows_of_a_live_teacher_and_a_student(trained):
             "reverse_kl": (np.exp(q) * (q - p)).sum(-1).mean(),
             "agreement": (p.argmax(-1) == q.argmax(-1)).mean(),
         }
+        # float32 sums of 24 x 11 tokens
         assert {k: row[k] for k in expected} == pytest.approx(
             expected, rel=1e-5, abs=1e-6
-        )  # float32 sums of 24 x 11 tokens
+        )
     assert teacher["kl"] == pytest.approx(0, abs=1e-6) and teacher["agreement"] == 1
-    assert (
-        "rollout_kl" not in teacher
-    )  # an exact teacher has no cache to write with
+    # an exact teacher has no cache to write with
+    assert "rollout_kl" not in teacher
 
 
 def test_what_the_student_goes_on_with_is_scored_on_those_tokens_alone(trained):

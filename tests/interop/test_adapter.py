@@ -85,10 +85,11 @@ def made(model, folder, targets, rank=3, alpha=6.0):
 
 
 def differs(ours, plain):
+    # the adapter matters
     assert (
         np.abs(np.asarray(ours) - np.asarray(plain)).max()
         > 0.05 * np.asarray(plain).std()
-    )  # the adapter matters
+    )
 
 
 @pytest.mark.filterwarnings(

@@ -389,10 +389,11 @@ def test_sana(instruction, tmp_path):
     """
     theirs, ours = stored(sana, tmp_path)
     ours = dataclasses.replace(ours, instruction=instruction)
+    # pixels; this autoencoder has three levels, the released one six
     size = (
         64,
         32,
-    )  # pixels; this autoencoder has three levels, the released one six
+    )
     z = noise(ours.latents(2, size, 1))
     how = dict(
         num_inference_steps=4,

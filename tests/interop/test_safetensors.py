@@ -47,9 +47,8 @@ def test_reading_maps_the_file(file):
 
 
 def write(folder, max_shard_bytes):
-    arrays = {
-        k: v for k, v in TENSORS.items() if k != "d"
-    }  # 48, 20, 56 and 3 bytes
+    # 48, 20, 56 and 3 bytes
+    arrays = {k: v for k, v in TENSORS.items() if k != "d"}
     write_folder(
         folder,
         "model",

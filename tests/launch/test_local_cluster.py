@@ -125,9 +125,8 @@ def kill_one(workdir, rng: random.Random, **run) -> int:
     killed = time.monotonic()
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert (
-        time.monotonic() - killed < 60
-    )  # the timeout is 10 s; the rest is a busy machine
+    # the timeout is 10 s; the rest is a busy machine
+    assert time.monotonic() - killed < 60
     assert "of 2 was lost (killed by SIGKILL)" in err
     assert "run the same command again" in err
     return newest(workdir)
@@ -141,9 +140,8 @@ def check_kills(killed, undisturbed, kills: int, **run) -> None:
     saved = [0]
     for _ in range(kills):
         saved.append(kill_one(killed, rng, **run))
-        assert (
-            saved[-1] >= saved[-2] + 5
-        )  # nothing is lost but the steps after the last checkpoint
+        # nothing is lost but the steps after the last checkpoint
+        assert saved[-1] >= saved[-2] + 5
     finish(start(killed, 2, 2, **run))
     assert [record["step"] for record in logged(killed)] == list(
         range(5, run["steps"] + 1, 5)

@@ -88,9 +88,8 @@ def test_the_backward_pass_of_plain_attention_keeps_no_scores(qkv, kind):
     kept = jax.tree.leaves(
         jax.vjp(functools.partial(plain, **masks()[kind]), *qkv)[1]
     )
-    assert kept and all(
-        x.size < B * H * T * S for x in kept if x.dtype != bool
-    )  # the mask is an argument
+    # the mask is an argument
+    assert kept and all(x.size < B * H * T * S for x in kept if x.dtype != bool)
 
 
 @pytest.mark.parametrize("heads", [H, G])
@@ -198,10 +197,11 @@ def test_which_path_is_taken(monkeypatch):
         "plain",
     }
     assert path(x[:, :100], x[:, :100], x[:, :100]) == {"plain"}
+    # one for each platform it may be compiled for
     assert path(x, x, x) == {
         "splash",
         "plain",
-    }  # one for each platform it may be compiled for
+    }
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert path(x, x, x) == {"splash", "plain", "cudnn"}
     assert path(*[x.astype(jnp.float32)] * 3) == {"splash", "plain"}

@@ -245,9 +245,8 @@ def test_a_whole_network(model, compilations):
         each, jnp.stack([plain[0], away[1]]), rtol=1e-5, atol=1e-5
     )
     at(jnp.array([0.3, 0.5]))
-    assert (
-        compilations["<lambda>"] == before + 1
-    )  # another value is no other program
+    # another value is no other program
+    assert compilations["<lambda>"] == before + 1
 
 
 def test_an_exported_student_takes_it_too(model, tmp_path):

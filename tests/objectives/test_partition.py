@@ -40,9 +40,8 @@ def test_cells_of_labels_are_disjoint_exhaustive_and_equal(kind, cells, classes)
     cell = np.asarray(part.assign(jnp.arange(classes)))
     assert cell.dtype == np.int32 and set(cell) == set(range(cells))
     assert np.ptp(np.bincount(cell, minlength=cells)) <= 1
-    assert part.assign(jnp.asarray([classes]))[0] in range(
-        cells
-    )  # the null condition is routed somewhere
+    # the null condition is routed somewhere
+    assert part.assign(jnp.asarray([classes]))[0] in range(cells)
 
 
 def test_a_random_partition_is_another_one_of_equal_sizes():
@@ -80,10 +79,11 @@ def test_quadrants_do_not_depend_on_length_but_thresholds_do():
     scaled = dataclasses.replace(
         balanced, thresholds=tuple(3.0 * t for t in balanced.thresholds)
     )
+    # the two at the medians may round over
     assert (
         np.mean(scaled.assign(3.0 * EMBEDDED) != balanced.assign(EMBEDDED))
         <= 2 / 400
-    )  # the two at the medians may round over
+    )
     hash(balanced)  # a field of a frozen dataclass
 
 

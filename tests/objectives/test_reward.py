@@ -257,10 +257,11 @@ def test_an_import_that_hangs_later_costs_its_time_once(tmp_path, monkeypatch):
     reward = Verified(function="at_times:judge", workers=1, timeout=60.0)
     (tmp_path / "hang").touch()
     pool = verifiers.Pool("at_times:judge", 60.0, 1, start=1.0)
+    # one of them the check's
     assert (
         pool.score([("", "", "")] * 5) == ["its import takes longer than 1 s"] * 5
         and len(started) == 2
-    )  # one of them the check's
+    )
     (tmp_path / "hang").unlink()
     pool.start = 60.0
     assert pool.score([("", "", "")] * 5) == [1.0] * 5 and len(started) == 3

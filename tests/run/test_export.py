@@ -352,9 +352,8 @@ def test_the_scheduler_is_the_methods_sampler(name, tmp_path, monkeypatch):
     stepper = getattr(diffusers, cls).from_pretrained(
         tmp_path, subfolder="scheduler"
     )
-    assert (
-        found.config.items() <= {**stepper.config, "_class_name": cls}.items()
-    )  # it knows every one of them
+    # it knows every one of them
+    assert found.config.items() <= {**stepper.config, "_class_name": cls}.items()
     drawn = iter(
         torch.tensor(
             np.asarray(jax.random.normal(jax.random.fold_in(key, i), noise.shape))
@@ -577,9 +576,8 @@ def test_a_text_conditional_students_recipe_runs(leaves, tmp_path, monkeypatch):
         jax.random.key(0),
         1,
     )
-    assert (
-        np.abs(ours - theirs).max() <= 1e-4 * theirs.std() * 14.6
-    )  # x0 = (x - sigma eps) / alpha, alpha 1 / 14.6 at t_max
+    # x0 = (x - sigma eps) / alpha, alpha 1 / 14.6 at t_max
+    assert np.abs(ours - theirs).max() <= 1e-4 * theirs.std() * 14.6
     weights = (
         "pytorch_lora_weights" if leaves == "adapter" else "diffusion_pytorch_model"
     )
@@ -766,9 +764,8 @@ def test_a_language_student_ends_its_text(prompts, tmp_path):
     codec = trained.experiment.data.codec
     text = "héllo  wörld\n日本 <|x|>"
     expected = trained.experiment.data.prompt_tokens(text[:-1] + ">")[:-1]
-    assert (
-        tokenizer(text)["input_ids"] == expected.tolist()
-    )  # begins, and "\n" is `between`
+    # begins, and "\n" is `between`
+    assert tokenizer(text)["input_ids"] == expected.tolist()
     assert tokenizer.decode(codec.encode(text)) == text and (
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,

@@ -59,9 +59,8 @@ def test_values_of_configs_are_text(tmp_path):
         and f"Claim: {EVIL} of {EVIL}" in whole
         and "bound" not in whole
     )
-    assert (
-        whole.count("<script>") >= 12
-    )  # title, heading, method, seed, claim's six, two cells and a column, caption, config's two
+    # title, heading, method, seed, claim's six, two cells and a column, caption, config's two
+    assert whole.count("<script>") >= 12
 
 
 def test_cells_of_markdown_are_text():

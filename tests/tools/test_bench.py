@@ -60,9 +60,8 @@ def test_alone_has_a_row_for_every_pattern_of_turns(monkeypatch):
                     100 * row["model_Tflop"] * 1e12 / (row["ms"] / 1e3) / chip.flops
                 )
         assert ("mfu_%" in rows[0]) == (known is not None)
-    assert int(case.state.step) == 2 * 2 * (
-        3 + 2 * 3
-    )  # warmed up and timed, every step on the state of the one before
+    # warmed up and timed, every step on the state of the one before
+    assert int(case.state.step) == 2 * 2 * (3 + 2 * 3)
 
 
 def test_the_plan_of_xl2_is_the_published_network():
@@ -75,6 +74,5 @@ def test_the_plan_of_xl2_is_the_published_network():
         programs, nets = loop.abstract_programs(experiment)
     assert nets["teacher"].size == pytest.approx(675e6, rel=0.01)
     (by_role,) = programs.patterns.values()
-    assert by_role["teacher"] == pytest.approx(
-        32 * 2 * 118.6e9 * 2, rel=0.02
-    )  # with its guidance: twice
+    # with its guidance: twice
+    assert by_role["teacher"] == pytest.approx(32 * 2 * 118.6e9 * 2, rel=0.02)

@@ -69,9 +69,8 @@ class EmbeddingLoss(Hosted):
     real_per_fake: int = 1
     # compares the joint distributions of samples and labels `cond`
     labelled: bool = False
-    augment: Paired = (
-        Paired()
-    )  # one random draw, for all real and generated samples
+    # one random draw, for all real and generated samples
+    augment: Paired = Paired()
 
     @property
     def needs(self):

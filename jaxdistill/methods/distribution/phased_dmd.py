@@ -255,13 +255,11 @@ class PhasedDMD(DiffInstruct):
         expert = getattr(net, self.current.expert)
         pred = expert(ctx.batch["xt"], ctx.batch["t"], ctx.batch.get("cond"))
         s = jnp.asarray(self.current.end)
-        xs = self.process.add_noise(
-            pred.x0, pred.eps, s
-        )  # Euler's step from t to s
+        # Euler's step from t to s
+        xs = self.process.add_noise(pred.x0, pred.eps, s)
         xt, t, _ = self.renoise(xs, interval, self.match_times, ctx, "match")
-        scores = interval.scores(
-            net
-        )  # its two scores as the roles `teacher` and `fake`
+        # its two scores as the roles `teacher` and `fake`
+        scores = interval.scores(net)
         real = self.real(scores, xt, t, ctx)
         fake = self.fake(scores, xt, t, ctx)
         if self.weight == "kl":

@@ -26,9 +26,8 @@ from jaxdistill.objectives import score
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SIM(SiD):
-    alpha: float = dataclasses.field(
-        default=1.0, init=False
-    )  # SiD's, no field here
+    # SiD's, no field here
+    alpha: float = dataclasses.field(default=1.0, init=False)
     # c / sqrt(number of dimensions), in units of the data. Uncertain: the paper's is not known
     huber: float = 1e-2
 

@@ -43,9 +43,8 @@ class UniInstruct(FromLevel, DMD2):
     student_times: tuple[float, ...] = (2.5,)
     # of the student's loss: sigma from .002 to 24.4
     match_times: Uniform = Karras(high=0.8)
-    fake_times: Uniform = LogNormalSNR(
-        mean=-1.2, std=1.2
-    )  # of both critics' losses
+    # of both critics' losses
+    fake_times: Uniform = LogNormalSNR(mean=-1.2, std=1.2)
     fake_target: str = "edm"
     critic_steps: int = 1  # critic updates per student update
     divergence: FDivergence = Jeffreys(forward=0.4, reverse=0.6)  # the paper's best

@@ -71,9 +71,8 @@ class EDMUNet:
     eps: ClassVar[float]  # of the group norms
     # True: the embedding scales and shifts the second norm; False: it is added before that norm
     adaptive: ClassVar[bool]
-    damping: ClassVar[
-        float
-    ]  # factor on the sum of a block's branch and its shortcut
+    # factor on the sum of a block's branch and its shortcut
+    damping: ClassVar[float]
     # whether blocks that change the resolution have a 1x1 convolution on the shortcut
     project: ClassVar[bool]
     # every block on the way up attends, not just the last of a level

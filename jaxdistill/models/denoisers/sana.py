@@ -78,15 +78,13 @@ class Sana:
     cross_heads: int = 2  # of the attention to the text
     text_dim: int = 16  # channels of cond["text"]
     mlp_ratio: float = 2.5  # hidden channels of the gated convolution, in dim
-    qk_norm: bool = (
-        False  # queries and keys pass an RMS norm over all heads together
-    )
+    # queries and keys pass an RMS norm over all heads together
+    qk_norm: bool = False
     # factor by which the sinusoidal positions are closer together; None: no positions
     interpolation: float | None = None
     guidance: bool = False  # reads cond["guidance"]
-    guidance_scale: float = (
-        0.1  # factor on the guidance scale before it is embedded
-    )
+    # factor on the guidance scale before it is embedded
+    guidance_scale: float = 0.1
     # factor on t before it is embedded (Sprint's teachers: .001)
     time_scale: float = 1.0
     norm_eps: float = 1e-6  # of the modulated norms

@@ -69,9 +69,8 @@ class LM:
     rope_factor: float = 1.0  # Llama 3.1's stretch of long wavelengths; 1: none
     # wavelengths above rope_original / rope_low are stretched in full
     rope_low: float = 1.0
-    rope_high: float = (
-        4.0  # those below rope_original / rope_high are not stretched
-    )
+    # those below rope_original / rope_high are not stretched
+    rope_high: float = 4.0
     rope_original: int = 8192  # the context before stretching, tokens
     norm_eps: float = 1e-6
     tied: bool = False  # the output head is the embedding table

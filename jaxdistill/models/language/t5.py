@@ -54,9 +54,8 @@ class T5Encoder:
     T5 1.1's XXL is vocab 32128, dim 4096, mlp 10240, heads 64, head_dim 64, depth 24, gated.
     """
 
-    shared_bias: ClassVar[bool] = (
-        True  # one table of position biases for all layers
-    )
+    # one table of position biases for all layers
+    shared_bias: ClassVar[bool] = True
 
     vocab: int = 64
     dim: int = 64
@@ -209,9 +208,8 @@ class EncoderContext:
 
     places: Int[Array, "S S"]  # buckets of relative positions
     seen: Bool[Array, "B 1 1 S"] | None  # mask of keys
-    bias: (
-        Float[Array, "1 H S S"] | None
-    )  # of all layers; None: each layer has its own
+    # of all layers; None: each layer has its own
+    bias: Float[Array, "1 H S S"] | None
 
 
 @flax.struct.dataclass

@@ -230,9 +230,8 @@ def test_towers_in_a_joint_model(tmp_path):
         theirs = joint(
             torch.tensor(tokens), torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
         )
-    net, params = interop.load(
-        tmp_path
-    )  # the image tower, where nothing says which
+    # the image tower, where nothing says which
+    net, params = interop.load(tmp_path)
     assert (
         type(net.config) is ClipVisionProjected
         and interop.family_of(net) is interop.families.clip.VISION_PROJECTED

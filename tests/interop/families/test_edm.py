@@ -335,9 +335,8 @@ def inputs(config, rows=16, cols=16):
 
 
 def theirs(model, x, t, cond):
-    one_hot = torch.cat(
-        [torch.eye(3), torch.zeros(1, 3)]
-    )  # label 3 is the null one
+    # label 3 is the null one
+    one_hot = torch.cat([torch.eye(3), torch.zeros(1, 3)])
     with torch.no_grad():
         out, states = model(
             torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
@@ -401,9 +400,8 @@ def test_null_label_and_forms_of_the_condition(pair, agree):
         same(np.full(4, 3), None)
         same(label, {"label": label})
         same(jax.nn.one_hot(label, 3), label)
-        assert (
-            np.abs(call(x, t, label)[0] - call(x, t, cond)[0]).max() > 1e-3
-        )  # the augmentation
+        # the augmentation
+        assert np.abs(call(x, t, label)[0] - call(x, t, cond)[0]).max() > 1e-3
         assert (
             np.abs(call(x, t, label)[0][:3] - call(x, t, None)[0][:3]).max() > 1e-3
         )
@@ -453,10 +451,11 @@ def test_bfloat16(pair, halves):
     x, t, cond = inputs(model.c)
     found = jax.jit(small.apply)(params, x, t, cond)
     expected = call(x, t, cond)[0]
+    # 2^-8 a rounding, some tens of them
     assert (
         found.dtype == jnp.float32
         and np.abs(found - expected).mean() <= 0.05 * expected.std()
-    )  # 2^-8 a rounding, some tens of them
+    )
 
 
 @pytest.mark.full

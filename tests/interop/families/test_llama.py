@@ -103,9 +103,8 @@ def test_logits_and_states_agree(pair, record_property):
     record_property("gap", found := gap(logits, out.logits.numpy()))
     assert found <= 1e-5
     assert gap(first, out.hidden_states[1].numpy()) <= 1e-5
-    assert (
-        last.shape == first.shape
-    )  # transformers gives the last one after the final norm
+    # transformers gives the last one after the final norm
+    assert last.shape == first.shape
 
 
 def test_logits_agree_under_left_padding(pair, record_property):

@@ -137,9 +137,8 @@ def test_round_trip(stored, tmp_path):
 
 def test_vgg_16s_sizes_and_names():
     net = make_net(LPIPS())
-    assert (
-        net.size == 14_714_688 + 64 + 128 + 256 + 512 + 512
-    )  # torchvision's vgg16().features, and the heads
+    # torchvision's vgg16().features, and the heads
+    assert net.size == 14_714_688 + 64 + 128 + 256 + 512 + 512
     names = [
         row.name
         for row in lpips.table(LPIPS())

@@ -218,10 +218,11 @@ def test_bfloat16(pair, halves):
     t = np.array(TIMES[0], "f4")
     found = jax.jit(small.apply)(params, x, t, cond)
     expected = call(x, t, cond)[0]
+    # 2^-8 a rounding, some tens of them
     assert (
         found.dtype == jnp.float32
         and np.abs(found - expected).mean() <= 0.05 * expected.std()
-    )  # 2^-8 a rounding, some tens of them
+    )
 
 
 def test_forward_and_reverse_derivatives_are_one():

@@ -157,9 +157,8 @@ def test_teacher_forced_logits_agree(pair, padded, record_property):
     record_property("gap", found := gap(logits, expected.logits.numpy()))
     assert found <= 1e-5
     assert gap(features[0], expected.decoder_hidden_states[1].numpy()) <= 1e-5
-    assert (
-        features[1].shape == features[0].shape
-    )  # transformers gives the last one after the final norm
+    # transformers gives the last one after the final norm
+    assert features[1].shape == features[0].shape
 
 
 def test_padding_of_the_text_changes_nothing(pair):

@@ -231,10 +231,11 @@ def test_bfloat16(pair, halves):
     x = draw(2, 8, 8, 3)
     found = jax.jit(lambda x: small.apply(params, x, method="encode")[0])(x)
     expected = encode(x)[0]
+    # 2^-8 a rounding, some tens of them
     assert (
         found.dtype == jnp.float32
         and np.abs(found - expected).mean() <= 0.05 * expected.std()
-    )  # 2^-8 a rounding, some tens of them
+    )
 
 
 def test_normalise_and_back():

@@ -184,10 +184,11 @@ def test_bfloat16(pair):
     t = np.array([10.0, 900.0], "f4")
     expected = call(x, t, cond)
     found = jax.jit(small.apply)(half, x, t, cond)
+    # 2^-8 a rounding, some tens of them
     assert (
         found.dtype == jnp.float32
         and np.abs(found - expected).mean() <= 0.05 * expected.std()
-    )  # 2^-8 a rounding, some tens of them
+    )
 
 
 @pytest.mark.parametrize(

@@ -171,9 +171,8 @@ def test_starts_from_noise_of_the_level_that_the_student_is_told(context, make):
     batch = method.simulate(
         SimpleNamespace(student=student), context(jnp.zeros((20_000, 1)))
     )
-    assert float(jnp.std(batch["xt"])) == pytest.approx(
-        1.5, rel=0.02
-    )  # four standard errors of 20,000 draws
+    # four standard errors of 20,000 draws
+    assert float(jnp.std(batch["xt"])) == pytest.approx(1.5, rel=0.02)
     np.testing.assert_array_equal(batch["t"], 1.5)
 
 
@@ -245,10 +244,11 @@ def test_the_fake_score_is_the_minimiser_on_the_students_samples(
 
     at = jax.grad(loss)(jnp.array([1.0, 0.0]))
     away = jax.grad(loss)(jnp.array([0.8, 0.2]))
+    # sampling noise of 100,000 draws
     assert jnp.all(jnp.abs(at) < 0.05 * jnp.abs(away).max()), (
         at,
         away,
-    )  # sampling noise of 100,000 draws
+    )
 
 
 def test_the_critic_does_not_reach_the_student(x64, gaussian, context):

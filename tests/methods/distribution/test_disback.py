@@ -176,9 +176,8 @@ def test_the_path_of_a_gaussian_leads_from_the_teacher_to_the_student(
     )()
     assert jnp.all(jnp.diff(losses) <= 1e-12)
     np.testing.assert_allclose(means[0], mu, atol=1e-12)
-    assert jnp.all(
-        jnp.diff(means) * np.sign(m - mu) >= -1e-3
-    )  # sampling moves the optimum by as much
+    # sampling moves the optimum by as much
+    assert jnp.all(jnp.diff(means) * np.sign(m - mu) >= -1e-3)
     # five standard deviations of the fit to so many draws
     np.testing.assert_allclose(ws[-1], best, atol=0.08)
     np.testing.assert_allclose(means[-1], m, atol=0.1)
@@ -271,9 +270,8 @@ def test_stages_share_the_steps():
         "path",
     )
     assert [s.steps for s in method.stages(300)] == [300, 0]
-    assert (
-        DisBack().critic_steps == 5 and DisBack().gan_weight == 5e-3
-    )  # the host's fields keep the host's values
+    # the host's fields keep the host's values
+    assert DisBack().critic_steps == 5 and DisBack().gan_weight == 5e-3
 
 
 @pytest.mark.full

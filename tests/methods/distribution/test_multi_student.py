@@ -185,9 +185,10 @@ def test_a_member_depends_on_its_own_cell_alone(four):
                 k,
             )
             assert not same(member(one.params[role], k), member(before[role], k))
+    # they started as one
     assert not same(
         member(one.params["student"], 0), member(one.params["student"], 2)
-    )  # they started as one
+    )
 
 
 def test_a_diverging_member_stands_still_and_the_rest_go_on(four):
@@ -278,9 +279,10 @@ def test_conditions_are_of_the_cell_but_pairs_of_all():
         assert len(np.unique(CELLS.assign(cond))) > 1
     for name in ("pair_noise", "pair_x", "pair_cond"):
         np.testing.assert_array_equal(gathered[name], data[name])
+    # members draw apart
     assert (
         gathered["xt"].shape == (N, 2) and len(np.unique(gathered["xt"][:, 0])) == N
-    )  # members draw apart
+    )
 
 
 def test_pairs_are_the_teachers_samples():

@@ -428,10 +428,11 @@ def test_the_fake_score_learns_the_students_score_from_within(
 
         at = jax.grad(loss)(jnp.array([1.0, 0.0]))
         away = jax.grad(loss)(jnp.array([0.8, 0.2]))
+        # sampling noise of the draws
         assert jnp.all(jnp.abs(at) < 0.05 * jnp.abs(away).max()), (
             at,
             away,
-        )  # sampling noise of the draws
+        )
 
 
 def key_of(role):

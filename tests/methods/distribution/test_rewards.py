@@ -10,10 +10,11 @@ from jaxdistill.methods.distribution.diff_instruct import DiffInstruct
 from jaxdistill.methods.distribution.sim import SIM
 from tests.methods.distribution.gaussians import AT, pulled
 
+# method -> the same without a reward
 METHODS = {
     DIPlusPlus: DiffInstruct,
     DIStar: SIM,
-}  # method -> the same without a reward
+}
 each = pytest.mark.parametrize(("method", "host"), METHODS.items())
 
 

@@ -194,10 +194,11 @@ def test_the_adapters_learn_the_noise_whatever_its_weight(
 
     at = jax.grad(loss)(jnp.array([1.0, 0.0]))
     away = jax.grad(loss)(jnp.array([0.8, 0.2]))
+    # sampling noise of 100,000 draws
     assert jnp.all(jnp.abs(at) < 0.05 * jnp.abs(away).max()), (
         at,
         away,
-    )  # sampling noise of 100,000 draws
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -424,9 +424,8 @@ def test_reverse_kl_without_the_gan_follows_sid(trained, compilations):
             reverse_until=3,
         )
     )
-    assert (
-        compilations["train_step"] == 2
-    )  # the schedule costs one program for the critics alone, none for the change of divergence
+    # the schedule costs one program for the critics alone, none for the change of divergence
+    assert compilations["train_step"] == 2
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Later(SiD):

@@ -188,9 +188,8 @@ def test_controller():
     metrics = lambda a, b: {"measured/ratio0": a, "measured/ratio1": b}
     mixture = METHOD.controller()
     assert mixture.update({"student/loss": 1.0}) == {}
-    assert (
-        mixture.update(metrics(1.0, 2.0)) == {}
-    )  # the first interval stays as the data are
+    # the first interval stays as the data are
+    assert mixture.update(metrics(1.0, 2.0)) == {}
     np.testing.assert_allclose(mixture.weights, np.array([1, np.e]) / (1 + np.e))
     twin = METHOD.controller()
     twin.restore(mixture.state())

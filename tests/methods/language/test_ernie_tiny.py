@@ -293,9 +293,8 @@ def test_data(check_rows=8):
     two = data.batch(0, slice(4, 8))
     for name in one:
         np.testing.assert_array_equal(one[name][4:], two[name])
-    assert (
-        len({row.tobytes() for row in one["tokens"]}) == 5
-    )  # labelled texts go round
+    # labelled texts go round
+    assert len({row.tobytes() for row in one["tokens"]}) == 5
     held = data.evaluation(40)
     has = lambda row, p: any((row[i : i + 3] == p).all() for i in range(6))
     assert all(

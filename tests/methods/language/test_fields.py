@@ -321,6 +321,5 @@ def test_policy_gradients_need_samples(cls, temperature):
         match=r"method\.sample_temperature=.*: expected a number above 0: .* learns from samples",
     ):
         cls(sample_temperature=temperature)
-    assert SequenceKD(sample_temperature=0.0) and GKD(
-        sample_temperature=0.0
-    )  # greedy text can be learned
+    # greedy text can be learned
+    assert SequenceKD(sample_temperature=0.0) and GKD(sample_temperature=0.0)

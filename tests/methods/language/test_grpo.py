@@ -55,9 +55,8 @@ def test_what_a_rollout_carries(record):
     np.testing.assert_array_equal(
         record["tokens"][:, :3], jnp.repeat(TOKENS[:, :3], 4, 0)
     )
-    assert (
-        len({tuple(row) for row in np.asarray(record["tokens"][:4])}) > 1
-    )  # the responses of a group differ
+    # the responses of a group differ
+    assert len({tuple(row) for row in np.asarray(record["tokens"][:4])}) > 1
     for role in ("old", "reference"):
         logits = jax.jit(NET.apply)(
             PARAMS[role],
@@ -252,9 +251,8 @@ def test_it_raises_the_reward(train):
     rewards = [
         m["student/reward"] for _, m in train(method, 60, (), optax.adam(5e-2))
     ]
-    assert (
-        np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
-    )  # two prompts to learn by heart; chance is 1 / 7
+    # two prompts to learn by heart; chance is 1 / 7
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
 
 
 def test_training_goes_on_where_the_verifier_fails(train):
@@ -267,10 +265,11 @@ def test_training_goes_on_where_the_verifier_fails(train):
             and metrics["student/reward"] == 0
             and metrics["student/flat"] == 1
         )
+        # of the KL
         assert (
             np.isfinite(metrics["student/loss"])
             and metrics["student/grad_norm"] > 0
-        )  # of the KL
+        )
     reward.pool.close()
 
 

@@ -92,9 +92,8 @@ def test_terms_are_averaged_by_the_hard_weight():
 def test_top_k_forgets_only_inside_the_tail():
     full = loss(KD()).loss
     values = [loss(KD(top_k=k)).loss for k in (1, 3, 6)]
-    assert (
-        0 < values[0] < values[1] < full
-    )  # data processing: merging tokens loses divergence
+    # data processing: merging tokens loses divergence
+    assert 0 < values[0] < values[1] < full
     # a tail of one token loses none
     np.testing.assert_allclose(values[2], full, rtol=1e-5)
 

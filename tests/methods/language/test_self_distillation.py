@@ -101,9 +101,8 @@ def test_penalty_is_the_sum_of_plain_norms():
     grad = jax.grad(
         lambda p: loss(SelfDistillation(), params={**MODELS, "student": p}).loss
     )(MODELS["student"])
-    assert all(
-        np.isfinite(g).all() for g in jax.tree.leaves(grad)
-    )  # biases begin at 0
+    # biases begin at 0
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grad))
 
 
 def test_alpha_is_estimated_on_held_out_samples():

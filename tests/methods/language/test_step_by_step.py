@@ -121,9 +121,8 @@ def test_each_loss_sees_its_own_target():
         **BATCH,
         "explain_tokens": BATCH["explain_tokens"].at[:, 6:9].add(1) % 10,
     }
-    assert (
-        apart(other, "label") < 1e-6 and apart(other, "rationale") > 1e-4
-    )  # rounding of float32, and more than that
+    # rounding of float32, and more than that
+    assert apart(other, "label") < 1e-6 and apart(other, "rationale") > 1e-4
     other = {**BATCH, "tokens": BATCH["tokens"].at[:, 6].add(1) % 10}
     assert apart(other, "rationale") < 1e-6 and apart(other, "label") > 1e-4
 

@@ -137,9 +137,8 @@ def test_padding_changes_nothing():
     a = value(Q, P)
     b = value(wild(Q), wild(P))
     np.testing.assert_allclose(a[0], b[0], rtol=1e-6)
-    assert (
-        not a[1][1, 3:].any() and not b[1][1, 3:].any()
-    )  # position t predicts token t + 1
+    # position t predicts token t + 1
+    assert not a[1][1, 3:].any() and not b[1][1, 3:].any()
 
 
 def test_the_released_ranking_lowers_the_teachers_favourite():

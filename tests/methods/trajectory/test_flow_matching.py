@@ -39,10 +39,11 @@ def test_the_exact_denoiser_is_stationary(x64, gaussian, context, process, targe
 
     at = jax.grad(loss)(jnp.array([1.0, 0.0]))
     away = jax.grad(loss)(jnp.array([0.5, 0.5]))
+    # the mean of 200,000 draws is exact to about 1 %
     assert jnp.all(jnp.abs(at) < 0.05 * jnp.abs(away).max()), (
         at,
         away,
-    )  # the mean of 200,000 draws is exact to about 1 %
+    )
 
 
 def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance(
@@ -57,9 +58,8 @@ def test_the_loss_of_the_exact_denoiser_is_the_posterior_variance(
     ).loss
     t = np.linspace(0.3, 0.6, 2001)
     expected = np.mean(g.std**2 / ((1 - t) ** 2 * g.std**2 + t**2))
-    assert (
-        abs(loss / expected - 1) < 0.01
-    )  # 400,000 squares of relative std sqrt(2): 0.22 %
+    # 400,000 squares of relative std sqrt(2): 0.22 %
+    assert abs(loss / expected - 1) < 0.01
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25, 1.0])
@@ -88,9 +88,10 @@ def test_sampling_the_exact_network_gives_the_law(gaussian, process):
     x = FlowMatching(process=process, solver="heun").sample(
         g.denoise, noise, None, jax.random.key(1), 60
     )
+    # 4 / sqrt(20,000) of std .4, and solver error
     assert (
         abs(float(x.mean()) - g.mean) < 0.02 and abs(float(x.std()) - g.std) < 0.02
-    )  # 4 / sqrt(20,000) of std .4, and solver error
+    )
 
 
 def test_trains(three_steps):

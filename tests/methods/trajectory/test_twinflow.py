@@ -218,9 +218,8 @@ def test_samples_of_the_twin_get_no_recursion_and_no_guidance(gaussian, context)
         assert len(t) == 6 and (t >= 0).all() and (r <= t).all()
         assert not np.isin(cond, (3.0, 7.0)).any()
     negative = [(t, r, cond) for t, r, cond, _ in calls["student"] if (t < 0).any()]
-    assert (
-        len(negative) == 2
-    )  # the twin's own samples, and the push's second branch
+    # the twin's own samples, and the push's second branch
+    assert len(negative) == 2
     for t, r, _ in negative:
         assert (t < 0).all() and (t == r).all()
     assert [sorted(c.tolist()) for *_, c in negative] == [[3.0, 7.0], [0.0, 4.0]]

@@ -18,9 +18,8 @@ def test_a_student_that_is_the_trajectorys_end_has_no_loss(x64, gaussian, contex
             context(jnp.zeros((64, 2))),
         ).loss
     )
-    assert (
-        at(g.consistent) < 1e-6 < 1e-2 < at(g.denoise)
-    )  # 100 steps of Heun's are not the whole way
+    # 100 steps of Heun's are not the whole way
+    assert at(g.consistent) < 1e-6 < 1e-2 < at(g.denoise)
 
 
 def test_what_is_trained_is_what_samples(x64, gaussian, context):
