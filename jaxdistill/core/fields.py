@@ -12,6 +12,7 @@ import difflib
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -26,6 +27,19 @@ LARGEST = 2**31 - 1
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 # smaller numbers become 0 on most chips
 SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+def expression(
+    text: Any, where: str, problem: str = " is no regular expression"
+) -> re.Pattern:
+    """The regular expression `text`.
+
+    Raises Refused where it is none; the message begins with `where`, the text and `problem`.
+    """
+    try:
+        return re.compile(text)
+    except (re.error, TypeError) as error:
+        raise Refused(f"{where}{text!r}{problem}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

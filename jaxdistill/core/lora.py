@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxdistill.core.fields import check_range
+from jaxdistill.core.fields import check_range, expression
 from jaxdistill.core.net import (
     Net,
     constant,
@@ -34,7 +34,6 @@ from jaxdistill.core.net import (
     materialise,
     path_name,
     paths,
-    scoped,
 )
 from jaxdistill.core.types import Array, Params, Refused
 
@@ -102,12 +101,9 @@ class Adapter(Net):
         own = {p: leaf for p, leaf in paths(found).items() if p in self.statistics}
         return out, own
 
-    def bind(self, role, params):
+    def bound_weights(self, role, params):
         base = constant(self.under.whole_weights(self.adapts, params))
-        own = {"base": base, "adapter": params[role]}
-        call = scoped(role, functools.partial(self.apply, own), self.config)
-        call.training = scoped(role, functools.partial(self.apply_training, own))
-        return call
+        return {"base": base, "adapter": params[role]}
 
     def whole_weights(self, role, params):
         base = self.under.whole_weights(self.adapts, params)
@@ -194,8 +190,8 @@ def adapt(
     """
     merged = net.whole if own is None else own.whole
     _check_numbers(base, rank, alpha, full)
-    adapted = _expression("targets", targets if rank else "")
-    copied = _expression("full", full)
+    adapted = expression(targets if rank else "", "lora.targets=")
+    copied = expression(full, "lora.full=")
     there = paths(net.whole.shapes)
     axes_of = paths(merged.axes, is_leaf=is_spec)
     kernels = convolutions(merged)
@@ -270,16 +266,6 @@ def _check_numbers(base: str, rank: int, alpha: float, full: str) -> None:
         raise Refused(f"lora.base={base!r}: expected the role that has the weights")
 
 
-def _expression(field: str, pattern: str) -> re.Pattern:
-    """The regular expression of a field. Raises Refused where it is none."""
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise Refused(
-            f"lora.{field}={pattern!r} is no regular expression: {error}"
-        ) from None
-
-
 def _check_matches(
     net: Net,
     base: str,
@@ -291,7 +277,7 @@ def _check_matches(
     whole: Mapping[str, Any],
 ) -> None:
     """Raises Refused where a pattern matches nothing, or nothing is trained."""
-    of_base = f"lora.base={base!r}: {listed(net.shapes)}"
+    of_base = f"lora.base={base!r}: {listed(paths(net.shapes))}"
     if rank and targets and not pairs:
         raise Refused(f"lora.targets={targets!r} matches no matrix of {of_base}")
     if full and not any(map(copied.fullmatch, whole)):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -72,11 +72,7 @@ class Net:
         self, params: Params, *args, method: str = "__call__", **kwargs
     ) -> Any:
         """The output of the module's `method` with these weights."""
-        module = _materialised(nnx.merge(self.graphdef, params))
-        call = getattr(module, method)
-        if method == "__call__":
-            call = self.wrap(call)
-        return call(*args, **kwargs)
+        return self._method(self._module(params), method)(*args, **kwargs)
 
     def apply_training(
         self, params: Params, *args, method: str = "__call__", **kwargs
@@ -86,13 +82,18 @@ class Net:
         The batch is the global one: a mean over samples that are sharded is that over all of them.
         The statistics are what a loss returns in `Out.statistics`.
         """
-        module = _materialised(nnx.merge(self.graphdef, params))
+        module = self._module(params)
         module.train()
-        call = getattr(module, method)
-        if method == "__call__":
-            call = self.wrap(call)
-        out = call(*args, **kwargs)
+        out = self._method(module, method)(*args, **kwargs)
         return out, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+    def _module(self, params: Params) -> nnx.Module:
+        return _materialised(nnx.merge(self.graphdef, params))
+
+    def _method(self, module: nnx.Module, method: str) -> Callable:
+        """The module's method; the call itself is wrapped."""
+        call = getattr(module, method)
+        return self.wrap(call) if method == "__call__" else call
 
     def from_source(self, params: Params) -> Params:
         """Weights of `source` in the form that this network keeps them (stacked, quantised)."""
@@ -140,10 +141,14 @@ class Net:
 
     def bind(self, role: str, params: Mapping[str, Params]) -> Callable:
         """The callable that a loss knows as `nets.<role>`, named after the role in profiles."""
-        own = params[role]
+        own = self.bound_weights(role, params)
         call = scoped(role, functools.partial(self.apply, own), self.config)
         call.training = scoped(role, functools.partial(self.apply_training, own))
         return call
+
+    def bound_weights(self, role: str, params: Mapping[str, Params]) -> Params:
+        """What `apply` takes as the weights of a role; of adapters, with those of their base."""
+        return params[role]
 
     @property
     def size(self) -> int:
@@ -356,9 +361,9 @@ def paths(tree: Params, is_leaf=None) -> dict[str, Any]:
     }
 
 
-def listed(weights: Params, most: int = 6) -> str:
+def listed(names: Iterable[str], most: int = 6) -> str:
     """The end of a message: the paths of a network's weights, of many the first `most`."""
-    names = list(paths(weights, is_leaf=is_spec))
+    names = list(names)
     if not names:
         return "it has no weights"
     more = ", ..." if len(names) > most else ""

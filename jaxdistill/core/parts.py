@@ -5,10 +5,10 @@ A part is a nested dict with some of the leaves; together the parts have each le
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from jaxdistill.core.fields import expression
 from jaxdistill.core.net import Net, is_spec, paths
 from jaxdistill.core.types import Params, Refused
 
@@ -38,9 +38,11 @@ def split(net: Net, weights: Any, pattern: str | None) -> Parts:
     moves = matcher(pattern, net) if pattern is not None else lambda path: True
     is_statistic = net.statistics.__contains__
     return Parts(
-        chosen(weights, lambda path: not is_statistic(path) and moves(path)),
-        chosen(weights, lambda path: not is_statistic(path) and not moves(path)),
-        chosen(weights, is_statistic),
+        leaves_where(weights, lambda path: not is_statistic(path) and moves(path)),
+        leaves_where(
+            weights, lambda path: not is_statistic(path) and not moves(path)
+        ),
+        leaves_where(weights, is_statistic),
     )
 
 
@@ -50,29 +52,26 @@ def matcher(pattern: str, net: Net) -> Callable[[str], bool]:
     Raises:
         Refused: no weight of `net` matches, or `pattern` is no regular expression.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise Refused(
-            f"trains: {pattern!r} is no regular expression: {error}"
-        ) from None
+    wanted = expression(pattern, "trains: ")
     own = [path for path in paths(net.shapes) if path not in net.statistics]
-    names = list(dict.fromkeys(map(net.weight_of, own)))
-    if not any(map(expression.fullmatch, names)):
-        listed = ", ".join(names[:6]) or "none"
+    names = dict.fromkeys(map(net.weight_of, own))
+    if not any(map(wanted.fullmatch, names)):
+        first = ", ".join(list(names)[:6]) or "none"
         raise Refused(
-            f"trains: {pattern!r} matches no weight; there are {listed}, ..."
+            f"trains: {pattern!r} matches no weight; there are {first}, ..."
         )
-    return lambda path: expression.fullmatch(net.weight_of(path)) is not None
+    return lambda path: wanted.fullmatch(net.weight_of(path)) is not None
 
 
-def chosen(tree: Any, wanted: Callable[[str], bool], prefix: str = "") -> Params:
+def leaves_where(
+    tree: Any, wanted: Callable[[str], bool], prefix: str = ""
+) -> Params:
     """The leaves whose path is wanted, in nested dicts without empty ones."""
     found = {}
     for key, node in tree.items():
         path = f"{prefix}{key}"
         if isinstance(node, dict):
-            inside = chosen(node, wanted, f"{path}/")
+            inside = leaves_where(node, wanted, f"{path}/")
             if inside:
                 found[key] = inside
         elif wanted(path):

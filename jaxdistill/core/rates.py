@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdistill.core.fields import check_range
+from jaxdistill.core.fields import check_range, expression
 from jaxdistill.core.net import is_spec, listed, path_name, paths
 from jaxdistill.core.types import Array, Params, Refused
 
@@ -31,12 +31,7 @@ def checked_rates(rates: Any) -> tuple[tuple[str, float], ...]:
         pattern, factor = pair
         if not isinstance(pattern, str):
             raise Refused(f"{where}[0]={pattern!r}: expected a regular expression")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise Refused(
-                f"{where}[0]={pattern!r}: expected a regular expression: {error}"
-            ) from None
+        expression(pattern, f"{where}[0]=", ": expected a regular expression")
         expected = "a factor of 0 or a number above it"
         check_range(f"{where}[1]", factor, expected, lambda v: v >= 0)
         checked.append((pattern, float(factor)))
@@ -64,7 +59,7 @@ def check_matches(rates: Rates, axes: Params) -> None:
         matched = any(re.fullmatch(pattern, name) for name in names)
         problem = "matches weights of earlier patterns only"
         if not matched:
-            problem = f"matches no weight: {listed(axes)}"
+            problem = f"matches no weight: {listed(names)}"
         raise Refused(f"optimizer.rates[{i}][0]={pattern!r} {problem}")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxdistill.core.net import make_net, paths
 from jaxdistill.core.optim import Optimizer
-from jaxdistill.core.parts import chosen, joined, like, split
+from jaxdistill.core.parts import joined, leaves_where, like, split
 from jaxdistill.core.step import init_state, make_train_step, results
 from jaxdistill.core.types import Method, Out, Refused
 from jaxdistill.models.denoisers.mlp import MLP
@@ -20,8 +20,8 @@ TREE = {"a": {"w": 1, "b": 2}, "c": 3}
 
 
 def test_parts_hold_each_leaf_once_and_join_again():
-    low = chosen(TREE, lambda path: path == "a/w")
-    high = chosen(TREE, lambda path: path != "a/w")
+    low = leaves_where(TREE, lambda path: path == "a/w")
+    high = leaves_where(TREE, lambda path: path != "a/w")
     assert low == {"a": {"w": 1}}
     assert high == {"a": {"b": 2}, "c": 3}
     assert joined(low, high) == TREE
