@@ -603,6 +603,12 @@ class Stacked(nnx.Module):
         """Number of layers."""
         return self.cfg.depth
 
+    def layer(self, index: int) -> nnx.Module:
+        """One block by itself. Raises Refused where there is no such layer."""
+        check_taps((index,), self.depth, "layer")
+        run = _part(self.layers, index, index + 1, self.depth)
+        return jax.tree.map(lambda w: w[0], run)
+
     def embed_inputs(self, *inputs: Any, **options: Any) -> tuple[Any, Any]:
         """(state, context) of the inputs of a call, before the first block."""
         raise NotImplementedError

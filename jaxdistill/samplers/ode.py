@@ -45,29 +45,45 @@ def sample(
     trajectory: bool = False,
 ) -> Float[Array, "B ..."] | Float[Array, "N B ..."]:
     """The state at the end of steps along `times`, or with `trajectory` the states at all times."""
+    keep = (lambda before, pred, after: after) if trajectory else None
+    end, path = _scan(step, denoise, x, times, key, keep)
+    return jnp.concatenate([x[None], path]) if trajectory else end
+
+
+def _scan(
+    step: Step,
+    denoise: Denoise,
+    x: Array,
+    times: Array,
+    key: Array | None,
+    keep: Callable[[Array, Pred, Array], Any] | None,
+) -> tuple[Array, Any]:
+    """The state after steps along `times`, and what `keep` gives of each, stacked.
+
+    `keep(state before, prediction there, state after)`; None: nothing.
+    """
     key = jax.random.key(0) if key is None else key
     n = len(times) - 1
 
     def body(
         carry: tuple[Array, Memory], inputs: tuple[Array, ...]
-    ) -> tuple[Any, Array | None]:
-        carry = step(denoise, *carry, *_place(inputs, n, x, key))
-        return carry, carry[0] if trajectory else None
+    ) -> tuple[Any, Any]:
+        i, t, s = inputs
+        t = jnp.full(x.shape[:1], t)
+        s = jnp.full(x.shape[:1], s)
+        at = At(i == 0, i == n - 1, n)
+        preds = []
+
+        def recording(x: Array, t: Array) -> Pred:
+            preds.append(denoise(x, t))
+            return preds[-1]
+
+        after = step(recording, *carry, t, s, jax.random.fold_in(key, i), at)
+        return after, None if keep is None else keep(carry[0], preds[0], after[0])
 
     inputs = (jnp.arange(n), times[:-1], times[1:])
-    (end, _), path = jax.lax.scan(body, (x, _memory(x, x.dtype)), inputs)
-    return jnp.concatenate([x[None], path]) if trajectory else end
-
-
-def _place(
-    inputs: tuple[Array, Array, Array], n: int, x: Array, key: Array
-) -> tuple[Array, Array, Array, At]:
-    """(t [B], s [B], key, position) of step i of n, given (i, t, s)."""
-    i, t, s = inputs
-    t = jnp.full(x.shape[:1], t)
-    s = jnp.full(x.shape[:1], s)
-    at = At(i == 0, i == n - 1, n)
-    return t, s, jax.random.fold_in(key, i), at
+    (end, _), kept = jax.lax.scan(body, (x, _memory(x, x.dtype)), inputs)
+    return end, kept
 
 
 class Recorded(NamedTuple):
@@ -97,24 +113,8 @@ def record(
     `denoise` may be guided, with a scale for each sample (`diffusion.denoiser.guided`). Of solvers
     that evaluate the network more than once a step the first prediction is kept, that at the state.
     """
-    key = jax.random.key(0) if key is None else key
-    n = len(times) - 1
-
-    def body(
-        carry: tuple[Array, Memory], inputs: tuple[Array, ...]
-    ) -> tuple[Any, tuple[Array, Pred]]:
-        preds = []
-
-        def recording(x: Array, t: Array) -> Pred:
-            preds.append(denoise(x, t))
-            return preds[-1]
-
-        after = step(recording, *carry, *_place(inputs, n, x, key))
-        return after, (carry[0], preds[0])
-
-    inputs = (jnp.arange(n), times[:-1], times[1:])
-    (end, _), kept = jax.lax.scan(body, (x, _memory(x, x.dtype)), inputs)
-    states, preds = kept
+    keep = lambda before, pred, after: (before, pred)
+    end, (states, preds) = _scan(step, denoise, x, times, key, keep)
     return Recorded(times[:-1], states, preds, end)
 
 

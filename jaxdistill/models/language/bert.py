@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Integer, Shaped
@@ -209,10 +208,7 @@ class Encoder(Stacked):
 
         `state` is the input of the layer: the feature of the tap before it.
         """
-        return self._block(layer).scores(state)
-
-    def _block(self, i: int) -> Block:
-        return jax.tree.map(lambda w: w[i], self.blocks)
+        return self.layer(layer).scores(state)
 
 
 class BertModule(Encoder):

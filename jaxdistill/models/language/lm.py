@@ -29,7 +29,6 @@ from jaxdistill.models.layers import (
     Stacked,
     attention,
     attention_scores,
-    check_taps,
     dense,
     drop,
     embedding,
@@ -326,9 +325,7 @@ class LMModule(Stacked):
 
         `state` is the input of the layer: the feature of the tap before it.
         """
-        check_taps((layer,), self.cfg.depth, "layer")
-        block = jax.tree.map(lambda w: w[layer], self.blocks)
-        return block.scores(state, context.rotary)
+        return self.layer(layer).scores(state, context.rotary)
 
     def _attend_causally(self, seen: Array | None) -> Attend:
         def attend(q, k, v):
