@@ -31,10 +31,9 @@ from jax.extend.core import ClosedJaxpr, Literal
 from tqdm import tqdm
 
 from jaxdistill.core import sharding
-from jaxdistill.core.bank import Bank
 from jaxdistill.core.net import Net, is_spec, paths
 from jaxdistill.core.optim import decayed
-from jaxdistill.core.parts import like, split
+from jaxdistill.core.parts import like
 from jaxdistill.core.rates import Rates, rate_factors
 from jaxdistill.core.step import complete, init_state, parts_of
 from jaxdistill.core.types import State, lookup
@@ -109,20 +108,16 @@ def first_state(experiment: Experiment) -> tuple[dict[str, Net], State]:
         role: experiment.abstract(experiment.nets[role], role) for role in warm
     }
     uncollected = dataclasses.replace(stage, collect=None, pool=None)
-    nets, start, _ = programs._abstract_start(
+    nets, start, _ = programs.abstract_start(
         experiment, uncollected, experiment.nets, start
     )
-    optimisers = {}
+    updates = {}
     for role in stage.method.inits:
         turns = [turn for turn in stage.method.turns if role in turn.moves]
-        updated = any(
-            turn.when(step) for turn in turns for step in range(stage.steps)
+        updates[role] = int(
+            any(turn.when(step) for turn in turns for step in range(stage.steps))
         )
-        net = nets[role]
-        axes = split(net, net.axes, stage.method.trains.get(role)).moving
-        optimisers[role] = roles[role].optimizer.make(
-            int(updated), bank=isinstance(net, Bank), axes=axes
-        )
+    optimisers = programs.optimizers(experiment, nets, stage, updates)
     inits = experiment.inits_of(stage.method)
 
     def make(start: Mapping[str, Any]) -> State:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 import jax
@@ -229,6 +230,17 @@ def local_samples(batch: dict) -> dict:
         )
 
     return jax.tree.map(samples, batch)
+
+
+def as_first_process(values: Sequence[bool]) -> list[bool]:
+    """What the first process found, on all of them, so that they take the same way.
+
+    Files of another process may be seen later than they were written.
+    """
+    if jax.process_count() == 1:
+        return list(values)
+    found = multihost_utils.broadcast_one_to_all(np.array(values, bool))
+    return [bool(value) for value in found]
 
 
 def gathered(tree):

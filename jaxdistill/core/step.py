@@ -159,12 +159,9 @@ def bind(nets: Mapping[str, Net], params: Mapping[str, Params]) -> Nets:
 
     A network gets the weights of all roles, because adapters need those of their base.
     """
-    prefixes = ("ema_", "last_")
     roles = {}
     for role in params:
-        owner = role
-        for prefix in prefixes:
-            owner = owner.removeprefix(prefix)
+        owner = role.removeprefix("ema_").removeprefix("last_")
         roles[role] = nets[owner].bind(role, params)
     return SimpleNamespace(**roles)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from jaxdistill.core.fields import Count
+from jaxdistill.core.sharding import as_first_process
 from jaxdistill.core.types import Refused
 from jaxdistill.evals.base import Trained
 from jaxdistill.evals.images import ImageEval
@@ -41,17 +42,7 @@ class EndPoints(SampleEval):
             )
         return super().table(roles, data)
 
-    def compare(
-        self, x: Shaped[np.ndarray, "B ..."], real: Samples, trained: Trained
-    ) -> dict[str, float]:
-        ends = self.end_points(trained, real)
-        square = (x.astype(np.float64) - ends) ** 2
-        return {
-            **super().compare(x, real, trained),
-            "endpoint": float(square.mean()),
-        }
-
-    def end_points(
+    def references(
         self, trained: Trained, real: Samples
     ) -> Float[np.ndarray, "B ..."]:
         """The ends of the teacher's paths under the conditions of real samples.
@@ -61,12 +52,24 @@ class EndPoints(SampleEval):
         """
         folder = Path(trained.experiment.workdir) / FOLDER
         file = folder / f"{self._name(real)}.npz"
-        if file.exists():
+        (stored,) = as_first_process([file.exists()])
+        if stored:
             return _read(file, real["x"].shape)
         ends, _ = self.generate(trained, "teacher", self.fine_steps, real)
         if jax.process_index() == 0:
             _write(file, ends)
         return ends
+
+    def compare(
+        self,
+        x: Shaped[np.ndarray, "B ..."],
+        references: Shaped[np.ndarray, "B ..."],
+    ) -> dict[str, float]:
+        square = (x.astype(np.float64) - references) ** 2
+        return {
+            **super().compare(x, references),
+            "endpoint": float(square.mean()),
+        }
 
     def _name(self, real: Samples) -> str:
         """A name for what the ends depend on, beside the run's own config."""

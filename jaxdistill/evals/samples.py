@@ -68,16 +68,19 @@ class SampleEval(Evaluation):
         """
         raise NotImplementedError
 
-    def compare(
-        self, x: Shaped[np.ndarray, "B ..."], real: Samples, trained: Trained
-    ) -> dict[str, float]:
-        """Metrics of samples that other networks of the run are needed for.
+    def references(self, trained: Trained, real: Samples) -> Any:
+        """What `compare` holds samples against, made once for all rows; by default nothing.
 
         Args:
-            x: the samples, made under the conditions of `real`.
-            real: the held-out samples.
             trained: the run.
+            real: the held-out samples.
         """
+        return None
+
+    def compare(
+        self, x: Shaped[np.ndarray, "B ..."], references: Any
+    ) -> dict[str, float]:
+        """Metrics of samples held against `references`."""
         return {}
 
     def picture(self, x: Shaped[np.ndarray, "B ..."], real: Samples) -> Any:
@@ -156,13 +159,14 @@ class SampleEval(Evaluation):
         data = trained.experiment.data
         rows = []
         real = data.evaluation(self.samples)
+        references = self.references(trained, real)
         for role, steps in self.models(trained.params):
             x, speed = self.generate(trained, role, steps, real)
             row = {
                 "name": role,
                 "nfe": self.nfe(role, steps),
                 **self.score(x, real, data),
-                **self.compare(x, real, trained),
+                **self.compare(x, references),
             }
             rows.append({**row, "samples_per_second": speed})
         return rows

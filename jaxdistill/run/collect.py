@@ -116,9 +116,8 @@ def _file_name(item: str) -> str:
 
 def _missing(folder: Path, items: Sequence[str]) -> list[str]:
     """The items without a file, as the first process sees them, since all work on the same."""
-    there = [(folder / f"{item}.arrayrecord").exists() for item in items]
-    if jax.process_count() > 1:
-        there = multihost_utils.broadcast_one_to_all(np.array(there, bool))
+    files = [folder / f"{item}.arrayrecord" for item in items]
+    there = sharding.as_first_process([file.exists() for file in files])
     return [item for item, exists in zip(items, there) if not exists]
 
 

@@ -229,8 +229,10 @@ class Saved:
         def unsaved(params, key):
             method = stage.method
             nets = trained.nets
-            inits = self._experiment.inits_of(method)
-            rest = resting_weights(method, nets, key, params, inits)
+            rest = {}
+            if abstract.rest:
+                inits = self._experiment.inits_of(method)
+                rest = resting_weights(method, nets, key, params, inits)
             return frozen_weights(method, nets, params), rest
 
         where = (abstract.frozen, abstract.rest)

@@ -67,7 +67,11 @@ def make_programs(
     roles = experiment.roles
     turns = method.turns
     taken = [active_turns(turns, step) for step in range(stage.steps)]
-    txs = _optimizers(experiment, nets, stage, taken)
+    updates = {
+        role: sum(turns[i].moves.count(role) for active in taken for i in active)
+        for role in method.inits
+    }
+    txs = optimizers(experiment, nets, stage, updates)
     inits = experiment.inits_of(method)
 
     def build_state(key, start):
@@ -108,25 +112,25 @@ def make_programs(
     )
 
 
-def _optimizers(
+def optimizers(
     experiment: Experiment,
     nets: Mapping[str, Net],
     stage: Stage,
-    taken: list[tuple[int, ...]],
+    updates: Mapping[str, int],
 ) -> dict[str, optax.GradientTransformation]:
-    """Trained role -> its optimiser, for as many updates as the turns `taken` at each step make."""
-    turns = stage.method.turns
+    """Trained role -> its optimiser, for a number of updates by role.
+
+    Raises:
+      Refused: an optimiser has a factor for weights that its network lacks.
+    """
     txs = {}
-    for role in stage.method.inits:
-        updates = sum(
-            turns[i].moves.count(role) for active in taken for i in active
-        )
+    for role, count in updates.items():
         net = nets[role]
         optimizer = experiment.roles[role].optimizer
         bank = isinstance(net, Bank)
         axes = split(net, net.axes, stage.method.trains.get(role)).moving
         try:
-            txs[role] = optimizer.make(updates, bank=bank, axes=axes)
+            txs[role] = optimizer.make(count, bank=bank, axes=axes)
         except Refused as error:
             where = f"{experiment.where}.roles.{role}.optimizer"
             raise located(where, error) from error
@@ -162,14 +166,14 @@ def abstract_stages(
         if stage.calibrate and (stand_ins := stage.calibrate.missing(method)):
             method = dataclasses.replace(method, **stand_ins)
             stage = method.stages(steps)[i]
-        nets, params, batch = _abstract_start(experiment, stage, nets, params)
+        nets, params, batch = abstract_start(experiment, stage, nets, params)
         programs = make_programs(experiment, nets, stage, params, batch)
         yield programs, nets
         state = programs.abstract
         params = {**params, **state.frozen, **results(state, stage.last)}
 
 
-def _abstract_start(
+def abstract_start(
     experiment: Experiment,
     stage: Stage,
     nets: dict[str, Net],
