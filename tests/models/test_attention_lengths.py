@@ -31,11 +31,7 @@ from tests.models.dense import (
     results,
 )
 
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """The kernel runs without a TPU."""
-    monkeypatch.setattr(kernel, "INTERPRET", True)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 UNLIKE = {
@@ -44,6 +40,11 @@ UNLIKE = {
     "masked": (200, 330, {"mask": of_keys(330, 330, 40)}),
     # another text as long as the queries: its mask says nothing about them
     "as many": (256, 256, {"mask": of_keys(256, 256, 40)}),
+    "as many, causal, first keys masked": (
+        256,
+        256,
+        {"causal": True, "mask": ~of_keys(256, 0, 40)},
+    ),
     "nothing to see": (130, 256, {"mask": of_keys(256, 256, 0)}),
     "causal": (200, 330, {"causal": True}),
     "causal, fewer keys": (330, 200, {"causal": True}),

@@ -31,11 +31,7 @@ from tests.models.dense import (
     results,
 )
 
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """The kernel runs without a TPU."""
-    monkeypatch.setattr(kernel, "INTERPRET", True)
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 # (seen, query block, key block, queries, keys)
